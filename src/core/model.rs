@@ -1,0 +1,303 @@
+//! The words of the system as types that can hold nothing else.
+//!
+//! A value is parsed once, where it enters, and is then known to be harmless: an [`AgentName`] or a [`Version`] cannot leave the
+//! directory it is joined to, a [`Digest`] is always 64 lower-case hexadecimal digits.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// The name of the manager's own package.
+pub const MANAGER_PACKAGE: &str = "aops-spm";
+
+/// Why a word was refused: what it should have been, and what it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    what: &'static str,
+    expected: &'static str,
+    got: String,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: String = self.got.chars().take(80).collect();
+        write!(f, "cannot take {shown:?} as {}: expected {}", self.what, self.expected)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Defines a string that is checked on every way in: `FromStr`, `TryFrom<String>` and serde.
+macro_rules! word {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $expected:literal, $accepts:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = Refused;
+
+            fn try_from(value: String) -> Result<Self, Refused> {
+                let accepts: fn(&str) -> bool = $accepts;
+                if accepts(&value) { Ok(Self(value)) } else { Err(Refused { what: $what, expected: $expected, got: value }) }
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Refused;
+
+            fn from_str(value: &str) -> Result<Self, Refused> {
+                Self::try_from(value.to_owned())
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(value: $name) -> String {
+                value.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+    };
+}
+
+word!(
+    /// The name of a sub-agent, and of its package: `[a-z0-9][a-z0-9._-]{0,63}`.
+    AgentName,
+    "the name of a sub-agent",
+    "1 to 64 of a-z 0-9 . _ - beginning with a letter or digit",
+    |s| word_of(s, 64, |c| c.is_ascii_lowercase() || c.is_ascii_digit(), |c| {
+        c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-')
+    })
+);
+
+word!(
+    /// A version: `[A-Za-z0-9][A-Za-z0-9.+-]{0,63}`. Need not be semver: compared for equality, ordered only where both are.
+    Version,
+    "a version",
+    "1 to 64 of A-Z a-z 0-9 . + - beginning with a letter or digit",
+    |s| word_of(s, 64, |c| c.is_ascii_alphanumeric(), |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '+' | '-'))
+);
+
+word!(
+    /// The identity that a host was given at install: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`.
+    AgentId,
+    "an agent id",
+    "1 to 64 of A-Z a-z 0-9 . _ - beginning with a letter or digit",
+    |s| word_of(s, 64, |c| c.is_ascii_alphanumeric(), |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+);
+
+word!(
+    /// A SHA-256 in 64 lower-case hexadecimal digits.
+    Digest,
+    "a SHA-256",
+    "64 lower-case hexadecimal digits",
+    |s| s.len() == 64 && s.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+);
+
+fn word_of(s: &str, max: usize, first: fn(char) -> bool, rest: fn(char) -> bool) -> bool {
+    s.len() <= max && s.chars().next().is_some_and(first) && s.chars().all(rest)
+}
+
+impl Version {
+    /// How two versions are ordered: only where both are semver.
+    pub fn order(&self, other: &Version) -> Option<std::cmp::Ordering> {
+        let ours = semver::Version::parse(&self.0).ok()?;
+        let theirs = semver::Version::parse(&other.0).ok()?;
+        Some(ours.cmp(&theirs))
+    }
+}
+
+/// Defines an enum of fixed words with `Display`, `FromStr` and serde in the same spelling.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $expected:literal { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+        pub enum $name { $($(#[$vdoc])* #[serde(rename = $text)] $variant),+ }
+
+        impl $name {
+            pub const ALL: &'static [$name] = &[$($name::$variant),+];
+
+            pub fn as_str(self) -> &'static str {
+                match self { $($name::$variant => $text),+ }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Refused;
+
+            fn from_str(value: &str) -> Result<Self, Refused> {
+                match value {
+                    $($text => Ok($name::$variant),)+
+                    _ => Err(Refused { what: $what, expected: $expected, got: value.to_owned() }),
+                }
+            }
+        }
+    };
+}
+
+words!(
+    /// The operating system that a package is for.
+    Os, "an operating system", "linux or windows" { Linux = "linux", Windows = "windows" }
+);
+
+words!(
+    /// The processor architecture that a package is for.
+    Arch, "an architecture", "amd64, 386 or arm64" { Amd64 = "amd64", I386 = "386", Arm64 = "arm64" }
+);
+
+words!(
+    /// How a package is packed; also the end of its file's name.
+    Packing, "a kind of archive", "tar.zst, tar.gz or zip" { TarZst = "tar.zst", TarGz = "tar.gz", Zip = "zip" }
+);
+
+/// What a package is, as its file name and its signed comment say.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Release {
+    pub name: AgentName,
+    pub version: Version,
+    pub os: Os,
+    pub arch: Arch,
+}
+
+impl Release {
+    /// `{name}-{version}_{os}_{arch}.{packing}`.
+    pub fn file_name(&self, packing: Packing) -> String {
+        format!("{}-{}_{}_{}.{packing}", self.name, self.version, self.os, self.arch)
+    }
+
+    /// Which packing a file name says, if it is this release's file at all.
+    pub fn packing_of(&self, file: &str) -> Option<Packing> {
+        Packing::ALL.iter().copied().find(|packing| self.file_name(*packing) == file)
+    }
+}
+
+impl fmt::Display for Release {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} for {}/{}", self.name, self.version, self.os, self.arch)
+    }
+}
+
+/// What a package's signature binds its bytes to: the trusted comment `name=… version=… os=… arch=… epoch=…`.
+///
+/// The comment is covered by the signature, the file's name is not; so it is the comment that counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binding {
+    pub release: Release,
+    /// Only grows: a host that has committed epoch n of a name refuses a lower one.
+    pub epoch: u64,
+}
+
+impl fmt::Display for Binding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Release { name, version, os, arch } = &self.release;
+        write!(f, "name={name} version={version} os={os} arch={arch} epoch={}", self.epoch)
+    }
+}
+
+impl FromStr for Binding {
+    type Err = Refused;
+
+    /// Each of the five fields exactly once, in any order; fields with other names are left for later versions.
+    fn from_str(comment: &str) -> Result<Self, Refused> {
+        let refused = || Refused {
+            what: "a package's signed comment",
+            expected: "name=… version=… os=… arch=… epoch=…, each once",
+            got: comment.to_owned(),
+        };
+        let field = |key: &str| {
+            let mut values = comment.split_whitespace().filter_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+            match (values.next(), values.next()) {
+                (Some(value), None) => Ok(value),
+                _ => Err(refused()),
+            }
+        };
+        Ok(Binding {
+            release: Release {
+                name: field("name")?.parse()?,
+                version: field("version")?.parse()?,
+                os: field("os")?.parse()?,
+                arch: field("arch")?.parse()?,
+            },
+            epoch: field("epoch")?.parse().map_err(|_| refused())?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_versions_cannot_leave_their_directory() {
+        for bad in ["", ".", "..", "../x", "a/b", "a\\b", "-x", ".x", "A", "a b", "a\0", "ä", &"a".repeat(65)] {
+            assert!(bad.parse::<AgentName>().is_err(), "{bad:?}");
+        }
+        for bad in ["", ".", "..", "1/2", "1_2", "-1", "+1", "1 2", &"1".repeat(65)] {
+            assert!(bad.parse::<Version>().is_err(), "{bad:?}");
+        }
+        for good in ["node-exporter", "a", "0x", "a._-b", &"a".repeat(64)] {
+            assert!(good.parse::<AgentName>().is_ok(), "{good:?}");
+        }
+        for good in ["1.2.3", "c57f6a1d", "1.0.0-rc.1+build", "V2"] {
+            assert!(good.parse::<Version>().is_ok(), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn only_semver_versions_are_ordered() {
+        let v = |s: &str| s.parse::<Version>().unwrap();
+        assert_eq!(v("1.2.0").order(&v("1.10.0")), Some(std::cmp::Ordering::Less));
+        assert_eq!(v("c57f6a1d").order(&v("1.0.0")), None);
+        assert_eq!(v("c57f6a1d").order(&v("c57f6a1d")), None);
+    }
+
+    #[test]
+    fn a_binding_reads_back_what_it_wrote_and_refuses_doubled_fields() {
+        let text = "name=node-exporter version=1.5.0 os=linux arch=amd64 epoch=7";
+        let binding: Binding = text.parse().unwrap();
+        assert_eq!(binding.to_string(), text);
+        assert!(format!("{text} name=other").parse::<Binding>().is_err());
+        assert!("name=x version=1 os=linux arch=amd64".parse::<Binding>().is_err());
+        assert!(format!("{text} note=later").parse::<Binding>().is_ok());
+    }
+
+    #[test]
+    fn a_release_knows_its_own_files() {
+        let release = Release {
+            name: "a-b".parse().unwrap(),
+            version: "1.0-2".parse().unwrap(),
+            os: Os::Linux,
+            arch: Arch::I386,
+        };
+        assert_eq!(release.file_name(Packing::TarGz), "a-b-1.0-2_linux_386.tar.gz");
+        assert_eq!(release.packing_of("a-b-1.0-2_linux_386.zip"), Some(Packing::Zip));
+        assert_eq!(release.packing_of("a-b-1.0_linux_386.zip"), None);
+    }
+}

@@ -1,0 +1,233 @@
+//! Protocol version 1: what a host and a gateway say to each other, in JSON with camelCase keys.
+//!
+//! `POST <endpoint>/api/heartbeat` carries a [`Heartbeat`] up and an [`Answer`] down; `GET <endpoint>/api/releases/<name>?os=&arch=`
+//! answers an [`Offer`]. Both ends ignore fields that they do not know. The JSON Schema (`aops gateway schema`) is made from these types.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::model::{AgentId, AgentName, Arch, Digest, Os, Version};
+
+/// The header that names the host in every request.
+pub const AGENT_ID_HEADER: &str = "x-agent-id";
+/// Path of the heartbeat below an endpoint.
+pub const HEARTBEAT_PATH: &str = "/api/heartbeat";
+/// Path below an endpoint under which packages are served, by file name.
+pub const DOWNLOAD_PATH: &str = "/api/download";
+/// Path below an endpoint under which the current release of a package is told, by name.
+pub const RELEASES_PATH: &str = "/api/releases";
+
+/// The host's periodic report: its actual state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Heartbeat {
+    /// The identity given at install; also in the header `x-agent-id`.
+    pub agent_id: AgentId,
+    /// A UUID made at the host's first start and kept with the machine, so that a cloned host shows.
+    pub instance_id: String,
+    pub hostname: String,
+    pub os: Os,
+    pub arch: Arch,
+    pub manager: ManagerReport,
+    /// Whose generation it is; absent before the first desired state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<String>,
+    /// The generation that the host holds; 0 before the first.
+    #[serde(default)]
+    pub generation: u64,
+    /// Counts this manager's heartbeats from 1; begins anew when it starts.
+    #[serde(default)]
+    pub sequence: u64,
+    #[serde(default)]
+    pub agents: Vec<AgentReport>,
+    /// What happened and was not yet acknowledged, oldest first.
+    #[serde(default)]
+    pub events: Vec<Event>,
+}
+
+/// The manager about itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct ManagerReport {
+    /// The version of the release installed, as its verified comment said.
+    pub version: Version,
+    pub pid: u32,
+    pub uptime_seconds: u64,
+    /// Resident memory, bytes.
+    pub memory_bytes: u64,
+}
+
+/// One sub-agent's actual state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct AgentReport {
+    pub name: AgentName,
+    /// The active release; absent while none was activated.
+    #[serde(default)]
+    pub version: Option<Version>,
+    pub state: AgentState,
+    #[serde(default)]
+    pub pid: Option<u32>,
+    /// Restarts that nobody asked for, since the sub-agent was installed.
+    #[serde(default)]
+    pub restarts: u64,
+    /// SHA-256 of the environment that it was started with, as told by the gateway.
+    #[serde(default)]
+    pub env_hash: Option<String>,
+    /// The last error, if there is one to know.
+    #[serde(default)]
+    pub message: Option<String>,
+}
+
+/// The state of a sub-agent as operators read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub enum AgentState {
+    /// Started, still in its start period.
+    Starting,
+    Running,
+    /// Its health check fails.
+    Unhealthy,
+    /// Waiting to be started again.
+    Backoff,
+    /// Not running, as wanted.
+    Stopped,
+    /// Cannot be run now: no release could be fetched or verified, or its manifest is bad; tried again.
+    Failed,
+    /// A release is being staged, or is on trial.
+    Updating,
+}
+
+impl AgentState {
+    /// The word on the wire, in `status` and in logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            AgentState::Starting => "starting",
+            AgentState::Running => "running",
+            AgentState::Unhealthy => "unhealthy",
+            AgentState::Backoff => "backoff",
+            AgentState::Stopped => "stopped",
+            AgentState::Failed => "failed",
+            AgentState::Updating => "updating",
+        }
+    }
+}
+
+/// Something that happened on the host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Event {
+    /// Only grows on one host; acknowledged by [`Answer::ack`].
+    pub id: u64,
+    /// RFC 3339, UTC.
+    pub time: String,
+    /// What it was about, such as `start`, `exit`, `stage`, `activate`, `uninstall`, `config`, `command`.
+    pub kind: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<AgentName>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<Version>,
+    /// `ok`, `failed`, `refused` or `unsupported`.
+    pub outcome: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
+/// The gateway's answer to a heartbeat: the desired state where it differs from what the host holds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Answer {
+    /// Whom the answer is for; a host refuses another's.
+    pub agent_id: AgentId,
+    /// What the gateway wants an operator to know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_message: Option<String>,
+    /// Seconds until the next heartbeat; absent: as the host is configured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval: Option<u64>,
+    /// Names the store that counts the generations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<String>,
+    #[serde(default)]
+    pub generation: u64,
+    /// A command to the manager: `upgrade`. Unknown ones are answered with an event of outcome `unsupported`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmd: Option<String>,
+    /// The manager's desired release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manager: Option<ManagerOrder>,
+    /// Whether `agents` names every sub-agent of the host, so that absence means removal. An empty list never does.
+    #[serde(default)]
+    pub complete: bool,
+    /// Present only when lineage or generation differ from what the host sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agents: Option<Vec<AgentOrder>>,
+    /// The id of the last event that the gateway has seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ack: Option<u64>,
+}
+
+/// Which release of the manager the host should run, and where its package is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct ManagerOrder {
+    pub version: Version,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tarball: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+}
+
+/// What the gateway wants of one sub-agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct AgentOrder {
+    pub name: AgentName,
+    pub version: Version,
+    /// URL of the directory that holds the package; absent: the endpoint's own download path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tarball: Option<String>,
+    /// The package's file name below `tarball`; absent: `{name}-{version}_{os}_{arch}.tar.zst`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    /// Of the package, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// `start`, `stop` or `uninstall`. An order with another word is answered as unsupported and changes nothing.
+    #[serde(default = "start")]
+    pub cmd: String,
+    /// Environment variables; they win over the package's own.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
+fn start() -> String {
+    "start".to_owned()
+}
+
+/// The current release of a package for one os and arch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Offer {
+    pub version: Version,
+    pub file: String,
+    pub sha256: Digest,
+    /// Bytes.
+    pub size: u64,
+}

@@ -1,0 +1,65 @@
+//! Locks in `run/`, held for a process's life: at most one manager, one watchdog, one installation at a time in a home.
+//!
+//! A lock excludes and says nothing else: who watches its holder uses the control connection. The system frees it at the holder's death,
+//! sometimes a moment later, so it is taken with a deadline. The file is never removed while somebody may hold it; as somebody may
+//! remove it all the same, the file that was locked is compared with the one that has the name now.
+
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use fd_lock::RwLock;
+
+use crate::platform;
+
+/// Between two tries at a lock that somebody else holds.
+const RETRY: Duration = Duration::from_millis(20);
+
+/// A lock that is held until this is dropped or the process ends.
+#[derive(Debug)]
+pub struct Held {
+    path: PathBuf,
+    _lock: RwLock<File>,
+}
+
+impl Held {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Takes the lock at `path`, trying until `deadline` has passed; `None`: somebody else still holds it.
+pub fn take(path: &Path, deadline: Duration) -> Result<Option<Held>> {
+    let started = Instant::now();
+    loop {
+        if let Some(held) = attempt(path).with_context(|| format!("cannot take the lock {}", path.display()))? {
+            return Ok(Some(held));
+        }
+        if started.elapsed() >= deadline {
+            return Ok(None);
+        }
+        platform::pause(RETRY);
+    }
+}
+
+fn attempt(path: &Path) -> Result<Option<Held>> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    let mut lock = RwLock::new(file);
+    match lock.try_write() {
+        // Somebody removed the file and made it again between our opening and our locking: ours locks nothing.
+        Ok(guard) if !platform::is_same_file(&guard, path)? => return Ok(None),
+        // The lock belongs to the open file, which `Held` keeps; the guard would only free it early.
+        Ok(guard) => std::mem::forget(guard),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(Some(Held { path: path.to_owned(), _lock: lock }))
+}
+
+/// Whether somebody holds the lock at `path` now. For display and for deciding whom to wait for, never for exclusion.
+pub fn is_held(path: &Path) -> bool {
+    let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else { return false };
+    matches!(RwLock::new(file).try_write(), Err(error) if error.kind() == ErrorKind::WouldBlock)
+}

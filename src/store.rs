@@ -1,0 +1,112 @@
+//! Files that are never seen half-written: a new content is written beside the old one, made durable, and renamed over it.
+//!
+//! Machine-written state is JSON that tolerates unknown fields, so that an older version can read what a newer one wrote; its types keep
+//! what they do not know in a flattened map and write it back.
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::platform;
+
+/// A state file is refused beyond this: nothing that we write comes near it.
+const MAX_STATE_BYTES: u64 = 16 << 20;
+
+/// Who may read a file that is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everybody may read it (0644).
+    Public,
+    /// Its owner alone may read it (0600).
+    Private,
+    /// Everybody may read and run it (0755).
+    Executable,
+}
+
+impl Access {
+    fn mode(self) -> u32 {
+        match self {
+            Access::Public => 0o644,
+            Access::Private => 0o600,
+            Access::Executable => 0o755,
+        }
+    }
+}
+
+/// Replaces the file at `path` by `content` in one step that survives a power cut.
+pub fn replace(path: &Path, content: &[u8], access: Access) -> Result<()> {
+    replace_with(path, access, |file| file.write_all(content))
+}
+
+/// As [`replace`], with the content written by `write`.
+pub fn replace_with(
+    path: &Path,
+    access: Access,
+    write: impl FnOnce(&mut fs::File) -> std::io::Result<()>,
+) -> Result<()> {
+    let attempt = || -> Result<()> {
+        let parent = path.parent().context("it has no parent directory")?;
+        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(parent)?;
+        write(file.as_file_mut())?;
+        platform::set_mode(file.path(), access.mode())?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        platform::sync_directory(parent)?;
+        Ok(())
+    };
+    attempt().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Reads a file of at most `limit` bytes; `None` where there is none.
+pub fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
+    let attempt = || -> Result<Option<Vec<u8>>> {
+        match fs::metadata(path) {
+            Ok(metadata) if metadata.len() > limit => {
+                anyhow::bail!("it has {} bytes, more than {limit}", metadata.len())
+            }
+            Ok(_) => Ok(Some(fs::read(path)?)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    };
+    attempt().with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Loads a state file; `None` where there is none.
+pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let Some(bytes) = read(path, MAX_STATE_BYTES)? else { return Ok(None) };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .with_context(|| format!("cannot read {}: it is not what was written there", path.display()))
+}
+
+/// Replaces a state file, readable by its owner alone.
+pub fn save<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(value).with_context(|| format!("cannot write {}", path.display()))?;
+    text.push(b'\n');
+    replace(path, &text, Access::Private)
+}
+
+/// Removes a file; that there is none is no error.
+pub fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes a directory with all that is in it; that there is none is no error.
+pub fn remove_tree(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
