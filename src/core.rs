@@ -3,6 +3,12 @@
 //! Nothing here reads a clock, a file or the environment. It imports `std`, `serde`, `schemars`, `semver` and its own files only,
 //! which `cargo xtask tidy` checks.
 
+pub mod desired;
+pub mod manifest;
 pub mod model;
 pub mod protocol;
+pub mod reconcile;
+pub mod schedule;
+pub mod status;
+pub mod supervise;
 pub mod units;

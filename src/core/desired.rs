@@ -1,0 +1,246 @@
+//! The desired state of a host, and how a gateway's answer may change it.
+//!
+//! A generation only grows within its lineage. An empty or absent list removes nothing; a list that is not complete changes what it names
+//! and leaves the rest; a complete one, and only one that is not empty, also removes what it does not name.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::model::{AgentName, Digest, Version};
+use super::protocol::{AgentOrder, Answer};
+
+/// Whether a sub-agent is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Run {
+    Start,
+    Stop,
+}
+
+/// What is wanted of one sub-agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Order {
+    pub version: Version,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tarball: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    pub run: Run,
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
+/// The desired state as it is kept on the host.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Desired {
+    #[serde(default)]
+    pub lineage: String,
+    #[serde(default)]
+    pub generation: u64,
+    #[serde(default)]
+    pub agents: BTreeMap<AgentName, Order>,
+    /// To be removed, or removed already.
+    #[serde(default)]
+    pub removed: BTreeSet<AgentName>,
+    /// The list as it came, to tell a repetition from another content under the same number.
+    #[serde(default)]
+    pub told: Vec<AgentOrder>,
+    #[serde(default)]
+    pub complete: bool,
+}
+
+/// What becomes of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Verdict {
+    /// It brings nothing new.
+    Unchanged,
+    /// It is the desired state from now on; `unsupported` are orders that this version does not know.
+    Take { desired: Box<Desired>, unsupported: Vec<(AgentName, String)>, new_lineage: bool },
+    /// It must not be acted on.
+    Refuse(String),
+}
+
+/// Judges an answer by what is held. `present` are the sub-agents that are installed, whoever ordered them.
+pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> Verdict {
+    let Some(orders) = &answer.agents else { return Verdict::Unchanged };
+    let lineage = answer.lineage.clone().unwrap_or_default();
+    let first = held.generation == 0 && held.lineage.is_empty();
+    let new_lineage = !first && lineage != held.lineage;
+    if !first && !new_lineage {
+        if answer.generation == held.generation {
+            return if *orders == held.told && answer.complete == held.complete {
+                Verdict::Unchanged
+            } else {
+                Verdict::Refuse(format!(
+                    "cannot take generation {}: it came before with other content",
+                    answer.generation
+                ))
+            };
+        }
+        if answer.generation < held.generation {
+            return Verdict::Refuse(format!(
+                "cannot take generation {}: generation {} is already held",
+                answer.generation, held.generation
+            ));
+        }
+    }
+    let named: BTreeSet<&AgentName> = orders.iter().map(|order| &order.name).collect();
+    if named.len() != orders.len() {
+        return Verdict::Refuse("cannot take a desired state that names a sub-agent twice".to_owned());
+    }
+
+    let mut agents = held.agents.clone();
+    let mut removed = held.removed.clone();
+    let mut unsupported = vec![];
+    for order in orders {
+        let run = match order.cmd.as_str() {
+            "start" => Run::Start,
+            "stop" => Run::Stop,
+            "uninstall" => {
+                agents.remove(&order.name);
+                removed.insert(order.name.clone());
+                continue;
+            }
+            other => {
+                unsupported.push((order.name.clone(), other.to_owned()));
+                continue;
+            }
+        };
+        removed.remove(&order.name);
+        agents.insert(order.name.clone(), taken(order, run));
+    }
+    if answer.complete && !orders.is_empty() {
+        agents.retain(|name, _| named.contains(name));
+        removed.extend(present.iter().chain(held.agents.keys()).filter(|name| !named.contains(name)).cloned());
+    }
+    let desired = Desired {
+        lineage,
+        generation: answer.generation,
+        agents,
+        removed,
+        told: orders.clone(),
+        complete: answer.complete,
+    };
+    Verdict::Take { desired: Box::new(desired), unsupported, new_lineage }
+}
+
+fn taken(order: &AgentOrder, run: Run) -> Order {
+    Order {
+        version: order.version.clone(),
+        tarball: order.tarball.clone(),
+        file: order.file.clone(),
+        sha256: order.sha256.clone(),
+        size: order.size,
+        run,
+        env: order.env.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(name: &str, cmd: &str) -> AgentOrder {
+        AgentOrder {
+            name: name.parse().unwrap(),
+            version: "1".parse().unwrap(),
+            tarball: None,
+            file: None,
+            sha256: None,
+            size: None,
+            cmd: cmd.into(),
+            env: BTreeMap::new(),
+        }
+    }
+
+    fn answer(lineage: &str, generation: u64, complete: bool, agents: &[(&str, &str)]) -> Answer {
+        Answer {
+            agent_id: "1".parse().unwrap(),
+            error_message: None,
+            interval: None,
+            lineage: Some(lineage.into()),
+            generation,
+            cmd: None,
+            manager: None,
+            complete,
+            agents: Some(agents.iter().map(|(name, cmd)| order(name, cmd)).collect()),
+            ack: None,
+        }
+    }
+
+    fn take(held: &Desired, answer: &Answer) -> Desired {
+        let present = held.agents.keys().cloned().collect();
+        match judge(held, &present, answer) {
+            Verdict::Take { desired, .. } => *desired,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn names(desired: &Desired) -> Vec<&str> {
+        desired.agents.keys().map(AgentName::as_str).collect()
+    }
+
+    #[test]
+    fn only_a_complete_list_that_is_not_empty_removes_what_it_does_not_name() {
+        let held = take(&Desired::default(), &answer("l", 1, true, &[("a", "start"), ("b", "start")]));
+        assert_eq!(names(&take(&held, &answer("l", 2, true, &[]))), ["a", "b"]);
+        assert_eq!(names(&take(&held, &answer("l", 2, false, &[]))), ["a", "b"]);
+        assert_eq!(names(&take(&held, &answer("l", 2, false, &[("a", "start")]))), ["a", "b"]);
+        let after = take(&held, &answer("l", 2, true, &[("a", "start")]));
+        assert_eq!(names(&after), ["a"]);
+        assert!(after.removed.contains(&"b".parse().unwrap()));
+        let without_agents = Answer { agents: None, ..answer("l", 3, true, &[]) };
+        assert_eq!(judge(&held, &BTreeSet::new(), &without_agents), Verdict::Unchanged);
+    }
+
+    #[test]
+    fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
+        let present = BTreeSet::from(["stray".parse().unwrap()]);
+        let Verdict::Take { desired, .. } =
+            judge(&Desired::default(), &present, &answer("l", 1, true, &[("a", "start")]))
+        else {
+            panic!()
+        };
+        assert!(desired.removed.contains(&"stray".parse().unwrap()));
+    }
+
+    #[test]
+    fn an_uninstalled_one_may_come_back() {
+        let held = take(&Desired::default(), &answer("l", 1, false, &[("a", "start"), ("b", "start")]));
+        let gone = take(&held, &answer("l", 2, false, &[("a", "uninstall")]));
+        assert_eq!(names(&gone), ["b"]);
+        let back = take(&gone, &answer("l", 3, false, &[("a", "start")]));
+        assert_eq!(names(&back), ["a", "b"]);
+        assert!(back.removed.is_empty());
+    }
+
+    #[test]
+    fn a_generation_only_grows_within_its_lineage() {
+        let held = take(&Desired::default(), &answer("l", 5, true, &[("a", "start")]));
+        let judged = |answer| judge(&held, &BTreeSet::new(), &answer);
+        assert!(matches!(judged(answer("l", 4, true, &[("a", "start")])), Verdict::Refuse(_)));
+        assert!(matches!(judged(answer("l", 5, true, &[("a", "stop")])), Verdict::Refuse(_)));
+        assert_eq!(judged(answer("l", 5, true, &[("a", "start")])), Verdict::Unchanged);
+        assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), Verdict::Take { new_lineage: true, .. }));
+        assert!(matches!(judged(answer("l", 6, true, &[("a", "start"), ("a", "stop")])), Verdict::Refuse(_)));
+    }
+
+    #[test]
+    fn an_unknown_command_changes_nothing_and_is_told() {
+        let held = take(&Desired::default(), &answer("l", 1, true, &[("a", "start")]));
+        let Verdict::Take { desired, unsupported, .. } =
+            judge(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")]))
+        else {
+            panic!()
+        };
+        assert_eq!(desired.agents, held.agents);
+        assert_eq!(unsupported, [("a".parse().unwrap(), "dance".to_owned())]);
+    }
+}

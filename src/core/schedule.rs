@@ -1,0 +1,82 @@
+//! When to try again: delays that grow, jitter that spreads, and the moments of the heartbeat.
+
+use std::time::Duration;
+
+/// How the delay between tries grows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Backoff {
+    pub base: Duration,
+    pub cap: Duration,
+}
+
+impl Backoff {
+    /// The delay after `failures` in a row (from 1): doubling, capped, spread over its upper half by `jitter` from 0 to 1.
+    pub fn delay(self, failures: u32, jitter: f64) -> Duration {
+        let doubled = self.base.saturating_mul(1 << failures.saturating_sub(1).min(20));
+        doubled.min(self.cap).mul_f64(0.5 + 0.5 * jitter.clamp(0.0, 1.0))
+    }
+}
+
+/// The longest that a gateway may make a host wait.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
+/// A gateway that cannot be reached is tried at least so often.
+const LONGEST_HEARTBEAT_BACKOFF: Duration = Duration::from_secs(300);
+
+/// What the last heartbeat came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Outcome {
+    Answered,
+    /// Failed for the n-th time in a row, from 1, perhaps with the gateway's own word on when to come again.
+    Failed {
+        times: u32,
+        retry_after: Option<Duration>,
+    },
+}
+
+/// How long to wait before the next heartbeat. `jitter` is from 0 to 1.
+pub fn next_heartbeat(interval: Duration, outcome: Outcome, jitter: f64) -> Duration {
+    match outcome {
+        Outcome::Answered => interval.mul_f64(0.9 + 0.2 * jitter.clamp(0.0, 1.0)),
+        Outcome::Failed { times, retry_after } => {
+            let backoff = Backoff { base: interval, cap: LONGEST_HEARTBEAT_BACKOFF.max(interval) };
+            let ours = backoff.delay(times, jitter);
+            retry_after.map_or(ours, |theirs| theirs.min(LONGEST_RETRY_AFTER).max(ours))
+        }
+    }
+}
+
+/// How long to wait before the first one: none, but after boot a random moment of the interval, so that a site that regains power does not
+/// come all at once.
+pub fn first_heartbeat(interval: Duration, after_boot: bool, jitter: f64) -> Duration {
+    if after_boot { interval.mul_f64(jitter.clamp(0.0, 1.0)) } else { Duration::ZERO }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: fn(u64) -> Duration = Duration::from_secs;
+
+    #[test]
+    fn heartbeats_keep_their_interval_within_a_tenth() {
+        assert_eq!(next_heartbeat(S(30), Outcome::Answered, 0.0), S(27));
+        assert_eq!(next_heartbeat(S(30), Outcome::Answered, 1.0), S(33));
+    }
+
+    #[test]
+    fn failures_back_off_to_a_cap_and_the_gateways_word_is_heard() {
+        let failed = |times, retry_after| next_heartbeat(S(30), Outcome::Failed { times, retry_after }, 1.0);
+        assert_eq!(failed(1, None), S(30));
+        assert_eq!(failed(2, None), S(60));
+        assert_eq!(failed(30, None), S(300));
+        assert_eq!(failed(1, Some(S(120))), S(120));
+        assert_eq!(failed(1, Some(S(86_400))), S(3600));
+        assert_eq!(failed(3, Some(S(1))), S(120));
+    }
+
+    #[test]
+    fn the_first_one_is_immediate_but_after_boot() {
+        assert_eq!(first_heartbeat(S(30), false, 0.7), Duration::ZERO);
+        assert_eq!(first_heartbeat(S(30), true, 0.5), S(15));
+    }
+}

@@ -1,0 +1,99 @@
+//! What `status` shows, on the wire between manager and operator and as `status --json`.
+
+use serde::{Deserialize, Serialize};
+
+use super::model::{AgentName, Version};
+use super::protocol::AgentState;
+
+/// The document of `status --json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// Of the release installed; null where nothing is.
+    pub version: Option<Version>,
+    pub home: String,
+    pub state: HomeState,
+    pub spm: RoleStatus,
+    pub spa: RoleStatus,
+    pub gateway: GatewayStatus,
+    pub generation: u64,
+    pub agents: Vec<AgentStatus>,
+    /// What an operator should know: a bad configuration, a refused desired state, nothing that starts the home at boot.
+    #[serde(default)]
+    pub problems: Vec<String>,
+}
+
+/// The state of an installation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum HomeState {
+    Running,
+    /// It runs, but not all of it as wanted.
+    Degraded,
+    Stopped,
+    NotInstalled,
+}
+
+impl HomeState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            HomeState::Running => "running",
+            HomeState::Degraded => "degraded",
+            HomeState::Stopped => "stopped",
+            HomeState::NotInstalled => "not installed",
+        }
+    }
+}
+
+/// One of the two resident roles.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RoleStatus {
+    pub pid: Option<u32>,
+    pub uptime_seconds: Option<u64>,
+    /// Resident memory.
+    pub memory_bytes: Option<u64>,
+    /// Restarts that nobody asked for, since it was last started on purpose.
+    pub restarts: u64,
+}
+
+/// The way to the gateway.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GatewayStatus {
+    /// The one that answered last, else the first configured.
+    pub endpoint: Option<String>,
+    /// The last heartbeat succeeded.
+    pub connected: bool,
+    /// When the last one succeeded, RFC 3339.
+    pub last_heartbeat: Option<String>,
+    /// Why the last one did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// One sub-agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentStatus {
+    pub name: AgentName,
+    pub version: Option<Version>,
+    pub state: AgentState,
+    pub pid: Option<u32>,
+    pub uptime_seconds: Option<u64>,
+    pub restarts: u64,
+    pub memory_bytes: Option<u64>,
+    pub last_error: Option<String>,
+}
+
+/// The state of a home whose manager answers.
+pub fn judge(spa_alive: bool, agents: &[AgentStatus], problems: &[String]) -> HomeState {
+    let as_wanted = |agent: &AgentStatus| {
+        matches!(agent.state, AgentState::Running | AgentState::Stopped | AgentState::Starting | AgentState::Updating)
+    };
+    if spa_alive && problems.is_empty() && agents.iter().all(as_wanted) {
+        HomeState::Running
+    } else {
+        HomeState::Degraded
+    }
+}
