@@ -5,6 +5,12 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
+mod local;
+mod process;
+
+pub use local::*;
+pub use process::*;
+
 // --- Files
 
 /// Sets a file's permission bits.

@@ -1,0 +1,110 @@
+//! The local door's hinges: a Unix socket in the home, open to its owner and root alone.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+
+/// What accepts connections.
+#[derive(Debug)]
+pub struct LocalListener(tokio::net::UnixListener);
+
+/// The manager's end of a connection.
+pub type LocalStream = tokio::net::UnixStream;
+
+/// The other end, for programs that block.
+pub type LocalConnection = UnixStream;
+
+/// A socket's address holds 108 bytes (unix(7)). A longer path is reached through its directory's descriptor.
+const LONGEST_ADDRESS: usize = 100;
+
+fn address(path: &Path) -> io::Result<(PathBuf, Option<OwnedFd>)> {
+    if path.as_os_str().len() <= LONGEST_ADDRESS {
+        return Ok((path.to_owned(), None));
+    }
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    let directory = rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    Ok((PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name), Some(directory)))
+}
+
+impl LocalListener {
+    /// Listens at `path` in place of whoever did before: the caller holds the role's lock.
+    pub fn bind(path: &Path) -> io::Result<LocalListener> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let (address, _directory) = address(path)?;
+        let listener = tokio::net::UnixListener::bind(address)?;
+        super::set_mode(path, 0o600)?;
+        Ok(LocalListener(listener))
+    }
+
+    /// The next connection by somebody who may command this home: root, or whoever we run as.
+    pub async fn accept(&mut self) -> io::Result<LocalStream> {
+        loop {
+            let (stream, _) = self.0.accept().await?;
+            let peer = stream.peer_cred()?.uid();
+            if peer == 0 || peer == rustix::process::geteuid().as_raw() {
+                return Ok(stream);
+            }
+        }
+    }
+}
+
+/// Connects to the door at `path`; reads and writes give up after `timeout`.
+pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnection> {
+    let (address, _directory) = address(path)?;
+    let stream = UnixStream::connect(address)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    Ok(stream)
+}
+
+/// A second handle on the same connection.
+pub fn clone_local(connection: &LocalConnection) -> io::Result<LocalConnection> {
+    connection.try_clone()
+}
+
+/// Lets reads of a connection wait for ever.
+pub fn wait_for_ever(connection: &LocalConnection) -> io::Result<()> {
+    connection.set_read_timeout(None)
+}
+
+/// Ends a connection for all who hold it, and so wakes who reads from it.
+pub fn hang_up(connection: &LocalConnection) {
+    let _ = connection.shutdown(std::net::Shutdown::Both);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_door_deep_in_the_tree_can_be_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let deep = directory.path().join("d".repeat(120));
+        std::fs::create_dir(&deep).unwrap();
+        let path = deep.join("spm.sock");
+        let mut listener = LocalListener::bind(&path).unwrap();
+        let client = std::thread::spawn(move || {
+            let mut connection = connect_local(&path, Duration::from_secs(10)).unwrap();
+            connection.write_all(b"x").unwrap();
+            let mut text = String::new();
+            connection.read_to_string(&mut text).unwrap();
+            text
+        });
+        let mut stream = listener.accept().await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'x');
+        stream.write_all(b"hello").await.unwrap();
+        drop(stream);
+        assert_eq!(client.join().unwrap(), "hello");
+    }
+}

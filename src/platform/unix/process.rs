@@ -1,0 +1,415 @@
+//! Processes: who is there, who belongs together, how one begins and how its end is seen.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::core::manifest::StopSignal;
+
+/// Where the kernel offers no pidfd, a process that is not our child is looked at so often.
+const POLL: Duration = Duration::from_millis(250);
+/// An environment is read up to here: the mark is among the first.
+const ENVIRON_LIMIT: u64 = 256 << 10;
+
+/// One process as it was seen. Zombies are not seen: they run nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub pid: u32,
+    /// Clock ticks since boot; with the pid it names a process for good.
+    pub start_time: u64,
+    pub session: u32,
+    pub mark: Option<Mark>,
+}
+
+/// Which sub-agent a process belongs to, by the environment that it was started with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark {
+    pub name: String,
+    pub version: String,
+}
+
+/// When a live process started, in clock ticks since boot; `None`: there is none of that number, or only its remains.
+pub fn start_time(pid: u32) -> Option<u64> {
+    stat(pid).map(|stat| stat.start_time)
+}
+
+struct Stat {
+    session: u32,
+    start_time: u64,
+}
+
+fn stat(pid: u32) -> Option<Stat> {
+    let mut buffer = [0; 1024];
+    let mut file = File::open(format!("/proc/{pid}/stat")).ok()?;
+    let length = file.read(&mut buffer).ok()?;
+    parse_stat(&buffer[..length])
+}
+
+/// Fields of `/proc/PID/stat` (proc(5)), counted behind the last `)`: the name before it may hold anything.
+fn parse_stat(text: &[u8]) -> Option<Stat> {
+    let behind = text.iter().rposition(|byte| *byte == b')')? + 1;
+    let mut fields = text[behind..].split(|byte| *byte == b' ').filter(|field| !field.is_empty());
+    let state = fields.next()?;
+    if matches!(state, b"Z" | b"X" | b"x") {
+        return None;
+    }
+    let session = number(fields.nth(2)?)?;
+    let start_time = number(fields.nth(15)?)?;
+    Some(Stat { session: session as u32, start_time })
+}
+
+fn number(digits: &[u8]) -> Option<u64> {
+    digits.iter().try_fold(0_u64, |value, byte| match byte {
+        b'0'..=b'9' => value.checked_mul(10)?.checked_add(u64::from(byte - b'0')),
+        _ => None,
+    })
+}
+
+/// Names this boot of the machine: a pid and start time mean nothing in another.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
+}
+
+/// How long the machine has been up.
+pub fn uptime() -> Option<Duration> {
+    let text = fs::read_to_string("/proc/uptime").ok()?;
+    Some(Duration::from_secs_f64(text.split_whitespace().next()?.parse().ok()?))
+}
+
+/// How long a process has been running, from its start time.
+pub fn age(start_time: u64) -> Option<Duration> {
+    let since_boot = Duration::from_secs_f64(start_time as f64 / rustix::param::clock_ticks_per_second() as f64);
+    Some(uptime()?.saturating_sub(since_boot))
+}
+
+/// Resident memory of a process, bytes.
+pub fn memory_bytes(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let pages: u64 = text.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
+/// The executable that a process runs, where we may know it.
+pub fn executable_of(pid: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe")).ok()
+}
+
+/// Every process of the host that we can see, with the marks of those that belong to the home.
+pub fn processes(home: &Path) -> Vec<Seen> {
+    let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| *pid != std::process::id())
+        .filter_map(|pid| {
+            let stat = stat(pid)?;
+            Some(Seen { pid, start_time: stat.start_time, session: stat.session, mark: mark(pid, home) })
+        })
+        .collect()
+}
+
+fn mark(pid: u32, home: &Path) -> Option<Mark> {
+    let mut environ = vec![];
+    File::open(format!("/proc/{pid}/environ")).ok()?.take(ENVIRON_LIMIT).read_to_end(&mut environ).ok()?;
+    let find = |key: &[u8]| environ.split(|byte| *byte == 0).find_map(|variable| variable.strip_prefix(key));
+    if find(b"AOPS_HOME=")? != home.as_os_str().as_bytes() {
+        return None;
+    }
+    let text = |key: &[u8]| Some(String::from_utf8_lossy(find(key)?).into_owned());
+    Some(Mark { name: text(b"AOPS_AGENT_NAME=")?, version: text(b"AOPS_AGENT_VERSION=").unwrap_or_default() })
+}
+
+/// Sends a signal to the very process meant: nothing happens to another that has its number now. `false`: it is gone.
+pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool> {
+    let Some(target) = Pid::from_raw(pid as i32) else { return Ok(false) };
+    let signal = match signal {
+        StopSignal::Term => Signal::TERM,
+        StopSignal::Int => Signal::INT,
+        StopSignal::Quit => Signal::QUIT,
+        StopSignal::Hup => Signal::HUP,
+        StopSignal::Usr1 => Signal::USR1,
+        StopSignal::Usr2 => Signal::USR2,
+        StopSignal::Kill => Signal::KILL,
+    };
+    // The pidfd is held before the start time is looked at, so the number cannot change hands in between.
+    let sent = match rustix::process::pidfd_open(target, PidfdFlags::empty()) {
+        Ok(_) | Err(rustix::io::Errno::SRCH) if self::start_time(pid) != Some(start_time) => return Ok(false),
+        Ok(pidfd) => rustix::process::pidfd_send_signal(&pidfd, signal),
+        Err(_) if self::start_time(pid) != Some(start_time) => return Ok(false),
+        Err(_) => rustix::process::kill_process(target, signal),
+    };
+    match sent {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::SRCH) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Resolves when a process that need not be our child has ended: by pidfd, by looking where there is none.
+pub async fn ended(pid: u32, start_time: u64) {
+    if let Some(pidfd) = watched(pid)
+        && self::start_time(pid) == Some(start_time)
+        && pidfd.ready(Interest::READABLE).await.is_ok()
+    {
+        return;
+    }
+    while self::start_time(pid) == Some(start_time) {
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn watched(pid: u32) -> Option<AsyncFd<OwnedFd>> {
+    let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid as i32)?, PidfdFlags::NONBLOCK).ok()?;
+    AsyncFd::with_interest(pidfd, Interest::READABLE).ok()
+}
+
+/// How an ended child ended, in words.
+pub fn how_it_ended(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exited with {code}"),
+        (None, Some(signal)) => {
+            let name = match signal {
+                1 => " (HUP)",
+                2 => " (INT)",
+                3 => " (QUIT)",
+                4 => " (ILL)",
+                6 => " (ABRT)",
+                7 => " (BUS)",
+                8 => " (FPE)",
+                9 => " (KILL)",
+                11 => " (SEGV)",
+                13 => " (PIPE)",
+                15 => " (TERM)",
+                31 => " (SYS)",
+                _ => "",
+            };
+            format!("killed by signal {signal}{name}")
+        }
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+/// Whom a sub-agent runs as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    pub home: String,
+    pub name: String,
+}
+
+/// Looks a user up in `/etc/passwd` and `/etc/group`: a static executable has no other name service.
+pub fn find_user(name: &str) -> io::Result<User> {
+    let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("there is no user {name:?} in /etc/passwd"));
+    let passwd = fs::read_to_string("/etc/passwd")?;
+    let fields: Vec<&str> =
+        passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields.first() == Some(&name)).ok_or_else(unknown)?;
+    let &[_, _, uid, gid, _, home, ..] = fields.as_slice() else { return Err(unknown()) };
+    let (uid, gid) = (uid.parse().map_err(|_| unknown())?, gid.parse().map_err(|_| unknown())?);
+    let group = fs::read_to_string("/etc/group").unwrap_or_default();
+    let mut groups: Vec<u32> = group
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(':').skip(2);
+            let gid = fields.next()?.parse().ok()?;
+            fields.next()?.split(',').any(|member| member == name).then_some(gid)
+        })
+        .collect();
+    groups.push(gid);
+    Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
+}
+
+/// How a sub-agent's process begins.
+#[derive(Debug)]
+pub struct Launch {
+    /// Where the record of the process goes.
+    pub record: PathBuf,
+    /// The record's text up to its pid: `pid` and `startTime` are put behind it by the child itself.
+    pub head: Vec<u8>,
+    pub user: Option<User>,
+}
+
+/// Makes a command begin a session of its own and write its own record before it runs the program.
+///
+/// So a record exists for every program that runs, whenever the manager dies. Where it cannot be written (a full disk), the program runs
+/// all the same: its mark stands in.
+pub fn launch_as(command: &mut Command, launch: Launch) -> io::Result<()> {
+    let path = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    let mut temporary = launch.record.clone().into_os_string();
+    temporary.push(".new");
+    let (temporary, record) = (path(Path::new(&temporary))?, path(&launch.record)?);
+    let (head, user) = (launch.head, launch.user);
+    let groups: Vec<_> = user.iter().flat_map(|user| &user.groups).map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
+    let in_child = move || {
+        // Between fork and exec: system calls alone, no allocation, nothing that takes a lock.
+        rustix::process::setsid()?;
+        rustix::process::umask(Mode::from_raw_mode(0o022));
+        let _ = write_record(&temporary, &record, &head);
+        if let Some(user) = &user {
+            set_thread_groups(&groups)?;
+            set_thread_gid(rustix::process::Gid::from_raw(user.gid))?;
+            set_thread_uid(rustix::process::Uid::from_raw(user.uid))?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes raw system calls alone; all that it uses was allocated before the fork.
+    unsafe { command.pre_exec(in_child) };
+    Ok(())
+}
+
+fn write_record(temporary: &CString, record: &CString, head: &[u8]) -> rustix::io::Result<()> {
+    let stat_file = rustix::fs::open(c"/proc/self/stat", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut text = [0_u8; 1024];
+    let length = rustix::io::read(&stat_file, &mut text)?;
+    let start_time = parse_stat(&text[..length]).map_or(0, |stat| stat.start_time);
+    let pid = rustix::process::getpid().as_raw_nonzero().get() as u64;
+
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = rustix::fs::open(temporary.as_c_str(), flags, Mode::from_raw_mode(0o600))?;
+    let mut tail = [0_u8; 96];
+    let mut end = 0;
+    for part in [digits(pid, &mut [0; 20]), b",\"startTime\":", digits(start_time, &mut [0; 20]), b"}\n"] {
+        tail[end..end + part.len()].copy_from_slice(part);
+        end += part.len();
+    }
+    for mut rest in [head, &tail[..end]] {
+        while !rest.is_empty() {
+            let written = rustix::io::write(&file, rest)?;
+            rest = &rest[written..];
+        }
+    }
+    rustix::fs::rename(temporary.as_c_str(), record.as_c_str())
+}
+
+/// A number in decimal, without allocating.
+fn digits(mut value: u64, buffer: &mut [u8; 20]) -> &[u8] {
+    let mut at = buffer.len();
+    loop {
+        at -= 1;
+        buffer[at] = b'0' + (value % 10) as u8;
+        value /= 10;
+        if value == 0 {
+            return &buffer[at..];
+        }
+    }
+}
+
+/// Completes the record of a launched child: on Unix the child did so itself.
+pub fn launched(_record: &Path, _head: &[u8], _pid: u32) -> io::Result<()> {
+    Ok(())
+}
+
+/// Makes a command begin a session of its own, so that it outlives us and our terminal.
+pub fn detach(command: &mut Command) {
+    let in_child = || {
+        rustix::process::setsid()?;
+        Ok(())
+    };
+    // SAFETY: one system call between fork and exec.
+    unsafe { command.pre_exec(in_child) };
+}
+
+/// Whether a failed start is worth a short wait: the program's file is still open for writing in a child of ours that has not come to
+/// its own exec yet.
+pub fn is_busy_text(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::TXTBSY.raw_os_error())
+}
+
+/// The variables that any program expects, from a clean start: a sub-agent must not depend on whose shell started the manager.
+pub fn base_environment(user: Option<&User>) -> Vec<(String, String)> {
+    let inherited = |name: &str| std::env::var(name).ok();
+    let root = || ("root".to_owned(), "/root".to_owned());
+    let (name, home) = match user {
+        Some(user) => (user.name.clone(), user.home.clone()),
+        None => match (inherited("USER"), inherited("HOME")) {
+            (Some(name), Some(home)) if !is_root() => (name, home),
+            (_, Some(home)) if !is_root() => (String::new(), home),
+            _ => root(),
+        },
+    };
+    let mut variables = vec![
+        ("PATH".to_owned(), "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+        ("HOME".to_owned(), home),
+    ];
+    if !name.is_empty() {
+        variables.extend([("USER".to_owned(), name.clone()), ("LOGNAME".to_owned(), name)]);
+    }
+    variables.extend(["LANG", "TZ"].into_iter().filter_map(|name| Some((name.to_owned(), inherited(name)?))));
+    variables
+}
+
+use super::is_root;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_spaces_and_brackets_does_not_shift_the_fields() {
+        let text = b"42 (a) b (c)) S 1 40 41 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 100 200\n";
+        let stat = parse_stat(text).unwrap();
+        assert_eq!((stat.session, stat.start_time), (41, 987_654));
+        assert!(parse_stat(b"42 (a) Z 1 40 41 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654").is_none());
+        assert!(parse_stat(b"").is_none());
+    }
+
+    #[test]
+    fn another_process_with_the_same_number_gets_no_signal() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let started = start_time(child.id()).unwrap();
+        assert!(!signal(child.id(), started + 1, StopSignal::Kill).unwrap());
+        assert!(child.try_wait().unwrap().is_none());
+        assert!(signal(child.id(), started, StopSignal::Kill).unwrap());
+        child.wait().unwrap();
+        assert_eq!(start_time(child.id()), None);
+        assert!(!signal(child.id(), started, StopSignal::Kill).unwrap());
+    }
+
+    #[test]
+    fn a_launched_child_wrote_its_own_record() {
+        let directory = tempfile::tempdir().unwrap();
+        let record = directory.path().join("a.json");
+        let mut command = Command::new("cat");
+        command.arg(&record).stdout(std::process::Stdio::piped());
+        launch_as(&mut command, Launch { record: record.clone(), head: b"{\"pid\":".to_vec(), user: None }).unwrap();
+        let child = command.spawn().unwrap();
+        let pid = child.id();
+        let output = child.wait_with_output().unwrap();
+        let record: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(record["pid"], pid);
+        assert!(record["startTime"].as_u64().unwrap() > 0);
+    }
+
+    #[test]
+    fn a_program_runs_although_its_record_cannot_be_written() {
+        let mut command = Command::new("true");
+        launch_as(&mut command, Launch { record: "/proc/nowhere/a.json".into(), head: vec![], user: None }).unwrap();
+        assert!(command.status().unwrap().success());
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_process_that_is_no_child_of_ours_is_seen() {
+        let mut child = Command::new("sh").args(["-c", "sleep 60 & echo $!"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut text = [0; 16];
+        let length = child.stdout.take().unwrap().read(&mut text).unwrap();
+        let pid: u32 = std::str::from_utf8(&text[..length]).unwrap().trim().parse().unwrap();
+        child.wait().unwrap();
+        let started = start_time(pid).unwrap();
+        let ended = tokio::spawn(ended(pid, started));
+        signal(pid, started, StopSignal::Kill).unwrap();
+        tokio::time::timeout(Duration::from_secs(10), ended).await.unwrap().unwrap();
+    }
+}

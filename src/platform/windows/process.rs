@@ -1,0 +1,1 @@
+//! Windows side of it.

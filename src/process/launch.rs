@@ -1,0 +1,199 @@
+//! Starts a sub-agent's program: its directory, its environment, its log, its record.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest as _, Sha256};
+
+use super::record::{self, Head, Kind, Record};
+use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest, Restart, StopSignal};
+use crate::core::model::{AgentId, AgentName, Version};
+use crate::home::Home;
+use crate::platform::{self, Launch};
+use crate::store;
+
+/// A manifest is refused beyond this.
+const MAX_MANIFEST_BYTES: u64 = 256 << 10;
+/// How often, and how long apart, a program is tried whose file is still being written by a forked child.
+const BUSY_TRIES: u32 = 50;
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// `control` scripts stop themselves; what is left after this is ended by us.
+const SCRIPT_GRACE: Duration = Duration::from_secs(10);
+
+/// How an unpacked release is run.
+#[derive(Debug, Clone)]
+pub enum Program {
+    Native(Box<Manifest>),
+    Script,
+}
+
+impl Program {
+    pub fn restart(&self) -> Restart {
+        match self {
+            Program::Native(manifest) => manifest.run.restart,
+            Program::Script => Restart::Always,
+        }
+    }
+
+    pub fn kind(&self) -> Kind {
+        match self {
+            Program::Native(_) => Kind::Native,
+            Program::Script => Kind::Script,
+        }
+    }
+}
+
+/// What a release's directory says about how it is run.
+pub fn inspect(home: &Home, name: &AgentName, version: &Version) -> Result<Program> {
+    let directory = home.release(name, version);
+    let path = directory.join(MANIFEST);
+    let Some(bytes) = store::read(&path, MAX_MANIFEST_BYTES)? else {
+        if directory.join(CONTROL_SCRIPT).is_file() {
+            return Ok(Program::Script);
+        }
+        bail!("cannot run {name} {version}: its package has neither {MANIFEST} nor an executable {CONTROL_SCRIPT} at its root");
+    };
+    let text = String::from_utf8(bytes).with_context(|| format!("cannot read {}: it is not UTF-8", path.display()))?;
+    let manifest = parse(&text).with_context(|| format!("cannot use {MANIFEST} of {name} {version}; publish a mended package"))?;
+    if manifest.name != *name || manifest.version != *version {
+        bail!(
+            "cannot run {name} {version}: its {MANIFEST} says that it is {} {}",
+            manifest.name,
+            manifest.version
+        );
+    }
+    Ok(Program::Native(Box::new(manifest)))
+}
+
+/// Reads the text of an `agent.toml`.
+pub fn parse(text: &str) -> Result<Manifest> {
+    let manifest: Manifest = toml::from_str(text)?;
+    manifest.check().map_err(anyhow::Error::msg)?;
+    Ok(manifest)
+}
+
+/// All that a start needs to know.
+#[derive(Debug, Clone)]
+pub struct Start {
+    pub home: Home,
+    pub name: AgentName,
+    pub version: Version,
+    pub program: Program,
+    /// As the gateway told it, before what may not be set is left out.
+    pub env: BTreeMap<String, String>,
+    pub agent_id: AgentId,
+    pub endpoint: String,
+    pub restarts: u64,
+}
+
+impl Start {
+    pub fn directory(&self) -> PathBuf {
+        self.home.release(&self.name, &self.version)
+    }
+
+    /// The variables of the gateway's that this package does not let it set.
+    pub fn refused_env(&self) -> Vec<String> {
+        manifest::admit_env(&self.env, self.env_allow()).1.into_iter().map(str::to_owned).collect()
+    }
+
+    fn env_allow(&self) -> &[String] {
+        match &self.program {
+            Program::Native(manifest) => &manifest.run.env_allow,
+            Program::Script => &[],
+        }
+    }
+
+    pub fn head(&self) -> Head {
+        let (stop_signal, grace, kill_mode) = match &self.program {
+            Program::Native(manifest) => (manifest.run.stop_signal, manifest.run.grace(), manifest.run.kill_mode),
+            Program::Script => (StopSignal::Term, SCRIPT_GRACE, KillMode::Tree),
+        };
+        Head {
+            format: 1,
+            name: self.name.clone(),
+            version: self.version.clone(),
+            kind: self.program.kind(),
+            env_hash: env_hash(&self.env),
+            restarts: self.restarts,
+            stop_signal,
+            grace_seconds: grace.as_secs(),
+            kill_mode,
+            boot_id: platform::boot_id(),
+        }
+    }
+
+    /// A command that runs a program of this release with its environment, its output in the sub-agent's log.
+    pub fn command(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
+        let log = self.home.agent_log(&self.name);
+        let output = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("cannot open the log {}", log.display()))?;
+        let errors = output.try_clone().context("cannot open the log twice")?;
+        let mut command = Command::new(self.directory().join(program));
+        command.current_dir(self.directory()).stdin(Stdio::null()).stdout(output).stderr(errors).env_clear();
+        command.envs(platform::base_environment(user));
+        if let Program::Native(manifest) = &self.program {
+            command.envs(&manifest.env);
+        }
+        command.envs(manifest::admit_env(&self.env, self.env_allow()).0);
+        command
+            .env("AOPS_HOME", self.home.root())
+            .env("AOPS_AGENT_NAME", self.name.as_str())
+            .env("AOPS_AGENT_VERSION", self.version.as_str())
+            .env("AOPS_AGENT_ID", self.agent_id.as_str())
+            .env("AOPS_ENDPOINT", &self.endpoint);
+        Ok(command)
+    }
+}
+
+/// SHA-256 over a gateway's variables, each as `name=value` and a zero byte, in order.
+pub fn env_hash(env: &BTreeMap<String, String>) -> String {
+    let mut hash = Sha256::new();
+    for (name, value) in env {
+        hash.update(format!("{name}={value}\0"));
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Starts a native sub-agent. Its record is in place when its program runs.
+pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(tokio::process::Child, Record)> {
+    let Some((program, arguments)) = manifest.run.command.split_first() else { bail!("its command is empty") };
+    let user = match &manifest.run.user {
+        Some(name) => Some(platform::find_user(name).with_context(|| format!("cannot run as user {name:?}"))?),
+        None => None,
+    };
+    let head = start.head();
+    let text = head.text_before_pid()?;
+    let record_path = start.home.process_record(&start.name);
+    let mut tries = 0;
+    let child = loop {
+        let mut command = start.command(program, user.as_ref())?;
+        command.args(arguments);
+        if let Some(workdir) = &manifest.run.workdir {
+            command.current_dir(start.directory().join(workdir));
+        }
+        platform::launch_as(&mut command, Launch { record: record_path.clone(), head: text.clone(), user: user.clone() })?;
+        match tokio::process::Command::from(command).spawn() {
+            Ok(child) => break child,
+            Err(error) if platform::is_busy_text(&error) && tries < BUSY_TRIES => {
+                tries += 1;
+                tokio::time::sleep(BUSY_PAUSE).await;
+            }
+            Err(error) => {
+                // The child wrote its record before its program turned out not to run.
+                record::remove(&start.home, &start.name)?;
+                return Err(error).with_context(|| format!("cannot run {}", start.directory().join(program).display()));
+            }
+        }
+    };
+    let pid = child.id().context("the child has no pid")?;
+    platform::launched(&record_path, &text, pid)?;
+    let start_time = platform::start_time(pid).unwrap_or_default();
+    Ok((child, Record { head, pid, start_time }))
+}

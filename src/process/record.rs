@@ -1,0 +1,131 @@
+//! The record of a sub-agent's process, by which the next manager adopts it and any role can stop it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::core::manifest::{KillMode, StopSignal};
+use crate::core::model::{AgentName, Version};
+use crate::home::Home;
+use crate::{platform, store};
+
+/// Which convention a sub-agent follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Kind {
+    /// Run by us, as its `agent.toml` says.
+    Native,
+    /// Driven through its own `control` script.
+    Script,
+}
+
+/// What is known of a process before it is there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Head {
+    pub format: u32,
+    pub name: AgentName,
+    pub version: Version,
+    pub kind: Kind,
+    /// Of the environment that the gateway told.
+    pub env_hash: String,
+    /// Restarts that nobody asked for, so far.
+    pub restarts: u64,
+    pub stop_signal: StopSignal,
+    pub grace_seconds: u64,
+    pub kill_mode: KillMode,
+    pub boot_id: String,
+}
+
+/// A process that was started.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Record {
+    #[serde(flatten)]
+    pub head: Head,
+    pub pid: u32,
+    /// As the platform counts it; with the pid it names a process for good, within one boot.
+    pub start_time: u64,
+}
+
+impl Head {
+    /// The record's JSON up to where the child puts its pid.
+    pub fn text_before_pid(&self) -> Result<Vec<u8>> {
+        let mut text = serde_json::to_vec(self)?;
+        text.pop();
+        text.extend_from_slice(b",\"pid\":");
+        Ok(text)
+    }
+
+    pub fn grace(&self) -> Duration {
+        Duration::from_secs(self.grace_seconds)
+    }
+}
+
+impl Record {
+    /// Whether the process that was recorded runs now.
+    pub fn is_alive(&self) -> bool {
+        self.head.boot_id == platform::boot_id() && platform::start_time(self.pid) == Some(self.start_time)
+    }
+
+    pub fn save(&self, home: &Home) -> Result<()> {
+        store::save(&home.process_record(&self.head.name), self)
+    }
+}
+
+/// The record of one sub-agent. One that cannot be read says nothing and is as good as none: the marks stand in.
+pub fn load(home: &Home, name: &AgentName) -> Option<Record> {
+    read(&home.process_record(name))
+}
+
+fn read(path: &Path) -> Option<Record> {
+    match store::load(path) {
+        Ok(record) => record,
+        Err(error) => {
+            tracing::warn!(error = format!("{error:#}"), "a process record cannot be read; its sub-agent is looked for by its mark");
+            None
+        }
+    }
+}
+
+/// Every record of a home.
+pub fn all(home: &Home) -> Vec<Record> {
+    let Ok(entries) = std::fs::read_dir(home.process_records()) else { return vec![] };
+    entries
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            (path.extension()? == "json").then(|| read(&path))?
+        })
+        .collect()
+}
+
+pub fn remove(home: &Home, name: &AgentName) -> Result<()> {
+    store::remove(&home.process_record(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_child_completes_reads_back_as_a_record() {
+        let head = Head {
+            format: 1,
+            name: "a".parse().unwrap(),
+            version: "1".parse().unwrap(),
+            kind: Kind::Native,
+            env_hash: "x".into(),
+            restarts: 3,
+            stop_signal: StopSignal::Int,
+            grace_seconds: 10,
+            kill_mode: KillMode::Process,
+            boot_id: "b".into(),
+        };
+        let mut text = head.text_before_pid().unwrap();
+        text.extend_from_slice(b"12,\"startTime\":34}\n");
+        let record: Record = serde_json::from_slice(&text).unwrap();
+        assert_eq!(record, Record { head, pid: 12, start_time: 34 });
+    }
+}

@@ -1,0 +1,158 @@
+//! Sub-agents of the older kind: a package with an executable `control` at its root, which is asked to `start`, `stop` and tell its
+//! `status` (`started` or `stoped`, spelled so).
+//!
+//! The script puts the program into the background itself; its process is found by `control pid` where that is known, else as the oldest
+//! process that bears the mark.
+
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::launch::{Program, Start};
+use super::record::Record;
+use super::tree::{self, Target};
+use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
+use crate::home::Home;
+use crate::platform::{self, Seen};
+
+/// A script that takes longer is ended and counts as failed.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// After `control start` its process must be there by then.
+const APPEARS: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What `control status` said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Said {
+    Started,
+    Stopped,
+    /// Something else, or nothing.
+    Unclear,
+}
+
+/// Runs `control start` and finds the process that it started, whose record is written.
+pub async fn start(start: &Start) -> Result<Record> {
+    let mut command = start.command(CONTROL_SCRIPT, None)?;
+    command.arg("start");
+    let status = run(command).await?;
+    if !status.success() {
+        bail!("`control start` {}; see its log", platform::how_it_ended(status));
+    }
+    let deadline = Instant::now() + APPEARS;
+    loop {
+        if let Some(process) = find(start).await {
+            let record = Record { head: start.head(), pid: process.pid, start_time: process.start_time };
+            if let Err(error) = record.save(&start.home) {
+                tracing::warn!(agent = %start.name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
+            }
+            return Ok(record);
+        }
+        if Instant::now() >= deadline {
+            bail!("`control start` ended well, but {APPEARS:?} later no process of it is there; see its log");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// The main process: the one that `control pid` names, if it bears the mark, else the oldest that does.
+pub async fn find(start: &Start) -> Option<Seen> {
+    let members = tree::members(&start.home, &Target::of(&start.name, None));
+    let told = match members.len() {
+        0 => return None,
+        1 => None,
+        _ => told_pid(start).await,
+    };
+    members.iter().find(|process| Some(process.pid) == told).or(members.first()).cloned()
+}
+
+async fn told_pid(start: &Start) -> Option<u32> {
+    let output = ask(start, "pid").await.ok().filter(|output| output.status.success())?;
+    String::from_utf8_lossy(&output.stdout).split_whitespace().find_map(|word| word.parse().ok())
+}
+
+/// Asks `control status`.
+pub async fn status(start: &Start) -> Result<Said> {
+    let output = ask(start, "status").await?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let said = |words: &[&str]| text.split_whitespace().any(|word| words.contains(&word));
+    Ok(match () {
+        () if said(&["stoped", "stopped"]) => Said::Stopped,
+        () if said(&["started"]) => Said::Started,
+        () => Said::Unclear,
+    })
+}
+
+async fn ask(start: &Start, verb: &str) -> Result<Output> {
+    let mut command = start.command(CONTROL_SCRIPT, None)?;
+    command.arg(verb).stdout(Stdio::piped());
+    // Only the program itself is a member; a question must not look like one.
+    command.env_remove("AOPS_AGENT_NAME");
+    let mut command = tokio::process::Command::from(command);
+    let child = command.kill_on_drop(true).spawn().with_context(|| format!("cannot run `control {verb}`"))?;
+    match tokio::time::timeout(TIMEOUT, child.wait_with_output()).await {
+        Ok(output) => Ok(output?),
+        Err(_) => bail!("`control {verb}` did not answer within {TIMEOUT:?}"),
+    }
+}
+
+async fn run(mut command: std::process::Command) -> Result<std::process::ExitStatus> {
+    platform::detach(&mut command);
+    let mut command = tokio::process::Command::from(command);
+    let mut tries = 0;
+    let mut child = loop {
+        match command.spawn() {
+            Err(error) if platform::is_busy_text(&error) && tries < 50 => {
+                tries += 1;
+                tokio::time::sleep(LOOK).await;
+            }
+            started => break started.context("cannot run its `control` script")?,
+        }
+    };
+    match tokio::time::timeout(TIMEOUT, child.wait()).await {
+        Ok(status) => Ok(status?),
+        Err(_) => {
+            let _ = child.kill().await;
+            bail!("`control start` did not end within {TIMEOUT:?}; a script puts its program into the background")
+        }
+    }
+}
+
+/// Asks `control stop` of a recorded sub-agent and waits for it; what it leaves is the caller's to end. Blocks.
+pub fn stop(home: &Home, record: &Record) {
+    let head = &record.head;
+    let Some(start) = for_stop(home, record) else { return };
+    let stopped = || -> Result<()> {
+        let mut command = start.command(CONTROL_SCRIPT, None)?;
+        command.arg("stop").env_remove("AOPS_AGENT_NAME");
+        let mut child = command.spawn()?;
+        let deadline = Instant::now() + TIMEOUT;
+        while child.try_wait()?.is_none() {
+            if Instant::now() >= deadline {
+                child.kill()?;
+                child.wait()?;
+                bail!("it did not end within {TIMEOUT:?}");
+            }
+            platform::pause(LOOK);
+        }
+        Ok(())
+    };
+    if let Err(error) = stopped() {
+        tracing::warn!(agent = %head.name, error = format!("{error:#}"), "`control stop` failed; the sub-agent is stopped by signal");
+        let _ = platform::signal(record.pid, record.start_time, StopSignal::Term);
+    }
+}
+
+fn for_stop(home: &Home, record: &Record) -> Option<Start> {
+    let agent_id = std::fs::read_to_string(home.agent_id()).ok()?.trim().parse().ok()?;
+    Some(Start {
+        home: home.clone(),
+        name: record.head.name.clone(),
+        version: record.head.version.clone(),
+        program: Program::Script,
+        env: Default::default(),
+        agent_id,
+        endpoint: String::new(),
+        restarts: record.head.restarts,
+    })
+}
