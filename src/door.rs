@@ -1,1 +1,253 @@
-//! To be written.
+//! The local door: the manager's control socket, at which the operator asks and on which the watchdog holds the control connection.
+//!
+//! One JSON document a line each way, a [`Reply`] for a [`Request`]. A connection that said [`Request::Hello`] is the watch between the
+//! two roles: its end is the other's death, at once and without polling. Before it ends on purpose the manager says so with a
+//! [`Farewell`].
+
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::core::model::AgentName;
+use crate::core::status::Status;
+use crate::home::Home;
+use crate::platform::{self, LocalConnection, LocalListener, LocalStream};
+use crate::role::Role;
+
+/// A request is refused beyond this.
+const MAX_REQUEST_BYTES: u64 = 64 << 10;
+/// A reply is refused beyond this: a status of thousands of sub-agents is far smaller.
+const MAX_REPLY_BYTES: u64 = 16 << 20;
+/// So many may hold the door open at the same time.
+const MAX_CONNECTIONS: usize = 64;
+
+/// What may be asked of the manager.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "camelCase")]
+pub enum Request {
+    /// This connection is the other role's: watch it as it watches you.
+    Hello { role: Role, pid: u32 },
+    /// Are you still working?
+    Ping,
+    Status,
+    /// Stop every sub-agent, then yourself, and stay stopped.
+    Stop,
+    /// End yourself and leave the sub-agents running.
+    Yield,
+    /// Stop and start one sub-agent.
+    Restart { agent: AgentName },
+}
+
+/// What the manager answers.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Reply {
+    /// Why it could not be done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<Box<Status>>,
+}
+
+impl Reply {
+    pub fn done() -> Reply {
+        Reply::default()
+    }
+
+    pub fn failed(error: impl Into<String>) -> Reply {
+        Reply { error: Some(error.into()), status: None }
+    }
+}
+
+/// The last line on every connection before the manager ends on purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "farewell", rename_all = "camelCase")]
+pub enum Farewell {
+    /// The home stops.
+    Stop,
+    /// The manager gives way to another.
+    Yield,
+}
+
+/// What comes through the door to the manager.
+#[derive(Debug)]
+pub enum Knock {
+    Asked(Request, oneshot::Sender<Reply>),
+    /// The other role's connection ended: it is dead, or has left.
+    PeerGone { role: Role, pid: u32 },
+}
+
+/// Lets everybody in until the task is dropped. Each connection is a task; what is asked goes to `knocks`.
+pub async fn serve(mut listener: LocalListener, knocks: mpsc::Sender<Knock>, farewell: watch::Receiver<Option<Farewell>>) {
+    let seats = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(seat) = seats.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok(stream) => {
+                let (knocks, farewell) = (knocks.clone(), farewell.clone());
+                tokio::spawn(async move {
+                    let _seat = seat;
+                    if let Err(error) = converse(stream, knocks, farewell).await {
+                        tracing::debug!(error = format!("{error:#}"), "a connection at the local door ended");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(error = %error, "a connection at the local door cannot be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn converse(stream: LocalStream, knocks: mpsc::Sender<Knock>, mut farewell: watch::Receiver<Option<Farewell>>) -> Result<()> {
+    let (reader, mut writer) = tokio::io::split(stream);
+    let mut lines = tokio::io::BufReader::new(reader);
+    let mut peer = None;
+    let ended = loop {
+        let mut line = vec![];
+        let mut limited = (&mut lines).take(MAX_REQUEST_BYTES);
+        // `read_until` is not cancel-safe; the other arm ends the conversation, so nothing that was read is missed.
+        let read = tokio::select! {
+            read = limited.read_until(b'\n', &mut line) => read,
+            word = told(&mut farewell) => {
+                let _ = writer.write_all(&as_line(&word)?).await;
+                break Ok(());
+            }
+        };
+        match read {
+            Ok(0) => break Ok(()),
+            Ok(_) if !line.ends_with(b"\n") => break Err(anyhow::anyhow!("a request without an end")),
+            Ok(_) => {}
+            Err(error) => break Err(error.into()),
+        }
+        let reply = match serde_json::from_slice::<Request>(&line) {
+            Err(error) => Reply::failed(format!("cannot understand the request: {error}")),
+            Ok(request) => {
+                if let Request::Hello { role, pid } = request {
+                    peer = Some((role, pid));
+                }
+                let (sender, receiver) = oneshot::channel();
+                if knocks.send(Knock::Asked(request, sender)).await.is_err() {
+                    break Ok(());
+                }
+                receiver.await.unwrap_or_else(|_| Reply::failed("the manager is ending"))
+            }
+        };
+        if let Err(error) = writer.write_all(&as_line(&reply)?).await {
+            break Err(error.into());
+        }
+    };
+    if let Some((role, pid)) = peer {
+        let _ = knocks.send(Knock::PeerGone { role, pid }).await;
+    }
+    ended
+}
+
+/// Resolves when the manager ends on purpose.
+async fn told(farewell: &mut watch::Receiver<Option<Farewell>>) -> Farewell {
+    match farewell.wait_for(Option::is_some).await.map(|word| *word) {
+        Ok(Some(word)) => word,
+        _ => std::future::pending().await,
+    }
+}
+
+fn as_line<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// The asking side of a connection. Blocks.
+#[derive(Debug)]
+pub struct Door {
+    reader: BufReader<LocalConnection>,
+    writer: LocalConnection,
+}
+
+/// What came over a connection.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Heard {
+    Reply(Box<Reply>),
+    Farewell(Farewell),
+    /// The connection ended without a word.
+    End,
+}
+
+impl Door {
+    /// Opens the manager's door; `None`: nobody answers there. Every later wait gives up after `timeout`.
+    pub fn open(home: &Home, timeout: Duration) -> Result<Option<Door>> {
+        let path = home.control_socket();
+        let connection = match platform::connect_local(&path, timeout) {
+            Ok(connection) => connection,
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                bail!("cannot open the control socket {}: only its owner and root may; run this as one of them", path.display())
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot open the control socket {}", path.display())),
+        };
+        let writer = platform::clone_local(&connection)?;
+        Ok(Some(Door { reader: BufReader::new(connection), writer }))
+    }
+
+    pub fn send(&mut self, request: &Request) -> Result<()> {
+        self.writer.write_all(&as_line(request)?).context("cannot ask the manager")
+    }
+
+    /// Waits for what comes next.
+    pub fn hear(&mut self) -> Result<Heard> {
+        hear(&mut self.reader)
+    }
+
+    /// Asks and waits for the reply.
+    pub fn ask(&mut self, request: &Request) -> Result<Reply> {
+        self.send(request)?;
+        match self.hear()? {
+            Heard::Reply(reply) => Ok(*reply),
+            Heard::Farewell(_) | Heard::End => bail!("the manager ended before it answered"),
+        }
+    }
+
+    /// Splits into the end that asks and the end that hears, which then waits for ever.
+    pub fn split(self) -> Result<(LocalConnection, BufReader<LocalConnection>)> {
+        platform::wait_for_ever(self.reader.get_ref())?;
+        Ok((self.writer, self.reader))
+    }
+}
+
+/// Waits for what comes next on a connection.
+pub fn hear(reader: &mut BufReader<LocalConnection>) -> Result<Heard> {
+    let mut line = vec![];
+    let mut limited = std::io::Read::take(reader, MAX_REPLY_BYTES);
+    match limited.read_until(b'\n', &mut line) {
+        Ok(0) => return Ok(Heard::End),
+        Ok(_) => {}
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+            bail!("the manager does not answer in time")
+        }
+        Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => return Ok(Heard::End),
+        Err(error) => return Err(error).context("cannot hear the manager"),
+    }
+    if let Ok(word) = serde_json::from_slice(&line) {
+        return Ok(Heard::Farewell(word));
+    }
+    let reply = serde_json::from_slice(&line).context("cannot understand the manager's reply")?;
+    Ok(Heard::Reply(Box::new(reply)))
+}
+
+/// Sends a request on the asking end of a split connection.
+pub fn send(writer: &mut LocalConnection, request: &Request) -> Result<()> {
+    writer.write_all(&as_line(request)?).context("cannot ask the manager")
+}
+
+/// Opens the door, asks one thing and waits for the reply; `None`: nobody answers there.
+pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<Reply>> {
+    match Door::open(home, timeout)? {
+        Some(mut door) => door.ask(request).map(Some),
+        None => Ok(None),
+    }
+}

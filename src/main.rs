@@ -22,6 +22,7 @@ mod host_service;
 mod logging;
 mod package;
 mod process;
+mod role;
 mod uplink;
 
 fn main() {}

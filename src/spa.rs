@@ -1,1 +1,351 @@
-//! To be written.
+//! The watchdog: keeps the manager alive and honest.
+//!
+//! It is tiny: no async runtime, no TLS, no network. It holds the control connection to the manager, whose end is the manager's death, and
+//! pings over it, so that a hang shows. A dead manager is revived by the service manager where there is one; where there is none, or where
+//! it does not, by the watchdog itself. A stop that was recorded, told or done to the unit is honoured: then it ends what the manager
+//! left, and itself.
+
+use std::io::BufReader;
+use std::process::{Child, ExitCode};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::config::Config;
+use crate::core::schedule::Backoff;
+use crate::door::{self, Door, Farewell, Heard, Request};
+use crate::home::Home;
+use crate::platform::{self, LocalConnection};
+use crate::role::{self, Role, STOPPED_ON_PURPOSE};
+use crate::{host_service, logging, process};
+
+/// A ping every so often; three without an answer are a hang.
+const PING: Duration = Duration::from_secs(15);
+const UNANSWERED: u32 = 3;
+/// While there is no connection, it is tried for so often.
+const RECONNECT: Duration = Duration::from_millis(50);
+/// The service manager gets so long to revive the manager before it is asked, and again before we do it.
+const SERVICE_MANAGERS_TURN: Duration = Duration::from_secs(10);
+/// It is asked for its view of the unit so often.
+const ASK_UNIT: Duration = Duration::from_secs(1);
+/// A manager that lived so long was healthy; its next death is a first one.
+const HEALTHY: Duration = Duration::from_secs(60);
+/// Above its limit of memory at so many pings in a row, a role is renewed.
+const TOO_LARGE: u32 = 3;
+const TAKE_OVER: Duration = Duration::from_secs(10);
+const REVIVAL: Backoff = Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) };
+
+/// How the watchdog is started.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Options {
+    /// Who starts it: a unit of the service manager says so here
+    #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
+    service: host_service::Kind,
+}
+
+/// Runs the watchdog until it is stopped.
+pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
+    logging::to_file(&home.role_log("spa"))?;
+    let supervised = options.service != host_service::Kind::None;
+    if role::is_stop_recorded(home) && !supervised {
+        tracing::info!("the home was told to stop; the watchdog does not start");
+        return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
+    }
+    let _lock = take_role(home, supervised).inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
+    let holder = role::announce(home, Role::Spa)?;
+    let (sender, words) = mpsc::channel();
+    let terminate = sender.clone();
+    ctrlc::set_handler(move || drop(terminate.send(Word::Terminate))).context("cannot hear the signal to end")?;
+    platform::notify("READY=1");
+    tracing::info!(pid = std::process::id(), "the watchdog is ready");
+
+    let now = Instant::now();
+    let mut watchdog = Watchdog { home, supervised, sender, words, serial: 0, failures: 0, children: vec![], large: 0, began: now };
+    let end = watchdog.run();
+    platform::notify("STOPPING=1");
+    match &end {
+        Ok(_) => role::take_leave(home, Role::Spa, &holder),
+        Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog ended"),
+    }
+    Ok(match end? {
+        End::Asked => ExitCode::SUCCESS,
+        End::Stopped => ExitCode::from(STOPPED_ON_PURPOSE),
+    })
+}
+
+/// Takes the role; one that the service manager started ends a predecessor that somebody else started.
+fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
+    if supervised
+        && role::is_taken(home, Role::Spa)
+        && let Some(holder) = role::living(home, Role::Spa)
+    {
+        holder.ask_to_end()?;
+    }
+    match role::take(home, Role::Spa, TAKE_OVER).context("cannot become the watchdog")? {
+        Some(lock) => Ok(lock),
+        None => bail!("cannot become the watchdog of {}: another process is", home.root().display()),
+    }
+}
+
+/// What wakes the watchdog.
+#[derive(Debug)]
+enum Word {
+    /// From the connection of that number.
+    Heard(u64, Heard),
+    Terminate,
+}
+
+/// Why it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Somebody asked this process to.
+    Asked,
+    /// The home is stopped.
+    Stopped,
+}
+
+/// How a connection to the manager came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lost {
+    /// It died, or hung and was killed.
+    Died,
+    /// It gave way to another.
+    Yielded,
+    Stopped,
+    Terminate,
+}
+
+struct Watchdog<'a> {
+    home: &'a Home,
+    supervised: bool,
+    sender: mpsc::Sender<Word>,
+    words: mpsc::Receiver<Word>,
+    /// Counts connections, so that word of an earlier one is not taken for this one's.
+    serial: u64,
+    /// Deaths of the manager in a row.
+    failures: u32,
+    children: Vec<Child>,
+    large: u32,
+    began: Instant,
+}
+
+impl Watchdog<'_> {
+    fn run(&mut self) -> Result<End> {
+        loop {
+            let Some(connection) = self.find_manager()? else { return self.honour_stop() };
+            let connection = match connection {
+                Found::Manager(connection) => connection,
+                Found::Terminate => return Ok(End::Asked),
+            };
+            let since = Instant::now();
+            let lost = self.watch(connection)?;
+            let lived = since.elapsed();
+            tracing::info!(how = format!("{lost:?}"), "the manager is gone");
+            match lost {
+                Lost::Terminate => return Ok(End::Asked),
+                Lost::Stopped => return self.honour_stop(),
+                Lost::Yielded => self.failures = 0,
+                Lost::Died if lived > HEALTHY => self.failures = 1,
+                Lost::Died => self.failures += 1,
+            }
+            self.began = Instant::now();
+        }
+    }
+
+    /// Waits for a manager to connect to, and revives one that does not come. `None`: the home is to be stopped.
+    fn find_manager(&mut self) -> Result<Option<Found>> {
+        let (mut asked, mut tried) = (Instant::now(), 0_u32);
+        loop {
+            if role::is_stop_recorded(self.home) && !role::is_taken(self.home, Role::Spm) {
+                return Ok(None);
+            }
+            if let Some(connection) = self.connect() {
+                return Ok(Some(Found::Manager(connection)));
+            }
+            let gone = self.began.elapsed();
+            if self.supervised && asked.elapsed() >= ASK_UNIT {
+                asked = Instant::now();
+                if let Some(end) = self.ask_unit(gone, &mut tried)? {
+                    return Ok(end);
+                }
+            } else if !self.supervised && gone >= self.patience(tried) && !role::is_taken(self.home, Role::Spm) {
+                tried += 1;
+                self.revive();
+            }
+            self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+            platform::notify("WATCHDOG=1");
+            match self.words.recv_timeout(RECONNECT) {
+                Ok(Word::Terminate) => return Ok(Some(Found::Terminate)),
+                Ok(Word::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
+            }
+        }
+    }
+
+    /// How long a manager may be gone before it is started for the `tried`-th time.
+    fn patience(&self, tried: u32) -> Duration {
+        let deaths = self.failures + tried;
+        if deaths <= 1 { Duration::ZERO } else { REVIVAL.delay(deaths - 1, 1.0) * (tried + 1) }
+    }
+
+    /// What the service manager says of the manager's unit, and what follows. `Some(None)`: a stop.
+    fn ask_unit(&mut self, gone: Duration, tried: &mut u32) -> Result<Option<Option<Found>>> {
+        let verdict = match host_service::verdict(self.home, Role::Spm) {
+            Ok(verdict) => verdict,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked");
+                host_service::Verdict::Missing
+            }
+        };
+        match verdict {
+            host_service::Verdict::Stopped => {
+                tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
+                role::record_stop(self.home)?;
+                return Ok(Some(None));
+            }
+            host_service::Verdict::Coming => {}
+            host_service::Verdict::Dead | host_service::Verdict::Missing => {
+                let turn = SERVICE_MANAGERS_TURN * (*tried + 1);
+                if gone >= turn && !role::is_taken(self.home, Role::Spm) {
+                    *tried += 1;
+                    if *tried == 1 && verdict == host_service::Verdict::Dead {
+                        tracing::warn!("the manager is dead and its unit is asked to start it");
+                        if let Err(error) = host_service::start(self.home, &[Role::Spm]) {
+                            tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
+                        }
+                    } else {
+                        self.revive();
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn revive(&mut self) {
+        tracing::warn!(deaths = self.failures, "the manager is dead and is started");
+        match role::spawn(self.home, Role::Spm) {
+            Ok(child) => self.children.push(child),
+            Err(error) => tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again"),
+        }
+    }
+
+    fn connect(&mut self) -> Option<LocalConnection> {
+        let mut door = match Door::open(self.home, PING) {
+            Ok(door) => door?,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "the manager's door cannot be opened");
+                return None;
+            }
+        };
+        door.send(&Request::Hello { role: Role::Spa, pid: std::process::id() }).ok()?;
+        let (writer, reader) = door.split().ok()?;
+        self.serial += 1;
+        let (serial, sender) = (self.serial, self.sender.clone());
+        std::thread::Builder::new()
+            .name("hear".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || listen(serial, reader, &sender))
+            .ok()?;
+        Some(writer)
+    }
+
+    /// Holds the connection until it ends.
+    fn watch(&mut self, mut connection: LocalConnection) -> Result<Lost> {
+        tracing::info!("the manager is watched");
+        // The greeting is answered too.
+        let (mut unanswered, mut next_ping, mut yielded) = (1, Instant::now() + PING, false);
+        loop {
+            match self.words.recv_timeout(next_ping.saturating_duration_since(Instant::now())) {
+                Ok(Word::Terminate) => {
+                    platform::hang_up(&connection);
+                    return Ok(Lost::Terminate);
+                }
+                Ok(Word::Heard(serial, heard)) if serial == self.serial => match heard {
+                    Heard::Reply(_) => unanswered = 0,
+                    Heard::Farewell(Farewell::Stop) => return Ok(Lost::Stopped),
+                    Heard::Farewell(Farewell::Yield) => yielded = true,
+                    Heard::End => return Ok(if yielded { Lost::Yielded } else { Lost::Died }),
+                },
+                Ok(Word::Heard(..)) => {}
+                Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
+                Err(RecvTimeoutError::Timeout) => {
+                    next_ping = Instant::now() + PING;
+                    platform::notify("WATCHDOG=1");
+                    self.look_around(&mut connection)?;
+                    if unanswered >= UNANSWERED {
+                        self.kill_hung();
+                        unanswered = 0;
+                    }
+                    unanswered += 1;
+                    // A failure shows as the connection's end.
+                    let _ = door::send(&mut connection, &Request::Ping);
+                }
+            }
+        }
+    }
+
+    fn kill_hung(&self) {
+        let Some(holder) = role::living(self.home, Role::Spm) else { return };
+        tracing::error!(pid = holder.pid, "the manager hangs and is killed");
+        if let Err(error) = holder.kill() {
+            tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");
+        }
+    }
+
+    /// Memory within limits, directories and keys in place.
+    fn look_around(&mut self, connection: &mut LocalConnection) -> Result<()> {
+        for (directory, mode) in self.home.directories() {
+            if !directory.exists() {
+                tracing::error!(directory = %directory.display(), "a directory of the home is missing and is made again");
+                if let Err(error) = std::fs::create_dir_all(&directory).and_then(|()| platform::set_mode(&directory, mode)) {
+                    tracing::error!(error = %error, "it cannot be made");
+                }
+            }
+        }
+        let keys = std::fs::read_dir(self.home.keys()).map(|keys| keys.count()).unwrap_or(0);
+        if keys == 0 {
+            tracing::error!("no trusted key is left in etc/keys; no release can be installed until one is put there");
+        }
+        let Ok(loaded) = Config::load(self.home) else { return Ok(()) };
+        let own = platform::memory_bytes(std::process::id()).unwrap_or(0);
+        if own > loaded.config.spa_max_mem.0 {
+            bail!("the watchdog uses {own} bytes, more than spaMaxMem; it is started anew");
+        }
+        let managers = role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
+        self.large = if managers > loaded.config.spm_max_mem.0 { self.large + 1 } else { 0 };
+        if self.large >= TOO_LARGE {
+            self.large = 0;
+            tracing::warn!(bytes = managers, "the manager uses more than spmMaxMem and is renewed");
+            door::send(connection, &Request::Yield)?;
+        }
+        Ok(())
+    }
+
+    /// Ends what the manager left, and records the stop where it was only told.
+    fn honour_stop(&mut self) -> Result<End> {
+        if let Err(error) = role::record_stop(self.home) {
+            tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
+        }
+        process::tree::end_all(self.home)?;
+        tracing::info!("the home is stopped, and with it the watchdog");
+        Ok(End::Stopped)
+    }
+}
+
+enum Found {
+    Manager(LocalConnection),
+    Terminate,
+}
+
+/// Hears a connection to its end.
+fn listen(serial: u64, mut reader: BufReader<LocalConnection>, sender: &mpsc::Sender<Word>) {
+    loop {
+        let heard = door::hear(&mut reader).unwrap_or(Heard::End);
+        let ended = heard == Heard::End;
+        if sender.send(Word::Heard(serial, heard)).is_err() || ended {
+            return;
+        }
+    }
+}

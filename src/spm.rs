@@ -1,1 +1,126 @@
-//! To be written.
+//! The manager: brings the desired state down from the gateway, keeps the sub-agents as it wants them, and tells what is.
+//!
+//! One task owns all state ([`manager::Manager`]) and never blocks; what takes time runs beside it and reports with an [`Input`]. Its
+//! death harms no sub-agent: each has a record, by which the next manager adopts it.
+
+mod agent;
+mod journal;
+mod manager;
+mod peer;
+mod run;
+mod stage;
+mod stop_hook;
+mod uplink_task;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::core::model::{AgentName, Version};
+use crate::door::{self, Request};
+use crate::home::Home;
+use crate::process::record::Record;
+use crate::role::{self, Role, STOPPED_ON_PURPOSE};
+use crate::{host_service, logging, platform};
+
+/// For a predecessor to give the role up, at the longest.
+const TAKE_OVER: Duration = Duration::from_secs(10);
+
+/// How the manager is started.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Options {
+    /// Who starts it: a unit of the service manager says so here
+    #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
+    service: host_service::Kind,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What else the program `aops-spm` does.
+#[derive(Debug, Clone, clap::Subcommand)]
+enum Command {
+    /// Run by the unit before it is stopped: makes a real stop one of the sub-agents too
+    #[command(hide = true)]
+    StopHook,
+}
+
+/// Word from what runs beside the loop.
+#[derive(Debug)]
+enum Input {
+    Launched { name: AgentName, serial: u64, result: Result<Box<run::Running>, String> },
+    Exited { name: AgentName, serial: u64, success: Option<bool>, how: String },
+    /// Another process took the place of the one that was watched.
+    Moved { name: AgentName, serial: u64, record: Box<Record> },
+    /// A stop that was asked for came to its end.
+    Ended { name: AgentName, serial: u64, result: Result<(), String> },
+    Staged { name: AgentName, version: Version, result: Result<(), String> },
+    Heartbeat(uplink_task::Outcome),
+}
+
+/// Runs the manager until it is stopped or gives way.
+pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
+    if let Some(Command::StopHook) = options.command {
+        return stop_hook::run(home);
+    }
+    logging::to_file(&home.role_log("spm"))?;
+    let supervised = options.service != host_service::Kind::None;
+    if supervised {
+        // The service manager starts what it was told to start, or what is to run at boot.
+        role::clear_stop(home)?;
+    } else if role::is_stop_recorded(home) {
+        tracing::info!("the home was told to stop; the manager does not start");
+        return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
+    }
+    let _lock = take_role(home, supervised).inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the manager cannot start"))?;
+    let holder = role::announce(home, Role::Spm)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(64).build()?;
+    let ended = runtime.block_on(manager::run(home, supervised));
+    // Threads that wait on the network are not waited for.
+    runtime.shutdown_background();
+    if let Err(error) = &ended {
+        tracing::error!(error = format!("{error:#}"), "the manager ended");
+    } else {
+        role::take_leave(home, Role::Spm, &holder);
+    }
+    Ok(match ended? {
+        door::Farewell::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
+        door::Farewell::Yield => ExitCode::SUCCESS,
+    })
+}
+
+/// Takes the role; one that the service manager started asks a predecessor that somebody else started to give way.
+fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
+    if supervised
+        && role::is_taken(home, Role::Spm)
+        && let Err(error) = door::ask(home, &Request::Yield, TAKE_OVER)
+    {
+        tracing::warn!(error = format!("{error:#}"), "the manager that runs already cannot be asked to give way");
+    }
+    match role::take(home, Role::Spm, TAKE_OVER).context("cannot become the manager")? {
+        Some(lock) => Ok(lock),
+        None => {
+            let holder = role::living(home, Role::Spm).map_or("another process".to_owned(), |holder| format!("process {}", holder.pid));
+            bail!("cannot become the manager of {}: {holder} is", home.root().display())
+        }
+    }
+}
+
+/// The time now as events and `status` write it: RFC 3339, UTC, to the second.
+fn timestamp() -> String {
+    let now = jiff::Timestamp::now();
+    now.round(jiff::Unit::Second).unwrap_or(now).to_string()
+}
+
+/// How long to wait before a role that died so often in a row is revived.
+fn revival_pause(failures: u32) -> Duration {
+    match failures {
+        0 | 1 => Duration::ZERO,
+        _ => crate::core::schedule::Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) }.delay(failures - 1, 1.0),
+    }
+}
+
+/// Says to the service manager how the manager fares.
+fn notify(state: &str) {
+    platform::notify(state);
+}

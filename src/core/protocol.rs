@@ -72,7 +72,7 @@ pub struct AgentReport {
     pub state: AgentState,
     #[serde(default)]
     pub pid: Option<u32>,
-    /// Restarts that nobody asked for, since the sub-agent was installed.
+    /// Restarts that nobody asked for, since it was last started on purpose.
     #[serde(default)]
     pub restarts: u64,
     /// SHA-256 of the environment that it was started with, as told by the gateway.

@@ -19,12 +19,12 @@ pub struct Actual {
     pub releases: BTreeSet<Version>,
     /// Being fetched, verified and unpacked now.
     pub staging: Option<Version>,
-    /// Could not be staged and is not to be tried again yet.
+    /// Could not be staged or activated and is not to be tried again yet.
     pub held_back: Option<Version>,
     /// Whether its supervisor is told to run it.
     pub run: Run,
-    /// The environment that its supervisor is told to give it.
-    pub env: BTreeMap<String, String>,
+    /// The environment that its supervisor is told to give it; `None`: not known.
+    pub env: Option<BTreeMap<String, String>>,
     /// An activation or removal is under way; nothing else is to be begun.
     pub busy: bool,
 }
@@ -38,7 +38,7 @@ impl Default for Actual {
             staging: None,
             held_back: None,
             run: Run::Stop,
-            env: BTreeMap::new(),
+            env: None,
             busy: false,
         }
     }
@@ -81,7 +81,7 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
         return;
     }
     if actual.active.as_ref() == Some(&order.version) {
-        if actual.env != order.env {
+        if actual.env.as_ref() != Some(&order.env) {
             steps.push(Step::Configure { name: name.clone(), env: order.env.clone() });
         }
         if actual.run != order.run {
@@ -95,7 +95,8 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
         }
         return;
     }
-    if actual.releases.contains(&order.version) {
+    let held_back = actual.held_back.as_ref() == Some(&order.version);
+    if actual.releases.contains(&order.version) && !held_back {
         steps.push(Step::Activate {
             name: name.clone(),
             version: order.version.clone(),
@@ -104,8 +105,7 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
         });
         return;
     }
-    let wanted = Some(&order.version);
-    if actual.staging.as_ref() != wanted && actual.held_back.as_ref() != wanted {
+    if actual.staging.as_ref() != Some(&order.version) && !held_back {
         steps.push(Step::Stage { name: name.clone(), version: order.version.clone() });
     }
     // What is active goes on as ordered until the new release is there.
@@ -130,9 +130,9 @@ mod tests {
                 let agent = actual.entry(name).or_default();
                 agent.backup = agent.active.replace(version);
                 agent.run = run;
-                agent.env = env;
+                agent.env = Some(env);
             }
-            Step::Configure { name, env } => actual.entry(name).or_default().env = env,
+            Step::Configure { name, env } => actual.entry(name).or_default().env = Some(env),
             Step::Set { name, run } => actual.entry(name).or_default().run = run,
             Step::Uninstall { name } => {
                 actual.remove(&name);
@@ -184,7 +184,7 @@ mod tests {
             proptest::option::of(version()),
             proptest::collection::btree_set(version(), 0..4),
             run(),
-            env(),
+            proptest::option::of(env()),
         )
             .prop_map(|(active, backup, mut releases, run, env)| {
                 releases.extend(active.clone());
@@ -206,7 +206,7 @@ mod tests {
                 let agent = &actual[name];
                 prop_assert_eq!(agent.active.as_ref(), Some(&order.version));
                 prop_assert_eq!(agent.run, order.run);
-                prop_assert_eq!(&agent.env, &order.env);
+                prop_assert_eq!(agent.env.as_ref(), Some(&order.env));
                 prop_assert!(agent.releases.len() <= 2);
             }
             prop_assert!(desired.removed.iter().all(|name| !actual.contains_key(name)));

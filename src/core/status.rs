@@ -18,9 +18,12 @@ pub struct Status {
     pub gateway: GatewayStatus,
     pub generation: u64,
     pub agents: Vec<AgentStatus>,
-    /// What an operator should know: a bad configuration, a refused desired state, nothing that starts the home at boot.
+    /// What an operator should mend: a bad configuration, a refused desired state.
     #[serde(default)]
     pub problems: Vec<String>,
+    /// What an operator should know and need not mend: that nothing starts the home at boot.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// The state of an installation.
@@ -55,6 +58,24 @@ pub struct RoleStatus {
     pub memory_bytes: Option<u64>,
     /// Restarts that nobody asked for, since it was last started on purpose.
     pub restarts: u64,
+}
+
+impl Status {
+    /// Of a home whose manager does not answer.
+    pub fn silent(home: String, version: Option<Version>, state: HomeState) -> Status {
+        Status {
+            version,
+            home,
+            state,
+            spm: RoleStatus::default(),
+            spa: RoleStatus::default(),
+            gateway: GatewayStatus::default(),
+            generation: 0,
+            agents: vec![],
+            problems: vec![],
+            notes: vec![],
+        }
+    }
 }
 
 /// The way to the gateway.

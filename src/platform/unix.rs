@@ -46,3 +46,52 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
+
+// --- Being told to end
+
+/// Hears the signals that ask a program to end: TERM and INT.
+#[derive(Debug)]
+pub struct Termination {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Termination {
+    /// Needs a runtime; from here on the signals end nothing by themselves.
+    pub fn new() -> io::Result<Termination> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Termination { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    /// Resolves when one of them comes. Cancel-safe.
+    pub async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
+
+// --- The service manager's notifications
+
+/// Tells systemd, where it asked to be told (sd_notify(3)).
+pub fn notify(state: &str) {
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Custom(state)]);
+}
+
+// --- The active release of a sub-agent
+
+/// Which version `current` names; `None`: there is no such link.
+pub fn read_current(link: &Path) -> io::Result<Option<String>> {
+    match fs::read_link(link) {
+        Ok(target) => Ok(target.to_str().map(str::to_owned)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes `current` name a version, in one step.
+pub fn write_current(link: &Path, version: &str) -> io::Result<()> {
+    replace_link(Path::new(version), link)?;
+    link.parent().map_or(Ok(()), sync_directory)
+}

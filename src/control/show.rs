@@ -1,0 +1,117 @@
+//! `status` as a person reads it at a glance, and as one JSON document.
+#![allow(clippy::print_stdout, reason = "results go to the standard output")]
+
+use anstream::println;
+use anyhow::Result;
+use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
+
+use crate::core::protocol::AgentState;
+use crate::core::status::{AgentStatus, HomeState, RoleStatus, Status};
+
+pub(super) fn print(status: &Status, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(status)?);
+        return Ok(());
+    }
+    let version = status.version.as_ref().map_or_else(|| "?".to_owned(), ToString::to_string);
+    println!("aops {version} in {}: {}", status.home, status.state.as_str());
+    if status.state == HomeState::NotInstalled {
+        return Ok(());
+    }
+    println!("  manager   {}", role(&status.spm));
+    println!("  watchdog  {}", role(&status.spa));
+    let gateway = &status.gateway;
+    if let Some(endpoint) = &gateway.endpoint {
+        let last = gateway.last_heartbeat.as_ref().map(|at| format!(", last heartbeat {at}")).unwrap_or_default();
+        let connection = match (&gateway.connected, &gateway.last_error) {
+            (true, _) => format!("connected{last}"),
+            (false, Some(error)) => format!("not connected{last}: {error}"),
+            (false, None) => "no heartbeat yet".to_owned(),
+        };
+        println!("  gateway   {endpoint}, {connection}; generation {}", status.generation);
+    }
+    for problem in &status.problems {
+        println!("  problem   {problem}");
+    }
+    for note in &status.notes {
+        println!("  note      {note}");
+    }
+    if !status.agents.is_empty() {
+        println!("\n{}", table(&status.agents));
+    }
+    Ok(())
+}
+
+fn role(role: &RoleStatus) -> String {
+    let Some(pid) = role.pid else { return "not running".to_owned() };
+    let mut text = format!("pid {pid}");
+    if let Some(seconds) = role.uptime_seconds {
+        text += &format!(", up {}", span(seconds));
+    }
+    if let Some(bytes) = role.memory_bytes {
+        text += &format!(", {}", size(bytes));
+    }
+    if role.restarts > 0 {
+        text += &format!(", restarted {} times", role.restarts);
+    }
+    text
+}
+
+fn table(agents: &[AgentStatus]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["SUB-AGENT", "VERSION", "STATE", "PID", "UP", "RESTARTS", "MEMORY", "LAST ERROR"]);
+    for agent in agents {
+        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        let state = Cell::new(agent.state.as_str()).fg(colour(agent.state));
+        table.add_row(vec![
+            Cell::new(&agent.name),
+            Cell::new(or_dash(agent.version.as_ref().map(ToString::to_string))),
+            state,
+            Cell::new(or_dash(agent.pid.map(|pid| pid.to_string()))),
+            Cell::new(or_dash(agent.uptime_seconds.map(span))),
+            Cell::new(agent.restarts),
+            Cell::new(or_dash(agent.memory_bytes.map(size))),
+            Cell::new(agent.last_error.as_deref().unwrap_or("")),
+        ]);
+    }
+    table
+}
+
+fn colour(state: AgentState) -> Color {
+    match state {
+        AgentState::Running => Color::Green,
+        AgentState::Starting | AgentState::Updating | AgentState::Backoff => Color::Yellow,
+        AgentState::Unhealthy | AgentState::Failed => Color::Red,
+        AgentState::Stopped => Color::Reset,
+    }
+}
+
+/// The two largest units of a length of time.
+fn span(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m {}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h {}m", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{}d {}h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
+fn size(bytes: u64) -> String {
+    const MIB: f64 = 1_048_576.0;
+    match bytes {
+        0..1_048_576 => format!("{} KiB", bytes / 1024),
+        _ => format!("{:.1} MiB", bytes as f64 / MIB),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_and_sizes_are_short() {
+        assert_eq!([span(7), span(95), span(3700), span(90_000)], ["7s", "1m 35s", "1h 1m", "1d 1h"]);
+        assert_eq!([size(2048), size(3 << 19)], ["2 KiB", "1.5 MiB"]);
+    }
+}

@@ -1,0 +1,180 @@
+//! What the two resident roles share: one of each, known by its record; and whether they were told to stop.
+//!
+//! `run/<role>.lock` excludes a second one. `run/<role>.json` says who it is, so that anyone can see it, ask after it or end it.
+//! `state/stopped.json` is the recorded intent of a stop: while it is there, no role revives another.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::core::manifest::StopSignal;
+use crate::core::status::RoleStatus;
+use crate::home::Home;
+use crate::lock::{self, Held};
+use crate::{platform, store};
+
+/// The exit code of a role that was stopped on purpose: the service manager's unit does not restart it for this one.
+pub const STOPPED_ON_PURPOSE: u8 = 100;
+
+/// A resident role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Role {
+    /// The manager.
+    Spm,
+    /// The watchdog.
+    Spa,
+}
+
+impl Role {
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Spm => "spm",
+            Role::Spa => "spa",
+        }
+    }
+
+    /// The name in `bin` by which the executable takes this role; also its unit's.
+    pub fn program(self) -> &'static str {
+        match self {
+            Role::Spm => "aops-spm",
+            Role::Spa => "aops-spa",
+        }
+    }
+}
+
+/// Starts a role by its name in `bin`, to live on without us.
+///
+/// The mark of a sub-agent is taken off: who runs `aops` from within a sub-agent must not make the roles a part of it.
+pub fn spawn(home: &Home, role: Role) -> Result<Child> {
+    let program = home.role_link(role.program());
+    let mut command = Command::new(&program);
+    command.arg("--home").arg(home.root()).current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("AOPS_")) {
+        command.env_remove(name);
+    }
+    for name in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "JOURNAL_STREAM", "LISTEN_FDS", "LISTEN_PID"] {
+        command.env_remove(name);
+    }
+    platform::detach(&mut command);
+    command.spawn().with_context(|| format!("cannot start {}", program.display()))
+}
+
+/// Takes the role for as long as the value lives; `None`: another process has it and did not give it up within `deadline`.
+pub fn take(home: &Home, role: Role, deadline: Duration) -> Result<Option<Held>> {
+    lock::take(&home.run_file(&format!("{}.lock", role.name())), deadline)
+}
+
+/// Whether some process has the role now.
+pub fn is_taken(home: &Home, role: Role) -> bool {
+    lock::is_held(&home.run_file(&format!("{}.lock", role.name())))
+}
+
+/// Who has a role, or had it last.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Holder {
+    pub pid: u32,
+    pub start_time: u64,
+    pub boot_id: String,
+    /// Times that it ended without being asked to, since it was last started on purpose.
+    pub restarts: u64,
+    /// It ended in order.
+    pub ended: bool,
+}
+
+impl Holder {
+    pub fn is_alive(&self) -> bool {
+        self.boot_id == platform::boot_id() && platform::start_time(self.pid) == Some(self.start_time)
+    }
+
+    pub fn status(&self) -> RoleStatus {
+        RoleStatus {
+            pid: Some(self.pid),
+            uptime_seconds: platform::age(self.start_time).map(|age| age.as_secs()),
+            memory_bytes: platform::memory_bytes(self.pid),
+            restarts: self.restarts,
+        }
+    }
+
+    /// Asks it to end in order: a manager leaves its sub-agents running.
+    pub fn ask_to_end(&self) -> Result<()> {
+        if self.is_alive() {
+            platform::signal(self.pid, self.start_time, StopSignal::Term).with_context(|| format!("cannot end process {}", self.pid))?;
+        }
+        Ok(())
+    }
+
+    /// Kills it, whatever it is doing. Nothing happens to another process that has its number now.
+    pub fn kill(&self) -> Result<()> {
+        if self.is_alive() {
+            platform::signal(self.pid, self.start_time, StopSignal::Kill).with_context(|| format!("cannot kill process {}", self.pid))?;
+        }
+        Ok(())
+    }
+}
+
+fn record(home: &Home, role: Role) -> std::path::PathBuf {
+    home.run_file(&format!("{}.json", role.name()))
+}
+
+/// Who has the role, or had it last. An unreadable record says nothing.
+pub fn holder(home: &Home, role: Role) -> Option<Holder> {
+    store::load(&record(home, role)).ok().flatten()
+}
+
+/// Who has the role and is alive.
+pub fn living(home: &Home, role: Role) -> Option<Holder> {
+    holder(home, role).filter(Holder::is_alive)
+}
+
+/// Says that this very process has the role now; counts a restart if its predecessor ended out of order in this boot.
+pub fn announce(home: &Home, role: Role) -> Result<Holder> {
+    let boot_id = platform::boot_id();
+    let restarts = match holder(home, role) {
+        Some(last) if last.boot_id == boot_id => last.restarts + u64::from(!last.ended),
+        _ => 0,
+    };
+    let pid = std::process::id();
+    let start_time = platform::start_time(pid).context("cannot read the own process's start time")?;
+    let holder = Holder { pid, start_time, boot_id, restarts, ended: false };
+    store::save(&record(home, role), &holder)?;
+    Ok(holder)
+}
+
+/// Says that this process gives its role up in order.
+pub fn take_leave(home: &Home, role: Role, holder: &Holder) {
+    let last = Holder { ended: true, ..holder.clone() };
+    if let Err(error) = store::save(&record(home, role), &last) {
+        tracing::warn!(error = format!("{error:#}"), "the end of the role cannot be recorded; it will count as a restart");
+    }
+}
+
+/// Begins the count of restarts anew: it is started on purpose.
+pub fn forget(home: &Home, role: Role) -> Result<()> {
+    store::remove(&record(home, role))
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Intent {
+    since_unix_seconds: u64,
+}
+
+/// Records that the home was told to stop.
+pub fn record_stop(home: &Home) -> Result<()> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    store::save(&home.state_file("stopped.json"), &Intent { since_unix_seconds: now.as_secs() })
+}
+
+/// Whether the home was told to stop, and not to start since. What cannot be read is taken for a stop that was recorded.
+pub fn is_stop_recorded(home: &Home) -> bool {
+    home.state_file("stopped.json").exists()
+}
+
+/// Forgets a recorded stop.
+pub fn clear_stop(home: &Home) -> Result<()> {
+    store::remove(&home.state_file("stopped.json"))
+}

@@ -1,0 +1,187 @@
+//! One sub-agent as the manager knows it: its releases, its supervisor, what is under way.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use crate::core::desired::Run;
+use crate::core::model::{AgentName, Version};
+use crate::core::protocol::{AgentReport, AgentState};
+use crate::core::reconcile::Actual;
+use crate::core::schedule::Backoff;
+use crate::core::status::AgentStatus;
+use crate::core::supervise::{Policy, Supervisor};
+use crate::home::{self, Home};
+use crate::platform;
+use crate::process::launch::{self, Program};
+use crate::process::record::Record;
+
+/// Between two tries at a release that cannot be had.
+const STAGE_BACKOFF: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::from_secs(300) };
+
+/// Something that takes the sub-agent down first.
+#[derive(Debug, Clone)]
+pub(super) enum Busy {
+    Activating { version: Version, run: Run, env: BTreeMap<String, String> },
+    Uninstalling,
+}
+
+/// A release that could not be staged or activated.
+#[derive(Debug, Clone)]
+struct HeldBack {
+    version: Version,
+    failures: u32,
+    until: Instant,
+}
+
+#[derive(Debug)]
+pub(super) struct Agent {
+    pub(super) name: AgentName,
+    pub(super) supervisor: Supervisor,
+    pub(super) program: Option<Program>,
+    pub(super) active: Option<Version>,
+    pub(super) backup: Option<Version>,
+    pub(super) releases: BTreeSet<Version>,
+    pub(super) staging: Option<Version>,
+    held_back: Option<HeldBack>,
+    pub(super) run: Run,
+    pub(super) env: Option<BTreeMap<String, String>>,
+    pub(super) busy: Option<Busy>,
+    /// Counts starts and adoptions, so that word of an earlier process is not taken for word of this one.
+    pub(super) serial: u64,
+    pub(super) record: Option<Record>,
+    /// What keeps it from being what it should, besides its exits.
+    pub(super) error: Option<String>,
+}
+
+impl Agent {
+    pub(super) fn new(name: AgentName, restarts: u64) -> Agent {
+        Agent {
+            name,
+            supervisor: Supervisor::new(Policy::default(), restarts),
+            program: None,
+            active: None,
+            backup: None,
+            releases: BTreeSet::new(),
+            staging: None,
+            held_back: None,
+            run: Run::Stop,
+            env: None,
+            busy: None,
+            serial: 0,
+            record: None,
+            error: None,
+        }
+    }
+
+    /// What is on disk of a sub-agent.
+    pub(super) fn found(home: &Home, name: AgentName, restarts: u64) -> Agent {
+        let mut agent = Agent::new(name, restarts);
+        let mut found: Vec<(std::time::SystemTime, Version)> = vec![];
+        for entry in std::fs::read_dir(home.agent(&agent.name)).into_iter().flatten().flatten() {
+            let complete = entry.path().join(home::COMPLETE);
+            let version = entry.file_name().to_str().and_then(|name| name.parse::<Version>().ok());
+            if let (Some(version), Ok(metadata)) = (version, complete.metadata()) {
+                found.push((metadata.modified().unwrap_or(std::time::UNIX_EPOCH), version));
+            }
+        }
+        found.sort();
+        agent.releases = found.iter().map(|(_, version)| version.clone()).collect();
+        agent.active = platform::read_current(&home.current(&agent.name))
+            .ok()
+            .flatten()
+            .and_then(|version| version.parse().ok())
+            .filter(|version| agent.releases.contains(version));
+        agent.backup = found.into_iter().rev().map(|(_, version)| version).find(|version| Some(version) != agent.active.as_ref());
+        agent.inspect(home);
+        agent
+    }
+
+    /// Reads how the active release is run.
+    pub(super) fn inspect(&mut self, home: &Home) {
+        let Some(active) = &self.active else { return };
+        match launch::inspect(home, &self.name, active) {
+            Ok(program) => {
+                self.supervisor.set_policy(Policy { restart: program.restart(), ..Policy::default() });
+                self.program = Some(program);
+            }
+            Err(error) => {
+                self.program = None;
+                self.error = Some(format!("{error:#}"));
+            }
+        }
+    }
+
+    pub(super) fn actual(&self, now: Instant) -> Actual {
+        Actual {
+            active: self.active.clone(),
+            backup: self.backup.clone(),
+            releases: self.releases.clone(),
+            staging: self.staging.clone(),
+            held_back: self.held_back.as_ref().filter(|held| now < held.until).map(|held| held.version.clone()),
+            run: self.run,
+            env: self.env.clone(),
+            busy: self.busy.is_some(),
+        }
+    }
+
+    /// Notes that a release could not be had, to be tried again later and later.
+    pub(super) fn hold_back(&mut self, version: Version, error: String, now: Instant) {
+        let failures = match &self.held_back {
+            Some(held) if held.version == version => held.failures + 1,
+            _ => 1,
+        };
+        self.error = Some(error);
+        self.held_back = Some(HeldBack { version, failures, until: now + STAGE_BACKOFF.delay(failures, fastrand::f64()) });
+    }
+
+    /// Lets a new desired state try at once what an older one could not have.
+    pub(super) fn release_hold(&mut self) {
+        self.held_back = None;
+    }
+
+    /// When there is something to do for it without anything happening.
+    pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
+        let retry = self.held_back.as_ref().map(|held| held.until).filter(|until| *until > now);
+        [self.supervisor.deadline(), retry].into_iter().flatten().min()
+    }
+
+    fn state(&self) -> AgentState {
+        let updating = self.staging.is_some() || matches!(self.busy, Some(Busy::Activating { .. }));
+        match self.supervisor.state() {
+            _ if updating => AgentState::Updating,
+            AgentState::Stopped if self.active.is_none() => AgentState::Failed,
+            AgentState::Stopped if self.program.is_none() && self.run == Run::Start => AgentState::Failed,
+            state => state,
+        }
+    }
+
+    fn last_error(&self) -> Option<String> {
+        self.error.clone().or_else(|| self.supervisor.last_error().map(str::to_owned))
+    }
+
+    pub(super) fn report(&self) -> AgentReport {
+        AgentReport {
+            name: self.name.clone(),
+            version: self.active.clone(),
+            state: self.state(),
+            pid: self.supervisor.pid(),
+            restarts: self.supervisor.restarts(),
+            env_hash: self.env.as_ref().map(launch::env_hash),
+            message: self.last_error(),
+        }
+    }
+
+    pub(super) fn status(&self, now: Instant) -> AgentStatus {
+        let pid = self.supervisor.pid();
+        AgentStatus {
+            name: self.name.clone(),
+            version: self.active.clone(),
+            state: self.state(),
+            pid,
+            uptime_seconds: self.supervisor.up_since().map(|since| now.saturating_duration_since(since).as_secs()),
+            restarts: self.supervisor.restarts(),
+            memory_bytes: pid.and_then(platform::memory_bytes),
+            last_error: self.last_error(),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! What takes time, done beside the manager's loop: starting a sub-agent, watching it, stopping it. Each reports with an [`Input`].
+
+use std::time::Duration;
+
+use anyhow::Result;
+use tokio::sync::mpsc;
+
+use super::Input;
+use crate::core::manifest::KillMode;
+use crate::core::model::AgentName;
+use crate::home::Home;
+use crate::platform;
+use crate::process::launch::{self, Program, Start};
+use crate::process::record::{self, Record};
+use crate::process::script::{self, Said};
+use crate::process::tree::{self, Target};
+
+/// A `control` script is asked for its status so often, beside the watch on its process.
+const STATUS_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Where a task sends what came of it.
+pub(super) type Inputs = mpsc::UnboundedSender<Input>;
+
+/// A process that runs: started by us, so that its exit status comes to us, or adopted.
+#[derive(Debug)]
+pub(super) enum Running {
+    Child(Box<tokio::process::Child>, Record),
+    Adopted(Record),
+    Script(Box<Start>, Record),
+}
+
+impl Running {
+    pub(super) fn record(&self) -> &Record {
+        match self {
+            Running::Child(_, record) | Running::Adopted(record) | Running::Script(_, record) => record,
+        }
+    }
+}
+
+/// Starts a sub-agent, after ending what an earlier process of it left behind.
+pub(super) fn start(inputs: &Inputs, serial: u64, start: Start) {
+    let inputs = inputs.clone();
+    tokio::spawn(async move {
+        let name = start.name.clone();
+        let result = start_clean(start).await.map_err(|error| format!("{error:#}"));
+        let _ = inputs.send(Input::Launched { name, serial, result: result.map(Box::new) });
+    });
+}
+
+async fn start_clean(start: Start) -> Result<Running> {
+    let (home, name, kill_mode) = (start.home.clone(), start.name.clone(), start.head().kill_mode);
+    tokio::task::spawn_blocking(move || end_leftovers(&home, &name, kill_mode)).await??;
+    match start.program.clone() {
+        Program::Native(manifest) => {
+            let (child, record) = launch::start_native(&start, &manifest).await?;
+            Ok(Running::Child(Box::new(child), record))
+        }
+        Program::Script => {
+            let record = script::start(&start).await?;
+            Ok(Running::Script(Box::new(start), record))
+        }
+    }
+}
+
+/// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
+fn end_leftovers(home: &Home, name: &AgentName, kill_mode: KillMode) -> Result<()> {
+    if kill_mode == KillMode::Process {
+        return Ok(());
+    }
+    let target = Target::of(name, record::load(home, name)).at_once();
+    if tree::members(home, &target).is_empty() { Ok(()) } else { tree::end(home, &[target]) }
+}
+
+/// Watches a process and tells of its end.
+pub(super) fn watch(inputs: &Inputs, serial: u64, running: Running) {
+    let inputs = inputs.clone();
+    let name = running.record().head.name.clone();
+    tokio::spawn(async move {
+        let (success, how) = match running {
+            Running::Child(mut child, _) => match child.wait().await {
+                Ok(status) => (Some(status.success()), platform::how_it_ended(status)),
+                Err(error) => (None, format!("ended; its exit status cannot be read: {error}")),
+            },
+            Running::Adopted(record) => {
+                platform::ended(record.pid, record.start_time).await;
+                (None, "ended; its exit status is not known, it was started by an earlier manager".to_owned())
+            }
+            Running::Script(start, record) => (None, watch_script(&inputs, serial, &start, record).await),
+        };
+        let _ = inputs.send(Input::Exited { name, serial, success, how });
+    });
+}
+
+/// Watches the process that a `control` script put into the background, and the one that takes its place; says why it counts as ended.
+async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: Record) -> String {
+    loop {
+        tokio::select! {
+            // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
+            () = platform::ended(record.pid, record.start_time) => {
+                let successor = script::find(start).await;
+                let said = script::status(start).await;
+                match (successor, said) {
+                    (Some(process), Ok(Said::Started)) => {
+                        record = Record { pid: process.pid, start_time: process.start_time, ..record };
+                        let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
+                        let _ = inputs.send(moved);
+                    }
+                    _ => return format!("its process {} ended", record.pid),
+                }
+            }
+            () = tokio::time::sleep(STATUS_INTERVAL) => match script::status(start).await {
+                Ok(Said::Stopped) => return "`control status` says that it is stopped".to_owned(),
+                Ok(Said::Started | Said::Unclear) => {}
+                Err(error) => tracing::warn!(agent = %start.name, error = format!("{error:#}"), "a sub-agent's status cannot be asked"),
+            }
+        }
+    }
+}
+
+/// Ends a sub-agent with all that it started.
+pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: Target) {
+    let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
+    tokio::spawn(async move {
+        let ended = tokio::task::spawn_blocking(move || {
+            tree::end(&home, &[target.clone()])?;
+            record::remove(&home, &target.name)
+        });
+        let result = match ended.await {
+            Ok(result) => result.map_err(|error| format!("{error:#}")),
+            Err(error) => Err(format!("cannot stop it: {error}")),
+        };
+        let _ = inputs.send(Input::Ended { name, serial, result });
+    });
+}

@@ -1,0 +1,97 @@
+//! Staging a release beside what runs: fetched, verified, unpacked, looked at; then it may be activated.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use tokio::sync::Semaphore;
+
+use super::Input;
+use super::run::Inputs;
+use crate::config::Config;
+use crate::core::desired::Order;
+use crate::core::model::{AgentId, AgentName, Release};
+use crate::endpoint::{Client, Timeouts};
+use crate::home::Home;
+use crate::package::{self, Keys, Places, Wanted};
+use crate::process::launch;
+use crate::{platform, store};
+
+/// So many are fetched at the same time.
+pub(super) const AT_ONCE: usize = 3;
+
+/// All that staging one release needs to know.
+#[derive(Debug, Clone)]
+pub(super) struct Job {
+    pub home: Home,
+    pub config: Config,
+    pub agent_id: AgentId,
+    pub name: AgentName,
+    pub order: Order,
+}
+
+/// Stages a release and reports with [`Input::Staged`].
+pub(super) fn start(inputs: &Inputs, turns: &Arc<Semaphore>, job: Job) {
+    let (inputs, turns) = (inputs.clone(), turns.clone());
+    tokio::spawn(async move {
+        let _turn = turns.acquire_owned().await;
+        let (name, version) = (job.name.clone(), job.order.version.clone());
+        let result = match tokio::task::spawn_blocking(move || stage(&job)).await {
+            Ok(result) => result.map_err(|error| format!("{error:#}")),
+            Err(error) => Err(format!("cannot stage it: {error}")),
+        };
+        let _ = inputs.send(Input::Staged { name, version, result });
+    });
+}
+
+fn stage(job: &Job) -> Result<()> {
+    let Job { home, config, agent_id, name, order } = job;
+    let wanted = Wanted {
+        release: Release { name: name.clone(), version: order.version.clone(), os: platform::OS, arch: platform::ARCH },
+        tarball: order.tarball.clone(),
+        file: order.file.clone(),
+        sha256: order.sha256.clone(),
+        size: order.size,
+        least_epoch: epoch(home, name)?,
+    };
+    let keys = Keys::load(&home.keys())?;
+    let client = Client::new(&config.trust(home), Some(agent_id), Timeouts::download(config.download_timeout.0))?;
+    let places = Places { cache: home.cache(), staging: home.staging() };
+    let tree = package::fetch(&client, &config.heartbeat_srv, &wanted, &keys, &places, &mut |_, _| {})?;
+    let release = home.release(name, &order.version);
+    tree.move_to(&release)?;
+    // A release that cannot be run is not kept as one that could.
+    launch::inspect(home, name, &order.version).inspect_err(|_| {
+        let _ = package::discard(&release);
+    })?;
+    Ok(())
+}
+
+type Epochs = BTreeMap<String, u64>;
+
+fn epochs(home: &Home) -> Result<Epochs> {
+    let path = home.state_file("epochs.json");
+    store::load(&path)?.with_context(|| {
+        format!(
+            "cannot stage any release: the epochs that this host has committed are missing ({}); put the file back from a backup, or install again with --fresh",
+            path.display()
+        )
+    })
+}
+
+/// The least epoch that a package of this name may have here.
+fn epoch(home: &Home, name: &AgentName) -> Result<u64> {
+    Ok(epochs(home)?.get(name.as_str()).copied().unwrap_or(0))
+}
+
+/// Commits the epoch of a release that is being activated: no older one is accepted from then on.
+pub(super) fn commit_epoch(home: &Home, job: &AgentName, release: &std::path::Path) -> Result<()> {
+    let Some(completed) = package::completed(release)? else { bail!("{} is not whole", release.display()) };
+    let mut epochs = epochs(home)?;
+    let known = epochs.entry(job.to_string()).or_insert(0);
+    if completed.epoch > *known {
+        *known = completed.epoch;
+        store::save(&home.state_file("epochs.json"), &epochs)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,39 @@
+//! Run as the unit's `ExecStop`: a real stop of the unit also stops the sub-agents; a restart, or the end of a manager that ended by
+//! itself, does not.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use crate::door::{self, Request};
+use crate::home::Home;
+use crate::role::{self, Role};
+use crate::{host_service, logging, process};
+
+/// Every sub-agent may take its grace period.
+const LONGEST_STOP: Duration = Duration::from_secs(80);
+
+pub(super) fn run(home: &Home) -> Result<ExitCode> {
+    logging::to_file(&home.role_log("spm"))?;
+    // Empty when the manager ended by itself and is about to be restarted.
+    let main_pid = std::env::var("MAINPID").unwrap_or_default();
+    if main_pid.is_empty() || main_pid == "0" || host_service::is_restarting(home, Role::Spm)? {
+        return Ok(ExitCode::SUCCESS);
+    }
+    tracing::info!("the unit is being stopped; the sub-agents are stopped with it");
+    role::record_stop(home)?;
+    let reply = match door::ask(home, &Request::Stop, LONGEST_STOP) {
+        Ok(reply) => reply,
+        Err(error) => {
+            tracing::warn!(error = format!("{error:#}"), "the manager cannot be asked to stop the sub-agents; they are stopped without it");
+            None
+        }
+    };
+    match reply.and_then(|reply| reply.error) {
+        Some(error) => bail!("cannot stop every sub-agent: {error}"),
+        // A manager that hangs or is dead stops nobody; what is left is ended here.
+        None => process::tree::end_all(home)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
