@@ -154,35 +154,9 @@ fn start(home: &Home) -> Result<()> {
         Kind::None if role::is_taken(home, Role::Spm) => {}
         Kind::None => drop(role::spawn(home, Role::Spm)?),
     }
-    wait_until_it_answers(home)?;
+    door::wait_until_it_answers(home, START)?;
     anstream::eprintln!("started");
     Ok(())
-}
-
-/// Waits until the manager answers and the watchdog is there.
-pub fn wait_until_it_answers(home: &Home) -> Result<()> {
-    let deadline = Instant::now() + START;
-    loop {
-        let asked = door::ask(home, &Request::Status, ANSWER);
-        if let Ok(Some(reply)) = &asked
-            && reply.status.as_ref().is_some_and(|status| status.spa.pid.is_some())
-        {
-            return Ok(());
-        }
-        if Instant::now() >= deadline {
-            let why = match asked {
-                Ok(Some(_)) => "the watchdog does not come up".to_owned(),
-                Ok(None) => "the manager does not come up".to_owned(),
-                Err(error) => format!("{error:#}"),
-            };
-            bail!(
-                "cannot start: {why} within {START:?}; see {} and {}",
-                home.role_log("spm").display(),
-                home.role_log("spa").display()
-            );
-        }
-        platform::pause(LOOK);
-    }
 }
 
 /// Stops everything, whoever is alive to help. Nothing of it comes back by itself.
@@ -241,7 +215,7 @@ fn restart(home: &Home) -> Result<()> {
             drop(role::spawn(home, Role::Spm)?);
         }
     }
-    wait_until_it_answers(home)?;
+    door::wait_until_it_answers(home, START)?;
     anstream::eprintln!("restarted; the sub-agents were left running");
     Ok(())
 }

@@ -5,7 +5,7 @@
 //! [`Farewell`].
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,10 @@ use crate::role::Role;
 const MAX_REQUEST_BYTES: u64 = 64 << 10;
 /// A reply is refused beyond this: a status of thousands of sub-agents is far smaller.
 const MAX_REPLY_BYTES: u64 = 16 << 20;
+/// A manager that works answers at once.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Between two looks at a manager that is coming up.
+const LOOK: Duration = Duration::from_millis(50);
 /// So many may hold the door open at the same time.
 const MAX_CONNECTIONS: usize = 64;
 
@@ -249,5 +253,28 @@ pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<R
     match Door::open(home, timeout)? {
         Some(mut door) => door.ask(request).map(Some),
         None => Ok(None),
+    }
+}
+
+/// Waits until the manager answers and the watchdog is there.
+pub fn wait_until_it_answers(home: &Home, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let asked = ask(home, &Request::Status, ANSWER);
+        if let Ok(Some(reply)) = &asked
+            && reply.status.as_ref().is_some_and(|status| status.spa.pid.is_some())
+        {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            let why = match asked {
+                Ok(Some(_)) => "the watchdog does not come up".to_owned(),
+                Ok(None) => "the manager does not come up".to_owned(),
+                Err(error) => format!("{error:#}"),
+            };
+            let (spm, spa) = (home.role_log("spm"), home.role_log("spa"));
+            bail!("{why} within {patience:?}; see {} and {}", spm.display(), spa.display());
+        }
+        platform::pause(LOOK);
     }
 }

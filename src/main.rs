@@ -1,4 +1,6 @@
 //! `aops`: one executable, several personalities, chosen by the program's name or the subcommand.
+//!
+//! Here the error chain is printed, once, and the exit code given. What each personality is stands at the head of its module.
 
 mod core;
 mod home;
@@ -6,7 +8,8 @@ mod lock;
 mod platform;
 mod store;
 
-// Personalities.
+// Personalities, and the command lines that lead to them.
+mod cli;
 mod control;
 #[cfg(feature = "gateway")]
 mod gateway;
@@ -15,14 +18,26 @@ mod spa;
 mod spm;
 
 // Mechanisms.
+mod command;
 mod config;
 mod door;
 mod endpoint;
 mod host_service;
+mod installation;
 mod logging;
 mod package;
 mod process;
 mod role;
 mod uplink;
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::run(std::env::args_os()) {
+        Ok(code) => code,
+        Err(error) => {
+            anstream::eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Every command line: the names that the program goes by, the subcommands, and the spelling of the system that it replaces.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::home::Home;
+use crate::host_service::product;
+use crate::{control, installation, package, platform, service, spa, spm};
+#[cfg(feature = "gateway")]
+use crate::gateway;
+
+/// Keeps this host's agents installed, at the right version, running and
+/// reported
+///
+/// One program, several roles. A host runs the manager (spm) and the watchdog
+/// (spa), which `install` sets up; an operator uses `control`; a `gateway`
+/// serves packages and says what each host is to run.
+///
+/// Linked under the names aops-agent-service*, aops-spm, aops-spa or control,
+/// the program takes that role without a subcommand.
+#[derive(Debug, Parser)]
+#[command(name = "aops", disable_version_flag = true, arg_required_else_help = true, term_width = 80)]
+struct Cli {
+    /// Print the version
+    #[arg(short = 'V', long)]
+    version: bool,
+    /// With --version: also the release installed and the trusted keys
+    #[arg(long, requires = "version")]
+    verbose: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install this host's manager and watchdog
+    Install(service::InstallOptions),
+    /// What the operator at the host uses: status, start, stop, logs ...
+    Control {
+        #[command(flatten)]
+        home: HomeOption,
+        #[command(subcommand)]
+        command: ControlCommand,
+    },
+    /// The server: publish packages and say what each host is to run
+    #[cfg(feature = "gateway")]
+    Gateway {
+        #[command(subcommand)]
+        command: gateway::Command,
+    },
+    /// The installer's verbs: install, uninstall, start, stop ...
+    Service {
+        #[command(subcommand)]
+        command: ServiceCommand,
+    },
+    /// Run the manager (started by the service manager or `control start`)
+    Spm {
+        #[command(flatten)]
+        home: HomeOption,
+        #[command(flatten)]
+        options: spm::Options,
+    },
+    /// Run the watchdog (started by the service manager or the manager)
+    Spa {
+        #[command(flatten)]
+        home: HomeOption,
+        #[command(flatten)]
+        options: spa::Options,
+    },
+}
+
+#[derive(Debug, Clone, Args)]
+struct HomeOption {
+    /// The directory of the installation [default: this program's own, then
+    /// AOPS_HOME, then the platform's]
+    #[arg(long, value_name = "DIR", global = true)]
+    home: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum ControlCommand {
+    #[command(flatten)]
+    Verb(control::Command),
+    /// Remove the installation: services, processes and files
+    Uninstall {
+        /// Do not ask first
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ServiceCommand {
+    /// Install this host's manager and watchdog
+    Install(service::InstallOptions),
+    #[command(flatten)]
+    Verb(ServiceVerb),
+}
+
+#[derive(Debug, Subcommand)]
+enum ServiceVerb {
+    /// Remove the installation: services, processes and files
+    Uninstall {
+        #[command(flatten)]
+        home: HomeOption,
+        /// Do not ask first
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Start what was stopped
+    Start {
+        #[command(flatten)]
+        home: HomeOption,
+    },
+    /// Stop every sub-agent and both roles
+    Stop {
+        #[command(flatten)]
+        home: HomeOption,
+    },
+    /// Start the roles anew; sub-agents are left running
+    Restart {
+        #[command(flatten)]
+        home: HomeOption,
+    },
+    /// Show what runs
+    Status {
+        #[command(flatten)]
+        home: HomeOption,
+        /// Print one JSON document
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// A command line as it was given: the program's name, then its arguments.
+pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
+    let arguments: Vec<OsString> = arguments.collect();
+    let normal = match normalize(&arguments) {
+        Ok(normal) => normal,
+        Err(wrong) => Cli::command().error(clap::error::ErrorKind::InvalidValue, wrong).exit(),
+    };
+    let first_contact = normal.old_spelling;
+    let cli = match Cli::command().try_get_matches_from(&normal.arguments).and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    if cli.version {
+        return print_version(cli.verbose);
+    }
+    let Some(command) = cli.command else { Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is needed").exit() };
+    match command {
+        Command::Install(options) | Command::Service { command: ServiceCommand::Install(options) } => service::install(&options, first_contact),
+        Command::Control { home, command: ControlCommand::Verb(verb) } => control::main(&home.find(), &verb),
+        Command::Control { home, command: ControlCommand::Uninstall { yes } } => service::uninstall(&home.find(), yes),
+        Command::Service { command: ServiceCommand::Verb(verb) } => run_service(verb),
+        #[cfg(feature = "gateway")]
+        Command::Gateway { command } => gateway::main(command),
+        Command::Spm { home, options } => spm::main(&home.find(), &options),
+        Command::Spa { home, options } => spa::main(&home.find(), &options),
+    }
+}
+
+fn run_service(verb: ServiceVerb) -> Result<ExitCode> {
+    match verb {
+        ServiceVerb::Uninstall { home, yes } => service::uninstall(&home.find(), yes),
+        ServiceVerb::Start { home } => control::main(&home.find(), &control::Command::Start),
+        ServiceVerb::Stop { home } => control::main(&home.find(), &control::Command::Stop),
+        ServiceVerb::Restart { home } => control::main(&home.find(), &control::Command::Restart { agent: None }),
+        ServiceVerb::Status { home, json } => control::main(&home.find(), &control::Command::Status { json }),
+    }
+}
+
+impl HomeOption {
+    /// `--home`, then where this program lies, then `AOPS_HOME`, then the platform's place.
+    fn find(&self) -> Home {
+        let root = self
+            .home
+            .clone()
+            .or_else(|| own_home(&platform::own_executable()?))
+            .or_else(|| std::env::var_os("AOPS_HOME").filter(|home| !home.is_empty()).map(PathBuf::from))
+            .unwrap_or_else(product::default_home);
+        Home::new(std::path::absolute(&root).unwrap_or(root))
+    }
+}
+
+/// The home that a program in its `bin` belongs to.
+fn own_home(executable: &Path) -> Option<PathBuf> {
+    let bin = executable.parent().filter(|bin| bin.file_name() == Some(OsStr::new("bin")))?;
+    let root = bin.parent()?;
+    root.join("etc/agent-id").is_file().then(|| root.to_owned())
+}
+
+/// A command line with a subcommand, whatever name and spelling it was given in.
+#[derive(Debug, PartialEq)]
+struct Normal {
+    arguments: Vec<OsString>,
+    old_spelling: bool,
+}
+
+/// Puts the role that the program's name says, and the old spelling, into today's words.
+fn normalize(arguments: &[OsString]) -> Result<Normal, String> {
+    let name = arguments.first().map(|program| stem(program)).unwrap_or_default();
+    let rest = arguments.get(1..).unwrap_or_default();
+    let program = OsString::from("aops");
+    let with = |role: &[&str], rest: &[OsString]| -> Vec<OsString> {
+        [program.clone()].into_iter().chain(role.iter().map(OsString::from)).chain(rest.iter().cloned()).collect()
+    };
+    if let Some(translated) = service::old_spelling(rest) {
+        return translated.map(|translated| Normal { arguments: with(&["service"], &translated), old_spelling: true });
+    }
+    let asks_version = rest.first().is_some_and(|first| first == "--version" || first == "-V");
+    let role: &[&str] = match name.as_str() {
+        _ if asks_version => &[],
+        "aops-spm" => &["spm"],
+        "aops-spa" => &["spa"],
+        "control" => &["control"],
+        name if name.starts_with("aops-agent-service") => &["service"],
+        _ => &[],
+    };
+    Ok(Normal { arguments: with(role, rest), old_spelling: false })
+}
+
+/// The program's name without its directory and `.exe`.
+fn stem(program: &OsStr) -> String {
+    let name = Path::new(program).file_name().unwrap_or(program).to_string_lossy().into_owned();
+    match name.len().checked_sub(4).and_then(|at| name.split_at_checked(at)) {
+        Some((stem, extension)) if extension.eq_ignore_ascii_case(".exe") => stem.to_owned(),
+        _ => name,
+    }
+}
+
+#[allow(clippy::print_stdout, reason = "results go to the standard output")]
+fn print_version(verbose: bool) -> Result<ExitCode> {
+    println!("aops {}", env!("CARGO_PKG_VERSION"));
+    let home = HomeOption { home: None }.find();
+    if let Ok(Some(manager)) = installation::Manager::load(&home) {
+        println!("installed in {}: release {}", home.root().display(), manager.version);
+    }
+    if verbose {
+        println!("target: {} {}", platform::OS, platform::ARCH);
+        let keys = |whose: &str, keys: &package::Keys| {
+            for key in keys.ids() {
+                println!("trusted key {key} ({whose})");
+            }
+        };
+        keys("built in", &package::Keys::baked_in()?);
+        if let Some(executable) = platform::own_executable() {
+            for text in package::trailer::read(&executable)?.unwrap_or_default() {
+                keys("carried by this executable", &package::Keys::parse(&text)?);
+            }
+        }
+        if home.keys().is_dir() {
+            keys("etc/keys", &package::Keys::load(&home.keys())?);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn normal(line: &str) -> String {
+        let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        let normal = normalize(&arguments).unwrap();
+        normal.arguments.iter().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn the_programs_name_chooses_its_role() {
+        assert_eq!(normal("/opt/aops/bin/aops-spm --home /x"), "aops spm --home /x");
+        assert_eq!(normal("aops-spa"), "aops spa");
+        assert_eq!(normal("./control status"), "aops control status");
+        assert_eq!(normal("control.exe status"), "aops control status");
+        assert_eq!(normal("AOPS-SPM.EXE"), "aops");
+        assert_eq!(normal("aops-spm.EXE"), "aops spm");
+        assert_eq!(normal("aops-agent-service-linux-amd64 install"), "aops service install");
+        assert_eq!(normal("aops-agent-service install"), "aops service install");
+        assert_eq!(normal("aops control status"), "aops control status");
+        assert_eq!(normal("renamed control status"), "aops control status");
+        assert_eq!(normal("aops-spm --version"), "aops --version");
+    }
+
+    #[test]
+    fn every_help_fits_80_columns_and_says_something() {
+        fn check(command: &mut clap::Command, path: &str) {
+            let help = command.render_long_help().to_string();
+            for line in help.lines() {
+                assert!(line.chars().count() <= 80, "{path}: {line}");
+            }
+            assert!(command.get_about().is_some() || path == "aops", "{path} says nothing about itself");
+            for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+                assert!(argument.get_help().is_some(), "{path} {}", argument.get_id());
+            }
+            for inner in command.get_subcommands_mut().filter(|inner| !inner.is_hide_set()) {
+                let path = format!("{path} {}", inner.get_name());
+                check(inner, &path);
+            }
+        }
+        let mut command = Cli::command();
+        command.build();
+        check(&mut command, "aops");
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}
