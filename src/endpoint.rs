@@ -260,4 +260,6 @@ impl From<Fingerprint> for String {
 }
 
 #[cfg(test)]
+pub mod testing;
+#[cfg(test)]
 mod tests;

@@ -81,3 +81,83 @@ pub fn current_release(
         _ => Err(reply.refused().context(what())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::protocol::ManagerReport;
+    use crate::endpoint::testing::{Server, Told};
+    use crate::endpoint::{Timeouts, Trust};
+
+    fn client() -> Client {
+        Client::new(&Trust::Insecure, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
+    }
+
+    fn heartbeat() -> Heartbeat {
+        let version = "1.0".parse().unwrap();
+        Heartbeat {
+            agent_id: "host-1".parse().unwrap(),
+            instance_id: "i".to_owned(),
+            hostname: "h".to_owned(),
+            os: Os::Linux,
+            arch: Arch::Amd64,
+            manager: ManagerReport { version, pid: 1, uptime_seconds: 2, memory_bytes: 3 },
+            lineage: None,
+            generation: 0,
+            sequence: 1,
+            agents: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_heartbeat_is_answered() {
+        let server = Server::plain(|asked| {
+            assert_eq!((asked.method.as_str(), asked.path.as_str()), ("POST", "/api/heartbeat"));
+            assert_eq!(asked.headers.get("x-agent-id").map(String::as_str), Some("host-1"));
+            assert_eq!(serde_json::from_slice::<Heartbeat>(&asked.body).unwrap(), heartbeat());
+            Told::ok(r#"{"agentId": "host-1", "generation": 7, "later": {"unknown": true}}"#)
+        });
+        assert_eq!(send(&client(), &server.endpoint(), &heartbeat()).unwrap().generation, 7);
+    }
+
+    #[test]
+    fn answers_that_cannot_be_for_this_host_are_refused_with_the_reason() {
+        for (body, word) in [
+            (br#"{"agentId": "host-2"}"#.to_vec(), "it is for agent host-2, this is host-1"),
+            (b"<html>".to_vec(), "cannot understand the answer"),
+            (vec![b' '; (4 << 20) + 1], "more than 4194304 bytes"),
+        ] {
+            let server = Server::plain(move |_| Told::ok(body.clone()));
+            let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
+            assert!(refusal.to_string().contains(word), "{refusal}");
+            assert_eq!(refusal.retry_after, None);
+        }
+        let server = Server::plain(move |_| Told {
+            headers: vec![("retry-after", "17".to_owned())],
+            body: br#"{"errorMessage": "too many of you"}"#.to_vec(),
+            ..Told::status(503)
+        });
+        let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
+        assert!(refusal.to_string().contains("answered 503: too many of you"), "{refusal}");
+        assert_eq!(refusal.retry_after, Some(Duration::from_secs(17)));
+    }
+
+    #[test]
+    fn the_current_release_is_told_or_there_is_none() {
+        let digest = "0".repeat(64);
+        let body = format!(r#"{{"version": "2", "file": "demo-2_linux_amd64.zip", "sha256": "{digest}", "size": 5}}"#);
+        let evil = body.replace("demo-2", "../demo-2");
+        let server = Server::plain(move |asked| match asked.path.as_str() {
+            "/api/releases/demo?os=linux&arch=amd64" => Told::ok(body.clone()),
+            "/api/releases/evil?os=linux&arch=amd64" => Told::ok(evil.clone()),
+            "/api/releases/sick?os=linux&arch=amd64" => Told::status(500),
+            _ => Told::status(404),
+        });
+        let current =
+            |name: &str| current_release(&client(), &server.endpoint(), &name.parse().unwrap(), Os::Linux, Arch::Amd64);
+        assert_eq!(current("demo").unwrap().unwrap().version.as_str(), "2");
+        assert!(current("none").unwrap().is_none());
+        assert!(current("evil").is_err() && current("sick").is_err());
+    }
+}

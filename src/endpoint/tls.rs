@@ -125,6 +125,11 @@ fn failed(origin: &str, error: impl Into<anyhow::Error>) -> ureq::Error {
 /// What went wrong in the handshake, out of the layers that it was wrapped in.
 fn explained(origin: &str, error: io::Error) -> ureq::Error {
     let Some(inner) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            let text =
+                format!("cannot agree on TLS with {origin}: it closed the connection; is it an http:// endpoint?");
+            return ureq::Error::Other(Box::new(HandshakeFailed(text)));
+        }
         // A timeout or a broken connection below; ureq unwraps its own.
         return error.into();
     };

@@ -105,9 +105,9 @@ mod tests {
         for (content, expected) in [
             (b"".to_vec(), true),
             (b"AOPS-TRAILER-01\n".to_vec(), true),
-            ([&[9, 0, 0, 0, 0, 0, 0, 0], &MAGIC[..]].concat(), false),
-            ([&[255; 8], &MAGIC[..]].concat(), false),
-            ([b"{]", &[2, 0, 0, 0, 0, 0, 0, 0], &MAGIC[..]].concat(), false),
+            ([&[9, 0, 0, 0, 0, 0, 0, 0][..], &MAGIC[..]].concat(), false),
+            ([&[255; 8][..], &MAGIC[..]].concat(), false),
+            ([&b"{]"[..], &[2, 0, 0, 0, 0, 0, 0, 0], &MAGIC[..]].concat(), false),
         ] {
             std::fs::write(&path, &content).unwrap();
             assert_eq!(read(&path).is_ok(), expected, "{content:?}");

@@ -112,7 +112,7 @@ fn from_tar(decoded: impl Read, tree: &mut Tree) -> Result<()> {
         let Some(entry) = entries.next() else { return Ok(()) };
         let mut entry = entry.context("it is not a tar archive, or is damaged")?;
         let path = text(&entry.path_bytes())?.to_owned();
-        let refused = || format!("the entry {path:?}");
+        let refused = || shown(&path);
         let mode = entry.header().mode().with_context(refused)?;
         match entry.header().entry_type() {
             EntryType::Directory => tree.directory(&path),
@@ -164,9 +164,14 @@ fn from_zip(archive: &mut File, tree: &mut Tree) -> Result<()> {
             }
             _ => Err(anyhow::anyhow!("it is a device or a pipe")),
         }
-        .with_context(|| format!("the entry {path:?}"))?;
+        .with_context(|| shown(&path))?;
     }
     Ok(())
+}
+
+fn shown(path: &str) -> String {
+    let start: String = path.chars().take(100).collect();
+    format!("the entry {start:?}{}", if start.len() < path.len() { "…" } else { "" })
 }
 
 fn text(bytes: &[u8]) -> Result<&str> {

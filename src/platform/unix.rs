@@ -68,3 +68,9 @@ pub fn sync_tree(directory: &Path) -> io::Result<()> {
 pub fn can_be_file_name(name: &str) -> bool {
     !name.contains('\0')
 }
+
+/// A file's permission bits.
+#[cfg(test)]
+pub fn mode(path: &Path) -> io::Result<u32> {
+    Ok(fs::metadata(path)?.permissions().mode() & 0o7777)
+}

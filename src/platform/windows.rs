@@ -61,3 +61,9 @@ pub fn can_be_file_name(name: &str) -> bool {
         && !DEVICES.contains(&stem.as_str())
         && !numbered
 }
+
+/// There are none.
+#[cfg(test)]
+pub fn mode(_path: &Path) -> io::Result<u32> {
+    Err(io::ErrorKind::Unsupported.into())
+}
