@@ -1,1 +1,265 @@
-//! To be written.
+//! Where a gateway is, and how it is spoken to: addresses, what of TLS is trusted, and a blocking client.
+//!
+//! An [`Endpoint`] is the base address of a gateway, or of a directory that holds packages; it never carries a user, a query or a
+//! fragment, so that joining a path to it cannot go anywhere else. A [`Fingerprint`] names a certificate. [`Trust`] says which
+//! certificates are accepted, and [`Client`] is the only way that this program speaks HTTP.
+
+mod client;
+mod tls;
+mod trust;
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use ureq::http::Uri;
+
+pub use client::{Client, Reply, Timeouts};
+pub use trust::Trust;
+
+/// An address longer than this is refused.
+const MAX_ADDRESS_BYTES: usize = 2048;
+
+/// Whether bytes travel enciphered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Scheme {
+    Http,
+    Https,
+}
+
+impl Scheme {
+    fn as_str(self) -> &'static str {
+        match self {
+            Scheme::Http => "http",
+            Scheme::Https => "https",
+        }
+    }
+
+    fn default_port(self) -> u16 {
+        match self {
+            Scheme::Http => 80,
+            Scheme::Https => 443,
+        }
+    }
+}
+
+/// A base address: `http` or `https`, a host, a port, and perhaps a path below which everything lies (without a slash at its end).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Endpoint {
+    scheme: Scheme,
+    /// Lower case; an IPv6 address in brackets.
+    host: String,
+    port: u16,
+    /// Empty, or begins with a slash.
+    prefix: String,
+}
+
+/// Why a text is not an [`Endpoint`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadEndpoint {
+    got: String,
+    why: String,
+}
+
+impl fmt::Display for BadEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: String = self.got.chars().take(120).collect();
+        write!(f, "cannot take {shown:?} as an endpoint: {}; it looks like https://gateway.example:8888", self.why)
+    }
+}
+
+impl std::error::Error for BadEndpoint {}
+
+impl Endpoint {
+    /// `https://host:port`, always with the port: what certificates are remembered by and the agent id is meant for.
+    pub fn origin(&self) -> String {
+        format!("{}://{}:{}", self.scheme.as_str(), self.host, self.port)
+    }
+
+    pub fn is_https(&self) -> bool {
+        self.scheme == Scheme::Https
+    }
+
+    /// The host as it stands in the address: lower case, an IPv6 address in brackets.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Whether it is this very machine: such an address is never spoken to through a proxy.
+    pub fn is_loopback(&self) -> bool {
+        let bare = self.host.trim_start_matches('[').trim_end_matches(']');
+        match bare.parse::<std::net::IpAddr>() {
+            Ok(std::net::IpAddr::V6(address)) => {
+                address.is_loopback() || address.to_ipv4_mapped().is_some_and(|v4| v4.is_loopback())
+            }
+            Ok(address) => address.is_loopback(),
+            Err(_) => bare == "localhost" || bare.ends_with(".localhost"),
+        }
+    }
+
+    /// The full address of `path`, which begins with a slash, below this endpoint.
+    pub fn url(&self, path: &str) -> String {
+        format!("{self}{path}")
+    }
+
+    /// The endpoint one `path` (beginning with a slash) further down.
+    pub fn below(&self, path: &str) -> Endpoint {
+        Endpoint { prefix: format!("{}{}", self.prefix, path.trim_end_matches('/')), ..self.clone() }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}", self.scheme.as_str(), self.host)?;
+        if self.port != self.scheme.default_port() {
+            write!(f, ":{}", self.port)?;
+        }
+        f.write_str(&self.prefix)
+    }
+}
+
+impl FromStr for Endpoint {
+    type Err = BadEndpoint;
+
+    fn from_str(text: &str) -> Result<Self, BadEndpoint> {
+        let refuse = |why: &str| BadEndpoint { got: text.to_owned(), why: why.to_owned() };
+        if text.len() > MAX_ADDRESS_BYTES {
+            return Err(refuse("it is too long"));
+        }
+        let trimmed = text.trim();
+        if !trimmed.contains("://") {
+            return Err(refuse("it does not say https:// (or http://)"));
+        }
+        let uri: Uri = trimmed.parse().map_err(|error| refuse(&format!("{error}")))?;
+        let scheme = match uri.scheme_str() {
+            Some("https") => Scheme::Https,
+            Some("http") => Scheme::Http,
+            _ => return Err(refuse("neither http nor https")),
+        };
+        let authority = uri.authority().ok_or_else(|| refuse("it names no host"))?;
+        if authority.as_str().contains('@') {
+            return Err(refuse("a user name or password has no place in it"));
+        }
+        if uri.query().is_some() || trimmed.contains('#') {
+            return Err(refuse("a query (?) or fragment (#) has no place in it"));
+        }
+        if authority.host().is_empty() {
+            return Err(refuse("it names no host"));
+        }
+        let port = match authority.as_str().strip_prefix(authority.host()) {
+            None | Some("" | ":") => scheme.default_port(),
+            Some(_) => match authority.port_u16() {
+                Some(port) if port != 0 => port,
+                _ => return Err(refuse("its port is not a number from 1 to 65535")),
+            },
+        };
+        let prefix = uri.path().trim_end_matches('/');
+        if prefix.split('/').any(|part| part == "." || part == "..") {
+            return Err(refuse("its path goes up"));
+        }
+        Ok(Endpoint { scheme, host: authority.host().to_ascii_lowercase(), port, prefix: prefix.to_owned() })
+    }
+}
+
+impl TryFrom<String> for Endpoint {
+    type Error = BadEndpoint;
+
+    fn try_from(text: String) -> Result<Self, BadEndpoint> {
+        text.parse()
+    }
+}
+
+impl From<Endpoint> for String {
+    fn from(endpoint: Endpoint) -> String {
+        endpoint.to_string()
+    }
+}
+
+/// The SHA-256 of a certificate (its DER) or of its public key (the DER of its SubjectPublicKeyInfo). Shown as `sha256:` and 64
+/// hexadecimal digits; read in that form, bare, in upper case, or with the colons that `openssl x509 -fingerprint -sha256` prints.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Fingerprint([u8; 32]);
+
+/// Why a text is not a [`Fingerprint`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadFingerprint(String);
+
+impl fmt::Display for BadFingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: String = self.0.chars().take(120).collect();
+        write!(
+            f,
+            "cannot take {shown:?} as a certificate's SHA-256: expected 64 hexadecimal digits, as \
+             `openssl x509 -noout -fingerprint -sha256 -in CERT` prints them"
+        )
+    }
+}
+
+impl std::error::Error for BadFingerprint {}
+
+impl Fingerprint {
+    /// Of `der`: a whole certificate, or a SubjectPublicKeyInfo.
+    pub fn of(der: &[u8]) -> Fingerprint {
+        Fingerprint(Sha256::digest(der).into())
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("sha256:")?;
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Fingerprint {
+    type Err = BadFingerprint;
+
+    fn from_str(text: &str) -> Result<Self, BadFingerprint> {
+        let bad = || BadFingerprint(text.to_owned());
+        let lower = text.trim().to_ascii_lowercase();
+        let bare = lower.strip_prefix("sha256").unwrap_or(&lower);
+        let bare = bare.trim_start().strip_prefix("fingerprint").unwrap_or(bare);
+        let digits: Vec<u8> = bare.trim_start_matches([':', '=', '/', ' ']).bytes().filter(|b| *b != b':').collect();
+        if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
+            return Err(bad());
+        }
+        let mut bytes = [0; 32];
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks(2)) {
+            let pair = std::str::from_utf8(pair).map_err(|_| bad())?;
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| bad())?;
+        }
+        Ok(Fingerprint(bytes))
+    }
+}
+
+impl TryFrom<String> for Fingerprint {
+    type Error = BadFingerprint;
+
+    fn try_from(text: String) -> Result<Self, BadFingerprint> {
+        text.parse()
+    }
+}
+
+impl From<Fingerprint> for String {
+    fn from(fingerprint: Fingerprint) -> String {
+        fingerprint.to_string()
+    }
+}
+
+#[cfg(test)]
+pub mod testing;
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,163 @@
-//! To be written.
+//! What a host says to its gateway: the heartbeat, and the question which release is the current one.
+//!
+//! One exchange with one endpoint each. When to send, to whom next and how long to wait after a failure is the caller's to decide.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::core::model::{AgentName, Arch, Os};
+use crate::core::protocol::{Answer, HEARTBEAT_PATH, Heartbeat, Offer, RELEASES_PATH};
+use crate::endpoint::{Client, Endpoint};
+
+/// A desired state is refused beyond this: a thousand sub-agents with a screenful of environment each.
+const MAX_ANSWER_BYTES: u64 = 4 << 20;
+const MAX_OFFER_BYTES: u64 = 64 << 10;
+
+/// Why a heartbeat failed, and when the gateway wants to hear of this host again if it said so.
+#[derive(Debug)]
+pub struct Refusal {
+    pub error: anyhow::Error,
+    pub retry_after: Option<Duration>,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#}", self.error)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+impl From<anyhow::Error> for Refusal {
+    fn from(error: anyhow::Error) -> Refusal {
+        Refusal { error, retry_after: None }
+    }
+}
+
+/// Reports the actual state; the answer is for this host, or it is refused.
+pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Result<Answer, Refusal> {
+    let what = || format!("cannot send a heartbeat to {endpoint}");
+    let json = serde_json::to_vec(heartbeat).with_context(what)?;
+    let reply = client.post_json(endpoint, HEARTBEAT_PATH, &json).with_context(what)?;
+    if reply.status() != 200 {
+        let retry_after = reply.retry_after();
+        return Err(Refusal { error: reply.refused().context(what()), retry_after });
+    }
+    let answer: Answer = serde_json::from_slice(&reply.bytes(MAX_ANSWER_BYTES).with_context(what)?)
+        .with_context(|| format!("cannot understand the answer of {endpoint} to a heartbeat"))?;
+    if answer.agent_id != heartbeat.agent_id {
+        let error = anyhow::anyhow!(
+            "cannot take the answer of {endpoint}: it is for agent {}, this is {}",
+            answer.agent_id,
+            heartbeat.agent_id
+        );
+        return Err(error.into());
+    }
+    Ok(answer)
+}
+
+/// The release of `name` that the gateway offers now; `None` where it has none for this os and arch.
+pub fn current_release(
+    client: &Client,
+    endpoint: &Endpoint,
+    name: &AgentName,
+    os: Os,
+    arch: Arch,
+) -> Result<Option<Offer>> {
+    let what = || format!("cannot ask {endpoint} for the current release of {name}");
+    let path = format!("{RELEASES_PATH}/{name}?os={os}&arch={arch}");
+    let reply = client.get(endpoint, &path, &[]).with_context(what)?;
+    match reply.status() {
+        200 => {
+            let bytes = reply.bytes(MAX_OFFER_BYTES).with_context(what)?;
+            let offer: Offer =
+                serde_json::from_slice(&bytes).context("the answer is not that of a gateway").with_context(what)?;
+            ensure!(!offer.file.contains(['/', '\\']), "{}: {:?} is not the name of a file", what(), offer.file);
+            Ok(Some(offer))
+        }
+        404 => Ok(None),
+        _ => Err(reply.refused().context(what())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::protocol::ManagerReport;
+    use crate::endpoint::testing::{Server, Told};
+    use crate::endpoint::{Timeouts, Trust};
+
+    fn client() -> Client {
+        Client::new(&Trust::Insecure, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
+    }
+
+    fn heartbeat() -> Heartbeat {
+        let version = "1.0".parse().unwrap();
+        Heartbeat {
+            agent_id: "host-1".parse().unwrap(),
+            instance_id: "i".to_owned(),
+            hostname: "h".to_owned(),
+            os: Os::Linux,
+            arch: Arch::Amd64,
+            manager: ManagerReport { version, pid: 1, uptime_seconds: 2, memory_bytes: 3 },
+            lineage: None,
+            generation: 0,
+            sequence: 1,
+            agents: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_heartbeat_is_answered() {
+        let server = Server::plain(|asked| {
+            assert_eq!((asked.method.as_str(), asked.path.as_str()), ("POST", "/api/heartbeat"));
+            assert_eq!(asked.headers.get("x-agent-id").map(String::as_str), Some("host-1"));
+            assert_eq!(serde_json::from_slice::<Heartbeat>(&asked.body).unwrap(), heartbeat());
+            Told::ok(r#"{"agentId": "host-1", "generation": 7, "later": {"unknown": true}}"#)
+        });
+        assert_eq!(send(&client(), &server.endpoint(), &heartbeat()).unwrap().generation, 7);
+    }
+
+    #[test]
+    fn answers_that_cannot_be_for_this_host_are_refused_with_the_reason() {
+        for (body, word) in [
+            (br#"{"agentId": "host-2"}"#.to_vec(), "it is for agent host-2, this is host-1"),
+            (b"<html>".to_vec(), "cannot understand the answer"),
+            (vec![b' '; (4 << 20) + 1], "more than 4194304 bytes"),
+        ] {
+            let server = Server::plain(move |_| Told::ok(body.clone()));
+            let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
+            assert!(refusal.to_string().contains(word), "{refusal}");
+            assert_eq!(refusal.retry_after, None);
+        }
+        let server = Server::plain(move |_| Told {
+            headers: vec![("retry-after", "17".to_owned())],
+            body: br#"{"errorMessage": "too many of you"}"#.to_vec(),
+            ..Told::status(503)
+        });
+        let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
+        assert!(refusal.to_string().contains("answered 503: too many of you"), "{refusal}");
+        assert_eq!(refusal.retry_after, Some(Duration::from_secs(17)));
+    }
+
+    #[test]
+    fn the_current_release_is_told_or_there_is_none() {
+        let digest = "0".repeat(64);
+        let body = format!(r#"{{"version": "2", "file": "demo-2_linux_amd64.zip", "sha256": "{digest}", "size": 5}}"#);
+        let evil = body.replace("demo-2", "../demo-2");
+        let server = Server::plain(move |asked| match asked.path.as_str() {
+            "/api/releases/demo?os=linux&arch=amd64" => Told::ok(body.clone()),
+            "/api/releases/evil?os=linux&arch=amd64" => Told::ok(evil.clone()),
+            "/api/releases/sick?os=linux&arch=amd64" => Told::status(500),
+            _ => Told::status(404),
+        });
+        let current =
+            |name: &str| current_release(&client(), &server.endpoint(), &name.parse().unwrap(), Os::Linux, Arch::Amd64);
+        assert_eq!(current("demo").unwrap().unwrap().version.as_str(), "2");
+        assert!(current("none").unwrap().is_none());
+        assert!(current("evil").is_err() && current("sick").is_err());
+    }
+}

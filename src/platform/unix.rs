@@ -94,4 +94,37 @@ pub fn read_current(link: &Path) -> io::Result<Option<String>> {
 pub fn write_current(link: &Path, version: &str) -> io::Result<()> {
     replace_link(Path::new(version), link)?;
     link.parent().map_or(Ok(()), sync_directory)
+
+// --- Packages
+
+/// Bytes that this process may still write on the file system of `directory`.
+pub fn free_space(directory: &Path) -> io::Result<u64> {
+    let found = rustix::fs::statvfs(directory)?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Makes a symbolic link with exactly this target where nothing stands yet.
+pub fn make_symlink(target: &Path, link: &Path) -> io::Result<()> {
+    std::os::unix::fs::symlink(target, link)
+}
+
+/// Makes everything in a directory survive a power cut: in one call for its whole file system, instead of one for each file.
+pub fn sync_tree(directory: &Path) -> io::Result<()> {
+    let opened = File::open(directory)?;
+    #[cfg(target_os = "linux")]
+    rustix::fs::syncfs(&opened)?;
+    #[cfg(not(target_os = "linux"))]
+    rustix::fs::sync();
+    opened.sync_all()
+}
+
+/// Whether a name without slashes can be that of a file here.
+pub fn can_be_file_name(name: &str) -> bool {
+    !name.contains('\0')
+}
+
+/// A file's permission bits.
+#[cfg(test)]
+pub fn mode(path: &Path) -> io::Result<u32> {
+    Ok(fs::metadata(path)?.permissions().mode() & 0o7777)
 }

@@ -40,4 +40,55 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
 /// Whether the process may write where only administrators may.
 pub fn is_root() -> bool {
     File::open(r"\\.\PhysicalDrive0").is_ok()
+
+// --- Packages
+
+/// Bytes that this process may still write on the volume of `directory`.
+pub fn free_space(directory: &Path) -> io::Result<u64> {
+    use std::os::windows::ffi::OsStrExt;
+    use windows_sys::Win32::Storage::FileSystem::GetDiskFreeSpaceExW;
+
+    let wide: Vec<u16> = directory.as_os_str().encode_wide().chain([0]).collect();
+    let mut free = 0;
+    // SAFETY: `wide` ends in a zero and, like `free`, outlives the call; the other results are not asked for.
+    let done = unsafe { GetDiskFreeSpaceExW(wide.as_ptr(), &mut free, std::ptr::null_mut(), std::ptr::null_mut()) };
+    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(free) }
+}
+
+/// A service may not make links that a package brings; packages for Windows do without.
+pub fn make_symlink(_target: &Path, _link: &Path) -> io::Result<()> {
+    Err(io::Error::new(io::ErrorKind::Unsupported, "cannot make a symbolic link of a package on Windows"))
+}
+
+/// Makes every file below a directory survive a power cut.
+pub fn sync_tree(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            sync_tree(&entry.path())?;
+        } else if kind.is_file() {
+            fs::OpenOptions::new().write(true).open(entry.path())?.sync_all()?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a name without slashes can be that of a file here: not one of DOS's devices, no stream of another file, no wildcard.
+pub fn can_be_file_name(name: &str) -> bool {
+    const DEVICES: [&str; 4] = ["CON", "PRN", "AUX", "NUL"];
+    let stem = name.split('.').next().unwrap_or_default().trim_end().to_ascii_uppercase();
+    let numbered = ["COM", "LPT"].iter().any(|port| {
+        stem.strip_prefix(port).is_some_and(|rest| rest.chars().count() == 1 && !rest.chars().all(char::is_alphabetic))
+    });
+    !name.ends_with(['.', ' '])
+        && !name.contains([':', '*', '?', '"', '<', '>', '|', '\0'])
+        && !DEVICES.contains(&stem.as_str())
+        && !numbered
+}
+
+/// There are none.
+#[cfg(test)]
+pub fn mode(_path: &Path) -> io::Result<u32> {
+    Err(io::ErrorKind::Unsupported.into())
 }

@@ -1,0 +1,300 @@
+//! The only way that this program speaks HTTP: blocking, with limits on time and size, and with errors an operator can act upon.
+//!
+//! The agent id goes to whom the caller calls an endpoint, never to another host; plain http goes nowhere unless the operator said
+//! `--insecure`; a redirect is followed within its own origin only, and none is for a POST.
+
+use std::io::Read;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use ureq::http::{HeaderMap, Response, header};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{ConnectProxyConnector, Connector, TcpConnector};
+use ureq::{Agent, Body, Proxy, Timeout};
+
+use super::tls::{FirstContact, HandshakeFailed, TlsConnector};
+use super::trust::{Distrust, Judge};
+use super::{Endpoint, Fingerprint, Trust};
+use crate::core::model::AgentId;
+use crate::core::protocol::AGENT_ID_HEADER;
+
+/// Longer than any interval between heartbeats that is usual, so that they share a connection.
+const MAX_IDLE_AGE: Duration = Duration::from_secs(600);
+/// The status line and all headers of an answer.
+const MAX_HEADER_BYTES: usize = 8 << 10;
+const MAX_REDIRECTS: usize = 5;
+
+/// How long is waited for what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For a connection to stand, TLS included; as long again for the host's name to be resolved.
+    pub connect: Duration,
+    /// For the next byte.
+    pub stall: Duration,
+    /// For the whole of an exchange. Who limits it exchanges little, and gets small buffers.
+    pub total: Option<Duration>,
+}
+
+impl Timeouts {
+    /// For heartbeats and other small questions.
+    pub fn exchange() -> Timeouts {
+        Timeouts {
+            connect: Duration::from_secs(10),
+            stall: Duration::from_secs(30),
+            total: Some(Duration::from_secs(60)),
+        }
+    }
+
+    /// For packages: as long as it takes, if only something arrives every `stall` (30 s is usual).
+    pub fn download(stall: Duration) -> Timeouts {
+        Timeouts { connect: Duration::from_secs(10), stall, total: None }
+    }
+}
+
+/// Speaks to gateways and to hosts of packages; keeps connections open. Cheap to share between threads by reference.
+#[derive(Debug)]
+pub struct Client {
+    agent: Agent,
+    agent_id: Option<AgentId>,
+    insecure: bool,
+    proxy: Option<Proxy>,
+    timeouts: Timeouts,
+    first_contact: FirstContact,
+}
+
+impl Client {
+    /// Reads what `trust` names. `agent_id` is what the host calls itself towards its endpoints.
+    pub fn new(trust: &Trust, agent_id: Option<&AgentId>, timeouts: Timeouts) -> Result<Client> {
+        let insecure = *trust == Trust::Insecure;
+        if insecure {
+            tracing::warn!("certificates are not checked, and plain http is allowed (--insecure)");
+        }
+        let proxy = Proxy::try_from_env();
+        let tls_proxy = proxy.as_ref().map(Proxy::uri).filter(|uri| uri.scheme_str() == Some("https"));
+        let tls_proxy = tls_proxy.and_then(|uri| uri.authority()).map(|authority| authority.to_string());
+        let first_contact = Arc::new(Mutex::new(None));
+        let (input, output) = if timeouts.total.is_some() { (8 << 10, 4 << 10) } else { (64 << 10, 4 << 10) };
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .proxy(proxy.clone())
+            .user_agent(concat!("aops/", env!("CARGO_PKG_VERSION")))
+            .max_response_header_size(MAX_HEADER_BYTES)
+            .input_buffer_size(input)
+            .output_buffer_size(output)
+            .max_idle_connections(4)
+            .max_idle_connections_per_host(2)
+            .max_idle_age(MAX_IDLE_AGE)
+            .timeout_resolve(Some(timeouts.connect))
+            .timeout_connect(Some(timeouts.connect))
+            .timeout_per_read(Some(timeouts.stall))
+            .timeout_per_write(Some(timeouts.stall))
+            .timeout_global(timeouts.total)
+            .build();
+        let connector =
+            ().chain(ConnectProxyConnector::default()).chain(TcpConnector::default()).chain(TlsConnector::new(
+                Judge::new(trust)?,
+                tls_proxy,
+                Arc::clone(&first_contact),
+            ));
+        let agent = Agent::with_parts(config, connector, DefaultResolver::default());
+        Ok(Client { agent, agent_id: agent_id.cloned(), insecure, proxy, timeouts, first_contact })
+    }
+
+    /// The certificate that this client was the first to see and has recorded, under [`Trust::FirstContact`].
+    pub fn first_contact(&self) -> Option<Fingerprint> {
+        *self.first_contact.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gets `path` (beginning with a slash, perhaps with a query) from an endpoint, to which the agent id is told.
+    pub fn get(&self, endpoint: &Endpoint, path: &str, headers: &[(&str, &str)]) -> Result<Reply> {
+        self.got(endpoint, path, headers, self.agent_id.as_ref())
+    }
+
+    /// As [`Client::get`], from a host that is no endpoint of ours: it is not told the agent id.
+    pub fn get_unnamed(&self, from: &Endpoint, path: &str, headers: &[(&str, &str)]) -> Result<Reply> {
+        self.got(from, path, headers, None)
+    }
+
+    /// Posts a JSON text to an endpoint.
+    pub fn post_json(&self, endpoint: &Endpoint, path: &str, json: &[u8]) -> Result<Reply> {
+        let mut request = self.agent.post(endpoint.url(path)).header(header::CONTENT_TYPE, "application/json");
+        if let Some(id) = &self.agent_id {
+            request = request.header(AGENT_ID_HEADER, id.as_str());
+        }
+        let proxy = self.proxy_for(endpoint)?;
+        let response =
+            request.config().proxy(proxy).build().send(json).map_err(|error| self.explain(endpoint, error))?;
+        Ok(Reply::new(endpoint, response))
+    }
+
+    fn got(&self, from: &Endpoint, path: &str, headers: &[(&str, &str)], id: Option<&AgentId>) -> Result<Reply> {
+        let proxy = self.proxy_for(from)?;
+        let mut url = from.url(path);
+        for _ in 0..=MAX_REDIRECTS {
+            let mut request = self.agent.get(&url);
+            for (name, value) in headers {
+                request = request.header(*name, *value);
+            }
+            if let Some(id) = id {
+                request = request.header(AGENT_ID_HEADER, id.as_str());
+            }
+            let request = request.config().proxy(proxy.clone()).build();
+            let response = request.call().map_err(|error| self.explain(from, error))?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(Reply::new(from, response));
+            }
+            let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
+            url = redirected(from, location.context("cannot follow a redirect that does not say where to")?)?;
+        }
+        bail!("cannot follow more than {MAX_REDIRECTS} redirects of {}", from.origin())
+    }
+
+    /// Refuses plain http, and says which proxy is used: none towards this very machine.
+    fn proxy_for(&self, endpoint: &Endpoint) -> Result<Option<Proxy>> {
+        if !endpoint.is_https() && !self.insecure {
+            bail!(
+                "cannot use {endpoint}: plain http shows and lets anyone change what is said; give an https:// address, or \
+                 `--insecure` to use it all the same"
+            );
+        }
+        let Some(proxy) = self.proxy.as_ref().filter(|_| !endpoint.is_loopback()) else { return Ok(None) };
+        if !matches!(proxy.protocol(), ureq::ProxyProtocol::Http | ureq::ProxyProtocol::Https) {
+            bail!(
+                "cannot use the proxy {}:{} that the environment names: only http:// and https:// proxies are supported; unset \
+                 ALL_PROXY, or list the gateway in NO_PROXY",
+                proxy.host(),
+                proxy.port()
+            );
+        }
+        Ok(Some(proxy.clone()))
+    }
+
+    /// What went wrong, in words for an operator.
+    fn explain(&self, endpoint: &Endpoint, error: ureq::Error) -> anyhow::Error {
+        let origin = endpoint.origin();
+        match error {
+            ureq::Error::Other(inner) => match inner.downcast::<Distrust>() {
+                Ok(distrust) => anyhow::Error::new(*distrust),
+                Err(inner) => match inner.downcast::<HandshakeFailed>() {
+                    Ok(failed) => anyhow::Error::new(*failed),
+                    Err(inner) => anyhow!("cannot reach {origin}: {inner}"),
+                },
+            },
+            ureq::Error::HostNotFound => anyhow!(
+                "cannot reach {origin}: the name {} is not known; check the endpoint and this host's name servers",
+                endpoint.host()
+            ),
+            ureq::Error::Timeout(Timeout::Resolve) => {
+                anyhow!("cannot reach {origin}: no name server answered within {:?}", self.timeouts.connect)
+            }
+            ureq::Error::Timeout(Timeout::Connect) => {
+                anyhow!("cannot reach {origin}: no connection within {:?}", self.timeouts.connect)
+            }
+            ureq::Error::Timeout(Timeout::Global) => match self.timeouts.total {
+                Some(total) => anyhow!("cannot get an answer from {origin} within {total:?}"),
+                None => anyhow!("cannot get an answer from {origin} in time"),
+            },
+            ureq::Error::Timeout(_) => {
+                anyhow!("cannot get an answer from {origin}: nothing came for {:?}", self.timeouts.stall)
+            }
+            ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                anyhow!("cannot reach {origin}: the connection was refused; is the gateway running there?")
+            }
+            ureq::Error::Io(error) => anyhow::Error::new(error).context(format!("cannot reach {origin}")),
+            ureq::Error::Protocol(error) => {
+                anyhow!(
+                    "cannot understand the answer of {origin}: {error}; is it an https:// endpoint, or no gateway at all?"
+                )
+            }
+            other => anyhow!("cannot reach {origin}: {other}"),
+        }
+    }
+}
+
+/// Where a redirect leads, if it stays within the origin.
+fn redirected(from: &Endpoint, location: &str) -> Result<String> {
+    let url = if location.starts_with('/') && !location.starts_with("//") {
+        format!("{}{location}", from.origin())
+    } else {
+        location.to_owned()
+    };
+    let without_query = url.split(['?', '#']).next().unwrap_or_default();
+    let target: Endpoint = without_query.parse().with_context(|| format!("cannot follow a redirect of {from}"))?;
+    if target.origin() != from.origin() {
+        bail!("cannot follow a redirect of {} to {}: it is another host", from.origin(), target.origin());
+    }
+    Ok(url)
+}
+
+/// An answer whose body has not been read yet.
+#[derive(Debug)]
+pub struct Reply {
+    origin: String,
+    status: u16,
+    headers: HeaderMap,
+    body: Body,
+}
+
+impl Reply {
+    fn new(from: &Endpoint, response: Response<Body>) -> Reply {
+        let (parts, body) = response.into_parts();
+        Reply { origin: from.origin(), status: parts.status.as_u16(), headers: parts.headers, body }
+    }
+
+    pub fn status(&self) -> u16 {
+        self.status
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+
+    /// Bytes of the body, where the other end says so.
+    pub fn length(&self) -> Option<u64> {
+        self.header("content-length")?.trim().parse().ok()
+    }
+
+    /// How long the other end asks to be left alone, at most an hour.
+    pub fn retry_after(&self) -> Option<Duration> {
+        let text = self.header("retry-after")?.trim();
+        let asked = match text.parse() {
+            Ok(seconds) => Duration::from_secs(seconds),
+            Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(std::time::SystemTime::now()).ok()?,
+        };
+        Some(asked.min(Duration::from_secs(3600)))
+    }
+
+    /// The body, of at most `limit` bytes.
+    pub fn bytes(self, limit: u64) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let mut reader = self.body.into_with_config().limit(u64::MAX).reader().take(limit + 1);
+        reader.read_to_end(&mut bytes).with_context(|| format!("cannot read the answer of {}", self.origin))?;
+        if bytes.len() as u64 > limit {
+            bail!("cannot take the answer of {}: it has more than {limit} bytes", self.origin);
+        }
+        Ok(bytes)
+    }
+
+    /// The body as it comes; the caller limits it.
+    pub fn reader(self) -> impl Read {
+        self.body.into_with_config().limit(u64::MAX).reader()
+    }
+
+    /// For an answer that is not what was asked for: the status, and what the other end says about it.
+    pub fn refused(self) -> anyhow::Error {
+        let (origin, status) = (self.origin.clone(), self.status);
+        let said = self.bytes(4096).unwrap_or_default();
+        let said = match serde_json::from_slice::<serde_json::Value>(&said) {
+            Ok(json) => json.get("errorMessage").and_then(|text| text.as_str()).unwrap_or_default().to_owned(),
+            Err(_) => String::from_utf8_lossy(&said).into_owned(),
+        };
+        let said: String = said.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
+        match said.trim() {
+            "" => anyhow!("{origin} answered {status}"),
+            said => anyhow!("{origin} answered {status}: {said}"),
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! A small HTTP server on loopback for tests, over TLS or not, that breaks connections on demand.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+use super::Endpoint;
+
+pub struct Asked {
+    pub method: String,
+    /// With the query.
+    pub path: String,
+    /// Names in lower case.
+    pub headers: BTreeMap<String, String>,
+    pub body: Vec<u8>,
+}
+
+#[derive(Default)]
+pub struct Told {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: Vec<u8>,
+    /// Sends so many bytes of the body and breaks the connection.
+    pub cut_after: Option<usize>,
+}
+
+impl Told {
+    pub fn ok(body: impl Into<Vec<u8>>) -> Told {
+        Told { status: 200, body: body.into(), ..Told::default() }
+    }
+
+    pub fn status(status: u16) -> Told {
+        Told { status, ..Told::default() }
+    }
+}
+
+/// A certificate and its key, as a server shows them.
+pub struct Identity {
+    pub certificate: CertificateDer<'static>,
+    pub key: Vec<u8>,
+    pub pem: String,
+}
+
+pub fn self_signed(names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Identity {
+    self_signed_by(&KeyPair::generate().unwrap(), names, change)
+}
+
+pub fn self_signed_by(key: &KeyPair, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Identity {
+    let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap();
+    change(&mut params);
+    let certificate = params.self_signed(key).unwrap();
+    Identity { certificate: certificate.der().clone(), key: key.serialize_der(), pem: certificate.pem() }
+}
+
+/// An authority's PEM, and a certificate that it has issued.
+pub fn issued(names: &[&str]) -> (String, Identity) {
+    let (authority_key, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = params.self_signed(&authority_key).unwrap();
+    let leaf = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap();
+    let leaf = leaf.signed_by(&key, &Issuer::new(params, authority_key)).unwrap();
+    (authority.pem(), Identity { certificate: leaf.der().clone(), key: key.serialize_der(), pem: leaf.pem() })
+}
+
+/// Serves until it is dropped.
+pub struct Server {
+    address: SocketAddr,
+    tls: bool,
+    stopping: Arc<AtomicBool>,
+    connections: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    pub fn plain(answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) -> Server {
+        Server::start("127.0.0.1:0".parse().unwrap(), None, answer)
+    }
+
+    pub fn tls(identity: &Identity, answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) -> Server {
+        Server::tls_at("127.0.0.1:0".parse().unwrap(), identity, answer)
+    }
+
+    /// Shows the certificate whether or not the key belongs to it.
+    pub fn tls_with_resolver(identity: &Identity, answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) -> Server {
+        let key = PrivatePkcs8KeyDer::from(identity.key.clone()).into();
+        let key = rustls::crypto::ring::sign::any_supported_type(&key).unwrap();
+        let shown = CertifiedKey::new(vec![identity.certificate.clone()], key);
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(shown)));
+        Server::start("127.0.0.1:0".parse().unwrap(), Some(Arc::new(config)), answer)
+    }
+
+    pub fn tls_at(
+        address: SocketAddr,
+        identity: &Identity,
+        answer: impl Fn(&Asked) -> Told + Send + Sync + 'static,
+    ) -> Server {
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![identity.certificate.clone()], PrivatePkcs8KeyDer::from(identity.key.clone()).into())
+            .unwrap();
+        Server::start(address, Some(Arc::new(config)), answer)
+    }
+
+    fn start(
+        address: SocketAddr,
+        tls: Option<Arc<ServerConfig>>,
+        answer: impl Fn(&Asked) -> Told + Send + Sync + 'static,
+    ) -> Server {
+        let listener = TcpListener::bind(address).unwrap();
+        let address = listener.local_addr().unwrap();
+        let stopping = Arc::new(AtomicBool::new(false));
+        let connections = Arc::new(AtomicUsize::new(0));
+        let answer = Arc::new(answer);
+        let (is_tls, stop, count) = (tls.is_some(), Arc::clone(&stopping), Arc::clone(&connections));
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if stop.load(Ordering::SeqCst) {
+                    return;
+                }
+                let Ok(stream) = stream else { continue };
+                count.fetch_add(1, Ordering::SeqCst);
+                let (tls, answer) = (tls.clone(), Arc::clone(&answer));
+                std::thread::spawn(move || match tls {
+                    Some(tls) => serve(StreamOwned::new(ServerConnection::new(tls).unwrap(), stream), &*answer),
+                    None => serve(stream, &*answer),
+                });
+            }
+        });
+        Server { address, tls: is_tls, stopping, connections, thread: Some(thread) }
+    }
+
+    pub fn endpoint(&self) -> Endpoint {
+        self.endpoint_by("127.0.0.1")
+    }
+
+    pub fn endpoint_by(&self, host: &str) -> Endpoint {
+        let scheme = if self.tls { "https" } else { "http" };
+        format!("{scheme}://{host}:{}", self.address.port()).parse().unwrap()
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.address);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(stream: impl Read + Write, answer: &dyn Fn(&Asked) -> Told) {
+    let mut stream = BufReader::new(stream);
+    while let Some(asked) = read(&mut stream) {
+        let told = answer(&asked);
+        let mut head = format!("HTTP/1.1 {} Told\r\ncontent-length: {}\r\n", told.status, told.body.len());
+        for (name, value) in &told.headers {
+            head += &format!("{name}: {value}\r\n");
+        }
+        let sent = &told.body[..told.cut_after.unwrap_or(told.body.len())];
+        let stream = stream.get_mut();
+        let written = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(b"\r\n"));
+        if written.and_then(|()| stream.write_all(sent)).and_then(|()| stream.flush()).is_err() {
+            return;
+        }
+        if told.cut_after.is_some() {
+            return;
+        }
+    }
+}
+
+fn read(stream: &mut impl BufRead) -> Option<Asked> {
+    let mut line = String::new();
+    stream.read_line(&mut line).ok().filter(|amount| *amount > 0)?;
+    let mut words = line.split_whitespace();
+    let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let mut headers = BTreeMap::new();
+    loop {
+        let mut line = String::new();
+        stream.read_line(&mut line).ok()?;
+        match line.trim_end().split_once(':') {
+            Some((name, value)) => headers.insert(name.to_ascii_lowercase(), value.trim().to_owned()),
+            None => break,
+        };
+    }
+    let mut body = vec![0; headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0)];
+    stream.read_exact(&mut body).ok()?;
+    Some(Asked { method, path, headers, body })
+}

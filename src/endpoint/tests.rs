@@ -1,0 +1,337 @@
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use rcgen::{BasicConstraints, IsCa, KeyPair, date_time_ymd};
+use rustls::pki_types::SubjectPublicKeyInfoDer;
+use rustls::pki_types::pem::PemObject;
+
+use super::testing::{Asked, Identity, Server, Told, issued, self_signed, self_signed_by};
+use super::*;
+
+fn client(trust: &Trust) -> Client {
+    Client::new(trust, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
+}
+
+fn serves(identity: &Identity) -> Server {
+    Server::tls(identity, |_| Told::ok("hello"))
+}
+
+fn got(trust: &Trust, endpoint: &Endpoint) -> Result<String, String> {
+    let reply = client(trust).get(endpoint, "/x", &[]).map_err(|error| format!("{error:#}"))?;
+    Ok(String::from_utf8(reply.bytes(100).unwrap()).unwrap())
+}
+
+/// The file lives as long as the directory that comes with it.
+fn ca_file(pem: &str) -> (tempfile::TempDir, Trust) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ca.pem");
+    std::fs::write(&path, pem).unwrap();
+    (directory, Trust::CaFile(path))
+}
+
+fn refused(trust: &Trust, endpoint: &Endpoint, parts: &[&str]) {
+    let error = got(trust, endpoint).unwrap_err();
+    for part in parts {
+        assert!(error.contains(part), "{part:?} is not in {error:?}");
+    }
+}
+
+#[test]
+fn endpoints_read_as_people_write_them() {
+    for (text, shown, origin) in [
+        ("https://127.0.0.1:8888", "https://127.0.0.1:8888", "https://127.0.0.1:8888"),
+        ("https://Gateway.Example/", "https://gateway.example", "https://gateway.example:443"),
+        ("http://gw:80/a/b//", "http://gw/a/b", "http://gw:80"),
+        (" https://[::1]:8/x ", "https://[::1]:8/x", "https://[::1]:8"),
+    ] {
+        let endpoint: Endpoint = text.parse().unwrap();
+        assert_eq!((endpoint.to_string().as_str(), endpoint.origin().as_str()), (shown, origin), "{text}");
+        assert_eq!(shown.parse::<Endpoint>().unwrap(), endpoint);
+    }
+    for bad in [
+        "",
+        "gw",
+        "gw:8888",
+        "ftp://gw",
+        "https://",
+        "https://:1",
+        "https://u:p@gw",
+        "https://gw?x=1",
+        "https://gw/#x",
+        "https://gw:0",
+        "https://gw:99999",
+        "https://gw/a/../b",
+        "https://a b",
+        &format!("https://{}", "a".repeat(3000)),
+    ] {
+        assert!(bad.parse::<Endpoint>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn this_machine_is_known_as_such() {
+    for (text, loopback) in [
+        ("http://localhost", true),
+        ("http://127.3.2.1:1", true),
+        ("http://[::1]", true),
+        ("http://[::ffff:127.0.0.1]", true),
+        ("http://10.0.0.1", false),
+        ("http://localhost.example", false),
+    ] {
+        assert_eq!(text.parse::<Endpoint>().unwrap().is_loopback(), loopback, "{text}");
+    }
+}
+
+#[test]
+fn fingerprints_read_as_openssl_prints_them() {
+    let fingerprint = Fingerprint::of(b"x");
+    let hex = fingerprint.to_string().strip_prefix("sha256:").unwrap().to_owned();
+    let upper = hex.to_uppercase();
+    let colons = upper.as_bytes().chunks(2).map(|pair| String::from_utf8(pair.to_vec()).unwrap());
+    let colons = colons.collect::<Vec<_>>().join(":");
+    for text in [hex.clone(), fingerprint.to_string(), colons.clone(), format!("sha256 Fingerprint={colons}")] {
+        assert_eq!(text.parse::<Fingerprint>(), Ok(fingerprint), "{text}");
+    }
+    for bad in ["", "sha256:", &hex[1..], &format!("{hex}0"), &hex.replace(&hex[..1], "g")] {
+        assert!(bad.parse::<Fingerprint>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_pinned_certificate_is_accepted_by_itself_or_by_its_key_whatever_it_says() {
+    let identity = self_signed(&["elsewhere.example"], |params| params.not_after = date_time_ymd(2001, 1, 1));
+    let server = serves(&identity);
+    let certificate = Fingerprint::of(&identity.certificate);
+    let key = KeyPair::try_from(identity.key.as_slice()).unwrap();
+    let key = Fingerprint::of(&SubjectPublicKeyInfoDer::from_pem_slice(key.public_key_pem().as_bytes()).unwrap());
+    for pin in [certificate, key] {
+        assert_eq!(got(&Trust::Pin(vec![Fingerprint::of(b"other"), pin]), &server.endpoint()).as_deref(), Ok("hello"));
+    }
+    let advice = format!("--pin {certificate}");
+    refused(&Trust::Pin(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["none of those pinned", &advice]);
+}
+
+#[test]
+fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let pins = directory.path().join("pins.json");
+    let trust = Trust::FirstContact { pins: pins.clone() };
+    let (one, other) = (self_signed(&["localhost"], |_| {}), self_signed(&["localhost"], |_| {}));
+
+    let server = serves(&one);
+    let (address, endpoint) = (server.address(), server.endpoint());
+    let first = client(&trust);
+    assert_eq!(first.get(&endpoint, "/", &[]).unwrap().status(), 200);
+    assert_eq!(first.first_contact(), Some(Fingerprint::of(&one.certificate)));
+    let recorded = std::fs::read_to_string(&pins).unwrap();
+    assert!(recorded.contains(&endpoint.origin()) && recorded.contains("firstSeen"), "{recorded}");
+
+    let second = client(&trust);
+    assert_eq!(second.get(&endpoint, "/", &[]).unwrap().status(), 200);
+    assert_eq!(second.first_contact(), None);
+    drop((server, first, second));
+
+    let _changed = Server::tls_at(address, &other, |_| Told::ok("hello"));
+    let new = format!("--pin {}", Fingerprint::of(&other.certificate));
+    let old = Fingerprint::of(&one.certificate).to_string();
+    refused(&trust, &endpoint, &["at the first contact it was", &old, &new, "--fresh", "operator"]);
+    assert_eq!(std::fs::read_to_string(&pins).unwrap(), recorded);
+}
+
+#[test]
+fn a_first_contact_that_cannot_be_remembered_fails() {
+    let server = serves(&self_signed(&["localhost"], |_| {}));
+    let trust = Trust::FirstContact { pins: PathBuf::from("/nonexistent/pins.json") };
+    refused(&trust, &server.endpoint(), &["cannot remember the gateway's certificate"]);
+}
+
+#[test]
+fn what_an_authority_in_the_file_has_issued_is_accepted() {
+    let (pem, identity) = issued(&["localhost", "127.0.0.1"]);
+    let (_directory, trust) = ca_file(&pem);
+    let server = serves(&identity);
+    assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
+    assert_eq!(got(&trust, &server.endpoint_by("localhost")).as_deref(), Ok("hello"));
+    let (_directory, other) = ca_file(&self_signed(&["127.0.0.1"], |_| {}).pem);
+    refused(&other, &server.endpoint(), &["nobody that this host trusts", "--ca-cert FILE", "--pin sha256:"]);
+}
+
+#[test]
+fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_authority() {
+    type Change = fn(&mut rcgen::CertificateParams);
+    let authority: Change = |params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let changes: [Change; 3] = [|_| {}, |params| params.is_ca = IsCa::ExplicitNoCa, authority];
+    for change in changes {
+        let identity = self_signed(&["127.0.0.1"], change);
+        let (_directory, trust) = ca_file(&identity.pem);
+        let server = serves(&identity);
+        assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
+        refused(&trust, &server.endpoint_by("localhost"), &["it is for", "127.0.0.1"]);
+    }
+    // The same key, marked as an authority, yet not the certificate that was given.
+    let key = KeyPair::generate().unwrap();
+    let (given, shown) = (
+        self_signed_by(&key, &["127.0.0.1"], authority),
+        self_signed_by(&key, &["127.0.0.1"], |params| {
+            authority(params);
+            params.serial_number = Some(vec![7].into());
+        }),
+    );
+    let (_directory, trust) = ca_file(&given.pem);
+    refused(&trust, &serves(&shown).endpoint(), &["nobody that this host trusts"]);
+}
+
+#[test]
+fn dates_and_names_count_for_a_certificate_in_the_file() {
+    let authority = |params: &mut rcgen::CertificateParams| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let expired = self_signed(&["127.0.0.1"], |params| {
+        authority(params);
+        params.not_after = date_time_ymd(2001, 1, 1);
+    });
+    let future = self_signed(&["127.0.0.1"], |params| {
+        authority(params);
+        params.not_before = date_time_ymd(4000, 1, 1);
+    });
+    let nameless = self_signed(&[], authority);
+    for (identity, parts) in [
+        (&expired, ["it has expired", "clock"]),
+        (&future, ["not valid yet", "clock"]),
+        (&nameless, ["names no host", "subjectAltName"]),
+    ] {
+        let (_directory, trust) = ca_file(&identity.pem);
+        refused(&trust, &serves(identity).endpoint(), &parts);
+    }
+}
+
+#[test]
+fn the_systems_trust_refuses_a_private_certificate_and_says_what_to_do() {
+    for ca in [IsCa::NoCa, IsCa::Ca(BasicConstraints::Unconstrained)] {
+        let identity = self_signed(&["127.0.0.1"], |params| params.is_ca = ca);
+        let pin = format!("--pin {}", Fingerprint::of(&identity.certificate));
+        refused(
+            &Trust::System,
+            &serves(&identity).endpoint(),
+            &["nobody that this host trusts", "--ca-cert FILE", &pin],
+        );
+    }
+}
+
+#[test]
+fn files_that_hold_no_certificate_are_refused_by_name() {
+    for content in ["", "hello", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"] {
+        let (_directory, trust) = ca_file(content);
+        let error = format!("{:#}", Client::new(&trust, None, Timeouts::exchange()).unwrap_err());
+        assert!(error.contains("ca.pem") && error.contains("--ca-cert"), "{error}");
+    }
+    let missing = Trust::CaFile(PathBuf::from("/nonexistent/ca.pem"));
+    assert!(Client::new(&missing, None, Timeouts::exchange()).is_err());
+}
+
+#[test]
+fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
+    let (honest, thief) = (self_signed(&["127.0.0.1"], |_| {}), self_signed(&["127.0.0.1"], |_| {}));
+    let stolen = Identity { certificate: honest.certificate.clone(), key: thief.key, pem: honest.pem.clone() };
+    let directory = tempfile::tempdir().unwrap();
+    let pins = directory.path().join("pins.json");
+    for trust in [Trust::Pin(vec![Fingerprint::of(&honest.certificate)]), Trust::FirstContact { pins: pins.clone() }] {
+        let server = Server::tls_with_resolver(&stolen, |_| Told::ok("hello"));
+        assert!(got(&trust, &server.endpoint()).is_err());
+    }
+    assert!(!pins.exists());
+}
+
+#[test]
+fn plain_http_needs_insecure_and_insecure_takes_anything() {
+    let plain = Server::plain(|_| Told::ok("plain"));
+    refused(&Trust::System, &plain.endpoint(), &["plain http", "--insecure"]);
+    assert_eq!(got(&Trust::Insecure, &plain.endpoint()).as_deref(), Ok("plain"));
+    let server = serves(&self_signed(&["elsewhere"], |params| params.not_after = date_time_ymd(2001, 1, 1)));
+    assert_eq!(got(&Trust::Insecure, &server.endpoint()).as_deref(), Ok("hello"));
+}
+
+#[test]
+fn speaking_to_the_wrong_kind_of_server_is_told_plainly() {
+    for answer in ["HTTP/1.1 400 Bad Request\r\n\r\n", ""] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("https://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.read_exact(&mut [0; 64]).unwrap();
+            stream.write_all(answer.as_bytes()).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        refused(&Trust::Insecure, &endpoint, &["is it an http:// endpoint?"]);
+        server.join().unwrap();
+    }
+    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    refused(&Trust::Insecure, &format!("https://{nobody}").parse().unwrap(), &["refused", "is the gateway running"]);
+}
+
+#[test]
+fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let notes = Arc::clone(&seen);
+    let identity = self_signed(&["127.0.0.1"], |_| {});
+    let server = Server::tls(&identity, move |asked: &Asked| {
+        notes.lock().unwrap().push((
+            asked.method.clone(),
+            asked.path.clone(),
+            asked.headers.get("x-agent-id").cloned(),
+        ));
+        Told::ok(asked.body.clone())
+    });
+    let client = client(&Trust::Pin(vec![Fingerprint::of(&identity.certificate)]));
+    let endpoint: Endpoint = format!("{}/base", server.endpoint()).parse().unwrap();
+    client.get(&endpoint, "/a?b=c", &[]).unwrap().bytes(10).unwrap();
+    client.get_unnamed(&endpoint, "/d", &[]).unwrap().bytes(10).unwrap();
+    assert_eq!(client.post_json(&endpoint, "/e", b"{}").unwrap().bytes(10).unwrap(), b"{}");
+    let id = Some("host-1".to_owned());
+    let expected = [("GET", "/base/a?b=c", id.clone()), ("GET", "/base/d", None), ("POST", "/base/e", id)];
+    let expected: Vec<_> = expected.map(|(method, path, id)| (method.to_owned(), path.to_owned(), id)).into();
+    assert_eq!(*seen.lock().unwrap(), expected);
+    assert_eq!(server.connections(), 1);
+}
+
+#[test]
+fn redirects_stay_within_the_origin() {
+    let other = Server::plain(|_| Told::ok("stolen"));
+    let elsewhere = other.endpoint().url("/x");
+    let server = Server::plain(move |asked| match asked.path.as_str() {
+        "/here" => Told { headers: vec![("location", "/there?x=1".to_owned())], ..Told::status(302) },
+        "/there?x=1" => Told::ok("there"),
+        "/away" => Told { headers: vec![("location", elsewhere.clone())], ..Told::status(302) },
+        _ => Told { headers: vec![("location", "/loop".to_owned())], ..Told::status(302) },
+    });
+    let client = client(&Trust::Insecure);
+    assert_eq!(client.get(&server.endpoint(), "/here", &[]).unwrap().bytes(10).unwrap(), b"there");
+    let error = |path| format!("{:#}", client.get(&server.endpoint(), path, &[]).unwrap_err());
+    assert!(error("/away").contains("another host"));
+    assert!(error("/loop").contains("more than 5 redirects"));
+    assert_eq!(other.connections(), 0);
+}
+
+#[test]
+fn answers_are_limited() {
+    let server = Server::plain(|_| Told::ok(vec![b'x'; 1000]));
+    let client = client(&Trust::Insecure);
+    let get = || client.get(&server.endpoint(), "/", &[]).unwrap();
+    assert_eq!(get().bytes(1000).unwrap().len(), 1000);
+    assert!(format!("{:#}", get().bytes(999).unwrap_err()).contains("more than 999 bytes"));
+}
+
+#[test]
+fn one_who_says_nothing_is_given_up() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint: Endpoint = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+    let short = std::time::Duration::from_millis(200);
+    for (timeouts, word) in [
+        (Timeouts { connect: short, stall: short, total: None }, "nothing came for 200ms"),
+        (Timeouts { connect: short, stall: short * 100, total: Some(short) }, "within 200ms"),
+    ] {
+        let client = Client::new(&Trust::Insecure, None, timeouts).unwrap();
+        let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
+        assert!(error.contains(word), "{error}");
+    }
+}

@@ -1,0 +1,202 @@
+//! TLS below HTTP: a connector that judges certificates as [`super::Trust`] says, for each connection anew.
+//!
+//! It stands where ureq's own would stand, because that one can neither pin a certificate nor tell why one was refused. Sessions are
+//! not resumed: connections are kept open instead, and a certificate that was withdrawn is noticed at the next one.
+
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use anyhow::{Context, Result};
+use rustls::client::Resumption;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{CertificateError, ClientConfig, ClientConnection, OtherError, StreamOwned};
+use ureq::http::Uri;
+use ureq::unversioned::transport::{
+    Buffers, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, Transport, TransportAdapter,
+};
+
+use super::Fingerprint;
+use super::trust::{Distrust, Judge, Verifier, remember};
+
+/// Wraps a connection to an `https` address in TLS; leaves any other as it is.
+pub(super) struct TlsConnector {
+    judge: Judge,
+    provider: Arc<CryptoProvider>,
+    /// Host and port of a proxy that is itself spoken to by TLS: the system's trust counts for it, not the gateway's.
+    proxy: Option<String>,
+    system: OnceLock<Judge>,
+    first_contact: FirstContact,
+}
+
+/// The certificate that was remembered in this process's first contact, shared with the client.
+pub(super) type FirstContact = Arc<Mutex<Option<Fingerprint>>>;
+
+impl TlsConnector {
+    pub(super) fn new(judge: Judge, proxy: Option<String>, first_contact: FirstContact) -> TlsConnector {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        TlsConnector { judge, provider, proxy, system: OnceLock::new(), first_contact }
+    }
+
+    fn judge_of(&self, uri: &Uri) -> &Judge {
+        match (&self.proxy, uri.authority()) {
+            (Some(proxy), Some(authority)) if proxy == authority.as_str() => self.system.get_or_init(Judge::system),
+            _ => &self.judge,
+        }
+    }
+
+    fn configuration(&self, origin: &str, judge: &Judge) -> Result<ClientConfig, rustls::Error> {
+        let verifier = Verifier::new(origin.to_owned(), judge.clone(), Arc::clone(&self.provider));
+        let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_safe_default_protocol_versions()?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_no_client_auth();
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+
+    /// After the handshake: only one who has proved to hold the key is remembered.
+    fn note(&self, origin: &str, pins: &Path, leaf: &CertificateDer<'_>) -> Result<()> {
+        let seen = Fingerprint::of(leaf);
+        if remember(pins, origin, seen)? {
+            tracing::warn!(origin, certificate = %seen, "the gateway's certificate is trusted at first contact");
+            *self.first_contact.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for TlsConnector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsConnector").field("judge", &self.judge).finish_non_exhaustive()
+    }
+}
+
+impl<In: Transport> Connector<In> for TlsConnector {
+    type Out = Either<In, TlsTransport>;
+
+    fn connect(&self, details: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, ureq::Error> {
+        let Some(plain) = chained else { return Ok(None) };
+        if !details.needs_tls() || plain.is_tls() {
+            return Ok(Some(Either::A(plain)));
+        }
+        let origin = origin_of(details.uri);
+        let judge = self.judge_of(details.uri);
+        let name = server_name(details.uri).map_err(|error| failed(&origin, error))?;
+        let config = self.configuration(&origin, judge).map_err(|error| failed(&origin, error))?;
+        let mut session = ClientConnection::new(Arc::new(config), name).map_err(|error| failed(&origin, error))?;
+
+        let mut socket = TransportAdapter::new(plain.boxed(), Arc::clone(&details.current_time));
+        socket.set_timeout(details.timeout);
+        session.complete_io(&mut socket).map_err(|error| explained(&origin, error))?;
+
+        if let Judge::FirstContact(pins) = judge {
+            let leaf = session.peer_certificates().and_then(<[_]>::first);
+            let noted = leaf.context("it showed no certificate").and_then(|leaf| self.note(&origin, pins, leaf));
+            noted.map_err(|error| failed(&origin, error))?;
+        }
+        let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+        Ok(Some(Either::B(TlsTransport { buffers, stream: StreamOwned::new(session, socket) })))
+    }
+}
+
+fn origin_of(uri: &Uri) -> String {
+    format!("https://{}:{}", uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(443))
+}
+
+fn server_name(uri: &Uri) -> Result<ServerName<'static>> {
+    let host = uri.host().unwrap_or_default();
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    ServerName::try_from(bare.to_owned()).with_context(|| format!("{bare} is neither a host name nor an address"))
+}
+
+/// The one error type that comes out of here; [`Distrust`] stays itself in it.
+fn failed(origin: &str, error: impl Into<anyhow::Error>) -> ureq::Error {
+    let error = error.into();
+    let distrust = match error.downcast::<Distrust>() {
+        Ok(distrust) => distrust,
+        Err(error) => Distrust::unusable(origin, None, format!("{error:#}")),
+    };
+    ureq::Error::Other(Box::new(distrust))
+}
+
+/// What went wrong in the handshake, out of the layers that it was wrapped in.
+fn explained(origin: &str, error: io::Error) -> ureq::Error {
+    let Some(inner) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            let text =
+                format!("cannot agree on TLS with {origin}: it closed the connection; is it an http:// endpoint?");
+            return ureq::Error::Other(Box::new(HandshakeFailed(text)));
+        }
+        // A timeout or a broken connection below; ureq unwraps its own.
+        return error.into();
+    };
+    match inner {
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(other))) => {
+            match other.downcast_ref::<Distrust>() {
+                Some(distrust) => ureq::Error::Other(Box::new(distrust.clone())),
+                None => failed(origin, inner.clone()),
+            }
+        }
+        rustls::Error::InvalidMessage(_) => ureq::Error::Other(Box::new(HandshakeFailed(format!(
+            "cannot speak TLS with {origin}: it answers something else; is it an http:// endpoint?"
+        )))),
+        rustls::Error::InvalidCertificate(_) => failed(origin, inner.clone()),
+        other => ureq::Error::Other(Box::new(HandshakeFailed(format!("cannot agree on TLS with {origin}: {other}")))),
+    }
+}
+
+/// The two ends found no common ground, before any certificate was judged.
+#[derive(Debug)]
+pub(super) struct HandshakeFailed(String);
+
+impl std::fmt::Display for HandshakeFailed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for HandshakeFailed {}
+
+/// An established TLS connection as ureq reads and writes it.
+pub(super) struct TlsTransport {
+    buffers: LazyBuffers,
+    stream: StreamOwned<ClientConnection, TransportAdapter>,
+}
+
+impl Transport for TlsTransport {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.stream.sock.set_timeout(timeout);
+        let TlsTransport { buffers, stream } = self;
+        stream.write_all(&buffers.output()[..amount])?;
+        Ok(stream.flush()?)
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.stream.sock.set_timeout(timeout);
+        let TlsTransport { buffers, stream } = self;
+        let amount = stream.read(buffers.input_append_buf())?;
+        buffers.input_appended(amount);
+        Ok(amount > 0)
+    }
+
+    fn is_open(&mut self) -> bool {
+        self.stream.sock.get_mut().is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        true
+    }
+}
+
+impl std::fmt::Debug for TlsTransport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsTransport").field("over", self.stream.sock.get_ref()).finish()
+    }
+}

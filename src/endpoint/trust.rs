@@ -1,0 +1,344 @@
+//! Which certificates are accepted, and the words in which a refusal is told.
+//!
+//! Whatever is trusted, the other end must prove in the handshake that it holds the certificate's key, except under
+//! [`Trust::Insecure`]. A pinned certificate is that very one: its names and dates don't matter then, as the pin says more than they do.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{CertificateError, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme};
+use serde::{Deserialize, Serialize};
+
+use super::Fingerprint;
+use crate::store;
+
+/// A file of certificates is refused beyond this; the whole of Mozilla's list is 220 kB.
+const MAX_CA_FILE_BYTES: u64 = 4 << 20;
+
+/// Which certificates are accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trust {
+    /// What the operating system trusts.
+    System,
+    /// What the authorities in this PEM file have issued, and the certificates in it themselves.
+    CaFile(PathBuf),
+    /// These certificates, or certificates with these public keys, and no others.
+    Pin(Vec<Fingerprint>),
+    /// For each origin the certificate that was seen first, remembered in the file `pins`.
+    FirstContact { pins: PathBuf },
+    /// Anything, plain http too.
+    Insecure,
+}
+
+/// [`Trust`] with its files read: what certificates are judged by.
+#[derive(Debug, Clone)]
+pub(super) enum Judge {
+    Authorities {
+        roots: Arc<RootCertStore>,
+        /// The certificates themselves, where an operator gave them: a server may present one of these as its own.
+        given: Arc<Vec<CertificateDer<'static>>>,
+    },
+    Pins(Arc<Vec<Fingerprint>>),
+    FirstContact(Arc<PathBuf>),
+    Anything,
+}
+
+impl Judge {
+    pub(super) fn new(trust: &Trust) -> Result<Judge> {
+        Ok(match trust {
+            Trust::System => Judge::system(),
+            Trust::CaFile(path) => Judge::ca_file(path).with_context(|| {
+                format!("cannot use {} as the file of trusted certificates (--ca-cert)", path.display())
+            })?,
+            Trust::Pin(pins) => Judge::Pins(Arc::new(pins.clone())),
+            Trust::FirstContact { pins } => Judge::FirstContact(Arc::new(pins.clone())),
+            Trust::Insecure => Judge::Anything,
+        })
+    }
+
+    /// A host without any certificates of its own is no error here: it refuses every server, and says why.
+    pub(super) fn system() -> Judge {
+        let found = rustls_native_certs::load_native_certs();
+        if found.certs.is_empty() {
+            let reasons: Vec<String> = found.errors.iter().map(ToString::to_string).collect();
+            tracing::warn!(reasons = reasons.join("; "), "the operating system has no trusted certificates");
+        }
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(found.certs);
+        Judge::Authorities { roots: Arc::new(roots), given: Arc::default() }
+    }
+
+    fn ca_file(path: &Path) -> Result<Judge> {
+        let text = store::read(path, MAX_CA_FILE_BYTES)?.context("there is no such file")?;
+        let given = CertificateDer::pem_slice_iter(&text)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| anyhow::anyhow!("it is not PEM: {error}"))?;
+        let mut roots = RootCertStore::empty();
+        let (usable, _) = roots.add_parsable_certificates(given.iter().cloned());
+        anyhow::ensure!(usable > 0, "there is no certificate in it; it must be PEM (-----BEGIN CERTIFICATE-----)");
+        Ok(Judge::Authorities { roots: Arc::new(roots), given: Arc::new(given) })
+    }
+}
+
+/// Why the other end was not trusted. Its text is for the operator and says what to do.
+#[derive(Debug, Clone)]
+pub(super) struct Distrust {
+    /// `https://host:port`
+    origin: String,
+    presented: Option<Fingerprint>,
+    why: Why,
+}
+
+#[derive(Debug, Clone)]
+enum Why {
+    UnknownIssuer,
+    WrongName { presented: Vec<String> },
+    Expired,
+    NotYetValid,
+    NotPinned,
+    Changed { first: Fingerprint, pins: PathBuf },
+    Unusable(String),
+}
+
+impl Distrust {
+    pub(super) fn unusable(origin: &str, presented: Option<Fingerprint>, why: impl Into<String>) -> Distrust {
+        Distrust { origin: origin.to_owned(), presented, why: Why::Unusable(why.into()) }
+    }
+}
+
+impl fmt::Display for Distrust {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot trust the certificate of {}", self.origin)?;
+        let pin = match self.presented {
+            Some(presented) => {
+                write!(f, " ({presented})")?;
+                format!("compare it with the gateway's operator and give `--pin {presented}`")
+            }
+            None => "give `--pin SHA256`".to_owned(),
+        };
+        match &self.why {
+            Why::UnknownIssuer => write!(
+                f,
+                ": nobody that this host trusts has issued it; if it is the gateway's own, give that certificate with \
+                 `--ca-cert FILE`, or {pin}"
+            ),
+            Why::WrongName { presented } if presented.is_empty() => write!(
+                f,
+                ": it names no host at all (it has no subjectAltName); give the gateway a certificate that names this \
+                 host, or {pin}"
+            ),
+            Why::WrongName { presented } => write!(
+                f,
+                ": it is for {}; use an endpoint with one of these names, give the gateway a certificate that names \
+                 this one, or {pin}",
+                presented.join(", ")
+            ),
+            Why::Expired => write!(
+                f,
+                ": it has expired; check this host's clock, then have the gateway's certificate renewed, or {pin}"
+            ),
+            Why::NotYetValid => write!(f, ": it is not valid yet; check this host's clock"),
+            Why::NotPinned => {
+                write!(f, ": it is none of those pinned; if the gateway's certificate was replaced, {pin}")
+            }
+            Why::Changed { first, pins } => {
+                let new = self.presented.map_or("NEW".to_owned(), |presented| presented.to_string());
+                write!(
+                    f,
+                    ": at the first contact it was {first} (recorded in {}). Either the gateway's certificate was \
+                     replaced, or somebody stands in between. Verify it with the gateway's operator, then give \
+                     `--pin {new}`, or install again with `--fresh`",
+                    pins.display()
+                )
+            }
+            Why::Unusable(why) => write!(f, ": {why}"),
+        }
+    }
+}
+
+impl std::error::Error for Distrust {}
+
+/// Judges the certificate of one connection.
+#[derive(Debug)]
+pub(super) struct Verifier {
+    origin: String,
+    judge: Judge,
+    provider: Arc<CryptoProvider>,
+}
+
+impl Verifier {
+    pub(super) fn new(origin: String, judge: Judge, provider: Arc<CryptoProvider>) -> Verifier {
+        Verifier { origin, judge, provider }
+    }
+
+    fn judged(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        now: UnixTime,
+    ) -> Result<(), Why> {
+        match &self.judge {
+            Judge::Anything => Ok(()),
+            Judge::Pins(pins) => {
+                let by_key = ParsedCertificate::try_from(leaf)
+                    .ok()
+                    .map(|parsed| Fingerprint::of(parsed.subject_public_key_info().as_ref()));
+                let known = |presented: &Fingerprint| pins.contains(presented);
+                if known(&Fingerprint::of(leaf)) || by_key.as_ref().is_some_and(known) {
+                    Ok(())
+                } else {
+                    Err(Why::NotPinned)
+                }
+            }
+            Judge::FirstContact(pins) => {
+                let recorded = Pins::load(pins).map_err(|error| Why::Unusable(format!("{error:#}")))?;
+                match recorded.get(&self.origin) {
+                    Some(first) if first != Fingerprint::of(leaf) => {
+                        Err(Why::Changed { first, pins: pins.as_ref().clone() })
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Judge::Authorities { roots, given } => {
+                let parsed = ParsedCertificate::try_from(leaf).map_err(why)?;
+                let algorithms = self.provider.signature_verification_algorithms.all;
+                match verify_server_cert_signed_by_trust_anchor(&parsed, roots, intermediates, now, algorithms) {
+                    // The operator gave this very certificate, only that it is marked as an authority's, as openssl does by
+                    // default. Its dates were checked before this mark is.
+                    Err(error) if is_authority(&error) && given.iter().any(|known| known == leaf) => {}
+                    Err(error) if is_authority(&error) => return Err(Why::UnknownIssuer),
+                    other => other.map_err(why)?,
+                }
+                verify_server_name(&parsed, name).map_err(why)
+            }
+        }
+    }
+}
+
+fn is_authority(error: &rustls::Error) -> bool {
+    let rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(other))) = error else { return false };
+    matches!(other.downcast_ref(), Some(webpki::Error::CaUsedAsEndEntity))
+}
+
+fn why(error: rustls::Error) -> Why {
+    match error {
+        rustls::Error::InvalidCertificate(error) => match error {
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => Why::UnknownIssuer,
+            CertificateError::NotValidForName => Why::WrongName { presented: Vec::new() },
+            CertificateError::NotValidForNameContext { presented, .. } => Why::WrongName { presented },
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => Why::Expired,
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Why::NotYetValid,
+            other => Why::Unusable(other.to_string()),
+        },
+        other => Why::Unusable(other.to_string()),
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.judged(leaf, intermediates, name, now).map(|()| ServerCertVerified::assertion()).map_err(|why| {
+            let presented = Some(Fingerprint::of(leaf));
+            let distrust = Distrust { origin: self.origin.clone(), presented, why };
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(distrust))))
+        })
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        if matches!(self.judge, Judge::Anything) {
+            return Ok(HandshakeSignatureValid::assertion());
+        }
+        verify_tls12_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        if matches!(self.judge, Judge::Anything) {
+            return Ok(HandshakeSignatureValid::assertion());
+        }
+        verify_tls13_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// `state/pins.json`: the certificates of first contacts, by origin.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Pins {
+    #[serde(default)]
+    pins: BTreeMap<String, Pinned>,
+    #[serde(flatten)]
+    unknown: serde_json::Map<String, serde_json::Value>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Pinned {
+    certificate: Fingerprint,
+    /// RFC 3339.
+    first_seen: String,
+    #[serde(flatten)]
+    unknown: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Pins {
+    fn load(path: &Path) -> Result<Pins> {
+        Ok(store::load(path)?.unwrap_or_default())
+    }
+
+    fn get(&self, origin: &str) -> Option<Fingerprint> {
+        self.pins.get(origin).map(|pinned| pinned.certificate)
+    }
+}
+
+/// Remembers `seen` as the certificate of `origin`, whose handshake has just succeeded, if none is remembered yet.
+/// Answers whether this was the first contact.
+pub(super) fn remember(path: &Path, origin: &str, seen: Fingerprint) -> Result<bool> {
+    // Two threads at a first contact: the second must see what the first one wrote.
+    static WRITING: Mutex<()> = Mutex::new(());
+    let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+
+    let mut recorded = Pins::load(path)?;
+    match recorded.get(origin) {
+        Some(first) if first == seen => Ok(false),
+        Some(first) => {
+            let why = Why::Changed { first, pins: path.to_owned() };
+            Err(Distrust { origin: origin.to_owned(), presented: Some(seen), why }.into())
+        }
+        None => {
+            let first_seen = jiff::Timestamp::now().to_string();
+            recorded
+                .pins
+                .insert(origin.to_owned(), Pinned { certificate: seen, first_seen, unknown: Default::default() });
+            store::save(path, &recorded).context("cannot remember the gateway's certificate")?;
+            Ok(true)
+        }
+    }
+}

@@ -1,0 +1,437 @@
+use std::io::{Cursor, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+
+use super::*;
+use crate::core::model::{Arch, Os};
+use crate::endpoint::testing::{Asked, Server, Told};
+use crate::endpoint::{Timeouts, Trust};
+
+struct Signer(minisign::KeyPair);
+
+impl Signer {
+    fn new() -> Signer {
+        Signer(minisign::KeyPair::generate_unencrypted_keypair().unwrap())
+    }
+
+    fn public(&self) -> String {
+        self.0.pk.to_box().unwrap().into_string()
+    }
+
+    fn keys(&self) -> Keys {
+        Keys::parse(&self.public()).unwrap()
+    }
+
+    fn sign(&self, bytes: &[u8], comment: &str) -> String {
+        minisign::sign(None, &self.0.sk, Cursor::new(bytes), Some(comment), None).unwrap().into_string()
+    }
+}
+
+fn release() -> Release {
+    Release { name: "demo".parse().unwrap(), version: "1.0".parse().unwrap(), os: Os::Linux, arch: Arch::Amd64 }
+}
+
+fn binding(epoch: u64) -> String {
+    Binding { release: release(), epoch }.to_string()
+}
+
+/// A package with one program and as many bytes that don't compress.
+fn archive(bytes: usize) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(1);
+    let content: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(bytes).collect();
+    let mut tar = tar::Builder::new(zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap());
+    for (path, mode, content) in [("bin/run", 0o755, &b"#!/bin/sh\n"[..]), ("data", 0o600, &content)] {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(mode);
+        header.set_size(content.len() as u64);
+        tar.append_data(&mut header, path, content).unwrap();
+    }
+    tar.into_inner().unwrap().finish().unwrap()
+}
+
+struct Desk {
+    directory: tempfile::TempDir,
+    places: Places,
+    client: Client,
+}
+
+impl Desk {
+    fn new() -> Desk {
+        let directory = tempfile::tempdir().unwrap();
+        let places = Places { cache: directory.path().join("cache"), staging: directory.path().join("staging") };
+        let client =
+            Client::new(&Trust::Insecure, Some(&"host-1".parse().unwrap()), Timeouts::download(Duration::from_secs(5)));
+        Desk { directory, places, client: client.unwrap() }
+    }
+
+    fn fetch(&self, endpoints: &[Endpoint], wanted: &Wanted, keys: &Keys) -> Result<VerifiedTree, String> {
+        fetch(&self.client, endpoints, wanted, keys, &self.places, &mut |_, _| {}).map_err(|error| format!("{error:#}"))
+    }
+
+    /// What lies in the cache and in staging.
+    fn leftovers(&self) -> Vec<PathBuf> {
+        let all = [&self.places.cache, &self.places.staging].map(|place| entries(place).unwrap());
+        all.into_iter().flatten().map(|entry| entry.path()).collect()
+    }
+}
+
+/// Serves one package and its signature.
+fn depot(bytes: Vec<u8>, signature: String) -> Server {
+    Server::plain(move |asked| match asked.path.strip_prefix("/api/download/") {
+        Some("demo-1.0_linux_amd64.tar.zst") => Told::ok(bytes.clone()),
+        Some("demo-1.0_linux_amd64.tar.zst.minisig") => Told::ok(signature.clone()),
+        _ => Told::status(404),
+    })
+}
+
+#[test]
+fn a_signed_package_becomes_a_release() {
+    let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(300_000));
+    let server = depot(bytes.clone(), signer.sign(&bytes, &binding(3)));
+    let mut seen = Vec::new();
+    let wanted = Wanted { size: Some(bytes.len() as u64), ..Wanted::new(release()) };
+    let tree = fetch(&desk.client, &[server.endpoint()], &wanted, &signer.keys(), &desk.places, &mut |done, total| {
+        seen.push((done, total))
+    })
+    .unwrap();
+    assert_eq!(tree.binding().epoch, 3);
+    assert_eq!(seen.last(), Some(&(bytes.len() as u64, Some(bytes.len() as u64))));
+    assert!(seen.is_sorted());
+    assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
+
+    let (staged, to) = (tree.path().to_owned(), desk.directory.path().join("agents/demo/1.0"));
+    // What an interrupted move left there is replaced.
+    fs::create_dir_all(to.join("half")).unwrap();
+    assert_eq!(completed(&to).unwrap(), None);
+    let sha256 = tree.sha256().clone();
+    tree.move_to(&to).unwrap();
+    assert!(!staged.exists() && !to.join("half").exists());
+    assert_eq!(fs::read(to.join("bin/run")).unwrap(), b"#!/bin/sh\n");
+    let record = completed(&to).unwrap().unwrap();
+    assert_eq!((record.file.as_str(), record.sha256, record.epoch), ("demo-1.0_linux_amd64.tar.zst", sha256, 3));
+
+    let again = desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
+    assert!(format!("{:#}", again.move_to(&to).unwrap_err()).contains("stands there already"));
+    assert!(completed(&to).unwrap().is_some());
+    discard(&to).unwrap();
+    discard(&to).unwrap();
+    assert!(!to.exists());
+    sweep(&desk.places).unwrap();
+    assert_eq!(desk.leftovers(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
+    let (signer, stranger, bytes) = (Signer::new(), Signer::new(), archive(1000));
+    let good = signer.sign(&bytes, &binding(3));
+    let legacy = {
+        let mut lines: Vec<String> = good.lines().map(str::to_owned).collect();
+        let mut raw = BASE64_STANDARD.decode(&lines[1]).unwrap();
+        raw[1] = b'd';
+        lines[1] = BASE64_STANDARD.encode(raw);
+        lines.join("\n")
+    };
+    let mut tampered = bytes.clone();
+    *tampered.last_mut().unwrap() ^= 1;
+    let relabelled = good.replace("version=1.0", "version=1.1");
+    let wanted = Wanted::new(release());
+    let stranger_id = stranger.keys().ids().next().unwrap().to_string();
+    let sign = |comment: &str| signer.sign(&bytes, comment);
+    let other = binding(3).replace("amd64", "386");
+    for (name, served, signature, wanted, keys, words) in [
+        ("no keys", &bytes, good.clone(), wanted.clone(), Keys::default(), vec!["no trusted key", "--trusted-key"]),
+        (
+            "untrusted",
+            &bytes,
+            stranger.sign(&bytes, &binding(3)),
+            wanted.clone(),
+            signer.keys(),
+            vec!["signed by the key", &stranger_id, "not trusted here"],
+        ),
+        ("tampered", &tampered, good.clone(), wanted.clone(), signer.keys(), vec!["tampered with", "nothing of it"]),
+        ("comment", &bytes, relabelled, wanted.clone(), signer.keys(), vec!["tampered with"]),
+        (
+            "other binding",
+            &bytes,
+            sign(&other),
+            wanted.clone(),
+            signer.keys(),
+            vec!["signed as demo 1.0 for linux/386", "demo 1.0 for linux/amd64 that was asked for"],
+        ),
+        (
+            "no binding",
+            &bytes,
+            sign("timestamp:1"),
+            wanted.clone(),
+            signer.keys(),
+            vec!["does not say what the package is"],
+        ),
+        ("legacy", &bytes, legacy, wanted.clone(), signer.keys(), vec!["legacy"]),
+        (
+            "epoch",
+            &bytes,
+            good.clone(),
+            Wanted { least_epoch: 4, ..wanted.clone() },
+            signer.keys(),
+            vec!["epoch 3, older than the 4", "--epoch 4"],
+        ),
+        (
+            "digest",
+            &bytes,
+            good.clone(),
+            Wanted { sha256: Some("0".repeat(64).parse().unwrap()), ..wanted.clone() },
+            signer.keys(),
+            vec!["SHA-256", "was announced"],
+        ),
+        (
+            "size",
+            &bytes,
+            good.clone(),
+            Wanted { size: Some(5), ..wanted.clone() },
+            signer.keys(),
+            vec!["where 5 were announced"],
+        ),
+        (
+            "file name",
+            &bytes,
+            good.clone(),
+            Wanted { file: Some("../demo-1.0_linux_amd64.zip".to_owned()), ..wanted.clone() },
+            signer.keys(),
+            vec!["as the package of demo 1.0"],
+        ),
+        ("no signature", &bytes, "hello".to_owned(), wanted.clone(), signer.keys(), vec!["not one of minisign's"]),
+        ("huge signature", &bytes, "x".repeat(5000), wanted.clone(), signer.keys(), vec!["more than 4096 bytes"]),
+        (
+            "missing",
+            &bytes,
+            good.clone(),
+            Wanted { file: Some("demo-1.0_linux_amd64.zip".to_owned()), ..wanted.clone() },
+            signer.keys(),
+            vec!["no such package", "/api/download/demo-1.0_linux_amd64.zip", "aops gateway publish"],
+        ),
+    ] {
+        let desk = Desk::new();
+        let server = depot(served.clone(), signature);
+        let error = desk.fetch(&[server.endpoint()], &wanted, &keys).unwrap_err();
+        for word in words {
+            assert!(error.contains(word), "{name}: {word:?} is not in {error:?}");
+        }
+        assert_eq!(desk.leftovers(), Vec::<PathBuf>::new(), "{name}");
+    }
+}
+
+#[test]
+fn an_untrusted_key_is_told_with_the_directory_of_the_trusted_ones() {
+    let (desk, signer, stranger, bytes) = (Desk::new(), Signer::new(), Signer::new(), archive(10));
+    let keys_directory = desk.directory.path().join("keys");
+    signer.keys().save_to(&keys_directory).unwrap();
+    let server = depot(bytes.clone(), stranger.sign(&bytes, &binding(1)));
+    let keys = Keys::load(&keys_directory).unwrap();
+    let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap_err();
+    assert!(error.contains(&keys_directory.display().to_string()), "{error}");
+    let none = Keys::load(&desk.directory.path().join("none")).unwrap();
+    assert!(none.is_empty());
+    let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &none).unwrap_err();
+    assert!(error.contains("no trusted key in "), "{error}");
+}
+
+/// Serves ranges; breaks off after `step` bytes, for the first `cuts` requests of the package.
+fn breaking(
+    bytes: Vec<u8>,
+    signature: String,
+    etag: &'static str,
+    step: usize,
+    cuts: usize,
+) -> (Server, Arc<Mutex<Vec<Option<String>>>>) {
+    let asked_for = Arc::new(Mutex::new(Vec::new()));
+    let (ranges, count) = (Arc::clone(&asked_for), AtomicUsize::new(0));
+    let server = Server::plain(move |asked: &Asked| {
+        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+            return Told::ok(signature.clone());
+        }
+        let range = asked.headers.get("range").cloned();
+        ranges.lock().unwrap().push(range.clone());
+        let same = asked.headers.get("if-range").is_some_and(|known| known == etag);
+        let start = range.filter(|_| same).map_or(0, |range| {
+            range.strip_prefix("bytes=").and_then(|range| range.strip_suffix('-')?.parse().ok()).unwrap()
+        });
+        let cut_after = (count.fetch_add(1, Ordering::SeqCst) < cuts).then_some(step.min(bytes.len() - start));
+        let mut headers = vec![("etag", etag.to_owned())];
+        if start > 0 {
+            headers.push(("content-range", format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len())));
+        }
+        let status = if start > 0 { 206 } else { 200 };
+        Told { status, headers, body: bytes[start..].to_vec(), cut_after }
+    });
+    (server, asked_for)
+}
+
+#[test]
+fn a_cut_download_goes_on_where_it_stopped() {
+    let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(400_000));
+    let (server, ranges) = breaking(bytes.clone(), signer.sign(&bytes, &binding(1)), "\"a\"", 150_000, 2);
+    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &signer.keys()).unwrap();
+    let ranges = ranges.lock().unwrap();
+    let expected = [None, Some("bytes=150000-".to_owned()), Some("bytes=300000-".to_owned())];
+    assert_eq!(*ranges, expected);
+}
+
+#[test]
+fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
+    let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(400_000));
+    let signature = signer.sign(&bytes, &binding(1));
+    let wanted = Wanted::new(release());
+    let file = desk.places.cache.join("demo-1.0_linux_amd64.tar.zst.part");
+    {
+        let (server, ranges) = breaking(bytes.clone(), signature.clone(), "\"a\"", 50_000, 100);
+        let error = desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err();
+        assert!(error.contains("gave up after 5 tries") && error.contains("broke off"), "{error}");
+        assert_eq!(ranges.lock().unwrap().len(), 5);
+        assert_eq!(fs::metadata(&file).unwrap().len(), 250_000);
+    }
+    sweep(&desk.places).unwrap();
+    {
+        let (server, ranges) = breaking(bytes.clone(), signature.clone(), "\"a\"", 10_000, 1);
+        desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
+        assert_eq!(ranges.lock().unwrap().first(), Some(&Some("bytes=250000-".to_owned())));
+    }
+    // Half of another file of the same name.
+    fs::write(&file, [b'x'; 1000]).unwrap();
+    fs::write(desk.places.cache.join("demo-1.0_linux_amd64.tar.zst.part.etag"), "\"old\"").unwrap();
+    let (server, _) = breaking(bytes.clone(), signature, "\"a\"", 0, 0);
+    desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
+    assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
+}
+
+#[test]
+fn a_busy_gateway_is_asked_again_and_a_refusing_one_is_quoted() {
+    let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
+    let signature = signer.sign(&bytes, &binding(1));
+    let count = AtomicUsize::new(0);
+    let busy = Server::plain(move |asked| match count.fetch_add(1, Ordering::SeqCst) {
+        0 | 2 => Told { headers: vec![("retry-after", "0".to_owned())], ..Told::status(503) },
+        _ if asked.path.ends_with(SIGNATURE_SUFFIX) => Told::ok(signature.clone()),
+        _ => Told::ok(bytes.clone()),
+    });
+    desk.fetch(&[busy.endpoint()], &Wanted::new(release()), &signer.keys()).unwrap();
+    let refusing = Server::plain(|_| Told { body: b"not you".to_vec(), ..Told::status(403) });
+    let error = desk.fetch(&[refusing.endpoint()], &Wanted::new(release()), &signer.keys()).unwrap_err();
+    assert!(error.contains("answered 403: not you"), "{error}");
+}
+
+#[test]
+fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks() {
+    let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
+    let signature = signer.sign(&bytes, &binding(1));
+    let empty = Server::plain(|_| Told::status(404));
+    let full = depot(bytes.clone(), signature.clone());
+    let wanted = Wanted::new(release());
+    desk.fetch(&[empty.endpoint(), full.endpoint()], &wanted, &signer.keys()).unwrap();
+    let error = desk.fetch(&[empty.endpoint(), empty.endpoint()], &wanted, &signer.keys()).unwrap_err();
+    assert!(error.contains("none of 2 endpoints"), "{error}");
+    assert!(desk.fetch(&[], &wanted, &signer.keys()).unwrap_err().contains("no endpoint is configured"));
+
+    let ids = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&ids);
+    let mirror = Server::plain(move |asked| {
+        seen.lock().unwrap().push(asked.headers.contains_key("x-agent-id"));
+        assert!(asked.path.starts_with("/mirror/demo-1.0_linux_amd64.tar.zst"), "{}", asked.path);
+        Told::ok(if asked.path.ends_with(SIGNATURE_SUFFIX) { signature.clone().into_bytes() } else { bytes.clone() })
+    });
+    let wanted = Wanted { tarball: Some(mirror.endpoint().url("/mirror/")), ..wanted };
+    let before = full.connections();
+    desk.fetch(&[full.endpoint()], &wanted, &signer.keys()).unwrap();
+    desk.fetch(&[mirror.endpoint()], &wanted, &signer.keys()).unwrap();
+    assert_eq!(*ids.lock().unwrap(), [false, false, true, true]);
+    assert_eq!(full.connections(), before);
+}
+
+#[test]
+fn what_cannot_fit_is_not_begun() {
+    let (desk, signer) = (Desk::new(), Signer::new());
+    let server = depot(Vec::new(), String::new());
+    let wanted = Wanted { size: Some(4 << 30), ..Wanted::new(release()) };
+    fs::create_dir_all(&desk.places.staging).unwrap();
+    let free = crate::platform::free_space(&desk.places.staging).unwrap();
+    if free < 16 << 30 {
+        let error = desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err();
+        let staging = desk.places.staging.display().to_string();
+        for word in ["not enough space", &staging, "free", "needed"] {
+            assert!(error.contains(word), "{error}");
+        }
+        assert_eq!(server.connections(), 0);
+    }
+    let error = fetch::ensure_space(&desk.places.staging, u64::MAX).unwrap_err();
+    assert!(error.to_string().contains("not enough space"), "{error}");
+    let error = fetch::unwritable(std::io::ErrorKind::StorageFull.into(), Path::new("/x"));
+    assert!(error.to_string().contains("no space left in /x"), "{error}");
+    let wanted = Wanted { size: Some((4 << 30) + 1), ..Wanted::new(release()) };
+    assert!(desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err().contains("more than"));
+}
+
+#[test]
+fn a_local_package_needs_its_signature_and_says_what_it_claims_to_be() {
+    let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
+    let file = desk.directory.path().join("given.tar.zst");
+    fs::write(&file, &bytes).unwrap();
+    let open = |wanted: &Wanted| {
+        open_local(&file, wanted, &signer.keys(), &desk.places.staging).map_err(|error| format!("{error:#}"))
+    };
+    assert!(open(&Wanted::new(release())).unwrap_err().contains("given.tar.zst.minisig is missing"));
+    fs::write(desk.directory.path().join("given.tar.zst.minisig"), signer.sign(&bytes, &binding(9))).unwrap();
+    assert_eq!(claimed(&file).unwrap(), Binding { release: release(), epoch: 9 });
+    let tree = open(&Wanted::new(release())).unwrap();
+    assert!(tree.path().join("bin/run").exists() && file.exists());
+    assert!(open(&Wanted { least_epoch: 10, ..Wanted::new(release()) }).unwrap_err().contains("epoch 9"));
+    fs::write(&file, archive(11)).unwrap();
+    assert!(open(&Wanted::new(release())).unwrap_err().contains("tampered with"));
+}
+
+#[test]
+fn keys_are_kept_once_each_and_shown_by_minisigns_id() {
+    let published = "RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3";
+    let keys = Keys::parse(&format!("untrusted comment: x\n{published}\n\n{published}")).unwrap();
+    assert_eq!(keys.ids().map(|id| id.to_string()).collect::<Vec<_>>(), ["E7620F1842B4E81F"]);
+    let directory = tempfile::tempdir().unwrap();
+    let (one, other) = (Signer::new(), Signer::new());
+    let mut both = one.keys();
+    both.extend(other.keys()).unwrap();
+    both.extend(one.keys()).unwrap();
+    both.save_to(&directory.path().join("keys")).unwrap();
+    both.save_to(&directory.path().join("keys")).unwrap();
+    let loaded = Keys::load(&directory.path().join("keys")).unwrap();
+    let sorted = |keys: &Keys| keys.texts().into_iter().collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(sorted(&loaded), sorted(&both));
+    assert_eq!(loaded.texts().len(), 2);
+    assert_eq!(Keys::parse(&both.texts().concat()).unwrap(), both);
+    for bad in ["hello", "untrusted comment: x\nRWQf", &published[1..]] {
+        assert!(Keys::parse(bad).is_err(), "{bad}");
+    }
+    let mut file = File::create(directory.path().join("keys/broken.pub")).unwrap();
+    file.write_all(b"hello").unwrap();
+    let error = format!("{:#}", Keys::load(&directory.path().join("keys")).unwrap_err());
+    assert!(error.contains("broken.pub"), "{error}");
+}
+
+#[test]
+fn a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap() {
+    let desk = Desk::new();
+    sweep(&desk.places).unwrap();
+    fs::create_dir_all(desk.places.staging.join("tree-x/y")).unwrap();
+    fs::create_dir_all(&desk.places.cache).unwrap();
+    let (old, new) = (desk.places.cache.join("old.part"), desk.places.cache.join("new.part"));
+    fs::write(&new, "x").unwrap();
+    let file = File::create(&old).unwrap();
+    file.set_modified(SystemTime::now() - MAX_PART_AGE - Duration::from_secs(60)).unwrap();
+    sweep(&desk.places).unwrap();
+    assert_eq!(desk.leftovers(), [new]);
+
+    let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    let files = vec![(at(3), 5, "c".into()), (at(1), 5, "a".into()), (at(2), 5, "b".into())];
+    assert_eq!(beyond_cap(files.clone(), 15), Vec::<PathBuf>::new());
+    assert_eq!(beyond_cap(files.clone(), 14), [PathBuf::from("a")]);
+    assert_eq!(beyond_cap(files, 5), [PathBuf::from("a"), "b".into()]);
+}

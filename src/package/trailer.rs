@@ -1,0 +1,116 @@
+//! What a gateway writes behind the bootstrap executable that it serves, so that the executable knows whom to trust.
+//!
+//! ```text
+//! <executable> <JSON: {"keys": ["untrusted comment: …\nRW…\n", …]}> <length of the JSON: 8 bytes, little endian> AOPS-TRAILER-01\n
+//! ```
+//!
+//! Neither Linux nor Windows minds bytes behind an executable's end. Fields that are not known are ignored.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+const MAGIC: &[u8; 16] = b"AOPS-TRAILER-01\n";
+/// The JSON's length and the magic.
+const FOOT_BYTES: u64 = 8 + MAGIC.len() as u64;
+const MAX_PAYLOAD_BYTES: u64 = 64 << 10;
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Payload {
+    /// Public keys as the texts of files that minisign reads.
+    #[serde(default)]
+    keys: Vec<String>,
+}
+
+/// The public keys behind an executable; `None` where it has no trailer.
+pub fn read(executable: &Path) -> Result<Option<Vec<String>>> {
+    let attempt = || -> Result<Option<Vec<String>>> {
+        let mut file = File::open(executable)?;
+        let Some((at, length)) = find(&mut file)? else { return Ok(None) };
+        let mut json = vec![0; length as usize];
+        file.seek(SeekFrom::Start(at))?;
+        file.read_exact(&mut json)?;
+        let payload: Payload = serde_json::from_slice(&json).context("its trailer is damaged")?;
+        Ok(Some(payload.keys))
+    };
+    attempt().with_context(|| format!("cannot read the keys that {} brings", executable.display()))
+}
+
+/// Writes `executable`, without the trailer that it may have, and a trailer with `keys` to `to`.
+pub fn append(executable: &Path, keys: &[String], to: &mut impl Write) -> io::Result<()> {
+    let json = serde_json::to_vec(&Payload { keys: keys.to_vec() })?;
+    if json.len() as u64 > MAX_PAYLOAD_BYTES {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "more keys than a trailer holds"));
+    }
+    let mut file = File::open(executable)?;
+    let end = match find(&mut file)? {
+        Some((at, _)) => at,
+        None => file.metadata()?.len(),
+    };
+    file.seek(SeekFrom::Start(0))?;
+    if io::copy(&mut file.take(end), to)? != end {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    to.write_all(&json)?;
+    to.write_all(&(json.len() as u64).to_le_bytes())?;
+    to.write_all(MAGIC)
+}
+
+/// Where the JSON begins, and its length.
+fn find(file: &mut File) -> io::Result<Option<(u64, u64)>> {
+    let size = file.metadata()?.len();
+    let Some(foot_at) = size.checked_sub(FOOT_BYTES) else { return Ok(None) };
+    let mut foot = [0; FOOT_BYTES as usize];
+    file.seek(SeekFrom::Start(foot_at))?;
+    file.read_exact(&mut foot)?;
+    let (length, magic) = foot.split_at(8);
+    if magic != MAGIC {
+        return Ok(None);
+    }
+    let length = length.try_into().map(u64::from_le_bytes).map_err(io::Error::other)?;
+    match foot_at.checked_sub(length).filter(|_| length <= MAX_PAYLOAD_BYTES) {
+        Some(at) => Ok(Some((at, length))),
+        None => Err(io::Error::new(io::ErrorKind::InvalidData, "its trailer is damaged")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_read_back_and_replaced_not_piled_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let (bare, once, twice) =
+            (directory.path().join("bare"), directory.path().join("once"), directory.path().join("twice"));
+        std::fs::write(&bare, b"\x7fELF and so on").unwrap();
+        assert_eq!(read(&bare).unwrap(), None);
+
+        append(&bare, &["one".to_owned()], &mut File::create(&once).unwrap()).unwrap();
+        assert_eq!(read(&once).unwrap(), Some(vec!["one".to_owned()]));
+        assert!(std::fs::read(&once).unwrap().starts_with(b"\x7fELF and so on"));
+
+        append(&once, &["two".to_owned(), "three".to_owned()], &mut File::create(&twice).unwrap()).unwrap();
+        assert_eq!(read(&twice).unwrap(), Some(vec!["two".to_owned(), "three".to_owned()]));
+        assert!(!std::fs::read(&twice).unwrap().windows(5).any(|bytes| bytes == b"\"one\""));
+    }
+
+    #[test]
+    fn damaged_trailers_are_errors_and_short_files_have_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x");
+        for (content, expected) in [
+            (b"".to_vec(), true),
+            (b"AOPS-TRAILER-01\n".to_vec(), true),
+            ([&[9, 0, 0, 0, 0, 0, 0, 0][..], &MAGIC[..]].concat(), false),
+            ([&[255; 8][..], &MAGIC[..]].concat(), false),
+            ([&b"{]"[..], &[2, 0, 0, 0, 0, 0, 0, 0], &MAGIC[..]].concat(), false),
+        ] {
+            std::fs::write(&path, &content).unwrap();
+            assert_eq!(read(&path).is_ok(), expected, "{content:?}");
+        }
+    }
+}
