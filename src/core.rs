@@ -3,6 +3,10 @@
 //! Nothing here reads a clock, a file or the environment. It imports `std`, `serde`, `schemars`, `semver` and its own files only,
 //! which `cargo xtask tidy` checks.
 
+#[cfg(feature = "gateway")]
+pub mod fleet;
+#[cfg(feature = "gateway")]
+pub mod glob;
 pub mod model;
 pub mod protocol;
 pub mod units;
