@@ -40,3 +40,25 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
+
+// --- What the gateway asks about files and limits
+
+/// Whether somebody may run the file.
+pub fn is_executable(metadata: &fs::Metadata) -> bool {
+    metadata.mode() & 0o111 != 0
+}
+
+/// The file's number in its file system: another one means another file under the same name.
+pub fn file_number(metadata: &fs::Metadata) -> u64 {
+    metadata.ino()
+}
+
+/// Allows this process as many open files as it may have, and says how many that is.
+pub fn raise_open_files() -> io::Result<u64> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
+    }
+    Ok(maximum.unwrap_or(u64::MAX))
+}
