@@ -7,6 +7,7 @@
 pub mod fleet;
 #[cfg(feature = "gateway")]
 pub mod glob;
+pub mod manifest;
 pub mod model;
 pub mod protocol;
 pub mod units;

@@ -1,0 +1,229 @@
+//! `agent.toml`: what a native sub-agent's package says about itself.
+//!
+//! Unknown keys are refused, so that a package that relies on something this version does not do is not run as if it did.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::model::{AgentName, Version};
+use super::units::Span;
+
+/// The file's name, at the root of a package.
+pub const MANIFEST: &str = "agent.toml";
+/// The executable at the root of a package of the older kind: `start`, `stop`, `status`, perhaps `pid`.
+pub const CONTROL_SCRIPT: &str = "control";
+
+const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+const LONGEST_GRACE: Duration = Duration::from_secs(3600);
+
+/// A native sub-agent's manifest.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Manifest {
+    pub name: AgentName,
+    pub version: Version,
+    pub run: RunSection,
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
+/// How the sub-agent is run and stopped.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct RunSection {
+    /// The program, relative to the release's directory, and its arguments.
+    pub command: Vec<String>,
+    /// Whom it runs as; absent: whoever the manager runs as.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Relative to the release's directory; absent: that directory.
+    #[serde(default)]
+    pub workdir: Option<String>,
+    #[serde(default)]
+    pub stop_signal: StopSignal,
+    /// From the stop signal to the kill.
+    #[serde(default)]
+    pub grace_period: Option<Span>,
+    #[serde(default)]
+    pub restart: Restart,
+    #[serde(default)]
+    pub kill_mode: KillMode,
+    /// Variables that the gateway may set although they are refused otherwise.
+    #[serde(default)]
+    pub env_allow: Vec<String>,
+}
+
+impl RunSection {
+    pub fn grace(&self) -> Duration {
+        self.grace_period.map_or(DEFAULT_GRACE, |span| span.0).min(LONGEST_GRACE)
+    }
+}
+
+impl Manifest {
+    /// What serde cannot say: the command is there and stays inside the release.
+    pub fn check(&self) -> Result<(), String> {
+        let Some(program) = self.run.command.first() else {
+            return Err("[run] command is empty: give the program, relative to the package, and its arguments".into());
+        };
+        for (key, path) in [("command", Some(program)), ("workdir", self.run.workdir.as_ref())] {
+            if let Some(path) = path
+                && !stays_inside(path)
+            {
+                return Err(format!("[run] {key} {path:?} is not a path inside the package"));
+            }
+        }
+        if let Some(name) = self.env.keys().find(|name| !is_variable_name(name)) {
+            return Err(format!("[env] {name:?} is not the name of a variable"));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a relative path can only lead further in.
+fn stays_inside(path: &str) -> bool {
+    !path.is_empty()
+        && !path.starts_with(['/', '\\'])
+        && !path.contains(['\0', ':'])
+        && path.split(['/', '\\']).all(|part| part != "..")
+}
+
+/// Whether a name can stand left of the `=` of an environment.
+pub fn is_variable_name(name: &str) -> bool {
+    name.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+}
+
+/// The signal that asks a sub-agent to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum StopSignal {
+    #[default]
+    Term,
+    Int,
+    Quit,
+    Hup,
+    Usr1,
+    Usr2,
+    Kill,
+}
+
+/// When a sub-agent that ended by itself is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    #[default]
+    Always,
+    OnFailure,
+    Never,
+}
+
+/// What a stop ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum KillMode {
+    /// The whole tree of processes.
+    #[default]
+    Tree,
+    /// The main process alone: what it launched is somebody else's.
+    Process,
+}
+
+/// Variables that change what a program loads or which program runs; the gateway's environment is not signed, so it may not set them.
+const REFUSED: &[&str] = &[
+    "BASH_ENV",
+    "ENV",
+    "PATH",
+    "IFS",
+    "SHELLOPTS",
+    "BASHOPTS",
+    "PS4",
+    "PERL5LIB",
+    "PERLLIB",
+    "PERL5OPT",
+    "RUBYLIB",
+    "RUBYOPT",
+    "NODE_OPTIONS",
+    "NODE_PATH",
+    "CLASSPATH",
+    "JAVA_TOOL_OPTIONS",
+    "_JAVA_OPTIONS",
+    "JDK_JAVA_OPTIONS",
+    "GCONV_PATH",
+    "GIO_MODULE_DIR",
+    "GETCONF_DIR",
+    "HOSTALIASES",
+    "LOCPATH",
+    "NLSPATH",
+    "RESOLV_HOST_CONF",
+    "TMPDIR",
+    "COMSPEC",
+    "PATHEXT",
+    "SYSTEMROOT",
+    "WINDIR",
+];
+const REFUSED_PREFIXES: &[&str] =
+    &["LD_", "DYLD_", "PYTHON", "GLIBC_", "MALLOC_", "BASH_FUNC_", "AOPS_", "COR_", "CORECLR_", "DOTNET_"];
+
+/// Splits the gateway's variables into those that a package lets it set and the names of the others.
+pub fn admit_env<'a>(
+    wanted: &'a BTreeMap<String, String>,
+    allowed: &[String],
+) -> (BTreeMap<&'a str, &'a str>, Vec<&'a str>) {
+    let refused = |name: &str| {
+        let upper = name.to_ascii_uppercase();
+        let dangerous =
+            REFUSED.contains(&upper.as_str()) || REFUSED_PREFIXES.iter().any(|prefix| upper.starts_with(prefix));
+        let ours = upper.starts_with("AOPS_");
+        !is_variable_name(name) || (dangerous && (ours || !allowed.iter().any(|allowed| allowed == name)))
+    };
+    let names = wanted.keys().map(String::as_str).filter(|name| refused(name)).collect();
+    let admitted = wanted.iter().filter(|(name, _)| !refused(name)).map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    (admitted, names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest(command: &str, workdir: Option<&str>) -> Manifest {
+        Manifest {
+            name: "a".parse().unwrap(),
+            version: "1".parse().unwrap(),
+            run: RunSection {
+                command: vec![command.into()],
+                user: None,
+                workdir: workdir.map(Into::into),
+                stop_signal: StopSignal::Term,
+                grace_period: None,
+                restart: Restart::Always,
+                kill_mode: KillMode::Tree,
+                env_allow: vec![],
+            },
+            env: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn a_command_stays_inside_its_package() {
+        for bad in ["", "/bin/sh", "../x", "a/../../x", "..", "C:\\x", "\\x"] {
+            assert!(manifest(bad, None).check().is_err(), "{bad:?}");
+            assert!(manifest("bin/x", Some(bad)).check().is_err(), "{bad:?}");
+        }
+        assert!(manifest("bin/x", Some("var")).check().is_ok());
+        assert!(manifest("./x..y", None).check().is_ok());
+    }
+
+    #[test]
+    fn the_gateway_cannot_choose_what_a_program_loads() {
+        let wanted: BTreeMap<String, String> =
+            ["LD_PRELOAD", "PATH", "PYTHONPATH", "AOPS_HOME", "ld_audit", "a b", "GOGC", "BASH_ENV"]
+                .into_iter()
+                .map(|name| (name.to_owned(), "x".to_owned()))
+                .collect();
+        let (admitted, refused) = admit_env(&wanted, &["PYTHONPATH".into(), "AOPS_HOME".into()]);
+        assert_eq!(admitted.keys().copied().collect::<Vec<_>>(), ["GOGC", "PYTHONPATH"]);
+        assert_eq!(refused.len(), 6);
+    }
+}
