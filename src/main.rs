@@ -24,4 +24,21 @@ mod package;
 mod process;
 mod uplink;
 
-fn main() {}
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(name = "aops")]
+enum Cli {
+    /// Serve packages and answer heartbeats
+    #[command(subcommand)]
+    Gateway(gateway::Command),
+}
+
+fn main() -> std::process::ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    let Cli::Gateway(command) = Cli::parse();
+    gateway::main(command).unwrap_or_else(|error| {
+        anstream::eprintln!("error: {error:#}");
+        std::process::ExitCode::FAILURE
+    })
+}
