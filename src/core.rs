@@ -4,6 +4,7 @@
 //! which `cargo xtask tidy` checks.
 
 pub mod desired;
+pub mod fleet;
 pub mod manifest;
 pub mod model;
 pub mod protocol;

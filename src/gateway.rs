@@ -1,1 +1,166 @@
-//! To be written.
+//! The gateway: serves packages, answers heartbeats, and holds the fleet's desired state; the server side on one machine.
+//!
+//! Its directory is all that it has: what an operator edits (`fleet.toml`), what he guards (`keys/`, `tls/`), what is offered (`depot/`), and
+//! what it writes itself (`state/`). It commands hosts only within what the depot's signatures say: it is no root of trust.
+//!
+//! ```text
+//! <dir>/keys/aops.pub, aops.key     the signing key; further *.pub are trusted too and go into the bootstrap
+//!       tls/cert.pem, key.pem       the certificate that hosts pin or trust
+//!       depot/                      <name>-<version>_<os>_<arch>.<packing>, each with .minisig; and the bootstrap executables
+//!       fleet.toml                  the desired state, the operator's
+//!       state/fleet.toml            the last good one
+//!             lineage               names the store that counts the generations
+//!             hosts.json            what every host said last, and what it was told
+//!             gateway.json          how the running gateway stands
+//!             gateway.lock          held by the running gateway
+//!             publish.lock          held while something is published
+//! ```
+
+mod archive;
+mod bootstrap;
+mod depot;
+mod download;
+mod fleet_file;
+mod hosts;
+mod init;
+mod publish;
+mod routes;
+mod schema;
+mod serve;
+mod status;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+/// What the gateway can be asked to do.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Make a signing key, a certificate, an empty depot and an example
+    /// fleet.toml; what is there already is kept
+    Init(init::Args),
+    /// Sign a package and put it into the depot
+    Publish(publish::Args),
+    /// Serve the depot and answer heartbeats until stopped
+    Run(serve::Args),
+    /// Print the JSON Schema of the protocol
+    Schema,
+    /// Show the hosts, what they run, and how fleet.toml stands
+    Status(status::Args),
+}
+
+/// Carries out one command.
+pub fn main(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Init(args) => init::run(&args)?,
+        Command::Publish(args) => publish::run(&args)?,
+        Command::Run(args) => serve::run(&args)?,
+        Command::Schema => schema::print()?,
+        Command::Status(args) => status::run(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A gateway's directory: every path of it comes from here.
+#[derive(Debug, Clone)]
+struct Place {
+    root: PathBuf,
+}
+
+impl Place {
+    /// A directory that may have nothing in it yet.
+    fn new(root: &Path) -> Place {
+        Place { root: root.to_owned() }
+    }
+
+    /// A directory that `init` has been at.
+    fn initialized(root: &Path) -> Result<Place> {
+        let place = Place::new(root);
+        if !root.is_dir() {
+            bail!("cannot find the gateway's directory {0}; make it with `aops gateway init --dir {0}`", root.display());
+        }
+        if !place.depot().is_dir() {
+            bail!("cannot find a gateway in {0}; make one with `aops gateway init --dir {0}`", root.display());
+        }
+        Ok(place)
+    }
+
+    fn keys(&self) -> PathBuf {
+        self.root.join("keys")
+    }
+
+    fn public_key(&self) -> PathBuf {
+        self.keys().join("aops.pub")
+    }
+
+    fn signing_key(&self) -> PathBuf {
+        self.keys().join("aops.key")
+    }
+
+    fn tls(&self) -> PathBuf {
+        self.root.join("tls")
+    }
+
+    fn certificate(&self) -> PathBuf {
+        self.tls().join("cert.pem")
+    }
+
+    fn certificate_key(&self) -> PathBuf {
+        self.tls().join("key.pem")
+    }
+
+    fn depot(&self) -> PathBuf {
+        self.root.join("depot")
+    }
+
+    fn fleet(&self) -> PathBuf {
+        self.root.join("fleet.toml")
+    }
+
+    fn state(&self) -> PathBuf {
+        self.root.join("state")
+    }
+
+    fn last_good_fleet(&self) -> PathBuf {
+        self.state().join("fleet.toml")
+    }
+
+    fn lineage(&self) -> PathBuf {
+        self.state().join("lineage")
+    }
+
+    fn hosts(&self) -> PathBuf {
+        self.state().join("hosts.json")
+    }
+
+    fn standing(&self) -> PathBuf {
+        self.state().join("gateway.json")
+    }
+
+    fn lock(&self) -> PathBuf {
+        self.state().join("gateway.lock")
+    }
+
+    fn publish_lock(&self) -> PathBuf {
+        self.state().join("publish.lock")
+    }
+
+    /// The directories with their Unix modes.
+    fn directories(&self) -> Vec<(PathBuf, u32)> {
+        vec![
+            (self.root.clone(), 0o755),
+            (self.keys(), 0o700),
+            (self.tls(), 0o700),
+            (self.depot(), 0o755),
+            (self.state(), 0o700),
+        ]
+    }
+}
+
+/// Unix milliseconds now. For generations and display: the wall clock may step backward.
+fn now_millis() -> u64 {
+    u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0)
+}

@@ -299,3 +299,10 @@ fn ensure_size(got: u64, wanted: Option<u64>) -> Result<()> {
 
 #[cfg(test)]
 mod tests;
+
+//! Packages: made, signed, and (elsewhere here) fetched, verified and unpacked.
+
+#[cfg(feature = "gateway")]
+pub mod pack;
+#[cfg(feature = "gateway")]
+pub mod sign;

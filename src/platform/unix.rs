@@ -127,4 +127,25 @@ pub fn can_be_file_name(name: &str) -> bool {
 #[cfg(test)]
 pub fn mode(path: &Path) -> io::Result<u32> {
     Ok(fs::metadata(path)?.permissions().mode() & 0o7777)
+
+// --- What the gateway asks about files and limits
+
+/// Whether somebody may run the file.
+pub fn is_executable(metadata: &fs::Metadata) -> bool {
+    metadata.mode() & 0o111 != 0
+}
+
+/// The file's number in its file system: another one means another file under the same name.
+pub fn file_number(metadata: &fs::Metadata) -> u64 {
+    metadata.ino()
+}
+
+/// Allows this process as many open files as it may have, and says how many that is.
+pub fn raise_open_files() -> io::Result<u64> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
+    }
+    Ok(maximum.unwrap_or(u64::MAX))
 }

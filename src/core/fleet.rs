@@ -1,0 +1,431 @@
+//! `fleet.toml`: what the operator wants of the fleet, and what follows from it for one host.
+//!
+//! The file is parsed strictly: a key that is not known is an error, so that a misspelt one is never silently without effect. Whether a
+//! well-formed file may take the place of the last good one is a decision of its own ([`judge`]), because a file can be well formed and
+//! still be an accident: empty, cut off, or naming packages that are not there.
+//!
+//! ```text
+//! text -> Fleet -> judge(last good, depot) -> Fleet::desired(host) -> tell(depot) -> Told -> generation -> Answer
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::glob::Glob;
+use super::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Version};
+use super::protocol::{AgentOrder, ManagerOrder, Offer};
+use super::units::Span;
+
+/// A `fleet.toml` beyond this is refused: what one host is told must fit into the 4 MiB that a host takes.
+pub const MAX_FILE_BYTES: u64 = 1 << 20;
+/// More sub-agents than this on one host are a mistake.
+const MAX_AGENTS: usize = 1_000;
+/// Between two heartbeats, unless the file says otherwise.
+const DEFAULT_INTERVAL: Duration = Duration::from_secs(30);
+/// The shortest and the longest interval that a file may ask for, seconds.
+const INTERVALS: std::ops::RangeInclusive<u64> = 1..=86_400;
+
+/// The desired state of the whole fleet.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "Written")]
+pub struct Fleet {
+    pub interval: Duration,
+    /// The file may drop more than half of the sub-agents.
+    pub allow_removal: bool,
+    /// The manager's version, where it is ordered.
+    pub manager: Option<Version>,
+    /// For every host.
+    pub agents: BTreeMap<AgentName, Wish>,
+    /// For some hosts; later ones win.
+    pub rules: Vec<Rule>,
+}
+
+/// What is wanted of one sub-agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wish {
+    pub version: Version,
+    pub cmd: Cmd,
+    pub env: BTreeMap<String, String>,
+}
+
+/// Whether a sub-agent is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cmd {
+    Start,
+    Stop,
+}
+
+impl Cmd {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Cmd::Start => "start",
+            Cmd::Stop => "stop",
+        }
+    }
+}
+
+/// What differs for the hosts that match.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rule {
+    matches: Match,
+    manager: Option<Version>,
+    agents: BTreeMap<AgentName, WrittenAgent>,
+}
+
+/// Which hosts: all that is given must hold, each by any of its globs.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Match {
+    agent_id: Option<Vec<Glob>>,
+    hostname: Option<Vec<Glob>>,
+    os: Option<Vec<Glob>>,
+    arch: Option<Vec<Glob>>,
+}
+
+/// The file as it is written.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Written {
+    heartbeat_interval: Option<Span>,
+    #[serde(default)]
+    allow_removal: bool,
+    #[serde(default)]
+    manager: WrittenManager,
+    #[serde(default)]
+    agents: BTreeMap<AgentName, WrittenAgent>,
+    #[serde(default)]
+    rules: Vec<WrittenRule>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WrittenManager {
+    version: Option<Version>,
+}
+
+/// In `[agents]` it must have a version; in a rule it changes only what it says.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WrittenAgent {
+    version: Option<Version>,
+    cmd: Option<Cmd>,
+    #[serde(default)]
+    env: BTreeMap<EnvName, String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WrittenRule {
+    r#match: Match,
+    #[serde(default)]
+    manager: WrittenManager,
+    #[serde(default)]
+    agents: BTreeMap<AgentName, WrittenAgent>,
+}
+
+/// The name of an environment variable: `[A-Za-z_][A-Za-z0-9_]*`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
+struct EnvName(String);
+
+impl TryFrom<String> for EnvName {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<EnvName, String> {
+        let first = name.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_');
+        if first && name.len() <= 255 && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+            Ok(EnvName(name))
+        } else {
+            Err(format!("cannot take {name:?} as the name of an environment variable: expected letters, digits and _"))
+        }
+    }
+}
+
+impl TryFrom<Written> for Fleet {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Fleet, String> {
+        let interval = written.heartbeat_interval.map_or(DEFAULT_INTERVAL, |span| span.0);
+        if interval.subsec_nanos() != 0 || !INTERVALS.contains(&interval.as_secs()) {
+            return Err("cannot take heartbeatInterval: expected whole seconds, from 1s to 1d".to_owned());
+        }
+        let mut agents = BTreeMap::new();
+        for (name, agent) in written.agents {
+            let WrittenAgent { version, cmd, env } = agent;
+            let version = version.ok_or_else(|| format!("cannot take agents.{name}: it has no version"))?;
+            agents.insert(name, Wish { version, cmd: cmd.unwrap_or(Cmd::Start), env: plain(env) });
+        }
+        let mut rules = Vec::new();
+        let mut known: BTreeSet<AgentName> = agents.keys().cloned().collect();
+        for (index, rule) in written.rules.into_iter().enumerate() {
+            let number = index + 1;
+            rule.r#match.check().map_err(|why| format!("cannot take the match of rule {number}: {why}"))?;
+            for (name, agent) in &rule.agents {
+                if agent.version.is_some() {
+                    known.insert(name.clone());
+                } else if !known.contains(name) {
+                    return Err(format!(
+                        "cannot take agents.{name} in rule {number}: it has no version, neither there nor before"
+                    ));
+                }
+            }
+            rules.push(Rule { matches: rule.r#match, manager: rule.manager.version, agents: rule.agents });
+        }
+        if known.iter().any(|name| name.as_str() == MANAGER_PACKAGE) {
+            return Err(format!("cannot take {MANAGER_PACKAGE} as a sub-agent: its version stands in [manager]"));
+        }
+        if known.len() > MAX_AGENTS {
+            return Err(format!("cannot take {} sub-agents: at most {MAX_AGENTS}", known.len()));
+        }
+        Ok(Fleet { interval, allow_removal: written.allow_removal, manager: written.manager.version, agents, rules })
+    }
+}
+
+fn plain(env: BTreeMap<EnvName, String>) -> BTreeMap<String, String> {
+    env.into_iter().map(|(name, value)| (name.0, value)).collect()
+}
+
+impl Match {
+    /// An empty condition is far more often a slip than a wish, and the slip would hit the whole fleet, or nothing.
+    fn check(&self) -> Result<(), &'static str> {
+        let given: Vec<&Vec<Glob>> = [&self.agent_id, &self.hostname, &self.os, &self.arch].into_iter().flatten().collect();
+        if given.is_empty() {
+            return Err("it names nothing, and what is for every host stands in [agents]");
+        }
+        if given.iter().any(|globs| globs.is_empty()) {
+            return Err("an empty list matches no host");
+        }
+        Ok(())
+    }
+
+    fn holds(&self, host: &HostFacts) -> bool {
+        let any = |globs: &Option<Vec<Glob>>, text: &str| {
+            globs.as_ref().is_none_or(|globs| globs.iter().any(|glob| glob.matches(text)))
+        };
+        any(&self.os, host.os.as_str())
+            && any(&self.arch, host.arch.as_str())
+            && any(&self.agent_id, host.agent_id.as_str())
+            && any(&self.hostname, &host.hostname)
+    }
+}
+
+/// What a rule can ask about a host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostFacts {
+    pub agent_id: AgentId,
+    pub hostname: String,
+    pub os: Os,
+    pub arch: Arch,
+}
+
+/// What is wanted of one host, whatever the depot has.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Desired {
+    pub manager: Option<Version>,
+    pub agents: BTreeMap<AgentName, Wish>,
+}
+
+impl Fleet {
+    /// What is wanted of `host`: the list for all, changed by each rule that matches, in their order.
+    ///
+    /// A rule changes fields, and variables of the environment one by one; without a version it changes only what the host already has.
+    pub fn desired(&self, host: &HostFacts) -> Desired {
+        let mut desired = Desired { manager: self.manager.clone(), agents: self.agents.clone() };
+        for rule in self.rules.iter().filter(|rule| rule.matches.holds(host)) {
+            if let Some(version) = &rule.manager {
+                desired.manager = Some(version.clone());
+            }
+            for (name, change) in &rule.agents {
+                if let Some(wish) = desired.agents.get_mut(name) {
+                    wish.version = change.version.clone().unwrap_or_else(|| wish.version.clone());
+                    wish.cmd = change.cmd.unwrap_or(wish.cmd);
+                    wish.env.extend(plain(change.env.clone()));
+                } else if let Some(version) = &change.version {
+                    let (version, cmd) = (version.clone(), change.cmd.unwrap_or(Cmd::Start));
+                    desired.agents.insert(name.clone(), Wish { version, cmd, env: plain(change.env.clone()) });
+                }
+            }
+        }
+        desired
+    }
+
+    /// Every sub-agent that some host may have.
+    pub fn names(&self) -> BTreeSet<&AgentName> {
+        self.agents.keys().chain(self.rules.iter().flat_map(|rule| rule.agents.keys())).collect()
+    }
+
+    /// Every release that the file names, the manager's under the name of its package.
+    pub fn releases(&self) -> BTreeSet<(&str, &Version)> {
+        let managers = self.manager.iter().chain(self.rules.iter().filter_map(|rule| rule.manager.as_ref()));
+        let everywhere = self.agents.iter().map(|(name, wish)| (name.as_str(), &wish.version));
+        let somewhere = self.rules.iter().flat_map(|rule| {
+            rule.agents.iter().filter_map(|(name, agent)| Some((name.as_str(), agent.version.as_ref()?)))
+        });
+        managers.map(|version| (MANAGER_PACKAGE, version)).chain(everywhere).chain(somewhere).collect()
+    }
+}
+
+/// Why a well-formed file does not take the place of the last good one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unfit {
+    /// It names no sub-agent any more.
+    Empty,
+    /// It drops too many sub-agents: how many of how many, and some of their names.
+    Drops { dropped: usize, of: usize, names: Vec<AgentName> },
+    /// The same, seen from the hosts: rules can take a sub-agent from most hosts and still name it.
+    DropsFromHosts { dropped: usize, of: usize },
+    /// The depot has no package of these releases, for no os and arch.
+    NoPackage(Vec<String>),
+}
+
+impl fmt::Display for Unfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unfit::Empty => f.write_str(
+                "it names no sub-agent any more, which would not remove any: to stop one, write cmd = \"stop\"; to remove \
+                 some, keep the others",
+            ),
+            Unfit::Drops { dropped, of, names } => {
+                let names: Vec<&str> = names.iter().take(5).map(AgentName::as_str).collect();
+                let more = if *dropped > names.len() { ", …" } else { "" };
+                write!(
+                    f,
+                    "it drops {dropped} of {of} sub-agents ({}{more}); if that is meant, write allowRemoval = true at the top",
+                    names.join(", ")
+                )
+            }
+            Unfit::DropsFromHosts { dropped, of } => write!(
+                f,
+                "it takes {dropped} of {of} sub-agents from the hosts known now; if that is meant, write allowRemoval = true \
+                 at the top"
+            ),
+            Unfit::NoPackage(releases) => write!(
+                f,
+                "the depot has no package of {}; publish it, or name another version",
+                releases.iter().take(5).cloned().collect::<Vec<_>>().join(", ")
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Unfit {}
+
+/// Whether `new` may take the place of `last_good`. `hosts` are those known now, or a sample of them; `published` says whether the
+/// depot has a package of a release for any os and arch.
+pub fn judge(
+    new: &Fleet,
+    last_good: Option<&Fleet>,
+    hosts: &[HostFacts],
+    published: impl Fn(&str, &Version) -> bool,
+) -> Result<(), Unfit> {
+    if let Some(last_good) = last_good {
+        let (before, after) = (last_good.names(), new.names());
+        if after.is_empty() && !before.is_empty() {
+            return Err(Unfit::Empty);
+        }
+        if !new.allow_removal {
+            let gone: Vec<AgentName> = before.difference(&after).map(|name| (*name).clone()).collect();
+            if gone.len() * 2 > before.len() {
+                return Err(Unfit::Drops { dropped: gone.len(), of: before.len(), names: gone });
+            }
+            let (dropped, of) = drops_from(hosts, last_good, new);
+            if dropped * 2 > of {
+                return Err(Unfit::DropsFromHosts { dropped, of });
+            }
+        }
+    }
+    let missing: Vec<String> = new
+        .releases()
+        .into_iter()
+        .filter(|(name, version)| !published(name, version))
+        .map(|(name, version)| format!("{name} {version}"))
+        .collect();
+    if missing.is_empty() { Ok(()) } else { Err(Unfit::NoPackage(missing)) }
+}
+
+/// How many pairs of host and sub-agent would go, of how many.
+fn drops_from(hosts: &[HostFacts], last_good: &Fleet, new: &Fleet) -> (usize, usize) {
+    let counts = hosts.iter().map(|host| {
+        let (before, after) = (last_good.desired(host).agents, new.desired(host).agents);
+        (before.keys().filter(|name| !after.contains_key(name)).count(), before.len())
+    });
+    counts.fold((0, 0), |(dropped, of), (d, o)| (dropped + d, of + o))
+}
+
+/// What one host is told: its desired state, in packages that the depot has for it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Told {
+    pub manager: Option<ManagerOrder>,
+    pub agents: Vec<AgentOrder>,
+    /// No sub-agent was left out.
+    pub complete: bool,
+    /// What was left out, for an operator to read.
+    pub missing: Option<String>,
+}
+
+/// Puts the desired state of a host into orders. `offer` gives the package of a release for the host's os and arch.
+pub fn tell(desired: &Desired, host: &HostFacts, offer: impl Fn(&str, &Version) -> Option<Offer>) -> Told {
+    let mut missing = Vec::new();
+    let mut take = |name: &str, version: &Version| {
+        let found = offer(name, version);
+        if found.is_none() {
+            missing.push(format!("{name} {version}"));
+        }
+        found
+    };
+    let manager = desired.manager.as_ref().and_then(|version| take(MANAGER_PACKAGE, version)).map(|offer| ManagerOrder {
+        version: offer.version,
+        tarball: None,
+        file: Some(offer.file),
+        sha256: Some(offer.sha256),
+        size: Some(offer.size),
+    });
+    let mut agents = Vec::new();
+    for (name, wish) in &desired.agents {
+        let Some(offer) = take(name.as_str(), &wish.version) else { continue };
+        agents.push(AgentOrder {
+            name: name.clone(),
+            version: offer.version,
+            tarball: None,
+            file: Some(offer.file),
+            sha256: Some(offer.sha256),
+            size: Some(offer.size),
+            cmd: wish.cmd.as_str().to_owned(),
+            env: wish.env.clone(),
+        });
+    }
+    let complete = agents.len() == desired.agents.len() && !agents.is_empty();
+    let missing = (!missing.is_empty())
+        .then(|| format!("the depot has no package for {}/{} of {}", host.os, host.arch, missing.join(", ")));
+    Told { manager, agents, complete, missing }
+}
+
+/// The generation of what a host is told.
+///
+/// It is kept while the content stays the same; another content gets a number that is greater than the last one given, than the one that
+/// the host holds (`held`, if it is of our lineage: our own record may be older than the host), and than any given before a loss of the
+/// record, since none is ahead of the clock for long.
+pub fn next_generation(last: Option<u64>, same_content: bool, held: Option<u64>, now_millis: u64) -> u64 {
+    match last {
+        Some(last) if same_content && held.is_none_or(|held| held <= last) => last,
+        _ => {
+            let after = |number: Option<u64>| number.map_or(0, |number| number.saturating_add(1));
+            after(last).max(after(held)).max(now_millis)
+        }
+    }
+}
+
+/// The newest of the versions published, given in the order of their publication: by semver where both are semver, else by that order.
+pub fn newest<'a>(published: impl IntoIterator<Item = &'a Version>) -> Option<&'a Version> {
+    published.into_iter().reduce(|best, next| match next.order(best) {
+        Some(std::cmp::Ordering::Less) => best,
+        _ => next,
+    })
+}
+
+#[cfg(test)]
+mod tests;

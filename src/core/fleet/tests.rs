@@ -1,0 +1,242 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::core::model::Digest;
+
+fn fleet(text: &str) -> Fleet {
+    toml::from_str(text).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn refusal(text: &str) -> String {
+    toml::from_str::<Fleet>(text).expect_err(text).to_string()
+}
+
+fn host(agent_id: &str, hostname: &str) -> HostFacts {
+    HostFacts { agent_id: agent_id.parse().unwrap(), hostname: hostname.to_owned(), os: Os::Linux, arch: Arch::Amd64 }
+}
+
+fn version_of(desired: &Desired, name: &str) -> Option<String> {
+    desired.agents.get(&name.parse::<AgentName>().unwrap()).map(|wish| wish.version.to_string())
+}
+
+fn offer(name: &str, version: &Version) -> Option<Offer> {
+    (name != "absent").then(|| Offer {
+        version: version.clone(),
+        file: format!("{name}-{version}_linux_amd64.tar.zst"),
+        sha256: "ab".repeat(32).parse::<Digest>().unwrap(),
+        size: 7,
+    })
+}
+
+const EXAMPLE: &str = r#"
+heartbeatInterval = "10s"
+[manager]
+version = "0.1.0"
+[agents.node-exporter]
+version = "1.5.0"
+env = { GOGC = "50", A = "1" }
+[agents.legacy]
+version = "c57f6a1d"
+cmd = "stop"
+[[rules]]
+match = { agentId = ["54*", "99"], hostname = ["web-*"], os = ["linux"], arch = ["amd64"] }
+agents.node-exporter.version = "1.6.0"
+agents.node-exporter.env = { A = "2", B = "3" }
+[[rules]]
+match = { hostname = ["web-9"] }
+manager.version = "0.2.0"
+agents.node-exporter.cmd = "stop"
+agents.extra.version = "1"
+"#;
+
+#[test]
+fn rules_change_fields_and_variables_and_later_ones_win() {
+    let fleet = fleet(EXAMPLE);
+    assert_eq!(fleet.interval, Duration::from_secs(10));
+
+    let plain = fleet.desired(&host("1", "db-1"));
+    assert_eq!(version_of(&plain, "node-exporter").as_deref(), Some("1.5.0"));
+    assert_eq!(version_of(&plain, "extra"), None);
+    assert_eq!(plain.manager.as_ref().map(Version::as_str), Some("0.1.0"));
+
+    let web = fleet.desired(&host("5402", "WEB-1"));
+    let exporter = &web.agents[&"node-exporter".parse::<AgentName>().unwrap()];
+    assert_eq!(exporter.version.as_str(), "1.6.0");
+    assert_eq!(exporter.cmd, Cmd::Start);
+    let env: Vec<(&str, &str)> = exporter.env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    assert_eq!(env, [("A", "2"), ("B", "3"), ("GOGC", "50")]);
+
+    // The first rule's agent ids do not hold, the second rule does.
+    let nine = fleet.desired(&host("1", "web-9"));
+    assert_eq!(version_of(&nine, "node-exporter").as_deref(), Some("1.5.0"));
+    assert_eq!(nine.agents[&"node-exporter".parse::<AgentName>().unwrap()].cmd, Cmd::Stop);
+    assert_eq!(version_of(&nine, "extra").as_deref(), Some("1"));
+    assert_eq!(nine.manager.as_ref().map(Version::as_str), Some("0.2.0"));
+}
+
+#[test]
+fn all_of_a_match_must_hold() {
+    let fleet = fleet(EXAMPLE);
+    for (id, name) in [("1", "web-1"), ("5402", "db-1"), ("990", "web-1")] {
+        assert_eq!(version_of(&fleet.desired(&host(id, name)), "node-exporter").as_deref(), Some("1.5.0"), "{id} {name}");
+    }
+    let mut windows = host("99", "web-1");
+    assert_eq!(version_of(&fleet.desired(&windows), "node-exporter").as_deref(), Some("1.6.0"));
+    windows.os = Os::Windows;
+    assert_eq!(version_of(&fleet.desired(&windows), "node-exporter").as_deref(), Some("1.5.0"));
+}
+
+#[test]
+fn what_is_not_known_is_refused_with_its_name_and_line() {
+    for (text, words) in [
+        ("\n\nhartbeatInterval = 3", &["line 3", "hartbeatInterval"][..]),
+        ("[agents.a]\nversion = \"1\"\nlimits = { memory = \"1MiB\" }", &["line 3", "limits"]),
+        ("[agents.a]\nversion = \"1\"\ncmd = \"uninstall\"", &["line 3", "uninstall"]),
+        ("[agents.a]\nversion = \"../1\"", &["line 2", "../1"]),
+        ("[agents.A]\nversion = \"1\"", &["line 1", "\"A\""]),
+        ("[agents.a]\nversion = \"1\"\nenv = { \"A-B\" = \"x\" }", &["line 3", "A-B"]),
+        ("[agents.a]\nversion = \"1\"\nenv = { A = 1 }", &["line 3", "string"]),
+        ("[agents.a]\ncmd = \"stop\"", &["agents.a", "no version"]),
+        ("[[rules]]\nmatch = { host = [\"x\"] }", &["line 2", "host"]),
+        ("[[rules]]\nmatch = { hostname = [\"[x]\"] }", &["line 2", "[x]"]),
+        ("[[rules]]\nmatch = { }", &["rule 1", "names nothing"]),
+        ("[[rules]]\nagents.a.version = \"1\"", &["match"]),
+        ("[[rules]]\nmatch = { os = [] }", &["rule 1", "empty list"]),
+        ("[[rules]]\nmatch = { os = [\"*\"] }\nagents.a.cmd = \"stop\"", &["agents.a", "rule 1", "no version"]),
+        ("[agents.aops-spm]\nversion = \"1\"", &["[manager]"]),
+        ("heartbeatInterval = \"500ms\"", &["heartbeatInterval"]),
+        ("heartbeatInterval = \"2d\"", &["heartbeatInterval"]),
+        ("heartbeatInterval = 0", &["heartbeatInterval"]),
+        ("[agents.a]\nversion = \"1\"\n[agents.a]\nversion = \"2\"", &["line 3"]),
+        ("[agents.a", &["line 1"]),
+    ] {
+        let refusal = refusal(text);
+        for word in words {
+            assert!(refusal.contains(word), "{text}\n{refusal}\n{word}");
+        }
+    }
+}
+
+#[test]
+fn an_empty_file_is_a_fleet_that_wants_nothing() {
+    let empty = fleet("");
+    assert_eq!(judge(&empty, None, &[], |_, _| false), Ok(()));
+    assert_eq!(empty.interval, DEFAULT_INTERVAL);
+    let told = tell(&empty.desired(&host("1", "a")), &host("1", "a"), offer);
+    assert!(told.agents.is_empty() && !told.complete && told.missing.is_none());
+}
+
+fn agents(names: &[&str]) -> String {
+    names.iter().map(|name| format!("[agents.{name}]\nversion = \"1\"\n")).collect()
+}
+
+#[test]
+fn a_file_that_drops_most_is_refused_unless_it_says_so() {
+    let last_good = fleet(&agents(&["a", "b", "c", "d"]));
+    let judged = |text: &str| judge(&fleet(text), Some(&last_good), &[], |_, _| true);
+    assert_eq!(judged(&agents(&["a", "b"])), Ok(()));
+    assert!(matches!(judged(&agents(&["a"])), Err(Unfit::Drops { dropped: 3, of: 4, .. })));
+    assert!(matches!(judged(&agents(&["e", "f", "g", "h"])), Err(Unfit::Drops { dropped: 4, of: 4, .. })));
+    assert_eq!(judged(&format!("allowRemoval = true\n{}", agents(&["a"]))), Ok(()));
+    assert_eq!(judged(""), Err(Unfit::Empty));
+    assert_eq!(judged("allowRemoval = true"), Err(Unfit::Empty));
+}
+
+#[test]
+fn a_rule_that_takes_most_from_the_hosts_is_refused_too() {
+    let last_good = fleet(&agents(&["a", "b"]));
+    let narrowed = "[[rules]]\nmatch = { hostname = [\"one\"] }\nagents.a.version = \"1\"\nagents.b.version = \"1\"\n";
+    let hosts: Vec<HostFacts> = ["one", "two", "three"].map(|name| host("1", name)).to_vec();
+    let judged = |text: &str| judge(&fleet(text), Some(&last_good), &hosts, |_, _| true);
+    assert_eq!(judged(narrowed), Err(Unfit::DropsFromHosts { dropped: 4, of: 6 }));
+    assert_eq!(judged(&format!("allowRemoval = true\n{narrowed}")), Ok(()));
+}
+
+#[test]
+fn a_file_that_names_what_is_not_published_is_refused() {
+    let published = |name: &str, version: &Version| name == "node-exporter" && version.as_str() == "1.5.0";
+    let Err(Unfit::NoPackage(missing)) = judge(&fleet(EXAMPLE), None, &[], published) else { panic!("not refused") };
+    assert_eq!(missing, ["aops-spm 0.1.0", "aops-spm 0.2.0", "extra 1", "legacy c57f6a1d", "node-exporter 1.6.0"]);
+}
+
+#[test]
+fn a_list_that_leaves_something_out_does_not_call_itself_complete() {
+    let fleet = fleet(&agents(&["a", "absent", "b"]));
+    let host = host("1", "x");
+    let told = tell(&fleet.desired(&host), &host, offer);
+    let names: Vec<&str> = told.agents.iter().map(|order| order.name.as_str()).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert!(!told.complete);
+    assert!(told.missing.unwrap().contains("linux/amd64 of absent 1"));
+}
+
+#[test]
+fn the_newest_is_by_semver_where_that_can_be_said_and_by_publication_elsewhere() {
+    for (published, expected) in [
+        (&["1.9.0", "1.10.0", "1.2.0"][..], "1.10.0"),
+        (&["c57f", "a1d2"], "a1d2"),
+        (&["2.0.0", "c57f", "1.0.0"], "1.0.0"),
+        (&["1.0.0-rc.1", "1.0.0"], "1.0.0"),
+        (&["1.0.0", "1.0.0-rc.1"], "1.0.0"),
+        (&["7"], "7"),
+    ] {
+        let versions: Vec<Version> = published.iter().map(|version| version.parse().unwrap()).collect();
+        assert_eq!(newest(&versions).unwrap().as_str(), expected, "{published:?}");
+    }
+    assert_eq!(newest([]), None);
+}
+
+#[test]
+fn a_generation_is_kept_while_the_content_is_and_only_grows() {
+    assert_eq!(next_generation(None, false, None, 1_000), 1_000);
+    assert_eq!(next_generation(Some(5), true, Some(5), 1_000), 5);
+    assert_eq!(next_generation(Some(5), true, None, 1_000), 5);
+    assert_eq!(next_generation(Some(5), false, Some(5), 1_000), 1_000);
+    // The clock stands behind.
+    assert_eq!(next_generation(Some(2_000), false, Some(2_000), 1_000), 2_001);
+    // The record was restored from an older one, or lost: the host knows better.
+    assert_eq!(next_generation(Some(5), true, Some(3_000), 1_000), 3_001);
+    assert_eq!(next_generation(None, false, Some(3_000), 1_000), 3_001);
+    assert_eq!(next_generation(None, false, Some(u64::MAX), 1_000), u64::MAX);
+}
+
+proptest! {
+    #[test]
+    fn generations_never_go_back_and_never_repeat_for_other_content(
+        contents in prop::collection::vec((0u8..3, 0u64..50, prop::option::of(0u64..100)), 1..40)
+    ) {
+        let mut given: Option<(u8, u64)> = None;
+        for (content, now, held) in contents {
+            let same = given.is_some_and(|(last, _)| last == content);
+            let generation = next_generation(given.map(|(_, generation)| generation), same, held, now);
+            if let Some((last, before)) = given {
+                prop_assert!(generation >= before);
+                prop_assert!(last == content || generation > before);
+            }
+            prop_assert!(held.is_none_or(|held| generation >= held));
+            given = Some((content, generation));
+        }
+    }
+
+    #[test]
+    fn the_order_of_rules_that_do_not_match_is_without_effect(count in 0usize..6, swap in 0usize..6) {
+        let base = agents(&["a", "b"]);
+        let rule = |i: usize| format!("[[rules]]\nmatch = {{ hostname = [\"other-{i}\"] }}\nagents.a.version = \"{i}\"\n");
+        let mut order: Vec<usize> = (0..count).collect();
+        if count > 0 { order.rotate_left(swap % count) }
+        let text: String = std::iter::once(base.clone()).chain(order.into_iter().map(rule)).collect();
+        prop_assert_eq!(fleet(&text).desired(&host("1", "web")), fleet(&base).desired(&host("1", "web")));
+    }
+
+    #[test]
+    fn a_file_always_takes_its_own_place(names in prop::collection::btree_set("[a-z]{1,4}", 1..8)) {
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let same = fleet(&agents(&names));
+        prop_assert_eq!(judge(&same, Some(&same), &[host("1", "x")], |_, _| true), Ok(()));
+    }
+
+    #[test]
+    fn no_text_panics(text in "\\PC{0,200}") {
+        let _ = toml::from_str::<Fleet>(&text);
+    }
+}

@@ -1,0 +1,180 @@
+//! Downloads: a file of the index, whole or from where a broken download ended, streamed from the open file.
+//!
+//! The entity tag is the content's SHA-256, so that a download is only ever continued with bytes of the same content (RFC 9110, sections 13
+//! and 14). One range is served; who asks for several gets the whole.
+
+use std::io::SeekFrom;
+use std::ops::Range;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderName, Method, StatusCode, header};
+use axum::response::Response;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tokio_util::io::ReaderStream;
+
+use super::depot::{Index, Item, Stamp};
+use super::routes::Failure;
+
+/// How much of a file is read at once.
+const CHUNK: usize = 128 << 10;
+/// The end of a signature's file name.
+const SIGNATURE: &str = ".minisig";
+
+/// Answers a GET or HEAD of the file called `name`.
+pub(super) async fn answer(index: &Index, name: &str, method: &Method, headers: &HeaderMap) -> Result<Response, Failure> {
+    if let Some(item) = index.file(name) {
+        let found = Found { tag: format!("\"{}\"", item.sha256), size: item.stamp.size, content: Content::File(item.clone()) };
+        return found.answer(method, headers).await;
+    }
+    let signature = name.strip_suffix(SIGNATURE).and_then(|name| index.file(name)?.signature.clone());
+    if let Some(text) = signature {
+        // Tagged by its own text, which a package that is signed anew changes.
+        let tag = format!("\"{}\"", super::init::hex(&<sha2::Sha256 as sha2::Digest>::digest(text.as_bytes())));
+        return Found { tag, size: text.len() as u64, content: Content::Text(text) }.answer(method, headers).await;
+    }
+    Err(Failure::new(StatusCode::NOT_FOUND, format!("the depot has no file {}", shown(name))))
+}
+
+fn shown(name: &str) -> String {
+    name.chars().take(150).collect::<String>().escape_debug().to_string()
+}
+
+struct Found {
+    tag: String,
+    size: u64,
+    content: Content,
+}
+
+enum Content {
+    File(Arc<Item>),
+    Text(Arc<str>),
+}
+
+impl Found {
+    async fn answer(self, method: &Method, headers: &HeaderMap) -> Result<Response, Failure> {
+        let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+        let response = Response::builder().header(header::ETAG, &self.tag).header(header::ACCEPT_RANGES, "bytes");
+        if text(header::IF_NONE_MATCH).is_some_and(|tags| tags.split(',').any(|tag| matches!(tag.trim(), "*") || tag.trim() == self.tag)) {
+            return Ok(response.status(StatusCode::NOT_MODIFIED).body(Body::empty())?);
+        }
+        let same = text(header::IF_RANGE).is_none_or(|tag| tag.trim() == self.tag);
+        let asked = match text(header::RANGE) {
+            Some(range) if *method == Method::GET && same => part(range, self.size),
+            _ => Part::Whole,
+        };
+        let (status, range) = match asked {
+            Part::Whole => (StatusCode::OK, 0..self.size),
+            Part::Range(range) => (StatusCode::PARTIAL_CONTENT, range),
+            Part::Unsatisfiable => {
+                return Ok(response
+                    .status(StatusCode::RANGE_NOT_SATISFIABLE)
+                    .header(header::CONTENT_RANGE, format!("bytes */{}", self.size))
+                    .body(Body::empty())?);
+            }
+        };
+        let kind = match self.content {
+            Content::File(_) => "application/octet-stream",
+            Content::Text(_) => "text/plain; charset=utf-8",
+        };
+        let mut response = response
+            .status(status)
+            .header(header::CONTENT_TYPE, kind)
+            .header(header::CONTENT_LENGTH, range.end - range.start);
+        if status == StatusCode::PARTIAL_CONTENT {
+            let value = format!("bytes {}-{}/{}", range.start, range.end - 1, self.size);
+            response = response.header(header::CONTENT_RANGE, value);
+        }
+        let body = match method {
+            &Method::HEAD => Body::empty(),
+            _ => self.content.body(range).await?,
+        };
+        Ok(response.body(body)?)
+    }
+}
+
+impl Content {
+    async fn body(self, range: Range<u64>) -> Result<Body, Failure> {
+        match self {
+            Content::Text(text) => {
+                let part = text.as_bytes().get(range.start as usize..range.end as usize).unwrap_or_default();
+                Ok(Body::from(part.to_vec()))
+            }
+            Content::File(item) => {
+                let gone = || {
+                    let message = format!("{} is being replaced; try again", item.name);
+                    Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(2)
+                };
+                let mut file = tokio::fs::File::open(&item.path).await.map_err(|_| gone())?;
+                // The tag would lie about another content.
+                if Stamp::of(&file.metadata().await.map_err(|_| gone())?) != item.stamp {
+                    return Err(gone());
+                }
+                file.seek(SeekFrom::Start(range.start)).await.map_err(|_| gone())?;
+                Ok(Body::from_stream(ReaderStream::with_capacity(file.take(range.end - range.start), CHUNK)))
+            }
+        }
+    }
+}
+
+/// Which part of a file is asked for.
+#[derive(Debug, PartialEq, Eq)]
+enum Part {
+    Whole,
+    Range(Range<u64>),
+    Unsatisfiable,
+}
+
+/// Reads `Range: bytes=a-b`, `a-` or `-n`; what is not understood asks for the whole.
+fn part(header: &str, size: u64) -> Part {
+    let Some(spec) = header.trim().strip_prefix("bytes=").map(str::trim) else { return Part::Whole };
+    let Some((first, last)) = spec.split_once('-').filter(|_| !spec.contains(',')) else { return Part::Whole };
+    let number = |text: &str| if text.bytes().all(|b| b.is_ascii_digit()) { text.parse::<u64>().ok() } else { None };
+    let range = match (first, last) {
+        ("", last) => match number(last) {
+            Some(last) => size.saturating_sub(last)..size,
+            None => return Part::Whole,
+        },
+        (first, "") => match number(first) {
+            Some(first) => first..size,
+            None => return Part::Whole,
+        },
+        (first, last) => match (number(first), number(last)) {
+            (Some(first), Some(last)) if first <= last => first..last.saturating_add(1).min(size),
+            _ => return Part::Whole,
+        },
+    };
+    if range.start < range.end { Part::Range(range) } else { Part::Unsatisfiable }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_range_is_understood_and_everything_else_is_the_whole() {
+        for (header, expected) in [
+            ("bytes=0-9", Part::Range(0..10)),
+            ("bytes=0-0", Part::Range(0..1)),
+            ("bytes=90-", Part::Range(90..100)),
+            ("bytes=90-1000", Part::Range(90..100)),
+            ("bytes=0-18446744073709551615", Part::Range(0..100)),
+            ("bytes=-10", Part::Range(90..100)),
+            ("bytes=-1000", Part::Range(0..100)),
+            ("bytes=100-", Part::Unsatisfiable),
+            ("bytes=200-300", Part::Unsatisfiable),
+            ("bytes=-0", Part::Unsatisfiable),
+            ("bytes=9-0", Part::Whole),
+            ("bytes=0-1,5-6", Part::Whole),
+            ("bytes=+1-2", Part::Whole),
+            ("bytes=", Part::Whole),
+            ("bytes=-", Part::Whole),
+            ("bytes=a-b", Part::Whole),
+            ("bytes=99999999999999999999-", Part::Whole),
+            ("lines=1-2", Part::Whole),
+        ] {
+            assert_eq!(part(header, 100), expected, "{header}");
+        }
+        assert_eq!(part("bytes=0-", 0), Part::Unsatisfiable);
+    }
+}

@@ -1,0 +1,212 @@
+//! What every host said last and what it was told: the gateway's memory, and the answer to a heartbeat.
+//!
+//! A heartbeat is answered from memory alone. What a host is told is worked out when the fleet, the depot or the host's own facts have changed,
+//! and kept until then. The file is written from time to time and at the end: what is lost with a crash, the next heartbeats bring again, and
+//! generations never go back, because the host says which one it holds.
+
+mod record;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Result;
+use sha2::{Digest as _, Sha256};
+
+pub(super) use self::record::{Given, Record, load, save};
+use super::depot::Index;
+use super::init::hex;
+use crate::core::fleet::{Fleet, HostFacts, Told, next_generation, tell};
+use crate::core::model::{AgentId, Release};
+use crate::core::protocol::{Answer, Heartbeat};
+
+/// More hosts than this are not remembered.
+const MAX_HOSTS: usize = 50_000;
+/// When there is no room, a host that was silent for so long makes place for a new one.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(7 * 86_400);
+/// How many hosts a new fleet file is tried on before it is accepted.
+const SAMPLE: usize = 1_000;
+
+/// What answers are made from, as it stood at one time.
+pub(super) struct World {
+    /// Another one for every other world.
+    pub(super) revision: u64,
+    pub(super) fleet: Option<Arc<Fleet>>,
+    pub(super) index: Arc<Index>,
+}
+
+/// The hosts of this gateway.
+pub(super) struct Hosts {
+    lineage: String,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    hosts: HashMap<AgentId, Known>,
+    /// What was worked out in the present world, by its hash: most hosts are told the same.
+    contents: HashMap<String, Arc<Content>>,
+    revision: u64,
+    /// Something is not in the file yet.
+    changed: bool,
+}
+
+struct Known {
+    record: Arc<Record>,
+    /// What it is told, for which world and which facts.
+    told: Option<(u64, HostFacts, Arc<Content>)>,
+}
+
+/// What a host is told, with the hash by which another content is known.
+struct Content {
+    told: Told,
+    hash: String,
+}
+
+/// Why a heartbeat is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Full;
+
+impl Hosts {
+    pub(super) fn new(lineage: String, records: Vec<Record>) -> Hosts {
+        let hosts = records
+            .into_iter()
+            .map(|record| (record.agent_id.clone(), Known { record: Arc::new(record), told: None }))
+            .collect();
+        Hosts { lineage, inner: Mutex::new(Inner { hosts, ..Inner::default() }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing is left half-done behind the lock: each change is one assignment.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.lock().hosts.len()
+    }
+
+    /// Some of the hosts, spread over all of them.
+    pub(super) fn sample(&self) -> Vec<HostFacts> {
+        let inner = self.lock();
+        let step = inner.hosts.len() / SAMPLE + 1;
+        inner.hosts.values().step_by(step).map(|known| known.record.facts()).collect()
+    }
+
+    /// Every record, where something is not in the file yet.
+    pub(super) fn changed(&self) -> Option<Vec<Arc<Record>>> {
+        let mut inner = self.lock();
+        std::mem::take(&mut inner.changed).then(|| inner.hosts.values().map(|known| known.record.clone()).collect())
+    }
+
+    /// What was taken as written was not.
+    pub(super) fn mark_changed(&self) {
+        self.lock().changed = true;
+    }
+
+    /// Remembers the heartbeat and answers it.
+    pub(super) fn heartbeat(
+        &self,
+        heartbeat: Heartbeat,
+        address: Option<String>,
+        world: &World,
+        now: u64,
+    ) -> Result<Answer, Full> {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        if inner.revision != world.revision {
+            inner.contents.clear();
+            inner.revision = world.revision;
+        }
+        if !inner.hosts.contains_key(&heartbeat.agent_id) && inner.hosts.len() >= MAX_HOSTS {
+            make_room(&mut inner.hosts, now)?;
+        }
+        let facts = HostFacts {
+            agent_id: heartbeat.agent_id.clone(),
+            hostname: record::cut(&heartbeat.hostname, record::MAX_HOSTNAME),
+            os: heartbeat.os,
+            arch: heartbeat.arch,
+        };
+        let (previous, cached) = match inner.hosts.remove(&heartbeat.agent_id) {
+            Some(known) => (Some(known.record), known.told),
+            None => (None, None),
+        };
+        let content = match cached {
+            Some((revision, known_facts, content)) if revision == world.revision && known_facts == facts => Some(content),
+            _ => world.fleet.as_ref().map(|fleet| content(fleet, &facts, &world.index, &mut inner.contents)),
+        };
+
+        let held = (heartbeat.lineage.as_ref() == Some(&self.lineage)).then_some(heartbeat.generation);
+        let last = previous.as_ref().and_then(|record| record.given.clone());
+        let given = content.as_ref().map(|content| {
+            let same = last.as_ref().is_some_and(|last| last.content == content.hash);
+            let generation = next_generation(last.as_ref().map(|last| last.generation), same, held, now);
+            Given { generation, content: content.hash.clone() }
+        });
+
+        let told = content.as_ref().map(|content| &content.told);
+        let mut answer = Answer {
+            agent_id: heartbeat.agent_id.clone(),
+            error_message: None,
+            interval: world.fleet.as_ref().map(|fleet| fleet.interval.as_secs()),
+            lineage: None,
+            generation: 0,
+            cmd: None,
+            manager: None,
+            complete: false,
+            agents: None,
+            ack: heartbeat.events.iter().map(|event| event.id).max(),
+        };
+        match (told, &given) {
+            (Some(told), Some(given)) => {
+                answer.error_message = told.missing.clone();
+                answer.lineage = Some(self.lineage.clone());
+                answer.generation = given.generation;
+                answer.manager = told.manager.clone();
+                if told.manager.as_ref().is_some_and(|order| order.version != heartbeat.manager.version) {
+                    answer.cmd = Some("upgrade".to_owned());
+                }
+                if held != Some(given.generation) {
+                    answer.agents = Some(told.agents.clone());
+                    answer.complete = told.complete;
+                }
+            }
+            _ => answer.error_message = Some("the gateway has no good fleet.toml yet".to_owned()),
+        }
+
+        let missing = told.and_then(|told| told.missing.clone());
+        let record = Record::after(previous, heartbeat, given.or(last), missing, address, now);
+        let told = content.map(|content| (world.revision, facts, content));
+        inner.hosts.insert(record.agent_id.clone(), Known { record: Arc::new(record), told });
+        inner.changed = true;
+        Ok(answer)
+    }
+}
+
+fn content(
+    fleet: &Fleet,
+    facts: &HostFacts,
+    index: &Index,
+    contents: &mut HashMap<String, Arc<Content>>,
+) -> Arc<Content> {
+    let told = tell(&fleet.desired(facts), facts, |name, version| {
+        let release = Release { name: name.parse().ok()?, version: version.clone(), os: facts.os, arch: facts.arch };
+        index.offer(&release)
+    });
+    // What cannot be written as JSON cannot be sent either; then every content counts as another one.
+    let hash = hex(&Sha256::digest(serde_json::to_vec(&told).unwrap_or_default()));
+    contents.entry(hash.clone()).or_insert_with(|| Arc::new(Content { told, hash })).clone()
+}
+
+fn make_room(hosts: &mut HashMap<AgentId, Known>, now: u64) -> Result<(), Full> {
+    let stalest = hosts.values().min_by_key(|known| known.record.last_heartbeat).map(|known| known.record.clone());
+    let stalest = stalest.ok_or(Full)?;
+    if now.saturating_sub(stalest.last_heartbeat) < FORGOTTEN_AFTER.as_millis() as u64 {
+        return Err(Full);
+    }
+    tracing::info!(agent_id = %stalest.agent_id, "a silent host is forgotten to make room for another");
+    hosts.remove(&stalest.agent_id);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+//! `gateway init`: from nothing to a directory that can be published into and served, without overwriting anything.
+//!
+//! Each thing is made only where it is missing, so that an interrupted init is repeated, and a second one changes nothing. What is there is
+//! never replaced: a new signing key or certificate would lock out every host that trusts the old one.
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use sha2::{Digest as _, Sha256};
+
+use super::Place;
+use crate::package::sign::Signer;
+use crate::platform;
+use crate::store::{self, Access};
+
+/// Where a gateway is made.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The gateway's directory
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// A further name or address by which hosts reach the gateway; may be
+    /// given several times [always: localhost, 127.0.0.1, the host's name]
+    #[arg(long = "name", value_name = "HOST_OR_IP")]
+    names: Vec<String>,
+}
+
+/// What a new fleet.toml says: everything in comments, so that it wants nothing yet.
+const EXAMPLE_FLEET: &str = include_str!("init/fleet.toml");
+
+/// What became of one thing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Done {
+    Made,
+    Kept,
+}
+
+impl Done {
+    fn word(self) -> &'static str {
+        match self {
+            Done::Made => "made",
+            Done::Kept => "kept",
+        }
+    }
+}
+
+#[allow(clippy::print_stdout, reason = "the result of the command")]
+pub(super) fn run(args: &Args) -> Result<()> {
+    let names = server_names(&args.names)?;
+    let place = Place::new(&args.dir);
+    for (directory, mode) in place.directories() {
+        if !directory.is_dir() {
+            fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+            platform::set_mode(&directory, mode).with_context(|| format!("cannot make {}", directory.display()))?;
+        }
+    }
+    let key = make_signing_key(&place)?;
+    let certificate = make_certificate(&place, &names)?;
+    let fleet = match place.fleet().exists() {
+        true => Done::Kept,
+        false => {
+            store::replace(&place.fleet(), EXAMPLE_FLEET.as_bytes(), Access::Public)?;
+            Done::Made
+        }
+    };
+
+    let dir = args.dir.display();
+    println!("{}  the signing key  {}, {}", key.word(), place.public_key().display(), place.signing_key().display());
+    println!("{}  the certificate  {}, {}", certificate.word(), place.certificate().display(), place.certificate_key().display());
+    println!("{}  the fleet        {}", fleet.word(), place.fleet().display());
+    if certificate == Done::Kept && !args.names.is_empty() {
+        println!("      --name is without effect: hosts may have pinned the certificate that is there");
+    }
+    let pin = certificate_pin(&place)?;
+    let endpoint = format!("https://{}:8888", args.names.first().map_or_else(own_name, |name| bracketed(name)));
+    println!("\nThe certificate's pin:\n  sha256:{pin}");
+    println!("\nNext, here:");
+    println!("  aops gateway publish --dir {dir} --self          this executable, for hosts to install");
+    println!("  aops gateway publish --dir {dir} DIRECTORY       a sub-agent's package");
+    println!("  aops gateway run --dir {dir}");
+    println!("  edit {} and name the sub-agents", place.fleet().display());
+    println!("\nThen on a host, with the executable and {} copied there:", place.public_key().display());
+    println!("  aops install --agent-id ID --endpoint {endpoint} \\\n    --trusted-key aops.pub --pin sha256:{pin}");
+    println!("\nor with nothing copied, trusting what the first download brings:");
+    println!("  curl -kfO {endpoint}/api/download/aops-agent-service-linux-amd64 -H 'x-agent-id: ID'");
+    println!("  chmod +x aops-agent-service-linux-amd64");
+    println!("  ./aops-agent-service-linux-amd64 --control install --version V --agentId ID --endpoint {endpoint}");
+    Ok(())
+}
+
+fn make_signing_key(place: &Place) -> Result<Done> {
+    let (secret, public) = (place.signing_key(), place.public_key());
+    match (secret.exists(), public.exists()) {
+        // A public key alone: the private one lives offline.
+        (_, true) => Ok(Done::Kept),
+        (true, false) => {
+            store::replace(&public, Signer::load(&secret)?.public_text()?.as_bytes(), Access::Public)?;
+            Ok(Done::Kept)
+        }
+        (false, false) => {
+            let signer = Signer::generate()?;
+            // The private one first: with it the public one can be made again.
+            store::replace(&secret, signer.secret_text()?.as_bytes(), Access::Private)?;
+            store::replace(&public, signer.public_text()?.as_bytes(), Access::Public)?;
+            Ok(Done::Made)
+        }
+    }
+}
+
+fn make_certificate(place: &Place, names: &[String]) -> Result<Done> {
+    if place.certificate().exists() && place.certificate_key().exists() {
+        return Ok(Done::Kept);
+    }
+    if place.certificate().exists() {
+        bail!(
+            "cannot find the key of the certificate {}: restore {}, or remove the certificate to have a new one",
+            place.certificate().display(),
+            place.certificate_key().display()
+        );
+    }
+    let attempt = || -> Result<(String, String)> {
+        let mut params = CertificateParams::new(names.to_vec())?;
+        params.distinguished_name.push(DnType::CommonName, "aops gateway");
+        // Valid from 1975 to 4096, as rcgen makes them: hosts with a wrong clock must get in, and nobody is there to renew it.
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        // Not a CA: it is trusted as itself, and can vouch for no other.
+        params.is_ca = IsCa::ExplicitNoCa;
+        let key = KeyPair::generate()?;
+        Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
+    };
+    let (certificate, key) = attempt().context("cannot make a certificate")?;
+    store::replace(&place.certificate_key(), key.as_bytes(), Access::Private)?;
+    store::replace(&place.certificate(), certificate.as_bytes(), Access::Public)?;
+    Ok(Done::Made)
+}
+
+/// The names in the certificate: those given, and those that always lead here.
+fn server_names(given: &[String]) -> Result<Vec<String>> {
+    let mut names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+    let own = own_name();
+    if is_name(&own) {
+        names.push(own);
+    }
+    for name in given {
+        if !is_name(name) && name.parse::<IpAddr>().is_err() {
+            bail!("cannot take {name:?} as a name of the gateway: expected a host's name or an IP address, without port");
+        }
+        names.push(name.clone());
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    names.retain(|name| seen.insert(name.to_ascii_lowercase()));
+    Ok(names)
+}
+
+fn is_name(name: &str) -> bool {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len()) && label.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
+    };
+    name.len() <= 253 && name.split('.').all(label)
+}
+
+fn own_name() -> String {
+    gethostname::gethostname().to_string_lossy().into_owned()
+}
+
+fn bracketed(name: &str) -> String {
+    if name.contains(':') { format!("[{name}]") } else { name.to_owned() }
+}
+
+/// The SHA-256 of the certificate, as `install --pin` takes it.
+fn certificate_pin(place: &Place) -> Result<String> {
+    let path = place.certificate();
+    let der = CertificateDer::from_pem_file(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(hex(&Sha256::digest(&der)))
+}
+
+/// Lower-case hexadecimal digits.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(dir: &std::path::Path, names: &[&str]) -> Args {
+        Args { dir: dir.to_owned(), names: names.iter().map(|name| (*name).to_owned()).collect() }
+    }
+
+    #[test]
+    fn a_second_init_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("gw");
+        let place = Place::new(&root);
+        run(&args(&root, &["gateway.example", "10.0.0.1", "::1"])).unwrap();
+        let files = [place.public_key(), place.signing_key(), place.certificate(), place.certificate_key(), place.fleet()];
+        let contents = || files.iter().map(|file| fs::read(file).unwrap()).collect::<Vec<_>>();
+        let before = contents();
+        run(&args(&root, &["other.example"])).unwrap();
+        assert_eq!(contents(), before);
+    }
+
+    #[test]
+    fn an_interrupted_init_is_completed() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::new(dir.path());
+        run(&args(dir.path(), &[])).unwrap();
+        let public = fs::read(place.public_key()).unwrap();
+        fs::remove_file(place.public_key()).unwrap();
+        fs::remove_file(place.certificate()).unwrap();
+        run(&args(dir.path(), &[])).unwrap();
+        assert_eq!(fs::read(place.public_key()).unwrap(), public);
+        assert!(place.certificate().exists());
+    }
+
+    #[test]
+    fn the_example_is_a_fleet_that_wants_nothing_and_shows_what_is_allowed() {
+        let fleet: crate::core::fleet::Fleet = toml::from_str(EXAMPLE_FLEET).unwrap();
+        assert!(fleet.names().is_empty() && fleet.manager.is_none());
+        // With the comments taken off, every line of the example is right too.
+        let uncommented: String = EXAMPLE_FLEET
+            .lines()
+            .map(|line| line.strip_prefix("#: ").map_or(String::new(), ToOwned::to_owned) + "\n")
+            .collect();
+        let fleet: crate::core::fleet::Fleet = toml::from_str(&uncommented).unwrap();
+        assert_eq!(fleet.names().len(), 1);
+        assert_eq!(fleet.rules.len(), 1);
+    }
+
+    #[test]
+    fn names_that_no_certificate_can_hold_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for bad in ["", "https://a", "a:8888", "a b", "ä"] {
+            assert!(run(&args(&dir.path().join("x"), &[bad])).is_err(), "{bad:?}");
+        }
+        assert!(!dir.path().join("x").exists());
+    }
+}

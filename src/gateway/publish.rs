@@ -1,0 +1,319 @@
+//! `gateway publish`: a directory or an archive becomes a signed package in the depot.
+//!
+//! It is looked into, named and signed as a temporary file there, and gets its name last, after its signature, so that a running gateway never
+//! sees one without the other. A release once published never changes: the same content again is nothing, another content an error.
+
+mod identity;
+
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use tempfile::NamedTempFile;
+
+use self::identity::{Clues, Given};
+use super::{Place, archive, bootstrap, depot};
+use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
+use crate::lock;
+use crate::package::pack::Tree;
+use crate::package::sign::Signer;
+use crate::store::{self, Access};
+
+/// How long another publishing is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is published, and as what.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The gateway's directory
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Name of the package [default: as its agent.toml, its signature or its
+    /// file name says]
+    #[arg(long)]
+    name: Option<AgentName>,
+    /// Version of the package [default: likewise]
+    #[arg(long)]
+    version: Option<Version>,
+    /// Operating system: linux or windows [default: likewise; of a directory:
+    /// this one]
+    #[arg(long)]
+    os: Option<Os>,
+    /// Architecture: amd64, 386 or arm64 [default: likewise; of a directory:
+    /// this one]
+    #[arg(long)]
+    arch: Option<Arch>,
+    /// Epoch: a host that has had a package of one epoch refuses those of
+    /// lower ones [default: the highest published of that name, else 1]
+    #[arg(long)]
+    epoch: Option<u64>,
+    /// The private key to sign with [default: keys/aops.key]
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Publish this very executable as the manager's package, and the
+    /// bootstrap executable made of it
+    #[arg(long = "self", conflicts_with_all = ["path", "name", "os", "arch"])]
+    itself: bool,
+    /// A directory, or an archive (tar.zst, tar.gz, zip); a signature beside
+    /// it (PATH.minisig) is kept
+    #[arg(required_unless_present = "itself")]
+    path: Option<PathBuf>,
+}
+
+#[allow(clippy::print_stdout, reason = "the result of the command")]
+pub(super) fn run(args: &Args) -> Result<()> {
+    let place = Place::initialized(&args.dir)?;
+    let what = if args.itself { Source::itself()? } else { Source::at(args.path.as_deref().unwrap_or(Path::new("")))? };
+    let shown = what.shown();
+    let published = publish(&place, args, what).with_context(|| format!("cannot publish {shown}"))?;
+    let Published { binding, file, fate, notes, bootstrap } = published;
+    for note in notes {
+        anstream::eprintln!("{note}");
+    }
+    println!("{} {}, epoch {}: {file}", fate, binding.release, binding.epoch);
+    if let Some(bootstrap) = bootstrap {
+        println!("published the bootstrap: {bootstrap}");
+    }
+    Ok(())
+}
+
+/// What came of it.
+struct Published {
+    binding: Binding,
+    file: String,
+    fate: &'static str,
+    notes: Vec<String>,
+    bootstrap: Option<String>,
+}
+
+/// Where the content comes from.
+enum Source {
+    Directory(PathBuf),
+    Archive { path: PathBuf, packing: Packing },
+    Itself(PathBuf),
+}
+
+impl Source {
+    fn at(path: &Path) -> Result<Source> {
+        let metadata = fs::metadata(path).with_context(|| format!("cannot publish {}", path.display()))?;
+        if metadata.is_dir() {
+            return Ok(Source::Directory(path.to_owned()));
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        match identity::packing_of(&name) {
+            Some(packing) => Ok(Source::Archive { path: path.to_owned(), packing }),
+            None => bail!("cannot publish {}: expected a directory, or an archive named .tar.zst, .tar.gz or .zip", path.display()),
+        }
+    }
+
+    fn itself() -> Result<Source> {
+        Ok(Source::Itself(std::env::current_exe().context("cannot find this executable")?))
+    }
+
+    fn shown(&self) -> String {
+        let (Source::Directory(path) | Source::Archive { path, .. } | Source::Itself(path)) = self;
+        path.display().to_string()
+    }
+
+    fn packing(&self) -> Packing {
+        match self {
+            Source::Archive { packing, .. } => *packing,
+            Source::Directory(_) | Source::Itself(_) => Packing::TarZst,
+        }
+    }
+
+    /// The content as an archive, in a temporary file of the depot.
+    fn staged(&self, place: &Place) -> Result<NamedTempFile> {
+        let mut staged = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
+        match self {
+            Source::Directory(path) => Tree::of_directory(path)?.write(staged.as_file_mut())?,
+            Source::Archive { path, .. } => {
+                std::io::copy(&mut File::open(path)?, staged.as_file_mut())?;
+            }
+            Source::Itself(path) => {
+                // Without the trailer that it has if it is a bootstrap itself: the package is to be the same.
+                let mut bare = tempfile::NamedTempFile::new()?;
+                let mut executable = File::open(path)?;
+                let length = bootstrap::without_trailer(&mut executable)?;
+                executable.seek(SeekFrom::Start(0))?;
+                std::io::copy(&mut std::io::Read::take(executable, length), bare.as_file_mut())?;
+                let mut tree = Tree::default();
+                tree.add_executable(archive::manager_path(identity::here().0), bare.path().to_owned());
+                tree.write(staged.as_file_mut())?;
+            }
+        }
+        Ok(staged)
+    }
+}
+
+fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
+    let _lock = lock::take(&place.publish_lock(), PATIENCE)?
+        .with_context(|| format!("somebody else is publishing into {}", place.depot().display()))?;
+    let mut staged = source.staged(place)?;
+    let packing = source.packing();
+    let contents = archive::contents(staged.as_file_mut(), packing)?;
+    let kept = match &source {
+        Source::Archive { path, .. } => signature_beside(path)?,
+        Source::Directory(_) | Source::Itself(_) => None,
+    };
+
+    let mut notes = Vec::new();
+    let release = match &source {
+        Source::Itself(_) => {
+            let (os, arch) = identity::here();
+            let version = args.version.clone().map_or_else(|| env!("CARGO_PKG_VERSION").parse(), Ok)?;
+            Release { name: MANAGER_PACKAGE.parse()?, version, os, arch }
+        }
+        Source::Directory(_) | Source::Archive { .. } => {
+            let given = Given { name: args.name.clone(), version: args.version.clone(), os: args.os, arch: args.arch };
+            let file_name = match &source {
+                Source::Archive { path, .. } => path.file_name().map(|name| name.to_string_lossy().into_owned()),
+                _ => None,
+            };
+            let clues = Clues {
+                manifest: contents.manifest.as_ref().map(|manifest| (manifest.name.clone(), manifest.version.clone())),
+                signed: kept.as_ref().map(|kept| kept.binding.release.clone()),
+                file_name,
+            };
+            let (release, assumed) = identity::settle(given, clues)?;
+            notes.extend(assumed);
+            release
+        }
+    };
+    if release.name.as_str() == MANAGER_PACKAGE {
+        let wanted = archive::manager_path(release.os);
+        if contents.manager.as_deref() != Some(wanted) {
+            bail!("it has no {wanted}, which a package of the manager for {} must have", release.os);
+        }
+    } else {
+        contents.check_runnable()?;
+    }
+
+    let file = release.file_name(packing);
+    let others = depot::published(&place.depot(), &release.name)?;
+    if let Some(other) = others.iter().find(|other| other.binding.release == release && other.file != file) {
+        bail!("{release} is published already, as {}; give this one another version", other.file);
+    }
+    let standing = others.iter().find(|other| other.file == file);
+    let highest = others.iter().map(|other| other.binding.epoch).max();
+    let epoch = match (&kept, args.epoch) {
+        (Some(kept), Some(epoch)) if kept.binding.epoch != epoch => {
+            bail!("its signature says epoch {}, not {epoch}", kept.binding.epoch)
+        }
+        (Some(kept), _) => kept.binding.epoch,
+        (None, Some(epoch)) => epoch,
+        (None, None) => standing.map(|standing| standing.binding.epoch).or(highest).unwrap_or(1),
+    };
+    if highest.is_some_and(|highest| epoch < highest) {
+        notes.push(format!(
+            "warning: epoch {} of {} is published already; hosts that have had it will refuse this package of epoch {epoch}",
+            highest.unwrap_or(epoch),
+            release.name
+        ));
+    }
+    let binding = Binding { release, epoch };
+
+    let target = place.depot().join(&file);
+    let same = match target.exists() {
+        true if !same_content(staged.as_file_mut(), &target)? => {
+            bail!("{file} is published already, with another content; choose another version (--version)")
+        }
+        exists => exists,
+    };
+    let signed_already = match standing {
+        Some(standing) if same && standing.binding == binding => is_signed_so(place, &target, kept.as_ref())?,
+        _ => false,
+    };
+    let fate = match signed_already {
+        true => "already published",
+        false => {
+            let signature = match kept {
+                Some(kept) => {
+                    notes.extend(kept.check(place, staged.as_file_mut())?);
+                    kept.text
+                }
+                None => sign(place, args.key.as_deref(), staged.as_file_mut(), &binding)?,
+            };
+            store::replace(&depot::signature_path(&target), signature.as_bytes(), Access::Public)?;
+            if same { "signed anew" } else { "published" }
+        }
+    };
+    let is_manager = binding.release.name.as_str() == MANAGER_PACKAGE;
+    let bootstrap = match is_manager {
+        true => Some(bootstrap::make(place, staged.as_file_mut(), packing, &binding.release)?),
+        false => None,
+    };
+    if !same {
+        bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
+    }
+    Ok(Published { binding, file, fate, notes, bootstrap })
+}
+
+fn sign(place: &Place, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {
+    let default = place.signing_key();
+    let key = key.unwrap_or(&default);
+    if !key.exists() {
+        bail!(
+            "there is no signing key {}; give one with --key, or put the signature that was made elsewhere beside the archive",
+            key.display()
+        );
+    }
+    let signer = Signer::load(key)?;
+    package.seek(SeekFrom::Start(0))?;
+    signer.sign(package, binding)
+}
+
+/// A signature that came with an archive.
+struct Kept {
+    text: String,
+    binding: Binding,
+}
+
+fn signature_beside(archive: &Path) -> Result<Option<Kept>> {
+    let path = depot::signature_path(archive);
+    let Some(bytes) = store::read(&path, depot::MAX_SIGNATURE_BYTES)? else { return Ok(None) };
+    let attempt = || -> Result<Kept> {
+        let text = String::from_utf8(bytes).context("it is no text")?;
+        let binding = depot::binding_of(&text)?;
+        Ok(Kept { text, binding })
+    };
+    attempt().map(Some).with_context(|| format!("cannot keep the signature {}; sign it anew, or remove it", path.display()))
+}
+
+impl Kept {
+    /// Verifies it by the depot's keys; a key that is not there is worth a warning only, for hosts may know it.
+    fn check(&self, place: &Place, package: &mut File) -> Result<Option<String>> {
+        package.seek(SeekFrom::Start(0))?;
+        match depot::examine(package, &self.text, &depot::keys_of(place)?)? {
+            depot::Verdict::Good => Ok(None),
+            depot::Verdict::UnknownKey => Ok(Some(format!(
+                "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not \
+                 carry it",
+                place.keys().display()
+            ))),
+            depot::Verdict::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
+        }
+    }
+}
+
+/// Whether the file's own signature stands, and is the one that came with the archive where one did.
+fn is_signed_so(place: &Place, file: &Path, kept: Option<&Kept>) -> Result<bool> {
+    let Some((verdict, text)) = depot::verdict_on(place, file)? else { return Ok(false) };
+    Ok(match kept {
+        Some(kept) => kept.text == text && !matches!(verdict, depot::Verdict::Bad(_)),
+        None => verdict == depot::Verdict::Good,
+    })
+}
+
+fn same_content(staged: &mut File, published: &Path) -> Result<bool> {
+    staged.seek(SeekFrom::Start(0))?;
+    if staged.metadata()?.len() != fs::metadata(published)?.len() {
+        return Ok(false);
+    }
+    Ok(depot::sha256_of(staged)? == depot::sha256_of(&mut File::open(published)?)?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,167 @@
+//! What a package is called: decided from what the operator says, what the package says, and what its file is called.
+//!
+//! What is said in two places must agree. Only what a directory is for (os and arch) is ever assumed, and then said.
+
+use anyhow::{Context, Result, bail};
+
+use crate::core::model::{AgentName, Arch, Os, Packing, Release, Version};
+
+/// What the operator says.
+pub(super) struct Given {
+    pub(super) name: Option<AgentName>,
+    pub(super) version: Option<Version>,
+    pub(super) os: Option<Os>,
+    pub(super) arch: Option<Arch>,
+}
+
+/// What can be found out.
+pub(super) struct Clues {
+    /// What its agent.toml says.
+    pub(super) manifest: Option<(AgentName, Version)>,
+    /// What the signature that came with it says.
+    pub(super) signed: Option<Release>,
+    /// Of an archive; a directory's name says nothing.
+    pub(super) file_name: Option<String>,
+}
+
+/// The release, and what was assumed.
+pub(super) fn settle(given: Given, clues: Clues) -> Result<(Release, Option<String>)> {
+    let (mut name, mut version, mut os, mut arch) = (given.name, given.version, given.os, given.arch);
+    if let Some(signed) = &clues.signed {
+        agree(&mut name, &signed.name, "name", "its signature")?;
+        agree(&mut version, &signed.version, "version", "its signature")?;
+        agree(&mut os, &signed.os, "os", "its signature")?;
+        agree(&mut arch, &signed.arch, "arch", "its signature")?;
+    }
+    if let Some((manifest_name, manifest_version)) = &clues.manifest {
+        agree(&mut name, manifest_name, "name", "its agent.toml")?;
+        agree(&mut version, manifest_version, "version", "its agent.toml")?;
+    }
+    let is_directory = clues.file_name.is_none();
+    if let Some(file_name) = clues.file_name {
+        // The weakest of all: it fills gaps, and need not agree.
+        let said = read_file_name(&file_name, name.as_ref(), version.as_ref());
+        name = name.or(said.name);
+        version = version.or(said.version);
+        os = os.or(said.os);
+        arch = arch.or(said.arch);
+    }
+    let name = name.context("its name is not known; give it with --name")?;
+    let version = version.context("its version is not known; give it with --version")?;
+    if !is_directory && (os.is_none() || arch.is_none()) {
+        bail!("its file's name does not say what it is for; give --os and --arch");
+    }
+    let (here_os, here_arch) = here();
+    let assumed = (os.is_none() || arch.is_none()).then(|| {
+        let (os, arch) = (os.unwrap_or(here_os), arch.unwrap_or(here_arch));
+        format!("assuming that it is for {os}/{arch}; --os and --arch say otherwise")
+    });
+    let release = Release { name, version, os: os.unwrap_or(here_os), arch: arch.unwrap_or(here_arch) };
+    Ok((release, assumed))
+}
+
+fn agree<T: Clone + PartialEq + std::fmt::Display>(known: &mut Option<T>, said: &T, what: &str, by: &str) -> Result<()> {
+    match known {
+        Some(known) if known != said => bail!("{by} says {what} {said}, not {known}"),
+        Some(_) => {}
+        None => *known = Some(said.clone()),
+    }
+    Ok(())
+}
+
+/// The kind of archive that a file's name says.
+pub(super) fn packing_of(file_name: &str) -> Option<Packing> {
+    let fits = |packing: &&Packing| file_name.strip_suffix(packing.as_str()).is_some_and(|stem| stem.ends_with('.'));
+    Packing::ALL.iter().find(fits).copied()
+}
+
+/// Reads `{name}-{version}_{os}_{arch}.{packing}` as far as it goes.
+///
+/// Names and versions may both hold dashes: what is known of one tells where the other is; else the version begins at the first dash before
+/// a digit, or, where there is none, after the last dash (a commit hash).
+fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Version>) -> Given {
+    let stem = packing_of(file_name).map_or(file_name, |packing| &file_name[..file_name.len() - packing.as_str().len() - 1]);
+    let (stem, os, arch) = match stem.rsplitn(3, '_').collect::<Vec<_>>()[..] {
+        [arch, os, rest] => match (os.parse().ok(), arch.parse().ok()) {
+            (Some(os), Some(arch)) => (rest, Some(os), Some(arch)),
+            _ => (stem, None, None),
+        },
+        _ => (stem, None, None),
+    };
+    let by_name = name.and_then(|name| Some((name.as_str(), stem.strip_prefix(name.as_str())?.strip_prefix('-')?)));
+    let by_version = || version.and_then(|version| Some((stem.strip_suffix(version.as_str())?.strip_suffix('-')?, version.as_str())));
+    let before_digit = || {
+        let dash = stem.match_indices('-').find(|(at, _)| stem[at + 1..].starts_with(|c: char| c.is_ascii_digit()))?;
+        Some((&stem[..dash.0], &stem[dash.0 + 1..]))
+    };
+    let split = by_name.or_else(by_version).or_else(before_digit).or_else(|| stem.rsplit_once('-'));
+    Given { name: split.and_then(|(n, _)| n.parse().ok()), version: split.and_then(|(_, v)| v.parse().ok()), os, arch }
+}
+
+/// What this executable was built for.
+pub(super) fn here() -> (Os, Arch) {
+    let os = if std::env::consts::OS == "windows" { Os::Windows } else { Os::Linux };
+    let arch = match std::env::consts::ARCH {
+        "x86" => Arch::I386,
+        "aarch64" => Arch::Arm64,
+        _ => Arch::Amd64,
+    };
+    (os, arch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nothing() -> Given {
+        Given { name: None, version: None, os: None, arch: None }
+    }
+
+    fn of_file(file_name: &str, given: Given) -> Result<String> {
+        let clues = Clues { manifest: None, signed: None, file_name: Some(file_name.to_owned()) };
+        settle(given, clues).map(|(release, _)| release.to_string())
+    }
+
+    #[test]
+    fn a_file_name_is_read_as_far_as_it_goes() {
+        for (file, expected) in [
+            ("node-exporter-1.5.0_linux_amd64.tar.gz", Some("node-exporter 1.5.0 for linux/amd64")),
+            ("aops-spm-0.1.0-rc.1_windows_386.zip", Some("aops-spm 0.1.0-rc.1 for windows/386")),
+            ("aops-spm-c57f6a1d_linux_386.tar.zst", Some("aops-spm c57f6a1d for linux/386")),
+            ("node-exporter-1.5.0.tar.gz", None),
+            ("thing_linux_amd64.tar.gz", None),
+            ("Thing-1_linux_amd64.tar.gz", None),
+            ("a-1_plan9_amd64.tar.gz", None),
+        ] {
+            assert_eq!(of_file(file, nothing()).ok().as_deref(), expected, "{file}");
+        }
+    }
+
+    #[test]
+    fn what_the_operator_says_tells_where_the_rest_is() {
+        let given = Given { name: Some("a-1".parse().unwrap()), ..nothing() };
+        assert_eq!(of_file("a-1-2_linux_amd64.zip", given).unwrap(), "a-1 2 for linux/amd64");
+        let given = Given { version: Some("2-3".parse().unwrap()), ..nothing() };
+        assert_eq!(of_file("a-1-2-3_linux_amd64.zip", given).unwrap(), "a-1 2-3 for linux/amd64");
+        let given = Given { os: Some(Os::Linux), arch: Some(Arch::I386), ..nothing() };
+        assert_eq!(of_file("a-1.tar.gz", given).unwrap(), "a 1 for linux/386");
+    }
+
+    #[test]
+    fn what_is_said_twice_must_agree() {
+        let manifest = Some(("a".parse().unwrap(), "1".parse().unwrap()));
+        let given = Given { version: Some("2".parse().unwrap()), ..nothing() };
+        let error = settle(given, Clues { manifest, signed: None, file_name: None }).unwrap_err();
+        assert_eq!(error.to_string(), "its agent.toml says version 1, not 2");
+    }
+
+    #[test]
+    fn only_what_a_directory_is_for_is_assumed_and_said() {
+        let manifest = Some(("a".parse().unwrap(), "1".parse().unwrap()));
+        let (release, assumed) = settle(nothing(), Clues { manifest, signed: None, file_name: None }).unwrap();
+        assert_eq!((release.os, release.arch), here());
+        assert!(assumed.unwrap().contains("assuming"));
+        let error = settle(nothing(), Clues { manifest: None, signed: None, file_name: None }).unwrap_err();
+        assert!(error.to_string().contains("--name"));
+    }
+}

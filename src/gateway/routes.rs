@@ -1,0 +1,188 @@
+//! What the gateway answers to each request. Every error is JSON `{"error": …}` with a status code that says whose fault it is.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Path, Query, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::serve::Shared;
+use super::{download, now_millis};
+use crate::core::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Release};
+use crate::core::protocol::{AGENT_ID_HEADER, DOWNLOAD_PATH, HEARTBEAT_PATH, Heartbeat, RELEASES_PATH};
+
+/// A heartbeat beyond this is refused.
+const MAX_BODY_BYTES: usize = 4 << 20;
+/// A heartbeat that takes longer to arrive is given up.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The address that a connection comes from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Peer(pub(super) IpAddr);
+
+/// A request that cannot be answered as asked.
+#[derive(Debug)]
+pub(super) struct Failure {
+    status: StatusCode,
+    message: String,
+    retry_after: Option<u64>,
+}
+
+impl Failure {
+    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Failure {
+        Failure { status, message: message.into(), retry_after: None }
+    }
+
+    /// Seconds after which it is worth another try.
+    pub(super) fn retry_after(self, seconds: u64) -> Failure {
+        Failure { retry_after: Some(seconds), ..self }
+    }
+}
+
+impl From<axum::http::Error> for Failure {
+    fn from(error: axum::http::Error) -> Failure {
+        tracing::error!(%error, "an answer could not be put together");
+        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "cannot put the answer together")
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let mut response = answer(self.status, &json!({ "error": self.message }));
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+fn answer(status: StatusCode, value: &impl Serialize) -> Response {
+    match serde_json::to_vec(value) {
+        Ok(text) => (status, [(header::CONTENT_TYPE, "application/json")], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "an answer could not be written");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
+/// Every route.
+pub(super) fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route(HEARTBEAT_PATH, post(heartbeat))
+        .route(&format!("{DOWNLOAD_PATH}/{{file}}"), get(downloaded))
+        .route(&format!("{RELEASES_PATH}/{{name}}"), get(release))
+        .route("/healthz", get(health))
+        .fallback(async || Failure::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
+        .method_not_allowed_fallback(async || Failure::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method"))
+        .with_state(shared)
+}
+
+async fn heartbeat(State(shared): State<Arc<Shared>>, request: Request) -> Result<Response, Failure> {
+    let bad = |message: String| Failure::new(StatusCode::BAD_REQUEST, message);
+    let named = agent_id(request.headers())?.ok_or_else(|| bad(format!("the header {AGENT_ID_HEADER} is missing")))?;
+    let address = request.extensions().get::<Peer>().map(|peer| peer.0.to_string());
+    let body = body(request).await?;
+    let heartbeat: Heartbeat =
+        serde_json::from_slice(&body).map_err(|error| bad(format!("cannot read the heartbeat: {error}")))?;
+    if heartbeat.agent_id != named {
+        return Err(bad(format!("the heartbeat is of {}, the header {AGENT_ID_HEADER} says {named}", heartbeat.agent_id)));
+    }
+    let told = shared.hosts.heartbeat(heartbeat, address, &shared.world(), now_millis());
+    shared.touched.notify_one();
+    match told {
+        Ok(told) => Ok(answer(StatusCode::OK, &told)),
+        Err(super::hosts::Full) => {
+            tracing::warn!(agent_id = %named, "a host is turned away, there are too many");
+            Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway has no room for another host").retry_after(300))
+        }
+    }
+}
+
+fn agent_id(headers: &HeaderMap) -> Result<Option<AgentId>, Failure> {
+    let Some(value) = headers.get(AGENT_ID_HEADER) else { return Ok(None) };
+    let value = value.to_str().unwrap_or("?");
+    value.parse().map(Some).map_err(|error| Failure::new(StatusCode::BAD_REQUEST, format!("{error}")))
+}
+
+async fn body(request: Request) -> Result<axum::body::Bytes, Failure> {
+    let too_large =
+        || Failure::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the heartbeat has more than {MAX_BODY_BYTES} bytes"));
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
+        return Err(too_large());
+    }
+    match tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), MAX_BODY_BYTES)).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        // Without a length it can only be found out by reading; the other errors end the connection anyway.
+        Ok(Err(_)) => Err(too_large()),
+        Err(_) => Err(Failure::new(StatusCode::REQUEST_TIMEOUT, "the heartbeat took too long to arrive")),
+    }
+}
+
+async fn downloaded(
+    State(shared): State<Arc<Shared>>,
+    Path(file): Path<String>,
+    method: Method,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
+    download::answer(&shared.world().index, &file, &method, &headers).await
+}
+
+/// For whom a release is asked.
+#[derive(Deserialize)]
+struct For {
+    os: Option<String>,
+    arch: Option<String>,
+}
+
+async fn release(
+    State(shared): State<Arc<Shared>>,
+    Path(name): Path<String>,
+    Query(wanted): Query<For>,
+) -> Result<Response, Failure> {
+    let bad = |message: String| Failure::new(StatusCode::BAD_REQUEST, message);
+    let name: AgentName = name.parse().map_err(|error| bad(format!("{error}")))?;
+    let (Some(os), Some(arch)) = (wanted.os, wanted.arch) else {
+        return Err(bad("the query must say os and arch".to_owned()));
+    };
+    let os: Os = os.parse().map_err(|error| bad(format!("{error}")))?;
+    let arch: Arch = arch.parse().map_err(|error| bad(format!("{error}")))?;
+    let world = shared.world();
+    let ordered = match name.as_str() {
+        MANAGER_PACKAGE => world.fleet.as_ref().and_then(|fleet| fleet.manager.clone()),
+        _ => None,
+    };
+    let offer_of = |version| world.index.offer(&Release { name: name.clone(), version, os, arch });
+    let offer = ordered.and_then(offer_of).or_else(|| world.index.newest(&name, os, arch).and_then(offer_of));
+    match offer {
+        Some(offer) => Ok(answer(StatusCode::OK, &offer)),
+        None => Err(Failure::new(StatusCode::NOT_FOUND, format!("the depot has no package of {name} for {os}/{arch}"))),
+    }
+}
+
+async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
+    let standing = shared.standing();
+    let world = shared.world();
+    answer(
+        StatusCode::OK,
+        &json!({
+            "ok": true,
+            "hosts": shared.hosts.count(),
+            "packages": world.index.packages(),
+            "fleet": {
+                "generation": standing.generation,
+                "agents": standing.agents,
+                "rules": standing.rules,
+                "lastError": standing.error,
+            },
+        }),
+    )
+}

@@ -1,0 +1,55 @@
+//! `gateway schema`: the protocol as JSON Schema, made from the types that this program itself reads and writes.
+
+use anyhow::Result;
+use schemars::generate::SchemaSettings;
+use serde_json::{Value, json};
+
+use crate::core::protocol::{AGENT_ID_HEADER, Answer, DOWNLOAD_PATH, HEARTBEAT_PATH, Heartbeat, Offer, RELEASES_PATH};
+
+/// The document, with each message under `$defs`.
+pub(super) fn document() -> Value {
+    let mut generator = SchemaSettings::draft2020_12().into_generator();
+    generator.subschema_for::<Heartbeat>();
+    generator.subschema_for::<Answer>();
+    generator.subschema_for::<Offer>();
+    let definitions = generator.take_definitions(true);
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "aops protocol, version 1",
+        "description": format!(
+            "POST <endpoint>{HEARTBEAT_PATH} takes a Heartbeat and answers an Answer; GET <endpoint>{DOWNLOAD_PATH}/<file> \
+             answers a package; GET <endpoint>{RELEASES_PATH}/<name>?os=&arch= answers an Offer. Each request carries the \
+             header {AGENT_ID_HEADER}. Fields that are not known are ignored by both ends."
+        ),
+        "$defs": definitions,
+    })
+}
+
+#[allow(clippy::print_stdout, reason = "the result of the command")]
+pub(super) fn print() -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(&document())?);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_message_is_defined_and_a_minimal_heartbeat_is_valid() {
+        let mut document = document();
+        for name in ["Heartbeat", "Answer", "Offer", "AgentOrder", "Event"] {
+            assert!(document["$defs"][name].is_object(), "{name}");
+        }
+        document["$ref"] = json!("#/$defs/Heartbeat");
+        let validator = jsonschema::validator_for(&document).unwrap();
+        let mut heartbeat = json!({
+            "agentId": "5402", "instanceId": "i", "hostname": "h", "os": "linux", "arch": "amd64",
+            "manager": {"version": "c57f6a1d", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3}, "later": true,
+        });
+        assert!(validator.is_valid(&heartbeat));
+        serde_json::from_value::<Heartbeat>(heartbeat.clone()).unwrap();
+        heartbeat["arch"] = json!("z80");
+        assert!(!validator.is_valid(&heartbeat));
+    }
+}

@@ -1,0 +1,365 @@
+//! `gateway run`: the server. HTTPS only; what it answers is in `routes`, what it answers from is kept true here.
+//!
+//! ```text
+//! watch: depot/ and fleet.toml, looked at twice a second ──> World, replaced whole ──> requests
+//! save:  hosts.json, some time after something has changed, and at the end
+//! ```
+//!
+//! Every connection is bounded: in number, in the time for its handshake, for a request's head and body, and for taking what it asked for.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio_io_timeout::TimeoutStream;
+use tokio_rustls::TlsAcceptor;
+
+use super::depot::{Index, Scanner};
+use super::fleet_file::{FleetFile, Standing, lineage};
+use super::hosts::{Hosts, World};
+use super::{Place, hosts, now_millis, routes};
+use crate::{lock, platform, store};
+
+/// Between two looks at the depot and at fleet.toml.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long the start waits for fleet.toml to stand still.
+const SETTLE: Duration = Duration::from_secs(5);
+/// hosts.json is written at most so often, and never for more than a twentieth of the time.
+const SAVE: Duration = Duration::from_secs(2);
+const SAVE_SHARE: u32 = 20;
+/// More connections than this at once wait to be accepted.
+const MAX_CONNECTIONS: usize = 60_000;
+/// Open files that are left to everything else.
+const RESERVED_FILES: u64 = 64;
+/// For the TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(15);
+/// For a request's head, which also ends idle connections: hosts keep theirs from one heartbeat to the next.
+const IDLE: Duration = Duration::from_secs(120);
+/// For somebody who downloads and takes nothing any more.
+const STALL: Duration = Duration::from_secs(120);
+/// For requests under way when the gateway is stopped.
+const DRAIN: Duration = Duration::from_secs(10);
+/// For another gateway of the same directory that is ending.
+const TAKE_OVER: Duration = Duration::from_secs(5);
+
+/// What is served, and where.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The gateway's directory
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Address and port to listen on; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8888")]
+    listen: SocketAddr,
+}
+
+/// What every request may use.
+pub(super) struct Shared {
+    pub(super) hosts: Hosts,
+    world: RwLock<Arc<World>>,
+    standing: Mutex<Standing>,
+    /// Something is to be saved.
+    pub(super) touched: Notify,
+}
+
+impl Shared {
+    pub(super) fn world(&self) -> Arc<World> {
+        self.world.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn standing(&self) -> Standing {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// How the running gateway stands; `status` reads it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct GatewayState {
+    pub(super) pid: u32,
+    pub(super) listening: Option<String>,
+    /// Unix milliseconds.
+    pub(super) started: u64,
+    pub(super) fleet: Standing,
+    /// How many packages are on offer.
+    pub(super) packages: usize,
+    /// Why files of the depot are not on offer.
+    pub(super) problems: std::collections::BTreeMap<String, String>,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let place = Place::initialized(&args.dir)?;
+    let Some(_lock) = lock::take(&place.lock(), TAKE_OVER)? else {
+        bail!("cannot run a second gateway from {}: one is running already", args.dir.display());
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let (stop, stopped) = watch::channel(false);
+    ctrlc::set_handler(move || {
+        let _ = stop.send(true);
+    })
+    .context("cannot listen for signals")?;
+    runtime.block_on(async {
+        let listener = TcpListener::bind(args.listen).await.with_context(|| {
+            format!("cannot listen on {}; --listen chooses another address or port", args.listen)
+        })?;
+        serve(place, listener, LOOK, stopped, announce).await
+    })
+}
+
+#[allow(clippy::print_stdout, reason = "the one line that says that the gateway is ready, and where")]
+fn announce(address: SocketAddr) {
+    use std::io::Write;
+    println!("listening on https://{address}");
+    let _ = std::io::stdout().flush();
+}
+
+/// Serves until `stopped` says so. `ready` is told the address once requests are answered.
+pub(super) async fn serve(
+    place: Place,
+    listener: TcpListener,
+    look: Duration,
+    stopped: watch::Receiver<bool>,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<()> {
+    let acceptor = acceptor(&place)?;
+    let address = listener.local_addr()?;
+    let mut eyes = Eyes::open(place.clone())?;
+    let shared = Arc::new(Shared {
+        hosts: Hosts::new(lineage(&place)?, remembered(&place)?),
+        world: RwLock::new(Arc::new(World { revision: 0, fleet: None, index: Arc::new(Index::default()) })),
+        standing: Mutex::new(Standing::default()),
+        touched: Notify::new(),
+    });
+    eyes.state.listening = Some(format!("https://{address}"));
+    let seen = shared.clone();
+    let eyes = tokio::task::spawn_blocking(move || -> Result<Eyes> {
+        eyes.look_first(&seen)?;
+        Ok(eyes)
+    })
+    .await??;
+    let watching = tokio::spawn(keep_watching(eyes, shared.clone(), look, stopped.clone()));
+    let saving = tokio::spawn(keep_saving(place.hosts(), shared.clone(), stopped.clone()));
+
+    ready(address);
+    tracing::info!(%address, hosts = shared.hosts.count(), "the gateway serves");
+    accept(listener, acceptor, shared, stopped).await;
+    watching.await?;
+    saving.await?;
+    tracing::info!("the gateway ends");
+    Ok(())
+}
+
+fn acceptor(place: &Place) -> Result<TlsAcceptor> {
+    let (certificate, key) = (place.certificate(), place.certificate_key());
+    let chain = CertificateDer::pem_file_iter(&certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .with_context(|| format!("cannot read the certificate {}", certificate.display()))?;
+    let private = PrivateKeyDer::from_pem_file(&key).with_context(|| format!("cannot read the key {}", key.display()))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, private)
+        .with_context(|| format!("cannot serve with the certificate {}", certificate.display()))?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+fn remembered(place: &Place) -> Result<Vec<hosts::Record>> {
+    hosts::load(&place.hosts()).or_else(|error| {
+        // It is memory, not truth: every host says it again with its next heartbeat.
+        let reason = format!("{error:#}");
+        tracing::error!(%reason, "what is remembered of the hosts cannot be read and is put aside");
+        let damaged = place.hosts().with_extension("json.damaged");
+        std::fs::rename(place.hosts(), &damaged).with_context(|| format!("cannot put aside {}", place.hosts().display()))?;
+        Ok(Vec::new())
+    })
+}
+
+/// What watches the directory.
+struct Eyes {
+    place: Place,
+    scanner: Scanner,
+    fleet: FleetFile,
+    state: GatewayState,
+}
+
+impl Eyes {
+    fn open(place: Place) -> Result<Eyes> {
+        let state = GatewayState { pid: std::process::id(), started: now_millis(), ..GatewayState::default() };
+        Ok(Eyes { scanner: Scanner::new(place.clone()), fleet: FleetFile::open(place.clone()), place, state })
+    }
+
+    /// The depot at once, then fleet.toml as soon as it stands still.
+    fn look_first(&mut self, shared: &Shared) -> Result<()> {
+        self.look(shared, true)?;
+        let started = Instant::now();
+        while !self.fleet.is_settled() && started.elapsed() < SETTLE {
+            platform::pause(LOOK / 2);
+            self.look(shared, false)?;
+        }
+        self.publish(shared);
+        Ok(())
+    }
+
+    fn look(&mut self, shared: &Shared, at_once: bool) -> Result<()> {
+        let index = self.scanner.look(at_once)?;
+        let depot_changed = index.is_some();
+        let index = index.unwrap_or_else(|| shared.world().index.clone());
+        let fleet_changed = self.fleet.look(&index, depot_changed, || shared.hosts.sample());
+        if depot_changed {
+            tracing::info!(packages = index.packages(), problems = index.problems().len(), "the depot has changed");
+        }
+        if depot_changed || fleet_changed {
+            let mut world = shared.world.write().unwrap_or_else(PoisonError::into_inner);
+            *world = Arc::new(World { revision: world.revision + 1, fleet: self.fleet.in_force(), index });
+            drop(world);
+            self.publish(shared);
+        }
+        Ok(())
+    }
+
+    /// Tells the routes and `status` how things stand.
+    fn publish(&mut self, shared: &Shared) {
+        let world = shared.world();
+        self.state.fleet = self.fleet.standing().clone();
+        self.state.packages = world.index.packages();
+        self.state.problems = world.index.problems().clone();
+        *shared.standing.lock().unwrap_or_else(PoisonError::into_inner) = self.state.fleet.clone();
+        if let Err(error) = store::save(&self.place.standing(), &self.state) {
+            let reason = format!("{error:#}");
+            tracing::error!(%reason, "how the gateway stands cannot be written");
+        }
+    }
+}
+
+async fn keep_watching(mut eyes: Eyes, shared: Arc<Shared>, look: Duration, mut stopped: watch::Receiver<bool>) {
+    let mut failing = false;
+    loop {
+        tokio::select! {
+            // Both may be dropped at any time: one is a timer, the other a look at a value.
+            () = tokio::time::sleep(look) => {}
+            _ = stopped.wait_for(|stopped| *stopped) => return,
+        }
+        let seen = shared.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let outcome = eyes.look(&seen, false);
+            (eyes, outcome)
+        });
+        let Ok((back, outcome)) = looked.await else {
+            tracing::error!("the watch over the depot and the fleet file has ended; what is in force stays so");
+            return;
+        };
+        eyes = back;
+        if let (Err(error), false) = (&outcome, failing) {
+            let reason = format!("{error:#}");
+            tracing::error!(%reason, "the depot cannot be looked at; what was on offer stays so");
+        }
+        failing = outcome.is_err();
+    }
+}
+
+async fn keep_saving(path: PathBuf, shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
+    let mut pause = SAVE;
+    loop {
+        let ending = tokio::select! {
+            // Both may be dropped at any time: a notification that comes in between is kept by `touched` or found by the last save.
+            () = async { shared.touched.notified().await; tokio::time::sleep(pause).await } => false,
+            _ = stopped.wait_for(|stopped| *stopped) => true,
+        };
+        if ending {
+            // The last heartbeats may still be under way.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let started = Instant::now();
+        if let Some(records) = shared.hosts.changed() {
+            let file = path.clone();
+            let saved = tokio::task::spawn_blocking(move || hosts::save(&file, &records)).await;
+            if let Ok(Err(error)) = saved {
+                let reason = format!("{error:#}");
+                tracing::error!(%reason, "what is known of the hosts cannot be written");
+                shared.hosts.mark_changed();
+                shared.touched.notify_one();
+            }
+        }
+        if ending {
+            return;
+        }
+        pause = SAVE.max(started.elapsed() * SAVE_SHARE);
+    }
+}
+
+async fn accept(listener: TcpListener, acceptor: TlsAcceptor, shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
+    let files = platform::raise_open_files().unwrap_or(1024);
+    let most = usize::try_from(files.saturating_sub(RESERVED_FILES).max(16) / 2).unwrap_or(usize::MAX).min(MAX_CONNECTIONS);
+    let places = Arc::new(Semaphore::new(most));
+    let router = routes::router(shared);
+    loop {
+        let accepted = tokio::select! {
+            // A place that is taken and dropped is free again; `accept` loses no connection when dropped.
+            accepted = async {
+                let place = places.clone().acquire_owned().await;
+                (listener.accept().await, place)
+            } => accepted,
+            _ = stopped.wait_for(|stopped| *stopped) => break,
+        };
+        match accepted {
+            (Ok((stream, peer)), Ok(place)) => {
+                let service = router.clone().layer(axum::Extension(routes::Peer(peer.ip().to_canonical())));
+                let (acceptor, stopped) = (acceptor.clone(), stopped.clone());
+                tokio::spawn(async move {
+                    if let Err(error) = connection(stream, acceptor, service, stopped).await {
+                        tracing::debug!(%peer, error = %format!("{error:#}"), "a connection has failed");
+                    }
+                    drop(place);
+                });
+            }
+            (Err(error), _) => {
+                // Out of open files, mostly: those that end make room.
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            (_, Err(_)) => break,
+        }
+    }
+    drop(listener);
+    let everyone = u32::try_from(most).unwrap_or(u32::MAX);
+    if tokio::time::timeout(DRAIN, places.acquire_many(everyone)).await.is_err() {
+        tracing::warn!("some requests were cut off");
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    acceptor: TlsAcceptor,
+    service: axum::Router,
+    mut stopped: watch::Receiver<bool>,
+) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(STALL));
+    let stream = tokio::time::timeout(HANDSHAKE, acceptor.accept(Box::pin(stream))).await.context("the handshake took too long")??;
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(IDLE)
+        .max_buf_size(64 << 10)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        // The connection is pinned outside and goes on after the other arm.
+        ended = connection.as_mut() => return Ok(ended?),
+        _ = stopped.wait_for(|stopped| *stopped) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    Ok(connection.await?)
+}

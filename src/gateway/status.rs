@@ -1,0 +1,232 @@
+//! `gateway status`: what the gateway's files say about its hosts; beside a running gateway, or after it.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use comfy_table::{ContentArrangement, Table};
+use serde::Serialize;
+
+use super::hosts::{self, Record};
+use super::serve::GatewayState;
+use super::{Place, now_millis};
+use crate::core::protocol::{AgentReport, AgentState, Event, ManagerReport};
+use crate::{lock, store};
+
+/// A host is called silent after so many heartbeats that did not come, and never before a minute and a half.
+const SILENT_AFTER_HEARTBEATS: u64 = 3;
+const SILENT_AFTER_MILLIS: u64 = 90_000;
+/// Another machine with the same agent id is worth a word for so long.
+const TWIN_MILLIS: u64 = 3_600_000;
+
+/// What is shown, and how.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The gateway's directory
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+/// The whole of it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    running: bool,
+    /// Absent where no gateway has run yet.
+    gateway: Option<Gateway>,
+    hosts: Vec<Host>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Gateway {
+    pid: Option<u32>,
+    listening: Option<String>,
+    packages: usize,
+    /// Why files of the depot are not on offer.
+    problems: std::collections::BTreeMap<String, String>,
+    fleet: Fleet,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Fleet {
+    generation: Option<u64>,
+    /// RFC 3339.
+    accepted: Option<String>,
+    agents: usize,
+    rules: usize,
+    last_error: Option<String>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Host {
+    agent_id: String,
+    instance_id: String,
+    hostname: String,
+    address: Option<String>,
+    os: &'static str,
+    arch: &'static str,
+    manager: ManagerReport,
+    /// RFC 3339.
+    last_heartbeat: Option<String>,
+    seconds_since_heartbeat: u64,
+    /// The desired state that the host was told, and the one that it held at its last heartbeat.
+    generation: Option<u64>,
+    held_generation: u64,
+    agents: Vec<AgentReport>,
+    running: usize,
+    events: Vec<Event>,
+    problems: Vec<String>,
+}
+
+#[allow(clippy::print_stdout, reason = "the result of the command")]
+pub(super) fn run(args: &Args) -> Result<()> {
+    let place = Place::initialized(&args.dir)?;
+    let status = gather(&place)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&status)?);
+        return Ok(());
+    }
+    println!("{}", headline(&status));
+    for line in fleet_lines(&status) {
+        println!("{line}");
+    }
+    if status.hosts.is_empty() {
+        println!("no host has sent a heartbeat yet");
+    } else {
+        println!("\n{}", table(&status.hosts));
+    }
+    Ok(())
+}
+
+fn gather(place: &Place) -> Result<Status> {
+    let running = lock::is_held(&place.lock());
+    let now = now_millis();
+    let state: Option<GatewayState> = store::load(&place.standing())?;
+    let mut records = hosts::load(&place.hosts())?;
+    records.sort_by(|a, b| (&a.hostname, &a.agent_id).cmp(&(&b.hostname, &b.agent_id)));
+    let interval = state.as_ref().map_or(0, |state| state.fleet.interval);
+    let silent_after = (interval * 1_000 * SILENT_AFTER_HEARTBEATS).max(SILENT_AFTER_MILLIS);
+    let gateway = state.map(|state| Gateway {
+        pid: running.then_some(state.pid),
+        listening: state.listening.filter(|_| running),
+        packages: state.packages,
+        problems: state.problems,
+        fleet: Fleet {
+            generation: state.fleet.generation,
+            accepted: state.fleet.generation.and_then(rfc3339),
+            agents: state.fleet.agents,
+            rules: state.fleet.rules,
+            last_error: state.fleet.error,
+        },
+    });
+    Ok(Status { running, gateway, hosts: records.into_iter().map(|record| host(record, now, silent_after)).collect() })
+}
+
+fn host(record: Record, now: u64, silent_after: u64) -> Host {
+    let problems = problems(&record, now, silent_after);
+    let up = |agent: &&AgentReport| matches!(agent.state, AgentState::Running | AgentState::Starting);
+    Host {
+        running: record.agents.iter().filter(up).count(),
+        agent_id: record.agent_id.to_string(),
+        instance_id: record.instance_id,
+        hostname: record.hostname,
+        address: record.address,
+        os: record.os.as_str(),
+        arch: record.arch.as_str(),
+        manager: record.manager,
+        last_heartbeat: rfc3339(record.last_heartbeat),
+        seconds_since_heartbeat: now.saturating_sub(record.last_heartbeat) / 1_000,
+        generation: record.given.map(|given| given.generation),
+        held_generation: record.held,
+        agents: record.agents,
+        events: record.events.into(),
+        problems,
+    }
+}
+
+/// What an operator should look at, in a few words each.
+fn problems(record: &Record, now: u64, silent_after: u64) -> Vec<String> {
+    let mut problems = Vec::new();
+    if now.saturating_sub(record.last_heartbeat) > silent_after {
+        problems.push("silent".to_owned());
+    }
+    if let Some(twin) = record.twin.as_ref().filter(|twin| now.saturating_sub(twin.last_heartbeat) < TWIN_MILLIS) {
+        problems.push(format!("agent id also used by {}", twin.hostname));
+    }
+    problems.extend(record.missing.clone());
+    for agent in &record.agents {
+        let word = match agent.state {
+            AgentState::Unhealthy | AgentState::Backoff | AgentState::Failed => agent.state.as_str(),
+            AgentState::Starting | AgentState::Running | AgentState::Stopped | AgentState::Updating => continue,
+        };
+        match &agent.message {
+            Some(message) => problems.push(format!("{} {word}: {message}", agent.name)),
+            None => problems.push(format!("{} {word}", agent.name)),
+        }
+    }
+    problems
+}
+
+fn headline(status: &Status) -> String {
+    let listening = status.gateway.as_ref().and_then(|gateway| gateway.listening.as_deref());
+    match (status.running, listening) {
+        (true, Some(listening)) => format!("gateway   running on {listening}"),
+        (true, None) => "gateway   starting".to_owned(),
+        (false, _) => "gateway   not running; what follows is what it knew last".to_owned(),
+    }
+}
+
+fn fleet_lines(status: &Status) -> Vec<String> {
+    let Some(gateway) = &status.gateway else { return Vec::new() };
+    let Gateway { packages, problems, fleet, .. } = gateway;
+    let mut lines = Vec::new();
+    lines.push(match &fleet.accepted {
+        Some(accepted) => format!("fleet     {} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules),
+        None => "fleet     none in force".to_owned(),
+    });
+    if let Some(error) = &fleet.last_error {
+        lines.push(format!("          fleet.toml is refused: {error}"));
+    }
+    lines.push(format!("depot     {packages} packages"));
+    lines.extend(problems.iter().take(10).map(|(file, why)| format!("          {file} is not offered: {why}")));
+    lines
+}
+
+fn table(hosts: &[Host]) -> Table {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["HOST", "AGENT ID", "SYSTEM", "MANAGER", "HEARTBEAT", "RUNNING", "PROBLEMS"]);
+    for host in hosts {
+        table.add_row([
+            host.hostname.clone(),
+            host.agent_id.clone(),
+            format!("{}/{}", host.os, host.arch),
+            host.manager.version.to_string(),
+            ago(host.seconds_since_heartbeat),
+            format!("{}/{}", host.running, host.agents.len()),
+            host.problems.join("; "),
+        ]);
+    }
+    table
+}
+
+/// `12s ago`, in the one unit that says enough.
+fn ago(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds}s ago"),
+        120..=7_199 => format!("{}m ago", seconds / 60),
+        7_200..=172_799 => format!("{}h ago", seconds / 3_600),
+        _ => format!("{}d ago", seconds / 86_400),
+    }
+}
+
+fn rfc3339(millis: u64) -> Option<String> {
+    let timestamp = jiff::Timestamp::from_millisecond(i64::try_from(millis).ok()?).ok()?;
+    Some(timestamp.to_string())
+}

@@ -1,0 +1,228 @@
+//! Packing of a directory into a `tar.zst` that depends on nothing but its content.
+//!
+//! Sorted by path, owner 0, modes 0755 or 0644, one fixed time: the same directory gives the same bytes on every machine, so that publishing
+//! it again is seen to change nothing. Links are kept if they stay inside; what a host would refuse to unpack is refused here already.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::platform;
+
+/// zstd's level: beyond it, packing takes far longer for little.
+const LEVEL: i32 = 12;
+/// Base 2 logarithm of the window: 4 MiB. Hosts take up to 8 MiB, and have so much memory less while they unpack.
+const WINDOW_LOG: u32 = 22;
+/// 1980-01-01, the first that every kind of archive can say.
+const TIME: u64 = 315_532_800;
+/// More files than this in one package are a mistake.
+const MAX_ENTRIES: usize = 100_000;
+
+/// What is to be packed: where each path of the package comes from.
+#[derive(Debug, Default)]
+pub struct Tree {
+    entries: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+enum Entry {
+    Directory,
+    File { from: PathBuf, executable: bool },
+    Link { target: PathBuf },
+}
+
+impl Tree {
+    /// All that is in `directory`.
+    pub fn of_directory(directory: &Path) -> Result<Tree> {
+        let mut tree = Tree::default();
+        tree.add_directory(directory, "").with_context(|| format!("cannot pack {}", directory.display()))?;
+        if tree.entries.is_empty() {
+            bail!("cannot pack {}: it is empty", directory.display());
+        }
+        Ok(tree)
+    }
+
+    /// Adds one executable under a path of the package, with the directories above it.
+    pub fn add_executable(&mut self, path: &str, from: PathBuf) {
+        for (end, _) in path.match_indices('/') {
+            self.entries.insert(path[..end].to_owned(), Entry::Directory);
+        }
+        self.entries.insert(path.to_owned(), Entry::File { from, executable: true });
+    }
+
+    fn add_directory(&mut self, directory: &Path, prefix: &str) -> Result<()> {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().into_string() else {
+                bail!("the name {} is not UTF-8", entry.path().display());
+            };
+            if self.entries.len() >= MAX_ENTRIES {
+                bail!("it holds more than {MAX_ENTRIES} files");
+            }
+            let path = format!("{prefix}{name}");
+            let metadata = entry.metadata()?;
+            if metadata.is_dir() {
+                self.entries.insert(path.clone(), Entry::Directory);
+                self.add_directory(&entry.path(), &format!("{path}/"))?;
+            } else if metadata.is_file() {
+                let executable = platform::is_executable(&metadata);
+                self.entries.insert(path, Entry::File { from: entry.path(), executable });
+            } else if metadata.is_symlink() {
+                let target = fs::read_link(entry.path())?;
+                if leaves_tree(&path, &target) {
+                    bail!("the link {path} leaves the directory: {}", target.display());
+                }
+                self.entries.insert(path, Entry::Link { target });
+            } else {
+                bail!("{path} is neither a file, nor a directory, nor a link");
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the package.
+    pub fn write(&self, to: impl Write) -> Result<()> {
+        let mut encoder = zstd::Encoder::new(to, LEVEL)?;
+        encoder.window_log(WINDOW_LOG)?;
+        encoder.include_checksum(true)?;
+        let mut archive = tar::Builder::new(encoder);
+        for (path, entry) in &self.entries {
+            append(&mut archive, path, entry).with_context(|| format!("cannot pack {path}"))?;
+        }
+        archive.into_inner().and_then(zstd::Encoder::finish).context("cannot write the package")?;
+        Ok(())
+    }
+}
+
+fn append(archive: &mut tar::Builder<impl Write>, path: &str, entry: &Entry) -> Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(TIME);
+    header.set_size(0);
+    match entry {
+        Entry::Directory => {
+            header.set_entry_type(tar::EntryType::Directory);
+            header.set_mode(0o755);
+            archive.append_data(&mut header, format!("{path}/"), std::io::empty())?;
+        }
+        Entry::Link { target } => {
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_mode(0o777);
+            archive.append_link(&mut header, path, target)?;
+        }
+        Entry::File { from, executable } => {
+            let file = File::open(from)?;
+            let size = file.metadata()?.len();
+            header.set_entry_type(tar::EntryType::Regular);
+            header.set_mode(if *executable { 0o755 } else { 0o644 });
+            header.set_size(size);
+            // Exactly as much as the header says, though somebody may be writing to the file.
+            let mut content = Exactly { file, left: size };
+            archive.append_data(&mut header, path, &mut content)?;
+            if content.left > 0 {
+                bail!("it became shorter while it was read");
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Exactly {
+    file: File,
+    left: u64,
+}
+
+impl std::io::Read for Exactly {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let read = self.file.read(&mut buffer[..most])?;
+        self.left -= read as u64;
+        Ok(read)
+    }
+}
+
+/// Whether a link at `path` (relative to the tree's root) names something outside of it.
+fn leaves_tree(path: &str, target: &Path) -> bool {
+    let mut depth = path.matches('/').count();
+    for component in target.components() {
+        match component {
+            Component::Normal(_) => depth += 1,
+            Component::CurDir => {}
+            Component::ParentDir if depth > 0 => depth -= 1,
+            Component::ParentDir | Component::RootDir | Component::Prefix(_) => return true,
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packed(directory: &Path) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        Tree::of_directory(directory).unwrap().write(&mut bytes).unwrap();
+        bytes
+    }
+
+    fn listed(package: &[u8]) -> Vec<(String, u32, u64)> {
+        let mut archive = tar::Archive::new(zstd::Decoder::new(package).unwrap());
+        let entries = archive.entries().unwrap().map(|entry| {
+            let entry = entry.unwrap();
+            let header = entry.header();
+            assert_eq!((header.uid().unwrap(), header.gid().unwrap(), header.mtime().unwrap()), (0, 0, TIME));
+            (entry.path().unwrap().display().to_string(), header.mode().unwrap(), header.size().unwrap())
+        });
+        entries.collect()
+    }
+
+    #[test]
+    fn the_same_content_gives_the_same_bytes() {
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        for (dir, names) in dirs.iter().zip([["b", "a"], ["a", "b"]]) {
+            for name in names {
+                fs::write(dir.path().join(name), name).unwrap();
+            }
+            fs::create_dir(dir.path().join("sub")).unwrap();
+            let long = dir.path().join("sub").join("x".repeat(150));
+            fs::write(&long, "long").unwrap();
+            platform::set_mode(&dir.path().join("a"), 0o4700).unwrap();
+            platform::set_mode(&long, 0o600).unwrap();
+            platform::replace_link(Path::new("../a"), &dir.path().join("sub/link")).unwrap();
+        }
+        platform::set_mode(&dirs[1].path().join("b"), 0o664).unwrap();
+        assert_eq!(packed(dirs[0].path()), packed(dirs[1].path()));
+        let long = format!("sub/{}", "x".repeat(150));
+        let expected =
+            [("a", 0o755, 1), ("b", 0o644, 1), ("sub/", 0o755, 0), ("sub/link", 0o777, 0), (&long, 0o644, 4)];
+        let expected = expected.map(|(path, mode, size)| (path.to_owned(), mode, size));
+        assert_eq!(listed(&packed(dirs[0].path())), expected);
+    }
+
+    #[test]
+    fn links_that_leave_the_tree_are_refused() {
+        for (path, target, leaves) in [
+            ("link", "a", false),
+            ("link", "../a", true),
+            ("d/link", "../a", false),
+            ("d/link", "../../a", true),
+            ("d/link", "x/../../../a", true),
+            ("link", "/etc/passwd", true),
+        ] {
+            assert_eq!(leaves_tree(path, Path::new(target)), leaves, "{path} {target}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        platform::replace_link(Path::new("/etc/passwd"), &dir.path().join("link")).unwrap();
+        assert!(format!("{:#}", Tree::of_directory(dir.path()).unwrap_err()).contains("leaves the directory"));
+    }
+
+    #[test]
+    fn an_empty_directory_is_no_package() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Tree::of_directory(dir.path()).is_err());
+    }
+}
