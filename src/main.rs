@@ -15,10 +15,12 @@ mod spa;
 mod spm;
 
 // Mechanisms.
+mod command;
 mod config;
 mod door;
 mod endpoint;
 mod host_service;
+mod installation;
 mod logging;
 mod package;
 mod process;
