@@ -79,7 +79,8 @@ pub fn start_without_manager(home: &Home) -> Result<Child> {
         let mut command = Command::new(&program);
         command.arg("--home").arg(home.root()).current_dir("/");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        Ok(platform::spawn_detached(&mut command)?)
+        platform::detach(&mut command);
+        Ok(command.spawn()?)
     };
     attempt().with_context(|| format!("cannot start {}", program.display()))
 }

@@ -3,9 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 
 // --- Files
 
@@ -48,11 +46,4 @@ pub fn is_root() -> bool {
 /// Where an installation stands unless somebody says otherwise.
 pub fn default_home() -> PathBuf {
     PathBuf::from("/opt/aops")
-}
-
-/// Starts a program in a session of its own, so that no terminal and no process group of the caller's reaches it.
-pub fn spawn_detached(command: &mut Command) -> io::Result<Child> {
-    // SAFETY: setsid is async-signal-safe, and the closure touches nothing else.
-    unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
-    command.spawn()
 }

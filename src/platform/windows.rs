@@ -2,9 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::windows::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 
 // --- Files
 
@@ -24,10 +22,4 @@ pub fn sync_directory(_path: &Path) -> io::Result<()> {
 pub fn default_home() -> PathBuf {
     let programs = std::env::var_os("ProgramFiles").unwrap_or_else(|| r"C:\Program Files".into());
     PathBuf::from(programs).join("aops")
-}
-
-/// Starts a program without a console and in a process group of its own, so that no Ctrl-C of the caller's reaches it.
-pub fn spawn_detached(command: &mut Command) -> io::Result<Child> {
-    use windows_sys::Win32::System::Threading::{CREATE_NEW_PROCESS_GROUP, DETACHED_PROCESS};
-    command.creation_flags(DETACHED_PROCESS | CREATE_NEW_PROCESS_GROUP).spawn()
 }
