@@ -48,3 +48,45 @@ pub enum Trust {
     FirstContact { pins: PathBuf },
     Insecure,
 }
+
+impl Endpoint {
+    pub fn is_https(&self) -> bool {
+        self.0.starts_with("https:")
+    }
+}
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    pub connect: Duration,
+    pub stall: Duration,
+    pub total: Option<Duration>,
+}
+impl Timeouts {
+    pub fn exchange() -> Timeouts {
+        unreachable!()
+    }
+    pub fn download(stall: Duration) -> Timeouts {
+        unreachable!()
+    }
+}
+#[derive(Debug)]
+pub struct Client {}
+pub struct Reply {}
+impl Reply {
+    pub fn status(&self) -> u16 {
+        unreachable!()
+    }
+    pub fn refused(self) -> anyhow::Error {
+        unreachable!()
+    }
+}
+impl Client {
+    pub fn new(trust: &Trust, agent_id: Option<&AgentId>, timeouts: Timeouts) -> anyhow::Result<Client> {
+        anyhow::bail!("placeholder")
+    }
+    pub fn first_contact(&self) -> Option<Fingerprint> {
+        None
+    }
+    pub fn get(&self, endpoint: &Endpoint, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Reply> {
+        unreachable!()
+    }
+}

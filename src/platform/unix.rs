@@ -47,3 +47,23 @@ pub fn is_root() -> bool {
 pub fn default_home() -> PathBuf {
     PathBuf::from("/opt/aops")
 }
+
+// --- placeholder, the real ones are written elsewhere
+
+pub fn detach(_command: &mut std::process::Command) {}
+pub fn start_time(_pid: u32) -> Option<u64> {
+    None
+}
+pub fn executable_of(pid: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe")).ok()
+}
+pub struct Seen {
+    pub pid: u32,
+    pub start_time: u64,
+}
+pub fn processes(_home: &Path) -> Vec<Seen> {
+    vec![]
+}
+pub fn signal(_pid: u32, _start_time: u64, _signal: crate::core::manifest::StopSignal) -> io::Result<bool> {
+    Ok(false)
+}
