@@ -143,8 +143,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         Ok(normal) => normal,
         Err(wrong) => Cli::command().error(clap::error::ErrorKind::InvalidValue, wrong).exit(),
     };
-    let first_contact = normal.old_spelling;
-    let cli = match Cli::command().try_get_matches_from(&normal.arguments).and_then(|matches| Cli::from_arg_matches(&matches)) {
+    let cli = match Cli::command().try_get_matches_from(&normal).and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
@@ -153,7 +152,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     }
     let Some(command) = cli.command else { Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is needed").exit() };
     match command {
-        Command::Install(options) | Command::Service { command: ServiceCommand::Install(options) } => service::install(&options, first_contact),
+        Command::Install(options) | Command::Service { command: ServiceCommand::Install(options) } => service::install(&options, &surroundings()),
         Command::Control { home, command: ControlCommand::Verb(verb) } => control::main(&home.find(), &verb),
         Command::Control { home, command: ControlCommand::Uninstall { yes } } => service::uninstall(&home.find(), yes),
         Command::Service { command: ServiceCommand::Verb(verb) } => run_service(verb),
@@ -161,6 +160,18 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         Command::Gateway { command } => gateway::main(command),
         Command::Spm { home, options } => spm::main(&home.find(), &options),
         Command::Spa { home, options } => spa::main(&home.find(), &options),
+    }
+}
+
+/// What an installation takes from its surroundings.
+fn surroundings() -> service::Surroundings {
+    let executable = platform::own_executable();
+    let own = executable.as_deref().and_then(own_home);
+    let named = || std::env::var_os("AOPS_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+    service::Surroundings {
+        home: own.or_else(named).map(Home::new),
+        product: std::env::var("AOPS_PRODUCT").ok().filter(|product| !product.is_empty()),
+        executable: executable.unwrap_or_default(),
     }
 }
 
@@ -194,15 +205,8 @@ fn own_home(executable: &Path) -> Option<PathBuf> {
     root.join("etc/agent-id").is_file().then(|| root.to_owned())
 }
 
-/// A command line with a subcommand, whatever name and spelling it was given in.
-#[derive(Debug, PartialEq)]
-struct Normal {
-    arguments: Vec<OsString>,
-    old_spelling: bool,
-}
-
 /// Puts the role that the program's name says, and the old spelling, into today's words.
-fn normalize(arguments: &[OsString]) -> Result<Normal, String> {
+fn normalize(arguments: &[OsString]) -> Result<Vec<OsString>, String> {
     let name = arguments.first().map(|program| stem(program)).unwrap_or_default();
     let rest = arguments.get(1..).unwrap_or_default();
     let program = OsString::from("aops");
@@ -210,7 +214,7 @@ fn normalize(arguments: &[OsString]) -> Result<Normal, String> {
         [program.clone()].into_iter().chain(role.iter().map(OsString::from)).chain(rest.iter().cloned()).collect()
     };
     if let Some(translated) = service::old_spelling(rest) {
-        return translated.map(|translated| Normal { arguments: with(&["service"], &translated), old_spelling: true });
+        return translated.map(|translated: Vec<OsString>| with(&["service"], &translated));
     }
     let asks_version = rest.first().is_some_and(|first| first == "--version" || first == "-V");
     let role: &[&str] = match name.as_str() {
@@ -221,7 +225,7 @@ fn normalize(arguments: &[OsString]) -> Result<Normal, String> {
         name if name.starts_with("aops-agent-service") => &["service"],
         _ => &[],
     };
-    Ok(Normal { arguments: with(role, rest), old_spelling: false })
+    Ok(with(role, rest))
 }
 
 /// The program's name without its directory and `.exe`.
@@ -267,7 +271,7 @@ mod tests {
     fn normal(line: &str) -> String {
         let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
         let normal = normalize(&arguments).unwrap();
-        normal.arguments.iter().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+        normal.iter().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
     }
 
     #[test]

@@ -1,1 +1,218 @@
-//! To be written.
+//! The operator's settings: `etc/conf.toml`.
+//!
+//! A key that nobody knows is told by name and line: `install` and `reload` fail on it, a start only warns, because the version rolled
+//! back to must start. A file that cannot be read at all costs nothing at a start: the last good copy, `state/conf.good.toml`, is used
+//! and the reason reported. Every error names the line, the key, and what is expected there.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+
+use crate::core::units::{Size, Span};
+use crate::endpoint::{Endpoint, Fingerprint, Trust};
+use crate::home::Home;
+use crate::{platform, store};
+
+mod edit;
+pub mod import;
+mod keys;
+
+pub use edit::{edit, render};
+
+/// A settings file is refused beyond this; the template with all its comments has 2 KiB.
+const MAX_BYTES: u64 = 256 << 10;
+
+/// The copy of the last settings that were good, below `state/`.
+const LAST_GOOD: &str = "conf.good.toml";
+
+/// How old a file's last change is when nobody is taken to be still writing it.
+const SETTLED: Duration = Duration::from_secs(1);
+
+/// What an operator can set, with the defaults where nothing is set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The endpoints, tried in order. Never empty in a parsed file.
+    pub heartbeat_srv: Vec<Endpoint>,
+    pub heartbeat_interval: Span,
+    /// Resident memory of the manager above which the watchdog restarts it.
+    pub spm_max_mem: Size,
+    /// Resident memory of the watchdog above which the manager restarts it.
+    pub spa_max_mem: Size,
+    /// The time that the download of one package may take.
+    pub download_timeout: Span,
+    pub certificate: Certificate,
+    /// The product named by the operator; `None`: found by its markers.
+    pub product: Option<String>,
+    /// The size at which a log file is rotated.
+    pub log_max_size: Size,
+}
+
+/// How the gateway's certificate is checked; the file has a key for each, of which at most one may be there.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Certificate {
+    /// By the system's roots.
+    #[default]
+    System,
+    /// `caCert`: by the roots in this file, relative to the home.
+    Authority(PathBuf),
+    /// `pin`: by being one of these.
+    Pinned(Vec<Fingerprint>),
+    /// `pinFirstContact`: by being the one seen first.
+    FirstContact,
+    /// `insecure`: not at all.
+    Unchecked,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            heartbeat_srv: Vec::new(),
+            heartbeat_interval: Span(Duration::from_secs(30)),
+            spm_max_mem: Size(64 << 20),
+            spa_max_mem: Size(32 << 20),
+            download_timeout: Span(Duration::from_secs(600)),
+            certificate: Certificate::System,
+            product: None,
+            log_max_size: Size(8 << 20),
+        }
+    }
+}
+
+/// A key that this version does not know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unknown {
+    pub key: String,
+    /// Counted from 1.
+    pub line: usize,
+}
+
+impl fmt::Display for Unknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: unknown key {:?}", self.line, self.key)?;
+        match keys::similar(&self.key) {
+            Some(known) => write!(f, " (is {known} meant?)"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a settings file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parsed {
+    pub config: Config,
+    pub unknown: Vec<Unknown>,
+}
+
+/// What holds at a start.
+#[derive(Debug)]
+pub struct Loaded {
+    pub config: Config,
+    /// To be warned of.
+    pub unknown: Vec<Unknown>,
+    /// Why `etc/conf.toml` could not be used, where it could not: `config` is then the last good copy.
+    pub problem: Option<anyhow::Error>,
+}
+
+impl Config {
+    /// Reads the text of a settings file.
+    pub fn parse(text: &str) -> Result<Parsed> {
+        keys::parse(text)
+    }
+
+    /// Reads `etc/conf.toml` as `install` and `reload` do: an unknown key is an error too. `None` where there is no file.
+    pub fn read_strictly(home: &Home) -> Result<Option<Config>> {
+        let path = home.config();
+        let Some(text) = read_text(&path)? else { return Ok(None) };
+        let advice = || format!("cannot use the settings in {}", path.display());
+        let parsed = Config::parse(&text).with_context(advice)?;
+        if !parsed.unknown.is_empty() {
+            let listed: Vec<String> = parsed.unknown.iter().map(Unknown::to_string).collect();
+            return Err(anyhow::anyhow!("{}", listed.join("; "))).with_context(advice);
+        }
+        Ok(Some(parsed.config))
+    }
+
+    /// The settings for a start. Fails only where neither the file nor the last good copy can be used.
+    pub fn load(home: &Home) -> Result<Loaded> {
+        let last_good = home.state_file(LAST_GOOD);
+        match read_settled(&home.config()) {
+            Ok((text, Parsed { config, unknown })) => {
+                // A copy that cannot be kept is no reason not to start.
+                let problem = remember(&last_good, &text).err();
+                if let Some(error) = problem {
+                    tracing::warn!(error = format!("{error:#}"), "the last good settings could not be kept");
+                }
+                Ok(Loaded { config, unknown, problem: None })
+            }
+            Err(problem) => {
+                let copy = read_text(&last_good).ok().flatten().and_then(|text| Config::parse(&text).ok());
+                match copy {
+                    Some(Parsed { config, unknown }) => Ok(Loaded { config, unknown, problem: Some(problem) }),
+                    None => Err(problem),
+                }
+            }
+        }
+    }
+
+    /// Keeps `text` as the last good settings, so that the next start need not wait whether somebody is still writing them.
+    pub fn remember_good(home: &Home, text: &str) -> Result<()> {
+        remember(&home.state_file(LAST_GOOD), text)
+    }
+
+    /// How the gateway's certificate is checked, with the paths of this home.
+    pub fn trust(&self, home: &Home) -> Trust {
+        match &self.certificate {
+            Certificate::System => Trust::System,
+            Certificate::Authority(path) => Trust::CaFile(home.root().join(path)),
+            Certificate::Pinned(pins) => Trust::Pin(pins.clone()),
+            Certificate::FirstContact => Trust::FirstContact { pins: home.state_file(PINS) },
+            Certificate::Unchecked => Trust::Insecure,
+        }
+    }
+}
+
+/// The certificates of first contacts, below `state/`.
+pub const PINS: &str = "pins.json";
+
+fn remember(last_good: &Path, text: &str) -> Result<()> {
+    if store::read(last_good, MAX_BYTES).ok().flatten().as_deref() == Some(text.as_bytes()) {
+        return Ok(());
+    }
+    store::replace(last_good, text.as_bytes(), store::Access::Private)
+}
+
+fn read_text(path: &Path) -> Result<Option<String>> {
+    let Some(bytes) = store::read(path, MAX_BYTES)? else { return Ok(None) };
+    let text = String::from_utf8(bytes).with_context(|| format!("cannot read {}: it is not UTF-8", path.display()))?;
+    Ok(Some(text))
+}
+
+/// Reads a file that people edit in place: one that was changed a moment ago is read again until it stays as it is.
+fn read_settled(path: &Path) -> Result<(String, Parsed)> {
+    let read = || read_text(path)?.with_context(|| format!("cannot read {}: there is no such file", path.display()));
+    let mut text = read()?;
+    for _ in 0..10 {
+        if !changed_just_now(path) {
+            break;
+        }
+        platform::pause(SETTLED / 4);
+        let again = read()?;
+        if again == text && Config::parse(&text).is_ok() {
+            break;
+        }
+        text = again;
+    }
+    let parsed = Config::parse(&text).with_context(|| format!("cannot use the settings in {}", path.display()))?;
+    Ok((text, parsed))
+}
+
+fn changed_just_now(path: &Path) -> bool {
+    let changed = std::fs::metadata(path).and_then(|metadata| metadata.modified());
+    // A time in the future says nothing about writers.
+    changed.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age < SETTLED))
+}
+
+#[cfg(test)]
+mod tests;

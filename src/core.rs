@@ -4,7 +4,10 @@
 //! which `cargo xtask tidy` checks.
 
 pub mod desired;
+#[cfg(feature = "gateway")]
 pub mod fleet;
+#[cfg(feature = "gateway")]
+pub mod glob;
 pub mod manifest;
 pub mod model;
 pub mod protocol;

@@ -1,1 +1,123 @@
-//! To be written.
+//! The host's service manager: registers the two roles of a home, starts and stops them, and tells what it knows of them.
+//!
+//! It knows systemd, and the absence of any. Where there is none, the manager is started in a session of its own and keeps the rest.
+//! Whether a home is registered is in its `state/install.json`; what is here acts on the service manager that it is told.
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::home::Home;
+use crate::role::Role;
+
+pub mod product;
+pub mod systemd;
+
+pub use systemd::{UnitState, register, restart, start, state, stop, unregister};
+
+/// A service manager.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Systemd,
+    #[default]
+    None,
+}
+
+impl Kind {
+    /// The word in `install.json`, and for `--service` of a role.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::Systemd => "systemd",
+            Kind::None => "none",
+        }
+    }
+}
+
+/// What the service manager's view of a dead role's unit means for who would revive it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Somebody stopped the unit: it is to stay so.
+    Stopped,
+    /// The service manager is at it.
+    Coming,
+    /// The service manager has given up.
+    Dead,
+    /// Somebody masked or disabled the unit: nobody is to start it, and nothing was stopped.
+    Forbidden,
+    /// There is no such unit.
+    Missing,
+}
+
+/// Judges a dead role by its unit.
+pub fn verdict(home: &Home, role: Role) -> Result<Verdict> {
+    Ok(judge(&state(home, role)?))
+}
+
+fn judge(unit: &UnitState) -> Verdict {
+    match unit.active_state.as_str() {
+        "active" | "activating" | "reloading" | "deactivating" => Verdict::Coming,
+        _ if matches!(unit.job.as_deref(), Some("start" | "restart")) => Verdict::Coming,
+        _ if unit.is_forbidden() => Verdict::Forbidden,
+        _ if unit.load_state == "not-found" => Verdict::Missing,
+        "inactive" if unit.result == "success" => Verdict::Stopped,
+        _ => Verdict::Dead,
+    }
+}
+
+/// Whether the unit is being stopped only to be started again.
+pub fn is_restarting(home: &Home, role: Role) -> Result<bool> {
+    Ok(matches!(state(home, role)?.job.as_deref(), Some("restart" | "try-restart")))
+}
+
+/// The service manager that runs on this host.
+pub fn detect() -> Kind {
+    if systemd::runs() { Kind::Systemd } else { Kind::None }
+}
+
+/// The name of a role's unit: that of the program in the default home, with 8 hexadecimal digits of the home's path in any other.
+pub fn unit_name(home: &Home, role: Role) -> String {
+    if home.root() == product::default_home() {
+        return role.program().to_owned();
+    }
+    let digest = Sha256::digest(home.root().as_os_str().as_encoded_bytes());
+    let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{digits}", role.program())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_unit_that_is_inactive_with_success_was_stopped() {
+        let unit = |load: &str, active: &str, result: &str, file: &str, job: Option<&str>| {
+            judge(&UnitState {
+                load_state: load.into(),
+                active_state: active.into(),
+                result: result.into(),
+                unit_file_state: file.into(),
+                job: job.map(Into::into),
+                ..UnitState::default()
+            })
+        };
+        assert_eq!(unit("loaded", "inactive", "success", "enabled", None), Verdict::Stopped);
+        assert_eq!(unit("loaded", "inactive", "success", "enabled", Some("start")), Verdict::Coming);
+        assert_eq!(unit("loaded", "activating", "signal", "enabled", None), Verdict::Coming);
+        assert_eq!(unit("loaded", "failed", "signal", "enabled", None), Verdict::Dead);
+        assert_eq!(unit("masked", "failed", "signal", "masked", None), Verdict::Forbidden);
+        assert_eq!(unit("loaded", "inactive", "success", "disabled", None), Verdict::Forbidden);
+        assert_eq!(unit("not-found", "inactive", "success", "", None), Verdict::Missing);
+    }
+
+    #[test]
+    fn only_the_default_home_has_the_plain_unit_names() {
+        let home = Home::new(product::default_home());
+        assert_eq!(unit_name(&home, Role::Spm), "aops-spm");
+        let other = Home::new("/srv/a home");
+        let name = unit_name(&other, Role::Spa);
+        assert!(name.starts_with("aops-spa-") && name.len() == "aops-spa-".len() + 8, "{name}");
+        assert_ne!(name[9..], unit_name(&Home::new("/srv/b"), Role::Spa)[9..]);
+        assert_eq!(name[9..], unit_name(&other, Role::Spm)[9..]);
+    }
+}

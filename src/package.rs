@@ -13,6 +13,10 @@
 
 mod fetch;
 pub mod keys;
+#[cfg(feature = "gateway")]
+pub mod pack;
+#[cfg(feature = "gateway")]
+pub mod sign;
 pub mod trailer;
 mod unpack;
 mod verify;
@@ -299,10 +303,3 @@ fn ensure_size(got: u64, wanted: Option<u64>) -> Result<()> {
 
 #[cfg(test)]
 mod tests;
-
-//! Packages: made, signed, and (elsewhere here) fetched, verified and unpacked.
-
-#[cfg(feature = "gateway")]
-pub mod pack;
-#[cfg(feature = "gateway")]
-pub mod sign;

@@ -1,7 +1,10 @@
 //! What differs between Unix and Windows, behind functions of the same names; the only place with `cfg(unix)`, `cfg(windows)` and `unsafe`.
 #![allow(unsafe_code, reason = "the system's interfaces are called here and nowhere else")]
 
+use std::path::PathBuf;
 use std::time::Duration;
+
+use crate::core::model::{Arch, Os};
 
 #[cfg(unix)]
 mod unix;
@@ -11,6 +14,26 @@ pub use unix::*;
 mod windows;
 #[cfg(windows)]
 pub use windows::*;
+
+/// The operating system that this executable is for.
+pub const OS: Os = if cfg!(windows) { Os::Windows } else { Os::Linux };
+/// The architecture that this executable is for.
+pub const ARCH: Arch = if cfg!(target_arch = "x86_64") {
+    Arch::Amd64
+} else if cfg!(target_arch = "aarch64") {
+    Arch::Arm64
+} else {
+    Arch::I386
+};
+
+/// The file that this process runs from, links resolved, also when another was put in its place since.
+pub fn own_executable() -> Option<PathBuf> {
+    let path = std::env::current_exe().ok()?;
+    match path.to_str().and_then(|text| text.strip_suffix(" (deleted)")) {
+        Some(named) => Some(PathBuf::from(named)),
+        None => Some(path.canonicalize().unwrap_or(path)),
+    }
+}
 
 /// Lets `duration` pass, in the few places where nothing can be waited for: between two tries at what the system does not announce.
 #[allow(clippy::disallowed_methods, reason = "the one place")]

@@ -29,6 +29,8 @@ pub enum Role {
 }
 
 impl Role {
+    pub const BOTH: &'static [Role] = &[Role::Spm, Role::Spa];
+
     pub fn name(self) -> &'static str {
         match self {
             Role::Spm => "spm",

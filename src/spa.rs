@@ -204,7 +204,7 @@ impl Watchdog<'_> {
                 role::record_stop(self.home)?;
                 return Ok(Some(None));
             }
-            host_service::Verdict::Coming => {}
+            host_service::Verdict::Coming | host_service::Verdict::Forbidden => {}
             host_service::Verdict::Dead | host_service::Verdict::Missing => {
                 let turn = SERVICE_MANAGERS_TURN * (*tried + 1);
                 if gone >= turn && !role::is_taken(self.home, Role::Spm) {

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 mod local;
 mod process;
@@ -94,6 +94,7 @@ pub fn read_current(link: &Path) -> io::Result<Option<String>> {
 pub fn write_current(link: &Path, version: &str) -> io::Result<()> {
     replace_link(Path::new(version), link)?;
     link.parent().map_or(Ok(()), sync_directory)
+}
 
 // --- Packages
 
@@ -127,6 +128,7 @@ pub fn can_be_file_name(name: &str) -> bool {
 #[cfg(test)]
 pub fn mode(path: &Path) -> io::Result<u32> {
     Ok(fs::metadata(path)?.permissions().mode() & 0o7777)
+}
 
 // --- What the gateway asks about files and limits
 
@@ -148,4 +150,11 @@ pub fn raise_open_files() -> io::Result<u64> {
         setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?;
     }
     Ok(maximum.unwrap_or(u64::MAX))
+}
+
+// --- The host's services
+
+/// Where an installation stands unless somebody says otherwise.
+pub fn default_home() -> PathBuf {
+    PathBuf::from("/opt/aops")
 }

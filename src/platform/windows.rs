@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 mod local;
 mod process;
@@ -107,4 +107,11 @@ pub fn file_number(_metadata: &fs::Metadata) -> u64 {
 /// Windows has no such limit for sockets.
 pub fn raise_open_files() -> io::Result<u64> {
     Ok(u64::MAX)
+
+// --- The host's services
+
+/// Where an installation stands unless somebody says otherwise.
+pub fn default_home() -> PathBuf {
+    let programs = std::env::var_os("ProgramFiles").unwrap_or_else(|| r"C:\Program Files".into());
+    PathBuf::from(programs).join("aops")
 }

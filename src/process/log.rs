@@ -8,7 +8,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::core::model::AgentName;
 use crate::home::Home;
+use crate::store;
 
 /// Copies away and empties every log of a sub-agent that has grown beyond `limit` bytes.
 pub fn rotate_all(home: &Home, limit: u64) {
@@ -22,6 +24,13 @@ pub fn rotate_all(home: &Home, limit: u64) {
             tracing::warn!(error = format!("{error:#}"), "a log cannot be rotated");
         }
     }
+}
+
+/// Removes the log of a sub-agent that is gone, with its older piece.
+pub fn remove(home: &Home, name: &AgentName) -> Result<()> {
+    let path = home.agent_log(name);
+    store::remove(&path.with_extension("log.1"))?;
+    store::remove(&path)
 }
 
 fn rotate(path: &Path) -> Result<()> {

@@ -13,7 +13,7 @@ use super::peer::Peer;
 use super::run::{self, Inputs, Running};
 use super::uplink_task::{self, Order as UplinkOrder, Outcome};
 use super::{Input, notify, stage};
-use crate::config::{self, Config};
+use crate::config::{Config, Loaded};
 use crate::core::desired::{self, Desired, Run, Verdict};
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::protocol::{Answer, Heartbeat, ManagerReport};
@@ -23,6 +23,7 @@ use crate::core::status::{self, GatewayStatus, HomeState, RoleStatus, Status};
 use crate::core::supervise::{Action, Event};
 use crate::door::{self, Farewell, Knock, Reply, Request};
 use crate::home::Home;
+use crate::installation;
 use crate::package;
 use crate::platform::{self, LocalListener, Termination};
 use crate::process::launch::Start;
@@ -35,6 +36,9 @@ use crate::store;
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
 /// A host that booted so recently comes back together with many others.
 const JUST_BOOTED: Duration = Duration::from_secs(300);
+/// What a gateway may ask for, as an operator may.
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
+const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
 /// Connections at the door get so long to hear the farewell.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -67,6 +71,7 @@ pub(super) struct Manager {
     next_housekeeping: Instant,
     /// A stop is under way; who waits for its end.
     stopping: Option<Vec<oneshot::Sender<Reply>>>,
+    stop_errors: Vec<String>,
     ending: Option<Farewell>,
 }
 
@@ -115,17 +120,12 @@ impl Manager {
     fn load(home: &Home, supervised: bool, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
         let loaded = config::Config::load(home)?;
-        for warning in &loaded.problems {
-            tracing::warn!(problem = warning, "the configuration has a problem");
+        warn_of_unknown(&loaded);
+        if let Some(problem) = &loaded.problem {
+            problems.insert("config", config_problem(problem));
         }
-        if !loaded.problems.is_empty() {
-            problems.insert("config", loaded.problems.join("; "));
-        }
-        let agent_id: AgentId = std::fs::read_to_string(home.agent_id())
-            .with_context(|| format!("cannot read {}", home.agent_id().display()))?
-            .trim()
-            .parse()
-            .with_context(|| format!("cannot use {}", home.agent_id().display()))?;
+        let agent_id = installation::agent_id(home)?
+            .with_context(|| format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display()))?;
         let desired = store::load(&home.state_file("desired.json")).unwrap_or_else(|error| {
             let text = format!("the last desired state is lost and asked for again: {error:#}");
             tracing::error!(error = text, "the desired state cannot be read");
@@ -136,7 +136,7 @@ impl Manager {
         for problem in problems.values() {
             journal.note("config", "failed", About::default(), problem.as_str());
         }
-        if let Err(error) = package::sweep(&Places::of(home)) {
+        if let Err(error) = package::sweep(&Places { cache: home.cache(), staging: home.staging() }) {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
         }
         let config = loaded.config;
@@ -149,8 +149,10 @@ impl Manager {
             home: home.clone(),
             supervised,
             config_seen: modified(home),
-            instance_id: config::instance_id(home)?,
-            version: config::installed_version(home)?,
+            instance_id: installation::instance_id(home),
+            version: installation::Manager::load(home)?
+                .with_context(|| format!("cannot tell which release this is: {} is missing; install again", installation::Manager::path(home).display()))?
+                .version,
             agent_id,
             started: now,
             desired: desired.unwrap_or_default(),
@@ -170,6 +172,7 @@ impl Manager {
             failures: 0,
             next_housekeeping: now,
             stopping: None,
+            stop_errors: vec![],
             ending: None,
         })
     }
@@ -208,10 +211,11 @@ impl Manager {
                 }
             }
         }
-        // What runs under our mark and belongs to nothing that is installed has no business here any more.
-        for target in targets {
-            if !self.agents.contains_key(&target.name) {
-                self.agents.insert(target.name.clone(), Agent::new(target.name.clone(), 0));
+        // What runs under our mark and belongs to nothing that is installed has no business here any more. Where it cannot be told what
+        // is installed, nothing is ended.
+        if self.home.agents().read_dir().is_ok() {
+            for target in targets.into_iter().filter(|target| !self.agents.contains_key(&target.name)) {
+                tracing::warn!(agent = %target.name, "a sub-agent that is not installed any more is stopped");
                 run::stop(&self.inputs, 0, &self.home, target);
             }
         }
@@ -465,6 +469,7 @@ impl Manager {
                 agent.record = None;
                 if let Err(error) = result {
                     self.journal.note("stop", "failed", About { agent: Some(&name), version: None }, error.as_str());
+                    self.stop_errors.push(error.clone());
                     agent.error = Some(error);
                 }
                 self.feed(&name, Event::Stopped, now);
@@ -558,14 +563,15 @@ impl Manager {
         self.config_seen = seen;
         match Config::load(&self.home) {
             Ok(loaded) => {
-                if loaded.problems.is_empty() {
-                    self.problems.remove("config");
-                } else {
-                    self.problems.insert("config", loaded.problems.join("; "));
+                warn_of_unknown(&loaded);
+                if let Some(problem) = &loaded.problem {
+                    let text = config_problem(problem);
+                    self.journal.note("config", "failed", About::default(), text.as_str());
+                    self.problems.insert("config", text);
+                    return;
                 }
-                let outcome = if loaded.problems.is_empty() { "ok" } else { "failed" };
-                let text = if loaded.problems.is_empty() { "the changed configuration is in force".to_owned() } else { loaded.problems.join("; ") };
-                self.journal.note("config", outcome, About::default(), text);
+                self.problems.remove("config");
+                self.journal.note("config", "ok", About::default(), "the changed configuration is in force");
                 self.config = loaded.config;
                 self.interval = self.config.heartbeat_interval.0;
                 let _ = self.uplink.send(UplinkOrder::Configure(Box::new(self.config.clone())));
@@ -636,7 +642,7 @@ impl Manager {
 
     fn take_answer(&mut self, answer: &Answer) {
         if let Some(seconds) = answer.interval {
-            self.interval = Duration::from_secs(seconds).clamp(config::SHORTEST_INTERVAL, config::LONGEST_INTERVAL);
+            self.interval = Duration::from_secs(seconds).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL);
         }
         if let Some(id) = answer.ack {
             self.journal.acknowledge(id);
@@ -731,6 +737,7 @@ impl Manager {
             Some(waiting) => waiting.push(reply),
             None => {
                 tracing::info!("the home is stopped");
+                self.stop_errors.clear();
                 self.stopping = Some(vec![reply]);
                 for name in self.agents.keys().cloned().collect::<Vec<_>>() {
                     self.feed(&name, Event::Rest, now);
@@ -744,7 +751,7 @@ impl Manager {
         if self.stopping.is_none() || !self.agents.values().all(|agent| agent.supervisor.is_down()) {
             return;
         }
-        let errors: Vec<&str> = self.agents.values().filter(|agent| agent.supervisor.pid().is_some()).filter_map(|agent| agent.error.as_deref()).collect();
+        let errors = std::mem::take(&mut self.stop_errors);
         let answer = if errors.is_empty() { Reply::done() } else { Reply::failed(errors.join("; ")) };
         for waiting in self.stopping.iter_mut().flat_map(|waiting| waiting.drain(..)) {
             let _ = waiting.send(answer.clone());
@@ -777,6 +784,16 @@ impl Manager {
             notes: vec![],
         }
     }
+}
+
+fn warn_of_unknown(loaded: &Loaded) {
+    for unknown in &loaded.unknown {
+        tracing::warn!(key = %unknown, "the configuration has a key that this version does not know");
+    }
+}
+
+fn config_problem(problem: &anyhow::Error) -> String {
+    format!("{problem:#}; the last good settings are in force")
 }
 
 fn modified(home: &Home) -> Option<std::time::SystemTime> {

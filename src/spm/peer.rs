@@ -115,7 +115,7 @@ impl Peer {
                     self.stopped_by_operator = true;
                     return Ok(());
                 }
-                host_service::Verdict::Coming => return Ok(()),
+                host_service::Verdict::Coming | host_service::Verdict::Forbidden => return Ok(()),
                 host_service::Verdict::Dead if tried == 0 => return host_service::start(home, &[Role::Spa]),
                 host_service::Verdict::Dead | host_service::Verdict::Missing => {}
             }

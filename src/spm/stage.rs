@@ -1,9 +1,8 @@
 //! Staging a release beside what runs: fetched, verified, unpacked, looked at; then it may be activated.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use tokio::sync::Semaphore;
 
 use super::Input;
@@ -13,9 +12,10 @@ use crate::core::desired::Order;
 use crate::core::model::{AgentId, AgentName, Release};
 use crate::endpoint::{Client, Timeouts};
 use crate::home::Home;
+use crate::installation::Epochs;
 use crate::package::{self, Keys, Places, Wanted};
 use crate::process::launch;
-use crate::{platform, store};
+use crate::platform;
 
 /// So many are fetched at the same time.
 pub(super) const AT_ONCE: usize = 3;
@@ -52,7 +52,7 @@ fn stage(job: &Job) -> Result<()> {
         file: order.file.clone(),
         sha256: order.sha256.clone(),
         size: order.size,
-        least_epoch: epoch(home, name)?,
+        least_epoch: Epochs::load(home)?.least(name.as_str()),
     };
     let keys = Keys::load(&home.keys())?;
     let client = Client::new(&config.trust(home), Some(agent_id), Timeouts::download(config.download_timeout.0))?;
@@ -67,31 +67,12 @@ fn stage(job: &Job) -> Result<()> {
     Ok(())
 }
 
-type Epochs = BTreeMap<String, u64>;
-
-fn epochs(home: &Home) -> Result<Epochs> {
-    let path = home.state_file("epochs.json");
-    store::load(&path)?.with_context(|| {
-        format!(
-            "cannot stage any release: the epochs that this host has committed are missing ({}); put the file back from a backup, or install again with --fresh",
-            path.display()
-        )
-    })
-}
-
-/// The least epoch that a package of this name may have here.
-fn epoch(home: &Home, name: &AgentName) -> Result<u64> {
-    Ok(epochs(home)?.get(name.as_str()).copied().unwrap_or(0))
-}
-
 /// Commits the epoch of a release that is being activated: no older one is accepted from then on.
-pub(super) fn commit_epoch(home: &Home, job: &AgentName, release: &std::path::Path) -> Result<()> {
+pub(super) fn commit_epoch(home: &Home, name: &AgentName, release: &std::path::Path) -> Result<()> {
     let Some(completed) = package::completed(release)? else { bail!("{} is not whole", release.display()) };
-    let mut epochs = epochs(home)?;
-    let known = epochs.entry(job.to_string()).or_insert(0);
-    if completed.epoch > *known {
-        *known = completed.epoch;
-        store::save(&home.state_file("epochs.json"), &epochs)?;
+    let mut epochs = Epochs::load(home)?;
+    if epochs.commit(name.as_str(), completed.epoch) {
+        epochs.save(home)?;
     }
     Ok(())
 }

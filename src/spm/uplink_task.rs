@@ -57,7 +57,7 @@ pub(super) fn start(home: &Home, agent_id: &AgentId, config: &Config, inputs: &I
 fn send(home: &Home, agent_id: &AgentId, config: &Config, client: &mut Option<Client>, heartbeat: &Heartbeat) -> Outcome {
     let connected = match client {
         Some(client) => client,
-        None => match Client::new(&config.trust(home), Some(agent_id), Timeouts::heartbeat()) {
+        None => match Client::new(&config.trust(home), Some(agent_id), Timeouts::exchange()) {
             Ok(new) => client.insert(new),
             Err(error) => return Outcome::Failed { why: format!("{error:#}"), retry_after: None },
         },

@@ -100,13 +100,7 @@ fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Ve
 
 /// What this executable was built for.
 pub(super) fn here() -> (Os, Arch) {
-    let os = if std::env::consts::OS == "windows" { Os::Windows } else { Os::Linux };
-    let arch = match std::env::consts::ARCH {
-        "x86" => Arch::I386,
-        "aarch64" => Arch::Arm64,
-        _ => Arch::Amd64,
-    };
-    (os, arch)
+    (platform::OS, platform::ARCH)
 }
 
 #[cfg(test)]

@@ -171,7 +171,7 @@ pub async fn ended(pid: u32, start_time: u64) {
 
 fn watched(pid: u32) -> Option<AsyncFd<OwnedFd>> {
     let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid as i32)?, PidfdFlags::NONBLOCK).ok()?;
-    AsyncFd::with_interest(pidfd, Interest::READABLE).ok()
+    AsyncFd::register_with_interest(pidfd, Interest::READABLE).ok()
 }
 
 /// How an ended child ended, in words.

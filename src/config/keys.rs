@@ -1,0 +1,188 @@
+//! The keys of the settings: what each may be, told apart from the notation that it came in (TOML now, YAML in an old installation).
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, bail};
+use toml::de::{DeTable, DeValue};
+
+use super::{Certificate, Config, Parsed, Unknown};
+use crate::core::units::{Size, Span};
+
+/// Every key there is, in the order of the template.
+pub(super) const KEYS: &[&str] = &[
+    "heartbeatSrv",
+    "heartbeatInterval",
+    "spmMaxMem",
+    "spaMaxMem",
+    "downloadTimeout",
+    "caCert",
+    "pin",
+    "pinFirstContact",
+    "insecure",
+    "product",
+    "logMaxSize",
+];
+
+/// More endpoints or pins than anybody has are a mistake.
+const MAX_ITEMS: usize = 16;
+
+/// A value as it was written, whatever the notation.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Given {
+    Text(String),
+    Number(String),
+    Truth(bool),
+    List(Vec<Given>),
+    Other,
+}
+
+/// What a key's value should have been.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Expected(String);
+
+impl std::fmt::Display for Expected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The known key that differs from `key` only in case, `-` and `_`.
+pub(super) fn similar(key: &str) -> Option<&'static str> {
+    let plain = |key: &str| key.to_ascii_lowercase().replace(['-', '_'], "");
+    KEYS.iter().copied().find(|known| plain(known) == plain(key))
+}
+
+/// The line, counted from 1, of a position in a text.
+pub(super) fn line_of(text: &str, position: usize) -> usize {
+    1 + text.as_bytes()[..position.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
+}
+
+pub(super) fn parse(text: &str) -> Result<Parsed> {
+    let table = DeTable::parse(text).map_err(|error| {
+        let line = line_of(text, error.span().map_or(0, |span| span.start));
+        anyhow!("line {line}: {}", error.message().replace('\n', ", "))
+    })?;
+    let mut config = Config::default();
+    let mut unknown = Vec::new();
+    for (key, value) in table.get_ref() {
+        let line = line_of(text, key.span().start);
+        let name: &str = key.get_ref();
+        if !KEYS.contains(&name) {
+            unknown.push(Unknown { key: name.to_owned(), line });
+            continue;
+        }
+        set(&mut config, name, &given(value.get_ref()))
+            .map_err(|expected| anyhow!("line {line}: cannot use the value of {name}: expected {expected}"))?;
+    }
+    if config.heartbeat_srv.is_empty() {
+        bail!(
+            "the key heartbeatSrv is missing: expected the gateway's endpoint, such as \"https://gateway.example:8888\""
+        );
+    }
+    unknown.sort_by_key(|unknown| unknown.line);
+    Ok(Parsed { config, unknown })
+}
+
+fn given(value: &DeValue<'_>) -> Given {
+    match value {
+        DeValue::String(text) => Given::Text(text.to_string()),
+        DeValue::Integer(number) if number.radix() == 10 => Given::Number(number.as_str().to_owned()),
+        DeValue::Boolean(truth) => Given::Truth(*truth),
+        DeValue::Array(items) => Given::List(items.iter().map(|item| given(item.get_ref())).collect()),
+        _ => Given::Other,
+    }
+}
+
+/// Sets one key, which must be one of [`KEYS`]. Every second trust setting contradicts the first.
+pub(super) fn set(config: &mut Config, key: &str, given: &Given) -> Result<(), Expected> {
+    match key {
+        "heartbeatSrv" => {
+            config.heartbeat_srv =
+                list(given, "the gateway's endpoint, such as \"https://gateway.example:8888\", or a list of them")?;
+        }
+        "heartbeatInterval" => {
+            config.heartbeat_interval = span(given, Duration::from_secs(1), Duration::from_secs(3_600))?
+        }
+        "downloadTimeout" => {
+            config.download_timeout = span(given, Duration::from_secs(1), Duration::from_secs(86_400))?
+        }
+        // A role needs 3 MiB idle and about 10 while it unpacks: a lower limit would restart it for ever.
+        "spmMaxMem" => config.spm_max_mem = size(given, 16 << 20, 1 << 40)?,
+        "spaMaxMem" => config.spa_max_mem = size(given, 16 << 20, 1 << 40)?,
+        "logMaxSize" => config.log_max_size = size(given, 64 << 10, 1 << 40)?,
+        "product" => config.product = Some(text(given, "the name of a product, such as \"generic\"")?),
+        "caCert" => {
+            let path = text(given, "the path of a file with certificates, such as \"etc/ca.pem\"")?;
+            certificate(config, Certificate::Authority(PathBuf::from(path)))?;
+        }
+        "pin" => {
+            let pins = list(given, "a SHA-256 of 64 hexadecimal digits in quotes, or a list of them")?;
+            certificate(config, Certificate::Pinned(pins))?;
+        }
+        "pinFirstContact" if truth(given)? => certificate(config, Certificate::FirstContact)?,
+        "insecure" if truth(given)? => certificate(config, Certificate::Unchecked)?,
+        _ => {}
+    }
+    Ok(())
+}
+
+fn certificate(config: &mut Config, value: Certificate) -> Result<(), Expected> {
+    if config.certificate != Certificate::System {
+        let other = super::edit::certificate_key(&config.certificate).unwrap_or("another one");
+        return Err(Expected(format!(
+            "at most one of caCert, pin, pinFirstContact and insecure, and there is {other} too"
+        )));
+    }
+    config.certificate = value;
+    Ok(())
+}
+
+fn text(given: &Given, expected: &str) -> Result<String, Expected> {
+    match given {
+        Given::Text(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
+        _ => Err(Expected(expected.to_owned())),
+    }
+}
+
+fn truth(given: &Given) -> Result<bool, Expected> {
+    match given {
+        Given::Truth(truth) => Ok(*truth),
+        _ => Err(Expected("true or false".to_owned())),
+    }
+}
+
+/// One text, or a list of 1 to [`MAX_ITEMS`].
+fn list<T: std::str::FromStr>(given: &Given, expected: &str) -> Result<Vec<T>, Expected> {
+    let refused = || Expected(expected.to_owned());
+    let one = |item: &Given| text(item, expected)?.parse().map_err(|_| refused());
+    match given {
+        Given::Text(_) => Ok(vec![one(given)?]),
+        Given::List(items) if (1..=MAX_ITEMS).contains(&items.len()) => items.iter().map(one).collect(),
+        _ => Err(refused()),
+    }
+}
+
+fn span(given: &Given, least: Duration, most: Duration) -> Result<Span, Expected> {
+    let read = match given {
+        Given::Text(text) | Given::Number(text) => Span::parse(text),
+        _ => None,
+    };
+    read.filter(|span| (least..=most).contains(&span.0)).ok_or_else(|| {
+        Expected(format!(
+            "a duration such as \"30s\" or a whole number of seconds, from {} to {}",
+            Span(least),
+            Span(most)
+        ))
+    })
+}
+
+fn size(given: &Given, least: u64, most: u64) -> Result<Size, Expected> {
+    let read = match given {
+        Given::Text(text) | Given::Number(text) => Size::parse(text),
+        _ => None,
+    };
+    read.filter(|size| (least..=most).contains(&size.0)).ok_or_else(|| {
+        Expected(format!("a size such as \"64MiB\" or a whole number of MiB, from {} to {}", Size(least), Size(most)))
+    })
+}

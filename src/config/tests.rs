@@ -1,0 +1,220 @@
+use std::fs;
+
+use super::*;
+
+const PIN: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+
+fn config(text: &str) -> Config {
+    Config::parse(text).unwrap().config
+}
+
+fn refusal(text: &str) -> String {
+    format!("{:#}", Config::parse(text).unwrap_err())
+}
+
+fn home() -> (tempfile::TempDir, Home) {
+    let directory = tempfile::tempdir().unwrap();
+    let home = Home::new(directory.path());
+    for (path, _) in home.directories() {
+        fs::create_dir_all(path).unwrap();
+    }
+    (directory, home)
+}
+
+#[test]
+fn every_key_is_read_and_a_bare_number_is_seconds_or_mib() {
+    let read = config(
+        "heartbeatSrv = [\"https://a:1\", \"https://b:2\"]\nheartbeatInterval = 10\nspmMaxMem = 100\nspaMaxMem = \"1GiB\"\n\
+         downloadTimeout = \"2h\"\ncaCert = \"etc/ca.pem\"\nproduct = \"hci\"\nlogMaxSize = \"1MiB\"\n",
+    );
+    assert_eq!(read.heartbeat_srv.len(), 2);
+    assert_eq!(read.heartbeat_interval, Span(Duration::from_secs(10)));
+    assert_eq!(read.spm_max_mem, Size(100 << 20));
+    assert_eq!(read.spa_max_mem, Size(1 << 30));
+    assert_eq!(read.download_timeout, Span(Duration::from_secs(7_200)));
+    assert_eq!(read.certificate, Certificate::Authority("etc/ca.pem".into()));
+    assert_eq!(read.product.as_deref(), Some("hci"));
+    assert_eq!(read.log_max_size, Size(1 << 20));
+
+    let srv = "heartbeatSrv = \"https://a:1\"\n";
+    assert_eq!(config(srv), Config { heartbeat_srv: vec!["https://a:1".parse().unwrap()], ..Config::default() });
+    assert_eq!(config(&format!("{srv}pinFirstContact = true")).certificate, Certificate::FirstContact);
+    assert_eq!(config(&format!("{srv}insecure = true")).certificate, Certificate::Unchecked);
+    assert_eq!(config(&format!("{srv}insecure = false")).certificate, Certificate::System);
+    assert!(
+        matches!(config(&format!("{srv}pin = \"{PIN}\"")).certificate, Certificate::Pinned(pins) if pins.len() == 1)
+    );
+}
+
+#[test]
+fn an_error_names_the_line_the_key_and_what_is_expected() {
+    let srv = "heartbeatSrv = \"https://a:1\"";
+    for (text, line, words) in [
+        ("\n\nheartbeatSrv = 5", "line 3", &["heartbeatSrv", "endpoint"][..]),
+        ("heartbeatSrv = \"ftp://a\"", "line 1", &["heartbeatSrv", "endpoint"]),
+        ("heartbeatSrv = []", "line 1", &["heartbeatSrv"]),
+        (&format!("{srv}\nheartbeatInterval = \"0s\""), "line 2", &["heartbeatInterval", "from 1s to 1h"]),
+        (&format!("{srv}\nheartbeatInterval = \"2h\""), "line 2", &["heartbeatInterval", "from 1s to 1h"]),
+        (&format!("{srv}\nspmMaxMem = \"1MiB\""), "line 2", &["spmMaxMem", "from 16MiB"]),
+        (&format!("{srv}\nspmMaxMem = 1.5"), "line 2", &["spmMaxMem", "64MiB"]),
+        (&format!("{srv}\ninsecure = \"yes\""), "line 2", &["insecure", "true or false"]),
+        (&format!("{srv}\npin = \"12\""), "line 2", &["pin", "SHA-256"]),
+        (&format!("{srv}\nproduct = "), "line 2", &[]),
+        (&format!("{srv}\n{srv}"), "line 2", &["duplicate key"]),
+    ] {
+        let error = refusal(text);
+        assert!(error.contains(line), "{text:?}: {error}");
+        for word in words {
+            assert!(error.contains(word), "{text:?}: {error}");
+        }
+    }
+    assert!(refusal("spmMaxMem = 64").contains("heartbeatSrv"));
+}
+
+#[test]
+fn contradictory_trust_is_refused() {
+    let srv = "heartbeatSrv = \"https://a:1\"";
+    for pair in [
+        "insecure = true\npinFirstContact = true",
+        "caCert = \"a\"\ninsecure = true",
+        &format!("caCert = \"a\"\npin = \"{PIN}\""),
+    ] {
+        let error = refusal(&format!("{srv}\n{pair}"));
+        assert!(error.contains("at most one of caCert, pin, pinFirstContact and insecure"), "{error}");
+    }
+    assert!(Config::parse(&format!("{srv}\ncaCert = \"a\"\ninsecure = false")).is_ok());
+}
+
+#[test]
+fn unknown_keys_are_told_by_name_and_line() {
+    let parsed = Config::parse("heartbeatSrv = \"https://a:1\"\nspmmaxmem = 3\n[later]\nx = 1\n").unwrap();
+    let told: Vec<String> = parsed.unknown.iter().map(ToString::to_string).collect();
+    assert_eq!(told, ["line 2: unknown key \"spmmaxmem\" (is spmMaxMem meant?)", "line 3: unknown key \"later\""]);
+}
+
+#[test]
+fn what_is_rendered_reads_back() {
+    let mut all = config(
+        "heartbeatSrv = [\"https://a:1\", \"https://b:2\"]\nheartbeatInterval = 90\nspmMaxMem = 100\nspaMaxMem = 50",
+    );
+    all.download_timeout = Span(Duration::from_secs(5));
+    all.product = Some("scp \"quoted\" \\".to_owned());
+    all.log_max_size = Size(1 << 20);
+    for certificate in [
+        Certificate::System,
+        Certificate::Authority("etc/ca.pem".into()),
+        Certificate::Pinned(vec![PIN.parse().unwrap(), PIN.replace('0', "a").parse().unwrap()]),
+        Certificate::FirstContact,
+        Certificate::Unchecked,
+    ] {
+        all.certificate = certificate;
+        let text = render(&all);
+        assert_eq!(Config::parse(&text).unwrap(), Parsed { config: all.clone(), unknown: vec![] }, "{text}");
+        assert!(text.lines().all(|line| line.len() <= 200) && text.starts_with("# Settings"), "{text}");
+    }
+}
+
+#[test]
+fn the_template_shows_the_real_defaults() {
+    let text = include_str!("../../assets/conf.toml");
+    let mut uncommented = String::new();
+    for key in keys::KEYS {
+        let shown = text.lines().find(|line| line.starts_with(&format!("#{key} = "))).expect(key);
+        if !["caCert", "pin"].contains(key) {
+            uncommented.push_str(&format!("{}\n", &shown[1..]));
+        }
+    }
+    let mut shown = config(&uncommented);
+    shown.heartbeat_srv.clear();
+    shown.product = None;
+    assert_eq!(shown, Config::default());
+}
+
+#[test]
+fn an_edit_keeps_what_it_does_not_change() {
+    let text = "# mine\nspmMaxMem = 99 # because\nheartbeatSrv = [ # both\n  \"https://a:1\",\n  \"https://b:2\",\n] # list\n\
+                pinFirstContact = true\n#heartbeatInterval = \"30s\"\n";
+    let old = config(text);
+    let mut new = old.clone();
+    new.heartbeat_srv = vec!["https://c:3".parse().unwrap()];
+    new.certificate = Certificate::Unchecked;
+    new.heartbeat_interval = Span(Duration::from_secs(60));
+    new.product = Some("hci".to_owned());
+    assert_eq!(
+        edit(text, &old, &new),
+        "# mine\nspmMaxMem = 99 # because\nheartbeatSrv = \"https://c:3\" # list\nheartbeatInterval = \"1m\"\n\
+         insecure = true\nproduct = \"hci\"\n"
+    );
+    assert_eq!(edit(text, &old, &old), text);
+}
+
+#[test]
+fn a_malformed_file_at_a_start_gives_the_last_good_settings_and_says_why() {
+    let (_directory, home) = home();
+    fs::write(home.config(), "heartbeatSrv = \"https://a:1\"\n").unwrap();
+    let first = Config::load(&home).unwrap();
+    assert!(first.problem.is_none());
+
+    fs::write(home.config(), "heartbeatSrv = \"https://").unwrap();
+    let second = Config::load(&home).unwrap();
+    assert_eq!(second.config, first.config);
+    let problem = format!("{:#}", second.problem.unwrap());
+    assert!(problem.contains("conf.toml") && problem.contains("line 1"), "{problem}");
+
+    fs::remove_file(home.config()).unwrap();
+    assert!(Config::load(&home).unwrap().problem.is_some());
+    fs::remove_file(home.state_file(LAST_GOOD)).unwrap();
+    assert!(Config::load(&home).is_err());
+}
+
+#[test]
+fn an_unknown_key_fails_an_install_and_not_a_start() {
+    let (_directory, home) = home();
+    fs::write(home.config(), "heartbeatSrv = \"https://a:1\"\nnewer = 1\n").unwrap();
+    assert_eq!(Config::load(&home).unwrap().unknown.len(), 1);
+    let error = format!("{:#}", Config::read_strictly(&home).unwrap_err());
+    assert!(error.contains("conf.toml") && error.contains("line 2: unknown key \"newer\""), "{error}");
+}
+
+#[test]
+fn trust_has_the_paths_of_the_home() {
+    let home = Home::new("/h");
+    let with = |certificate| Config { certificate, ..Config::default() }.trust(&home);
+    assert_eq!(with(Certificate::Authority("etc/ca.pem".into())), Trust::CaFile(home.etc().join("ca.pem")));
+    assert_eq!(with(Certificate::FirstContact), Trust::FirstContact { pins: home.state_file("pins.json") });
+}
+
+#[test]
+fn an_old_installation_is_taken_over() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::create_dir(directory.path().join("etc")).unwrap();
+    fs::write(
+        directory.path().join("etc/conf.yml"),
+        "# old\nheartbeatSrv: https://127.0.0.1:8888\nheartbeatInterval: 60\nspmMaxMem: 200\ndownloadTimeout: 5m\n\
+         spaMaxMem: lots\ncpuLimit: 5\n",
+    )
+    .unwrap();
+    fs::write(directory.path().join("agentId"), "not an id\n").unwrap();
+    fs::write(directory.path().join("etc/agentId"), "5402204854438\n").unwrap();
+    let imported = import::read(directory.path()).unwrap();
+    assert_eq!(imported.agent_id, Some("5402204854438".parse().unwrap()));
+    let config = imported.config.unwrap();
+    assert_eq!(config.heartbeat_srv, ["https://127.0.0.1:8888".parse().unwrap()]);
+    assert_eq!(config.heartbeat_interval, Span(Duration::from_secs(60)));
+    assert_eq!(config.spm_max_mem, Size(200 << 20));
+    assert_eq!(config.spa_max_mem, Config::default().spa_max_mem);
+    assert_eq!(imported.warnings.len(), 3, "{:?}", imported.warnings);
+    for word in ["cpuLimit", "spaMaxMem", "agentId"] {
+        assert!(imported.warnings.iter().any(|warning| warning.contains(word)), "{word}");
+    }
+}
+
+#[test]
+fn an_old_list_of_endpoints_and_nothing_at_all_are_read() {
+    let (config, warnings) = import::parse("heartbeatSrv:\n  - https://a:1\n  - https://b:2\n").unwrap();
+    assert_eq!((config.heartbeat_srv.len(), warnings.len()), (2, 0));
+    assert_eq!(import::parse("\n").unwrap().0, Config::default());
+    assert!(import::parse("heartbeatSrv: [").is_err());
+    let nothing = tempfile::tempdir().unwrap();
+    assert_eq!(import::read(nothing.path()).unwrap(), import::Imported::default());
+}

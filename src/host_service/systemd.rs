@@ -1,0 +1,298 @@
+//! systemd: the units of a home, and what systemd says of them.
+//!
+//! A unit's whole content is ours (`assets/aops-*.service`); operators change it in drop-ins. Every call of `systemctl` has a deadline:
+//! a hung PID 1 must not hang us.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use service_manager::{
+    RestartPolicy, ServiceInstallCtx, ServiceLabel, ServiceManager, SystemdServiceManager, systemd_global_dir_path,
+};
+
+use super::unit_name;
+use crate::command;
+use crate::home::Home;
+use crate::role::Role;
+use crate::store;
+
+const SPM_UNIT: &str = include_str!("../../assets/aops-spm.service");
+const SPA_UNIT: &str = include_str!("../../assets/aops-spa.service");
+
+/// For what only asks or writes.
+const QUICK: Duration = Duration::from_secs(30);
+/// For what waits until a role is up (`TimeoutStartSec=60`).
+const STARTING: Duration = Duration::from_secs(90);
+/// For what waits until both roles have ended (`TimeoutStopSec=90`, once for `ExecStop` and once for the signal) and are up again.
+const STOPPING: Duration = Duration::from_secs(300);
+
+/// A unit file of ours has less than 2 KiB.
+const MAX_UNIT_BYTES: u64 = 64 << 10;
+
+/// What systemd says of a unit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UnitState {
+    /// `loaded`, `not-found`, `masked`, `bad-setting`, `error`.
+    pub load_state: String,
+    /// `active`, `activating`, `deactivating`, `inactive`, `failed`, `reloading`.
+    pub active_state: String,
+    /// `running`, `dead`, `auto-restart`, `stop`, …
+    pub sub_state: String,
+    /// `success`, or how the last run failed.
+    pub result: String,
+    pub main_pid: Option<u32>,
+    /// `enabled`, `disabled`, `masked`, …; empty where there is no file.
+    pub unit_file_state: String,
+    /// The kind of the job that is at work on the unit: `start`, `stop`, `restart`, …
+    pub job: Option<String>,
+}
+
+impl UnitState {
+    /// Whether nobody is to start it: an operator masked or disabled it.
+    pub fn is_forbidden(&self) -> bool {
+        self.load_state == "masked" || matches!(self.unit_file_state.as_str(), "masked" | "masked-runtime" | "disabled")
+    }
+}
+
+/// Whether this host runs under systemd, and can be told so.
+pub fn runs() -> bool {
+    Path::new("/run/systemd/system").is_dir() && SystemdServiceManager::system().available().unwrap_or(false)
+}
+
+/// Writes both units, makes systemd read them, and enables them. Twice is as good as once.
+pub fn register(home: &Home) -> Result<()> {
+    for role in Role::BOTH {
+        let unit = unit_name(home, *role);
+        let contents = contents(home, *role)?;
+        let path = unit_path(&unit);
+        let attempt = || -> Result<()> {
+            if store::read(&path, MAX_UNIT_BYTES)?.as_deref() != Some(contents.as_bytes()) {
+                SystemdServiceManager::system().install(context(home, *role, &unit, &contents))?;
+            }
+            Ok(())
+        };
+        attempt().with_context(|| format!("cannot write the unit {}", path.display()))?;
+    }
+    systemctl(&["daemon-reload"], &[], QUICK)?;
+    systemctl(&["enable"], &units(home, Role::BOTH), QUICK)
+}
+
+/// Takes both units away, also where one or both are gone already.
+pub fn unregister(home: &Home) -> Result<()> {
+    for unit in units(home, Role::BOTH) {
+        let path = unit_path(&unit);
+        let directory = systemd_global_dir_path();
+        // By hand: `systemctl disable` fails where the file is gone, and then leaves its link behind.
+        store::remove(&directory.join("multi-user.target.wants").join(format!("{unit}.service")))?;
+        store::remove(&path)?;
+        store::remove_tree(&directory.join(format!("{unit}.service.d")))?;
+        let _ = fs::remove_dir(directory.join("multi-user.target.wants"));
+    }
+    systemctl(&["daemon-reload"], &[], QUICK)?;
+    // Forgets a failed unit, which would otherwise be listed for ever; one that is not known is an error that means nothing.
+    let _ = systemctl(&["reset-failed"], &units(home, Role::BOTH), QUICK);
+    Ok(())
+}
+
+/// Whether a unit file of this home stands.
+pub fn is_registered(home: &Home) -> bool {
+    units(home, Role::BOTH).iter().any(|unit| unit_path(unit).symlink_metadata().is_ok())
+}
+
+/// Starts the units of the roles and waits until they are up.
+pub fn start(home: &Home, roles: &[Role]) -> Result<()> {
+    systemctl(&["start"], &units(home, roles), STARTING)
+}
+
+/// Stops the units of the roles, which is a stop: the sub-agents go too. Units that are not loaded are stopped.
+pub fn stop(home: &Home, roles: &[Role]) -> Result<()> {
+    let mut loaded = Vec::new();
+    for role in roles {
+        if state(home, *role)?.load_state != "not-found" {
+            loaded.push(unit_name(home, *role));
+        }
+    }
+    if loaded.is_empty() {
+        return Ok(());
+    }
+    systemctl(&["stop"], &loaded, STOPPING)
+}
+
+/// Restarts the units of the roles; the sub-agents keep running.
+pub fn restart(home: &Home, roles: &[Role]) -> Result<()> {
+    systemctl(&["restart"], &units(home, roles), STOPPING)
+}
+
+/// What systemd says of a role's unit.
+pub fn state(home: &Home, role: Role) -> Result<UnitState> {
+    let unit = unit_name(home, role);
+    let properties = "--property=LoadState,ActiveState,SubState,Result,MainPID,UnitFileState,Job";
+    let (mut state, job) = parse_show(&ask(&["show", properties, &format!("{unit}.service")])?);
+    if let Some(id) = job {
+        // The job may end between the two questions: then there is none.
+        state.job = ask(&["show", "--property=JobType", &id]).ok().and_then(|shown| property(&shown, "JobType"));
+    }
+    Ok(state)
+}
+
+/// Also the job's number, where there is one.
+fn parse_show(shown: &str) -> (UnitState, Option<String>) {
+    let text = |name| property(shown, name).unwrap_or_default();
+    let state = UnitState {
+        load_state: text("LoadState"),
+        active_state: text("ActiveState"),
+        sub_state: text("SubState"),
+        result: text("Result"),
+        main_pid: text("MainPID").parse().ok().filter(|pid| *pid != 0),
+        unit_file_state: text("UnitFileState"),
+        job: None,
+    };
+    let job = property(shown, "Job").and_then(|job| job.split_whitespace().next().map(str::to_owned));
+    (state, job.filter(|job| job != "0" && job.bytes().all(|byte| byte.is_ascii_digit())))
+}
+
+fn property(shown: &str, name: &str) -> Option<String> {
+    let value = shown.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))?.trim();
+    (!value.is_empty()).then(|| value.to_owned())
+}
+
+fn units(home: &Home, roles: &[Role]) -> Vec<String> {
+    roles.iter().map(|role| unit_name(home, *role)).collect()
+}
+
+fn unit_path(unit: &str) -> PathBuf {
+    systemd_global_dir_path().join(format!("{unit}.service"))
+}
+
+fn context(home: &Home, role: Role, unit: &str, contents: &str) -> ServiceInstallCtx {
+    ServiceInstallCtx {
+        label: ServiceLabel { qualifier: None, organization: None, application: unit.to_owned() },
+        program: home.role_link(role.program()),
+        args: Vec::new(),
+        contents: Some(contents.to_owned()),
+        username: None,
+        working_directory: None,
+        environment: None,
+        // It would enable the unit before systemd has read it.
+        autostart: false,
+        restart_policy: RestartPolicy::default(),
+    }
+}
+
+/// A role's unit. Refuses a home whose path cannot stand in a unit file.
+fn contents(home: &Home, role: Role) -> Result<String> {
+    let program = |path: PathBuf| quoted(&path, false);
+    let template = match role {
+        Role::Spm => SPM_UNIT,
+        Role::Spa => SPA_UNIT,
+    };
+    let root = home.root();
+    // A description has specifiers, but neither quotes nor variables.
+    let shown = root.display().to_string().replace('%', "%%");
+    Ok(template
+        .replace("@EXECUTABLE@", &program(home.role_link(role.program()))?)
+        .replace("@HOME@", &quoted(root, true)?)
+        .replace("@HOME_SHOWN@", &shown)
+        .replace("@SPM@", &unit_name(home, Role::Spm))
+        .replace("@SPA@", &unit_name(home, Role::Spa)))
+}
+
+/// A path as one word of a command line in a unit: `%` begins a specifier, `\` and `"` are quoted, and `$` begins a variable in
+/// everything but the program's own path.
+fn quoted(path: &Path, variables: bool) -> Result<String> {
+    let Some(text) = path.to_str() else { bail!("cannot write {} into a unit: it is not UTF-8", path.display()) };
+    if text.chars().any(char::is_control) {
+        bail!("cannot write {text:?} into a unit: it has a control character");
+    }
+    let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%");
+    let text = if variables { text.replace('$', "$$") } else { text };
+    Ok(format!("\"{text}\""))
+}
+
+fn systemctl(verb: &[&str], units: &[String], deadline: Duration) -> Result<()> {
+    let mut command = command();
+    command.args(verb).args(units);
+    let shown = || format!("cannot have systemd do `{}`", [verb.join(" "), units.join(" ")].join(" ").trim());
+    let finished = command::run(&mut command, deadline).with_context(shown)?;
+    finished.success().map(drop).with_context(shown)
+}
+
+fn ask(arguments: &[&str]) -> Result<String> {
+    let shown = || format!("cannot ask systemd to `{}`", arguments.join(" "));
+    let finished = command::run(command().args(arguments), QUICK).with_context(shown)?;
+    Ok(finished.success().with_context(shown)?.stdout)
+}
+
+fn command() -> Command {
+    let mut command = Command::new("systemctl");
+    command.args(["--no-pager", "--no-ask-password"]).env("LC_ALL", "C").env("SYSTEMD_COLORS", "0");
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_units_of_the_default_home_name_its_roles() {
+        let home = Home::new("/opt/aops");
+        let spm = contents(&home, Role::Spm).unwrap();
+        for line in [
+            "ExecStart=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" --service systemd",
+            "ExecStop=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" stop-hook",
+            "Type=notify",
+            "Restart=always",
+            "StartLimitIntervalSec=0",
+            "KillMode=process",
+            "Wants=aops-spa.service",
+            "WantedBy=multi-user.target",
+            "SuccessExitStatus=100",
+            "RestartPreventExitStatus=100",
+        ] {
+            assert!(spm.lines().any(|found| found == line), "{line}\n{spm}");
+        }
+        let spa = contents(&home, Role::Spa).unwrap();
+        for line in
+            ["ExecStart=\"/opt/aops/bin/aops-spa\" --home \"/opt/aops\" --service systemd", "After=aops-spm.service"]
+        {
+            assert!(spa.lines().any(|found| found == line), "{line}\n{spa}");
+        }
+        assert!(!spa.contains("ExecStop"));
+        for unit in [spm, spa] {
+            assert!(!unit.contains('@'), "{unit}");
+        }
+    }
+
+    #[test]
+    fn another_home_has_units_of_its_own_and_is_quoted() {
+        let home = Home::new("/srv/my home/100%/a$b\"c\\d");
+        let spm = contents(&home, Role::Spm).unwrap();
+        assert!(spm.contains(
+            r#"ExecStart="/srv/my home/100%%/a$b\"c\\d/bin/aops-spm" --home "/srv/my home/100%%/a$$b\"c\\d" --service systemd"#
+        ));
+        assert!(spm.contains(&format!("Wants={}.service", unit_name(&home, Role::Spa))));
+        assert!(contents(&Home::new("/srv/a\nb"), Role::Spm).is_err());
+    }
+
+    #[test]
+    fn what_systemd_shows_is_read() {
+        let (state, job) = parse_show(
+            "Job=4711\nLoadState=loaded\nActiveState=deactivating\nSubState=stop\nResult=success\nMainPID=42\nUnitFileState=enabled\n",
+        );
+        assert_eq!(
+            (state.main_pid, state.active_state.as_str(), job.as_deref()),
+            (Some(42), "deactivating", Some("4711"))
+        );
+        assert!(!state.is_forbidden());
+
+        let (state, job) = parse_show(
+            "MainPID=0\nLoadState=not-found\nActiveState=inactive\nSubState=dead\nResult=success\nUnitFileState=\nJob=\n",
+        );
+        assert_eq!((state.main_pid, job, state.is_forbidden()), (None, None, false));
+        assert!(parse_show("LoadState=masked\n").0.is_forbidden());
+        assert!(parse_show("LoadState=loaded\nUnitFileState=disabled\nJob=0\n").0.is_forbidden());
+    }
+}
