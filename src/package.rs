@@ -108,10 +108,12 @@ pub fn fetch(
         let sources = fetch::sources(endpoints, wanted.tarball.as_deref())?;
         let mut failures = Vec::new();
         for source in &sources {
-            let tree = fetch::package(client, source, &file, wanted, places, progress).and_then(|downloaded| {
-                let tree = open(&downloaded.archive, packing, &downloaded.signature, wanted, keys, &places.staging);
+            let tree = fetch::signature(client, source, &file).and_then(|signature| {
+                let examined = verify::examine(&signature, keys, wanted)?;
+                let archive = fetch::archive(client, source, &file, wanted, places, progress)?;
+                let tree = open(&archive, packing, examined, wanted, keys, &places.staging);
                 // Whole and unpacked, it is no longer needed; refused, it must not be taken for good the next time.
-                store::remove(&downloaded.archive)?;
+                store::remove(&archive)?;
                 tree
             });
             match tree {
@@ -133,7 +135,8 @@ pub fn open_local(file: &Path, wanted: &Wanted, keys: &Keys, staging: &Path) -> 
         let packing = packing.context("its name ends neither in .tar.zst nor in .tar.gz nor in .zip")?;
         fs::create_dir_all(staging).with_context(|| format!("cannot make {}", staging.display()))?;
         fetch::ensure_space(staging, fs::metadata(file)?.len().saturating_mul(fetch::SPACE_PER_PACKAGE))?;
-        open(file, packing, &local_signature(file)?, wanted, keys, staging)
+        let examined = verify::examine(&local_signature(file)?, keys, wanted)?;
+        open(file, packing, examined, wanted, keys, staging)
     };
     attempt().with_context(|| format!("cannot use the package {}", file.display()))
 }
@@ -158,7 +161,7 @@ fn local_signature(file: &Path) -> Result<String> {
 fn open(
     archive: &Path,
     packing: Packing,
-    signature: &str,
+    signature: verify::Examined,
     wanted: &Wanted,
     keys: &Keys,
     staging: &Path,

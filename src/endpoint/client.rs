@@ -65,12 +65,21 @@ pub struct Client {
 
 impl Client {
     /// Reads what `trust` names. `agent_id` is what the host calls itself towards its endpoints.
+    /// Goes through the proxy that the environment names, but for what `NO_PROXY` lists and for this very machine.
     pub fn new(trust: &Trust, agent_id: Option<&AgentId>, timeouts: Timeouts) -> Result<Client> {
+        Client::through(Proxy::try_from_env(), trust, agent_id, timeouts)
+    }
+
+    pub(super) fn through(
+        proxy: Option<Proxy>,
+        trust: &Trust,
+        agent_id: Option<&AgentId>,
+        timeouts: Timeouts,
+    ) -> Result<Client> {
         let insecure = *trust == Trust::Insecure;
         if insecure {
             tracing::warn!("certificates are not checked, and plain http is allowed (--insecure)");
         }
-        let proxy = Proxy::try_from_env();
         let tls_proxy = proxy.as_ref().map(Proxy::uri).filter(|uri| uri.scheme_str() == Some("https"));
         let tls_proxy = tls_proxy.and_then(|uri| uri.authority()).map(|authority| authority.to_string());
         let first_contact = Arc::new(Mutex::new(None));

@@ -163,11 +163,11 @@ fn a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_auth
     let authority: Change = |params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let changes: [Change; 3] = [|_| {}, |params| params.is_ca = IsCa::ExplicitNoCa, authority];
     for change in changes {
-        let identity = self_signed(&["127.0.0.1"], change);
+        let identity = self_signed(&["127.0.0.1", "gw.example"], change);
         let (_directory, trust) = ca_file(&identity.pem);
         let server = serves(&identity);
         assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
-        refused(&trust, &server.endpoint_by("localhost"), &["it is for", "127.0.0.1"]);
+        refused(&trust, &server.endpoint_by("localhost"), &["it is for 127.0.0.1, gw.example;"]);
     }
     // The same key, marked as an authority, yet not the certificate that was given.
     let key = KeyPair::generate().unwrap();
@@ -292,6 +292,50 @@ fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
     let expected: Vec<_> = expected.map(|(method, path, id)| (method.to_owned(), path.to_owned(), id)).into();
     assert_eq!(*seen.lock().unwrap(), expected);
     assert_eq!(server.connections(), 1);
+}
+
+#[test]
+fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
+    let identity = self_signed(&["gateway.example"], |_| {});
+    let server = serves(&identity);
+    let (listener, target) = (std::net::TcpListener::bind("127.0.0.1:0").unwrap(), server.address());
+    let address = listener.local_addr().unwrap();
+    let proxy = std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        let mut asked = Vec::new();
+        while !asked.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            client.read_exact(&mut byte).unwrap();
+            asked.push(byte[0]);
+        }
+        client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+        let server = std::net::TcpStream::connect(target).unwrap();
+        let (mut up, mut down) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+        let upward = std::thread::spawn(move || {
+            let _ = std::io::copy(&mut up, &mut down);
+            let _ = down.shutdown(std::net::Shutdown::Both);
+        });
+        let _ = std::io::copy(&mut &server, &mut client);
+        let _ = client.shutdown(std::net::Shutdown::Both);
+        upward.join().unwrap();
+        String::from_utf8(asked).unwrap()
+    });
+    let (_directory, trust) = ca_file(&identity.pem);
+    let through =
+        |url: String| Client::through(Some(ureq::Proxy::new(&url).unwrap()), &trust, None, Timeouts::exchange());
+    let client = through(format!("http://{address}")).unwrap();
+    let endpoint = format!("https://gateway.example:{}", target.port()).parse().unwrap();
+    assert_eq!(client.get(&endpoint, "/", &[]).unwrap().bytes(10).unwrap(), b"hello");
+    drop(client);
+    let asked = proxy.join().unwrap();
+    assert!(asked.starts_with(&format!("CONNECT gateway.example:{} HTTP/1.1\r\n", target.port())), "{asked}");
+
+    let client = through(format!("http://{address}")).unwrap();
+    let error = format!("{:#}", client.get(&server.endpoint(), "/", &[]).unwrap_err());
+    assert!(error.contains("it is for gateway.example"), "{error}");
+    let client = through("socks5://127.0.0.1:1".to_owned()).unwrap();
+    let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
+    assert!(error.contains("only http:// and https:// proxies"), "{error}");
 }
 
 #[test]

@@ -24,6 +24,9 @@ use crate::store;
 /// A file of certificates is refused beyond this; the whole of Mozilla's list is 220 kB.
 const MAX_CA_FILE_BYTES: u64 = 4 << 20;
 
+/// Of the names that a certificate is for, in an error.
+const MAX_NAMES_SHOWN: usize = 10;
+
 /// Which certificates are accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trust {
@@ -235,13 +238,21 @@ fn why(error: rustls::Error) -> Why {
         rustls::Error::InvalidCertificate(error) => match error {
             CertificateError::UnknownIssuer | CertificateError::BadSignature => Why::UnknownIssuer,
             CertificateError::NotValidForName => Why::WrongName { presented: Vec::new() },
-            CertificateError::NotValidForNameContext { presented, .. } => Why::WrongName { presented },
+            CertificateError::NotValidForNameContext { presented, .. } => Why::WrongName {
+                presented: presented.iter().take(MAX_NAMES_SHOWN).map(|name| bare_name(name)).collect(),
+            },
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => Why::Expired,
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Why::NotYetValid,
             other => Why::Unusable(other.to_string()),
         },
         other => Why::Unusable(other.to_string()),
     }
+}
+
+/// `gw.example` out of `DnsName("gw.example")`, as the names are given to us; without what could disturb a terminal.
+fn bare_name(presented: &str) -> String {
+    let inner = presented.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(presented);
+    inner.trim_matches('"').chars().filter(|c| !c.is_control()).take(255).collect()
 }
 
 impl ServerCertVerifier for Verifier {

@@ -43,10 +43,19 @@ pub(super) struct Source {
     ours: bool,
 }
 
-#[derive(Debug)]
-pub(super) struct Downloaded {
-    pub(super) archive: PathBuf,
-    pub(super) signature: String,
+impl Source {
+    fn get(&self, client: &Client, file: &str, headers: &[(&str, &str)]) -> Result<Reply> {
+        let path = format!("/{file}");
+        match self.ours {
+            true => client.get(&self.directory, &path, headers),
+            false => client.get_unnamed(&self.directory, &path, headers),
+        }
+    }
+
+    fn lacks(&self, file: &str) -> anyhow::Error {
+        let url = self.directory.url(&format!("/{file}"));
+        anyhow!("there is no such package: {url} is not there; publish it with `aops gateway publish`")
+    }
 }
 
 /// Where to look, in this order.
@@ -136,45 +145,33 @@ enum Failure {
     Final(anyhow::Error),
 }
 
-/// Downloads the signature and then the archive, which lies in the cache under its own name afterwards.
-pub(super) fn package(
+/// Downloads a package's signature.
+pub(super) fn signature(client: &Client, source: &Source, file: &str) -> Result<String> {
+    let name = format!("{file}{SIGNATURE_SUFFIX}");
+    let bytes = persistently(|| {
+        let reply = answered(source.get(client, &name, &[]), 0)?;
+        match reply.status() {
+            200 => reply.bytes(MAX_SIGNATURE_BYTES).map_err(|error| Failure::Cut { error, brought: 0, pause: None }),
+            404 | 410 => Err(Failure::Final(source.lacks(&name))),
+            _ => Err(refused(reply)),
+        }
+    })?;
+    String::from_utf8(bytes).context("its signature file is not text")
+}
+
+/// Downloads a package into the cache, where it lies under its own name afterwards.
+pub(super) fn archive(
     client: &Client,
     source: &Source,
     file: &str,
     wanted: &Wanted,
     places: &Places,
     progress: &mut dyn FnMut(u64, Option<u64>),
-) -> Result<Downloaded> {
+) -> Result<PathBuf> {
     if let Some(size) = wanted.size {
         ensure!(size <= MAX_PACKAGE_BYTES, "it has {size} bytes, more than {MAX_PACKAGE_BYTES}");
         ensure_space(&places.staging, size.saturating_mul(SPACE_PER_PACKAGE))?;
     }
-    let get = |name: &str, headers: &[(&str, &str)]| {
-        let path = format!("/{name}");
-        if source.ours {
-            client.get(&source.directory, &path, headers)
-        } else {
-            client.get_unnamed(&source.directory, &path, headers)
-        }
-    };
-    let missing = |name: &str| {
-        anyhow!(
-            "there is no such package: {} is not there; publish it with `aops gateway publish`",
-            source.directory.url(&format!("/{name}"))
-        )
-    };
-    let name = format!("{file}{SIGNATURE_SUFFIX}");
-    let signature = persistently(|| {
-        let reply = answered(get(&name, &[]), 0)?;
-        match reply.status() {
-            200 => reply.bytes(MAX_SIGNATURE_BYTES).map_err(|error| Failure::Cut { error, brought: 0, pause: None }),
-            404 | 410 => Err(Failure::Final(missing(&name))),
-            _ => Err(refused(reply)),
-        }
-    })?;
-    let signature = String::from_utf8(signature).context("its signature file is not text")?;
-
-    let archive = places.cache.join(file);
     let part =
         Part { path: places.cache.join(format!("{file}.part")), etag: places.cache.join(format!("{file}.part.etag")) };
     persistently(|| {
@@ -182,23 +179,25 @@ pub(super) fn package(
         let range = resumable.as_ref().map(|(have, etag)| (format!("bytes={have}-"), etag.as_str()));
         let headers = range.as_ref().map(|(range, etag)| [("range", range.as_str()), ("if-range", *etag)]);
         let have = resumable.as_ref().map_or(0, |(have, _)| *have);
-        let reply = answered(get(file, headers.as_ref().map_or(&[], |headers| headers.as_slice())), have)?;
+        let reply = answered(source.get(client, file, headers.as_ref().map_or(&[], |both| both.as_slice())), have)?;
         match reply.status() {
             200 => receive(reply, 0, &part, wanted, places, progress),
-            206 if range_starts_at(&reply, have) => receive(reply, have, &part, wanted, places, progress),
-            // Our part does not fit what is there.
+            206 if have > 0 && range_starts_at(&reply, have) => receive(reply, have, &part, wanted, places, progress),
+            // All of it was there already.
+            416 if have > 0 && reply.header("content-range") == Some(format!("bytes */{have}").as_str()) => Ok(()),
             206 | 416 => {
                 part.remove();
                 let error = anyhow!("{} cannot resume the download of {file}", source.directory.origin());
                 Err(Failure::Cut { error, brought: 0, pause: None })
             }
-            404 | 410 => Err(Failure::Final(missing(file))),
+            404 | 410 => Err(Failure::Final(source.lacks(file))),
             _ => Err(refused(reply)),
         }
     })?;
+    let archive = places.cache.join(file);
     fs::rename(&part.path, &archive).with_context(|| format!("cannot rename {}", part.path.display()))?;
     part.remove();
-    Ok(Downloaded { archive, signature })
+    Ok(archive)
 }
 
 /// Tries again what was cut, until it is done, hopeless, or cut too often.

@@ -136,7 +136,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
     };
     let mut tampered = bytes.clone();
     *tampered.last_mut().unwrap() ^= 1;
-    let relabelled = good.replace("version=1.0", "version=1.1");
+    let relabelled = good.replace("epoch=3", "epoch=9");
     let wanted = Wanted::new(release());
     let stranger_id = stranger.keys().ids().next().unwrap().to_string();
     let sign = |comment: &str| signer.sign(&bytes, comment);
@@ -307,6 +307,35 @@ fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
 }
 
 #[test]
+fn a_download_that_only_lacked_its_name_is_not_made_again() {
+    let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(1000));
+    let signature = signer.sign(&bytes, &binding(1));
+    fs::create_dir_all(&desk.places.cache).unwrap();
+    fs::write(desk.places.cache.join("demo-1.0_linux_amd64.tar.zst.part"), &bytes).unwrap();
+    fs::write(desk.places.cache.join("demo-1.0_linux_amd64.tar.zst.part.etag"), "\"a\"").unwrap();
+    let all = format!("bytes */{}", bytes.len());
+    let server = Server::plain(move |asked| match asked.path.ends_with(SIGNATURE_SUFFIX) {
+        true => Told::ok(signature.clone()),
+        false => Told { headers: vec![("content-range", all.clone())], ..Told::status(416) },
+    });
+    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &signer.keys()).unwrap();
+}
+
+#[test]
+fn a_package_that_could_not_be_accepted_is_not_downloaded() {
+    let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(1000));
+    let signature = signer.sign(&bytes, &binding(1));
+    let server = Server::plain(move |asked| match asked.path.ends_with(SIGNATURE_SUFFIX) {
+        true => Told::ok(signature.clone()),
+        false => panic!("{} was asked for", asked.path),
+    });
+    let wanted = Wanted { least_epoch: 2, ..Wanted::new(release()) };
+    assert!(desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err().contains("epoch 1"));
+    let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &Signer::new().keys()).unwrap_err();
+    assert!(error.contains("not trusted here"), "{error}");
+}
+
+#[test]
 fn a_busy_gateway_is_asked_again_and_a_refusing_one_is_quoted() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
     let signature = signer.sign(&bytes, &binding(1));
@@ -352,7 +381,15 @@ fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks()
 #[test]
 fn what_cannot_fit_is_not_begun() {
     let (desk, signer) = (Desk::new(), Signer::new());
-    let server = depot(Vec::new(), String::new());
+    let count = Arc::new(AtomicUsize::new(0));
+    let (signature, downloads) = (signer.sign(b"", &binding(1)), Arc::clone(&count));
+    let server = Server::plain(move |asked| match asked.path.ends_with(SIGNATURE_SUFFIX) {
+        true => Told::ok(signature.clone()),
+        false => {
+            downloads.fetch_add(1, Ordering::SeqCst);
+            Told::status(500)
+        }
+    });
     let wanted = Wanted { size: Some(4 << 30), ..Wanted::new(release()) };
     fs::create_dir_all(&desk.places.staging).unwrap();
     let free = crate::platform::free_space(&desk.places.staging).unwrap();
@@ -362,7 +399,7 @@ fn what_cannot_fit_is_not_begun() {
         for word in ["not enough space", &staging, "free", "needed"] {
             assert!(error.contains(word), "{error}");
         }
-        assert_eq!(server.connections(), 0);
+        assert_eq!(count.load(Ordering::SeqCst), 0);
     }
     let error = fetch::ensure_space(&desk.places.staging, u64::MAX).unwrap_err();
     assert!(error.to_string().contains("not enough space"), "{error}");

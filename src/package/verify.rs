@@ -15,27 +15,24 @@ use crate::core::model::{Binding, Digest};
 
 const CHUNK_BYTES: usize = 64 << 10;
 
+/// A signature that could do: by a trusted key, of the right kind, for what is wanted. Whether it is true, the bytes have yet to show.
+pub(super) struct Examined {
+    signature: Signature,
+    signer: KeyId,
+    binding: Binding,
+}
+
 #[derive(Debug)]
 pub(super) struct Verified {
     pub(super) binding: Binding,
     pub(super) sha256: Digest,
 }
 
-/// Reads the whole of `archive` and leaves it at its beginning, to be read again through the same open file.
-pub(super) fn verify(archive: &mut File, signature: &str, keys: &Keys, wanted: &Wanted) -> Result<Verified> {
-    let (signature, signer) = decode(signature)?;
-    let mut verifiers = keys
-        .with_id(signer)
-        .map(|key| key.verify_stream(&signature))
-        .collect::<Result<Vec<StreamVerifier<'_>>, Error>>()
-        .map_err(|error| match error {
-            Error::UnsupportedLegacyMode => anyhow::anyhow!(
-                "the signature is of minisign's legacy kind, which is not accepted; sign again with `minisign -S -H`, or \
-                 publish again with `aops gateway publish`"
-            ),
-            error => anyhow::anyhow!("the signature cannot be used: {error}"),
-        })?;
-    if verifiers.is_empty() {
+/// Looks at a signature before its package is downloaded: what could not be accepted anyway is not worth the way.
+pub(super) fn examine(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
+    let (signature, signer) = decode(text)?;
+    let mut trusted = keys.with_id(signer).peekable();
+    if trusted.peek().is_none() {
         let trusted: Vec<String> = keys.ids().map(|id| id.to_string()).collect();
         bail!(
             "the package is signed by the key {signer}, which is not trusted here (trusted{}: {}); if it should be, add its \
@@ -44,10 +41,39 @@ pub(super) fn verify(archive: &mut File, signature: &str, keys: &Keys, wanted: &
             trusted.join(", ")
         );
     }
-    // What it claims to be can be wrong for honest reasons, which are better told than "tampered"; it counts only below.
+    for key in trusted {
+        key.verify_stream(&signature).map_err(|error| match error {
+            Error::UnsupportedLegacyMode => anyhow::anyhow!(
+                "the signature is of minisign's legacy kind, which is not accepted; sign again with `minisign -S -H`, or \
+                 publish again with `aops gateway publish`"
+            ),
+            error => anyhow::anyhow!("the signature cannot be used: {error}"),
+        })?;
+    }
     let binding = binding(&signature)?;
-    let matches = matches(&binding, wanted);
+    ensure!(
+        binding.release == wanted.release,
+        "the package is signed as {}, not as the {} that was asked for",
+        binding.release,
+        wanted.release
+    );
+    ensure!(
+        binding.epoch >= wanted.least_epoch,
+        "the package is of epoch {}, older than the {} that this host has committed for {}: packages of earlier epochs were \
+         withdrawn; publish it again with `--epoch {}`",
+        binding.epoch,
+        wanted.least_epoch,
+        wanted.release.name,
+        wanted.least_epoch
+    );
+    Ok(Examined { signature, signer, binding })
+}
 
+/// Reads the whole of `archive` and leaves it at its beginning, to be read again through the same open file.
+pub(super) fn verify(archive: &mut File, examined: Examined, keys: &Keys, wanted: &Wanted) -> Result<Verified> {
+    let Examined { signature, signer, binding } = examined;
+    let streams = keys.with_id(signer).map(|key| key.verify_stream(&signature));
+    let mut verifiers = streams.collect::<Result<Vec<StreamVerifier<'_>>, Error>>()?;
     let mut hasher = Sha256::new();
     let mut chunk = vec![0; CHUNK_BYTES];
     let mut size = 0;
@@ -70,7 +96,6 @@ pub(super) fn verify(archive: &mut File, signature: &str, keys: &Keys, wanted: &
              signed; nothing of it was unpacked. Publish it again, and find out who changed it"
         );
     }
-    matches?;
     ensure_size(size, wanted.size)?;
     let sha256 = hex(&hasher.finalize()).parse::<Digest>().context("cannot note the package's SHA-256")?;
     if let Some(announced) = &wanted.sha256 {
@@ -94,25 +119,6 @@ fn binding(signature: &Signature) -> Result<Binding> {
         "the signature does not say what the package is; sign it with `aops gateway publish`, or give minisign the comment \
          `-t \"name=… version=… os=… arch=… epoch=…\"`",
     )
-}
-
-fn matches(binding: &Binding, wanted: &Wanted) -> Result<()> {
-    ensure!(
-        binding.release == wanted.release,
-        "the package is signed as {}, not as the {} that was asked for",
-        binding.release,
-        wanted.release
-    );
-    ensure!(
-        binding.epoch >= wanted.least_epoch,
-        "the package is of epoch {}, older than the {} that this host has committed for {}: packages of earlier epochs were \
-         withdrawn; publish it again with `--epoch {}`",
-        binding.epoch,
-        wanted.least_epoch,
-        wanted.release.name,
-        wanted.least_epoch
-    );
-    Ok(())
 }
 
 fn hex(bytes: &[u8]) -> String {
