@@ -48,6 +48,21 @@ pub fn default_home() -> PathBuf {
     PathBuf::from("/opt/aops")
 }
 
+/// Whether a file can be run, by its mode.
+pub fn is_executable(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+}
+
+/// Puts the executable `new` in the place of `path` by one rename, also while that one runs.
+pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
+    fs::rename(new, path)
+}
+
+/// A running executable can be removed: there is nothing to do before its directory is.
+pub fn leave_directory(_directory: &Path) -> io::Result<()> {
+    Ok(())
+}
+
 // --- placeholder, the real ones are written elsewhere
 
 pub fn detach(_command: &mut std::process::Command) {}
