@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+#[cfg(feature = "gateway")]
+use crate::gateway;
 use crate::home::Home;
 use crate::host_service::product;
 use crate::{control, installation, package, platform, service, spa, spm};
-#[cfg(feature = "gateway")]
-use crate::gateway;
 
 /// Keeps this host's agents installed, at the right version, running and
 /// reported
@@ -150,9 +150,13 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     if cli.version {
         return print_version(cli.verbose);
     }
-    let Some(command) = cli.command else { Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is needed").exit() };
+    let Some(command) = cli.command else {
+        Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is needed").exit()
+    };
     match command {
-        Command::Install(options) | Command::Service { command: ServiceCommand::Install(options) } => service::install(&options, &surroundings()),
+        Command::Install(options) | Command::Service { command: ServiceCommand::Install(options) } => {
+            service::install(&options, &surroundings())
+        }
         Command::Control { home, command: ControlCommand::Verb(verb) } => control::main(&home.find(), &verb),
         Command::Control { home, command: ControlCommand::Uninstall { yes } } => service::uninstall(&home.find(), yes),
         Command::Service { command: ServiceCommand::Verb(verb) } => run_service(verb),

@@ -7,7 +7,7 @@ mod logs;
 mod show;
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -15,10 +15,10 @@ use crate::core::model::AgentName;
 use crate::core::status::{HomeState, RoleStatus, Status};
 use crate::door::{self, Request};
 use crate::home::Home;
-use crate::host_service::{self, Kind};
+use crate::host_service::Kind;
 use crate::installation::{self, Installed, Manager};
 use crate::role::{self, Role};
-use crate::{platform, process};
+use crate::{lifecycle, process};
 
 pub use logs::LogOptions;
 
@@ -31,11 +31,6 @@ const NOT_INSTALLED: u8 = 4;
 const ANSWER: Duration = Duration::from_secs(5);
 /// The roles come up within this.
 const START: Duration = Duration::from_secs(30);
-/// A stop gives every sub-agent its grace period.
-const STOP: Duration = Duration::from_secs(3700);
-/// The roles end within this once the sub-agents have.
-const ROLES_END: Duration = Duration::from_secs(15);
-const LOOK: Duration = Duration::from_millis(50);
 
 /// What an operator may ask for.
 #[derive(Debug, Clone, clap::Subcommand)]
@@ -132,90 +127,32 @@ fn status(home: &Home) -> Result<Status> {
 fn boot_note(home: &Home) -> Option<String> {
     let service = Installed::load(home).ok().flatten().map(|installed| installed.service)?;
     (service == Kind::None).then(|| {
-        format!(
-            "nothing starts this home at boot; have the host run `{} start` then",
-            home.control_link().display()
-        )
+        format!("nothing starts this home at boot; have the host run `{} start` then", home.control_link().display())
     })
 }
 
-fn service(home: &Home) -> Result<Kind> {
-    Ok(Installed::load(home)?.map_or(Kind::None, |installed| installed.service))
-}
-
 fn start(home: &Home) -> Result<()> {
-    role::clear_stop(home).context("cannot start: the recorded stop cannot be taken back")?;
-    if role::living(home, Role::Spm).is_none() {
-        role::forget(home, Role::Spm)?;
-        role::forget(home, Role::Spa)?;
-    }
-    match service(home)? {
-        Kind::Systemd => host_service::start(home, &[Role::Spm, Role::Spa])?,
-        Kind::None if role::is_taken(home, Role::Spm) => {}
-        Kind::None => drop(role::spawn(home, Role::Spm)?),
-    }
-    door::wait_until_it_answers(home, START)?;
+    lifecycle::start(home)?;
+    door::wait_until_it_answers(home, START).context("cannot start")?;
     anstream::eprintln!("started");
     Ok(())
 }
 
 /// Stops everything, whoever is alive to help. Nothing of it comes back by itself.
 fn stop(home: &Home) -> Result<()> {
-    role::record_stop(home).context("cannot stop: the stop cannot be recorded, so that what is stopped would be started again")?;
-    let asked = door::ask(home, &Request::Stop, STOP);
-    match &asked {
-        Ok(Some(reply)) => {
-            if let Some(error) = &reply.error {
-                anstream::eprintln!("the manager could not stop every sub-agent: {error}");
-            }
-        }
-        Ok(None) => {}
-        Err(error) => anstream::eprintln!("the manager did not stop the sub-agents ({error:#}); they are stopped without it"),
+    for remark in lifecycle::stop(home)? {
+        anstream::eprintln!("{remark}");
     }
-    if service(home)? == Kind::Systemd {
-        host_service::stop(home, &[Role::Spa, Role::Spm])?;
-    }
-    for role in [Role::Spa, Role::Spm] {
-        end_role(home, role)?;
-    }
-    process::tree::end_all(home)?;
-    // A start by the service manager in the meantime took the record back.
-    role::record_stop(home)?;
     anstream::eprintln!("stopped");
     Ok(())
 }
 
-/// Waits for a role to end by itself, which it was told to, and ends it if it does not.
-fn end_role(home: &Home, role: Role) -> Result<()> {
-    let deadline = Instant::now() + ROLES_END;
-    while let Some(holder) = role::living(home, role) {
-        if Instant::now() >= deadline {
-            anstream::eprintln!("the {} does not end by itself and is killed", role.name());
-            holder.kill()?;
-        }
-        platform::pause(LOOK);
-    }
-    Ok(())
-}
-
 fn restart(home: &Home) -> Result<()> {
-    let before = role::living(home, Role::Spm).map(|holder| holder.pid);
-    if before.is_none() || role::is_stop_recorded(home) {
+    if role::living(home, Role::Spm).is_none() || role::is_stop_recorded(home) {
         return start(home);
     }
-    match service(home)? {
-        Kind::Systemd => host_service::restart(home, &[Role::Spm, Role::Spa])?,
-        Kind::None => {
-            if let Some(spa) = role::living(home, Role::Spa) {
-                spa.ask_to_end()?;
-                end_role(home, Role::Spa)?;
-            }
-            door::ask(home, &Request::Yield, ANSWER)?;
-            end_role(home, Role::Spm)?;
-            drop(role::spawn(home, Role::Spm)?);
-        }
-    }
-    door::wait_until_it_answers(home, START)?;
+    lifecycle::renew(home)?;
+    door::wait_until_it_answers(home, START).context("cannot restart")?;
     anstream::eprintln!("restarted; the sub-agents were left running");
     Ok(())
 }

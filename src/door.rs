@@ -34,7 +34,10 @@ const MAX_CONNECTIONS: usize = 64;
 #[serde(tag = "verb", rename_all = "camelCase")]
 pub enum Request {
     /// This connection is the other role's: watch it as it watches you.
-    Hello { role: Role, pid: u32 },
+    Hello {
+        role: Role,
+        pid: u32,
+    },
     /// Are you still working?
     Ping,
     Status,
@@ -43,7 +46,9 @@ pub enum Request {
     /// End yourself and leave the sub-agents running.
     Yield,
     /// Stop and start one sub-agent.
-    Restart { agent: AgentName },
+    Restart {
+        agent: AgentName,
+    },
 }
 
 /// What the manager answers.
@@ -82,11 +87,18 @@ pub enum Farewell {
 pub enum Knock {
     Asked(Request, oneshot::Sender<Reply>),
     /// The other role's connection ended: it is dead, or has left.
-    PeerGone { role: Role, pid: u32 },
+    PeerGone {
+        role: Role,
+        pid: u32,
+    },
 }
 
 /// Lets everybody in until the task is dropped. Each connection is a task; what is asked goes to `knocks`.
-pub async fn serve(mut listener: LocalListener, knocks: mpsc::Sender<Knock>, farewell: watch::Receiver<Option<Farewell>>) {
+pub async fn serve(
+    mut listener: LocalListener,
+    knocks: mpsc::Sender<Knock>,
+    farewell: watch::Receiver<Option<Farewell>>,
+) {
     let seats = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(seat) = seats.clone().acquire_owned().await else { return };
@@ -108,7 +120,11 @@ pub async fn serve(mut listener: LocalListener, knocks: mpsc::Sender<Knock>, far
     }
 }
 
-async fn converse(stream: LocalStream, knocks: mpsc::Sender<Knock>, mut farewell: watch::Receiver<Option<Farewell>>) -> Result<()> {
+async fn converse(
+    stream: LocalStream,
+    knocks: mpsc::Sender<Knock>,
+    mut farewell: watch::Receiver<Option<Farewell>>,
+) -> Result<()> {
     let (reader, mut writer) = tokio::io::split(stream);
     let mut lines = tokio::io::BufReader::new(reader);
     let mut peer = None;
@@ -188,11 +204,18 @@ impl Door {
         let path = home.control_socket();
         let connection = match platform::connect_local(&path, timeout) {
             Ok(connection) => connection,
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                bail!("cannot open the control socket {}: only its owner and root may; run this as one of them", path.display())
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                return Ok(None);
             }
-            Err(error) => return Err(error).with_context(|| format!("cannot open the control socket {}", path.display())),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                bail!(
+                    "cannot open the control socket {}: only its owner and root may; run this as one of them",
+                    path.display()
+                )
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot open the control socket {}", path.display()));
+            }
         };
         let writer = platform::clone_local(&connection)?;
         Ok(Some(Door { reader: BufReader::new(connection), writer }))
@@ -233,7 +256,9 @@ pub fn hear(reader: &mut BufReader<LocalConnection>) -> Result<Heard> {
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
             bail!("the manager does not answer in time")
         }
-        Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => return Ok(Heard::End),
+        Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+            return Ok(Heard::End);
+        }
         Err(error) => return Err(error).context("cannot hear the manager"),
     }
     if let Ok(word) = serde_json::from_slice(&line) {

@@ -36,6 +36,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
+use crate::logging;
+
 /// What the gateway can be asked to do.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
@@ -57,7 +59,10 @@ pub fn main(command: Command) -> Result<ExitCode> {
     match command {
         Command::Init(args) => init::run(&args)?,
         Command::Publish(args) => publish::run(&args)?,
-        Command::Run(args) => serve::run(&args)?,
+        Command::Run(args) => {
+            logging::to_stderr();
+            serve::run(&args)?;
+        }
         Command::Schema => schema::print()?,
         Command::Status(args) => status::run(&args)?,
     }
@@ -80,7 +85,10 @@ impl Place {
     fn initialized(root: &Path) -> Result<Place> {
         let place = Place::new(root);
         if !root.is_dir() {
-            bail!("cannot find the gateway's directory {0}; make it with `aops gateway init --dir {0}`", root.display());
+            bail!(
+                "cannot find the gateway's directory {0}; make it with `aops gateway init --dir {0}`",
+                root.display()
+            );
         }
         if !place.depot().is_dir() {
             bail!("cannot find a gateway in {0}; make one with `aops gateway init --dir {0}`", root.display());

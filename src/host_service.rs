@@ -24,16 +24,6 @@ pub enum Kind {
     None,
 }
 
-impl Kind {
-    /// The word in `install.json`, and for `--service` of a role.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Kind::Systemd => "systemd",
-            Kind::None => "none",
-        }
-    }
-}
-
 /// What the service manager's view of a dead role's unit means for who would revive it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {

@@ -64,6 +64,12 @@ pub struct Installed {
 }
 
 impl Installed {
+    /// Nothing is known but who starts the roles.
+    pub fn by(service: Kind) -> Installed {
+        let unknown = Unknown::default();
+        Installed { service, product: String::new(), created_directories: Vec::new(), linked: Vec::new(), unknown }
+    }
+
     pub fn load(home: &Home) -> Result<Option<Installed>> {
         store::load(&Installed::path(home))
     }

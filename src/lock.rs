@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -20,14 +20,7 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A lock that is held until this is dropped or the process ends.
 #[derive(Debug)]
 pub struct Held {
-    path: PathBuf,
     _lock: RwLock<File>,
-}
-
-impl Held {
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
 }
 
 /// Takes the lock at `path`, trying until `deadline` has passed; `None`: somebody else still holds it.
@@ -55,7 +48,7 @@ fn attempt(path: &Path) -> Result<Option<Held>> {
         Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
         Err(error) => return Err(error.into()),
     }
-    Ok(Some(Held { path: path.to_owned(), _lock: lock }))
+    Ok(Some(Held { _lock: lock }))
 }
 
 /// Whether somebody holds the lock at `path` now. For display and for deciding whom to wait for, never for exclusion.

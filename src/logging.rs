@@ -1,7 +1,7 @@
 //! The logs of the roles: one line an event, a constant sentence and fields, in a file that is capped, with one older piece beside it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -26,8 +26,10 @@ pub fn to_file(path: &Path) -> Result<()> {
 }
 
 /// Sends everything that is logged to the standard error output.
+#[cfg(feature = "gateway")]
 pub fn to_stderr() {
-    tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).with_timer(Utc).init();
+    let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(colours).with_target(false).with_timer(Utc).init();
 }
 
 /// RFC 3339, UTC, to the millisecond.

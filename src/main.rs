@@ -24,6 +24,7 @@ mod door;
 mod endpoint;
 mod host_service;
 mod installation;
+mod lifecycle;
 mod logging;
 mod package;
 mod process;

@@ -53,11 +53,25 @@ impl Role {
 pub fn spawn(home: &Home, role: Role) -> Result<Child> {
     let program = home.role_link(role.program());
     let mut command = Command::new(&program);
-    command.arg("--home").arg(home.root()).current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .arg("--home")
+        .arg(home.root())
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("AOPS_")) {
         command.env_remove(name);
     }
-    for name in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "JOURNAL_STREAM", "LISTEN_FDS", "LISTEN_PID"] {
+    for name in [
+        "NOTIFY_SOCKET",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+        "INVOCATION_ID",
+        "JOURNAL_STREAM",
+        "LISTEN_FDS",
+        "LISTEN_PID",
+    ] {
         command.env_remove(name);
     }
     platform::detach(&mut command);
@@ -104,7 +118,8 @@ impl Holder {
     /// Asks it to end in order: a manager leaves its sub-agents running.
     pub fn ask_to_end(&self) -> Result<()> {
         if self.is_alive() {
-            platform::signal(self.pid, self.start_time, StopSignal::Term).with_context(|| format!("cannot end process {}", self.pid))?;
+            platform::signal(self.pid, self.start_time, StopSignal::Term)
+                .with_context(|| format!("cannot end process {}", self.pid))?;
         }
         Ok(())
     }
@@ -112,7 +127,8 @@ impl Holder {
     /// Kills it, whatever it is doing. Nothing happens to another process that has its number now.
     pub fn kill(&self) -> Result<()> {
         if self.is_alive() {
-            platform::signal(self.pid, self.start_time, StopSignal::Kill).with_context(|| format!("cannot kill process {}", self.pid))?;
+            platform::signal(self.pid, self.start_time, StopSignal::Kill)
+                .with_context(|| format!("cannot kill process {}", self.pid))?;
         }
         Ok(())
     }
@@ -150,7 +166,10 @@ pub fn announce(home: &Home, role: Role) -> Result<Holder> {
 pub fn take_leave(home: &Home, role: Role, holder: &Holder) {
     let last = Holder { ended: true, ..holder.clone() };
     if let Err(error) = store::save(&record(home, role), &last) {
-        tracing::warn!(error = format!("{error:#}"), "the end of the role cannot be recorded; it will count as a restart");
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "the end of the role cannot be recorded; it will count as a restart"
+        );
     }
 }
 

@@ -52,7 +52,8 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         tracing::info!("the home was told to stop; the watchdog does not start");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let _lock = take_role(home, supervised).inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
+    let _lock = take_role(home, supervised)
+        .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     let holder = role::announce(home, Role::Spa)?;
     let (sender, words) = mpsc::channel();
     let terminate = sender.clone();
@@ -61,7 +62,8 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
     let now = Instant::now();
-    let mut watchdog = Watchdog { home, supervised, sender, words, serial: 0, failures: 0, children: vec![], large: 0, began: now };
+    let mut watchdog =
+        Watchdog { home, supervised, sender, words, serial: 0, failures: 0, children: vec![], large: 0, began: now };
     let end = watchdog.run();
     platform::notify("STOPPING=1");
     match &end {
@@ -227,7 +229,9 @@ impl Watchdog<'_> {
         tracing::warn!(deaths = self.failures, "the manager is dead and is started");
         match role::spawn(self.home, Role::Spm) {
             Ok(child) => self.children.push(child),
-            Err(error) => tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again"),
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again")
+            }
         }
     }
 
@@ -299,7 +303,9 @@ impl Watchdog<'_> {
         for (directory, mode) in self.home.directories() {
             if !directory.exists() {
                 tracing::error!(directory = %directory.display(), "a directory of the home is missing and is made again");
-                if let Err(error) = std::fs::create_dir_all(&directory).and_then(|()| platform::set_mode(&directory, mode)) {
+                if let Err(error) =
+                    std::fs::create_dir_all(&directory).and_then(|()| platform::set_mode(&directory, mode))
+                {
                     tracing::error!(error = %error, "it cannot be made");
                 }
             }
@@ -313,7 +319,8 @@ impl Watchdog<'_> {
         if own > loaded.config.spa_max_mem.0 {
             bail!("the watchdog uses {own} bytes, more than spaMaxMem; it is started anew");
         }
-        let managers = role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
+        let managers =
+            role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
         self.large = if managers > loaded.config.spm_max_mem.0 { self.large + 1 } else { 0 };
         if self.large >= TOO_LARGE {
             self.large = 0;

@@ -48,13 +48,34 @@ enum Command {
 /// Word from what runs beside the loop.
 #[derive(Debug)]
 enum Input {
-    Launched { name: AgentName, serial: u64, result: Result<Box<run::Running>, String> },
-    Exited { name: AgentName, serial: u64, success: Option<bool>, how: String },
+    Launched {
+        name: AgentName,
+        serial: u64,
+        result: Result<Box<run::Running>, String>,
+    },
+    Exited {
+        name: AgentName,
+        serial: u64,
+        success: Option<bool>,
+        how: String,
+    },
     /// Another process took the place of the one that was watched.
-    Moved { name: AgentName, serial: u64, record: Box<Record> },
+    Moved {
+        name: AgentName,
+        serial: u64,
+        record: Box<Record>,
+    },
     /// A stop that was asked for came to its end.
-    Ended { name: AgentName, serial: u64, result: Result<(), String> },
-    Staged { name: AgentName, version: Version, result: Result<(), String> },
+    Ended {
+        name: AgentName,
+        serial: u64,
+        result: Result<(), String>,
+    },
+    Staged {
+        name: AgentName,
+        version: Version,
+        result: Result<(), String>,
+    },
     Heartbeat(uplink_task::Outcome),
 }
 
@@ -72,7 +93,8 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         tracing::info!("the home was told to stop; the manager does not start");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let _lock = take_role(home, supervised).inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the manager cannot start"))?;
+    let _lock = take_role(home, supervised)
+        .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the manager cannot start"))?;
     let holder = role::announce(home, Role::Spm)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(64).build()?;
     let ended = runtime.block_on(manager::run(home, supervised));
@@ -100,7 +122,8 @@ fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
     match role::take(home, Role::Spm, TAKE_OVER).context("cannot become the manager")? {
         Some(lock) => Ok(lock),
         None => {
-            let holder = role::living(home, Role::Spm).map_or("another process".to_owned(), |holder| format!("process {}", holder.pid));
+            let holder = role::living(home, Role::Spm)
+                .map_or("another process".to_owned(), |holder| format!("process {}", holder.pid));
             bail!("cannot become the manager of {}: {holder} is", home.root().display())
         }
     }
@@ -116,7 +139,8 @@ fn timestamp() -> String {
 fn revival_pause(failures: u32) -> Duration {
     match failures {
         0 | 1 => Duration::ZERO,
-        _ => crate::core::schedule::Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) }.delay(failures - 1, 1.0),
+        _ => crate::core::schedule::Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) }
+            .delay(failures - 1, 1.0),
     }
 }
 

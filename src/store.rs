@@ -23,8 +23,6 @@ pub enum Access {
     Public,
     /// Its owner alone may read it (0600).
     Private,
-    /// Everybody may read and run it (0755).
-    Executable,
 }
 
 impl Access {
@@ -32,7 +30,6 @@ impl Access {
         match self {
             Access::Public => 0o644,
             Access::Private => 0o600,
-            Access::Executable => 0o755,
         }
     }
 }

@@ -32,7 +32,9 @@ pub struct LogOptions {
 pub(super) fn show(home: &Home, options: &LogOptions) -> Result<()> {
     let path = match &options.agent {
         None => home.role_log("spm"),
-        Some(name) if matches!(name.as_str(), "spm" | "spa") && !home.agent_log(name).exists() => home.role_log(name.as_str()),
+        Some(name) if matches!(name.as_str(), "spm" | "spa") && !home.agent_log(name).exists() => {
+            home.role_log(name.as_str())
+        }
         Some(name) => {
             if !home.agent_log(name).exists() && !home.agent(name).exists() {
                 bail!("cannot show the log of {name}: there is no such sub-agent; `status` lists them");
@@ -42,7 +44,11 @@ pub(super) fn show(home: &Home, options: &LogOptions) -> Result<()> {
     };
     match show_path(&path, options) {
         // Whoever reads us has seen enough.
-        Err(error) if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) => Ok(()),
+        Err(error)
+            if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) =>
+        {
+            Ok(())
+        }
         shown => shown.with_context(|| format!("cannot show {}", path.display())),
     }
 }

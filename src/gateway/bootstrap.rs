@@ -1,22 +1,16 @@
 //! The bootstrap executable: the manager's own, with the depot's public keys appended, served under the name that the old command line asks for.
-//!
-//! ```text
-//! executable | JSON {"keys": [text of a .pub file, …]} | length of the JSON, 8 bytes, little endian | magic, 16 bytes
-//! ```
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
 use super::{Place, archive};
 use crate::core::model::{Arch, Os, Packing, Release};
+use crate::package::trailer;
 use crate::platform;
 
-const MAGIC: &[u8; 16] = b"AOPS-TRAILER-01\n";
-/// Beyond this it is no trailer of ours.
-const MAX_PAYLOAD: u64 = 1 << 20;
 /// A public key's file has two short lines.
 const MAX_KEY_BYTES: u64 = 4 << 10;
 /// More keys than this are a mistake.
@@ -41,15 +35,9 @@ pub(super) fn make(place: &Place, package: &mut File, packing: Packing, release:
         if keys.is_empty() {
             bail!("there is no public key in {}", place.keys().display());
         }
-        let payload = serde_json::to_vec(&serde_json::json!({ "keys": keys }))?;
         let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
         archive::extract(package, packing, archive::manager_path(release.os), file.as_file_mut())?;
-        let length = without_trailer(file.as_file_mut())?;
-        file.as_file_mut().set_len(length)?;
-        file.seek(SeekFrom::End(0))?;
-        file.write_all(&payload)?;
-        file.write_all(&(payload.len() as u64).to_le_bytes())?;
-        file.write_all(MAGIC)?;
+        trailer::put(file.as_file_mut(), &keys)?;
         persist(file, &place.depot().join(&name), 0o755)
     };
     attempt().with_context(|| format!("cannot make the bootstrap {name}"))?;
@@ -89,19 +77,4 @@ pub(super) fn persist(file: tempfile::NamedTempFile, path: &Path, mode: u32) -> 
         platform::sync_directory(parent)?;
     }
     Ok(())
-}
-
-/// The length of an executable without the trailer that it may have.
-pub(super) fn without_trailer(file: &mut (impl Read + Seek)) -> io::Result<u64> {
-    let length = file.seek(SeekFrom::End(0))?;
-    let Some(tail) = length.checked_sub(24) else { return Ok(length) };
-    let mut end = [0; 24];
-    file.seek(SeekFrom::Start(tail))?;
-    file.read_exact(&mut end)?;
-    let (size, magic) = end.split_at(8);
-    let size = u64::from_le_bytes(size.try_into().unwrap_or_default());
-    if magic != MAGIC || size > MAX_PAYLOAD {
-        return Ok(length);
-    }
-    Ok(tail.checked_sub(size).unwrap_or(length))
 }

@@ -19,6 +19,7 @@ use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing,
 use crate::lock;
 use crate::package::pack::Tree;
 use crate::package::sign::Signer;
+use crate::package::trailer;
 use crate::store::{self, Access};
 
 /// How long another publishing is waited for.
@@ -104,7 +105,10 @@ impl Source {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         match identity::packing_of(&name) {
             Some(packing) => Ok(Source::Archive { path: path.to_owned(), packing }),
-            None => bail!("cannot publish {}: expected a directory, or an archive named .tar.zst, .tar.gz or .zip", path.display()),
+            None => bail!(
+                "cannot publish {}: expected a directory, or an archive named .tar.zst, .tar.gz or .zip",
+                path.display()
+            ),
         }
     }
 
@@ -136,7 +140,7 @@ impl Source {
                 // Without the trailer that it has if it is a bootstrap itself: the package is to be the same.
                 let mut bare = tempfile::NamedTempFile::new()?;
                 let mut executable = File::open(path)?;
-                let length = bootstrap::without_trailer(&mut executable)?;
+                let length = trailer::length_without(&mut executable)?;
                 executable.seek(SeekFrom::Start(0))?;
                 std::io::copy(&mut std::io::Read::take(executable, length), bare.as_file_mut())?;
                 let mut tree = Tree::default();
@@ -279,7 +283,9 @@ fn signature_beside(archive: &Path) -> Result<Option<Kept>> {
         let binding = depot::binding_of(&text)?;
         Ok(Kept { text, binding })
     };
-    attempt().map(Some).with_context(|| format!("cannot keep the signature {}; sign it anew, or remove it", path.display()))
+    attempt()
+        .map(Some)
+        .with_context(|| format!("cannot keep the signature {}; sign it anew, or remove it", path.display()))
 }
 
 impl Kept {

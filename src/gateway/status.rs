@@ -186,7 +186,9 @@ fn fleet_lines(status: &Status) -> Vec<String> {
     let Gateway { packages, problems, fleet, .. } = gateway;
     let mut lines = Vec::new();
     lines.push(match &fleet.accepted {
-        Some(accepted) => format!("fleet     {} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules),
+        Some(accepted) => {
+            format!("fleet     {} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules)
+        }
         None => "fleet     none in force".to_owned(),
     });
     if let Some(error) = &fleet.last_error {

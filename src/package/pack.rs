@@ -68,7 +68,7 @@ impl Tree {
                 self.entries.insert(path.clone(), Entry::Directory);
                 self.add_directory(&entry.path(), &format!("{path}/"))?;
             } else if metadata.is_file() {
-                let executable = platform::is_executable(&metadata);
+                let executable = platform::has_execute_bit(&metadata);
                 self.entries.insert(path, Entry::File { from: entry.path(), executable });
             } else if metadata.is_symlink() {
                 let target = fs::read_link(entry.path())?;

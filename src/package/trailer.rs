@@ -7,7 +7,9 @@
 //! Neither Linux nor Windows minds bytes behind an executable's end. Fields that are not known are ignored.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+#[cfg(feature = "gateway")]
+use std::io::Write;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -39,24 +41,28 @@ pub fn read(executable: &Path) -> Result<Option<Vec<String>>> {
     attempt().with_context(|| format!("cannot read the keys that {} brings", executable.display()))
 }
 
-/// Writes `executable`, without the trailer that it may have, and a trailer with `keys` to `to`.
-pub fn append(executable: &Path, keys: &[String], to: &mut impl Write) -> io::Result<()> {
+/// Gives an executable that is open for writing a trailer with `keys`, in place of the one that it may have.
+#[cfg(feature = "gateway")]
+pub fn put(executable: &mut File, keys: &[String]) -> io::Result<()> {
     let json = serde_json::to_vec(&Payload { keys: keys.to_vec() })?;
     if json.len() as u64 > MAX_PAYLOAD_BYTES {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "more keys than a trailer holds"));
     }
-    let mut file = File::open(executable)?;
-    let end = match find(&mut file)? {
+    let end = length_without(executable)?;
+    executable.set_len(end)?;
+    executable.seek(SeekFrom::Start(end))?;
+    executable.write_all(&json)?;
+    executable.write_all(&(json.len() as u64).to_le_bytes())?;
+    executable.write_all(MAGIC)
+}
+
+/// The length of an executable without the trailer that it may have.
+#[cfg(feature = "gateway")]
+pub fn length_without(executable: &mut File) -> io::Result<u64> {
+    Ok(match find(executable)? {
         Some((at, _)) => at,
-        None => file.metadata()?.len(),
-    };
-    file.seek(SeekFrom::Start(0))?;
-    if io::copy(&mut file.take(end), to)? != end {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    to.write_all(&json)?;
-    to.write_all(&(json.len() as u64).to_le_bytes())?;
-    to.write_all(MAGIC)
+        None => executable.metadata()?.len(),
+    })
 }
 
 /// Where the JSON begins, and its length.
@@ -81,21 +87,22 @@ fn find(file: &mut File) -> io::Result<Option<(u64, u64)>> {
 mod tests {
     use super::*;
 
+    #[cfg(feature = "gateway")]
     #[test]
     fn keys_are_read_back_and_replaced_not_piled_up() {
         let directory = tempfile::tempdir().unwrap();
-        let (bare, once, twice) =
-            (directory.path().join("bare"), directory.path().join("once"), directory.path().join("twice"));
-        std::fs::write(&bare, b"\x7fELF and so on").unwrap();
-        assert_eq!(read(&bare).unwrap(), None);
+        let path = directory.path().join("executable");
+        std::fs::write(&path, b"\x7fELF and so on").unwrap();
+        assert_eq!(read(&path).unwrap(), None);
 
-        append(&bare, &["one".to_owned()], &mut File::create(&once).unwrap()).unwrap();
-        assert_eq!(read(&once).unwrap(), Some(vec!["one".to_owned()]));
-        assert!(std::fs::read(&once).unwrap().starts_with(b"\x7fELF and so on"));
-
-        append(&once, &["two".to_owned(), "three".to_owned()], &mut File::create(&twice).unwrap()).unwrap();
-        assert_eq!(read(&twice).unwrap(), Some(vec!["two".to_owned(), "three".to_owned()]));
-        assert!(!std::fs::read(&twice).unwrap().windows(5).any(|bytes| bytes == b"\"one\""));
+        let mut file = File::options().read(true).write(true).open(&path).unwrap();
+        put(&mut file, &["one".to_owned()]).unwrap();
+        assert_eq!(read(&path).unwrap(), Some(vec!["one".to_owned()]));
+        put(&mut file, &["two".to_owned(), "three".to_owned()]).unwrap();
+        assert_eq!(read(&path).unwrap(), Some(vec!["two".to_owned(), "three".to_owned()]));
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(bytes.starts_with(b"\x7fELF and so on"));
+        assert!(!bytes.windows(5).any(|bytes| bytes == b"\"one\""));
     }
 
     #[test]

@@ -133,7 +133,7 @@ pub fn mode(path: &Path) -> io::Result<u32> {
 // --- What the gateway asks about files and limits
 
 /// Whether somebody may run the file.
-pub fn is_executable(metadata: &fs::Metadata) -> bool {
+pub fn has_execute_bit(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o111 != 0
 }
 
@@ -157,4 +157,19 @@ pub fn raise_open_files() -> io::Result<u64> {
 /// Where an installation stands unless somebody says otherwise.
 pub fn default_home() -> PathBuf {
     PathBuf::from("/opt/aops")
+}
+
+/// Whether a file can be run, by its mode.
+pub fn is_executable(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && has_execute_bit(&metadata))
+}
+
+/// Puts the executable `new` in the place of `path` by one rename, also while that one runs.
+pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
+    fs::rename(new, path)
+}
+
+/// A running executable can be removed: there is nothing to do before its directory is.
+pub fn leave_directory(_directory: &Path) -> io::Result<()> {
+    Ok(())
 }

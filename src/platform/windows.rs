@@ -40,6 +40,7 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
 /// Whether the process may write where only administrators may.
 pub fn is_root() -> bool {
     File::open(r"\\.\PhysicalDrive0").is_ok()
+}
 
 // --- Packages
 
@@ -91,11 +92,12 @@ pub fn can_be_file_name(name: &str) -> bool {
 #[cfg(test)]
 pub fn mode(_path: &Path) -> io::Result<u32> {
     Err(io::ErrorKind::Unsupported.into())
+}
 
 // --- What the gateway asks about files and limits
 
 /// Windows knows no such bit, and the hosts of a package that is made here may need it.
-pub fn is_executable(_metadata: &fs::Metadata) -> bool {
+pub fn has_execute_bit(_metadata: &fs::Metadata) -> bool {
     true
 }
 
@@ -107,6 +109,7 @@ pub fn file_number(_metadata: &fs::Metadata) -> u64 {
 /// Windows has no such limit for sockets.
 pub fn raise_open_files() -> io::Result<u64> {
     Ok(u64::MAX)
+}
 
 // --- The host's services
 
@@ -114,4 +117,33 @@ pub fn raise_open_files() -> io::Result<u64> {
 pub fn default_home() -> PathBuf {
     let programs = std::env::var_os("ProgramFiles").unwrap_or_else(|| r"C:\Program Files".into());
     PathBuf::from(programs).join("aops")
+}
+
+/// Whether a file can be run, by its name.
+pub fn is_executable(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|extension| ["exe", "bat", "cmd"].iter().any(|known| extension.eq_ignore_ascii_case(known)))
+}
+
+/// Puts the executable `new` in the place of `path` by a rename. One that runs is moved away first; the next start sweeps it.
+pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
+    match fs::rename(new, path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && path.exists() => {
+            let away = path.with_extension(format!("{}.old", fastrand::u32(..)));
+            fs::rename(path, &away)?;
+            fs::rename(new, path).inspect_err(|_| {
+                let _ = fs::rename(&away, path);
+            })
+        }
+        other => other,
+    }
+}
+
+/// Moves the running executable out of `directory`, which is to be removed: it cannot be deleted while it runs.
+pub fn leave_directory(directory: &Path) -> io::Result<()> {
+    let executable = std::env::current_exe()?;
+    if executable.starts_with(directory) {
+        fs::rename(&executable, std::env::temp_dir().join(format!("aops-{}.old", fastrand::u32(..))))?;
+    }
+    Ok(())
 }

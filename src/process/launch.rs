@@ -55,16 +55,15 @@ pub fn inspect(home: &Home, name: &AgentName, version: &Version) -> Result<Progr
         if directory.join(CONTROL_SCRIPT).is_file() {
             return Ok(Program::Script);
         }
-        bail!("cannot run {name} {version}: its package has neither {MANIFEST} nor an executable {CONTROL_SCRIPT} at its root");
+        bail!(
+            "cannot run {name} {version}: its package has neither {MANIFEST} nor an executable {CONTROL_SCRIPT} at its root"
+        );
     };
     let text = String::from_utf8(bytes).with_context(|| format!("cannot read {}: it is not UTF-8", path.display()))?;
-    let manifest = parse(&text).with_context(|| format!("cannot use {MANIFEST} of {name} {version}; publish a mended package"))?;
+    let manifest =
+        parse(&text).with_context(|| format!("cannot use {MANIFEST} of {name} {version}; publish a mended package"))?;
     if manifest.name != *name || manifest.version != *version {
-        bail!(
-            "cannot run {name} {version}: its {MANIFEST} says that it is {} {}",
-            manifest.name,
-            manifest.version
-        );
+        bail!("cannot run {name} {version}: its {MANIFEST} says that it is {} {}", manifest.name, manifest.version);
     }
     Ok(Program::Native(Box::new(manifest)))
 }
@@ -178,7 +177,10 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(tokio::
         if let Some(workdir) = &manifest.run.workdir {
             command.current_dir(start.directory().join(workdir));
         }
-        platform::launch_as(&mut command, Launch { record: record_path.clone(), head: text.clone(), user: user.clone() })?;
+        platform::launch_as(
+            &mut command,
+            Launch { record: record_path.clone(), head: text.clone(), user: user.clone() },
+        )?;
         match tokio::process::Command::from(command).spawn() {
             Ok(child) => break child,
             Err(error) if platform::is_busy_text(&error) && tries < BUSY_TRIES => {

@@ -18,7 +18,8 @@ pub fn rotate_all(home: &Home, limit: u64) {
     for entry in entries.flatten() {
         let path = entry.path();
         let is_log = path.extension().is_some_and(|extension| extension == "log");
-        if is_log && entry.metadata().is_ok_and(|metadata| metadata.len() > limit)
+        if is_log
+            && entry.metadata().is_ok_and(|metadata| metadata.len() > limit)
             && let Err(error) = rotate(&path)
         {
             tracing::warn!(error = format!("{error:#}"), "a log cannot be rotated");

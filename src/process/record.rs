@@ -84,7 +84,10 @@ fn read(path: &Path) -> Option<Record> {
     match store::load(path) {
         Ok(record) => record,
         Err(error) => {
-            tracing::warn!(error = format!("{error:#}"), "a process record cannot be read; its sub-agent is looked for by its mark");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "a process record cannot be read; its sub-agent is looked for by its mark"
+            );
             None
         }
     }

@@ -53,9 +53,10 @@ impl Target {
         let marked = process.mark.as_ref().is_some_and(|mark| mark.name == self.name.as_str());
         // While a session has members its number is given to nobody else; a process of that number that is not the recorded one means
         // that the session was another's.
-        let in_session = self.record.as_ref().is_some_and(|record| {
-            process.session == record.pid && (leader_alive || process.pid != record.pid)
-        });
+        let in_session = self
+            .record
+            .as_ref()
+            .is_some_and(|record| process.session == record.pid && (leader_alive || process.pid != record.pid));
         marked || in_session
     }
 }
@@ -68,14 +69,18 @@ pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
 fn members_among(processes: &[Seen], target: &Target) -> Vec<Seen> {
     let recorded = target.record.as_ref().filter(|record| record.head.boot_id == platform::boot_id());
     let target = Target { record: recorded.cloned(), ..target.clone() };
-    let taken_over = |record: &Record| processes.iter().any(|p| p.pid == record.pid && p.start_time != record.start_time);
+    let taken_over =
+        |record: &Record| processes.iter().any(|p| p.pid == record.pid && p.start_time != record.start_time);
     let target = match &target.record {
         Some(record) if taken_over(record) => Target { record: None, ..target },
         _ => target,
     };
-    let leader_alive =
-        target.record.as_ref().is_some_and(|record| processes.iter().any(|p| p.pid == record.pid && p.start_time == record.start_time));
-    let mut members: Vec<Seen> = processes.iter().filter(|process| target.holds(process, leader_alive)).cloned().collect();
+    let leader_alive = target
+        .record
+        .as_ref()
+        .is_some_and(|record| processes.iter().any(|p| p.pid == record.pid && p.start_time == record.start_time));
+    let mut members: Vec<Seen> =
+        processes.iter().filter(|process| target.holds(process, leader_alive)).cloned().collect();
     members.sort_by_key(|process| (process.start_time, process.pid));
     members
 }
@@ -114,7 +119,10 @@ pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
             return Ok(());
         }
         if let Some((target, pid, _)) = left.iter().find(|(_, _, overdue)| *overdue > AFTER_KILL) {
-            bail!("cannot end sub-agent {}: process {pid} is still there {AFTER_KILL:?} after it was killed", target.name);
+            bail!(
+                "cannot end sub-agent {}: process {pid} is still there {AFTER_KILL:?} after it was killed",
+                target.name
+            );
         }
         platform::pause(LOOK);
     }

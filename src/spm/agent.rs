@@ -91,7 +91,8 @@ impl Agent {
             .flatten()
             .and_then(|version| version.parse().ok())
             .filter(|version| agent.releases.contains(version));
-        agent.backup = found.into_iter().rev().map(|(_, version)| version).find(|version| Some(version) != agent.active.as_ref());
+        agent.backup =
+            found.into_iter().rev().map(|(_, version)| version).find(|version| Some(version) != agent.active.as_ref());
         agent.inspect(home);
         agent
     }
@@ -131,7 +132,8 @@ impl Agent {
             _ => 1,
         };
         self.error = Some(error);
-        self.held_back = Some(HeldBack { version, failures, until: now + STAGE_BACKOFF.delay(failures, fastrand::f64()) });
+        self.held_back =
+            Some(HeldBack { version, failures, until: now + STAGE_BACKOFF.delay(failures, fastrand::f64()) });
     }
 
     /// Lets a new desired state try at once what an older one could not have.

@@ -96,7 +96,10 @@ impl Journal {
             return;
         }
         if let Err(error) = store::save(&self.path, &self.stored) {
-            tracing::warn!(error = format!("{error:#}"), "the events for the gateway cannot be kept; they are in memory alone");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "the events for the gateway cannot be kept; they are in memory alone"
+            );
         }
     }
 }

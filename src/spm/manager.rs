@@ -24,7 +24,7 @@ use crate::core::supervise::{Action, Event};
 use crate::door::{self, Farewell, Knock, Reply, Request};
 use crate::home::Home;
 use crate::installation;
-use crate::package;
+use crate::package::{self, Places};
 use crate::platform::{self, LocalListener, Termination};
 use crate::process::launch::Start;
 use crate::process::record::{self, Record};
@@ -44,7 +44,6 @@ const FAREWELL: Duration = Duration::from_millis(500);
 
 pub(super) struct Manager {
     home: Home,
-    supervised: bool,
     config: Config,
     config_seen: Option<std::time::SystemTime>,
     agent_id: AgentId,
@@ -119,13 +118,14 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
 impl Manager {
     fn load(home: &Home, supervised: bool, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
-        let loaded = config::Config::load(home)?;
+        let loaded = Config::load(home)?;
         warn_of_unknown(&loaded);
         if let Some(problem) = &loaded.problem {
             problems.insert("config", config_problem(problem));
         }
-        let agent_id = installation::agent_id(home)?
-            .with_context(|| format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display()))?;
+        let agent_id = installation::agent_id(home)?.with_context(|| {
+            format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display())
+        })?;
         let desired = store::load(&home.state_file("desired.json")).unwrap_or_else(|error| {
             let text = format!("the last desired state is lost and asked for again: {error:#}");
             tracing::error!(error = text, "the desired state cannot be read");
@@ -144,14 +144,21 @@ impl Manager {
         let now = Instant::now();
         let after_boot = platform::uptime().is_some_and(|uptime| uptime < JUST_BOOTED) && desired.is_some();
         let interval = config.heartbeat_interval.0;
-        let gateway = GatewayStatus { endpoint: config.heartbeat_srv.first().map(ToString::to_string), ..GatewayStatus::default() };
+        let gateway = GatewayStatus {
+            endpoint: config.heartbeat_srv.first().map(ToString::to_string),
+            ..GatewayStatus::default()
+        };
         Ok(Manager {
             home: home.clone(),
-            supervised,
             config_seen: modified(home),
             instance_id: installation::instance_id(home),
             version: installation::Manager::load(home)?
-                .with_context(|| format!("cannot tell which release this is: {} is missing; install again", installation::Manager::path(home).display()))?
+                .with_context(|| {
+                    format!(
+                        "cannot tell which release this is: {} is missing; install again",
+                        installation::Manager::path(home).display()
+                    )
+                })?
                 .version,
             agent_id,
             started: now,
@@ -237,7 +244,8 @@ impl Manager {
     fn adopt(&mut self, name: &AgentName, record: Record) {
         let env = self.desired.agents.get(name).map(|order| order.env.clone());
         let Some(agent) = self.agents.get_mut(name) else { return };
-        let since = platform::age(record.start_time).and_then(|age| Instant::now().checked_sub(age)).unwrap_or(self.started);
+        let since =
+            platform::age(record.start_time).and_then(|age| Instant::now().checked_sub(age)).unwrap_or(self.started);
         agent.supervisor.adopt(record.pid, since);
         agent.run = Run::Start;
         agent.supervisor.step(Event::Run, Instant::now(), 0.0);
@@ -262,7 +270,11 @@ impl Manager {
             name: agent.name.clone(),
             version: agent.active.clone()?,
             program: agent.program.clone()?,
-            env: agent.env.clone().or_else(|| Some(self.desired.agents.get(&agent.name)?.env.clone())).unwrap_or_default(),
+            env: agent
+                .env
+                .clone()
+                .or_else(|| Some(self.desired.agents.get(&agent.name)?.env.clone()))
+                .unwrap_or_default(),
             agent_id: self.agent_id.clone(),
             endpoint: self.gateway.endpoint.clone().unwrap_or_default(),
             restarts: agent.supervisor.restarts(),
@@ -289,7 +301,9 @@ impl Manager {
     fn carry_out(&mut self, step: Step, now: Instant) {
         match step {
             Step::Stage { name, version } => {
-                let (Some(order), Some(agent)) = (self.desired.agents.get(&name), self.agents.get_mut(&name)) else { return };
+                let (Some(order), Some(agent)) = (self.desired.agents.get(&name), self.agents.get_mut(&name)) else {
+                    return;
+                };
                 tracing::info!(agent = %name, version = %version, "a release is staged");
                 agent.staging = Some(version);
                 let job = stage::Job {
@@ -301,7 +315,9 @@ impl Manager {
                 };
                 stage::start(&self.inputs, &self.turns, job);
             }
-            Step::Activate { name, version, run, env } => self.begin(&name, Busy::Activating { version, run, env }, now),
+            Step::Activate { name, version, run, env } => {
+                self.begin(&name, Busy::Activating { version, run, env }, now)
+            }
             Step::Uninstall { name } => self.begin(&name, Busy::Uninstalling, now),
             Step::Configure { name, env } => {
                 let Some(agent) = self.agents.get_mut(&name) else { return };
@@ -350,8 +366,9 @@ impl Manager {
     fn activate(&mut self, name: &AgentName, version: Version, run: Run, env: BTreeMap<String, String>, now: Instant) {
         let release = self.home.release(name, &version);
         let switched = stage::commit_epoch(&self.home, name, &release).and_then(|()| {
-            platform::write_current(&self.home.current(name), version.as_str())
-                .with_context(|| format!("cannot activate {name} {version}: cannot switch {}", self.home.current(name).display()))
+            platform::write_current(&self.home.current(name), version.as_str()).with_context(|| {
+                format!("cannot activate {name} {version}: cannot switch {}", self.home.current(name).display())
+            })
         });
         let Some(agent) = self.agents.get_mut(name) else { return };
         let about = About { agent: Some(name), version: Some(&version) };
@@ -426,7 +443,8 @@ impl Manager {
             Some(start) => {
                 let refused = start.refused_env();
                 if !refused.is_empty() {
-                    let text = format!("the gateway may not set {}; its package would have to allow it", refused.join(", "));
+                    let text =
+                        format!("the gateway may not set {}; its package would have to allow it", refused.join(", "));
                     if agent.error.as_ref() != Some(&text) {
                         self.journal.note("env", "refused", About { agent: Some(name), version: None }, text.as_str());
                     }
@@ -460,7 +478,10 @@ impl Manager {
                 let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.serial == serial) else { return };
                 agent.supervisor.adopt(record.pid, now);
                 if let Err(error) = record.save(&self.home) {
-                    tracing::warn!(error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        "a process record cannot be written; the mark stands in"
+                    );
                 }
                 agent.record = Some(*record);
             }
@@ -477,7 +498,10 @@ impl Manager {
                 self.finish_stop_if_down();
             }
             Input::Staged { name, version, result } => {
-                let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.staging.as_ref() == Some(&version)) else { return };
+                let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.staging.as_ref() == Some(&version))
+                else {
+                    return;
+                };
                 agent.staging = None;
                 let about = About { agent: Some(&name), version: Some(&version) };
                 match result {
@@ -512,7 +536,12 @@ impl Manager {
             Err(why) => {
                 let version = agent.active.clone();
                 if agent.supervisor.last_error() != Some(&why) {
-                    self.journal.note("start", "failed", About { agent: Some(name), version: version.as_ref() }, why.as_str());
+                    self.journal.note(
+                        "start",
+                        "failed",
+                        About { agent: Some(name), version: version.as_ref() },
+                        why.as_str(),
+                    );
                 }
                 self.feed(name, Event::StartFailed { why }, now);
                 self.finish_if_down(name, now);
@@ -630,7 +659,10 @@ impl Manager {
             Outcome::Failed { why, retry_after } => {
                 self.failures = self.failures.saturating_add(1);
                 if self.gateway.last_error.as_ref() != Some(&why) {
-                    tracing::warn!(error = why, "the gateway cannot be reached; what runs goes on as it was wanted last");
+                    tracing::warn!(
+                        error = why,
+                        "the gateway cannot be reached; what runs goes on as it was wanted last"
+                    );
                 }
                 self.gateway.connected = false;
                 self.gateway.last_error = Some(why);
@@ -654,7 +686,12 @@ impl Manager {
         if let Some(cmd) = &answer.cmd {
             let wanted = answer.manager.as_ref().map(|order| format!(" to {}", order.version)).unwrap_or_default();
             if self.answered.len() < 100 && self.answered.insert(format!("{cmd}{wanted}")) {
-                self.journal.note("command", "unsupported", About::default(), format!("cannot {cmd}{wanted}: this version does not know how"));
+                self.journal.note(
+                    "command",
+                    "unsupported",
+                    About::default(),
+                    format!("cannot {cmd}{wanted}: this version does not know how"),
+                );
             }
         }
         let present = self.agents.keys().cloned().collect();
@@ -678,10 +715,19 @@ impl Manager {
                 if new_lineage {
                     tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
                 }
-                tracing::info!(generation = desired.generation, agents = desired.agents.len(), "a new desired state is taken");
+                tracing::info!(
+                    generation = desired.generation,
+                    agents = desired.agents.len(),
+                    "a new desired state is taken"
+                );
                 for (name, cmd) in unsupported {
                     let about = About { agent: Some(&name), version: None };
-                    self.journal.note("command", "unsupported", about, format!("cannot {cmd} {name}: this version does not know how"));
+                    self.journal.note(
+                        "command",
+                        "unsupported",
+                        about,
+                        format!("cannot {cmd} {name}: this version does not know how"),
+                    );
                 }
                 self.desired = *desired;
                 self.agents.values_mut().for_each(Agent::release_hold);
@@ -714,7 +760,9 @@ impl Manager {
                 Reply::done()
             }
             Request::Restart { agent: name } => match self.agents.get_mut(&name) {
-                None => Reply::failed(format!("cannot restart {name}: there is no such sub-agent; `status` lists them")),
+                None => {
+                    Reply::failed(format!("cannot restart {name}: there is no such sub-agent; `status` lists them"))
+                }
                 Some(agent) if !agent.supervisor.wanted() => {
                     Reply::failed(format!("cannot restart {name}: it is stopped, as the gateway wants it"))
                 }
@@ -763,7 +811,9 @@ impl Manager {
         let agents: Vec<_> = self.agents.values().map(|agent| agent.status(now)).collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
         if self.peer.stopped_by_operator {
-            problems.push("the watchdog's unit was stopped; start it with `systemctl start`, or `control start`".to_owned());
+            problems.push(
+                "the watchdog's unit was stopped; start it with `systemctl start`, or `control start`".to_owned(),
+            );
         }
         let state = if self.stopping.is_some() {
             HomeState::Degraded

@@ -14,8 +14,8 @@ use crate::endpoint::{Client, Timeouts};
 use crate::home::Home;
 use crate::installation::Epochs;
 use crate::package::{self, Keys, Places, Wanted};
-use crate::process::launch;
 use crate::platform;
+use crate::process::launch;
 
 /// So many are fetched at the same time.
 pub(super) const AT_ONCE: usize = 3;

@@ -26,7 +26,10 @@ pub(super) fn run(home: &Home) -> Result<ExitCode> {
     let reply = match door::ask(home, &Request::Stop, LONGEST_STOP) {
         Ok(reply) => reply,
         Err(error) => {
-            tracing::warn!(error = format!("{error:#}"), "the manager cannot be asked to stop the sub-agents; they are stopped without it");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "the manager cannot be asked to stop the sub-agents; they are stopped without it"
+            );
             None
         }
     };

@@ -54,7 +54,13 @@ pub(super) fn start(home: &Home, agent_id: &AgentId, config: &Config, inputs: &I
 }
 
 /// Tries the endpoints in order until one answers.
-fn send(home: &Home, agent_id: &AgentId, config: &Config, client: &mut Option<Client>, heartbeat: &Heartbeat) -> Outcome {
+fn send(
+    home: &Home,
+    agent_id: &AgentId,
+    config: &Config,
+    client: &mut Option<Client>,
+    heartbeat: &Heartbeat,
+) -> Outcome {
     let connected = match client {
         Some(client) => client,
         None => match Client::new(&config.trust(home), Some(agent_id), Timeouts::exchange()) {

@@ -171,7 +171,8 @@ pub async fn ended(pid: u32, start_time: u64) {
 
 fn watched(pid: u32) -> Option<AsyncFd<OwnedFd>> {
     let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid as i32)?, PidfdFlags::NONBLOCK).ok()?;
-    AsyncFd::register_with_interest(pidfd, Interest::READABLE).ok()
+    // SAFETY: the value owns its descriptor, which is closed with it and by nobody else.
+    unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()
 }
 
 /// How an ended child ended, in words.
@@ -215,8 +216,11 @@ pub struct User {
 pub fn find_user(name: &str) -> io::Result<User> {
     let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("there is no user {name:?} in /etc/passwd"));
     let passwd = fs::read_to_string("/etc/passwd")?;
-    let fields: Vec<&str> =
-        passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields.first() == Some(&name)).ok_or_else(unknown)?;
+    let fields: Vec<&str> = passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.first() == Some(&name))
+        .ok_or_else(unknown)?;
     let &[_, _, uid, gid, _, home, ..] = fields.as_slice() else { return Err(unknown()) };
     let (uid, gid) = (uid.parse().map_err(|_| unknown())?, gid.parse().map_err(|_| unknown())?);
     let group = fs::read_to_string("/etc/group").unwrap_or_default();
@@ -247,12 +251,15 @@ pub struct Launch {
 /// So a record exists for every program that runs, whenever the manager dies. Where it cannot be written (a full disk), the program runs
 /// all the same: its mark stands in.
 pub fn launch_as(command: &mut Command, launch: Launch) -> io::Result<()> {
-    let path = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    let path = |path: &Path| {
+        CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+    };
     let mut temporary = launch.record.clone().into_os_string();
     temporary.push(".new");
     let (temporary, record) = (path(Path::new(&temporary))?, path(&launch.record)?);
     let (head, user) = (launch.head, launch.user);
-    let groups: Vec<_> = user.iter().flat_map(|user| &user.groups).map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
+    let groups: Vec<_> =
+        user.iter().flat_map(|user| &user.groups).map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
     let in_child = move || {
         // Between fork and exec: system calls alone, no allocation, nothing that takes a lock.
         rustix::process::setsid()?;
@@ -402,7 +409,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_a_process_that_is_no_child_of_ours_is_seen() {
-        let mut child = Command::new("sh").args(["-c", "sleep 60 & echo $!"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child =
+            Command::new("sh").args(["-c", "sleep 60 & echo $!"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
         let mut text = [0; 16];
         let length = child.stdout.take().unwrap().read(&mut text).unwrap();
         let pid: u32 = std::str::from_utf8(&text[..length]).unwrap().trim().parse().unwrap();

@@ -1,0 +1,111 @@
+//! A home as a whole, started, renewed and stopped, whoever asks for it and whatever state it is in.
+//!
+//! A stop is recorded first, so that nothing revives what is being stopped. It is asked of the manager; where that does not answer, it is
+//! done by the records of what runs.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::door::{self, Request};
+use crate::home::Home;
+use crate::host_service::{self, Kind};
+use crate::installation::Installed;
+use crate::role::{self, Role};
+use crate::{platform, process};
+
+/// For the manager to give way.
+const YIELD: Duration = Duration::from_secs(5);
+/// For a stop: every sub-agent may take its grace period, which is an hour at the longest.
+const STOP: Duration = Duration::from_secs(3700);
+/// A role ends within this once it was told to; then it is killed.
+const ROLE_ENDS: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Which service manager has the roles of a home.
+pub fn service(home: &Home) -> Result<Kind> {
+    Ok(Installed::load(home)?.map_or(Kind::None, |installed| installed.service))
+}
+
+/// Starts a home that is stopped; one that runs is left as it is. Does not wait until it answers.
+pub fn start(home: &Home) -> Result<()> {
+    role::clear_stop(home).context("cannot start: the recorded stop cannot be taken back")?;
+    if role::living(home, Role::Spm).is_none() {
+        for role in Role::BOTH {
+            role::forget(home, *role)?;
+        }
+    }
+    match service(home)? {
+        Kind::Systemd => host_service::start(home, Role::BOTH),
+        Kind::None if role::is_taken(home, Role::Spm) => Ok(()),
+        Kind::None => role::spawn(home, Role::Spm).map(drop),
+    }
+}
+
+/// Starts both roles anew; the sub-agents are left running. Does not wait until they answer.
+pub fn renew(home: &Home) -> Result<()> {
+    match service(home)? {
+        Kind::Systemd => host_service::restart(home, Role::BOTH),
+        Kind::None => {
+            end_roles(home)?;
+            role::spawn(home, Role::Spm).map(drop)
+        }
+    }
+}
+
+/// Ends both roles, the watchdog first, and leaves the sub-agents running. A service manager would start its own again.
+pub fn end_roles(home: &Home) -> Result<()> {
+    if let Some(watchdog) = role::living(home, Role::Spa) {
+        watchdog.ask_to_end()?;
+        await_end(home, Role::Spa)?;
+    }
+    if let Some(manager) = role::living(home, Role::Spm) {
+        if !matches!(door::ask(home, &Request::Yield, YIELD), Ok(Some(_))) {
+            manager.ask_to_end()?;
+        }
+        await_end(home, Role::Spm)?;
+    }
+    Ok(())
+}
+
+/// Stops every sub-agent, then both roles. Returns what did not go as it should, where it was made good.
+pub fn stop(home: &Home) -> Result<Vec<String>> {
+    role::record_stop(home)
+        .context("cannot stop: the stop cannot be recorded, so that what is stopped would be started again")?;
+    let mut remarks = vec![];
+    match door::ask(home, &Request::Stop, STOP) {
+        Ok(Some(reply)) => {
+            remarks.extend(reply.error.map(|error| format!("the manager could not stop every sub-agent: {error}")))
+        }
+        Ok(None) => {}
+        Err(error) => {
+            remarks.push(format!("the manager did not stop the sub-agents ({error:#}); they are stopped without it"))
+        }
+    }
+    if service(home)? == Kind::Systemd {
+        host_service::stop(home, &[Role::Spa, Role::Spm])?;
+    }
+    for role in [Role::Spa, Role::Spm] {
+        if await_end(home, role)? {
+            remarks.push(format!("{} did not end by itself and was killed", role.program()));
+        }
+    }
+    process::tree::end_all(home)?;
+    // A start by the service manager in between took the record back.
+    role::record_stop(home)?;
+    Ok(remarks)
+}
+
+/// Waits for a role to end, which it was told to, and kills it if it does not; whether it had to be.
+fn await_end(home: &Home, role: Role) -> Result<bool> {
+    let deadline = Instant::now() + ROLE_ENDS;
+    let mut killed = false;
+    while let Some(holder) = role::living(home, role) {
+        if Instant::now() >= deadline {
+            holder.kill()?;
+            killed = true;
+        }
+        platform::pause(LOOK);
+    }
+    Ok(killed)
+}

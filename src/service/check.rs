@@ -1,0 +1,486 @@
+//! Everything about an installation that can be known before anything is touched: what stands there, who the host is, which settings,
+//! keys and service manager are to be. What comes out, a [`Plan`], only has to be carried out.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::{InstallOptions, LOCK, ServiceChoice, Surroundings, WORK, old, progress};
+use crate::config::{self, Certificate, Config};
+use crate::core::model::{AgentId, MANAGER_PACKAGE, Version};
+use crate::home::Home;
+use crate::host_service::product::{self, Product, Registration};
+use crate::host_service::{self, Kind};
+use crate::installation::{self, Epochs, Installed};
+use crate::package::{Keys, trailer};
+use crate::role::Role;
+use crate::{platform, store};
+
+/// A file of certificates: one has 2 kB, the list of a whole system 300.
+const MAX_CA_BYTES: u64 = 4 << 20;
+
+/// Where the certificates that `--ca-cert` names are kept, relative to the home.
+const CA_FILE: &str = "etc/ca.pem";
+
+/// Directories that belong to the system: an installation removes what it replaces, and at last its home.
+const NO_HOMES: &[&str] = &[
+    "/bin",
+    "/boot",
+    "/dev",
+    "/etc",
+    "/home",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/media",
+    "/mnt",
+    "/opt",
+    "/proc",
+    "/root",
+    "/run",
+    "/sbin",
+    "/srv",
+    "/sys",
+    "/tmp",
+    "/usr",
+    "/usr/bin",
+    "/usr/lib",
+    "/usr/local",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/share",
+    "/var",
+    "/var/lib",
+    "/var/log",
+    "/var/tmp",
+];
+
+/// Wrong usage: what the command line lacks.
+#[derive(Debug)]
+pub(super) struct Usage(pub(super) String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// What stands in the home.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Standing {
+    Nothing,
+    /// An installation of aops.
+    Aops(Installed),
+    /// One of the system that it replaces.
+    Old,
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) home: Home,
+    /// The running executable, which may lie in the home.
+    pub(super) executable: PathBuf,
+    pub(super) standing: Standing,
+    pub(super) fresh: bool,
+    pub(super) product: String,
+    pub(super) kind: Kind,
+    /// What a person is to do so that the home is started at boot, where nothing does that.
+    pub(super) boot_advice: Option<String>,
+    pub(super) agent_id: AgentId,
+    pub(super) config: Config,
+    /// The whole of `etc/conf.toml`.
+    pub(super) config_text: String,
+    /// The content of `etc/ca.pem`, where a new one is given.
+    pub(super) ca_file: Option<Vec<u8>>,
+    /// What packages are verified by.
+    pub(super) keys: Keys,
+    /// Those of them that go to `etc/keys`.
+    pub(super) own_keys: Keys,
+    pub(super) epochs: Epochs,
+    pub(super) version: Option<Version>,
+    pub(super) package: Option<PathBuf>,
+}
+
+impl Plan {
+    /// Whether what stands there is stopped as a whole and taken away, as opposed to renewed.
+    pub(super) fn replaces_all(&self) -> bool {
+        match self.standing {
+            Standing::Nothing => false,
+            Standing::Aops(_) => self.fresh,
+            Standing::Old => true,
+        }
+    }
+
+    /// The lowest epoch of the manager's package that is accepted.
+    pub(super) fn least_epoch(&self) -> u64 {
+        self.epochs.least(MANAGER_PACKAGE)
+    }
+}
+
+/// The product and the home, which must be a place that can be one.
+pub(super) fn home(options: &InstallOptions, surroundings: &Surroundings) -> Result<(Home, Product)> {
+    let product = product::choose(options.product.as_deref().or(surroundings.product.as_deref()))
+        .map_err(|error| Usage(format!("{error:#}")))?;
+    let home = match (&options.home, &surroundings.home) {
+        (Some(path), _) => {
+            let path =
+                std::path::absolute(path).with_context(|| format!("cannot take {} as a home", path.display()))?;
+            Home::new(path)
+        }
+        (None, Some(home)) => home.clone(),
+        (None, None) => Home::new(product.home()),
+    };
+    fit_for_a_home(home.root())?;
+    foreign(&home, &surroundings.executable)?;
+    Ok((home, product))
+}
+
+fn fit_for_a_home(root: &Path) -> Result<()> {
+    let shown = root.display();
+    let Some(text) = root.to_str() else { bail!("cannot take {shown} as a home: the path is not UTF-8") };
+    if text.chars().any(char::is_control) {
+        bail!("cannot take {text:?} as a home: the path has a control character");
+    }
+    if !root.is_absolute() || root.components().any(|component| component == Component::ParentDir) {
+        bail!("cannot take {shown} as a home: expected an absolute path without ..");
+    }
+    if root.parent().is_none() || NO_HOMES.iter().any(|taken| Path::new(taken) == root) {
+        bail!("cannot take {shown} as a home: it belongs to the system; choose a directory of its own");
+    }
+    Ok(())
+}
+
+/// Refuses a directory that holds something else.
+fn foreign(home: &Home, executable: &Path) -> Result<()> {
+    if installation::exists(home) || old::is_old(home) || old::aside(home).is_dir() {
+        return Ok(());
+    }
+    let entries = match fs::read_dir(home.root()) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            bail!(
+                "cannot install into {}: a file is in the way; remove it, or choose another --home",
+                home.root().display()
+            )
+        }
+        Err(error) => return Err(error).with_context(|| format!("cannot look into {}", home.root().display())),
+    };
+    for entry in entries {
+        let entry = entry.with_context(|| format!("cannot look into {}", home.root().display()))?;
+        let path = entry.path();
+        if path != executable && entry.file_name() != WORK && !is_left_by_us(home, &path) {
+            bail!(
+                "cannot install into {}: it holds {}, and no installation; choose another --home, or empty it",
+                home.root().display(),
+                entry.file_name().display()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// `run/` with nothing but the lock in it: an installation was killed at its beginning, or is there.
+fn is_left_by_us(home: &Home, path: &Path) -> bool {
+    let only_lock = |mut entries: fs::ReadDir| entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK));
+    path == home.run() && fs::read_dir(path).is_ok_and(only_lock)
+}
+
+/// Looks at everything and decides.
+pub(super) fn plan(
+    options: &InstallOptions,
+    surroundings: &Surroundings,
+    home: &Home,
+    product: &Product,
+) -> Result<Plan> {
+    let standing = standing(home)?;
+    let keeps = !options.fresh && matches!(standing, Standing::Aops(_));
+
+    let (standing_text, standing_config) = if keeps { standing_config(home)? } else { (None, None) };
+    let imported = match &options.import {
+        Some(directory) => {
+            let imported = config::import::read(directory)?;
+            if imported == config::import::Imported::default() {
+                bail!("cannot import {}: there is neither etc/conf.yml nor an agentId file", directory.display());
+            }
+            imported
+        }
+        None if standing == Standing::Old && !options.fresh => config::import::read(home.root())?,
+        None => config::import::Imported::default(),
+    };
+    for warning in &imported.warnings {
+        progress::warn(warning);
+    }
+
+    let standing_id = if keeps { installation::agent_id(home)? } else { None };
+    let agent_id = options.agent_id.clone().or(imported.agent_id).or_else(|| standing_id.clone());
+    let Some(agent_id) = agent_id else {
+        return Err(
+            Usage("--agent-id is missing, and no installation stands there whose id could be kept".to_owned()).into()
+        );
+    };
+    if let Some(standing_id) = standing_id.filter(|standing_id| *standing_id != agent_id) {
+        progress::say(format_args!("the agent id changes from {standing_id} to {agent_id}"));
+    }
+
+    let config = settle(imported.config.as_ref().or(standing_config.as_ref()), options);
+    if config.heartbeat_srv.is_empty() {
+        return Err(Usage(
+            "--endpoint is missing, and no installation stands there whose endpoint could be kept".to_owned(),
+        )
+        .into());
+    }
+    if let Some(plain) = config.heartbeat_srv.iter().find(|endpoint| !endpoint.is_https())
+        && config.certificate != Certificate::Unchecked
+    {
+        bail!(
+            "cannot use the endpoint {plain}: anybody in between can read and change what goes over http://; use https://, or say --insecure"
+        );
+    }
+    let config_text = match (standing_text, &standing_config) {
+        (Some(text), Some(old)) => config::edit(&text, old, &config),
+        _ => config::render(&config),
+    };
+
+    let ca_file = options.ca_cert.as_deref().map(certificates).transpose()?;
+    let (keys, own_keys) = keys(options, home, &surroundings.executable, keeps)?;
+    let epochs = if keeps { Epochs::load(home)? } else { Epochs::default() };
+    let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
+    if kind == Kind::Systemd {
+        not_masked(home)?;
+    }
+    if let Some(why) = why {
+        progress::say(why);
+    }
+    Ok(Plan {
+        home: home.clone(),
+        executable: surroundings.executable.clone(),
+        standing,
+        fresh: options.fresh,
+        product: product.name.clone(),
+        kind,
+        boot_advice: (kind == Kind::None).then(|| product.boot_advice(&home.control_link())),
+        agent_id,
+        config,
+        config_text,
+        ca_file,
+        keys,
+        own_keys,
+        epochs,
+        version: options.version.clone(),
+        package: options.package.clone(),
+    })
+}
+
+fn standing(home: &Home) -> Result<Standing> {
+    if installation::exists(home) {
+        // A record that can't be read is none that can be kept; what it says is needed only to take things back.
+        let installed = Installed::load(home).unwrap_or_else(|error| {
+            progress::warn(format_args!("{error:#}"));
+            None
+        });
+        let service = if host_service::systemd::is_registered(home) { Kind::Systemd } else { Kind::None };
+        return Ok(Standing::Aops(installed.unwrap_or_else(|| Installed::by(service))));
+    }
+    Ok(if old::is_old(home) { Standing::Old } else { Standing::Nothing })
+}
+
+fn standing_config(home: &Home) -> Result<(Option<String>, Option<Config>)> {
+    let config = Config::read_strictly(home)
+        .context("the settings that stand there are to be kept; correct them, or say --fresh")?;
+    let text = if config.is_some() { Some(fs::read_to_string(home.config())?) } else { None };
+    Ok((text, config))
+}
+
+/// The settings to be: those that stand or were imported, with what the command line says on top.
+fn settle(base: Option<&Config>, options: &InstallOptions) -> Config {
+    let mut config = base.cloned().unwrap_or_default();
+    if !options.endpoint.is_empty() {
+        config.heartbeat_srv.clone_from(&options.endpoint);
+    }
+    if options.ca_cert.is_some() {
+        config.certificate = Certificate::Authority(CA_FILE.into());
+    } else if !options.pin.is_empty() {
+        config.certificate = Certificate::Pinned(options.pin.clone());
+    } else if options.insecure {
+        config.certificate = Certificate::Unchecked;
+    } else if options.pin_first_contact && config.certificate == Certificate::System {
+        config.certificate = Certificate::FirstContact;
+    }
+    if let Some(product) = options.product.as_deref() {
+        config.product = (product != "auto").then(|| product.to_owned());
+    }
+    config
+}
+
+fn certificates(path: &Path) -> Result<Vec<u8>> {
+    let bytes = store::read(path, MAX_CA_BYTES)?
+        .with_context(|| format!("cannot read the certificates in {}: there is no such file", path.display()))?;
+    if !String::from_utf8_lossy(&bytes).contains("-----BEGIN CERTIFICATE-----") {
+        bail!("cannot use {} as --ca-cert: expected certificates in PEM", path.display());
+    }
+    Ok(bytes)
+}
+
+/// What packages are verified by, and which of these keys go to `etc/keys`.
+fn keys(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool) -> Result<(Keys, Keys)> {
+    let mut own = Keys::parse("")?;
+    for path in &options.trusted_key {
+        own.extend(Keys::read(path)?)?;
+    }
+    for text in trailer::read(executable)?.unwrap_or_default() {
+        own.extend(Keys::parse(&text)?)?;
+    }
+    let mut all = own.clone();
+    all.extend(Keys::baked_in()?)?;
+    if keeps {
+        all.extend(Keys::load(&home.keys())?)?;
+    }
+    if all.is_empty() {
+        bail!(
+            "there is no key by which packages could be verified; give the gateway's public key with --trusted-key, or install with \
+             the executable that the gateway serves for this, which brings it"
+        );
+    }
+    Ok((all, own))
+}
+
+/// Which service manager the roles are registered with, and why it is none although there is one.
+fn registration(
+    choice: ServiceChoice,
+    product: Registration,
+    detected: Kind,
+    root: bool,
+) -> (Kind, Option<&'static str>) {
+    match (choice, product, detected) {
+        (ServiceChoice::None, _, _) | (_, Registration::None, _) | (_, _, Kind::None) => (Kind::None, None),
+        (ServiceChoice::Auto, Registration::Auto, Kind::Systemd) if root => (Kind::Systemd, None),
+        (ServiceChoice::Auto, Registration::Auto, Kind::Systemd) => {
+            (Kind::None, Some("not registered with systemd: that takes root; the roles are started without it"))
+        }
+    }
+}
+
+fn not_masked(home: &Home) -> Result<()> {
+    for role in Role::BOTH {
+        if host_service::state(home, *role)?.load_state == "masked" {
+            let unit = host_service::unit_name(home, *role);
+            bail!(
+                "cannot register the unit {unit}: it is masked; run `systemctl unmask {unit}`, or say --service none"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options() -> InstallOptions {
+        InstallOptions { endpoint: vec!["https://new:1".parse().unwrap()], ..InstallOptions::default() }
+    }
+
+    #[test]
+    fn the_command_line_wins_over_what_stands_and_changes_nothing_else() {
+        let standing = Config {
+            heartbeat_srv: vec!["https://old:1".parse().unwrap()],
+            spm_max_mem: crate::core::units::Size(99 << 20),
+            product: Some("hci".to_owned()),
+            certificate: Certificate::Authority("etc/mine.pem".into()),
+            ..Config::default()
+        };
+        let settled = settle(Some(&standing), &options());
+        assert_eq!(settled, Config { heartbeat_srv: options().endpoint, ..standing.clone() });
+        assert_eq!(settle(Some(&standing), &InstallOptions::default()), standing);
+
+        let told = InstallOptions { product: Some("auto".to_owned()), insecure: true, ..options() };
+        let settled = settle(Some(&standing), &told);
+        assert_eq!((settled.product, settled.certificate), (None, Certificate::Unchecked));
+    }
+
+    #[test]
+    fn the_first_contact_is_pinned_only_where_nothing_else_was_said() {
+        let first = InstallOptions { pin_first_contact: true, ..options() };
+        assert_eq!(settle(None, &first).certificate, Certificate::FirstContact);
+        assert_eq!(settle(None, &options()).certificate, Certificate::System);
+        let pinned = Certificate::Pinned(vec!["00".repeat(32).parse().unwrap()]);
+        let standing = Config { certificate: pinned.clone(), ..Config::default() };
+        assert_eq!(settle(Some(&standing), &first).certificate, pinned);
+        let ca = InstallOptions { ca_cert: Some("x".into()), ..first };
+        assert_eq!(settle(Some(&standing), &ca).certificate, Certificate::Authority(CA_FILE.into()));
+    }
+
+    #[test]
+    fn registration_takes_systemd_root_and_a_product_that_wants_it() {
+        use ServiceChoice as Choice;
+        let decided = |choice, product, detected, root| registration(choice, product, detected, root).0;
+        assert_eq!(decided(Choice::Auto, Registration::Auto, Kind::Systemd, true), Kind::Systemd);
+        assert_eq!(decided(Choice::Auto, Registration::Auto, Kind::Systemd, false), Kind::None);
+        assert_eq!(decided(Choice::Auto, Registration::Auto, Kind::None, true), Kind::None);
+        assert_eq!(decided(Choice::Auto, Registration::None, Kind::Systemd, true), Kind::None);
+        assert_eq!(decided(Choice::None, Registration::Auto, Kind::Systemd, true), Kind::None);
+    }
+
+    #[test]
+    fn a_home_is_a_directory_of_its_own() {
+        for bad in ["/", "/opt", "/usr/local", "/srv/../etc", "relative", "/srv/a\nb"] {
+            assert!(fit_for_a_home(Path::new(bad)).is_err(), "{bad:?}");
+        }
+        for good in ["/opt/aops", "/srv/my home", "/home/somebody/aops"] {
+            assert!(fit_for_a_home(Path::new(good)).is_ok(), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn a_directory_with_something_else_in_it_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        let bootstrap = directory.path().join("aops-agent-service");
+        fs::write(&bootstrap, "").unwrap();
+        fs::create_dir(home.run()).unwrap();
+        fs::write(home.run_file(LOCK), "").unwrap();
+        foreign(&home, &bootstrap).unwrap();
+        fs::write(home.run_file("x"), "").unwrap();
+        assert!(foreign(&home, &bootstrap).is_err());
+        fs::remove_file(home.run_file("x")).unwrap();
+        fs::write(directory.path().join("photo"), "").unwrap();
+        let error = foreign(&home, &bootstrap).unwrap_err().to_string();
+        assert!(error.contains("holds photo"), "{error}");
+        fs::write(directory.path().join("agentId"), "1").unwrap();
+        foreign(&home, &bootstrap).unwrap();
+    }
+
+    #[test]
+    fn missing_identity_and_endpoint_are_wrong_usage() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        let product = product::choose(None).unwrap();
+        let surroundings = Surroundings { home: None, product: None, executable: "/nowhere".into() };
+        let refused = |options: &InstallOptions| {
+            let error = plan(options, &surroundings, &home, &product).unwrap_err();
+            error.downcast_ref::<Usage>().map(|usage| usage.0.clone())
+        };
+        assert!(refused(&options()).unwrap().contains("--agent-id"));
+        let without_endpoint = InstallOptions { agent_id: Some("1".parse().unwrap()), ..InstallOptions::default() };
+        assert!(refused(&without_endpoint).unwrap().contains("--endpoint"));
+    }
+
+    #[test]
+    fn plain_http_needs_insecure() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        let surroundings = Surroundings { home: None, product: None, executable: "/nowhere".into() };
+        let options = InstallOptions {
+            agent_id: Some("1".parse().unwrap()),
+            endpoint: vec!["http://a:1".parse().unwrap()],
+            ..InstallOptions::default()
+        };
+        let error = plan(&options, &surroundings, &home, &product::choose(None).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("--insecure"), "{error}");
+    }
+}

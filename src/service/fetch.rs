@@ -1,0 +1,229 @@
+//! The manager's package: which one, from where, verified, unpacked into the installation's own directory, and seen to run on this host.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::check::Plan;
+use super::progress::{self, Download};
+use super::site::Site;
+use crate::config::{Certificate, PINS};
+use crate::core::model::{AgentName, Arch, MANAGER_PACKAGE, Os, Packing, Release};
+use crate::core::protocol::{DOWNLOAD_PATH, Offer};
+use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
+use crate::home::Home;
+use crate::installation::Manager;
+use crate::package::{self, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
+use crate::{command, platform, uplink};
+
+/// For the next byte of a download.
+const STALL: Duration = Duration::from_secs(30);
+
+/// For the new executable to say its version.
+const SAYING_VERSION: Duration = Duration::from_secs(30);
+
+/// A release of the manager that can be put into place.
+#[derive(Debug)]
+pub(super) struct Fetched {
+    tree: VerifiedTree,
+    pub(super) manager: Manager,
+    /// The certificates of first contacts, with that of this one.
+    pub(super) pins: Option<PathBuf>,
+}
+
+impl Fetched {
+    /// The new executable, in the unpacked package.
+    pub(super) fn executable(&self) -> PathBuf {
+        executable_in(self.tree.path())
+    }
+
+    /// The directory of the keys that the package brings; need not be there.
+    pub(super) fn keys(&self) -> PathBuf {
+        self.tree.path().join("keys")
+    }
+}
+
+/// Downloads, verifies, unpacks, and tries the release that the plan names.
+pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
+    let places = Places { cache: site.work().join("cache"), staging: site.work().join("staging") };
+    let (tree, file, pins) = match &plan.package {
+        Some(package) => {
+            let (tree, file) = local(plan, package, &places.staging)?;
+            (tree, file, None)
+        }
+        None => remote(plan, &places, &site.work())?,
+    };
+    let executable = executable_in(tree.path());
+    if !executable.is_file() {
+        bail!(
+            "cannot use the package {file}: it holds no {}",
+            executable.strip_prefix(tree.path()).unwrap_or(&executable).display()
+        );
+    }
+    platform::set_mode(&executable, 0o755)
+        .with_context(|| format!("cannot set the mode of {}", executable.display()))?;
+    command::run(Command::new(&executable).arg("--version").current_dir("/"), SAYING_VERSION)
+        .and_then(command::Finished::success)
+        .with_context(|| format!("the executable of {file} does not run on this host"))?;
+    let manager = Manager {
+        version: tree.binding().release.version.clone(),
+        sha256: tree.sha256().clone(),
+        epoch: tree.binding().epoch,
+        file,
+        unknown: Default::default(),
+    };
+    Ok(Fetched { tree, manager, pins })
+}
+
+fn executable_in(tree: &Path) -> PathBuf {
+    Home::new(tree).executable()
+}
+
+fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, String)> {
+    let claimed = package::claimed(path)?.release;
+    let (os, arch) = this_host()?;
+    let version = plan.version.clone().unwrap_or_else(|| claimed.version.clone());
+    let release = Release { name: manager_package()?, version, os, arch };
+    if release != claimed {
+        bail!("cannot use the package {}: it is {claimed}, and {release} is wanted", path.display());
+    }
+    progress::say(format_args!("unpacking {release} from {}", path.display()));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
+    let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
+    let wanted = Wanted { least_epoch: plan.least_epoch(), ..Wanted::new(release) };
+    Ok((package::open_local(path, &wanted, &plan.keys, staging)?, file))
+}
+
+fn remote(plan: &Plan, places: &Places, work: &Path) -> Result<(VerifiedTree, String, Option<PathBuf>)> {
+    let (trust, pins) = trust(plan, work)?;
+    if trust == Trust::Insecure {
+        progress::warn("the gateway's certificate is not checked (--insecure)");
+    }
+    let endpoints = &plan.config.heartbeat_srv;
+    let client = Client::new(&trust, Some(&plan.agent_id), Timeouts::exchange())?;
+    let (endpoint, wanted) = first_of(endpoints, |endpoint| choose(plan, &client, endpoint))?;
+    if let Some(fingerprint) = client.first_contact() {
+        first_contact(endpoint, &fingerprint);
+    }
+
+    progress::say(format_args!("downloading {} from {endpoint}", wanted.release));
+    let timeouts = Timeouts { total: Some(plan.config.download_timeout.0), ..Timeouts::download(STALL) };
+    let downloader = Client::new(&trust, Some(&plan.agent_id), timeouts)?;
+    // The one that answered first; the others stand in for it.
+    let mut ordered = vec![endpoint.clone()];
+    ordered.extend(endpoints.iter().filter(|other| *other != endpoint).cloned());
+    let mut download = Download::begin();
+    let tree = package::fetch(&downloader, &ordered, &wanted, &plan.keys, places, &mut |done, total| {
+        download.at(done, total)
+    })?;
+    drop(download);
+    let file = wanted.file.unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
+    Ok((tree, file, pins))
+}
+
+/// How the certificate is checked now, when nothing of the home is in place yet.
+fn trust(plan: &Plan, work: &Path) -> Result<(Trust, Option<PathBuf>)> {
+    let own = plan.config.trust(&plan.home);
+    match &plan.config.certificate {
+        Certificate::Authority(_) => {
+            let Some(bytes) = &plan.ca_file else { return Ok((own, None)) };
+            let path = work.join("ca.pem");
+            fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+            Ok((Trust::CaFile(path), None))
+        }
+        Certificate::FirstContact => {
+            let path = work.join(PINS);
+            let standing = plan.home.state_file(PINS);
+            if !plan.fresh && standing.is_file() {
+                fs::copy(&standing, &path).with_context(|| format!("cannot copy {}", standing.display()))?;
+            }
+            Ok((Trust::FirstContact { pins: path.clone() }, Some(path)))
+        }
+        _ => Ok((own, None)),
+    }
+}
+
+fn first_contact(endpoint: &Endpoint, fingerprint: &Fingerprint) {
+    progress::warn(format_args!(
+        "the certificate of {endpoint} is {fingerprint}. Nobody vouched for it: it is accepted because it is the first one seen, and any \
+         other will be refused from now on. Compare it with the gateway's own"
+    ));
+}
+
+/// Which package is wanted of this endpoint: the version asked for, or its current one.
+fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
+    let (os, arch) = this_host()?;
+    let name = manager_package()?;
+    let offer = uplink::current_release(client, endpoint, &name, os, arch)?;
+    let offered = |offer: Offer| {
+        let release = Release { name: name.clone(), version: offer.version, os, arch };
+        let wanted = Wanted::new(release);
+        Wanted {
+            file: Some(offer.file),
+            sha256: Some(offer.sha256),
+            size: Some(offer.size),
+            least_epoch: plan.least_epoch(),
+            ..wanted
+        }
+    };
+    let version = match (&plan.version, offer) {
+        (None, Some(offer)) => return Ok(offered(offer)),
+        (Some(version), Some(offer)) if offer.version == *version => return Ok(offered(offer)),
+        (Some(version), _) => version.clone(),
+        (None, None) => {
+            bail!("{endpoint} names no current version of {name} for {os}/{arch}; publish one there, or say --version")
+        }
+    };
+    let release = Release { name, version, os, arch };
+    // An older version, or a gateway that names none: the package may be packed in any way.
+    for packing in Packing::ALL {
+        let file = release.file_name(*packing);
+        let reply = client.get(endpoint, &format!("{DOWNLOAD_PATH}/{file}{SIGNATURE_SUFFIX}"), &[])?;
+        match reply.status() {
+            200 => return Ok(Wanted { file: Some(file), least_epoch: plan.least_epoch(), ..Wanted::new(release) }),
+            404 => {}
+            _ => return Err(reply.refused().context(format!("cannot ask {endpoint} for {file}"))),
+        }
+    }
+    bail!(
+        "{endpoint} has no package of {release}; publish it there, or choose another --version (without it: the current one)"
+    )
+}
+
+/// The first endpoint with an answer, or what was wrong with each.
+fn first_of(endpoints: &[Endpoint], ask: impl Fn(&Endpoint) -> Result<Wanted>) -> Result<(&Endpoint, Wanted)> {
+    let mut failures = Vec::new();
+    for endpoint in endpoints {
+        match ask(endpoint) {
+            Ok(wanted) => return Ok((endpoint, wanted)),
+            Err(error) => failures.push(error),
+        }
+    }
+    if failures.len() == 1
+        && let Some(failure) = failures.pop()
+    {
+        return Err(failure);
+    }
+    let told: Vec<String> = failures.iter().map(|failure| format!("{failure:#}")).collect();
+    bail!("no endpoint has it: {}", told.join("; "))
+}
+
+fn manager_package() -> Result<AgentName> {
+    Ok(MANAGER_PACKAGE.parse()?)
+}
+
+/// What packages must be for to run here: what this executable was built for.
+fn this_host() -> Result<(Os, Arch)> {
+    let os = std::env::consts::OS.parse()?;
+    let arch = match std::env::consts::ARCH {
+        "x86_64" => Arch::Amd64,
+        "x86" => Arch::I386,
+        "aarch64" => Arch::Arm64,
+        other => other.parse()?,
+    };
+    Ok((os, arch))
+}

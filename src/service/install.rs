@@ -1,0 +1,238 @@
+//! `aops install`, step by step: check, fetch, stop, switch, register, start, wait.
+//!
+//! ```text
+//! check, fetch      nothing of what stands is touched; what was made is removed again
+//! stop              only where all of it is replaced: an installation of the old system, or --fresh
+//! switch            bin/aops, links, etc, and the records last
+//! register, start   renewing an installation of aops restarts the roles; sub-agents keep their pids
+//! wait              until the manager answers
+//! ```
+//!
+//! A failure from `stop` on puts back what stood there and starts it again. On a host where nothing stood, an installation whose manager
+//! does not answer in time stays: it is whole, and its service manager goes on trying.
+
+use std::fmt;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Error, Result};
+
+use super::check::{self, Plan, Standing, Usage};
+use super::fetch::{self, Fetched};
+use super::site::Site;
+use super::undo::Undo;
+use super::{InstallOptions, Surroundings, WRONG_USAGE, old, progress, roles, switch};
+use crate::home::Home;
+use crate::host_service::Kind;
+use crate::installation::Installed;
+use crate::store;
+
+/// Where an installation is, as an operator is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    Check,
+    Fetch,
+    Stop,
+    Switch,
+    Register,
+    Start,
+    Wait,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Step::Check => "check",
+            Step::Fetch => "fetch",
+            Step::Stop => "stop",
+            Step::Switch => "switch",
+            Step::Register => "register",
+            Step::Start => "start",
+            Step::Wait => "wait",
+        })
+    }
+}
+
+/// A failure, and where it happened.
+#[derive(Debug)]
+struct Failed {
+    step: Step,
+    error: Error,
+}
+
+trait At<T> {
+    fn at(self, step: Step) -> Result<T, Failed>;
+}
+
+impl<T> At<T> for Result<T> {
+    fn at(self, step: Step) -> Result<T, Failed> {
+        self.map_err(|error| Failed { step, error })
+    }
+}
+
+/// Installs, or renews, what the options say.
+pub fn install(options: &InstallOptions, surroundings: &Surroundings) -> Result<ExitCode> {
+    let (home, product) = match check::home(options, surroundings) {
+        Ok(found) => found,
+        Err(error) => return wrong_usage(error),
+    };
+    let outcome = Site::open(&home).at(Step::Check).and_then(|mut site| {
+        recover(&home, &surroundings.executable).at(Step::Check)?;
+        let plan = check::plan(options, surroundings, &home, &product).at(Step::Check)?;
+        let fetched = fetch::fetch(&plan, &site).at(Step::Fetch)?;
+        replace(&plan, &fetched, &mut site)?;
+        site.keep();
+        summary(&plan, &fetched);
+        Ok(())
+    });
+    match outcome {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(Failed { error, .. }) if error.is::<Usage>() => wrong_usage(error),
+        Err(failed) => Err(told(failed, &home)),
+    }
+}
+
+/// Tells what the command line lacks, where that is what is wrong.
+fn wrong_usage(error: Error) -> Result<ExitCode> {
+    if !error.is::<Usage>() {
+        return Err(error);
+    }
+    anstream::eprintln!("error: {error}\n\nFor more information, try 'aops install --help'.");
+    Ok(ExitCode::from(WRONG_USAGE))
+}
+
+/// The failure as an operator reads it: the step, what became of the host, and what to do.
+fn told(Failed { step, error }: Failed, home: &Home) -> Error {
+    let state = if step < Step::Stop { "; nothing was changed" } else { "" };
+    let advice = advice(&error, home).map(|advice| format!("; {advice}, then repeat the command")).unwrap_or_default();
+    error.context(format!("cannot install aops into {} (step {step}{state}{advice})", home.root().display()))
+}
+
+/// What to do about a failure that the system told in its own words.
+fn advice(error: &Error, home: &Home) -> Option<String> {
+    let home = home.root().display();
+    let kind = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind))?;
+    match kind {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Some(format!("free some space for {home}")),
+        ErrorKind::ReadOnlyFilesystem => Some(format!("make {home} writable, or choose another --home")),
+        ErrorKind::PermissionDenied => Some(format!("run it as root, or as who owns {home}, or choose another --home")),
+        _ => None,
+    }
+}
+
+/// An installation that was killed after it had set something aside, and before the new one was whole, is undone.
+fn recover(home: &Home, executable: &Path) -> Result<()> {
+    if old::aside(home).is_dir() && Installed::load(home).ok().flatten().is_none() {
+        progress::say("bringing back what an interrupted installation had set aside");
+        old::bring_back(home, executable)?;
+    }
+    Ok(())
+}
+
+/// From here on what stood there is touched.
+fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed> {
+    let mut undo = Undo::begin(site.work().join("undo")).at(Step::Fetch)?;
+    let ran = roles::run(&plan.home);
+    let Err(failed) = carry_out(plan, fetched, site, &mut undo) else {
+        // What was replaced is needed no more. Where it can't be removed, it is in nobody's way.
+        if let Err(error) = store::remove_tree(&old::aside(&plan.home)) {
+            progress::warn(format_args!("{error:#}"));
+        }
+        return Ok(());
+    };
+    if plan.standing == Standing::Nothing && failed.step == Step::Wait {
+        let stays = "what was installed stays, and goes on trying to start; look at `control status` and the log, and repeat the command";
+        return Err(Failed { step: failed.step, error: failed.error.context(stays) });
+    }
+    progress::say(format_args!("step {} failed; putting back what was there", failed.step));
+    let undone = match take_back(plan, failed.step, ran, site, undo) {
+        Ok(()) if plan.standing == Standing::Nothing => {
+            "everything was taken back; the command can be repeated".to_owned()
+        }
+        Ok(()) => "what was there before is back as it was; the command can be repeated".to_owned(),
+        Err(error) => format!("what was there before could not be put back ({error:#}); repeat the command"),
+    };
+    Err(Failed { step: failed.step, error: failed.error.context(undone) })
+}
+
+fn carry_out(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -> Result<(), Failed> {
+    let home = &plan.home;
+    let before = roles::manager_pid(home);
+    if plan.replaces_all() {
+        progress::say("stopping the older installation");
+        match plan.standing {
+            Standing::Old => old::stop(home),
+            _ => roles::stop_all(home),
+        }
+        .and_then(|()| old::set_aside(home, &plan.executable))
+        .at(Step::Stop)?;
+    }
+    progress::say(format_args!("putting version {} into {}", fetched.manager.version, home.root().display()));
+    switch::switch(plan, fetched, site, undo).at(Step::Switch)?;
+    if plan.kind == Kind::Systemd {
+        progress::say("registering with systemd");
+    }
+    roles::register(home, plan.kind).at(Step::Register)?;
+    progress::say("starting");
+    let child = roles::start(home, plan.kind, was_registered(plan)).at(Step::Start)?;
+    roles::wait(home, before, child).at(Step::Wait)
+}
+
+fn was_registered(plan: &Plan) -> bool {
+    matches!(&plan.standing, Standing::Aops(installed) if installed.service == Kind::Systemd)
+}
+
+/// Undoes what was done up to `step`, in the opposite order. What `ran` before runs again.
+fn take_back(plan: &Plan, step: Step, ran: bool, site: &mut Site, undo: Undo) -> Result<()> {
+    let home = &plan.home;
+    let renews = matches!(plan.standing, Standing::Aops(_)) && !plan.replaces_all();
+    if !renews && step >= Step::Register {
+        roles::stop_all(home)?;
+    }
+    if step >= Step::Register && plan.kind == Kind::Systemd && !was_registered(plan) {
+        roles::register(home, Kind::None)?;
+    }
+    undo.roll_back()?;
+    if plan.replaces_all() {
+        site.forget_inside();
+        old::bring_back(home, &plan.executable)?;
+    }
+    match &plan.standing {
+        Standing::Nothing => Ok(()),
+        Standing::Old => old::start(home),
+        // Renewed, and nothing of the roles touched yet: they run.
+        Standing::Aops(_) if renews && step < Step::Register => Ok(()),
+        Standing::Aops(_) if !ran => roles::stop_all(home),
+        Standing::Aops(installed) => roles::start_again(home, installed.service),
+    }
+}
+
+fn summary(plan: &Plan, fetched: &Fetched) {
+    let home = plan.home.root().display();
+    let endpoints: Vec<String> = plan.config.heartbeat_srv.iter().map(ToString::to_string).collect();
+    progress::say(format_args!("version {} is installed in {home} and runs", fetched.manager.version));
+    progress::say(format_args!("agent id {}, endpoint {}", plan.agent_id, endpoints.join(", ")));
+    progress::say(format_args!("see how it is: {} status", plan.home.control_link().display()));
+    if let Some(advice) = &plan.boot_advice {
+        progress::say(format_args!("nothing starts it when the host boots: {advice}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_tells_the_step_what_became_of_the_host_and_what_to_do() {
+        let home = Home::new("/srv/a");
+        let full = Error::from(std::io::Error::from(ErrorKind::StorageFull)).context("cannot write /srv/a/x");
+        let text = format!("{:#}", told(Failed { step: Step::Fetch, error: full }, &home));
+        assert!(text.starts_with(
+            "cannot install aops into /srv/a (step fetch; nothing was changed; free some space for /srv/a, then repeat the command): \
+             cannot write /srv/a/x"
+        ), "{text}");
+        let text = format!("{:#}", told(Failed { step: Step::Start, error: Error::msg("x") }, &home));
+        assert_eq!(text, "cannot install aops into /srv/a (step start): x");
+    }
+}

@@ -1,0 +1,182 @@
+//! An installation of the system that aops replaces, in the home: recognized, stopped, set aside, and removed once the new one is in place.
+//!
+//! Nothing is known of its files but three that operators touch, so everything in its directory counts as its own. It is moved into one
+//! directory, by renames, from which it can be moved back.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{LOCK, WORK, leftovers, progress};
+use crate::command;
+use crate::config::import::{OLD_AGENT_IDS, OLD_CONFIG};
+use crate::home::Home;
+use crate::platform;
+
+/// What an old installation's `control` script may take.
+const CONTROL: Duration = Duration::from_secs(60);
+
+/// Whether what stands in the home is an installation of the old system. `exists` says whether it is one of ours.
+pub(super) fn is_old(home: &Home) -> bool {
+    let file = |name: &str| home.root().join(name).symlink_metadata().is_ok_and(|metadata| metadata.is_file());
+    file(OLD_CONFIG) || OLD_AGENT_IDS.iter().any(|name| file(name)) || has_control(home)
+}
+
+/// Whether there is a `control` that can be run and is no link of ours.
+fn has_control(home: &Home) -> bool {
+    let control = home.root().join("control");
+    control.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) && platform::is_executable(&control)
+}
+
+/// Stops it: through its own script, then whoever still runs from its directory.
+pub(super) fn stop(home: &Home) -> Result<()> {
+    if has_control(home) {
+        // A script that fails is no reason to keep what it failed to stop.
+        if let Err(error) = control(home, "stop") {
+            progress::warn(format_args!("{error:#}"));
+        }
+    }
+    leftovers::end_running_from(home.root()).context("cannot stop the old installation")
+}
+
+/// Starts it again after a failure.
+pub(super) fn start(home: &Home) -> Result<()> {
+    if has_control(home) { control(home, "start") } else { Ok(()) }
+}
+
+fn control(home: &Home, verb: &str) -> Result<()> {
+    let path = home.root().join("control");
+    let finished = command::run(Command::new(&path).arg(verb).current_dir(home.root()), CONTROL)?;
+    finished.success().map(drop).with_context(|| format!("cannot have {} do `{verb}`", path.display()))
+}
+
+/// Where what is set aside lies.
+pub(super) fn aside(home: &Home) -> PathBuf {
+    home.root().join(WORK).join("aside")
+}
+
+/// Moves everything in the home aside, but for the installation's own things and the running executable.
+pub(super) fn set_aside(home: &Home, executable: &Path) -> Result<()> {
+    move_entries(
+        home.root(),
+        &aside(home),
+        &|path| path == executable || path.file_name() == Some(OsStr::new(WORK)),
+        home,
+    )
+}
+
+/// Moves back what was set aside; what was put in its place meanwhile goes.
+pub(super) fn bring_back(home: &Home, executable: &Path) -> Result<()> {
+    let aside = aside(home);
+    if !aside.is_dir() {
+        return Ok(());
+    }
+    let attempt = || -> Result<()> {
+        for entry in fs::read_dir(home.root())? {
+            let path = entry?.path();
+            if path == executable || path.file_name() == Some(OsStr::new(WORK)) || path == home.run() {
+                continue;
+            }
+            remove(&path)?;
+        }
+        move_entries(&aside, home.root(), &|_| false, home)?;
+        fs::remove_dir_all(&aside)?;
+        Ok(())
+    };
+    attempt().with_context(|| format!("cannot bring back what was set aside in {}", aside.display()))
+}
+
+/// Moves the entries of one directory into another; those of `run` one by one, as our lock lies there.
+fn move_entries(from: &Path, to: &Path, stays: &dyn Fn(&Path) -> bool, home: &Home) -> Result<()> {
+    let run = home.run();
+    let lock = home.run_file(LOCK);
+    fs::create_dir_all(to).with_context(|| format!("cannot make the directory {}", to.display()))?;
+    for entry in fs::read_dir(from).with_context(|| format!("cannot list {}", from.display()))? {
+        let entry = entry?;
+        let (path, target) = (entry.path(), to.join(entry.file_name()));
+        if stays(&path) || path == lock {
+            continue;
+        }
+        if entry.file_type()?.is_dir() && run.file_name() == Some(&entry.file_name()) && from != run {
+            move_entries(&path, &target, &|path| path == lock, home)?;
+        } else {
+            fs::rename(&path, &target)
+                .with_context(|| format!("cannot move {} to {}", path.display(), target.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let is_directory = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
+    if is_directory { crate::store::remove_tree(path) } else { crate::store::remove(path) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files(root: &Path) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut directories = vec![root.to_owned()];
+        while let Some(directory) = directories.pop() {
+            for entry in fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() && !path.is_symlink() {
+                    directories.push(path.clone());
+                }
+                found.push(path.strip_prefix(root).unwrap().display().to_string());
+            }
+        }
+        found.sort();
+        found
+    }
+
+    #[test]
+    fn an_old_installation_is_recognized_by_any_of_its_files() {
+        for name in ["etc/conf.yml", "agentId", "etc/agentId"] {
+            let directory = tempfile::tempdir().unwrap();
+            let home = Home::new(directory.path());
+            assert!(!is_old(&home));
+            fs::create_dir(home.etc()).unwrap();
+            fs::write(directory.path().join(name), "").unwrap();
+            assert!(is_old(&home), "{name}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        fs::write(directory.path().join("control"), "#!/bin/sh\n").unwrap();
+        platform::set_mode(&directory.path().join("control"), 0o755).unwrap();
+        assert!(is_old(&home));
+    }
+
+    #[test]
+    fn what_is_set_aside_comes_back_in_place_of_what_came_meanwhile() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        for path in ["bin/old", "run/pid", "control"] {
+            let path = directory.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "old").unwrap();
+        }
+        let bootstrap = directory.path().join("bootstrap");
+        fs::write(&bootstrap, "").unwrap();
+        let before = files(directory.path());
+        fs::write(home.run_file(LOCK), "").unwrap();
+
+        set_aside(&home, &bootstrap).unwrap();
+        assert!(bootstrap.exists() && home.run_file(LOCK).exists());
+        assert!(!home.bin().exists() && !home.run_file("pid").exists());
+        fs::create_dir(home.bin()).unwrap();
+        fs::write(home.executable(), "new").unwrap();
+
+        bring_back(&home, &bootstrap).unwrap();
+        fs::remove_file(home.run_file(LOCK)).unwrap();
+        fs::remove_dir(home.root().join(WORK)).unwrap();
+        assert_eq!(files(directory.path()), before);
+        bring_back(&home, &bootstrap).unwrap();
+    }
+}

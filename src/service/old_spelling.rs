@@ -1,0 +1,170 @@
+//! The command line of the old system, whose platform prints it and whose scripts use it:
+//! `aops-agent-service-linux-amd64 --control install --version V --agentId ID --endpoint URL`.
+//!
+//! It is translated, word for word, into the new one, which then says what is wrong with it. Its users fetch the executable with
+//! `curl -k`: they have no means to check a certificate, so the one of the first contact is pinned. It never asked before it
+//! uninstalled, so the translation does not either.
+
+use std::ffi::{OsStr, OsString};
+
+/// What `--control` takes.
+const VERBS: &str = "install, uninstall, start, stop, restart or status";
+
+/// The new spelling of `args` (without the program's name) where they are in the old one; `None` where they are not. The error is one of
+/// usage.
+pub fn old_spelling(args: &[OsString]) -> Option<Result<Vec<OsString>, String>> {
+    args.iter().any(|arg| option(arg).is_some_and(|(name, _)| name == "control")).then(|| translate(args))
+}
+
+fn translate(args: &[OsString]) -> Result<Vec<OsString>, String> {
+    let mut verb: Option<String> = None;
+    let mut rest = Vec::new();
+    let mut trust_given = false;
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let Some((name, inline)) = option(arg) else {
+            rest.push(arg.clone());
+            continue;
+        };
+        let new = match name {
+            "control" => None,
+            "agentId" | "agent-id" => Some("--agent-id"),
+            "endpoint" => Some("--endpoint"),
+            "version" => Some("--version"),
+            _ => {
+                trust_given |= matches!(name, "ca-cert" | "pin" | "insecure");
+                rest.push(arg.clone());
+                continue;
+            }
+        };
+        let value = match inline {
+            Some(value) => Some(value),
+            // What looks like the next option is none's value.
+            None => args.as_slice().first().filter(|next| option(next).is_none()).inspect(|_| _ = args.next()).cloned(),
+        };
+        let value = value.filter(|value| !value.is_empty());
+        match (new, value) {
+            (None, Some(_)) if verb.is_some() => return Err("--control can be given once only".to_owned()),
+            (None, Some(value)) => verb = Some(value.to_string_lossy().into_owned()),
+            (None, None) => return Err(format!("--control needs a value: {VERBS}")),
+            (Some(new), Some(value)) => rest.extend([new.into(), value]),
+            (Some(new), None) => return Err(format!("{new} needs a value")),
+        }
+    }
+    let verb = verb.ok_or_else(|| format!("--control needs a value: {VERBS}"))?;
+    let mut new: Vec<OsString> = match verb.as_str() {
+        "install" if trust_given => vec!["install".into()],
+        "install" => vec!["install".into(), "--pin-first-contact".into()],
+        "uninstall" => vec!["control".into(), "uninstall".into(), "--yes".into()],
+        "start" | "stop" | "restart" | "status" => vec!["control".into(), verb.into()],
+        other => return Err(format!("cannot take {other:?} as the value of --control: expected {VERBS}")),
+    };
+    if new[0] == "control" {
+        without_identity(&mut rest);
+    }
+    new.extend(rest);
+    Ok(new)
+}
+
+/// Scripts give the same options to every verb; those of an installation mean nothing to the others.
+fn without_identity(rest: &mut Vec<OsString>) {
+    let mut kept = Vec::new();
+    let mut args = rest.drain(..);
+    while let Some(arg) = args.next() {
+        if arg == "--agent-id" || arg == "--endpoint" || arg == "--version" {
+            args.next();
+        } else {
+            kept.push(arg);
+        }
+    }
+    drop(args);
+    *rest = kept;
+}
+
+/// The name of an option, with one dash or two, and the value behind its `=`.
+fn option(arg: &OsStr) -> Option<(&str, Option<OsString>)> {
+    let text = arg.to_str()?;
+    let text = text.strip_prefix("--").or_else(|| text.strip_prefix('-'))?;
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name, Some(value.into())),
+        None => (text, None),
+    };
+    name.starts_with(|first: char| first.is_ascii_alphabetic()).then_some((name, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn translated(line: &str) -> Option<Result<String, String>> {
+        let args: Vec<OsString> = line.split_whitespace().map(Into::into).collect();
+        old_spelling(&args)
+            .map(|result| result.map(|args| args.iter().map(|arg| arg.to_string_lossy()).collect::<Vec<_>>().join(" ")))
+    }
+
+    #[test]
+    fn the_old_command_line_means_what_it_always_meant() {
+        for (old, new) in [
+            (
+                "--control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888",
+                "install --pin-first-contact --version c57f6a1d --agent-id 5402204854438 --endpoint https://127.0.0.1:8888",
+            ),
+            (
+                "--control=install --version=c57f6a1d --agentId=1 --endpoint=https://h:1/x=y",
+                "install --pin-first-contact --version c57f6a1d --agent-id 1 --endpoint https://h:1/x=y",
+            ),
+            (
+                "-control install -version V -agentId 1 -endpoint https://h",
+                "install --pin-first-contact --version V --agent-id 1 --endpoint https://h",
+            ),
+            (
+                "--endpoint https://h --agentId 1 --control install",
+                "install --pin-first-contact --endpoint https://h --agent-id 1",
+            ),
+            (
+                "--control install --agentId 1 --endpoint https://h --home /srv/a --service none --ca-cert ca.pem",
+                "install --agent-id 1 --endpoint https://h --home /srv/a --service none --ca-cert ca.pem",
+            ),
+            ("--control install --pin=00 --agentId 1", "install --pin=00 --agent-id 1"),
+            ("--control install --insecure --agentId 1", "install --insecure --agent-id 1"),
+            ("--control start", "control start"),
+            ("--control stop", "control stop"),
+            ("-control=restart", "control restart"),
+            ("--control status --home /srv/a", "control status --home /srv/a"),
+            ("--control uninstall", "control uninstall --yes"),
+            ("--control stop --agentId 1 --version V --home /srv/a", "control stop --home /srv/a"),
+        ] {
+            assert_eq!(translated(old).expect(old), Ok(new.to_owned()), "{old}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_it_is_told() {
+        for (old, words) in [
+            ("--control", "--control needs a value: install"),
+            ("--control=", "--control needs a value"),
+            ("--control --version V", "--control needs a value"),
+            ("--control remove", "\"remove\""),
+            ("--control start --control stop", "once only"),
+            ("--control install --version --agentId 1", "--version needs a value"),
+            ("--control install --agentId", "--agent-id needs a value"),
+        ] {
+            let error = translated(old).expect(old).expect_err(old);
+            assert!(error.contains(words), "{old}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_new_spelling_is_left_alone() {
+        for new in [
+            "",
+            "--version",
+            "install --agent-id 1 --endpoint https://h",
+            "control status",
+            "status --json",
+            "-- control",
+        ] {
+            assert_eq!(translated(new), None, "{new}");
+        }
+    }
+}

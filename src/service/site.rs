@@ -1,0 +1,177 @@
+//! The place where an installation is at work: its lock, its own directory, and the directories that it had to make.
+//!
+//! Dropped without [`Site::keep`], it leaves nothing behind that was not there before.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::{LOCK, WORK, old};
+use crate::home::Home;
+use crate::lock::{self, Held};
+use crate::{platform, store};
+
+/// A holder that has just died may be seen a moment longer.
+const LOCK_DEADLINE: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(super) struct Site {
+    home: Home,
+    /// What was made, parents first.
+    created: Vec<PathBuf>,
+    lock: Option<Held>,
+    kept: bool,
+}
+
+impl Site {
+    /// Takes the lock of the home, which is made where it is not there.
+    pub(super) fn open(home: &Home) -> Result<Site> {
+        let mut site = Site { home: home.clone(), created: Vec::new(), lock: None, kept: false };
+        site.make(home.root(), 0o755)?;
+        site.make(&home.run(), 0o700)?;
+        site.lock = lock::take(&home.run_file(LOCK), LOCK_DEADLINE)?;
+        if site.lock.is_none() {
+            bail!("another installation is at work there; wait until it has ended");
+        }
+        site.sweep()?;
+        site.make(&site.work(), 0o700)?;
+        Ok(site)
+    }
+
+    /// Removes what an installation that was killed left in its directory, but for what it had set aside.
+    fn sweep(&self) -> Result<()> {
+        let work = self.work();
+        let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
+        for entry in entries {
+            let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
+            if path == old::aside(&self.home) {
+                continue;
+            }
+            if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }
+        }
+        Ok(())
+    }
+
+    /// The directory for what is needed meanwhile, on the home's own file system.
+    pub(super) fn work(&self) -> PathBuf {
+        self.home.root().join(WORK)
+    }
+
+    /// Makes a directory and its parents, where they are not there, and remembers that.
+    pub(super) fn make(&mut self, path: &Path, mode: u32) -> Result<()> {
+        let missing: Vec<&Path> = path.ancestors().take_while(|path| path.symlink_metadata().is_err()).collect();
+        for directory in missing.into_iter().rev() {
+            match fs::create_dir(directory) {
+                Ok(()) => self.created.push(directory.to_owned()),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => {
+                    return Err(error).with_context(|| format!("cannot make the directory {}", directory.display()));
+                }
+            }
+            let mode = if directory == path { mode } else { 0o755 };
+            platform::set_mode(directory, mode)
+                .with_context(|| format!("cannot set the mode of {}", directory.display()))?;
+        }
+        if !path.is_dir() {
+            bail!("cannot make the directory {}: a file is in the way", path.display());
+        }
+        Ok(())
+    }
+
+    /// The directories that were made for the home: itself and what leads there, parents first.
+    pub(super) fn created_for_home(&self) -> Vec<PathBuf> {
+        self.created.iter().filter(|path| self.home.root().starts_with(path)).cloned().collect()
+    }
+
+    /// What stands in the home is another's again: it is not taken for what was made.
+    pub(super) fn forget_inside(&mut self) {
+        let (root, run) = (self.home.root().to_owned(), self.home.run());
+        self.created.retain(|path| *path == run || root.starts_with(path));
+    }
+
+    /// What was made stays; only the lock and the directory for the time between go.
+    pub(super) fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if self.lock.is_some() {
+            // What was set aside and not brought back is all there is of it.
+            if !old::aside(&self.home).is_dir() {
+                let _ = store::remove_tree(&self.work());
+            }
+            // Still held: whoever waits for it sees that the file is another's.
+            let _ = store::remove(&self.home.run_file(LOCK));
+        }
+        if self.kept {
+            return;
+        }
+        for path in self.created.iter().rev() {
+            // Without the lock, what lies inside is somebody else's.
+            if self.lock.is_some() && path.starts_with(self.home.root()) && path != self.home.root() {
+                let _ = store::remove_tree(path);
+            } else {
+                let _ = fs::remove_dir(path);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_kept_leaves_nothing_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path().join("a/b/home"));
+        let site = Site::open(&home).unwrap();
+        fs::write(site.work().join("x"), "x").unwrap();
+        let created = site.created_for_home();
+        assert_eq!(created, ["a", "a/b", "a/b/home"].map(|path| directory.path().join(path)));
+        drop(site);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_was_there_before_stays_and_what_was_kept_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        fs::create_dir(home.run()).unwrap();
+        fs::write(home.run_file("x"), "x").unwrap();
+        drop(Site::open(&home).unwrap());
+        assert!(home.run_file("x").exists() && !home.run_file(LOCK).exists() && !directory.path().join(WORK).exists());
+
+        let mut site = Site::open(&home).unwrap();
+        site.make(&home.bin(), 0o755).unwrap();
+        site.keep();
+        assert!(home.bin().is_dir() && !directory.path().join(WORK).exists());
+    }
+
+    #[test]
+    fn a_second_one_is_kept_out_and_harms_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path().join("home"));
+        let first = Site::open(&home).unwrap();
+        let error = Site::open(&home).unwrap_err().to_string();
+        assert!(error.contains("another installation"), "{error}");
+        assert!(first.work().is_dir() && home.run_file(LOCK).exists());
+        drop(first);
+        assert!(!home.root().exists());
+    }
+
+    #[test]
+    fn a_file_in_the_way_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("file"), "").unwrap();
+        for path in ["file", "file/home"] {
+            let error = format!("{:#}", Site::open(&Home::new(directory.path().join(path))).unwrap_err());
+            assert!(error.contains("cannot make the directory"), "{error}");
+        }
+    }
+}

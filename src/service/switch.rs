@@ -1,0 +1,132 @@
+//! Puts a fetched release and its settings into place: each file by a rename, what stood there kept for the case of a failure.
+//!
+//! The records of the installation are written last: where they stand, everything else does.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::check::{Plan, Standing};
+use super::fetch::Fetched;
+use super::site::Site;
+use super::undo::Undo;
+use crate::config::{Config, PINS};
+use crate::core::model::MANAGER_PACKAGE;
+use crate::home::Home;
+use crate::host_service::product;
+use crate::installation::{Epochs, Installed, Manager};
+use crate::package::Keys;
+use crate::platform;
+use crate::store::{self, Access};
+
+/// The names in `bin` by which the executable takes a role.
+const ROLE_LINKS: &[&str] = &["aops-spm", "aops-spa", "aops-agent-service"];
+
+/// Where the command is put for everybody, for the default home alone.
+const COMMAND_LINK: &str = "/usr/local/bin/aops";
+
+pub(super) fn switch(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -> Result<()> {
+    let home = &plan.home;
+    for (directory, mode) in home.directories() {
+        site.make(&directory, mode)?;
+    }
+    settings(plan, fetched, undo)?;
+    executable(home, &fetched.executable(), undo)?;
+    links(home, undo)?;
+    let linked = command_link(plan, undo)?;
+    records(plan, fetched, site, linked, undo)
+}
+
+fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
+    let home = &plan.home;
+    undo.keep(&home.agent_id())?;
+    store::replace(&home.agent_id(), format!("{}\n", plan.agent_id).as_bytes(), Access::Public)?;
+    if let Some(bytes) = &plan.ca_file {
+        let path = home.etc().join("ca.pem");
+        undo.keep(&path)?;
+        store::replace(&path, bytes, Access::Public)?;
+    }
+    undo.keep(&home.config())?;
+    store::replace(&home.config(), plan.config_text.as_bytes(), Access::Public)?;
+    Config::remember_good(home, &plan.config_text)?;
+
+    undo.keep(&home.keys())?;
+    plan.own_keys.save_to(&home.keys())?;
+    let brought = Keys::load(&fetched.keys()).context("cannot take the keys that the package brings")?;
+    brought.save_to(&home.keys())?;
+
+    if let Some(pins) = &fetched.pins
+        && let Some(bytes) = store::read(pins, 1 << 20)?
+    {
+        let path = home.state_file(PINS);
+        undo.keep(&path)?;
+        store::replace(&path, &bytes, Access::Private)?;
+    }
+    Ok(())
+}
+
+fn executable(home: &Home, new: &Path, undo: &mut Undo) -> Result<()> {
+    let path = home.executable();
+    undo.keep(&path)?;
+    let attempt = || -> std::io::Result<()> {
+        std::fs::File::open(new)?.sync_all()?;
+        platform::replace_executable(new, &path)?;
+        platform::sync_directory(&home.bin())
+    };
+    attempt().with_context(|| format!("cannot put the new executable at {}", path.display()))
+}
+
+fn links(home: &Home, undo: &mut Undo) -> Result<()> {
+    let executable = home.executable();
+    let name = executable.file_name().map(PathBuf::from).unwrap_or_default();
+    let mut links: Vec<(PathBuf, PathBuf)> =
+        ROLE_LINKS.iter().map(|role| (home.role_link(role), name.clone())).collect();
+    links.push((home.control_link(), Path::new("bin").join(&name)));
+    for (link, target) in links {
+        undo.keep(&link)?;
+        platform::replace_link(&target, &link).with_context(|| format!("cannot make the link {}", link.display()))?;
+    }
+    Ok(())
+}
+
+/// Links the command into everybody's path: by root, for the default home, and where the name is free. Answers what is linked now.
+fn command_link(plan: &Plan, undo: &mut Undo) -> Result<Vec<PathBuf>> {
+    let mut linked = match &plan.standing {
+        Standing::Aops(installed) => installed.linked.clone(),
+        _ => Vec::new(),
+    };
+    let link = PathBuf::from(COMMAND_LINK);
+    let executable = plan.home.executable();
+    let wanted = platform::is_root() && plan.home.root() == product::default_home();
+    let ours = std::fs::read_link(&link).is_ok_and(|target| target == executable);
+    let free = link.symlink_metadata().is_err() && link.parent().is_some_and(Path::is_dir);
+    if wanted && (free || ours) {
+        undo.keep(&link)?;
+        platform::replace_link(&executable, &link)
+            .with_context(|| format!("cannot make the link {}", link.display()))?;
+        if !linked.contains(&link) {
+            linked.push(link);
+        }
+    }
+    Ok(linked)
+}
+
+fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, undo: &mut Undo) -> Result<()> {
+    let home = &plan.home;
+    for path in [Epochs::path(home), Manager::path(home), Installed::path(home)] {
+        undo.keep(&path)?;
+    }
+    let mut epochs = plan.epochs.clone();
+    epochs.commit(MANAGER_PACKAGE, fetched.manager.epoch);
+    epochs.save(home)?;
+    fetched.manager.save(home)?;
+    let mut installed = match &plan.standing {
+        Standing::Aops(installed) => installed.clone(),
+        _ => Installed::by(plan.kind),
+    };
+    installed.service = plan.kind;
+    installed.product.clone_from(&plan.product);
+    installed.created_directories.extend(site.created_for_home());
+    installed.linked = linked;
+    installed.save(home)
+}

@@ -1,0 +1,145 @@
+//! What stood where an installation puts its own, kept until it is known that it stays: [`Undo::roll_back`] puts everything back, in the
+//! opposite order.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{platform, store};
+
+#[derive(Debug)]
+pub(super) struct Undo {
+    /// On the file system of what is kept.
+    directory: PathBuf,
+    kept: Vec<Kept>,
+}
+
+/// What stood at a path.
+#[derive(Debug)]
+enum Kept {
+    Nothing(PathBuf),
+    /// Another name, or a copy, of the file.
+    File {
+        path: PathBuf,
+        copy: PathBuf,
+    },
+    Link {
+        path: PathBuf,
+        target: PathBuf,
+    },
+    Directory {
+        path: PathBuf,
+        copy: PathBuf,
+    },
+}
+
+impl Undo {
+    pub(super) fn begin(directory: PathBuf) -> Result<Undo> {
+        store::remove_tree(&directory)?;
+        fs::create_dir_all(&directory).with_context(|| format!("cannot make the directory {}", directory.display()))?;
+        Ok(Undo { directory, kept: Vec::new() })
+    }
+
+    /// Remembers what stands at `path` before it is replaced (by rename, never in place), made or removed.
+    pub(super) fn keep(&mut self, path: &Path) -> Result<()> {
+        let copy = self.directory.join(self.kept.len().to_string());
+        let attempt = || -> Result<Kept> {
+            let path = path.to_owned();
+            let metadata = match path.symlink_metadata() {
+                Ok(metadata) => metadata,
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Kept::Nothing(path)),
+                Err(error) => return Err(error.into()),
+            };
+            if metadata.is_symlink() {
+                let target = fs::read_link(&path)?;
+                Ok(Kept::Link { path, target })
+            } else if metadata.is_dir() {
+                fs::create_dir(&copy)?;
+                for entry in fs::read_dir(&path)? {
+                    let entry = entry?;
+                    same(&entry.path(), &copy.join(entry.file_name()))?;
+                }
+                Ok(Kept::Directory { path, copy })
+            } else {
+                same(&path, &copy)?;
+                Ok(Kept::File { path, copy })
+            }
+        };
+        let kept = attempt().with_context(|| format!("cannot keep {} for the case of a failure", path.display()))?;
+        self.kept.push(kept);
+        Ok(())
+    }
+
+    /// Puts everything back that can be put back; fails with all that could not.
+    pub(super) fn roll_back(self) -> Result<()> {
+        let mut failures = Vec::new();
+        for kept in self.kept.into_iter().rev() {
+            if let Err(error) = put_back(&kept) {
+                failures.push(format!("{error:#}"));
+            }
+        }
+        if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
+    }
+}
+
+/// Gives a file a second name; where there are no hard links, a copy.
+fn same(from: &Path, to: &Path) -> std::io::Result<()> {
+    if fs::hard_link(from, to).is_err() {
+        fs::copy(from, to)?;
+    }
+    Ok(())
+}
+
+fn put_back(kept: &Kept) -> Result<()> {
+    let path = match kept {
+        Kept::Nothing(path) | Kept::File { path, .. } | Kept::Link { path, .. } | Kept::Directory { path, .. } => path,
+    };
+    let attempt = || -> Result<()> {
+        match kept {
+            Kept::Nothing(path) if path.is_dir() && !path.is_symlink() => store::remove_tree(path)?,
+            Kept::Nothing(path) => store::remove(path)?,
+            Kept::File { path, copy } => platform::replace_executable(copy, path)?,
+            Kept::Link { path, target } => platform::replace_link(target, path)?,
+            Kept::Directory { path, copy } => {
+                store::remove_tree(path)?;
+                fs::rename(copy, path)?;
+            }
+        }
+        Ok(())
+    };
+    attempt().with_context(|| format!("cannot put {} back", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_stands_again_as_it_stood() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("file"), "old").unwrap();
+        fs::create_dir(at("directory")).unwrap();
+        fs::write(at("directory/one"), "one").unwrap();
+        platform::replace_link(Path::new("file"), &at("link")).unwrap();
+
+        let mut undo = Undo::begin(at("undo")).unwrap();
+        for name in ["file", "directory", "link", "new", "made"] {
+            undo.keep(&at(name)).unwrap();
+        }
+        store::replace(&at("file"), b"new", store::Access::Public).unwrap();
+        store::replace(&at("new"), b"new", store::Access::Public).unwrap();
+        store::replace(&at("directory/two"), b"two", store::Access::Public).unwrap();
+        store::remove(&at("directory/one")).unwrap();
+        fs::create_dir(at("made")).unwrap();
+        platform::replace_link(Path::new("new"), &at("link")).unwrap();
+
+        undo.roll_back().unwrap();
+        assert_eq!(fs::read_to_string(at("file")).unwrap(), "old");
+        assert_eq!(fs::read_to_string(at("link")).unwrap(), "old");
+        assert_eq!(fs::read_to_string(at("directory/one")).unwrap(), "one");
+        assert!(!at("directory/two").exists() && !at("new").exists() && !at("made").exists());
+    }
+}

@@ -1,0 +1,198 @@
+//! `uninstall`: everything stops, and nothing stays: no process, no unit, no file, no link.
+//!
+//! It works from the home's own executable, with a dead manager, and with a unit that is already gone; killed half-way, it can be
+//! repeated, because the records of the installation go last.
+
+use std::fs;
+use std::io::{IsTerminal, Write, stdin};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+use super::site::Site;
+use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
+use crate::home::Home;
+use crate::host_service::{self, Kind};
+use crate::installation::{self, Installed};
+use crate::{platform, store};
+
+/// Removes the installation in `home`. Asks first, unless `yes`.
+pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
+    let shown = home.root().display();
+    if !installation::exists(home) && !host_service::systemd::is_registered(home) {
+        anstream::eprintln!("aops: nothing is installed in {shown}");
+        return Ok(ExitCode::from(NOT_INSTALLED));
+    }
+    if !yes {
+        if !stdin().is_terminal() {
+            anstream::eprintln!("error: cannot ask whether to remove {shown}: there is no terminal; say --yes");
+            return Ok(ExitCode::from(WRONG_USAGE));
+        }
+        if !confirmed(home)? {
+            progress::say("nothing was removed");
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    remove(home).with_context(|| {
+        format!("cannot remove the installation in {shown}; correct what is wrong and repeat the command")
+    })?;
+    progress::say(format_args!("the installation in {shown} is removed"));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn confirmed(home: &Home) -> Result<bool> {
+    anstream::eprint!("Stop and remove everything in {}, all sub-agents included? [y/N] ", home.root().display());
+    std::io::stderr().flush()?;
+    let mut answer = String::new();
+    stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+}
+
+fn remove(home: &Home) -> Result<()> {
+    // A record that can't be read must not keep the rest here.
+    let installed = Installed::load(home).unwrap_or_else(|error| {
+        progress::warn(format_args!("{error:#}"));
+        None
+    });
+    let stood = home.root().is_dir();
+    let site = Site::open(home)?;
+    progress::say("stopping sub-agents and roles");
+    roles::stop_all(home)?;
+    if host_service::detect() == Kind::Systemd && host_service::systemd::is_registered(home) {
+        progress::say("taking the units away");
+        host_service::unregister(home)?;
+    }
+    progress::say("removing files");
+    let known = installed.is_some();
+    let (linked, created) =
+        installed.map(|installed| (installed.linked, installed.created_directories)).unwrap_or_default();
+    for link in &linked {
+        remove_our_link(home, link)?;
+    }
+    platform::leave_directory(home.root())
+        .with_context(|| format!("cannot move the running executable out of {}", home.root().display()))?;
+    site.keep();
+    empty(home)?;
+    // Without a record nobody knows who made the home; an empty directory is nothing to keep.
+    let directories = if known && stood { created } else { vec![home.root().to_owned()] };
+    for directory in directories.iter().rev() {
+        // One that holds something else by now stays.
+        let _ = fs::remove_dir(directory);
+    }
+    verify(home)
+}
+
+/// A link that somebody has pointed elsewhere since is theirs.
+fn remove_our_link(home: &Home, link: &Path) -> Result<()> {
+    match fs::read_link(link) {
+        Ok(target) if target.starts_with(home.root()) => store::remove(link),
+        _ => Ok(()),
+    }
+}
+
+/// Removes all that is in the home: first what runs, last the records by which a repetition recognizes it.
+fn empty(home: &Home) -> Result<()> {
+    let attempt = || -> std::io::Result<Vec<PathBuf>> {
+        let mut paths = Vec::new();
+        for entry in fs::read_dir(home.root())? {
+            paths.push(entry?.path());
+        }
+        Ok(paths)
+    };
+    let mut paths = match attempt() {
+        Ok(paths) => paths,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot list {}", home.root().display())),
+    };
+    paths.sort_by_key(|path| (*path == home.state(), path.clone()));
+    for path in paths {
+        let is_directory = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
+        if is_directory { store::remove_tree(&path)? } else { store::remove(&path)? }
+    }
+    Ok(())
+}
+
+/// Makes sure that nothing is left.
+fn verify(home: &Home) -> Result<()> {
+    let mut left = Vec::new();
+    if let Ok(entries) = fs::read_dir(home.root()) {
+        left.extend(entries.flatten().map(|entry| entry.path().display().to_string()));
+    }
+    if host_service::systemd::is_registered(home) {
+        left.push("a unit of systemd".to_owned());
+    }
+    for process in leftovers::running_from(home.root()) {
+        left.push(format!("the process {} ({})", process.pid, process.executable.display()));
+    }
+    if left.is_empty() { Ok(()) } else { bail!("there is still {}", left.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::LOCK;
+
+    fn home_in(directory: &Path) -> Home {
+        let home = Home::new(directory.join("made/home"));
+        for (path, _) in home.directories() {
+            fs::create_dir_all(path).unwrap();
+        }
+        fs::write(home.executable(), "x").unwrap();
+        home
+    }
+
+    fn code(result: Result<ExitCode>) -> String {
+        format!("{:?}", result.unwrap())
+    }
+
+    #[test]
+    fn nothing_is_left_and_the_second_time_there_is_nothing_to_remove() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = home_in(directory.path());
+        let mut installed = Installed::by(Kind::None);
+        installed.created_directories = vec![directory.path().join("made"), home.root().to_owned()];
+        let (ours, theirs) = (directory.path().join("ours"), directory.path().join("theirs"));
+        platform::replace_link(&home.executable(), &ours).unwrap();
+        platform::replace_link(Path::new("/elsewhere"), &theirs).unwrap();
+        installed.linked = vec![ours.clone(), theirs.clone()];
+        installed.save(&home).unwrap();
+
+        assert_eq!(code(uninstall(&home, true)), format!("{:?}", ExitCode::SUCCESS));
+        assert!(!directory.path().join("made").exists());
+        assert!(ours.symlink_metadata().is_err() && theirs.symlink_metadata().is_ok());
+        assert_eq!(code(uninstall(&home, true)), format!("{:?}", ExitCode::from(NOT_INSTALLED)));
+        assert!(!home.root().exists());
+    }
+
+    #[test]
+    fn a_directory_that_was_there_before_stays_and_is_empty() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = home_in(directory.path());
+        Installed::by(Kind::None).save(&home).unwrap();
+        uninstall(&home, true).unwrap();
+        assert_eq!(fs::read_dir(home.root()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_keeps_nothing_here() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = home_in(directory.path());
+        fs::write(Installed::path(&home), "{").unwrap();
+        uninstall(&home, true).unwrap();
+        assert!(!home.root().exists());
+    }
+
+    #[test]
+    fn one_at_work_in_the_home_is_not_disturbed() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = home_in(directory.path());
+        Installed::by(Kind::None).save(&home).unwrap();
+        let site = Site::open(&home).unwrap();
+        let error = format!("{:#}", uninstall(&home, true).unwrap_err());
+        assert!(error.contains("another installation"), "{error}");
+        assert!(home.executable().exists() && home.run_file(LOCK).exists());
+        drop(site);
+        uninstall(&home, true).unwrap();
+    }
+}
