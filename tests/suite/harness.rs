@@ -82,7 +82,13 @@ fn every_change_of_a_file_shows() {
     let changed = difference(&before, &after);
     let paths: Vec<_> = changed.iter().map(|line| line.splitn(3, ' ').take(2).collect::<Vec<_>>().join(" ")).collect();
     for expected in [
-        "+ /opt/new", "+ /opt/new/below", "+ /opt/link", "- /etc/issue", "~ /etc/profile", "~ /etc/bash.bashrc", "~ /etc/debian_version",
+        "+ /opt/new",
+        "+ /opt/new/below",
+        "+ /opt/link",
+        "- /etc/issue",
+        "~ /etc/profile",
+        "~ /etc/bash.bashrc",
+        "~ /etc/debian_version",
     ] {
         assert!(paths.iter().any(|path| path == expected), "{expected}: {changed:?}");
     }
@@ -112,7 +118,9 @@ fn nothing_of_a_container_outlives_its_owner_not_even_one_that_was_killed() {
     owner.wait().expect("it is our child");
     let alive = || {
         let processes = fs::read_dir("/proc").expect("/proc can be read").flatten();
-        processes.filter_map(|process| fs::read_to_string(process.path().join("cgroup")).ok()).any(|all| all.contains(&name))
+        processes
+            .filter_map(|process| fs::read_to_string(process.path().join("cgroup")).ok())
+            .any(|all| all.contains(&name))
     };
     assert!(try_for(Duration::from_secs(10), || (!alive()).then_some(())).is_some(), "processes of {name} are left");
     drop(Container::bare());

@@ -25,8 +25,23 @@ const BOOT: Duration = Duration::from_secs(100);
 const END: Duration = Duration::from_secs(20);
 /// What is not of interest when files are compared: what the kernel or systemd keeps there for itself.
 const NOT_COMPARED: &[&str] = &[
-    "/proc", "/sys", "/run", "/tmp", "/dev", "/var/tmp", "/var/lib/systemd", "/var/log/journal", "/var/log/wtmp", "/var/log/btmp",
-    "/var/log/lastlog", "/var/cache/ldconfig", "/etc/machine-id", "/etc/.updated", "/var/.updated", "/etc/hostname", "/etc/resolv.conf",
+    "/proc",
+    "/sys",
+    "/run",
+    "/tmp",
+    "/dev",
+    "/var/tmp",
+    "/var/lib/systemd",
+    "/var/log/journal",
+    "/var/log/wtmp",
+    "/var/log/btmp",
+    "/var/log/lastlog",
+    "/var/cache/ldconfig",
+    "/etc/machine-id",
+    "/etc/.updated",
+    "/var/.updated",
+    "/etc/hostname",
+    "/etc/resolv.conf",
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,8 +93,7 @@ impl Container {
             .expect("cannot run unshare (package util-linux)");
         let orders = keeper.stdin.take();
         let answers = lines(keeper.stdout.take().expect("it is piped"));
-        let mut container =
-            Container { kind, keeper, orders, answers, leader: 0, rootfs, spawned: AtomicU32::new(0) };
+        let mut container = Container { kind, keeper, orders, answers, leader: 0, rootfs, spawned: AtomicU32::new(0) };
         container.await_boot();
         container
     }

@@ -85,7 +85,8 @@ fn walk(root: &Path, except: &[&str], known: &dyn Fn(&Path) -> Option<Kind>) -> 
             } else {
                 Kind::Other
             };
-            files.insert(shown, Entry { kind, mode: metadata.mode() & 0o7777, owner: (metadata.uid(), metadata.gid()) });
+            files
+                .insert(shown, Entry { kind, mode: metadata.mode() & 0o7777, owner: (metadata.uid(), metadata.gid()) });
         }
     }
     files

@@ -3,6 +3,8 @@
 //! Everything here panics when it cannot do its work: it runs in tests. What a test starts or makes is gone when it ends, also when it
 //! fails or is killed.
 
+#![allow(dead_code, unreachable_pub, reason = "a box of tools for scenarios, each of which uses some")]
+
 pub mod command;
 pub mod container;
 pub mod files;

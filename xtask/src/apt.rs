@@ -15,14 +15,17 @@ pub(crate) type Need = (&'static str, &'static str);
 
 /// Installs the packages whose programs are missing.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
-    let mut missing: Vec<_> = needs.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
+    let mut missing: Vec<_> =
+        needs.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
     missing.dedup();
     if missing.is_empty() {
         return Ok(());
     }
     let packages = missing.join(" ");
     if !is_there("apt-get") {
-        bail!("programs of the Debian packages {packages} are missing, and this machine has no apt-get: install them by its own means");
+        bail!(
+            "programs of the Debian packages {packages} are missing, and this machine has no apt-get: install them by its own means"
+        );
     }
     let command = format!("apt-get install -y --no-install-recommends {packages}");
     if !is_root() {
@@ -44,7 +47,11 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
 /// The Debian mirror that the machine's own apt uses.
 pub(crate) fn mirror() -> Result<String> {
     let ask = |filters: &[&str]| {
-        read(Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]).args(filters))
+        read(
+            Command::new("apt-get")
+                .args(["indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"])
+                .args(filters),
+        )
     };
     // Only lists that were fetched say whose they are; without any, the first source is taken.
     for filters in [&["Origin: Debian", "Label: Debian"][..], &[]] {

@@ -58,7 +58,9 @@ impl Toolchain {
                 let paths = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
                 command.env("PATH", std::env::join_paths(paths).unwrap_or(path.clone()));
                 command.env("RUSTC", bin.join("rustc"));
-                for name in ["CARGO", "RUSTUP_TOOLCHAIN", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER"] {
+                // Cargo and rustup lead whom they run to their own toolchain's libraries, and those know their own sysroot alone.
+                for name in ["CARGO", "LD_LIBRARY_PATH", "RUSTUP_TOOLCHAIN", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER"]
+                {
                     command.env_remove(name);
                 }
                 command
@@ -126,7 +128,9 @@ fn is_version_of(version: &str, release: &str) -> bool {
 
 /// Debian 12's own newer compiler, with its source.
 fn web_toolchain() -> Result<PathBuf> {
-    say("Debian keeps no source of this compiler's version: taking Debian's own newer compiler, rustc-web, with its source");
+    say(
+        "Debian keeps no source of this compiler's version: taking Debian's own newer compiler, rustc-web, with its source",
+    );
     workspace::keep("toolchain-web", |unfinished| {
         let private = Private::of(None)?;
         let unpacked = unfinished.join("packages");
@@ -143,7 +147,9 @@ fn web_toolchain() -> Result<PathBuf> {
 /// Links the source that a package brought (`usr/src/rustc-<version>`) to where cargo looks for it.
 fn link_source(unpacked: &Path, toolchain: &Path) -> Result<()> {
     let sources = fs::read_dir(unpacked.join("usr/src")).context("the package has no usr/src")?;
-    let Some(source) = sources.flatten().map(|entry| entry.path()).find(|path| path.join("library/Cargo.toml").is_file()) else {
+    let Some(source) =
+        sources.flatten().map(|entry| entry.path()).find(|path| path.join("library/Cargo.toml").is_file())
+    else {
         bail!("the package holds no source of the standard library")
     };
     let link = toolchain.join(SOURCE);
