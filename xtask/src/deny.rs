@@ -15,8 +15,12 @@ pub(crate) fn run() -> Result<()> {
         install.args(["install", "--locked", "--quiet", "cargo-deny", "--version", VERSION, "--root"]).arg(unfinished);
         // Speed of building counts here, not speed of running.
         install.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1").env("CARGO_PROFILE_RELEASE_LTO", "off");
-        command::run(install.env("CARGO_TARGET_DIR", workspace::kept("build-tools")))
+        let build = unfinished.join("build");
+        command::run(install.env("CARGO_TARGET_DIR", &build))?;
+        workspace::remove(&build)
     })?;
+    // Licences are read from the sources of all targets' dependencies, of which a build fetches its own target's alone.
+    command::run(cargo().current_dir(workspace::root()).args(["fetch", "--locked"]))?;
     let deny = tool.join("bin/cargo-deny");
     command::run(std::process::Command::new(deny).current_dir(workspace::root()).args([
         "--offline",
