@@ -1,1 +1,5 @@
-//! x
+//! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
+
+mod harness;
+#[path = "../support/mod.rs"]
+mod support;

@@ -1,2 +1,66 @@
-//! The project's own tasks.
-fn main() {}
+//! The project's own tasks: `cargo xtask <task>`. Each sets up what it needs, says what it does while it does it, and can be run again
+//! after it was interrupted.
+
+mod apt;
+mod bench;
+mod check_windows;
+mod command;
+mod demo;
+mod deny;
+mod fleet;
+mod rootfs;
+mod test;
+mod tidy;
+mod toolchain;
+mod workspace;
+
+// What the scenarios of the test suite are built of serves here too.
+#[path = "../../tests/support/package.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
+mod package;
+#[path = "../../tests/support/processes.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
+mod processes;
+#[path = "../../tests/support/wait.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
+mod wait;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// The project's own tasks.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+enum Task {
+    /// From nothing to a running fleet of one, on loopback, step by step; needs no root
+    Demo(demo::Arguments),
+    /// Build and run every test, those in containers included; sets up all that they need
+    Test(test::Arguments),
+    /// Check the house rules that the compiler does not: layering, what stands where, what is not said
+    Tidy,
+    /// Type-check and lint the whole program for 64-bit and 32-bit Windows
+    CheckWindows,
+    /// Check the licences and the sources of the dependencies
+    Deny,
+    /// Measure size, memory, latency and throughput of a release build
+    Bench,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Task::parse() {
+        Task::Demo(arguments) => demo::run(&arguments),
+        Task::Test(arguments) => test::run(&arguments),
+        Task::Tidy => tidy::run(),
+        Task::CheckWindows => check_windows::run(),
+        Task::Deny => deny::run(),
+        Task::Bench => bench::run(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            command::say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}

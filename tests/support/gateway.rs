@@ -1,0 +1,166 @@
+//! A gateway on loopback, in a temporary directory, with a port of its own.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::aops;
+use super::command::{self, LIMIT, Output};
+use super::package::Package;
+
+/// For a gateway to answer once it is started.
+const START: Duration = Duration::from_secs(30);
+/// For one to end once it is killed.
+const END: Duration = Duration::from_secs(10);
+
+/// A gateway; ended, and its directory removed, when this is dropped.
+#[derive(Debug)]
+pub struct Gateway {
+    directory: TempDir,
+    running: Option<Child>,
+    url: String,
+}
+
+impl Gateway {
+    /// One with fresh keys, certificate and depot, and no sub-agents; it answers when this returns.
+    pub fn start() -> Gateway {
+        let mut gateway = Gateway::stopped();
+        gateway.run();
+        gateway
+    }
+
+    /// One that is set up and does not run yet.
+    pub fn stopped() -> Gateway {
+        let directory = tempfile::Builder::new().prefix("aops-gateway-").tempdir().expect("a temporary directory");
+        let gateway = Gateway { directory, running: None, url: "https://127.0.0.1:0".to_owned() };
+        gateway.command(&["init"], &[]).expect_success();
+        gateway
+    }
+
+    /// Runs it, on the port that it had before if it ran before.
+    pub fn run(&mut self) {
+        assert!(self.running.is_none(), "the gateway runs already");
+        let listen = self.url.trim_start_matches("https://").to_owned();
+        let log = fs::File::create(self.log()).expect("a temporary directory can be written");
+        let mut child = self
+            .aops(&["run"], &["--listen", &listen])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .expect("cannot run aops");
+        let (sender, receiver) = mpsc::channel();
+        let stdout = child.stdout.take().expect("it is piped");
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        self.running = Some(child);
+        let line = receiver.recv_timeout(START).unwrap_or_else(|error| {
+            panic!(
+                "the gateway does not say where it listens: {error}\n{}",
+                fs::read_to_string(self.log()).unwrap_or_default()
+            )
+        });
+        let url = line.strip_prefix("listening on ").unwrap_or_else(|| panic!("not where it listens: {line}"));
+        let address: SocketAddr = url.trim_start_matches("https://").parse().expect("an address and a port");
+        self.url = format!("https://127.0.0.1:{}", address.port());
+    }
+
+    /// Kills it. Its directory stays, and [`Gateway::run`] brings it back.
+    pub fn stop(&mut self) {
+        if let Some(mut child) = self.running.take() {
+            let _ = child.kill();
+            command::wait(&mut child, END).expect("a killed gateway ends");
+        }
+    }
+
+    /// Publishes a package.
+    #[track_caller]
+    pub fn publish(&self, package: &Package) {
+        let arguments = package.arguments();
+        self.publish_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).expect_success();
+    }
+
+    /// Publishes the program under test as the manager's package and as the bootstrap executable.
+    #[track_caller]
+    pub fn publish_self(&self, version: &str) {
+        self.publish_with(&["--self", "--version", version]).expect_success();
+    }
+
+    pub fn publish_with(&self, arguments: &[&str]) -> Output {
+        self.command(&["publish"], arguments)
+    }
+
+    /// Replaces `fleet.toml` whole.
+    pub fn fleet(&self, text: &str) {
+        let new = self.path("fleet.toml.new");
+        fs::write(&new, text).expect("a temporary directory can be written");
+        fs::rename(&new, self.path("fleet.toml")).expect("a temporary directory can be written");
+    }
+
+    /// What `aops gateway status --json` says.
+    #[track_caller]
+    pub fn status(&self) -> serde_json::Value {
+        let output = self.command(&["status"], &["--json"]);
+        assert!(output.success(), "{output}");
+        output.json()
+    }
+
+    /// `https://127.0.0.1:PORT`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A file of the gateway's directory, such as `keys/aops.pub` or `tls/cert.pem`.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// What an installation that trusts this gateway needs to be told.
+    pub fn trust(&self) -> Vec<String> {
+        let path = |name| self.path(name).display().to_string();
+        vec!["--trusted-key".to_owned(), path("keys/aops.pub"), "--ca-cert".to_owned(), path("tls/cert.pem")]
+    }
+
+    /// What it logged.
+    pub fn log(&self) -> PathBuf {
+        self.path("gateway.log")
+    }
+
+    fn command(&self, subcommand: &[&str], arguments: &[&str]) -> Output {
+        command::run(&mut self.aops(subcommand, arguments), LIMIT)
+    }
+
+    fn aops(&self, subcommand: &[&str], arguments: &[&str]) -> Command {
+        let mut command = Command::new(aops());
+        command.arg("gateway").args(subcommand).arg("--dir").arg(self.directory.path()).args(arguments);
+        command
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.stop();
+        if thread::panicking() {
+            show(&self.log());
+        }
+    }
+}
+
+/// Shows the end of a log beside what a failed test says.
+pub fn show(log: &Path) {
+    const LINES: usize = 40;
+    if let Ok(text) = fs::read_to_string(log) {
+        let lines: Vec<_> = text.lines().collect();
+        eprintln!("--- {}\n{}", log.display(), lines[lines.len().saturating_sub(LINES)..].join("\n"));
+    }
+}

@@ -1,0 +1,22 @@
+//! What the scenarios of the suite are built of: hosts in a temporary home, gateways, packages, containers.
+//!
+//! Everything here panics when it cannot do its work: it runs in tests. What a test starts or makes is gone when it ends, also when it
+//! fails or is killed.
+
+#![allow(dead_code, unreachable_pub, reason = "a box of tools for scenarios, each of which uses some")]
+
+pub mod command;
+pub mod container;
+pub mod files;
+pub mod gateway;
+pub mod host;
+pub mod package;
+pub mod processes;
+pub mod wait;
+
+use std::path::PathBuf;
+
+/// The program under test.
+pub fn aops() -> PathBuf {
+    env!("CARGO_BIN_EXE_aops").into()
+}

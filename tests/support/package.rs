@@ -1,0 +1,128 @@
+//! Builds the directories that are published as packages: native sub-agents, and those with a `control` script as open-falcon's were.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use tempfile::TempDir;
+
+/// A directory to be published; removed when this is dropped.
+#[derive(Debug)]
+pub struct Package {
+    directory: TempDir,
+    name: String,
+    version: String,
+    is_native: bool,
+}
+
+impl Package {
+    /// A native package whose manifest has `command`, and the tables and keys of `more` after `[run]`'s.
+    pub fn native(name: &str, version: &str, command: &[&str], more: &str) -> Package {
+        let package = Package::empty(name, version, true);
+        let command = serde_json::to_string(command).expect("texts are JSON");
+        let manifest = format!("name = {name:?}\nversion = {version:?}\n\n[run]\ncommand = {command}\n{more}\n");
+        package.with_file("agent.toml", manifest, 0o644)
+    }
+
+    /// A native sub-agent that does nothing, for ever.
+    pub fn sleeper(name: &str, version: &str) -> Package {
+        Package::script(name, version, "exec sleep 1000000", "")
+    }
+
+    /// A native sub-agent that is a shell script.
+    pub fn script(name: &str, version: &str, script: &str, more: &str) -> Package {
+        let program = format!("#!/bin/sh\n{script}\n");
+        Package::native(name, version, &["bin/run"], more).with_file("bin/run", program, 0o755)
+    }
+
+    /// A package driven by its `control` script: start, stop, restart, status, pid, version. Its program runs `script`.
+    pub fn control(name: &str, version: &str, script: &str) -> Package {
+        Package::empty(name, version, false)
+            .with_file("control", CONTROL.replace("@NAME@", name).replace("@VERSION@", version), 0o755)
+            .with_file(&format!("bin/{name}"), format!("#!/bin/sh\n{script}\n"), 0o755)
+    }
+
+    /// A package with a `control` script whose program does nothing, for ever.
+    pub fn control_sleeper(name: &str, version: &str) -> Package {
+        Package::control(name, version, "exec sleep 1000000")
+    }
+
+    fn empty(name: &str, version: &str, is_native: bool) -> Package {
+        let directory = tempfile::Builder::new().prefix("aops-package-").tempdir().expect("a temporary directory");
+        Package { directory, name: name.to_owned(), version: version.to_owned(), is_native }
+    }
+
+    /// Adds a file, with that mode.
+    pub fn with_file(self, path: &str, content: impl AsRef<[u8]>, mode: u32) -> Package {
+        let path = self.path().join(path);
+        let parent = path.parent().expect("a file lies in a directory");
+        fs::create_dir_all(parent).expect("a temporary directory can be written");
+        fs::write(&path, content).expect("a temporary directory can be written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("the file is ours");
+        self
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// The arguments of `aops gateway publish` for it: a `control` package does not say itself what it is.
+    pub fn arguments(&self) -> Vec<String> {
+        let path = self.path().display().to_string();
+        if self.is_native {
+            return vec![path];
+        }
+        ["--name", &self.name, "--version", &self.version, &path].map(str::to_owned).to_vec()
+    }
+}
+
+/// As such scripts are: a pid file beside them, output into a file of their own, `stoped` spelled so.
+const CONTROL: &str = r#"#!/bin/sh
+cd "$(dirname "$0")" || exit 1
+mkdir -p var
+pidfile=var/app.pid
+
+running() {
+    [ -f "$pidfile" ] && kill -0 "$(cat "$pidfile")" 2>/dev/null
+}
+
+start() {
+    if running; then
+        echo "@NAME@ is running already, pid=$(cat "$pidfile")"
+        return 0
+    fi
+    nohup "./bin/@NAME@" >>var/app.log 2>&1 </dev/null &
+    echo $! >"$pidfile"
+    echo "@NAME@ started..., pid=$!"
+}
+
+stop() {
+    running && kill "$(cat "$pidfile")"
+    rm -f "$pidfile"
+    echo "@NAME@ stoped..."
+}
+
+case "$1" in
+start) start ;;
+stop) stop ;;
+restart)
+    stop
+    start
+    ;;
+status) if running; then echo started; else echo stoped; fi ;;
+pid) cat "$pidfile" ;;
+version) echo "@VERSION@" ;;
+*)
+    echo "$0 start|stop|restart|status|pid|version"
+    exit 1
+    ;;
+esac
+"#;

@@ -1,0 +1,27 @@
+//! `cargo xtask check-windows`: the whole program, with and without the gateway, type-checked and linted for 64-bit and 32-bit Windows.
+
+use anyhow::Result;
+
+use crate::apt;
+use crate::command::{self, say};
+use crate::toolchain::Toolchain;
+
+const TARGETS: &[&str] = &["x86_64-pc-windows-gnu", "i686-pc-windows-gnu"];
+
+/// Some dependencies compile C even to be type-checked.
+const NEEDS: &[apt::Need] =
+    &[("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64-posix"), ("i686-w64-mingw32-gcc", "gcc-mingw-w64-i686-posix")];
+
+pub(crate) fn run() -> Result<()> {
+    apt::install(NEEDS)?;
+    for target in TARGETS {
+        let toolchain = Toolchain::for_target(target)?;
+        for features in [&[][..], &["--no-default-features"]] {
+            say(&format!("checking for {target} {}", features.join(" ")));
+            let (subcommand, lints) =
+                if toolchain.has_clippy { ("clippy", &["--", "-D", "warnings"][..]) } else { ("check", &[][..]) };
+            command::run(toolchain.cargo(subcommand, target).args(["-p", "aops"]).args(features).args(lints))?;
+        }
+    }
+    Ok(())
+}

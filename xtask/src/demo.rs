@@ -1,0 +1,274 @@
+//! `cargo xtask demo`: from nothing to a running fleet of one, shown step by step, and proved.
+#![allow(clippy::print_stdout, reason = "what it shows is its result")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
+
+use crate::apt::Private;
+use crate::command::{cargo, say};
+use crate::fleet::{self, Fleet, agent, free_port, http_get, pid};
+use crate::package::Package;
+use crate::wait::try_for;
+use crate::{command, processes, workspace};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Leave everything up at the end, to be played with
+    #[arg(long)]
+    keep: bool,
+}
+
+const EXPORTER: &str = "node-exporter";
+const CLASSIC: &str = "classic";
+/// The version of the exporter that Debian 12 ships, and the same program packaged again, with one collector more.
+const FIRST: &str = "1.5.0";
+const SECOND: &str = "1.5.0-2";
+/// What the collector that the second release adds measures.
+const ADDED_METRIC: &str = "node_load1 ";
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let exporter = exporter()?;
+    let aops = build()?;
+    let mut fleet = Fleet::new(&aops)?;
+    let shown = Demo { fleet: &mut fleet, proved: Vec::new(), step: 0 }.show(&aops, &exporter, arguments.keep);
+    if shown.is_err() {
+        println!("\nThe demo failed. What was logged:\n{}", fleet.logs());
+    }
+    shown
+}
+
+struct Demo<'a> {
+    fleet: &'a mut Fleet,
+    proved: Vec<String>,
+    step: u32,
+}
+
+impl Demo<'_> {
+    fn show(mut self, aops: &Path, exporter: &Path, keep: bool) -> Result<()> {
+        let started = Instant::now();
+        let port = free_port()?;
+        self.set_up_gateway(aops, exporter, port)?;
+        let gateway = self.fleet.start_gateway()?;
+        println!("  it listens on {}", self.fleet.url());
+        self.join(aops)?;
+        self.measure(port)?;
+        self.kill_sub_agents()?;
+        self.kill_manager()?;
+        self.change_version(port)?;
+        if keep {
+            self.leave(port, gateway);
+        } else {
+            self.stop_and_uninstall(port)?;
+        }
+        println!("\nProved, in {:.0} s:", started.elapsed().as_secs_f64());
+        for fact in &self.proved {
+            println!("  - {fact}");
+        }
+        Ok(())
+    }
+
+    fn set_up_gateway(&mut self, aops: &Path, exporter: &Path, port: u16) -> Result<()> {
+        self.step("A gateway: a signing key, a certificate, a depot");
+        self.run(&mut self.fleet.gateway("init"))?;
+        self.step("Packages, signed: aops itself, Debian's node exporter (twice), and one with a `control` script");
+        let _ = aops;
+        self.run(self.fleet.gateway("publish").args(["--self", "--version", "0.1.0"]))?;
+        let releases = [(FIRST, "--no-collector.loadavg"), (SECOND, "--collector.loadavg")];
+        for (version, flag) in releases {
+            let package = exporter_package(exporter, version, flag, port)?;
+            self.run(self.fleet.gateway("publish").args(package.arguments()))?;
+        }
+        let classic = Package::control(CLASSIC, "3.1", "while :; do date; sleep 5; done");
+        self.run(self.fleet.gateway("publish").args(classic.arguments()))?;
+        self.step("What is to run where, in fleet.toml, and the gateway started");
+        self.write_fleet(FIRST)
+    }
+
+    fn join(&mut self, aops: &Path) -> Result<()> {
+        self.step("A host joins: verified, unpacked, started, no root, no service manager");
+        self.run(&mut self.fleet.install(aops))?;
+        self.fleet.wait_for("both roles and both sub-agents", |status| {
+            let up = |name| agent(status, name).is_some_and(|agent| agent["state"] == "running");
+            status["state"] == "running" && pid(&status["spa"]["pid"]).is_some() && up(EXPORTER) && up(CLASSIC)
+        })?;
+        self.run(&mut self.fleet.control(&["status"]))?;
+        self.proved("a host joined the fleet and runs a native and a `control`-script sub-agent side by side");
+        Ok(())
+    }
+
+    fn measure(&mut self, port: u16) -> Result<()> {
+        self.step("A real metric from the exporter that the host runs");
+        let metrics = http_get(port, "/metrics")?;
+        let metric = metrics.lines().find(|line| line.starts_with("node_memory_MemTotal_bytes"));
+        println!("  {}", metric.context("the exporter tells no memory size")?);
+        ensure!(!has_metric(&metrics), "the first release measures the load already");
+        self.proved("the exporter answers with this machine's own figures");
+        Ok(())
+    }
+
+    fn kill_sub_agents(&mut self) -> Result<()> {
+        for name in [EXPORTER, CLASSIC] {
+            self.step(&format!("{name} is killed"));
+            let old = self.fleet.wait_for_pid(name, None)?;
+            let killed = Instant::now();
+            processes::signal(old, Signal::KILL);
+            let new = self.fleet.wait_for_pid(name, Some(old))?;
+            println!("  kill -KILL {old}: back as {new} after {:.1} s", killed.elapsed().as_secs_f64());
+        }
+        self.proved("a killed sub-agent comes back with a new pid");
+        Ok(())
+    }
+
+    fn kill_manager(&mut self) -> Result<()> {
+        self.step("The manager is killed");
+        let before = self.fleet.wait_for_pid(EXPORTER, None)?;
+        let status = self.fleet.status()?;
+        let old = pid(&status["spm"]["pid"]).context("the status names no manager")?;
+        let killed = Instant::now();
+        processes::signal(old, Signal::KILL);
+        let status = self.fleet.wait_for("a new manager", |status| {
+            pid(&status["spm"]["pid"]).is_some_and(|new| new != old) && status["state"] == "running"
+        })?;
+        let new = pid(&status["spm"]["pid"]).context("it was waited for")?;
+        println!("  kill -KILL {old}: the watchdog started {new} after {:.1} s", killed.elapsed().as_secs_f64());
+        let after = self.fleet.wait_for_pid(EXPORTER, None)?;
+        ensure!(before == after, "{EXPORTER} was {before} before and is {after} now");
+        println!("  {EXPORTER} is {after}, as before");
+        self.proved("a killed manager comes back by the watchdog, and finds its sub-agents running untouched");
+        Ok(())
+    }
+
+    fn change_version(&mut self, port: u16) -> Result<()> {
+        self.step(&format!("fleet.toml now wants {EXPORTER} {SECOND}"));
+        self.write_fleet(SECOND)?;
+        let changed = Instant::now();
+        self.fleet.wait_for("the new release", |status| {
+            agent(status, EXPORTER).is_some_and(|agent| agent["version"] == SECOND && agent["state"] == "running")
+        })?;
+        println!("  it runs after {:.1} s", changed.elapsed().as_secs_f64());
+        let load = try_for(fleet::SOON, || http_get(port, "/metrics").ok().filter(|metrics| has_metric(metrics)));
+        let load = load.context("the new release does not measure the load")?;
+        println!("  {}", load.lines().find(|line| line.starts_with(ADDED_METRIC)).unwrap_or_default());
+        self.run(&mut self.fleet.control(&["status"]))?;
+        self.proved("a version changed in fleet.toml arrives, and does what only it can do");
+        Ok(())
+    }
+
+    fn stop_and_uninstall(&mut self, port: u16) -> Result<()> {
+        self.step("A stop");
+        self.run(&mut self.fleet.control(&["stop"]))?;
+        let left = processes::of_home(&self.fleet.home());
+        ensure!(left.is_empty(), "still running after the stop: {left:?}");
+        ensure!(http_get(port, "/metrics").is_err(), "the exporter still answers");
+        let output = self.fleet.control(&["status"]).output()?;
+        ensure!(
+            output.status.code() == Some(3),
+            "the status of a stopped installation ends with {}, not 3",
+            output.status
+        );
+        println!("  no process is left, and the exporter's port is closed");
+        self.proved("a stop ends everything, and the status says so with exit code 3");
+
+        self.step("Uninstalled");
+        self.run(&mut self.fleet.control(&["uninstall", "--yes"]))?;
+        let left = processes::of_home(&self.fleet.home());
+        ensure!(left.is_empty(), "still running after the uninstallation: {left:?}");
+        if self.fleet.home().exists() {
+            let names = fs::read_dir(self.fleet.home())?.flatten().map(|entry| entry.file_name());
+            bail!("left in {}: {:?}", self.fleet.home().display(), names.collect::<Vec<_>>());
+        }
+        println!("  no process and no file is left");
+        self.proved("an uninstallation leaves nothing behind");
+        Ok(())
+    }
+
+    fn leave(&mut self, port: u16, gateway: u32) {
+        self.fleet.keep();
+        let home = self.fleet.home().display().to_string();
+        let aops = format!("{home}/bin/aops");
+        println!(
+            "\nIt is up, to be played with:
+  {aops} control status
+  {aops} control logs -f
+  {aops} control logs {EXPORTER}
+  curl -s http://127.0.0.1:{port}/metrics | head
+  edit {}      (versions, env, cmd = \"stop\"; within some seconds it is so)
+  kill -KILL some pid of the status, and look again
+
+To end it:
+  {aops} control uninstall --yes; kill {gateway}; rm -r {}",
+            self.fleet.depot().join("fleet.toml").display(),
+            self.fleet.path("").display(),
+        );
+    }
+
+    fn write_fleet(&self, version: &str) -> Result<()> {
+        let text = format!(
+            "heartbeatInterval = \"1s\"\n\n[agents.{EXPORTER}]\nversion = \"{version}\"\nenv = {{ GOMAXPROCS = \"1\" }}\n\n\
+             [agents.{CLASSIC}]\nversion = \"3.1\"\n"
+        );
+        show(&text);
+        self.fleet.write_fleet(&text)
+    }
+
+    fn step(&mut self, what: &str) {
+        self.step += 1;
+        println!("\n{}. {what}", self.step);
+    }
+
+    fn proved(&mut self, fact: &str) {
+        self.proved.push(fact.to_owned());
+    }
+
+    /// Runs a command, shown as one would type it, with what it prints.
+    fn run(&self, command: &mut Command) -> Result<()> {
+        let directory = self.fleet.path("").display().to_string();
+        println!("  $ {}", command::describe(command).replace(&directory, "…/"));
+        let output = command.output().with_context(|| format!("cannot run {}", command::describe(command)))?;
+        show(&String::from_utf8_lossy(&output.stderr));
+        show(&String::from_utf8_lossy(&output.stdout));
+        ensure!(output.status.success(), "`{}` failed: {}", command::describe(command), output.status);
+        Ok(())
+    }
+}
+
+fn show(text: &str) {
+    for line in text.lines() {
+        println!("    {line}");
+    }
+}
+
+fn has_metric(metrics: &str) -> bool {
+    metrics.lines().any(|line| line.starts_with(ADDED_METRIC))
+}
+
+fn exporter_package(program: &Path, version: &str, flag: &str, port: u16) -> Result<Package> {
+    let listen = format!("--web.listen-address=127.0.0.1:{port}");
+    let health = format!("\n[health]\nhttp = \"http://127.0.0.1:{port}/\"\ninterval = \"1s\"\n");
+    let content = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+    Ok(Package::native(EXPORTER, version, &["bin/node_exporter", &listen, flag], &health).with_file(
+        "bin/node_exporter",
+        content,
+        0o755,
+    ))
+}
+
+/// Debian's node exporter, out of its package; nothing is installed.
+fn exporter() -> Result<PathBuf> {
+    let unpacked = workspace::keep("node-exporter", |unfinished| {
+        say("fetching Debian's package prometheus-node-exporter (once; it is unpacked, not installed)");
+        fs::create_dir_all(unfinished)?;
+        Private::of(None)?.unpack("prometheus-node-exporter", unfinished)
+    })?;
+    Ok(unpacked.join("usr/bin/prometheus-node-exporter"))
+}
+
+fn build() -> Result<PathBuf> {
+    command::run(cargo().current_dir(workspace::root()).args(["build", "--locked", "-p", "aops"]))?;
+    Ok(workspace::target().join("debug/aops"))
+}

@@ -1,0 +1,224 @@
+//! A fleet of one in a temporary directory, on loopback: a gateway, and a host without a service manager; for the demo and the bench.
+//!
+//! Everything of it names that directory, so it can be found and ended whatever happened before.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::command::{describe, read};
+use crate::processes;
+use crate::wait::try_for;
+
+/// For something to come up, or to be noticed and mended, on a busy machine.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// Its processes are ended and its files removed when this is dropped, unless [`Fleet::keep`] was called.
+pub(crate) struct Fleet {
+    directory: PathBuf,
+    gateway: PathBuf,
+    url: String,
+    is_kept: bool,
+}
+
+impl Fleet {
+    /// An empty directory; `gateway` is the executable that serves it. Ctrl-C from now on cleans up before it ends us.
+    pub(crate) fn new(gateway: &Path) -> Result<Fleet> {
+        let directory =
+            tempfile::Builder::new().prefix("aops-fleet-").tempdir().context("cannot make a temporary directory")?;
+        let fleet =
+            Fleet { directory: directory.keep(), gateway: gateway.to_owned(), url: String::new(), is_kept: false };
+        let interrupted = fleet.directory.clone();
+        ctrlc::set_handler(move || {
+            clean_up(&interrupted);
+            std::process::exit(130);
+        })
+        .context("cannot take Ctrl-C")?;
+        Ok(fleet)
+    }
+
+    /// A path in the fleet's directory.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// The gateway's own directory.
+    pub(crate) fn depot(&self) -> PathBuf {
+        self.path("gateway")
+    }
+
+    pub(crate) fn home(&self) -> PathBuf {
+        self.path("home")
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// `aops gateway <subcommand> --dir …`.
+    pub(crate) fn gateway(&self, subcommand: &str) -> Command {
+        let mut command = Command::new(&self.gateway);
+        command.args(["gateway", subcommand, "--dir"]).arg(self.depot());
+        command
+    }
+
+    /// Starts the gateway on a port that the system chooses; gives its pid. It outlives us.
+    pub(crate) fn start_gateway(&mut self) -> Result<u32> {
+        let said = self.path("gateway.out");
+        let mut command = self.gateway("run");
+        command.args(["--listen", "127.0.0.1:0"]).stdin(Stdio::null());
+        command.stdout(fs::File::create(&said)?).stderr(fs::File::create(self.path("gateway.log"))?);
+        let mut child = command.process_group(0).spawn().context("cannot start the gateway")?;
+        let line = try_for(SOON, || match (fs::read_to_string(&said), child.try_wait()) {
+            (Ok(text), _) if text.ends_with('\n') => Some(text),
+            (_, Ok(None)) => None,
+            _ => Some(String::new()),
+        });
+        let line = line.unwrap_or_default();
+        let url =
+            line.lines().find_map(|line| line.strip_prefix("listening on ")).context("the gateway does not come up")?;
+        let port = url.rsplit_once(':').map(|(_, port)| port).context("the gateway does not say its port")?;
+        self.url = format!("https://127.0.0.1:{port}");
+        Ok(child.id())
+    }
+
+    /// Replaces `fleet.toml` whole.
+    pub(crate) fn write_fleet(&self, text: &str) -> Result<()> {
+        let new = self.depot().join("fleet.toml.new");
+        fs::write(&new, text)?;
+        fs::rename(&new, self.depot().join("fleet.toml")).context("cannot replace fleet.toml")
+    }
+
+    /// `aops install`, from this gateway, which is trusted, without a service manager.
+    pub(crate) fn install(&self, executable: &Path) -> Command {
+        let mut command = Command::new(executable);
+        command.args(["install", "--service", "none", "--agent-id", "demo", "--endpoint", &self.url, "--home"]);
+        command.arg(self.home());
+        command.arg("--trusted-key").arg(self.depot().join("keys/aops.pub"));
+        command.arg("--ca-cert").arg(self.depot().join("tls/cert.pem"));
+        command
+    }
+
+    /// The installed `aops control`.
+    pub(crate) fn control(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.home().join("bin/aops"));
+        command.arg("control").args(arguments).env("AOPS_HOME", self.home());
+        command
+    }
+
+    /// What `aops control status --json` says, whatever its exit code.
+    pub(crate) fn status(&self) -> Result<Value> {
+        let mut command = self.control(&["status", "--json"]);
+        let output = command.output().with_context(|| format!("cannot run {}", describe(&command)))?;
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            format!("`{}` printed no JSON: {}", describe(&command), String::from_utf8_lossy(&output.stderr).trim())
+        })
+    }
+
+    /// Waits until the status is as wanted, and gives it.
+    pub(crate) fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        let mut last = None;
+        let found = try_for(SOON, || {
+            let status = self.status();
+            let is_wanted = status.as_ref().is_ok_and(&wanted);
+            last = Some(status);
+            is_wanted.then_some(())
+        });
+        match (found, last) {
+            (Some(()), Some(status)) => status,
+            (_, Some(Ok(status))) => bail!("waited {SOON:?} in vain for {what}; the last status: {status:#}"),
+            (_, Some(Err(error))) => Err(error.context(format!("waited {SOON:?} in vain for {what}"))),
+            (_, None) => bail!("waited in vain for {what}"),
+        }
+    }
+
+    /// Waits until a sub-agent runs with a pid other than `old`.
+    pub(crate) fn wait_for_pid(&self, name: &str, old: Option<u32>) -> Result<u32> {
+        let is_new = |status: &Value| running_pid(status, name).is_some_and(|new| Some(new) != old);
+        let status = self.wait_for(&format!("{name} to run"), is_new)?;
+        running_pid(&status, name).context("it was waited for")
+    }
+
+    /// Leaves everything up when this is dropped.
+    pub(crate) fn keep(&mut self) {
+        self.is_kept = true;
+    }
+
+    /// The ends of all logs, for whoever looks into a failure.
+    pub(crate) fn logs(&self) -> String {
+        const LINES: usize = 30;
+        let mut files = vec![self.path("gateway.log")];
+        for directory in ["log", "log/agents"] {
+            let entries = fs::read_dir(self.home().join(directory)).into_iter().flatten().flatten();
+            files.extend(entries.map(|entry| entry.path()).filter(|path| path.is_file()));
+        }
+        let shown = files.iter().filter_map(|file| {
+            let text = fs::read_to_string(file).ok()?;
+            let lines: Vec<_> = text.lines().collect();
+            Some(format!("--- {}\n{}\n", file.display(), lines[lines.len().saturating_sub(LINES)..].join("\n")))
+        });
+        shown.collect()
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            clean_up(&self.directory);
+        }
+    }
+}
+
+fn clean_up(directory: &Path) {
+    if let Err(left) = processes::end_all(directory) {
+        crate::command::say(&format!("cannot end {left:?}"));
+    }
+    if let Err(error) = crate::workspace::remove(directory) {
+        crate::command::say(&format!("{error:#}"));
+    }
+}
+
+/// One sub-agent's part of a status.
+pub(crate) fn agent<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
+    status["agents"].as_array()?.iter().find(|agent| agent["name"] == name)
+}
+
+/// A pid of a status; `None` where it is null.
+pub(crate) fn pid(value: &Value) -> Option<u32> {
+    u32::try_from(value.as_u64()?).ok()
+}
+
+fn running_pid(status: &Value, name: &str) -> Option<u32> {
+    agent(status, name).filter(|agent| agent["state"] == "running").and_then(|agent| pid(&agent["pid"]))
+}
+
+/// A port of loopback that nobody listens on now.
+pub(crate) fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0").context("cannot find a free port")?.local_addr()?.port())
+}
+
+/// What a plain HTTP server on loopback answers.
+pub(crate) fn http_get(port: u16, path: &str) -> Result<String> {
+    let get = || -> std::io::Result<String> {
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+        let mut answer = Vec::new();
+        stream.take(16 << 20).read_to_end(&mut answer)?;
+        Ok(String::from_utf8_lossy(&answer).into_owned())
+    };
+    get().with_context(|| format!("cannot get http://127.0.0.1:{port}{path}"))
+}
+
+/// Runs a step of the set-up whose output is of no interest unless it fails.
+pub(crate) fn quietly(command: &mut Command) -> Result<()> {
+    read(command).map(drop)
+}

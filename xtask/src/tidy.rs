@@ -1,0 +1,62 @@
+//! `cargo xtask tidy`: the house rules that the compiler does not check, each violation as `file:line: what and why`.
+
+mod layers;
+mod rules;
+mod source;
+
+use std::fmt;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::command::{read, say};
+use crate::workspace;
+
+/// Something that breaks a rule of the house.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Violation {
+    file: String,
+    line: usize,
+    what: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: {}", self.file, self.line, self.what)
+    }
+}
+
+#[allow(clippy::print_stdout, reason = "the violations are this task's result")]
+pub(crate) fn run() -> Result<()> {
+    let root = workspace::root();
+    // What is not committed yet counts too; what is ignored, or deleted, does not.
+    let list = ["ls-files", "--cached", "--others", "--exclude-standard"];
+    let listed =
+        read(Command::new("git").current_dir(&root).args(list)).context("cannot list the files of the project")?;
+    let mut files: Vec<_> = listed.lines().filter(|file| root.join(file).is_file()).collect();
+    files.sort_unstable();
+    files.dedup();
+    let manifest = fs::read_to_string(root.join("Cargo.toml")).context("cannot read Cargo.toml")?;
+    let dependencies = layers::dependencies(&manifest);
+
+    let mut violations = rules::misplaced(&files);
+    for file in &files {
+        let bytes = fs::read(root.join(file)).with_context(|| format!("cannot read {file}"))?;
+        let Ok(text) = String::from_utf8(bytes) else { continue };
+        violations.extend(rules::unspeakable(file, &text));
+        if file.ends_with(".rs") {
+            violations.extend(rules::of_source(file, &text));
+            violations.extend(layers::check(file, &text, &dependencies));
+        }
+    }
+    violations.sort();
+    for violation in &violations {
+        println!("{violation}");
+    }
+    if !violations.is_empty() {
+        bail!("{} violations of the house rules", violations.len());
+    }
+    say(&format!("tidy: {} files are as the house wants them", files.len()));
+    Ok(())
+}

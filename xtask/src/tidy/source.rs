@@ -1,0 +1,209 @@
+//! Just enough of Rust's grammar to tell code from comments, texts and tests. Lines keep their numbers.
+
+/// The code alone: comments and the insides of texts and characters are blanked.
+pub(super) fn code(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(first) = rest.chars().next() {
+        let before = rest.len();
+        let length = token(rest, out.chars().next_back());
+        let (taken, remaining) = rest.split_at(length.clamp(first.len_utf8(), before));
+        if is_code(taken) {
+            out.push_str(taken);
+        } else {
+            out.extend(taken.chars().map(|c| if c == '\n' { '\n' } else { ' ' }));
+        }
+        rest = remaining;
+    }
+    out
+}
+
+/// Whether what [`token`] cut off is code. A comment or a text is cut off whole, code character by character.
+fn is_code(taken: &str) -> bool {
+    taken.chars().nth(1).is_none()
+}
+
+/// The length of the comment or text that `rest` begins with, else that of one character.
+fn token(rest: &str, previous: Option<char>) -> usize {
+    let one = rest.chars().next().map_or(0, char::len_utf8);
+    if rest.starts_with("//") {
+        return rest.find('\n').unwrap_or(rest.len());
+    }
+    if rest.starts_with("/*") {
+        return block_comment(rest);
+    }
+    if rest.starts_with('"') {
+        return quoted(rest, '"');
+    }
+    let in_word = previous.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    if !in_word && let Some(length) = raw_text(rest) {
+        return length;
+    }
+    if rest.starts_with('\'') {
+        return character(rest).unwrap_or(one);
+    }
+    one
+}
+
+fn block_comment(rest: &str) -> usize {
+    let mut depth = 0_usize;
+    let mut at = 0;
+    while at < rest.len() {
+        let here = &rest[at..];
+        if here.starts_with("/*") {
+            depth += 1;
+            at += 2;
+        } else if here.starts_with("*/") {
+            depth -= 1;
+            at += 2;
+            if depth == 0 {
+                return at;
+            }
+        } else {
+            at += here.chars().next().map_or(1, char::len_utf8);
+        }
+    }
+    rest.len()
+}
+
+/// Up to and with the closing mark; a backslash takes the next character with it.
+fn quoted(rest: &str, mark: char) -> usize {
+    let mut escaped = false;
+    for (at, c) in rest.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            c if c == mark => return at + c.len_utf8(),
+            _ => {}
+        }
+    }
+    rest.len()
+}
+
+/// `r"…"`, `br#"…"#`, with any number of `#`.
+fn raw_text(rest: &str) -> Option<usize> {
+    let prefix = ["r", "br", "cr"]
+        .into_iter()
+        .find(|prefix| rest.strip_prefix(prefix).is_some_and(|after| after.trim_start_matches('#').starts_with('"')))?;
+    let hashes = rest[prefix.len()..].chars().take_while(|c| *c == '#').count();
+    let inside = prefix.len() + hashes + 1;
+    let closing = format!("\"{}", "#".repeat(hashes));
+    Some(rest[inside..].find(&closing).map_or(rest.len(), |at| inside + at + closing.len()))
+}
+
+/// A character, as opposed to a lifetime.
+fn character(rest: &str) -> Option<usize> {
+    let mut chars = rest.char_indices().skip(1);
+    let (_, first) = chars.next()?;
+    if first == '\\' {
+        return Some(quoted(rest, '\''));
+    }
+    let (at, second) = chars.next()?;
+    (second == '\'').then_some(at + 1)
+}
+
+/// `code` without its test modules: what `#[cfg(test)]` stands before is blanked, to the end of the block or item.
+pub(super) fn without_tests(code: &str) -> String {
+    const MARK: &str = "#[cfg(test)]";
+    let mut out = code.to_owned();
+    let mut from = 0;
+    while let Some(found) = out[from..].find(MARK) {
+        let start = from + found;
+        let end = item_end(&out, start + MARK.len());
+        let blank: String = out[start..end].chars().map(|c| if c == '\n' { '\n' } else { ' ' }).collect();
+        out.replace_range(start..end, &blank);
+        from = start + blank.len();
+    }
+    out
+}
+
+/// Where the item that begins at `from` ends: after its block, or after the semicolon that comes before any block.
+fn item_end(code: &str, from: usize) -> usize {
+    let mut depth = 0_usize;
+    for (at, c) in code[from..].char_indices() {
+        match c {
+            ';' if depth == 0 => return from + at + 1,
+            '{' => depth += 1,
+            '}' => {
+                depth = depth.saturating_sub(1);
+                if depth == 0 {
+                    return from + at + 1;
+                }
+            }
+            _ => {}
+        }
+    }
+    code.len()
+}
+
+/// Every place where `word` stands as a word of its own.
+pub(super) fn words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
+    let is_part = |c: char| c.is_alphanumeric() || c == '_';
+    code.match_indices(word).map(|(at, _)| at).filter(move |at| {
+        !code[..*at].chars().next_back().is_some_and(is_part)
+            && !code[at + word.len()..].chars().next().is_some_and(is_part)
+    })
+}
+
+/// The line, from 1, that a place is in.
+pub(super) fn line(text: &str, at: usize) -> usize {
+    text[..at].matches('\n').count() + 1
+}
+
+/// What stands between the bracket at the start of `code` and the one that closes it.
+pub(super) fn bracketed(code: &str) -> Option<&str> {
+    let mut depth = 0_usize;
+    for (at, c) in code.char_indices() {
+        match c {
+            '(' | '{' | '[' => depth += 1,
+            ')' | '}' | ']' => {
+                depth = depth.checked_sub(1)?;
+                if depth == 0 {
+                    return code.get(1..at);
+                }
+            }
+            _ if depth == 0 => return None,
+            _ => {}
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comments_and_texts_are_no_code() {
+        let table = [
+            ("let a = \"x // y\"; // z", "let a = "),
+            ("a /* b /* c */ d */ e", "a                   e"),
+            ("let s = r#\"unsafe \"quoted\" \"#;", "let s = "),
+            ("br\"\\\" + c", " + c"),
+            ("let c = '\"'; d('\\'')", "let c = "),
+        ];
+        for (source, expected) in table {
+            let found = code(source);
+            assert_eq!(found.len(), source.len(), "{source}");
+            assert!(found.contains(expected), "{source}: {found:?}");
+            assert!(!found.contains('"') && !found.contains("unsafe") && !found.contains('z'), "{source}: {found:?}");
+        }
+        assert_eq!(code("fn f<'a>(x: &'a str) {} // it's"), "fn f<'a>(x: &'a str) {}        ");
+        assert_eq!(code("let car\"s"), "let car  ");
+        assert_eq!(code("\"a\nb\" c").lines().count(), 2);
+    }
+
+    #[test]
+    fn test_modules_are_left_out() {
+        let left = without_tests("a\n#[cfg(test)]\nmod tests {\n fn x() { y }\n}\nb\n#[cfg(test)]\nmod more;\nc");
+        assert_eq!(left.split_whitespace().collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(line(&left, left.find('c').unwrap()), 9);
+    }
+
+    #[test]
+    fn words_stand_alone() {
+        assert_eq!(words("unsafe_code unsafe {}", "unsafe").count(), 1);
+        assert_eq!(bracketed("(a(b)c) d"), Some("a(b)c"));
+        assert_eq!(bracketed("a"), None);
+    }
+}

@@ -1,0 +1,184 @@
+//! A toolchain that can build for a target: the installed one where it has the target, else a copy of it with the source of the
+//! standard library, which is then built along.
+//!
+//! The source comes from Debian, whose `rust-src` is used only in exactly the compiler's version. Where the archive has moved on
+//! and keeps no such version, Debian 12 offers a compiler of its own with its source (`rustc-web`), which is fetched and unpacked
+//! instead; it lints nothing, and builds with its own version.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::apt::Private;
+use crate::command::{cargo, read, run_quietly, say};
+use crate::workspace;
+
+/// Suites that may hold the source of a compiler newer than Debian 12's own, likeliest first.
+const SUITES: &[&str] = &["trixie-backports", "testing", "unstable"];
+
+/// How to build for one target.
+pub(crate) struct Toolchain {
+    /// The root of the toolchain to use instead of the running one.
+    copy: Option<PathBuf>,
+    build_std: bool,
+    pub(crate) has_clippy: bool,
+}
+
+impl Toolchain {
+    pub(crate) fn for_target(target: &str) -> Result<Toolchain> {
+        let sysroot = PathBuf::from(read(rustc().args(["--print", "sysroot"]))?);
+        let libraries = PathBuf::from(read(rustc().args(["--print", "target-libdir", "--target", target]))?);
+        let is_installed = fs::read_dir(libraries).is_ok_and(|mut entries| {
+            entries.any(|entry| entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("libcore-")))
+        });
+        if is_installed {
+            return Ok(Toolchain { copy: None, build_std: false, has_clippy: true });
+        }
+        if sysroot.join(SOURCE).join("library/Cargo.toml").is_file() {
+            return Ok(Toolchain { copy: None, build_std: true, has_clippy: true });
+        }
+        let copy = match copy_with_source(&sysroot)? {
+            Some(copy) => copy,
+            None => web_toolchain()?,
+        };
+        let has_clippy = copy.join("bin/clippy-driver").is_file();
+        Ok(Toolchain { copy: Some(copy), build_std: true, has_clippy })
+    }
+
+    /// `cargo <subcommand>` for `target`, building into a directory of its own.
+    pub(crate) fn cargo(&self, subcommand: &str, target: &str) -> Command {
+        let mut command = match &self.copy {
+            None => cargo(),
+            Some(copy) => {
+                let bin = copy.join("bin");
+                let mut command = Command::new(bin.join("cargo"));
+                let path = std::env::var_os("PATH").unwrap_or_default();
+                let paths = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
+                command.env("PATH", std::env::join_paths(paths).unwrap_or(path.clone()));
+                command.env("RUSTC", bin.join("rustc"));
+                // Cargo and rustup lead whom they run to their own toolchain's libraries, and those know their own sysroot alone.
+                for name in ["CARGO", "LD_LIBRARY_PATH", "RUSTUP_TOOLCHAIN", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER"]
+                {
+                    command.env_remove(name);
+                }
+                command
+            }
+        };
+        command.current_dir(workspace::root()).env("CARGO_TARGET_DIR", workspace::kept("build"));
+        command.args([subcommand, "--locked", "--target", target]);
+        if self.build_std {
+            command.env("RUSTC_BOOTSTRAP", "1").arg("-Zbuild-std=std,panic_abort");
+        }
+        command
+    }
+}
+
+/// Where a toolchain keeps the source of its standard library.
+const SOURCE: &str = "lib/rustlib/src/rust";
+
+fn rustc() -> Command {
+    Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
+}
+
+/// A copy of the running toolchain with the source beside it; `None` where no source of its version is to be had.
+fn copy_with_source(sysroot: &Path) -> Result<Option<PathBuf>> {
+    let facts = read(rustc().arg("-vV"))?;
+    let fact = |name: &str| facts.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let release = fact("release:").context("rustc does not say its version")?;
+    let commit = fact("commit-hash:").and_then(|hash| hash.get(..9)).unwrap_or("unknown");
+    let name = format!("toolchain-{release}-{commit}");
+    if workspace::kept(&name).exists() {
+        return Ok(Some(workspace::kept(&name)));
+    }
+    say(&format!("the standard library is built from source: looking for that of Rust {release} in Debian (once)"));
+    let Some((private, version)) = find_source(release) else { return Ok(None) };
+    let made = workspace::keep(&name, |unfinished| {
+        fs::create_dir_all(unfinished)?;
+        for part in ["bin", "lib", "libexec"] {
+            if sysroot.join(part).is_dir() {
+                copy_tree(&sysroot.join(part), &unfinished.join(part))?;
+            }
+        }
+        private.unpack(&format!("rust-src={version}"), &unfinished.join("rust-src"))?;
+        link_source(&unfinished.join("rust-src"), unfinished)
+    })?;
+    Ok(Some(made))
+}
+
+/// The suite that offers the source of that release, and the package's version there.
+fn find_source(release: &str) -> Option<(Private, String)> {
+    SUITES.iter().find_map(|suite| {
+        let found = Private::of(Some(suite)).and_then(|private| {
+            let versions = private.versions("rust-src")?;
+            Ok(versions.into_iter().find(|version| is_version_of(version, release)).map(|version| (private, version)))
+        });
+        found.unwrap_or_else(|error| {
+            say(&format!("not in {suite}: {error:#}"));
+            None
+        })
+    })
+}
+
+/// Whether a Debian version is one of an upstream release: `1.95.0+dfsg1-2~bpo13+1` is of `1.95.0`.
+fn is_version_of(version: &str, release: &str) -> bool {
+    version.strip_prefix(release).is_some_and(|rest| rest.starts_with(['+', '-', '~']))
+}
+
+/// Debian 12's own newer compiler, with its source.
+fn web_toolchain() -> Result<PathBuf> {
+    say(
+        "Debian keeps no source of this compiler's version: taking Debian's own newer compiler, rustc-web, with its source",
+    );
+    workspace::keep("toolchain-web", |unfinished| {
+        let private = Private::of(None)?;
+        let unpacked = unfinished.join("packages");
+        for package in ["rustc-web", "cargo-web", "libstd-rust-web-dev", "rust-web-src"] {
+            private.unpack(package, &unpacked)?;
+        }
+        for part in ["bin", "lib"] {
+            copy_tree(&unpacked.join("usr").join(part), &unfinished.join(part))?;
+        }
+        link_source(&unpacked, unfinished)
+    })
+}
+
+/// Links the source that a package brought (`usr/src/rustc-<version>`) to where cargo looks for it.
+fn link_source(unpacked: &Path, toolchain: &Path) -> Result<()> {
+    let sources = fs::read_dir(unpacked.join("usr/src")).context("the package has no usr/src")?;
+    let Some(source) =
+        sources.flatten().map(|entry| entry.path()).find(|path| path.join("library/Cargo.toml").is_file())
+    else {
+        bail!("the package holds no source of the standard library")
+    };
+    let link = toolchain.join(SOURCE);
+    fs::create_dir_all(link.parent().context("it has a parent")?)?;
+    // Relative, so that the whole can be renamed.
+    let up = Path::new("../../..");
+    let below = source.strip_prefix(toolchain).context("it was unpacked there")?;
+    workspace::remove(&link)?;
+    std::os::unix::fs::symlink(up.join(below), &link).context("cannot link the source")
+}
+
+/// Copies by hard links where that can be done.
+fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    let copy = |options: &str| run_quietly(Command::new("cp").arg(options).arg(from).arg(to));
+    copy("-al").or_else(|_| {
+        workspace::remove(to)?;
+        copy("-a")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_version_of;
+
+    #[test]
+    fn a_source_of_exactly_the_compilers_release_is_taken() {
+        assert!(is_version_of("1.95.0+dfsg1-2~bpo13+1", "1.95.0"));
+        assert!(is_version_of("1.95.0-1", "1.95.0"));
+        assert!(!is_version_of("1.95.01-1", "1.95.0"));
+        assert!(!is_version_of("1.96.1+dfsg1-2~bpo13+1", "1.95.0"));
+    }
+}
