@@ -38,7 +38,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Install this host's manager and watchdog
-    Install(service::InstallOptions),
+    Install(Box<service::InstallOptions>),
     /// What the operator at the host uses: status, start, stop, logs ...
     Control {
         #[command(flatten)]
@@ -96,7 +96,7 @@ enum ControlCommand {
 #[derive(Debug, Subcommand)]
 enum ServiceCommand {
     /// Install this host's manager and watchdog
-    Install(service::InstallOptions),
+    Install(Box<service::InstallOptions>),
     #[command(flatten)]
     Verb(ServiceVerb),
 }

@@ -72,7 +72,10 @@ fn show_path(path: &Path, options: &LogOptions) -> Result<()> {
     file.read_to_end(&mut tail)?;
     output.write_all(last_lines(&tail, options.lines))?;
     output.flush()?;
-    while options.follow {
+    if !options.follow {
+        return Ok(());
+    }
+    loop {
         if file.metadata()?.len() < file.stream_position()? {
             // Emptied in place.
             file.seek(SeekFrom::Start(0))?;
@@ -90,7 +93,6 @@ fn show_path(path: &Path, options: &LogOptions) -> Result<()> {
         }
         platform::pause(LOOK);
     }
-    Ok(())
 }
 
 /// The last `count` lines of a text.

@@ -211,7 +211,7 @@ mod tests {
             platform::pause(Duration::from_millis(5));
         }
         let reaper = std::thread::spawn(move || child.wait().unwrap());
-        end(&home, &[stubborn.clone()]).unwrap();
+        end(&home, std::slice::from_ref(&stubborn)).unwrap();
         reaper.join().unwrap();
         assert_eq!(members(&home, &stubborn), []);
     }

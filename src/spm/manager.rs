@@ -165,7 +165,7 @@ impl Manager {
             desired: desired.unwrap_or_default(),
             agents: BTreeMap::new(),
             journal,
-            peer: Peer::new(supervised, now),
+            peer: Peer::new(home, supervised, now),
             inputs,
             uplink,
             turns: Arc::new(Semaphore::new(stage::AT_ONCE)),

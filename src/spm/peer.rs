@@ -22,7 +22,8 @@ pub(super) struct Peer {
     supervised: bool,
     state: State,
     failures: u32,
-    restarts_seen: u64,
+    /// A watchdog ran already when the manager started; it will connect.
+    was_there: bool,
     children: Vec<Child>,
     /// Somebody stopped the watchdog's own unit; it is left so.
     pub(super) stopped_by_operator: bool,
@@ -35,9 +36,9 @@ enum State {
 }
 
 impl Peer {
-    pub(super) fn new(supervised: bool, now: Instant) -> Peer {
-        let state = State::Gone { since: now, tried: 0 };
-        Peer { supervised, state, failures: 0, restarts_seen: 0, children: vec![], stopped_by_operator: false }
+    pub(super) fn new(home: &Home, supervised: bool, now: Instant) -> Peer {
+        let (state, was_there) = (State::Gone { since: now, tried: 0 }, role::is_taken(home, Role::Spa));
+        Peer { supervised, state, failures: 0, was_there, children: vec![], stopped_by_operator: false }
     }
 
     pub(super) fn hello(&mut self, pid: u32, now: Instant) {
@@ -58,7 +59,6 @@ impl Peer {
         {
             tracing::warn!(pid, "the watchdog is gone");
             self.failures = if now.saturating_duration_since(since) > HEALTHY { 1 } else { self.failures + 1 };
-            self.restarts_seen += 1;
             self.state = State::Gone { since: now, tried: 0 };
         }
     }
@@ -78,7 +78,8 @@ impl Peer {
     fn patience(&self, tried: u32) -> Duration {
         let turn = if self.supervised { SERVICE_MANAGERS_TURN } else { CONNECTS };
         match tried {
-            0 if !self.supervised && self.failures > 0 => super::revival_pause(self.failures),
+            // Nobody else starts it.
+            0 if !self.supervised && (self.failures > 0 || !self.was_there) => super::revival_pause(self.failures),
             0 => turn,
             _ => turn + super::revival_pause(self.failures + tried),
         }

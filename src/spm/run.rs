@@ -122,7 +122,7 @@ pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: Target) {
     let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
     tokio::spawn(async move {
         let ended = tokio::task::spawn_blocking(move || {
-            tree::end(&home, &[target.clone()])?;
+            tree::end(&home, std::slice::from_ref(&target))?;
             record::remove(&home, &target.name)
         });
         let result = match ended.await {
