@@ -15,6 +15,16 @@ mod windows;
 #[cfg(windows)]
 pub use windows::*;
 
+/// How a sub-agent's process begins.
+#[derive(Debug)]
+pub struct Launch {
+    /// Where the record of the process goes.
+    pub record: PathBuf,
+    /// The record's text up to its pid: `pid` and `startTime` are put behind it, by the child itself where it can.
+    pub head: Vec<u8>,
+    pub user: Option<User>,
+}
+
 /// The operating system that this executable is for.
 pub const OS: Os = if cfg!(windows) { Os::Windows } else { Os::Linux };
 /// The architecture that this executable is for.

@@ -147,3 +147,51 @@ pub fn leave_directory(directory: &Path) -> io::Result<()> {
     }
     Ok(())
 }
+
+// --- Being told to end
+
+/// Hears what asks a program to end: Ctrl-C, Ctrl-Break, and the shutdown of the machine.
+#[derive(Debug)]
+pub struct Termination {
+    ctrl_c: tokio::signal::windows::CtrlC,
+    ctrl_break: tokio::signal::windows::CtrlBreak,
+    shutdown: tokio::signal::windows::CtrlShutdown,
+}
+
+impl Termination {
+    /// Needs a runtime; from here on they end nothing by themselves.
+    pub fn new() -> io::Result<Termination> {
+        use tokio::signal::windows::{ctrl_break, ctrl_c, ctrl_shutdown};
+        Ok(Termination { ctrl_c: ctrl_c()?, ctrl_break: ctrl_break()?, shutdown: ctrl_shutdown()? })
+    }
+
+    /// Resolves when one of them comes. Cancel-safe.
+    pub async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.ctrl_c.recv() => {}
+            _ = self.ctrl_break.recv() => {}
+            _ = self.shutdown.recv() => {}
+        }
+    }
+}
+
+// --- The service manager's notifications
+
+/// The service control manager is told in its own way, by who registers a service with it.
+pub fn notify(_state: &str) {}
+
+// --- The active release of a sub-agent
+
+/// Which version `current` names; `None`: there is no such file.
+pub fn read_current(file: &Path) -> io::Result<Option<String>> {
+    match fs::read_to_string(file) {
+        Ok(version) => Ok(Some(version.trim().to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes `current` name a version, in one step.
+pub fn write_current(file: &Path, version: &str) -> io::Result<()> {
+    crate::store::replace(file, version.as_bytes(), crate::store::Access::Public).map_err(io::Error::other)
+}

@@ -169,18 +169,15 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(tokio::
     };
     let head = start.head();
     let text = head.text_before_pid()?;
-    let record_path = start.home.process_record(&start.name);
+    let launch = Launch { record: start.home.process_record(&start.name), head: text, user };
     let mut tries = 0;
     let child = loop {
-        let mut command = start.command(program, user.as_ref())?;
+        let mut command = start.command(program, launch.user.as_ref())?;
         command.args(arguments);
         if let Some(workdir) = &manifest.run.workdir {
             command.current_dir(start.directory().join(workdir));
         }
-        platform::launch_as(
-            &mut command,
-            Launch { record: record_path.clone(), head: text.clone(), user: user.clone() },
-        )?;
+        platform::launch_as(&mut command, &launch)?;
         match tokio::process::Command::from(command).spawn() {
             Ok(child) => break child,
             Err(error) if platform::is_busy_text(&error) && tries < BUSY_TRIES => {
@@ -195,7 +192,7 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(tokio::
         }
     };
     let pid = child.id().context("the child has no pid")?;
-    platform::launched(&record_path, &text, pid)?;
+    platform::launched(&launch, pid)?;
     let start_time = platform::start_time(pid).unwrap_or_default();
     Ok((child, Record { head, pid, start_time }))
 }

@@ -17,6 +17,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::core::manifest::StopSignal;
+use crate::platform::Launch;
 
 /// Where the kernel offers no pidfd, a process that is not our child is looked at so often.
 const POLL: Duration = Duration::from_millis(250);
@@ -236,28 +237,18 @@ pub fn find_user(name: &str) -> io::Result<User> {
     Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
 }
 
-/// How a sub-agent's process begins.
-#[derive(Debug)]
-pub struct Launch {
-    /// Where the record of the process goes.
-    pub record: PathBuf,
-    /// The record's text up to its pid: `pid` and `startTime` are put behind it by the child itself.
-    pub head: Vec<u8>,
-    pub user: Option<User>,
-}
-
 /// Makes a command begin a session of its own and write its own record before it runs the program.
 ///
 /// So a record exists for every program that runs, whenever the manager dies. Where it cannot be written (a full disk), the program runs
 /// all the same: its mark stands in.
-pub fn launch_as(command: &mut Command, launch: Launch) -> io::Result<()> {
+pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
     let path = |path: &Path| {
         CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
     };
     let mut temporary = launch.record.clone().into_os_string();
     temporary.push(".new");
     let (temporary, record) = (path(Path::new(&temporary))?, path(&launch.record)?);
-    let (head, user) = (launch.head, launch.user);
+    let (head, user) = (launch.head.clone(), launch.user.clone());
     let groups: Vec<_> =
         user.iter().flat_map(|user| &user.groups).map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
     let in_child = move || {
@@ -315,7 +306,7 @@ fn digits(mut value: u64, buffer: &mut [u8; 20]) -> &[u8] {
 }
 
 /// Completes the record of a launched child: on Unix the child did so itself.
-pub fn launched(_record: &Path, _head: &[u8], _pid: u32) -> io::Result<()> {
+pub fn launched(_launch: &Launch, _pid: u32) -> io::Result<()> {
     Ok(())
 }
 
@@ -391,7 +382,7 @@ mod tests {
         let record = directory.path().join("a.json");
         let mut command = Command::new("cat");
         command.arg(&record).stdout(std::process::Stdio::piped());
-        launch_as(&mut command, Launch { record: record.clone(), head: b"{\"pid\":".to_vec(), user: None }).unwrap();
+        launch_as(&mut command, &Launch { record: record.clone(), head: b"{\"pid\":".to_vec(), user: None }).unwrap();
         let child = command.spawn().unwrap();
         let pid = child.id();
         let output = child.wait_with_output().unwrap();
@@ -403,7 +394,7 @@ mod tests {
     #[test]
     fn a_program_runs_although_its_record_cannot_be_written() {
         let mut command = Command::new("true");
-        launch_as(&mut command, Launch { record: "/proc/nowhere/a.json".into(), head: vec![], user: None }).unwrap();
+        launch_as(&mut command, &Launch { record: "/proc/nowhere/a.json".into(), head: vec![], user: None }).unwrap();
         assert!(command.status().unwrap().success());
     }
 

@@ -1,1 +1,279 @@
-//! Windows side of it.
+//! Processes: who is there, who belongs together, how one begins and how its end is seen.
+//!
+//! A process is named for good by its pid and its creation time, which is absolute, so that one boot needs no telling from another. Who
+//! belongs to a sub-agent is told by descent. Programs without a console hear no signal: every stop signal ends them.
+
+use std::io;
+use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
+use std::os::windows::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use windows_sys::Win32::Foundation::{ERROR_ACCESS_DENIED, FILETIME, HANDLE, INVALID_HANDLE_VALUE, STILL_ACTIVE};
+use windows_sys::Win32::System::Diagnostics::ToolHelp::{
+    CreateToolhelp32Snapshot, PROCESSENTRY32W, Process32FirstW, Process32NextW, TH32CS_SNAPPROCESS,
+};
+use windows_sys::Win32::System::ProcessStatus::{GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS};
+use windows_sys::Win32::System::SystemInformation::{GetSystemTimeAsFileTime, GetTickCount64};
+use windows_sys::Win32::System::Threading::{
+    CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, GetExitCodeProcess, GetProcessTimes, INFINITE, OpenProcess,
+    PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, PROCESS_TERMINATE, QueryFullProcessImageNameW,
+    TerminateProcess, WaitForSingleObject,
+};
+
+use crate::core::manifest::StopSignal;
+use crate::platform::Launch;
+
+/// The exit code of what is ended by us.
+const ENDED_BY_US: u32 = 1;
+
+/// One process as it was seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub pid: u32,
+    /// Creation time, in 100 ns since 1601.
+    pub start_time: u64,
+    /// The ancestor that was started by us, or whose own parent is gone: the root of its tree.
+    pub session: u32,
+    pub mark: Option<Mark>,
+}
+
+/// Which sub-agent a process belongs to, by its environment, which Windows does not let others read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark {
+    pub name: String,
+    pub version: String,
+}
+
+fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
+    // SAFETY: no pointer is passed; a handle that is not null is ours to close.
+    let handle = unsafe { OpenProcess(access, 0, pid) };
+    if handle.is_null() {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    Ok(unsafe { OwnedHandle::from_raw_handle(handle) })
+}
+
+fn raw(handle: &OwnedHandle) -> HANDLE {
+    handle.as_raw_handle()
+}
+
+fn joined(time: FILETIME) -> u64 {
+    u64::from(time.dwHighDateTime) << 32 | u64::from(time.dwLowDateTime)
+}
+
+fn creation_time(process: &OwnedHandle) -> Option<u64> {
+    let zero = FILETIME { dwLowDateTime: 0, dwHighDateTime: 0 };
+    let (mut created, mut exited, mut kernel, mut user) = (zero, zero, zero, zero);
+    // SAFETY: the handle is open, and the four results outlive the call.
+    let done = unsafe { GetProcessTimes(raw(process), &mut created, &mut exited, &mut kernel, &mut user) };
+    (done != 0).then(|| joined(created))
+}
+
+fn is_running(process: &OwnedHandle) -> bool {
+    let mut code = 0;
+    // SAFETY: the handle is open, and the result outlives the call.
+    unsafe { GetExitCodeProcess(raw(process), &mut code) != 0 && code == STILL_ACTIVE as u32 }
+}
+
+/// When a live process was created; `None`: there is none of that number.
+pub fn start_time(pid: u32) -> Option<u64> {
+    let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
+    if is_running(&process) { creation_time(&process) } else { None }
+}
+
+/// Creation times are absolute; there is nothing to tell boots apart for.
+pub fn boot_id() -> String {
+    "windows".to_owned()
+}
+
+/// How long the machine has been up.
+pub fn uptime() -> Option<Duration> {
+    // SAFETY: takes and gives plain numbers.
+    Some(Duration::from_millis(unsafe { GetTickCount64() }))
+}
+
+/// How long a process has been running, from its creation time.
+pub fn age(start_time: u64) -> Option<Duration> {
+    let mut now = FILETIME { dwLowDateTime: 0, dwHighDateTime: 0 };
+    // SAFETY: the result outlives the call.
+    unsafe { GetSystemTimeAsFileTime(&mut now) };
+    Some(Duration::from_nanos(joined(now).saturating_sub(start_time).saturating_mul(100)))
+}
+
+/// The working set of a process, bytes.
+pub fn memory_bytes(pid: u32) -> Option<u64> {
+    let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
+    // SAFETY: a structure of plain numbers, for which zeros are good values.
+    let mut counters: PROCESS_MEMORY_COUNTERS = unsafe { std::mem::zeroed() };
+    let size = size_of::<PROCESS_MEMORY_COUNTERS>() as u32;
+    // SAFETY: the handle is open, and the result has the size that is told.
+    let done = unsafe { GetProcessMemoryInfo(raw(&process), &mut counters, size) };
+    (done != 0).then_some(counters.WorkingSetSize as u64)
+}
+
+/// The executable that a process runs, where we may know it.
+pub fn executable_of(pid: u32) -> Option<PathBuf> {
+    use std::os::windows::ffi::OsStringExt;
+    let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
+    let mut text = vec![0_u16; 32_768];
+    let mut length = text.len() as u32;
+    // SAFETY: the handle is open, and the buffer has the length that is told.
+    let done = unsafe { QueryFullProcessImageNameW(raw(&process), 0, text.as_mut_ptr(), &mut length) };
+    (done != 0).then(|| std::ffi::OsString::from_wide(&text[..length as usize]).into())
+}
+
+struct Entry {
+    pid: u32,
+    parent: u32,
+    start_time: u64,
+    ours: bool,
+}
+
+/// Every process of the host that we can see.
+pub fn processes(_home: &Path) -> Vec<Seen> {
+    let entries = snapshot();
+    let find = |pid: u32| entries.iter().find(|entry| entry.pid == pid);
+    let root_of = |entry: &Entry| {
+        let mut root = entry.pid;
+        let mut at = entry;
+        // A number may have been given anew: who is younger than its child is not its parent.
+        while let Some(parent) =
+            find(at.parent).filter(|parent| !parent.ours && parent.start_time <= at.start_time && parent.pid != at.pid)
+        {
+            root = parent.pid;
+            at = parent;
+        }
+        root
+    };
+    entries
+        .iter()
+        .filter(|entry| entry.pid != std::process::id())
+        .map(|entry| Seen { pid: entry.pid, start_time: entry.start_time, session: root_of(entry), mark: None })
+        .collect()
+}
+
+fn snapshot() -> Vec<Entry> {
+    // SAFETY: takes plain numbers; a valid handle is ours to close.
+    let handle = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0) };
+    if handle == INVALID_HANDLE_VALUE {
+        return vec![];
+    }
+    // SAFETY: as above.
+    let handle = unsafe { OwnedHandle::from_raw_handle(handle) };
+    // SAFETY: a structure of plain numbers, for which zeros are good values.
+    let mut entry: PROCESSENTRY32W = unsafe { std::mem::zeroed() };
+    entry.dwSize = size_of::<PROCESSENTRY32W>() as u32;
+    let mut entries = vec![];
+    // SAFETY: the handle is open, and the entry says its own size.
+    let mut more = unsafe { Process32FirstW(raw(&handle), &mut entry) };
+    while more != 0 {
+        let name = String::from_utf16_lossy(&entry.szExeFile).to_ascii_lowercase();
+        if let Some(start_time) = start_time(entry.th32ProcessID) {
+            let (pid, parent) = (entry.th32ProcessID, entry.th32ParentProcessID);
+            entries.push(Entry { pid, parent, start_time, ours: name.starts_with("aops") });
+        }
+        // SAFETY: as above.
+        more = unsafe { Process32NextW(raw(&handle), &mut entry) };
+    }
+    entries
+}
+
+/// Ends the very process meant: nothing happens to another that has its number now. `false`: it is gone.
+pub fn signal(pid: u32, start_time: u64, _signal: StopSignal) -> io::Result<bool> {
+    let access = PROCESS_TERMINATE | PROCESS_QUERY_LIMITED_INFORMATION;
+    let Ok(process) = open(pid, access) else { return Ok(false) };
+    if creation_time(&process) != Some(start_time) || !is_running(&process) {
+        return Ok(false);
+    }
+    // SAFETY: the handle is open.
+    if unsafe { TerminateProcess(raw(&process), ENDED_BY_US) } != 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        // It is ending already.
+        error if error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) && !is_running(&process) => Ok(false),
+        error => Err(error),
+    }
+}
+
+/// Resolves when a process that need not be our child has ended.
+pub async fn ended(pid: u32, start_time: u64) {
+    let Ok(process) = open(pid, PROCESS_SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION) else { return };
+    if creation_time(&process) != Some(start_time) {
+        return;
+    }
+    // SAFETY: the handle is open, and stays so until the wait is over.
+    let wait = move || unsafe { WaitForSingleObject(raw(&process), INFINITE) };
+    let _ = tokio::task::spawn_blocking(wait).await;
+}
+
+/// How an ended child ended, in words.
+pub fn how_it_ended(status: ExitStatus) -> String {
+    match status.code() {
+        Some(code) => format!("exited with {code}"),
+        None => "ended".to_owned(),
+    }
+}
+
+/// Whom a sub-agent runs as: on Windows, whoever the manager runs as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {}
+
+/// Another user's password is not known here.
+pub fn find_user(name: &str) -> io::Result<User> {
+    Err(io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!("cannot run as {name:?}: another user is not supported on Windows yet"),
+    ))
+}
+
+/// Makes a command begin a group of its own, without a window.
+pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
+    if launch.user.is_some() {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
+    }
+    detach(command);
+    Ok(())
+}
+
+/// Completes the record of a launched child, which could not do so itself.
+pub fn launched(launch: &Launch, pid: u32) -> io::Result<()> {
+    let mut text = launch.head.clone();
+    text.extend_from_slice(format!("{pid},\"startTime\":{}}}\n", start_time(pid).unwrap_or_default()).as_bytes());
+    crate::store::replace(&launch.record, &text, crate::store::Access::Private).map_err(io::Error::other)
+}
+
+/// Makes a command outlive us and our console.
+pub fn detach(command: &mut Command) {
+    command.creation_flags(CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+}
+
+/// An executable that is open for writing cannot be started, and is not still held by a child of ours: there is no fork.
+pub fn is_busy_text(_error: &io::Error) -> bool {
+    false
+}
+
+/// The variables that any program expects.
+pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
+    const NAMES: &[&str] = &[
+        "SystemRoot",
+        "SystemDrive",
+        "windir",
+        "ComSpec",
+        "PATH",
+        "PATHEXT",
+        "TEMP",
+        "TMP",
+        "ProgramFiles",
+        "ProgramFiles(x86)",
+        "ProgramData",
+        "NUMBER_OF_PROCESSORS",
+        "PROCESSOR_ARCHITECTURE",
+        "USERPROFILE",
+        "COMPUTERNAME",
+    ];
+    NAMES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect()
+}
