@@ -58,8 +58,9 @@ pub struct Args {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Address and port to listen on; port 0 takes a free one
-    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8888")]
+    /// Address and port to listen on; port 0 takes a
+    /// free one
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8888", verbatim_doc_comment)]
     listen: SocketAddr,
 }
 
