@@ -92,7 +92,10 @@ impl Place {
     fn initialized(root: &Path) -> Result<Place> {
         let place = Place::new(root);
         if !root.is_dir() {
-            bail!("cannot find the gateway's directory {0}; make it with `aops gateway init --dir {0}`", root.display());
+            bail!(
+                "cannot find the gateway's directory {0}; make it with `aops gateway init --dir {0}`",
+                root.display()
+            );
         }
         if !place.depot().is_dir() {
             bail!("cannot find a gateway in {0}; make one with `aops gateway init --dir {0}`", root.display());

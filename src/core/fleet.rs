@@ -192,7 +192,8 @@ fn plain(env: BTreeMap<EnvName, String>) -> BTreeMap<String, String> {
 impl Match {
     /// An empty condition is far more often a slip than a wish, and the slip would hit the whole fleet, or nothing.
     fn check(&self) -> Result<(), &'static str> {
-        let given: Vec<&Vec<Glob>> = [&self.agent_id, &self.hostname, &self.os, &self.arch].into_iter().flatten().collect();
+        let given: Vec<&Vec<Glob>> =
+            [&self.agent_id, &self.hostname, &self.os, &self.arch].into_iter().flatten().collect();
         if given.is_empty() {
             return Err("it names nothing, and what is for every host stands in [agents]");
         }
@@ -377,13 +378,14 @@ pub fn tell(desired: &Desired, host: &HostFacts, offer: impl Fn(&str, &Version) 
         }
         found
     };
-    let manager = desired.manager.as_ref().and_then(|version| take(MANAGER_PACKAGE, version)).map(|offer| ManagerOrder {
-        version: offer.version,
-        tarball: None,
-        file: Some(offer.file),
-        sha256: Some(offer.sha256),
-        size: Some(offer.size),
-    });
+    let manager =
+        desired.manager.as_ref().and_then(|version| take(MANAGER_PACKAGE, version)).map(|offer| ManagerOrder {
+            version: offer.version,
+            tarball: None,
+            file: Some(offer.file),
+            sha256: Some(offer.sha256),
+            size: Some(offer.size),
+        });
     let mut agents = Vec::new();
     for (name, wish) in &desired.agents {
         let Some(offer) = take(name.as_str(), &wish.version) else { continue };

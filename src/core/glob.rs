@@ -61,7 +61,9 @@ impl TryFrom<String> for Glob {
         }
         // Refused instead of taken literally, for they have a meaning elsewhere and no place in what is matched here.
         if let Some(odd) = pattern.chars().find(|c| "[]{}\\!".contains(*c) || c.is_control()) {
-            return Err(format!("cannot take {pattern:?} as a glob: {odd:?} is not supported, only * and ? are special"));
+            return Err(format!(
+                "cannot take {pattern:?} as a glob: {odd:?} is not supported, only * and ? are special"
+            ));
         }
         Ok(Glob(pattern))
     }

@@ -98,7 +98,10 @@ pub(super) fn manager_path(os: Os) -> &'static str {
 
 fn manifest(content: &mut dyn Read) -> Result<Manifest> {
     let mut text = String::new();
-    content.take(MAX_MANIFEST_BYTES).read_to_string(&mut text).with_context(|| format!("cannot read its {MANIFEST}"))?;
+    content
+        .take(MAX_MANIFEST_BYTES)
+        .read_to_string(&mut text)
+        .with_context(|| format!("cannot read its {MANIFEST}"))?;
     let manifest: Manifest = toml::from_str(&text).with_context(|| format!("cannot read its {MANIFEST}"))?;
     manifest.check().map_err(|why| anyhow::anyhow!("cannot take its {MANIFEST}: {why}"))?;
     Ok(manifest)

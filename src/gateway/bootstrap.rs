@@ -16,7 +16,7 @@ use crate::platform;
 
 const MAGIC: &[u8; 16] = b"AOPS-TRAILER-01\n";
 /// Beyond this it is no trailer of ours.
-const MAX_PAYLOAD: u64 = 1 << 20;
+const MAX_PAYLOAD: u64 = 64 << 10;
 /// A public key's file has two short lines.
 const MAX_KEY_BYTES: u64 = 4 << 10;
 /// More keys than this are a mistake.
@@ -42,6 +42,9 @@ pub(super) fn make(place: &Place, package: &mut File, packing: Packing, release:
             bail!("there is no public key in {}", place.keys().display());
         }
         let payload = serde_json::to_vec(&serde_json::json!({ "keys": keys }))?;
+        if payload.len() as u64 > MAX_PAYLOAD {
+            bail!("the public keys in {} are more than it can carry", place.keys().display());
+        }
         let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
         archive::extract(package, packing, archive::manager_path(release.os), file.as_file_mut())?;
         let length = without_trailer(file.as_file_mut())?;

@@ -22,9 +22,15 @@ const CHUNK: usize = 128 << 10;
 const SIGNATURE: &str = ".minisig";
 
 /// Answers a GET or HEAD of the file called `name`.
-pub(super) async fn answer(index: &Index, name: &str, method: &Method, headers: &HeaderMap) -> Result<Response, Failure> {
+pub(super) async fn answer(
+    index: &Index,
+    name: &str,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Result<Response, Failure> {
     if let Some(item) = index.file(name) {
-        let found = Found { tag: format!("\"{}\"", item.sha256), size: item.stamp.size, content: Content::File(item.clone()) };
+        let found =
+            Found { tag: format!("\"{}\"", item.sha256), size: item.stamp.size, content: Content::File(item.clone()) };
         return found.answer(method, headers).await;
     }
     let signature = name.strip_suffix(SIGNATURE).and_then(|name| index.file(name)?.signature.clone());
@@ -55,7 +61,9 @@ impl Found {
     async fn answer(self, method: &Method, headers: &HeaderMap) -> Result<Response, Failure> {
         let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
         let response = Response::builder().header(header::ETAG, &self.tag).header(header::ACCEPT_RANGES, "bytes");
-        if text(header::IF_NONE_MATCH).is_some_and(|tags| tags.split(',').any(|tag| matches!(tag.trim(), "*") || tag.trim() == self.tag)) {
+        if text(header::IF_NONE_MATCH)
+            .is_some_and(|tags| tags.split(',').any(|tag| matches!(tag.trim(), "*") || tag.trim() == self.tag))
+        {
             return Ok(response.status(StatusCode::NOT_MODIFIED).body(Body::empty())?);
         }
         let same = text(header::IF_RANGE).is_none_or(|tag| tag.trim() == self.tag);

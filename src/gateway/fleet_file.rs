@@ -56,7 +56,8 @@ impl FleetFile {
             Ok(Some((fleet, text))) => {
                 let accepted = fs::metadata(&path).ok().and_then(|metadata| metadata.modified().ok());
                 let accepted = accepted.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-                let generation = accepted.and_then(|since| u64::try_from(since.as_millis()).ok()).unwrap_or_else(now_millis);
+                let generation =
+                    accepted.and_then(|since| u64::try_from(since.as_millis()).ok()).unwrap_or_else(now_millis);
                 file.put_in_force(fleet, text, generation);
             }
             Ok(None) => {}
@@ -123,7 +124,12 @@ impl FleetFile {
         judge(&fleet, last_good, &hosts, |name, version| depot.has(name, version))?;
         store::replace(&self.place.last_good_fleet(), text.as_bytes(), Access::Private)?;
         let generation = now_millis().max(self.standing.generation.map_or(0, |last| last + 1));
-        tracing::info!(generation, agents = fleet.names().len(), rules = fleet.rules.len(), "the fleet file is in force");
+        tracing::info!(
+            generation,
+            agents = fleet.names().len(),
+            rules = fleet.rules.len(),
+            "the fleet file is in force"
+        );
         self.put_in_force(fleet, text, generation);
         Ok(())
     }

@@ -131,7 +131,9 @@ impl Hosts {
             None => (None, None),
         };
         let content = match cached {
-            Some((revision, known_facts, content)) if revision == world.revision && known_facts == facts => Some(content),
+            Some((revision, known_facts, content)) if revision == world.revision && known_facts == facts => {
+                Some(content)
+            }
             _ => world.fleet.as_ref().map(|fleet| content(fleet, &facts, &world.index, &mut inner.contents)),
         };
 

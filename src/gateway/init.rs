@@ -72,7 +72,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
     let dir = args.dir.display();
     println!("{}  the signing key  {}, {}", key.word(), place.public_key().display(), place.signing_key().display());
-    println!("{}  the certificate  {}, {}", certificate.word(), place.certificate().display(), place.certificate_key().display());
+    println!(
+        "{}  the certificate  {}, {}",
+        certificate.word(),
+        place.certificate().display(),
+        place.certificate_key().display()
+    );
     println!("{}  the fleet        {}", fleet.word(), place.fleet().display());
     if certificate == Done::Kept && !args.names.is_empty() {
         println!("      --name is without effect: hosts may have pinned the certificate that is there");
@@ -149,7 +154,9 @@ fn server_names(given: &[String]) -> Result<Vec<String>> {
     }
     for name in given {
         if !is_name(name) && name.parse::<IpAddr>().is_err() {
-            bail!("cannot take {name:?} as a name of the gateway: expected a host's name or an IP address, without port");
+            bail!(
+                "cannot take {name:?} as a name of the gateway: expected a host's name or an IP address, without port"
+            );
         }
         names.push(name.clone());
     }
@@ -199,7 +206,8 @@ mod tests {
         let root = dir.path().join("gw");
         let place = Place::new(&root);
         run(&args(&root, &["gateway.example", "10.0.0.1", "::1"])).unwrap();
-        let files = [place.public_key(), place.signing_key(), place.certificate(), place.certificate_key(), place.fleet()];
+        let files =
+            [place.public_key(), place.signing_key(), place.certificate(), place.certificate_key(), place.fleet()];
         let contents = || files.iter().map(|file| fs::read(file).unwrap()).collect::<Vec<_>>();
         let before = contents();
         run(&args(&root, &["other.example"])).unwrap();

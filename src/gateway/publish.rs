@@ -103,7 +103,10 @@ impl Source {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         match identity::packing_of(&name) {
             Some(packing) => Ok(Source::Archive { path: path.to_owned(), packing }),
-            None => bail!("cannot publish {}: expected a directory, or an archive named .tar.zst, .tar.gz or .zip", path.display()),
+            None => bail!(
+                "cannot publish {}: expected a directory, or an archive named .tar.zst, .tar.gz or .zip",
+                path.display()
+            ),
         }
     }
 
@@ -278,7 +281,9 @@ fn signature_beside(archive: &Path) -> Result<Option<Kept>> {
         let binding = depot::binding_of(&text)?;
         Ok(Kept { text, binding })
     };
-    attempt().map(Some).with_context(|| format!("cannot keep the signature {}; sign it anew, or remove it", path.display()))
+    attempt()
+        .map(Some)
+        .with_context(|| format!("cannot keep the signature {}; sign it anew, or remove it", path.display()))
 }
 
 impl Kept {

@@ -81,7 +81,9 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route(&format!("{RELEASES_PATH}/{{name}}"), get(release))
         .route("/healthz", get(health))
         .fallback(async || Failure::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
-        .method_not_allowed_fallback(async || Failure::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method"))
+        .method_not_allowed_fallback(async || {
+            Failure::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
+        })
         .with_state(shared)
 }
 
@@ -93,7 +95,10 @@ async fn heartbeat(State(shared): State<Arc<Shared>>, request: Request) -> Resul
     let heartbeat: Heartbeat =
         serde_json::from_slice(&body).map_err(|error| bad(format!("cannot read the heartbeat: {error}")))?;
     if heartbeat.agent_id != named {
-        return Err(bad(format!("the heartbeat is of {}, the header {AGENT_ID_HEADER} says {named}", heartbeat.agent_id)));
+        return Err(bad(format!(
+            "the heartbeat is of {}, the header {AGENT_ID_HEADER} says {named}",
+            heartbeat.agent_id
+        )));
     }
     let told = shared.hosts.heartbeat(heartbeat, address, &shared.world(), now_millis());
     shared.touched.notify_one();
@@ -101,7 +106,8 @@ async fn heartbeat(State(shared): State<Arc<Shared>>, request: Request) -> Resul
         Ok(told) => Ok(answer(StatusCode::OK, &told)),
         Err(super::hosts::Full) => {
             tracing::warn!(agent_id = %named, "a host is turned away, there are too many");
-            Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway has no room for another host").retry_after(300))
+            Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway has no room for another host")
+                .retry_after(300))
         }
     }
 }
@@ -115,7 +121,8 @@ fn agent_id(headers: &HeaderMap) -> Result<Option<AgentId>, Failure> {
 async fn body(request: Request) -> Result<axum::body::Bytes, Failure> {
     let too_large =
         || Failure::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the heartbeat has more than {MAX_BODY_BYTES} bytes"));
-    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let length =
+        request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
         return Err(too_large());
     }

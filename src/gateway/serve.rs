@@ -103,16 +103,17 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let Some(_lock) = lock::take(&place.lock(), TAKE_OVER)? else {
         bail!("cannot run a second gateway from {}: one is running already", args.dir.display());
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     let (stop, stopped) = watch::channel(false);
     ctrlc::set_handler(move || {
         let _ = stop.send(true);
     })
     .context("cannot listen for signals")?;
     runtime.block_on(async {
-        let listener = TcpListener::bind(args.listen).await.with_context(|| {
-            format!("cannot listen on {}; --listen chooses another address or port", args.listen)
-        })?;
+        let listener = TcpListener::bind(args.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}; --listen chooses another address or port", args.listen))?;
         serve(place, listener, LOOK, stopped, announce).await
     })
 }
@@ -165,7 +166,8 @@ fn acceptor(place: &Place) -> Result<TlsAcceptor> {
     let chain = CertificateDer::pem_file_iter(&certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .with_context(|| format!("cannot read the certificate {}", certificate.display()))?;
-    let private = PrivateKeyDer::from_pem_file(&key).with_context(|| format!("cannot read the key {}", key.display()))?;
+    let private =
+        PrivateKeyDer::from_pem_file(&key).with_context(|| format!("cannot read the key {}", key.display()))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
@@ -182,7 +184,8 @@ fn remembered(place: &Place) -> Result<Vec<hosts::Record>> {
         let reason = format!("{error:#}");
         tracing::error!(%reason, "what is remembered of the hosts cannot be read and is put aside");
         let damaged = place.hosts().with_extension("json.damaged");
-        std::fs::rename(place.hosts(), &damaged).with_context(|| format!("cannot put aside {}", place.hosts().display()))?;
+        std::fs::rename(place.hosts(), &damaged)
+            .with_context(|| format!("cannot put aside {}", place.hosts().display()))?;
         Ok(Vec::new())
     })
 }
@@ -302,7 +305,8 @@ async fn keep_saving(path: PathBuf, shared: Arc<Shared>, mut stopped: watch::Rec
 
 async fn accept(listener: TcpListener, acceptor: TlsAcceptor, shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
     let files = platform::raise_open_files().unwrap_or(1024);
-    let most = usize::try_from(files.saturating_sub(RESERVED_FILES).max(16) / 2).unwrap_or(usize::MAX).min(MAX_CONNECTIONS);
+    let most =
+        usize::try_from(files.saturating_sub(RESERVED_FILES).max(16) / 2).unwrap_or(usize::MAX).min(MAX_CONNECTIONS);
     let places = Arc::new(Semaphore::new(most));
     let router = routes::router(shared);
     loop {
@@ -349,7 +353,9 @@ async fn connection(
     stream.set_nodelay(true)?;
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(STALL));
-    let stream = tokio::time::timeout(HANDSHAKE, acceptor.accept(Box::pin(stream))).await.context("the handshake took too long")??;
+    let stream = tokio::time::timeout(HANDSHAKE, acceptor.accept(Box::pin(stream)))
+        .await
+        .context("the handshake took too long")??;
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE)

@@ -32,7 +32,7 @@ pub struct Args {
 /// The whole of it.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Status {
+pub(super) struct Status {
     running: bool,
     /// Absent where no gateway has run yet.
     gateway: Option<Gateway>,
@@ -103,7 +103,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn gather(place: &Place) -> Result<Status> {
+pub(super) fn gather(place: &Place) -> Result<Status> {
     let running = lock::is_held(&place.lock());
     let now = now_millis();
     let state: Option<GatewayState> = store::load(&place.standing())?;
@@ -186,7 +186,9 @@ fn fleet_lines(status: &Status) -> Vec<String> {
     let Gateway { packages, problems, fleet, .. } = gateway;
     let mut lines = Vec::new();
     lines.push(match &fleet.accepted {
-        Some(accepted) => format!("fleet     {} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules),
+        Some(accepted) => {
+            format!("fleet     {} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules)
+        }
         None => "fleet     none in force".to_owned(),
     });
     if let Some(error) = &fleet.last_error {

@@ -43,7 +43,8 @@ impl Signer {
 
     /// The private key as its file holds it.
     pub fn secret_text(&self) -> Result<String> {
-        let boxed = self.secret.to_box(Some("aops signing key, keep it secret")).context("cannot write the signing key")?;
+        let boxed =
+            self.secret.to_box(Some("aops signing key, keep it secret")).context("cannot write the signing key")?;
         Ok(boxed.into_string())
     }
 
@@ -55,9 +56,14 @@ impl Signer {
     /// The content of the `.minisig` that binds what `package` yields to `binding`.
     pub fn sign(&self, package: impl Read, binding: &Binding) -> Result<String> {
         let comment = binding.to_string();
-        let signature =
-            minisign::sign(Some(&self.public), &self.secret, package, Some(&comment), Some("signature of an aops package"))
-                .with_context(|| format!("cannot sign {}", binding.release))?;
+        let signature = minisign::sign(
+            Some(&self.public),
+            &self.secret,
+            package,
+            Some(&comment),
+            Some("signature of an aops package"),
+        )
+        .with_context(|| format!("cannot sign {}", binding.release))?;
         Ok(signature.into_string())
     }
 }

@@ -78,7 +78,11 @@ fn rules_change_fields_and_variables_and_later_ones_win() {
 fn all_of_a_match_must_hold() {
     let fleet = fleet(EXAMPLE);
     for (id, name) in [("1", "web-1"), ("5402", "db-1"), ("990", "web-1")] {
-        assert_eq!(version_of(&fleet.desired(&host(id, name)), "node-exporter").as_deref(), Some("1.5.0"), "{id} {name}");
+        assert_eq!(
+            version_of(&fleet.desired(&host(id, name)), "node-exporter").as_deref(),
+            Some("1.5.0"),
+            "{id} {name}"
+        );
     }
     let mut windows = host("99", "web-1");
     assert_eq!(version_of(&fleet.desired(&windows), "node-exporter").as_deref(), Some("1.6.0"));

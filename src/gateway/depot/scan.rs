@@ -83,7 +83,9 @@ impl Scanner {
     fn index(&mut self) -> Result<Index> {
         let keys = keys_of(&self.place)?;
         let mut judged = BTreeMap::new();
-        for (name, stamp) in self.last.iter().filter(|(name, _)| !name.starts_with("keys/") && !name.ends_with(".minisig")) {
+        for (name, stamp) in
+            self.last.iter().filter(|(name, _)| !name.starts_with("keys/") && !name.ends_with(".minisig"))
+        {
             let stamps = (*stamp, self.last.get(&format!("{name}.minisig")).copied());
             let known = self.judged.remove(name).filter(|known| known.stamps == stamps);
             let fresh = known.is_none();
@@ -98,7 +100,8 @@ impl Scanner {
         }
         self.judged = judged;
         let items = self.judged.values().filter_map(|known| known.outcome.as_ref().ok().cloned()).collect();
-        let problems = self.judged.iter().filter_map(|(name, known)| Some((name.clone(), known.outcome.as_ref().err()?.clone())));
+        let problems =
+            self.judged.iter().filter_map(|(name, known)| Some((name.clone(), known.outcome.as_ref().err()?.clone())));
         Ok(Index::new(items, problems.collect()))
     }
 }
@@ -114,7 +117,14 @@ fn judge(path: &Path, name: &str, stamp: Stamp, keys: &[PublicKey]) -> Result<It
     }
     if bootstrap::is_file_name(name) {
         let sha256 = signature::sha256_of(&mut file)?;
-        return Ok(Item { name: name.to_owned(), path: path.to_owned(), stamp, sha256, binding: None, signature: None });
+        return Ok(Item {
+            name: name.to_owned(),
+            path: path.to_owned(),
+            stamp,
+            sha256,
+            binding: None,
+            signature: None,
+        });
     }
     let Some(bytes) = store::read(&signature_path(path), MAX_SIGNATURE_BYTES)? else {
         bail!("it has no signature; put it there with `aops gateway publish`");
@@ -127,7 +137,9 @@ fn judge(path: &Path, name: &str, stamp: Stamp, keys: &[PublicKey]) -> Result<It
     let (verdict, sha256) = signature::examine_and_hash(&mut file, &text, keys)?;
     match verdict {
         Verdict::Good => {}
-        Verdict::UnknownKey => tracing::warn!(file = %name, "a package is offered though none of our keys made its signature"),
+        Verdict::UnknownKey => {
+            tracing::warn!(file = %name, "a package is offered though none of our keys made its signature")
+        }
         Verdict::Bad(why) => bail!("its signature is not of these bytes: {why}"),
     }
     Ok(Item {

@@ -43,7 +43,9 @@ pub(in crate::gateway) enum Verdict {
 /// The depot's own keys.
 pub(in crate::gateway) fn keys_of(place: &Place) -> Result<Vec<PublicKey>> {
     let keys = bootstrap::public_keys(place)?;
-    keys.iter().map(|(name, text)| PublicKey::decode(text).with_context(|| format!("cannot read the key {name}"))).collect()
+    keys.iter()
+        .map(|(name, text)| PublicKey::decode(text).with_context(|| format!("cannot read the key {name}")))
+        .collect()
 }
 
 /// Whether `signature` is one of `package` by one of `keys`.

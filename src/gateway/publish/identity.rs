@@ -60,7 +60,12 @@ pub(super) fn settle(given: Given, clues: Clues) -> Result<(Release, Option<Stri
     Ok((release, assumed))
 }
 
-fn agree<T: Clone + PartialEq + std::fmt::Display>(known: &mut Option<T>, said: &T, what: &str, by: &str) -> Result<()> {
+fn agree<T: Clone + PartialEq + std::fmt::Display>(
+    known: &mut Option<T>,
+    said: &T,
+    what: &str,
+    by: &str,
+) -> Result<()> {
     match known {
         Some(known) if known != said => bail!("{by} says {what} {said}, not {known}"),
         Some(_) => {}
@@ -80,7 +85,8 @@ pub(super) fn packing_of(file_name: &str) -> Option<Packing> {
 /// Names and versions may both hold dashes: what is known of one tells where the other is; else the version begins at the first dash before
 /// a digit, or, where there is none, after the last dash (a commit hash).
 fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Version>) -> Given {
-    let stem = packing_of(file_name).map_or(file_name, |packing| &file_name[..file_name.len() - packing.as_str().len() - 1]);
+    let stem =
+        packing_of(file_name).map_or(file_name, |packing| &file_name[..file_name.len() - packing.as_str().len() - 1]);
     let (stem, os, arch) = match stem.rsplitn(3, '_').collect::<Vec<_>>()[..] {
         [arch, os, rest] => match (os.parse().ok(), arch.parse().ok()) {
             (Some(os), Some(arch)) => (rest, Some(os), Some(arch)),
@@ -89,7 +95,9 @@ fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Ve
         _ => (stem, None, None),
     };
     let by_name = name.and_then(|name| Some((name.as_str(), stem.strip_prefix(name.as_str())?.strip_prefix('-')?)));
-    let by_version = || version.and_then(|version| Some((stem.strip_suffix(version.as_str())?.strip_suffix('-')?, version.as_str())));
+    let by_version = || {
+        version.and_then(|version| Some((stem.strip_suffix(version.as_str())?.strip_suffix('-')?, version.as_str())))
+    };
     let before_digit = || {
         let dash = stem.match_indices('-').find(|(at, _)| stem[at + 1..].starts_with(|c: char| c.is_ascii_digit()))?;
         Some((&stem[..dash.0], &stem[dash.0 + 1..]))
