@@ -153,6 +153,7 @@ impl Source {
 fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
     let _lock = lock::take(&place.publish_lock(), PATIENCE)?
         .with_context(|| format!("somebody else is publishing into {}", place.depot().display()))?;
+    sweep(&place.depot())?;
     let mut staged = source.staged(place)?;
     let packing = source.packing();
     let contents = archive::contents(staged.as_file_mut(), packing)?;
@@ -251,6 +252,17 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
     }
     Ok(Published { binding, file, fate, notes, bootstrap })
+}
+
+/// Removes what an interrupted publishing left behind; nobody else is at it while the lock is held.
+fn sweep(depot: &Path) -> Result<()> {
+    for entry in fs::read_dir(depot).with_context(|| format!("cannot read {}", depot.display()))? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".new-")) {
+            store::remove(&path)?;
+        }
+    }
+    Ok(())
 }
 
 fn sign(place: &Place, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {

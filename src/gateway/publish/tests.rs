@@ -55,6 +55,7 @@ fn publishing_again_is_nothing_and_another_content_needs_another_version() {
     assert_eq!(bench.publish_so("--os linux --arch amd64", &tree).unwrap().fate, "already published");
     assert_eq!(contents(), before);
 
+    fs::write(bench.place.depot().join(".new-interrupted"), "half").unwrap();
     fs::write(tree.join("more"), "x").unwrap();
     assert!(bench.refusal("--os linux --arch amd64", &tree).contains("another content; choose another version"));
     assert_eq!(bench.leftovers(), 0);
