@@ -41,12 +41,24 @@ use crate::logging;
 /// What the gateway can be asked to do.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// Make a signing key, a certificate, an empty depot and an example
-    /// fleet.toml; what is there already is kept
+    /// Make what a gateway needs; what is there already is kept
+    ///
+    /// A signing key, a certificate, an empty depot, and a fleet.toml
+    /// with examples. Prints what to do next.
+    #[command(verbatim_doc_comment)]
     Init(init::Args),
     /// Sign a package and put it into the depot
+    ///
+    /// A sub-agent's package has an agent.toml, or an executable `control`,
+    /// at its root. What is published never changes: another content needs
+    /// another version.
+    #[command(verbatim_doc_comment)]
     Publish(publish::Args),
     /// Serve the depot and answer heartbeats until stopped
+    ///
+    /// Prints `listening on https://HOST:PORT` when ready. fleet.toml and
+    /// the depot are read again when they have changed.
+    #[command(verbatim_doc_comment)]
     Run(serve::Args),
     /// Print the JSON Schema of the protocol
     Schema,

@@ -24,9 +24,10 @@ pub struct Args {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// A further name or address by which hosts reach the gateway; may be
-    /// given several times [always: localhost, 127.0.0.1, the host's name]
-    #[arg(long = "name", value_name = "HOST_OR_IP")]
+    /// A further name or address of the gateway; may be
+    /// given several times (localhost, 127.0.0.1 and the
+    /// host's own name are always in the certificate)
+    #[arg(long = "name", value_name = "HOST_OR_IP", verbatim_doc_comment)]
     names: Vec<String>,
 }
 

@@ -31,35 +31,34 @@ pub struct Args {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Name of the package [default: as its agent.toml, its signature or its
-    /// file name says]
-    #[arg(long)]
+    /// Name of the package, where its agent.toml, its
+    /// signature or its file's name does not say it
+    #[arg(long, verbatim_doc_comment)]
     name: Option<AgentName>,
-    /// Version of the package [default: likewise]
+    /// Version of the package, likewise
     #[arg(long)]
     version: Option<Version>,
-    /// Operating system: linux or windows [default: likewise; of a directory:
-    /// this one]
-    #[arg(long)]
+    /// linux or windows, likewise; of a directory: what
+    /// this executable was built for
+    #[arg(long, verbatim_doc_comment)]
     os: Option<Os>,
-    /// Architecture: amd64, 386 or arm64 [default: likewise; of a directory:
-    /// this one]
+    /// amd64, 386 or arm64, likewise
     #[arg(long)]
     arch: Option<Arch>,
-    /// Epoch: a host that has had a package of one epoch refuses those of
-    /// lower ones [default: the highest published of that name, else 1]
-    #[arg(long)]
+    /// A host that has had a package of one epoch refuses
+    /// lower ones [default: the highest of that name, or 1]
+    #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
     /// The private key to sign with [default: keys/aops.key]
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
-    /// Publish this very executable as the manager's package, and the
-    /// bootstrap executable made of it
-    #[arg(long = "self", conflicts_with_all = ["path", "name", "os", "arch"])]
+    /// Publish this very executable: as the manager's
+    /// package, and as the bootstrap that hosts fetch
+    #[arg(long = "self", conflicts_with_all = ["path", "name", "os", "arch"], verbatim_doc_comment)]
     itself: bool,
-    /// A directory, or an archive (tar.zst, tar.gz, zip); a signature beside
-    /// it (PATH.minisig) is kept
-    #[arg(required_unless_present = "itself")]
+    /// A directory, or an archive (tar.zst, tar.gz, zip); a
+    /// signature beside it (PATH.minisig) is kept
+    #[arg(required_unless_present = "itself", verbatim_doc_comment)]
     path: Option<PathBuf>,
 }
 
@@ -155,6 +154,7 @@ impl Source {
 fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
     let _lock = lock::take(&place.publish_lock(), PATIENCE)?
         .with_context(|| format!("somebody else is publishing into {}", place.depot().display()))?;
+    sweep(&place.depot())?;
     let mut staged = source.staged(place)?;
     let packing = source.packing();
     let contents = archive::contents(staged.as_file_mut(), packing)?;
@@ -253,6 +253,17 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
     }
     Ok(Published { binding, file, fate, notes, bootstrap })
+}
+
+/// Removes what an interrupted publishing left behind; nobody else is at it while the lock is held.
+fn sweep(depot: &Path) -> Result<()> {
+    for entry in fs::read_dir(depot).with_context(|| format!("cannot read {}", depot.display()))? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".new-")) {
+            store::remove(&path)?;
+        }
+    }
+    Ok(())
 }
 
 fn sign(place: &Place, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {

@@ -8,7 +8,7 @@
 //! Every connection is bounded: in number, in the time for its handshake, for a request's head and body, and for taking what it asked for.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -58,8 +58,9 @@ pub struct Args {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Address and port to listen on; port 0 takes a free one
-    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8888")]
+    /// Address and port to listen on; port 0 takes a
+    /// free one
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8888", verbatim_doc_comment)]
     listen: SocketAddr,
 }
 
@@ -153,9 +154,10 @@ pub(super) async fn serve(
 
     ready(address);
     tracing::info!(%address, hosts = shared.hosts.count(), "the gateway serves");
-    accept(listener, acceptor, shared, stopped).await;
+    accept(listener, acceptor, shared.clone(), stopped).await;
     watching.await?;
     saving.await?;
+    save(&place.hosts(), &shared).await;
     tracing::info!("the gateway ends");
     Ok(())
 }
@@ -173,6 +175,8 @@ fn acceptor(place: &Place) -> Result<TlsAcceptor> {
         .with_no_client_auth()
         .with_single_cert(chain, private)
         .with_context(|| format!("cannot serve with the certificate {}", certificate.display()))?;
+    // A fleet that comes back all at once resumes its sessions.
+    config.ticketer = rustls::crypto::ring::Ticketer::new()?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
@@ -275,30 +279,27 @@ async fn keep_watching(mut eyes: Eyes, shared: Arc<Shared>, look: Duration, mut 
 async fn keep_saving(path: PathBuf, shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
     let mut pause = SAVE;
     loop {
-        let ending = tokio::select! {
-            // Both may be dropped at any time: a notification that comes in between is kept by `touched` or found by the last save.
-            () = async { shared.touched.notified().await; tokio::time::sleep(pause).await } => false,
-            _ = stopped.wait_for(|stopped| *stopped) => true,
-        };
-        if ending {
-            // The last heartbeats may still be under way.
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::select! {
+            // Both may be dropped at any time: what a lost notification spoke of is found by the save at the end.
+            () = async { shared.touched.notified().await; tokio::time::sleep(pause).await } => {}
+            _ = stopped.wait_for(|stopped| *stopped) => return,
         }
         let started = Instant::now();
-        if let Some(records) = shared.hosts.changed() {
-            let file = path.clone();
-            let saved = tokio::task::spawn_blocking(move || hosts::save(&file, &records)).await;
-            if let Ok(Err(error)) = saved {
-                let reason = format!("{error:#}");
-                tracing::error!(%reason, "what is known of the hosts cannot be written");
-                shared.hosts.mark_changed();
-                shared.touched.notify_one();
-            }
-        }
-        if ending {
-            return;
-        }
+        save(&path, &shared).await;
         pause = SAVE.max(started.elapsed() * SAVE_SHARE);
+    }
+}
+
+/// Writes what is known of the hosts, where something is not written yet; what could not be is tried again.
+async fn save(path: &Path, shared: &Shared) {
+    let Some(records) = shared.hosts.changed() else { return };
+    let file = path.to_owned();
+    let saved = tokio::task::spawn_blocking(move || hosts::save(&file, &records)).await;
+    if let Ok(Err(error)) = saved {
+        let reason = format!("{error:#}");
+        tracing::error!(%reason, "what is known of the hosts cannot be written");
+        shared.hosts.mark_changed();
+        shared.touched.notify_one();
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Args {
 /// The whole of it.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Status {
+pub(super) struct Status {
     running: bool,
     /// Absent where no gateway has run yet.
     gateway: Option<Gateway>,
@@ -103,7 +103,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn gather(place: &Place) -> Result<Status> {
+pub(super) fn gather(place: &Place) -> Result<Status> {
     let running = lock::is_held(&place.lock());
     let now = now_millis();
     let state: Option<GatewayState> = store::load(&place.standing())?;

@@ -1,1 +1,157 @@
+use super::*;
+use crate::core::protocol::{Event, ManagerReport};
 
+const NOW: u64 = 1_000_000;
+
+fn hosts() -> Hosts {
+    Hosts::new("ours".to_owned(), Vec::new())
+}
+
+fn world(revision: u64, fleet: &str) -> World {
+    World { revision, fleet: Some(Arc::new(toml::from_str(fleet).unwrap())), index: Arc::new(Index::default()) }
+}
+
+fn heartbeat(agent_id: &str, held: Option<(&str, u64)>) -> Heartbeat {
+    Heartbeat {
+        agent_id: agent_id.parse().unwrap(),
+        instance_id: "one".to_owned(),
+        hostname: "web-1".to_owned(),
+        os: crate::core::model::Os::Linux,
+        arch: crate::core::model::Arch::Amd64,
+        manager: ManagerReport { version: "1".parse().unwrap(), pid: 1, uptime_seconds: 1, memory_bytes: 1 },
+        lineage: held.map(|(lineage, _)| lineage.to_owned()),
+        generation: held.map_or(0, |(_, generation)| generation),
+        sequence: 1,
+        agents: Vec::new(),
+        events: Vec::new(),
+    }
+}
+
+fn event(id: u64) -> Event {
+    Event {
+        id,
+        time: "t".to_owned(),
+        kind: "exit".to_owned(),
+        agent: None,
+        version: None,
+        outcome: "ok".to_owned(),
+        message: "m".repeat(10_000),
+    }
+}
+
+fn answer(hosts: &Hosts, heartbeat: Heartbeat, world: &World, now: u64) -> Answer {
+    hosts.heartbeat(heartbeat, None, world, now).unwrap()
+}
+
+#[test]
+fn the_list_is_sent_until_the_host_holds_it_and_again_when_it_changes() {
+    let hosts = hosts();
+    let first = answer(&hosts, heartbeat("1", None), &world(1, ""), NOW);
+    assert!(first.agents.is_some());
+    assert_eq!((first.lineage.as_deref(), first.generation, first.interval), (Some("ours"), NOW, Some(30)));
+
+    let held = heartbeat("1", Some(("ours", NOW)));
+    let second = answer(&hosts, held.clone(), &world(1, ""), NOW + 5);
+    assert_eq!((second.agents, second.generation), (None, NOW));
+    // Another world in which the host is told the same.
+    let third = answer(&hosts, held.clone(), &world(2, "heartbeatInterval = 5"), NOW + 6);
+    assert_eq!((third.agents, third.generation, third.interval), (None, NOW, Some(5)));
+    // It asks for what the depot does not have: another content, though nothing can be sent.
+    let wants = world(3, "[agents.a]\nversion = \"1\"");
+    let fourth = answer(&hosts, held, &wants, NOW + 7);
+    assert_eq!((fourth.agents.as_deref(), fourth.complete, fourth.generation), (Some(&[][..]), false, NOW + 7));
+    assert!(fourth.error_message.unwrap().contains("no package"));
+    // The same number of another lineage is another desired state.
+    let stranger = answer(&hosts, heartbeat("1", Some(("theirs", NOW + 7))), &wants, NOW + 8);
+    assert!(stranger.agents.is_some());
+    assert_eq!(stranger.generation, NOW + 7);
+}
+
+#[test]
+fn generations_survive_the_loss_of_the_record() {
+    let before = hosts();
+    let given = answer(&before, heartbeat("1", None), &world(1, ""), NOW).generation;
+    // An hour earlier by the clock, and nothing remembered.
+    let after = answer(&hosts(), heartbeat("1", Some(("ours", given))), &world(1, ""), NOW - 3_600);
+    assert_eq!(after.generation, given + 1);
+    assert!(after.agents.is_some());
+}
+
+#[test]
+fn a_gateway_without_a_fleet_commands_nothing() {
+    let nothing = World { revision: 1, fleet: None, index: Arc::new(Index::default()) };
+    let told = answer(&hosts(), heartbeat("1", Some(("ours", 7))), &nothing, NOW);
+    assert_eq!((told.lineage, told.generation, told.agents, told.complete), (None, 0, None, false));
+    assert!(told.error_message.is_some());
+}
+
+#[test]
+fn events_are_kept_once_acknowledged_and_bounded() {
+    let hosts = hosts();
+    let send = |ids: &[u64]| {
+        let heartbeat = Heartbeat { events: ids.iter().map(|id| event(*id)).collect(), ..heartbeat("1", None) };
+        answer(&hosts, heartbeat, &world(1, ""), NOW).ack
+    };
+    let kept = || {
+        hosts.mark_changed();
+        hosts.changed().unwrap()[0].events.iter().map(|event| event.id).collect::<Vec<_>>()
+    };
+    assert_eq!(send(&[]), None);
+    assert_eq!(send(&[1, 2]), Some(2));
+    // The answer was lost; they come again with one more.
+    assert_eq!(send(&[1, 2, 3]), Some(3));
+    assert_eq!(kept(), [1, 2, 3]);
+    // A new installation counts from 1.
+    assert_eq!(send(&[1]), Some(1));
+    assert_eq!(kept(), [1, 2, 3, 1]);
+    send(&(2..200).collect::<Vec<_>>());
+    assert_eq!((kept().len(), kept()[49]), (50, 199));
+    let records = hosts.changed();
+    assert!(records.is_none(), "nothing has changed since");
+    hosts.mark_changed();
+    assert!(hosts.changed().unwrap()[0].events.iter().all(|event| event.message.len() == 300));
+}
+
+#[test]
+fn what_is_written_is_read_back_with_what_a_newer_version_added() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("hosts.json");
+    assert_eq!(load(&path).unwrap(), []);
+    let first = hosts();
+    answer(&first, Heartbeat { events: vec![event(4)], ..heartbeat("1", None) }, &world(1, ""), NOW);
+    answer(&first, heartbeat("2", None), &world(1, ""), NOW);
+    save(&path, &first.changed().unwrap()).unwrap();
+    let text = std::fs::read_to_string(&path).unwrap().replace("\"held\":0", "\"held\":0,\"later\":{\"a\":1}");
+    std::fs::write(&path, text).unwrap();
+
+    let second = Hosts::new("ours".to_owned(), load(&path).unwrap());
+    assert_eq!(second.count(), 2);
+    let told = answer(&second, heartbeat("1", Some(("ours", NOW))), &world(1, ""), NOW + 9);
+    assert_eq!((told.generation, told.agents), (NOW, None));
+    save(&path, &second.changed().unwrap()).unwrap();
+    assert_eq!(std::fs::read_to_string(&path).unwrap().matches("\"later\":{\"a\":1}").count(), 2);
+}
+
+#[test]
+fn two_machines_with_one_agent_id_show() {
+    let hosts = hosts();
+    answer(&hosts, heartbeat("1", None), &world(1, ""), NOW);
+    let clone = Heartbeat { instance_id: "two".to_owned(), hostname: "web-2".to_owned(), ..heartbeat("1", None) };
+    answer(&hosts, clone, &world(1, ""), NOW);
+    let twin = hosts.changed().unwrap()[0].twin.clone().unwrap();
+    assert_eq!((twin.instance_id.as_str(), twin.hostname.as_str()), ("one", "web-1"));
+}
+
+#[test]
+fn there_is_room_for_so_many_hosts_and_a_long_silent_one_gives_way() {
+    let hosts = hosts();
+    let world = world(1, "");
+    for number in 0..MAX_HOSTS {
+        answer(&hosts, heartbeat(&number.to_string(), None), &world, NOW + 1);
+    }
+    assert_eq!(hosts.heartbeat(heartbeat("new", None), None, &world, NOW + 2), Err(Full));
+    assert!(hosts.heartbeat(heartbeat("7", None), None, &world, NOW + 2).is_ok(), "a known one is answered");
+    let later = NOW + 2 + FORGOTTEN_AFTER.as_millis() as u64;
+    assert!(hosts.heartbeat(heartbeat("new", None), None, &world, later).is_ok());
+    assert_eq!(hosts.count(), MAX_HOSTS);
+}

@@ -1,1 +1,208 @@
+use clap::Parser;
 
+use super::*;
+use crate::gateway::depot::{Index, Scanner};
+use crate::gateway::tests::{Bench, native};
+use crate::platform;
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    args: Args,
+}
+
+impl Bench {
+    fn publish_so(&self, line: &str, path: &Path) -> Result<Published> {
+        let mut words = vec!["publish".to_owned(), "--dir".to_owned(), self.dir.path().display().to_string()];
+        words.extend(line.split_whitespace().map(ToOwned::to_owned));
+        words.push(path.display().to_string());
+        let args = Line::try_parse_from(words)?.args;
+        publish(&self.place, &args, Source::at(path)?)
+    }
+
+    fn refusal(&self, line: &str, path: &Path) -> String {
+        format!("{:#}", self.publish_so(line, path).err().unwrap())
+    }
+
+    fn index(&self) -> std::sync::Arc<Index> {
+        Scanner::new(self.place.clone()).look(true).unwrap().unwrap()
+    }
+
+    fn leftovers(&self) -> usize {
+        let names = fs::read_dir(self.place.depot()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().starts_with('.')).count()
+    }
+}
+
+/// A package of the older kind.
+fn older(dir: &Path) -> PathBuf {
+    let tree = dir.join("older");
+    fs::create_dir_all(&tree).unwrap();
+    fs::write(tree.join("control"), "#!/bin/sh\n").unwrap();
+    platform::set_mode(&tree.join("control"), 0o755).unwrap();
+    tree
+}
+
+#[test]
+fn publishing_again_is_nothing_and_another_content_needs_another_version() {
+    let bench = Bench::new();
+    let tree = native(&bench.dir.path().join("tree"), "exporter", "1.5.0");
+    let first = bench.publish_so("--os linux --arch amd64", &tree).unwrap();
+    assert_eq!((first.fate, first.file.as_str()), ("published", "exporter-1.5.0_linux_amd64.tar.zst"));
+    assert_eq!(first.binding.epoch, 1);
+    let contents = || fs::read(bench.place.depot().join("exporter-1.5.0_linux_amd64.tar.zst.minisig")).unwrap();
+    let before = contents();
+    assert_eq!(bench.publish_so("--os linux --arch amd64", &tree).unwrap().fate, "already published");
+    assert_eq!(contents(), before);
+
+    fs::write(bench.place.depot().join(".new-interrupted"), "half").unwrap();
+    fs::write(tree.join("more"), "x").unwrap();
+    assert!(bench.refusal("--os linux --arch amd64", &tree).contains("another content; choose another version"));
+    assert_eq!(bench.leftovers(), 0);
+    assert_eq!(bench.index().packages(), 1);
+}
+
+#[test]
+fn an_epoch_stays_until_it_is_raised() {
+    let bench = Bench::new();
+    let tree = |version: &str| native(&bench.dir.path().join(version), "exporter", version);
+    assert_eq!(bench.publish_so("", &tree("1")).unwrap().binding.epoch, 1);
+    assert_eq!(bench.publish_so("--epoch 4", &tree("2")).unwrap().binding.epoch, 4);
+    assert_eq!(bench.publish_so("", &tree("3")).unwrap().binding.epoch, 4);
+    // The same bytes, bound to a higher epoch.
+    let again = bench.publish_so("--epoch 4", &tree("1")).unwrap();
+    assert_eq!((again.fate, again.binding.epoch), ("signed anew", 4));
+    let low = bench.publish_so("--epoch 2", &tree("4")).unwrap();
+    assert!(low.notes.iter().any(|note| note.contains("will refuse")), "{:?}", low.notes);
+    assert_eq!(bench.index().packages(), 4);
+}
+
+#[test]
+fn what_no_host_could_run_is_refused() {
+    let bench = Bench::new();
+    let dir = bench.dir.path();
+    let tree = older(dir);
+    assert!(bench.refusal("", &tree).contains("--name"));
+    assert!(bench.refusal("--name Ctl --version 1", &tree).contains("name of a sub-agent"));
+    assert!(bench.refusal("--name ctl --version ../1", &tree).contains("a version"));
+    assert!(bench.refusal("--name aops-spm --version 1", &tree).contains("bin/aops"));
+    assert_eq!(bench.publish_so("--name ctl --version 1", &tree).unwrap().fate, "published");
+    fs::remove_file(tree.join("control")).unwrap();
+    fs::write(tree.join("readme"), "x").unwrap();
+    assert!(bench.refusal("--name ctl --version 2", &tree).contains("neither agent.toml nor an executable control"));
+
+    let tree = native(&dir.join("native"), "exporter", "1");
+    assert!(bench.refusal("--name other", &tree).contains("agent.toml says name exporter, not other"));
+    fs::write(tree.join("agent.toml"), "name = \"exporter\"\n[run").unwrap();
+    assert!(bench.refusal("", &tree).contains("agent.toml"));
+    assert!(bench.refusal("", &dir.join("absent")).contains("cannot publish"));
+    assert!(bench.refusal("", &bench.place.fleet()).contains("tar.zst, .tar.gz or .zip"));
+    assert_eq!(bench.leftovers(), 0);
+}
+
+fn tar_gz(tree: &Path, archive: &Path) {
+    let encoder = flate2::write::GzEncoder::new(File::create(archive).unwrap(), flate2::Compression::fast());
+    let mut builder = tar::Builder::new(encoder);
+    builder.append_dir_all(".", tree).unwrap();
+    builder.into_inner().unwrap().finish().unwrap();
+}
+
+#[test]
+fn an_archive_keeps_its_packing_and_the_signature_that_came_with_it() {
+    let bench = Bench::new();
+    let dir = bench.dir.path();
+    let archive = dir.join("ctl-2.0_linux_386.tar.gz");
+    tar_gz(&older(dir), &archive);
+    let bytes = fs::read(&archive).unwrap();
+
+    // By the depot's own key, made elsewhere.
+    let own = Signer::load(&bench.place.signing_key()).unwrap();
+    let sign = |signer: &Signer, binding: &str| {
+        let text = signer.sign(&bytes[..], &binding.parse().unwrap()).unwrap();
+        fs::write(depot::signature_path(&archive), &text).unwrap();
+        text
+    };
+    sign(&own, "name=other version=2.0 os=linux arch=386 epoch=7");
+    assert!(bench.refusal("--name ctl", &archive).contains("its signature says name other, not ctl"));
+    let text = sign(&own, "name=ctl version=2.0 os=linux arch=386 epoch=7");
+    assert!(bench.refusal("--epoch 8", &archive).contains("epoch 7, not 8"));
+    let published = bench.publish_so("", &archive).unwrap();
+    assert_eq!((published.file.as_str(), published.binding.epoch), ("ctl-2.0_linux_386.tar.gz", 7));
+    assert!(published.notes.is_empty());
+    let target = bench.place.depot().join(&published.file);
+    assert_eq!(fs::read(&target).unwrap(), bytes);
+    assert_eq!(fs::read_to_string(depot::signature_path(&target)).unwrap(), text);
+
+    // By a key that is not here: kept, with a warning; nonsense, and a signature of other bytes: refused.
+    let text = sign(&Signer::generate().unwrap(), "name=ctl version=2.0 os=linux arch=386 epoch=7");
+    let published = bench.publish_so("", &archive).unwrap();
+    assert!(published.notes[0].contains("no key in"), "{:?}", published.notes);
+    assert_eq!(fs::read_to_string(depot::signature_path(&target)).unwrap(), text);
+    assert_eq!(bench.index().packages(), 1);
+    fs::write(depot::signature_path(&archive), "nonsense").unwrap();
+    assert!(bench.refusal("", &archive).contains("sign it anew"));
+    let other =
+        own.sign(&b"other bytes"[..], &"name=ctl version=2.0 os=linux arch=386 epoch=7".parse().unwrap()).unwrap();
+    fs::write(depot::signature_path(&archive), other).unwrap();
+    assert!(bench.refusal("", &archive).contains("not of these bytes"));
+}
+
+#[test]
+fn without_the_private_key_only_what_is_signed_can_be_published() {
+    let bench = Bench::new();
+    let tree = native(&bench.dir.path().join("tree"), "exporter", "1");
+    fs::remove_file(bench.place.signing_key()).unwrap();
+    assert!(bench.refusal("", &tree).contains("--key"));
+}
+
+#[test]
+fn a_package_of_the_manager_yields_the_bootstrap_with_the_depots_keys() {
+    let bench = Bench::new();
+    let tree = bench.dir.path().join("spm");
+    fs::create_dir_all(tree.join("bin")).unwrap();
+    fs::write(tree.join("bin/aops"), "the executable").unwrap();
+    platform::set_mode(&tree.join("bin/aops"), 0o755).unwrap();
+    let line = "--name aops-spm --version 9 --os linux --arch 386";
+    let name = bench.publish_so(line, &tree).unwrap().bootstrap.unwrap();
+    assert_eq!(name, "aops-agent-service-linux-386");
+    let path = bench.place.depot().join(&name);
+    let mut file = File::open(&path).unwrap();
+    assert_eq!(bootstrap::without_trailer(&mut file).unwrap(), "the executable".len() as u64);
+    let bytes = fs::read(&path).unwrap();
+    assert!(bytes.starts_with(b"the executable{"));
+    let key = fs::read_to_string(bench.place.public_key()).unwrap();
+    let base64 = key.lines().nth(1).unwrap();
+    assert!(bytes.windows(base64.len()).any(|window| window == base64.as_bytes()));
+    assert!(platform::is_executable(&fs::metadata(&path).unwrap()));
+    // Again, and the bootstrap comes back where somebody removed it.
+    fs::remove_file(&path).unwrap();
+    assert_eq!(bench.publish_so(line, &tree).unwrap().fate, "already published");
+    assert_eq!(fs::read(&path).unwrap(), bytes);
+}
+
+#[test]
+fn a_tampered_or_misnamed_file_is_not_on_offer_and_says_why() {
+    let bench = Bench::new();
+    let tree = native(&bench.dir.path().join("tree"), "exporter", "1");
+    let file = bench.publish_so("--os linux --arch amd64", &tree).unwrap().file;
+    let depot = bench.place.depot();
+    let mut scanner = Scanner::new(bench.place.clone());
+    let index = scanner.look(true).unwrap().unwrap();
+    assert_eq!((index.packages(), index.problems().len()), (1, 0));
+    assert!(scanner.look(true).unwrap().is_none(), "nothing has changed");
+
+    let mut bytes = fs::read(depot.join(&file)).unwrap();
+    fs::copy(depot.join(&file), depot.join("exporter-2_linux_amd64.tar.zst")).unwrap();
+    fs::copy(depot.join(format!("{file}.minisig")), depot.join("exporter-2_linux_amd64.tar.zst.minisig")).unwrap();
+    fs::write(depot.join("note.txt"), "x").unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(depot.join(&file), &bytes).unwrap();
+    assert!(scanner.look(false).unwrap().is_none(), "it may still be written to");
+    let index = scanner.look(false).unwrap().unwrap();
+    assert_eq!(index.packages(), 0);
+    let why = |name: &str| index.problems()[name].clone();
+    assert!(why(&file).contains("not of these bytes"));
+    assert!(why("exporter-2_linux_amd64.tar.zst").contains("says that it is exporter 1"));
+    assert!(why("note.txt").contains("no signature"));
+    assert!(index.file("note.txt").is_none() && index.file(&file).is_none());
+}
