@@ -23,7 +23,7 @@ use crate::{control, installation, package, platform, service, spa, spm};
 /// Linked under the names aops-agent-service*, aops-spm, aops-spa or control,
 /// the program takes that role without a subcommand.
 #[derive(Debug, Parser)]
-#[command(name = "aops", disable_version_flag = true, arg_required_else_help = true, term_width = 80)]
+#[command(name = "aops", disable_version_flag = true, arg_required_else_help = true, max_term_width = 80)]
 struct Cli {
     /// Print the version
     #[arg(short = 'V', long)]

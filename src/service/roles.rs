@@ -35,10 +35,6 @@ pub(super) fn run(home: &Home) -> bool {
 
 /// Stops everything: sub-agents, roles, and what else runs of this home. Works also where the manager is dead or a unit is gone.
 pub(super) fn stop_all(home: &Home) -> Result<()> {
-    // Also where the records do not say that there are units.
-    if host_service::systemd::is_registered(home) && host_service::detect() == Kind::Systemd {
-        host_service::stop(home, Role::BOTH)?;
-    }
     for remark in lifecycle::stop(home)? {
         progress::warn(remark);
     }

@@ -161,6 +161,6 @@ pub fn show(log: &Path) {
     const LINES: usize = 40;
     if let Ok(text) = fs::read_to_string(log) {
         let lines: Vec<_> = text.lines().collect();
-        eprintln!("--- {}\n{}", log.display(), lines[lines.len().saturating_sub(LINES)..].join("\n"));
+        anstream::eprintln!("--- {}\n{}", log.display(), lines[lines.len().saturating_sub(LINES)..].join("\n"));
     }
 }

@@ -1,3 +1,4 @@
+use crate::package::trailer;
 use clap::Parser;
 
 use super::*;
@@ -167,13 +168,13 @@ fn a_package_of_the_manager_yields_the_bootstrap_with_the_depots_keys() {
     assert_eq!(name, "aops-agent-service-linux-386");
     let path = bench.place.depot().join(&name);
     let mut file = File::open(&path).unwrap();
-    assert_eq!(bootstrap::without_trailer(&mut file).unwrap(), "the executable".len() as u64);
+    assert_eq!(trailer::length_without(&mut file).unwrap(), "the executable".len() as u64);
     let bytes = fs::read(&path).unwrap();
     assert!(bytes.starts_with(b"the executable{"));
     let key = fs::read_to_string(bench.place.public_key()).unwrap();
     let base64 = key.lines().nth(1).unwrap();
     assert!(bytes.windows(base64.len()).any(|window| window == base64.as_bytes()));
-    assert!(platform::is_executable(&fs::metadata(&path).unwrap()));
+    assert!(platform::is_executable(&path));
     // Again, and the bootstrap comes back where somebody removed it.
     fs::remove_file(&path).unwrap();
     assert_eq!(bench.publish_so(line, &tree).unwrap().fate, "already published");
