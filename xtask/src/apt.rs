@@ -104,6 +104,7 @@ impl Private {
 
     /// Fetches a package (`name` or `name=version`) and unpacks it below `into`.
     pub(crate) fn unpack(&self, package: &str, into: &Path) -> Result<()> {
+        fs::create_dir_all(into).with_context(|| format!("cannot make {}", into.display()))?;
         let fetched = tempfile::tempdir_in(&self.directory).context("cannot make a temporary directory")?;
         run_quietly(apt_get(Some(&self.config), &["download", "-q", package]).current_dir(fetched.path()))?;
         for file in fs::read_dir(fetched.path())? {
