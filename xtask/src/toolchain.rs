@@ -108,7 +108,7 @@ fn copy_with_source(sysroot: &Path, target: &str) -> Result<PathBuf> {
 /// The suite that offers the source of that release, and the package's version there.
 fn find_source(release: &str) -> Option<(Private, String)> {
     SUITES.iter().find_map(|suite| {
-        let found = Private::of(Some(suite)).and_then(|private| {
+        let found = Private::of(suite).and_then(|private| {
             let versions = private.versions("rust-src")?;
             Ok(versions.into_iter().find(|version| is_version_of(version, release)).map(|version| (private, version)))
         });
