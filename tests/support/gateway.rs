@@ -157,6 +157,7 @@ impl Drop for Gateway {
 }
 
 /// Shows the end of a log beside what a failed test says.
+#[allow(clippy::print_stderr, reason = "the test program shows it with the failure")]
 pub fn show(log: &Path) {
     const LINES: usize = 40;
     if let Ok(text) = fs::read_to_string(log) {

@@ -69,25 +69,23 @@ pub(crate) struct Private {
 }
 
 impl Private {
-    /// One that sees `suite` of the machine's mirror, or, with none, the machine's own sources; its lists are fetched.
-    pub(crate) fn of(suite: Option<&str>) -> Result<Private> {
-        let directory = workspace::kept(&format!("apt-{}", suite.unwrap_or("own")));
+    /// One that sees `suite` of the machine's mirror; its lists are fetched.
+    pub(crate) fn of(suite: &str) -> Result<Private> {
+        let directory = workspace::kept(&format!("apt-{suite}"));
         for part in ["state/lists/partial", "cache/archives/partial", "parts"] {
             fs::create_dir_all(directory.join(part)).context("cannot make a directory for apt")?;
         }
-        let mut lines = vec![
+        let sources = directory.join("sources.list");
+        fs::write(&sources, format!("deb [signed-by={KEYRING}] {} {suite} main\n", mirror()?))?;
+        let lines = [
             format!("Dir::State \"{}\";", text(&directory.join("state"))),
             format!("Dir::Cache \"{}\";", text(&directory.join("cache"))),
+            format!("Dir::Etc::sourcelist \"{}\";", text(&sources)),
+            format!("Dir::Etc::sourceparts \"{}\";", text(&directory.join("parts"))),
             "Dir::State::status \"/dev/null\";".to_owned(),
             "Acquire::Languages \"none\";".to_owned(),
             "APT::Sandbox::User \"root\";".to_owned(),
         ];
-        if let Some(suite) = suite {
-            let sources = directory.join("sources.list");
-            fs::write(&sources, format!("deb [signed-by={KEYRING}] {} {suite} main\n", mirror()?))?;
-            lines.push(format!("Dir::Etc::sourcelist \"{}\";", text(&sources)));
-            lines.push(format!("Dir::Etc::sourceparts \"{}\";", text(&directory.join("parts"))));
-        }
         let config = directory.join("apt.conf");
         fs::write(&config, lines.join("\n") + "\n")?;
         let private = Private { config, directory };
@@ -104,6 +102,7 @@ impl Private {
 
     /// Fetches a package (`name` or `name=version`) and unpacks it below `into`.
     pub(crate) fn unpack(&self, package: &str, into: &Path) -> Result<()> {
+        fs::create_dir_all(into).with_context(|| format!("cannot make {}", into.display()))?;
         let fetched = tempfile::tempdir_in(&self.directory).context("cannot make a temporary directory")?;
         run_quietly(apt_get(Some(&self.config), &["download", "-q", package]).current_dir(fetched.path()))?;
         for file in fs::read_dir(fetched.path())? {

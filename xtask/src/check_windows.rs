@@ -18,9 +18,8 @@ pub(crate) fn run() -> Result<()> {
         let toolchain = Toolchain::for_target(target)?;
         for features in [&[][..], &["--no-default-features"]] {
             say(&format!("checking for {target} {}", features.join(" ")));
-            let (subcommand, lints) =
-                if toolchain.has_clippy { ("clippy", &["--", "-D", "warnings"][..]) } else { ("check", &[][..]) };
-            command::run(toolchain.cargo(subcommand, target).args(["-p", "aops"]).args(features).args(lints))?;
+            let mut clippy = toolchain.cargo("clippy", target);
+            command::run(clippy.args(["-p", "aops"]).args(features).args(["--", "-D", "warnings"]))?;
         }
     }
     Ok(())

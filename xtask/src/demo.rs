@@ -14,7 +14,7 @@ use crate::command::{cargo, say};
 use crate::fleet::{self, Fleet, agent, free_port, http_get, pid};
 use crate::package::Package;
 use crate::wait::try_for;
-use crate::{command, processes, workspace};
+use crate::{command, processes, rootfs, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -103,7 +103,8 @@ impl Demo<'_> {
 
     fn measure(&mut self, port: u16) -> Result<()> {
         self.step("A real metric from the exporter that the host runs");
-        let metrics = http_get(port, "/metrics")?;
+        let metrics =
+            try_for(fleet::SOON, || http_get(port, "/metrics").ok()).context("the exporter does not answer")?;
         let metric = metrics.lines().find(|line| line.starts_with("node_memory_MemTotal_bytes"));
         println!("  {}", metric.context("the exporter tells no memory size")?);
         ensure!(!has_metric(&metrics), "the first release measures the load already");
@@ -117,7 +118,11 @@ impl Demo<'_> {
             let old = self.fleet.wait_for_pid(name, None)?;
             let killed = Instant::now();
             processes::signal(old, Signal::KILL);
-            let new = self.fleet.wait_for_pid(name, Some(old))?;
+            let status = self.fleet.wait_for(&format!("{name} to be restarted"), |status| {
+                agent(status, name).is_some_and(|agent| agent["state"] == "running" && agent["restarts"] == 1)
+            })?;
+            let new = agent(&status, name).and_then(|agent| pid(&agent["pid"])).context("it runs without a pid")?;
+            ensure!(new != old, "{name} is said to run as {old}, which was killed");
             println!("  kill -KILL {old}: back as {new} after {:.1} s", killed.elapsed().as_secs_f64());
         }
         self.proved("a killed sub-agent comes back with a new pid");
@@ -249,9 +254,8 @@ fn has_metric(metrics: &str) -> bool {
 
 fn exporter_package(program: &Path, version: &str, flag: &str, port: u16) -> Result<Package> {
     let listen = format!("--web.listen-address=127.0.0.1:{port}");
-    let health = format!("\n[health]\nhttp = \"http://127.0.0.1:{port}/\"\ninterval = \"1s\"\n");
     let content = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
-    Ok(Package::native(EXPORTER, version, &["bin/node_exporter", &listen, flag], &health).with_file(
+    Ok(Package::native(EXPORTER, version, &["bin/node_exporter", &listen, flag], "").with_file(
         "bin/node_exporter",
         content,
         0o755,
@@ -263,7 +267,7 @@ fn exporter() -> Result<PathBuf> {
     let unpacked = workspace::keep("node-exporter", |unfinished| {
         say("fetching Debian's package prometheus-node-exporter (once; it is unpacked, not installed)");
         fs::create_dir_all(unfinished)?;
-        Private::of(None)?.unpack("prometheus-node-exporter", unfinished)
+        Private::of(rootfs::SUITE)?.unpack("prometheus-node-exporter", unfinished)
     })?;
     Ok(unpacked.join("usr/bin/prometheus-node-exporter"))
 }

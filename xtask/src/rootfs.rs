@@ -8,7 +8,8 @@ use anyhow::Result;
 use crate::command::{run_quietly, say, text};
 use crate::{apt, workspace};
 
-const SUITE: &str = "bookworm";
+/// Debian 12.
+pub(crate) const SUITE: &str = "bookworm";
 /// Beyond the essential: a service manager, and what scenarios use inside (networks, faults, the old platform's curl).
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps,nftables,curl,ca-certificates";
 

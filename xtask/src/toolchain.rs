@@ -1,9 +1,8 @@
 //! A toolchain that can build for a target: the installed one where it has the target, else a copy of it with the source of the
 //! standard library, which is then built along.
 //!
-//! The source comes from Debian, whose `rust-src` is used only in exactly the compiler's version. Where the archive has moved on
-//! and keeps no such version, Debian 12 offers a compiler of its own with its source (`rustc-web`), which is fetched and unpacked
-//! instead; it lints nothing, and builds with its own version.
+//! The source comes from Debian, whose `rust-src` is used only in exactly the compiler's version: the library and the compiler belong
+//! together. Suites move on, so several are looked at.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,7 +22,6 @@ pub(crate) struct Toolchain {
     /// The root of the toolchain to use instead of the running one.
     copy: Option<PathBuf>,
     build_std: bool,
-    pub(crate) has_clippy: bool,
 }
 
 impl Toolchain {
@@ -34,17 +32,12 @@ impl Toolchain {
             entries.any(|entry| entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("libcore-")))
         });
         if is_installed {
-            return Ok(Toolchain { copy: None, build_std: false, has_clippy: true });
+            return Ok(Toolchain { copy: None, build_std: false });
         }
         if sysroot.join(SOURCE).join("library/Cargo.toml").is_file() {
-            return Ok(Toolchain { copy: None, build_std: true, has_clippy: true });
+            return Ok(Toolchain { copy: None, build_std: true });
         }
-        let copy = match copy_with_source(&sysroot)? {
-            Some(copy) => copy,
-            None => web_toolchain()?,
-        };
-        let has_clippy = copy.join("bin/clippy-driver").is_file();
-        Ok(Toolchain { copy: Some(copy), build_std: true, has_clippy })
+        Ok(Toolchain { copy: Some(copy_with_source(&sysroot, target)?), build_std: true })
     }
 
     /// `cargo <subcommand>` for `target`, building into a directory of its own.
@@ -82,19 +75,25 @@ fn rustc() -> Command {
     Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
 }
 
-/// A copy of the running toolchain with the source beside it; `None` where no source of its version is to be had.
-fn copy_with_source(sysroot: &Path) -> Result<Option<PathBuf>> {
+/// A copy of the running toolchain with the source in it.
+fn copy_with_source(sysroot: &Path, target: &str) -> Result<PathBuf> {
     let facts = read(rustc().arg("-vV"))?;
     let fact = |name: &str| facts.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     let release = fact("release:").context("rustc does not say its version")?;
     let commit = fact("commit-hash:").and_then(|hash| hash.get(..9)).unwrap_or("unknown");
     let name = format!("toolchain-{release}-{commit}");
     if workspace::kept(&name).exists() {
-        return Ok(Some(workspace::kept(&name)));
+        return Ok(workspace::kept(&name));
     }
     say(&format!("the standard library is built from source: looking for that of Rust {release} in Debian (once)"));
-    let Some((private, version)) = find_source(release) else { return Ok(None) };
-    let made = workspace::keep(&name, |unfinished| {
+    let Some((private, version)) = find_source(release) else {
+        bail!(
+            "Debian offers no rust-src {release} in {}; where rustup can fetch it: rustup target add {target}, or \
+             rustup component add rust-src",
+            SUITES.join(", ")
+        )
+    };
+    workspace::keep(&name, |unfinished| {
         fs::create_dir_all(unfinished)?;
         for part in ["bin", "lib", "libexec"] {
             if sysroot.join(part).is_dir() {
@@ -103,14 +102,13 @@ fn copy_with_source(sysroot: &Path) -> Result<Option<PathBuf>> {
         }
         private.unpack(&format!("rust-src={version}"), &unfinished.join("rust-src"))?;
         link_source(&unfinished.join("rust-src"), unfinished)
-    })?;
-    Ok(Some(made))
+    })
 }
 
 /// The suite that offers the source of that release, and the package's version there.
 fn find_source(release: &str) -> Option<(Private, String)> {
     SUITES.iter().find_map(|suite| {
-        let found = Private::of(Some(suite)).and_then(|private| {
+        let found = Private::of(suite).and_then(|private| {
             let versions = private.versions("rust-src")?;
             Ok(versions.into_iter().find(|version| is_version_of(version, release)).map(|version| (private, version)))
         });
@@ -124,24 +122,6 @@ fn find_source(release: &str) -> Option<(Private, String)> {
 /// Whether a Debian version is one of an upstream release: `1.95.0+dfsg1-2~bpo13+1` is of `1.95.0`.
 fn is_version_of(version: &str, release: &str) -> bool {
     version.strip_prefix(release).is_some_and(|rest| rest.starts_with(['+', '-', '~']))
-}
-
-/// Debian 12's own newer compiler, with its source.
-fn web_toolchain() -> Result<PathBuf> {
-    say(
-        "Debian keeps no source of this compiler's version: taking Debian's own newer compiler, rustc-web, with its source",
-    );
-    workspace::keep("toolchain-web", |unfinished| {
-        let private = Private::of(None)?;
-        let unpacked = unfinished.join("packages");
-        for package in ["rustc-web", "cargo-web", "libstd-rust-web-dev", "rust-web-src"] {
-            private.unpack(package, &unpacked)?;
-        }
-        for part in ["bin", "lib"] {
-            copy_tree(&unpacked.join("usr").join(part), &unfinished.join(part))?;
-        }
-        link_source(&unpacked, unfinished)
-    })
 }
 
 /// Links the source that a package brought (`usr/src/rustc-<version>`) to where cargo looks for it.
