@@ -186,8 +186,7 @@ fn was_registered(plan: &Plan) -> bool {
 /// Undoes what was done up to `step`, in the opposite order. What `ran` before runs again.
 fn take_back(plan: &Plan, step: Step, ran: bool, site: &mut Site, undo: Undo) -> Result<()> {
     let home = &plan.home;
-    let renews = matches!(plan.standing, Standing::Aops(_)) && !plan.replaces_all();
-    if !renews && step >= Step::Register {
+    if !plan.keeps() && step >= Step::Register {
         roles::stop_all(home)?;
     }
     if step >= Step::Register && plan.kind == Kind::Systemd && !was_registered(plan) {
@@ -202,7 +201,7 @@ fn take_back(plan: &Plan, step: Step, ran: bool, site: &mut Site, undo: Undo) ->
         Standing::Nothing => Ok(()),
         Standing::Old => old::start(home),
         // Renewed, and nothing of the roles touched yet: they run.
-        Standing::Aops(_) if renews && step < Step::Register => Ok(()),
+        Standing::Aops(_) if plan.keeps() && step < Step::Register => Ok(()),
         Standing::Aops(_) if !ran => roles::stop_all(home),
         Standing::Aops(installed) => roles::start_again(home, installed.service),
     }

@@ -116,7 +116,8 @@ fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, un
     for path in [Epochs::path(home), Manager::path(home), Installed::path(home)] {
         undo.keep(&path)?;
     }
-    let mut epochs = plan.epochs.clone();
+    // A manager that runs may have committed others meanwhile.
+    let mut epochs = if plan.keeps() { Epochs::load(home)? } else { Epochs::default() };
     epochs.commit(MANAGER_PACKAGE, fetched.manager.epoch);
     epochs.save(home)?;
     fetched.manager.save(home)?;
