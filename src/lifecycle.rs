@@ -22,9 +22,13 @@ const STOP: Duration = Duration::from_secs(3700);
 const ROLE_ENDS: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Which service manager has the roles of a home.
-pub fn service(home: &Home) -> Result<Kind> {
-    Ok(Installed::load(home)?.map_or(Kind::None, |installed| installed.service))
+/// Which service manager has the roles of a home. Where the record of that is missing or damaged, the units themselves tell.
+pub fn service(home: &Home) -> Kind {
+    match Installed::load(home) {
+        Ok(Some(installed)) => installed.service,
+        _ if host_service::systemd::is_registered(home) => Kind::Systemd,
+        _ => Kind::None,
+    }
 }
 
 /// Starts a home that is stopped; one that runs is left as it is. Does not wait until it answers.
@@ -35,7 +39,7 @@ pub fn start(home: &Home) -> Result<()> {
             role::forget(home, *role)?;
         }
     }
-    match service(home)? {
+    match service(home) {
         Kind::Systemd => host_service::start(home, Role::BOTH),
         Kind::None if role::is_taken(home, Role::Spm) => Ok(()),
         Kind::None => role::spawn(home, Role::Spm).map(drop),
@@ -44,7 +48,7 @@ pub fn start(home: &Home) -> Result<()> {
 
 /// Starts both roles anew; the sub-agents are left running. Does not wait until they answer.
 pub fn renew(home: &Home) -> Result<()> {
-    match service(home)? {
+    match service(home) {
         Kind::Systemd => host_service::restart(home, Role::BOTH),
         Kind::None => {
             end_roles(home)?;
@@ -82,7 +86,7 @@ pub fn stop(home: &Home) -> Result<Vec<String>> {
             remarks.push(format!("the manager did not stop the sub-agents ({error:#}); they are stopped without it"))
         }
     }
-    if service(home)? == Kind::Systemd {
+    if service(home) == Kind::Systemd {
         host_service::stop(home, &[Role::Spa, Role::Spm])?;
     }
     for role in [Role::Spa, Role::Spm] {

@@ -15,7 +15,7 @@ use crate::host_service::{self, Kind};
 use crate::installation::{self, Epochs, Installed};
 use crate::package::{Keys, trailer};
 use crate::role::Role;
-use crate::{platform, store};
+use crate::{lifecycle, platform, store};
 
 /// A file of certificates: one has 2 kB, the list of a whole system 300.
 const MAX_CA_BYTES: u64 = 4 << 20;
@@ -284,8 +284,7 @@ fn standing(home: &Home) -> Result<Standing> {
             progress::warn(format_args!("{error:#}"));
             None
         });
-        let service = if host_service::systemd::is_registered(home) { Kind::Systemd } else { Kind::None };
-        return Ok(Standing::Aops(installed.unwrap_or_else(|| Installed::by(service))));
+        return Ok(Standing::Aops(installed.unwrap_or_else(|| Installed::by(lifecycle::service(home)))));
     }
     Ok(if old::is_old(home) { Standing::Old } else { Standing::Nothing })
 }

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A failure from `stop` on puts back what stood there and starts it again. On a host where nothing stood, an installation whose manager
-//! does not answer in time stays: it is whole, and its service manager goes on trying.
+//! does not answer in time stays where a service manager goes on starting it: it is whole.
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -141,8 +141,10 @@ fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed
         }
         return Ok(());
     };
-    if plan.standing == Standing::Nothing && failed.step == Step::Wait {
-        let stays = "what was installed stays, and goes on trying to start; look at `control status` and the log, and repeat the command";
+    if plan.standing == Standing::Nothing && failed.step == Step::Wait && plan.kind == Kind::Systemd {
+        site.stay();
+        let stays =
+            "what was installed stays, and systemd goes on starting it; look at its log, and repeat the command";
         return Err(Failed { step: failed.step, error: failed.error.context(stays) });
     }
     progress::say(format_args!("step {} failed; putting back what was there", failed.step));

@@ -128,6 +128,10 @@ fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, un
     installed.service = plan.kind;
     installed.product.clone_from(&plan.product);
     installed.created_directories.extend(site.created_for_home());
+    if plan.standing == Standing::Old {
+        // Nobody else's any more.
+        installed.created_directories.push(home.root().to_owned());
+    }
     installed.linked = linked;
     installed.save(home)
 }
