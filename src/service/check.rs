@@ -15,7 +15,7 @@ use crate::host_service::{self, Kind};
 use crate::installation::{self, Epochs, Installed};
 use crate::package::{Keys, trailer};
 use crate::role::Role;
-use crate::{platform, store};
+use crate::{lifecycle, platform, store};
 
 /// A file of certificates: one has 2 kB, the list of a whole system 300.
 const MAX_CA_BYTES: u64 = 4 << 20;
@@ -100,7 +100,8 @@ pub(super) struct Plan {
     pub(super) keys: Keys,
     /// Those of them that go to `etc/keys`.
     pub(super) own_keys: Keys,
-    pub(super) epochs: Epochs,
+    /// The lowest epoch of the manager's package that is accepted.
+    pub(super) least_epoch: u64,
     pub(super) version: Option<Version>,
     pub(super) package: Option<PathBuf>,
 }
@@ -115,9 +116,9 @@ impl Plan {
         }
     }
 
-    /// The lowest epoch of the manager's package that is accepted.
-    pub(super) fn least_epoch(&self) -> u64 {
-        self.epochs.least(MANAGER_PACKAGE)
+    /// Whether an installation of aops is renewed, with all that it knows.
+    pub(super) fn keeps(&self) -> bool {
+        matches!(self.standing, Standing::Aops(_)) && !self.fresh
     }
 }
 
@@ -248,7 +249,7 @@ pub(super) fn plan(
 
     let ca_file = options.ca_cert.as_deref().map(certificates).transpose()?;
     let (keys, own_keys) = keys(options, home, &surroundings.executable, keeps)?;
-    let epochs = if keeps { Epochs::load(home)? } else { Epochs::default() };
+    let least_epoch = if keeps { Epochs::load(home)?.least(MANAGER_PACKAGE) } else { 0 };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
     if kind == Kind::Systemd {
         not_masked(home)?;
@@ -270,7 +271,7 @@ pub(super) fn plan(
         ca_file,
         keys,
         own_keys,
-        epochs,
+        least_epoch,
         version: options.version.clone(),
         package: options.package.clone(),
     })
@@ -283,8 +284,7 @@ fn standing(home: &Home) -> Result<Standing> {
             progress::warn(format_args!("{error:#}"));
             None
         });
-        let service = if host_service::systemd::is_registered(home) { Kind::Systemd } else { Kind::None };
-        return Ok(Standing::Aops(installed.unwrap_or_else(|| Installed::by(service))));
+        return Ok(Standing::Aops(installed.unwrap_or_else(|| Installed::by(lifecycle::service(home)))));
     }
     Ok(if old::is_old(home) { Standing::Old } else { Standing::Nothing })
 }

@@ -94,7 +94,7 @@ fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, Stri
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let wanted = Wanted { least_epoch: plan.least_epoch(), ..Wanted::new(release) };
+    let wanted = Wanted { least_epoch: plan.least_epoch, ..Wanted::new(release) };
     Ok((package::open_local(path, &wanted, &plan.keys, staging)?, file))
 }
 
@@ -166,7 +166,7 @@ fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
             file: Some(offer.file),
             sha256: Some(offer.sha256),
             size: Some(offer.size),
-            least_epoch: plan.least_epoch(),
+            least_epoch: plan.least_epoch,
             ..wanted
         }
     };
@@ -184,7 +184,7 @@ fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
         let file = release.file_name(*packing);
         let reply = client.get(endpoint, &format!("{DOWNLOAD_PATH}/{file}{SIGNATURE_SUFFIX}"), &[])?;
         match reply.status() {
-            200 => return Ok(Wanted { file: Some(file), least_epoch: plan.least_epoch(), ..Wanted::new(release) }),
+            200 => return Ok(Wanted { file: Some(file), least_epoch: plan.least_epoch, ..Wanted::new(release) }),
             404 => {}
             _ => return Err(reply.refused().context(format!("cannot ask {endpoint} for {file}"))),
         }

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A failure from `stop` on puts back what stood there and starts it again. On a host where nothing stood, an installation whose manager
-//! does not answer in time stays: it is whole, and its service manager goes on trying.
+//! does not answer in time stays where a service manager goes on starting it: it is whole.
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -141,8 +141,10 @@ fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed
         }
         return Ok(());
     };
-    if plan.standing == Standing::Nothing && failed.step == Step::Wait {
-        let stays = "what was installed stays, and goes on trying to start; look at `control status` and the log, and repeat the command";
+    if plan.standing == Standing::Nothing && failed.step == Step::Wait && plan.kind == Kind::Systemd {
+        site.stay();
+        let stays =
+            "what was installed stays, and systemd goes on starting it; look at its log, and repeat the command";
         return Err(Failed { step: failed.step, error: failed.error.context(stays) });
     }
     progress::say(format_args!("step {} failed; putting back what was there", failed.step));
@@ -186,8 +188,7 @@ fn was_registered(plan: &Plan) -> bool {
 /// Undoes what was done up to `step`, in the opposite order. What `ran` before runs again.
 fn take_back(plan: &Plan, step: Step, ran: bool, site: &mut Site, undo: Undo) -> Result<()> {
     let home = &plan.home;
-    let renews = matches!(plan.standing, Standing::Aops(_)) && !plan.replaces_all();
-    if !renews && step >= Step::Register {
+    if !plan.keeps() && step >= Step::Register {
         roles::stop_all(home)?;
     }
     if step >= Step::Register && plan.kind == Kind::Systemd && !was_registered(plan) {
@@ -202,7 +203,7 @@ fn take_back(plan: &Plan, step: Step, ran: bool, site: &mut Site, undo: Undo) ->
         Standing::Nothing => Ok(()),
         Standing::Old => old::start(home),
         // Renewed, and nothing of the roles touched yet: they run.
-        Standing::Aops(_) if renews && step < Step::Register => Ok(()),
+        Standing::Aops(_) if plan.keeps() && step < Step::Register => Ok(()),
         Standing::Aops(_) if !ran => roles::stop_all(home),
         Standing::Aops(installed) => roles::start_again(home, installed.service),
     }

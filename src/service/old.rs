@@ -76,12 +76,12 @@ pub(super) fn bring_back(home: &Home, executable: &Path) -> Result<()> {
         return Ok(());
     }
     let attempt = || -> Result<()> {
-        for entry in fs::read_dir(home.root())? {
+        for entry in fs::read_dir(home.root())?.chain(fs::read_dir(home.run())?) {
             let path = entry?.path();
-            if path == executable || path.file_name() == Some(OsStr::new(WORK)) || path == home.run() {
-                continue;
+            let stays = [executable, &home.root().join(WORK), &home.run(), &home.run_file(LOCK)];
+            if !stays.contains(&path.as_path()) {
+                remove(&path)?;
             }
-            remove(&path)?;
         }
         move_entries(&aside, home.root(), &|_| false, home)?;
         fs::remove_dir_all(&aside)?;
@@ -172,6 +172,7 @@ mod tests {
         assert!(!home.bin().exists() && !home.run_file("pid").exists());
         fs::create_dir(home.bin()).unwrap();
         fs::write(home.executable(), "new").unwrap();
+        fs::write(home.run_file("spm.json"), "new").unwrap();
 
         bring_back(&home, &bootstrap).unwrap();
         fs::remove_file(home.run_file(LOCK)).unwrap();

@@ -1,8 +1,8 @@
 //! The command line of the old system, whose platform prints it and whose scripts use it:
 //! `aops-agent-service-linux-amd64 --control install --version V --agentId ID --endpoint URL`.
 //!
-//! It is translated, word for word, into the new one, which then says what is wrong with it. Its users fetch the executable with
-//! `curl -k`: they have no means to check a certificate, so the one of the first contact is pinned. It never asked before it
+//! It is translated, word for word, into the verbs of `aops service`, which then say what is wrong with it. Its users fetch the executable
+//! with `curl -k`: they have no means to check a certificate, so the one of the first contact is pinned. It never asked before it
 //! uninstalled, so the translation does not either.
 
 use std::ffi::{OsStr, OsString};
@@ -10,8 +10,8 @@ use std::ffi::{OsStr, OsString};
 /// What `--control` takes.
 const VERBS: &str = "install, uninstall, start, stop, restart or status";
 
-/// The new spelling of `args` (without the program's name) where they are in the old one; `None` where they are not. The error is one of
-/// usage.
+/// `args` (without the program's name) in the words of `aops service`, where they are in the old spelling; `None` where they are not. The
+/// error is one of usage.
 pub fn old_spelling(args: &[OsString]) -> Option<Result<Vec<OsString>, String>> {
     args.iter().any(|arg| option(arg).is_some_and(|(name, _)| name == "control")).then(|| translate(args))
 }
@@ -40,7 +40,8 @@ fn translate(args: &[OsString]) -> Result<Vec<OsString>, String> {
         let value = match inline {
             Some(value) => Some(value),
             // What looks like the next option is none's value.
-            None => args.as_slice().first().filter(|next| option(next).is_none()).inspect(|_| _ = args.next()).cloned(),
+            None if args.as_slice().first().is_some_and(|next| option(next).is_none()) => args.next().cloned(),
+            None => None,
         };
         let value = value.filter(|value| !value.is_empty());
         match (new, value) {
@@ -53,13 +54,12 @@ fn translate(args: &[OsString]) -> Result<Vec<OsString>, String> {
     }
     let verb = verb.ok_or_else(|| format!("--control needs a value: {VERBS}"))?;
     let mut new: Vec<OsString> = match verb.as_str() {
-        "install" if trust_given => vec!["install".into()],
-        "install" => vec!["install".into(), "--pin-first-contact".into()],
-        "uninstall" => vec!["control".into(), "uninstall".into(), "--yes".into()],
-        "start" | "stop" | "restart" | "status" => vec!["control".into(), verb.into()],
+        "install" if !trust_given => vec!["install".into(), "--pin-first-contact".into()],
+        "uninstall" => vec!["uninstall".into(), "--yes".into()],
+        "install" | "start" | "stop" | "restart" | "status" => vec![verb.clone().into()],
         other => return Err(format!("cannot take {other:?} as the value of --control: expected {VERBS}")),
     };
-    if new[0] == "control" {
+    if verb != "install" {
         without_identity(&mut rest);
     }
     new.extend(rest);
@@ -127,12 +127,12 @@ mod tests {
             ),
             ("--control install --pin=00 --agentId 1", "install --pin=00 --agent-id 1"),
             ("--control install --insecure --agentId 1", "install --insecure --agent-id 1"),
-            ("--control start", "control start"),
-            ("--control stop", "control stop"),
-            ("-control=restart", "control restart"),
-            ("--control status --home /srv/a", "control status --home /srv/a"),
-            ("--control uninstall", "control uninstall --yes"),
-            ("--control stop --agentId 1 --version V --home /srv/a", "control stop --home /srv/a"),
+            ("--control start", "start"),
+            ("--control stop", "stop"),
+            ("-control=restart", "restart"),
+            ("--control status --home /srv/a", "status --home /srv/a"),
+            ("--control uninstall", "uninstall --yes"),
+            ("--control stop --agentId 1 --version V --home /srv/a", "stop --home /srv/a"),
         ] {
             assert_eq!(translated(old).expect(old), Ok(new.to_owned()), "{old}");
         }

@@ -92,9 +92,14 @@ impl Site {
         self.created.retain(|path| *path == run || root.starts_with(path));
     }
 
+    /// What was made stays, whatever becomes of the rest.
+    pub(super) fn stay(&mut self) {
+        self.kept = true;
+    }
+
     /// What was made stays; only the lock and the directory for the time between go.
     pub(super) fn keep(mut self) {
-        self.kept = true;
+        self.stay();
     }
 }
 

@@ -116,7 +116,8 @@ fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, un
     for path in [Epochs::path(home), Manager::path(home), Installed::path(home)] {
         undo.keep(&path)?;
     }
-    let mut epochs = plan.epochs.clone();
+    // A manager that runs may have committed others meanwhile.
+    let mut epochs = if plan.keeps() { Epochs::load(home)? } else { Epochs::default() };
     epochs.commit(MANAGER_PACKAGE, fetched.manager.epoch);
     epochs.save(home)?;
     fetched.manager.save(home)?;
@@ -127,6 +128,10 @@ fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, un
     installed.service = plan.kind;
     installed.product.clone_from(&plan.product);
     installed.created_directories.extend(site.created_for_home());
+    if plan.standing == Standing::Old {
+        // Nobody else's any more.
+        installed.created_directories.push(home.root().to_owned());
+    }
     installed.linked = linked;
     installed.save(home)
 }
