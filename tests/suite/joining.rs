@@ -17,12 +17,13 @@ const VERSION: &str = "c57f6a1d";
 
 #[test]
 fn a_host_joins_runs_both_kinds_of_sub_agents_and_leaves_without_a_trace() {
-    let gateway = Gateway::start();
+    let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     gateway.publish(&Package::sleeper("native", "1.0"));
     gateway.publish(&Package::control_sleeper("classic", "3.1"));
     gateway
         .fleet("heartbeatInterval = \"1s\"\n[agents.native]\nversion = \"1.0\"\n[agents.classic]\nversion = \"3.1\"\n");
+    gateway.run();
 
     let host = TestHost::joined(&gateway);
     let status = host.wait_for_status("everything to run", UP, |status| {
