@@ -1,6 +1,7 @@
 //! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
 
 mod harness;
+mod install;
 mod joining;
 #[path = "../support/mod.rs"]
 mod support;
