@@ -100,10 +100,7 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
             Some(input) = words.recv() => manager.take_in(input),
             Some(knock) = knocks.recv() => manager.answer_knock(knock),
             () = tokio::time::sleep_until(deadline.into()) => manager.tick(),
-            () = termination.recv() => {
-                tracing::info!("the manager was asked to end; the sub-agents stay");
-                manager.ending = Some(Farewell::Yield);
-            }
+            () = termination.recv() => manager.asked_to_end(),
         }
     };
     notify("STOPPING=1");
@@ -182,6 +179,16 @@ impl Manager {
             stop_errors: vec![],
             ending: None,
         })
+    }
+
+    /// Somebody asked this process to end: the sub-agents stay, unless they are being stopped already.
+    fn asked_to_end(&mut self) {
+        if self.stopping.is_some() {
+            tracing::info!("the manager was asked to end, and does so when every sub-agent is stopped");
+            return;
+        }
+        tracing::info!("the manager was asked to end; the sub-agents stay");
+        self.ending = Some(Farewell::Yield);
     }
 
     fn deadline(&self) -> Instant {
