@@ -1,5 +1,8 @@
 //! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
 
+mod gateway;
 mod harness;
+mod help;
+mod protocol;
 #[path = "../support/mod.rs"]
 mod support;
