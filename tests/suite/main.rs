@@ -1,7 +1,10 @@
 //! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
 
+mod gateway;
 mod harness;
+mod help;
 mod install;
 mod joining;
+mod protocol;
 #[path = "../support/mod.rs"]
 mod support;
