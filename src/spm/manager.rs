@@ -68,6 +68,8 @@ pub(super) struct Manager {
     /// `None` while one is under way.
     next_heartbeat: Option<Instant>,
     next_housekeeping: Instant,
+    /// Dead at the last housekeeping, and nobody's to wait for.
+    orphans: Vec<u32>,
     /// A stop is under way; who waits for its end.
     stopping: Option<Vec<oneshot::Sender<Reply>>>,
     stop_errors: Vec<String>,
@@ -78,6 +80,9 @@ pub(super) struct Manager {
 pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
     let (inputs, mut words) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
+    if let Err(error) = platform::adopt_orphans() {
+        tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
+    }
     let mut manager = Manager::load(home, supervised, inputs)?;
     manager.take_charge();
 
@@ -175,6 +180,7 @@ impl Manager {
             sequence: 0,
             failures: 0,
             next_housekeeping: now,
+            orphans: vec![],
             stopping: None,
             stop_errors: vec![],
             ending: None,
@@ -217,6 +223,7 @@ impl Manager {
             self.journal.flush();
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
+            self.orphans = platform::reap_orphans(&self.orphans);
             notify("WATCHDOG=1");
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {
