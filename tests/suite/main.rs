@@ -3,6 +3,8 @@
 mod gateway;
 mod harness;
 mod help;
+mod install;
+mod joining;
 mod protocol;
 #[path = "../support/mod.rs"]
 mod support;
