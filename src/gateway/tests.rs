@@ -90,6 +90,7 @@ pub(super) fn native(tree: &Path, name: &str, version: &str) -> PathBuf {
     let manifest = format!("name = \"{name}\"\nversion = \"{version}\"\n[run]\ncommand = [\"run\"]\n");
     fs::write(tree.join("agent.toml"), manifest).unwrap();
     fs::write(tree.join("run"), format!("{name} {version}\n").repeat(1_000)).unwrap();
+    crate::platform::set_mode(&tree.join("run"), 0o755).unwrap();
     tree.to_owned()
 }
 
