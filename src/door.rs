@@ -5,6 +5,7 @@
 //! [`Farewell`].
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -24,6 +25,8 @@ const MAX_REQUEST_BYTES: u64 = 64 << 10;
 const MAX_REPLY_BYTES: u64 = 16 << 20;
 /// A manager that works answers at once.
 const ANSWER: Duration = Duration::from_secs(5);
+/// One that did not answer so often in a row, while it stops the home, hangs.
+const SILENT: u32 = 2;
 /// Between two looks at a manager that is coming up.
 const LOOK: Duration = Duration::from_millis(50);
 /// So many may hold the door open at the same time.
@@ -278,6 +281,28 @@ pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<R
     match Door::open(home, timeout)? {
         Some(mut door) => door.ask(request).map(Some),
         None => Ok(None),
+    }
+}
+
+/// Asks the manager to stop the home and waits for as long as that takes, up to `longest`, and for as long as it shows that it works.
+pub fn ask_for_stop(home: &Home, longest: Duration) -> Result<Option<Reply>> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let asking = home.clone();
+    // It may wait on for a manager that hangs; the end of this process ends it.
+    std::thread::Builder::new()
+        .name("stop".to_owned())
+        .spawn(move || drop(sender.send(ask(&asking, &Request::Stop, longest))))?;
+    let mut silent = 0;
+    loop {
+        match receiver.recv_timeout(ANSWER) {
+            Ok(answer) => return answer,
+            Err(RecvTimeoutError::Disconnected) => bail!("nothing came of asking the manager to stop"),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        silent = if ask(home, &Request::Status, ANSWER).is_ok() { 0 } else { silent + 1 };
+        if silent == SILENT {
+            bail!("the manager hangs");
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use crate::door::{self, Request};
+use crate::door;
 use crate::home::Home;
 use crate::role::{self, Role};
 use crate::{host_service, logging, process};
@@ -23,7 +23,7 @@ pub(super) fn run(home: &Home) -> Result<ExitCode> {
     }
     tracing::info!("the unit is being stopped; the sub-agents are stopped with it");
     role::record_stop(home)?;
-    let reply = match door::ask(home, &Request::Stop, LONGEST_STOP) {
+    let reply = match door::ask_for_stop(home, LONGEST_STOP) {
         Ok(reply) => reply,
         Err(error) => {
             tracing::warn!(
