@@ -336,9 +336,24 @@ impl Watchdog<'_> {
         if let Err(error) = role::record_stop(self.home) {
             tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
         }
-        process::tree::end_all(self.home)?;
+        self.end_sub_agents()?;
         tracing::info!("the home is stopped, and with it the watchdog");
         Ok(End::Stopped)
+    }
+
+    /// Every one of them may take its grace period, which is longer than the service manager waits for a sign of life.
+    fn end_sub_agents(&self) -> Result<()> {
+        std::thread::scope(|scope| {
+            let (done, working) = mpsc::channel::<()>();
+            scope.spawn(move || {
+                while let Err(RecvTimeoutError::Timeout) = working.recv_timeout(PING) {
+                    platform::notify("WATCHDOG=1");
+                }
+            });
+            let ended = process::tree::end_all(self.home);
+            drop(done);
+            ended
+        })
     }
 }
 

@@ -197,10 +197,9 @@ impl Supervisor {
                 self.failures = 0;
                 match phase {
                     Phase::Up { pid, .. } => Some(self.stop(Some(pid))),
-                    Phase::Waiting { .. } | Phase::Down { .. } => {
-                        self.phase = Phase::Down { done: false };
-                        None
-                    }
+                    // Its main process is dead; what that started may not be.
+                    Phase::Waiting { .. } | Phase::Down { done: true } => Some(self.stop(None)),
+                    Phase::Down { done: false } => None,
                     // A start under way is stopped when it is known what to stop.
                     Phase::Starting | Phase::Stopping { .. } => None,
                 }
@@ -257,8 +256,8 @@ impl Supervisor {
     /// One failure more: at once the first time, later and later from then on.
     fn fail(&mut self, now: Instant, jitter: f64) -> Option<Action> {
         if !self.wanted {
-            self.phase = Phase::Down { done: false };
-            return None;
+            // A start that failed may have started something all the same.
+            return Some(self.stop(None));
         }
         self.failures = self.failures.saturating_add(1);
         self.restarts = self.restarts.saturating_add(1);
@@ -341,8 +340,11 @@ mod tests {
         waiting.step(exited(), now, 0.0);
         waiting.step(Event::StartFailed { why: "x".into() }, now, 0.0);
         assert_eq!(waiting.state(), AgentState::Backoff);
-        assert_eq!(waiting.step(Event::Rest, now, 0.0), None);
+        // Its main process is dead; what that left behind is ended.
+        assert_eq!(waiting.step(Event::Rest, now, 0.0), Some(Action::Stop));
+        assert_eq!(waiting.step(Event::Stopped, now, 0.0), None);
         assert_eq!(waiting.state(), AgentState::Stopped);
+        assert_eq!(waiting.step(Event::Rest, now, 0.0), None);
         assert_eq!(waiting.deadline(), None);
     }
 

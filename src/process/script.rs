@@ -42,7 +42,7 @@ pub async fn start(start: &Start) -> Result<Record> {
     let deadline = Instant::now() + APPEARS;
     loop {
         if let Some(process) = find(start).await {
-            let record = Record { head: start.head(), pid: process.pid, start_time: process.start_time };
+            let record = Record { head: start.head(), pid: process.pid, start_time: process.start_time, ended: None };
             if let Err(error) = record.save(&start.home) {
                 tracing::warn!(agent = %start.name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
             }
