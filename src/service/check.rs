@@ -254,6 +254,7 @@ pub(super) fn plan(
     let least_epoch = if keeps { Epochs::load(home)?.least(MANAGER_PACKAGE) } else { 0 };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
     if kind == Kind::Systemd {
+        host_service::systemd::can_register(home)?;
         not_masked(home)?;
     }
     if let Some(why) = why {

@@ -4,7 +4,9 @@ mod gateway;
 mod harness;
 mod help;
 mod install;
+mod install_systemd;
 mod joining;
 mod protocol;
+mod refusals;
 #[path = "../support/mod.rs"]
 mod support;

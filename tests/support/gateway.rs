@@ -40,8 +40,14 @@ impl Gateway {
     pub fn stopped() -> Gateway {
         let directory = tempfile::Builder::new().prefix("aops-gateway-").tempdir().expect("a temporary directory");
         let gateway = Gateway { directory, running: None, url: "https://127.0.0.1:0".to_owned() };
-        gateway.command(&["init"], &[]).expect_success();
+        gateway.init();
         gateway
+    }
+
+    /// Makes what is missing of its keys and its certificate.
+    #[track_caller]
+    pub fn init(&self) {
+        self.command(&["init"], &[]).expect_success();
     }
 
     /// Runs it, on the port that it had before if it ran before.

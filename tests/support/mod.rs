@@ -11,6 +11,7 @@ pub mod files;
 pub mod gateway;
 pub mod host;
 pub mod https;
+pub mod inside;
 pub mod package;
 pub mod processes;
 pub mod wait;
