@@ -250,7 +250,7 @@ pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
 pub fn launched(launch: &Launch, pid: u32) -> io::Result<()> {
     let mut text = launch.head.clone();
     text.extend_from_slice(format!("{pid},\"startTime\":{}}}\n", start_time(pid).unwrap_or_default()).as_bytes());
-    crate::store::replace(&launch.record, &text, crate::store::Access::Private).map_err(io::Error::other)
+    super::replace_file(&launch.record, &text)
 }
 
 /// Makes a command outlive us and our console.
