@@ -271,6 +271,7 @@ impl Watchdog<'_> {
                     Heard::Reply(_) => unanswered = 0,
                     Heard::Farewell(Farewell::Stop) => return Ok(Lost::Stopped),
                     Heard::Farewell(Farewell::Yield) => yielded = true,
+                    Heard::Silence => {}
                     Heard::End => return Ok(if yielded { Lost::Yielded } else { Lost::Died }),
                 },
                 Ok(Word::Heard(..)) => {}
