@@ -46,6 +46,7 @@ pub struct Options {
 
 /// Runs the watchdog until it is stopped.
 pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
+    role::demand_home(home)?;
     logging::to_file(&home.role_log("spa"))?;
     let supervised = options.service != host_service::Kind::None;
     if role::is_stop_recorded(home) && !supervised {

@@ -84,6 +84,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     if let Some(Command::StopHook) = options.command {
         return stop_hook::run(home);
     }
+    role::demand_home(home)?;
     logging::to_file(&home.role_log("spm"))?;
     let supervised = options.service != host_service::Kind::None;
     if supervised {

@@ -89,6 +89,14 @@ impl Gateway {
         }
     }
 
+    /// Asks it to end, as a service manager does, and gives its exit code.
+    #[track_caller]
+    pub fn terminate(&mut self) -> i32 {
+        let mut child = self.running.take().expect("the gateway does not run");
+        super::processes::signal(child.id(), rustix::process::Signal::TERM);
+        command::wait(&mut child, END + END).expect("a gateway that is asked to end does so")
+    }
+
     /// Publishes a package. A gateway that runs already offers it some moments later: publish first, or wait for what follows.
     #[track_caller]
     pub fn publish(&self, package: &Package) {
@@ -142,7 +150,8 @@ impl Gateway {
         self.path("gateway.log")
     }
 
-    fn command(&self, subcommand: &[&str], arguments: &[&str]) -> Output {
+    /// `aops gateway` with this subcommand, for this gateway's directory.
+    pub fn command(&self, subcommand: &[&str], arguments: &[&str]) -> Output {
         command::run(&mut self.aops(subcommand, arguments), LIMIT)
     }
 
