@@ -3,5 +3,8 @@
 mod harness;
 mod install;
 mod joining;
+mod roles;
+mod roles_systemd;
+mod sub_agents;
 #[path = "../support/mod.rs"]
 mod support;
