@@ -8,5 +8,8 @@ mod install_systemd;
 mod joining;
 mod protocol;
 mod refusals;
+mod roles;
+mod roles_systemd;
+mod sub_agents;
 #[path = "../support/mod.rs"]
 mod support;

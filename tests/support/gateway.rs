@@ -36,6 +36,24 @@ impl Gateway {
         gateway
     }
 
+    /// One that offers a manager, version 1.0.0, and these packages, and wants these sub-agents: name, version, further lines.
+    #[track_caller]
+    pub fn with(packages: &[&Package], wanted: &[(&str, &str, &str)]) -> Gateway {
+        let mut gateway = Gateway::stopped();
+        gateway.publish_self("1.0.0");
+        packages.iter().for_each(|package| gateway.publish(package));
+        gateway.want(wanted);
+        gateway.run();
+        gateway
+    }
+
+    /// Wants exactly these sub-agents from now on: name, version, further lines of `fleet.toml`. Hosts report every second.
+    pub fn want(&self, wanted: &[(&str, &str, &str)]) {
+        let tables =
+            wanted.iter().map(|(name, version, more)| format!("[agents.{name}]\nversion = {version:?}\n{more}\n"));
+        self.fleet(&format!("heartbeatInterval = \"1s\"\n{}", tables.collect::<String>()));
+    }
+
     /// One that is set up and does not run yet.
     pub fn stopped() -> Gateway {
         let directory = tempfile::Builder::new().prefix("aops-gateway-").tempdir().expect("a temporary directory");

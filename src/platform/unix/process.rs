@@ -56,10 +56,21 @@ struct Stat {
 }
 
 fn stat(pid: u32) -> Option<Stat> {
+    parse_stat(&stat_text(pid)?)
+}
+
+fn stat_text(pid: u32) -> Option<Vec<u8>> {
     let mut buffer = [0; 1024];
     let mut file = File::open(format!("/proc/{pid}/stat")).ok()?;
     let length = file.read(&mut buffer).ok()?;
-    parse_stat(&buffer[..length])
+    Some(buffer[..length].to_vec())
+}
+
+/// Whether a process has ended and its parent has not taken note of that yet: `kill -0` still finds it.
+pub fn remains(pid: u32) -> bool {
+    let Some(text) = stat_text(pid) else { return false };
+    let behind = text.iter().rposition(|byte| *byte == b')').map(|at| &text[at + 1..]);
+    behind.is_some_and(|rest| rest.trim_ascii_start().starts_with(b"Z"))
 }
 
 /// Fields of `/proc/PID/stat` (proc(5)), counted behind the last `)`: the name before it may hold anything.

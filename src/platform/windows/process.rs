@@ -127,6 +127,11 @@ pub fn executable_of(pid: u32) -> Option<PathBuf> {
     (done != 0).then(|| std::ffi::OsString::from_wide(&text[..length as usize]).into())
 }
 
+/// Whether an ended process can still be found by its number: nobody here asks by number alone.
+pub fn remains(_pid: u32) -> bool {
+    false
+}
+
 /// The first words of a process's command line: of another's no more than the executable is known.
 pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
     executable_of(pid).into_iter().take(count).collect()
