@@ -137,7 +137,7 @@ fn a_boot_brings_everything_back_whatever_was_before() {
     container.reboot();
     up(&container);
     one_of_each(&container);
-    assert_eq!(status(&container)["spa"]["pid"].is_u64(), true);
+    assert!(status(&container)["spa"]["pid"].is_u64());
 }
 
 #[test]
