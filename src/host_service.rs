@@ -51,7 +51,9 @@ fn judge(unit: &UnitState) -> Verdict {
         _ if unit.job.is_some() => Verdict::Coming,
         _ if unit.is_forbidden() => Verdict::Forbidden,
         _ if unit.load_state == "not-found" => Verdict::Missing,
-        "inactive" if unit.result == "success" => Verdict::Stopped,
+        // Whatever its last run's result: a failure that nobody stopped is `failed`, or about to be restarted. A stop in the pause before an
+        // automatic restart leaves the result of the run that failed.
+        "inactive" => Verdict::Stopped,
         _ => Verdict::Dead,
     }
 }
@@ -81,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_unit_that_is_inactive_with_success_was_stopped() {
+    fn only_a_unit_that_is_inactive_was_stopped() {
         let unit = |load: &str, active: &str, result: &str, file: &str, job: Option<&str>| {
             judge(&UnitState {
                 load_state: load.into(),
@@ -93,7 +95,9 @@ mod tests {
             })
         };
         assert_eq!(unit("loaded", "inactive", "success", "enabled", None), Verdict::Stopped);
+        assert_eq!(unit("loaded", "inactive", "signal", "enabled", None), Verdict::Stopped);
         assert_eq!(unit("loaded", "inactive", "success", "enabled", Some("start")), Verdict::Coming);
+        assert_eq!(unit("loaded", "inactive", "success", "enabled", Some("ended")), Verdict::Coming);
         assert_eq!(unit("loaded", "activating", "signal", "enabled", None), Verdict::Coming);
         assert_eq!(unit("loaded", "failed", "signal", "enabled", None), Verdict::Dead);
         assert_eq!(unit("masked", "failed", "signal", "masked", None), Verdict::Forbidden);

@@ -15,6 +15,8 @@ use crate::platform;
 
 /// A state file is refused beyond this: nothing that we write comes near it.
 const MAX_STATE_BYTES: u64 = 16 << 20;
+/// A directory in which others still write is tried again so often.
+const REMOVAL_TRIES: u32 = 10;
 
 /// Who may read a file that is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,10 +102,15 @@ pub fn remove(path: &Path) -> Result<()> {
 
 /// Removes a directory with all that is in it; that there is none is no error.
 pub fn remove_tree(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+    let mut tries = 0;
+    loop {
+        match fs::remove_dir_all(path) {
+            // Somebody made a file there meanwhile.
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && tries < REMOVAL_TRIES => tries += 1,
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+            }
+            _ => return Ok(()),
         }
-        _ => Ok(()),
     }
 }

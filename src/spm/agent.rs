@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use tokio::task::AbortHandle;
+
 use crate::core::desired::Run;
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::{AgentReport, AgentState};
@@ -49,6 +51,8 @@ pub(super) struct Agent {
     /// Counts starts and adoptions, so that word of an earlier process is not taken for word of this one.
     pub(super) serial: u64,
     pub(super) record: Option<Record>,
+    /// The watch on that process.
+    pub(super) watch: Option<AbortHandle>,
     /// What keeps it from being what it should, besides its exits.
     pub(super) error: Option<String>,
     /// Which of the gateway's variables it was started without, as a sentence.
@@ -71,6 +75,7 @@ impl Agent {
             busy: None,
             serial: 0,
             record: None,
+            watch: None,
             error: None,
             refused_env: None,
         }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 use super::Input;
 use crate::core::manifest::KillMode;
@@ -75,11 +76,11 @@ fn end_leftovers(home: &Home, name: &AgentName, kill_mode: KillMode) -> Result<(
     if tree::members(home, &target).is_empty() { Ok(()) } else { tree::end(home, &[target]) }
 }
 
-/// Watches a process and tells of its end.
-pub(super) fn watch(inputs: &Inputs, serial: u64, running: Running) {
+/// Watches a process and tells of its end. Who stops it ends the watch: a `control` script must not be asked while its files are removed.
+pub(super) fn watch(inputs: &Inputs, serial: u64, running: Running) -> AbortHandle {
     let inputs = inputs.clone();
     let name = running.record().head.name.clone();
-    tokio::spawn(async move {
+    let task = tokio::spawn(async move {
         let (success, how) = match running {
             Running::Child(mut child, _) => match child.wait().await {
                 Ok(status) => (Some(status.success()), platform::how_it_ended(status)),
@@ -93,6 +94,7 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: Running) {
         };
         let _ = inputs.send(Input::Exited { name, serial, success, how });
     });
+    task.abort_handle()
 }
 
 /// Watches the process that a `control` script put into the background, and the one that takes its place; says why it counts as ended.
@@ -102,15 +104,16 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
             // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
             () = platform::ended(record.pid, record.start_time) => {
                 platform::reap_orphan(record.pid);
-                let successor = script::find(start).await;
-                let said = script::status(start).await;
-                match (successor, said) {
-                    (Some(process), Ok(Said::Started)) => {
+                let ended = format!("its process {} ended", record.pid);
+                // Where nothing of it is left, there is nothing to ask after.
+                let Some(process) = script::find(start).await else { return ended };
+                match script::status(start).await {
+                    Ok(Said::Started) => {
                         record = Record { pid: process.pid, start_time: process.start_time, ..record };
                         let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
                         let _ = inputs.send(moved);
                     }
-                    _ => return format!("its process {} ended", record.pid),
+                    _ => return ended,
                 }
             }
             () = tokio::time::sleep(STATUS_INTERVAL) => match script::status(start).await {

@@ -333,7 +333,9 @@ fn a_second_manager_or_watchdog_disturbs_nothing() {
     assert_eq!(roles(&host).0, won.id());
     one_of_each(&host);
     host.control(&["stop"]).expect_success();
-    both.iter_mut().for_each(|child| _ = command::wait(child, SOON));
+    for child in &mut both {
+        command::wait(child, SOON);
+    }
 }
 
 #[test]

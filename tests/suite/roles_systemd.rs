@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::support::aops;
+use crate::support::command::Output;
 use crate::support::container::Container;
 use crate::support::host::{SOON, agent, pid};
 use crate::support::package::Package;
@@ -72,7 +73,7 @@ fn a_stop_in_the_pause_before_an_automatic_restart_is_a_stop() {
     wait_for("the pause", SOON, || sub_state(&container, "aops-spm").contains("auto-restart").then_some(()));
     assert!(before.values().all(|pid| container.path(format!("/proc/{pid}")).exists()));
     container.shell("systemctl stop aops-spm").expect_success();
-    wait_for("the watchdog to see it", BACK, || (status(&container)["state"] == "stopped").then_some(()));
+    wait_until_stopped(&container);
     // The pause would be over by then.
     assert_eq!(try_for(Duration::from_secs(8), || (status(&container)["state"] != "stopped").then_some(())), None);
     stays_stopped(&container);
@@ -163,7 +164,7 @@ fn a_stop_is_possible_whatever_is_left_to_help() {
     // A hung manager and the unit's own stop.
     signal("STOP", "aops-spm");
     container.run_within(Duration::from_secs(200), &["systemctl", "stop", "aops-spm"]);
-    wait_for("everything to be stopped", BACK, || (status(&container)["state"] == "stopped").then_some(()));
+    wait_until_stopped(&container);
     stays_stopped(&container);
     container.shell("systemctl start aops-spm").expect_success();
     up(&container);
@@ -225,11 +226,22 @@ fn up(container: &Container) -> BTreeMap<&'static str, u32> {
         let pids: BTreeMap<_, _> = NAMES.iter().filter_map(|name| Some((*name, running(&last, name)?))).collect();
         (roles && pids.len() == NAMES.len()).then_some(pids)
     });
-    found.unwrap_or_else(|| {
-        let logs = container
-            .shell("tail -n 30 /opt/aops/log/spm.log /opt/aops/log/spa.log; journalctl -n 40 --no-pager || true");
-        panic!("not everything runs: {last:#}\n{logs}")
-    })
+    found.unwrap_or_else(|| panic!("not everything runs: {last:#}\n{}", evidence(container)))
+}
+
+/// What the roles and systemd say, for who looks into a failure.
+fn evidence(container: &Container) -> Output {
+    container.shell(
+        "tail -n 30 /opt/aops/log/spm.log /opt/aops/log/spa.log; journalctl -n 40 --no-pager || true
+        systemctl show --property=LoadState,ActiveState,SubState,Result,MainPID,UnitFileState,Job aops-spm aops-spa",
+    )
+}
+
+/// Waits until `status` says that the home is stopped.
+#[track_caller]
+fn wait_until_stopped(container: &Container) {
+    let stopped = try_for(BACK, || (status(container)["state"] == "stopped").then_some(()));
+    assert!(stopped.is_some(), "not stopped: {:#}\n{}", status(container), evidence(container));
 }
 
 /// The pids inside of manager and watchdog, once both are there.
@@ -269,7 +281,7 @@ fn of_home(container: &Container) -> Vec<(u32, String)> {
 #[track_caller]
 fn one_of_each(container: &Container) {
     let of_home = of_home(container);
-    assert_eq!(of_home.len(), 4, "{of_home:?}");
+    assert_eq!(of_home.len(), 4, "{of_home:?}\n{}", evidence(container));
 }
 
 /// Nothing runs, `status` says so, and it stays so for a while.

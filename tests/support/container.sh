@@ -24,9 +24,17 @@ remove_cgroup() {
 
 halt() {
     [ -n "$nspawn" ] || return 0
+    # By itself: it may outlive nspawn, and with it the whole container. Its death is that of all its processes.
+    first=$(child_of "$nspawn")
+    [ -z "$first" ] || kill -KILL "$first" 2>/dev/null || true
     kill -KILL "$nspawn" 2>/dev/null || true
     wait "$nspawn" 2>/dev/null || true
     nspawn=
+    for ((i = 0; i < 200; i++)); do
+        [ -n "$first" ] && kill -0 "$first" 2>/dev/null || return 0
+        sleep 0.05
+    done
+    fail "the container outlives its end"
 }
 
 tear_down() {

@@ -125,6 +125,9 @@ impl Manager {
             Some(start) => Running::Script(Box::new(start), record),
             None => Running::Adopted(record),
         };
-        run::watch(&self.inputs, serial, running);
+        let watch = run::watch(&self.inputs, serial, running);
+        if let Some(agent) = self.agents.get_mut(name) {
+            agent.watch = Some(watch);
+        }
     }
 }

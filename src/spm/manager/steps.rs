@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Context;
+use tokio::task::AbortHandle;
 
 use super::Manager;
 use crate::core::desired::Run;
@@ -191,6 +192,7 @@ impl Manager {
         match agent.supervisor.step(event, now, fastrand::f64()) {
             Some(Action::Start) => self.start(name, now),
             Some(Action::Stop) => {
+                agent.watch.take().inspect(AbortHandle::abort);
                 let target = tree::Target::of(name, agent.record.clone());
                 run::stop(&self.inputs, agent.serial, &self.home, target);
             }
@@ -328,7 +330,7 @@ impl Manager {
                 let record = running.record().clone();
                 tracing::info!(agent = %name, version = %record.head.version, pid = record.pid, "a sub-agent is started");
                 agent.record = Some(record.clone());
-                run::watch(&self.inputs, serial, *running);
+                agent.watch = Some(run::watch(&self.inputs, serial, *running));
                 self.feed(name, Event::Started { pid: record.pid }, now);
                 if self
                     .agents
