@@ -196,6 +196,8 @@ pub enum Heard {
     Farewell(Farewell),
     /// The connection ended without a word.
     End,
+    /// Nothing within the time that the connection was opened with.
+    Silence,
 }
 
 impl Door {
@@ -235,6 +237,7 @@ impl Door {
         self.send(request)?;
         match self.hear()? {
             Heard::Reply(reply) => Ok(*reply),
+            Heard::Silence => bail!("the manager does not answer in time"),
             Heard::Farewell(_) | Heard::End => bail!("the manager ended before it answered"),
         }
     }
@@ -254,7 +257,7 @@ pub fn hear(reader: &mut BufReader<LocalConnection>) -> Result<Heard> {
         Ok(0) => return Ok(Heard::End),
         Ok(_) => {}
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-            bail!("the manager does not answer in time")
+            return Ok(Heard::Silence);
         }
         Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
             return Ok(Heard::End);
@@ -279,6 +282,23 @@ pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<R
         Some(mut door) => door.ask(request).map(Some),
         None => Ok(None),
     }
+}
+
+/// Asks for a stop and waits for its end, as long as the manager shows that it is at it; `None`: nobody answers there.
+pub fn ask_to_stop(home: &Home, patience: Duration) -> Result<Option<Reply>> {
+    let Some(mut door) = Door::open(home, ANSWER)? else { return Ok(None) };
+    door.send(&Request::Stop)?;
+    let deadline = Instant::now() + patience;
+    while Instant::now() < deadline {
+        match door.hear()? {
+            Heard::Reply(reply) => return Ok(Some(*reply)),
+            Heard::Farewell(_) => return Ok(Some(Reply::done())),
+            Heard::End => bail!("the manager ended before every sub-agent was stopped"),
+            // It takes its time, or it hangs: then it does not answer this either.
+            Heard::Silence => drop(ask(home, &Request::Ping, ANSWER)?),
+        }
+    }
+    bail!("not every sub-agent was stopped within {patience:?}")
 }
 
 /// Waits until the manager answers and the watchdog is there.

@@ -55,6 +55,11 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let _lock = take_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     let holder = role::announce(home, Role::Spa)?;
+    if role::is_stop_recorded(home) && !supervised {
+        // Told meanwhile, by one who could not know of us yet.
+        role::take_leave(home, Role::Spa, &holder);
+        return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
+    }
     let (sender, words) = mpsc::channel();
     let terminate = sender.clone();
     ctrlc::set_handler(move || drop(terminate.send(Word::Terminate))).context("cannot hear the signal to end")?;
@@ -270,6 +275,7 @@ impl Watchdog<'_> {
                     Heard::Reply(_) => unanswered = 0,
                     Heard::Farewell(Farewell::Stop) => return Ok(Lost::Stopped),
                     Heard::Farewell(Farewell::Yield) => yielded = true,
+                    Heard::Silence => {}
                     Heard::End => return Ok(if yielded { Lost::Yielded } else { Lost::Died }),
                 },
                 Ok(Word::Heard(..)) => {}

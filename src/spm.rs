@@ -96,6 +96,11 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let _lock = take_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the manager cannot start"))?;
     let holder = role::announce(home, Role::Spm)?;
+    if !supervised && role::is_stop_recorded(home) {
+        // Told meanwhile, by one who could not know of us yet.
+        role::take_leave(home, Role::Spm, &holder);
+        return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(64).build()?;
     let ended = runtime.block_on(manager::run(home, supervised));
     // Threads that wait on the network are not waited for.

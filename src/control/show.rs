@@ -38,6 +38,12 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
     }
     if !status.agents.is_empty() {
         println!("\n{}", table(&status.agents));
+        // Below it, not in it: a message is long, and a narrow column would break its paths.
+        for agent in &status.agents {
+            if let Some(error) = &agent.last_error {
+                println!(" {}: {error}", agent.name);
+            }
+        }
     }
     Ok(())
 }
@@ -60,7 +66,7 @@ fn role(role: &RoleStatus) -> String {
 fn table(agents: &[AgentStatus]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(["SUB-AGENT", "VERSION", "STATE", "PID", "UP", "RESTARTS", "MEMORY", "LAST ERROR"]);
+    table.set_header(["SUB-AGENT", "VERSION", "STATE", "PID", "UP", "RESTARTS", "MEMORY"]);
     for agent in agents {
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         let state = Cell::new(agent.state.as_str()).fg(colour(agent.state));
@@ -72,7 +78,6 @@ fn table(agents: &[AgentStatus]) -> Table {
             Cell::new(or_dash(agent.uptime_seconds.map(span))),
             Cell::new(agent.restarts),
             Cell::new(or_dash(agent.memory_bytes.map(size))),
-            Cell::new(agent.last_error.as_deref().unwrap_or("")),
         ]);
     }
     table

@@ -26,8 +26,8 @@ const SPA_UNIT: &str = include_str!("../../assets/aops-spa.service");
 const QUICK: Duration = Duration::from_secs(30);
 /// For what waits until a role is up (`TimeoutStartSec=60`).
 const STARTING: Duration = Duration::from_secs(90);
-/// For what waits until both roles have ended (`TimeoutStopSec=90`, once for `ExecStop` and once for the signal) and are up again.
-const STOPPING: Duration = Duration::from_secs(300);
+/// For what waits until both roles have ended (`TimeoutStopSec=900`, for the slowest sub-agent's grace period) and are up again.
+const STOPPING: Duration = Duration::from_secs(1000);
 
 /// A unit file of ours has less than 2 KiB.
 const MAX_UNIT_BYTES: u64 = 64 << 10;

@@ -157,7 +157,8 @@ fn fit_for_a_home(root: &Path) -> Result<()> {
 
 /// Refuses a directory that holds something else.
 fn foreign(home: &Home, executable: &Path) -> Result<()> {
-    if installation::exists(home) || old::is_old(home) || old::aside(home).is_dir() {
+    // One that was killed at work there had looked before it began: what lies there is its own.
+    if installation::exists(home) || old::is_old(home) || home.root().join(WORK).is_dir() {
         return Ok(());
     }
     let entries = match fs::read_dir(home.root()) {
@@ -220,9 +221,11 @@ pub(super) fn plan(
     let standing_id = if keeps { installation::agent_id(home)? } else { None };
     let agent_id = options.agent_id.clone().or(imported.agent_id).or_else(|| standing_id.clone());
     let Some(agent_id) = agent_id else {
-        return Err(
-            Usage("--agent-id is missing, and no installation stands there whose id could be kept".to_owned()).into()
-        );
+        let missing = match options.endpoint.is_empty() {
+            true => "--agent-id and --endpoint are missing, and no installation stands there whose own could be kept",
+            false => "--agent-id is missing, and no installation stands there whose id could be kept",
+        };
+        return Err(Usage(missing.to_owned()).into());
     };
     if let Some(standing_id) = standing_id.filter(|standing_id| *standing_id != agent_id) {
         progress::say(format_args!("the agent id changes from {standing_id} to {agent_id}"));

@@ -98,7 +98,11 @@ fn wrong_usage(error: Error) -> Result<ExitCode> {
     if !error.is::<Usage>() {
         return Err(error);
     }
-    anstream::eprintln!("error: {error}\n\nFor more information, try 'aops install --help'.");
+    anstream::eprintln!(
+        "error: {error}\n\nA new host is given who it is, where its gateway is, and whom to trust:\n  aops install --agent-id ID \
+         --endpoint https://GATEWAY:8888 \\\n    --trusted-key aops.pub --ca-cert cert.pem\n\nFor more information, try 'aops install \
+         --help'."
+    );
     Ok(ExitCode::from(WRONG_USAGE))
 }
 
@@ -123,7 +127,8 @@ fn advice(error: &Error, home: &Home) -> Option<String> {
 
 /// An installation that was killed after it had set something aside, and before the new one was whole, is undone.
 fn recover(home: &Home, executable: &Path) -> Result<()> {
-    if old::aside(home).is_dir() && Installed::load(home).ok().flatten().is_none() {
+    let is_whole = || Installed::load(home).ok().flatten().is_some();
+    if old::is_under_way(home) || (old::aside(home).is_dir() && !is_whole()) {
         progress::say("bringing back what an interrupted installation had set aside");
         old::bring_back(home, executable)?;
     }

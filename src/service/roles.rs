@@ -38,7 +38,8 @@ pub(super) fn stop_all(home: &Home) -> Result<()> {
     for remark in lifecycle::stop(home)? {
         progress::warn(remark);
     }
-    Ok(())
+    // One that was being started meanwhile, by a role that is dead now, would write into what is taken away.
+    leftovers::end_running_from(&home.bin())
 }
 
 /// Registers the roles where they are to be, and takes them out of a service manager that they are not to be in any more.

@@ -11,8 +11,12 @@ use anyhow::{Context, Result, bail};
 
 use super::{LOCK, WORK, old};
 use crate::home::Home;
+use crate::installation;
 use crate::lock::{self, Held};
 use crate::{platform, store};
+
+/// The note of what is made, in the directory for what is needed meanwhile.
+const MADE: &str = "made.json";
 
 /// A holder that has just died may be seen a moment longer.
 const LOCK_DEADLINE: Duration = Duration::from_secs(1);
@@ -24,21 +28,50 @@ pub(super) struct Site {
     created: Vec<PathBuf>,
     lock: Option<Held>,
     kept: bool,
+    /// An installation was killed here before it was whole.
+    resumes: bool,
 }
 
 impl Site {
     /// Takes the lock of the home, which is made where it is not there.
     pub(super) fn open(home: &Home) -> Result<Site> {
-        let mut site = Site { home: home.clone(), created: Vec::new(), lock: None, kept: false };
+        let mut site = Site { home: home.clone(), created: Vec::new(), lock: None, kept: false, resumes: false };
         site.make(home.root(), 0o755)?;
         site.make(&home.run(), 0o700)?;
         site.lock = lock::take(&home.run_file(LOCK), LOCK_DEADLINE)?;
         if site.lock.is_none() {
             bail!("another installation is at work there; wait until it has ended");
         }
+        let interrupted = site.interrupted()?;
         site.sweep()?;
         site.make(&site.work(), 0o700)?;
+        site.note(interrupted)?;
         Ok(site)
+    }
+
+    /// What an installation that was killed before it was whole had made, or was about to.
+    fn interrupted(&self) -> Result<Option<Vec<PathBuf>>> {
+        let another = installation::exists(&self.home) || old::is_old(&self.home) || old::is_any_aside(&self.home);
+        if another { Ok(None) } else { store::load(&self.work().join(MADE)) }
+    }
+
+    /// Notes what is made here, also what will be, for the one that comes after a kill. What an interrupted one noted is ours now.
+    fn note(&mut self, interrupted: Option<Vec<PathBuf>>) -> Result<()> {
+        let noted = match interrupted {
+            Some(interrupted) => {
+                self.resumes = true;
+                let own = self.created.drain(..).filter(|path| !interrupted.contains(path)).collect::<Vec<_>>();
+                self.created = interrupted;
+                self.created.extend(own);
+                self.created.clone()
+            }
+            None => {
+                let to_be = self.home.directories().into_iter().map(|(path, _)| path);
+                let missing = to_be.filter(|path| path.symlink_metadata().is_err());
+                self.created.iter().cloned().chain(missing).collect()
+            }
+        };
+        store::save(&self.work().join(MADE), &noted)
     }
 
     /// Removes what an installation that was killed left in its directory, but for what it had set aside.
@@ -47,7 +80,7 @@ impl Site {
         let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
         for entry in entries {
             let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
-            if path == old::aside(&self.home) {
+            if old::is_aside(&self.home, &path) {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }
@@ -107,7 +140,7 @@ impl Drop for Site {
     fn drop(&mut self) {
         if self.lock.is_some() {
             // What was set aside and not brought back is all there is of it.
-            if !old::aside(&self.home).is_dir() {
+            if !old::is_any_aside(&self.home) {
                 let _ = store::remove_tree(&self.work());
             }
             // Still held: whoever waits for it sees that the file is another's.
@@ -115,6 +148,9 @@ impl Drop for Site {
         }
         if self.kept {
             return;
+        }
+        if self.resumes && self.home.control_link().is_symlink() {
+            let _ = store::remove(&self.home.control_link());
         }
         for path in self.created.iter().rev() {
             // Without the lock, what lies inside is somebody else's.

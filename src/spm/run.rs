@@ -97,6 +97,7 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
         tokio::select! {
             // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
             () = platform::ended(record.pid, record.start_time) => {
+                platform::reap_orphan(record.pid);
                 let successor = script::find(start).await;
                 let said = script::status(start).await;
                 match (successor, said) {

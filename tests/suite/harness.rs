@@ -52,7 +52,7 @@ fn what_a_command_leaves_running_stays_and_is_gone_after_a_reboot_and_files_stay
     for mut container in [Container::systemd(), Container::bare()] {
         container.shell("setsid sleep 1234 </dev/null >/dev/null 2>&1 & echo kept >/root/kept").expect_success();
         let running = |container: &Container| container.processes().iter().any(|(_, words)| words == "sleep 1234");
-        assert!(running(&container), "{:?}", container.processes());
+        wait_for("the command left running", Duration::from_secs(5), || running(&container).then_some(()));
         container.reboot();
         assert!(!running(&container));
         assert_eq!(container.run(&["cat", "/root/kept"]).expect_success(), "kept\n");

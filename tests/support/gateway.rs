@@ -89,7 +89,7 @@ impl Gateway {
         }
     }
 
-    /// Publishes a package.
+    /// Publishes a package. A gateway that runs already offers it some moments later: publish first, or wait for what follows.
     #[track_caller]
     pub fn publish(&self, package: &Package) {
         let arguments = package.arguments();

@@ -51,6 +51,7 @@ pub(crate) fn run() -> Result<()> {
         }
     }
     violations.sort();
+    violations.dedup();
     for violation in &violations {
         println!("{violation}");
     }

@@ -277,3 +277,16 @@ pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
     ];
     NAMES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect()
 }
+
+/// Windows has no zombies.
+pub fn adopt_orphans() -> io::Result<()> {
+    Ok(())
+}
+
+/// There are none.
+pub fn reap_orphans(_known: &[u32]) -> Vec<u32> {
+    vec![]
+}
+
+/// There are none.
+pub fn reap_orphan(_pid: u32) {}

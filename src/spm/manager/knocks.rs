@@ -1,0 +1,113 @@
+//! What is asked at the local door: status, restart of a sub-agent, and the end, with or without the sub-agents.
+
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use super::Manager;
+use crate::core::status::{self, HomeState, RoleStatus, Status};
+use crate::core::supervise::Event;
+use crate::door::{Farewell, Knock, Reply, Request};
+use crate::role::{self, Role};
+
+impl Manager {
+    pub(super) fn answer_knock(&mut self, knock: Knock) {
+        let now = Instant::now();
+        let (request, reply) = match knock {
+            Knock::PeerGone { role: Role::Spa, pid } => return self.peer.gone(pid, now),
+            Knock::PeerGone { .. } => return,
+            Knock::Asked(request, reply) => (request, reply),
+        };
+        let answer = match request {
+            Request::Hello { role: Role::Spa, pid } => {
+                self.peer.hello(pid, now);
+                Reply::done()
+            }
+            Request::Hello { .. } => Reply::failed("there is one manager, and it is this one"),
+            Request::Ping => {
+                self.peer.ping(now);
+                Reply::done()
+            }
+            Request::Status => Reply { error: None, status: Some(Box::new(self.status(now))) },
+            Request::Stop => return self.begin_stop(reply, now),
+            Request::Yield => {
+                tracing::info!("the manager was asked to give way; the sub-agents stay");
+                self.ending = Some(Farewell::Yield);
+                Reply::done()
+            }
+            Request::Restart { agent: name } => match self.agents.get_mut(&name) {
+                None => {
+                    Reply::failed(format!("cannot restart {name}: there is no such sub-agent; `status` lists them"))
+                }
+                Some(agent) if !agent.supervisor.wanted() => {
+                    Reply::failed(format!("cannot restart {name}: it is stopped, as the gateway wants it"))
+                }
+                Some(_) => {
+                    self.feed(&name, Event::Again, now);
+                    Reply::done()
+                }
+            },
+        };
+        let _ = reply.send(answer);
+    }
+
+    /// Stops every sub-agent; who asked is answered, and the manager ends, when the last one is down.
+    pub(super) fn begin_stop(&mut self, reply: oneshot::Sender<Reply>, now: Instant) {
+        if let Err(error) = role::record_stop(&self.home) {
+            // A stop is honoured even where its record cannot be kept; the farewell tells the watchdog.
+            tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
+        }
+        match &mut self.stopping {
+            Some(waiting) => waiting.push(reply),
+            None => {
+                tracing::info!("the home is stopped");
+                self.stop_errors.clear();
+                self.stopping = Some(vec![reply]);
+                for name in self.agents.keys().cloned().collect::<Vec<_>>() {
+                    self.feed(&name, Event::Rest, now);
+                }
+            }
+        }
+        self.finish_stop_if_down();
+    }
+
+    pub(super) fn finish_stop_if_down(&mut self) {
+        if self.stopping.is_none() || !self.agents.values().all(|agent| agent.supervisor.is_down()) {
+            return;
+        }
+        let errors = std::mem::take(&mut self.stop_errors);
+        let answer = if errors.is_empty() { Reply::done() } else { Reply::failed(errors.join("; ")) };
+        for waiting in self.stopping.iter_mut().flat_map(|waiting| waiting.drain(..)) {
+            let _ = waiting.send(answer.clone());
+        }
+        self.ending = Some(Farewell::Stop);
+    }
+
+    pub(super) fn status(&self, now: Instant) -> Status {
+        let agents: Vec<_> = self.agents.values().map(|agent| agent.status(now)).collect();
+        let mut problems: Vec<String> = self.problems.values().cloned().collect();
+        if self.peer.stopped_by_operator {
+            problems.push(
+                "the watchdog's unit was stopped; start it with `systemctl start`, or `control start`".to_owned(),
+            );
+        }
+        let state = if self.stopping.is_some() {
+            HomeState::Degraded
+        } else {
+            status::judge(self.peer.is_connected(), &agents, &problems)
+        };
+        let own = role::holder(&self.home, Role::Spm).map(|holder| holder.status());
+        Status {
+            version: Some(self.version.clone()),
+            home: self.home.root().display().to_string(),
+            state,
+            spm: RoleStatus { pid: Some(std::process::id()), ..own.unwrap_or_default() },
+            spa: self.peer.status(&self.home),
+            gateway: self.gateway.clone(),
+            generation: self.desired.generation,
+            agents,
+            problems,
+            notes: vec![],
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! Carrying plans out: each step begun, and what waited for it gone on with when word of its end comes.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::Context;
+
+use super::Manager;
+use crate::core::desired::Run;
+use crate::core::model::{AgentName, Version};
+use crate::core::reconcile::{self, Step};
+use crate::core::supervise::{Action, Event};
+use crate::process::launch::Start;
+use crate::process::{log, record, tree};
+use crate::spm::agent::{Agent, Busy};
+use crate::spm::journal::About;
+use crate::spm::run::{self, Running};
+use crate::spm::{Input, stage};
+use crate::{package, platform, store};
+
+impl Manager {
+    pub(super) fn start_of(&self, agent: &Agent) -> Option<Start> {
+        Some(Start {
+            home: self.home.clone(),
+            name: agent.name.clone(),
+            version: agent.active.clone()?,
+            program: agent.program.clone()?,
+            env: agent
+                .env
+                .clone()
+                .or_else(|| Some(self.desired.agents.get(&agent.name)?.env.clone()))
+                .unwrap_or_default(),
+            agent_id: self.agent_id.clone(),
+            endpoint: self.gateway.endpoint.clone().unwrap_or_default(),
+            restarts: agent.supervisor.restarts(),
+        })
+    }
+
+    /// Compares what is wanted with what is, and begins what is to be done.
+    pub(super) fn reconcile(&mut self) {
+        if self.stopping.is_some() || self.ending.is_some() {
+            return;
+        }
+        let now = Instant::now();
+        for name in self.desired.agents.keys() {
+            if !self.agents.contains_key(name) {
+                self.agents.insert(name.clone(), Agent::new(name.clone(), 0));
+            }
+        }
+        let actual = self.agents.iter().map(|(name, agent)| (name.clone(), agent.actual(now))).collect();
+        for step in reconcile::plan(&self.desired, &actual) {
+            self.carry_out(step, now);
+        }
+    }
+
+    pub(super) fn carry_out(&mut self, step: Step, now: Instant) {
+        match step {
+            Step::Stage { name, version } => {
+                let (Some(order), Some(agent)) = (self.desired.agents.get(&name), self.agents.get_mut(&name)) else {
+                    return;
+                };
+                tracing::info!(agent = %name, version = %version, "a release is staged");
+                agent.staging = Some(version);
+                let job = stage::Job {
+                    home: self.home.clone(),
+                    config: self.config.clone(),
+                    agent_id: self.agent_id.clone(),
+                    name,
+                    order: order.clone(),
+                };
+                stage::start(&self.inputs, &self.turns, job);
+            }
+            Step::Activate { name, version, run, env } => {
+                self.begin(&name, Busy::Activating { version, run, env }, now)
+            }
+            Step::Uninstall { name } => self.begin(&name, Busy::Uninstalling, now),
+            Step::Configure { name, env } => {
+                let Some(agent) = self.agents.get_mut(&name) else { return };
+                agent.env = Some(env);
+                if agent.supervisor.pid().is_some() {
+                    tracing::info!(agent = %name, "the environment changed; the sub-agent is restarted");
+                    self.feed(&name, Event::Again, now);
+                }
+            }
+            Step::Set { name, run } => {
+                let Some(agent) = self.agents.get_mut(&name) else { return };
+                agent.run = run;
+                self.feed(&name, if run == Run::Start { Event::Run } else { Event::Rest }, now);
+            }
+            Step::Discard { name, version } => {
+                let Some(agent) = self.agents.get_mut(&name) else { return };
+                agent.releases.remove(&version);
+                if let Err(error) = package::discard(&self.home.release(&name, &version)) {
+                    tracing::warn!(agent = %name, error = format!("{error:#}"), "an old release cannot be removed");
+                }
+            }
+        }
+    }
+
+    /// Takes the sub-agent down for something that needs it down.
+    pub(super) fn begin(&mut self, name: &AgentName, busy: Busy, now: Instant) {
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        agent.busy = Some(busy);
+        self.feed(name, Event::Rest, now);
+        self.finish_if_down(name, now);
+    }
+
+    /// Goes on with what waited for the sub-agent to be down.
+    pub(super) fn finish_if_down(&mut self, name: &AgentName, now: Instant) {
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        if !agent.supervisor.is_down() {
+            return;
+        }
+        match agent.busy.take() {
+            None => {}
+            Some(Busy::Activating { version, run, env }) => self.activate(name, version, run, env, now),
+            Some(Busy::Uninstalling) => self.remove(name),
+        }
+    }
+
+    pub(super) fn activate(
+        &mut self,
+        name: &AgentName,
+        version: Version,
+        run: Run,
+        env: BTreeMap<String, String>,
+        now: Instant,
+    ) {
+        let release = self.home.release(name, &version);
+        let switched = stage::commit_epoch(&self.home, name, &release).and_then(|()| {
+            platform::write_current(&self.home.current(name), version.as_str()).with_context(|| {
+                format!("cannot activate {name} {version}: cannot switch {}", self.home.current(name).display())
+            })
+        });
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        let about = About { agent: Some(name), version: Some(&version) };
+        match switched {
+            Ok(()) => {
+                agent.backup = agent.active.replace(version.clone());
+                agent.error = None;
+                agent.release_hold();
+                agent.inspect(&self.home);
+                self.journal.note("activate", "ok", about, format!("{name} {version} is active"));
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                self.journal.note("activate", "failed", about, error.as_str());
+                agent.hold_back(version, error, now);
+            }
+        }
+        agent.run = run;
+        agent.env = Some(env);
+        if run == Run::Start {
+            self.feed(name, Event::Run, now);
+        }
+    }
+
+    pub(super) fn remove(&mut self, name: &AgentName) {
+        let removed = store::remove(&self.home.current(name))
+            .and_then(|()| {
+                for version in self.agents.get(name).map(|agent| agent.releases.clone()).unwrap_or_default() {
+                    package::discard(&self.home.release(name, &version))?;
+                }
+                store::remove_tree(&self.home.agent(name))
+            })
+            .and_then(|()| record::remove(&self.home, name))
+            .and_then(|()| log::remove(&self.home, name));
+        let about = About { agent: Some(name), version: None };
+        match removed {
+            Ok(()) => {
+                self.agents.remove(name);
+                self.desired.removed.remove(name);
+                self.problems.remove("uninstall");
+                self.journal.note("uninstall", "ok", about, format!("{name} is removed"));
+            }
+            Err(error) => {
+                let text = format!("{error:#}");
+                self.journal.note("uninstall", "failed", about, text.as_str());
+                // Tried again with the next desired state or start; until then it shows.
+                self.problems.insert("uninstall", text);
+                self.desired.removed.remove(name);
+            }
+        }
+    }
+
+    /// Tells a sub-agent's supervisor what happened and does what it says.
+    pub(super) fn feed(&mut self, name: &AgentName, event: Event, now: Instant) {
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        match agent.supervisor.step(event, now, fastrand::f64()) {
+            Some(Action::Start) => self.start(name, now),
+            Some(Action::Stop) => {
+                let target = tree::Target::of(name, agent.record.clone());
+                run::stop(&self.inputs, agent.serial, &self.home, target);
+            }
+            None => {}
+        }
+    }
+
+    pub(super) fn start(&mut self, name: &AgentName, now: Instant) {
+        let Some(agent) = self.agents.get(name) else { return };
+        let start = self.start_of(agent);
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        agent.serial += 1;
+        match start {
+            Some(start) => {
+                let refused = start.refused_env();
+                if !refused.is_empty() {
+                    let text =
+                        format!("the gateway may not set {}; its package would have to allow it", refused.join(", "));
+                    if agent.error.as_ref() != Some(&text) {
+                        self.journal.note("env", "refused", About { agent: Some(name), version: None }, text.as_str());
+                    }
+                    agent.error = Some(text);
+                }
+                run::start(&self.inputs, agent.serial, start);
+            }
+            None => {
+                let why = agent.error.clone().unwrap_or_else(|| "no release of it is active".to_owned());
+                self.feed(name, Event::StartFailed { why }, now);
+            }
+        }
+    }
+
+    pub(super) fn take_in(&mut self, input: Input) {
+        let now = Instant::now();
+        match input {
+            Input::Launched { name, serial, result } => self.launched(&name, serial, result, now),
+            Input::Exited { name, serial, success, how } => {
+                let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.serial == serial) else { return };
+                if agent.supervisor.is_stopping() {
+                    return;
+                }
+                let version = agent.active.clone();
+                let about = About { agent: Some(&name), version: version.as_ref() };
+                let outcome = if success == Some(true) { "ok" } else { "failed" };
+                self.journal.note("exit", outcome, about, how.as_str());
+                self.feed(&name, Event::Exited { success, how }, now);
+            }
+            Input::Moved { name, serial, record } => {
+                let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.serial == serial) else { return };
+                agent.supervisor.adopt(record.pid, now);
+                if let Err(error) = record.save(&self.home) {
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        "a process record cannot be written; the mark stands in"
+                    );
+                }
+                agent.record = Some(*record);
+            }
+            Input::Ended { name, serial, result } => {
+                let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.serial == serial) else { return };
+                agent.record = None;
+                if let Err(error) = result {
+                    self.journal.note("stop", "failed", About { agent: Some(&name), version: None }, error.as_str());
+                    self.stop_errors.push(error.clone());
+                    agent.error = Some(error);
+                }
+                self.feed(&name, Event::Stopped, now);
+                self.finish_if_down(&name, now);
+                self.finish_stop_if_down();
+            }
+            Input::Staged { name, version, result } => {
+                let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.staging.as_ref() == Some(&version))
+                else {
+                    return;
+                };
+                agent.staging = None;
+                let about = About { agent: Some(&name), version: Some(&version) };
+                match result {
+                    Ok(()) => {
+                        agent.error = None;
+                        agent.release_hold();
+                        agent.releases.insert(version.clone());
+                        self.journal.note("stage", "ok", about, format!("{name} {version} is staged"));
+                    }
+                    Err(error) => {
+                        if agent.error.as_ref() != Some(&error) {
+                            self.journal.note("stage", "failed", about, error.as_str());
+                        }
+                        agent.hold_back(version, error, now);
+                    }
+                }
+            }
+            Input::Heartbeat(outcome) => self.heartbeat_done(outcome, now),
+        }
+    }
+
+    pub(super) fn launched(
+        &mut self,
+        name: &AgentName,
+        serial: u64,
+        result: Result<Box<Running>, String>,
+        now: Instant,
+    ) {
+        let Some(agent) = self.agents.get_mut(name).filter(|agent| agent.serial == serial) else { return };
+        match result {
+            Ok(running) => {
+                let record = running.record().clone();
+                tracing::info!(agent = %name, version = %record.head.version, pid = record.pid, "a sub-agent is started");
+                agent.record = Some(record.clone());
+                run::watch(&self.inputs, serial, *running);
+                self.feed(name, Event::Started { pid: record.pid }, now);
+            }
+            Err(why) => {
+                let version = agent.active.clone();
+                if agent.supervisor.last_error() != Some(&why) {
+                    self.journal.note(
+                        "start",
+                        "failed",
+                        About { agent: Some(name), version: version.as_ref() },
+                        why.as_str(),
+                    );
+                }
+                self.feed(name, Event::StartFailed { why }, now);
+                self.finish_if_down(name, now);
+                self.finish_stop_if_down();
+            }
+        }
+    }
+}

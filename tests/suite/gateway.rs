@@ -1,0 +1,1 @@
+//! The gateway as the operator and the hosts meet it.
