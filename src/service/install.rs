@@ -125,14 +125,18 @@ fn advice(error: &Error, home: &Home) -> Option<String> {
     }
 }
 
-/// An installation that was killed after it had set something aside, and before the new one was whole, is undone.
+/// Finishes what an installation that was killed had begun: one killed before the new one was whole is undone, and what a later one had
+/// replaced is needed no more.
 fn recover(home: &Home, executable: &Path) -> Result<()> {
     let is_whole = || Installed::load(home).ok().flatten().is_some();
-    if old::is_under_way(home) || (old::aside(home).is_dir() && !is_whole()) {
+    if !old::is_any_aside(home) {
+        Ok(())
+    } else if !old::is_under_way(home) && is_whole() {
+        store::remove_tree(&old::aside(home))
+    } else {
         progress::say("bringing back what an interrupted installation had set aside");
-        old::bring_back(home, executable)?;
+        old::bring_back(home, executable)
     }
-    Ok(())
 }
 
 /// From here on what stood there is touched.

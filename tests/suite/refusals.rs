@@ -362,44 +362,52 @@ fn kill_at(command: &mut Command, word: &str) {
     assert!(reached, "it never says {word:?}");
 }
 
+/// An installation on `host`, with further arguments.
+fn installation(host: &TestHost, gateway: &Gateway, more: &[&str]) -> Command {
+    let mut command = host.command(&crate::support::aops());
+    command.args(["install", "--service", "none", "--agent-id", "1", "--endpoint", gateway.url(), "--home"]);
+    command.arg(host.home()).args(gateway.trust()).args(more);
+    command
+}
+
+const STEPS: [&str; 4] = ["downloading", "downloaded 50%", "putting version", "starting"];
+
 #[test]
-fn an_installation_killed_at_any_step_can_be_repeated() {
+fn an_installation_killed_at_any_step_can_be_repeated_and_leaves_nothing_when_it_is_removed() {
     let gateway = gateway();
     let host = TestHost::new();
-    let home = host.home().display().to_string();
-    let trust = gateway.trust();
-    let command = |more: &[&str]| {
-        let mut command = host.command(&crate::support::aops());
-        command.args(["install", "--service", "none", "--home", &home, "--agent-id", "1", "--endpoint", gateway.url()]);
-        command.args(&trust).args(more);
-        command
-    };
-    let steps = ["downloading", "downloaded 50%", "putting version", "starting"];
-    for step in steps {
-        kill_at(&mut command(&[]), step);
-        command::run(&mut command(&[]), LIMIT).expect_code(0);
+    for step in STEPS {
+        kill_at(&mut installation(&host, &gateway, &[]), step);
+        command::run(&mut installation(&host, &gateway, &[]), LIMIT).expect_code(0);
         host.wait_for_agent("native");
         host.control(&["uninstall", "--yes"]).expect_code(0);
         assert_empty(&host);
     }
-    // One that is never repeated with success leaves nothing either.
-    kill_at(&mut command(&[]), "putting version");
-    command::run(&mut command(&["--version", "9.9.9"]), LIMIT).expect_code(1);
-    assert_empty(&host);
-    // Over one that runs: its sub-agents go on.
-    command::run(&mut command(&[]), LIMIT).expect_code(0);
+    // Nor does one that never succeeds.
+    for step in ["downloading", "putting version"] {
+        kill_at(&mut installation(&host, &gateway, &[]), step);
+        command::run(&mut installation(&host, &gateway, &["--version", "9.9.9"]), LIMIT).expect_code(1);
+        assert_empty(&host);
+    }
+}
+
+#[test]
+fn an_installation_over_a_running_one_killed_at_any_step_can_be_repeated() {
+    let gateway = gateway();
+    let host = TestHost::new();
+    command::run(&mut installation(&host, &gateway, &[]), LIMIT).expect_code(0);
     let agent = host.wait_for_agent("native");
-    for step in steps {
-        kill_at(&mut command(&[]), step);
+    for step in STEPS {
+        kill_at(&mut installation(&host, &gateway, &[]), step);
         assert!(is_alive(agent), "after a kill at {step:?}");
-        command::run(&mut command(&[]), LIMIT).expect_code(0);
+        command::run(&mut installation(&host, &gateway, &[]), LIMIT).expect_code(0);
         host.wait_for_status("both roles", SOON, runs);
         assert_eq!(host.wait_for_agent("native"), agent, "after a kill at {step:?}");
     }
-    // Nothing is kept: the older one is stopped and taken away first.
+    // Where nothing is kept, the older one is stopped and taken away first.
     for step in ["stopping the older", "putting version", "starting"] {
-        kill_at(&mut command(&["--fresh"]), step);
-        command::run(&mut command(&["--fresh"]), LIMIT).expect_code(0);
+        kill_at(&mut installation(&host, &gateway, &["--fresh"]), step);
+        command::run(&mut installation(&host, &gateway, &["--fresh"]), LIMIT).expect_code(0);
         host.wait_for_status("both roles", SOON, runs);
         host.wait_for_agent("native");
     }
@@ -567,7 +575,6 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
             ["agent.toml", "stopsignal"],
         ),
         ("5.0.0", "name = \"native\"\nversion = \"5.0.0\"\n[run\n", ["agent.toml", "line"]),
-        ("6.0.0", "name = \"native\"\nversion = \"6.0.0\"\n[run]\ncommand = []\n", ["agent.toml", "command"]),
     ] {
         let malformed = Package::sleeper("native", version).with_file("agent.toml", manifest, 0o644);
         let refused = gateway.publish_with(&[&malformed.path().display().to_string()]);
