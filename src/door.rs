@@ -294,8 +294,8 @@ pub fn ask_to_stop(home: &Home, patience: Duration) -> Result<Option<Reply>> {
             Heard::Reply(reply) => return Ok(Some(*reply)),
             Heard::Farewell(_) => return Ok(Some(Reply::done())),
             Heard::End => bail!("the manager ended before every sub-agent was stopped"),
-            // It takes its time, or it hangs: then it does not answer this either.
-            Heard::Silence => drop(ask(home, &Request::Ping, ANSWER)?),
+            // It takes its time, or it hangs: then it does not answer this either, twice.
+            Heard::Silence => drop(ask(home, &Request::Ping, ANSWER).or_else(|_| ask(home, &Request::Ping, ANSWER))?),
         }
     }
     bail!("not every sub-agent was stopped within {patience:?}")

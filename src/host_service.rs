@@ -47,7 +47,8 @@ pub fn verdict(home: &Home, role: Role) -> Result<Verdict> {
 fn judge(unit: &UnitState) -> Verdict {
     match unit.active_state.as_str() {
         "active" | "activating" | "reloading" | "deactivating" => Verdict::Coming,
-        _ if matches!(unit.job.as_deref(), Some("start" | "restart")) => Verdict::Coming,
+        // Whatever is at work on it, what comes of that is seen at the next look.
+        _ if unit.job.is_some() => Verdict::Coming,
         _ if unit.is_forbidden() => Verdict::Forbidden,
         _ if unit.load_state == "not-found" => Verdict::Missing,
         "inactive" if unit.result == "success" => Verdict::Stopped,

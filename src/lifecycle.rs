@@ -5,13 +5,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::door::{self, Request};
 use crate::home::Home;
 use crate::host_service::{self, Kind};
 use crate::installation::Installed;
-use crate::role::{self, Role};
+use crate::role::{self, Holder, Role};
 use crate::{platform, process};
 
 /// For the manager to give way.
@@ -57,17 +57,18 @@ pub fn renew(home: &Home) -> Result<()> {
     }
 }
 
-/// Ends both roles, the watchdog first, and leaves the sub-agents running. A service manager would start its own again.
+/// Ends both roles, the watchdog first, and leaves the sub-agents running. A service manager would start its own again; the manager
+/// starts a watchdog again after a moment, within which it ends itself.
 pub fn end_roles(home: &Home) -> Result<()> {
     if let Some(watchdog) = role::living(home, Role::Spa) {
         watchdog.ask_to_end()?;
-        await_end(home, Role::Spa)?;
+        await_end_of(&watchdog)?;
     }
     if let Some(manager) = role::living(home, Role::Spm) {
         if !matches!(door::ask(home, &Request::Yield, YIELD), Ok(Some(_))) {
             manager.ask_to_end()?;
         }
-        await_end(home, Role::Spm)?;
+        await_end_of(&manager)?;
     }
     Ok(())
 }
@@ -76,6 +77,21 @@ pub fn end_roles(home: &Home) -> Result<()> {
 pub fn stop(home: &Home) -> Result<Vec<String>> {
     role::record_stop(home)
         .context("cannot stop: the stop cannot be recorded, so that what is stopped would be started again")?;
+    let remarks = carry_out(home)?;
+    // A start by the service manager in between took the record back.
+    role::record_stop(home)?;
+    Ok(remarks)
+}
+
+/// As [`stop`], for a home that is going to be removed: it does not take a disk that can be written.
+pub fn stop_for_good(home: &Home) -> Result<Vec<String>> {
+    let recorded = role::record_stop(home).context("the stop cannot be recorded");
+    let mut remarks = carry_out(home)?;
+    remarks.extend(recorded.err().map(|error| format!("{error:#}")));
+    Ok(remarks)
+}
+
+fn carry_out(home: &Home) -> Result<Vec<String>> {
     let mut remarks = vec![];
     match door::ask_to_stop(home, STOP) {
         Ok(Some(reply)) => {
@@ -96,8 +112,6 @@ pub fn stop(home: &Home) -> Result<Vec<String>> {
         }
     }
     process::tree::end_all(home)?;
-    // A start by the service manager in between took the record back.
-    role::record_stop(home)?;
     Ok(remarks)
 }
 
@@ -106,14 +120,25 @@ pub fn kill_manager(home: &Home) -> Result<()> {
     role::living(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
 }
 
-/// Waits for a role to end, which it was told to, and kills it if it does not; whether it had to be.
+/// Waits until nobody has a role, which whoever has it was told to give up; whether it had to be killed.
 fn await_end(home: &Home, role: Role) -> Result<bool> {
-    let deadline = Instant::now() + ROLE_ENDS;
     let mut killed = false;
     while let Some(holder) = role::living(home, role) {
+        killed |= await_end_of(&holder)?;
+    }
+    Ok(killed)
+}
+
+/// Waits for one process to end, which it was told to, and kills it if it does not; whether it had to be.
+fn await_end_of(holder: &Holder) -> Result<bool> {
+    let (mut deadline, mut killed) = (Instant::now() + ROLE_ENDS, false);
+    while holder.is_alive() {
         if Instant::now() >= deadline {
+            if killed {
+                bail!("cannot end process {}: it is still there {ROLE_ENDS:?} after it was killed", holder.pid);
+            }
             holder.kill()?;
-            killed = true;
+            (deadline, killed) = (Instant::now() + ROLE_ENDS, true);
         }
         platform::pause(LOOK);
     }

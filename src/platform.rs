@@ -25,6 +25,9 @@ pub struct Launch {
     pub user: Option<User>,
 }
 
+/// The variable that marks the processes of a sub-agent whose main process alone is ours: what it started is somebody else's.
+pub const MAIN_ONLY: &str = "AOPS_AGENT_KILL_MODE";
+
 /// The operating system that this executable is for.
 pub const OS: Os = if cfg!(windows) { Os::Windows } else { Os::Linux };
 /// The architecture that this executable is for.

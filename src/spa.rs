@@ -46,6 +46,7 @@ pub struct Options {
 
 /// Runs the watchdog until it is stopped.
 pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
+    role::demand_home(home)?;
     logging::to_file(&home.role_log("spa"))?;
     let supervised = options.service != host_service::Kind::None;
     if role::is_stop_recorded(home) && !supervised {
@@ -56,7 +57,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     let holder = role::announce(home, Role::Spa)?;
     if role::is_stop_recorded(home) && !supervised {
-        // Told meanwhile, by one who could not know of us yet.
+        // Who stops the home records it first and then looks who is there; either it sees us, or we see the record.
         role::take_leave(home, Role::Spa, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
@@ -341,9 +342,24 @@ impl Watchdog<'_> {
         if let Err(error) = role::record_stop(self.home) {
             tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
         }
-        process::tree::end_all(self.home)?;
+        self.end_sub_agents()?;
         tracing::info!("the home is stopped, and with it the watchdog");
         Ok(End::Stopped)
+    }
+
+    /// Every one of them may take its grace period, which is longer than the service manager waits for a sign of life.
+    fn end_sub_agents(&self) -> Result<()> {
+        std::thread::scope(|scope| {
+            let (done, working) = mpsc::channel::<()>();
+            scope.spawn(move || {
+                while let Err(RecvTimeoutError::Timeout) = working.recv_timeout(PING) {
+                    platform::notify("WATCHDOG=1");
+                }
+            });
+            let ended = process::tree::end_all(self.home);
+            drop(done);
+            ended
+        })
     }
 }
 

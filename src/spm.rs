@@ -84,6 +84,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     if let Some(Command::StopHook) = options.command {
         return stop_hook::run(home);
     }
+    role::demand_home(home)?;
     logging::to_file(&home.role_log("spm"))?;
     let supervised = options.service != host_service::Kind::None;
     if supervised {
@@ -97,7 +98,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the manager cannot start"))?;
     let holder = role::announce(home, Role::Spm)?;
     if !supervised && role::is_stop_recorded(home) {
-        // Told meanwhile, by one who could not know of us yet.
+        // Who stops the home records it first and then looks who is there; either it sees us, or we see the record.
         role::take_leave(home, Role::Spm, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }

@@ -25,10 +25,13 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
         let last = gateway.last_heartbeat.as_ref().map(|at| format!(", last heartbeat {at}")).unwrap_or_default();
         let connection = match (&gateway.connected, &gateway.last_error) {
             (true, _) => format!("connected{last}"),
-            (false, Some(error)) => format!("not connected{last}: {error}"),
+            (false, Some(_)) => format!("not connected{last}"),
             (false, None) => "no heartbeat yet".to_owned(),
         };
         println!("  gateway   {endpoint}, {connection}; generation {}", status.generation);
+        if let (false, Some(error)) = (gateway.connected, &gateway.last_error) {
+            println!("            {error}");
+        }
     }
     for problem in &status.problems {
         println!("  problem   {problem}");

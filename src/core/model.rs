@@ -141,6 +141,7 @@ macro_rules! words {
         pub enum $name { $($(#[$vdoc])* #[serde(rename = $text)] $variant),+ }
 
         impl $name {
+            #[cfg_attr(not(feature = "gateway"), allow(dead_code, reason = "the gateway alone goes through all of some"))]
             pub const ALL: &'static [$name] = &[$($name::$variant),+];
 
             pub fn as_str(self) -> &'static str {

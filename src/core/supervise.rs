@@ -194,20 +194,22 @@ impl Supervisor {
             }
             (Event::Rest, phase) => {
                 self.wanted = false;
-                self.failures = 0;
+                self.forget();
                 match phase {
                     Phase::Up { pid, .. } => Some(self.stop(Some(pid))),
-                    Phase::Waiting { .. } | Phase::Down { .. } => {
-                        self.phase = Phase::Down { done: false };
-                        None
-                    }
+                    // Its main process is dead; what that started may not be.
+                    Phase::Waiting { .. } | Phase::Down { done: true } => Some(self.stop(None)),
+                    Phase::Down { done: false } => None,
                     // A start under way is stopped when it is known what to stop.
                     Phase::Starting | Phase::Stopping { .. } => None,
                 }
             }
-            (Event::Again, Phase::Up { pid, .. }) => Some(self.stop(Some(pid))),
+            (Event::Again, Phase::Up { pid, .. }) => {
+                self.forget();
+                Some(self.stop(Some(pid)))
+            }
             (Event::Again, Phase::Waiting { .. } | Phase::Down { .. }) if self.wanted => {
-                self.failures = 0;
+                self.forget();
                 Some(self.start())
             }
             (Event::Started { pid }, Phase::Starting) => {
@@ -244,6 +246,13 @@ impl Supervisor {
         }
     }
 
+    /// What comes next was asked for: another release, perhaps, for which the troubles of the last one count nothing.
+    fn forget(&mut self) {
+        self.failures = 0;
+        self.restarts = 0;
+        self.last_error = None;
+    }
+
     fn start(&mut self) -> Action {
         self.phase = Phase::Starting;
         Action::Start
@@ -257,8 +266,8 @@ impl Supervisor {
     /// One failure more: at once the first time, later and later from then on.
     fn fail(&mut self, now: Instant, jitter: f64) -> Option<Action> {
         if !self.wanted {
-            self.phase = Phase::Down { done: false };
-            return None;
+            // A start that failed may have started something all the same.
+            return Some(self.stop(None));
         }
         self.failures = self.failures.saturating_add(1);
         self.restarts = self.restarts.saturating_add(1);
@@ -341,8 +350,11 @@ mod tests {
         waiting.step(exited(), now, 0.0);
         waiting.step(Event::StartFailed { why: "x".into() }, now, 0.0);
         assert_eq!(waiting.state(), AgentState::Backoff);
-        assert_eq!(waiting.step(Event::Rest, now, 0.0), None);
+        // Its main process is dead; what that left behind is ended.
+        assert_eq!(waiting.step(Event::Rest, now, 0.0), Some(Action::Stop));
+        assert_eq!(waiting.step(Event::Stopped, now, 0.0), None);
         assert_eq!(waiting.state(), AgentState::Stopped);
+        assert_eq!(waiting.step(Event::Rest, now, 0.0), None);
         assert_eq!(waiting.deadline(), None);
     }
 
@@ -353,6 +365,19 @@ mod tests {
         assert_eq!(supervisor.step(Event::Again, now, 0.0), Some(Action::Stop));
         assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start));
         assert_eq!(supervisor.restarts(), 0);
+    }
+
+    #[test]
+    fn the_troubles_of_before_are_forgotten_by_a_start_that_was_asked_for() {
+        let now = Instant::now();
+        for word in [Event::Rest, Event::Again] {
+            let mut supervisor = running(Policy::default(), now);
+            supervisor.step(exited(), now, 0.0);
+            supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+            assert_eq!((supervisor.restarts(), supervisor.last_error()), (1, Some("exited with 1")));
+            supervisor.step(word, now, 0.0);
+            assert_eq!((supervisor.restarts(), supervisor.last_error()), (0, None));
+        }
     }
 
     #[test]

@@ -149,8 +149,9 @@ pub fn state(home: &Home, role: Role) -> Result<UnitState> {
     let properties = "--property=LoadState,ActiveState,SubState,Result,MainPID,UnitFileState,Job";
     let (mut state, job) = parse_show(&ask(&["show", properties, &format!("{unit}.service")])?);
     if let Some(id) = job {
-        // The job may end between the two questions: then there is none.
-        state.job = ask(&["show", "--property=JobType", &id]).ok().and_then(|shown| property(&shown, "JobType"));
+        // Where the job ended between the two questions, the rest of the answer is outdated: something was at work then.
+        let kind = ask(&["show", "--property=JobType", &id]).ok().and_then(|shown| property(&shown, "JobType"));
+        state.job = Some(kind.unwrap_or_else(|| "ended".to_owned()));
     }
     Ok(state)
 }

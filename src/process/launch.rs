@@ -149,6 +149,9 @@ impl Start {
             .env("AOPS_AGENT_VERSION", self.version.as_str())
             .env("AOPS_AGENT_ID", self.agent_id.as_str())
             .env("AOPS_ENDPOINT", &self.endpoint);
+        if self.head().kill_mode == KillMode::Process {
+            command.env(platform::MAIN_ONLY, "process");
+        }
         Ok(command)
     }
 }
@@ -196,5 +199,5 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(tokio::
     let pid = child.id().context("the child has no pid")?;
     platform::launched(&launch, pid)?;
     let start_time = platform::start_time(pid).unwrap_or_default();
-    Ok((child, Record { head, pid, start_time }))
+    Ok((child, Record { head, pid, start_time, ended: None }))
 }

@@ -48,6 +48,18 @@ pub struct Record {
     pub pid: u32,
     /// As the platform counts it; with the pid it names a process for good, within one boot.
     pub start_time: u64,
+    /// Its end, where a manager saw and reported it and did not start the sub-agent again at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Ended>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ended {
+    /// `None`: its exit status is not known.
+    pub success: Option<bool>,
+    pub how: String,
 }
 
 impl Head {
@@ -129,6 +141,6 @@ mod tests {
         let mut text = head.text_before_pid().unwrap();
         text.extend_from_slice(b"12,\"startTime\":34}\n");
         let record: Record = serde_json::from_slice(&text).unwrap();
-        assert_eq!(record, Record { head, pid: 12, start_time: 34 });
+        assert_eq!(record, Record { head, pid: 12, start_time: 34, ended: None });
     }
 }

@@ -21,6 +21,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// After `control start` its process must be there by then.
 const APPEARS: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(50);
+/// An ended process's remains are gone after this, where somebody clears them away.
+const REMAINS: Duration = Duration::from_secs(2);
 
 /// What `control status` said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +44,7 @@ pub async fn start(start: &Start) -> Result<Record> {
     let deadline = Instant::now() + APPEARS;
     loop {
         if let Some(process) = find(start).await {
-            let record = Record { head: start.head(), pid: process.pid, start_time: process.start_time };
+            let record = Record { head: start.head(), pid: process.pid, start_time: process.start_time, ended: None };
             if let Err(error) = record.save(&start.home) {
                 tracing::warn!(agent = %start.name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
             }
@@ -53,6 +55,20 @@ pub async fn start(start: &Start) -> Result<Record> {
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Waits until the remains of the last process are gone: such scripts look for it by `kill -0`, which finds them, and start nothing. Where
+/// nobody clears them away, the script is told to stop, so that it forgets it.
+pub async fn forget(home: &Home, last: Record) -> Result<()> {
+    let deadline = Instant::now() + REMAINS;
+    while platform::remains(last.pid) {
+        if Instant::now() >= deadline {
+            let home = home.clone();
+            return Ok(tokio::task::spawn_blocking(move || stop(&home, &last)).await?);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
 }
 
 /// The main process: the one that `control pid` names, if it bears the mark, else the oldest that does.

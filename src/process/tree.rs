@@ -1,6 +1,7 @@
 //! Ends sub-agents with all that they started: the stop signal to every process of the tree, the grace period, then the kill.
 //!
-//! A process belongs to a sub-agent when it carries its mark or lives in the session that its recorded process leads.
+//! A process belongs to a sub-agent when it carries its mark or lives in the session that its recorded process leads. Where the main
+//! process alone is ours, whatever else carries the mark is somebody else's.
 
 use std::time::{Duration, Instant};
 
@@ -13,8 +14,9 @@ use crate::core::model::AgentName;
 use crate::home::Home;
 use crate::platform::{self, Seen};
 
-/// Between two looks at what is left.
-const LOOK: Duration = Duration::from_millis(20);
+/// Between two looks at what is left: at first, and doubled up to the last. Each look reads all of /proc.
+const FIRST_LOOK: Duration = Duration::from_millis(10);
+const LAST_LOOK: Duration = Duration::from_millis(250);
 /// After the kill nothing may be left for longer.
 const AFTER_KILL: Duration = Duration::from_secs(5);
 /// For what runs under a mark alone, without a record that says more.
@@ -63,7 +65,25 @@ impl Target {
 
 /// The live processes of a sub-agent, oldest first.
 pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
-    members_among(&platform::processes(home.root()), target)
+    members_among(&processes(home), target)
+}
+
+/// Every process of the host; no mark is left on those that a sub-agent started for somebody else.
+fn processes(home: &Home) -> Vec<Seen> {
+    let mut processes = platform::processes(home.root());
+    for process in &mut processes {
+        if process.mark.as_ref().is_some_and(|mark| mark.main_only && !is_main(home, process, &mark.name)) {
+            process.mark = None;
+        }
+    }
+    processes
+}
+
+/// Whether a marked process is the one that we started: it leads a session, and what it runs lies in a release of the sub-agent.
+pub fn is_main(home: &Home, process: &Seen, name: &str) -> bool {
+    let releases = home.agents().join(name);
+    process.session == process.pid
+        && platform::first_words(process.pid, 2).iter().any(|word| word.starts_with(&releases))
 }
 
 fn members_among(processes: &[Seen], target: &Target) -> Vec<Seen> {
@@ -87,18 +107,21 @@ fn members_among(processes: &[Seen], target: &Target) -> Vec<Seen> {
 
 /// Ends the targets, all at the same time, and returns when nothing of any of them is left. Blocks.
 pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
-    for target in targets {
-        if let Some(record) = &target.record
-            && record.head.kind == Kind::Script
-            && target.signal != StopSignal::Kill
-        {
-            script::stop(home, record);
+    std::thread::scope(|scope| {
+        for target in targets {
+            if let Some(record) = &target.record
+                && record.head.kind == Kind::Script
+                && target.signal != StopSignal::Kill
+            {
+                scope.spawn(|| script::stop(home, record));
+            }
         }
-    }
+    });
     let began = Instant::now();
     let mut told: Vec<(u32, u64)> = vec![];
+    let mut pause = FIRST_LOOK;
     loop {
-        let processes = platform::processes(home.root());
+        let processes = processes(home);
         let mut left = vec![];
         for target in targets {
             let spent = began.elapsed();
@@ -124,7 +147,9 @@ pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
                 target.name
             );
         }
-        platform::pause(LOOK);
+        let until_kill = left.iter().map(|(target, _, _)| target.grace.saturating_sub(began.elapsed())).min();
+        platform::pause(pause.min(until_kill.unwrap_or_default()).max(FIRST_LOOK));
+        pause = (pause * 2).min(LAST_LOOK);
     }
 }
 
@@ -132,7 +157,7 @@ pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
 pub fn all(home: &Home) -> Vec<Target> {
     let mut targets: Vec<Target> =
         record::all(home).into_iter().map(|record| Target::of(&record.head.name.clone(), Some(record))).collect();
-    for process in platform::processes(home.root()) {
+    for process in processes(home) {
         let Some(name) = process.mark.and_then(|mark| mark.name.parse::<AgentName>().ok()) else { continue };
         if !targets.iter().any(|target| target.name == name) {
             targets.push(Target::of(&name, None));
@@ -175,13 +200,13 @@ mod tests {
             kill_mode,
             boot_id: platform::boot_id(),
         };
-        Target::of(&"a".parse().unwrap(), Some(Record { head, pid, start_time }))
+        Target::of(&"a".parse().unwrap(), Some(Record { head, pid, start_time, ended: None }))
     }
 
     #[test]
     fn a_tree_is_its_session_and_whoever_bears_the_mark() {
         let mut stray = seen(90, 30, 90);
-        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into() });
+        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false });
         let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray];
         let pids = |target| members_among(&all, &target).iter().map(|p| p.pid).collect::<Vec<_>>();
         assert_eq!(pids(target(50, 10, KillMode::Tree)), [50, 51, 90]);

@@ -78,7 +78,7 @@ pub fn install(options: &InstallOptions, surroundings: &Surroundings) -> Result<
         Err(error) => return wrong_usage(error),
     };
     let outcome = Site::open(&home).at(Step::Check).and_then(|mut site| {
-        recover(&home, &surroundings.executable).at(Step::Check)?;
+        recover(&home, &surroundings.executable).and_then(|()| site.note()).at(Step::Check)?;
         let plan = check::plan(options, surroundings, &home, &product).at(Step::Check)?;
         let fetched = fetch::fetch(&plan, &site).at(Step::Fetch)?;
         replace(&plan, &fetched, &mut site)?;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{LOCK, WORK, leftovers, progress};
+use super::{LOCK, MADE, WORK, leftovers, progress};
 use crate::command;
 use crate::config::import::{OLD_AGENT_IDS, OLD_CONFIG};
 use crate::home::Home;
@@ -23,6 +23,10 @@ const CONTROL: Duration = Duration::from_secs(60);
 /// Whether what stands in the home is an installation of the old system. `exists` says whether it is one of ours.
 pub(super) fn is_old(home: &Home) -> bool {
     let file = |name: &str| home.root().join(name).symlink_metadata().is_ok_and(|metadata| metadata.is_file());
+    if file(&format!("{WORK}/{MADE}")) {
+        // An installation of ours was killed at work where nothing stood.
+        return false;
+    }
     file(OLD_CONFIG) || OLD_AGENT_IDS.iter().any(|name| file(name)) || has_control(home)
 }
 

@@ -9,14 +9,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{LOCK, WORK, old};
+use super::{LOCK, MADE, WORK, old};
 use crate::home::Home;
 use crate::installation;
 use crate::lock::{self, Held};
 use crate::{platform, store};
-
-/// The note of what is made, in the directory for what is needed meanwhile.
-const MADE: &str = "made.json";
 
 /// A holder that has just died may be seen a moment longer.
 const LOCK_DEADLINE: Duration = Duration::from_secs(1);
@@ -42,45 +39,40 @@ impl Site {
         if site.lock.is_none() {
             bail!("another installation is at work there; wait until it has ended");
         }
-        let interrupted = site.interrupted()?;
         site.sweep()?;
         site.make(&site.work(), 0o700)?;
-        site.note(interrupted)?;
         Ok(site)
     }
 
-    /// What an installation that was killed before it was whole had made, or was about to.
-    fn interrupted(&self) -> Result<Option<Vec<PathBuf>>> {
-        let another = installation::exists(&self.home) || old::is_old(&self.home) || old::is_any_aside(&self.home);
-        if another { Ok(None) } else { store::load(&self.work().join(MADE)) }
-    }
-
-    /// Notes what is made here, also what will be, for the one that comes after a kill. What an interrupted one noted is ours now.
-    fn note(&mut self, interrupted: Option<Vec<PathBuf>>) -> Result<()> {
-        let noted = match interrupted {
+    /// Where nothing stands, notes what is made here, also what will be, for the one that comes after a kill; what an interrupted one noted
+    /// is ours now.
+    pub(super) fn note(&mut self) -> Result<()> {
+        if installation::exists(&self.home) || old::is_old(&self.home) || old::is_any_aside(&self.home) {
+            return store::remove(&self.work().join(MADE));
+        }
+        match store::load::<Vec<PathBuf>>(&self.work().join(MADE))? {
             Some(interrupted) => {
                 self.resumes = true;
-                let own = self.created.drain(..).filter(|path| !interrupted.contains(path)).collect::<Vec<_>>();
-                self.created = interrupted;
-                self.created.extend(own);
-                self.created.clone()
+                let own = self.created.split_off(0).into_iter().filter(|path| !interrupted.contains(path));
+                self.created = interrupted.iter().cloned().chain(own).collect();
+                Ok(())
             }
             None => {
                 let to_be = self.home.directories().into_iter().map(|(path, _)| path);
                 let missing = to_be.filter(|path| path.symlink_metadata().is_err());
-                self.created.iter().cloned().chain(missing).collect()
+                let noted: Vec<PathBuf> = self.created.iter().cloned().chain(missing).collect();
+                store::save(&self.work().join(MADE), &noted)
             }
-        };
-        store::save(&self.work().join(MADE), &noted)
+        }
     }
 
-    /// Removes what an installation that was killed left in its directory, but for what it had set aside.
+    /// Removes what an installation that was killed left in its directory, but for what it had set aside and its note.
     fn sweep(&self) -> Result<()> {
         let work = self.work();
         let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
         for entry in entries {
             let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
-            if old::is_aside(&self.home, &path) {
+            if old::is_aside(&self.home, &path) || path == work.join(MADE) {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }

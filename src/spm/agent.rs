@@ -51,6 +51,8 @@ pub(super) struct Agent {
     pub(super) record: Option<Record>,
     /// What keeps it from being what it should, besides its exits.
     pub(super) error: Option<String>,
+    /// Which of the gateway's variables it was started without, as a sentence.
+    pub(super) refused_env: Option<String>,
 }
 
 impl Agent {
@@ -70,6 +72,7 @@ impl Agent {
             serial: 0,
             record: None,
             error: None,
+            refused_env: None,
         }
     }
 
@@ -158,7 +161,8 @@ impl Agent {
     }
 
     fn last_error(&self) -> Option<String> {
-        self.error.clone().or_else(|| self.supervisor.last_error().map(str::to_owned))
+        let exits = || self.supervisor.last_error().map(str::to_owned);
+        self.error.clone().or_else(|| self.refused_env.clone()).or_else(exits)
     }
 
     pub(super) fn report(&self) -> AgentReport {

@@ -34,6 +34,8 @@ use crate::store;
 
 /// Logs, watchdog and journal are looked after so often.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
+/// Housekeeping that comes so late was held up by a stop of this process or of the machine.
+const NOT_SCHEDULED: Duration = Duration::from_secs(10);
 /// A host that booted so recently comes back together with many others.
 const JUST_BOOTED: Duration = Duration::from_secs(300);
 /// What a gateway may ask for, as an operator may.
@@ -200,7 +202,9 @@ impl Manager {
     fn deadline(&self) -> Instant {
         let now = Instant::now();
         let agents = self.agents.values().filter_map(|agent| agent.deadline(now));
-        let fixed = [self.next_heartbeat, Some(self.next_housekeeping), Some(self.peer.deadline())];
+        // While the home stops, the watchdog is nobody's concern.
+        let peer = self.stopping.is_none().then(|| self.peer.deadline());
+        let fixed = [self.next_heartbeat, Some(self.next_housekeeping), peer];
         fixed.into_iter().flatten().chain(agents).min().unwrap_or(now)
     }
 
@@ -214,6 +218,10 @@ impl Manager {
             .collect();
         for name in due {
             self.feed(&name, Event::Tick, now);
+        }
+        if now >= self.next_housekeeping + NOT_SCHEDULED {
+            tracing::warn!("the manager did not run for a while; what it missed meanwhile counts against nobody");
+            self.peer.ping(now);
         }
         if now >= self.peer.deadline() && self.stopping.is_none() {
             self.peer.look(&self.home, now);

@@ -10,6 +10,8 @@ use crate::role::{self, Role};
 
 /// A watchdog that was just started, or was there before us, connects within this.
 const CONNECTS: Duration = Duration::from_secs(2);
+/// A watchdog that died is started after this: who renews both roles ends the manager within it, and starts one of each.
+const MOMENT: Duration = Duration::from_millis(500);
 /// The service manager gets so long before we ask it, and once more before we start the watchdog ourselves.
 const SERVICE_MANAGERS_TURN: Duration = Duration::from_secs(10);
 /// A watchdog pings every 15 s; one that has been silent for so long is hung.
@@ -79,7 +81,8 @@ impl Peer {
         let turn = if self.supervised { SERVICE_MANAGERS_TURN } else { CONNECTS };
         match tried {
             // Nobody else starts it.
-            0 if !self.supervised && (self.failures > 0 || !self.was_there) => super::revival_pause(self.failures),
+            0 if !self.supervised && self.failures > 0 => super::revival_pause(self.failures).max(MOMENT),
+            0 if !self.supervised && !self.was_there => Duration::ZERO,
             0 => turn,
             _ => turn + super::revival_pause(self.failures + tried),
         }

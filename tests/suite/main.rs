@@ -9,5 +9,8 @@ mod install_systemd;
 mod joining;
 mod protocol;
 mod refusals;
+mod roles;
+mod roles_systemd;
+mod sub_agents;
 #[path = "../support/mod.rs"]
 mod support;

@@ -460,6 +460,11 @@ fn a_full_disk_is_told_and_what_runs_goes_on() {
     });
     container.run(&[BOOTSTRAP, "install"]).expect_code(0);
     inside::wait_for_status(&container, "both roles", runs);
+    // Nor does it keep anybody from leaving.
+    done(&container, "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true");
+    container.run(&["/opt/aops/control", "uninstall", "--yes"]).expect_code(0);
+    assert_eq!(inside::processes_of_aops(&container), []);
+    assert_eq!(done(&container, "ls -A /opt/aops").stdout, "");
 }
 
 #[test]

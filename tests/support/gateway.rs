@@ -36,6 +36,24 @@ impl Gateway {
         gateway
     }
 
+    /// One that offers a manager, version 1.0.0, and these packages, and wants these sub-agents: name, version, further lines.
+    #[track_caller]
+    pub fn with(packages: &[&Package], wanted: &[(&str, &str, &str)]) -> Gateway {
+        let mut gateway = Gateway::stopped();
+        gateway.publish_self("1.0.0");
+        packages.iter().for_each(|package| gateway.publish(package));
+        gateway.want(wanted);
+        gateway.run();
+        gateway
+    }
+
+    /// Wants exactly these sub-agents from now on: name, version, further lines of `fleet.toml`. Hosts report every second.
+    pub fn want(&self, wanted: &[(&str, &str, &str)]) {
+        let tables =
+            wanted.iter().map(|(name, version, more)| format!("[agents.{name}]\nversion = {version:?}\n{more}\n"));
+        self.fleet(&format!("heartbeatInterval = \"1s\"\n{}", tables.collect::<String>()));
+    }
+
     /// One that is set up and does not run yet.
     pub fn stopped() -> Gateway {
         let directory = tempfile::Builder::new().prefix("aops-gateway-").tempdir().expect("a temporary directory");
@@ -87,6 +105,14 @@ impl Gateway {
             let _ = child.kill();
             command::wait(&mut child, END).expect("a killed gateway ends");
         }
+    }
+
+    /// Asks it to end, as a service manager does, and gives its exit code.
+    #[track_caller]
+    pub fn terminate(&mut self) -> i32 {
+        let mut child = self.running.take().expect("the gateway does not run");
+        super::processes::signal(child.id(), rustix::process::Signal::TERM);
+        command::wait(&mut child, END + END).expect("a gateway that is asked to end does so")
     }
 
     /// Publishes a package. A gateway that runs already offers it some moments later: publish first, or wait for what follows.
@@ -142,7 +168,8 @@ impl Gateway {
         self.path("gateway.log")
     }
 
-    fn command(&self, subcommand: &[&str], arguments: &[&str]) -> Output {
+    /// `aops gateway` with this subcommand, for this gateway's directory.
+    pub fn command(&self, subcommand: &[&str], arguments: &[&str]) -> Output {
         command::run(&mut self.aops(subcommand, arguments), LIMIT)
     }
 

@@ -81,8 +81,19 @@ fn command(pid: u32) -> String {
     words(pid, "cmdline").join(" ")
 }
 
-fn environment(pid: u32) -> Vec<String> {
+/// The environment that a process was started with, `NAME=value` each.
+pub fn environment(pid: u32) -> Vec<String> {
     words(pid, "environ")
+}
+
+/// The living processes that bear a sub-agent's mark.
+pub fn marked(home: &Path, name: &str) -> Vec<u32> {
+    let marks = [format!("AOPS_HOME={}", home.display()), format!("AOPS_AGENT_NAME={name}")];
+    let bears = |pid: u32| {
+        let environment = environment(pid);
+        marks.iter().all(|mark| environment.contains(mark))
+    };
+    of_home(home).into_iter().map(|process| process.pid).filter(|pid| bears(*pid)).collect()
 }
 
 fn words(pid: u32, file: &str) -> Vec<String> {

@@ -1,3 +1,5 @@
+//! Facts about publishing: what is packed, signed, kept and refused.
+
 use crate::package::trailer;
 use clap::Parser;
 

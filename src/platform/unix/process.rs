@@ -1,6 +1,6 @@
 //! Processes: who is there, who belongs together, how one begins and how its end is seen.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
@@ -23,6 +23,8 @@ use crate::platform::Launch;
 const POLL: Duration = Duration::from_millis(250);
 /// An environment is read up to here: the mark is among the first.
 const ENVIRON_LIMIT: u64 = 256 << 10;
+/// So is a command line, of which the first words count.
+const COMMAND_LIMIT: u64 = 64 << 10;
 
 /// One process as it was seen. Zombies are not seen: they run nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +41,8 @@ pub struct Seen {
 pub struct Mark {
     pub name: String,
     pub version: String,
+    /// Of its processes only the main one is ours.
+    pub main_only: bool,
 }
 
 /// When a live process started, in clock ticks since boot; `None`: there is none of that number, or only its remains.
@@ -52,10 +56,21 @@ struct Stat {
 }
 
 fn stat(pid: u32) -> Option<Stat> {
+    parse_stat(&stat_text(pid)?)
+}
+
+fn stat_text(pid: u32) -> Option<Vec<u8>> {
     let mut buffer = [0; 1024];
     let mut file = File::open(format!("/proc/{pid}/stat")).ok()?;
     let length = file.read(&mut buffer).ok()?;
-    parse_stat(&buffer[..length])
+    Some(buffer[..length].to_vec())
+}
+
+/// Whether a process has ended and its parent has not taken note of that yet: `kill -0` still finds it.
+pub fn remains(pid: u32) -> bool {
+    let Some(text) = stat_text(pid) else { return false };
+    let behind = text.iter().rposition(|byte| *byte == b')').map(|at| &text[at + 1..]);
+    behind.is_some_and(|rest| rest.trim_ascii_start().starts_with(b"Z"))
 }
 
 /// Fields of `/proc/PID/stat` (proc(5)), counted behind the last `)`: the name before it may hold anything.
@@ -107,6 +122,17 @@ pub fn executable_of(pid: u32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe")).ok()
 }
 
+/// The first words of a process's command line: of a script the interpreter and the script.
+pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
+    let mut text = vec![];
+    let read =
+        File::open(format!("/proc/{pid}/cmdline")).and_then(|file| file.take(COMMAND_LIMIT).read_to_end(&mut text));
+    match read {
+        Ok(_) => text.split(|byte| *byte == 0).take(count).map(|word| OsStr::from_bytes(word).into()).collect(),
+        Err(_) => vec![],
+    }
+}
+
 /// Every process of the host that we can see, with the marks of those that belong to the home.
 pub fn processes(home: &Path) -> Vec<Seen> {
     let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
@@ -128,7 +154,11 @@ fn mark(pid: u32, home: &Path) -> Option<Mark> {
         return None;
     }
     let text = |key: &[u8]| Some(String::from_utf8_lossy(find(key)?).into_owned());
-    Some(Mark { name: text(b"AOPS_AGENT_NAME=")?, version: text(b"AOPS_AGENT_VERSION=").unwrap_or_default() })
+    Some(Mark {
+        name: text(b"AOPS_AGENT_NAME=")?,
+        version: text(b"AOPS_AGENT_VERSION=").unwrap_or_default(),
+        main_only: find(crate::platform::MAIN_ONLY.as_bytes()) == Some(b"=process"),
+    })
 }
 
 /// Sends a signal to the very process meant: nothing happens to another that has its number now. `false`: it is gone.

@@ -44,6 +44,8 @@ pub struct Seen {
 pub struct Mark {
     pub name: String,
     pub version: String,
+    /// Of its processes only the main one is ours.
+    pub main_only: bool,
 }
 
 fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
@@ -123,6 +125,16 @@ pub fn executable_of(pid: u32) -> Option<PathBuf> {
     // SAFETY: the handle is open, and the buffer has the length that is told.
     let done = unsafe { QueryFullProcessImageNameW(raw(&process), 0, text.as_mut_ptr(), &mut length) };
     (done != 0).then(|| std::ffi::OsString::from_wide(&text[..length as usize]).into())
+}
+
+/// Whether an ended process can still be found by its number: nobody here asks by number alone.
+pub fn remains(_pid: u32) -> bool {
+    false
+}
+
+/// The first words of a process's command line: of another's no more than the executable is known.
+pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
+    executable_of(pid).into_iter().take(count).collect()
 }
 
 struct Entry {
@@ -243,7 +255,7 @@ pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
 pub fn launched(launch: &Launch, pid: u32) -> io::Result<()> {
     let mut text = launch.head.clone();
     text.extend_from_slice(format!("{pid},\"startTime\":{}}}\n", start_time(pid).unwrap_or_default()).as_bytes());
-    crate::store::replace(&launch.record, &text, crate::store::Access::Private).map_err(io::Error::other)
+    super::replace_file(&launch.record, &text)
 }
 
 /// Makes a command outlive us and our console.

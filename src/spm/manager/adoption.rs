@@ -8,7 +8,8 @@ use crate::core::desired::Run;
 use crate::core::model::{AgentName, Version};
 use crate::core::supervise::Event;
 use crate::platform;
-use crate::process::record::{self, Record};
+use crate::process::launch::Program;
+use crate::process::record::{self, Ended, Record};
 use crate::process::{launch, tree};
 use crate::spm::agent::Agent;
 use crate::spm::journal::About;
@@ -34,19 +35,16 @@ impl Manager {
             self.agents.insert(name.clone(), agent);
             match target.and_then(|target| target.record.clone()) {
                 Some(record) if record.is_alive() => self.adopt(&name, record),
-                Some(record) => match self.by_mark(&name) {
-                    Some(marked) => self.adopt(&name, marked),
-                    None if record.head.boot_id == platform::boot_id() => {
-                        let about = About { agent: Some(&name), version: Some(&record.head.version) };
-                        self.journal.note("exit", "failed", about, "ended while no manager was watching");
-                    }
-                    None => {}
-                },
-                None => {
-                    if let Some(marked) = self.by_mark(&name) {
+                record => match (self.by_mark(&name), record) {
+                    (Some(marked), _) => {
+                        if let Err(error) = marked.save(&self.home) {
+                            tracing::warn!(agent = %name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
+                        }
                         self.adopt(&name, marked);
                     }
-                }
+                    (None, Some(record)) if record.head.boot_id == platform::boot_id() => self.bury(&name, record),
+                    (None, _) => {}
+                },
             }
         }
         // What runs under our mark and belongs to nothing that is installed has no business here any more. Where it cannot be told what
@@ -59,20 +57,55 @@ impl Manager {
         }
     }
 
-    /// A record for a process that has none: by its mark. Of a native sub-agent the oldest, which every other of its tree descends from.
-    pub(super) fn by_mark(&self, name: &AgentName) -> Option<Record> {
+    /// A record for a process that has none: by its mark. Of a native sub-agent it leads its session, as we start it; what a dead one
+    /// left behind does not.
+    fn by_mark(&self, name: &AgentName) -> Option<Record> {
         let agent = self.agents.get(name)?;
+        let native = matches!(agent.program, Some(Program::Native(_)));
         let members = tree::members(&self.home, &tree::Target::of(name, None));
-        let process = members.first()?;
+        let process = members.iter().find(|process| !native || process.session == process.pid)?;
         let version: Version = process.mark.as_ref()?.version.parse().ok()?;
         if agent.active.as_ref() != Some(&version) {
             return None;
         }
         let start = self.start_of(agent)?;
-        Some(Record { head: start.head(), pid: process.pid, start_time: process.start_time })
+        Some(Record { head: start.head(), pid: process.pid, start_time: process.start_time, ended: None })
     }
 
-    pub(super) fn adopt(&mut self, name: &AgentName, record: Record) {
+    /// Takes in that a process of this boot has ended, whether or not a manager saw it: its restart policy says what follows.
+    fn bury(&mut self, name: &AgentName, record: Record) {
+        let now = Instant::now();
+        let about = About { agent: Some(name), version: Some(&record.head.version) };
+        let ended = record.ended.clone().unwrap_or_else(|| {
+            let how = "ended while no manager was watching".to_owned();
+            self.journal.note("exit", "failed", about, how.as_str());
+            Ended { success: None, how }
+        });
+        let order = self.desired.agents.get(name);
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        agent.serial += 1;
+        agent.supervisor.adopt(record.pid, now);
+        match order {
+            Some(order)
+                if order.run == Run::Start
+                    && agent.active.as_ref() == Some(&order.version)
+                    && record.head.version == order.version =>
+            {
+                agent.run = Run::Start;
+                agent.env = Some(order.env.clone());
+                agent.record = Some(record);
+                agent.supervisor.step(Event::Run, now, 0.0);
+                self.feed(name, Event::Exited { success: ended.success, how: ended.how }, now);
+            }
+            // What it left behind is ended; the first plan says the rest.
+            _ => {
+                agent.record = Some(record);
+                self.feed(name, Event::Rest, now);
+            }
+        }
+    }
+
+    fn adopt(&mut self, name: &AgentName, record: Record) {
         let env = self.desired.agents.get(name).map(|order| order.env.clone());
         let Some(agent) = self.agents.get_mut(name) else { return };
         let since =

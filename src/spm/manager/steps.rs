@@ -10,7 +10,8 @@ use crate::core::desired::Run;
 use crate::core::model::{AgentName, Version};
 use crate::core::reconcile::{self, Step};
 use crate::core::supervise::{Action, Event};
-use crate::process::launch::Start;
+use crate::process::launch::{Start, env_hash};
+use crate::process::record::Ended;
 use crate::process::{log, record, tree};
 use crate::spm::agent::{Agent, Busy};
 use crate::spm::journal::About;
@@ -150,7 +151,8 @@ impl Manager {
         }
         agent.run = run;
         agent.env = Some(env);
-        if run == Run::Start {
+        // A stop may have come while the old release was being ended.
+        if run == Run::Start && self.stopping.is_none() {
             self.feed(name, Event::Run, now);
         }
     }
@@ -204,14 +206,13 @@ impl Manager {
         match start {
             Some(start) => {
                 let refused = start.refused_env();
-                if !refused.is_empty() {
-                    let text =
-                        format!("the gateway may not set {}; its package would have to allow it", refused.join(", "));
-                    if agent.error.as_ref() != Some(&text) {
-                        self.journal.note("env", "refused", About { agent: Some(name), version: None }, text.as_str());
-                    }
-                    agent.error = Some(text);
+                let refused = (!refused.is_empty()).then(|| {
+                    format!("the gateway may not set {}; its package would have to allow it", refused.join(", "))
+                });
+                if let Some(text) = refused.as_ref().filter(|_| agent.refused_env != refused) {
+                    self.journal.note("env", "refused", About { agent: Some(name), version: None }, text.as_str());
                 }
+                agent.refused_env = refused;
                 run::start(&self.inputs, agent.serial, start);
             }
             None => {
@@ -234,10 +235,16 @@ impl Manager {
                 let about = About { agent: Some(&name), version: version.as_ref() };
                 let outcome = if success == Some(true) { "ok" } else { "failed" };
                 self.journal.note("exit", outcome, about, how.as_str());
+                let ended = Ended { success, how: how.clone() };
                 self.feed(&name, Event::Exited { success, how }, now);
+                self.remember_end(&name, ended);
             }
             Input::Moved { name, serial, record } => {
                 let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.serial == serial) else { return };
+                if agent.supervisor.up_since().is_none() {
+                    // It is being stopped, with all that bears its mark.
+                    return;
+                }
                 agent.supervisor.adopt(record.pid, now);
                 if let Err(error) = record.save(&self.home) {
                     tracing::warn!(
@@ -260,10 +267,22 @@ impl Manager {
                 self.finish_stop_if_down();
             }
             Input::Staged { name, version, result } => {
-                let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.staging.as_ref() == Some(&version))
-                else {
+                let Some(agent) = self.agents.get_mut(&name) else {
+                    // It was removed meanwhile.
+                    if let Err(error) = package::discard(&self.home.release(&name, &version))
+                        .and_then(|()| store::remove_tree(&self.home.agent(&name)))
+                    {
+                        tracing::warn!(agent = %name, error = format!("{error:#}"), "a release that nobody wants any more cannot be removed");
+                    }
                     return;
                 };
+                if agent.staging.as_ref() != Some(&version) {
+                    // Another is wanted meanwhile; the next plan discards this one.
+                    if result.is_ok() {
+                        agent.releases.insert(version);
+                    }
+                    return;
+                }
                 agent.staging = None;
                 let about = About { agent: Some(&name), version: Some(&version) };
                 match result {
@@ -285,6 +304,17 @@ impl Manager {
         }
     }
 
+    /// Puts an end that is not followed by a start at once into the record: the next manager must not take it for one that nobody saw.
+    fn remember_end(&mut self, name: &AgentName, ended: Ended) {
+        let Some(agent) = self.agents.get_mut(name).filter(|agent| agent.supervisor.is_down()) else { return };
+        let Some(record) = &mut agent.record else { return };
+        record.ended = Some(ended);
+        record.head.restarts = agent.supervisor.restarts();
+        if let Err(error) = record.save(&self.home) {
+            tracing::warn!(agent = %name, error = format!("{error:#}"), "a process record cannot be written");
+        }
+    }
+
     pub(super) fn launched(
         &mut self,
         name: &AgentName,
@@ -300,6 +330,15 @@ impl Manager {
                 agent.record = Some(record.clone());
                 run::watch(&self.inputs, serial, *running);
                 self.feed(name, Event::Started { pid: record.pid }, now);
+                if self
+                    .agents
+                    .get(name)
+                    .and_then(|agent| agent.env.as_ref())
+                    .is_some_and(|env| env_hash(env) != record.head.env_hash)
+                {
+                    tracing::info!(agent = %name, "the environment changed during the start; the sub-agent is restarted");
+                    self.feed(name, Event::Again, now);
+                }
             }
             Err(why) => {
                 let version = agent.active.clone();

@@ -1,0 +1,433 @@
+//! The two roles without a service manager: each revives the other, sub-agents outlive both, a stop is a stop, and there is one of each.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::sub_agents::without_manager;
+use crate::support::command;
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost, agent, pid};
+use crate::support::package::Package;
+use crate::support::processes::{is_alive, marked, signal};
+use crate::support::wait::{try_for, wait_for};
+
+/// What might come back would do so within this: a role revives the other at once, a sub-agent that died is started at once.
+const QUIET: Duration = Duration::from_secs(3);
+/// Three pings of 15 s without an answer, and the one before them.
+const HANG: Duration = Duration::from_secs(120);
+/// For a stop whose roles have to be killed one after the other.
+const HARD_STOP: Duration = Duration::from_secs(60);
+
+const NAMES: [&str; 3] = ["native", "stubborn", "classic"];
+
+/// A gateway that wants three sub-agents: one, one that ignores its stop signal for 3 s, and one of the older kind.
+fn gateway() -> Gateway {
+    let packages = [
+        Package::sleeper("native", "1.0"),
+        Package::script("stubborn", "1.0", "trap '' TERM; while :; do sleep 1; done", "gracePeriod = \"3s\""),
+        Package::control_sleeper("classic", "1.0"),
+    ];
+    Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")))
+}
+
+#[test]
+fn a_killed_manager_is_revived_and_adopts_every_sub_agent() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (spm, spa) = roles(&host);
+    host.kill(spm);
+    let status = host.wait_for_status("the next manager", SOON, |status| {
+        status["spm"]["restarts"] == 1 && status["state"] == "running"
+    });
+    assert_ne!(pid(&status["spm"]["pid"]), Some(spm));
+    assert_eq!(pid(&status["spa"]["pid"]), Some(spa));
+    assert_eq!(status["spa"]["restarts"], 0);
+    assert_eq!(up(&host), before);
+
+    // What is adopted is watched like any other.
+    for name in ["native", "classic"] {
+        host.kill(before[name]);
+        host.wait_for_new_pid(name, before[name]);
+        let status = host.status();
+        assert_eq!(agent(&status, name).expect("it is there")["restarts"], 1, "{status:#}");
+    }
+
+    // One loses its record, one dies, and nobody is there to see it.
+    let before = up(&host);
+    without_manager(&host, || {
+        fs::remove_file(host.home().join("run/agents/native.json")).expect("its record");
+        host.kill(before["stubborn"]);
+    });
+    host.wait_for_new_pid("stubborn", before["stubborn"]);
+    let after = up(&host);
+    assert_eq!((after["native"], after["classic"]), (before["native"], before["classic"]));
+    let status = host.status();
+    assert_eq!(agent(&status, "stubborn").expect("it is there")["restarts"], 1, "{status:#}");
+    wait_for("the gateway to hear of the death", SOON, || {
+        let status = gateway.status();
+        let events = status["hosts"][0]["events"].as_array()?;
+        let told = events.iter().any(|event| {
+            event["agent"] == "stubborn" && event["message"].to_string().contains("while no manager was watching")
+        });
+        told.then_some(())
+    });
+    one_of_each(&host);
+}
+
+#[test]
+fn a_killed_watchdog_is_revived() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (spm, spa) = roles(&host);
+    for restarts in 1..=2 {
+        host.kill(host.role_pid("spa").expect("a watchdog"));
+        host.wait_for_status("the next watchdog", SOON, |status| {
+            status["spa"]["restarts"] == restarts && status["state"] == "running"
+        });
+    }
+    assert_eq!(roles(&host).0, spm);
+    assert_ne!(roles(&host).1, spa);
+    assert_eq!(up(&host), before);
+    // The one that was revived watches.
+    host.kill(spm);
+    host.wait_for_status("the next manager", SOON, |status| status["spm"]["restarts"] == 1);
+    assert_eq!(up(&host), before);
+    one_of_each(&host);
+}
+
+#[test]
+fn after_the_death_of_both_a_start_adopts_and_doubles_nobody() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (spm, spa) = roles(&host);
+    signal(spa, Signal::STOP);
+    host.kill(spm);
+    host.kill(spa);
+    wait_for("the end of both", SOON, || (!is_alive(spm) && !is_alive(spa)).then_some(()));
+    assert_eq!(host.status()["state"], "degraded");
+    // Two operators at once.
+    std::thread::scope(|scope| {
+        let starts = [0, 1].map(|_| scope.spawn(|| host.control(&["start"])));
+        for start in starts {
+            start.join().expect("it does not panic").expect_success();
+        }
+    });
+    assert_eq!(up(&host), before);
+    one_of_each(&host);
+}
+
+#[test]
+fn a_signal_to_end_or_a_restart_renews_the_roles_and_leaves_the_sub_agents() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (mut spm, mut spa) = roles(&host);
+    for (role, number) in [("spm", spm), ("spa", spa)] {
+        signal(number, Signal::TERM);
+        host.wait_for_status(&format!("{role} to be back"), SOON, |status| {
+            pid(&status[role]["pid"]).is_some_and(|new| new != number) && status["state"] == "running"
+        });
+    }
+    for _ in 0..2 {
+        (spm, spa) = roles(&host);
+        let began = Instant::now();
+        host.control(&["restart"]).expect_success();
+        assert!(began.elapsed() < Duration::from_secs(12), "a role had to be killed: {:?}", began.elapsed());
+        let new = roles(&host);
+        assert!(new.0 != spm && new.1 != spa, "{new:?}");
+    }
+    assert_eq!(up(&host), before);
+    let status = host.status();
+    for role in ["spm", "spa"] {
+        assert_eq!(status[role]["restarts"], 0, "nothing died: {status:#}");
+    }
+    for name in NAMES {
+        assert_eq!(agent(&status, name).expect("it is there")["restarts"], 0, "{status:#}");
+    }
+    one_of_each(&host);
+    // One sub-agent alone.
+    host.control(&["restart", "native"]).expect_success();
+    host.wait_for_new_pid("native", before["native"]);
+    host.control(&["restart", "nobody"]).expect_code(1);
+}
+
+#[test]
+fn a_hung_role_is_killed_and_revived_by_the_other() {
+    let gateway = gateway();
+    let hosts = ["spm", "spa"].map(|role| {
+        let host = TestHost::joined(&gateway);
+        let before = up(&host);
+        let hung = host.role_pid(role).expect("it runs");
+        signal(hung, Signal::STOP);
+        (host, role, hung, before)
+    });
+    let output = hosts[0].0.control(&["status", "--json"]).expect_code(0);
+    assert_eq!(output.json()["state"], "degraded", "{output}");
+    for (host, role, hung, before) in &hosts {
+        wait_for(&format!("the hung {role} to be killed"), HANG, || (!is_alive(*hung)).then_some(()));
+        let status = host.wait_for_status(&format!("{role} to be back"), SOON, |status| status["state"] == "running");
+        assert_eq!(status[role]["restarts"], 1, "{status:#}");
+        assert_eq!(&up(host), before);
+        one_of_each(host);
+    }
+}
+
+#[test]
+fn a_stop_stops_everything_and_nothing_comes_back_until_a_start() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    // Under a sub-agent that was just killed and is on its way back.
+    host.kill(before["native"]);
+    host.control(&["stop"]).expect_success();
+    stays_stopped(&host);
+    host.control(&["stop"]).expect_success();
+    // Not even by hand.
+    let mut by_hand = role_by_hand(&host, "aops-spm");
+    assert_eq!(command::wait(&mut by_hand, SOON), Some(100));
+    stays_stopped(&host);
+
+    host.control(&["start"]).expect_success();
+    let after = up(&host);
+    assert!(after.iter().all(|(name, pid)| before[name] != *pid));
+    // Starting what runs leaves it.
+    let old = roles(&host);
+    host.control(&["start"]).expect_success();
+    assert_eq!((roles(&host), up(&host)), (old, after));
+}
+
+#[test]
+fn a_stop_at_the_moment_of_a_revival_is_honoured() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    for n in 0..6 {
+        up(&host);
+        let (spm, spa) = roles(&host);
+        // Both, either, and the moments between: the revival has begun, or has not.
+        if n % 3 != 1 {
+            host.kill(spm);
+        }
+        if n % 3 != 0 {
+            host.kill(spa);
+        }
+        if n > 2 {
+            try_for(Duration::from_millis(30 * n), || {
+                (host.role_pid("spm").is_some_and(|pid| pid != spm)).then_some(())
+            });
+        }
+        host.control(&["stop"]).expect_success();
+        stays_stopped(&host);
+        host.control(&["start"]).expect_success();
+    }
+    up(&host);
+    one_of_each(&host);
+}
+
+#[test]
+fn a_stop_is_possible_whatever_is_left_to_help() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let stop = |what: &str| {
+        let began = Instant::now();
+        host.control(&["stop"]).expect_success();
+        assert!(began.elapsed() < HARD_STOP, "{what}: {:?}", began.elapsed());
+        stays_stopped(&host);
+        host.control(&["start"]).expect_success();
+        up(&host);
+    };
+
+    up(&host);
+    let (spm, spa) = roles(&host);
+    signal(spa, Signal::STOP);
+    host.kill(spm);
+    wait_for("the manager's end", SOON, || (!is_alive(spm)).then_some(()));
+    stop("a dead manager and a hung watchdog");
+
+    let (spm, spa) = roles(&host);
+    signal(spm, Signal::STOP);
+    host.kill(spa);
+    stop("a hung manager and a dead watchdog");
+
+    let (spm, spa) = roles(&host);
+    signal(spa, Signal::STOP);
+    host.kill(spm);
+    host.kill(spa);
+    wait_for("the end of both", SOON, || (!is_alive(spm) && !is_alive(spa)).then_some(()));
+    stop("nothing but sub-agents");
+}
+
+#[test]
+fn a_stop_goes_on_where_the_manager_dies_in_the_midst_of_it() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (spm, _) = roles(&host);
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| host.control(&["stop"]));
+        // One has ended, and one takes its 3 s.
+        wait_for("the stop to be under way", SOON, || (!is_alive(before["native"])).then_some(()));
+        assert!(is_alive(before["stubborn"]));
+        host.kill(spm);
+        stop.join().expect("it does not panic").expect_success();
+    });
+    stays_stopped(&host);
+    host.control(&["start"]).expect_success();
+    up(&host);
+    one_of_each(&host);
+}
+
+#[test]
+fn a_new_version_under_way_does_not_hold_up_a_stop() {
+    let packages = [
+        Package::script("slow", "1.0", "trap '' TERM; while :; do sleep 1; done", "gracePeriod = \"4s\""),
+        Package::sleeper("slow", "2.0"),
+        Package::sleeper("other", "1.0"),
+    ];
+    let other = ("other", "1.0", "");
+    let gateway = Gateway::with(&packages.each_ref(), &[("slow", "1.0", ""), other]);
+    let host = TestHost::joined(&gateway);
+    host.wait_for_agent("slow");
+    gateway.want(&[("slow", "2.0", ""), other]);
+    host.wait_for_status("the old one to be ending", SOON, |status| {
+        agent(status, "slow").is_some_and(|agent| agent["state"] == "updating" && agent["version"] == "1.0")
+            && host.home().join("agents/slow/2.0/.complete").exists()
+    });
+    host.control(&["stop"]).expect_success();
+    stays_stopped(&host);
+    host.control(&["start"]).expect_success();
+    host.wait_for_status("the new version", SOON, |status| {
+        agent(status, "slow").is_some_and(|agent| agent["state"] == "running" && agent["version"] == "2.0")
+    });
+}
+
+#[test]
+fn a_second_manager_or_watchdog_disturbs_nothing() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let old = roles(&host);
+    let mut seconds = ["aops-spm", "aops-spa"].map(|role| role_by_hand(&host, role));
+    for second in &mut seconds {
+        assert_eq!(command::wait(second, SOON), Some(1));
+    }
+    assert_eq!((roles(&host), up(&host)), (old, before));
+
+    // Two at the same instant, where there is none.
+    host.crash();
+    let mut both = [0, 1].map(|_| role_by_hand(&host, "aops-spm"));
+    up(&host);
+    let mut lost = None;
+    wait_for("one of the two to give up", SOON, || {
+        lost = both.iter_mut().position(|child| child.try_wait().expect("it is our child").is_some());
+        lost
+    });
+    let won = &both[1 - lost.expect("it was waited for")];
+    assert_eq!(roles(&host).0, won.id());
+    one_of_each(&host);
+    host.control(&["stop"]).expect_success();
+    both.iter_mut().for_each(|child| _ = command::wait(child, SOON));
+}
+
+#[test]
+fn a_second_endpoint_stands_in_for_the_first() {
+    let mut gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (url, conf) = (gateway.url().to_owned(), host.home().join("etc/conf.toml"));
+    let settings = fs::read_to_string(&conf).expect("the settings");
+    let changed: String = settings
+        .lines()
+        .map(|line| match line.starts_with("heartbeatSrv") {
+            true => format!("heartbeatSrv = [\"https://127.0.0.1:1\", \"{url}\"]\n"),
+            false => format!("{line}\n"),
+        })
+        .collect();
+    assert_ne!(settings, changed);
+    gateway.stop();
+    host.wait_for_status("the loss to show", SOON, |status| status["gateway"]["connected"] == false);
+    fs::write(&conf, changed).expect("the settings can be written");
+    gateway.run();
+    let status = host.wait_for_status("the second endpoint", SOON, |status| status["gateway"]["connected"] == true);
+    assert_eq!(status["gateway"]["endpoint"].as_str().map(|shown| shown.trim_end_matches('/')), Some(&*url));
+    // What is wanted from then on comes that way.
+    gateway.want(&[("native", "1.0", ""), ("stubborn", "1.0", ""), ("classic", "1.0", "cmd = \"stop\"")]);
+    host.wait_for_status("a new desired state", SOON, |status| {
+        agent(status, "classic").is_some_and(|agent| agent["state"] == "stopped")
+    });
+    assert_eq!(host.wait_for_agent("native"), before["native"]);
+}
+
+/// Waits until all three sub-agents run, and gives their pids.
+#[track_caller]
+fn up(host: &TestHost) -> BTreeMap<&'static str, u32> {
+    let running = |status: &Value, name: &str| {
+        agent(status, name).filter(|agent| agent["state"] == "running").and_then(|agent| pid(&agent["pid"]))
+    };
+    let status = host.wait_for_status("the three to run", SOON, |status| {
+        NAMES.iter().all(|name| running(status, name).is_some()) && pid(&status["spa"]["pid"]).is_some()
+    });
+    NAMES.iter().filter_map(|name| Some((*name, running(&status, name)?))).collect()
+}
+
+/// The pids of manager and watchdog, once both are there.
+#[track_caller]
+fn roles(host: &TestHost) -> (u32, u32) {
+    let status = host.wait_for_status("both roles", SOON, |status| {
+        pid(&status["spm"]["pid"]).is_some() && pid(&status["spa"]["pid"]).is_some()
+    });
+    (pid(&status["spm"]["pid"]).expect("a pid"), pid(&status["spa"]["pid"]).expect("a pid"))
+}
+
+/// No role and no sub-agent twice. One that lost against another takes some seconds to give up.
+#[track_caller]
+fn one_of_each(host: &TestHost) {
+    let mut seen = BTreeMap::new();
+    let single = try_for(SOON, || {
+        seen.clear();
+        for process in host.processes() {
+            for role in ["aops-spm", "aops-spa"] {
+                if process.command.split(' ').next().is_some_and(|program| program.ends_with(role)) {
+                    *seen.entry(role).or_insert(0) += 1;
+                }
+            }
+        }
+        for name in NAMES {
+            let leads = |pid: u32| {
+                rustix::process::getsid(rustix::process::Pid::from_raw(pid as i32))
+                    .map(|sid| sid.as_raw_nonzero().get() as u32)
+                    == Ok(pid)
+            };
+            let marked = marked(&host.home(), name);
+            // The older kind leads no session, and is one process.
+            seen.insert(
+                name,
+                if name == "classic" { marked.len() } else { marked.into_iter().filter(|pid| leads(*pid)).count() },
+            );
+        }
+        (seen.len() == 5 && seen.values().all(|count| *count == 1)).then_some(())
+    });
+    assert!(single.is_some(), "not one of each: {seen:?} of {:?}", host.processes());
+}
+
+/// Nothing runs, `status` says so, and it stays so for a while.
+#[track_caller]
+fn stays_stopped(host: &TestHost) {
+    let output = host.control(&["status", "--json"]).expect_code(3);
+    assert_eq!(output.json()["state"], "stopped", "{output}");
+    let back = try_for(QUIET, || Some(host.processes()).filter(|left| !left.is_empty()));
+    assert_eq!(back, None);
+}
+
+/// Starts a role by its name in `bin`, as somebody might by hand.
+fn role_by_hand(host: &TestHost, role: &str) -> Child {
+    let mut command = host.command(&host.home().join("bin").join(role));
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("cannot run it")
+}

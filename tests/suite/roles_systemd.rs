@@ -1,0 +1,286 @@
+//! The two roles under a real systemd: whose stop is a stop, what a restart leaves alone, and what a boot brings back.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::aops;
+use crate::support::container::Container;
+use crate::support::host::{SOON, agent, pid};
+use crate::support::package::Package;
+use crate::support::wait::{try_for, wait_for};
+
+/// Longer than the pause before an automatic restart (1 s), and than the watchdog's patience between two looks at a unit.
+const QUIET: Duration = Duration::from_secs(4);
+/// For a home to be whole again, also where the service manager has its turn of 10 s first.
+const BACK: Duration = Duration::from_secs(60);
+const NAMES: [&str; 2] = ["native", "classic"];
+
+#[test]
+fn a_restart_or_a_death_leaves_the_sub_agents_and_a_stop_of_the_unit_does_not() {
+    let container = joined();
+    let before = up(&container);
+
+    for verb in ["restart aops-spm", "restart aops-spa", "restart aops-spm aops-spa", "try-restart aops-spm"] {
+        let (spm, spa) = roles(&container);
+        container.shell(&format!("systemctl {verb}")).expect_success();
+        let new = roles(&container);
+        assert_eq!(new.0 != spm, verb.contains("spm"), "{verb}");
+        assert_eq!(new.1 != spa, verb.contains("spa"), "{verb}");
+        assert_eq!(up(&container), before, "{verb}");
+    }
+    let old = roles(&container);
+    container.shell("aops control restart").expect_success();
+    assert!(roles(&container).0 != old.0 && roles(&container).1 != old.1);
+    assert_eq!(up(&container), before);
+
+    for (unit, signal) in [("aops-spm", "KILL"), ("aops-spa", "KILL"), ("aops-spm", "TERM"), ("aops-spa", "TERM")] {
+        let old = main_pid(&container, unit);
+        container.shell(&format!("kill -{signal} {old}")).expect_success();
+        wait_for(&format!("{unit} after {signal}"), BACK, || {
+            let new = main_pid(&container, unit);
+            (new != 0 && new != old && status(&container)["state"] == "running").then_some(())
+        });
+        assert_eq!(up(&container), before, "{unit} {signal}");
+    }
+    assert_eq!(status(&container)["spm"]["restarts"], 1);
+
+    container.shell("systemctl stop aops-spm").expect_success();
+    stays_stopped(&container);
+    // Who starts the unit means the home.
+    container.shell("systemctl start aops-spm").expect_success();
+    let after = up(&container);
+    assert!(after.iter().all(|(name, pid)| before[name] != *pid));
+    assert_eq!(container.run(&["systemctl", "is-active", "aops-spa"]).stdout, "active\n");
+
+    container.shell("aops control stop").expect_success();
+    stays_stopped(&container);
+    container.shell("aops control stop").expect_success();
+    container.shell("aops control start").expect_success();
+    up(&container);
+    one_of_each(&container);
+}
+
+#[test]
+fn a_stop_in_the_pause_before_an_automatic_restart_is_a_stop() {
+    let container = joined();
+    container.write("/etc/systemd/system/aops-spm.service.d/pause.conf", "[Service]\nRestartSec=6\n", 0o644);
+    container.shell("systemctl daemon-reload").expect_success();
+    let before = up(&container);
+    container.shell("kill -KILL $(systemctl show --property=MainPID --value aops-spm)").expect_success();
+    wait_for("the pause", SOON, || sub_state(&container, "aops-spm").contains("auto-restart").then_some(()));
+    assert!(before.values().all(|pid| container.path(format!("/proc/{pid}")).exists()));
+    container.shell("systemctl stop aops-spm").expect_success();
+    wait_for("the watchdog to see it", BACK, || (status(&container)["state"] == "stopped").then_some(()));
+    // The pause would be over by then.
+    assert_eq!(try_for(Duration::from_secs(8), || (status(&container)["state"] != "stopped").then_some(())), None);
+    stays_stopped(&container);
+    container.shell("aops control start").expect_success();
+    up(&container);
+
+    // The same with the operator's own stop.
+    container.shell("kill -KILL $(systemctl show --property=MainPID --value aops-spm)").expect_success();
+    wait_for("the pause", SOON, || sub_state(&container, "aops-spm").contains("auto-restart").then_some(()));
+    container.shell("aops control stop").expect_success();
+    assert_eq!(try_for(Duration::from_secs(8), || (status(&container)["state"] != "stopped").then_some(())), None);
+    stays_stopped(&container);
+}
+
+#[test]
+fn the_watchdogs_unit_may_be_stopped_and_a_masked_unit_is_left_alone() {
+    let container = joined();
+    let before = up(&container);
+    container.shell("systemctl stop aops-spa").expect_success();
+    let shown = wait_for("the manager to say so", BACK, || {
+        let status = status(&container);
+        (status["state"] == "degraded" && status["problems"].to_string().contains("watchdog")).then_some(status)
+    });
+    assert_eq!(pid(&shown["spa"]["pid"]), None);
+    // Beyond the service manager's turn, twice.
+    let back = try_for(Duration::from_secs(25), || (main_pid(&container, "aops-spa") != 0).then_some(()));
+    assert_eq!(back, None);
+    assert_eq!(roles_running(&container, "aops-spa"), 0);
+    container.shell("systemctl start aops-spa").expect_success();
+    wait_for("all to be well", BACK, || (status(&container)["state"] == "running").then_some(()));
+    assert_eq!(up(&container), before);
+
+    container
+        .shell("systemctl mask --runtime aops-spm; kill -KILL $(systemctl show --property=MainPID --value aops-spm)")
+        .expect_success();
+    let back = try_for(Duration::from_secs(25), || (roles_running(&container, "aops-spm") > 0).then_some(()));
+    // systemd itself may carry out the restart that the unit's Restart= promised before it was masked.
+    if back.is_none() {
+        assert!(before.values().all(|pid| container.path(format!("/proc/{pid}")).exists()));
+        container.shell("systemctl unmask --runtime aops-spm; systemctl start aops-spm").expect_success();
+    }
+    assert_eq!(up(&container), before);
+}
+
+#[test]
+fn a_boot_brings_everything_back_whatever_was_before() {
+    let mut container = joined_with(false);
+    let first = up(&container);
+    container.reboot();
+    // The gateway is down since then.
+    let second = up(&container);
+    assert_eq!(status(&container)["gateway"]["connected"], false);
+    one_of_each(&container);
+    assert_ne!(first, second);
+
+    container.crash();
+    up(&container);
+    one_of_each(&container);
+
+    container.shell("aops control stop").expect_success();
+    stays_stopped(&container);
+    container.reboot();
+    up(&container);
+    one_of_each(&container);
+    assert!(status(&container)["spa"]["pid"].is_u64());
+}
+
+#[test]
+fn a_stop_is_possible_whatever_is_left_to_help() {
+    let container = joined();
+    let signal = |name: &str, unit: &str| {
+        container.shell(&format!("kill -{name} $(systemctl show --property=MainPID --value {unit})")).expect_success();
+    };
+    up(&container);
+    // A hung manager.
+    signal("STOP", "aops-spm");
+    container.shell("aops control stop").expect_success();
+    stays_stopped(&container);
+    container.shell("aops control start").expect_success();
+    up(&container);
+    // Both dead at once.
+    container
+        .shell("systemctl kill --kill-who=main --signal=KILL aops-spm aops-spa; aops control stop")
+        .expect_success();
+    stays_stopped(&container);
+    container.shell("aops control start").expect_success();
+    up(&container);
+    // A hung manager and the unit's own stop.
+    signal("STOP", "aops-spm");
+    container.run_within(Duration::from_secs(200), &["systemctl", "stop", "aops-spm"]);
+    wait_for("everything to be stopped", BACK, || (status(&container)["state"] == "stopped").then_some(()));
+    stays_stopped(&container);
+    container.shell("systemctl start aops-spm").expect_success();
+    up(&container);
+    // By hand, beside the unit's.
+    let old = roles(&container);
+    let output = container.run(&["/opt/aops/bin/aops-spm", "--home", "/opt/aops"]);
+    assert_eq!(output.code, 1, "{output}");
+    assert_eq!(roles(&container), old);
+    one_of_each(&container);
+}
+
+/// A container with a home that has joined a gateway inside, by the old platform's command.
+fn joined() -> Container {
+    joined_with(true)
+}
+
+/// With or without the gateway coming back after a boot.
+fn joined_with(gateway_at_boot: bool) -> Container {
+    let container = Container::systemd();
+    container.copy_in(aops(), "/srv/aops", 0o755);
+    for (package, files) in [
+        (Package::sleeper("native", "1.0"), ["agent.toml", "bin/run"]),
+        (Package::control_sleeper("classic", "1.0"), ["control", "bin/classic"]),
+    ] {
+        for file in files {
+            container.copy_in(package.path().join(file), format!("/srv/{}/{file}", package.name()), 0o755);
+        }
+    }
+    let unit = "[Service]\nExecStart=/srv/aops gateway run --dir /srv/gw --listen 127.0.0.1:8888\n[Install]\nWantedBy=multi-user.target\n";
+    container.write("/etc/systemd/system/gateway.service", unit, 0o644);
+    let at_boot = if gateway_at_boot { "systemctl enable gateway" } else { "true" };
+    container
+        .shell(&format!(
+            "cd /srv; ./aops gateway init --dir gw; ./aops gateway publish --dir gw --self --version 1.0.0
+            ./aops gateway publish --dir gw native; ./aops gateway publish --dir gw --name classic --version 1.0 classic
+            printf 'heartbeatInterval = \"1s\"\\n[agents.native]\\nversion = \"1.0\"\\n[agents.classic]\\nversion = \"1.0\"\\n' >gw/fleet.toml
+            systemctl daemon-reload; {at_boot}; systemctl start gateway
+            until curl -skf https://127.0.0.1:8888/healthz; do sleep 0.1; done
+            ./aops install --agent-id 5402204854438 --endpoint https://127.0.0.1:8888 --trusted-key gw/keys/aops.pub --ca-cert gw/tls/cert.pem"
+        ))
+        .expect_success();
+    container
+}
+
+fn status(container: &Container) -> Value {
+    container.shell("aops control status --json || true").json()
+}
+
+/// Waits until both sub-agents run under both roles, and gives their pids.
+#[track_caller]
+fn up(container: &Container) -> BTreeMap<&'static str, u32> {
+    let running = |status: &Value, name: &str| {
+        agent(status, name).filter(|agent| agent["state"] == "running").and_then(|agent| pid(&agent["pid"]))
+    };
+    let mut last = Value::Null;
+    let found = try_for(BACK, || {
+        last = status(container);
+        let roles = ["spm", "spa"].iter().all(|role| pid(&last[role]["pid"]).is_some());
+        let pids: BTreeMap<_, _> = NAMES.iter().filter_map(|name| Some((*name, running(&last, name)?))).collect();
+        (roles && pids.len() == NAMES.len()).then_some(pids)
+    });
+    found.unwrap_or_else(|| {
+        let logs = container
+            .shell("tail -n 30 /opt/aops/log/spm.log /opt/aops/log/spa.log; journalctl -n 40 --no-pager || true");
+        panic!("not everything runs: {last:#}\n{logs}")
+    })
+}
+
+/// The pids inside of manager and watchdog, once both are there.
+#[track_caller]
+fn roles(container: &Container) -> (u32, u32) {
+    wait_for("both roles", BACK, || {
+        let status = status(container);
+        Some((pid(&status["spm"]["pid"])?, pid(&status["spa"]["pid"])?))
+    })
+}
+
+fn main_pid(container: &Container, unit: &str) -> u32 {
+    let shown = container.run(&["systemctl", "show", "--property=MainPID", "--value", unit]).expect_success();
+    shown.trim().parse().expect("a number")
+}
+
+fn sub_state(container: &Container, unit: &str) -> String {
+    container.run(&["systemctl", "show", "--property=SubState", "--value", unit]).expect_success()
+}
+
+/// How many processes have a role.
+fn roles_running(container: &Container, role: &str) -> usize {
+    let program = format!("/opt/aops/bin/{role} ");
+    container
+        .processes()
+        .iter()
+        .filter(|(_, words)| words.starts_with(&program) && !words.contains("stop-hook"))
+        .count()
+}
+
+/// Everything that belongs to the home, sub-agents included.
+fn of_home(container: &Container) -> Vec<(u32, String)> {
+    let all = container.processes().into_iter();
+    all.filter(|(_, words)| words.contains("/opt/aops") || words.contains("sleep 1000000")).collect()
+}
+
+#[track_caller]
+fn one_of_each(container: &Container) {
+    let of_home = of_home(container);
+    assert_eq!(of_home.len(), 4, "{of_home:?}");
+}
+
+/// Nothing runs, `status` says so, and it stays so for a while.
+#[track_caller]
+fn stays_stopped(container: &Container) {
+    let output = container.run(&["aops", "control", "status", "--json"]);
+    assert_eq!((output.code, &output.json()["state"]), (3, &"stopped".into()), "{output}");
+    let back = try_for(QUIET, || Some(of_home(container)).filter(|left| !left.is_empty()));
+    assert_eq!(back, None);
+    for unit in ["aops-spm", "aops-spa"] {
+        let state = container.run(&["systemctl", "is-active", unit]).stdout;
+        assert!(["inactive\n", "failed\n"].contains(&&*state), "{unit}: {state}");
+    }
+}
