@@ -13,6 +13,22 @@ use crate::home::Home;
 use crate::host_service::product;
 use crate::{control, installation, package, platform, service, spa, spm};
 
+/// The end of the long help, 80 columns wide.
+#[cfg(feature = "gateway")]
+const FIRST_STEPS: &str = "\
+First steps, on one machine and without root:
+  aops gateway init --dir ./gw              a key, a certificate, fleet.toml
+  aops gateway publish --dir ./gw --self    this program, for hosts to install
+  aops gateway run --dir ./gw               and leave it running
+  aops install --agent-id 1 --endpoint https://127.0.0.1:8888 \\
+    --trusted-key gw/keys/aops.pub --ca-cert gw/tls/cert.pem \\
+    --home ./home --service none
+  ./home/control status
+
+Then `aops gateway publish --help` says how a sub-agent is packed.";
+#[cfg(not(feature = "gateway"))]
+const FIRST_STEPS: &str = "";
+
 /// Keeps this host's agents installed, at the right version, running and
 /// reported
 ///
@@ -23,7 +39,13 @@ use crate::{control, installation, package, platform, service, spa, spm};
 /// Linked under the names aops-agent-service*, aops-spm, aops-spa or control,
 /// the program takes that role without a subcommand.
 #[derive(Debug, Parser)]
-#[command(name = "aops", disable_version_flag = true, arg_required_else_help = true, max_term_width = 80)]
+#[command(
+    name = "aops",
+    disable_version_flag = true,
+    arg_required_else_help = true,
+    max_term_width = 80,
+    after_long_help = FIRST_STEPS
+)]
 struct Cli {
     /// Print the version
     #[arg(short = 'V', long)]

@@ -20,6 +20,7 @@ pub mod import;
 mod keys;
 
 pub use edit::{edit, render};
+pub use keys::wrong_line;
 
 /// A settings file is refused beyond this; the template with all its comments has 2 KiB.
 const MAX_BYTES: u64 = 256 << 10;

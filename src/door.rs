@@ -5,7 +5,6 @@
 //! [`Farewell`].
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -25,8 +24,6 @@ const MAX_REQUEST_BYTES: u64 = 64 << 10;
 const MAX_REPLY_BYTES: u64 = 16 << 20;
 /// A manager that works answers at once.
 const ANSWER: Duration = Duration::from_secs(5);
-/// One that did not answer so often in a row, while it stops the home, hangs.
-const SILENT: u32 = 2;
 /// Between two looks at a manager that is coming up.
 const LOOK: Duration = Duration::from_millis(50);
 /// So many may hold the door open at the same time.
@@ -199,6 +196,8 @@ pub enum Heard {
     Farewell(Farewell),
     /// The connection ended without a word.
     End,
+    /// Nothing within the time that the connection was opened with.
+    Silence,
 }
 
 impl Door {
@@ -238,6 +237,7 @@ impl Door {
         self.send(request)?;
         match self.hear()? {
             Heard::Reply(reply) => Ok(*reply),
+            Heard::Silence => bail!("the manager does not answer in time"),
             Heard::Farewell(_) | Heard::End => bail!("the manager ended before it answered"),
         }
     }
@@ -257,7 +257,7 @@ pub fn hear(reader: &mut BufReader<LocalConnection>) -> Result<Heard> {
         Ok(0) => return Ok(Heard::End),
         Ok(_) => {}
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-            bail!("the manager does not answer in time")
+            return Ok(Heard::Silence);
         }
         Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
             return Ok(Heard::End);
@@ -284,26 +284,21 @@ pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<R
     }
 }
 
-/// Asks the manager to stop the home and waits for as long as that takes, up to `longest`, and for as long as it shows that it works.
-pub fn ask_for_stop(home: &Home, longest: Duration) -> Result<Option<Reply>> {
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let asking = home.clone();
-    // It may wait on for a manager that hangs; the end of this process ends it.
-    std::thread::Builder::new()
-        .name("stop".to_owned())
-        .spawn(move || drop(sender.send(ask(&asking, &Request::Stop, longest))))?;
-    let mut silent = 0;
-    loop {
-        match receiver.recv_timeout(ANSWER) {
-            Ok(answer) => return answer,
-            Err(RecvTimeoutError::Disconnected) => bail!("nothing came of asking the manager to stop"),
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-        silent = if ask(home, &Request::Status, ANSWER).is_ok() { 0 } else { silent + 1 };
-        if silent == SILENT {
-            bail!("the manager hangs");
+/// Asks for a stop and waits for its end, as long as the manager shows that it is at it; `None`: nobody answers there.
+pub fn ask_to_stop(home: &Home, patience: Duration) -> Result<Option<Reply>> {
+    let Some(mut door) = Door::open(home, ANSWER)? else { return Ok(None) };
+    door.send(&Request::Stop)?;
+    let deadline = Instant::now() + patience;
+    while Instant::now() < deadline {
+        match door.hear()? {
+            Heard::Reply(reply) => return Ok(Some(*reply)),
+            Heard::Farewell(_) => return Ok(Some(Reply::done())),
+            Heard::End => bail!("the manager ended before every sub-agent was stopped"),
+            // It takes its time, or it hangs: then it does not answer this either, twice.
+            Heard::Silence => drop(ask(home, &Request::Ping, ANSWER).or_else(|_| ask(home, &Request::Ping, ANSWER))?),
         }
     }
+    bail!("not every sub-agent was stopped within {patience:?}")
 }
 
 /// Waits until the manager answers and the watchdog is there.

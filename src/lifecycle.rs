@@ -16,8 +16,8 @@ use crate::{platform, process};
 
 /// For the manager to give way.
 const YIELD: Duration = Duration::from_secs(5);
-/// For a stop: every sub-agent may take its grace period, which is an hour at the longest.
-const STOP: Duration = Duration::from_secs(3700);
+/// For a stop: every sub-agent may take its grace period, which is ten minutes at the longest.
+const STOP: Duration = Duration::from_secs(840);
 /// A role ends within this once it was told to; then it is killed.
 const ROLE_ENDS: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(20);
@@ -78,16 +78,14 @@ pub fn stop(home: &Home) -> Result<Vec<String>> {
     role::record_stop(home)
         .context("cannot stop: the stop cannot be recorded, so that what is stopped would be started again")?;
     let mut remarks = vec![];
-    match door::ask_for_stop(home, STOP) {
+    match door::ask_to_stop(home, STOP) {
         Ok(Some(reply)) => {
             remarks.extend(reply.error.map(|error| format!("the manager could not stop every sub-agent: {error}")))
         }
         Ok(None) => {}
         Err(error) => {
             remarks.push(format!("the manager did not stop the sub-agents ({error:#}); they are stopped without it"));
-            if let Some(manager) = role::living(home, Role::Spm) {
-                manager.kill()?;
-            }
+            kill_manager(home)?;
         }
     }
     if service(home) == Kind::Systemd {
@@ -102,6 +100,11 @@ pub fn stop(home: &Home) -> Result<Vec<String>> {
     // A start by the service manager in between took the record back.
     role::record_stop(home)?;
     Ok(remarks)
+}
+
+/// Kills a manager that does not answer: nothing else would come of it but waiting for it.
+pub fn kill_manager(home: &Home) -> Result<()> {
+    role::living(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
 }
 
 /// Waits until nobody has a role, which whoever has it was told to give up; whether it had to be killed.

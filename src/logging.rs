@@ -1,7 +1,7 @@
 //! The logs of the roles: one line an event, a constant sentence and fields, in a file that is capped, with one older piece beside it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -28,7 +28,8 @@ pub fn to_file(path: &Path) -> Result<()> {
 /// Sends everything that is logged to the standard error output.
 #[cfg(feature = "gateway")]
 pub fn to_stderr() {
-    let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let colours =
+        io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(colours).with_target(false).with_timer(Utc).init();
 }
 

@@ -6,14 +6,14 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::core::manifest::StopSignal;
 use crate::core::status::RoleStatus;
 use crate::home::Home;
 use crate::lock::{self, Held};
-use crate::{platform, store};
+use crate::{installation, platform, store};
 
 /// The exit code of a role that was stopped on purpose: the service manager's unit does not restart it for this one.
 pub const STOPPED_ON_PURPOSE: u8 = 100;
@@ -45,6 +45,17 @@ impl Role {
             Role::Spa => "aops-spa",
         }
     }
+}
+
+/// Refuses to run a role where nothing is installed: it would fail at the first file that it needs, and not say why.
+pub fn demand_home(home: &Home) -> Result<()> {
+    if !installation::exists(home) {
+        bail!(
+            "nothing is installed in {}; install with `aops install`, which also starts the roles",
+            home.root().display()
+        );
+    }
+    Ok(())
 }
 
 /// Starts a role by its name in `bin`, to live on without us.

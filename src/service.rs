@@ -40,9 +40,24 @@ const WRONG_USAGE: u8 = 2;
 /// Nothing is installed where something should be.
 const NOT_INSTALLED: u8 = 4;
 
+/// The end of the help, 80 columns wide.
+const EXAMPLES: &str = "\
+Examples:
+  A new host, with the gateway's public key and certificate copied to it:
+    aops install --agent-id 5402 --endpoint https://gateway.example:8888 \\
+      --trusted-key aops.pub --ca-cert cert.pem
+  To try it out, in a directory of one's own, without root or a service:
+    aops install ... --home ~/aops-home --service none
+  Again, to get the gateway's current version; all that was told is kept:
+    aops install
+  Without a network, from a package and its signature:
+    aops install ... --package ./aops-spm-0.1.0_linux_amd64.tar.zst
+
+It can be repeated at any time: sub-agents that run go on running.";
+
 /// What `aops install` is told.
 #[derive(Debug, Clone, Default, clap::Args)]
-#[command(disable_version_flag = true)]
+#[command(disable_version_flag = true, after_long_help = EXAMPLES)]
 pub struct InstallOptions {
     /// The identity of this host, as the platform gave it
     ///
@@ -119,10 +134,10 @@ pub struct InstallOptions {
 /// Whether the roles are registered with the host's service manager.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum ServiceChoice {
-    /// Where there is one, and one may
+    /// With a service manager, where there is one and this is run as root
     #[default]
     Auto,
-    /// Never
+    /// Without: `control start` starts it, nothing does so at boot
     None,
 }
 

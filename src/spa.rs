@@ -46,6 +46,7 @@ pub struct Options {
 
 /// Runs the watchdog until it is stopped.
 pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
+    role::demand_home(home)?;
     logging::to_file(&home.role_log("spa"))?;
     let supervised = options.service != host_service::Kind::None;
     if role::is_stop_recorded(home) && !supervised {
@@ -270,6 +271,7 @@ impl Watchdog<'_> {
                     Heard::Reply(_) => unanswered = 0,
                     Heard::Farewell(Farewell::Stop) => return Ok(Lost::Stopped),
                     Heard::Farewell(Farewell::Yield) => yielded = true,
+                    Heard::Silence => {}
                     Heard::End => return Ok(if yielded { Lost::Yielded } else { Lost::Died }),
                 },
                 Ok(Word::Heard(..)) => {}

@@ -58,11 +58,14 @@ pub(super) fn line_of(text: &str, position: usize) -> usize {
     1 + text.as_bytes()[..position.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
 }
 
+/// What is wrong with a text, and where, in one line that fits into a log, a table and a heartbeat.
+pub fn wrong_line(text: &str, error: &toml::de::Error) -> String {
+    let line = line_of(text, error.span().map_or(0, |span| span.start));
+    format!("line {line}: {}", error.message().trim().replace('\n', ", "))
+}
+
 pub(super) fn parse(text: &str) -> Result<Parsed> {
-    let table = DeTable::parse(text).map_err(|error| {
-        let line = line_of(text, error.span().map_or(0, |span| span.start));
-        anyhow!("line {line}: {}", error.message().replace('\n', ", "))
-    })?;
+    let table = DeTable::parse(text).map_err(|error| anyhow!("{}", wrong_line(text, &error)))?;
     let mut config = Config::default();
     let mut unknown = Vec::new();
     for (key, value) in table.get_ref() {

@@ -1,3 +1,5 @@
+//! What operators write into their settings, and what becomes of it.
+
 use std::fs;
 
 use super::*;

@@ -25,10 +25,13 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
         let last = gateway.last_heartbeat.as_ref().map(|at| format!(", last heartbeat {at}")).unwrap_or_default();
         let connection = match (&gateway.connected, &gateway.last_error) {
             (true, _) => format!("connected{last}"),
-            (false, Some(error)) => format!("not connected{last}: {error}"),
+            (false, Some(_)) => format!("not connected{last}"),
             (false, None) => "no heartbeat yet".to_owned(),
         };
         println!("  gateway   {endpoint}, {connection}; generation {}", status.generation);
+        if let (false, Some(error)) = (gateway.connected, &gateway.last_error) {
+            println!("            {error}");
+        }
     }
     for problem in &status.problems {
         println!("  problem   {problem}");
@@ -38,6 +41,12 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
     }
     if !status.agents.is_empty() {
         println!("\n{}", table(&status.agents));
+        // Below it, not in it: a message is long, and a narrow column would break its paths.
+        for agent in &status.agents {
+            if let Some(error) = &agent.last_error {
+                println!(" {}: {error}", agent.name);
+            }
+        }
     }
     Ok(())
 }
@@ -60,7 +69,7 @@ fn role(role: &RoleStatus) -> String {
 fn table(agents: &[AgentStatus]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(["SUB-AGENT", "VERSION", "STATE", "PID", "UP", "RESTARTS", "MEMORY", "LAST ERROR"]);
+    table.set_header(["SUB-AGENT", "VERSION", "STATE", "PID", "UP", "RESTARTS", "MEMORY"]);
     for agent in agents {
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         let state = Cell::new(agent.state.as_str()).fg(colour(agent.state));
@@ -72,7 +81,6 @@ fn table(agents: &[AgentStatus]) -> Table {
             Cell::new(or_dash(agent.uptime_seconds.map(span))),
             Cell::new(agent.restarts),
             Cell::new(or_dash(agent.memory_bytes.map(size))),
-            Cell::new(agent.last_error.as_deref().unwrap_or("")),
         ]);
     }
     table

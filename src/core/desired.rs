@@ -71,18 +71,18 @@ pub enum Verdict {
 pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> Verdict {
     let Some(orders) = &answer.agents else { return Verdict::Unchanged };
     let lineage = answer.lineage.clone().unwrap_or_default();
+    let same_number = lineage == held.lineage && answer.generation == held.generation;
+    if same_number && *orders == held.told && answer.complete == held.complete {
+        return Verdict::Unchanged;
+    }
     let first = held.generation == 0 && held.lineage.is_empty();
     let new_lineage = !first && lineage != held.lineage;
     if !first && !new_lineage {
         if answer.generation == held.generation {
-            return if *orders == held.told && answer.complete == held.complete {
-                Verdict::Unchanged
-            } else {
-                Verdict::Refuse(format!(
-                    "cannot take generation {}: it came before with other content",
-                    answer.generation
-                ))
-            };
+            return Verdict::Refuse(format!(
+                "cannot take generation {}: it came before with other content",
+                answer.generation
+            ));
         }
         if answer.generation < held.generation {
             return Verdict::Refuse(format!(
@@ -228,6 +228,10 @@ mod tests {
         assert!(matches!(judged(answer("l", 4, true, &[("a", "start")])), Verdict::Refuse(_)));
         assert!(matches!(judged(answer("l", 5, true, &[("a", "stop")])), Verdict::Refuse(_)));
         assert_eq!(judged(answer("l", 5, true, &[("a", "start")])), Verdict::Unchanged);
+        // Who counts nothing at all is heard too, and not anew each time.
+        let uncounted = Answer { lineage: None, ..answer("", 0, true, &[("a", "start")]) };
+        let taken = take(&Desired::default(), &uncounted);
+        assert_eq!(judge(&taken, &BTreeSet::new(), &uncounted), Verdict::Unchanged);
         assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), Verdict::Take { new_lineage: true, .. }));
         assert!(matches!(judged(answer("l", 6, true, &[("a", "start"), ("a", "stop")])), Verdict::Refuse(_)));
     }

@@ -16,7 +16,8 @@ pub const MANIFEST: &str = "agent.toml";
 pub const CONTROL_SCRIPT: &str = "control";
 
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
-const LONGEST_GRACE: Duration = Duration::from_secs(3600);
+/// The stop of a whole home waits for the slowest sub-agent, and the shutdown of the host for that.
+const LONGEST_GRACE: Duration = Duration::from_secs(600);
 
 /// A native sub-agent's manifest.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -57,7 +58,7 @@ pub struct RunSection {
 
 impl RunSection {
     pub fn grace(&self) -> Duration {
-        self.grace_period.map_or(DEFAULT_GRACE, |span| span.0).min(LONGEST_GRACE)
+        self.grace_period.map_or(DEFAULT_GRACE, |span| span.0)
     }
 }
 
@@ -73,6 +74,9 @@ impl Manifest {
             {
                 return Err(format!("[run] {key} {path:?} is not a path inside the package"));
             }
+        }
+        if self.run.grace() > LONGEST_GRACE {
+            return Err(format!("[run] gracePeriod is longer than {} minutes", LONGEST_GRACE.as_secs() / 60));
         }
         if let Some(name) = self.env.keys().find(|name| !is_variable_name(name)) {
             return Err(format!("[env] {name:?} is not the name of a variable"));

@@ -28,12 +28,13 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// Defines a string that is checked on every way in: `FromStr`, `TryFrom<String>` and serde.
+/// Defines a string that is checked on every way in: `FromStr`, `TryFrom<String>` and serde. The pattern says the same in the protocol's
+/// schema, for those who cannot call us.
 macro_rules! word {
-    ($(#[$doc:meta])* $name:ident, $what:literal, $expected:literal, $accepts:expr) => {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $expected:literal, $pattern:literal, $accepts:expr) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+        #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema), schemars(extend("pattern" = $pattern)))]
         #[serde(try_from = "String", into = "String")]
         pub struct $name(String);
 
@@ -85,6 +86,7 @@ word!(
     AgentName,
     "the name of a sub-agent",
     "1 to 64 of a-z 0-9 . _ - beginning with a letter or digit",
+    "^[a-z0-9][a-z0-9._-]{0,63}$",
     |s| word_of(s, 64, |c| c.is_ascii_lowercase() || c.is_ascii_digit(), |c| {
         c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-')
     })
@@ -95,6 +97,7 @@ word!(
     Version,
     "a version",
     "1 to 64 of A-Z a-z 0-9 . + - beginning with a letter or digit",
+    "^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$",
     |s| word_of(s, 64, |c| c.is_ascii_alphanumeric(), |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '+' | '-'))
 );
 
@@ -103,6 +106,7 @@ word!(
     AgentId,
     "an agent id",
     "1 to 64 of A-Z a-z 0-9 . _ - beginning with a letter or digit",
+    "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
     |s| word_of(s, 64, |c| c.is_ascii_alphanumeric(), |c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
 );
 
@@ -111,6 +115,7 @@ word!(
     Digest,
     "a SHA-256",
     "64 lower-case hexadecimal digits",
+    "^[0-9a-f]{64}$",
     |s| s.len() == 64 && s.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 );
 
@@ -136,6 +141,7 @@ macro_rules! words {
         pub enum $name { $($(#[$vdoc])* #[serde(rename = $text)] $variant),+ }
 
         impl $name {
+            #[cfg_attr(not(feature = "gateway"), allow(dead_code, reason = "the gateway alone goes through all of some"))]
             pub const ALL: &'static [$name] = &[$($name::$variant),+];
 
             pub fn as_str(self) -> &'static str {

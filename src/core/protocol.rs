@@ -27,6 +27,7 @@ pub struct Heartbeat {
     pub agent_id: AgentId,
     /// A UUID made at the host's first start and kept with the machine, so that a cloned host shows.
     pub instance_id: String,
+    /// As the machine calls itself; rules may go by it.
     pub hostname: String,
     pub os: Os,
     pub arch: Arch,
@@ -40,6 +41,7 @@ pub struct Heartbeat {
     /// Counts this manager's heartbeats from 1; begins anew when it starts.
     #[serde(default)]
     pub sequence: u64,
+    /// Every sub-agent that is installed, or wanted.
     #[serde(default)]
     pub agents: Vec<AgentReport>,
     /// What happened and was not yet acknowledged, oldest first.
@@ -70,6 +72,7 @@ pub struct AgentReport {
     #[serde(default)]
     pub version: Option<Version>,
     pub state: AgentState,
+    /// Absent while no process of it runs.
     #[serde(default)]
     pub pid: Option<u32>,
     /// Restarts that nobody asked for, since it was last started on purpose.
@@ -123,7 +126,7 @@ impl AgentState {
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Event {
-    /// Only grows on one host; acknowledged by [`Answer::ack`].
+    /// Only grows on one host; acknowledged by the `ack` of an answer.
     pub id: u64,
     /// RFC 3339, UTC.
     pub time: String,
@@ -135,6 +138,7 @@ pub struct Event {
     pub version: Option<Version>,
     /// `ok`, `failed`, `refused` or `unsupported`.
     pub outcome: String,
+    /// For a person to read.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
 }
@@ -155,6 +159,7 @@ pub struct Answer {
     /// Names the store that counts the generations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<String>,
+    /// Numbers the desired state; only grows within a lineage. A lower one is refused, and so is the same one with another content.
     #[serde(default)]
     pub generation: u64,
     /// A command to the manager: `upgrade`. Unknown ones are answered with an event of outcome `unsupported`.
@@ -180,12 +185,15 @@ pub struct Answer {
 #[serde(rename_all = "camelCase")]
 pub struct ManagerOrder {
     pub version: Version,
+    /// URL of the directory that holds the package; absent: the endpoint's own download path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tarball: Option<String>,
+    /// The package's file name below `tarball`; absent: `aops-spm-{version}_{os}_{arch}.tar.zst`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Digest>,
+    /// Of the package, bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
 }
@@ -226,6 +234,7 @@ fn start() -> String {
 #[serde(rename_all = "camelCase")]
 pub struct Offer {
     pub version: Version,
+    /// The package's file name below the endpoint's download path.
     pub file: String,
     pub sha256: Digest,
     /// Bytes.

@@ -194,7 +194,7 @@ impl Supervisor {
             }
             (Event::Rest, phase) => {
                 self.wanted = false;
-                self.failures = 0;
+                self.forget();
                 match phase {
                     Phase::Up { pid, .. } => Some(self.stop(Some(pid))),
                     // Its main process is dead; what that started may not be.
@@ -204,9 +204,12 @@ impl Supervisor {
                     Phase::Starting | Phase::Stopping { .. } => None,
                 }
             }
-            (Event::Again, Phase::Up { pid, .. }) => Some(self.stop(Some(pid))),
+            (Event::Again, Phase::Up { pid, .. }) => {
+                self.forget();
+                Some(self.stop(Some(pid)))
+            }
             (Event::Again, Phase::Waiting { .. } | Phase::Down { .. }) if self.wanted => {
-                self.failures = 0;
+                self.forget();
                 Some(self.start())
             }
             (Event::Started { pid }, Phase::Starting) => {
@@ -241,6 +244,13 @@ impl Supervisor {
             (Event::Tick, Phase::Waiting { until }) if now >= until => Some(self.start()),
             _ => None,
         }
+    }
+
+    /// What comes next was asked for: another release, perhaps, for which the troubles of the last one count nothing.
+    fn forget(&mut self) {
+        self.failures = 0;
+        self.restarts = 0;
+        self.last_error = None;
     }
 
     fn start(&mut self) -> Action {
@@ -355,6 +365,19 @@ mod tests {
         assert_eq!(supervisor.step(Event::Again, now, 0.0), Some(Action::Stop));
         assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start));
         assert_eq!(supervisor.restarts(), 0);
+    }
+
+    #[test]
+    fn the_troubles_of_before_are_forgotten_by_a_start_that_was_asked_for() {
+        let now = Instant::now();
+        for word in [Event::Rest, Event::Again] {
+            let mut supervisor = running(Policy::default(), now);
+            supervisor.step(exited(), now, 0.0);
+            supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+            assert_eq!((supervisor.restarts(), supervisor.last_error()), (1, Some("exited with 1")));
+            supervisor.step(word, now, 0.0);
+            assert_eq!((supervisor.restarts(), supervisor.last_error()), (0, None));
+        }
     }
 
     #[test]

@@ -1,3 +1,5 @@
+//! Facts about trust: whom a client believes, and what it says when it does not, against servers made in the test.
+
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};

@@ -3,6 +3,7 @@
 //! The archive is the operator's own, yet read with limits; and with the window that hosts allow, so that one that they could not unpack is
 //! refused here, where somebody can do something about it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::ControlFlow;
@@ -11,6 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::core::manifest::{CONTROL_SCRIPT, MANIFEST, Manifest};
 use crate::core::model::{Os, Packing};
+use crate::process::launch;
 
 /// Base 2 logarithm of the largest zstd window that hosts take: 8 MiB.
 const WINDOW_LOG_MAX: u32 = 23;
@@ -23,7 +25,7 @@ const MAX_MANIFEST_BYTES: u64 = 256 << 10;
 struct Entry<'a> {
     /// Relative to the archive's root, with `/`.
     path: &'a str,
-    /// Unix mode, where the archive says one.
+    /// Unix mode, where the archive says one and it counts: of a link, what it leads to would.
     mode: Option<u32>,
     content: &'a mut dyn Read,
 }
@@ -39,12 +41,17 @@ pub(super) struct Contents {
     control_not_executable: bool,
     /// Where the manager's executable lies, in a package of the manager.
     pub(super) manager: Option<String>,
+    /// Every file, and whether it can be run.
+    files: BTreeMap<String, bool>,
 }
 
 impl Contents {
     /// Refuses what no host could run as a sub-agent.
-    pub(super) fn check_runnable(&self) -> Result<()> {
-        if self.manifest.is_some() || self.control {
+    pub(super) fn check_runnable(&self, os: Os) -> Result<()> {
+        if let Some(manifest) = &self.manifest {
+            return self.check_command(&manifest.run.command, os);
+        }
+        if self.control {
             return Ok(());
         }
         if self.control_not_executable {
@@ -52,17 +59,33 @@ impl Contents {
         }
         bail!("it has neither {MANIFEST} nor an executable {CONTROL_SCRIPT} at its root");
     }
+
+    fn check_command(&self, command: &[String], os: Os) -> Result<()> {
+        let Some(program) = command.first() else { return Ok(()) };
+        let parts = program.split(['/', '\\']).filter(|part| !part.is_empty() && *part != ".");
+        let path = parts.collect::<Vec<_>>().join("/");
+        match (self.files.get(&path), os) {
+            // Windows adds an extension by itself, and knows no mode.
+            (None, Os::Windows) if self.files.keys().any(|file| file.starts_with(&format!("{path}."))) => Ok(()),
+            (Some(_), Os::Windows) | (Some(true), Os::Linux) => Ok(()),
+            (Some(false), Os::Linux) => {
+                bail!("its {MANIFEST} runs {program}, which is not executable (`chmod +x {path}`)")
+            }
+            (None, _) => bail!("its {MANIFEST} runs {program}, which is not in it"),
+        }
+    }
 }
 
 /// Reads through the whole archive.
 pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<Contents> {
     let mut contents = Contents::default();
     visit(archive, packing, |entry| {
+        // An archive that says no modes was made where there are none.
+        let runs = entry.mode.is_none_or(|mode| mode & 0o111 != 0);
+        contents.files.insert(entry.path.to_owned(), runs);
         match entry.path {
             MANIFEST => contents.manifest = Some(manifest(entry.content)?),
             CONTROL_SCRIPT | "control.exe" | "control.cmd" | "control.bat" => {
-                // An archive that says no modes was made where there are none.
-                let runs = entry.mode.is_none_or(|mode| mode & 0o111 != 0);
                 contents.control |= runs;
                 contents.control_not_executable |= !runs;
             }
@@ -102,9 +125,7 @@ fn manifest(content: &mut dyn Read) -> Result<Manifest> {
         .take(MAX_MANIFEST_BYTES)
         .read_to_string(&mut text)
         .with_context(|| format!("cannot read its {MANIFEST}"))?;
-    let manifest: Manifest = toml::from_str(&text).with_context(|| format!("cannot read its {MANIFEST}"))?;
-    manifest.check().map_err(|why| anyhow::anyhow!("cannot take its {MANIFEST}: {why}"))?;
-    Ok(manifest)
+    launch::parse(&text).with_context(|| format!("cannot take its {MANIFEST}"))
 }
 
 fn visit(
@@ -148,11 +169,12 @@ fn visit_tar(packed: impl Read, mut each: impl FnMut(Entry<'_>) -> Result<Contro
         if index >= MAX_ENTRIES {
             bail!("it has more than {MAX_ENTRIES} entries");
         }
-        if !entry.header().entry_type().is_file() {
+        let kind = entry.header().entry_type();
+        if !kind.is_file() && !kind.is_symlink() && !kind.is_hard_link() {
             continue;
         }
         let path = entry.path()?.to_string_lossy().into_owned();
-        let mode = Some(entry.header().mode()?);
+        let mode = if kind.is_file() { Some(entry.header().mode()?) } else { None };
         if each(Entry { path: relative(&path), mode, content: &mut entry })?.is_break() {
             break;
         }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::depot::{Index, Stamp};
 use super::{Place, now_millis};
+use crate::config;
 use crate::core::fleet::{Fleet, HostFacts, MAX_FILE_BYTES, judge};
 use crate::store::{self, Access};
 
@@ -149,16 +150,7 @@ fn read_text(path: &std::path::Path) -> Result<Option<String>> {
 
 /// Parses the file; an error names the line in one line of its own, for logs and tables.
 fn parse(text: &str) -> Result<Fleet> {
-    toml::from_str(text).map_err(|error: toml::de::Error| {
-        let message = error.message().trim().replace('\n', "; ");
-        match error.span() {
-            Some(span) => {
-                let before = text.get(..span.start).unwrap_or(text);
-                anyhow::anyhow!("line {}: {message}", before.matches('\n').count() + 1)
-            }
-            None => anyhow::anyhow!("{message}"),
-        }
-    })
+    toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", config::wrong_line(text, &error)))
 }
 
 /// The lineage of this gateway's generations: made once, kept for good.

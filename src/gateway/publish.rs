@@ -25,8 +25,28 @@ use crate::store::{self, Access};
 /// How long another publishing is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The end of the help, 80 columns wide.
+const EXAMPLE: &str = "\
+A package is a directory, such as hello/ with two files:
+
+  agent.toml    name = \"hello\"
+                version = \"1.0\"
+                [run]
+                command = [\"./hello.sh\", \"--verbose\"]
+
+  hello.sh      the program, executable; it stays in the foreground, and
+                what it prints goes to its log
+
+  aops gateway publish --dir DIR hello/
+
+Hosts run it once fleet.toml in DIR says so:
+
+  [agents.hello]
+  version = \"1.0\"";
+
 /// What is published, and as what.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = EXAMPLE)]
 pub struct Args {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
@@ -192,7 +212,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
             bail!("it has no {wanted}, which a package of the manager for {} must have", release.os);
         }
     } else {
-        contents.check_runnable()?;
+        contents.check_runnable(release.os)?;
     }
 
     let file = release.file_name(packing);

@@ -1,4 +1,5 @@
-//! What the gateway answers to each request. Every error is JSON `{"error": …}` with a status code that says whose fault it is.
+//! What the gateway answers to each request. Every error is JSON `{"errorMessage": …}`, which a host shows its operator, with a status code
+//! that says whose fault it is.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -55,7 +56,7 @@ impl From<axum::http::Error> for Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let mut response = answer(self.status, &json!({ "error": self.message }));
+        let mut response = answer(self.status, &json!({ "errorMessage": self.message }));
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

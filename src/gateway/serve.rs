@@ -242,11 +242,12 @@ impl Eyes {
         self.state.fleet = self.fleet.standing().clone();
         self.state.packages = world.index.packages();
         self.state.problems = world.index.problems().clone();
-        *shared.standing.lock().unwrap_or_else(PoisonError::into_inner) = self.state.fleet.clone();
+        // First for `status`, so that what the routes say is never newer than what an operator is shown.
         if let Err(error) = store::save(&self.place.standing(), &self.state) {
             let reason = format!("{error:#}");
             tracing::error!(%reason, "how the gateway stands cannot be written");
         }
+        *shared.standing.lock().unwrap_or_else(PoisonError::into_inner) = self.state.fleet.clone();
     }
 }
 

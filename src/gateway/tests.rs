@@ -90,6 +90,7 @@ pub(super) fn native(tree: &Path, name: &str, version: &str) -> PathBuf {
     let manifest = format!("name = \"{name}\"\nversion = \"{version}\"\n[run]\ncommand = [\"run\"]\n");
     fs::write(tree.join("agent.toml"), manifest).unwrap();
     fs::write(tree.join("run"), format!("{name} {version}\n").repeat(1_000)).unwrap();
+    crate::platform::set_mode(&tree.join("run"), 0o755).unwrap();
     tree.to_owned()
 }
 
@@ -333,7 +334,7 @@ fn the_current_release_is_the_ordered_one_or_the_newest() {
     for bad in ["/api/releases/a?os=linux", "/api/releases/a?os=plan9&arch=386", "/api/releases/A?os=linux&arch=386"] {
         let got = served.get(bad, &[]);
         assert_eq!(got.status, 400, "{bad}");
-        assert!(got.json()["error"].is_string());
+        assert!(got.json()["errorMessage"].is_string());
     }
 }
 
@@ -384,7 +385,7 @@ fn what_is_no_heartbeat_is_refused_with_a_reason() {
     let served = bench.serve();
     let refused = |got: Got, status: u16| {
         assert_eq!(got.status, status);
-        assert!(got.json()["error"].is_string());
+        assert!(got.json()["errorMessage"].is_string());
     };
     let good = json!({
         "agentId": "1", "instanceId": "i", "hostname": "h", "os": "linux", "arch": "amd64",

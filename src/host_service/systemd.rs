@@ -26,8 +26,8 @@ const SPA_UNIT: &str = include_str!("../../assets/aops-spa.service");
 const QUICK: Duration = Duration::from_secs(30);
 /// For what waits until a role is up (`TimeoutStartSec=60`).
 const STARTING: Duration = Duration::from_secs(90);
-/// For what waits until both roles have ended (`TimeoutStopSec=90`, once for `ExecStop` and once for the signal) and are up again.
-const STOPPING: Duration = Duration::from_secs(300);
+/// For what waits until both roles have ended (`TimeoutStopSec=900`, for the slowest sub-agent's grace period) and are up again.
+const STOPPING: Duration = Duration::from_secs(1000);
 
 /// A unit file of ours has less than 2 KiB.
 const MAX_UNIT_BYTES: u64 = 64 << 10;
@@ -54,6 +54,11 @@ impl UnitState {
     /// Whether nobody is to start it: an operator masked or disabled it.
     pub fn is_forbidden(&self) -> bool {
         self.load_state == "masked" || matches!(self.unit_file_state.as_str(), "masked" | "masked-runtime" | "disabled")
+    }
+
+    /// Whether it runs, or systemd is about to start or stop it.
+    fn is_at_work(&self) -> bool {
+        self.job.is_some() || !matches!(self.active_state.as_str(), "inactive" | "failed")
     }
 }
 
@@ -97,6 +102,17 @@ pub fn unregister(home: &Home) -> Result<()> {
     Ok(())
 }
 
+/// Whether systemd could run the roles of this home.
+pub fn can_register(home: &Home) -> Result<()> {
+    Role::BOTH.iter().try_for_each(|role| contents(home, *role).map(drop))
+}
+
+/// Whether there is anything of this home in systemd: a unit file, or a unit that it remembers without one.
+pub fn is_known(home: &Home) -> bool {
+    let remembered = |role: &Role| state(home, *role).is_ok_and(|unit| unit.active_state != "inactive");
+    is_registered(home) || Role::BOTH.iter().any(remembered)
+}
+
 /// Whether a unit file of this home stands.
 pub fn is_registered(home: &Home) -> bool {
     units(home, Role::BOTH).iter().any(|unit| unit_path(unit).symlink_metadata().is_ok())
@@ -107,18 +123,19 @@ pub fn start(home: &Home, roles: &[Role]) -> Result<()> {
     systemctl(&["start"], &units(home, roles), STARTING)
 }
 
-/// Stops the units of the roles, which is a stop: the sub-agents go too. Units that are not loaded are stopped.
+/// Stops the units of the roles, which is a stop: the sub-agents go too. A unit whose file is gone, or is bad, may be at work all the
+/// same; one that is not at work is stopped.
 pub fn stop(home: &Home, roles: &[Role]) -> Result<()> {
-    let mut loaded = Vec::new();
+    let mut at_work = Vec::new();
     for role in roles {
-        if state(home, *role)?.load_state != "not-found" {
-            loaded.push(unit_name(home, *role));
+        if state(home, *role)?.is_at_work() {
+            at_work.push(unit_name(home, *role));
         }
     }
-    if loaded.is_empty() {
+    if at_work.is_empty() {
         return Ok(());
     }
-    systemctl(&["stop"], &loaded, STOPPING)
+    systemctl(&["stop"], &at_work, STOPPING)
 }
 
 /// Restarts the units of the roles; the sub-agents keep running.
@@ -185,7 +202,16 @@ fn context(home: &Home, role: Role, unit: &str, contents: &str) -> ServiceInstal
 
 /// A role's unit. Refuses a home whose path cannot stand in a unit file.
 fn contents(home: &Home, role: Role) -> Result<String> {
-    let program = |path: PathBuf| quoted(&path, false);
+    let program = |path: PathBuf| {
+        if path.to_string_lossy().contains(['"', '\'', '\\']) {
+            bail!(
+                "cannot register {} with systemd: it takes no program whose path has a quote or a backslash; choose another --home, or say \
+                 --service none",
+                home.root().display()
+            );
+        }
+        quoted(&path, false)
+    };
     let template = match role {
         Role::Spm => SPM_UNIT,
         Role::Spa => SPA_UNIT,
@@ -269,11 +295,14 @@ mod tests {
 
     #[test]
     fn another_home_has_units_of_its_own_and_is_quoted() {
-        let home = Home::new("/srv/my home/100%/a$b\"c\\d");
+        let home = Home::new("/srv/my home/100%/a$b");
         let spm = contents(&home, Role::Spm).unwrap();
         assert!(spm.contains(
-            r#"ExecStart="/srv/my home/100%%/a$b\"c\\d/bin/aops-spm" --home "/srv/my home/100%%/a$$b\"c\\d" --service systemd"#
+            r#"ExecStart="/srv/my home/100%%/a$b/bin/aops-spm" --home "/srv/my home/100%%/a$$b" --service systemd"#
         ));
+        for refused in ["/srv/a\"b", "/srv/a'b", "/srv/a\\b"] {
+            assert!(can_register(&Home::new(refused)).unwrap_err().to_string().contains("--service none"));
+        }
         assert!(spm.contains(&format!("Wants={}.service", unit_name(&home, Role::Spa))));
         assert!(contents(&Home::new("/srv/a\nb"), Role::Spm).is_err());
     }

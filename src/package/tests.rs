@@ -1,3 +1,5 @@
+//! Facts about packages on their way to a host: downloaded, resumed, verified, refused.
+
 use std::io::{Cursor, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

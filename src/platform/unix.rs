@@ -138,11 +138,13 @@ pub fn has_execute_bit(metadata: &fs::Metadata) -> bool {
 }
 
 /// The file's number in its file system: another one means another file under the same name.
+#[cfg(feature = "gateway")]
 pub fn file_number(metadata: &fs::Metadata) -> u64 {
     metadata.ino()
 }
 
 /// Allows this process as many open files as it may have, and says how many that is.
+#[cfg(feature = "gateway")]
 pub fn raise_open_files() -> io::Result<u64> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);

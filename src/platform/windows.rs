@@ -97,16 +97,19 @@ pub fn mode(_path: &Path) -> io::Result<u32> {
 // --- What the gateway asks about files and limits
 
 /// Windows knows no such bit, and the hosts of a package that is made here may need it.
+#[cfg(feature = "gateway")]
 pub fn has_execute_bit(_metadata: &fs::Metadata) -> bool {
     true
 }
 
 /// Not to be had from the metadata; size and time must do.
+#[cfg(feature = "gateway")]
 pub fn file_number(_metadata: &fs::Metadata) -> u64 {
     0
 }
 
 /// Windows has no such limit for sockets.
+#[cfg(feature = "gateway")]
 pub fn raise_open_files() -> io::Result<u64> {
     Ok(u64::MAX)
 }
@@ -180,6 +183,15 @@ impl Termination {
 /// The service control manager is told in its own way, by who registers a service with it.
 pub fn notify(_state: &str) {}
 
+/// Replaces a small file in one step.
+fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = path.with_file_name(format!(".new-{}-{}", std::process::id(), fastrand::u64(..)));
+    fs::write(&temporary, content)?;
+    fs::rename(&temporary, path).inspect_err(|_| {
+        let _ = fs::remove_file(&temporary);
+    })
+}
+
 // --- The active release of a sub-agent
 
 /// Which version `current` names; `None`: there is no such file.
@@ -193,5 +205,5 @@ pub fn read_current(file: &Path) -> io::Result<Option<String>> {
 
 /// Makes `current` name a version, in one step.
 pub fn write_current(file: &Path, version: &str) -> io::Result<()> {
-    crate::store::replace(file, version.as_bytes(), crate::store::Access::Public).map_err(io::Error::other)
+    replace_file(file, version.as_bytes())
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest as _, Sha256};
 
 use super::record::{self, Head, Kind, Record};
+use crate::config;
 use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest, Restart, StopSignal};
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::home::Home;
@@ -70,7 +71,8 @@ pub fn inspect(home: &Home, name: &AgentName, version: &Version) -> Result<Progr
 
 /// Reads the text of an `agent.toml`.
 pub fn parse(text: &str) -> Result<Manifest> {
-    let manifest: Manifest = toml::from_str(text)?;
+    let manifest: Manifest =
+        toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", config::wrong_line(text, &error)))?;
     manifest.check().map_err(anyhow::Error::msg)?;
     Ok(manifest)
 }

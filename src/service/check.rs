@@ -220,9 +220,11 @@ pub(super) fn plan(
     let standing_id = if keeps { installation::agent_id(home)? } else { None };
     let agent_id = options.agent_id.clone().or(imported.agent_id).or_else(|| standing_id.clone());
     let Some(agent_id) = agent_id else {
-        return Err(
-            Usage("--agent-id is missing, and no installation stands there whose id could be kept".to_owned()).into()
-        );
+        let missing = match options.endpoint.is_empty() {
+            true => "--agent-id and --endpoint are missing, and no installation stands there whose own could be kept",
+            false => "--agent-id is missing, and no installation stands there whose id could be kept",
+        };
+        return Err(Usage(missing.to_owned()).into());
     };
     if let Some(standing_id) = standing_id.filter(|standing_id| *standing_id != agent_id) {
         progress::say(format_args!("the agent id changes from {standing_id} to {agent_id}"));
@@ -252,6 +254,7 @@ pub(super) fn plan(
     let least_epoch = if keeps { Epochs::load(home)?.least(MANAGER_PACKAGE) } else { 0 };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
     if kind == Kind::Systemd {
+        host_service::systemd::can_register(home)?;
         not_masked(home)?;
     }
     if let Some(why) = why {

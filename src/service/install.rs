@@ -98,7 +98,11 @@ fn wrong_usage(error: Error) -> Result<ExitCode> {
     if !error.is::<Usage>() {
         return Err(error);
     }
-    anstream::eprintln!("error: {error}\n\nFor more information, try 'aops install --help'.");
+    anstream::eprintln!(
+        "error: {error}\n\nA new host is given who it is, where its gateway is, and whom to trust:\n  aops install --agent-id ID \
+         --endpoint https://GATEWAY:8888 \\\n    --trusted-key aops.pub --ca-cert cert.pem\n\nFor more information, try 'aops install \
+         --help'."
+    );
     Ok(ExitCode::from(WRONG_USAGE))
 }
 

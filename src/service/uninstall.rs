@@ -59,7 +59,7 @@ fn remove(home: &Home) -> Result<()> {
     let site = Site::open(home)?;
     progress::say("stopping sub-agents and roles");
     roles::stop_all(home)?;
-    if host_service::detect() == Kind::Systemd && host_service::systemd::is_registered(home) {
+    if host_service::detect() == Kind::Systemd && host_service::systemd::is_known(home) {
         progress::say("taking the units away");
         host_service::unregister(home)?;
     }

@@ -70,6 +70,8 @@ pub(super) struct Manager {
     /// `None` while one is under way.
     next_heartbeat: Option<Instant>,
     next_housekeeping: Instant,
+    /// Dead at the last housekeeping, and nobody's to wait for.
+    orphans: Vec<u32>,
     /// A stop is under way; who waits for its end.
     stopping: Option<Vec<oneshot::Sender<Reply>>>,
     stop_errors: Vec<String>,
@@ -80,6 +82,9 @@ pub(super) struct Manager {
 pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
     let (inputs, mut words) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
+    if let Err(error) = platform::adopt_orphans() {
+        tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
+    }
     let mut manager = Manager::load(home, supervised, inputs)?;
     manager.take_charge();
 
@@ -102,10 +107,7 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
             Some(input) = words.recv() => manager.take_in(input),
             Some(knock) = knocks.recv() => manager.answer_knock(knock),
             () = tokio::time::sleep_until(deadline.into()) => manager.tick(),
-            () = termination.recv() => {
-                tracing::info!("the manager was asked to end; the sub-agents stay");
-                manager.ending = Some(Farewell::Yield);
-            }
+            () = termination.recv() => manager.asked_to_end(),
         }
     };
     notify("STOPPING=1");
@@ -180,10 +182,21 @@ impl Manager {
             sequence: 0,
             failures: 0,
             next_housekeeping: now,
+            orphans: vec![],
             stopping: None,
             stop_errors: vec![],
             ending: None,
         })
+    }
+
+    /// Somebody asked this process to end: the sub-agents stay, unless they are being stopped already.
+    fn asked_to_end(&mut self) {
+        if self.stopping.is_some() {
+            tracing::info!("the manager was asked to end, and does so when every sub-agent is stopped");
+            return;
+        }
+        tracing::info!("the manager was asked to end; the sub-agents stay");
+        self.ending = Some(Farewell::Yield);
     }
 
     fn deadline(&self) -> Instant {
@@ -218,6 +231,7 @@ impl Manager {
             self.journal.flush();
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
+            self.orphans = platform::reap_orphans(&self.orphans);
             notify("WATCHDOG=1");
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {

@@ -103,6 +103,7 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
         tokio::select! {
             // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
             () = platform::ended(record.pid, record.start_time) => {
+                platform::reap_orphan(record.pid);
                 let ended = format!("its process {} ended", record.pid);
                 // Where nothing of it is left, there is nothing to ask after.
                 let Some(process) = script::find(start).await else { return ended };

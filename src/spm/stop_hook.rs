@@ -9,10 +9,10 @@ use anyhow::{Result, bail};
 use crate::door;
 use crate::home::Home;
 use crate::role::{self, Role};
-use crate::{host_service, logging, process};
+use crate::{host_service, lifecycle, logging, process};
 
-/// Every sub-agent may take its grace period.
-const LONGEST_STOP: Duration = Duration::from_secs(80);
+/// Every sub-agent may take its grace period, which is ten minutes at the longest; the unit's `TimeoutStopSec` is longer still.
+const LONGEST_STOP: Duration = Duration::from_secs(840);
 
 pub(super) fn run(home: &Home) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spm"))?;
@@ -23,13 +23,14 @@ pub(super) fn run(home: &Home) -> Result<ExitCode> {
     }
     tracing::info!("the unit is being stopped; the sub-agents are stopped with it");
     role::record_stop(home)?;
-    let reply = match door::ask_for_stop(home, LONGEST_STOP) {
+    let reply = match door::ask_to_stop(home, LONGEST_STOP) {
         Ok(reply) => reply,
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),
-                "the manager cannot be asked to stop the sub-agents; they are stopped without it"
+                "the manager does not stop the sub-agents; they are stopped without it"
             );
+            lifecycle::kill_manager(home)?;
             None
         }
     };

@@ -18,8 +18,12 @@ fn a_systemd_container_runs_commands_as_services_of_a_real_systemd() {
     assert!(["running\n", "degraded\n"].contains(&state.stdout.as_str()), "{state}");
     let cgroup = container.shell("cat /proc/self/cgroup").expect_success();
     assert!(cgroup.contains("system.slice/run-"), "{cgroup}");
-    let output = container.shell("echo \"$HOME $((1 + 1))\"; echo aside >&2; exit 7");
-    assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (7, "/root 2\n", "aside\n"), "{output}");
+    let output = container.shell("echo \"$HOME $PWD $((1 + 1))\"; echo aside >&2; exit 7");
+    assert_eq!(
+        (output.code, output.stdout.as_str(), output.stderr.as_str()),
+        (7, "/root /root 2\n", "aside\n"),
+        "{output}"
+    );
     assert_loopback_only(&container);
 }
 
@@ -29,8 +33,12 @@ fn a_bare_container_has_no_service_manager() {
     assert!(!container.run(&["sh", "-c", "command -v systemctl"]).success());
     assert!(!container.path("/run/systemd/system").exists());
     assert_ne!(container.run(&["cat", "/proc/1/comm"]).expect_success(), "systemd\n");
-    let output = container.shell("echo \"$HOME $((1 + 1))\"; echo aside >&2; exit 7");
-    assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (7, "/root 2\n", "aside\n"), "{output}");
+    let output = container.shell("echo \"$HOME $PWD $((1 + 1))\"; echo aside >&2; exit 7");
+    assert_eq!(
+        (output.code, output.stdout.as_str(), output.stderr.as_str()),
+        (7, "/root /root 2\n", "aside\n"),
+        "{output}"
+    );
     assert_loopback_only(&container);
     // Its first process reaps what others leave behind.
     container.shell("setsid sh -c 'sleep 0.05 & exec true' </dev/null >/dev/null 2>&1 & wait").expect_success();

@@ -331,3 +331,18 @@ fn units_survive_a_reboot_and_are_replaced_removed_and_refused_as_systemd_says()
     assert!(!container.path("/opt/aops").exists());
     assert_eq!(container.shell("ls /etc/systemd/system | grep aops || true").stdout, "");
 }
+
+#[test]
+fn a_read_only_home_and_a_full_disk_are_told_and_leave_nothing() {
+    let container = Container::bare();
+    let _gateway = gateway_in(&container);
+    container
+        .shell("mkdir /srv/ro /srv/full; mount -t tmpfs -o ro none /srv/ro; mount -t tmpfs -o size=3m none /srv/full")
+        .expect_success();
+    for (directory, words) in [("/srv/ro", "Read-only file system"), ("/srv/full", "not enough space")] {
+        let output = container.shell(&format!("cd /tmp; {VERBATIM} --home {directory}/home"));
+        assert!(output.text().contains(words) && output.text().contains("nothing was changed"), "{output}");
+        output.expect_code(1);
+        assert_eq!(container.shell(&format!("ls -A {directory}")).stdout, "", "{directory}");
+    }
+}

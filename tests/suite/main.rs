@@ -1,8 +1,13 @@
 //! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
 
+mod gateway;
 mod harness;
+mod help;
 mod install;
+mod install_systemd;
 mod joining;
+mod protocol;
+mod refusals;
 mod roles;
 mod roles_systemd;
 mod sub_agents;

@@ -211,9 +211,10 @@ impl Container {
     /// `words` inside: with a systemd as a transient service of its (so in the right cgroup and with a clean environment), without one
     /// in the container's cgroup.
     fn command<S: AsRef<str>>(&self, unit: Option<&str>, words: &[S]) -> Command {
-        const ENVIRONMENT: [&str; 5] = [
+        const ENVIRONMENT: [&str; 6] = [
             "env",
             "-i",
+            "--chdir=/root",
             "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME=/root",
             "LANG=C.UTF-8",
@@ -252,7 +253,6 @@ impl Container {
                 words.iter().for_each(|word| push(&word.as_ref().replace('$', "$$")));
             }
             Kind::Bare => {
-                push("--chdir=/root");
                 if unit.is_some() {
                     // So that it ends with what we can end: its pid inside is not known outside.
                     ["setpriv", "--pdeathsig", "KILL", "--"].iter().for_each(|word| push(word));

@@ -58,8 +58,14 @@ impl Gateway {
     pub fn stopped() -> Gateway {
         let directory = tempfile::Builder::new().prefix("aops-gateway-").tempdir().expect("a temporary directory");
         let gateway = Gateway { directory, running: None, url: "https://127.0.0.1:0".to_owned() };
-        gateway.command(&["init"], &[]).expect_success();
+        gateway.init();
         gateway
+    }
+
+    /// Makes what is missing of its keys and its certificate.
+    #[track_caller]
+    pub fn init(&self) {
+        self.command(&["init"], &[]).expect_success();
     }
 
     /// Runs it, on the port that it had before if it ran before.
@@ -99,6 +105,14 @@ impl Gateway {
             let _ = child.kill();
             command::wait(&mut child, END).expect("a killed gateway ends");
         }
+    }
+
+    /// Asks it to end, as a service manager does, and gives its exit code.
+    #[track_caller]
+    pub fn terminate(&mut self) -> i32 {
+        let mut child = self.running.take().expect("the gateway does not run");
+        super::processes::signal(child.id(), rustix::process::Signal::TERM);
+        command::wait(&mut child, END + END).expect("a gateway that is asked to end does so")
     }
 
     /// Publishes a package. A gateway that runs already offers it some moments later: publish first, or wait for what follows.
@@ -154,7 +168,8 @@ impl Gateway {
         self.path("gateway.log")
     }
 
-    fn command(&self, subcommand: &[&str], arguments: &[&str]) -> Output {
+    /// `aops gateway` with this subcommand, for this gateway's directory.
+    pub fn command(&self, subcommand: &[&str], arguments: &[&str]) -> Output {
         command::run(&mut self.aops(subcommand, arguments), LIMIT)
     }
 

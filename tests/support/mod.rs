@@ -10,6 +10,8 @@ pub mod container;
 pub mod files;
 pub mod gateway;
 pub mod host;
+pub mod https;
+pub mod inside;
 pub mod package;
 pub mod processes;
 pub mod wait;

@@ -64,8 +64,21 @@ pub(crate) fn is_root() -> bool {
 }
 
 /// The cargo that runs us.
+///
+/// What cargo told us about our own package is not passed on: build scripts that look at it would take it for a change, and everything
+/// behind them would be built anew each time that a task follows a plain `cargo build`.
 pub(crate) fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        let known = name.to_string_lossy();
+        if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"]
+            .iter()
+            .any(|prefix| known.starts_with(prefix))
+        {
+            command.env_remove(&name);
+        }
+    }
+    command
 }
 
 /// A path as an argument, for the commands that take text.

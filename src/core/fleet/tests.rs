@@ -1,3 +1,5 @@
+//! Facts about fleet files: what is refused, what rules override, what a host is told.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Facts about what a gateway remembers of its hosts: generations, events, acknowledgements.
+
 use super::*;
 use crate::core::protocol::{Event, ManagerReport};
 

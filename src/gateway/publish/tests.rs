@@ -1,3 +1,5 @@
+//! Facts about publishing: what is packed, signed, kept and refused.
+
 use crate::package::trailer;
 use clap::Parser;
 
@@ -94,6 +96,12 @@ fn what_no_host_could_run_is_refused() {
 
     let tree = native(&dir.join("native"), "exporter", "1");
     assert!(bench.refusal("--name other", &tree).contains("agent.toml says name exporter, not other"));
+    for (command, reason) in [("gone", "./gone, which is not in it"), ("agent.toml", "which is not executable")] {
+        let manifest = format!("name = \"exporter\"\nversion = \"1\"\n[run]\ncommand = [\"./{command}\"]\n");
+        fs::write(tree.join("agent.toml"), manifest).unwrap();
+        assert!(bench.refusal("--os linux", &tree).contains(reason));
+        assert!(!bench.refusal("--os linux", &tree).contains("TOML"));
+    }
     fs::write(tree.join("agent.toml"), "name = \"exporter\"\n[run").unwrap();
     assert!(bench.refusal("", &tree).contains("agent.toml"));
     assert!(bench.refusal("", &dir.join("absent")).contains("cannot publish"));

@@ -1,3 +1,5 @@
+//! Facts about unpacking: what an archive may hold, and what is refused of it.
+
 use std::io::{Cursor, Seek, SeekFrom};
 
 use zip::write::SimpleFileOptions;

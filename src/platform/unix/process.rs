@@ -350,6 +350,44 @@ pub fn detach(command: &mut Command) {
     unsafe { command.pre_exec(in_child) };
 }
 
+/// Makes what our sub-agents orphan ours instead of init's, so that the dead among them can be reaped at once: a `control` script that asks
+/// after its program by number takes a zombie for alive, and not every init reaps.
+pub fn adopt_orphans() -> io::Result<()> {
+    // Any process may stand for "yes"; the attribute is cleared by none.
+    Ok(rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?)
+}
+
+/// Reaps the orphans among our children that are dead and of which `known` were dead already the last time, and says which are dead now.
+/// Whoever waits for a child of his own does so before a second time comes.
+pub fn reap_orphans(known: &[u32]) -> Vec<u32> {
+    use rustix::process::{WaitId, WaitIdOptions, WaitOptions, waitid, waitpid};
+    let any = waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT);
+    if !matches!(any, Ok(Some(_))) {
+        return vec![];
+    }
+    let (old, new): (Vec<u32>, Vec<u32>) = dead_children().into_iter().partition(|pid| known.contains(pid));
+    for pid in old {
+        let _ = waitpid(Pid::from_raw(pid as i32), WaitOptions::NOHANG);
+    }
+    new
+}
+
+/// Reaps one orphan of ours, if it is dead.
+pub fn reap_orphan(pid: u32) {
+    use rustix::process::{WaitOptions, waitpid};
+    let _ = waitpid(Pid::from_raw(pid as i32), WaitOptions::NOHANG);
+}
+
+fn dead_children() -> Vec<u32> {
+    let is_ours = |pid: &u32| {
+        let Ok(text) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+        let mut fields = text.rsplit_once(')').map(|(_, rest)| rest.split_whitespace()).into_iter().flatten();
+        fields.next() == Some("Z") && fields.next().and_then(|parent| parent.parse().ok()) == Some(std::process::id())
+    };
+    let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(is_ours).collect()
+}
+
 /// Whether a failed start is worth a short wait: the program's file is still open for writing in a child of ours that has not come to
 /// its own exec yet.
 pub fn is_busy_text(error: &io::Error) -> bool {
@@ -426,6 +464,21 @@ mod tests {
         let mut command = Command::new("true");
         launch_as(&mut command, &Launch { record: "/proc/nowhere/a.json".into(), head: vec![], user: None }).unwrap();
         assert!(command.status().unwrap().success());
+    }
+
+    #[test]
+    #[allow(clippy::zombie_processes, reason = "what is tested reaps it")]
+    fn a_dead_child_is_reaped_the_second_time_it_is_seen() {
+        let child = Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        while start_time(pid).is_some() {
+            std::thread::yield_now();
+        }
+        let seen = reap_orphans(&[]);
+        assert!(seen.contains(&pid));
+        assert!(fs::exists(format!("/proc/{pid}")).unwrap());
+        assert!(!reap_orphans(&[pid]).contains(&pid));
+        assert!(!fs::exists(format!("/proc/{pid}")).unwrap());
     }
 
     #[tokio::test]

@@ -255,7 +255,7 @@ pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
 pub fn launched(launch: &Launch, pid: u32) -> io::Result<()> {
     let mut text = launch.head.clone();
     text.extend_from_slice(format!("{pid},\"startTime\":{}}}\n", start_time(pid).unwrap_or_default()).as_bytes());
-    crate::store::replace(&launch.record, &text, crate::store::Access::Private).map_err(io::Error::other)
+    super::replace_file(&launch.record, &text)
 }
 
 /// Makes a command outlive us and our console.
@@ -289,3 +289,16 @@ pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
     ];
     NAMES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect()
 }
+
+/// Windows has no zombies.
+pub fn adopt_orphans() -> io::Result<()> {
+    Ok(())
+}
+
+/// There are none.
+pub fn reap_orphans(_known: &[u32]) -> Vec<u32> {
+    vec![]
+}
+
+/// There are none.
+pub fn reap_orphan(_pid: u32) {}

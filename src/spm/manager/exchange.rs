@@ -97,7 +97,14 @@ impl Manager {
         }
         let present = self.agents.keys().cloned().collect();
         match desired::judge(&self.desired, &present, answer) {
-            Verdict::Unchanged => {}
+            Verdict::Unchanged => {
+                let held = answer.lineage.as_deref().unwrap_or_default() == self.desired.lineage
+                    && answer.generation == self.desired.generation;
+                // What was refused in between is not asked for any more.
+                if held {
+                    self.problems.remove("desired");
+                }
+            }
             Verdict::Refuse(why) => {
                 if self.problems.get("desired") != Some(&why) {
                     self.journal.note("desired", "refused", About::default(), why.as_str());

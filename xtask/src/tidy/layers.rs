@@ -4,8 +4,23 @@ use super::Violation;
 use super::source::{bracketed, code, line, without_tests, words};
 
 const PERSONALITIES: &[&str] = &["control", "gateway", "service", "spa", "spm"];
-const MECHANISMS: &[&str] =
-    &["config", "door", "endpoint", "home", "host_service", "lock", "logging", "package", "process", "store", "uplink"];
+const MECHANISMS: &[&str] = &[
+    "command",
+    "config",
+    "door",
+    "endpoint",
+    "home",
+    "host_service",
+    "installation",
+    "lifecycle",
+    "lock",
+    "logging",
+    "package",
+    "process",
+    "role",
+    "store",
+    "uplink",
+];
 /// What `core` may use besides `std` and itself.
 const PURE: &[&str] = &["schemars", "semver", "serde"];
 /// What `core` may not do, with `std`: effects, and asking for the time.

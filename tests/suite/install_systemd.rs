@@ -1,0 +1,218 @@
+//! Installing onto a host that a real systemd runs, by the command that the old platform prints, and off it again.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::support::container::Container;
+use crate::support::files::difference;
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, pid};
+use crate::support::inside::{
+    self, BOOTSTRAP, DIRECTORY, Inside, PROGRAM, URL, VERBATIM, done, processes_of_aops, wait_for_agents,
+};
+use crate::support::package::Package;
+use crate::support::wait::wait_for;
+
+/// A gateway's content: the manager's package and two sub-agents, one of each kind.
+pub(crate) fn fleet_of_two() -> Gateway {
+    let gateway = Gateway::stopped();
+    gateway.publish_self("c57f6a1d");
+    gateway.publish(&Package::sleeper("native", "1.0.0"));
+    gateway.publish(&Package::control_sleeper("script", "1.0.0"));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\nagents.script.version = \"1.0.0\"\n");
+    gateway
+}
+
+/// Both roles run, and everything is as wanted.
+pub(crate) fn runs(status: &Value) -> bool {
+    status["state"] == "running" && pid(&status["spm"]["pid"]).is_some() && pid(&status["spa"]["pid"]).is_some()
+}
+
+/// What there is of our units, loaded or on disk.
+fn units(container: &Container) -> Vec<String> {
+    let list = "systemctl list-units --all --plain --no-legend 'aops*'; systemctl list-unit-files --no-legend 'aops*'; \
+        find /sys/fs/cgroup /run/systemd /etc/systemd -name '*aops*'";
+    done(container, list).stdout.lines().map(str::to_owned).collect()
+}
+
+#[track_caller]
+fn assert_active_and_enabled(container: &Container, unit: &str, main_pid: &Value) {
+    let shown = done(container, &format!("systemctl show -P ActiveState -P UnitFileState -P MainPID {unit}")).stdout;
+    let words: BTreeSet<&str> = shown.split_whitespace().collect();
+    let main_pid = main_pid.to_string();
+    assert_eq!(words, BTreeSet::from(["active", "enabled", &main_pid]), "{unit}");
+}
+
+#[test]
+fn the_command_that_the_platform_prints_installs_and_uninstall_leaves_nothing() {
+    let container = Container::systemd();
+    let _gateway = Inside::start(&container, fleet_of_two());
+    let before = container.files();
+
+    let uninstalls = [
+        "aops control uninstall --yes".to_owned(),
+        "/opt/aops/control uninstall --yes".to_owned(),
+        format!("{BOOTSTRAP} --control uninstall --agentId 5402204854438"),
+    ];
+    for uninstall in uninstalls {
+        let output = container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+        assert!(output.stderr.contains("first one seen"), "what is trusted is said: {output}");
+
+        let output = container.run(&["aops", "control", "status", "--json"]);
+        let status = output.json();
+        assert!(output.success() && runs(&status), "{output}");
+        assert_eq!((&status["version"], &status["home"]), (&"c57f6a1d".into(), &"/opt/aops".into()));
+        assert_active_and_enabled(&container, "aops-spm", &status["spm"]["pid"]);
+        assert_active_and_enabled(&container, "aops-spa", &status["spa"]["pid"]);
+        assert_eq!(done(&container, "readlink /usr/local/bin/aops").stdout, "/opt/aops/bin/aops\n");
+        wait_for_agents(&container, &["native", "script"]);
+
+        container.run(&["sh", "-c", &uninstall]).expect_code(0);
+        assert_eq!(processes_of_aops(&container), [], "after `{uninstall}`");
+        assert_eq!(units(&container), Vec::<String>::new(), "after `{uninstall}`");
+        let changed = difference(&before, &container.files());
+        assert_eq!(changed, [format!("+ {BOOTSTRAP}")], "after `{uninstall}`");
+        let again = container.run(&[PROGRAM, "control", "uninstall", "--yes"]).expect_code(4);
+        assert!(again.stderr.contains("nothing is installed in /opt/aops"), "{again}");
+    }
+}
+
+#[test]
+fn a_repeated_installation_keeps_the_sub_agents_and_a_newer_version_shows() {
+    let container = Container::systemd();
+    let gateway = Inside::start(&container, fleet_of_two());
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    let agents = wait_for_agents(&container, &["native", "script"]);
+    let first = inside::status(&container);
+
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    let second = inside::wait_for_status(&container, "both roles", runs);
+    assert_ne!(second["spm"]["pid"], first["spm"]["pid"], "the roles are renewed");
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
+
+    gateway.publish(|gateway| gateway.publish_self("d68a7b2e"));
+    let newer = format!("{BOOTSTRAP} --control install --version d68a7b2e --agentId 5402204854438 --endpoint {URL}");
+    wait_for("the gateway to offer the newer version", SOON, || {
+        container.run(&["sh", "-c", &newer]).success().then_some(())
+    });
+    let third = inside::wait_for_status(&container, "both roles and the newer version", |status| {
+        runs(status) && status["version"] == "d68a7b2e"
+    });
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
+    assert_active_and_enabled(&container, "aops-spm", &third["spm"]["pid"]);
+    assert_active_and_enabled(&container, "aops-spa", &third["spa"]["pid"]);
+    wait_for("the gateway to hear of the newer version", SOON, || {
+        (gateway.status()["hosts"][0]["manager"]["version"] == "d68a7b2e").then_some(())
+    });
+
+    // From systemd to none and back: nothing runs twice.
+    container.run(&["sh", "-c", &format!("{newer} --service none")]).expect_code(0);
+    assert_eq!(
+        units(&container).into_iter().filter(|unit| !unit.contains(".scope")).collect::<Vec<_>>(),
+        Vec::<String>::new()
+    );
+    inside::wait_for_status(&container, "both roles", runs);
+    wait_for_agents(&container, &["native", "script"]);
+    container.run(&["sh", "-c", &newer]).expect_code(0);
+    let last = inside::wait_for_status(&container, "both roles", runs);
+    assert_active_and_enabled(&container, "aops-spm", &last["spm"]["pid"]);
+    assert_active_and_enabled(&container, "aops-spa", &last["spa"]["pid"]);
+    let named =
+        |name: &str| processes_of_aops(&container).into_iter().filter(|(_, words)| words.contains(name)).count();
+    assert_eq!((named("bin/aops-spm"), named("bin/aops-spa")), (1, 1));
+}
+
+#[test]
+fn uninstall_removes_what_died_and_what_somebody_took_away_by_hand() {
+    let container = Container::systemd();
+    let _gateway = Inside::start(&container, fleet_of_two());
+    let before = container.files();
+    let breakages = [
+        // Masked units are not started again.
+        "systemctl mask --runtime aops-spm aops-spa; systemctl kill -s KILL aops-spm aops-spa",
+        "rm /etc/systemd/system/aops-spm.service; systemctl daemon-reload",
+        "rm /etc/systemd/system/aops-sp?.service /etc/systemd/system/*.wants/aops-*; systemctl daemon-reload",
+        "systemctl stop aops-spm aops-spa",
+        "rm -r /opt/aops/run",
+    ];
+    for breakage in breakages {
+        container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+        wait_for_agents(&container, &["native", "script"]);
+        done(&container, breakage);
+        container.run(&["aops", "control", "uninstall", "--yes"]).expect_code(0);
+        done(&container, "systemctl unmask --runtime aops-spm aops-spa");
+        assert_eq!(processes_of_aops(&container), [], "after `{breakage}`");
+        assert_eq!(units(&container), Vec::<String>::new(), "after `{breakage}`");
+        assert_eq!(difference(&before, &container.files()), [format!("+ {BOOTSTRAP}")], "after `{breakage}`");
+    }
+}
+
+#[test]
+fn two_homes_have_units_of_their_own_and_do_not_disturb_each_other() {
+    let container = Container::systemd();
+    let _gateway = Inside::start(&container, fleet_of_two());
+    let before = container.files();
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    let first = wait_for_agents(&container, &["native", "script"]);
+
+    let install =
+        [BOOTSTRAP, "install", "--agent-id", "77", "--endpoint", URL, "--ca-cert", "/tmp/gateway/tls/cert.pem"];
+    let refused = container.run(&[&install[..], &["--home", "/srv/a \"home\""]].concat()).expect_code(1);
+    assert!(refused.stderr.contains("nothing was changed") && refused.stderr.contains("another --home"), "{refused}");
+    let other = "/srv/another home/100% $HOME";
+    container.run(&[&install[..], &["--home", other]].concat()).expect_code(0);
+    let status = || container.run(&[&format!("{other}/control"), "status", "--json"]).json();
+    let theirs = wait_for("the other home's sub-agents", SOON, || {
+        let status = status();
+        let agents = status["agents"].as_array()?;
+        let running = agents.len() == 2 && agents.iter().all(|agent| agent["state"] == "running");
+        (running && runs(&status)).then_some(status)
+    });
+    assert_eq!(theirs["home"], other);
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), first);
+    // The refused one has left nothing.
+    // The refused one has left nothing.
+    let files = done(&container, "systemctl list-unit-files --no-legend 'aops*' | cut -d' ' -f1; ls /srv").stdout;
+    let files = files.strip_suffix("another home\n").expect("one home");
+    assert_eq!(files.lines().count(), 4, "{files}");
+    assert_eq!(done(&container, "readlink /usr/local/bin/aops").stdout, "/opt/aops/bin/aops\n");
+
+    container.run(&["aops", "control", "uninstall", "--yes"]).expect_code(0);
+    assert_eq!(status()["spm"]["pid"], theirs["spm"]["pid"]);
+    assert_eq!(status()["agents"], {
+        let mut agents = theirs["agents"].clone();
+        for (agent, now) in
+            agents.as_array_mut().expect("two").iter_mut().zip(status()["agents"].as_array().expect("two"))
+        {
+            agent["uptimeSeconds"] = now["uptimeSeconds"].clone();
+            agent["memoryBytes"] = now["memoryBytes"].clone();
+        }
+        agents
+    });
+    container.run(&[&format!("{other}/control"), "uninstall", "--yes"]).expect_code(0);
+    assert_eq!(processes_of_aops(&container), []);
+    assert_eq!(units(&container), Vec::<String>::new());
+    assert_eq!(difference(&before, &container.files()), [format!("+ {BOOTSTRAP}")]);
+}
+
+#[test]
+fn hci_and_scp_take_no_service_manager_even_where_there_is_one() {
+    let container = Container::systemd();
+    let _gateway = Inside::start(&container, fleet_of_two());
+    let before = container.files();
+    done(&container, &format!("cp {DIRECTORY}/depot/aops-agent-service-linux-amd64 {BOOTSTRAP}"));
+    let install = format!("{BOOTSTRAP} --control install --agentId 1 --endpoint {URL}");
+    for product in [format!("{install} --product hci"), format!("AOPS_PRODUCT=scp {install}")] {
+        let output = container.run(&["sh", "-c", &product]).expect_code(0);
+        assert!(output.stderr.contains("/opt/aops/control start"), "who starts it at boot is said: {output}");
+        inside::wait_for_status(&container, "both roles", runs);
+        wait_for_agents(&container, &["native", "script"]);
+        assert_eq!(units(&container), Vec::<String>::new());
+        container.run(&["/opt/aops/control", "uninstall", "--yes"]).expect_code(0);
+        assert_eq!(processes_of_aops(&container), []);
+        assert_eq!(difference(&before, &container.files()), [format!("+ {BOOTSTRAP}")]);
+    }
+    let output = container.run(&["sh", "-c", &format!("{install} --product other")]).expect_code(2);
+    assert!(output.stderr.contains("generic, hci, scp"), "{output}");
+}

@@ -1,0 +1,426 @@
+//! The protocol as it is described is the protocol as it is spoken: by a real host, by our gateway, and by one that somebody else wrote.
+
+mod third_party;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use self::third_party::{Reply, ThirdParty};
+use crate::support::aops;
+use crate::support::command::{LIMIT, run};
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost, agent};
+use crate::support::https::Https;
+use crate::support::package::Package;
+use crate::support::wait::wait_for;
+
+/// A host that has joined the fleet of a gateway that is not ours, from a package that this one serves.
+fn joined(gateway: &ThirdParty) -> TestHost {
+    let program = fs::read(aops()).expect("the program under test");
+    gateway.publish("aops-spm", "c57f6a1d", &[("bin/aops", 0o755, &program)]);
+    let host = TestHost::new();
+    let key = gateway.public_key(&host.beside("third.pub"));
+    let words = ["--agent-id", host.agent_id(), "--endpoint", &gateway.url, "--insecure", "--trusted-key", &key];
+    host.install(&words).expect_success();
+    host
+}
+
+/// Publishes a native sub-agent that writes what it was told into a file, and stays.
+fn publish_sleeper(gateway: &ThirdParty, name: &str, version: &str) {
+    let manifest = format!("name = {name:?}\nversion = {version:?}\n[run]\ncommand = [\"./run\"]\n");
+    let script = b"#!/bin/sh\necho \"$AOPS_AGENT_ID $AOPS_AGENT_NAME $AOPS_AGENT_VERSION $AOPS_ENDPOINT $GREETING\"\nexec sleep 1000000\n";
+    gateway.publish(name, version, &[("agent.toml", 0o644, manifest.as_bytes()), ("run", 0o755, script)]);
+}
+
+fn schema() -> Value {
+    run(std::process::Command::new(aops()).args(["gateway", "schema"]), LIMIT).json()
+}
+
+/// A check of one kind of message.
+fn validator(message: &str) -> jsonschema::Validator {
+    let mut schema = schema();
+    schema["$ref"] = json!(format!("#/$defs/{message}"));
+    jsonschema::validator_for(&schema).expect("the schema is one")
+}
+
+#[track_caller]
+fn assert_valid(validator: &jsonschema::Validator, message: &Value) {
+    let errors: Vec<_> =
+        validator.iter_errors(message).map(|error| format!("{}: {error}", error.instance_path())).collect();
+    assert!(errors.is_empty(), "{errors:?} in {message:#}");
+}
+
+/// Every key of a message must be one that the schema describes: what is not described cannot be relied on.
+#[track_caller]
+fn assert_described(schema: &Value, message: &str, value: &Value) {
+    let properties = schema["$defs"][message]["properties"].as_object().expect("a message has properties");
+    for (key, value) in value.as_object().expect("a message is an object") {
+        let property = properties.get(key).unwrap_or_else(|| panic!("{message} has an undescribed {key}"));
+        let reference = |at: &Value| Some(at["$ref"].as_str()?.trim_start_matches("#/$defs/").to_owned());
+        let whole = reference(property).or_else(|| property["anyOf"].as_array()?.iter().find_map(reference));
+        match (value, whole, reference(&property["items"])) {
+            (Value::Object(_), Some(inner), _) => assert_described(schema, &inner, value),
+            (Value::Array(items), _, Some(inner)) => {
+                items.iter().for_each(|item| assert_described(schema, &inner, item))
+            }
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn the_schema_describes_what_the_design_names() {
+    let schema = schema();
+    let fields = |message: &str| -> Vec<String> {
+        let properties = schema["$defs"][message]["properties"].as_object();
+        let mut names: Vec<_> = properties.unwrap_or_else(|| panic!("no {message}")).keys().cloned().collect();
+        names.sort();
+        names
+    };
+    let expected: BTreeMap<&str, &str> = BTreeMap::from([
+        ("Heartbeat", "agentId agents arch events generation hostname instanceId lineage manager os sequence"),
+        ("ManagerReport", "memoryBytes pid uptimeSeconds version"),
+        ("AgentReport", "envHash message name pid restarts state version"),
+        ("Event", "agent id kind message outcome time version"),
+        ("Answer", "ack agentId agents cmd complete errorMessage generation interval lineage manager"),
+        ("ManagerOrder", "file sha256 size tarball version"),
+        ("AgentOrder", "cmd env file name sha256 size tarball version"),
+        ("Offer", "file sha256 size version"),
+    ]);
+    for (message, names) in expected {
+        assert_eq!(fields(message).join(" "), names, "{message}");
+    }
+    // Each field of what a gateway has to send says what it means.
+    for message in ["Answer", "AgentOrder", "ManagerOrder", "Offer", "Event", "AgentReport", "Heartbeat"] {
+        for (name, property) in schema["$defs"][message]["properties"].as_object().expect("it was looked at") {
+            let explains = |at: &Value| at["description"].is_string();
+            let inner = property["$ref"].as_str().or_else(|| property["anyOf"][0]["$ref"].as_str());
+            let inner = inner.map(|path| &schema["$defs"][path.trim_start_matches("#/$defs/")]);
+            assert!(explains(property) || inner.is_some_and(explains), "{message}.{name} is not explained");
+        }
+    }
+}
+
+#[test]
+fn the_schema_takes_the_words_that_a_host_takes_and_no_others() {
+    let answer = validator("Answer");
+    let base = json!({
+        "agentId": "5402", "lineage": "l", "generation": 7, "complete": true,
+        "agents": [{ "name": "node-exporter", "version": "1.5.0", "cmd": "start", "env": { "A": "b" } }],
+    });
+    assert_valid(&answer, &base);
+    for (path, bad) in [
+        ("/agentId", "../5402"),
+        ("/agentId", ""),
+        ("/agents/0/name", "Node"),
+        ("/agents/0/name", "../x"),
+        ("/agents/0/name", &"a".repeat(65)),
+        ("/agents/0/version", "1_0"),
+        ("/agents/0/version", "-1"),
+        ("/agents/0/version", "1.0\n"),
+        ("/agents/0/sha256", "ABC"),
+    ] {
+        let mut message = base.clone();
+        message["agents"][0]["sha256"] = json!("0".repeat(64));
+        *message.pointer_mut(path).expect("it is there") = json!(bad);
+        assert!(!answer.is_valid(&message), "{path} = {bad:?} is taken");
+    }
+}
+
+#[test]
+fn what_our_gateway_answers_is_what_the_schema_describes() {
+    let mut gateway = Gateway::stopped();
+    gateway.publish(&Package::sleeper("exporter", "1.5.0"));
+    gateway.publish_self("0.1.0");
+    gateway.fleet(
+        "heartbeatInterval = \"1s\"\n[manager]\nversion = \"0.1.0\"\n\
+         [agents.exporter]\nversion = \"1.5.0\"\nenv = { A = \"b\" }\n",
+    );
+    gateway.run();
+    let (schema, answers, offers) = (schema(), validator("Answer"), validator("Offer"));
+    let https = Https::to(&gateway);
+    let mut heartbeat = json!({
+        "agentId": "5402", "instanceId": "i", "hostname": "h", "os": "linux", "arch": "amd64", "future": { "unknown": [1] },
+        "manager": { "version": "old", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3, "future": true },
+        "events": [{ "id": 41, "time": "2026-01-01T00:00:00Z", "kind": "exit", "outcome": "failed", "future": 1 }],
+    });
+    assert_valid(&validator("Heartbeat"), &heartbeat);
+    let response = https.heartbeat(&heartbeat);
+    assert_eq!(response.status, 200, "{response:?}");
+    let first = response.json();
+    assert_valid(&answers, &first);
+    assert_described(&schema, "Answer", &first);
+    assert_eq!((&first["ack"], &first["interval"], &first["cmd"]), (&json!(41), &json!(1), &json!("upgrade")));
+    assert_eq!((&first["complete"], &first["agents"][0]["name"]), (&json!(true), &json!("exporter")));
+    // Held, there is no list to be sent.
+    heartbeat["lineage"] = first["lineage"].clone();
+    heartbeat["generation"] = first["generation"].clone();
+    let second = https.heartbeat(&heartbeat).json();
+    assert_valid(&answers, &second);
+    assert_eq!((second.get("agents"), &second["generation"]), (None, &first["generation"]));
+    let offer = https.get("/api/releases/exporter?os=linux&arch=amd64").json();
+    assert_valid(&offers, &offer);
+    assert_described(&schema, "Offer", &offer);
+    let package = https.get(&format!("/api/download/{}", offer["file"].as_str().expect("a file")));
+    assert_eq!(package.body.len() as u64, offer["size"].as_u64().expect("a size"));
+    // What is refused says why in the field that a host shows its operator.
+    let refused = https.send("POST", "/api/heartbeat", &["x-agent-id: 5402"], b"{}");
+    assert_eq!(refused.status, 400);
+    assert!(refused.json()["errorMessage"].as_str().is_some_and(|why| why.contains("missing field")), "{refused:?}");
+}
+
+#[test]
+fn a_gateway_that_somebody_else_wrote_runs_a_host() {
+    let gateway = ThirdParty::start();
+    publish_sleeper(&gateway, "hello", "1.0");
+    let host = joined(&gateway);
+    assert_eq!(host.status()["version"], "c57f6a1d");
+
+    // It always sends the whole list, under one number, whatever the host says that it holds.
+    let hello = json!({ "name": "hello", "version": "1.0", "env": { "GREETING": "hi", "LD_PRELOAD": "" } });
+    let agents = json!([{ "name": "hello", "version": "1.0", "env": { "GREETING": "hi there" } }]);
+    let desired = json!({ "interval": 1, "generation": 1, "lineage": "mine", "complete": true, "agents": agents });
+    gateway.answer(desired.clone());
+    let pid = host.wait_for_agent("hello");
+    let heartbeat = gateway.wait_for_heartbeat("the sub-agent in a heartbeat", |heartbeat| {
+        heartbeat["generation"] == 1 && heartbeat["lineage"] == "mine" && heartbeat["agents"][0]["pid"] == pid
+    });
+    assert_eq!(heartbeat["agents"][0]["state"], "running");
+    assert_eq!(heartbeat["agentId"], host.agent_id());
+    let said = || fs::read_to_string(host.home().join("log/agents/hello.log")).unwrap_or_default();
+    let expected = format!("{} hello 1.0 {} hi there", host.agent_id(), gateway.url);
+    wait_for("what the sub-agent was told", SOON, || said().contains(&expected).then_some(()));
+
+    // Every heartbeat so far is as the schema describes, and the sequence counts.
+    let (schema, heartbeats) = (schema(), validator("Heartbeat"));
+    let heard = gateway.heard();
+    assert!(heard.len() >= 3);
+    for (index, one) in heard.iter().enumerate() {
+        assert_valid(&heartbeats, &one.body);
+        assert_described(&schema, "Heartbeat", &one.body);
+        assert_eq!(one.body["sequence"], index as u64 + 1);
+        assert_eq!(one.body["instanceId"], heard[0].body["instanceId"]);
+    }
+
+    // Events are told until they are acknowledged, and then no more.
+    let events = |heartbeat: &Value| -> Vec<u64> {
+        let events = heartbeat["events"].as_array().expect("events are a list");
+        events.iter().filter_map(|event| event["id"].as_u64()).collect()
+    };
+    let first = events(&gateway.wait_for_heartbeat("events", |heartbeat| !events(heartbeat).is_empty()));
+    let again = events(&gateway.wait_for_heartbeat("the same events again", |_| true));
+    assert!(again.starts_with(&first), "{first:?} {again:?}");
+    assert!(first.is_sorted());
+    let mut acknowledging = desired.clone();
+    acknowledging["ack"] = json!(again.last());
+    gateway.answer(acknowledging);
+    gateway.wait_for_heartbeat("no event that was acknowledged", |heartbeat| {
+        events(heartbeat).iter().all(|id| Some(id) > again.last())
+    });
+
+    // Orders and commands that it does not know are answered, once, and change nothing.
+    let mut unknown = desired.clone();
+    unknown["generation"] = json!(2);
+    unknown["cmd"] = json!("fly");
+    unknown["agents"][0]["cmd"] = json!("dance");
+    gateway.answer(unknown);
+    let heartbeat = gateway.wait_for_heartbeat("both to be unsupported", |heartbeat| {
+        let unsupported = |word: &str| {
+            let events = heartbeat["events"].as_array().expect("events are a list");
+            events.iter().any(|event| {
+                event["outcome"] == "unsupported" && event["message"].as_str().is_some_and(|text| text.contains(word))
+            })
+        };
+        unsupported("fly") && unsupported("dance")
+    });
+    assert_eq!((&heartbeat["agents"][0]["pid"], &heartbeat["generation"]), (&json!(pid), &json!(2)));
+    let later = gateway.wait_for_heartbeat("another one", |_| true);
+    assert_eq!(events(&later), events(&heartbeat));
+
+    // Uninstalling is a word of its own, in a list that is not complete.
+    let mut uninstall = hello;
+    uninstall["cmd"] = json!("uninstall");
+    gateway.answer(json!({ "interval": 1, "generation": 3, "lineage": "mine", "agents": [uninstall] }));
+    gateway.wait_for_heartbeat("the sub-agent to be gone", |heartbeat| {
+        let events = heartbeat["events"].as_array().expect("events are a list");
+        heartbeat["agents"] == json!([])
+            && events
+                .iter()
+                .any(|event| event["kind"] == "uninstall" && event["outcome"] == "ok" && event["agent"] == "hello")
+    });
+    assert!(!host.home().join("agents/hello").exists());
+    assert!(!crate::support::processes::is_alive(pid));
+    host.wait_for_status("nothing to complain of", SOON, |status| status["state"] == "running");
+}
+
+#[test]
+fn a_package_that_somebody_else_packed_installs_without_a_gateway() {
+    let gateway = ThirdParty::start();
+    let program = fs::read(aops()).expect("the program under test");
+    let (file, package) = gateway.publish("aops-spm", "2.0", &[("bin/aops", 0o755, &program)]);
+    let host = TestHost::new();
+    let key = gateway.public_key(&host.beside("third.pub"));
+    let path = host.beside(&file);
+    fs::write(&path, &package).expect("a temporary directory can be written");
+    let path = path.display().to_string();
+    // Nothing answers at the endpoint: the files are all there is.
+    let words = [
+        "--agent-id",
+        "5402",
+        "--endpoint",
+        "http://127.0.0.1:9",
+        "--insecure",
+        "--trusted-key",
+        &key,
+        "--package",
+        &path,
+    ];
+    let without_signature = host.install(&words).expect_code(1);
+    assert!(without_signature.stderr.contains(".minisig"), "{without_signature}");
+    fs::write(format!("{path}.minisig"), gateway.file(&format!("{file}.minisig"))).expect("it can be written");
+    host.install(&words).expect_success();
+    host.wait_for_status("a home that runs by itself", SOON, |status| {
+        status["version"] == "2.0" && status["spm"]["pid"].is_u64() && status["gateway"]["connected"] == false
+    });
+}
+
+#[test]
+fn an_answer_that_makes_no_sense_is_refused_and_nothing_breaks() {
+    let gateway = ThirdParty::start();
+    publish_sleeper(&gateway, "a", "1");
+    let host = joined(&gateway);
+    let agents = json!([{ "name": "a", "version": "1" }]);
+    let good = json!({ "interval": 1, "generation": 5, "lineage": "l", "complete": true, "agents": agents });
+    gateway.answer(good.clone());
+    let pid = host.wait_for_agent("a");
+    let ok = || "200 OK".to_owned();
+    let mut foreign = good.clone();
+    foreign["agentId"] = json!("somebody-else");
+    foreign["generation"] = json!(6);
+    foreign["agents"][0]["cmd"] = json!("stop");
+    let mut outside = good.clone();
+    outside["generation"] = json!(6);
+    outside["agents"][0]["name"] = json!("../a");
+    let mut huge = br#"{"agentId": ""#.to_vec();
+    huge.resize(64 << 20, b'x');
+    for (reply, reason) in [
+        (Reply::Json(foreign), "it is for agent somebody-else"),
+        (Reply::Json(outside), "../a"),
+        (Reply::Raw(ok(), vec![0xff; 1000]), "cannot understand the answer"),
+        (Reply::Raw(ok(), good.to_string().into_bytes()[..40].to_vec()), "cannot understand the answer"),
+        (Reply::Raw(ok(), "[".repeat(1 << 20).into_bytes()), "cannot understand the answer"),
+        (Reply::Raw(ok(), huge), "more than 4194304 bytes"),
+        (Reply::Raw("302 Found\r\nlocation: http://127.0.0.1:1/elsewhere".to_owned(), vec![]), "302"),
+        (
+            Reply::Raw("500 Oops".to_owned(), br#"{"errorMessage": "the roof is on fire"}"#.to_vec()),
+            "500: the roof is on fire",
+        ),
+    ] {
+        gateway.reply(reply);
+        let status = host.wait_for_status(reason, SOON, |status| {
+            status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains(reason))
+        });
+        assert_eq!(status["gateway"]["connected"], json!(false));
+        assert_eq!(
+            (&status["generation"], &agent(&status, "a").expect("it is there")["pid"]),
+            (&json!(5), &json!(pid))
+        );
+        gateway.answer(good.clone());
+        host.wait_for_status("the gateway to be heard again", SOON, |status| status["gateway"]["connected"] == true);
+    }
+    let status = host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    assert_eq!(agent(&status, "a").expect("it is there")["pid"], json!(pid));
+    assert_eq!(status["spm"]["restarts"], 0);
+}
+
+#[test]
+fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() {
+    let gateway = ThirdParty::start();
+    publish_sleeper(&gateway, "a", "1");
+    publish_sleeper(&gateway, "b", "1");
+    let host = joined(&gateway);
+    let order = |name: &str, cmd: &str| json!({ "name": name, "version": "1", "cmd": cmd });
+    let state = |lineage: &str, generation: u64, complete: bool, agents: &[Value]| json!({ "interval": 1, "lineage": lineage, "generation": generation, "complete": complete, "agents": agents });
+    let good = state("l", 5, true, &[order("a", "start"), order("b", "start")]);
+    gateway.answer(good.clone());
+    let pids = (host.wait_for_agent("a"), host.wait_for_agent("b"));
+    let assert_untouched = |status: &Value| {
+        let pid = |name: &str| agent(status, name).expect("it is there")["pid"].clone();
+        assert_eq!((pid("a"), pid("b")), (json!(pids.0), json!(pids.1)));
+    };
+
+    for (wrong, reason) in [
+        (state("l", 4, true, &[order("a", "stop")]), "cannot take generation 4"),
+        (state("l", 5, true, &[order("a", "stop"), order("b", "stop")]), "it came before with other content"),
+        (state("l", 6, true, &[order("a", "stop"), order("a", "start")]), "names a sub-agent twice"),
+    ] {
+        gateway.answer(wrong);
+        let status = host.wait_for_status(reason, SOON, |status| {
+            status["problems"]
+                .as_array()
+                .is_some_and(|all| all.iter().any(|one| one.as_str().is_some_and(|one| one.contains(reason))))
+        });
+        assert_eq!((&status["state"], &status["generation"]), (&json!("degraded"), &json!(5)));
+        assert_untouched(&status);
+        gateway.wait_for_heartbeat("the refusal as an event", |heartbeat| {
+            let events = heartbeat["events"].as_array().expect("events are a list");
+            events.iter().any(|event| {
+                event["outcome"] == "refused" && event["message"].as_str().is_some_and(|text| text.contains(reason))
+            })
+        });
+        // A gateway that says again what is held has nothing to be complained of any more.
+        gateway.answer(good.clone());
+        host.wait_for_status("the complaint to go", SOON, |status| status["state"] == "running");
+    }
+
+    // Empty, also when it calls itself complete, it removes nothing; absent, neither.
+    gateway.answer(state("l", 7, true, &[]));
+    let status = host.wait_for_status("generation 7", SOON, |status| status["generation"] == 7);
+    assert_untouched(&status);
+    gateway.answer(json!({ "interval": 1, "lineage": "l", "generation": 8, "complete": true }));
+    for _ in 0..2 {
+        gateway.wait_for_heartbeat("another heartbeat", |_| true);
+    }
+    assert_untouched(&host.status());
+
+    // Another store that counts from the beginning is taken over; what runs goes on running.
+    gateway.answer(state("m", 1, true, &[order("a", "start"), order("b", "start")]));
+    gateway
+        .wait_for_heartbeat("the new lineage", |heartbeat| heartbeat["lineage"] == "m" && heartbeat["generation"] == 1);
+    let status = host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    assert_untouched(&status);
+
+    // And its complete list removes what it does not name.
+    gateway.answer(state("m", 2, true, &[order("b", "stop")]));
+    let status = host.wait_for_status("a to go and b to be stopped", SOON, |status| {
+        agent(status, "a").is_none()
+            && agent(status, "b").is_some_and(|b| b["state"] == "stopped" && b["pid"].is_null())
+    });
+    assert_eq!(status["agents"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn a_gateway_that_is_too_busy_is_left_alone_for_as_long_as_it_says() {
+    let gateway = ThirdParty::start();
+    let host = joined(&gateway);
+    gateway.answer(json!({ "interval": 1 }));
+    gateway.wait_for_heartbeat("the interval to be known", |heartbeat| heartbeat["sequence"].as_u64() > Some(2));
+    gateway.reply(Reply::Raw("503 Busy\r\nretry-after: 5".to_owned(), b"later".to_vec()));
+    host.wait_for_status("the refusal", SOON, |status| {
+        status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains("503: later"))
+    });
+    // What was answered so last, and the next one after it.
+    gateway.answer(json!({ "interval": 1 }));
+    let refused = gateway.heard().len();
+    let heard = wait_for("the next heartbeat", SOON, || Some(gateway.heard()).filter(|heard| heard.len() > refused));
+    let pause = heard[refused].at - heard[refused - 1].at;
+    assert!(pause >= Duration::from_secs(5), "{pause:?}");
+    assert!(pause < Duration::from_secs(15), "{pause:?}");
+    // Then it is as before.
+    wait_for("the interval of before", SOON, || Some(()).filter(|()| gateway.heard().len() > refused + 2));
+    let heard = gateway.heard();
+    assert!(heard[refused + 2].at - heard[refused].at < Duration::from_secs(5));
+}

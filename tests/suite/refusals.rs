@@ -1,0 +1,598 @@
+//! What goes wrong is told with what to do about it, and what ran before still runs: the installer's refusals on an empty host and over
+//! a running installation, and the manager's over running sub-agents.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::install_systemd::{fleet_of_two, runs};
+use crate::support::command::{self, LIMIT, Output};
+use crate::support::container::Container;
+use crate::support::files::{Files, difference, snapshot};
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost, agent, pid};
+use crate::support::inside::{self, BOOTSTRAP, Inside, URL, VERBATIM, done, wait_for_agents};
+use crate::support::package::Package;
+use crate::support::processes::is_alive;
+use crate::support::wait::wait_for;
+
+/// What changes while a host runs, whoever installs what.
+const LIVING: &[&str] = &["/log", "/state/events.json"];
+
+/// A gateway with a manager and one sub-agent.
+fn gateway() -> Gateway {
+    let mut gateway = Gateway::stopped();
+    gateway.publish_self("1.0.0");
+    gateway.publish(&Package::sleeper("native", "1.0.0"));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
+    gateway.run();
+    gateway
+}
+
+/// A host that runs, as it was when this was made.
+struct Standing {
+    host: TestHost,
+    files: Files,
+    pids: [u32; 3],
+}
+
+impl Standing {
+    fn of(host: TestHost) -> Standing {
+        host.wait_for_agent("native");
+        let status = host.wait_for_status("everything to be as wanted", SOON, runs);
+        let files = snapshot(&host.home(), LIVING);
+        let pids = pids(&status);
+        Standing { host, files, pids }
+    }
+
+    fn joined(gateway: &Gateway) -> Standing {
+        Standing::of(TestHost::joined(gateway))
+    }
+
+    /// Nothing on disk is changed, and the same processes run.
+    #[track_caller]
+    fn assert_untouched(&self) {
+        assert_eq!(difference(&self.files, &snapshot(&self.host.home(), LIVING)), Vec::<String>::new());
+        self.assert_same_processes();
+    }
+
+    #[track_caller]
+    fn assert_same_processes(&self) {
+        let status = self.host.status();
+        assert_eq!(pids(&status), self.pids, "{status:#}");
+        assert!(self.pids.iter().all(|pid| is_alive(*pid)));
+    }
+}
+
+/// Those of the roles and of the sub-agent.
+#[track_caller]
+fn pids(status: &Value) -> [u32; 3] {
+    let agent = agent(status, "native").unwrap_or_else(|| panic!("no sub-agent in {status:#}"));
+    [&status["spm"]["pid"], &status["spa"]["pid"], &agent["pid"]].map(|value| pid(value).expect("it runs"))
+}
+
+/// A refusal that changed nothing, and says these words.
+#[track_caller]
+fn assert_refused(output: &Output, code: i32, words: &[&str]) {
+    assert_eq!(output.code, code, "{output}");
+    assert_eq!(output.stdout, "", "messages go to stderr: {output}");
+    for word in words {
+        assert!(output.stderr.contains(word), "no word of {word:?} in {output}");
+    }
+    assert!(code != 1 || output.stderr.contains("nothing was changed"), "{output}");
+}
+
+/// On an empty host, nothing at all is left.
+#[track_caller]
+fn assert_empty(host: &TestHost) {
+    assert!(!host.home().exists(), "{:?}", snapshot(&host.home(), &[]).keys());
+    assert_eq!(host.processes(), []);
+}
+
+/// Gives the gateway another certificate, or other keys.
+fn renew(gateway: &Gateway, directory: &str) {
+    fs::remove_dir_all(gateway.path(directory)).expect("it is ours");
+    gateway.init();
+}
+
+/// Changes one byte in the middle of a file, which keeps its signature.
+fn tamper(file: &Path) {
+    let mut bytes = fs::read(file).expect("it is there");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    let new = file.with_extension("tampered");
+    fs::write(&new, bytes).and_then(|()| fs::rename(&new, file)).expect("it is ours");
+}
+
+fn package(gateway: &Gateway, release: &str) -> PathBuf {
+    gateway.path("depot").join(format!("{release}_linux_{}.tar.zst", arch()))
+}
+
+fn arch() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "x86" => "386",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+#[test]
+fn a_certificate_that_nobody_vouches_for_is_refused() {
+    let gateway = gateway();
+    let host = TestHost::new();
+    let key = gateway.path("keys/aops.pub").display().to_string();
+    let install = |more: &[&str]| {
+        let common = ["--agent-id", "1", "--endpoint", gateway.url(), "--trusted-key", &key];
+        host.install(&[&common[..], more].concat())
+    };
+    assert_refused(&install(&[]), 1, &["certificate", "--ca-cert", "--pin"]);
+    assert_refused(&install(&["--pin", &"ab".repeat(32)]), 1, &["certificate", "pinned"]);
+    let other = Gateway::stopped();
+    let ca = other.path("tls/cert.pem").display().to_string();
+    assert_refused(&install(&["--ca-cert", &ca]), 1, &["certificate", "--ca-cert", "--pin"]);
+    assert_refused(&install(&["--ca-cert", &key]), 1, &["--ca-cert", "PEM"]);
+    assert_refused(&install(&["--ca-cert", "/nowhere"]), 1, &["/nowhere"]);
+    assert_empty(&host);
+}
+
+#[test]
+fn another_certificate_than_that_of_the_first_contact_is_refused() {
+    let mut gateway = gateway();
+    let host = TestHost::new();
+    let key = gateway.path("keys/aops.pub").display().to_string();
+    let url = gateway.url().to_owned();
+    let install = |more: &[&str]| {
+        let common = ["--agent-id", "1", "--endpoint", &url, "--trusted-key", &key, "--pin-first-contact"];
+        host.install(&[&common[..], more].concat())
+    };
+    install(&[]).expect_code(0);
+    let standing = Standing::of(host);
+    gateway.stop();
+    renew(&gateway, "tls");
+    gateway.run();
+
+    let install = |more: &[&str]| {
+        let common = ["--agent-id", "1", "--endpoint", &url, "--trusted-key", &key, "--pin-first-contact"];
+        standing.host.install(&[&common[..], more].concat())
+    };
+    assert_refused(&install(&[]), 1, &["first contact", "state/pins.json", "certificate was replaced"]);
+    standing.assert_untouched();
+    // The manager refuses it too, says why, and keeps everything running.
+    let status = standing.host.wait_for_status("the manager to refuse it", SOON, |status| {
+        status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains("first contact"))
+    });
+    assert_eq!(status["gateway"]["connected"], false);
+    standing.assert_same_processes();
+    // What the message says helps.
+    fs::remove_file(standing.host.home().join("state/pins.json")).expect("it is there");
+    install(&[]).expect_code(0);
+    let connected = |status: &Value| status["gateway"]["connected"] == true;
+    standing.host.wait_for_status("the gateway", SOON, connected);
+    assert_eq!(standing.host.wait_for_agent("native"), standing.pids[2]);
+}
+
+#[test]
+fn a_manager_signed_by_an_untrusted_key_is_refused() {
+    let mut gateway = gateway();
+    let host = TestHost::new();
+    let other = Gateway::stopped();
+    let (key, ca) = (other.path("keys/aops.pub"), gateway.path("tls/cert.pem"));
+    let (key, ca) = (key.display().to_string(), ca.display().to_string());
+    let common = ["--agent-id", "1", "--endpoint", gateway.url(), "--ca-cert", &ca];
+    let signed = ["signed by the key", "not trusted", "--trusted-key"];
+    assert_refused(&host.install(&[&common[..], &["--trusted-key", &key]].concat()), 1, &signed);
+    assert_refused(&host.install(&common), 1, &["no key", "--trusted-key"]);
+    assert_empty(&host);
+
+    let standing = Standing::joined(&gateway);
+    gateway.stop();
+    renew(&gateway, "keys");
+    gateway.publish_self("2.0.0");
+    gateway.run();
+    // Without the new key.
+    let output = standing.host.install(&["--version", "2.0.0"]);
+    assert_refused(&output, 1, &signed);
+    standing.assert_untouched();
+}
+
+#[test]
+fn a_tampered_manager_is_refused() {
+    let gateway = gateway();
+    let standing = Standing::joined(&gateway);
+    tamper(&package(&gateway, "aops-spm-1.0.0"));
+    wait_for("the gateway to offer what was tampered with", SOON, || {
+        let output = standing.host.install(&[]);
+        (!output.success()).then(|| assert_refused(&output, 1, &["signature"]))
+    });
+    standing.assert_untouched();
+    let host = TestHost::new();
+    assert_refused(&host.join(&gateway, &[]), 1, &["signature"]);
+    assert_refused(&host.join(&gateway, &["--version", "1.0.0"]), 1, &["signature"]);
+    assert_empty(&host);
+}
+
+#[test]
+fn a_missing_version_is_refused() {
+    let gateway = gateway();
+    let host = TestHost::new();
+    assert_refused(&host.join(&gateway, &["--version", "9.9.9"]), 1, &["no package", "9.9.9", "publish", "--version"]);
+    assert_empty(&host);
+    let standing = Standing::joined(&gateway);
+    assert_refused(&standing.host.install(&["--version", "9.9.9"]), 1, &["no package", "9.9.9", "--version"]);
+    standing.assert_untouched();
+
+    let empty = Gateway::start();
+    assert_refused(&host.join(&empty, &[]), 1, &["no current version", "publish"]);
+    assert_empty(&host);
+}
+
+#[test]
+fn settings_that_cannot_be_kept_are_refused_and_a_running_manager_goes_on_with_the_last_good_ones() {
+    let gateway = gateway();
+    let mut standing = Standing::joined(&gateway);
+    let config = standing.host.home().join("etc/conf.toml");
+    let good = fs::read_to_string(&config).expect("it is there");
+    let broken = [
+        (good.clone() + "\nheartbeatSrv = [\n", ["conf.toml", "line", "--fresh"]),
+        (good.clone() + "\nheartbeatIntervall = \"5s\"\n", ["conf.toml", "heartbeatIntervall", "heartbeatInterval"]),
+        (good.clone() + "\nspmMaxMem = \"much\"\n", ["conf.toml", "spmMaxMem", "--fresh"]),
+    ];
+    for (text, words) in broken {
+        fs::write(&config, text).expect("it is ours");
+        standing.files = snapshot(&standing.host.home(), LIVING);
+        assert_refused(&standing.host.install(&[]), 1, &words);
+        standing.assert_untouched();
+    }
+
+    // A start with what cannot be read at all.
+    fs::write(&config, "heartbeatSrv = [\n").expect("it is ours");
+    standing.host.control(&["restart"]).expect_code(0);
+    let status = standing.host.wait_for_status("the problem to show", SOON, |status| {
+        status["problems"].to_string().contains("conf.toml") && status["gateway"]["connected"] == true
+    });
+    assert_eq!(status["state"], "degraded");
+    assert!(status["problems"].to_string().contains("last good"), "{status:#}");
+    assert_eq!(standing.host.wait_for_agent("native"), standing.pids[2]);
+    wait_for("the gateway to hear of it", SOON, || {
+        let status = gateway.status();
+        let events = status["hosts"][0]["events"].as_array()?.clone();
+        events.iter().any(|event| event["kind"] == "config" && event["outcome"] == "failed").then_some(())
+    });
+    // An unknown key only warns at a start.
+    fs::write(&config, good + "\nheartbeatIntervall = \"5s\"\n").expect("it is ours");
+    standing.host.control(&["restart"]).expect_code(0);
+    let status = standing.host.wait_for_status("no problem", SOON, runs);
+    assert_eq!(pids(&status)[2], standing.pids[2]);
+}
+
+#[test]
+fn what_the_command_line_lacks_is_wrong_usage() {
+    let host = TestHost::new();
+    let id = ["--agent-id", "1"];
+    assert_refused(&host.install(&["--endpoint", "https://127.0.0.1:1"]), 2, &["--agent-id", "--help"]);
+    assert_refused(&host.install(&id), 2, &["--endpoint", "--help"]);
+    assert_refused(&host.install(&["--agent-id", "a b", "--endpoint", "https://127.0.0.1:1"]), 2, &["a b"]);
+    assert_refused(&host.install(&["--agent-id", "1", "--endpoint", "gateway"]), 2, &["gateway"]);
+    assert_refused(&host.install(&["--no-such-option"]), 2, &["--no-such-option"]);
+    let plain = ["--agent-id", "1", "--endpoint", "http://127.0.0.1:1"];
+    assert_refused(&host.install(&plain), 1, &["http://", "https://", "--insecure"]);
+    let bootstrap = host.beside("aops-agent-service-linux-amd64");
+    fs::copy(crate::support::aops(), &bootstrap).expect("a copy");
+    let old = command::run(
+        host.command(&bootstrap).args(["--control", "install", "--endpoint", "https://127.0.0.1:1"]),
+        LIMIT,
+    );
+    assert_refused(&old, 2, &["--agent-id"]);
+    assert_empty(&host);
+
+    // Somebody else's directory is not taken over.
+    fs::create_dir(host.home()).and_then(|()| fs::write(host.home().join("thesis.txt"), "x")).expect("it is ours");
+    let output = host.install(&[&id[..], &["--endpoint", "https://127.0.0.1:1"]].concat());
+    assert_eq!(output.code, 1, "{output}");
+    assert!(output.stderr.contains("thesis.txt") && output.stderr.contains("another --home"), "{output}");
+    assert_eq!(snapshot(&host.home(), &[]).len(), 1);
+}
+
+/// A gateway that takes connections and never answers.
+struct Stalling {
+    listener: TcpListener,
+}
+
+impl Stalling {
+    fn start() -> Stalling {
+        Stalling { listener: TcpListener::bind("127.0.0.1:0").expect("a free port") }
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.listener.local_addr().expect("it is bound"))
+    }
+}
+
+#[test]
+fn a_second_installation_at_the_same_time_is_refused_and_one_that_was_killed_can_be_repeated() {
+    let gateway = gateway();
+    let stalling = Stalling::start();
+    let host = TestHost::new();
+    let key = gateway.path("keys/aops.pub").display().to_string();
+    let home = host.home().display().to_string();
+    let start = |host: &TestHost| {
+        let url = stalling.url();
+        let arguments =
+            ["install", "--service", "none", "--home", &home, "--agent-id", "1", "--endpoint", &url, "--insecure"];
+        let mut command = host.command(&crate::support::aops());
+        command.args(arguments).args(["--trusted-key", &key]).stdin(Stdio::null()).stderr(Stdio::null());
+        let first = command.spawn().expect("it can be run");
+        let (connection, _) = stalling.listener.accept().expect("it asks");
+        (first, connection)
+    };
+    let (mut first, connection) = start(&host);
+    assert_refused(&host.join(&gateway, &[]), 1, &["another installation is at work", "wait"]);
+    let output = host.control(&["uninstall", "--yes"]);
+    assert!(!output.success(), "{output}");
+    first.kill().and_then(|()| first.wait()).expect("it is ours");
+    drop(connection);
+    // What it left does not keep the next one from its work.
+    host.join(&gateway, &[]).expect_code(0);
+    let standing = Standing::of(host);
+
+    let (mut first, connection) = start(&standing.host);
+    assert_refused(&standing.host.install(&[]), 1, &["another installation is at work"]);
+    assert_refused_uninstall(&standing.host.control(&["uninstall", "--yes"]));
+    standing.assert_same_processes();
+    first.kill().and_then(|()| first.wait()).expect("it is ours");
+    drop(connection);
+    standing.host.install(&[]).expect_code(0);
+    assert_eq!(standing.host.wait_for_agent("native"), standing.pids[2]);
+}
+
+#[track_caller]
+fn assert_refused_uninstall(output: &Output) {
+    assert!(output.code == 1 && output.stderr.contains("another installation is at work"), "{output}");
+}
+
+/// Starts `command`, kills it when it says a line with `word`, and waits until it is gone.
+fn kill_at(command: &mut Command, word: &str) {
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it can be run");
+    let stderr = child.stderr.take().expect("it is piped");
+    let reached = BufReader::new(stderr).lines().map_while(Result::ok).any(|line| line.contains(word));
+    child.kill().and_then(|()| child.wait()).expect("it is ours");
+    assert!(reached, "it never says {word:?}");
+}
+
+#[test]
+fn an_installation_killed_at_any_step_can_be_repeated() {
+    let gateway = gateway();
+    let host = TestHost::new();
+    let home = host.home().display().to_string();
+    let trust = gateway.trust();
+    let command = |more: &[&str]| {
+        let mut command = host.command(&crate::support::aops());
+        command.args(["install", "--service", "none", "--home", &home, "--agent-id", "1", "--endpoint", gateway.url()]);
+        command.args(&trust).args(more);
+        command
+    };
+    let steps = ["downloading", "downloaded 50%", "putting version", "starting"];
+    for step in steps {
+        kill_at(&mut command(&[]), step);
+        command::run(&mut command(&[]), LIMIT).expect_code(0);
+        host.wait_for_agent("native");
+        host.control(&["uninstall", "--yes"]).expect_code(0);
+        assert_empty(&host);
+    }
+    // Over one that runs: its sub-agents go on.
+    command::run(&mut command(&[]), LIMIT).expect_code(0);
+    let agent = host.wait_for_agent("native");
+    for step in steps {
+        kill_at(&mut command(&[]), step);
+        assert!(is_alive(agent), "after a kill at {step:?}");
+        command::run(&mut command(&[]), LIMIT).expect_code(0);
+        host.wait_for_status("both roles", SOON, runs);
+        assert_eq!(host.wait_for_agent("native"), agent, "after a kill at {step:?}");
+    }
+    // Nothing is kept: the older one is stopped and taken away first.
+    for step in ["stopping the older", "putting version", "starting"] {
+        kill_at(&mut command(&["--fresh"]), step);
+        command::run(&mut command(&["--fresh"]), LIMIT).expect_code(0);
+        host.wait_for_status("both roles", SOON, runs);
+        host.wait_for_agent("native");
+    }
+    assert!(!host.home().join(".install").exists());
+    host.control(&["uninstall", "--yes"]).expect_code(0);
+    assert_empty(&host);
+}
+
+#[test]
+fn a_full_disk_is_told_and_what_runs_goes_on() {
+    let container = Container::bare();
+    let gateway = Inside::start(&container, fleet_of_two());
+    done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=4m tmpfs /opt/aops");
+    let output = container.run(&["sh", "-c", VERBATIM]);
+    assert_refused(&output, 1, &["not enough space in /opt/aops", "free"]);
+    assert_eq!(done(&container, "ls -A /opt/aops").stdout, "");
+    // Enough for the package and its tree, not for a second one; then not for a byte more.
+    done(&container, "mount -o remount,size=160m /opt/aops");
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    wait_for_agents(&container, &["native", "script"]);
+    let before = inside::wait_for_status(&container, "both roles", runs);
+    done(&container, "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true");
+    let files = snapshot(&container.path("/opt/aops"), LIVING);
+
+    let output = container.run(&[BOOTSTRAP, "install"]);
+    assert_refused(&output, 1, &["not enough space in /opt/aops", "free"]);
+    assert_eq!(difference(&files, &snapshot(&container.path("/opt/aops"), LIVING)), Vec::<String>::new());
+    gateway.publish(|gateway| gateway.publish(&Package::sleeper("native", "2.0.0")));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n");
+    // That it cannot even note what is wanted is told, and nothing is touched.
+    let status = inside::wait_for_status(&container, "the full disk to be told", |status| {
+        let native = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
+        let told = format!("{native}{}", status["problems"]);
+        told.contains("No space left") || told.contains("not enough space")
+    });
+    for who in ["spm", "spa"] {
+        assert_eq!(status[who]["pid"], before[who]["pid"]);
+    }
+    for name in ["native", "script"] {
+        assert_eq!(
+            agent(&status, name).expect("it is there")["pid"],
+            agent(&before, name).expect("it is there")["pid"]
+        );
+        assert_eq!(agent(&status, name).expect("it is there")["version"], "1.0.0");
+    }
+    // With space, it goes on by itself.
+    done(&container, "rm /opt/aops/log/filler");
+    inside::wait_for_status(&container, "the new version", |status| {
+        agent(status, "native").is_some_and(|agent| agent["version"] == "2.0.0" && agent["state"] == "running")
+    });
+    container.run(&[BOOTSTRAP, "install"]).expect_code(0);
+    inside::wait_for_status(&container, "both roles", runs);
+}
+
+#[test]
+fn a_full_disk_while_a_release_is_staged_is_told_and_the_old_one_goes_on() {
+    let container = Container::bare();
+    let gateway = Inside::start(&container, fleet_of_two());
+    done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m tmpfs /opt/aops");
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    let agents = wait_for_agents(&container, &["native", "script"]);
+    // More than there is, and nothing that could be packed small.
+    let noise: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(1 << 20).collect();
+    let mut big = Package::sleeper("native", "2.0.0");
+    for number in 0..40 {
+        let mut noise = noise.clone();
+        noise.iter_mut().for_each(|byte| *byte ^= fastrand::u8(..));
+        big = big.with_file(&format!("noise/{number}"), noise, 0o644);
+    }
+    gateway.publish(|gateway| gateway.publish(&big));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n");
+    let status = inside::wait_for_status(&container, "the full disk to be told", |status| {
+        agent(status, "native").is_some_and(|agent| {
+            let error = agent["lastError"].as_str().unwrap_or_default();
+            agent["state"] == "running" && (error.contains("not enough space"))
+        })
+    });
+    assert_eq!(agent(&status, "native").expect("it is there")["version"], "1.0.0");
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
+    wait_for("the gateway to hear of it", SOON, || {
+        event(&gateway.status(), "stage", "native").map(|event| assert_eq!(event["outcome"], "failed"))
+    });
+    // What did not fit does not stay.
+    let free = done(&container, "df --output=avail -k /opt/aops | tail -n 1").stdout;
+    let free: u64 = free.trim().parse().expect("a number");
+    assert!(free > 120 << 10, "{free} kB are free");
+}
+
+#[test]
+fn a_read_only_home_is_told_and_what_runs_goes_on() {
+    let container = Container::bare();
+    let _gateway = Inside::start(&container, fleet_of_two());
+    let read_only = "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops";
+    done(&container, &format!("mkdir /opt/aops && {read_only}"));
+    let output = container.run(&["sh", "-c", VERBATIM]);
+    assert_refused(&output, 1, &["make /opt/aops writable", "another --home"]);
+    done(&container, "umount /opt/aops && ls -A /opt/aops | wc -l");
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    let agents = wait_for_agents(&container, &["native", "script"]);
+    let before = inside::wait_for_status(&container, "both roles", runs);
+    done(&container, read_only);
+    let files = snapshot(&container.path("/opt/aops"), LIVING);
+    for refused in [&[BOOTSTRAP, "install"][..], &["/opt/aops/control", "uninstall", "--yes"]] {
+        let output = container.run(refused);
+        assert_eq!(output.code, 1, "{output}");
+        assert!(output.stderr.contains("ead-only file system"), "{output}");
+    }
+    assert_eq!(difference(&files, &snapshot(&container.path("/opt/aops"), LIVING)), Vec::<String>::new());
+    let status = inside::status(&container);
+    assert_eq!((&status["spm"]["pid"], &status["spa"]["pid"]), (&before["spm"]["pid"], &before["spa"]["pid"]));
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
+    done(&container, "umount /opt/aops");
+    container.run(&[BOOTSTRAP, "install", "--agent-id", "5402204854438", "--endpoint", URL]).expect_code(0);
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
+}
+
+/// The last event of a kind about a sub-agent that the gateway has heard of.
+fn event(status: &Value, kind: &str, name: &str) -> Option<Value> {
+    let events = status["hosts"][0]["events"].as_array()?;
+    events.iter().rev().find(|event| event["kind"] == kind && event["agent"] == name).cloned()
+}
+
+#[test]
+fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
+    let gateway = gateway();
+    let standing = Standing::joined(&gateway);
+    let fleet = |version: &str| {
+        gateway.fleet(&format!("heartbeatInterval = \"1s\"\nagents.native.version = {version:?}\n"));
+    };
+    let told = |version: &str, words: &[&str]| {
+        fleet(version);
+        let status =
+            standing.host.wait_for_status(&format!("{version} to be refused with {words:?}"), SOON, |status| {
+                let error = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
+                words.iter().all(|word| error.contains(word))
+            });
+        let native = agent(&status, "native").expect("it is there");
+        assert_eq!((&native["version"], &native["state"]), (&"1.0.0".into(), &"running".into()), "{status:#}");
+        standing.assert_same_processes();
+        wait_for("the gateway to hear of it", SOON, || {
+            let event = event(&gateway.status(), "stage", "native")?;
+            let message = event["message"].as_str()?;
+            (event["version"] == version && event["outcome"] == "failed" && message.contains(words[0])).then_some(())
+        });
+    };
+
+    // Tampered with in the depot.
+    gateway.publish(&Package::sleeper("native", "2.0.0"));
+    tamper(&package(&gateway, "native-2.0.0"));
+    told("2.0.0", &["signature"]);
+
+    // Signed by somebody else.
+    let other = Gateway::stopped();
+    let key = other.path("keys/aops.key").display().to_string();
+    let untrusted = Package::sleeper("native", "3.0.0");
+    gateway.publish_with(&["--key", &key, &untrusted.path().display().to_string()]).expect_code(0);
+    told("3.0.0", &["not trusted", "--trusted-key"]);
+
+    // Publishing refuses a manifest that cannot be used; one that got there by other means is refused by the host.
+    for (version, manifest, words) in [
+        (
+            "4.0.0",
+            "name = \"native\"\nversion = \"4.0.0\"\n[run]\ncommand = [\"bin/run\"]\nstopsignal = \"TERM\"\n",
+            ["agent.toml", "stopsignal"],
+        ),
+        ("5.0.0", "name = \"native\"\nversion = \"5.0.0\"\n[run\n", ["agent.toml", "line"]),
+        ("6.0.0", "name = \"native\"\nversion = \"6.0.0\"\n[run]\ncommand = []\n", ["agent.toml", "command"]),
+    ] {
+        let malformed = Package::sleeper("native", version).with_file("agent.toml", manifest, 0o644);
+        let refused = gateway.publish_with(&[&malformed.path().display().to_string()]);
+        assert!(refused.code == 1 && words.iter().all(|word| refused.stderr.contains(word)), "{refused}");
+        place(&gateway, &malformed);
+        told(version, &words);
+    }
+
+    // A good one comes through at once.
+    gateway.publish(&Package::sleeper("native", "7.0.0"));
+    fleet("7.0.0");
+    let status = standing.host.wait_for_status("a good release", SOON, |status| {
+        agent(status, "native").is_some_and(|agent| agent["version"] == "7.0.0" && agent["state"] == "running")
+    });
+    assert_eq!(agent(&status, "native").expect("it is there")["lastError"], Value::Null);
+}
+
+/// Puts a package into the depot by other means than `publish`, signed with the gateway's key.
+fn place(gateway: &Gateway, package: &Package) {
+    let (name, version) = (package.name(), package.version());
+    let file = gateway.path("depot").join(format!("{name}-{version}_linux_{}.tar.gz", arch()));
+    let beside = gateway.path("unsigned.tar.gz");
+    command::run(Command::new("tar").arg("-C").arg(package.path()).arg("-czf").arg(&beside).arg("."), LIMIT)
+        .expect_code(0);
+    let comment = format!("name={name} version={version} os=linux arch={} epoch=1", arch());
+    let signature = PathBuf::from(format!("{}.minisig", file.display()));
+    let mut sign = Command::new("minisign");
+    sign.arg("-S").arg("-s").arg(gateway.path("keys/aops.key")).arg("-m").arg(&beside).arg("-x").arg(signature);
+    command::run(sign.args(["-t", &comment]), LIMIT).expect_code(0);
+    fs::rename(beside, file).expect("it is ours");
+}

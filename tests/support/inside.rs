@@ -1,0 +1,129 @@
+//! A gateway inside a container, where hosts of the old platform expect it: on 127.0.0.1:8888.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::aops;
+use super::command::{self, LIMIT, Output};
+use super::container::{Container, Running};
+use super::gateway::Gateway;
+use super::host::{SOON, agent, pid};
+use super::wait::try_for;
+
+/// The program under test, in a place that is not compared.
+pub const PROGRAM: &str = "/tmp/aops";
+/// The gateway's directory.
+pub const DIRECTORY: &str = "/tmp/gateway";
+/// Its endpoint.
+pub const URL: &str = "https://127.0.0.1:8888";
+
+/// The command that the old platform prints, word for word.
+pub const VERBATIM: &str = "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/aops-agent-service-linux-amd64 \
+    -H 'x-agent-id: 5402204854438' -o aops-agent-service-linux-amd64 && chmod +x aops-agent-service-linux-amd64 && \
+    ./aops-agent-service-linux-amd64 --control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888";
+/// What it fetches.
+pub const BOOTSTRAP: &str = "/root/aops-agent-service-linux-amd64";
+
+/// A gateway that runs inside a container; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Inside<'a> {
+    container: &'a Container,
+    /// Where it was made; what is published later goes here first.
+    outside: Gateway,
+    running: Option<Running<'a>>,
+}
+
+impl<'a> Inside<'a> {
+    /// One with what was published with `outside`, which does not run itself.
+    pub fn start(container: &'a Container, outside: Gateway) -> Inside<'a> {
+        container.copy_in(aops(), PROGRAM, 0o755);
+        let mut inside = Inside { container, outside, running: None };
+        inside.bring("");
+        inside.run();
+        inside
+    }
+
+    pub fn run(&mut self) {
+        let running =
+            self.container.spawn(&[PROGRAM, "gateway", "run", "--dir", DIRECTORY, "--listen", "127.0.0.1:8888"]);
+        assert_eq!(running.line(), format!("listening on {URL}"));
+        self.running = Some(running);
+    }
+
+    pub fn stop(&mut self) {
+        self.running = None;
+    }
+
+    /// Publishes more with the gateway outside, and brings the depot in.
+    pub fn publish(&self, publish: impl FnOnce(&Gateway)) {
+        publish(&self.outside);
+        self.bring("depot");
+    }
+
+    /// Replaces `fleet.toml` whole.
+    pub fn fleet(&self, text: &str) {
+        self.outside.fleet(text);
+        self.container.write(Path::new(DIRECTORY).join("fleet.toml"), text, 0o644);
+    }
+
+    /// What `aops gateway status --json` says.
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        self.container.run(&[PROGRAM, "gateway", "status", "--dir", DIRECTORY, "--json"]).expect_code(0).json()
+    }
+
+    /// Copies a part of the gateway's directory, whole.
+    fn bring(&self, part: &str) {
+        let target = self.container.path(DIRECTORY).join(part);
+        fs::create_dir_all(&target).expect("the container's files are ours");
+        fs::set_permissions(self.container.path(DIRECTORY), fs::Permissions::from_mode(0o755)).expect("it is ours");
+        let source = self.outside.path(part).join(".");
+        command::run(Command::new("cp").arg("-a").arg(source).arg(target), LIMIT).expect_success();
+    }
+}
+
+/// `aops control status --json` of the default home, by its own `control`.
+#[track_caller]
+pub fn status(container: &Container) -> Value {
+    container.run(&["/opt/aops/control", "status", "--json"]).json()
+}
+
+/// Waits until that status is as wanted, and gives it.
+#[track_caller]
+pub fn wait_for_status(container: &Container, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    let mut last = Value::Null;
+    let found = try_for(SOON, || {
+        last = status(container);
+        wanted(&last).then(|| last.clone())
+    });
+    found.unwrap_or_else(|| panic!("waited {SOON:?} in vain for {what}; the last status: {last:#}"))
+}
+
+/// Waits until these sub-agents run, and gives their pids, as the container counts them.
+#[track_caller]
+pub fn wait_for_agents(container: &Container, names: &[&str]) -> Vec<u32> {
+    let pids = |status: &Value| -> Option<Vec<u32>> {
+        let one = |name: &&str| {
+            agent(status, name).filter(|agent| agent["state"] == "running").map(|agent| pid(&agent["pid"]))
+        };
+        names.iter().map(one).collect::<Option<Option<Vec<_>>>>()?
+    };
+    let status = wait_for_status(container, &format!("{names:?} to run"), |status| pids(status).is_some());
+    pids(&status).expect("it was waited for")
+}
+
+/// The processes that have to do with an installation of ours.
+pub fn processes_of_aops(container: &Container) -> Vec<(u32, String)> {
+    let ours = |words: &str| !words.contains(PROGRAM) && (words.contains("aops") || words.contains("1000000"));
+    container.processes().into_iter().filter(|(_, words)| ours(words)).collect()
+}
+
+/// Runs a script inside which must succeed.
+#[track_caller]
+pub fn done(container: &Container, script: &str) -> Output {
+    container.run(&["sh", "-c", script]).expect_code(0)
+}
