@@ -92,6 +92,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         role::clear_stop(home)?;
     } else if role::is_stop_recorded(home) {
         tracing::info!("the home was told to stop; the manager does not start");
+        anstream::eprintln!("{} was told to stop; start it with `control start`", home.root().display());
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let _lock = take_role(home, supervised)

@@ -4,6 +4,7 @@
 //! The script puts the program into the background itself; its process is found by `control pid` where that is known, else as the oldest
 //! process that bears the mark.
 
+use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,9 @@ const APPEARS: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(50);
 /// An ended process's remains are gone after this, where somebody clears them away.
 const REMAINS: Duration = Duration::from_secs(2);
+/// Pid files are looked for so deep in a release, and are no larger.
+const PID_FILE_DEPTH: u32 = 3;
+const MAX_PID_FILE_BYTES: u64 = 32;
 
 /// What `control status` said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,18 +61,51 @@ pub async fn start(start: &Start) -> Result<Record> {
     }
 }
 
-/// Waits until the remains of the last process are gone: such scripts look for it by `kill -0`, which finds them, and start nothing. Where
-/// nobody clears them away, the script is told to stop, so that it forgets it.
-pub async fn forget(home: &Home, last: Record) -> Result<()> {
+/// Clears away what would make a script believe that its program runs, when nothing of it does: such scripts look by `kill -0` for the
+/// number in a file of theirs. That finds the remains of a killed process, for which we wait, and after a power cut or a reboot whoever
+/// has the number now: such a file is removed. Blocks.
+pub fn forget(start: &Start, last: Option<&Record>) {
     let deadline = Instant::now() + REMAINS;
-    while platform::remains(last.pid) {
-        if Instant::now() >= deadline {
-            let home = home.clone();
-            return Ok(tokio::task::spawn_blocking(move || stop(&home, &last)).await?);
-        }
-        tokio::time::sleep(LOOK).await;
+    while last.is_some_and(|last| platform::remains(last.pid)) && Instant::now() < deadline {
+        platform::pause(LOOK);
     }
-    Ok(())
+    for (path, pid) in pid_files(&start.directory(), PID_FILE_DEPTH) {
+        if !runs_from(&start.home.agent(&start.name), pid) {
+            tracing::info!(agent = %start.name, path = %path.display(), pid, "a pid file that names nobody of its sub-agent is removed");
+            if let Err(error) = std::fs::remove_file(&path) {
+                tracing::warn!(agent = %start.name, error = %error, "it cannot be removed");
+            }
+        }
+    }
+}
+
+/// The files named like `pid`, `app.pid` or `app_pid` that hold a number and nothing else.
+fn pid_files(directory: &Path, depth: u32) -> Vec<(PathBuf, u32)> {
+    let mut found = vec![];
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let Ok(metadata) = entry.metadata() else { continue };
+        let path = entry.path();
+        if metadata.is_dir() && depth > 1 {
+            found.extend(pid_files(&path, depth - 1));
+        } else if metadata.is_file()
+            && metadata.len() <= MAX_PID_FILE_BYTES
+            && entry.file_name().to_str().is_some_and(|name| name.ends_with("pid"))
+            && let Some(pid) = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok())
+        {
+            found.push((path, pid));
+        }
+    }
+    found
+}
+
+/// Whether a live process has to do with a sub-agent by where it works or what it runs, though it may bear no mark.
+fn runs_from(directory: &Path, pid: u32) -> bool {
+    !platform::remains(pid)
+        && platform::working_directory(pid)
+            .into_iter()
+            .chain(platform::executable_of(pid))
+            .chain(platform::first_words(pid, 2))
+            .any(|path| path.starts_with(directory))
 }
 
 /// The main process: the one that `control pid` names, if it bears the mark, else the oldest that does.

@@ -50,17 +50,15 @@ pub(super) fn start(inputs: &Inputs, serial: u64, start: Start) {
 
 async fn start_clean(start: Start) -> Result<Running> {
     let (home, name, kill_mode) = (start.home.clone(), start.name.clone(), start.head().kill_mode);
-    let (of, named) = (home.clone(), name.clone());
-    tokio::task::spawn_blocking(move || end_leftovers(&of, &named, kill_mode)).await??;
+    tokio::task::spawn_blocking(move || end_leftovers(&home, &name, kill_mode)).await??;
     match start.program.clone() {
         Program::Native(manifest) => {
             let (child, record) = launch::start_native(&start, &manifest).await?;
             Ok(Running::Child(Box::new(child), record))
         }
         Program::Script => {
-            if let Some(last) = record::load(&home, &name) {
-                script::forget(&home, last).await?;
-            }
+            let of = start.clone();
+            tokio::task::spawn_blocking(move || script::forget(&of, record::load(&of.home, &of.name).as_ref())).await?;
             let record = script::start(&start).await?;
             Ok(Running::Script(Box::new(start), record))
         }

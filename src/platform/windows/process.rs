@@ -116,6 +116,11 @@ pub fn memory_bytes(pid: u32) -> Option<u64> {
     (done != 0).then_some(counters.WorkingSetSize as u64)
 }
 
+/// Where a process works: Windows does not tell of others.
+pub fn working_directory(_pid: u32) -> Option<PathBuf> {
+    None
+}
+
 /// The executable that a process runs, where we may know it.
 pub fn executable_of(pid: u32) -> Option<PathBuf> {
     use std::os::windows::ffi::OsStringExt;
