@@ -21,7 +21,7 @@ use crate::support::processes::is_alive;
 use crate::support::wait::wait_for;
 
 /// What changes while a host runs, whoever installs what.
-const LIVING: &[&str] = &["/log", "/state/events.json"];
+const LIVING: &[&str] = &["/log", "/state/desired.json", "/state/events.json"];
 
 /// A gateway with a manager and one sub-agent.
 fn gateway() -> Gateway {
