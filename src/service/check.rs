@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::{InstallOptions, LOCK, ServiceChoice, Surroundings, WORK, old, progress};
+use super::{InstallOptions, LOCK, ServiceChoice, Surroundings, WORK, old, progress, site};
 use crate::config::{self, Certificate, Config};
 use crate::core::model::{AgentId, MANAGER_PACKAGE, Version};
 use crate::home::Home;
@@ -282,6 +282,9 @@ pub(super) fn plan(
 }
 
 fn standing(home: &Home) -> Result<Standing> {
+    if site::is_half_made(home) {
+        return Ok(Standing::Nothing);
+    }
     if installation::exists(home) {
         // A record that can't be read is none that can be kept; what it says is needed only to take things back.
         let installed = Installed::load(home).unwrap_or_else(|error| {

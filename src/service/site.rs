@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{LOCK, MADE, WORK, old};
 use crate::home::Home;
-use crate::installation;
+use crate::installation::{self, Installed};
 use crate::lock::{self, Held};
 use crate::{platform, store};
 
@@ -47,7 +47,8 @@ impl Site {
     /// Where nothing stands, notes what is made here, also what will be, for the one that comes after a kill; what an interrupted one noted
     /// is ours now.
     pub(super) fn note(&mut self) -> Result<()> {
-        if installation::exists(&self.home) || old::is_old(&self.home) || old::is_any_aside(&self.home) {
+        let stands = installation::exists(&self.home) || old::is_old(&self.home) || old::is_any_aside(&self.home);
+        if stands && !is_half_made(&self.home) {
             return store::remove(&self.work().join(MADE));
         }
         match store::load::<Vec<PathBuf>>(&self.work().join(MADE))? {
@@ -128,6 +129,17 @@ impl Site {
     }
 }
 
+/// Whether an installation was killed here before it was whole, where nothing had stood.
+pub(super) fn is_half_made(home: &Home) -> bool {
+    let is_there = |path: PathBuf| path.symlink_metadata().is_ok();
+    is_there(home.root().join(WORK).join(MADE)) && !is_there(Installed::path(home))
+}
+
+/// What that one had made, or was about to.
+pub(super) fn half_made(home: &Home) -> Vec<PathBuf> {
+    store::load(&home.root().join(WORK).join(MADE)).ok().flatten().unwrap_or_default()
+}
+
 impl Drop for Site {
     fn drop(&mut self) {
         if self.lock.is_some() {
@@ -158,6 +170,48 @@ impl Drop for Site {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_one_that_was_killed_had_made_is_the_next_ones() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path().join("made/home"));
+        let killed = || {
+            let mut site = Site::open(&home).unwrap();
+            site.note().unwrap();
+            for (path, mode) in home.directories() {
+                site.make(&path, mode).unwrap();
+            }
+            // As far as it may come without its last record.
+            for path in [home.agent_id(), home.executable(), home.role_link("aops-spm")] {
+                fs::write(path, "1").unwrap();
+            }
+            platform::replace_link(Path::new("bin/aops"), &home.control_link()).unwrap();
+            site.lock = None;
+            std::mem::forget(site);
+        };
+        killed();
+        assert!(is_half_made(&home) && installation::exists(&home) && !old::is_old(&home));
+        killed();
+        let mut site = Site::open(&home).unwrap();
+        site.note().unwrap();
+        assert_eq!(site.created_for_home(), [directory.path().join("made"), home.root().to_owned()]);
+        drop(site);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_stands_is_not_taken_for_half_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        fs::write(directory.path().join("agentId"), "1").unwrap();
+        for _ in 0..2 {
+            let mut site = Site::open(&home).unwrap();
+            site.note().unwrap();
+            site.lock = None;
+            std::mem::forget(site);
+            assert!(!is_half_made(&home) && old::is_old(&home));
+        }
+    }
 
     #[test]
     fn what_was_not_kept_leaves_nothing_behind() {

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
-use super::site::Site;
+use super::site::{self, Site};
 use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
 use crate::home::Home;
 use crate::host_service::{self, Kind};
@@ -20,7 +20,7 @@ use crate::{platform, store};
 /// Removes the installation in `home`. Asks first, unless `yes`.
 pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
     let shown = home.root().display();
-    if !installation::exists(home) && !host_service::systemd::is_registered(home) {
+    if !installation::exists(home) && !site::is_half_made(home) && !host_service::systemd::is_registered(home) {
         anstream::eprintln!("aops: nothing is installed in {shown}");
         return Ok(ExitCode::from(NOT_INSTALLED));
     }
@@ -55,8 +55,10 @@ fn remove(home: &Home) -> Result<()> {
         progress::warn(format_args!("{error:#}"));
         None
     });
+    let half_made = site::is_half_made(home).then(|| site::half_made(home));
+    let known = installed.is_some() || half_made.is_some();
     let stood = home.root().is_dir();
-    let site = Site::open(home)?;
+    let at_work = Site::open(home)?;
     progress::say("stopping sub-agents and roles");
     roles::stop_all(home)?;
     if host_service::detect() == Kind::Systemd && host_service::systemd::is_known(home) {
@@ -64,15 +66,16 @@ fn remove(home: &Home) -> Result<()> {
         host_service::unregister(home)?;
     }
     progress::say("removing files");
-    let known = installed.is_some();
-    let (linked, created) =
-        installed.map(|installed| (installed.linked, installed.created_directories)).unwrap_or_default();
+    let (linked, created) = match installed {
+        Some(installed) => (installed.linked, installed.created_directories),
+        None => (Vec::new(), half_made.unwrap_or_default()),
+    };
     for link in &linked {
         remove_our_link(home, link)?;
     }
     platform::leave_directory(home.root())
         .with_context(|| format!("cannot move the running executable out of {}", home.root().display()))?;
-    site.keep();
+    at_work.keep();
     empty(home)?;
     // Without a record nobody knows who made the home; an empty directory is nothing to keep.
     let directories = if known && stood { created } else { vec![home.root().to_owned()] };
