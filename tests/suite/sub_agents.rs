@@ -436,7 +436,6 @@ fn one_that_crashes_again_and_again_or_cannot_run_at_all_disturbs_no_other() {
     let packages = [
         Package::script("crashing", "1.0", "exit 7", ""),
         Package::native("unrunnable", "1.0", &["bin/run"], "").with_file("bin/run", "#!/no/such/interpreter\n", 0o755),
-        Package::native("absent", "1.0", &["bin/absent"], ""),
         Package::control_sleeper("refusing", "1.0").with_file("control", "#!/bin/sh\nexit 9\n", 0o755),
         Package::sleeper("fine", "1.0"),
     ];
@@ -444,12 +443,7 @@ fn one_that_crashes_again_and_again_or_cannot_run_at_all_disturbs_no_other() {
     let gateway = Gateway::with(&all, &all.map(|package| (package.name(), "1.0", "")));
     let host = TestHost::joined(&gateway);
     let fine = host.wait_for_agent("fine");
-    for (name, error) in [
-        ("crashing", "exited with 7"),
-        ("unrunnable", "cannot run"),
-        ("absent", "cannot run"),
-        ("refusing", "exited with 9"),
-    ] {
+    for (name, error) in [("crashing", "exited with 7"), ("unrunnable", "cannot run"), ("refusing", "exited with 9")] {
         let status = host.wait_for_status(&format!("{name} to wait"), SOON, |status| {
             agent(status, name).is_some_and(|agent| {
                 agent["state"] == "backoff"
