@@ -77,6 +77,21 @@ pub fn end_roles(home: &Home) -> Result<()> {
 pub fn stop(home: &Home) -> Result<Vec<String>> {
     role::record_stop(home)
         .context("cannot stop: the stop cannot be recorded, so that what is stopped would be started again")?;
+    let remarks = carry_out(home)?;
+    // A start by the service manager in between took the record back.
+    role::record_stop(home)?;
+    Ok(remarks)
+}
+
+/// As [`stop`], for a home that is going to be removed: it does not take a disk that can be written.
+pub fn stop_for_good(home: &Home) -> Result<Vec<String>> {
+    let recorded = role::record_stop(home).context("the stop cannot be recorded");
+    let mut remarks = carry_out(home)?;
+    remarks.extend(recorded.err().map(|error| format!("{error:#}")));
+    Ok(remarks)
+}
+
+fn carry_out(home: &Home) -> Result<Vec<String>> {
     let mut remarks = vec![];
     match door::ask_to_stop(home, STOP) {
         Ok(Some(reply)) => {
@@ -97,8 +112,6 @@ pub fn stop(home: &Home) -> Result<Vec<String>> {
         }
     }
     process::tree::end_all(home)?;
-    // A start by the service manager in between took the record back.
-    role::record_stop(home)?;
     Ok(remarks)
 }
 

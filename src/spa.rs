@@ -56,6 +56,11 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let _lock = take_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     let holder = role::announce(home, Role::Spa)?;
+    if role::is_stop_recorded(home) && !supervised {
+        // Who stops the home records it first and then looks who is there; either it sees us, or we see the record.
+        role::take_leave(home, Role::Spa, &holder);
+        return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
+    }
     let (sender, words) = mpsc::channel();
     let terminate = sender.clone();
     ctrlc::set_handler(move || drop(terminate.send(Word::Terminate))).context("cannot hear the signal to end")?;

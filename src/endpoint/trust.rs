@@ -108,7 +108,7 @@ enum Why {
     Expired,
     NotYetValid,
     NotPinned,
-    Changed { first: Fingerprint, pins: PathBuf },
+    Changed { first: Fingerprint },
     Unusable(String),
 }
 
@@ -153,14 +153,13 @@ impl fmt::Display for Distrust {
             Why::NotPinned => {
                 write!(f, ": it is none of those pinned; if the gateway's certificate was replaced, {pin}")
             }
-            Why::Changed { first, pins } => {
+            Why::Changed { first } => {
                 let new = self.presented.map_or("NEW".to_owned(), |presented| presented.to_string());
                 write!(
                     f,
-                    ": at the first contact it was {first} (recorded in {}). Either the gateway's certificate was \
-                     replaced, or somebody stands in between. Verify it with the gateway's operator, then give \
-                     `--pin {new}`, or install again with `--fresh`",
-                    pins.display()
+                    ": at the first contact it was {first} (recorded in the home's state/pins.json). Either the gateway's \
+                     certificate was replaced, or somebody stands in between. Verify it with the gateway's operator, then \
+                     give `--pin {new}`, or install again with `--fresh`"
                 )
             }
             Why::Unusable(why) => write!(f, ": {why}"),
@@ -206,9 +205,7 @@ impl Verifier {
             Judge::FirstContact(pins) => {
                 let recorded = Pins::load(pins).map_err(|error| Why::Unusable(format!("{error:#}")))?;
                 match recorded.get(&self.origin) {
-                    Some(first) if first != Fingerprint::of(leaf) => {
-                        Err(Why::Changed { first, pins: pins.as_ref().clone() })
-                    }
+                    Some(first) if first != Fingerprint::of(leaf) => Err(Why::Changed { first }),
                     _ => Ok(()),
                 }
             }
@@ -340,7 +337,7 @@ pub(super) fn remember(path: &Path, origin: &str, seen: Fingerprint) -> Result<b
     match recorded.get(origin) {
         Some(first) if first == seen => Ok(false),
         Some(first) => {
-            let why = Why::Changed { first, pins: path.to_owned() };
+            let why = Why::Changed { first };
             Err(Distrust { origin: origin.to_owned(), presented: Some(seen), why }.into())
         }
         None => {

@@ -157,7 +157,8 @@ fn fit_for_a_home(root: &Path) -> Result<()> {
 
 /// Refuses a directory that holds something else.
 fn foreign(home: &Home, executable: &Path) -> Result<()> {
-    if installation::exists(home) || old::is_old(home) || old::aside(home).is_dir() {
+    // One that was killed at work there had looked before it began: what lies there is its own.
+    if installation::exists(home) || old::is_old(home) || home.root().join(WORK).is_dir() {
         return Ok(());
     }
     let entries = match fs::read_dir(home.root()) {

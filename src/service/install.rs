@@ -78,7 +78,7 @@ pub fn install(options: &InstallOptions, surroundings: &Surroundings) -> Result<
         Err(error) => return wrong_usage(error),
     };
     let outcome = Site::open(&home).at(Step::Check).and_then(|mut site| {
-        recover(&home, &surroundings.executable).at(Step::Check)?;
+        recover(&home, &surroundings.executable).and_then(|()| site.note()).at(Step::Check)?;
         let plan = check::plan(options, surroundings, &home, &product).at(Step::Check)?;
         let fetched = fetch::fetch(&plan, &site).at(Step::Fetch)?;
         replace(&plan, &fetched, &mut site)?;
@@ -125,13 +125,18 @@ fn advice(error: &Error, home: &Home) -> Option<String> {
     }
 }
 
-/// An installation that was killed after it had set something aside, and before the new one was whole, is undone.
+/// Finishes what an installation that was killed had begun: one killed before the new one was whole is undone, and what a later one had
+/// replaced is needed no more.
 fn recover(home: &Home, executable: &Path) -> Result<()> {
-    if old::aside(home).is_dir() && Installed::load(home).ok().flatten().is_none() {
+    let is_whole = || Installed::load(home).ok().flatten().is_some();
+    if !old::is_any_aside(home) {
+        Ok(())
+    } else if !old::is_under_way(home) && is_whole() {
+        store::remove_tree(&old::aside(home))
+    } else {
         progress::say("bringing back what an interrupted installation had set aside");
-        old::bring_back(home, executable)?;
+        old::bring_back(home, executable)
     }
-    Ok(())
 }
 
 /// From here on what stood there is touched.

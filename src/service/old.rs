@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{LOCK, WORK, leftovers, progress};
+use super::{LOCK, MADE, WORK, leftovers, progress};
 use crate::command;
 use crate::config::import::{OLD_AGENT_IDS, OLD_CONFIG};
 use crate::home::Home;
@@ -23,6 +23,10 @@ const CONTROL: Duration = Duration::from_secs(60);
 /// Whether what stands in the home is an installation of the old system. `exists` says whether it is one of ours.
 pub(super) fn is_old(home: &Home) -> bool {
     let file = |name: &str| home.root().join(name).symlink_metadata().is_ok_and(|metadata| metadata.is_file());
+    if file(&format!("{WORK}/{MADE}")) {
+        // An installation of ours was killed at work where nothing stood.
+        return false;
+    }
     file(OLD_CONFIG) || OLD_AGENT_IDS.iter().any(|name| file(name)) || has_control(home)
 }
 
@@ -54,37 +58,56 @@ fn control(home: &Home, verb: &str) -> Result<()> {
     finished.success().map(drop).with_context(|| format!("cannot have {} do `{verb}`", path.display()))
 }
 
-/// Where what is set aside lies.
+/// Where what is set aside lies, once all of it does.
 pub(super) fn aside(home: &Home) -> PathBuf {
     home.root().join(WORK).join("aside")
 }
 
-/// Moves everything in the home aside, but for the installation's own things and the running executable.
-pub(super) fn set_aside(home: &Home, executable: &Path) -> Result<()> {
-    move_entries(
-        home.root(),
-        &aside(home),
-        &|path| path == executable || path.file_name() == Some(OsStr::new(WORK)),
-        home,
-    )
+/// Where it lies while it is moved, there or back: the rest is still, or again, in the home.
+fn under_way(home: &Home) -> PathBuf {
+    home.root().join(WORK).join("aside.part")
 }
 
-/// Moves back what was set aside; what was put in its place meanwhile goes.
+/// Whether something is set aside, or was being.
+pub(super) fn is_any_aside(home: &Home) -> bool {
+    aside(home).is_dir() || is_under_way(home)
+}
+
+/// Whether somebody was killed while something was moved.
+pub(super) fn is_under_way(home: &Home) -> bool {
+    under_way(home).is_dir()
+}
+
+/// Whether a file is, or holds, what is set aside.
+pub(super) fn is_aside(home: &Home, path: &Path) -> bool {
+    path == aside(home) || path == under_way(home)
+}
+
+/// Moves everything in the home aside, but for the installation's own things and the running executable.
+pub(super) fn set_aside(home: &Home, executable: &Path) -> Result<()> {
+    let stays = |path: &Path| path == executable || path.file_name() == Some(OsStr::new(WORK));
+    move_entries(home.root(), &under_way(home), &stays, home)?;
+    rename(&under_way(home), &aside(home))
+}
+
+/// Moves back what was set aside; what was put in its place meanwhile goes. Killed at any moment, it can be repeated.
 pub(super) fn bring_back(home: &Home, executable: &Path) -> Result<()> {
     let aside = aside(home);
-    if !aside.is_dir() {
-        return Ok(());
-    }
     let attempt = || -> Result<()> {
-        for entry in fs::read_dir(home.root())?.chain(fs::read_dir(home.run())?) {
-            let path = entry?.path();
-            let stays = [executable, &home.root().join(WORK), &home.run(), &home.run_file(LOCK)];
-            if !stays.contains(&path.as_path()) {
-                remove(&path)?;
+        if aside.is_dir() {
+            for entry in fs::read_dir(home.root())?.chain(fs::read_dir(home.run())?) {
+                let path = entry?.path();
+                let stays = [executable, &home.root().join(WORK), &home.run(), &home.run_file(LOCK)];
+                if !stays.contains(&path.as_path()) {
+                    remove(&path)?;
+                }
             }
+            rename(&aside, &under_way(home))?;
         }
-        move_entries(&aside, home.root(), &|_| false, home)?;
-        fs::remove_dir_all(&aside)?;
+        if is_under_way(home) {
+            move_entries(&under_way(home), home.root(), &|_| false, home)?;
+            fs::remove_dir_all(under_way(home))?;
+        }
         Ok(())
     };
     attempt().with_context(|| format!("cannot bring back what was set aside in {}", aside.display()))
@@ -104,11 +127,16 @@ fn move_entries(from: &Path, to: &Path, stays: &dyn Fn(&Path) -> bool, home: &Ho
         if entry.file_type()?.is_dir() && run.file_name() == Some(&entry.file_name()) && from != run {
             move_entries(&path, &target, &|path| path == lock, home)?;
         } else {
-            fs::rename(&path, &target)
-                .with_context(|| format!("cannot move {} to {}", path.display(), target.display()))?;
+            // Something may have been made anew in the place of what is on its way back.
+            remove(&target)?;
+            rename(&path, &target)?;
         }
     }
     Ok(())
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).with_context(|| format!("cannot move {} to {}", from.display(), to.display()))
 }
 
 fn remove(path: &Path) -> Result<()> {
@@ -179,5 +207,29 @@ mod tests {
         fs::remove_dir(home.root().join(WORK)).unwrap();
         assert_eq!(files(directory.path()), before);
         bring_back(&home, &bootstrap).unwrap();
+    }
+
+    #[test]
+    fn what_was_only_being_set_aside_comes_back_and_what_was_not_moved_yet_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        for (path, content) in [
+            (".install/aside.part/log/old.log", "old"),
+            (".install/aside.part/run/pid", "old"),
+            ("bin/old", "old"),
+            // Made anew by one that was still running.
+            ("log/old.log", "new"),
+            ("run/lock", "new"),
+        ] {
+            let path = directory.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        assert!(is_any_aside(&home) && is_under_way(&home));
+        bring_back(&home, Path::new("/nowhere")).unwrap();
+        fs::remove_dir(home.root().join(WORK)).unwrap();
+        assert_eq!(files(directory.path()), ["bin", "bin/old", "log", "log/old.log", "run", "run/lock", "run/pid"]);
+        assert_eq!(fs::read_to_string(directory.path().join("log/old.log")).unwrap(), "old");
+        assert!(!is_any_aside(&home));
     }
 }

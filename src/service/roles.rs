@@ -35,10 +35,11 @@ pub(super) fn run(home: &Home) -> bool {
 
 /// Stops everything: sub-agents, roles, and what else runs of this home. Works also where the manager is dead or a unit is gone.
 pub(super) fn stop_all(home: &Home) -> Result<()> {
-    for remark in lifecycle::stop(home)? {
+    for remark in lifecycle::stop_for_good(home)? {
         progress::warn(remark);
     }
-    Ok(())
+    // One that was being started meanwhile, by a role that is dead now, would write into what is taken away.
+    leftovers::end_running_from(&home.bin())
 }
 
 /// Registers the roles where they are to be, and takes them out of a service manager that they are not to be in any more.

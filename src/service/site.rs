@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{LOCK, WORK, old};
+use super::{LOCK, MADE, WORK, old};
 use crate::home::Home;
+use crate::installation;
 use crate::lock::{self, Held};
 use crate::{platform, store};
 
@@ -24,12 +25,14 @@ pub(super) struct Site {
     created: Vec<PathBuf>,
     lock: Option<Held>,
     kept: bool,
+    /// An installation was killed here before it was whole.
+    resumes: bool,
 }
 
 impl Site {
     /// Takes the lock of the home, which is made where it is not there.
     pub(super) fn open(home: &Home) -> Result<Site> {
-        let mut site = Site { home: home.clone(), created: Vec::new(), lock: None, kept: false };
+        let mut site = Site { home: home.clone(), created: Vec::new(), lock: None, kept: false, resumes: false };
         site.make(home.root(), 0o755)?;
         site.make(&home.run(), 0o700)?;
         site.lock = lock::take(&home.run_file(LOCK), LOCK_DEADLINE)?;
@@ -41,13 +44,35 @@ impl Site {
         Ok(site)
     }
 
-    /// Removes what an installation that was killed left in its directory, but for what it had set aside.
+    /// Where nothing stands, notes what is made here, also what will be, for the one that comes after a kill; what an interrupted one noted
+    /// is ours now.
+    pub(super) fn note(&mut self) -> Result<()> {
+        if installation::exists(&self.home) || old::is_old(&self.home) || old::is_any_aside(&self.home) {
+            return store::remove(&self.work().join(MADE));
+        }
+        match store::load::<Vec<PathBuf>>(&self.work().join(MADE))? {
+            Some(interrupted) => {
+                self.resumes = true;
+                let own = self.created.split_off(0).into_iter().filter(|path| !interrupted.contains(path));
+                self.created = interrupted.iter().cloned().chain(own).collect();
+                Ok(())
+            }
+            None => {
+                let to_be = self.home.directories().into_iter().map(|(path, _)| path);
+                let missing = to_be.filter(|path| path.symlink_metadata().is_err());
+                let noted: Vec<PathBuf> = self.created.iter().cloned().chain(missing).collect();
+                store::save(&self.work().join(MADE), &noted)
+            }
+        }
+    }
+
+    /// Removes what an installation that was killed left in its directory, but for what it had set aside and its note.
     fn sweep(&self) -> Result<()> {
         let work = self.work();
         let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
         for entry in entries {
             let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
-            if path == old::aside(&self.home) {
+            if old::is_aside(&self.home, &path) || path == work.join(MADE) {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }
@@ -107,7 +132,7 @@ impl Drop for Site {
     fn drop(&mut self) {
         if self.lock.is_some() {
             // What was set aside and not brought back is all there is of it.
-            if !old::aside(&self.home).is_dir() {
+            if !old::is_any_aside(&self.home) {
                 let _ = store::remove_tree(&self.work());
             }
             // Still held: whoever waits for it sees that the file is another's.
@@ -115,6 +140,9 @@ impl Drop for Site {
         }
         if self.kept {
             return;
+        }
+        if self.resumes && self.home.control_link().is_symlink() {
+            let _ = store::remove(&self.home.control_link());
         }
         for path in self.created.iter().rev() {
             // Without the lock, what lies inside is somebody else's.

@@ -4,7 +4,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::Duration;
 
 use crate::support::command::{self, LIMIT, Output};
 use crate::support::container::{Container, Running};
@@ -266,40 +265,6 @@ fn gateway_in(container: &Container) -> Running<'_> {
 
 fn status_in(container: &Container) -> serde_json::Value {
     container.shell("aops control status --json || true").json()
-}
-
-fn installs_verbatim_and_leaves_nothing(container: &Container) {
-    let _gateway = gateway_in(container);
-    let before = container.files();
-    let output = container.shell(&format!("cd /tmp; {VERBATIM}"));
-    assert!(output.text().contains("the first one seen"), "{output}");
-    output.expect_success();
-    let status = status_in(container);
-    assert_eq!((&status["state"], &status["version"]), (&"running".into(), &"c57f6a1d".into()), "{status:#}");
-    assert!(status["spm"]["pid"].is_u64() && status["spa"]["pid"].is_u64(), "{status:#}");
-    wait_for("a heartbeat", SOON, || (status_in(container)["gateway"]["connected"] == true).then_some(()));
-
-    container.shell(&format!("cd /tmp; {VERBATIM}")).expect_success();
-    container.shell("aops control uninstall --yes").expect_success();
-    assert_eq!(difference(&before, &container.files()), Vec::<String>::new());
-    wait_for("every process to be gone", Duration::from_secs(5), || {
-        container.processes().iter().all(|(_, words)| !words.contains("/opt/aops")).then_some(())
-    });
-    container.shell("/tmp/aops-agent-service-linux-amd64 --control uninstall").expect_code(4);
-}
-
-#[test]
-fn the_old_command_installs_under_systemd_and_the_removal_leaves_nothing() {
-    let container = Container::systemd();
-    installs_verbatim_and_leaves_nothing(&container);
-    let units = container
-        .shell("systemctl list-units --all --no-legend 'aops*'; systemctl list-unit-files --no-legend 'aops*' || true");
-    assert_eq!(units.stdout, "", "{units}");
-}
-
-#[test]
-fn the_old_command_installs_without_a_service_manager_and_the_removal_leaves_nothing() {
-    installs_verbatim_and_leaves_nothing(&Container::bare());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod gateway;
 mod harness;
 mod help;
+mod homes;
 mod install;
 mod install_systemd;
 mod joining;

@@ -249,8 +249,9 @@ impl Container {
                     push(unit);
                 }
                 push("--");
-                // systemd expands variables in a command line.
-                words.iter().for_each(|word| push(&word.as_ref().replace('$', "$$")));
+                // systemd expands variables in a command line, but not in the program's own path.
+                words.iter().take(1).for_each(|word| push(word.as_ref()));
+                words.iter().skip(1).for_each(|word| push(&word.as_ref().replace('$', "$$")));
             }
             Kind::Bare => {
                 if unit.is_some() {
