@@ -254,7 +254,7 @@ fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() 
 
     gateway.want(&[("deploy", "1.0", "cmd = \"stop\"")]);
     host.wait_for_status("its stop", SOON, |status| {
-        agent(status, "deploy").is_some_and(|agent| agent["state"] == "stopped")
+        agent(status, "deploy").is_some_and(|agent| agent["state"] == "stopped" && agent["pid"].is_null())
     });
     assert!(!is_alive(first));
     // A manager that finds them adopts none of them.
