@@ -30,6 +30,7 @@ impl Manager {
             }
             Request::Status => Reply { error: None, status: Some(Box::new(self.status(now))) },
             Request::Stop => return self.begin_stop(reply, now),
+            Request::Yield if self.stopping.is_some() => Reply::failed("cannot give way: the home is being stopped"),
             Request::Yield => {
                 tracing::info!("the manager was asked to give way; the sub-agents stay");
                 self.ending = Some(Farewell::Yield);
