@@ -4,6 +4,7 @@
 //! runs, and by the mark in its environment (`AOPS_HOME`, `AOPS_AGENT_NAME`), which stands in where a record could not be written. So any
 //! role, started at any time, finds and can end what an earlier one started. Only the very processes meant are ever signalled.
 
+pub mod health;
 pub mod launch;
 pub mod log;
 pub mod record;

@@ -127,13 +127,17 @@ async fn told_pid(start: &Start) -> Option<u32> {
 /// Asks `control status`.
 pub async fn status(start: &Start) -> Result<Said> {
     let output = ask(start, "status").await?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let said = |words: &[&str]| text.split_whitespace().any(|word| words.contains(&word));
-    Ok(match () {
-        () if said(&["stoped", "stopped"]) => Said::Stopped,
-        () if said(&["started"]) => Said::Started,
+    Ok(said(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// What a status means.
+pub fn said(status: &str) -> Said {
+    let says = |words: &[&str]| status.split_whitespace().any(|word| words.contains(&word));
+    match () {
+        () if says(&["stoped", "stopped"]) => Said::Stopped,
+        () if says(&["started"]) => Said::Started,
         () => Said::Unclear,
-    })
+    }
 }
 
 async fn ask(start: &Start, verb: &str) -> Result<Output> {

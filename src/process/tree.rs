@@ -50,7 +50,8 @@ impl Target {
     fn holds(&self, process: &Seen, leader_alive: bool) -> bool {
         let leads = |record: &Record| record.pid == process.pid && record.start_time == process.start_time;
         if self.kill_mode == KillMode::Process {
-            return self.record.as_ref().is_some_and(leads);
+            let asks = process.mark.as_ref().is_some_and(|mark| mark.is_check && mark.name == self.name.as_str());
+            return asks || self.record.as_ref().is_some_and(leads);
         }
         let marked = process.mark.as_ref().is_some_and(|mark| mark.name == self.name.as_str());
         // While a session has members its number is given to nobody else; a process of that number that is not the recorded one means
@@ -63,9 +64,11 @@ impl Target {
     }
 }
 
-/// The live processes of a sub-agent, oldest first.
+/// The live processes of a sub-agent, oldest first, without those that ask after its health.
 pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
-    members_among(&processes(home), target)
+    let mut members = members_among(&processes(home), target);
+    members.retain(|process| process.mark.as_ref().is_none_or(|mark| !mark.is_check));
+    members
 }
 
 /// Every process of the host; no mark is left on those that a sub-agent started for somebody else.

@@ -43,6 +43,8 @@ pub struct Mark {
     pub version: String,
     /// Of its processes only the main one is ours.
     pub main_only: bool,
+    /// It asks after the sub-agent's health.
+    pub is_check: bool,
 }
 
 /// When a live process started, in clock ticks since boot; `None`: there is none of that number, or only its remains.
@@ -163,6 +165,7 @@ fn mark(pid: u32, home: &Path) -> Option<Mark> {
         name: text(b"AOPS_AGENT_NAME=")?,
         version: text(b"AOPS_AGENT_VERSION=").unwrap_or_default(),
         main_only: find(crate::platform::MAIN_ONLY.as_bytes()) == Some(b"=process"),
+        is_check: find(crate::platform::CHECK.as_bytes()).is_some(),
     })
 }
 
@@ -343,6 +346,40 @@ fn digits(mut value: u64, buffer: &mut [u8; 20]) -> &[u8] {
 /// Completes the record of a launched child: on Unix the child did so itself.
 pub fn launched(_launch: &Launch, _pid: u32) -> io::Result<()> {
     Ok(())
+}
+
+/// As [`detach`], and as another user where one is given.
+pub fn detach_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
+    let groups: Vec<_> =
+        user.iter().flat_map(|user| &user.groups).map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
+    let in_child = move || {
+        rustix::process::setsid()?;
+        rustix::process::umask(Mode::from_raw_mode(0o022));
+        if let Some(user) = &user {
+            set_thread_groups(&groups)?;
+            set_thread_gid(rustix::process::Gid::from_raw(user.gid))?;
+            set_thread_uid(rustix::process::Uid::from_raw(user.uid))?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes raw system calls alone; all that it uses was allocated before the fork.
+    unsafe { command.pre_exec(in_child) };
+    Ok(())
+}
+
+/// Kills what is left of the group that a detached child of ours leads or led. The child must not have been waited for yet: until then
+/// its number is nobody else's.
+pub fn kill_group(child: u32) {
+    if let Some(group) = Pid::from_raw(child as i32) {
+        let _ = rustix::process::kill_process_group(group, Signal::KILL);
+    }
+}
+
+/// Whether something failed because this host, or this process, has no more of what it needs, whatever was to be done.
+pub fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let shortages = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
+    error.raw_os_error().is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 /// Makes a command begin a session of its own, so that it outlives us and our terminal.

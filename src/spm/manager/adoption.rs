@@ -84,7 +84,7 @@ impl Manager {
         let order = self.desired.agents.get(name);
         let Some(agent) = self.agents.get_mut(name) else { return };
         agent.serial += 1;
-        agent.supervisor.adopt(record.pid, now);
+        agent.supervisor.adopt(record.pid, now, now, 0.0);
         match order {
             Some(order)
                 if order.run == Run::Start
@@ -110,7 +110,7 @@ impl Manager {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let since =
             platform::age(record.start_time).and_then(|age| Instant::now().checked_sub(age)).unwrap_or(self.started);
-        agent.supervisor.adopt(record.pid, since);
+        agent.supervisor.adopt(record.pid, since, Instant::now(), fastrand::f64());
         agent.run = Run::Start;
         agent.supervisor.step(Event::Run, Instant::now(), 0.0);
         // With another environment than it is to have, it is restarted by the first plan.

@@ -1,0 +1,141 @@
+//! Questions that a program of the package answers: `exec`, and `control status`.
+//!
+//! Such a program leads a session and a group of its own and bears the sub-agent's mark with another beside it, so that it is not taken
+//! for the sub-agent, and yet ended with it. It is waited for by its number before it is reaped, so that what it left in its group can be
+//! ended without hitting anybody else.
+
+use std::io;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncReadExt;
+use tokio::process::{Child, Command};
+
+use super::{Answer, failed, late};
+use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
+use crate::home::Home;
+use crate::platform::{self, User};
+use crate::process::launch::{Program, Start};
+use crate::process::script::{self, Said};
+
+/// How often, and how long apart, a program is tried whose file is still being written by a forked child.
+const BUSY_TRIES: u32 = 20;
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// Once a script has ended, its output is read for so long: what it left in the background may hold it open.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+/// Of a status, bytes.
+const MAX_STATUS: u64 = 4 << 10;
+/// For killed processes to be gone.
+const GONE: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Runs a program of the package; exit code 0 is healthy.
+pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> Result<(), Answer> {
+    let Some((program, arguments)) = words.split_first() else { return Ok(()) };
+    let Program::Native(manifest) = &start.program else { return Ok(()) };
+    let what = format!("cannot run {program}");
+    let user = match &manifest.run.user {
+        Some(name) => Some(platform::find_user(name).map_err(|error| failed(&what, &error))?),
+        None => None,
+    };
+    let began = Instant::now();
+    let mut child = spawn(&start, program, arguments, user, false).await?;
+    match ended(&start, &mut child, began, timeout).await? {
+        status if status.success() => Ok(()),
+        status => Err(Answer::Unhealthy(format!("{program} {}", platform::how_it_ended(status)))),
+    }
+}
+
+/// Asks `control status`. What it says that nobody understands is no reason to do anything.
+pub(super) async fn status(start: Start, timeout: Duration) -> Result<(), Answer> {
+    let began = Instant::now();
+    let mut child = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
+    let mut text = vec![];
+    if let Some(stdout) = child.stdout.take() {
+        let mut stdout = stdout.take(MAX_STATUS);
+        let read = stdout.read_to_end(&mut text);
+        tokio::pin!(read);
+        tokio::select! {
+            // Reading goes on below; the child's end is looked for again.
+            _ = &mut read => {}
+            status = ended(&start, &mut child, began, timeout) => {
+                status?;
+                let _ = tokio::time::timeout(LAST_WORDS, read).await;
+            }
+        }
+    }
+    ended(&start, &mut child, began, timeout).await?;
+    match script::said(&String::from_utf8_lossy(&text)) {
+        Said::Stopped => Err(Answer::Gone("`control status` says that it is stopped".to_owned())),
+        Said::Started | Said::Unclear => Ok(()),
+    }
+}
+
+async fn spawn(
+    start: &Start,
+    program: &str,
+    arguments: &[String],
+    user: Option<User>,
+    is_read: bool,
+) -> Result<Child, Answer> {
+    let what = format!("cannot run {program}");
+    for _ in 0..BUSY_TRIES {
+        let mut command =
+            start.command(program, user.as_ref()).map_err(|error| Answer::Unknown(format!("{what}: {error:#}")))?;
+        command.args(arguments).env(platform::CHECK, "1").env_remove(platform::MAIN_ONLY);
+        if is_read {
+            command.stdout(Stdio::piped());
+        }
+        platform::detach_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
+        match Command::from(command).kill_on_drop(true).spawn() {
+            Err(error) if platform::is_busy_text(&error) => tokio::time::sleep(BUSY_PAUSE).await,
+            spawned => return spawned.map_err(|error| failed(&what, &error)),
+        }
+    }
+    Err(Answer::Unknown(format!("{what}: its file is being written")))
+}
+
+/// Waits for the end of the program, of which nothing is left then: killed with all that it started when the time is over.
+async fn ended(start: &Start, child: &mut Child, began: Instant, timeout: Duration) -> Result<ExitStatus, Answer> {
+    let what = "cannot wait for the check";
+    let Some(pid) = child.id() else { return child.wait().await.map_err(|error| failed(what, &error)) };
+    let rest = timeout.saturating_sub(began.elapsed());
+    let in_time = match platform::start_time(pid) {
+        Some(start_time) => tokio::time::timeout(rest, platform::ended(pid, start_time)).await.is_ok(),
+        None => true,
+    };
+    let answer = (!in_time).then(|| late(began, timeout));
+    if !in_time {
+        let (home, start) = (start.home.clone(), start.name.clone());
+        let _ = tokio::task::spawn_blocking(move || kill_all(&home, start.as_str(), pid)).await;
+    } else if matches!(start.program, Program::Native(_)) {
+        platform::kill_group(pid);
+    }
+    let status = child.wait().await.map_err(|error| failed(what, &error))?;
+    answer.map_or(Ok(status), Err)
+}
+
+/// Kills all that a check started: its group, its session, and what bears its mark. Blocks.
+fn kill_all(home: &Home, agent: &str, pid: u32) {
+    let deadline = Instant::now() + GONE;
+    loop {
+        platform::kill_group(pid);
+        let left: Vec<_> = platform::processes(home.root())
+            .into_iter()
+            .filter(|process| {
+                let asks = process.mark.as_ref().is_some_and(|mark| mark.is_check && mark.name == agent);
+                asks || process.session == pid
+            })
+            .collect();
+        if left.is_empty() || Instant::now() >= deadline {
+            return;
+        }
+        for process in &left {
+            let killed: io::Result<bool> = platform::signal(process.pid, process.start_time, StopSignal::Kill);
+            if let Err(error) = killed {
+                tracing::warn!(agent, pid = process.pid, error = %error, "a process of a health check cannot be killed");
+            }
+        }
+        platform::pause(LOOK);
+    }
+}

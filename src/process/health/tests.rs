@@ -1,0 +1,1 @@
+//! Questions to servers and programs that answer as told.
