@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn a_tree_is_its_session_and_whoever_bears_the_mark() {
         let mut stray = seen(90, 30, 90);
-        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false });
+        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
         let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray];
         let pids = |target| members_among(&all, &target).iter().map(|p| p.pid).collect::<Vec<_>>();
         assert_eq!(pids(target(50, 10, KillMode::Tree)), [50, 51, 90]);

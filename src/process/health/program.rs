@@ -50,21 +50,32 @@ pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> R
 pub(super) async fn status(start: Start, timeout: Duration) -> Result<(), Answer> {
     let began = Instant::now();
     let mut child = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
+    let stdout = child.stdout.take();
     let mut text = vec![];
-    if let Some(stdout) = child.stdout.take() {
-        let mut stdout = stdout.take(MAX_STATUS);
-        let read = stdout.read_to_end(&mut text);
+    let read = async {
+        if let Some(stdout) = stdout {
+            // What cannot be read was not said.
+            let _ = stdout.take(MAX_STATUS).read_to_end(&mut text).await;
+        }
+    };
+    {
         tokio::pin!(read);
-        tokio::select! {
-            // Reading goes on below; the child's end is looked for again.
-            _ = &mut read => {}
-            status = ended(&start, &mut child, began, timeout) => {
-                status?;
-                let _ = tokio::time::timeout(LAST_WORDS, read).await;
+        let end = ended(&start, &mut child, began, timeout);
+        tokio::pin!(end);
+        let is_read = tokio::select! {
+            // Whichever comes first, the other is gone on with below.
+            () = &mut read => true,
+            result = &mut end => {
+                result?;
+                false
             }
+        };
+        if is_read {
+            end.await?;
+        } else {
+            let _ = tokio::time::timeout(LAST_WORDS, read).await;
         }
     }
-    ended(&start, &mut child, began, timeout).await?;
     match script::said(&String::from_utf8_lossy(&text)) {
         Said::Stopped => Err(Answer::Gone("`control status` says that it is stopped".to_owned())),
         Said::Started | Said::Unclear => Ok(()),
