@@ -13,10 +13,11 @@ mod http;
 mod program;
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::launch::{Program, Start};
 use crate::core::health::{Address, Check, Health, Url};
@@ -82,11 +83,14 @@ impl Question {
 pub async fn ask(question: Question) -> Answer {
     let Question { timeout, of } = question;
     let result = match of {
-        Of::Tcp(address) => within(timeout, async { connect(&address).await.map(drop) }).await,
+        Of::Tcp(address) => {
+            let turn = turn_to_look_up(&address).await;
+            within(timeout, async { connect(&address, turn).await.map(drop) }).await
+        }
         Of::Http(url) => {
-            // Never closed.
             let _turn = if url.tls { HANDSHAKES.acquire().await.ok() } else { None };
-            within(timeout, http::get(&url)).await
+            let turn = turn_to_look_up(&url.address).await;
+            within(timeout, http::get(&url, turn)).await
         }
         Of::Exec(start, words) => program::exec(*start, &words, timeout).await,
         Of::Script(start) => program::status(*start, timeout).await,
@@ -114,10 +118,19 @@ fn failed(what: &str, error: &io::Error) -> Answer {
     if platform::is_shortage(error) { Answer::Unknown(text) } else { Answer::Unhealthy(text) }
 }
 
-async fn connect(address: &Address) -> Result<TcpStream, Answer> {
+type Turn = Option<SemaphorePermit<'static>>;
+
+/// To wait for others is not the sub-agent's fault, so this comes before its time begins.
+async fn turn_to_look_up(address: &Address) -> Turn {
+    if at_hand(address).is_some() { None } else { LOOKUPS.acquire().await.ok() }
+}
+
+async fn connect(address: &Address, turn: Turn) -> Result<TcpStream, Answer> {
     let what = || format!("cannot connect to {address}");
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-    for address in resolve(address).await.map_err(|error| failed(&what(), &error))?.into_iter().take(MAX_ADDRESSES) {
+    for address in
+        resolve(address, turn).await.map_err(|error| failed(&what(), &error))?.into_iter().take(MAX_ADDRESSES)
+    {
         match TcpStream::connect(address).await {
             Ok(stream) => return Ok(stream),
             Err(error) => last = error,
@@ -126,22 +139,26 @@ async fn connect(address: &Address) -> Result<TcpStream, Answer> {
     Err(failed(&what(), &last))
 }
 
-async fn resolve(address: &Address) -> io::Result<Vec<std::net::SocketAddr>> {
-    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
+async fn resolve(address: &Address, turn: Turn) -> io::Result<Vec<SocketAddr>> {
+    if let Some(addresses) = at_hand(address) {
+        return Ok(addresses);
+    }
     let Address { host, port } = address.clone();
-    if let Ok(ip) = host.parse::<IpAddr>() {
-        return Ok(vec![(ip, port).into()]);
-    }
-    if host.eq_ignore_ascii_case("localhost") {
-        return Ok(vec![(Ipv4Addr::LOCALHOST, port).into(), (Ipv6Addr::LOCALHOST, port).into()]);
-    }
-    let turn = LOOKUPS.acquire().await;
     let looked_up = tokio::task::spawn_blocking(move || {
         // Held until the thread is free again, also when nobody waits for the answer any more.
         let _turn = turn;
         (host.as_str(), port).to_socket_addrs().map(Iterator::collect)
     });
     looked_up.await.map_err(io::Error::other)?
+}
+
+/// The addresses that nobody has to be asked for.
+fn at_hand(address: &Address) -> Option<Vec<SocketAddr>> {
+    let Address { host, port } = address;
+    if host.eq_ignore_ascii_case("localhost") {
+        return Some(vec![(Ipv4Addr::LOCALHOST, *port).into(), (Ipv6Addr::LOCALHOST, *port).into()]);
+    }
+    Some(vec![(host.parse::<IpAddr>().ok()?, *port).into()])
 }
 
 #[cfg(test)]

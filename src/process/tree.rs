@@ -129,7 +129,8 @@ pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
         for target in targets {
             let spent = began.elapsed();
             for process in members_among(&processes, target) {
-                let kill = spent >= target.grace;
+                // What asks after its health has nothing to bring in order.
+                let kill = spent >= target.grace || process.mark.as_ref().is_some_and(|mark| mark.is_check);
                 let key = (process.pid, process.start_time);
                 if kill || !told.contains(&key) {
                     let signal = if kill { StopSignal::Kill } else { target.signal };

@@ -59,6 +59,8 @@ pub(super) struct Agent {
     pub(super) record: Option<Record>,
     /// The watch on that process.
     pub(super) watch: Option<AbortHandle>,
+    /// The question after its health.
+    pub(super) question: Option<AbortHandle>,
     /// What keeps it from being what it should, besides its exits.
     pub(super) error: Option<String>,
     /// Which of the gateway's variables it was started without, as a sentence.
@@ -83,6 +85,7 @@ impl Agent {
             serial: 0,
             record: None,
             watch: None,
+            question: None,
             error: None,
             refused_env: None,
             told: Allowance::new(TOLD_AT_ONCE, TOLD_EVERY),

@@ -9,7 +9,7 @@ use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::TlsConnector;
 
-use super::{Answer, connect, failed};
+use super::{Answer, Turn, connect, failed};
 use crate::core::health::Url;
 use crate::endpoint;
 
@@ -17,8 +17,8 @@ use crate::endpoint;
 const MAX_HEAD: u64 = 8 << 10;
 
 /// Succeeds when the answer is one of 2xx or 3xx.
-pub(super) async fn get(url: &Url) -> Result<(), Answer> {
-    let stream = connect(&url.address).await?;
+pub(super) async fn get(url: &Url, turn: Turn) -> Result<(), Answer> {
+    let stream = connect(&url.address, turn).await?;
     let asked = if url.tls {
         match handshake(stream, &url.address.host).await {
             Ok(stream) => status(stream, url).await,

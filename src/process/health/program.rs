@@ -2,7 +2,7 @@
 //!
 //! Such a program leads a session and a group of its own and bears the sub-agent's mark with another beside it, so that it is not taken
 //! for the sub-agent, and yet ended with it. It is waited for by its number before it is reaped, so that what it left in its group can be
-//! ended without hitting anybody else.
+//! ended without hitting anybody else. Who loses interest in the answer drops the question, and its program is killed.
 
 use std::io;
 use std::process::{ExitStatus, Stdio};
@@ -29,6 +29,16 @@ const MAX_STATUS: u64 = 4 << 10;
 const GONE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 
+/// A program that was asked.
+struct Asked(Child);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        // It was not waited for yet, or it would have no number any more.
+        self.0.id().into_iter().for_each(platform::kill_group);
+    }
+}
+
 /// Runs a program of the package; exit code 0 is healthy.
 pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> Result<(), Answer> {
     let Some((program, arguments)) = words.split_first() else { return Ok(()) };
@@ -50,7 +60,7 @@ pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> R
 pub(super) async fn status(start: Start, timeout: Duration) -> Result<(), Answer> {
     let began = Instant::now();
     let mut child = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
-    let stdout = child.stdout.take();
+    let stdout = child.0.stdout.take();
     let mut text = vec![];
     let read = async {
         if let Some(stdout) = stdout {
@@ -88,7 +98,7 @@ async fn spawn(
     arguments: &[String],
     user: Option<User>,
     is_read: bool,
-) -> Result<Child, Answer> {
+) -> Result<Asked, Answer> {
     let what = format!("cannot run {program}");
     for _ in 0..BUSY_TRIES {
         let mut command =
@@ -100,44 +110,47 @@ async fn spawn(
         platform::detach_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
         match Command::from(command).kill_on_drop(true).spawn() {
             Err(error) if platform::is_busy_text(&error) => tokio::time::sleep(BUSY_PAUSE).await,
-            spawned => return spawned.map_err(|error| failed(&what, &error)),
+            spawned => return spawned.map(Asked).map_err(|error| failed(&what, &error)),
         }
     }
     Err(Answer::Unknown(format!("{what}: its file is being written")))
 }
 
 /// Waits for the end of the program, of which nothing is left then: killed with all that it started when the time is over.
-async fn ended(start: &Start, child: &mut Child, began: Instant, timeout: Duration) -> Result<ExitStatus, Answer> {
-    let what = "cannot wait for the check";
-    let Some(pid) = child.id() else { return child.wait().await.map_err(|error| failed(what, &error)) };
-    let rest = timeout.saturating_sub(began.elapsed());
-    let in_time = match platform::start_time(pid) {
-        Some(start_time) => tokio::time::timeout(rest, platform::ended(pid, start_time)).await.is_ok(),
-        None => true,
-    };
-    let answer = (!in_time).then(|| late(began, timeout));
-    if !in_time {
-        let (home, start) = (start.home.clone(), start.name.clone());
-        let _ = tokio::task::spawn_blocking(move || kill_all(&home, start.as_str(), pid)).await;
-    } else if matches!(start.program, Program::Native(_)) {
+async fn ended(start: &Start, asked: &mut Asked, began: Instant, timeout: Duration) -> Result<ExitStatus, Answer> {
+    let Asked(child) = asked;
+    let mut answer = None;
+    if let Some(pid) = child.id()
+        && let Some(start_time) = platform::start_time(pid)
+    {
+        let rest = timeout.saturating_sub(began.elapsed());
+        if tokio::time::timeout(rest, platform::ended(pid, start_time)).await.is_err() {
+            answer = Some(late(began, timeout));
+            platform::kill_group(pid);
+            let (home, name) = (start.home.clone(), start.name.clone());
+            let kill = move || kill_all(&home, name.as_str(), pid, start_time);
+            let _ = tokio::task::spawn_blocking(kill).await;
+        }
+    }
+    if let (Some(pid), Program::Native(_)) = (child.id(), &start.program) {
+        // What a script's status leaves behind may be the very program, which some start where they do not find it.
         platform::kill_group(pid);
     }
-    let status = child.wait().await.map_err(|error| failed(what, &error))?;
+    let status = child.wait().await.map_err(|error| failed("cannot wait for the check", &error))?;
     answer.map_or(Ok(status), Err)
 }
 
-/// Kills all that a check started: its group, its session, and what bears its mark. Blocks.
-fn kill_all(home: &Home, agent: &str, pid: u32) {
+/// Kills all that a check started: its session, and what bears its mark. Blocks.
+fn kill_all(home: &Home, agent: &str, pid: u32, start_time: u64) {
     let deadline = Instant::now() + GONE;
     loop {
-        platform::kill_group(pid);
-        let left: Vec<_> = platform::processes(home.root())
-            .into_iter()
-            .filter(|process| {
-                let asks = process.mark.as_ref().is_some_and(|mark| mark.is_check && mark.name == agent);
-                asks || process.session == pid
-            })
-            .collect();
+        let mut left = platform::processes(home.root());
+        // Its number may be somebody else's by now, where nobody holds the child any more.
+        let taken_over = left.iter().any(|process| process.pid == pid && process.start_time != start_time);
+        left.retain(|process| {
+            let asks = process.mark.as_ref().is_some_and(|mark| mark.is_check && mark.name == agent);
+            asks || (process.session == pid && !taken_over)
+        });
         if left.is_empty() || Instant::now() >= deadline {
             return;
         }

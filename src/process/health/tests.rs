@@ -130,11 +130,7 @@ async fn nothing_is_left_of_a_program_that_does_not_answer_in_time() {
 async fn nothing_is_left_in_the_group_of_a_program_that_answered() {
     let (_directory, start) = exec("sleep 1000 &\nexit 0", "20s");
     assert_eq!(ask(Question::of(start.clone()).unwrap()).await, Answer::Healthy);
-    let deadline = Instant::now() + TIMEOUT;
-    while of_home(&start) > 0 {
-        assert!(Instant::now() < deadline, "what it left is still there");
-        tokio::task::yield_now().await;
-    }
+    wait_until("what it left is gone", || of_home(&start) == 0).await;
 }
 
 #[tokio::test]
@@ -142,16 +138,30 @@ async fn what_asks_is_no_member_of_the_sub_agent_and_is_ended_with_it() {
     use crate::process::tree::{self, Target};
     let (_directory, start) = exec("touch ready; exec sleep 1000", "60s");
     let question = tokio::spawn(ask(Question::of(start.clone()).unwrap()));
-    let deadline = Instant::now() + TIMEOUT;
-    while !start.directory().join("ready").exists() {
-        assert!(Instant::now() < deadline, "it does not run");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    wait_until("it runs", || start.directory().join("ready").exists()).await;
     let target = Target::of(&start.name, None);
     assert_eq!((of_home(&start), tree::members(&start.home, &target).len()), (1, 0));
     let home = start.home.clone();
     tokio::task::spawn_blocking(move || tree::end(&home, &[target]).unwrap()).await.unwrap();
-    because(question.await.unwrap(), "killed by signal 15");
+    because(question.await.unwrap(), "killed by signal 9");
+}
+
+#[tokio::test]
+async fn a_question_that_is_dropped_takes_its_program_with_it() {
+    let (_directory, start) = exec("sleep 1000 & touch ready; wait", "60s");
+    let question = tokio::spawn(ask(Question::of(start.clone()).unwrap()));
+    wait_until("it runs", || start.directory().join("ready").exists()).await;
+    assert_eq!(of_home(&start), 2);
+    question.abort();
+    wait_until("nothing of it is left", || of_home(&start) == 0).await;
+}
+
+async fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + TIMEOUT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited {TIMEOUT:?} in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test]

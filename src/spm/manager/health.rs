@@ -1,7 +1,7 @@
 //! Asking after the health of sub-agents, and making each of their transitions seen: in the log at once, with the next heartbeat as an event.
 //!
 //! When to ask and what follows from an answer is the supervisor's; here the question is put beside the loop, one for each process at a
-//! time, and its answer comes back as an [`Input`] that counts only for that very process.
+//! time, and its answer comes back as an [`Input`] that counts only for that very process. A process that goes takes its question with it.
 
 use std::time::Instant;
 
@@ -18,14 +18,17 @@ impl Manager {
     pub(super) fn ask_health(&mut self, name: &AgentName) {
         let Some(agent) = self.agents.get(name) else { return };
         let question = self.start_of(agent).and_then(Question::of);
-        let (inputs, name, serial) = (self.inputs.clone(), name.clone(), agent.serial);
-        tokio::spawn(async move {
+        let (inputs, of, serial) = (self.inputs.clone(), name.clone(), agent.serial);
+        let task = tokio::spawn(async move {
             let answer = match question {
                 Some(question) => health::ask(question).await,
                 None => Answer::Unknown("what its package says about it cannot be read any more".to_owned()),
             };
-            let _ = inputs.send(Input::Checked { name, serial, answer });
+            let _ = inputs.send(Input::Checked { name: of, serial, answer });
         });
+        if let Some(agent) = self.agents.get_mut(name) {
+            agent.question = Some(task.abort_handle());
+        }
     }
 
     /// Tells of what a step of a sub-agent's supervisor changed. `of_health`: what its health made necessary.

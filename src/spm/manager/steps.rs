@@ -194,6 +194,9 @@ impl Manager {
         let action = agent.supervisor.step(event, now, fastrand::f64());
         self.note_transition(name, before, action.filter(|_| of_health), now);
         let Some(agent) = self.agents.get_mut(name) else { return };
+        if !agent.supervisor.is_up() {
+            agent.question.take().inspect(AbortHandle::abort);
+        }
         match action {
             Some(Action::Start) => self.start(name, now),
             Some(Action::Stop) => {
