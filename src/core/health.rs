@@ -293,6 +293,19 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// No text panics, and what is taken reads back as itself.
+        #[test]
+        fn what_is_taken_reads_back(text in "(https?://)?[\\[\\]a-z0-9.:/?#@ é-]{0,24}") {
+            if let Ok(url) = text.parse::<Url>() {
+                assert_eq!(url.to_string().parse(), Ok(url));
+            }
+            if let Ok(address) = text.parse::<Address>() {
+                assert_eq!(address.to_string().parse(), Ok(address));
+            }
+        }
+    }
+
     #[test]
     fn a_program_that_checks_is_one_of_the_package() {
         for bad in [r#"exec = []"#, r#"exec = ["/bin/true"]"#, r#"exec = ["../x"]"#, r#"exec = ["x", "\u0000"]"#] {

@@ -182,7 +182,7 @@ fn silence_is_a_failure_by_http_and_none_by_tcp_until_nobody_listens() {
 #[test]
 fn failures_count_only_in_a_row_and_a_program_that_hangs_is_ended_and_counts() {
     // Two failures, a success, and so on.
-    let flaps = "echo x >>flaps; [ -f sick ] && exit 4; [ $(($(wc -l <flaps) % 3)) -eq 0 ]";
+    let flaps = "date +%s%3N >>flaps; [ -f sick ] && exit 4; [ $(($(wc -l <flaps) % 3)) -eq 0 ]";
     let hangs = "echo x >>hangs; [ -f hang ] || exit 0; trap '' TERM; setsid sleep 1000000 & sleep 1000000";
     let user = "[ \"$(id -un)\" = nobody ] && echo \"$AOPS_AGENT_NAME is well\"";
     let packages = [
@@ -199,6 +199,9 @@ fn failures_count_only_in_a_row_and_a_program_that_hangs_is_ended_and_counts() {
     let (_gateway, host) = joined(&packages.each_ref());
     let [flapping, hanging, _] = ["flapping", "hanging", "nobodys"].map(|name| host.wait_for_agent(name));
     wait_for_count(&host, "flaps", 9);
+    let asked = fs::read_to_string(host.beside("flaps")).expect("it was counted");
+    let asked: Vec<u64> = asked.lines().map_while(|line| line.parse().ok()).collect();
+    assert!(asked.windows(2).all(|two| two[1] - two[0] >= 900), "not asked once a second: {asked:?}");
     let status = host.status();
     let seen = agent(&status, "flapping").expect("it is there");
     assert_eq!((pid(&seen["pid"]), &seen["restarts"]), (Some(flapping), &0.into()), "{status:#}");
