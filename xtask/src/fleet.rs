@@ -180,6 +180,7 @@ fn clean_up(directory: &Path) {
     if let Err(left) = processes::end_all(directory) {
         crate::command::say(&format!("cannot end {left:?}"));
     }
+    processes::remove_groups(&directory.join("home"));
     if let Err(error) = crate::workspace::remove(directory) {
         crate::command::say(&format!("{error:#}"));
     }
