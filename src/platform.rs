@@ -33,6 +33,9 @@ pub struct Launch {
 /// The variable that marks the processes of a sub-agent whose main process alone is ours: what it started is somebody else's.
 pub const MAIN_ONLY: &str = "AOPS_AGENT_KILL_MODE";
 
+/// The variable that marks, beside the sub-agent's own mark, what asks after its health: that is not the sub-agent.
+pub const CHECK: &str = "AOPS_AGENT_CHECK";
+
 /// The operating system that this executable is for.
 pub const OS: Os = if cfg!(windows) { Os::Windows } else { Os::Linux };
 /// The architecture that this executable is for.

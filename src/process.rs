@@ -9,6 +9,7 @@ use crate::home::Home;
 use crate::host_service;
 use crate::platform::Groups;
 
+pub mod health;
 pub mod launch;
 pub mod log;
 pub mod record;

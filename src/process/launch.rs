@@ -149,10 +149,10 @@ impl Start {
     }
 
     /// A command that runs a program of this release with its environment, its output in the sub-agent's log.
-    pub fn command_with_output(&self, program: &str) -> Result<Command> {
+    pub fn command_with_output(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         let output = self.output()?;
         let errors = output.try_clone().context("cannot open the log twice")?;
-        let mut command = self.command(program, None);
+        let mut command = self.command(program, user);
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         Ok(command)
     }

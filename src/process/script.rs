@@ -130,17 +130,21 @@ async fn told_pid(start: &Start) -> Option<u32> {
 /// Asks `control status`.
 pub async fn status(start: &Start) -> Result<Said> {
     let output = ask(start, "status").await?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let said = |words: &[&str]| text.split_whitespace().any(|word| words.contains(&word));
-    Ok(match () {
-        () if said(&["stoped", "stopped"]) => Said::Stopped,
-        () if said(&["started"]) => Said::Started,
+    Ok(said(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// What a status means.
+pub fn said(status: &str) -> Said {
+    let says = |words: &[&str]| status.split_whitespace().any(|word| words.contains(&word));
+    match () {
+        () if says(&["stoped", "stopped"]) => Said::Stopped,
+        () if says(&["started"]) => Said::Started,
         () => Said::Unclear,
-    })
+    }
 }
 
 async fn ask(start: &Start, verb: &str) -> Result<Output> {
-    let mut command = start.command_with_output(CONTROL_SCRIPT)?;
+    let mut command = start.command_with_output(CONTROL_SCRIPT, None)?;
     command.arg(verb).stdout(Stdio::piped());
     // Only the program itself is a member; a question must not look like one.
     command.env_remove("AOPS_AGENT_NAME");
@@ -190,7 +194,7 @@ pub fn stop(home: &Home, record: &Record) {
     let head = &record.head;
     let Some(start) = for_stop(home, record) else { return };
     let stopped = || -> Result<()> {
-        let mut command = start.command_with_output(CONTROL_SCRIPT)?;
+        let mut command = start.command_with_output(CONTROL_SCRIPT, None)?;
         command.arg("stop").env_remove("AOPS_AGENT_NAME");
         let mut child = command.spawn()?;
         let deadline = Instant::now() + TIMEOUT;

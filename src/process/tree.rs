@@ -114,10 +114,12 @@ impl Target {
     }
 }
 
-/// The live processes of a sub-agent, oldest first.
+/// The live processes of a sub-agent, oldest first, without those that ask after its health.
 pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
     let scattered = if target.scattered { processes(home) } else { vec![] };
-    members_among(home, &scattered, target)
+    let mut members = members_among(home, &scattered, target);
+    members.retain(|process| !process.is_check());
+    members
 }
 
 /// Every process of the host; no mark is left on those that a sub-agent started for somebody else.
@@ -198,11 +200,13 @@ impl<'a> Ending<'a> {
                     last.pid
                 );
             }
-            let kill = spent >= target.grace;
-            if kill && target.kill_mode == KillMode::Tree && target.record.is_some() {
+            let overtime = spent >= target.grace;
+            if overtime && target.kill_mode == KillMode::Tree && target.record.is_some() {
                 target.kill_groups();
             }
             for process in members {
+                // What asks after its health has nothing to bring in order.
+                let kill = overtime || process.is_check();
                 let key = (process.pid, process.start_time);
                 if !kill && self.told.contains(&key) {
                     continue;
@@ -334,7 +338,7 @@ mod tests {
     #[test]
     fn a_tree_is_its_session_and_whoever_bears_the_mark() {
         let mut stray = seen(90, 30, 90);
-        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false });
+        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
         let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray];
         let home = Home::new("/nowhere");
         let pids = members_among(&home, &all, &target(50, 10)).iter().map(|p| p.pid).collect::<Vec<_>>();

@@ -2,6 +2,7 @@
 
 mod adoption;
 mod exchange;
+mod health;
 mod knocks;
 mod steps;
 

@@ -1,7 +1,5 @@
 //! What takes time, done beside the manager's loop: starting a sub-agent, watching it, stopping it. Each reports with an [`Input`].
 
-use std::time::Duration;
-
 use anyhow::Result;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -14,9 +12,6 @@ use crate::process::launch::{self, Program, Start};
 use crate::process::record::{self, Record};
 use crate::process::script::{self, Said};
 use crate::process::tree::{self, Ending, Target};
-
-/// A `control` script is asked for its status so often, beside the watch on its process.
-const STATUS_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Where a task sends what came of it.
 pub(super) type Inputs = mpsc::UnboundedSender<Input>;
@@ -116,27 +111,21 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
     loop {
         tokio::select! {
             // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
-            () = platform::ended(record.pid, record.start_time) => {
-                platform::reap_orphan(record.pid);
-                let ended = format!("its process {} ended", record.pid);
-                // Where nothing of it is left, there is nothing to ask after.
-                let Some(process) = script::find(start).await else { return ended };
-                match script::status(start).await {
-                    Ok(Said::Started) => {
-                        record = Record { pid: process.pid, start_time: process.start_time, ..record };
-                        let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
-                        let _ = inputs.send(moved);
-                    }
-                    _ => return ended,
-                }
-            }
+            () = platform::ended(record.pid, record.start_time) => {}
             // A program that scrubs its environment and is nobody's by number is still in the group.
             () = emptied(&record) => return "nothing of it is left".to_owned(),
-            () = tokio::time::sleep(STATUS_INTERVAL) => match script::status(start).await {
-                Ok(Said::Stopped) => return "`control status` says that it is stopped".to_owned(),
-                Ok(Said::Started | Said::Unclear) => {}
-                Err(error) => tracing::warn!(agent = %start.name, error = format!("{error:#}"), "a sub-agent's status cannot be asked"),
+        }
+        platform::reap_orphan(record.pid);
+        let ended = format!("its process {} ended", record.pid);
+        // Where nothing of it is left, there is nothing to ask after.
+        let Some(process) = script::find(start).await else { return ended };
+        match script::status(start).await {
+            Ok(Said::Started) => {
+                record = Record { pid: process.pid, start_time: process.start_time, ..record };
+                let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
+                let _ = inputs.send(moved);
             }
+            _ => return ended,
         }
     }
 }

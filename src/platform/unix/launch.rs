@@ -26,7 +26,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::process::{self, parse_stat};
+use super::process::parse_stat;
 use crate::platform::Launch;
 
 /// What runs a program without an interpreter line, as execvp(3) does.
@@ -88,24 +88,24 @@ fn begin(
     drop(writer);
     let mut told = vec![];
     File::from(reader).read_to_end(&mut told)?;
-    let (mut grouped, mut ready) = (plan.group.is_some(), false);
+    let (mut grouped, mut started) = (plan.group.is_some(), None);
     for message in told.chunks_exact(MESSAGE) {
+        let value = message[1..].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
         match message[0] {
             NOT_GROUPED => grouped = false,
-            READY => ready = true,
+            READY => started = Some(value),
             _ => {
-                let number = i32::from_ne_bytes([message[1], message[2], message[3], message[4]]);
                 let _ = waitpid(Some(pid), WaitOptions::empty());
-                return Ok(Begun::Failed(io::Error::from_raw_os_error(number)));
+                return Ok(Begun::Failed(io::Error::from_raw_os_error(value as i32)));
             }
         }
     }
-    if !ready {
+    // Told by itself: a program that ended at once has none any more.
+    let Some(start_time) = started else {
         let _ = waitpid(Some(pid), WaitOptions::empty());
         return Ok(Begun::Killed);
-    }
+    };
     let pid = pid.as_raw_nonzero().get() as u32;
-    let start_time = process::start_time(pid).unwrap_or_default();
     Ok(Begun::Runs(Child { pid, start_time, grouped, pidfd }))
 }
 
@@ -138,8 +138,8 @@ fn try_wait(pid: Pid) -> io::Result<Option<ExitStatus>> {
     Ok(waitpid(Some(pid), WaitOptions::NOHANG)?.map(|(_, status)| ExitStatus::from_raw(status.as_raw())))
 }
 
-/// What the child tells: what it could not do, and why.
-const MESSAGE: usize = 5;
+/// What the child tells: a kind, and the error's number or, at last, when it started.
+const MESSAGE: usize = 9;
 const NOT_GROUPED: u8 = b'g';
 const NOT_RUN: u8 = b'x';
 /// The last word before the program runs.
@@ -208,9 +208,9 @@ impl<'a> Plan<'a> {
     ///
     /// Only in a forked child, which is alone: it makes raw system calls, and what it uses was allocated before the fork.
     unsafe fn carry_out(&self, words: &Words<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
-        let tell = |kind: u8, error: i32| {
-            let [a, b, c, d] = error.to_ne_bytes();
-            let _ = rustix::io::write(pipe, &[kind, a, b, c, d]);
+        let tell = |kind: u8, value: u64| {
+            let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+            let _ = rustix::io::write(pipe, &[kind, a, b, c, d, e, f, g, h]);
         };
         // A panic must not carry the child into what the manager does.
         let _end = End;
@@ -219,22 +219,23 @@ impl<'a> Plan<'a> {
             && !grouped
             && let Err(error) = enter(&wanted.door)
         {
-            tell(NOT_GROUPED, error.raw_os_error());
+            tell(NOT_GROUPED, error.raw_os_error() as u64);
             group = None;
         }
         let error = match self.prepare(group) {
-            Ok(()) => {
-                tell(READY, 0);
+            Ok(start_time) => {
+                tell(READY, start_time);
                 // SAFETY: as the caller promised.
                 unsafe { self.execute(words) }
             }
             Err(error) => error,
         };
-        tell(NOT_RUN, error.raw_os_error());
+        tell(NOT_RUN, error.raw_os_error() as u64);
         End::now()
     }
 
-    fn prepare(&self, group: Option<&GroupPlan>) -> rustix::io::Result<()> {
+    /// Gives when this process started.
+    fn prepare(&self, group: Option<&GroupPlan>) -> rustix::io::Result<u64> {
         rustix::process::setsid()?;
         rustix::process::umask(Mode::from_raw_mode(0o022));
         rustix::stdio::dup2_stdin(&self.null)?;
@@ -243,13 +244,15 @@ impl<'a> Plan<'a> {
         if let Some(directory) = &self.directory {
             rustix::process::chdir(directory.as_c_str())?;
         }
-        let _ = write_record(&self.temporary, &self.record, self.head, group.map(|group| group.name.as_slice()));
+        let start_time = own_start_time().unwrap_or_default();
+        let group = group.map(|group| group.name.as_slice());
+        let _ = write_record(&self.temporary, &self.record, self.head, start_time, group);
         if let Some((groups, gid, uid)) = &self.user {
             set_thread_groups(groups)?;
             set_thread_gid(*gid)?;
             set_thread_uid(*uid)?;
         }
-        Ok(())
+        Ok(start_time)
     }
 
     /// # Safety
@@ -359,12 +362,22 @@ fn enter(door: &CString) -> rustix::io::Result<()> {
     rustix::io::write(&file, b"0").map(drop)
 }
 
-/// Writes the calling process's own record.
-fn write_record(temporary: &CString, record: &CString, head: &[u8], group: Option<&[u8]>) -> rustix::io::Result<()> {
-    let stat_file = rustix::fs::open(c"/proc/self/stat", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+/// When the calling process started; `None`: there is no /proc.
+fn own_start_time() -> Option<u64> {
+    let stat = rustix::fs::open(c"/proc/self/stat", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
     let mut text = [0_u8; 1024];
-    let length = rustix::io::read(&stat_file, &mut text)?;
-    let start_time = parse_stat(&text[..length]).map_or(0, |stat| stat.start_time);
+    let length = rustix::io::read(&stat, &mut text).ok()?;
+    Some(parse_stat(&text[..length])?.start_time)
+}
+
+/// Writes the calling process's own record.
+fn write_record(
+    temporary: &CString,
+    record: &CString,
+    head: &[u8],
+    start_time: u64,
+    group: Option<&[u8]>,
+) -> rustix::io::Result<()> {
     let pid = rustix::process::getpid().as_raw_nonzero().get() as u64;
 
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;

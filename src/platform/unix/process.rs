@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
+use rustix::fs::Mode;
 use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -40,6 +42,15 @@ pub struct Mark {
     pub version: String,
     /// Of its processes only the main one is ours.
     pub main_only: bool,
+    /// It asks after the sub-agent's health.
+    pub is_check: bool,
+}
+
+impl Seen {
+    /// Whether it asks after the health of its sub-agent, and is no part of it.
+    pub fn is_check(&self) -> bool {
+        self.mark.as_ref().is_some_and(|mark| mark.is_check)
+    }
 }
 
 /// When a live process started, in clock ticks since boot; `None`: there is none of that number, or only its remains.
@@ -163,6 +174,7 @@ fn mark(pid: u32, home: &Path) -> Option<Mark> {
         name: text(b"AOPS_AGENT_NAME=")?,
         version: text(b"AOPS_AGENT_VERSION=").unwrap_or_default(),
         main_only: find(crate::platform::MAIN_ONLY.as_bytes()) == Some(b"=process"),
+        is_check: find(crate::platform::CHECK.as_bytes()).is_some(),
     })
 }
 
@@ -270,6 +282,40 @@ pub fn find_user(name: &str) -> io::Result<User> {
         .collect();
     groups.push(gid);
     Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
+}
+
+/// As [`detach`], and as another user where one is given.
+pub fn detach_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
+    let groups: Vec<_> =
+        user.iter().flat_map(|user| &user.groups).map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
+    let in_child = move || {
+        rustix::process::setsid()?;
+        rustix::process::umask(Mode::from_raw_mode(0o022));
+        if let Some(user) = &user {
+            set_thread_groups(&groups)?;
+            set_thread_gid(rustix::process::Gid::from_raw(user.gid))?;
+            set_thread_uid(rustix::process::Uid::from_raw(user.uid))?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes raw system calls alone; all that it uses was allocated before the fork.
+    unsafe { command.pre_exec(in_child) };
+    Ok(())
+}
+
+/// Kills what is left of the group that a detached child of ours leads or led. The child must not have been waited for yet: until then
+/// its number is nobody else's.
+pub fn kill_group(child: u32) {
+    if let Some(group) = Pid::from_raw(child as i32) {
+        let _ = rustix::process::kill_process_group(group, Signal::KILL);
+    }
+}
+
+/// Whether something failed because this host, or this process, has no more of what it needs, whatever was to be done.
+pub fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let shortages = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
+    error.raw_os_error().is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 /// Makes a command begin a session of its own, so that it outlives us and our terminal.

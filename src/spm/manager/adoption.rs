@@ -64,7 +64,9 @@ impl Manager {
     fn by_mark(&self, name: &AgentName, marked: &[Seen]) -> Option<Record> {
         let agent = self.agents.get(name)?;
         let native = matches!(agent.program, Some(Program::Native(_)));
-        let is_its = |process: &&Seen| process.mark.as_ref().is_some_and(|mark| mark.name == name.as_str());
+        let is_its = |process: &&Seen| {
+            !process.is_check() && process.mark.as_ref().is_some_and(|mark| mark.name == name.as_str())
+        };
         let process = marked.iter().filter(is_its).find(|process| !native || process.session == process.pid)?;
         let version: Version = process.mark.as_ref()?.version.parse().ok()?;
         if agent.active.as_ref() != Some(&version) {
@@ -89,7 +91,7 @@ impl Manager {
         let order = self.desired.agents.get(name);
         let Some(agent) = self.agents.get_mut(name) else { return };
         agent.serial += 1;
-        agent.supervisor.adopt(record.pid, now);
+        agent.supervisor.adopt(record.pid, now, now, 0.0);
         match order {
             Some(order)
                 if order.run == Run::Start
@@ -115,7 +117,7 @@ impl Manager {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let since =
             platform::age(record.start_time).and_then(|age| Instant::now().checked_sub(age)).unwrap_or(self.started);
-        agent.supervisor.adopt(record.pid, since);
+        agent.supervisor.adopt(record.pid, since, Instant::now(), fastrand::f64());
         agent.run = Run::Start;
         agent.supervisor.step(Event::Run, Instant::now(), 0.0);
         // With another environment than it is to have, it is restarted by the first plan.
