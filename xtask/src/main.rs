@@ -47,7 +47,7 @@ enum Task {
     /// Build what is put on hosts, into target/dist: the static executable and its package
     Dist(dist::Arguments),
     /// Measure size, memory, latency and throughput of a release build
-    Bench,
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
         Task::CheckWindows => check_windows::run(),
         Task::Deny => deny::run(),
         Task::Dist(arguments) => dist::run(&arguments),
-        Task::Bench => bench::run(),
+        Task::Bench(arguments) => bench::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
