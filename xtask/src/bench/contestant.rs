@@ -42,6 +42,8 @@ enum Kind {
 
 pub(super) struct Contestant {
     pub(super) name: &'static str,
+    /// Neither aops nor the floor: what it fails at does not fail the measurement.
+    is_rival: bool,
     /// Of its programs.
     pub(super) names: Vec<String>,
     pub(super) reports: Reports,
@@ -72,7 +74,8 @@ impl Contestant {
         fleet.write_fleet(&desired(&names, "1s"))?;
         fleet.start_gateway()?;
         quietly(&mut fleet.install(&programs.agent))?;
-        let contestant = Contestant { name: "aops", names, reports, kind: Kind::Aops(fleet), used: HashSet::new() };
+        let contestant =
+            Contestant { name: "aops", is_rival: false, names, reports, kind: Kind::Aops(fleet), used: HashSet::new() };
         contestant.come_up()?;
         contestant.wait_until_all_run()?;
         Ok(contestant)
@@ -93,7 +96,7 @@ impl Contestant {
         command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said).process_group(0);
         let child = command.spawn().with_context(|| format!("cannot run {name}"))?;
         let kind = Kind::Other { child, directory };
-        let contestant = Contestant { name, names, reports, kind, used: HashSet::new() };
+        let contestant = Contestant { name, is_rival: name != "floor", names, reports, kind, used: HashSet::new() };
         contestant.come_up()?;
         Ok(contestant)
     }
@@ -225,6 +228,15 @@ impl Contestant {
         let now = Moment::now();
         processes::signal(start.pid, Signal::KILL);
         Ok((start.pid, now))
+    }
+
+    /// How long a program was down, in milliseconds; for ever where a rival does not start it again.
+    pub(super) fn down_time(&self, name: &str, old: u32, killed: Moment) -> Result<f64> {
+        match (self.reports.successor(name, old, PATIENCE), self.is_rival) {
+            (Some(start), _) => Ok(start.at.since(killed)),
+            (None, true) => Ok(f64::INFINITY),
+            (None, false) => bail!("{} does not start {name} again within {PATIENCE:?}", self.name),
+        }
     }
 
     pub(super) fn successor(&self, name: &str, old: u32) -> Result<Start> {

@@ -32,19 +32,24 @@ impl Rival {
     }
 
     pub(super) fn set_up(&self, programs: &Programs, count: usize) -> Result<Contestant> {
-        Contestant::other(self.name, names(count), |setting| (self.prepare)(programs, setting))
+        Contestant::other(self.name, numbers(count), |setting| (self.prepare)(programs, setting))
     }
 }
 
+/// What may be left out.
+pub(super) fn names() -> clap::builder::PossibleValuesParser {
+    RIVALS.iter().map(|rival| rival.name).collect::<Vec<_>>().into()
+}
+
 pub(super) fn floor(programs: &Programs, count: usize) -> Result<Contestant> {
-    Contestant::other("floor", names(count), |setting| {
+    Contestant::other("floor", numbers(count), |setting| {
         let mut command = Command::new(&programs.floor);
         command.arg(count.to_string()).arg(&programs.sleeper).arg(setting.socket);
         Ok(command)
     })
 }
 
-fn names(count: usize) -> Vec<String> {
+fn numbers(count: usize) -> Vec<String> {
     (0..count).map(|number| number.to_string()).collect()
 }
 

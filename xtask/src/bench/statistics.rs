@@ -29,6 +29,10 @@ impl Samples {
         self.at(0.95)
     }
 
+    pub(super) fn slowest(&self) -> Option<f64> {
+        self.at(1.0)
+    }
+
     /// `median/p95`, in milliseconds.
     pub(super) fn shown(&self) -> String {
         match (self.median(), self.p95()) {

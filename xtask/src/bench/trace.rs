@@ -2,7 +2,7 @@
 //! to do at intervals.
 
 use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ const SOON: Duration = Duration::from_secs(20);
 /// strace at work on some processes.
 pub(super) struct Trace {
     strace: Child,
-    output: std::path::PathBuf,
+    output: PathBuf,
 }
 
 /// What was seen.
@@ -38,8 +38,8 @@ pub(super) struct Seen {
 }
 
 impl Trace {
-    pub(super) fn begin(pids: &[u32], directory: &Path) -> Result<Trace> {
-        let output = directory.join("trace");
+    /// Attaches; what strace writes stays in `output`, for whoever wants to know what it was.
+    pub(super) fn begin(pids: &[u32], output: PathBuf) -> Result<Trace> {
         let mut command = Command::new("strace");
         command.args(["-f", "-ttt", "-T", "-s", "200", "-o"]).arg(&output);
         command.args(pids.iter().map(|pid| format!("--attach={pid}")));
