@@ -1,9 +1,11 @@
-//! The heartbeats' own thread: it may block on the network without holding up anything else.
+//! Heartbeats, each in a thread of its own: it may block on the network without holding up anything else.
+//!
+//! A thread that stayed would keep the stack that its deepest call once needed, which is a TLS handshake's: more than all else that an idle
+//! manager of ten sub-agents holds. What is kept is the client, with its open connection.
 
-use std::sync::mpsc;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-use anyhow::Result;
 
 use super::Input;
 use super::run::Inputs;
@@ -14,6 +16,9 @@ use crate::endpoint::{Client, Endpoint, Timeouts};
 use crate::home::Home;
 use crate::uplink;
 
+/// For a TLS handshake and the answer's desired state.
+const STACK_BYTES: usize = 512 << 10;
+
 /// What came of one heartbeat.
 #[derive(Debug)]
 pub(super) enum Outcome {
@@ -21,36 +26,62 @@ pub(super) enum Outcome {
     Failed { why: String, retry_after: Option<Duration> },
 }
 
-/// What the thread is asked to do.
+/// The way to the gateway.
 #[derive(Debug)]
-pub(super) enum Order {
-    Send(Box<Heartbeat>),
-    /// The way to the gateway may have changed.
-    Configure(Box<Config>),
+pub(super) struct Uplink {
+    home: Home,
+    agent_id: AgentId,
+    inputs: Inputs,
+    way: Arc<Mutex<Way>>,
 }
 
-/// Starts the thread; it ends when the sender is dropped.
-pub(super) fn start(home: &Home, agent_id: &AgentId, config: &Config, inputs: &Inputs) -> Result<mpsc::Sender<Order>> {
-    let (sender, orders) = mpsc::channel();
-    let (home, agent_id, mut config, inputs) = (home.clone(), agent_id.clone(), config.clone(), inputs.clone());
-    std::thread::Builder::new().name("uplink".to_owned()).stack_size(512 << 10).spawn(move || {
-        let mut client = None;
-        for order in orders {
-            match order {
-                Order::Configure(new) => {
-                    config = *new;
-                    client = None;
-                }
-                Order::Send(heartbeat) => {
-                    let outcome = send(&home, &agent_id, &config, &mut client, &heartbeat);
-                    if inputs.send(Input::Heartbeat(outcome)).is_err() {
-                        return;
-                    }
+#[derive(Debug)]
+struct Way {
+    config: Arc<Config>,
+    /// Made for this `config`; away while a heartbeat is on it.
+    client: Option<Client>,
+}
+
+impl Uplink {
+    pub(super) fn new(home: &Home, agent_id: &AgentId, config: &Config, inputs: &Inputs) -> Uplink {
+        let way = Way { config: Arc::new(config.clone()), client: None };
+        let (home, agent_id, inputs) = (home.clone(), agent_id.clone(), inputs.clone());
+        Uplink { home, agent_id, inputs, way: Arc::new(Mutex::new(way)) }
+    }
+
+    /// The way to the gateway may have changed.
+    pub(super) fn configure(&self, config: &Config) {
+        *lock(&self.way) = Way { config: Arc::new(config.clone()), client: None };
+    }
+
+    /// Sends a heartbeat; what comes of it is an [`Input`].
+    pub(super) fn send(&self, heartbeat: Box<Heartbeat>) -> io::Result<()> {
+        let (home, agent_id, inputs, way) =
+            (self.home.clone(), self.agent_id.clone(), self.inputs.clone(), self.way.clone());
+        let thread = std::thread::Builder::new().name("uplink".to_owned()).stack_size(STACK_BYTES);
+        thread.spawn(move || {
+            let (config, mut client) = {
+                let mut way = lock(&way);
+                (way.config.clone(), way.client.take())
+            };
+            let outcome = send(&home, &agent_id, &config, &mut client, &heartbeat);
+            {
+                let mut way = lock(&way);
+                // Another configuration came meanwhile: this client is not for it.
+                if Arc::ptr_eq(&way.config, &config) {
+                    way.client = client;
                 }
             }
-        }
-    })?;
-    Ok(sender)
+            // Nobody hears it where the manager is ending.
+            let _ = inputs.send(Input::Heartbeat(outcome));
+        })?;
+        Ok(())
+    }
+}
+
+/// It is held for a moment only; nothing that could panic is done under it.
+fn lock(way: &Mutex<Way>) -> MutexGuard<'_, Way> {
+    way.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Tries the endpoints in order until one answers.
