@@ -14,10 +14,10 @@ use anyhow::{Context, Result};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use super::agent::Agent;
+use super::heartbeats::Uplink;
 use super::journal::{About, Journal};
 use super::peer::Peer;
 use super::run::Inputs;
-use super::uplink_task::{self, Order as UplinkOrder};
 use super::{notify, stage};
 use crate::config::{Config, Loaded};
 use crate::core::desired::Desired;
@@ -62,7 +62,7 @@ pub(super) struct Manager {
     journal: Journal,
     peer: Peer,
     inputs: Inputs,
-    uplink: std::sync::mpsc::Sender<UplinkOrder>,
+    uplink: Uplink,
     turns: Arc<Semaphore>,
     gateway: GatewayStatus,
     /// By subject, so that what was mended disappears.
@@ -151,7 +151,7 @@ impl Manager {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
         }
         let config = loaded.config;
-        let uplink = uplink_task::start(home, &agent_id, &config, &inputs)?;
+        let uplink = Uplink::new(home, &agent_id, &config, &inputs);
         let now = Instant::now();
         let after_boot = platform::uptime().is_some_and(|uptime| uptime < JUST_BOOTED) && desired.is_some();
         let interval = config.heartbeat_interval.0;
@@ -271,7 +271,7 @@ impl Manager {
                 self.journal.note("config", "ok", About::default(), "the changed configuration is in force");
                 self.config = loaded.config;
                 self.interval = self.config.heartbeat_interval.0;
-                let _ = self.uplink.send(UplinkOrder::Configure(Box::new(self.config.clone())));
+                self.uplink.configure(&self.config);
             }
             Err(error) => {
                 let text = format!("{error:#}");
