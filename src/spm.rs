@@ -4,13 +4,13 @@
 //! death harms no sub-agent: each has a record, by which the next manager adopts it.
 
 mod agent;
+mod heartbeats;
 mod journal;
 mod manager;
 mod peer;
 mod run;
 mod stage;
 mod stop_hook;
-mod uplink_task;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -83,7 +83,7 @@ enum Input {
         version: Version,
         result: Result<(), String>,
     },
-    Heartbeat(uplink_task::Outcome),
+    Heartbeat(heartbeats::Outcome),
 }
 
 /// Runs the manager until it is stopped or gives way.

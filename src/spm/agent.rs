@@ -163,6 +163,11 @@ impl Agent {
         self.held_back = None;
     }
 
+    /// Whether a release that was held back is to be tried again.
+    pub(super) fn hold_is_over(&self, now: Instant) -> bool {
+        self.held_back.as_ref().is_some_and(|held| held.until <= now)
+    }
+
     /// When there is something to do for it without anything happening.
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let retry = self.held_back.as_ref().map(|held| held.until).filter(|until| *until > now);

@@ -101,8 +101,9 @@ async fn spawn(
 ) -> Result<Asked, Answer> {
     let what = format!("cannot run {program}");
     for _ in 0..BUSY_TRIES {
-        let mut command =
-            start.command(program, user.as_ref()).map_err(|error| Answer::Unknown(format!("{what}: {error:#}")))?;
+        let mut command = start
+            .command_with_output(program, user.as_ref())
+            .map_err(|error| Answer::Unknown(format!("{what}: {error:#}")))?;
         command.args(arguments).env(platform::CHECK, "1").env_remove(platform::MAIN_ONLY);
         if is_read {
             command.stdout(Stdio::piped());

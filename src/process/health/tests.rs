@@ -86,7 +86,8 @@ fn release(manifest: Option<&str>, scripts: &[(&str, &str)]) -> (TempDir, Start)
     let program = launch::inspect(&home, &name, &version).unwrap();
     let env = BTreeMap::from([("TOLD".to_owned(), "2".to_owned())]);
     let agent_id = "5402204854438".parse().unwrap();
-    let start = Start { home, name, version, program, env, agent_id, endpoint: String::new(), restarts: 0 };
+    let start =
+        Start { home, name, version, program, env, agent_id, endpoint: String::new(), restarts: 0, groups: None };
     (directory, start)
 }
 
@@ -140,7 +141,7 @@ async fn what_asks_is_no_member_of_the_sub_agent_and_is_ended_with_it() {
     let (_directory, start) = exec(": >ready; exec sleep 1000", "60s");
     let question = tokio::spawn(ask(Question::of(start.clone()).unwrap()));
     wait_until("it runs", || start.directory().join("ready").exists()).await;
-    let target = Target::of(&start.name, None);
+    let target = Target::of(&start.name, None, None);
     assert_eq!((of_home(&start), tree::members(&start.home, &target).len()), (1, 0));
     let home = start.home.clone();
     tokio::task::spawn_blocking(move || tree::end(&home, &[target]).unwrap()).await.unwrap();

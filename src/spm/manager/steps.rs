@@ -35,6 +35,7 @@ impl Manager {
             agent_id: self.agent_id.clone(),
             endpoint: self.gateway.endpoint.clone().unwrap_or_default(),
             restarts: agent.supervisor.restarts(),
+            groups: self.groups.clone(),
         })
     }
 
@@ -128,6 +129,7 @@ impl Manager {
         env: BTreeMap<String, String>,
         now: Instant,
     ) {
+        self.replan = true;
         let release = self.home.release(name, &version);
         let switched = stage::commit_epoch(&self.home, name, &release).and_then(|()| {
             platform::write_current(&self.home.current(name), version.as_str()).with_context(|| {
@@ -159,6 +161,7 @@ impl Manager {
     }
 
     pub(super) fn remove(&mut self, name: &AgentName) {
+        self.replan = true;
         let removed = store::remove(&self.home.current(name))
             .and_then(|()| {
                 for version in self.agents.get(name).map(|agent| agent.releases.clone()).unwrap_or_default() {
@@ -201,7 +204,7 @@ impl Manager {
             Some(Action::Start) => self.start(name, now),
             Some(Action::Stop) => {
                 agent.watch.take().inspect(AbortHandle::abort);
-                let target = tree::Target::of(name, agent.record.clone());
+                let target = tree::Target::of(name, agent.record.clone(), self.groups.as_ref());
                 run::stop(&self.inputs, agent.serial, &self.home, target);
             }
             Some(Action::Check) => self.ask_health(name),
@@ -239,6 +242,8 @@ impl Manager {
 
     pub(super) fn take_in(&mut self, input: Input) {
         let now = Instant::now();
+        // Deaths and restarts change nothing that a plan goes by, and come in crowds.
+        self.replan |= !matches!(input, Input::Launched { .. } | Input::Exited { .. } | Input::Moved { .. });
         match input {
             Input::Launched { name, serial, result } => self.launched(&name, serial, result, now),
             Input::Exited { name, serial, success, how } => {
