@@ -150,10 +150,11 @@ async fn what_asks_is_no_member_of_the_sub_agent_and_is_ended_with_it() {
 
 #[tokio::test]
 async fn a_question_that_is_dropped_takes_its_program_with_it() {
-    let (_directory, start) = exec("sleep 1000 & : >ready; wait", "60s");
+    // One of them in a session of its own.
+    let (_directory, start) = exec("setsid sleep 1000 & sleep 1000 & : >ready; wait", "60s");
     let question = tokio::spawn(ask(Question::of(start.clone()).unwrap()));
     wait_until("it runs", || start.directory().join("ready").exists()).await;
-    assert_eq!(of_home(&start), 2);
+    wait_until("all of it runs", || of_home(&start) == 3).await;
     question.abort();
     wait_until("nothing of it is left", || of_home(&start) == 0).await;
 }
