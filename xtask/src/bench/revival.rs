@@ -12,7 +12,6 @@ use super::reports::Moment;
 use super::statistics::Samples;
 use super::supervise::Verdicts;
 use crate::command::say;
-use crate::fleet::quietly;
 use crate::processes;
 use crate::wait::try_for;
 
@@ -24,10 +23,7 @@ pub(super) fn measure(aops: &mut Contestant, verdicts: &mut Verdicts) -> Result<
     say("killing the manager");
     let (mut revived, mut adopted) = (Samples::default(), Samples::default());
     for _ in 0..ROUNDS {
-        // A second death within a minute is put off: after a restart that was asked for, the next one is a first again.
-        quietly(&mut aops.fleet()?.control(&["restart"]))?;
-        aops.wait_until_all_run()?;
-        watched(aops)?;
+        renew(aops)?;
         let (started, ready) = kill(aops)?;
         revived.add(started);
         adopted.add(ready);
@@ -43,9 +39,15 @@ pub(super) fn measure(aops: &mut Contestant, verdicts: &mut Verdicts) -> Result<
     Ok(())
 }
 
-/// Waits until the watchdog holds its connection to the manager.
-fn watched(aops: &Contestant) -> Result<()> {
+/// A second death within a minute is put off: after a manager that gave way the next death is a first again. Waits until the watchdog
+/// holds its connection to the new manager, and that has all in its charge.
+fn renew(aops: &Contestant) -> Result<()> {
     let home = aops.home()?;
+    let old = aops.role("spm")?;
+    Door::open(&home)?.give_way()?;
+    try_for(PATIENCE, || aops.role("spm").ok().filter(|pid| *pid != old))
+        .context("no manager follows one that gave way")?;
+    aops.wait_until_all_run()?;
     let is_watched = || {
         let status = Door::open(&home).and_then(|mut door| door.status()).ok()?;
         (status["state"] == "running").then_some(())
