@@ -20,9 +20,9 @@ const ROUNDS: u32 = 10;
 const LOOK: Duration = Duration::from_micros(500);
 
 pub(super) fn measure(aops: &mut Contestant, verdicts: &mut Verdicts) -> Result<()> {
-    say("killing the manager");
     let (mut revived, mut adopted) = (Samples::default(), Samples::default());
-    for _ in 0..ROUNDS {
+    for round in 1..=ROUNDS {
+        say(&format!("killing the manager, {round} of {ROUNDS}"));
         renew(aops)?;
         let (started, ready) = kill(aops)?;
         revived.add(started);
