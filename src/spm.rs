@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::core::model::{AgentName, Version};
+use crate::core::supervise::Answer;
 use crate::door::{self, Request};
 use crate::home::Home;
 use crate::process::record::Record;
@@ -70,6 +71,12 @@ enum Input {
         name: AgentName,
         serial: u64,
         result: Result<(), String>,
+    },
+    /// A health check came to its end.
+    Checked {
+        name: AgentName,
+        serial: u64,
+        answer: Answer,
     },
     Staged {
         name: AgentName,

@@ -2,6 +2,7 @@
 
 mod adoption;
 mod exchange;
+mod health;
 mod knocks;
 mod steps;
 
@@ -28,12 +29,12 @@ use crate::door::{self, Farewell, Reply};
 use crate::home::Home;
 use crate::installation;
 use crate::package::{self, Places};
-use crate::platform::{self, LocalListener, Termination};
-use crate::process::log;
+use crate::platform::{self, Groups, LocalListener, Termination};
+use crate::process::{self, log};
 use crate::store;
 
-/// Logs, watchdog and journal are looked after so often.
-const HOUSEKEEPING: Duration = Duration::from_secs(10);
+/// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
+const HOUSEKEEPING: Duration = Duration::from_secs(25);
 /// Housekeeping that comes so late was held up by a stop of this process or of the machine.
 const NOT_SCHEDULED: Duration = Duration::from_secs(10);
 /// A host that booted so recently comes back together with many others.
@@ -54,6 +55,10 @@ pub(super) struct Manager {
     started: Instant,
     desired: Desired,
     agents: BTreeMap<AgentName, Agent>,
+    /// Where the sub-agents' process trees are held together.
+    groups: Option<Groups>,
+    /// Something came about that a plan goes by.
+    replan: bool,
     journal: Journal,
     peer: Peer,
     inputs: Inputs,
@@ -97,7 +102,9 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
     tracing::info!(version = %manager.version, pid = std::process::id(), agents = manager.agents.len(), "the manager is ready");
 
     let ending = loop {
-        manager.reconcile();
+        if std::mem::take(&mut manager.replan) {
+            manager.reconcile();
+        }
         if let Some(ending) = manager.ending {
             break ending;
         }
@@ -170,6 +177,8 @@ impl Manager {
             started: now,
             desired: desired.unwrap_or_default(),
             agents: BTreeMap::new(),
+            groups: process::groups(home),
+            replan: true,
             journal,
             peer: Peer::new(home, supervised, now),
             inputs,
@@ -206,7 +215,7 @@ impl Manager {
         let agents = self.agents.values().filter_map(|agent| agent.deadline(now));
         // While the home stops, the watchdog is nobody's concern.
         let peer = self.stopping.is_none().then(|| self.peer.deadline());
-        let fixed = [self.next_heartbeat, Some(self.next_housekeeping), peer];
+        let fixed = [self.next_heartbeat, Some(self.next_housekeeping), self.journal.flush_at(), peer];
         fixed.into_iter().flatten().chain(agents).min().unwrap_or(now)
     }
 
@@ -221,6 +230,7 @@ impl Manager {
         for name in due {
             self.feed(&name, Event::Tick, now);
         }
+        self.replan |= self.agents.values().any(|agent| agent.hold_is_over(now));
         if now >= self.next_housekeeping + NOT_SCHEDULED {
             tracing::warn!("the manager did not run for a while; what it missed meanwhile counts against nobody");
             self.peer.ping(now);
@@ -228,9 +238,11 @@ impl Manager {
         if now >= self.peer.deadline() && self.stopping.is_none() {
             self.peer.look(&self.home, now);
         }
+        if self.journal.flush_at().is_some_and(|at| at <= now) {
+            self.journal.flush();
+        }
         if now >= self.next_housekeeping {
             self.next_housekeeping = now + HOUSEKEEPING;
-            self.journal.flush();
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
             self.orphans = platform::reap_orphans(&self.orphans);

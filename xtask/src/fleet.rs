@@ -192,6 +192,7 @@ pub(crate) fn clean_up(directory: &Path) {
     if let Err(left) = processes::end_all(directory) {
         crate::command::say(&format!("cannot end {left:?}"));
     }
+    processes::remove_groups(&directory.join("home"));
     if let Err(error) = crate::workspace::remove(directory) {
         crate::command::say(&format!("{error:#}"));
     }

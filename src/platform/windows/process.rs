@@ -46,6 +46,8 @@ pub struct Mark {
     pub version: String,
     /// Of its processes only the main one is ours.
     pub main_only: bool,
+    /// It asks after the sub-agent's health.
+    pub is_check: bool,
 }
 
 fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
@@ -266,6 +268,36 @@ pub fn launched(launch: &Launch, pid: u32) -> io::Result<()> {
 /// Makes a command outlive us and our console.
 pub fn detach(command: &mut Command) {
     command.creation_flags(CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+}
+
+/// As [`detach`]; as another user, nothing can be run yet.
+pub fn detach_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
+    if user.is_some() {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
+    }
+    detach(command);
+    Ok(())
+}
+
+/// Windows knows no groups of processes outside a job: what a check leaves behind is found by descent.
+pub fn kill_group(_child: u32) {}
+
+/// Whether something failed because this host, or this process, has no more of what it needs, whatever was to be done.
+pub fn is_shortage(error: &io::Error) -> bool {
+    use windows_sys::Win32::Foundation::{
+        ERROR_COMMITMENT_LIMIT, ERROR_NO_SYSTEM_RESOURCES, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY,
+        ERROR_TOO_MANY_OPEN_FILES,
+    };
+    // WSAEMFILE, WSAEADDRNOTAVAIL and WSAENOBUFS, of sockets.
+    const OF_SOCKETS: [u32; 3] = [10_024, 10_049, 10_055];
+    let shortages = [
+        ERROR_COMMITMENT_LIMIT,
+        ERROR_NO_SYSTEM_RESOURCES,
+        ERROR_NOT_ENOUGH_MEMORY,
+        ERROR_OUTOFMEMORY,
+        ERROR_TOO_MANY_OPEN_FILES,
+    ];
+    error.raw_os_error().is_some_and(|code| shortages.contains(&(code as u32)) || OF_SOCKETS.contains(&(code as u32)))
 }
 
 /// An executable that is open for writing cannot be started, and is not still held by a child of ours: there is no fork.
