@@ -39,15 +39,22 @@ pub(super) fn measure(aops: &mut Contestant, verdicts: &mut Verdicts) -> Result<
     Ok(())
 }
 
-/// A second death within a minute is put off: after a manager that gave way the next death is a first again. Waits until the watchdog
-/// holds its connection to the new manager, and that has all in its charge.
+/// A second death within a minute is put off: after a manager that gave way the next death is a first again.
 fn renew(aops: &Contestant) -> Result<()> {
     let home = aops.home()?;
     let old = aops.role("spm")?;
+    // The watchdog must be there to hear it.
+    wait_until_watched(aops)?;
     Door::open(&home)?.give_way()?;
     try_for(PATIENCE, || aops.role("spm").ok().filter(|pid| *pid != old))
         .context("no manager follows one that gave way")?;
     aops.wait_until_all_run()?;
+    wait_until_watched(aops)
+}
+
+/// The home runs whole when the watchdog holds its connection to the manager.
+fn wait_until_watched(aops: &Contestant) -> Result<()> {
+    let home = aops.home()?;
     let is_watched = || {
         let status = Door::open(&home).and_then(|mut door| door.status()).ok()?;
         (status["state"] == "running").then_some(())
