@@ -25,6 +25,26 @@ pub struct Launch {
     pub user: Option<User>,
 }
 
+/// One process as it was seen. Zombies are not seen: they run nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub pid: u32,
+    /// As the platform counts it: clock ticks since boot on Unix, 100 ns since 1601 on Windows. With the pid it names a process for good.
+    pub start_time: u64,
+    /// The root of its tree: on Unix its session; on Windows the oldest living ancestor that is none of ours.
+    pub session: u32,
+    pub mark: Option<Mark>,
+}
+
+/// Which sub-agent a process belongs to: by the environment that it was started with, which Windows does not let others read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark {
+    pub name: String,
+    pub version: String,
+    /// Of its processes only the main one is ours.
+    pub main_only: bool,
+}
+
 /// The variable that marks the processes of a sub-agent whose main process alone is ours: what it started is somebody else's.
 pub const MAIN_ONLY: &str = "AOPS_AGENT_KILL_MODE";
 

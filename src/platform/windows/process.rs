@@ -23,30 +23,10 @@ use windows_sys::Win32::System::Threading::{
 };
 
 use crate::core::manifest::StopSignal;
-use crate::platform::Launch;
+use crate::platform::{Launch, Seen};
 
 /// The exit code of what is ended by us.
 const ENDED_BY_US: u32 = 1;
-
-/// One process as it was seen.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
-    pub pid: u32,
-    /// Creation time, in 100 ns since 1601.
-    pub start_time: u64,
-    /// The ancestor that was started by us, or whose own parent is gone: the root of its tree.
-    pub session: u32,
-    pub mark: Option<Mark>,
-}
-
-/// Which sub-agent a process belongs to, by its environment, which Windows does not let others read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mark {
-    pub name: String,
-    pub version: String,
-    /// Of its processes only the main one is ours.
-    pub main_only: bool,
-}
 
 fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
     // SAFETY: no pointer is passed; a handle that is not null is ours to close.
