@@ -15,6 +15,9 @@ mod windows;
 #[cfg(windows)]
 pub use windows::*;
 
+#[cfg(test)]
+pub mod testing;
+
 /// How a sub-agent's process begins.
 #[derive(Debug)]
 pub struct Launch {
@@ -36,7 +39,7 @@ pub struct Seen {
     pub mark: Option<Mark>,
 }
 
-/// Which sub-agent a process belongs to: by the environment that it was started with, which Windows does not let others read.
+/// Which sub-agent a process belongs to: on Unix by the environment that it was started with, on Windows by the file that it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mark {
     pub name: String,
