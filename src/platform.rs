@@ -16,6 +16,7 @@ mod windows;
 pub use windows::*;
 
 #[cfg(test)]
+#[allow(dead_code, reason = "the tests of one platform use more of it than those of the other")]
 pub mod testing;
 
 /// How a sub-agent's process begins.

@@ -82,7 +82,6 @@ impl Other {
     }
 
     /// As [`Other::start`], from a copy of this program.
-    #[allow(dead_code, reason = "a running executable is special on one platform alone")]
     pub fn start_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> Other {
         Other::start_by(play_from(executable, name, argument))
     }

@@ -10,8 +10,10 @@ mod deny;
 mod fleet;
 mod rootfs;
 mod test;
+mod test_windows;
 mod tidy;
 mod toolchain;
+mod wine;
 mod workspace;
 
 // What the scenarios of the test suite are built of serves here too.
@@ -41,6 +43,8 @@ enum Task {
     Tidy,
     /// Type-check and lint the whole program for 64-bit and 32-bit Windows
     CheckWindows,
+    /// Build the unit tests of what is special on Windows and run them under Wine; sets up all that they need
+    TestWindows(test_windows::Arguments),
     /// Check the licences and the sources of the dependencies
     Deny,
     /// Measure size, memory, latency and throughput of a release build
@@ -53,6 +57,7 @@ fn main() -> ExitCode {
         Task::Test(arguments) => test::run(&arguments),
         Task::Tidy => tidy::run(),
         Task::CheckWindows => check_windows::run(),
+        Task::TestWindows(arguments) => test_windows::run(&arguments),
         Task::Deny => deny::run(),
         Task::Bench => bench::run(),
     };
