@@ -88,14 +88,4 @@ mod tests {
         drop(held);
         assert!(!is_held(&path));
     }
-
-    #[test]
-    fn a_lock_whose_file_lost_its_name_excludes_nobody() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("spm.lock");
-        let first = take(&path, Duration::ZERO).unwrap().unwrap();
-        std::fs::rename(&path, directory.path().join("away")).unwrap();
-        assert!(take(&path, Duration::ZERO).unwrap().is_some());
-        drop(first);
-    }
 }
