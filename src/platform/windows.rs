@@ -9,6 +9,8 @@ mod group;
 #[allow(dead_code, reason = "as above")]
 mod launch;
 mod local;
+#[allow(dead_code, reason = "as above")]
+mod names;
 mod process;
 mod security;
 mod signal;

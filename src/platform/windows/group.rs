@@ -27,8 +27,11 @@ use windows_sys::Win32::System::SystemServices::{
 };
 use windows_sys::Win32::System::Threading::GetCurrentProcess;
 
+use super::names;
 use super::security::{self, OnlyOurs, wide};
 
+/// What leads to the names of the whole host, from any session.
+const GLOBAL: &str = r"Global\";
 /// The exit code of what is ended by us.
 pub(super) const ENDED_BY_US: u32 = 1;
 /// Room for so many processes at first, and never for more than that.
@@ -58,7 +61,7 @@ impl Groups {
     /// Where a home's groups are made: in the names of the whole host, so that a service and an operator's session see the same ones.
     /// `key` names the home and holds no backslash.
     pub fn find(key: &str) -> Option<Groups> {
-        Some(Groups { prefix: format!(r"Global\{key}-agent-") })
+        Some(Groups { prefix: format!("{GLOBAL}{key}-agent-") })
     }
 
     /// The group of one sub-agent, made or not.
@@ -66,10 +69,9 @@ impl Groups {
         Group { name: format!("{}{agent}", self.prefix) }
     }
 
-    /// The sub-agents whose groups are known to exist: of those that others hold no list is to be had, so whoever looks for leftovers
-    /// asks for each sub-agent that the home knows.
+    /// The sub-agents whose groups exist.
     pub fn all(&self) -> io::Result<Vec<String>> {
-        Ok(held().keys().filter_map(|name| name.strip_prefix(&self.prefix)).map(str::to_owned).collect())
+        names::beginning_with(self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix))
     }
 
     /// There is nothing to take away.

@@ -221,8 +221,12 @@ mod tests {
 
     /// A group that bears the directory's name.
     fn group(directory: &Path) -> Group {
+        groups(directory).group("a")
+    }
+
+    fn groups(directory: &Path) -> Groups {
         let key: String = directory.to_string_lossy().chars().filter(char::is_ascii_alphanumeric).collect();
-        Groups::find(&key).unwrap().group("a")
+        Groups::find(&key).unwrap()
     }
 
     fn start(directory: &Path, mut command: Command) -> Child {
@@ -259,6 +263,8 @@ mod tests {
         assert_eq!(start_time(leaf), None);
         wait_for("the group to be empty", || group.is_empty().unwrap().then_some(()));
         group.remove().unwrap();
+        drop(child);
+        wait_for("its name to be free", || groups(directory.path()).all().unwrap().is_empty().then_some(()));
     }
 
     #[tokio::test]
@@ -281,6 +287,7 @@ mod tests {
         let root: u32 = manager.line().parse().unwrap();
         let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
         manager.kill();
+        assert_eq!(groups(directory.path()).all().unwrap(), ["a"]);
         let members = group(directory.path()).members().unwrap();
         let both = [root, leaf];
         assert!(both.iter().all(|pid| members.contains(pid)), "{both:?} {members:?}");
