@@ -409,7 +409,9 @@ mod tests {
         let second = Other::start(LISTENER, &path);
         assert_eq!(second.line(), "ready");
         assert_eq!(connection.write_all(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-        wait_for("the new door", || connect_local(&path, PATIENCE).ok()).write_all(b"hello\n").unwrap();
+        let mut connection = wait_for("the new door", || connect_local(&path, PATIENCE).ok());
+        connection.write_all(b"hello\n").unwrap();
+        connection.read_exact(&mut word).unwrap();
     }
 
     #[tokio::test]
