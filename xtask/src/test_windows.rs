@@ -8,7 +8,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::{self, describe, is_root, say};
+use crate::command::{describe, is_root, say};
 use crate::toolchain::Toolchain;
 use crate::{apt, wine};
 
@@ -64,9 +64,9 @@ fn build(toolchain: &Toolchain) -> Result<PathBuf> {
         bail!("the tests cannot be built for {TARGET}: {}", output.status);
     }
     let messages = String::from_utf8_lossy(&output.stdout);
-    let programs = messages.lines().filter_map(|line| {
+    let executable = |line: &str| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
         Some(Path::new(message.get("executable")?.as_str()?).to_owned())
-    });
-    programs.last().context("cargo names no test program")
+    };
+    messages.lines().find_map(executable).context("cargo names no test program")
 }

@@ -415,6 +415,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_finds_the_door_taken_waits_for_his_turn() {
+        let (_directory, path) = door();
+        let mut listener = LocalListener::bind(&path).unwrap();
+        let _first = connect_local(&path, PATIENCE).unwrap();
+        let (began, short) = (Instant::now(), Duration::from_millis(50));
+        assert_eq!(connect_local(&path, short).unwrap_err().raw_os_error(), Some(ERROR_PIPE_BUSY as i32));
+        assert!(began.elapsed() >= short);
+        let second = std::thread::spawn(move || connect_local(&path, PATIENCE).map(drop));
+        listener.accept().await.unwrap();
+        beside(|| second.join().unwrap()).await.unwrap();
+    }
+
+    #[tokio::test]
     async fn one_who_leaves_before_he_is_let_in_does_not_close_the_door() {
         let (_directory, path) = door();
         let mut listener = LocalListener::bind(&path).unwrap();

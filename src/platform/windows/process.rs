@@ -292,7 +292,11 @@ pub fn reap_orphan(_pid: u32) {}
 
 #[cfg(test)]
 mod tests {
+    use windows_sys::Win32::System::Threading::CREATE_SUSPENDED;
+
+    use super::super::signal;
     use super::*;
+    use crate::core::manifest::StopSignal;
 
     #[test]
     fn a_program_of_a_release_bears_its_mark() {
@@ -304,6 +308,21 @@ mod tests {
         assert_eq!(of(r"C:\Program Files\aops\agents\Echo\1.2"), None);
         assert_eq!(of(r"C:\Program Files\aops\bin\aops.exe"), None);
         assert_eq!(of(r"C:\Program Files\aops\agents.old\Echo\1.2\echo.exe"), None);
+    }
+
+    /// As a manager leaves it that dies between its creation and its being put into its group.
+    #[test]
+    fn a_program_that_never_began_is_found_by_its_file_and_ended() {
+        let home = tempfile::tempdir().unwrap();
+        let program = home.path().join(r"agents\Echo\1.2\echo.exe");
+        std::fs::create_dir_all(program.parent().unwrap()).unwrap();
+        std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+        let mut child = Command::new(&program).creation_flags(CREATE_SUSPENDED).spawn().unwrap();
+        let found: Vec<Seen> = processes(home.path()).into_iter().filter(|process| process.mark.is_some()).collect();
+        assert_eq!(found.iter().map(|process| process.pid).collect::<Vec<_>>(), [child.id()]);
+        assert_eq!(found[0].mark.as_ref().unwrap().name, "Echo");
+        assert!(signal(found[0].pid, found[0].start_time, StopSignal::Kill).unwrap());
+        assert!(!child.wait().unwrap().success());
     }
 
     #[test]
