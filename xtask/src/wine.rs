@@ -1,7 +1,7 @@
 //! Runs programs for Windows in a throw-away root file system that has Wine: a minimal Debian 12 with a set-up prefix, made once.
 //!
 //! Debian's own packages install cleanly in a root of the main suite alone, whatever state the machine's are in. Each run sees an overlay
-//! of it in name spaces of its own (mounts, processes, no network), which end with the run, whatever its manner, and so does all that runs
+//! of it in name spaces of its own (mounts, processes, a network of nothing but loopback), which end with the run, whatever its manner, and so does all that runs
 //! and was written in them.
 
 use std::fs;
@@ -18,6 +18,7 @@ use crate::{apt, workspace};
 pub(crate) const NEEDS: &[apt::Need] = &[
     ("debootstrap", "debootstrap"),
     ("unshare", "util-linux"),
+    ("ip", "iproute2"),
     ("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64-posix"),
 ];
 

@@ -6,6 +6,8 @@ umask 022
 root=$1 directory=$2 kind=$3
 shift 3
 
+ip link set lo up
+
 if [ "$kind" = overlay ]; then
     mount -t tmpfs -o mode=755,size=3g tmpfs /run
     mkdir -p /run/upper /run/work /run/root
