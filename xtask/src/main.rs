@@ -43,7 +43,7 @@ enum Task {
     Tidy,
     /// Type-check and lint the whole program for 64-bit and 32-bit Windows
     CheckWindows,
-    /// Build the unit tests of what is special on Windows and run them under Wine; sets up all that they need
+    /// Build the unit tests for 64-bit Windows and run them under Wine; sets up all that they need
     TestWindows(test_windows::Arguments),
     /// Check the licences and the sources of the dependencies
     Deny,

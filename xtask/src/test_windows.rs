@@ -1,4 +1,4 @@
-//! `cargo xtask test-windows`: the unit tests of what is special on Windows, built for 64-bit Windows and run under Wine.
+//! `cargo xtask test-windows`: the unit tests, built for 64-bit Windows and run under Wine.
 //!
 //! Wine is not Windows: what it lacks (Ctrl-Break, for one) is not tried, and what passes here may still fail there. But what is called
 //! wrongly shows.

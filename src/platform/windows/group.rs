@@ -152,7 +152,8 @@ impl Group {
         held().entry(self.name.clone()).or_insert_with(|| Arc::new(job)).clone()
     }
 
-    /// The pids of what lives in it.
+    /// The pids of what lives in it. The system's own process that keeps a program's console may be among them, and ends a moment after
+    /// the last program that uses it.
     pub fn members(&self) -> io::Result<Vec<u32>> {
         const HEAD: usize = offset_of!(JOBOBJECT_BASIC_PROCESS_ID_LIST, ProcessIdList) / size_of::<usize>();
         let Some(job) = self.find()? else { return Ok(vec![]) };
