@@ -107,7 +107,7 @@ fn status(home: &Home) -> Result<Status> {
     }
     let version = Manager::load(home).ok().flatten().map(|manager| manager.version);
     let (spm, spa) = (role::living(home, Role::Spm), role::living(home, Role::Spa));
-    let agents_run = process::tree::all(home).iter().any(|target| !process::tree::members(home, target).is_empty());
+    let agents_run = process::tree::any_run(home);
     let state = if spm.is_none() && spa.is_none() && !agents_run { HomeState::Stopped } else { HomeState::Degraded };
     let mut status = Status::silent(home.root().display().to_string(), version, state);
     status.spm = spm.as_ref().map_or_else(RoleStatus::default, role::Holder::status);

@@ -8,6 +8,7 @@ pub mod desired;
 pub mod fleet;
 #[cfg(feature = "gateway")]
 pub mod glob;
+pub mod health;
 pub mod manifest;
 pub mod model;
 pub mod protocol;

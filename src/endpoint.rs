@@ -16,6 +16,7 @@ use sha2::{Digest as _, Sha256};
 use ureq::http::Uri;
 
 pub use client::{Client, Reply, Timeouts};
+pub use tls::with_anyone;
 pub use trust::Trust;
 
 /// An address longer than this is refused.

@@ -70,12 +70,21 @@ pub fn detect() -> Kind {
 
 /// The name of a role's unit: that of the program in the default home, with 8 hexadecimal digits of the home's path in any other.
 pub fn unit_name(home: &Home, role: Role) -> String {
+    named(home, role.program())
+}
+
+/// The name of the unit in whose cgroup the sub-agents live: neither role's end touches them there.
+pub fn agents_unit(home: &Home) -> String {
+    named(home, "aops-agents")
+}
+
+fn named(home: &Home, name: &str) -> String {
     if home.root() == product::default_home() {
-        return role.program().to_owned();
+        return name.to_owned();
     }
     let digest = Sha256::digest(home.root().as_os_str().as_encoded_bytes());
     let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
-    format!("{}-{digits}", role.program())
+    format!("{name}-{digits}")
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What differs between Unix and Windows, behind functions of the same names; the only place with `cfg(unix)`, `cfg(windows)` and `unsafe`.
 #![allow(unsafe_code, reason = "the system's interfaces are called here and nowhere else")]
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,9 +25,13 @@ pub mod testing;
 pub struct Launch {
     /// Where the record of the process goes.
     pub record: PathBuf,
-    /// The record's text up to its pid: `pid` and `startTime` are put behind it, by the child itself where it can.
+    /// The record's text up to its pid: `pid`, `startTime` and `group` are put behind it, by the child itself where it can.
     pub head: Vec<u8>,
     pub user: Option<User>,
+    /// Its standard output and standard error.
+    pub output: File,
+    /// What holds its process tree.
+    pub group: Option<Group>,
 }
 
 /// One process as it was seen. Zombies are not seen: they run nothing.
@@ -47,10 +52,22 @@ pub struct Mark {
     pub version: String,
     /// Of its processes only the main one is ours.
     pub main_only: bool,
+    /// It asks after the sub-agent's health.
+    pub is_check: bool,
+}
+
+impl Seen {
+    /// Whether it asks after the health of its sub-agent, and is no part of it.
+    pub fn is_check(&self) -> bool {
+        self.mark.as_ref().is_some_and(|mark| mark.is_check)
+    }
 }
 
 /// The variable that marks the processes of a sub-agent whose main process alone is ours: what it started is somebody else's.
 pub const MAIN_ONLY: &str = "AOPS_AGENT_KILL_MODE";
+
+/// The variable that marks, beside the sub-agent's own mark, what asks after its health: that is not the sub-agent.
+pub const CHECK: &str = "AOPS_AGENT_CHECK";
 
 /// The operating system that this executable is for.
 pub const OS: Os = if cfg!(windows) { Os::Windows } else { Os::Linux };

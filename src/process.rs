@@ -1,11 +1,22 @@
 //! The processes of sub-agents: started, recorded, found again, stopped with all that they started.
 //!
 //! A sub-agent's process is known by its record (`run/agents/<name>.json`: pid, start time, boot), which is in place before the program
-//! runs, and by the mark in its environment (`AOPS_HOME`, `AOPS_AGENT_NAME`), which stands in where a record could not be written. So any
-//! role, started at any time, finds and can end what an earlier one started. Only the very processes meant are ever signalled.
+//! runs. Its tree is held together by a group of its own (a cgroup on Linux). The mark in its environment (`AOPS_HOME`,
+//! `AOPS_AGENT_NAME`) stands in where a record could not be written or no group be made. So any role, started at any time, finds and can
+//! end what an earlier one started. Only the very processes meant are ever signalled.
 
+use crate::home::Home;
+use crate::host_service;
+use crate::platform::Groups;
+
+pub mod health;
 pub mod launch;
 pub mod log;
 pub mod record;
 pub mod script;
 pub mod tree;
+
+/// Where the groups of a home's sub-agents are made; `None`: nowhere on this host.
+pub fn groups(home: &Home) -> Option<Groups> {
+    Groups::find(&host_service::agents_unit(home))
+}

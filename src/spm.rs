@@ -4,13 +4,13 @@
 //! death harms no sub-agent: each has a record, by which the next manager adopts it.
 
 mod agent;
+mod heartbeats;
 mod journal;
 mod manager;
 mod peer;
 mod run;
 mod stage;
 mod stop_hook;
-mod uplink_task;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::core::model::{AgentName, Version};
+use crate::core::supervise::Answer;
 use crate::door::{self, Request};
 use crate::home::Home;
 use crate::process::record::Record;
@@ -71,12 +72,18 @@ enum Input {
         serial: u64,
         result: Result<(), String>,
     },
+    /// A health check came to its end.
+    Checked {
+        name: AgentName,
+        serial: u64,
+        answer: Answer,
+    },
     Staged {
         name: AgentName,
         version: Version,
         result: Result<(), String>,
     },
-    Heartbeat(uplink_task::Outcome),
+    Heartbeat(heartbeats::Outcome),
 }
 
 /// Runs the manager until it is stopped or gives way.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::health::Health;
 use super::model::{AgentName, Version};
 use super::units::Span;
 
@@ -26,6 +27,9 @@ pub struct Manifest {
     pub name: AgentName,
     pub version: Version,
     pub run: RunSection,
+    /// Absent: that its process runs is all that is asked of it.
+    #[serde(default)]
+    pub health: Option<Health>,
     #[serde(default)]
     pub env: BTreeMap<String, String>,
 }
@@ -86,7 +90,7 @@ impl Manifest {
 }
 
 /// Whether a relative path can only lead further in.
-fn stays_inside(path: &str) -> bool {
+pub(super) fn stays_inside(path: &str) -> bool {
     !path.is_empty()
         && !path.starts_with(['/', '\\'])
         && !path.contains(['\0', ':'])
@@ -113,7 +117,8 @@ pub enum StopSignal {
     Kill,
 }
 
-/// When a sub-agent that ended by itself is started again.
+/// When a sub-agent that ended by itself is started again. To be unhealthy for too long is a failure; with `never`, it is shown and the
+/// sub-agent left as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Restart {
@@ -205,6 +210,7 @@ mod tests {
                 kill_mode: KillMode::Tree,
                 env_allow: vec![],
             },
+            health: None,
             env: BTreeMap::new(),
         }
     }

@@ -130,7 +130,8 @@ pub struct Event {
     pub id: u64,
     /// RFC 3339, UTC.
     pub time: String,
-    /// What it was about, such as `start`, `exit`, `stage`, `activate`, `uninstall`, `config`, `command`.
+    /// What it was about, such as `start`, `exit`, `health`, `restart` (because of its health), `backoff`, `stage`, `activate`,
+    /// `uninstall`, `config`, `command`.
     pub kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentName>,

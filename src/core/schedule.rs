@@ -1,6 +1,6 @@
-//! When to try again: delays that grow, jitter that spreads, and the moments of the heartbeat.
+//! When to try again: delays that grow, jitter that spreads, the moments of the heartbeat, and how often to tell of the same.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How the delay between tries grows.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,6 +51,39 @@ pub fn first_heartbeat(interval: Duration, after_boot: bool, jitter: f64) -> Dur
     if after_boot { interval.mul_f64(jitter.clamp(0.0, 1.0)) } else { Duration::ZERO }
 }
 
+/// How often something may be told that may happen again and again: so many times at once, and one time more for each `every` that passes.
+#[derive(Debug, Clone)]
+pub struct Allowance {
+    most: u32,
+    every: Duration,
+    left: u32,
+    /// Up to here it was given what it is due.
+    given: Option<Instant>,
+    /// Not told since the last that was.
+    untold: u64,
+}
+
+impl Allowance {
+    pub fn new(most: u32, every: Duration) -> Allowance {
+        Allowance { most, every, left: most, given: None, untold: 0 }
+    }
+
+    /// Asks to tell one thing more: `Some` with how many were not told since the last that was, or `None`.
+    pub fn take(&mut self, now: Instant) -> Option<u64> {
+        let given = *self.given.get_or_insert(now);
+        let due = now.saturating_duration_since(given).as_nanos() / self.every.as_nanos().max(1);
+        let due = u32::try_from(due).unwrap_or(u32::MAX);
+        self.left = self.left.saturating_add(due).min(self.most);
+        self.given = Some(if self.left == self.most { now } else { given + self.every * due });
+        if self.left == 0 {
+            self.untold = self.untold.saturating_add(1);
+            return None;
+        }
+        self.left -= 1;
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,6 +105,18 @@ mod tests {
         assert_eq!(failed(1, Some(S(120))), S(120));
         assert_eq!(failed(1, Some(S(86_400))), S(3600));
         assert_eq!(failed(3, Some(S(1))), S(120));
+    }
+
+    #[test]
+    fn an_allowance_is_spent_and_comes_back_and_counts_what_was_not_told() {
+        let start = Instant::now();
+        let mut allowance = Allowance::new(3, S(60));
+        let told = |allowance: &mut Allowance, seconds| allowance.take(start + S(seconds));
+        assert_eq!([0, 0, 1, 1, 2].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None, None]);
+        assert_eq!([59, 60, 61, 119, 120].map(|at| told(&mut allowance, at)), [None, Some(3), None, None, Some(2)]);
+        assert_eq!([9000; 4].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None]);
+        let day = (0..86_400).filter(|second| told(&mut allowance, 10_000 + second).is_some()).count();
+        assert!((1_439..=1_443).contains(&day), "{day}");
     }
 
     #[test]

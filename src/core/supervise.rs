@@ -2,17 +2,27 @@
 //!
 //! ```text
 //!            Start                 Started
-//!   Down ───────────▶ Starting ─────────────▶ Up ──┐ Exited
-//!    ▲                   │ StartFailed             │
-//!    │ Stopped           ▼                         ▼
-//!  Stopping ◀──────── Waiting ◀────────────────────┘
-//!             (rest)     │ its time has come: Start
+//!   Down ───────────▶ Starting ─────────────▶ Up ──┬──┐ Exited
+//!    ▲                 ▲ │ StartFailed             │  │
+//!    │ Stopped         │ ▼                         │  ▼
+//!    ├─────────────────┤ ┌─────────────────────────│──┘
+//!    │                 │ ▼                         │ Rest, Again,
+//!  Stopping ─────────▶ Waiting                     │ unhealthy too often
+//!    ▲                   │ Rest                    │
+//!    └───────────────────┴─────────────────────────┘
 //! ```
 //!
 //! It never gives up on a sub-agent that should run, and never spins: the first restart comes at once, each further one after a delay that
-//! doubles up to a cap, and a healthy time begins the count anew.
+//! doubles up to a cap, and a healthy time begins the count anew. A start that failed and one that was unhealthy for too long are failures
+//! as an exit is. While wanted there is always a process, an action under way or a [`Supervisor::deadline`]; and never a second process
+//! before the first is known to be gone.
+
+mod health;
 
 use std::time::{Duration, Instant};
+
+pub use health::{Answer, Checks};
+use health::{Health, Verdict};
 
 use super::manifest::Restart;
 use super::protocol::AgentState;
@@ -24,8 +34,10 @@ pub struct Policy {
     /// Delay before the second restart in a row; the first comes at once.
     pub base: Duration,
     pub cap: Duration,
-    /// Up for so long, the next failure is a first one.
+    /// Up for so long, and well by its checks where there are any, the next failure is a first one.
     pub healthy: Duration,
+    /// Counts for processes that are started or adopted from then on.
+    pub checks: Option<Checks>,
 }
 
 impl Default for Policy {
@@ -35,11 +47,12 @@ impl Default for Policy {
             base: Duration::from_secs(1),
             cap: Duration::from_secs(60),
             healthy: Duration::from_secs(30),
+            checks: None,
         }
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 enum Phase {
     /// Not running, nothing under way. `done`: it ended by itself and its restart policy says to leave it so.
     Down {
@@ -47,18 +60,23 @@ enum Phase {
     },
     /// Asked to be started.
     Starting,
-    Up {
-        since: Instant,
-        pid: u32,
-    },
-    /// Asked to be stopped.
+    Up(Process),
+    /// Asked to be stopped: its process, or what a dead one left behind. `failed`: because of its health.
     Stopping {
-        pid: Option<u32>,
+        process: Option<Process>,
+        failed: bool,
     },
     /// To be started when the time has come.
     Waiting {
         until: Instant,
     },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Process {
+    pid: u32,
+    since: Instant,
+    health: Health,
 }
 
 /// What happened to the sub-agent.
@@ -81,6 +99,8 @@ pub enum Event {
         success: Option<bool>,
         how: String,
     },
+    /// The check that was asked for came to this.
+    Checked(Answer),
     /// The stop that was asked for is done: nothing of it is left.
     Stopped,
     /// Time passed.
@@ -92,6 +112,8 @@ pub enum Event {
 pub enum Action {
     Start,
     Stop,
+    /// To ask after its health, and to tell with [`Event::Checked`].
+    Check,
 }
 
 /// One sub-agent's supervisor.
@@ -119,9 +141,17 @@ impl Supervisor {
         }
     }
 
-    /// Takes charge of a process that another manager started.
-    pub fn adopt(&mut self, pid: u32, since: Instant) {
-        self.phase = Phase::Up { since, pid };
+    /// Takes charge of a process that another manager started, at `since`.
+    pub fn adopt(&mut self, pid: u32, since: Instant, now: Instant, jitter: f64) {
+        let health = Health::of(self.policy.checks, since, now, jitter);
+        self.phase = Phase::Up(Process { pid, since, health });
+    }
+
+    /// Takes note that another process took the place of the one that was up. Nothing changes where none was.
+    pub fn replace(&mut self, pid: u32, now: Instant) {
+        if let Phase::Up(process) = &mut self.phase {
+            (process.pid, process.since) = (pid, now);
+        }
     }
 
     pub fn set_policy(&mut self, policy: Policy) {
@@ -137,23 +167,28 @@ impl Supervisor {
         matches!(self.phase, Phase::Down { .. } | Phase::Waiting { .. })
     }
 
+    pub fn is_up(&self) -> bool {
+        matches!(self.phase, Phase::Up(_))
+    }
+
     pub fn is_stopping(&self) -> bool {
         matches!(self.phase, Phase::Stopping { .. })
     }
 
-    pub fn pid(&self) -> Option<u32> {
-        match self.phase {
-            Phase::Up { pid, .. } => Some(pid),
-            Phase::Stopping { pid } => pid,
+    /// The process that runs, perhaps while it is being stopped.
+    fn process(&self) -> Option<&Process> {
+        match &self.phase {
+            Phase::Up(process) | Phase::Stopping { process: Some(process), .. } => Some(process),
             _ => None,
         }
     }
 
+    pub fn pid(&self) -> Option<u32> {
+        self.process().map(|process| process.pid)
+    }
+
     pub fn up_since(&self) -> Option<Instant> {
-        match self.phase {
-            Phase::Up { since, .. } => Some(since),
-            _ => None,
-        }
+        self.process().map(|process| process.since)
     }
 
     /// Restarts that nobody asked for.
@@ -161,24 +196,42 @@ impl Supervisor {
         self.restarts
     }
 
+    /// Failures in a row, without a healthy time between.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// What is wrong with its health, else why it was last started again or cannot be.
     pub fn last_error(&self) -> Option<&str> {
-        self.last_error.as_deref()
+        self.process().and_then(|process| process.health.why()).or(self.last_error.as_deref())
     }
 
     /// When [`Event::Tick`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Waiting { until } => Some(*until),
+            Phase::Up(process) => process.health.due(),
+            _ => None,
+        }
+    }
+
+    /// When it is started again, where it waits for that.
+    pub fn starts_at(&self) -> Option<Instant> {
         match self.phase {
             Phase::Waiting { until } => Some(until),
             _ => None,
         }
     }
 
+    /// As an operator reads it. What is being stopped is what it was until it is down: its process still runs.
     pub fn state(&self) -> AgentState {
-        match self.phase {
+        match &self.phase {
             Phase::Down { done: false } if self.wanted => AgentState::Failed,
-            Phase::Down { .. } | Phase::Stopping { .. } => AgentState::Stopped,
+            Phase::Down { .. } => AgentState::Stopped,
             Phase::Starting => AgentState::Starting,
-            Phase::Up { .. } => AgentState::Running,
+            Phase::Up(process) | Phase::Stopping { process: Some(process), .. } => process.health.state(),
+            Phase::Stopping { process: None, .. } if self.wanted => AgentState::Starting,
+            Phase::Stopping { process: None, .. } => AgentState::Stopped,
             Phase::Waiting { .. } => AgentState::Backoff,
         }
     }
@@ -187,43 +240,51 @@ impl Supervisor {
     ///
     /// An event that cannot come in the phase it comes in changes nothing.
     pub fn step(&mut self, event: Event, now: Instant, jitter: f64) -> Option<Action> {
-        match (event, self.phase) {
-            (Event::Run, phase) => {
+        match event {
+            Event::Run => {
                 self.wanted = true;
-                matches!(phase, Phase::Down { .. }).then(|| self.start())
+                matches!(self.phase, Phase::Down { .. }).then(|| self.start())
             }
-            (Event::Rest, phase) => {
+            Event::Rest => {
                 self.wanted = false;
                 self.forget();
-                match phase {
-                    Phase::Up { pid, .. } => Some(self.stop(Some(pid))),
-                    // Its main process is dead; what that started may not be.
-                    Phase::Waiting { .. } | Phase::Down { done: true } => Some(self.stop(None)),
-                    Phase::Down { done: false } => None,
+                match &mut self.phase {
+                    // Also of one whose main process is dead: what that started may not be.
+                    Phase::Up(_) | Phase::Waiting { .. } | Phase::Down { done: true } => Some(self.stop(false)),
+                    Phase::Stopping { failed, .. } => {
+                        *failed = false;
+                        None
+                    }
                     // A start under way is stopped when it is known what to stop.
-                    Phase::Starting | Phase::Stopping { .. } => None,
+                    Phase::Starting | Phase::Down { done: false } => None,
                 }
             }
-            (Event::Again, Phase::Up { pid, .. }) => {
-                self.forget();
-                Some(self.stop(Some(pid)))
+            Event::Again if self.wanted => match &mut self.phase {
+                Phase::Up(_) => {
+                    self.forget();
+                    Some(self.stop(false))
+                }
+                Phase::Waiting { .. } | Phase::Down { .. } => {
+                    self.forget();
+                    Some(self.start())
+                }
+                Phase::Stopping { failed, .. } => {
+                    *failed = false;
+                    self.forget();
+                    None
+                }
+                Phase::Starting => None,
+            },
+            Event::Started { pid } if self.phase == Phase::Starting => {
+                self.adopt(pid, now, now, jitter);
+                (!self.wanted).then(|| self.stop(false))
             }
-            (Event::Again, Phase::Waiting { .. } | Phase::Down { .. }) if self.wanted => {
-                self.forget();
-                Some(self.start())
-            }
-            (Event::Started { pid }, Phase::Starting) => {
-                self.phase = Phase::Up { since: now, pid };
-                (!self.wanted).then(|| self.stop(Some(pid)))
-            }
-            (Event::StartFailed { why }, Phase::Starting) => {
+            Event::StartFailed { why } if self.phase == Phase::Starting => {
                 self.last_error = Some(why);
                 self.fail(now, jitter)
             }
-            (Event::Exited { success, how }, Phase::Up { since, .. }) => {
-                if now.saturating_duration_since(since) >= self.policy.healthy {
-                    self.failures = 0;
-                }
+            Event::Exited { success, how } if self.is_up() => {
+                self.settle(now);
                 let again = match self.policy.restart {
                     Restart::Always => true,
                     Restart::OnFailure => success != Some(true),
@@ -237,12 +298,42 @@ impl Supervisor {
                     None
                 }
             }
-            (Event::Stopped, Phase::Stopping { .. }) => {
-                self.phase = Phase::Down { done: false };
-                self.wanted.then(|| self.start())
-            }
-            (Event::Tick, Phase::Waiting { until }) if now >= until => Some(self.start()),
-            _ => None,
+            Event::Checked(answer) => self.checked(answer, now),
+            Event::Stopped => match self.phase {
+                Phase::Stopping { failed, .. } if self.wanted && failed => self.fail(now, jitter),
+                Phase::Stopping { .. } => {
+                    self.phase = Phase::Down { done: false };
+                    self.wanted.then(|| self.start())
+                }
+                _ => None,
+            },
+            Event::Tick => match &mut self.phase {
+                Phase::Waiting { until } if now >= *until => Some(self.start()),
+                Phase::Up(process) => process.health.begin(now).then_some(Action::Check),
+                _ => None,
+            },
+            Event::Again | Event::Started { .. } | Event::StartFailed { .. } | Event::Exited { .. } => None,
+        }
+    }
+
+    fn checked(&mut self, answer: Answer, now: Instant) -> Option<Action> {
+        self.settle(now);
+        let Phase::Up(process) = &mut self.phase else { return None };
+        let verdict = process.health.take(answer, now);
+        // Not to be started again, it is left as it is, and shown: stopping it would help nobody.
+        if verdict == Verdict::Bearable || self.policy.restart == Restart::Never {
+            return None;
+        }
+        self.last_error = process.health.why().map(|why| format!("stopped to be started again: {why}"));
+        Some(self.stop(true))
+    }
+
+    /// After a healthy time the failures of before count no more.
+    fn settle(&mut self, now: Instant) {
+        if let Phase::Up(process) = &self.phase
+            && process.health.well_for(now) >= self.policy.healthy
+        {
+            self.failures = 0;
         }
     }
 
@@ -258,8 +349,12 @@ impl Supervisor {
         Action::Start
     }
 
-    fn stop(&mut self, pid: Option<u32>) -> Action {
-        self.phase = Phase::Stopping { pid };
+    fn stop(&mut self, failed: bool) -> Action {
+        let process = match std::mem::replace(&mut self.phase, Phase::Down { done: false }) {
+            Phase::Up(process) => Some(process),
+            _ => None,
+        };
+        self.phase = Phase::Stopping { process, failed };
         Action::Stop
     }
 
@@ -267,7 +362,8 @@ impl Supervisor {
     fn fail(&mut self, now: Instant, jitter: f64) -> Option<Action> {
         if !self.wanted {
             // A start that failed may have started something all the same.
-            return Some(self.stop(None));
+            self.phase = Phase::Starting;
+            return Some(self.stop(false));
         }
         self.failures = self.failures.saturating_add(1);
         self.restarts = self.restarts.saturating_add(1);
@@ -282,152 +378,4 @@ impl Supervisor {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn running(policy: Policy, now: Instant) -> Supervisor {
-        let mut supervisor = Supervisor::new(policy, 0);
-        assert_eq!(supervisor.step(Event::Run, now, 0.0), Some(Action::Start));
-        assert_eq!(supervisor.step(Event::Started { pid: 7 }, now, 0.0), None);
-        supervisor
-    }
-
-    fn exited() -> Event {
-        Event::Exited { success: Some(false), how: "exited with 1".into() }
-    }
-
-    #[test]
-    fn the_first_restart_is_immediate_the_next_ones_wait_longer_and_longer() {
-        let now = Instant::now();
-        let mut supervisor = running(Policy::default(), now);
-        assert_eq!(supervisor.step(exited(), now, 0.0), Some(Action::Start));
-        let mut delays = vec![];
-        for _ in 0..8 {
-            supervisor.step(Event::Started { pid: 8 }, now, 0.0);
-            assert_eq!(supervisor.step(exited(), now, 0.0), None);
-            let until = supervisor.deadline().unwrap();
-            delays.push((until - now).as_secs());
-            assert_eq!(supervisor.step(Event::Tick, now, 0.0), None);
-            assert_eq!(supervisor.step(Event::Tick, until, 0.0), Some(Action::Start));
-        }
-        assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60]);
-        assert_eq!(supervisor.restarts(), 9);
-    }
-
-    #[test]
-    fn a_healthy_time_begins_the_count_anew() {
-        let now = Instant::now();
-        let mut supervisor = running(Policy::default(), now);
-        supervisor.step(exited(), now, 0.0);
-        supervisor.step(Event::Started { pid: 8 }, now, 0.0);
-        let later = now + Duration::from_secs(31);
-        assert_eq!(supervisor.step(exited(), later, 0.0), Some(Action::Start));
-    }
-
-    #[test]
-    fn a_start_that_fails_is_tried_again() {
-        let now = Instant::now();
-        let mut supervisor = Supervisor::new(Policy::default(), 0);
-        supervisor.step(Event::Run, now, 0.0);
-        assert_eq!(supervisor.step(Event::StartFailed { why: "x".into() }, now, 0.0), Some(Action::Start));
-        assert_eq!(supervisor.step(Event::StartFailed { why: "x".into() }, now, 0.0), None);
-        assert_eq!(supervisor.state(), AgentState::Backoff);
-    }
-
-    #[test]
-    fn rest_in_any_phase_ends_down() {
-        let now = Instant::now();
-        let mut starting = Supervisor::new(Policy::default(), 0);
-        starting.step(Event::Run, now, 0.0);
-        assert_eq!(starting.step(Event::Rest, now, 0.0), None);
-        assert_eq!(starting.step(Event::Started { pid: 1 }, now, 0.0), Some(Action::Stop));
-        assert_eq!(starting.step(Event::Stopped, now, 0.0), None);
-        assert_eq!(starting.state(), AgentState::Stopped);
-
-        let mut waiting = running(Policy::default(), now);
-        waiting.step(exited(), now, 0.0);
-        waiting.step(Event::StartFailed { why: "x".into() }, now, 0.0);
-        assert_eq!(waiting.state(), AgentState::Backoff);
-        // Its main process is dead; what that left behind is ended.
-        assert_eq!(waiting.step(Event::Rest, now, 0.0), Some(Action::Stop));
-        assert_eq!(waiting.step(Event::Stopped, now, 0.0), None);
-        assert_eq!(waiting.state(), AgentState::Stopped);
-        assert_eq!(waiting.step(Event::Rest, now, 0.0), None);
-        assert_eq!(waiting.deadline(), None);
-    }
-
-    #[test]
-    fn a_restart_that_was_asked_for_is_not_counted() {
-        let now = Instant::now();
-        let mut supervisor = running(Policy::default(), now);
-        assert_eq!(supervisor.step(Event::Again, now, 0.0), Some(Action::Stop));
-        assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start));
-        assert_eq!(supervisor.restarts(), 0);
-    }
-
-    #[test]
-    fn the_troubles_of_before_are_forgotten_by_a_start_that_was_asked_for() {
-        let now = Instant::now();
-        for word in [Event::Rest, Event::Again] {
-            let mut supervisor = running(Policy::default(), now);
-            supervisor.step(exited(), now, 0.0);
-            supervisor.step(Event::Started { pid: 8 }, now, 0.0);
-            assert_eq!((supervisor.restarts(), supervisor.last_error()), (1, Some("exited with 1")));
-            supervisor.step(word, now, 0.0);
-            assert_eq!((supervisor.restarts(), supervisor.last_error()), (0, None));
-        }
-    }
-
-    #[test]
-    fn the_restart_policy_is_honoured() {
-        let now = Instant::now();
-        let with = |restart| Policy { restart, ..Policy::default() };
-        let clean = Event::Exited { success: Some(true), how: "exited with 0".into() };
-        let unknown = Event::Exited { success: None, how: "ended".into() };
-        let mut never = running(with(Restart::Never), now);
-        assert_eq!(never.step(exited(), now, 0.0), None);
-        assert_eq!(never.state(), AgentState::Stopped);
-        let mut on_failure = running(with(Restart::OnFailure), now);
-        assert_eq!(on_failure.step(clean, now, 0.0), None);
-        let mut adopted = running(with(Restart::OnFailure), now);
-        assert_eq!(adopted.step(unknown, now, 0.0), Some(Action::Start));
-    }
-
-    fn any_event() -> impl Strategy<Value = Event> {
-        prop_oneof![
-            Just(Event::Run),
-            Just(Event::Rest),
-            Just(Event::Again),
-            Just(Event::Started { pid: 1 }),
-            Just(Event::StartFailed { why: String::new() }),
-            Just(exited()),
-            Just(Event::Stopped),
-            Just(Event::Tick),
-        ]
-    }
-
-    proptest! {
-        /// Whatever happens in whatever order: wanted and answered truthfully from then on, it comes up; not wanted, it ends down.
-        #[test]
-        fn it_always_gets_where_it_is_wanted(events in proptest::collection::vec(any_event(), 0..40), wanted: bool) {
-            let mut now = Instant::now();
-            let mut supervisor = Supervisor::new(Policy::default(), 0);
-            for event in events {
-                supervisor.step(event, now, 0.5);
-            }
-            let mut next = supervisor.step(if wanted { Event::Run } else { Event::Rest }, now, 0.5);
-            for _ in 0..4 {
-                let event = match (next.take(), supervisor.phase) {
-                    (Some(Action::Start), _) | (None, Phase::Starting) => Event::Started { pid: 2 },
-                    (Some(Action::Stop), _) | (None, Phase::Stopping { .. }) => Event::Stopped,
-                    (None, Phase::Waiting { until }) => { now = until; Event::Tick }
-                    (None, _) => break,
-                };
-                next = supervisor.step(event, now, 0.5);
-            }
-            prop_assert_eq!(supervisor.pid().is_some(), wanted);
-        }
-    }
-}
+mod tests;

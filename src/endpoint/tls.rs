@@ -20,6 +20,23 @@ use ureq::unversioned::transport::{
 use super::Fingerprint;
 use super::trust::{Distrust, Judge, Verifier, remember};
 
+/// TLS with whoever answers, whatever certificate he shows. For questions that tell no secret and whose answer is believed of nobody: a
+/// health check of a sub-agent, which runs on this host with a certificate that often names another.
+pub fn with_anyone() -> Result<ClientConfig, rustls::Error> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    configured(Verifier::new(String::new(), Judge::Anything, Arc::clone(&provider)), provider)
+}
+
+fn configured(verifier: Verifier, provider: Arc<CryptoProvider>) -> Result<ClientConfig, rustls::Error> {
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    config.resumption = Resumption::disabled();
+    Ok(config)
+}
+
 /// Wraps a connection to an `https` address in TLS; leaves any other as it is.
 pub(super) struct TlsConnector {
     judge: Judge,
@@ -48,13 +65,7 @@ impl TlsConnector {
 
     fn configuration(&self, origin: &str, judge: &Judge) -> Result<ClientConfig, rustls::Error> {
         let verifier = Verifier::new(origin.to_owned(), judge.clone(), Arc::clone(&self.provider));
-        let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
-            .with_safe_default_protocol_versions()?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier))
-            .with_no_client_auth();
-        config.resumption = Resumption::disabled();
-        Ok(config)
+        configured(verifier, Arc::clone(&self.provider))
     }
 
     /// After the handshake: only one who has proved to hold the key is remembered.

@@ -10,6 +10,7 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context, Result, bail};
 
+use crate::core::health::Check;
 use crate::core::manifest::{CONTROL_SCRIPT, MANIFEST, Manifest};
 use crate::core::model::{Os, Packing};
 use crate::process::launch;
@@ -49,7 +50,11 @@ impl Contents {
     /// Refuses what no host could run as a sub-agent.
     pub(super) fn check_runnable(&self, os: Os) -> Result<()> {
         if let Some(manifest) = &self.manifest {
-            return self.check_command(&manifest.run.command, os);
+            self.check_command(&manifest.run.command, os)?;
+            return match manifest.health.as_ref().map(|health| &health.check) {
+                Some(Check::Exec(command)) => self.check_command(command, os),
+                _ => Ok(()),
+            };
         }
         if self.control {
             return Ok(());

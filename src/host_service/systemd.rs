@@ -13,7 +13,7 @@ use service_manager::{
     RestartPolicy, ServiceInstallCtx, ServiceLabel, ServiceManager, SystemdServiceManager, systemd_global_dir_path,
 };
 
-use super::unit_name;
+use super::{agents_unit, unit_name};
 use crate::command;
 use crate::home::Home;
 use crate::role::Role;
@@ -21,6 +21,8 @@ use crate::store;
 
 const SPM_UNIT: &str = include_str!("../../assets/aops-spm.service");
 const SPA_UNIT: &str = include_str!("../../assets/aops-spa.service");
+/// Holds the sub-agents' cgroups. It is wanted by the manager's unit and needs no enabling.
+const AGENTS_UNIT: &str = include_str!("../../assets/aops-agents.service");
 
 /// For what only asks or writes.
 const QUICK: Duration = Duration::from_secs(30);
@@ -67,15 +69,13 @@ pub fn runs() -> bool {
     Path::new("/run/systemd/system").is_dir() && SystemdServiceManager::system().available().unwrap_or(false)
 }
 
-/// Writes both units, makes systemd read them, and enables them. Twice is as good as once.
+/// Writes the units, makes systemd read them, and enables those of the roles. Twice is as good as once.
 pub fn register(home: &Home) -> Result<()> {
-    for role in Role::BOTH {
-        let unit = unit_name(home, *role);
-        let contents = contents(home, *role)?;
+    for (unit, program, contents) in files(home)? {
         let path = unit_path(&unit);
         let attempt = || -> Result<()> {
             if store::read(&path, MAX_UNIT_BYTES)?.as_deref() != Some(contents.as_bytes()) {
-                SystemdServiceManager::system().install(context(home, *role, &unit, &contents))?;
+                SystemdServiceManager::system().install(context(&unit, program, &contents))?;
             }
             Ok(())
         };
@@ -85,10 +85,16 @@ pub fn register(home: &Home) -> Result<()> {
     systemctl(&["enable"], &units(home, Role::BOTH), QUICK)
 }
 
-/// Takes both units away, also where one or both are gone already.
+/// Takes the units away, also where some are gone already.
 pub fn unregister(home: &Home) -> Result<()> {
-    for unit in units(home, Role::BOTH) {
-        let path = unit_path(&unit);
+    let agents = agents_unit(home);
+    if unit_path(&agents).symlink_metadata().is_ok() {
+        // It ends nothing: nobody is left in it but what a sub-agent started for somebody else.
+        systemctl(&["stop"], std::slice::from_ref(&agents), QUICK)?;
+    }
+    let units = [units(home, Role::BOTH), vec![agents]].concat();
+    for unit in &units {
+        let path = unit_path(unit);
         let directory = systemd_global_dir_path();
         // By hand: `systemctl disable` fails where the file is gone, and then leaves its link behind.
         store::remove(&directory.join("multi-user.target.wants").join(format!("{unit}.service")))?;
@@ -98,13 +104,13 @@ pub fn unregister(home: &Home) -> Result<()> {
     }
     systemctl(&["daemon-reload"], &[], QUICK)?;
     // Forgets a failed unit, which would otherwise be listed for ever; one that is not known is an error that means nothing.
-    let _ = systemctl(&["reset-failed"], &units(home, Role::BOTH), QUICK);
+    let _ = systemctl(&["reset-failed"], &units, QUICK);
     Ok(())
 }
 
 /// Whether systemd could run the roles of this home.
 pub fn can_register(home: &Home) -> Result<()> {
-    Role::BOTH.iter().try_for_each(|role| contents(home, *role).map(drop))
+    files(home).map(drop)
 }
 
 /// Whether there is anything of this home in systemd: a unit file, or a unit that it remembers without one.
@@ -185,10 +191,24 @@ fn unit_path(unit: &str) -> PathBuf {
     systemd_global_dir_path().join(format!("{unit}.service"))
 }
 
-fn context(home: &Home, role: Role, unit: &str, contents: &str) -> ServiceInstallCtx {
+/// The units of a home: name, program, contents.
+fn files(home: &Home) -> Result<[(String, PathBuf, String); 3]> {
+    let role = |role: Role, template| -> Result<_> {
+        let program = home.role_link(role.program());
+        Ok((unit_name(home, role), program.clone(), contents(home, template, program)?))
+    };
+    let executable = home.executable();
+    Ok([
+        (agents_unit(home), executable.clone(), contents(home, AGENTS_UNIT, executable)?),
+        role(Role::Spm, SPM_UNIT)?,
+        role(Role::Spa, SPA_UNIT)?,
+    ])
+}
+
+fn context(unit: &str, program: PathBuf, contents: &str) -> ServiceInstallCtx {
     ServiceInstallCtx {
         label: ServiceLabel { qualifier: None, organization: None, application: unit.to_owned() },
-        program: home.role_link(role.program()),
+        program,
         args: Vec::new(),
         contents: Some(contents.to_owned()),
         username: None,
@@ -200,8 +220,8 @@ fn context(home: &Home, role: Role, unit: &str, contents: &str) -> ServiceInstal
     }
 }
 
-/// A role's unit. Refuses a home whose path cannot stand in a unit file.
-fn contents(home: &Home, role: Role) -> Result<String> {
+/// A unit of a home that runs `program`. Refuses a home whose path cannot stand in a unit file.
+fn contents(home: &Home, template: &str, executable: PathBuf) -> Result<String> {
     let program = |path: PathBuf| {
         if path.to_string_lossy().contains(['"', '\'', '\\']) {
             bail!(
@@ -212,17 +232,14 @@ fn contents(home: &Home, role: Role) -> Result<String> {
         }
         quoted(&path, false)
     };
-    let template = match role {
-        Role::Spm => SPM_UNIT,
-        Role::Spa => SPA_UNIT,
-    };
     let root = home.root();
     // A description has specifiers, but neither quotes nor variables.
     let shown = root.display().to_string().replace('%', "%%");
     Ok(template
-        .replace("@EXECUTABLE@", &program(home.role_link(role.program()))?)
+        .replace("@EXECUTABLE@", &program(executable)?)
         .replace("@HOME@", &quoted(root, true)?)
         .replace("@HOME_SHOWN@", &shown)
+        .replace("@AGENTS@", &agents_unit(home))
         .replace("@SPM@", &unit_name(home, Role::Spm))
         .replace("@SPA@", &unit_name(home, Role::Spa)))
 }
@@ -266,7 +283,7 @@ mod tests {
     #[test]
     fn the_units_of_the_default_home_name_its_roles() {
         let home = Home::new("/opt/aops");
-        let spm = contents(&home, Role::Spm).unwrap();
+        let [agents, spm, spa] = files(&home).unwrap().map(|(_, _, contents)| contents);
         for line in [
             "ExecStart=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" --service systemd",
             "ExecStop=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" stop-hook",
@@ -274,21 +291,21 @@ mod tests {
             "Restart=always",
             "StartLimitIntervalSec=0",
             "KillMode=process",
-            "Wants=aops-spa.service",
+            "Wants=aops-agents.service aops-spa.service",
             "WantedBy=multi-user.target",
             "SuccessExitStatus=100",
             "RestartPreventExitStatus=100",
         ] {
             assert!(spm.lines().any(|found| found == line), "{line}\n{spm}");
         }
-        let spa = contents(&home, Role::Spa).unwrap();
         for line in
             ["ExecStart=\"/opt/aops/bin/aops-spa\" --home \"/opt/aops\" --service systemd", "After=aops-spm.service"]
         {
             assert!(spa.lines().any(|found| found == line), "{line}\n{spa}");
         }
         assert!(!spa.contains("ExecStop"));
-        for unit in [spm, spa] {
+        assert!(agents.lines().any(|found| found == "Before=aops-spm.service aops-spa.service"), "{agents}");
+        for unit in [agents, spm, spa] {
             assert!(!unit.contains('@'), "{unit}");
         }
     }
@@ -296,15 +313,15 @@ mod tests {
     #[test]
     fn another_home_has_units_of_its_own_and_is_quoted() {
         let home = Home::new("/srv/my home/100%/a$b");
-        let spm = contents(&home, Role::Spm).unwrap();
+        let [_, spm, _] = files(&home).unwrap().map(|(_, _, contents)| contents);
         assert!(spm.contains(
             r#"ExecStart="/srv/my home/100%%/a$b/bin/aops-spm" --home "/srv/my home/100%%/a$$b" --service systemd"#
         ));
         for refused in ["/srv/a\"b", "/srv/a'b", "/srv/a\\b"] {
             assert!(can_register(&Home::new(refused)).unwrap_err().to_string().contains("--service none"));
         }
-        assert!(spm.contains(&format!("Wants={}.service", unit_name(&home, Role::Spa))));
-        assert!(contents(&Home::new("/srv/a\nb"), Role::Spm).is_err());
+        assert!(spm.contains(&format!("Wants={}.service {}.service", agents_unit(&home), unit_name(&home, Role::Spa))));
+        assert!(files(&Home::new("/srv/a\nb")).is_err());
     }
 
     #[test]

@@ -5,9 +5,13 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+mod group;
+mod launch;
 mod local;
 mod process;
 
+pub use group::{Group, Groups};
+pub use launch::{Child, launch};
 pub use local::*;
 pub use process::*;
 

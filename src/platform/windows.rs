@@ -4,21 +4,16 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-#[allow(dead_code, reason = "the manager does not hold trees in groups yet")]
 mod group;
-#[allow(dead_code, reason = "as above")]
 mod launch;
 mod local;
-#[allow(dead_code, reason = "as above")]
 mod names;
 mod process;
 mod security;
 mod signal;
 mod watch;
 
-#[allow(unused_imports, reason = "as above")]
 pub use group::{Group, Groups};
-#[allow(unused_imports, reason = "as above")]
 pub use launch::{Child, launch};
 pub use local::*;
 pub use process::*;

@@ -1,7 +1,7 @@
 //! Starts a sub-agent's program: its directory, its environment, its log, its record.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::config;
 use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest, Restart, StopSignal};
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::home::Home;
-use crate::platform::{self, Launch};
+use crate::platform::{self, Child, Group, Groups, Launch};
 use crate::store;
 
 /// A manifest is refused beyond this.
@@ -89,6 +89,8 @@ pub struct Start {
     pub agent_id: AgentId,
     pub endpoint: String,
     pub restarts: u64,
+    /// Where its process tree is held together.
+    pub groups: Option<Groups>,
 }
 
 impl Start {
@@ -105,6 +107,18 @@ impl Start {
         match &self.program {
             Program::Native(manifest) => &manifest.run.env_allow,
             Program::Script => &[],
+        }
+    }
+
+    /// The sub-agent's group, made; `None` where none can be had.
+    pub fn make_group(&self) -> Option<Group> {
+        let group = self.groups.as_ref()?.group(self.name.as_str());
+        match group.make() {
+            Ok(()) => Some(group),
+            Err(error) => {
+                tracing::warn!(agent = %self.name, group = group.name(), error = %error, "a group cannot be made; session and mark stand in");
+                None
+            }
         }
     }
 
@@ -127,17 +141,26 @@ impl Start {
         }
     }
 
-    /// A command that runs a program of this release with its environment, its output in the sub-agent's log.
-    pub fn command(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
+    /// The sub-agent's log, to be written behind what is there.
+    pub fn output(&self) -> Result<File> {
         let log = self.home.agent_log(&self.name);
-        let output = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .with_context(|| format!("cannot open the log {}", log.display()))?;
+        let opened = OpenOptions::new().create(true).append(true).open(&log);
+        opened.with_context(|| format!("cannot open the log {}", log.display()))
+    }
+
+    /// A command that runs a program of this release with its environment, its output in the sub-agent's log.
+    pub fn command_with_output(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
+        let output = self.output()?;
         let errors = output.try_clone().context("cannot open the log twice")?;
+        let mut command = self.command(program, user);
+        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        Ok(command)
+    }
+
+    /// A command that runs a program of this release with its environment, and with our own streams.
+    pub fn command(&self, program: &str, user: Option<&platform::User>) -> Command {
         let mut command = Command::new(self.directory().join(program));
-        command.current_dir(self.directory()).stdin(Stdio::null()).stdout(output).stderr(errors).env_clear();
+        command.current_dir(self.directory()).env_clear();
         command.envs(platform::base_environment(user));
         if let Program::Native(manifest) = &self.program {
             command.envs(&manifest.env);
@@ -152,7 +175,7 @@ impl Start {
         if self.head().kill_mode == KillMode::Process {
             command.env(platform::MAIN_ONLY, "process");
         }
-        Ok(command)
+        command
     }
 }
 
@@ -165,25 +188,29 @@ pub fn env_hash(env: &BTreeMap<String, String>) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Starts a native sub-agent. Its record is in place when its program runs.
-pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(tokio::process::Child, Record)> {
+/// Starts a native sub-agent in its group. Its record is in place when its program runs.
+pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, Record)> {
     let Some((program, arguments)) = manifest.run.command.split_first() else { bail!("its command is empty") };
     let user = match &manifest.run.user {
         Some(name) => Some(platform::find_user(name).with_context(|| format!("cannot run as user {name:?}"))?),
         None => None,
     };
     let head = start.head();
-    let text = head.text_before_pid()?;
-    let launch = Launch { record: start.home.process_record(&start.name), head: text, user };
+    let mut command = start.command(program, user.as_ref());
+    command.args(arguments);
+    if let Some(workdir) = &manifest.run.workdir {
+        command.current_dir(start.directory().join(workdir));
+    }
+    let launch = Launch {
+        record: start.home.process_record(&start.name),
+        head: head.text_before_pid()?,
+        user,
+        output: start.output()?,
+        group: start.make_group(),
+    };
     let mut tries = 0;
     let child = loop {
-        let mut command = start.command(program, launch.user.as_ref())?;
-        command.args(arguments);
-        if let Some(workdir) = &manifest.run.workdir {
-            command.current_dir(start.directory().join(workdir));
-        }
-        platform::launch_as(&mut command, &launch)?;
-        match tokio::process::Command::from(command).spawn() {
+        match platform::launch(&command, &launch) {
             Ok(child) => break child,
             Err(error) if platform::is_busy_text(&error) && tries < BUSY_TRIES => {
                 tries += 1;
@@ -196,8 +223,7 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(tokio::
             }
         }
     };
-    let pid = child.id().context("the child has no pid")?;
-    platform::launched(&launch, pid)?;
-    let start_time = platform::start_time(pid).unwrap_or_default();
-    Ok((child, Record { head, pid, start_time, ended: None }))
+    let group = launch.group.filter(|_| child.grouped).map(|group| group.name());
+    let record = Record { head, pid: child.pid, start_time: child.start_time, group, ended: None };
+    Ok((child, record))
 }

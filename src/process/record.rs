@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::core::manifest::{KillMode, StopSignal};
 use crate::core::model::{AgentName, Version};
 use crate::home::Home;
+use crate::platform::Group;
 use crate::{platform, store};
 
 /// Which convention a sub-agent follows.
@@ -48,6 +49,9 @@ pub struct Record {
     pub pid: u32,
     /// As the platform counts it; with the pid it names a process for good, within one boot.
     pub start_time: u64,
+    /// What holds its process tree; `None`: it began outside of any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// Its end, where a manager saw and reported it and did not start the sub-agent again at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
@@ -80,6 +84,11 @@ impl Record {
     /// Whether the process that was recorded runs now.
     pub fn is_alive(&self) -> bool {
         self.head.boot_id == platform::boot_id() && platform::start_time(self.pid) == Some(self.start_time)
+    }
+
+    /// The group that it began in.
+    pub fn group(&self) -> Option<Group> {
+        self.group.as_deref().map(Group::named)
     }
 
     pub fn save(&self, home: &Home) -> Result<()> {
@@ -139,8 +148,8 @@ mod tests {
             boot_id: "b".into(),
         };
         let mut text = head.text_before_pid().unwrap();
-        text.extend_from_slice(b"12,\"startTime\":34}\n");
+        text.extend_from_slice(b"12,\"startTime\":34,\"group\":\"g\"}\n");
         let record: Record = serde_json::from_slice(&text).unwrap();
-        assert_eq!(record, Record { head, pid: 12, start_time: 34, ended: None });
+        assert_eq!(record, Record { head, pid: 12, start_time: 34, group: Some("g".into()), ended: None });
     }
 }

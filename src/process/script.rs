@@ -5,17 +5,17 @@
 //! process that bears the mark.
 
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::launch::{Program, Start};
-use super::record::Record;
+use super::record::{self, Record};
 use super::tree::{self, Target};
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
 use crate::home::Home;
-use crate::platform::{self, Seen};
+use crate::platform::{self, Launch, Seen};
 
 /// A script that takes longer is ended and counts as failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -37,24 +37,26 @@ pub enum Said {
     Unclear,
 }
 
-/// Runs `control start` and finds the process that it started, whose record is written.
+/// Runs `control start` in the sub-agent's group and finds the process that it started, whose record is written. Until then the record
+/// names the script itself: a manager that comes in between goes on from there.
 pub async fn start(start: &Start) -> Result<Record> {
-    let mut command = start.command(CONTROL_SCRIPT, None)?;
+    let mut command = start.command(CONTROL_SCRIPT, None);
     command.arg("start");
-    let status = run(command).await?;
-    if !status.success() {
-        bail!("`control start` {}; see its log", platform::how_it_ended(status));
-    }
+    let group = run(start, &command).await.inspect_err(|_| {
+        let _ = record::remove(&start.home, &start.name);
+    })?;
     let deadline = Instant::now() + APPEARS;
     loop {
         if let Some(process) = find(start).await {
-            let record = Record { head: start.head(), pid: process.pid, start_time: process.start_time, ended: None };
+            let record =
+                Record { head: start.head(), pid: process.pid, start_time: process.start_time, group, ended: None };
             if let Err(error) = record.save(&start.home) {
                 tracing::warn!(agent = %start.name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
             }
             return Ok(record);
         }
         if Instant::now() >= deadline {
+            record::remove(&start.home, &start.name)?;
             bail!("`control start` ended well, but {APPEARS:?} later no process of it is there; see its log");
         }
         tokio::time::sleep(LOOK).await;
@@ -108,9 +110,10 @@ fn runs_from(directory: &Path, pid: u32) -> bool {
             .any(|path| path.starts_with(directory))
 }
 
-/// The main process: the one that `control pid` names, if it bears the mark, else the oldest that does.
+/// The main process: the one that `control pid` names, if it is one of the sub-agent's, else the oldest of those.
 pub async fn find(start: &Start) -> Option<Seen> {
-    let members = tree::members(&start.home, &Target::of(&start.name, None));
+    let record = record::load(&start.home, &start.name);
+    let members = tree::members(&start.home, &Target::of(&start.name, record, start.groups.as_ref()));
     let told = match members.len() {
         0 => return None,
         1 => None,
@@ -127,17 +130,21 @@ async fn told_pid(start: &Start) -> Option<u32> {
 /// Asks `control status`.
 pub async fn status(start: &Start) -> Result<Said> {
     let output = ask(start, "status").await?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let said = |words: &[&str]| text.split_whitespace().any(|word| words.contains(&word));
-    Ok(match () {
-        () if said(&["stoped", "stopped"]) => Said::Stopped,
-        () if said(&["started"]) => Said::Started,
+    Ok(said(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// What a status means.
+pub fn said(status: &str) -> Said {
+    let says = |words: &[&str]| status.split_whitespace().any(|word| words.contains(&word));
+    match () {
+        () if says(&["stoped", "stopped"]) => Said::Stopped,
+        () if says(&["started"]) => Said::Started,
         () => Said::Unclear,
-    })
+    }
 }
 
 async fn ask(start: &Start, verb: &str) -> Result<Output> {
-    let mut command = start.command(CONTROL_SCRIPT, None)?;
+    let mut command = start.command_with_output(CONTROL_SCRIPT, None)?;
     command.arg(verb).stdout(Stdio::piped());
     // Only the program itself is a member; a question must not look like one.
     command.env_remove("AOPS_AGENT_NAME");
@@ -149,12 +156,18 @@ async fn ask(start: &Start, verb: &str) -> Result<Output> {
     }
 }
 
-async fn run(mut command: std::process::Command) -> Result<std::process::ExitStatus> {
-    platform::detach(&mut command);
-    let mut command = tokio::process::Command::from(command);
+/// Runs `control start` to its end and gives the name of the group that it ran in.
+async fn run(start: &Start, command: &Command) -> Result<Option<String>> {
+    let launch = Launch {
+        record: start.home.process_record(&start.name),
+        head: start.head().text_before_pid()?,
+        user: None,
+        output: start.output()?,
+        group: start.make_group(),
+    };
     let mut tries = 0;
     let mut child = loop {
-        match command.spawn() {
+        match platform::launch(command, &launch) {
             Err(error) if platform::is_busy_text(&error) && tries < 50 => {
                 tries += 1;
                 tokio::time::sleep(LOOK).await;
@@ -162,13 +175,18 @@ async fn run(mut command: std::process::Command) -> Result<std::process::ExitSta
             started => break started.context("cannot run its `control` script")?,
         }
     };
-    match tokio::time::timeout(TIMEOUT, child.wait()).await {
-        Ok(status) => Ok(status?),
+    let status = match tokio::time::timeout(TIMEOUT, child.wait()).await {
+        Ok(status) => status?,
         Err(_) => {
-            let _ = child.kill().await;
+            platform::signal(child.pid, child.start_time, StopSignal::Kill)?;
+            child.wait().await?;
             bail!("`control start` did not end within {TIMEOUT:?}; a script puts its program into the background")
         }
+    };
+    if !status.success() {
+        bail!("`control start` {}; see its log", platform::how_it_ended(status));
     }
+    Ok(launch.group.filter(|_| child.grouped).map(|group| group.name()))
 }
 
 /// Asks `control stop` of a recorded sub-agent and waits for it; what it leaves is the caller's to end. Blocks.
@@ -176,7 +194,7 @@ pub fn stop(home: &Home, record: &Record) {
     let head = &record.head;
     let Some(start) = for_stop(home, record) else { return };
     let stopped = || -> Result<()> {
-        let mut command = start.command(CONTROL_SCRIPT, None)?;
+        let mut command = start.command_with_output(CONTROL_SCRIPT, None)?;
         command.arg("stop").env_remove("AOPS_AGENT_NAME");
         let mut child = command.spawn()?;
         let deadline = Instant::now() + TIMEOUT;
@@ -207,5 +225,6 @@ fn for_stop(home: &Home, record: &Record) -> Option<Start> {
         agent_id,
         endpoint: String::new(),
         restarts: record.head.restarts,
+        groups: None,
     })
 }

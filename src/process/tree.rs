@@ -1,7 +1,8 @@
 //! Ends sub-agents with all that they started: the stop signal to every process of the tree, the grace period, then the kill.
 //!
-//! A process belongs to a sub-agent when it carries its mark or lives in the session that its recorded process leads. Where the main
-//! process alone is ours, whatever else carries the mark is somebody else's.
+//! A process belongs to a sub-agent when it lives in its group, which none leaves by itself. What began outside of any group (the host has
+//! none, or it could not be entered) belongs by the sub-agent's mark in its environment, or by the session that the recorded process leads.
+//! Where the main process alone is ours, whatever else is there is somebody else's.
 
 use std::time::{Duration, Instant};
 
@@ -12,14 +13,14 @@ use super::script;
 use crate::core::manifest::{KillMode, StopSignal};
 use crate::core::model::AgentName;
 use crate::home::Home;
-use crate::platform::{self, Seen};
+use crate::platform::{self, Group, Groups, Seen};
 
-/// Between two looks at what is left: at first, and doubled up to the last. Each look reads all of /proc.
+/// Between two looks at what is left: at first, and doubled up to the last.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LAST_LOOK: Duration = Duration::from_millis(250);
 /// After the kill nothing may be left for longer.
 const AFTER_KILL: Duration = Duration::from_secs(5);
-/// For what runs under a mark alone, without a record that says more.
+/// For what runs without a record that says more.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
 /// What is to be ended, and how.
@@ -30,16 +31,26 @@ pub struct Target {
     pub signal: StopSignal,
     pub grace: Duration,
     pub kill_mode: KillMode,
+    /// What holds its processes; several where the place for groups changed between two managers.
+    groups: Vec<Group>,
+    /// Processes of it may live outside of any group: every process of the host is looked at.
+    scattered: bool,
 }
 
 impl Target {
-    /// As the record says; without one, by mark and with the defaults.
-    pub fn of(name: &AgentName, record: Option<Record>) -> Target {
+    /// As the record says; without one, with the defaults. `groups`: where groups are made now.
+    pub fn of(name: &AgentName, record: Option<Record>, groups: Option<&Groups>) -> Target {
         let (signal, grace, kill_mode) = match &record {
             Some(record) => (record.head.stop_signal, record.head.grace(), record.head.kill_mode),
             None => (StopSignal::Term, DEFAULT_GRACE, KillMode::Tree),
         };
-        Target { name: name.clone(), record, signal, grace, kill_mode }
+        let mut held: Vec<Group> = groups.map(|groups| groups.group(name.as_str())).into_iter().collect();
+        held.extend(record.as_ref().and_then(Record::group).filter(|group| !held.contains(group)));
+        let scattered = match &record {
+            Some(record) => record.group.is_none(),
+            None => held.is_empty(),
+        };
+        Target { name: name.clone(), record, signal, grace, kill_mode, groups: held, scattered }
     }
 
     /// The same target, to be killed without a word first: what a dead main process left behind.
@@ -47,11 +58,36 @@ impl Target {
         Target { signal: StopSignal::Kill, grace: Duration::ZERO, ..self }
     }
 
-    fn holds(&self, process: &Seen, leader_alive: bool) -> bool {
-        let leads = |record: &Record| record.pid == process.pid && record.start_time == process.start_time;
-        if self.kill_mode == KillMode::Process {
-            return self.record.as_ref().is_some_and(leads);
+    /// Whether to find out what is left of it takes a look at every process of the host.
+    pub fn is_scattered(&self) -> bool {
+        self.scattered
+    }
+
+    /// Whether nothing lives in its groups.
+    pub fn groups_are_empty(&self) -> bool {
+        // One that cannot be read is taken for one that is not there.
+        self.groups.iter().all(|group| group.is_empty().unwrap_or(true))
+    }
+
+    /// Resolves when nothing lives in its groups any more. Cancel-safe.
+    pub async fn groups_emptied(&self) {
+        for group in &self.groups {
+            group.emptied().await;
         }
+    }
+
+    /// Takes its groups away, where nobody lives in them: of one that was killed whole some kernels let nothing new begin in it.
+    pub fn remove_groups(&self) {
+        for group in &self.groups {
+            if let Err(error) = group.remove()
+                && self.kill_mode == KillMode::Tree
+            {
+                tracing::warn!(agent = %self.name, group = group.name(), error = %error, "a group cannot be removed");
+            }
+        }
+    }
+
+    fn holds(&self, process: &Seen, leader_alive: bool) -> bool {
         let marked = process.mark.as_ref().is_some_and(|mark| mark.name == self.name.as_str());
         // While a session has members its number is given to nobody else; a process of that number that is not the recorded one means
         // that the session was another's.
@@ -61,22 +97,45 @@ impl Target {
             .is_some_and(|record| process.session == record.pid && (leader_alive || process.pid != record.pid));
         marked || in_session
     }
+
+    /// The processes that live in its groups. Where no record says that all of them are ours, the marks tell.
+    fn grouped(&self, home: &Home) -> Vec<Seen> {
+        let pids = self.groups.iter().filter_map(|group| group.members().ok()).flatten();
+        let seen = pids.filter_map(|pid| platform::seen(pid, home.root()));
+        seen.filter(|process| self.record.is_some() || is_ours(home, process)).collect()
+    }
+
+    fn kill_groups(&self) {
+        for group in &self.groups {
+            if let Err(error) = group.kill() {
+                tracing::warn!(agent = %self.name, group = group.name(), error = %error, "a group cannot be killed whole");
+            }
+        }
+    }
 }
 
-/// The live processes of a sub-agent, oldest first.
+/// The live processes of a sub-agent, oldest first, without those that ask after its health.
 pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
-    members_among(&processes(home), target)
+    let scattered = if target.scattered { processes(home) } else { vec![] };
+    let mut members = members_among(home, &scattered, target);
+    members.retain(|process| !process.is_check());
+    members
 }
 
 /// Every process of the host; no mark is left on those that a sub-agent started for somebody else.
 fn processes(home: &Home) -> Vec<Seen> {
     let mut processes = platform::processes(home.root());
     for process in &mut processes {
-        if process.mark.as_ref().is_some_and(|mark| mark.main_only && !is_main(home, process, &mark.name)) {
+        if !is_ours(home, process) {
             process.mark = None;
         }
     }
     processes
+}
+
+/// Whether a process is none that a sub-agent started for somebody else.
+fn is_ours(home: &Home, process: &Seen) -> bool {
+    !process.mark.as_ref().is_some_and(|mark| mark.main_only && !is_main(home, process, &mark.name))
 }
 
 /// Whether a marked process is the one that we started: it leads a session, and what it runs lies in a release of the sub-agent.
@@ -86,89 +145,162 @@ pub fn is_main(home: &Home, process: &Seen, name: &str) -> bool {
         && platform::first_words(process.pid, 2).iter().any(|word| word.starts_with(&releases))
 }
 
-fn members_among(processes: &[Seen], target: &Target) -> Vec<Seen> {
-    let recorded = target.record.as_ref().filter(|record| record.head.boot_id == platform::boot_id());
-    let target = Target { record: recorded.cloned(), ..target.clone() };
-    let taken_over =
-        |record: &Record| processes.iter().any(|p| p.pid == record.pid && p.start_time != record.start_time);
-    let target = match &target.record {
-        Some(record) if taken_over(record) => Target { record: None, ..target },
-        _ => target,
-    };
-    let leader_alive = target
-        .record
-        .as_ref()
-        .is_some_and(|record| processes.iter().any(|p| p.pid == record.pid && p.start_time == record.start_time));
-    let mut members: Vec<Seen> =
-        processes.iter().filter(|process| target.holds(process, leader_alive)).cloned().collect();
+/// The members of a target: those of its groups, and those among `processes`.
+fn members_among(home: &Home, processes: &[Seen], target: &Target) -> Vec<Seen> {
+    if target.kill_mode == KillMode::Process {
+        let main = target.record.as_ref().filter(|record| record.is_alive());
+        return main.and_then(|record| platform::seen(record.pid, home.root())).into_iter().collect();
+    }
+    let mut members = target.grouped(home);
+    if target.scattered {
+        let recorded = target.record.as_ref().filter(|record| record.head.boot_id == platform::boot_id());
+        let taken_over =
+            |record: &&Record| !processes.iter().any(|p| p.pid == record.pid && p.start_time != record.start_time);
+        let target = Target { record: recorded.filter(taken_over).cloned(), ..target.clone() };
+        let leader_alive = target
+            .record
+            .as_ref()
+            .is_some_and(|record| processes.iter().any(|p| p.pid == record.pid && p.start_time == record.start_time));
+        members.extend(processes.iter().filter(|process| target.holds(process, leader_alive)).cloned());
+    }
     members.sort_by_key(|process| (process.start_time, process.pid));
+    members.dedup_by_key(|process| process.pid);
     members
+}
+
+/// The end of some targets, look by look.
+#[derive(Debug)]
+pub struct Ending<'a> {
+    home: &'a Home,
+    targets: &'a [Target],
+    began: Instant,
+    told: Vec<(u32, u64)>,
+    pause: Duration,
+}
+
+impl<'a> Ending<'a> {
+    pub fn of(home: &'a Home, targets: &'a [Target]) -> Ending<'a> {
+        Ending { home, targets, began: Instant::now(), told: vec![], pause: FIRST_LOOK }
+    }
+
+    /// Tells or kills what is left, and says when to look again; `None`: nothing is left.
+    pub fn look(&mut self) -> Result<Option<Duration>> {
+        let scattered = self.targets.iter().any(Target::is_scattered);
+        let processes = if scattered { processes(self.home) } else { vec![] };
+        let spent = self.began.elapsed();
+        let mut until_kill = None;
+        for target in self.targets {
+            let members = members_among(self.home, &processes, target);
+            let Some(last) = members.last() else { continue };
+            let overdue = spent.saturating_sub(target.grace);
+            if overdue > AFTER_KILL {
+                bail!(
+                    "cannot end sub-agent {}: process {} is still there {AFTER_KILL:?} after it was killed",
+                    target.name,
+                    last.pid
+                );
+            }
+            let overtime = spent >= target.grace;
+            if overtime && target.kill_mode == KillMode::Tree && target.record.is_some() {
+                target.kill_groups();
+            }
+            for process in members {
+                // What asks after its health has nothing to bring in order.
+                let kill = overtime || process.is_check();
+                let key = (process.pid, process.start_time);
+                if !kill && self.told.contains(&key) {
+                    continue;
+                }
+                let signal = if kill { StopSignal::Kill } else { target.signal };
+                if let Err(error) = platform::signal(process.pid, process.start_time, signal) {
+                    tracing::warn!(pid = process.pid, error = %error, "a process of a sub-agent cannot be signalled");
+                }
+                self.told.push(key);
+            }
+            let left = target.grace.saturating_sub(spent);
+            until_kill = Some(until_kill.map_or(left, |least: Duration| least.min(left)));
+        }
+        let Some(until_kill) = until_kill else { return Ok(None) };
+        let pause = self.pause.min(until_kill).max(FIRST_LOOK);
+        self.pause = (self.pause * 2).min(LAST_LOOK);
+        Ok(Some(pause))
+    }
 }
 
 /// Ends the targets, all at the same time, and returns when nothing of any of them is left. Blocks.
 pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
     std::thread::scope(|scope| {
         for target in targets {
-            if let Some(record) = &target.record
-                && record.head.kind == Kind::Script
-                && target.signal != StopSignal::Kill
-            {
+            if let Some(record) = target.script_to_ask() {
                 scope.spawn(|| script::stop(home, record));
             }
         }
     });
-    let began = Instant::now();
-    let mut told: Vec<(u32, u64)> = vec![];
-    let mut pause = FIRST_LOOK;
-    loop {
-        let processes = processes(home);
-        let mut left = vec![];
-        for target in targets {
-            let spent = began.elapsed();
-            for process in members_among(&processes, target) {
-                let kill = spent >= target.grace;
-                let key = (process.pid, process.start_time);
-                if kill || !told.contains(&key) {
-                    let signal = if kill { StopSignal::Kill } else { target.signal };
-                    if let Err(error) = platform::signal(process.pid, process.start_time, signal) {
-                        tracing::warn!(pid = process.pid, error = %error, "a process of a sub-agent cannot be signalled");
-                    }
-                    told.push(key);
-                }
-                left.push((target, process.pid, spent.saturating_sub(target.grace)));
+    let mut ending = Ending::of(home, targets);
+    while let Some(pause) = ending.look()? {
+        platform::pause(pause);
+    }
+    targets.iter().for_each(Target::remove_groups);
+    Ok(())
+}
+
+impl Target {
+    /// The record of a sub-agent whose own `control` script is to be asked first.
+    pub fn script_to_ask(&self) -> Option<&Record> {
+        self.record.as_ref().filter(|record| record.head.kind == Kind::Script && self.signal != StopSignal::Kill)
+    }
+}
+
+/// What of a home's sub-agents is there.
+#[derive(Debug)]
+pub struct Census {
+    /// Every sub-agent of which something runs or is recorded.
+    pub targets: Vec<Target>,
+    /// The processes that bear the mark of one, oldest first.
+    pub marked: Vec<Seen>,
+}
+
+impl Census {
+    pub fn take(home: &Home, groups: Option<&Groups>) -> Census {
+        let mut targets: Vec<Target> = record::all(home)
+            .into_iter()
+            .map(|record| Target::of(&record.head.name.clone(), Some(record), groups))
+            .collect();
+        let held = groups.and_then(|groups| groups.all().ok()).unwrap_or_default();
+        for name in held.iter().filter_map(|name| name.parse::<AgentName>().ok()) {
+            if !targets.iter().any(|target| target.name == name) {
+                targets.push(Target::of(&name, None, groups));
             }
         }
-        if left.is_empty() {
-            return Ok(());
+        let mut marked = processes(home);
+        marked.retain(|process| process.mark.is_some());
+        marked.sort_by_key(|process| (process.start_time, process.pid));
+        for process in &marked {
+            let Some(name) = process.mark.as_ref().and_then(|mark| mark.name.parse::<AgentName>().ok()) else {
+                continue;
+            };
+            match targets.iter_mut().find(|target| target.name == name) {
+                Some(target) => {
+                    let mut members = target.groups.iter().filter_map(|group| group.members().ok());
+                    target.scattered |= !members.any(|members| members.contains(&process.pid));
+                }
+                None => targets.push(Target { scattered: true, ..Target::of(&name, None, groups) }),
+            }
         }
-        if let Some((target, pid, _)) = left.iter().find(|(_, _, overdue)| *overdue > AFTER_KILL) {
-            bail!(
-                "cannot end sub-agent {}: process {pid} is still there {AFTER_KILL:?} after it was killed",
-                target.name
-            );
-        }
-        let until_kill = left.iter().map(|(target, _, _)| target.grace.saturating_sub(began.elapsed())).min();
-        platform::pause(pause.min(until_kill.unwrap_or_default()).max(FIRST_LOOK));
-        pause = (pause * 2).min(LAST_LOOK);
+        Census { targets, marked }
     }
 }
 
-/// Every sub-agent of a home of which something runs or is recorded.
-pub fn all(home: &Home) -> Vec<Target> {
-    let mut targets: Vec<Target> =
-        record::all(home).into_iter().map(|record| Target::of(&record.head.name.clone(), Some(record))).collect();
-    for process in processes(home) {
-        let Some(name) = process.mark.and_then(|mark| mark.name.parse::<AgentName>().ok()) else { continue };
-        if !targets.iter().any(|target| target.name == name) {
-            targets.push(Target::of(&name, None));
-        }
-    }
-    targets
+/// Whether anything of a home's sub-agents runs.
+pub fn any_run(home: &Home) -> bool {
+    let targets = Census::take(home, super::groups(home).as_ref()).targets;
+    targets.iter().any(|target| !members(home, target).is_empty())
 }
 
-/// Ends every sub-agent of a home and removes the records. Blocks.
+/// Ends every sub-agent of a home and forgets it. Blocks.
 pub fn end_all(home: &Home) -> Result<()> {
-    let targets = all(home);
+    let groups = super::groups(home);
+    let targets = Census::take(home, groups.as_ref()).targets;
     end(home, &targets)?;
     for target in &targets {
         record::remove(home, &target.name)?;
@@ -186,7 +318,7 @@ mod tests {
         Seen { pid, start_time, session, mark: None }
     }
 
-    fn target(pid: u32, start_time: u64, kill_mode: KillMode) -> Target {
+    fn target(pid: u32, start_time: u64) -> Target {
         let version: Version = "1".parse().unwrap();
         let head = Head {
             format: 1,
@@ -197,28 +329,29 @@ mod tests {
             restarts: 0,
             stop_signal: StopSignal::Term,
             grace_seconds: 1,
-            kill_mode,
+            kill_mode: KillMode::Tree,
             boot_id: platform::boot_id(),
         };
-        Target::of(&"a".parse().unwrap(), Some(Record { head, pid, start_time, ended: None }))
+        Target::of(&"a".parse().unwrap(), Some(Record { head, pid, start_time, group: None, ended: None }), None)
     }
 
     #[test]
     fn a_tree_is_its_session_and_whoever_bears_the_mark() {
         let mut stray = seen(90, 30, 90);
-        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false });
+        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
         let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray];
-        let pids = |target| members_among(&all, &target).iter().map(|p| p.pid).collect::<Vec<_>>();
-        assert_eq!(pids(target(50, 10, KillMode::Tree)), [50, 51, 90]);
-        assert_eq!(pids(target(50, 10, KillMode::Process)), [50]);
+        let home = Home::new("/nowhere");
+        let pids = members_among(&home, &all, &target(50, 10)).iter().map(|p| p.pid).collect::<Vec<_>>();
+        assert_eq!(pids, [50, 51, 90]);
     }
 
     #[test]
     fn a_session_whose_number_is_somebody_elses_now_is_left_alone() {
         let all = [seen(50, 99, 50), seen(51, 100, 50)];
-        assert_eq!(members_among(&all, &target(50, 10, KillMode::Tree)), []);
+        let home = Home::new("/nowhere");
+        assert_eq!(members_among(&home, &all, &target(50, 10)), []);
         let orphans = [seen(51, 11, 50)];
-        assert_eq!(members_among(&orphans, &target(50, 10, KillMode::Tree)).len(), 1);
+        assert_eq!(members_among(&home, &orphans, &target(50, 10)).len(), 1);
     }
 
     #[test]
@@ -231,7 +364,7 @@ mod tests {
         platform::detach(&mut command);
         let mut child = command.spawn().unwrap();
         let name: AgentName = "stubborn".parse().unwrap();
-        let stubborn = Target { grace: Duration::from_millis(300), ..Target::of(&name, None) };
+        let stubborn = Target { grace: Duration::from_millis(300), ..Target::of(&name, None, None) };
         while members(&home, &stubborn).len() < 2 {
             platform::pause(Duration::from_millis(5));
         }

@@ -9,16 +9,22 @@ use crate::core::desired::Run;
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::{AgentReport, AgentState};
 use crate::core::reconcile::Actual;
-use crate::core::schedule::Backoff;
+use crate::core::schedule::{Allowance, Backoff};
 use crate::core::status::AgentStatus;
 use crate::core::supervise::{Policy, Supervisor};
 use crate::home::{self, Home};
 use crate::platform;
+use crate::process::health;
 use crate::process::launch::{self, Program};
 use crate::process::record::Record;
 
 /// Between two tries at a release that cannot be had.
 const STAGE_BACKOFF: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::from_secs(300) };
+
+/// Of its exits, failed starts and states of health, so many are told to the gateway at once, and one more each so often: one that goes
+/// down again and again must not fill the journal, which is everybody's. Its state and its restarts are in every heartbeat.
+const TOLD_AT_ONCE: u32 = 12;
+const TOLD_EVERY: Duration = Duration::from_secs(600);
 
 /// Something that takes the sub-agent down first.
 #[derive(Debug, Clone)]
@@ -53,10 +59,13 @@ pub(super) struct Agent {
     pub(super) record: Option<Record>,
     /// The watch on that process.
     pub(super) watch: Option<AbortHandle>,
+    /// The question after its health.
+    pub(super) question: Option<AbortHandle>,
     /// What keeps it from being what it should, besides its exits.
     pub(super) error: Option<String>,
     /// Which of the gateway's variables it was started without, as a sentence.
     pub(super) refused_env: Option<String>,
+    pub(super) told: Allowance,
 }
 
 impl Agent {
@@ -76,8 +85,10 @@ impl Agent {
             serial: 0,
             record: None,
             watch: None,
+            question: None,
             error: None,
             refused_env: None,
+            told: Allowance::new(TOLD_AT_ONCE, TOLD_EVERY),
         }
     }
 
@@ -110,8 +121,11 @@ impl Agent {
         let Some(active) = &self.active else { return };
         match launch::inspect(home, &self.name, active) {
             Ok(program) => {
-                self.supervisor.set_policy(Policy { restart: program.restart(), ..Policy::default() });
-                self.program = Some(program);
+                let checks = health::checks(&program);
+                self.supervisor.set_policy(Policy { restart: program.restart(), checks, ..Policy::default() });
+                if self.program.replace(program).is_none() {
+                    self.error = None;
+                }
             }
             Err(error) => {
                 self.program = None;
@@ -149,6 +163,11 @@ impl Agent {
         self.held_back = None;
     }
 
+    /// Whether a release that was held back is to be tried again.
+    pub(super) fn hold_is_over(&self, now: Instant) -> bool {
+        self.held_back.as_ref().is_some_and(|held| held.until <= now)
+    }
+
     /// When there is something to do for it without anything happening.
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let retry = self.held_back.as_ref().map(|held| held.until).filter(|until| *until > now);
@@ -160,7 +179,9 @@ impl Agent {
         match self.supervisor.state() {
             _ if updating => AgentState::Updating,
             AgentState::Stopped if self.active.is_none() => AgentState::Failed,
-            AgentState::Stopped if self.program.is_none() && self.run == Run::Start => AgentState::Failed,
+            AgentState::Stopped | AgentState::Backoff if self.program.is_none() && self.run == Run::Start => {
+                AgentState::Failed
+            }
             state => state,
         }
     }

@@ -1,7 +1,7 @@
 //! What happened on the host and the gateway has not acknowledged: kept on disk, capped, told again with every heartbeat until it is.
 
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,9 @@ use crate::store;
 const MAX_EVENTS: usize = 500;
 /// So many go up with one heartbeat.
 const MAX_PER_HEARTBEAT: usize = 100;
+
+/// So long after an event it is on disk.
+const FLUSH: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -29,7 +32,7 @@ struct Stored {
 pub(super) struct Journal {
     path: PathBuf,
     stored: Stored,
-    changed: bool,
+    changed: Option<Instant>,
 }
 
 /// What an event is about.
@@ -47,7 +50,7 @@ impl Journal {
             tracing::warn!(error = format!("{error:#}"), "the events kept for the gateway cannot be read and are lost");
             None
         });
-        Journal { path, stored: stored.unwrap_or_default(), changed: false }
+        Journal { path, stored: stored.unwrap_or_default(), changed: None }
     }
 
     /// Notes an event. Its id grows even where the last ones could not be kept: it is never behind the clock's milliseconds.
@@ -75,14 +78,16 @@ impl Journal {
             let surplus = self.stored.events.len() - MAX_EVENTS;
             self.stored.events.drain(..surplus);
         }
-        self.changed = true;
+        self.changed.get_or_insert_with(Instant::now);
     }
 
     /// Forgets what the gateway has seen.
     pub(super) fn acknowledge(&mut self, id: u64) {
         let before = self.stored.events.len();
         self.stored.events.retain(|event| event.id > id);
-        self.changed |= before != self.stored.events.len();
+        if before != self.stored.events.len() {
+            self.changed.get_or_insert_with(Instant::now);
+        }
     }
 
     /// The oldest ones, for the next heartbeat.
@@ -90,9 +95,14 @@ impl Journal {
         self.stored.events.iter().take(MAX_PER_HEARTBEAT).cloned().collect()
     }
 
+    /// When what changed is to be written, so that a crash loses little and a crowd of events is one write.
+    pub(super) fn flush_at(&self) -> Option<Instant> {
+        self.changed.map(|since| since + FLUSH)
+    }
+
     /// Writes what changed since the last time.
     pub(super) fn flush(&mut self) {
-        if !std::mem::take(&mut self.changed) {
+        if self.changed.take().is_none() {
             return;
         }
         if let Err(error) = store::save(&self.path, &self.stored) {

@@ -2,6 +2,7 @@
 
 mod adoption;
 mod exchange;
+mod health;
 mod knocks;
 mod steps;
 
@@ -13,10 +14,10 @@ use anyhow::{Context, Result};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use super::agent::Agent;
+use super::heartbeats::Uplink;
 use super::journal::{About, Journal};
 use super::peer::Peer;
 use super::run::Inputs;
-use super::uplink_task::{self, Order as UplinkOrder};
 use super::{notify, stage};
 use crate::config::{Config, Loaded};
 use crate::core::desired::Desired;
@@ -28,12 +29,12 @@ use crate::door::{self, Farewell, Reply};
 use crate::home::Home;
 use crate::installation;
 use crate::package::{self, Places};
-use crate::platform::{self, LocalListener, Termination};
-use crate::process::log;
+use crate::platform::{self, Groups, LocalListener, Termination};
+use crate::process::{self, log};
 use crate::store;
 
-/// Logs, watchdog and journal are looked after so often.
-const HOUSEKEEPING: Duration = Duration::from_secs(10);
+/// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
+const HOUSEKEEPING: Duration = Duration::from_secs(25);
 /// Housekeeping that comes so late was held up by a stop of this process or of the machine.
 const NOT_SCHEDULED: Duration = Duration::from_secs(10);
 /// A host that booted so recently comes back together with many others.
@@ -54,10 +55,14 @@ pub(super) struct Manager {
     started: Instant,
     desired: Desired,
     agents: BTreeMap<AgentName, Agent>,
+    /// Where the sub-agents' process trees are held together.
+    groups: Option<Groups>,
+    /// Something came about that a plan goes by.
+    replan: bool,
     journal: Journal,
     peer: Peer,
     inputs: Inputs,
-    uplink: std::sync::mpsc::Sender<UplinkOrder>,
+    uplink: Uplink,
     turns: Arc<Semaphore>,
     gateway: GatewayStatus,
     /// By subject, so that what was mended disappears.
@@ -97,7 +102,9 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
     tracing::info!(version = %manager.version, pid = std::process::id(), agents = manager.agents.len(), "the manager is ready");
 
     let ending = loop {
-        manager.reconcile();
+        if std::mem::take(&mut manager.replan) {
+            manager.reconcile();
+        }
         if let Some(ending) = manager.ending {
             break ending;
         }
@@ -144,7 +151,7 @@ impl Manager {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
         }
         let config = loaded.config;
-        let uplink = uplink_task::start(home, &agent_id, &config, &inputs)?;
+        let uplink = Uplink::new(home, &agent_id, &config, &inputs);
         let now = Instant::now();
         let after_boot = platform::uptime().is_some_and(|uptime| uptime < JUST_BOOTED) && desired.is_some();
         let interval = config.heartbeat_interval.0;
@@ -168,6 +175,8 @@ impl Manager {
             started: now,
             desired: desired.unwrap_or_default(),
             agents: BTreeMap::new(),
+            groups: process::groups(home),
+            replan: true,
             journal,
             peer: Peer::new(home, supervised, now),
             inputs,
@@ -204,7 +213,7 @@ impl Manager {
         let agents = self.agents.values().filter_map(|agent| agent.deadline(now));
         // While the home stops, the watchdog is nobody's concern.
         let peer = self.stopping.is_none().then(|| self.peer.deadline());
-        let fixed = [self.next_heartbeat, Some(self.next_housekeeping), peer];
+        let fixed = [self.next_heartbeat, Some(self.next_housekeeping), self.journal.flush_at(), peer];
         fixed.into_iter().flatten().chain(agents).min().unwrap_or(now)
     }
 
@@ -219,6 +228,7 @@ impl Manager {
         for name in due {
             self.feed(&name, Event::Tick, now);
         }
+        self.replan |= self.agents.values().any(|agent| agent.hold_is_over(now));
         if now >= self.next_housekeeping + NOT_SCHEDULED {
             tracing::warn!("the manager did not run for a while; what it missed meanwhile counts against nobody");
             self.peer.ping(now);
@@ -226,9 +236,11 @@ impl Manager {
         if now >= self.peer.deadline() && self.stopping.is_none() {
             self.peer.look(&self.home, now);
         }
+        if self.journal.flush_at().is_some_and(|at| at <= now) {
+            self.journal.flush();
+        }
         if now >= self.next_housekeeping {
             self.next_housekeeping = now + HOUSEKEEPING;
-            self.journal.flush();
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
             self.orphans = platform::reap_orphans(&self.orphans);
@@ -259,7 +271,7 @@ impl Manager {
                 self.journal.note("config", "ok", About::default(), "the changed configuration is in force");
                 self.config = loaded.config;
                 self.interval = self.config.heartbeat_interval.0;
-                let _ = self.uplink.send(UplinkOrder::Configure(Box::new(self.config.clone())));
+                self.uplink.configure(&self.config);
             }
             Err(error) => {
                 let text = format!("{error:#}");

@@ -1,23 +1,17 @@
 //! What takes time, done beside the manager's loop: starting a sub-agent, watching it, stopping it. Each reports with an [`Input`].
 
-use std::time::Duration;
-
 use anyhow::Result;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use super::Input;
 use crate::core::manifest::KillMode;
-use crate::core::model::AgentName;
 use crate::home::Home;
-use crate::platform;
+use crate::platform::{self, Child};
 use crate::process::launch::{self, Program, Start};
 use crate::process::record::{self, Record};
 use crate::process::script::{self, Said};
-use crate::process::tree::{self, Target};
-
-/// A `control` script is asked for its status so often, beside the watch on its process.
-const STATUS_INTERVAL: Duration = Duration::from_secs(30);
+use crate::process::tree::{self, Ending, Target};
 
 /// Where a task sends what came of it.
 pub(super) type Inputs = mpsc::UnboundedSender<Input>;
@@ -25,7 +19,7 @@ pub(super) type Inputs = mpsc::UnboundedSender<Input>;
 /// A process that runs: started by us, so that its exit status comes to us, or adopted.
 #[derive(Debug)]
 pub(super) enum Running {
-    Child(Box<tokio::process::Child>, Record),
+    Child(Child, Record),
     Adopted(Record),
     Script(Box<Start>, Record),
 }
@@ -49,12 +43,11 @@ pub(super) fn start(inputs: &Inputs, serial: u64, start: Start) {
 }
 
 async fn start_clean(start: Start) -> Result<Running> {
-    let (home, name, kill_mode) = (start.home.clone(), start.name.clone(), start.head().kill_mode);
-    tokio::task::spawn_blocking(move || end_leftovers(&home, &name, kill_mode)).await??;
+    end_leftovers(&start).await?;
     match start.program.clone() {
         Program::Native(manifest) => {
             let (child, record) = launch::start_native(&start, &manifest).await?;
-            Ok(Running::Child(Box::new(child), record))
+            Ok(Running::Child(child, record))
         }
         Program::Script => {
             let of = start.clone();
@@ -66,12 +59,30 @@ async fn start_clean(start: Start) -> Result<Running> {
 }
 
 /// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
-fn end_leftovers(home: &Home, name: &AgentName, kill_mode: KillMode) -> Result<()> {
-    if kill_mode == KillMode::Process {
+async fn end_leftovers(start: &Start) -> Result<()> {
+    if start.head().kill_mode == KillMode::Process {
         return Ok(());
     }
-    let target = Target::of(name, record::load(home, name)).at_once();
-    if tree::members(home, &target).is_empty() { Ok(()) } else { tree::end(home, &[target]) }
+    let record = record::load(&start.home, &start.name);
+    let target = Target::of(&start.name, record, start.groups.as_ref()).at_once();
+    if target.is_scattered() || !target.groups_are_empty() { end(&start.home, target).await } else { Ok(()) }
+}
+
+/// Ends what is left of a target, without holding up the manager's loop.
+async fn end(home: &Home, target: Target) -> Result<()> {
+    if target.is_scattered() || target.script_to_ask().is_some() {
+        // Both take their time: every process of the host is looked at, a script is run.
+        let home = home.clone();
+        return tokio::task::spawn_blocking(move || tree::end(&home, &[target])).await?;
+    }
+    let targets = [target];
+    let mut ending = Ending::of(home, &targets);
+    while let Some(pause) = ending.look()? {
+        // It ends early when nothing is left.
+        let _ = tokio::time::timeout(pause, targets[0].groups_emptied()).await;
+    }
+    targets[0].remove_groups();
+    Ok(())
 }
 
 /// Watches a process and tells of its end. Who stops it ends the watch: a `control` script must not be asked while its files are removed.
@@ -100,26 +111,30 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
     loop {
         tokio::select! {
             // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
-            () = platform::ended(record.pid, record.start_time) => {
-                platform::reap_orphan(record.pid);
-                let ended = format!("its process {} ended", record.pid);
-                // Where nothing of it is left, there is nothing to ask after.
-                let Some(process) = script::find(start).await else { return ended };
-                match script::status(start).await {
-                    Ok(Said::Started) => {
-                        record = Record { pid: process.pid, start_time: process.start_time, ..record };
-                        let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
-                        let _ = inputs.send(moved);
-                    }
-                    _ => return ended,
-                }
-            }
-            () = tokio::time::sleep(STATUS_INTERVAL) => match script::status(start).await {
-                Ok(Said::Stopped) => return "`control status` says that it is stopped".to_owned(),
-                Ok(Said::Started | Said::Unclear) => {}
-                Err(error) => tracing::warn!(agent = %start.name, error = format!("{error:#}"), "a sub-agent's status cannot be asked"),
-            }
+            () = platform::ended(record.pid, record.start_time) => {}
+            // A program that scrubs its environment and is nobody's by number is still in the group.
+            () = emptied(&record) => return "nothing of it is left".to_owned(),
         }
+        platform::reap_orphan(record.pid);
+        let ended = format!("its process {} ended", record.pid);
+        // Where nothing of it is left, there is nothing to ask after.
+        let Some(process) = script::find(start).await else { return ended };
+        match script::status(start).await {
+            Ok(Said::Started) => {
+                record = Record { pid: process.pid, start_time: process.start_time, ..record };
+                let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
+                let _ = inputs.send(moved);
+            }
+            _ => return ended,
+        }
+    }
+}
+
+/// Resolves when the group of a process holds nobody any more; never where it has none.
+async fn emptied(record: &Record) {
+    match record.group() {
+        Some(group) => group.emptied().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -127,14 +142,10 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
 pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: Target) {
     let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
     tokio::spawn(async move {
-        let ended = tokio::task::spawn_blocking(move || {
-            tree::end(&home, std::slice::from_ref(&target))?;
-            record::remove(&home, &target.name)
-        });
-        let result = match ended.await {
-            Ok(result) => result.map_err(|error| format!("{error:#}")),
-            Err(error) => Err(format!("cannot stop it: {error}")),
-        };
-        let _ = inputs.send(Input::Ended { name, serial, result });
+        let ended = end(&home, target.clone()).await.and_then(|()| record::remove(&home, &name));
+        if let Some(record) = &target.record {
+            platform::reap_orphan(record.pid);
+        }
+        let _ = inputs.send(Input::Ended { name, serial, result: ended.map_err(|error| format!("{error:#}")) });
     });
 }

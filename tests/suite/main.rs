@@ -2,6 +2,7 @@
 
 mod gateway;
 mod harness;
+mod health;
 mod help;
 mod homes;
 mod install;

@@ -167,6 +167,7 @@ impl Drop for TestHost {
         }
         // Roles start each other and sub-agents again, so this goes on until all is quiet. Whatever is found is found by this directory.
         let ended = processes::end_all(self.directory.path());
+        processes::remove_groups(&self.home());
         // A test of a read-only home must not keep us from removing it.
         let _ = fs::set_permissions(self.home(), std::os::unix::fs::PermissionsExt::from_mode(0o755));
         if !thread::panicking() {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use sha2::{Digest as _, Sha256};
 
 use super::wait::try_for;
 
@@ -47,6 +48,21 @@ pub fn end_all(home: &Path) -> Result<(), Vec<Process>> {
         left.is_empty().then_some(())
     });
     gone.ok_or_else(|| of_home(home))
+}
+
+/// Takes away the cgroups that a home's sub-agents had, whose processes have ended.
+pub fn remove_groups(home: &Path) {
+    let digest = Sha256::digest(home.as_os_str().as_encoded_bytes());
+    let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in hierarchies.chain([root.to_owned()]) {
+        let base = hierarchy.join(format!("aops-agents-{digits}"));
+        for group in fs::read_dir(&base).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(group.path());
+        }
+        let _ = fs::remove_dir(base);
+    }
 }
 
 /// Sends a signal; that the process is gone is no error.

@@ -8,6 +8,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -35,12 +36,7 @@ impl Fleet {
             tempfile::Builder::new().prefix("aops-fleet-").tempdir().context("cannot make a temporary directory")?;
         let fleet =
             Fleet { directory: directory.keep(), gateway: gateway.to_owned(), url: String::new(), is_kept: false };
-        let interrupted = fleet.directory.clone();
-        ctrlc::set_handler(move || {
-            clean_up(&interrupted);
-            std::process::exit(130);
-        })
-        .context("cannot take Ctrl-C")?;
+        clean_up_when_interrupted(&fleet.directory)?;
         Ok(fleet)
     }
 
@@ -176,10 +172,27 @@ impl Drop for Fleet {
     }
 }
 
-fn clean_up(directory: &Path) {
+/// From now on Ctrl-C ends what runs in that directory and removes it, before it ends us.
+pub(crate) fn clean_up_when_interrupted(directory: &Path) -> Result<()> {
+    static DIRECTORIES: Mutex<Vec<PathBuf>> = Mutex::new(vec![]);
+    let directories = || DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner);
+    directories().push(directory.to_owned());
+    if directories().len() > 1 {
+        return Ok(());
+    }
+    let handler = move || {
+        directories().iter().for_each(|directory| clean_up(directory));
+        std::process::exit(130);
+    };
+    ctrlc::set_handler(handler).context("cannot take Ctrl-C")
+}
+
+/// Ends everything that names that directory, and removes it.
+pub(crate) fn clean_up(directory: &Path) {
     if let Err(left) = processes::end_all(directory) {
         crate::command::say(&format!("cannot end {left:?}"));
     }
+    processes::remove_groups(&directory.join("home"));
     if let Err(error) = crate::workspace::remove(directory) {
         crate::command::say(&format!("{error:#}"));
     }

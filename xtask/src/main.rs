@@ -7,6 +7,7 @@ mod check_windows;
 mod command;
 mod demo;
 mod deny;
+mod dist;
 mod fleet;
 mod rootfs;
 mod test;
@@ -47,8 +48,10 @@ enum Task {
     TestWindows(test_windows::Arguments),
     /// Check the licences and the sources of the dependencies
     Deny,
+    /// Build what is put on hosts, into target/dist: the static executable and its package
+    Dist(dist::Arguments),
     /// Measure size, memory, latency and throughput of a release build
-    Bench,
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -59,7 +62,8 @@ fn main() -> ExitCode {
         Task::CheckWindows => check_windows::run(),
         Task::TestWindows(arguments) => test_windows::run(&arguments),
         Task::Deny => deny::run(),
-        Task::Bench => bench::run(),
+        Task::Dist(arguments) => dist::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

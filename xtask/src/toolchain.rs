@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::apt::Private;
-use crate::command::{cargo, read, run_quietly, say};
+use crate::command::{cargo, read, run_quietly, say, text};
 use crate::workspace;
 
 /// Suites that may hold the source of a compiler newer than Debian 12's own, likeliest first.
@@ -22,22 +22,50 @@ pub(crate) struct Toolchain {
     /// The root of the toolchain to use instead of the running one.
     copy: Option<PathBuf>,
     build_std: bool,
+    /// More options for the compiler.
+    flags: Vec<String>,
+    /// Of the target's own, where not the machine's is to be used.
+    linker: Option<&'static str>,
+    c_compiler: Option<&'static str>,
 }
 
+/// What compiles and links C for musl.
+const MUSL_GCC: &str = "musl-gcc";
+
 impl Toolchain {
+    /// For a musl target the executables come out static, at a fixed address: a position-independent one relocates itself at each start,
+    /// which costs every process its own copy of pages that would be shared. Needs `musl-gcc`.
     pub(crate) fn for_target(target: &str) -> Result<Toolchain> {
+        let mut toolchain = Toolchain::with_library(target)?;
+        if target.ends_with("-linux-musl") {
+            toolchain.flags = paths_left_out();
+            toolchain.c_compiler = Some(MUSL_GCC);
+            toolchain.flags.extend(["-Ctarget-feature=+crt-static", "-Crelocation-model=static"].map(str::to_owned));
+            if toolchain.build_std {
+                // The parts of musl that a target of rustup's brings along come from the machine.
+                toolchain.linker = Some(MUSL_GCC);
+                toolchain.flags.push("-Clink-self-contained=no".to_owned());
+                toolchain.flags.push(format!("-Lnative={}", text(&unwinder()?)));
+            }
+        }
+        Ok(toolchain)
+    }
+
+    /// The toolchain that has the target's standard library, or its source.
+    fn with_library(target: &str) -> Result<Toolchain> {
+        let plain = |copy, build_std| Toolchain { copy, build_std, flags: vec![], linker: None, c_compiler: None };
         let sysroot = PathBuf::from(read(rustc().args(["--print", "sysroot"]))?);
         let libraries = PathBuf::from(read(rustc().args(["--print", "target-libdir", "--target", target]))?);
         let is_installed = fs::read_dir(libraries).is_ok_and(|mut entries| {
             entries.any(|entry| entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("libcore-")))
         });
         if is_installed {
-            return Ok(Toolchain { copy: None, build_std: false });
+            return Ok(plain(None, false));
         }
         if sysroot.join(SOURCE).join("library/Cargo.toml").is_file() {
-            return Ok(Toolchain { copy: None, build_std: true });
+            return Ok(plain(None, true));
         }
-        Ok(Toolchain { copy: Some(copy_with_source(&sysroot, target)?), build_std: true })
+        Ok(plain(Some(copy_with_source(&sysroot, target)?), true))
     }
 
     /// `cargo <subcommand>` for `target`, to check or test: with the library that tests need, and without optimization. Build scripts that
@@ -77,8 +105,43 @@ impl Toolchain {
         if self.build_std {
             command.env("RUSTC_BOOTSTRAP", "1").arg(format!("-Zbuild-std={libraries}"));
         }
+        let underscored = target.replace('-', "_");
+        let prefix = format!("CARGO_TARGET_{}", underscored.to_uppercase());
+        if !self.flags.is_empty() {
+            // One that may hold spaces; as a target is given, it is not for build scripts.
+            command.env("CARGO_ENCODED_RUSTFLAGS", self.flags.join("\x1f"));
+        }
+        if let Some(linker) = self.linker {
+            command.env(format!("{prefix}_LINKER"), linker);
+        }
+        if let Some(compiler) = self.c_compiler {
+            command.env(format!("CC_{underscored}"), compiler);
+        }
         command
     }
+}
+
+/// Options that make the executable say nothing of where it was built, which makes it the same wherever that is.
+fn paths_left_out() -> Vec<String> {
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let cargo_home = std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);
+    let places = [(cargo_home, "/cargo"), (workspace::root(), "/aops")];
+    places.iter().map(|(place, name)| format!("--remap-path-prefix={}={name}", text(place))).collect()
+}
+
+/// A directory with the unwinder of the machine's own gcc, under the name that the standard library links for musl, and with what that
+/// misses in musl.
+fn unwinder() -> Result<PathBuf> {
+    workspace::keep("unwinder", |unfinished| {
+        let library = unfinished.join("libunwind.a");
+        let object = unfinished.join("find_object.o");
+        fs::create_dir_all(unfinished)?;
+        let found = read(Command::new(MUSL_GCC).arg("-print-file-name=libgcc_eh.a"))?;
+        fs::copy(&found, &library).with_context(|| format!("cannot copy gcc's unwinder {found}"))?;
+        let source = workspace::root().join("xtask/src/toolchain/find_object.c");
+        run_quietly(Command::new(MUSL_GCC).args(["-O2", "-Wall", "-Wextra", "-c", "-o"]).arg(&object).arg(source))?;
+        run_quietly(Command::new("ar").arg("rs").arg(&library).arg(&object))
+    })
 }
 
 /// Where a toolchain keeps the source of its standard library.

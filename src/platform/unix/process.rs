@@ -1,6 +1,6 @@
 //! Processes: who is there, who belongs together, how one begins and how its end is seen.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::Mode;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::core::manifest::StopSignal;
-use crate::platform::{Launch, Mark, Seen};
+use crate::platform::{Mark, Seen};
 
 /// Where the kernel offers no pidfd, a process that is not our child is looked at so often.
 const POLL: Duration = Duration::from_millis(250);
@@ -31,9 +31,9 @@ pub fn start_time(pid: u32) -> Option<u64> {
     stat(pid).map(|stat| stat.start_time)
 }
 
-struct Stat {
+pub(super) struct Stat {
     session: u32,
-    start_time: u64,
+    pub(super) start_time: u64,
 }
 
 fn stat(pid: u32) -> Option<Stat> {
@@ -55,7 +55,7 @@ pub fn remains(pid: u32) -> bool {
 }
 
 /// Fields of `/proc/PID/stat` (proc(5)), counted behind the last `)`: the name before it may hold anything.
-fn parse_stat(text: &[u8]) -> Option<Stat> {
+pub(super) fn parse_stat(text: &[u8]) -> Option<Stat> {
     let behind = text.iter().rposition(|byte| *byte == b')')? + 1;
     let mut fields = text[behind..].split(|byte| *byte == b' ').filter(|field| !field.is_empty());
     let state = fields.next()?;
@@ -125,11 +125,14 @@ pub fn processes(home: &Path) -> Vec<Seen> {
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
         .filter(|pid| *pid != std::process::id())
-        .filter_map(|pid| {
-            let stat = stat(pid)?;
-            Some(Seen { pid, start_time: stat.start_time, session: stat.session, mark: mark(pid, home) })
-        })
+        .filter_map(|pid| seen(pid, home))
         .collect()
+}
+
+/// One process, if it lives, with its mark if it belongs to the home.
+pub fn seen(pid: u32, home: &Path) -> Option<Seen> {
+    let stat = stat(pid)?;
+    Some(Seen { pid, start_time: stat.start_time, session: stat.session, mark: mark(pid, home) })
 }
 
 fn mark(pid: u32, home: &Path) -> Option<Mark> {
@@ -144,6 +147,7 @@ fn mark(pid: u32, home: &Path) -> Option<Mark> {
         name: text(b"AOPS_AGENT_NAME=")?,
         version: text(b"AOPS_AGENT_VERSION=").unwrap_or_default(),
         main_only: find(crate::platform::MAIN_ONLY.as_bytes()) == Some(b"=process"),
+        is_check: find(crate::platform::CHECK.as_bytes()).is_some(),
     })
 }
 
@@ -222,9 +226,9 @@ pub fn how_it_ended(status: ExitStatus) -> String {
 /// Whom a sub-agent runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
-    uid: u32,
-    gid: u32,
-    groups: Vec<u32>,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) groups: Vec<u32>,
     pub home: String,
     pub name: String,
 }
@@ -253,25 +257,13 @@ pub fn find_user(name: &str) -> io::Result<User> {
     Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
 }
 
-/// Makes a command begin a session of its own and write its own record before it runs the program.
-///
-/// So a record exists for every program that runs, whenever the manager dies. Where it cannot be written (a full disk), the program runs
-/// all the same: its mark stands in.
-pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
-    let path = |path: &Path| {
-        CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
-    };
-    let mut temporary = launch.record.clone().into_os_string();
-    temporary.push(".new");
-    let (temporary, record) = (path(Path::new(&temporary))?, path(&launch.record)?);
-    let (head, user) = (launch.head.clone(), launch.user.clone());
+/// As [`detach`], and as another user where one is given.
+pub fn detach_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
     let groups: Vec<_> =
         user.iter().flat_map(|user| &user.groups).map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
     let in_child = move || {
-        // Between fork and exec: system calls alone, no allocation, nothing that takes a lock.
         rustix::process::setsid()?;
         rustix::process::umask(Mode::from_raw_mode(0o022));
-        let _ = write_record(&temporary, &record, &head);
         if let Some(user) = &user {
             set_thread_groups(&groups)?;
             set_thread_gid(rustix::process::Gid::from_raw(user.gid))?;
@@ -284,46 +276,19 @@ pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
     Ok(())
 }
 
-fn write_record(temporary: &CString, record: &CString, head: &[u8]) -> rustix::io::Result<()> {
-    let stat_file = rustix::fs::open(c"/proc/self/stat", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    let mut text = [0_u8; 1024];
-    let length = rustix::io::read(&stat_file, &mut text)?;
-    let start_time = parse_stat(&text[..length]).map_or(0, |stat| stat.start_time);
-    let pid = rustix::process::getpid().as_raw_nonzero().get() as u64;
-
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let file = rustix::fs::open(temporary.as_c_str(), flags, Mode::from_raw_mode(0o600))?;
-    let mut tail = [0_u8; 96];
-    let mut end = 0;
-    for part in [digits(pid, &mut [0; 20]), b",\"startTime\":", digits(start_time, &mut [0; 20]), b"}\n"] {
-        tail[end..end + part.len()].copy_from_slice(part);
-        end += part.len();
-    }
-    for mut rest in [head, &tail[..end]] {
-        while !rest.is_empty() {
-            let written = rustix::io::write(&file, rest)?;
-            rest = &rest[written..];
-        }
-    }
-    rustix::fs::rename(temporary.as_c_str(), record.as_c_str())
-}
-
-/// A number in decimal, without allocating.
-fn digits(mut value: u64, buffer: &mut [u8; 20]) -> &[u8] {
-    let mut at = buffer.len();
-    loop {
-        at -= 1;
-        buffer[at] = b'0' + (value % 10) as u8;
-        value /= 10;
-        if value == 0 {
-            return &buffer[at..];
-        }
+/// Kills what is left of the group that a detached child of ours leads or led. The child must not have been waited for yet: until then
+/// its number is nobody else's.
+pub fn kill_group(child: u32) {
+    if let Some(group) = Pid::from_raw(child as i32) {
+        let _ = rustix::process::kill_process_group(group, Signal::KILL);
     }
 }
 
-/// Completes the record of a launched child: on Unix the child did so itself.
-pub fn launched(_launch: &Launch, _pid: u32) -> io::Result<()> {
-    Ok(())
+/// Whether something failed because this host, or this process, has no more of what it needs, whatever was to be done.
+pub fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let shortages = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
+    error.raw_os_error().is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 /// Makes a command begin a session of its own, so that it outlives us and our terminal.
@@ -428,28 +393,6 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(start_time(child.id()), None);
         assert!(!signal(child.id(), started, StopSignal::Kill).unwrap());
-    }
-
-    #[test]
-    fn a_launched_child_wrote_its_own_record() {
-        let directory = tempfile::tempdir().unwrap();
-        let record = directory.path().join("a.json");
-        let mut command = Command::new("cat");
-        command.arg(&record).stdout(std::process::Stdio::piped());
-        launch_as(&mut command, &Launch { record: record.clone(), head: b"{\"pid\":".to_vec(), user: None }).unwrap();
-        let child = command.spawn().unwrap();
-        let pid = child.id();
-        let output = child.wait_with_output().unwrap();
-        let record: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert_eq!(record["pid"], pid);
-        assert!(record["startTime"].as_u64().unwrap() > 0);
-    }
-
-    #[test]
-    fn a_program_runs_although_its_record_cannot_be_written() {
-        let mut command = Command::new("true");
-        launch_as(&mut command, &Launch { record: "/proc/nowhere/a.json".into(), head: vec![], user: None }).unwrap();
-        assert!(command.status().unwrap().success());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::io;
 use std::mem::offset_of;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use windows_sys::Win32::Foundation::{
     DuplicateHandle, ERROR_ALREADY_EXISTS, ERROR_FILE_NOT_FOUND, ERROR_MORE_DATA, GetLastError, HANDLE,
@@ -25,10 +26,10 @@ use windows_sys::Win32::System::JobObjects::{
 use windows_sys::Win32::System::SystemServices::{
     JOB_OBJECT_ASSIGN_PROCESS, JOB_OBJECT_QUERY, JOB_OBJECT_SET_ATTRIBUTES, JOB_OBJECT_TERMINATE,
 };
-use windows_sys::Win32::System::Threading::GetCurrentProcess;
+use windows_sys::Win32::System::Threading::{GetCurrentProcess, PROCESS_SYNCHRONIZE};
 
-use super::names;
 use super::security::{self, OnlyOurs, wide};
+use super::{names, process, watch};
 
 /// What leads to the names of the whole host, from any session.
 const GLOBAL: &str = r"Global\";
@@ -37,6 +38,9 @@ pub(super) const ENDED_BY_US: u32 = 1;
 /// Room for so many processes at first, and never for more than that.
 const FIRST_ROOM: usize = 64;
 const MOST_ROOM: usize = 1 << 20;
+
+/// Between two looks at a process that cannot be watched.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// The jobs that this process holds open, by name.
 static HELD: Mutex<BTreeMap<String, Arc<OwnedHandle>>> = Mutex::new(BTreeMap::new());
@@ -73,9 +77,6 @@ impl Groups {
     pub fn all(&self) -> io::Result<Vec<String>> {
         names::beginning_with(self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix))
     }
-
-    /// There is nothing to take away.
-    pub fn remove(&self) {}
 }
 
 impl Group {
@@ -187,6 +188,17 @@ impl Group {
     /// Whether nothing lives in it.
     pub fn is_empty(&self) -> io::Result<bool> {
         Ok(self.members()?.is_empty())
+    }
+
+    /// Resolves when nothing lives in it: by the ends of what does. Cancel-safe.
+    pub async fn emptied(&self) {
+        while let Some(pid) = self.members().ok().and_then(|members| members.into_iter().next()) {
+            match process::open(pid, PROCESS_SYNCHRONIZE) {
+                Ok(member) if watch::signalled(&member).await.is_ok() => {}
+                // It has ended since, or cannot be watched.
+                _ => tokio::time::sleep(LOOK).await,
+            }
+        }
     }
 
     /// Kills all of it at once. That nothing more may begin in it is said first, so that no fork in flight gets away.

@@ -43,20 +43,28 @@ pub struct Child {
     process: OwnedHandle,
 }
 
-/// Starts a sub-agent's process, in its group where that can be had, with its output in `output`.
-pub fn launch(command: &mut Command, launch: &Launch, output: &fs::File, group: Option<&Group>) -> io::Result<Child> {
+/// Starts a sub-agent's process, in its group where that can be had. `command` says program, arguments, directory and the whole
+/// environment.
+pub fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     if launch.user.is_some() {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
     }
-    command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
-    command.creation_flags(CREATE_SUSPENDED | CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
-    let child = command.spawn()?;
+    let output = &launch.output;
+    let mut suspended = Command::new(command.get_program());
+    suspended.args(command.get_args()).env_clear();
+    suspended.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    suspended.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
+    suspended.creation_flags(CREATE_SUSPENDED | CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+    if let Some(directory) = command.get_current_dir() {
+        suspended.current_dir(directory);
+    }
+    let child = suspended.spawn()?;
     let pid = child.id();
     let unbegun = Unbegun(Some(OwnedHandle::from(child)));
     let Some(process) = &unbegun.0 else { return Err(io::ErrorKind::NotFound.into()) };
     let start_time = process::creation_time(process).ok_or_else(io::Error::last_os_error)?;
-    let grouped = group.is_some_and(|group| group.take_in(process).is_ok());
-    let record = write_record(launch, pid, start_time, group.filter(|_| grouped));
+    let grouped = launch.group.as_ref().is_some_and(|group| group.take_in(process).is_ok());
+    let record = write_record(launch, pid, start_time, launch.group.as_ref().filter(|_| grouped));
     resume(pid)?;
     // Where it cannot be recorded (a full disk), it runs all the same: the group stands in.
     if let Ok(record) = record
@@ -229,12 +237,21 @@ mod tests {
         Groups::find(&key).unwrap()
     }
 
-    fn start(directory: &Path, mut command: Command) -> Child {
+    fn start(directory: &Path, command: Command) -> Child {
         let group = group(directory);
         group.make().unwrap();
-        let options = Launch { record: directory.join("a.json"), head: b"{\"pid\":".to_vec(), user: None };
+        launch(&complete(command), &options(directory, "a.json", Some(group))).unwrap()
+    }
+
+    fn options(directory: &Path, record: &str, group: Option<Group>) -> Launch {
         let output = fs::OpenOptions::new().create(true).append(true).open(directory.join("out")).unwrap();
-        launch(&mut command, &options, &output, Some(&group)).unwrap()
+        Launch { record: directory.join(record), head: b"{\"pid\":".to_vec(), user: None, output, group }
+    }
+
+    /// With the whole environment, as a launched command has it.
+    fn complete(mut command: Command) -> Command {
+        command.envs(crate::platform::base_environment(None));
+        command
     }
 
     fn said(directory: &Path) -> Option<String> {
@@ -258,10 +275,14 @@ mod tests {
         assert!(group.members().unwrap().contains(&leaf));
         assert_eq!(group.remove().unwrap_err().kind(), io::ErrorKind::ResourceBusy);
         let started = start_time(leaf).unwrap();
+        let watched = group.clone();
+        let mut emptied = tokio::spawn(async move { watched.emptied().await });
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(100), &mut emptied).await.is_err());
         group.kill().unwrap();
         tokio::time::timeout(PATIENCE, ended(leaf, started)).await.unwrap();
         assert_eq!(start_time(leaf), None);
-        wait_for("the group to be empty", || group.is_empty().unwrap().then_some(()));
+        tokio::time::timeout(PATIENCE, emptied).await.unwrap().unwrap();
+        assert!(group.is_empty().unwrap());
         group.remove().unwrap();
         drop(child);
         wait_for("its name to be free", || groups(directory.path()).all().unwrap().is_empty().then_some(()));
@@ -316,20 +337,17 @@ mod tests {
     #[tokio::test]
     async fn what_cannot_be_run_says_why_and_leaves_no_record() {
         let directory = tempfile::tempdir().unwrap();
-        let record = directory.path().join("a.json");
-        let options = Launch { record: record.clone(), head: vec![], user: None };
-        let output = fs::File::create(directory.path().join("out")).unwrap();
-        let error = launch(&mut Command::new(r"C:\nowhere\x.exe"), &options, &output, None).unwrap_err();
+        let options = options(directory.path(), "a.json", None);
+        let error = launch(&Command::new(r"C:\nowhere\x.exe"), &options).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
-        assert!(!record.exists());
+        assert!(!options.record.exists());
     }
 
     #[tokio::test]
     async fn a_program_runs_although_its_record_cannot_be_written() {
         let directory = tempfile::tempdir().unwrap();
-        let options = Launch { record: directory.path().join("nowhere/a.json"), head: vec![], user: None };
-        let output = fs::File::create(directory.path().join("out")).unwrap();
-        let mut child = launch(&mut testing::play(HOLDER, ""), &options, &output, None).unwrap();
+        let options = options(directory.path(), "nowhere/a.json", None);
+        let mut child = launch(&complete(testing::play(HOLDER, "")), &options).unwrap();
         assert!(end_of(&mut child).await.success());
         assert_eq!(said(directory.path()).unwrap(), "does not");
     }

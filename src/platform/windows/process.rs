@@ -22,7 +22,7 @@ use windows_sys::Win32::System::Threading::{
 };
 
 use super::watch;
-use crate::platform::{Launch, Mark, Seen};
+use crate::platform::{Mark, Seen};
 
 pub(super) fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
     // SAFETY: no pointer is passed; a handle that is not null is ours to close.
@@ -129,27 +129,27 @@ struct Entry {
 /// it on Unix, cannot be read, but the file that a process runs can.
 pub fn processes(home: &Path) -> Vec<Seen> {
     let entries = snapshot();
-    let find = |pid: u32| entries.iter().find(|entry| entry.pid == pid);
-    let root_of = |entry: &Entry| {
-        let mut root = entry.pid;
-        let mut at = entry;
-        // A number may have been given anew: who is younger than its child is not its parent.
-        while let Some(parent) =
-            find(at.parent).filter(|parent| !parent.ours && parent.start_time <= at.start_time && parent.pid != at.pid)
-        {
-            root = parent.pid;
-            at = parent;
-        }
-        root
-    };
-    entries
-        .iter()
-        .filter(|entry| entry.pid != std::process::id())
-        .map(|entry| {
-            let mark = executable_of(entry.pid).and_then(|executable| mark_of(&executable, home));
-            Seen { pid: entry.pid, start_time: entry.start_time, session: root_of(entry), mark }
-        })
-        .collect()
+    let others = entries.iter().filter(|entry| entry.pid != std::process::id());
+    others.map(|entry| seen_among(&entries, entry, home)).collect()
+}
+
+fn seen_among(entries: &[Entry], entry: &Entry, home: &Path) -> Seen {
+    let (mut root, mut at) = (entry.pid, entry);
+    // A number may have been given anew: who is younger than its child is not its parent.
+    while let Some(parent) = entries.iter().find(|parent| {
+        parent.pid == at.parent && !parent.ours && parent.start_time <= at.start_time && parent.pid != at.pid
+    }) {
+        root = parent.pid;
+        at = parent;
+    }
+    let mark = executable_of(entry.pid).and_then(|executable| mark_of(&executable, home));
+    Seen { pid: entry.pid, start_time: entry.start_time, session: root, mark }
+}
+
+/// One process, if it lives, with its mark if it belongs to the home.
+pub fn seen(pid: u32, home: &Path) -> Option<Seen> {
+    let entries = snapshot();
+    entries.iter().find(|entry| entry.pid == pid).map(|entry| seen_among(&entries, entry, home))
 }
 
 /// A program of a release lies in `agents/<name>/<version>` of the home. File names that differ in case alone are one here.
@@ -163,7 +163,7 @@ fn mark_of(executable: &Path, home: &Path) -> Option<Mark> {
     let mut rest = executable.iter().skip(agents.iter().count());
     let mut text = || Some(rest.next()?.to_str()?.to_owned());
     let (name, version, _file) = (text()?, text()?, text()?);
-    Some(Mark { name, version, main_only: false })
+    Some(Mark { name, version, main_only: false, is_check: false })
 }
 
 /// Which process started another, if it still runs: a number may have been given anew since, to somebody younger.
@@ -229,25 +229,39 @@ pub fn find_user(name: &str) -> io::Result<User> {
     ))
 }
 
-/// Makes a command begin a group of its own, without a window.
-pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
-    if launch.user.is_some() {
+/// Makes a command outlive us and our console.
+pub fn detach(command: &mut Command) {
+    command.creation_flags(CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+}
+
+/// As [`detach`]; as another user, nothing can be run yet.
+pub fn detach_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
+    if user.is_some() {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
     }
     detach(command);
     Ok(())
 }
 
-/// Completes the record of a launched child, which could not do so itself.
-pub fn launched(launch: &Launch, pid: u32) -> io::Result<()> {
-    let mut text = launch.head.clone();
-    text.extend_from_slice(format!("{pid},\"startTime\":{}}}\n", start_time(pid).unwrap_or_default()).as_bytes());
-    super::replace_file(&launch.record, &text)
-}
+/// Windows knows no groups of processes outside a job: what a check leaves behind is found by descent.
+pub fn kill_group(_child: u32) {}
 
-/// Makes a command outlive us and our console.
-pub fn detach(command: &mut Command) {
-    command.creation_flags(CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+/// Whether something failed because this host, or this process, has no more of what it needs, whatever was to be done.
+pub fn is_shortage(error: &io::Error) -> bool {
+    use windows_sys::Win32::Foundation::{
+        ERROR_COMMITMENT_LIMIT, ERROR_NO_SYSTEM_RESOURCES, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY,
+        ERROR_TOO_MANY_OPEN_FILES,
+    };
+    // WSAEMFILE, WSAEADDRNOTAVAIL and WSAENOBUFS, of sockets.
+    const OF_SOCKETS: [u32; 3] = [10_024, 10_049, 10_055];
+    let shortages = [
+        ERROR_COMMITMENT_LIMIT,
+        ERROR_NO_SYSTEM_RESOURCES,
+        ERROR_NOT_ENOUGH_MEMORY,
+        ERROR_OUTOFMEMORY,
+        ERROR_TOO_MANY_OPEN_FILES,
+    ];
+    error.raw_os_error().is_some_and(|code| shortages.contains(&(code as u32)) || OF_SOCKETS.contains(&(code as u32)))
 }
 
 /// An executable that is open for writing cannot be started, and is not still held by a child of ours: there is no fork.

@@ -7,7 +7,7 @@ use super::Manager;
 use crate::core::desired::Run;
 use crate::core::model::{AgentName, Version};
 use crate::core::supervise::Event;
-use crate::platform;
+use crate::platform::{self, Seen};
 use crate::process::launch::Program;
 use crate::process::record::{self, Ended, Record};
 use crate::process::{launch, tree};
@@ -18,7 +18,9 @@ use crate::spm::run::{self, Running};
 impl Manager {
     /// Finds what is installed and what of it runs, and adopts that.
     pub(super) fn take_charge(&mut self) {
-        let targets = tree::all(&self.home);
+        let census = tree::Census::take(&self.home, self.groups.as_ref());
+        let targets = census.targets;
+        let marked = census.marked;
         let recorded = |name: &AgentName| targets.iter().find(|target| target.name == *name);
         let mut names: BTreeSet<AgentName> = self.desired.agents.keys().cloned().collect();
         names.extend(
@@ -35,7 +37,7 @@ impl Manager {
             self.agents.insert(name.clone(), agent);
             match target.and_then(|target| target.record.clone()) {
                 Some(record) if record.is_alive() => self.adopt(&name, record),
-                record => match (self.by_mark(&name), record) {
+                record => match (self.by_mark(&name, &marked), record) {
                     (Some(marked), _) => {
                         if let Err(error) = marked.save(&self.home) {
                             tracing::warn!(agent = %name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
@@ -59,17 +61,22 @@ impl Manager {
 
     /// A record for a process that has none: by its mark. Of a native sub-agent it leads its session, as we start it; what a dead one
     /// left behind does not.
-    fn by_mark(&self, name: &AgentName) -> Option<Record> {
+    fn by_mark(&self, name: &AgentName, marked: &[Seen]) -> Option<Record> {
         let agent = self.agents.get(name)?;
         let native = matches!(agent.program, Some(Program::Native(_)));
-        let members = tree::members(&self.home, &tree::Target::of(name, None));
-        let process = members.iter().find(|process| !native || process.session == process.pid)?;
+        let is_its = |process: &&Seen| {
+            !process.is_check() && process.mark.as_ref().is_some_and(|mark| mark.name == name.as_str())
+        };
+        let process = marked.iter().filter(is_its).find(|process| !native || process.session == process.pid)?;
         let version: Version = process.mark.as_ref()?.version.parse().ok()?;
         if agent.active.as_ref() != Some(&version) {
             return None;
         }
         let start = self.start_of(agent)?;
-        Some(Record { head: start.head(), pid: process.pid, start_time: process.start_time, ended: None })
+        let group = self.groups.as_ref().map(|groups| groups.group(name.as_str()));
+        let group = group.filter(|group| group.members().is_ok_and(|members| members.contains(&process.pid)));
+        let group = group.map(|group| group.name());
+        Some(Record { head: start.head(), pid: process.pid, start_time: process.start_time, group, ended: None })
     }
 
     /// Takes in that a process of this boot has ended, whether or not a manager saw it: its restart policy says what follows.
@@ -84,7 +91,7 @@ impl Manager {
         let order = self.desired.agents.get(name);
         let Some(agent) = self.agents.get_mut(name) else { return };
         agent.serial += 1;
-        agent.supervisor.adopt(record.pid, now);
+        agent.supervisor.adopt(record.pid, now, now, 0.0);
         match order {
             Some(order)
                 if order.run == Run::Start
@@ -110,7 +117,7 @@ impl Manager {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let since =
             platform::age(record.start_time).and_then(|age| Instant::now().checked_sub(age)).unwrap_or(self.started);
-        agent.supervisor.adopt(record.pid, since);
+        agent.supervisor.adopt(record.pid, since, Instant::now(), fastrand::f64());
         agent.run = Run::Start;
         agent.supervisor.step(Event::Run, Instant::now(), 0.0);
         // With another environment than it is to have, it is restarted by the first plan.

@@ -8,9 +8,9 @@ use crate::core::protocol::{Answer, Heartbeat, ManagerReport};
 use crate::core::schedule;
 use crate::core::status::GatewayStatus;
 use crate::spm::agent::Agent;
+use crate::spm::heartbeats::Outcome;
 use crate::spm::journal::About;
 use crate::spm::timestamp;
-use crate::spm::uplink_task::{Order as UplinkOrder, Outcome};
 use crate::{platform, store};
 
 impl Manager {
@@ -35,8 +35,8 @@ impl Manager {
             events: self.journal.pending(),
         };
         self.next_heartbeat = None;
-        if self.uplink.send(UplinkOrder::Send(Box::new(heartbeat))).is_err() {
-            let why = "the uplink's thread has ended".to_owned();
+        if let Err(error) = self.uplink.send(Box::new(heartbeat)) {
+            let why = format!("cannot start a thread: {error}");
             self.heartbeat_done(Outcome::Failed { why, retry_after: None }, Instant::now());
         }
     }

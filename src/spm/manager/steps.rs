@@ -35,6 +35,7 @@ impl Manager {
             agent_id: self.agent_id.clone(),
             endpoint: self.gateway.endpoint.clone().unwrap_or_default(),
             restarts: agent.supervisor.restarts(),
+            groups: self.groups.clone(),
         })
     }
 
@@ -128,6 +129,7 @@ impl Manager {
         env: BTreeMap<String, String>,
         now: Instant,
     ) {
+        self.replan = true;
         let release = self.home.release(name, &version);
         let switched = stage::commit_epoch(&self.home, name, &release).and_then(|()| {
             platform::write_current(&self.home.current(name), version.as_str()).with_context(|| {
@@ -159,6 +161,7 @@ impl Manager {
     }
 
     pub(super) fn remove(&mut self, name: &AgentName) {
+        self.replan = true;
         let removed = store::remove(&self.home.current(name))
             .and_then(|()| {
                 for version in self.agents.get(name).map(|agent| agent.releases.clone()).unwrap_or_default() {
@@ -189,18 +192,31 @@ impl Manager {
     /// Tells a sub-agent's supervisor what happened and does what it says.
     pub(super) fn feed(&mut self, name: &AgentName, event: Event, now: Instant) {
         let Some(agent) = self.agents.get_mut(name) else { return };
-        match agent.supervisor.step(event, now, fastrand::f64()) {
+        let before = agent.supervisor.state();
+        let of_health = matches!(event, Event::Checked(_));
+        let action = agent.supervisor.step(event, now, fastrand::f64());
+        self.note_transition(name, before, action.filter(|_| of_health), now);
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        if !agent.supervisor.is_up() {
+            agent.question.take().inspect(AbortHandle::abort);
+        }
+        match action {
             Some(Action::Start) => self.start(name, now),
             Some(Action::Stop) => {
                 agent.watch.take().inspect(AbortHandle::abort);
-                let target = tree::Target::of(name, agent.record.clone());
+                let target = tree::Target::of(name, agent.record.clone(), self.groups.as_ref());
                 run::stop(&self.inputs, agent.serial, &self.home, target);
             }
+            Some(Action::Check) => self.ask_health(name),
             None => {}
         }
     }
 
     pub(super) fn start(&mut self, name: &AgentName, now: Instant) {
+        if let Some(agent) = self.agents.get_mut(name).filter(|agent| agent.program.is_none()) {
+            // What was wrong with the release may have been mended.
+            agent.inspect(&self.home);
+        }
         let Some(agent) = self.agents.get(name) else { return };
         let start = self.start_of(agent);
         let Some(agent) = self.agents.get_mut(name) else { return };
@@ -226,28 +242,28 @@ impl Manager {
 
     pub(super) fn take_in(&mut self, input: Input) {
         let now = Instant::now();
+        // Deaths and restarts change nothing that a plan goes by, and come in crowds.
+        self.replan |= !matches!(input, Input::Launched { .. } | Input::Exited { .. } | Input::Moved { .. });
         match input {
             Input::Launched { name, serial, result } => self.launched(&name, serial, result, now),
             Input::Exited { name, serial, success, how } => {
-                let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.serial == serial) else { return };
+                let Some(agent) = self.agents.get(&name).filter(|agent| agent.serial == serial) else { return };
                 if agent.supervisor.is_stopping() {
                     return;
                 }
-                let version = agent.active.clone();
-                let about = About { agent: Some(&name), version: version.as_ref() };
                 let outcome = if success == Some(true) { "ok" } else { "failed" };
-                self.journal.note("exit", outcome, about, how.as_str());
+                self.tell(&name, "exit", outcome, &how, now);
                 let ended = Ended { success, how: how.clone() };
                 self.feed(&name, Event::Exited { success, how }, now);
                 self.remember_end(&name, ended);
             }
             Input::Moved { name, serial, record } => {
                 let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.serial == serial) else { return };
-                if agent.supervisor.up_since().is_none() {
+                if !agent.supervisor.is_up() {
                     // It is being stopped, with all that bears its mark.
                     return;
                 }
-                agent.supervisor.adopt(record.pid, now);
+                agent.supervisor.replace(record.pid, now);
                 if let Err(error) = record.save(&self.home) {
                     tracing::warn!(
                         error = format!("{error:#}"),
@@ -267,6 +283,12 @@ impl Manager {
                 self.feed(&name, Event::Stopped, now);
                 self.finish_if_down(&name, now);
                 self.finish_stop_if_down();
+            }
+            Input::Checked { name, serial, answer } => {
+                // Of one that was started again meanwhile it says nothing.
+                if self.agents.get(&name).is_some_and(|agent| agent.serial == serial) {
+                    self.feed(&name, Event::Checked(answer), now);
+                }
             }
             Input::Staged { name, version, result } => {
                 let Some(agent) = self.agents.get_mut(&name) else {
@@ -343,14 +365,8 @@ impl Manager {
                 }
             }
             Err(why) => {
-                let version = agent.active.clone();
                 if agent.supervisor.last_error() != Some(&why) {
-                    self.journal.note(
-                        "start",
-                        "failed",
-                        About { agent: Some(name), version: version.as_ref() },
-                        why.as_str(),
-                    );
+                    self.tell(name, "start", "failed", &why, now);
                 }
                 self.feed(name, Event::StartFailed { why }, now);
                 self.finish_if_down(name, now);

@@ -1,0 +1,315 @@
+//! `[health]` of an `agent.toml`: how a sub-agent is asked whether it is well, parsed once into what cannot be wrong any more.
+//!
+//! Exactly one of `http`, `tcp` and `exec`. Every bound is here: what is outside of one is refused by its name, when the package is published
+//! and again when it is staged.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::manifest::stays_inside;
+use super::units::Span;
+
+const DEFAULT_INTERVAL: Duration = Duration::from_secs(10);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
+const DEFAULT_FAILURES: u32 = 3;
+const DEFAULT_START_PERIOD: Duration = Duration::from_secs(30);
+
+/// Between two checks: more often would cost more than it tells.
+const INTERVALS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
+const TIMEOUTS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(300));
+const MOST_FAILURES: u32 = 100;
+const LONGEST_START_PERIOD: Duration = Duration::from_secs(3600);
+/// Of a URL or an address, bytes.
+const MAX_TEXT: usize = 2048;
+const MAX_WORDS: usize = 256;
+
+/// How a sub-agent's health is checked.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Written")]
+pub struct Health {
+    pub check: Check,
+    /// From the end of one check to the beginning of the next.
+    pub interval: Duration,
+    /// A check that takes longer has failed.
+    pub timeout: Duration,
+    /// So many failures in a row make it be started again.
+    pub failures: u32,
+    /// After its start, failures do not count for so long, or until the first check that succeeds.
+    pub start_period: Duration,
+}
+
+/// What is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// An answer of 2xx or 3xx to a GET.
+    Http(Url),
+    /// A connection that is accepted.
+    Tcp(Address),
+    /// A program of the package, relative to it, and its arguments: exit code 0.
+    Exec(Vec<String>),
+}
+
+/// A host, as name or address, and a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// An IPv6 address without its brackets.
+    pub host: String,
+    pub port: u16,
+}
+
+/// An `http` or `https` URL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Url {
+    pub tls: bool,
+    pub address: Address,
+    /// Path and query, from the slash on.
+    pub path: String,
+}
+
+/// As it stands in the file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Written {
+    http: Option<String>,
+    tcp: Option<String>,
+    exec: Option<Vec<String>>,
+    interval: Option<Span>,
+    timeout: Option<Span>,
+    failures: Option<u32>,
+    start_period: Option<Span>,
+}
+
+impl TryFrom<Written> for Health {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Health, String> {
+        let Written { http, tcp, exec, interval, timeout, failures, start_period } = written;
+        let check = match (http, tcp, exec) {
+            (Some(url), None, None) => Check::Http(url.parse().map_err(|why| format!("[health] http {url:?} {why}"))?),
+            (None, Some(address), None) => {
+                Check::Tcp(address.parse().map_err(|why| format!("[health] tcp {address:?} {why}"))?)
+            }
+            (None, None, Some(words)) => Check::Exec(program(words)?),
+            (None, None, None) => return Err("[health] says not what to check: give one of http, tcp, exec".into()),
+            _ => return Err("[health] gives more than one of http, tcp, exec: give one".into()),
+        };
+        let failures = failures.unwrap_or(DEFAULT_FAILURES);
+        if !(1..=MOST_FAILURES).contains(&failures) {
+            return Err(format!("[health] failures is not within 1 and {MOST_FAILURES}"));
+        }
+        Ok(Health {
+            check,
+            interval: within("interval", interval, DEFAULT_INTERVAL, INTERVALS)?,
+            timeout: within("timeout", timeout, DEFAULT_TIMEOUT, TIMEOUTS)?,
+            failures,
+            start_period: within(
+                "startPeriod",
+                start_period,
+                DEFAULT_START_PERIOD,
+                (Duration::ZERO, LONGEST_START_PERIOD),
+            )?,
+        })
+    }
+}
+
+fn within(
+    key: &str,
+    written: Option<Span>,
+    default: Duration,
+    (least, most): (Duration, Duration),
+) -> Result<Duration, String> {
+    let span = written.map_or(default, |span| span.0);
+    if (least..=most).contains(&span) {
+        return Ok(span);
+    }
+    let least = if least.is_zero() { "0s".to_owned() } else { Span(least).to_string() };
+    Err(format!("[health] {key} is not within {least} and {}", Span(most)))
+}
+
+fn program(words: Vec<String>) -> Result<Vec<String>, String> {
+    match words.first() {
+        None => Err("[health] exec is empty: give the program, relative to the package, and its arguments".into()),
+        Some(program) if !stays_inside(program) => {
+            Err(format!("[health] exec {program:?} is not a path inside the package"))
+        }
+        _ if words.len() > MAX_WORDS => Err(format!("[health] exec has more than {MAX_WORDS} words")),
+        _ if words.iter().any(|word| word.contains('\0')) => Err("[health] exec has a word with a zero byte".into()),
+        _ => Ok(words),
+    }
+}
+
+impl FromStr for Address {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Address, &'static str> {
+        const WRONG: &str = "is not host:port, such as \"127.0.0.1:9100\"";
+        let (host, port) = text.rsplit_once(':').ok_or(WRONG)?;
+        Ok(Address { host: host_of(host).ok_or(WRONG)?, port: port_of(port).ok_or(WRONG)? })
+    }
+}
+
+impl FromStr for Url {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Url, &'static str> {
+        const WRONG: &str = "is not an http:// or https:// URL, such as \"http://127.0.0.1:9100/healthz\"";
+        let visible = text.len() <= MAX_TEXT && text.chars().all(|c| c.is_ascii_graphic()) && !text.contains('#');
+        let (tls, rest) = match (text.strip_prefix("http://"), text.strip_prefix("https://")) {
+            (Some(rest), _) if visible => (false, rest),
+            (_, Some(rest)) if visible => (true, rest),
+            _ => return Err(WRONG),
+        };
+        let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+        let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
+        // The last colon of a bracketed address without a port is not a port's.
+        let (host, port) = match authority.rsplit_once(':') {
+            Some((host, port)) if !port.ends_with(']') => (host, port_of(port).ok_or(WRONG)?),
+            _ => (authority, if tls { 443 } else { 80 }),
+        };
+        Ok(Url { tls, address: Address { host: host_of(host).ok_or(WRONG)?, port }, path })
+    }
+}
+
+fn port_of(text: &str) -> Option<u16> {
+    text.parse().ok().filter(|port| *port != 0 && text.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+fn host_of(text: &str) -> Option<String> {
+    if let Some(inner) = text.strip_prefix('[') {
+        let inner = inner.strip_suffix(']')?;
+        return inner.parse::<::core::net::Ipv6Addr>().is_ok().then(|| inner.to_owned());
+    }
+    let named = !text.is_empty()
+        && text.len() <= 253
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    named.then(|| text.to_owned())
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}{}", if self.tls { "https" } else { "http" }, self.address, self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Health, String> {
+        toml::from_str(text).map_err(|error| error.message().to_owned())
+    }
+
+    #[test]
+    fn what_is_not_said_has_sensible_defaults() {
+        let health = read(r#"tcp = "localhost:80""#).unwrap();
+        assert_eq!(health.check, Check::Tcp(Address { host: "localhost".into(), port: 80 }));
+        let seconds = [health.interval, health.timeout, health.start_period].map(|span| span.as_secs());
+        assert_eq!((seconds, health.failures), ([10, 5, 30], 3));
+        let health =
+            read("exec = [\"bin/check\", \"-v\"]\ninterval = 1\ntimeout = \"250ms\"\nfailures = 1\nstartPeriod = 0")
+                .unwrap();
+        assert_eq!(health.check, Check::Exec(vec!["bin/check".into(), "-v".into()]));
+        assert_eq!((health.timeout.as_millis(), health.start_period), (250, Duration::ZERO));
+    }
+
+    #[test]
+    fn exactly_one_thing_is_checked() {
+        for (text, why) in [
+            ("", "give one of http, tcp, exec"),
+            ("interval = 5", "give one of http, tcp, exec"),
+            ("tcp = \"a:1\"\nhttp = \"http://a\"", "more than one"),
+            ("tcp = \"a:1\"\nexec = [\"x\"]", "more than one"),
+        ] {
+            assert!(read(text).unwrap_err().contains(why), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_out_of_bounds_is_refused_by_its_name() {
+        for (line, name) in [
+            ("interval = \"900ms\"", "interval is not within 1s and 1h"),
+            ("interval = \"2h\"", "interval"),
+            ("timeout = 0", "timeout is not within 100ms and 5m"),
+            ("timeout = \"301s\"", "timeout"),
+            ("failures = 0", "failures is not within 1 and 100"),
+            ("failures = 101", "failures"),
+            ("startPeriod = \"3601s\"", "startPeriod is not within 0s and 1h"),
+            ("retries = 3", "unknown field `retries`"),
+        ] {
+            let error = read(&format!("tcp = \"a:1\"\n{line}")).unwrap_err();
+            assert!(error.contains(name), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn addresses_and_urls_are_read_or_refused() {
+        for (text, host, port) in
+            [("a-b.c:1", "a-b.c", 1), ("[::1]:65535", "::1", 65535), ("10.0.0.1:80", "10.0.0.1", 80)]
+        {
+            let address: Address = text.parse().unwrap();
+            assert_eq!((address.host.as_str(), address.port, address.to_string()), (host, port, text.to_owned()));
+        }
+        for bad in
+            ["", "a", ":80", "a:", "a:0", "a:65536", "a:+1", "::1:80", "[::1]", "[zz]:1", "[::1:1", "a b:1", "u@a:1"]
+        {
+            assert!(bad.parse::<Address>().is_err(), "{bad}");
+        }
+        for (text, shown) in [
+            ("http://a", "http://a:80/"),
+            ("https://a/x?y=/z", "https://a:443/x?y=/z"),
+            ("http://[::1]?q", "http://[::1]:80/?q"),
+            ("http://[::1]:81/", "http://[::1]:81/"),
+        ] {
+            assert_eq!(text.parse::<Url>().unwrap().to_string(), shown);
+        }
+        let long = format!("http://a/{}", "x".repeat(MAX_TEXT));
+        for bad in [
+            "",
+            "a",
+            "ftp://a",
+            "http://",
+            "http:///x",
+            "http://u@a/",
+            "http://a/ b",
+            "http://a/\r\nX: y",
+            "http://a#f",
+            "http://a:x",
+            &long,
+        ] {
+            assert!(bad.parse::<Url>().is_err(), "{bad}");
+        }
+    }
+
+    proptest::proptest! {
+        /// No text panics, and what is taken reads back as itself.
+        #[test]
+        fn what_is_taken_reads_back(text in "(https?://)?[\\[\\]a-z0-9.:/?#@ é-]{0,24}") {
+            if let Ok(url) = text.parse::<Url>() {
+                assert_eq!(url.to_string().parse(), Ok(url));
+            }
+            if let Ok(address) = text.parse::<Address>() {
+                assert_eq!(address.to_string().parse(), Ok(address));
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_that_checks_is_one_of_the_package() {
+        for bad in [r#"exec = []"#, r#"exec = ["/bin/true"]"#, r#"exec = ["../x"]"#, r#"exec = ["x", "\u0000"]"#] {
+            assert!(read(bad).unwrap_err().contains("[health] exec"), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,465 @@
+//! The supervisor, event by event, and in a world of its own where anything may happen in any order.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn running(policy: Policy, now: Instant) -> Supervisor {
+    let mut supervisor = Supervisor::new(policy, 0);
+    assert_eq!(supervisor.step(Event::Run, now, 0.0), Some(Action::Start));
+    assert_eq!(supervisor.step(Event::Started { pid: 7 }, now, 0.0), None);
+    supervisor
+}
+
+fn exited() -> Event {
+    Event::Exited { success: Some(false), how: "exited with 1".into() }
+}
+
+#[test]
+fn the_first_restart_is_immediate_the_next_ones_wait_longer_and_longer() {
+    let now = Instant::now();
+    let mut supervisor = running(Policy::default(), now);
+    assert_eq!(supervisor.step(exited(), now, 0.0), Some(Action::Start));
+    let mut delays = vec![];
+    for _ in 0..8 {
+        supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+        assert_eq!(supervisor.step(exited(), now, 0.0), None);
+        let until = supervisor.deadline().unwrap();
+        delays.push((until - now).as_secs());
+        assert_eq!(supervisor.step(Event::Tick, now, 0.0), None);
+        assert_eq!(supervisor.step(Event::Tick, until, 0.0), Some(Action::Start));
+    }
+    assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60]);
+    assert_eq!(supervisor.restarts(), 9);
+}
+
+#[test]
+fn a_healthy_time_begins_the_count_anew() {
+    let now = Instant::now();
+    let mut supervisor = running(Policy::default(), now);
+    supervisor.step(exited(), now, 0.0);
+    supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+    let later = now + Duration::from_secs(31);
+    assert_eq!(supervisor.step(exited(), later, 0.0), Some(Action::Start));
+}
+
+#[test]
+fn a_start_that_fails_is_tried_again() {
+    let now = Instant::now();
+    let mut supervisor = Supervisor::new(Policy::default(), 0);
+    supervisor.step(Event::Run, now, 0.0);
+    assert_eq!(supervisor.step(Event::StartFailed { why: "x".into() }, now, 0.0), Some(Action::Start));
+    assert_eq!(supervisor.step(Event::StartFailed { why: "x".into() }, now, 0.0), None);
+    assert_eq!(supervisor.state(), AgentState::Backoff);
+}
+
+#[test]
+fn rest_in_any_phase_ends_down() {
+    let now = Instant::now();
+    let mut starting = Supervisor::new(Policy::default(), 0);
+    starting.step(Event::Run, now, 0.0);
+    assert_eq!(starting.step(Event::Rest, now, 0.0), None);
+    assert_eq!(starting.step(Event::Started { pid: 1 }, now, 0.0), Some(Action::Stop));
+    assert_eq!(starting.step(Event::Stopped, now, 0.0), None);
+    assert_eq!(starting.state(), AgentState::Stopped);
+
+    let mut waiting = running(Policy::default(), now);
+    waiting.step(exited(), now, 0.0);
+    waiting.step(Event::StartFailed { why: "x".into() }, now, 0.0);
+    assert_eq!(waiting.state(), AgentState::Backoff);
+    // Its main process is dead; what that left behind is ended.
+    assert_eq!(waiting.step(Event::Rest, now, 0.0), Some(Action::Stop));
+    assert_eq!(waiting.step(Event::Stopped, now, 0.0), None);
+    assert_eq!(waiting.state(), AgentState::Stopped);
+    assert_eq!(waiting.step(Event::Rest, now, 0.0), None);
+    assert_eq!(waiting.deadline(), None);
+}
+
+#[test]
+fn a_restart_that_was_asked_for_is_not_counted() {
+    let now = Instant::now();
+    let mut supervisor = running(Policy::default(), now);
+    assert_eq!(supervisor.step(Event::Again, now, 0.0), Some(Action::Stop));
+    assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start));
+    assert_eq!(supervisor.restarts(), 0);
+}
+
+#[test]
+fn the_troubles_of_before_are_forgotten_by_a_start_that_was_asked_for() {
+    let now = Instant::now();
+    for word in [Event::Rest, Event::Again] {
+        let mut supervisor = running(Policy::default(), now);
+        supervisor.step(exited(), now, 0.0);
+        supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+        assert_eq!((supervisor.restarts(), supervisor.last_error()), (1, Some("exited with 1")));
+        supervisor.step(word, now, 0.0);
+        assert_eq!((supervisor.restarts(), supervisor.last_error()), (0, None));
+    }
+}
+
+#[test]
+fn the_restart_policy_is_honoured() {
+    let now = Instant::now();
+    let with = |restart| Policy { restart, ..Policy::default() };
+    let clean = Event::Exited { success: Some(true), how: "exited with 0".into() };
+    let unknown = Event::Exited { success: None, how: "ended".into() };
+    let mut never = running(with(Restart::Never), now);
+    assert_eq!(never.step(exited(), now, 0.0), None);
+    assert_eq!(never.state(), AgentState::Stopped);
+    let mut on_failure = running(with(Restart::OnFailure), now);
+    assert_eq!(on_failure.step(clean, now, 0.0), None);
+    let mut adopted = running(with(Restart::OnFailure), now);
+    assert_eq!(adopted.step(unknown, now, 0.0), Some(Action::Start));
+}
+
+fn checked() -> Policy {
+    let checks = Checks { interval: Duration::from_secs(10), failures: 3, start_period: Duration::from_secs(30) };
+    Policy { checks: Some(checks), ..Policy::default() }
+}
+
+/// Lets the next check come and gives its answer; says what follows.
+fn answer(supervisor: &mut Supervisor, now: &mut Instant, answer: Answer) -> Option<Action> {
+    *now = supervisor.deadline().expect("a check is due");
+    assert_eq!(supervisor.step(Event::Tick, *now, 0.0), Some(Action::Check));
+    assert_eq!(supervisor.deadline(), None, "one at a time");
+    supervisor.step(Event::Checked(answer), *now, 0.0)
+}
+
+fn sick() -> Answer {
+    Answer::Unhealthy("no answer".into())
+}
+
+#[test]
+fn what_is_unhealthy_for_too_long_is_started_again_and_counts_as_a_failure() {
+    let mut now = Instant::now();
+    let mut supervisor = running(checked(), now);
+    assert_eq!(supervisor.state(), AgentState::Starting);
+    assert_eq!(answer(&mut supervisor, &mut now, Answer::Healthy), None);
+    assert_eq!(supervisor.state(), AgentState::Running);
+    assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
+    assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
+    assert_eq!(supervisor.last_error(), Some("its health check fails: no answer"));
+    assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
+    assert_eq!(answer(&mut supervisor, &mut now, sick()), Some(Action::Stop));
+    // Until it is down it is what it was.
+    assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
+    assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start), "the first time at once");
+    assert_eq!((supervisor.restarts(), supervisor.state()), (1, AgentState::Starting));
+    assert_eq!(supervisor.last_error(), Some("stopped to be started again: its health check fails: no answer"));
+
+    let mut delays = vec![];
+    for _ in 0..8 {
+        supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+        while answer(&mut supervisor, &mut now, sick()).is_none() {}
+        assert_eq!(supervisor.step(Event::Stopped, now, 0.0), None);
+        assert_eq!(supervisor.state(), AgentState::Backoff);
+        let until = supervisor.starts_at().unwrap();
+        delays.push((until - now).as_secs());
+        now = until;
+        assert_eq!(supervisor.step(Event::Tick, now, 0.0), Some(Action::Start));
+    }
+    assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60], "to run without being well is no healthy time");
+
+    supervisor.step(Event::Started { pid: 9 }, now, 0.0);
+    for _ in 0..4 {
+        answer(&mut supervisor, &mut now, Answer::Healthy);
+    }
+    while answer(&mut supervisor, &mut now, sick()).is_none() {}
+    assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start), "to be well for long enough is");
+}
+
+#[test]
+fn a_check_that_succeeds_again_takes_back_what_the_failures_said() {
+    let mut now = Instant::now();
+    let mut supervisor = running(checked(), now);
+    answer(&mut supervisor, &mut now, Answer::Healthy);
+    for _ in 0..9 {
+        answer(&mut supervisor, &mut now, sick());
+        answer(&mut supervisor, &mut now, sick());
+        assert_eq!(supervisor.state(), AgentState::Unhealthy);
+        assert_eq!(answer(&mut supervisor, &mut now, Answer::Healthy), None);
+        assert_eq!((supervisor.state(), supervisor.last_error()), (AgentState::Running, None));
+    }
+    assert_eq!(supervisor.restarts(), 0);
+}
+
+#[test]
+fn what_is_never_to_be_restarted_is_left_running_unhealthy() {
+    let mut now = Instant::now();
+    let mut supervisor = running(Policy { restart: Restart::Never, ..checked() }, now);
+    for _ in 0..20 {
+        assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
+    }
+    assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
+    let mut on_failure = running(Policy { restart: Restart::OnFailure, ..checked() }, now);
+    while answer(&mut on_failure, &mut now, sick()).is_none() {}
+    assert_eq!(on_failure.step(Event::Stopped, now, 0.0), Some(Action::Start));
+}
+
+#[test]
+fn a_word_that_comes_while_the_unhealthy_is_stopped_is_what_counts() {
+    for (word, action) in [(Event::Rest, None), (Event::Again, Some(Action::Start))] {
+        let mut now = Instant::now();
+        let mut supervisor = running(checked(), now);
+        while answer(&mut supervisor, &mut now, sick()).is_none() {}
+        assert_eq!(supervisor.step(word, now, 0.0), None);
+        assert_eq!(supervisor.step(Event::Stopped, now, 0.0), action);
+        assert_eq!((supervisor.restarts(), supervisor.failures()), (0, 0));
+    }
+}
+
+#[test]
+fn an_adopted_one_is_asked_on_and_its_start_period_counts_from_its_start() {
+    let now = Instant::now();
+    let age = Duration::from_secs(20);
+    let mut supervisor = Supervisor::new(checked(), 3);
+    supervisor.adopt(7, now - age, now, 1.0);
+    supervisor.step(Event::Run, now, 0.0);
+    assert_eq!((supervisor.state(), supervisor.deadline()), (AgentState::Starting, Some(now + Duration::from_secs(5))));
+    supervisor.adopt(7, now - 2 * age, now, 1.0);
+    assert_eq!((supervisor.state(), supervisor.deadline()), (AgentState::Running, Some(now + Duration::from_secs(5))));
+}
+
+#[test]
+fn what_is_being_stopped_is_not_said_to_be_stopped() {
+    let now = Instant::now();
+    let mut supervisor = running(Policy::default(), now);
+    assert_eq!(supervisor.step(Event::Rest, now, 0.0), Some(Action::Stop));
+    assert_eq!((supervisor.state(), supervisor.pid(), supervisor.is_up()), (AgentState::Running, Some(7), false));
+    supervisor.step(Event::Stopped, now, 0.0);
+    assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Stopped, None));
+}
+
+fn any_answer() -> impl Strategy<Value = Answer> {
+    prop_oneof![
+        3 => Just(sick()),
+        2 => Just(Answer::Healthy),
+        1 => Just(Answer::Gone(String::new())),
+        1 => Just(Answer::Unknown(String::new())),
+    ]
+}
+
+fn any_policy() -> impl Strategy<Value = Policy> {
+    let restart = prop_oneof![Just(Restart::Always), Just(Restart::OnFailure), Just(Restart::Never)];
+    let seconds = |range| proptest::strategy::Strategy::prop_map(range, Duration::from_secs);
+    let checks = (seconds(1..60_u64), 1..5_u32, seconds(0..90_u64));
+    let checks = checks.prop_map(|(interval, failures, start_period)| Checks { interval, failures, start_period });
+    (restart, proptest::option::of(checks)).prop_map(|(restart, checks)| Policy {
+        restart,
+        checks,
+        ..Policy::default()
+    })
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        Just(Event::Run),
+        Just(Event::Rest),
+        Just(Event::Again),
+        Just(Event::Started { pid: 1 }),
+        Just(Event::StartFailed { why: String::new() }),
+        any::<Option<bool>>().prop_map(|success| Event::Exited { success, how: String::new() }),
+        any_answer().prop_map(Event::Checked),
+        Just(Event::Stopped),
+        Just(Event::Tick),
+    ]
+}
+
+/// What happens in a world where everything asked for is done, and told, sooner or later.
+#[derive(Debug, Clone)]
+enum Happening {
+    /// The next deadline comes.
+    Later,
+    /// So many seconds pass.
+    Pass(u64),
+    /// The start or stop under way comes to its end; a start, well or not.
+    Done(bool),
+    /// The check under way does.
+    Answered(Answer),
+    /// The process ends.
+    Ends(Option<bool>),
+    Asked(Event),
+}
+
+fn any_happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        4 => Just(Happening::Later),
+        1 => (0..40_u64).prop_map(Happening::Pass),
+        4 => any::<bool>().prop_map(Happening::Done),
+        3 => any_answer().prop_map(Happening::Answered),
+        1 => any::<Option<bool>>().prop_map(Happening::Ends),
+        1 => prop_oneof![Just(Event::Run), Just(Event::Rest), Just(Event::Again)].prop_map(Happening::Asked),
+    ]
+}
+
+/// A world with one sub-agent in it.
+struct World {
+    supervisor: Supervisor,
+    now: Instant,
+    /// Its process runs, as far as the world goes.
+    alive: bool,
+    starting: bool,
+    stopping: bool,
+    checking: bool,
+    starts: Vec<Instant>,
+}
+
+impl World {
+    fn new(policy: Policy) -> World {
+        let supervisor = Supervisor::new(policy, 0);
+        let now = Instant::now();
+        World { supervisor, now, alive: false, starting: false, stopping: false, checking: false, starts: vec![] }
+    }
+
+    fn tell(&mut self, event: Event) {
+        let wanted = match event {
+            Event::Run => true,
+            Event::Rest => false,
+            _ => self.supervisor.wanted(),
+        };
+        match self.supervisor.step(event, self.now, 0.5) {
+            Some(Action::Start) => {
+                assert!(wanted, "started although it is to rest");
+                assert!(!self.alive && !self.starting && !self.stopping, "started beside what runs or is under way");
+                self.starting = true;
+                self.starts.push(self.now);
+            }
+            Some(Action::Stop) => {
+                assert!(!self.starting && !self.stopping, "stopped while something is under way");
+                self.stopping = true;
+            }
+            Some(Action::Check) => {
+                assert!(self.alive && !self.checking && !self.stopping, "checked twice at a time, or what is not up");
+                self.checking = true;
+            }
+            None => {}
+        }
+        self.hold();
+    }
+
+    /// What holds at any time.
+    fn hold(&self) {
+        let Supervisor { wanted, policy, .. } = self.supervisor;
+        let goes_on = self.alive || self.starting || self.stopping || self.supervisor.deadline().is_some();
+        let done = policy.restart != Restart::Always && self.supervisor.state() == AgentState::Stopped;
+        assert!(!wanted || goes_on || done, "given up: {:?}", self.supervisor);
+        assert_eq!(self.supervisor.pid().is_some(), self.alive, "{:?}", self.supervisor);
+        assert_eq!(self.supervisor.is_down(), !self.alive && !self.starting && !self.stopping);
+        if self.supervisor.is_up() && policy.checks.is_some() {
+            assert!(self.checking || self.supervisor.deadline().is_some(), "no check will come any more");
+        }
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Later => {
+                let Some(deadline) = self.supervisor.deadline() else { return };
+                self.now = self.now.max(deadline);
+                self.tell(Event::Tick);
+            }
+            Happening::Pass(seconds) => {
+                self.now += Duration::from_secs(seconds);
+                self.tell(Event::Tick);
+            }
+            Happening::Done(well) if self.starting => {
+                self.starting = false;
+                self.alive = well;
+                self.tell(if well { Event::Started { pid: 1 } } else { Event::StartFailed { why: String::new() } });
+            }
+            Happening::Done(_) if self.stopping => {
+                // Whoever was asked after it has no answer to give any more.
+                (self.stopping, self.alive, self.checking) = (false, false, false);
+                self.tell(Event::Stopped);
+            }
+            Happening::Answered(answer) if self.checking => {
+                self.checking = false;
+                self.tell(Event::Checked(answer));
+            }
+            // The end of what is being stopped is part of the stop.
+            Happening::Ends(success) if self.alive && !self.stopping => {
+                (self.alive, self.checking) = (false, false);
+                self.tell(Event::Exited { success, how: String::new() });
+            }
+            Happening::Asked(event) => self.tell(event),
+            Happening::Done(_) | Happening::Answered(_) | Happening::Ends(_) => {}
+        }
+    }
+}
+
+proptest! {
+    /// Whatever happens in whatever order: wanted and answered truthfully from then on, it comes up; not wanted, it ends down.
+    #[test]
+    fn it_always_gets_where_it_is_wanted(
+        policy in any_policy(),
+        events in proptest::collection::vec(any_event(), 0..40),
+        wanted: bool,
+    ) {
+        let mut now = Instant::now();
+        let mut supervisor = Supervisor::new(policy, 0);
+        for event in events {
+            supervisor.step(event, now, 0.5);
+        }
+        let mut next = supervisor.step(if wanted { Event::Run } else { Event::Rest }, now, 0.5);
+        for _ in 0..5 {
+            let event = match (next.take(), &supervisor.phase) {
+                (Some(Action::Start), _) | (None, Phase::Starting) => Event::Started { pid: 2 },
+                (Some(Action::Stop), _) | (None, Phase::Stopping { .. }) => Event::Stopped,
+                (None, Phase::Waiting { until }) => { now = *until; Event::Tick }
+                (Some(Action::Check), _) | (None, _) => break,
+            };
+            next = supervisor.step(event, now, 0.5);
+        }
+        prop_assert_eq!(supervisor.pid().is_some(), wanted);
+    }
+
+    /// Never two at a time, never one that is not wanted, never given up, never a check beside another or none to come.
+    #[test]
+    fn in_any_world_there_is_one_or_one_to_come_and_never_two(
+        policy in any_policy(),
+        happenings in proptest::collection::vec(any_happening(), 0..200),
+    ) {
+        let mut world = World::new(policy);
+        for happening in happenings {
+            world.happen(happening);
+        }
+    }
+
+    /// However fast it fails and in whatever way, the starts that nobody asked for are bounded in any window of time.
+    #[test]
+    fn it_never_spins(
+        policy in any_policy(),
+        happenings in proptest::collection::vec(any_happening(), 0..400),
+        at_once: bool,
+    ) {
+        let mut world = World::new(policy);
+        world.tell(Event::Run);
+        for happening in happenings {
+            match happening {
+                Happening::Asked(_) => {}
+                // As fast as can be: whatever is started has failed already.
+                _ if at_once && world.starting => world.happen(Happening::Done(false)),
+                happening => world.happen(happening),
+            }
+        }
+        // At once, at once again, and after 7/8 of 1, 2, 4, 8 and 16 seconds.
+        for (n, start) in world.starts.iter().enumerate() {
+            let within = world.starts[n..].iter().take_while(|other| **other - *start < policy.healthy).count();
+            prop_assert!(within <= 7, "{within} starts within {:?}", policy.healthy);
+        }
+    }
+
+    /// The same events at the same times come to the same.
+    #[test]
+    fn it_is_the_same_every_time(policy in any_policy(), events in proptest::collection::vec((any_event(), 0..50_u64), 0..60)) {
+        let start = Instant::now();
+        let run = || {
+            let (mut now, mut supervisor, mut actions) = (start, Supervisor::new(policy, 0), vec![]);
+            for (event, seconds) in &events {
+                now += Duration::from_secs(*seconds);
+                actions.push((supervisor.step(event.clone(), now, 0.3), supervisor.state(), supervisor.deadline()));
+            }
+            actions
+        };
+        prop_assert_eq!(run(), run());
+    }
+}

@@ -1,0 +1,496 @@
+//! How a sub-agent's process begins: in its group, in a session of its own, with its record in place before its program runs.
+//!
+//! ```text
+//! manager   clone3 into the group ──────────────── waits for the pipe's end ──▶ runs, or what could not be done
+//! child     └▶ session, output, directory, record (renamed into place), user, exec ┘
+//! ```
+//!
+//! The standard library's `Command` cannot begin a process in a cgroup, and to move it there afterwards takes a grace period of the
+//! kernel's, 8 ms and more (measured), in which it could fork. Where `clone3` cannot (before Linux 5.7; cgroup v1; a sandbox that
+//! forbids it), the child writes itself into the group before anything else.
+
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::{Gid, Pid, PidfdFlags, Uid, WaitOptions, waitpid};
+use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::process::parse_stat;
+use crate::platform::Launch;
+
+/// What runs a program without an interpreter line, as execvp(3) does.
+const SHELL: &std::ffi::CStr = c"/bin/sh";
+
+/// A child that was launched. Dropping it neither ends nor reaps it.
+#[derive(Debug)]
+pub struct Child {
+    pub pid: u32,
+    pub start_time: u64,
+    /// Whether it began in the group that it was to begin in.
+    pub grouped: bool,
+    pidfd: Option<OwnedFd>,
+}
+
+/// Runs a program as a sub-agent. `command` says program, arguments, directory and the whole environment; of its standard streams input
+/// is null and the others are `launch.output`.
+///
+/// Returns when the program runs. Where its record cannot be written (a full disk) or its group cannot be entered, it runs all the same:
+/// the mark stands in.
+pub fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
+    let plan = Plan::new(command, launch)?;
+    let group = launch.group.as_ref().and_then(|group| group.open().ok().flatten());
+    if let Some(group) = group {
+        match begin(&plan, |pipe| clone_into(group.as_fd(), &plan, pipe)) {
+            // Some kernels kill at once what is cloned into a group that was ever killed whole, or from one that was.
+            Ok(Begun::Killed) | Err(_) => {}
+            Ok(Begun::Runs(child)) => return Ok(child),
+            Ok(Begun::Failed(error)) => return Err(error),
+        }
+    }
+    let forked = begin(&plan, |pipe| {
+        let pid = fork(&plan, pipe)?;
+        // Not reaped yet, so the number is still its.
+        Ok((pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()))
+    });
+    match forked? {
+        Begun::Runs(child) => Ok(child),
+        Begun::Failed(error) => Err(error),
+        Begun::Killed => Err(io::Error::other("it was killed before its program could run")),
+    }
+}
+
+/// What became of a child by the time that it ran its program.
+enum Begun {
+    Runs(Child),
+    Failed(io::Error),
+    /// It ended without a word.
+    Killed,
+}
+
+/// Makes a child and waits until it runs its program or cannot.
+fn begin(
+    plan: &Plan<'_>,
+    make: impl FnOnce(BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)>,
+) -> io::Result<Begun> {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let (pid, pidfd) = make(writer.as_fd())?;
+    drop(writer);
+    let mut told = vec![];
+    File::from(reader).read_to_end(&mut told)?;
+    let (mut grouped, mut started) = (plan.group.is_some(), None);
+    for message in told.chunks_exact(MESSAGE) {
+        let value = message[1..].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
+        match message[0] {
+            NOT_GROUPED => grouped = false,
+            READY => started = Some(value),
+            _ => {
+                let _ = waitpid(Some(pid), WaitOptions::empty());
+                return Ok(Begun::Failed(io::Error::from_raw_os_error(value as i32)));
+            }
+        }
+    }
+    // Told by itself: a program that ended at once has none any more.
+    let Some(start_time) = started else {
+        let _ = waitpid(Some(pid), WaitOptions::empty());
+        return Ok(Begun::Killed);
+    };
+    let pid = pid.as_raw_nonzero().get() as u32;
+    Ok(Begun::Runs(Child { pid, start_time, grouped, pidfd }))
+}
+
+impl Child {
+    /// Waits for its end. Cancel-safe: what was not waited for to the end can be waited for again.
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        let pid = Pid::from_raw(self.pid as i32).ok_or(io::ErrorKind::InvalidInput)?;
+        if let Some(pidfd) = &self.pidfd {
+            // SAFETY: the descriptor is borrowed for as long as the registration lives, and stays open meanwhile.
+            let watched = unsafe { AsyncFd::register_with_interest(pidfd.as_fd(), Interest::READABLE) };
+            if let Ok(watched) = watched {
+                drop(watched.readable().await?);
+                if let Some(status) = try_wait(pid)? {
+                    return Ok(status);
+                }
+            }
+        }
+        // Where there is no pidfd, every end of a child is heard of, and each looks whether it was its own.
+        let mut ends = signal(SignalKind::child())?;
+        loop {
+            match try_wait(pid)? {
+                Some(status) => return Ok(status),
+                None => drop(ends.recv().await),
+            }
+        }
+    }
+}
+
+fn try_wait(pid: Pid) -> io::Result<Option<ExitStatus>> {
+    Ok(waitpid(Some(pid), WaitOptions::NOHANG)?.map(|(_, status)| ExitStatus::from_raw(status.as_raw())))
+}
+
+/// What the child tells: a kind, and the error's number or, at last, when it started.
+const MESSAGE: usize = 9;
+const NOT_GROUPED: u8 = b'g';
+const NOT_RUN: u8 = b'x';
+/// The last word before the program runs.
+const READY: u8 = b'r';
+
+/// All that the child needs, made before it is there: between fork and exec nothing may be allocated and no lock be taken.
+struct Plan<'a> {
+    program: CString,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+    directory: Option<CString>,
+    temporary: CString,
+    record: CString,
+    head: &'a [u8],
+    output: BorrowedFd<'a>,
+    null: OwnedFd,
+    group: Option<GroupPlan>,
+    user: Option<(Vec<Gid>, Gid, Uid)>,
+}
+
+struct GroupPlan {
+    door: CString,
+    /// How the record names it, quotes included.
+    name: Vec<u8>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(command: &Command, launch: &'a Launch) -> io::Result<Plan<'a>> {
+        let mut temporary = launch.record.clone().into_os_string();
+        temporary.push(".new");
+        let environment = command.get_envs().filter_map(|(name, value)| {
+            let mut text = name.to_owned();
+            text.push("=");
+            text.push(value?);
+            Some(text)
+        });
+        let group = match &launch.group {
+            Some(group) => Some(GroupPlan { door: c_path(&group.door())?, name: serde_json::to_vec(&group.name())? }),
+            None => None,
+        };
+        let user = launch.user.as_ref().map(|user| {
+            let groups = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+            (groups, Gid::from_raw(user.gid), Uid::from_raw(user.uid))
+        });
+        Ok(Plan {
+            program: c_text(command.get_program())?,
+            arguments: std::iter::once(command.get_program())
+                .chain(command.get_args())
+                .map(c_text)
+                .collect::<io::Result<_>>()?,
+            environment: environment.map(|text| c_text(&text)).collect::<io::Result<_>>()?,
+            directory: command.get_current_dir().map(c_path).transpose()?,
+            temporary: c_text(&temporary)?,
+            record: c_path(&launch.record)?,
+            head: &launch.head,
+            output: launch.output.as_fd(),
+            null: rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
+            group,
+            user,
+        })
+    }
+
+    /// What the child does; it does not come back.
+    ///
+    /// # Safety
+    ///
+    /// Only in a forked child, which is alone: it makes raw system calls, and what it uses was allocated before the fork.
+    unsafe fn carry_out(&self, words: &Words<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
+        let tell = |kind: u8, value: u64| {
+            let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+            let _ = rustix::io::write(pipe, &[kind, a, b, c, d, e, f, g, h]);
+        };
+        // A panic must not carry the child into what the manager does.
+        let _end = End;
+        let mut group = self.group.as_ref();
+        if let Some(wanted) = group
+            && !grouped
+            && let Err(error) = enter(&wanted.door)
+        {
+            tell(NOT_GROUPED, error.raw_os_error() as u64);
+            group = None;
+        }
+        let error = match self.prepare(group) {
+            Ok(start_time) => {
+                tell(READY, start_time);
+                // SAFETY: as the caller promised.
+                unsafe { self.execute(words) }
+            }
+            Err(error) => error,
+        };
+        tell(NOT_RUN, error.raw_os_error() as u64);
+        End::now()
+    }
+
+    /// Gives when this process started.
+    fn prepare(&self, group: Option<&GroupPlan>) -> rustix::io::Result<u64> {
+        rustix::process::setsid()?;
+        rustix::process::umask(Mode::from_raw_mode(0o022));
+        rustix::stdio::dup2_stdin(&self.null)?;
+        rustix::stdio::dup2_stdout(self.output)?;
+        rustix::stdio::dup2_stderr(self.output)?;
+        if let Some(directory) = &self.directory {
+            rustix::process::chdir(directory.as_c_str())?;
+        }
+        let start_time = own_start_time().unwrap_or_default();
+        let group = group.map(|group| group.name.as_slice());
+        let _ = write_record(&self.temporary, &self.record, self.head, start_time, group);
+        if let Some((groups, gid, uid)) = &self.user {
+            set_thread_groups(groups)?;
+            set_thread_gid(*gid)?;
+            set_thread_uid(*uid)?;
+        }
+        Ok(start_time)
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Plan::carry_out`].
+    unsafe fn execute(&self, words: &Words<'_>) -> Errno {
+        // SAFETY: a set of signals of our own; the arrays end with a null and outlive the call, which returns only when it failed.
+        unsafe {
+            // We ignore SIGPIPE, and may hold signals back; a program expects neither.
+            libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+            libc::execve(self.program.as_ptr(), words.arguments(), words.environment.as_ptr());
+            let error = last_error();
+            if error == Errno::NOEXEC {
+                libc::execve(SHELL.as_ptr(), words.shell.as_ptr(), words.environment.as_ptr());
+                return last_error();
+            }
+            error
+        }
+    }
+}
+
+/// The end of a child that runs no program.
+struct End;
+
+impl End {
+    fn now() -> ! {
+        // SAFETY: ends this process alone, without running what the manager would at its own end.
+        unsafe { libc::_exit(127) }
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        End::now()
+    }
+}
+
+/// The arrays that execve(2) takes.
+struct Words<'a> {
+    /// The shell's words; the program's own begin behind its name.
+    shell: Vec<*const libc::c_char>,
+    environment: Vec<*const libc::c_char>,
+    /// They point into it.
+    _plan: std::marker::PhantomData<&'a CString>,
+}
+
+impl<'a> Words<'a> {
+    fn of(plan: &'a Plan<'_>) -> Words<'a> {
+        let pointers =
+            |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>();
+        let mut shell = vec![SHELL.as_ptr()];
+        shell.extend(pointers(&plan.arguments));
+        Words { shell, environment: pointers(&plan.environment), _plan: std::marker::PhantomData }
+    }
+
+    fn arguments(&self) -> *const *const libc::c_char {
+        self.shell[1..].as_ptr()
+    }
+}
+
+/// Begins the child in the group, and gives its pidfd.
+fn clone_into(group: BorrowedFd<'_>, plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
+    let words = Words::of(plan);
+    let mut pidfd: libc::c_int = -1;
+    // SAFETY: all zero is a valid value of this struct of numbers.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = (libc::CLONE_PIDFD as u64) | CLONE_INTO_CGROUP;
+    arguments.pidfd = &raw mut pidfd as u64;
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    arguments.cgroup = group.as_raw_fd() as u64;
+    // SAFETY: without CLONE_VM and a stack it is a fork: the child goes on with a copy of everything, and does only what is allowed there.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
+    match result {
+        // SAFETY: we are the forked child.
+        0 => unsafe { plan.carry_out(&words, true, pipe) },
+        _ => {
+            let pid = Pid::from_raw(result as i32).filter(|_| result > 0).ok_or_else(io::Error::last_os_error)?;
+            // SAFETY: the kernel put a new descriptor there, which is ours alone.
+            Ok((pid, Some(unsafe { OwnedFd::from_raw_fd(pidfd) })))
+        }
+    }
+}
+
+/// Linux 5.7; clone(2).
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+fn fork(plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
+    let words = Words::of(plan);
+    // SAFETY: the child does only what is allowed there.
+    match unsafe { libc::fork() } {
+        // SAFETY: we are the forked child.
+        0 => unsafe { plan.carry_out(&words, false, pipe) },
+        result => Pid::from_raw(result).filter(|_| result > 0).ok_or_else(io::Error::last_os_error),
+    }
+}
+
+fn last_error() -> Errno {
+    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL)
+}
+
+/// Moves the calling process into a group.
+fn enter(door: &CString) -> rustix::io::Result<()> {
+    let file = rustix::fs::open(door.as_c_str(), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(&file, b"0").map(drop)
+}
+
+/// When the calling process started; `None`: there is no /proc.
+fn own_start_time() -> Option<u64> {
+    let stat = rustix::fs::open(c"/proc/self/stat", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let mut text = [0_u8; 1024];
+    let length = rustix::io::read(&stat, &mut text).ok()?;
+    Some(parse_stat(&text[..length])?.start_time)
+}
+
+/// Writes the calling process's own record.
+fn write_record(
+    temporary: &CString,
+    record: &CString,
+    head: &[u8],
+    start_time: u64,
+    group: Option<&[u8]>,
+) -> rustix::io::Result<()> {
+    let pid = rustix::process::getpid().as_raw_nonzero().get() as u64;
+
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = rustix::fs::open(temporary.as_c_str(), flags, Mode::from_raw_mode(0o600))?;
+    let (mut pid_digits, mut time_digits) = ([0; 20], [0; 20]);
+    let parts = [
+        head,
+        digits(pid, &mut pid_digits),
+        b",\"startTime\":",
+        digits(start_time, &mut time_digits),
+        if group.is_some() { b",\"group\":" } else { b"" },
+        group.unwrap_or_default(),
+        b"}\n",
+    ];
+    for mut rest in parts {
+        while !rest.is_empty() {
+            let written = rustix::io::write(&file, rest)?;
+            rest = &rest[written..];
+        }
+    }
+    rustix::fs::rename(temporary.as_c_str(), record.as_c_str())
+}
+
+/// A number in decimal, without allocating.
+fn digits(mut value: u64, buffer: &mut [u8; 20]) -> &[u8] {
+    let mut at = buffer.len();
+    loop {
+        at -= 1;
+        buffer[at] = b'0' + (value % 10) as u8;
+        value /= 10;
+        if value == 0 {
+            return &buffer[at..];
+        }
+    }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    c_text(path.as_os_str())
+}
+
+fn c_text(text: &OsStr) -> io::Result<CString> {
+    CString::new(text.as_bytes())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, format!("{text:?} holds a zero byte")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::super::Group;
+    use super::*;
+
+    fn start(command: &mut Command, record: PathBuf, output: &Path, group: Option<Group>) -> io::Result<Child> {
+        let output = File::create(output).unwrap();
+        launch(command, &Launch { record, head: b"{\"pid\":".to_vec(), user: None, output, group })
+    }
+
+    #[tokio::test]
+    async fn a_launched_child_wrote_its_own_record() {
+        let directory = tempfile::tempdir().unwrap();
+        let (record, output) = (directory.path().join("a.json"), directory.path().join("out"));
+        let mut command = Command::new("/bin/cat");
+        command.arg(&record).env_clear();
+        let mut child = start(&mut command, record, &output, None).unwrap();
+        assert!(child.wait().await.unwrap().success());
+        let record: serde_json::Value = serde_json::from_slice(&std::fs::read(output).unwrap()).unwrap();
+        assert_eq!(
+            (record["pid"].as_u64(), record["startTime"].as_u64()),
+            (Some(child.pid.into()), Some(child.start_time))
+        );
+        assert_eq!(record.get("group"), None);
+    }
+
+    #[tokio::test]
+    async fn a_program_runs_although_its_record_cannot_be_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new("/bin/true");
+        let mut child =
+            start(&mut command, "/proc/nowhere/a.json".into(), &directory.path().join("out"), None).unwrap();
+        assert!(child.wait().await.unwrap().success());
+    }
+
+    #[tokio::test]
+    async fn a_program_runs_although_its_group_is_not_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let record = directory.path().join("a.json");
+        let group = Some(Group::named("/sys/fs/cgroup/nowhere/x"));
+        let mut command = Command::new("/bin/true");
+        let mut child = start(&mut command, record.clone(), &directory.path().join("out"), group).unwrap();
+        assert!(!child.grouped);
+        assert!(child.wait().await.unwrap().success());
+        assert!(!std::fs::read_to_string(record).unwrap().contains("group"));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_run_says_why_and_leaves_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let error =
+            start(&mut Command::new("/nowhere/x"), directory.path().join("a"), &directory.path().join("out"), None)
+                .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_script_without_an_interpreter_line_is_run_by_the_shell() {
+        let directory = tempfile::tempdir().unwrap();
+        let (script, output) = (directory.path().join("script"), directory.path().join("out"));
+        std::fs::write(&script, "echo \"$1 $A $PWD\"; exit 3\n").unwrap();
+        super::super::set_mode(&script, 0o755).unwrap();
+        let mut command = Command::new(&script);
+        command.arg("one").env_clear().env("A", "two").current_dir("/");
+        let mut child = start(&mut command, directory.path().join("a"), &output, None).unwrap();
+        assert_eq!(child.wait().await.unwrap().code(), Some(3));
+        assert_eq!(std::fs::read_to_string(output).unwrap(), "one two /\n");
+    }
+}

@@ -1,0 +1,130 @@
+//! A GET of which the status line is all that counts. The one place beside [`crate::endpoint`] that speaks HTTP: a hundred of these may be
+//! under way at a time, each a socket and a few hundred bytes, where a client made for more would take a thread and its buffers.
+
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio_rustls::TlsConnector;
+
+use super::{Answer, Turn, connect, failed};
+use crate::core::health::Url;
+use crate::endpoint;
+
+/// A status line, and the interim answers before it, are no longer.
+const MAX_HEAD: u64 = 8 << 10;
+
+/// Succeeds when the answer is one of 2xx or 3xx.
+pub(super) async fn get(url: &Url, turn: Turn) -> Result<(), Answer> {
+    let stream = connect(&url.address, turn).await?;
+    let asked = if url.tls {
+        match handshake(stream, &url.address.host).await {
+            Ok(stream) => status(stream, url).await,
+            Err(error) => return Err(failed(&format!("cannot agree on TLS with {}", url.address), &error)),
+        }
+    } else {
+        status(stream, url).await
+    };
+    match asked {
+        Ok(200..=399) => Ok(()),
+        Ok(status) => Err(Answer::Unhealthy(format!("{url} answered {status}"))),
+        Err(error) => Err(failed(&format!("cannot get {url}"), &error)),
+    }
+}
+
+async fn handshake(
+    stream: tokio::net::TcpStream,
+    host: &str,
+) -> io::Result<tokio_rustls::client::TlsStream<tokio::net::TcpStream>> {
+    static CONFIG: OnceLock<Arc<ClientConfig>> = OnceLock::new();
+    let config = match CONFIG.get() {
+        Some(config) => Arc::clone(config),
+        None => {
+            let made = Arc::new(endpoint::with_anyone().map_err(io::Error::other)?);
+            Arc::clone(CONFIG.get_or_init(|| made))
+        }
+    };
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    TlsConnector::from(config).connect(name, stream).await
+}
+
+/// Sends the request and reads the status of the answer (RFC 9112).
+async fn status(mut stream: impl AsyncRead + AsyncWrite + Unpin, url: &Url) -> io::Result<u16> {
+    let request = format!(
+        "GET {} HTTP/1.1\r\nHost: {}\r\nUser-Agent: aops/{}\r\nAccept: */*\r\nConnection: close\r\n\r\n",
+        url.path,
+        url.address,
+        env!("CARGO_PKG_VERSION")
+    );
+    stream.write_all(request.as_bytes()).await?;
+    stream.flush().await?;
+    let mut stream = stream.take(MAX_HEAD);
+    let mut head = Vec::with_capacity(256);
+    loop {
+        match parse(&head) {
+            Parsed::Status(status) => return Ok(status),
+            Parsed::Other => {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "what answers does not speak HTTP"));
+            }
+            Parsed::Partial => {}
+        }
+        head.reserve(256);
+        if stream.read_buf(&mut head).await? == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection without an answer"));
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Parsed {
+    Status(u16),
+    Partial,
+    Other,
+}
+
+/// The first status in `head` that is not an interim one (1xx), each of which ends with an empty line.
+fn parse(head: &[u8]) -> Parsed {
+    let mut rest = head;
+    loop {
+        let Some(status) = rest.get(..12) else {
+            let begins_well = rest.iter().zip(b"HTTP/1.").all(|(a, b)| a == b);
+            return if begins_well { Parsed::Partial } else { Parsed::Other };
+        };
+        let (version, digits) = (&status[..7], &status[9..]);
+        if version != b"HTTP/1." || status[8] != b' ' || !digits.iter().all(u8::is_ascii_digit) {
+            return Parsed::Other;
+        }
+        let status = digits.iter().fold(0, |value, digit| value * 10 + u16::from(digit - b'0'));
+        if !(100..200).contains(&status) {
+            return Parsed::Status(status);
+        }
+        match rest.windows(4).position(|window| window == b"\r\n\r\n") {
+            Some(end) => rest = &rest[end + 4..],
+            None => return Parsed::Partial,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_is_read_behind_interim_answers() {
+        for (head, parsed) in [
+            ("", Parsed::Partial),
+            ("HTTP/1.1 2", Parsed::Partial),
+            ("HTTP/1.1 200", Parsed::Status(200)),
+            ("HTTP/1.0 503 No\r\n\r\n", Parsed::Status(503)),
+            ("HTTP/1.1 103 Early\r\nLink: x\r\n", Parsed::Partial),
+            ("HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 204", Parsed::Status(204)),
+            ("SSH-2.0-x", Parsed::Other),
+            ("HTTP/2 200 OK\r\n", Parsed::Other),
+            ("HTTP/1.1 2x0 OK", Parsed::Other),
+        ] {
+            assert_eq!(parse(head.as_bytes()), parsed, "{head:?}");
+        }
+    }
+}

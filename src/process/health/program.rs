@@ -1,0 +1,166 @@
+//! Questions that a program of the package answers: `exec`, and `control status`.
+//!
+//! Such a program leads a session and a group of its own and bears the sub-agent's mark with another beside it, so that it is not taken
+//! for the sub-agent, and yet ended with it. It is waited for by its number before it is reaped, so that what it left in its group can be
+//! ended without hitting anybody else. Who loses interest in the answer drops the question, and its program is killed.
+
+use std::io;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncReadExt;
+use tokio::process::{Child, Command};
+
+use super::{Answer, failed, late};
+use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
+use crate::home::Home;
+use crate::platform::{self, User};
+use crate::process::launch::{Program, Start};
+use crate::process::script::{self, Said};
+
+/// How often, and how long apart, a program is tried whose file is still being written by a forked child.
+const BUSY_TRIES: u32 = 20;
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// Once a script has ended, its output is read for so long: what it left in the background may hold it open.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+/// Of a status, bytes.
+const MAX_STATUS: u64 = 4 << 10;
+/// For killed processes to be gone.
+const GONE: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A program that was asked.
+struct Asked(Child);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        // It was not waited for yet, or it would have no number any more.
+        self.0.id().into_iter().for_each(platform::kill_group);
+    }
+}
+
+/// Runs a program of the package; exit code 0 is healthy.
+pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> Result<(), Answer> {
+    let Some((program, arguments)) = words.split_first() else { return Ok(()) };
+    let Program::Native(manifest) = &start.program else { return Ok(()) };
+    let what = format!("cannot run {program}");
+    let user = match &manifest.run.user {
+        Some(name) => Some(platform::find_user(name).map_err(|error| failed(&what, &error))?),
+        None => None,
+    };
+    let began = Instant::now();
+    let mut child = spawn(&start, program, arguments, user, false).await?;
+    match ended(&start, &mut child, began, timeout).await? {
+        status if status.success() => Ok(()),
+        status => Err(Answer::Unhealthy(format!("{program} {}", platform::how_it_ended(status)))),
+    }
+}
+
+/// Asks `control status`. What it says that nobody understands is no reason to do anything.
+pub(super) async fn status(start: Start, timeout: Duration) -> Result<(), Answer> {
+    let began = Instant::now();
+    let mut child = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
+    let stdout = child.0.stdout.take();
+    let mut text = vec![];
+    let read = async {
+        if let Some(stdout) = stdout {
+            // What cannot be read was not said.
+            let _ = stdout.take(MAX_STATUS).read_to_end(&mut text).await;
+        }
+    };
+    {
+        tokio::pin!(read);
+        let end = ended(&start, &mut child, began, timeout);
+        tokio::pin!(end);
+        let is_read = tokio::select! {
+            // Whichever comes first, the other is gone on with below.
+            () = &mut read => true,
+            result = &mut end => {
+                result?;
+                false
+            }
+        };
+        if is_read {
+            end.await?;
+        } else {
+            let _ = tokio::time::timeout(LAST_WORDS, read).await;
+        }
+    }
+    match script::said(&String::from_utf8_lossy(&text)) {
+        Said::Stopped => Err(Answer::Gone("`control status` says that it is stopped".to_owned())),
+        Said::Started | Said::Unclear => Ok(()),
+    }
+}
+
+async fn spawn(
+    start: &Start,
+    program: &str,
+    arguments: &[String],
+    user: Option<User>,
+    is_read: bool,
+) -> Result<Asked, Answer> {
+    let what = format!("cannot run {program}");
+    for _ in 0..BUSY_TRIES {
+        let mut command = start
+            .command_with_output(program, user.as_ref())
+            .map_err(|error| Answer::Unknown(format!("{what}: {error:#}")))?;
+        command.args(arguments).env(platform::CHECK, "1").env_remove(platform::MAIN_ONLY);
+        if is_read {
+            command.stdout(Stdio::piped());
+        }
+        platform::detach_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
+        match Command::from(command).kill_on_drop(true).spawn() {
+            Err(error) if platform::is_busy_text(&error) => tokio::time::sleep(BUSY_PAUSE).await,
+            spawned => return spawned.map(Asked).map_err(|error| failed(&what, &error)),
+        }
+    }
+    Err(Answer::Unknown(format!("{what}: its file is being written")))
+}
+
+/// Waits for the end of the program, of which nothing is left then: killed with all that it started when the time is over.
+async fn ended(start: &Start, asked: &mut Asked, began: Instant, timeout: Duration) -> Result<ExitStatus, Answer> {
+    let Asked(child) = asked;
+    let mut answer = None;
+    if let Some(pid) = child.id()
+        && let Some(start_time) = platform::start_time(pid)
+    {
+        let rest = timeout.saturating_sub(began.elapsed());
+        if tokio::time::timeout(rest, platform::ended(pid, start_time)).await.is_err() {
+            answer = Some(late(began, timeout));
+            platform::kill_group(pid);
+            let (home, name) = (start.home.clone(), start.name.clone());
+            let kill = move || kill_all(&home, name.as_str(), pid, start_time);
+            let _ = tokio::task::spawn_blocking(kill).await;
+        }
+    }
+    if let (Some(pid), Program::Native(_)) = (child.id(), &start.program) {
+        // What a script's status leaves behind may be the very program, which some start where they do not find it.
+        platform::kill_group(pid);
+    }
+    let status = child.wait().await.map_err(|error| failed("cannot wait for the check", &error))?;
+    answer.map_or(Ok(status), Err)
+}
+
+/// Kills all that a check started: its session, and what bears its mark. Blocks.
+fn kill_all(home: &Home, agent: &str, pid: u32, start_time: u64) {
+    let deadline = Instant::now() + GONE;
+    loop {
+        let mut left = platform::processes(home.root());
+        // Its number may be somebody else's by now, where nobody holds the child any more.
+        let taken_over = left.iter().any(|process| process.pid == pid && process.start_time != start_time);
+        left.retain(|process| {
+            let asks = process.mark.as_ref().is_some_and(|mark| mark.is_check && mark.name == agent);
+            asks || (process.session == pid && !taken_over)
+        });
+        if left.is_empty() || Instant::now() >= deadline {
+            return;
+        }
+        for process in &left {
+            let killed: io::Result<bool> = platform::signal(process.pid, process.start_time, StopSignal::Kill);
+            if let Err(error) = killed {
+                tracing::warn!(agent, pid = process.pid, error = %error, "a process of a health check cannot be killed");
+            }
+        }
+        platform::pause(LOOK);
+    }
+}

@@ -1,0 +1,113 @@
+//! Heartbeats, each in a thread of its own: it may block on the network without holding up anything else.
+//!
+//! A thread that stayed would keep the stack that its deepest call once needed, which is a TLS handshake's: more than all else that an idle
+//! manager of ten sub-agents holds. What is kept is the client, with its open connection.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::Input;
+use super::run::Inputs;
+use crate::config::Config;
+use crate::core::model::AgentId;
+use crate::core::protocol::{Answer, Heartbeat};
+use crate::endpoint::{Client, Endpoint, Timeouts};
+use crate::home::Home;
+use crate::uplink;
+
+/// For a TLS handshake and the answer's desired state.
+const STACK_BYTES: usize = 512 << 10;
+
+/// What came of one heartbeat.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Answered { endpoint: Endpoint, answer: Box<Answer> },
+    Failed { why: String, retry_after: Option<Duration> },
+}
+
+/// The way to the gateway.
+#[derive(Debug)]
+pub(super) struct Uplink {
+    home: Home,
+    agent_id: AgentId,
+    inputs: Inputs,
+    way: Arc<Mutex<Way>>,
+}
+
+#[derive(Debug)]
+struct Way {
+    config: Arc<Config>,
+    /// Made for this `config`; away while a heartbeat is on it.
+    client: Option<Client>,
+}
+
+impl Uplink {
+    pub(super) fn new(home: &Home, agent_id: &AgentId, config: &Config, inputs: &Inputs) -> Uplink {
+        let way = Way { config: Arc::new(config.clone()), client: None };
+        let (home, agent_id, inputs) = (home.clone(), agent_id.clone(), inputs.clone());
+        Uplink { home, agent_id, inputs, way: Arc::new(Mutex::new(way)) }
+    }
+
+    /// The way to the gateway may have changed.
+    pub(super) fn configure(&self, config: &Config) {
+        *lock(&self.way) = Way { config: Arc::new(config.clone()), client: None };
+    }
+
+    /// Sends a heartbeat; what comes of it is an [`Input`].
+    pub(super) fn send(&self, heartbeat: Box<Heartbeat>) -> io::Result<()> {
+        let (home, agent_id, inputs, way) =
+            (self.home.clone(), self.agent_id.clone(), self.inputs.clone(), self.way.clone());
+        let thread = std::thread::Builder::new().name("uplink".to_owned()).stack_size(STACK_BYTES);
+        thread.spawn(move || {
+            let (config, mut client) = {
+                let mut way = lock(&way);
+                (way.config.clone(), way.client.take())
+            };
+            let outcome = send(&home, &agent_id, &config, &mut client, &heartbeat);
+            {
+                let mut way = lock(&way);
+                // Another configuration came meanwhile: this client is not for it.
+                if Arc::ptr_eq(&way.config, &config) {
+                    way.client = client;
+                }
+            }
+            // Nobody hears it where the manager is ending.
+            let _ = inputs.send(Input::Heartbeat(outcome));
+        })?;
+        Ok(())
+    }
+}
+
+/// It is held for a moment only; nothing that could panic is done under it.
+fn lock(way: &Mutex<Way>) -> MutexGuard<'_, Way> {
+    way.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Tries the endpoints in order until one answers.
+fn send(
+    home: &Home,
+    agent_id: &AgentId,
+    config: &Config,
+    client: &mut Option<Client>,
+    heartbeat: &Heartbeat,
+) -> Outcome {
+    let connected = match client {
+        Some(client) => client,
+        None => match Client::new(&config.trust(home), Some(agent_id), Timeouts::exchange()) {
+            Ok(new) => client.insert(new),
+            Err(error) => return Outcome::Failed { why: format!("{error:#}"), retry_after: None },
+        },
+    };
+    let (mut reasons, mut retry_after) = (vec![], None);
+    for endpoint in &config.heartbeat_srv {
+        match uplink::send(connected, endpoint, heartbeat) {
+            Ok(answer) => return Outcome::Answered { endpoint: endpoint.clone(), answer: Box::new(answer) },
+            Err(refusal) => {
+                retry_after = retry_after.max(refusal.retry_after);
+                reasons.push(refusal.to_string());
+            }
+        }
+    }
+    Outcome::Failed { why: reasons.join("; "), retry_after }
+}

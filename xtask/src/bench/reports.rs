@@ -1,0 +1,119 @@
+//! What the programs that are kept running say of themselves: the same for all supervisors, and by the clock of the program that was
+//! started, so that nobody's polling is measured.
+
+use std::collections::HashMap;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::time::{ClockId, clock_gettime};
+
+/// The monotonic clock, which programs share.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+pub(super) struct Moment(f64);
+
+impl Moment {
+    pub(super) fn now() -> Moment {
+        let now = clock_gettime(ClockId::Monotonic);
+        Moment(now.tv_sec as f64 * 1e3 + now.tv_nsec as f64 / 1e6)
+    }
+
+    /// Milliseconds from an earlier one.
+    pub(super) fn since(self, earlier: Moment) -> f64 {
+        self.0 - earlier.0
+    }
+}
+
+/// One program's last word: who it is, and when its `main` began.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Start {
+    pub(super) pid: u32,
+    pub(super) at: Moment,
+}
+
+/// The last word of each program of one supervisor, by its name.
+#[derive(Debug, Clone)]
+pub(super) struct Reports {
+    shared: Arc<(Mutex<HashMap<String, Start>>, Condvar)>,
+}
+
+impl Reports {
+    /// Hears what is sent to `socket`, from now on, in a thread that lives as long as this process.
+    pub(super) fn listen(socket: &Path) -> Result<Reports> {
+        let inbox =
+            UnixDatagram::bind(socket).with_context(|| format!("cannot make the socket {}", socket.display()))?;
+        let reports = Reports { shared: Arc::default() };
+        let heard = reports.clone();
+        std::thread::Builder::new().name("reports".to_owned()).spawn(move || heard.hear(&inbox))?;
+        Ok(reports)
+    }
+
+    fn hear(&self, inbox: &UnixDatagram) {
+        let mut buffer = [0; 512];
+        while let Ok(length) = inbox.recv(&mut buffer) {
+            if let Some((name, start)) = parse(&buffer[..length]) {
+                self.starts().insert(name, start);
+                self.shared.1.notify_all();
+            }
+        }
+    }
+
+    fn starts(&self) -> MutexGuard<'_, HashMap<String, Start>> {
+        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn of(&self, name: &str) -> Option<Start> {
+        self.starts().get(name).copied()
+    }
+
+    /// Waits until the program of that name is another process than `old`.
+    pub(super) fn successor(&self, name: &str, old: u32, patience: Duration) -> Option<Start> {
+        let deadline = Instant::now() + patience;
+        let mut starts = self.starts();
+        loop {
+            if let Some(start) = starts.get(name).filter(|start| start.pid != old) {
+                return Some(*start);
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            starts = self.shared.1.wait_timeout(starts, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits until `count` programs have spoken.
+    pub(super) fn wait_for(&self, count: usize, patience: Duration) -> bool {
+        crate::wait::try_for(patience, || (self.starts().len() >= count).then_some(())).is_some()
+    }
+}
+
+/// `name pid nanoseconds`.
+fn parse(text: &[u8]) -> Option<(String, Start)> {
+    let text = std::str::from_utf8(text).ok()?;
+    let mut words = text.split(' ');
+    let name = words.next()?.to_owned();
+    let pid = words.next()?.parse().ok()?;
+    let nanoseconds: f64 = words.next()?.parse().ok()?;
+    Some((name, Start { pid, at: Moment(nanoseconds / 1e6) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_successor_is_another_process_of_the_same_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("reports");
+        let reports = Reports::listen(&socket).unwrap();
+        let sender = UnixDatagram::unbound().unwrap();
+        let say = |text: &str| assert_eq!(sender.send_to(text.as_bytes(), &socket).unwrap(), text.len());
+        say("a 7 1000000");
+        assert!(reports.wait_for(1, Duration::from_secs(10)));
+        assert!(reports.successor("a", 7, Duration::ZERO).is_none());
+        say("nonsense");
+        say("a 8 3500000");
+        let start = reports.successor("a", 7, Duration::from_secs(10)).unwrap();
+        assert_eq!((start.pid, start.at.since(Moment(1.0))), (8, 2.5));
+    }
+}

@@ -1,0 +1,138 @@
+//! `cargo xtask dist --target linux/amd64`: what is put on hosts, the static executable without the gateway and its package.
+//!
+//! Nothing is handed over untried: the executable is looked into (no interpreter, no shared library, a fixed address, no symbols), it is
+//! run, and the package comes out of a publishing like any other.
+
+mod elf;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::command::{self, cargo, read, run_quietly, say, text};
+use crate::toolchain::Toolchain;
+use crate::{apt, workspace};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// What to build for
+    #[arg(long, value_enum)]
+    target: Target,
+}
+
+/// What can be built, and is tried here.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(crate) enum Target {
+    #[value(name = "linux/amd64")]
+    LinuxAmd64,
+}
+
+impl Target {
+    fn triple(self) -> &'static str {
+        match self {
+            Target::LinuxAmd64 => "x86_64-unknown-linux-musl",
+        }
+    }
+
+    /// The operating system and the architecture, as packages name them.
+    fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Target::LinuxAmd64 => ("linux", "amd64"),
+        }
+    }
+}
+
+/// A C compiler for musl, and the library itself.
+const NEEDS: &[apt::Need] = &[("cc", "gcc"), ("musl-gcc", "musl-tools")];
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let (os, arch) = arguments.target.words();
+    let built = build(arguments.target)?;
+    let version = version(&built)?;
+    let directory = workspace::target().join("dist");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let executable = directory.join(format!("aops-{os}-{arch}"));
+    put(&built, &executable)?;
+    let archive = directory.join(format!("aops-spm-{version}_{os}_{arch}.tar.zst"));
+    package(&executable, &version, arguments.target, &archive)?;
+    for file in [&executable, &archive] {
+        say(&format!("{}: {} bytes", file.display(), fs::metadata(file)?.len()));
+    }
+    Ok(())
+}
+
+/// Builds the executable and makes sure that it is what hosts need.
+pub(crate) fn build(target: Target) -> Result<PathBuf> {
+    apt::install(NEEDS)?;
+    let triple = target.triple();
+    let mut build = Toolchain::for_target(triple)?.cargo("build", triple);
+    command::run(build.args(["--release", "-p", "aops", "--no-default-features"]))?;
+    let built = workspace::kept("build").join(triple).join("release/aops");
+    let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    elf::check(&bytes).with_context(|| format!("{} is not what old hosts can run", built.display()))?;
+    fails_in_order(&built)?;
+    Ok(built)
+}
+
+/// An error goes through the unwinder, which was put together by hand, where a backtrace is asked for.
+fn fails_in_order(executable: &Path) -> Result<()> {
+    let mut command = Command::new(executable);
+    command.args(["spm", "--home", "/nonexistent"]).env_clear().env("RUST_BACKTRACE", "full");
+    let output = command.output().with_context(|| format!("cannot run {}", executable.display()))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1) && said.contains("nothing is installed in /nonexistent"),
+        "an error does not come out of {} as it should: {}: {said}",
+        executable.display(),
+        output.status
+    );
+    Ok(())
+}
+
+/// The version that the executable says of itself, asked as on a host that has nothing: no environment, no other program.
+fn version(executable: &Path) -> Result<String> {
+    let said = read(Command::new(executable).arg("--version").env_clear().current_dir("/"))?;
+    let version = said.strip_prefix("aops ").with_context(|| format!("it says {said:?} of its version"))?;
+    Ok(version.to_owned())
+}
+
+/// Makes the package by publishing it into a depot that is thrown away: packed by the product itself, and seen to be one that it takes.
+fn package(executable: &Path, version: &str, target: Target, archive: &Path) -> Result<()> {
+    let (os, arch) = target.words();
+    let gateway = gateway()?;
+    let scratch = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let (depot, content) = (scratch.path().join("gateway"), scratch.path().join("content"));
+    fs::create_dir_all(content.join("bin"))?;
+    put(executable, &content.join("bin/aops"))?;
+    run_quietly(Command::new(&gateway).args(["gateway", "init", "--name", "localhost", "--dir"]).arg(&depot))?;
+    let mut publish = Command::new(&gateway);
+    publish.args(["gateway", "publish", "--dir"]).arg(&depot);
+    publish.args(["--name", "aops-spm", "--version", version, "--os", os, "--arch", arch]).arg(&content);
+    run_quietly(&mut publish)?;
+    let name = archive.file_name().context("it has a name")?;
+    put(&depot.join("depot").join(name), archive)
+}
+
+/// A gateway for our own use: what `cargo build` makes, which the tests use too.
+pub(crate) fn gateway() -> Result<PathBuf> {
+    let mut build = cargo();
+    build.current_dir(workspace::root()).args(["build", "--locked", "-p", "aops", "--message-format", "json"]);
+    say("$ cargo build --locked -p aops");
+    let messages = read(&mut build)?;
+    let built = messages.lines().rev().find_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        Some(PathBuf::from(message["executable"].as_str()?))
+    });
+    built.context("cargo does not say what it built")
+}
+
+/// Copies a file under a temporary name and renames it: nobody finds half of it.
+fn put(from: &Path, to: &Path) -> Result<()> {
+    let what = || format!("cannot copy {} to {}", text(from), text(to));
+    let unfinished = to.with_extension("unfinished");
+    fs::copy(from, &unfinished).with_context(what)?;
+    fs::rename(&unfinished, to).with_context(what)
+}

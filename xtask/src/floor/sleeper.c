@@ -1,0 +1,35 @@
+// What every supervisor of `cargo xtask bench supervise` keeps running: it says at once that it runs, and when that began, and does
+// nothing more, for ever. The moment is read first of all, so that the telling is not measured.
+//
+//   sleeper SOCKET NAME       or without arguments: BENCH_SOCKET, and the name of the working directory
+//
+// One datagram goes to the socket: name, pid, nanoseconds of the monotonic clock.
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+int main(int count, char **arguments) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    char directory[4096] = "";
+    const char *path = count > 2 ? arguments[1] : getenv("BENCH_SOCKET"), *name = arguments[count > 2 ? 2 : 0];
+    if (count <= 2 && getcwd(directory, sizeof directory))
+        name = strrchr(directory, '/') + 1;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (!path || strlen(path) >= sizeof address.sun_path)
+        return 2;
+    strcpy(address.sun_path, path);
+    char text[256];
+    int length = snprintf(text, sizeof text, "%s %d %lld", name, getpid(), now.tv_sec * 1000000000LL + now.tv_nsec);
+    int out = socket(AF_UNIX, SOCK_DGRAM, 0);
+    if (length >= (int)sizeof text || sendto(out, text, length, 0, (struct sockaddr *)&address, sizeof address) != length)
+        return 1;
+    close(out);
+    for (;;)
+        pause();
+}

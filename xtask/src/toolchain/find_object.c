@@ -1,0 +1,53 @@
+// gcc's unwinder asks the C library which object an address belongs to and where that one's unwind tables are. It does so by a function
+// that glibc has since 2.35 and musl has not; so here it is, by what both have. Without it a static executable would not link, and one
+// that answered "none" would abort at its first backtrace.
+//
+// The structure is that of <dlfcn.h> of glibc on x86-64.
+#define _GNU_SOURCE
+#include <link.h>
+#include <pthread.h>
+#include <stddef.h>
+
+// The unwinder calls these if they are there, and asks only one of them whether they are: without this a static link leaves some out.
+__attribute__((used)) static void *const needed[] = {
+    (void *)pthread_once,        (void *)pthread_mutex_lock,  (void *)pthread_mutex_unlock,
+    (void *)pthread_key_create,  (void *)pthread_getspecific, (void *)pthread_setspecific,
+};
+
+struct found {
+    unsigned long long flags;
+    void *start, *end;
+    void *link_map;
+    void *eh_frame;
+    unsigned long long reserved[7];
+};
+
+struct search {
+    ElfW(Addr) address;
+    struct found *found;
+};
+
+static int look(struct dl_phdr_info *object, size_t size, void *data) {
+    struct search *search = data;
+    struct found found = {0};
+    (void)size;
+    for (int at = 0; at < object->dlpi_phnum; at++) {
+        const ElfW(Phdr) *segment = &object->dlpi_phdr[at];
+        ElfW(Addr) start = object->dlpi_addr + segment->p_vaddr, end = start + segment->p_memsz;
+        if (segment->p_type == PT_LOAD && start <= search->address && search->address < end) {
+            found.start = (void *)start;
+            found.end = (void *)end;
+        }
+        if (segment->p_type == PT_GNU_EH_FRAME)
+            found.eh_frame = (void *)start;
+    }
+    if (!found.start || !found.eh_frame)
+        return 0;
+    *search->found = found;
+    return 1;
+}
+
+int _dl_find_object(void *address, struct found *found) {
+    struct search search = {(ElfW(Addr))address, found};
+    return dl_iterate_phdr(look, &search) ? 0 : -1;
+}
