@@ -77,7 +77,6 @@ impl Toolchain {
     }
 
     /// `cargo <subcommand>` for `target`, building into a directory of its own.
-    #[allow(dead_code, reason = "what is shipped is not built by a task yet")]
     pub(crate) fn cargo(&self, subcommand: &str, target: &str) -> Command {
         self.cargo_with(subcommand, target, "std,panic_abort")
     }
