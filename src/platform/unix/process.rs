@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::fs::Mode;
@@ -75,8 +76,10 @@ fn number(digits: &[u8]) -> Option<u64> {
 }
 
 /// Names this boot of the machine: a pid and start time mean nothing in another.
-pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
+pub fn boot_id() -> &'static str {
+    static ID: OnceLock<String> = OnceLock::new();
+    let read = || fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned());
+    ID.get_or_init(|| read().unwrap_or_default())
 }
 
 /// How long the machine has been up.
