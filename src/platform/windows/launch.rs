@@ -43,7 +43,7 @@ pub struct Child {
     process: OwnedHandle,
 }
 
-/// Starts a sub-agent's process, in its group where that can be had. `command` says program, arguments, directory and the whole
+/// Starts a sub-agent's process, in its group, which is made, where that can be had. `command` says program, arguments, directory and the whole
 /// environment.
 pub fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     if launch.user.is_some() {
@@ -63,7 +63,7 @@ pub fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     let unbegun = Unbegun(Some(OwnedHandle::from(child)));
     let Some(process) = &unbegun.0 else { return Err(io::ErrorKind::NotFound.into()) };
     let start_time = process::creation_time(process).ok_or_else(io::Error::last_os_error)?;
-    let grouped = launch.group.as_ref().is_some_and(|group| group.take_in(process).is_ok());
+    let grouped = launch.group.as_ref().is_some_and(|group| group.make().and_then(|()| group.take_in(process)).is_ok());
     let record = write_record(launch, pid, start_time, launch.group.as_ref().filter(|_| grouped));
     resume(pid)?;
     // Where it cannot be recorded (a full disk), it runs all the same: the group stands in.
@@ -103,7 +103,7 @@ fn write_record(launch: &Launch, pid: u32, start_time: u64, group: Option<&Group
     }
     text.extend_from_slice(b"}\n");
     let mut temporary = launch.record.clone().into_os_string();
-    temporary.push(".new");
+    temporary.push(".old");
     let temporary = PathBuf::from(temporary);
     fs::write(&temporary, text)?;
     Ok(temporary)
@@ -238,9 +238,7 @@ mod tests {
     }
 
     fn start(directory: &Path, command: Command) -> Child {
-        let group = group(directory);
-        group.make().unwrap();
-        launch(&complete(command), &options(directory, "a.json", Some(group))).unwrap()
+        launch(&complete(command), &options(directory, "a.json", Some(group(directory)))).unwrap()
     }
 
     fn options(directory: &Path, record: &str, group: Option<Group>) -> Launch {
