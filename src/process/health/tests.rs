@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -81,7 +80,7 @@ fn release(manifest: Option<&str>, scripts: &[(&str, &str)]) -> (TempDir, Start)
     }
     for (file, text) in scripts {
         fs::write(release.join(file), format!("#!/bin/sh\n{text}\n")).unwrap();
-        fs::set_permissions(release.join(file), fs::Permissions::from_mode(0o755)).unwrap();
+        crate::platform::set_mode(&release.join(file), 0o755).unwrap();
     }
     let program = launch::inspect(&home, &name, &version).unwrap();
     let env = BTreeMap::from([("TOLD".to_owned(), "2".to_owned())]);
