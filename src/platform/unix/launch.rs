@@ -11,7 +11,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -19,6 +19,7 @@ use std::process::{Command, ExitStatus};
 
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Pid, PidfdFlags, Uid, WaitOptions, waitpid};
 use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 use tokio::io::unix::AsyncFd;
@@ -26,6 +27,7 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::clone;
 use super::process::parse_stat;
 use crate::platform::Launch;
 
@@ -84,11 +86,10 @@ async fn begin(
     plan: &Plan<'_>,
     make: impl FnOnce(BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)>,
 ) -> io::Result<Begun> {
-    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
     let (pid, pidfd) = make(writer.as_fd())?;
     drop(writer);
-    let mut told = vec![];
-    Receiver::from_owned_fd(reader)?.read_to_end(&mut told).await?;
+    let told = hear(reader).await?;
     let (mut grouped, mut started) = (plan.group.is_some(), None);
     for message in told.chunks_exact(MESSAGE) {
         let value = message[1..].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
@@ -108,6 +109,21 @@ async fn begin(
     };
     let pid = pid.as_raw_nonzero().get() as u32;
     Ok(Begun::Runs(Child { pid, start_time, grouped, pidfd }))
+}
+
+/// All that is told over a pipe until its end, which is there already where the child was waited for.
+async fn hear(pipe: OwnedFd) -> io::Result<Vec<u8>> {
+    let (mut told, mut buffer) = (vec![], [0; 4 * MESSAGE]);
+    loop {
+        match rustix::io::read(&pipe, &mut buffer) {
+            Ok(0) => return Ok(told),
+            Ok(length) => told.extend_from_slice(&buffer[..length]),
+            Err(Errno::AGAIN) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Receiver::from_owned_fd(pipe)?.read_to_end(&mut told).await?;
+    Ok(told)
 }
 
 impl Child {
@@ -211,7 +227,7 @@ impl<'a> Plan<'a> {
     ///
     /// # Safety
     ///
-    /// Only in a forked child, which is alone: it makes raw system calls, and what it uses was allocated before the fork.
+    /// Only in a child that is to become the program: it makes raw system calls, and what it uses was allocated before.
     unsafe fn carry_out(&self, words: &Words<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
         let tell = |kind: u8, value: u64| {
             let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
@@ -324,28 +340,12 @@ impl<'a> Words<'a> {
 /// Begins the child in the group, and gives its pidfd.
 fn clone_into(group: BorrowedFd<'_>, plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
     let words = Words::of(plan);
-    let mut pidfd: libc::c_int = -1;
-    // SAFETY: all zero is a valid value of this struct of numbers.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = (libc::CLONE_PIDFD as u64) | CLONE_INTO_CGROUP;
-    arguments.pidfd = &raw mut pidfd as u64;
-    arguments.exit_signal = libc::SIGCHLD as u64;
-    arguments.cgroup = group.as_raw_fd() as u64;
-    // SAFETY: without CLONE_VM and a stack it is a fork: the child goes on with a copy of everything, and does only what is allowed there.
-    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
-    match result {
-        // SAFETY: we are the forked child.
-        0 => unsafe { plan.carry_out(&words, true, pipe) },
-        _ => {
-            let pid = forked(result as i32)?;
-            // SAFETY: the kernel put a new descriptor there, which is ours alone.
-            Ok((pid, Some(unsafe { OwnedFd::from_raw_fd(pidfd) })))
-        }
-    }
+    // SAFETY: the child does only what is allowed there, and does not come back.
+    let child = || unsafe { plan.carry_out(&words, true, pipe) };
+    // SAFETY: as above.
+    let (pid, pidfd) = unsafe { clone::clone_into(group, &child)? };
+    Ok((pid, Some(pidfd)))
 }
-
-/// Linux 5.7; clone(2).
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 fn fork(plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
     let words = Words::of(plan);
