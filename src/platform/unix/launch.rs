@@ -332,7 +332,7 @@ fn clone_into(group: BorrowedFd<'_>, plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> i
         // SAFETY: we are the forked child.
         0 => unsafe { plan.carry_out(&words, true, pipe) },
         _ => {
-            let pid = Pid::from_raw(result as i32).filter(|_| result > 0).ok_or_else(io::Error::last_os_error)?;
+            let pid = made(result as libc::pid_t)?;
             // SAFETY: the kernel put a new descriptor there, which is ours alone.
             Ok((pid, Some(unsafe { OwnedFd::from_raw_fd(pidfd) })))
         }
@@ -348,8 +348,14 @@ fn fork(plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
     match unsafe { libc::fork() } {
         // SAFETY: we are the forked child.
         0 => unsafe { plan.carry_out(&words, false, pipe) },
-        result => Pid::from_raw(result).filter(|_| result > 0).ok_or_else(io::Error::last_os_error),
+        result => made(result),
     }
+}
+
+/// The child that a system call made, or why it made none.
+fn made(result: libc::pid_t) -> io::Result<Pid> {
+    // A number below zero is none at all, and must not be asked to be one.
+    if result < 0 { None } else { Pid::from_raw(result) }.ok_or_else(io::Error::last_os_error)
 }
 
 fn last_error() -> Errno {
