@@ -36,8 +36,7 @@ fn a_manager_killed_at_any_step_of_a_start_doubles_and_loses_nobody() {
     for (call, most) in [("clone3", 1), ("rename", MOST_STEPS), ("write", MOST_STEPS)] {
         for n in 1..=most {
             let kill = format!("{call}:signal=KILL:when={n}");
-            let spa = host.role_pid("spa").expect("a watchdog");
-            without_roles(&host, spa, || host.kill(before["one"]));
+            let spa = without_manager(&host, || host.kill(before["one"]));
             let mut traced = trace(&host, &[&kill]);
             let survived = wait_for("its end, or the start of all", SOON, || {
                 let ended = command::wait(&mut traced.strace, Duration::ZERO).map(|_| false);
@@ -74,8 +73,7 @@ fn a_child_met_between_its_birth_and_its_program_is_adopted_and_not_doubled() {
     let mut before = up(&host);
     // Before it has done anything; before its record has its name; before its program runs.
     for step in ["setsid", "umask", "dup2,dup3", "chdir", "execve"] {
-        let spa = host.role_pid("spa").expect("a watchdog");
-        without_roles(&host, spa, || host.kill(before["one"]));
+        let spa = without_manager(&host, || host.kill(before["one"]));
         let mut traced = trace(&host, &[&format!("{step}:{DELAY}")]);
         let (manager, child) = wait_for("the child", SOON, || {
             let manager = traced.manager()?;
@@ -99,8 +97,7 @@ fn a_child_that_dies_on_its_way_to_its_program_leaves_nothing_behind() {
     let host = TestHost::joined(&gateway);
     let mut before = up(&host);
     for step in ["setsid", "chdir"] {
-        let spa = host.role_pid("spa").expect("a watchdog");
-        without_roles(&host, spa, || host.kill(before["one"]));
+        let spa = without_manager(&host, || host.kill(before["one"]));
         let mut traced = trace(&host, &[&format!("{step}:signal=KILL")]);
         host.wait_for_status("the failed start to show", SOON, |status| {
             agent(status, "one").is_some_and(|agent| agent["lastError"].to_string().contains("killed before"))
@@ -120,8 +117,7 @@ fn without_pidfd_and_clone3_deaths_are_seen_and_adoption_and_stop_work() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
-    let spa = host.role_pid("spa").expect("a watchdog");
-    without_roles(&host, spa, || host.kill(before["one"]));
+    let spa = without_manager(&host, || host.kill(before["one"]));
     let old = ["pidfd_open:error=ENOSYS", "pidfd_send_signal:error=ENOSYS", "clone3:error=ENOSYS"];
     let mut traced = trace(&host, &old);
     // Or the watchdog would start another.
@@ -155,8 +151,7 @@ fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and
     let gateway = Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")));
     let host = TestHost::joined(&gateway);
     let before = up(&host);
-    let spa = host.role_pid("spa").expect("a watchdog");
-    without_roles(&host, spa, || host.kill(before["two"]));
+    let spa = without_manager(&host, || host.kill(before["two"]));
     host.kill(spa);
     wait_for("the watchdog's end", SOON, || (!is_alive(spa)).then_some(()));
     let log = host.home().join("log/agents/one.log");
@@ -191,14 +186,17 @@ fn gateway() -> Gateway {
     Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")))
 }
 
-/// Kills the manager while the watchdog is stopped, and does something while there is none.
+/// Kills the manager while the watchdog, a new one that has seen no manager die, is stopped, and does something while there is none.
 #[track_caller]
-fn without_roles(host: &TestHost, spa: u32, meanwhile: impl FnOnce()) {
-    let spm = host.role_pid("spm").expect("a manager");
+fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) -> u32 {
+    host.control(&["restart"]).expect_success();
+    up(host);
+    let (spm, spa) = (host.role_pid("spm").expect("a manager"), host.role_pid("spa").expect("a watchdog"));
     signal(spa, Signal::STOP);
     host.kill(spm);
     wait_for("the manager's end", SOON, || (!is_alive(spm)).then_some(()));
     meanwhile();
+    spa
 }
 
 fn all_run(status: &Value) -> bool {
