@@ -57,3 +57,36 @@ pub fn is_held(path: &Path) -> bool {
     let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else { return false };
     matches!(RwLock::new(file).try_write(), Err(error) if error.kind() == ErrorKind::WouldBlock)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::platform::testing::{self, Other, PATIENCE};
+
+    const HOLDER: &str = "lock::tests::a_holder";
+
+    /// Takes the lock, and stays.
+    #[test]
+    fn a_holder() {
+        let Some(path) = testing::part(HOLDER) else { return };
+        let held = take(Path::new(&path), Duration::ZERO).unwrap();
+        testing::say(held.is_some());
+        testing::stay();
+    }
+
+    #[test]
+    fn a_lock_of_another_process_excludes_us_until_its_death() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("spm.lock");
+        let mut holder = Other::start(HOLDER, &path);
+        assert_eq!(holder.line(), "true");
+        assert!(is_held(&path));
+        assert!(take(&path, Duration::ZERO).unwrap().is_none());
+        assert_eq!(Other::start(HOLDER, &path).line(), "false");
+        holder.kill();
+        let held = take(&path, PATIENCE).unwrap();
+        assert!(held.is_some());
+        drop(held);
+        assert!(!is_held(&path));
+    }
+}

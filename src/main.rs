@@ -34,6 +34,9 @@ mod uplink;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    if let Some(code) = platform::errand() {
+        return code;
+    }
     match cli::run(std::env::args_os()) {
         Ok(code) => code,
         Err(error) => {

@@ -16,6 +16,10 @@ mod windows;
 #[cfg(windows)]
 pub use windows::*;
 
+#[cfg(test)]
+#[allow(dead_code, reason = "the tests of one platform use more of it than those of the other")]
+pub mod testing;
+
 /// How a sub-agent's process begins.
 #[derive(Debug)]
 pub struct Launch {
@@ -28,6 +32,35 @@ pub struct Launch {
     pub output: File,
     /// What holds its process tree.
     pub group: Option<Group>,
+}
+
+/// One process as it was seen. Zombies are not seen: they run nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub pid: u32,
+    /// As the platform counts it: clock ticks since boot on Unix, 100 ns since 1601 on Windows. With the pid it names a process for good.
+    pub start_time: u64,
+    /// The root of its tree: on Unix its session; on Windows the oldest living ancestor that is none of ours.
+    pub session: u32,
+    pub mark: Option<Mark>,
+}
+
+/// Which sub-agent a process belongs to: on Unix by the environment that it was started with, on Windows by the file that it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark {
+    pub name: String,
+    pub version: String,
+    /// Of its processes only the main one is ours.
+    pub main_only: bool,
+    /// It asks after the sub-agent's health.
+    pub is_check: bool,
+}
+
+impl Seen {
+    /// Whether it asks after the health of its sub-agent, and is no part of it.
+    pub fn is_check(&self) -> bool {
+        self.mark.as_ref().is_some_and(|mark| mark.is_check)
+    }
 }
 
 /// The variable that marks the processes of a sub-agent whose main process alone is ours: what it started is somebody else's.

@@ -161,7 +161,7 @@ pub fn living(home: &Home, role: Role) -> Option<Holder> {
 
 /// Says that this very process has the role now; counts a restart if its predecessor ended out of order in this boot.
 pub fn announce(home: &Home, role: Role) -> Result<Holder> {
-    let boot_id = platform::boot_id();
+    let boot_id = platform::boot_id().to_owned();
     let restarts = match holder(home, role) {
         Some(last) if last.boot_id == boot_id => last.restarts + u64::from(!last.ended),
         _ => 0,

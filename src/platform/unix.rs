@@ -76,6 +76,11 @@ impl Termination {
     }
 }
 
+/// Does what this process was started for, if it is a helper of its own kind: signals need none.
+pub fn errand() -> Option<std::process::ExitCode> {
+    None
+}
+
 // --- The service manager's notifications
 
 /// Tells systemd, where it asked to be told (sd_notify(3)).

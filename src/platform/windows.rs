@@ -4,11 +4,20 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+mod group;
+mod launch;
 mod local;
+mod names;
 mod process;
+mod security;
+mod signal;
+mod watch;
 
+pub use group::{Group, Groups};
+pub use launch::{Child, launch};
 pub use local::*;
 pub use process::*;
+pub use signal::{errand, signal};
 
 // --- Files
 
@@ -22,9 +31,27 @@ pub fn sync_directory(_path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether an open file is the one that `path` names now. An open file keeps its name on Windows: it cannot be removed beneath us.
-pub fn is_same_file(_file: &File, path: &Path) -> io::Result<bool> {
-    path.try_exists()
+/// Whether an open file is the one that `path` names now.
+pub fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
+    match File::open(path) {
+        Ok(named) => Ok(identity(file)? == identity(&named)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// A file's volume, and its number there.
+fn identity(file: &File) -> io::Result<(u32, u32, u32)> {
+    use std::os::windows::io::AsRawHandle;
+    use windows_sys::Win32::Storage::FileSystem::{BY_HANDLE_FILE_INFORMATION, GetFileInformationByHandle};
+
+    let mut found = BY_HANDLE_FILE_INFORMATION::default();
+    // SAFETY: the handle is open, and the result outlives the call.
+    let done = unsafe { GetFileInformationByHandle(file.as_raw_handle(), &mut found) };
+    if done == 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((found.dwVolumeSerialNumber, found.nFileIndexHigh, found.nFileIndexLow))
 }
 
 /// Makes `link` a copy of what `target` names, replacing what was there: links need a privilege on Windows.
@@ -206,4 +233,48 @@ pub fn read_current(file: &Path) -> io::Result<Option<String>> {
 /// Makes `current` name a version, in one step.
 pub fn write_current(file: &Path, version: &str) -> io::Result<()> {
     replace_file(file, version.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::platform::testing::{self, Other};
+
+    const RUNNING: &str = "platform::windows::tests::a_running_program";
+
+    /// Stays until it is killed.
+    #[test]
+    fn a_running_program() {
+        if testing::part(RUNNING).is_some() {
+            testing::say("ready");
+            testing::stay();
+        }
+    }
+
+    #[test]
+    fn an_executable_is_replaced_while_it_runs() {
+        let directory = tempfile::tempdir().unwrap();
+        let (app, new) = (directory.path().join("app.exe"), directory.path().join("new.exe"));
+        fs::copy(std::env::current_exe().unwrap(), &app).unwrap();
+        fs::write(&new, b"new").unwrap();
+        let mut running = Other::start_from(&app, RUNNING, "");
+        assert_eq!(running.line(), "ready");
+        replace_executable(&new, &app).unwrap();
+        assert_eq!(fs::read(&app).unwrap(), b"new");
+        assert!(start_time(running.pid()).is_some());
+        assert!(!new.exists());
+        running.kill();
+    }
+
+    #[test]
+    fn a_file_that_another_took_the_name_of_is_told_from_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("spm.lock");
+        let file = File::create(&path).unwrap();
+        assert!(is_same_file(&file, &path).unwrap());
+        fs::rename(&path, directory.path().join("away")).unwrap();
+        assert!(!is_same_file(&file, &path).unwrap());
+        File::create(&path).unwrap();
+        assert!(!is_same_file(&file, &path).unwrap());
+    }
 }

@@ -40,6 +40,13 @@ impl Program {
         }
     }
 
+    pub fn kill_mode(&self) -> KillMode {
+        match self {
+            Program::Native(manifest) => manifest.run.kill_mode,
+            Program::Script => KillMode::Tree,
+        }
+    }
+
     pub fn kind(&self) -> Kind {
         match self {
             Program::Native(_) => Kind::Native,
@@ -110,22 +117,24 @@ impl Start {
         }
     }
 
-    /// The sub-agent's group, made; `None` where none can be had.
-    pub fn make_group(&self) -> Option<Group> {
-        let group = self.groups.as_ref()?.group(self.name.as_str());
-        match group.make() {
-            Ok(()) => Some(group),
-            Err(error) => {
-                tracing::warn!(agent = %self.name, group = group.name(), error = %error, "a group cannot be made; session and mark stand in");
-                None
-            }
+    /// The sub-agent's group; `None` where none can be had.
+    pub fn group(&self) -> Option<Group> {
+        self.groups.as_ref().map(|groups| groups.group(self.name.as_str()))
+    }
+
+    /// The name of the group that a child began in.
+    pub fn entered(&self, launch: &Launch, child: &Child) -> Option<String> {
+        let group = launch.group.as_ref()?.name();
+        if !child.grouped {
+            tracing::warn!(agent = %self.name, group, "a sub-agent's group cannot be entered; session and mark stand in");
         }
+        child.grouped.then_some(group)
     }
 
     pub fn head(&self) -> Head {
-        let (stop_signal, grace, kill_mode) = match &self.program {
-            Program::Native(manifest) => (manifest.run.stop_signal, manifest.run.grace(), manifest.run.kill_mode),
-            Program::Script => (StopSignal::Term, SCRIPT_GRACE, KillMode::Tree),
+        let (stop_signal, grace) = match &self.program {
+            Program::Native(manifest) => (manifest.run.stop_signal, manifest.run.grace()),
+            Program::Script => (StopSignal::Term, SCRIPT_GRACE),
         };
         Head {
             format: 1,
@@ -136,8 +145,8 @@ impl Start {
             restarts: self.restarts,
             stop_signal,
             grace_seconds: grace.as_secs(),
-            kill_mode,
-            boot_id: platform::boot_id(),
+            kill_mode: self.program.kill_mode(),
+            boot_id: platform::boot_id().to_owned(),
         }
     }
 
@@ -172,7 +181,7 @@ impl Start {
             .env("AOPS_AGENT_VERSION", self.version.as_str())
             .env("AOPS_AGENT_ID", self.agent_id.as_str())
             .env("AOPS_ENDPOINT", &self.endpoint);
-        if self.head().kill_mode == KillMode::Process {
+        if self.program.kill_mode() == KillMode::Process {
             command.env(platform::MAIN_ONLY, "process");
         }
         command
@@ -206,7 +215,7 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, 
         head: head.text_before_pid()?,
         user,
         output: start.output()?,
-        group: start.make_group(),
+        group: start.group(),
     };
     let mut tries = 0;
     let child = loop {
@@ -223,7 +232,7 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, 
             }
         }
     };
-    let group = launch.group.filter(|_| child.grouped).map(|group| group.name());
+    let group = start.entered(&launch, &child);
     let record = Record { head, pid: child.pid, start_time: child.start_time, group, ended: None };
     Ok((child, record))
 }

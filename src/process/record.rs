@@ -126,7 +126,10 @@ pub fn all(home: &Home) -> Vec<Record> {
 }
 
 pub fn remove(home: &Home, name: &AgentName) -> Result<()> {
-    store::remove(&home.process_record(name))
+    let path = home.process_record(name);
+    // The one before, which a launch keeps to write the next one into.
+    store::remove(&path.with_extension("json.old"))?;
+    store::remove(&path)
 }
 
 #[cfg(test)]

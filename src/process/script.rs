@@ -163,7 +163,7 @@ async fn run(start: &Start, command: &Command) -> Result<Option<String>> {
         head: start.head().text_before_pid()?,
         user: None,
         output: start.output()?,
-        group: start.make_group(),
+        group: start.group(),
     };
     let mut tries = 0;
     let mut child = loop {
@@ -186,7 +186,7 @@ async fn run(start: &Start, command: &Command) -> Result<Option<String>> {
     if !status.success() {
         bail!("`control start` {}; see its log", platform::how_it_ended(status));
     }
-    Ok(launch.group.filter(|_| child.grouped).map(|group| group.name()))
+    Ok(start.entered(&launch, &child))
 }
 
 /// Asks `control stop` of a recorded sub-agent and waits for it; what it leaves is the caller's to end. Blocks.

@@ -330,7 +330,7 @@ mod tests {
             stop_signal: StopSignal::Term,
             grace_seconds: 1,
             kill_mode: KillMode::Tree,
-            boot_id: platform::boot_id(),
+            boot_id: platform::boot_id().to_owned(),
         };
         Target::of(&"a".parse().unwrap(), Some(Record { head, pid, start_time, group: None, ended: None }), None)
     }

@@ -119,8 +119,10 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
     };
     notify("STOPPING=1");
     manager.journal.flush();
-    farewell.send_replace(Some(ending));
+    // The door is shut first: the watchdog, which comes again as soon as it was told, would take our end for a death.
     door.abort();
+    let _ = door.await;
+    farewell.send_replace(Some(ending));
     // Every connection drops its receiver when it has said the farewell.
     let _ = tokio::time::timeout(FAREWELL, farewell.closed()).await;
     Ok(ending)

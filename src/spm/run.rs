@@ -33,17 +33,19 @@ impl Running {
 }
 
 /// Starts a sub-agent, after ending what an earlier process of it left behind.
-pub(super) fn start(inputs: &Inputs, serial: u64, start: Start) {
+/// `last`: what is recorded of that, where the manager knows it.
+pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Option<Record>) {
     let inputs = inputs.clone();
     tokio::spawn(async move {
         let name = start.name.clone();
-        let result = start_clean(start).await.map_err(|error| format!("{error:#}"));
+        let result = start_clean(start, last).await.map_err(|error| format!("{error:#}"));
         let _ = inputs.send(Input::Launched { name, serial, result: result.map(Box::new) });
     });
 }
 
-async fn start_clean(start: Start) -> Result<Running> {
-    end_leftovers(&start).await?;
+async fn start_clean(start: Start, last: Option<Record>) -> Result<Running> {
+    let last = last.or_else(|| record::load(&start.home, &start.name));
+    end_leftovers(&start, last.clone()).await?;
     match start.program.clone() {
         Program::Native(manifest) => {
             let (child, record) = launch::start_native(&start, &manifest).await?;
@@ -51,7 +53,7 @@ async fn start_clean(start: Start) -> Result<Running> {
         }
         Program::Script => {
             let of = start.clone();
-            tokio::task::spawn_blocking(move || script::forget(&of, record::load(&of.home, &of.name).as_ref())).await?;
+            tokio::task::spawn_blocking(move || script::forget(&of, last.as_ref())).await?;
             let record = script::start(&start).await?;
             Ok(Running::Script(Box::new(start), record))
         }
@@ -59,12 +61,11 @@ async fn start_clean(start: Start) -> Result<Running> {
 }
 
 /// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
-async fn end_leftovers(start: &Start) -> Result<()> {
-    if start.head().kill_mode == KillMode::Process {
+async fn end_leftovers(start: &Start, last: Option<Record>) -> Result<()> {
+    if start.program.kill_mode() == KillMode::Process {
         return Ok(());
     }
-    let record = record::load(&start.home, &start.name);
-    let target = Target::of(&start.name, record, start.groups.as_ref()).at_once();
+    let target = Target::of(&start.name, last, start.groups.as_ref()).at_once();
     if target.is_scattered() || !target.groups_are_empty() { end(&start.home, target).await } else { Ok(()) }
 }
 

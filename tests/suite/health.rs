@@ -250,7 +250,7 @@ fn a_start_period_is_honoured_and_ends_with_the_first_success() {
 
 #[test]
 fn the_next_manager_asks_on() {
-    let package = checked("asked", "echo x >>asked; [ ! -f sick ]", "failures = 2");
+    let package = checked("asked", "echo x >>asked; [ ! -f sick ]", "failures = 2\nstartPeriod = \"3s\"");
     let (_gateway, host) = joined(&[&package]);
     let running = host.wait_for_agent("asked");
     host.kill(host.role_pid("spm").expect("it runs"));

@@ -50,18 +50,23 @@ pub fn end_all(home: &Path) -> Result<(), Vec<Process>> {
     gone.ok_or_else(|| of_home(home))
 }
 
-/// Takes away the cgroups that a home's sub-agents had, whose processes have ended.
-pub fn remove_groups(home: &Path) {
+/// The cgroups in which a home's sub-agents have theirs, without a service manager.
+pub fn groups(home: &Path) -> Vec<PathBuf> {
     let digest = Sha256::digest(home.as_os_str().as_encoded_bytes());
     let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
-    for hierarchy in hierarchies.chain([root.to_owned()]) {
-        let base = hierarchy.join(format!("aops-agents-{digits}"));
-        for group in fs::read_dir(&base).into_iter().flatten().flatten() {
+    let places = hierarchies.chain([root.to_owned()]).map(|hierarchy| hierarchy.join(format!("aops-agents-{digits}")));
+    places.filter(|place| place.is_dir()).collect()
+}
+
+/// Takes away the cgroups that a home's sub-agents had, whose processes have ended.
+pub fn remove_groups(home: &Path) {
+    for place in groups(home) {
+        for group in fs::read_dir(&place).into_iter().flatten().flatten() {
             let _ = fs::remove_dir(group.path());
         }
-        let _ = fs::remove_dir(base);
+        let _ = fs::remove_dir(place);
     }
 }
 

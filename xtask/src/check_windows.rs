@@ -18,7 +18,7 @@ pub(crate) fn run() -> Result<()> {
         let toolchain = Toolchain::for_target(target)?;
         for features in [&[][..], &["--no-default-features"]] {
             say(&format!("checking for {target} {}", features.join(" ")));
-            let mut clippy = toolchain.cargo("clippy", target);
+            let mut clippy = toolchain.cargo_for_tests("clippy", target);
             command::run(clippy.args(["-p", "aops"]).args(features).args(["--", "-D", "warnings"]))?;
         }
     }

@@ -11,8 +11,10 @@ mod dist;
 mod fleet;
 mod rootfs;
 mod test;
+mod test_windows;
 mod tidy;
 mod toolchain;
+mod wine;
 mod workspace;
 
 // What the scenarios of the test suite are built of serves here too.
@@ -42,6 +44,8 @@ enum Task {
     Tidy,
     /// Type-check and lint the whole program for 64-bit and 32-bit Windows
     CheckWindows,
+    /// Build the unit tests for 64-bit Windows and run them under Wine; sets up all that they need
+    TestWindows(test_windows::Arguments),
     /// Check the licences and the sources of the dependencies
     Deny,
     /// Build what is put on hosts, into target/dist: the static executable and its package
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         Task::Test(arguments) => test::run(&arguments),
         Task::Tidy => tidy::run(),
         Task::CheckWindows => check_windows::run(),
+        Task::TestWindows(arguments) => test_windows::run(&arguments),
         Task::Deny => deny::run(),
         Task::Dist(arguments) => dist::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),

@@ -68,8 +68,20 @@ impl Toolchain {
         Ok(plain(Some(copy_with_source(&sysroot, target)?), true))
     }
 
+    /// `cargo <subcommand>` for `target`, to check or test: with the library that tests need, and without optimization. Build scripts that
+    /// compile C do so for both.
+    pub(crate) fn cargo_for_tests(&self, subcommand: &str, target: &str) -> Command {
+        let mut command = self.cargo_with(subcommand, target, "std,panic_abort,test");
+        command.args(["--config", r#"profile.dev.package."*".opt-level=0"#]);
+        command
+    }
+
     /// `cargo <subcommand>` for `target`, building into a directory of its own.
     pub(crate) fn cargo(&self, subcommand: &str, target: &str) -> Command {
+        self.cargo_with(subcommand, target, "std,panic_abort")
+    }
+
+    fn cargo_with(&self, subcommand: &str, target: &str, libraries: &str) -> Command {
         let mut command = match &self.copy {
             None => cargo(),
             Some(copy) => {
@@ -90,7 +102,7 @@ impl Toolchain {
         command.current_dir(workspace::root()).env("CARGO_TARGET_DIR", workspace::kept("build"));
         command.args([subcommand, "--locked", "--target", target]);
         if self.build_std {
-            command.env("RUSTC_BOOTSTRAP", "1").arg("-Zbuild-std=std,panic_abort");
+            command.env("RUSTC_BOOTSTRAP", "1").arg(format!("-Zbuild-std={libraries}"));
         }
         let underscored = target.replace('-', "_");
         let prefix = format!("CARGO_TARGET_{}", underscored.to_uppercase());

@@ -249,18 +249,25 @@ impl Group {
         Ok(())
     }
 
-    /// What a new process of ours writes itself into: of v1 `tasks`, which moves one thread without holding up the whole host.
+    /// What a new process of ours writes itself into.
     pub(super) fn door(&self) -> PathBuf {
-        self.path.join(if self.is_v2() { "cgroup.procs" } else { "tasks" })
+        self.path.join("cgroup.procs")
     }
 
-    /// The directory itself, for a process to begin in; `None`: v1, where none can.
-    pub(super) fn open(&self) -> io::Result<Option<fs::File>> {
-        if self.is_v2() { fs::File::open(&self.path).map(Some) } else { Ok(None) }
+    /// The same of v1, which moves one thread without holding up the whole host; v2 has none.
+    pub(super) fn door_v1(&self) -> PathBuf {
+        self.path.join("tasks")
     }
 
-    fn is_v2(&self) -> bool {
-        self.path.join("cgroup.events").exists()
+    /// The directory itself, made where it is missing, for a process to begin in (of v2).
+    pub(super) fn open(&self) -> io::Result<fs::File> {
+        match fs::File::open(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.make()?;
+                fs::File::open(&self.path)
+            }
+            opened => opened,
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::fs::Mode;
@@ -17,6 +18,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::core::manifest::StopSignal;
+use crate::platform::{Mark, Seen};
 
 /// Where the kernel offers no pidfd, a process that is not our child is looked at so often.
 const POLL: Duration = Duration::from_millis(250);
@@ -24,34 +26,6 @@ const POLL: Duration = Duration::from_millis(250);
 const ENVIRON_LIMIT: u64 = 256 << 10;
 /// So is a command line, of which the first words count.
 const COMMAND_LIMIT: u64 = 64 << 10;
-
-/// One process as it was seen. Zombies are not seen: they run nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
-    pub pid: u32,
-    /// Clock ticks since boot; with the pid it names a process for good.
-    pub start_time: u64,
-    pub session: u32,
-    pub mark: Option<Mark>,
-}
-
-/// Which sub-agent a process belongs to, by the environment that it was started with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mark {
-    pub name: String,
-    pub version: String,
-    /// Of its processes only the main one is ours.
-    pub main_only: bool,
-    /// It asks after the sub-agent's health.
-    pub is_check: bool,
-}
-
-impl Seen {
-    /// Whether it asks after the health of its sub-agent, and is no part of it.
-    pub fn is_check(&self) -> bool {
-        self.mark.as_ref().is_some_and(|mark| mark.is_check)
-    }
-}
 
 /// When a live process started, in clock ticks since boot; `None`: there is none of that number, or only its remains.
 pub fn start_time(pid: u32) -> Option<u64> {
@@ -102,8 +76,10 @@ fn number(digits: &[u8]) -> Option<u64> {
 }
 
 /// Names this boot of the machine: a pid and start time mean nothing in another.
-pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
+pub fn boot_id() -> &'static str {
+    static ID: OnceLock<String> = OnceLock::new();
+    let read = || fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned());
+    ID.get_or_init(|| read().unwrap_or_default())
 }
 
 /// How long the machine has been up.

@@ -1,16 +1,36 @@
-//! The local door's hinges: a named pipe of the home, which only its owner, administrators and the system may write to.
+//! The local door's hinges: a named pipe, which only its owner, administrators and the system may open.
+//!
+//! Pipes live in a name space of the whole host, where anybody may take any name. So each listener's pipe has a name of its own that
+//! nobody can guess, which stands in the file where a Unix socket would be: in the home, where nobody else may write. A listener takes
+//! its predecessor's place by replacing that file, whoever may still hold an end of the old pipe.
 
 use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::windows::ffi::OsStrExt;
+use std::io::{self, Read, Write};
+use std::os::windows::fs::OpenOptionsExt;
+use std::os::windows::io::{FromRawHandle, OwnedHandle};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use sha2::{Digest as _, Sha256};
 use tokio::net::windows::named_pipe::{NamedPipeServer, ServerOptions};
-use windows_sys::Win32::Foundation::ERROR_PIPE_BUSY;
+use uuid::Uuid;
+use windows_sys::Win32::Foundation::{
+    ERROR_BROKEN_PIPE, ERROR_HANDLE_EOF, ERROR_IO_PENDING, ERROR_NO_DATA, ERROR_PIPE_BUSY, ERROR_PIPE_NOT_CONNECTED,
+    ERROR_SEM_TIMEOUT, HANDLE, WAIT_FAILED, WAIT_OBJECT_0,
+};
+use windows_sys::Win32::Storage::FileSystem::{FILE_FLAG_OVERLAPPED, ReadFile, SECURITY_IDENTIFICATION, WriteFile};
+use windows_sys::Win32::System::IO::{CancelIoEx, GetOverlappedResult, OVERLAPPED};
+use windows_sys::Win32::System::Pipes::WaitNamedPipeW;
+use windows_sys::Win32::System::Threading::{CreateEventW, INFINITE, SetEvent, WaitForMultipleObjects};
 
-const LOOK: Duration = Duration::from_millis(10);
+use super::process::raw;
+use super::security::{OnlyOurs, is_trusted, wide};
+
+/// What a door's name begins with.
+const PREFIX: &str = r"\\.\pipe\aops-";
+/// No door's name is longer.
+const MAX_NAME_BYTES: u64 = 128;
 
 /// What accepts connections.
 #[derive(Debug)]
@@ -23,57 +43,416 @@ pub struct LocalListener {
 /// The manager's end of a connection.
 pub type LocalStream = NamedPipeServer;
 
-/// The other end, for programs that block. Its reads do not time out.
-pub type LocalConnection = File;
-
-/// Pipes have a name space of their own: the home's path stands in it as a hash.
-fn pipe_name(path: &Path) -> String {
-    let mut hash = Sha256::new();
-    for unit in path.as_os_str().encode_wide() {
-        hash.update(unit.to_le_bytes());
-    }
-    let digits: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-    format!(r"\\.\pipe\aops-{digits}")
-}
-
 impl LocalListener {
-    /// Listens under the name of `path`. Fails where somebody else does.
+    /// Listens at `path` in place of whoever did before: the caller holds the role's lock.
     pub fn bind(path: &Path) -> io::Result<LocalListener> {
-        let name = pipe_name(path);
-        let next = ServerOptions::new().first_pipe_instance(true).reject_remote_clients(true).create(&name)?;
+        let name = format!("{PREFIX}{}", Uuid::new_v4().simple());
+        let next = instance(&name, true)?;
+        super::replace_file(path, name.as_bytes())?;
         Ok(LocalListener { name, next })
     }
 
-    /// The next connection.
+    /// The next connection by somebody who may command this home: the access list lets nobody else in. Cancel-safe.
     pub async fn accept(&mut self) -> io::Result<LocalStream> {
-        self.next.connect().await?;
-        let new = ServerOptions::new().reject_remote_clients(true).create(&self.name)?;
-        Ok(std::mem::replace(&mut self.next, new))
+        let connected = self.next.connect().await;
+        // Also for one who left before he was let in: his instance cannot be connected to again.
+        let new = instance(&self.name, false)?;
+        let old = std::mem::replace(&mut self.next, new);
+        connected.map(|()| old)
     }
 }
 
-/// Connects to the door at `path`, within `timeout`.
+fn instance(name: &str, first: bool) -> io::Result<NamedPipeServer> {
+    let ours = OnlyOurs::new()?;
+    let mut attributes = ours.attributes();
+    let mut options = ServerOptions::new();
+    options.first_pipe_instance(first).reject_remote_clients(true);
+    // SAFETY: the attributes and the access list that they point to outlive the call.
+    unsafe { options.create_with_security_attributes_raw(name, (&raw mut attributes).cast()) }
+}
+
+/// The other end, for programs that block. It can be read and written by two threads at the same time, each with an end of its own.
+#[derive(Debug)]
+pub struct LocalConnection {
+    shared: Arc<Shared>,
+    /// Set when what this end has begun is done.
+    done: OwnedHandle,
+}
+
+#[derive(Debug)]
+struct Shared {
+    pipe: OwnedHandle,
+    /// Set once, when one of the ends hangs up for all.
+    hung_up: OwnedHandle,
+    /// Milliseconds.
+    read_timeout: AtomicU32,
+    write_timeout: u32,
+}
+
+fn event() -> io::Result<OwnedHandle> {
+    // SAFETY: it has no name and the default access list; a handle that is not null is ours to close.
+    let event = unsafe { CreateEventW(std::ptr::null(), 1, 0, std::ptr::null()) };
+    // SAFETY: as above.
+    if event.is_null() { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedHandle::from_raw_handle(event) }) }
+}
+
+fn milliseconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX).clamp(1, INFINITE - 1)
+}
+
+/// Connects to the door at `path`; reads and writes give up after `timeout`.
 pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnection> {
-    let (name, began) = (pipe_name(path), Instant::now());
+    let mut name = String::new();
+    File::open(path)?.take(MAX_NAME_BYTES).read_to_string(&mut name)?;
+    if !name.starts_with(PREFIX) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file does not name a pipe"));
+    }
+    let pipe = open(&name, timeout)?;
+    // Who listened under this name may be dead, and another have taken the name over.
+    if !is_trusted(&pipe)? {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "another user has taken the pipe's name"));
+    }
+    let timeout = milliseconds(timeout);
+    let shared = Shared { pipe, hung_up: event()?, read_timeout: AtomicU32::new(timeout), write_timeout: timeout };
+    Ok(LocalConnection { shared: Arc::new(shared), done: event()? })
+}
+
+/// Opens a pipe; where every instance is taken it waits for the next one.
+fn open(name: &str, timeout: Duration) -> io::Result<OwnedHandle> {
+    let began = Instant::now();
+    let mut options = OpenOptions::new();
+    // Whoever answers may learn who we are, but not act in our name.
+    options.read(true).write(true).custom_flags(FILE_FLAG_OVERLAPPED).security_qos_flags(SECURITY_IDENTIFICATION);
     loop {
-        match OpenOptions::new().read(true).write(true).open(&name) {
-            Err(error) if error.raw_os_error() == Some(ERROR_PIPE_BUSY as i32) && began.elapsed() < timeout => {
-                crate::platform::pause(LOOK);
+        match options.open(name) {
+            Err(error) if error.raw_os_error() == Some(ERROR_PIPE_BUSY as i32) => {
+                let left = timeout.saturating_sub(began.elapsed());
+                if left.is_zero() {
+                    return Err(error);
+                }
+                // SAFETY: the name ends in a zero and outlives the call.
+                if unsafe { WaitNamedPipeW(wide(name).as_ptr(), milliseconds(left)) } == 0 {
+                    match io::Error::last_os_error() {
+                        error if error.raw_os_error() == Some(ERROR_SEM_TIMEOUT as i32) => {}
+                        error => return Err(error),
+                    }
+                }
             }
-            opened => return opened,
+            opened => return opened.map(OwnedHandle::from),
         }
     }
 }
 
-/// A second handle on the same connection.
+/// A second end of the same connection, for another thread.
 pub fn clone_local(connection: &LocalConnection) -> io::Result<LocalConnection> {
-    connection.try_clone()
+    Ok(LocalConnection { shared: connection.shared.clone(), done: event()? })
 }
 
-/// They do already.
-pub fn wait_for_ever(_connection: &LocalConnection) -> io::Result<()> {
+/// Lets reads of a connection wait for ever.
+pub fn wait_for_ever(connection: &LocalConnection) -> io::Result<()> {
+    connection.shared.read_timeout.store(INFINITE, Ordering::Relaxed);
     Ok(())
 }
 
-/// The connection ends when the last handle on it is closed, at the latest with this process.
-pub fn hang_up(_connection: &LocalConnection) {}
+/// Ends a connection for all who hold it, and so wakes who reads from it. The other side sees its end when they have let go of it.
+pub fn hang_up(connection: &LocalConnection) {
+    // SAFETY: the handle is open.
+    unsafe { SetEvent(raw(&connection.shared.hung_up)) };
+}
+
+/// How a transfer came to its end.
+enum Outcome {
+    Moved(usize),
+    /// There is nobody at the other end any more, or we have hung up.
+    Ended,
+}
+
+impl LocalConnection {
+    /// Begins a transfer by `begin` and waits for it: until it is done, its time is over, or somebody hangs up.
+    fn transfer(
+        &self,
+        timeout: u32,
+        begin: impl FnOnce(HANDLE, *mut OVERLAPPED) -> windows_sys::core::BOOL,
+    ) -> io::Result<Outcome> {
+        let pipe = raw(&self.shared.pipe);
+        let mut state = OVERLAPPED { hEvent: raw(&self.done), ..Default::default() };
+        if begin(pipe, &mut state) == 0 {
+            match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(ERROR_IO_PENDING as i32) => {}
+                error => return ended(error),
+            }
+        }
+        let events = [raw(&self.done), raw(&self.shared.hung_up)];
+        // SAFETY: the handles are open, and as many as is told.
+        let waited = unsafe { WaitForMultipleObjects(events.len() as u32, events.as_ptr(), 0, timeout) };
+        let waiting = if waited == WAIT_FAILED { Some(io::Error::last_os_error()) } else { None };
+        if waited != WAIT_OBJECT_0 {
+            // SAFETY: the transfer was begun with this very structure.
+            unsafe { CancelIoEx(pipe, &state) };
+        }
+        let mut moved = 0;
+        // Also when it was cancelled: until this returns, the system may still write into the structure and the buffer.
+        // SAFETY: as above, and the result outlives the call.
+        if unsafe { GetOverlappedResult(pipe, &state, &mut moved, 1) } != 0 {
+            return Ok(Outcome::Moved(moved as usize));
+        }
+        let error = io::Error::last_os_error();
+        match waited {
+            WAIT_OBJECT_0 => ended(error),
+            waited if waited == WAIT_OBJECT_0 + 1 => Ok(Outcome::Ended),
+            _ => Err(waiting.unwrap_or_else(|| io::ErrorKind::TimedOut.into())),
+        }
+    }
+}
+
+fn ended(error: io::Error) -> io::Result<Outcome> {
+    const ENDS: [u32; 4] = [ERROR_BROKEN_PIPE, ERROR_PIPE_NOT_CONNECTED, ERROR_HANDLE_EOF, ERROR_NO_DATA];
+    let is_end = error.raw_os_error().is_some_and(|number| ENDS.contains(&(number as u32)));
+    if is_end { Ok(Outcome::Ended) } else { Err(error) }
+}
+
+impl Read for LocalConnection {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = u32::try_from(buffer.len()).unwrap_or(u32::MAX);
+        let timeout = self.shared.read_timeout.load(Ordering::Relaxed);
+        let outcome = self.transfer(timeout, |pipe, state| {
+            // SAFETY: the buffer has the length that is told and, like the structure, outlives the transfer.
+            unsafe { ReadFile(pipe, buffer.as_mut_ptr(), length, std::ptr::null_mut(), state) }
+        })?;
+        match outcome {
+            Outcome::Moved(count) => Ok(count),
+            Outcome::Ended => Ok(0),
+        }
+    }
+}
+
+impl Write for LocalConnection {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let length = u32::try_from(buffer.len()).unwrap_or(u32::MAX);
+        let outcome = self.transfer(self.shared.write_timeout, |pipe, state| {
+            // SAFETY: as for reading.
+            unsafe { WriteFile(pipe, buffer.as_ptr(), length, std::ptr::null_mut(), state) }
+        })?;
+        match outcome {
+            Outcome::Moved(count) => Ok(count),
+            Outcome::Ended => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    /// What was written is the system's already.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::mpsc;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::platform::testing::{self, Other, PATIENCE, wait_for};
+
+    const CALLER: &str = "platform::windows::local::tests::a_caller";
+    const LISTENER: &str = "platform::windows::local::tests::a_listener";
+
+    /// Says hello at the door, and stays.
+    #[test]
+    fn a_caller() {
+        let Some(path) = testing::part(CALLER) else { return };
+        let mut connection = connect_local(Path::new(&path), PATIENCE).unwrap();
+        connection.write_all(b"hello\n").unwrap();
+        testing::stay();
+    }
+
+    /// Opens a door, answers a hello, and stays.
+    #[tokio::test]
+    async fn a_listener() {
+        let Some(path) = testing::part(LISTENER) else { return };
+        let mut listener = LocalListener::bind(Path::new(&path)).unwrap();
+        testing::say("ready");
+        let mut stream = listener.accept().await.unwrap();
+        assert_eq!(hello(&mut stream).await, *b"hello\n");
+        stream.write_all(b"welcome\n").await.unwrap();
+        testing::stay();
+    }
+
+    async fn hello(stream: &mut LocalStream) -> [u8; 6] {
+        let mut word = [0; 6];
+        tokio::time::timeout(PATIENCE, stream.read_exact(&mut word)).await.unwrap().unwrap();
+        word
+    }
+
+    fn door() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("spm.sock");
+        (directory, path)
+    }
+
+    async fn connected(path: &Path) -> (LocalListener, LocalStream, LocalConnection) {
+        let mut listener = LocalListener::bind(path).unwrap();
+        let connection = connect_local(path, PATIENCE).unwrap();
+        let stream = listener.accept().await.unwrap();
+        (listener, stream, connection)
+    }
+
+    /// Runs what blocks beside the runtime; panics where it is not done in time.
+    async fn beside<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || drop(sender.send(what())));
+        tokio::time::timeout(PATIENCE, receiver).await.expect("it is done in time").unwrap()
+    }
+
+    #[tokio::test]
+    async fn one_thread_writes_while_another_waits_to_read() {
+        let (_directory, path) = door();
+        let (_listener, mut stream, mut reader) = connected(&path).await;
+        let mut writer = clone_local(&reader).unwrap();
+        wait_for_ever(&reader).unwrap();
+        let (began, beginning) = mpsc::channel();
+        let reading = std::thread::spawn(move || {
+            began.send(()).unwrap();
+            let mut word = [0; 8];
+            reader.read_exact(&mut word).unwrap();
+            word
+        });
+        beginning.recv().unwrap();
+        for _ in 0..100 {
+            writer = beside(move || {
+                writer.write_all(b"hello\n").unwrap();
+                writer
+            })
+            .await;
+            assert_eq!(hello(&mut stream).await, *b"hello\n");
+        }
+        stream.write_all(b"welcome\n").await.unwrap();
+        assert_eq!(beside(|| reading.join().unwrap()).await, *b"welcome\n");
+    }
+
+    #[tokio::test]
+    async fn reading_gives_up_in_time_and_can_be_tried_again() {
+        let (_directory, path) = door();
+        let mut listener = LocalListener::bind(&path).unwrap();
+        let mut connection = connect_local(&path, Duration::from_millis(50)).unwrap();
+        let mut stream = listener.accept().await.unwrap();
+        let mut connection = beside(move || {
+            let error = connection.read(&mut [0; 8]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            connection
+        })
+        .await;
+        stream.write_all(b"late").await.unwrap();
+        let text = beside(move || {
+            let mut text = [0; 4];
+            connection.read_exact(&mut text).map(|()| text)
+        })
+        .await;
+        assert_eq!(text.unwrap(), *b"late");
+    }
+
+    #[tokio::test]
+    async fn writing_to_one_who_does_not_read_gives_up_in_time() {
+        let (_directory, path) = door();
+        let mut listener = LocalListener::bind(&path).unwrap();
+        let mut connection = connect_local(&path, Duration::from_millis(50)).unwrap();
+        let _stream = listener.accept().await.unwrap();
+        let error = beside(move || connection.write_all(&vec![0; 16 << 20]).unwrap_err()).await;
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn hanging_up_wakes_who_reads_and_shows_at_the_other_side() {
+        let (_directory, path) = door();
+        let (_listener, mut stream, mut reader) = connected(&path).await;
+        wait_for_ever(&reader).unwrap();
+        let writer = clone_local(&reader).unwrap();
+        let reading = std::thread::spawn(move || reader.read(&mut [0; 8]).unwrap());
+        hang_up(&writer);
+        drop(writer);
+        assert_eq!(beside(move || reading.join().unwrap()).await, 0);
+        assert_eq!(end(&mut stream).await, 0);
+    }
+
+    /// What is read at the end of a connection: nothing, or an error that says so.
+    async fn end(stream: &mut LocalStream) -> usize {
+        let read = tokio::time::timeout(PATIENCE, stream.read(&mut [0; 8])).await.expect("the end is seen in time");
+        read.or_else(|error| if error.kind() == io::ErrorKind::BrokenPipe { Ok(0) } else { Err(error) }).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_death_of_who_connected_is_seen_at_once() {
+        let (_directory, path) = door();
+        let mut listener = LocalListener::bind(&path).unwrap();
+        let mut caller = Other::start(CALLER, &path);
+        let mut stream = tokio::time::timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
+        assert_eq!(hello(&mut stream).await, *b"hello\n");
+        caller.kill();
+        assert_eq!(end(&mut stream).await, 0);
+    }
+
+    #[test]
+    fn the_death_of_who_listened_is_seen_at_once_and_a_successor_takes_the_door() {
+        let (_directory, path) = door();
+        let mut first = Other::start(LISTENER, &path);
+        assert_eq!(first.line(), "ready");
+        let mut connection = connect_local(&path, PATIENCE).unwrap();
+        connection.write_all(b"hello\n").unwrap();
+        let mut word = [0; 8];
+        connection.read_exact(&mut word).unwrap();
+        assert_eq!(word, *b"welcome\n");
+        first.kill();
+        assert_eq!(connection.read(&mut [0; 8]).unwrap(), 0);
+        assert_eq!(connect_local(&path, PATIENCE).unwrap_err().kind(), io::ErrorKind::NotFound);
+        // The old connection is still held.
+        let second = Other::start(LISTENER, &path);
+        assert_eq!(second.line(), "ready");
+        assert_eq!(connection.write_all(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        let mut connection = wait_for("the new door", || connect_local(&path, PATIENCE).ok());
+        connection.write_all(b"hello\n").unwrap();
+        connection.read_exact(&mut word).unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_finds_the_door_taken_waits_for_his_turn() {
+        let (_directory, path) = door();
+        let mut listener = LocalListener::bind(&path).unwrap();
+        let _first = connect_local(&path, PATIENCE).unwrap();
+        let (began, short) = (Instant::now(), Duration::from_millis(50));
+        assert_eq!(connect_local(&path, short).unwrap_err().raw_os_error(), Some(ERROR_PIPE_BUSY as i32));
+        assert!(began.elapsed() >= short);
+        let second = std::thread::spawn(move || connect_local(&path, PATIENCE).map(drop));
+        listener.accept().await.unwrap();
+        beside(|| second.join().unwrap()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_who_leaves_before_he_is_let_in_does_not_close_the_door() {
+        let (_directory, path) = door();
+        let mut listener = LocalListener::bind(&path).unwrap();
+        connect_local(&path, PATIENCE).unwrap().write_all(b"hello\n").unwrap();
+        // He may be let in all the same, or be told of.
+        let first = listener.accept().await;
+        let _second = beside({
+            let path = path.clone();
+            move || connect_local(&path, PATIENCE).unwrap()
+        })
+        .await;
+        tokio::time::timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
+        drop(first);
+    }
+
+    #[tokio::test]
+    async fn the_door_opens_to_its_owner_administrators_and_the_system_alone() {
+        let (_directory, path) = door();
+        let (_listener, _stream, connection) = connected(&path).await;
+        let list = super::super::security::access_list(&connection.shared.pipe).unwrap();
+        let (flags, entries) = list.split_once('(').unwrap();
+        assert!(flags.starts_with("D:P"), "{list}");
+        assert_eq!(entries.matches("(").count(), 2, "{list}");
+        for who in [";SY)", ";BA)"] {
+            assert!(list.contains(who), "{list}");
+        }
+    }
+}

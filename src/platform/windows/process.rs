@@ -1,7 +1,7 @@
 //! Processes: who is there, who belongs together, how one begins and how its end is seen.
 //!
 //! A process is named for good by its pid and its creation time, which is absolute, so that one boot needs no telling from another. Who
-//! belongs to a sub-agent is told by descent. Programs without a console hear no signal: every stop signal ends them.
+//! belongs to a sub-agent is told by its group, and where there is none by descent and by the file that a process runs.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -10,47 +10,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
-use windows_sys::Win32::Foundation::{ERROR_ACCESS_DENIED, FILETIME, HANDLE, INVALID_HANDLE_VALUE, STILL_ACTIVE};
+use windows_sys::Win32::Foundation::{FILETIME, HANDLE, INVALID_HANDLE_VALUE, STILL_ACTIVE};
 use windows_sys::Win32::System::Diagnostics::ToolHelp::{
     CreateToolhelp32Snapshot, PROCESSENTRY32W, Process32FirstW, Process32NextW, TH32CS_SNAPPROCESS,
 };
 use windows_sys::Win32::System::ProcessStatus::{GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS};
 use windows_sys::Win32::System::SystemInformation::{GetSystemTimeAsFileTime, GetTickCount64};
 use windows_sys::Win32::System::Threading::{
-    CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, GetExitCodeProcess, GetProcessTimes, INFINITE, OpenProcess,
-    PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, PROCESS_TERMINATE, QueryFullProcessImageNameW,
-    TerminateProcess, WaitForSingleObject,
+    CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, GetExitCodeProcess, GetProcessTimes, OpenProcess,
+    PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW,
 };
 
-use crate::core::manifest::StopSignal;
-use crate::platform::Launch;
+use super::watch;
+use crate::platform::{Mark, Seen};
 
-/// The exit code of what is ended by us.
-const ENDED_BY_US: u32 = 1;
-
-/// One process as it was seen.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
-    pub pid: u32,
-    /// Creation time, in 100 ns since 1601.
-    pub start_time: u64,
-    /// The ancestor that was started by us, or whose own parent is gone: the root of its tree.
-    pub session: u32,
-    pub mark: Option<Mark>,
-}
-
-/// Which sub-agent a process belongs to, by its environment, which Windows does not let others read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mark {
-    pub name: String,
-    pub version: String,
-    /// Of its processes only the main one is ours.
-    pub main_only: bool,
-    /// It asks after the sub-agent's health.
-    pub is_check: bool,
-}
-
-fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
+pub(super) fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
     // SAFETY: no pointer is passed; a handle that is not null is ours to close.
     let handle = unsafe { OpenProcess(access, 0, pid) };
     if handle.is_null() {
@@ -60,7 +34,7 @@ fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
     Ok(unsafe { OwnedHandle::from_raw_handle(handle) })
 }
 
-fn raw(handle: &OwnedHandle) -> HANDLE {
+pub(super) fn raw(handle: &OwnedHandle) -> HANDLE {
     handle.as_raw_handle()
 }
 
@@ -68,7 +42,7 @@ fn joined(time: FILETIME) -> u64 {
     u64::from(time.dwHighDateTime) << 32 | u64::from(time.dwLowDateTime)
 }
 
-fn creation_time(process: &OwnedHandle) -> Option<u64> {
+pub(super) fn creation_time(process: &OwnedHandle) -> Option<u64> {
     let zero = FILETIME { dwLowDateTime: 0, dwHighDateTime: 0 };
     let (mut created, mut exited, mut kernel, mut user) = (zero, zero, zero, zero);
     // SAFETY: the handle is open, and the four results outlive the call.
@@ -76,7 +50,7 @@ fn creation_time(process: &OwnedHandle) -> Option<u64> {
     (done != 0).then(|| joined(created))
 }
 
-fn is_running(process: &OwnedHandle) -> bool {
+pub(super) fn is_running(process: &OwnedHandle) -> bool {
     let mut code = 0;
     // SAFETY: the handle is open, and the result outlives the call.
     unsafe { GetExitCodeProcess(raw(process), &mut code) != 0 && code == STILL_ACTIVE as u32 }
@@ -151,27 +125,53 @@ struct Entry {
     ours: bool,
 }
 
-/// Every process of the host that we can see.
-pub fn processes(_home: &Path) -> Vec<Seen> {
+/// Every process of the host that we can see, with the marks of those that belong to the home: a variable of the environment, which tells
+/// it on Unix, cannot be read, but the file that a process runs can.
+pub fn processes(home: &Path) -> Vec<Seen> {
     let entries = snapshot();
-    let find = |pid: u32| entries.iter().find(|entry| entry.pid == pid);
-    let root_of = |entry: &Entry| {
-        let mut root = entry.pid;
-        let mut at = entry;
-        // A number may have been given anew: who is younger than its child is not its parent.
-        while let Some(parent) =
-            find(at.parent).filter(|parent| !parent.ours && parent.start_time <= at.start_time && parent.pid != at.pid)
-        {
-            root = parent.pid;
-            at = parent;
-        }
-        root
-    };
-    entries
-        .iter()
-        .filter(|entry| entry.pid != std::process::id())
-        .map(|entry| Seen { pid: entry.pid, start_time: entry.start_time, session: root_of(entry), mark: None })
-        .collect()
+    let others = entries.iter().filter(|entry| entry.pid != std::process::id());
+    others.map(|entry| seen_among(&entries, entry, home)).collect()
+}
+
+fn seen_among(entries: &[Entry], entry: &Entry, home: &Path) -> Seen {
+    let (mut root, mut at) = (entry.pid, entry);
+    // A number may have been given anew: who is younger than its child is not its parent.
+    while let Some(parent) = entries.iter().find(|parent| {
+        parent.pid == at.parent && !parent.ours && parent.start_time <= at.start_time && parent.pid != at.pid
+    }) {
+        root = parent.pid;
+        at = parent;
+    }
+    let mark = executable_of(entry.pid).and_then(|executable| mark_of(&executable, home));
+    Seen { pid: entry.pid, start_time: entry.start_time, session: root, mark }
+}
+
+/// One process, if it lives, with its mark if it belongs to the home.
+pub fn seen(pid: u32, home: &Path) -> Option<Seen> {
+    let entries = snapshot();
+    entries.iter().find(|entry| entry.pid == pid).map(|entry| seen_among(&entries, entry, home))
+}
+
+/// A program of a release lies in `agents/<name>/<version>` of the home. File names that differ in case alone are one here.
+fn mark_of(executable: &Path, home: &Path) -> Option<Mark> {
+    let plain = |path: &Path| PathBuf::from(path.to_string_lossy().trim_start_matches(r"\\?\").to_owned());
+    let folded = |path: &Path| PathBuf::from(path.to_string_lossy().to_lowercase());
+    let (executable, agents) = (plain(executable), plain(&home.join("agents")));
+    if !folded(&executable).starts_with(folded(&agents)) {
+        return None;
+    }
+    let mut rest = executable.iter().skip(agents.iter().count());
+    let mut text = || Some(rest.next()?.to_str()?.to_owned());
+    let (name, version, _file) = (text()?, text()?, text()?);
+    Some(Mark { name, version, main_only: false, is_check: false })
+}
+
+/// Which process started another, if it still runs: a number may have been given anew since, to somebody younger.
+pub(super) fn parent(pid: u32) -> Option<u32> {
+    let entries = snapshot();
+    let child = entries.iter().find(|entry| entry.pid == pid)?;
+    let parent = entries.iter().find(|entry| entry.pid == child.parent && entry.start_time <= child.start_time)?;
+    Some(parent.pid)
 }
 
 fn snapshot() -> Vec<Entry> {
@@ -200,33 +200,13 @@ fn snapshot() -> Vec<Entry> {
     entries
 }
 
-/// Ends the very process meant: nothing happens to another that has its number now. `false`: it is gone.
-pub fn signal(pid: u32, start_time: u64, _signal: StopSignal) -> io::Result<bool> {
-    let access = PROCESS_TERMINATE | PROCESS_QUERY_LIMITED_INFORMATION;
-    let Ok(process) = open(pid, access) else { return Ok(false) };
-    if creation_time(&process) != Some(start_time) || !is_running(&process) {
-        return Ok(false);
-    }
-    // SAFETY: the handle is open.
-    if unsafe { TerminateProcess(raw(&process), ENDED_BY_US) } != 0 {
-        return Ok(true);
-    }
-    match io::Error::last_os_error() {
-        // It is ending already.
-        error if error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) && !is_running(&process) => Ok(false),
-        error => Err(error),
-    }
-}
-
-/// Resolves when a process that need not be our child has ended.
+/// Resolves when a process that need not be our child has ended. Cancel-safe.
 pub async fn ended(pid: u32, start_time: u64) {
     let Ok(process) = open(pid, PROCESS_SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION) else { return };
-    if creation_time(&process) != Some(start_time) {
-        return;
+    // The number belongs to nobody else as long as the handle is open.
+    if creation_time(&process) == Some(start_time) {
+        let _ = watch::signalled(&process).await;
     }
-    // SAFETY: the handle is open, and stays so until the wait is over.
-    let wait = move || unsafe { WaitForSingleObject(raw(&process), INFINITE) };
-    let _ = tokio::task::spawn_blocking(wait).await;
 }
 
 /// How an ended child ended, in words.
@@ -247,22 +227,6 @@ pub fn find_user(name: &str) -> io::Result<User> {
         io::ErrorKind::Unsupported,
         format!("cannot run as {name:?}: another user is not supported on Windows yet"),
     ))
-}
-
-/// Makes a command begin a group of its own, without a window.
-pub fn launch_as(command: &mut Command, launch: &Launch) -> io::Result<()> {
-    if launch.user.is_some() {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
-    }
-    detach(command);
-    Ok(())
-}
-
-/// Completes the record of a launched child, which could not do so itself.
-pub fn launched(launch: &Launch, pid: u32) -> io::Result<()> {
-    let mut text = launch.head.clone();
-    text.extend_from_slice(format!("{pid},\"startTime\":{}}}\n", start_time(pid).unwrap_or_default()).as_bytes());
-    super::replace_file(&launch.record, &text)
 }
 
 /// Makes a command outlive us and our console.
@@ -339,3 +303,47 @@ pub fn reap_orphans(_known: &[u32]) -> Vec<u32> {
 
 /// There are none.
 pub fn reap_orphan(_pid: u32) {}
+
+#[cfg(test)]
+mod tests {
+    use windows_sys::Win32::System::Threading::CREATE_SUSPENDED;
+
+    use super::super::signal;
+    use super::*;
+    use crate::core::manifest::StopSignal;
+
+    #[test]
+    fn a_program_of_a_release_bears_its_mark() {
+        let home = Path::new(r"C:\Program Files\aops");
+        let of = |path: &str| mark_of(Path::new(path), home).map(|mark| (mark.name, mark.version));
+        let marked = Some(("Echo".to_owned(), "1.2".to_owned()));
+        assert_eq!(of(r"C:\Program Files\aops\agents\Echo\1.2\echo.exe"), marked);
+        assert_eq!(of(r"\\?\c:\program files\AOPS\Agents\Echo\1.2\bin\echo.exe"), marked);
+        assert_eq!(of(r"C:\Program Files\aops\agents\Echo\1.2"), None);
+        assert_eq!(of(r"C:\Program Files\aops\bin\aops.exe"), None);
+        assert_eq!(of(r"C:\Program Files\aops\agents.old\Echo\1.2\echo.exe"), None);
+    }
+
+    /// As a manager leaves it that dies between its creation and its being put into its group.
+    #[test]
+    fn a_program_that_never_began_is_found_by_its_file_and_ended() {
+        let home = tempfile::tempdir().unwrap();
+        let program = home.path().join(r"agents\Echo\1.2\echo.exe");
+        std::fs::create_dir_all(program.parent().unwrap()).unwrap();
+        std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+        let mut child = Command::new(&program).creation_flags(CREATE_SUSPENDED).spawn().unwrap();
+        let found: Vec<Seen> = processes(home.path()).into_iter().filter(|process| process.mark.is_some()).collect();
+        assert_eq!(found.iter().map(|process| process.pid).collect::<Vec<_>>(), [child.id()]);
+        assert_eq!(found[0].mark.as_ref().unwrap().name, "Echo");
+        assert!(signal(found[0].pid, found[0].start_time, StopSignal::Kill).unwrap());
+        assert!(!child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn the_own_process_is_known_by_its_file_and_age() {
+        let own = std::process::id();
+        assert_eq!(executable_of(own).unwrap().file_name(), std::env::current_exe().unwrap().file_name());
+        assert!(age(start_time(own).unwrap()).unwrap() < Duration::from_secs(3600));
+        assert!(memory_bytes(own).unwrap() > 0);
+    }
+}

@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 
 use super::{Answer, failed, late};
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
+use crate::core::model::AgentName;
 use crate::home::Home;
 use crate::platform::{self, User};
 use crate::process::launch::{Program, Start};
@@ -30,12 +31,23 @@ const GONE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// A program that was asked.
-struct Asked(Child);
+struct Asked {
+    child: Child,
+    home: Home,
+    agent: AgentName,
+}
 
 impl Drop for Asked {
     fn drop(&mut self) {
         // It was not waited for yet, or it would have no number any more.
-        self.0.id().into_iter().for_each(platform::kill_group);
+        let Some(pid) = self.child.id() else { return };
+        let start_time = platform::start_time(pid);
+        platform::kill_group(pid);
+        // What left its group is looked for beside the manager's loop; where that ends just now, the group has to do.
+        if let (Some(start_time), Ok(runtime)) = (start_time, tokio::runtime::Handle::try_current()) {
+            let (home, agent) = (self.home.clone(), self.agent.clone());
+            drop(runtime.spawn_blocking(move || kill_all(&home, agent.as_str(), pid, start_time)));
+        }
     }
 }
 
@@ -49,8 +61,8 @@ pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> R
         None => None,
     };
     let began = Instant::now();
-    let mut child = spawn(&start, program, arguments, user, false).await?;
-    match ended(&start, &mut child, began, timeout).await? {
+    let mut asked = spawn(&start, program, arguments, user, false).await?;
+    match ended(&start, &mut asked, began, timeout).await? {
         status if status.success() => Ok(()),
         status => Err(Answer::Unhealthy(format!("{program} {}", platform::how_it_ended(status)))),
     }
@@ -59,8 +71,8 @@ pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> R
 /// Asks `control status`. What it says that nobody understands is no reason to do anything.
 pub(super) async fn status(start: Start, timeout: Duration) -> Result<(), Answer> {
     let began = Instant::now();
-    let mut child = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
-    let stdout = child.0.stdout.take();
+    let mut asked = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
+    let stdout = asked.child.stdout.take();
     let mut text = vec![];
     let read = async {
         if let Some(stdout) = stdout {
@@ -70,7 +82,7 @@ pub(super) async fn status(start: Start, timeout: Duration) -> Result<(), Answer
     };
     {
         tokio::pin!(read);
-        let end = ended(&start, &mut child, began, timeout);
+        let end = ended(&start, &mut asked, began, timeout);
         tokio::pin!(end);
         let is_read = tokio::select! {
             // Whichever comes first, the other is gone on with below.
@@ -111,7 +123,10 @@ async fn spawn(
         platform::detach_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
         match Command::from(command).kill_on_drop(true).spawn() {
             Err(error) if platform::is_busy_text(&error) => tokio::time::sleep(BUSY_PAUSE).await,
-            spawned => return spawned.map(Asked).map_err(|error| failed(&what, &error)),
+            spawned => {
+                let child = spawned.map_err(|error| failed(&what, &error))?;
+                return Ok(Asked { child, home: start.home.clone(), agent: start.name.clone() });
+            }
         }
     }
     Err(Answer::Unknown(format!("{what}: its file is being written")))
@@ -119,7 +134,7 @@ async fn spawn(
 
 /// Waits for the end of the program, of which nothing is left then: killed with all that it started when the time is over.
 async fn ended(start: &Start, asked: &mut Asked, began: Instant, timeout: Duration) -> Result<ExitStatus, Answer> {
-    let Asked(child) = asked;
+    let child = &mut asked.child;
     let mut answer = None;
     if let Some(pid) = child.id()
         && let Some(start_time) = platform::start_time(pid)

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -81,7 +80,7 @@ fn release(manifest: Option<&str>, scripts: &[(&str, &str)]) -> (TempDir, Start)
     }
     for (file, text) in scripts {
         fs::write(release.join(file), format!("#!/bin/sh\n{text}\n")).unwrap();
-        fs::set_permissions(release.join(file), fs::Permissions::from_mode(0o755)).unwrap();
+        crate::platform::set_mode(&release.join(file), 0o755).unwrap();
     }
     let program = launch::inspect(&home, &name, &version).unwrap();
     let env = BTreeMap::from([("TOLD".to_owned(), "2".to_owned())]);
@@ -118,7 +117,8 @@ fn of_home(start: &Start) -> usize {
 #[tokio::test]
 async fn nothing_is_left_of_a_program_that_does_not_answer_in_time() {
     // In its group, in a session of its own, deaf, and without the mark.
-    let tree = "trap '' TERM; sleep 1000 & setsid sleep 1000 & env -i /bin/sleep 1000 & touch ready; while :; do sleep 1; done";
+    let tree =
+        "trap '' TERM; sleep 1000 & setsid sleep 1000 & env -i /bin/sleep 1000 & : >ready; while :; do sleep 1; done";
     let (_directory, start) = exec(tree, "2s");
     because(ask(Question::of(start.clone()).unwrap()).await, "no answer within 2s");
     assert!(start.directory().join("ready").exists());
@@ -137,7 +137,7 @@ async fn nothing_is_left_in_the_group_of_a_program_that_answered() {
 #[tokio::test]
 async fn what_asks_is_no_member_of_the_sub_agent_and_is_ended_with_it() {
     use crate::process::tree::{self, Target};
-    let (_directory, start) = exec("touch ready; exec sleep 1000", "60s");
+    let (_directory, start) = exec(": >ready; exec sleep 1000", "60s");
     let question = tokio::spawn(ask(Question::of(start.clone()).unwrap()));
     wait_until("it runs", || start.directory().join("ready").exists()).await;
     let target = Target::of(&start.name, None, None);
@@ -149,10 +149,11 @@ async fn what_asks_is_no_member_of_the_sub_agent_and_is_ended_with_it() {
 
 #[tokio::test]
 async fn a_question_that_is_dropped_takes_its_program_with_it() {
-    let (_directory, start) = exec("sleep 1000 & touch ready; wait", "60s");
+    // One of them in a session of its own.
+    let (_directory, start) = exec("setsid sleep 1000 & sleep 1000 & : >ready; wait", "60s");
     let question = tokio::spawn(ask(Question::of(start.clone()).unwrap()));
     wait_until("it runs", || start.directory().join("ready").exists()).await;
-    assert_eq!(of_home(&start), 2);
+    wait_until("all of it runs", || of_home(&start) == 3).await;
     question.abort();
     wait_until("nothing of it is left", || of_home(&start) == 0).await;
 }

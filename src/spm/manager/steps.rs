@@ -231,7 +231,7 @@ impl Manager {
                     self.journal.note("env", "refused", About { agent: Some(name), version: None }, text.as_str());
                 }
                 agent.refused_env = refused;
-                run::start(&self.inputs, agent.serial, start);
+                run::start(&self.inputs, agent.serial, start, agent.record.clone());
             }
             None => {
                 let why = agent.error.clone().unwrap_or_else(|| "no release of it is active".to_owned());

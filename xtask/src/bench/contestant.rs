@@ -138,13 +138,6 @@ impl Contestant {
         }
     }
 
-    pub(super) fn fleet(&self) -> Result<&Fleet> {
-        match &self.kind {
-            Kind::Aops(fleet) => Ok(fleet),
-            Kind::Other { .. } => bail!("{} is no fleet", self.name),
-        }
-    }
-
     /// Makes the heartbeats so rare that none comes while something is measured; waits until it is so.
     pub(super) fn silence_heartbeats(&self) -> Result<()> {
         let Kind::Aops(fleet) = &self.kind else { return Ok(()) };

@@ -39,6 +39,11 @@ impl Door {
         self.ask(&json!({"verb": "restart", "agent": agent})).map(drop)
     }
 
+    /// Asks the manager to end itself; the watchdog starts another, and does not count it as a death.
+    pub(super) fn give_way(&mut self) -> Result<()> {
+        self.ask(&json!({"verb": "yield"})).map(drop)
+    }
+
     pub(super) fn status(&mut self) -> Result<Value> {
         Ok(self.ask(&json!({"verb": "status"}))?["status"].take())
     }

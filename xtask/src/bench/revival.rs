@@ -12,7 +12,6 @@ use super::reports::Moment;
 use super::statistics::Samples;
 use super::supervise::Verdicts;
 use crate::command::say;
-use crate::fleet::quietly;
 use crate::processes;
 use crate::wait::try_for;
 
@@ -21,13 +20,10 @@ const ROUNDS: u32 = 10;
 const LOOK: Duration = Duration::from_micros(500);
 
 pub(super) fn measure(aops: &mut Contestant, verdicts: &mut Verdicts) -> Result<()> {
-    say("killing the manager");
     let (mut revived, mut adopted) = (Samples::default(), Samples::default());
-    for _ in 0..ROUNDS {
-        // A second death within a minute is put off: after a restart that was asked for, the next one is a first again.
-        quietly(&mut aops.fleet()?.control(&["restart"]))?;
-        aops.wait_until_all_run()?;
-        watched(aops)?;
+    for round in 1..=ROUNDS {
+        say(&format!("killing the manager, {round} of {ROUNDS}"));
+        renew(aops)?;
         let (started, ready) = kill(aops)?;
         revived.add(started);
         adopted.add(ready);
@@ -43,8 +39,21 @@ pub(super) fn measure(aops: &mut Contestant, verdicts: &mut Verdicts) -> Result<
     Ok(())
 }
 
-/// Waits until the watchdog holds its connection to the manager.
-fn watched(aops: &Contestant) -> Result<()> {
+/// A second death within a minute is put off: after a manager that gave way the next death is a first again.
+fn renew(aops: &Contestant) -> Result<()> {
+    let home = aops.home()?;
+    let old = aops.role("spm")?;
+    // The watchdog must be there to hear it.
+    wait_until_watched(aops)?;
+    Door::open(&home)?.give_way()?;
+    try_for(PATIENCE, || aops.role("spm").ok().filter(|pid| *pid != old))
+        .context("no manager follows one that gave way")?;
+    aops.wait_until_all_run()?;
+    wait_until_watched(aops)
+}
+
+/// The home runs whole when the watchdog holds its connection to the manager.
+fn wait_until_watched(aops: &Contestant) -> Result<()> {
     let home = aops.home()?;
     let is_watched = || {
         let status = Door::open(&home).and_then(|mut door| door.status()).ok()?;

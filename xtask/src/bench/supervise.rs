@@ -72,16 +72,22 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         println!("Not installed, so not measured: {}; apt-get install {}", names.join(", "), packages.join(" "));
     }
     let mut verdicts = Verdicts::default();
+    let measured = measure_all(&programs, arguments, &mut verdicts);
+    // What was found before something failed is worth knowing.
+    println!("\n{}", verdicts.text());
+    measured
+}
+
+fn measure_all(programs: &Programs, arguments: &Arguments, verdicts: &mut Verdicts) -> Result<()> {
     for count in &arguments.counts {
-        let mut table = Table::set_up(&programs, usize::from(*count), &arguments.without)?;
+        let mut table = Table::set_up(programs, usize::from(*count), &arguments.without)?;
         table.measure(arguments)?;
         print!("{}", table.shown());
-        table.judge(&mut verdicts);
+        table.judge(verdicts);
         if *count >= 100 {
-            revival::measure(table.aops()?, &mut verdicts)?;
+            revival::measure(table.aops()?, verdicts)?;
         }
     }
-    println!("\n{}", verdicts.text());
     Ok(())
 }
 

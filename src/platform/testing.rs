@@ -1,0 +1,123 @@
+//! Other processes for tests, wherever they run: this test program once more, which then does the part of one test function alone.
+//!
+//! A test that plays such a part asks [`part`] first, and is done at once where it is run as a test.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+/// For what happens at once on an idle machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(5);
+
+const PART: &str = "AOPS_TEST_PART";
+const ARGUMENT: &str = "AOPS_TEST_ARGUMENT";
+/// Among what the test program itself prints, a line of the part begins so.
+const SAID: &str = "part: ";
+
+/// A command that plays the part of the test function of that full name.
+pub fn play(name: &str, argument: impl AsRef<OsStr>) -> Command {
+    play_from(&std::env::current_exe().expect("this program has a file"), name, argument)
+}
+
+fn play_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(executable);
+    command.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(PART, name).env(ARGUMENT, argument);
+    command
+}
+
+/// What the part is given; `None`: this is the test program itself.
+pub fn part(name: &str) -> Option<OsString> {
+    let asked = std::env::var_os(PART)?;
+    (asked == name).then(|| std::env::var_os(ARGUMENT).unwrap_or_default())
+}
+
+/// Tells the test something.
+#[allow(clippy::print_stdout, reason = "that is how it is told")]
+pub fn say(text: impl std::fmt::Display) {
+    // The test program has begun a line of its own, perhaps.
+    println!("\n{SAID}{text}");
+    let _ = std::io::stdout().flush();
+}
+
+/// What parts have said into a file.
+pub fn said(output: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(output);
+    text.lines().filter_map(|line| line.strip_prefix(SAID)).map(str::to_owned).collect()
+}
+
+/// Never returns: whoever plays this part is killed.
+pub fn stay() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Looks until there is something.
+#[track_caller]
+pub fn wait_for<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = attempt() {
+            return found;
+        }
+        assert!(began.elapsed() < PATIENCE, "waited in vain for {what}");
+        super::pause(LOOK);
+    }
+}
+
+/// A running part, which is killed when this is dropped.
+#[derive(Debug)]
+pub struct Other {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Other {
+    pub fn start(name: &str, argument: impl AsRef<OsStr>) -> Other {
+        Other::start_by(play(name, argument))
+    }
+
+    /// As [`Other::start`], from a copy of this program.
+    pub fn start_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> Other {
+        Other::start_by(play_from(executable, name, argument))
+    }
+
+    fn start_by(mut command: Command) -> Other {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("this program can be run");
+        let output = BufReader::new(child.stdout.take().expect("it is piped"));
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if let Some(text) = line.strip_prefix(SAID) {
+                    let _ = sender.send(text.to_owned());
+                }
+            }
+        });
+        Other { child, lines }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it says next.
+    #[track_caller]
+    pub fn line(&self) -> String {
+        self.lines.recv_timeout(PATIENCE).expect("the other process says something")
+    }
+
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

@@ -1,0 +1,370 @@
+//! How a sub-agent's process begins: suspended, so that it is in its group before it can do anything.
+//!
+//! The manager may be killed at any point. What is then there, and what the next manager makes of it:
+//!
+//! ```text
+//! create, suspended   in no group, not recorded, and never to run: it doubles nothing. Where it is a program of a release, it is found
+//!                     by the file that it runs, and ended; a suspended interpreter stays and holds its memory until a boot
+//! put into the group  in the group, not recorded: a leftover, ended with the group before the sub-agent is started again
+//! write the record, under another name
+//! resume              running, in the group, not recorded: as before. It had no time to do much
+//! rename the record   running and recorded: adopted
+//! ```
+//!
+//! So what is recorded has always been resumed: were the record there first, an adopted process might be one that never began.
+
+use std::fs;
+use std::io;
+use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
+use std::os::windows::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+
+use windows_sys::Win32::Foundation::{ERROR_NOT_FOUND, INVALID_HANDLE_VALUE};
+use windows_sys::Win32::System::Diagnostics::ToolHelp::{
+    CreateToolhelp32Snapshot, TH32CS_SNAPTHREAD, THREADENTRY32, Thread32First, Thread32Next,
+};
+use windows_sys::Win32::System::Threading::{
+    CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, CREATE_SUSPENDED, GetExitCodeProcess, OpenThread, ResumeThread,
+    THREAD_SUSPEND_RESUME, TerminateProcess,
+};
+
+use super::group::{ENDED_BY_US, Group};
+use super::{process, watch};
+use crate::platform::Launch;
+
+/// A process that we started. Dropping it does not end it.
+#[derive(Debug)]
+pub struct Child {
+    pub pid: u32,
+    pub start_time: u64,
+    /// Whether its group holds it: without that, whatever it starts is told by descent alone.
+    pub grouped: bool,
+    process: OwnedHandle,
+}
+
+/// Starts a sub-agent's process, in its group, which is made, where that can be had. `command` says program, arguments, directory and the whole
+/// environment.
+pub fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
+    if launch.user.is_some() {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
+    }
+    let output = &launch.output;
+    let mut suspended = Command::new(command.get_program());
+    suspended.args(command.get_args()).env_clear();
+    suspended.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    suspended.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
+    suspended.creation_flags(CREATE_SUSPENDED | CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+    if let Some(directory) = command.get_current_dir() {
+        suspended.current_dir(directory);
+    }
+    let child = suspended.spawn()?;
+    let pid = child.id();
+    let unbegun = Unbegun(Some(OwnedHandle::from(child)));
+    let Some(process) = &unbegun.0 else { return Err(io::ErrorKind::NotFound.into()) };
+    let start_time = process::creation_time(process).ok_or_else(io::Error::last_os_error)?;
+    let grouped = launch.group.as_ref().is_some_and(|group| group.make().and_then(|()| group.take_in(process)).is_ok());
+    let record = write_record(launch, pid, start_time, launch.group.as_ref().filter(|_| grouped));
+    resume(pid)?;
+    // Where it cannot be recorded (a full disk), it runs all the same: the group stands in.
+    if let Ok(record) = record
+        && fs::rename(&record, &launch.record).is_err()
+    {
+        let _ = fs::remove_file(&record);
+    }
+    Ok(Child { pid, start_time, grouped, process: unbegun.begun()? })
+}
+
+/// A suspended process, which is ended unless it comes to begin.
+struct Unbegun(Option<OwnedHandle>);
+
+impl Unbegun {
+    fn begun(mut self) -> io::Result<OwnedHandle> {
+        self.0.take().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+impl Drop for Unbegun {
+    fn drop(&mut self) {
+        if let Some(process) = &self.0 {
+            // SAFETY: the handle is open.
+            unsafe { TerminateProcess(process.as_raw_handle(), ENDED_BY_US) };
+        }
+    }
+}
+
+/// Writes the record beside its place.
+fn write_record(launch: &Launch, pid: u32, start_time: u64, group: Option<&Group>) -> io::Result<PathBuf> {
+    let mut text = launch.head.clone();
+    text.extend_from_slice(format!("{pid},\"startTime\":{start_time}").as_bytes());
+    if let Some(group) = group {
+        text.extend_from_slice(b",\"group\":");
+        text.extend_from_slice(&serde_json::to_vec(&group.name())?);
+    }
+    text.extend_from_slice(b"}\n");
+    let mut temporary = launch.record.clone().into_os_string();
+    temporary.push(".old");
+    let temporary = PathBuf::from(temporary);
+    fs::write(&temporary, text)?;
+    Ok(temporary)
+}
+
+/// Lets a process begin that was created suspended: its one thread, which only a look at all of them tells.
+fn resume(pid: u32) -> io::Result<()> {
+    // SAFETY: takes plain numbers; a valid handle is ours to close.
+    let snapshot = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPTHREAD, 0) };
+    if snapshot == INVALID_HANDLE_VALUE {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    let snapshot = unsafe { OwnedHandle::from_raw_handle(snapshot) };
+    let mut entry = THREADENTRY32 { dwSize: size_of::<THREADENTRY32>() as u32, ..Default::default() };
+    let mut resumed = false;
+    // SAFETY: the handle is open, and the entry says its own size.
+    let mut more = unsafe { Thread32First(snapshot.as_raw_handle(), &mut entry) };
+    while more != 0 {
+        if entry.th32OwnerProcessID == pid {
+            resume_thread(entry.th32ThreadID)?;
+            resumed = true;
+        }
+        // SAFETY: as above.
+        more = unsafe { Thread32Next(snapshot.as_raw_handle(), &mut entry) };
+    }
+    if resumed { Ok(()) } else { Err(io::Error::from_raw_os_error(ERROR_NOT_FOUND as i32)) }
+}
+
+fn resume_thread(thread: u32) -> io::Result<()> {
+    // SAFETY: takes plain numbers; a handle that is not null is ours to close.
+    let thread = unsafe { OpenThread(THREAD_SUSPEND_RESUME, 0, thread) };
+    if thread.is_null() {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    let thread = unsafe { OwnedHandle::from_raw_handle(thread) };
+    // SAFETY: the handle is open.
+    if unsafe { ResumeThread(thread.as_raw_handle()) } == u32::MAX { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+impl Child {
+    /// Waits for its end. Cancel-safe: what was not waited for to the end can be waited for again.
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        watch::signalled(&self.process).await?;
+        let mut code = 0;
+        // SAFETY: the handle is open, and the result outlives the call.
+        if unsafe { GetExitCodeProcess(self.process.as_raw_handle(), &mut code) } == 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(ExitStatus::from_raw(code))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::group::Groups;
+    use super::super::{ended, signal, start_time};
+    use super::*;
+    use crate::core::manifest::StopSignal;
+    use crate::platform::testing::{self, Other, PATIENCE, wait_for};
+
+    const TREE: &str = "platform::windows::launch::tests::a_tree_of_two";
+    const LEAF: &str = "platform::windows::launch::tests::a_leaf";
+    const MANAGER: &str = "platform::windows::launch::tests::a_manager";
+    const HOLDER: &str = "platform::windows::launch::tests::a_holder_of_its_job";
+
+    /// Stays until it is killed.
+    #[test]
+    fn a_leaf() {
+        if testing::part(LEAF).is_some() {
+            testing::say(std::process::id());
+            testing::stay();
+        }
+    }
+
+    /// Starts a leaf; told to leave, it ends before that does.
+    #[test]
+    #[allow(clippy::zombie_processes, reason = "that is the point")]
+    fn a_tree_of_two() {
+        let Some(argument) = testing::part(TREE) else { return };
+        testing::play(LEAF, "").spawn().unwrap();
+        if argument != "leave" {
+            testing::stay();
+        }
+    }
+
+    /// Says whether it holds the job that it is in.
+    #[test]
+    fn a_holder_of_its_job() {
+        if testing::part(HOLDER).is_some() {
+            testing::say(if holds_a_job() { "holds" } else { "does not" });
+        }
+    }
+
+    fn holds_a_job() -> bool {
+        use windows_sys::Win32::System::JobObjects::{
+            JOBOBJECT_BASIC_ACCOUNTING_INFORMATION, JobObjectBasicAccountingInformation, QueryInformationJobObject,
+        };
+        (4..4096_usize).step_by(4).any(|handle| {
+            let mut found = JOBOBJECT_BASIC_ACCOUNTING_INFORMATION::default();
+            let size = size_of_val(&found) as u32;
+            // SAFETY: a number that is no handle, or another's, is refused; the result has the size that is told.
+            unsafe {
+                let handle = handle as windows_sys::Win32::Foundation::HANDLE;
+                let kind = JobObjectBasicAccountingInformation;
+                QueryInformationJobObject(handle, kind, (&raw mut found).cast(), size, std::ptr::null_mut()) != 0
+            }
+        })
+    }
+
+    /// Starts a tree in the group of that name, and stays.
+    #[test]
+    fn a_manager() {
+        let Some(argument) = testing::part(MANAGER) else { return };
+        let directory = PathBuf::from(argument);
+        let child = start(&directory, testing::play(TREE, ""));
+        testing::say(child.pid);
+        testing::stay();
+    }
+
+    /// A group that bears the directory's name.
+    fn group(directory: &Path) -> Group {
+        groups(directory).group("a")
+    }
+
+    fn groups(directory: &Path) -> Groups {
+        let key: String = directory.to_string_lossy().chars().filter(char::is_ascii_alphanumeric).collect();
+        Groups::find(&key).unwrap()
+    }
+
+    fn start(directory: &Path, command: Command) -> Child {
+        launch(&complete(command), &options(directory, "a.json", Some(group(directory)))).unwrap()
+    }
+
+    fn options(directory: &Path, record: &str, group: Option<Group>) -> Launch {
+        let output = fs::OpenOptions::new().create(true).append(true).open(directory.join("out")).unwrap();
+        Launch { record: directory.join(record), head: b"{\"pid\":".to_vec(), user: None, output, group }
+    }
+
+    /// With the whole environment, as a launched command has it.
+    fn complete(mut command: Command) -> Command {
+        command.envs(crate::platform::base_environment(None));
+        command
+    }
+
+    fn said(directory: &Path) -> Option<String> {
+        testing::said(&fs::read(directory.join("out")).unwrap()).into_iter().next()
+    }
+
+    async fn end_of(child: &mut Child) -> ExitStatus {
+        tokio::time::timeout(PATIENCE, child.wait()).await.unwrap().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_tree_whose_root_has_ended_is_known_and_killed_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut child = start(directory.path(), testing::play(TREE, "leave"));
+        assert!(child.grouped);
+        assert!(end_of(&mut child).await.success());
+        let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
+        let group = group(directory.path());
+        // What keeps their console may be there as well.
+        wait_for("the root to be gone", || (!group.members().unwrap().contains(&child.pid)).then_some(()));
+        assert!(group.members().unwrap().contains(&leaf));
+        assert_eq!(group.remove().unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        let started = start_time(leaf).unwrap();
+        let watched = group.clone();
+        let mut emptied = tokio::spawn(async move { watched.emptied().await });
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(100), &mut emptied).await.is_err());
+        group.kill().unwrap();
+        tokio::time::timeout(PATIENCE, ended(leaf, started)).await.unwrap();
+        assert_eq!(start_time(leaf), None);
+        tokio::time::timeout(PATIENCE, emptied).await.unwrap().unwrap();
+        assert!(group.is_empty().unwrap());
+        group.remove().unwrap();
+        drop(child);
+        wait_for("its name to be free", || groups(directory.path()).all().unwrap().is_empty().then_some(()));
+    }
+
+    #[tokio::test]
+    async fn a_killed_group_can_hold_another_tree() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut child = start(directory.path(), testing::play(LEAF, ""));
+        let group = group(directory.path());
+        group.kill().unwrap();
+        assert!(!end_of(&mut child).await.success());
+        let mut child = start(directory.path(), testing::play(TREE, "leave"));
+        assert!(end_of(&mut child).await.success());
+        wait_for("the leaf", || said(directory.path()));
+        group.kill().unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_manager_started_is_recorded_and_found_by_the_name_of_its_group() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut manager = Other::start(MANAGER, directory.path());
+        let root: u32 = manager.line().parse().unwrap();
+        let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
+        manager.kill();
+        assert_eq!(groups(directory.path()).all().unwrap(), ["a"]);
+        let members = group(directory.path()).members().unwrap();
+        let both = [root, leaf];
+        assert!(both.iter().all(|pid| members.contains(pid)), "{both:?} {members:?}");
+        let record: serde_json::Value =
+            serde_json::from_slice(&fs::read(directory.path().join("a.json")).unwrap()).unwrap();
+        assert_eq!((record["pid"].as_u64(), record["startTime"].as_u64()), (Some(root.into()), start_time(root)));
+        assert_eq!(record["group"], group(directory.path()).name());
+        group(directory.path()).kill().unwrap();
+        wait_for("both to end", || both.iter().all(|pid| start_time(*pid).is_none()).then_some(()));
+    }
+
+    #[tokio::test]
+    async fn a_process_holds_its_group_open_for_who_comes_after_us() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut child = start(directory.path(), testing::play(HOLDER, ""));
+        assert!(end_of(&mut child).await.success());
+        assert_eq!(said(directory.path()).unwrap(), "holds");
+        assert!(!holds_a_job_of_nobody());
+    }
+
+    /// The question itself: a process that was started without a group holds none.
+    fn holds_a_job_of_nobody() -> bool {
+        Other::start(HOLDER, "").line() == "holds"
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_run_says_why_and_leaves_no_record() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path(), "a.json", None);
+        let error = launch(&Command::new(r"C:\nowhere\x.exe"), &options).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(!options.record.exists());
+    }
+
+    #[tokio::test]
+    async fn a_program_runs_although_its_record_cannot_be_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path(), "nowhere/a.json", None);
+        let mut child = launch(&complete(testing::play(HOLDER, "")), &options).unwrap();
+        assert!(end_of(&mut child).await.success());
+        assert_eq!(said(directory.path()).unwrap(), "does not");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_process_that_is_no_child_of_ours_is_seen() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut child = start(directory.path(), testing::play(TREE, "leave"));
+        assert!(end_of(&mut child).await.success());
+        let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
+        let started = start_time(leaf).unwrap();
+        let mut watch = tokio::spawn(ended(leaf, started));
+        let early = tokio::time::timeout(std::time::Duration::from_millis(200), &mut watch).await;
+        assert!(early.is_err(), "it has not ended");
+        // Another process had that number before: that one has ended.
+        tokio::time::timeout(PATIENCE, ended(leaf, started - 1)).await.unwrap();
+        assert!(!signal(leaf, started - 1, StopSignal::Kill).unwrap());
+        assert_eq!(start_time(leaf), Some(started));
+        assert!(signal(leaf, started, StopSignal::Kill).unwrap());
+        tokio::time::timeout(PATIENCE, watch).await.unwrap().unwrap();
+    }
+}

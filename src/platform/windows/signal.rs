@@ -1,0 +1,191 @@
+//! How a process is asked to end.
+//!
+//! Windows has no signals. A program with a console can be asked by Ctrl-Break, and whatever the stop signal's name, it is that one. It
+//! goes to a whole process group: to the process that we started, which leads one, and to those of its descendants that share its
+//! console and began no group of their own. A program without a console (one with windows, or one that let go of it) cannot be asked,
+//! and is ended at once.
+//!
+//! Only who is attached to a console can send into it, and a process can be attached to one alone. So that the manager need not give up
+//! its own, an errand runs: this executable once more, for a moment.
+
+use std::io;
+use std::os::windows::io::{AsRawHandle, OwnedHandle};
+use std::os::windows::process::CommandExt;
+use std::process::{Command, ExitCode, Stdio};
+
+use windows_sys::Win32::Foundation::{ERROR_ACCESS_DENIED, WAIT_OBJECT_0};
+use windows_sys::Win32::System::Console::{
+    AttachConsole, CTRL_BREAK_EVENT, GenerateConsoleCtrlEvent, GetConsoleProcessList, SetConsoleCtrlHandler,
+};
+use windows_sys::Win32::System::Threading::{
+    DETACHED_PROCESS, PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, PROCESS_TERMINATE, TerminateProcess,
+    WaitForSingleObject,
+};
+
+use super::group::ENDED_BY_US;
+use super::process::{creation_time, is_running, open, parent, raw};
+use crate::core::manifest::StopSignal;
+use crate::platform::own_executable;
+
+/// The variable that says that this process is an errand, and whom it is to ask.
+const ERRAND: &str = "AOPS_ERRAND";
+/// An errand is over in a moment.
+const ERRAND_MILLISECONDS: u32 = 5000;
+/// What an errand says by its exit code: the process has no console, or its console does not take the question.
+const NO_CONSOLE: u8 = 3;
+const REFUSED: u8 = 4;
+/// A console with more processes than this is asked as a whole.
+const CONSOLE_MEMBERS: usize = 256;
+
+/// Asks the very process meant to end, or ends it: nothing happens to another that has its number now. `false`: it is gone.
+pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool> {
+    let access = PROCESS_TERMINATE | PROCESS_QUERY_LIMITED_INFORMATION | PROCESS_SYNCHRONIZE;
+    let Ok(process) = open(pid, access) else { return Ok(false) };
+    // The number belongs to nobody else as long as the handle is open.
+    if creation_time(&process) != Some(start_time) || !is_running(&process) {
+        return Ok(false);
+    }
+    if signal != StopSignal::Kill && run_errand(pid)? == Some(0) {
+        return Ok(true);
+    }
+    terminate(&process)
+}
+
+fn terminate(process: &OwnedHandle) -> io::Result<bool> {
+    // SAFETY: the handle is open.
+    if unsafe { TerminateProcess(raw(process), ENDED_BY_US) } != 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        // It is ending already.
+        error if error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) && !is_running(process) => Ok(false),
+        error => Err(error),
+    }
+}
+
+/// Has a process asked to end; gives the errand's exit code.
+fn run_errand(pid: u32) -> io::Result<Option<i32>> {
+    let executable = own_executable().ok_or(io::ErrorKind::NotFound)?;
+    let mut command = Command::new(executable);
+    #[cfg(test)]
+    command.args(["--exact", "platform::windows::signal::tests::an_errand"]);
+    command.env_clear().env(ERRAND, pid.to_string()).creation_flags(DETACHED_PROCESS);
+    command.envs(["SystemRoot", "windir"].into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+    let mut errand = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    // SAFETY: the handle is open.
+    if unsafe { WaitForSingleObject(errand.as_raw_handle(), ERRAND_MILLISECONDS) } != WAIT_OBJECT_0 {
+        errand.kill()?;
+    }
+    Ok(errand.wait()?.code())
+}
+
+/// Does what this process was started for, if it is an errand.
+pub fn errand() -> Option<ExitCode> {
+    let pid = std::env::var(ERRAND).ok()?.parse().ok()?;
+    Some(ExitCode::from(ask(pid)))
+}
+
+fn ask(pid: u32) -> u8 {
+    // SAFETY: they take plain numbers and a function that lives for ever.
+    unsafe {
+        if AttachConsole(pid) == 0 {
+            return NO_CONSOLE;
+        }
+        // Where the number is that of no group, all in the console are asked, and so are we.
+        SetConsoleCtrlHandler(Some(hear_nothing), 1);
+    }
+    if parent(pid).is_some_and(|parent| console_members().contains(&parent)) {
+        // It does not lead its group: it is asked when its parent is.
+        return 0;
+    }
+    // SAFETY: takes plain numbers.
+    if unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, pid) } == 0 { REFUSED } else { 0 }
+}
+
+unsafe extern "system" fn hear_nothing(_event: u32) -> windows_sys::core::BOOL {
+    1
+}
+
+/// The processes that share the console that we are attached to.
+fn console_members() -> Vec<u32> {
+    let mut pids = vec![0; CONSOLE_MEMBERS];
+    // SAFETY: the buffer has the length that is told.
+    let count = unsafe { GetConsoleProcessList(pids.as_mut_ptr(), CONSOLE_MEMBERS as u32) };
+    pids.truncate(count as usize);
+    pids
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::windows::process::CommandExt;
+
+    use windows_sys::Win32::System::Threading::{CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW};
+
+    use super::*;
+    use crate::platform::testing;
+    use crate::platform::{Termination, start_time};
+
+    const POLITE: &str = "platform::windows::signal::tests::a_polite_program";
+    /// What a program says by its exit code that was asked to end, and did.
+    const ASKED: i32 = 42;
+
+    /// Not a test of its own: what [`run_errand`] starts.
+    #[test]
+    fn an_errand() {
+        if let Some(pid) = std::env::var(ERRAND).ok().and_then(|pid| pid.parse().ok()) {
+            std::process::exit(ask(pid).into());
+        }
+    }
+
+    /// Ends in its own way when it is asked to.
+    #[tokio::test]
+    async fn a_polite_program() {
+        if testing::part(POLITE).is_some() {
+            let mut termination = Termination::new().unwrap();
+            testing::say("ready");
+            termination.recv().await;
+            std::process::exit(ASKED);
+        }
+    }
+
+    /// A polite program that is ready to be asked.
+    fn polite(flags: u32) -> std::process::Child {
+        use std::io::{BufRead, BufReader};
+        let mut command = testing::play(POLITE, "");
+        let mut child = command.creation_flags(flags).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        lines
+            .find(|line| !testing::said(line.as_ref().unwrap().as_bytes()).is_empty())
+            .expect("it says that it is ready")
+            .unwrap();
+        child
+    }
+
+    fn code(child: &mut std::process::Child) -> Option<i32> {
+        testing::wait_for("its end", || child.try_wait().unwrap()).code()
+    }
+
+    #[test]
+    fn a_program_with_a_console_is_asked_to_end() {
+        let mut child = polite(CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+        let (pid, started) = (child.id(), start_time(child.id()).unwrap());
+        assert!(!signal(pid, started + 1, StopSignal::Term).unwrap());
+        assert!(child.try_wait().unwrap().is_none());
+        let answer = run_errand(pid).unwrap();
+        // Wine 8 has no Ctrl-Break: there the way to the console is all that can be tried.
+        assert!([Some(0), Some(REFUSED.into())].contains(&answer), "{answer:?}");
+        let expected = if answer == Some(0) { ASKED } else { ENDED_BY_US as i32 };
+        signal(pid, started, StopSignal::Term).unwrap();
+        assert_eq!(code(&mut child), Some(expected));
+        assert!(!signal(pid, started, StopSignal::Term).unwrap());
+    }
+
+    #[test]
+    fn a_program_without_a_console_is_ended() {
+        let mut child = polite(CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS);
+        let (pid, started) = (child.id(), start_time(child.id()).unwrap());
+        assert_eq!(run_errand(pid).unwrap(), Some(NO_CONSOLE.into()));
+        assert!(signal(pid, started, StopSignal::Term).unwrap());
+        assert_eq!(code(&mut child), Some(ENDED_BY_US as i32));
+    }
+}

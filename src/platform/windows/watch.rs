@@ -1,0 +1,60 @@
+//! Waits for a process or event without a thread of its own for each: the system's own pool waits for many at once.
+
+use std::io;
+use std::os::windows::io::{AsRawHandle, OwnedHandle};
+use std::sync::Arc;
+
+use tokio::sync::Notify;
+use windows_sys::Win32::Foundation::{HANDLE, INVALID_HANDLE_VALUE};
+use windows_sys::Win32::System::Threading::{
+    INFINITE, RegisterWaitForSingleObject, UnregisterWaitEx, WT_EXECUTEINWAITTHREAD, WT_EXECUTEONLYONCE,
+};
+
+struct Registration {
+    wait: HANDLE,
+    signalled: Arc<Notify>,
+}
+
+// SAFETY: the handle of a registration may be used by any thread.
+unsafe impl Send for Registration {}
+// SAFETY: as above; nothing is changed through a shared reference.
+unsafe impl Sync for Registration {}
+
+impl Registration {
+    fn new(object: &OwnedHandle) -> io::Result<Registration> {
+        let signalled = Arc::new(Notify::new());
+        let mut wait: HANDLE = std::ptr::null_mut();
+        // SAFETY: the object outlives the registration, as the caller waits for it by reference; so does what the callback is given, as
+        // dropping the registration waits for a callback that runs.
+        let done = unsafe {
+            RegisterWaitForSingleObject(
+                &mut wait,
+                object.as_raw_handle(),
+                Some(tell),
+                Arc::as_ptr(&signalled).cast(),
+                INFINITE,
+                WT_EXECUTEINWAITTHREAD | WT_EXECUTEONLYONCE,
+            )
+        };
+        if done == 0 { Err(io::Error::last_os_error()) } else { Ok(Registration { wait, signalled }) }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        // SAFETY: the registration is ours and ends here; the call returns when no callback runs any more.
+        unsafe { UnregisterWaitEx(self.wait, INVALID_HANDLE_VALUE) };
+    }
+}
+
+unsafe extern "system" fn tell(context: *mut core::ffi::c_void, _timed_out: bool) {
+    // SAFETY: the registration keeps it alive until no callback runs.
+    unsafe { &*context.cast::<Notify>() }.notify_one();
+}
+
+/// Resolves when the object is signalled: a process, when it has ended. Cancel-safe.
+pub(super) async fn signalled(object: &OwnedHandle) -> io::Result<()> {
+    let registration = Registration::new(object)?;
+    registration.signalled.notified().await;
+    Ok(())
+}
