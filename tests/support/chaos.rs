@@ -96,7 +96,7 @@ pub struct Observer {
     agents: BTreeMap<String, Known>,
     roles: BTreeMap<&'static str, Known>,
     locks: BTreeMap<&'static str, (u64, u64)>,
-    losers: BTreeMap<Body, Instant>,
+    losers: BTreeMap<Body, (&'static str, Instant)>,
     /// Whose end is expected: they were hit, or were stopped for so long that they count as hung.
     hit: BTreeSet<Body>,
     frozen: BTreeMap<Body, Instant>,
@@ -240,12 +240,13 @@ impl Observer {
             bodies.retain(|body| !holders.contains(body));
             // A child of the holder's that has not come to its own program yet holds the lock too, and is the younger.
             let holder = holders.into_iter().min_by_key(|(pid, started)| (*started, *pid));
+            // What was one a moment ago may have come to its own program meanwhile.
+            self.losers.retain(|loser, (of, _)| *of != role || bodies.contains(loser));
             for loser in bodies {
-                if now - *self.losers.entry(loser).or_insert(now) > LOSER && !self.is_frozen(loser) {
+                if now - self.losers.entry(loser).or_insert((role, now)).1 > LOSER && !self.is_frozen(loser) {
                     return Err(format!("{role} runs beside another for {LOSER:?}: {loser:?} beside {holder:?}"));
                 }
             }
-            self.losers.retain(|(pid, started), _| start_time(*pid) == Some(*started));
             let other_is_well = self.is_well(other, now);
             let supervised = self.place.supervised;
             let Some(known) = self.roles.get_mut(role) else { continue };
