@@ -17,3 +17,4 @@ pub mod schedule;
 pub mod status;
 pub mod supervise;
 pub mod units;
+pub mod watch;

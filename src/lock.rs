@@ -14,8 +14,9 @@ use fd_lock::RwLock;
 
 use crate::platform;
 
-/// Between two tries at a lock that somebody else holds.
-const RETRY: Duration = Duration::from_millis(20);
+/// Between two tries at a lock that somebody else holds: who is dying frees it soon, who looks whether it is held holds it for an instant.
+const FIRST_RETRY: Duration = Duration::from_millis(1);
+const LAST_RETRY: Duration = Duration::from_millis(20);
 
 /// A lock that is held until this is dropped or the process ends.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub fn take(path: &Path, deadline: Duration) -> Result<Option<Held>> {
         if started.elapsed() >= deadline {
             return Ok(None);
         }
-        platform::pause(RETRY);
+        platform::pause((started.elapsed() / 4).clamp(FIRST_RETRY, LAST_RETRY));
     }
 }
 

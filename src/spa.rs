@@ -13,28 +13,26 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::config::Config;
-use crate::core::schedule::Backoff;
+use crate::core::watch::{Lasting, Next, PING, Pings, Revival};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
 use crate::platform::{self, LocalConnection};
 use crate::role::{self, Role, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
-/// A ping every so often; three without an answer are a hang.
-const PING: Duration = Duration::from_secs(15);
-const UNANSWERED: u32 = 3;
-/// While there is no connection, it is tried for so often.
-const RECONNECT: Duration = Duration::from_millis(50);
+/// While there is no connection, it is tried for at least and at most so often, and more seldom the longer it takes.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+const LAST_LOOK: Duration = Duration::from_millis(500);
+/// A manager that has its role for so long and cannot be reached hangs. It opens its door when it has adopted its sub-agents.
+const UNREACHABLE: Duration = Duration::from_secs(60);
 /// The service manager gets so long to revive the manager before it is asked, and again before we do it.
 const SERVICE_MANAGERS_TURN: Duration = Duration::from_secs(10);
-/// It is asked for its view of the unit so often.
+/// It is asked for its view of the unit so often at first, and at last.
 const ASK_UNIT: Duration = Duration::from_secs(1);
-/// A manager that lived so long was healthy; its next death is a first one.
-const HEALTHY: Duration = Duration::from_secs(60);
+const ASK_UNIT_AT_LAST: Duration = Duration::from_secs(10);
 /// Above its limit of memory at so many pings in a row, a role is renewed.
 const TOO_LARGE: u32 = 3;
 const TAKE_OVER: Duration = Duration::from_secs(10);
-const REVIVAL: Backoff = Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) };
 
 /// How the watchdog is started.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -68,8 +66,8 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
     let now = Instant::now();
-    let mut watchdog =
-        Watchdog { home, supervised, sender, words, serial: 0, failures: 0, children: vec![], large: 0, began: now };
+    let revival = Revival::new(now);
+    let mut watchdog = Watchdog { home, supervised, sender, words, serial: 0, revival, children: vec![], large: 0 };
     let end = watchdog.run();
     platform::notify("STOPPING=1");
     match &end {
@@ -131,11 +129,20 @@ struct Watchdog<'a> {
     words: mpsc::Receiver<Word>,
     /// Counts connections, so that word of an earlier one is not taken for this one's.
     serial: u64,
-    /// Deaths of the manager in a row.
-    failures: u32,
+    revival: Revival,
     children: Vec<Child>,
     large: u32,
-    began: Instant,
+}
+
+/// A time without a manager.
+struct Absence {
+    /// The unit was last asked after then.
+    asked: Instant,
+    /// The service manager was asked to start it; since then it has its turn once more.
+    turn: Instant,
+    told: bool,
+    /// Somebody has the manager's role, and cannot be reached.
+    mute: Lasting,
 }
 
 impl Watchdog<'_> {
@@ -146,6 +153,7 @@ impl Watchdog<'_> {
                 Found::Manager(connection) => connection,
                 Found::Terminate => return Ok(End::Asked),
             };
+            self.revival.came();
             let since = Instant::now();
             let lost = self.watch(connection)?;
             let lived = since.elapsed();
@@ -153,37 +161,40 @@ impl Watchdog<'_> {
             match lost {
                 Lost::Terminate => return Ok(End::Asked),
                 Lost::Stopped => return self.honour_stop(),
-                Lost::Yielded => self.failures = 0,
-                Lost::Died if lived > HEALTHY => self.failures = 1,
-                Lost::Died => self.failures += 1,
+                Lost::Yielded => self.revival.left(Instant::now()),
+                Lost::Died => self.revival.died(lived, Instant::now()),
             }
-            self.began = Instant::now();
         }
     }
 
     /// Waits for a manager to connect to, and revives one that does not come. `None`: the home is to be stopped.
     fn find_manager(&mut self) -> Result<Option<Found>> {
-        let (mut asked, mut tried) = (Instant::now(), 0_u32);
+        let began = Instant::now();
+        let mut absence = Absence { asked: began, turn: began, told: false, mute: Lasting::default() };
         loop {
-            if role::is_stop_recorded(self.home) && !role::is_taken(self.home, Role::Spm) {
+            let (stopped, taken) = (role::is_stop_recorded(self.home), role::is_taken(self.home, Role::Spm));
+            if stopped && !taken {
                 return Ok(None);
             }
             if let Some(connection) = self.connect() {
                 return Ok(Some(Found::Manager(connection)));
             }
-            let gone = self.began.elapsed();
-            if self.supervised && asked.elapsed() >= ASK_UNIT {
-                asked = Instant::now();
-                if let Some(end) = self.ask_unit(gone, &mut tried)? {
+            let now = Instant::now();
+            let ask_pause = ((now - began) / 8).clamp(ASK_UNIT, ASK_UNIT_AT_LAST);
+            if absence.mute.look(taken && !stopped, now) >= UNREACHABLE {
+                absence.mute = Lasting::default();
+                self.kill_hung();
+            } else if self.supervised && now - absence.asked >= ask_pause {
+                absence.asked = now;
+                if let Some(end) = self.ask_unit(&mut absence, taken)? {
                     return Ok(end);
                 }
-            } else if !self.supervised && gone >= self.patience(tried) && !role::is_taken(self.home, Role::Spm) {
-                tried += 1;
+            } else if !self.supervised && now >= self.revival.due() && !taken {
                 self.revive();
             }
             self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
             platform::notify("WATCHDOG=1");
-            match self.words.recv_timeout(RECONNECT) {
+            match self.words.recv_timeout(self.pause(began)) {
                 Ok(Word::Terminate) => return Ok(Some(Found::Terminate)),
                 Ok(Word::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
@@ -191,14 +202,19 @@ impl Watchdog<'_> {
         }
     }
 
-    /// How long a manager may be gone before it is started for the `tried`-th time.
-    fn patience(&self, tried: u32) -> Duration {
-        let deaths = self.failures + tried;
-        if deaths <= 1 { Duration::ZERO } else { REVIVAL.delay(deaths - 1, 1.0) * (tried + 1) }
+    /// Until the next look for a manager: soon after the last one went or the next was started, and when one is to be started.
+    fn pause(&self, began: Instant) -> Duration {
+        let now = Instant::now();
+        let quiet = now.saturating_duration_since(self.revival.since().max(began));
+        let pause = (quiet / 16).clamp(FIRST_LOOK, LAST_LOOK);
+        match self.revival.due().checked_duration_since(now) {
+            Some(left) if !self.supervised => pause.min(left).max(FIRST_LOOK),
+            _ => pause,
+        }
     }
 
     /// What the service manager says of the manager's unit, and what follows. `Some(None)`: a stop.
-    fn ask_unit(&mut self, gone: Duration, tried: &mut u32) -> Result<Option<Option<Found>>> {
+    fn ask_unit(&mut self, absence: &mut Absence, taken: bool) -> Result<Option<Option<Found>>> {
         let verdict = match host_service::verdict(self.home, Role::Spm) {
             Ok(verdict) => verdict,
             Err(error) => {
@@ -214,17 +230,19 @@ impl Watchdog<'_> {
             }
             host_service::Verdict::Coming | host_service::Verdict::Forbidden => {}
             host_service::Verdict::Dead | host_service::Verdict::Missing => {
-                let turn = SERVICE_MANAGERS_TURN * (*tried + 1);
-                if gone >= turn && !role::is_taken(self.home, Role::Spm) {
-                    *tried += 1;
-                    if *tried == 1 && verdict == host_service::Verdict::Dead {
-                        tracing::warn!("the manager is dead and its unit is asked to start it");
-                        if let Err(error) = host_service::start(self.home, &[Role::Spm]) {
-                            tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
-                        }
-                    } else {
-                        self.revive();
+                let now = Instant::now();
+                if taken || now < absence.turn + SERVICE_MANAGERS_TURN {
+                    return Ok(None);
+                }
+                if verdict == host_service::Verdict::Dead && !absence.told {
+                    tracing::warn!("the manager is dead and its unit is asked to start it");
+                    absence.told = true;
+                    if let Err(error) = host_service::start(self.home, &[Role::Spm]) {
+                        tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
                     }
+                    absence.turn = Instant::now();
+                } else if now >= self.revival.due() {
+                    self.revive();
                 }
             }
         }
@@ -232,7 +250,8 @@ impl Watchdog<'_> {
     }
 
     fn revive(&mut self) {
-        tracing::warn!(deaths = self.failures, "the manager is dead and is started");
+        tracing::warn!(failures = self.revival.failures(), "the manager is dead and is started");
+        self.revival.tried(Instant::now());
         match role::spawn(self.home, Role::Spm) {
             Ok(child) => self.children.push(child),
             Err(error) => {
@@ -264,16 +283,15 @@ impl Watchdog<'_> {
     /// Holds the connection until it ends.
     fn watch(&mut self, mut connection: LocalConnection) -> Result<Lost> {
         tracing::info!("the manager is watched");
-        // The greeting is answered too.
-        let (mut unanswered, mut next_ping, mut yielded) = (1, Instant::now() + PING, false);
+        let (mut pings, mut yielded) = (Pings::new(Instant::now()), false);
         loop {
-            match self.words.recv_timeout(next_ping.saturating_duration_since(Instant::now())) {
+            match self.words.recv_timeout(pings.due().saturating_duration_since(Instant::now())) {
                 Ok(Word::Terminate) => {
                     platform::hang_up(&connection);
                     return Ok(Lost::Terminate);
                 }
                 Ok(Word::Heard(serial, heard)) if serial == self.serial => match heard {
-                    Heard::Reply(_) => unanswered = 0,
+                    Heard::Reply(_) => pings.answered(),
                     Heard::Farewell(Farewell::Stop) => return Ok(Lost::Stopped),
                     Heard::Farewell(Farewell::Yield) => yielded = true,
                     Heard::Silence => {}
@@ -282,14 +300,15 @@ impl Watchdog<'_> {
                 Ok(Word::Heard(..)) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
                 Err(RecvTimeoutError::Timeout) => {
-                    next_ping = Instant::now() + PING;
+                    let next = pings.look(Instant::now());
+                    if next == Next::Wait {
+                        continue;
+                    }
                     platform::notify("WATCHDOG=1");
                     self.look_around(&mut connection)?;
-                    if unanswered >= UNANSWERED {
+                    if next == Next::Hung {
                         self.kill_hung();
-                        unanswered = 0;
                     }
-                    unanswered += 1;
                     // A failure shows as the connection's end.
                     let _ = door::send(&mut connection, &Request::Ping);
                 }

@@ -84,6 +84,8 @@ enum Input {
         result: Result<(), String>,
     },
     Heartbeat(heartbeats::Outcome),
+    /// What the service manager says of the unit of a watchdog that is gone.
+    WatchdogJudged(host_service::Verdict),
 }
 
 /// Runs the manager until it is stopped or gives way.
@@ -147,15 +149,6 @@ fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
 fn timestamp() -> String {
     let now = jiff::Timestamp::now();
     now.round(jiff::Unit::Second).unwrap_or(now).to_string()
-}
-
-/// How long to wait before a role that died so often in a row is revived.
-fn revival_pause(failures: u32) -> Duration {
-    match failures {
-        0 | 1 => Duration::ZERO,
-        _ => crate::core::schedule::Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) }
-            .delay(failures - 1, 1.0),
-    }
 }
 
 /// Says to the service manager how the manager fares.

@@ -236,7 +236,7 @@ impl Manager {
             self.peer.ping(now);
         }
         if now >= self.peer.deadline() && self.stopping.is_none() {
-            self.peer.look(&self.home, now);
+            self.peer.look(&self.home, &self.inputs, now);
         }
         if self.journal.flush_at().is_some_and(|at| at <= now) {
             self.journal.flush();

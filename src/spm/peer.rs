@@ -3,29 +3,30 @@
 use std::process::Child;
 use std::time::{Duration, Instant};
 
+use super::Input;
+use super::run::Inputs;
 use crate::core::status::RoleStatus;
+use crate::core::watch::{Lasting, Revival};
 use crate::home::Home;
-use crate::host_service;
+use crate::host_service::{self, Verdict};
 use crate::role::{self, Role};
 
-/// A watchdog that was just started, or was there before us, connects within this.
+/// A watchdog that was there before us connects within this.
 const CONNECTS: Duration = Duration::from_secs(2);
 /// A watchdog that died is started after this: who renews both roles ends the manager within it, and starts one of each.
 const MOMENT: Duration = Duration::from_millis(500);
 /// The service manager gets so long before we ask it, and once more before we start the watchdog ourselves.
 const SERVICE_MANAGERS_TURN: Duration = Duration::from_secs(10);
-/// A watchdog pings every 15 s; one that has been silent for so long is hung.
+/// A watchdog pings every 15 s; one that has been silent for so long is hung. So is one that has its role and does not connect.
 const SILENCE: Duration = Duration::from_secs(60);
-/// A watchdog that lived so long was healthy; its next death is a first one.
-const HEALTHY: Duration = Duration::from_secs(60);
+/// While there is none, it is looked for so often.
+const LOOK: Duration = Duration::from_secs(3);
 
 #[derive(Debug)]
 pub(super) struct Peer {
     supervised: bool,
     state: State,
-    failures: u32,
-    /// A watchdog ran already when the manager started; it will connect.
-    was_there: bool,
+    revival: Revival,
     children: Vec<Child>,
     /// Somebody stopped the watchdog's own unit; it is left so.
     pub(super) stopped_by_operator: bool,
@@ -34,18 +35,40 @@ pub(super) struct Peer {
 #[derive(Debug)]
 enum State {
     Connected { pid: u32, since: Instant, heard: Instant },
-    Gone { since: Instant, tried: u32 },
+    Gone(Absence),
+}
+
+/// A time without a watchdog.
+#[derive(Debug)]
+struct Absence {
+    /// Not to be started before.
+    not_before: Instant,
+    looked: Option<Instant>,
+    /// The service manager has its turn since then.
+    turn: Instant,
+    /// It was asked to start it.
+    told: bool,
+    /// Somebody has the role, and does not connect.
+    mute: Lasting,
+}
+
+impl State {
+    fn gone(now: Instant, not_before: Instant) -> State {
+        State::Gone(Absence { not_before, looked: None, turn: now, told: false, mute: Lasting::default() })
+    }
 }
 
 impl Peer {
     pub(super) fn new(home: &Home, supervised: bool, now: Instant) -> Peer {
-        let (state, was_there) = (State::Gone { since: now, tried: 0 }, role::is_taken(home, Role::Spa));
-        Peer { supervised, state, failures: 0, was_there, children: vec![], stopped_by_operator: false }
+        let not_before = if role::is_taken(home, Role::Spa) { now + CONNECTS } else { now };
+        let state = State::gone(now, not_before);
+        Peer { supervised, state, revival: Revival::new(now), children: vec![], stopped_by_operator: false }
     }
 
     pub(super) fn hello(&mut self, pid: u32, now: Instant) {
         tracing::info!(pid, "the watchdog connected");
         self.state = State::Connected { pid, since: now, heard: now };
+        self.revival.came();
         self.stopped_by_operator = false;
     }
 
@@ -60,8 +83,8 @@ impl Peer {
             && connected == pid
         {
             tracing::warn!(pid, "the watchdog is gone");
-            self.failures = if now.saturating_duration_since(since) > HEALTHY { 1 } else { self.failures + 1 };
-            self.state = State::Gone { since: now, tried: 0 };
+            self.revival.died(now.saturating_duration_since(since), now);
+            self.state = State::gone(now, now + MOMENT);
         }
     }
 
@@ -71,63 +94,84 @@ impl Peer {
 
     /// When [`Peer::look`] has something to do.
     pub(super) fn deadline(&self) -> Instant {
-        match self.state {
-            State::Connected { heard, .. } => heard + SILENCE,
-            State::Gone { since, tried } => since + self.patience(tried),
+        match &self.state {
+            State::Connected { heard, .. } => *heard + SILENCE,
+            State::Gone(absence) => match (self.due(absence), absence.looked) {
+                (due, None) => due,
+                (due, Some(looked)) if due > looked => due.min(looked + LOOK),
+                (_, Some(looked)) => looked + LOOK,
+            },
         }
     }
 
-    fn patience(&self, tried: u32) -> Duration {
-        let turn = if self.supervised { SERVICE_MANAGERS_TURN } else { CONNECTS };
-        match tried {
-            // Nobody else starts it.
-            0 if !self.supervised && self.failures > 0 => super::revival_pause(self.failures).max(MOMENT),
-            0 if !self.supervised && !self.was_there => Duration::ZERO,
-            0 => turn,
-            _ => turn + super::revival_pause(self.failures + tried),
-        }
+    /// When it is to be started, or asked after.
+    fn due(&self, absence: &Absence) -> Instant {
+        let ours = self.revival.due().max(absence.not_before);
+        if self.supervised { ours.max(absence.turn + SERVICE_MANAGERS_TURN) } else { ours }
     }
 
     /// Does what time asks for: revives a watchdog that is gone, kills one that hangs.
-    pub(super) fn look(&mut self, home: &Home, now: Instant) {
+    pub(super) fn look(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
         self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        match self.state {
-            State::Connected { heard, pid, .. } if now >= heard + SILENCE => {
-                tracing::warn!(pid, "the watchdog hangs and is killed");
-                if let Some(holder) = role::living(home, Role::Spa)
-                    && let Err(error) = holder.kill()
-                {
-                    tracing::error!(error = format!("{error:#}"), "the watchdog cannot be killed");
-                }
+        let taken = !self.is_connected() && role::is_taken(home, Role::Spa);
+        let due = match &self.state {
+            State::Connected { .. } => now,
+            State::Gone(absence) => self.due(absence),
+        };
+        match &mut self.state {
+            State::Connected { heard, .. } if now >= *heard + SILENCE => {
+                kill_hung(home);
                 // Its connection's end tells the rest.
                 self.ping(now);
             }
-            State::Gone { since, tried } if now >= since + self.patience(tried) => {
-                self.state = State::Gone { since: now, tried: tried.saturating_add(1) };
-                if let Err(error) = self.revive(home, tried) {
-                    tracing::error!(error = format!("{error:#}"), "the watchdog cannot be started; it is tried again");
+            State::Connected { .. } => {}
+            State::Gone(absence) => {
+                absence.looked = Some(now);
+                if absence.mute.look(taken, now) >= SILENCE {
+                    absence.mute = Lasting::default();
+                    kill_hung(home);
+                } else if now >= due && !taken {
+                    if self.supervised {
+                        absence.turn = now;
+                        ask(home, inputs);
+                    } else {
+                        self.revive(home, now);
+                    }
                 }
             }
-            _ => {}
         }
     }
 
-    fn revive(&mut self, home: &Home, tried: u32) -> anyhow::Result<()> {
-        if self.supervised {
-            match host_service::verdict(home, Role::Spa)? {
-                host_service::Verdict::Stopped => {
-                    self.stopped_by_operator = true;
-                    return Ok(());
-                }
-                host_service::Verdict::Coming | host_service::Verdict::Forbidden => return Ok(()),
-                host_service::Verdict::Dead if tried == 0 => return host_service::start(home, &[Role::Spa]),
-                host_service::Verdict::Dead | host_service::Verdict::Missing => {}
+    /// Takes in what the service manager says of the unit of a watchdog that is gone.
+    pub(super) fn judged(&mut self, home: &Home, verdict: Verdict, now: Instant) {
+        let State::Gone(absence) = &mut self.state else { return };
+        match verdict {
+            Verdict::Stopped => self.stopped_by_operator = true,
+            Verdict::Coming | Verdict::Forbidden => {}
+            Verdict::Dead if !absence.told => {
+                tracing::warn!("the watchdog is dead and its unit is asked to start it");
+                (absence.told, absence.turn) = (true, now);
+                let home = home.clone();
+                tokio::task::spawn_blocking(move || {
+                    if let Err(error) = host_service::start(&home, &[Role::Spa]) {
+                        tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
+                    }
+                });
+            }
+            Verdict::Dead | Verdict::Missing if !role::is_taken(home, Role::Spa) => self.revive(home, now),
+            Verdict::Dead | Verdict::Missing => {}
+        }
+    }
+
+    fn revive(&mut self, home: &Home, now: Instant) {
+        tracing::warn!(failures = self.revival.failures(), "the watchdog is not there and is started");
+        self.revival.tried(now);
+        match role::spawn(home, Role::Spa) {
+            Ok(child) => self.children.push(child),
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "the watchdog cannot be started; it is tried again")
             }
         }
-        if !role::is_taken(home, Role::Spa) {
-            self.children.push(role::spawn(home, Role::Spa)?);
-        }
-        Ok(())
     }
 
     pub(super) fn status(&self, home: &Home) -> RoleStatus {
@@ -137,5 +181,25 @@ impl Peer {
             Some(holder) => holder.status(),
             None => RoleStatus { restarts, ..RoleStatus::default() },
         }
+    }
+}
+
+/// Asks the service manager, which may take its time.
+fn ask(home: &Home, inputs: &Inputs) {
+    let (home, inputs) = (home.clone(), inputs.clone());
+    tokio::task::spawn_blocking(move || {
+        let verdict = host_service::verdict(&home, Role::Spa).unwrap_or_else(|error| {
+            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after the watchdog");
+            Verdict::Missing
+        });
+        let _ = inputs.send(Input::WatchdogJudged(verdict));
+    });
+}
+
+fn kill_hung(home: &Home) {
+    let Some(holder) = role::living(home, Role::Spa) else { return };
+    tracing::error!(pid = holder.pid, "the watchdog hangs and is killed");
+    if let Err(error) = holder.kill() {
+        tracing::error!(error = format!("{error:#}"), "the watchdog cannot be killed");
     }
 }

@@ -1,5 +1,7 @@
 //! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
 
+mod adoption;
+mod chaos;
 mod gateway;
 mod harness;
 mod health;

@@ -20,6 +20,8 @@ use crate::support::wait::{try_for, wait_for};
 const QUIET: Duration = Duration::from_secs(3);
 /// Three pings of 15 s without an answer, and the one before them.
 const HANG: Duration = Duration::from_secs(120);
+/// Longer than a hung role lives.
+const STANDSTILL: Duration = Duration::from_secs(70);
 /// For a stop whose roles have to be killed one after the other.
 const HARD_STOP: Duration = Duration::from_secs(60);
 
@@ -178,6 +180,78 @@ fn a_hung_role_is_killed_and_revived_by_the_other() {
         assert_eq!(&up(host), before);
         one_of_each(host);
     }
+}
+
+#[test]
+fn a_standstill_of_both_kills_neither() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (spm, spa) = roles(&host);
+    for role in [spm, spa] {
+        signal(role, Signal::STOP);
+    }
+    let ended = try_for(STANDSTILL, || (!is_alive(spm) || !is_alive(spa)).then_some(()));
+    assert_eq!(ended, None);
+    // The one that would take the other's silence for a hang first.
+    for role in [spm, spa] {
+        signal(role, Signal::CONT);
+    }
+    let ended = try_for(QUIET, || (!is_alive(spm) || !is_alive(spa)).then_some(()));
+    assert_eq!(ended, None, "{:#}", host.status());
+    assert_eq!((roles(&host), up(&host)), ((spm, spa), before));
+    // They watch on.
+    host.kill(spm);
+    host.wait_for_status("the next manager", SOON, |status| status["spm"]["restarts"] == 1);
+    one_of_each(&host);
+}
+
+#[test]
+fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    up(&host);
+    let mut pauses = vec![];
+    for _ in 0..4 {
+        let (_, spa) = roles(&host);
+        host.wait_for_status("the watchdog's connection", SOON, |status| status["state"] == "running");
+        let killed = Instant::now();
+        host.kill(spa);
+        wait_for("the next watchdog", SOON, || {
+            processes_of(&host, "aops-spa").iter().any(|pid| *pid != spa).then_some(())
+        });
+        pauses.push(killed.elapsed());
+    }
+    // At once, but for a moment; then 1, 2 and 4 s.
+    assert!(pauses[0] < Duration::from_secs(1), "{pauses:?}");
+    for (pause, seconds) in pauses[1..].iter().zip([1, 2, 4]) {
+        let pause = pause.as_secs_f64();
+        assert!(pause > f64::from(seconds) * 0.95 && pause < f64::from(seconds) + 1.5, "{pauses:?}");
+    }
+    one_of_each(&host);
+}
+
+#[test]
+fn a_manager_that_hangs_before_it_opens_its_door_is_killed_too() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let (spm, spa) = roles(&host);
+    signal(spa, Signal::STOP);
+    host.kill(spm);
+    wait_for("its end", SOON, || (!is_alive(spm)).then_some(()));
+    // What has the role and listens nowhere, for all that the watchdog can see.
+    let mut mute = role_by_hand(&host, "aops-spm");
+    let socket = host.home().join("run/spm.sock");
+    wait_for("its role", SOON, || role_holder(&host, "spm").filter(|pid| *pid == mute.id()));
+    signal(mute.id(), Signal::STOP);
+    let _ = fs::remove_file(&socket);
+    signal(spa, Signal::CONT);
+    let code = command::wait(&mut mute, HANG);
+    assert_eq!(code, Some(128 + 9));
+    host.wait_for_status("the next manager", SOON, |status| status["state"] == "running");
+    assert_eq!(up(&host), before);
+    one_of_each(&host);
 }
 
 #[test]
@@ -432,4 +506,17 @@ fn stays_stopped(host: &TestHost) {
 fn role_by_hand(host: &TestHost, role: &str) -> Child {
     let mut command = host.command(&host.home().join("bin").join(role));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("cannot run it")
+}
+
+/// The processes that run a role's program.
+fn processes_of(host: &TestHost, role: &str) -> Vec<u32> {
+    let program = host.home().join("bin").join(role).display().to_string();
+    let all = host.processes().into_iter();
+    all.filter(|process| process.command.starts_with(&program)).map(|process| process.pid).collect()
+}
+
+/// Who has a role, as its record says.
+fn role_holder(host: &TestHost, role: &str) -> Option<u32> {
+    let record = fs::read(host.home().join(format!("run/{role}.json"))).ok()?;
+    pid(&serde_json::from_slice::<Value>(&record).ok()?["pid"])
 }

@@ -129,6 +129,41 @@ fn the_watchdogs_unit_may_be_stopped_and_a_masked_unit_is_left_alone() {
 }
 
 #[test]
+fn a_role_that_the_other_had_to_start_gives_way_to_the_service_managers() {
+    let container = joined();
+    let before = up(&container);
+    for (role, other) in [("spm", "spa"), ("spa", "spm")] {
+        let (unit, drop_in) = (format!("aops-{role}"), format!("/etc/systemd/system/aops-{role}.service.d"));
+        // systemd gives up on the unit, and cannot start it when it is asked to.
+        container.write(
+            format!("{drop_in}/broken.conf"),
+            "[Service]\nRestart=no\nExecStartPre=/bin/false\nWatchdogSec=0\n",
+            0o644,
+        );
+        let old = main_pid(&container, &unit);
+        container.shell(&format!("systemctl daemon-reload; kill -KILL {old}")).expect_success();
+        let started = wait_for("the last resort", BACK, || {
+            let status = status(&container);
+            pid(&status[role]["pid"]).filter(|new| *new != old && status["state"] == "running")
+        });
+        assert_eq!(main_pid(&container, &unit), 0, "{}", evidence(&container));
+        // It was asked first.
+        container.shell(&format!("grep -q 'is asked to start it' /opt/aops/log/{other}.log")).expect_success();
+        assert_eq!(up(&container), before);
+
+        container.shell(&format!("rm -r {drop_in}; systemctl daemon-reload; systemctl start {unit}")).expect_success();
+        let new = main_pid(&container, &unit);
+        let status = wait_for("the service manager's own", BACK, || {
+            let status = status(&container);
+            (pid(&status[role]["pid"]) == Some(new) && status["state"] == "running").then_some(status)
+        });
+        assert_ne!(new, started, "{status:#}");
+        assert_eq!(up(&container), before);
+        one_of_each(&container);
+    }
+}
+
+#[test]
 fn a_boot_brings_everything_back_whatever_was_before() {
     let mut container = joined_with(false);
     let first = up(&container);

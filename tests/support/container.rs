@@ -122,6 +122,11 @@ impl Container {
         self.order("crash");
     }
 
+    /// The container's first process, by its pid outside.
+    pub fn leader(&self) -> u32 {
+        self.leader
+    }
+
     /// The container's files as seen from outside.
     pub fn root(&self) -> PathBuf {
         self.of_leader("root")

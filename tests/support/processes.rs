@@ -117,7 +117,8 @@ pub fn marked(home: &Path, name: &str) -> Vec<u32> {
     of_home(home).into_iter().map(|process| process.pid).filter(|pid| bears(*pid)).collect()
 }
 
-fn words(pid: u32, file: &str) -> Vec<String> {
+/// The words of a file of `/proc/PID` that separates them by zero bytes.
+pub fn words(pid: u32, file: &str) -> Vec<String> {
     let bytes = fs::read(process(pid).join(file)).unwrap_or_default();
     bytes
         .split(|byte| *byte == 0)

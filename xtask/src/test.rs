@@ -18,6 +18,7 @@ const NEEDS: &[apt::Need] = &[
     ("unshare", "util-linux"),
     ("pgrep", "procps"),
     ("minisign", "minisign"),
+    ("strace", "strace"),
 ];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {

@@ -324,6 +324,8 @@ impl Manager {
                     }
                 }
             }
+            Input::WatchdogJudged(verdict) if self.stopping.is_none() => self.peer.judged(&self.home, verdict, now),
+            Input::WatchdogJudged(_) => {}
             Input::Heartbeat(outcome) => self.heartbeat_done(outcome, now),
         }
     }

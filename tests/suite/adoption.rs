@@ -1,0 +1,284 @@
+//! Adoption: a manager that dies at any point leaves every sub-agent running, and the next one finds each, doubles none and misses none.
+//!
+//! The points of death are reached with strace(1), which delays, fails or kills at a system call: in the manager, and in the child that
+//! becomes a sub-agent.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::command;
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost, agent, pid};
+use crate::support::package::Package;
+use crate::support::processes::{is_alive, marked, signal};
+use crate::support::wait::{try_for, wait_for};
+
+const NAMES: [&str; 3] = ["one", "two", "three"];
+/// A delay at which a child is met in midst of its way to its program, in microseconds.
+const DELAY: &str = "delay_enter=1500000";
+/// A manager under strace that lives for so long after it is ready is not going to be killed.
+const SURVIVED: Duration = Duration::from_secs(2);
+/// More steps than any start takes.
+const MOST_STEPS: u32 = 40;
+
+#[test]
+fn a_manager_killed_at_any_step_of_a_start_doubles_and_loses_nobody() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let mut before = up(&host);
+    let mut died = 0;
+    // The birth of a child, what gets its name, every line of a log and part of a record, in the manager and in the child.
+    for (call, most) in [("clone3", 1), ("rename", MOST_STEPS), ("write", MOST_STEPS)] {
+        for n in 1..=most {
+            let kill = format!("{call}:signal=KILL:when={n}");
+            let spa = without_manager(&host, || host.kill(before["one"]));
+            let mut traced = trace(&host, &[&kill]);
+            let survived = wait_for("its end, or the start of all", SOON, || {
+                let ended = command::wait(&mut traced.strace, Duration::ZERO).map(|_| false);
+                ended
+                    .or_else(|| traced.manager().is_none().then_some(false))
+                    .or_else(|| all_run(&host.status()).then_some(true))
+            });
+            let survived = survived && try_for(SURVIVED, || traced.manager().is_none().then_some(())).is_none();
+            if let Some(manager) = traced.manager() {
+                host.kill(manager);
+            }
+            died += u32::from(!survived);
+            signal(spa, Signal::CONT);
+            let after = up(&host);
+            for name in ["two", "three"] {
+                assert_eq!(after[name], before[name], "{name} after {kill}");
+            }
+            assert_ne!(after["one"], before["one"], "{kill}");
+            traced.end();
+            assert_eq!(up(&host), after, "{kill}");
+            before = after;
+            if survived {
+                break;
+            }
+        }
+    }
+    assert!(died >= 8, "it died at {died} steps alone");
+}
+
+#[test]
+fn a_child_met_between_its_birth_and_its_program_is_adopted_and_not_doubled() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let mut before = up(&host);
+    // Before it has done anything; before its record has its name; before its program runs.
+    for step in ["setsid", "umask", "dup2,dup3", "chdir", "execve"] {
+        let spa = without_manager(&host, || host.kill(before["one"]));
+        let mut traced = trace(&host, &[&format!("{step}:{DELAY}")]);
+        let (manager, child) = wait_for("the child", SOON, || {
+            let manager = traced.manager()?;
+            Some((manager, children_of(manager).into_iter().next()?))
+        });
+        host.kill(manager);
+        // The watchdog starts the next one while the child is on its way.
+        signal(spa, Signal::CONT);
+        let after = up(&host);
+        assert_eq!(after["one"], child, "at {step}");
+        assert_eq!((after["two"], after["three"]), (before["two"], before["three"]), "at {step}");
+        traced.end();
+        assert_eq!(up(&host), after, "at {step}");
+        before = after;
+    }
+}
+
+#[test]
+fn a_child_that_dies_on_its_way_to_its_program_leaves_nothing_behind() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let mut before = up(&host);
+    for step in ["setsid", "chdir"] {
+        let spa = without_manager(&host, || host.kill(before["one"]));
+        let mut traced = trace(&host, &[&format!("{step}:signal=KILL")]);
+        host.wait_for_status("the failed start to show", SOON, |status| {
+            agent(status, "one").is_some_and(|agent| agent["lastError"].to_string().contains("killed before"))
+        });
+        assert_eq!(marked(&host.home(), "one"), Vec::<u32>::new());
+        host.kill(traced.manager().expect("it lives"));
+        signal(spa, Signal::CONT);
+        let after = up(&host);
+        assert_eq!((after["two"], after["three"]), (before["two"], before["three"]), "at {step}");
+        traced.end();
+        before = after;
+    }
+}
+
+#[test]
+fn without_pidfd_and_clone3_deaths_are_seen_and_adoption_and_stop_work() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let spa = without_manager(&host, || host.kill(before["one"]));
+    let old = ["pidfd_open:error=ENOSYS", "pidfd_send_signal:error=ENOSYS", "clone3:error=ENOSYS"];
+    let mut traced = trace(&host, &old);
+    // Or the watchdog would start another.
+    wait_for("its role", SOON, || traced.manager().filter(|_| answers(&host, &traced)));
+    signal(spa, Signal::CONT);
+    let after = up(&host);
+    assert_eq!((after["two"], after["three"]), (before["two"], before["three"]));
+    assert_eq!(host.role_pid("spm"), traced.manager());
+    // One that was started without them, and one that was adopted.
+    for name in ["one", "two"] {
+        host.kill(after[name]);
+        host.wait_for_new_pid(name, after[name]);
+    }
+    let last = up(&host);
+    assert_eq!(last["three"], after["three"]);
+    host.control(&["restart", "three"]).expect_success();
+    host.wait_for_new_pid("three", last["three"]);
+    up(&host);
+    host.control(&["stop"]).expect_success();
+    assert_eq!(command::wait(&mut traced.strace, SOON), Some(100));
+    assert_eq!(host.processes(), []);
+}
+
+#[test]
+fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and_started() {
+    let packages = [
+        Package::script("one", "1.0", "trap 'echo told; exit 0' TERM; while :; do echo tick; sleep 0.1; done", ""),
+        Package::sleeper("two", "1.0"),
+        Package::sleeper("three", "1.0"),
+    ];
+    let gateway = Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")));
+    let host = TestHost::joined(&gateway);
+    let before = up(&host);
+    let spa = without_manager(&host, || host.kill(before["two"]));
+    host.kill(spa);
+    wait_for("the watchdog's end", SOON, || (!is_alive(spa)).then_some(()));
+    let log = host.home().join("log/agents/one.log");
+    let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
+    // Nobody is needed for its log.
+    let first = lines();
+    wait_for("its output to go on", SOON, || (lines() > first + 5).then_some(()));
+
+    host.control(&["start"]).expect_success();
+    let after = up(&host);
+    assert_eq!((after["one"], after["three"]), (before["one"], before["three"]));
+    assert_ne!(after["two"], before["two"]);
+    wait_for("the gateway to hear of the death", SOON, || {
+        let status = gateway.status();
+        let events = status["hosts"][0]["events"].as_array()?;
+        let exits: Vec<_> = events.iter().filter(|event| event["kind"] == "exit").collect();
+        (exits.len() == 1 && exits[0]["agent"] == "two").then_some(())
+    });
+    let second = lines();
+    wait_for("its output to go on", SOON, || (lines() > second + 5).then_some(()));
+    // Watched: at once, by a new one.
+    host.kill(after["three"]);
+    host.wait_for_new_pid("three", after["three"]);
+    // And stopped in its own way.
+    host.control(&["stop"]).expect_success();
+    assert_eq!(host.processes(), []);
+    assert!(fs::read_to_string(&log).unwrap_or_default().ends_with("told\n"));
+}
+
+fn gateway() -> Gateway {
+    let packages = NAMES.map(|name| Package::sleeper(name, "1.0"));
+    Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")))
+}
+
+/// Kills the manager while the watchdog, a new one that has seen no manager die, is stopped, and does something while there is none.
+#[track_caller]
+fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) -> u32 {
+    host.control(&["restart"]).expect_success();
+    up(host);
+    let (spm, spa) = (host.role_pid("spm").expect("a manager"), host.role_pid("spa").expect("a watchdog"));
+    signal(spa, Signal::STOP);
+    host.kill(spm);
+    wait_for("the manager's end", SOON, || (!is_alive(spm)).then_some(()));
+    meanwhile();
+    spa
+}
+
+fn all_run(status: &Value) -> bool {
+    NAMES.iter().all(|name| agent(status, name).is_some_and(|agent| agent["state"] == "running"))
+}
+
+/// Waits until all three run, each once and by nobody else's process, and gives their pids.
+#[track_caller]
+fn up(host: &TestHost) -> BTreeMap<&'static str, u32> {
+    let status =
+        host.wait_for_status("all three to run", SOON, |status| status["state"] == "running" && all_run(status));
+    let one = |name: &'static str| Some((name, pid(&agent(&status, name)?["pid"])?));
+    let pids: BTreeMap<_, _> = NAMES.into_iter().filter_map(one).collect();
+    for (name, pid) in &pids {
+        let leaders: Vec<u32> = marked(&host.home(), name).into_iter().filter(|pid| leads(*pid)).collect();
+        assert_eq!(leaders, [*pid], "{name}");
+    }
+    pids
+}
+
+fn leads(pid: u32) -> bool {
+    let session = rustix::process::Pid::from_raw(pid as i32).and_then(|pid| rustix::process::getsid(Some(pid)).ok());
+    session.is_some_and(|session| session.as_raw_nonzero().get() as u32 == pid)
+}
+
+/// A manager under strace.
+struct Traced {
+    strace: Child,
+}
+
+fn trace(host: &TestHost, injections: &[&str]) -> Traced {
+    let mut command = host.command("strace".as_ref());
+    command.args(["-f", "-qq", "-I2", "-o", "/dev/null"]);
+    for injection in injections {
+        command.arg(format!("--inject={injection}"));
+    }
+    let strace = command
+        .arg("--")
+        .arg(host.home().join("bin/aops-spm"))
+        .arg("--home")
+        .arg(host.home())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("cannot run strace");
+    Traced { strace }
+}
+
+impl Traced {
+    fn manager(&self) -> Option<u32> {
+        children_of(self.strace.id()).into_iter().next()
+    }
+
+    /// Lets go of what it still traces.
+    fn end(&mut self) {
+        signal(self.strace.id(), Signal::TERM);
+        assert!(command::wait(&mut self.strace, SOON).is_some(), "strace does not end");
+    }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        let _ = self.strace.kill();
+        let _ = self.strace.wait();
+    }
+}
+
+/// Whether the manager under strace answers at the door.
+fn answers(host: &TestHost, traced: &Traced) -> bool {
+    let status = host.status();
+    status["spm"]["uptimeSeconds"].is_u64() && pid(&status["spm"]["pid"]) == traced.manager()
+}
+
+/// The living children of a process.
+fn children_of(parent: u32) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let mut fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace()).into_iter().flatten();
+        fields.next().is_some_and(|state| state != "Z") && fields.next() == Some(&parent.to_string())
+    })
+    .collect()
+}
