@@ -16,6 +16,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -33,6 +35,9 @@ use crate::platform::Launch;
 
 /// What runs a program without an interpreter line, as execvp(3) does.
 const SHELL: &std::ffi::CStr = c"/bin/sh";
+
+/// Children that are begun so soon after one another are a crowd.
+const CROWD: Duration = Duration::from_millis(5);
 
 /// A child that was launched. Dropping it neither ends nor reaps it.
 #[derive(Debug)]
@@ -109,6 +114,13 @@ async fn begin(
     };
     let pid = pid.as_raw_nonzero().get() as u32;
     Ok(Begun::Runs(Child { pid, start_time, grouped, pidfd }))
+}
+
+/// Whether no other child was begun a moment ago.
+fn is_alone() -> bool {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    last.replace(Instant::now()).is_none_or(|last| last.elapsed() > CROWD)
 }
 
 /// All that is told over a pipe until its end, which is there already where the child was waited for.
@@ -343,7 +355,7 @@ fn clone_into(group: BorrowedFd<'_>, plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> i
     // SAFETY: the child does only what is allowed there, and does not come back.
     let child = || unsafe { plan.carry_out(&words, true, pipe) };
     // SAFETY: as above.
-    let (pid, pidfd) = unsafe { clone::clone_into(group, &child)? };
+    let (pid, pidfd) = unsafe { clone::clone_into(group, is_alone(), &child)? };
     Ok((pid, Some(pidfd)))
 }
 
