@@ -219,7 +219,7 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, 
     };
     let mut tries = 0;
     let child = loop {
-        match platform::launch(&command, &launch) {
+        match platform::launch(&command, &launch).await {
             Ok(child) => break child,
             Err(error) if platform::is_busy_text(&error) && tries < BUSY_TRIES => {
                 tries += 1;

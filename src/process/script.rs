@@ -167,7 +167,7 @@ async fn run(start: &Start, command: &Command) -> Result<Option<String>> {
     };
     let mut tries = 0;
     let mut child = loop {
-        match platform::launch(command, &launch) {
+        match platform::launch(command, &launch).await {
             Err(error) if platform::is_busy_text(&error) && tries < 50 => {
                 tries += 1;
                 tokio::time::sleep(LOOK).await;

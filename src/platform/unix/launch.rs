@@ -1,7 +1,7 @@
 //! How a sub-agent's process begins: in its group, in a session of its own, with its record in place before its program runs.
 //!
 //! ```text
-//! manager   clone3 into the group ──────────────── waits for the pipe's end ──▶ runs, or what could not be done
+//! manager   clone3 into the group ──── goes on, and hears the pipe's end ───▶ runs, or what could not be done
 //! child     └▶ session, output, directory, record (renamed into place), user, exec ┘
 //! ```
 //!
@@ -10,9 +10,8 @@
 //! forbids it), the child writes itself into the group before anything else.
 
 use std::ffi::{CString, OsStr};
-use std::fs::File;
-use std::io::{self, IoSlice, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -20,12 +19,15 @@ use std::process::{Command, ExitStatus};
 
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Pid, PidfdFlags, Uid, WaitOptions, waitpid};
 use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, Interest};
+use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::clone;
 use super::process::parse_stat;
 use crate::platform::Launch;
 
@@ -47,12 +49,12 @@ pub struct Child {
 ///
 /// Returns when the program runs. Where its record cannot be written (a full disk) or its group cannot be entered, it runs all the same:
 /// the mark stands in.
-pub fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
+pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     let plan = Plan::new(command, launch)?;
     // What cannot be made or opened cannot be entered either, which the child tells.
     let group = launch.group.as_ref().and_then(|group| group.open().ok());
     if let Some(group) = group {
-        match begin(&plan, |pipe| clone_into(group.as_fd(), &plan, pipe)) {
+        match begin(&plan, |pipe| clone_into(group.as_fd(), &plan, pipe)).await {
             // Some kernels kill at once what is cloned into a group that was ever killed whole, or from one that was.
             Ok(Begun::Killed) | Err(_) => {}
             Ok(Begun::Runs(child)) => return Ok(child),
@@ -64,7 +66,7 @@ pub fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
         // Not reaped yet, so the number is still its.
         Ok((pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()))
     });
-    match forked? {
+    match forked.await? {
         Begun::Runs(child) => Ok(child),
         Begun::Failed(error) => Err(error),
         Begun::Killed => Err(io::Error::other("it was killed before its program could run")),
@@ -79,16 +81,15 @@ enum Begun {
     Killed,
 }
 
-/// Makes a child and waits until it runs its program or cannot.
-fn begin(
+/// Makes a child and waits until it runs its program or cannot. Others may be begun meanwhile.
+async fn begin(
     plan: &Plan<'_>,
     make: impl FnOnce(BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)>,
 ) -> io::Result<Begun> {
-    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
     let (pid, pidfd) = make(writer.as_fd())?;
     drop(writer);
-    let mut told = vec![];
-    File::from(reader).read_to_end(&mut told)?;
+    let told = hear(reader).await?;
     let (mut grouped, mut started) = (plan.group.is_some(), None);
     for message in told.chunks_exact(MESSAGE) {
         let value = message[1..].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
@@ -108,6 +109,21 @@ fn begin(
     };
     let pid = pid.as_raw_nonzero().get() as u32;
     Ok(Begun::Runs(Child { pid, start_time, grouped, pidfd }))
+}
+
+/// All that is told over a pipe until its end, which is there already where the child was waited for.
+async fn hear(pipe: OwnedFd) -> io::Result<Vec<u8>> {
+    let (mut told, mut buffer) = (vec![], [0; 4 * MESSAGE]);
+    loop {
+        match rustix::io::read(&pipe, &mut buffer) {
+            Ok(0) => return Ok(told),
+            Ok(length) => told.extend_from_slice(&buffer[..length]),
+            Err(Errno::AGAIN) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Receiver::from_owned_fd(pipe)?.read_to_end(&mut told).await?;
+    Ok(told)
 }
 
 impl Child {
@@ -211,7 +227,7 @@ impl<'a> Plan<'a> {
     ///
     /// # Safety
     ///
-    /// Only in a forked child, which is alone: it makes raw system calls, and what it uses was allocated before the fork.
+    /// Only in a child that is to become the program: it makes raw system calls, and what it uses was allocated before.
     unsafe fn carry_out(&self, words: &Words<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
         let tell = |kind: u8, value: u64| {
             let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
@@ -324,28 +340,12 @@ impl<'a> Words<'a> {
 /// Begins the child in the group, and gives its pidfd.
 fn clone_into(group: BorrowedFd<'_>, plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
     let words = Words::of(plan);
-    let mut pidfd: libc::c_int = -1;
-    // SAFETY: all zero is a valid value of this struct of numbers.
-    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = (libc::CLONE_PIDFD as u64) | CLONE_INTO_CGROUP;
-    arguments.pidfd = &raw mut pidfd as u64;
-    arguments.exit_signal = libc::SIGCHLD as u64;
-    arguments.cgroup = group.as_raw_fd() as u64;
-    // SAFETY: without CLONE_VM and a stack it is a fork: the child goes on with a copy of everything, and does only what is allowed there.
-    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
-    match result {
-        // SAFETY: we are the forked child.
-        0 => unsafe { plan.carry_out(&words, true, pipe) },
-        _ => {
-            let pid = forked(result as i32)?;
-            // SAFETY: the kernel put a new descriptor there, which is ours alone.
-            Ok((pid, Some(unsafe { OwnedFd::from_raw_fd(pidfd) })))
-        }
-    }
+    // SAFETY: the child does only what is allowed there, and does not come back.
+    let child = || unsafe { plan.carry_out(&words, true, pipe) };
+    // SAFETY: as above.
+    let (pid, pidfd) = unsafe { clone::clone_into(group, &child)? };
+    Ok((pid, Some(pidfd)))
 }
-
-/// Linux 5.7; clone(2).
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 fn fork(plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
     let words = Words::of(plan);
@@ -447,9 +447,9 @@ mod tests {
     use super::super::Group;
     use super::*;
 
-    fn start(command: &mut Command, record: PathBuf, output: &Path, group: Option<Group>) -> io::Result<Child> {
-        let output = File::create(output).unwrap();
-        launch(command, &Launch { record, head: b"{\"pid\":".to_vec(), user: None, output, group })
+    async fn start(command: &mut Command, record: PathBuf, output: &Path, group: Option<Group>) -> io::Result<Child> {
+        let output = std::fs::File::create(output).unwrap();
+        launch(command, &Launch { record, head: b"{\"pid\":".to_vec(), user: None, output, group }).await
     }
 
     #[tokio::test]
@@ -458,7 +458,7 @@ mod tests {
         let (record, output) = (directory.path().join("a.json"), directory.path().join("out"));
         let mut command = Command::new("/bin/cat");
         command.arg(&record).env_clear();
-        let mut child = start(&mut command, record, &output, None).unwrap();
+        let mut child = start(&mut command, record, &output, None).await.unwrap();
         assert!(child.wait().await.unwrap().success());
         let record: serde_json::Value = serde_json::from_slice(&std::fs::read(output).unwrap()).unwrap();
         assert_eq!(
@@ -473,7 +473,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut command = Command::new("/bin/true");
         let mut child =
-            start(&mut command, "/proc/nowhere/a.json".into(), &directory.path().join("out"), None).unwrap();
+            start(&mut command, "/proc/nowhere/a.json".into(), &directory.path().join("out"), None).await.unwrap();
         assert!(child.wait().await.unwrap().success());
     }
 
@@ -483,7 +483,7 @@ mod tests {
         let record = directory.path().join("a.json");
         let group = Some(Group::named("/proc/nowhere/x"));
         let mut command = Command::new("/bin/true");
-        let mut child = start(&mut command, record.clone(), &directory.path().join("out"), group).unwrap();
+        let mut child = start(&mut command, record.clone(), &directory.path().join("out"), group).await.unwrap();
         assert!(!child.grouped);
         assert!(child.wait().await.unwrap().success());
         assert!(!std::fs::read_to_string(record).unwrap().contains("group"));
@@ -494,6 +494,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let error =
             start(&mut Command::new("/nowhere/x"), directory.path().join("a"), &directory.path().join("out"), None)
+                .await
                 .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
@@ -506,7 +507,7 @@ mod tests {
         super::super::set_mode(&script, 0o755).unwrap();
         let mut command = Command::new(&script);
         command.arg("one").env_clear().env("A", "two").current_dir("/");
-        let mut child = start(&mut command, directory.path().join("a"), &output, None).unwrap();
+        let mut child = start(&mut command, directory.path().join("a"), &output, None).await.unwrap();
         assert_eq!(child.wait().await.unwrap().code(), Some(3));
         assert_eq!(std::fs::read_to_string(output).unwrap(), "one two /\n");
     }

@@ -45,7 +45,12 @@ pub struct Child {
 
 /// Starts a sub-agent's process, in its group, which is made, where that can be had. `command` says program, arguments, directory and the whole
 /// environment.
-pub fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
+pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
+    // Nothing in it waits for the program.
+    begin(command, launch)
+}
+
+fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
     if launch.user.is_some() {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
     }
@@ -238,7 +243,7 @@ mod tests {
     }
 
     fn start(directory: &Path, command: Command) -> Child {
-        launch(&complete(command), &options(directory, "a.json", Some(group(directory)))).unwrap()
+        begin(&complete(command), &options(directory, "a.json", Some(group(directory)))).unwrap()
     }
 
     fn options(directory: &Path, record: &str, group: Option<Group>) -> Launch {
@@ -336,7 +341,7 @@ mod tests {
     async fn what_cannot_be_run_says_why_and_leaves_no_record() {
         let directory = tempfile::tempdir().unwrap();
         let options = options(directory.path(), "a.json", None);
-        let error = launch(&Command::new(r"C:\nowhere\x.exe"), &options).unwrap_err();
+        let error = begin(&Command::new(r"C:\nowhere\x.exe"), &options).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         assert!(!options.record.exists());
     }
@@ -345,7 +350,7 @@ mod tests {
     async fn a_program_runs_although_its_record_cannot_be_written() {
         let directory = tempfile::tempdir().unwrap();
         let options = options(directory.path(), "nowhere/a.json", None);
-        let mut child = launch(&complete(testing::play(HOLDER, "")), &options).unwrap();
+        let mut child = begin(&complete(testing::play(HOLDER, "")), &options).unwrap();
         assert!(end_of(&mut child).await.success());
         assert_eq!(said(directory.path()).unwrap(), "does not");
     }
