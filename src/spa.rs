@@ -116,6 +116,8 @@ enum End {
 enum Lost {
     /// It died, or hung and was killed.
     Died,
+    /// It never answered. The socket of one that is dying can be connected to after its last connection has ended.
+    Unheard,
     /// It gave way to another.
     Yielded,
     Stopped,
@@ -153,16 +155,18 @@ impl Watchdog<'_> {
                 Found::Manager(connection) => connection,
                 Found::Terminate => return Ok(End::Asked),
             };
-            self.revival.came();
             let since = Instant::now();
             let lost = self.watch(connection)?;
             let lived = since.elapsed();
-            tracing::info!(how = format!("{lost:?}"), "the manager is gone");
+            if lost != Lost::Unheard {
+                tracing::info!(how = format!("{lost:?}"), "the manager is gone");
+            }
             match lost {
                 Lost::Terminate => return Ok(End::Asked),
                 Lost::Stopped => return self.honour_stop(),
                 Lost::Yielded => self.revival.left(Instant::now()),
                 Lost::Died => self.revival.died(lived, Instant::now()),
+                Lost::Unheard => {}
             }
         }
     }
@@ -282,8 +286,7 @@ impl Watchdog<'_> {
 
     /// Holds the connection until it ends.
     fn watch(&mut self, mut connection: LocalConnection) -> Result<Lost> {
-        tracing::info!("the manager is watched");
-        let (mut pings, mut yielded) = (Pings::new(Instant::now()), false);
+        let (mut pings, mut heard_of, mut yielded) = (Pings::new(Instant::now()), false, false);
         loop {
             match self.words.recv_timeout(pings.due().saturating_duration_since(Instant::now())) {
                 Ok(Word::Terminate) => {
@@ -291,11 +294,18 @@ impl Watchdog<'_> {
                     return Ok(Lost::Terminate);
                 }
                 Ok(Word::Heard(serial, heard)) if serial == self.serial => match heard {
-                    Heard::Reply(_) => pings.answered(),
+                    Heard::Reply(_) => {
+                        pings.answered();
+                        if !std::mem::replace(&mut heard_of, true) {
+                            tracing::info!("the manager is watched");
+                            self.revival.came();
+                        }
+                    }
                     Heard::Farewell(Farewell::Stop) => return Ok(Lost::Stopped),
                     Heard::Farewell(Farewell::Yield) => yielded = true,
                     Heard::Silence => {}
-                    Heard::End => return Ok(if yielded { Lost::Yielded } else { Lost::Died }),
+                    Heard::End if yielded => return Ok(Lost::Yielded),
+                    Heard::End => return Ok(if heard_of { Lost::Died } else { Lost::Unheard }),
                 },
                 Ok(Word::Heard(..)) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),

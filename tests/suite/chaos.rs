@@ -172,7 +172,7 @@ impl Chaos {
             "deaths: {agents} of sub-agents, {roles} of roles; longest beyond its due: {:?}",
             self.observer.longest
         ));
-        assert!(agents as u64 > self.lasts.as_secs() / 3 && roles >= 2, "that was no chaos");
+        assert!(agents as u64 > self.lasts.as_secs() / 3 && roles > 0, "that was no chaos");
     }
 
     fn spared(&self) -> impl Iterator<Item = String> + use<> {

@@ -37,6 +37,9 @@ pub const ROLES: [&str; 2] = ["spm", "spa"];
 /// A process for good: number and start time.
 pub type Body = (u32, u64);
 
+/// What was seen under each name.
+type Seen<Name> = BTreeMap<Name, Vec<Body>>;
+
 /// A home that is looked at.
 #[derive(Debug)]
 pub struct Place {
@@ -186,7 +189,7 @@ impl Observer {
 
     fn look_at_agents(
         &mut self,
-        seen: &BTreeMap<String, Vec<Body>>,
+        seen: &Seen<String>,
         now: Instant,
         passed: Duration,
         late: Duration,
@@ -226,7 +229,7 @@ impl Observer {
 
     fn look_at_roles(
         &mut self,
-        mut seen: BTreeMap<&'static str, Vec<Body>>,
+        mut seen: Seen<&'static str>,
         now: Instant,
         passed: Duration,
         late: Duration,
@@ -276,8 +279,8 @@ impl Observer {
     }
 
     /// Native sub-agents by name, and roles.
-    fn seen(&mut self) -> (BTreeMap<String, Vec<Body>>, BTreeMap<&'static str, Vec<Body>>) {
-        let (mut agents, mut roles) = (BTreeMap::<String, Vec<Body>>::new(), BTreeMap::<&str, Vec<Body>>::new());
+    fn seen(&mut self) -> (Seen<String>, Seen<&'static str>) {
+        let (mut agents, mut roles) = (Seen::<String>::new(), Seen::<&str>::new());
         let mut strangers = BTreeSet::new();
         let age_of = |started: u64| uptime_ticks().saturating_sub(started);
         for pid in pids() {
