@@ -30,8 +30,10 @@ const SERVICE_MANAGERS_TURN: Duration = Duration::from_secs(10);
 /// It is asked for its view of the unit so often at first, and at last.
 const ASK_UNIT: Duration = Duration::from_secs(1);
 const ASK_UNIT_AT_LAST: Duration = Duration::from_secs(10);
-/// Above its limit of memory at so many pings in a row, a role is renewed.
+/// Above its limit of memory at so many looks in a row, a role is renewed.
 const TOO_LARGE: u32 = 3;
+/// The home and the memory of both roles are looked at so often, with a ping.
+const LOOKS_AROUND: Duration = Duration::from_secs(60);
 const TAKE_OVER: Duration = Duration::from_secs(10);
 
 /// How the watchdog is started.
@@ -67,7 +69,8 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
 
     let now = Instant::now();
     let revival = Revival::new(now);
-    let mut watchdog = Watchdog { home, supervised, sender, words, serial: 0, revival, children: vec![], large: 0 };
+    let mut watchdog =
+        Watchdog { home, supervised, sender, words, serial: 0, revival, children: vec![], large: 0, looks_around: now };
     let end = watchdog.run();
     platform::notify("STOPPING=1");
     match &end {
@@ -134,6 +137,8 @@ struct Watchdog<'a> {
     revival: Revival,
     children: Vec<Child>,
     large: u32,
+    /// When the home and the memory of both roles are looked at next.
+    looks_around: Instant,
 }
 
 /// A time without a manager.
@@ -315,7 +320,10 @@ impl Watchdog<'_> {
                         continue;
                     }
                     platform::notify("WATCHDOG=1");
-                    self.look_around(&mut connection)?;
+                    if Instant::now() >= self.looks_around {
+                        self.looks_around = Instant::now() + LOOKS_AROUND;
+                        self.look_around(&mut connection)?;
+                    }
                     if next == Next::Hung {
                         self.kill_hung();
                     }

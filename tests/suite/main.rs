@@ -17,3 +17,4 @@ mod roles_systemd;
 mod sub_agents;
 #[path = "../support/mod.rs"]
 mod support;
+mod trees;

@@ -1,0 +1,105 @@
+//! Whole process trees end, whatever they do to escape, wherever the host lets them be held together: in cgroups of v2, of v1, and in none.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::support::aops;
+use crate::support::command::{LIMIT, run};
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost};
+use crate::support::package::Package;
+use crate::support::processes::{groups, is_alive, signal};
+use crate::support::wait::wait_for;
+
+/// What the manager of a host sees of cgroups, as a script that then runs its arguments.
+const V2: &str = r#"exec "$@""#;
+const V1: &str = r#"mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/freezer \
+    && mount -t cgroup -o freezer none /sys/fs/cgroup/freezer && exec "$@""#;
+const NONE: &str = r#"mount -t tmpfs none /sys/fs/cgroup && exec "$@""#;
+
+/// Escapes by a session of its own, an orphaned parent, a cleared environment and deaf ears.
+const DAEMON: &str = "setsid env -i /bin/sh -c \"cd /; trap '' TERM; (trap '' TERM; exec /bin/sleep @N@) & exit 0\"";
+/// The same with its environment: nothing else tells of it where there are no cgroups.
+const MARKED: &str = "setsid /bin/sh -c \"cd /; trap '' TERM; (trap '' TERM; exec /bin/sleep @N@) & exit 0\"";
+
+#[test]
+fn a_tree_in_a_cgroup_of_v2_ends_whole() {
+    a_tree_ends_whole(V2, DAEMON, "::/aops-agents-", 3_000_000);
+}
+
+#[test]
+fn a_tree_in_a_cgroup_of_v1_ends_whole() {
+    a_tree_ends_whole(V1, DAEMON, ":freezer:/aops-agents-", 3_100_000);
+}
+
+#[test]
+fn a_tree_in_no_cgroup_ends_whole_as_far_as_its_mark_tells() {
+    a_tree_ends_whole(NONE, MARKED, "", 3_200_000);
+}
+
+fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
+    // Told from everybody else's by what they sleep.
+    let (number, stranger) = (number + std::process::id() % 50_000, number + 50_000 + std::process::id() % 50_000);
+    let _guard = Sleepers([number, stranger]);
+    let script = format!("{}; trap '' TERM; while :; do sleep 1; done", escape.replace("@N@", &number.to_string()));
+    let package = Package::script("hydra", "1.0", &script, "gracePeriod = \"1s\"");
+    let gateway = Gateway::with(&[&package], &[("hydra", "1.0", "")]);
+    let host = TestHost::new();
+    let home = host.home().display().to_string();
+    let mut install = Command::new("unshare");
+    install.args(["--mount", "--propagation", "private", "--", "bash", "-c", place, "bash"]).arg(aops());
+    install.args(["install", "--service", "none", "--home", &home, "--agent-id", host.agent_id()]);
+    install.args(["--endpoint", gateway.url()]).args(gateway.trust()).env("NO_COLOR", "1");
+    run(&mut install, LIMIT).expect_success();
+    let mut other = Command::new("sleep").arg(stranger.to_string()).spawn().expect("sleep runs");
+
+    let first = host.wait_for_agent("hydra");
+    let found = fs::read_to_string(format!("/proc/{first}/cgroup")).expect("it runs");
+    assert_eq!(found.contains("aops-agents-"), !cgroup.is_empty(), "{found}");
+    assert!(found.contains(cgroup), "{found}");
+    let escaped = wait_for("its daemon", SOON, || sleeping(number).first().copied());
+
+    // What a dead main process left does not live beside the next one.
+    host.kill(first);
+    let second = host.wait_for_new_pid("hydra", first);
+    assert!(!is_alive(escaped));
+    let escaped = wait_for("its next daemon", SOON, || sleeping(number).first().copied());
+    assert_eq!(sleeping(number), [escaped]);
+
+    // The manager that comes next knows of all of it, too.
+    host.kill(host.role_pid("spm").expect("it runs"));
+    host.wait_for_status("the next manager", SOON, |status| status["state"] == "running");
+    assert!(is_alive(second) && is_alive(escaped));
+
+    let began = Instant::now();
+    host.control(&["stop"]).expect_success();
+    assert!(began.elapsed() >= Duration::from_secs(1), "its grace period was not waited for");
+    assert_eq!((is_alive(second), sleeping(number)), (false, vec![]));
+    assert_eq!(groups(&host.home()), [] as [std::path::PathBuf; 0]);
+    assert!(is_alive(other.id()), "a stranger is left alone");
+    other.kill().expect("it can be killed");
+    other.wait().expect("it can be waited for");
+}
+
+/// The live processes that sleep for so many seconds.
+fn sleeping(seconds: u32) -> Vec<u32> {
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let words = |pid: &u32| fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
+    pids.filter(|pid| words(pid).ends_with(format!("sleep\0{seconds}\0").as_bytes()))
+        .filter(|pid| is_alive(*pid))
+        .collect()
+}
+
+/// Ends what a failed test leaves.
+struct Sleepers([u32; 2]);
+
+impl Drop for Sleepers {
+    fn drop(&mut self) {
+        self.0.iter().flat_map(|seconds| sleeping(*seconds)).for_each(|pid| signal(pid, Signal::KILL));
+    }
+}
