@@ -98,11 +98,19 @@ impl Target {
         marked || in_session
     }
 
-    /// The processes that live in its groups. Where no record says that all of them are ours, the marks tell.
+    /// The processes that live in its groups, without those that an earlier release of it started for somebody else.
     fn grouped(&self, home: &Home) -> Vec<Seen> {
+        self.in_groups(home).filter(|process| is_ours(home, process)).collect()
+    }
+
+    fn in_groups(&self, home: &Home) -> impl Iterator<Item = Seen> {
         let pids = self.groups.iter().filter_map(|group| group.members().ok()).flatten();
-        let seen = pids.filter_map(|pid| platform::seen(pid, home.root()));
-        seen.filter(|process| self.record.is_some() || is_ours(home, process)).collect()
+        pids.filter_map(|pid| platform::seen(pid, home.root()))
+    }
+
+    /// Whether nobody else's process lives in its groups, as far as can be known: without a record some may bear no mark any more.
+    fn has_groups_to_itself(&self, home: &Home) -> bool {
+        self.record.is_some() && self.in_groups(home).all(|process| is_ours(home, &process))
     }
 
     fn kill_groups(&self) {
@@ -201,7 +209,7 @@ impl<'a> Ending<'a> {
                 );
             }
             let overtime = spent >= target.grace;
-            if overtime && target.kill_mode == KillMode::Tree && target.record.is_some() {
+            if overtime && target.kill_mode == KillMode::Tree && target.has_groups_to_itself(self.home) {
                 target.kill_groups();
             }
             for process in members {
