@@ -119,7 +119,11 @@ impl Start {
 
     /// The sub-agent's group; `None` where none can be had.
     pub fn group(&self) -> Option<Group> {
-        self.groups.as_ref().map(|groups| groups.group(self.name.as_str()))
+        let groups = self.groups.as_ref()?;
+        Some(match self.program.kill_mode() {
+            KillMode::Tree => groups.group(self.name.as_str()),
+            KillMode::Process => groups.apart(self.name.as_str()),
+        })
     }
 
     /// The name of the group that a child began in.

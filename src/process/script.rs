@@ -113,7 +113,10 @@ fn runs_from(directory: &Path, pid: u32) -> bool {
 /// The main process: the one that `control pid` names, if it is one of the sub-agent's, else the oldest of those.
 pub async fn find(start: &Start) -> Option<Seen> {
     let record = record::load(&start.home, &start.name);
-    let members = tree::members(&start.home, &Target::of(&start.name, record, start.groups.as_ref()));
+    let target = Target::of(&start.name, record, start.groups.as_ref());
+    // A program that moved out of its group is still told by its mark.
+    let target = if target.groups_are_empty() { target.scattered() } else { target };
+    let members = tree::members(&start.home, &target);
     let told = match members.len() {
         0 => return None,
         1 => None,

@@ -1,9 +1,10 @@
 //! Ends sub-agents with all that they started: the stop signal to every process of the tree, the grace period, then the kill.
 //!
-//! A process belongs to a sub-agent when it lives in its group, which none leaves by itself. What began outside of any group (the host has
-//! none, or it could not be entered) belongs by the sub-agent's mark in its environment, or by the session that the recorded process leads.
-//! Where the main process alone is ours, whatever else is there is somebody else's.
+//! A process belongs to a sub-agent when it lives in its group. What began outside of any group (the host has none, or it could not be
+//! entered), or was moved out of it (a login session, `systemd-run`), belongs by the sub-agent's mark in its environment, or by the session
+//! that the recorded process leads. Where the main process alone is ours, whatever else is there is somebody else's.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -46,11 +47,17 @@ impl Target {
         };
         let mut held: Vec<Group> = groups.map(|groups| groups.group(name.as_str())).into_iter().collect();
         held.extend(record.as_ref().and_then(Record::group).filter(|group| !held.contains(group)));
+        let holds = |pid: u32| held.iter().any(|group| group.members().is_ok_and(|members| members.contains(&pid)));
         let scattered = match &record {
-            Some(record) => record.group.is_none(),
+            Some(record) => record.group.is_none() || record.is_alive() && !holds(record.pid),
             None => held.is_empty(),
         };
         Target { name: name.clone(), record, signal, grace, kill_mode, groups: held, scattered }
+    }
+
+    /// The same target, of which processes may live outside of any group, too.
+    pub fn scattered(self) -> Target {
+        Target { scattered: true, ..self }
     }
 
     /// The same target, to be killed without a word first: what a dead main process left behind.
@@ -60,13 +67,17 @@ impl Target {
 
     /// Whether to find out what is left of it takes a look at every process of the host.
     pub fn is_scattered(&self) -> bool {
-        self.scattered
+        self.scattered && self.kill_mode == KillMode::Tree
     }
 
-    /// Whether nothing lives in its groups.
+    /// Whether nothing lives in its groups, as far as those can be read.
     pub fn groups_are_empty(&self) -> bool {
-        // One that cannot be read is taken for one that is not there.
-        self.groups.iter().all(|group| group.is_empty().unwrap_or(true))
+        self.groups.iter().all(|group| group.is_empty().unwrap_or(false))
+    }
+
+    /// Whether something of it may live: told by its groups and its record, without a look at every process.
+    pub fn may_live(&self) -> bool {
+        self.is_scattered() || !self.groups_are_empty() || self.record.as_ref().is_some_and(Record::is_alive)
     }
 
     /// Resolves when nothing lives in its groups any more. Cancel-safe.
@@ -98,19 +109,16 @@ impl Target {
         marked || in_session
     }
 
-    /// The processes that live in its groups, without those that an earlier release of it started for somebody else.
-    fn grouped(&self, home: &Home) -> Vec<Seen> {
-        self.in_groups(home).filter(|process| is_ours(home, process)).collect()
+    /// Its main process, if that lives.
+    fn main(&self, home: &Home) -> Option<Seen> {
+        let record = self.record.as_ref().filter(|record| record.is_alive())?;
+        platform::seen(record.pid, home.root()).filter(|seen| seen.start_time == record.start_time)
     }
 
-    fn in_groups(&self, home: &Home) -> impl Iterator<Item = Seen> {
+    /// The processes that live in its groups.
+    fn grouped(&self, home: &Home) -> impl Iterator<Item = Seen> {
         let pids = self.groups.iter().filter_map(|group| group.members().ok()).flatten();
         pids.filter_map(|pid| platform::seen(pid, home.root()))
-    }
-
-    /// Whether nobody else's process lives in its groups, as far as can be known: without a record some may bear no mark any more.
-    fn has_groups_to_itself(&self, home: &Home) -> bool {
-        self.record.is_some() && self.in_groups(home).all(|process| is_ours(home, &process))
     }
 
     fn kill_groups(&self) {
@@ -124,7 +132,7 @@ impl Target {
 
 /// The live processes of a sub-agent, oldest first, without those that ask after its health.
 pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
-    let scattered = if target.scattered { processes(home) } else { vec![] };
+    let scattered = if target.is_scattered() { processes(home) } else { vec![] };
     let mut members = members_among(home, &scattered, target);
     members.retain(|process| !process.is_check());
     members
@@ -155,12 +163,12 @@ pub fn is_main(home: &Home, process: &Seen, name: &str) -> bool {
 
 /// The members of a target: those of its groups, and those among `processes`.
 fn members_among(home: &Home, processes: &[Seen], target: &Target) -> Vec<Seen> {
+    let mut members: Vec<Seen> = target.main(home).into_iter().collect();
     if target.kill_mode == KillMode::Process {
-        let main = target.record.as_ref().filter(|record| record.is_alive());
-        return main.and_then(|record| platform::seen(record.pid, home.root())).into_iter().collect();
+        return members;
     }
-    let mut members = target.grouped(home);
-    if target.scattered {
+    members.extend(target.grouped(home));
+    if target.is_scattered() {
         let recorded = target.record.as_ref().filter(|record| record.head.boot_id == platform::boot_id());
         let taken_over =
             |record: &&Record| !processes.iter().any(|p| p.pid == record.pid && p.start_time != record.start_time);
@@ -183,33 +191,46 @@ pub struct Ending<'a> {
     targets: &'a [Target],
     began: Instant,
     told: Vec<(u32, u64)>,
+    /// Targets that cannot be ended, by place, and why.
+    given_up: BTreeMap<usize, String>,
     pause: Duration,
 }
 
 impl<'a> Ending<'a> {
     pub fn of(home: &'a Home, targets: &'a [Target]) -> Ending<'a> {
-        Ending { home, targets, began: Instant::now(), told: vec![], pause: FIRST_LOOK }
+        Ending { home, targets, began: Instant::now(), told: vec![], given_up: BTreeMap::new(), pause: FIRST_LOOK }
     }
 
-    /// Tells or kills what is left, and says when to look again; `None`: nothing is left.
+    /// Tells or kills what is left, and says when to look again; `None`: nothing is left. What cannot be ended is an error when all that
+    /// can be has ended.
     pub fn look(&mut self) -> Result<Option<Duration>> {
         let scattered = self.targets.iter().any(Target::is_scattered);
         let processes = if scattered { processes(self.home) } else { vec![] };
         let spent = self.began.elapsed();
         let mut until_kill = None;
-        for target in self.targets {
+        for (place, target) in self.targets.iter().enumerate() {
+            if self.given_up.contains_key(&place) {
+                continue;
+            }
             let members = members_among(self.home, &processes, target);
-            let Some(last) = members.last() else { continue };
-            let overdue = spent.saturating_sub(target.grace);
-            if overdue > AFTER_KILL {
-                bail!(
-                    "cannot end sub-agent {}: process {} is still there {AFTER_KILL:?} after it was killed",
-                    target.name,
-                    last.pid
+            // Whom we cannot see, of another pid namespace, we can still kill with the group.
+            let unseen = || target.kill_mode == KillMode::Tree && !target.groups_are_empty();
+            if members.is_empty() && !unseen() {
+                continue;
+            }
+            if spent.saturating_sub(target.grace) > AFTER_KILL {
+                let pids: Vec<String> = members.iter().map(|process| process.pid.to_string()).collect();
+                let who = if pids.is_empty() { "of a number not seen here".to_owned() } else { pids.join(", ") };
+                let error = format!(
+                    "cannot end sub-agent {}: process {who} is still there {AFTER_KILL:?} after it was killed; it may hang in the kernel",
+                    target.name
                 );
+                tracing::error!(agent = %target.name, error, "a sub-agent cannot be ended");
+                self.given_up.insert(place, error);
+                continue;
             }
             let overtime = spent >= target.grace;
-            if overtime && target.kill_mode == KillMode::Tree && target.has_groups_to_itself(self.home) {
+            if overtime && target.kill_mode == KillMode::Tree {
                 target.kill_groups();
             }
             for process in members {
@@ -228,7 +249,13 @@ impl<'a> Ending<'a> {
             let left = target.grace.saturating_sub(spent);
             until_kill = Some(until_kill.map_or(left, |least: Duration| least.min(left)));
         }
-        let Some(until_kill) = until_kill else { return Ok(None) };
+        let Some(until_kill) = until_kill else {
+            let errors: Vec<&str> = self.given_up.values().map(String::as_str).collect();
+            if errors.is_empty() {
+                return Ok(None);
+            }
+            bail!("{}", errors.join("; "));
+        };
         let pause = self.pause.min(until_kill).max(FIRST_LOOK);
         self.pause = (self.pause * 2).min(LAST_LOOK);
         Ok(Some(pause))
@@ -309,11 +336,12 @@ pub fn any_run(home: &Home) -> bool {
 pub fn end_all(home: &Home) -> Result<()> {
     let groups = super::groups(home);
     let targets = Census::take(home, groups.as_ref()).targets;
-    end(home, &targets)?;
-    for target in &targets {
+    let ended = end(home, &targets);
+    // What could not be ended keeps its record, for whoever tries again.
+    for target in targets.iter().filter(|target| ended.is_ok() || members(home, target).is_empty()) {
         record::remove(home, &target.name)?;
     }
-    Ok(())
+    ended
 }
 
 #[cfg(test)]

@@ -13,10 +13,11 @@ use crate::core::schedule::{Allowance, Backoff};
 use crate::core::status::AgentStatus;
 use crate::core::supervise::{Policy, Supervisor};
 use crate::home::{self, Home};
-use crate::platform;
+use crate::platform::{self, Groups};
 use crate::process::health;
 use crate::process::launch::{self, Program};
 use crate::process::record::Record;
+use crate::process::tree::Target;
 
 /// Between two tries at a release that cannot be had.
 const STAGE_BACKOFF: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::from_secs(300) };
@@ -57,6 +58,8 @@ pub(super) struct Agent {
     /// Counts starts and adoptions, so that word of an earlier process is not taken for word of this one.
     pub(super) serial: u64,
     pub(super) record: Option<Record>,
+    /// What an earlier manager left of it was seen to live outside of its group, too.
+    pub(super) scattered: bool,
     /// The watch on that process.
     pub(super) watch: Option<AbortHandle>,
     /// The question after its health.
@@ -84,6 +87,7 @@ impl Agent {
             busy: None,
             serial: 0,
             record: None,
+            scattered: false,
             watch: None,
             question: None,
             error: None,
@@ -172,6 +176,12 @@ impl Agent {
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let retry = self.held_back.as_ref().map(|held| held.until).filter(|until| *until > now);
         [self.supervisor.deadline(), retry].into_iter().flatten().min()
+    }
+
+    /// What of it may live and is to be ended before anything new of it is started.
+    pub(super) fn target(&self, groups: Option<&Groups>) -> Target {
+        let target = Target::of(&self.name, self.record.clone(), groups);
+        if self.scattered { target.scattered() } else { target }
     }
 
     fn state(&self) -> AgentState {

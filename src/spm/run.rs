@@ -32,9 +32,8 @@ impl Running {
     }
 }
 
-/// Starts a sub-agent, after ending what an earlier process of it left behind.
-/// `last`: what is recorded of that, where the manager knows it.
-pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Option<Record>) {
+/// Starts a sub-agent, after ending what an earlier process of it left behind: `last`.
+pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Target) {
     let inputs = inputs.clone();
     tokio::spawn(async move {
         let name = start.name.clone();
@@ -43,9 +42,9 @@ pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Option<Rec
     });
 }
 
-async fn start_clean(start: Start, last: Option<Record>) -> Result<Running> {
-    let last = last.or_else(|| record::load(&start.home, &start.name));
-    end_leftovers(&start, last.clone()).await?;
+async fn start_clean(start: Start, last: Target) -> Result<Running> {
+    let record = last.record.clone();
+    end_leftovers(&start, last).await?;
     match start.program.clone() {
         Program::Native(manifest) => {
             let (child, record) = launch::start_native(&start, &manifest).await?;
@@ -53,7 +52,7 @@ async fn start_clean(start: Start, last: Option<Record>) -> Result<Running> {
         }
         Program::Script => {
             let of = start.clone();
-            tokio::task::spawn_blocking(move || script::forget(&of, last.as_ref())).await?;
+            tokio::task::spawn_blocking(move || script::forget(&of, record.as_ref())).await?;
             let record = script::start(&start).await?;
             Ok(Running::Script(Box::new(start), record))
         }
@@ -61,12 +60,11 @@ async fn start_clean(start: Start, last: Option<Record>) -> Result<Running> {
 }
 
 /// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
-async fn end_leftovers(start: &Start, last: Option<Record>) -> Result<()> {
-    if start.program.kill_mode() == KillMode::Process {
+async fn end_leftovers(start: &Start, last: Target) -> Result<()> {
+    if start.program.kill_mode() == KillMode::Process || !last.may_live() {
         return Ok(());
     }
-    let target = Target::of(&start.name, last, start.groups.as_ref()).at_once();
-    if target.is_scattered() || !target.groups_are_empty() { end(&start.home, target).await } else { Ok(()) }
+    end(&start.home, last.at_once()).await
 }
 
 /// Ends what is left of a target, without holding up the manager's loop.
@@ -79,8 +77,13 @@ async fn end(home: &Home, target: Target) -> Result<()> {
     let targets = [target];
     let mut ending = Ending::of(home, &targets);
     while let Some(pause) = ending.look()? {
-        // It ends early when nothing is left.
-        let _ = tokio::time::timeout(pause, targets[0].groups_emptied()).await;
+        if targets[0].groups_are_empty() {
+            // What is left lives outside of them.
+            tokio::time::sleep(pause).await;
+        } else {
+            // It ends early when nothing is left.
+            let _ = tokio::time::timeout(pause, targets[0].groups_emptied()).await;
+        }
     }
     targets[0].remove_groups();
     Ok(())
@@ -110,11 +113,18 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: Running) -> AbortHand
 /// Watches the process that a `control` script put into the background, and the one that takes its place; says why it counts as ended.
 async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: Record) -> String {
     loop {
-        tokio::select! {
+        let emptied = tokio::select! {
             // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
-            () = platform::ended(record.pid, record.start_time) => {}
+            () = platform::ended(record.pid, record.start_time) => false,
             // A program that scrubs its environment and is nobody's by number is still in the group.
-            () = emptied(&record) => return "nothing of it is left".to_owned(),
+            () = emptied(&record) => true,
+        };
+        if emptied {
+            if !record.is_alive() {
+                return "nothing of it is left".to_owned();
+            }
+            // It was moved out of its group.
+            platform::ended(record.pid, record.start_time).await;
         }
         platform::reap_orphan(record.pid);
         let ended = format!("its process {} ended", record.pid);

@@ -4,18 +4,21 @@
 //! becomes a sub-agent.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::Value;
 
+use super::sub_agents::without_manager as without_manager_for_a_while;
 use crate::support::command;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
-use crate::support::processes::{is_alive, marked, signal};
+use crate::support::processes::{groups, is_alive, marked, signal};
 use crate::support::wait::{try_for, wait_for};
 
 const NAMES: [&str; 3] = ["one", "two", "three"];
@@ -181,6 +184,94 @@ fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and
     assert!(fs::read_to_string(&log).unwrap_or_default().ends_with("told\n"));
 }
 
+#[test]
+fn who_is_moved_out_of_its_group_is_neither_lost_nor_doubled() {
+    let packages = [
+        Package::script("one", "1.0", "sleep 1000003 & sleep 1000000", ""),
+        Package::control_sleeper("two", "1.0"),
+        Package::sleeper("three", "1.0"),
+    ];
+    let gateway = Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")));
+    let host = TestHost::joined(&gateway);
+    let before = up_each(&host);
+    // As `su -` does by a login session, and `systemd-run --scope`.
+    let elsewhere = Elsewhere::beside(&groups(&host.home())[0]);
+    let all = |name| wait_for("its processes", SOON, || Some(marked(&host.home(), name)).filter(|all| !all.is_empty()));
+    let first = wait_for("its tree", SOON, || Some(all("one")).filter(|all| all.len() == 3));
+    elsewhere.take(&first);
+    elsewhere.take(&all("two"));
+    without_manager_for_a_while(&host, || {});
+    assert_eq!(up_each(&host), before);
+
+    host.control(&["restart", "one"]).expect_success();
+    host.wait_for_new_pid("one", before["one"]);
+    assert!(first.iter().all(|pid| !is_alive(*pid)), "{first:?}");
+    host.kill(before["two"]);
+    host.wait_for_new_pid("two", before["two"]);
+    let status = host.wait_for_status("all three", SOON, all_run);
+    assert_eq!(agent(&status, "two").expect("it is there")["restarts"], 1, "by its death alone: {status}");
+
+    elsewhere.take(&all("one"));
+    elsewhere.take(&all("two"));
+    host.control(&["stop"]).expect_success();
+    assert_eq!(host.processes(), []);
+}
+
+#[test]
+fn what_runs_of_another_release_makes_way_for_the_wanted_one() {
+    let script = "trap 'echo told; exit 0' TERM; while :; do sleep 0.1; done";
+    let packages = ["1.0", "2.0"].map(|version| Package::script("one", version, script, ""));
+    let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
+    let host = TestHost::joined(&gateway);
+    host.wait_for_agent("one");
+    gateway.want(&[("one", "2.0", "")]);
+    host.wait_for_status("the update", SOON, |status| {
+        agent(status, "one").is_some_and(|agent| agent["version"] == "2.0" && agent["state"] == "running")
+    });
+    let second = host.wait_for_agent("one");
+    let told = || {
+        fs::read_to_string(host.home().join("log/agents/one.log"))
+            .unwrap_or_default()
+            .lines()
+            .filter(|line| *line == "told")
+            .count()
+    };
+    assert_eq!(told(), 1);
+    without_manager_for_a_while(&host, || {
+        fs::remove_file(host.home().join("run/agents/one.json")).expect("its record");
+        fs::remove_file(host.home().join("agents/one/current")).expect("its link");
+        std::os::unix::fs::symlink("1.0", host.home().join("agents/one/current")).expect("another link");
+    });
+    let third = host.wait_for_new_pid("one", second);
+    assert!(!is_alive(second));
+    assert_eq!(told(), 2, "it was stopped as it asks for");
+    let status = host.status();
+    assert_eq!(agent(&status, "one").expect("it is there")["version"], "2.0", "{status}");
+    assert_eq!(marked(&host.home(), "one").into_iter().filter(|pid| leads(*pid)).collect::<Vec<_>>(), [third]);
+}
+
+#[test]
+fn what_is_installed_again_waits_for_the_end_of_what_was_left_of_it() {
+    let host = TestHost::new();
+    let last_words = host.beside("last-words");
+    let script =
+        format!("trap 'sleep 1; echo told >>{}; exit 0' TERM; while :; do sleep 0.1; done", last_words.display());
+    let package = Package::script("one", "1.0", &script, "gracePeriod = \"10s\"");
+    let gateway = Gateway::with(&[&package], &[("one", "1.0", "")]);
+    host.join(&gateway, &[]).expect_success();
+    let first = host.wait_for_agent("one");
+    without_manager_for_a_while(&host, || {
+        fs::remove_dir_all(host.home().join("agents/one")).expect("its releases");
+        fs::remove_file(host.home().join("state/desired.json")).expect("what was wanted");
+    });
+    let second = host.wait_for_new_pid("one", first);
+    assert!(!is_alive(first));
+    assert_eq!(fs::read_to_string(last_words).expect("it was stopped as it asks for"), "told\n");
+    let record = fs::read(host.home().join("run/agents/one.json")).expect("its record is the new one's");
+    let record: Value = serde_json::from_slice(&record).expect("a record");
+    assert_eq!(record["pid"], second);
+}
+
 fn gateway() -> Gateway {
     let packages = NAMES.map(|name| Package::sleeper(name, "1.0"));
     Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")))
@@ -197,6 +288,37 @@ fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) -> u32 {
     wait_for("the manager's end", SOON, || (!is_alive(spm)).then_some(()));
     meanwhile();
     spa
+}
+
+/// The pid of each of the three, when all run.
+#[track_caller]
+fn up_each(host: &TestHost) -> BTreeMap<&'static str, u32> {
+    NAMES.into_iter().map(|name| (name, host.wait_for_agent(name))).collect()
+}
+
+/// A cgroup that is none of ours.
+struct Elsewhere(PathBuf);
+
+impl Elsewhere {
+    fn beside(group: &Path) -> Elsewhere {
+        let name = group.file_name().and_then(OsStr::to_str).expect("a cgroup has a name");
+        let path = group.with_file_name(format!("elsewhere-{name}"));
+        fs::create_dir(&path).expect("a cgroup can be made");
+        Elsewhere(path)
+    }
+
+    fn take(&self, pids: &[u32]) {
+        for pid in pids {
+            fs::write(self.0.join("cgroup.procs"), pid.to_string()).expect("a process can be moved");
+        }
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        try_for(SOON, || fs::remove_dir(&self.0).ok());
+    }
 }
 
 fn all_run(status: &Value) -> bool {

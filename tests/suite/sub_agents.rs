@@ -234,7 +234,8 @@ fn a_stop_ends_the_whole_tree_also_what_ignores_it_and_what_a_dead_one_left() {
 
 #[test]
 fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() {
-    let script = "setsid sleep 1000001 & sleep 1000002 & while :; do sleep 1; done";
+    // One that nothing but its cgroup tells of, and one that bears every mark.
+    let script = "env -i setsid sleep 1000001 & sleep 1000002 & while :; do sleep 1; done";
     let package = Package::script("deploy", "1.0", script, "killMode = \"process\"");
     let gateway = Gateway::with(&[&package], &[("deploy", "1.0", "")]);
     let host = TestHost::joined(&gateway);
@@ -278,8 +279,19 @@ fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() 
     assert_eq!(host.wait_for_agent("deploy"), second);
     assert!(host.home().join("run/agents/deploy.json").exists(), "the record is written again");
     host.kill(second);
-    host.wait_for_new_pid("deploy", second);
+    let third = host.wait_for_new_pid("deploy", second);
     assert!(customers.iter().all(|pid| is_alive(*pid)));
+
+    // Nor by a stop that finds neither manager nor record.
+    let customers = others(6);
+    let spm = host.role_pid("spm").expect("a manager");
+    host.kill(host.role_pid("spa").expect("a watchdog"));
+    host.kill(spm);
+    wait_for("the manager's end", SOON, || (!is_alive(spm)).then_some(()));
+    fs::remove_file(host.home().join("run/agents/deploy.json")).expect("its record");
+    host.control(&["stop"]).expect_success();
+    assert!(!is_alive(third));
+    assert_eq!(others(6), customers);
 }
 
 #[test]

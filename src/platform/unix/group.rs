@@ -8,6 +8,8 @@
 //! else             <hierarchy>/<key>/agent-<name>                        where we may write there
 //! ```
 //!
+//! Of a sub-agent whose main process alone is ours it is `apart-<name>`: what it starts is somebody else's, and stays.
+//!
 //! The hierarchy is cgroup v2 where it is mounted, with or without controllers; else systemd's own of v1, or a v1 controller that serves
 //! to hold processes together. Nothing is mounted by us and no controller is turned on.
 
@@ -35,6 +37,7 @@ const POLL: Duration = Duration::from_secs(5);
 const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 /// A sub-agent's name must not be taken for one of the kernel's files.
 const PREFIX: &str = "agent-";
+const APART: &str = "apart-";
 
 /// Where a home's groups are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +78,11 @@ impl Groups {
     /// The group of one sub-agent, made or not.
     pub fn group(&self, agent: &str) -> Group {
         Group { path: self.base.join(format!("{PREFIX}{agent}")) }
+    }
+
+    /// Where a sub-agent lives of which the main process alone is ours: apart from ours, and never listed or killed whole.
+    pub fn apart(&self, agent: &str) -> Group {
+        Group { path: self.base.join(format!("{APART}{agent}")) }
     }
 
     /// The sub-agents whose groups exist.

@@ -33,6 +33,8 @@ use super::{names, process, watch};
 
 /// What leads to the names of the whole host, from any session.
 const GLOBAL: &str = r"Global\";
+const AGENT: &str = "agent-";
+const APART: &str = "apart-";
 /// The exit code of what is ended by us.
 pub(super) const ENDED_BY_US: u32 = 1;
 /// Room for so many processes at first, and never for more than that.
@@ -65,17 +67,22 @@ impl Groups {
     /// Where a home's groups are made: in the names of the whole host, so that a service and an operator's session see the same ones.
     /// `key` names the home and holds no backslash.
     pub fn find(key: &str) -> Option<Groups> {
-        Some(Groups { prefix: format!("{GLOBAL}{key}-agent-") })
+        Some(Groups { prefix: format!("{GLOBAL}{key}-") })
     }
 
     /// The group of one sub-agent, made or not.
     pub fn group(&self, agent: &str) -> Group {
-        Group { name: format!("{}{agent}", self.prefix) }
+        Group { name: format!("{}{AGENT}{agent}", self.prefix) }
+    }
+
+    /// Where a sub-agent lives of which the main process alone is ours: apart from ours, and never listed or killed whole.
+    pub fn apart(&self, agent: &str) -> Group {
+        Group { name: format!("{}{APART}{agent}", self.prefix) }
     }
 
     /// The sub-agents whose groups exist.
     pub fn all(&self) -> io::Result<Vec<String>> {
-        names::beginning_with(self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix))
+        names::beginning_with(&format!("{}{AGENT}", self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix)))
     }
 }
 

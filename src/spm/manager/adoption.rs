@@ -8,10 +8,11 @@ use crate::core::desired::Run;
 use crate::core::model::{AgentName, Version};
 use crate::core::supervise::Event;
 use crate::platform::{self, Seen};
+use crate::process::launch;
 use crate::process::launch::Program;
 use crate::process::record::{self, Ended, Record};
-use crate::process::{launch, tree};
-use crate::spm::agent::Agent;
+use crate::process::tree::{self, Target};
+use crate::spm::agent::{Agent, Busy};
 use crate::spm::journal::About;
 use crate::spm::run::{self, Running};
 
@@ -33,7 +34,8 @@ impl Manager {
         for name in names {
             let target = recorded(&name);
             let restarts = target.and_then(|target| target.record.as_ref()).map_or(0, |record| record.head.restarts);
-            let agent = Agent::found(&self.home, name.clone(), restarts);
+            let mut agent = Agent::found(&self.home, name.clone(), restarts);
+            agent.scattered = target.is_some_and(Target::is_scattered);
             self.agents.insert(name.clone(), agent);
             match target.and_then(|target| target.record.clone()) {
                 Some(record) if record.is_alive() => self.adopt(&name, record),
@@ -45,18 +47,44 @@ impl Manager {
                         self.adopt(&name, marked);
                     }
                     (None, Some(record)) if record.head.boot_id == platform::boot_id() => self.bury(&name, record),
-                    (None, _) => {}
+                    // Of another release, or not to be told from what it started: it makes way for what is to run.
+                    (None, _) => drop(target.is_some_and(|target| self.clear_away(&name, target))),
                 },
             }
         }
         // What runs under our mark and belongs to nothing that is installed has no business here any more. Where it cannot be told what
         // is installed, nothing is ended.
         if self.home.agents().read_dir().is_ok() {
-            for target in targets.into_iter().filter(|target| !self.agents.contains_key(&target.name)) {
-                tracing::warn!(agent = %target.name, "a sub-agent that is not installed any more is stopped");
-                run::stop(&self.inputs, 0, &self.home, target);
+            let installed: BTreeSet<AgentName> = self.agents.keys().cloned().collect();
+            for target in targets.iter().filter(|target| !installed.contains(&target.name)) {
+                let name = &target.name;
+                let mut agent = Agent::new(name.clone(), 0);
+                (agent.record, agent.scattered) = (target.record.clone(), target.is_scattered());
+                agent.busy = Some(Busy::Uninstalling);
+                self.agents.insert(name.clone(), agent);
+                if !self.clear_away(name, target) {
+                    self.finish_if_down(name, Instant::now());
+                }
             }
         }
+    }
+
+    /// Ends what runs of a sub-agent and cannot be adopted, as the sub-agent's own stop: nothing new of it starts meanwhile. `false`: there
+    /// is nothing of it.
+    fn clear_away(&mut self, name: &AgentName, target: &Target) -> bool {
+        let members = tree::members(&self.home, target);
+        if members.is_empty() && target.groups_are_empty() {
+            target.remove_groups();
+            return false;
+        }
+        let Some(agent) = self.agents.get_mut(name) else { return false };
+        let pid = members.first().map_or(0, |process| process.pid);
+        tracing::warn!(agent = %name, pid, "what runs of a sub-agent is none of its active release and is stopped");
+        let now = Instant::now();
+        agent.serial += 1;
+        agent.supervisor.adopt(pid, now, now, 0.0);
+        self.feed(name, Event::Rest, now);
+        true
     }
 
     /// A record for a process that has none: by its mark. Of a native sub-agent it leads its session, as we start it; what a dead one
@@ -73,7 +101,7 @@ impl Manager {
             return None;
         }
         let start = self.start_of(agent)?;
-        let group = self.groups.as_ref().map(|groups| groups.group(name.as_str()));
+        let group = start.group();
         let group = group.filter(|group| group.members().is_ok_and(|members| members.contains(&process.pid)));
         let group = group.map(|group| group.name());
         Some(Record { head: start.head(), pid: process.pid, start_time: process.start_time, group, ended: None })

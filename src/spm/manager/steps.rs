@@ -13,7 +13,7 @@ use crate::core::reconcile::{self, Step};
 use crate::core::supervise::{Action, Event};
 use crate::process::launch::{Start, env_hash};
 use crate::process::record::Ended;
-use crate::process::{log, record, tree};
+use crate::process::{log, record};
 use crate::spm::agent::{Agent, Busy};
 use crate::spm::journal::About;
 use crate::spm::run::{self, Running};
@@ -204,7 +204,7 @@ impl Manager {
             Some(Action::Start) => self.start(name, now),
             Some(Action::Stop) => {
                 agent.watch.take().inspect(AbortHandle::abort);
-                let target = tree::Target::of(name, agent.record.clone(), self.groups.as_ref());
+                let target = agent.target(self.groups.as_ref());
                 run::stop(&self.inputs, agent.serial, &self.home, target);
             }
             Some(Action::Check) => self.ask_health(name),
@@ -231,7 +231,8 @@ impl Manager {
                     self.journal.note("env", "refused", About { agent: Some(name), version: None }, text.as_str());
                 }
                 agent.refused_env = refused;
-                run::start(&self.inputs, agent.serial, start, agent.record.clone());
+                let last = agent.target(self.groups.as_ref());
+                run::start(&self.inputs, agent.serial, start, last);
             }
             None => {
                 let why = agent.error.clone().unwrap_or_else(|| "no release of it is active".to_owned());
@@ -274,7 +275,9 @@ impl Manager {
             }
             Input::Ended { name, serial, result } => {
                 let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.serial == serial) else { return };
-                agent.record = None;
+                if result.is_ok() {
+                    (agent.record, agent.scattered) = (None, false);
+                }
                 if let Err(error) = result {
                     self.journal.note("stop", "failed", About { agent: Some(&name), version: None }, error.as_str());
                     self.stop_errors.push(error.clone());
@@ -353,7 +356,7 @@ impl Manager {
             Ok(running) => {
                 let record = running.record().clone();
                 tracing::info!(agent = %name, version = %record.head.version, pid = record.pid, "a sub-agent is started");
-                agent.record = Some(record.clone());
+                (agent.record, agent.scattered) = (Some(record.clone()), false);
                 agent.watch = Some(run::watch(&self.inputs, serial, *running));
                 self.feed(name, Event::Started { pid: record.pid }, now);
                 if self
