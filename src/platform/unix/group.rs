@@ -282,6 +282,24 @@ impl Group {
         done.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
     }
 
+    /// Lets what begins in it run: it is ours, and nobody else has to freeze it. Gives whether it stays frozen all the same, since a
+    /// cgroup above it is, or whether that cannot be known.
+    pub(super) fn thaw(&self) -> bool {
+        self.is_frozen() && (self.freeze(false).is_err() || self.is_frozen())
+    }
+
+    fn is_frozen(&self) -> bool {
+        let frozen = match read(&self.path.join("cgroup.events")) {
+            // Before Linux 5.2 it says nothing of it.
+            Ok(events) => Ok(events.lines().any(|line| line == "frozen 1")),
+            Err(error) if is_gone(&error) => {
+                read(&self.path.join("freezer.state")).map(|state| state.trim_ascii() != "THAWED")
+            }
+            Err(error) => Err(error),
+        };
+        frozen.unwrap_or_else(|error| !is_gone(&error))
+    }
+
     /// Removes it when it is empty, and with the last one their place, unless that is a unit's own; that it is not there is no error.
     pub fn remove(&self) -> io::Result<()> {
         remove_below(&self.path, DEPTH)?;
@@ -329,7 +347,7 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 
 /// Whether an error says that a cgroup, or a file of it, is not there or is just being removed. A shortage of ours or a refusal says nothing
 /// of the kind.
-fn is_gone(error: &io::Error) -> bool {
+pub(super) fn is_gone(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NODEV | Errno::SRCH))
 }
 
@@ -480,5 +498,21 @@ mod tests {
         assert!(stranger.try_wait().unwrap().is_none());
         stranger.kill().unwrap();
         stranger.wait().unwrap();
+    }
+
+    #[test]
+    fn a_group_of_ours_is_thawed() {
+        let directory = tempfile::tempdir().unwrap();
+        let group = Group { path: directory.path().to_owned() };
+        assert!(!group.thaw(), "one that cannot be frozen is not");
+        // Of v1, where the kernel says at once what was written.
+        fs::write(directory.path().join("freezer.state"), "FROZEN\n").unwrap();
+        assert!(!group.thaw());
+        assert_eq!(fs::read_to_string(directory.path().join("freezer.state")).unwrap(), "THAWED\n");
+        // Of v2, where a cgroup above it is frozen, too.
+        fs::write(directory.path().join("cgroup.events"), "populated 0\nfrozen 1\n").unwrap();
+        fs::write(directory.path().join("cgroup.freeze"), "1").unwrap();
+        assert!(group.thaw());
+        assert_eq!(fs::read_to_string(directory.path().join("cgroup.freeze")).unwrap(), "0");
     }
 }
