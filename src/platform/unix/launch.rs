@@ -85,9 +85,10 @@ pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
 
 /// Begins a child that is in the group from its first moment on; `None`: none can be begun so.
 async fn begin_in(group: &Group, plan: &Plan<'_>, limit: Duration) -> Option<io::Result<Child>> {
+    let alone = is_alone();
     for _ in 0..GROUP_TRIES {
         let directory = group.open().ok()?;
-        let (frozen, alone) = (group.thaw(), is_alone());
+        let frozen = group.thaw();
         // Frozen before it runs its program it would hold us with it. And who takes another user's rights in our memory takes from it that
         // it may be looked into, and hands that user a process to stop while we wait for it.
         let in_ours = alone && !frozen && plan.user.is_none();
