@@ -9,6 +9,7 @@ mod clone;
 mod group;
 mod launch;
 mod local;
+mod own_record;
 mod process;
 
 pub use group::{Group, Groups};

@@ -21,7 +21,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{Access, access};
-use rustix::process::{Pid, Signal};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -31,6 +32,8 @@ const MAX_BYTES: u64 = 1 << 20;
 const DEPTH: u32 = 8;
 /// Rounds of killing where the kernel can neither kill nor freeze a cgroup whole.
 const KILL_ROUNDS: u32 = 20;
+/// So many processes are held at a time to be killed: each takes a descriptor, of which a process has 1024 at least.
+const HELD: usize = 64;
 /// Where the kernel does not tell that a cgroup is empty, it is looked at so often.
 const POLL: Duration = Duration::from_secs(5);
 /// The pid namespace of a host itself (`PROC_PID_INIT_INO` in include/linux/proc_ns.h).
@@ -55,8 +58,8 @@ pub struct Group {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Hierarchy {
     mount: PathBuf,
-    /// Of v1, what it is for: `freezer`, `name=systemd`; `None`: v2.
-    controller: Option<String>,
+    /// Of v1, the options that it was mounted with, what it is for among them: `cpu` and `cpuacct`, `name=systemd`; `None`: v2.
+    options: Option<Vec<String>>,
 }
 
 impl Groups {
@@ -91,55 +94,67 @@ impl Groups {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
             entries => entries?,
         };
-        let name =
-            |entry: io::Result<fs::DirEntry>| Some(entry.ok()?.file_name().to_str()?.strip_prefix(PREFIX)?.to_owned());
-        Ok(entries.filter_map(name).collect())
+        let name = |entry: fs::DirEntry| Some(entry.file_name().to_str()?.strip_prefix(PREFIX)?.to_owned());
+        entries.filter_map(|entry| entry.map(name).transpose()).collect()
     }
 }
 
 /// Where groups may be looked for, best first.
 fn candidates(hierarchies: &[Hierarchy], unit: Option<&str>, place: &str) -> Vec<PathBuf> {
-    let of = |controller: Option<&str>| hierarchies.iter().find(|found| found.controller.as_deref() == controller);
+    let of = |wanted: Option<&str>| {
+        let serves = |found: &&Hierarchy| match (&found.options, wanted) {
+            (Some(options), Some(wanted)) => options.iter().any(|option| option == wanted),
+            (options, wanted) => options.is_none() && wanted.is_none(),
+        };
+        hierarchies.iter().filter(serves).map(|found| found.mount.as_path()).collect::<Vec<_>>()
+    };
     let mut found = vec![];
     if let Some(unit) = unit {
-        let hierarchy = of(None).or_else(|| of(Some("name=systemd")));
-        let unit = hierarchy.map(|hierarchy| hierarchy.mount.join("system.slice").join(format!("{unit}.service")));
-        found.extend(unit.filter(|unit| unit.is_dir()));
+        let v2 = of(None);
+        let watched = if v2.is_empty() { of(Some("name=systemd")) } else { v2 };
+        let units = watched.into_iter().map(|mount| mount.join("system.slice").join(format!("{unit}.service")));
+        found.extend(units.filter(|unit| unit.is_dir()));
     }
     // What systemd watches itself it has to itself.
     let v1 = ["freezer", "pids", "cpuacct", "name=systemd"]
         .into_iter()
         .filter(|name| unit.is_none() || *name != "name=systemd");
-    let hierarchies = [None].into_iter().chain(v1.map(Some)).filter_map(of);
-    found.extend(hierarchies.map(|hierarchy| hierarchy.mount.join(place)));
+    let mounts = [None].into_iter().chain(v1.map(Some)).flat_map(of);
+    found.extend(mounts.map(|mount| mount.join(place)));
     found
 }
 
-/// Whether groups can be made in `base`, which is made itself where it is missing.
+/// Whether groups can be made in `base`, which is made itself where it is missing. What was mounted over a hierarchy has none of its files.
 fn is_usable(base: &Path) -> bool {
     let place = if base.is_dir() { Some(base) } else { base.parent() };
-    place.is_some_and(|place| access(place, Access::WRITE_OK | Access::EXEC_OK).is_ok())
+    place.is_some_and(|place| {
+        place.join("cgroup.procs").exists() && access(place, Access::WRITE_OK | Access::EXEC_OK).is_ok()
+    })
 }
 
-/// The hierarchies that are mounted here (proc_pid_mountinfo(5)).
+/// The hierarchies that are mounted here and may be written to (proc_pid_mountinfo(5)): those mounted whole, or from where our namespace
+/// of them begins, before those of which a part is mounted.
 fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
     let hierarchy = |line: &str| {
         let (fields, behind) = line.split_once(" - ")?;
-        let mount = unescaped(fields.split(' ').nth(4)?);
+        let mut fields = fields.split(' ');
+        let (root, mount, mount_options) = (fields.nth(3)?, unescaped(fields.next()?), fields.next()?);
         let mut behind = behind.split(' ');
         let (kind, options) = (behind.next()?, behind.nth(1)?);
-        let controller = match kind {
+        if mount_options.split(',').chain(options.split(',')).any(|option| option == "ro") {
+            return None;
+        }
+        let options = match kind {
             "cgroup2" => None,
-            "cgroup" => {
-                let is_controller =
-                    |option: &&str| !matches!(*option, "rw" | "ro" | "xattr" | "noprefix" | "clone_children");
-                Some(options.split(',').find(is_controller)?.to_owned())
-            }
+            // Controllers stand among whatever else the mount was given (`seclabel`, `release_agent=/x`, `cpuset_v2_mode`).
+            "cgroup" => Some(options.split(',').map(str::to_owned).collect()),
             _ => return None,
         };
-        Some(Hierarchy { mount, controller })
+        Some((root != "/", Hierarchy { mount, options }))
     };
-    mountinfo.lines().filter_map(hierarchy).collect()
+    let mut found: Vec<_> = mountinfo.lines().filter_map(hierarchy).collect();
+    found.sort_by_key(|(is_part, _)| *is_part);
+    found.into_iter().map(|(_, hierarchy)| hierarchy).collect()
 }
 
 /// A path of mountinfo, in which space, tab, line feed and backslash stand as octal numbers.
@@ -187,41 +202,46 @@ impl Group {
         match read(&self.path.join("cgroup.events")) {
             Ok(events) => Ok(!events.lines().any(|line| line == "populated 1")),
             // Of v1, or gone.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(self.members()?.is_empty()),
+            Err(error) if is_gone(&error) => Ok(self.members()?.is_empty()),
             Err(error) => Err(error),
         }
     }
 
     /// Resolves when nothing lives in it. Where the kernel does not tell of that (v1), it is looked at now and then. Cancel-safe.
     pub async fn emptied(&self) {
+        self.emptied_seen(POLL).await;
+    }
+
+    /// The same, with a look every `poll` where it has to be looked at: what cannot be read now (a shortage) is not known to be empty.
+    async fn emptied_seen(&self, poll: Duration) {
         // SAFETY: the value owns its descriptor, which is closed with it and by nobody else.
         let watched = |file: fs::File| unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }.ok();
-        if let Some(events) = fs::File::open(self.path.join("cgroup.events")).ok().and_then(watched) {
-            while !self.is_empty().unwrap_or(true) {
-                match events.ready(Interest::PRIORITY).await {
+        let mut events = fs::File::open(self.path.join("cgroup.events")).ok().and_then(watched);
+        loop {
+            match (self.is_empty(), &events) {
+                (Ok(true), _) => return,
+                (Ok(false), Some(told)) => match told.ready(Interest::PRIORITY).await {
                     Ok(mut ready) => ready.clear_ready(),
-                    Err(_) => break,
-                }
+                    Err(_) => events = None,
+                },
+                (Ok(false), None) | (Err(_), _) => tokio::time::sleep(poll).await,
             }
-        }
-        while !self.is_empty().unwrap_or(true) {
-            tokio::time::sleep(POLL).await;
         }
     }
 
     /// Kills all of it at once, forks in flight included.
     pub fn kill(&self) -> io::Result<()> {
-        match fs::write(self.path.join("cgroup.kill"), "1") {
+        match write(&self.path.join("cgroup.kill"), "1") {
             Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !self.path.is_dir() => return Ok(()),
+            Err(error) if is_gone(&error) && !self.path.is_dir() => return Ok(()),
             // Before Linux 5.14, and of v1.
             Err(_) => {}
         }
         // What is frozen can be killed, but does not fork; thawed, it dies (in v2 at once).
-        self.freeze(true);
+        let _ = self.freeze(true);
         let killed = self.kill_each();
-        self.freeze(false);
-        killed
+        let thawed = self.freeze(false);
+        killed.and(thawed)
     }
 
     fn kill_each(&self) -> io::Result<()> {
@@ -230,21 +250,62 @@ impl Group {
             if members.is_empty() {
                 break;
             }
-            for pid in members.iter().filter_map(|pid| Pid::from_raw(*pid as i32)) {
-                match rustix::process::kill_process(pid, Signal::KILL) {
-                    Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-                    Err(error) => return Err(error.into()),
-                }
+            for some in members.chunks(HELD) {
+                self.kill_some(some)?;
             }
         }
         Ok(())
     }
 
-    fn freeze(&self, freeze: bool) {
-        let (v2, v1) = if freeze { ("1", "FROZEN") } else { ("0", "THAWED") };
-        if fs::write(self.path.join("cgroup.freeze"), v2).is_err() {
-            let _ = fs::write(self.path.join("freezer.state"), v1);
+    /// Kills those of the processes that live in it. They are held before they are looked for once more, so none can be meant that was
+    /// given the number of one in between; where there is no pidfd, or no more of them, the number has to do.
+    fn kill_some(&self, pids: &[u32]) -> io::Result<()> {
+        let pids = pids.iter().filter_map(|pid| Pid::from_raw(*pid as i32));
+        let held: Vec<_> = pids.map(|pid| (pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()))).collect();
+        let members = self.members()?;
+        for (pid, held) in held {
+            if !members.contains(&(pid.as_raw_nonzero().get() as u32)) {
+                continue;
+            }
+            let killed = match held {
+                Ok(process) => rustix::process::pidfd_send_signal(process, Signal::KILL),
+                Err(Errno::SRCH) => continue,
+                Err(_) => rustix::process::kill_process(pid, Signal::KILL),
+            };
+            match killed {
+                Ok(()) | Err(Errno::SRCH) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
+        Ok(())
+    }
+
+    /// That it is gone, or that its hierarchy cannot freeze, is no error.
+    fn freeze(&self, freeze: bool) -> io::Result<()> {
+        let (v2, v1) = if freeze { ("1", "FROZEN") } else { ("0", "THAWED") };
+        let done = match write(&self.path.join("cgroup.freeze"), v2) {
+            Err(error) if is_gone(&error) => write(&self.path.join("freezer.state"), v1),
+            done => done,
+        };
+        done.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
+    }
+
+    /// Lets what begins in it run: it is ours, and nobody else has to freeze it. Gives whether it stays frozen all the same, since a
+    /// cgroup above it is, or whether that cannot be known.
+    pub(super) fn thaw(&self) -> bool {
+        self.is_frozen() && (self.freeze(false).is_err() || self.is_frozen())
+    }
+
+    fn is_frozen(&self) -> bool {
+        let frozen = match read(&self.path.join("cgroup.events")) {
+            // Before Linux 5.2 it says nothing of it.
+            Ok(events) => Ok(events.lines().any(|line| line == "frozen 1")),
+            Err(error) if is_gone(&error) => {
+                read(&self.path.join("freezer.state")).map(|state| state.trim_ascii() != "THAWED")
+            }
+            Err(error) => Err(error),
+        };
+        frozen.unwrap_or_else(|error| !is_gone(&error))
     }
 
     /// Removes it when it is empty, and with the last one their place, unless that is a unit's own; that it is not there is no error.
@@ -286,49 +347,54 @@ fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
+/// Writes to a file of the kernel's; where there is none, none is made.
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    use std::io::Write;
+    fs::OpenOptions::new().write(true).open(path)?.write_all(text.as_bytes())
+}
+
+/// Whether an error says that a cgroup, or a file of it, is not there or is just being removed. A shortage of ours or a refusal says nothing
+/// of the kind.
+pub(super) fn is_gone(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NODEV | Errno::SRCH))
+}
+
 fn members_below(path: &Path, depth: u32, pids: &mut Vec<u32>) -> io::Result<()> {
     match read(&path.join("cgroup.procs")) {
         Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0)),
-        // It has gone, or is one of threads.
-        Err(error)
-            if error.kind() == io::ErrorKind::NotFound
-                || error.raw_os_error() == NO_DEVICE
-                || error.raw_os_error() == NOT_HERE =>
-        {
-            return Ok(());
-        }
+        // It has gone, or is one of threads, whose processes the one above it names.
+        Err(error) if is_gone(&error) || Errno::from_io_error(&error) == Some(Errno::OPNOTSUPP) => return Ok(()),
         Err(error) => return Err(error),
     }
     if depth > 0 {
-        for child in children(path) {
+        for child in children(path)? {
             members_below(&child, depth - 1, pids)?;
         }
     }
     Ok(())
 }
 
-/// What reading a cgroup says that is being removed.
-const NO_DEVICE: Option<i32> = Some(rustix::io::Errno::NODEV.raw_os_error());
-/// What reading the processes of a cgroup of threads says.
-const NOT_HERE: Option<i32> = Some(rustix::io::Errno::OPNOTSUPP.raw_os_error());
-
-fn children(path: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+fn children(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if is_gone(&error) => return Ok(vec![]),
+        entries => entries?,
+    };
+    let directory = |entry: fs::DirEntry| Ok(entry.file_type()?.is_dir().then(|| entry.path()));
+    entries.filter_map(|entry| entry.and_then(directory).transpose()).collect()
 }
 
 fn remove_below(path: &Path, depth: u32) -> io::Result<()> {
     let removed = fs::remove_dir(path);
     match removed {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if is_gone(&error) => Ok(()),
         // Perhaps cgroups of its own are in it.
         Err(error) if depth > 0 => {
-            let children = children(path);
+            let children = children(path)?;
             if children.is_empty() {
                 return Err(error);
             }
             children.iter().try_for_each(|child| remove_below(child, depth - 1))?;
-            fs::remove_dir(path)
+            remove_below(path, 0)
         }
         done => done,
     }
@@ -340,32 +406,121 @@ mod tests {
 
     const HYBRID: &str = "\
 30 23 0:26 / /sys/fs/cgroup/unified rw,nosuid shared:4 - cgroup2 cgroup2 rw
-31 23 0:27 / /sys/fs/cgroup/systemd rw,nosuid shared:5 - cgroup cgroup rw,xattr,name=systemd
-32 23 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:6 - cgroup cgroup rw,cpu,cpuacct
+31 23 0:27 / /sys/fs/cgroup/systemd rw,nosuid shared:5 - cgroup cgroup rw,xattr,release_agent=/lib/agent,name=systemd
+32 23 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:6 - cgroup cgroup rw,seclabel,cpu,cpuacct
 33 23 0:29 /docker/abc /sys/fs/cgroup/free\\040zer rw shared:7 - cgroup cgroup rw,freezer
 40 23 0:30 / /proc rw - proc proc rw
 ";
-    #[test]
-    fn the_hierarchies_are_read() {
-        let found = hierarchies(HYBRID);
-        let named: Vec<_> = found.iter().map(|h| (h.mount.to_str().unwrap(), h.controller.as_deref())).collect();
-        assert_eq!(
-            named,
-            [
-                ("/sys/fs/cgroup/unified", None),
-                ("/sys/fs/cgroup/systemd", Some("name=systemd")),
-                ("/sys/fs/cgroup/cpu,cpuacct", Some("cpu")),
-                ("/sys/fs/cgroup/free zer", Some("freezer")),
-            ]
-        );
+
+    fn places(mountinfo: &str, unit: Option<&str>) -> Vec<String> {
+        let found = candidates(&hierarchies(mountinfo), unit, "k");
+        found.into_iter().map(|path| path.display().to_string()).collect()
     }
 
     #[test]
     fn without_a_service_manager_v2_comes_first() {
-        let found = hierarchies(HYBRID);
-        let expected = ["/sys/fs/cgroup/unified/k", "/sys/fs/cgroup/free zer/k", "/sys/fs/cgroup/systemd/k"];
-        assert_eq!(candidates(&found, None, "k"), expected.map(PathBuf::from));
+        let expected = [
+            "/sys/fs/cgroup/unified/k",
+            "/sys/fs/cgroup/free zer/k",
+            "/sys/fs/cgroup/cpu,cpuacct/k",
+            "/sys/fs/cgroup/systemd/k",
+        ];
+        assert_eq!(places(HYBRID, None), expected);
         // What systemd watches itself it has to itself; there is no unit of that name here.
-        assert_eq!(candidates(&found, Some("no-such-unit"), "k").len(), 2);
+        assert_eq!(places(HYBRID, Some("no-such-unit")), &expected[..3]);
+    }
+
+    #[test]
+    fn a_hierarchy_that_is_mounted_whole_comes_before_a_part_of_it_and_one_that_cannot_be_written_to_never() {
+        let mounts = "\
+30 23 0:26 /part /a rw - cgroup2 cgroup2 rw
+31 23 0:26 / /b ro,nosuid - cgroup2 cgroup2 rw
+32 23 0:26 / /c rw,nosuid shared:4 master:2 - cgroup2 cgroup2 rw,nsdelegate
+33 23 0:29 / /d rw - cgroup cgroup ro,freezer
+34 23 0:30 / /e rw - cgroup cgroup rw,cpuset,cpuset_v2_mode
+35 23 0:31 / /f rw - cgroup cgroup rw,noprefix,pids
+";
+        assert_eq!(places(mounts, None), ["/c/k", "/a/k", "/f/k"]);
+    }
+
+    /// A cgroup whose file cannot be read, nor is it missing: a link to itself.
+    fn unreadable(file: &str) -> (tempfile::TempDir, Group) {
+        let directory = tempfile::tempdir().unwrap();
+        let group = Group { path: directory.path().join("agent-a") };
+        fs::create_dir(&group.path).unwrap();
+        std::os::unix::fs::symlink(file, group.path.join(file)).unwrap();
+        (directory, group)
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_taken_for_empty() {
+        for file in ["cgroup.events", "cgroup.procs"] {
+            let (_directory, group) = unreadable(file);
+            assert!(group.is_empty().is_err(), "{file}");
+        }
+        let (_directory, group) = unreadable("cgroup.procs");
+        assert!(group.members().is_err());
+        assert!(group.kill().is_err());
+        fs::remove_file(group.path.join("cgroup.procs")).unwrap();
+        assert_eq!((group.is_empty().unwrap(), group.members().unwrap()), (true, vec![]));
+        fs::remove_dir(&group.path).unwrap();
+        assert_eq!((group.is_empty().unwrap(), group.members().unwrap()), (true, vec![]));
+        group.kill().unwrap();
+        group.remove().unwrap();
+    }
+
+    #[test]
+    fn only_what_says_that_it_is_not_there_counts_as_gone() {
+        let is_gone = |errno: Errno| is_gone(&errno.into());
+        assert!([Errno::NOENT, Errno::NODEV, Errno::SRCH].into_iter().all(is_gone));
+        let others = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::ACCESS, Errno::OPNOTSUPP];
+        assert!(!others.into_iter().any(is_gone));
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_read_is_looked_at_again() {
+        let (_directory, group) = unreadable("cgroup.events");
+        let emptied = group.emptied_seen(Duration::from_millis(1));
+        tokio::pin!(emptied);
+        let early = tokio::time::timeout(Duration::from_millis(50), &mut emptied).await;
+        assert!(early.is_err());
+        fs::remove_file(group.path.join("cgroup.events")).unwrap();
+        fs::write(group.path.join("cgroup.events"), "populated 0\nfrozen 0\n").unwrap();
+        tokio::time::timeout(Duration::from_secs(10), emptied).await.unwrap();
+    }
+
+    #[test]
+    fn what_is_killed_one_by_one_lives_in_the_group() {
+        let directory = tempfile::tempdir().unwrap();
+        let group = Group { path: directory.path().join("agent-a") };
+        fs::create_dir(&group.path).unwrap();
+        let mut members: Vec<_> =
+            (0..2).map(|_| std::process::Command::new("sleep").arg("60").spawn().unwrap()).collect();
+        let mut stranger = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pids: Vec<u32> = members.iter().map(std::process::Child::id).collect();
+        fs::write(group.path.join("cgroup.procs"), format!("{}\n{}\n", pids[0], pids[1])).unwrap();
+        group.kill_some(&[pids[0], pids[1], stranger.id()]).unwrap();
+        for member in &mut members {
+            assert!(!member.wait().unwrap().success());
+        }
+        assert!(stranger.try_wait().unwrap().is_none());
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+    }
+
+    #[test]
+    fn a_group_of_ours_is_thawed() {
+        let directory = tempfile::tempdir().unwrap();
+        let group = Group { path: directory.path().to_owned() };
+        assert!(!group.thaw(), "one that cannot be frozen is not");
+        // Of v1, where the kernel says at once what was written.
+        fs::write(directory.path().join("freezer.state"), "FROZEN\n").unwrap();
+        assert!(!group.thaw());
+        assert_eq!(fs::read_to_string(directory.path().join("freezer.state")).unwrap(), "THAWED\n");
+        // Of v2, where a cgroup above it is frozen, too.
+        fs::write(directory.path().join("cgroup.events"), "populated 0\nfrozen 1\n").unwrap();
+        fs::write(directory.path().join("cgroup.freeze"), "1").unwrap();
+        assert!(group.thaw());
+        assert_eq!(fs::read_to_string(directory.path().join("cgroup.freeze")).unwrap(), "0");
     }
 }

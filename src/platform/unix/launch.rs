@@ -10,7 +10,7 @@
 //! forbids it), the child writes itself into the group before anything else.
 
 use std::ffi::{CString, OsStr};
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
@@ -19,10 +19,10 @@ use std::process::{Command, ExitStatus};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
-use rustix::process::{Gid, Pid, PidfdFlags, Uid, WaitOptions, waitpid};
+use rustix::process::{Gid, Pid, PidfdFlags, Signal, Uid, WaitOptions, waitpid};
 use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, Interest};
@@ -30,7 +30,8 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::clone;
-use super::process::parse_stat;
+use super::group::{Group, is_gone};
+use super::own_record::{own_start_time, write_record};
 use crate::platform::Launch;
 
 /// What runs a program without an interpreter line, as execvp(3) does.
@@ -38,6 +39,13 @@ const SHELL: &std::ffi::CStr = c"/bin/sh";
 
 /// Children that are begun so soon after one another are a crowd.
 const CROWD: Duration = Duration::from_millis(5);
+/// What is done before a program runs takes a millisecond. On a host so busy that it takes ten thousand times as long the next try is no
+/// worse off, and the manager must not wait for what will never come.
+const HEARD_WITHIN: Duration = Duration::from_secs(10);
+/// What is killed dies at once, where it can.
+const REAPED_WITHIN: Duration = Duration::from_secs(2);
+/// A group is made so often that is taken away before anything begins in it.
+const GROUP_TRIES: u32 = 3;
 
 /// A child that was launched. Dropping it neither ends nor reaps it.
 #[derive(Debug)]
@@ -56,31 +64,53 @@ pub struct Child {
 /// the mark stands in.
 pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     let plan = Plan::new(command, launch)?;
-    // What cannot be made or opened cannot be entered either, which the child tells.
-    let group = launch.group.as_ref().and_then(|group| group.open().ok());
-    if let Some(group) = group {
-        match begin(&plan, |pipe| clone_into(group.as_fd(), &plan, pipe)).await {
-            // Some kernels kill at once what is cloned into a group that was ever killed whole, or from one that was.
-            Ok(Begun::Killed) | Err(_) => {}
-            Ok(Begun::Runs(child)) => return Ok(child),
-            Ok(Begun::Failed(error)) => return Err(error),
+    if let Some(group) = &launch.group {
+        if let Some(begun) = begin_in(group, &plan, HEARD_WITHIN).await {
+            return begun;
         }
+        // It may have been taken away since. What cannot be made cannot be entered either, which the child tells.
+        let _ = group.open();
     }
-    let forked = begin(&plan, |pipe| {
+    let forked = begin(&plan, HEARD_WITHIN, |pipe| {
         let pid = fork(&plan, pipe)?;
         // Not reaped yet, so the number is still its.
         Ok((pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()))
     });
-    match forked.await? {
+    match forked.await {
         Begun::Runs(child) => Ok(child),
-        Begun::Failed(error) => Err(error),
+        Begun::Failed(error) | Begun::NotMade(error) => Err(error),
         Begun::Killed => Err(io::Error::other("it was killed before its program could run")),
     }
 }
 
+/// Begins a child that is in the group from its first moment on; `None`: none can be begun so.
+async fn begin_in(group: &Group, plan: &Plan<'_>, limit: Duration) -> Option<io::Result<Child>> {
+    let alone = is_alone();
+    for _ in 0..GROUP_TRIES {
+        let directory = group.open().ok()?;
+        let frozen = group.thaw();
+        // Frozen before it runs its program it would hold us with it. And who takes another user's rights in our memory takes from it that
+        // it may be looked into, and hands that user a process to stop while we wait for it.
+        let in_ours = alone && !frozen && plan.user.is_none();
+        match begin(plan, limit, |pipe| clone_into(directory.as_fd(), in_ours, plan, pipe)).await {
+            Begun::Runs(child) => return Some(Ok(child)),
+            Begun::Failed(error) => return Some(Err(error)),
+            // Another role of ours, or systemd, takes away what it finds empty.
+            Begun::NotMade(error) if is_gone(&error) => {}
+            // Some kernels kill at once what is cloned into a group that was ever killed whole, or from one that was.
+            Begun::Killed | Begun::NotMade(_) => return None,
+        }
+    }
+    None
+}
+
 /// What became of a child by the time that it ran its program.
+#[derive(Debug)]
 enum Begun {
+    /// There was never one.
+    NotMade(io::Error),
     Runs(Child),
+    /// It has ended, or was ended.
     Failed(io::Error),
     /// It ended without a word.
     Killed,
@@ -89,12 +119,32 @@ enum Begun {
 /// Makes a child and waits until it runs its program or cannot. Others may be begun meanwhile.
 async fn begin(
     plan: &Plan<'_>,
+    limit: Duration,
     make: impl FnOnce(BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)>,
-) -> io::Result<Begun> {
-    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    let (pid, pidfd) = make(writer.as_fd())?;
-    drop(writer);
-    let told = hear(reader).await?;
+) -> Begun {
+    let made = || {
+        let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        io::Result::Ok((reader, make(writer.as_fd())?))
+    };
+    let (reader, (pid, pidfd)) = match made() {
+        Ok(made) => made,
+        Err(error) => return Begun::NotMade(error),
+    };
+    let told = match tokio::time::timeout(limit, hear(reader)).await {
+        Ok(Ok(told)) => told,
+        Ok(Err(error)) => {
+            discard(pid, pidfd).await;
+            return Begun::Failed(error);
+        }
+        Err(_) => {
+            discard(pid, pidfd).await;
+            let why = format!(
+                "its process did not come to run it within {limit:?} and was killed: thaw the cgroups above its group if one is \
+                 frozen, and see whether the file systems of its directory and of its program answer"
+            );
+            return Begun::Failed(io::Error::new(io::ErrorKind::TimedOut, why));
+        }
+    };
     let (mut grouped, mut started) = (plan.group.is_some(), None);
     for message in told.chunks_exact(MESSAGE) {
         let value = message[1..].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
@@ -103,17 +153,29 @@ async fn begin(
             READY => started = Some(value),
             _ => {
                 let _ = waitpid(Some(pid), WaitOptions::empty());
-                return Ok(Begun::Failed(io::Error::from_raw_os_error(value as i32)));
+                return Begun::Failed(io::Error::from_raw_os_error(value as i32));
             }
         }
     }
     // Told by itself: a program that ended at once has none any more.
     let Some(start_time) = started else {
         let _ = waitpid(Some(pid), WaitOptions::empty());
-        return Ok(Begun::Killed);
+        return Begun::Killed;
     };
-    let pid = pid.as_raw_nonzero().get() as u32;
-    Ok(Begun::Runs(Child { pid, start_time, grouped, pidfd }))
+    Begun::Runs(Child { pid: number(pid), start_time, grouped, pidfd })
+}
+
+/// Kills a child of which we do not know what it does, and reaps it. What cannot die now (frozen in a cgroup of v1, in a system call that
+/// nothing ends) is reaped with the orphans once it has.
+async fn discard(pid: Pid, pidfd: Option<OwnedFd>) {
+    // Not reaped yet, so the number is still its.
+    let _ = rustix::process::kill_process(pid, Signal::KILL);
+    let mut child = Child { pid: number(pid), start_time: 0, grouped: false, pidfd };
+    let _ = tokio::time::timeout(REAPED_WITHIN, child.wait()).await;
+}
+
+fn number(pid: Pid) -> u32 {
+    pid.as_raw_nonzero().get() as u32
 }
 
 /// Whether no other child was begun a moment ago.
@@ -294,7 +356,7 @@ impl<'a> Plan<'a> {
     unsafe fn execute(&self, words: &Words<'_>) -> Errno {
         // SAFETY: a set of signals of our own; the arrays end with a null and outlive the call, which returns only when it failed.
         unsafe {
-            // We ignore SIGPIPE, and may hold signals back; a program expects neither.
+            // We ignore SIGPIPE, and hold signals back; a program expects neither.
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             let mut none = std::mem::zeroed();
             libc::sigemptyset(&mut none);
@@ -350,28 +412,26 @@ impl<'a> Words<'a> {
 }
 
 /// Begins the child in the group, and gives its pidfd.
-fn clone_into(group: BorrowedFd<'_>, plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)> {
+fn clone_into(
+    group: BorrowedFd<'_>,
+    in_ours: bool,
+    plan: &Plan<'_>,
+    pipe: BorrowedFd<'_>,
+) -> io::Result<(Pid, Option<OwnedFd>)> {
     let words = Words::of(plan);
     // SAFETY: the child does only what is allowed there, and does not come back.
     let child = || unsafe { plan.carry_out(&words, true, pipe) };
     // SAFETY: as above.
-    let (pid, pidfd) = unsafe { clone::clone_into(group, is_alone(), &child)? };
+    let (pid, pidfd) = unsafe { clone::clone_into(group, in_ours, &child)? };
     Ok((pid, Some(pidfd)))
 }
 
 fn fork(plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
     let words = Words::of(plan);
-    // SAFETY: the child does only what is allowed there.
-    match unsafe { libc::fork() } {
-        // SAFETY: we are the forked child.
-        0 => unsafe { plan.carry_out(&words, false, pipe) },
-        result => forked(result),
-    }
-}
-
-fn forked(result: i32) -> io::Result<Pid> {
-    let pid = if result > 0 { Pid::from_raw(result) } else { None };
-    pid.ok_or_else(io::Error::last_os_error)
+    // SAFETY: the child does only what is allowed there, and does not come back.
+    let child = || unsafe { plan.carry_out(&words, false, pipe) };
+    // SAFETY: as above.
+    unsafe { clone::fork(&child) }
 }
 
 fn last_error() -> Errno {
@@ -382,65 +442,6 @@ fn last_error() -> Errno {
 fn enter(door: &CString) -> rustix::io::Result<()> {
     let file = rustix::fs::open(door.as_c_str(), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     rustix::io::write(&file, b"0").map(drop)
-}
-
-/// When the calling process started; `None`: there is no /proc.
-fn own_start_time() -> Option<u64> {
-    let stat = rustix::fs::open(c"/proc/self/stat", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-    let mut text = [0_u8; 1024];
-    let length = rustix::io::read(&stat, &mut text).ok()?;
-    Some(parse_stat(&text[..length])?.start_time)
-}
-
-/// Writes the calling process's own record.
-///
-/// The last but one record's file takes the text and changes names with the last one's: some file systems write a file to the disk at once
-/// that is renamed over another (ext4: 0.6 ms instead of 0.1), and no record is worth that.
-fn write_record(
-    spare: &CString,
-    record: &CString,
-    head: &[u8],
-    start_time: u64,
-    group: Option<&[u8]>,
-) -> rustix::io::Result<()> {
-    let pid = rustix::process::getpid().as_raw_nonzero().get() as u64;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let file = rustix::fs::open(spare.as_c_str(), flags, Mode::from_raw_mode(0o600))?;
-    let (mut pid_digits, mut time_digits) = ([0; 20], [0; 20]);
-    let parts: [&[u8]; 7] = [
-        head,
-        digits(pid, &mut pid_digits),
-        b",\"startTime\":",
-        digits(start_time, &mut time_digits),
-        if group.is_some() { b",\"group\":" } else { b"" },
-        group.unwrap_or_default(),
-        b"}\n",
-    ];
-    let length: usize = parts.iter().map(|part| part.len()).sum();
-    let written = rustix::io::writev(&file, &parts.map(IoSlice::new))?;
-    if written != length {
-        return Err(Errno::NOSPC);
-    }
-    rustix::fs::ftruncate(&file, length as u64)?;
-    let (spare, record) = (spare.as_c_str(), record.as_c_str());
-    match rustix::fs::renameat_with(CWD, spare, CWD, record, RenameFlags::EXCHANGE) {
-        // There is no last one; or neither the kernel (before Linux 3.15) nor the file system can do it.
-        Err(_) => rustix::fs::rename(spare, record),
-        done => done,
-    }
-}
-
-/// A number in decimal, without allocating.
-fn digits(mut value: u64, buffer: &mut [u8; 20]) -> &[u8] {
-    let mut at = buffer.len();
-    loop {
-        at -= 1;
-        buffer[at] = b'0' + (value % 10) as u8;
-        value /= 10;
-        if value == 0 {
-            return &buffer[at..];
-        }
-    }
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {
@@ -456,8 +457,41 @@ fn c_text(text: &OsStr) -> io::Result<CString> {
 mod tests {
     use std::path::PathBuf;
 
-    use super::super::Group;
+    use super::super::{Groups, User};
     use super::*;
+    use crate::platform::testing::PATIENCE;
+
+    /// A group in a cgroup of v2, where this host lets us make one. Its place is left as it was found.
+    struct Place(Group, PathBuf);
+
+    impl Place {
+        fn find(test: &str) -> Option<Place> {
+            let group = Groups::find(&format!("aops-test-{}-{test}", std::process::id()))?.group("a");
+            group.make().ok()?;
+            let base = PathBuf::from(group.name()).parent()?.to_owned();
+            let place = Place(group, base);
+            place.at("cgroup.kill").exists().then_some(place)
+        }
+
+        fn at(&self, file: &str) -> PathBuf {
+            Path::new(&self.0.name()).join(file)
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let _ = std::fs::write(self.1.join("cgroup.freeze"), "0");
+            let _ = self.0.kill();
+            let _ = self.0.remove();
+        }
+    }
+
+    fn true_into(directory: &Path, group: Option<Group>, user: Option<User>) -> (Command, Launch) {
+        let output = std::fs::File::create(directory.join("out")).unwrap();
+        let mut command = Command::new("/bin/true");
+        command.current_dir("/");
+        (command, Launch { record: directory.join("a.json"), head: b"{\"pid\":".to_vec(), user, output, group })
+    }
 
     async fn start(command: &mut Command, record: PathBuf, output: &Path, group: Option<Group>) -> io::Result<Child> {
         let output = std::fs::File::create(output).unwrap();
@@ -522,5 +556,82 @@ mod tests {
         let mut child = start(&mut command, directory.path().join("a"), &output, None).await.unwrap();
         assert_eq!(child.wait().await.unwrap().code(), Some(3));
         assert_eq!(std::fs::read_to_string(output).unwrap(), "one two /\n");
+    }
+
+    #[tokio::test]
+    async fn a_child_that_is_not_heard_of_is_killed_and_reaped() {
+        let directory = tempfile::tempdir().unwrap();
+        let (command, launch) = true_into(directory.path(), None, None);
+        let plan = Plan::new(&command, &launch).unwrap();
+        let mut made = None;
+        let begun = begin(&plan, Duration::from_millis(50), |_| {
+            let child = || loop {
+                // SAFETY: a system call.
+                unsafe { libc::pause() };
+            };
+            // SAFETY: the child makes system calls alone.
+            let pid = unsafe { clone::fork(&child) }?;
+            made = Some(pid);
+            Ok((pid, None))
+        });
+        let Begun::Failed(error) = begun.await else { panic!("it runs") };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(waitpid(made, WaitOptions::NOHANG).unwrap_err(), Errno::CHILD);
+    }
+
+    #[tokio::test]
+    async fn a_frozen_group_is_thawed_and_one_in_a_frozen_cgroup_holds_us_up_no_longer_than_agreed() {
+        let Some(place) = Place::find("freeze") else { return };
+        let directory = tempfile::tempdir().unwrap();
+        let (command, mut launch) = true_into(directory.path(), Some(place.0.clone()), None);
+        std::fs::write(place.at("cgroup.freeze"), "1").unwrap();
+        let mut child = super::launch(&command, &launch).await.unwrap();
+        assert!(child.grouped && child.wait().await.unwrap().success());
+
+        std::fs::write(place.1.join("cgroup.freeze"), "1").unwrap();
+        let (base, (done, waits)) = (place.1.clone(), std::sync::mpsc::channel::<()>());
+        // If we are held up, the test is to end all the same.
+        let rescue = std::thread::spawn(move || {
+            let late = waits.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            std::fs::write(base.join("cgroup.freeze"), "0").unwrap();
+            late
+        });
+        tokio::time::sleep(CROWD * 2).await;
+        launch.group = None;
+        let plan = Plan::new(&command, &launch).unwrap();
+        let begun = begin_in(&place.0, &plan, Duration::from_millis(200)).await;
+        drop(done);
+        assert!(!rescue.join().unwrap());
+        assert_eq!(begun.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(place.0.is_empty().unwrap());
+    }
+
+    #[tokio::test]
+    async fn what_runs_as_another_user_does_not_begin_in_our_memory() {
+        let Some(place) = Place::find("user").filter(|_| super::super::is_root()) else { return };
+        let directory = tempfile::tempdir().unwrap();
+        let (uid, gid) = (65534, 65534);
+        let nobody = User { uid, gid, groups: vec![gid], home: "/".to_owned(), name: "nobody".to_owned() };
+        let (command, launch) = true_into(directory.path(), Some(place.0.clone()), Some(nobody));
+        let before = rustix::process::dumpable_behavior().unwrap();
+        let mut child = super::launch(&command, &launch).await.unwrap();
+        assert!(child.grouped && child.wait().await.unwrap().success());
+        assert_eq!(rustix::process::dumpable_behavior().unwrap(), before);
+    }
+
+    #[tokio::test]
+    async fn a_group_that_was_taken_away_is_made_again() {
+        let Some(place) = Place::find("gone") else { return };
+        let directory = tempfile::tempdir().unwrap();
+        let (command, launch) = true_into(directory.path(), Some(place.0.clone()), None);
+        let plan = Plan::new(&command, &launch).unwrap();
+        let open = place.0.open().unwrap();
+        place.0.remove().unwrap();
+        for in_ours in [true, false] {
+            let begun = begin(&plan, PATIENCE, |pipe| clone_into(open.as_fd(), in_ours, &plan, pipe)).await;
+            assert!(matches!(begun, Begun::NotMade(error) if is_gone(&error)));
+        }
+        let mut child = super::launch(&command, &launch).await.unwrap();
+        assert!(child.grouped && child.wait().await.unwrap().success());
     }
 }

@@ -33,12 +33,16 @@ pub fn start_time(pid: u32) -> Option<u64> {
 }
 
 pub(super) struct Stat {
+    parent: u32,
     session: u32,
     pub(super) start_time: u64,
+    /// It has ended, and its parent has not taken note of that yet.
+    is_remains: bool,
 }
 
+/// Of a live process.
 fn stat(pid: u32) -> Option<Stat> {
-    parse_stat(&stat_text(pid)?)
+    parse_stat(&stat_text(pid)?).filter(|stat| !stat.is_remains)
 }
 
 fn stat_text(pid: u32) -> Option<Vec<u8>> {
@@ -50,9 +54,7 @@ fn stat_text(pid: u32) -> Option<Vec<u8>> {
 
 /// Whether a process has ended and its parent has not taken note of that yet: `kill -0` still finds it.
 pub fn remains(pid: u32) -> bool {
-    let Some(text) = stat_text(pid) else { return false };
-    let behind = text.iter().rposition(|byte| *byte == b')').map(|at| &text[at + 1..]);
-    behind.is_some_and(|rest| rest.trim_ascii_start().starts_with(b"Z"))
+    stat_text(pid).and_then(|text| parse_stat(&text)).is_some_and(|stat| stat.is_remains)
 }
 
 /// Fields of `/proc/PID/stat` (proc(5)), counted behind the last `)`: the name before it may hold anything.
@@ -60,12 +62,17 @@ pub(super) fn parse_stat(text: &[u8]) -> Option<Stat> {
     let behind = text.iter().rposition(|byte| *byte == b')')? + 1;
     let mut fields = text[behind..].split(|byte| *byte == b' ').filter(|field| !field.is_empty());
     let state = fields.next()?;
-    if matches!(state, b"Z" | b"X" | b"x") {
-        return None;
-    }
-    let session = number(fields.nth(2)?)?;
-    let start_time = number(fields.nth(15)?)?;
-    Some(Stat { session: session as u32, start_time })
+    let parent = number(fields.next()?)? as u32;
+    let session = number(fields.nth(1)?)? as u32;
+    let threads = number(fields.nth(13)?)?;
+    let start_time = number(fields.nth(1)?)?;
+    let is_remains = match state {
+        // A first thread that has ended looks like that for as long as other threads of the process live on.
+        b"Z" => threads <= 1,
+        b"X" | b"x" => return None,
+        _ => false,
+    };
+    Some(Stat { parent, session, start_time, is_remains })
 }
 
 fn number(digits: &[u8]) -> Option<u64> {
@@ -334,9 +341,8 @@ pub fn reap_orphan(pid: u32) {
 
 fn dead_children() -> Vec<u32> {
     let is_ours = |pid: &u32| {
-        let Ok(text) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-        let mut fields = text.rsplit_once(')').map(|(_, rest)| rest.split_whitespace()).into_iter().flatten();
-        fields.next() == Some("Z") && fields.next().and_then(|parent| parent.parse().ok()) == Some(std::process::id())
+        let stat = stat_text(*pid).and_then(|text| parse_stat(&text));
+        stat.is_some_and(|stat| stat.is_remains && stat.parent == std::process::id())
     };
     let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(is_ours).collect()
@@ -382,8 +388,22 @@ mod tests {
         let text = b"42 (a) b (c)) S 1 40 41 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 100 200\n";
         let stat = parse_stat(text).unwrap();
         assert_eq!((stat.session, stat.start_time), (41, 987_654));
-        assert!(parse_stat(b"42 (a) Z 1 40 41 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654").is_none());
+        assert!(!stat.is_remains);
         assert!(parse_stat(b"").is_none());
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_has_ended_lives_while_others_do() {
+        let remains = |state: &str, threads: u32| {
+            let text = format!("42 (a) {state} 1 40 41 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 {threads} 0 987654 0 0\n");
+            parse_stat(text.as_bytes()).map(|stat| stat.is_remains)
+        };
+        assert_eq!(remains("Z", 1), Some(true));
+        // Its threads cannot be counted any more.
+        assert_eq!(remains("Z", 0), Some(true));
+        assert_eq!(remains("Z", 2), Some(false));
+        assert_eq!(remains("S", 1), Some(false));
+        assert_eq!(remains("X", 1), None);
     }
 
     #[test]
