@@ -301,7 +301,10 @@ impl Census {
             .into_iter()
             .map(|record| Target::of(&record.head.name.clone(), Some(record), groups))
             .collect();
-        let held = groups.and_then(|groups| groups.all().ok()).unwrap_or_default();
+        let listed = groups.map_or(Ok(vec![]), Groups::all).inspect_err(|error| {
+            tracing::warn!(error = %error, "the groups of sub-agents cannot be listed; records and marks stand in");
+        });
+        let held = listed.unwrap_or_default();
         for name in held.iter().filter_map(|name| name.parse::<AgentName>().ok()) {
             if !targets.iter().any(|target| target.name == name) {
                 targets.push(Target::of(&name, None, groups));

@@ -177,7 +177,7 @@ impl Manager {
             started: now,
             desired: desired.unwrap_or_default(),
             agents: BTreeMap::new(),
-            groups: process::groups(home),
+            groups: groups(home),
             replan: true,
             journal,
             peer: Peer::new(home, supervised, now),
@@ -282,6 +282,18 @@ impl Manager {
             }
         }
     }
+}
+
+fn groups(home: &Home) -> Option<Groups> {
+    let groups = process::groups(home);
+    match &groups {
+        Some(groups) => tracing::info!(place = groups.place(), "sub-agents live in groups of their own"),
+        None => tracing::warn!(
+            "this host has no place for groups of processes (no cgroup that we may write); a sub-agent's session and mark stand in, \
+             and what escapes from both outlives its stop"
+        ),
+    }
+    groups
 }
 
 fn warn_of_unknown(loaded: &Loaded) {

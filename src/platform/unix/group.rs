@@ -78,6 +78,11 @@ impl Groups {
             .map(|base| Groups { base })
     }
 
+    /// Where that is, for people.
+    pub fn place(&self) -> String {
+        self.base.display().to_string()
+    }
+
     /// The group of one sub-agent, made or not.
     pub fn group(&self, agent: &str) -> Group {
         Group { path: self.base.join(format!("{PREFIX}{agent}")) }

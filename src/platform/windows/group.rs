@@ -70,6 +70,11 @@ impl Groups {
         Some(Groups { prefix: format!("{GLOBAL}{key}-") })
     }
 
+    /// Where that is, for people.
+    pub fn place(&self) -> String {
+        self.prefix.clone()
+    }
+
     /// The group of one sub-agent, made or not.
     pub fn group(&self, agent: &str) -> Group {
         Group { name: format!("{}{AGENT}{agent}", self.prefix) }
