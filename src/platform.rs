@@ -42,6 +42,8 @@ pub struct Seen {
     pub start_time: u64,
     /// The root of its tree: on Unix its session; on Windows the oldest living ancestor that is none of ours.
     pub session: u32,
+    /// Who started it, or took it over from a starter that is gone.
+    pub parent: u32,
     pub mark: Option<Mark>,
 }
 

@@ -4,7 +4,7 @@
 //! entered), or was moved out of it (a login session, `systemd-run`), belongs by the sub-agent's mark in its environment, or by the session
 //! that the recorded process leads. Where the main process alone is ours, whatever else is there is somebody else's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -191,6 +191,8 @@ pub struct Ending<'a> {
     targets: &'a [Target],
     began: Instant,
     told: Vec<(u32, u64)>,
+    /// Targets that were looked at, by place.
+    looked_at: BTreeSet<usize>,
     /// Targets that cannot be ended, by place, and why.
     given_up: BTreeMap<usize, String>,
     pause: Duration,
@@ -198,7 +200,15 @@ pub struct Ending<'a> {
 
 impl<'a> Ending<'a> {
     pub fn of(home: &'a Home, targets: &'a [Target]) -> Ending<'a> {
-        Ending { home, targets, began: Instant::now(), told: vec![], given_up: BTreeMap::new(), pause: FIRST_LOOK }
+        Ending {
+            home,
+            targets,
+            began: Instant::now(),
+            told: vec![],
+            looked_at: BTreeSet::new(),
+            given_up: BTreeMap::new(),
+            pause: FIRST_LOOK,
+        }
     }
 
     /// Tells or kills what is left, and says when to look again; `None`: nothing is left. What cannot be ended is an error when all that
@@ -233,11 +243,14 @@ impl<'a> Ending<'a> {
             if overtime && target.kill_mode == KillMode::Tree {
                 target.kill_groups();
             }
-            for process in members {
+            let is_first = self.looked_at.insert(place);
+            for process in &members {
                 // What asks after its health has nothing to bring in order.
                 let kill = overtime || process.is_check();
                 let key = (process.pid, process.start_time);
-                if !kill && self.told.contains(&key) {
+                // Begun since by one of them that still lives, it helps to stop (a script's clean-up), and ends with that or its grace.
+                let helps = !is_first && members.iter().any(|member| member.pid == process.parent);
+                if !kill && (helps || self.told.contains(&key)) {
                     continue;
                 }
                 let signal = if kill { StopSignal::Kill } else { target.signal };
@@ -362,7 +375,7 @@ mod tests {
     use crate::process::record::Head;
 
     fn seen(pid: u32, start_time: u64, session: u32) -> Seen {
-        Seen { pid, start_time, session, mark: None }
+        Seen { pid, start_time, session, parent: 1, mark: None }
     }
 
     fn target(pid: u32, start_time: u64) -> Target {
@@ -399,6 +412,29 @@ mod tests {
         assert_eq!(members_among(&home, &all, &target(50, 10)), []);
         let orphans = [seen(51, 11, 50)];
         assert_eq!(members_among(&home, &orphans, &target(50, 10)).len(), 1);
+    }
+
+    #[test]
+    fn what_a_stop_starts_to_clean_up_is_not_told_to_stop() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        let mut command = std::process::Command::new("sh");
+        // Its helper is met by several looks.
+        command.args([
+            "-c",
+            "trap 'sleep 0.3 && echo clean >clean; exit 0' TERM; echo >ready; while :; do sleep 0.01; done",
+        ]);
+        command.current_dir(directory.path()).env("AOPS_HOME", home.root()).env("AOPS_AGENT_NAME", "tidy");
+        platform::detach(&mut command);
+        let mut child = command.spawn().unwrap();
+        while !directory.path().join("ready").exists() {
+            platform::pause(Duration::from_millis(5));
+        }
+        let name: AgentName = "tidy".parse().unwrap();
+        let reaper = std::thread::spawn(move || child.wait().unwrap());
+        end(&home, &[Target { grace: Duration::from_secs(20), ..Target::of(&name, None, None) }]).unwrap();
+        reaper.join().unwrap();
+        assert_eq!(std::fs::read_to_string(directory.path().join("clean")).unwrap(), "clean\n");
     }
 
     #[test]

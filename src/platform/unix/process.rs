@@ -142,7 +142,7 @@ pub fn processes(home: &Path) -> Vec<Seen> {
 /// One process, if it lives, with its mark if it belongs to the home.
 pub fn seen(pid: u32, home: &Path) -> Option<Seen> {
     let stat = stat(pid)?;
-    Some(Seen { pid, start_time: stat.start_time, session: stat.session, mark: mark(pid, home) })
+    Some(Seen { pid, start_time: stat.start_time, session: stat.session, parent: stat.parent, mark: mark(pid, home) })
 }
 
 fn mark(pid: u32, home: &Path) -> Option<Mark> {

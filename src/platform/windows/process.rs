@@ -143,7 +143,7 @@ fn seen_among(entries: &[Entry], entry: &Entry, home: &Path) -> Seen {
         at = parent;
     }
     let mark = executable_of(entry.pid).and_then(|executable| mark_of(&executable, home));
-    Seen { pid: entry.pid, start_time: entry.start_time, session: root, mark }
+    Seen { pid: entry.pid, start_time: entry.start_time, session: root, parent: entry.parent, mark }
 }
 
 /// One process, if it lives, with its mark if it belongs to the home.
