@@ -4,6 +4,7 @@
 //! which `cargo xtask tidy` checks.
 
 pub mod desired;
+pub mod env;
 #[cfg(feature = "gateway")]
 pub mod fleet;
 #[cfg(feature = "gateway")]

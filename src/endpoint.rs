@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use ureq::http::Uri;
 
-pub use client::{Client, Reply, Timeouts};
+pub use client::{Astray, Client, Reply, Timeouts};
 pub use tls::with_anyone;
-pub use trust::Trust;
+pub use trust::{Distrust, Trust};
 
 /// An address longer than this is refused.
 const MAX_ADDRESS_BYTES: usize = 2048;

@@ -15,6 +15,7 @@ mod fetch;
 pub mod keys;
 #[cfg(feature = "gateway")]
 pub mod pack;
+mod refused;
 #[cfg(feature = "gateway")]
 pub mod sign;
 pub mod trailer;
@@ -34,6 +35,7 @@ use crate::home::COMPLETE;
 use crate::store::{self, Access};
 
 pub use keys::Keys;
+pub use refused::Refused;
 pub use unpack::Limits;
 
 /// What a package's signature file is called, after the package's own name.
@@ -168,7 +170,7 @@ fn open(
 ) -> Result<VerifiedTree> {
     let mut opened = File::open(archive)?;
     let verified = verify::verify(&mut opened, signature, keys, wanted)?;
-    let path = unpack::unpack(&mut opened, packing, staging, &Limits::default())?;
+    let path = unpack::unpack(&mut opened, packing, staging, &Limits::default()).map_err(refused::by_content)?;
     let file = wanted.release.file_name(packing);
     Ok(VerifiedTree { path, file, binding: verified.binding, sha256: verified.sha256 })
 }

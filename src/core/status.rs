@@ -88,6 +88,9 @@ pub struct GatewayStatus {
     pub connected: bool,
     /// When the last one succeeded, RFC 3339.
     pub last_heartbeat: Option<String>,
+    /// Seconds by which this host's clock is ahead of the gateway's, as the `Date` of its last answer said; negative: behind.
+    #[serde(default)]
+    pub clock_offset_seconds: Option<i64>,
     /// Why the last one did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,

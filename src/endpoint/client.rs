@@ -5,7 +5,7 @@
 
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use ureq::http::{HeaderMap, Response, header};
@@ -223,6 +223,21 @@ impl Client {
     }
 }
 
+/// A redirect to somebody else, whom nobody told us to trust.
+#[derive(Debug)]
+pub struct Astray {
+    from: String,
+    to: String,
+}
+
+impl std::fmt::Display for Astray {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cannot follow a redirect of {} to {}: it is another host", self.from, self.to)
+    }
+}
+
+impl std::error::Error for Astray {}
+
 /// Where a redirect leads, if it stays within the origin.
 fn redirected(from: &Endpoint, location: &str) -> Result<String> {
     let url = if location.starts_with('/') && !location.starts_with("//") {
@@ -233,7 +248,7 @@ fn redirected(from: &Endpoint, location: &str) -> Result<String> {
     let without_query = url.split(['?', '#']).next().unwrap_or_default();
     let target: Endpoint = without_query.parse().with_context(|| format!("cannot follow a redirect of {from}"))?;
     if target.origin() != from.origin() {
-        bail!("cannot follow a redirect of {} to {}: it is another host", from.origin(), target.origin());
+        return Err(Astray { from: from.origin(), to: target.origin() }.into());
     }
     Ok(url)
 }
@@ -266,12 +281,17 @@ impl Reply {
         self.header("content-length")?.trim().parse().ok()
     }
 
+    /// What the other end's clock said.
+    pub fn date(&self) -> Option<SystemTime> {
+        httpdate::parse_http_date(self.header("date")?).ok()
+    }
+
     /// How long the other end asks to be left alone, at most an hour.
     pub fn retry_after(&self) -> Option<Duration> {
         let text = self.header("retry-after")?.trim();
         let asked = match text.parse() {
             Ok(seconds) => Duration::from_secs(seconds),
-            Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(std::time::SystemTime::now()).ok()?,
+            Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).ok()?,
         };
         Some(asked.min(Duration::from_secs(3600)))
     }

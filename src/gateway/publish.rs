@@ -42,7 +42,18 @@ A package is a directory, such as hello/ with two files:
 Hosts run it once fleet.toml in DIR says so:
 
   [agents.hello]
-  version = \"1.0\"";
+  version = \"1.0\"
+
+A package of the manager (aops-spm, with bin/aops) may change whom hosts
+trust, from its commit on:
+
+  keys/NEW.pub            a minisign public key that is trusted, too
+  keys/revoked/OLD.pub    one that is not any more, for good: it is refused
+                          wherever it comes from, but for an operator's own
+                          file in etc/keys of a host
+
+To rotate a key, sign a release that brings the new one with the old key; when
+every host runs it, sign one that revokes the old with the new key.";
 
 /// What is published, and as what.
 #[derive(Debug, clap::Args)]

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::{MAX_SIGNATURE_BYTES, Places, SIGNATURE_SUFFIX, Wanted};
+use super::{MAX_SIGNATURE_BYTES, Places, Refused, SIGNATURE_SUFFIX, Wanted};
 use crate::core::protocol::DOWNLOAD_PATH;
 use crate::core::units::Size;
 use crate::endpoint::{Client, Endpoint, Reply};
@@ -76,7 +76,8 @@ pub(super) fn all_failed(mut failures: Vec<anyhow::Error>) -> anyhow::Error {
         1 => failures.remove(0),
         _ => {
             let all: Vec<String> = failures.iter().map(|failure| format!("{failure:#}")).collect();
-            anyhow!("none of {} endpoints could serve it: {}", all.len(), all.join("; "))
+            let error = anyhow!("none of {} endpoints could serve it: {}", all.len(), all.join("; "));
+            if failures.iter().any(|failure| failure.is::<Refused>()) { error.context(Refused) } else { error }
         }
     }
 }

@@ -10,7 +10,7 @@ use minisign_verify::{Error, Signature, StreamVerifier};
 use sha2::{Digest as _, Sha256};
 
 use super::keys::{KeyId, Keys, key_id};
-use super::{Wanted, ensure_size};
+use super::{Refused, Wanted, ensure_size};
 use crate::core::model::{Binding, Digest};
 
 const CHUNK_BYTES: usize = 64 << 10;
@@ -30,9 +30,18 @@ pub(super) struct Verified {
 
 /// Looks at a signature before its package is downloaded: what could not be accepted anyway is not worth the way.
 pub(super) fn examine(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
+    examined(text, keys, wanted).context(Refused)
+}
+
+fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
     let (signature, signer) = decode(text)?;
     let mut trusted = keys.with_id(signer).peekable();
     if trusted.peek().is_none() {
+        if let Some(by) = keys.revoked_by(signer) {
+            bail!(
+                "the package is signed by the key {signer}, which was revoked by {by}; have it signed by a key that is trusted here"
+            );
+        }
         let trusted: Vec<String> = keys.ids().map(|id| id.to_string()).collect();
         bail!(
             "the package is signed by the key {signer}, which is not trusted here (trusted{}: {}); if it should be, add its \
@@ -90,18 +99,24 @@ pub(super) fn verify(archive: &mut File, examined: Examined, keys: &Keys, wanted
     }
     archive.seek(SeekFrom::Start(0))?;
 
-    if !verifiers.iter_mut().any(|verifier| verifier.finalize().is_ok()) {
+    let is_signed = verifiers.iter_mut().any(|verifier| verifier.finalize().is_ok());
+    let sha256 = hex(&hasher.finalize()).parse::<Digest>().context("cannot note the package's SHA-256")?;
+    judge(is_signed, signer, size, &sha256, wanted).context(Refused)?;
+    Ok(Verified { binding, sha256 })
+}
+
+fn judge(is_signed: bool, signer: KeyId, size: u64, sha256: &Digest, wanted: &Wanted) -> Result<()> {
+    if !is_signed {
         bail!(
             "the package has been tampered with or damaged: its {size} bytes and its comment are not what the key {signer} \
              signed; nothing of it was unpacked. Publish it again, and find out who changed it"
         );
     }
     ensure_size(size, wanted.size)?;
-    let sha256 = hex(&hasher.finalize()).parse::<Digest>().context("cannot note the package's SHA-256")?;
     if let Some(announced) = &wanted.sha256 {
-        ensure!(sha256 == *announced, "its SHA-256 is {sha256} where {announced} was announced");
+        ensure!(sha256 == announced, "its SHA-256 is {sha256} where {announced} was announced");
     }
-    Ok(Verified { binding, sha256 })
+    Ok(())
 }
 
 /// What a signature says that its package is, before anything was verified.

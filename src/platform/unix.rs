@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+mod access;
 mod clone;
 mod group;
 mod launch;
@@ -12,6 +13,7 @@ mod local;
 mod own_record;
 mod process;
 
+pub use access::weakness;
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
@@ -146,6 +148,12 @@ pub fn mode(path: &Path) -> io::Result<u32> {
 /// Whether somebody may run the file.
 pub fn has_execute_bit(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o111 != 0
+}
+
+/// Whether somebody besides its owner may read the file.
+#[cfg(feature = "gateway")]
+pub fn others_may_read(metadata: &fs::Metadata) -> bool {
+    metadata.mode() & 0o044 != 0
 }
 
 /// The file's number in its file system: another one means another file under the same name.

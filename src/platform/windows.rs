@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+mod access;
 mod group;
 mod launch;
 mod local;
@@ -13,6 +14,7 @@ mod security;
 mod signal;
 mod watch;
 
+pub use access::weakness;
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
@@ -127,6 +129,12 @@ pub fn mode(_path: &Path) -> io::Result<u32> {
 #[cfg(feature = "gateway")]
 pub fn has_execute_bit(_metadata: &fs::Metadata) -> bool {
     true
+}
+
+/// Who may read it is said by the access list that it inherits from its directory.
+#[cfg(feature = "gateway")]
+pub fn others_may_read(_metadata: &fs::Metadata) -> bool {
+    false
 }
 
 /// Not to be had from the metadata; size and time must do.

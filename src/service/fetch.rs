@@ -12,10 +12,11 @@ use super::progress::{self, Download};
 use super::site::Site;
 use crate::config::{Certificate, PINS};
 use crate::core::model::{AgentName, Arch, MANAGER_PACKAGE, Os, Packing, Release};
-use crate::core::protocol::{DOWNLOAD_PATH, Offer};
+use crate::core::protocol::{self, DOWNLOAD_PATH};
 use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
 use crate::home::Home;
 use crate::installation::Manager;
+use crate::installation::keyring::Offer;
 use crate::package::{self, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
 use crate::{command, platform, uplink};
 
@@ -30,6 +31,8 @@ const SAYING_VERSION: Duration = Duration::from_secs(30);
 pub(super) struct Fetched {
     tree: VerifiedTree,
     pub(super) manager: Manager,
+    /// What the package says about keys.
+    pub(super) offer: Offer,
     /// The certificates of first contacts, with that of this one.
     pub(super) pins: Option<PathBuf>,
 }
@@ -38,11 +41,6 @@ impl Fetched {
     /// The new executable, in the unpacked package.
     pub(super) fn executable(&self) -> PathBuf {
         executable_in(self.tree.path())
-    }
-
-    /// The directory of the keys that the package brings; need not be there.
-    pub(super) fn keys(&self) -> PathBuf {
-        self.tree.path().join("keys")
     }
 }
 
@@ -75,7 +73,9 @@ pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
         file,
         unknown: Default::default(),
     };
-    Ok(Fetched { tree, manager, pins })
+    let offer = Offer::read(tree.path(), &manager.version)?;
+    plan.trusted.ring.examine(&offer, &plan.trusted.etc)?;
+    Ok(Fetched { tree, manager, offer, pins })
 }
 
 fn executable_in(tree: &Path) -> PathBuf {
@@ -95,7 +95,7 @@ fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, Stri
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
     let wanted = Wanted { least_epoch: plan.least_epoch, ..Wanted::new(release) };
-    Ok((package::open_local(path, &wanted, &plan.keys, staging)?, file))
+    Ok((package::open_local(path, &wanted, &plan.trusted.keys, staging)?, file))
 }
 
 fn remote(plan: &Plan, places: &Places, work: &Path) -> Result<(VerifiedTree, String, Option<PathBuf>)> {
@@ -117,7 +117,7 @@ fn remote(plan: &Plan, places: &Places, work: &Path) -> Result<(VerifiedTree, St
     let mut ordered = vec![endpoint.clone()];
     ordered.extend(endpoints.iter().filter(|other| *other != endpoint).cloned());
     let mut download = Download::begin();
-    let tree = package::fetch(&downloader, &ordered, &wanted, &plan.keys, places, &mut |done, total| {
+    let tree = package::fetch(&downloader, &ordered, &wanted, &plan.trusted.keys, places, &mut |done, total| {
         download.at(done, total)
     })?;
     drop(download);
@@ -159,7 +159,7 @@ fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
     let (os, arch) = this_host()?;
     let name = manager_package()?;
     let offer = uplink::current_release(client, endpoint, &name, os, arch)?;
-    let offered = |offer: Offer| {
+    let offered = |offer: protocol::Offer| {
         let release = Release { name: name.clone(), version: offer.version, os, arch };
         let wanted = Wanted::new(release);
         Wanted {

@@ -1,11 +1,12 @@
 //! One sub-agent as the manager knows it: its releases, its supervisor, what is under way.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use tokio::task::AbortHandle;
 
 use crate::core::desired::Run;
+use crate::core::env::Env;
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::{AgentReport, AgentState};
 use crate::core::reconcile::Actual;
@@ -30,7 +31,7 @@ const TOLD_EVERY: Duration = Duration::from_secs(600);
 /// Something that takes the sub-agent down first.
 #[derive(Debug, Clone)]
 pub(super) enum Busy {
-    Activating { version: Version, run: Run, env: BTreeMap<String, String> },
+    Activating { version: Version, run: Run, env: Env },
     Uninstalling,
 }
 
@@ -53,7 +54,7 @@ pub(super) struct Agent {
     pub(super) staging: Option<Version>,
     held_back: Option<HeldBack>,
     pub(super) run: Run,
-    pub(super) env: Option<BTreeMap<String, String>>,
+    pub(super) env: Option<Env>,
     pub(super) busy: Option<Busy>,
     /// Counts starts and adoptions, so that word of an earlier process is not taken for word of this one.
     pub(super) serial: u64,

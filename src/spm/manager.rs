@@ -22,13 +22,14 @@ use super::{notify, stage};
 use crate::config::{Config, Loaded};
 use crate::core::desired::Desired;
 use crate::core::model::{AgentId, AgentName, Version};
-use crate::core::schedule;
+use crate::core::schedule::{self, Allowance};
 use crate::core::status::GatewayStatus;
 use crate::core::supervise::Event;
 use crate::door::{self, Farewell, Reply};
 use crate::home::Home;
-use crate::installation;
-use crate::package::{self, Places};
+use crate::installation::keyring::Keyring;
+use crate::installation::{self, guard};
+use crate::package::{self, Keys, Places};
 use crate::platform::{self, Groups, LocalListener, Termination};
 use crate::process::{self, log};
 use crate::store;
@@ -42,6 +43,9 @@ const JUST_BOOTED: Duration = Duration::from_secs(300);
 /// What a gateway may ask for, as an operator may.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
+/// Of strangers at the door, so many are told of at once, and one more each so often.
+const STRANGERS_AT_ONCE: u32 = 3;
+const STRANGERS_EVERY: Duration = Duration::from_secs(600);
 /// Connections at the door get so long to hear the farewell.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -65,6 +69,10 @@ pub(super) struct Manager {
     uplink: Uplink,
     turns: Arc<Semaphore>,
     gateway: GatewayStatus,
+    /// Why the last answer was not believed, until one is.
+    refused_answer: Option<String>,
+    /// How often it is told that somebody knocked who may not.
+    strangers: Allowance,
     /// By subject, so that what was mended disappears.
     problems: BTreeMap<&'static str, String>,
     /// Commands already answered as unsupported.
@@ -91,6 +99,7 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
         tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
     }
     let mut manager = Manager::load(home, supervised, inputs)?;
+    manager.look_at_home();
     manager.take_charge();
 
     let listener = LocalListener::bind(&home.control_socket())
@@ -149,7 +158,10 @@ impl Manager {
         for problem in problems.values() {
             journal.note("config", "failed", About::default(), problem.as_str());
         }
-        if let Err(error) = package::sweep(&Places { cache: home.cache(), staging: home.staging() }) {
+        // Behind a link lies what is somebody else's.
+        if guard::home(home).is_ok()
+            && let Err(error) = package::sweep(&Places { cache: home.cache(), staging: home.staging() })
+        {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
         }
         let config = loaded.config;
@@ -185,6 +197,8 @@ impl Manager {
             uplink,
             turns: Arc::new(Semaphore::new(stage::AT_ONCE)),
             gateway,
+            refused_answer: None,
+            strangers: Allowance::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
             problems,
             answered: BTreeSet::new(),
             next_heartbeat: Some(now + schedule::first_heartbeat(interval, after_boot, fastrand::f64())),
@@ -245,11 +259,40 @@ impl Manager {
             self.next_housekeeping = now + HOUSEKEEPING;
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
+            self.look_at_home();
             self.orphans = platform::reap_orphans(&self.orphans);
             notify("WATCHDOG=1");
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {
             self.send_heartbeat();
+        }
+    }
+
+    /// Whether the home can be relied on, and its keys; what is wrong there shows and is told until it is mended.
+    fn look_at_home(&mut self) {
+        let found = guard::home(&self.home).and_then(|()| guard::keys(&self.home));
+        let home = found.err().map(|error| format!("{error:#}; no release is fetched or activated meanwhile"));
+        self.tell_of("home", "refused", home);
+        let ring = Keyring::load(&self.home).and_then(|ring| Ok(ring.overruled(&Keys::load(&self.home.keys())?)));
+        let keys = match ring {
+            Ok(overruled) => (!overruled.is_empty()).then(|| overruled.join("; ")),
+            Err(error) => Some(format!("{error:#}")),
+        };
+        self.tell_of("keys", "failed", keys);
+    }
+
+    /// Tells of a problem when it comes and when it is gone.
+    fn tell_of(&mut self, subject: &'static str, outcome: &str, problem: Option<String>) {
+        match problem {
+            Some(text) if self.problems.get(subject) == Some(&text) => {}
+            Some(text) => {
+                self.journal.note(subject, outcome, About::default(), text.as_str());
+                self.problems.insert(subject, text);
+            }
+            None if self.problems.remove(subject).is_some() => {
+                self.journal.note(subject, "ok", About::default(), "what was wrong there is mended");
+            }
+            None => {}
         }
     }
 

@@ -10,10 +10,11 @@ use super::run::Inputs;
 use crate::config::Config;
 use crate::core::desired::Order;
 use crate::core::model::{AgentId, AgentName, Release};
-use crate::endpoint::{Client, Timeouts};
+use crate::endpoint::{Astray, Client, Distrust, Timeouts};
 use crate::home::Home;
-use crate::installation::Epochs;
-use crate::package::{self, Keys, Places, Wanted};
+use crate::installation::guard::{self, Unsound};
+use crate::installation::{Epochs, keyring};
+use crate::package::{self, Places, Refused, Wanted};
 use crate::platform;
 use crate::process::launch;
 
@@ -30,6 +31,26 @@ pub(super) struct Job {
     pub order: Order,
 }
 
+/// Why a release could not be staged or activated.
+#[derive(Debug)]
+pub(super) struct NotStaged {
+    pub why: String,
+    /// It was looked at and refused, as opposed to not to be had.
+    pub refused: bool,
+}
+
+impl NotStaged {
+    pub(super) fn of(error: &anyhow::Error) -> NotStaged {
+        let refused = error.is::<Refused>() || error.is::<Unsound>() || error.is::<Distrust>() || error.is::<Astray>();
+        NotStaged { why: format!("{error:#}"), refused }
+    }
+
+    /// As an event has it.
+    pub(super) fn outcome(&self) -> &'static str {
+        if self.refused { "refused" } else { "failed" }
+    }
+}
+
 /// Stages a release and reports with [`Input::Staged`].
 pub(super) fn start(inputs: &Inputs, turns: &Arc<Semaphore>, job: Job) {
     let (inputs, turns) = (inputs.clone(), turns.clone());
@@ -37,8 +58,8 @@ pub(super) fn start(inputs: &Inputs, turns: &Arc<Semaphore>, job: Job) {
         let _turn = turns.acquire_owned().await;
         let (name, version) = (job.name.clone(), job.order.version.clone());
         let result = match tokio::task::spawn_blocking(move || stage(&job)).await {
-            Ok(result) => result.map_err(|error| format!("{error:#}")),
-            Err(error) => Err(format!("cannot stage it: {error}")),
+            Ok(result) => result.map_err(|error| NotStaged::of(&error)),
+            Err(error) => Err(NotStaged { why: format!("cannot stage it: {error}"), refused: false }),
         };
         let _ = inputs.send(Input::Staged { name, version, result });
     });
@@ -46,6 +67,7 @@ pub(super) fn start(inputs: &Inputs, turns: &Arc<Semaphore>, job: Job) {
 
 fn stage(job: &Job) -> Result<()> {
     let Job { home, config, agent_id, name, order } = job;
+    guard::agent(home, name)?;
     let wanted = Wanted {
         release: Release { name: name.clone(), version: order.version.clone(), os: platform::OS, arch: platform::ARCH },
         tarball: order.tarball.clone(),
@@ -54,7 +76,7 @@ fn stage(job: &Job) -> Result<()> {
         size: order.size,
         least_epoch: Epochs::load(home)?.least(name.as_str()),
     };
-    let keys = Keys::load(&home.keys())?;
+    let keys = keyring::trusted(home)?;
     let client = Client::new(&config.trust(home), Some(agent_id), Timeouts::download(config.download_timeout.0))?;
     let places = Places { cache: home.cache(), staging: home.staging() };
     let tree = package::fetch(&client, &config.heartbeat_srv, &wanted, &keys, &places, &mut |_, _| {})?;
@@ -69,6 +91,7 @@ fn stage(job: &Job) -> Result<()> {
 
 /// Commits the epoch of a release that is being activated: no older one is accepted from then on.
 pub(super) fn commit_epoch(home: &Home, name: &AgentName, release: &std::path::Path) -> Result<()> {
+    guard::agent(home, name)?;
     let Some(completed) = package::completed(release)? else { bail!("{} is not whole", release.display()) };
     let mut epochs = Epochs::load(home)?;
     if epochs.commit(name.as_str(), completed.epoch) {

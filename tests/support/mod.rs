@@ -11,6 +11,7 @@ pub mod container;
 pub mod files;
 pub mod gateway;
 pub mod host;
+pub mod hostile;
 pub mod https;
 pub mod inside;
 pub mod package;

@@ -1,6 +1,5 @@
 //! Carrying plans out: each step begun, and what waited for it gone on with when word of its end comes.
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -8,16 +7,19 @@ use tokio::task::AbortHandle;
 
 use super::Manager;
 use crate::core::desired::Run;
+use crate::core::env::Env;
 use crate::core::model::{AgentName, Version};
 use crate::core::reconcile::{self, Step};
 use crate::core::supervise::{Action, Event};
+use crate::installation::guard;
 use crate::process::launch::{Start, env_hash};
 use crate::process::record::Ended;
 use crate::process::{log, record};
+use crate::spm::Input;
 use crate::spm::agent::{Agent, Busy};
 use crate::spm::journal::About;
 use crate::spm::run::{self, Running};
-use crate::spm::{Input, stage};
+use crate::spm::stage::{self, NotStaged};
 use crate::{package, platform, store};
 
 impl Manager {
@@ -73,6 +75,16 @@ impl Manager {
                 };
                 stage::start(&self.inputs, &self.turns, job);
             }
+            Step::Activate { name, version, .. } if let Err(error) = guard::agent(&self.home, &name) => {
+                // What runs goes on running.
+                let error = NotStaged::of(&error);
+                let Some(agent) = self.agents.get_mut(&name) else { return };
+                if agent.error.as_ref() != Some(&error.why) {
+                    let about = About { agent: Some(&name), version: Some(&version) };
+                    self.journal.note("activate", error.outcome(), about, error.why.as_str());
+                }
+                agent.hold_back(version, error.why, now);
+            }
             Step::Activate { name, version, run, env } => {
                 self.begin(&name, Busy::Activating { version, run, env }, now)
             }
@@ -93,7 +105,8 @@ impl Manager {
             Step::Discard { name, version } => {
                 let Some(agent) = self.agents.get_mut(&name) else { return };
                 agent.releases.remove(&version);
-                if let Err(error) = package::discard(&self.home.release(&name, &version)) {
+                let place = guard::place(&self.home, &name);
+                if let Err(error) = place.and_then(|()| package::discard(&self.home.release(&name, &version))) {
                     tracing::warn!(agent = %name, error = format!("{error:#}"), "an old release cannot be removed");
                 }
             }
@@ -121,14 +134,7 @@ impl Manager {
         }
     }
 
-    pub(super) fn activate(
-        &mut self,
-        name: &AgentName,
-        version: Version,
-        run: Run,
-        env: BTreeMap<String, String>,
-        now: Instant,
-    ) {
+    pub(super) fn activate(&mut self, name: &AgentName, version: Version, run: Run, env: Env, now: Instant) {
         self.replan = true;
         let release = self.home.release(name, &version);
         let switched = stage::commit_epoch(&self.home, name, &release).and_then(|()| {
@@ -147,9 +153,9 @@ impl Manager {
                 self.journal.note("activate", "ok", about, format!("{name} {version} is active"));
             }
             Err(error) => {
-                let error = format!("{error:#}");
-                self.journal.note("activate", "failed", about, error.as_str());
-                agent.hold_back(version, error, now);
+                let error = NotStaged::of(&error);
+                self.journal.note("activate", error.outcome(), about, error.why.as_str());
+                agent.hold_back(version, error.why, now);
             }
         }
         agent.run = run;
@@ -162,7 +168,8 @@ impl Manager {
 
     pub(super) fn remove(&mut self, name: &AgentName) {
         self.replan = true;
-        let removed = store::remove(&self.home.current(name))
+        let removed = guard::place(&self.home, name)
+            .and_then(|()| store::remove(&self.home.current(name)))
             .and_then(|()| {
                 for version in self.agents.get(name).map(|agent| agent.releases.clone()).unwrap_or_default() {
                     package::discard(&self.home.release(name, &version))?;
@@ -320,10 +327,10 @@ impl Manager {
                         self.journal.note("stage", "ok", about, format!("{name} {version} is staged"));
                     }
                     Err(error) => {
-                        if agent.error.as_ref() != Some(&error) {
-                            self.journal.note("stage", "failed", about, error.as_str());
+                        if agent.error.as_ref() != Some(&error.why) {
+                            self.journal.note("stage", error.outcome(), about, error.why.as_str());
                         }
-                        agent.hold_back(version, error, now);
+                        agent.hold_back(version, error.why, now);
                     }
                 }
             }

@@ -1,0 +1,25 @@
+//! What tells a package that was refused from one that could not be had: the first is worth an operator's look at who sent it.
+
+use std::fmt;
+use std::io::ErrorKind;
+
+/// Stands in the chain of an error whose package was looked at and refused: by its signature, by what it was announced as, or by what is in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refused;
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the package is refused")
+    }
+}
+
+/// Marks why a package could not be unpacked, unless this host is why.
+pub(super) fn by_content(error: anyhow::Error) -> anyhow::Error {
+    let kind = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind));
+    match kind {
+        None | Some(ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof | ErrorKind::Other) => {
+            error.context(Refused)
+        }
+        Some(_) => error,
+    }
+}
