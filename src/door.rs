@@ -255,7 +255,13 @@ impl Door {
 
     /// Asks and waits for the reply.
     pub fn ask(&mut self, request: &Request) -> Result<Reply> {
-        self.send(request)?;
+        if let Err(error) = self.send(request) {
+            // One who is turned away is told why before he has asked.
+            return match self.hear() {
+                Ok(Heard::Reply(reply)) => Ok(*reply),
+                _ => Err(error),
+            };
+        }
         match self.hear()? {
             Heard::Reply(reply) => Ok(*reply),
             Heard::Silence => bail!("the manager does not answer in time"),

@@ -158,8 +158,9 @@ impl Home {
             (self.cache(), 0o700),
             (self.run(), 0o700),
             (self.process_records(), 0o700),
-            (self.log(), 0o755),
-            (self.agent_logs(), 0o755),
+            // What a sub-agent prints may be anything that it was told.
+            (self.log(), 0o700),
+            (self.agent_logs(), 0o700),
         ]
     }
 }

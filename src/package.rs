@@ -78,7 +78,8 @@ impl Wanted {
                 self.release,
                 self.release.file_name(Packing::TarZst)
             )
-        })?;
+        });
+        let packing = packing.context(Refused)?;
         Ok((file.clone(), packing))
     }
 }

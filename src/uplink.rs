@@ -110,8 +110,8 @@ pub fn current_release(
 mod tests {
     use super::*;
     use crate::core::protocol::ManagerReport;
-    use crate::endpoint::testing::{Server, Told};
-    use crate::endpoint::{Timeouts, Trust};
+    use crate::endpoint::testing::{Server, Told, self_signed};
+    use crate::endpoint::{Fingerprint, Timeouts, Trust};
 
     fn client() -> Client {
         Client::new(&Trust::Insecure, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
@@ -167,6 +167,20 @@ mod tests {
         let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
         assert!(refusal.to_string().contains("answered 503: too many of you"), "{refusal}");
         assert_eq!(refusal.retry_after, Some(Duration::from_secs(17)));
+    }
+
+    #[test]
+    fn one_who_shows_another_certificate_is_not_believed() {
+        let identity = self_signed(&["127.0.0.1"], |_| {});
+        let server = Server::tls(&identity, |_| Told::ok(r#"{"agentId": "host-1"}"#));
+        let trusting = |pin| Client::new(&Trust::Pin(vec![pin]), None, Timeouts::exchange()).unwrap();
+        send(&trusting(Fingerprint::of(&identity.certificate)), &server.endpoint(), &heartbeat()).unwrap();
+        let refusal = send(&trusting(Fingerprint::of(b"other")), &server.endpoint(), &heartbeat()).unwrap_err();
+        assert!(refusal.is_distrust, "{refusal}");
+        drop(server);
+        let nobody = format!("https://{}", std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+        let refusal = send(&client(), &nobody.parse().unwrap(), &heartbeat()).unwrap_err();
+        assert!(!refusal.is_distrust, "{refusal}");
     }
 
     #[test]

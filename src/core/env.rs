@@ -37,6 +37,7 @@ impl Value {
         }
     }
 
+    #[cfg(any(feature = "gateway", test))]
     pub fn is_secret(&self) -> bool {
         matches!(self, Value::Secret { .. })
     }

@@ -1,6 +1,7 @@
 //! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
 
 mod adoption;
+mod attacks;
 mod chaos;
 mod gateway;
 mod harness;
@@ -18,3 +19,4 @@ mod sub_agents;
 #[path = "../support/mod.rs"]
 mod support;
 mod trees;
+mod trust;
