@@ -7,6 +7,9 @@ use std::path::Path;
 
 use crate::platform::Expected;
 
+/// In a directory with this bit, only the owner of an entry can rename or remove it.
+const STICKY: u32 = 0o1000;
+
 /// Why what is at `path` cannot be relied on: it is something else than expected, or somebody besides root and the owner of `home` can
 /// change it. `None`: it can be, or nothing is there. No link is followed.
 pub fn weakness(path: &Path, expected: Expected, home: &Path) -> io::Result<Option<String>> {
@@ -39,7 +42,10 @@ pub fn weakness(path: &Path, expected: Expected, home: &Path) -> io::Result<Opti
         )));
     }
     let mode = found.mode() & 0o7777;
-    if mode & 0o022 != 0 {
+    // A home may be a file system of its own, mounted like /tmp: there nobody can touch what is not his, and what was added by others is
+    // told by its owner.
+    let is_shared_root = path == home && mode & STICKY != 0;
+    if mode & 0o022 != 0 && !is_shared_root {
         return Ok(Some(format!(
             "others can write it (mode {mode:04o}); look at what is in it, then run `chmod go-w {}`",
             path.display()
@@ -102,6 +108,13 @@ mod tests {
         platform::make_symlink(real.root(), &link).unwrap();
         home(&Home::new(&link)).unwrap();
         home(&Home::new(directory.path().join("nowhere"))).unwrap();
+        platform::set_mode(real.root(), 0o777).unwrap();
+        refused(home(&Home::new(&link)), &["link", "0777", "chmod go-w"]);
+        platform::set_mode(real.root(), 0o1777).unwrap();
+        home(&Home::new(&link)).unwrap();
+        platform::set_mode(&real.etc(), 0o1777).unwrap();
+        refused(home(&Home::new(&link)), &["link/etc", "1777"]);
+        platform::set_mode(&real.etc(), 0o755).unwrap();
         platform::set_mode(&real.state(), 0o770).unwrap();
         refused(home(&Home::new(link)), &["link/state", "0770", "chmod go-w"]);
     }
