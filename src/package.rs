@@ -22,6 +22,7 @@ mod unpack;
 mod verify;
 
 use std::fs::{self, File};
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -134,9 +135,17 @@ pub fn open_local(file: &Path, wanted: &Wanted, keys: &Keys, staging: &Path) -> 
         let packing = Packing::ALL.iter().copied().find(|packing| name.ends_with(&format!(".{packing}")));
         let packing = packing.context("its name ends neither in .tar.zst nor in .tar.gz nor in .zip")?;
         fs::create_dir_all(staging).with_context(|| format!("cannot make {}", staging.display()))?;
-        fetch::ensure_space(staging, fs::metadata(file)?.len().saturating_mul(fetch::SPACE_PER_PACKAGE))?;
+        let size = fs::metadata(file)?.len();
+        fetch::ensure_space(staging, size.saturating_mul(fetch::SPACE_PER_PACKAGE))?;
         let examined = verify::examine(&local_signature(file)?, keys, wanted)?;
-        open(file, packing, examined, wanted, keys, staging)
+        // Others may be able to write the file that was given: what is verified and unpacked is a copy that has no name.
+        let mut copy =
+            tempfile::tempfile_in(staging).with_context(|| format!("cannot make a file in {}", staging.display()))?;
+        let mut verification = examined.begin(keys)?;
+        let mut given = File::open(file)?.take(size);
+        verify::read_through(&mut given, &mut verification, Some(&mut copy))
+            .with_context(|| format!("cannot copy it into {}", staging.display()))?;
+        unpacked(&mut copy, packing, verification.finish()?.as_announced(wanted)?, wanted, staging)
     };
     attempt().with_context(|| format!("cannot use the package {}", file.display()))
 }
@@ -157,18 +166,31 @@ fn local_signature(file: &Path) -> Result<String> {
     String::from_utf8(bytes).with_context(|| format!("{} is not a signature file", path.display()))
 }
 
-/// Verifies and unpacks through one open file.
+/// Verifies what was downloaded and unpacks it, through one open file.
 fn open(
     archive: &Path,
     packing: Packing,
-    signature: verify::Examined,
+    examined: verify::Examined,
     wanted: &Wanted,
     keys: &Keys,
     staging: &Path,
 ) -> Result<VerifiedTree> {
     let mut opened = File::open(archive)?;
-    let verified = verify::verify(&mut opened, signature, keys, wanted)?;
-    let path = unpack::unpack(&mut opened, packing, staging, &Limits::default())?;
+    let mut verification = examined.begin(keys)?;
+    verify::read_through(&mut opened, &mut verification, None)?;
+    unpacked(&mut opened, packing, verification.finish()?.as_announced(wanted)?, wanted, staging)
+}
+
+/// Unpacks what was verified: `archive` is the file that it was verified through, and nobody else's to write.
+fn unpacked(
+    archive: &mut File,
+    packing: Packing,
+    verified: verify::Verified,
+    wanted: &Wanted,
+    staging: &Path,
+) -> Result<VerifiedTree> {
+    archive.rewind()?;
+    let path = unpack::unpack(archive, packing, staging, &Limits::default())?;
     let file = wanted.release.file_name(packing);
     Ok(VerifiedTree { path, file, binding: verified.binding, sha256: verified.sha256 })
 }
