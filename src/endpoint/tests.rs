@@ -287,7 +287,11 @@ fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
     let client = client(&Trust::Pin(vec![Fingerprint::of(&identity.certificate)]));
     let endpoint: Endpoint = format!("{}/base", server.endpoint()).parse().unwrap();
     client.get(&endpoint, "/a?b=c", &[]).unwrap().bytes(10).unwrap();
-    client.get_unnamed(&endpoint, "/d", &[]).unwrap().bytes(10).unwrap();
+    client
+        .download(&endpoint, "/d", &[], Asker::Nobody, std::time::Duration::from_secs(60))
+        .unwrap()
+        .bytes(10)
+        .unwrap();
     assert_eq!(client.post_json(&endpoint, "/e", b"{}").unwrap().bytes(10).unwrap(), b"{}");
     let id = Some("host-1".to_owned());
     let expected = [("GET", "/base/a?b=c", id.clone()), ("GET", "/base/d", None), ("POST", "/base/e", id)];
@@ -323,19 +327,32 @@ fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
         String::from_utf8(asked).unwrap()
     });
     let (_directory, trust) = ca_file(&identity.pem);
-    let through =
-        |url: String| Client::through(Some(ureq::Proxy::new(&url).unwrap()), &trust, None, Timeouts::exchange());
-    let client = through(format!("http://{address}")).unwrap();
+    let through = |url: &str| {
+        Client::through(
+            &Proxies::of_environment(|name| (name == "ALL_PROXY").then(|| url.to_owned())),
+            &trust,
+            None,
+            Timeouts::exchange(),
+        )
+    };
+    let url = format!("http://user:secret@{address}");
+    let client = through(&url).unwrap();
     let endpoint = format!("https://gateway.example:{}", target.port()).parse().unwrap();
     assert_eq!(client.get(&endpoint, "/", &[]).unwrap().bytes(10).unwrap(), b"hello");
     drop(client);
     let asked = proxy.join().unwrap();
     assert!(asked.starts_with(&format!("CONNECT gateway.example:{} HTTP/1.1\r\n", target.port())), "{asked}");
+    assert!(asked.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="), "{asked}");
 
-    let client = through(format!("http://{address}")).unwrap();
+    // Nobody is there any more: it is the proxy that is named, without its password.
+    let client = through(&url).unwrap();
+    let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
+    assert!(error.contains(&format!("through the proxy http://{address}")) && !error.contains("secret"), "{error}");
+    assert!(!format!("{client:?}").contains("secret"), "{client:?}");
+    let client = through(&url).unwrap();
     let error = format!("{:#}", client.get(&server.endpoint(), "/", &[]).unwrap_err());
     assert!(error.contains("it is for gateway.example"), "{error}");
-    let client = through("socks5://127.0.0.1:1".to_owned()).unwrap();
+    let client = through("socks5://127.0.0.1:1").unwrap();
     let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
     assert!(error.contains("only http:// and https:// proxies"), "{error}");
 }

@@ -96,6 +96,11 @@ impl Verification<'_> {
         self.size += bytes.len() as u64;
     }
 
+    /// How many bytes it was given.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
     /// Judges the bytes that it was given as the whole of the package, by the signature.
     pub(super) fn finish(mut self) -> Result<Signed> {
         let Examined { signer, binding, .. } = self.examined;
@@ -119,7 +124,7 @@ pub(super) struct Signed {
 
 impl Signed {
     /// Compares it with what was announced.
-    pub(super) fn as_announced(self, wanted: &Wanted) -> Result<Verified> {
+    pub(super) fn compared(self, wanted: &Wanted) -> Result<Verified> {
         ensure_size(self.size, wanted.size)?;
         let sha256 = &self.verified.sha256;
         if let Some(announced) = &wanted.sha256 {

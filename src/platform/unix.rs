@@ -115,6 +115,31 @@ pub fn free_space(directory: &Path) -> io::Result<u64> {
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
+/// Opens a file that its owner alone can read and write, and makes it where there is none. Whatever else has that name goes first: a link,
+/// somebody else's file, or one that others may have open.
+pub fn open_private(path: &Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = fs::OpenOptions::new();
+    options.read(true).write(true).mode(0o600).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
+    let is_private = |file: &File| -> io::Result<bool> {
+        let found = file.metadata()?;
+        let owner = rustix::process::geteuid().as_raw();
+        Ok(found.is_file() && found.uid() == owner && found.mode() & 0o077 == 0 && found.nlink() == 1)
+    };
+    for _ in 0..10 {
+        match options.clone().create_new(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => return made,
+        }
+        match options.open(path) {
+            Ok(file) if is_private(&file)? => return Ok(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            _ => fs::remove_file(path)?,
+        }
+    }
+    Err(io::ErrorKind::WouldBlock.into())
+}
+
 /// Makes a symbolic link with exactly this target where nothing stands yet.
 pub fn make_symlink(target: &Path, link: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(target, link)

@@ -7,11 +7,10 @@ mod knocks;
 mod steps;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::Agent;
 use super::heartbeats::Uplink;
@@ -35,6 +34,8 @@ use crate::store;
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
 const HOUSEKEEPING: Duration = Duration::from_secs(25);
+/// Downloads that nobody came back for are looked for so often, besides before each download.
+const TRIM_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Housekeeping that comes so late was held up by a stop of this process or of the machine.
 const NOT_SCHEDULED: Duration = Duration::from_secs(10);
 /// A host that booted so recently comes back together with many others.
@@ -63,7 +64,7 @@ pub(super) struct Manager {
     peer: Peer,
     inputs: Inputs,
     uplink: Uplink,
-    turns: Arc<Semaphore>,
+    desk: stage::Desk,
     gateway: GatewayStatus,
     /// By subject, so that what was mended disappears.
     problems: BTreeMap<&'static str, String>,
@@ -75,6 +76,7 @@ pub(super) struct Manager {
     /// `None` while one is under way.
     next_heartbeat: Option<Instant>,
     next_housekeeping: Instant,
+    next_trim: Instant,
     /// Dead at the last housekeeping, and nobody's to wait for.
     orphans: Vec<u32>,
     /// A stop is under way; who waits for its end.
@@ -183,7 +185,7 @@ impl Manager {
             peer: Peer::new(home, supervised, now),
             inputs,
             uplink,
-            turns: Arc::new(Semaphore::new(stage::AT_ONCE)),
+            desk: stage::Desk::new(),
             gateway,
             problems,
             answered: BTreeSet::new(),
@@ -193,6 +195,7 @@ impl Manager {
             sequence: 0,
             failures: 0,
             next_housekeeping: now,
+            next_trim: now + TRIM_EVERY,
             orphans: vec![],
             stopping: None,
             stop_errors: vec![],
@@ -246,11 +249,26 @@ impl Manager {
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
             self.orphans = platform::reap_orphans(&self.orphans);
+            self.trim_cache(now);
             notify("WATCHDOG=1");
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {
             self.send_heartbeat();
         }
+    }
+
+    fn trim_cache(&mut self, now: Instant) {
+        if now < self.next_trim {
+            return;
+        }
+        self.next_trim = now + TRIM_EVERY;
+        let cache = self.home.cache();
+        // It may wait for a disk; nothing waits for it.
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = package::trim(&cache) {
+                tracing::warn!(error = format!("{error:#}"), "old downloads cannot be removed");
+            }
+        });
     }
 
     /// Takes a changed configuration; a bad one leaves the old in force, which shows.

@@ -63,7 +63,6 @@ impl Manager {
                     return;
                 };
                 tracing::info!(agent = %name, version = %version, "a release is staged");
-                agent.staging = Some(version);
                 let job = stage::Job {
                     home: self.home.clone(),
                     config: self.config.clone(),
@@ -71,7 +70,7 @@ impl Manager {
                     name,
                     order: order.clone(),
                 };
-                stage::start(&self.inputs, &self.turns, job);
+                agent.staging = Some(stage::start(&self.inputs, &self.desk, job));
             }
             Step::Activate { name, version, run, env } => {
                 self.begin(&name, Busy::Activating { version, run, env }, now)
@@ -149,7 +148,7 @@ impl Manager {
             Err(error) => {
                 let error = format!("{error:#}");
                 self.journal.note("activate", "failed", about, error.as_str());
-                agent.hold_back(version, error, now);
+                agent.hold_back(version, error, None, now);
             }
         }
         agent.run = run;
@@ -303,7 +302,7 @@ impl Manager {
                     }
                     return;
                 };
-                if agent.staging.as_ref() != Some(&version) {
+                if agent.staged_now() != Some(&version) {
                     // Another is wanted meanwhile; the next plan discards this one.
                     if result.is_ok() {
                         agent.releases.insert(version);
@@ -319,11 +318,11 @@ impl Manager {
                         agent.releases.insert(version.clone());
                         self.journal.note("stage", "ok", about, format!("{name} {version} is staged"));
                     }
-                    Err(error) => {
-                        if agent.error.as_ref() != Some(&error) {
-                            self.journal.note("stage", "failed", about, error.as_str());
+                    Err(stage::Refusal { why, retry_after }) => {
+                        if agent.error.as_ref() != Some(&why) {
+                            self.journal.note("stage", "failed", about, why.as_str());
                         }
-                        agent.hold_back(version, error, now);
+                        agent.hold_back(version, why, retry_after, now);
                     }
                 }
             }
