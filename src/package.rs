@@ -81,6 +81,11 @@ impl Wanted {
         Wanted { release, tarball: None, file: None, sha256: None, size: None, least_epoch: 0 }
     }
 
+    /// What the package's file is called.
+    pub fn file_name(&self) -> Option<String> {
+        self.file().ok().map(|(file, _)| file)
+    }
+
     /// The package's file name, which can only be one of this release's, and how it is packed.
     fn file(&self) -> Result<(String, Packing)> {
         let Some(file) = &self.file else { return Ok((self.release.file_name(Packing::TarZst), Packing::TarZst)) };
@@ -168,7 +173,7 @@ pub fn fetch(means: &Means<'_>, wanted: &Wanted, progress: &mut Progress<'_>) ->
         for place in [&places.cache, &places.staging] {
             make_private(place)?;
         }
-        trim(&places.cache)?;
+        trim(&places.cache, |_| true)?;
         let until = Instant::now() + means.within;
         let (sources, unusable) = fetch::sources(means.endpoints, wanted.tarball.as_deref())?;
         let mut failures: Vec<String> = unusable.iter().map(|error| format!("{error:#}")).collect();
@@ -389,25 +394,27 @@ pub fn sweep(places: &Places) -> Result<()> {
         let path = entry.path();
         if entry.file_type()?.is_dir() { store::remove_tree(&path)? } else { store::remove(&path)? }
     }
-    trim(&places.cache)
+    trim(&places.cache, |_| true)
 }
 
-/// Removes downloads that nobody came back for, and the oldest of the rest beyond the cache's cap; none that is under way.
-pub fn trim(cache: &Path) -> Result<()> {
+/// Removes downloads of files that are not wanted, or that nobody came back for, and the oldest of the rest beyond the cache's cap; none
+/// that is under way.
+pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     let mut kept = Vec::new();
     for entry in entries(cache)? {
+        let path = entry.path();
         // One that was done meanwhile is gone.
         let Ok(metadata) = entry.metadata() else { continue };
-        if !metadata.is_file() || part::is_in_use(&entry.path()) {
+        if !metadata.is_file() || part::is_in_use(&path) {
             continue;
         }
         // A clock that was set back makes a file young, not an error.
         let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
         let age = SystemTime::now().duration_since(modified).unwrap_or_default();
-        if age > MAX_PART_AGE {
-            store::remove(&entry.path())?;
+        if age > MAX_PART_AGE || !part::package_of(&path).is_some_and(&is_wanted) {
+            store::remove(&path)?;
         } else {
-            kept.push((modified, metadata.len(), entry.path()));
+            kept.push((modified, metadata.len(), path));
         }
     }
     for path in beyond_cap(kept, MAX_CACHE_BYTES) {

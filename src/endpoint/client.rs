@@ -14,12 +14,13 @@ use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{ConnectProxyConnector, Connector, TcpConnector};
 use ureq::{Agent, Body, Timeout};
 
-use super::pace::{Dripping, PaceConnector};
+use super::pace::{Dripping, LEAST_PER_SECOND, PaceConnector};
 use super::proxy::{Proxies, ProxyUrl};
 use super::tls::{FirstContact, HandshakeFailed, TlsConnector};
 use super::trust::{Distrust, Judge};
 use super::{Endpoint, Fingerprint, Trust};
 use crate::core::model::AgentId;
+use crate::core::pace::Pace;
 use crate::core::protocol::AGENT_ID_HEADER;
 
 /// Longer than any interval between heartbeats that is usual, so that they share a connection.
@@ -268,7 +269,7 @@ pub fn may_pass(error: &anyhow::Error) -> bool {
 }
 
 /// Where a redirect leads, if it stays within the origin.
-fn redirected(from: &Endpoint, location: &str) -> Result<String> {
+pub(super) fn redirected(from: &Endpoint, location: &str) -> Result<String> {
     let url = if location.starts_with('/') && !location.starts_with("//") {
         format!("{}{location}", from.origin())
     } else {
@@ -276,6 +277,9 @@ fn redirected(from: &Endpoint, location: &str) -> Result<String> {
     };
     let without_query = url.split(['?', '#']).next().unwrap_or_default();
     let target: Endpoint = without_query.parse().with_context(|| format!("cannot follow a redirect of {from}"))?;
+    if from.is_https() && !target.is_https() {
+        bail!("cannot follow a redirect of {} to {}: it is plain http", from.origin(), target.origin());
+    }
     if target.origin() != from.origin() {
         bail!("cannot follow a redirect of {} to {}: it is another host", from.origin(), target.origin());
     }
@@ -340,7 +344,9 @@ impl Reply {
 
     /// The body as it comes; the caller limits it.
     pub fn reader(self) -> impl Read {
-        Plain { stall: self.stall, body: self.body.into_with_config().limit(u64::MAX).reader() }
+        let window = self.stall * DRIP_STALLS;
+        let body = self.body.into_with_config().limit(u64::MAX).reader();
+        Plain { stall: self.stall, window, pace: Pace::new(window, LEAST_PER_SECOND), body }
     }
 
     /// For an answer that is not what was asked for: the status, and what the other end says about it.
@@ -359,22 +365,26 @@ impl Reply {
     }
 }
 
-/// A body whose errors are told plainly.
+/// A body whose errors are told plainly, and that must keep its pace: small records make a trickle look like more below TLS.
 struct Plain<R> {
     stall: Duration,
+    window: Duration,
+    pace: Pace,
     body: R,
 }
 
 impl<R: Read> Read for Plain<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.body.read(buffer).map_err(|error| {
-            let why = match error.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>()) {
+        let why = match self.body.read(buffer) {
+            Ok(amount) if amount == 0 || self.pace.keeps(amount as u64, Instant::now()) => return Ok(amount),
+            Ok(_) => Dripping { window: self.window }.to_string(),
+            Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>()) {
                 Some(ureq::Error::Timeout(Timeout::PerRead)) => format!("nothing came for {:?}", self.stall),
                 Some(ureq::Error::Timeout(_)) => "the time for it is over".to_owned(),
                 Some(ureq::Error::Other(inner)) if inner.is::<Dripping>() => inner.to_string(),
-                _ => return error,
-            };
-            io::Error::new(io::ErrorKind::TimedOut, why)
-        })
+                _ => return Err(error),
+            },
+        };
+        Err(io::Error::new(io::ErrorKind::TimedOut, why))
     }
 }

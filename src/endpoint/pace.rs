@@ -69,7 +69,7 @@ impl<In: Transport> Transport for PacedTransport<In> {
 /// Too few bytes came for too long.
 #[derive(Debug)]
 pub(super) struct Dripping {
-    window: Duration,
+    pub(super) window: Duration,
 }
 
 impl fmt::Display for Dripping {

@@ -8,6 +8,7 @@ use rcgen::{BasicConstraints, IsCa, KeyPair, date_time_ymd};
 use rustls::pki_types::SubjectPublicKeyInfoDer;
 use rustls::pki_types::pem::PemObject;
 
+use super::client::redirected;
 use super::testing::{Asked, Identity, Server, Told, issued, self_signed, self_signed_by};
 use super::*;
 
@@ -371,6 +372,10 @@ fn redirects_stay_within_the_origin() {
     assert_eq!(client.get(&server.endpoint(), "/here", &[]).unwrap().bytes(10).unwrap(), b"there");
     let error = |path| format!("{:#}", client.get(&server.endpoint(), path, &[]).unwrap_err());
     assert!(error("/away").contains("another host"));
+    assert_eq!(
+        format!("{:#}", redirected(&"https://a:1".parse().unwrap(), "http://a:1/x").unwrap_err()),
+        "cannot follow a redirect of https://a:1 to http://a:1: it is plain http"
+    );
     assert!(error("/loop").contains("more than 5 redirects"));
     assert_eq!(other.connections(), 0);
 }
@@ -396,5 +401,19 @@ fn one_who_says_nothing_is_given_up() {
         let client = Client::new(&Trust::Insecure, None, timeouts).unwrap();
         let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
         assert!(error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn one_who_drips_is_given_up_as_one_who_says_nothing() {
+    let stall = std::time::Duration::from_millis(250);
+    let drip = Some((0, std::time::Duration::from_millis(20)));
+    let identity = self_signed(&["127.0.0.1"], |_| {});
+    let answer = move |_: &Asked| Told { drip, ..Told::ok(vec![b'x'; 4096]) };
+    for server in [Server::plain(answer), Server::tls(&identity, answer)] {
+        let client = Client::new(&Trust::Insecure, None, Timeouts::download(stall)).unwrap();
+        let reply = client.get(&server.endpoint(), "/", &[]).unwrap();
+        let error = reply.reader().read_to_end(&mut Vec::new()).unwrap_err().to_string();
+        assert!(error.contains("less than 1 KiB a second came for 1s"), "{error}");
     }
 }

@@ -20,7 +20,7 @@ use super::{Keys, MAX_PACKAGE_BYTES};
 use crate::{platform, store};
 
 /// What it is called, after the package's own name; and the ETag, after that.
-pub(super) const PART_SUFFIX: &str = ".part";
+const PART_SUFFIX: &str = ".part";
 const ETAG_SUFFIX: &str = ".etag";
 const MAX_ETAG_BYTES: u64 = 256;
 
@@ -143,6 +143,12 @@ pub(super) fn is_in_use(path: &Path) -> bool {
         Err(TryLockError::Error(error)) => Err(error),
     });
     held.unwrap_or(false)
+}
+
+/// The package that a file of the cache is a part of, or belongs to one of.
+pub(super) fn package_of(path: &Path) -> Option<&str> {
+    let name = path.file_name()?.to_str()?;
+    name.strip_suffix(ETAG_SUFFIX).unwrap_or(name).strip_suffix(PART_SUFFIX)
 }
 
 fn etag_of(path: &Path) -> PathBuf {

@@ -12,6 +12,8 @@ use crate::core::model::{Arch, Os};
 use crate::endpoint::testing::{Asked, Server, Told};
 use crate::endpoint::{Timeouts, Trust};
 
+mod network;
+
 struct Signer(minisign::KeyPair);
 
 impl Signer {
@@ -287,7 +289,7 @@ fn breaking(
             headers.push(("content-range", format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len())));
         }
         let status = if start > 0 { 206 } else { 200 };
-        Told { status, headers, body: bytes[start..].to_vec(), cut_after }
+        Told { status, headers, body: bytes[start..].to_vec(), cut_after, drip: None }
     });
     (server, asked_for)
 }
@@ -494,7 +496,23 @@ fn a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap() {
     let file = File::create(&old).unwrap();
     file.set_modified(SystemTime::now() - MAX_PART_AGE - Duration::from_secs(60)).unwrap();
     sweep(&desk.places).unwrap();
-    assert_eq!(desk.leftovers(), [new]);
+    assert_eq!(desk.leftovers(), std::slice::from_ref(&new));
+
+    // While it runs: what is not wanted goes, and nothing that somebody is at.
+    let (signer, bytes) = (Signer::new(), archive(10));
+    let (keys, signature) = (signer.keys(), signer.sign(&bytes, &binding(1)));
+    desk.left(&bytes, Some("\"a\""));
+    let examined = verify::examine(&signature, &keys, &Wanted::new(release())).unwrap();
+    let open = || Part::open(&desk.places.cache, FILE, u64::MAX, &examined, &keys);
+    let part = open().unwrap();
+    trim(&desk.places.cache, |_| false).unwrap();
+    assert_eq!(desk.leftovers().len(), 2);
+    assert!(format!("{:#}", open().map(|_| ()).unwrap_err()).contains("another download"));
+    drop(part);
+    trim(&desk.places.cache, |file| file == FILE).unwrap();
+    assert_eq!(desk.leftovers().len(), 2);
+    trim(&desk.places.cache, |_| false).unwrap();
+    assert_eq!(desk.leftovers(), Vec::<PathBuf>::new());
 
     let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
     let files = vec![(at(3), 5, "c".into()), (at(1), 5, "a".into()), (at(2), 5, "b".into())];

@@ -211,3 +211,38 @@ pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
 pub fn leave_directory(_directory: &Path) -> io::Result<()> {
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_private_file_is_nobody_elses_and_what_is_not_so_goes_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("a"), directory.path().join("b"));
+        let length = || open_private(&path).unwrap().metadata().unwrap().len();
+        open_private(&path).unwrap().write_all(b"mine").unwrap();
+        assert_eq!((mode(&path).unwrap(), length()), (0o600, 4));
+
+        // One that others may have open to write.
+        set_mode(&path, 0o620).unwrap();
+        assert_eq!((length(), mode(&path).unwrap()), (0, 0o600));
+        // One that has another name too.
+        fs::write(&other, "other").unwrap();
+        set_mode(&other, 0o600).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::hard_link(&other, &path).unwrap();
+        assert_eq!(length(), 0);
+        // A link elsewhere.
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        open_private(&path).unwrap().write_all(b"not there").unwrap();
+        assert_eq!(fs::read(&other).unwrap(), b"other");
+        // No file at all.
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(open_private(&path).is_err());
+    }
+}

@@ -249,7 +249,9 @@ impl Manager {
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
             self.orphans = platform::reap_orphans(&self.orphans);
-            self.trim_cache(now);
+            if now >= self.next_trim {
+                self.trim_cache(now);
+            }
             notify("WATCHDOG=1");
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {
@@ -257,15 +259,16 @@ impl Manager {
         }
     }
 
+    /// Removes what came of downloads that nobody wants any more, or comes back for.
     fn trim_cache(&mut self, now: Instant) {
-        if now < self.next_trim {
-            return;
-        }
         self.next_trim = now + TRIM_EVERY;
         let cache = self.home.cache();
+        let orders = self.desired.agents.iter();
+        let wanted: BTreeSet<String> =
+            orders.filter_map(|(name, order)| stage::wanted(name, order).file_name()).collect();
         // It may wait for a disk; nothing waits for it.
         tokio::task::spawn_blocking(move || {
-            if let Err(error) = package::trim(&cache) {
+            if let Err(error) = package::trim(&cache, |file| wanted.contains(file)) {
                 tracing::warn!(error = format!("{error:#}"), "old downloads cannot be removed");
             }
         });

@@ -114,14 +114,7 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
     if seen.unwanted.load(Ordering::Relaxed) {
         bail!("it is not wanted any more");
     }
-    let wanted = Wanted {
-        release: Release { name: name.clone(), version: order.version.clone(), os: platform::OS, arch: platform::ARCH },
-        tarball: order.tarball.clone(),
-        file: order.file.clone(),
-        sha256: order.sha256.clone(),
-        size: order.size,
-        least_epoch: Epochs::load(home)?.least(name.as_str()),
-    };
+    let wanted = Wanted { least_epoch: Epochs::load(home)?.least(name.as_str()), ..wanted(name, order) };
     commons.limit(config.download_rate.map(|rate| rate.0));
     let means = Means {
         client: &config.client(&config.trust(home), agent_id, config.download_timeouts())?,
@@ -148,6 +141,22 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
         let _ = package::discard(&release);
     })?;
     Ok(())
+}
+
+/// The package that an order asks for.
+pub(super) fn wanted(name: &AgentName, order: &Order) -> Wanted {
+    Wanted {
+        tarball: order.tarball.clone(),
+        file: order.file.clone(),
+        sha256: order.sha256.clone(),
+        size: order.size,
+        ..Wanted::new(Release {
+            name: name.clone(),
+            version: order.version.clone(),
+            os: platform::OS,
+            arch: platform::ARCH,
+        })
+    }
 }
 
 /// Commits the epoch of a release that is being activated: no older one is accepted from then on.

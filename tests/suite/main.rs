@@ -2,6 +2,7 @@
 
 mod adoption;
 mod chaos;
+mod downloads;
 mod gateway;
 mod harness;
 mod health;

@@ -8,6 +8,7 @@
 pub mod chaos;
 pub mod command;
 pub mod container;
+pub mod fault_proxy;
 pub mod files;
 pub mod gateway;
 pub mod host;

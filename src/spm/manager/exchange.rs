@@ -139,6 +139,7 @@ impl Manager {
                 }
                 self.desired = *desired;
                 self.agents.values_mut().for_each(Agent::release_hold);
+                self.trim_cache(Instant::now());
             }
         }
     }

@@ -307,7 +307,7 @@ impl Manager {
                     if result.is_ok() {
                         agent.releases.insert(version);
                     }
-                    return;
+                    return self.trim_cache(now);
                 }
                 agent.staging = None;
                 let about = About { agent: Some(&name), version: Some(&version) };
