@@ -3,6 +3,7 @@
 mod adoption;
 mod chaos;
 mod downloads;
+mod downloads_network;
 mod gateway;
 mod harness;
 mod health;

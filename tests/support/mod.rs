@@ -14,6 +14,7 @@ pub mod gateway;
 pub mod host;
 pub mod https;
 pub mod inside;
+pub mod name_server;
 pub mod package;
 pub mod processes;
 pub mod wait;
