@@ -157,6 +157,13 @@ impl Agent {
         self.staging.as_ref().map(|staging| &staging.version)
     }
 
+    /// Ends the download of any release but this one.
+    pub(super) fn keep_staging_only(&mut self, version: Option<&Version>) {
+        if self.staged_now() != version {
+            self.staging = None;
+        }
+    }
+
     /// Notes that a release could not be had, to be tried again later and later, and not before who has it wants to be asked.
     pub(super) fn hold_back(&mut self, version: Version, error: String, retry_after: Option<Duration>, now: Instant) {
         let failures = match &self.held_back {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::support::connect_proxy::ConnectProxy;
 use crate::support::container::Container;
 use crate::support::gateway::Gateway;
 use crate::support::host::agent;
@@ -125,4 +126,53 @@ fn a_partition_losses_and_slow_names_only_delay_a_download() {
     wait_long(&container, "the release when names are there again", runs("3.0.0"));
     assert_eq!(wait_for_agents(&container, &["native"]), native);
     assert_eq!(done(&container, "ls -A /opt/aops/cache").stdout, "");
+}
+
+/// Nothing gets through to the gateway but by the proxy, with its password.
+const ONLY_BY_PROXY: &str = "table inet fault {
+    chain out { type filter hook output priority 0; oifname near tcp dport 8888 reject; }
+}";
+
+#[test]
+fn a_proxy_that_the_installer_needed_is_every_channels_and_its_password_is_shown_nowhere() {
+    let container = Container::bare();
+    container.shell(NETWORK).expect_code(0);
+    let proxy = ConnectProxy::start(&container.path("/run/netns/far"), (GATEWAY, 3128), "user:sesame");
+    let outside = Gateway::stopped();
+    outside.publish_self("1.0.0");
+    outside.publish(&Package::sleeper("native", "1.0.0"));
+    outside.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
+    let _gateway = Inside::start_at(&container, outside, "10.9.0.1:8888", Some("far"));
+    container.write("/root/fault.nft", ONLY_BY_PROXY, 0o644);
+    done(&container, "nft -f /root/fault.nft");
+    let key = Path::new(DIRECTORY).join("keys/aops.pub").display().to_string();
+    let install = |environment: &[&str]| {
+        let arguments = ["install", "--service", "none", "--agent-id", "1", "--endpoint", "https://10.9.0.1:8888"];
+        let trust = ["--trusted-key", &key, "--pin-first-contact"];
+        container.run(&[&["env"], environment, &[PROGRAM], &arguments, &trust].concat())
+    };
+    let refused = install(&[]);
+    assert!(refused.code == 1 && refused.stderr.contains("refused"), "{refused}");
+    let refused = install(&["HTTPS_PROXY=http://user:wrong-sesame@10.9.0.1:3128"]);
+    let words = ["through the proxy http://10.9.0.1:3128", "407", "http://user:password@host:port", "noProxy"];
+    assert!(refused.code == 1 && words.iter().all(|word| refused.stderr.contains(word)), "{refused}");
+    assert!(!refused.text().contains("sesame"), "{refused}");
+
+    let installed = install(&["HTTPS_PROXY=http://user:sesame@10.9.0.1:3128"]).expect_code(0);
+    assert!(installed.stderr.contains("proxy http://10.9.0.1:3128 is kept"), "{installed}");
+    // Started anew, with nothing of the environment.
+    container.run(&["/opt/aops/control", "stop"]).expect_code(0);
+    container.run(&["/opt/aops/control", "start"]).expect_code(0);
+    wait_for_agents(&container, &["native"]);
+    assert_eq!(status(&container)["gateway"]["connected"], true);
+    let asked = proxy.asked();
+    assert!(asked.iter().all(|asked| asked == "10.9.0.1:8888" || asked == "407"), "{asked:?}");
+
+    assert_eq!(done(&container, "stat -c %a /opt/aops/etc/conf.toml").stdout, "600\n");
+    let shown = [installed.text(), status(&container).to_string()].concat();
+    assert!(!shown.contains("sesame"), "{shown}");
+    let kept = done(&container, "grep -rl sesame /opt/aops").stdout;
+    let mut kept: Vec<&str> = kept.lines().collect();
+    kept.sort_unstable();
+    assert_eq!(kept, ["/opt/aops/etc/conf.toml", "/opt/aops/state/conf.good.toml"]);
 }

@@ -7,6 +7,7 @@
 
 pub mod chaos;
 pub mod command;
+pub mod connect_proxy;
 pub mod container;
 pub mod fault_proxy;
 pub mod files;

@@ -198,6 +198,38 @@ fn downloads_keep_to_the_rate_that_they_share() {
 }
 
 #[test]
+fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (server, size) = (depot(bytes.clone(), signature), bytes.len() as u64);
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    for announced in [Some(size), None] {
+        let mut seen = Vec::new();
+        let wanted = Wanted { size: announced, ..Wanted::new(release()) };
+        let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, _| {
+            seen.push((done, desk.commons.space.promised()));
+            true
+        });
+        tree.unwrap();
+        assert_eq!(seen.first(), Some(&(0, 4 * size)));
+        assert_eq!(seen.last(), Some(&(size, 3 * size)));
+        assert_eq!(desk.commons.space.promised(), 0);
+    }
+    // Room that was promised to others is not there for this one; it does not wait for longer than it may take.
+    fs::create_dir_all(&desk.places.staging).unwrap();
+    let free = crate::platform::free_space(&desk.places.staging).unwrap();
+    // It needs four times its size, and twice is left.
+    let size = (free / 16).min(1 << 30);
+    let soon = Instant::now() + Duration::from_secs(5);
+    let others = desk.commons.space.claim(&desk.places.staging, free - (64 << 20) - 2 * size, soon).unwrap();
+    let wanted = Wanted { size: Some(size), ..Wanted::new(release()) };
+    let means = Means { within: Duration::from_millis(200), ..desk.means(&endpoints, &keys) };
+    let error = format!("{:#}", fetch(&means, &wanted, &mut |_, _| true).unwrap_err());
+    assert!(error.contains("for others that are being fetched"), "{error}");
+    drop(others);
+}
+
+#[test]
 fn a_redirect_of_a_download_goes_nowhere_else_and_tells_nobody_else_who_asks() {
     let bytes = archive(10);
     let (keys, signature) = signed(&bytes);
