@@ -1,5 +1,8 @@
 //! Packages over the worst of networks: whatever it does, a download ends complete and right, fetches little twice, and leaves nothing;
 //! and what is no package of ours is refused, told, and harms nobody.
+//!
+//! `AOPS_DOWNLOADS` says how many downloads the first scenario makes, `AOPS_DOWNLOADS_SEED` what the network does to them: the same seed
+//! deals out the same.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -94,9 +97,9 @@ fn chosen(variable: &str, otherwise: u64) -> u64 {
 #[test]
 #[allow(clippy::print_stderr, reason = "the seed is shown with a failure, the figures by --nocapture")]
 fn downloads_end_complete_and_right_whatever_the_network_does() {
-    let count = chosen("AOPS_TEST_DOWNLOADS", 20) as usize;
-    let seed = chosen("AOPS_TEST_SEED", fastrand::u64(1..1_000_000));
-    anstream::eprintln!("{count} downloads with the seed AOPS_TEST_SEED={seed}");
+    let count = chosen("AOPS_DOWNLOADS", 20) as usize;
+    let seed = chosen("AOPS_DOWNLOADS_SEED", fastrand::u64(1..1_000_000));
+    anstream::eprintln!("{count} downloads with the seed AOPS_DOWNLOADS_SEED={seed}");
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     gateway.want(&[]);
