@@ -103,13 +103,37 @@ fn a_part_of_another_file_is_not_taken_for_the_rest() {
                 return Told::ok(signature.clone());
             }
             if !asked.headers.contains_key("range") {
-                return Told::ok(whole.clone());
+                return Told::status(404);
             }
             let headers = vec![("etag", said.0.to_owned()), ("content-range", said.1.clone())];
             Told { status: 206, headers, ..Told::ok(vec![b'x'; whole.len() - 500]) }
         });
-        desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap();
+        // It is asked for as a whole; the bytes were not even looked at.
+        let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap_err();
+        assert!(error.contains("there is no such package") && !error.contains("tampered"), "{said:?}: {error}");
     }
+}
+
+#[test]
+fn a_page_in_mid_download_costs_nothing_also_where_nobody_told_the_size() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (count, rest) = (AtomicUsize::new(0), bytes[300_000..].to_vec());
+    let said = format!("bytes 300000-{}/{}", bytes.len() - 1, bytes.len());
+    let server = Server::plain(move |asked| {
+        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+            return Told::ok(signature.clone());
+        }
+        assert_eq!(asked.headers.get("range").map(String::as_str), Some("bytes=300000-"));
+        if count.fetch_add(1, Ordering::SeqCst) == 0 {
+            return Told { headers: vec![("content-type", "text/html".to_owned())], ..Told::ok("<html>") };
+        }
+        let headers = vec![("etag", "\"a\"".to_owned()), ("content-range", said.clone())];
+        Told { status: 206, headers, ..Told::ok(rest.clone()) }
+    });
+    let desk = Desk::new();
+    desk.left(&bytes[..300_000], Some("\"a\""));
+    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap();
 }
 
 #[test]
