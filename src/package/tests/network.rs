@@ -96,7 +96,7 @@ fn a_part_of_another_file_is_not_taken_for_the_rest() {
         ("\"a\"", format!("bytes 500-{size}/{size}")),
         ("\"a\"", "nonsense".to_owned()),
     ] {
-        let (desk, whole, signature) = (Desk::new(), bytes.clone(), signature.clone());
+        let (desk, whole, signature, sent) = (Desk::new(), bytes.clone(), signature.clone(), said.clone());
         desk.left(&bytes[..500], Some("\"a\""));
         let server = Server::plain(move |asked| {
             if asked.path.ends_with(SIGNATURE_SUFFIX) {
@@ -105,7 +105,7 @@ fn a_part_of_another_file_is_not_taken_for_the_rest() {
             if !asked.headers.contains_key("range") {
                 return Told::status(404);
             }
-            let headers = vec![("etag", said.0.to_owned()), ("content-range", said.1.clone())];
+            let headers = vec![("etag", sent.0.to_owned()), ("content-range", sent.1.clone())];
             Told { status: 206, headers, ..Told::ok(vec![b'x'; whole.len() - 500]) }
         });
         // It is asked for as a whole; the bytes were not even looked at.
