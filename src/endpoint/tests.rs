@@ -359,6 +359,14 @@ fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
 }
 
 #[test]
+fn a_password_in_an_address_is_refused_and_not_repeated() {
+    for text in ["https://user:secret@host:1/x", "ftp://user:secret@host", "user:secret@host"] {
+        let error = text.parse::<Endpoint>().unwrap_err().to_string();
+        assert!(!error.contains("secret") && error.contains("@host"), "{error}");
+    }
+}
+
+#[test]
 fn redirects_stay_within_the_origin() {
     let other = Server::plain(|_| Told::ok("stolen"));
     let elsewhere = other.endpoint().url("/x");

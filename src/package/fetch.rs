@@ -210,7 +210,9 @@ pub(super) fn archive<'a>(
             404 | 410 => Err(Broken::source(source.lacks(file))),
             _ => Err(refused(reply)),
         }
-    })
+    })?;
+    // Its size may be known only now.
+    room(download, claim, part.have(), part.have())
 }
 
 /// Whether an answer is of the file that a part is of, as far as it says.

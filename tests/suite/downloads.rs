@@ -24,7 +24,8 @@ use crate::support::wait::wait_for;
 
 /// What each of the many downloads has.
 const SIZE: usize = 20 << 20;
-/// So many at the same time, as the manager fetches them.
+/// So many are ordered at the same time, and so many of them fetched.
+const ORDERED: usize = 5;
 const AT_ONCE: usize = 3;
 /// For one round of downloads, each of which may stall a few times and be tried again later.
 const ROUND: Duration = Duration::from_secs(180);
@@ -110,9 +111,9 @@ fn downloads_end_complete_and_right_whatever_the_network_does() {
     let host = joined_by(&proxy.url(), &gateway, "downloadStall = \"1s\"");
 
     let (mut worst, mut damaged, mut faults) = (0.0_f64, 0, BTreeMap::<String, u32>::new());
-    for round in 0..count.div_ceil(AT_ONCE) {
+    for round in 0..count.div_ceil(ORDERED) {
         let names: Vec<String> =
-            (0..AT_ONCE.min(count - round * AT_ONCE)).map(|number| format!("noise-{number}")).collect();
+            (0..ORDERED.min(count - round * ORDERED)).map(|number| format!("noise-{number}")).collect();
         let version = format!("1.0.{round}");
         names.iter().for_each(|name| publish_archive(&gateway, &archive, name, &version));
         // Fetched, unpacked and made the active one, and not run.
@@ -141,6 +142,7 @@ fn downloads_end_complete_and_right_whatever_the_network_does() {
         }
         assert_eq!(in_cache(&host), Vec::<String>::new(), "seed {seed}");
     }
+    assert_eq!(proxy.most_at_once(), AT_ONCE.min(count), "packages at the same time, seed {seed}");
     anstream::eprintln!(
         "each byte at most {worst:.3} times, beside {damaged} of {count} that came damaged and were refetched; {faults:?}"
     );

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -101,6 +101,9 @@ struct Shared {
     plan: Box<Plan>,
     tls: Arc<ServerConfig>,
     tallies: Mutex<BTreeMap<String, Tally>>,
+    /// Packages that are under way, each by how many connections, and how many were at the same time.
+    packages: Mutex<BTreeMap<String, usize>>,
+    most_packages: AtomicUsize,
     stopping: AtomicBool,
 }
 
@@ -128,6 +131,8 @@ impl FaultProxy {
             plan: Box::new(plan),
             tls: Arc::new(tls),
             tallies: Mutex::default(),
+            packages: Mutex::default(),
+            most_packages: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
         });
         let serving = Arc::clone(&shared);
@@ -147,6 +152,11 @@ impl FaultProxy {
     /// `https://127.0.0.1:PORT`
     pub fn url(&self) -> String {
         format!("https://{}", self.address)
+    }
+
+    /// How many packages were asked for at the same time, at the most.
+    pub fn most_at_once(&self) -> usize {
+        self.shared.most_packages.load(Ordering::SeqCst)
     }
 
     /// What came and went under the paths that contain this.
@@ -211,6 +221,17 @@ impl Shared {
         self.tallies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn count(&self, request: &Request, begins: bool) {
+        if !request.is_for_package() {
+            return;
+        }
+        let mut packages = self.packages.lock().unwrap_or_else(PoisonError::into_inner);
+        let connections = packages.entry(request.path.clone()).or_default();
+        *connections = if begins { *connections + 1 } else { *connections - 1 };
+        packages.retain(|_, connections| *connections > 0);
+        self.most_packages.fetch_max(packages.len(), Ordering::SeqCst);
+    }
+
     fn is_over(&self) -> io::Result<()> {
         match self.stopping.load(Ordering::SeqCst) {
             true => Err(ErrorKind::Interrupted.into()),
@@ -237,7 +258,10 @@ fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
             tally.faults.push(fault.clone());
             fault
         };
-        if !answer(shared, &mut stream, &request, &fault)? {
+        shared.count(&request, true);
+        let goes_on = answer(shared, &mut stream, &request, &fault);
+        shared.count(&request, false);
+        if !goes_on? {
             return Ok(());
         }
     }
