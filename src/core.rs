@@ -12,6 +12,7 @@ pub mod glob;
 pub mod health;
 pub mod manifest;
 pub mod model;
+pub mod pace;
 pub mod protocol;
 pub mod reconcile;
 pub mod schedule;

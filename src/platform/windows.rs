@@ -85,6 +85,19 @@ pub fn free_space(directory: &Path) -> io::Result<u64> {
     if done == 0 { Err(io::Error::last_os_error()) } else { Ok(free) }
 }
 
+/// Opens a file that nobody else can write while it is open, and makes it where there is none.
+pub fn open_private(path: &Path) -> io::Result<File> {
+    use std::os::windows::fs::OpenOptionsExt;
+    use windows_sys::Win32::Foundation::ERROR_SHARING_VIOLATION;
+    use windows_sys::Win32::Storage::FileSystem::{FILE_SHARE_DELETE, FILE_SHARE_READ};
+    let shared = FILE_SHARE_READ | FILE_SHARE_DELETE;
+    let opened = fs::OpenOptions::new().read(true).write(true).create(true).share_mode(shared).open(path);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(code) if code == ERROR_SHARING_VIOLATION as i32 => io::ErrorKind::WouldBlock.into(),
+        _ => error,
+    })
+}
+
 /// A service may not make links that a package brings; packages for Windows do without.
 pub fn make_symlink(_target: &Path, _link: &Path) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::Unsupported, "cannot make a symbolic link of a package on Windows"))

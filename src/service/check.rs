@@ -7,8 +7,9 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::{InstallOptions, LOCK, ServiceChoice, Surroundings, WORK, old, progress, site};
-use crate::config::{self, Certificate, Config};
+use crate::config::{self, Certificate, Config, ProxyChoice};
 use crate::core::model::{AgentId, MANAGER_PACKAGE, Version};
+use crate::endpoint::Proxies;
 use crate::home::Home;
 use crate::host_service::product::{self, Product, Registration};
 use crate::host_service::{self, Kind};
@@ -230,6 +231,7 @@ pub(super) fn plan(
     }
 
     let config = settle(imported.config.as_ref().or(standing_config.as_ref()), options);
+    let config = with_proxy(config, &Proxies::of_environment(|name| std::env::var(name).ok()));
     if config.heartbeat_srv.is_empty() {
         return Err(Usage(
             "--endpoint is missing, and no installation stands there whose endpoint could be kept".to_owned(),
@@ -320,6 +322,20 @@ fn settle(base: Option<&Config>, options: &InstallOptions) -> Config {
         config.product = (product != "auto").then(|| product.to_owned());
     }
     config
+}
+
+/// Whoever needs a proxy to install needs it afterwards too, and a service manager gives the manager another environment: the proxy that
+/// the environment names for an endpoint is kept, unless the settings say something themselves.
+fn with_proxy(config: Config, environment: &Proxies) -> Config {
+    let needed = config.heartbeat_srv.iter().find_map(|endpoint| environment.of(endpoint).ok().flatten());
+    match needed {
+        Some(proxy) if config.proxy == ProxyChoice::Environment => {
+            progress::say(format_args!("the environment's proxy {proxy} is kept in the settings (proxy)"));
+            let listed = Some(environment.exceptions().to_vec()).filter(|listed| !listed.is_empty());
+            Config { proxy: ProxyChoice::Proxy(proxy.clone()), no_proxy: config.no_proxy.clone().or(listed), ..config }
+        }
+        _ => config,
+    }
 }
 
 fn certificates(path: &Path) -> Result<Vec<u8>> {
@@ -445,6 +461,25 @@ mod tests {
         assert_eq!(settle(Some(&standing), &first).certificate, pinned);
         let ca = InstallOptions { ca_cert: Some("x".into()), ..first };
         assert_eq!(settle(Some(&standing), &ca).certificate, Certificate::Authority(CA_FILE.into()));
+    }
+
+    #[test]
+    fn the_environments_proxy_is_kept_where_an_endpoint_needs_it() {
+        let environment = Proxies::of_environment(|name| match name {
+            "https_proxy" => Some("http://u:secret@proxy:1".to_owned()),
+            "no_proxy" => Some(".inside".to_owned()),
+            _ => None,
+        });
+        let with = |endpoint: &str, proxy| {
+            let config = Config { heartbeat_srv: vec![endpoint.parse().unwrap()], proxy, ..Config::default() };
+            with_proxy(config, &environment)
+        };
+        let kept = with("https://gateway.outside", ProxyChoice::Environment);
+        assert_eq!(kept.proxy, ProxyChoice::Proxy("http://u:secret@proxy:1".parse().unwrap()));
+        assert_eq!(kept.no_proxy, Some(vec![".inside".parse().unwrap()]));
+        assert_eq!(with("https://gateway.inside", ProxyChoice::Environment).proxy, ProxyChoice::Environment);
+        assert_eq!(with("https://127.0.0.1", ProxyChoice::Environment).proxy, ProxyChoice::Environment);
+        assert_eq!(with("https://gateway.outside", ProxyChoice::None).proxy, ProxyChoice::None);
     }
 
     #[test]

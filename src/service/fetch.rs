@@ -17,11 +17,8 @@ use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
 use crate::home::Home;
 use crate::installation::Manager;
 use crate::installation::keyring::Offer;
-use crate::package::{self, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
+use crate::package::{self, Commons, Means, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
 use crate::{command, platform, uplink};
-
-/// For the next byte of a download.
-const STALL: Duration = Duration::from_secs(30);
 
 /// For the new executable to say its version.
 const SAYING_VERSION: Duration = Duration::from_secs(30);
@@ -104,21 +101,26 @@ fn remote(plan: &Plan, places: &Places, work: &Path) -> Result<(VerifiedTree, St
         progress::warn("the gateway's certificate is not checked (--insecure)");
     }
     let endpoints = &plan.config.heartbeat_srv;
-    let client = Client::new(&trust, Some(&plan.agent_id), Timeouts::exchange())?;
+    let client = plan.config.client(&trust, &plan.agent_id, Timeouts::exchange())?;
     let (endpoint, wanted) = first_of(endpoints, |endpoint| choose(plan, &client, endpoint))?;
     if let Some(fingerprint) = client.first_contact() {
         first_contact(endpoint, &fingerprint);
     }
 
     progress::say(format_args!("downloading {} from {endpoint}", wanted.release));
-    let timeouts = Timeouts { total: Some(plan.config.download_timeout.0), ..Timeouts::download(STALL) };
-    let downloader = Client::new(&trust, Some(&plan.agent_id), timeouts)?;
+    let downloader = plan.config.client(&trust, &plan.agent_id, plan.config.download_timeouts())?;
     // The one that answered first; the others stand in for it.
     let mut ordered = vec![endpoint.clone()];
     ordered.extend(endpoints.iter().filter(|other| *other != endpoint).cloned());
     let mut download = Download::begin();
-    let tree = package::fetch(&downloader, &ordered, &wanted, &plan.trusted.keys, places, &mut |done, total| {
-        download.at(done, total)
+    let commons = Commons::default();
+    commons.limit(plan.config.download_rate.map(|rate| rate.0));
+    let within = plan.config.download_timeout.0;
+    let means =
+        Means { client: &downloader, endpoints: &ordered, keys: &plan.trusted.keys, places, commons: &commons, within };
+    let tree = package::fetch(&means, &wanted, &mut |done, total| {
+        download.at(done, total);
+        true
     })?;
     drop(download);
     let file = wanted.file.unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));

@@ -49,7 +49,7 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
         store::replace(&path, bytes, Access::Public)?;
     }
     undo.keep(&home.config())?;
-    store::replace(&home.config(), plan.config_text.as_bytes(), Access::Public)?;
+    store::replace(&home.config(), plan.config_text.as_bytes(), plan.config.access())?;
     Config::remember_good(home, &plan.config_text)?;
 
     if let Some(pins) = &fetched.pins

@@ -103,7 +103,7 @@ fn send(
 ) -> Outcome {
     let connected = match client {
         Some(client) => client,
-        None => match Client::new(&config.trust(home), Some(agent_id), Timeouts::exchange()) {
+        None => match config.client(&config.trust(home), agent_id, Timeouts::exchange()) {
             Ok(new) => client.insert(new),
             Err(error) => return Outcome::Failed { why: format!("{error:#}"), refused: None, retry_after: None },
         },

@@ -7,11 +7,10 @@ mod knocks;
 mod steps;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::Agent;
 use super::heartbeats::Uplink;
@@ -36,6 +35,8 @@ use crate::store;
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
 const HOUSEKEEPING: Duration = Duration::from_secs(25);
+/// Downloads that nobody came back for are looked for so often, besides before each download.
+const TRIM_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Housekeeping that comes so late was held up by a stop of this process or of the machine.
 const NOT_SCHEDULED: Duration = Duration::from_secs(10);
 /// A host that booted so recently comes back together with many others.
@@ -67,7 +68,7 @@ pub(super) struct Manager {
     peer: Peer,
     inputs: Inputs,
     uplink: Uplink,
-    turns: Arc<Semaphore>,
+    desk: stage::Desk,
     gateway: GatewayStatus,
     /// Why the last answer was not believed, until one is.
     refused_answer: Option<String>,
@@ -83,6 +84,7 @@ pub(super) struct Manager {
     /// `None` while one is under way.
     next_heartbeat: Option<Instant>,
     next_housekeeping: Instant,
+    next_trim: Instant,
     /// Dead at the last housekeeping, and nobody's to wait for.
     orphans: Vec<u32>,
     /// A stop is under way; who waits for its end.
@@ -195,7 +197,7 @@ impl Manager {
             peer: Peer::new(home, supervised, now),
             inputs,
             uplink,
-            turns: Arc::new(Semaphore::new(stage::AT_ONCE)),
+            desk: stage::Desk::new(),
             gateway,
             refused_answer: None,
             strangers: Allowance::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
@@ -207,6 +209,7 @@ impl Manager {
             sequence: 0,
             failures: 0,
             next_housekeeping: now,
+            next_trim: now + TRIM_EVERY,
             orphans: vec![],
             stopping: None,
             stop_errors: vec![],
@@ -261,6 +264,9 @@ impl Manager {
             self.reload_if_changed();
             self.look_at_home();
             self.orphans = platform::reap_orphans(&self.orphans);
+            if now >= self.next_trim {
+                self.trim_cache(now);
+            }
             notify("WATCHDOG=1");
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {
@@ -294,6 +300,25 @@ impl Manager {
             }
             None => {}
         }
+    }
+
+    /// Removes what came of downloads that nobody wants any more, or comes back for.
+    fn trim_cache(&mut self, now: Instant) {
+        self.next_trim = now + TRIM_EVERY;
+        if guard::home(&self.home).is_err() {
+            // What lies behind a link is somebody else's.
+            return;
+        }
+        let cache = self.home.cache();
+        let orders = self.desired.agents.iter();
+        let wanted: BTreeSet<String> =
+            orders.filter_map(|(name, order)| stage::wanted(name, order).file_name()).collect();
+        // It may wait for a disk; nothing waits for it.
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = package::trim(&cache, |file| wanted.contains(file)) {
+                tracing::warn!(error = format!("{error:#}"), "old downloads cannot be removed");
+            }
+        });
     }
 
     /// Takes a changed configuration; a bad one leaves the old in force, which shows.

@@ -3,6 +3,8 @@
 mod adoption;
 mod attacks;
 mod chaos;
+mod downloads;
+mod downloads_network;
 mod gateway;
 mod harness;
 mod health;

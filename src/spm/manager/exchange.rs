@@ -188,6 +188,10 @@ impl Manager {
                 }
                 self.desired = *desired;
                 self.agents.values_mut().for_each(Agent::release_hold);
+                for (name, agent) in &mut self.agents {
+                    agent.keep_staging_only(self.desired.agents.get(name).map(|order| &order.version));
+                }
+                self.trim_cache(Instant::now());
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::spm::Input;
 use crate::spm::agent::{Agent, Busy};
 use crate::spm::journal::About;
 use crate::spm::run::{self, Running};
-use crate::spm::stage::{self, NotStaged};
+use crate::spm::stage::{self, Refusal};
 use crate::{package, platform, store};
 
 impl Manager {
@@ -65,7 +65,6 @@ impl Manager {
                     return;
                 };
                 tracing::info!(agent = %name, version = %version, "a release is staged");
-                agent.staging = Some(version);
                 let job = stage::Job {
                     home: self.home.clone(),
                     config: self.config.clone(),
@@ -73,17 +72,17 @@ impl Manager {
                     name,
                     order: order.clone(),
                 };
-                stage::start(&self.inputs, &self.turns, job);
+                agent.staging = Some(stage::start(&self.inputs, &self.desk, job));
             }
             Step::Activate { name, version, .. } if let Err(error) = guard::agent(&self.home, &name) => {
                 // What runs goes on running.
-                let error = NotStaged::of(&error);
+                let error = Refusal::of(&error);
                 let Some(agent) = self.agents.get_mut(&name) else { return };
                 if agent.error.as_ref() != Some(&error.why) {
                     let about = About { agent: Some(&name), version: Some(&version) };
                     self.journal.note("activate", error.outcome(), about, error.why.as_str());
                 }
-                agent.hold_back(version, error.why, now);
+                agent.hold_back(version, error.why, None, now);
             }
             Step::Activate { name, version, run, env } => {
                 self.begin(&name, Busy::Activating { version, run, env }, now)
@@ -153,9 +152,9 @@ impl Manager {
                 self.journal.note("activate", "ok", about, format!("{name} {version} is active"));
             }
             Err(error) => {
-                let error = NotStaged::of(&error);
+                let error = Refusal::of(&error);
                 self.journal.note("activate", error.outcome(), about, error.why.as_str());
-                agent.hold_back(version, error.why, now);
+                agent.hold_back(version, error.why, None, now);
             }
         }
         agent.run = run;
@@ -310,12 +309,12 @@ impl Manager {
                     }
                     return;
                 };
-                if agent.staging.as_ref() != Some(&version) {
+                if agent.staged_now() != Some(&version) {
                     // Another is wanted meanwhile; the next plan discards this one.
                     if result.is_ok() {
                         agent.releases.insert(version);
                     }
-                    return;
+                    return self.trim_cache(now);
                 }
                 agent.staging = None;
                 let about = About { agent: Some(&name), version: Some(&version) };
@@ -326,11 +325,11 @@ impl Manager {
                         agent.releases.insert(version.clone());
                         self.journal.note("stage", "ok", about, format!("{name} {version} is staged"));
                     }
-                    Err(error) => {
-                        if agent.error.as_ref() != Some(&error.why) {
-                            self.journal.note("stage", error.outcome(), about, error.why.as_str());
+                    Err(refusal) => {
+                        if agent.error.as_ref() != Some(&refusal.why) {
+                            self.journal.note("stage", refusal.outcome(), about, refusal.why.as_str());
                         }
-                        agent.hold_back(version, error.why, now);
+                        agent.hold_back(version, refusal.why, refusal.retry_after, now);
                     }
                 }
             }

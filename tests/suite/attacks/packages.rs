@@ -160,6 +160,10 @@ fn another_host_of_packages_that_asks_who_we_are() {
         let asks = asks.clone();
         other.on(&format!("/elsewhere/{name}"), move |_| asks.clone());
     }
+    // Only there, so that nothing is had from elsewhere instead.
+    for name in [file(), format!("{}.minisig", file())] {
+        scene.hostile.on(&format!("/api/download/{name}"), |_| Told::status(404));
+    }
     scene.want_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
     scene.assert_told("stage", "failed", &["401", other.url()]);
     scene.assert_unharmed();
