@@ -5,7 +5,7 @@
 //!        bin/aops-spm, aops-spa, aops-agent-service -> aops        control -> bin/aops
 //!        etc/conf.toml               the operator's settings
 //!        etc/agent-id                the identity given at install
-//!        etc/keys/*.pub              trusted minisign public keys
+//!        etc/keys/*.pub              trusted minisign public keys; those that packages brought are in state/keys.json
 //!        agents/<name>/<version>/    an unpacked release; `.complete` is written last and removed first
 //!        agents/<name>/current       names the active version
 //!        staging/  state/  cache/  run/  log/

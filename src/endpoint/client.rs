@@ -256,11 +256,12 @@ impl Client {
 pub struct Astray {
     from: String,
     to: String,
+    why: &'static str,
 }
 
 impl std::fmt::Display for Astray {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "cannot follow a redirect of {} to {}: it is another host", self.from, self.to)
+        write!(f, "cannot follow a redirect of {} to {}: {}", self.from, self.to, self.why)
     }
 }
 
@@ -293,10 +294,10 @@ pub(super) fn redirected(from: &Endpoint, location: &str) -> Result<String> {
     let without_query = url.split(['?', '#']).next().unwrap_or_default();
     let target: Endpoint = without_query.parse().with_context(|| format!("cannot follow a redirect of {from}"))?;
     if from.is_https() && !target.is_https() {
-        bail!("cannot follow a redirect of {} to {}: it is plain http", from.origin(), target.origin());
+        return Err(Astray { from: from.origin(), to: target.origin(), why: "it is plain http" }.into());
     }
     if target.origin() != from.origin() {
-        return Err(Astray { from: from.origin(), to: target.origin() }.into());
+        return Err(Astray { from: from.origin(), to: target.origin(), why: "it is another host" }.into());
     }
     Ok(url)
 }

@@ -16,6 +16,7 @@ use tempfile::NamedTempFile;
 use self::identity::{Clues, Given};
 use super::{Place, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
+use crate::installation::keyring::Offer;
 use crate::lock;
 use crate::package::pack::Tree;
 use crate::package::sign::Signer;
@@ -221,6 +222,10 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         let wanted = archive::manager_path(release.os);
         if contents.manager.as_deref() != Some(wanted) {
             bail!("it has no {wanted}, which a package of the manager for {} must have", release.os);
+        }
+        if let Source::Directory(path) = &source {
+            // Hosts would refuse the whole package for a key that is none.
+            Offer::read(path, &release.version)?;
         }
     } else {
         contents.check_runnable(release.os)?;

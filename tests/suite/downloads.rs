@@ -233,7 +233,7 @@ impl Attacked {
             let said = |event: &Value| event["message"].as_str().is_some_and(|said| said.contains(words[0]));
             events
                 .iter()
-                .any(|event| event["version"] == version && event["outcome"] == "failed" && said(event))
+                .any(|event| event["version"] == version && event["outcome"] != "ok" && said(event))
                 .then_some(())
         });
     }

@@ -85,13 +85,15 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
     signed_by(&gateway, &next, &by_new).expect_success();
     let refused = install("2.0.0", 1);
     assert!(refused.stderr.contains("not trusted here") && refused.stderr.contains("nothing was changed"), "{refused}");
-    // A package that would leave no key is refused whole, and one that contradicts itself.
+    // A package that would leave no key is refused whole; one that contradicts itself cannot even be published.
     signed_by(&gateway, &gateway, &manager("1.1.0", &[], &[&old])).expect_success();
-    signed_by(&gateway, &gateway, &manager("1.2.0", &[&new], &[&new])).expect_success();
-    for (version, words) in [("1.1.0", "revokes every key"), ("1.2.0", "both brings and revokes")] {
-        let refused = install(version, 1);
-        assert!(refused.stderr.contains(words) && refused.stderr.contains("nothing was changed"), "{refused}");
-    }
+    let refused = install("1.1.0", 1);
+    assert!(
+        refused.stderr.contains("revokes every key") && refused.stderr.contains("nothing was changed"),
+        "{refused}"
+    );
+    let refused = signed_by(&gateway, &gateway, &manager("1.2.0", &[&new], &[&new]));
+    assert!(!refused.success() && refused.stderr.contains("both brings and revokes"), "{refused}");
 
     signed_by(&gateway, &gateway, &manager("1.3.0", &[&new], &[])).expect_success();
     let brought = install("1.3.0", 0);
@@ -146,4 +148,35 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
         events.iter().filter(is_it).any(|event| event["message"].to_string().contains("was revoked")).then_some(())
     });
     assert_ne!(host.wait_for_agent("native"), pid);
+}
+
+#[test]
+fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_said() {
+    let gateway = Gateway::with(&[], &[]);
+    let key = gateway.path("keys/aops.pub").display().to_string();
+    let installed = |host: &TestHost, more: &[&str], roots: Option<&Path>| {
+        let mut command = host.command(&aops());
+        command.args(["install", "--service", "none", "--agent-id", "1", "--trusted-key", &key]).args(more);
+        command.args(["--endpoint", gateway.url(), "--home"]).arg(host.home());
+        if let Some(roots) = roots {
+            command.env("SSL_CERT_FILE", roots);
+        }
+        command::run(&mut command, LIMIT)
+    };
+    let host = TestHost::new();
+    let refused = installed(&host, &[], None).expect_code(1);
+    assert!(refused.stderr.contains("nobody that this host trusts") && !host.home().exists(), "{refused}");
+    // What an administrator has put among the system's roots.
+    installed(&host, &[], Some(&gateway.path("tls/cert.pem"))).expect_code(0);
+    host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
+
+    let host = TestHost::new();
+    let warned = installed(&host, &["--insecure"], None).expect_code(0);
+    assert!(warned.stderr.contains("not checked (--insecure)"), "{warned}");
+    host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
+    let log = fs::read_to_string(host.home().join("log/spm.log")).expect("it is there");
+    assert!(log.contains("certificates are not checked"), "{log}");
+    // Again, and it is said again.
+    let again = host.install(&[]).expect_code(0);
+    assert!(again.stderr.contains("not checked (--insecure)"), "{again}");
 }
