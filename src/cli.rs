@@ -286,6 +286,9 @@ fn print_version(verbose: bool) -> Result<ExitCode> {
         if home.keys().is_dir() {
             keys("etc/keys", &package::Keys::load(&home.keys())?);
         }
+        if let Ok(ring) = installation::keyring::Keyring::load(&home) {
+            ring.described().for_each(|line| println!("{line}"));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

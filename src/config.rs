@@ -10,8 +10,9 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 
+use crate::core::model::AgentId;
 use crate::core::units::{Size, Span};
-use crate::endpoint::{Endpoint, Fingerprint, Trust};
+use crate::endpoint::{Client, Endpoint, Exception, Fingerprint, Proxies, ProxyUrl, Timeouts, Trust};
 use crate::home::Home;
 use crate::{platform, store};
 
@@ -41,8 +42,15 @@ pub struct Config {
     pub spm_max_mem: Size,
     /// Resident memory of the watchdog above which the manager restarts it.
     pub spa_max_mem: Size,
-    /// The time that the download of one package may take.
+    /// The time that the download of one package may take, all its tries together.
     pub download_timeout: Span,
+    /// For so long nothing may come of a download.
+    pub download_stall: Span,
+    /// What all downloads together may bring in a second; `None`: as much as they can.
+    pub download_rate: Option<Size>,
+    pub proxy: ProxyChoice,
+    /// What is reached without a proxy; `None`: what the environment lists.
+    pub no_proxy: Option<Vec<Exception>>,
     pub certificate: Certificate,
     /// The product named by the operator; `None`: found by its markers.
     pub product: Option<String>,
@@ -66,6 +74,17 @@ pub enum Certificate {
     Unchecked,
 }
 
+/// Through which proxy the gateway and other hosts are reached.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum ProxyChoice {
+    /// As the environment says.
+    #[default]
+    Environment,
+    /// `none`: through no proxy, whatever the environment says.
+    None,
+    Proxy(ProxyUrl),
+}
+
 impl Default for Config {
     fn default() -> Config {
         Config {
@@ -74,6 +93,10 @@ impl Default for Config {
             spm_max_mem: Size(64 << 20),
             spa_max_mem: Size(32 << 20),
             download_timeout: Span(Duration::from_secs(600)),
+            download_stall: Span(Duration::from_secs(30)),
+            download_rate: None,
+            proxy: ProxyChoice::Environment,
+            no_proxy: None,
             certificate: Certificate::System,
             product: None,
             log_max_size: Size(8 << 20),
@@ -170,6 +193,42 @@ impl Config {
             Certificate::Pinned(pins) => Trust::Pin(pins.clone()),
             Certificate::FirstContact => Trust::FirstContact { pins: home.state_file(PINS) },
             Certificate::Unchecked => Trust::Insecure,
+        }
+    }
+}
+
+impl Config {
+    /// Which proxies are used; `variable` is the environment's.
+    pub fn proxies(&self, variable: impl Fn(&str) -> Option<String>) -> Proxies {
+        let proxies = match &self.proxy {
+            ProxyChoice::Environment => Proxies::of_environment(variable),
+            ProxyChoice::None => Proxies::default(),
+            ProxyChoice::Proxy(proxy) => {
+                let listed = Proxies::of_environment(variable);
+                Proxies::chosen(proxy, listed.exceptions())
+            }
+        };
+        match &self.no_proxy {
+            Some(except) => proxies.with_exceptions(except),
+            None => proxies,
+        }
+    }
+
+    /// A client for one of the ways out of this host, which all go by the same trust and the same proxies.
+    pub fn client(&self, trust: &Trust, agent_id: &AgentId, timeouts: Timeouts) -> Result<Client> {
+        Client::through(&self.proxies(|name| std::env::var(name).ok()), trust, Some(agent_id), timeouts)
+    }
+
+    /// How long is waited for what in a download.
+    pub fn download_timeouts(&self) -> Timeouts {
+        Timeouts::download(self.download_stall.0)
+    }
+
+    /// Who may read the settings file: nobody else where there is a password in it.
+    pub fn access(&self) -> store::Access {
+        match &self.proxy {
+            ProxyChoice::Proxy(proxy) if proxy.has_secret() => store::Access::Private,
+            _ => store::Access::Public,
         }
     }
 }

@@ -4,6 +4,7 @@
 //! which `cargo xtask tidy` checks.
 
 pub mod desired;
+pub mod env;
 #[cfg(feature = "gateway")]
 pub mod fleet;
 #[cfg(feature = "gateway")]
@@ -11,6 +12,7 @@ pub mod glob;
 pub mod health;
 pub mod manifest;
 pub mod model;
+pub mod pace;
 pub mod protocol;
 pub mod reconcile;
 pub mod schedule;

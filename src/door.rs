@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::core::model::AgentName;
 use crate::core::status::Status;
 use crate::home::Home;
-use crate::platform::{self, LocalConnection, LocalListener, LocalStream};
+use crate::platform::{self, Caller, LocalConnection, LocalListener, LocalStream};
 use crate::role::Role;
 
 /// A request is refused beyond this.
@@ -26,6 +26,8 @@ const MAX_REPLY_BYTES: u64 = 16 << 20;
 const ANSWER: Duration = Duration::from_secs(5);
 /// Between two looks at a manager that is coming up.
 const LOOK: Duration = Duration::from_millis(50);
+/// One who may not come in gets so long to hear why.
+const REFUSAL: Duration = Duration::from_secs(1);
 /// So many may hold the door open at the same time.
 const MAX_CONNECTIONS: usize = 64;
 
@@ -86,6 +88,10 @@ pub enum Farewell {
 #[derive(Debug)]
 pub enum Knock {
     Asked(Request, oneshot::Sender<Reply>),
+    /// Somebody came who may not, and was turned away.
+    Stranger {
+        why: String,
+    },
     /// The other role's connection ended: it is dead, or has left.
     PeerGone {
         role: Role,
@@ -103,7 +109,16 @@ pub async fn serve(
     loop {
         let Ok(seat) = seats.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok(stream) => {
+            Ok(Caller::Stranger { stream, who, whose }) => {
+                let why = format!("cannot let {who} in at the control socket: it is for {whose}");
+                // Somebody who knocks again and again must hold up nobody; the log hears of him from the manager.
+                let _ = knocks.try_send(Knock::Stranger { why: why.clone() });
+                tokio::spawn(async move {
+                    let _seat = seat;
+                    let _ = tokio::time::timeout(REFUSAL, turn_away(stream, &why)).await;
+                });
+            }
+            Ok(Caller::Welcome(stream)) => {
                 let (knocks, farewell) = (knocks.clone(), farewell.clone());
                 tokio::spawn(async move {
                     let _seat = seat;
@@ -118,6 +133,12 @@ pub async fn serve(
             }
         }
     }
+}
+
+/// Says why he is not heard. Nothing that he says is read.
+async fn turn_away(mut stream: LocalStream, why: &str) -> Result<()> {
+    stream.write_all(&as_line(&Reply::failed(why))?).await?;
+    Ok(stream.shutdown().await?)
 }
 
 async fn converse(
@@ -234,7 +255,13 @@ impl Door {
 
     /// Asks and waits for the reply.
     pub fn ask(&mut self, request: &Request) -> Result<Reply> {
-        self.send(request)?;
+        if let Err(error) = self.send(request) {
+            // One who is turned away is told why before he has asked.
+            return match self.hear() {
+                Ok(Heard::Reply(reply)) => Ok(*reply),
+                _ => Err(error),
+            };
+        }
         match self.hear()? {
             Heard::Reply(reply) => Ok(*reply),
             Heard::Silence => bail!("the manager does not answer in time"),

@@ -5,6 +5,8 @@
 //! certificates are accepted, and [`Client`] is the only way that this program speaks HTTP.
 
 mod client;
+mod pace;
+mod proxy;
 mod tls;
 mod trust;
 
@@ -15,9 +17,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use ureq::http::Uri;
 
-pub use client::{Client, Reply, Timeouts};
+pub use client::{Asker, Astray, Client, Reply, Timeouts, may_pass};
+pub use proxy::{Exception, Proxies, ProxyUrl};
 pub use tls::with_anyone;
-pub use trust::Trust;
+pub use trust::{Distrust, Trust};
 
 /// An address longer than this is refused.
 const MAX_ADDRESS_BYTES: usize = 2048;
@@ -66,12 +69,22 @@ pub struct BadEndpoint {
 
 impl fmt::Display for BadEndpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown: String = self.got.chars().take(120).collect();
+        let shown: String = without_user(&self.got).chars().take(120).collect();
         write!(f, "cannot take {shown:?} as an endpoint: {}; it looks like https://gateway.example:8888", self.why)
     }
 }
 
 impl std::error::Error for BadEndpoint {}
+
+/// An address without the user and the password in it.
+fn without_user(address: &str) -> String {
+    let (scheme, rest) = address.split_once("://").unwrap_or(("", address));
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    match authority.rfind('@') {
+        Some(at) => format!("{scheme}{}...{}", if scheme.is_empty() { "" } else { "://" }, &rest[at..]),
+        None => address.to_owned(),
+    }
+}
 
 impl Endpoint {
     /// `https://host:port`, always with the port: what certificates are remembered by and the agent id is meant for.

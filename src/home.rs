@@ -5,7 +5,7 @@
 //!        bin/aops-spm, aops-spa, aops-agent-service -> aops        control -> bin/aops
 //!        etc/conf.toml               the operator's settings
 //!        etc/agent-id                the identity given at install
-//!        etc/keys/*.pub              trusted minisign public keys
+//!        etc/keys/*.pub              trusted minisign public keys; those that packages brought are in state/keys.json
 //!        agents/<name>/<version>/    an unpacked release; `.complete` is written last and removed first
 //!        agents/<name>/current       names the active version
 //!        staging/  state/  cache/  run/  log/
@@ -158,8 +158,9 @@ impl Home {
             (self.cache(), 0o700),
             (self.run(), 0o700),
             (self.process_records(), 0o700),
-            (self.log(), 0o755),
-            (self.agent_logs(), 0o755),
+            // What a sub-agent prints may be anything that it was told.
+            (self.log(), 0o700),
+            (self.agent_logs(), 0o700),
         ]
     }
 }

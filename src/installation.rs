@@ -1,6 +1,9 @@
 //! What an installation knows of itself: who it is, which release of the manager is in place, and what `install` did on the host
 //! outside the home, so that `uninstall` can take exactly that back.
 
+pub mod guard;
+pub mod keyring;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

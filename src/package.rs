@@ -1,12 +1,11 @@
 //! Packages: the only way in which bytes from the network become something that may run.
 //!
 //! [`fetch`] does the whole of it: signature, download, verification, unpacking. What it answers, a [`VerifiedTree`], has no public
-//! constructor, so that skipping the verification does not compile. The archive is verified and unpacked through one open file: nothing
-//! can be put in its place in between.
+//! constructor, so that skipping the verification does not compile. The archive is verified as it comes and unpacked from the same open
+//! file, which is nobody else's to write: nothing can be put in its place in between.
 //!
 //! ```text
-//! cache/<file>.part, .part.etag   being downloaded, resumed by the next try
-//! cache/<file>                    whole; removed once unpacked
+//! cache/<file>.part, .part.etag   being downloaded, gone on with by the next try or the next run; removed once unpacked
 //! staging/<unique>/               being unpacked; swept by the next start
 //! <final>/  <final>/.complete     moved into place by one rename; `.complete` is written last and removed first
 //! ```
@@ -15,25 +14,37 @@ mod fetch;
 pub mod keys;
 #[cfg(feature = "gateway")]
 pub mod pack;
+mod part;
+mod refused;
 #[cfg(feature = "gateway")]
 pub mod sign;
+mod space;
 pub mod trailer;
 mod unpack;
 mod verify;
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::core::model::{Binding, Digest, Packing, Release};
+use crate::core::pace::Throttle;
 use crate::endpoint::{Client, Endpoint};
 use crate::home::COMPLETE;
 use crate::store::{self, Access};
 
+use fetch::{Failure, Source};
+use part::Part;
+use space::Space;
+
 pub use keys::Keys;
+pub use refused::{Refused, is_refusal};
 pub use unpack::Limits;
 
 /// What a package's signature file is called, after the package's own name.
@@ -43,8 +54,13 @@ pub const MAX_SIGNATURE_BYTES: u64 = 4 << 10;
 
 /// Half a download that nobody came back for.
 const MAX_PART_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
-/// What downloads, half and whole, may take on the disk between two runs.
-const MAX_CACHE_BYTES: u64 = 2 << 30;
+/// A package whose size nobody told is given up beyond this, and one that is told to be larger is not begun.
+const MAX_PACKAGE_BYTES: u64 = 4 << 30;
+/// What downloads that nobody is at may take on the disk: as much as the largest package, so that it can be gone on with too.
+const MAX_CACHE_BYTES: u64 = MAX_PACKAGE_BYTES;
+
+/// What came damaged is fetched again so often.
+const REFETCHES: u32 = 1;
 
 /// A release to be had, and what is known about its package.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +83,11 @@ impl Wanted {
         Wanted { release, tarball: None, file: None, sha256: None, size: None, least_epoch: 0 }
     }
 
+    /// What the package's file is called.
+    pub fn file_name(&self) -> Option<String> {
+        self.file().ok().map(|(file, _)| file)
+    }
+
     /// The package's file name, which can only be one of this release's, and how it is packed.
     fn file(&self) -> Result<(String, Packing)> {
         let Some(file) = &self.file else { return Ok((self.release.file_name(Packing::TarZst), Packing::TarZst)) };
@@ -76,7 +97,8 @@ impl Wanted {
                 self.release,
                 self.release.file_name(Packing::TarZst)
             )
-        })?;
+        });
+        let packing = packing.context(Refused)?;
         Ok((file.clone(), packing))
     }
 }
@@ -88,42 +110,163 @@ pub struct Places {
     pub staging: PathBuf,
 }
 
-/// Brings a release onto this host: downloads its package from the first endpoint that has it, verifies and unpacks it.
-///
-/// `progress` is told how many bytes are there, and of how many.
-pub fn fetch(
-    client: &Client,
-    endpoints: &[Endpoint],
-    wanted: &Wanted,
-    keys: &Keys,
-    places: &Places,
-    progress: &mut dyn FnMut(u64, Option<u64>),
-) -> Result<VerifiedTree> {
-    let mut attempt = || -> Result<VerifiedTree> {
-        keys.ensure_some()?;
-        let (file, packing) = wanted.file()?;
-        for place in [&places.cache, &places.staging] {
-            fs::create_dir_all(place).with_context(|| format!("cannot make {}", place.display()))?;
+/// What all fetches of a process share: the disk, and the rate of their downloads.
+#[derive(Debug, Default)]
+pub struct Commons {
+    space: Space,
+    throttle: Mutex<Option<Throttle>>,
+}
+
+impl Commons {
+    /// From now on they bring at most so many bytes a second, all together; `None`: as many as they can.
+    pub fn limit(&self, per_second: Option<u64>) {
+        let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
+        if throttle.as_ref().map(Throttle::per_second) != per_second {
+            *throttle = per_second.map(Throttle::new);
         }
-        let sources = fetch::sources(endpoints, wanted.tarball.as_deref())?;
-        let mut failures = Vec::new();
-        for source in &sources {
-            let tree = fetch::signature(client, source, &file).and_then(|signature| {
-                let examined = verify::examine(&signature, keys, wanted)?;
-                let archive = fetch::archive(client, source, &file, wanted, places, progress)?;
-                let tree = open(&archive, packing, examined, wanted, keys, &places.staging);
-                // Whole and unpacked, it is no longer needed; refused, it must not be taken for good the next time.
-                store::remove(&archive)?;
-                tree
-            });
-            match tree {
+    }
+
+    /// So many bytes came; how long to wait for the next.
+    fn take(&self, bytes: u64) -> Duration {
+        let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
+        throttle.as_mut().map_or(Duration::ZERO, |throttle| throttle.take(bytes, Instant::now()))
+    }
+}
+
+/// By what packages are fetched.
+#[derive(Debug, Clone, Copy)]
+pub struct Means<'a> {
+    pub client: &'a Client,
+    /// Asked in order, after the place that a release names itself.
+    pub endpoints: &'a [Endpoint],
+    pub keys: &'a Keys,
+    pub places: &'a Places,
+    pub commons: &'a Commons,
+    /// For the download of one package, all tries together. What came until then is kept for the next fetch.
+    pub within: Duration,
+}
+
+/// Is told how many bytes are there, and of how many; `false`: the package is not wanted any more.
+pub type Progress<'a> = dyn FnMut(u64, Option<u64>) -> bool + 'a;
+
+/// No source could give a package now. [`std::fmt::Display`] names what was wrong with each.
+#[derive(Debug)]
+pub struct Unavailable {
+    why: String,
+    /// They asked to be left alone for so long.
+    pub retry_after: Option<Duration>,
+    /// What one of them gave was refused, or who it is was not trusted.
+    refused: bool,
+}
+
+impl std::fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.why)
+    }
+}
+
+impl std::error::Error for Unavailable {}
+
+/// Brings a release onto this host: downloads its package from the first source that has it, verifies and unpacks it.
+///
+/// Fails with an [`Unavailable`] where it is the sources that failed.
+pub fn fetch(means: &Means<'_>, wanted: &Wanted, progress: &mut Progress<'_>) -> Result<VerifiedTree> {
+    let mut attempt = || -> Result<VerifiedTree> {
+        means.keys.ensure_some()?;
+        let (file, packing) = wanted.file()?;
+        let places = means.places;
+        for place in [&places.cache, &places.staging] {
+            make_private(place)?;
+        }
+        trim(&places.cache, |_| true)?;
+        let until = Instant::now() + means.within;
+        let (sources, unusable) = fetch::sources(means.endpoints, wanted.tarball.as_deref())?;
+        let mut failures: Vec<String> = unusable.iter().map(|error| format!("{error:#}")).collect();
+        let mut queue: VecDeque<&Source> = sources.iter().collect();
+        let (mut retry_after, mut refused, mut damages, mut again) = (None, false, 0, None);
+        // One that was damaged is fetched once more: from the next source, else from the same one.
+        while let Some(source) = queue.pop_front().or_else(|| again.take()) {
+            match from(source, &file, packing, wanted, means, until, progress) {
                 Ok(tree) => return Ok(tree),
-                Err(error) => failures.push(error),
+                Err(Failure::Host(error)) => return Err(error),
+                Err(Failure::Source { error, retry_after: asked }) => {
+                    retry_after = retry_after.max(asked);
+                    refused |= is_refusal(&error);
+                    failures.push(format!("{error:#}"));
+                }
+                Err(Failure::Damaged(error)) => {
+                    refused |= is_refusal(&error);
+                    failures.push(format!("{error:#}"));
+                    damages += 1;
+                    if damages > REFETCHES {
+                        break;
+                    }
+                    tracing::warn!(file, error = format!("{error:#}"), "a package came damaged and is fetched again");
+                    again = Some(source);
+                }
             }
         }
-        Err(fetch::all_failed(failures))
+        failures.dedup();
+        Err(anyhow!(Unavailable { why: all_failed(failures), retry_after, refused }))
     };
     attempt().with_context(|| format!("cannot fetch {}", wanted.release))
+}
+
+/// One error out of what each source failed with.
+fn all_failed(mut failures: Vec<String>) -> String {
+    match failures.len() {
+        1 => failures.remove(0),
+        sources => format!("none of {sources} sources could serve it: {}", failures.join("; ")),
+    }
+}
+
+/// From one source.
+fn from(
+    source: &Source,
+    file: &str,
+    packing: Packing,
+    wanted: &Wanted,
+    means: &Means<'_>,
+    until: Instant,
+    progress: &mut Progress<'_>,
+) -> Result<VerifiedTree, Failure> {
+    let signature = fetch::signature(means, source, file, until)?;
+    let examined = verify::examine(&signature, means.keys, wanted).map_err(Failure::source)?;
+    let most = wanted.size.unwrap_or(MAX_PACKAGE_BYTES);
+    let mut part = Part::open(&means.places.cache, file, most, &examined, means.keys).map_err(Failure::Host)?;
+    let (mut claim, began, had) = (None, Instant::now(), part.have());
+    let download = fetch::Download { means, source, file, wanted, until };
+    if let Err(failure) = fetch::archive(&download, &mut part, &mut claim, progress) {
+        part.leave();
+        return Err(failure);
+    }
+    let (came, took) = (part.have() - had, began.elapsed());
+    tracing::info!(file, bytes = part.have(), came, milliseconds = took.as_millis() as u64, "a package is downloaded");
+    let (mut archive, verification, path) = part.whole();
+    let of_source = |error: anyhow::Error| error.context(format!("cannot take what {source} sent"));
+    let verified = verification.finish().map_err(|error| Failure::Damaged(of_source(error)));
+    let verified =
+        verified.and_then(|signed| signed.compared(wanted).map_err(|error| Failure::source(of_source(error))));
+    let tree = verified.and_then(|verified| {
+        unpacked(&mut archive, packing, verified, wanted, &means.places.staging).map_err(Failure::Host)
+    });
+    // Unpacked, it is no longer needed; refused, it must not be taken for good the next time. Its lock goes last.
+    let removed = part::remove(&path).map_err(Failure::Host);
+    drop(archive);
+    let tree = tree?;
+    removed.map(|()| tree)
+}
+
+/// Makes a directory that is its owner's alone, where it is missing.
+fn make_private(directory: &Path) -> Result<()> {
+    let attempt = || {
+        if directory.is_dir() {
+            return Ok(());
+        }
+        fs::create_dir_all(directory)?;
+        crate::platform::set_mode(directory, 0o700)
+    };
+    attempt().with_context(|| format!("cannot make {}", directory.display()))
 }
 
 /// As [`fetch`], from a file of this host with its signature beside it. The file may have any name that says how it is packed.
@@ -134,9 +277,18 @@ pub fn open_local(file: &Path, wanted: &Wanted, keys: &Keys, staging: &Path) -> 
         let packing = Packing::ALL.iter().copied().find(|packing| name.ends_with(&format!(".{packing}")));
         let packing = packing.context("its name ends neither in .tar.zst nor in .tar.gz nor in .zip")?;
         fs::create_dir_all(staging).with_context(|| format!("cannot make {}", staging.display()))?;
-        fetch::ensure_space(staging, fs::metadata(file)?.len().saturating_mul(fetch::SPACE_PER_PACKAGE))?;
+        let size = fs::metadata(file)?.len();
+        Space::default().claim(staging, size.saturating_mul(fetch::SPACE_PER_PACKAGE), Instant::now()).map(drop)?;
         let examined = verify::examine(&local_signature(file)?, keys, wanted)?;
-        open(file, packing, examined, wanted, keys, staging)
+        // Others may be able to write the file that was given: what is verified and unpacked is a copy that has no name.
+        let mut copy =
+            tempfile::tempfile_in(staging).with_context(|| format!("cannot make a file in {}", staging.display()))?;
+        let mut verification = examined.begin(keys)?;
+        let mut given = File::open(file)?.take(size);
+        verify::read_through(&mut given, &mut verification, Some(&mut copy))
+            .with_context(|| format!("cannot copy it into {}", staging.display()))?;
+        let verified = verification.finish()?.compared(wanted)?;
+        unpacked(&mut copy, packing, verified, wanted, staging)
     };
     attempt().with_context(|| format!("cannot use the package {}", file.display()))
 }
@@ -157,18 +309,16 @@ fn local_signature(file: &Path) -> Result<String> {
     String::from_utf8(bytes).with_context(|| format!("{} is not a signature file", path.display()))
 }
 
-/// Verifies and unpacks through one open file.
-fn open(
-    archive: &Path,
+/// Unpacks what was verified: `archive` is the file that it was verified through, and nobody else's to write.
+fn unpacked(
+    archive: &mut File,
     packing: Packing,
-    signature: verify::Examined,
+    verified: verify::Verified,
     wanted: &Wanted,
-    keys: &Keys,
     staging: &Path,
 ) -> Result<VerifiedTree> {
-    let mut opened = File::open(archive)?;
-    let verified = verify::verify(&mut opened, signature, keys, wanted)?;
-    let path = unpack::unpack(&mut opened, packing, staging, &Limits::default())?;
+    archive.rewind()?;
+    let path = unpack::unpack(archive, packing, staging, &Limits::default()).map_err(refused::by_content)?;
     let file = wanted.release.file_name(packing);
     Ok(VerifiedTree { path, file, binding: verified.binding, sha256: verified.sha256 })
 }
@@ -251,19 +401,27 @@ pub fn sweep(places: &Places) -> Result<()> {
         let path = entry.path();
         if entry.file_type()?.is_dir() { store::remove_tree(&path)? } else { store::remove(&path)? }
     }
+    trim(&places.cache, |_| true)
+}
+
+/// Removes downloads of files that are not wanted, or that nobody came back for, and the oldest of the rest beyond the cache's cap; none
+/// that is under way.
+pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     let mut kept = Vec::new();
-    for entry in entries(&places.cache)? {
-        let metadata = entry.metadata()?;
-        if !metadata.is_file() {
+    for entry in entries(cache)? {
+        let path = entry.path();
+        // One that was done meanwhile is gone.
+        let Ok(metadata) = entry.metadata() else { continue };
+        if !metadata.is_file() || part::is_in_use(&path) {
             continue;
         }
         // A clock that was set back makes a file young, not an error.
         let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
         let age = SystemTime::now().duration_since(modified).unwrap_or_default();
-        if age > MAX_PART_AGE {
-            store::remove(&entry.path())?;
+        if age > MAX_PART_AGE || !part::package_of(&path).is_some_and(&is_wanted) {
+            store::remove(&path)?;
         } else {
-            kept.push((modified, metadata.len(), entry.path()));
+            kept.push((modified, metadata.len(), path));
         }
     }
     for path in beyond_cap(kept, MAX_CACHE_BYTES) {

@@ -34,6 +34,32 @@ pub struct Launch {
     pub group: Option<Group>,
 }
 
+/// Who has come to the local door.
+#[derive(Debug)]
+pub enum Caller {
+    /// One who may command the home.
+    Welcome(LocalStream),
+    /// One who may not.
+    #[cfg_attr(windows, allow(dead_code, reason = "the access list of a pipe keeps them out"))]
+    Stranger {
+        stream: LocalStream,
+        who: String,
+        /// Who may.
+        whose: String,
+    },
+}
+
+/// What is to lie at a path that is relied on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expected {
+    /// That nobody else can write.
+    Directory,
+    /// Whoever it belongs to.
+    DirectoryOfAny,
+    /// That nobody else can write.
+    File,
+}
+
 /// One process as it was seen. Zombies are not seen: they run nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {

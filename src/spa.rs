@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::core::watch::{Lasting, Next, PING, Pings, Revival};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
+use crate::installation::keyring;
 use crate::platform::{self, LocalConnection};
 use crate::role::{self, Role, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
@@ -354,9 +355,12 @@ impl Watchdog<'_> {
                 }
             }
         }
-        let keys = std::fs::read_dir(self.home.keys()).map(|keys| keys.count()).unwrap_or(0);
-        if keys == 0 {
-            tracing::error!("no trusted key is left in etc/keys; no release can be installed until one is put there");
+        match keyring::trusted(self.home) {
+            Ok(keys) if keys.is_empty() => {
+                tracing::error!("no trusted key is left; no release can be installed until one is put into etc/keys")
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!(error = format!("{error:#}"), "no release can be installed"),
         }
         let Ok(loaded) = Config::load(self.home) else { return Ok(()) };
         let own = platform::memory_bytes(std::process::id()).unwrap_or(0);

@@ -81,7 +81,7 @@ enum Input {
     Staged {
         name: AgentName,
         version: Version,
-        result: Result<(), String>,
+        result: Result<(), stage::Refusal>,
     },
     Heartbeat(heartbeats::Outcome),
     /// What the service manager says of the unit of a watchdog that is gone.

@@ -3,23 +3,33 @@
 //! One exchange with one endpoint each. When to send, to whom next and how long to wait after a failure is the caller's to decide.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::core::model::{AgentName, Arch, Os};
 use crate::core::protocol::{Answer, HEARTBEAT_PATH, Heartbeat, Offer, RELEASES_PATH};
-use crate::endpoint::{Client, Endpoint};
+use crate::endpoint::{Client, Distrust, Endpoint};
 
 /// A desired state is refused beyond this: a thousand sub-agents with a screenful of environment each.
 const MAX_ANSWER_BYTES: u64 = 4 << 20;
 const MAX_OFFER_BYTES: u64 = 64 << 10;
+
+/// What came of a heartbeat.
+#[derive(Debug)]
+pub struct Answered {
+    pub answer: Answer,
+    /// Seconds by which this host's clock is ahead of the gateway's, where that said what it is.
+    pub clock_offset: Option<i64>,
+}
 
 /// Why a heartbeat failed, and when the gateway wants to hear of this host again if it said so.
 #[derive(Debug)]
 pub struct Refusal {
     pub error: anyhow::Error,
     pub retry_after: Option<Duration>,
+    /// Somebody answered who is not believed: by his certificate, or by what he says.
+    pub is_distrust: bool,
 }
 
 impl fmt::Display for Refusal {
@@ -32,18 +42,21 @@ impl std::error::Error for Refusal {}
 
 impl From<anyhow::Error> for Refusal {
     fn from(error: anyhow::Error) -> Refusal {
-        Refusal { error, retry_after: None }
+        let is_distrust = error.is::<Distrust>();
+        Refusal { error, retry_after: None, is_distrust }
     }
 }
 
 /// Reports the actual state; the answer is for this host, or it is refused.
-pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Result<Answer, Refusal> {
+pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Result<Answered, Refusal> {
     let what = || format!("cannot send a heartbeat to {endpoint}");
     let json = serde_json::to_vec(heartbeat).with_context(what)?;
+    let asked = SystemTime::now();
     let reply = client.post_json(endpoint, HEARTBEAT_PATH, &json).with_context(what)?;
+    let clock_offset = reply.date().and_then(|date| clock_offset(asked, SystemTime::now(), date));
     if reply.status() != 200 {
         let retry_after = reply.retry_after();
-        return Err(Refusal { error: reply.refused().context(what()), retry_after });
+        return Err(Refusal { error: reply.refused().context(what()), retry_after, is_distrust: false });
     }
     let answer: Answer = serde_json::from_slice(&reply.bytes(MAX_ANSWER_BYTES).with_context(what)?)
         .with_context(|| format!("cannot understand the answer of {endpoint} to a heartbeat"))?;
@@ -53,9 +66,20 @@ pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Resu
             answer.agent_id,
             heartbeat.agent_id
         );
-        return Err(error.into());
+        return Err(Refusal { error, retry_after: None, is_distrust: true });
     }
-    Ok(answer)
+    Ok(Answered { answer, clock_offset })
+}
+
+/// Seconds by which our clock is ahead of one that said `theirs`, in whole seconds, at some moment between our `asked` and `heard`.
+fn clock_offset(asked: SystemTime, heard: SystemTime, theirs: SystemTime) -> Option<i64> {
+    let ours = asked + heard.duration_since(asked).unwrap_or_default() / 2;
+    let theirs = theirs.checked_add(Duration::from_millis(500))?;
+    let (ahead, apart) = match ours.duration_since(theirs) {
+        Ok(apart) => (1, apart),
+        Err(behind) => (-1, behind.duration()),
+    };
+    Some(ahead * i64::try_from((apart + Duration::from_millis(500)).as_secs()).ok()?)
 }
 
 /// The release of `name` that the gateway offers now; `None` where it has none for this os and arch.
@@ -86,8 +110,8 @@ pub fn current_release(
 mod tests {
     use super::*;
     use crate::core::protocol::ManagerReport;
-    use crate::endpoint::testing::{Server, Told};
-    use crate::endpoint::{Timeouts, Trust};
+    use crate::endpoint::testing::{Server, Told, self_signed};
+    use crate::endpoint::{Fingerprint, Timeouts, Trust};
 
     fn client() -> Client {
         Client::new(&Trust::Insecure, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
@@ -107,6 +131,7 @@ mod tests {
             sequence: 1,
             agents: Vec::new(),
             events: Vec::new(),
+            clock_offset_seconds: None,
         }
     }
 
@@ -118,7 +143,7 @@ mod tests {
             assert_eq!(serde_json::from_slice::<Heartbeat>(&asked.body).unwrap(), heartbeat());
             Told::ok(r#"{"agentId": "host-1", "generation": 7, "later": {"unknown": true}}"#)
         });
-        assert_eq!(send(&client(), &server.endpoint(), &heartbeat()).unwrap().generation, 7);
+        assert_eq!(send(&client(), &server.endpoint(), &heartbeat()).unwrap().answer.generation, 7);
     }
 
     #[test]
@@ -132,6 +157,7 @@ mod tests {
             let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
             assert!(refusal.to_string().contains(word), "{refusal}");
             assert_eq!(refusal.retry_after, None);
+            assert_eq!(refusal.is_distrust, word.contains("agent"));
         }
         let server = Server::plain(move |_| Told {
             headers: vec![("retry-after", "17".to_owned())],
@@ -141,6 +167,48 @@ mod tests {
         let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
         assert!(refusal.to_string().contains("answered 503: too many of you"), "{refusal}");
         assert_eq!(refusal.retry_after, Some(Duration::from_secs(17)));
+    }
+
+    #[test]
+    fn one_who_shows_another_certificate_is_not_believed() {
+        let identity = self_signed(&["127.0.0.1"], |_| {});
+        let server = Server::tls(&identity, |_| Told::ok(r#"{"agentId": "host-1"}"#));
+        let trusting = |pin| Client::new(&Trust::Pin(vec![pin]), None, Timeouts::exchange()).unwrap();
+        send(&trusting(Fingerprint::of(&identity.certificate)), &server.endpoint(), &heartbeat()).unwrap();
+        let refusal = send(&trusting(Fingerprint::of(b"other")), &server.endpoint(), &heartbeat()).unwrap_err();
+        assert!(refusal.is_distrust, "{refusal}");
+        drop(server);
+        let nobody = format!("https://{}", std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+        let refusal = send(&client(), &nobody.parse().unwrap(), &heartbeat()).unwrap_err();
+        assert!(!refusal.is_distrust, "{refusal}");
+    }
+
+    #[test]
+    fn the_clock_is_compared_with_the_gateways() {
+        let at = |millis: i64| {
+            SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_000_u64.saturating_add_signed(millis))
+        };
+        for (asked, heard, theirs, expected) in [
+            (0, 20, 0, 0),
+            // Who says 0 may mean anything up to a second later.
+            (900, 990, 0, 0),
+            (0, 4_000, 2_000, 0),
+            (3_600_000, 3_600_000, 0, 3_600),
+            (0, 0, 3_600_000, -3_600),
+            // A clock that was set back in between.
+            (5_000, 0, 0, 5),
+        ] {
+            let offset = clock_offset(at(asked), at(heard), at(theirs)).unwrap();
+            assert!((offset - expected).abs() <= 1, "{asked} {heard} {theirs}: {offset}");
+        }
+        let server = Server::plain(|_| Told {
+            headers: vec![("date", "Sun, 06 Nov 1994 08:49:37 GMT".to_owned())],
+            ..Told::ok(r#"{"agentId": "host-1"}"#)
+        });
+        let offset = send(&client(), &server.endpoint(), &heartbeat()).unwrap().clock_offset.unwrap();
+        assert!(offset > 30 * 365 * 86_400, "{offset}");
+        let silent = Server::plain(|_| Told::ok(r#"{"agentId": "host-1"}"#));
+        assert_eq!(send(&client(), &silent.endpoint(), &heartbeat()).unwrap().clock_offset, None);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use toml::Value;
 use toml::de::DeTable;
 
 use super::keys::KEYS;
-use super::{Certificate, Config};
+use super::{Certificate, Config, ProxyChoice};
 
 /// What a new installation begins with: every key explained, every default commented out.
 const TEMPLATE: &str = include_str!("../../assets/conf.toml");
@@ -61,6 +61,18 @@ fn literal(config: &Config, key: &str) -> Option<String> {
         "downloadTimeout" => {
             (config.download_timeout != default.download_timeout).then(|| text(config.download_timeout.to_string()))
         }
+        "downloadStall" => {
+            (config.download_stall != default.download_stall).then(|| text(config.download_stall.to_string()))
+        }
+        "downloadRate" => config.download_rate.map(|rate| text(format!("{rate}/s"))),
+        "proxy" => match &config.proxy {
+            ProxyChoice::Environment => None,
+            ProxyChoice::None => Some(text("none".to_owned())),
+            ProxyChoice::Proxy(proxy) => Some(text(proxy.with_secret().to_owned())),
+        },
+        "noProxy" => config.no_proxy.as_ref().map(|except| {
+            Value::Array(except.iter().map(|item| Value::String(item.to_string())).collect()).to_string()
+        }),
         "spmMaxMem" => (config.spm_max_mem != default.spm_max_mem).then(|| text(config.spm_max_mem.to_string())),
         "spaMaxMem" => (config.spa_max_mem != default.spa_max_mem).then(|| text(config.spa_max_mem.to_string())),
         "logMaxSize" => (config.log_max_size != default.log_max_size).then(|| text(config.log_max_size.to_string())),

@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail};
 use toml::de::{DeTable, DeValue};
 
-use super::{Certificate, Config, Parsed, Unknown};
+use super::{Certificate, Config, Parsed, ProxyChoice, Unknown};
 use crate::core::units::{Size, Span};
+use crate::endpoint::Exception;
 
 /// Every key there is, in the order of the template.
 pub(super) const KEYS: &[&str] = &[
@@ -16,6 +17,10 @@ pub(super) const KEYS: &[&str] = &[
     "spmMaxMem",
     "spaMaxMem",
     "downloadTimeout",
+    "downloadStall",
+    "downloadRate",
+    "proxy",
+    "noProxy",
     "caCert",
     "pin",
     "pinFirstContact",
@@ -26,6 +31,7 @@ pub(super) const KEYS: &[&str] = &[
 
 /// More endpoints or pins than anybody has are a mistake.
 const MAX_ITEMS: usize = 16;
+const MAX_EXCEPTIONS: usize = 256;
 
 /// A value as it was written, whatever the notation.
 #[derive(Debug, Clone, PartialEq)]
@@ -110,6 +116,23 @@ pub(super) fn set(config: &mut Config, key: &str, given: &Given) -> Result<(), E
         "downloadTimeout" => {
             config.download_timeout = span(given, Duration::from_secs(1), Duration::from_secs(86_400))?
         }
+        "downloadStall" => config.download_stall = span(given, Duration::from_secs(1), Duration::from_secs(600))?,
+        // Below that, downloads at once would each be so slow that they count as stalled.
+        "downloadRate" => config.download_rate = Some(rate(given, 64 << 10, 1 << 40)?),
+        "proxy" => {
+            let expected = "the address of a proxy, such as \"http://proxy.example:3128\" or \
+                            \"http://user:password@proxy.example:3128\", or \"none\"";
+            let written = text(given, expected)?;
+            config.proxy = match written.as_str() {
+                "none" => ProxyChoice::None,
+                address => ProxyChoice::Proxy(address.parse().map_err(|why| Expected(format!("{expected}; {why}")))?),
+            };
+        }
+        "noProxy" => {
+            let expected = "what is reached without the proxy, such as [\"gateway.example\", \".example\", \"10.0.0.0/8\", \
+                            \"gateway.example:8888\"], or \"*\"";
+            config.no_proxy = Some(exceptions(given, expected)?);
+        }
         // A role needs 3 MiB idle and about 10 while it unpacks: a lower limit would restart it for ever.
         "spmMaxMem" => config.spm_max_mem = size(given, 16 << 20, 1 << 40)?,
         "spaMaxMem" => config.spa_max_mem = size(given, 16 << 20, 1 << 40)?,
@@ -164,6 +187,37 @@ fn list<T: std::str::FromStr>(given: &Given, expected: &str) -> Result<Vec<T>, E
         Given::List(items) if (1..=MAX_ITEMS).contains(&items.len()) => items.iter().map(one).collect(),
         _ => Err(refused()),
     }
+}
+
+/// One text with several items between commas, or a list of them; none at all is allowed.
+fn exceptions(given: &Given, expected: &str) -> Result<Vec<Exception>, Expected> {
+    let refused = || Expected(expected.to_owned());
+    let items: Vec<&str> = match given {
+        Given::Text(text) => text.split([',', ' ']).filter(|item| !item.is_empty()).collect(),
+        Given::List(items) => items
+            .iter()
+            .map(|item| match item {
+                Given::Text(text) => Ok(text.as_str()),
+                _ => Err(refused()),
+            })
+            .collect::<Result<_, _>>()?,
+        _ => return Err(refused()),
+    };
+    if items.len() > MAX_EXCEPTIONS {
+        return Err(refused());
+    }
+    items.into_iter().map(|item| item.parse().map_err(|_| refused())).collect()
+}
+
+/// A size in a second.
+fn rate(given: &Given, least: u64, most: u64) -> Result<Size, Expected> {
+    let expected =
+        || Expected(format!("a size in a second such as \"10MiB/s\", from {}/s to {}/s", Size(least), Size(most)));
+    let read = match given {
+        Given::Text(text) => text.trim().strip_suffix("/s").and_then(Size::parse),
+        _ => None,
+    };
+    read.filter(|size| (least..=most).contains(&size.0)).ok_or_else(expected)
 }
 
 fn span(given: &Given, least: Duration, most: Duration) -> Result<Span, Expected> {

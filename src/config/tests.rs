@@ -61,6 +61,11 @@ fn an_error_names_the_line_the_key_and_what_is_expected() {
         (&format!("{srv}\nspmMaxMem = 1.5"), "line 2", &["spmMaxMem", "64MiB"]),
         (&format!("{srv}\ninsecure = \"yes\""), "line 2", &["insecure", "true or false"]),
         (&format!("{srv}\npin = \"12\""), "line 2", &["pin", "SHA-256"]),
+        (&format!("{srv}\ndownloadStall = \"11m\""), "line 2", &["downloadStall", "from 1s to 10m"]),
+        (&format!("{srv}\ndownloadRate = \"1KiB/s\""), "line 2", &["downloadRate", "from 64KiB/s"]),
+        (&format!("{srv}\ndownloadRate = 10"), "line 2", &["downloadRate", "10MiB/s"]),
+        (&format!("{srv}\nproxy = \"socks5://h:1\""), "line 2", &["proxy", "only http:// and https://"]),
+        (&format!("{srv}\nnoProxy = [\"10.0.0.0/99\"]"), "line 2", &["noProxy", "10.0.0.0/8"]),
         (&format!("{srv}\nproduct = "), "line 2", &[]),
         (&format!("{srv}\n{srv}"), "line 2", &["duplicate key"]),
     ] {
@@ -100,6 +105,10 @@ fn what_is_rendered_reads_back() {
         "heartbeatSrv = [\"https://a:1\", \"https://b:2\"]\nheartbeatInterval = 90\nspmMaxMem = 100\nspaMaxMem = 50",
     );
     all.download_timeout = Span(Duration::from_secs(5));
+    all.download_stall = Span(Duration::from_secs(7));
+    all.download_rate = Some(Size(10 << 20));
+    all.proxy = ProxyChoice::Proxy("http://user:p%40ss@proxy.example:3128".parse().unwrap());
+    all.no_proxy = Some(vec![".internal".parse().unwrap(), "10.0.0.0/8".parse().unwrap(), "a:5".parse().unwrap()]);
     all.product = Some("scp \"quoted\" \\".to_owned());
     all.log_max_size = Size(1 << 20);
     for certificate in [
@@ -122,7 +131,12 @@ fn the_template_shows_the_real_defaults() {
     let mut uncommented = String::new();
     for key in keys::KEYS {
         let shown = text.lines().find(|line| line.starts_with(&format!("#{key} = "))).expect(key);
-        if !["caCert", "pin"].contains(key) {
+        // Those have no default, but an example.
+        let example = ["caCert", "pin", "downloadRate", "proxy", "noProxy"].contains(key);
+        if example && *key != "caCert" && *key != "pin" {
+            config(&format!("heartbeatSrv = \"https://a:1\"\n{}", &shown[1..]));
+        }
+        if !example {
             uncommented.push_str(&format!("{}\n", &shown[1..]));
         }
     }
@@ -219,4 +233,33 @@ fn an_old_list_of_endpoints_and_nothing_at_all_are_read() {
     assert!(import::parse("heartbeatSrv: [").is_err());
     let nothing = tempfile::tempdir().unwrap();
     assert_eq!(import::read(nothing.path()).unwrap(), import::Imported::default());
+}
+
+#[test]
+fn the_settings_proxy_wins_over_the_environments_and_its_password_is_nobody_elses() {
+    let srv = "heartbeatSrv = \"https://a.example:1\"\n";
+    let environment = |name: &str| match name {
+        "HTTPS_PROXY" => Some("http://theirs:1".to_owned()),
+        "NO_PROXY" => Some("b.example".to_owned()),
+        _ => None,
+    };
+    let through = |text: &str, host: &str| {
+        let proxies = config(&format!("{srv}{text}")).proxies(environment);
+        proxies.of(&format!("https://{host}.example").parse().unwrap()).unwrap().map(ToString::to_string)
+    };
+    let (theirs, ours) = (Some("http://theirs:1".to_owned()), Some("http://ours:3".to_owned()));
+    assert_eq!((through("", "a"), through("", "b")), (theirs.clone(), None));
+    assert_eq!(through("proxy = \"none\"", "a"), None);
+    let chosen = "proxy = \"http://u:secret@ours:3\"\n";
+    assert_eq!((through(chosen, "a"), through(chosen, "b")), (ours.clone(), None));
+    let both = format!("{chosen}noProxy = \"a.example, c.example\"");
+    assert_eq!((through(&both, "a"), through(&both, "b"), through(&both, "c")), (None, ours, None));
+    assert_eq!((through("noProxy = []", "a"), through("noProxy = []", "b")), (theirs.clone(), theirs));
+
+    let settings = config(&format!("{srv}{chosen}"));
+    assert_eq!(settings.access(), store::Access::Private);
+    assert!(!format!("{settings:?}").contains("secret"), "{settings:?}");
+    assert_eq!(config(srv).access(), store::Access::Public);
+    let error = refusal(&format!("{srv}proxy = \"socks5://u:secret@h:1\""));
+    assert!(!error.contains("secret"), "{error}");
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 
 use crate::core::protocol::AgentState;
-use crate::core::status::{AgentStatus, HomeState, RoleStatus, Status};
+use crate::core::status::{AgentStatus, DownloadStatus, HomeState, RoleStatus, Status};
 
 pub(super) fn print(status: &Status, json: bool) -> Result<()> {
     if json {
@@ -43,6 +43,9 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
         println!("\n{}", table(&status.agents));
         // Below it, not in it: a message is long, and a narrow column would break its paths.
         for agent in &status.agents {
+            if let Some(download) = &agent.download {
+                println!(" {}: {}", agent.name, progress(download));
+            }
             if let Some(error) = &agent.last_error {
                 println!(" {}: {error}", agent.name);
             }
@@ -86,6 +89,18 @@ fn table(agents: &[AgentStatus]) -> Table {
     table
 }
 
+/// How far the download of a release is.
+fn progress(download: &DownloadStatus) -> String {
+    let so_far = size(download.bytes);
+    match download.total_bytes.filter(|total| *total > 0) {
+        Some(total) => {
+            let hundredths = download.bytes.min(total).saturating_mul(100) / total;
+            format!("{} is being fetched: {hundredths}% ({so_far} of {})", download.version, size(total))
+        }
+        None => format!("{} is being fetched: {so_far}", download.version),
+    }
+}
+
 fn colour(state: AgentState) -> Color {
     match state {
         AgentState::Running => Color::Green,
@@ -121,5 +136,13 @@ mod tests {
     fn spans_and_sizes_are_short() {
         assert_eq!([span(7), span(95), span(3700), span(90_000)], ["7s", "1m 35s", "1h 1m", "1d 1h"]);
         assert_eq!([size(2048), size(3 << 19)], ["2 KiB", "1.5 MiB"]);
+    }
+
+    #[test]
+    fn a_download_is_told_with_its_whole_where_that_is_known() {
+        let told =
+            |bytes, total_bytes| progress(&DownloadStatus { version: "2.0".parse().unwrap(), bytes, total_bytes });
+        assert_eq!(told(3 << 19, Some(3 << 20)), "2.0 is being fetched: 50% (1.5 MiB of 3.0 MiB)");
+        assert_eq!(told(2048, None), "2.0 is being fetched: 2 KiB");
     }
 }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::env::Env;
 use super::model::{AgentName, Digest, Version};
 use super::protocol::{AgentOrder, Answer};
 
@@ -33,7 +34,7 @@ pub struct Order {
     pub size: Option<u64>,
     pub run: Run,
     #[serde(default)]
-    pub env: BTreeMap<String, String>,
+    pub env: Env,
 }
 
 /// The desired state as it is kept on the host.
@@ -62,7 +63,8 @@ pub enum Verdict {
     /// It brings nothing new.
     Unchanged,
     /// It is the desired state from now on; `unsupported` are orders that this version does not know.
-    Take { desired: Box<Desired>, unsupported: Vec<(AgentName, String)>, new_lineage: bool },
+    /// `kept`: how many an empty list, though it says that it is complete, did not remove.
+    Take { desired: Box<Desired>, unsupported: Vec<(AgentName, String)>, new_lineage: bool, kept: usize },
     /// It must not be acted on.
     Refuse(String),
 }
@@ -120,6 +122,7 @@ pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> 
         agents.retain(|name, _| named.contains(name));
         removed.extend(present.iter().chain(held.agents.keys()).filter(|name| !named.contains(name)).cloned());
     }
+    let kept = if answer.complete && orders.is_empty() { agents.len() } else { 0 };
     let desired = Desired {
         lineage,
         generation: answer.generation,
@@ -128,7 +131,7 @@ pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> 
         told: orders.clone(),
         complete: answer.complete,
     };
-    Verdict::Take { desired: Box::new(desired), unsupported, new_lineage }
+    Verdict::Take { desired: Box::new(desired), unsupported, new_lineage, kept }
 }
 
 fn taken(order: &AgentOrder, run: Run) -> Order {
@@ -196,6 +199,12 @@ mod tests {
         let after = take(&held, &answer("l", 2, true, &[("a", "start")]));
         assert_eq!(names(&after), ["a"]);
         assert!(after.removed.contains(&"b".parse().unwrap()));
+        for (complete, told) in [(true, 2), (false, 0)] {
+            let Verdict::Take { kept, .. } = judge(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
+                panic!()
+            };
+            assert_eq!(kept, told);
+        }
         let without_agents = Answer { agents: None, ..answer("l", 3, true, &[]) };
         assert_eq!(judge(&held, &BTreeSet::new(), &without_agents), Verdict::Unchanged);
     }

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::env::{Env, Value};
 use super::glob::Glob;
 use super::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Version};
 use super::protocol::{AgentOrder, ManagerOrder, Offer};
@@ -48,7 +49,7 @@ pub struct Fleet {
 pub struct Wish {
     pub version: Version,
     pub cmd: Cmd,
-    pub env: BTreeMap<String, String>,
+    pub env: Env,
 }
 
 /// Whether a sub-agent is to run.
@@ -114,7 +115,7 @@ struct WrittenAgent {
     version: Option<Version>,
     cmd: Option<Cmd>,
     #[serde(default)]
-    env: BTreeMap<EnvName, String>,
+    env: BTreeMap<EnvName, Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -185,7 +186,7 @@ impl TryFrom<Written> for Fleet {
     }
 }
 
-fn plain(env: BTreeMap<EnvName, String>) -> BTreeMap<String, String> {
+fn plain(env: BTreeMap<EnvName, Value>) -> Env {
     env.into_iter().map(|(name, value)| (name.0, value)).collect()
 }
 
@@ -257,6 +258,13 @@ impl Fleet {
     /// Every sub-agent that some host may have.
     pub fn names(&self) -> BTreeSet<&AgentName> {
         self.agents.keys().chain(self.rules.iter().flat_map(|rule| rule.agents.keys())).collect()
+    }
+
+    /// Whether a value of some environment is marked as secret.
+    pub fn has_secrets(&self) -> bool {
+        let everywhere = self.agents.values().flat_map(|wish| wish.env.values());
+        let somewhere = self.rules.iter().flat_map(|rule| rule.agents.values()).flat_map(|agent| agent.env.values());
+        everywhere.chain(somewhere).any(Value::is_secret)
     }
 
     /// Every release that the file names, the manager's under the name of its package.

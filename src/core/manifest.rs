@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::env::Env;
 use super::health::Health;
 use super::model::{AgentName, Version};
 use super::units::Span;
@@ -176,10 +177,7 @@ const REFUSED_PREFIXES: &[&str] =
     &["LD_", "DYLD_", "PYTHON", "GLIBC_", "MALLOC_", "BASH_FUNC_", "AOPS_", "COR_", "CORECLR_", "DOTNET_"];
 
 /// Splits the gateway's variables into those that a package lets it set and the names of the others.
-pub fn admit_env<'a>(
-    wanted: &'a BTreeMap<String, String>,
-    allowed: &[String],
-) -> (BTreeMap<&'a str, &'a str>, Vec<&'a str>) {
+pub fn admit_env<'a>(wanted: &'a Env, allowed: &[String]) -> (BTreeMap<&'a str, &'a str>, Vec<&'a str>) {
     let refused = |name: &str| {
         let upper = name.to_ascii_uppercase();
         let dangerous =
@@ -188,7 +186,7 @@ pub fn admit_env<'a>(
         !is_variable_name(name) || (dangerous && (ours || !allowed.iter().any(|allowed| allowed == name)))
     };
     let names = wanted.keys().map(String::as_str).filter(|name| refused(name)).collect();
-    let admitted = wanted.iter().filter(|(name, _)| !refused(name)).map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    let admitted = wanted.iter().filter(|(name, _)| !refused(name)).map(|(k, v)| (k.as_str(), v.reveal())).collect();
     (admitted, names)
 }
 
@@ -227,11 +225,10 @@ mod tests {
 
     #[test]
     fn the_gateway_cannot_choose_what_a_program_loads() {
-        let wanted: BTreeMap<String, String> =
-            ["LD_PRELOAD", "PATH", "PYTHONPATH", "AOPS_HOME", "ld_audit", "a b", "GOGC", "BASH_ENV"]
-                .into_iter()
-                .map(|name| (name.to_owned(), "x".to_owned()))
-                .collect();
+        let wanted: Env = ["LD_PRELOAD", "PATH", "PYTHONPATH", "AOPS_HOME", "ld_audit", "a b", "GOGC", "BASH_ENV"]
+            .into_iter()
+            .map(|name| (name.to_owned(), "x".into()))
+            .collect();
         let (admitted, refused) = admit_env(&wanted, &["PYTHONPATH".into(), "AOPS_HOME".into()]);
         assert_eq!(admitted.keys().copied().collect::<Vec<_>>(), ["GOGC", "PYTHONPATH"]);
         assert_eq!(refused.len(), 6);

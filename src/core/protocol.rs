@@ -3,10 +3,9 @@
 //! `POST <endpoint>/api/heartbeat` carries a [`Heartbeat`] up and an [`Answer`] down; `GET <endpoint>/api/releases/<name>?os=&arch=`
 //! answers an [`Offer`]. Both ends ignore fields that they do not know. The JSON Schema (`aops gateway schema`) is made from these types.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 
+use super::env::Env;
 use super::model::{AgentId, AgentName, Arch, Digest, Os, Version};
 
 /// The header that names the host in every request.
@@ -47,6 +46,9 @@ pub struct Heartbeat {
     /// What happened and was not yet acknowledged, oldest first.
     #[serde(default)]
     pub events: Vec<Event>,
+    /// Seconds by which the host's clock was ahead of the gateway's, as the `Date` of its last answer said; negative: behind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_offset_seconds: Option<i64>,
 }
 
 /// The manager about itself.
@@ -131,7 +133,8 @@ pub struct Event {
     /// RFC 3339, UTC.
     pub time: String,
     /// What it was about, such as `start`, `exit`, `health`, `restart` (because of its health), `backoff`, `stage`, `activate`,
-    /// `uninstall`, `config`, `command`.
+    /// `uninstall`, `config`, `command`, `desired`, `env`; `heartbeat` (an answer that was not believed), `clock`, `home` (it cannot be relied
+    /// on), `keys`, `door` (somebody knocked who may not).
     pub kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentName>,
@@ -220,9 +223,9 @@ pub struct AgentOrder {
     /// `start`, `stop` or `uninstall`. An order with another word is answered as unsupported and changes nothing.
     #[serde(default = "start")]
     pub cmd: String,
-    /// Environment variables; they win over the package's own.
+    /// Environment variables; they win over the package's own. A value is a text, or `{"secret": "…"}`, which is shown to nobody.
     #[serde(default)]
-    pub env: BTreeMap<String, String>,
+    pub env: Env,
 }
 
 fn start() -> String {

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::desired::{Desired, Order, Run};
+use super::env::Env;
 use super::model::{AgentName, Version};
 
 /// What is observed of one sub-agent.
@@ -24,7 +25,7 @@ pub struct Actual {
     /// Whether its supervisor is told to run it.
     pub run: Run,
     /// The environment that its supervisor is told to give it; `None`: not known.
-    pub env: Option<BTreeMap<String, String>>,
+    pub env: Option<Env>,
     /// An activation or removal is under way; nothing else is to be begun.
     pub busy: bool,
 }
@@ -50,9 +51,9 @@ pub enum Step {
     /// Fetch, verify and unpack a release, beside what runs.
     Stage { name: AgentName, version: Version },
     /// Stop what runs, make a staged release the active one, with this environment, and run it if wanted.
-    Activate { name: AgentName, version: Version, run: Run, env: BTreeMap<String, String> },
+    Activate { name: AgentName, version: Version, run: Run, env: Env },
     /// Give the active release another environment.
-    Configure { name: AgentName, env: BTreeMap<String, String> },
+    Configure { name: AgentName, env: Env },
     /// Run it, or let it rest.
     Set { name: AgentName, run: Run },
     /// Stop it and remove all that belongs to it.
@@ -119,6 +120,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::core::env::Value;
 
     /// Carries a step out, as if all went well and at once.
     fn apply(step: Step, actual: &mut BTreeMap<AgentName, Actual>) {
@@ -155,8 +157,8 @@ mod tests {
         prop_oneof![Just(Run::Start), Just(Run::Stop)]
     }
 
-    fn env() -> impl Strategy<Value = BTreeMap<String, String>> {
-        proptest::collection::btree_map("[A-B]", "[0-1]", 0..2)
+    fn env() -> impl Strategy<Value = Env> {
+        proptest::collection::btree_map("[A-B]", "[0-1]".prop_map(Value::Plain), 0..2)
     }
 
     fn desired() -> impl Strategy<Value = Desired> {

@@ -88,6 +88,9 @@ pub struct GatewayStatus {
     pub connected: bool,
     /// When the last one succeeded, RFC 3339.
     pub last_heartbeat: Option<String>,
+    /// Seconds by which this host's clock is ahead of the gateway's, as the `Date` of its last answer said; negative: behind.
+    #[serde(default)]
+    pub clock_offset_seconds: Option<i64>,
     /// Why the last one did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
@@ -105,6 +108,19 @@ pub struct AgentStatus {
     pub restarts: u64,
     pub memory_bytes: Option<u64>,
     pub last_error: Option<String>,
+    /// Of the release that is being staged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub download: Option<DownloadStatus>,
+}
+
+/// How far the download of a release is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DownloadStatus {
+    pub version: Version,
+    pub bytes: u64,
+    /// Null where nobody has told yet.
+    pub total_bytes: Option<u64>,
 }
 
 /// The state of a home whose manager answers.

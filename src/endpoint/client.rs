@@ -1,22 +1,26 @@
 //! The only way that this program speaks HTTP: blocking, with limits on time and size, and with errors an operator can act upon.
 //!
 //! The agent id goes to whom the caller calls an endpoint, never to another host; plain http goes nowhere unless the operator said
-//! `--insecure`; a redirect is followed within its own origin only, and none is for a POST.
+//! `--insecure`; a redirect is followed within its own origin only, and none is for a POST. One who says nothing, or next to nothing, is
+//! given up.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use ureq::http::{HeaderMap, Response, header};
 use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{ConnectProxyConnector, Connector, TcpConnector};
-use ureq::{Agent, Body, Proxy, Timeout};
+use ureq::{Agent, Body, Timeout};
 
+use super::pace::{Dripping, LEAST_PER_SECOND, PaceConnector};
+use super::proxy::{Proxies, ProxyUrl};
 use super::tls::{FirstContact, HandshakeFailed, TlsConnector};
 use super::trust::{Distrust, Judge};
 use super::{Endpoint, Fingerprint, Trust};
 use crate::core::model::AgentId;
+use crate::core::pace::Pace;
 use crate::core::protocol::AGENT_ID_HEADER;
 
 /// Longer than any interval between heartbeats that is usual, so that they share a connection.
@@ -24,6 +28,8 @@ const MAX_IDLE_AGE: Duration = Duration::from_secs(600);
 /// The status line and all headers of an answer.
 const MAX_HEADER_BYTES: usize = 8 << 10;
 const MAX_REDIRECTS: usize = 5;
+/// So many times as long as it is waited for the next byte, it is waited for bytes that drip.
+const DRIP_STALLS: u32 = 4;
 
 /// How long is waited for what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +52,7 @@ impl Timeouts {
         }
     }
 
-    /// For packages: as long as it takes, if only something arrives every `stall` (30 s is usual).
+    /// For packages: as long as the single request allows, if only something arrives every `stall` (30 s is usual).
     pub fn download(stall: Duration) -> Timeouts {
         Timeouts { connect: Duration::from_secs(10), stall, total: None }
     }
@@ -58,37 +64,40 @@ pub struct Client {
     agent: Agent,
     agent_id: Option<AgentId>,
     insecure: bool,
-    proxy: Option<Proxy>,
+    proxies: Proxies,
     timeouts: Timeouts,
     first_contact: FirstContact,
 }
 
+/// Who asks, towards the one who is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asker {
+    /// This host: the other end is an endpoint of ours, and is told the agent id.
+    Host,
+    /// Nobody in particular: it is somebody else's server.
+    Nobody,
+}
+
 impl Client {
-    /// Reads what `trust` names. `agent_id` is what the host calls itself towards its endpoints.
-    /// Goes through the proxy that the environment names, but for what `NO_PROXY` lists and for this very machine.
+    /// As [`Client::through`], without any proxy.
+    #[cfg(test)]
     pub fn new(trust: &Trust, agent_id: Option<&AgentId>, timeouts: Timeouts) -> Result<Client> {
-        Client::through(Proxy::try_from_env(), trust, agent_id, timeouts)
+        Client::through(&Proxies::default(), trust, agent_id, timeouts)
     }
 
-    pub(super) fn through(
-        proxy: Option<Proxy>,
-        trust: &Trust,
-        agent_id: Option<&AgentId>,
-        timeouts: Timeouts,
-    ) -> Result<Client> {
+    /// Reads what `trust` names. `agent_id` is what the host calls itself towards its endpoints.
+    pub fn through(proxies: &Proxies, trust: &Trust, agent_id: Option<&AgentId>, timeouts: Timeouts) -> Result<Client> {
         let insecure = *trust == Trust::Insecure;
         if insecure {
             tracing::warn!("certificates are not checked, and plain http is allowed (--insecure)");
         }
-        let tls_proxy = proxy.as_ref().map(Proxy::uri).filter(|uri| uri.scheme_str() == Some("https"));
-        let tls_proxy = tls_proxy.and_then(|uri| uri.authority()).map(|authority| authority.to_string());
         let first_contact = Arc::new(Mutex::new(None));
         let (input, output) = if timeouts.total.is_some() { (8 << 10, 4 << 10) } else { (64 << 10, 4 << 10) };
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
-            .proxy(proxy.clone())
+            .proxy(None)
             .user_agent(concat!("aops/", env!("CARGO_PKG_VERSION")))
             .max_response_header_size(MAX_HEADER_BYTES)
             .input_buffer_size(input)
@@ -103,13 +112,12 @@ impl Client {
             .timeout_global(timeouts.total)
             .build();
         let connector =
-            ().chain(ConnectProxyConnector::default()).chain(TcpConnector::default()).chain(TlsConnector::new(
-                Judge::new(trust)?,
-                tls_proxy,
-                Arc::clone(&first_contact),
-            ));
+            ().chain(ConnectProxyConnector::default())
+                .chain(TcpConnector::default())
+                .chain(PaceConnector { window: timeouts.stall * DRIP_STALLS })
+                .chain(TlsConnector::new(Judge::new(trust)?, proxies.tls_authorities(), Arc::clone(&first_contact)));
         let agent = Agent::with_parts(config, connector, DefaultResolver::default());
-        Ok(Client { agent, agent_id: agent_id.cloned(), insecure, proxy, timeouts, first_contact })
+        Ok(Client { agent, agent_id: agent_id.cloned(), insecure, proxies: proxies.clone(), timeouts, first_contact })
     }
 
     /// The certificate that this client was the first to see and has recorded, under [`Trust::FirstContact`].
@@ -119,12 +127,19 @@ impl Client {
 
     /// Gets `path` (beginning with a slash, perhaps with a query) from an endpoint, to which the agent id is told.
     pub fn get(&self, endpoint: &Endpoint, path: &str, headers: &[(&str, &str)]) -> Result<Reply> {
-        self.got(endpoint, path, headers, self.agent_id.as_ref())
+        self.got(endpoint, path, headers, Asker::Host, None)
     }
 
-    /// As [`Client::get`], from a host that is no endpoint of ours: it is not told the agent id.
-    pub fn get_unnamed(&self, from: &Endpoint, path: &str, headers: &[(&str, &str)]) -> Result<Reply> {
-        self.got(from, path, headers, None)
+    /// Gets a file, or a part of it, the whole of it and all redirects within that time.
+    pub fn download(
+        &self,
+        from: &Endpoint,
+        path: &str,
+        headers: &[(&str, &str)],
+        asker: Asker,
+        within: Duration,
+    ) -> Result<Reply> {
+        self.got(from, path, headers, asker, Some(within))
     }
 
     /// Posts a JSON text to an endpoint.
@@ -134,26 +149,36 @@ impl Client {
             request = request.header(AGENT_ID_HEADER, id.as_str());
         }
         let proxy = self.proxy_for(endpoint)?;
-        let response =
-            request.config().proxy(proxy).build().send(json).map_err(|error| self.explain(endpoint, error))?;
-        Ok(Reply::new(endpoint, response))
+        let configured = request.config().proxy(proxy.map(|proxy| proxy.proxy().clone())).build();
+        let response = configured.send(json).map_err(|error| self.explain(endpoint, proxy, error))?;
+        Ok(Reply::new(endpoint, self.timeouts.stall, response))
     }
 
-    fn got(&self, from: &Endpoint, path: &str, headers: &[(&str, &str)], id: Option<&AgentId>) -> Result<Reply> {
+    fn got(
+        &self,
+        from: &Endpoint,
+        path: &str,
+        headers: &[(&str, &str)],
+        asker: Asker,
+        within: Option<Duration>,
+    ) -> Result<Reply> {
         let proxy = self.proxy_for(from)?;
+        let began = Instant::now();
         let mut url = from.url(path);
         for _ in 0..=MAX_REDIRECTS {
             let mut request = self.agent.get(&url);
             for (name, value) in headers {
                 request = request.header(*name, *value);
             }
-            if let Some(id) = id {
+            if let Some(id) = self.agent_id.as_ref().filter(|_| asker == Asker::Host) {
                 request = request.header(AGENT_ID_HEADER, id.as_str());
             }
-            let request = request.config().proxy(proxy.clone()).build();
-            let response = request.call().map_err(|error| self.explain(from, error))?;
+            let total = within.map(|within| within.saturating_sub(began.elapsed())).or(self.timeouts.total);
+            let request =
+                request.config().proxy(proxy.map(|proxy| proxy.proxy().clone())).timeout_global(total).build();
+            let response = request.call().map_err(|error| self.explain(from, proxy, error))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(Reply::new(from, response));
+                return Ok(Reply::new(from, self.timeouts.stall, response));
             }
             let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
             url = redirected(from, location.context("cannot follow a redirect that does not say where to")?)?;
@@ -161,70 +186,106 @@ impl Client {
         bail!("cannot follow more than {MAX_REDIRECTS} redirects of {}", from.origin())
     }
 
-    /// Refuses plain http, and says which proxy is used: none towards this very machine.
-    fn proxy_for(&self, endpoint: &Endpoint) -> Result<Option<Proxy>> {
+    /// Refuses plain http, and says which proxy is used.
+    fn proxy_for(&self, endpoint: &Endpoint) -> Result<Option<&ProxyUrl>> {
         if !endpoint.is_https() && !self.insecure {
             bail!(
                 "cannot use {endpoint}: plain http shows and lets anyone change what is said; give an https:// address, or \
                  `--insecure` to use it all the same"
             );
         }
-        let Some(proxy) = self.proxy.as_ref().filter(|_| !endpoint.is_loopback()) else { return Ok(None) };
-        if !matches!(proxy.protocol(), ureq::ProxyProtocol::Http | ureq::ProxyProtocol::Https) {
-            bail!(
-                "cannot use the proxy {}:{} that the environment names: only http:// and https:// proxies are supported; unset \
-                 ALL_PROXY, or list the gateway in NO_PROXY",
-                proxy.host(),
-                proxy.port()
-            );
-        }
-        Ok(Some(proxy.clone()))
+        self.proxies.of(endpoint)
     }
 
     /// What went wrong, in words for an operator.
-    fn explain(&self, endpoint: &Endpoint, error: ureq::Error) -> anyhow::Error {
-        let origin = endpoint.origin();
-        match error {
+    fn explain(&self, endpoint: &Endpoint, proxy: Option<&ProxyUrl>, error: ureq::Error) -> anyhow::Error {
+        let origin = match proxy {
+            Some(proxy) => format!("{} (through the proxy {proxy})", endpoint.origin()),
+            None => endpoint.origin(),
+        };
+        let text = match error {
             ureq::Error::Other(inner) => match inner.downcast::<Distrust>() {
-                Ok(distrust) => anyhow::Error::new(*distrust),
+                Ok(distrust) => return anyhow::Error::new(*distrust),
                 Err(inner) => match inner.downcast::<HandshakeFailed>() {
-                    Ok(failed) => anyhow::Error::new(*failed),
-                    Err(inner) => anyhow!("cannot reach {origin}: {inner}"),
+                    Ok(failed) => failed.to_string(),
+                    Err(inner) => format!("cannot reach {origin}: {inner}"),
                 },
             },
-            ureq::Error::HostNotFound => anyhow!(
-                "cannot reach {origin}: the name {} is not known; check the endpoint and this host's name servers",
+            ureq::Error::HostNotFound => format!(
+                "cannot reach {origin}: the name {} is not known; check {} and this host's name servers",
+                proxy.map_or(endpoint.host(), |proxy| proxy.proxy().host()),
+                if proxy.is_some() { "the proxy" } else { "the endpoint" }
+            ),
+            ureq::Error::ConnectProxyFailed(reason) => format!(
+                "cannot reach {origin}: the proxy does not connect ({reason}){}; ask who runs it, or list {} in noProxy",
+                if reason.contains("407") {
+                    ": it wants a user and a password, as in proxy = \"http://user:password@host:port\""
+                } else {
+                    ""
+                },
                 endpoint.host()
             ),
             ureq::Error::Timeout(Timeout::Resolve) => {
-                anyhow!("cannot reach {origin}: no name server answered within {:?}", self.timeouts.connect)
+                format!("cannot reach {origin}: no name server answered within {:?}", self.timeouts.connect)
             }
             ureq::Error::Timeout(Timeout::Connect) => {
-                anyhow!("cannot reach {origin}: no connection within {:?}", self.timeouts.connect)
+                format!("cannot reach {origin}: no connection within {:?}", self.timeouts.connect)
             }
             ureq::Error::Timeout(Timeout::Global) => match self.timeouts.total {
-                Some(total) => anyhow!("cannot get an answer from {origin} within {total:?}"),
-                None => anyhow!("cannot get an answer from {origin} in time"),
+                Some(total) => format!("cannot get an answer from {origin} within {total:?}"),
+                None => format!("cannot get an answer from {origin} in time"),
             },
             ureq::Error::Timeout(_) => {
-                anyhow!("cannot get an answer from {origin}: nothing came for {:?}", self.timeouts.stall)
+                format!("cannot get an answer from {origin}: nothing came for {:?}", self.timeouts.stall)
             }
-            ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                anyhow!("cannot reach {origin}: the connection was refused; is the gateway running there?")
-            }
-            ureq::Error::Io(error) => anyhow::Error::new(error).context(format!("cannot reach {origin}")),
-            ureq::Error::Protocol(error) => {
-                anyhow!(
-                    "cannot understand the answer of {origin}: {error}; is it an https:// endpoint, or no gateway at all?"
-                )
-            }
-            other => anyhow!("cannot reach {origin}: {other}"),
-        }
+            ureq::Error::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused => match proxy {
+                Some(_) => format!("cannot reach {origin}: the proxy refused the connection; does it run there?"),
+                None => format!("cannot reach {origin}: the connection was refused; is the gateway running there?"),
+            },
+            ureq::Error::Protocol(error) => format!(
+                "cannot understand the answer of {origin}: {error}; is it an https:// endpoint, or no gateway at all?"
+            ),
+            other => format!("cannot reach {origin}: {other}"),
+        };
+        anyhow::Error::new(Unanswered(text))
     }
 }
 
+/// A redirect to somebody else, whom nobody told us to trust.
+#[derive(Debug)]
+pub struct Astray {
+    from: String,
+    to: String,
+    why: &'static str,
+}
+
+impl std::fmt::Display for Astray {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cannot follow a redirect of {} to {}: {}", self.from, self.to, self.why)
+    }
+}
+
+impl std::error::Error for Astray {}
+
+/// No answer came, or none that could be understood; another time one may.
+#[derive(Debug)]
+struct Unanswered(String);
+
+impl std::fmt::Display for Unanswered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unanswered {}
+
+/// Whether a failure to get an answer may pass by itself: it lies in the network, not in what was asked or in who was not trusted.
+pub fn may_pass(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Unanswered>().is_some()
+}
+
 /// Where a redirect leads, if it stays within the origin.
-fn redirected(from: &Endpoint, location: &str) -> Result<String> {
+pub(super) fn redirected(from: &Endpoint, location: &str) -> Result<String> {
     let url = if location.starts_with('/') && !location.starts_with("//") {
         format!("{}{location}", from.origin())
     } else {
@@ -232,8 +293,11 @@ fn redirected(from: &Endpoint, location: &str) -> Result<String> {
     };
     let without_query = url.split(['?', '#']).next().unwrap_or_default();
     let target: Endpoint = without_query.parse().with_context(|| format!("cannot follow a redirect of {from}"))?;
+    if from.is_https() && !target.is_https() {
+        return Err(Astray { from: from.origin(), to: target.origin(), why: "it is plain http" }.into());
+    }
     if target.origin() != from.origin() {
-        bail!("cannot follow a redirect of {} to {}: it is another host", from.origin(), target.origin());
+        return Err(Astray { from: from.origin(), to: target.origin(), why: "it is another host" }.into());
     }
     Ok(url)
 }
@@ -245,12 +309,19 @@ pub struct Reply {
     status: u16,
     headers: HeaderMap,
     body: Body,
+    stall: Duration,
 }
 
 impl Reply {
-    fn new(from: &Endpoint, response: Response<Body>) -> Reply {
+    fn new(from: &Endpoint, stall: Duration, response: Response<Body>) -> Reply {
         let (parts, body) = response.into_parts();
-        Reply { origin: from.origin(), status: parts.status.as_u16(), headers: parts.headers, body }
+        Reply { origin: from.origin(), status: parts.status.as_u16(), headers: parts.headers, body, stall }
+    }
+
+    /// Whether it is a page for people, which no gateway sends where a file was asked for.
+    pub fn is_page(&self) -> bool {
+        let kind = self.header("content-type").unwrap_or_default().trim_start().to_ascii_lowercase();
+        kind.starts_with("text/html") || kind.starts_with("application/xhtml")
     }
 
     pub fn status(&self) -> u16 {
@@ -266,12 +337,17 @@ impl Reply {
         self.header("content-length")?.trim().parse().ok()
     }
 
+    /// What the other end's clock said.
+    pub fn date(&self) -> Option<SystemTime> {
+        httpdate::parse_http_date(self.header("date")?).ok()
+    }
+
     /// How long the other end asks to be left alone, at most an hour.
     pub fn retry_after(&self) -> Option<Duration> {
         let text = self.header("retry-after")?.trim();
         let asked = match text.parse() {
             Ok(seconds) => Duration::from_secs(seconds),
-            Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(std::time::SystemTime::now()).ok()?,
+            Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).ok()?,
         };
         Some(asked.min(Duration::from_secs(3600)))
     }
@@ -289,7 +365,9 @@ impl Reply {
 
     /// The body as it comes; the caller limits it.
     pub fn reader(self) -> impl Read {
-        self.body.into_with_config().limit(u64::MAX).reader()
+        let window = self.stall * DRIP_STALLS;
+        let body = self.body.into_with_config().limit(u64::MAX).reader();
+        Plain { stall: self.stall, window, pace: Pace::new(window, LEAST_PER_SECOND), body }
     }
 
     /// For an answer that is not what was asked for: the status, and what the other end says about it.
@@ -305,5 +383,29 @@ impl Reply {
             "" => anyhow!("{origin} answered {status}"),
             said => anyhow!("{origin} answered {status}: {said}"),
         }
+    }
+}
+
+/// A body whose errors are told plainly, and that must keep its pace: small records make a trickle look like more below TLS.
+struct Plain<R> {
+    stall: Duration,
+    window: Duration,
+    pace: Pace,
+    body: R,
+}
+
+impl<R: Read> Read for Plain<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let why = match self.body.read(buffer) {
+            Ok(amount) if amount == 0 || self.pace.keeps(amount as u64, Instant::now()) => return Ok(amount),
+            Ok(_) => Dripping { window: self.window }.to_string(),
+            Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>()) {
+                Some(ureq::Error::Timeout(Timeout::PerRead)) => format!("nothing came for {:?}", self.stall),
+                Some(ureq::Error::Timeout(_)) => "the time for it is over".to_owned(),
+                Some(ureq::Error::Other(inner)) if inner.is::<Dripping>() => inner.to_string(),
+                _ => return Err(error),
+            },
+        };
+        Err(io::Error::new(io::ErrorKind::TimedOut, why))
     }
 }

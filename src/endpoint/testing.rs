@@ -30,6 +30,8 @@ pub struct Told {
     pub body: Vec<u8>,
     /// Sends so many bytes of the body and breaks the connection.
     pub cut_after: Option<usize>,
+    /// Sends so many bytes of the body at once, and each one after them by itself, with a pause before it.
+    pub drip: Option<(usize, std::time::Duration)>,
 }
 
 impl Told {
@@ -183,6 +185,18 @@ fn serve(stream: impl Read + Write, answer: &dyn Fn(&Asked) -> Told) {
         let sent = &told.body[..told.cut_after.unwrap_or(told.body.len())];
         let stream = stream.get_mut();
         let written = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(b"\r\n"));
+        if let Some((at_once, pause)) = told.drip {
+            let (first, rest) = sent.split_at(at_once);
+            let mut dripped = written.and_then(|()| stream.write_all(first));
+            for byte in rest.chunks(1) {
+                dripped = dripped.and_then(|()| stream.flush()).and_then(|()| stream.write_all(byte));
+                if dripped.is_err() {
+                    return;
+                }
+                crate::platform::pause(pause);
+            }
+            continue;
+        }
         if written.and_then(|()| stream.write_all(sent)).and_then(|()| stream.flush()).is_err() {
             return;
         }

@@ -8,6 +8,7 @@ use rcgen::{BasicConstraints, IsCa, KeyPair, date_time_ymd};
 use rustls::pki_types::SubjectPublicKeyInfoDer;
 use rustls::pki_types::pem::PemObject;
 
+use super::client::redirected;
 use super::testing::{Asked, Identity, Server, Told, issued, self_signed, self_signed_by};
 use super::*;
 
@@ -196,10 +197,12 @@ fn dates_and_names_count_for_a_certificate_in_the_file() {
         params.not_before = date_time_ymd(4000, 1, 1);
     });
     let nameless = self_signed(&[], authority);
+    // To the hour, unless it changes just now: the year will do.
+    let clock = format!("this host's clock says {}", &jiff::Timestamp::now().to_string()[..4]);
     for (identity, parts) in [
-        (&expired, ["it has expired", "clock"]),
-        (&future, ["not valid yet", "clock"]),
-        (&nameless, ["names no host", "subjectAltName"]),
+        (&expired, vec!["it has expired on 2001-01-01T00:00:00Z", &clock, "renewed"]),
+        (&future, vec!["not valid yet, but from 4000-01-01T00:00:00Z on", &clock, "set the clock"]),
+        (&nameless, vec!["names no host", "subjectAltName"]),
     ] {
         let (_directory, trust) = ca_file(&identity.pem);
         refused(&trust, &serves(identity).endpoint(), &parts);
@@ -287,7 +290,11 @@ fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
     let client = client(&Trust::Pin(vec![Fingerprint::of(&identity.certificate)]));
     let endpoint: Endpoint = format!("{}/base", server.endpoint()).parse().unwrap();
     client.get(&endpoint, "/a?b=c", &[]).unwrap().bytes(10).unwrap();
-    client.get_unnamed(&endpoint, "/d", &[]).unwrap().bytes(10).unwrap();
+    client
+        .download(&endpoint, "/d", &[], Asker::Nobody, std::time::Duration::from_secs(60))
+        .unwrap()
+        .bytes(10)
+        .unwrap();
     assert_eq!(client.post_json(&endpoint, "/e", b"{}").unwrap().bytes(10).unwrap(), b"{}");
     let id = Some("host-1".to_owned());
     let expected = [("GET", "/base/a?b=c", id.clone()), ("GET", "/base/d", None), ("POST", "/base/e", id)];
@@ -323,21 +330,42 @@ fn a_proxy_is_asked_to_connect_but_never_to_this_machine() {
         String::from_utf8(asked).unwrap()
     });
     let (_directory, trust) = ca_file(&identity.pem);
-    let through =
-        |url: String| Client::through(Some(ureq::Proxy::new(&url).unwrap()), &trust, None, Timeouts::exchange());
-    let client = through(format!("http://{address}")).unwrap();
+    let through = |url: &str| {
+        Client::through(
+            &Proxies::of_environment(|name| (name == "ALL_PROXY").then(|| url.to_owned())),
+            &trust,
+            None,
+            Timeouts::exchange(),
+        )
+    };
+    let url = format!("http://user:secret@{address}");
+    let client = through(&url).unwrap();
     let endpoint = format!("https://gateway.example:{}", target.port()).parse().unwrap();
     assert_eq!(client.get(&endpoint, "/", &[]).unwrap().bytes(10).unwrap(), b"hello");
     drop(client);
     let asked = proxy.join().unwrap();
     assert!(asked.starts_with(&format!("CONNECT gateway.example:{} HTTP/1.1\r\n", target.port())), "{asked}");
+    assert!(asked.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="), "{asked}");
 
-    let client = through(format!("http://{address}")).unwrap();
+    // Nobody is there any more: it is the proxy that is named, without its password.
+    let client = through(&url).unwrap();
+    let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
+    assert!(error.contains(&format!("through the proxy http://{address}")) && !error.contains("secret"), "{error}");
+    assert!(!format!("{client:?}").contains("secret"), "{client:?}");
+    let client = through(&url).unwrap();
     let error = format!("{:#}", client.get(&server.endpoint(), "/", &[]).unwrap_err());
     assert!(error.contains("it is for gateway.example"), "{error}");
-    let client = through("socks5://127.0.0.1:1".to_owned()).unwrap();
+    let client = through("socks5://127.0.0.1:1").unwrap();
     let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
     assert!(error.contains("only http:// and https:// proxies"), "{error}");
+}
+
+#[test]
+fn a_password_in_an_address_is_refused_and_not_repeated() {
+    for text in ["https://user:secret@host:1/x", "ftp://user:secret@host", "user:secret@host"] {
+        let error = text.parse::<Endpoint>().unwrap_err().to_string();
+        assert!(!error.contains("secret") && error.contains("@host"), "{error}");
+    }
 }
 
 #[test]
@@ -354,6 +382,10 @@ fn redirects_stay_within_the_origin() {
     assert_eq!(client.get(&server.endpoint(), "/here", &[]).unwrap().bytes(10).unwrap(), b"there");
     let error = |path| format!("{:#}", client.get(&server.endpoint(), path, &[]).unwrap_err());
     assert!(error("/away").contains("another host"));
+    assert_eq!(
+        format!("{:#}", redirected(&"https://a:1".parse().unwrap(), "http://a:1/x").unwrap_err()),
+        "cannot follow a redirect of https://a:1 to http://a:1: it is plain http"
+    );
     assert!(error("/loop").contains("more than 5 redirects"));
     assert_eq!(other.connections(), 0);
 }
@@ -379,5 +411,19 @@ fn one_who_says_nothing_is_given_up() {
         let client = Client::new(&Trust::Insecure, None, timeouts).unwrap();
         let error = format!("{:#}", client.get(&endpoint, "/", &[]).unwrap_err());
         assert!(error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn one_who_drips_is_given_up_as_one_who_says_nothing() {
+    let stall = std::time::Duration::from_millis(250);
+    let drip = Some((0, std::time::Duration::from_millis(20)));
+    let identity = self_signed(&["127.0.0.1"], |_| {});
+    let answer = move |_: &Asked| Told { drip, ..Told::ok(vec![b'x'; 4096]) };
+    for server in [Server::plain(answer), Server::tls(&identity, answer)] {
+        let client = Client::new(&Trust::Insecure, None, Timeouts::download(stall)).unwrap();
+        let reply = client.get(&server.endpoint(), "/", &[]).unwrap();
+        let error = reply.reader().read_to_end(&mut Vec::new()).unwrap_err().to_string();
+        assert!(error.contains("less than 1 KiB a second came for 1s"), "{error}");
     }
 }

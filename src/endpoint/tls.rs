@@ -41,8 +41,8 @@ fn configured(verifier: Verifier, provider: Arc<CryptoProvider>) -> Result<Clien
 pub(super) struct TlsConnector {
     judge: Judge,
     provider: Arc<CryptoProvider>,
-    /// Host and port of a proxy that is itself spoken to by TLS: the system's trust counts for it, not the gateway's.
-    proxy: Option<String>,
+    /// Host and port of proxies that are themselves spoken to by TLS: the system's trust counts for them, not the gateway's.
+    proxies: Vec<String>,
     system: OnceLock<Judge>,
     first_contact: FirstContact,
 }
@@ -51,14 +51,15 @@ pub(super) struct TlsConnector {
 pub(super) type FirstContact = Arc<Mutex<Option<Fingerprint>>>;
 
 impl TlsConnector {
-    pub(super) fn new(judge: Judge, proxy: Option<String>, first_contact: FirstContact) -> TlsConnector {
+    pub(super) fn new(judge: Judge, proxies: Vec<String>, first_contact: FirstContact) -> TlsConnector {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        TlsConnector { judge, provider, proxy, system: OnceLock::new(), first_contact }
+        TlsConnector { judge, provider, proxies, system: OnceLock::new(), first_contact }
     }
 
     fn judge_of(&self, uri: &Uri) -> &Judge {
-        match (&self.proxy, uri.authority()) {
-            (Some(proxy), Some(authority)) if proxy == authority.as_str() => self.system.get_or_init(Judge::system),
+        let is_proxy = |authority: &str| self.proxies.iter().any(|proxy| proxy == authority);
+        match uri.authority() {
+            Some(authority) if is_proxy(authority.as_str()) => self.system.get_or_init(Judge::system),
             _ => &self.judge,
         }
     }

@@ -94,7 +94,7 @@ impl Judge {
 
 /// Why the other end was not trusted. Its text is for the operator and says what to do.
 #[derive(Debug, Clone)]
-pub(super) struct Distrust {
+pub struct Distrust {
     /// `https://host:port`
     origin: String,
     presented: Option<Fingerprint>,
@@ -104,11 +104,23 @@ pub(super) struct Distrust {
 #[derive(Debug, Clone)]
 enum Why {
     UnknownIssuer,
-    WrongName { presented: Vec<String> },
-    Expired,
-    NotYetValid,
+    WrongName {
+        presented: Vec<String>,
+    },
+    /// Seconds since 1970: what this host's clock said, and the certificate's end.
+    Expired {
+        clock: Option<u64>,
+        end: Option<u64>,
+    },
+    /// The same, and its beginning.
+    NotYetValid {
+        clock: Option<u64>,
+        beginning: Option<u64>,
+    },
     NotPinned,
-    Changed { first: Fingerprint },
+    Changed {
+        first: Fingerprint,
+    },
     Unusable(String),
 }
 
@@ -145,11 +157,19 @@ impl fmt::Display for Distrust {
                  this one, or {pin}",
                 presented.join(", ")
             ),
-            Why::Expired => write!(
+            Why::Expired { clock, end } => write!(
                 f,
-                ": it has expired; check this host's clock, then have the gateway's certificate renewed, or {pin}"
+                ": it has expired{}, and this host's clock says {}; if the clock is right, have the gateway's certificate \
+                 renewed, or {pin}; if it is wrong, set it",
+                date(*end).map(|end| format!(" on {end}")).unwrap_or_default(),
+                date(*clock).unwrap_or_else(|| "nothing".to_owned())
             ),
-            Why::NotYetValid => write!(f, ": it is not valid yet; check this host's clock"),
+            Why::NotYetValid { clock, beginning } => write!(
+                f,
+                ": it is not valid yet{}, and this host's clock says {}; set the clock, if that is wrong",
+                date(*beginning).map(|beginning| format!(", but from {beginning} on")).unwrap_or_default(),
+                date(*clock).unwrap_or_else(|| "nothing".to_owned())
+            ),
             Why::NotPinned => {
                 write!(f, ": it is none of those pinned; if the gateway's certificate was replaced, {pin}")
             }
@@ -238,12 +258,24 @@ fn why(error: rustls::Error) -> Why {
             CertificateError::NotValidForNameContext { presented, .. } => Why::WrongName {
                 presented: presented.iter().take(MAX_NAMES_SHOWN).map(|name| bare_name(name)).collect(),
             },
-            CertificateError::Expired | CertificateError::ExpiredContext { .. } => Why::Expired,
-            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Why::NotYetValid,
+            CertificateError::ExpiredContext { time, not_after } => {
+                Why::Expired { clock: Some(time.as_secs()), end: Some(not_after.as_secs()) }
+            }
+            CertificateError::Expired => Why::Expired { clock: None, end: None },
+            CertificateError::NotValidYetContext { time, not_before } => {
+                Why::NotYetValid { clock: Some(time.as_secs()), beginning: Some(not_before.as_secs()) }
+            }
+            CertificateError::NotValidYet => Why::NotYetValid { clock: None, beginning: None },
             other => Why::Unusable(other.to_string()),
         },
         other => Why::Unusable(other.to_string()),
     }
+}
+
+/// RFC 3339, UTC, of seconds since 1970.
+fn date(seconds: Option<u64>) -> Option<String> {
+    let timestamp = jiff::Timestamp::from_second(i64::try_from(seconds?).ok()?).ok()?;
+    Some(timestamp.to_string())
 }
 
 /// `gw.example` out of `DnsName("gw.example")`, as the names are given to us; without what could disturb a terminal.

@@ -14,6 +14,7 @@ use super::depot::{Index, Stamp};
 use super::{Place, now_millis};
 use crate::config;
 use crate::core::fleet::{Fleet, HostFacts, MAX_FILE_BYTES, judge};
+use crate::platform;
 use crate::store::{self, Access};
 
 /// How the fleet file stands, for an operator to read.
@@ -123,6 +124,11 @@ impl FleetFile {
         let last_good = self.in_force.as_ref().map(|in_force| &*in_force.fleet);
         let hosts = if last_good.is_some() { hosts() } else { Vec::new() };
         judge(&fleet, last_good, &hosts, |name, version| depot.has(name, version))?;
+        let readable = fs::metadata(self.place.fleet()).is_ok_and(|metadata| platform::others_may_read(&metadata));
+        if readable && fleet.has_secrets() {
+            let path = self.place.fleet();
+            tracing::warn!(path = %path.display(), "the fleet file holds secrets, and others can read it; run `chmod 600` on it");
+        }
         store::replace(&self.place.last_good_fleet(), text.as_bytes(), Access::Private)?;
         let generation = now_millis().max(self.standing.generation.map_or(0, |last| last + 1));
         tracing::info!(

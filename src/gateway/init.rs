@@ -65,7 +65,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let fleet = match place.fleet().exists() {
         true => Done::Kept,
         false => {
-            store::replace(&place.fleet(), EXAMPLE_FLEET.as_bytes(), Access::Public)?;
+            // It may hold secrets.
+            store::replace(&place.fleet(), EXAMPLE_FLEET.as_bytes(), Access::Private)?;
             Done::Made
         }
     };

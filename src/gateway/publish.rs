@@ -16,6 +16,7 @@ use tempfile::NamedTempFile;
 use self::identity::{Clues, Given};
 use super::{Place, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
+use crate::installation::keyring::Offer;
 use crate::lock;
 use crate::package::pack::Tree;
 use crate::package::sign::Signer;
@@ -42,7 +43,18 @@ A package is a directory, such as hello/ with two files:
 Hosts run it once fleet.toml in DIR says so:
 
   [agents.hello]
-  version = \"1.0\"";
+  version = \"1.0\"
+
+A package of the manager (aops-spm, with bin/aops) may change whom hosts
+trust, from its commit on:
+
+  keys/NEW.pub            a minisign public key that is trusted, too
+  keys/revoked/OLD.pub    one that is not any more, for good: it is refused
+                          wherever it comes from, but for an operator's own
+                          file in etc/keys of a host
+
+To rotate a key, sign a release that brings the new one with the old key; when
+every host runs it, sign one that revokes the old with the new key.";
 
 /// What is published, and as what.
 #[derive(Debug, clap::Args)]
@@ -210,6 +222,10 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         let wanted = archive::manager_path(release.os);
         if contents.manager.as_deref() != Some(wanted) {
             bail!("it has no {wanted}, which a package of the manager for {} must have", release.os);
+        }
+        if let Source::Directory(path) = &source {
+            // Hosts would refuse the whole package for a key that is none.
+            Offer::read(path, &release.version)?;
         }
     } else {
         contents.check_runnable(release.os)?;

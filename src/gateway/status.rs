@@ -17,6 +17,8 @@ const SILENT_AFTER_HEARTBEATS: u64 = 3;
 const SILENT_AFTER_MILLIS: u64 = 90_000;
 /// Another machine with the same agent id is worth a word for so long.
 const TWIN_MILLIS: u64 = 3_600_000;
+/// Beyond this, in seconds, a host's clock is wrong, or ours.
+const CLOCKS_APART: u64 = 60;
 
 /// What is shown, and how.
 #[derive(Debug, clap::Args)]
@@ -163,6 +165,10 @@ fn problems(record: &Record, now: u64, silent_after: u64) -> Vec<String> {
     }
     if let Some(twin) = record.twin.as_ref().filter(|twin| now.saturating_sub(twin.last_heartbeat) < TWIN_MILLIS) {
         problems.push(format!("agent id also used by {}", twin.hostname));
+    }
+    if let Some(offset) = record.clock_offset_seconds.filter(|offset| offset.unsigned_abs() > CLOCKS_APART) {
+        let side = if offset > 0 { "ahead" } else { "behind" };
+        problems.push(format!("its clock is {} seconds {side}", offset.unsigned_abs()));
     }
     problems.extend(record.missing.clone());
     for agent in &record.agents {

@@ -1,30 +1,28 @@
-//! Brings a package's archive and its signature into the cache, over networks that break.
+//! Brings a package's archive and its signature onto this host, over networks that break.
 //!
 //! A download that was cut goes on where it stopped, in this run or in a later one, if the other end still has the very same file: its
-//! ETag is kept beside the part and sent as `If-Range`. Nothing here judges the bytes; that is [`super::verify`]'s.
+//! ETag is kept beside the part and sent as `If-Range`. What is no part of that file (a page of somebody in between, another size) does not
+//! touch what is there. The bytes are judged by [`super::verify`] as they come.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::fmt;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
-use super::{MAX_SIGNATURE_BYTES, Places, SIGNATURE_SUFFIX, Wanted};
+use super::part::Part;
+use super::space::Claim;
+use super::{MAX_PACKAGE_BYTES, MAX_SIGNATURE_BYTES, Means, Refused, SIGNATURE_SUFFIX, Wanted};
 use crate::core::protocol::DOWNLOAD_PATH;
-use crate::core::units::Size;
-use crate::endpoint::{Client, Endpoint, Reply};
-use crate::{platform, store};
+use crate::core::units::Span;
+use crate::endpoint::{self, Asker, Endpoint, Reply};
+use crate::platform;
 
-/// A package whose size nobody told is given up beyond this.
-const MAX_PACKAGE_BYTES: u64 = 4 << 30;
 /// Room that a package needs for its archive and its tree, as a multiple of the archive.
 pub(super) const SPACE_PER_PACKAGE: u64 = 4;
-/// Left free for everybody else on the host, bytes.
-const SPACE_RESERVE: u64 = 64 << 20;
 
 const CHUNK_BYTES: usize = 64 << 10;
-const MAX_ETAG_BYTES: u64 = 256;
 
 /// Tries at a download that breaks without getting further.
 const TRIES: u32 = 5;
@@ -33,192 +31,339 @@ const WORTHWHILE_BYTES: u64 = 1 << 20;
 /// Tries in all: one who always sends the same megabyte is not listened to for ever.
 const TRIES_IN_ALL: u32 = 100;
 const FIRST_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 250 });
+/// A source that asks to be left alone for longer is left to a later fetch.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
 
 /// A directory on some host, below which packages lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Source {
     directory: Endpoint,
-    /// Whether it is an endpoint of ours, which is told the agent id.
-    ours: bool,
+    /// An endpoint of ours is told the agent id, and nobody else.
+    asker: Asker,
+    /// There is no other one to turn to: it is tried again even where it cannot be reached at all.
+    last: bool,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.directory, f)
+    }
 }
 
 impl Source {
-    fn get(&self, client: &Client, file: &str, headers: &[(&str, &str)]) -> Result<Reply> {
-        let path = format!("/{file}");
-        match self.ours {
-            true => client.get(&self.directory, &path, headers),
-            false => client.get_unnamed(&self.directory, &path, headers),
-        }
+    fn get(&self, means: &Means<'_>, file: &str, headers: &[(&str, &str)], until: Instant) -> Result<Reply> {
+        let left = until.saturating_duration_since(Instant::now());
+        means.client.download(&self.directory, &format!("/{file}"), headers, self.asker, left)
     }
 
     fn lacks(&self, file: &str) -> anyhow::Error {
         let url = self.directory.url(&format!("/{file}"));
         anyhow!("there is no such package: {url} is not there; publish it with `aops gateway publish`")
     }
+
+    /// Somebody in between answers in the source's place.
+    fn hidden(&self, sent: &str) -> anyhow::Error {
+        let origin = self.directory.origin();
+        anyhow!(
+            "something between this host and {origin} answers with a page of its own ({sent}): a portal where one has to log in, or a \
+             proxy that does not let it through; ask who runs this network, or set proxy or noProxy"
+        )
+    }
 }
 
-/// Where to look, in this order.
-pub(super) fn sources(endpoints: &[Endpoint], tarball: Option<&str>) -> Result<Vec<Source>> {
-    let Some(tarball) = tarball else {
-        ensure!(!endpoints.is_empty(), "no endpoint is configured");
-        let of = |endpoint: &Endpoint| Source { directory: endpoint.below(DOWNLOAD_PATH), ours: true };
-        return Ok(endpoints.iter().map(of).collect());
-    };
-    let directory: Endpoint = tarball.parse().context("cannot use the tarball's address")?;
-    let ours = endpoints.iter().any(|endpoint| endpoint.origin() == directory.origin());
-    Ok(vec![Source { directory, ours }])
-}
-
-/// One error out of what each source failed with.
-pub(super) fn all_failed(mut failures: Vec<anyhow::Error>) -> anyhow::Error {
-    match failures.len() {
-        1 => failures.remove(0),
-        _ => {
-            let all: Vec<String> = failures.iter().map(|failure| format!("{failure:#}")).collect();
-            anyhow!("none of {} endpoints could serve it: {}", all.len(), all.join("; "))
+/// Where to look, in this order: where the release is said to lie, then below the endpoints. With what cannot be looked at, and why.
+pub(super) fn sources(endpoints: &[Endpoint], tarball: Option<&str>) -> Result<(Vec<Source>, Vec<anyhow::Error>)> {
+    let (mut sources, mut unusable) = (Vec::new(), Vec::new());
+    match tarball.map(|tarball| tarball.parse::<Endpoint>().context("cannot use the tarball's address")) {
+        Some(Ok(directory)) => {
+            let ours = endpoints.iter().any(|endpoint| endpoint.origin() == directory.origin());
+            let asker = if ours { Asker::Host } else { Asker::Nobody };
+            sources.push(Source { directory, asker, last: false });
+        }
+        Some(Err(error)) => unusable.push(error),
+        None => ensure!(!endpoints.is_empty(), "no endpoint is configured"),
+    }
+    for endpoint in endpoints {
+        let source = Source { directory: endpoint.below(DOWNLOAD_PATH), asker: Asker::Host, last: false };
+        if sources.iter().all(|known| known.directory != source.directory) {
+            sources.push(source);
         }
     }
-}
-
-/// Refuses to begin what cannot be finished for want of space.
-pub(super) fn ensure_space(directory: &Path, bytes: u64) -> Result<()> {
-    let free = platform::free_space(directory)
-        .with_context(|| format!("cannot see how much space is free in {}", directory.display()))?;
-    let needed = bytes.saturating_add(SPACE_RESERVE);
-    ensure!(
-        free >= needed,
-        "there is not enough space in {}: {} free, {} needed; free some there",
-        directory.display(),
-        rounded(free),
-        rounded(needed)
-    );
-    Ok(())
-}
-
-fn rounded(bytes: u64) -> Size {
-    Size(if bytes < 1 << 20 { bytes } else { bytes.div_ceil(1 << 20) << 20 })
-}
-
-/// What is on the disk of a download, besides its finished file.
-struct Part {
-    path: PathBuf,
-    etag: PathBuf,
-}
-
-impl Part {
-    /// How much is there, and of which file, where it can be resumed.
-    fn resumable(&self) -> Option<(u64, String)> {
-        let have = fs::metadata(&self.path).ok()?.len();
-        let etag = String::from_utf8(store::read(&self.etag, MAX_ETAG_BYTES).ok()??).ok()?;
-        (have > 0 && !etag.is_empty()).then_some((have, etag))
+    if let Some(last) = sources.last_mut() {
+        last.last = true;
     }
+    Ok((sources, unusable))
+}
 
-    fn begin(&self, etag: Option<&str>) -> std::io::Result<File> {
-        // In this order: an ETag must never stand beside another file's bytes.
-        let _ = fs::remove_file(&self.etag);
-        let file = File::create(&self.path)?;
-        if let Some(etag) = etag.filter(|etag| !etag.starts_with("W/") && etag.len() as u64 <= MAX_ETAG_BYTES) {
-            fs::write(&self.etag, etag)?;
-        }
-        Ok(file)
-    }
+/// Why a source did not give what was wanted.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// Another source may.
+    Source { error: anyhow::Error, retry_after: Option<Duration> },
+    /// What it gave is not what was signed; another source may have it, or the same one the next time.
+    Damaged(anyhow::Error),
+    /// The reason lies on this host, or the time is over: no other source would help.
+    Host(anyhow::Error),
+}
 
-    fn resume(&self, at: u64) -> std::io::Result<File> {
-        let mut file = OpenOptions::new().write(true).open(&self.path)?;
-        file.set_len(at)?;
-        file.seek(SeekFrom::End(0))?;
-        Ok(file)
-    }
-
-    fn remove(&self) {
-        let _ = fs::remove_file(&self.etag);
-        let _ = fs::remove_file(&self.path);
+impl Failure {
+    pub(super) fn source(error: anyhow::Error) -> Failure {
+        Failure::Source { error, retry_after: None }
     }
 }
 
 /// Why a try failed.
-enum Failure {
+enum Broken {
     /// Another try may get further: how far this one got, and how long to wait if the other end said so.
     Cut { error: anyhow::Error, brought: u64, pause: Option<Duration> },
     /// Another try would fail as well.
-    Final(anyhow::Error),
+    Final(Failure),
 }
 
-/// Downloads a package's signature.
-pub(super) fn signature(client: &Client, source: &Source, file: &str) -> Result<String> {
+impl Broken {
+    fn cut(error: anyhow::Error) -> Broken {
+        Broken::Cut { error, brought: 0, pause: None }
+    }
+
+    fn source(error: anyhow::Error) -> Broken {
+        Broken::Final(Failure::source(error))
+    }
+
+    fn host(error: anyhow::Error) -> Broken {
+        Broken::Final(Failure::Host(error))
+    }
+}
+
+/// Downloads a package's signature, which is text at least.
+pub(super) fn signature(means: &Means<'_>, source: &Source, file: &str, until: Instant) -> Result<String, Failure> {
     let name = format!("{file}{SIGNATURE_SUFFIX}");
-    let bytes = persistently(|| {
-        let reply = answered(source.get(client, &name, &[]), 0)?;
+    persistently(&name, means, until, || {
+        let reply = answered(source.get(means, &name, &[], until), source.last)?;
         match reply.status() {
-            200 => reply.bytes(MAX_SIGNATURE_BYTES).map_err(|error| Failure::Cut { error, brought: 0, pause: None }),
-            404 | 410 => Err(Failure::Final(source.lacks(&name))),
+            200 if reply.is_page() => Err(Broken::cut(source.hidden("HTML"))),
+            200 => {
+                let bytes = reply.bytes(MAX_SIGNATURE_BYTES).map_err(Broken::cut)?;
+                let text = String::from_utf8(bytes).context("its signature file is not text").map_err(Broken::cut)?;
+                match text.trim_start().starts_with('<') {
+                    true => Err(Broken::cut(source.hidden("no signature, but markup"))),
+                    false => Ok(text),
+                }
+            }
+            404 | 410 => Err(Broken::source(source.lacks(&name))),
             _ => Err(refused(reply)),
         }
-    })?;
-    String::from_utf8(bytes).context("its signature file is not text")
+    })
 }
 
-/// Downloads a package into the cache, where it lies under its own name afterwards.
-pub(super) fn archive(
-    client: &Client,
-    source: &Source,
-    file: &str,
-    wanted: &Wanted,
-    places: &Places,
-    progress: &mut dyn FnMut(u64, Option<u64>),
-) -> Result<PathBuf> {
+/// What is downloaded, and within what.
+pub(super) struct Download<'a> {
+    pub(super) means: &'a Means<'a>,
+    pub(super) source: &'a Source,
+    pub(super) file: &'a str,
+    pub(super) wanted: &'a Wanted,
+    pub(super) until: Instant,
+}
+
+/// Downloads a package into its part, until it is whole.
+pub(super) fn archive<'a>(
+    download: &Download<'a>,
+    part: &mut Part<'_>,
+    claim: &mut Option<Claim<'a>>,
+    progress: &mut super::Progress<'_>,
+) -> Result<(), Failure> {
+    let Download { means, source, file, wanted, until } = *download;
     if let Some(size) = wanted.size {
-        ensure!(size <= MAX_PACKAGE_BYTES, "it has {size} bytes, more than {MAX_PACKAGE_BYTES}");
-        ensure_space(&places.staging, size.saturating_mul(SPACE_PER_PACKAGE))?;
+        let most = MAX_PACKAGE_BYTES;
+        if size > most {
+            return Err(Failure::source(anyhow!("it has {size} bytes, more than {most}").context(Refused)));
+        }
+        room(download, claim, size, part.have())?;
     }
-    let part =
-        Part { path: places.cache.join(format!("{file}.part")), etag: places.cache.join(format!("{file}.part.etag")) };
-    persistently(|| {
+    persistently(file, means, until, || {
+        if wanted.size.is_some_and(|size| size == part.have()) {
+            return Ok(());
+        }
         let resumable = part.resumable();
-        let range = resumable.as_ref().map(|(have, etag)| (format!("bytes={have}-"), etag.as_str()));
-        let headers = range.as_ref().map(|(range, etag)| [("range", range.as_str()), ("if-range", *etag)]);
-        let have = resumable.as_ref().map_or(0, |(have, _)| *have);
-        let reply = answered(source.get(client, file, headers.as_ref().map_or(&[], |both| both.as_slice())), have)?;
+        let have = resumable.map_or(0, |(have, _)| have);
+        let range = format!("bytes={have}-");
+        let headers = resumable.map(|(_, etag)| [("range", range.as_str()), ("if-range", etag)]);
+        let headers = headers.as_ref().map_or(&[][..], |both| both.as_slice());
+        let reply = answered(source.get(means, file, headers, until), source.last || have > 0)?;
         match reply.status() {
-            200 => receive(reply, 0, &part, wanted, places, progress),
-            206 if have > 0 && range_starts_at(&reply, have) => receive(reply, have, &part, wanted, places, progress),
+            200 | 206 if reply.is_page() => Err(Broken::cut(source.hidden("HTML"))),
+            200 => {
+                let total = reply.length();
+                fits(total, wanted)?;
+                part.begin(reply.header("etag")).map_err(Broken::host)?;
+                receive(download, reply, total, part, claim, progress)
+            }
+            206 => match range_of(&reply).filter(|range| have > 0 && range.from == have && is_same(&reply, part)) {
+                Some(Range { total, .. }) => {
+                    fits(total, wanted)?;
+                    receive(download, reply, total, part, claim, progress)
+                }
+                None => Err(unresumable(part, source, file)),
+            },
             // All of it was there already.
             416 if have > 0 && reply.header("content-range") == Some(format!("bytes */{have}").as_str()) => Ok(()),
-            206 | 416 => {
-                part.remove();
-                let error = anyhow!("{} cannot resume the download of {file}", source.directory.origin());
-                Err(Failure::Cut { error, brought: 0, pause: None })
-            }
-            404 | 410 => Err(Failure::Final(source.lacks(file))),
+            416 => Err(unresumable(part, source, file)),
+            404 | 410 => Err(Broken::source(source.lacks(file))),
             _ => Err(refused(reply)),
         }
     })?;
-    let archive = places.cache.join(file);
-    fs::rename(&part.path, &archive).with_context(|| format!("cannot rename {}", part.path.display()))?;
-    part.remove();
-    Ok(archive)
+    // Its size may be known only now.
+    room(download, claim, part.have(), part.have())
 }
 
-/// Tries again what was cut, until it is done, hopeless, or cut too often.
-fn persistently<T>(mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T> {
-    let mut tries = 0;
-    for all in 1.. {
+/// Whether an answer is of the file that a part is of, as far as it says.
+fn is_same(reply: &Reply, part: &Part<'_>) -> bool {
+    let known = part.resumable().map(|(_, etag)| etag);
+    reply.header("etag").is_none_or(|etag| Some(etag) == known)
+}
+
+fn unresumable(part: &mut Part<'_>, source: &Source, file: &str) -> Broken {
+    part.forget();
+    Broken::cut(anyhow!("{} cannot resume the download of {file}", source.directory.origin()))
+}
+
+/// What does not have the announced size is something else.
+fn fits(total: Option<u64>, wanted: &Wanted) -> Result<(), Broken> {
+    match (total, wanted.size) {
+        (Some(total), Some(announced)) if total != announced => {
+            Err(Broken::cut(anyhow!("it has {total} bytes where {announced} were announced").context(Refused)))
+        }
+        (Some(total), None) if total > MAX_PACKAGE_BYTES => {
+            Err(Broken::source(anyhow!("it has {total} bytes, more than {MAX_PACKAGE_BYTES}").context(Refused)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Claims the room for a package of that size, of which `have` bytes are there.
+fn room<'a>(download: &Download<'a>, claim: &mut Option<Claim<'a>>, size: u64, have: u64) -> Result<(), Failure> {
+    if claim.is_none() {
+        let bytes = size.saturating_mul(SPACE_PER_PACKAGE).saturating_sub(have);
+        let means = download.means;
+        let promised = means.commons.space.claim(&means.places.staging, bytes, download.until);
+        *claim = Some(promised.map_err(Failure::Host)?);
+    }
+    Ok(())
+}
+
+/// Writes a body behind what is there of it.
+fn receive<'a>(
+    download: &Download<'a>,
+    reply: Reply,
+    total: Option<u64>,
+    part: &mut Part<'_>,
+    claim: &mut Option<Claim<'a>>,
+    progress: &mut super::Progress<'_>,
+) -> Result<(), Broken> {
+    let Download { means, wanted, until, .. } = *download;
+    let total = total.or(wanted.size);
+    let limit = total.unwrap_or(MAX_PACKAGE_BYTES);
+    let at = part.have();
+    if let Some(total) = total {
+        room(download, claim, total, at).map_err(Broken::Final)?;
+    }
+    let mut reader = reply.reader();
+    let mut chunk = vec![0; CHUNK_BYTES];
+    tell(progress, at, total)?;
+    loop {
+        let (amount, done) = match reader.read(&mut chunk) {
+            Ok(amount) => (amount, part.have() + amount as u64),
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => {
+                let done = part.have();
+                let error = anyhow::Error::new(error).context(format!("the download broke off after {done} bytes"));
+                return Err(Broken::Cut { error, brought: done - at, pause: None });
+            }
+        };
+        if amount == 0 {
+            break;
+        }
+        if done > limit {
+            // Whatever else it sends is no part of the package, and nothing of it may be either.
+            part.begin(None).map_err(Broken::host)?;
+            return Err(Broken::source(anyhow!("it has more than {limit} bytes").context(Refused)));
+        }
+        part.append(&chunk[..amount]).map_err(|error| {
+            // What does not fit helps nobody, and takes the space from everybody.
+            let _ = part.begin(None);
+            Broken::host(unwritable(error, &means.places.cache))
+        })?;
+        claim.iter().for_each(|claim| claim.written(amount as u64));
+        tell(progress, done, total)?;
+        let wait = means.commons.take(amount as u64);
+        if !wait.is_zero() {
+            platform::pause(wait.min(until.saturating_duration_since(Instant::now())));
+        }
+        if Instant::now() >= until && Some(done) != total {
+            return Err(Broken::host(too_late(means, done, total)));
+        }
+    }
+    let done = part.have();
+    match total {
+        Some(total) if done != total => {
+            let error = anyhow!("the download ended after {done} of {total} bytes");
+            Err(Broken::Cut { error, brought: done - at, pause: None })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn tell(progress: &mut super::Progress<'_>, done: u64, total: Option<u64>) -> Result<(), Broken> {
+    match progress(done, total) {
+        true => Ok(()),
+        false => Err(Broken::host(anyhow!("it is not wanted any more"))),
+    }
+}
+
+fn too_late(means: &Means<'_>, done: u64, total: Option<u64>) -> anyhow::Error {
+    let of = total.map(|total| format!(" of {total}")).unwrap_or_default();
+    anyhow!(
+        "it did not come within {} (downloadTimeout); {done}{of} bytes are there, and the next try goes on from there",
+        Span(means.within)
+    )
+}
+
+/// Tries again what was cut, until it is done, hopeless, cut too often, or takes too long.
+fn persistently<T>(
+    what: &str,
+    means: &Means<'_>,
+    until: Instant,
+    mut attempt: impl FnMut() -> Result<T, Broken>,
+) -> Result<T, Failure> {
+    let (mut tries, mut all) = (0, 0);
+    let late = || format!("it did not come within {} (downloadTimeout); the next try goes on", Span(means.within));
+    loop {
+        all += 1;
+        if Instant::now() >= until {
+            return Err(Failure::Host(anyhow!(late())));
+        }
         let (error, pause) = match attempt() {
             Ok(done) => return Ok(done),
-            Err(Failure::Final(error)) => return Err(error),
-            Err(Failure::Cut { error, brought, pause }) => {
+            Err(Broken::Final(failure)) => return Err(failure),
+            Err(Broken::Cut { error, brought, pause }) => {
                 tries = if brought >= WORTHWHILE_BYTES { 1 } else { tries + 1 };
                 (error, pause)
             }
         };
-        if tries >= TRIES || all >= TRIES_IN_ALL {
-            return Err(error.context(format!("gave up after {all} tries")));
+        if let Some(asked) = pause.filter(|pause| *pause > MAX_PAUSE) {
+            let error = error.context(format!("it asks to be left alone for {}", Span(asked)));
+            return Err(Failure::Source { error, retry_after: Some(asked) });
         }
-        tracing::warn!(error = format!("{error:#}"), tries, "a download was cut and is tried again");
-        platform::pause(pause.unwrap_or_else(|| backed_off(tries)).min(MAX_PAUSE));
+        if tries >= TRIES || all >= TRIES_IN_ALL {
+            let error = error.context(format!("gave up after {all} tries"));
+            return Err(Failure::Source { error, retry_after: pause });
+        }
+        let pause = pause.unwrap_or_else(|| backed_off(tries));
+        if Instant::now() + pause >= until {
+            return Err(Failure::Host(error.context(late())));
+        }
+        tracing::warn!(file = what, error = format!("{error:#}"), tries, "a download was cut and is tried again");
+        platform::pause(pause);
     }
-    bail!("gave up")
 }
 
 /// Twice as long each time, and half of it at random.
@@ -227,92 +372,45 @@ fn backed_off(tries: u32) -> Duration {
     full / 2 + (full / 2).mul_f64(fastrand::f64())
 }
 
-/// One who cannot be reached at all is left to the next endpoint, or to the caller's own back-off; not so in mid-download.
-fn answered(reply: Result<Reply>, have: u64) -> Result<Reply, Failure> {
-    reply.map_err(|error| match have {
-        0 => Failure::Final(error),
-        _ => Failure::Cut { error, brought: 0, pause: None },
+/// One who cannot be reached at all is left to the next source, where there is one; not so in mid-download.
+fn answered(reply: Result<Reply>, is_patient: bool) -> Result<Reply, Broken> {
+    reply.map_err(|error| match is_patient && endpoint::may_pass(&error) {
+        true => Broken::cut(error),
+        false => Broken::source(error),
     })
 }
 
-fn refused(reply: Reply) -> Failure {
+fn refused(reply: Reply) -> Broken {
     let (status, pause) = (reply.status(), reply.retry_after());
     let error = reply.refused();
     if matches!(status, 408 | 425 | 429 | 500..=599) {
-        Failure::Cut { error, brought: 0, pause }
+        Broken::Cut { error, brought: 0, pause }
     } else {
-        Failure::Final(error)
+        Broken::source(error)
     }
 }
 
-/// `content-range: bytes 10-99/100`
-fn range_starts_at(reply: &Reply, at: u64) -> bool {
-    let start = reply.header("content-range").and_then(|range| range.trim().strip_prefix("bytes ")?.split_once('-'));
-    start.is_some_and(|(start, _)| start.parse() == Ok(at))
+/// A part of a file, as it was sent.
+#[derive(Debug, PartialEq, Eq)]
+struct Range {
+    from: u64,
+    total: Option<u64>,
 }
 
-/// Writes a body behind the `at` bytes that are there.
-fn receive(
-    reply: Reply,
-    at: u64,
-    part: &Part,
-    wanted: &Wanted,
-    places: &Places,
-    progress: &mut dyn FnMut(u64, Option<u64>),
-) -> Result<(), Failure> {
-    let total = reply.length().map(|rest| at.saturating_add(rest));
-    let limit = wanted.size.unwrap_or(MAX_PACKAGE_BYTES);
-    let checked = || -> Result<File> {
-        if let (Some(total), Some(announced)) = (total, wanted.size)
-            && total != announced
-        {
-            part.remove();
-            bail!("it has {total} bytes where {announced} were announced");
-        }
-        if let Some(total) = total {
-            ensure!(total <= limit, "it has {total} bytes, more than {limit}");
-            ensure_space(&places.cache, total - at)?;
-            ensure_space(&places.staging, total.saturating_mul(SPACE_PER_PACKAGE))?;
-        }
-        let file = if at == 0 { part.begin(reply.header("etag")) } else { part.resume(at) };
-        file.with_context(|| format!("cannot write {}", part.path.display()))
+fn range_of(reply: &Reply) -> Option<Range> {
+    range(reply.header("content-range")?)
+}
+
+/// Reads `bytes 10-99/100`, or `bytes 10-99/*`.
+fn range(text: &str) -> Option<Range> {
+    let (part, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (from, last) = part.split_once('-')?;
+    let (from, last) = (from.parse().ok()?, last.parse::<u64>().ok()?);
+    let total = match total {
+        "*" => None,
+        total => Some(total.parse().ok()?),
     };
-    let mut file = checked().map_err(Failure::Final)?;
-    let mut reader = reply.reader();
-    let mut chunk = vec![0; CHUNK_BYTES];
-    let mut done = at;
-    progress(done, total.or(wanted.size));
-    loop {
-        let amount = match reader.read(&mut chunk) {
-            Ok(amount) => amount,
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(error) => {
-                let error = anyhow::Error::new(error).context(format!("the download broke off after {done} bytes"));
-                return Err(Failure::Cut { error, brought: done - at, pause: None });
-            }
-        };
-        if amount == 0 {
-            break;
-        }
-        done += amount as u64;
-        if done > limit {
-            part.remove();
-            return Err(Failure::Final(anyhow!("it has more than {limit} bytes")));
-        }
-        if let Err(error) = file.write_all(&chunk[..amount]) {
-            // What does not fit helps nobody, and takes the space from everybody.
-            part.remove();
-            return Err(Failure::Final(unwritable(error, &places.cache)));
-        }
-        progress(done, total.or(wanted.size));
-    }
-    match total.or(wanted.size) {
-        Some(total) if done != total => {
-            let error = anyhow!("the download ended after {done} of {total} bytes");
-            Err(Failure::Cut { error, brought: done - at, pause: None })
-        }
-        _ => Ok(()),
-    }
+    (from <= last && total.is_none_or(|total| last < total)).then_some(Range { from, total })
 }
 
 /// Says it plainly when the disk is full.
@@ -323,4 +421,26 @@ pub(super) fn unwritable(error: std::io::Error, directory: &Path) -> anyhow::Err
         false => format!("cannot write in {}", directory.display()),
     };
     anyhow::Error::new(error).context(context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_read_as_they_are_written_and_nothing_else_is() {
+        for (text, from, total) in
+            [("bytes 10-99/100", 10, Some(100)), (" bytes 0-0/1 ", 0, Some(1)), ("bytes 5-9/*", 5, None)]
+        {
+            assert_eq!(range(text), Some(Range { from, total }), "{text}");
+        }
+        for bad in
+            ["", "bytes", "bytes 1-2", "bytes */5", "bytes 9-1/10", "bytes 0-10/10", "items 0-1/2", "bytes -1-2/3"]
+        {
+            assert_eq!(range(bad), None, "{bad}");
+        }
+        for huge in ["bytes 99999999999999999999-1/2", "bytes 0-1/99999999999999999999"] {
+            assert_eq!(range(huge), None);
+        }
+    }
 }

@@ -15,6 +15,10 @@ const MAX_KEY_FILE_BYTES: u64 = 64 << 10;
 /// More keys than anybody rotates through.
 const MAX_KEYS: usize = 64;
 
+/// Of a key's bytes, behind the algorithm and the id.
+const POINT_AT: usize = 10;
+const POINT_BYTES: usize = 32;
+
 /// Which key of minisign's: shown as minisign shows it, 16 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId([u8; 8]);
@@ -37,11 +41,36 @@ pub(super) fn key_id(base64: &str) -> Option<KeyId> {
     Some(KeyId(bytes.get(2..10)?.try_into().ok()?))
 }
 
+/// One public key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Key {
+pub struct Key {
     id: KeyId,
     base64: String,
     key: PublicKey,
+    /// The point of the curve alone, without the id, which whoever makes a key chooses.
+    point: [u8; POINT_BYTES],
+}
+
+impl Key {
+    pub fn id(&self) -> KeyId {
+        self.id
+    }
+
+    /// The line of minisign's file that is the key.
+    pub fn base64(&self) -> &str {
+        &self.base64
+    }
+
+    /// Whether it is the same key, whatever id it goes by.
+    pub fn is_same(&self, other: &Key) -> bool {
+        self.point == other.point
+    }
+
+    fn parse(line: &str) -> Option<Key> {
+        let bytes = BASE64_STANDARD.decode(line).ok()?;
+        let point = bytes.get(POINT_AT..)?.try_into().ok()?;
+        Some(Key { id: key_id(line)?, base64: line.to_owned(), key: PublicKey::from_base64(line).ok()?, point })
+    }
 }
 
 /// Trusted keys, each once.
@@ -50,30 +79,37 @@ pub struct Keys {
     keys: Vec<Key>,
     /// For telling an operator where to put one.
     directory: Option<PathBuf>,
+    /// For telling an operator why one is not among them: which, and what revoked it.
+    revoked: Vec<(KeyId, String)>,
 }
 
 impl Keys {
     /// All `*.pub` of a directory; none where there is no such directory. A file that is no key is an error: it was put there to be one.
     pub fn load(directory: &Path) -> Result<Keys> {
-        let mut keys = Keys { keys: Vec::new(), directory: Some(directory.to_owned()) };
-        let mut paths = Vec::new();
-        match fs::read_dir(directory) {
-            Ok(entries) => {
-                for entry in entries {
-                    let path = entry.with_context(|| format!("cannot list {}", directory.display()))?.path();
-                    if path.extension().is_some_and(|extension| extension == "pub") {
-                        paths.push(path);
-                    }
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).with_context(|| format!("cannot list {}", directory.display())),
-        }
-        paths.sort();
-        for path in paths {
+        let mut keys = Keys { directory: Some(directory.to_owned()), ..Keys::default() };
+        for path in Keys::files(directory)? {
             keys.extend(Keys::read(&path)?)?;
         }
         Ok(keys)
+    }
+
+    /// All `*.pub` of a directory, in the order of their names; none where there is no such directory.
+    pub fn files(directory: &Path) -> Result<Vec<PathBuf>> {
+        let attempt = || -> std::io::Result<Vec<PathBuf>> {
+            let mut paths = Vec::new();
+            for entry in fs::read_dir(directory)? {
+                let path = entry?.path();
+                if path.extension().is_some_and(|extension| extension == "pub") {
+                    paths.push(path);
+                }
+            }
+            paths.sort();
+            Ok(paths)
+        };
+        match attempt() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            other => other.with_context(|| format!("cannot list {}", directory.display())),
+        }
     }
 
     /// The keys of one file.
@@ -94,12 +130,11 @@ impl Keys {
             if line.is_empty() || line.starts_with("untrusted comment:") {
                 continue;
             }
-            let parsed = PublicKey::from_base64(line).ok().zip(key_id(line));
-            let (key, id) = parsed.with_context(|| {
+            let key = Key::parse(line).with_context(|| {
                 let shown: String = line.chars().take(60).collect();
                 format!("cannot take {shown:?} as a minisign public key: it is a line of base64 that begins with RW")
             })?;
-            keys.add(Key { id, base64: line.to_owned(), key })?;
+            keys.trust(key)?;
         }
         Ok(keys)
     }
@@ -111,11 +146,38 @@ impl Keys {
 
     /// Trusts `others` too.
     pub fn extend(&mut self, others: Keys) -> Result<()> {
-        others.keys.into_iter().try_for_each(|key| self.add(key))
+        others.keys.into_iter().try_for_each(|key| self.trust(key))
     }
 
     pub fn is_empty(&self) -> bool {
         self.keys.is_empty()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Key> {
+        self.keys.iter()
+    }
+
+    /// Whether it is one of these, whatever id it goes by.
+    pub fn contains(&self, key: &Key) -> bool {
+        self.keys.iter().any(|known| known.is_same(key))
+    }
+
+    /// Those of which `keep` says so.
+    #[must_use]
+    pub fn filtered(&self, keep: impl Fn(&Key) -> bool) -> Keys {
+        let keys = self.keys.iter().filter(|key| keep(key)).cloned().collect();
+        Keys { keys, directory: self.directory.clone(), revoked: self.revoked.clone() }
+    }
+
+    /// Which are not among them because something revoked them.
+    #[must_use]
+    pub fn telling_of(self, revoked: Vec<(KeyId, String)>) -> Keys {
+        Keys { revoked, ..self }
+    }
+
+    /// What revoked the key of this id, where something did.
+    pub(super) fn revoked_by(&self, id: KeyId) -> Option<&str> {
+        self.revoked.iter().find(|(revoked, _)| *revoked == id).map(|(_, by)| by.as_str())
     }
 
     pub fn ids(&self) -> impl Iterator<Item = KeyId> {
@@ -169,7 +231,8 @@ impl Keys {
         self.keys.iter().filter(move |key| key.id == id).map(|key| &key.key)
     }
 
-    fn add(&mut self, key: Key) -> Result<()> {
+    /// Trusts this one too.
+    pub fn trust(&mut self, key: Key) -> Result<()> {
         if self.keys.iter().any(|known| known.key == key.key) {
             return Ok(());
         }

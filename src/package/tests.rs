@@ -12,6 +12,8 @@ use crate::core::model::{Arch, Os};
 use crate::endpoint::testing::{Asked, Server, Told};
 use crate::endpoint::{Timeouts, Trust};
 
+mod network;
+
 struct Signer(minisign::KeyPair);
 
 impl Signer {
@@ -54,10 +56,13 @@ fn archive(bytes: usize) -> Vec<u8> {
     tar.into_inner().unwrap().finish().unwrap()
 }
 
+const FILE: &str = "demo-1.0_linux_amd64.tar.zst";
+
 struct Desk {
     directory: tempfile::TempDir,
     places: Places,
     client: Client,
+    commons: Commons,
 }
 
 impl Desk {
@@ -66,11 +71,27 @@ impl Desk {
         let places = Places { cache: directory.path().join("cache"), staging: directory.path().join("staging") };
         let client =
             Client::new(&Trust::Insecure, Some(&"host-1".parse().unwrap()), Timeouts::download(Duration::from_secs(5)));
-        Desk { directory, places, client: client.unwrap() }
+        Desk { directory, places, client: client.unwrap(), commons: Commons::default() }
+    }
+
+    fn means<'a>(&'a self, endpoints: &'a [Endpoint], keys: &'a Keys) -> Means<'a> {
+        let (places, commons) = (&self.places, &self.commons);
+        Means { client: &self.client, endpoints, keys, places, commons, within: Duration::from_secs(60) }
     }
 
     fn fetch(&self, endpoints: &[Endpoint], wanted: &Wanted, keys: &Keys) -> Result<VerifiedTree, String> {
-        fetch(&self.client, endpoints, wanted, keys, &self.places, &mut |_, _| {}).map_err(|error| format!("{error:#}"))
+        fetch(&self.means(endpoints, keys), wanted, &mut |_, _| true).map_err(|error| format!("{error:#}"))
+    }
+
+    /// Puts what an earlier run would have left of the package into the cache.
+    fn left(&self, bytes: &[u8], etag: Option<&str>) {
+        fs::create_dir_all(&self.places.cache).unwrap();
+        let part = self.places.cache.join(format!("{FILE}.part"));
+        fs::write(&part, bytes).unwrap();
+        crate::platform::set_mode(&part, 0o600).unwrap();
+        if let Some(etag) = etag {
+            fs::write(self.places.cache.join(format!("{FILE}.part.etag")), etag).unwrap();
+        }
     }
 
     /// What lies in the cache and in staging.
@@ -95,8 +116,10 @@ fn a_signed_package_becomes_a_release() {
     let server = depot(bytes.clone(), signer.sign(&bytes, &binding(3)));
     let mut seen = Vec::new();
     let wanted = Wanted { size: Some(bytes.len() as u64), ..Wanted::new(release()) };
-    let tree = fetch(&desk.client, &[server.endpoint()], &wanted, &signer.keys(), &desk.places, &mut |done, total| {
-        seen.push((done, total))
+    let (endpoints, keys) = ([server.endpoint()], signer.keys());
+    let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, total| {
+        seen.push((done, total));
+        true
     })
     .unwrap();
     assert_eq!(tree.binding().epoch, 3);
@@ -266,7 +289,7 @@ fn breaking(
             headers.push(("content-range", format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len())));
         }
         let status = if start > 0 { 206 } else { 200 };
-        Told { status, headers, body: bytes[start..].to_vec(), cut_after }
+        Told { status, headers, body: bytes[start..].to_vec(), cut_after, drip: None }
     });
     (server, asked_for)
 }
@@ -301,8 +324,7 @@ fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
         assert_eq!(ranges.lock().unwrap().first(), Some(&Some("bytes=250000-".to_owned())));
     }
     // Half of another file of the same name.
-    fs::write(&file, [b'x'; 1000]).unwrap();
-    fs::write(desk.places.cache.join("demo-1.0_linux_amd64.tar.zst.part.etag"), "\"old\"").unwrap();
+    desk.left(&[b'x'; 1000], Some("\"old\""));
     let (server, _) = breaking(bytes.clone(), signature, "\"a\"", 0, 0);
     desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
     assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
@@ -312,9 +334,7 @@ fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
 fn a_download_that_only_lacked_its_name_is_not_made_again() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(1000));
     let signature = signer.sign(&bytes, &binding(1));
-    fs::create_dir_all(&desk.places.cache).unwrap();
-    fs::write(desk.places.cache.join("demo-1.0_linux_amd64.tar.zst.part"), &bytes).unwrap();
-    fs::write(desk.places.cache.join("demo-1.0_linux_amd64.tar.zst.part.etag"), "\"a\"").unwrap();
+    desk.left(&bytes, Some("\"a\""));
     let all = format!("bytes */{}", bytes.len());
     let server = Server::plain(move |asked| match asked.path.ends_with(SIGNATURE_SUFFIX) {
         true => Told::ok(signature.clone()),
@@ -361,8 +381,9 @@ fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks()
     let full = depot(bytes.clone(), signature.clone());
     let wanted = Wanted::new(release());
     desk.fetch(&[empty.endpoint(), full.endpoint()], &wanted, &signer.keys()).unwrap();
-    let error = desk.fetch(&[empty.endpoint(), empty.endpoint()], &wanted, &signer.keys()).unwrap_err();
-    assert!(error.contains("none of 2 endpoints"), "{error}");
+    let other = Server::plain(|_| Told::status(404));
+    let error = desk.fetch(&[empty.endpoint(), other.endpoint()], &wanted, &signer.keys()).unwrap_err();
+    assert!(error.contains("none of 2 sources"), "{error}");
     assert!(desk.fetch(&[], &wanted, &signer.keys()).unwrap_err().contains("no endpoint is configured"));
 
     let ids = Arc::new(Mutex::new(Vec::new()));
@@ -375,9 +396,20 @@ fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks()
     let wanted = Wanted { tarball: Some(mirror.endpoint().url("/mirror/")), ..wanted };
     let before = full.connections();
     desk.fetch(&[full.endpoint()], &wanted, &signer.keys()).unwrap();
+    assert_eq!(full.connections(), before);
     desk.fetch(&[mirror.endpoint()], &wanted, &signer.keys()).unwrap();
     assert_eq!(*ids.lock().unwrap(), [false, false, true, true]);
-    assert_eq!(full.connections(), before);
+
+    // One that lacks it, cannot be reached, or is no address at all leaves it to the endpoints.
+    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    for tarball in [empty.endpoint().url("/x"), format!("http://{nobody}/x"), "no address".to_owned()] {
+        let wanted = Wanted { tarball: Some(tarball.clone()), ..wanted.clone() };
+        desk.fetch(&[full.endpoint()], &wanted, &signer.keys()).unwrap();
+        let error = desk.fetch(&[empty.endpoint()], &wanted, &signer.keys()).unwrap_err();
+        assert!(error.contains("none of 2 sources"), "{error}");
+        assert!(error.contains(&empty.endpoint().url("/api/download/")), "{error}");
+        assert!(error.contains(&tarball) || error.contains(&nobody.to_string()), "{tarball}: {error}");
+    }
 }
 
 #[test]
@@ -403,8 +435,6 @@ fn what_cannot_fit_is_not_begun() {
         }
         assert_eq!(count.load(Ordering::SeqCst), 0);
     }
-    let error = fetch::ensure_space(&desk.places.staging, u64::MAX).unwrap_err();
-    assert!(error.to_string().contains("not enough space"), "{error}");
     let error = fetch::unwritable(std::io::ErrorKind::StorageFull.into(), Path::new("/x"));
     assert!(error.to_string().contains("no space left in /x"), "{error}");
     let wanted = Wanted { size: Some((4 << 30) + 1), ..Wanted::new(release()) };
@@ -466,7 +496,23 @@ fn a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap() {
     let file = File::create(&old).unwrap();
     file.set_modified(SystemTime::now() - MAX_PART_AGE - Duration::from_secs(60)).unwrap();
     sweep(&desk.places).unwrap();
-    assert_eq!(desk.leftovers(), [new]);
+    assert_eq!(desk.leftovers(), std::slice::from_ref(&new));
+
+    // While it runs: what is not wanted goes, and nothing that somebody is at.
+    let (signer, bytes) = (Signer::new(), archive(10));
+    let (keys, signature) = (signer.keys(), signer.sign(&bytes, &binding(1)));
+    desk.left(&bytes, Some("\"a\""));
+    let examined = verify::examine(&signature, &keys, &Wanted::new(release())).unwrap();
+    let open = || Part::open(&desk.places.cache, FILE, u64::MAX, &examined, &keys);
+    let part = open().unwrap();
+    trim(&desk.places.cache, |_| false).unwrap();
+    assert_eq!(desk.leftovers().len(), 2);
+    assert!(format!("{:#}", open().map(|_| ()).unwrap_err()).contains("another download"));
+    drop(part);
+    trim(&desk.places.cache, |file| file == FILE).unwrap();
+    assert_eq!(desk.leftovers().len(), 2);
+    trim(&desk.places.cache, |_| false).unwrap();
+    assert_eq!(desk.leftovers(), Vec::<PathBuf>::new());
 
     let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
     let files = vec![(at(3), 5, "c".into()), (at(1), 5, "a".into()), (at(2), 5, "b".into())];

@@ -1,16 +1,17 @@
 //! Whether bytes are what they are said to be: minisign's signature over all of them, and the signed comment that says what they are.
 //!
-//! Only pre-hashed signatures count: they can be verified as the bytes stream by, and so can any size be.
+//! Only pre-hashed signatures count: they are verified as the bytes stream by, so that a package of any size is read but once. Who unpacks
+//! it afterwards must read the same bytes: from a file that is open since, and that nobody else can write.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Write};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use minisign_verify::{Error, Signature, StreamVerifier};
 use sha2::{Digest as _, Sha256};
 
 use super::keys::{KeyId, Keys, key_id};
-use super::{Wanted, ensure_size};
+use super::{Refused, Wanted, ensure_size};
 use crate::core::model::{Binding, Digest};
 
 const CHUNK_BYTES: usize = 64 << 10;
@@ -30,9 +31,18 @@ pub(super) struct Verified {
 
 /// Looks at a signature before its package is downloaded: what could not be accepted anyway is not worth the way.
 pub(super) fn examine(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
+    examined(text, keys, wanted).context(Refused)
+}
+
+fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
     let (signature, signer) = decode(text)?;
     let mut trusted = keys.with_id(signer).peekable();
     if trusted.peek().is_none() {
+        if let Some(by) = keys.revoked_by(signer) {
+            bail!(
+                "the package is signed by the key {signer}, which was revoked by {by}; have it signed by a key that is trusted here"
+            );
+        }
         let trusted: Vec<String> = keys.ids().map(|id| id.to_string()).collect();
         bail!(
             "the package is signed by the key {signer}, which is not trusted here (trusted{}: {}); if it should be, add its \
@@ -69,39 +79,92 @@ pub(super) fn examine(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examin
     Ok(Examined { signature, signer, binding })
 }
 
-/// Reads the whole of `archive` and leaves it at its beginning, to be read again through the same open file.
-pub(super) fn verify(archive: &mut File, examined: Examined, keys: &Keys, wanted: &Wanted) -> Result<Verified> {
-    let Examined { signature, signer, binding } = examined;
-    let streams = keys.with_id(signer).map(|key| key.verify_stream(&signature));
-    let mut verifiers = streams.collect::<Result<Vec<StreamVerifier<'_>>, Error>>()?;
-    let mut hasher = Sha256::new();
-    let mut chunk = vec![0; CHUNK_BYTES];
-    let mut size = 0;
-    archive.seek(SeekFrom::Start(0))?;
-    loop {
-        let amount = archive.read(&mut chunk).context("cannot read the package")?;
-        if amount == 0 {
-            break;
-        }
-        let bytes = &chunk[..amount];
-        hasher.update(bytes);
-        verifiers.iter_mut().for_each(|verifier| verifier.update(bytes));
-        size += amount as u64;
+impl Examined {
+    /// Begins to verify a package's bytes, from its first one.
+    pub(super) fn begin<'a>(&'a self, keys: &'a Keys) -> Result<Verification<'a>> {
+        let streams = keys.with_id(self.signer).map(|key| key.verify_stream(&self.signature));
+        let verifiers = streams.collect::<Result<Vec<_>, Error>>()?;
+        Ok(Verification { examined: self, verifiers, hasher: Sha256::new(), size: 0 })
     }
-    archive.seek(SeekFrom::Start(0))?;
+}
 
-    if !verifiers.iter_mut().any(|verifier| verifier.finalize().is_ok()) {
-        bail!(
-            "the package has been tampered with or damaged: its {size} bytes and its comment are not what the key {signer} \
-             signed; nothing of it was unpacked. Publish it again, and find out who changed it"
-        );
+/// A package that is verified while its bytes come by, in their order.
+pub(super) struct Verification<'a> {
+    examined: &'a Examined,
+    /// Of each trusted key with the signature's id.
+    verifiers: Vec<StreamVerifier<'a>>,
+    hasher: Sha256,
+    size: u64,
+}
+
+impl Verification<'_> {
+    /// The bytes that follow those that it was given before.
+    pub(super) fn update(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        self.verifiers.iter_mut().for_each(|verifier| verifier.update(bytes));
+        self.size += bytes.len() as u64;
     }
-    ensure_size(size, wanted.size)?;
-    let sha256 = hex(&hasher.finalize()).parse::<Digest>().context("cannot note the package's SHA-256")?;
-    if let Some(announced) = &wanted.sha256 {
-        ensure!(sha256 == *announced, "its SHA-256 is {sha256} where {announced} was announced");
+
+    /// How many bytes it was given.
+    pub(super) fn size(&self) -> u64 {
+        self.size
     }
-    Ok(Verified { binding, sha256 })
+
+    /// Judges the bytes that it was given as the whole of the package, by the signature.
+    pub(super) fn finish(mut self) -> Result<Signed> {
+        let Examined { signer, binding, .. } = self.examined;
+        if !self.verifiers.iter_mut().any(|verifier| verifier.finalize().is_ok()) {
+            let error = anyhow!(
+                "the package has been tampered with or damaged: its {} bytes and its comment are not what the key {signer} \
+                 signed; nothing of it was unpacked. Publish it again, and find out who changed it",
+                self.size
+            );
+            return Err(error.context(Refused));
+        }
+        let sha256 = hex(&self.hasher.finalize()).parse::<Digest>().context("cannot note the package's SHA-256")?;
+        Ok(Signed { size: self.size, verified: Verified { binding: binding.clone(), sha256 } })
+    }
+}
+
+/// A package that a trusted key has signed.
+pub(super) struct Signed {
+    size: u64,
+    verified: Verified,
+}
+
+impl Signed {
+    /// Compares it with what was announced.
+    pub(super) fn compared(self, wanted: &Wanted) -> Result<Verified> {
+        ensure_size(self.size, wanted.size).context(Refused)?;
+        let sha256 = &self.verified.sha256;
+        if let Some(announced) = &wanted.sha256 {
+            let differs = || anyhow!("its SHA-256 is {sha256} where {announced} was announced").context(Refused);
+            ensure!(sha256 == announced, differs());
+        }
+        Ok(self.verified)
+    }
+}
+
+/// Reads what follows in `from`, to its end, through a verification and perhaps into a file of ours.
+pub(super) fn read_through(
+    from: &mut impl Read,
+    verification: &mut Verification<'_>,
+    mut to: Option<&mut File>,
+) -> Result<()> {
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        let amount = match from.read(&mut chunk) {
+            Ok(0) => return Ok(()),
+            Ok(amount) => amount,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error).context("cannot read the package"),
+        };
+        let bytes = &chunk[..amount];
+        verification.update(bytes);
+        if let Some(to) = &mut to {
+            to.write_all(bytes).context("cannot copy the package")?;
+        }
+    }
 }
 
 /// What a signature says that its package is, before anything was verified.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+mod access;
 mod clone;
 mod group;
 mod launch;
@@ -12,6 +13,7 @@ mod local;
 mod own_record;
 mod process;
 
+pub use access::weakness;
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
@@ -115,6 +117,31 @@ pub fn free_space(directory: &Path) -> io::Result<u64> {
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
+/// Opens a file that its owner alone can read and write, and makes it where there is none. Whatever else has that name goes first: a link,
+/// somebody else's file, or one that others may have open.
+pub fn open_private(path: &Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = fs::OpenOptions::new();
+    options.read(true).write(true).mode(0o600).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
+    let is_private = |file: &File| -> io::Result<bool> {
+        let found = file.metadata()?;
+        let owner = rustix::process::geteuid().as_raw();
+        Ok(found.is_file() && found.uid() == owner && found.mode() & 0o077 == 0 && found.nlink() == 1)
+    };
+    for _ in 0..10 {
+        match options.clone().create_new(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => return made,
+        }
+        match options.open(path) {
+            Ok(file) if is_private(&file)? => return Ok(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            _ => fs::remove_file(path)?,
+        }
+    }
+    Err(io::ErrorKind::WouldBlock.into())
+}
+
 /// Makes a symbolic link with exactly this target where nothing stands yet.
 pub fn make_symlink(target: &Path, link: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(target, link)
@@ -146,6 +173,12 @@ pub fn mode(path: &Path) -> io::Result<u32> {
 /// Whether somebody may run the file.
 pub fn has_execute_bit(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o111 != 0
+}
+
+/// Whether somebody besides its owner may read the file.
+#[cfg(feature = "gateway")]
+pub fn others_may_read(metadata: &fs::Metadata) -> bool {
+    metadata.mode() & 0o044 != 0
 }
 
 /// The file's number in its file system: another one means another file under the same name.
@@ -185,4 +218,39 @@ pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
 /// A running executable can be removed: there is nothing to do before its directory is.
 pub fn leave_directory(_directory: &Path) -> io::Result<()> {
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_private_file_is_nobody_elses_and_what_is_not_so_goes_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("a"), directory.path().join("b"));
+        let length = || open_private(&path).unwrap().metadata().unwrap().len();
+        open_private(&path).unwrap().write_all(b"mine").unwrap();
+        assert_eq!((mode(&path).unwrap(), length()), (0o600, 4));
+
+        // One that others may have open to write.
+        set_mode(&path, 0o620).unwrap();
+        assert_eq!((length(), mode(&path).unwrap()), (0, 0o600));
+        // One that has another name too.
+        fs::write(&other, "other").unwrap();
+        set_mode(&other, 0o600).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::hard_link(&other, &path).unwrap();
+        assert_eq!(length(), 0);
+        // A link elsewhere.
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        open_private(&path).unwrap().write_all(b"not there").unwrap();
+        assert_eq!(fs::read(&other).unwrap(), b"other");
+        // No file at all.
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(open_private(&path).is_err());
+    }
 }

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+mod access;
 mod group;
 mod launch;
 mod local;
@@ -13,6 +14,7 @@ mod security;
 mod signal;
 mod watch;
 
+pub use access::weakness;
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
@@ -83,6 +85,19 @@ pub fn free_space(directory: &Path) -> io::Result<u64> {
     if done == 0 { Err(io::Error::last_os_error()) } else { Ok(free) }
 }
 
+/// Opens a file that nobody else can write while it is open, and makes it where there is none.
+pub fn open_private(path: &Path) -> io::Result<File> {
+    use std::os::windows::fs::OpenOptionsExt;
+    use windows_sys::Win32::Foundation::ERROR_SHARING_VIOLATION;
+    use windows_sys::Win32::Storage::FileSystem::{FILE_SHARE_DELETE, FILE_SHARE_READ};
+    let shared = FILE_SHARE_READ | FILE_SHARE_DELETE;
+    let opened = fs::OpenOptions::new().read(true).write(true).create(true).share_mode(shared).open(path);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(code) if code == ERROR_SHARING_VIOLATION as i32 => io::ErrorKind::WouldBlock.into(),
+        _ => error,
+    })
+}
+
 /// A service may not make links that a package brings; packages for Windows do without.
 pub fn make_symlink(_target: &Path, _link: &Path) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::Unsupported, "cannot make a symbolic link of a package on Windows"))
@@ -127,6 +142,12 @@ pub fn mode(_path: &Path) -> io::Result<u32> {
 #[cfg(feature = "gateway")]
 pub fn has_execute_bit(_metadata: &fs::Metadata) -> bool {
     true
+}
+
+/// Who may read it is said by the access list that it inherits from its directory.
+#[cfg(feature = "gateway")]
+pub fn others_may_read(_metadata: &fs::Metadata) -> bool {
+    false
 }
 
 /// Not to be had from the metadata; size and time must do.

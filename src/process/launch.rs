@@ -1,6 +1,5 @@
 //! Starts a sub-agent's program: its directory, its environment, its log, its record.
 
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -11,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::record::{self, Head, Kind, Record};
 use crate::config;
+use crate::core::env::Env;
 use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest, Restart, StopSignal};
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::home::Home;
@@ -92,7 +92,7 @@ pub struct Start {
     pub version: Version,
     pub program: Program,
     /// As the gateway told it, before what may not be set is left out.
-    pub env: BTreeMap<String, String>,
+    pub env: Env,
     pub agent_id: AgentId,
     pub endpoint: String,
     pub restarts: u64,
@@ -193,10 +193,10 @@ impl Start {
 }
 
 /// SHA-256 over a gateway's variables, each as `name=value` and a zero byte, in order.
-pub fn env_hash(env: &BTreeMap<String, String>) -> String {
+pub fn env_hash(env: &Env) -> String {
     let mut hash = Sha256::new();
     for (name, value) in env {
-        hash.update(format!("{name}={value}\0"));
+        hash.update(format!("{name}={}\0", value.reveal()));
     }
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -7,12 +7,14 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::{InstallOptions, LOCK, ServiceChoice, Surroundings, WORK, old, progress, site};
-use crate::config::{self, Certificate, Config};
+use crate::config::{self, Certificate, Config, ProxyChoice};
 use crate::core::model::{AgentId, MANAGER_PACKAGE, Version};
+use crate::endpoint::Proxies;
 use crate::home::Home;
 use crate::host_service::product::{self, Product, Registration};
 use crate::host_service::{self, Kind};
-use crate::installation::{self, Epochs, Installed};
+use crate::installation::keyring::Keyring;
+use crate::installation::{self, Epochs, Installed, guard};
 use crate::package::{Keys, trailer};
 use crate::role::Role;
 use crate::{lifecycle, platform, store};
@@ -96,10 +98,7 @@ pub(super) struct Plan {
     pub(super) config_text: String,
     /// The content of `etc/ca.pem`, where a new one is given.
     pub(super) ca_file: Option<Vec<u8>>,
-    /// What packages are verified by.
-    pub(super) keys: Keys,
-    /// Those of them that go to `etc/keys`.
-    pub(super) own_keys: Keys,
+    pub(super) trusted: Trusted,
     /// The lowest epoch of the manager's package that is accepted.
     pub(super) least_epoch: u64,
     pub(super) version: Option<Version>,
@@ -232,6 +231,7 @@ pub(super) fn plan(
     }
 
     let config = settle(imported.config.as_ref().or(standing_config.as_ref()), options);
+    let config = with_proxy(config, &Proxies::of_environment(|name| std::env::var(name).ok()));
     if config.heartbeat_srv.is_empty() {
         return Err(Usage(
             "--endpoint is missing, and no installation stands there whose endpoint could be kept".to_owned(),
@@ -251,7 +251,8 @@ pub(super) fn plan(
     };
 
     let ca_file = options.ca_cert.as_deref().map(certificates).transpose()?;
-    let (keys, own_keys) = keys(options, home, &surroundings.executable, keeps)?;
+    guard::home(home)?;
+    let trusted = trusted(options, home, &surroundings.executable, keeps)?;
     let least_epoch = if keeps { Epochs::load(home)?.least(MANAGER_PACKAGE) } else { 0 };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
     if kind == Kind::Systemd {
@@ -273,8 +274,7 @@ pub(super) fn plan(
         config,
         config_text,
         ca_file,
-        keys,
-        own_keys,
+        trusted,
         least_epoch,
         version: options.version.clone(),
         package: options.package.clone(),
@@ -324,6 +324,20 @@ fn settle(base: Option<&Config>, options: &InstallOptions) -> Config {
     config
 }
 
+/// Whoever needs a proxy to install needs it afterwards too, and a service manager gives the manager another environment: the proxy that
+/// the environment names for an endpoint is kept, unless the settings say something themselves.
+fn with_proxy(config: Config, environment: &Proxies) -> Config {
+    let needed = config.heartbeat_srv.iter().find_map(|endpoint| environment.of(endpoint).ok().flatten());
+    match needed {
+        Some(proxy) if config.proxy == ProxyChoice::Environment => {
+            progress::say(format_args!("the environment's proxy {proxy} is kept in the settings (proxy)"));
+            let listed = Some(environment.exceptions().to_vec()).filter(|listed| !listed.is_empty());
+            Config { proxy: ProxyChoice::Proxy(proxy.clone()), no_proxy: config.no_proxy.clone().or(listed), ..config }
+        }
+        _ => config,
+    }
+}
+
 fn certificates(path: &Path) -> Result<Vec<u8>> {
     let bytes = store::read(path, MAX_CA_BYTES)?
         .with_context(|| format!("cannot read the certificates in {}: there is no such file", path.display()))?;
@@ -333,27 +347,54 @@ fn certificates(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// What packages are verified by, and which of these keys go to `etc/keys`.
-fn keys(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool) -> Result<(Keys, Keys)> {
-    let mut own = Keys::parse("")?;
+/// Whom an installation trusts, and what of that it keeps.
+#[derive(Debug, Clone)]
+pub(super) struct Trusted {
+    /// What packages are verified by.
+    pub(super) keys: Keys,
+    /// Given by the operator.
+    pub(super) given: Keys,
+    /// Carried by the executable that is run.
+    pub(super) carried: Keys,
+    /// What `etc/keys` will hold.
+    pub(super) etc: Keys,
+    /// What is known of the keys that were brought and revoked.
+    pub(super) ring: Keyring,
+}
+
+fn trusted(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool) -> Result<Trusted> {
+    let (mut given, mut carried) = (Keys::default(), Keys::default());
     for path in &options.trusted_key {
-        own.extend(Keys::read(path)?)?;
+        given.extend(Keys::read(path)?)?;
     }
     for text in trailer::read(executable)?.unwrap_or_default() {
-        own.extend(Keys::parse(&text)?)?;
+        carried.extend(Keys::parse(&text)?)?;
     }
-    let mut all = own.clone();
-    all.extend(Keys::baked_in()?)?;
-    if keeps {
-        all.extend(Keys::load(&home.keys())?)?;
+    let standing = match keeps {
+        true => {
+            guard::keys(home)?;
+            (Keyring::load(home)?, Keys::load(&home.keys())?)
+        }
+        false => Default::default(),
+    };
+    let (ring, accepted) = standing.0.installed(&given, &carried, &standing.1);
+    for key in carried.iter().filter(|key| !accepted.contains(key)) {
+        progress::warn(format_args!(
+            "the key {} that this executable carries was revoked, and is not trusted",
+            key.id()
+        ));
     }
-    if all.is_empty() {
+    let mut etc = standing.1;
+    etc.extend(given.clone())?;
+    etc.extend(accepted)?;
+    let keys = ring.trusted(&etc, &Keys::baked_in()?)?;
+    if keys.is_empty() {
         bail!(
             "there is no key by which packages could be verified; give the gateway's public key with --trusted-key, or install with \
              the executable that the gateway serves for this, which brings it"
         );
     }
-    Ok((all, own))
+    Ok(Trusted { keys, given, carried, etc, ring })
 }
 
 /// Which service manager the roles are registered with, and why it is none although there is one.
@@ -420,6 +461,25 @@ mod tests {
         assert_eq!(settle(Some(&standing), &first).certificate, pinned);
         let ca = InstallOptions { ca_cert: Some("x".into()), ..first };
         assert_eq!(settle(Some(&standing), &ca).certificate, Certificate::Authority(CA_FILE.into()));
+    }
+
+    #[test]
+    fn the_environments_proxy_is_kept_where_an_endpoint_needs_it() {
+        let environment = Proxies::of_environment(|name| match name {
+            "https_proxy" => Some("http://u:secret@proxy:1".to_owned()),
+            "no_proxy" => Some(".inside".to_owned()),
+            _ => None,
+        });
+        let with = |endpoint: &str, proxy| {
+            let config = Config { heartbeat_srv: vec![endpoint.parse().unwrap()], proxy, ..Config::default() };
+            with_proxy(config, &environment)
+        };
+        let kept = with("https://gateway.outside", ProxyChoice::Environment);
+        assert_eq!(kept.proxy, ProxyChoice::Proxy("http://u:secret@proxy:1".parse().unwrap()));
+        assert_eq!(kept.no_proxy, Some(vec![".inside".parse().unwrap()]));
+        assert_eq!(with("https://gateway.inside", ProxyChoice::Environment).proxy, ProxyChoice::Environment);
+        assert_eq!(with("https://127.0.0.1", ProxyChoice::Environment).proxy, ProxyChoice::Environment);
+        assert_eq!(with("https://gateway.outside", ProxyChoice::None).proxy, ProxyChoice::None);
     }
 
     #[test]

@@ -12,15 +12,13 @@ use super::progress::{self, Download};
 use super::site::Site;
 use crate::config::{Certificate, PINS};
 use crate::core::model::{AgentName, Arch, MANAGER_PACKAGE, Os, Packing, Release};
-use crate::core::protocol::{DOWNLOAD_PATH, Offer};
+use crate::core::protocol::{self, DOWNLOAD_PATH};
 use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
 use crate::home::Home;
 use crate::installation::Manager;
-use crate::package::{self, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
+use crate::installation::keyring::Offer;
+use crate::package::{self, Commons, Means, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
 use crate::{command, platform, uplink};
-
-/// For the next byte of a download.
-const STALL: Duration = Duration::from_secs(30);
 
 /// For the new executable to say its version.
 const SAYING_VERSION: Duration = Duration::from_secs(30);
@@ -30,6 +28,8 @@ const SAYING_VERSION: Duration = Duration::from_secs(30);
 pub(super) struct Fetched {
     tree: VerifiedTree,
     pub(super) manager: Manager,
+    /// What the package says about keys.
+    pub(super) offer: Offer,
     /// The certificates of first contacts, with that of this one.
     pub(super) pins: Option<PathBuf>,
 }
@@ -38,11 +38,6 @@ impl Fetched {
     /// The new executable, in the unpacked package.
     pub(super) fn executable(&self) -> PathBuf {
         executable_in(self.tree.path())
-    }
-
-    /// The directory of the keys that the package brings; need not be there.
-    pub(super) fn keys(&self) -> PathBuf {
-        self.tree.path().join("keys")
     }
 }
 
@@ -75,7 +70,9 @@ pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
         file,
         unknown: Default::default(),
     };
-    Ok(Fetched { tree, manager, pins })
+    let offer = Offer::read(tree.path(), &manager.version)?;
+    plan.trusted.ring.examine(&offer, &plan.trusted.etc)?;
+    Ok(Fetched { tree, manager, offer, pins })
 }
 
 fn executable_in(tree: &Path) -> PathBuf {
@@ -95,7 +92,7 @@ fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, Stri
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
     let wanted = Wanted { least_epoch: plan.least_epoch, ..Wanted::new(release) };
-    Ok((package::open_local(path, &wanted, &plan.keys, staging)?, file))
+    Ok((package::open_local(path, &wanted, &plan.trusted.keys, staging)?, file))
 }
 
 fn remote(plan: &Plan, places: &Places, work: &Path) -> Result<(VerifiedTree, String, Option<PathBuf>)> {
@@ -104,21 +101,26 @@ fn remote(plan: &Plan, places: &Places, work: &Path) -> Result<(VerifiedTree, St
         progress::warn("the gateway's certificate is not checked (--insecure)");
     }
     let endpoints = &plan.config.heartbeat_srv;
-    let client = Client::new(&trust, Some(&plan.agent_id), Timeouts::exchange())?;
+    let client = plan.config.client(&trust, &plan.agent_id, Timeouts::exchange())?;
     let (endpoint, wanted) = first_of(endpoints, |endpoint| choose(plan, &client, endpoint))?;
     if let Some(fingerprint) = client.first_contact() {
         first_contact(endpoint, &fingerprint);
     }
 
     progress::say(format_args!("downloading {} from {endpoint}", wanted.release));
-    let timeouts = Timeouts { total: Some(plan.config.download_timeout.0), ..Timeouts::download(STALL) };
-    let downloader = Client::new(&trust, Some(&plan.agent_id), timeouts)?;
+    let downloader = plan.config.client(&trust, &plan.agent_id, plan.config.download_timeouts())?;
     // The one that answered first; the others stand in for it.
     let mut ordered = vec![endpoint.clone()];
     ordered.extend(endpoints.iter().filter(|other| *other != endpoint).cloned());
     let mut download = Download::begin();
-    let tree = package::fetch(&downloader, &ordered, &wanted, &plan.keys, places, &mut |done, total| {
-        download.at(done, total)
+    let commons = Commons::default();
+    commons.limit(plan.config.download_rate.map(|rate| rate.0));
+    let within = plan.config.download_timeout.0;
+    let means =
+        Means { client: &downloader, endpoints: &ordered, keys: &plan.trusted.keys, places, commons: &commons, within };
+    let tree = package::fetch(&means, &wanted, &mut |done, total| {
+        download.at(done, total);
+        true
     })?;
     drop(download);
     let file = wanted.file.unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
@@ -159,7 +161,7 @@ fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
     let (os, arch) = this_host()?;
     let name = manager_package()?;
     let offer = uplink::current_release(client, endpoint, &name, os, arch)?;
-    let offered = |offer: Offer| {
+    let offered = |offer: protocol::Offer| {
         let release = Release { name: name.clone(), version: offer.version, os, arch };
         let wanted = Wanted::new(release);
         Wanted {

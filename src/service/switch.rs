@@ -8,12 +8,14 @@ use anyhow::{Context, Result};
 
 use super::check::{Plan, Standing};
 use super::fetch::Fetched;
+use super::progress;
 use super::site::Site;
 use super::undo::Undo;
 use crate::config::{Config, PINS};
 use crate::core::model::MANAGER_PACKAGE;
 use crate::home::Home;
 use crate::host_service::product;
+use crate::installation::keyring::{self, Keyring};
 use crate::installation::{Epochs, Installed, Manager};
 use crate::package::Keys;
 use crate::platform;
@@ -47,13 +49,8 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
         store::replace(&path, bytes, Access::Public)?;
     }
     undo.keep(&home.config())?;
-    store::replace(&home.config(), plan.config_text.as_bytes(), Access::Public)?;
+    store::replace(&home.config(), plan.config_text.as_bytes(), plan.config.access())?;
     Config::remember_good(home, &plan.config_text)?;
-
-    undo.keep(&home.keys())?;
-    plan.own_keys.save_to(&home.keys())?;
-    let brought = Keys::load(&fetched.keys()).context("cannot take the keys that the package brings")?;
-    brought.save_to(&home.keys())?;
 
     if let Some(pins) = &fetched.pins
         && let Some(bytes) = store::read(pins, 1 << 20)?
@@ -61,6 +58,23 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
         let path = home.state_file(PINS);
         undo.keep(&path)?;
         store::replace(&path, &bytes, Access::Private)?;
+    }
+    Ok(())
+}
+
+/// The operator's keys, those of the bootstrap, and what the package says about keys.
+fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
+    let home = &plan.home;
+    undo.keep(&home.keys())?;
+    undo.keep(&Keyring::path(home))?;
+    let (given, carried) = (&plan.trusted.given, &plan.trusted.carried);
+    // A manager that runs may have changed them meanwhile.
+    let standing = if plan.keeps() { Keyring::load(home)? } else { Keyring::default() };
+    let (ring, accepted) = standing.installed(given, carried, &Keys::load(&home.keys())?);
+    given.save_to(&home.keys())?;
+    accepted.save_to(&home.keys())?;
+    for remark in keyring::commit(home, &ring, &fetched.offer)? {
+        progress::say(remark);
     }
     Ok(())
 }
@@ -113,6 +127,7 @@ fn command_link(plan: &Plan, undo: &mut Undo) -> Result<Vec<PathBuf>> {
 
 fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
+    keys(plan, fetched, undo)?;
     for path in [Epochs::path(home), Manager::path(home), Installed::path(home)] {
         undo.keep(&path)?;
     }

@@ -1,11 +1,13 @@
 //! One sub-agent as the manager knows it: its releases, its supervisor, what is under way.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use tokio::task::AbortHandle;
 
+use super::stage::Staging;
 use crate::core::desired::Run;
+use crate::core::env::Env;
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::{AgentReport, AgentState};
 use crate::core::reconcile::Actual;
@@ -30,7 +32,7 @@ const TOLD_EVERY: Duration = Duration::from_secs(600);
 /// Something that takes the sub-agent down first.
 #[derive(Debug, Clone)]
 pub(super) enum Busy {
-    Activating { version: Version, run: Run, env: BTreeMap<String, String> },
+    Activating { version: Version, run: Run, env: Env },
     Uninstalling,
 }
 
@@ -50,10 +52,10 @@ pub(super) struct Agent {
     pub(super) active: Option<Version>,
     pub(super) backup: Option<Version>,
     pub(super) releases: BTreeSet<Version>,
-    pub(super) staging: Option<Version>,
+    pub(super) staging: Option<Staging>,
     held_back: Option<HeldBack>,
     pub(super) run: Run,
-    pub(super) env: Option<BTreeMap<String, String>>,
+    pub(super) env: Option<Env>,
     pub(super) busy: Option<Busy>,
     /// Counts starts and adoptions, so that word of an earlier process is not taken for word of this one.
     pub(super) serial: u64,
@@ -143,7 +145,7 @@ impl Agent {
             active: self.active.clone(),
             backup: self.backup.clone(),
             releases: self.releases.clone(),
-            staging: self.staging.clone(),
+            staging: self.staged_now().cloned(),
             held_back: self.held_back.as_ref().filter(|held| now < held.until).map(|held| held.version.clone()),
             run: self.run,
             env: self.env.clone(),
@@ -151,15 +153,27 @@ impl Agent {
         }
     }
 
-    /// Notes that a release could not be had, to be tried again later and later.
-    pub(super) fn hold_back(&mut self, version: Version, error: String, now: Instant) {
+    /// The release that is being staged.
+    pub(super) fn staged_now(&self) -> Option<&Version> {
+        self.staging.as_ref().map(|staging| &staging.version)
+    }
+
+    /// Ends the download of any release but this one.
+    pub(super) fn keep_staging_only(&mut self, version: Option<&Version>) {
+        if self.staged_now() != version {
+            self.staging = None;
+        }
+    }
+
+    /// Notes that a release could not be had, to be tried again later and later, and not before who has it wants to be asked.
+    pub(super) fn hold_back(&mut self, version: Version, error: String, retry_after: Option<Duration>, now: Instant) {
         let failures = match &self.held_back {
             Some(held) if held.version == version => held.failures + 1,
             _ => 1,
         };
         self.error = Some(error);
-        self.held_back =
-            Some(HeldBack { version, failures, until: now + STAGE_BACKOFF.delay(failures, fastrand::f64()) });
+        let delay = STAGE_BACKOFF.delay(failures, fastrand::f64()).max(retry_after.unwrap_or_default());
+        self.held_back = Some(HeldBack { version, failures, until: now + delay });
     }
 
     /// Lets a new desired state try at once what an older one could not have.
@@ -224,6 +238,7 @@ impl Agent {
             restarts: self.supervisor.restarts(),
             memory_bytes: pid.and_then(platform::memory_bytes),
             last_error: self.last_error(),
+            download: self.staging.as_ref().and_then(Staging::status),
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::core::model::AgentId;
 use crate::core::protocol::{Answer, Heartbeat};
 use crate::endpoint::{Client, Endpoint, Timeouts};
 use crate::home::Home;
-use crate::uplink;
+use crate::uplink::{self, Answered};
 
 /// For a TLS handshake and the answer's desired state.
 const STACK_BYTES: usize = 512 << 10;
@@ -22,8 +22,17 @@ const STACK_BYTES: usize = 512 << 10;
 /// What came of one heartbeat.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    Answered { endpoint: Endpoint, answer: Box<Answer> },
-    Failed { why: String, retry_after: Option<Duration> },
+    Answered {
+        endpoint: Endpoint,
+        answer: Box<Answer>,
+        clock_offset: Option<i64>,
+    },
+    /// `refused`: of whoever answered and was not believed, why not.
+    Failed {
+        why: String,
+        refused: Option<String>,
+        retry_after: Option<Duration>,
+    },
 }
 
 /// The way to the gateway.
@@ -94,20 +103,26 @@ fn send(
 ) -> Outcome {
     let connected = match client {
         Some(client) => client,
-        None => match Client::new(&config.trust(home), Some(agent_id), Timeouts::exchange()) {
+        None => match config.client(&config.trust(home), agent_id, Timeouts::exchange()) {
             Ok(new) => client.insert(new),
-            Err(error) => return Outcome::Failed { why: format!("{error:#}"), retry_after: None },
+            Err(error) => return Outcome::Failed { why: format!("{error:#}"), refused: None, retry_after: None },
         },
     };
-    let (mut reasons, mut retry_after) = (vec![], None);
+    let (mut reasons, mut refused, mut retry_after) = (vec![], vec![], None);
     for endpoint in &config.heartbeat_srv {
         match uplink::send(connected, endpoint, heartbeat) {
-            Ok(answer) => return Outcome::Answered { endpoint: endpoint.clone(), answer: Box::new(answer) },
+            Ok(Answered { answer, clock_offset }) => {
+                return Outcome::Answered { endpoint: endpoint.clone(), answer: Box::new(answer), clock_offset };
+            }
             Err(refusal) => {
                 retry_after = retry_after.max(refusal.retry_after);
+                if refusal.is_distrust {
+                    refused.push(refusal.to_string());
+                }
                 reasons.push(refusal.to_string());
             }
         }
     }
-    Outcome::Failed { why: reasons.join("; "), retry_after }
+    let refused = (!refused.is_empty()).then(|| refused.join("; "));
+    Outcome::Failed { why: reasons.join("; "), refused, retry_after }
 }

@@ -7,11 +7,10 @@ mod knocks;
 mod steps;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::Agent;
 use super::heartbeats::Uplink;
@@ -22,19 +21,22 @@ use super::{notify, stage};
 use crate::config::{Config, Loaded};
 use crate::core::desired::Desired;
 use crate::core::model::{AgentId, AgentName, Version};
-use crate::core::schedule;
+use crate::core::schedule::{self, Allowance};
 use crate::core::status::GatewayStatus;
 use crate::core::supervise::Event;
 use crate::door::{self, Farewell, Reply};
 use crate::home::Home;
-use crate::installation;
-use crate::package::{self, Places};
+use crate::installation::keyring::Keyring;
+use crate::installation::{self, guard};
+use crate::package::{self, Keys, Places};
 use crate::platform::{self, Groups, LocalListener, Termination};
 use crate::process::{self, log};
 use crate::store;
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
 const HOUSEKEEPING: Duration = Duration::from_secs(25);
+/// Downloads that nobody came back for are looked for so often, besides before each download.
+const TRIM_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Housekeeping that comes so late was held up by a stop of this process or of the machine.
 const NOT_SCHEDULED: Duration = Duration::from_secs(10);
 /// A host that booted so recently comes back together with many others.
@@ -42,6 +44,9 @@ const JUST_BOOTED: Duration = Duration::from_secs(300);
 /// What a gateway may ask for, as an operator may.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
+/// Of strangers at the door, so many are told of at once, and one more each so often.
+const STRANGERS_AT_ONCE: u32 = 3;
+const STRANGERS_EVERY: Duration = Duration::from_secs(600);
 /// Connections at the door get so long to hear the farewell.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -63,8 +68,12 @@ pub(super) struct Manager {
     peer: Peer,
     inputs: Inputs,
     uplink: Uplink,
-    turns: Arc<Semaphore>,
+    desk: stage::Desk,
     gateway: GatewayStatus,
+    /// Why the last answer was not believed, until one is.
+    refused_answer: Option<String>,
+    /// How often it is told that somebody knocked who may not.
+    strangers: Allowance,
     /// By subject, so that what was mended disappears.
     problems: BTreeMap<&'static str, String>,
     /// Commands already answered as unsupported.
@@ -75,6 +84,7 @@ pub(super) struct Manager {
     /// `None` while one is under way.
     next_heartbeat: Option<Instant>,
     next_housekeeping: Instant,
+    next_trim: Instant,
     /// Dead at the last housekeeping, and nobody's to wait for.
     orphans: Vec<u32>,
     /// A stop is under way; who waits for its end.
@@ -91,6 +101,7 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
         tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
     }
     let mut manager = Manager::load(home, supervised, inputs)?;
+    manager.look_at_home();
     manager.take_charge();
 
     let listener = LocalListener::bind(&home.control_socket())
@@ -149,7 +160,10 @@ impl Manager {
         for problem in problems.values() {
             journal.note("config", "failed", About::default(), problem.as_str());
         }
-        if let Err(error) = package::sweep(&Places { cache: home.cache(), staging: home.staging() }) {
+        // Behind a link lies what is somebody else's.
+        if guard::home(home).is_ok()
+            && let Err(error) = package::sweep(&Places { cache: home.cache(), staging: home.staging() })
+        {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
         }
         let config = loaded.config;
@@ -183,8 +197,10 @@ impl Manager {
             peer: Peer::new(home, supervised, now),
             inputs,
             uplink,
-            turns: Arc::new(Semaphore::new(stage::AT_ONCE)),
+            desk: stage::Desk::new(),
             gateway,
+            refused_answer: None,
+            strangers: Allowance::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
             problems,
             answered: BTreeSet::new(),
             next_heartbeat: Some(now + schedule::first_heartbeat(interval, after_boot, fastrand::f64())),
@@ -193,6 +209,7 @@ impl Manager {
             sequence: 0,
             failures: 0,
             next_housekeeping: now,
+            next_trim: now + TRIM_EVERY,
             orphans: vec![],
             stopping: None,
             stop_errors: vec![],
@@ -245,12 +262,63 @@ impl Manager {
             self.next_housekeeping = now + HOUSEKEEPING;
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
+            self.look_at_home();
             self.orphans = platform::reap_orphans(&self.orphans);
+            if now >= self.next_trim {
+                self.trim_cache(now);
+            }
             notify("WATCHDOG=1");
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {
             self.send_heartbeat();
         }
+    }
+
+    /// Whether the home can be relied on, and its keys; what is wrong there shows and is told until it is mended.
+    fn look_at_home(&mut self) {
+        let found = guard::home(&self.home).and_then(|()| guard::keys(&self.home));
+        let home = found.err().map(|error| format!("{error:#}; no release is fetched or activated meanwhile"));
+        self.tell_of("home", "refused", home);
+        let ring = Keyring::load(&self.home).and_then(|ring| Ok(ring.overruled(&Keys::load(&self.home.keys())?)));
+        let keys = match ring {
+            Ok(overruled) => (!overruled.is_empty()).then(|| overruled.join("; ")),
+            Err(error) => Some(format!("{error:#}")),
+        };
+        self.tell_of("keys", "failed", keys);
+    }
+
+    /// Tells of a problem when it comes and when it is gone.
+    fn tell_of(&mut self, subject: &'static str, outcome: &str, problem: Option<String>) {
+        match problem {
+            Some(text) if self.problems.get(subject) == Some(&text) => {}
+            Some(text) => {
+                self.journal.note(subject, outcome, About::default(), text.as_str());
+                self.problems.insert(subject, text);
+            }
+            None if self.problems.remove(subject).is_some() => {
+                self.journal.note(subject, "ok", About::default(), "what was wrong there is mended");
+            }
+            None => {}
+        }
+    }
+
+    /// Removes what came of downloads that nobody wants any more, or comes back for.
+    fn trim_cache(&mut self, now: Instant) {
+        self.next_trim = now + TRIM_EVERY;
+        if guard::home(&self.home).is_err() {
+            // What lies behind a link is somebody else's.
+            return;
+        }
+        let cache = self.home.cache();
+        let orders = self.desired.agents.iter();
+        let wanted: BTreeSet<String> =
+            orders.filter_map(|(name, order)| stage::wanted(name, order).file_name()).collect();
+        // It may wait for a disk; nothing waits for it.
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = package::trim(&cache, |file| wanted.contains(file)) {
+                tracing::warn!(error = format!("{error:#}"), "old downloads cannot be removed");
+            }
+        });
     }
 
     /// Takes a changed configuration; a bad one leaves the old in force, which shows.

@@ -1,6 +1,8 @@
 //! Staging a release beside what runs: fetched, verified, unpacked, looked at; then it may be activated.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use tokio::sync::Semaphore;
@@ -9,16 +11,90 @@ use super::Input;
 use super::run::Inputs;
 use crate::config::Config;
 use crate::core::desired::Order;
-use crate::core::model::{AgentId, AgentName, Release};
-use crate::endpoint::{Client, Timeouts};
+use crate::core::model::{AgentId, AgentName, Release, Version};
+use crate::core::status::DownloadStatus;
 use crate::home::Home;
-use crate::installation::Epochs;
-use crate::package::{self, Keys, Places, Wanted};
+use crate::installation::guard::{self, Unsound};
+use crate::installation::{Epochs, keyring};
+use crate::package::{self, Commons, Means, Places, Unavailable, Wanted};
 use crate::platform;
 use crate::process::launch;
 
 /// So many are fetched at the same time.
-pub(super) const AT_ONCE: usize = 3;
+const AT_ONCE: usize = 3;
+/// The log tells so often how far a download is.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// What those that are staged at the same time share.
+#[derive(Debug, Clone)]
+pub(super) struct Desk {
+    turns: Arc<Semaphore>,
+    commons: Arc<Commons>,
+}
+
+impl Desk {
+    pub(super) fn new() -> Desk {
+        Desk { turns: Arc::new(Semaphore::new(AT_ONCE)), commons: Arc::default() }
+    }
+}
+
+/// A release that is being staged, as who ordered it sees it. Dropped, the release is not wanted any more: its download ends, and what
+/// came of it stays for another time.
+#[derive(Debug)]
+pub(super) struct Staging {
+    pub(super) version: Version,
+    seen: Arc<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    bytes: AtomicU64,
+    /// Zero: not known yet.
+    total: AtomicU64,
+    unwanted: AtomicBool,
+}
+
+impl Staging {
+    /// How far its download is; `None` before it has begun.
+    pub(super) fn status(&self) -> Option<DownloadStatus> {
+        let (bytes, total) = (self.seen.bytes.load(Ordering::Relaxed), self.seen.total.load(Ordering::Relaxed));
+        let total = Some(total).filter(|total| *total > 0);
+        (bytes > 0 || total.is_some()).then(|| DownloadStatus {
+            version: self.version.clone(),
+            bytes,
+            total_bytes: total,
+        })
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        self.seen.unwanted.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Why a release could not be staged or activated.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) why: String,
+    /// Somebody, or something, was looked at and not trusted, as opposed to not to be had.
+    pub(super) refused: bool,
+    /// Who has it asked to be left alone for so long.
+    pub(super) retry_after: Option<Duration>,
+}
+
+impl Refusal {
+    pub(super) fn of(error: &anyhow::Error) -> Refusal {
+        let refused = package::is_refusal(error) || error.is::<Unsound>();
+        let retry_after = error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after);
+        Refusal { why: format!("{error:#}"), refused, retry_after }
+    }
+
+    /// As an event has it.
+    pub(super) fn outcome(&self) -> &'static str {
+        if self.refused { "refused" } else { "failed" }
+    }
+}
 
 /// All that staging one release needs to know.
 #[derive(Debug, Clone)]
@@ -31,33 +107,47 @@ pub(super) struct Job {
 }
 
 /// Stages a release and reports with [`Input::Staged`].
-pub(super) fn start(inputs: &Inputs, turns: &Arc<Semaphore>, job: Job) {
-    let (inputs, turns) = (inputs.clone(), turns.clone());
+pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
+    let (inputs, desk, seen) = (inputs.clone(), desk.clone(), Arc::new(Seen::default()));
+    let staging = Staging { version: job.order.version.clone(), seen: Arc::clone(&seen) };
     tokio::spawn(async move {
-        let _turn = turns.acquire_owned().await;
+        let _turn = desk.turns.acquire_owned().await;
         let (name, version) = (job.name.clone(), job.order.version.clone());
-        let result = match tokio::task::spawn_blocking(move || stage(&job)).await {
-            Ok(result) => result.map_err(|error| format!("{error:#}")),
-            Err(error) => Err(format!("cannot stage it: {error}")),
+        let result = match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
+            Ok(result) => result.map_err(|error| Refusal::of(&error)),
+            Err(error) => Err(Refusal { why: format!("cannot stage it: {error}"), refused: false, retry_after: None }),
         };
         let _ = inputs.send(Input::Staged { name, version, result });
     });
+    staging
 }
 
-fn stage(job: &Job) -> Result<()> {
+fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
     let Job { home, config, agent_id, name, order } = job;
-    let wanted = Wanted {
-        release: Release { name: name.clone(), version: order.version.clone(), os: platform::OS, arch: platform::ARCH },
-        tarball: order.tarball.clone(),
-        file: order.file.clone(),
-        sha256: order.sha256.clone(),
-        size: order.size,
-        least_epoch: Epochs::load(home)?.least(name.as_str()),
+    if seen.unwanted.load(Ordering::Relaxed) {
+        bail!("it is not wanted any more");
+    }
+    guard::agent(home, name)?;
+    let wanted = Wanted { least_epoch: Epochs::load(home)?.least(name.as_str()), ..wanted(name, order) };
+    commons.limit(config.download_rate.map(|rate| rate.0));
+    let means = Means {
+        client: &config.client(&config.trust(home), agent_id, config.download_timeouts())?,
+        endpoints: &config.heartbeat_srv,
+        keys: &keyring::trusted(home)?,
+        places: &Places { cache: home.cache(), staging: home.staging() },
+        commons,
+        within: config.download_timeout.0,
     };
-    let keys = Keys::load(&home.keys())?;
-    let client = Client::new(&config.trust(home), Some(agent_id), Timeouts::download(config.download_timeout.0))?;
-    let places = Places { cache: home.cache(), staging: home.staging() };
-    let tree = package::fetch(&client, &config.heartbeat_srv, &wanted, &keys, &places, &mut |_, _| {})?;
+    let mut told = Instant::now();
+    let tree = package::fetch(&means, &wanted, &mut |bytes, total| {
+        seen.bytes.store(bytes, Ordering::Relaxed);
+        seen.total.store(total.unwrap_or(0), Ordering::Relaxed);
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            tracing::info!(agent = %name, version = %order.version, bytes, total, "a download is under way");
+        }
+        !seen.unwanted.load(Ordering::Relaxed)
+    })?;
     let release = home.release(name, &order.version);
     tree.move_to(&release)?;
     // A release that cannot be run is not kept as one that could.
@@ -67,8 +157,25 @@ fn stage(job: &Job) -> Result<()> {
     Ok(())
 }
 
+/// The package that an order asks for.
+pub(super) fn wanted(name: &AgentName, order: &Order) -> Wanted {
+    Wanted {
+        tarball: order.tarball.clone(),
+        file: order.file.clone(),
+        sha256: order.sha256.clone(),
+        size: order.size,
+        ..Wanted::new(Release {
+            name: name.clone(),
+            version: order.version.clone(),
+            os: platform::OS,
+            arch: platform::ARCH,
+        })
+    }
+}
+
 /// Commits the epoch of a release that is being activated: no older one is accepted from then on.
 pub(super) fn commit_epoch(home: &Home, name: &AgentName, release: &std::path::Path) -> Result<()> {
+    guard::agent(home, name)?;
     let Some(completed) = package::completed(release)? else { bail!("{} is not whole", release.display()) };
     let mut epochs = Epochs::load(home)?;
     if epochs.commit(name.as_str(), completed.epoch) {

@@ -1,7 +1,10 @@
 //! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
 
 mod adoption;
+mod attacks;
 mod chaos;
+mod downloads;
+mod downloads_network;
 mod gateway;
 mod harness;
 mod health;
@@ -18,3 +21,4 @@ mod sub_agents;
 #[path = "../support/mod.rs"]
 mod support;
 mod trees;
+mod trust;

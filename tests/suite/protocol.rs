@@ -81,7 +81,10 @@ fn the_schema_describes_what_the_design_names() {
         names
     };
     let expected: BTreeMap<&str, &str> = BTreeMap::from([
-        ("Heartbeat", "agentId agents arch events generation hostname instanceId lineage manager os sequence"),
+        (
+            "Heartbeat",
+            "agentId agents arch clockOffsetSeconds events generation hostname instanceId lineage manager os sequence",
+        ),
         ("ManagerReport", "memoryBytes pid uptimeSeconds version"),
         ("AgentReport", "envHash message name pid restarts state version"),
         ("Event", "agent id kind message outcome time version"),

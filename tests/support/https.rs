@@ -80,13 +80,20 @@ impl Https {
         self.send("POST", "/api/heartbeat", &[&id], heartbeat.to_string().as_bytes())
     }
 
+    /// A connection, for whatever is to be said.
+    pub fn connect(
+        &self,
+    ) -> Result<StreamOwned<ClientConnection, TcpStream>, Box<dyn std::error::Error + Send + Sync>> {
+        let stream = TcpStream::connect(&self.address)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        let connection = ClientConnection::new(self.config.clone(), ServerName::try_from("127.0.0.1")?)?;
+        Ok(StreamOwned::new(connection, stream))
+    }
+
     #[track_caller]
     pub fn send(&self, method: &str, path: &str, headers: &[&str], body: &[u8]) -> Response {
-        let attempt = || -> Result<Vec<u8>, Box<dyn std::error::Error>> {
-            let stream = TcpStream::connect(&self.address)?;
-            stream.set_read_timeout(Some(LIMIT))?;
-            let connection = ClientConnection::new(self.config.clone(), ServerName::try_from("127.0.0.1")?)?;
-            let mut stream = StreamOwned::new(connection, stream);
+        let attempt = || -> Result<Vec<u8>, Box<dyn std::error::Error + Send + Sync>> {
+            let mut stream = self.connect()?;
             let mut request = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n", self.address);
             for header in headers {
                 request += &format!("{header}\r\n");

@@ -35,22 +35,38 @@ pub struct Inside<'a> {
     /// Where it was made; what is published later goes here first.
     outside: Gateway,
     running: Option<Running<'a>>,
+    /// Host and port.
+    address: &'static str,
+    /// The network namespace of the container's that it runs in, by name; `None`: the container's own.
+    network: Option<&'static str>,
 }
 
 impl<'a> Inside<'a> {
     /// One with what was published with `outside`, which does not run itself.
     pub fn start(container: &'a Container, outside: Gateway) -> Inside<'a> {
+        Inside::start_at(container, outside, "127.0.0.1:8888", None)
+    }
+
+    /// As [`Inside::start`], elsewhere in the container's networks.
+    pub fn start_at(
+        container: &'a Container,
+        outside: Gateway,
+        address: &'static str,
+        network: Option<&'static str>,
+    ) -> Inside<'a> {
         container.copy_in(aops(), PROGRAM, 0o755);
-        let mut inside = Inside { container, outside, running: None };
+        let mut inside = Inside { container, outside, running: None, address, network };
         inside.bring("");
         inside.run();
         inside
     }
 
     pub fn run(&mut self) {
-        let running =
-            self.container.spawn(&[PROGRAM, "gateway", "run", "--dir", DIRECTORY, "--listen", "127.0.0.1:8888"]);
-        assert_eq!(running.line(), format!("listening on {URL}"));
+        let enter = self.network.map(|network| format!("--net=/run/netns/{network}"));
+        let mut words: Vec<&str> = enter.iter().flat_map(|network| ["nsenter", network]).collect();
+        words.extend([PROGRAM, "gateway", "run", "--dir", DIRECTORY, "--listen", self.address]);
+        let running = self.container.spawn(&words);
+        assert_eq!(running.line(), format!("listening on https://{}", self.address));
         self.running = Some(running);
     }
 

@@ -7,12 +7,16 @@
 
 pub mod chaos;
 pub mod command;
+pub mod connect_proxy;
 pub mod container;
+pub mod fault_proxy;
 pub mod files;
 pub mod gateway;
 pub mod host;
+pub mod hostile;
 pub mod https;
 pub mod inside;
+pub mod name_server;
 pub mod package;
 pub mod processes;
 pub mod wait;

@@ -47,6 +47,11 @@ impl Package {
         Package::control(name, version, "exec sleep 1000000")
     }
 
+    /// Nothing yet, of that name and version: what is to be in it is added.
+    pub fn plain(name: &str, version: &str) -> Package {
+        Package::empty(name, version, false)
+    }
+
     fn empty(name: &str, version: &str, is_native: bool) -> Package {
         let directory = tempfile::Builder::new().prefix("aops-package-").tempdir().expect("a temporary directory");
         Package { directory, name: name.to_owned(), version: version.to_owned(), is_native }

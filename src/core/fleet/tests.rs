@@ -65,7 +65,7 @@ fn rules_change_fields_and_variables_and_later_ones_win() {
     let exporter = &web.agents[&"node-exporter".parse::<AgentName>().unwrap()];
     assert_eq!(exporter.version.as_str(), "1.6.0");
     assert_eq!(exporter.cmd, Cmd::Start);
-    let env: Vec<(&str, &str)> = exporter.env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+    let env: Vec<(&str, &str)> = exporter.env.iter().map(|(k, v)| (k.as_str(), v.reveal())).collect();
     assert_eq!(env, [("A", "2"), ("B", "3"), ("GOGC", "50")]);
 
     // The first rule's agent ids do not hold, the second rule does.
@@ -74,6 +74,26 @@ fn rules_change_fields_and_variables_and_later_ones_win() {
     assert_eq!(nine.agents[&"node-exporter".parse::<AgentName>().unwrap()].cmd, Cmd::Stop);
     assert_eq!(version_of(&nine, "extra").as_deref(), Some("1"));
     assert_eq!(nine.manager.as_ref().map(Version::as_str), Some("0.2.0"));
+}
+
+#[test]
+fn a_secret_is_told_to_the_host_and_never_quoted() {
+    assert!(!fleet(EXAMPLE).has_secrets());
+    let secret = "[agents.a]\nversion = \"1\"\nenv.TOKEN = { secret = \"hunter2\" }\n";
+    let ruled = format!("{EXAMPLE}agents.extra.env.TOKEN.secret = \"hunter2\"\n");
+    assert!(fleet(secret).has_secrets() && fleet(&ruled).has_secrets());
+    let fleet = fleet(secret);
+    let host = host("1", "h");
+    let told = tell(&fleet.desired(&host), &host, offer);
+    assert_eq!(told.agents[0].env["TOKEN"].reveal(), "hunter2");
+    assert!(!format!("{fleet:?}{told:?}").contains("hunter2"));
+    for bad in
+        ["{ secrets = \"hunter2\" }", "[\"hunter2\"]", "{ secret = [\"hunter2\"] }", "{ secret = \"hunter2\", a = 1 }"]
+    {
+        let error = refusal(&format!("[agents.a]\nversion = \"1\"\nenv.TOKEN = {bad}\n"));
+        let message = error.lines().last().unwrap_or_default();
+        assert!(!message.contains("hunter2"), "{bad}: {message}");
+    }
 }
 
 #[test]
@@ -101,7 +121,7 @@ fn what_is_not_known_is_refused_with_its_name_and_line() {
         ("[agents.a]\nversion = \"../1\"", &["line 2", "../1"]),
         ("[agents.A]\nversion = \"1\"", &["line 1", "\"A\""]),
         ("[agents.a]\nversion = \"1\"\nenv = { \"A-B\" = \"x\" }", &["line 3", "A-B"]),
-        ("[agents.a]\nversion = \"1\"\nenv = { A = 1 }", &["line 3", "string"]),
+        ("[agents.a]\nversion = \"1\"\nenv = { A = 1 }", &["line 3", "text"]),
         ("[agents.a]\ncmd = \"stop\"", &["agents.a", "no version"]),
         ("[[rules]]\nmatch = { host = [\"x\"] }", &["line 2", "host"]),
         ("[[rules]]\nmatch = { hostname = [\"[x]\"] }", &["line 2", "[x]"]),

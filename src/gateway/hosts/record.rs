@@ -43,6 +43,9 @@ pub(in crate::gateway) struct Record {
     pub(in crate::gateway) agents: Vec<AgentReport>,
     /// Unix milliseconds, by this gateway's clock.
     pub(in crate::gateway) last_heartbeat: u64,
+    /// Seconds by which the host's clock was ahead of this gateway's.
+    #[serde(default)]
+    pub(in crate::gateway) clock_offset_seconds: Option<i64>,
     /// The generation that the host held then.
     #[serde(default)]
     pub(in crate::gateway) held: u64,
@@ -130,6 +133,7 @@ impl Record {
             manager: heartbeat.manager,
             agents: heartbeat.agents.into_iter().take(MAX_AGENTS).map(cut_report).collect(),
             last_heartbeat: now,
+            clock_offset_seconds: heartbeat.clock_offset_seconds,
             held: heartbeat.generation,
             given,
             missing,

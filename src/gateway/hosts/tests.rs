@@ -15,6 +15,7 @@ fn world(revision: u64, fleet: &str) -> World {
 
 fn heartbeat(agent_id: &str, held: Option<(&str, u64)>) -> Heartbeat {
     Heartbeat {
+        clock_offset_seconds: None,
         agent_id: agent_id.parse().unwrap(),
         instance_id: "one".to_owned(),
         hostname: "web-1".to_owned(),

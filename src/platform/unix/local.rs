@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
+use crate::platform::Caller;
+
 /// What accepts connections.
 #[derive(Debug)]
 pub struct LocalListener(tokio::net::UnixListener);
@@ -45,15 +47,16 @@ impl LocalListener {
         Ok(LocalListener(listener))
     }
 
-    /// The next connection by somebody who may command this home: root, or whoever we run as.
-    pub async fn accept(&mut self) -> io::Result<LocalStream> {
-        loop {
-            let (stream, _) = self.0.accept().await?;
-            let peer = stream.peer_cred()?.uid();
-            if peer == 0 || peer == rustix::process::geteuid().as_raw() {
-                return Ok(stream);
-            }
+    /// The next connection, and whether it is by somebody who may command this home: root, or whoever we run as. Cancel-safe.
+    pub async fn accept(&mut self) -> io::Result<Caller> {
+        let (stream, _) = self.0.accept().await?;
+        let (peer, own) = (stream.peer_cred()?.uid(), rustix::process::geteuid().as_raw());
+        if peer == 0 || peer == own {
+            return Ok(Caller::Welcome(stream));
         }
+        let who = format!("the user {peer}");
+        let whose = if own == 0 { "root alone".to_owned() } else { format!("root and the user {own}") };
+        Ok(Caller::Stranger { stream, who, whose })
     }
 }
 
@@ -103,7 +106,7 @@ mod tests {
             connection.read_to_string(&mut text).unwrap();
             text
         });
-        let mut stream = listener.accept().await.unwrap();
+        let Caller::Welcome(mut stream) = listener.accept().await.unwrap() else { panic!("we may") };
         assert_eq!(stream.read_u8().await.unwrap(), b'x');
         stream.write_all(b"hello").await.unwrap();
         drop(stream);

@@ -26,6 +26,7 @@ use windows_sys::Win32::System::Threading::{CreateEventW, INFINITE, SetEvent, Wa
 
 use super::process::raw;
 use super::security::{OnlyOurs, is_trusted, wide};
+use crate::platform::Caller;
 
 /// What a door's name begins with.
 const PREFIX: &str = r"\\.\pipe\aops-";
@@ -53,7 +54,11 @@ impl LocalListener {
     }
 
     /// The next connection by somebody who may command this home: the access list lets nobody else in. Cancel-safe.
-    pub async fn accept(&mut self) -> io::Result<LocalStream> {
+    pub async fn accept(&mut self) -> io::Result<Caller> {
+        self.accepted().await.map(Caller::Welcome)
+    }
+
+    async fn accepted(&mut self) -> io::Result<LocalStream> {
         let connected = self.next.connect().await;
         // Also for one who left before he was let in: his instance cannot be connected to again.
         let new = instance(&self.name, false)?;
@@ -273,7 +278,7 @@ mod tests {
         let Some(path) = testing::part(LISTENER) else { return };
         let mut listener = LocalListener::bind(Path::new(&path)).unwrap();
         testing::say("ready");
-        let mut stream = listener.accept().await.unwrap();
+        let mut stream = listener.accepted().await.unwrap();
         assert_eq!(hello(&mut stream).await, *b"hello\n");
         stream.write_all(b"welcome\n").await.unwrap();
         testing::stay();
@@ -294,7 +299,7 @@ mod tests {
     async fn connected(path: &Path) -> (LocalListener, LocalStream, LocalConnection) {
         let mut listener = LocalListener::bind(path).unwrap();
         let connection = connect_local(path, PATIENCE).unwrap();
-        let stream = listener.accept().await.unwrap();
+        let stream = listener.accepted().await.unwrap();
         (listener, stream, connection)
     }
 
@@ -336,7 +341,7 @@ mod tests {
         let (_directory, path) = door();
         let mut listener = LocalListener::bind(&path).unwrap();
         let mut connection = connect_local(&path, Duration::from_millis(50)).unwrap();
-        let mut stream = listener.accept().await.unwrap();
+        let mut stream = listener.accepted().await.unwrap();
         let mut connection = beside(move || {
             let error = connection.read(&mut [0; 8]).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
@@ -357,7 +362,7 @@ mod tests {
         let (_directory, path) = door();
         let mut listener = LocalListener::bind(&path).unwrap();
         let mut connection = connect_local(&path, Duration::from_millis(50)).unwrap();
-        let _stream = listener.accept().await.unwrap();
+        let _stream = listener.accepted().await.unwrap();
         let error = beside(move || connection.write_all(&vec![0; 16 << 20]).unwrap_err()).await;
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
@@ -386,7 +391,7 @@ mod tests {
         let (_directory, path) = door();
         let mut listener = LocalListener::bind(&path).unwrap();
         let mut caller = Other::start(CALLER, &path);
-        let mut stream = tokio::time::timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
+        let mut stream = tokio::time::timeout(PATIENCE, listener.accepted()).await.unwrap().unwrap();
         assert_eq!(hello(&mut stream).await, *b"hello\n");
         caller.kill();
         assert_eq!(end(&mut stream).await, 0);
@@ -423,7 +428,7 @@ mod tests {
         assert_eq!(connect_local(&path, short).unwrap_err().raw_os_error(), Some(ERROR_PIPE_BUSY as i32));
         assert!(began.elapsed() >= short);
         let second = std::thread::spawn(move || connect_local(&path, PATIENCE).map(drop));
-        listener.accept().await.unwrap();
+        listener.accepted().await.unwrap();
         beside(|| second.join().unwrap()).await.unwrap();
     }
 
@@ -433,13 +438,13 @@ mod tests {
         let mut listener = LocalListener::bind(&path).unwrap();
         connect_local(&path, PATIENCE).unwrap().write_all(b"hello\n").unwrap();
         // He may be let in all the same, or be told of.
-        let first = listener.accept().await;
+        let first = listener.accepted().await;
         let _second = beside({
             let path = path.clone();
             move || connect_local(&path, PATIENCE).unwrap()
         })
         .await;
-        tokio::time::timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
+        tokio::time::timeout(PATIENCE, listener.accepted()).await.unwrap().unwrap();
         drop(first);
     }
 

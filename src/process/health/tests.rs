@@ -83,7 +83,7 @@ fn release(manifest: Option<&str>, scripts: &[(&str, &str)]) -> (TempDir, Start)
         crate::platform::set_mode(&release.join(file), 0o755).unwrap();
     }
     let program = launch::inspect(&home, &name, &version).unwrap();
-    let env = BTreeMap::from([("TOLD".to_owned(), "2".to_owned())]);
+    let env = BTreeMap::from([("TOLD".to_owned(), "2".into())]);
     let agent_id = "5402204854438".parse().unwrap();
     let start =
         Start { home, name, version, program, env, agent_id, endpoint: String::new(), restarts: 0, groups: None };

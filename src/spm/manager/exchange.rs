@@ -13,6 +13,20 @@ use crate::spm::journal::About;
 use crate::spm::timestamp;
 use crate::{platform, store};
 
+/// More than this, in seconds, is a clock that is wrong.
+const CLOCKS_APART: u64 = 60;
+
+/// Whether a clock is so far off that somebody should look at it.
+pub(super) fn is_clock_off(offset: Option<i64>) -> bool {
+    offset.is_some_and(|offset| offset.unsigned_abs() > CLOCKS_APART)
+}
+
+/// How far off a clock is, for a person to read.
+pub(super) fn clock_words(offset: i64) -> String {
+    let side = if offset > 0 { "ahead of" } else { "behind" };
+    format!("this host's clock is {} seconds {side} the gateway's; set whichever is wrong", offset.unsigned_abs())
+}
+
 impl Manager {
     pub(super) fn send_heartbeat(&mut self) {
         self.sequence += 1;
@@ -33,31 +47,34 @@ impl Manager {
             sequence: self.sequence,
             agents: self.agents.values().map(Agent::report).collect(),
             events: self.journal.pending(),
+            clock_offset_seconds: self.gateway.clock_offset_seconds,
         };
         self.next_heartbeat = None;
         if let Err(error) = self.uplink.send(Box::new(heartbeat)) {
             let why = format!("cannot start a thread: {error}");
-            self.heartbeat_done(Outcome::Failed { why, retry_after: None }, Instant::now());
+            self.heartbeat_done(Outcome::Failed { why, refused: None, retry_after: None }, Instant::now());
         }
     }
 
     pub(super) fn heartbeat_done(&mut self, outcome: Outcome, now: Instant) {
         let outcome = match outcome {
-            Outcome::Answered { endpoint, answer } => {
+            Outcome::Answered { endpoint, answer, clock_offset } => {
                 if !self.gateway.connected {
                     tracing::info!(%endpoint, "the gateway answers");
                 }
-                self.failures = 0;
+                (self.failures, self.refused_answer) = (0, None);
+                self.compare_clocks(clock_offset);
                 self.gateway = GatewayStatus {
                     endpoint: Some(endpoint.to_string()),
                     connected: true,
                     last_heartbeat: Some(timestamp()),
+                    clock_offset_seconds: clock_offset.or(self.gateway.clock_offset_seconds),
                     last_error: None,
                 };
                 self.take_answer(&answer);
                 schedule::Outcome::Answered
             }
-            Outcome::Failed { why, retry_after } => {
+            Outcome::Failed { why, refused, retry_after } => {
                 self.failures = self.failures.saturating_add(1);
                 if self.gateway.last_error.as_ref() != Some(&why) {
                     tracing::warn!(
@@ -65,12 +82,43 @@ impl Manager {
                         "the gateway cannot be reached; what runs goes on as it was wanted last"
                     );
                 }
+                if let Some(refused) = refused.filter(|refused| self.refused_answer.as_ref() != Some(refused)) {
+                    self.journal.note("heartbeat", "refused", About::default(), refused.as_str());
+                    self.refused_answer = Some(refused);
+                }
                 self.gateway.connected = false;
                 self.gateway.last_error = Some(why);
                 schedule::Outcome::Failed { times: self.failures, retry_after }
             }
         };
         self.next_heartbeat = Some(now + schedule::next_heartbeat(self.interval, outcome, fastrand::f64()));
+    }
+
+    /// Tells of a list that would have removed everything, once as long as such lists come.
+    fn tell_of_an_empty_list(&mut self, kept: usize) {
+        if kept == 0 {
+            self.problems.remove("empty");
+            return;
+        }
+        let text = format!(
+            "an empty list of sub-agents came as a complete one; it removes nothing, and the {kept} that were wanted stay: only an \
+             explicit uninstall removes the last one"
+        );
+        if self.problems.get("empty") != Some(&text) {
+            self.journal.note("desired", "refused", About::default(), text.as_str());
+        }
+        self.problems.insert("empty", text);
+    }
+
+    /// Tells of a clock that is wrong, and of one that is right again.
+    fn compare_clocks(&mut self, offset: Option<i64>) {
+        let Some(offset) = offset else { return };
+        let was_off = is_clock_off(self.gateway.clock_offset_seconds);
+        if is_clock_off(Some(offset)) && !was_off {
+            self.journal.note("clock", "failed", About::default(), clock_words(offset));
+        } else if was_off && !is_clock_off(Some(offset)) {
+            self.journal.note("clock", "ok", About::default(), "this host's clock agrees with the gateway's again");
+        }
     }
 
     pub(super) fn take_answer(&mut self, answer: &Answer) {
@@ -111,7 +159,7 @@ impl Manager {
                 }
                 self.problems.insert("desired", why);
             }
-            Verdict::Take { desired, unsupported, new_lineage } => {
+            Verdict::Take { desired, unsupported, new_lineage, kept } => {
                 // On disk before it is acted on: what is begun must be known after a crash.
                 if let Err(error) = store::save(&self.home.state_file("desired.json"), &*desired) {
                     let text = format!("the new desired state is not acted on: {error:#}");
@@ -128,6 +176,7 @@ impl Manager {
                     agents = desired.agents.len(),
                     "a new desired state is taken"
                 );
+                self.tell_of_an_empty_list(kept);
                 for (name, cmd) in unsupported {
                     let about = About { agent: Some(&name), version: None };
                     self.journal.note(
@@ -139,6 +188,10 @@ impl Manager {
                 }
                 self.desired = *desired;
                 self.agents.values_mut().for_each(Agent::release_hold);
+                for (name, agent) in &mut self.agents {
+                    agent.keep_staging_only(self.desired.agents.get(name).map(|order| &order.version));
+                }
+                self.trim_cache(Instant::now());
             }
         }
     }

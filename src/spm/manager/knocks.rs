@@ -5,10 +5,12 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 
 use super::Manager;
+use super::exchange::{clock_words, is_clock_off};
 use crate::core::status::{self, HomeState, RoleStatus, Status};
 use crate::core::supervise::Event;
 use crate::door::{Farewell, Knock, Reply, Request};
 use crate::role::{self, Role};
+use crate::spm::journal::About;
 
 impl Manager {
     pub(super) fn answer_knock(&mut self, knock: Knock) {
@@ -16,6 +18,7 @@ impl Manager {
         let (request, reply) = match knock {
             Knock::PeerGone { role: Role::Spa, pid } => return self.peer.gone(pid, now),
             Knock::PeerGone { .. } => return,
+            Knock::Stranger { why } => return self.note_stranger(&why, now),
             Knock::Asked(request, reply) => (request, reply),
         };
         let answer = match request {
@@ -52,6 +55,13 @@ impl Manager {
         let _ = reply.send(answer);
     }
 
+    /// Tells of somebody who may not command this home and tried to, once in a while: he may try again and again.
+    fn note_stranger(&mut self, why: &str, now: Instant) {
+        if self.strangers.take(now).is_some() {
+            self.journal.note("door", "refused", About::default(), why);
+        }
+    }
+
     /// Stops every sub-agent; who asked is answered, and the manager ends, when the last one is down.
     pub(super) fn begin_stop(&mut self, reply: oneshot::Sender<Reply>, now: Instant) {
         if let Err(error) = role::record_stop(&self.home) {
@@ -84,6 +94,12 @@ impl Manager {
         self.ending = Some(Farewell::Stop);
     }
 
+    /// What an operator should know and need not mend here.
+    fn notes(&self) -> Vec<String> {
+        let offset = self.gateway.clock_offset_seconds.filter(|offset| is_clock_off(Some(*offset)));
+        offset.map(clock_words).into_iter().collect()
+    }
+
     pub(super) fn status(&self, now: Instant) -> Status {
         let agents: Vec<_> = self.agents.values().map(|agent| agent.status(now)).collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
@@ -108,7 +124,7 @@ impl Manager {
             generation: self.desired.generation,
             agents,
             problems,
-            notes: vec![],
+            notes: self.notes(),
         }
     }
 }

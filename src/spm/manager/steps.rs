@@ -1,6 +1,5 @@
 //! Carrying plans out: each step begun, and what waited for it gone on with when word of its end comes.
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -8,16 +7,19 @@ use tokio::task::AbortHandle;
 
 use super::Manager;
 use crate::core::desired::Run;
+use crate::core::env::Env;
 use crate::core::model::{AgentName, Version};
 use crate::core::reconcile::{self, Step};
 use crate::core::supervise::{Action, Event};
+use crate::installation::guard;
 use crate::process::launch::{Start, env_hash};
 use crate::process::record::Ended;
 use crate::process::{log, record};
+use crate::spm::Input;
 use crate::spm::agent::{Agent, Busy};
 use crate::spm::journal::About;
 use crate::spm::run::{self, Running};
-use crate::spm::{Input, stage};
+use crate::spm::stage::{self, Refusal};
 use crate::{package, platform, store};
 
 impl Manager {
@@ -63,7 +65,6 @@ impl Manager {
                     return;
                 };
                 tracing::info!(agent = %name, version = %version, "a release is staged");
-                agent.staging = Some(version);
                 let job = stage::Job {
                     home: self.home.clone(),
                     config: self.config.clone(),
@@ -71,7 +72,17 @@ impl Manager {
                     name,
                     order: order.clone(),
                 };
-                stage::start(&self.inputs, &self.turns, job);
+                agent.staging = Some(stage::start(&self.inputs, &self.desk, job));
+            }
+            Step::Activate { name, version, .. } if let Err(error) = guard::agent(&self.home, &name) => {
+                // What runs goes on running.
+                let error = Refusal::of(&error);
+                let Some(agent) = self.agents.get_mut(&name) else { return };
+                if agent.error.as_ref() != Some(&error.why) {
+                    let about = About { agent: Some(&name), version: Some(&version) };
+                    self.journal.note("activate", error.outcome(), about, error.why.as_str());
+                }
+                agent.hold_back(version, error.why, None, now);
             }
             Step::Activate { name, version, run, env } => {
                 self.begin(&name, Busy::Activating { version, run, env }, now)
@@ -93,7 +104,8 @@ impl Manager {
             Step::Discard { name, version } => {
                 let Some(agent) = self.agents.get_mut(&name) else { return };
                 agent.releases.remove(&version);
-                if let Err(error) = package::discard(&self.home.release(&name, &version)) {
+                let place = guard::place(&self.home, &name);
+                if let Err(error) = place.and_then(|()| package::discard(&self.home.release(&name, &version))) {
                     tracing::warn!(agent = %name, error = format!("{error:#}"), "an old release cannot be removed");
                 }
             }
@@ -121,14 +133,7 @@ impl Manager {
         }
     }
 
-    pub(super) fn activate(
-        &mut self,
-        name: &AgentName,
-        version: Version,
-        run: Run,
-        env: BTreeMap<String, String>,
-        now: Instant,
-    ) {
+    pub(super) fn activate(&mut self, name: &AgentName, version: Version, run: Run, env: Env, now: Instant) {
         self.replan = true;
         let release = self.home.release(name, &version);
         let switched = stage::commit_epoch(&self.home, name, &release).and_then(|()| {
@@ -147,9 +152,9 @@ impl Manager {
                 self.journal.note("activate", "ok", about, format!("{name} {version} is active"));
             }
             Err(error) => {
-                let error = format!("{error:#}");
-                self.journal.note("activate", "failed", about, error.as_str());
-                agent.hold_back(version, error, now);
+                let error = Refusal::of(&error);
+                self.journal.note("activate", error.outcome(), about, error.why.as_str());
+                agent.hold_back(version, error.why, None, now);
             }
         }
         agent.run = run;
@@ -162,7 +167,8 @@ impl Manager {
 
     pub(super) fn remove(&mut self, name: &AgentName) {
         self.replan = true;
-        let removed = store::remove(&self.home.current(name))
+        let removed = guard::place(&self.home, name)
+            .and_then(|()| store::remove(&self.home.current(name)))
             .and_then(|()| {
                 for version in self.agents.get(name).map(|agent| agent.releases.clone()).unwrap_or_default() {
                     package::discard(&self.home.release(name, &version))?;
@@ -303,12 +309,12 @@ impl Manager {
                     }
                     return;
                 };
-                if agent.staging.as_ref() != Some(&version) {
+                if agent.staged_now() != Some(&version) {
                     // Another is wanted meanwhile; the next plan discards this one.
                     if result.is_ok() {
                         agent.releases.insert(version);
                     }
-                    return;
+                    return self.trim_cache(now);
                 }
                 agent.staging = None;
                 let about = About { agent: Some(&name), version: Some(&version) };
@@ -319,11 +325,11 @@ impl Manager {
                         agent.releases.insert(version.clone());
                         self.journal.note("stage", "ok", about, format!("{name} {version} is staged"));
                     }
-                    Err(error) => {
-                        if agent.error.as_ref() != Some(&error) {
-                            self.journal.note("stage", "failed", about, error.as_str());
+                    Err(refusal) => {
+                        if agent.error.as_ref() != Some(&refusal.why) {
+                            self.journal.note("stage", refusal.outcome(), about, refusal.why.as_str());
                         }
-                        agent.hold_back(version, error, now);
+                        agent.hold_back(version, refusal.why, refusal.retry_after, now);
                     }
                 }
             }

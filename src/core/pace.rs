@@ -1,0 +1,102 @@
+//! How fast bytes come: too slowly to go on waiting for them, or faster than they may.
+
+use std::time::{Duration, Instant};
+
+/// Judges a stream of bytes by windows of time, one after the other: one in which too few came is not worth waiting for, however
+/// regularly they come.
+#[derive(Debug, Clone)]
+pub struct Pace {
+    window: Duration,
+    /// In each window.
+    least: u64,
+    began: Option<Instant>,
+    bytes: u64,
+}
+
+impl Pace {
+    /// At least `per_second` bytes a second, on average over each `window`.
+    pub fn new(window: Duration, per_second: u64) -> Pace {
+        Pace { window, least: per_second.saturating_mul(window.as_secs().max(1)), began: None, bytes: 0 }
+    }
+
+    /// Something was asked for: what it took before does not count.
+    pub fn begin(&mut self, now: Instant) {
+        (self.began, self.bytes) = (Some(now), 0);
+    }
+
+    /// So many bytes came. Whether that is fast enough.
+    #[must_use]
+    pub fn keeps(&mut self, bytes: u64, now: Instant) -> bool {
+        let began = *self.began.get_or_insert(now);
+        self.bytes = self.bytes.saturating_add(bytes);
+        if now.saturating_duration_since(began) < self.window {
+            return true;
+        }
+        let enough = self.bytes >= self.least;
+        self.begin(now);
+        enough
+    }
+}
+
+/// Spreads bytes over time so that all who share it together stay below a rate.
+#[derive(Debug, Clone)]
+pub struct Throttle {
+    per_second: u64,
+    /// When all that was taken so far has had its time.
+    due: Option<Instant>,
+}
+
+impl Throttle {
+    pub fn new(per_second: u64) -> Throttle {
+        Throttle { per_second: per_second.max(1), due: None }
+    }
+
+    pub fn per_second(&self) -> u64 {
+        self.per_second
+    }
+
+    /// Takes so many bytes, and says how long to wait before the next are taken.
+    pub fn take(&mut self, bytes: u64, now: Instant) -> Duration {
+        let begin = self.due.map_or(now, |due| due.max(now));
+        let due = begin + Duration::from_secs_f64(bytes as f64 / self.per_second as f64);
+        self.due = Some(due);
+        due.saturating_duration_since(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: fn(u64) -> Duration = Duration::from_secs;
+
+    #[test]
+    fn a_drip_is_too_slow_however_regular_and_a_burst_at_the_end_is_not() {
+        let start = Instant::now();
+        let mut drip = Pace::new(S(100), 1024);
+        let kept: Vec<bool> = (0..250).map(|second| drip.keeps(1000, start + S(second))).collect();
+        assert_eq!(kept.iter().position(|kept| !kept), Some(100));
+        assert_eq!(kept.iter().filter(|kept| !**kept).count(), 2);
+        let mut burst = Pace::new(S(100), 1024);
+        assert!(burst.keeps(1, start) && burst.keeps(200_000, start + S(150)) && burst.keeps(1, start + S(249)));
+        assert!(!burst.keeps(1, start + S(251)));
+    }
+
+    #[test]
+    fn a_pause_between_two_requests_does_not_count() {
+        let start = Instant::now();
+        let mut pace = Pace::new(S(100), 1024);
+        assert!(pace.keeps(500_000, start));
+        pace.begin(start + S(1000));
+        assert!(pace.keeps(1, start + S(1001)));
+    }
+
+    #[test]
+    fn all_who_share_a_throttle_together_stay_below_its_rate() {
+        let start = Instant::now();
+        let mut throttle = Throttle::new(1000);
+        assert_eq!([500, 500, 1000].map(|bytes| throttle.take(bytes, start).as_millis()), [500, 1000, 2000]);
+        // What was not used is not saved up.
+        assert_eq!(throttle.take(1000, start + S(100)), S(1));
+    }
+}

@@ -1,0 +1,81 @@
+//! A connection that must keep a pace: one that drips is given up like one that says nothing.
+//!
+//! It is judged below TLS, where bytes are seen as they come: one who sends a TLS record byte by byte shows nothing above it for hours.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
+
+use crate::core::pace::Pace;
+use crate::core::units::Span;
+
+/// Fewer bytes a second than this are as good as none: 20 MB would take five hours.
+pub(super) const LEAST_PER_SECOND: u64 = 1 << 10;
+
+/// Puts every connection under the watch.
+#[derive(Debug)]
+pub(super) struct PaceConnector {
+    pub(super) window: Duration,
+}
+
+impl<In: Transport> Connector<In> for PaceConnector {
+    type Out = PacedTransport<In>;
+
+    fn connect(&self, _: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, ureq::Error> {
+        let paced =
+            |inner| PacedTransport { inner, pace: Pace::new(self.window, LEAST_PER_SECOND), window: self.window };
+        Ok(chained.map(paced))
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct PacedTransport<In> {
+    inner: In,
+    pace: Pace,
+    window: Duration,
+}
+
+impl<In: Transport> Transport for PacedTransport<In> {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        self.inner.buffers()
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.pace.begin(Instant::now());
+        self.inner.transmit_output(amount, timeout)
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        let before = self.inner.buffers().input().len();
+        let progress = self.inner.await_input(timeout)?;
+        let came = self.inner.buffers().input().len().saturating_sub(before) as u64;
+        // The end of a stream is no slowness.
+        if progress && !self.pace.keeps(came, Instant::now()) {
+            return Err(ureq::Error::Other(Box::new(Dripping { window: self.window })));
+        }
+        Ok(progress)
+    }
+
+    fn is_open(&mut self) -> bool {
+        self.inner.is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        self.inner.is_tls()
+    }
+}
+
+/// Too few bytes came for too long.
+#[derive(Debug)]
+pub(super) struct Dripping {
+    pub(super) window: Duration,
+}
+
+impl fmt::Display for Dripping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "less than 1 KiB a second came for {}", Span(self.window))
+    }
+}
+
+impl std::error::Error for Dripping {}

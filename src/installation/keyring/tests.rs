@@ -1,0 +1,160 @@
+//! Facts about whom a host trusts after what was brought, revoked, given and put there.
+
+use std::fs;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+
+use super::*;
+
+fn key() -> Keys {
+    let pair = minisign::KeyPair::generate_unencrypted_keypair().unwrap();
+    Keys::parse(&pair.pk.to_box().unwrap().into_string()).unwrap()
+}
+
+fn all(keys: &[&Keys]) -> Keys {
+    let mut all = Keys::default();
+    keys.iter().for_each(|keys| all.extend((*keys).clone()).unwrap());
+    all
+}
+
+fn offer(brought: &[&Keys], revoked: &[&Keys]) -> Offer {
+    Offer { by: "aops-spm 2".to_owned(), brought: all(brought), revoked: all(revoked) }
+}
+
+fn none() -> Keys {
+    Keys::default()
+}
+
+fn after(ring: &Keyring, offer: &Offer, etc: &Keys, baked: &Keys) -> (Keyring, String) {
+    let (ring, remarks) = ring.after(offer, etc, baked).unwrap();
+    (ring, remarks.join("\n"))
+}
+
+#[track_caller]
+fn trusts(ring: &Keyring, etc: &Keys, baked: &Keys, expected: &[&Keys]) {
+    let trusted = ring.trusted(etc, baked).unwrap();
+    assert_eq!(trusted.iter().count(), expected.len());
+    assert!(expected.iter().all(|keys| keys.iter().all(|key| trusted.contains(key))));
+}
+
+#[test]
+fn a_package_brings_keys_and_a_later_one_revokes_the_old() {
+    let (old, new) = (key(), key());
+    let (ring, carried) = Keyring::default().installed(&none(), &old, &none());
+    trusts(&ring, &carried, &none(), &[&old]);
+    let (ring, remarks) = after(&ring, &offer(&[&new], &[]), &carried, &none());
+    assert!(remarks.contains("brings the key") && remarks.contains("trusted from now on"), "{remarks}");
+    trusts(&ring, &carried, &none(), &[&old, &new]);
+    // The same again is no news.
+    assert_eq!(after(&ring, &offer(&[&new], &[]), &carried, &none()), (ring.clone(), String::new()));
+    let (ring, remarks) = after(&ring, &offer(&[&new], &[&old]), &carried, &none());
+    assert!(remarks.contains("revokes the key"), "{remarks}");
+    trusts(&ring, &carried, &none(), &[&new]);
+}
+
+#[test]
+fn a_revoked_key_is_refused_wherever_it_comes_from() {
+    let (old, new) = (key(), key());
+    let (ring, _) = after(&Keyring::default(), &offer(&[&new], &[&old]), &none(), &old);
+    trusts(&ring, &none(), &old, &[&new]);
+    // From a bootstrap of then, on the way to etc/keys.
+    let (again, carried) = ring.installed(&none(), &all(&[&old, &new]), &none());
+    assert_eq!(carried, new);
+    trusts(&again, &carried, &old, &[&new]);
+    // From a package that was made before.
+    let (again, remarks) = after(&again, &offer(&[&old], &[]), &carried, &old);
+    assert!(remarks.contains("stays so"), "{remarks}");
+    trusts(&again, &carried, &old, &[&new]);
+    // Under another id.
+    let mut bytes = BASE64_STANDARD.decode(old.iter().next().unwrap().base64()).unwrap();
+    bytes[5] ^= 1;
+    let renamed = Keys::parse(&BASE64_STANDARD.encode(bytes)).unwrap();
+    trusts(&ring, &none(), &renamed, &[&new]);
+}
+
+#[test]
+fn an_operators_own_file_counts_for_more_than_a_revocation_and_that_is_told() {
+    let (own, new) = (key(), key());
+    let (ring, remarks) = after(&Keyring::default(), &offer(&[&new], &[&own]), &own, &none());
+    trusts(&ring, &own, &none(), &[&own, &new]);
+    assert!(remarks.contains("trusted all the same") && remarks.contains("remove its file"), "{remarks}");
+    assert_eq!(ring.overruled(&own).len(), 1);
+    trusts(&ring, &none(), &none(), &[&new]);
+    assert!(ring.overruled(&none()).is_empty());
+    // Given at an installation, it is the operator's too, also if a bootstrap had brought it before.
+    let (ring, carried) = Keyring::default().installed(&none(), &all(&[&own, &new]), &none());
+    let (ring, _) = after(&ring, &offer(&[], &[&own]), &carried, &none());
+    trusts(&ring, &carried, &none(), &[&new]);
+    let (ring, _) = ring.installed(&own, &none(), &carried);
+    trusts(&ring, &carried, &none(), &[&own, &new]);
+}
+
+#[test]
+fn a_package_that_would_leave_no_key_is_refused() {
+    let old = key();
+    let (ring, carried) = Keyring::default().installed(&none(), &old, &none());
+    let error = ring.after(&offer(&[], &[&old]), &carried, &none()).unwrap_err().to_string();
+    assert!(error.contains("revokes every key"), "{error}");
+    // One that is the operator's is left.
+    ring.after(&offer(&[], &[&old]), &all(&[&carried, &key()]), &none()).unwrap();
+}
+
+#[test]
+fn revocations_are_limited() {
+    let (own, new) = (key(), key());
+    let mut ring = Keyring::default();
+    for entry in 0..MAX_REVOKED {
+        let mut bytes = BASE64_STANDARD.decode(new.iter().next().unwrap().base64()).unwrap();
+        bytes[10..12].copy_from_slice(&(entry as u16).to_le_bytes());
+        let key = Keys::parse(&BASE64_STANDARD.encode(bytes)).unwrap().iter().next().unwrap().clone();
+        ring.revoked.push(Entry { key, by: String::new(), unknown: Unknown::default() });
+    }
+    let error = ring.after(&offer(&[], &[&key()]), &own, &none()).unwrap_err().to_string();
+    assert!(error.contains("more than 256"), "{error}");
+}
+
+#[test]
+fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = Home::new(directory.path().join("home"));
+    for (path, mode) in home.directories() {
+        fs::create_dir(&path).unwrap();
+        crate::platform::set_mode(&path, mode).unwrap();
+    }
+    let error = format!("{:#}", trusted(&home).unwrap_err());
+    assert!(error.contains("keys.json") && error.contains("missing") && error.contains("--fresh"), "{error}");
+
+    let (old, own, new) = (key(), key(), key());
+    let (ring, carried) = Keyring::default().installed(&own, &old, &none());
+    all(&[&own, &carried]).save_to(&home.keys()).unwrap();
+    assert_eq!(commit(&home, &ring, &Offer::default()).unwrap(), Vec::<String>::new());
+    assert_eq!(trusted(&home).unwrap().iter().count(), 2);
+
+    let tree = directory.path().join("tree");
+    let version = "2".parse().unwrap();
+    let nothing = Offer::read(&tree, &version).unwrap();
+    assert!(nothing.brought.is_empty() && nothing.revoked.is_empty());
+    new.save_to(&tree.join("keys")).unwrap();
+    all(&[&old, &own]).save_to(&tree.join("keys/revoked")).unwrap();
+    let offer = Offer::read(&tree, &version).unwrap();
+    for _ in 0..2 {
+        commit(&home, &Keyring::load(&home).unwrap(), &offer).unwrap();
+        let keys = trusted(&home).unwrap();
+        assert!(keys.contains(own.iter().next().unwrap()) && keys.contains(new.iter().next().unwrap()));
+        assert!(!keys.contains(old.iter().next().unwrap()));
+        assert_eq!(
+            Keys::files(&home.keys()).unwrap().len(),
+            1,
+            "the bootstrap's file is gone, the operator's is there"
+        );
+    }
+    // An operator may bring it back.
+    old.save_to(&home.keys()).unwrap();
+    assert!(trusted(&home).unwrap().contains(old.iter().next().unwrap()));
+    assert_eq!(Keyring::load(&home).unwrap().overruled(&Keys::load(&home.keys()).unwrap()).len(), 2);
+
+    old.save_to(&tree.join("keys")).unwrap();
+    let error = format!("{:#}", Offer::read(&tree, &version).unwrap_err());
+    assert!(error.contains("both brings and revokes"), "{error}");
+}

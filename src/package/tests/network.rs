@@ -1,0 +1,287 @@
+//! Facts about downloads over networks that break, lie and dawdle.
+
+use super::*;
+
+fn signed(bytes: &[u8]) -> (Keys, String) {
+    let signer = Signer::new();
+    let signature = signer.sign(bytes, &binding(1));
+    (signer.keys(), signature)
+}
+
+#[test]
+fn what_came_damaged_is_fetched_once_more_from_the_next_source_or_else_from_the_same() {
+    let bytes = archive(1000);
+    let (keys, signature) = signed(&bytes);
+    let count = Arc::new(AtomicUsize::new(0));
+    let damaging = |times: usize| {
+        let (bytes, signature, count) = (bytes.clone(), signature.clone(), Arc::clone(&count));
+        Server::plain(move |asked| {
+            if asked.path.ends_with(SIGNATURE_SUFFIX) {
+                return Told::ok(signature.clone());
+            }
+            let mut sent = bytes.clone();
+            sent[500] ^= u8::from(count.fetch_add(1, Ordering::SeqCst) < times);
+            Told { headers: vec![("etag", "\"a\"".to_owned())], ..Told::ok(sent) }
+        })
+    };
+    let asked = || count.swap(0, Ordering::SeqCst);
+    let wanted = Wanted::new(release());
+
+    let (desk, once) = (Desk::new(), damaging(1));
+    desk.fetch(&[once.endpoint()], &wanted, &keys).unwrap();
+    assert_eq!(asked(), 2);
+
+    let (always, good, lacking) =
+        (damaging(100), depot(bytes.clone(), signature.clone()), Server::plain(|_| Told::status(404)));
+    desk.fetch(&[always.endpoint(), good.endpoint()], &wanted, &keys).unwrap();
+    assert_eq!(asked(), 1);
+    for endpoints in [vec![always.endpoint()], vec![always.endpoint(), lacking.endpoint()]] {
+        let error = desk.fetch(&endpoints, &wanted, &keys).unwrap_err();
+        assert!(error.contains("tampered with") && error.contains(&always.endpoint().to_string()), "{error}");
+        assert_eq!(asked(), 2);
+        assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
+    }
+    // Two sources in a row: it is not fetched a third time.
+    let other = damaging(100);
+    desk.fetch(&[always.endpoint(), other.endpoint(), good.endpoint()], &wanted, &keys).unwrap_err();
+    assert_eq!(asked(), 2);
+}
+
+#[test]
+fn what_is_no_part_of_the_file_does_not_touch_what_is_there() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (count, whole) = (AtomicUsize::new(0), bytes.clone());
+    let ranges = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&ranges);
+    let server = Server::plain(move |asked| {
+        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+            return Told::ok(signature.clone());
+        }
+        seen.lock().unwrap().push(asked.headers.get("range").cloned());
+        let part = |from: usize, etag: &str, said: String| Told {
+            status: 206,
+            headers: vec![("etag", etag.to_owned()), ("content-range", said)],
+            ..Told::ok(whole[from..].to_vec())
+        };
+        let right = format!("bytes 300000-{}/{}", whole.len() - 1, whole.len());
+        match count.fetch_add(1, Ordering::SeqCst) {
+            0 => Told {
+                headers: vec![("etag", "\"a\"".to_owned())],
+                cut_after: Some(300_000),
+                ..Told::ok(whole.clone())
+            },
+            // A page, and something of another size, both with a good status.
+            1 => Told { headers: vec![("content-type", "Text/HTML; charset=x".to_owned())], ..Told::ok("<html>") },
+            2 => Told::ok(vec![0; 1000]),
+            3 => Told::status(503),
+            _ => part(300_000, "\"a\"", right),
+        }
+    });
+    let (desk, wanted) = (Desk::new(), Wanted { size: Some(bytes.len() as u64), ..Wanted::new(release()) });
+    desk.fetch(&[server.endpoint()], &wanted, &keys).unwrap();
+    let ranges = ranges.lock().unwrap();
+    assert_eq!(ranges.len(), 5);
+    assert!(ranges[1..].iter().all(|range| range.as_deref() == Some("bytes=300000-")), "{ranges:?}");
+}
+
+#[test]
+fn a_part_of_another_file_is_not_taken_for_the_rest() {
+    let bytes = archive(1000);
+    let (keys, signature) = signed(&bytes);
+    let size = bytes.len();
+    for said in [
+        ("\"b\"", format!("bytes 500-{}/{size}", size - 1)),
+        ("\"a\"", format!("bytes 400-{}/{size}", size - 1)),
+        ("\"a\"", format!("bytes 500-{size}/{size}")),
+        ("\"a\"", "nonsense".to_owned()),
+    ] {
+        let (desk, whole, signature, sent) = (Desk::new(), bytes.clone(), signature.clone(), said.clone());
+        desk.left(&bytes[..500], Some("\"a\""));
+        let server = Server::plain(move |asked| {
+            if asked.path.ends_with(SIGNATURE_SUFFIX) {
+                return Told::ok(signature.clone());
+            }
+            if !asked.headers.contains_key("range") {
+                return Told::status(404);
+            }
+            let headers = vec![("etag", sent.0.to_owned()), ("content-range", sent.1.clone())];
+            Told { status: 206, headers, ..Told::ok(vec![b'x'; whole.len() - 500]) }
+        });
+        // It is asked for as a whole; the bytes were not even looked at.
+        let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap_err();
+        assert!(error.contains("there is no such package") && !error.contains("tampered"), "{said:?}: {error}");
+    }
+}
+
+#[test]
+fn a_page_in_mid_download_costs_nothing_also_where_nobody_told_the_size() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (count, rest) = (AtomicUsize::new(0), bytes[300_000..].to_vec());
+    let said = format!("bytes 300000-{}/{}", bytes.len() - 1, bytes.len());
+    let server = Server::plain(move |asked| {
+        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+            return Told::ok(signature.clone());
+        }
+        assert_eq!(asked.headers.get("range").map(String::as_str), Some("bytes=300000-"));
+        if count.fetch_add(1, Ordering::SeqCst) == 0 {
+            return Told { headers: vec![("content-type", "text/html".to_owned())], ..Told::ok("<html>") };
+        }
+        let headers = vec![("etag", "\"a\"".to_owned()), ("content-range", said.clone())];
+        Told { status: 206, headers, ..Told::ok(rest.clone()) }
+    });
+    let desk = Desk::new();
+    desk.left(&bytes[..300_000], Some("\"a\""));
+    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap();
+}
+
+#[test]
+fn who_asks_to_be_left_alone_for_long_is() {
+    let bytes = archive(10);
+    let (keys, signature) = signed(&bytes);
+    let count = Arc::new(AtomicUsize::new(0));
+    let asked = Arc::clone(&count);
+    let server = Server::plain(move |request| match request.path.ends_with(SIGNATURE_SUFFIX) {
+        true => Told::ok(signature.clone()),
+        false => {
+            asked.fetch_add(1, Ordering::SeqCst);
+            Told { headers: vec![("retry-after", "120".to_owned())], ..Told::status(429) }
+        }
+    });
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    let error = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |_, _| true).unwrap_err();
+    let unavailable = error.downcast_ref::<Unavailable>().expect("it is the source that failed");
+    assert_eq!(unavailable.retry_after, Some(Duration::from_secs(120)));
+    assert!(format!("{error:#}").contains("left alone for 2m"), "{error:#}");
+    assert_eq!(count.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_download_that_takes_too_long_ends_and_the_next_one_goes_on() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (count, whole, tag) = (AtomicUsize::new(0), bytes.clone(), vec![("etag", "\"a\"".to_owned())]);
+    let server = Server::plain(move |asked| {
+        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+            return Told::ok(signature.clone());
+        }
+        let from: usize = asked.headers.get("range").map_or(0, |range| range[6..range.len() - 1].parse().unwrap());
+        let mut headers = tag.clone();
+        headers.push(("content-range", format!("bytes {from}-{}/{}", whole.len() - 1, whole.len())));
+        let drip = (count.fetch_add(1, Ordering::SeqCst) == 0).then_some((100_000, Duration::from_millis(20)));
+        Told {
+            status: if from > 0 { 206 } else { 200 },
+            headers,
+            body: whole[from..].to_vec(),
+            drip,
+            ..Told::default()
+        }
+    });
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    let means = Means { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
+    let began = Instant::now();
+    let error = fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap_err();
+    assert!(format!("{error:#}").contains("within 1s (downloadTimeout)"), "{error:#}");
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    assert!(fs::metadata(desk.places.cache.join(format!("{FILE}.part"))).unwrap().len() >= 100_000);
+    let mut first = None;
+    let tree = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |done, _| {
+        first.get_or_insert(done);
+        true
+    });
+    tree.unwrap();
+    assert!(first >= Some(100_000), "{first:?}");
+}
+
+#[test]
+fn a_download_that_nobody_wants_any_more_ends_and_keeps_what_came() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (server, _) = breaking(bytes, signature, "\"a\"", 0, 0);
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    let error = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |done, _| done < 100_000);
+    assert!(format!("{:#}", error.unwrap_err()).contains("not wanted any more"));
+    assert_eq!(entries(&desk.places.cache).unwrap().len(), 2);
+}
+
+#[test]
+fn downloads_keep_to_the_rate_that_they_share() {
+    let bytes = archive(150_000);
+    let (keys, signature) = signed(&bytes);
+    let server = depot(bytes.clone(), signature);
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    desk.commons.limit(Some(200_000));
+    let began = Instant::now();
+    for _ in 0..2 {
+        fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |_, _| true).unwrap();
+    }
+    assert!(began.elapsed() >= Duration::from_millis(1400), "{:?}", began.elapsed());
+    desk.commons.limit(None);
+    assert_eq!(desk.commons.take(1 << 30), Duration::ZERO);
+}
+
+#[test]
+fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (server, size) = (depot(bytes.clone(), signature), bytes.len() as u64);
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    for announced in [Some(size), None] {
+        let mut seen = Vec::new();
+        let wanted = Wanted { size: announced, ..Wanted::new(release()) };
+        let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, _| {
+            seen.push((done, desk.commons.space.promised()));
+            true
+        });
+        tree.unwrap();
+        assert_eq!(seen.first(), Some(&(0, 4 * size)));
+        assert_eq!(seen.last(), Some(&(size, 3 * size)));
+        assert_eq!(desk.commons.space.promised(), 0);
+    }
+    // Room that was promised to others is not there for this one; it does not wait for longer than it may take.
+    fs::create_dir_all(&desk.places.staging).unwrap();
+    let free = crate::platform::free_space(&desk.places.staging).unwrap();
+    // It needs four times its size, and twice is left.
+    let size = (free / 16).min(1 << 30);
+    let soon = Instant::now() + Duration::from_secs(5);
+    let others = desk.commons.space.claim(&desk.places.staging, free - (64 << 20) - 2 * size, soon).unwrap();
+    let wanted = Wanted { size: Some(size), ..Wanted::new(release()) };
+    let means = Means { within: Duration::from_millis(200), ..desk.means(&endpoints, &keys) };
+    let error = format!("{:#}", fetch(&means, &wanted, &mut |_, _| true).unwrap_err());
+    assert!(error.contains("for others that are being fetched"), "{error}");
+    drop(others);
+}
+
+#[test]
+fn a_redirect_of_a_download_goes_nowhere_else_and_tells_nobody_else_who_asks() {
+    let bytes = archive(10);
+    let (keys, signature) = signed(&bytes);
+    let stolen = Server::plain(|_| Told::ok("stolen"));
+    let elsewhere = stolen.endpoint().url("/x");
+    let ids = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&ids);
+    let server = Server::plain(move |asked| {
+        seen.lock().unwrap().push((asked.path.clone(), asked.headers.contains_key("x-agent-id")));
+        let to = |place: String| Told { headers: vec![("location", place)], ..Told::status(302) };
+        match asked.path.strip_prefix("/api/download/") {
+            Some(file) => to(format!("/moved/{file}")),
+            None if asked.path.starts_with("/away") => to(elsewhere.clone()),
+            None if asked.path.ends_with(SIGNATURE_SUFFIX) => Told::ok(signature.clone()),
+            None => Told::ok(bytes.clone()),
+        }
+    });
+    let desk = Desk::new();
+    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap();
+    assert!(ids.lock().unwrap().iter().all(|(_, told)| *told), "{ids:?}");
+    ids.lock().unwrap().clear();
+
+    // Of a tarball's host, which is no endpoint of ours.
+    let tarball = Some(server.endpoint().url("/away"));
+    let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    let ours = format!("http://{nobody}").parse().unwrap();
+    let error = desk.fetch(&[ours], &Wanted { tarball, ..Wanted::new(release()) }, &keys).unwrap_err();
+    assert!(error.contains("another host"), "{error}");
+    assert!(ids.lock().unwrap().iter().all(|(_, told)| !told), "{ids:?}");
+    assert_eq!(stolen.connections(), 0);
+}

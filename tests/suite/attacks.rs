@@ -1,0 +1,167 @@
+//! Whoever can make a host run something owns it: one row an attack, each a test, on a host that works and goes on working.
+//!
+//! Each row asserts the same four things of what was refused: the log says it, the next heartbeat says it, the sub-agent that ran before has
+//! its pid, and nothing was written but in `cache/` and `staging/`.
+
+mod home;
+mod packages;
+mod words;
+
+use std::fs;
+use std::io::Cursor;
+
+use minisign::{KeyPair, SecretKey, SecretKeyBox};
+use serde_json::{Value, json};
+
+use crate::support::files::{Files, difference, snapshot};
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost};
+use crate::support::hostile::Hostile;
+use crate::support::package::Package;
+use crate::support::processes::is_alive;
+use crate::support::wait::{try_for, wait_for};
+
+/// What a host writes while it works, and where it may write what is not verified yet.
+const LIVING: &[&str] = &["/log", "/state/desired.json", "/state/events.json", "/cache", "/staging"];
+
+/// For the writing of a state file.
+const SETTLES: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// A host whose gateway, which it had every reason to trust, has fallen into the wrong hands; but not the key.
+struct Scene {
+    gateway: Gateway,
+    hostile: Hostile,
+    host: TestHost,
+    /// Of the sub-agent that runs.
+    pid: u32,
+    before: Files,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        Scene::with(|_| {})
+    }
+
+    /// With something done to the depot before the host joins.
+    fn with(prepare: impl FnOnce(&Gateway)) -> Scene {
+        let gateway = Gateway::stopped();
+        gateway.publish_self("1.0.0");
+        gateway.publish(&Package::sleeper("native", "1.0.0"));
+        prepare(&gateway);
+        let hostile = Hostile::in_place_of(&gateway);
+        hostile.want(json!([native()]), true);
+        let host = TestHost::new();
+        let mut arguments = vec!["--agent-id", "5402", "--endpoint", hostile.url(), "--version", "1.0.0"];
+        let trust = gateway.trust();
+        arguments.extend(trust.iter().map(String::as_str));
+        host.install(&arguments).expect_success();
+        let pid = host.wait_for_agent("native");
+        let mut scene = Scene { gateway, hostile, host, pid, before: Files::new() };
+        scene.before = scene.files();
+        scene
+    }
+
+    fn files(&self) -> Files {
+        snapshot(&self.host.home(), LIVING)
+    }
+
+    /// Wants the victim too, with further fields.
+    fn want_victim(&self, more: Value) {
+        let mut victim = json!({"name": "victim", "version": "1.0.0"});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            victim[key] = value.clone();
+        }
+        self.hostile.want(json!([native(), victim]), true);
+    }
+
+    /// An event of that kind and outcome came up, and the log said the same; both with these words. Nothing else happened.
+    #[track_caller]
+    fn assert_refused(&self, kind: &str, words: &[&str]) {
+        self.assert_told(kind, "refused", words);
+        self.assert_unharmed();
+    }
+
+    #[track_caller]
+    fn assert_told(&self, kind: &str, outcome: &str, words: &[&str]) {
+        let says = |text: &str| words.iter().all(|word| text.contains(word));
+        self.hostile.wait_for_event(&format!("an event {kind}, {outcome}, that says {words:?}"), |event| {
+            event["kind"] == kind && event["outcome"] == outcome && says(event["message"].as_str().unwrap_or_default())
+        });
+        let log = fs::read_to_string(self.host.home().join("log/spm.log")).expect("the manager has a log");
+        assert!(log.lines().any(says), "{words:?} in\n{log}");
+    }
+
+    #[track_caller]
+    fn assert_unharmed(&self) {
+        let mut changed = Vec::new();
+        // A state file that is just being written is there under another name for a moment.
+        let same = try_for(SETTLES, || {
+            changed = difference(&self.before, &self.files());
+            changed.is_empty().then_some(())
+        });
+        assert!(same.is_some(), "{changed:#?}");
+        self.assert_native_runs();
+    }
+
+    #[track_caller]
+    fn assert_native_runs(&self) {
+        assert!(is_alive(self.pid));
+        assert_eq!(self.host.wait_for_agent("native"), self.pid);
+    }
+
+    /// The victim as it should be: its package, and its signature.
+    fn victim(&self) -> (Vec<u8>, String) {
+        self.gateway.publish(&Package::sleeper("victim", "1.0.0"));
+        let path = self.gateway.path("depot").join(file());
+        let signature = fs::read_to_string(format!("{}.minisig", path.display())).expect("it was published");
+        (fs::read(path).expect("it was published"), signature)
+    }
+
+    /// By the key that the host trusts.
+    fn sign(&self, package: &[u8], comment: &str) -> String {
+        let text = fs::read_to_string(self.gateway.path("keys/aops.key")).expect("it was made");
+        let key = SecretKeyBox::from_string(&text).and_then(SecretKeyBox::into_unencrypted_secret_key);
+        signed(&key.expect("it has no password"), package, comment)
+    }
+}
+
+fn native() -> Value {
+    json!({"name": "native", "version": "1.0.0"})
+}
+
+fn arch() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "x86" => "386",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+/// Of the victim's package.
+fn file() -> String {
+    format!("victim-1.0.0_linux_{}.tar.zst", arch())
+}
+
+fn comment(epoch: u64) -> String {
+    format!("name=victim version=1.0.0 os=linux arch={} epoch={epoch}", arch())
+}
+
+fn signed(key: &SecretKey, package: &[u8], comment: &str) -> String {
+    minisign::sign(None, key, Cursor::new(package), Some(comment), None).expect("the key signs").to_string()
+}
+
+/// A key that the host does not trust.
+fn stranger() -> SecretKey {
+    KeyPair::generate_unencrypted_keypair().expect("a key can be made").sk
+}
+
+/// Waits until the victim runs: what was refused in between was not refused for ever.
+#[track_caller]
+fn wait_for_victim(scene: &Scene) -> u32 {
+    wait_for("the victim to run", SOON * 2, || {
+        let status = scene.host.status();
+        let victim = crate::support::host::agent(&status, "victim")?;
+        crate::support::host::pid(&victim["pid"]).filter(|_| victim["state"] == "running")
+    })
+}

@@ -1,0 +1,166 @@
+//! Attacks from within the host: links, key files, the control socket.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use super::{Scene, wait_for_victim};
+use crate::support::aops;
+use crate::support::command::{self, LIMIT};
+use crate::support::files::{difference, snapshot};
+use crate::support::host::SOON;
+
+/// Nobody's, on every host.
+const NOBODY: u32 = 65534;
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it is ours");
+}
+
+#[test]
+fn a_link_in_the_place_of_a_directory_of_the_home() {
+    let scene = Scene::new();
+    scene.victim();
+    let home = scene.host.home();
+    for (name, mode) in [("cache", 0o700), ("staging", 0o700), ("agents/victim", 0o755)] {
+        let elsewhere = scene.host.beside("elsewhere");
+        fs::create_dir_all(elsewhere.join("1.0.0")).expect("it is ours");
+        for file in ["precious", "1.0.0/precious"] {
+            let file = fs::File::create(elsewhere.join(file)).expect("it is ours");
+            // Older than anything that is kept in a cache.
+            file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1 << 30)).expect("it is ours");
+        }
+        let before = snapshot(&elsewhere, &[]);
+        let place = home.join(name);
+        let _ = fs::remove_dir_all(&place);
+        symlink(&elsewhere, &place).expect("it is ours");
+        scene.want_victim(json!({}));
+        let shown = place.display().to_string();
+        scene.assert_told("stage", "refused", &[&shown, "symbolic link"]);
+        scene.assert_native_runs();
+        // A manager that starts, and sweeps, leaves it alone too.
+        let old = scene.host.role_pid("spm").expect("it runs");
+        scene.host.control(&["restart"]).expect_code(0);
+        scene.hostile.wait_for_heartbeat("the new manager", |heartbeat| heartbeat["manager"]["pid"] != old);
+        scene.hostile.wait_for_heartbeat("it to have tried", |heartbeat| {
+            heartbeat["agents"].to_string().contains("symbolic link")
+        });
+        if !name.contains('/') {
+            scene.assert_told("home", "refused", &[&shown, "symbolic link", "no release is fetched"]);
+            let status = scene.host.status();
+            assert!(status["problems"].to_string().contains(&shown), "{status:#}");
+            let output = scene.host.install(&["--version", "1.0.0"]).expect_code(1);
+            assert!(
+                output.stderr.contains("symbolic link") && output.stderr.contains("nothing was changed"),
+                "{output}"
+            );
+        }
+        scene.assert_native_runs();
+        // Nor does it remove anything there when the sub-agent is not wanted any more.
+        scene.hostile.want(json!([super::native()]), true);
+        scene.host.wait_for_status("the victim to be forgotten", SOON, |status| status["generation"] != 1);
+        assert_eq!(difference(&before, &snapshot(&elsewhere, &[])), Vec::<String>::new());
+        fs::remove_file(&place).expect("it is ours");
+        if !name.contains('/') {
+            fs::create_dir(&place).expect("it is ours");
+            set_mode(&place, mode);
+        }
+    }
+    // Mended, all is well.
+    scene.want_victim(json!({}));
+    wait_for_victim(&scene);
+    scene.assert_native_runs();
+}
+
+#[test]
+fn a_key_file_that_others_can_write() {
+    let scene = Scene::new();
+    scene.victim();
+    let keys = scene.host.home().join("etc/keys");
+    let key = fs::read_dir(&keys).expect("it is there").flatten().next().expect("the operator's key").path();
+    for (path, mode, good) in [(&key, 0o666, 0o644), (&keys, 0o777, 0o755)] {
+        set_mode(path, mode);
+        scene.want_victim(json!({}));
+        scene.assert_told("stage", "refused", &[&path.display().to_string(), "others can write it", "chmod go-w"]);
+        let output = scene.host.install(&["--version", "1.0.0"]).expect_code(1);
+        assert!(
+            output.stderr.contains("others can write it") && output.stderr.contains("nothing was changed"),
+            "{output}"
+        );
+        set_mode(path, good);
+        scene.assert_unharmed();
+    }
+    // One that somebody else owns, and so can write.
+    std::os::unix::fs::chown(&key, Some(NOBODY), None).expect("these tests run as root");
+    scene.want_victim(json!({}));
+    scene.assert_told("stage", "refused", &[&key.display().to_string(), "belongs to the user 65534"]);
+    std::os::unix::fs::chown(&key, Some(0), None).expect("these tests run as root");
+    scene.assert_unharmed();
+    scene.want_victim(json!({}));
+    wait_for_victim(&scene);
+}
+
+/// Says something at a socket, as somebody else, and gives what is answered.
+fn as_nobody(script: &str) -> command::Output {
+    let mut command = Command::new("perl");
+    command.args(["-MIO::Socket::UNIX", "-e", script]).uid(NOBODY).gid(NOBODY).current_dir("/");
+    command::run(&mut command, LIMIT)
+}
+
+#[test]
+fn a_control_socket_reached_by_another_user() {
+    let scene = Scene::new();
+    let home = scene.host.home();
+    let socket = home.join("run/spm.sock");
+    let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
+    assert_eq!((mode(&socket), mode(&home.join("run")), mode(&home.join("state"))), (0o600, 0o700, 0o700));
+    // As it is, nobody else gets to it.
+    let knock = format!(
+        "$SIG{{PIPE}} = 'IGNORE'; my $s = IO::Socket::UNIX->new(Peer => '{}') or die \"cannot connect: $!\\n\"; \
+         print $s \"{{\\\"verb\\\":\\\"stop\\\"}}\\n\"; $s->flush; print <$s>;",
+        socket.display()
+    );
+    for directory in home.ancestors().take_while(|path| path.starts_with(scene.host.beside(""))) {
+        set_mode(directory, 0o755);
+    }
+    let output = as_nobody(&knock);
+    assert!(!output.success() && output.stderr.contains("Permission denied"), "{output}");
+    let program = scene.host.beside("aops");
+    fs::copy(aops(), &program).expect("a copy");
+    let mut control = Command::new(&program);
+    control.args(["control", "stop", "--home"]).arg(&home).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
+    let output = command::run(control.current_dir("/"), LIMIT);
+    assert!(!output.success() && output.stderr.contains("cannot"), "{output}");
+    scene.assert_native_runs();
+
+    // With everything open, the manager itself looks who it is, and does not do what it is told.
+    set_mode(&home.join("run"), 0o777);
+    set_mode(&socket, 0o666);
+    let output = as_nobody(&knock);
+    assert!(output.success(), "{output}");
+    assert!(output.stdout.contains("cannot let the user 65534 in") && output.stdout.contains("root alone"), "{output}");
+    scene.assert_told("door", "refused", &["the user 65534", "control socket"]);
+    // A crowd that knocks and stays holds nobody up.
+    let crowd = format!(
+        "$| = 1; my @all; for (1..200) {{ push @all, IO::Socket::UNIX->new(Peer => '{}'); }} print scalar(@all), \"\\n\"; sleep 60;",
+        socket.display()
+    );
+    let mut command = Command::new("perl");
+    command.args(["-MIO::Socket::UNIX", "-e", &crowd]).uid(NOBODY).gid(NOBODY).current_dir("/");
+    let mut crowd = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("perl is there");
+    let mut said = [0; 1];
+    let counted = crowd.stdout.as_mut().expect("it is piped").read_exact(&mut said);
+    let status = scene.host.control(&["status", "--json"]);
+    let _ = crowd.kill().and_then(|()| crowd.wait());
+    counted.expect("it says how many");
+    assert!(status.json()["spm"]["pid"].is_u64(), "{status}");
+    set_mode(&home.join("run"), 0o700);
+    set_mode(&socket, 0o600);
+    scene.assert_native_runs();
+}

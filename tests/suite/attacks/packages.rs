@@ -1,0 +1,296 @@
+//! Attacks by what is downloaded: packages, signatures, archives, and who serves them.
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::json;
+
+use super::{Scene, arch, comment, file, signed, stranger, wait_for_victim};
+use crate::support::command::{self, LIMIT};
+use crate::support::gateway::Gateway;
+use crate::support::hostile::{Body, Hostile, Told};
+
+#[test]
+fn a_package_by_a_gateway_without_the_key() {
+    let scene = Scene::new();
+    let (package, _) = scene.victim();
+    scene.hostile.serve(&file(), &package, &signed(&stranger(), &package, &comment(1)));
+    scene.want_victim(json!({}));
+    scene.assert_refused("stage", &["signed by the key", "not trusted here", "etc/keys"]);
+
+    // Nor one with no signature at all, or with none that is one.
+    for (signature, words) in [("", "not one of minisign's"), ("trust me", "not one of minisign's")] {
+        scene.hostile.serve(&file(), &package, signature);
+        scene.want_victim(json!({}));
+        scene.assert_refused("stage", &[words]);
+    }
+    scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(1)));
+    scene.want_victim(json!({}));
+    wait_for_victim(&scene);
+    scene.assert_native_runs();
+}
+
+#[test]
+fn the_right_signature_on_the_wrong_name_version_os_or_arch() {
+    let scene = Scene::new();
+    let (package, _) = scene.victim();
+    let good = comment(1);
+    let other_arch = if arch() == "386" { "amd64" } else { "386" };
+    for (from, to, shown) in [
+        ("name=victim", "name=other", "signed as other 1.0.0".to_owned()),
+        ("version=1.0.0", "version=0.9.0", "signed as victim 0.9.0".to_owned()),
+        ("os=linux", "os=windows", format!("victim 1.0.0 for windows/{}", arch())),
+        (&format!("arch={}", arch()), &format!("arch={other_arch}"), format!("for linux/{other_arch}")),
+    ] {
+        let wrong = good.replace(from, to);
+        assert_ne!(wrong, good);
+        scene.hostile.serve(&file(), &package, &scene.sign(&package, &wrong));
+        scene.want_victim(json!({}));
+        scene.assert_refused("stage", &[&shown, "that was asked for"]);
+    }
+    // The very file of another release, under the name of this one.
+    let real = format!("native-1.0.0_linux_{}.tar.zst", arch());
+    let depot = scene.gateway.path("depot");
+    let signature = fs::read_to_string(depot.join(format!("{real}.minisig"))).expect("it was published");
+    scene.hostile.serve(&file(), &fs::read(depot.join(&real)).expect("it was published"), &signature);
+    scene.want_victim(json!({}));
+    scene.assert_refused("stage", &["signed as native 1.0.0", "victim 1.0.0"]);
+    scene.want_victim(json!({ "file": real }));
+    scene.assert_refused("stage", &["cannot take", &real]);
+}
+
+#[test]
+fn a_replay_of_an_older_epoch() {
+    let mut scene = Scene::new();
+    let (package, _) = scene.victim();
+    scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(5)));
+    scene.want_victim(json!({}));
+    let victim = wait_for_victim(&scene);
+    scene.before = scene.files();
+    let old = file().replace("1.0.0", "0.9.0");
+    let older = comment(4).replace("1.0.0", "0.9.0");
+    scene.hostile.serve(&old, &package, &scene.sign(&package, &older));
+    scene.want_victim(json!({"version": "0.9.0"}));
+    scene.assert_refused("stage", &["of epoch 4", "older than the 5"]);
+    assert_eq!(wait_for_victim(&scene), victim);
+}
+
+#[test]
+fn a_signature_and_a_comment_that_were_swapped() {
+    let scene = Scene::new();
+    let (package, good) = scene.victim();
+    // Another comment over the same signature; the comment's own signature of another file; one byte of the package.
+    let relabelled = good.replace("epoch=1", "epoch=9");
+    let other: Vec<&str> = good.lines().take(2).collect();
+    let foreign = scene.sign(b"another", &comment(9));
+    let swapped = [&other[..], &foreign.lines().skip(2).collect::<Vec<_>>()].concat().join("\n");
+    let mut changed = package.clone();
+    let middle = changed.len() / 2;
+    changed[middle] ^= 1;
+    for (package, signature) in [(&package, &relabelled), (&package, &swapped), (&changed, &good)] {
+        assert!(signature != &good || package == &changed);
+        scene.hostile.serve(&file(), package, signature);
+        scene.want_victim(json!({}));
+        let seen = scene.hostile.heartbeats().len();
+        scene.assert_refused("stage", &["tampered with", "nothing of it was unpacked"]);
+        // The text is the same each time, and is told once: that it failed again shows in the sub-agent's state.
+        scene.hostile.wait_for_heartbeat("the victim to have failed", |heartbeat| {
+            heartbeat["agents"][1]["state"] == "failed" && heartbeat["agents"][1]["pid"].is_null()
+        });
+        assert!(scene.hostile.heartbeats().len() > seen);
+        scene.assert_unharmed();
+    }
+}
+
+#[test]
+fn a_signature_of_the_legacy_kind() {
+    let scene = Scene::new();
+    let (package, _) = scene.victim();
+    let at = scene.host.beside("legacy.tar.zst");
+    fs::write(&at, &package).expect("it is ours");
+    let mut sign = Command::new("minisign");
+    sign.args(["-S", "-l", "-t", &comment(1)]).arg("-s").arg(scene.gateway.path("keys/aops.key")).arg("-m").arg(&at);
+    command::run(&mut sign, LIMIT).expect_code(0);
+    let signature = fs::read_to_string(scene.host.beside("legacy.tar.zst.minisig")).expect("minisign wrote it");
+    scene.hostile.serve(&file(), &package, &signature);
+    scene.want_victim(json!({}));
+    scene.assert_refused("stage", &["legacy kind", "not accepted"]);
+}
+
+#[test]
+fn a_signed_archive_that_reaches_outside() {
+    let scene = Scene::new();
+    for (path, target) in [("../../../reached", None), ("etc", Some("/etc")), ("/aops-reached-outside", None)] {
+        let mut tar = tar::Builder::new(zstd::Encoder::new(Vec::new(), 1).expect("zstd works"));
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o755);
+        let content = b"#!/bin/sh\n";
+        // As no packer would write it: the name goes into the header as it is.
+        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+        match target {
+            Some(target) => {
+                header.set_entry_type(tar::EntryType::Symlink);
+                header.set_link_name_literal(target).expect("it is short");
+                header.set_size(0);
+                header.set_cksum();
+                tar.append(&header, std::io::empty()).expect("it goes into memory");
+            }
+            None => {
+                header.set_size(content.len() as u64);
+                header.set_cksum();
+                tar.append(&header, &content[..]).expect("it goes into memory");
+            }
+        }
+        let package = tar.into_inner().and_then(zstd::Encoder::finish).expect("it goes into memory");
+        scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(1)));
+        scene.want_victim(json!({}));
+        scene.assert_refused("stage", &["the package is refused", path]);
+        assert!(!scene.host.beside("reached").exists() && !std::path::Path::new("/aops-reached-outside").exists());
+    }
+}
+
+#[test]
+fn another_host_of_packages_that_asks_who_we_are() {
+    let scene = Scene::new();
+    let (package, signature) = scene.victim();
+    let other = Hostile::in_place_of(&scene.gateway);
+    let asks =
+        Told { headers: vec![("www-authenticate", "Basic realm=\"x-agent-id\"".to_owned())], ..Told::status(401) };
+    for name in [file(), format!("{}.minisig", file())] {
+        let asks = asks.clone();
+        other.on(&format!("/elsewhere/{name}"), move |_| asks.clone());
+    }
+    // Only there, so that nothing is had from elsewhere instead.
+    for name in [file(), format!("{}.minisig", file())] {
+        scene.hostile.on(&format!("/api/download/{name}"), |_| Told::status(404));
+    }
+    scene.want_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
+    scene.assert_told("stage", "failed", &["401", other.url()]);
+    scene.assert_unharmed();
+    // Also where it is what it should be, and is fetched whole.
+    other.on(&format!("/elsewhere/{}", file()), move |_| Told::ok(package.clone()));
+    other.on(&format!("/elsewhere/{}.minisig", file()), move |_| Told::ok(signature.clone()));
+    scene.want_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
+    wait_for_victim(&scene);
+    let asked = other.asked();
+    assert!(asked.len() >= 3, "{asked:?}");
+    for asked in asked {
+        for told in ["x-agent-id", "authorization", "cookie"] {
+            assert!(!asked.headers.contains_key(told), "{asked:?}");
+        }
+        assert!(!asked.headers.values().any(|value| value.contains("5402")), "{asked:?}");
+    }
+    assert!(scene.hostile.asked().iter().all(|asked| asked.headers.contains_key("x-agent-id")));
+    scene.assert_native_runs();
+}
+
+#[test]
+fn a_redirect_to_another_host_or_to_plain_http() {
+    let scene = Scene::new();
+    let (package, signature) = scene.victim();
+    let other = Hostile::in_place_of(&scene.gateway);
+    other.serve(&file(), &package, &signature);
+    let plain = scene.hostile.url().replace("https", "http");
+    for (to, why) in [(other.url().to_owned(), "another host"), (plain, "plain http")] {
+        // Of the signature, and of the package behind a signature that is right.
+        for name in [format!("{}.minisig", file()), file()] {
+            scene.hostile.serve(&file(), &package, &signature);
+            let location = format!("{to}/api/download/{name}");
+            scene.hostile.on(&format!("/api/download/{name}"), move |_| Told::redirect(location.clone()));
+            scene.want_victim(json!({}));
+            scene.assert_refused("stage", &["redirect", &to, why]);
+        }
+    }
+    assert!(other.asked().is_empty(), "{:?}", other.asked());
+    // Nor is a heartbeat sent on: it tells who we are.
+    let location = format!("{}/api/heartbeat", other.url());
+    scene.hostile.on("/api/heartbeat", move |_| Told::redirect(location.clone()));
+    scene.host.wait_for_status("the heartbeat to fail", crate::support::host::SOON, |status| {
+        status["gateway"]["connected"] == false && status["gateway"]["lastError"].to_string().contains("302")
+    });
+    assert!(other.asked().is_empty(), "{:?}", other.asked());
+    scene.assert_unharmed();
+}
+
+#[test]
+fn endless_data() {
+    let scene = Scene::new();
+    let (package, signature) = scene.victim();
+    let endless = || Told { body: Body::Endless, ..Told::ok("") };
+    scene.hostile.serve(&file(), &package, &signature);
+    scene.hostile.on(&format!("/api/download/{}", file()), move |_| endless());
+    scene.want_victim(json!({"size": package.len()}));
+    scene.hostile.wait_for_event("the end of it", |event| {
+        event["kind"] == "stage" && event["outcome"] == "refused" && event["message"].to_string().contains("more than")
+    });
+    scene.assert_unharmed();
+    // A signature has no size that was announced.
+    let endless = || Told { body: Body::Endless, ..Told::ok("") };
+    scene.hostile.on(&format!("/api/download/{}.minisig", file()), move |_| endless());
+    scene.want_victim(json!({"size": package.len()}));
+    scene.hostile.wait_for_event("the end of that, too", |event| {
+        event["kind"] == "stage" && event["message"].to_string().contains("more than 4096 bytes")
+    });
+    scene.assert_unharmed();
+    // And an answer to a heartbeat that never ends is none; what it says is in the next one.
+    scene.hostile.on("/api/heartbeat", move |_| endless());
+    scene.host.wait_for_status("the heartbeat to fail", crate::support::host::SOON, |status| {
+        status["gateway"]["lastError"].to_string().contains("more than 4194304 bytes")
+    });
+    scene.assert_unharmed();
+}
+
+#[test]
+fn a_relay_that_lies_about_the_size() {
+    let scene = Scene::new();
+    let (package, signature) = scene.victim();
+    let true_size = package.len() as u64;
+    // Announced by the answer; or said by the header of the download.
+    for (announced, length) in [(true_size - 1, true_size), (true_size + 1, true_size), (true_size, true_size * 2)] {
+        scene.hostile.serve(&file(), &package, &signature);
+        let bytes = package.clone();
+        scene.hostile.on(&format!("/api/download/{}", file()), move |_| Told {
+            body: Body::Lying { length, bytes: bytes.clone() },
+            ..Told::ok("")
+        });
+        let words = [announced, length].map(|size| size.to_string());
+        scene.want_victim(json!({ "size": announced }));
+        scene.hostile.wait_for_event("the lie to be told", |event| {
+            let message = event["message"].to_string();
+            event["kind"] == "stage" && event["outcome"] == "refused" && words.iter().all(|word| message.contains(word))
+        });
+        scene.assert_unharmed();
+    }
+}
+
+#[test]
+fn a_manager_by_another_key_or_of_an_older_epoch_offered_to_an_installation() {
+    let scene = Scene::with(|gateway| {
+        gateway.publish_with(&["--self", "--version", "2.0.0", "--epoch", "1"]).expect_success();
+    });
+    let other = Gateway::stopped();
+    other.publish_self("3.0.0");
+    let manager = |version: &str| format!("aops-spm-{version}_linux_{}.tar.zst", arch());
+    let read = |gateway: &Gateway, name: &str| fs::read(gateway.path("depot").join(name)).expect("it was published");
+    let stolen = String::from_utf8(read(&other, &format!("{}.minisig", manager("3.0.0")))).expect("it is text");
+    scene.hostile.serve(&manager("3.0.0"), &read(&other, &manager("3.0.0")), &stolen);
+    let output = scene.host.install(&["--version", "3.0.0"]).expect_code(1);
+    assert!(output.stderr.contains("not trusted here") && output.stderr.contains("nothing was changed"), "{output}");
+    scene.assert_unharmed();
+    // A heartbeat that asks for it changes nothing either.
+    scene.hostile.answer(
+        json!({"interval": 1, "cmd": "upgrade", "manager": {"version": "3.0.0", "tarball": other.url()}}),
+        Vec::new(),
+    );
+    scene.assert_told("command", "unsupported", &["upgrade", "3.0.0"]);
+    scene.assert_unharmed();
+
+    let low = scene.sign(
+        &read(&scene.gateway, &manager("2.0.0")),
+        &comment(0).replace("victim", "aops-spm").replace("1.0.0", "2.0.0"),
+    );
+    scene.hostile.serve(&manager("2.0.0"), &read(&scene.gateway, &manager("2.0.0")), &low);
+    let output = scene.host.install(&["--version", "2.0.0"]).expect_code(1);
+    assert!(output.stderr.contains("of epoch 0") && output.stderr.contains("nothing was changed"), "{output}");
+    scene.assert_unharmed();
+}

@@ -1,0 +1,192 @@
+//! Attacks by what a gateway says: answers to heartbeats, and the environment in them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::{Scene, native, wait_for_victim};
+use crate::support::files::{Entry, Kind};
+use crate::support::host::{SOON, agent};
+use crate::support::processes;
+use crate::support::wait::wait_for;
+
+#[test]
+fn an_answer_that_would_uninstall_everything_by_being_empty() {
+    let scene = Scene::new();
+    for answer in [
+        json!({"interval": 1}),
+        json!({"interval": 1, "lineage": "hostile", "generation": 1000, "complete": true}),
+        json!({"interval": 1, "lineage": "hostile", "generation": 1000, "complete": true, "agents": null}),
+        json!({"interval": 1, "lineage": "another", "generation": 1, "complete": true, "agents": null}),
+    ] {
+        scene.hostile.answer(answer, Vec::new());
+        scene.hostile.wait_for_heartbeat("two more heartbeats", |_| true);
+        scene.hostile.wait_for_heartbeat("two more heartbeats", |_| true);
+        scene.assert_unharmed();
+    }
+    let empty = json!({"interval": 1, "lineage": "hostile", "generation": 2000, "complete": true, "agents": []});
+    scene.hostile.answer(empty, Vec::new());
+    scene.assert_refused("desired", &["empty list", "removes nothing", "1 that were wanted stay"]);
+    let status = scene.host.wait_for_status("it to show", SOON, |status| status["generation"] == 2000);
+    assert_eq!(agent(&status, "native").expect("it is there")["state"], "running");
+    assert!(status["problems"].to_string().contains("empty list"), "{status:#}");
+    // The same from another store is no better.
+    let other = json!({"interval": 1, "lineage": "another", "generation": 1, "complete": true, "agents": []});
+    scene.hostile.answer(other, Vec::new());
+    scene.host.wait_for_status("the other store", SOON, |status| status["generation"] == 1);
+    scene.assert_unharmed();
+}
+
+#[test]
+fn an_answer_for_another_agent() {
+    let scene = Scene::new();
+    let foreign = json!({
+        "agentId": "6666", "interval": 1, "lineage": "hostile", "generation": 1000, "complete": false,
+        "agents": [{"name": "native", "version": "1.0.0", "cmd": "uninstall"}],
+    });
+    scene.hostile.answer(foreign, Vec::new());
+    let status = scene.host.wait_for_status("it to be refused", SOON, |status| {
+        status["gateway"]["lastError"].to_string().contains("it is for agent 6666, this is 5402")
+    });
+    assert_eq!((&status["gateway"]["connected"], &status["generation"]), (&json!(false), &json!(1)));
+    scene.hostile.want(json!([native()]), true);
+    scene.assert_refused("heartbeat", &["for agent 6666", "this is 5402"]);
+}
+
+#[test]
+fn an_environment_that_chooses_what_a_program_loads() {
+    let scene = Scene::new();
+    scene.victim();
+    let evil = scene.host.beside("evil.so");
+    let env = json!({
+        "LD_PRELOAD": evil, "PATH": "/evil", "BASH_ENV": evil, "PYTHONPATH": "/evil", "ld_library_path": "/evil", "AOPS_HOME": "/evil",
+        "A=B": "x", "TOKEN": {"secret": "LD_PRELOAD=/evil"}, "GOGC": "50",
+    });
+    scene.want_victim(json!({ "env": env }));
+    let victim = wait_for_victim(&scene);
+    scene.assert_told(
+        "env",
+        "refused",
+        &["LD_PRELOAD", "PATH", "BASH_ENV", "PYTHONPATH", "ld_library_path", "AOPS_HOME", "A=B"],
+    );
+    let environment = processes::environment(victim);
+    assert!(environment.contains(&"GOGC=50".to_owned()), "{environment:?}");
+    let named = |name: &str| environment.iter().any(|variable| variable.starts_with(&format!("{name}=")));
+    for name in ["LD_PRELOAD", "BASH_ENV", "PYTHONPATH", "ld_library_path", "A"] {
+        assert!(!named(name), "{name} in {environment:?}");
+    }
+    let evil = environment.iter().filter(|variable| variable.contains("/evil")).collect::<Vec<_>>();
+    assert_eq!(evil, ["TOKEN=LD_PRELOAD=/evil"]);
+    // The names that are ours are told as they are.
+    assert!(environment.contains(&format!("AOPS_HOME={}", scene.host.home().display())), "{environment:?}");
+    let status = scene.host.status();
+    assert!(
+        agent(&status, "victim").expect("it is there")["lastError"].to_string().contains("LD_PRELOAD"),
+        "{status:#}"
+    );
+    scene.assert_native_runs();
+}
+
+/// Of all that is said, only the sub-agent hears a secret.
+#[test]
+fn a_secret_is_shown_nowhere() {
+    const SECRET: &str = "correct-horse-battery-staple";
+    let scene = Scene::new();
+    scene.victim();
+    // A refused name, too, must not show what it would have been.
+    let env = json!({"TOKEN": {"secret": SECRET}, "LD_AUDIT": {"secret": SECRET}});
+    scene.want_victim(json!({ "env": env }));
+    let victim = wait_for_victim(&scene);
+    assert!(processes::environment(victim).contains(&format!("TOKEN={SECRET}")));
+    scene.assert_told("env", "refused", &["LD_AUDIT"]);
+    // One that is not understood, and so quoted nowhere.
+    let mut bad = json!([native(), {"name": "victim", "version": "1.0.0", "env": {"TOKEN": {"secret": [SECRET]}}}]);
+    scene.hostile.want(bad.clone(), true);
+    scene.host.wait_for_status("it to be refused", SOON, |status| {
+        status["gateway"]["lastError"].to_string().contains("cannot understand")
+    });
+    bad[1]["env"] = json!({"TOKEN": {"secret": SECRET}, "B": "1"});
+    scene.hostile.want(bad, true);
+    let renewed = scene.host.wait_for_new_pid("victim", victim);
+    assert!(processes::environment(renewed).contains(&"B=1".to_owned()));
+
+    let shown = [
+        scene.host.control(&["status", "--json"]).text(),
+        scene.host.control(&["status"]).text(),
+        scene.host.control(&["logs"]).text(),
+        scene.host.control(&["logs", "victim"]).text(),
+        scene.hostile.heartbeats().iter().map(Value::to_string).collect(),
+        processes::of_home(&scene.host.home())
+            .iter()
+            .flat_map(|process| processes::words(process.pid, "cmdline"))
+            .collect(),
+    ];
+    for text in &shown {
+        assert!(!text.contains(SECRET), "{text}");
+    }
+    assert!(shown[4].contains("envHash"));
+    let (holders, others) = holders(&scene.host.home(), SECRET);
+    assert_eq!(holders, [PathBuf::from("state/desired.json")]);
+    assert!(others > 20, "{others} files were looked at");
+    for (path, Entry { kind, mode, .. }) in crate::support::files::snapshot(&scene.host.home().join("state"), &[]) {
+        assert!(!matches!(kind, Kind::File(..)) || mode == 0o600, "{}: {mode:o}", path.display());
+    }
+    // Also of a manager that is no more.
+    scene.host.crash();
+    scene.host.control(&["start"]).expect_code(0);
+    wait_for("the victim to run again", SOON, || {
+        let pid = wait_for_victim(&scene);
+        processes::environment(pid).contains(&format!("TOKEN={SECRET}")).then_some(())
+    });
+}
+
+/// The files below a directory that hold a text, and how many others there are.
+fn holders(root: &Path, text: &str) -> (Vec<PathBuf>, usize) {
+    let (mut found, mut others) = (Vec::new(), 0);
+    for (path, entry) in crate::support::files::snapshot(root, &["/bin"]) {
+        let path = path.strip_prefix("/").expect("it is absolute");
+        if !matches!(entry.kind, Kind::File(..)) {
+            continue;
+        }
+        let bytes = fs::read(root.join(path)).unwrap_or_default();
+        match bytes.windows(text.len()).any(|window| window == text.as_bytes()) {
+            true => found.push(path.to_owned()),
+            false => others += 1,
+        }
+    }
+    (found, others)
+}
+
+#[test]
+fn a_clock_that_is_wrong_is_told() {
+    let scene = Scene::new();
+    let unknown = scene.host.status();
+    assert_eq!(unknown["gateway"]["clockOffsetSeconds"], Value::Null);
+    let said = |seconds: i64| {
+        let now = std::time::SystemTime::now();
+        let at = std::time::Duration::from_secs(seconds.unsigned_abs());
+        let then = if seconds < 0 { now - at } else { now + at };
+        vec![("date", httpdate::fmt_http_date(then))]
+    };
+    let answer = || json!({"interval": 1});
+    let close = |value: &Value, to: i64| value.as_i64().is_some_and(|offset| (offset - to).abs() <= 30);
+
+    scene.hostile.answer(answer(), said(-3600));
+    let status =
+        scene.host.wait_for_status("the offset", SOON, |status| close(&status["gateway"]["clockOffsetSeconds"], 3600));
+    assert!(status["notes"].to_string().contains("seconds ahead of the gateway's"), "{status:#}");
+    scene.assert_told("clock", "failed", &["ahead of the gateway's", "set whichever is wrong"]);
+    scene.hostile.wait_for_heartbeat("the offset", |heartbeat| close(&heartbeat["clockOffsetSeconds"], 3600));
+
+    scene.hostile.answer(answer(), said(7200));
+    let status =
+        scene.host.wait_for_status("the offset", SOON, |status| close(&status["gateway"]["clockOffsetSeconds"], -7200));
+    assert!(status["notes"].to_string().contains("seconds behind the gateway's"), "{status:#}");
+    scene.hostile.answer(answer(), said(0));
+    scene.assert_told("clock", "ok", &["agrees"]);
+    let status =
+        scene.host.wait_for_status("the offset", SOON, |status| close(&status["gateway"]["clockOffsetSeconds"], 0));
+    assert!(!status["notes"].to_string().contains("clock"), "{status:#}");
+    scene.assert_unharmed();
+}

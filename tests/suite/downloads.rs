@@ -1,0 +1,342 @@
+//! Packages over the worst of networks: whatever it does, a download ends complete and right, fetches little twice, and leaves nothing;
+//! and what is no package of ours is refused, told, and harms nobody.
+//!
+//! `AOPS_DOWNLOADS` says how many downloads the first scenario makes, `AOPS_DOWNLOADS_SEED` what the network does to them: the same seed
+//! deals out the same.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use crate::support::fault_proxy::{Fault, FaultProxy, Request, random};
+use crate::support::files::snapshot;
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost, agent, pid};
+use crate::support::package::Package;
+use crate::support::wait::wait_for;
+
+/// What each of the many downloads has.
+const SIZE: usize = 20 << 20;
+/// So many are ordered at the same time, and so many of them fetched.
+const ORDERED: usize = 5;
+const AT_ONCE: usize = 3;
+/// For one round of downloads, each of which may stall a few times and be tried again later.
+const ROUND: Duration = Duration::from_secs(180);
+
+fn arch() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "x86" => "386",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+/// An archive that cannot be packed smaller, which any release may be published from; and the SHA-256 of what is in it.
+fn archive(at: &Path, bytes: usize) -> (PathBuf, Vec<u8>) {
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut noise = vec![0; bytes];
+    random.fill(&mut noise);
+    let encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).expect("there is memory");
+    let mut tar = tar::Builder::new(encoder);
+    for (path, mode, content) in [("control", 0o755, &b"#!/bin/sh\necho stoped\n"[..]), ("noise", 0o644, &noise)] {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(mode);
+        header.set_size(content.len() as u64);
+        tar.append_data(&mut header, path, content).expect("it goes into memory");
+    }
+    let packed = tar.into_inner().and_then(zstd::stream::write::Encoder::finish).expect("it goes into memory");
+    let file = at.join("noise.tar.zst");
+    fs::write(&file, packed).expect("a temporary directory can be written");
+    (file, Sha256::digest(&noise).to_vec())
+}
+
+/// A host that reaches the gateway by this address, with these settings besides.
+fn joined_by(url: &str, gateway: &Gateway, settings: &str) -> TestHost {
+    let host = TestHost::new();
+    let trust = gateway.trust();
+    let mut arguments = vec!["--agent-id", host.agent_id(), "--endpoint", url];
+    arguments.extend(trust.iter().map(String::as_str));
+    host.install(&arguments).expect_code(0);
+    let config = host.home().join("etc/conf.toml");
+    let text = fs::read_to_string(&config).expect("it is there");
+    fs::write(&config, format!("{text}\n{settings}\n")).expect("it is ours");
+    host.control(&["restart"]).expect_code(0);
+    host
+}
+
+fn publish_archive(gateway: &Gateway, archive: &Path, name: &str, version: &str) {
+    let archive = archive.display().to_string();
+    let arguments = ["--name", name, "--version", version, "--os", "linux", "--arch", arch(), &archive];
+    gateway.publish_with(&arguments).expect_code(0);
+}
+
+fn in_cache(host: &TestHost) -> Vec<String> {
+    snapshot(&host.home().join("cache"), &[])
+        .keys()
+        .map(|path| format!("{path:?}"))
+        .filter(|path| path.len() > 4)
+        .collect()
+}
+
+fn has_version(status: &Value, name: &str, version: &str) -> bool {
+    agent(status, name).is_some_and(|agent| agent["version"] == version)
+}
+
+/// A figure that whoever runs the tests may choose.
+fn chosen(variable: &str, otherwise: u64) -> u64 {
+    std::env::var(variable).ok().map_or(otherwise, |text| text.parse().expect("a number"))
+}
+
+#[test]
+#[allow(clippy::print_stderr, reason = "the seed is shown with a failure, the figures by --nocapture")]
+fn downloads_end_complete_and_right_whatever_the_network_does() {
+    let count = chosen("AOPS_DOWNLOADS", 20) as usize;
+    let seed = chosen("AOPS_DOWNLOADS_SEED", fastrand::u64(1..1_000_000));
+    anstream::eprintln!("{count} downloads with the seed AOPS_DOWNLOADS_SEED={seed}");
+    let mut gateway = Gateway::stopped();
+    gateway.publish_self("1.0.0");
+    gateway.want(&[]);
+    gateway.run();
+    let (archive, content) = archive(gateway.path("").as_path(), SIZE);
+    let size = fs::metadata(&archive).expect("it is there").len();
+    let proxy = FaultProxy::before(&gateway, random(seed, size));
+    let host = joined_by(&proxy.url(), &gateway, "downloadStall = \"1s\"");
+
+    let (mut worst, mut damaged, mut faults) = (0.0_f64, 0, BTreeMap::<String, u32>::new());
+    for round in 0..count.div_ceil(ORDERED) {
+        let names: Vec<String> =
+            (0..ORDERED.min(count - round * ORDERED)).map(|number| format!("noise-{number}")).collect();
+        let version = format!("1.0.{round}");
+        names.iter().for_each(|name| publish_archive(&gateway, &archive, name, &version));
+        // Fetched, unpacked and made the active one, and not run.
+        let wanted: Vec<_> = names.iter().map(|name| (name.as_str(), version.as_str(), "cmd = \"stop\"")).collect();
+        gateway.want(&wanted);
+        host.wait_for_status(&format!("{version} of {names:?}, seed {seed}"), ROUND, |status| {
+            names.iter().all(|name| has_version(status, name, &version))
+        });
+        for name in &names {
+            let got = fs::read(host.home().join(format!("agents/{name}/{version}/noise"))).expect("it is unpacked");
+            assert_eq!(Sha256::digest(got).to_vec(), content, "{name} {version}, seed {seed}");
+            let file = format!("{name}-{version}_linux_{}.tar.zst", arch());
+            let tally = proxy.tally(&file);
+            let share = tally.bytes as f64 / size as f64;
+            let most = 1.3 + f64::from(tally.damaged);
+            assert!(tally.damaged <= 1 && share <= most, "{file} came {share} times, seed {seed}: {:?}", tally.faults);
+            worst = worst.max(share - f64::from(tally.damaged));
+            damaged += tally.damaged;
+            for fault in tally.faults {
+                let kind = format!("{fault:?}").split([' ', '{']).next().unwrap_or_default().to_owned();
+                *faults.entry(kind).or_default() += 1;
+            }
+            for suffix in ["", ".minisig"] {
+                fs::remove_file(gateway.path("depot").join(format!("{file}{suffix}"))).expect("it was published");
+            }
+        }
+        assert_eq!(in_cache(&host), Vec::<String>::new(), "seed {seed}");
+    }
+    assert_eq!(proxy.most_at_once(), AT_ONCE.min(count), "packages at the same time, seed {seed}");
+    anstream::eprintln!(
+        "each byte at most {worst:.3} times, beside {damaged} of {count} that came damaged and were refetched; {faults:?}"
+    );
+}
+
+#[test]
+fn a_manager_that_is_killed_in_mid_download_fetches_only_the_rest_and_shows_how_far_it_is() {
+    let mut gateway = Gateway::stopped();
+    gateway.publish_self("1.0.0");
+    gateway.want(&[]);
+    gateway.run();
+    let (archive, _) = archive(gateway.path("").as_path(), SIZE);
+    let size = fs::metadata(&archive).expect("it is there").len();
+    let proxy = FaultProxy::before(&gateway, |request, before| match request.is_for_package() && before == 0 {
+        true if request.path.contains("noise") => Fault::Throttle { per_second: 2 << 20, up_to: u64::MAX },
+        _ => Fault::None,
+    });
+    let host = joined_by(&proxy.url(), &gateway, "");
+    publish_archive(&gateway, &archive, "noise", "1.0.0");
+    gateway.want(&[("noise", "1.0.0", "cmd = \"stop\"")]);
+    let status = host.wait_for_status("a good part of the download", ROUND, |status| {
+        agent(status, "noise").is_some_and(|agent| agent["download"]["bytes"].as_u64() > Some(size / 4))
+    });
+    let download = &agent(&status, "noise").expect("it is there")["download"];
+    assert_eq!((&download["version"], download["totalBytes"].as_u64()), (&"1.0.0".into(), Some(size)), "{status:#}");
+    assert_eq!(agent(&status, "noise").expect("it is there")["state"], "updating");
+    assert!(host.control(&["status"]).stdout.contains("1.0.0 is being fetched: "));
+
+    let manager = pid(&status["spm"]["pid"]).expect("it runs");
+    host.kill(manager);
+    let status = host.wait_for_status("the whole of it", ROUND, |status| has_version(status, "noise", "1.0.0"));
+    assert_ne!(pid(&status["spm"]["pid"]), Some(manager));
+    let tally = proxy.tally("tar.zst");
+    let asked: Vec<_> =
+        tally.requests.iter().filter(|request| request.path.contains("noise") && request.is_for_package()).collect();
+    assert_eq!(asked.len(), 2, "{asked:?}");
+    let from = asked[1].header("range").and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+    assert!(from > Some(size / 4) && asked[1].header("if-range").is_some(), "{asked:?}");
+    let fetched = proxy.tally("noise-1.0.0").bytes;
+    assert!(fetched <= size + size / 50 + 4096, "{fetched} of {size}");
+    assert_eq!(in_cache(&host), Vec::<String>::new());
+}
+
+/// What is done to the answers of a sub-agent's packages; another one for each attack.
+type Plan = Box<dyn Fn(&Request, usize) -> Fault + Send>;
+
+/// A sub-agent that runs, and releases of it that the network does something to.
+struct Attacked {
+    gateway: Gateway,
+    proxy: FaultProxy,
+    host: TestHost,
+    pid: u32,
+    /// What happens to the next package.
+    plan: Arc<Mutex<Plan>>,
+}
+
+impl Attacked {
+    fn start(settings: &str) -> Attacked {
+        let gateway = Gateway::with(&[&Package::sleeper("native", "1.0.0")], &[("native", "1.0.0", "")]);
+        let plan: Arc<Mutex<Plan>> = Arc::new(Mutex::new(Box::new(|_, _| Fault::None)));
+        let of_next = Arc::clone(&plan);
+        let proxy = FaultProxy::before(&gateway, move |request, before| {
+            let plan = of_next.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if request.path.contains("/native-") { plan(request, before) } else { Fault::None }
+        });
+        let host = joined_by(&proxy.url(), &gateway, settings);
+        let pid = host.wait_for_agent("native");
+        Attacked { gateway, proxy, host, pid, plan }
+    }
+
+    /// Orders that version of it, with something done to its package; it is refused with these words, and what ran goes on.
+    #[track_caller]
+    fn is_refused(&self, version: &str, words: &[&str], plan: impl Fn(&Request, usize) -> Fault + Send + 'static) {
+        *self.plan.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Box::new(plan);
+        let mut noise = vec![0; 3 << 20];
+        fastrand::fill(&mut noise);
+        self.gateway.publish(&Package::sleeper("native", version).with_file("noise", noise, 0o644));
+        self.gateway.want(&[("native", version, "")]);
+        let status = self.host.wait_for_status(&format!("{version} to be refused with {words:?}"), ROUND, |status| {
+            let error = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
+            error.contains(version) && words.iter().all(|word| error.contains(word))
+        });
+        let native = agent(&status, "native").expect("it is there");
+        assert_eq!((&native["version"], pid(&native["pid"])), (&"1.0.0".into(), Some(self.pid)), "{status:#}");
+        wait_for("the gateway to hear of it", SOON, || {
+            let status = self.gateway.status();
+            let events = status["hosts"][0]["events"].as_array()?.clone();
+            let said = |event: &Value| event["message"].as_str().is_some_and(|said| said.contains(words[0]));
+            events
+                .iter()
+                .any(|event| event["version"] == version && event["outcome"] != "ok" && said(event))
+                .then_some(())
+        });
+    }
+}
+
+#[test]
+fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_runs_goes_on() {
+    let attacked = Attacked::start("downloadStall = \"1s\"\ndownloadTimeout = \"6s\"");
+    let instead = |head: &str, body: &[u8], endless| Fault::Instead {
+        head: format!("HTTP/1.1 {head}\r\n\r\n"),
+        body: body.to_vec(),
+        endless,
+    };
+    let packages = |fault: Fault| {
+        move |request: &Request, _: usize| if request.is_for_package() { fault.clone() } else { Fault::None }
+    };
+
+    // Endless data, with no length or a wrong one.
+    let endless = instead("200 OK\r\nconnection: close", &[0; 65536], true);
+    attacked.is_refused("2.0.0", &["it has more than"], packages(endless));
+    assert!(attacked.proxy.tally("native-2.0.0").bytes < 16 << 20);
+    assert_eq!(in_cache(&attacked.host), Vec::<String>::new());
+
+    // A relay that lies about the size.
+    attacked.is_refused("2.0.1", &["were announced"], packages(Fault::WrongLength { by: 1 }));
+    attacked.is_refused("2.0.2", &["were announced"], packages(Fault::WrongLength { by: -1 }));
+
+    // Slow drip, of the body and of the head.
+    attacked.is_refused("2.0.3", &["downloadTimeout"], packages(Fault::Throttle { per_second: 100, up_to: u64::MAX }));
+    let drip = |request: &Request, _: usize| match request.is_for_package() {
+        true => Fault::Mute,
+        false => Fault::None,
+    };
+    attacked.is_refused("2.0.4", &["nothing came for 1s"], drip);
+
+    // A page of somebody in between, for the package or for its signature.
+    attacked.is_refused("2.0.5", &["answers with a page of its own", "noProxy"], packages(Fault::Portal));
+    attacked.is_refused("2.0.6", &["answers with a page of its own"], |_, _| Fault::Portal);
+
+    // Redirects: elsewhere, to plain http, and round and round. Nobody elsewhere is told who asks, or asked at all.
+    let elsewhere = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    elsewhere.set_nonblocking(true).expect("it is ours");
+    let away = format!(
+        "302 Found\r\ncontent-length: 0\r\nlocation: https://{}/x",
+        elsewhere.local_addr().expect("it is bound")
+    );
+    attacked.is_refused("2.0.7", &["redirect", "another host"], packages(instead(&away, b"", false)));
+    let own = attacked.proxy.url().replace("https://", "http://");
+    let plain = format!("302 Found\r\ncontent-length: 0\r\nlocation: {own}/x");
+    attacked.is_refused("2.0.8", &["redirect", "plain http"], packages(instead(&plain, b"", false)));
+    let round = "302 Found\r\ncontent-length: 0\r\nlocation: /api/download/native-2.0.9_linux_amd64.tar.zst";
+    attacked.is_refused("2.0.9", &["redirects"], packages(instead(round, b"", false)));
+    assert!(elsewhere.accept().is_err(), "somebody else was asked");
+
+    // Cut, and gone on with other bytes under the same name and tag: fetched once more, and no oftener.
+    let depot = attacked.gateway.path("depot");
+    attacked.is_refused("2.1.0", &["tampered with"], move |request, _| match request.header("range") {
+        _ if !request.is_for_package() => Fault::None,
+        None => Fault::Cut { after: 2 << 20 },
+        Some(range) => {
+            let file = depot.join(request.path.trim_start_matches("/api/download/"));
+            let size = fs::metadata(file).expect("it is published").len();
+            let from: u64 = range.trim_start_matches("bytes=").trim_end_matches('-').parse().expect("a number");
+            let tag = request.header("if-range").expect("it says of which file");
+            let head = format!(
+                "HTTP/1.1 206 Partial Content\r\netag: {tag}\r\ncontent-length: {}\r\n\
+                 content-range: bytes {from}-{}/{size}\r\n\r\n",
+                size - from,
+                size - 1
+            );
+            Fault::Instead { head, body: vec![7; (size - from) as usize], endless: false }
+        }
+    });
+    let wholes = |tally: crate::support::fault_proxy::Tally| {
+        tally.requests.iter().filter(|request| request.is_for_package() && request.header("range").is_none()).count()
+    };
+    assert_eq!(wholes(attacked.proxy.tally("native-2.1.0")) % 2, 0);
+
+    // And when the network is well again, the release comes.
+    *attacked.plan.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Box::new(|_, _| Fault::None);
+    attacked.host.wait_for_status("the release", ROUND, |status| has_version(status, "native", "2.1.0"));
+    // Nor does anything stay of the releases that were given up.
+    assert_eq!(in_cache(&attacked.host), Vec::<String>::new());
+}
+
+#[test]
+fn a_package_that_comes_damaged_is_fetched_once_more_and_then_held_back() {
+    let attacked = Attacked::start("");
+    let damaged = Arc::new(AtomicBool::new(true));
+    let is_damaged = Arc::clone(&damaged);
+    attacked.is_refused("2.0.0", &["tampered with"], move |request, _| {
+        match request.is_for_package() && is_damaged.load(Ordering::SeqCst) {
+            true => Fault::Corrupt { at: 1 << 20 },
+            false => Fault::None,
+        }
+    });
+    let asked = |attacked: &Attacked| {
+        let tally = attacked.proxy.tally("native-2.0.0");
+        tally.requests.iter().filter(|request| request.is_for_package()).count()
+    };
+    assert_eq!(asked(&attacked), 2);
+    assert_eq!(in_cache(&attacked.host), Vec::<String>::new());
+    damaged.store(false, Ordering::SeqCst);
+    attacked.host.wait_for_status("the release", ROUND, |status| has_version(status, "native", "2.0.0"));
+    assert_eq!(in_cache(&attacked.host), Vec::<String>::new());
+}

@@ -1,0 +1,182 @@
+//! Whom a host trusts, as it changes over the years: keys that packages of the manager bring and revoke.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::support::aops;
+use crate::support::command::{self, LIMIT, Output};
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost};
+use crate::support::package::Package;
+use crate::support::wait::wait_for;
+
+/// A package of the manager, with these keys to be trusted and to be trusted no more.
+fn manager(version: &str, brought: &[&Path], revoked: &[&Path]) -> Package {
+    let read = |path: &Path| fs::read(path).expect("it was made");
+    let mut package = Package::plain("aops-spm", version).with_file("bin/aops", read(&aops()), 0o755);
+    for (directory, keys) in [("keys", brought), ("keys/revoked", revoked)] {
+        for (number, key) in keys.iter().enumerate() {
+            package = package.with_file(&format!("{directory}/{number}.pub"), read(key), 0o644);
+        }
+    }
+    package
+}
+
+/// Installs with the executable that the gateway serves for it, which brings the keys that the gateway has now.
+#[track_caller]
+fn bootstrap(gateway: &Gateway, host: &TestHost, more: &[&str]) -> Output {
+    let name = if cfg!(target_arch = "x86") { "386" } else { "amd64" };
+    let served = gateway.path("depot").join(format!("aops-agent-service-linux-{name}"));
+    let executable = host.beside("bootstrap");
+    let _ = fs::remove_file(&executable);
+    fs::copy(served, &executable).expect("it was published");
+    let ca = gateway.path("tls/cert.pem");
+    let mut command = host.command(&executable);
+    command.args(["install", "--service", "none", "--agent-id", "1", "--endpoint", gateway.url()]);
+    command::run(command.arg("--ca-cert").arg(ca).arg("--home").arg(host.home()).args(more), LIMIT)
+}
+
+fn verbose(host: &TestHost) -> String {
+    let mut command: Command = host.command(&host.home().join("bin/aops"));
+    command::run(command.args(["--version", "--verbose"]), LIMIT).expect_success()
+}
+
+fn id(gateway: &Gateway) -> String {
+    let text = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was made");
+    text.split_whitespace()
+        .find(|word| word.len() == 16 && word.bytes().all(|b| b.is_ascii_hexdigit()))
+        .map_or_else(|| panic!("no id in {text}"), str::to_owned)
+}
+
+#[test]
+fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
+    let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
+    let (old, new) = (gateway.path("keys/aops.pub"), next.path("keys/aops.pub"));
+    let signed_by = |gateway: &Gateway, key: &Gateway, package: &Package| {
+        let (key, mut arguments) = (key.path("keys/aops.key").display().to_string(), package.arguments());
+        arguments.extend(["--key".to_owned(), key]);
+        gateway.publish_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    gateway.publish_self("1.0.0");
+    gateway.publish(&Package::sleeper("native", "1.0.0"));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
+    gateway.run();
+    let host = TestHost::new();
+    bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
+    let pid = host.wait_for_agent("native");
+    // The gateway, which runs, offers what was published a moment later.
+    let install = |version: &str, code: i32| {
+        let output = wait_for("the gateway to have it", SOON, || {
+            let output = host.install(&["--version", version]);
+            (!output.stderr.contains("has no package of")).then_some(output)
+        });
+        output.expect_code(code)
+    };
+    let key_files = || fs::read_dir(host.home().join("etc/keys")).expect("it is there").count();
+    assert_eq!(key_files(), 1, "that of the bootstrap");
+    // Kept for later: it carries the old key.
+    fs::copy(host.beside("bootstrap"), host.beside("old-bootstrap")).expect("a copy");
+
+    // Before the new key is brought, what it signed is refused.
+    let by_new = manager("2.0.0", &[], &[]);
+    signed_by(&gateway, &next, &by_new).expect_success();
+    let refused = install("2.0.0", 1);
+    assert!(refused.stderr.contains("not trusted here") && refused.stderr.contains("nothing was changed"), "{refused}");
+    // A package that would leave no key is refused whole; one that contradicts itself cannot even be published.
+    signed_by(&gateway, &gateway, &manager("1.1.0", &[], &[&old])).expect_success();
+    let refused = install("1.1.0", 1);
+    assert!(
+        refused.stderr.contains("revokes every key") && refused.stderr.contains("nothing was changed"),
+        "{refused}"
+    );
+    let refused = signed_by(&gateway, &gateway, &manager("1.2.0", &[&new], &[&new]));
+    assert!(!refused.success() && refused.stderr.contains("both brings and revokes"), "{refused}");
+
+    signed_by(&gateway, &gateway, &manager("1.3.0", &[&new], &[])).expect_success();
+    let brought = install("1.3.0", 0);
+    assert!(brought.stderr.contains("brings the key") && brought.stderr.contains(&id(&next)), "{brought}");
+    assert!(
+        verbose(&host).contains(&format!("trusted key {} (brought by aops-spm 1.3.0)", id(&next))),
+        "{}",
+        verbose(&host)
+    );
+    install("2.0.0", 0);
+
+    // By the new key the old one is revoked: what the old one signed is refused, by the installer and by the manager.
+    signed_by(&gateway, &next, &manager("2.1.0", &[], &[&old])).expect_success();
+    let revoked = install("2.1.0", 0);
+    assert!(revoked.stderr.contains("revokes the key") && revoked.stderr.contains(&id(&gateway)), "{revoked}");
+    assert_eq!(key_files(), 0, "the file of the bootstrap is gone");
+    let refused = install("1.0.0", 1);
+    assert!(refused.stderr.contains("was revoked by aops-spm 2.1.0"), "{refused}");
+    gateway.publish(&Package::sleeper("native", "2.0.0"));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\n");
+    let status = host.wait_for_status("the manager to refuse it", SOON, |status| {
+        status["agents"][0]["lastError"].to_string().contains("was revoked by aops-spm 2.1.0")
+    });
+    assert_eq!(status["agents"][0]["version"], "1.0.0");
+
+    // Neither a roll back to an earlier version nor a bootstrap of then brings it back.
+    install("2.0.0", 0);
+    fs::copy(host.beside("old-bootstrap"), host.beside("bootstrap")).expect("a copy");
+    let mut command = host.command(&host.beside("old-bootstrap"));
+    command.args(["install", "--service", "none", "--version", "1.0.0", "--home"]).arg(host.home());
+    let refused = command::run(&mut command, LIMIT).expect_code(1);
+    assert!(refused.stderr.contains("was revoked, and is not trusted"), "{refused}");
+    assert!(refused.stderr.contains("was revoked by aops-spm 2.1.0"), "{refused}");
+    assert_eq!(key_files(), 0);
+    // Without the store nobody could tell any more.
+    let store = host.home().join("state/keys.json");
+    let kept = fs::read(&store).expect("it is there");
+    fs::remove_file(&store).expect("it is ours");
+    let refused = install("2.0.0", 1);
+    assert!(refused.stderr.contains("keys.json") && refused.stderr.contains("--fresh"), "{refused}");
+    fs::write(&store, kept).expect("it is ours");
+
+    // Only the operator of the host can, and is told about it.
+    let given = old.display().to_string();
+    let output = host.install(&["--version", "2.0.0", "--trusted-key", &given]).expect_code(0);
+    assert!(output.stderr.contains("trusted all the same") || verbose(&host).contains("revoked key"), "{output}");
+    let status = host.wait_for_status("native 2.0.0", SOON, |status| status["agents"][0]["version"] == "2.0.0");
+    assert!(status["problems"].to_string().contains("trusted all the same"), "{status:#}");
+    wait_for("the gateway to hear of it", SOON, || {
+        let events = gateway.status()["hosts"][0]["events"].as_array()?.clone();
+        let is_it = |event: &&Value| event["kind"] == "stage" && event["outcome"] == "refused";
+        events.iter().filter(is_it).any(|event| event["message"].to_string().contains("was revoked")).then_some(())
+    });
+    assert_ne!(host.wait_for_agent("native"), pid);
+}
+
+#[test]
+fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_said() {
+    let gateway = Gateway::with(&[], &[]);
+    let key = gateway.path("keys/aops.pub").display().to_string();
+    let installed = |host: &TestHost, more: &[&str], roots: Option<&Path>| {
+        let mut command = host.command(&aops());
+        command.args(["install", "--service", "none", "--agent-id", "1", "--trusted-key", &key]).args(more);
+        command.args(["--endpoint", gateway.url(), "--home"]).arg(host.home());
+        if let Some(roots) = roots {
+            command.env("SSL_CERT_FILE", roots);
+        }
+        command::run(&mut command, LIMIT)
+    };
+    let host = TestHost::new();
+    let refused = installed(&host, &[], None).expect_code(1);
+    assert!(refused.stderr.contains("nobody that this host trusts") && !host.home().exists(), "{refused}");
+    // What an administrator has put among the system's roots.
+    installed(&host, &[], Some(&gateway.path("tls/cert.pem"))).expect_code(0);
+    host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
+
+    let host = TestHost::new();
+    let warned = installed(&host, &["--insecure"], None).expect_code(0);
+    assert!(warned.stderr.contains("not checked (--insecure)"), "{warned}");
+    host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
+    let log = fs::read_to_string(host.home().join("log/spm.log")).expect("it is there");
+    assert!(log.contains("certificates are not checked"), "{log}");
+    // Again, and it is said again.
+    let again = host.install(&[]).expect_code(0);
+    assert!(again.stderr.contains("not checked (--insecure)"), "{again}");
+}

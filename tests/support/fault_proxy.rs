@@ -1,0 +1,490 @@
+//! The worst of networks, on loopback: a server between a host and its gateway that shows the gateway's own certificate, passes requests
+//! on, and does to the answers what a plan says.
+//!
+//! It ends TLS on both sides, so that it can also lie within HTTP. What it does to which request is the plan's to say, which is a function
+//! of the request and of how often that path was asked for; [`random`] makes one of a seed, the same for the same seed. It counts what it
+//! sent of each path.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+use super::gateway::Gateway;
+use super::https::Https;
+
+/// So little waits in the socket, that what is lost in a reset is little too.
+const SEND_BUFFER_BYTES: usize = 32 << 10;
+const CHUNK_BYTES: usize = 16 << 10;
+/// How often who waits looks whether it is over.
+const LOOK: Duration = Duration::from_millis(50);
+/// Nobody is kept waiting for longer by a connection that says nothing.
+const MUTE: Duration = Duration::from_secs(120);
+
+/// What is done to one answer. Offsets are counted in the body that is sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// It is passed on as it is.
+    None,
+    /// The connection ends in good order, in the middle of the body.
+    Cut { after: u64 },
+    /// It is reset.
+    Reset { after: u64 },
+    /// The proxy's side of it is shut, without the end that TLS has; the other side stays open.
+    HalfClose { after: u64 },
+    /// Nothing more comes, and the connection stays.
+    Stall { after: u64 },
+    /// Not even a head comes.
+    Mute,
+    /// It comes at this rate, up to that offset.
+    Throttle { per_second: u64, up_to: u64 },
+    /// One byte of it is another.
+    Corrupt { at: u64 },
+    /// Its head says that it has so many bytes more (or less) than it has.
+    WrongLength { by: i64 },
+    /// The gateway is not asked; another status, perhaps with the wish to be left alone for so many seconds.
+    Status { code: u16, retry_after: Option<u32> },
+    /// A page for people, in place of the answer.
+    Portal,
+    /// Instead of the answer: this, and this body over and over where it is endless.
+    Instead { head: String, body: Vec<u8>, endless: bool },
+}
+
+/// A request as it came.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub method: String,
+    pub path: String,
+    head: String,
+    body: Vec<u8>,
+}
+
+impl Request {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().skip(1).find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            key.trim().eq_ignore_ascii_case(name).then(|| value.trim())
+        })
+    }
+
+    /// Whether it is for a package itself: not for its signature, nor a heartbeat.
+    pub fn is_for_package(&self) -> bool {
+        self.path.starts_with("/api/download/") && !self.path.ends_with(".minisig")
+    }
+}
+
+/// What came and went under one path.
+#[derive(Debug, Clone, Default)]
+pub struct Tally {
+    pub requests: Vec<Request>,
+    /// What was done to each.
+    pub faults: Vec<Fault>,
+    /// Of all bodies, as they were handed to the network.
+    pub bytes: u64,
+    /// How often a byte of it was changed.
+    pub damaged: u32,
+}
+
+type Plan = dyn Fn(&Request, usize) -> Fault + Send + Sync;
+
+struct Shared {
+    upstream: Https,
+    plan: Box<Plan>,
+    tls: Arc<ServerConfig>,
+    tallies: Mutex<BTreeMap<String, Tally>>,
+    /// Packages that are under way, each by how many connections, and how many were at the same time.
+    packages: Mutex<BTreeMap<String, usize>>,
+    most_packages: AtomicUsize,
+    stopping: AtomicBool,
+}
+
+/// Passes on until it is dropped.
+pub struct FaultProxy {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl FaultProxy {
+    /// Before that gateway. `plan` is told the request, and how many of its path came before.
+    pub fn before(gateway: &Gateway, plan: impl Fn(&Request, usize) -> Fault + Send + Sync + 'static) -> FaultProxy {
+        let certificate =
+            CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("the gateway's certificate");
+        let key = PrivateKeyDer::from_pem_file(gateway.path("tls/key.pem")).expect("the gateway's key");
+        let tls = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .and_then(|builder| builder.with_no_client_auth().with_single_cert(vec![certificate], key))
+            .expect("the gateway's certificate and key fit together");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let shared = Arc::new(Shared {
+            upstream: Https::to(gateway),
+            plan: Box::new(plan),
+            tls: Arc::new(tls),
+            tallies: Mutex::default(),
+            packages: Mutex::default(),
+            most_packages: AtomicUsize::new(0),
+            stopping: AtomicBool::new(false),
+        });
+        let serving = Arc::clone(&shared);
+        let thread = thread::spawn(move || {
+            for stream in listener.incoming() {
+                if serving.stopping.load(Ordering::SeqCst) {
+                    return;
+                }
+                let (Ok(stream), shared) = (stream, Arc::clone(&serving)) else { continue };
+                // A connection that breaks is what this is for.
+                thread::spawn(move || drop(serve(&shared, stream)));
+            }
+        });
+        FaultProxy { address, shared, thread: Some(thread) }
+    }
+
+    /// `https://127.0.0.1:PORT`
+    pub fn url(&self) -> String {
+        format!("https://{}", self.address)
+    }
+
+    /// How many packages were asked for at the same time, at the most.
+    pub fn most_at_once(&self) -> usize {
+        self.shared.most_packages.load(Ordering::SeqCst)
+    }
+
+    /// What came and went under the paths that contain this.
+    pub fn tally(&self, part: &str) -> Tally {
+        let mut all = Tally::default();
+        for (_, tally) in self.shared.tallies().iter().filter(|(path, _)| path.contains(part)) {
+            all.requests.extend(tally.requests.iter().cloned());
+            all.faults.extend(tally.faults.iter().cloned());
+            all.bytes += tally.bytes;
+            all.damaged += tally.damaged;
+        }
+        all
+    }
+}
+
+impl Drop for FaultProxy {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.address);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A plan that breaks the first answers of each download in one to four ways, and lets the rest pass: the same for the same seed. A package
+/// is damaged at most once.
+pub fn random(seed: u64, size: u64) -> impl Fn(&Request, usize) -> Fault + Send + Sync + 'static {
+    move |request, before| {
+        if !request.path.starts_with("/api/download/") {
+            return Fault::None;
+        }
+        let digits =
+            request.path.bytes().fold(seed, |hash, byte| hash.wrapping_mul(0x0100_0000_01b3) ^ u64::from(byte));
+        let mut random = fastrand::Rng::with_seed(digits);
+        let mut faults: Vec<Fault> = (0..random.usize(1..=4)).map(|_| one_of(&mut random, size)).collect();
+        let mut corrupt = false;
+        faults.retain(|fault| !matches!(fault, Fault::Corrupt { .. }) || !std::mem::replace(&mut corrupt, true));
+        faults.get(before).cloned().unwrap_or(Fault::None)
+    }
+}
+
+fn one_of(random: &mut fastrand::Rng, size: u64) -> Fault {
+    let after = random.u64(0..size * 3 / 4);
+    match random.u32(0..13) {
+        0 | 1 => Fault::Cut { after },
+        2 | 3 => Fault::Reset { after },
+        4 => Fault::HalfClose { after },
+        5 => Fault::Stall { after },
+        6 => Fault::Mute,
+        7 => Fault::Throttle { per_second: 8 << 20, up_to: after },
+        8 => Fault::Corrupt { at: after },
+        9 => Fault::WrongLength { by: if random.bool() { 1000 } else { -1000 } },
+        10 => Fault::Status { code: 500, retry_after: None },
+        11 => Fault::Status { code: 429, retry_after: Some(1) },
+        _ => Fault::Portal,
+    }
+}
+
+impl Shared {
+    fn tallies(&self) -> MutexGuard<'_, BTreeMap<String, Tally>> {
+        self.tallies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, request: &Request, begins: bool) {
+        if !request.is_for_package() {
+            return;
+        }
+        let mut packages = self.packages.lock().unwrap_or_else(PoisonError::into_inner);
+        let connections = packages.entry(request.path.clone()).or_default();
+        *connections = if begins { *connections + 1 } else { *connections - 1 };
+        packages.retain(|_, connections| *connections > 0);
+        self.most_packages.fetch_max(packages.len(), Ordering::SeqCst);
+    }
+
+    fn is_over(&self) -> io::Result<()> {
+        match self.stopping.load(Ordering::SeqCst) {
+            true => Err(ErrorKind::Interrupted.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+type Stream = StreamOwned<ServerConnection, TcpStream>;
+
+fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(LOOK))?;
+    stream.set_write_timeout(Some(MUTE))?;
+    sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES)?;
+    let connection = ServerConnection::new(Arc::clone(&shared.tls)).map_err(io::Error::other)?;
+    let mut stream = StreamOwned::new(connection, stream);
+    while let Some(request) = read_request(shared, &mut stream)? {
+        let fault = {
+            let mut tallies = shared.tallies();
+            let tally = tallies.entry(request.path.clone()).or_default();
+            let fault = (shared.plan)(&request, tally.requests.len());
+            tally.requests.push(request.clone());
+            tally.faults.push(fault.clone());
+            fault
+        };
+        shared.count(&request, true);
+        let goes_on = answer(shared, &mut stream, &request, &fault);
+        shared.count(&request, false);
+        if !goes_on? {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// Answers; whether the connection goes on.
+fn answer(shared: &Shared, stream: &mut Stream, request: &Request, fault: &Fault) -> io::Result<bool> {
+    match fault {
+        Fault::Mute => return wait_for_its_end(shared, stream),
+        Fault::Status { code, retry_after } => {
+            let wish = retry_after.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
+            write!(stream, "HTTP/1.1 {code} Fault\r\n{wish}content-length: 0\r\n\r\n")?;
+            return stream.flush().map(|()| true);
+        }
+        Fault::Portal => {
+            const PAGE: &str = "<!doctype html><title>Welcome</title><p>Log in to use this network.";
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\netag: \"portal\"\r\n";
+            write!(stream, "{head}content-length: {}\r\n\r\n{PAGE}", PAGE.len())?;
+            return stream.flush().map(|()| true);
+        }
+        Fault::Instead { head, body, endless } => {
+            stream.write_all(head.as_bytes())?;
+            loop {
+                send(shared, stream, request, body)?;
+                if !endless {
+                    return Ok(false);
+                }
+                shared.is_over()?;
+            }
+        }
+        _ => {}
+    }
+    let mut upstream = shared.upstream.connect().map_err(io::Error::other)?;
+    upstream.write_all(request.onward().as_bytes())?;
+    upstream.write_all(&request.body)?;
+    upstream.flush()?;
+    let (head, first) = read_head(&mut upstream)?;
+    let length = content_length(&head).unwrap_or(0);
+    let shown = match fault {
+        Fault::WrongLength { by } => length.saturating_add_signed(*by),
+        _ => length,
+    };
+    stream.write_all(told(&head, shown).as_bytes())?;
+    stream.flush()?;
+    relay(shared, stream, request, fault, length, &first, &mut upstream)
+}
+
+fn relay(
+    shared: &Shared,
+    stream: &mut Stream,
+    request: &Request,
+    fault: &Fault,
+    length: u64,
+    first: &[u8],
+    upstream: &mut dyn Read,
+) -> io::Result<bool> {
+    let mut body = first.chain(upstream);
+    let (mut done, began) = (0_u64, Instant::now());
+    let mut chunk = vec![0; CHUNK_BYTES];
+    while done < length {
+        shared.is_over()?;
+        let stop = match fault {
+            Fault::Cut { after } | Fault::Reset { after } | Fault::HalfClose { after } | Fault::Stall { after } => {
+                *after
+            }
+            _ => u64::MAX,
+        };
+        if done >= stop {
+            return broken(shared, stream, fault);
+        }
+        let most = (length - done).min(stop - done).min(CHUNK_BYTES as u64) as usize;
+        let amount = body.read(&mut chunk[..most])?;
+        if amount == 0 {
+            return Ok(false);
+        }
+        if let Fault::Corrupt { at } = fault
+            && (done..done + amount as u64).contains(at)
+        {
+            chunk[(at - done) as usize] ^= 0x20;
+            if let Some(tally) = shared.tallies().get_mut(&request.path) {
+                tally.damaged += 1;
+            }
+        }
+        send(shared, stream, request, &chunk[..amount])?;
+        done += amount as u64;
+        if let Fault::Throttle { per_second, up_to } = fault
+            && done < *up_to
+        {
+            let due = Duration::from_secs_f64(done as f64 / *per_second as f64);
+            while began.elapsed() < due {
+                shared.is_over()?;
+                thread::park_timeout((due - began.elapsed().min(due)).min(LOOK));
+            }
+        }
+    }
+    Ok(!matches!(fault, Fault::WrongLength { .. }))
+}
+
+fn send(shared: &Shared, stream: &mut Stream, request: &Request, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(bytes)?;
+    stream.flush()?;
+    if let Some(tally) = shared.tallies().get_mut(&request.path) {
+        tally.bytes += bytes.len() as u64;
+    }
+    Ok(())
+}
+
+fn broken(shared: &Shared, stream: &mut Stream, fault: &Fault) -> io::Result<bool> {
+    match fault {
+        Fault::Reset { .. } => sockopt::set_socket_linger(&stream.sock, Some(Duration::ZERO))?,
+        Fault::HalfClose { .. } => {
+            stream.sock.shutdown(Shutdown::Write)?;
+            return wait_for_its_end(shared, stream);
+        }
+        Fault::Stall { .. } => return wait_for_its_end(shared, stream),
+        _ => {
+            stream.conn.send_close_notify();
+            stream.flush()?;
+        }
+    }
+    Ok(false)
+}
+
+/// Says nothing more until the other end has had enough.
+fn wait_for_its_end(shared: &Shared, stream: &mut Stream) -> io::Result<bool> {
+    let began = Instant::now();
+    while began.elapsed() < MUTE {
+        shared.is_over()?;
+        match stream.sock.read(&mut [0; 512]) {
+            Ok(0) => break,
+            Err(error) if !is_timeout(&error) => break,
+            _ => {}
+        }
+    }
+    Ok(false)
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
+}
+
+/// The next request; `None`: there is none any more.
+fn read_request(shared: &Shared, stream: &mut Stream) -> io::Result<Option<Request>> {
+    let mut bytes = Vec::new();
+    let mut more = |bytes: &mut Vec<u8>| -> io::Result<bool> {
+        let mut chunk = [0; 4096];
+        loop {
+            shared.is_over()?;
+            match stream.read(&mut chunk) {
+                Ok(amount) => {
+                    bytes.extend_from_slice(&chunk[..amount]);
+                    return Ok(amount > 0);
+                }
+                Err(error) if is_timeout(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    let end = loop {
+        match bytes.windows(4).position(|four| four == b"\r\n\r\n") {
+            Some(end) => break end + 4,
+            None if more(&mut bytes)? => {}
+            None => return Ok(None),
+        }
+    };
+    let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
+    let length = content_length(&head).unwrap_or(0) as usize;
+    while bytes.len() < end + length {
+        if !more(&mut bytes)? {
+            return Ok(None);
+        }
+    }
+    let mut words = head.split_whitespace();
+    let (method, path) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
+    Ok(Some(Request { method, path, head, body: bytes[end..end + length].to_vec() }))
+}
+
+impl Request {
+    /// As it goes to the gateway, on a connection of its own.
+    fn onward(&self) -> String {
+        let mut lines = self.head.trim_end().lines();
+        let mut onward = format!("{}\r\nconnection: close\r\n", lines.next().unwrap_or_default());
+        for line in lines.filter(|line| !is_header(line, "connection")) {
+            let _ = write!(onward, "{line}\r\n");
+        }
+        onward + "\r\n"
+    }
+}
+
+/// An answer's head as it goes on.
+fn told(head: &str, length: u64) -> String {
+    let mut told = String::new();
+    for line in head.trim_end().lines().filter(|line| !is_header(line, "connection")) {
+        match is_header(line, "content-length") {
+            true => drop(write!(told, "content-length: {length}\r\n")),
+            false => drop(write!(told, "{line}\r\n")),
+        }
+    }
+    told + "\r\n"
+}
+
+fn is_header(line: &str, name: &str) -> bool {
+    line.split_once(':').is_some_and(|(key, _)| key.trim().eq_ignore_ascii_case(name))
+}
+
+fn content_length(head: &str) -> Option<u64> {
+    let line = head.lines().find(|line| is_header(line, "content-length"))?;
+    line.split_once(':')?.1.trim().parse().ok()
+}
+
+/// An answer's head, and what came of its body with it.
+fn read_head(stream: &mut impl Read) -> io::Result<(String, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    let mut chunk = [0; 4096];
+    loop {
+        if let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
+            let body = bytes.split_off(end + 4);
+            return Ok((String::from_utf8_lossy(&bytes).into_owned(), body));
+        }
+        match stream.read(&mut chunk)? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            amount => bytes.extend_from_slice(&chunk[..amount]),
+        }
+    }
+}

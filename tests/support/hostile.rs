@@ -1,0 +1,267 @@
+//! A gateway that means ill: it has the certificate, and the depot, of one that a host has joined, and says whatever a test dictates.
+//!
+//! What is not dictated is answered from the depot, and every heartbeat with the answer that was told last. Everything that it is asked is
+//! noted, with all headers.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use serde_json::{Value, json};
+
+use super::gateway::Gateway;
+use super::host::SOON;
+use super::wait::wait_for;
+
+/// Who says nothing for so long has left.
+const IDLE: Duration = Duration::from_secs(120);
+/// Of endless data, so much at a time, and so much at the most: a host that takes it all has failed its test by then.
+const CHUNK: usize = 64 << 10;
+const ENDLESS: u64 = 1 << 30;
+
+/// What it was asked.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    pub method: String,
+    pub path: String,
+    /// Names in lower case.
+    pub headers: BTreeMap<String, String>,
+    pub body: Vec<u8>,
+}
+
+/// What it says.
+#[derive(Debug, Clone)]
+pub struct Told {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: Body,
+}
+
+#[derive(Debug, Clone)]
+pub enum Body {
+    Whole(Vec<u8>),
+    /// These bytes under another length, then the end of the connection.
+    Lying {
+        length: u64,
+        bytes: Vec<u8>,
+    },
+    /// Never ends, and says no length.
+    Endless,
+}
+
+impl Told {
+    pub fn ok(body: impl Into<Vec<u8>>) -> Told {
+        Told { status: 200, headers: Vec::new(), body: Body::Whole(body.into()) }
+    }
+
+    pub fn status(status: u16) -> Told {
+        Told { status, ..Told::ok("") }
+    }
+
+    pub fn redirect(to: String) -> Told {
+        Told { headers: vec![("location", to)], ..Told::status(302) }
+    }
+}
+
+type Route = Arc<dyn Fn(&Asked) -> Told + Send + Sync>;
+
+#[derive(Default)]
+struct Shared {
+    depot: PathBuf,
+    routes: BTreeMap<String, Route>,
+    generation: u64,
+    answer: Value,
+    answer_headers: Vec<(&'static str, String)>,
+    asked: Vec<Asked>,
+}
+
+/// It ends with the test program: a host's connection may outlive the test that is interested in it.
+pub struct Hostile {
+    url: String,
+    shared: Arc<Mutex<Shared>>,
+}
+
+impl Hostile {
+    /// With the gateway's certificate, on a port of its own; it wants nothing yet.
+    pub fn in_place_of(gateway: &Gateway) -> Hostile {
+        let certificate =
+            CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("the gateway's certificate");
+        let key = PrivateKeyDer::from_pem_file(gateway.path("tls/key.pem")).expect("the gateway's key");
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("there are such versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .expect("the key is the certificate's");
+        let config = Arc::new(config);
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
+        let url = format!("https://{}", listener.local_addr().expect("it is bound"));
+        let depot = gateway.path("depot");
+        let shared = Arc::new(Mutex::new(Shared { depot, answer: json!({"interval": 1}), ..Shared::default() }));
+        let for_all = Arc::clone(&shared);
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (config, shared) = (Arc::clone(&config), Arc::clone(&for_all));
+                thread::spawn(move || {
+                    let _ = stream.set_read_timeout(Some(IDLE));
+                    let Ok(session) = ServerConnection::new(config) else { return };
+                    let mut stream = BufReader::new(StreamOwned::new(session, stream));
+                    while serve(&mut stream, &shared).is_some() {}
+                });
+            }
+        });
+        Hostile { url, shared }
+    }
+
+    /// `https://127.0.0.1:PORT`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A new generation of the desired state.
+    pub fn want(&self, agents: Value, complete: bool) {
+        let mut shared = lock(&self.shared);
+        shared.generation += 1;
+        shared.answer = json!({
+            "lineage": "hostile", "generation": shared.generation, "interval": 1, "complete": complete, "agents": agents,
+        });
+    }
+
+    /// What every heartbeat is answered from now on, with the host's id where none is given.
+    pub fn answer(&self, answer: Value, headers: Vec<(&'static str, String)>) {
+        let mut shared = lock(&self.shared);
+        (shared.answer, shared.answer_headers) = (answer, headers);
+    }
+
+    /// What a path is answered from now on.
+    pub fn on(&self, path: &str, answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) {
+        lock(&self.shared).routes.insert(path.to_owned(), Arc::new(answer));
+    }
+
+    /// Serves a package and its signature in the place of those of the depot.
+    pub fn serve(&self, file: &str, package: &[u8], signature: &str) {
+        for (name, content) in [(file.to_owned(), package), (format!("{file}.minisig"), signature.as_bytes())] {
+            let content = content.to_vec();
+            self.on(&format!("/api/download/{name}"), move |_| Told::ok(content.clone()));
+        }
+    }
+
+    /// Everything that it was asked so far.
+    pub fn asked(&self) -> Vec<Asked> {
+        lock(&self.shared).asked.clone()
+    }
+
+    /// The bodies of all heartbeats so far.
+    pub fn heartbeats(&self) -> Vec<Value> {
+        let asked = self.asked();
+        let heartbeats = asked.iter().filter(|asked| asked.path == "/api/heartbeat");
+        heartbeats.map(|asked| serde_json::from_slice(&asked.body).expect("a heartbeat is JSON")).collect()
+    }
+
+    /// Waits for an event, in any heartbeat so far or to come, that is as wanted.
+    #[track_caller]
+    pub fn wait_for_event(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        wait_for(what, SOON, || {
+            let heartbeats = self.heartbeats();
+            let mut events =
+                heartbeats.iter().flat_map(|heartbeat| heartbeat["events"].as_array().into_iter().flatten());
+            events.find(|event| wanted(event)).cloned()
+        })
+    }
+
+    /// Waits for a heartbeat, from now on, that is as wanted.
+    #[track_caller]
+    pub fn wait_for_heartbeat(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let seen = self.heartbeats().len();
+        wait_for(what, SOON, || self.heartbeats().into_iter().skip(seen).find(|heartbeat| wanted(heartbeat)))
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().expect("nobody panicked")
+}
+
+type Stream = BufReader<StreamOwned<ServerConnection, TcpStream>>;
+
+/// Answers one request; `None` where the connection ends.
+fn serve(stream: &mut Stream, shared: &Mutex<Shared>) -> Option<()> {
+    let asked = read(stream)?;
+    let told = told(&asked, shared);
+    let length = match &told.body {
+        Body::Whole(bytes) => Some(bytes.len() as u64),
+        Body::Lying { length, .. } => Some(*length),
+        Body::Endless => None,
+    };
+    let mut head = format!("HTTP/1.1 {} Told\r\n", told.status);
+    if let Some(length) = length {
+        head += &format!("content-length: {length}\r\n");
+    }
+    for (name, value) in &told.headers {
+        head += &format!("{name}: {value}\r\n");
+    }
+    let stream = stream.get_mut();
+    stream.write_all(format!("{head}\r\n").as_bytes()).ok()?;
+    match told.body {
+        Body::Whole(bytes) => stream.write_all(&bytes).and_then(|()| stream.flush()).ok(),
+        Body::Lying { bytes, .. } => {
+            stream.write_all(&bytes).and_then(|()| stream.flush()).ok()?;
+            None
+        }
+        Body::Endless => {
+            let chunk = vec![b'x'; CHUNK];
+            for _ in 0..ENDLESS / CHUNK as u64 {
+                stream.write_all(&chunk).ok()?;
+            }
+            None
+        }
+    }
+}
+
+fn told(asked: &Asked, shared: &Mutex<Shared>) -> Told {
+    let route = {
+        let mut shared = lock(shared);
+        shared.asked.push(asked.clone());
+        shared.routes.get(&asked.path).cloned()
+    };
+    if let Some(route) = route {
+        return route(asked);
+    }
+    let shared = lock(shared);
+    if asked.path == "/api/heartbeat" {
+        let mut answer = shared.answer.clone();
+        if answer.get("agentId").is_none() {
+            answer["agentId"] = asked.headers.get("x-agent-id").cloned().unwrap_or_default().into();
+        }
+        return Told { headers: shared.answer_headers.clone(), ..Told::ok(answer.to_string()) };
+    }
+    let file = asked.path.strip_prefix("/api/download/").map(|name| fs::read(shared.depot.join(name)));
+    match file {
+        Some(Ok(bytes)) => Told::ok(bytes),
+        _ => Told::status(404),
+    }
+}
+
+fn read(stream: &mut Stream) -> Option<Asked> {
+    let mut line = String::new();
+    stream.read_line(&mut line).ok().filter(|amount| *amount > 0)?;
+    let mut words = line.split_whitespace();
+    let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let mut headers = BTreeMap::new();
+    loop {
+        let mut line = String::new();
+        stream.read_line(&mut line).ok()?;
+        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
+    }
+    let mut body = vec![0; headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0)];
+    stream.read_exact(&mut body).ok()?;
+    Some(Asked { method, path, headers, body })
+}
