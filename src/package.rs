@@ -34,7 +34,8 @@ use crate::home::COMPLETE;
 use crate::store::{self, Access};
 
 pub use keys::Keys;
-pub use unpack::Limits;
+#[cfg(feature = "gateway")]
+pub use unpack::look_through;
 
 /// What a package's signature file is called, after the package's own name.
 pub const SIGNATURE_SUFFIX: &str = ".minisig";
@@ -168,7 +169,7 @@ fn open(
 ) -> Result<VerifiedTree> {
     let mut opened = File::open(archive)?;
     let verified = verify::verify(&mut opened, signature, keys, wanted)?;
-    let path = unpack::unpack(&mut opened, packing, staging, &Limits::default())?;
+    let path = unpack::unpack(&mut opened, packing, wanted.release.os, staging, &unpack::Limits::default())?;
     let file = wanted.release.file_name(packing);
     Ok(VerifiedTree { path, file, binding: verified.binding, sha256: verified.sha256 })
 }
