@@ -139,6 +139,28 @@ fn attacks_are_refused_and_leave_nothing_behind() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+#[cfg(feature = "gateway")]
+#[test]
+fn what_is_published_is_judged_as_a_host_would() {
+    let look = |bytes: &[u8], packing: &str, os: &str| {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        let mut seen = Vec::new();
+        let looked = look_through(&mut file, packing.parse().unwrap(), os.parse().unwrap(), &mut |entry| {
+            seen.push((entry.path.to_owned(), entry.executable));
+            Ok(())
+        });
+        looked.map(|()| seen).map_err(|error| format!("{error:#}"))
+    };
+    let tar = Tar::default().file("big", &[7; 200_000]).entry(b'0', "bin/run", 0o755, "", b"x").link("l", "bin/run");
+    let expected = [("big", false), ("bin/run", true), ("l", true)].map(|(path, runs)| (path.to_owned(), runs));
+    assert_eq!(look(&zst(&tar.end()), "tar.zst", "linux").unwrap(), expected);
+    for attack in attacks() {
+        let looked = look(&attack.bytes, attack.packing, attack.os);
+        assert!(looked.is_err(), "{} in a {} would be published", attack.name, attack.packing);
+    }
+}
+
 #[test]
 fn what_only_looks_odd_is_taken() {
     for (name, tar) in [
