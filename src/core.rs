@@ -12,6 +12,8 @@ pub mod health;
 pub mod manifest;
 pub mod model;
 pub mod protocol;
+#[cfg(feature = "gateway")]
+pub mod range;
 pub mod reconcile;
 pub mod schedule;
 pub mod status;
