@@ -153,6 +153,11 @@ impl FromStr for Endpoint {
         if authority.host().is_empty() {
             return Err(refuse("it names no host"));
         }
+        // What else an authority may hold by its grammar is part of no name that resolves, and of quotes in many a format.
+        let odd = |c: char| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '-' | '_' | ':' | '[' | ']');
+        if authority.host().contains(odd) {
+            return Err(refuse("its host is no name and no address"));
+        }
         let port = match authority.as_str().strip_prefix(authority.host()) {
             None | Some("" | ":") => scheme.default_port(),
             Some(_) => match authority.port_u16() {

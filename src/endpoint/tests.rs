@@ -65,6 +65,9 @@ fn endpoints_read_as_people_write_them() {
         "https://gw:99999",
         "https://gw/a/../b",
         "https://a b",
+        "https://a'b",
+        "https://a\"b",
+        "https://a$(b)",
         &format!("https://{}", "a".repeat(3000)),
     ] {
         assert!(bad.parse::<Endpoint>().is_err(), "{bad}");

@@ -24,7 +24,6 @@ use crate::command::{is_there, read, say};
 use crate::dist::{self, Target};
 use crate::fleet::{Fleet, SOON, pid, quietly};
 use crate::package::Package;
-use crate::workspace;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -145,14 +144,15 @@ fn measure(fleet: &mut Fleet, agent: &Path, rounds: u32) -> Result<(Vec<Load>, [
 fn publish(fleet: &Fleet, name: &'static str, title: String, package: &Package, rounds: u32) -> Result<Load> {
     say(&format!("packing {title}"));
     quietly(fleet.gateway("publish").args(package.arguments()))?;
-    let os_arch = format!("linux_{}", if cfg!(target_arch = "x86") { "386" } else { "amd64" });
-    let archive = fleet.depot().join(format!("depot/{name}-r0_{os_arch}.tar.zst"));
+    let arch = if cfg!(target_arch = "x86") { "386" } else { "amd64" };
+    let archive = fleet.depot().join(format!("depot/{name}-r0_linux_{arch}.tar.zst"));
     ensure!(archive.is_file(), "{} was not published", archive.display());
     for round in 1..=rounds {
-        let copy = fleet.path(&format!("{name}-{round}-r0_{os_arch}.tar.zst"));
+        let copy = fleet.path(&format!("{name}.tar.zst"));
         fs::copy(&archive, &copy)?;
-        quietly(fleet.gateway("publish").arg(&copy))?;
-        workspace::remove(&copy)?;
+        let mut publish = fleet.gateway("publish");
+        publish.args(["--name", &format!("{name}-{round}"), "--version", "r0"]);
+        quietly(publish.args(["--os", "linux", "--arch", arch]).arg(&copy))?;
     }
     Ok(Load { name, title, archive, aops: Figures::default(), pipeline: Figures::default(), peak: vec![] })
 }
