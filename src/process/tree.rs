@@ -337,8 +337,16 @@ pub fn any_run(home: &Home) -> bool {
 
 /// Ends every sub-agent of a home and forgets it. Blocks.
 pub fn end_all(home: &Home) -> Result<()> {
+    end_all_within(home, Duration::MAX)
+}
+
+/// The same, with no grace period longer than that.
+pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
     let groups = super::groups(home);
-    let targets = Census::take(home, groups.as_ref()).targets;
+    let mut targets = Census::take(home, groups.as_ref()).targets;
+    for target in &mut targets {
+        target.grace = target.grace.min(longest_grace);
+    }
     let ended = end(home, &targets);
     // What could not be ended keeps its record, for whoever tries again.
     for target in targets.iter().filter(|target| ended.is_ok() || members(home, target).is_empty()) {

@@ -2,7 +2,7 @@
 //! itself, does not.
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
@@ -13,6 +13,8 @@ use crate::{host_service, lifecycle, logging, process};
 
 /// Every sub-agent may take its grace period, which is ten minutes at the longest; the unit's `TimeoutStopSec` is longer still.
 const LONGEST_STOP: Duration = Duration::from_secs(840);
+/// Grace periods are over by then; a `control` script and the last kill still fit in.
+const LONGEST_GRACE: Duration = Duration::from_secs(860);
 
 pub(super) fn run(home: &Home) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spm"))?;
@@ -21,6 +23,7 @@ pub(super) fn run(home: &Home) -> Result<ExitCode> {
     if main_pid.is_empty() || main_pid == "0" || host_service::is_restarting(home, Role::Spm)? {
         return Ok(ExitCode::SUCCESS);
     }
+    let began = Instant::now();
     tracing::info!("the unit is being stopped; the sub-agents are stopped with it");
     role::record_stop(home)?;
     let reply = match door::ask_to_stop(home, LONGEST_STOP) {
@@ -37,7 +40,7 @@ pub(super) fn run(home: &Home) -> Result<ExitCode> {
     match reply.and_then(|reply| reply.error) {
         Some(error) => bail!("cannot stop every sub-agent: {error}"),
         // A manager that hangs or is dead stops nobody; what is left is ended here.
-        None => process::tree::end_all(home)?,
+        None => process::tree::end_all_within(home, LONGEST_GRACE.saturating_sub(began.elapsed()))?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -223,3 +223,35 @@ fn hci_and_scp_take_no_service_manager_even_where_there_is_one() {
     let output = container.run(&["sh", "-c", &format!("{install} --product other")]).expect_code(2);
     assert!(output.stderr.contains("generic, hci, scp"), "{output}");
 }
+
+#[test]
+fn what_a_deployment_agent_started_for_others_outlives_a_stop_of_the_unit_and_an_uninstall() {
+    let container = Container::systemd();
+    let gateway = Gateway::stopped();
+    gateway.publish_self("c57f6a1d");
+    let script = "env -i setsid sleep 1000001 & while :; do sleep 1; done";
+    gateway.publish(&Package::script("deploy", "1.0", script, "killMode = \"process\""));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.deploy.version = \"1.0\"\n");
+    let _gateway = Inside::start(&container, gateway);
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    let others = |count: usize| {
+        wait_for("the programs of others", SOON, || {
+            let mut found = container.processes();
+            found.retain(|(_, command)| command == "sleep 1000001");
+            (found.len() == count).then_some(found)
+        })
+    };
+    let first = wait_for_agents(&container, &["deploy"]);
+    let customers = others(1);
+
+    done(&container, "systemctl stop aops-spm");
+    assert!(!container.path(format!("/proc/{}", first[0])).exists());
+    assert_eq!(others(1), customers);
+
+    done(&container, "systemctl start aops-spm");
+    assert_ne!(wait_for_agents(&container, &["deploy"]), first);
+    let customers = others(2);
+    container.run(&["aops", "control", "uninstall", "--yes"]).expect_code(0);
+    assert_eq!(processes_of_aops(&container), []);
+    assert_eq!(others(2), customers);
+}

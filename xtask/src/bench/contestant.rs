@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::door::Door;
-use super::probe;
+use super::probe::{self, Memory};
 use super::reports::{Moment, Reports, Start};
 use crate::command::read;
 use crate::fleet::{Fleet, SOON, pid, quietly};
@@ -24,6 +24,9 @@ use crate::wait::try_for;
 pub(super) const PATIENCE: Duration = Duration::from_secs(90);
 /// Some supervisors wait before they restart what ran for less than a second.
 const SETTLED_MILLISECONDS: f64 = 1_200.0;
+
+/// Looks at the memory of all of a supervisor's processes.
+const LOOKS: u32 = 5;
 
 /// What the contestants keep running, and what they are compared with.
 #[derive(Debug, Clone)]
@@ -122,6 +125,18 @@ impl Contestant {
                 Ok(probe::family(child.id()).into_iter().filter(|pid| !programs.contains(pid)).collect())
             }
         }
+    }
+
+    /// What all of them hold. A rival's helper may end while it is looked at: then all are looked at again.
+    pub(super) fn memory(&self) -> Result<Memory> {
+        let mut memory = Memory::of(&self.supervisors()?);
+        for _ in 1..LOOKS {
+            if memory.is_ok() {
+                break;
+            }
+            memory = Memory::of(&self.supervisors()?);
+        }
+        memory.with_context(|| format!("cannot measure {}", self.name))
     }
 
     /// The pid of one of aops' roles, by its record.

@@ -170,7 +170,7 @@ impl Table {
         say("heartbeats, then memory");
         pass(HEARTBEATS);
         for (contestant, figures) in &mut self.rows {
-            figures.memory = Memory::of(&contestant.supervisors()?)?;
+            figures.memory = contestant.memory()?;
         }
         self.idle = Duration::from_secs(arguments.idle);
         self.watch_idle()?;
@@ -189,7 +189,7 @@ impl Table {
             }
         }
         for (contestant, figures) in &mut self.rows {
-            figures.memory_after = Memory::of(&contestant.supervisors()?)?;
+            figures.memory_after = contestant.memory()?;
         }
         Ok(())
     }
