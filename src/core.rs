@@ -14,6 +14,8 @@ pub mod manifest;
 pub mod model;
 pub mod pace;
 pub mod protocol;
+#[cfg(feature = "gateway")]
+pub mod range;
 pub mod reconcile;
 pub mod schedule;
 pub mod status;

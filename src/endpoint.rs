@@ -166,6 +166,14 @@ impl FromStr for Endpoint {
         if authority.host().is_empty() {
             return Err(refuse("it names no host"));
         }
+        // What else an authority may hold by its grammar is part of no name that resolves, and of quotes in many a format.
+        let host = authority.host();
+        let is_address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let is_address = is_address.is_some_and(|address| address.parse::<std::net::Ipv6Addr>().is_ok());
+        let is_name = host.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+        if !authority.as_str().starts_with(host) || !(is_address || is_name) {
+            return Err(refuse("its host is no name and no address"));
+        }
         let port = match authority.as_str().strip_prefix(authority.host()) {
             None | Some("" | ":") => scheme.default_port(),
             Some(_) => match authority.port_u16() {

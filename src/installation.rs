@@ -190,6 +190,15 @@ mod tests {
     }
 
     #[test]
+    fn what_a_later_version_wrote_is_kept_to_the_last_digit() {
+        let text = r#"{"epochs":{"a":3},"later":{"rate":1444444444444444444444444444444444444444444444,"share":0.1,"is":[null]}}"#;
+        let epochs: Epochs = serde_json::from_str(text).unwrap();
+        let again: Epochs = serde_json::from_str(&serde_json::to_string(&epochs).unwrap()).unwrap();
+        assert_eq!(again, epochs);
+        assert_eq!(again.unknown["later"]["share"], 0.1);
+    }
+
+    #[test]
     fn epochs_only_grow_and_a_missing_store_is_an_error() {
         let (_directory, home) = home();
         assert!(Epochs::load(&home).is_err());

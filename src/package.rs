@@ -45,7 +45,8 @@ use space::Space;
 
 pub use keys::Keys;
 pub use refused::{Refused, is_refusal};
-pub use unpack::Limits;
+#[cfg(feature = "gateway")]
+pub use unpack::look_through;
 
 /// What a package's signature file is called, after the package's own name.
 pub const SIGNATURE_SUFFIX: &str = ".minisig";
@@ -278,7 +279,7 @@ pub fn open_local(file: &Path, wanted: &Wanted, keys: &Keys, staging: &Path) -> 
         let packing = packing.context("its name ends neither in .tar.zst nor in .tar.gz nor in .zip")?;
         fs::create_dir_all(staging).with_context(|| format!("cannot make {}", staging.display()))?;
         let size = fs::metadata(file)?.len();
-        Space::default().claim(staging, size.saturating_mul(fetch::SPACE_PER_PACKAGE), Instant::now()).map(drop)?;
+        space::ensure(staging, size.saturating_mul(fetch::SPACE_PER_PACKAGE))?;
         let examined = verify::examine(&local_signature(file)?, keys, wanted)?;
         // Others may be able to write the file that was given: what is verified and unpacked is a copy that has no name.
         let mut copy =
@@ -318,7 +319,8 @@ fn unpacked(
     staging: &Path,
 ) -> Result<VerifiedTree> {
     archive.rewind()?;
-    let path = unpack::unpack(archive, packing, staging, &Limits::default()).map_err(refused::by_content)?;
+    let limits = unpack::Limits::default();
+    let path = unpack::unpack(archive, packing, wanted.release.os, staging, &limits).map_err(refused::by_content)?;
     let file = wanted.release.file_name(packing);
     Ok(VerifiedTree { path, file, binding: verified.binding, sha256: verified.sha256 })
 }

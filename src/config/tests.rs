@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use proptest::prelude::*;
+
 use super::*;
 
 const PIN: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
@@ -262,4 +264,53 @@ fn the_settings_proxy_wins_over_the_environments_and_its_password_is_nobody_else
     assert_eq!(config(srv).access(), store::Access::Public);
     let error = refusal(&format!("{srv}proxy = \"socks5://u:secret@h:1\""));
     assert!(!error.contains("secret"), "{error}");
+}
+
+fn any_config() -> impl Strategy<Value = Config> {
+    let endpoints =
+        prop::collection::vec(prop::sample::select(vec!["https://a:1", "https://[::1]:8888", "https://b/x"]), 1..4);
+    let certificate = prop_oneof![
+        Just(Certificate::System),
+        "[a-z]([a-z\"'\\\\ #]{0,10}[a-z#])?".prop_map(|path| Certificate::Authority(path.into())),
+        Just(Certificate::Pinned(vec![PIN.parse().unwrap()])),
+        Just(Certificate::FirstContact),
+        Just(Certificate::Unchecked),
+    ];
+    let product = prop::option::of(prop::sample::select(vec!["generic", "hci", "scp"]));
+    (endpoints, 1..3600_u64, 16..2048_u64, 16..2048_u64, 1..86_400_u64, certificate, product).prop_map(
+        |(endpoints, interval, spm, spa, timeout, certificate, product)| Config {
+            heartbeat_srv: endpoints.iter().map(|endpoint| endpoint.parse().unwrap()).collect(),
+            heartbeat_interval: Span(Duration::from_secs(interval)),
+            spm_max_mem: Size(spm << 20),
+            spa_max_mem: Size(spa << 20),
+            download_timeout: Span(Duration::from_secs(timeout)),
+            certificate,
+            product: product.map(str::to_owned),
+            ..Config::default()
+        },
+    )
+}
+
+proptest! {
+    /// Whatever is set is written so that it reads back, into a new file and over an operator's.
+    #[test]
+    fn what_is_written_reads_back(old in any_config(), new in any_config()) {
+        let text = render(&old);
+        prop_assert_eq!(&config(&text), &old);
+        prop_assert_eq!(&edit(&text, &old, &old), &text);
+        prop_assert_eq!(config(&edit(&text, &old, &new)), new);
+    }
+
+    /// Damage is an error or another setting, and is told by a line that is there.
+    #[test]
+    fn damaged_settings_are_told_by_their_line(old in any_config(), at in any::<prop::sample::Index>(), damage in "[ -~\n]{0,3}") {
+        let mut text = render(&old);
+        let at = at.index(text.len());
+        prop_assume!(text.is_char_boundary(at));
+        text.insert_str(at, &damage);
+        if let Ok(parsed) = Config::parse(&text) {
+            let lines = text.lines().count();
+            prop_assert!(parsed.unknown.iter().all(|unknown| (1..=lines).contains(&unknown.line)), "{:?}", parsed.unknown);
+        }
+    }
 }

@@ -148,6 +148,8 @@ fn taken(order: &AgentOrder, run: Run) -> Order {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn order(name: &str, cmd: &str) -> AgentOrder {
@@ -255,5 +257,38 @@ mod tests {
         };
         assert_eq!(desired.agents, held.agents);
         assert_eq!(unsupported, [("a".parse().unwrap(), "dance".to_owned())]);
+    }
+
+    /// One of few agents, ordered in any way.
+    fn any_answer() -> impl Strategy<Value = Answer> {
+        let name = prop::sample::select(vec!["a", "b", "c"]);
+        let cmd = prop::sample::select(vec!["start", "stop", "uninstall", "dance"]);
+        let orders = prop::collection::vec((name, cmd), 0..4);
+        (prop::sample::select(vec!["l", "m"]), 0..4_u64, any::<bool>(), prop::option::of(orders)).prop_map(
+            |(lineage, generation, complete, orders)| {
+                let ordered = answer(lineage, generation, complete, orders.as_deref().unwrap_or_default());
+                if orders.is_none() { Answer { agents: None, ..ordered } } else { ordered }
+            },
+        )
+    }
+
+    proptest! {
+        /// Whatever a gateway answers, one after the other: nothing goes but by an order, and nothing is taken twice.
+        #[test]
+        fn nothing_is_removed_but_by_an_order(answers in prop::collection::vec(any_answer(), 1..12)) {
+            let (mut held, present) = (Desired::default(), BTreeSet::new());
+            for answer in answers {
+                let Verdict::Take { desired, new_lineage, .. } = judge(&held, &present, &answer) else { continue };
+                let orders = answer.agents.as_deref().unwrap_or_default();
+                for gone in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
+                    let uninstalled = orders.iter().any(|order| order.name == *gone && order.cmd == "uninstall");
+                    prop_assert!(uninstalled || (answer.complete && !orders.is_empty()), "{gone} is gone");
+                }
+                prop_assert!(new_lineage || held == Desired::default() || desired.generation > held.generation);
+                prop_assert!(desired.agents.keys().all(|name| !desired.removed.contains(name)));
+                prop_assert_eq!(judge(&desired, &present, &answer), Verdict::Unchanged);
+                held = *desired;
+            }
+        }
     }
 }

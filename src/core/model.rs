@@ -258,6 +258,8 @@ impl FromStr for Binding {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -305,5 +307,35 @@ mod tests {
         assert_eq!(release.file_name(Packing::TarGz), "a-b-1.0-2_linux_386.tar.gz");
         assert_eq!(release.packing_of("a-b-1.0-2_linux_386.zip"), Some(Packing::Zip));
         assert_eq!(release.packing_of("a-b-1.0_linux_386.zip"), None);
+    }
+
+    proptest! {
+        /// A comment that binds, binds to one thing alone.
+        #[test]
+        fn a_binding_means_what_it_says(words in prop::collection::vec("(name|version|os|arch|epoch|x)=(a|1|linux|windows|386|amd64)", 0..8)) {
+            let comment = words.join(" ");
+            if let Ok(binding) = comment.parse::<Binding>() {
+                prop_assert_eq!(binding.to_string().parse::<Binding>(), Ok(binding.clone()));
+                for field in binding.to_string().split(' ') {
+                    let key = field.split('=').next().unwrap();
+                    let said: Vec<_> = words.iter().filter(|word| word.starts_with(&format!("{key}="))).collect();
+                    prop_assert_eq!(said, [field]);
+                }
+            }
+        }
+
+        /// Names and versions are single components of a path, whatever came in.
+        #[test]
+        fn words_are_components(text in "[a-zA-Z0-9._+/\\\\ -]{0,8}") {
+            let words = [
+                text.parse::<AgentName>().map(String::from),
+                text.parse::<Version>().map(String::from),
+                text.parse::<AgentId>().map(String::from),
+            ];
+            for word in words.into_iter().flatten() {
+                prop_assert_eq!(&word, &text);
+                prop_assert!(!word.starts_with(['.', '-', '+']) && !word.contains(['/', '\\', ' ']));
+            }
+        }
     }
 }

@@ -124,6 +124,8 @@ impl Serialize for Size {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -147,6 +149,22 @@ mod tests {
         }
         for text in ["64MiB", "1GiB", "1500B"] {
             assert_eq!(Size::parse(text).unwrap().to_string(), text);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_shown_reads_back(value: u64) {
+            prop_assert_eq!(Span::parse(&Span(Duration::from_millis(value)).to_string()), Some(Span(Duration::from_millis(value))));
+            prop_assert_eq!(Size::parse(&Size(value).to_string()), Some(Size(value)));
+        }
+
+        #[test]
+        fn any_text_is_read_or_refused(text in "[0-9]{0,21} ?[a-zA-Zµ]{0,4}") {
+            if let Some(span) = Span::parse(&text) {
+                prop_assert_eq!(Span::parse(&span.to_string()), Some(span));
+            }
+            let _ = Size::parse(&text);
         }
     }
 }

@@ -66,6 +66,12 @@ fn endpoints_read_as_people_write_them() {
         "https://gw:99999",
         "https://gw/a/../b",
         "https://a b",
+        "https://a'b",
+        "https://a\"b",
+        "https://a$(b)",
+        "https://a[::1]:8888",
+        "https://[::1]b",
+        "https://[a]",
         &format!("https://{}", "a".repeat(3000)),
     ] {
         assert!(bad.parse::<Endpoint>().is_err(), "{bad}");

@@ -1,35 +1,22 @@
 //! A look into an archive that is about to be published: what kind of package it is, and the few files of it that publishing needs.
 //!
-//! The archive is the operator's own, yet read with limits; and with the window that hosts allow, so that one that they could not unpack is
-//! refused here, where somebody can do something about it.
+//! The archive is the operator's own, yet read by the rules of the hosts that are to unpack it: one that they would refuse is refused here,
+//! where somebody can do something about it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::ops::ControlFlow;
+use std::io::{self, Read};
 
 use anyhow::{Context, Result, bail};
 
 use crate::core::health::Check;
 use crate::core::manifest::{CONTROL_SCRIPT, MANIFEST, Manifest};
 use crate::core::model::{Os, Packing};
+use crate::package;
 use crate::process::launch;
 
-/// Base 2 logarithm of the largest zstd window that hosts take: 8 MiB.
-const WINDOW_LOG_MAX: u32 = 23;
-/// More entries than this are a mistake.
-const MAX_ENTRIES: usize = 100_000;
 /// A manifest beyond this is none.
 const MAX_MANIFEST_BYTES: u64 = 256 << 10;
-
-/// A file in an archive.
-struct Entry<'a> {
-    /// Relative to the archive's root, with `/`.
-    path: &'a str,
-    /// Unix mode, where the archive says one and it counts: of a link, what it leads to would.
-    mode: Option<u32>,
-    content: &'a mut dyn Read,
-}
 
 /// What publishing wants to know of a package.
 #[derive(Debug, Default)]
@@ -84,34 +71,45 @@ impl Contents {
 /// Reads through the whole archive.
 pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<Contents> {
     let mut contents = Contents::default();
-    visit(archive, packing, |entry| {
-        // An archive that says no modes was made where there are none.
-        let runs = entry.mode.is_none_or(|mode| mode & 0o111 != 0);
-        contents.files.insert(entry.path.to_owned(), runs);
-        match entry.path {
-            MANIFEST => contents.manifest = Some(manifest(entry.content)?),
-            CONTROL_SCRIPT | "control.exe" | "control.cmd" | "control.bat" => {
-                contents.control |= runs;
-                contents.control_not_executable |= !runs;
+    // What it is for is known only after this; see `check_for`.
+    package::look_through(archive, packing, Os::Linux, &mut |seen| {
+        contents.files.insert(seen.path.to_owned(), seen.executable);
+        match seen.path {
+            MANIFEST => {
+                let content = seen.content.with_context(|| format!("its {MANIFEST} is a link"))?;
+                contents.manifest = Some(manifest(content)?);
             }
-            "bin/aops" | "bin/aops.exe" => contents.manager = Some(entry.path.to_owned()),
+            // Windows goes by the end of the name.
+            "control.exe" | "control.cmd" | "control.bat" => contents.control = true,
+            CONTROL_SCRIPT => {
+                contents.control |= seen.executable;
+                contents.control_not_executable |= !seen.executable;
+            }
+            "bin/aops" | "bin/aops.exe" => contents.manager = Some(seen.path.to_owned()),
             _ => {}
         }
-        Ok(ControlFlow::Continue(()))
+        Ok(())
     })?;
     Ok(contents)
+}
+
+/// Refuses what hosts of that system alone refuse.
+pub(super) fn check_for(os: Os, archive: &mut File, packing: Packing) -> Result<()> {
+    match os {
+        Os::Linux => Ok(()),
+        Os::Windows => package::look_through(archive, packing, os, &mut |_| Ok(())),
+    }
 }
 
 /// Copies one file of the archive.
 pub(super) fn extract(archive: &mut File, packing: Packing, path: &str, to: &mut impl io::Write) -> Result<()> {
     let mut found = false;
-    visit(archive, packing, |entry| {
-        if entry.path != path {
-            return Ok(ControlFlow::Continue(()));
+    package::look_through(archive, packing, Os::Linux, &mut |seen| {
+        if seen.path == path {
+            io::copy(seen.content.with_context(|| format!("its {path} is a link"))?, to)?;
+            found = true;
         }
-        io::copy(entry.content, to)?;
-        found = true;
-        Ok(ControlFlow::Break(()))
+        Ok(())
     })?;
     if found { Ok(()) } else { bail!("it has no {path}") }
 }
@@ -131,62 +129,4 @@ fn manifest(content: &mut dyn Read) -> Result<Manifest> {
         .read_to_string(&mut text)
         .with_context(|| format!("cannot read its {MANIFEST}"))?;
     launch::parse(&text).with_context(|| format!("cannot take its {MANIFEST}"))
-}
-
-fn visit(
-    archive: &mut File,
-    packing: Packing,
-    mut each: impl FnMut(Entry<'_>) -> Result<ControlFlow<()>>,
-) -> Result<()> {
-    archive.seek(SeekFrom::Start(0))?;
-    match packing {
-        Packing::TarZst => {
-            let mut decoder = zstd::Decoder::new(archive)?;
-            decoder.window_log_max(WINDOW_LOG_MAX)?;
-            visit_tar(decoder, each)
-        }
-        Packing::TarGz => visit_tar(flate2::read::MultiGzDecoder::new(archive), each),
-        Packing::Zip => {
-            let mut zip = zip::ZipArchive::new(archive).context("it is no zip archive")?;
-            if zip.len() > MAX_ENTRIES {
-                bail!("it has more than {MAX_ENTRIES} entries");
-            }
-            for index in 0..zip.len() {
-                let mut file = zip.by_index(index)?;
-                if !file.is_file() {
-                    continue;
-                }
-                let (path, mode) = (relative(&file.name()?).to_owned(), file.unix_mode());
-                if each(Entry { path: &path, mode, content: &mut file })?.is_break() {
-                    break;
-                }
-            }
-            Ok(())
-        }
-    }
-}
-
-fn visit_tar(packed: impl Read, mut each: impl FnMut(Entry<'_>) -> Result<ControlFlow<()>>) -> Result<()> {
-    let mut archive = tar::Archive::new(packed);
-    let entries = archive.entries().context("it is no tar archive")?;
-    for (index, entry) in entries.enumerate() {
-        let mut entry = entry.context("it is damaged, or not the kind of archive that its name says")?;
-        if index >= MAX_ENTRIES {
-            bail!("it has more than {MAX_ENTRIES} entries");
-        }
-        let kind = entry.header().entry_type();
-        if !kind.is_file() && !kind.is_symlink() && !kind.is_hard_link() {
-            continue;
-        }
-        let path = entry.path()?.to_string_lossy().into_owned();
-        let mode = if kind.is_file() { Some(entry.header().mode()?) } else { None };
-        if each(Entry { path: relative(&path), mode, content: &mut entry })?.is_break() {
-            break;
-        }
-    }
-    Ok(())
-}
-
-fn relative(path: &str) -> &str {
-    path.strip_prefix("./").unwrap_or(path)
 }

@@ -15,6 +15,7 @@ use tokio_util::io::ReaderStream;
 
 use super::depot::{Index, Item, Stamp};
 use super::routes::Failure;
+use crate::core::range::{Part, part};
 
 /// How much of a file is read at once.
 const CHUNK: usize = 128 << 10;
@@ -122,67 +123,5 @@ impl Content {
                 Ok(Body::from_stream(ReaderStream::with_capacity(file.take(range.end - range.start), CHUNK)))
             }
         }
-    }
-}
-
-/// Which part of a file is asked for.
-#[derive(Debug, PartialEq, Eq)]
-enum Part {
-    Whole,
-    Range(Range<u64>),
-    Unsatisfiable,
-}
-
-/// Reads `Range: bytes=a-b`, `a-` or `-n`; what is not understood asks for the whole.
-fn part(header: &str, size: u64) -> Part {
-    let Some(spec) = header.trim().strip_prefix("bytes=").map(str::trim) else { return Part::Whole };
-    let Some((first, last)) = spec.split_once('-').filter(|_| !spec.contains(',')) else { return Part::Whole };
-    let number = |text: &str| if text.bytes().all(|b| b.is_ascii_digit()) { text.parse::<u64>().ok() } else { None };
-    let range = match (first, last) {
-        ("", last) => match number(last) {
-            Some(last) => size.saturating_sub(last)..size,
-            None => return Part::Whole,
-        },
-        (first, "") => match number(first) {
-            Some(first) => first..size,
-            None => return Part::Whole,
-        },
-        (first, last) => match (number(first), number(last)) {
-            (Some(first), Some(last)) if first <= last => first..last.saturating_add(1).min(size),
-            _ => return Part::Whole,
-        },
-    };
-    if range.start < range.end { Part::Range(range) } else { Part::Unsatisfiable }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_range_is_understood_and_everything_else_is_the_whole() {
-        for (header, expected) in [
-            ("bytes=0-9", Part::Range(0..10)),
-            ("bytes=0-0", Part::Range(0..1)),
-            ("bytes=90-", Part::Range(90..100)),
-            ("bytes=90-1000", Part::Range(90..100)),
-            ("bytes=0-18446744073709551615", Part::Range(0..100)),
-            ("bytes=-10", Part::Range(90..100)),
-            ("bytes=-1000", Part::Range(0..100)),
-            ("bytes=100-", Part::Unsatisfiable),
-            ("bytes=200-300", Part::Unsatisfiable),
-            ("bytes=-0", Part::Unsatisfiable),
-            ("bytes=9-0", Part::Whole),
-            ("bytes=0-1,5-6", Part::Whole),
-            ("bytes=+1-2", Part::Whole),
-            ("bytes=", Part::Whole),
-            ("bytes=-", Part::Whole),
-            ("bytes=a-b", Part::Whole),
-            ("bytes=99999999999999999999-", Part::Whole),
-            ("lines=1-2", Part::Whole),
-        ] {
-            assert_eq!(part(header, 100), expected, "{header}");
-        }
-        assert_eq!(part("bytes=0-", 0), Part::Unsatisfiable);
     }
 }

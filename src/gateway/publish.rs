@@ -218,6 +218,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
             release
         }
     };
+    archive::check_for(release.os, staged.as_file_mut(), packing)?;
     if release.name.as_str() == MANAGER_PACKAGE {
         let wanted = archive::manager_path(release.os);
         if contents.manager.as_deref() != Some(wanted) {

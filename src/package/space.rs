@@ -92,6 +92,11 @@ impl Space {
     }
 }
 
+/// Fails unless so many bytes more fit into `directory` now. Nothing is promised.
+pub(super) fn ensure(directory: &Path, bytes: u64) -> Result<()> {
+    Space::default().claim(directory, bytes, Instant::now()).map(drop)
+}
+
 impl Claim<'_> {
     /// So many of its bytes lie on the disk now.
     pub(super) fn written(&self, bytes: u64) {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 mod access;
@@ -157,9 +157,19 @@ pub fn sync_tree(directory: &Path) -> io::Result<()> {
     opened.sync_all()
 }
 
-/// Whether a name without slashes can be that of a file here.
-pub fn can_be_file_name(name: &str) -> bool {
-    !name.contains('\0')
+/// Makes a file where nothing stands yet, with these permission bits less those that the umask takes.
+pub fn create_file(path: &Path, mode: u32) -> io::Result<File> {
+    fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path)
+}
+
+/// Makes a directory where nothing stands yet, with these permission bits less those that the umask takes.
+pub fn create_directory(path: &Path, mode: u32) -> io::Result<()> {
+    fs::DirBuilder::new().mode(mode).create(path)
+}
+
+/// Whether a file's permission bits are these.
+pub fn has_mode(metadata: &fs::Metadata, mode: u32) -> bool {
+    metadata.mode() & 0o7777 == mode
 }
 
 /// A file's permission bits.

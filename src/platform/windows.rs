@@ -117,17 +117,19 @@ pub fn sync_tree(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a name without slashes can be that of a file here: not one of DOS's devices, no stream of another file, no wildcard.
-pub fn can_be_file_name(name: &str) -> bool {
-    const DEVICES: [&str; 4] = ["CON", "PRN", "AUX", "NUL"];
-    let stem = name.split('.').next().unwrap_or_default().trim_end().to_ascii_uppercase();
-    let numbered = ["COM", "LPT"].iter().any(|port| {
-        stem.strip_prefix(port).is_some_and(|rest| rest.chars().count() == 1 && !rest.chars().all(char::is_alphabetic))
-    });
-    !name.ends_with(['.', ' '])
-        && !name.contains([':', '*', '?', '"', '<', '>', '|', '\0'])
-        && !DEVICES.contains(&stem.as_str())
-        && !numbered
+/// Makes a file where nothing stands yet; Windows knows no such modes.
+pub fn create_file(path: &Path, _mode: u32) -> io::Result<File> {
+    fs::OpenOptions::new().write(true).create_new(true).open(path)
+}
+
+/// Makes a directory where nothing stands yet; Windows knows no such modes.
+pub fn create_directory(path: &Path, _mode: u32) -> io::Result<()> {
+    fs::create_dir(path)
+}
+
+/// It is as right as it can be.
+pub fn has_mode(_metadata: &fs::Metadata, _mode: u32) -> bool {
+    true
 }
 
 /// There are none.

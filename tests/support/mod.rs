@@ -5,6 +5,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "a box of tools for scenarios, each of which uses some")]
 
+pub mod archives;
 pub mod chaos;
 pub mod command;
 pub mod connect_proxy;

@@ -3,6 +3,7 @@
 
 mod contestant;
 mod door;
+mod install;
 mod leaks;
 mod overall;
 mod probe;
@@ -32,6 +33,8 @@ pub(crate) struct Arguments {
 enum What {
     /// Supervision beside a floor written in C and the other supervisors that are installed: latency, CPU, memory, idle wake-ups
     Supervise(supervise::Arguments),
+    /// Taking in packages beside a shell pipeline: CPU, wall time, memory, for real binaries and for many small files
+    Install(install::Arguments),
     /// Whether the manager grows over thousands of restarts and heartbeats
     Leaks(leaks::Arguments),
 }
@@ -40,6 +43,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.what {
         None => overall::run(),
         Some(What::Supervise(arguments)) => supervise::run(arguments),
+        Some(What::Install(arguments)) => install::run(arguments),
         Some(What::Leaks(arguments)) => leaks::run(arguments),
     }
 }

@@ -9,6 +9,7 @@ mod demo;
 mod deny;
 mod dist;
 mod fleet;
+mod fuzz;
 mod rootfs;
 mod test;
 mod test_windows;
@@ -50,6 +51,8 @@ enum Task {
     Deny,
     /// Build what is put on hosts, into target/dist: the static executable and its package
     Dist(dist::Arguments),
+    /// Throw mutated input at every parser of what comes from outside, with libFuzzer; sets up all that it needs
+    Fuzz(fuzz::Arguments),
     /// Measure size, memory, latency and throughput of a release build
     Bench(bench::Arguments),
 }
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Task::TestWindows(arguments) => test_windows::run(&arguments),
         Task::Deny => deny::run(),
         Task::Dist(arguments) => dist::run(&arguments),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
     };
     match outcome {

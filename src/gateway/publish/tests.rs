@@ -215,3 +215,31 @@ fn a_tampered_or_misnamed_file_is_not_on_offer_and_says_why() {
     assert!(why("note.txt").contains("no signature"));
     assert!(index.file("note.txt").is_none() && index.file(&file).is_none());
 }
+
+#[test]
+fn what_no_host_would_unpack_is_not_published() {
+    let bench = Bench::new();
+    let tree = |name: &str| older(&bench.dir.path().join(name));
+    let (in_case, through, windows, large) = (tree("case"), tree("through"), tree("windows"), tree("large"));
+    for name in ["read.me", "READ.me"] {
+        fs::write(in_case.join(name), "x").unwrap();
+    }
+    platform::make_symlink(Path::new("bin/../control"), &through.join("link")).unwrap();
+    fs::write(windows.join("control.exe"), "MZ").unwrap();
+    fs::write(windows.join("a:b"), "x").unwrap();
+    // The reader of what is published skips no content, however much of it there is.
+    fs::write(large.join("data"), vec![7; 300_000]).unwrap();
+    for (tree, os, word) in [
+        (&in_case, "linux", "differ in case"),
+        (&through, "linux", "leaves the package"),
+        (&windows, "windows", "cannot be the name of a file on windows"),
+    ] {
+        let refusal = bench.refusal(&format!("--name a --version 1 --os {os} --arch amd64"), tree);
+        assert!(refusal.contains(word), "{refusal}");
+    }
+    assert_eq!((bench.leftovers(), bench.index().packages()), (0, 0));
+    for (version, os, tree) in [("1", "linux", &windows), ("2", "linux", &large)] {
+        let line = format!("--name a --version {version} --os {os} --arch amd64");
+        assert_eq!(bench.publish_so(&line, tree).unwrap().fate, "published");
+    }
+}

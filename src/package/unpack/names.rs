@@ -1,0 +1,230 @@
+//! Which names a package's files may have, and where its links may lead. Pure: the same package is judged the same on every host.
+//!
+//! | refused | for |
+//! |---|---|
+//! | absolute paths, `..`, backslashes, control characters (NUL among them), over-long names and paths | every package |
+//! | two names that differ in the case of their letters alone | every package: who packs on Linux finds out there |
+//! | devices (`NUL`, `com1.txt`), a dot or a space at the end, any of `< > : " \| ? *` | packages for Windows, which cannot hold them |
+
+use anyhow::{Result, bail, ensure};
+
+use super::Limits;
+use crate::core::model::Os;
+
+/// What NTFS counts names in, at most so many.
+const WINDOWS_NAME_UNITS: usize = 255;
+
+/// A path below the root, without `.` and doubled slashes; empty for the root itself. Refuses whatever could lie elsewhere.
+pub(super) fn relative(path: &str, os: Os, limits: &Limits) -> Result<String> {
+    ensure!(!path.starts_with('/'), "its path is absolute");
+    ensure!(path.len() <= limits.path, "its path has more than {} bytes", limits.path);
+    let mut clean = String::with_capacity(path.len());
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => bail!("its path goes up (..)"),
+            _ => {
+                ensure!(part.len() <= limits.name, "a name in its path has more than {} bytes", limits.name);
+                ensure!(can_be_file_name(part, os), "{part:?} cannot be the name of a file on {os}");
+                if !clean.is_empty() {
+                    clean.push('/');
+                }
+                clean.push_str(part);
+            }
+        }
+    }
+    Ok(clean)
+}
+
+/// Whether a name without slashes can be that of a file there.
+fn can_be_file_name(name: &str, os: Os) -> bool {
+    // A backslash is a separator on Windows, and in no name that anybody gives a file elsewhere.
+    let harmless = !name.contains(|c: char| c == '\\' || c.is_control());
+    harmless
+        && match os {
+            Os::Linux => true,
+            Os::Windows => windows_can_hold(name),
+        }
+}
+
+/// Not one of DOS's devices, no stream of another file, no wildcard, nothing at its end that Windows drops.
+fn windows_can_hold(name: &str) -> bool {
+    const DEVICES: [&str; 6] = ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"];
+    let stem = name.split('.').next().unwrap_or_default().trim_end().to_ascii_uppercase();
+    let is_port = ["COM", "LPT"].iter().any(|port| {
+        let number = stem.strip_prefix(port).unwrap_or_default();
+        number.chars().count() == 1 && number.chars().all(|c| c.is_ascii_digit() || matches!(c, '¹' | '²' | '³'))
+    });
+    !name.ends_with(['.', ' '])
+        && !name.contains(['<', '>', ':', '"', '|', '?', '*'])
+        && name.encode_utf16().count() <= WINDOWS_NAME_UNITS
+        && !DEVICES.contains(&stem.as_str())
+        && !is_port
+}
+
+/// Writes a path as a file system that minds no case sees it: each letter on its own, as NTFS does.
+pub(super) fn fold_into(folded: &mut String, path: &str) {
+    folded.clear();
+    if path.is_ascii() {
+        folded.push_str(path);
+        folded.make_ascii_lowercase();
+        return;
+    }
+    folded.extend(path.chars().map(fold));
+}
+
+/// Up and down again: some letters share an upper case only, and some a lower case only.
+fn fold(c: char) -> char {
+    let upper = only(c.to_uppercase()).unwrap_or(c);
+    only(upper.to_lowercase()).unwrap_or(upper)
+}
+
+fn only(mut letters: impl Iterator<Item = char>) -> Option<char> {
+    letters.next().filter(|_| letters.next().is_none())
+}
+
+/// Whether a symbolic link at `path` can only lead to something below the root.
+///
+/// `..` may stand at the target's beginning alone: there it counts from directories that really are where they seem to be. Behind a
+/// name, that name may itself be a link, and `..` would lead up from wherever that one points. So every link leads down from a real
+/// directory of the tree, by names alone; and if a name is a link again, the same holds for that one.
+pub(super) fn stays_inside(path: &str, target: &str, os: Os) -> bool {
+    if target.is_empty() || target.starts_with('/') {
+        return false;
+    }
+    let depth = path.matches('/').count();
+    let mut up = 0;
+    let mut named = false;
+    for part in target.split('/') {
+        match part {
+            "" | "." => {}
+            ".." if named => return false,
+            ".." => up += 1,
+            part if !can_be_file_name(part, os) => return false,
+            _ => named = true,
+        }
+    }
+    up <= depth
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn links_stay_inside_whatever_they_pass_through() {
+        for (path, target, inside) in [
+            ("x", "y", true),
+            ("x", "./y/z", true),
+            ("a/x", "../y", true),
+            ("a/b/x", "../../y", true),
+            ("a/b/x", "../../../y", false),
+            ("x", "..", false),
+            ("x", "y/..", false),
+            ("a/x", "y/../z", false),
+            ("a/x", ".././../y", false),
+            ("x", "/y", false),
+            ("x", "", false),
+            ("x", "..\\y", false),
+            ("x", "a\nb", false),
+        ] {
+            assert_eq!(stays_inside(path, target, Os::Linux), inside, "{path} -> {target}");
+        }
+        assert!(stays_inside("x", "c:y", Os::Linux) && !stays_inside("x", "c:y", Os::Windows));
+    }
+
+    #[test]
+    fn each_system_has_names_that_it_cannot_hold() {
+        for bad in [
+            "NUL",
+            "nul.txt",
+            "con",
+            "Aux.tar.gz",
+            "com1",
+            "LPT9.log",
+            "com¹",
+            "CONIN$",
+            "nul .x",
+            "a.",
+            "a ",
+            "a:b",
+            "c:",
+            "a*",
+            "a?",
+            "\"",
+            "<",
+            ">",
+            "|",
+        ] {
+            assert!(!can_be_file_name(bad, Os::Windows), "{bad:?}");
+            assert!(can_be_file_name(bad, Os::Linux), "{bad:?}");
+        }
+        for bad in ["a\\b", "a\0", "\u{7f}", "a\n", "\u{85}"] {
+            assert!(!can_be_file_name(bad, Os::Windows) && !can_be_file_name(bad, Os::Linux), "{bad:?}");
+        }
+        for good in ["null", "com", "com10", "COMA", "console", "a b", ".a", "lpt", "ä€", "aux2"] {
+            assert!(can_be_file_name(good, Os::Windows) && can_be_file_name(good, Os::Linux), "{good:?}");
+        }
+        assert!(!can_be_file_name(&"€".repeat(256), Os::Windows));
+    }
+
+    #[test]
+    fn names_fold_as_file_systems_without_case_do() {
+        let folded = |text: &str| {
+            let mut folded = String::new();
+            fold_into(&mut folded, text);
+            folded
+        };
+        for (one, other) in [("Bin/RUN", "bin/run"), ("É", "é"), ("Σ", "ς"), ("ſ", "S"), ("K", "k"), ("ǅ", "ǆ")]
+        {
+            assert_eq!(folded(one), folded(other), "{one} {other}");
+        }
+        assert_ne!(folded("a/b"), folded("ab"));
+        assert_ne!(folded("straße"), folded("strasse"));
+    }
+
+    proptest! {
+        /// What is taken is below the root, is taken again as it is, and joins to a path without surprises.
+        #[test]
+        fn a_path_that_is_taken_stays_where_it_is(path in "[a-zA-Z0-9./\\\\: \u{0}-\u{1f}é]{0,40}") {
+            for os in [Os::Linux, Os::Windows] {
+                let limits = Limits::default();
+                if let Ok(clean) = relative(&path, os, &limits) {
+                    prop_assert_eq!(&relative(&clean, os, &limits).unwrap(), &clean);
+                    prop_assert!(!clean.starts_with('/') && !clean.ends_with('/') && !clean.contains("//"));
+                    prop_assert!(clean.split('/').all(|part| part != ".." && part != "."));
+                }
+            }
+        }
+
+        /// Whatever links there are, following a name that leads through any of them ends below the root.
+        #[test]
+        fn no_chain_of_links_leads_out(
+            links in prop::collection::vec(("[ab](/[ab]){0,3}", "(\\.\\./|\\./){0,3}[ab.]{0,2}(/[ab.]{1,2}){0,3}"), 1..8),
+            start in "[ab](/[ab]){0,4}",
+        ) {
+            let made: Vec<_> = links.iter().filter(|(path, target)| stays_inside(path, target, Os::Linux)).collect();
+            // Paths are resolved as a kernel does it, from a root whose parent is told apart.
+            let mut here: Vec<String> = Vec::new();
+            let mut rest: Vec<String> = start.split('/').rev().map(str::to_owned).collect();
+            for _ in 0..200 {
+                let Some(part) = rest.pop() else { break };
+                match part.as_str() {
+                    "" | "." => {}
+                    ".." => prop_assert!(here.pop().is_some(), "{links:?} lead out of the root from {start}"),
+                    _ => {
+                        here.push(part);
+                        let path = here.join("/");
+                        // A link lies where no link leads through: its directories are real.
+                        if let Some((_, target)) = made.iter().find(|(link, _)| *link == path) {
+                            here.pop();
+                            rest.extend(target.split('/').rev().map(str::to_owned));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

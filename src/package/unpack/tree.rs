@@ -1,0 +1,128 @@
+//! Puts on the disk what the plan admitted.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use super::plan::Admitted;
+use super::{CHUNK_BYTES, Item};
+use crate::package::fetch::unwritable;
+use crate::package::space;
+use crate::platform;
+
+const DIRECTORY_MODE: u32 = 0o755;
+const FILE_MODE: u32 = 0o644;
+const PROGRAM_MODE: u32 = 0o755;
+
+/// After so many bytes it is looked again whether the others on the host have enough space left.
+const BYTES_BETWEEN_LOOKS: u64 = 64 << 20;
+
+/// A tree that is being made.
+pub(super) struct Tree {
+    root: PathBuf,
+    /// What is being made, as a whole path; kept, as is the buffer, for the next.
+    at: PathBuf,
+    chunk: Vec<u8>,
+    /// Until space is looked at again.
+    unlooked: u64,
+    /// Whether what is made gets the mode that it is made with, for files, programs and directories; `None`: nobody looked yet.
+    mode_holds: [Option<bool>; 3],
+}
+
+impl Tree {
+    /// In a directory that is empty and ours.
+    pub(super) fn new(root: PathBuf) -> Tree {
+        let at = PathBuf::with_capacity(root.as_os_str().len() + 256);
+        Tree { root, at, chunk: vec![0; CHUNK_BYTES], unlooked: 0, mode_holds: [None; 3] }
+    }
+
+    pub(super) fn make(&mut self, admitted: &Admitted, item: Item<'_>) -> Result<()> {
+        for end in &admitted.parents {
+            self.directory(&admitted.path[..*end])?;
+        }
+        match item {
+            Item::Directory if admitted.stands => Ok(()),
+            Item::Directory => self.directory(&admitted.path),
+            Item::File { executable, size, content } => {
+                let mode = if executable { PROGRAM_MODE } else { FILE_MODE };
+                self.file(&admitted.path, mode, size, content)
+            }
+            Item::SymbolicLink(target) => {
+                self.go_to(&admitted.path);
+                platform::make_symlink(Path::new(target), &self.at).map_err(|error| self.unwritable(error))
+            }
+            Item::HardLink(target) => {
+                let target = self.root.join(target);
+                self.go_to(&admitted.path);
+                fs::hard_link(target, &self.at).map_err(|error| self.unwritable(error))
+            }
+        }
+    }
+
+    /// Everything is there: it survives a power cut from here on, and all may read it.
+    pub(super) fn finish(&self) -> Result<()> {
+        platform::set_mode(&self.root, DIRECTORY_MODE)
+            .and_then(|()| platform::sync_tree(&self.root))
+            .map_err(|error| self.unwritable(error))
+    }
+
+    fn directory(&mut self, path: &str) -> Result<()> {
+        self.go_to(path);
+        let made = platform::create_directory(&self.at, DIRECTORY_MODE)
+            .and_then(|()| self.ensure_mode(DIRECTORY_MODE, 2, None));
+        made.map_err(|error| self.unwritable(error))
+    }
+
+    fn file(&mut self, path: &str, mode: u32, size: u64, content: &mut dyn Read) -> Result<()> {
+        self.go_to(path);
+        let mut file = platform::create_file(&self.at, mode).map_err(|error| self.unwritable(error))?;
+        let mut written = 0;
+        loop {
+            let amount = content.read(&mut self.chunk).context("its content is damaged")?;
+            if amount == 0 {
+                break;
+            }
+            self.look_at_space(amount as u64)?;
+            file.write_all(&self.chunk[..amount]).map_err(|error| self.unwritable(error))?;
+            written += amount as u64;
+        }
+        ensure!(written == size, "its content is cut off after {written} of {size} bytes");
+        self.ensure_mode(mode, usize::from(mode == PROGRAM_MODE), Some(&file)).map_err(|error| self.unwritable(error))
+    }
+
+    /// What is made is made with its mode, less what the umask takes. That is the same for all of a kind, and looked at once.
+    fn ensure_mode(&mut self, mode: u32, kind: usize, file: Option<&File>) -> io::Result<()> {
+        let holds = match self.mode_holds[kind] {
+            Some(holds) => holds,
+            None => {
+                let metadata = file.map_or_else(|| fs::symlink_metadata(&self.at), File::metadata)?;
+                *self.mode_holds[kind].insert(platform::has_mode(&metadata, mode))
+            }
+        };
+        if holds { Ok(()) } else { platform::set_mode(&self.at, mode) }
+    }
+
+    fn look_at_space(&mut self, amount: u64) -> Result<()> {
+        self.unlooked = self.unlooked.saturating_sub(amount);
+        if self.unlooked > 0 {
+            return Ok(());
+        }
+        self.unlooked = BYTES_BETWEEN_LOOKS;
+        space::ensure(&self.root, 0)
+    }
+
+    fn go_to(&mut self, path: &str) {
+        self.at.clear();
+        self.at.push(&self.root);
+        self.at.push(path);
+    }
+
+    fn unwritable(&self, error: io::Error) -> anyhow::Error {
+        if error.kind() == io::ErrorKind::AlreadyExists {
+            return anyhow::anyhow!("there are two of it, as this file system sees them");
+        }
+        unwritable(error, self.root.parent().unwrap_or(&self.root))
+    }
+}

@@ -1,0 +1,310 @@
+//! Reads the entries of a zip archive, by its central directory, with every word of it held against the local headers.
+//!
+//! A zip says each thing twice, and readers differ in which they believe; so what is taken here is only what can be read in one way: no
+//! gap to hide in before the directory or behind the end, no two entries that share bytes, no zip64 (a package that needs it is packed as
+//! `tar.zst`), nothing encrypted, stored or deflated content alone. The format is PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.4.
+//!
+//! ```text
+//! (local header, name, extra, content, descriptor)*  (central header, name, extra, comment)*  end of the central directory, comment
+//! ```
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Take};
+
+use anyhow::{Context, Result, bail, ensure};
+use flate2::Crc;
+use flate2::bufread::DeflateDecoder;
+
+use super::plan::{MAX_TARGET_BYTES, Plan};
+use super::{CHUNK_BYTES, Item, Sink, shown, text};
+
+const LOCAL: u32 = 0x0403_4b50;
+const LOCAL_BYTES: usize = 30;
+const CENTRAL: u32 = 0x0201_4b50;
+const CENTRAL_BYTES: usize = 46;
+const END: u32 = 0x0605_4b50;
+const END_BYTES: usize = 22;
+const ZIP64_LOCATOR: u32 = 0x0706_4b50;
+const ZIP64_LOCATOR_BYTES: usize = 20;
+
+/// It is held in memory.
+const MAX_DIRECTORY_BYTES: u32 = 32 << 20;
+
+const STORED: u16 = 0;
+const DEFLATED: u16 = 8;
+/// Of the flags: encrypted, patched, strongly encrypted, a directory with its headers masked.
+const REFUSED_FLAGS: u16 = 1 | 1 << 5 | 1 << 6 | 1 << 13;
+/// The sizes and the checksum stand behind the content, and the local header does not know them.
+const DESCRIPTOR: u16 = 1 << 3;
+/// Of the flags: those that say how the content is read. Writers differ in the others.
+const MEANT_FLAGS: u16 = REFUSED_FLAGS | DESCRIPTOR;
+
+/// Who made an entry, where its mode is one of Unix's.
+const UNIX: [u8; 2] = [3, 19];
+const DOS_DIRECTORY: u32 = 0x10;
+
+const TYPE_MASK: u32 = 0o170000;
+const TYPE_FILE: u32 = 0o100000;
+const TYPE_DIRECTORY: u32 = 0o040000;
+const TYPE_LINK: u32 = 0o120000;
+
+const NOT_A_ZIP: &str = "it is not a zip archive, or is damaged";
+const ZIP64: &str = "it is of the kind zip64, which is not taken; pack it as tar.zst";
+
+/// What the central directory says of one entry.
+#[derive(Debug, Clone, Copy)]
+struct Central<'a> {
+    name: &'a [u8],
+    mode: u32,
+    flags: u16,
+    method: u16,
+    crc: u32,
+    packed: u64,
+    size: u64,
+    local: u64,
+}
+
+/// Gives every entry that the plan admits to `sink`.
+pub(super) fn read(archive: &mut File, plan: &mut Plan, sink: &mut Sink<'_>) -> Result<()> {
+    let directory = directory(archive, plan.limits().entries)?;
+    let mut reader = BufReader::with_capacity(CHUNK_BYTES, archive);
+    // All of them first: nothing is made of an archive that contradicts itself further on.
+    let mut places = Vec::new();
+    for entry in directory.entries() {
+        let entry = entry?;
+        let name = text(entry.name)?;
+        let place = place(&mut reader, &entry, directory.at).with_context(|| shown(name))?;
+        places.push((place, entry.local));
+    }
+    places.sort_unstable_by_key(|(_, local)| *local);
+    let mut end = 0;
+    for (content, local) in &places {
+        ensure!(*local >= end, "two of its entries share bytes");
+        end = content.end;
+    }
+    for entry in directory.entries() {
+        let entry = entry?;
+        let name = text(entry.name)?;
+        plan.count()?;
+        one(&mut reader, &entry, name, plan, sink).with_context(|| shown(name))?;
+    }
+    Ok(())
+}
+
+fn one(
+    reader: &mut BufReader<&mut File>,
+    entry: &Central<'_>,
+    name: &str,
+    plan: &mut Plan,
+    sink: &mut Sink<'_>,
+) -> Result<()> {
+    match entry.mode & TYPE_MASK {
+        TYPE_DIRECTORY => {
+            ensure!(entry.size == 0, "it has {} bytes of content, though it is no file", entry.size);
+            match plan.directory(name)? {
+                Some(admitted) => sink(&admitted, Item::Directory),
+                None => Ok(()),
+            }
+        }
+        TYPE_FILE => {
+            let admitted = plan.file(name, entry.mode, entry.size)?;
+            let content = &mut Content::open(reader, entry)?;
+            sink(&admitted, Item::File { executable: entry.mode & 0o100 != 0, size: entry.size, content })
+        }
+        TYPE_LINK => {
+            ensure!(entry.size <= MAX_TARGET_BYTES as u64, "it is a link to a name that is too long");
+            let mut target = Vec::new();
+            Content::open(reader, entry)?.read_to_end(&mut target).context("its content is damaged")?;
+            let target = text(&target)?;
+            let admitted = plan.symbolic_link(name, target)?;
+            sink(&admitted, Item::SymbolicLink(target))
+        }
+        _ => bail!("it is a device or a pipe"),
+    }
+}
+
+/// The central directory, whole.
+struct Directory {
+    bytes: Vec<u8>,
+    /// Where it begins.
+    at: u64,
+}
+
+/// Finds the end record, which must be the end of the file, and reads the directory, which must end where that begins.
+fn directory(archive: &mut File, max_entries: u64) -> Result<Directory> {
+    let length = archive.seek(SeekFrom::End(0))?;
+    let tail_bytes = length.min((END_BYTES + usize::from(u16::MAX)) as u64);
+    let mut tail = vec![0; tail_bytes as usize];
+    archive.seek(SeekFrom::Start(length - tail_bytes))?;
+    archive.read_exact(&mut tail)?;
+    let is_end = |at: &usize| {
+        let comment = tail.len() - at - END_BYTES;
+        u32_at(&tail[*at..], 0) == Some(END) && u16_at(&tail[*at..], 20).map(usize::from) == Some(comment)
+    };
+    let at = tail.len().checked_sub(END_BYTES).and_then(|last| (0..=last).rev().find(is_end)).context(NOT_A_ZIP)?;
+    let end = &tail[at..];
+    let field16 = |at| u16_at(end, at).context(NOT_A_ZIP);
+    let field32 = |at| u32_at(end, at).context(NOT_A_ZIP);
+    let locator = at.checked_sub(ZIP64_LOCATOR_BYTES).and_then(|at| u32_at(&tail[at..], 0));
+    ensure!(locator != Some(ZIP64_LOCATOR), ZIP64);
+    let (entries, size, begin) = (field16(10)?, field32(12)?, field32(16)?);
+    ensure!(entries != u16::MAX && size != u32::MAX && begin != u32::MAX, ZIP64);
+    ensure!(field16(4)? == 0 && field16(6)? == 0 && field16(8)? == entries, "it is one of several volumes");
+    ensure!(u64::from(entries) <= max_entries, "the package has more than {max_entries} entries");
+    ensure!(size <= MAX_DIRECTORY_BYTES, "its directory has more than {MAX_DIRECTORY_BYTES} bytes");
+    let end_at = length - tail_bytes + at as u64;
+    ensure!(
+        u64::from(begin) + u64::from(size) == end_at,
+        "its directory is not where its end says: something was put before it, behind it or between"
+    );
+    let mut bytes = vec![0; size as usize];
+    archive.seek(SeekFrom::Start(begin.into()))?;
+    archive.read_exact(&mut bytes)?;
+    let directory = Directory { bytes, at: begin.into() };
+    let found = directory.entries().map(|entry| entry.map(drop)).collect::<Result<Vec<()>>>()?.len();
+    ensure!(found == usize::from(entries), "it has {found} entries where its end says {entries}");
+    Ok(directory)
+}
+
+impl Directory {
+    fn entries(&self) -> impl Iterator<Item = Result<Central<'_>>> {
+        let mut rest = self.bytes.as_slice();
+        std::iter::from_fn(move || {
+            if rest.is_empty() {
+                return None;
+            }
+            let entry = central(&mut rest);
+            if entry.is_err() {
+                rest = &[];
+            }
+            Some(entry)
+        })
+    }
+}
+
+/// Takes the first central header off `rest`.
+fn central<'a>(rest: &mut &'a [u8]) -> Result<Central<'a>> {
+    let attempt = |bytes: &'a [u8]| -> Option<(Central<'a>, &'a [u8])> {
+        if u32_at(bytes, 0)? != CENTRAL {
+            return None;
+        }
+        let lengths = [28, 30, 32].map(|at| u16_at(bytes, at).map(usize::from));
+        let [name, extra, comment] = [lengths[0]?, lengths[1]?, lengths[2]?];
+        let behind = bytes.get(CENTRAL_BYTES..)?;
+        let (name, behind) = behind.split_at_checked(name)?;
+        let (_, behind) = behind.split_at_checked(extra + comment)?;
+        let entry = Central {
+            name,
+            mode: mode(*bytes.get(5)?, u32_at(bytes, 38)?, name),
+            flags: u16_at(bytes, 8)?,
+            method: u16_at(bytes, 10)?,
+            crc: u32_at(bytes, 16)?,
+            packed: u32_at(bytes, 20)?.into(),
+            size: u32_at(bytes, 24)?.into(),
+            local: u32_at(bytes, 42)?.into(),
+        };
+        Some((entry, behind))
+    };
+    let (entry, behind) = attempt(rest).context("its directory is damaged")?;
+    *rest = behind;
+    Ok(entry)
+}
+
+/// Type and permission bits as Unix has them, whoever made the entry.
+fn mode(made_by: u8, attributes: u32, name: &[u8]) -> u32 {
+    let mode = if UNIX.contains(&made_by) { attributes >> 16 } else { 0 };
+    match mode & TYPE_MASK {
+        0 if name.ends_with(b"/") || attributes & DOS_DIRECTORY != 0 => TYPE_DIRECTORY | 0o755,
+        0 if mode == 0 => TYPE_FILE | 0o644,
+        0 => TYPE_FILE | mode,
+        _ => mode,
+    }
+}
+
+/// Where an entry's content lies, once its two headers agree.
+fn place(reader: &mut BufReader<&mut File>, entry: &Central<'_>, end: u64) -> Result<std::ops::Range<u64>> {
+    ensure!([entry.packed, entry.size, entry.local].iter().all(|value| *value != u64::from(u32::MAX)), ZIP64);
+    ensure!(entry.flags & REFUSED_FLAGS == 0, "it is encrypted, or else not to be read");
+    ensure!(matches!(entry.method, STORED | DEFLATED), "it is packed by the method {}, not deflated", entry.method);
+    ensure!(entry.method != STORED || entry.packed == entry.size, "it has two sizes");
+    let mut header = [0; LOCAL_BYTES];
+    let mut name = vec![0; entry.name.len()];
+    reader.seek(SeekFrom::Start(entry.local))?;
+    let read = reader.read_exact(&mut header).and_then(|()| reader.read_exact(&mut name));
+    read.context("its own header is cut off")?;
+    let field16 = |at| u16_at(&header, at).unwrap_or_default();
+    let field32 = |at| u32_at(&header, at).unwrap_or_default();
+    let described = entry.flags & DESCRIPTOR != 0;
+    let agree = field32(0) == LOCAL
+        && usize::from(field16(26)) == name.len()
+        && name == entry.name
+        && field16(6) & MEANT_FLAGS == entry.flags & MEANT_FLAGS
+        && field16(8) == entry.method
+        && (described
+            || (field32(14), u64::from(field32(18)), u64::from(field32(22))) == (entry.crc, entry.packed, entry.size));
+    ensure!(agree, "its own header contradicts the archive's directory");
+    let begin = entry.local + (LOCAL_BYTES + name.len()) as u64 + u64::from(field16(28));
+    ensure!(begin + entry.packed <= end, "it reaches into the archive's directory");
+    Ok(begin..begin + entry.packed)
+}
+
+/// One entry's content: as many bytes as were said, and with the checksum that was said, or an error.
+struct Content<'a, 'b> {
+    source: Source<'a, 'b>,
+    crc: Crc,
+    expected: u32,
+    left: u64,
+}
+
+type Part<'a, 'b> = Take<&'a mut BufReader<&'b mut File>>;
+
+enum Source<'a, 'b> {
+    Stored(Part<'a, 'b>),
+    Deflated(Box<DeflateDecoder<Part<'a, 'b>>>),
+}
+
+impl<'a, 'b> Content<'a, 'b> {
+    /// The headers were seen to agree.
+    fn open(reader: &'a mut BufReader<&'b mut File>, entry: &Central<'_>) -> Result<Content<'a, 'b>> {
+        let place = place(reader, entry, u64::MAX)?;
+        reader.seek(SeekFrom::Start(place.start))?;
+        let part = reader.take(entry.packed);
+        let source = match entry.method {
+            STORED => Source::Stored(part),
+            _ => Source::Deflated(Box::new(DeflateDecoder::new(part))),
+        };
+        Ok(Content { source, crc: Crc::new(), expected: entry.crc, left: entry.size })
+    }
+}
+
+impl Read for Content<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let amount = match &mut self.source {
+            Source::Stored(source) => source.read(buffer)?,
+            Source::Deflated(source) => source.read(buffer)?,
+        };
+        let lies = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        if amount == 0 && !buffer.is_empty() {
+            if self.left > 0 {
+                return lies("it is shorter than its header says");
+            }
+            if self.crc.sum() != self.expected {
+                return lies("its checksum is another");
+            }
+        }
+        self.crc.update(&buffer[..amount]);
+        match self.left.checked_sub(amount as u64) {
+            Some(left) => self.left = left,
+            None => return lies("it is longer than its header says"),
+        }
+        Ok(amount)
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}

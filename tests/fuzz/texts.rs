@@ -1,0 +1,154 @@
+//! Texts from the gateway, from packages, from operators and from earlier versions of the program itself.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::{Config, edit, import, render};
+use crate::core::desired::{Desired, Verdict, judge};
+use crate::core::fleet::{Fleet, HostFacts};
+use crate::core::manifest::admit_env;
+use crate::core::model::{Arch, Binding, Os};
+use crate::core::protocol::{Answer, Event, Heartbeat, Offer};
+use crate::core::range::{Part, part};
+use crate::installation::{Epochs, Installed, Manager};
+use crate::package::{Completed, Keys, claimed};
+use crate::process::launch;
+use crate::process::record::Record;
+
+fn text(data: &[u8]) -> Option<&str> {
+    std::str::from_utf8(data).ok()
+}
+
+/// What is read is written and read again as it was.
+fn reads_back<T: Serialize + DeserializeOwned + PartialEq + Debug>(data: &[u8]) -> Option<T> {
+    let value: T = serde_json::from_slice(data).ok()?;
+    let written = serde_json::to_vec(&value).expect("what was read can be written");
+    let again: T = serde_json::from_slice(&written).expect("what was written can be read");
+    assert_eq!(again, value);
+    Some(value)
+}
+
+/// The gateway's answer to a heartbeat, and what follows from it for a host that has two sub-agents.
+pub fn answer(data: &[u8]) {
+    let Some(answer) = reads_back::<Answer>(data) else { return };
+    let held: Desired = serde_json::from_str(
+        r#"{"lineage": "l", "generation": 5, "agents": {
+            "a": {"version": "1", "run": "start"}, "b": {"version": "1", "run": "stop"}}}"#,
+    )
+    .expect("it is a desired state");
+    let present = BTreeSet::new();
+    let verdict = judge(&held, &present, &answer);
+    assert_eq!(verdict, judge(&held, &present, &answer), "the same answer is judged in two ways");
+    let Verdict::Take { desired, .. } = verdict else { return };
+    let orders = answer.agents.as_deref().unwrap_or_default();
+    if orders.is_empty() {
+        assert_eq!(desired.agents, held.agents, "an empty list removes");
+    }
+    for name in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
+        let ordered = orders.iter().any(|order| order.name == *name && order.cmd == "uninstall");
+        assert!(ordered || answer.complete, "{name} is removed by nobody's order");
+    }
+    for order in desired.agents.values() {
+        let (admitted, _) = admit_env(&order.env, &["PATH".to_owned()]);
+        assert!(!admitted.keys().any(|name| name.starts_with("LD_") || name.starts_with("AOPS_")));
+    }
+    // What is taken is kept, and is not taken anew each time.
+    let kept = serde_json::to_vec(&desired).expect("a desired state can be written");
+    assert_eq!(serde_json::from_slice::<Desired>(&kept).expect("and read"), *desired);
+    assert!(!matches!(judge(&desired, &present, &answer), Verdict::Take { new_lineage: true, .. }));
+}
+
+pub fn agent_toml(data: &[u8]) {
+    let Some(manifest) = text(data).and_then(|text| launch::parse(text).ok()) else { return };
+    let program = manifest.run.command.first().expect("it runs something");
+    assert!(!program.starts_with(['/', '\\']) && !program.split(['/', '\\']).any(|part| part == ".."));
+}
+
+pub fn conf_toml(data: &[u8]) {
+    let Some(text) = text(data) else { return };
+    let Ok(parsed) = Config::parse(text) else { return };
+    for unknown in &parsed.unknown {
+        assert!(unknown.line >= 1 && unknown.line <= text.lines().count() + 1, "{unknown}");
+        let _ = unknown.to_string();
+    }
+    let again = |text: &str| Config::parse(text).expect("what was written can be read").config;
+    assert_eq!(again(&render(&parsed.config)), parsed.config);
+    assert_eq!(edit(text, &parsed.config, &parsed.config), text);
+    let changed = Config { spm_max_mem: crate::core::units::Size(77 << 20), ..parsed.config.clone() };
+    assert_eq!(again(&edit(text, &parsed.config, &changed)), changed);
+}
+
+/// The settings of the platform before this one.
+pub fn conf_yml(data: &[u8]) {
+    if let Some(text) = text(data) {
+        let _ = import::parse(text);
+    }
+}
+
+pub fn fleet_toml(data: &[u8]) {
+    let Some(fleet) = text(data).and_then(|text| toml::from_str::<Fleet>(text).ok()) else { return };
+    for (agent_id, hostname, os) in [("a", "web-1", Os::Linux), ("54321", "", Os::Windows)] {
+        let host = HostFacts {
+            agent_id: agent_id.parse().expect("it is an id"),
+            hostname: hostname.to_owned(),
+            os,
+            arch: Arch::Amd64,
+        };
+        let desired = fleet.desired(&host);
+        assert_eq!(desired, fleet.desired(&host));
+        let names = fleet.names();
+        assert!(desired.agents.keys().all(|name| names.contains(name)));
+    }
+}
+
+/// A file of `state/`, `run/` or a release: the first byte says which.
+pub fn state(data: &[u8]) {
+    let Some((kind, data)) = data.split_first() else { return };
+    match kind % 9 {
+        0 => drop(reads_back::<Desired>(data)),
+        1 => drop(reads_back::<Installed>(data)),
+        2 => drop(reads_back::<Manager>(data)),
+        3 => drop(reads_back::<Epochs>(data)),
+        4 => drop(reads_back::<Completed>(data)),
+        5 => drop(reads_back::<Record>(data)),
+        6 => drop(reads_back::<Event>(data)),
+        7 => drop(reads_back::<Heartbeat>(data)),
+        _ => drop(reads_back::<Offer>(data)),
+    }
+}
+
+/// Signature files, what their comments bind, and files of keys.
+pub fn signature(data: &[u8]) {
+    static FILE: OnceLock<PathBuf> = OnceLock::new();
+    let package = FILE.get_or_init(|| {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        directory.keep().join("package.tar.zst")
+    });
+    let file = package.with_file_name("package.tar.zst.minisig");
+    std::fs::write(&file, data).expect("it is ours");
+    let _ = claimed(package);
+    let Some(text) = text(data) else { return };
+    for line in text.lines() {
+        if let Ok(binding) = line.parse::<Binding>() {
+            assert_eq!(binding.to_string().parse::<Binding>().as_ref(), Ok(&binding));
+        }
+    }
+    if let Ok(keys) = Keys::parse(text) {
+        assert_eq!(Keys::parse(&keys.texts().concat()).expect("what was written can be read"), keys);
+    }
+}
+
+/// The header `Range`, behind the eight bytes of a file's size.
+pub fn range(data: &[u8]) {
+    let Some((size, header)) = data.split_first_chunk() else { return };
+    let size = u64::from_le_bytes(*size);
+    let Some(header) = text(header) else { return };
+    if let Part::Range(range) = part(header, size) {
+        assert!(range.start < range.end && range.end <= size, "{header} of {size}: {range:?}");
+    }
+}
