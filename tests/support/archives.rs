@@ -53,6 +53,13 @@ pub fn attacks() -> Vec<Attack> {
             refusal,
         });
     }
+    attacks.push(Attack {
+        name: "a symbolic link for Windows",
+        packing: "tar.zst",
+        os: "windows",
+        bytes: zst(&begun().link("l", "bin/ok").end()),
+        refusal: "a service on Windows may not make",
+    });
     attacks
 }
 

@@ -31,17 +31,17 @@ const TESTED: &[&str] = &[
 ];
 /// Of them, what is not so on Windows, or not yet.
 const SKIPPED: &[&str] = &[
-    // Packages with links.
-    "package::unpack::tests::a_zip_is_looked_at_as_closely",
+    // Packages with links, and the modes of files.
+    "package::unpack::tests::a_directory_that_hands_down_bits_hands_them_to_no_release",
     "package::unpack::tests::every_kind_of_archive_makes_the_same_tree",
-    "package::unpack::tests::whatever_could_lie_elsewhere_is_refused",
+    "package::unpack::tests::what_only_looks_odd_is_taken",
     // FIXME: these should hold there as well.
     "endpoint::tests::a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_authority",
     "endpoint::tests::what_an_authority_in_the_file_has_issued_is_accepted",
     "package::tests::a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap",
 ];
-/// They take seconds.
-const LIMIT_SECONDS: u32 = 180;
+/// They take a minute, and more where others work too.
+const LIMIT_SECONDS: u32 = 420;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {

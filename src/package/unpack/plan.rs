@@ -122,6 +122,10 @@ impl Plan {
             stays_inside(&admitted.path, target, self.os),
             "it is a link that leaves the package (to {target:?}), or could"
         );
+        ensure!(
+            self.os != Os::Windows,
+            "it is a symbolic link, which a service on Windows may not make; pack the file itself"
+        );
         self.put(&admitted.path, Kind::Link);
         Ok(admitted)
     }
