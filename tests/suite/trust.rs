@@ -151,6 +151,47 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
 }
 
 #[test]
+fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
+    let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
+    gateway.publish_self("1.0.0");
+    for version in ["1.0.0", "2.0.0"] {
+        gateway.publish(&Package::sleeper("native", version));
+    }
+    let want = |gateway: &Gateway, version: &str| {
+        gateway.fleet(&format!("heartbeatInterval = \"1s\"\nagents.native.version = \"{version}\"\n"));
+    };
+    want(&gateway, "1.0.0");
+    gateway.run();
+    let host = TestHost::new();
+    bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
+    let first = host.wait_for_agent("native");
+    want(&gateway, "2.0.0");
+    let pid = host.wait_for_new_pid("native", first);
+
+    let keys = [next.path("keys/aops.pub"), gateway.path("keys/aops.pub")];
+    gateway.publish(&manager("1.1.0", &[&keys[0]], &[&keys[1]]));
+    wait_for("the gateway to have it", SOON, || host.install(&["--version", "1.1.0"]).success().then_some(()));
+    // What is active goes on, though the same key has signed it.
+    assert_eq!(host.wait_for_agent("native"), pid);
+    let kept = host.home().join("agents/native/1.0.0");
+    assert!(kept.join(".complete").exists());
+    want(&gateway, "1.0.0");
+    wait_for("the gateway to hear of it", SOON, || {
+        let events = gateway.status()["hosts"][0]["events"].as_array()?.clone();
+        let is_it = |event: &&Value| event["kind"] == "activate" && event["outcome"] == "refused";
+        let says = |event: &Value| event["message"].to_string().contains("was revoked by aops-spm 1.1.0");
+        events.iter().filter(is_it).any(says).then_some(())
+    });
+    wait_for("it to be gone", SOON, || (!kept.exists()).then_some(()));
+    assert_eq!(host.wait_for_agent("native"), pid);
+    // After a power cut too.
+    host.crash();
+    host.control(&["start"]).expect_code(0);
+    host.wait_for_agent("native");
+    assert_eq!(host.status()["agents"][0]["version"], "2.0.0");
+}
+
+#[test]
 fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_said() {
     let gateway = Gateway::with(&[], &[]);
     let key = gateway.path("keys/aops.pub").display().to_string();
