@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{Unknown, guard};
+use super::{Unknown, changing_trust, guard};
 use crate::core::model::Version;
 use crate::home::Home;
 use crate::package::Keys;
@@ -105,9 +105,32 @@ pub fn trusted(home: &Home) -> Result<Keys> {
     Keyring::load(home)?.trusted(&Keys::load(&home.keys())?, &Keys::baked_in()?)
 }
 
+/// Takes over whom an installation tells to trust: the operator, who has `given` keys, the bootstrap, which has `carried` some, and the
+/// package of the manager with its `offer`. Answers what an operator should hear of. Of a home that `stands` all else is kept.
+pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
+    let _lock = changing_trust(home)?;
+    let standing = if stands { Keyring::load(home)? } else { Keyring::default() };
+    let (ring, accepted) = standing.installed(given, carried, &Keys::load(&home.keys())?);
+    // A key is never without its file or its entry; and a file is never there before it is known that the bootstrap brought it.
+    given.save_to(&home.keys())?;
+    ring.save(home)?;
+    accepted.save_to(&home.keys())?;
+    commit(home, &ring, offer)
+}
+
+/// Before the files in `etc/keys` are put back as they were `before` an installation that failed: what it revoked stays so, for the signed
+/// word of a trusted key says so, and so do the keys that packages and bootstraps brought, for without them a host could be left that
+/// trusts nobody. What the operator gave goes with its file.
+pub fn keep_after_failure(home: &Home, before: &Keyring) -> Result<()> {
+    let _lock = changing_trust(home)?;
+    let ring = Keyring::load(home)?;
+    let joined = ring.clone().joined(before);
+    if joined == ring { Ok(()) } else { joined.save(home) }
+}
+
 /// Takes over what a package of the manager says about keys, whose release is being committed; answers what an operator should hear of.
 /// It may be repeated.
-pub fn commit(home: &Home, ring: &Keyring, offer: &Offer) -> Result<Vec<String>> {
+fn commit(home: &Home, ring: &Keyring, offer: &Offer) -> Result<Vec<String>> {
     let (ring, remarks) = ring.after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
     // First it is refused; then its file goes, which would be the operator's if nothing said that it was brought.
     ring.save(home)?;
@@ -221,6 +244,21 @@ impl Keyring {
         let revoked: Vec<Key> = self.revoked.iter().map(|entry| entry.key.clone()).collect();
         let is_revoked = |key: &Key| revoked.iter().any(|other| other.is_same(key));
         self.brought.retain(|entry| !is_revoked(&entry.key) || etc.contains(&entry.key));
+        self
+    }
+
+    /// With all that is in either.
+    fn joined(mut self, other: &Keyring) -> Keyring {
+        for entry in &other.brought {
+            if !self.is_brought(&entry.key) {
+                self.brought.push(entry.clone());
+            }
+        }
+        for entry in &other.revoked {
+            if !self.is_revoked(&entry.key) {
+                self.revoked.push(entry.clone());
+            }
+        }
         self
     }
 

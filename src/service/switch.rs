@@ -17,7 +17,6 @@ use crate::home::Home;
 use crate::host_service::product;
 use crate::installation::keyring::{self, Keyring};
 use crate::installation::{Epochs, Installed, Manager};
-use crate::package::Keys;
 use crate::platform;
 use crate::store::{self, Access};
 
@@ -66,14 +65,11 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
 fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
     undo.keep(&home.keys())?;
-    undo.keep(&Keyring::path(home))?;
+    if !plan.keeps() {
+        undo.keep(&Keyring::path(home))?;
+    }
     let (given, carried) = (&plan.trusted.given, &plan.trusted.carried);
-    // A manager that runs may have changed them meanwhile.
-    let standing = if plan.keeps() { Keyring::load(home)? } else { Keyring::default() };
-    let (ring, accepted) = standing.installed(given, carried, &Keys::load(&home.keys())?);
-    given.save_to(&home.keys())?;
-    accepted.save_to(&home.keys())?;
-    for remark in keyring::commit(home, &ring, &fetched.offer)? {
+    for remark in keyring::install(home, plan.keeps(), given, carried, &fetched.offer)? {
         progress::say(remark);
     }
     Ok(())
@@ -128,13 +124,15 @@ fn command_link(plan: &Plan, undo: &mut Undo) -> Result<Vec<PathBuf>> {
 fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
     keys(plan, fetched, undo)?;
-    for path in [Epochs::path(home), Manager::path(home), Installed::path(home)] {
+    // Those of a home that stands only grow, whatever becomes of this installation; a manager that runs commits others meanwhile.
+    if !plan.keeps() {
+        undo.keep(&Epochs::path(home))?;
+        Epochs::begin(home)?;
+    }
+    Epochs::commit(home, MANAGER_PACKAGE, fetched.manager.epoch)?;
+    for path in [Manager::path(home), Installed::path(home)] {
         undo.keep(&path)?;
     }
-    // A manager that runs may have committed others meanwhile.
-    let mut epochs = if plan.keeps() { Epochs::load(home)? } else { Epochs::default() };
-    epochs.commit(MANAGER_PACKAGE, fetched.manager.epoch);
-    epochs.save(home)?;
     fetched.manager.save(home)?;
     let mut installed = match &plan.standing {
         Standing::Aops(installed) => installed.clone(),

@@ -186,9 +186,5 @@ pub(super) fn admit(home: &Home, name: &AgentName, version: &Version) -> Result<
 /// As [`admit`], and commits the release's epoch: no older one is accepted from then on.
 pub(super) fn commit_epoch(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     let completed = admit(home, name, version)?;
-    let mut epochs = Epochs::load(home)?;
-    if epochs.commit(name.as_str(), completed.epoch) {
-        epochs.save(home)?;
-    }
-    Ok(())
+    Epochs::commit(home, name.as_str(), completed.epoch)
 }

@@ -192,6 +192,53 @@ fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
 }
 
 #[test]
+fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
+    let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
+    gateway.publish_self("1.0.0");
+    gateway.publish(&Package::sleeper("native", "1.0.0"));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
+    let [old, new] = [&gateway, &next].map(|gateway| gateway.path("keys/aops.pub"));
+    // One that tells its version, and cannot do anything else.
+    let script = "#!/bin/sh\ncase \"$1\" in --version) echo broken ;; *) exit 3 ;; esac\n";
+    let broken = manager("broken", &[&new], &[&old]).with_file("bin/aops", script, 0o755);
+    let arguments = broken.arguments();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(["--epoch", "7"]).collect();
+    gateway.publish_with(&arguments).expect_success();
+    gateway.run();
+    let host = TestHost::new();
+    bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
+    let pid = host.wait_for_agent("native");
+
+    let failed = host.install(&["--version", "broken"]).expect_code(1);
+    assert!(failed.stderr.contains("step wait") && failed.stderr.contains("is back as it was"), "{failed}");
+    host.wait_for_status("the old version", SOON, |status| {
+        status["version"] == "1.0.0" && status["state"] == "running"
+    });
+    assert_eq!(host.wait_for_agent("native"), pid);
+    let said = verbose(&host);
+    let expected = [format!("revoked key {} (by aops-spm broken)", id(&gateway)), format!("trusted key {}", id(&next))];
+    assert!(expected.iter().all(|line| said.contains(line)), "{said}");
+    let refused = host.install(&["--version", "1.0.0"]).expect_code(1);
+    assert!(refused.stderr.contains("was revoked by aops-spm broken"), "{refused}");
+
+    // By the new key, but of an epoch that was withdrawn; then of the one that counts.
+    let key = next.path("keys/aops.key").display().to_string();
+    for (version, epoch, code) in [("1.1.0", "6", 1), ("1.2.0", "7", 0)] {
+        let more = ["--epoch", epoch, "--key", &key];
+        let package = manager(version, &[], &[]);
+        let arguments = package.arguments();
+        gateway.publish_with(&arguments.iter().map(String::as_str).chain(more).collect::<Vec<_>>()).expect_success();
+        let output = wait_for("the gateway to have it", SOON, || {
+            let output = host.install(&["--version", version]);
+            (!output.stderr.contains("has no package of")).then_some(output)
+        });
+        let output = output.expect_code(code);
+        assert!(code == 0 || output.stderr.contains("of epoch 6, older than the 7"), "{output}");
+    }
+    assert_eq!(host.wait_for_agent("native"), pid);
+}
+
+#[test]
 fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_said() {
     let gateway = Gateway::with(&[], &[]);
     let key = gateway.path("keys/aops.pub").display().to_string();

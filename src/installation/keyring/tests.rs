@@ -101,6 +101,36 @@ fn a_package_that_would_leave_no_key_is_refused() {
 }
 
 #[test]
+fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = Home::new(directory.path().join("home"));
+    for (path, mode) in home.directories() {
+        fs::create_dir(&path).unwrap();
+        crate::platform::set_mode(&path, mode).unwrap();
+    }
+    let (old, new, given) = (key(), key(), key());
+    install(&home, false, &none(), &old, &Offer::default()).unwrap();
+    let before = Keyring::load(&home).unwrap();
+    let file = Keys::files(&home.keys()).unwrap().remove(0);
+    let text = fs::read(&file).unwrap();
+
+    install(&home, true, &given, &none(), &offer(&[&new], &[&old])).unwrap();
+    assert!(!file.exists());
+    keep_after_failure(&home, &before).unwrap();
+    fs::remove_dir_all(home.keys()).unwrap();
+    fs::create_dir(home.keys()).unwrap();
+    fs::write(&file, text).unwrap();
+    let trusted = trusted(&home).unwrap();
+    assert_eq!(trusted.iter().collect::<Vec<_>>(), new.iter().collect::<Vec<_>>());
+    // A key that it had brought before, and that the operator gave with what failed.
+    let before = Keyring::load(&home).unwrap();
+    install(&home, true, &new, &none(), &Offer::default()).unwrap();
+    keep_after_failure(&home, &before).unwrap();
+    fs::remove_dir_all(home.keys()).unwrap();
+    assert!(super::trusted(&home).unwrap().contains(new.iter().next().unwrap()));
+}
+
+#[test]
 fn revocations_are_limited() {
     let (own, new) = (key(), key());
     let mut ring = Keyring::default();
