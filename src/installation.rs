@@ -26,6 +26,9 @@ const TRUST_LOCK: &str = "trust.lock";
 /// Who holds it writes two or three files.
 const TRUST_LOCK_DEADLINE: Duration = Duration::from_secs(5);
 
+/// The form of state that has `keys.json`; homes that were made before have [`Epochs::form`] zero.
+const WITH_KEYRING: u32 = 1;
+
 /// Fields that a newer version wrote; kept for it.
 type Unknown = serde_json::Map<String, serde_json::Value>;
 
@@ -100,6 +103,10 @@ impl Installed {
 pub struct Epochs {
     #[serde(default)]
     epochs: BTreeMap<String, u64>,
+    /// The form of the state that says whom the host trusts, so that a file that is lost is told from one that a home never had. Absent:
+    /// the first one.
+    #[serde(default)]
+    form: u32,
     #[serde(flatten)]
     unknown: Unknown,
 }
@@ -127,7 +134,16 @@ impl Epochs {
     pub fn commit(home: &Home, name: &str, epoch: u64) -> Result<()> {
         let _lock = changing_trust(home)?;
         let mut epochs = Epochs::load(home)?;
-        if epochs.raise(name, epoch) { epochs.save(home) } else { Ok(()) }
+        let is_old = !epochs.has_keyring() && keyring::Keyring::path(home).exists();
+        if is_old {
+            epochs.form = WITH_KEYRING;
+        }
+        if epochs.raise(name, epoch) || is_old { epochs.save(home) } else { Ok(()) }
+    }
+
+    /// Whether the home was made, or renewed, by a version that keeps a keyring.
+    fn has_keyring(&self) -> bool {
+        self.form >= WITH_KEYRING
     }
 
     fn save(&self, home: &Home) -> Result<()> {

@@ -14,13 +14,14 @@
 //! A revoked key is refused wherever it comes from, be it baked in, carried by a bootstrap or brought by a later package, and whatever id
 //! it goes by; a roll back does not take a revocation back. Only an operator's own file in `etc/keys` counts for more: such a key stays
 //! trusted until its file is removed, which is told. That a key in `etc/keys` is not the operator's own shows by its being among those brought.
+//! A home that was made before there was `state/keys.json` cannot say it, and counts as having been brought all of them.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{Unknown, changing_trust, guard};
+use super::{Epochs, Unknown, changing_trust, guard};
 use crate::core::model::Version;
 use crate::home::Home;
 use crate::package::Keys;
@@ -144,17 +145,29 @@ fn commit(home: &Home, ring: &Keyring, offer: &Offer) -> Result<Vec<String>> {
 }
 
 impl Keyring {
-    /// The keys of a standing home. That they are missing is an error: what was revoked would be trusted again.
+    /// The keys of a standing home. That they are missing is an error, but for one from before they were kept: what was revoked would be
+    /// trusted again.
     pub fn load(home: &Home) -> Result<Keyring> {
         let path = Keyring::path(home);
         match store::load(&path)? {
             Some(ring) => Ok(ring),
+            None if !Epochs::load(home)?.has_keyring() => Ok(Keyring::of_before(&Keys::load(&home.keys())?)),
             None => bail!(
                 "cannot read {}: it is missing, and without it keys that were revoked would be trusted again; bring it back \
                  from a backup, or install again with --fresh",
                 path.display()
             ),
         }
+    }
+
+    /// Nobody noted then who put a key there. It counts as brought: that it was compromised, and so is revoked, must hold on every host of
+    /// a fleet; whoever does not agree gives it again.
+    fn of_before(etc: &Keys) -> Keyring {
+        let mut ring = Keyring::default();
+        for key in etc.iter() {
+            ring.bring(key, "an earlier installation");
+        }
+        ring
     }
 
     fn save(&self, home: &Home) -> Result<()> {

@@ -239,6 +239,40 @@ fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
 }
 
 #[test]
+fn a_home_from_before_the_keyring_is_renewed_with_keys_that_were_rotated() {
+    let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
+    gateway.publish_self("1.0.0");
+    gateway.publish(&Package::sleeper("native", "1.0.0"));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
+    let [old, new] = [&gateway, &next].map(|gateway| gateway.path("keys/aops.pub"));
+    gateway.publish(&manager("1.1.0", &[&new], &[&old]));
+    gateway.run();
+    let host = TestHost::new();
+    bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
+    let pid = host.wait_for_agent("native");
+    // As such a home has it.
+    let [keys, epochs] = ["keys", "epochs"].map(|name| host.home().join(format!("state/{name}.json")));
+    fs::remove_file(&keys).expect("it is there");
+    let text = fs::read_to_string(&epochs).expect("it is there");
+    let mut of_before: Value = serde_json::from_str(&text).expect("it is JSON");
+    assert!(of_before.as_object_mut().is_some_and(|object| object.remove("form").is_some()), "{text}");
+    fs::write(&epochs, of_before.to_string()).expect("it is ours");
+
+    let output = host.install(&["--version", "1.1.0"]).expect_code(0);
+    assert!(output.stderr.contains("revokes the key"), "{output}");
+    assert_eq!(host.wait_for_agent("native"), pid);
+    let said = verbose(&host);
+    let expected = [format!("revoked key {}", id(&gateway)), format!("trusted key {} (brought by", id(&next))];
+    assert!(expected.iter().all(|line| said.contains(line)), "{said}");
+    let refused = host.install(&["--version", "1.0.0"]).expect_code(1);
+    assert!(refused.stderr.contains("was revoked by aops-spm 1.1.0"), "{refused}");
+    // From now on it has one to lose.
+    fs::remove_file(&keys).expect("it is there");
+    let refused = host.install(&["--version", "1.1.0"]).expect_code(1);
+    assert!(refused.stderr.contains("keys.json") && refused.stderr.contains("--fresh"), "{refused}");
+}
+
+#[test]
 fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_said() {
     let gateway = Gateway::with(&[], &[]);
     let key = gateway.path("keys/aops.pub").display().to_string();
