@@ -291,6 +291,22 @@ fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_s
     // What an administrator has put among the system's roots.
     installed(&host, &[], Some(&gateway.path("tls/cert.pem"))).expect_code(0);
     host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
+    // The old platform's command, which names no certificate, does not make less of it.
+    let config = host.home().join("etc/conf.toml");
+    let before = fs::read_to_string(&config).expect("it is there");
+    let old_spelling = |roots: Option<&Path>| {
+        let mut command = host.command(&aops());
+        command.args(["--control", "install", "--agentId", "1", "--endpoint", gateway.url(), "--service", "none"]);
+        if let Some(roots) = roots {
+            command.env("SSL_CERT_FILE", roots);
+        }
+        command::run(command.arg("--home").arg(host.home()), LIMIT)
+    };
+    let refused = old_spelling(None).expect_code(1);
+    assert!(refused.stderr.contains("nobody that this host trusts"), "{refused}");
+    old_spelling(Some(&gateway.path("tls/cert.pem"))).expect_code(0);
+    assert_eq!(fs::read_to_string(&config).expect("it is there"), before);
+    assert!(!host.home().join("state/pins.json").exists());
 
     let host = TestHost::new();
     let warned = installed(&host, &["--insecure"], None).expect_code(0);
