@@ -26,7 +26,7 @@ const TRUST_LOCK: &str = "trust.lock";
 /// Who holds it writes two or three files.
 const TRUST_LOCK_DEADLINE: Duration = Duration::from_secs(5);
 
-/// The form of state that has `keys.json`; homes that were made before have [`Epochs::form`] zero.
+/// The form of state that has `keys.json`, and `pins.json` where a first contact is trusted; homes that were made before have [`Epochs::form`] zero.
 const WITH_KEYRING: u32 = 1;
 
 /// Fields that a newer version wrote; kept for it.
@@ -143,6 +143,11 @@ impl Epochs {
 
     /// Whether the home was made, or renewed, by a version that keeps a keyring.
     fn has_keyring(&self) -> bool {
+        self.form >= WITH_KEYRING
+    }
+
+    /// Whether it was by one that leaves a file of pins wherever a first contact is trusted, be it an empty one.
+    pub fn expects_pins(&self) -> bool {
         self.form >= WITH_KEYRING
     }
 

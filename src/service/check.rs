@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::contact::{self, Contact};
 use super::{InstallOptions, LOCK, ServiceChoice, Surroundings, WORK, old, progress, site};
 use crate::config::{self, Certificate, Config, ProxyChoice};
 use crate::core::model::{AgentId, MANAGER_PACKAGE, Version};
@@ -98,6 +99,8 @@ pub(super) struct Plan {
     pub(super) config_text: String,
     /// The content of `etc/ca.pem`, where a new one is given.
     pub(super) ca_file: Option<Vec<u8>>,
+    /// Where a first contact is trusted: whether it was made.
+    pub(super) contact: Option<Contact>,
     pub(super) trusted: Trusted,
     /// The lowest epoch of the manager's package that is accepted.
     pub(super) least_epoch: u64,
@@ -252,6 +255,7 @@ pub(super) fn plan(
 
     let ca_file = options.ca_cert.as_deref().map(certificates).transpose()?;
     guard::home(home)?;
+    let contact = contact::of(home, keeps, &config.certificate)?;
     let trusted = trusted(options, home, &surroundings.executable, keeps)?;
     let least_epoch = if keeps { Epochs::load(home)?.least(MANAGER_PACKAGE) } else { 0 };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
@@ -274,6 +278,7 @@ pub(super) fn plan(
         config,
         config_text,
         ca_file,
+        contact,
         trusted,
         least_epoch,
         version: options.version.clone(),

@@ -13,6 +13,7 @@ use super::site::Site;
 use super::undo::Undo;
 use crate::config::{Config, PINS};
 use crate::core::model::MANAGER_PACKAGE;
+use crate::endpoint;
 use crate::home::Home;
 use crate::host_service::product;
 use crate::installation::keyring::{self, Keyring};
@@ -51,12 +52,14 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
     store::replace(&home.config(), plan.config_text.as_bytes(), plan.config.access())?;
     Config::remember_good(home, &plan.config_text)?;
 
-    if let Some(pins) = &fetched.pins
-        && let Some(bytes) = store::read(pins, 1 << 20)?
-    {
+    if let Some(pins) = &fetched.pins {
         let path = home.state_file(PINS);
-        undo.keep(&path)?;
-        store::replace(&path, &bytes, Access::Private)?;
+        if !plan.keeps() {
+            undo.keep(&path)?;
+            store::remove(&path)?;
+        }
+        // A manager that runs may have had further first contacts meanwhile.
+        endpoint::add_pins(pins, &path)?;
     }
     Ok(())
 }
