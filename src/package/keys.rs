@@ -84,7 +84,10 @@ impl TryFrom<String> for Key {
     type Error = String;
 
     fn try_from(line: String) -> Result<Key, String> {
-        Key::parse(&line).ok_or_else(|| format!("cannot take {line:?} as a minisign public key"))
+        Key::parse(&line).ok_or_else(|| {
+            let shown: String = line.chars().take(60).collect();
+            format!("cannot take {shown:?} as a minisign public key")
+        })
     }
 }
 
