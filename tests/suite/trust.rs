@@ -194,7 +194,6 @@ fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
 #[test]
 fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
-    gateway.publish_self("1.0.0");
     gateway.publish(&Package::sleeper("native", "1.0.0"));
     gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
     let [old, new] = [&gateway, &next].map(|gateway| gateway.path("keys/aops.pub"));
@@ -204,6 +203,8 @@ fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
     let arguments = broken.arguments();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(["--epoch", "7"]).collect();
     gateway.publish_with(&arguments).expect_success();
+    // Last: the bootstrap is that of the package that was published last.
+    gateway.publish_with(&["--self", "--version", "1.0.0", "--epoch", "1"]).expect_success();
     gateway.run();
     let host = TestHost::new();
     bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
