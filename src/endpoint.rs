@@ -6,6 +6,7 @@
 
 mod client;
 mod pace;
+mod pins;
 mod proxy;
 mod tls;
 mod trust;
@@ -18,6 +19,7 @@ use sha2::{Digest as _, Sha256};
 use ureq::http::Uri;
 
 pub use client::{Asker, Astray, Client, Reply, Timeouts, may_pass};
+pub use pins::{add_pins, expect_first_contact};
 pub use proxy::{Exception, Proxies, ProxyUrl};
 pub use tls::with_anyone;
 pub use trust::{Distrust, Trust};

@@ -6,6 +6,7 @@ pub mod keyring;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -13,10 +14,20 @@ use serde::{Deserialize, Serialize};
 use crate::core::model::{AgentId, Digest, Version};
 use crate::home::Home;
 use crate::host_service::Kind;
+use crate::lock::{self, Held};
 use crate::store;
 
 /// An id with its line end; what is longer is something else.
 const MAX_AGENT_ID_BYTES: u64 = 4 << 10;
+
+/// Below `run/`: held while what the host trusts (its epochs, its keyring) is read and written back, as an installation does it beside a
+/// manager that runs.
+const TRUST_LOCK: &str = "trust.lock";
+/// Who holds it writes two or three files.
+const TRUST_LOCK_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The form of state that has `keys.json`, and `pins.json` where a first contact is trusted; homes that were made before have [`Epochs::form`] zero.
+const WITH_KEYRING: u32 = 1;
 
 /// Fields that a newer version wrote; kept for it.
 type Unknown = serde_json::Map<String, serde_json::Value>;
@@ -92,6 +103,10 @@ impl Installed {
 pub struct Epochs {
     #[serde(default)]
     epochs: BTreeMap<String, u64>,
+    /// The form of the state that says whom the host trusts, so that a file that is lost is told from one that a home never had. Absent:
+    /// the first one.
+    #[serde(default)]
+    form: u32,
     #[serde(flatten)]
     unknown: Unknown,
 }
@@ -110,7 +125,33 @@ impl Epochs {
         }
     }
 
-    pub fn save(&self, home: &Home) -> Result<()> {
+    /// Those of a new home.
+    pub fn begin(home: &Home) -> Result<()> {
+        Epochs::default().save(home)
+    }
+
+    /// Commits the epoch of a release of this name on disk, beside whoever else commits another.
+    pub fn commit(home: &Home, name: &str, epoch: u64) -> Result<()> {
+        let _lock = changing_trust(home)?;
+        let mut epochs = Epochs::load(home)?;
+        let is_old = !epochs.has_keyring() && keyring::Keyring::path(home).exists();
+        if is_old {
+            epochs.form = WITH_KEYRING;
+        }
+        if epochs.raise(name, epoch) || is_old { epochs.save(home) } else { Ok(()) }
+    }
+
+    /// Whether the home was made, or renewed, by a version that keeps a keyring.
+    fn has_keyring(&self) -> bool {
+        self.form >= WITH_KEYRING
+    }
+
+    /// Whether it was by one that leaves a file of pins wherever a first contact is trusted, be it an empty one.
+    pub fn expects_pins(&self) -> bool {
+        self.form >= WITH_KEYRING
+    }
+
+    fn save(&self, home: &Home) -> Result<()> {
         store::save(&Epochs::path(home), self)
     }
 
@@ -124,7 +165,7 @@ impl Epochs {
     }
 
     /// A release of this epoch was committed; whether that is news.
-    pub fn commit(&mut self, name: &str, epoch: u64) -> bool {
+    fn raise(&mut self, name: &str, epoch: u64) -> bool {
         let least = self.least(name);
         if epoch > least || !self.epochs.contains_key(name) {
             self.epochs.insert(name.to_owned(), epoch.max(least));
@@ -132,6 +173,17 @@ impl Epochs {
         }
         false
     }
+}
+
+/// Nobody else changes what the host trusts while this is held.
+fn changing_trust(home: &Home) -> Result<Held> {
+    let path = home.run_file(TRUST_LOCK);
+    lock::take(&path, TRUST_LOCK_DEADLINE)?.with_context(|| {
+        format!(
+            "cannot change what this host trusts: another process has held {} for too long; try again",
+            path.display()
+        )
+    })
 }
 
 /// `state/instance.json`: which machine this is, so that a clone of it shows.
@@ -186,7 +238,23 @@ mod tests {
         let home = Home::new(directory.path());
         std::fs::create_dir_all(home.state()).unwrap();
         std::fs::create_dir_all(home.etc()).unwrap();
+        std::fs::create_dir_all(home.run()).unwrap();
         (directory, home)
+    }
+
+    #[test]
+    fn of_those_who_commit_at_the_same_time_nobody_loses_anothers() {
+        let (_directory, home) = home();
+        Epochs::begin(&home).unwrap();
+        let names: Vec<Vec<String>> = (0..4).map(|one| (0..8).map(|n| format!("agent-{one}-{n}")).collect()).collect();
+        std::thread::scope(|scope| {
+            for names in &names {
+                scope.spawn(|| names.iter().for_each(|name| Epochs::commit(&home, name, 7).unwrap()));
+            }
+        });
+        let epochs = Epochs::load(&home).unwrap();
+        let lost: Vec<&String> = names.iter().flatten().filter(|name| epochs.least(name) != 7).collect();
+        assert!(lost.is_empty(), "{lost:?}");
     }
 
     #[test]
@@ -203,9 +271,9 @@ mod tests {
         let (_directory, home) = home();
         assert!(Epochs::load(&home).is_err());
         let mut epochs = Epochs::default();
-        assert!(epochs.commit("aops-spm", 0));
-        assert!(epochs.commit("aops-spm", 3));
-        assert!(!epochs.commit("aops-spm", 2));
+        assert!(epochs.raise("aops-spm", 0));
+        assert!(epochs.raise("aops-spm", 3));
+        assert!(!epochs.raise("aops-spm", 2));
         epochs.save(&home).unwrap();
         assert_eq!(Epochs::load(&home).unwrap().least("aops-spm"), 3);
         assert_eq!(Epochs::load(&home).unwrap().least("other"), 0);

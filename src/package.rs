@@ -10,6 +10,7 @@
 //! <final>/  <final>/.complete     moved into place by one rename; `.complete` is written last and removed first
 //! ```
 
+mod completed;
 mod fetch;
 pub mod keys;
 #[cfg(feature = "gateway")]
@@ -31,7 +32,6 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde::{Deserialize, Serialize};
 
 use crate::core::model::{Binding, Digest, Packing, Release};
 use crate::core::pace::Throttle;
@@ -40,9 +40,11 @@ use crate::home::COMPLETE;
 use crate::store::{self, Access};
 
 use fetch::{Failure, Source};
+use keys::Key;
 use part::Part;
 use space::Space;
 
+pub use completed::{Completed, Withdrawn, completed, discard};
 pub use keys::Keys;
 pub use refused::{Refused, is_refusal};
 #[cfg(feature = "gateway")]
@@ -322,7 +324,8 @@ fn unpacked(
     let limits = unpack::Limits::default();
     let path = unpack::unpack(archive, packing, wanted.release.os, staging, &limits).map_err(refused::by_content)?;
     let file = wanted.release.file_name(packing);
-    Ok(VerifiedTree { path, file, binding: verified.binding, sha256: verified.sha256 })
+    let verify::Verified { binding, sha256, signer } = verified;
+    Ok(VerifiedTree { path, file, binding, sha256, signer })
 }
 
 /// An unpacked package whose signature was verified, in staging. Dropped, it is left to the next [`sweep`].
@@ -332,6 +335,7 @@ pub struct VerifiedTree {
     file: String,
     binding: Binding,
     sha256: Digest,
+    signer: Key,
 }
 
 impl VerifiedTree {
@@ -367,33 +371,13 @@ impl VerifiedTree {
                 file: self.file.clone(),
                 sha256: self.sha256.clone(),
                 epoch: self.binding.epoch,
+                signer: Some(self.signer.clone()),
                 unknown: Default::default(),
             };
             store::replace(&to.join(COMPLETE), &serde_json::to_vec(&record)?, Access::Public)
         };
         attempt().with_context(|| format!("cannot put {} into {}", self.binding.release, to.display()))
     }
-}
-
-/// What `.complete` in a release's directory says: which package was unpacked there, to the end.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Completed {
-    pub file: String,
-    pub sha256: Digest,
-    pub epoch: u64,
-    #[serde(flatten)]
-    unknown: serde_json::Map<String, serde_json::Value>,
-}
-
-/// Which package lies unpacked in `release_dir`; `None` where none does, or not wholly.
-pub fn completed(release_dir: &Path) -> Result<Option<Completed>> {
-    store::load(&release_dir.join(COMPLETE))
-}
-
-/// Removes a release: first it no longer counts, then it is gone.
-pub fn discard(release_dir: &Path) -> Result<()> {
-    store::remove(&release_dir.join(COMPLETE))?;
-    store::remove_tree(release_dir)
 }
 
 /// Clears what earlier runs left: everything in staging, downloads that nobody came back for, and the oldest of the rest beyond the

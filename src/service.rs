@@ -12,6 +12,7 @@ use crate::endpoint::{Endpoint, Fingerprint};
 use crate::home::Home;
 
 mod check;
+mod contact;
 mod fetch;
 mod install;
 mod leftovers;

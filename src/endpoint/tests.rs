@@ -125,6 +125,7 @@ fn a_pinned_certificate_is_accepted_by_itself_or_by_its_key_whatever_it_says() {
 fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
     let directory = tempfile::tempdir().unwrap();
     let pins = directory.path().join("pins.json");
+    expect_first_contact(&pins).unwrap();
     let trust = Trust::FirstContact { pins: pins.clone() };
     let (one, other) = (self_signed(&["localhost"], |_| {}), self_signed(&["localhost"], |_| {}));
 
@@ -149,10 +150,17 @@ fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
 }
 
 #[test]
-fn a_first_contact_that_cannot_be_remembered_fails() {
-    let server = serves(&self_signed(&["localhost"], |_| {}));
-    let trust = Trust::FirstContact { pins: PathBuf::from("/nonexistent/pins.json") };
-    refused(&trust, &server.endpoint(), &["cannot remember the gateway's certificate"]);
+fn whoever_answers_is_no_first_contact_where_the_pins_are_lost() {
+    let identity = self_signed(&["localhost"], |_| {});
+    let server = serves(&identity);
+    let directory = tempfile::tempdir().unwrap();
+    let pins = directory.path().join("pins.json");
+    let trust = Trust::FirstContact { pins: pins.clone() };
+    let pin = format!("--pin {}", Fingerprint::of(&identity.certificate));
+    refused(&trust, &server.endpoint(), &["pins.json is missing", "backup", &pin, "write {} into that file"]);
+    assert!(!pins.exists());
+    std::fs::write(&pins, "{}").unwrap();
+    assert_eq!(got(&trust, &server.endpoint()).as_deref(), Ok("hello"));
 }
 
 #[test]
@@ -245,11 +253,13 @@ fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
     let stolen = Identity { certificate: honest.certificate.clone(), key: thief.key, pem: honest.pem.clone() };
     let directory = tempfile::tempdir().unwrap();
     let pins = directory.path().join("pins.json");
+    expect_first_contact(&pins).unwrap();
+    let before = std::fs::read(&pins).unwrap();
     for trust in [Trust::Pin(vec![Fingerprint::of(&honest.certificate)]), Trust::FirstContact { pins: pins.clone() }] {
         let server = Server::tls_with_resolver(&stolen, |_| Told::ok("hello"));
         assert!(got(&trust, &server.endpoint()).is_err());
     }
-    assert!(!pins.exists());
+    assert_eq!(std::fs::read(&pins).unwrap(), before);
 }
 
 #[test]

@@ -3,7 +3,6 @@
 //! Whatever is trusted, the other end must prove in the handshake that it holds the certificate's key, except under
 //! [`Trust::Insecure`]. A pinned certificate is that very one: its names and dates don't matter then, as the pin says more than they do.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,9 +15,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme};
-use serde::{Deserialize, Serialize};
 
 use super::Fingerprint;
+use super::pins::{MAX_PINS, Pins, Said};
 use crate::store;
 
 /// A file of certificates is refused beyond this; the whole of Mozilla's list is 220 kB.
@@ -36,7 +35,7 @@ pub enum Trust {
     CaFile(PathBuf),
     /// These certificates, or certificates with these public keys, and no others.
     Pin(Vec<Fingerprint>),
-    /// For each origin the certificate that was seen first, remembered in the file `pins`.
+    /// For each origin the certificate that was seen first, remembered in the file `pins`, which must be there.
     FirstContact { pins: PathBuf },
     /// Anything, plain http too.
     Insecure,
@@ -121,6 +120,12 @@ enum Why {
     Changed {
         first: Fingerprint,
     },
+    PinsLost {
+        pins: PathBuf,
+    },
+    TooManyPins {
+        pins: PathBuf,
+    },
     Unusable(String),
 }
 
@@ -182,6 +187,18 @@ impl fmt::Display for Distrust {
                      give `--pin {new}`, or install again with `--fresh`"
                 )
             }
+            Why::PinsLost { pins } => write!(
+                f,
+                ": {} is missing, which says what it was at the first contact, and whoever answers next is not trusted for that; bring it \
+                 back from a backup, or {pin}, or, to accept whoever answers next, write {{}} into that file",
+                pins.display()
+            ),
+            Why::TooManyPins { pins } => write!(
+                f,
+                ": this is a first contact, and {MAX_PINS} are remembered already; remove those that are not needed any more from {}, or \
+                 {pin}",
+                pins.display()
+            ),
             Why::Unusable(why) => write!(f, ": {why}"),
         }
     }
@@ -223,11 +240,7 @@ impl Verifier {
                 }
             }
             Judge::FirstContact(pins) => {
-                let recorded = Pins::load(pins).map_err(|error| Why::Unusable(format!("{error:#}")))?;
-                match recorded.get(&self.origin) {
-                    Some(first) if first != Fingerprint::of(leaf) => Err(Why::Changed { first }),
-                    _ => Ok(()),
-                }
+                judged_by(&pins_in(pins)?, pins, &self.origin, Fingerprint::of(leaf)).map(drop)
             }
             Judge::Authorities { roots, given } => {
                 let parsed = ParsedCertificate::try_from(leaf).map_err(why)?;
@@ -329,35 +342,6 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// `state/pins.json`: the certificates of first contacts, by origin.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Pins {
-    #[serde(default)]
-    pins: BTreeMap<String, Pinned>,
-    #[serde(flatten)]
-    unknown: serde_json::Map<String, serde_json::Value>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Pinned {
-    certificate: Fingerprint,
-    /// RFC 3339.
-    first_seen: String,
-    #[serde(flatten)]
-    unknown: serde_json::Map<String, serde_json::Value>,
-}
-
-impl Pins {
-    fn load(path: &Path) -> Result<Pins> {
-        Ok(store::load(path)?.unwrap_or_default())
-    }
-
-    fn get(&self, origin: &str) -> Option<Fingerprint> {
-        self.pins.get(origin).map(|pinned| pinned.certificate)
-    }
-}
-
 /// Remembers `seen` as the certificate of `origin`, whose handshake has just succeeded, if none is remembered yet.
 /// Answers whether this was the first contact.
 pub(super) fn remember(path: &Path, origin: &str, seen: Fingerprint) -> Result<bool> {
@@ -365,20 +349,30 @@ pub(super) fn remember(path: &Path, origin: &str, seen: Fingerprint) -> Result<b
     static WRITING: Mutex<()> = Mutex::new(());
     let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
 
-    let mut recorded = Pins::load(path)?;
-    match recorded.get(origin) {
-        Some(first) if first == seen => Ok(false),
-        Some(first) => {
-            let why = Why::Changed { first };
-            Err(Distrust { origin: origin.to_owned(), presented: Some(seen), why }.into())
-        }
-        None => {
-            let first_seen = jiff::Timestamp::now().to_string();
-            recorded
-                .pins
-                .insert(origin.to_owned(), Pinned { certificate: seen, first_seen, unknown: Default::default() });
-            store::save(path, &recorded).context("cannot remember the gateway's certificate")?;
-            Ok(true)
-        }
+    let distrusted = |why| Distrust { origin: origin.to_owned(), presented: Some(seen), why };
+    let mut pins = pins_in(path).map_err(distrusted)?;
+    if judged_by(&pins, path, origin, seen).map_err(distrusted)? {
+        pins.add(origin, seen);
+        pins.save(path)?;
+        return Ok(true);
+    }
+    Ok(false)
+}
+
+fn pins_in(path: &Path) -> Result<Pins, Why> {
+    match Pins::load(path) {
+        Ok(Some(pins)) => Ok(pins),
+        Ok(None) => Err(Why::PinsLost { pins: path.to_owned() }),
+        Err(error) => Err(Why::Unusable(format!("{error:#}"))),
+    }
+}
+
+/// Whether it is the first contact.
+fn judged_by(pins: &Pins, path: &Path, origin: &str, seen: Fingerprint) -> Result<bool, Why> {
+    match pins.say(origin, seen) {
+        Said::Known => Ok(false),
+        Said::First => Ok(true),
+        Said::Changed { first } => Err(Why::Changed { first }),
+        Said::Full => Err(Why::TooManyPins { pins: path.to_owned() }),
     }
 }

@@ -14,13 +14,14 @@
 //! A revoked key is refused wherever it comes from, be it baked in, carried by a bootstrap or brought by a later package, and whatever id
 //! it goes by; a roll back does not take a revocation back. Only an operator's own file in `etc/keys` counts for more: such a key stays
 //! trusted until its file is removed, which is told. That a key in `etc/keys` is not the operator's own shows by its being among those brought.
+//! A home that was made before there was `state/keys.json` cannot say it, and counts as having been brought all of them.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{Unknown, guard};
+use super::{Epochs, Unknown, changing_trust, guard};
 use crate::core::model::Version;
 use crate::home::Home;
 use crate::package::Keys;
@@ -105,9 +106,32 @@ pub fn trusted(home: &Home) -> Result<Keys> {
     Keyring::load(home)?.trusted(&Keys::load(&home.keys())?, &Keys::baked_in()?)
 }
 
+/// Takes over whom an installation tells to trust: the operator, who has `given` keys, the bootstrap, which has `carried` some, and the
+/// package of the manager with its `offer`. Answers what an operator should hear of. Of a home that `stands` all else is kept.
+pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
+    let _lock = changing_trust(home)?;
+    let standing = if stands { Keyring::load(home)? } else { Keyring::default() };
+    let (ring, accepted) = standing.installed(given, carried, &Keys::load(&home.keys())?);
+    // A key is never without its file or its entry; and a file is never there before it is known that the bootstrap brought it.
+    given.save_to(&home.keys())?;
+    ring.save(home)?;
+    accepted.save_to(&home.keys())?;
+    commit(home, &ring, offer)
+}
+
+/// Before the files in `etc/keys` are put back as they were `before` an installation that failed: what it revoked stays so, for the signed
+/// word of a trusted key says so, and so do the keys that packages and bootstraps brought, for without them a host could be left that
+/// trusts nobody. What the operator gave goes with its file.
+pub fn keep_after_failure(home: &Home, before: &Keyring) -> Result<()> {
+    let _lock = changing_trust(home)?;
+    let ring = Keyring::load(home)?;
+    let joined = ring.clone().joined(before);
+    if joined == ring { Ok(()) } else { joined.save(home) }
+}
+
 /// Takes over what a package of the manager says about keys, whose release is being committed; answers what an operator should hear of.
 /// It may be repeated.
-pub fn commit(home: &Home, ring: &Keyring, offer: &Offer) -> Result<Vec<String>> {
+fn commit(home: &Home, ring: &Keyring, offer: &Offer) -> Result<Vec<String>> {
     let (ring, remarks) = ring.after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
     // First it is refused; then its file goes, which would be the operator's if nothing said that it was brought.
     ring.save(home)?;
@@ -121,17 +145,29 @@ pub fn commit(home: &Home, ring: &Keyring, offer: &Offer) -> Result<Vec<String>>
 }
 
 impl Keyring {
-    /// The keys of a standing home. That they are missing is an error: what was revoked would be trusted again.
+    /// The keys of a standing home. That they are missing is an error, but for one from before they were kept: what was revoked would be
+    /// trusted again.
     pub fn load(home: &Home) -> Result<Keyring> {
         let path = Keyring::path(home);
         match store::load(&path)? {
             Some(ring) => Ok(ring),
+            None if !Epochs::load(home)?.has_keyring() => Ok(Keyring::of_before(&Keys::load(&home.keys())?)),
             None => bail!(
                 "cannot read {}: it is missing, and without it keys that were revoked would be trusted again; bring it back \
                  from a backup, or install again with --fresh",
                 path.display()
             ),
         }
+    }
+
+    /// Nobody noted then who put a key there. It counts as brought: that it was compromised, and so is revoked, must hold on every host of
+    /// a fleet; whoever does not agree gives it again.
+    fn of_before(etc: &Keys) -> Keyring {
+        let mut ring = Keyring::default();
+        for key in etc.iter() {
+            ring.bring(key, "an earlier installation");
+        }
+        ring
     }
 
     fn save(&self, home: &Home) -> Result<()> {
@@ -221,6 +257,21 @@ impl Keyring {
         let revoked: Vec<Key> = self.revoked.iter().map(|entry| entry.key.clone()).collect();
         let is_revoked = |key: &Key| revoked.iter().any(|other| other.is_same(key));
         self.brought.retain(|entry| !is_revoked(&entry.key) || etc.contains(&entry.key));
+        self
+    }
+
+    /// With all that is in either.
+    fn joined(mut self, other: &Keyring) -> Keyring {
+        for entry in &other.brought {
+            if !self.is_brought(&entry.key) {
+                self.brought.push(entry.clone());
+            }
+        }
+        for entry in &other.revoked {
+            if !self.is_revoked(&entry.key) {
+                self.revoked.push(entry.clone());
+            }
+        }
         self
     }
 

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use minisign_verify::PublicKey;
+use serde::{Deserialize, Serialize};
 
 use crate::store::{self, Access};
 
@@ -41,8 +42,9 @@ pub(super) fn key_id(base64: &str) -> Option<KeyId> {
     Some(KeyId(bytes.get(2..10)?.try_into().ok()?))
 }
 
-/// One public key.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One public key. Stored, it is the line of minisign's file that it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Key {
     id: KeyId,
     base64: String,
@@ -66,10 +68,32 @@ impl Key {
         self.point == other.point
     }
 
+    /// What signatures are verified by.
+    pub(super) fn public(&self) -> &PublicKey {
+        &self.key
+    }
+
     fn parse(line: &str) -> Option<Key> {
         let bytes = BASE64_STANDARD.decode(line).ok()?;
         let point = bytes.get(POINT_AT..)?.try_into().ok()?;
         Some(Key { id: key_id(line)?, base64: line.to_owned(), key: PublicKey::from_base64(line).ok()?, point })
+    }
+}
+
+impl TryFrom<String> for Key {
+    type Error = String;
+
+    fn try_from(line: String) -> Result<Key, String> {
+        Key::parse(&line).ok_or_else(|| {
+            let shown: String = line.chars().take(60).collect();
+            format!("cannot take {shown:?} as a minisign public key")
+        })
+    }
+}
+
+impl From<Key> for String {
+    fn from(key: Key) -> String {
+        key.base64
     }
 }
 
@@ -227,8 +251,8 @@ impl Keys {
     }
 
     /// The keys with this id; nearly always one.
-    pub(super) fn with_id(&self, id: KeyId) -> impl Iterator<Item = &PublicKey> {
-        self.keys.iter().filter(move |key| key.id == id).map(|key| &key.key)
+    pub(super) fn with_id(&self, id: KeyId) -> impl Iterator<Item = &Key> {
+        self.keys.iter().filter(move |key| key.id == id)
     }
 
     /// Trusts this one too.

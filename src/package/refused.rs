@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::ErrorKind;
 
-use super::Unavailable;
+use super::{Unavailable, Withdrawn};
 use crate::endpoint::{Astray, Distrust};
 
 /// Stands in the chain of an error whose package was looked at and refused: by its signature, by what it was announced as, or by what is in it.
@@ -16,10 +16,11 @@ impl fmt::Display for Refused {
     }
 }
 
-/// Whether an error says that somebody or something was looked at and not trusted: a package, a certificate, a redirect elsewhere.
+/// Whether an error says that somebody or something was looked at and not trusted: a package, a release that was withdrawn, a certificate,
+/// a redirect elsewhere.
 pub fn is_refusal(error: &anyhow::Error) -> bool {
     let by_source = error.downcast_ref::<Unavailable>().is_some_and(|unavailable| unavailable.refused);
-    by_source || error.is::<Refused>() || error.is::<Distrust>() || error.is::<Astray>()
+    by_source || error.is::<Refused>() || error.is::<Withdrawn>() || error.is::<Distrust>() || error.is::<Astray>()
 }
 
 /// Marks why a package could not be unpacked, unless this host is why.

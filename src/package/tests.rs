@@ -137,6 +137,7 @@ fn a_signed_package_becomes_a_release() {
     assert_eq!(fs::read(to.join("bin/run")).unwrap(), b"#!/bin/sh\n");
     let record = completed(&to).unwrap().unwrap();
     assert_eq!((record.file.as_str(), record.sha256, record.epoch), ("demo-1.0_linux_amd64.tar.zst", sha256, 3));
+    assert_eq!(record.signer.as_ref(), keys.iter().next());
 
     let again = desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
     assert!(format!("{:#}", again.move_to(&to).unwrap_err()).contains("stands there already"));

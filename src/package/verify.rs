@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use minisign_verify::{Error, Signature, StreamVerifier};
 use sha2::{Digest as _, Sha256};
 
-use super::keys::{KeyId, Keys, key_id};
+use super::keys::{Key, KeyId, Keys, key_id};
 use super::{Refused, Wanted, ensure_size};
 use crate::core::model::{Binding, Digest};
 
@@ -27,6 +27,7 @@ pub(super) struct Examined {
 pub(super) struct Verified {
     pub(super) binding: Binding,
     pub(super) sha256: Digest,
+    pub(super) signer: Key,
 }
 
 /// Looks at a signature before its package is downloaded: what could not be accepted anyway is not worth the way.
@@ -52,7 +53,7 @@ fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
         );
     }
     for key in trusted {
-        key.verify_stream(&signature).map_err(|error| match error {
+        key.public().verify_stream(&signature).map_err(|error| match error {
             Error::UnsupportedLegacyMode => anyhow::anyhow!(
                 "the signature is of minisign's legacy kind, which is not accepted; sign again with `minisign -S -H`, or \
                  publish again with `aops gateway publish`"
@@ -82,7 +83,7 @@ fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
 impl Examined {
     /// Begins to verify a package's bytes, from its first one.
     pub(super) fn begin<'a>(&'a self, keys: &'a Keys) -> Result<Verification<'a>> {
-        let streams = keys.with_id(self.signer).map(|key| key.verify_stream(&self.signature));
+        let streams = keys.with_id(self.signer).map(|key| Ok((key, key.public().verify_stream(&self.signature)?)));
         let verifiers = streams.collect::<Result<Vec<_>, Error>>()?;
         Ok(Verification { examined: self, verifiers, hasher: Sha256::new(), size: 0 })
     }
@@ -92,7 +93,7 @@ impl Examined {
 pub(super) struct Verification<'a> {
     examined: &'a Examined,
     /// Of each trusted key with the signature's id.
-    verifiers: Vec<StreamVerifier<'a>>,
+    verifiers: Vec<(&'a Key, StreamVerifier<'a>)>,
     hasher: Sha256,
     size: u64,
 }
@@ -101,7 +102,7 @@ impl Verification<'_> {
     /// The bytes that follow those that it was given before.
     pub(super) fn update(&mut self, bytes: &[u8]) {
         self.hasher.update(bytes);
-        self.verifiers.iter_mut().for_each(|verifier| verifier.update(bytes));
+        self.verifiers.iter_mut().for_each(|(_, verifier)| verifier.update(bytes));
         self.size += bytes.len() as u64;
     }
 
@@ -113,16 +114,19 @@ impl Verification<'_> {
     /// Judges the bytes that it was given as the whole of the package, by the signature.
     pub(super) fn finish(mut self) -> Result<Signed> {
         let Examined { signer, binding, .. } = self.examined;
-        if !self.verifiers.iter_mut().any(|verifier| verifier.finalize().is_ok()) {
+        let signed_by =
+            self.verifiers.iter_mut().find_map(|(key, verifier)| verifier.finalize().is_ok().then_some(*key));
+        let Some(signed_by) = signed_by else {
             let error = anyhow!(
                 "the package has been tampered with or damaged: its {} bytes and its comment are not what the key {signer} \
                  signed; nothing of it was unpacked. Publish it again, and find out who changed it",
                 self.size
             );
             return Err(error.context(Refused));
-        }
+        };
         let sha256 = hex(&self.hasher.finalize()).parse::<Digest>().context("cannot note the package's SHA-256")?;
-        Ok(Signed { size: self.size, verified: Verified { binding: binding.clone(), sha256 } })
+        let verified = Verified { binding: binding.clone(), sha256, signer: signed_by.clone() };
+        Ok(Signed { size: self.size, verified })
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::contact::{self, Contact};
 use super::{InstallOptions, LOCK, ServiceChoice, Surroundings, WORK, old, progress, site};
 use crate::config::{self, Certificate, Config, ProxyChoice};
 use crate::core::model::{AgentId, MANAGER_PACKAGE, Version};
@@ -98,6 +99,8 @@ pub(super) struct Plan {
     pub(super) config_text: String,
     /// The content of `etc/ca.pem`, where a new one is given.
     pub(super) ca_file: Option<Vec<u8>>,
+    /// Where a first contact is trusted: whether it was made.
+    pub(super) contact: Option<Contact>,
     pub(super) trusted: Trusted,
     /// The lowest epoch of the manager's package that is accepted.
     pub(super) least_epoch: u64,
@@ -230,7 +233,7 @@ pub(super) fn plan(
         progress::say(format_args!("the agent id changes from {standing_id} to {agent_id}"));
     }
 
-    let config = settle(imported.config.as_ref().or(standing_config.as_ref()), options);
+    let config = settle(standing_config.as_ref(), imported.config.as_ref(), options);
     let config = with_proxy(config, &Proxies::of_environment(|name| std::env::var(name).ok()));
     if config.heartbeat_srv.is_empty() {
         return Err(Usage(
@@ -252,6 +255,7 @@ pub(super) fn plan(
 
     let ca_file = options.ca_cert.as_deref().map(certificates).transpose()?;
     guard::home(home)?;
+    let contact = contact::of(home, keeps, &config.certificate)?;
     let trusted = trusted(options, home, &surroundings.executable, keeps)?;
     let least_epoch = if keeps { Epochs::load(home)?.least(MANAGER_PACKAGE) } else { 0 };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
@@ -274,6 +278,7 @@ pub(super) fn plan(
         config,
         config_text,
         ca_file,
+        contact,
         trusted,
         least_epoch,
         version: options.version.clone(),
@@ -303,9 +308,13 @@ fn standing_config(home: &Home) -> Result<(Option<String>, Option<Config>)> {
     Ok((text, config))
 }
 
-/// The settings to be: those that stand or were imported, with what the command line says on top.
-fn settle(base: Option<&Config>, options: &InstallOptions) -> Config {
-    let mut config = base.cloned().unwrap_or_default();
+/// The settings to be: those that stand or were imported, with what the command line says on top. How a home that stands checks the
+/// gateway's certificate stays, unless another way is asked for: a first contact is for a home that has no way yet.
+fn settle(standing: Option<&Config>, imported: Option<&Config>, options: &InstallOptions) -> Config {
+    let mut config = imported.or(standing).cloned().unwrap_or_default();
+    if let Some(standing) = standing {
+        config.certificate.clone_from(&standing.certificate);
+    }
     if !options.endpoint.is_empty() {
         config.heartbeat_srv.clone_from(&options.endpoint);
     }
@@ -315,7 +324,7 @@ fn settle(base: Option<&Config>, options: &InstallOptions) -> Config {
         config.certificate = Certificate::Pinned(options.pin.clone());
     } else if options.insecure {
         config.certificate = Certificate::Unchecked;
-    } else if options.pin_first_contact && config.certificate == Certificate::System {
+    } else if options.pin_first_contact && standing.is_none() && config.certificate == Certificate::System {
         config.certificate = Certificate::FirstContact;
     }
     if let Some(product) = options.product.as_deref() {
@@ -442,25 +451,31 @@ mod tests {
             certificate: Certificate::Authority("etc/mine.pem".into()),
             ..Config::default()
         };
-        let settled = settle(Some(&standing), &options());
+        let settled = settle(Some(&standing), None, &options());
         assert_eq!(settled, Config { heartbeat_srv: options().endpoint, ..standing.clone() });
-        assert_eq!(settle(Some(&standing), &InstallOptions::default()), standing);
+        assert_eq!(settle(Some(&standing), None, &InstallOptions::default()), standing);
 
         let told = InstallOptions { product: Some("auto".to_owned()), insecure: true, ..options() };
-        let settled = settle(Some(&standing), &told);
+        let settled = settle(Some(&standing), None, &told);
         assert_eq!((settled.product, settled.certificate), (None, Certificate::Unchecked));
     }
 
     #[test]
     fn the_first_contact_is_pinned_only_where_nothing_else_was_said() {
         let first = InstallOptions { pin_first_contact: true, ..options() };
-        assert_eq!(settle(None, &first).certificate, Certificate::FirstContact);
-        assert_eq!(settle(None, &options()).certificate, Certificate::System);
+        assert_eq!(settle(None, None, &first).certificate, Certificate::FirstContact);
+        assert_eq!(settle(None, None, &options()).certificate, Certificate::System);
+        // Of the system that is replaced nothing is known but that it took anything.
+        assert_eq!(settle(None, Some(&Config::default()), &first).certificate, Certificate::FirstContact);
+        // A home that goes by the system's roots goes on doing so, also with the settings of another.
+        for imported in [None, Some(&Config { certificate: Certificate::Unchecked, ..Config::default() })] {
+            assert_eq!(settle(Some(&Config::default()), imported, &first).certificate, Certificate::System);
+        }
         let pinned = Certificate::Pinned(vec!["00".repeat(32).parse().unwrap()]);
         let standing = Config { certificate: pinned.clone(), ..Config::default() };
-        assert_eq!(settle(Some(&standing), &first).certificate, pinned);
+        assert_eq!(settle(Some(&standing), None, &first).certificate, pinned);
         let ca = InstallOptions { ca_cert: Some("x".into()), ..first };
-        assert_eq!(settle(Some(&standing), &ca).certificate, Certificate::Authority(CA_FILE.into()));
+        assert_eq!(settle(Some(&standing), None, &ca).certificate, Certificate::Authority(CA_FILE.into()));
     }
 
     #[test]

@@ -8,9 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::check::Plan;
+use super::contact;
 use super::progress::{self, Download};
 use super::site::Site;
-use crate::config::{Certificate, PINS};
+use crate::config::Certificate;
 use crate::core::model::{AgentName, Arch, MANAGER_PACKAGE, Os, Packing, Release};
 use crate::core::protocol::{self, DOWNLOAD_PATH};
 use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
@@ -44,12 +45,10 @@ impl Fetched {
 /// Downloads, verifies, unpacks, and tries the release that the plan names.
 pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
     let places = Places { cache: site.work().join("cache"), staging: site.work().join("staging") };
-    let (tree, file, pins) = match &plan.package {
-        Some(package) => {
-            let (tree, file) = local(plan, package, &places.staging)?;
-            (tree, file, None)
-        }
-        None => remote(plan, &places, &site.work())?,
+    let pins = contact::begin(plan.contact, &plan.home, &site.work())?;
+    let (tree, file) = match &plan.package {
+        Some(package) => local(plan, package, &places.staging)?,
+        None => remote(plan, &places, &site.work(), pins.as_deref())?,
     };
     let executable = executable_in(tree.path());
     if !executable.is_file() {
@@ -95,8 +94,8 @@ fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, Stri
     Ok((package::open_local(path, &wanted, &plan.trusted.keys, staging)?, file))
 }
 
-fn remote(plan: &Plan, places: &Places, work: &Path) -> Result<(VerifiedTree, String, Option<PathBuf>)> {
-    let (trust, pins) = trust(plan, work)?;
+fn remote(plan: &Plan, places: &Places, work: &Path, pins: Option<&Path>) -> Result<(VerifiedTree, String)> {
+    let trust = trust(plan, work, pins)?;
     if trust == Trust::Insecure {
         progress::warn("the gateway's certificate is not checked (--insecure)");
     }
@@ -124,28 +123,21 @@ fn remote(plan: &Plan, places: &Places, work: &Path) -> Result<(VerifiedTree, St
     })?;
     drop(download);
     let file = wanted.file.unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
-    Ok((tree, file, pins))
+    Ok((tree, file))
 }
 
 /// How the certificate is checked now, when nothing of the home is in place yet.
-fn trust(plan: &Plan, work: &Path) -> Result<(Trust, Option<PathBuf>)> {
-    let own = plan.config.trust(&plan.home);
-    match &plan.config.certificate {
-        Certificate::Authority(_) => {
-            let Some(bytes) = &plan.ca_file else { return Ok((own, None)) };
+fn trust(plan: &Plan, work: &Path, pins: Option<&Path>) -> Result<Trust> {
+    if let Some(pins) = pins {
+        return Ok(Trust::FirstContact { pins: pins.to_owned() });
+    }
+    match (&plan.config.certificate, &plan.ca_file) {
+        (Certificate::Authority(_), Some(bytes)) => {
             let path = work.join("ca.pem");
             fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
-            Ok((Trust::CaFile(path), None))
+            Ok(Trust::CaFile(path))
         }
-        Certificate::FirstContact => {
-            let path = work.join(PINS);
-            let standing = plan.home.state_file(PINS);
-            if !plan.fresh && standing.is_file() {
-                fs::copy(&standing, &path).with_context(|| format!("cannot copy {}", standing.display()))?;
-            }
-            Ok((Trust::FirstContact { pins: path.clone() }, Some(path)))
-        }
-        _ => Ok((own, None)),
+        _ => Ok(plan.config.trust(&plan.home)),
     }
 }
 

@@ -8,7 +8,8 @@
 //! wait              until the manager answers
 //! ```
 //!
-//! A failure from `stop` on puts back what stood there and starts it again. On a host where nothing stood, an installation whose manager
+//! A failure from `stop` on puts back what stood there and starts it again, but for the epochs that were committed and the keys that were
+//! revoked: these stay. On a host where nothing stood, an installation whose manager
 //! does not answer in time stays where a service manager goes on starting it: it is whole.
 
 use std::fmt;
@@ -26,6 +27,7 @@ use super::{InstallOptions, Surroundings, WRONG_USAGE, old, progress, roles, swi
 use crate::home::Home;
 use crate::host_service::Kind;
 use crate::installation::Installed;
+use crate::installation::keyring::{self, Keyring};
 use crate::store;
 
 /// Where an installation is, as an operator is told.
@@ -143,6 +145,7 @@ fn recover(home: &Home, executable: &Path) -> Result<()> {
 fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed> {
     let mut undo = Undo::begin(site.work().join("undo")).at(Step::Fetch)?;
     let ran = roles::run(&plan.home);
+    let ring = plan.keeps().then(|| Keyring::load(&plan.home)).transpose().at(Step::Fetch)?;
     let Err(failed) = carry_out(plan, fetched, site, &mut undo) else {
         // What was replaced is needed no more. Where it can't be removed, it is in nobody's way.
         if let Err(error) = store::remove_tree(&old::aside(&plan.home)) {
@@ -157,11 +160,14 @@ fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed
         return Err(Failed { step: failed.step, error: failed.error.context(stays) });
     }
     progress::say(format_args!("step {} failed; putting back what was there", failed.step));
-    let undone = match take_back(plan, failed.step, ran, site, undo) {
+    let undone = match take_back(plan, failed.step, ran, ring.as_ref(), site, undo) {
         Ok(()) if plan.standing == Standing::Nothing => {
             "everything was taken back; the command can be repeated".to_owned()
         }
-        Ok(()) => "what was there before is back as it was; the command can be repeated".to_owned(),
+        Ok(()) => {
+            "what was there before is back as it was (epochs and revoked keys only grow); the command can be repeated"
+                .to_owned()
+        }
         Err(error) => format!("what was there before could not be put back ({error:#}); repeat the command"),
     };
     Err(Failed { step: failed.step, error: failed.error.context(undone) })
@@ -194,8 +200,8 @@ fn was_registered(plan: &Plan) -> bool {
     matches!(&plan.standing, Standing::Aops(installed) if installed.service == Kind::Systemd)
 }
 
-/// Undoes what was done up to `step`, in the opposite order. What `ran` before runs again.
-fn take_back(plan: &Plan, step: Step, ran: bool, site: &mut Site, undo: Undo) -> Result<()> {
+/// Undoes what was done up to `step`, in the opposite order. What `ran` before runs again; `ring` is the keyring from before.
+fn take_back(plan: &Plan, step: Step, ran: bool, ring: Option<&Keyring>, site: &mut Site, undo: Undo) -> Result<()> {
     let home = &plan.home;
     if !plan.keeps() && step >= Step::Register {
         roles::stop_all(home)?;
@@ -203,6 +209,8 @@ fn take_back(plan: &Plan, step: Step, ran: bool, site: &mut Site, undo: Undo) ->
     if step >= Step::Register && plan.kind == Kind::Systemd && !was_registered(plan) {
         roles::register(home, Kind::None)?;
     }
+    // Before the files of keys are back; where it fails, all else is put back all the same.
+    let kept = ring.map_or(Ok(()), |ring| keyring::keep_after_failure(home, ring));
     undo.roll_back()?;
     if plan.replaces_all() {
         site.forget_inside();
@@ -216,6 +224,7 @@ fn take_back(plan: &Plan, step: Step, ran: bool, site: &mut Site, undo: Undo) ->
         Standing::Aops(_) if !ran => roles::stop_all(home),
         Standing::Aops(installed) => roles::start_again(home, installed.service),
     }
+    .and(kept)
 }
 
 fn summary(plan: &Plan, fetched: &Fetched) {

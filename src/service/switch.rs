@@ -13,11 +13,11 @@ use super::site::Site;
 use super::undo::Undo;
 use crate::config::{Config, PINS};
 use crate::core::model::MANAGER_PACKAGE;
+use crate::endpoint;
 use crate::home::Home;
 use crate::host_service::product;
 use crate::installation::keyring::{self, Keyring};
 use crate::installation::{Epochs, Installed, Manager};
-use crate::package::Keys;
 use crate::platform;
 use crate::store::{self, Access};
 
@@ -52,12 +52,14 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
     store::replace(&home.config(), plan.config_text.as_bytes(), plan.config.access())?;
     Config::remember_good(home, &plan.config_text)?;
 
-    if let Some(pins) = &fetched.pins
-        && let Some(bytes) = store::read(pins, 1 << 20)?
-    {
+    if let Some(pins) = &fetched.pins {
         let path = home.state_file(PINS);
-        undo.keep(&path)?;
-        store::replace(&path, &bytes, Access::Private)?;
+        if !plan.keeps() {
+            undo.keep(&path)?;
+            store::remove(&path)?;
+        }
+        // A manager that runs may have had further first contacts meanwhile.
+        endpoint::add_pins(pins, &path)?;
     }
     Ok(())
 }
@@ -66,14 +68,11 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
 fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
     undo.keep(&home.keys())?;
-    undo.keep(&Keyring::path(home))?;
+    if !plan.keeps() {
+        undo.keep(&Keyring::path(home))?;
+    }
     let (given, carried) = (&plan.trusted.given, &plan.trusted.carried);
-    // A manager that runs may have changed them meanwhile.
-    let standing = if plan.keeps() { Keyring::load(home)? } else { Keyring::default() };
-    let (ring, accepted) = standing.installed(given, carried, &Keys::load(&home.keys())?);
-    given.save_to(&home.keys())?;
-    accepted.save_to(&home.keys())?;
-    for remark in keyring::commit(home, &ring, &fetched.offer)? {
+    for remark in keyring::install(home, plan.keeps(), given, carried, &fetched.offer)? {
         progress::say(remark);
     }
     Ok(())
@@ -128,13 +127,15 @@ fn command_link(plan: &Plan, undo: &mut Undo) -> Result<Vec<PathBuf>> {
 fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
     keys(plan, fetched, undo)?;
-    for path in [Epochs::path(home), Manager::path(home), Installed::path(home)] {
+    // Those of a home that stands only grow, whatever becomes of this installation; a manager that runs commits others meanwhile.
+    if !plan.keeps() {
+        undo.keep(&Epochs::path(home))?;
+        Epochs::begin(home)?;
+    }
+    Epochs::commit(home, MANAGER_PACKAGE, fetched.manager.epoch)?;
+    for path in [Manager::path(home), Installed::path(home)] {
         undo.keep(&path)?;
     }
-    // A manager that runs may have committed others meanwhile.
-    let mut epochs = if plan.keeps() { Epochs::load(home)? } else { Epochs::default() };
-    epochs.commit(MANAGER_PACKAGE, fetched.manager.epoch);
-    epochs.save(home)?;
     fetched.manager.save(home)?;
     let mut installed = match &plan.standing {
         Standing::Aops(installed) => installed.clone(),

@@ -103,6 +103,10 @@ impl Agent {
         let mut agent = Agent::new(name, restarts);
         let mut found: Vec<(std::time::SystemTime, Version)> = vec![];
         for entry in std::fs::read_dir(home.agent(&agent.name)).into_iter().flatten().flatten() {
+            // The link `current` is none, though one could read it as a version and find a whole release behind it.
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
             let complete = entry.path().join(home::COMPLETE);
             let version = entry.file_name().to_str().and_then(|name| name.parse::<Version>().ok());
             if let (Some(version), Ok(metadata)) = (version, complete.metadata()) {
@@ -240,5 +244,29 @@ impl Agent {
             last_error: self.last_error(),
             download: self.staging.as_ref().and_then(Staging::status),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_alone_are_found_and_the_one_to_go_back_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        let name: AgentName = "a".parse().unwrap();
+        for version in ["1", "2", "half"] {
+            let release = home.release(&name, &version.parse().unwrap());
+            std::fs::create_dir_all(&release).unwrap();
+            if version != "half" {
+                std::fs::write(release.join(home::COMPLETE), "{}").unwrap();
+            }
+        }
+        platform::write_current(&home.current(&name), "2").unwrap();
+        let found = Agent::found(&home, name, 0);
+        let version = |text: &str| -> Version { text.parse().unwrap() };
+        assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
+        assert_eq!((found.active, found.backup), (Some(version("2")), Some(version("1"))));
     }
 }

@@ -16,7 +16,7 @@ use crate::core::status::DownloadStatus;
 use crate::home::Home;
 use crate::installation::guard::{self, Unsound};
 use crate::installation::{Epochs, keyring};
-use crate::package::{self, Commons, Means, Places, Unavailable, Wanted};
+use crate::package::{self, Commons, Completed, Means, Places, Unavailable, Wanted};
 use crate::platform;
 use crate::process::launch;
 
@@ -173,13 +173,18 @@ pub(super) fn wanted(name: &AgentName, order: &Order) -> Wanted {
     }
 }
 
-/// Commits the epoch of a release that is being activated: no older one is accepted from then on.
-pub(super) fn commit_epoch(home: &Home, name: &AgentName, release: &std::path::Path) -> Result<()> {
+/// Whether a release that lies on disk may be activated: the home can be relied on, and nothing that the release was accepted by when it was
+/// staged was withdrawn since.
+pub(super) fn admit(home: &Home, name: &AgentName, version: &Version) -> Result<Completed> {
     guard::agent(home, name)?;
-    let Some(completed) = package::completed(release)? else { bail!("{} is not whole", release.display()) };
-    let mut epochs = Epochs::load(home)?;
-    if epochs.commit(name.as_str(), completed.epoch) {
-        epochs.save(home)?;
-    }
-    Ok(())
+    let release = home.release(name, version);
+    let Some(completed) = package::completed(&release)? else { bail!("{} is not whole", release.display()) };
+    completed.admit(Epochs::load(home)?.least(name.as_str()), &keyring::trusted(home)?)?;
+    Ok(completed)
+}
+
+/// As [`admit`], and commits the release's epoch: no older one is accepted from then on.
+pub(super) fn commit_epoch(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
+    let completed = admit(home, name, version)?;
+    Epochs::commit(home, name.as_str(), completed.epoch)
 }

@@ -169,9 +169,20 @@ fn another_certificate_than_that_of_the_first_contact_is_refused() {
     });
     assert_eq!(status["gateway"]["connected"], false);
     standing.assert_same_processes();
-    // What the message says helps.
-    fs::remove_file(standing.host.home().join("state/pins.json")).expect("it is there");
+    // Who makes the file go away, or loses it, does not make the next one who answers the first.
+    let pins = standing.host.home().join("state/pins.json");
+    fs::remove_file(&pins).expect("it is there");
+    let words = ["pins.json is missing", "backup", "--pin", "write {} into that file"];
+    assert_refused(&install(&[]), 1, &words);
+    standing.host.wait_for_status("the manager to refuse it too", SOON, |status| {
+        status["gateway"]["lastError"].as_str().is_some_and(|error| words.iter().all(|word| error.contains(word)))
+    });
+    standing.assert_same_processes();
+    assert!(!pins.exists());
+    // What the message says helps, be it the one or the other.
+    fs::write(&pins, "{}").expect("it is ours");
     install(&[]).expect_code(0);
+    assert!(fs::read_to_string(&pins).expect("it is there").contains(&url));
     let connected = |status: &Value| status["gateway"]["connected"] == true;
     standing.host.wait_for_status("the gateway", SOON, connected);
     assert_eq!(standing.host.wait_for_agent("native"), standing.pids[2]);

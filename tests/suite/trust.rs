@@ -151,6 +151,129 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
 }
 
 #[test]
+fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
+    let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
+    gateway.publish_self("1.0.0");
+    for version in ["1.0.0", "2.0.0"] {
+        gateway.publish(&Package::sleeper("native", version));
+    }
+    let want = |gateway: &Gateway, version: &str| {
+        gateway.fleet(&format!("heartbeatInterval = \"1s\"\nagents.native.version = \"{version}\"\n"));
+    };
+    want(&gateway, "1.0.0");
+    gateway.run();
+    let host = TestHost::new();
+    bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
+    let first = host.wait_for_agent("native");
+    want(&gateway, "2.0.0");
+    let pid = host.wait_for_new_pid("native", first);
+
+    let keys = [next.path("keys/aops.pub"), gateway.path("keys/aops.pub")];
+    gateway.publish(&manager("1.1.0", &[&keys[0]], &[&keys[1]]));
+    wait_for("the gateway to have it", SOON, || host.install(&["--version", "1.1.0"]).success().then_some(()));
+    // What is active goes on, though the same key has signed it.
+    assert_eq!(host.wait_for_agent("native"), pid);
+    let kept = host.home().join("agents/native/1.0.0");
+    assert!(kept.join(".complete").exists());
+    want(&gateway, "1.0.0");
+    wait_for("the gateway to hear of it", SOON, || {
+        let events = gateway.status()["hosts"][0]["events"].as_array()?.clone();
+        let is_it = |event: &&Value| event["kind"] == "activate" && event["outcome"] == "refused";
+        let says = |event: &Value| event["message"].to_string().contains("was revoked by aops-spm 1.1.0");
+        events.iter().filter(is_it).any(says).then_some(())
+    });
+    wait_for("it to be gone", SOON, || (!kept.exists()).then_some(()));
+    assert_eq!(host.wait_for_agent("native"), pid);
+    // After a power cut too.
+    host.crash();
+    host.control(&["start"]).expect_code(0);
+    host.wait_for_agent("native");
+    assert_eq!(host.status()["agents"][0]["version"], "2.0.0");
+}
+
+#[test]
+fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
+    let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
+    gateway.publish(&Package::sleeper("native", "1.0.0"));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
+    let [old, new] = [&gateway, &next].map(|gateway| gateway.path("keys/aops.pub"));
+    // One that tells its version, and cannot do anything else.
+    let script = "#!/bin/sh\ncase \"$1\" in --version) echo broken ;; *) exit 3 ;; esac\n";
+    let broken = manager("broken", &[&new], &[&old]).with_file("bin/aops", script, 0o755);
+    let arguments = broken.arguments();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(["--epoch", "7"]).collect();
+    gateway.publish_with(&arguments).expect_success();
+    // Last: the bootstrap is that of the package that was published last.
+    gateway.publish_with(&["--self", "--version", "1.0.0", "--epoch", "1"]).expect_success();
+    gateway.run();
+    let host = TestHost::new();
+    bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
+    let pid = host.wait_for_agent("native");
+
+    let failed = host.install(&["--version", "broken"]).expect_code(1);
+    assert!(failed.stderr.contains("step wait") && failed.stderr.contains("is back as it was"), "{failed}");
+    host.wait_for_status("the old version", SOON, |status| {
+        status["version"] == "1.0.0" && status["state"] == "running"
+    });
+    assert_eq!(host.wait_for_agent("native"), pid);
+    let said = verbose(&host);
+    let expected = [format!("revoked key {} (by aops-spm broken)", id(&gateway)), format!("trusted key {}", id(&next))];
+    assert!(expected.iter().all(|line| said.contains(line)), "{said}");
+    let refused = host.install(&["--version", "1.0.0"]).expect_code(1);
+    assert!(refused.stderr.contains("was revoked by aops-spm broken"), "{refused}");
+
+    // By the new key, but of an epoch that was withdrawn; then of the one that counts.
+    let key = next.path("keys/aops.key").display().to_string();
+    for (version, epoch, code) in [("1.1.0", "6", 1), ("1.2.0", "7", 0)] {
+        let more = ["--epoch", epoch, "--key", &key];
+        let package = manager(version, &[], &[]);
+        let arguments = package.arguments();
+        gateway.publish_with(&arguments.iter().map(String::as_str).chain(more).collect::<Vec<_>>()).expect_success();
+        let output = wait_for("the gateway to have it", SOON, || {
+            let output = host.install(&["--version", version]);
+            (!output.stderr.contains("has no package of")).then_some(output)
+        });
+        let output = output.expect_code(code);
+        assert!(code == 0 || output.stderr.contains("of epoch 6, older than the 7"), "{output}");
+    }
+    assert_eq!(host.wait_for_agent("native"), pid);
+}
+
+#[test]
+fn a_home_from_before_the_keyring_is_renewed_with_keys_that_were_rotated() {
+    let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
+    gateway.publish_self("1.0.0");
+    gateway.publish(&Package::sleeper("native", "1.0.0"));
+    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
+    let [old, new] = [&gateway, &next].map(|gateway| gateway.path("keys/aops.pub"));
+    gateway.publish(&manager("1.1.0", &[&new], &[&old]));
+    gateway.run();
+    let host = TestHost::new();
+    bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
+    let pid = host.wait_for_agent("native");
+    // As such a home has it.
+    let [keys, epochs] = ["keys", "epochs"].map(|name| host.home().join(format!("state/{name}.json")));
+    fs::remove_file(&keys).expect("it is there");
+    let text = fs::read_to_string(&epochs).expect("it is there");
+    let mut of_before: Value = serde_json::from_str(&text).expect("it is JSON");
+    assert!(of_before.as_object_mut().is_some_and(|object| object.remove("form").is_some()), "{text}");
+    fs::write(&epochs, of_before.to_string()).expect("it is ours");
+
+    let output = host.install(&["--version", "1.1.0"]).expect_code(0);
+    assert!(output.stderr.contains("revokes the key"), "{output}");
+    assert_eq!(host.wait_for_agent("native"), pid);
+    let said = verbose(&host);
+    let expected = [format!("revoked key {}", id(&gateway)), format!("trusted key {} (brought by", id(&next))];
+    assert!(expected.iter().all(|line| said.contains(line)), "{said}");
+    let refused = host.install(&["--version", "1.0.0"]).expect_code(1);
+    assert!(refused.stderr.contains("was revoked by aops-spm 1.1.0"), "{refused}");
+    // From now on it has one to lose.
+    fs::remove_file(&keys).expect("it is there");
+    let refused = host.install(&["--version", "1.1.0"]).expect_code(1);
+    assert!(refused.stderr.contains("keys.json") && refused.stderr.contains("--fresh"), "{refused}");
+}
+
+#[test]
 fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_said() {
     let gateway = Gateway::with(&[], &[]);
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -169,6 +292,22 @@ fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_s
     // What an administrator has put among the system's roots.
     installed(&host, &[], Some(&gateway.path("tls/cert.pem"))).expect_code(0);
     host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
+    // The old platform's command, which names no certificate, does not make less of it.
+    let config = host.home().join("etc/conf.toml");
+    let before = fs::read_to_string(&config).expect("it is there");
+    let old_spelling = |roots: Option<&Path>| {
+        let mut command = host.command(&aops());
+        command.args(["--control", "install", "--agentId", "1", "--endpoint", gateway.url(), "--service", "none"]);
+        if let Some(roots) = roots {
+            command.env("SSL_CERT_FILE", roots);
+        }
+        command::run(command.arg("--home").arg(host.home()), LIMIT)
+    };
+    let refused = old_spelling(None).expect_code(1);
+    assert!(refused.stderr.contains("nobody that this host trusts"), "{refused}");
+    old_spelling(Some(&gateway.path("tls/cert.pem"))).expect_code(0);
+    assert_eq!(fs::read_to_string(&config).expect("it is there"), before);
+    assert!(!host.home().join("state/pins.json").exists());
 
     let host = TestHost::new();
     let warned = installed(&host, &["--insecure"], None).expect_code(0);

@@ -101,6 +101,63 @@ fn a_package_that_would_leave_no_key_is_refused() {
 }
 
 #[test]
+fn a_keyring_that_is_lost_is_told_from_one_that_the_home_never_had() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = Home::new(directory.path().join("home"));
+    for (path, mode) in home.directories() {
+        fs::create_dir(&path).unwrap();
+        crate::platform::set_mode(&path, mode).unwrap();
+    }
+    let (old, new) = (key(), key());
+    old.save_to(&home.keys()).unwrap();
+    let error = format!("{:#}", trusted(&home).unwrap_err());
+    assert!(error.contains("epochs.json") && error.contains("missing"), "{error}");
+    fs::write(Epochs::path(&home), r#"{"epochs":{"aops-spm":2}}"#).unwrap();
+    assert_eq!(trusted(&home).unwrap().iter().collect::<Vec<_>>(), old.iter().collect::<Vec<_>>());
+    // Only reading it does not make it another.
+    Epochs::commit(&home, "a", 1).unwrap();
+    assert!(trusted(&home).is_ok());
+
+    let remarks = install(&home, true, &none(), &none(), &offer(&[&new], &[&old])).unwrap().join("\n");
+    assert!(remarks.contains("revokes the key") && !remarks.contains("all the same"), "{remarks}");
+    Epochs::commit(&home, "aops-spm", 2).unwrap();
+    assert_eq!(trusted(&home).unwrap().iter().collect::<Vec<_>>(), new.iter().collect::<Vec<_>>());
+    fs::remove_file(Keyring::path(&home)).unwrap();
+    let error = format!("{:#}", trusted(&home).unwrap_err());
+    assert!(error.contains("keys.json") && error.contains("missing") && error.contains("--fresh"), "{error}");
+}
+
+#[test]
+fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = Home::new(directory.path().join("home"));
+    for (path, mode) in home.directories() {
+        fs::create_dir(&path).unwrap();
+        crate::platform::set_mode(&path, mode).unwrap();
+    }
+    let (old, new, given) = (key(), key(), key());
+    install(&home, false, &none(), &old, &Offer::default()).unwrap();
+    let before = Keyring::load(&home).unwrap();
+    let file = Keys::files(&home.keys()).unwrap().remove(0);
+    let text = fs::read(&file).unwrap();
+
+    install(&home, true, &given, &none(), &offer(&[&new], &[&old])).unwrap();
+    assert!(!file.exists());
+    keep_after_failure(&home, &before).unwrap();
+    fs::remove_dir_all(home.keys()).unwrap();
+    fs::create_dir(home.keys()).unwrap();
+    fs::write(&file, text).unwrap();
+    let trusted = trusted(&home).unwrap();
+    assert_eq!(trusted.iter().collect::<Vec<_>>(), new.iter().collect::<Vec<_>>());
+    // A key that it had brought before, and that the operator gave with what failed.
+    let before = Keyring::load(&home).unwrap();
+    install(&home, true, &new, &none(), &Offer::default()).unwrap();
+    keep_after_failure(&home, &before).unwrap();
+    fs::remove_dir_all(home.keys()).unwrap();
+    assert!(super::trusted(&home).unwrap().contains(new.iter().next().unwrap()));
+}
+
+#[test]
 fn revocations_are_limited() {
     let (own, new) = (key(), key());
     let mut ring = Keyring::default();
@@ -122,9 +179,6 @@ fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
         fs::create_dir(&path).unwrap();
         crate::platform::set_mode(&path, mode).unwrap();
     }
-    let error = format!("{:#}", trusted(&home).unwrap_err());
-    assert!(error.contains("keys.json") && error.contains("missing") && error.contains("--fresh"), "{error}");
-
     let (old, own, new) = (key(), key(), key());
     let (ring, carried) = Keyring::default().installed(&own, &old, &none());
     all(&[&own, &carried]).save_to(&home.keys()).unwrap();

@@ -11,7 +11,9 @@ use crate::core::env::Env;
 use crate::core::model::{AgentName, Version};
 use crate::core::reconcile::{self, Step};
 use crate::core::supervise::{Action, Event};
+use crate::home::Home;
 use crate::installation::guard;
+use crate::package::{self, Withdrawn};
 use crate::process::launch::{Start, env_hash};
 use crate::process::record::Ended;
 use crate::process::{log, record};
@@ -20,7 +22,7 @@ use crate::spm::agent::{Agent, Busy};
 use crate::spm::journal::About;
 use crate::spm::run::{self, Running};
 use crate::spm::stage::{self, Refusal};
-use crate::{package, platform, store};
+use crate::{platform, store};
 
 impl Manager {
     pub(super) fn start_of(&self, agent: &Agent) -> Option<Start> {
@@ -74,15 +76,9 @@ impl Manager {
                 };
                 agent.staging = Some(stage::start(&self.inputs, &self.desk, job));
             }
-            Step::Activate { name, version, .. } if let Err(error) = guard::agent(&self.home, &name) => {
-                // What runs goes on running.
-                let error = Refusal::of(&error);
-                let Some(agent) = self.agents.get_mut(&name) else { return };
-                if agent.error.as_ref() != Some(&error.why) {
-                    let about = About { agent: Some(&name), version: Some(&version) };
-                    self.journal.note("activate", error.outcome(), about, error.why.as_str());
-                }
-                agent.hold_back(version, error.why, None, now);
+            // Before anything is stopped: what runs goes on running.
+            Step::Activate { name, version, .. } if let Err(error) = stage::admit(&self.home, &name, &version) => {
+                self.refuse_activation(&name, version, &error, now);
             }
             Step::Activate { name, version, run, env } => {
                 self.begin(&name, Busy::Activating { version, run, env }, now)
@@ -104,10 +100,7 @@ impl Manager {
             Step::Discard { name, version } => {
                 let Some(agent) = self.agents.get_mut(&name) else { return };
                 agent.releases.remove(&version);
-                let place = guard::place(&self.home, &name);
-                if let Err(error) = place.and_then(|()| package::discard(&self.home.release(&name, &version))) {
-                    tracing::warn!(agent = %name, error = format!("{error:#}"), "an old release cannot be removed");
-                }
+                discard(&self.home, &name, &version);
             }
         }
     }
@@ -135,34 +128,47 @@ impl Manager {
 
     pub(super) fn activate(&mut self, name: &AgentName, version: Version, run: Run, env: Env, now: Instant) {
         self.replan = true;
-        let release = self.home.release(name, &version);
-        let switched = stage::commit_epoch(&self.home, name, &release).and_then(|()| {
+        let switched = stage::commit_epoch(&self.home, name, &version).and_then(|()| {
             platform::write_current(&self.home.current(name), version.as_str()).with_context(|| {
                 format!("cannot activate {name} {version}: cannot switch {}", self.home.current(name).display())
             })
         });
         let Some(agent) = self.agents.get_mut(name) else { return };
-        let about = About { agent: Some(name), version: Some(&version) };
         match switched {
             Ok(()) => {
                 agent.backup = agent.active.replace(version.clone());
                 agent.error = None;
                 agent.release_hold();
                 agent.inspect(&self.home);
+                let about = About { agent: Some(name), version: Some(&version) };
                 self.journal.note("activate", "ok", about, format!("{name} {version} is active"));
             }
-            Err(error) => {
-                let error = Refusal::of(&error);
-                self.journal.note("activate", error.outcome(), about, error.why.as_str());
-                agent.hold_back(version, error.why, None, now);
-            }
+            Err(error) => self.refuse_activation(name, version, &error, now),
         }
+        let Some(agent) = self.agents.get_mut(name) else { return };
         agent.run = run;
         agent.env = Some(env);
         // A stop may have come while the old release was being ended.
         if run == Run::Start && self.stopping.is_none() {
             self.feed(name, Event::Run, now);
         }
+    }
+
+    /// What is active stays so. A release that was withdrawn goes, so that it is fetched as it is published now.
+    fn refuse_activation(&mut self, name: &AgentName, version: Version, error: &anyhow::Error, now: Instant) {
+        let refusal = Refusal::of(error);
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        if agent.error.as_ref() != Some(&refusal.why) {
+            let about = About { agent: Some(name), version: Some(&version) };
+            self.journal.note("activate", refusal.outcome(), about, refusal.why.as_str());
+        }
+        // One whose program runs all the same (what is active could not be told) keeps its files.
+        let runs = agent.record.as_ref().is_some_and(|record| record.ended.is_none() && record.head.version == version);
+        if error.is::<Withdrawn>() && !runs && discard(&self.home, name, &version) {
+            agent.releases.remove(&version);
+            agent.backup.take_if(|backup| *backup == version);
+        }
+        agent.hold_back(version, refusal.why, None, now);
     }
 
     pub(super) fn remove(&mut self, name: &AgentName) {
@@ -385,4 +391,13 @@ impl Manager {
             }
         }
     }
+}
+
+/// Removes a release from the disk, where it is still there; whether it is gone.
+fn discard(home: &Home, name: &AgentName, version: &Version) -> bool {
+    let gone = guard::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
+    if let Err(error) = &gone {
+        tracing::warn!(agent = %name, error = format!("{error:#}"), "a release cannot be removed");
+    }
+    gone.is_ok()
 }

@@ -8,7 +8,10 @@ use serde_json::json;
 use super::{Scene, arch, comment, file, signed, stranger, wait_for_victim};
 use crate::support::command::{self, LIMIT};
 use crate::support::gateway::Gateway;
+use crate::support::host::SOON;
 use crate::support::hostile::{Body, Hostile, Told};
+use crate::support::package::Package;
+use crate::support::wait::wait_for;
 
 #[test]
 fn a_package_by_a_gateway_without_the_key() {
@@ -73,6 +76,38 @@ fn a_replay_of_an_older_epoch() {
     scene.want_victim(json!({"version": "0.9.0"}));
     scene.assert_refused("stage", &["of epoch 4", "older than the 5"]);
     assert_eq!(wait_for_victim(&scene), victim);
+}
+
+#[test]
+fn an_older_epoch_that_still_lies_on_the_disk() {
+    let mut scene = Scene::new();
+    let (package, _) = scene.victim();
+    scene.gateway.publish(&Package::sleeper("victim", "2.0.0"));
+    let newer = file().replace("1.0.0", "2.0.0");
+    let bytes = fs::read(scene.gateway.path("depot").join(&newer)).expect("it was published");
+    scene.hostile.serve(&newer, &bytes, &scene.sign(&bytes, &comment(5).replace("1.0.0", "2.0.0")));
+    scene.want_victim(json!({}));
+    let first = wait_for_victim(&scene);
+    scene.want_victim(json!({"version": "2.0.0"}));
+    let victim = scene.host.wait_for_new_pid("victim", first);
+    // Kept to be gone back to.
+    let kept = scene.host.home().join("agents/victim/1.0.0");
+    assert!(kept.join(".complete").exists());
+
+    scene.want_victim(json!({}));
+    scene.assert_told("activate", "refused", &["victim-1.0.0", "of epoch 1", "older than the 5", "--epoch 5"]);
+    wait_for("it to be gone", SOON, || (!kept.exists()).then_some(()));
+    // Nor is it had again as it was; what runs was not even stopped.
+    scene.assert_told("stage", "refused", &["of epoch 1", "older than the 5"]);
+    assert_eq!(wait_for_victim(&scene), victim);
+    scene.before = scene.files();
+    scene.assert_unharmed();
+    // Published again, it is what it was.
+    scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(5)));
+    scene.want_victim(json!({}));
+    scene.host.wait_for_new_pid("victim", victim);
+    assert_eq!(crate::support::host::agent(&scene.host.status(), "victim").expect("it is there")["version"], "1.0.0");
+    scene.assert_native_runs();
 }
 
 #[test]

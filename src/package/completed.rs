@@ -1,0 +1,140 @@
+//! `.complete`: which package lies unpacked in a release's directory, and by what it was accepted.
+//!
+//! It may be activated long after it was unpacked: it waits behind another, or is gone back to. What it was accepted by may have been
+//! withdrawn meanwhile, so it is judged again at each activation, by the epoch that the host has committed since and by whom it trusts now.
+
+use std::fmt;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::keys::{Key, Keys};
+use crate::core::model::Digest;
+use crate::home::COMPLETE;
+use crate::store;
+
+/// What `.complete` in a release's directory says: which package was unpacked there, to the end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Completed {
+    pub file: String,
+    pub sha256: Digest,
+    pub epoch: u64,
+    /// The key that signed it. Absent where an older version unpacked it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signer: Option<Key>,
+    #[serde(flatten)]
+    pub(super) unknown: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Why a release that was accepted once is not any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Withdrawn(String);
+
+impl fmt::Display for Withdrawn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Withdrawn {}
+
+impl Completed {
+    /// Whether it would still be accepted by a host that has committed the epoch `least` of its name, and trusts these `keys`. Of a release
+    /// whose signer nobody noted, the epoch alone is judged.
+    pub fn admit(&self, least: u64, keys: &Keys) -> Result<(), Withdrawn> {
+        let Completed { file, epoch, .. } = self;
+        if *epoch < least {
+            return Err(Withdrawn(format!(
+                "cannot activate {file}: it is of epoch {epoch}, older than the {least} that this host has committed since it was \
+                 unpacked here: packages of earlier epochs were withdrawn; publish it again with `--epoch {least}`"
+            )));
+        }
+        let Some(signer) = self.signer.as_ref().filter(|signer| !keys.contains(signer)) else { return Ok(()) };
+        let id = signer.id();
+        let why = match keys.revoked_by(id) {
+            Some(by) => format!("which was revoked by {by}"),
+            None => format!("which is not trusted here any more{}", keys.place()),
+        };
+        Err(Withdrawn(format!(
+            "cannot activate {file}: it was signed by the key {id}, {why}; have it signed by a key that is trusted here"
+        )))
+    }
+}
+
+/// Which package lies unpacked in `release_dir`; `None` where none does, or not wholly.
+pub fn completed(release_dir: &Path) -> Result<Option<Completed>> {
+    store::load(&release_dir.join(COMPLETE))
+}
+
+/// Removes a release: first it no longer counts, then it is gone.
+pub fn discard(release_dir: &Path) -> Result<()> {
+    store::remove(&release_dir.join(COMPLETE))?;
+    store::remove_tree(release_dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> Keys {
+        let pair = minisign::KeyPair::generate_unencrypted_keypair().unwrap();
+        Keys::parse(&pair.pk.to_box().unwrap().into_string()).unwrap()
+    }
+
+    fn first(keys: &Keys) -> Key {
+        keys.iter().next().unwrap().clone()
+    }
+
+    fn release(epoch: u64, signer: Option<Key>) -> Completed {
+        let sha256 = "ab".repeat(32).parse().unwrap();
+        Completed { file: "a-1_linux_amd64.zip".to_owned(), sha256, epoch, signer, unknown: Default::default() }
+    }
+
+    #[test]
+    fn what_was_accepted_once_is_refused_by_a_higher_epoch_or_without_its_key() {
+        let (key, other) = (key(), key());
+        let signed = release(3, Some(first(&key)));
+        assert_eq!(signed.admit(3, &key), Ok(()));
+        let error = signed.admit(4, &key).unwrap_err().to_string();
+        assert!(error.contains("of epoch 3, older than the 4") && error.contains("--epoch 4"), "{error}");
+        let error = signed.admit(0, &other).unwrap_err().to_string();
+        assert!(
+            error.contains(&first(&key).id().to_string()) && error.contains("not trusted here any more"),
+            "{error}"
+        );
+        let revoked = other.telling_of(vec![(first(&key).id(), "aops-spm 2".to_owned())]);
+        let error = signed.admit(0, &revoked).unwrap_err().to_string();
+        assert!(error.contains("was revoked by aops-spm 2"), "{error}");
+    }
+
+    #[test]
+    fn a_key_is_told_from_another_one_of_the_same_id() {
+        use base64::Engine as _;
+        use base64::prelude::BASE64_STANDARD;
+        let (one, other) = (key(), key());
+        let bytes = |keys: &Keys| BASE64_STANDARD.decode(first(keys).base64()).unwrap();
+        let disguised = [&bytes(&one)[..10], &bytes(&other)[10..]].concat();
+        let disguised = Keys::parse(&BASE64_STANDARD.encode(disguised)).unwrap();
+        assert_eq!(first(&disguised).id(), first(&one).id());
+        assert!(release(1, Some(first(&one))).admit(0, &disguised).is_err());
+    }
+
+    #[test]
+    fn what_an_older_version_unpacked_stays_usable() {
+        let text = format!(r#"{{"file":"a-1_linux_amd64.zip","sha256":"{}","epoch":3}}"#, "ab".repeat(32));
+        let old: Completed = serde_json::from_str(&text).unwrap();
+        assert_eq!(old, release(3, None));
+        assert_eq!(old.admit(3, &Keys::default()), Ok(()));
+        assert!(old.admit(4, &Keys::default()).is_err());
+        assert_eq!(serde_json::to_string(&old).unwrap(), text);
+    }
+
+    #[test]
+    fn a_signer_is_written_as_minisign_writes_keys() {
+        let key = key();
+        let text = serde_json::to_string(&release(1, Some(first(&key)))).unwrap();
+        assert!(text.contains(first(&key).base64()), "{text}");
+        assert_eq!(serde_json::from_str::<Completed>(&text).unwrap().signer, Some(first(&key)));
+    }
+}
