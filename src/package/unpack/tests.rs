@@ -211,6 +211,19 @@ fn limits_hold_for_entries_and_bytes() {
 }
 
 #[test]
+fn a_zip_whose_directory_would_take_the_memory_is_refused() {
+    let names: Vec<String> =
+        (0..4200).map(|number| format!("{}/{number}", vec!["x".repeat(245); 4].join("/"))).collect();
+    let zip = |count: usize| {
+        let entries: Vec<_> = names[..count].iter().map(|name| (name.as_str(), 0o644, &b""[..])).collect();
+        unpacked(&zip_of(&entries), Packing::Zip).1
+    };
+    let error = zip(4200).unwrap_err();
+    assert!(error.contains("more than 4194304 bytes; pack it as tar.zst"), "{error}");
+    zip(3800).unwrap();
+}
+
+#[test]
 fn a_few_bytes_do_not_become_gigabytes() {
     let zeros = vec![0; 1 << 20];
     let bomb = zst(&Tar::default().file("x", &zeros).end());
