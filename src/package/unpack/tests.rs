@@ -51,7 +51,7 @@ impl Place {
     fn unpack(&self, archive: &[u8], packing: Packing, os: Os, limits: &Limits) -> Result<PathBuf, String> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(archive).unwrap();
-        unpack(&mut file, packing, os, &self.staging(), limits).map_err(|error| format!("{error:#}"))
+        unpack(&mut file, packing, os, &self.staging(), limits, &mut |_| Ok(())).map_err(|error| format!("{error:#}"))
     }
 
     /// All that is there: what it is, what is in it, how many names it has.
