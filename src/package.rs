@@ -186,7 +186,8 @@ pub fn fetch(means: &Means<'_>, wanted: &Wanted, progress: &mut Progress<'_>) ->
         let (mut retry_after, mut refused) = (None, false);
         let (mut watch, mut turns) = (Watch::new(&mut *progress), Turns::new(sources.len()));
         let mut room = Room::new(&means.commons.space, &places.staging, until);
-        while let Some(turn) = turns.next(until.saturating_duration_since(Instant::now())) {
+        let left = || until.saturating_duration_since(Instant::now());
+        while let Some(turn) = turns.next(left()) {
             let (source, time) = (&sources[turn.source], turn.time);
             let download = Download { means, source, file: &file, wanted, time, until: Instant::now() + time };
             let error = match from(&download, packing, &mut room, &mut watch) {
@@ -197,7 +198,7 @@ pub fn fetch(means: &Means<'_>, wanted: &Wanted, progress: &mut Progress<'_>) ->
                     error
                 }
                 Err(Failure::Late(error)) => {
-                    turns.late(turn.source);
+                    turns.late(turn.source, left());
                     error
                 }
                 Err(Failure::Damaged(error)) => {

@@ -332,12 +332,17 @@ fn persistently<T>(
             let error = error.context(format!("gave up after {all} tries"));
             return Err(Failure::Source { error, retry_after: pause });
         }
-        let pause = pause.unwrap_or_else(|| backed_off(tries));
-        if Instant::now() + pause >= download.until {
-            return Err(Failure::Late(error.context(late())));
+        let waits = pause.unwrap_or_else(|| backed_off(tries));
+        if Instant::now() + waits >= download.until {
+            let error = error.context(late());
+            return Err(match pause {
+                // It is not asked again before the time that it wished for is over.
+                Some(_) => Failure::Source { error, retry_after: pause },
+                None => Failure::Late(error),
+            });
         }
         tracing::warn!(file = what, error = format!("{error:#}"), tries, "a download was cut and is tried again");
-        watch.pause(pause)?;
+        watch.pause(waits)?;
     }
 }
 

@@ -52,9 +52,11 @@ impl Turns {
         Some(Turn { source, time: share.max(LEAST).min(left) })
     }
 
-    /// Its time was over before the package had come.
-    pub(super) fn late(&mut self, source: usize) {
-        self.again.push_back(source);
+    /// Its time was over before the package had come, and so much is left for all.
+    pub(super) fn late(&mut self, source: usize, left: Duration) {
+        if left >= LEAST {
+            self.again.push_back(source);
+        }
     }
 
     /// What it sent was damaged. Whether anybody is asked after that.
@@ -89,14 +91,17 @@ mod tests {
     fn each_source_has_its_share_of_what_is_left_and_the_last_one_all_of_it() {
         let mut turns = Turns::new(3);
         assert_eq!(turns.next(S(600)), turn(0, 200));
-        turns.late(0);
+        turns.late(0, S(400));
         // What the second did not use is the third's.
         assert_eq!(turns.next(S(400)), turn(1, 200));
         assert_eq!(turns.next(S(390)), turn(2, 390));
         // And what that one did not use is for who was late.
         assert_eq!(turns.next(S(300)), turn(0, 300));
         assert_eq!(turns.next(S(200)), None);
-        turns.late(0);
+        // With too little left it is not worth another turn.
+        turns.late(0, LEAST / 2);
+        assert_eq!(turns.next(LEAST / 2), None);
+        turns.late(0, LEAST);
         assert_eq!(turns.next(S(0)), None);
     }
 
@@ -144,12 +149,12 @@ mod tests {
                 let Some(turn) = turns.next(left) else { break };
                 prop_assert!(turn.time <= left && turn.time >= LEAST.min(left));
                 order.push(turn.source);
+                left = left.saturating_sub(if *what == 0 { turn.time } else { S(1) });
                 match what {
-                    0 => turns.late(turn.source),
+                    0 => turns.late(turn.source, left),
                     1 => drop(turns.damaged(turn.source)),
                     _ => {}
                 }
-                left = left.saturating_sub(if *what == 0 { turn.time } else { S(1) });
             }
             let damages = brought.iter().take(order.len()).filter(|what| **what == 1).count();
             prop_assert!(damages <= MOST_DAMAGES as usize);
