@@ -261,6 +261,13 @@ pub(super) mod tests {
         claim(&Space::default(), 0, 1, soon()).unwrap_err()
     }
 
+    /// Promises all room that there is to somebody else, until it is dropped.
+    pub(in crate::package) fn all_taken(space: &Space) -> impl Drop + '_ {
+        let claim = space.claim();
+        space.lock().claims.insert(claim.number, Claimed { to_write: u64::MAX / 2, holds: true, waits: false });
+        claim
+    }
+
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)
     }

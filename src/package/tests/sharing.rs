@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
 use super::super::cache::{MAX_PART_AGE, beyond_cap};
+use super::super::space::tests::all_taken;
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -43,15 +44,6 @@ fn dripping(at_once: usize) -> impl Fn(Told, usize) -> Told {
 fn without_etag(told: Told) -> Told {
     let headers = told.headers.into_iter().filter(|(name, _)| *name != "etag").collect();
     Told { headers, ..told }
-}
-
-/// All room that there is but so much, promised to others.
-fn others_but(desk: &Desk, left: u64) -> Room<'_> {
-    fs::create_dir_all(&desk.places.staging).unwrap();
-    let free = crate::platform::free_space(&desk.places.staging).unwrap();
-    let mut others = Room::new(&desk.commons.space, &desk.places.staging, Instant::now());
-    others.fit((free - 64 * MIB - left) / 4, &mut || Ok(())).unwrap();
-    others
 }
 
 fn in_cache(desk: &Desk) -> usize {
@@ -102,7 +94,7 @@ fn one_whose_size_nobody_told_claims_room_as_it_comes() {
     assert!((64 * MIB - 400_000..u64::MAX).contains(&least), "{least}");
 
     // Where others were promised the rest, nothing of it is kept: it would be in their way.
-    let others = others_but(&desk, 32 * MIB);
+    let others = all_taken(&desk.commons.space);
     let means = Means { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
     let error = fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap_err();
     assert!(format!("{error:#}").contains("not enough space") && !is_refusal(&error), "{error:#}");
@@ -118,10 +110,17 @@ fn what_has_no_room_to_be_unpacked_is_not_refused_and_not_downloaded_again() {
     let (server, asked) = serving(&bytes, &signature, |told, _| told);
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
     let wanted = Wanted { size: Some(bytes.len() as u64), ..Wanted::new(release()) };
-    let others = others_but(&desk, 32 * MIB);
     let means = Means { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
+    let mut others = None;
     for _ in 0..2 {
-        let error = fetch(&means, &wanted, &mut |_, _| true).unwrap_err();
+        let error = fetch(&means, &wanted, &mut |done, total| {
+            // It had room to come.
+            if Some(done) == total {
+                others.get_or_insert_with(|| all_taken(&desk.commons.space));
+            }
+            true
+        });
+        let error = error.unwrap_err();
         assert!(format!("{error:#}").contains("not enough space") && !is_refusal(&error), "{error:#}");
         assert_eq!((in_cache(&desk), entries(&desk.places.staging).unwrap().len()), (2, 0));
     }
