@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use ureq::http::Uri;
 
-pub use client::{Asker, Astray, Client, Reply, Timeouts, may_pass};
+pub use client::{Asker, Astray, Client, End, Reply, Timeouts, may_pass};
 pub use pins::{add_pins, expect_first_contact};
 pub use proxy::{Exception, Proxies, ProxyUrl};
 pub use tls::with_anyone;

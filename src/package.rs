@@ -10,6 +10,7 @@
 //! <final>/  <final>/.complete     moved into place by one rename; `.complete` is written last and removed first
 //! ```
 
+mod cache;
 mod completed;
 mod fetch;
 pub mod keys;
@@ -19,17 +20,19 @@ mod part;
 mod refused;
 #[cfg(feature = "gateway")]
 pub mod sign;
+mod sources;
 mod space;
 pub mod trailer;
+mod turns;
 mod unpack;
 mod verify;
+mod watch;
 
-use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
@@ -39,11 +42,14 @@ use crate::endpoint::{Client, Endpoint};
 use crate::home::COMPLETE;
 use crate::store::{self, Access};
 
-use fetch::{Failure, Source};
+use fetch::{Download, Failure};
 use keys::Key;
 use part::Part;
-use space::Space;
+use space::{Room, Space};
+use turns::Turns;
+use watch::Watch;
 
+pub use cache::{sweep, trim};
 pub use completed::{Completed, Withdrawn, completed, discard};
 pub use keys::Keys;
 pub use refused::{Refused, is_refusal};
@@ -55,15 +61,8 @@ pub const SIGNATURE_SUFFIX: &str = ".minisig";
 /// A signature file is refused beyond this; minisign's have about 400 bytes.
 pub const MAX_SIGNATURE_BYTES: u64 = 4 << 10;
 
-/// Half a download that nobody came back for.
-const MAX_PART_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A package whose size nobody told is given up beyond this, and one that is told to be larger is not begun.
 const MAX_PACKAGE_BYTES: u64 = 4 << 30;
-/// What downloads that nobody is at may take on the disk: as much as the largest package, so that it can be gone on with too.
-const MAX_CACHE_BYTES: u64 = MAX_PACKAGE_BYTES;
-
-/// What came damaged is fetched again so often.
-const REFETCHES: u32 = 1;
 
 /// A release to be had, and what is known about its package.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -172,42 +171,48 @@ impl std::error::Error for Unavailable {}
 
 /// Brings a release onto this host: downloads its package from the first source that has it, verifies and unpacks it.
 ///
-/// Fails with an [`Unavailable`] where it is the sources that failed.
+/// Fails with an [`Unavailable`] where it is the sources that failed. What came of the package stays for the next fetch, unless it is the
+/// package that was refused.
 pub fn fetch(means: &Means<'_>, wanted: &Wanted, progress: &mut Progress<'_>) -> Result<VerifiedTree> {
     let mut attempt = || -> Result<VerifiedTree> {
         means.keys.ensure_some()?;
         let (file, packing) = wanted.file()?;
         let places = means.places;
         for place in [&places.cache, &places.staging] {
-            make_private(place)?;
+            cache::make_private(place)?;
         }
         trim(&places.cache, |_| true)?;
         let until = Instant::now() + means.within;
-        let (sources, unusable) = fetch::sources(means.endpoints, wanted.tarball.as_deref())?;
+        let (sources, unusable) = sources::sources(means.endpoints, wanted.tarball.as_deref())?;
         let mut failures: Vec<String> = unusable.iter().map(|error| format!("{error:#}")).collect();
-        let mut queue: VecDeque<&Source> = sources.iter().collect();
-        let (mut retry_after, mut refused, mut damages, mut again) = (None, false, 0, None);
-        // One that was damaged is fetched once more: from the next source, else from the same one.
-        while let Some(source) = queue.pop_front().or_else(|| again.take()) {
-            match from(source, &file, packing, wanted, means, until, progress) {
+        let (mut retry_after, mut refused) = (None, false);
+        let (mut watch, mut turns) = (Watch::new(&mut *progress), Turns::new(sources.len()));
+        let mut room = Room::new(&means.commons.space, &places.staging, until);
+        let left = || until.saturating_duration_since(Instant::now());
+        while let Some(turn) = turns.next(left()) {
+            let (source, time) = (&sources[turn.source], turn.time);
+            let download = Download { means, source, file: &file, wanted, time, until: Instant::now() + time };
+            let error = match from(&download, packing, &mut room, &mut watch) {
                 Ok(tree) => return Ok(tree),
                 Err(Failure::Host(error)) => return Err(error),
                 Err(Failure::Source { error, retry_after: asked }) => {
                     retry_after = retry_after.max(asked);
-                    refused |= is_refusal(&error);
-                    failures.push(format!("{error:#}"));
+                    error
+                }
+                Err(Failure::Late(error)) => {
+                    turns.late(turn.source, left());
+                    error
                 }
                 Err(Failure::Damaged(error)) => {
-                    refused |= is_refusal(&error);
-                    failures.push(format!("{error:#}"));
-                    damages += 1;
-                    if damages > REFETCHES {
-                        break;
+                    if turns.damaged(turn.source) {
+                        let error = format!("{error:#}");
+                        tracing::warn!(file, error, "a package came damaged and is fetched again");
                     }
-                    tracing::warn!(file, error = format!("{error:#}"), "a package came damaged and is fetched again");
-                    again = Some(source);
+                    error
                 }
-            }
+            };
+            refused |= is_refusal(&error);
+            failures.push(format!("{error:#}"));
         }
         failures.dedup();
         Err(anyhow!(Unavailable { why: all_failed(failures), retry_after, refused }))
@@ -225,51 +230,47 @@ fn all_failed(mut failures: Vec<String>) -> String {
 
 /// From one source.
 fn from(
-    source: &Source,
-    file: &str,
+    download: &Download<'_>,
     packing: Packing,
-    wanted: &Wanted,
-    means: &Means<'_>,
-    until: Instant,
-    progress: &mut Progress<'_>,
+    room: &mut Room<'_>,
+    watch: &mut Watch<'_>,
 ) -> Result<VerifiedTree, Failure> {
-    let signature = fetch::signature(means, source, file, until)?;
+    let Download { means, source, file, wanted, .. } = *download;
+    let signature = fetch::signature(download, watch)?;
     let examined = verify::examine(&signature, means.keys, wanted).map_err(Failure::source)?;
     let most = wanted.size.unwrap_or(MAX_PACKAGE_BYTES);
-    let mut part = Part::open(&means.places.cache, file, most, &examined, means.keys).map_err(Failure::Host)?;
-    let (mut claim, began, had) = (None, Instant::now(), part.have());
-    let download = fetch::Download { means, source, file, wanted, until };
-    if let Err(failure) = fetch::archive(&download, &mut part, &mut claim, progress) {
+    let part = Part::open(&means.places.cache, file, most, &examined, means.keys, watch);
+    let (mut part, began) = (part.map_err(Failure::Host)?, Instant::now());
+    if let Err(failure) = fetch::archive(download, &mut part, room, watch) {
         part.leave();
         return Err(failure);
     }
-    let (came, took) = (part.have() - had, began.elapsed());
-    tracing::info!(file, bytes = part.have(), came, milliseconds = took.as_millis() as u64, "a package is downloaded");
+    let (bytes, came, took) = (part.have(), part.came(), began.elapsed());
+    tracing::info!(file, bytes, came, milliseconds = took.as_millis() as u64, "a package is downloaded");
     let (mut archive, verification, path) = part.whole();
     let of_source = |error: anyhow::Error| error.context(format!("cannot take what {source} sent"));
     let verified = verification.finish().map_err(|error| Failure::Damaged(of_source(error)));
     let verified =
         verified.and_then(|signed| signed.compared(wanted).map_err(|error| Failure::source(of_source(error))));
     let tree = verified.and_then(|verified| {
-        unpacked(&mut archive, packing, verified, wanted, &means.places.staging).map_err(Failure::Host)
+        let staging = &means.places.staging;
+        let mut may_write = |bytes| {
+            watch.still_wanted()?;
+            room.unpacks(bytes, &mut || Ok(watch.still_wanted()?))
+        };
+        unpacked(&mut archive, packing, verified, wanted, staging, &mut may_write).map_err(Failure::Host)
     });
+    if let Err(Failure::Host(error)) = &tree
+        && !is_refusal(error)
+    {
+        // It is whole and as it was signed: the next fetch need not download it.
+        return tree;
+    }
     // Unpacked, it is no longer needed; refused, it must not be taken for good the next time. Its lock goes last.
     let removed = part::remove(&path).map_err(Failure::Host);
     drop(archive);
     let tree = tree?;
     removed.map(|()| tree)
-}
-
-/// Makes a directory that is its owner's alone, where it is missing.
-fn make_private(directory: &Path) -> Result<()> {
-    let attempt = || {
-        if directory.is_dir() {
-            return Ok(());
-        }
-        fs::create_dir_all(directory)?;
-        crate::platform::set_mode(directory, 0o700)
-    };
-    attempt().with_context(|| format!("cannot make {}", directory.display()))
 }
 
 /// As [`fetch`], from a file of this host with its signature beside it. The file may have any name that says how it is packed.
@@ -281,17 +282,20 @@ pub fn open_local(file: &Path, wanted: &Wanted, keys: &Keys, staging: &Path) -> 
         let packing = packing.context("its name ends neither in .tar.zst nor in .tar.gz nor in .zip")?;
         fs::create_dir_all(staging).with_context(|| format!("cannot make {}", staging.display()))?;
         let size = fs::metadata(file)?.len();
-        space::ensure(staging, size.saturating_mul(fetch::SPACE_PER_PACKAGE))?;
+        let commons = Commons::default();
+        let mut room = Room::new(&commons.space, staging, Instant::now());
+        room.fit(size, &mut || Ok(()))?;
         let examined = verify::examine(&local_signature(file)?, keys, wanted)?;
         // Others may be able to write the file that was given: what is verified and unpacked is a copy that has no name.
         let mut copy =
             tempfile::tempfile_in(staging).with_context(|| format!("cannot make a file in {}", staging.display()))?;
         let mut verification = examined.begin(keys)?;
         let mut given = File::open(file)?.take(size);
-        verify::read_through(&mut given, &mut verification, Some(&mut copy))
+        verify::read_through(&mut given, &mut verification, Some(&mut copy), &mut |_| Ok(()))
             .with_context(|| format!("cannot copy it into {}", staging.display()))?;
         let verified = verification.finish()?.compared(wanted)?;
-        unpacked(&mut copy, packing, verified, wanted, staging)
+        room.has_archive(size);
+        unpacked(&mut copy, packing, verified, wanted, staging, &mut |bytes| room.unpacks(bytes, &mut || Ok(())))
     };
     attempt().with_context(|| format!("cannot use the package {}", file.display()))
 }
@@ -319,10 +323,12 @@ fn unpacked(
     verified: verify::Verified,
     wanted: &Wanted,
     staging: &Path,
+    may_write: &mut unpack::MayWrite<'_>,
 ) -> Result<VerifiedTree> {
     archive.rewind()?;
     let limits = unpack::Limits::default();
-    let path = unpack::unpack(archive, packing, wanted.release.os, staging, &limits).map_err(refused::by_content)?;
+    let os = wanted.release.os;
+    let path = unpack::unpack(archive, packing, os, staging, &limits, may_write).map_err(refused::by_content)?;
     let file = wanted.release.file_name(packing);
     let verify::Verified { binding, sha256, signer } = verified;
     Ok(VerifiedTree { path, file, binding, sha256, signer })
@@ -378,66 +384,6 @@ impl VerifiedTree {
         };
         attempt().with_context(|| format!("cannot put {} into {}", self.binding.release, to.display()))
     }
-}
-
-/// Clears what earlier runs left: everything in staging, downloads that nobody came back for, and the oldest of the rest beyond the
-/// cache's cap. To be called while no fetch is under way.
-pub fn sweep(places: &Places) -> Result<()> {
-    for entry in entries(&places.staging)? {
-        let path = entry.path();
-        if entry.file_type()?.is_dir() { store::remove_tree(&path)? } else { store::remove(&path)? }
-    }
-    trim(&places.cache, |_| true)
-}
-
-/// Removes downloads of files that are not wanted, or that nobody came back for, and the oldest of the rest beyond the cache's cap; none
-/// that is under way.
-pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
-    let mut kept = Vec::new();
-    for entry in entries(cache)? {
-        let path = entry.path();
-        // One that was done meanwhile is gone.
-        let Ok(metadata) = entry.metadata() else { continue };
-        if !metadata.is_file() || part::is_in_use(&path) {
-            continue;
-        }
-        // A clock that was set back makes a file young, not an error.
-        let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-        let age = SystemTime::now().duration_since(modified).unwrap_or_default();
-        if age > MAX_PART_AGE || !part::package_of(&path).is_some_and(&is_wanted) {
-            store::remove(&path)?;
-        } else {
-            kept.push((modified, metadata.len(), path));
-        }
-    }
-    for path in beyond_cap(kept, MAX_CACHE_BYTES) {
-        store::remove(&path)?;
-    }
-    Ok(())
-}
-
-/// Which files go so that the rest has at most `cap` bytes: the oldest.
-fn beyond_cap(mut files: Vec<(SystemTime, u64, PathBuf)>, cap: u64) -> Vec<PathBuf> {
-    files.sort();
-    let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
-    let mut gone = Vec::new();
-    for (_, bytes, path) in files {
-        if total <= cap {
-            break;
-        }
-        total -= bytes;
-        gone.push(path);
-    }
-    gone
-}
-
-fn entries(directory: &Path) -> Result<Vec<fs::DirEntry>> {
-    let attempt = || match fs::read_dir(directory) {
-        Ok(entries) => entries.collect(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-    };
-    attempt().with_context(|| format!("cannot list {}", directory.display()))
 }
 
 /// Compares what was got with what was wanted, the same way wherever it came from.

@@ -120,6 +120,11 @@ impl Client {
         Ok(Client { agent, agent_id: agent_id.cloned(), insecure, proxies: proxies.clone(), timeouts, first_contact })
     }
 
+    /// By which somebody else ends what this client waits for.
+    pub fn end(&self) -> End {
+        End(self.agent.clone())
+    }
+
     /// The certificate that this client was the first to see and has recorded, under [`Trust::FirstContact`].
     pub fn first_contact(&self) -> Option<Fingerprint> {
         *self.first_contact.lock().unwrap_or_else(PoisonError::into_inner)
@@ -248,6 +253,16 @@ impl Client {
             other => format!("cannot reach {origin}: {other}"),
         };
         anyhow::Error::new(Unanswered(text))
+    }
+}
+
+/// Ends all connections of a client, in the middle of what they wait for; it makes no new ones.
+#[derive(Debug)]
+pub struct End(Agent);
+
+impl End {
+    pub fn now(self) {
+        self.0.shutdown();
     }
 }
 

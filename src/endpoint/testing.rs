@@ -32,6 +32,8 @@ pub struct Told {
     pub cut_after: Option<usize>,
     /// Sends so many bytes of the body at once, and each one after them by itself, with a pause before it.
     pub drip: Option<(usize, std::time::Duration)>,
+    /// Does not say how long the body is: it ends with the connection.
+    pub no_length: bool,
 }
 
 impl Told {
@@ -178,7 +180,10 @@ fn serve(stream: impl Read + Write, answer: &dyn Fn(&Asked) -> Told) {
     let mut stream = BufReader::new(stream);
     while let Some(asked) = read(&mut stream) {
         let told = answer(&asked);
-        let mut head = format!("HTTP/1.1 {} Told\r\ncontent-length: {}\r\n", told.status, told.body.len());
+        let mut head = match told.no_length {
+            true => format!("HTTP/1.1 {} Told\r\nconnection: close\r\n", told.status),
+            false => format!("HTTP/1.1 {} Told\r\ncontent-length: {}\r\n", told.status, told.body.len()),
+        };
         for (name, value) in &told.headers {
             head += &format!("{name}: {value}\r\n");
         }
@@ -200,7 +205,7 @@ fn serve(stream: impl Read + Write, answer: &dyn Fn(&Asked) -> Told) {
         if written.and_then(|()| stream.write_all(sent)).and_then(|()| stream.flush()).is_err() {
             return;
         }
-        if told.cut_after.is_some() {
+        if told.cut_after.is_some() || told.no_length {
             return;
         }
     }

@@ -4,23 +4,19 @@
 //! ETag is kept beside the part and sent as `If-Range`. What is no part of that file (a page of somebody in between, another size) does not
 //! touch what is there. The bytes are judged by [`super::verify`] as they come.
 
-use std::fmt;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 
 use super::part::Part;
-use super::space::Claim;
+use super::sources::Source;
+use super::space::{Room, Short};
+use super::watch::{Unwanted, Watch};
 use super::{MAX_PACKAGE_BYTES, MAX_SIGNATURE_BYTES, Means, Refused, SIGNATURE_SUFFIX, Wanted};
-use crate::core::protocol::DOWNLOAD_PATH;
 use crate::core::units::Span;
-use crate::endpoint::{self, Asker, Endpoint, Reply};
-use crate::platform;
-
-/// Room that a package needs for its archive and its tree, as a multiple of the archive.
-pub(super) const SPACE_PER_PACKAGE: u64 = 4;
+use crate::endpoint::{self, Reply};
 
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -34,76 +30,23 @@ const FIRST_PAUSE: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 2
 /// A source that asks to be left alone for longer is left to a later fetch.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
 
-/// A directory on some host, below which packages lie.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Source {
-    directory: Endpoint,
-    /// An endpoint of ours is told the agent id, and nobody else.
-    asker: Asker,
-    /// There is no other one to turn to: it is tried again even where it cannot be reached at all.
-    last: bool,
-}
-
-impl fmt::Display for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.directory, f)
-    }
-}
-
-impl Source {
-    fn get(&self, means: &Means<'_>, file: &str, headers: &[(&str, &str)], until: Instant) -> Result<Reply> {
-        let left = until.saturating_duration_since(Instant::now());
-        means.client.download(&self.directory, &format!("/{file}"), headers, self.asker, left)
-    }
-
-    fn lacks(&self, file: &str) -> anyhow::Error {
-        let url = self.directory.url(&format!("/{file}"));
-        anyhow!("there is no such package: {url} is not there; publish it with `aops gateway publish`")
-    }
-
-    /// Somebody in between answers in the source's place.
-    fn hidden(&self, sent: &str) -> anyhow::Error {
-        let origin = self.directory.origin();
-        anyhow!(
-            "something between this host and {origin} answers with a page of its own ({sent}): a portal where one has to log in, or a \
-             proxy that does not let it through; ask who runs this network, or set proxy or noProxy"
-        )
-    }
-}
-
-/// Where to look, in this order: where the release is said to lie, then below the endpoints. With what cannot be looked at, and why.
-pub(super) fn sources(endpoints: &[Endpoint], tarball: Option<&str>) -> Result<(Vec<Source>, Vec<anyhow::Error>)> {
-    let (mut sources, mut unusable) = (Vec::new(), Vec::new());
-    match tarball.map(|tarball| tarball.parse::<Endpoint>().context("cannot use the tarball's address")) {
-        Some(Ok(directory)) => {
-            let ours = endpoints.iter().any(|endpoint| endpoint.origin() == directory.origin());
-            let asker = if ours { Asker::Host } else { Asker::Nobody };
-            sources.push(Source { directory, asker, last: false });
-        }
-        Some(Err(error)) => unusable.push(error),
-        None => ensure!(!endpoints.is_empty(), "no endpoint is configured"),
-    }
-    for endpoint in endpoints {
-        let source = Source { directory: endpoint.below(DOWNLOAD_PATH), asker: Asker::Host, last: false };
-        if sources.iter().all(|known| known.directory != source.directory) {
-            sources.push(source);
-        }
-    }
-    if let Some(last) = sources.last_mut() {
-        last.last = true;
-    }
-    Ok((sources, unusable))
-}
-
 /// Why a source did not give what was wanted.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// Another source may.
     Source { error: anyhow::Error, retry_after: Option<Duration> },
+    /// Its time is over; what came is kept.
+    Late(anyhow::Error),
     /// What it gave is not what was signed; another source may have it, or the same one the next time.
     Damaged(anyhow::Error),
-    /// The reason lies on this host, or the time is over: no other source would help.
+    /// The reason lies on this host: no other source would help.
     Host(anyhow::Error),
+}
+
+impl From<Unwanted> for Failure {
+    fn from(unwanted: Unwanted) -> Failure {
+        Failure::Host(unwanted.into())
+    }
 }
 
 impl Failure {
@@ -134,10 +77,52 @@ impl Broken {
     }
 }
 
+impl From<Unwanted> for Broken {
+    fn from(unwanted: Unwanted) -> Broken {
+        Broken::Final(unwanted.into())
+    }
+}
+
+/// What is downloaded, and within what.
+pub(super) struct Download<'a> {
+    pub(super) means: &'a Means<'a>,
+    pub(super) source: &'a Source,
+    pub(super) file: &'a str,
+    pub(super) wanted: &'a Wanted,
+    /// So long the source has, which is over at `until`.
+    pub(super) time: Duration,
+    pub(super) until: Instant,
+}
+
+impl Download<'_> {
+    fn is_late(&self) -> bool {
+        Instant::now() >= self.until
+    }
+
+    /// What is told of a source that took too long.
+    fn late(&self) -> String {
+        let within = self.means.within;
+        // It had all of the time, but for what went by before.
+        let share = match self.time + within / 20 >= within {
+            true => format!("{} (downloadTimeout)", Span(within)),
+            false => format!("{}, its share of {} (downloadTimeout)", Span(to_a_tenth(self.time)), Span(within)),
+        };
+        format!("it did not come from {} within {share}", self.source)
+    }
+}
+
+fn to_a_tenth(time: Duration) -> Duration {
+    match time < Duration::from_secs(10) {
+        true => Duration::from_millis(time.as_millis() as u64 / 100 * 100),
+        false => Duration::from_secs(time.as_secs()),
+    }
+}
+
 /// Downloads a package's signature, which is text at least.
-pub(super) fn signature(means: &Means<'_>, source: &Source, file: &str, until: Instant) -> Result<String, Failure> {
-    let name = format!("{file}{SIGNATURE_SUFFIX}");
-    persistently(&name, means, until, || {
+pub(super) fn signature(download: &Download<'_>, watch: &mut Watch<'_>) -> Result<String, Failure> {
+    let Download { means, source, until, .. } = *download;
+    let name = format!("{}{SIGNATURE_SUFFIX}", download.file);
+    persistently(&name, download, watch, |_| {
         let reply = answered(source.get(means, &name, &[], until), source.last)?;
         match reply.status() {
             200 if reply.is_page() => Err(Broken::cut(source.hidden("HTML"))),
@@ -155,31 +140,23 @@ pub(super) fn signature(means: &Means<'_>, source: &Source, file: &str, until: I
     })
 }
 
-/// What is downloaded, and within what.
-pub(super) struct Download<'a> {
-    pub(super) means: &'a Means<'a>,
-    pub(super) source: &'a Source,
-    pub(super) file: &'a str,
-    pub(super) wanted: &'a Wanted,
-    pub(super) until: Instant,
-}
-
 /// Downloads a package into its part, until it is whole.
-pub(super) fn archive<'a>(
-    download: &Download<'a>,
+pub(super) fn archive(
+    download: &Download<'_>,
     part: &mut Part<'_>,
-    claim: &mut Option<Claim<'a>>,
-    progress: &mut super::Progress<'_>,
+    room: &mut Room<'_>,
+    watch: &mut Watch<'_>,
 ) -> Result<(), Failure> {
-    let Download { means, source, file, wanted, until } = *download;
+    let Download { means, source, file, wanted, until, .. } = *download;
+    room.has_archive(part.have());
     if let Some(size) = wanted.size {
         let most = MAX_PACKAGE_BYTES;
         if size > most {
             return Err(Failure::source(anyhow!("it has {size} bytes, more than {most}").context(Refused)));
         }
-        room(download, claim, size, part.have())?;
+        fit(size, room, watch)?;
     }
-    persistently(file, means, until, || {
+    persistently(file, download, watch, |watch| {
         if wanted.size.is_some_and(|size| size == part.have()) {
             return Ok(());
         }
@@ -194,16 +171,20 @@ pub(super) fn archive<'a>(
             200 => {
                 let total = reply.length();
                 fits(total, wanted)?;
-                part.begin(reply.header("etag")).map_err(Broken::host)?;
-                receive(download, reply, total, part, claim, progress)
+                part.begin(reply.header("etag"), &source.directory.origin()).map_err(Broken::host)?;
+                room.has_archive(0);
+                receive(download, reply, total, part, room, watch)
             }
-            206 => match range_of(&reply).filter(|range| have > 0 && range.from == have && is_same(&reply, part)) {
-                Some(Range { total, .. }) => {
-                    fits(total, wanted)?;
-                    receive(download, reply, total, part, claim, progress)
+            206 => {
+                match range_of(&reply).filter(|range| have > 0 && range.from == have && is_same(&reply, part, source)) {
+                    Some(Range { total, .. }) => {
+                        fits(total, wanted)?;
+                        part.go_on(&source.directory.origin());
+                        receive(download, reply, total, part, room, watch)
+                    }
+                    None => Err(unresumable(part, source, file)),
                 }
-                None => Err(unresumable(part, source, file)),
-            },
+            }
             // All of it was there already.
             416 if have > 0 && reply.header("content-range") == Some(format!("bytes */{have}").as_str()) => Ok(()),
             416 => Err(unresumable(part, source, file)),
@@ -212,13 +193,17 @@ pub(super) fn archive<'a>(
         }
     })?;
     // Its size may be known only now.
-    room(download, claim, part.have(), part.have())
+    fit(part.have(), room, watch)
 }
 
-/// Whether an answer is of the file that a part is of, as far as it says.
-fn is_same(reply: &Reply, part: &Part<'_>) -> bool {
+/// Whether an answer is of the file that a part is of. Who sent none of it must say so: one who does not know `If-Range` sends the rest of
+/// some other file, and that is found out only at its end.
+fn is_same(reply: &Reply, part: &Part<'_>, source: &Source) -> bool {
     let known = part.resumable().map(|(_, etag)| etag);
-    reply.header("etag").is_none_or(|etag| Some(etag) == known)
+    match reply.header("etag") {
+        Some(etag) => Some(etag) == known,
+        None => part.is_from(&source.directory.origin()),
+    }
 }
 
 fn unresumable(part: &mut Part<'_>, source: &Source, file: &str) -> Broken {
@@ -239,36 +224,29 @@ fn fits(total: Option<u64>, wanted: &Wanted) -> Result<(), Broken> {
     }
 }
 
-/// Claims the room for a package of that size, of which `have` bytes are there.
-fn room<'a>(download: &Download<'a>, claim: &mut Option<Claim<'a>>, size: u64, have: u64) -> Result<(), Failure> {
-    if claim.is_none() {
-        let bytes = size.saturating_mul(SPACE_PER_PACKAGE).saturating_sub(have);
-        let means = download.means;
-        let promised = means.commons.space.claim(&means.places.staging, bytes, download.until);
-        *claim = Some(promised.map_err(Failure::Host)?);
-    }
-    Ok(())
+fn fit(size: u64, room: &mut Room<'_>, watch: &mut Watch<'_>) -> Result<(), Failure> {
+    room.fit(size, &mut || Ok(watch.still_wanted()?)).map_err(Failure::Host)
 }
 
 /// Writes a body behind what is there of it.
-fn receive<'a>(
-    download: &Download<'a>,
+fn receive(
+    download: &Download<'_>,
     reply: Reply,
     total: Option<u64>,
     part: &mut Part<'_>,
-    claim: &mut Option<Claim<'a>>,
-    progress: &mut super::Progress<'_>,
+    room: &mut Room<'_>,
+    watch: &mut Watch<'_>,
 ) -> Result<(), Broken> {
-    let Download { means, wanted, until, .. } = *download;
+    let Download { means, wanted, .. } = *download;
     let total = total.or(wanted.size);
     let limit = total.unwrap_or(MAX_PACKAGE_BYTES);
     let at = part.have();
     if let Some(total) = total {
-        room(download, claim, total, at).map_err(Broken::Final)?;
+        fit(total, room, watch).map_err(Broken::Final)?;
     }
     let mut reader = reply.reader();
     let mut chunk = vec![0; CHUNK_BYTES];
-    tell(progress, at, total)?;
+    watch.at(at, total)?;
     loop {
         let (amount, done) = match reader.read(&mut chunk) {
             Ok(amount) => (amount, part.have() + amount as u64),
@@ -284,24 +262,29 @@ fn receive<'a>(
         }
         if done > limit {
             // Whatever else it sends is no part of the package, and nothing of it may be either.
-            part.begin(None).map_err(Broken::host)?;
+            part.clear().map_err(Broken::host)?;
             return Err(Broken::source(anyhow!("it has more than {limit} bytes").context(Refused)));
         }
-        part.append(&chunk[..amount]).map_err(|error| {
+        room.fit_more(done, &mut || Ok(watch.still_wanted()?)).map_err(|error| {
             // What does not fit helps nobody, and takes the space from everybody.
-            let _ = part.begin(None);
+            if error.is::<Short>() {
+                let _ = part.clear();
+            }
+            Broken::host(error)
+        })?;
+        part.append(&chunk[..amount]).map_err(|error| {
+            let _ = part.clear();
             Broken::host(unwritable(error, &means.places.cache))
         })?;
-        claim.iter().for_each(|claim| claim.written(amount as u64));
-        tell(progress, done, total)?;
-        let wait = means.commons.take(amount as u64);
-        if !wait.is_zero() {
-            platform::pause(wait.min(until.saturating_duration_since(Instant::now())));
-        }
-        if Instant::now() >= until && Some(done) != total {
-            return Err(Broken::host(too_late(means, done, total)));
+        room.has_archive(done);
+        watch.at(done, total)?;
+        watch.pause(means.commons.take(amount as u64).min(download.until.saturating_duration_since(Instant::now())))?;
+        if download.is_late() && Some(done) != total {
+            return Err(Broken::Final(Failure::Late(too_late(download, done, total))));
         }
     }
+    // Who does not want it any more may have ended the connection.
+    watch.still_wanted()?;
     let done = part.have();
     match total {
         Some(total) if done != total => {
@@ -312,36 +295,27 @@ fn receive<'a>(
     }
 }
 
-fn tell(progress: &mut super::Progress<'_>, done: u64, total: Option<u64>) -> Result<(), Broken> {
-    match progress(done, total) {
-        true => Ok(()),
-        false => Err(Broken::host(anyhow!("it is not wanted any more"))),
-    }
-}
-
-fn too_late(means: &Means<'_>, done: u64, total: Option<u64>) -> anyhow::Error {
+fn too_late(download: &Download<'_>, done: u64, total: Option<u64>) -> anyhow::Error {
     let of = total.map(|total| format!(" of {total}")).unwrap_or_default();
-    anyhow!(
-        "it did not come within {} (downloadTimeout); {done}{of} bytes are there, and the next try goes on from there",
-        Span(means.within)
-    )
+    anyhow!("{}; {done}{of} bytes are there, and the next try goes on from there", download.late())
 }
 
-/// Tries again what was cut, until it is done, hopeless, cut too often, or takes too long.
+/// Tries again what was cut, until it is done, hopeless, cut too often, takes too long, or is not wanted any more.
 fn persistently<T>(
     what: &str,
-    means: &Means<'_>,
-    until: Instant,
-    mut attempt: impl FnMut() -> Result<T, Broken>,
+    download: &Download<'_>,
+    watch: &mut Watch<'_>,
+    mut attempt: impl FnMut(&mut Watch<'_>) -> Result<T, Broken>,
 ) -> Result<T, Failure> {
     let (mut tries, mut all) = (0, 0);
-    let late = || format!("it did not come within {} (downloadTimeout); the next try goes on", Span(means.within));
+    let late = || format!("{}; the next try goes on", download.late());
     loop {
         all += 1;
-        if Instant::now() >= until {
-            return Err(Failure::Host(anyhow!(late())));
+        watch.still_wanted()?;
+        if download.is_late() {
+            return Err(Failure::Late(anyhow!(late())));
         }
-        let (error, pause) = match attempt() {
+        let (error, pause) = match attempt(watch) {
             Ok(done) => return Ok(done),
             Err(Broken::Final(failure)) => return Err(failure),
             Err(Broken::Cut { error, brought, pause }) => {
@@ -349,6 +323,7 @@ fn persistently<T>(
                 (error, pause)
             }
         };
+        watch.still_wanted()?;
         if let Some(asked) = pause.filter(|pause| *pause > MAX_PAUSE) {
             let error = error.context(format!("it asks to be left alone for {}", Span(asked)));
             return Err(Failure::Source { error, retry_after: Some(asked) });
@@ -357,12 +332,17 @@ fn persistently<T>(
             let error = error.context(format!("gave up after {all} tries"));
             return Err(Failure::Source { error, retry_after: pause });
         }
-        let pause = pause.unwrap_or_else(|| backed_off(tries));
-        if Instant::now() + pause >= until {
-            return Err(Failure::Host(error.context(late())));
+        let waits = pause.unwrap_or_else(|| backed_off(tries));
+        if Instant::now() + waits >= download.until {
+            let error = error.context(late());
+            return Err(match pause {
+                // It is not asked again before the time that it wished for is over.
+                Some(_) => Failure::Source { error, retry_after: pause },
+                None => Failure::Late(error),
+            });
         }
         tracing::warn!(file = what, error = format!("{error:#}"), tries, "a download was cut and is tried again");
-        platform::pause(pause);
+        watch.pause(waits)?;
     }
 }
 
@@ -415,10 +395,11 @@ fn range(text: &str) -> Option<Range> {
 
 /// Says it plainly when the disk is full.
 pub(super) fn unwritable(error: std::io::Error, directory: &Path) -> anyhow::Error {
-    let full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
-    let context = match full {
-        true => format!("there is no space left in {}; free some there", directory.display()),
-        false => format!("cannot write in {}", directory.display()),
+    let directory = directory.display();
+    let context = match error.kind() {
+        ErrorKind::StorageFull => format!("there is no space left in {directory}; free some there"),
+        ErrorKind::QuotaExceeded => format!("the quota is used up in {directory}; free some there, or raise it"),
+        _ => format!("cannot write in {directory}"),
     };
     anyhow::Error::new(error).context(context)
 }

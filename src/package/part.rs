@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::verify::{self, Examined, Verification};
+use super::watch::{Unwanted, Watch};
 use super::{Keys, MAX_PACKAGE_BYTES};
 use crate::{platform, store};
 
@@ -37,6 +38,9 @@ pub(super) struct Part<'a> {
     examined: &'a Examined,
     keys: &'a Keys,
     etag: Option<String>,
+    /// Who sent what is there; not known of what an earlier run has left.
+    origin: Option<String>,
+    came: u64,
 }
 
 impl<'a> Part<'a> {
@@ -47,6 +51,7 @@ impl<'a> Part<'a> {
         most: u64,
         examined: &'a Examined,
         keys: &'a Keys,
+        watch: &mut Watch<'_>,
     ) -> Result<Part<'a>> {
         let path = cache.join(format!("{file}{PART_SUFFIX}"));
         let opened = locked(&path)?;
@@ -58,14 +63,26 @@ impl<'a> Part<'a> {
             examined,
             keys,
             etag: None,
+            origin: None,
+            came: 0,
         };
         let there = part.file.metadata()?.len();
         let etag = store::read(&part.etag_path, MAX_ETAG_BYTES).ok().flatten();
         part.etag = etag.and_then(|etag| String::from_utf8(etag).ok()).filter(|etag| !etag.is_empty());
         if there > 0 && there <= most.min(MAX_PACKAGE_BYTES) && (part.etag.is_some() || there == most) {
-            verify::read_through(&mut (&part.file).take(there), &mut part.verification, None)?;
+            let read = verify::read_through(&mut (&part.file).take(there), &mut part.verification, None, &mut |_| {
+                Ok(watch.still_wanted()?)
+            });
+            match read {
+                Err(error) if !error.is::<Unwanted>() => {
+                    // What cannot be read is not there; kept, it would fail every other time too.
+                    tracing::warn!(error = format!("{error:#}"), "a part of a download is lost and fetched again");
+                    part.clear()?;
+                }
+                read => read?,
+            }
         } else {
-            part.begin(None)?;
+            part.clear()?;
         }
         Ok(part)
     }
@@ -75,14 +92,42 @@ impl<'a> Part<'a> {
         self.verification.size()
     }
 
+    /// How many bytes were appended since it was opened, those among them that were not kept.
+    pub(super) fn came(&self) -> u64 {
+        self.came
+    }
+
+    /// Whether all that is there came from that origin.
+    pub(super) fn is_from(&self, origin: &str) -> bool {
+        self.origin.as_deref() == Some(origin)
+    }
+
     /// What is there, and of which file, where it can be gone on with.
     pub(super) fn resumable(&self) -> Option<(u64, &str)> {
         let etag = self.etag.as_deref().filter(|_| self.have() > 0)?;
         Some((self.have(), etag))
     }
 
-    /// Begins anew: nothing of what was there counts.
-    pub(super) fn begin(&mut self, etag: Option<&str>) -> Result<()> {
+    /// Nothing of what was there counts.
+    pub(super) fn clear(&mut self) -> Result<()> {
+        self.begin_as(None)
+    }
+
+    /// Begins anew with what that origin sends.
+    pub(super) fn begin(&mut self, etag: Option<&str>, origin: &str) -> Result<()> {
+        self.begin_as(etag)?;
+        self.origin = Some(origin.to_owned());
+        Ok(())
+    }
+
+    /// Goes on with what that origin sends.
+    pub(super) fn go_on(&mut self, origin: &str) {
+        if !self.is_from(origin) {
+            self.origin = None;
+        }
+    }
+
+    fn begin_as(&mut self, etag: Option<&str>) -> Result<()> {
         let mut attempt = || -> Result<()> {
             // In this order: an ETag must never stand beside another file's bytes.
             self.forget();
@@ -101,7 +146,7 @@ impl<'a> Part<'a> {
 
     /// What is there cannot be gone on with.
     pub(super) fn forget(&mut self) {
-        self.etag = None;
+        (self.etag, self.origin) = (None, None);
         let _ = fs::remove_file(&self.etag_path);
     }
 
@@ -109,6 +154,7 @@ impl<'a> Part<'a> {
     pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         self.verification.update(bytes);
+        self.came += bytes.len() as u64;
         Ok(())
     }
 

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io::ErrorKind;
 
+use super::space::Short;
+use super::watch::Unwanted;
 use super::{Unavailable, Withdrawn};
 use crate::endpoint::{Astray, Distrust};
 
@@ -25,11 +27,68 @@ pub fn is_refusal(error: &anyhow::Error) -> bool {
 
 /// Marks why a package could not be unpacked, unless this host is why.
 pub(super) fn by_content(error: anyhow::Error) -> anyhow::Error {
-    let kind = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind));
-    match kind {
-        None | Some(ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof | ErrorKind::Other) => {
-            error.context(Refused)
+    if error.chain().any(is_of_host) { error } else { error.context(Refused) }
+}
+
+/// Whether a cause has nothing to do with what is in a package: it is not wanted any more, there is no room for it, or the system failed us
+/// (a full disk, one that cannot be read or written, too many open files). What makes sense of an archive has errors of its own kinds only,
+/// and no number of the system's.
+fn is_of_host(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let of_system = |error: &std::io::Error| {
+        error.raw_os_error().is_some()
+            || !matches!(
+                error.kind(),
+                ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof | ErrorKind::Other
+            )
+    };
+    cause.is::<Unwanted>() || cause.is::<Short>() || cause.downcast_ref().is_some_and(of_system)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use anyhow::{Context, anyhow};
+
+    use super::*;
+
+    #[test]
+    fn what_fails_on_this_host_is_not_refused_and_what_is_wrong_with_a_package_is() {
+        let numbered = io::Error::from_raw_os_error;
+        // As tar passes on what it could not read.
+        let wrapped = |error: io::Error| io::Error::new(error.kind(), error);
+        let of_host: Vec<anyhow::Error> = vec![
+            // Access, memory, too many open files, no space, read-only, quota, an input or output error.
+            numbered(13).into(),
+            numbered(12).into(),
+            numbered(24).into(),
+            numbered(28).into(),
+            numbered(30).into(),
+            numbered(122).into(),
+            numbered(5).into(),
+            anyhow::Error::from(wrapped(numbered(5))).context("its content is damaged"),
+            io::Error::from(ErrorKind::StorageFull).into(),
+            io::Error::from(ErrorKind::WriteZero).into(),
+            Unwanted.into(),
+            crate::package::space::tests::short(),
+        ];
+        for error in of_host {
+            let told = format!("{error:#}");
+            let error = by_content(error.context("cannot make the entry").context("cannot unpack it"));
+            assert!(!is_refusal(&error), "{told}");
         }
-        Some(_) => error,
+        let of_package: Vec<anyhow::Error> = vec![
+            anyhow!("there are two of it"),
+            io::Error::other("corrupt").into(),
+            io::Error::new(ErrorKind::InvalidData, "its checksum is another").into(),
+            wrapped(io::Error::new(ErrorKind::InvalidInput, "corrupt deflate stream")).into(),
+            io::Error::from(ErrorKind::UnexpectedEof).into(),
+        ];
+        for error in of_package {
+            let told = format!("{error:#}");
+            assert!(is_refusal(&by_content(error.context("cannot unpack it"))), "{told}");
+        }
+        let nothing: anyhow::Result<()> = None.context("it is empty");
+        assert!(is_refusal(&by_content(nothing.unwrap_err())));
     }
 }

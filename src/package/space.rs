@@ -1,21 +1,31 @@
 //! Room on the disk for packages that are fetched at the same time: what one was promised is not there for the next.
 //!
-//! Two packages may each fit alone and not together. The second one then waits until the first is done, and fails only where nobody is
-//! left to wait for.
+//! Two packages may each fit alone and not together. One of them then waits until another is done, and fails only where nobody is left to
+//! wait for. A package whose size nobody told claims more as it comes, and so does a tree that turns out larger than was thought.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::core::units::Size;
 use crate::platform;
 
 /// Left free for everybody else on the host, bytes.
 const RESERVE: u64 = 64 << 20;
+/// Room that a package needs for its archive and its tree, as a multiple of the archive.
+const PER_PACKAGE: u64 = 4;
+/// Of a package whose size is not known, so many bytes are seen to at a time.
+const STEP: u64 = 16 << 20;
+/// How often who waits asks whether it is still worth it.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Asked by who waits; an error ends the waiting.
+type StillWanted<'a> = dyn FnMut() -> Result<()> + 'a;
 
 /// What was promised to fetches that are under way.
 #[derive(Debug, Default)]
@@ -27,63 +37,51 @@ pub(super) struct Space {
 #[derive(Debug, Default)]
 struct Promised {
     last: u64,
-    /// Bytes that each has yet to write.
-    to_write: BTreeMap<u64, u64>,
+    claims: BTreeMap<u64, Claimed>,
 }
 
-/// Room for one package; given back when this is dropped.
-#[derive(Debug)]
-pub(super) struct Claim<'a> {
-    space: &'a Space,
-    number: u64,
+#[derive(Debug, Default)]
+struct Claimed {
+    /// Bytes that it was promised and has yet to write.
+    to_write: u64,
+    /// It was promised something, and gives back what is left of it at its end.
+    holds: bool,
+    /// It cannot go on, and so gives nothing back, before others do.
+    waits: bool,
 }
+
+impl Promised {
+    fn others(&self, number: u64) -> impl Iterator<Item = &Claimed> {
+        self.claims.iter().filter(move |(other, _)| **other != number).map(|(_, claimed)| claimed)
+    }
+}
+
+/// There is no room, and nobody who will make any. It is this host that is to be looked after, not the package.
+#[derive(Debug)]
+pub(super) struct Short(String);
+
+impl fmt::Display for Short {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Short {}
 
 impl Space {
-    /// Promises room for so many bytes more on the file system of `directory`; waits until `until` for others to be done.
-    pub(super) fn claim(&self, directory: &Path, bytes: u64, until: Instant) -> Result<Claim<'_>> {
-        self.claim_of(&mut || platform::free_space(directory), directory, bytes, until)
-    }
-
-    fn claim_of(
-        &self,
-        free: &mut dyn FnMut() -> io::Result<u64>,
-        directory: &Path,
-        bytes: u64,
-        until: Instant,
-    ) -> Result<Claim<'_>> {
+    /// For one fetch; nothing is promised to it yet.
+    fn claim(&self) -> Claim<'_> {
         let mut promised = self.lock();
-        loop {
-            let there =
-                free().with_context(|| format!("cannot see how much space is free in {}", directory.display()))?;
-            let others = promised.to_write.values().sum::<u64>();
-            let needed = bytes.saturating_add(RESERVE);
-            if there >= needed.saturating_add(others) {
-                promised.last += 1;
-                let number = promised.last;
-                promised.to_write.insert(number, bytes);
-                return Ok(Claim { space: self, number });
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if others == 0 || left.is_zero() {
-                let beside = match others {
-                    0 => String::new(),
-                    others => format!(", and {} for others that are being fetched", rounded(others)),
-                };
-                bail!(
-                    "there is not enough space in {}: {} free, {} needed{beside}; free some there",
-                    directory.display(),
-                    rounded(there),
-                    rounded(needed)
-                );
-            }
-            promised = self.changed.wait_timeout(promised, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+        promised.last += 1;
+        let number = promised.last;
+        promised.claims.insert(number, Claimed::default());
+        Claim { space: self, number }
     }
 
     /// Bytes that are promised and not yet written.
     #[cfg(test)]
     pub(super) fn promised(&self) -> u64 {
-        self.lock().to_write.values().sum()
+        self.lock().claims.values().map(|claimed| claimed.to_write).sum()
     }
 
     /// Held for a moment only, and nothing under it panics.
@@ -92,24 +90,155 @@ impl Space {
     }
 }
 
-/// Fails unless so many bytes more fit into `directory` now. Nothing is promised.
-pub(super) fn ensure(directory: &Path, bytes: u64) -> Result<()> {
-    Space::default().claim(directory, bytes, Instant::now()).map(drop)
+/// What one fetch was promised; given back when this is dropped.
+#[derive(Debug)]
+struct Claim<'a> {
+    space: &'a Space,
+    number: u64,
 }
 
 impl Claim<'_> {
-    /// So many of its bytes lie on the disk now.
-    pub(super) fn written(&self, bytes: u64) {
-        if let Some(left) = self.space.lock().to_write.get_mut(&self.number) {
-            *left = left.saturating_sub(bytes);
+    /// Is promised room for so many bytes more, of which `free` says how many there are in `directory`; waits until `until` for others to
+    /// be done. One that fails gives back at once what it was promised.
+    fn grow(
+        &self,
+        bytes: u64,
+        directory: &Path,
+        free: &mut dyn FnMut() -> io::Result<u64>,
+        until: Instant,
+        still_wanted: &mut StillWanted<'_>,
+    ) -> Result<()> {
+        let grown = self.grown(bytes, directory, free, until, still_wanted);
+        if grown.is_err() {
+            self.give_back();
         }
+        grown
+    }
+
+    fn grown(
+        &self,
+        bytes: u64,
+        directory: &Path,
+        free: &mut dyn FnMut() -> io::Result<u64>,
+        until: Instant,
+        still_wanted: &mut StillWanted<'_>,
+    ) -> Result<()> {
+        let mut promised = self.space.lock();
+        loop {
+            let there =
+                free().with_context(|| format!("cannot see how much space is free in {}", directory.display()))?;
+            let others: u64 = promised.others(self.number).map(|claimed| claimed.to_write).sum();
+            let own = promised.claims.get(&self.number).map_or(0, |claimed| claimed.to_write);
+            let needed = own.saturating_add(bytes).saturating_add(RESERVE);
+            if there >= needed.saturating_add(others) {
+                let claimed = promised.claims.entry(self.number).or_default();
+                *claimed = Claimed { to_write: own.saturating_add(bytes), holds: true, waits: false };
+                return Ok(());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            let is_hopeless = promised.others(self.number).all(|claimed| claimed.waits || !claimed.holds);
+            if is_hopeless || left.is_zero() {
+                let beside = match others {
+                    0 => String::new(),
+                    others => format!(", and {} for others that are being fetched", rounded(others)),
+                };
+                let why = format!(
+                    "there is not enough space in {}: {} free, {} needed{beside}; free some there",
+                    directory.display(),
+                    rounded(there),
+                    rounded(needed)
+                );
+                return Err(Short(why).into());
+            }
+            promised.claims.entry(self.number).or_default().waits = true;
+            promised =
+                self.space.changed.wait_timeout(promised, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
+            still_wanted()?;
+        }
+    }
+
+    /// So many bytes of what it was promised do not lie on the disk yet.
+    fn has_to_write(&self, bytes: u64) {
+        if let Some(claimed) = self.space.lock().claims.get_mut(&self.number) {
+            claimed.to_write = bytes;
+        }
+    }
+
+    fn give_back(&self) {
+        self.space.lock().claims.remove(&self.number);
+        self.space.changed.notify_all();
     }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        self.space.lock().to_write.remove(&self.number);
-        self.space.changed.notify_all();
+        self.give_back();
+    }
+}
+
+/// The room for one package, from its first byte to its unpacked tree.
+#[derive(Debug)]
+pub(super) struct Room<'a> {
+    claim: Claim<'a>,
+    directory: &'a Path,
+    until: Instant,
+    /// What was promised in all.
+    promised: u64,
+    /// What of that lies on the disk, of the archive and of its tree.
+    archive: u64,
+    tree: u64,
+}
+
+impl<'a> Room<'a> {
+    /// None yet, on the file system of `directory`. For more, others are waited for until `until`.
+    pub(super) fn new(space: &'a Space, directory: &'a Path, until: Instant) -> Room<'a> {
+        Room { claim: space.claim(), directory, until, promised: 0, archive: 0, tree: 0 }
+    }
+
+    /// Sees to it that a package of so many bytes fits, with its tree.
+    pub(super) fn fit(&mut self, package: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
+        self.promise(package.saturating_mul(PER_PACKAGE), still_wanted)
+    }
+
+    /// As [`Room::fit`], for one whose size is not known: so many bytes of it, and some more.
+    pub(super) fn fit_more(&mut self, come: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
+        if come.saturating_mul(PER_PACKAGE) <= self.promised {
+            return Ok(());
+        }
+        self.fit(come.saturating_add(STEP), still_wanted)
+    }
+
+    /// So many bytes of the archive lie on the disk.
+    pub(super) fn has_archive(&mut self, bytes: u64) {
+        self.archive = bytes;
+        self.tell();
+    }
+
+    /// So many bytes more of the tree will lie there next.
+    pub(super) fn unpacks(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
+        let there = self.archive.saturating_add(self.tree).saturating_add(bytes);
+        if there > self.promised {
+            self.promise(there.saturating_add(STEP * PER_PACKAGE), still_wanted)?;
+        }
+        self.tree = self.tree.saturating_add(bytes);
+        self.tell();
+        Ok(())
+    }
+
+    fn promise(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
+        // What lies there already needs no room.
+        let more = bytes.saturating_sub(self.promised.max(self.archive.saturating_add(self.tree)));
+        if bytes > self.promised {
+            let directory = self.directory;
+            let mut free = || platform::free_space(directory);
+            self.claim.grow(more, directory, &mut free, self.until, still_wanted)?;
+            self.promised = bytes;
+        }
+        Ok(())
+    }
+
+    fn tell(&self) {
+        self.claim.has_to_write(self.promised.saturating_sub(self.archive.saturating_add(self.tree)));
     }
 }
 
@@ -118,28 +247,57 @@ fn rounded(bytes: u64) -> Size {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-    use std::time::Duration;
+
+    use anyhow::bail;
 
     use super::*;
 
     const MIB: u64 = 1 << 20;
 
+    /// What is told where there is no room.
+    pub(in crate::package) fn short() -> anyhow::Error {
+        claim(&Space::default(), 0, 1, soon()).unwrap_err()
+    }
+
+    /// Promises all room that there is to somebody else, until it is dropped.
+    pub(in crate::package) fn all_taken(space: &Space) -> impl Drop + '_ {
+        let claim = space.claim();
+        space.lock().claims.insert(claim.number, Claimed { to_write: u64::MAX / 2, holds: true, waits: false });
+        claim
+    }
+
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)
     }
 
+    fn grow(claim: &Claim<'_>, free: u64, bytes: u64, until: Instant) -> Result<()> {
+        claim.grow(bytes, Path::new("/x"), &mut || Ok(free), until, &mut || Ok(()))
+    }
+
     fn claim(space: &Space, free: u64, bytes: u64, until: Instant) -> Result<Claim<'_>> {
-        space.claim_of(&mut || Ok(free), Path::new("/x"), bytes, until)
+        let claim = space.claim();
+        grow(&claim, free, bytes, until).map(|()| claim)
+    }
+
+    /// One that is seen to wait, once it does.
+    fn waits_for(space: &Space, number: u64) {
+        while !space.lock().claims.get(&number).is_some_and(|claimed| claimed.waits) {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
     fn what_does_not_fit_alone_is_refused_at_once_with_the_figures() {
-        let error = claim(&Space::default(), 100 * MIB, 40 * MIB, soon()).unwrap_err().to_string();
-        assert_eq!(error, "there is not enough space in /x: 100MiB free, 104MiB needed; free some there");
-        claim(&Space::default(), 104 * MIB, 40 * MIB, soon()).unwrap();
-        assert!(claim(&Space::default(), u64::MAX - 1, u64::MAX, soon()).is_err());
+        let space = Space::default();
+        // Who is promised nothing yet is none to wait for.
+        let _idle = space.claim();
+        let error = claim(&space, 100 * MIB, 40 * MIB, soon()).unwrap_err();
+        assert!(error.is::<Short>());
+        assert_eq!(error.to_string(), "there is not enough space in /x: 100MiB free, 104MiB needed; free some there");
+        claim(&space, 104 * MIB, 40 * MIB, soon()).unwrap();
+        assert!(claim(&space, u64::MAX - 1, u64::MAX, soon()).is_err());
     }
 
     #[test]
@@ -150,20 +308,86 @@ mod tests {
         let error = claim(&space, 120 * MIB, 40 * MIB, Instant::now()).unwrap_err().to_string();
         assert!(error.contains("40MiB for others"), "{error}");
         // What the first has written is not promised to it any more, and not free either.
-        first.written(30 * MIB);
+        first.has_to_write(10 * MIB);
         assert!(claim(&space, 90 * MIB, 40 * MIB, Instant::now()).is_err());
+        let second = space.claim();
         std::thread::scope(|scope| {
+            let number = second.number;
             let waiting = scope.spawn(|| {
                 let mut free = || Ok(free.load(Ordering::SeqCst));
-                let claim = space.claim_of(&mut free, Path::new("/x"), 90 * MIB, soon());
+                let grown = second.grow(90 * MIB, Path::new("/x"), &mut free, soon(), &mut || Ok(()));
                 assert!(first_is_done.load(Ordering::SeqCst));
-                claim.map(drop)
+                grown
             });
+            waits_for(&space, number);
             free.store(160 * MIB, Ordering::SeqCst);
             first_is_done.store(true, Ordering::SeqCst);
             drop(first);
             waiting.join().unwrap().unwrap();
         });
+        assert_eq!(space.promised(), 90 * MIB);
+    }
+
+    #[test]
+    fn of_two_that_wait_for_each_other_one_gives_way_at_once() {
+        let space = Space::default();
+        let first = claim(&space, 200 * MIB, 60 * MIB, soon()).unwrap();
+        let second = claim(&space, 200 * MIB, 60 * MIB, soon()).unwrap();
+        std::thread::scope(|scope| {
+            let number = first.number;
+            let waiting = scope.spawn(|| grow(&first, 200 * MIB, 40 * MIB, soon()));
+            waits_for(&space, number);
+            let error = grow(&second, 200 * MIB, 40 * MIB, soon()).unwrap_err().to_string();
+            assert!(error.contains("164MiB needed, and 60MiB for others"), "{error}");
+            // It gave back what it had before it is gone, and the other one goes on.
+            waiting.join().unwrap().unwrap();
+        });
+        assert_eq!(space.promised(), 100 * MIB);
+    }
+
+    #[test]
+    fn who_is_not_wanted_any_more_does_not_wait() {
+        let space = Space::default();
+        let _first = claim(&space, 120 * MIB, 40 * MIB, soon()).unwrap();
+        let second = space.claim();
+        let mut asked = 0;
+        let mut still_wanted = || {
+            asked += 1;
+            if asked > 1 { bail!("not wanted") } else { Ok(()) }
+        };
+        let far = Instant::now() + Duration::from_secs(3600);
+        let error = second.grow(40 * MIB, Path::new("/x"), &mut || Ok(120 * MIB), far, &mut still_wanted).unwrap_err();
+        assert_eq!((error.to_string().as_str(), asked), ("not wanted", 2));
+        assert_eq!(space.promised(), 40 * MIB);
+    }
+
+    #[test]
+    fn room_is_seen_to_as_a_package_and_its_tree_grow() {
+        let (space, place) = (Space::default(), std::env::temp_dir());
+        let mut room = Room::new(&space, &place, soon());
+        let wanted: &mut StillWanted<'_> = &mut || Ok(());
+        // Known beforehand, and some of it there already.
+        room.has_archive(100);
+        room.fit(1000, wanted).unwrap();
+        room.fit(1000, wanted).unwrap();
+        assert_eq!(space.promised(), 3900);
+        room.has_archive(1000);
+        room.unpacks(2500, wanted).unwrap();
+        assert_eq!(space.promised(), 500);
+        // A tree larger than was thought: the rest was not promised to others either.
+        room.unpacks(600, wanted).unwrap();
+        assert_eq!(space.promised(), STEP * PER_PACKAGE);
+        // It comes once more, from its beginning.
+        room.has_archive(0);
+        assert_eq!(space.promised(), STEP * PER_PACKAGE + 1000);
+        drop(room);
         assert_eq!(space.promised(), 0);
+
+        // Nobody told its size.
+        let mut room = Room::new(&space, &place, soon());
+        for (come, promised) in [(1, STEP + 1), (STEP, STEP + 1), (STEP + 1, STEP + 1), (STEP + 2, 2 * STEP + 2)] {
+            room.fit_more(come, wanted).unwrap();
+            assert_eq!(space.promised(), promised * PER_PACKAGE, "{come}");
+        }
     }
 }

@@ -7,12 +7,14 @@ use std::sync::{Arc, Mutex};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
+use super::cache::entries;
 use super::*;
 use crate::core::model::{Arch, Os};
 use crate::endpoint::testing::{Asked, Server, Told};
 use crate::endpoint::{Timeouts, Trust};
 
 mod network;
+mod sharing;
 
 struct Signer(minisign::KeyPair);
 
@@ -34,6 +36,12 @@ impl Signer {
     }
 }
 
+fn signed(bytes: &[u8]) -> (Keys, String) {
+    let signer = Signer::new();
+    let signature = signer.sign(bytes, &binding(1));
+    (signer.keys(), signature)
+}
+
 fn release() -> Release {
     Release { name: "demo".parse().unwrap(), version: "1.0".parse().unwrap(), os: Os::Linux, arch: Arch::Amd64 }
 }
@@ -45,9 +53,13 @@ fn binding(epoch: u64) -> String {
 /// A package with one program and as many bytes that don't compress.
 fn archive(bytes: usize) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(1);
-    let content: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(bytes).collect();
+    archive_of(&std::iter::repeat_with(|| random.u8(..)).take(bytes).collect::<Vec<u8>>())
+}
+
+/// A package with one program and this.
+fn archive_of(content: &[u8]) -> Vec<u8> {
     let mut tar = tar::Builder::new(zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap());
-    for (path, mode, content) in [("bin/run", 0o755, &b"#!/bin/sh\n"[..]), ("data", 0o600, &content)] {
+    for (path, mode, content) in [("bin/run", 0o755, &b"#!/bin/sh\n"[..]), ("data", 0o600, content)] {
         let mut header = tar::Header::new_gnu();
         header.set_mode(mode);
         header.set_size(content.len() as u64);
@@ -290,7 +302,7 @@ fn breaking(
             headers.push(("content-range", format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len())));
         }
         let status = if start > 0 { 206 } else { 200 };
-        Told { status, headers, body: bytes[start..].to_vec(), cut_after, drip: None }
+        Told { status, headers, body: bytes[start..].to_vec(), cut_after, ..Told::default() }
     });
     (server, asked_for)
 }
@@ -324,8 +336,8 @@ fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
         desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
         assert_eq!(ranges.lock().unwrap().first(), Some(&Some("bytes=250000-".to_owned())));
     }
-    // Half of another file of the same name.
-    desk.left(&[b'x'; 1000], Some("\"old\""));
+    // Half of another file of the same name, which is larger than this one.
+    desk.left(&[b'x'; 1_000_000], Some("\"old\""));
     let (server, _) = breaking(bytes.clone(), signature, "\"a\"", 0, 0);
     desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
     assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
@@ -484,40 +496,4 @@ fn keys_are_kept_once_each_and_shown_by_minisigns_id() {
     file.write_all(b"hello").unwrap();
     let error = format!("{:#}", Keys::load(&directory.path().join("keys")).unwrap_err());
     assert!(error.contains("broken.pub"), "{error}");
-}
-
-#[test]
-fn a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap() {
-    let desk = Desk::new();
-    sweep(&desk.places).unwrap();
-    fs::create_dir_all(desk.places.staging.join("tree-x/y")).unwrap();
-    fs::create_dir_all(&desk.places.cache).unwrap();
-    let (old, new) = (desk.places.cache.join("old.part"), desk.places.cache.join("new.part"));
-    fs::write(&new, "x").unwrap();
-    let file = File::create(&old).unwrap();
-    file.set_modified(SystemTime::now() - MAX_PART_AGE - Duration::from_secs(60)).unwrap();
-    sweep(&desk.places).unwrap();
-    assert_eq!(desk.leftovers(), std::slice::from_ref(&new));
-
-    // While it runs: what is not wanted goes, and nothing that somebody is at.
-    let (signer, bytes) = (Signer::new(), archive(10));
-    let (keys, signature) = (signer.keys(), signer.sign(&bytes, &binding(1)));
-    desk.left(&bytes, Some("\"a\""));
-    let examined = verify::examine(&signature, &keys, &Wanted::new(release())).unwrap();
-    let open = || Part::open(&desk.places.cache, FILE, u64::MAX, &examined, &keys);
-    let part = open().unwrap();
-    trim(&desk.places.cache, |_| false).unwrap();
-    assert_eq!(desk.leftovers().len(), 2);
-    assert!(format!("{:#}", open().map(|_| ()).unwrap_err()).contains("another download"));
-    drop(part);
-    trim(&desk.places.cache, |file| file == FILE).unwrap();
-    assert_eq!(desk.leftovers().len(), 2);
-    trim(&desk.places.cache, |_| false).unwrap();
-    assert_eq!(desk.leftovers(), Vec::<PathBuf>::new());
-
-    let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-    let files = vec![(at(3), 5, "c".into()), (at(1), 5, "a".into()), (at(2), 5, "b".into())];
-    assert_eq!(beyond_cap(files.clone(), 15), Vec::<PathBuf>::new());
-    assert_eq!(beyond_cap(files.clone(), 14), [PathBuf::from("a")]);
-    assert_eq!(beyond_cap(files, 5), [PathBuf::from("a"), "b".into()]);
 }

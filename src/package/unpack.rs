@@ -81,14 +81,24 @@ pub(super) enum Item<'a> {
 /// What is done with each of them.
 type Sink<'a> = dyn FnMut(&Admitted, Item<'_>) -> Result<()> + 'a;
 
+/// Asked before so many bytes of content are written; an error ends the unpacking.
+pub(super) type MayWrite<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+
 /// Unpacks into a new directory in `staging` and answers its path. After an error nothing of it is left, as far as can be.
-pub(super) fn unpack(archive: &mut File, packing: Packing, os: Os, staging: &Path, limits: &Limits) -> Result<PathBuf> {
+pub(super) fn unpack(
+    archive: &mut File,
+    packing: Packing,
+    os: Os,
+    staging: &Path,
+    limits: &Limits,
+    may_write: &mut MayWrite<'_>,
+) -> Result<PathBuf> {
     let root = tempfile::Builder::new()
         .prefix("tree-")
         .tempdir_in(staging)
         .with_context(|| format!("cannot make a directory in {}", staging.display()))?
         .keep();
-    let mut tree = Tree::new(root.clone());
+    let mut tree = Tree::new(root.clone(), may_write);
     let made = read(archive, packing, os, limits, &mut |admitted, item| tree.make(admitted, item));
     let finished = made.context("cannot unpack it").and_then(|()| tree.finish());
     match finished {

@@ -149,11 +149,13 @@ impl Signed {
     }
 }
 
-/// Reads what follows in `from`, to its end, through a verification and perhaps into a file of ours.
+/// Reads what follows in `from`, to its end, through a verification and perhaps into a file of ours. `each` is told how much came and may
+/// end it.
 pub(super) fn read_through(
     from: &mut impl Read,
     verification: &mut Verification<'_>,
     mut to: Option<&mut File>,
+    each: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<()> {
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
@@ -164,6 +166,7 @@ pub(super) fn read_through(
             Err(error) => return Err(error).context("cannot read the package"),
         };
         let bytes = &chunk[..amount];
+        each(amount as u64)?;
         verification.update(bytes);
         if let Some(to) = &mut to {
             to.write_all(bytes).context("cannot copy the package")?;

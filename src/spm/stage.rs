@@ -1,7 +1,7 @@
 //! Staging a release beside what runs: fetched, verified, unpacked, looked at; then it may be activated.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -13,6 +13,7 @@ use crate::config::Config;
 use crate::core::desired::Order;
 use crate::core::model::{AgentId, AgentName, Release, Version};
 use crate::core::status::DownloadStatus;
+use crate::endpoint::End;
 use crate::home::Home;
 use crate::installation::guard::{self, Unsound};
 use crate::installation::{Epochs, keyring};
@@ -52,6 +53,22 @@ struct Seen {
     /// Zero: not known yet.
     total: AtomicU64,
     unwanted: AtomicBool,
+    /// Of the download: it may wait long for what does not come.
+    end: Mutex<Option<End>>,
+}
+
+impl Seen {
+    /// Notes how the download is ended. It is looked at afterwards whether it is still wanted: who gave it up in between found nothing here.
+    fn ends_by(&self, end: End) {
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+    }
+
+    fn give_up(&self) {
+        self.unwanted.store(true, Ordering::SeqCst);
+        if let Some(end) = self.end.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            end.now();
+        }
+    }
 }
 
 impl Staging {
@@ -69,7 +86,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        self.seen.unwanted.store(true, Ordering::Relaxed);
+        self.seen.give_up();
     }
 }
 
@@ -124,14 +141,16 @@ pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
 
 fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
     let Job { home, config, agent_id, name, order } = job;
-    if seen.unwanted.load(Ordering::Relaxed) {
+    if seen.unwanted.load(Ordering::SeqCst) {
         bail!("it is not wanted any more");
     }
     guard::agent(home, name)?;
     let wanted = Wanted { least_epoch: Epochs::load(home)?.least(name.as_str()), ..wanted(name, order) };
     commons.limit(config.download_rate.map(|rate| rate.0));
+    let client = config.client(&config.trust(home), agent_id, config.download_timeouts())?;
+    seen.ends_by(client.end());
     let means = Means {
-        client: &config.client(&config.trust(home), agent_id, config.download_timeouts())?,
+        client: &client,
         endpoints: &config.heartbeat_srv,
         keys: &keyring::trusted(home)?,
         places: &Places { cache: home.cache(), staging: home.staging() },
@@ -146,7 +165,7 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
             told = Instant::now();
             tracing::info!(agent = %name, version = %order.version, bytes, total, "a download is under way");
         }
-        !seen.unwanted.load(Ordering::Relaxed)
+        !seen.unwanted.load(Ordering::SeqCst)
     })?;
     let release = home.release(name, &order.version);
     tree.move_to(&release)?;

@@ -168,6 +168,30 @@ fn three_packages_are_fetched_at_the_same_time_and_no_more() {
 }
 
 #[test]
+fn downloads_that_nobody_wants_any_more_make_way_at_once() {
+    let gateway = Gateway::with(&[], &[]);
+    let (archive, _) = archive(gateway.path("").as_path(), 1 << 20);
+    let names: Vec<String> = (0..ORDERED).map(|number| format!("noise-{number}")).collect();
+    let order = |version: &str| {
+        names.iter().for_each(|name| publish_archive(&gateway, &archive, name, version));
+        gateway.want(&names.iter().map(|name| (name.as_str(), version, "cmd = \"stop\"")).collect::<Vec<_>>());
+    };
+    order("1.0.0");
+    // As many as may wait at the same time for what does not come: the first head, or the rest.
+    let proxy = FaultProxy::before(&gateway, |request, _| match request.is_for_package() {
+        true if request.path.contains("/noise-0-1.0.0") => Fault::Mute,
+        true if request.path.contains("-1.0.0") && request.path.contains("/noise-") => Fault::Stall { after: 1 << 19 },
+        _ => Fault::None,
+    });
+    let host = joined_by(&proxy.url(), &gateway, "downloadStall = \"10m\"");
+    wait_for("downloads that wait", SOON, || (proxy.most_at_once() == AT_ONCE).then_some(()));
+    order("2.0.0");
+    host.wait_for_status("the other version", SOON, |status| {
+        names.iter().all(|name| has_version(status, name, "2.0.0"))
+    });
+}
+
+#[test]
 fn a_manager_that_is_killed_in_mid_download_fetches_only_the_rest_and_shows_how_far_it_is() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");

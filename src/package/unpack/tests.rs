@@ -51,7 +51,7 @@ impl Place {
     fn unpack(&self, archive: &[u8], packing: Packing, os: Os, limits: &Limits) -> Result<PathBuf, String> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(archive).unwrap();
-        unpack(&mut file, packing, os, &self.staging(), limits).map_err(|error| format!("{error:#}"))
+        unpack(&mut file, packing, os, &self.staging(), limits, &mut |_| Ok(())).map_err(|error| format!("{error:#}"))
     }
 
     /// All that is there: what it is, what is in it, how many names it has.
@@ -210,6 +210,19 @@ fn limits_hold_for_entries_and_bytes() {
     }
     let whole = zst(&big().entry(b'5', "d/", 0o755, "", b"").end());
     Place::new().unpack(&whole, Packing::TarZst, Os::Linux, &limits).unwrap();
+}
+
+#[test]
+fn a_zip_whose_directory_would_take_the_memory_is_refused() {
+    let names: Vec<String> =
+        (0..4200).map(|number| format!("{}/{number}", vec!["x".repeat(245); 4].join("/"))).collect();
+    let zip = |count: usize| {
+        let entries: Vec<_> = names[..count].iter().map(|name| (name.as_str(), 0o644, &b""[..])).collect();
+        unpacked(&zip_of(&entries), Packing::Zip).1
+    };
+    let error = zip(4200).unwrap_err();
+    assert!(error.contains("more than 4194304 bytes; pack it as tar.zst"), "{error}");
+    zip(3800).unwrap();
 }
 
 #[test]

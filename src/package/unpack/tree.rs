@@ -7,38 +7,35 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use super::plan::Admitted;
-use super::{CHUNK_BYTES, Item};
+use super::{CHUNK_BYTES, Item, MayWrite};
 use crate::package::fetch::unwritable;
-use crate::package::space;
 use crate::platform;
 
 const DIRECTORY_MODE: u32 = 0o755;
 const FILE_MODE: u32 = 0o644;
 const PROGRAM_MODE: u32 = 0o755;
 
-/// After so many bytes it is looked again whether the others on the host have enough space left.
-const BYTES_BETWEEN_LOOKS: u64 = 64 << 20;
-
 /// A tree that is being made.
-pub(super) struct Tree {
+pub(super) struct Tree<'a> {
     root: PathBuf,
     /// What is being made, as a whole path; kept, as is the buffer, for the next.
     at: PathBuf,
     chunk: Vec<u8>,
-    /// Until space is looked at again.
-    unlooked: u64,
+    /// Asked before anything is made.
+    may_write: &'a mut MayWrite<'a>,
     /// Whether what is made gets the mode that it is made with, for files, programs and directories; `None`: nobody looked yet.
     mode_holds: [Option<bool>; 3],
 }
 
-impl Tree {
+impl<'a> Tree<'a> {
     /// In a directory that is empty and ours.
-    pub(super) fn new(root: PathBuf) -> Tree {
+    pub(super) fn new(root: PathBuf, may_write: &'a mut MayWrite<'a>) -> Tree<'a> {
         let at = PathBuf::with_capacity(root.as_os_str().len() + 256);
-        Tree { root, at, chunk: vec![0; CHUNK_BYTES], unlooked: 0, mode_holds: [None; 3] }
+        Tree { root, at, chunk: vec![0; CHUNK_BYTES], may_write, mode_holds: [None; 3] }
     }
 
     pub(super) fn make(&mut self, admitted: &Admitted, item: Item<'_>) -> Result<()> {
+        (self.may_write)(0)?;
         for end in &admitted.parents {
             self.directory(&admitted.path[..*end])?;
         }
@@ -84,7 +81,7 @@ impl Tree {
             if amount == 0 {
                 break;
             }
-            self.look_at_space(amount as u64)?;
+            (self.may_write)(amount as u64)?;
             file.write_all(&self.chunk[..amount]).map_err(|error| self.unwritable(error))?;
             written += amount as u64;
         }
@@ -102,15 +99,6 @@ impl Tree {
             }
         };
         if holds { Ok(()) } else { platform::set_mode(&self.at, mode) }
-    }
-
-    fn look_at_space(&mut self, amount: u64) -> Result<()> {
-        self.unlooked = self.unlooked.saturating_sub(amount);
-        if self.unlooked > 0 {
-            return Ok(());
-        }
-        self.unlooked = BYTES_BETWEEN_LOOKS;
-        space::ensure(&self.root, 0)
     }
 
     fn go_to(&mut self, path: &str) {

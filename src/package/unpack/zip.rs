@@ -27,8 +27,8 @@ const END_BYTES: usize = 22;
 const ZIP64_LOCATOR: u32 = 0x0706_4b50;
 const ZIP64_LOCATOR_BYTES: usize = 20;
 
-/// It is held in memory.
-const MAX_DIRECTORY_BYTES: u32 = 32 << 20;
+/// It is held in memory, of which unpacking takes 12 MiB at most.
+const MAX_DIRECTORY_BYTES: u32 = 4 << 20;
 
 const STORED: u16 = 0;
 const DEFLATED: u16 = 8;
@@ -151,7 +151,7 @@ fn directory(archive: &mut File, max_entries: u64) -> Result<Directory> {
     ensure!(entries != u16::MAX && size != u32::MAX && begin != u32::MAX, ZIP64);
     ensure!(field16(4)? == 0 && field16(6)? == 0 && field16(8)? == entries, "it is one of several volumes");
     ensure!(u64::from(entries) <= max_entries, "the package has more than {max_entries} entries");
-    ensure!(size <= MAX_DIRECTORY_BYTES, "its directory has more than {MAX_DIRECTORY_BYTES} bytes");
+    ensure!(size <= MAX_DIRECTORY_BYTES, "its directory has more than {MAX_DIRECTORY_BYTES} bytes; pack it as tar.zst");
     let end_at = length - tail_bytes + at as u64;
     ensure!(
         u64::from(begin) + u64::from(size) == end_at,

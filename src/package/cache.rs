@@ -1,0 +1,87 @@
+//! Where packages are on their way: directories that are their owner's alone, cleared of what nobody comes back for.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+
+use super::{MAX_PACKAGE_BYTES, Places, part};
+use crate::store;
+
+/// Half a download that nobody came back for.
+pub(super) const MAX_PART_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// What downloads that nobody is at may take on the disk: as much as the largest package, so that it can be gone on with too.
+const MAX_CACHE_BYTES: u64 = MAX_PACKAGE_BYTES;
+
+/// Makes a directory that is its owner's alone, where it is missing.
+pub(super) fn make_private(directory: &Path) -> Result<()> {
+    let attempt = || {
+        if directory.is_dir() {
+            return Ok(());
+        }
+        fs::create_dir_all(directory)?;
+        crate::platform::set_mode(directory, 0o700)
+    };
+    attempt().with_context(|| format!("cannot make {}", directory.display()))
+}
+
+/// Clears what earlier runs left: everything in staging, downloads that nobody came back for, and the oldest of the rest beyond the
+/// cache's cap. To be called while no fetch is under way.
+pub fn sweep(places: &Places) -> Result<()> {
+    for entry in entries(&places.staging)? {
+        let path = entry.path();
+        if entry.file_type()?.is_dir() { store::remove_tree(&path)? } else { store::remove(&path)? }
+    }
+    trim(&places.cache, |_| true)
+}
+
+/// Removes downloads of files that are not wanted, or that nobody came back for, and the oldest of the rest beyond the cache's cap; none
+/// that is under way.
+pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
+    let mut kept = Vec::new();
+    for entry in entries(cache)? {
+        let path = entry.path();
+        // One that was done meanwhile is gone.
+        let Ok(metadata) = entry.metadata() else { continue };
+        if !metadata.is_file() || part::is_in_use(&path) {
+            continue;
+        }
+        // A clock that was set back makes a file young, not an error.
+        let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        let age = SystemTime::now().duration_since(modified).unwrap_or_default();
+        if age > MAX_PART_AGE || !part::package_of(&path).is_some_and(&is_wanted) {
+            store::remove(&path)?;
+        } else {
+            kept.push((modified, metadata.len(), path));
+        }
+    }
+    for path in beyond_cap(kept, MAX_CACHE_BYTES) {
+        store::remove(&path)?;
+    }
+    Ok(())
+}
+
+/// Which files go so that the rest has at most `cap` bytes: the oldest.
+pub(super) fn beyond_cap(mut files: Vec<(SystemTime, u64, PathBuf)>, cap: u64) -> Vec<PathBuf> {
+    files.sort();
+    let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
+    let mut gone = Vec::new();
+    for (_, bytes, path) in files {
+        if total <= cap {
+            break;
+        }
+        total -= bytes;
+        gone.push(path);
+    }
+    gone
+}
+
+pub(super) fn entries(directory: &Path) -> Result<Vec<fs::DirEntry>> {
+    let attempt = || match fs::read_dir(directory) {
+        Ok(entries) => entries.collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    };
+    attempt().with_context(|| format!("cannot list {}", directory.display()))
+}

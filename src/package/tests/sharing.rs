@@ -1,0 +1,273 @@
+//! Facts about what a download shares: the disk with others, the time with other sources, and its work with who may give it up.
+
+use std::sync::atomic::AtomicBool;
+use std::time::SystemTime;
+
+use super::super::cache::{MAX_PART_AGE, beyond_cap};
+use super::super::space::tests::all_taken;
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+/// Serves the package from where it is asked to, as `further` has it, and counts how often.
+fn serving(
+    bytes: &[u8],
+    signature: &str,
+    further: impl Fn(Told, usize) -> Told + Send + Sync + 'static,
+) -> (Server, Arc<AtomicUsize>) {
+    let (bytes, signature, count) = (bytes.to_vec(), signature.to_owned(), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&count);
+    let server = Server::plain(move |asked| {
+        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+            return Told::ok(signature.clone());
+        }
+        let from = asked.headers.get("range").map_or(0, |range| range[6..range.len() - 1].parse().unwrap());
+        if from == bytes.len() {
+            return Told { headers: vec![("content-range", format!("bytes */{from}"))], ..Told::status(416) };
+        }
+        let mut headers = vec![("etag", "\"a\"".to_owned())];
+        if from > 0 {
+            headers.push(("content-range", format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len())));
+        }
+        let status = if from > 0 { 206 } else { 200 };
+        let told = Told { status, headers, body: bytes[from..].to_vec(), ..Told::default() };
+        further(told, counted.fetch_add(1, Ordering::SeqCst))
+    });
+    (server, count)
+}
+
+/// Sends so many bytes at once, and then next to nothing.
+fn dripping(at_once: usize) -> impl Fn(Told, usize) -> Told {
+    move |told, _| Told { drip: Some((at_once.min(told.body.len()), Duration::from_millis(20))), ..told }
+}
+
+fn without_etag(told: Told) -> Told {
+    let headers = told.headers.into_iter().filter(|(name, _)| *name != "etag").collect();
+    Told { headers, ..told }
+}
+
+fn in_cache(desk: &Desk) -> usize {
+    entries(&desk.places.cache).unwrap().len()
+}
+
+#[test]
+fn a_source_that_dawdles_leaves_time_to_the_next_one() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (slow, asked) = serving(&bytes, &signature, dripping(100_000));
+    let (good, _) = serving(&bytes, &signature, |told, _| told);
+    let (desk, endpoints) = (Desk::new(), [slow.endpoint(), good.endpoint()]);
+    let means = Means { within: Duration::from_secs(4), ..desk.means(&endpoints, &keys) };
+    fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap();
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+
+    // The next one has nothing: what came stays, and the first one has the rest of the time.
+    let lacking = Server::plain(|_| Told::status(404));
+    let endpoints = [slow.endpoint(), lacking.endpoint()];
+    let means = Means { within: Duration::from_secs(2), ..desk.means(&endpoints, &keys) };
+    let began = Instant::now();
+    let error = fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap_err();
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    assert!(error.is::<Unavailable>() && !is_refusal(&error));
+    let error = format!("{error:#}");
+    for word in ["none of 3 sources", "its share of 2s (downloadTimeout)", "there is no such package"] {
+        assert!(error.contains(word), "{error}");
+    }
+    assert_eq!(asked.load(Ordering::SeqCst), 3);
+    assert!(fs::metadata(desk.places.cache.join(format!("{FILE}.part"))).unwrap().len() >= 100_000);
+}
+
+#[test]
+fn one_whose_size_nobody_told_claims_room_as_it_comes() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    let (server, asked) = serving(&bytes, &signature, |told, _| Told { no_length: true, ..told });
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    let mut least = u64::MAX;
+    let tree = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |done, _| {
+        if (1..bytes.len() as u64).contains(&done) {
+            least = least.min(desk.commons.space.promised());
+        }
+        true
+    });
+    tree.unwrap();
+    assert!((64 * MIB - 400_000..u64::MAX).contains(&least), "{least}");
+
+    // Where others were promised the rest, nothing of it is kept: it would be in their way.
+    let others = all_taken(&desk.commons.space);
+    let means = Means { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
+    let error = fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap_err();
+    assert!(format!("{error:#}").contains("not enough space") && !is_refusal(&error), "{error:#}");
+    assert_eq!((in_cache(&desk), asked.load(Ordering::SeqCst)), (0, 2));
+    drop(others);
+}
+
+#[test]
+fn what_has_no_room_to_be_unpacked_is_not_refused_and_not_downloaded_again() {
+    // Of next to nothing, much more than is promised beforehand.
+    let bytes = archive_of(&vec![0; 8 << 20]);
+    let (keys, signature) = signed(&bytes);
+    let (server, asked) = serving(&bytes, &signature, |told, _| told);
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    let wanted = Wanted { size: Some(bytes.len() as u64), ..Wanted::new(release()) };
+    let means = Means { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
+    let mut others = None;
+    for _ in 0..2 {
+        let error = fetch(&means, &wanted, &mut |done, total| {
+            // It had room to come.
+            if Some(done) == total {
+                others.get_or_insert_with(|| all_taken(&desk.commons.space));
+            }
+            true
+        });
+        let error = error.unwrap_err();
+        assert!(format!("{error:#}").contains("not enough space") && !is_refusal(&error), "{error:#}");
+        assert_eq!((in_cache(&desk), entries(&desk.places.staging).unwrap().len()), (2, 0));
+    }
+    drop(others);
+    desk.fetch(&endpoints, &wanted, &keys).unwrap();
+    assert_eq!((in_cache(&desk), asked.load(Ordering::SeqCst)), (0, 1));
+}
+
+#[test]
+fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    // The same one may say nothing of it.
+    let (server, asked) = serving(&bytes, &signature, move |told, before| match before {
+        0 => Told { cut_after: Some(150_000), ..told },
+        _ => without_etag(told),
+    });
+    let (desk, wanted, endpoints) = (Desk::new(), Wanted::new(release()), [server.endpoint()]);
+    let mut at = Vec::new();
+    let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, _| {
+        at.push(done);
+        true
+    });
+    tree.unwrap();
+    assert!(at.is_sorted() && asked.load(Ordering::SeqCst) == 2, "{at:?}");
+
+    // Another one that does not know `If-Range` would send the rest of some other file.
+    let cut = |told: Told, _| Told { cut_after: Some(30_000.min(told.body.len())), ..told };
+    let (broken, _) = serving(&bytes, &signature, cut);
+    let (other, asked) = serving(&bytes, &signature, move |told, before| match before {
+        0 => without_etag(Told { body: vec![b'x'; told.body.len()], ..told }),
+        _ => told,
+    });
+    desk.fetch(&[broken.endpoint(), other.endpoint()], &wanted, &keys).unwrap();
+    assert_eq!(asked.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn who_gives_up_a_download_waits_for_no_pause_of_it() {
+    let bytes = archive(1000);
+    let (keys, signature) = signed(&bytes);
+    let unwanted = Arc::new(AtomicBool::new(false));
+    let gave_up = Arc::clone(&unwanted);
+    let (server, asked) = serving(&bytes, &signature, move |_, _| {
+        gave_up.store(true, Ordering::SeqCst);
+        Told { headers: vec![("retry-after", "25".to_owned())], ..Told::status(503) }
+    });
+    let (desk, endpoints, began) = (Desk::new(), [server.endpoint()], Instant::now());
+    // It is given up once the pause has begun.
+    let mut since = 0;
+    let progress: &mut Progress<'_> = &mut |_, _| {
+        since += u32::from(unwanted.load(Ordering::SeqCst));
+        since < 4
+    };
+    let error = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), progress).unwrap_err();
+    assert!(format!("{error:#}").contains("not wanted any more"), "{error:#}");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn who_gives_up_a_download_ends_what_it_waits_for() {
+    let bytes = archive(400_000);
+    let (keys, signature) = signed(&bytes);
+    for no_length in [false, true] {
+        let (server, _) = serving(&bytes, &signature, move |told, _| Told {
+            drip: Some((100_000, Duration::from_secs(60))),
+            no_length,
+            ..told
+        });
+        let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+        let client = Client::new(&Trust::Insecure, None, Timeouts::download(Duration::from_secs(50))).unwrap();
+        let means = Means { client: &client, ..desk.means(&endpoints, &keys) };
+        let (unwanted, came) = (AtomicBool::new(false), AtomicBool::new(false));
+        let began = Instant::now();
+        std::thread::scope(|scope| {
+            let fetching = scope.spawn(|| {
+                fetch(&means, &Wanted::new(release()), &mut |done, _| {
+                    came.fetch_or(done >= 100_000, Ordering::SeqCst);
+                    !unwanted.load(Ordering::SeqCst)
+                })
+            });
+            while !came.load(Ordering::SeqCst) && !fetching.is_finished() {
+                std::thread::yield_now();
+            }
+            unwanted.store(true, Ordering::SeqCst);
+            client.end().now();
+            let error = fetching.join().unwrap().unwrap_err();
+            assert!(format!("{error:#}").contains("not wanted any more"), "{error:#}");
+        });
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        assert_eq!(in_cache(&desk), 2);
+    }
+}
+
+#[test]
+fn who_gives_up_a_package_that_is_being_unpacked_has_it_downloaded_for_another_time() {
+    let bytes = archive_of(&vec![0; 8 << 20]);
+    let (keys, signature) = signed(&bytes);
+    let (server, asked) = serving(&bytes, &signature, |told, _| told);
+    let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
+    let mut since_it_is_there = 0;
+    let error = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |done, total| {
+        since_it_is_there += u32::from(Some(done) == total);
+        since_it_is_there < 50
+    });
+    assert!(format!("{:#}", error.unwrap_err()).contains("not wanted any more"));
+    assert_eq!((in_cache(&desk), entries(&desk.places.staging).unwrap().len()), (2, 0));
+    desk.fetch(&endpoints, &Wanted::new(release()), &keys).unwrap();
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap() {
+    let desk = Desk::new();
+    sweep(&desk.places).unwrap();
+    fs::create_dir_all(desk.places.staging.join("tree-x/y")).unwrap();
+    fs::create_dir_all(&desk.places.cache).unwrap();
+    let (old, new) = (desk.places.cache.join("old.part"), desk.places.cache.join("new.part"));
+    fs::write(&new, "x").unwrap();
+    let file = File::create(&old).unwrap();
+    file.set_modified(SystemTime::now() - MAX_PART_AGE - Duration::from_secs(60)).unwrap();
+    sweep(&desk.places).unwrap();
+    assert_eq!(desk.leftovers(), std::slice::from_ref(&new));
+
+    // While it runs: what is not wanted goes, and nothing that somebody is at.
+    let (signer, bytes) = (Signer::new(), archive(10));
+    let (keys, signature) = (signer.keys(), signer.sign(&bytes, &binding(1)));
+    desk.left(&bytes, Some("\"a\""));
+    let examined = verify::examine(&signature, &keys, &Wanted::new(release())).unwrap();
+    let open = || {
+        let progress: &mut Progress<'_> = &mut |_, _| true;
+        Part::open(&desk.places.cache, FILE, u64::MAX, &examined, &keys, &mut Watch::new(progress))
+    };
+    let part = open().unwrap();
+    trim(&desk.places.cache, |_| false).unwrap();
+    assert_eq!(desk.leftovers().len(), 2);
+    assert!(format!("{:#}", open().map(|_| ()).unwrap_err()).contains("another download"));
+    drop(part);
+    trim(&desk.places.cache, |file| file == FILE).unwrap();
+    assert_eq!(desk.leftovers().len(), 2);
+    trim(&desk.places.cache, |_| false).unwrap();
+    assert_eq!(desk.leftovers(), Vec::<PathBuf>::new());
+
+    let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    let files = vec![(at(3), 5, "c".into()), (at(1), 5, "a".into()), (at(2), 5, "b".into())];
+    assert_eq!(beyond_cap(files.clone(), 15), Vec::<PathBuf>::new());
+    assert_eq!(beyond_cap(files.clone(), 14), [PathBuf::from("a")]);
+    assert_eq!(beyond_cap(files, 5), [PathBuf::from("a"), "b".into()]);
+}

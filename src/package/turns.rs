@@ -1,0 +1,165 @@
+//! Whose turn it is to serve a package, and for how long. Pure: what a turn brought is told to it.
+//!
+//! A source that is slow, but not so slow that it counts as stalled, must not use up the time of those behind it; nor one that sends damage
+//! the tries of a good one. So each has its share of the time that is left, and one more try after damage. Who was late, or sent damage, is
+//! asked again after the others had their turn.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// A share shorter than this is none: a connection alone may take ten seconds.
+const LEAST: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 15_000 });
+/// What came damaged is fetched from the same source again so often.
+const REFETCHES: u32 = 1;
+/// All sources together send damage so often at most, and then nobody is asked any more in this fetch.
+const MOST_DAMAGES: u32 = 4;
+
+/// One source's turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Turn {
+    /// Its number, in the order of the sources.
+    pub(super) source: usize,
+    /// So long it has.
+    pub(super) time: Duration,
+}
+
+/// Who is asked next.
+#[derive(Debug)]
+pub(super) struct Turns {
+    /// In this round.
+    queue: VecDeque<usize>,
+    /// In the next one.
+    again: VecDeque<usize>,
+    /// How often each sent damage.
+    damages: Vec<u32>,
+}
+
+impl Turns {
+    pub(super) fn new(sources: usize) -> Turns {
+        Turns { queue: (0..sources).collect(), again: VecDeque::new(), damages: vec![0; sources] }
+    }
+
+    /// The next turn, where so much time is left for all; the last one of a round has all of it.
+    pub(super) fn next(&mut self, left: Duration) -> Option<Turn> {
+        if left.is_zero() {
+            return None;
+        }
+        if self.queue.is_empty() {
+            std::mem::swap(&mut self.queue, &mut self.again);
+        }
+        let share = left / u32::try_from(self.queue.len()).ok().filter(|sources| *sources > 0)?;
+        let source = self.queue.pop_front()?;
+        Some(Turn { source, time: share.max(LEAST).min(left) })
+    }
+
+    /// Its time was over before the package had come, and so much is left for all.
+    pub(super) fn late(&mut self, source: usize, left: Duration) {
+        if left >= LEAST {
+            self.again.push_back(source);
+        }
+    }
+
+    /// What it sent was damaged. Whether anybody is asked after that.
+    pub(super) fn damaged(&mut self, source: usize) -> bool {
+        if let Some(damages) = self.damages.get_mut(source) {
+            *damages += 1;
+            if *damages <= REFETCHES {
+                self.again.push_back(source);
+            }
+        }
+        if self.damages.iter().sum::<u32>() >= MOST_DAMAGES {
+            self.queue.clear();
+            self.again.clear();
+        }
+        !(self.queue.is_empty() && self.again.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const S: fn(u64) -> Duration = Duration::from_secs;
+
+    fn turn(source: usize, seconds: u64) -> Option<Turn> {
+        Some(Turn { source, time: S(seconds) })
+    }
+
+    #[test]
+    fn each_source_has_its_share_of_what_is_left_and_the_last_one_all_of_it() {
+        let mut turns = Turns::new(3);
+        assert_eq!(turns.next(S(600)), turn(0, 200));
+        turns.late(0, S(400));
+        // What the second did not use is the third's.
+        assert_eq!(turns.next(S(400)), turn(1, 200));
+        assert_eq!(turns.next(S(390)), turn(2, 390));
+        // And what that one did not use is for who was late.
+        assert_eq!(turns.next(S(300)), turn(0, 300));
+        assert_eq!(turns.next(S(200)), None);
+        // With too little left it is not worth another turn.
+        turns.late(0, LEAST / 2);
+        assert_eq!(turns.next(LEAST / 2), None);
+        turns.late(0, LEAST);
+        assert_eq!(turns.next(S(0)), None);
+    }
+
+    #[test]
+    fn a_share_is_never_too_short_to_be_of_use() {
+        let mut turns = Turns::new(2);
+        assert_eq!(turns.next(LEAST + LEAST / 2), Some(Turn { source: 0, time: LEAST }));
+        assert_eq!(turns.next(LEAST / 2), Some(Turn { source: 1, time: LEAST / 2 }));
+    }
+
+    #[test]
+    fn damage_of_one_source_takes_no_try_from_another() {
+        // One alone: fetched once more.
+        let mut turns = Turns::new(1);
+        assert_eq!(turns.next(S(9)), turn(0, 9));
+        assert!(turns.damaged(0));
+        assert_eq!(turns.next(S(8)), turn(0, 8));
+        assert!(!turns.damaged(0) && turns.next(S(7)).is_none());
+
+        // A bad one in front of a good one whose package is damaged on its way, once.
+        let mut turns = Turns::new(2);
+        for source in [0, 1, 0] {
+            assert_eq!(turns.next(S(9)).map(|turn| turn.source), Some(source));
+            assert!(turns.damaged(source));
+        }
+        assert_eq!(turns.next(S(9)), turn(1, 9));
+        assert!(!turns.damaged(1));
+
+        // However many there are, damage comes to an end.
+        let mut turns = Turns::new(9);
+        let mut asked = 0;
+        while let Some(turn) = turns.next(S(9)) {
+            asked += 1;
+            turns.damaged(turn.source);
+        }
+        assert_eq!(asked, MOST_DAMAGES);
+    }
+
+    proptest! {
+        /// Whatever each turn brings, all had one before anybody has another, none is longer than what is left, and it ends.
+        #[test]
+        fn everybody_has_a_turn_and_it_ends(sources in 1_usize..6, brought in prop::collection::vec(0_u8..3, 50)) {
+            let (mut turns, mut left, mut order) = (Turns::new(sources), S(600), Vec::new());
+            for what in &brought {
+                let Some(turn) = turns.next(left) else { break };
+                prop_assert!(turn.time <= left && turn.time >= LEAST.min(left));
+                order.push(turn.source);
+                left = left.saturating_sub(if *what == 0 { turn.time } else { S(1) });
+                match what {
+                    0 => turns.late(turn.source, left),
+                    1 => drop(turns.damaged(turn.source)),
+                    _ => {}
+                }
+            }
+            let damages = brought.iter().take(order.len()).filter(|what| **what == 1).count();
+            prop_assert!(damages <= MOST_DAMAGES as usize);
+            let first: Vec<usize> = order.iter().take(sources).copied().collect();
+            prop_assert!(first.iter().enumerate().all(|(at, source)| at == *source), "{order:?}");
+        }
+    }
+}
