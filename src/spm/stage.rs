@@ -73,7 +73,7 @@ impl Drop for Staging {
     }
 }
 
-/// Why a release could not be staged or activated.
+/// Why a release could not be staged, activated or started.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) why: String,

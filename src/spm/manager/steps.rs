@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use tokio::task::AbortHandle;
 
 use super::Manager;
@@ -74,24 +74,29 @@ impl Manager {
                 };
                 agent.staging = Some(stage::start(&self.inputs, &self.desk, job));
             }
-            Step::Activate { name, version, .. } if let Err(error) = guard::agent(&self.home, &name) => {
+            Step::Activate { name, version, .. } if let Err(error) = self.may_activate(&name, &version) => {
                 // What runs goes on running.
-                let error = Refusal::of(&error);
-                let Some(agent) = self.agents.get_mut(&name) else { return };
-                if agent.error.as_ref() != Some(&error.why) {
-                    let about = About { agent: Some(&name), version: Some(&version) };
-                    self.journal.note("activate", error.outcome(), about, error.why.as_str());
-                }
-                agent.hold_back(version, error.why, None, now);
+                self.hold_back(&name, version, "activate", &error, now);
             }
             Step::Activate { name, version, run, env } => {
                 self.begin(&name, Busy::Activating { version, run, env }, now)
             }
             Step::Uninstall { name } => self.begin(&name, Busy::Uninstalling, now),
+            Step::Configure { name, .. } if self.agents.get(&name).is_some_and(|agent| agent.is_held_back(now)) => {}
+            Step::Configure { name, .. } if let Err((version, error)) = self.may_restart(&name) => {
+                // With the environment that it has, it goes on running.
+                self.hold_back(&name, version, "env", &error, now);
+            }
             Step::Configure { name, env } => {
                 let Some(agent) = self.agents.get_mut(&name) else { return };
+                // One that was adopted with another, and has ended since, may have been started with this one.
+                let runs_so = agent.record.as_ref().is_some_and(|record| record.head.env_hash == env_hash(&env));
                 agent.env = Some(env);
-                if agent.supervisor.pid().is_some() {
+                if agent.take_hold() {
+                    agent.error = None;
+                    agent.inspect(&self.home);
+                }
+                if agent.supervisor.pid().is_some() && !runs_so {
                     tracing::info!(agent = %name, "the environment changed; the sub-agent is restarted");
                     self.feed(&name, Event::Again, now);
                 }
@@ -110,6 +115,29 @@ impl Manager {
                 }
             }
         }
+    }
+
+    fn may_activate(&self, name: &AgentName, version: &Version) -> Result<()> {
+        guard::agent(&self.home, name)?;
+        guard::release(&self.home, name, version)
+    }
+
+    /// Whether what runs of a sub-agent could be started again; if not, its release and why. Of one that does not run nothing is asked.
+    pub(super) fn may_restart(&self, name: &AgentName) -> Result<(), (Version, anyhow::Error)> {
+        let agent = self.agents.get(name).filter(|agent| agent.supervisor.pid().is_some());
+        let Some(start) = agent.and_then(|agent| self.start_of(agent)) else { return Ok(()) };
+        start.sound().map_err(|error| (start.version, error))
+    }
+
+    /// Leaves something undone until it is tried again, and tells why, once.
+    fn hold_back(&mut self, name: &AgentName, version: Version, kind: &str, error: &anyhow::Error, now: Instant) {
+        let refusal = Refusal::of(error);
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        if agent.error.as_ref() != Some(&refusal.why) {
+            let about = About { agent: Some(name), version: Some(&version) };
+            self.journal.note(kind, refusal.outcome(), about, refusal.why.as_str());
+        }
+        agent.hold_back(version, refusal.why, None, now);
     }
 
     /// Takes the sub-agent down for something that needs it down.
@@ -354,7 +382,7 @@ impl Manager {
         &mut self,
         name: &AgentName,
         serial: u64,
-        result: Result<Box<Running>, String>,
+        result: Result<Box<Running>, Refusal>,
         now: Instant,
     ) {
         let Some(agent) = self.agents.get_mut(name).filter(|agent| agent.serial == serial) else { return };
@@ -375,9 +403,11 @@ impl Manager {
                     self.feed(name, Event::Again, now);
                 }
             }
-            Err(why) => {
+            Err(refusal) => {
+                let outcome = refusal.outcome();
+                let why = refusal.why;
                 if agent.supervisor.last_error() != Some(&why) {
-                    self.tell(name, "start", "failed", &why, now);
+                    self.tell(name, "start", outcome, &why, now);
                 }
                 self.feed(name, Event::StartFailed { why }, now);
                 self.finish_if_down(name, now);
