@@ -201,7 +201,12 @@ impl<'a> Look<'a> {
     /// What lies at a path of the home.
     fn here(&mut self, path: &Path, expected: Expected) -> Result<()> {
         let Some(root) = &self.root else { return Ok(()) };
-        let real = path.strip_prefix(self.home.root()).map_or_else(|_| path.to_owned(), |below| root.join(below));
+        let real = match path.strip_prefix(self.home.root()) {
+            // Joined with nothing, a path ends in a slash, and is no file's any more.
+            Ok(below) if below.as_os_str().is_empty() => root.clone(),
+            Ok(below) => root.join(below),
+            Err(_) => path.to_owned(),
+        };
         let weakness = platform::weakness(&real, expected, root);
         let weakness = weakness.with_context(|| format!("cannot look at {}", path.display()))?;
         self.note(&real, weakness.map(|weakness| format!("cannot rely on {}: {weakness}", path.display())));
@@ -218,7 +223,9 @@ impl<'a> Look<'a> {
         };
         let weakness = platform::weakness(&real, Expected::File, self.home.root());
         let weakness = weakness.with_context(|| format!("cannot look at {}", real.display()))?;
-        self.note(&real, weakness.map(|weakness| format!("cannot rely on {}: {weakness}", path.display())));
+        let behind = if real == path { String::new() } else { format!(", which is {}", real.display()) };
+        let fault = weakness.map(|weakness| format!("cannot rely on {}{behind}: {weakness}", path.display()));
+        self.note(&real, fault);
         Ok(())
     }
 
