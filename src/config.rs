@@ -185,6 +185,14 @@ impl Config {
         remember(&home.state_file(LAST_GOOD), text)
     }
 
+    /// The file of certificates that the settings name.
+    pub fn certificates(&self, home: &Home) -> Option<PathBuf> {
+        match &self.certificate {
+            Certificate::Authority(path) => Some(home.root().join(path)),
+            _ => None,
+        }
+    }
+
     /// How the gateway's certificate is checked, with the paths of this home.
     pub fn trust(&self, home: &Home) -> Trust {
         match &self.certificate {
@@ -241,6 +249,11 @@ fn remember(last_good: &Path, text: &str) -> Result<()> {
         return Ok(());
     }
     store::replace(last_good, text.as_bytes(), store::Access::Private)
+}
+
+/// The whole text of `etc/conf.toml`; `None` where there is no file.
+pub fn text(home: &Home) -> Result<Option<String>> {
+    read_text(&home.config())
 }
 
 fn read_text(path: &Path) -> Result<Option<String>> {

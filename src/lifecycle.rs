@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::door::{self, Request};
 use crate::home::Home;
 use crate::host_service::{self, Kind};
-use crate::installation::Installed;
+use crate::installation::{Installed, guard};
 use crate::role::{self, Holder, Role};
 use crate::{platform, process};
 
@@ -33,6 +33,7 @@ pub fn service(home: &Home) -> Kind {
 
 /// Starts a home that is stopped; one that runs is left as it is. Does not wait until it answers.
 pub fn start(home: &Home) -> Result<()> {
+    sound(home).context("cannot start")?;
     role::clear_stop(home).context("cannot start: the recorded stop cannot be taken back")?;
     if role::living(home, Role::Spm).is_none() {
         for role in Role::BOTH {
@@ -48,6 +49,7 @@ pub fn start(home: &Home) -> Result<()> {
 
 /// Starts both roles anew; the sub-agents are left running. Does not wait until they answer.
 pub fn renew(home: &Home) -> Result<()> {
+    sound(home).context("cannot restart: what runs goes on running")?;
     match service(home) {
         Kind::Systemd => host_service::restart(home, Role::BOTH),
         Kind::None => {
@@ -55,6 +57,11 @@ pub fn renew(home: &Home) -> Result<()> {
             role::spawn(home, Role::Spm).map(drop)
         }
     }
+}
+
+/// Whether the roles may be started, by whoever does it.
+fn sound(home: &Home) -> Result<()> {
+    Role::BOTH.iter().try_for_each(|role| guard::executable(home, &home.role_link(role.program())))
 }
 
 /// Ends both roles, the watchdog first, and leaves the sub-agents running. A service manager would start its own again; the manager

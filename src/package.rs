@@ -29,7 +29,7 @@ mod verify;
 mod watch;
 
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{ErrorKind, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,6 +40,7 @@ use crate::core::model::{Binding, Digest, Packing, Release};
 use crate::core::pace::Throttle;
 use crate::endpoint::{Client, Endpoint};
 use crate::home::COMPLETE;
+use crate::platform;
 use crate::store::{self, Access};
 
 use fetch::{Download, Failure};
@@ -364,7 +365,12 @@ impl VerifiedTree {
     pub fn move_to(self, to: &Path) -> Result<()> {
         let attempt = || -> Result<()> {
             let parent = to.parent().context("it has no parent directory")?;
-            fs::create_dir_all(parent)?;
+            match platform::create_directory(parent, 0o755) {
+                // Whatever the umask is: nobody else may write where releases lie.
+                Err(error) if error.kind() == ErrorKind::NotFound => fs::create_dir_all(parent)?,
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error.into()),
+                _ => {}
+            }
             if fs::symlink_metadata(to.join(COMPLETE)).is_ok() {
                 bail!("a finished release stands there already");
             }
@@ -372,7 +378,7 @@ impl VerifiedTree {
             fs::rename(&self.path, to).with_context(|| {
                 format!("cannot move {} there (both must be on one file system)", self.path.display())
             })?;
-            crate::platform::sync_directory(parent)?;
+            platform::sync_directory(parent)?;
             let record = Completed {
                 file: self.file.clone(),
                 sha256: self.sha256.clone(),

@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use crate::core::manifest::StopSignal;
 use crate::core::status::RoleStatus;
 use crate::home::Home;
+use crate::installation::{self, guard};
 use crate::lock::{self, Held};
-use crate::{installation, platform, store};
+use crate::{platform, store};
 
 /// The exit code of a role that was stopped on purpose: the service manager's unit does not restart it for this one.
 pub const STOPPED_ON_PURPOSE: u8 = 100;
@@ -60,9 +61,10 @@ pub fn demand_home(home: &Home) -> Result<()> {
 
 /// Starts a role by its name in `bin`, to live on without us.
 ///
-/// The mark of a sub-agent is taken off: who runs `aops` from within a sub-agent must not make the roles a part of it.
+/// An executable that somebody else can change is not started. The mark of a sub-agent is taken off: who runs `aops` from within a sub-agent must not make the roles a part of it.
 pub fn spawn(home: &Home, role: Role) -> Result<Child> {
     let program = home.role_link(role.program());
+    guard::executable(home, &program).with_context(|| format!("cannot start {}", program.display()))?;
     let mut command = Command::new(&program);
     command
         .arg("--home")

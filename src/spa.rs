@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::core::watch::{Lasting, Next, PING, Pings, Revival};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
-use crate::installation::keyring;
+use crate::installation::{guard, keyring};
 use crate::platform::{self, LocalConnection};
 use crate::role::{self, Role, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
@@ -345,7 +345,15 @@ impl Watchdog<'_> {
 
     /// Memory within limits, directories and keys in place.
     fn look_around(&mut self, connection: &mut LocalConnection) -> Result<()> {
-        for (directory, mode) in self.home.directories() {
+        // Where somebody else can write, what is made could be led elsewhere.
+        let directories = match guard::home(self.home) {
+            Ok(()) => self.home.directories(),
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "the home cannot be relied on");
+                vec![]
+            }
+        };
+        for (directory, mode) in directories {
             if !directory.exists() {
                 tracing::error!(directory = %directory.display(), "a directory of the home is missing and is made again");
                 if let Err(error) =

@@ -52,7 +52,7 @@ enum Input {
     Launched {
         name: AgentName,
         serial: u64,
-        result: Result<Box<run::Running>, String>,
+        result: Result<Box<run::Running>, stage::Refusal>,
     },
     Exited {
         name: AgentName,

@@ -4,7 +4,7 @@
 //! what they do not know in a flattened map and write it back.
 
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -60,17 +60,22 @@ pub fn replace_with(
     attempt().with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Reads a file of at most `limit` bytes; `None` where there is none.
+/// Reads a file of at most `limit` bytes, which nobody can make wait: a pipe or a device in its place is an error. `None` where there is
+/// none.
 pub fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     let attempt = || -> Result<Option<Vec<u8>>> {
-        match fs::metadata(path) {
-            Ok(metadata) if metadata.len() > limit => {
-                anyhow::bail!("it has {} bytes, more than {limit}", metadata.len())
-            }
-            Ok(_) => Ok(Some(fs::read(path)?)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error.into()),
+        let file = match platform::open_file(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let mut content = Vec::with_capacity(file.metadata()?.len().min(limit) as usize);
+        // It may grow while it is read.
+        file.take(limit + 1).read_to_end(&mut content)?;
+        if content.len() as u64 > limit {
+            anyhow::bail!("it has more than {limit} bytes");
         }
+        Ok(Some(content))
     };
     attempt().with_context(|| format!("cannot read {}", path.display()))
 }

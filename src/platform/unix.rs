@@ -13,7 +13,7 @@ mod local;
 mod own_record;
 mod process;
 
-pub use access::weakness;
+pub use access::{weakness, weakness_on_the_way};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
@@ -29,6 +29,20 @@ pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
 /// Makes what was renamed, made or removed in a directory survive a power cut.
 pub fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
+}
+
+/// Opens a file to read it. What is none, a pipe or a device, is an error: to open it might wait for somebody, or do something.
+pub fn open_file(path: &Path) -> io::Result<File> {
+    let is_file = |found: fs::Metadata| match found.is_file() {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file; a pipe or a device is not read")),
+    };
+    is_file(fs::metadata(path)?)?;
+    // Something else may have come into its place meanwhile.
+    let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
+    let file = fs::OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
+    is_file(file.metadata()?)?;
+    Ok(file)
 }
 
 /// Whether an open file is the one that `path` names now.
@@ -235,6 +249,30 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn what_is_no_file_is_an_error_and_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        rustix::fs::mknodat(rustix::fs::CWD, at("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        make_symlink(&at("pipe"), &at("link")).unwrap();
+        make_symlink(Path::new("/dev/zero"), &at("device")).unwrap();
+        fs::create_dir(at("directory")).unwrap();
+        for name in ["pipe", "link", "device", "directory"] {
+            let (path, (sender, receiver)) = (at(name), std::sync::mpsc::channel());
+            // A thread that waits for the pipe's other end ends with the tests.
+            std::thread::spawn(move || sender.send(crate::store::read(&path, 100)));
+            let read = receiver.recv_timeout(crate::platform::testing::PATIENCE).expect("it is read at once");
+            let error = format!("{:#}", read.unwrap_err());
+            assert!(error.contains(&format!("{name}: it is no file")), "{error}");
+        }
+        assert_eq!(crate::store::read(&at("nothing"), 100).unwrap(), None);
+        fs::write(at("file"), [b'x'; 100]).unwrap();
+        assert_eq!(crate::store::read(&at("file"), 100).unwrap().unwrap().len(), 100);
+        assert!(
+            crate::store::read(&at("file"), 99).unwrap_err().root_cause().to_string().contains("more than 99 bytes")
+        );
+    }
 
     #[test]
     fn a_private_file_is_nobody_elses_and_what_is_not_so_goes_first() {

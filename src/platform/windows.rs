@@ -14,7 +14,7 @@ mod security;
 mod signal;
 mod watch;
 
-pub use access::weakness;
+pub use access::{weakness, weakness_on_the_way};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
@@ -31,6 +31,14 @@ pub fn set_mode(_path: &Path, _mode: u32) -> io::Result<()> {
 /// NTFS keeps its directories by a journal of its own; there is nothing to flush.
 pub fn sync_directory(_path: &Path) -> io::Result<()> {
     Ok(())
+}
+
+/// Opens a file to read it. What is none, a pipe or a device, is an error.
+pub fn open_file(path: &Path) -> io::Result<File> {
+    match fs::metadata(path)?.is_file() {
+        true => File::open(path),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file; a pipe or a device is not read")),
+    }
 }
 
 /// Whether an open file is the one that `path` names now.

@@ -14,6 +14,7 @@ use crate::core::env::Env;
 use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest, Restart, StopSignal};
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::home::Home;
+use crate::installation::guard;
 use crate::platform::{self, Child, Group, Groups, Launch};
 use crate::store;
 
@@ -165,13 +166,24 @@ impl Start {
     pub fn command_with_output(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         let output = self.output()?;
         let errors = output.try_clone().context("cannot open the log twice")?;
-        let mut command = self.command(program, user);
+        let mut command = self.command(program, user)?;
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         Ok(command)
     }
 
-    /// A command that runs a program of this release with its environment, and with our own streams.
-    pub fn command(&self, program: &str, user: Option<&platform::User>) -> Command {
+    /// Whether it may be started: nobody else can change what would be run. What runs already is none the worse for it.
+    pub fn sound(&self) -> Result<()> {
+        let program = match &self.program {
+            Program::Native(manifest) => manifest.run.command.first().map_or("", String::as_str),
+            Program::Script => CONTROL_SCRIPT,
+        };
+        guard::program(&self.home, &self.name, &self.version, program)
+    }
+
+    /// A command that runs a program of this release with its environment, and with our own streams. Refused is one that somebody else
+    /// can change, or what leads there.
+    pub fn command(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
+        guard::program(&self.home, &self.name, &self.version, program)?;
         let mut command = Command::new(self.directory().join(program));
         command.current_dir(self.directory()).env_clear();
         command.envs(platform::base_environment(user));
@@ -188,7 +200,7 @@ impl Start {
         if self.program.kill_mode() == KillMode::Process {
             command.env(platform::MAIN_ONLY, "process");
         }
-        command
+        Ok(command)
     }
 }
 
@@ -209,7 +221,7 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, 
         None => None,
     };
     let head = start.head();
-    let mut command = start.command(program, user.as_ref());
+    let mut command = start.command(program, user.as_ref())?;
     command.args(arguments);
     if let Some(workdir) = &manifest.run.workdir {
         command.current_dir(start.directory().join(workdir));

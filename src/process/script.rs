@@ -16,6 +16,7 @@ use super::tree::{self, Target};
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
 use crate::home::Home;
 use crate::platform::{self, Launch, Seen};
+use crate::{installation, store};
 
 /// A script that takes longer is ended and counts as failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -40,7 +41,7 @@ pub enum Said {
 /// Runs `control start` in the sub-agent's group and finds the process that it started, whose record is written. Until then the record
 /// names the script itself: a manager that comes in between goes on from there.
 pub async fn start(start: &Start) -> Result<Record> {
-    let mut command = start.command(CONTROL_SCRIPT, None);
+    let mut command = start.command(CONTROL_SCRIPT, None)?;
     command.arg("start");
     let group = run(start, &command).await.inspect_err(|_| {
         let _ = record::remove(&start.home, &start.name);
@@ -92,12 +93,17 @@ fn pid_files(directory: &Path, depth: u32) -> Vec<(PathBuf, u32)> {
         } else if metadata.is_file()
             && metadata.len() <= MAX_PID_FILE_BYTES
             && entry.file_name().to_str().is_some_and(|name| name.ends_with("pid"))
-            && let Some(pid) = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok())
+            && let Some(pid) = number_in(&path)
         {
             found.push((path, pid));
         }
     }
     found
+}
+
+fn number_in(path: &Path) -> Option<u32> {
+    let text = store::read(path, MAX_PID_FILE_BYTES).ok()??;
+    std::str::from_utf8(&text).ok()?.trim().parse().ok()
 }
 
 /// Whether a live process has to do with a sub-agent by where it works or what it runs, though it may bear no mark.
@@ -218,7 +224,7 @@ pub fn stop(home: &Home, record: &Record) {
 }
 
 fn for_stop(home: &Home, record: &Record) -> Option<Start> {
-    let agent_id = std::fs::read_to_string(home.agent_id()).ok()?.trim().parse().ok()?;
+    let agent_id = installation::agent_id(home).ok()??;
     Some(Start {
         home: home.clone(),
         name: record.head.name.clone(),

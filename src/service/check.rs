@@ -160,7 +160,10 @@ fn fit_for_a_home(root: &Path) -> Result<()> {
 /// Refuses a directory that holds something else.
 fn foreign(home: &Home, executable: &Path) -> Result<()> {
     // One that was killed at work there had looked before it began: what lies there is its own.
-    if installation::exists(home) || old::is_old(home) || home.root().join(WORK).is_dir() {
+    if installation::exists(home)
+        || old::is_old(home)
+        || home.root().join(WORK).symlink_metadata().is_ok_and(|found| found.is_dir())
+    {
         return Ok(());
     }
     let entries = match fs::read_dir(home.root()) {
@@ -201,10 +204,17 @@ pub(super) fn plan(
     home: &Home,
     product: &Product,
 ) -> Result<Plan> {
+    guard::home(home)?;
     let standing = standing(home)?;
     let keeps = !options.fresh && matches!(standing, Standing::Aops(_));
 
     let (standing_text, standing_config) = if keeps { standing_config(home)? } else { (None, None) };
+    if keeps {
+        let certificates = standing_config.as_ref().and_then(|config: &Config| config.certificates(home));
+        if let Err(error) = guard::files(home, certificates.as_deref()) {
+            progress::warn(format_args!("{error:#}"));
+        }
+    }
     let imported = match &options.import {
         Some(directory) => {
             let imported = config::import::read(directory)?;
@@ -254,7 +264,6 @@ pub(super) fn plan(
     };
 
     let ca_file = options.ca_cert.as_deref().map(certificates).transpose()?;
-    guard::home(home)?;
     let contact = contact::of(home, keeps, &config.certificate)?;
     let trusted = trusted(options, home, &surroundings.executable, keeps)?;
     let least_epoch = if keeps { Epochs::load(home)?.least(MANAGER_PACKAGE) } else { 0 };
@@ -304,7 +313,7 @@ fn standing(home: &Home) -> Result<Standing> {
 fn standing_config(home: &Home) -> Result<(Option<String>, Option<Config>)> {
     let config = Config::read_strictly(home)
         .context("the settings that stand there are to be kept; correct them, or say --fresh")?;
-    let text = if config.is_some() { Some(fs::read_to_string(home.config())?) } else { None };
+    let text = if config.is_some() { config::text(home)? } else { None };
     Ok((text, config))
 }
 

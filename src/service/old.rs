@@ -32,8 +32,14 @@ pub(super) fn is_old(home: &Home) -> bool {
 
 /// Whether there is a `control` that can be run and is no link of ours.
 fn has_control(home: &Home) -> bool {
+    script(home).is_some()
+}
+
+/// The `control` script, where there is one that can be run and is no link of ours.
+pub(super) fn script(home: &Home) -> Option<PathBuf> {
     let control = home.root().join("control");
-    control.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) && platform::is_executable(&control)
+    let is_file = control.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
+    (is_file && platform::is_executable(&control)).then_some(control)
 }
 
 /// Stops it: through its own script, then whoever still runs from its directory.
@@ -70,12 +76,17 @@ fn under_way(home: &Home) -> PathBuf {
 
 /// Whether something is set aside, or was being.
 pub(super) fn is_any_aside(home: &Home) -> bool {
-    aside(home).is_dir() || is_under_way(home)
+    is_directory(&aside(home)) || is_under_way(home)
 }
 
 /// Whether somebody was killed while something was moved.
 pub(super) fn is_under_way(home: &Home) -> bool {
-    under_way(home).is_dir()
+    is_directory(&under_way(home))
+}
+
+/// Not one behind a link.
+fn is_directory(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir())
 }
 
 /// Whether a file is, or holds, what is set aside.
@@ -94,7 +105,7 @@ pub(super) fn set_aside(home: &Home, executable: &Path) -> Result<()> {
 pub(super) fn bring_back(home: &Home, executable: &Path) -> Result<()> {
     let aside = aside(home);
     let attempt = || -> Result<()> {
-        if aside.is_dir() {
+        if is_directory(&aside) {
             for entry in fs::read_dir(home.root())?.chain(fs::read_dir(home.run())?) {
                 let path = entry?.path();
                 let stays = [executable, &home.root().join(WORK), &home.run(), &home.run_file(LOCK)];
@@ -140,8 +151,7 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
 }
 
 fn remove(path: &Path) -> Result<()> {
-    let is_directory = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
-    if is_directory { crate::store::remove_tree(path) } else { crate::store::remove(path) }
+    if is_directory(path) { crate::store::remove_tree(path) } else { crate::store::remove(path) }
 }
 
 #[cfg(test)]

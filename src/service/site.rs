@@ -11,9 +11,10 @@ use anyhow::{Context, Result, bail};
 
 use super::{LOCK, MADE, WORK, old};
 use crate::home::Home;
-use crate::installation::{self, Installed};
+use crate::installation::{self, Installed, guard};
 use crate::lock::{self, Held};
-use crate::{platform, store};
+use crate::platform::{self, Expected};
+use crate::store;
 
 /// A holder that has just died may be seen a moment longer.
 const LOCK_DEADLINE: Duration = Duration::from_secs(1);
@@ -30,17 +31,22 @@ pub(super) struct Site {
 }
 
 impl Site {
-    /// Takes the lock of the home, which is made where it is not there.
+    /// Takes the lock of the home, which is made where it is not there. Nothing is touched where somebody else could change what is found
+    /// there, or lead elsewhere what is done there.
     pub(super) fn open(home: &Home) -> Result<Site> {
         let mut site = Site { home: home.clone(), created: Vec::new(), lock: None, kept: false, resumes: false };
+        sound(home)?;
         site.make(home.root(), 0o755)?;
         site.make(&home.run(), 0o700)?;
+        // What came there in between was made by us, or by whoever may.
+        sound(home)?;
         site.lock = lock::take(&home.run_file(LOCK), LOCK_DEADLINE)?;
         if site.lock.is_none() {
             bail!("another installation is at work there; wait until it has ended");
         }
         site.sweep()?;
         site.make(&site.work(), 0o700)?;
+        sound(home)?;
         Ok(site)
     }
 
@@ -127,6 +133,15 @@ impl Site {
     pub(super) fn keep(mut self) {
         self.stay();
     }
+}
+
+/// Refuses a home, or an older installation in it, that cannot be relied on.
+pub(super) fn sound(home: &Home) -> Result<()> {
+    let work = home.root().join(WORK);
+    let made = (work.join(MADE), Expected::File);
+    let script = old::script(home).map(|script| (script, Expected::File));
+    let also: Vec<_> = [(work, Expected::Directory), made].into_iter().chain(script).collect();
+    guard::grounds(home, &also)
 }
 
 /// Whether an installation was killed here before it was whole, where nothing had stood.
@@ -256,9 +271,9 @@ mod tests {
     fn a_file_in_the_way_is_told() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("file"), "").unwrap();
-        for path in ["file", "file/home"] {
+        for (path, words) in [("file", "it is no directory"), ("file/home", "cannot make the directory")] {
             let error = format!("{:#}", Site::open(&Home::new(directory.path().join(path))).unwrap_err());
-            assert!(error.contains("cannot make the directory"), "{error}");
+            assert!(error.contains(words), "{error}");
         }
     }
 }

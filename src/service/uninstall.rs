@@ -50,6 +50,8 @@ fn confirmed(home: &Home) -> Result<bool> {
 }
 
 fn remove(home: &Home) -> Result<()> {
+    // Before a word of what lies there is believed.
+    site::sound(home)?;
     // A record that can't be read must not keep the rest here.
     let installed = Installed::load(home).unwrap_or_else(|error| {
         progress::warn(format_args!("{error:#}"));

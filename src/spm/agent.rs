@@ -185,6 +185,16 @@ impl Agent {
         self.held_back = None;
     }
 
+    /// Whether something of it is held back now.
+    pub(super) fn is_held_back(&self, now: Instant) -> bool {
+        self.held_back.as_ref().is_some_and(|held| now < held.until)
+    }
+
+    /// Ends the holding back, and says whether there was any.
+    pub(super) fn take_hold(&mut self) -> bool {
+        self.held_back.take().is_some()
+    }
+
     /// Whether a release that was held back is to be tried again.
     pub(super) fn hold_is_over(&self, now: Instant) -> bool {
         self.held_back.as_ref().is_some_and(|held| held.until <= now)

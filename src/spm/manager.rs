@@ -278,7 +278,15 @@ impl Manager {
     fn look_at_home(&mut self) {
         let found = guard::home(&self.home).and_then(|()| guard::keys(&self.home));
         let home = found.err().map(|error| format!("{error:#}; no release is fetched or activated meanwhile"));
+        let is_sound = home.is_none();
         self.tell_of("home", "refused", home);
+        let files = guard::files(&self.home, self.config.certificates(&self.home).as_deref());
+        let files = files.err().map(|error| format!("{error:#}; it counts all the same, as no release gets in by it"));
+        self.tell_of("files", "failed", files);
+        if !is_sound {
+            // What lies there may be anybody's, and nothing is taken on its word.
+            return;
+        }
         let ring = Keyring::load(&self.home).and_then(|ring| Ok(ring.overruled(&Keys::load(&self.home.keys())?)));
         let keys = match ring {
             Ok(overruled) => (!overruled.is_empty()).then(|| overruled.join("; ")),

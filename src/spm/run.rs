@@ -5,8 +5,10 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use super::Input;
+use super::stage::Refusal;
 use crate::core::manifest::KillMode;
 use crate::home::Home;
+use crate::installation::guard::Unsound;
 use crate::platform::{self, Child};
 use crate::process::launch::{self, Program, Start};
 use crate::process::record::{self, Record};
@@ -37,7 +39,7 @@ pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Target) {
     let inputs = inputs.clone();
     tokio::spawn(async move {
         let name = start.name.clone();
-        let result = start_clean(start, last).await.map_err(|error| format!("{error:#}"));
+        let result = start_clean(start, last).await.map_err(|error| Refusal::of(&error));
         let _ = inputs.send(Input::Launched { name, serial, result: result.map(Box::new) });
     });
 }
@@ -131,12 +133,14 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
         // Where nothing of it is left, there is nothing to ask after.
         let Some(process) = script::find(start).await else { return ended };
         match script::status(start).await {
-            Ok(Said::Started) => {
+            // One that may not be asked is there, and is left alone.
+            Err(error) if !error.is::<Unsound>() => return ended,
+            Ok(Said::Stopped | Said::Unclear) => return ended,
+            Ok(Said::Started) | Err(_) => {
                 record = Record { pid: process.pid, start_time: process.start_time, ..record };
                 let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
                 let _ = inputs.send(moved);
             }
-            _ => return ended,
         }
     }
 }

@@ -90,7 +90,7 @@ impl Drop for Staging {
     }
 }
 
-/// Why a release could not be staged or activated.
+/// Why a release could not be staged, activated or started.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) why: String,
@@ -196,6 +196,7 @@ pub(super) fn wanted(name: &AgentName, order: &Order) -> Wanted {
 /// staged was withdrawn since.
 pub(super) fn admit(home: &Home, name: &AgentName, version: &Version) -> Result<Completed> {
     guard::agent(home, name)?;
+    guard::release(home, name, version)?;
     let release = home.release(name, version);
     let Some(completed) = package::completed(&release)? else { bail!("{} is not whole", release.display()) };
     completed.admit(Epochs::load(home)?.least(name.as_str()), &keyring::trusted(home)?)?;

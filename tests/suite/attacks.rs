@@ -4,6 +4,7 @@
 //! its pid, and nothing was written but in `cache/` and `staging/`.
 
 mod home;
+mod owners;
 mod packages;
 mod words;
 

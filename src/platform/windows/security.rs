@@ -1,20 +1,25 @@
-//! Who may touch what bears a name that every process of the host can see: pipes and jobs.
+//! Who may touch what: pipes and jobs, which bear a name that every process of the host can see, and files.
 //!
 //! Such names are not protected by the home's access list. So whatever is made under one lets in whoever we run as, administrators and
-//! the system, and nobody else; and what somebody else made under it before us is not used.
+//! the system, and nobody else; and what somebody else made under it before us is not used. Of files it is only looked at who may.
 
+use std::fs::File;
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
 
 use windows_sys::Win32::Foundation::{ERROR_SUCCESS, HANDLE, LocalFree};
 use windows_sys::Win32::Security::Authorization::{
     ConvertSidToStringSidW, ConvertStringSecurityDescriptorToSecurityDescriptorW, GetSecurityInfo, SDDL_REVISION_1,
-    SE_KERNEL_OBJECT,
+    SE_FILE_OBJECT, SE_KERNEL_OBJECT, SE_OBJECT_TYPE,
 };
 use windows_sys::Win32::Security::{
-    EqualSid, GetTokenInformation, IsWellKnownSid, OWNER_SECURITY_INFORMATION, PSECURITY_DESCRIPTOR, PSID,
-    SECURITY_ATTRIBUTES, TOKEN_QUERY, TOKEN_USER, TokenUser, WinBuiltinAdministratorsSid, WinLocalSystemSid,
+    ACCESS_ALLOWED_ACE, ACE_HEADER, ACL, DACL_SECURITY_INFORMATION, EqualSid, GetAce, GetTokenInformation,
+    INHERIT_ONLY_ACE, IsWellKnownSid, OBJECT_SECURITY_INFORMATION, OWNER_SECURITY_INFORMATION, PSECURITY_DESCRIPTOR,
+    PSID, SECURITY_ATTRIBUTES, TOKEN_QUERY, TOKEN_USER, TokenUser, WELL_KNOWN_SID_TYPE, WinAnonymousSid,
+    WinAuthenticatedUserSid, WinBuiltinAdministratorsSid, WinBuiltinGuestsSid, WinBuiltinUsersSid, WinInteractiveSid,
+    WinLocalSystemSid, WinNetworkSid, WinWorldSid,
 };
+use windows_sys::Win32::System::SystemServices::{ACCESS_ALLOWED_ACE_TYPE, ACCESS_ALLOWED_CALLBACK_ACE_TYPE};
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, OpenProcessToken};
 
 /// Text as the system takes it.
@@ -49,18 +54,7 @@ pub(super) struct OnlyOurs(Local);
 impl OnlyOurs {
     pub(super) fn new() -> io::Result<OnlyOurs> {
         let us = OwnUser::get()?.as_text()?;
-        let text = wide(&format!("O:{us}D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;{us})"));
-        let mut descriptor: PSECURITY_DESCRIPTOR = std::ptr::null_mut();
-        // SAFETY: the text ends in a zero and, like the result, outlives the call; the length is not asked for.
-        let done = unsafe {
-            ConvertStringSecurityDescriptorToSecurityDescriptorW(
-                text.as_ptr(),
-                SDDL_REVISION_1,
-                &mut descriptor,
-                std::ptr::null_mut(),
-            )
-        };
-        if done == 0 { Err(io::Error::last_os_error()) } else { Ok(OnlyOurs(Local(descriptor))) }
+        descriptor_of(&wide(&format!("O:{us}D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;{us})"))).map(OnlyOurs)
     }
 
     /// For the calls that make something; the value must outlive them.
@@ -68,6 +62,21 @@ impl OnlyOurs {
         let length = size_of::<SECURITY_ATTRIBUTES>() as u32;
         SECURITY_ATTRIBUTES { nLength: length, lpSecurityDescriptor: self.0.0, bInheritHandle: 0 }
     }
+}
+
+/// What a text that ends in a zero says in the language of such descriptors.
+fn descriptor_of(text: &[u16]) -> io::Result<Local> {
+    let mut descriptor: PSECURITY_DESCRIPTOR = std::ptr::null_mut();
+    // SAFETY: the text ends in a zero and, like the result, outlives the call; the length is not asked for.
+    let done = unsafe {
+        ConvertStringSecurityDescriptorToSecurityDescriptorW(
+            text.as_ptr(),
+            SDDL_REVISION_1,
+            &mut descriptor,
+            std::ptr::null_mut(),
+        )
+    };
+    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(Local(descriptor)) }
 }
 
 /// Whom we run as.
@@ -115,26 +124,100 @@ impl OwnUser {
     }
 }
 
+/// A group that anybody may be in.
+pub(super) struct Group {
+    pub(super) kind: WELL_KNOWN_SID_TYPE,
+    pub(super) name: &'static str,
+    pub(super) sid: &'static str,
+}
+
+/// Who others are.
+pub(super) const OTHERS: &[Group] = &[
+    Group { kind: WinWorldSid, name: "Everyone", sid: "S-1-1-0" },
+    Group { kind: WinAuthenticatedUserSid, name: "Authenticated Users", sid: "S-1-5-11" },
+    Group { kind: WinBuiltinUsersSid, name: "Users", sid: "S-1-5-32-545" },
+    Group { kind: WinBuiltinGuestsSid, name: "Guests", sid: "S-1-5-32-546" },
+    Group { kind: WinInteractiveSid, name: "INTERACTIVE", sid: "S-1-5-4" },
+    Group { kind: WinNetworkSid, name: "NETWORK", sid: "S-1-5-2" },
+    Group { kind: WinAnonymousSid, name: "ANONYMOUS LOGON", sid: "S-1-5-7" },
+];
+
+/// Whom something belongs to, and who may do what with it.
+pub(super) struct AccessList {
+    owner: PSID,
+    /// Null: everybody may do everything, or it was not asked for.
+    list: *const ACL,
+    /// What both point into.
+    _descriptor: Local,
+}
+
+impl AccessList {
+    pub(super) fn of_file(file: &File) -> io::Result<AccessList> {
+        AccessList::of(file.as_raw_handle(), SE_FILE_OBJECT, OWNER_SECURITY_INFORMATION | DACL_SECURITY_INFORMATION)
+    }
+
+    /// The handle must be open.
+    fn of(handle: HANDLE, kind: SE_OBJECT_TYPE, what: OBJECT_SECURITY_INFORMATION) -> io::Result<AccessList> {
+        let (mut owner, mut descriptor): (PSID, PSECURITY_DESCRIPTOR) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let mut list: *mut ACL = std::ptr::null_mut();
+        // SAFETY: the handle is open, and the results outlive the call; owner and list point into the descriptor, which is kept with them.
+        let failed = unsafe {
+            let nothing = std::ptr::null_mut();
+            GetSecurityInfo(handle, kind, what, &mut owner, nothing, &mut list, std::ptr::null_mut(), &mut descriptor)
+        };
+        if failed != ERROR_SUCCESS {
+            return Err(io::Error::from_raw_os_error(failed as i32));
+        }
+        Ok(AccessList { owner, list, _descriptor: Local(descriptor) })
+    }
+
+    /// Whether it belongs to us, administrators or the system.
+    pub(super) fn is_trusted(&self) -> io::Result<bool> {
+        is_trusted_owner(self.owner)
+    }
+
+    /// Whether a group has any of these rights.
+    pub(super) fn allows(&self, group: WELL_KNOWN_SID_TYPE, rights: u32) -> io::Result<bool> {
+        if self.list.is_null() {
+            return Ok(true);
+        }
+        // SAFETY: the list lives as long as the descriptor.
+        let count = unsafe { (*self.list).AceCount };
+        for index in 0..count {
+            let mut entry = std::ptr::null_mut();
+            // SAFETY: the list is valid, and the result outlives the call.
+            if unsafe { GetAce(self.list, u32::from(index), &mut entry) } == 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // SAFETY: every entry begins with this, and lies in the list.
+            let header = unsafe { *entry.cast::<ACE_HEADER>() };
+            let allows =
+                [ACCESS_ALLOWED_ACE_TYPE, ACCESS_ALLOWED_CALLBACK_ACE_TYPE].contains(&u32::from(header.AceType));
+            // What only what is made there inherits is looked at there.
+            if !allows || u32::from(header.AceFlags) & INHERIT_ONLY_ACE != 0 {
+                continue;
+            }
+            let entry: *const ACCESS_ALLOWED_ACE = entry.cast();
+            // SAFETY: entries of both kinds begin so; the identifier begins at its first word and lies in the list.
+            let (mask, is_group) = unsafe {
+                let sid = (&raw const (*entry).SidStart).cast_mut().cast();
+                ((*entry).Mask, IsWellKnownSid(sid, group) != 0)
+            };
+            if is_group && mask & rights != 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
 /// Whether something that bears a name was made by us, an administrator or the system.
 pub(super) fn is_trusted(object: &OwnedHandle) -> io::Result<bool> {
-    let (mut owner, mut descriptor): (PSID, PSECURITY_DESCRIPTOR) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the handle is open, and the results outlive the call; the owner points into the descriptor, which is freed below.
-    let failed = unsafe {
-        GetSecurityInfo(
-            object.as_raw_handle(),
-            SE_KERNEL_OBJECT,
-            OWNER_SECURITY_INFORMATION,
-            &mut owner,
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-            &mut descriptor,
-        )
-    };
-    if failed != ERROR_SUCCESS {
-        return Err(io::Error::from_raw_os_error(failed as i32));
-    }
-    let _descriptor = Local(descriptor);
+    AccessList::of(object.as_raw_handle(), SE_KERNEL_OBJECT, OWNER_SECURITY_INFORMATION)?.is_trusted()
+}
+
+/// The identifier must be valid.
+fn is_trusted_owner(owner: PSID) -> io::Result<bool> {
     let user = OwnUser::get()?;
     // SAFETY: both identifiers are valid and live until the end of this function.
     Ok(unsafe {
@@ -144,11 +227,24 @@ pub(super) fn is_trusted(object: &OwnedHandle) -> io::Result<bool> {
     })
 }
 
+/// Gives a file or directory this access list; `@US@` in it stands for us.
+#[cfg(test)]
+pub(super) fn set_access_list(path: &std::path::Path, list: &str) -> io::Result<()> {
+    use std::os::windows::ffi::OsStrExt;
+    use windows_sys::Win32::Security::SetFileSecurityW;
+
+    let text = wide(&list.replace("@US@", &OwnUser::get()?.as_text()?));
+    let path: Vec<u16> = path.as_os_str().encode_wide().chain([0]).collect();
+    let descriptor = descriptor_of(&text)?;
+    // SAFETY: the path ends in a zero and, like the descriptor, outlives the call.
+    let done = unsafe { SetFileSecurityW(path.as_ptr(), DACL_SECURITY_INFORMATION, descriptor.0) };
+    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// The access list of something, as text.
 #[cfg(test)]
 pub(super) fn access_list(object: &OwnedHandle) -> io::Result<String> {
     use windows_sys::Win32::Security::Authorization::ConvertSecurityDescriptorToStringSecurityDescriptorW;
-    use windows_sys::Win32::Security::DACL_SECURITY_INFORMATION;
 
     let mut descriptor: PSECURITY_DESCRIPTOR = std::ptr::null_mut();
     let nothing = std::ptr::null_mut();

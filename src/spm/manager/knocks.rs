@@ -46,10 +46,13 @@ impl Manager {
                 Some(agent) if !agent.supervisor.wanted() => {
                     Reply::failed(format!("cannot restart {name}: it is stopped, as the gateway wants it"))
                 }
-                Some(_) => {
-                    self.feed(&name, Event::Again, now);
-                    Reply::done()
-                }
+                Some(_) => match self.may_restart(&name) {
+                    Ok(()) => {
+                        self.feed(&name, Event::Again, now);
+                        Reply::done()
+                    }
+                    Err((_, error)) => Reply::failed(format!("cannot restart {name}: {error:#}; it goes on running")),
+                },
             },
         };
         let _ = reply.send(answer);

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use tokio::task::AbortHandle;
 
 use super::Manager;
@@ -84,10 +84,21 @@ impl Manager {
                 self.begin(&name, Busy::Activating { version, run, env }, now)
             }
             Step::Uninstall { name } => self.begin(&name, Busy::Uninstalling, now),
+            Step::Configure { name, .. } if self.agents.get(&name).is_some_and(|agent| agent.is_held_back(now)) => {}
+            Step::Configure { name, .. } if let Err((version, error)) = self.may_restart(&name) => {
+                // With the environment that it has, it goes on running.
+                self.hold_back(&name, version, "env", &error, now);
+            }
             Step::Configure { name, env } => {
                 let Some(agent) = self.agents.get_mut(&name) else { return };
+                // One that was adopted with another, and has ended since, may have been started with this one.
+                let runs_so = agent.record.as_ref().is_some_and(|record| record.head.env_hash == env_hash(&env));
                 agent.env = Some(env);
-                if agent.supervisor.pid().is_some() {
+                if agent.take_hold() {
+                    agent.error = None;
+                    agent.inspect(&self.home);
+                }
+                if agent.supervisor.pid().is_some() && !runs_so {
                     tracing::info!(agent = %name, "the environment changed; the sub-agent is restarted");
                     self.feed(&name, Event::Again, now);
                 }
@@ -103,6 +114,24 @@ impl Manager {
                 discard(&self.home, &name, &version);
             }
         }
+    }
+
+    /// Whether what runs of a sub-agent could be started again; if not, its release and why. Of one that does not run nothing is asked.
+    pub(super) fn may_restart(&self, name: &AgentName) -> Result<(), (Version, anyhow::Error)> {
+        let agent = self.agents.get(name).filter(|agent| agent.supervisor.pid().is_some());
+        let Some(start) = agent.and_then(|agent| self.start_of(agent)) else { return Ok(()) };
+        start.sound().map_err(|error| (start.version, error))
+    }
+
+    /// Leaves something undone until it is tried again, and tells why, once.
+    fn hold_back(&mut self, name: &AgentName, version: Version, kind: &str, error: &anyhow::Error, now: Instant) {
+        let refusal = Refusal::of(error);
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        if agent.error.as_ref() != Some(&refusal.why) {
+            let about = About { agent: Some(name), version: Some(&version) };
+            self.journal.note(kind, refusal.outcome(), about, refusal.why.as_str());
+        }
+        agent.hold_back(version, refusal.why, None, now);
     }
 
     /// Takes the sub-agent down for something that needs it down.
@@ -156,19 +185,14 @@ impl Manager {
 
     /// What is active stays so. A release that was withdrawn goes, so that it is fetched as it is published now.
     fn refuse_activation(&mut self, name: &AgentName, version: Version, error: &anyhow::Error, now: Instant) {
-        let refusal = Refusal::of(error);
+        self.hold_back(name, version.clone(), "activate", error, now);
         let Some(agent) = self.agents.get_mut(name) else { return };
-        if agent.error.as_ref() != Some(&refusal.why) {
-            let about = About { agent: Some(name), version: Some(&version) };
-            self.journal.note("activate", refusal.outcome(), about, refusal.why.as_str());
-        }
         // One whose program runs all the same (what is active could not be told) keeps its files.
         let runs = agent.record.as_ref().is_some_and(|record| record.ended.is_none() && record.head.version == version);
         if error.is::<Withdrawn>() && !runs && discard(&self.home, name, &version) {
             agent.releases.remove(&version);
             agent.backup.take_if(|backup| *backup == version);
         }
-        agent.hold_back(version, refusal.why, None, now);
     }
 
     pub(super) fn remove(&mut self, name: &AgentName) {
@@ -360,7 +384,7 @@ impl Manager {
         &mut self,
         name: &AgentName,
         serial: u64,
-        result: Result<Box<Running>, String>,
+        result: Result<Box<Running>, Refusal>,
         now: Instant,
     ) {
         let Some(agent) = self.agents.get_mut(name).filter(|agent| agent.serial == serial) else { return };
@@ -381,9 +405,11 @@ impl Manager {
                     self.feed(name, Event::Again, now);
                 }
             }
-            Err(why) => {
+            Err(refusal) => {
+                let outcome = refusal.outcome();
+                let why = refusal.why;
                 if agent.supervisor.last_error() != Some(&why) {
-                    self.tell(name, "start", "failed", &why, now);
+                    self.tell(name, "start", outcome, &why, now);
                 }
                 self.feed(name, Event::StartFailed { why }, now);
                 self.finish_if_down(name, now);

@@ -17,9 +17,9 @@ use crate::support::files::{difference, snapshot};
 use crate::support::host::SOON;
 
 /// Nobody's, on every host.
-const NOBODY: u32 = 65534;
+pub(super) const NOBODY: u32 = 65534;
 
-fn set_mode(path: &Path, mode: u32) {
+pub(super) fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it is ours");
 }
 

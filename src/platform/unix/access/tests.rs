@@ -1,0 +1,229 @@
+use anyhow::Result;
+
+use super::*;
+use crate::home::Home;
+use crate::installation::guard::{Unsound, agent, executable, files, home, keys, place, program};
+use crate::platform;
+
+fn home_in(directory: &Path) -> Home {
+    let home = Home::new(directory.join("home"));
+    for (path, mode) in home.directories() {
+        fs::create_dir(&path).unwrap();
+        platform::set_mode(&path, mode).unwrap();
+    }
+    home
+}
+
+fn refused(result: Result<()>, words: &[&str]) {
+    let error = result.unwrap_err();
+    assert!(error.is::<Unsound>());
+    let error = error.to_string();
+    assert!(words.iter().all(|word| error.contains(word)), "{words:?}: {error}");
+}
+
+#[test]
+fn root_accepts_what_is_roots_and_a_user_what_is_his_or_roots() {
+    for (uid, own, is_stranger) in
+        [(0, 0, false), (1000, 0, true), (0, 1000, false), (1000, 1000, false), (1001, 1000, true)]
+    {
+        assert_eq!(stranger(uid, own).is_some(), is_stranger, "{uid} for {own}");
+    }
+    assert!(stranger(1000, 0).unwrap().contains("belongs to the user 1000, who is not root"));
+}
+
+#[test]
+fn a_directory_above_the_home_where_others_can_rename_it_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let (open, inner) = (directory.path().join("open"), directory.path().join("open/inner"));
+    fs::create_dir_all(&inner).unwrap();
+    let at = home_in(&inner);
+    let linked = Home::new(directory.path().join("link"));
+    platform::make_symlink(Path::new("open/../open/inner/home"), linked.root()).unwrap();
+    for mode in [0o777, 0o775, 0o757] {
+        platform::set_mode(&open, mode).unwrap();
+        let words = [&*open.display().to_string(), &format!("{mode:04o}"), "chmod go-w"];
+        refused(home(&at), &words);
+        refused(keys(&at), &words);
+        refused(home(&linked), &words);
+        // What is not there yet would be made there.
+        refused(home(&Home::new(open.join("none/home"))), &words);
+        platform::set_mode(&open, 0o755).unwrap();
+        home(&at).unwrap();
+        home(&linked).unwrap();
+    }
+    platform::set_mode(&open, 0o1777).unwrap();
+    home(&at).unwrap();
+    home(&linked).unwrap();
+}
+
+#[test]
+fn the_way_over_a_link_is_that_of_the_link_and_of_what_it_names() {
+    let directory = tempfile::tempdir().unwrap();
+    let (open, sound) = (directory.path().join("open"), directory.path().join("sound"));
+    for path in [&open, &sound] {
+        fs::create_dir(path).unwrap();
+    }
+    platform::make_symlink(&sound, &open.join("link")).unwrap();
+    platform::make_symlink(&open, &sound.join("link")).unwrap();
+    platform::set_mode(&open, 0o777).unwrap();
+    let way = |path: &Path| weakness_on_the_way(path).unwrap().map(|(place, _)| place);
+    let open_behind_links = fs::canonicalize(&open).unwrap();
+    assert_eq!(way(&open.join("link/x")), Some(open_behind_links.clone()));
+    assert_eq!(way(&sound.join("link/x")), Some(open_behind_links));
+    // The end of the way is not a part of it.
+    assert_eq!(way(&sound.join("link")), None);
+    assert_eq!(way(&sound.join("link/..")), None);
+    platform::make_symlink(Path::new("loop"), &sound.join("loop")).unwrap();
+    assert!(weakness_on_the_way(&sound.join("loop/x")).is_err());
+}
+
+#[test]
+fn an_executable_that_others_can_write_is_refused_and_not_started() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = home_in(directory.path());
+    fs::write(at.executable(), "").unwrap();
+    let link = at.role_link("aops-spm");
+    platform::make_symlink(Path::new("aops"), &link).unwrap();
+    executable(&at, &link).unwrap();
+    for (path, mode) in [(at.executable(), 0o777), (at.bin(), 0o775), (at.root().to_owned(), 0o757)] {
+        platform::set_mode(&path, mode).unwrap();
+        let words = [&*path.display().to_string(), &format!("{mode:04o}"), "chmod go-w"];
+        refused(home(&at), &words);
+        refused(executable(&at, &link), &words);
+        platform::set_mode(&path, 0o755).unwrap();
+        executable(&at, &link).unwrap();
+        home(&at).unwrap();
+    }
+    platform::set_mode(&at.cache(), 0o777).unwrap();
+    executable(&at, &link).unwrap();
+}
+
+#[test]
+fn a_program_that_others_can_change_is_refused_with_all_that_leads_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = home_in(directory.path());
+    let (name, version) = ("demo".parse().unwrap(), "1.0".parse().unwrap());
+    let release = at.release(&name, &version);
+    fs::create_dir_all(release.join("bin")).unwrap();
+    let file = release.join("bin/demo-1.0");
+    fs::write(&file, "").unwrap();
+    platform::make_symlink(Path::new("demo-1.0"), &release.join("bin/demo")).unwrap();
+    let look = || program(&at, &name, &version, "bin/demo");
+    look().unwrap();
+    for path in [&file, &release.join("bin"), &release, &at.agent(&name), &at.agents(), at.root()] {
+        let good = platform::mode(path).unwrap();
+        platform::set_mode(path, 0o777).unwrap();
+        refused(look(), &["others can write it (mode 0777)"]);
+        platform::set_mode(path, good).unwrap();
+        look().unwrap();
+    }
+    // To be removed it need not be sound.
+    platform::set_mode(&at.agent(&name), 0o777).unwrap();
+    place(&at, &name).unwrap();
+    refused(agent(&at, &name), &["agents/demo", "0777"]);
+}
+
+#[test]
+fn files_that_others_can_write_are_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = home_in(directory.path());
+    let (ca, elsewhere) = (at.etc().join("ca.pem"), directory.path().join("elsewhere.pem"));
+    let others =
+        [at.config(), at.agent_id(), ca.clone(), at.state_file("desired.json"), at.state_file("conf.good.toml")];
+    let trusting = [at.state_file("keys.json"), at.state_file("epochs.json")];
+    for path in others.iter().chain(&trusting).chain([&elsewhere]) {
+        fs::write(path, "").unwrap();
+        platform::set_mode(path, 0o644).unwrap();
+    }
+    for (path, told, refuses) in others
+        .iter()
+        .map(|path| (path, true, false))
+        .chain(trusting.iter().map(|path| (path, false, true)))
+        .chain([(&elsewhere, false, false)])
+    {
+        files(&at, Some(&ca)).unwrap();
+        keys(&at).unwrap();
+        platform::set_mode(path, 0o664).unwrap();
+        let certificates = if *path == elsewhere { &elsewhere } else { &ca };
+        assert_eq!(files(&at, Some(certificates)).is_err(), told, "{}", path.display());
+        assert_eq!(keys(&at).is_err(), refuses, "{}", path.display());
+        home(&at).unwrap();
+        platform::set_mode(path, 0o644).unwrap();
+    }
+    // An operator's settings may lie elsewhere, where nobody else can write.
+    fs::rename(at.config(), directory.path().join("conf.toml")).unwrap();
+    platform::make_symlink(&directory.path().join("conf.toml"), &at.config()).unwrap();
+    files(&at, None).unwrap();
+    platform::set_mode(&directory.path().join("conf.toml"), 0o666).unwrap();
+    refused(files(&at, None), &["etc/conf.toml", "0666"]);
+}
+
+#[test]
+fn a_link_in_the_place_of_any_directory_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = home_in(directory.path());
+    home(&at).unwrap();
+    keys(&at).unwrap();
+    for (path, _) in at.directories().into_iter().skip(1) {
+        let aside = directory.path().join("aside");
+        fs::rename(&path, &aside).unwrap();
+        platform::make_symlink(&aside, &path).unwrap();
+        refused(home(&at), &[&path.display().to_string(), "symbolic link"]);
+        fs::remove_file(&path).unwrap();
+        fs::rename(&aside, &path).unwrap();
+    }
+    home(&at).unwrap();
+    fs::remove_dir(at.cache()).unwrap();
+    home(&at).unwrap();
+    fs::write(at.cache(), "").unwrap();
+    refused(home(&at), &["cache", "no directory"]);
+}
+
+#[test]
+fn a_home_behind_a_link_is_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let real = home_in(directory.path());
+    let link = directory.path().join("link");
+    platform::make_symlink(real.root(), &link).unwrap();
+    home(&Home::new(&link)).unwrap();
+    home(&Home::new(directory.path().join("nowhere"))).unwrap();
+    platform::set_mode(real.root(), 0o777).unwrap();
+    refused(home(&Home::new(&link)), &["link", "0777", "chmod go-w"]);
+    platform::set_mode(real.root(), 0o1777).unwrap();
+    home(&Home::new(&link)).unwrap();
+    platform::set_mode(&real.etc(), 0o1777).unwrap();
+    refused(home(&Home::new(&link)), &["link/etc", "1777"]);
+    platform::set_mode(&real.etc(), 0o755).unwrap();
+    platform::set_mode(&real.state(), 0o770).unwrap();
+    refused(home(&Home::new(link)), &["link/state", "0770", "chmod go-w"]);
+}
+
+#[test]
+fn a_key_that_others_can_write_is_refused_with_the_directories_above_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = home_in(directory.path());
+    let key = at.keys().join("a.pub");
+    fs::write(&key, "").unwrap();
+    for (path, mode, good) in
+        [(&key, 0o664, 0o644), (&key, 0o646, 0o644), (&at.keys(), 0o777, 0o755), (&at.etc(), 0o775, 0o755)]
+    {
+        platform::set_mode(path, mode).unwrap();
+        refused(keys(&at), &[&path.display().to_string(), &format!("{mode:04o}"), "chmod go-w"]);
+        platform::set_mode(path, good).unwrap();
+        keys(&at).unwrap();
+    }
+    let elsewhere = directory.path().join("elsewhere.pub");
+    fs::rename(&key, &elsewhere).unwrap();
+    platform::make_symlink(&elsewhere, &key).unwrap();
+    refused(keys(&at), &["a.pub", "symbolic link"]);
+}
+
+#[test]
+fn the_directory_of_a_sub_agent_is_no_link() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = home_in(directory.path());
+    let name = "demo".parse().unwrap();
+    agent(&at, &name).unwrap();
+    platform::make_symlink(directory.path(), &at.agent(&name)).unwrap();
+    refused(agent(&at, &name), &["agents/demo", "symbolic link"]);
+}

@@ -1,0 +1,241 @@
+//! Attacks by whoever owns, or can write, something of a home that root runs; and by what is no file where one is read.
+
+use std::fs;
+use std::os::unix::fs::{chown, symlink};
+use std::path::Path;
+
+use rustix::fs::{CWD, FileType, mknodat};
+use serde_json::json;
+
+use super::home::{NOBODY, set_mode};
+use super::{Scene, wait_for_victim};
+use crate::support::files::snapshot;
+use crate::support::host::{SOON, TestHost};
+use crate::support::wait::wait_for;
+
+fn give_to(path: &Path, user: u32) {
+    std::os::unix::fs::lchown(path, Some(user), None).expect("these tests run as root");
+}
+
+fn make_pipe(path: &Path) {
+    mknodat(CWD, path, FileType::Fifo, 0o600.into(), 0).expect("a pipe can be made");
+}
+
+#[test]
+fn a_home_that_somebody_else_owns_or_can_replace() {
+    let scene = Scene::new();
+    scene.victim();
+    let home = scene.host.home();
+    let above = scene.host.beside("");
+    let roles = || ["spm", "spa"].map(|role| scene.host.role_pid(role));
+    let before = roles();
+    let owned = |bad: bool| give_to(&home, if bad { NOBODY } else { 0 });
+    let open = |bad: bool| set_mode(&above, if bad { 0o777 } else { 0o700 });
+    let cases: [(&dyn Fn(bool), [&str; 2]); 2] = [
+        (&owned, ["belongs to the user 65534", "who is not root"]),
+        (&open, ["others can write it (mode 0777)", "which leads to"]),
+    ];
+    let mut pid = scene.pid;
+    for (make, words) in cases {
+        make(true);
+        scene.want_victim(json!({}));
+        scene.assert_told("stage", "refused", &words);
+        scene.assert_told("home", "refused", &[words[0], words[1], "no release is fetched"]);
+        for arguments in
+            [&["install", "--service", "none", "--version", "1.0.0"][..], &["control", "uninstall", "--yes"]]
+        {
+            let output = scene.host.aops(arguments).expect_code(1);
+            assert!(words.iter().all(|word| output.stderr.contains(word)), "{output}");
+        }
+        let output = scene.host.control(&["restart"]).expect_code(1);
+        assert!(words.iter().all(|word| output.stderr.contains(word)), "{output}");
+        assert_eq!(roles(), before);
+        assert_eq!(scene.host.wait_for_agent("native"), pid);
+        // What ends is not started by what may be somebody else's.
+        scene.host.kill(pid);
+        scene.assert_told("start", "refused", &words);
+        make(false);
+        pid = scene.host.wait_for_new_pid("native", pid);
+    }
+    scene.want_victim(json!({}));
+    wait_for_victim(&scene);
+    assert_eq!(scene.host.wait_for_agent("native"), pid);
+}
+
+#[test]
+fn an_installation_over_what_somebody_else_can_change() {
+    let host = TestHost::new();
+    let (above, home) = (host.beside("above"), host.beside("above/home"));
+    let (work, control) = (home.join(".install"), home.join("control"));
+    fs::create_dir_all(home.join("etc")).expect("it is ours");
+    fs::write(home.join("etc/agentId"), "5402\n").expect("it is ours");
+    fs::write(&control, "#!/bin/sh\necho \"$1\" >>\"$(dirname \"$0\")/ran\"\n").expect("it is ours");
+    set_mode(&control, 0o755);
+    let elsewhere = host.beside("elsewhere");
+    fs::create_dir_all(elsewhere.join("precious/aside")).expect("it is ours");
+    fs::write(elsewhere.join("precious/file"), "precious").expect("it is ours");
+    let install = || {
+        let home = home.display().to_string();
+        host.aops(&["install", "--service", "none", "--endpoint", "https://127.0.0.1:1", "--home", &home])
+            .expect_code(1)
+    };
+    let at_first = snapshot(&host.beside(""), &[]);
+    let trap = |path: &Path| {
+        fs::create_dir(path).expect("it is ours");
+        fs::write(path.join("precious"), "precious").expect("it is ours");
+    };
+    type Case<'a> = (&'a dyn Fn(), &'a dyn Fn(), &'a [&'a str]);
+    let cases: [Case<'_>; 7] = [
+        (&|| give_to(&home, NOBODY), &|| give_to(&home, 0), &["above/home: it belongs to the user 65534"]),
+        (&|| set_mode(&above, 0o777), &|| set_mode(&above, 0o755), &["above, which leads to", "mode 0777"]),
+        (&|| give_to(&above, NOBODY), &|| give_to(&above, 0), &["above, which leads to", "the user 65534"]),
+        (&|| give_to(&control, NOBODY), &|| give_to(&control, 0), &["home/control: it belongs to the user 65534"]),
+        (&|| set_mode(&control, 0o777), &|| set_mode(&control, 0o755), &["home/control: others can write it"]),
+        (
+            &|| symlink(&elsewhere, &work).expect("it is ours"),
+            &|| fs::remove_file(&work).expect("it is ours"),
+            &["home/.install: it is a symbolic link"],
+        ),
+        (
+            &|| {
+                trap(&work);
+                chown(&work, Some(NOBODY), None).expect("these tests run as root");
+            },
+            &|| fs::remove_dir_all(&work).expect("it is ours"),
+            &["home/.install: it belongs to the user 65534"],
+        ),
+    ];
+    for (harm, mend, words) in cases {
+        harm();
+        let before = snapshot(&host.beside(""), &[]);
+        let output = install();
+        assert!(words.iter().all(|word| output.stderr.contains(word)), "{words:?}: {output}");
+        assert!(output.stderr.contains("nothing was changed"), "{output}");
+        assert_eq!(snapshot(&host.beside(""), &[]), before);
+        mend();
+        assert_eq!(snapshot(&host.beside(""), &[]), at_first);
+    }
+    // Mended, that is not what is wrong.
+    let output = install();
+    assert!(!output.stderr.contains("cannot rely on") && output.stderr.contains("--trusted-key"), "{output}");
+}
+
+#[test]
+fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is_left_alone() {
+    let scene = Scene::new();
+    let agent = scene.host.home().join("agents/native");
+    let program = agent.join("1.0.0/bin/run");
+    let owned = |bad: bool| give_to(&agent.join("1.0.0"), if bad { NOBODY } else { 0 });
+    let open = |bad: bool| set_mode(&program, if bad { 0o777 } else { 0o755 });
+    let cases: [(&dyn Fn(bool), [&str; 2]); 2] = [
+        (&owned, ["agents/native/1.0.0: it belongs", "the user 65534"]),
+        (&open, ["bin/run: others can write it", "mode 0777"]),
+    ];
+    let mut pid = scene.pid;
+    for (number, (make, words)) in cases.into_iter().enumerate() {
+        make(true);
+        let output = scene.host.control(&["restart", "native"]).expect_code(1);
+        assert!(words.iter().all(|word| output.stderr.contains(word)), "{output}");
+        // Neither another environment nor another manager ends it.
+        let env = json!({"CASE": number.to_string()});
+        scene.hostile.want(json!([{"name": "native", "version": "1.0.0", "env": env}]), true);
+        scene.assert_told("env", "refused", &words);
+        let old = scene.host.role_pid("spm").expect("it runs");
+        scene.host.control(&["restart"]).expect_code(0);
+        scene.hostile.wait_for_heartbeat("the new manager", |heartbeat| {
+            let known = heartbeat["agents"].to_string().contains(words[0]);
+            heartbeat["manager"]["pid"] != old && known
+        });
+        assert_eq!(scene.host.wait_for_agent("native"), pid);
+        scene.host.kill(pid);
+        scene.assert_told("start", "refused", &words);
+        make(false);
+        pid = scene.host.wait_for_new_pid("native", pid);
+        let environment = fs::read(format!("/proc/{pid}/environ")).expect("it runs");
+        let wanted = format!("CASE={number}");
+        assert!(environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes()));
+    }
+}
+
+#[test]
+fn an_executable_that_others_can_write_is_no_role() {
+    let scene = Scene::new();
+    scene.victim();
+    let executable = scene.host.home().join("bin/aops");
+    let words = ["bin/aops: others can write it", "mode 0777"];
+    set_mode(&executable, 0o777);
+    scene.want_victim(json!({}));
+    scene.assert_told("stage", "refused", &words);
+    scene.assert_told("home", "refused", &words);
+    assert!(scene.host.status()["problems"].to_string().contains(words[0]));
+    let manager = scene.host.role_pid("spm");
+    let output = scene.host.control(&["restart"]).expect_code(1);
+    assert!(words.iter().all(|word| output.stderr.contains(word)), "{output}");
+    let watchdog = scene.host.role_pid("spa").expect("it runs");
+    scene.host.kill(watchdog);
+    wait_for("the manager to try, and not to start it", SOON, || {
+        let log = fs::read_to_string(scene.host.home().join("log/spm.log")).expect("the manager has a log");
+        log.lines().any(|line| line.contains("the watchdog cannot be started") && line.contains(words[0])).then_some(())
+    });
+    assert_eq!(scene.host.role_pid("spa"), None);
+    set_mode(&executable, 0o755);
+    wait_for("a watchdog", SOON, || scene.host.role_pid("spa").filter(|pid| *pid != watchdog));
+    assert_eq!(scene.host.role_pid("spm"), manager);
+    scene.assert_native_runs();
+}
+
+#[test]
+fn settings_and_state_that_others_can_write_are_told_and_stop_nothing() {
+    let scene = Scene::new();
+    scene.victim();
+    let (config, state) = (scene.host.home().join("etc/conf.toml"), scene.host.home().join("state/manager.json"));
+    set_mode(&config, 0o666);
+    give_to(&state, NOBODY);
+    let words = ["etc/conf.toml: others can write it (mode 0666)", "state/manager.json: it belongs to the user 65534"];
+    scene.assert_told("files", "failed", &words);
+    let problems = scene.host.status()["problems"].to_string();
+    assert!(words.iter().all(|word| problems.contains(word)), "{problems}");
+    scene.want_victim(json!({}));
+    wait_for_victim(&scene);
+    set_mode(&config, 0o644);
+    give_to(&state, 0);
+    scene.assert_told("files", "ok", &["mended"]);
+    scene.assert_native_runs();
+}
+
+#[test]
+fn a_pipe_where_a_file_is_read_holds_nobody_up() {
+    let scene = Scene::new();
+    scene.victim();
+    let home = scene.host.home();
+    let restart = || {
+        let old = scene.host.role_pid("spm").expect("it runs");
+        scene.host.control(&["restart"]).expect_code(0);
+        scene.hostile.wait_for_heartbeat("the new manager", |heartbeat| heartbeat["manager"]["pid"] != old);
+        scene.assert_native_runs();
+    };
+    let key = home.join("etc/keys/trap.pub");
+    make_pipe(&key);
+    restart();
+    scene.assert_told("home", "refused", &["etc/keys/trap.pub", "it is no file"]);
+    scene.want_victim(json!({}));
+    scene.assert_told("stage", "refused", &["etc/keys/trap.pub", "it is no file"]);
+    fs::remove_file(&key).expect("it is ours");
+
+    let (config, aside) = (home.join("etc/conf.toml"), scene.host.beside("conf.toml"));
+    fs::rename(&config, &aside).expect("it is ours");
+    for path in
+        [&config, &home.join("state/desired.json"), &home.join("state/events.json"), &home.join("state/pins.json")]
+    {
+        let _ = fs::remove_file(path);
+        make_pipe(path);
+    }
+    restart();
+    scene.assert_told("config", "failed", &["etc/conf.toml", "it is no file", "last good settings"]);
+    scene.assert_told("config", "failed", &["state/desired.json", "it is no file"]);
+    fs::remove_file(&config).and_then(|()| fs::rename(&aside, &config)).expect("it is ours");
+    fs::remove_file(home.join("state/pins.json")).expect("it is ours");
+    scene.want_victim(json!({}));
+    wait_for_victim(&scene);
+    scene.assert_native_runs();
+}
