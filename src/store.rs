@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -83,10 +83,17 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         .with_context(|| format!("cannot read {}: it is not what was written there", path.display()))
 }
 
-/// Replaces a state file, readable by its owner alone.
+/// Replaces a state file, readable by its owner alone. What [`load`] would refuse for its size is not written, and the old one stays.
 pub fn save<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let mut text = serde_json::to_vec_pretty(value).with_context(|| format!("cannot write {}", path.display()))?;
     text.push(b'\n');
+    // What could be written and not read again would be lost with the next start.
+    ensure!(
+        text.len() as u64 <= MAX_STATE_BYTES,
+        "cannot write {}: it would have {} bytes, more than {MAX_STATE_BYTES}",
+        path.display(),
+        text.len()
+    );
     replace(path, &text, Access::Private)
 }
 

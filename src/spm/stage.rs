@@ -1,18 +1,21 @@
 //! Staging a release beside what runs: fetched, verified, unpacked, looked at; then it may be activated.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::Input;
+use super::journal::MAX_MESSAGE_BYTES;
 use super::run::Inputs;
 use crate::config::Config;
 use crate::core::desired::Order;
 use crate::core::model::{AgentId, AgentName, Release, Version};
 use crate::core::status::DownloadStatus;
+use crate::core::text::cut;
+use crate::endpoint::Client;
 use crate::home::Home;
 use crate::installation::guard::{self, Unsound};
 use crate::installation::{Epochs, keyring};
@@ -30,11 +33,34 @@ const TELL_EVERY: Duration = Duration::from_secs(60);
 pub(super) struct Desk {
     turns: Arc<Semaphore>,
     commons: Arc<Commons>,
+    /// The system's certificates alone are more than an idle manager holds: it is there while somebody stages.
+    connection: Arc<Mutex<Weak<Connection>>>,
+}
+
+/// A client, and the settings that it was made by.
+#[derive(Debug)]
+struct Connection {
+    config: Config,
+    client: Client,
 }
 
 impl Desk {
     pub(super) fn new() -> Desk {
-        Desk { turns: Arc::new(Semaphore::new(AT_ONCE)), commons: Arc::default() }
+        let turns = Arc::new(Semaphore::new(AT_ONCE));
+        Desk { turns, commons: Arc::default(), connection: Arc::default() }
+    }
+
+    /// The client of those who stage by these settings now, or a new one.
+    fn connection(&self, home: &Home, config: &Config, agent_id: &AgentId) -> Result<Arc<Connection>> {
+        // A client is made under it, and others wait: they are to have the same.
+        let mut shared = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connection) = shared.upgrade().filter(|connection| connection.config == *config) {
+            return Ok(connection);
+        }
+        let client = config.client(&config.trust(home), agent_id, config.download_timeouts())?;
+        let connection = Arc::new(Connection { config: config.clone(), client });
+        *shared = Arc::downgrade(&connection);
+        Ok(connection)
     }
 }
 
@@ -44,6 +70,8 @@ impl Desk {
 pub(super) struct Staging {
     pub(super) version: Version,
     seen: Arc<Seen>,
+    /// Closed with it: who still waits for his turn then leaves.
+    _wanted: oneshot::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -87,7 +115,7 @@ impl Refusal {
     pub(super) fn of(error: &anyhow::Error) -> Refusal {
         let refused = package::is_refusal(error) || error.is::<Unsound>();
         let retry_after = error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after);
-        Refusal { why: format!("{error:#}"), refused, retry_after }
+        Refusal { why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES), refused, retry_after }
     }
 
     /// As an event has it.
@@ -109,11 +137,16 @@ pub(super) struct Job {
 /// Stages a release and reports with [`Input::Staged`].
 pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
     let (inputs, desk, seen) = (inputs.clone(), desk.clone(), Arc::new(Seen::default()));
-    let staging = Staging { version: job.order.version.clone(), seen: Arc::clone(&seen) };
+    let (wanted, unwanted) = oneshot::channel();
+    let staging = Staging { version: job.order.version.clone(), seen: Arc::clone(&seen), _wanted: wanted };
     tokio::spawn(async move {
-        let _turn = desk.turns.acquire_owned().await;
+        let _turn = tokio::select! {
+            // A turn that comes and is dropped is the next one's.
+            turn = Arc::clone(&desk.turns).acquire_owned() => turn,
+            _ = unwanted => return,
+        };
         let (name, version) = (job.name.clone(), job.order.version.clone());
-        let result = match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
+        let result = match tokio::task::spawn_blocking(move || stage(&job, &desk, &seen)).await {
             Ok(result) => result.map_err(|error| Refusal::of(&error)),
             Err(error) => Err(Refusal { why: format!("cannot stage it: {error}"), refused: false, retry_after: None }),
         };
@@ -122,7 +155,8 @@ pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
     staging
 }
 
-fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
+fn stage(job: &Job, desk: &Desk, seen: &Seen) -> Result<()> {
+    let commons = &*desk.commons;
     let Job { home, config, agent_id, name, order } = job;
     if seen.unwanted.load(Ordering::Relaxed) {
         bail!("it is not wanted any more");
@@ -130,8 +164,9 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
     guard::agent(home, name)?;
     let wanted = Wanted { least_epoch: Epochs::load(home)?.least(name.as_str()), ..wanted(name, order) };
     commons.limit(config.download_rate.map(|rate| rate.0));
+    let connection = desk.connection(home, config, agent_id)?;
     let means = Means {
-        client: &config.client(&config.trust(home), agent_id, config.download_timeouts())?,
+        client: &connection.client,
         endpoints: &config.heartbeat_srv,
         keys: &keyring::trusted(home)?,
         places: &Places { cache: home.cache(), staging: home.staging() },
@@ -182,4 +217,56 @@ pub(super) fn commit_epoch(home: &Home, name: &AgentName, release: &std::path::P
         epochs.save(home)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::config::Certificate;
+    use crate::core::desired::Run;
+    use crate::core::env::Env;
+
+    fn job(name: &str) -> Job {
+        let version: Version = "1".parse().unwrap();
+        let order =
+            Order { version, tarball: None, file: None, sha256: None, size: None, run: Run::Start, env: Env::new() };
+        Job {
+            home: Home::new(std::path::Path::new("/nowhere")),
+            config: Config::default(),
+            agent_id: "1".parse().unwrap(),
+            name: name.parse().unwrap(),
+            order,
+        }
+    }
+
+    #[test]
+    fn those_who_stage_at_the_same_time_share_a_client() {
+        let desk = Desk::new();
+        let Job { home, agent_id, .. } = job("a");
+        let pinned = Config { certificate: Certificate::Unchecked, ..Config::default() };
+        let other = Config { no_proxy: Some(Vec::new()), ..pinned.clone() };
+        let connect = |config: &Config| desk.connection(&home, config, &agent_id).unwrap();
+        let first = connect(&pinned);
+        assert!(Arc::ptr_eq(&first, &connect(&pinned)));
+        assert!(!Arc::ptr_eq(&first, &connect(&other)));
+        drop(first);
+        assert!(desk.connection.lock().unwrap().upgrade().is_none(), "nobody needs it any more");
+    }
+
+    #[tokio::test]
+    async fn who_is_not_wanted_any_more_does_not_wait_for_his_turn() {
+        let (inputs, _words) = mpsc::unbounded_channel();
+        let desk = Desk::new();
+        let turns = desk.turns.acquire_many(AT_ONCE as u32).await.unwrap();
+        let waiting: Vec<Staging> = (0..10).map(|number| start(&inputs, &desk, job(&format!("a{number}")))).collect();
+        let waits = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        assert_eq!(waits(), 10);
+        drop(waiting);
+        while waits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        drop(turns);
+    }
 }
