@@ -121,3 +121,21 @@ pub fn remove_tree(path: &Path) -> Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_loaded_again_is_not_saved() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state.json");
+        let text = |bytes: u64| "x".repeat(usize::try_from(bytes).unwrap());
+        // Quotes and a line's end make it whole.
+        let most = text(MAX_STATE_BYTES - 3);
+        save(&path, &most).unwrap();
+        let error = save(&path, &text(MAX_STATE_BYTES - 2)).unwrap_err();
+        assert!(error.to_string().contains("more than 16777216"), "{error}");
+        assert!(load::<String>(&path).unwrap() == Some(most), "the old one is gone");
+    }
+}

@@ -221,3 +221,33 @@ async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
         }),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(length: Option<usize>) -> Request {
+        let request = Request::builder().method("POST").uri(HEARTBEAT_PATH);
+        let request = match length {
+            Some(length) => request.header(header::CONTENT_LENGTH, length),
+            None => request,
+        };
+        request.body(Body::from(vec![b'x'; length.unwrap_or(1)])).unwrap()
+    }
+
+    #[tokio::test]
+    async fn large_heartbeats_wait_for_each_other_and_small_ones_for_nobody() {
+        let large = Semaphore::new(2);
+        let (small, big) = (LARGE_BODY_BYTES as usize, LARGE_BODY_BYTES as usize + 1);
+        let held = [body(request(Some(big)), &large).await.unwrap(), body(request(None), &large).await.unwrap()];
+        for length in [Some(big), None] {
+            let refused = body(request(length), &large).await.unwrap_err();
+            assert_eq!((refused.status, refused.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(5)));
+        }
+        assert_eq!(body(request(Some(small)), &large).await.unwrap().0.len(), small);
+        drop(held);
+        assert_eq!(body(request(Some(big)), &large).await.unwrap().0.len(), big);
+        let refused = body(request(Some(MAX_BODY_BYTES + 1)), &large).await.unwrap_err();
+        assert_eq!(refused.status, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+}
