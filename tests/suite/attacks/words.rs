@@ -82,8 +82,8 @@ fn a_generation_that_would_be_the_last() {
     let mut held: Value = serde_json::from_slice(&fs::read(&path).expect("it is there")).expect("it is JSON");
     held["generation"] = json!(u64::MAX);
     fs::write(&path, held.to_string()).expect("it can be written");
-    scene.host.control(&["start"]).expect_code(0);
     scene.hostile.want(json!([native()]), true);
+    scene.host.control(&["start"]).expect_code(0);
     scene.host.wait_for_status("the true one", SOON, |status| status["generation"] == 3);
     scene.assert_told("desired", "ok", &["generation 3 takes the place of 18446744073709551615"]);
 }
