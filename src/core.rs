@@ -7,6 +7,7 @@ pub mod desired;
 pub mod env;
 #[cfg(feature = "gateway")]
 pub mod fleet;
+pub mod generation;
 #[cfg(feature = "gateway")]
 pub mod glob;
 pub mod health;
@@ -20,5 +21,6 @@ pub mod reconcile;
 pub mod schedule;
 pub mod status;
 pub mod supervise;
+pub mod text;
 pub mod units;
 pub mod watch;

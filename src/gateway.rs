@@ -3,6 +3,10 @@
 //! Its directory is all that it has: what an operator edits (`fleet.toml`), what he guards (`keys/`, `tls/`), what is offered (`depot/`), and
 //! what it writes itself (`state/`). It commands hosts only within what the depot's signatures say: it is no root of trust.
 //!
+//! Hosts do not prove who they are: an agent id is a name, not a password. Whoever can reach the gateway and knows one is told what that host
+//! is told, secret values included, and can report in its name; what others are told he cannot change. The protocol has no room for a proof
+//! that the gateways of others could ignore without giving the secret away all the same, so it is the network's to let only hosts in.
+//!
 //! ```text
 //! <dir>/keys/aops.pub, aops.key     the signing key; further *.pub are trusted too and go into the bootstrap
 //!       tls/cert.pem, key.pem       the certificate that hosts pin or trust
@@ -58,6 +62,11 @@ pub enum Command {
     ///
     /// Prints `listening on https://HOST:PORT` when ready. fleet.toml and
     /// the depot are read again when they have changed.
+    ///
+    /// Hosts check who the gateway is, but do not prove who they are:
+    /// whoever can reach the gateway and knows an agent id is told what
+    /// that host is told, secrets in `env` included, and can report in its
+    /// name. Let nobody but hosts reach it.
     #[command(verbatim_doc_comment)]
     Run(serve::Args),
     /// Print the JSON Schema of the protocol

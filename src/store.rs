@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -88,10 +88,17 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         .with_context(|| format!("cannot read {}: it is not what was written there", path.display()))
 }
 
-/// Replaces a state file, readable by its owner alone.
+/// Replaces a state file, readable by its owner alone. What [`load`] would refuse for its size is not written, and the old one stays.
 pub fn save<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let mut text = serde_json::to_vec_pretty(value).with_context(|| format!("cannot write {}", path.display()))?;
     text.push(b'\n');
+    // What could be written and not read again would be lost with the next start.
+    ensure!(
+        text.len() as u64 <= MAX_STATE_BYTES,
+        "cannot write {}: it would have {} bytes, more than {MAX_STATE_BYTES}",
+        path.display(),
+        text.len()
+    );
     replace(path, &text, Access::Private)
 }
 
@@ -117,5 +124,23 @@ pub fn remove_tree(path: &Path) -> Result<()> {
             }
             _ => return Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_loaded_again_is_not_saved() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state.json");
+        let text = |bytes: u64| "x".repeat(usize::try_from(bytes).unwrap());
+        // Quotes and a line's end make it whole.
+        let most = text(MAX_STATE_BYTES - 3);
+        save(&path, &most).unwrap();
+        let error = save(&path, &text(MAX_STATE_BYTES - 2)).unwrap_err();
+        assert!(error.to_string().contains("more than 16777216"), "{error}");
+        assert!(load::<String>(&path).unwrap() == Some(most), "the old one is gone");
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, ensure};
 
 use crate::core::model::{AgentName, Arch, Os};
-use crate::core::protocol::{Answer, HEARTBEAT_PATH, Heartbeat, Offer, RELEASES_PATH};
+use crate::core::protocol::{self, Answer, HEARTBEAT_PATH, Heartbeat, MAX_VALUES, Offer, RELEASES_PATH};
 use crate::endpoint::{Client, Distrust, Endpoint};
 
 /// A desired state is refused beyond this: a thousand sub-agents with a screenful of environment each.
@@ -58,7 +58,13 @@ pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Resu
         let retry_after = reply.retry_after();
         return Err(Refusal { error: reply.refused().context(what()), retry_after, is_distrust: false });
     }
-    let answer: Answer = serde_json::from_slice(&reply.bytes(MAX_ANSWER_BYTES).with_context(what)?)
+    let bytes = reply.bytes(MAX_ANSWER_BYTES).with_context(what)?;
+    // Before it is taken apart: small values take many times the memory that they take on the wire.
+    if protocol::values(&bytes) > MAX_VALUES {
+        let error = anyhow::anyhow!("cannot take the answer of {endpoint}: it has more than {MAX_VALUES} values");
+        return Err(Refusal { error, retry_after: None, is_distrust: true });
+    }
+    let answer: Answer = serde_json::from_slice(&bytes)
         .with_context(|| format!("cannot understand the answer of {endpoint} to a heartbeat"))?;
     if answer.agent_id != heartbeat.agent_id {
         let error = anyhow::anyhow!(
@@ -152,12 +158,13 @@ mod tests {
             (br#"{"agentId": "host-2"}"#.to_vec(), "it is for agent host-2, this is host-1"),
             (b"<html>".to_vec(), "cannot understand the answer"),
             (vec![b' '; (4 << 20) + 1], "more than 4194304 bytes"),
+            (format!(r#"{{"agentId": "host-1", "x": [0{}]}}"#, ",0".repeat(50_000)).into(), "more than 50000 values"),
         ] {
             let server = Server::plain(move |_| Told::ok(body.clone()));
             let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
             assert!(refusal.to_string().contains(word), "{refusal}");
             assert_eq!(refusal.retry_after, None);
-            assert_eq!(refusal.is_distrust, word.contains("agent"));
+            assert_eq!(refusal.is_distrust, word.contains("agent") || word.contains("values"));
         }
         let server = Server::plain(move |_| Told {
             headers: vec![("retry-after", "17".to_owned())],

@@ -1,15 +1,25 @@
 //! The desired state of a host, and how a gateway's answer may change it.
 //!
 //! A generation only grows within its lineage. An empty or absent list removes nothing; a list that is not complete changes what it names
-//! and leaves the rest; a complete one, and only one that is not empty, also removes what it does not name.
+//! and leaves the rest; a complete one, and only one that is not empty, also removes what it does not name. Beyond what a host can keep and
+//! read again an answer is refused as a whole, and nothing is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::env::Env;
+use super::env::{self, Env};
+use super::generation::{self, Clocks, Next};
 use super::model::{AgentName, Digest, Version};
-use super::protocol::{AgentOrder, Answer};
+use super::protocol::{AgentOrder, Answer, MAX_AGENTS};
+
+/// The longest words of an order, bytes: an address is no longer, and neither is the name of a file.
+const MAX_TARBALL_BYTES: usize = 2_048;
+const MAX_FILE_BYTES: usize = 255;
+const MAX_CMD_BYTES: usize = 64;
+const MAX_LINEAGE_BYTES: usize = 128;
+/// The environments of all sub-agents together, bytes.
+const MAX_ENV_BYTES: usize = 1 << 20;
 
 /// Whether a sub-agent is to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,14 +73,21 @@ pub enum Verdict {
     /// It brings nothing new.
     Unchanged,
     /// It is the desired state from now on; `unsupported` are orders that this version does not know.
+    /// `led_back`: its generation is lower than the one held, which no clock explains.
     /// `kept`: how many an empty list, though it says that it is complete, did not remove.
-    Take { desired: Box<Desired>, unsupported: Vec<(AgentName, String)>, new_lineage: bool, kept: usize },
+    Take {
+        desired: Box<Desired>,
+        unsupported: Vec<(AgentName, String)>,
+        new_lineage: bool,
+        led_back: bool,
+        kept: usize,
+    },
     /// It must not be acted on.
     Refuse(String),
 }
 
 /// Judges an answer by what is held. `present` are the sub-agents that are installed, whoever ordered them.
-pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> Verdict {
+pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer, clocks: Clocks) -> Verdict {
     let Some(orders) = &answer.agents else { return Verdict::Unchanged };
     let lineage = answer.lineage.clone().unwrap_or_default();
     let same_number = lineage == held.lineage && answer.generation == held.generation;
@@ -79,19 +96,13 @@ pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> 
     }
     let first = held.generation == 0 && held.lineage.is_empty();
     let new_lineage = !first && lineage != held.lineage;
-    if !first && !new_lineage {
-        if answer.generation == held.generation {
-            return Verdict::Refuse(format!(
-                "cannot take generation {}: it came before with other content",
-                answer.generation
-            ));
-        }
-        if answer.generation < held.generation {
-            return Verdict::Refuse(format!(
-                "cannot take generation {}: generation {} is already held",
-                answer.generation, held.generation
-            ));
-        }
+    let counted = (!first && !new_lineage).then_some(held.generation);
+    let led_back = match generation::judge(counted, answer.generation, clocks) {
+        Ok(next) => next == Next::Back,
+        Err(why) => return Verdict::Refuse(why),
+    };
+    if let Err(why) = check(&lineage, orders) {
+        return Verdict::Refuse(why);
     }
     let named: BTreeSet<&AgentName> = orders.iter().map(|order| &order.name).collect();
     if named.len() != orders.len() {
@@ -122,6 +133,11 @@ pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> 
         agents.retain(|name, _| named.contains(name));
         removed.extend(present.iter().chain(held.agents.keys()).filter(|name| !named.contains(name)).cloned());
     }
+    // Of what was never there, nothing is to be removed, or to be remembered.
+    removed.retain(|name| present.contains(name) || held.agents.contains_key(name));
+    if let Err(why) = check_kept(&agents, held) {
+        return Verdict::Refuse(why);
+    }
     let kept = if answer.complete && orders.is_empty() { agents.len() } else { 0 };
     let desired = Desired {
         lineage,
@@ -131,7 +147,40 @@ pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> 
         told: orders.clone(),
         complete: answer.complete,
     };
-    Verdict::Take { desired: Box::new(desired), unsupported, new_lineage, kept }
+    Verdict::Take { desired: Box::new(desired), unsupported, new_lineage, led_back, kept }
+}
+
+/// Whether an answer is one that a gateway can mean.
+fn check(lineage: &str, orders: &[AgentOrder]) -> Result<(), String> {
+    let within = |what: &str, of: &str, bytes: usize, most: usize| match bytes > most {
+        true => Err(format!("cannot take a desired state with {what} of {bytes} bytes{of}: at most {most}")),
+        false => Ok(()),
+    };
+    within("a lineage", "", lineage.len(), MAX_LINEAGE_BYTES)?;
+    if orders.len() > MAX_AGENTS {
+        return Err(format!("cannot take a desired state of {} orders: at most {MAX_AGENTS}", orders.len()));
+    }
+    for order in orders {
+        let of = format!(" for {}", order.name);
+        within("a tarball", &of, order.tarball.as_ref().map_or(0, String::len), MAX_TARBALL_BYTES)?;
+        within("a file name", &of, order.file.as_ref().map_or(0, String::len), MAX_FILE_BYTES)?;
+        within("a command", &of, order.cmd.len(), MAX_CMD_BYTES)?;
+        env::check(&order.env).map_err(|why| format!("cannot take the environment of {}: {why}", order.name))?;
+    }
+    Ok(())
+}
+
+/// Whether all that is wanted then can be kept: lists that are not complete add up. What was kept before can be kept again.
+fn check_kept(agents: &BTreeMap<AgentName, Order>, held: &Desired) -> Result<(), String> {
+    if agents.len() > MAX_AGENTS.max(held.agents.len()) {
+        return Err(format!("cannot take a desired state with {} sub-agents: at most {MAX_AGENTS}", agents.len()));
+    }
+    let bytes = |agents: &BTreeMap<AgentName, Order>| agents.values().map(|order| env::bytes(&order.env)).sum();
+    let all: usize = bytes(agents);
+    if all > MAX_ENV_BYTES.max(bytes(&held.agents)) {
+        return Err(format!("cannot take a desired state with environments of {all} bytes: at most {MAX_ENV_BYTES}"));
+    }
+    Ok(())
 }
 
 fn taken(order: &AgentOrder, run: Run) -> Order {
@@ -177,6 +226,20 @@ mod tests {
             complete,
             agents: Some(agents.iter().map(|(name, cmd)| order(name, cmd)).collect()),
             ack: None,
+        }
+    }
+
+    /// In 2026.
+    const NOW: u64 = 1_790_000_000_000;
+
+    fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> Verdict {
+        super::judge(held, present, answer, Clocks { host: NOW, gateway: Some(NOW) })
+    }
+
+    fn refusal(held: &Desired, answer: &Answer) -> String {
+        match judge(held, &BTreeSet::new(), answer) {
+            Verdict::Refuse(why) => why,
+            other => panic!("{other:?}"),
         }
     }
 
@@ -245,6 +308,90 @@ mod tests {
         assert_eq!(judge(&taken, &BTreeSet::new(), &uncounted), Verdict::Unchanged);
         assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), Verdict::Take { new_lineage: true, .. }));
         assert!(matches!(judged(answer("l", 6, true, &[("a", "start"), ("a", "stop")])), Verdict::Refuse(_)));
+    }
+
+    #[test]
+    fn a_generation_that_would_be_the_last_is_refused_and_one_that_is_held_is_left_again() {
+        let wanted = [("a", "start")];
+        let held = take(&Desired::default(), &answer("l", 5, true, &wanted));
+        for far in [u64::MAX, 1 << 53, NOW * 2] {
+            for lineage in ["l", "m"] {
+                let why = refusal(&held, &answer(lineage, far, true, &[("a", "stop")]));
+                assert!(why.contains("ahead of the clocks"), "{why}");
+            }
+            // As an older version may have taken it.
+            let absurd = Desired { generation: far, ..held.clone() };
+            for (lineage, generation) in [("m", 1), ("l", NOW), ("l", 6)] {
+                let back = answer(lineage, generation, true, &[("a", "stop")]);
+                let Verdict::Take { desired, new_lineage, led_back, .. } = judge(&absurd, &BTreeSet::new(), &back)
+                else {
+                    panic!("{lineage} {generation}")
+                };
+                assert_eq!((new_lineage, led_back, desired.generation), (lineage == "m", lineage == "l", generation));
+                assert_eq!(desired.agents[&"a".parse().unwrap()].run, Run::Stop);
+            }
+            assert_eq!(judge(&absurd, &BTreeSet::new(), &answer("l", far, true, &wanted)), Verdict::Unchanged);
+        }
+    }
+
+    #[test]
+    fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
+        let names: Vec<String> = (0..1_001).map(|number| format!("a{number}")).collect();
+        let orders = |from: usize, to: usize| -> Vec<(&str, &str)> {
+            names[from..to].iter().map(|name| (name.as_str(), "start")).collect()
+        };
+        let why = refusal(&Desired::default(), &answer("l", 1, true, &orders(0, 1_001)));
+        assert!(why.contains("1001 orders: at most 1000"), "{why}");
+        // Nor bit by bit.
+        let held = take(&Desired::default(), &answer("l", 1, true, &orders(0, 1_000)));
+        let why = refusal(&held, &answer("l", 2, false, &orders(1_000, 1_001)));
+        assert!(why.contains("1001 sub-agents: at most 1000"), "{why}");
+        assert_eq!(take(&held, &answer("l", 2, true, &orders(1, 1_001))).agents.len(), 1_000);
+        // One that an older version has taken may shrink.
+        let mut large = held.clone();
+        large
+            .agents
+            .extend(held.agents.iter().map(|(name, order)| (format!("{name}-b").parse().unwrap(), order.clone())));
+        assert_eq!(take(&large, &answer("l", 2, false, &[("a1", "uninstall")])).agents.len(), 1_999);
+
+        type Change = fn(&mut Answer);
+        let changes: [(Change, &str); 7] = [
+            (|answer| answer.lineage = Some("l".repeat(129)), "a lineage of 129 bytes: at most 128"),
+            (|answer| first(answer).tarball = Some("t".repeat(2_049)), "a tarball of 2049 bytes for a"),
+            (|answer| first(answer).file = Some("f".repeat(256)), "a file name of 256 bytes for a"),
+            (|answer| first(answer).cmd = "c".repeat(65), "a command of 65 bytes for a"),
+            (|answer| first(answer).env = env(1_001, 1), "the environment of a: it has 1001 variables"),
+            (|answer| first(answer).env = env(1, 128 << 10), "the environment of a: it has 131075 bytes"),
+            (
+                |answer| answer.agents.iter_mut().flatten().for_each(|order| order.env = env(1, 127 << 10)),
+                "environments of 1170459 bytes",
+            ),
+        ];
+        for (change, words) in changes {
+            let mut changed = answer("l", 2, true, &[("a", "start"), ("b", "stop")]);
+            let others = (0..7).map(|number| order(&format!("c{number}"), "start"));
+            changed.agents.iter_mut().for_each(|orders| orders.extend(others.clone()));
+            assert!(matches!(judge(&held, &BTreeSet::new(), &changed), Verdict::Take { .. }));
+            change(&mut changed);
+            let why = refusal(&held, &changed);
+            assert!(why.contains(words), "{why}");
+        }
+    }
+
+    fn first(answer: &mut Answer) -> &mut AgentOrder {
+        &mut answer.agents.as_mut().unwrap()[0]
+    }
+
+    fn env(count: usize, length: usize) -> Env {
+        (0..count).map(|number| (format!("V{number:02}"), "x".repeat(length).as_str().into())).collect()
+    }
+
+    #[test]
+    fn what_was_never_there_is_not_remembered_as_removed() {
+        let held = take(&Desired::default(), &answer("l", 1, false, &[("a", "start")]));
+        let after = take(&held, &answer("l", 2, false, &[("a", "uninstall"), ("b", "uninstall")]));
+        assert_eq!(after.removed, BTreeSet::from(["a".parse().unwrap()]));
+        assert!(take(&after, &answer("l", 3, false, &[("c", "start")])).removed.is_empty());
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A secret is given to the sub-agent as any other value, and shown to nobody: it is not printed, logged or quoted in an error. Where it
-//! must be kept, on the host and at the gateway, the file is its owner's alone. What it is not is encrypted there.
+//! must be kept, on the host and at the gateway, the file is its owner's alone. What it is not is encrypted there, nor kept from whoever can
+//! reach the gateway and knows the host's agent id: hosts do not prove who they are.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,6 +18,30 @@ use serde::{Deserialize, Serialize};
 /// Variables by their names.
 pub type Env = BTreeMap<String, Value>;
 
+/// More variables than this for one sub-agent are a mistake.
+const MAX_VARIABLES: usize = 1_000;
+/// Names and values of one sub-agent, bytes: more than Linux takes in a single one.
+const MAX_BYTES: usize = 128 << 10;
+/// The longest name of a variable, bytes.
+pub const MAX_NAME_BYTES: usize = 255;
+
+/// Whether that many variables, and that long ones, can be given to a sub-agent.
+pub fn check(env: &Env) -> Result<(), String> {
+    if env.len() > MAX_VARIABLES {
+        return Err(format!("it has {} variables: at most {MAX_VARIABLES}", env.len()));
+    }
+    let bytes = bytes(env);
+    if bytes > MAX_BYTES {
+        return Err(format!("it has {bytes} bytes: at most {MAX_BYTES}"));
+    }
+    Ok(())
+}
+
+/// Of all names and values.
+pub fn bytes(env: &Env) -> usize {
+    env.iter().map(|(name, value)| name.len() + value.reveal().len()).sum()
+}
+
 /// The value of one variable.
 #[derive(Clone, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
@@ -25,7 +50,8 @@ pub type Env = BTreeMap<String, Value>;
 pub enum Value {
     /// One that anybody may see.
     Plain(String),
-    /// One that is never shown: not in `status`, in a log, in an event or in an error.
+    /// One that is never shown: not in `status`, in a log, in an event or in an error. The gateway tells it to whoever goes by the host's
+    /// agent id, which is a name and no password.
     Secret { secret: String },
 }
 

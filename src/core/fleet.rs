@@ -14,16 +14,17 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::env::{Env, Value};
+use super::env::{self, Env, Value};
 use super::glob::Glob;
 use super::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Version};
-use super::protocol::{AgentOrder, ManagerOrder, Offer};
+use super::protocol::{AgentOrder, MAX_AGENTS, ManagerOrder, Offer};
+use super::text::cut;
 use super::units::Span;
 
 /// A `fleet.toml` beyond this is refused: what one host is told must fit into the 4 MiB that a host takes.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
-/// More sub-agents than this on one host are a mistake.
-const MAX_AGENTS: usize = 1_000;
+/// Of what is missing in the depot, so much is told and remembered for each host, bytes.
+const MAX_MISSING_BYTES: usize = 1 << 10;
 /// Between two heartbeats, unless the file says otherwise.
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(30);
 /// The shortest and the longest interval that a file may ask for, seconds.
@@ -138,7 +139,7 @@ impl TryFrom<String> for EnvName {
 
     fn try_from(name: String) -> Result<EnvName, String> {
         let first = name.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_');
-        if first && name.len() <= 255 && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+        if first && name.len() <= env::MAX_NAME_BYTES && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
             Ok(EnvName(name))
         } else {
             Err(format!("cannot take {name:?} as the name of an environment variable: expected letters, digits and _"))
@@ -158,7 +159,9 @@ impl TryFrom<Written> for Fleet {
         for (name, agent) in written.agents {
             let WrittenAgent { version, cmd, env } = agent;
             let version = version.ok_or_else(|| format!("cannot take agents.{name}: it has no version"))?;
-            agents.insert(name, Wish { version, cmd: cmd.unwrap_or(Cmd::Start), env: plain(env) });
+            let env = plain(env);
+            settable(&env).map_err(|why| format!("cannot take the env of agents.{name}: {why}"))?;
+            agents.insert(name, Wish { version, cmd: cmd.unwrap_or(Cmd::Start), env });
         }
         let mut rules = Vec::new();
         let mut known: BTreeSet<AgentName> = agents.keys().cloned().collect();
@@ -166,6 +169,8 @@ impl TryFrom<Written> for Fleet {
             let number = index + 1;
             rule.r#match.check().map_err(|why| format!("cannot take the match of rule {number}: {why}"))?;
             for (name, agent) in &rule.agents {
+                settable(&plain(agent.env.clone()))
+                    .map_err(|why| format!("cannot take the env of agents.{name} in rule {number}: {why}"))?;
                 if agent.version.is_some() {
                     known.insert(name.clone());
                 } else if !known.contains(name) {
@@ -188,6 +193,15 @@ impl TryFrom<Written> for Fleet {
 
 fn plain(env: BTreeMap<EnvName, Value>) -> Env {
     env.into_iter().map(|(name, value)| (name.0, value)).collect()
+}
+
+/// What no host could give to a sub-agent is not asked of it.
+fn settable(env: &Env) -> Result<(), String> {
+    env::check(env)?;
+    match env.iter().find(|(_, value)| value.reveal().contains('\0')) {
+        Some((name, _)) => Err(format!("the value of {name} has a zero byte in it")),
+        None => Ok(()),
+    }
 }
 
 impl Match {
@@ -410,23 +424,9 @@ pub fn tell(desired: &Desired, host: &HostFacts, offer: impl Fn(&str, &Version) 
     }
     let complete = agents.len() == desired.agents.len() && !agents.is_empty();
     let missing = (!missing.is_empty())
-        .then(|| format!("the depot has no package for {}/{} of {}", host.os, host.arch, missing.join(", ")));
+        .then(|| format!("the depot has no package for {}/{} of {}", host.os, host.arch, missing.join(", ")))
+        .map(|text| cut(&text, MAX_MISSING_BYTES));
     Told { manager, agents, complete, missing }
-}
-
-/// The generation of what a host is told.
-///
-/// It is kept while the content stays the same; another content gets a number that is greater than the last one given, than the one that
-/// the host holds (`held`, if it is of our lineage: our own record may be older than the host), and than any given before a loss of the
-/// record, since none is ahead of the clock for long.
-pub fn next_generation(last: Option<u64>, same_content: bool, held: Option<u64>, now_millis: u64) -> u64 {
-    match last {
-        Some(last) if same_content && held.is_none_or(|held| held <= last) => last,
-        _ => {
-            let after = |number: Option<u64>| number.map_or(0, |number| number.saturating_add(1));
-            after(last).max(after(held)).max(now_millis)
-        }
-    }
 }
 
 /// The newest of the versions published, given in the order of their publication: by semver where both are semver, else by that order.

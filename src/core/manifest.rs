@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::env::Env;
+use super::env::{Env, MAX_NAME_BYTES};
 use super::health::Health;
 use super::model::{AgentName, Version};
 use super::units::Span;
@@ -176,23 +176,26 @@ const REFUSED: &[&str] = &[
 const REFUSED_PREFIXES: &[&str] =
     &["LD_", "DYLD_", "PYTHON", "GLIBC_", "MALLOC_", "BASH_FUNC_", "AOPS_", "COR_", "CORECLR_", "DOTNET_"];
 
-/// Splits the gateway's variables into those that a package lets it set and the names of the others.
+/// Splits the gateway's variables into those that a package lets it set and the names of the others: what chooses the code that runs, and
+/// what no program could be started with.
 pub fn admit_env<'a>(wanted: &'a Env, allowed: &[String]) -> (BTreeMap<&'a str, &'a str>, Vec<&'a str>) {
-    let refused = |name: &str| {
+    let refused = |name: &str, value: &str| {
         let upper = name.to_ascii_uppercase();
         let dangerous =
             REFUSED.contains(&upper.as_str()) || REFUSED_PREFIXES.iter().any(|prefix| upper.starts_with(prefix));
         let ours = upper.starts_with("AOPS_");
-        !is_variable_name(name) || (dangerous && (ours || !allowed.iter().any(|allowed| allowed == name)))
+        let is_none = !is_variable_name(name) || name.len() > MAX_NAME_BYTES || value.contains('\0');
+        is_none || (dangerous && (ours || !allowed.iter().any(|allowed| allowed == name)))
     };
-    let names = wanted.keys().map(String::as_str).filter(|name| refused(name)).collect();
-    let admitted = wanted.iter().filter(|(name, _)| !refused(name)).map(|(k, v)| (k.as_str(), v.reveal())).collect();
-    (admitted, names)
+    let pairs = wanted.iter().map(|(name, value)| (name.as_str(), value.reveal()));
+    let (names, admitted): (Vec<_>, Vec<_>) = pairs.partition(|(name, value)| refused(name, value));
+    (admitted.into_iter().collect(), names.into_iter().map(|(name, _)| name).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::env::Value;
 
     fn manifest(command: &str, workdir: Option<&str>) -> Manifest {
         Manifest {
@@ -232,5 +235,23 @@ mod tests {
         let (admitted, refused) = admit_env(&wanted, &["PYTHONPATH".into(), "AOPS_HOME".into()]);
         assert_eq!(admitted.keys().copied().collect::<Vec<_>>(), ["GOGC", "PYTHONPATH"]);
         assert_eq!(refused.len(), 6);
+    }
+
+    #[test]
+    fn what_no_program_could_be_started_with_is_left_out() {
+        let wanted: Env = [
+            ("", "x".to_owned()),
+            ("A=B", "x".to_owned()),
+            ("A\0B", "x".to_owned()),
+            (&"A".repeat(MAX_NAME_BYTES + 1), "x".to_owned()),
+            ("ZERO", "a\0b".to_owned()),
+            ("GOOD", "a=b\n".to_owned()),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), Value::Plain(value)))
+        .collect();
+        let (admitted, refused) = admit_env(&wanted, &["ZERO".into(), "A=B".into()]);
+        assert_eq!(admitted, BTreeMap::from([("GOOD", "a=b\n")]));
+        assert_eq!(refused.len(), 5);
     }
 }

@@ -17,6 +17,27 @@ pub const DOWNLOAD_PATH: &str = "/api/download";
 /// Path below an endpoint under which the current release of a package is told, by name.
 pub const RELEASES_PATH: &str = "/api/releases";
 
+/// More sub-agents than this on one host are a mistake, and more orders in one answer too.
+pub const MAX_AGENTS: usize = 1_000;
+/// A message with more values than this is not read: a thousand sub-agents with forty words each. What a text of a few MiB becomes in
+/// memory goes by their number.
+pub const MAX_VALUES: usize = 50_000;
+
+/// How many values a JSON text has at the most: one more than the commas outside of its strings and the brackets that open.
+pub fn values(json: &[u8]) -> usize {
+    let (mut count, mut in_string, mut escaped) = (1, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => count += 1,
+            _ => {}
+        }
+    }
+    count
+}
+
 /// The host's periodic report: its actual state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
@@ -160,10 +181,11 @@ pub struct Answer {
     /// Seconds until the next heartbeat; absent: as the host is configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interval: Option<u64>,
-    /// Names the store that counts the generations.
+    /// Names the store that counts the generations, in at most 128 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<String>,
-    /// Numbers the desired state; only grows within a lineage. A lower one is refused, and so is the same one with another content.
+    /// Numbers the desired state; only grows within a lineage: `max(previous + 1, unix milliseconds)`. A lower one is refused, and so are the
+    /// same one with another content, one more than 7 days ahead of the clocks, and 2^53 and above.
     #[serde(default)]
     pub generation: u64,
     /// A command to the manager: `upgrade`. Unknown ones are answered with an event of outcome `unsupported`.
@@ -175,7 +197,7 @@ pub struct Answer {
     /// Whether `agents` names every sub-agent of the host, so that absence means removal. An empty list never does.
     #[serde(default)]
     pub complete: bool,
-    /// Present only when lineage or generation differ from what the host sent.
+    /// Present only when lineage or generation differ from what the host sent. At most 1,000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agents: Option<Vec<AgentOrder>>,
     /// The id of the last event that the gateway has seen.
@@ -243,4 +265,22 @@ pub struct Offer {
     pub sha256: Digest,
     /// Bytes.
     pub size: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_counted_but_not_in_strings() {
+        for (json, most) in [
+            ("1", 1),
+            (r#"{"a":1,"b":[1,2,3],"c":{}}"#, 8),
+            (r#"{"a":"[,,,{","b\",,":"\\"}"#, 3),
+            (r#"["\\",",",","]"#, 4),
+            ("", 1),
+        ] {
+            assert_eq!(values(json.as_bytes()), most, "{json}");
+        }
+    }
 }

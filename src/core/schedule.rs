@@ -68,6 +68,12 @@ impl Allowance {
         Allowance { most, every, left: most, given: None, untold: 0 }
     }
 
+    /// Whether nothing was told for so long that it is as if nothing ever was.
+    pub fn is_whole(&self, now: Instant) -> bool {
+        let all = self.every * (self.most - self.left);
+        self.given.is_none_or(|given| now.saturating_duration_since(given) >= all)
+    }
+
     /// Asks to tell one thing more: `Some` with how many were not told since the last that was, or `None`.
     pub fn take(&mut self, now: Instant) -> Option<u64> {
         let given = *self.given.get_or_insert(now);
@@ -115,6 +121,7 @@ mod tests {
         assert_eq!([0, 0, 1, 1, 2].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None, None]);
         assert_eq!([59, 60, 61, 119, 120].map(|at| told(&mut allowance, at)), [None, Some(3), None, None, Some(2)]);
         assert_eq!([9000; 4].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None]);
+        assert_eq!([9_179, 9_180].map(|at| allowance.is_whole(start + S(at))), [false, true]);
         let day = (0..86_400).filter(|second| told(&mut allowance, 10_000 + second).is_some()).count();
         assert!((1_439..=1_443).contains(&day), "{day}");
     }

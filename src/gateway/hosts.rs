@@ -16,12 +16,21 @@ use sha2::{Digest as _, Sha256};
 pub(super) use self::record::{Given, Record, load, save};
 use super::depot::Index;
 use super::init::hex;
-use crate::core::fleet::{Fleet, HostFacts, Told, next_generation, tell};
+use crate::core::fleet::{Fleet, HostFacts, Told, tell};
+use crate::core::generation;
 use crate::core::model::{AgentId, Release};
 use crate::core::protocol::{Answer, Heartbeat};
+use crate::core::text::cut;
 
 /// More hosts than this are not remembered.
 const MAX_HOSTS: usize = 50_000;
+/// Of one host so much is remembered, bytes; and where all hosts together take as much as [`AMPLE`], so much.
+const MOST: usize = 512 << 10;
+const LEAST: usize = 8 << 10;
+/// 50,000 hosts with [`LEAST`] each are no more than that again, and all together no more than the file may have.
+const AMPLE: usize = 320 << 20;
+/// What was worked out for no host that is there any more is forgotten when there are so many.
+const MAX_UNUSED: usize = 256;
 /// When there is no room, a host that was silent for so long makes place for a new one.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(7 * 86_400);
 /// How many hosts a new fleet file is tried on before it is accepted.
@@ -44,6 +53,8 @@ pub(super) struct Hosts {
 #[derive(Default)]
 struct Inner {
     hosts: HashMap<AgentId, Known>,
+    /// Of all records.
+    bytes: usize,
     /// What was worked out in the present world, by its hash: most hosts are told the same.
     contents: HashMap<String, Arc<Content>>,
     revision: u64,
@@ -73,7 +84,9 @@ impl Hosts {
             .into_iter()
             .map(|record| (record.agent_id.clone(), Known { record: Arc::new(record), told: None }))
             .collect();
-        Hosts { lineage, inner: Mutex::new(Inner { hosts, ..Inner::default() }) }
+        let mut inner = Inner { hosts, ..Inner::default() };
+        inner.bytes = inner.hosts.values().map(|known| known.record.bytes()).sum();
+        Hosts { lineage, inner: Mutex::new(inner) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -118,16 +131,19 @@ impl Hosts {
             inner.revision = world.revision;
         }
         if !inner.hosts.contains_key(&heartbeat.agent_id) && inner.hosts.len() >= MAX_HOSTS {
-            make_room(&mut inner.hosts, now)?;
+            make_room(inner, now)?;
         }
         let facts = HostFacts {
             agent_id: heartbeat.agent_id.clone(),
-            hostname: record::cut(&heartbeat.hostname, record::MAX_HOSTNAME),
+            hostname: cut(&heartbeat.hostname, record::MAX_HOSTNAME),
             os: heartbeat.os,
             arch: heartbeat.arch,
         };
         let (previous, cached) = match inner.hosts.remove(&heartbeat.agent_id) {
-            Some(known) => (Some(known.record), known.told),
+            Some(known) => {
+                inner.bytes = inner.bytes.saturating_sub(known.record.bytes());
+                (Some(known.record), known.told)
+            }
             None => (None, None),
         };
         let content = match cached {
@@ -141,7 +157,7 @@ impl Hosts {
         let last = previous.as_ref().and_then(|record| record.given.clone());
         let given = content.as_ref().map(|content| {
             let same = last.as_ref().is_some_and(|last| last.content == content.hash);
-            let generation = next_generation(last.as_ref().map(|last| last.generation), same, held, now);
+            let generation = generation::next(last.as_ref().map(|last| last.generation), same, held, now);
             Given { generation, content: content.hash.clone() }
         });
 
@@ -176,7 +192,9 @@ impl Hosts {
         }
 
         let missing = told.and_then(|told| told.missing.clone());
-        let record = Record::after(previous, heartbeat, given.or(last), missing, address, now);
+        let most = if inner.bytes < AMPLE { MOST } else { LEAST };
+        let record = Record::after(previous, heartbeat, given.or(last), missing, address, now, most);
+        inner.bytes += record.bytes();
         let told = content.map(|content| (world.revision, facts, content));
         inner.hosts.insert(record.agent_id.clone(), Known { record: Arc::new(record), told });
         inner.changed = true;
@@ -196,17 +214,23 @@ fn content(
     });
     // What cannot be written as JSON cannot be sent either; then every content counts as another one.
     let hash = hex(&Sha256::digest(serde_json::to_vec(&told).unwrap_or_default()));
+    // Not each time, where they are all in use.
+    if contents.len() >= MAX_UNUSED && contents.len().is_power_of_two() {
+        contents.retain(|_, content| Arc::strong_count(content) > 1);
+    }
     contents.entry(hash.clone()).or_insert_with(|| Arc::new(Content { told, hash })).clone()
 }
 
-fn make_room(hosts: &mut HashMap<AgentId, Known>, now: u64) -> Result<(), Full> {
-    let stalest = hosts.values().min_by_key(|known| known.record.last_heartbeat).map(|known| known.record.clone());
+fn make_room(inner: &mut Inner, now: u64) -> Result<(), Full> {
+    let stalest =
+        inner.hosts.values().min_by_key(|known| known.record.last_heartbeat).map(|known| known.record.clone());
     let stalest = stalest.ok_or(Full)?;
     if now.saturating_sub(stalest.last_heartbeat) < FORGOTTEN_AFTER.as_millis() as u64 {
         return Err(Full);
     }
     tracing::info!(agent_id = %stalest.agent_id, "a silent host is forgotten to make room for another");
-    hosts.remove(&stalest.agent_id);
+    inner.bytes = inner.bytes.saturating_sub(stalest.bytes());
+    inner.hosts.remove(&stalest.agent_id);
     Ok(())
 }
 

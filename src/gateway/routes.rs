@@ -6,21 +6,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::serve::Shared;
 use super::{download, now_millis};
 use crate::core::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Release};
-use crate::core::protocol::{AGENT_ID_HEADER, DOWNLOAD_PATH, HEARTBEAT_PATH, Heartbeat, RELEASES_PATH};
+use crate::core::protocol::{
+    self, AGENT_ID_HEADER, DOWNLOAD_PATH, HEARTBEAT_PATH, Heartbeat, MAX_VALUES, RELEASES_PATH,
+};
 
 /// A heartbeat beyond this is refused.
 const MAX_BODY_BYTES: usize = 4 << 20;
+/// A heartbeat beyond this is a large one: of a host with hundreds of sub-agents, or with much to tell after a long silence.
+const LARGE_BODY_BYTES: u64 = 128 << 10;
+/// So many large ones are taken in at once, 256 MiB of them; others come again a little later. Connections there may be tens of thousands.
+const LARGE_BODIES: usize = 64;
 /// A heartbeat that takes longer to arrive is given up.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -74,6 +81,11 @@ fn answer(status: StatusCode, value: &impl Serialize) -> Response {
     }
 }
 
+/// For those heartbeats of which not too many may be there at once.
+pub(super) fn large_bodies() -> Semaphore {
+    Semaphore::new(LARGE_BODIES)
+}
+
 /// Every route.
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     Router::new()
@@ -92,7 +104,14 @@ async fn heartbeat(State(shared): State<Arc<Shared>>, request: Request) -> Resul
     let bad = |message: String| Failure::new(StatusCode::BAD_REQUEST, message);
     let named = agent_id(request.headers())?.ok_or_else(|| bad(format!("the header {AGENT_ID_HEADER} is missing")))?;
     let address = request.extensions().get::<Peer>().map(|peer| peer.0.to_string());
-    let body = body(request).await?;
+    let (body, _room) = body(request, &shared.large_bodies).await?;
+    // Before it is taken apart: small values take many times the memory that they take on the wire.
+    if protocol::values(&body) > MAX_VALUES {
+        return Err(Failure::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            format!("the heartbeat has more than {MAX_VALUES} values"),
+        ));
+    }
     let heartbeat: Heartbeat =
         serde_json::from_slice(&body).map_err(|error| bad(format!("cannot read the heartbeat: {error}")))?;
     if heartbeat.agent_id != named {
@@ -119,7 +138,8 @@ fn agent_id(headers: &HeaderMap) -> Result<Option<AgentId>, Failure> {
     value.parse().map(Some).map_err(|error| Failure::new(StatusCode::BAD_REQUEST, format!("{error}")))
 }
 
-async fn body(request: Request) -> Result<axum::body::Bytes, Failure> {
+/// The body, and the room that it takes while it is there.
+async fn body(request: Request, large: &Semaphore) -> Result<(Bytes, Option<SemaphorePermit<'_>>), Failure> {
     let too_large =
         || Failure::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the heartbeat has more than {MAX_BODY_BYTES} bytes"));
     let length =
@@ -127,8 +147,15 @@ async fn body(request: Request) -> Result<axum::body::Bytes, Failure> {
     if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
         return Err(too_large());
     }
+    let room = match length {
+        Some(length) if length <= LARGE_BODY_BYTES => None,
+        // Who does not say how long it is may send as much.
+        _ => Some(large.try_acquire().map_err(|_| {
+            Failure::new(StatusCode::SERVICE_UNAVAILABLE, "too many large heartbeats at once").retry_after(5)
+        })?),
+    };
     match tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), MAX_BODY_BYTES)).await {
-        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Ok(bytes)) => Ok((bytes, room)),
         // Without a length it can only be found out by reading; the other errors end the connection anyway.
         Ok(Err(_)) => Err(too_large()),
         Err(_) => Err(Failure::new(StatusCode::REQUEST_TIMEOUT, "the heartbeat took too long to arrive")),
@@ -193,4 +220,34 @@ async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
             },
         }),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(length: Option<usize>) -> Request {
+        let request = Request::builder().method("POST").uri(HEARTBEAT_PATH);
+        let request = match length {
+            Some(length) => request.header(header::CONTENT_LENGTH, length),
+            None => request,
+        };
+        request.body(Body::from(vec![b'x'; length.unwrap_or(1)])).unwrap()
+    }
+
+    #[tokio::test]
+    async fn large_heartbeats_wait_for_each_other_and_small_ones_for_nobody() {
+        let large = Semaphore::new(2);
+        let (small, big) = (LARGE_BODY_BYTES as usize, LARGE_BODY_BYTES as usize + 1);
+        let held = [body(request(Some(big)), &large).await.unwrap(), body(request(None), &large).await.unwrap()];
+        for length in [Some(big), None] {
+            let refused = body(request(length), &large).await.unwrap_err();
+            assert_eq!((refused.status, refused.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(5)));
+        }
+        assert_eq!(body(request(Some(small)), &large).await.unwrap().0.len(), small);
+        drop(held);
+        assert_eq!(body(request(Some(big)), &large).await.unwrap().0.len(), big);
+        let refused = body(request(Some(MAX_BODY_BYTES + 1)), &large).await.unwrap_err();
+        assert_eq!(refused.status, StatusCode::PAYLOAD_TOO_LARGE);
+    }
 }

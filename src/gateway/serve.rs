@@ -71,6 +71,7 @@ pub(super) struct Shared {
     standing: Mutex<Standing>,
     /// Something is to be saved.
     pub(super) touched: Notify,
+    pub(super) large_bodies: Semaphore,
 }
 
 impl Shared {
@@ -141,6 +142,7 @@ pub(super) async fn serve(
         world: RwLock::new(Arc::new(World { revision: 0, fleet: None, index: Arc::new(Index::default()) })),
         standing: Mutex::new(Standing::default()),
         touched: Notify::new(),
+        large_bodies: routes::large_bodies(),
     });
     eyes.state.listening = Some(format!("https://{address}"));
     let seen = shared.clone();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::AbortHandle;
 
+use super::journal::MAX_MESSAGE_BYTES;
 use super::stage::Staging;
 use crate::core::desired::Run;
 use crate::core::env::Env;
@@ -14,6 +15,7 @@ use crate::core::reconcile::Actual;
 use crate::core::schedule::{Allowance, Backoff};
 use crate::core::status::AgentStatus;
 use crate::core::supervise::{Policy, Supervisor};
+use crate::core::text::cut;
 use crate::home::{self, Home};
 use crate::platform::{self, Groups};
 use crate::process::health;
@@ -225,8 +227,8 @@ impl Agent {
     }
 
     fn last_error(&self) -> Option<String> {
-        let exits = || self.supervisor.last_error().map(str::to_owned);
-        self.error.clone().or_else(|| self.refused_env.clone()).or_else(exits)
+        let error = self.error.as_deref().or(self.refused_env.as_deref()).or(self.supervisor.last_error());
+        error.map(|error| cut(error, MAX_MESSAGE_BYTES))
     }
 
     pub(super) fn report(&self) -> AgentReport {

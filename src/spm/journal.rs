@@ -1,5 +1,9 @@
 //! What happened on the host and the gateway has not acknowledged: kept on disk, capped, told again with every heartbeat until it is.
+//!
+//! It is everybody's, so nobody may fill it: a message has its length, all events together theirs, and what is told again and again of the
+//! same thing, in whatever words, is told less and less often. How much was not told is said with the next that is.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -7,13 +11,28 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::Event;
+use crate::core::schedule::Allowance;
+use crate::core::text::cut;
 use crate::home::Home;
 use crate::store;
 
+/// Of a message, an error or whatever else somebody is told, so much is kept, bytes.
+pub(super) const MAX_MESSAGE_BYTES: usize = 1 << 10;
+/// Of a word in a file that somebody else may have written.
+const MAX_WORD_BYTES: usize = 64;
 /// Beyond this the oldest are forgotten: a host that cannot reach its gateway for weeks must not fill its disk.
 const MAX_EVENTS: usize = 500;
+const MAX_BYTES: usize = 256 << 10;
 /// So many go up with one heartbeat.
 const MAX_PER_HEARTBEAT: usize = 100;
+const MAX_BYTES_PER_HEARTBEAT: usize = 64 << 10;
+/// What an event has besides its texts: its number, and the names of its fields.
+const EVENT_BYTES: usize = 128;
+/// Of one kind, outcome and sub-agent, so many are told at once, and one more each so often.
+const TOLD_AT_ONCE: u32 = 20;
+const TOLD_EVERY: Duration = Duration::from_secs(300);
+/// So many kinds and sub-agents are counted apart; what comes then is counted together.
+const MAX_COUNTED: usize = 1_024;
 
 /// So long after an event it is on disk.
 const FLUSH: Duration = Duration::from_secs(1);
@@ -24,7 +43,7 @@ struct Stored {
     #[serde(default)]
     last_id: u64,
     #[serde(default)]
-    events: Vec<Event>,
+    events: VecDeque<Event>,
 }
 
 /// The events of one host.
@@ -32,8 +51,14 @@ struct Stored {
 pub(super) struct Journal {
     path: PathBuf,
     stored: Stored,
+    /// Of all events.
+    bytes: usize,
+    told: BTreeMap<Subject, Allowance>,
     changed: Option<Instant>,
 }
+
+/// What may come again and again: kind, outcome and sub-agent.
+type Subject = (String, String, Option<AgentName>);
 
 /// What an event is about.
 #[derive(Debug, Default)]
@@ -50,14 +75,27 @@ impl Journal {
             tracing::warn!(error = format!("{error:#}"), "the events kept for the gateway cannot be read and are lost");
             None
         });
-        Journal { path, stored: stored.unwrap_or_default(), changed: None }
+        let Stored { last_id, events } = stored.unwrap_or_default();
+        let stored = Stored { last_id, events: VecDeque::new() };
+        let mut journal = Journal { path, stored, bytes: 0, told: BTreeMap::new(), changed: None };
+        events.into_iter().for_each(|event| journal.keep(event));
+        journal
     }
 
-    /// Notes an event. Its id grows even where the last ones could not be kept: it is never behind the clock's milliseconds.
-    pub(super) fn note(&mut self, kind: &str, outcome: &str, about: About<'_>, message: impl Into<String>) {
-        let message = message.into();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let id = (self.stored.last_id + 1).max(now.as_millis() as u64);
+    /// Notes an event, if not too many of its like were noted. Its id grows even where the last ones could not be kept: it is never behind
+    /// the clock's milliseconds.
+    pub(super) fn note(&mut self, kind: &str, outcome: &str, about: About<'_>, message: impl AsRef<str>) {
+        self.note_at(kind, outcome, about, message.as_ref(), Instant::now());
+    }
+
+    fn note_at(&mut self, kind: &str, outcome: &str, about: About<'_>, message: &str, now: Instant) {
+        let Some(untold) = self.allowance(kind, outcome, about.agent, now).take(now) else { return };
+        let mut message = cut(message, MAX_MESSAGE_BYTES);
+        if untold > 0 {
+            message.push_str(&format!(" (before that, {untold} of its kind were not told)"));
+        }
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let id = self.stored.last_id.saturating_add(1).max(since.as_millis() as u64);
         self.stored.last_id = id;
         let agent = about.agent.map(AgentName::as_str).unwrap_or_default();
         if outcome == "ok" {
@@ -65,7 +103,7 @@ impl Journal {
         } else {
             tracing::warn!(kind, outcome, agent, message, "event");
         }
-        self.stored.events.push(Event {
+        self.keep(Event {
             id,
             time: crate::spm::timestamp(),
             kind: kind.to_owned(),
@@ -74,11 +112,36 @@ impl Journal {
             outcome: outcome.to_owned(),
             message,
         });
-        if self.stored.events.len() > MAX_EVENTS {
-            let surplus = self.stored.events.len() - MAX_EVENTS;
-            self.stored.events.drain(..surplus);
-        }
         self.changed.get_or_insert_with(Instant::now);
+    }
+
+    fn allowance(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut Allowance {
+        let mut subject = (kind.to_owned(), outcome.to_owned(), agent.cloned());
+        if self.told.len() >= MAX_COUNTED && !self.told.contains_key(&subject) {
+            self.told.retain(|_, allowance| !allowance.is_whole(now));
+            if self.told.len() >= MAX_COUNTED {
+                subject = Subject::default();
+            }
+        }
+        self.told.entry(subject).or_insert_with(|| Allowance::new(TOLD_AT_ONCE, TOLD_EVERY))
+    }
+
+    /// Keeps an event, and forgets the oldest where there is no room.
+    fn keep(&mut self, event: Event) {
+        // One that an older version kept may be of any length.
+        let event = Event {
+            time: cut(&event.time, MAX_WORD_BYTES),
+            kind: cut(&event.kind, MAX_WORD_BYTES),
+            outcome: cut(&event.outcome, MAX_WORD_BYTES),
+            message: cut(&event.message, MAX_MESSAGE_BYTES + MAX_WORD_BYTES),
+            ..event
+        };
+        self.bytes += bytes(&event);
+        self.stored.events.push_back(event);
+        while self.stored.events.len() > MAX_EVENTS || self.bytes > MAX_BYTES {
+            let Some(oldest) = self.stored.events.pop_front() else { break };
+            self.bytes -= bytes(&oldest);
+        }
     }
 
     /// Forgets what the gateway has seen.
@@ -86,13 +149,19 @@ impl Journal {
         let before = self.stored.events.len();
         self.stored.events.retain(|event| event.id > id);
         if before != self.stored.events.len() {
+            self.bytes = self.stored.events.iter().map(bytes).sum();
             self.changed.get_or_insert_with(Instant::now);
         }
     }
 
     /// The oldest ones, for the next heartbeat.
     pub(super) fn pending(&self) -> Vec<Event> {
-        self.stored.events.iter().take(MAX_PER_HEARTBEAT).cloned().collect()
+        let mut sum = 0;
+        let within = |event: &&Event| {
+            sum += bytes(event);
+            sum <= MAX_BYTES_PER_HEARTBEAT
+        };
+        self.stored.events.iter().take(MAX_PER_HEARTBEAT).take_while(within).cloned().collect()
     }
 
     /// When what changed is to be written, so that a crash loses little and a crowd of events is one write.
@@ -112,6 +181,13 @@ impl Journal {
             );
         }
     }
+}
+
+/// What an event takes, in memory and in a file.
+fn bytes(event: &Event) -> usize {
+    let Event { id: _, time, kind, agent, version, outcome, message } = event;
+    let words = agent.as_ref().map_or(0, |name| name.as_str().len()) + version.as_ref().map_or(0, |v| v.as_str().len());
+    EVENT_BYTES + time.len() + kind.len() + words + outcome.len() + message.len()
 }
 
 #[cfg(test)]
@@ -139,10 +215,76 @@ mod tests {
     fn a_long_silence_forgets_the_oldest() {
         let directory = tempfile::tempdir().unwrap();
         let mut journal = Journal::load(&Home::new(directory.path()));
-        for n in 0..MAX_EVENTS + 10 {
-            journal.note("exit", "ok", About::default(), n.to_string());
+        let start = Instant::now();
+        for n in 0..MAX_EVENTS as u32 + 10 {
+            journal.note_at("exit", "ok", About::default(), &n.to_string(), start + TOLD_EVERY * n);
         }
         assert_eq!(journal.stored.events.len(), MAX_EVENTS);
         assert_eq!(journal.pending()[0].message, "10");
+    }
+
+    #[test]
+    fn refusals_in_ever_other_words_are_told_less_and_less_often() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut journal = Journal::load(&Home::new(directory.path()));
+        let start = Instant::now();
+        let (a, b): (AgentName, AgentName) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let mut refuse = |kind: &str, agent: Option<&AgentName>, second: u64| {
+            let about = About { agent, version: None };
+            journal.note_at(kind, "refused", about, &format!("number {second}"), start + Duration::from_secs(second));
+        };
+        (0..3_600).for_each(|second| refuse("desired", None, second));
+        // What else is refused is told all the same.
+        (0..3_600).for_each(|second| refuse("stage", Some(&a), second));
+        refuse("stage", Some(&b), 3_600);
+        refuse("heartbeat", None, 3_600);
+        let of = |kind: &str| journal.stored.events.iter().filter(|event| event.kind == kind).count();
+        assert_eq!((of("desired"), of("stage"), of("heartbeat")), (31, 32, 1));
+        let last = journal.stored.events.iter().rfind(|event| event.kind == "desired").unwrap();
+        assert_eq!(last.message, "number 3300 (before that, 299 of its kind were not told)");
+    }
+
+    #[test]
+    fn however_many_are_counted_apart_it_comes_to_an_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut journal = Journal::load(&Home::new(directory.path()));
+        let start = Instant::now();
+        for n in 0..3 * MAX_COUNTED {
+            let name: AgentName = format!("a{n}").parse().unwrap();
+            journal.note_at("stage", "failed", About { agent: Some(&name), version: None }, "no", start);
+        }
+        assert!(journal.told.len() <= MAX_COUNTED + 1);
+        // Those who were quiet for long enough make room.
+        let name: AgentName = "new".parse().unwrap();
+        journal.note_at("stage", "failed", About { agent: Some(&name), version: None }, "no", start + TOLD_EVERY * 20);
+        assert_eq!(journal.told.len(), 1);
+    }
+
+    #[test]
+    fn neither_one_text_nor_all_together_grow_without_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        std::fs::create_dir(home.state()).unwrap();
+        let long = "\u{1b}[2J".to_owned() + &"x".repeat(1 << 20);
+        // As an older version left it.
+        let event =
+            |id: u64| serde_json::json!({"id": id, "time": long, "kind": long, "outcome": long, "message": long});
+        let stored = serde_json::json!({ "lastId": 3, "events": [event(1), event(2), event(3)] });
+        std::fs::write(home.state_file("events.json"), stored.to_string()).unwrap();
+        let mut journal = Journal::load(&home);
+        assert_eq!(journal.pending().len(), 3);
+        let start = Instant::now();
+        for n in 0..MAX_EVENTS as u32 {
+            journal.note_at("stage", "failed", About::default(), &long, start + TOLD_EVERY * n);
+        }
+        let all = &journal.stored.events;
+        assert!(all.iter().all(|event| event.message.len() <= 1_100 && !event.message.contains('\u{1b}')));
+        assert!((200..300).contains(&all.len()), "{}", all.len());
+        let told = serde_json::to_vec(&journal.pending()).unwrap().len();
+        assert!((50 << 10..70 << 10).contains(&told), "{told}");
+        journal.acknowledge(u64::MAX);
+        assert_eq!((journal.bytes, journal.pending().len()), (0, 0));
+        journal.note("exit", "ok", About::default(), "one");
+        assert_eq!(journal.pending().len(), 1);
     }
 }

@@ -5,14 +5,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::Input;
+use super::journal::MAX_MESSAGE_BYTES;
 use super::run::Inputs;
 use crate::config::Config;
 use crate::core::desired::Order;
 use crate::core::model::{AgentId, AgentName, Release, Version};
 use crate::core::status::DownloadStatus;
+use crate::core::text::cut;
 use crate::endpoint::End;
 use crate::home::Home;
 use crate::installation::guard::{self, Unsound};
@@ -45,6 +47,8 @@ impl Desk {
 pub(super) struct Staging {
     pub(super) version: Version,
     seen: Arc<Seen>,
+    /// Closed with it: who still waits for his turn then leaves.
+    _wanted: oneshot::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -104,7 +108,7 @@ impl Refusal {
     pub(super) fn of(error: &anyhow::Error) -> Refusal {
         let refused = package::is_refusal(error) || error.is::<Unsound>();
         let retry_after = error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after);
-        Refusal { why: format!("{error:#}"), refused, retry_after }
+        Refusal { why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES), refused, retry_after }
     }
 
     /// As an event has it.
@@ -126,9 +130,14 @@ pub(super) struct Job {
 /// Stages a release and reports with [`Input::Staged`].
 pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
     let (inputs, desk, seen) = (inputs.clone(), desk.clone(), Arc::new(Seen::default()));
-    let staging = Staging { version: job.order.version.clone(), seen: Arc::clone(&seen) };
+    let (wanted, unwanted) = oneshot::channel();
+    let staging = Staging { version: job.order.version.clone(), seen: Arc::clone(&seen), _wanted: wanted };
     tokio::spawn(async move {
-        let _turn = desk.turns.acquire_owned().await;
+        let _turn = tokio::select! {
+            // A turn that comes and is dropped is the next one's.
+            turn = desk.turns.acquire_owned() => turn,
+            _ = unwanted => return,
+        };
         let (name, version) = (job.name.clone(), job.order.version.clone());
         let result = match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
             Ok(result) => result.map_err(|error| Refusal::of(&error)),
@@ -147,6 +156,7 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
     guard::agent(home, name)?;
     let wanted = Wanted { least_epoch: Epochs::load(home)?.least(name.as_str()), ..wanted(name, order) };
     commons.limit(config.download_rate.map(|rate| rate.0));
+    // One for each download, since it is ended with that; no more than take turns at the same time.
     let client = config.client(&config.trust(home), agent_id, config.download_timeouts())?;
     seen.ends_by(client.end());
     let means = Means {
@@ -207,4 +217,41 @@ pub(super) fn admit(home: &Home, name: &AgentName, version: &Version) -> Result<
 pub(super) fn commit_epoch(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     let completed = admit(home, name, version)?;
     Epochs::commit(home, name.as_str(), completed.epoch)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::core::desired::Run;
+    use crate::core::env::Env;
+
+    fn job(name: &str) -> Job {
+        let version: Version = "1".parse().unwrap();
+        let order =
+            Order { version, tarball: None, file: None, sha256: None, size: None, run: Run::Start, env: Env::new() };
+        Job {
+            home: Home::new(std::path::Path::new("/nowhere")),
+            config: Config::default(),
+            agent_id: "1".parse().unwrap(),
+            name: name.parse().unwrap(),
+            order,
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_not_wanted_any_more_does_not_wait_for_his_turn() {
+        let (inputs, _words) = mpsc::unbounded_channel();
+        let desk = Desk::new();
+        let turns = desk.turns.acquire_many(AT_ONCE as u32).await.unwrap();
+        let waiting: Vec<Staging> = (0..10).map(|number| start(&inputs, &desk, job(&format!("a{number}")))).collect();
+        let waits = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        assert_eq!(waits(), 10);
+        drop(waiting);
+        while waits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        drop(turns);
+    }
 }

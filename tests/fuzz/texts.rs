@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use crate::config::{Config, edit, import, render};
 use crate::core::desired::{Desired, Verdict, judge};
 use crate::core::fleet::{Fleet, HostFacts};
+use crate::core::generation::Clocks;
 use crate::core::manifest::admit_env;
 use crate::core::model::{Arch, Binding, Os};
 use crate::core::protocol::{Answer, Event, Heartbeat, Offer};
@@ -42,8 +43,9 @@ pub fn answer(data: &[u8]) {
     )
     .expect("it is a desired state");
     let present = BTreeSet::new();
-    let verdict = judge(&held, &present, &answer);
-    assert_eq!(verdict, judge(&held, &present, &answer), "the same answer is judged in two ways");
+    let clocks = Clocks { host: 1_790_000_000_000, gateway: None };
+    let verdict = judge(&held, &present, &answer, clocks);
+    assert_eq!(verdict, judge(&held, &present, &answer, clocks), "the same answer is judged in two ways");
     let Verdict::Take { desired, .. } = verdict else { return };
     let orders = answer.agents.as_deref().unwrap_or_default();
     if orders.is_empty() {
@@ -60,7 +62,7 @@ pub fn answer(data: &[u8]) {
     // What is taken is kept, and is not taken anew each time.
     let kept = serde_json::to_vec(&desired).expect("a desired state can be written");
     assert_eq!(serde_json::from_slice::<Desired>(&kept).expect("and read"), *desired);
-    assert!(!matches!(judge(&desired, &present, &answer), Verdict::Take { new_lineage: true, .. }));
+    assert!(!matches!(judge(&desired, &present, &answer, clocks), Verdict::Take { new_lineage: true, .. }));
 }
 
 pub fn agent_toml(data: &[u8]) {

@@ -212,38 +212,7 @@ fn the_newest_is_by_semver_where_that_can_be_said_and_by_publication_elsewhere()
     assert_eq!(newest([]), None);
 }
 
-#[test]
-fn a_generation_is_kept_while_the_content_is_and_only_grows() {
-    assert_eq!(next_generation(None, false, None, 1_000), 1_000);
-    assert_eq!(next_generation(Some(5), true, Some(5), 1_000), 5);
-    assert_eq!(next_generation(Some(5), true, None, 1_000), 5);
-    assert_eq!(next_generation(Some(5), false, Some(5), 1_000), 1_000);
-    // The clock stands behind.
-    assert_eq!(next_generation(Some(2_000), false, Some(2_000), 1_000), 2_001);
-    // The record was restored from an older one, or lost: the host knows better.
-    assert_eq!(next_generation(Some(5), true, Some(3_000), 1_000), 3_001);
-    assert_eq!(next_generation(None, false, Some(3_000), 1_000), 3_001);
-    assert_eq!(next_generation(None, false, Some(u64::MAX), 1_000), u64::MAX);
-}
-
 proptest! {
-    #[test]
-    fn generations_never_go_back_and_never_repeat_for_other_content(
-        contents in prop::collection::vec((0u8..3, 0u64..50, prop::option::of(0u64..100)), 1..40)
-    ) {
-        let mut given: Option<(u8, u64)> = None;
-        for (content, now, held) in contents {
-            let same = given.is_some_and(|(last, _)| last == content);
-            let generation = next_generation(given.map(|(_, generation)| generation), same, held, now);
-            if let Some((last, before)) = given {
-                prop_assert!(generation >= before);
-                prop_assert!(last == content || generation > before);
-            }
-            prop_assert!(held.is_none_or(|held| generation >= held));
-            given = Some((content, generation));
-        }
-    }
-
     #[test]
     fn the_order_of_rules_that_do_not_match_is_without_effect(count in 0usize..6, swap in 0usize..6) {
         let base = agents(&["a", "b"]);

@@ -1,7 +1,7 @@
 //! What is remembered of one host, cut down to a bounded size, and the file that all of it lies in.
 
 use std::collections::VecDeque;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,20 +10,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::fleet::HostFacts;
 use crate::core::model::{AgentId, Arch, Os};
-use crate::core::protocol::{AgentReport, Event, Heartbeat, ManagerReport};
+use crate::core::protocol::{AgentReport, Event, Heartbeat, MAX_AGENTS, ManagerReport};
+use crate::core::text::cut;
 use crate::store::{self, Access};
 
-/// The longest host name there can be.
+/// The longest host name there can be, bytes.
 pub(super) const MAX_HOSTNAME: usize = 255;
-/// Characters kept of what a host says about one thing.
+/// Bytes kept of what a host says about one thing.
 const MAX_MESSAGE: usize = 300;
-/// Characters kept of a word, such as the kind of an event.
+/// Bytes kept of a word, such as the kind of an event.
 const MAX_WORD: usize = 64;
-/// Sub-agents kept of one host's report.
-const MAX_AGENTS: usize = 1_000;
 /// Events kept of one host.
 const MAX_EVENTS: usize = 50;
-/// 50,000 hosts with twenty sub-agents each are about a third of it.
+/// What a record, a report and an event take besides their texts, in memory and in the file.
+const RECORD_BYTES: usize = 800;
+const REPORT_BYTES: usize = 200;
+const EVENT_BYTES: usize = 150;
+/// 50,000 hosts with twenty sub-agents each are about a third of it; no more is written.
 const MAX_FILE_BYTES: u64 = 1 << 30;
 
 /// One host.
@@ -91,7 +94,7 @@ impl Record {
         HostFacts { agent_id: self.agent_id.clone(), hostname: self.hostname.clone(), os: self.os, arch: self.arch }
     }
 
-    /// The record after one more heartbeat.
+    /// The record after one more heartbeat, of at most that many bytes.
     pub(super) fn after(
         previous: Option<Arc<Record>>,
         heartbeat: Heartbeat,
@@ -99,6 +102,7 @@ impl Record {
         missing: Option<String>,
         address: Option<String>,
         now: u64,
+        most: usize,
     ) -> Record {
         let instance_id = cut(&heartbeat.instance_id, MAX_WORD);
         // Copied only while the file is being written.
@@ -123,7 +127,7 @@ impl Record {
             events.drain(..events.len().saturating_sub(MAX_EVENTS));
             ack = last;
         }
-        Record {
+        let mut record = Record {
             agent_id: heartbeat.agent_id,
             instance_id,
             hostname: cut(&heartbeat.hostname, MAX_HOSTNAME),
@@ -141,13 +145,53 @@ impl Record {
             events,
             twin,
             unknown,
+        };
+        record.fit(most);
+        record
+    }
+
+    /// What it takes, in memory and in the file, bytes; about.
+    pub(super) fn bytes(&self) -> usize {
+        let texts = [Some(&self.hostname), self.missing.as_ref(), self.twin.as_ref().map(|twin| &twin.hostname)];
+        let texts: usize = texts.into_iter().flatten().map(String::len).sum();
+        RECORD_BYTES
+            + texts
+            + self.agents.iter().map(report_bytes).sum::<usize>()
+            + self.events.iter().map(event_bytes).sum::<usize>()
+    }
+
+    /// Leaves out what is too much: the oldest events, then what is said about sub-agents, then sub-agents.
+    fn fit(&mut self, most: usize) {
+        let mut surplus = self.bytes().saturating_sub(most);
+        while surplus > 0
+            && let Some(event) = self.events.pop_front()
+        {
+            surplus = surplus.saturating_sub(event_bytes(&event));
+        }
+        for report in self.agents.iter_mut().rev() {
+            if surplus == 0 {
+                return;
+            }
+            surplus = surplus.saturating_sub(report.message.take().map_or(0, |message| message.len()));
+        }
+        while surplus > 0
+            && let Some(report) = self.agents.pop()
+        {
+            surplus = surplus.saturating_sub(report_bytes(&report));
         }
     }
 }
 
-/// At most `most` characters of a text, and none that would disturb a terminal.
-pub(super) fn cut(text: &str, most: usize) -> String {
-    text.chars().take(most).map(|c| if c.is_control() { ' ' } else { c }).collect()
+fn report_bytes(report: &AgentReport) -> usize {
+    let AgentReport { name, version, state: _, pid: _, restarts: _, env_hash, message } = report;
+    let words = name.as_str().len() + version.as_ref().map_or(0, |version| version.as_str().len());
+    REPORT_BYTES + words + env_hash.as_ref().map_or(0, String::len) + message.as_ref().map_or(0, String::len)
+}
+
+fn event_bytes(event: &Event) -> usize {
+    let Event { id: _, time, kind, agent, version, outcome, message } = event;
+    let words = agent.as_ref().map_or(0, |name| name.as_str().len()) + version.as_ref().map_or(0, |v| v.as_str().len());
+    EVENT_BYTES + words + time.len() + kind.len() + outcome.len() + message.len()
 }
 
 fn cut_report(mut report: AgentReport) -> AgentReport {
@@ -183,7 +227,14 @@ pub(in crate::gateway) fn save(path: &Path, records: &[Arc<Record>]) -> Result<(
         let mut out = BufWriter::new(file);
         serde_json::to_writer(&mut out, &content)?;
         out.write_all(b"\n")?;
-        out.flush()
+        out.flush()?;
+        // What could not be read again would be lost with the next start.
+        match out.get_ref().metadata()?.len() {
+            bytes if bytes > MAX_FILE_BYTES => {
+                Err(io::Error::other(format!("it would have {bytes} bytes, too many to be read")))
+            }
+            _ => Ok(()),
+        }
     })
 }
 

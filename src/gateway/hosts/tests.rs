@@ -1,7 +1,7 @@
 //! Facts about what a gateway remembers of its hosts: generations, events, acknowledgements.
 
 use super::*;
-use crate::core::protocol::{Event, ManagerReport};
+use crate::core::protocol::{AgentReport, Event, ManagerReport};
 
 const NOW: u64 = 1_000_000;
 
@@ -157,4 +157,91 @@ fn there_is_room_for_so_many_hosts_and_a_long_silent_one_gives_way() {
     let later = NOW + 2 + FORGOTTEN_AFTER.as_millis() as u64;
     assert!(hosts.heartbeat(heartbeat("new", None), None, &world, later).is_ok());
     assert_eq!(hosts.count(), MAX_HOSTS);
+}
+
+/// A report that says as much as it can.
+fn talkative(number: usize) -> AgentReport {
+    AgentReport {
+        name: format!("agent-{number}").parse().unwrap(),
+        version: Some("1".parse().unwrap()),
+        state: crate::core::protocol::AgentState::Failed,
+        pid: None,
+        restarts: u64::MAX,
+        env_hash: Some("0".repeat(1 << 20)),
+        message: Some("m\x1b\"".repeat(1 << 20)),
+    }
+}
+
+fn record(hosts: &Hosts, agent_id: &str) -> Arc<Record> {
+    hosts.mark_changed();
+    let records = hosts.changed().unwrap();
+    records.into_iter().find(|record| record.agent_id.as_str() == agent_id).unwrap()
+}
+
+#[test]
+fn one_host_is_remembered_in_so_many_bytes_whatever_it_says() {
+    let hosts = hosts();
+    let loud = Heartbeat {
+        agents: (0..20).map(talkative).collect(),
+        events: (0..60).map(event).collect(),
+        hostname: "h".repeat(1 << 20),
+        ..heartbeat("1", None)
+    };
+    let said = |agents: usize| Heartbeat { agents: (0..agents).map(talkative).collect(), ..loud.clone() };
+    answer(&hosts, said(20), &world(1, ""), NOW);
+    let known = record(&hosts, "1");
+    assert_eq!((known.agents.len(), known.events.len(), known.hostname.len()), (20, 50, 255));
+    assert!(known.agents.iter().all(|report| report.message.as_ref().is_some_and(|message| message.len() == 300)));
+    assert!(!known.agents[0].message.as_ref().unwrap().contains('\x1b'));
+    assert!(known.bytes() < 50_000, "{}", known.bytes());
+
+    // Where there is little room: no events, then no messages, then not all.
+    hosts.lock().bytes = 2 * AMPLE;
+    answer(&hosts, said(20), &world(1, ""), NOW);
+    let known = record(&hosts, "1");
+    assert_eq!((known.agents.len(), known.events.len()), (20, 0));
+    assert!(known.bytes() <= LEAST && known.agents.iter().any(|report| report.message.is_none()));
+    hosts.lock().bytes = 2 * AMPLE;
+    let many = Heartbeat { agents: (0..100).map(talkative).collect(), ..heartbeat("1", None) };
+    answer(&hosts, many, &world(1, ""), NOW);
+    let known = record(&hosts, "1");
+    assert!((20..100).contains(&known.agents.len()) && known.bytes() <= LEAST, "{}", known.agents.len());
+    assert_eq!(known.agents[0].name.as_str(), "agent-0");
+}
+
+#[test]
+fn the_bytes_of_all_hosts_are_counted() {
+    let all = hosts();
+    let world = world(1, "");
+    let sum = |hosts: &Hosts| {
+        hosts.mark_changed();
+        hosts.changed().unwrap().iter().map(|record| record.bytes()).sum::<usize>()
+    };
+    for round in 0..3 {
+        for (id, agents) in [("1", 3), ("2", 0), ("3", 9)] {
+            let agents = (0..agents * round).map(talkative).collect();
+            answer(&all, Heartbeat { agents, events: vec![event(7)], ..heartbeat(id, None) }, &world, NOW);
+        }
+        let expected = sum(&all);
+        assert_eq!(all.lock().bytes, expected);
+    }
+    let known = all.lock().hosts.values().map(|known| (*known.record).clone()).collect();
+    let (again, expected) = (Hosts::new("ours".to_owned(), known), sum(&all));
+    assert_eq!(again.lock().bytes, expected);
+}
+
+#[test]
+fn nobody_can_number_what_another_host_is_told_out_of_reach() {
+    const TODAY: u64 = 1_790_000_000_000;
+    let hosts = hosts();
+    let (first, second) = (world(1, ""), world(2, "[agents.a]\nversion = \"1\""));
+    let given = answer(&hosts, heartbeat("1", None), &first, TODAY).generation;
+    for said in [u64::MAX, u64::MAX - 1, 1 << 53, TODAY * 2] {
+        answer(&hosts, heartbeat("1", Some(("ours", said))), &first, TODAY + 1);
+        answer(&hosts, heartbeat("1", Some(("ours", said))), &second, TODAY + 2);
+        answer(&hosts, heartbeat("1", Some(("ours", said))), &first, TODAY + 3);
+    }
+    let told = answer(&hosts, heartbeat("1", Some(("ours", given))), &second, TODAY + 4);
+    assert!(told.agents.is_some());
+    assert!((given + 1..TODAY + 100).contains(&told.generation), "{}", told.generation);
 }

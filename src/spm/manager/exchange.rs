@@ -1,20 +1,27 @@
 //! The conversation with the gateway: what goes up, and what becomes of the answer.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{LONGEST_INTERVAL, Manager, SHORTEST_INTERVAL};
 use crate::core::desired::{self, Verdict};
+use crate::core::generation::Clocks;
 use crate::core::protocol::{Answer, Heartbeat, ManagerReport};
 use crate::core::schedule;
 use crate::core::status::GatewayStatus;
+use crate::core::text::cut;
 use crate::spm::agent::Agent;
 use crate::spm::heartbeats::Outcome;
-use crate::spm::journal::About;
+use crate::spm::journal::{About, MAX_MESSAGE_BYTES};
 use crate::spm::timestamp;
 use crate::{platform, store};
 
 /// More than this, in seconds, is a clock that is wrong.
 const CLOCKS_APART: u64 = 60;
+
+/// Of a word that nobody here knows, so much is told, bytes.
+const MAX_WORD_BYTES: usize = 64;
+/// Of the orders of one answer that nobody here knows, so many are told one by one.
+const UNSUPPORTED_TOLD: usize = 10;
 
 /// Whether a clock is so far off that somebody should look at it.
 pub(super) fn is_clock_off(offset: Option<i64>) -> bool {
@@ -71,10 +78,11 @@ impl Manager {
                     clock_offset_seconds: clock_offset.or(self.gateway.clock_offset_seconds),
                     last_error: None,
                 };
-                self.take_answer(&answer);
+                self.take_answer(&answer, clock_offset);
                 schedule::Outcome::Answered
             }
             Outcome::Failed { why, refused, retry_after } => {
+                let why = cut(&why, MAX_MESSAGE_BYTES);
                 self.failures = self.failures.saturating_add(1);
                 if self.gateway.last_error.as_ref() != Some(&why) {
                     tracing::warn!(
@@ -121,7 +129,7 @@ impl Manager {
         }
     }
 
-    pub(super) fn take_answer(&mut self, answer: &Answer) {
+    pub(super) fn take_answer(&mut self, answer: &Answer, clock_offset: Option<i64>) {
         if let Some(seconds) = answer.interval {
             self.interval = Duration::from_secs(seconds).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL);
         }
@@ -129,10 +137,14 @@ impl Manager {
             self.journal.acknowledge(id);
         }
         match &answer.error_message {
-            Some(message) => drop(self.problems.insert("gateway", format!("the gateway says: {message}"))),
+            Some(message) => {
+                let text = cut(&format!("the gateway says: {message}"), MAX_MESSAGE_BYTES);
+                self.problems.insert("gateway", text);
+            }
             None => drop(self.problems.remove("gateway")),
         }
         if let Some(cmd) = &answer.cmd {
+            let cmd = cut(cmd, MAX_WORD_BYTES);
             let wanted = answer.manager.as_ref().map(|order| format!(" to {}", order.version)).unwrap_or_default();
             if self.answered.len() < 100 && self.answered.insert(format!("{cmd}{wanted}")) {
                 self.journal.note(
@@ -144,7 +156,9 @@ impl Manager {
             }
         }
         let present = self.agents.keys().cloned().collect();
-        match desired::judge(&self.desired, &present, answer) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let clocks = Clocks::new(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), clock_offset);
+        match desired::judge(&self.desired, &present, answer, clocks) {
             Verdict::Unchanged => {
                 let held = answer.lineage.as_deref().unwrap_or_default() == self.desired.lineage
                     && answer.generation == self.desired.generation;
@@ -154,12 +168,13 @@ impl Manager {
                 }
             }
             Verdict::Refuse(why) => {
+                let why = cut(&why, MAX_MESSAGE_BYTES);
                 if self.problems.get("desired") != Some(&why) {
                     self.journal.note("desired", "refused", About::default(), why.as_str());
                 }
                 self.problems.insert("desired", why);
             }
-            Verdict::Take { desired, unsupported, new_lineage, kept } => {
+            Verdict::Take { desired, unsupported, new_lineage, led_back, kept } => {
                 // On disk before it is acted on: what is begun must be known after a crash.
                 if let Err(error) = store::save(&self.home.state_file("desired.json"), &*desired) {
                     let text = format!("the new desired state is not acted on: {error:#}");
@@ -171,20 +186,29 @@ impl Manager {
                 if new_lineage {
                     tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
                 }
+                if led_back {
+                    let text = format!(
+                        "generation {} takes the place of {}, which was further ahead than any clock explains",
+                        desired.generation, self.desired.generation
+                    );
+                    self.journal.note("desired", "ok", About::default(), text);
+                }
                 tracing::info!(
                     generation = desired.generation,
                     agents = desired.agents.len(),
                     "a new desired state is taken"
                 );
                 self.tell_of_an_empty_list(kept);
-                for (name, cmd) in unsupported {
-                    let about = About { agent: Some(&name), version: None };
-                    self.journal.note(
-                        "command",
-                        "unsupported",
-                        about,
-                        format!("cannot {cmd} {name}: this version does not know how"),
-                    );
+                for (name, cmd) in unsupported.iter().take(UNSUPPORTED_TOLD) {
+                    let about = About { agent: Some(name), version: None };
+                    let text = format!("cannot {cmd} {name}: this version does not know how");
+                    self.journal.note("command", "unsupported", about, text);
+                }
+                let untold = unsupported.len().saturating_sub(UNSUPPORTED_TOLD);
+                if untold > 0 {
+                    let text =
+                        format!("{untold} more orders are such that this version does not know how to follow them");
+                    self.journal.note("command", "unsupported", About::default(), text);
                 }
                 self.desired = *desired;
                 self.agents.values_mut().for_each(Agent::release_hold);

@@ -11,6 +11,7 @@ use crate::core::env::Env;
 use crate::core::model::{AgentName, Version};
 use crate::core::reconcile::{self, Step};
 use crate::core::supervise::{Action, Event};
+use crate::core::text::cut;
 use crate::home::Home;
 use crate::installation::guard;
 use crate::package::{self, Withdrawn};
@@ -19,10 +20,13 @@ use crate::process::record::Ended;
 use crate::process::{log, record};
 use crate::spm::Input;
 use crate::spm::agent::{Agent, Busy};
-use crate::spm::journal::About;
+use crate::spm::journal::{About, MAX_MESSAGE_BYTES};
 use crate::spm::run::{self, Running};
 use crate::spm::stage::{self, Refusal};
 use crate::{platform, store};
+
+/// Of the name of a variable that may not be set, so much is shown, bytes.
+const MAX_NAME_SHOWN: usize = 64;
 
 impl Manager {
     pub(super) fn start_of(&self, agent: &Agent) -> Option<Start> {
@@ -261,7 +265,11 @@ impl Manager {
             Some(start) => {
                 let refused = start.refused_env();
                 let refused = (!refused.is_empty()).then(|| {
-                    format!("the gateway may not set {}; its package would have to allow it", refused.join(", "))
+                    let names = refused.iter().map(|name| cut(name, MAX_NAME_SHOWN)).collect::<Vec<_>>().join(", ");
+                    cut(
+                        &format!("the gateway may not set {names}; its package would have to allow it"),
+                        MAX_MESSAGE_BYTES,
+                    )
                 });
                 if let Some(text) = refused.as_ref().filter(|_| agent.refused_env != refused) {
                     self.journal.note("env", "refused", About { agent: Some(name), version: None }, text.as_str());

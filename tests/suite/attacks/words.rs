@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{Scene, native, wait_for_victim};
 use crate::support::files::{Entry, Kind};
 use crate::support::host::{SOON, agent};
+use crate::support::hostile::Told;
 use crate::support::processes;
 use crate::support::wait::wait_for;
 
@@ -54,6 +55,126 @@ fn an_answer_for_another_agent() {
     scene.assert_refused("heartbeat", &["for agent 6666", "this is 5402"]);
 }
 
+/// After which nothing newer could ever come.
+#[test]
+fn a_generation_that_would_be_the_last() {
+    let scene = Scene::new();
+    for (lineage, generation) in [("hostile", u64::MAX), ("another", 1 << 53), ("hostile", 4_000_000_000_000)] {
+        let agents = json!([{"name": "native", "version": "1.0.0", "cmd": "stop"}]);
+        let last =
+            json!({"interval": 1, "lineage": lineage, "generation": generation, "complete": true, "agents": agents});
+        scene.hostile.answer(last, Vec::new());
+        let said = format!("cannot take generation {generation}");
+        scene.assert_refused("desired", &[&said, "ahead of the clocks"]);
+        let status =
+            scene.host.wait_for_status("it to show", SOON, |status| status["problems"].to_string().contains(&said));
+        assert_eq!((&status["generation"], &status["state"]), (&json!(1), &json!("degraded")));
+    }
+    scene.hostile.want(json!([native()]), true);
+    scene.host.wait_for_status("the next one", SOON, |status| {
+        status["generation"] == 2 && !status["problems"].to_string().contains("generation")
+    });
+    scene.assert_unharmed();
+
+    // One that was taken by an older version is left again.
+    scene.host.crash();
+    let path = scene.host.home().join("state/desired.json");
+    let mut held: Value = serde_json::from_slice(&fs::read(&path).expect("it is there")).expect("it is JSON");
+    held["generation"] = json!(u64::MAX);
+    fs::write(&path, held.to_string()).expect("it can be written");
+    scene.hostile.want(json!([native()]), true);
+    scene.host.control(&["start"]).expect_code(0);
+    scene.host.wait_for_status("the true one", SOON, |status| status["generation"] == 3);
+    scene.assert_told("desired", "ok", &["generation 3 takes the place of 18446744073709551615"]);
+}
+
+#[test]
+fn words_without_end() {
+    let scene = Scene::new();
+    let long = format!("\x1b[2J{}", "x".repeat(1 << 20));
+    let agents = json!([native(), {"name": "native", "version": "1.0.0", "cmd": long}]);
+    let answer = json!({"interval": 1, "lineage": "hostile", "generation": 2, "complete": true, "agents": agents});
+    for (field, told) in
+        [("errorMessage", None), ("cmd", Some("cannot  [2Jxxx")), ("lineage", Some("a lineage of 1048580"))]
+    {
+        let mut answer = answer.clone();
+        answer[field] = json!(long);
+        scene.hostile.answer(answer, Vec::new());
+        match told {
+            Some(told) => drop(scene.hostile.wait_for_event(told, |event| event["message"].to_string().contains(told))),
+            None => drop(scene.host.wait_for_status("it to show", SOON, |status| {
+                status["problems"].to_string().contains("the gateway says:  [2Jxxx")
+            })),
+        }
+    }
+    scene.hostile.answer(answer, Vec::new());
+    scene.assert_refused("desired", &["a command of 1048580 bytes for native: at most 64"]);
+    // What cannot be reached says as much as it likes, too.
+    scene
+        .hostile
+        .on("/api/heartbeat", move |_| Told { headers: vec![("content-type", long.clone())], ..Told::status(503) });
+    scene.host.wait_for_status("the failure", SOON, |status| status["gateway"]["connected"] == false);
+    assert!(scene.host.control(&["status", "--json"]).text().len() < 16 << 10);
+    let longest = scene.hostile.asked().iter().map(|asked| asked.body.len()).max();
+    assert!(longest.is_some_and(|longest| longest < 16 << 10), "{longest:?}");
+    let state = scene.host.home().join("state");
+    for file in ["desired.json", "events.json"] {
+        let length = fs::metadata(state.join(file)).expect("it is there").len();
+        assert!(length < 16 << 10, "{file}: {length}");
+    }
+    assert!(!fs::read(scene.host.home().join("log/spm.log")).expect("a log").contains(&0x1b));
+    scene.assert_native_runs();
+}
+
+#[test]
+fn orders_without_end() {
+    let scene = Scene::new();
+    let orders = |count: usize| {
+        let orders = (0..count).map(|number| json!({"name": format!("a{number}"), "version": "1"}));
+        json!({
+            "interval": 1, "lineage": "hostile", "generation": count, "complete": true, "agents": orders.collect::<Vec<_>>(),
+        })
+    };
+    scene.hostile.answer(orders(1_001), Vec::new());
+    scene.assert_refused("desired", &["1001 orders: at most 1000"]);
+    scene.hostile.answer(orders(30_000), Vec::new());
+    scene.assert_refused("heartbeat", &["more than 50000 values"]);
+    // Each a few bytes on the wire, and many times that in memory.
+    let variables = (0..1_001).map(|number| (format!("V{number}"), json!(""))).collect::<serde_json::Map<_, _>>();
+    scene.want_victim(json!({ "env": variables }));
+    scene.assert_refused("desired", &["the environment of victim: it has 1001 variables"]);
+    assert_eq!(scene.host.status()["generation"], 1);
+    scene.victim();
+    scene.want_victim(json!({}));
+    wait_for_victim(&scene);
+    scene.assert_native_runs();
+}
+
+/// Each time in other words.
+#[test]
+fn refusals_without_end() {
+    let scene = Scene::new();
+    let count = std::sync::atomic::AtomicU64::new(1);
+    scene.hostile.on("/api/heartbeat", move |_| {
+        let lineage = "x".repeat(1_000 + count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) as usize);
+        Told::ok(
+            json!({"agentId": "5402", "interval": 1, "lineage": lineage, "generation": 2, "agents": []}).to_string(),
+        )
+    });
+    let refusals = |heartbeat: &Value| {
+        let events = heartbeat["events"].as_array().into_iter().flatten();
+        events.filter(|event| event["kind"] == "desired" && event["outcome"] == "refused").count()
+    };
+    // Nothing is acknowledged, and each answer is refused in words of its own.
+    wait_for("twenty refusals", SOON * 2, || {
+        scene.hostile.heartbeats().last().is_some_and(|heartbeat| refusals(heartbeat) >= 20).then_some(())
+    });
+    let seen = scene.hostile.heartbeats().len();
+    wait_for("some more answers", SOON, || (scene.hostile.heartbeats().len() > seen + 4).then_some(()));
+    assert!(scene.hostile.heartbeats().iter().all(|heartbeat| refusals(heartbeat) <= 20));
+    scene.assert_native_runs();
+}
+
 #[test]
 fn an_environment_that_chooses_what_a_program_loads() {
     let scene = Scene::new();
@@ -61,14 +182,14 @@ fn an_environment_that_chooses_what_a_program_loads() {
     let evil = scene.host.beside("evil.so");
     let env = json!({
         "LD_PRELOAD": evil, "PATH": "/evil", "BASH_ENV": evil, "PYTHONPATH": "/evil", "ld_library_path": "/evil", "AOPS_HOME": "/evil",
-        "A=B": "x", "TOKEN": {"secret": "LD_PRELOAD=/evil"}, "GOGC": "50",
+        "A=B": "x", "": "x", "ZERO": "a\u{0}b", "TOKEN": {"secret": "LD_PRELOAD=/evil"}, "GOGC": "50",
     });
     scene.want_victim(json!({ "env": env }));
     let victim = wait_for_victim(&scene);
     scene.assert_told(
         "env",
         "refused",
-        &["LD_PRELOAD", "PATH", "BASH_ENV", "PYTHONPATH", "ld_library_path", "AOPS_HOME", "A=B"],
+        &["LD_PRELOAD", "PATH", "BASH_ENV", "PYTHONPATH", "ld_library_path", "AOPS_HOME", "A=B", "ZERO"],
     );
     let environment = processes::environment(victim);
     assert!(environment.contains(&"GOGC=50".to_owned()), "{environment:?}");

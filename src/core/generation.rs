@@ -1,0 +1,261 @@
+//! How far a generation is believed: it numbers a desired state and only grows, so one that was far ahead would be the last for good.
+//!
+//! A generation is `max(previous + 1, unix milliseconds)` by its gateway's clock. None can therefore be far ahead of that clock, which the
+//! `Date` of an answer tells, but by a mistake, or by somebody's ill will. Clocks are wrong, too: a host may boot in 1970, a gateway may have
+//! been set back. So the three who meet a generation are not equally strict, and whatever one of them does not go on with is let go by the next:
+//!
+//! ```text
+//! a host takes none that is further ahead of the later of both clocks than      TAKEN      (or so far ahead of the one that it holds)
+//! a gateway goes on from none that a host says it holds, further ahead than     CONTINUED  (unless it gave that one itself)
+//! a host lets itself be led back from one that it holds, further ahead than     KEPT       (by the gateway's clock)
+//! ```
+//!
+//! A clock that shows a time before this was written is no clock. Where there is none at all, the bound is [`GREATEST`] alone.
+
+const DAY_MILLIS: u64 = 86_400_000;
+
+/// No generation reaches this: 2^53, up to which every language that a gateway may be written in counts exactly.
+pub const GREATEST: u64 = 1 << 53;
+const TAKEN: u64 = 7 * DAY_MILLIS;
+#[cfg(feature = "gateway")]
+const CONTINUED: u64 = 3 * DAY_MILLIS;
+const KEPT: u64 = DAY_MILLIS;
+/// 2025-01-01, unix milliseconds: a clock that shows less has never been set.
+const WRITTEN: u64 = 1_735_689_600_000;
+
+/// What the clocks showed when an answer came, unix milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Clocks {
+    pub host: u64,
+    /// Where the answer said it.
+    pub gateway: Option<u64>,
+}
+
+impl Clocks {
+    /// By the host's clock, and the seconds by which that is ahead of the gateway's.
+    pub fn new(host: u64, ahead_seconds: Option<i64>) -> Clocks {
+        let gateway =
+            ahead_seconds.map(|ahead| host.saturating_add_signed(ahead.saturating_neg().saturating_mul(1_000)));
+        Clocks { host, gateway }
+    }
+
+    fn gateway(self) -> Option<u64> {
+        self.gateway.filter(|gateway| *gateway >= WRITTEN)
+    }
+
+    fn host(self) -> Option<u64> {
+        Some(self.host).filter(|host| *host >= WRITTEN)
+    }
+
+    /// The greatest generation that is taken where none is held.
+    fn taken(self) -> u64 {
+        below_greatest(self.gateway().max(self.host()), TAKEN)
+    }
+
+    /// The greatest generation that is not given up for a lower one.
+    fn kept(self) -> u64 {
+        below_greatest(self.gateway().or(self.host()), KEPT)
+    }
+}
+
+fn below_greatest(clock: Option<u64>, ahead: u64) -> u64 {
+    clock.map_or(GREATEST - 1, |clock| clock.saturating_add(ahead).min(GREATEST - 1))
+}
+
+/// What a generation is to the one that is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// It comes after it.
+    After,
+    /// It is lower, but what is held is further ahead than any clock explains.
+    Back,
+}
+
+/// Judges a generation that comes with another content than the one `held` in its lineage, if one is.
+pub fn judge(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<Next, String> {
+    let greatest = held.map_or(0, |held| held.saturating_add(TAKEN).min(GREATEST - 1)).max(clocks.taken());
+    match held {
+        Some(held) if offered == held => {
+            Err(format!("cannot take generation {offered}: it came before with other content"))
+        }
+        Some(held) if offered < held && (held <= clocks.kept() || offered > clocks.kept()) => {
+            Err(format!("cannot take generation {offered}: generation {held} is already held"))
+        }
+        Some(held) if offered < held => Ok(Next::Back),
+        _ if offered > greatest => Err(format!(
+            "cannot take generation {offered}: it is more than 7 days ahead of the clocks of this host and of the gateway; a \
+             generation is the time in unix milliseconds, or the one before it and one more"
+        )),
+        _ => Ok(Next::After),
+    }
+}
+
+/// The generation of what a gateway tells a host.
+///
+/// It is kept while the content stays the same; another content gets a number that is greater than the `last` one given, than the one that
+/// the host holds (`held`, if it is of our lineage: our own record may be older than the host), and than any given before a loss of the
+/// record, since none is ahead of the clock for long. A host that says it holds what cannot be is not believed: the number would be given
+/// to whoever goes by that agent id.
+#[cfg(feature = "gateway")]
+pub fn next(last: Option<u64>, same_content: bool, held: Option<u64>, now_millis: u64) -> u64 {
+    let horizon = match now_millis >= WRITTEN {
+        true => below_greatest(Some(now_millis), CONTINUED),
+        false => GREATEST - 1,
+    };
+    let ours = |number: u64| number < GREATEST - 1 && last.is_some_and(|last| number <= last);
+    let held = held.filter(|held| *held < horizon || ours(*held));
+    // One far ahead, of a clock that was set back since, goes on only for the host that has it.
+    let last = last.filter(|last| *last < horizon || held == Some(*last));
+    match last {
+        Some(last) if same_content && held.is_none_or(|held| held <= last) => last,
+        _ => {
+            let after = |number: Option<u64>| number.map_or(0, |number| number.saturating_add(1));
+            after(last).max(after(held)).max(now_millis)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[cfg(feature = "gateway")]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// In 2026.
+    const NOW: u64 = 1_790_000_000_000;
+    const YEAR: u64 = 365 * DAY_MILLIS;
+
+    fn clocks(host: u64, gateway: Option<u64>) -> Clocks {
+        Clocks { host, gateway }
+    }
+
+    #[test]
+    fn the_gateways_clock_is_told_by_the_offset() {
+        assert_eq!(Clocks::new(NOW, None), clocks(NOW, None));
+        assert_eq!(Clocks::new(NOW, Some(3_600)), clocks(NOW, Some(NOW - 3_600_000)));
+        assert_eq!(Clocks::new(60_000, Some(-60)), clocks(60_000, Some(120_000)));
+        assert_eq!(Clocks::new(NOW, Some(i64::MIN)).gateway, Some(NOW + i64::MAX as u64));
+        assert_eq!(Clocks::new(NOW, Some(i64::MAX)).gateway, Some(0));
+    }
+
+    #[test]
+    fn one_that_is_far_ahead_is_taken_by_nobody_whatever_clock_is_wrong() {
+        let far = [u64::MAX, u64::MAX - 1, GREATEST, NOW + YEAR, NOW + 8 * DAY_MILLIS];
+        for right in [clocks(NOW, Some(NOW)), clocks(NOW, None), clocks(0, Some(NOW)), clocks(NOW, Some(0))] {
+            for offered in far {
+                assert!(judge(None, offered, right).is_err(), "{offered} {right:?}");
+                assert!(judge(Some(5), offered, right).is_err(), "{offered} {right:?}");
+            }
+            for offered in [1, NOW, NOW + DAY_MILLIS] {
+                assert_eq!(judge(None, offered, right), Ok(Next::After), "{offered} {right:?}");
+            }
+        }
+        // Of no clock, nothing is known but that there is an end.
+        for unset in [clocks(0, None), clocks(1, Some(1))] {
+            assert_eq!(judge(None, NOW, unset), Ok(Next::After));
+            assert!(judge(None, GREATEST, unset).is_err() && judge(Some(GREATEST - 1), GREATEST, unset).is_err());
+        }
+    }
+
+    #[test]
+    fn a_gateway_whose_clock_was_set_back_goes_on_counting() {
+        let ahead = NOW + YEAR;
+        let now = clocks(NOW, Some(NOW));
+        assert_eq!(judge(Some(ahead), ahead + 1, now), Ok(Next::After));
+        assert!(judge(Some(ahead), ahead + YEAR, now).is_err());
+        assert!(judge(Some(u64::MAX - 1), u64::MAX, now).is_err());
+    }
+
+    #[test]
+    fn one_goes_back_only_from_what_no_clock_explains() {
+        let now = clocks(NOW, Some(NOW));
+        for (held, offered, clocks, expected) in [
+            (u64::MAX, NOW, now, Some(Next::Back)),
+            (NOW + YEAR, 7, now, Some(Next::Back)),
+            (NOW + YEAR, NOW, clocks(NOW, None), Some(Next::Back)),
+            // The gateway's clock counts, not the one of a host that is ahead.
+            (NOW + 2 * DAY_MILLIS, NOW, clocks(NOW + YEAR, Some(NOW)), Some(Next::Back)),
+            (NOW, NOW - 1, now, None),
+            (NOW + DAY_MILLIS, NOW, now, None),
+            (NOW + YEAR, NOW + YEAR - 1, now, None),
+            (NOW, NOW, now, None),
+            (u64::MAX, u64::MAX, now, None),
+            // A host that has just booted in 1970 knows nothing about what it holds.
+            (NOW, NOW - 1, clocks(0, None), None),
+            (u64::MAX, NOW, clocks(0, None), Some(Next::Back)),
+        ] {
+            assert_eq!(judge(Some(held), offered, clocks).ok(), expected, "{held} {offered} {clocks:?}");
+        }
+    }
+
+    #[cfg(feature = "gateway")]
+    #[test]
+    fn what_a_gateway_gives_is_taken_whatever_somebody_said_in_the_hosts_name() {
+        let now = clocks(NOW, Some(NOW));
+        for said in [u64::MAX, u64::MAX - 1, GREATEST - 1, NOW + YEAR, NOW + CONTINUED, NOW + CONTINUED - 1, NOW, 3] {
+            for last in [None, Some(NOW - 5), Some(u64::MAX), Some(GREATEST - 1), Some(NOW + YEAR)] {
+                let given = next(last, false, Some(said), NOW);
+                if given > NOW + TAKEN {
+                    // It gave that one itself, before its clock was set back.
+                    assert!(given == said + 1 && last >= Some(said), "{said} {last:?}: {given}");
+                    continue;
+                }
+                // By the host, which holds the last one or something older.
+                for held in [None, Some(NOW - 9), last.filter(|last| *last < NOW + TAKEN)] {
+                    let unchanged = held == Some(given);
+                    assert!(unchanged || judge(held, given, now).is_ok(), "{said} {last:?} {held:?}: {given}");
+                }
+                // And by one that holds what it says.
+                assert!(judge(Some(said), given, now).is_ok(), "{said} {last:?}: {given}");
+            }
+        }
+    }
+
+    #[cfg(feature = "gateway")]
+    #[test]
+    fn a_gateway_counts_on_from_what_it_gave_before_its_clock_was_set_back() {
+        let ahead = NOW + YEAR;
+        assert_eq!(next(Some(ahead), true, Some(ahead), NOW), ahead);
+        assert_eq!(next(Some(ahead), false, Some(ahead), NOW), ahead + 1);
+        // Another host of that id, or this one installed again.
+        assert_eq!(next(Some(ahead), true, None, NOW), NOW);
+        // Its own clock is not set yet.
+        assert_eq!(next(None, false, Some(NOW), 1_000), NOW + 1);
+    }
+
+    #[cfg(feature = "gateway")]
+    #[test]
+    fn a_generation_is_kept_while_the_content_is_and_only_grows() {
+        assert_eq!(next(None, false, None, 1_000), 1_000);
+        assert_eq!(next(Some(5), true, Some(5), 1_000), 5);
+        assert_eq!(next(Some(5), true, None, 1_000), 5);
+        assert_eq!(next(Some(5), false, Some(5), 1_000), 1_000);
+        // The clock stands behind.
+        assert_eq!(next(Some(2_000), false, Some(2_000), 1_000), 2_001);
+        // The record was restored from an older one, or lost: the host knows better.
+        assert_eq!(next(Some(5), true, Some(3_000), 1_000), 3_001);
+        assert_eq!(next(None, false, Some(3_000), 1_000), 3_001);
+        assert_eq!(next(None, false, Some(u64::MAX), 1_000), 1_000);
+    }
+
+    #[cfg(feature = "gateway")]
+    proptest! {
+        #[test]
+        fn generations_never_go_back_and_never_repeat_for_other_content(
+            contents in prop::collection::vec((0u8..3, 0u64..50, prop::option::of(0u64..100)), 1..40)
+        ) {
+            let mut given: Option<(u8, u64)> = None;
+            for (content, now, held) in contents {
+                let same = given.is_some_and(|(last, _)| last == content);
+                let generation = next(given.map(|(_, generation)| generation), same, held, now);
+                if let Some((last, before)) = given {
+                    prop_assert!(generation >= before);
+                    prop_assert!(last == content || generation > before);
+                }
+                prop_assert!(held.is_none_or(|held| generation >= held));
+                given = Some((content, generation));
+            }
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Texts that somebody else wrote, before they are kept, told or shown: of bounded length, and harmless to the terminal of whoever reads them.
+
+/// What a text is, where it was too long.
+const CUT: char = '…';
+
+/// At most `most` bytes of a text, on one line, and nothing in it that moves a terminal's cursor or turns its letters around.
+pub fn cut(text: &str, most: usize) -> String {
+    let is_whole = text.len() <= most;
+    let room = if is_whole { most } else { most.saturating_sub(CUT.len_utf8()) };
+    let mut kept = String::with_capacity(text.len().min(most));
+    for c in text.chars() {
+        let c = if is_harmful(c) { ' ' } else { c };
+        if kept.len() + c.len_utf8() > room {
+            break;
+        }
+        kept.push(c);
+    }
+    if !is_whole {
+        kept.push(CUT);
+    }
+    kept
+}
+
+/// Controls, line ends, and what changes the direction of writing.
+fn is_harmful(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{061c}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_between_letters_and_says_so() {
+        assert_eq!(cut("whole", 5), "whole");
+        assert_eq!(cut("too long", 6), "too…");
+        assert_eq!(cut("äöüß", 7), "äö…");
+        for most in 3..20 {
+            assert!(cut(&"ü".repeat(100), most).len() <= most);
+        }
+    }
+
+    #[test]
+    fn nothing_in_it_reaches_the_terminal_as_a_command() {
+        assert_eq!(cut("a\x1b[2Jb\r\nc\u{9b}d\u{202e}e\0", 100), "a [2Jb  c d e ");
+    }
+}
