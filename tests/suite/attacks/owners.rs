@@ -13,6 +13,9 @@ use crate::support::files::snapshot;
 use crate::support::host::{SOON, TestHost};
 use crate::support::wait::wait_for;
 
+/// What makes it so, or undoes it, and what is said of it.
+type Harm<'a> = (&'a dyn Fn(bool), [&'a str; 2]);
+
 fn give_to(path: &Path, user: u32) {
     std::os::unix::fs::lchown(path, Some(user), None).expect("these tests run as root");
 }
@@ -31,7 +34,7 @@ fn a_home_that_somebody_else_owns_or_can_replace() {
     let before = roles();
     let owned = |bad: bool| give_to(&home, if bad { NOBODY } else { 0 });
     let open = |bad: bool| set_mode(&above, if bad { 0o777 } else { 0o700 });
-    let cases: [(&dyn Fn(bool), [&str; 2]); 2] = [
+    let cases: [Harm<'_>; 2] = [
         (&owned, ["belongs to the user 65534", "who is not root"]),
         (&open, ["others can write it (mode 0777)", "which leads to"]),
     ];
@@ -127,7 +130,7 @@ fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is
     let program = agent.join("1.0.0/bin/run");
     let owned = |bad: bool| give_to(&agent.join("1.0.0"), if bad { NOBODY } else { 0 });
     let open = |bad: bool| set_mode(&program, if bad { 0o777 } else { 0o755 });
-    let cases: [(&dyn Fn(bool), [&str; 2]); 2] = [
+    let cases: [Harm<'_>; 2] = [
         (&owned, ["agents/native/1.0.0: it belongs", "the user 65534"]),
         (&open, ["bin/run: others can write it", "mode 0777"]),
     ];
