@@ -84,8 +84,9 @@ fn a_partition_losses_and_slow_names_only_delay_a_download() {
     gateway.publish(|gateway| gateway.publish(&noise("1.0.0")));
     let before = bytes_received(&container);
     gateway.fleet(&fleet("1.0.0"));
+    // So much that fetching it twice would show.
     wait_for_status(&container, "a part of the download", |status| {
-        agent(status, "noise").is_some_and(|agent| agent["download"]["bytes"].as_u64() > Some(1 << 20))
+        agent(status, "noise").is_some_and(|agent| agent["download"]["bytes"].as_u64() > Some(3 << 20))
     });
     done(&container, "ip link set near down");
     let cut =
