@@ -58,7 +58,9 @@ mod tests {
         // As tar passes on what it could not read.
         let wrapped = |error: io::Error| io::Error::new(error.kind(), error);
         let of_host: Vec<anyhow::Error> = vec![
-            // Access, memory, too many open files, no space, read-only, quota, an input or output error.
+            // Access, memory, too many open files, no space, read-only, quota, an input or output error, and what a file system may say of
+            // a name that it cannot hold.
+            numbered(22).into(),
             numbered(13).into(),
             numbered(12).into(),
             numbered(24).into(),

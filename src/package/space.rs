@@ -292,8 +292,9 @@ pub(super) mod tests {
     fn what_does_not_fit_alone_is_refused_at_once_with_the_figures() {
         let space = Space::default();
         // Who is promised nothing yet is none to wait for.
-        let _idle = space.claim();
+        let (_idle, began) = (space.claim(), Instant::now());
         let error = claim(&space, 100 * MIB, 40 * MIB, soon()).unwrap_err();
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
         assert!(error.is::<Short>());
         assert_eq!(error.to_string(), "there is not enough space in /x: 100MiB free, 104MiB needed; free some there");
         claim(&space, 104 * MIB, 40 * MIB, soon()).unwrap();
@@ -355,8 +356,8 @@ pub(super) mod tests {
             asked += 1;
             if asked > 1 { bail!("not wanted") } else { Ok(()) }
         };
-        let far = Instant::now() + Duration::from_secs(3600);
-        let error = second.grow(40 * MIB, Path::new("/x"), &mut || Ok(120 * MIB), far, &mut still_wanted).unwrap_err();
+        let mut free = || Ok(120 * MIB);
+        let error = second.grow(40 * MIB, Path::new("/x"), &mut free, soon(), &mut still_wanted).unwrap_err();
         assert_eq!((error.to_string().as_str(), asked), ("not wanted", 2));
         assert_eq!(space.promised(), 40 * MIB);
     }

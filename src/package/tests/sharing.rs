@@ -154,8 +154,18 @@ fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
         0 => without_etag(Told { body: vec![b'x'; told.body.len()], ..told }),
         _ => told,
     });
-    desk.fetch(&[broken.endpoint(), other.endpoint()], &wanted, &keys).unwrap();
+    let endpoints = [broken.endpoint(), other.endpoint()];
+    let mut at = Vec::new();
+    let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, _| {
+        at.push(done);
+        true
+    });
+    tree.unwrap();
     assert_eq!(asked.load(Ordering::SeqCst), 2);
+    // It is whole once: nothing of the other file was taken for the rest of this one.
+    let (begun, whole) =
+        (at.iter().rposition(|done| *done == 0), at.iter().position(|done| *done == bytes.len() as u64));
+    assert!(begun < whole, "{at:?}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{chown, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 
 use rustix::fs::{CWD, FileType, mknodat};
@@ -9,9 +10,19 @@ use serde_json::json;
 
 use super::home::{NOBODY, set_mode};
 use super::{Scene, wait_for_victim};
+use crate::support::aops;
+use crate::support::command::{self, LIMIT};
 use crate::support::files::snapshot;
+use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost};
+use crate::support::package::Package;
 use crate::support::wait::wait_for;
+
+/// One of the host's users.
+const USER: u32 = 54321;
+
+/// What makes it so, or undoes it, and what is said of it.
+type Harm<'a> = (&'a dyn Fn(bool), [&'a str; 2]);
 
 fn give_to(path: &Path, user: u32) {
     std::os::unix::fs::lchown(path, Some(user), None).expect("these tests run as root");
@@ -31,7 +42,7 @@ fn a_home_that_somebody_else_owns_or_can_replace() {
     let before = roles();
     let owned = |bad: bool| give_to(&home, if bad { NOBODY } else { 0 });
     let open = |bad: bool| set_mode(&above, if bad { 0o777 } else { 0o700 });
-    let cases: [(&dyn Fn(bool), [&str; 2]); 2] = [
+    let cases: [Harm<'_>; 2] = [
         (&owned, ["belongs to the user 65534", "who is not root"]),
         (&open, ["others can write it (mode 0777)", "which leads to"]),
     ];
@@ -127,7 +138,7 @@ fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is
     let program = agent.join("1.0.0/bin/run");
     let owned = |bad: bool| give_to(&agent.join("1.0.0"), if bad { NOBODY } else { 0 });
     let open = |bad: bool| set_mode(&program, if bad { 0o777 } else { 0o755 });
-    let cases: [(&dyn Fn(bool), [&str; 2]); 2] = [
+    let cases: [Harm<'_>; 2] = [
         (&owned, ["agents/native/1.0.0: it belongs", "the user 65534"]),
         (&open, ["bin/run: others can write it", "mode 0777"]),
     ];
@@ -238,4 +249,37 @@ fn a_pipe_where_a_file_is_read_holds_nobody_up() {
     scene.want_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
+}
+
+#[test]
+fn a_home_of_a_users_own_is_sound_for_him_whatever_his_umask() {
+    let gateway = Gateway::with(&[&Package::sleeper("native", "1.0.0")], &[("native", "1.0.0", "")]);
+    let host = TestHost::new();
+    let own = host.beside("");
+    for (name, copy) in [("keys/aops.pub", "aops.pub"), ("tls/cert.pem", "cert.pem")] {
+        fs::copy(gateway.path(name), own.join(copy)).expect("a copy");
+        set_mode(&own.join(copy), 0o644);
+    }
+    give_to(&own, USER);
+    let as_user = |arguments: &[&str]| {
+        let mut shell = host.command(Path::new("sh"));
+        shell.args(["-c", "umask 002; exec \"$@\"", "sh"]).arg(aops()).args(arguments);
+        command::run(shell.uid(USER).gid(USER).env("HOME", &own), LIMIT)
+    };
+    let home = host.home().display().to_string();
+    let install = ["install", "--service", "none", "--home", &home, "--agent-id", "5402", "--endpoint", gateway.url()];
+    let trust = ["--trusted-key", "aops.pub", "--ca-cert", "cert.pem"];
+    as_user(&[&install[..], &trust[..]].concat()).expect_code(0);
+    let pid = host.wait_for_agent("native");
+    host.kill(pid);
+    let pid = host.wait_for_new_pid("native", pid);
+    as_user(&["control", "restart"]).expect_code(0);
+    assert_eq!(host.wait_for_agent("native"), pid);
+    let status = host.status();
+    assert_eq!(status["problems"], json!([]), "{status:#}");
+    // For root it is somebody else's.
+    let output = host.control(&["restart"]).expect_code(1);
+    assert!(output.stderr.contains(&format!("belongs to the user {USER}, who is not root")), "{output}");
+    as_user(&["control", "uninstall", "--yes"]).expect_code(0);
+    assert!(!host.home().exists());
 }

@@ -1,3 +1,5 @@
+//! A home that is relied on, and each thing that is wrong with one.
+
 use anyhow::Result;
 
 use super::*;
