@@ -13,7 +13,7 @@ mod local;
 mod own_record;
 mod process;
 
-pub use access::{weakness, weakness_on_the_way};
+pub use access::{close_to_others, weakness, weakness_on_the_way};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;

@@ -14,7 +14,7 @@ mod security;
 mod signal;
 mod watch;
 
-pub use access::{weakness, weakness_on_the_way};
+pub use access::{close_to_others, weakness, weakness_on_the_way};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;

@@ -89,6 +89,22 @@ pub fn weakness_on_the_way(path: &Path) -> io::Result<Option<(PathBuf, String)>>
     Ok(None)
 }
 
+/// Takes from others the right to write in a directory of ours, where nothing in it is theirs; whether they had it. An earlier version made
+/// some of its directories as the umask said.
+pub fn close_to_others(path: &Path) -> io::Result<bool> {
+    let Some(found) = look(path)? else { return Ok(false) };
+    let mode = found.mode() & 0o7777;
+    if !found.is_dir() || found.uid() != own() || mode & OTHERS_WRITE == 0 {
+        return Ok(false);
+    }
+    for entry in fs::read_dir(path)? {
+        if entry?.metadata()?.uid() != own() {
+            return Ok(false);
+        }
+    }
+    super::set_mode(path, mode & !OTHERS_WRITE).map(|()| true)
+}
+
 /// The names on a path, the first one last.
 fn names(path: &Path) -> Vec<OsString> {
     let names = path.components().rev();

@@ -71,6 +71,11 @@ pub fn weakness_on_the_way(path: &Path) -> io::Result<Option<(PathBuf, String)>>
     Ok(None)
 }
 
+/// What is made inherits the access list of the home, whatever made it.
+pub fn close_to_others(_path: &Path) -> io::Result<bool> {
+    Ok(false)
+}
+
 fn open_to_others(path: &Path, list: &AccessList, rights: u32, what: &str) -> io::Result<Option<String>> {
     let others = OTHERS.iter().find_map(|group| match list.allows(group.kind, rights) {
         Ok(false) => None,

@@ -33,6 +33,11 @@ impl Manager {
         );
         for name in names {
             let target = recorded(&name);
+            match platform::close_to_others(&self.home.agent(&name)) {
+                Ok(false) => {}
+                Ok(true) => tracing::warn!(agent = %name, "others could write in its directory, and cannot any more"),
+                Err(error) => tracing::warn!(agent = %name, error = %error, "its directory cannot be looked at"),
+            }
             let restarts = target.and_then(|target| target.record.as_ref()).map_or(0, |record| record.head.restarts);
             let mut agent = Agent::found(&self.home, name.clone(), restarts);
             agent.scattered = target.is_some_and(Target::is_scattered);

@@ -1,7 +1,7 @@
 //! Attacks by whoever owns, or can write, something of a home that root runs; and by what is no file where one is read.
 
 use std::fs;
-use std::os::unix::fs::{chown, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 
@@ -273,8 +273,12 @@ fn a_home_of_a_users_own_is_sound_for_him_whatever_his_umask() {
     let pid = host.wait_for_agent("native");
     host.kill(pid);
     let pid = host.wait_for_new_pid("native", pid);
+    // As an earlier version made it.
+    let agent = host.home().join("agents/native");
+    set_mode(&agent, 0o775);
     as_user(&["control", "restart"]).expect_code(0);
     assert_eq!(host.wait_for_agent("native"), pid);
+    assert_eq!(fs::metadata(&agent).expect("it is there").permissions().mode() & 0o7777, 0o755);
     let status = host.status();
     assert_eq!(status["problems"], json!([]), "{status:#}");
     // For root it is somebody else's.

@@ -229,3 +229,22 @@ fn the_directory_of_a_sub_agent_is_no_link() {
     platform::make_symlink(directory.path(), &at.agent(&name)).unwrap();
     refused(agent(&at, &name), &["agents/demo", "symbolic link"]);
 }
+
+#[test]
+fn a_directory_of_ours_is_closed_to_others_and_nothing_else_is_touched() {
+    let directory = tempfile::tempdir().unwrap();
+    let (ours, file) = (directory.path().join("ours"), directory.path().join("ours/file"));
+    fs::create_dir(&ours).unwrap();
+    fs::write(&file, "").unwrap();
+    for path in [&ours, &file] {
+        platform::set_mode(path, 0o775).unwrap();
+    }
+    let link = directory.path().join("link");
+    platform::make_symlink(&ours, &link).unwrap();
+    for other in [&link, &file, &directory.path().join("nothing")] {
+        assert!(!close_to_others(other).unwrap(), "{}", other.display());
+    }
+    assert!(close_to_others(&ours).unwrap());
+    assert!(!close_to_others(&ours).unwrap());
+    assert_eq!((platform::mode(&ours).unwrap(), platform::mode(&file).unwrap()), (0o755, 0o775));
+}
