@@ -1,16 +1,17 @@
-//! Whether a home can be relied on: its directories are directories, and nobody but root and whoever runs it can change what lies in them,
-//! or put another home in its place. As root, that is root alone.
+//! Whether a home can be relied on: its directories are directories, and nobody but root and whoever runs it can change what lies in them.
+//! As root, that is root alone.
 //!
 //! The manager runs what it finds in the home and writes where its paths lead. A link in the place of a directory would lead it elsewhere,
-//! and whoever can write beside a key can add one. The home itself may be reached over a link: then who can write where that lies is
-//! looked at too.
+//! and whoever can write beside a key can add one. The home itself may be reached over a link. Who can put another home in its place is
+//! told: what lies above is the host's, and a fleet is not to stand still for the mode of `/opt`.
 //!
 //! ```text
 //! what others can change                                      what is refused
-//! the way to the home, its directories, bin/aops              to fetch, unpack or activate a release; to install, to uninstall
+//! the home, its directories, bin/aops                         to fetch, unpack or activate a release; to install, to uninstall
 //! etc/keys, state/keys.json, state/epochs.json                to fetch a release: by these packages are trusted
-//! bin/aops and the way there                                  to start a role
-//! a sub-agent's directory, its release's, its program         to start it, and to ask after its health
+//! the home, bin, bin/aops                                     to start a role
+//! the home, agents, a sub-agent's directory                   to start it, and to ask after its health
+//! the directories above the home; a release that is active    nothing: it is told
 //! etc/conf.toml, etc/agent-id, caCert, other state files      nothing: no release gets in by them; it is told
 //! ```
 //!
@@ -45,15 +46,14 @@ impl fmt::Display for Unsound {
 
 impl std::error::Error for Unsound {}
 
-/// Looks at the way to the home, at every directory of it and at its executable; one that is missing is made again by others and is no fault.
+/// Looks at every directory of the home and at its executable; one that is missing is made again by others and is no fault.
 pub fn home(home: &Home) -> Result<()> {
     let mut look = Look::at(home)?;
     look.whole()?;
     look.end()
 }
 
-/// Looks at what somebody relies on who installs or removes: the way to the home, the home itself, where its locks and records lie, and
-/// what he names.
+/// Looks at what somebody relies on who installs or removes: the home itself, where its locks and records lie, and what he names.
 pub fn grounds(home: &Home, also: &[(PathBuf, Expected)]) -> Result<()> {
     let mut look = Look::at(home)?;
     for directory in [home.root().to_owned(), home.run(), home.process_records()] {
@@ -88,10 +88,20 @@ pub fn release(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     look.end()
 }
 
-/// As [`release`], and a program in it.
+/// Where the releases of a sub-agent lie, before something of one is run. What lies in a release is its own: a script may give it to whom
+/// it runs as, or open it to others, and is to be started again after that.
+pub fn programs(home: &Home, name: &AgentName) -> Result<()> {
+    let mut look = Look::at(home)?;
+    for directory in [home.root().to_owned(), home.agents(), home.agent(name)] {
+        look.here(&directory, Expected::Directory)?;
+    }
+    look.end()
+}
+
+/// A release that is run and a program in it: what is wrong there is told.
 pub fn program(home: &Home, name: &AgentName, version: &Version, program: &str) -> Result<()> {
     let mut look = Look::at(home)?;
-    look.release(name, version)?;
+    look.here(&home.release(name, version), Expected::Directory)?;
     look.behind_links(&home.release(name, version).join(program))?;
     look.end()
 }
@@ -123,9 +133,18 @@ pub fn keys(home: &Home) -> Result<()> {
     look.end()
 }
 
-/// Looks at what says who this host is and whom it listens to, and at what it remembers. `certificates`: the file that the settings name.
+/// Looks at the directories above the home.
+pub fn way(home: &Home) -> Result<()> {
+    let mut look = Look::at(home)?;
+    look.way(Path::new("/"), home.root())?;
+    look.end()
+}
+
+/// As [`way`], and what says who this host is and whom it listens to, and what it remembers. `certificates`: the file that the settings
+/// name.
 pub fn files(home: &Home, certificates: Option<&Path>) -> Result<()> {
     let mut look = Look::at(home)?;
+    look.way(Path::new("/"), home.root())?;
     let certificates = certificates.filter(|path| path.starts_with(home.root())).map(Path::to_owned);
     for file in [home.config(), home.agent_id()].into_iter().chain(certificates) {
         look.behind_links(&file)?;
@@ -169,7 +188,6 @@ struct Look<'a> {
 }
 
 impl<'a> Look<'a> {
-    /// Begins with the way there.
     fn at(home: &'a Home) -> Result<Look<'a>> {
         let root = match fs::canonicalize(home.root()) {
             Ok(root) => Some(root),
@@ -178,9 +196,7 @@ impl<'a> Look<'a> {
                 return Err(error).with_context(|| format!("cannot look at {}", home.root().display()));
             }
         };
-        let mut look = Look { home, root, faults: Vec::new() };
-        look.way(home.root())?;
-        Ok(look)
+        Ok(Look { home, root, faults: Vec::new() })
     }
 
     fn whole(&mut self) -> Result<()> {
@@ -201,21 +217,27 @@ impl<'a> Look<'a> {
     /// What lies at a path of the home.
     fn here(&mut self, path: &Path, expected: Expected) -> Result<()> {
         let Some(root) = &self.root else { return Ok(()) };
-        let real = match path.strip_prefix(self.home.root()) {
-            // Joined with nothing, a path ends in a slash, and is no file's any more.
-            Ok(below) if below.as_os_str().is_empty() => root.clone(),
-            Ok(below) => root.join(below),
-            Err(_) => path.to_owned(),
-        };
+        let real = self.behind(root, path);
         let weakness = platform::weakness(&real, expected, root);
         let weakness = weakness.with_context(|| format!("cannot look at {}", path.display()))?;
         self.note(&real, weakness.map(|weakness| format!("cannot rely on {}: {weakness}", path.display())));
         Ok(())
     }
 
-    /// A file that a link may lead to, and what leads there.
+    /// A path of the home as it is behind the links that lead to the home.
+    fn behind(&self, root: &Path, path: &Path) -> PathBuf {
+        match path.strip_prefix(self.home.root()) {
+            // Joined with nothing, a path ends in a slash, and is no file's any more.
+            Ok(below) if below.as_os_str().is_empty() => root.to_owned(),
+            Ok(below) => root.join(below),
+            Err(_) => path.to_owned(),
+        }
+    }
+
+    /// A file that a link may lead to, and what leads there from the home.
     fn behind_links(&mut self, path: &Path) -> Result<()> {
-        self.way(path)?;
+        let Some(root) = self.root.clone() else { return Ok(()) };
+        self.way(&root, &self.behind(&root, path))?;
         let real = match fs::canonicalize(path) {
             Ok(real) => real,
             Err(error) if is_missing(&error) => return Ok(()),
@@ -229,8 +251,8 @@ impl<'a> Look<'a> {
         Ok(())
     }
 
-    fn way(&mut self, path: &Path) -> Result<()> {
-        let weak = platform::weakness_on_the_way(path);
+    fn way(&mut self, from: &Path, path: &Path) -> Result<()> {
+        let weak = platform::weakness_on_the_way(from, path);
         let weak = weak.with_context(|| format!("cannot look at what leads to {}", path.display()))?;
         if let Some((place, weakness)) = weak {
             let fault = format!("cannot rely on {}, which leads to {}: {weakness}", place.display(), path.display());

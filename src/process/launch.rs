@@ -166,24 +166,29 @@ impl Start {
     pub fn command_with_output(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         let output = self.output()?;
         let errors = output.try_clone().context("cannot open the log twice")?;
-        let mut command = self.command(program, user)?;
+        let mut command = self.prepared(program, user)?;
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         Ok(command)
     }
 
-    /// Whether it may be started: nobody else can change what would be run. What runs already is none the worse for it.
+    /// Whether it may be started: nobody else can put another release in the place of this one. What runs already is none the worse for it.
     pub fn sound(&self) -> Result<()> {
-        let program = match &self.program {
-            Program::Native(manifest) => manifest.run.command.first().map_or("", String::as_str),
-            Program::Script => CONTROL_SCRIPT,
-        };
-        guard::program(&self.home, &self.name, &self.version, program)
+        guard::programs(&self.home, &self.name)
     }
 
-    /// A command that runs a program of this release with its environment, and with our own streams. Refused is one that somebody else
-    /// can change, or what leads there.
+    /// A command that starts the sub-agent, by a program of this release with its environment, and with our own streams. Told is what
+    /// somebody else could change in the release.
     pub fn command(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
-        guard::program(&self.home, &self.name, &self.version, program)?;
+        let command = self.prepared(program, user)?;
+        if let Err(error) = guard::program(&self.home, &self.name, &self.version, program) {
+            tracing::warn!(agent = %self.name, error = format!("{error:#}"), "somebody else could change what is started");
+        }
+        Ok(command)
+    }
+
+    /// Refused where somebody else could put another release in the place of this one.
+    fn prepared(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
+        self.sound()?;
         let mut command = Command::new(self.directory().join(program));
         command.current_dir(self.directory()).env_clear();
         command.envs(platform::base_environment(user));

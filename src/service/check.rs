@@ -209,11 +209,14 @@ pub(super) fn plan(
     let keeps = !options.fresh && matches!(standing, Standing::Aops(_));
 
     let (standing_text, standing_config) = if keeps { standing_config(home)? } else { (None, None) };
-    if keeps {
+    let looked = if keeps {
         let certificates = standing_config.as_ref().and_then(|config: &Config| config.certificates(home));
-        if let Err(error) = guard::files(home, certificates.as_deref()) {
-            progress::warn(format_args!("{error:#}"));
-        }
+        guard::files(home, certificates.as_deref())
+    } else {
+        guard::way(home)
+    };
+    if let Err(error) = looked {
+        progress::warn(format_args!("{error:#}"));
     }
     let imported = match &options.import {
         Some(directory) => {

@@ -48,13 +48,15 @@ pub fn weakness(path: &Path, expected: Expected, home: &Path) -> io::Result<Opti
     Ok(None)
 }
 
-/// The first directory on the way to `path` in which somebody besides root and whoever we run as could put something else in the place of
+/// The first directory on the way from `from` to `path`, both of them absolute, in which somebody besides root and whoever we run as could put something else in the place of
 /// what leads there, and why. Links are followed as the system does; what lies at the end is not looked at. `None`: there is none.
-pub fn weakness_on_the_way(path: &Path) -> io::Result<Option<(PathBuf, String)>> {
+pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathBuf, String)>> {
     let own = own();
     // Without links, so that its parent is where `..` leads.
-    let mut at = PathBuf::from("/");
-    let mut ahead = names(path);
+    let (mut at, mut ahead) = match path.strip_prefix(from) {
+        Ok(below) => (from.to_owned(), names(below)),
+        Err(_) => (PathBuf::from("/"), names(path)),
+    };
     let mut links = 0;
     while let Some(name) = ahead.pop() {
         if name == ".." {

@@ -55,10 +55,12 @@ pub fn weakness(path: &Path, expected: Expected, _home: &Path) -> io::Result<Opt
     open_to_others(path, &list, CHANGE, "write it")
 }
 
-/// The nearest directory on the way to `path` that somebody else can remove or rename, or what lies in it, and why. What lies at the end is
+/// The nearest directory on the way from `from` to `path`, both of them absolute, that somebody else can remove or rename, or what lies in it, and why. What lies at the end is
 /// not looked at. `None`: there is none.
-pub fn weakness_on_the_way(path: &Path) -> io::Result<Option<(PathBuf, String)>> {
-    for directory in path.ancestors().skip(1).filter(|directory| directory.is_absolute()) {
+pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathBuf, String)>> {
+    let whole = !path.starts_with(from);
+    let on_the_way = |directory: &&Path| directory.is_absolute() && (whole || directory.starts_with(from));
+    for directory in path.ancestors().skip(1).filter(on_the_way) {
         let list = match access_list(directory) {
             // What is not there is not yet anybody's. What we may not look at is not ours to judge.
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => continue,
@@ -129,10 +131,11 @@ mod tests {
         let inner = directory.path().join("inner");
         fs::create_dir(&inner).unwrap();
         set_access_list(&inner, "D:P(A;;FA;;;SY)(A;;FA;;;BA)(A;;FA;;;@US@)(A;;FA;;;WD)").unwrap();
-        let (place, why) = weakness_on_the_way(&inner.join("a/b")).unwrap().unwrap();
+        let way = |from: &Path| weakness_on_the_way(from, &inner.join("a/b")).unwrap();
+        let (place, why) = way(Path::new("/")).unwrap();
         assert_eq!(place, inner);
         assert!(why.contains("put something else in its place"), "{why}");
         set_access_list(&inner, "D:P(A;;FA;;;SY)(A;;FA;;;BA)(A;;FA;;;@US@)(A;;FR;;;WD)").unwrap();
-        assert_ne!(weakness_on_the_way(&inner.join("a/b")).unwrap().map(|(place, _)| place), Some(inner));
+        assert_ne!(way(Path::new("/")).map(|(place, _)| place), Some(inner));
     }
 }

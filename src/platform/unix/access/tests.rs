@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::*;
 use crate::home::Home;
-use crate::installation::guard::{Unsound, agent, executable, files, home, keys, place, program};
+use crate::installation::guard::{Unsound, agent, executable, files, home, keys, place, program, programs, way};
 use crate::platform;
 
 fn home_in(directory: &Path) -> Home {
@@ -34,7 +34,7 @@ fn root_accepts_what_is_roots_and_a_user_what_is_his_or_roots() {
 }
 
 #[test]
-fn a_directory_above_the_home_where_others_can_rename_it_is_refused() {
+fn a_directory_above_the_home_where_others_can_rename_it_is_told() {
     let directory = tempfile::tempdir().unwrap();
     let (open, inner) = (directory.path().join("open"), directory.path().join("open/inner"));
     fs::create_dir_all(&inner).unwrap();
@@ -44,18 +44,22 @@ fn a_directory_above_the_home_where_others_can_rename_it_is_refused() {
     for mode in [0o777, 0o775, 0o757] {
         platform::set_mode(&open, mode).unwrap();
         let words = [&*open.display().to_string(), &format!("{mode:04o}"), "chmod go-w"];
-        refused(home(&at), &words);
-        refused(keys(&at), &words);
-        refused(home(&linked), &words);
+        refused(way(&at), &words);
+        refused(files(&at, None), &words);
+        refused(way(&linked), &words);
         // What is not there yet would be made there.
-        refused(home(&Home::new(open.join("none/home"))), &words);
+        refused(way(&Home::new(open.join("none/home"))), &words);
+        for at in [&at, &linked] {
+            home(at).unwrap();
+            keys(at).unwrap();
+        }
         platform::set_mode(&open, 0o755).unwrap();
-        home(&at).unwrap();
-        home(&linked).unwrap();
+        way(&at).unwrap();
+        way(&linked).unwrap();
     }
     platform::set_mode(&open, 0o1777).unwrap();
-    home(&at).unwrap();
-    home(&linked).unwrap();
+    way(&at).unwrap();
+    way(&linked).unwrap();
 }
 
 #[test]
@@ -68,7 +72,7 @@ fn the_way_over_a_link_is_that_of_the_link_and_of_what_it_names() {
     platform::make_symlink(&sound, &open.join("link")).unwrap();
     platform::make_symlink(&open, &sound.join("link")).unwrap();
     platform::set_mode(&open, 0o777).unwrap();
-    let way = |path: &Path| weakness_on_the_way(path).unwrap().map(|(place, _)| place);
+    let way = |path: &Path| weakness_on_the_way(Path::new("/"), path).unwrap().map(|(place, _)| place);
     let open_behind_links = fs::canonicalize(&open).unwrap();
     assert_eq!(way(&open.join("link/x")), Some(open_behind_links.clone()));
     assert_eq!(way(&sound.join("link/x")), Some(open_behind_links));
@@ -76,7 +80,7 @@ fn the_way_over_a_link_is_that_of_the_link_and_of_what_it_names() {
     assert_eq!(way(&sound.join("link")), None);
     assert_eq!(way(&sound.join("link/..")), None);
     platform::make_symlink(Path::new("loop"), &sound.join("loop")).unwrap();
-    assert!(weakness_on_the_way(&sound.join("loop/x")).is_err());
+    assert!(weakness_on_the_way(Path::new("/"), &sound.join("loop/x")).is_err());
 }
 
 #[test]
@@ -101,7 +105,7 @@ fn an_executable_that_others_can_write_is_refused_and_not_started() {
 }
 
 #[test]
-fn a_program_that_others_can_change_is_refused_with_all_that_leads_there() {
+fn a_program_that_others_can_change_is_told_and_refused_where_that_lies_outside_its_release() {
     let directory = tempfile::tempdir().unwrap();
     let at = home_in(directory.path());
     let (name, version) = ("demo".parse().unwrap(), "1.0".parse().unwrap());
@@ -112,12 +116,25 @@ fn a_program_that_others_can_change_is_refused_with_all_that_leads_there() {
     platform::make_symlink(Path::new("demo-1.0"), &release.join("bin/demo")).unwrap();
     let look = || program(&at, &name, &version, "bin/demo");
     look().unwrap();
-    for path in [&file, &release.join("bin"), &release, &at.agent(&name), &at.agents(), at.root()] {
+    let words = ["others can write it (mode 0777)"];
+    for (path, inside) in [
+        (&*file, true),
+        (&release.join("bin"), true),
+        (&release, true),
+        (&at.agent(&name), false),
+        (&at.agents(), false),
+        (at.root(), false),
+    ] {
         let good = platform::mode(path).unwrap();
         platform::set_mode(path, 0o777).unwrap();
-        refused(look(), &["others can write it (mode 0777)"]);
+        refused(look(), &words);
+        match inside {
+            true => programs(&at, &name).unwrap(),
+            false => refused(programs(&at, &name), &words),
+        }
         platform::set_mode(path, good).unwrap();
         look().unwrap();
+        programs(&at, &name).unwrap();
     }
     // To be removed it need not be sound.
     platform::set_mode(&at.agent(&name), 0o777).unwrap();
