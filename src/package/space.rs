@@ -19,7 +19,7 @@ use crate::platform;
 const RESERVE: u64 = 64 << 20;
 /// Room that a package needs for its archive and its tree, as a multiple of the archive.
 const PER_PACKAGE: u64 = 4;
-/// Of a package whose size is not known, so many bytes are seen to at a time.
+/// Of a package whose size is not known, and of a tree that is larger than was thought, so many bytes are seen to at a time.
 const STEP: u64 = 16 << 20;
 /// How often who waits asks whether it is still worth it.
 const LOOK: Duration = Duration::from_millis(500);
@@ -218,7 +218,7 @@ impl<'a> Room<'a> {
     pub(super) fn unpacks(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
         let there = self.archive.saturating_add(self.tree).saturating_add(bytes);
         if there > self.promised {
-            self.promise(there.saturating_add(STEP * PER_PACKAGE), still_wanted)?;
+            self.promise(there.saturating_add(STEP), still_wanted)?;
         }
         self.tree = self.tree.saturating_add(bytes);
         self.tell();
@@ -377,10 +377,10 @@ pub(super) mod tests {
         assert_eq!(space.promised(), 500);
         // A tree larger than was thought: the rest was not promised to others either.
         room.unpacks(600, wanted).unwrap();
-        assert_eq!(space.promised(), STEP * PER_PACKAGE);
+        assert_eq!(space.promised(), STEP);
         // It comes once more, from its beginning.
         room.has_archive(0);
-        assert_eq!(space.promised(), STEP * PER_PACKAGE + 1000);
+        assert_eq!(space.promised(), STEP + 1000);
         drop(room);
         assert_eq!(space.promised(), 0);
 
