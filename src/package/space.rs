@@ -19,7 +19,7 @@ use crate::platform;
 const RESERVE: u64 = 64 << 20;
 /// Room that a package needs for its archive and its tree, as a multiple of the archive.
 const PER_PACKAGE: u64 = 4;
-/// Of a package whose size is not known, so many bytes are seen to at a time.
+/// For a package whose size is not known, and for a tree that is larger than was thought, so many bytes are claimed at a time.
 const STEP: u64 = 16 << 20;
 /// How often who waits asks whether it is still worth it.
 const LOOK: Duration = Duration::from_millis(500);
@@ -202,10 +202,11 @@ impl<'a> Room<'a> {
 
     /// As [`Room::fit`], for one whose size is not known: so many bytes of it, and some more.
     pub(super) fn fit_more(&mut self, come: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
-        if come.saturating_mul(PER_PACKAGE) <= self.promised {
-            return Ok(());
+        let needed = come.saturating_mul(PER_PACKAGE);
+        if needed > self.promised {
+            self.promise(needed.saturating_add(STEP), still_wanted)?;
         }
-        self.fit(come.saturating_add(STEP), still_wanted)
+        Ok(())
     }
 
     /// So many bytes of the archive lie on the disk.
@@ -218,7 +219,7 @@ impl<'a> Room<'a> {
     pub(super) fn unpacks(&mut self, bytes: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
         let there = self.archive.saturating_add(self.tree).saturating_add(bytes);
         if there > self.promised {
-            self.promise(there.saturating_add(STEP * PER_PACKAGE), still_wanted)?;
+            self.promise(there.saturating_add(STEP), still_wanted)?;
         }
         self.tree = self.tree.saturating_add(bytes);
         self.tell();
@@ -377,18 +378,18 @@ pub(super) mod tests {
         assert_eq!(space.promised(), 500);
         // A tree larger than was thought: the rest was not promised to others either.
         room.unpacks(600, wanted).unwrap();
-        assert_eq!(space.promised(), STEP * PER_PACKAGE);
+        assert_eq!(space.promised(), STEP);
         // It comes once more, from its beginning.
         room.has_archive(0);
-        assert_eq!(space.promised(), STEP * PER_PACKAGE + 1000);
+        assert_eq!(space.promised(), STEP + 1000);
         drop(room);
         assert_eq!(space.promised(), 0);
 
         // Nobody told its size.
         let mut room = Room::new(&space, &place, soon());
-        for (come, promised) in [(1, STEP + 1), (STEP, STEP + 1), (STEP + 1, STEP + 1), (STEP + 2, 2 * STEP + 2)] {
+        for (come, promised) in [(1, 4 + STEP), (STEP / 4 + 1, 4 + STEP), (STEP / 4 + 2, 8 + 2 * STEP)] {
             room.fit_more(come, wanted).unwrap();
-            assert_eq!(space.promised(), promised * PER_PACKAGE, "{come}");
+            assert_eq!(space.promised(), promised, "{come}");
         }
     }
 }

@@ -91,7 +91,7 @@ fn one_whose_size_nobody_told_claims_room_as_it_comes() {
         true
     });
     tree.unwrap();
-    assert!((64 * MIB - 400_000..u64::MAX).contains(&least), "{least}");
+    assert!((16 * MIB - 400_000..u64::MAX).contains(&least), "{least}");
 
     // Where others were promised the rest, nothing of it is kept: it would be in their way.
     let others = all_taken(&desk.commons.space);
