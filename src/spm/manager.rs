@@ -35,6 +35,8 @@ use crate::store;
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
 const HOUSEKEEPING: Duration = Duration::from_secs(25);
+/// To look at the home takes a hundred system calls: however often heartbeats go out, it is not looked at more often.
+const LOOK_APART: Duration = Duration::from_secs(10);
 /// Downloads that nobody came back for are looked for so often, besides before each download.
 const TRIM_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Housekeeping that comes so late was held up by a stop of this process or of the machine.
@@ -84,6 +86,7 @@ pub(super) struct Manager {
     /// `None` while one is under way.
     next_heartbeat: Option<Instant>,
     next_housekeeping: Instant,
+    next_look: Instant,
     next_trim: Instant,
     /// Dead at the last housekeeping, and nobody's to wait for.
     orphans: Vec<u32>,
@@ -209,6 +212,7 @@ impl Manager {
             sequence: 0,
             failures: 0,
             next_housekeeping: now,
+            next_look: now,
             next_trim: now + TRIM_EVERY,
             orphans: vec![],
             stopping: None,
@@ -262,7 +266,6 @@ impl Manager {
             self.next_housekeeping = now + HOUSEKEEPING;
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
-            self.look_at_home();
             self.orphans = platform::reap_orphans(&self.orphans);
             if now >= self.next_trim {
                 self.trim_cache(now);
@@ -270,6 +273,11 @@ impl Manager {
             notify("WATCHDOG=1");
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {
+            // It is to tell what is wrong; a manager that nobody hears of need not ask.
+            if now >= self.next_look {
+                self.next_look = now + LOOK_APART;
+                self.look_at_home();
+            }
             self.send_heartbeat();
         }
     }
