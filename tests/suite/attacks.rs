@@ -2,6 +2,32 @@
 //!
 //! Each row asserts the same four things of what was refused: the log says it, the next heartbeat says it, the sub-agent that ran before has
 //! its pid, and nothing was written but in `cache/` and `staging/`.
+//!
+//! ```text
+//! attack                                                     row
+//! a package by a gateway without the key                     packages::a_package_by_a_gateway_without_the_key
+//! the right signature on the wrong name, version, os, arch   packages::the_right_signature_on_the_wrong_name_version_os_or_arch
+//! a replay of an older epoch, fetched or kept on the disk    packages::a_replay_of_an_older_epoch, ::an_older_epoch_that_still_lies_on_the_disk
+//! a revoked key, fetched or kept on the disk                 trust::keys_rotate_…, ::a_release_on_the_disk_…
+//! signature and comment swapped; a legacy signature          packages::a_signature_and_a_comment_that_were_swapped, ::a_signature_of_the_legacy_kind
+//! endless data; a relay that lies about the size             packages::endless_data, ::a_relay_that_lies_about_the_size
+//! a slow drip; truncated, and gone on with other bytes       downloads::what_a_network_puts_in_the_place_of_a_package_…
+//! a redirect to another host, or to plain http               packages::a_redirect_to_another_host_or_to_plain_http
+//! who asks, wanted by another `tarball` host or a redirect   packages::another_host_of_packages_that_asks_who_we_are
+//! every attack by an archive (support/archives.rs)           package::unpack::tests::attacks_are_refused_…; one through a gateway:
+//!                                                            packages::a_signed_archive_that_reaches_outside
+//! a manager by another key, or of an older epoch, to install packages::a_manager_by_another_key_or_of_an_older_epoch_…
+//! a link in the place of a directory of the home             home::a_link_in_the_place_of_a_directory_of_the_home
+//! a key file that others can write                           home::a_key_file_that_others_can_write
+//! another user at the control socket                         home::a_control_socket_reached_by_another_user
+//! a home, a sub-agent, bin/aops that others own or can write owners::*
+//! a pipe in the place of a file                              owners::a_pipe_where_a_file_is_read_holds_nobody_up
+//! `LD_PRELOAD` in a heartbeat's env                          words::an_environment_that_chooses_what_a_program_loads
+//! an answer that is empty; one for another agent             words::an_answer_that_would_uninstall_…, ::an_answer_for_another_agent
+//! a generation after which none can come                     words::a_generation_that_would_be_the_last
+//! texts, orders, refusals without end                        words::words_without_end, ::orders_without_end, ::refusals_without_end
+//! a secret, looked for in status, logs and process titles    words::a_secret_is_shown_nowhere
+//! ```
 
 mod home;
 mod owners;
