@@ -38,7 +38,9 @@ const SKIPPED: &[&str] = &[
     // FIXME: these should hold there as well.
     "endpoint::tests::a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_authority",
     "endpoint::tests::what_an_authority_in_the_file_has_issued_is_accepted",
-    "package::tests::a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap",
+    "package::tests::sharing::a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap",
+    // Under Wine, to shut a connection down does not wake who reads from it: a download that is given up ends with its stall limit.
+    "package::tests::sharing::who_gives_up_a_download_ends_what_it_waits_for",
 ];
 /// They take a minute, and more where others work too.
 const LIMIT_SECONDS: u32 = 420;
