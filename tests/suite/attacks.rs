@@ -101,6 +101,13 @@ impl Scene {
         self.hostile.want(json!([native(), victim]), true);
     }
 
+    /// Wants the victim no more, and waits until the manager knows: what is mended after that finds nobody who tries again.
+    #[track_caller]
+    fn forget_victim(&self) {
+        let generation = self.hostile.want(json!([native()]), true);
+        self.host.wait_for_status("the victim to be forgotten", SOON, |status| status["generation"] == generation);
+    }
+
     /// An event of that kind and outcome came up, and the log said the same; both with these words. Nothing else happened.
     #[track_caller]
     fn assert_refused(&self, kind: &str, words: &[&str]) {

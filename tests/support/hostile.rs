@@ -126,13 +126,14 @@ impl Hostile {
         &self.url
     }
 
-    /// A new generation of the desired state.
-    pub fn want(&self, agents: Value, complete: bool) {
+    /// A new generation of the desired state, which is given back.
+    pub fn want(&self, agents: Value, complete: bool) -> u64 {
         let mut shared = lock(&self.shared);
         shared.generation += 1;
         shared.answer = json!({
             "lineage": "hostile", "generation": shared.generation, "interval": 1, "complete": complete, "agents": agents,
         });
+        shared.generation
     }
 
     /// What every heartbeat is answered from now on, with the host's id where none is given.

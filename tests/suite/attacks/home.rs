@@ -14,7 +14,6 @@ use super::{Scene, wait_for_victim};
 use crate::support::aops;
 use crate::support::command::{self, LIMIT};
 use crate::support::files::{difference, snapshot};
-use crate::support::host::SOON;
 
 /// Nobody's, on every host.
 pub(super) const NOBODY: u32 = 65534;
@@ -63,8 +62,7 @@ fn a_link_in_the_place_of_a_directory_of_the_home() {
         }
         scene.assert_native_runs();
         // Nor does it remove anything there when the sub-agent is not wanted any more.
-        scene.hostile.want(json!([super::native()]), true);
-        scene.host.wait_for_status("the victim to be forgotten", SOON, |status| status["generation"] != 1);
+        scene.forget_victim();
         assert_eq!(difference(&before, &snapshot(&elsewhere, &[])), Vec::<String>::new());
         fs::remove_file(&place).expect("it is ours");
         if !name.contains('/') {
@@ -93,6 +91,7 @@ fn a_key_file_that_others_can_write() {
             output.stderr.contains("others can write it") && output.stderr.contains("nothing was changed"),
             "{output}"
         );
+        scene.forget_victim();
         set_mode(path, good);
         scene.assert_unharmed();
     }
@@ -100,6 +99,7 @@ fn a_key_file_that_others_can_write() {
     std::os::unix::fs::chown(&key, Some(NOBODY), None).expect("these tests run as root");
     scene.want_victim(json!({}));
     scene.assert_told("stage", "refused", &[&key.display().to_string(), "belongs to the user 65534"]);
+    scene.forget_victim();
     std::os::unix::fs::chown(&key, Some(0), None).expect("these tests run as root");
     scene.assert_unharmed();
     scene.want_victim(json!({}));

@@ -229,9 +229,14 @@ fn a_redirect_to_another_host_or_to_plain_http() {
     for (to, why) in [(other.url().to_owned(), "another host"), (plain, "plain http")] {
         // Of the signature, and of the package behind a signature that is right.
         for name in [format!("{}.minisig", file()), file()] {
-            scene.hostile.serve(&file(), &package, &signature);
             let location = format!("{to}/api/download/{name}");
             scene.hostile.on(&format!("/api/download/{name}"), move |_| Told::redirect(location.clone()));
+            // The other one is what it should be; never both are.
+            let (right, bytes) = match name == file() {
+                true => (format!("{name}.minisig"), signature.clone().into_bytes()),
+                false => (file(), package.clone()),
+            };
+            scene.hostile.on(&format!("/api/download/{right}"), move |_| Told::ok(bytes.clone()));
             scene.want_victim(json!({}));
             scene.assert_refused("stage", &["redirect", &to, why]);
         }
