@@ -7,16 +7,23 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::core::health::Check;
 use crate::core::manifest::{CONTROL_SCRIPT, MANIFEST, Manifest};
-use crate::core::model::{Os, Packing};
-use crate::package;
+use crate::core::model::{Os, Packing, Version};
+use crate::installation::keyring::Offer;
+use crate::package::{self, Keys};
 use crate::process::launch;
 
 /// A manifest beyond this is none.
 const MAX_MANIFEST_BYTES: u64 = 256 << 10;
+
+/// Where a package of the manager has keys that are to be trusted no more.
+const REVOKED: &str = "keys/revoked/";
+/// A public key's file has two short lines; more files than this are a mistake.
+const MAX_KEY_BYTES: u64 = 64 << 10;
+const MAX_KEYS: usize = 256;
 
 /// What publishing wants to know of a package.
 #[derive(Debug, Default)]
@@ -25,12 +32,16 @@ pub(super) struct Contents {
     pub(super) manifest: Option<Manifest>,
     /// There is an executable `control` at the root.
     control: bool,
+    /// There is one that Windows can run.
+    control_for_windows: bool,
     /// There is a `control` that cannot be run.
     control_not_executable: bool,
     /// Where the manager's executable lies, in a package of the manager.
     pub(super) manager: Option<String>,
     /// Every file, and whether it can be run.
     files: BTreeMap<String, bool>,
+    /// What a manager's package says about keys, by the files' paths; `None`: a link.
+    keys: Vec<(String, Option<Vec<u8>>)>,
 }
 
 impl Contents {
@@ -43,13 +54,30 @@ impl Contents {
                 _ => Ok(()),
             };
         }
-        if self.control {
+        if self.control || (self.control_for_windows && os == Os::Windows) {
             return Ok(());
         }
         if self.control_not_executable {
             bail!("its {CONTROL_SCRIPT} is not executable (`chmod +x {CONTROL_SCRIPT}`)");
         }
         bail!("it has neither {MANIFEST} nor an executable {CONTROL_SCRIPT} at its root");
+    }
+
+    /// Refuses a package of the manager that hosts would refuse for what it says about keys.
+    pub(super) fn check_keys(&self, version: &Version) -> Result<()> {
+        let (mut brought, mut revoked) = (Keys::default(), Keys::default());
+        ensure!(self.keys.len() <= MAX_KEYS, "it has more than {MAX_KEYS} files of keys");
+        for (path, text) in &self.keys {
+            let attempt = || -> Result<Keys> {
+                let text = text.as_ref().context("it is a link")?;
+                let keys = Keys::parse(std::str::from_utf8(text).context("it is not text")?)?;
+                ensure!(!keys.is_empty(), "it is empty");
+                Ok(keys)
+            };
+            let keys = attempt().with_context(|| format!("cannot take its {path} as a trusted key"))?;
+            if path.starts_with(REVOKED) { &mut revoked } else { &mut brought }.extend(keys)?;
+        }
+        Offer::new(version, brought, revoked).map(drop)
     }
 
     fn check_command(&self, command: &[String], os: Os) -> Result<()> {
@@ -68,6 +96,11 @@ impl Contents {
     }
 }
 
+fn is_key(path: &str) -> bool {
+    let name = path.strip_prefix(REVOKED).or_else(|| path.strip_prefix("keys/"));
+    name.is_some_and(|name| name.ends_with(".pub") && !name.contains('/'))
+}
+
 /// Reads through the whole archive.
 pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<Contents> {
     let mut contents = Contents::default();
@@ -80,12 +113,20 @@ pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<Contents>
                 contents.manifest = Some(manifest(content)?);
             }
             // Windows goes by the end of the name.
-            "control.exe" | "control.cmd" | "control.bat" => contents.control = true,
+            "control.exe" | "control.cmd" | "control.bat" => contents.control_for_windows = true,
             CONTROL_SCRIPT => {
                 contents.control |= seen.executable;
                 contents.control_not_executable |= !seen.executable;
             }
             "bin/aops" | "bin/aops.exe" => contents.manager = Some(seen.path.to_owned()),
+            path if is_key(path) && contents.keys.len() <= MAX_KEYS => {
+                let text = seen.content.map(|content| -> io::Result<Vec<u8>> {
+                    let mut text = Vec::new();
+                    content.take(MAX_KEY_BYTES).read_to_end(&mut text)?;
+                    Ok(text)
+                });
+                contents.keys.push((path.to_owned(), text.transpose()?));
+            }
             _ => {}
         }
         Ok(())

@@ -4,11 +4,11 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::{Place, archive};
 use crate::core::model::{Arch, Os, Packing, Release};
-use crate::package::trailer;
+use crate::package::{Keys, trailer};
 use crate::platform;
 
 /// A public key's file has two short lines.
@@ -59,7 +59,9 @@ pub(super) fn public_keys(place: &Place) -> Result<Vec<(String, String)>> {
             }
             let mut text = String::new();
             File::open(entry.path())?.take(MAX_KEY_BYTES).read_to_string(&mut text)?;
-            minisign_verify::PublicKey::decode(&text).with_context(|| format!("{name} is no minisign public key"))?;
+            // As the hosts that it is for will read it.
+            let parsed = Keys::parse(&text).with_context(|| format!("{name} is no minisign public key"))?;
+            ensure!(!parsed.is_empty(), "{name} holds no minisign public key");
             keys.push((name, text));
         }
         keys.sort();

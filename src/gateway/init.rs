@@ -7,7 +7,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -119,6 +119,9 @@ fn make_signing_key(place: &Place) -> Result<Done> {
     }
 }
 
+/// A private key in PEM has 300 bytes, one of RSA 3 kB.
+const MAX_KEY_BYTES: u64 = 64 << 10;
+
 fn make_certificate(place: &Place, names: &[String]) -> Result<Done> {
     if place.certificate().exists() && place.certificate_key().exists() {
         return Ok(Done::Kept);
@@ -130,18 +133,31 @@ fn make_certificate(place: &Place, names: &[String]) -> Result<Done> {
             place.certificate_key().display()
         );
     }
-    let attempt = || -> Result<(String, String)> {
+    let attempt = || -> Result<String> {
         let mut params = CertificateParams::new(names.to_vec())?;
         params.distinguished_name.push(DnType::CommonName, "aops gateway");
         // Valid from 1975 to 4096, as rcgen makes them: hosts with a wrong clock must get in, and nobody is there to renew it.
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         // Not a CA: it is trusted as itself, and can vouch for no other.
         params.is_ca = IsCa::ExplicitNoCa;
-        let key = KeyPair::generate()?;
-        Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
+        let path = place.certificate_key();
+        // A key alone is the operator's, or was left by one that was interrupted: hosts may know it already.
+        let key = match store::read(&path, MAX_KEY_BYTES)? {
+            Some(text) => String::from_utf8(text)
+                .map_err(Error::from)
+                .and_then(|text| Ok(KeyPair::from_pem(&text)?))
+                .with_context(|| {
+                format!("{} is no private key in PEM that can be used; move it away", path.display())
+            })?,
+            None => {
+                let key = KeyPair::generate()?;
+                store::replace(&path, key.serialize_pem().as_bytes(), Access::Private)?;
+                key
+            }
+        };
+        Ok(params.self_signed(&key)?.pem())
     };
-    let (certificate, key) = attempt().context("cannot make a certificate")?;
-    store::replace(&place.certificate_key(), key.as_bytes(), Access::Private)?;
+    let certificate = attempt().context("cannot make a certificate")?;
     store::replace(&place.certificate(), certificate.as_bytes(), Access::Public)?;
     Ok(Done::Made)
 }
@@ -226,6 +242,30 @@ mod tests {
         run(&args(dir.path(), &[])).unwrap();
         assert_eq!(fs::read(place.public_key()).unwrap(), public);
         assert!(place.certificate().exists());
+    }
+
+    #[test]
+    fn a_key_that_is_there_is_kept_and_has_a_certificate_made_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::new(dir.path());
+        run(&args(dir.path(), &[])).unwrap();
+        let key = fs::read(place.certificate_key()).unwrap();
+        let public = || {
+            let der = CertificateDer::from_pem_file(place.certificate()).unwrap();
+            let own = KeyPair::from_pem(&String::from_utf8(key.clone()).unwrap()).unwrap();
+            der.windows(own.public_key_raw().len()).any(|window| window == own.public_key_raw())
+        };
+        assert!(public());
+        fs::remove_file(place.certificate()).unwrap();
+        run(&args(dir.path(), &[])).unwrap();
+        assert_eq!(fs::read(place.certificate_key()).unwrap(), key);
+        assert!(public());
+
+        fs::remove_file(place.certificate()).unwrap();
+        fs::write(place.certificate_key(), "not a key").unwrap();
+        let error = format!("{:#}", run(&args(dir.path(), &[])).unwrap_err());
+        assert!(error.contains("no private key in PEM") && error.contains("move it away"), "{error}");
+        assert_eq!(fs::read_to_string(place.certificate_key()).unwrap(), "not a key");
     }
 
     #[test]

@@ -16,7 +16,6 @@ use tempfile::NamedTempFile;
 use self::identity::{Clues, Given};
 use super::{Place, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
-use crate::installation::keyring::Offer;
 use crate::lock;
 use crate::package::pack::Tree;
 use crate::package::sign::Signer;
@@ -224,10 +223,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         if contents.manager.as_deref() != Some(wanted) {
             bail!("it has no {wanted}, which a package of the manager for {} must have", release.os);
         }
-        if let Source::Directory(path) = &source {
-            // Hosts would refuse the whole package for a key that is none.
-            Offer::read(path, &release.version)?;
-        }
+        contents.check_keys(&release.version)?;
     } else {
         contents.check_runnable(release.os)?;
     }

@@ -94,6 +94,11 @@ fn what_no_host_could_run_is_refused() {
     fs::write(tree.join("readme"), "x").unwrap();
     assert!(bench.refusal("--name ctl --version 2", &tree).contains("neither agent.toml nor an executable control"));
 
+    // What only Windows can run.
+    fs::write(tree.join("control.bat"), "x").unwrap();
+    assert!(bench.refusal("--name ctl --version 2 --os linux", &tree).contains("neither agent.toml"));
+    assert_eq!(bench.publish_so("--name ctl --version 2 --os windows", &tree).unwrap().fate, "published");
+
     let tree = native(&dir.join("native"), "exporter", "1");
     assert!(bench.refusal("--name other", &tree).contains("agent.toml says name exporter, not other"));
     for (command, reason) in [("gone", "./gone, which is not in it"), ("agent.toml", "which is not executable")] {
@@ -183,6 +188,27 @@ fn a_package_of_the_manager_yields_the_bootstrap_with_the_depots_keys() {
     let base64 = key.lines().nth(1).unwrap();
     assert!(bytes.windows(base64.len()).any(|window| window == base64.as_bytes()));
     assert!(platform::is_executable(&path));
+    // With keys that hosts would refuse it is refused here, also as an archive; and so is a depot's own key.
+    fs::create_dir_all(tree.join("keys/revoked")).unwrap();
+    let archive = bench.dir.path().join("spm.tar.gz");
+    let line_of = |version: &str| format!("--name aops-spm --version {version} --os linux --arch 386");
+    for (bad, words) in
+        [("no key", "as a minisign public key"), ("", "it is empty"), (key.as_str(), "both brings and revokes")]
+    {
+        for name in ["keys/1.pub", "keys/revoked/1.pub"] {
+            fs::write(tree.join(name), bad).unwrap();
+        }
+        tar_gz(&tree, &archive);
+        for path in [&archive, &tree] {
+            let refusal = bench.refusal(&line_of("10"), path);
+            assert!(refusal.contains(words), "{refusal}");
+        }
+    }
+    fs::remove_dir_all(tree.join("keys")).unwrap();
+    let odd = bench.place.keys().join("odd.pub");
+    fs::write(&odd, format!("{key}something else\n")).unwrap();
+    assert!(bench.refusal(&line_of("11"), &tree).contains("odd.pub is no minisign public key"));
+    fs::remove_file(odd).unwrap();
     // Again, and the bootstrap comes back where somebody removed it.
     fs::remove_file(&path).unwrap();
     assert_eq!(bench.publish_so(line, &tree).unwrap().fate, "already published");
