@@ -93,6 +93,11 @@ impl Offer {
         let brought = Keys::load(&tree.join("keys")).context("cannot take the keys that the package brings")?;
         let revoked =
             Keys::load(&tree.join("keys/revoked")).context("cannot take the keys that the package revokes")?;
+        Offer::new(version, brought, revoked)
+    }
+
+    /// Of a package of this version, which may not contradict itself.
+    pub fn new(version: &Version, brought: Keys, revoked: Keys) -> Result<Offer> {
         if let Some(key) = brought.iter().find(|key| revoked.contains(key)) {
             bail!("cannot take the keys of the package: it both brings and revokes the key {}", key.id());
         }
@@ -111,6 +116,10 @@ pub fn trusted(home: &Home) -> Result<Keys> {
 pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
     let _lock = changing_trust(home)?;
     let standing = if stands { Keyring::load(home)? } else { Keyring::default() };
+    if !stands {
+        // One that was killed left them: by nothing that is known would they be the operator's.
+        Keys::files(&home.keys())?.iter().try_for_each(|file| store::remove(file))?;
+    }
     let (ring, accepted) = standing.installed(given, carried, &Keys::load(&home.keys())?);
     // A key is never without its file or its entry; and a file is never there before it is known that the bootstrap brought it.
     given.save_to(&home.keys())?;

@@ -172,6 +172,29 @@ fn revocations_are_limited() {
 }
 
 #[test]
+fn keys_that_a_killed_installation_left_are_nobodys() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = Home::new(directory.path().join("home"));
+    for (path, mode) in home.directories() {
+        fs::create_dir(&path).unwrap();
+        crate::platform::set_mode(&path, mode).unwrap();
+    }
+    let (carried, mistaken, new) = (key(), key(), key());
+    all(&[&carried, &mistaken]).save_to(&home.keys()).unwrap();
+    install(&home, false, &none(), &carried, &Offer::default()).unwrap();
+    let trusts = |key: &Keys| trusted(&home).unwrap().contains(key.iter().next().unwrap());
+    assert!(trusts(&carried) && !trusts(&mistaken));
+    // It is the bootstrap's, not the operator's: a package can revoke it.
+    commit(&home, &Keyring::load(&home).unwrap(), &offer(&[&new], &[&carried])).unwrap();
+    assert!(trusts(&new) && !trusts(&carried));
+    // What an operator adds to a home that stands is his.
+    mistaken.save_to(&home.keys()).unwrap();
+    crate::installation::Epochs::begin(&home).unwrap();
+    install(&home, true, &none(), &none(), &Offer::default()).unwrap();
+    assert!(trusts(&mistaken));
+}
+
+#[test]
 fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
     let directory = tempfile::tempdir().unwrap();
     let home = Home::new(directory.path().join("home"));
