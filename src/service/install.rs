@@ -17,7 +17,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Error, Result};
+use anyhow::{Error, Result, bail};
 
 use super::check::{self, Plan, Standing, Usage};
 use super::fetch::{self, Fetched};
@@ -200,31 +200,38 @@ fn was_registered(plan: &Plan) -> bool {
     matches!(&plan.standing, Standing::Aops(installed) if installed.service == Kind::Systemd)
 }
 
-/// Undoes what was done up to `step`, in the opposite order. What `ran` before runs again; `ring` is the keyring from before.
+/// Undoes what was done up to `step`, in the opposite order, as far as each of it can be undone; fails with all that could not. What `ran`
+/// before runs again; `ring` is the keyring from before.
 fn take_back(plan: &Plan, step: Step, ran: bool, ring: Option<&Keyring>, site: &mut Site, undo: Undo) -> Result<()> {
     let home = &plan.home;
+    let mut failures = Vec::new();
+    let mut done = |outcome: Result<()>| failures.extend(outcome.err().map(|error| format!("{error:#}")));
     if !plan.keeps() && step >= Step::Register {
-        roles::stop_all(home)?;
+        done(roles::stop_all(home));
     }
     if step >= Step::Register && plan.kind == Kind::Systemd && !was_registered(plan) {
-        roles::register(home, Kind::None)?;
+        done(roles::register(home, Kind::None));
     }
-    // Before the files of keys are back; where it fails, all else is put back all the same.
-    let kept = ring.map_or(Ok(()), |ring| keyring::keep_after_failure(home, ring));
-    undo.roll_back()?;
+    // Before the files of keys are back.
+    done(ring.map_or(Ok(()), |ring| keyring::keep_after_failure(home, ring)));
+    done(undo.roll_back());
     if plan.replaces_all() {
         site.forget_inside();
-        old::bring_back(home, &plan.executable)?;
+        done(old::bring_back(home, &plan.executable));
     }
-    match &plan.standing {
+    if let Standing::Aops(_) = plan.standing {
+        // Whatever was missing there and was made: those who run again use it.
+        site.forget_all();
+    }
+    done(match &plan.standing {
         Standing::Nothing => Ok(()),
         Standing::Old => old::start(home),
         // Renewed, and nothing of the roles touched yet: they run.
         Standing::Aops(_) if plan.keeps() && step < Step::Register => Ok(()),
         Standing::Aops(_) if !ran => roles::stop_all(home),
         Standing::Aops(installed) => roles::start_again(home, installed.service),
-    }
-    .and(kept)
+    });
+    if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
 }
 
 fn summary(plan: &Plan, fetched: &Fetched) {

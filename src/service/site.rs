@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{LOCK, MADE, WORK, old};
+use super::{LOCK, MADE, WORK, old, undo};
 use crate::home::Home;
 use crate::installation::{self, Installed, guard};
 use crate::lock::{self, Held};
@@ -73,13 +73,14 @@ impl Site {
         }
     }
 
-    /// Removes what an installation that was killed left in its directory, but for what it had set aside and its note.
+    /// Removes what an installation that was killed left in its directory, but for what it had set aside, its note, and what one that failed
+    /// could not put back.
     fn sweep(&self) -> Result<()> {
         let work = self.work();
         let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
         for entry in entries {
             let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
-            if old::is_aside(&self.home, &path) || path == work.join(MADE) {
+            if old::is_aside(&self.home, &path) || path == work.join(MADE) || undo::is_kept(&path) {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }
@@ -124,6 +125,11 @@ impl Site {
         self.created.retain(|path| *path == run || root.starts_with(path));
     }
 
+    /// Nothing of what was made is taken away again.
+    pub(super) fn forget_all(&mut self) {
+        self.created.clear();
+    }
+
     /// What was made stays, whatever becomes of the rest.
     pub(super) fn stay(&mut self) {
         self.kept = true;
@@ -158,8 +164,8 @@ pub(super) fn half_made(home: &Home) -> Vec<PathBuf> {
 impl Drop for Site {
     fn drop(&mut self) {
         if self.lock.is_some() {
-            // What was set aside and not brought back is all there is of it.
-            if !old::is_any_aside(&self.home) {
+            // What was set aside and not brought back is all there is of it, and so is what could not be put back.
+            if !old::is_any_aside(&self.home) && (self.kept || !undo::is_any_kept(&self.work())) {
                 let _ = store::remove_tree(&self.work());
             }
             // Still held: whoever waits for it sees that the file is another's.

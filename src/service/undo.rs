@@ -1,5 +1,6 @@
 //! What stood where an installation puts its own, kept until it is known that it stays: [`Undo::roll_back`] puts everything back, in the
-//! opposite order.
+//! opposite order. What cannot be put back stays beside the directory of this, under a name that begins with `kept`, until an installation
+//! succeeds.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -8,6 +9,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::{platform, store};
+
+/// What could not be put back is called so, and numbered.
+const KEPT: &str = "kept-";
+/// So many failures in a row are kept; the first ones hold what there was.
+const MAX_KEPT: usize = 8;
 
 #[derive(Debug)]
 pub(super) struct Undo {
@@ -72,16 +78,42 @@ impl Undo {
         Ok(())
     }
 
-    /// Puts everything back that can be put back; fails with all that could not.
+    /// Puts everything back that can be put back; fails with all that could not, and where it is.
     pub(super) fn roll_back(self) -> Result<()> {
         let mut failures = Vec::new();
-        for kept in self.kept.into_iter().rev() {
-            if let Err(error) = put_back(&kept) {
+        for kept in self.kept.iter().rev() {
+            if let Err(error) = put_back(kept) {
                 failures.push(format!("{error:#}"));
             }
         }
-        if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
+        if failures.is_empty() {
+            return Ok(());
+        }
+        let failures = failures.join("; ");
+        match self.retain() {
+            Ok(place) => bail!("{failures}; what stood there is kept in {}", place.display()),
+            Err(error) => bail!("{failures}; {error:#}"),
+        }
     }
+
+    /// Gives the directory a name under which nobody removes it.
+    fn retain(self) -> Result<PathBuf> {
+        let place = (1..).map(|number| self.directory.with_file_name(format!("{KEPT}{number}")));
+        let place = place.take(MAX_KEPT).find(|place| place.symlink_metadata().is_err());
+        let place = place.with_context(|| format!("{} can be kept no longer", self.directory.display()))?;
+        fs::rename(&self.directory, &place).with_context(|| format!("cannot keep {}", self.directory.display()))?;
+        Ok(place)
+    }
+}
+
+/// Whether that is what could not be put back.
+pub(super) fn is_kept(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(KEPT))
+}
+
+/// Whether there is any of it in the directory of an installation.
+pub(super) fn is_any_kept(work: &Path) -> bool {
+    fs::read_dir(work).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|entry| is_kept(&entry.path()))))
 }
 
 /// Gives a file a second name; where there are no hard links, a copy.
@@ -109,12 +141,43 @@ fn put_back(kept: &Kept) -> Result<()> {
         }
         Ok(())
     };
-    attempt().with_context(|| format!("cannot put {} back", path.display()))
+    attempt().with_context(|| {
+        let copy = match kept {
+            Kept::File { copy, .. } | Kept::Directory { copy, .. } => copy.file_name(),
+            Kept::Nothing(_) | Kept::Link { .. } => None,
+        };
+        let number = copy.map(|name| format!(" (kept as {})", name.display())).unwrap_or_default();
+        format!("cannot put {} back{number}", path.display())
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_put_back_is_kept_and_all_else_is_put_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::create_dir(at("there")).unwrap();
+        for name in ["there/file", "other"] {
+            fs::write(at(name), "old").unwrap();
+        }
+        let mut undo = Undo::begin(at("undo")).unwrap();
+        for name in ["other", "there/file"] {
+            undo.keep(&at(name)).unwrap();
+            store::remove(&at(name)).unwrap();
+        }
+        // A file where its directory was.
+        fs::remove_dir(at("there")).unwrap();
+        fs::write(at("there"), "").unwrap();
+
+        let error = format!("{:#}", undo.roll_back().unwrap_err());
+        assert!(error.contains("there/file back (kept as 1)") && error.contains("kept-1"), "{error}");
+        assert_eq!(fs::read_to_string(at("other")).unwrap(), "old");
+        assert_eq!(fs::read_to_string(at("kept-1/1")).unwrap(), "old");
+        assert!(is_any_kept(directory.path()) && is_kept(&at("kept-1")) && !is_kept(&at("undo")));
+    }
 
     #[test]
     fn everything_stands_again_as_it_stood() {
