@@ -13,7 +13,7 @@ use crate::role::Role;
 pub mod product;
 pub mod systemd;
 
-pub use systemd::{UnitState, register, restart, start, state, stop, unregister};
+pub use systemd::{UnitState, register, remove_drop_ins, restart, start, state, stop, unregister};
 
 /// A service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -112,8 +112,21 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a directory with all that is in it; that there is none is no error.
+/// Refuses a directory at or below which something is mounted: that is somebody else's.
+pub fn ensure_nothing_mounted(directory: &Path) -> Result<()> {
+    // Where the system does not say it, there is nothing to go by.
+    let mounts = platform::mounts_in(directory).unwrap_or_default();
+    let Some(first) = mounts.first() else { return Ok(()) };
+    bail!(
+        "cannot remove {}: something is mounted at {}, which would be removed too; unmount it",
+        directory.display(),
+        first.display()
+    )
+}
+
+/// Removes a directory with all that is in it, unless something is mounted there; that there is none is no error.
 pub fn remove_tree(path: &Path) -> Result<()> {
+    ensure_nothing_mounted(path)?;
     let mut tries = 0;
     loop {
         match fs::remove_dir_all(path) {

@@ -99,13 +99,21 @@ pub fn unregister(home: &Home) -> Result<()> {
         // By hand: `systemctl disable` fails where the file is gone, and then leaves its link behind.
         store::remove(&directory.join("multi-user.target.wants").join(format!("{unit}.service")))?;
         store::remove(&path)?;
-        store::remove_tree(&directory.join(format!("{unit}.service.d")))?;
         let _ = fs::remove_dir(directory.join("multi-user.target.wants"));
     }
     systemctl(&["daemon-reload"], &[], QUICK)?;
     // Forgets a failed unit, which would otherwise be listed for ever; one that is not known is an error that means nothing.
     let _ = systemctl(&["reset-failed"], &units, QUICK);
     Ok(())
+}
+
+/// Removes what an operator has added to the units (`systemctl edit`), once they are gone for good.
+pub fn remove_drop_ins(home: &Home) -> Result<()> {
+    let units = [units(home, Role::BOTH), vec![agents_unit(home)]].concat();
+    let directories = units.iter().map(|unit| systemd_global_dir_path().join(format!("{unit}.service.d")));
+    let there: Vec<_> = directories.filter(|directory| directory.exists()).collect();
+    there.iter().try_for_each(|directory| store::remove_tree(directory))?;
+    if there.is_empty() { Ok(()) } else { systemctl(&["daemon-reload"], &[], QUICK) }
 }
 
 /// Whether systemd could run the roles of this home.

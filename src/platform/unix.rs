@@ -10,6 +10,7 @@ mod clone;
 mod group;
 mod launch;
 mod local;
+mod mounts;
 mod own_record;
 mod process;
 
@@ -17,6 +18,7 @@ pub use access::{close_to_others, weakness, weakness_on_the_way};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
+pub use mounts::mounts_in;
 pub use process::*;
 
 // --- Files

@@ -33,6 +33,11 @@ pub fn sync_directory(_path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// What is mounted into a directory there is a reparse point, which a removal takes away and does not follow.
+pub fn mounts_in(_directory: &Path) -> io::Result<Vec<PathBuf>> {
+    Ok(Vec::new())
+}
+
 /// Opens a file to read it. What is none, a pipe or a device, is an error.
 pub fn open_file(path: &Path) -> io::Result<File> {
     match fs::metadata(path)?.is_file() {

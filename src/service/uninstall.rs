@@ -63,9 +63,14 @@ fn remove(home: &Home) -> Result<()> {
     let at_work = Site::open(home)?;
     progress::say("stopping sub-agents and roles");
     roles::stop_all(home)?;
+    // Not earlier: what a sub-agent has mounted it may have unmounted by now.
+    for directory in home.directories().iter().map(|(path, _)| path).filter(|path| *path != home.root()) {
+        store::ensure_nothing_mounted(directory)?;
+    }
     if host_service::detect() == Kind::Systemd && host_service::systemd::is_known(home) {
         progress::say("taking the units away");
         host_service::unregister(home)?;
+        host_service::remove_drop_ins(home)?;
     }
     progress::say("removing files");
     let (linked, created) = match installed {
@@ -96,7 +101,7 @@ fn remove_our_link(home: &Home, link: &Path) -> Result<()> {
     }
 }
 
-/// Removes all that is in the home: first what runs, last the records by which a repetition recognizes it.
+/// Removes all that is in the home: at last the program that a repetition takes, and the records by which that recognizes it.
 fn empty(home: &Home) -> Result<()> {
     let attempt = || -> std::io::Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
@@ -110,7 +115,8 @@ fn empty(home: &Home) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error).with_context(|| format!("cannot list {}", home.root().display())),
     };
-    paths.sort_by_key(|path| (*path == home.state(), path.clone()));
+    let program = [home.bin(), home.control_link()];
+    paths.sort_by_key(|path| (*path == home.state(), program.contains(path), path.clone()));
     for path in paths {
         let is_directory = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
         if is_directory { store::remove_tree(&path)? } else { store::remove(&path)? }

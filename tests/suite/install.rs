@@ -298,6 +298,38 @@ fn units_survive_a_reboot_and_are_replaced_removed_and_refused_as_systemd_says()
 }
 
 #[test]
+fn what_is_mounted_below_a_home_is_not_removed_with_it() {
+    let container = Container::bare();
+    let _gateway = gateway_in(&container);
+    container.shell(&format!("cd /tmp; {VERBATIM}")).expect_success();
+    container.shell("mkdir /srv/data; echo precious >/srv/data/file").expect_success();
+    for place in ["/opt/aops/agents/mine/1/data", "/opt/aops/log"] {
+        container.shell(&format!("mkdir -p {place}; mount --bind /srv/data {place}")).expect_success();
+        let output = container.shell("/opt/aops/control uninstall --yes").expect_code(1);
+        assert!(
+            output.stderr.contains(&format!("mounted at {place}")) && output.stderr.contains("unmount"),
+            "{output}"
+        );
+        assert_eq!(container.shell("cat /srv/data/file").stdout, "precious\n");
+        container.shell(&format!("umount {place}")).expect_success();
+    }
+    container.shell("/opt/aops/control uninstall --yes").expect_success();
+    assert_eq!(container.shell("cat /srv/data/file; ls /opt").stdout, "precious\n");
+}
+
+#[test]
+fn a_damaged_id_is_mended_by_the_command_that_tells_it() {
+    let (_gateway, host, pid) = joined();
+    let file = host.home().join("etc/agent-id");
+    fs::write(&file, "").unwrap();
+    let refused = host.install(&[]).expect_code(1);
+    assert!(refused.stderr.contains("etc/agent-id") && refused.stderr.contains("--agent-id"), "{refused}");
+    host.install(&["--agent-id", host.agent_id()]).expect_success();
+    assert_eq!(fs::read_to_string(&file).unwrap().trim(), host.agent_id());
+    assert_eq!(host.wait_for_agent("sleeper"), pid);
+}
+
+#[test]
 fn a_read_only_home_and_a_full_disk_are_told_and_leave_nothing() {
     let container = Container::bare();
     let _gateway = gateway_in(&container);
