@@ -23,6 +23,9 @@ use crate::{lifecycle, platform, store};
 /// A file of certificates: one has 2 kB, the list of a whole system 300.
 const MAX_CA_BYTES: u64 = 4 << 20;
 
+/// In the root of a file system that a home may have to itself.
+const LOST_AND_FOUND: &str = "lost+found";
+
 /// Where the certificates that `--ca-cert` names are kept, relative to the home.
 const CA_FILE: &str = "etc/ca.pem";
 
@@ -126,8 +129,8 @@ impl Plan {
 
 /// The product and the home, which must be a place that can be one.
 pub(super) fn home(options: &InstallOptions, surroundings: &Surroundings) -> Result<(Home, Product)> {
-    let product = product::choose(options.product.as_deref().or(surroundings.product.as_deref()))
-        .map_err(|error| Usage(format!("{error:#}")))?;
+    let told = options.product.as_deref().or(surroundings.product.as_deref());
+    let product = product::choose(told).map_err(|error| Usage(format!("{error:#}")))?;
     let home = match (&options.home, &surroundings.home) {
         (Some(path), _) => {
             let path =
@@ -139,7 +142,27 @@ pub(super) fn home(options: &InstallOptions, surroundings: &Surroundings) -> Res
     };
     fit_for_a_home(home.root())?;
     foreign(&home, &surroundings.executable)?;
-    Ok((home, product))
+    match told {
+        None if !options.fresh => {
+            let product = standing_product(&home)?.unwrap_or(product);
+            Ok((home, product))
+        }
+        _ => Ok((home, product)),
+    }
+}
+
+/// Of the product that an installation was told that stands there, its settings say more than its records. `None`: it was told none.
+fn standing_product(home: &Home) -> Result<Option<Product>> {
+    // What is wrong with either is told where it is looked at as a whole.
+    let set = Config::read_strictly(home).ok().flatten().and_then(|config| config.product);
+    if let Some(name) = set {
+        let path = home.config();
+        return product::choose(Some(&name))
+            .map(Some)
+            .with_context(|| format!("cannot use the product in {}", path.display()));
+    }
+    let recorded = Installed::load(home).ok().flatten().map(|installed| installed.product);
+    Ok(recorded.filter(|name| !name.is_empty()).and_then(|name| product::choose(Some(&name)).ok()))
 }
 
 fn fit_for_a_home(root: &Path) -> Result<()> {
@@ -191,10 +214,12 @@ fn foreign(home: &Home, executable: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `run/` with nothing but the lock in it: an installation was killed at its beginning, or is there.
+/// `run/` with nothing but the lock in it: an installation was killed at its beginning, or is there. Or what a file system has of its own.
 fn is_left_by_us(home: &Home, path: &Path) -> bool {
     let only_lock = |mut entries: fs::ReadDir| entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK));
-    path == home.run() && fs::read_dir(path).is_ok_and(only_lock)
+    let is_empty = |path: &Path| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+    (path == home.run() && fs::read_dir(path).is_ok_and(only_lock))
+        || (path == home.root().join(LOST_AND_FOUND) && is_empty(path))
 }
 
 /// Looks at everything and decides.
@@ -233,8 +258,16 @@ pub(super) fn plan(
         progress::warn(warning);
     }
 
-    let standing_id = if keeps { installation::agent_id(home)? } else { None };
-    let agent_id = options.agent_id.clone().or(imported.agent_id).or_else(|| standing_id.clone());
+    let given_id = options.agent_id.clone().or(imported.agent_id);
+    let standing_id = match installation::agent_id(home) {
+        Err(error) if keeps && given_id.is_some() => {
+            progress::warn(format_args!("{error:#}; it is written anew"));
+            None
+        }
+        standing if keeps => standing.context("give the host's id with --agent-id")?,
+        _ => None,
+    };
+    let agent_id = given_id.or_else(|| standing_id.clone());
     let Some(agent_id) = agent_id else {
         let missing = match options.endpoint.is_empty() {
             true => "--agent-id and --endpoint are missing, and no installation stands there whose own could be kept",

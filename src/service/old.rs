@@ -15,6 +15,7 @@ use super::{LOCK, MADE, WORK, leftovers, progress};
 use crate::command;
 use crate::config::import::{OLD_AGENT_IDS, OLD_CONFIG};
 use crate::home::Home;
+use crate::host_service::product;
 use crate::platform;
 
 /// What an old installation's `control` script may take.
@@ -27,7 +28,9 @@ pub(super) fn is_old(home: &Home) -> bool {
         // An installation of ours was killed at work where nothing stood.
         return false;
     }
-    file(OLD_CONFIG) || OLD_AGENT_IDS.iter().any(|name| file(name)) || has_control(home)
+    // A `control` alone is what packages of sub-agents, and other systems, have too.
+    let is_in_its_place = home.root() == product::default_home();
+    file(OLD_CONFIG) || OLD_AGENT_IDS.iter().any(|name| file(name)) || (is_in_its_place && has_control(home))
 }
 
 /// Whether there is a `control` that can be run and is no link of ours.
@@ -188,7 +191,7 @@ mod tests {
         let home = Home::new(directory.path());
         fs::write(directory.path().join("control"), "#!/bin/sh\n").unwrap();
         platform::set_mode(&directory.path().join("control"), 0o755).unwrap();
-        assert!(is_old(&home));
+        assert!(has_control(&home) && !is_old(&home), "many packages have one");
     }
 
     #[test]
