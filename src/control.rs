@@ -103,6 +103,8 @@ fn status(home: &Home) -> Result<Status> {
             problem = reply.error;
         }
         Ok(None) => {}
+        // Whoever may not ask may not see the records either, by which it would look stopped.
+        Err(error) if error.is::<door::Denied>() => return Err(error),
         Err(error) => problem = Some(format!("{error:#}")),
     }
     let version = Manager::load(home).ok().flatten().map(|manager| manager.version);

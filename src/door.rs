@@ -5,6 +5,7 @@
 //! [`Farewell`].
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -221,6 +222,19 @@ pub enum Heard {
     Silence,
 }
 
+/// The door is there for others.
+#[derive(Debug)]
+pub struct Denied(PathBuf);
+
+impl std::fmt::Display for Denied {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let path = self.0.display();
+        write!(f, "cannot open the control socket {path}: only its owner and root may; run this as one of them")
+    }
+}
+
+impl std::error::Error for Denied {}
+
 impl Door {
     /// Opens the manager's door; `None`: nobody answers there. Every later wait gives up after `timeout`.
     pub fn open(home: &Home, timeout: Duration) -> Result<Option<Door>> {
@@ -230,12 +244,7 @@ impl Door {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
                 return Ok(None);
             }
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                bail!(
-                    "cannot open the control socket {}: only its owner and root may; run this as one of them",
-                    path.display()
-                )
-            }
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Denied(path).into()),
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot open the control socket {}", path.display()));
             }

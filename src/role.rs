@@ -3,6 +3,7 @@
 //! `run/<role>.lock` excludes a second one. `run/<role>.json` says who it is, so that anyone can see it, ask after it or end it.
 //! `state/stopped.json` is the recorded intent of a stop: while it is there, no role revives another.
 
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -161,7 +162,38 @@ pub fn living(home: &Home, role: Role) -> Option<Holder> {
     holder(home, role).filter(Holder::is_alive)
 }
 
+/// Makes the directories of the home that are missing, where nobody else could lead them elsewhere; answers which.
+pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
+    guard::home(home)?;
+    let missing = home.directories().into_iter().filter(|(directory, _)| !directory.exists());
+    let mut made = Vec::new();
+    for (directory, mode) in missing {
+        std::fs::create_dir_all(&directory)
+            .and_then(|()| platform::set_mode(&directory, mode))
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+        made.push(directory);
+    }
+    Ok(made)
+}
+
+/// Logs what [`restore_directories`] did.
+pub fn tell_of_restored(restored: &Result<Vec<PathBuf>>) {
+    match restored {
+        Ok(made) => {
+            for directory in made {
+                tracing::error!(directory = %directory.display(), "a directory of the home was missing and is made again");
+            }
+        }
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "directories of the home that are missing are not made again")
+        }
+    }
+}
+
 /// Says that this very process has the role now; counts a restart if its predecessor ended out of order in this boot.
+///
+/// Where that cannot be written, as on a full disk, the role is taken all the same: to be without a manager would be worse. It is left to
+/// [`announce_again`].
 pub fn announce(home: &Home, role: Role) -> Result<Holder> {
     let boot_id = platform::boot_id().to_owned();
     let restarts = match holder(home, role) {
@@ -171,8 +203,20 @@ pub fn announce(home: &Home, role: Role) -> Result<Holder> {
     let pid = std::process::id();
     let start_time = platform::start_time(pid).context("cannot read the own process's start time")?;
     let holder = Holder { pid, start_time, boot_id, restarts, ended: false };
-    store::save(&record(home, role), &holder)?;
+    if let Err(error) = store::save(&record(home, role), &holder) {
+        tracing::error!(
+            error = format!("{error:#}"),
+            "the role cannot be recorded; it is taken, and that is tried again"
+        );
+    }
     Ok(holder)
+}
+
+/// Says it once more where it could not be said at first.
+pub fn announce_again(home: &Home, role: Role, own: &Holder) {
+    if holder(home, role).as_ref() != Some(own) && store::save(&record(home, role), own).is_ok() {
+        tracing::info!("the role is recorded now");
+    }
 }
 
 /// Says that this process gives its role up in order.

@@ -16,9 +16,9 @@ use crate::config::Config;
 use crate::core::watch::{Lasting, Next, PING, Pings, Revival};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
-use crate::installation::{guard, keyring};
+use crate::installation::keyring;
 use crate::platform::{self, LocalConnection};
-use crate::role::{self, Role, STOPPED_ON_PURPOSE};
+use crate::role::{self, Holder, Role, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
 /// While there is no connection, it is tried for at least and at most so often, and more seldom the longer it takes.
@@ -48,7 +48,9 @@ pub struct Options {
 /// Runs the watchdog until it is stopped.
 pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     role::demand_home(home)?;
+    let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spa"))?;
+    role::tell_of_restored(&restored);
     let supervised = options.service != host_service::Kind::None;
     if role::is_stop_recorded(home) && !supervised {
         tracing::info!("the home was told to stop; the watchdog does not start");
@@ -70,8 +72,18 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
 
     let now = Instant::now();
     let revival = Revival::new(now);
-    let mut watchdog =
-        Watchdog { home, supervised, sender, words, serial: 0, revival, children: vec![], large: 0, looks_around: now };
+    let mut watchdog = Watchdog {
+        home,
+        holder: &holder,
+        supervised,
+        sender,
+        words,
+        serial: 0,
+        revival,
+        children: vec![],
+        large: 0,
+        looks_around: now,
+    };
     let end = watchdog.run();
     platform::notify("STOPPING=1");
     match &end {
@@ -130,6 +142,8 @@ enum Lost {
 
 struct Watchdog<'a> {
     home: &'a Home,
+    /// Its own record.
+    holder: &'a Holder,
     supervised: bool,
     sender: mpsc::Sender<Word>,
     words: mpsc::Receiver<Word>,
@@ -345,24 +359,8 @@ impl Watchdog<'_> {
 
     /// Memory within limits, directories and keys in place.
     fn look_around(&mut self, connection: &mut LocalConnection) -> Result<()> {
-        // Where somebody else can write, what is made could be led elsewhere.
-        let directories = match guard::home(self.home) {
-            Ok(()) => self.home.directories(),
-            Err(error) => {
-                tracing::error!(error = format!("{error:#}"), "the home cannot be relied on");
-                vec![]
-            }
-        };
-        for (directory, mode) in directories {
-            if !directory.exists() {
-                tracing::error!(directory = %directory.display(), "a directory of the home is missing and is made again");
-                if let Err(error) =
-                    std::fs::create_dir_all(&directory).and_then(|()| platform::set_mode(&directory, mode))
-                {
-                    tracing::error!(error = %error, "it cannot be made");
-                }
-            }
-        }
+        role::tell_of_restored(&role::restore_directories(self.home));
+        role::announce_again(self.home, Role::Spa, self.holder);
         match keyring::trusted(self.home) {
             Ok(keys) if keys.is_empty() => {
                 tracing::error!("no trusted key is left; no release can be installed until one is put into etc/keys")

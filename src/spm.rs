@@ -94,7 +94,10 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         return stop_hook::run(home);
     }
     role::demand_home(home)?;
+    // Before the log is opened, whose directory may be among them; what it fails of shows there or nowhere.
+    let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spm"))?;
+    role::tell_of_restored(&restored);
     let supervised = options.service != host_service::Kind::None;
     if supervised {
         // The service manager starts what it was told to start, or what is to run at boot.
@@ -113,7 +116,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(64).build()?;
-    let ended = runtime.block_on(manager::run(home, supervised));
+    let ended = runtime.block_on(manager::run(home, supervised, &holder));
     // Threads that wait on the network are not waited for.
     runtime.shutdown_background();
     if let Err(error) = &ended {

@@ -31,6 +31,7 @@ use crate::installation::{self, guard};
 use crate::package::{self, Keys, Places};
 use crate::platform::{self, Groups, LocalListener, Termination};
 use crate::process::{self, log};
+use crate::role::{self, Holder, Role};
 use crate::store;
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
@@ -54,6 +55,9 @@ const FAREWELL: Duration = Duration::from_millis(500);
 
 pub(super) struct Manager {
     home: Home,
+    own: Holder,
+    /// Whether others can see by the record who the manager is.
+    is_recorded: bool,
     config: Config,
     config_seen: Option<std::time::SystemTime>,
     agent_id: AgentId,
@@ -97,13 +101,15 @@ pub(super) struct Manager {
 }
 
 /// Runs the manager until it is told to end, and says as what it ended.
-pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
+///
+/// `own`: its record, which it sees to where that could not be written at first.
+pub(super) async fn run(home: &Home, supervised: bool, own: &Holder) -> Result<Farewell> {
     let (inputs, mut words) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
     if let Err(error) = platform::adopt_orphans() {
         tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
     }
-    let mut manager = Manager::load(home, supervised, inputs)?;
+    let mut manager = Manager::load(home, supervised, own, inputs)?;
     manager.look_at_home();
     manager.take_charge();
 
@@ -143,14 +149,16 @@ pub(super) async fn run(home: &Home, supervised: bool) -> Result<Farewell> {
 }
 
 impl Manager {
-    fn load(home: &Home, supervised: bool, inputs: Inputs) -> Result<Manager> {
+    fn load(home: &Home, supervised: bool, own: &Holder, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
         let loaded = Config::load(home)?;
         warn_of_unknown(&loaded);
         if let Some(problem) = &loaded.problem {
             problems.insert("config", config_problem(problem));
         }
-        let agent_id = installation::agent_id(home)?.with_context(|| {
+        let agent_id =
+            installation::agent_id(home).context("cannot tell who this host is; install again with --agent-id")?;
+        let agent_id = agent_id.with_context(|| {
             format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display())
         })?;
         let desired = store::load(&home.state_file("desired.json")).unwrap_or_else(|error| {
@@ -180,9 +188,12 @@ impl Manager {
         };
         Ok(Manager {
             home: home.clone(),
+            own: own.clone(),
+            is_recorded: role::holder(home, Role::Spm).as_ref() == Some(own),
             config_seen: modified(home),
             instance_id: installation::instance_id(home),
-            version: installation::Manager::load(home)?
+            version: installation::Manager::load(home)
+                .context("cannot tell which release this is; install again")?
                 .with_context(|| {
                     format!(
                         "cannot tell which release this is: {} is missing; install again",
@@ -266,6 +277,10 @@ impl Manager {
             self.next_housekeeping = now + HOUSEKEEPING;
             log::rotate_all(&self.home, self.config.log_max_size.0);
             self.reload_if_changed();
+            if !self.is_recorded {
+                role::announce_again(&self.home, Role::Spm, &self.own);
+                self.is_recorded = role::holder(&self.home, Role::Spm).as_ref() == Some(&self.own);
+            }
             self.orphans = platform::reap_orphans(&self.orphans);
             if now >= self.next_trim {
                 self.trim_cache(now);

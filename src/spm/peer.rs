@@ -9,6 +9,7 @@ use crate::core::status::RoleStatus;
 use crate::core::watch::{Lasting, Revival};
 use crate::home::Home;
 use crate::host_service::{self, Verdict};
+use crate::platform;
 use crate::role::{self, Role};
 
 /// A watchdog that was there before us connects within this.
@@ -177,9 +178,16 @@ impl Peer {
     pub(super) fn status(&self, home: &Home) -> RoleStatus {
         let holder = role::holder(home, Role::Spa);
         let restarts = holder.as_ref().map_or(0, |holder| holder.restarts);
-        match holder.filter(role::Holder::is_alive) {
-            Some(holder) => holder.status(),
-            None => RoleStatus { restarts, ..RoleStatus::default() },
+        match (holder.filter(role::Holder::is_alive), &self.state) {
+            (Some(holder), _) => holder.status(),
+            // It could not write its record.
+            (None, State::Connected { pid, .. }) => RoleStatus {
+                pid: Some(*pid),
+                uptime_seconds: platform::start_time(*pid).and_then(platform::age).map(|age| age.as_secs()),
+                memory_bytes: platform::memory_bytes(*pid),
+                restarts,
+            },
+            (None, State::Gone(_)) => RoleStatus { restarts, ..RoleStatus::default() },
         }
     }
 }

@@ -464,6 +464,21 @@ fn a_full_disk_is_told_and_what_runs_goes_on() {
         );
         assert_eq!(agent(&status, name).expect("it is there")["version"], "1.0.0");
     }
+    // Both roles die, and can note nothing of their successors; these come all the same.
+    done(
+        &container,
+        "rm -f /opt/aops/run/spm.json /opt/aops/run/spa.json; cat /dev/zero >>/opt/aops/log/filler 2>/dev/null || true",
+    );
+    for who in ["spm", "spa"] {
+        done(&container, &format!("kill -9 {}", status[who]["pid"]));
+    }
+    container.run(&["/opt/aops/control", "start"]).expect_code(0);
+    let again = inside::wait_for_status(&container, "both roles", |status| {
+        pid(&status["spm"]["pid"]).is_some() && status["spm"]["pid"] != before["spm"]["pid"]
+    });
+    for name in ["native", "script"] {
+        assert_eq!(agent(&again, name).map(|agent| &agent["pid"]), agent(&before, name).map(|agent| &agent["pid"]));
+    }
     // With space, it goes on by itself.
     done(&container, "rm /opt/aops/log/filler");
     inside::wait_for_status(&container, "the new version", |status| {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -299,6 +300,23 @@ fn a_stop_stops_everything_and_nothing_comes_back_until_a_start() {
     let old = roles(&host);
     host.control(&["start"]).expect_success();
     assert_eq!((roles(&host), up(&host)), (old, after));
+}
+
+#[test]
+fn directories_that_were_removed_keep_no_role_from_starting() {
+    let gateway = gateway();
+    let host = TestHost::joined(&gateway);
+    up(&host);
+    host.control(&["stop"]).expect_success();
+    for directory in ["log", "run", "cache", "staging"] {
+        fs::remove_dir_all(host.home().join(directory)).expect("it is ours");
+    }
+    host.control(&["start"]).expect_success();
+    up(&host);
+    for (directory, mode) in [("log", 0o700), ("log/agents", 0o700), ("run", 0o700), ("cache", 0o700)] {
+        let metadata = fs::metadata(host.home().join(directory)).expect("it is made again");
+        assert_eq!(metadata.permissions().mode() & 0o7777, mode, "{directory}");
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::Manager;
 use super::exchange::{clock_words, is_clock_off};
-use crate::core::status::{self, HomeState, RoleStatus, Status};
+use crate::core::status::{self, HomeState, Status};
 use crate::core::supervise::Event;
 use crate::door::{Farewell, Knock, Reply, Request};
 use crate::role::{self, Role};
@@ -116,12 +116,11 @@ impl Manager {
         } else {
             status::judge(self.peer.is_connected(), &agents, &problems)
         };
-        let own = role::holder(&self.home, Role::Spm).map(|holder| holder.status());
         Status {
             version: Some(self.version.clone()),
             home: self.home.root().display().to_string(),
             state,
-            spm: RoleStatus { pid: Some(std::process::id()), ..own.unwrap_or_default() },
+            spm: self.own.status(),
             spa: self.peer.status(&self.home),
             gateway: self.gateway.clone(),
             generation: self.desired.generation,

@@ -137,6 +137,11 @@ fn a_control_socket_reached_by_another_user() {
     control.args(["control", "stop", "--home"]).arg(&home).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
     let output = command::run(control.current_dir("/"), LIMIT);
     assert!(!output.success() && output.stderr.contains("cannot"), "{output}");
+    // Whoever may not look is not told that it is stopped.
+    let mut control = Command::new(&program);
+    control.args(["control", "status", "--home"]).arg(&home).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
+    let output = command::run(control.current_dir("/"), LIMIT).expect_code(1);
+    assert!(output.stderr.contains("only its owner and root may"), "{output}");
     scene.assert_native_runs();
 
     // With everything open, the manager itself looks who it is, and does not do what it is told.
