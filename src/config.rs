@@ -160,7 +160,7 @@ impl Config {
 
     /// The settings for a start. Fails only where neither the file nor the last good copy can be used.
     pub fn load(home: &Home) -> Result<Loaded> {
-        let last_good = home.state_file(LAST_GOOD);
+        let last_good = Config::last_good_path(home);
         match read_settled(&home.config()) {
             Ok((text, Parsed { config, unknown })) => {
                 // A copy that cannot be kept is no reason not to start.
@@ -170,19 +170,25 @@ impl Config {
                 }
                 Ok(Loaded { config, unknown, problem: None })
             }
-            Err(problem) => {
-                let copy = read_text(&last_good).ok().flatten().and_then(|text| Config::parse(&text).ok());
-                match copy {
-                    Some(Parsed { config, unknown }) => Ok(Loaded { config, unknown, problem: Some(problem) }),
-                    None => Err(problem),
-                }
-            }
+            Err(problem) => match last_good_of(&last_good) {
+                Some((_, Parsed { config, unknown })) => Ok(Loaded { config, unknown, problem: Some(problem) }),
+                None => Err(problem),
+            },
         }
     }
 
     /// Keeps `text` as the last good settings, so that the next start need not wait whether somebody is still writing them.
     pub fn remember_good(home: &Home, text: &str) -> Result<()> {
-        remember(&home.state_file(LAST_GOOD), text)
+        remember(&Config::last_good_path(home), text)
+    }
+
+    /// The last good settings, and their text, where there is a copy that can be used.
+    pub fn last_good(home: &Home) -> Option<(String, Config)> {
+        last_good_of(&Config::last_good_path(home)).map(|(text, parsed)| (text, parsed.config))
+    }
+
+    pub fn last_good_path(home: &Home) -> PathBuf {
+        home.state_file(LAST_GOOD)
     }
 
     /// The file of certificates that the settings name.
@@ -243,6 +249,12 @@ impl Config {
 
 /// The certificates of first contacts, below `state/`.
 pub const PINS: &str = "pins.json";
+
+fn last_good_of(path: &Path) -> Option<(String, Parsed)> {
+    let text = read_text(path).ok().flatten()?;
+    let parsed = Config::parse(&text).ok()?;
+    Some((text, parsed))
+}
 
 fn remember(last_good: &Path, text: &str) -> Result<()> {
     if store::read(last_good, MAX_BYTES).ok().flatten().as_deref() == Some(text.as_bytes()) {

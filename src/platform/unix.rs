@@ -202,7 +202,6 @@ pub fn has_execute_bit(metadata: &fs::Metadata) -> bool {
 }
 
 /// Whether somebody besides its owner may read the file.
-#[cfg(feature = "gateway")]
 pub fn others_may_read(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o044 != 0
 }

@@ -160,7 +160,6 @@ pub fn has_execute_bit(_metadata: &fs::Metadata) -> bool {
 }
 
 /// Who may read it is said by the access list that it inherits from its directory.
-#[cfg(feature = "gateway")]
 pub fn others_may_read(_metadata: &fs::Metadata) -> bool {
     false
 }

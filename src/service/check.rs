@@ -349,8 +349,13 @@ fn standing(home: &Home) -> Result<Standing> {
 fn standing_config(home: &Home) -> Result<(Option<String>, Option<Config>)> {
     let config = Config::read_strictly(home)
         .context("the settings that stand there are to be kept; correct them, or say --fresh")?;
-    let text = if config.is_some() { config::text(home)? } else { None };
-    Ok((text, config))
+    if config.is_some() {
+        return Ok((config::text(home)?, config));
+    }
+    // The manager goes by this copy too, as long as there is nothing else.
+    let Some((text, config)) = Config::last_good(home) else { return Ok((None, None)) };
+    progress::warn(format_args!("{} is missing; the last good copy of it is taken", home.config().display()));
+    Ok((Some(text), Some(config)))
 }
 
 /// The settings to be: those that stand or were imported, with what the command line says on top. How a home that stands checks the

@@ -11,7 +11,7 @@ use super::fetch::Fetched;
 use super::progress;
 use super::site::Site;
 use super::undo::Undo;
-use crate::config::{Config, PINS};
+use crate::config::{self, Config, PINS};
 use crate::core::model::MANAGER_PACKAGE;
 use crate::endpoint;
 use crate::home::Home;
@@ -48,8 +48,8 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
         undo.keep(&path)?;
         store::replace(&path, bytes, Access::Public)?;
     }
-    undo.keep(&home.config())?;
-    store::replace(&home.config(), plan.config_text.as_bytes(), plan.config.access())?;
+    configuration(plan, undo)?;
+    undo.keep(&Config::last_good_path(home))?;
     Config::remember_good(home, &plan.config_text)?;
 
     if let Some(pins) = &fetched.pins {
@@ -62,6 +62,22 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
         endpoint::add_pins(pins, &path)?;
     }
     Ok(())
+}
+
+/// Writes `etc/conf.toml` where it is to say something else. Where it is a link, what that leads to is the operator's settings; what he
+/// has closed to others stays closed.
+fn configuration(plan: &Plan, undo: &mut Undo) -> Result<()> {
+    let path = plan.home.config();
+    let path = std::fs::canonicalize(&path).unwrap_or(path);
+    let is_open = std::fs::metadata(&path).is_ok_and(|metadata| platform::others_may_read(&metadata));
+    let is_there = path.exists();
+    let access = if is_there && !is_open { Access::Private } else { plan.config.access() };
+    let stands = is_there && config::text(&plan.home).is_ok_and(|text| text.as_ref() == Some(&plan.config_text));
+    if stands && (access == Access::Public || !is_open) {
+        return Ok(());
+    }
+    undo.keep(&path)?;
+    store::replace(&path, plan.config_text.as_bytes(), access)
 }
 
 /// The operator's keys, those of the bootstrap, and what the package says about keys.

@@ -318,6 +318,39 @@ fn what_is_mounted_below_a_home_is_not_removed_with_it() {
 }
 
 #[test]
+fn settings_behind_a_link_or_lost_are_kept_in_their_place_and_as_they_were() {
+    let (gateway, host, pid) = joined();
+    let (config, managed) = (host.home().join("etc/conf.toml"), host.beside("managed.toml"));
+    let text = fs::read_to_string(&config).unwrap().replace("#spmMaxMem = \"64MiB\"", "spmMaxMem = 99");
+    fs::write(&managed, &text).unwrap();
+    fs::set_permissions(&managed, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::remove_file(&config).unwrap();
+    std::os::unix::fs::symlink(&managed, &config).unwrap();
+    let mode = || fs::metadata(&managed).unwrap().permissions().mode() & 0o777;
+    host.install(&["--version", "2.0.0"]).expect_success();
+    assert!(config.is_symlink());
+    assert_eq!((fs::read_to_string(&managed).unwrap(), mode()), (text.clone(), 0o600));
+    // What is to be changed is changed where it is; and is back after a failure.
+    let second = format!("{}/", gateway.url());
+    host.install(&["--version", "broken", "--endpoint", "https://127.0.0.1:1", "--endpoint", &second]).expect_code(1);
+    assert_eq!(fs::read_to_string(&managed).unwrap(), text);
+    host.install(&["--version", "2.0.0", "--endpoint", gateway.url(), "--endpoint", "https://127.0.0.1:1"])
+        .expect_success();
+    let changed = fs::read_to_string(&managed).unwrap();
+    assert!(
+        config.is_symlink() && changed.contains("127.0.0.1:1\"") && changed.contains("spmMaxMem = 99"),
+        "{changed}"
+    );
+    assert_eq!(mode(), 0o600);
+
+    fs::remove_file(&config).unwrap();
+    let output = host.install(&["--version", "2.0.0"]).expect_code(0);
+    assert!(output.stderr.contains("conf.toml is missing; the last good copy"), "{output}");
+    assert_eq!(fs::read_to_string(&config).unwrap(), changed);
+    assert_eq!(host.wait_for_agent("sleeper"), pid);
+}
+
+#[test]
 fn a_damaged_id_is_mended_by_the_command_that_tells_it() {
     let (_gateway, host, pid) = joined();
     let file = host.home().join("etc/agent-id");
