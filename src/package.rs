@@ -5,8 +5,8 @@
 //! file, which is nobody else's to write: nothing can be put in its place in between.
 //!
 //! ```text
-//! cache/<file>.part, .part.etag   being downloaded, gone on with by the next try or the next run; removed once unpacked
-//! staging/<unique>/               being unpacked; swept by the next start
+//! cache/<file>.part, .part.etag   being downloaded, gone on with by the next try or the next run; removed once in place
+//! staging/<unique>/               being unpacked; removed with its VerifiedTree, else swept by the next start
 //! <final>/  <final>/.complete     moved into place by one rename; `.complete` is written last and removed first
 //! ```
 
@@ -51,7 +51,7 @@ use turns::Turns;
 use watch::Watch;
 
 pub use cache::{sweep, trim};
-pub use completed::{Completed, Withdrawn, completed, discard};
+pub use completed::{Completed, Withdrawn, discard, whole};
 pub use keys::Keys;
 pub use refused::{Refused, is_refusal};
 #[cfg(feature = "gateway")]
@@ -182,7 +182,9 @@ pub fn fetch(means: &Means<'_>, wanted: &Wanted, progress: &mut Progress<'_>) ->
         for place in [&places.cache, &places.staging] {
             cache::make_private(place)?;
         }
-        trim(&places.cache, |_| true)?;
+        if let Err(error) = trim(&places.cache, |_| true) {
+            tracing::warn!(error = format!("{error:#}"), "what nobody comes back for stays in the cache");
+        }
         let until = Instant::now() + means.within;
         let (sources, unusable) = sources::sources(means.endpoints, wanted.tarball.as_deref())?;
         let mut failures: Vec<String> = unusable.iter().map(|error| format!("{error:#}")).collect();
@@ -243,7 +245,7 @@ fn from(
     let part = Part::open(&means.places.cache, file, most, &examined, means.keys, watch);
     let (mut part, began) = (part.map_err(Failure::Host)?, Instant::now());
     if let Err(failure) = fetch::archive(download, &mut part, room, watch) {
-        part.leave();
+        part.leave(wanted.size);
         return Err(failure);
     }
     let (bytes, came, took) = (part.have(), part.came(), began.elapsed());
@@ -267,11 +269,16 @@ fn from(
         // It is whole and as it was signed: the next fetch need not download it.
         return tree;
     }
-    // Unpacked, it is no longer needed; refused, it must not be taken for good the next time. Its lock goes last.
-    let removed = part::remove(&path).map_err(Failure::Host);
-    drop(archive);
-    let tree = tree?;
-    removed.map(|()| tree)
+    match tree {
+        // It is needed until the tree is in its place.
+        Ok(tree) => Ok(VerifiedTree { archive: Some(Archive(path)), ..tree }),
+        Err(failure) => {
+            // It must not be taken for good the next time. Its lock goes last.
+            part::remove(&path).map_err(Failure::Host)?;
+            drop(archive);
+            Err(failure)
+        }
+    }
 }
 
 /// As [`fetch`], from a file of this host with its signature beside it. The file may have any name that says how it is packed.
@@ -332,13 +339,47 @@ fn unpacked(
     let path = unpack::unpack(archive, packing, os, staging, &limits, may_write).map_err(refused::by_content)?;
     let file = wanted.release.file_name(packing);
     let verify::Verified { binding, sha256, signer } = verified;
-    Ok(VerifiedTree { path, file, binding, sha256, signer })
+    Ok(VerifiedTree { path: Unpacked(path), archive: None, file, binding, sha256, signer })
 }
 
-/// An unpacked package whose signature was verified, in staging. Dropped, it is left to the next [`sweep`].
+/// A tree in staging, which is removed when this is dropped.
+#[derive(Debug)]
+struct Unpacked(PathBuf);
+
+impl Drop for Unpacked {
+    fn drop(&mut self) {
+        // Moved to its place, it is not there any more. What cannot be removed is left to the next sweep.
+        let _ = store::remove_tree(&self.0);
+    }
+}
+
+/// The archive of a tree, in the cache, which goes when this is dropped.
+#[derive(Debug)]
+struct Archive(PathBuf);
+
+impl Archive {
+    /// It stays, for another time.
+    fn keep(mut self) {
+        self.0 = PathBuf::new();
+    }
+}
+
+impl Drop for Archive {
+    fn drop(&mut self) {
+        if !self.0.as_os_str().is_empty()
+            && let Err(error) = part::remove(&self.0)
+        {
+            tracing::warn!(error = format!("{error:#}"), "a package that is unpacked stays in the cache for a while");
+        }
+    }
+}
+
+/// An unpacked package whose signature was verified, in staging. Dropped, nothing stays of it.
 #[derive(Debug)]
 pub struct VerifiedTree {
-    path: PathBuf,
+    path: Unpacked,
+    /// In the cache; `None`: it came from elsewhere.
+    archive: Option<Archive>,
     file: String,
     binding: Binding,
     sha256: Digest,
@@ -347,7 +388,7 @@ pub struct VerifiedTree {
 
 impl VerifiedTree {
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.path.0
     }
 
     /// What the signed comment said.
@@ -362,7 +403,7 @@ impl VerifiedTree {
 
     /// Puts the tree where the release belongs, on the same file system. What stands there unfinished goes; a finished release stays,
     /// and is an error.
-    pub fn move_to(self, to: &Path) -> Result<()> {
+    pub fn move_to(mut self, to: &Path) -> Result<()> {
         let attempt = || -> Result<()> {
             let parent = to.parent().context("it has no parent directory")?;
             match platform::create_directory(parent, 0o755) {
@@ -375,8 +416,8 @@ impl VerifiedTree {
                 bail!("a finished release stands there already");
             }
             store::remove_tree(to)?;
-            fs::rename(&self.path, to).with_context(|| {
-                format!("cannot move {} there (both must be on one file system)", self.path.display())
+            fs::rename(self.path(), to).with_context(|| {
+                format!("cannot move {} there (both must be on one file system)", self.path().display())
             })?;
             platform::sync_directory(parent)?;
             let record = Completed {
@@ -388,7 +429,14 @@ impl VerifiedTree {
             };
             store::replace(&to.join(COMPLETE), &serde_json::to_vec(&record)?, Access::Public)
         };
-        attempt().with_context(|| format!("cannot put {} into {}", self.binding.release, to.display()))
+        let outcome = attempt();
+        if outcome.is_err()
+            && let Some(archive) = self.archive.take()
+        {
+            // What keeps it from its place need not have it downloaded again.
+            archive.keep();
+        }
+        outcome.with_context(|| format!("cannot put {} into {}", self.binding.release, to.display()))
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::{MAX_PACKAGE_BYTES, Places, part};
 use crate::store;
@@ -29,17 +29,34 @@ pub(super) fn make_private(directory: &Path) -> Result<()> {
 /// Clears what earlier runs left: everything in staging, downloads that nobody came back for, and the oldest of the rest beyond the
 /// cache's cap. To be called while no fetch is under way.
 pub fn sweep(places: &Places) -> Result<()> {
+    let mut failures = Failures::default();
     for entry in entries(&places.staging)? {
         let path = entry.path();
-        if entry.file_type()?.is_dir() { store::remove_tree(&path)? } else { store::remove(&path)? }
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        failures.note(if is_directory { store::remove_tree(&path) } else { store::remove(&path) });
     }
-    trim(&places.cache, |_| true)
+    failures.note(trim(&places.cache, |_| true));
+    failures.end()
+}
+
+/// What could not be removed: it keeps nothing else from being removed.
+#[derive(Default)]
+struct Failures(Vec<String>);
+
+impl Failures {
+    fn note(&mut self, removed: Result<()>) {
+        self.0.extend(removed.err().map(|error| format!("{error:#}")));
+    }
+
+    fn end(self) -> Result<()> {
+        if self.0.is_empty() { Ok(()) } else { bail!("{}", self.0.join("; ")) }
+    }
 }
 
 /// Removes downloads of files that are not wanted, or that nobody came back for, and the oldest of the rest beyond the cache's cap; none
 /// that is under way.
 pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
-    let mut kept = Vec::new();
+    let (mut kept, mut failures) = (Vec::new(), Failures::default());
     for entry in entries(cache)? {
         let path = entry.path();
         // One that was done meanwhile is gone.
@@ -51,15 +68,15 @@ pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
         let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
         let age = SystemTime::now().duration_since(modified).unwrap_or_default();
         if age > MAX_PART_AGE || !part::package_of(&path).is_some_and(&is_wanted) {
-            store::remove(&path)?;
+            failures.note(store::remove(&path));
         } else {
             kept.push((modified, metadata.len(), path));
         }
     }
     for path in beyond_cap(kept, MAX_CACHE_BYTES) {
-        store::remove(&path)?;
+        failures.note(store::remove(&path));
     }
-    Ok(())
+    failures.end()
 }
 
 /// Which files go so that the rest has at most `cap` bytes: the oldest.

@@ -62,13 +62,21 @@ impl Completed {
     }
 }
 
-/// Which package lies unpacked in `release_dir`; `None` where none does, or not wholly.
-pub fn completed(release_dir: &Path) -> Result<Option<Completed>> {
-    store::load(&release_dir.join(COMPLETE))
+/// Which package lies unpacked in `release_dir`. What does not say it, or cannot be understood, is to be had again.
+pub fn whole(release_dir: &Path) -> Result<Completed> {
+    let again =
+        |why: String| Withdrawn(format!("cannot activate {}: {why}; it is fetched again", release_dir.display()));
+    match store::load::<Completed>(&release_dir.join(COMPLETE)) {
+        Ok(Some(completed)) => Ok(completed),
+        Ok(None) => Err(again("it is not whole".to_owned()).into()),
+        Err(error) if error.chain().any(|cause| cause.is::<std::io::Error>()) => Err(error),
+        Err(error) => Err(again(format!("{error:#}")).into()),
+    }
 }
 
 /// Removes a release: first it no longer counts, then it is gone.
 pub fn discard(release_dir: &Path) -> Result<()> {
+    store::ensure_nothing_mounted(release_dir)?;
     store::remove(&release_dir.join(COMPLETE))?;
     store::remove_tree(release_dir)
 }

@@ -1,8 +1,9 @@
 //! Brings a package's archive and its signature onto this host, over networks that break.
 //!
 //! A download that was cut goes on where it stopped, in this run or in a later one, if the other end still has the very same file: its
-//! ETag is kept beside the part and sent as `If-Range`. What is no part of that file (a page of somebody in between, another size) does not
-//! touch what is there. The bytes are judged by [`super::verify`] as they come.
+//! ETag is kept beside the part and sent as `If-Range`. Another source may know the same file by another ETag: where size and hash were
+//! announced, it is asked for the rest all the same. What is no part of that file (a page of somebody in between, another size) does not
+//! touch what is there. The bytes are judged by [`super::verify`] as they come; what was put together wrongly costs one more download.
 
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -156,18 +157,33 @@ pub(super) fn archive(
         }
         fit(size, room, watch)?;
     }
+    let is_known = wanted.size.is_some() && wanted.sha256.is_some();
+    let mut by = Resume::IfSame;
     persistently(file, download, watch, |watch| {
         if wanted.size.is_some_and(|size| size == part.have()) {
             return Ok(());
         }
-        let resumable = part.resumable();
-        let have = resumable.map_or(0, |(have, _)| have);
+        if by == Resume::IfSame && part.resumable().is_none() && is_known {
+            by = Resume::Blindly;
+        }
+        let etag = part.resumable().map(|(_, etag)| etag).filter(|_| by == Resume::IfSame);
+        let have = if etag.is_some() || by == Resume::Blindly { part.have() } else { 0 };
         let range = format!("bytes={have}-");
-        let headers = resumable.map(|(_, etag)| [("range", range.as_str()), ("if-range", etag)]);
-        let headers = headers.as_ref().map_or(&[][..], |both| both.as_slice());
+        let headers = [("range", range.as_str()), ("if-range", etag.unwrap_or_default())];
+        let headers = &headers[..usize::from(have > 0) + usize::from(etag.is_some())];
         let reply = answered(source.get(means, file, headers, until), source.last || have > 0)?;
         match reply.status() {
             200 | 206 if reply.is_page() => Err(Broken::cut(source.hidden("HTML"))),
+            200 if etag.is_some() && is_known => {
+                by = Resume::Blindly;
+                Err(Broken::cut(anyhow!(
+                    "{source} knows {file} by another ETag, and is asked for the rest of it anyway"
+                )))
+            }
+            // One who does not even say how much it is has no right to what is there.
+            200 if have > 0 && reply.length().is_none() && is_known => {
+                Err(Broken::cut(anyhow!("{source} answers with something else, of no stated length")))
+            }
             200 => {
                 let total = reply.length();
                 fits(total, wanted)?;
@@ -176,24 +192,46 @@ pub(super) fn archive(
                 receive(download, reply, total, part, room, watch)
             }
             206 => {
-                match range_of(&reply).filter(|range| have > 0 && range.from == have && is_same(&reply, part, source)) {
+                let is_rest = |range: &Range| match by {
+                    Resume::IfSame => is_same(&reply, part, source),
+                    Resume::Blindly => range.total == wanted.size,
+                    Resume::Never => false,
+                };
+                match range_of(&reply).filter(|range| have > 0 && range.from == have && is_rest(range)) {
                     Some(Range { total, .. }) => {
                         fits(total, wanted)?;
                         part.go_on(&source.directory.origin());
                         receive(download, reply, total, part, room, watch)
                     }
-                    None => Err(unresumable(part, source, file)),
+                    None => {
+                        by = Resume::Never;
+                        Err(unresumable(part, source, file))
+                    }
                 }
             }
             // All of it was there already.
             416 if have > 0 && reply.header("content-range") == Some(format!("bytes */{have}").as_str()) => Ok(()),
-            416 => Err(unresumable(part, source, file)),
+            416 => {
+                by = Resume::Never;
+                Err(unresumable(part, source, file))
+            }
             404 | 410 => Err(Broken::source(source.lacks(file))),
             _ => Err(refused(reply)),
         }
     })?;
     // Its size may be known only now.
     fit(part.have(), room, watch)
+}
+
+/// How a download is gone on with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Resume {
+    /// If the source has the very file that was begun with, by its ETag.
+    IfSame,
+    /// Whatever the source calls it: what it must be is known.
+    Blindly,
+    /// From its first byte.
+    Never,
 }
 
 /// Whether an answer is of the file that a part is of. Who sent none of it must say so: one who does not know `If-Range` sends the rest of
@@ -280,7 +318,8 @@ fn receive(
         watch.at(done, total)?;
         watch.pause(means.commons.take(amount as u64).min(download.until.saturating_duration_since(Instant::now())))?;
         if download.is_late() && Some(done) != total {
-            return Err(Broken::Final(Failure::Late(too_late(download, done, total))));
+            let is_kept = part.resumable().is_some();
+            return Err(Broken::Final(Failure::Late(too_late(download, done, total, is_kept))));
         }
     }
     // Who does not want it any more may have ended the connection.
@@ -295,9 +334,14 @@ fn receive(
     }
 }
 
-fn too_late(download: &Download<'_>, done: u64, total: Option<u64>) -> anyhow::Error {
+fn too_late(download: &Download<'_>, done: u64, total: Option<u64>, is_kept: bool) -> anyhow::Error {
     let of = total.map(|total| format!(" of {total}")).unwrap_or_default();
-    anyhow!("{}; {done}{of} bytes are there, and the next try goes on from there", download.late())
+    let next = if is_kept {
+        "the next try goes on from there"
+    } else {
+        "the next try begins anew, as who sent them does not say which file they are of (ETag)"
+    };
+    anyhow!("{}; {done}{of} bytes are there, and {next}", download.late())
 }
 
 /// Tries again what was cut, until it is done, hopeless, cut too often, takes too long, or is not wanted any more.

@@ -158,9 +158,9 @@ impl<'a> Part<'a> {
         Ok(())
     }
 
-    /// Leaves it to another time; nothing at all is not worth keeping.
-    pub(super) fn leave(self) {
-        if self.have() == 0 {
+    /// Leaves it to another time, where it can be gone on with then: `whole` is its announced size.
+    pub(super) fn leave(self, whole: Option<u64>) {
+        if self.have() == 0 || (self.etag.is_none() && Some(self.have()) != whole) {
             let _ = remove(&self.path);
         }
     }

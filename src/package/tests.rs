@@ -137,23 +137,27 @@ fn a_signed_package_becomes_a_release() {
     assert_eq!(tree.binding().epoch, 3);
     assert_eq!(seen.last(), Some(&(bytes.len() as u64, Some(bytes.len() as u64))));
     assert!(seen.is_sorted());
-    assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
 
     let (staged, to) = (tree.path().to_owned(), desk.directory.path().join("agents/demo/1.0"));
     // What an interrupted move left there is replaced.
     fs::create_dir_all(to.join("half")).unwrap();
-    assert_eq!(completed(&to).unwrap(), None);
+    assert!(whole(&to).unwrap_err().is::<Withdrawn>());
     let sha256 = tree.sha256().clone();
     tree.move_to(&to).unwrap();
     assert!(!staged.exists() && !to.join("half").exists());
+    assert_eq!(entries(&desk.places.cache).unwrap().len(), 0);
     assert_eq!(fs::read(to.join("bin/run")).unwrap(), b"#!/bin/sh\n");
-    let record = completed(&to).unwrap().unwrap();
+    let record = whole(&to).unwrap();
     assert_eq!((record.file.as_str(), record.sha256, record.epoch), ("demo-1.0_linux_amd64.tar.zst", sha256, 3));
     assert_eq!(record.signer.as_ref(), keys.iter().next());
 
     let again = desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap();
     assert!(format!("{:#}", again.move_to(&to).unwrap_err()).contains("stands there already"));
-    assert!(completed(&to).unwrap().is_some());
+    // Nothing is left of it in staging, and it need not be downloaded again.
+    assert_eq!((entries(&desk.places.cache).unwrap().len(), entries(&desk.places.staging).unwrap().len()), (1, 0));
+    drop(desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap());
+    assert_eq!(desk.leftovers(), Vec::<PathBuf>::new());
+    assert!(whole(&to).is_ok());
     discard(&to).unwrap();
     discard(&to).unwrap();
     assert!(!to.exists());

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::task::AbortHandle;
 
 use super::journal::MAX_MESSAGE_BYTES;
-use super::stage::Staging;
+use super::stage::{Refusal, Staging};
 use crate::core::desired::Run;
 use crate::core::env::Env;
 use crate::core::model::{AgentName, Version};
@@ -17,14 +17,18 @@ use crate::core::status::AgentStatus;
 use crate::core::supervise::{Policy, Supervisor};
 use crate::core::text::cut;
 use crate::home::{self, Home};
+use crate::installation::guard;
+use crate::package;
 use crate::platform::{self, Groups};
 use crate::process::health;
 use crate::process::launch::{self, Program};
-use crate::process::record::Record;
+use crate::process::record::{self, Record};
 use crate::process::tree::Target;
 
 /// Between two tries at a release that cannot be had.
 const STAGE_BACKOFF: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::from_secs(300) };
+/// Between two downloads of one that is refused each time: a whole fleet may be told to have it, over links that others need.
+const COSTLY_BACKOFF: Backoff = Backoff { cap: Duration::from_secs(6 * 3600), ..STAGE_BACKOFF };
 
 /// Of its exits, failed starts and states of health, so many are told to the gateway at once, and one more each so often: one that goes
 /// down again and again must not fill the journal, which is everybody's. Its state and its restarts are in every heartbeat.
@@ -103,6 +107,7 @@ impl Agent {
     /// What is on disk of a sub-agent.
     pub(super) fn found(home: &Home, name: AgentName, restarts: u64) -> Agent {
         let mut agent = Agent::new(name, restarts);
+        remove_unfinished(home, &agent.name);
         let mut found: Vec<(std::time::SystemTime, Version)> = vec![];
         for entry in std::fs::read_dir(home.agent(&agent.name)).into_iter().flatten().flatten() {
             // The link `current` is none, though one could read it as a version and find a whole release behind it.
@@ -172,13 +177,14 @@ impl Agent {
     }
 
     /// Notes that a release could not be had, to be tried again later and later, and not before who has it wants to be asked.
-    pub(super) fn hold_back(&mut self, version: Version, error: String, retry_after: Option<Duration>, now: Instant) {
+    pub(super) fn hold_back(&mut self, version: Version, refusal: Refusal, now: Instant) {
         let failures = match &self.held_back {
             Some(held) if held.version == version => held.failures + 1,
             _ => 1,
         };
-        self.error = Some(error);
-        let delay = STAGE_BACKOFF.delay(failures, fastrand::f64()).max(retry_after.unwrap_or_default());
+        self.error = Some(refusal.why);
+        let backoff = if refusal.costly { COSTLY_BACKOFF } else { STAGE_BACKOFF };
+        let delay = backoff.delay(failures, fastrand::f64()).max(refusal.retry_after.unwrap_or_default());
         self.held_back = Some(HeldBack { version, failures, until: now + delay });
     }
 
@@ -255,6 +261,29 @@ impl Agent {
             memory_bytes: pid.and_then(platform::memory_bytes),
             last_error: self.last_error(),
             download: self.staging.as_ref().and_then(Staging::status),
+        }
+    }
+}
+
+/// Removes what stands in the place of releases and is none: its unpacking, or its removal, was cut short. What `current` or a process
+/// record names is left alone.
+fn remove_unfinished(home: &Home, name: &AgentName) {
+    let current = platform::read_current(&home.current(name)).ok().flatten();
+    let recorded = record::load(home, name).map(|record| record.head.version);
+    for entry in std::fs::read_dir(home.agent(name)).into_iter().flatten().flatten() {
+        let Some(version) = entry.file_name().to_str().and_then(|name| name.parse::<Version>().ok()) else { continue };
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let complete = entry.path().join(home::COMPLETE).symlink_metadata();
+        let is_unfinished = is_directory && complete.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
+        if !is_unfinished || current.as_deref() == Some(version.as_str()) || recorded.as_ref() == Some(&version) {
+            continue;
+        }
+        match guard::place(home, name).and_then(|()| package::discard(&entry.path())) {
+            Ok(()) => tracing::info!(agent = %name, %version, "what was left of a release is removed"),
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(agent = %name, %version, error, "what is left of a release cannot be removed");
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::Input;
@@ -25,6 +25,8 @@ use crate::process::launch;
 
 /// So many are fetched at the same time.
 const AT_ONCE: usize = 3;
+/// To download so much for nothing is not to be done again soon.
+const COSTLY: u64 = 1 << 20;
 /// The log tells so often how far a download is.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
@@ -94,6 +96,16 @@ impl Drop for Staging {
     }
 }
 
+/// A release that was unpacked, and is none that this manager can run.
+#[derive(Debug)]
+struct Unusable;
+
+impl std::fmt::Display for Unusable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the release is not kept")
+    }
+}
+
 /// Why a release could not be staged, activated or started.
 #[derive(Debug)]
 pub(super) struct Refusal {
@@ -102,13 +114,21 @@ pub(super) struct Refusal {
     pub(super) refused: bool,
     /// Who has it asked to be left alone for so long.
     pub(super) retry_after: Option<Duration>,
+    /// It was downloaded to be refused, and will be again.
+    pub(super) costly: bool,
 }
 
 impl Refusal {
     pub(super) fn of(error: &anyhow::Error) -> Refusal {
         let refused = package::is_refusal(error) || error.is::<Unsound>();
         let retry_after = error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after);
-        Refusal { why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES), refused, retry_after }
+        Refusal { why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES), refused, retry_after, costly: false }
+    }
+
+    /// Of a release of which so many bytes were downloaded.
+    fn after(error: &anyhow::Error, bytes: u64) -> Refusal {
+        let is_final = package::is_refusal(error) || error.is::<Unusable>();
+        Refusal { costly: is_final && bytes >= COSTLY, ..Refusal::of(error) }
     }
 
     /// As an event has it.
@@ -138,10 +158,10 @@ pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
             turn = desk.turns.acquire_owned() => turn,
             _ = unwanted => return,
         };
-        let (name, version) = (job.name.clone(), job.order.version.clone());
+        let (name, version, come) = (job.name.clone(), job.order.version.clone(), Arc::clone(&seen));
         let result = match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
-            Ok(result) => result.map_err(|error| Refusal::of(&error)),
-            Err(error) => Err(Refusal { why: format!("cannot stage it: {error}"), refused: false, retry_after: None }),
+            Ok(result) => result.map_err(|error| Refusal::after(&error, come.bytes.load(Ordering::Relaxed))),
+            Err(error) => Err(Refusal::of(&anyhow::anyhow!("cannot stage it: {error}"))),
         };
         let _ = inputs.send(Input::Staged { name, version, result });
     });
@@ -180,9 +200,11 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
     let release = home.release(name, &order.version);
     tree.move_to(&release)?;
     // A release that cannot be run is not kept as one that could.
-    launch::inspect(home, name, &order.version).inspect_err(|_| {
-        let _ = package::discard(&release);
-    })?;
+    launch::inspect(home, name, &order.version)
+        .inspect_err(|_| {
+            let _ = package::discard(&release);
+        })
+        .context(Unusable)?;
     Ok(())
 }
 
@@ -207,8 +229,7 @@ pub(super) fn wanted(name: &AgentName, order: &Order) -> Wanted {
 pub(super) fn admit(home: &Home, name: &AgentName, version: &Version) -> Result<Completed> {
     guard::agent(home, name)?;
     guard::release(home, name, version)?;
-    let release = home.release(name, version);
-    let Some(completed) = package::completed(&release)? else { bail!("{} is not whole", release.display()) };
+    let completed = package::whole(&home.release(name, version))?;
     completed.admit(Epochs::load(home)?.least(name.as_str()), &keyring::trusted(home)?)?;
     Ok(completed)
 }

@@ -58,7 +58,12 @@ pub(super) fn read(unpacked: impl Read, plan: &mut Plan, sink: &mut Sink<'_>) ->
             left.set(entry.size().saturating_add(MAX_HEADER_BYTES));
         }
         let path = text(&entry.path_bytes())?.to_owned();
+        let before = left.get();
         one(&mut entry, &path, plan, sink).with_context(|| shown(&path))?;
+        if entry.header().entry_type() == EntryType::XGlobalHeader {
+            // Its content is read with it.
+            headers += before.saturating_sub(left.get());
+        }
     }
     let Allowed { inner, .. } = archive.into_inner();
     ends(inner)

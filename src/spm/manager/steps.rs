@@ -135,7 +135,7 @@ impl Manager {
             let about = About { agent: Some(name), version: Some(&version) };
             self.journal.note(kind, refusal.outcome(), about, refusal.why.as_str());
         }
-        agent.hold_back(version, refusal.why, None, now);
+        agent.hold_back(version, refusal, now);
     }
 
     /// Takes the sub-agent down for something that needs it down.
@@ -340,7 +340,8 @@ impl Manager {
             Input::Staged { name, version, result } => {
                 let Some(agent) = self.agents.get_mut(&name) else {
                     // It was removed meanwhile.
-                    if let Err(error) = package::discard(&self.home.release(&name, &version))
+                    if let Err(error) = guard::place(&self.home, &name)
+                        .and_then(|()| package::discard(&self.home.release(&name, &version)))
                         .and_then(|()| store::remove_tree(&self.home.agent(&name)))
                     {
                         tracing::warn!(agent = %name, error = format!("{error:#}"), "a release that nobody wants any more cannot be removed");
@@ -367,7 +368,7 @@ impl Manager {
                         if agent.error.as_ref() != Some(&refusal.why) {
                             self.journal.note("stage", refusal.outcome(), about, refusal.why.as_str());
                         }
-                        agent.hold_back(version, refusal.why, refusal.retry_after, now);
+                        agent.hold_back(version, refusal, now);
                     }
                 }
             }
