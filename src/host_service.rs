@@ -39,6 +39,34 @@ pub enum Verdict {
     Missing,
 }
 
+/// So often in a row the service manager may give no answer before it counts as none: it may be busy, or be renewed itself.
+const UNANSWERED: u32 = 6;
+
+/// Questions in a row that the service manager did not answer.
+#[derive(Debug, Default)]
+pub struct Unanswered(u32);
+
+impl Unanswered {
+    /// What follows from an answer, or from its absence: at first nothing, since the unit may be masked or stopped.
+    pub fn judge(&mut self, answer: Result<Verdict>) -> Verdict {
+        match answer {
+            Ok(verdict) => {
+                self.0 = 0;
+                verdict
+            }
+            Err(error) => {
+                self.0 = self.0.saturating_add(1);
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    times = self.0,
+                    "the service manager cannot be asked after a role"
+                );
+                if self.0 < UNANSWERED { Verdict::Coming } else { Verdict::Missing }
+            }
+        }
+    }
+}
+
 /// Judges a dead role by its unit.
 pub fn verdict(home: &Home, role: Role) -> Result<Verdict> {
     Ok(judge(&state(home, role)?))

@@ -15,7 +15,7 @@ use crate::core::status::RoleStatus;
 use crate::home::Home;
 use crate::installation::{self, guard};
 use crate::lock::{self, Held};
-use crate::{platform, store};
+use crate::{platform, process, store};
 
 /// The exit code of a role that was stopped on purpose: the service manager's unit does not restart it for this one.
 pub const STOPPED_ON_PURPOSE: u8 = 100;
@@ -117,7 +117,7 @@ pub struct Holder {
 
 impl Holder {
     pub fn is_alive(&self) -> bool {
-        self.boot_id == platform::boot_id() && platform::start_time(self.pid) == Some(self.start_time)
+        self.boot_id == platform::boot_id() && platform::lives(self.pid, self.start_time)
     }
 
     pub fn status(&self) -> RoleStatus {
@@ -174,6 +174,17 @@ pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
         made.push(directory);
     }
     Ok(made)
+}
+
+/// Leaves the group of the sub-agent from within which the role was started, if it was: it is to outlive it.
+pub fn leave_sub_agent(home: &Home) {
+    match process::groups(home).map_or(Ok(false), |groups| groups.leave()) {
+        Ok(false) => {}
+        Ok(true) => tracing::info!("the role was started by a sub-agent, and is no part of it"),
+        Err(error) => {
+            tracing::error!(error = %error, "the role was started by a sub-agent, and ends with it: its group cannot be left")
+        }
+    }
 }
 
 /// Logs what [`restore_directories`] did.

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::core::watch::{Lasting, Next, PING, Pings, Revival};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
+use crate::host_service::Unanswered;
 use crate::installation::keyring;
 use crate::platform::{self, LocalConnection};
 use crate::role::{self, Holder, Role, STOPPED_ON_PURPOSE};
@@ -51,6 +52,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spa"))?;
     role::tell_of_restored(&restored);
+    role::leave_sub_agent(home);
     let supervised = options.service != host_service::Kind::None;
     if role::is_stop_recorded(home) && !supervised {
         tracing::info!("the home was told to stop; the watchdog does not start");
@@ -80,6 +82,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         words,
         serial: 0,
         revival,
+        unanswered: Unanswered::default(),
         children: vec![],
         large: 0,
         looks_around: now,
@@ -150,6 +153,7 @@ struct Watchdog<'a> {
     /// Counts connections, so that word of an earlier one is not taken for this one's.
     serial: u64,
     revival: Revival,
+    unanswered: Unanswered,
     children: Vec<Child>,
     large: u32,
     /// When the home and the memory of both roles are looked at next.
@@ -239,17 +243,11 @@ impl Watchdog<'_> {
 
     /// What the service manager says of the manager's unit, and what follows. `Some(None)`: a stop.
     fn ask_unit(&mut self, absence: &mut Absence, taken: bool) -> Result<Option<Option<Found>>> {
-        let verdict = match host_service::verdict(self.home, Role::Spm) {
-            Ok(verdict) => verdict,
-            Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked");
-                host_service::Verdict::Missing
-            }
-        };
+        let verdict = self.unanswered.judge(host_service::verdict(self.home, Role::Spm));
         match verdict {
             host_service::Verdict::Stopped => {
+                // It is recorded with what follows.
                 tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
-                role::record_stop(self.home)?;
                 return Ok(Some(None));
             }
             host_service::Verdict::Coming | host_service::Verdict::Forbidden => {}
@@ -261,7 +259,7 @@ impl Watchdog<'_> {
                 if verdict == host_service::Verdict::Dead && !absence.told {
                     tracing::warn!("the manager is dead and its unit is asked to start it");
                     absence.told = true;
-                    if let Err(error) = host_service::start(self.home, &[Role::Spm]) {
+                    if let Err(error) = while_noticed(|| host_service::start(self.home, &[Role::Spm])) {
                         tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
                     }
                     absence.turn = Instant::now();
@@ -394,20 +392,25 @@ impl Watchdog<'_> {
         Ok(End::Stopped)
     }
 
-    /// Every one of them may take its grace period, which is longer than the service manager waits for a sign of life.
     fn end_sub_agents(&self) -> Result<()> {
-        std::thread::scope(|scope| {
-            let (done, working) = mpsc::channel::<()>();
-            scope.spawn(move || {
-                while let Err(RecvTimeoutError::Timeout) = working.recv_timeout(PING) {
-                    platform::notify("WATCHDOG=1");
-                }
-            });
-            let ended = process::tree::end_all(self.home);
-            drop(done);
-            ended
-        })
+        // Every one of them may take its grace period.
+        while_noticed(|| process::tree::end_all(self.home))
     }
+}
+
+/// Does what may take longer than the service manager waits for a sign of life, and gives it one meanwhile.
+fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
+    std::thread::scope(|scope| {
+        let (done, working) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            while let Err(RecvTimeoutError::Timeout) = working.recv_timeout(PING) {
+                platform::notify("WATCHDOG=1");
+            }
+        });
+        let outcome = work();
+        drop(done);
+        outcome
+    })
 }
 
 enum Found {

@@ -85,7 +85,7 @@ enum Input {
     },
     Heartbeat(heartbeats::Outcome),
     /// What the service manager says of the unit of a watchdog that is gone.
-    WatchdogJudged(host_service::Verdict),
+    WatchdogJudged(Result<host_service::Verdict>),
 }
 
 /// Runs the manager until it is stopped or gives way.
@@ -98,6 +98,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spm"))?;
     role::tell_of_restored(&restored);
+    role::leave_sub_agent(home);
     let supervised = options.service != host_service::Kind::None;
     if supervised {
         // The service manager starts what it was told to start, or what is to run at boot.

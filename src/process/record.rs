@@ -83,7 +83,14 @@ impl Head {
 impl Record {
     /// Whether the process that was recorded runs now.
     pub fn is_alive(&self) -> bool {
-        self.head.boot_id == platform::boot_id() && platform::start_time(self.pid) == Some(self.start_time)
+        self.is_of_this_boot() && platform::lives(self.pid, self.start_time)
+    }
+
+    /// Whether its numbers mean what they meant. A container that was started anew counts its pids from one, within the same boot of its
+    /// host: nothing of before is older than its first process.
+    pub fn is_of_this_boot(&self) -> bool {
+        let first = platform::start_time(1).unwrap_or(0);
+        self.head.boot_id == platform::boot_id() && self.start_time >= first
     }
 
     /// The group that it began in.
@@ -99,6 +106,11 @@ impl Record {
 /// The record of one sub-agent. One that cannot be read says nothing and is as good as none: the marks stand in.
 pub fn load(home: &Home, name: &AgentName) -> Option<Record> {
     read(&home.process_record(name))
+}
+
+/// How long ago the record of a sub-agent was written.
+pub fn age(home: &Home, name: &AgentName) -> Option<Duration> {
+    std::fs::metadata(home.process_record(name)).and_then(|metadata| metadata.modified()).ok()?.elapsed().ok()
 }
 
 fn read(path: &Path) -> Option<Record> {

@@ -169,7 +169,7 @@ fn members_among(home: &Home, processes: &[Seen], target: &Target) -> Vec<Seen> 
     }
     members.extend(target.grouped(home));
     if target.is_scattered() {
-        let recorded = target.record.as_ref().filter(|record| record.head.boot_id == platform::boot_id());
+        let recorded = target.record.as_ref().filter(|record| record.is_of_this_boot());
         let taken_over =
             |record: &&Record| !processes.iter().any(|p| p.pid == record.pid && p.start_time != record.start_time);
         let target = Target { record: recorded.filter(taken_over).cloned(), ..target.clone() };

@@ -8,7 +8,7 @@ use super::run::Inputs;
 use crate::core::status::RoleStatus;
 use crate::core::watch::{Lasting, Revival};
 use crate::home::Home;
-use crate::host_service::{self, Verdict};
+use crate::host_service::{self, Unanswered, Verdict};
 use crate::platform;
 use crate::role::{self, Role};
 
@@ -28,6 +28,7 @@ pub(super) struct Peer {
     supervised: bool,
     state: State,
     revival: Revival,
+    unanswered: Unanswered,
     children: Vec<Child>,
     /// Somebody stopped the watchdog's own unit; it is left so.
     pub(super) stopped_by_operator: bool,
@@ -63,7 +64,14 @@ impl Peer {
     pub(super) fn new(home: &Home, supervised: bool, now: Instant) -> Peer {
         let not_before = if role::is_taken(home, Role::Spa) { now + CONNECTS } else { now };
         let state = State::gone(now, not_before);
-        Peer { supervised, state, revival: Revival::new(now), children: vec![], stopped_by_operator: false }
+        Peer {
+            supervised,
+            state,
+            revival: Revival::new(now),
+            unanswered: Unanswered::default(),
+            children: vec![],
+            stopped_by_operator: false,
+        }
     }
 
     pub(super) fn hello(&mut self, pid: u32, now: Instant) {
@@ -144,7 +152,8 @@ impl Peer {
     }
 
     /// Takes in what the service manager says of the unit of a watchdog that is gone.
-    pub(super) fn judged(&mut self, home: &Home, verdict: Verdict, now: Instant) {
+    pub(super) fn judged(&mut self, home: &Home, answer: anyhow::Result<Verdict>, now: Instant) {
+        let verdict = self.unanswered.judge(answer);
         let State::Gone(absence) = &mut self.state else { return };
         match verdict {
             Verdict::Stopped => self.stopped_by_operator = true,
@@ -196,11 +205,7 @@ impl Peer {
 fn ask(home: &Home, inputs: &Inputs) {
     let (home, inputs) = (home.clone(), inputs.clone());
     tokio::task::spawn_blocking(move || {
-        let verdict = host_service::verdict(&home, Role::Spa).unwrap_or_else(|error| {
-            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after the watchdog");
-            Verdict::Missing
-        });
-        let _ = inputs.send(Input::WatchdogJudged(verdict));
+        let _ = inputs.send(Input::WatchdogJudged(host_service::verdict(&home, Role::Spa)));
     });
 }
 

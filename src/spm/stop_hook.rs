@@ -17,15 +17,30 @@ const LONGEST_STOP: Duration = Duration::from_secs(840);
 const LONGEST_GRACE: Duration = Duration::from_secs(860);
 
 pub(super) fn run(home: &Home) -> Result<ExitCode> {
-    logging::to_file(&home.role_log("spm"))?;
+    // A stop is honoured on a full disk too.
+    let _ = logging::to_file(&home.role_log("spm"));
     // Empty when the manager ended by itself and is about to be restarted.
     let main_pid = std::env::var("MAINPID").unwrap_or_default();
-    if main_pid.is_empty() || main_pid == "0" || host_service::is_restarting(home, Role::Spm)? {
+    if main_pid.is_empty() || main_pid == "0" {
         return Ok(ExitCode::SUCCESS);
+    }
+    match host_service::is_restarting(home, Role::Spm) {
+        Ok(true) => return Ok(ExitCode::SUCCESS),
+        Ok(false) => {}
+        // Not known to be a stop, it is none. If it was one, the watchdog sees it by the unit.
+        Err(error) => {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "systemd does not say whether this is a restart; the sub-agents stay"
+            );
+            return Ok(ExitCode::SUCCESS);
+        }
     }
     let began = Instant::now();
     tracing::info!("the unit is being stopped; the sub-agents are stopped with it");
-    role::record_stop(home)?;
+    if let Err(error) = role::record_stop(home) {
+        tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
+    }
     let reply = match door::ask_to_stop(home, LONGEST_STOP) {
         Ok(reply) => reply,
         Err(error) => {

@@ -223,6 +223,31 @@ fn a_stop_is_possible_whatever_is_left_to_help() {
     one_of_each(&container);
 }
 
+#[test]
+fn a_stop_of_the_unit_is_honoured_on_a_full_disk() {
+    let container = Container::systemd();
+    container.shell("mkdir /opt/aops; mount -t tmpfs -o size=160m tmpfs /opt/aops").expect_success();
+    let container = joined_in(container, true);
+    let before = up(&container);
+    container.shell("cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true").expect_success();
+    for path in ["/opt/aops/run/spm.json", "/opt/aops/run/spa.json"] {
+        // Whatever room that makes is taken at once.
+        container
+            .shell(&format!("rm -f {path}; cat /dev/zero >>/opt/aops/log/filler 2>/dev/null || true"))
+            .expect_success();
+    }
+    container.shell("systemctl stop aops-spm").expect_success();
+    wait_until_stopped(&container);
+    stays_stopped(&container);
+    container.shell("rm /opt/aops/log/filler; aops control start").expect_success();
+    assert!(up(&container).iter().all(|(name, pid)| before[name] != *pid));
+    // Each in a group of its own, that is no role's.
+    for pid in up(&container).values() {
+        let cgroup = container.shell(&format!("cat /proc/{pid}/cgroup")).stdout;
+        assert!(cgroup.contains("aops-agents") && !cgroup.contains("aops-sp"), "{cgroup}");
+    }
+}
+
 /// A container with a home that has joined a gateway inside, by the old platform's command.
 fn joined() -> Container {
     joined_with(true)
@@ -230,7 +255,10 @@ fn joined() -> Container {
 
 /// With or without the gateway coming back after a boot.
 fn joined_with(gateway_at_boot: bool) -> Container {
-    let container = Container::systemd();
+    joined_in(Container::systemd(), gateway_at_boot)
+}
+
+fn joined_in(container: Container, gateway_at_boot: bool) -> Container {
     container.copy_in(aops(), "/srv/aops", 0o755);
     for (package, files) in [
         (Package::sleeper("native", "1.0"), ["agent.toml", "bin/run"]),

@@ -213,6 +213,16 @@ fn a_stop_ends_the_whole_tree_also_what_ignores_it_and_what_a_dead_one_left() {
         (marked(&host.home(), "stubborn").len() >= 4 && marked(&host.home(), "left").len() == 1).then_some(())
     });
 
+    // What a dead one left is not taken for it by the next manager.
+    let spm = host.role_pid("spm");
+    host.control(&["restart"]).expect_success();
+    let status = host.wait_for_status("the next manager", SOON, |status| {
+        status["state"] == "running" && pid(&status["spm"]["pid"]).is_some() && pid(&status["spm"]["pid"]) != spm
+    });
+    let left = agent(&status, "left").expect("it is there");
+    assert_eq!((pid(&left["pid"]), left["state"] == "running"), (None, false), "{status:#}");
+    assert_eq!(marked(&host.home(), "left").len(), 1);
+
     // The next one starts when nothing of the last one is left.
     let of_old = marked(&host.home(), "stubborn");
     host.kill(old);

@@ -85,6 +85,37 @@ fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
     other.wait().expect("it can be waited for");
 }
 
+#[test]
+fn roles_that_a_sub_agent_started_outlive_it() {
+    // Once it is told to.
+    let script = "at=$AOPS_HOME/..; while [ ! -e $at/go ]; do sleep 0.1; done
+[ -e $at/done ] || { touch $at/done; $AOPS_HOME/bin/aops control restart; }
+exec sleep 1000000";
+    let package = Package::script("deploy", "1.0", script, "");
+    let gateway = Gateway::with(&[&package], &[("deploy", "1.0", "")]);
+    let host = TestHost::joined(&gateway);
+    host.wait_for_agent("deploy");
+    fs::write(host.beside("go"), "").expect("it is ours");
+    wait_for("the roles that it started", SOON, || {
+        let log = fs::read_to_string(host.home().join("log/spm.log")).ok()?;
+        log.contains("the role was started by a sub-agent, and is no part of it").then_some(())
+    });
+    host.wait_for_status("both roles", SOON, |status| status["state"] == "running");
+    let deploy = host.wait_for_agent("deploy");
+    let roles = || ["spm", "spa"].map(|role| host.role_pid(role));
+    let before = roles();
+    for pid in before {
+        let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", pid.expect("it runs"))).expect("it runs");
+        assert!(!cgroup.contains("agent-deploy"), "{cgroup}");
+    }
+    host.kill(deploy);
+    host.wait_for_new_pid("deploy", deploy);
+    assert_eq!(roles(), before);
+    host.control(&["restart", "deploy"]).expect_success();
+    host.wait_for_agent("deploy");
+    assert_eq!(roles(), before);
+}
+
 /// The live processes that sleep for so many seconds.
 fn sleeping(seconds: u32) -> Vec<u32> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();

@@ -4,9 +4,12 @@
 //! Where they are made:
 //!
 //! ```text
-//! under systemd    <hierarchy>/system.slice/<key>.service/agent-<name>   a unit's cgroup, delegated to us
+//! under systemd    <hierarchy>/system.slice/<key>.service/agent-<name>   a unit's cgroup, delegated to us, where systemd keeps it
 //! else             <hierarchy>/<key>/agent-<name>                        where we may write there
 //! ```
+//!
+//! Since version 247 systemd takes the empty cgroup of a unit without a process away; then it is the place of our own there, too, which
+//! systemd leaves alone.
 //!
 //! Of a sub-agent whose main process alone is ours it is `apart-<name>`: what it starts is somebody else's, and stays.
 //!
@@ -81,6 +84,27 @@ impl Groups {
     /// Where that is, for people.
     pub fn place(&self) -> String {
         self.base.display().to_string()
+    }
+
+    /// Takes this process out of any group of a sub-agent, in which it was started: it would be ended with that. Whether it was in one.
+    pub fn leave(&self) -> io::Result<bool> {
+        let Some(own) = self.base.file_name().and_then(OsStr::to_str) else { return Ok(false) };
+        let inside = [PREFIX, APART].map(|prefix| format!("/{own}/{prefix}"));
+        // `hierarchy:controllers:path` (cgroups(7)).
+        let ours = read("/proc/self/cgroup".as_ref())?;
+        if !ours.lines().any(|line| inside.iter().any(|inside| line.contains(inside))) {
+            return Ok(false);
+        }
+        // Where controllers are turned on for what lies below, no process may live beside it; in our own place none are.
+        let places = [self.base.parent(), Some(&self.base)].into_iter().flatten();
+        let mut outcome = Ok(true);
+        for place in places {
+            outcome = write(&place.join("cgroup.procs"), &std::process::id().to_string()).map(|()| true);
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
     }
 
     /// The group of one sub-agent, made or not.

@@ -32,6 +32,21 @@ pub fn start_time(pid: u32) -> Option<u64> {
     stat(pid).map(|stat| stat.start_time)
 }
 
+/// Whether that process lives. Where it cannot be looked at, for want of a descriptor or of memory, that there is one of that number counts:
+/// a shortage is no death.
+pub fn lives(pid: u32, start_time: u64) -> bool {
+    match stat_text(pid) {
+        Ok(text) => parse_stat(&text).is_some_and(|stat| !stat.is_remains && stat.start_time == start_time),
+        Err(error) if error.kind() == io::ErrorKind::NotFound || is_no_process(&error) => false,
+        Err(_) => Pid::from_raw(pid as i32)
+            .is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)),
+    }
+}
+
+fn is_no_process(error: &io::Error) -> bool {
+    rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::SRCH)
+}
+
 pub(super) struct Stat {
     parent: u32,
     session: u32,
@@ -42,19 +57,19 @@ pub(super) struct Stat {
 
 /// Of a live process.
 fn stat(pid: u32) -> Option<Stat> {
-    parse_stat(&stat_text(pid)?).filter(|stat| !stat.is_remains)
+    parse_stat(&stat_text(pid).ok()?).filter(|stat| !stat.is_remains)
 }
 
-fn stat_text(pid: u32) -> Option<Vec<u8>> {
+fn stat_text(pid: u32) -> io::Result<Vec<u8>> {
     let mut buffer = [0; 1024];
-    let mut file = File::open(format!("/proc/{pid}/stat")).ok()?;
-    let length = file.read(&mut buffer).ok()?;
-    Some(buffer[..length].to_vec())
+    let mut file = File::open(format!("/proc/{pid}/stat"))?;
+    let length = file.read(&mut buffer)?;
+    Ok(buffer[..length].to_vec())
 }
 
 /// Whether a process has ended and its parent has not taken note of that yet: `kill -0` still finds it.
 pub fn remains(pid: u32) -> bool {
-    stat_text(pid).and_then(|text| parse_stat(&text)).is_some_and(|stat| stat.is_remains)
+    stat_text(pid).ok().and_then(|text| parse_stat(&text)).is_some_and(|stat| stat.is_remains)
 }
 
 /// Fields of `/proc/PID/stat` (proc(5)), counted behind the last `)`: the name before it may hold anything.
@@ -190,12 +205,12 @@ pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool>
 /// Resolves when a process that need not be our child has ended: by pidfd, by looking where there is none.
 pub async fn ended(pid: u32, start_time: u64) {
     if let Some(pidfd) = watched(pid)
-        && self::start_time(pid) == Some(start_time)
+        && lives(pid, start_time)
         && pidfd.ready(Interest::READABLE).await.is_ok()
     {
         return;
     }
-    while self::start_time(pid) == Some(start_time) {
+    while lives(pid, start_time) {
         tokio::time::sleep(POLL).await;
     }
 }
@@ -341,7 +356,7 @@ pub fn reap_orphan(pid: u32) {
 
 fn dead_children() -> Vec<u32> {
     let is_ours = |pid: &u32| {
-        let stat = stat_text(*pid).and_then(|text| parse_stat(&text));
+        let stat = stat_text(*pid).ok().and_then(|text| parse_stat(&text));
         stat.is_some_and(|stat| stat.is_remains && stat.parent == std::process::id())
     };
     let Ok(entries) = fs::read_dir("/proc") else { return vec![] };

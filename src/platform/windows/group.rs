@@ -75,6 +75,11 @@ impl Groups {
         self.prefix.clone()
     }
 
+    /// No process leaves a job: one that a sub-agent started ends with it.
+    pub fn leave(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// The group of one sub-agent, made or not.
     pub fn group(&self, agent: &str) -> Group {
         Group { name: format!("{}{AGENT}{agent}", self.prefix) }

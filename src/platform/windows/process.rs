@@ -62,6 +62,11 @@ pub fn start_time(pid: u32) -> Option<u64> {
     if is_running(&process) { creation_time(&process) } else { None }
 }
 
+/// Whether that process lives.
+pub fn lives(pid: u32, start_time: u64) -> bool {
+    self::start_time(pid) == Some(start_time)
+}
+
 /// Creation times are absolute; there is nothing to tell boots apart for.
 pub fn boot_id() -> String {
     "windows".to_owned()

@@ -1,7 +1,7 @@
 //! What an earlier manager left: found on disk and among the processes, and adopted.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Manager;
 use crate::core::desired::Run;
@@ -15,6 +15,9 @@ use crate::process::tree::{self, Target};
 use crate::spm::agent::{Agent, Busy};
 use crate::spm::journal::About;
 use crate::spm::run::{self, Running};
+
+/// Start times have a resolution of 10 ms. Who is started after an end was noted is started later than this.
+const APART: Duration = Duration::from_millis(100);
 
 impl Manager {
     /// Finds what is installed and what of it runs, and adopts that.
@@ -44,14 +47,14 @@ impl Manager {
             self.agents.insert(name.clone(), agent);
             match target.and_then(|target| target.record.clone()) {
                 Some(record) if record.is_alive() => self.adopt(&name, record),
-                record => match (self.by_mark(&name, &marked), record) {
+                record => match (self.by_mark(&name, &marked, record.as_ref()), record) {
                     (Some(marked), _) => {
                         if let Err(error) = marked.save(&self.home) {
                             tracing::warn!(agent = %name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
                         }
                         self.adopt(&name, marked);
                     }
-                    (None, Some(record)) if record.head.boot_id == platform::boot_id() => self.bury(&name, record),
+                    (None, Some(record)) if record.is_of_this_boot() => self.bury(&name, record),
                     // Of another release, or not to be told from what it started: it makes way for what is to run.
                     (None, _) => drop(target.is_some_and(|target| self.clear_away(&name, target))),
                 },
@@ -94,13 +97,20 @@ impl Manager {
 
     /// A record for a process that has none: by its mark. Of a native sub-agent it leads its session, as we start it; what a dead one
     /// left behind does not.
-    fn by_mark(&self, name: &AgentName, marked: &[Seen]) -> Option<Record> {
+    fn by_mark(&self, name: &AgentName, marked: &[Seen], record: Option<&Record>) -> Option<Record> {
         let agent = self.agents.get(name)?;
         let native = matches!(agent.program, Some(Program::Native(_)));
         let is_its = |process: &&Seen| {
             !process.is_check() && process.mark.as_ref().is_some_and(|mark| mark.name == name.as_str())
         };
-        let process = marked.iter().filter(is_its).find(|process| !native || process.session == process.pid)?;
+        // What was there when a manager noted the end of the main process is what that left behind.
+        let noted = record.filter(|record| record.ended.is_some()).and_then(|_| record::age(&self.home, name));
+        let came_after = |process: &&Seen| match (noted, platform::age(process.start_time)) {
+            (Some(noted), Some(age)) => age + APART < noted,
+            _ => true,
+        };
+        let is_main = |process: &&Seen| !native || (process.session == process.pid && came_after(process));
+        let process = marked.iter().filter(is_its).find(is_main)?;
         let version: Version = process.mark.as_ref()?.version.parse().ok()?;
         if agent.active.as_ref() != Some(&version) {
             return None;

@@ -225,6 +225,8 @@ impl Manager {
                 // Tried again with the next desired state or start; until then it shows.
                 self.problems.insert("uninstall", text);
                 self.desired.removed.remove(name);
+                // Wanted again, it is begun with as what is left of it.
+                self.agents.insert(name.clone(), Agent::found(&self.home, name.clone(), 0));
             }
         }
     }
@@ -372,7 +374,7 @@ impl Manager {
                     }
                 }
             }
-            Input::WatchdogJudged(verdict) if self.stopping.is_none() => self.peer.judged(&self.home, verdict, now),
+            Input::WatchdogJudged(answer) if self.stopping.is_none() => self.peer.judged(&self.home, answer, now),
             Input::WatchdogJudged(_) => {}
             Input::Heartbeat(outcome) => self.heartbeat_done(outcome, now),
         }
