@@ -140,7 +140,7 @@ pub enum KillMode {
     Process,
 }
 
-/// Variables that change what a program loads or which program runs; the gateway's environment is not signed, so it may not set them.
+/// Variables that change what a program loads, which program runs, or whether it checks whom it talks to; the gateway's environment is not signed, so it may not set them.
 const REFUSED: &[&str] = &[
     "BASH_ENV",
     "ENV",
@@ -172,9 +172,37 @@ const REFUSED: &[&str] = &[
     "PATHEXT",
     "SYSTEMROOT",
     "WINDIR",
+    // Orders, code and configuration of tools that scripts call.
+    "TAR_OPTIONS",
+    "LESSOPEN",
+    "LESSCLOSE",
+    "PHPRC",
+    "PHP_INI_SCAN_DIR",
+    "PSMODULEPATH",
+    "CURL_HOME",
+    "WGETRC",
+    "SYSTEM_WGETRC",
+    // Whether it trusts anybody, and who hears along.
+    "NODE_TLS_REJECT_UNAUTHORIZED",
+    "SSLKEYLOGFILE",
 ];
-const REFUSED_PREFIXES: &[&str] =
-    &["LD_", "DYLD_", "PYTHON", "GLIBC_", "MALLOC_", "BASH_FUNC_", "AOPS_", "COR_", "CORECLR_", "DOTNET_"];
+const REFUSED_PREFIXES: &[&str] = &[
+    "LD_",
+    "DYLD_",
+    "PYTHON",
+    "GLIBC_",
+    "MALLOC_",
+    "BASH_FUNC_",
+    "AOPS_",
+    "COR_",
+    "CORECLR_",
+    "COMPLUS_",
+    "DOTNET_",
+    "OPENSSL_",
+    "LUA_",
+    "ERL_",
+    "GIT_",
+];
 
 /// Splits the gateway's variables into those that a package lets it set and the names of the others: what chooses the code that runs, and
 /// what no program could be started with.

@@ -40,7 +40,9 @@ pub fn next_heartbeat(interval: Duration, outcome: Outcome, jitter: f64) -> Dura
         Outcome::Failed { times, retry_after } => {
             let backoff = Backoff { base: interval, cap: LONGEST_HEARTBEAT_BACKOFF.max(interval) };
             let ours = backoff.delay(times, jitter);
-            retry_after.map_or(ours, |theirs| theirs.min(LONGEST_RETRY_AFTER).max(ours))
+            // All that were told the same do not come back at the same moment.
+            let spread = interval.mul_f64(jitter.clamp(0.0, 1.0));
+            retry_after.map_or(ours, |theirs| (theirs.min(LONGEST_RETRY_AFTER) + spread).max(ours))
         }
     }
 }
@@ -108,8 +110,10 @@ mod tests {
         assert_eq!(failed(1, None), S(30));
         assert_eq!(failed(2, None), S(60));
         assert_eq!(failed(30, None), S(300));
-        assert_eq!(failed(1, Some(S(120))), S(120));
-        assert_eq!(failed(1, Some(S(86_400))), S(3600));
+        assert_eq!(failed(1, Some(S(120))), S(150));
+        assert_eq!(failed(1, Some(S(86_400))), S(3630));
+        let first = Outcome::Failed { times: 1, retry_after: Some(S(120)) };
+        assert_eq!(next_heartbeat(S(30), first, 0.0), S(120));
         assert_eq!(failed(3, Some(S(1))), S(120));
     }
 

@@ -23,8 +23,9 @@ use crate::core::model::AgentId;
 use crate::core::pace::Pace;
 use crate::core::protocol::AGENT_ID_HEADER;
 
-/// Longer than any interval between heartbeats that is usual, so that they share a connection.
-const MAX_IDLE_AGE: Duration = Duration::from_secs(600);
+/// Heartbeats at the usual intervals share a connection. One that was idle for longer may have been forgotten by a firewall in between, which
+/// lets what is sent on it go nowhere.
+const MAX_IDLE_AGE: Duration = Duration::from_secs(90);
 /// The status line and all headers of an answer.
 const MAX_HEADER_BYTES: usize = 8 << 10;
 const MAX_REDIRECTS: usize = 5;

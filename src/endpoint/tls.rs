@@ -115,7 +115,7 @@ impl<In: Transport> Connector<In> for TlsConnector {
 }
 
 fn origin_of(uri: &Uri) -> String {
-    format!("https://{}:{}", uri.host().unwrap_or_default(), uri.port_u16().unwrap_or(443))
+    format!("https://{}:{}", uri.host().unwrap_or_default().to_ascii_lowercase(), uri.port_u16().unwrap_or(443))
 }
 
 fn server_name(uri: &Uri) -> Result<ServerName<'static>> {

@@ -374,8 +374,11 @@ mod tests {
     use crate::core::model::Version;
     use crate::process::record::Head;
 
+    /// Later than the first process of the machine, or container, that this runs on.
+    const SINCE: u64 = 1 << 40;
+
     fn seen(pid: u32, start_time: u64, session: u32) -> Seen {
-        Seen { pid, start_time, session, parent: 1, mark: None }
+        Seen { pid, start_time: SINCE + start_time, session, parent: 1, mark: None }
     }
 
     fn target(pid: u32, start_time: u64) -> Target {
@@ -392,7 +395,11 @@ mod tests {
             kill_mode: KillMode::Tree,
             boot_id: platform::boot_id().to_owned(),
         };
-        Target::of(&"a".parse().unwrap(), Some(Record { head, pid, start_time, group: None, ended: None }), None)
+        Target::of(
+            &"a".parse().unwrap(),
+            Some(Record { head, pid, start_time: SINCE + start_time, group: None, ended: None }),
+            None,
+        )
     }
 
     #[test]

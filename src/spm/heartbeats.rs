@@ -22,17 +22,16 @@ const STACK_BYTES: usize = 512 << 10;
 /// What came of one heartbeat.
 #[derive(Debug)]
 pub(super) enum Outcome {
+    /// `passed_over`: why the endpoints before it did not; `refused`: of those that answered and were not believed.
     Answered {
+        passed_over: Option<String>,
+        refused: Option<String>,
         endpoint: Endpoint,
         answer: Box<Answer>,
         clock_offset: Option<i64>,
     },
     /// `refused`: of whoever answered and was not believed, why not.
-    Failed {
-        why: String,
-        refused: Option<String>,
-        retry_after: Option<Duration>,
-    },
+    Failed { why: String, refused: Option<String>, retry_after: Option<Duration> },
 }
 
 /// The way to the gateway.
@@ -74,6 +73,11 @@ impl Uplink {
                 (way.config.clone(), way.client.take())
             };
             let outcome = send(&home, &agent_id, &config, &mut client, &heartbeat);
+            if matches!(outcome, Outcome::Failed { refused: Some(_), .. } | Outcome::Answered { refused: Some(_), .. })
+            {
+                // What it trusts was read when it was made, and may have been renewed since.
+                client = None;
+            }
             {
                 let mut way = lock(&way);
                 // Another configuration came meanwhile: this client is not for it.
@@ -109,10 +113,13 @@ fn send(
         },
     };
     let (mut reasons, mut refused, mut retry_after) = (vec![], vec![], None);
+    let joined = |texts: &[String]| (!texts.is_empty()).then(|| texts.join("; "));
     for endpoint in &config.heartbeat_srv {
         match uplink::send(connected, endpoint, heartbeat) {
             Ok(Answered { answer, clock_offset }) => {
-                return Outcome::Answered { endpoint: endpoint.clone(), answer: Box::new(answer), clock_offset };
+                let (passed_over, refused) = (joined(&reasons), joined(&refused));
+                let (endpoint, answer) = (endpoint.clone(), Box::new(answer));
+                return Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset };
             }
             Err(refusal) => {
                 retry_after = retry_after.max(refusal.retry_after);
@@ -123,6 +130,5 @@ fn send(
             }
         }
     }
-    let refused = (!refused.is_empty()).then(|| refused.join("; "));
-    Outcome::Failed { why: reasons.join("; "), refused, retry_after }
+    Outcome::Failed { why: reasons.join("; "), refused: joined(&refused), retry_after }
 }

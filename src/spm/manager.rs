@@ -373,6 +373,9 @@ impl Manager {
                 self.config = loaded.config;
                 self.interval = self.config.heartbeat_interval.0;
                 self.uplink.configure(&self.config);
+                // It may be what kept the gateway from being reached.
+                self.failures = 0;
+                self.next_heartbeat = self.next_heartbeat.map(|_| Instant::now());
             }
             Err(error) => {
                 let text = format!("{error:#}");

@@ -24,6 +24,7 @@
 //! a pipe in the place of a file                              owners::a_pipe_where_a_file_is_read_holds_nobody_up
 //! `LD_PRELOAD` in a heartbeat's env                          words::an_environment_that_chooses_what_a_program_loads
 //! an answer that is empty; one for another agent             words::an_answer_that_would_uninstall_…, ::an_answer_for_another_agent
+//! a stand-in that knows less than the first endpoint         words::the_list_of_a_stand_in_removes_nothing_by_…
 //! a generation after which none can come                     words::a_generation_that_would_be_the_last
 //! texts, orders, refusals without end                        words::words_without_end, ::orders_without_end, ::refusals_without_end
 //! a secret, looked for in status, logs and process titles    words::a_secret_is_shown_nowhere

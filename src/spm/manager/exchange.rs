@@ -65,11 +65,23 @@ impl Manager {
 
     pub(super) fn heartbeat_done(&mut self, outcome: Outcome, now: Instant) {
         let outcome = match outcome {
-            Outcome::Answered { endpoint, answer, clock_offset } => {
+            Outcome::Answered { passed_over, refused, endpoint, mut answer, clock_offset } => {
                 if !self.gateway.connected {
                     tracing::info!(%endpoint, "the gateway answers");
                 }
-                (self.failures, self.refused_answer) = (0, None);
+                self.failures = 0;
+                self.tell_of_refused(refused.as_deref());
+                match &refused {
+                    Some(refused) => self
+                        .problems
+                        .insert("endpoint", cut(&format!("an endpoint is passed over: {refused}"), MAX_MESSAGE_BYTES)),
+                    None => self.problems.remove("endpoint"),
+                };
+                if let Some(why) = passed_over.filter(|_| answer.complete && self.is_strange(&answer)) {
+                    // A stand-in that knows less is no reason to remove anything.
+                    tracing::warn!(%endpoint, why, "what the list of a stand-in does not name stays until that list changes");
+                    answer.complete = false;
+                }
                 self.compare_clocks(clock_offset);
                 self.gateway = GatewayStatus {
                     endpoint: Some(endpoint.to_string()),
@@ -90,9 +102,9 @@ impl Manager {
                         "the gateway cannot be reached; what runs goes on as it was wanted last"
                     );
                 }
-                if let Some(refused) = refused.filter(|refused| self.refused_answer.as_ref() != Some(refused)) {
-                    self.journal.note("heartbeat", "refused", About::default(), refused.as_str());
-                    self.refused_answer = Some(refused);
+                // Where nobody answers, what was refused before is no news.
+                if refused.is_some() {
+                    self.tell_of_refused(refused.as_deref());
                 }
                 self.gateway.connected = false;
                 self.gateway.last_error = Some(why);
@@ -100,6 +112,19 @@ impl Manager {
             }
         };
         self.next_heartbeat = Some(now + schedule::next_heartbeat(self.interval, outcome, fastrand::f64()));
+    }
+
+    /// Tells of endpoints that answered and were not believed, once as long as they say the same.
+    fn tell_of_refused(&mut self, refused: Option<&str>) {
+        if let Some(refused) = refused.filter(|refused| self.refused_answer.as_deref() != Some(refused)) {
+            self.journal.note("heartbeat", "refused", About::default(), refused);
+        }
+        self.refused_answer = refused.map(str::to_owned);
+    }
+
+    /// Whether an answer is of another lineage than the desired state that is held.
+    fn is_strange(&self, answer: &Answer) -> bool {
+        !self.desired.lineage.is_empty() && answer.lineage.as_ref() != Some(&self.desired.lineage)
     }
 
     /// Tells of a list that would have removed everything, once as long as such lists come.
@@ -130,9 +155,9 @@ impl Manager {
     }
 
     pub(super) fn take_answer(&mut self, answer: &Answer, clock_offset: Option<i64>) {
-        if let Some(seconds) = answer.interval {
-            self.interval = Duration::from_secs(seconds).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL);
-        }
+        let told =
+            answer.interval.map(|seconds| Duration::from_secs(seconds).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL));
+        self.interval = told.unwrap_or(self.config.heartbeat_interval.0);
         if let Some(id) = answer.ack {
             self.journal.acknowledge(id);
         }

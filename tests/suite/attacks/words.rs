@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Scene, native, wait_for_victim};
 use crate::support::files::{Entry, Kind};
 use crate::support::host::{SOON, agent};
-use crate::support::hostile::Told;
+use crate::support::hostile::{Hostile, Told};
 use crate::support::processes;
 use crate::support::wait::wait_for;
 
@@ -37,6 +37,35 @@ fn an_answer_that_would_uninstall_everything_by_being_empty() {
     scene.hostile.answer(other, Vec::new());
     scene.host.wait_for_status("the other store", SOON, |status| status["generation"] == 1);
     scene.assert_unharmed();
+}
+
+/// The first endpoint is busy for a moment, and the second has a fleet of its own.
+#[test]
+fn the_list_of_a_stand_in_removes_nothing_by_what_it_does_not_name() {
+    let scene = Scene::new();
+    scene.victim();
+    let second = Hostile::in_place_of(&scene.gateway);
+    let list = |generation: u64| {
+        json!({"interval": 1, "lineage": "second", "generation": generation, "complete": true,
+            "agents": [{"name": "victim", "version": "1.0.0"}]})
+    };
+    second.answer(list(1), Vec::new());
+    let conf = scene.host.home().join("etc/conf.toml");
+    let (first, both) =
+        (format!("\"{}\"", scene.hostile.url()), format!("[\"{}\", \"{}\"]", scene.hostile.url(), second.url()));
+    let settings = fs::read_to_string(&conf).expect("the settings");
+    let changed =
+        settings.replacen(&format!("[{first}]"), &both, 1).replacen(&format!("= {first}"), &format!("= {both}"), 1);
+    assert_ne!(changed, settings);
+    fs::write(&conf, changed).expect("it is ours");
+    scene.host.control(&["restart"]).expect_code(0);
+    scene.host.wait_for_status("the first to be asked", SOON, |status| status["gateway"]["connected"] == true);
+    scene.hostile.on("/api/heartbeat", |_| Told::status(503));
+    wait_for_victim(&scene);
+    scene.assert_native_runs();
+    // What the second one changes later on, it means.
+    second.answer(list(2), Vec::new());
+    scene.host.wait_for_status("the other to be removed", SOON, |status| agent(status, "native").is_none());
 }
 
 #[test]
