@@ -1,6 +1,7 @@
 //! The record of a sub-agent's process, by which the next manager adopts it and any role can stop it.
 
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -89,8 +90,9 @@ impl Record {
     /// Whether its numbers mean what they meant. A container that was started anew counts its pids from one, within the same boot of its
     /// host: nothing of before is older than its first process.
     pub fn is_of_this_boot(&self) -> bool {
-        let first = platform::start_time(1).unwrap_or(0);
-        self.head.boot_id == platform::boot_id() && self.start_time >= first
+        static FIRST: OnceLock<u64> = OnceLock::new();
+        let first = FIRST.get_or_init(|| platform::start_time(1).unwrap_or(0));
+        self.head.boot_id == platform::boot_id() && self.start_time >= *first
     }
 
     /// The group that it began in.
