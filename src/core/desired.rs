@@ -88,6 +88,23 @@ pub enum Verdict {
 
 /// Judges an answer by what is held. `present` are the sub-agents that are installed, whoever ordered them.
 pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer, clocks: Clocks) -> Verdict {
+    judge_as(held, present, answer, clocks, false)
+}
+
+/// As [`judge`], of one who stands in for another and may know less: what a list of another lineage does not name stays, until that list
+/// changes.
+pub fn judge_stand_in(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer, clocks: Clocks) -> Verdict {
+    let is_strange = !held.lineage.is_empty() && answer.lineage.as_ref() != Some(&held.lineage);
+    judge_as(held, present, answer, clocks, is_strange)
+}
+
+fn judge_as(
+    held: &Desired,
+    present: &BTreeSet<AgentName>,
+    answer: &Answer,
+    clocks: Clocks,
+    spares_unnamed: bool,
+) -> Verdict {
     let Some(orders) = &answer.agents else { return Verdict::Unchanged };
     let lineage = answer.lineage.clone().unwrap_or_default();
     let same_number = lineage == held.lineage && answer.generation == held.generation;
@@ -129,7 +146,7 @@ pub fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer, clo
         removed.remove(&order.name);
         agents.insert(order.name.clone(), taken(order, run));
     }
-    if answer.complete && !orders.is_empty() {
+    if answer.complete && !orders.is_empty() && !spares_unnamed {
         agents.retain(|name, _| named.contains(name));
         removed.extend(present.iter().chain(held.agents.keys()).filter(|name| !named.contains(name)).cloned());
     }

@@ -163,7 +163,7 @@ pub(super) fn archive(
         if wanted.size.is_some_and(|size| size == part.have()) {
             return Ok(());
         }
-        if by == Resume::IfSame && part.resumable().is_none() && is_known {
+        if by == Resume::IfSame && part.have() > 0 && part.resumable().is_none() && is_known {
             by = Resume::Blindly;
         }
         let etag = part.resumable().map(|(_, etag)| etag).filter(|_| by == Resume::IfSame);

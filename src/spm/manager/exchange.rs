@@ -65,7 +65,7 @@ impl Manager {
 
     pub(super) fn heartbeat_done(&mut self, outcome: Outcome, now: Instant) {
         let outcome = match outcome {
-            Outcome::Answered { passed_over, refused, endpoint, mut answer, clock_offset } => {
+            Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset } => {
                 if !self.gateway.connected {
                     tracing::info!(%endpoint, "the gateway answers");
                 }
@@ -77,11 +77,6 @@ impl Manager {
                         .insert("endpoint", cut(&format!("an endpoint is passed over: {refused}"), MAX_MESSAGE_BYTES)),
                     None => self.problems.remove("endpoint"),
                 };
-                if let Some(why) = passed_over.filter(|_| answer.complete && self.is_strange(&answer)) {
-                    // A stand-in that knows less is no reason to remove anything.
-                    tracing::warn!(%endpoint, why, "what the list of a stand-in does not name stays until that list changes");
-                    answer.complete = false;
-                }
                 self.compare_clocks(clock_offset);
                 self.gateway = GatewayStatus {
                     endpoint: Some(endpoint.to_string()),
@@ -90,7 +85,7 @@ impl Manager {
                     clock_offset_seconds: clock_offset.or(self.gateway.clock_offset_seconds),
                     last_error: None,
                 };
-                self.take_answer(&answer, clock_offset);
+                self.take_answer(&answer, clock_offset, passed_over.as_deref());
                 schedule::Outcome::Answered
             }
             Outcome::Failed { why, refused, retry_after } => {
@@ -122,11 +117,6 @@ impl Manager {
         self.refused_answer = refused.map(str::to_owned);
     }
 
-    /// Whether an answer is of another lineage than the desired state that is held.
-    fn is_strange(&self, answer: &Answer) -> bool {
-        !self.desired.lineage.is_empty() && answer.lineage.as_ref() != Some(&self.desired.lineage)
-    }
-
     /// Tells of a list that would have removed everything, once as long as such lists come.
     fn tell_of_an_empty_list(&mut self, kept: usize) {
         if kept == 0 {
@@ -154,7 +144,8 @@ impl Manager {
         }
     }
 
-    pub(super) fn take_answer(&mut self, answer: &Answer, clock_offset: Option<i64>) {
+    /// `passed_over`: why who is asked first did not answer.
+    pub(super) fn take_answer(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
         let told =
             answer.interval.map(|seconds| Duration::from_secs(seconds).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL));
         self.interval = told.unwrap_or(self.config.heartbeat_interval.0);
@@ -183,7 +174,8 @@ impl Manager {
         let present = self.agents.keys().cloned().collect();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let clocks = Clocks::new(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), clock_offset);
-        match desired::judge(&self.desired, &present, answer, clocks) {
+        let judge = if passed_over.is_some() { desired::judge_stand_in } else { desired::judge };
+        match judge(&self.desired, &present, answer, clocks) {
             Verdict::Unchanged => {
                 let held = answer.lineage.as_deref().unwrap_or_default() == self.desired.lineage
                     && answer.generation == self.desired.generation;
@@ -210,6 +202,12 @@ impl Manager {
                 self.problems.remove("desired");
                 if new_lineage {
                     tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
+                    if let Some(why) = passed_over {
+                        tracing::warn!(
+                            why,
+                            "it stands in for another; what its list does not name stays until that changes"
+                        );
+                    }
                 }
                 if led_back {
                     let text = format!(

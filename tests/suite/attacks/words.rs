@@ -63,6 +63,10 @@ fn the_list_of_a_stand_in_removes_nothing_by_what_it_does_not_name() {
     scene.hostile.on("/api/heartbeat", |_| Told::status(503));
     wait_for_victim(&scene);
     scene.assert_native_runs();
+    second.wait_for_heartbeat("two more heartbeats", |_| true);
+    second.wait_for_heartbeat("two more heartbeats", |heartbeat| heartbeat["generation"] == 1);
+    let problems = scene.host.status()["problems"].to_string();
+    assert!(!problems.contains("generation"), "the same list again is no contradiction: {problems}");
     // What the second one changes later on, it means.
     second.answer(list(2), Vec::new());
     scene.host.wait_for_status("the other to be removed", SOON, |status| agent(status, "native").is_none());
