@@ -3,6 +3,8 @@
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
+use sha2::{Digest as _, Sha256};
+
 use super::super::cache::{MAX_PART_AGE, beyond_cap};
 use super::super::space::tests::all_taken;
 use super::*;
@@ -166,6 +168,70 @@ fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
     let (begun, whole) =
         (at.iter().rposition(|done| *done == 0), at.iter().position(|done| *done == bytes.len() as u64));
     assert!(begun < whole, "{at:?}");
+}
+
+/// Serves the package under an ETag of its own, whole to whoever has begun with another one, and notes what it is asked for.
+fn strict(
+    bytes: &[u8],
+    signature: &str,
+    etag: &'static str,
+    cut_after: Option<usize>,
+) -> (Server, Arc<Mutex<Vec<String>>>) {
+    let (bytes, signature, asked_for) = (bytes.to_vec(), signature.to_owned(), Arc::new(Mutex::new(Vec::new())));
+    let noted = Arc::clone(&asked_for);
+    let server = Server::plain(move |asked| {
+        if asked.path.ends_with(SIGNATURE_SUFFIX) {
+            return Told::ok(signature.clone());
+        }
+        let header = |name: &str| asked.headers.get(name).cloned().unwrap_or_default();
+        noted.lock().unwrap().push(format!("{} {}", header("range"), header("if-range")));
+        let is_other = asked.headers.get("if-range").is_some_and(|known| known != etag);
+        let from = match asked.headers.get("range") {
+            Some(range) if !is_other => range[6..range.len() - 1].parse().unwrap(),
+            _ => 0,
+        };
+        let mut headers = vec![("etag", etag.to_owned())];
+        if from > 0 {
+            headers.push(("content-range", format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len())));
+        }
+        Told {
+            status: if from > 0 { 206 } else { 200 },
+            headers,
+            body: bytes[from..].to_vec(),
+            cut_after,
+            ..Told::default()
+        }
+    });
+    (server, asked_for)
+}
+
+#[test]
+fn sources_that_know_a_file_by_different_etags_go_on_with_each_others_part() {
+    let bytes = archive(2_000_000);
+    let (keys, signature) = signed(&bytes);
+    let (first, _) = strict(&bytes, &signature, "\"a\"", Some(100_000));
+    let (second, asked_for) = strict(&bytes, &signature, "\"b\"", None);
+    let endpoints = [first.endpoint(), second.endpoint()];
+    let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let known = |sha256: String| Wanted {
+        size: Some(bytes.len() as u64),
+        sha256: Some(sha256.parse().unwrap()),
+        ..Wanted::new(release())
+    };
+    let desk = Desk::new();
+    let mut at = Vec::new();
+    let tree = fetch(&desk.means(&endpoints, &keys), &known(sha256), &mut |done, _| {
+        at.push(done);
+        true
+    });
+    tree.unwrap();
+    assert!(at.is_sorted(), "nothing was fetched twice: {at:?}");
+    assert_eq!(*asked_for.lock().unwrap(), ["bytes=500000- \"a\"", "bytes=500000- "]);
+
+    // Where nothing was announced of it, nobody could tell, and it is begun anew.
+    asked_for.lock().unwrap().clear();
+    drop(fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |_, _| true).unwrap());
+    assert_eq!(*asked_for.lock().unwrap(), ["bytes=500000- \"a\""]);
 }
 
 #[test]
