@@ -29,6 +29,8 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::mounts::unescaped;
+
 /// Longest file of a cgroup that is read: some 100,000 pids.
 const MAX_BYTES: u64 = 1 << 20;
 /// Cgroups within a sub-agent's own, made by the sub-agent itself, are looked for so deep.
@@ -167,7 +169,7 @@ fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
     let hierarchy = |line: &str| {
         let (fields, behind) = line.split_once(" - ")?;
         let mut fields = fields.split(' ');
-        let (root, mount, mount_options) = (fields.nth(3)?, unescaped(fields.next()?), fields.next()?);
+        let (root, mount, mount_options) = (fields.nth(3)?, unescaped(fields.next()?.as_bytes()), fields.next()?);
         let mut behind = behind.split(' ');
         let (kind, options) = (behind.next()?, behind.nth(1)?);
         if mount_options.split(',').chain(options.split(',')).any(|option| option == "ro") {
@@ -184,11 +186,6 @@ fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
     let mut found: Vec<_> = mountinfo.lines().filter_map(hierarchy).collect();
     found.sort_by_key(|(is_part, _)| *is_part);
     found.into_iter().map(|(_, hierarchy)| hierarchy).collect()
-}
-
-/// A path of mountinfo, in which space, tab, line feed and backslash stand as octal numbers.
-fn unescaped(path: &str) -> PathBuf {
-    PathBuf::from(path.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\"))
 }
 
 impl Group {

@@ -18,14 +18,15 @@ pub fn mounts_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(places)
 }
 
-/// The fifth field of each line, in which a space, a tab, a line's end and a backslash are written in octal.
+/// The fifth field of each line.
 fn mount_points(text: &[u8]) -> Vec<PathBuf> {
     let lines = text.split(|byte| *byte == b'\n');
     let fields = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
-    fields.map(|field| OsString::from_vec(plain(field)).into()).collect()
+    fields.map(unescaped).collect()
 }
 
-fn plain(mut field: &[u8]) -> Vec<u8> {
+/// A path of mountinfo, in which space, tab, line feed and backslash stand as octal numbers.
+pub(super) fn unescaped(mut field: &[u8]) -> PathBuf {
     let mut plain = Vec::with_capacity(field.len());
     while let [first, rest @ ..] = field {
         let octal = rest.get(..3).filter(|_| *first == b'\\');
@@ -33,7 +34,7 @@ fn plain(mut field: &[u8]) -> Vec<u8> {
         plain.push(number.unwrap_or(*first));
         field = if number.is_some() { &rest[3..] } else { rest };
     }
-    plain
+    OsString::from_vec(plain).into()
 }
 
 #[cfg(test)]
