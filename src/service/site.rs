@@ -163,9 +163,10 @@ pub(super) fn half_made(home: &Home) -> Vec<PathBuf> {
 
 impl Drop for Site {
     fn drop(&mut self) {
+        // What was set aside and not brought back is all there is of it, and so is what could not be put back.
+        let keeps_work = old::is_any_aside(&self.home) || (!self.kept && undo::is_any_kept(&self.work()));
         if self.lock.is_some() {
-            // What was set aside and not brought back is all there is of it, and so is what could not be put back.
-            if !old::is_any_aside(&self.home) && (self.kept || !undo::is_any_kept(&self.work())) {
+            if !keeps_work {
                 let _ = store::remove_tree(&self.work());
             }
             // Still held: whoever waits for it sees that the file is another's.
@@ -177,7 +178,8 @@ impl Drop for Site {
         if self.resumes && self.home.control_link().is_symlink() {
             let _ = store::remove(&self.home.control_link());
         }
-        for path in self.created.iter().rev() {
+        let work = self.work();
+        for path in self.created.iter().rev().filter(|path| !(keeps_work && **path == work)) {
             // Without the lock, what lies inside is somebody else's.
             if self.lock.is_some() && path.starts_with(self.home.root()) && path != self.home.root() {
                 let _ = store::remove_tree(path);
@@ -244,6 +246,21 @@ mod tests {
         assert_eq!(created, ["a", "a/b", "a/b/home"].map(|path| directory.path().join(path)));
         drop(site);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_could_not_be_put_back_stays_until_an_installation_succeeds() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path().join("home"));
+        let site = Site::open(&home).unwrap();
+        let kept = site.work().join("kept-1");
+        fs::create_dir(&kept).unwrap();
+        drop(site);
+        assert!(kept.is_dir());
+        drop(Site::open(&home).unwrap());
+        assert!(kept.is_dir());
+        Site::open(&home).unwrap().keep();
+        assert!(!kept.exists() && !home.root().join(WORK).exists());
     }
 
     #[test]
