@@ -18,6 +18,7 @@ mod install;
 mod leftovers;
 mod old;
 mod old_spelling;
+mod place;
 mod progress;
 mod roles;
 mod site;

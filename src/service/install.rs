@@ -23,7 +23,7 @@ use super::check::{self, Plan, Standing, Usage};
 use super::fetch::{self, Fetched};
 use super::site::Site;
 use super::undo::Undo;
-use super::{InstallOptions, Surroundings, WRONG_USAGE, old, progress, roles, switch};
+use super::{InstallOptions, Surroundings, WRONG_USAGE, old, place, progress, roles, switch};
 use crate::home::Home;
 use crate::host_service::Kind;
 use crate::installation::Installed;
@@ -75,7 +75,7 @@ impl<T> At<T> for Result<T> {
 
 /// Installs, or renews, what the options say.
 pub fn install(options: &InstallOptions, surroundings: &Surroundings) -> Result<ExitCode> {
-    let (home, product) = match check::home(options, surroundings) {
+    let (home, product) = match place::home(options, surroundings) {
         Ok(found) => found,
         Err(error) => return wrong_usage(error),
     };
