@@ -3,6 +3,7 @@
 mod adoption;
 mod attacks;
 mod chaos;
+mod disk;
 mod downloads;
 mod downloads_network;
 mod gateway;

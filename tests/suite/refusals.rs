@@ -9,19 +9,17 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::install_systemd::{fleet_of_two, runs};
+use crate::install_systemd::runs;
 use crate::support::command::{self, LIMIT, Output};
-use crate::support::container::Container;
 use crate::support::files::{Files, difference, snapshot};
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
-use crate::support::inside::{self, BOOTSTRAP, Inside, URL, VERBATIM, done, wait_for_agents};
 use crate::support::package::Package;
 use crate::support::processes::is_alive;
 use crate::support::wait::wait_for;
 
 /// What changes while a host runs, whoever installs what.
-const LIVING: &[&str] = &["/log", "/state/desired.json", "/state/events.json"];
+pub(crate) const LIVING: &[&str] = &["/log", "/state/desired.json", "/state/events.json"];
 
 /// A gateway with a manager and one sub-agent.
 fn gateway() -> Gateway {
@@ -77,7 +75,7 @@ fn pids(status: &Value) -> [u32; 3] {
 
 /// A refusal that changed nothing, and says these words.
 #[track_caller]
-fn assert_refused(output: &Output, code: i32, words: &[&str]) {
+pub(crate) fn assert_refused(output: &Output, code: i32, words: &[&str]) {
     assert_eq!(output.code, code, "{output}");
     assert_eq!(output.stdout, "", "messages go to stderr: {output}");
     for word in words {
@@ -427,136 +425,8 @@ fn an_installation_over_a_running_one_killed_at_any_step_can_be_repeated() {
     assert_empty(&host);
 }
 
-#[test]
-fn a_full_disk_is_told_and_what_runs_goes_on() {
-    let container = Container::bare();
-    let gateway = Inside::start(&container, fleet_of_two());
-    done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=4m tmpfs /opt/aops");
-    let output = container.run(&["sh", "-c", VERBATIM]);
-    assert_refused(&output, 1, &["not enough space in /opt/aops", "free"]);
-    assert_eq!(done(&container, "ls -A /opt/aops").stdout, "");
-    // Enough for the package and its tree, not for a second one; then not for a byte more.
-    done(&container, "mount -o remount,size=160m /opt/aops");
-    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
-    wait_for_agents(&container, &["native", "script"]);
-    let before = inside::wait_for_status(&container, "both roles", runs);
-    done(&container, "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true");
-    let files = snapshot(&container.path("/opt/aops"), LIVING);
-
-    let output = container.run(&[BOOTSTRAP, "install"]);
-    assert_refused(&output, 1, &["free some space for /opt/aops"]);
-    assert_eq!(difference(&files, &snapshot(&container.path("/opt/aops"), LIVING)), Vec::<String>::new());
-    gateway.publish(|gateway| gateway.publish(&Package::sleeper("native", "2.0.0")));
-    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n");
-    // That it cannot even note what is wanted is told, and nothing is touched.
-    let status = inside::wait_for_status(&container, "the full disk to be told", |status| {
-        let native = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
-        let told = format!("{native}{}", status["problems"]);
-        told.contains("No space left") || told.contains("not enough space")
-    });
-    for who in ["spm", "spa"] {
-        assert_eq!(status[who]["pid"], before[who]["pid"]);
-    }
-    for name in ["native", "script"] {
-        assert_eq!(
-            agent(&status, name).expect("it is there")["pid"],
-            agent(&before, name).expect("it is there")["pid"]
-        );
-        assert_eq!(agent(&status, name).expect("it is there")["version"], "1.0.0");
-    }
-    // Both roles die, and can note nothing of their successors; these come all the same.
-    done(
-        &container,
-        "rm -f /opt/aops/run/spm.json /opt/aops/run/spa.json; cat /dev/zero >>/opt/aops/log/filler 2>/dev/null || true",
-    );
-    for who in ["spm", "spa"] {
-        done(&container, &format!("kill -9 {}", status[who]["pid"]));
-    }
-    container.run(&["/opt/aops/control", "start"]).expect_code(0);
-    let again = inside::wait_for_status(&container, "both roles", |status| {
-        pid(&status["spm"]["pid"]).is_some() && status["spm"]["pid"] != before["spm"]["pid"]
-    });
-    for name in ["native", "script"] {
-        assert_eq!(agent(&again, name).map(|agent| &agent["pid"]), agent(&before, name).map(|agent| &agent["pid"]));
-    }
-    // With space, it goes on by itself.
-    done(&container, "rm /opt/aops/log/filler");
-    inside::wait_for_status(&container, "the new version", |status| {
-        agent(status, "native").is_some_and(|agent| agent["version"] == "2.0.0" && agent["state"] == "running")
-    });
-    container.run(&[BOOTSTRAP, "install"]).expect_code(0);
-    inside::wait_for_status(&container, "both roles", runs);
-    // Nor does it keep anybody from leaving.
-    done(&container, "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true");
-    container.run(&["/opt/aops/control", "uninstall", "--yes"]).expect_code(0);
-    assert_eq!(inside::processes_of_aops(&container), []);
-    assert_eq!(done(&container, "ls -A /opt/aops").stdout, "");
-}
-
-#[test]
-fn a_full_disk_while_a_release_is_staged_is_told_and_the_old_one_goes_on() {
-    let container = Container::bare();
-    let gateway = Inside::start(&container, fleet_of_two());
-    done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m tmpfs /opt/aops");
-    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
-    let agents = wait_for_agents(&container, &["native", "script"]);
-    // More than there is, and nothing that could be packed small.
-    let noise: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(1 << 20).collect();
-    let mut big = Package::sleeper("native", "2.0.0");
-    for number in 0..40 {
-        let mut noise = noise.clone();
-        noise.iter_mut().for_each(|byte| *byte ^= fastrand::u8(..));
-        big = big.with_file(&format!("noise/{number}"), noise, 0o644);
-    }
-    gateway.publish(|gateway| gateway.publish(&big));
-    gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n");
-    let status = inside::wait_for_status(&container, "the full disk to be told", |status| {
-        agent(status, "native").is_some_and(|agent| {
-            let error = agent["lastError"].as_str().unwrap_or_default();
-            agent["state"] == "running" && (error.contains("not enough space"))
-        })
-    });
-    assert_eq!(agent(&status, "native").expect("it is there")["version"], "1.0.0");
-    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
-    wait_for("the gateway to hear of it", SOON, || {
-        event(&gateway.status(), "stage", "native").filter(|event| event["outcome"] == "failed")
-    });
-    // What did not fit does not stay.
-    let free = done(&container, "df --output=avail -k /opt/aops | tail -n 1").stdout;
-    let free: u64 = free.trim().parse().expect("a number");
-    assert!(free > 120 << 10, "{free} kB are free");
-}
-
-#[test]
-fn a_read_only_home_is_told_and_what_runs_goes_on() {
-    let container = Container::bare();
-    let _gateway = Inside::start(&container, fleet_of_two());
-    let read_only = "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops";
-    done(&container, &format!("mkdir /opt/aops && {read_only}"));
-    let output = container.run(&["sh", "-c", VERBATIM]);
-    assert_refused(&output, 1, &["make /opt/aops writable", "another --home"]);
-    done(&container, "umount /opt/aops && ls -A /opt/aops | wc -l");
-    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
-    let agents = wait_for_agents(&container, &["native", "script"]);
-    let before = inside::wait_for_status(&container, "both roles", runs);
-    done(&container, read_only);
-    let files = snapshot(&container.path("/opt/aops"), LIVING);
-    for refused in [&[BOOTSTRAP, "install"][..], &["/opt/aops/control", "uninstall", "--yes"]] {
-        let output = container.run(refused);
-        assert_eq!(output.code, 1, "{output}");
-        assert!(output.stderr.contains("ead-only file system"), "{output}");
-    }
-    assert_eq!(difference(&files, &snapshot(&container.path("/opt/aops"), LIVING)), Vec::<String>::new());
-    let status = inside::status(&container);
-    assert_eq!((&status["spm"]["pid"], &status["spa"]["pid"]), (&before["spm"]["pid"], &before["spa"]["pid"]));
-    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
-    done(&container, "umount /opt/aops");
-    container.run(&[BOOTSTRAP, "install", "--agent-id", "5402204854438", "--endpoint", URL]).expect_code(0);
-    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
-}
-
 /// The last event of a kind about a sub-agent that the gateway has heard of.
-fn event(status: &Value, kind: &str, name: &str) -> Option<Value> {
+pub(crate) fn event(status: &Value, kind: &str, name: &str) -> Option<Value> {
     let events = status["hosts"][0]["events"].as_array()?;
     events.iter().rev().find(|event| event["kind"] == kind && event["agent"] == name).cloned()
 }
