@@ -3,6 +3,7 @@
 //! Nothing here reads a clock, a file or the environment. It imports `std`, `serde`, `schemars`, `semver` and its own files only,
 //! which `cargo xtask tidy` checks.
 
+pub mod agent;
 pub mod desired;
 pub mod env;
 #[cfg(feature = "gateway")]
@@ -11,9 +12,12 @@ pub mod generation;
 #[cfg(feature = "gateway")]
 pub mod glob;
 pub mod health;
+pub mod ledger;
 pub mod manifest;
 pub mod model;
+pub mod order;
 pub mod pace;
+pub mod program;
 pub mod protocol;
 #[cfg(feature = "gateway")]
 pub mod range;
@@ -23,4 +27,5 @@ pub mod status;
 pub mod supervise;
 pub mod text;
 pub mod units;
+pub mod unknown;
 pub mod watch;

@@ -95,6 +95,11 @@ impl Home {
         self.root.join("state")
     }
 
+    /// The ledger of the sub-agents' releases.
+    pub fn releases(&self) -> PathBuf {
+        self.state_file("releases.json")
+    }
+
     /// A file of machine-written state, such as `desired.json`.
     pub fn state_file(&self, name: &str) -> PathBuf {
         self.state().join(name)

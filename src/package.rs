@@ -36,7 +36,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use crate::core::model::{Binding, Digest, Packing, Release};
+use crate::core::model::{AgentName, Arch, Binding, Digest, Os, Packing, Release};
+use crate::core::order::Package;
 use crate::core::pace::Throttle;
 use crate::endpoint::{Client, Endpoint};
 use crate::home::COMPLETE;
@@ -84,6 +85,12 @@ impl Wanted {
     /// Nothing is known but the release.
     pub fn new(release: Release) -> Wanted {
         Wanted { release, tarball: None, file: None, sha256: None, size: None, least_epoch: 0 }
+    }
+
+    /// What an order says about its package.
+    pub fn of(package: &Package, name: &AgentName, os: Os, arch: Arch) -> Wanted {
+        let Package { version: _, tarball, file, sha256, size } = package.clone();
+        Wanted { release: package.release(name, os, arch), tarball, file, sha256, size, least_epoch: 0 }
     }
 
     /// What the package's file is called.

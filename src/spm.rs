@@ -4,24 +4,24 @@
 //! death harms no sub-agent: each has a record, by which the next manager adopts it.
 
 mod agent;
+mod disk;
 mod heartbeats;
+mod input;
 mod journal;
 mod manager;
 mod peer;
 mod run;
 mod stage;
 mod stop_hook;
+mod upkeep;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::core::model::{AgentName, Version};
-use crate::core::supervise::Answer;
 use crate::door::{self, Request};
 use crate::home::Home;
-use crate::process::record::Record;
 use crate::role::{self, Role, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, platform};
 
@@ -44,48 +44,6 @@ enum Command {
     /// Run by the unit before it is stopped: makes a real stop one of the sub-agents too
     #[command(hide = true)]
     StopHook,
-}
-
-/// Word from what runs beside the loop.
-#[derive(Debug)]
-enum Input {
-    Launched {
-        name: AgentName,
-        serial: u64,
-        result: Result<Box<run::Running>, stage::Refusal>,
-    },
-    Exited {
-        name: AgentName,
-        serial: u64,
-        success: Option<bool>,
-        how: String,
-    },
-    /// Another process took the place of the one that was watched.
-    Moved {
-        name: AgentName,
-        serial: u64,
-        record: Box<Record>,
-    },
-    /// A stop that was asked for came to its end.
-    Ended {
-        name: AgentName,
-        serial: u64,
-        result: Result<(), String>,
-    },
-    /// A health check came to its end.
-    Checked {
-        name: AgentName,
-        serial: u64,
-        answer: Answer,
-    },
-    Staged {
-        name: AgentName,
-        version: Version,
-        result: Result<(), stage::Refusal>,
-    },
-    Heartbeat(heartbeats::Outcome),
-    /// What the service manager says of the unit of a watchdog that is gone.
-    WatchdogJudged(Result<host_service::Verdict>),
 }
 
 /// Runs the manager until it is stopped or gives way.

@@ -49,7 +49,7 @@ pub fn replace_with(
 ) -> Result<()> {
     let attempt = || -> Result<()> {
         let parent = path.parent().context("it has no parent directory")?;
-        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(parent)?;
+        let mut file = new_beside(path)?;
         write(file.as_file_mut())?;
         platform::set_mode(file.path(), access.mode())?;
         file.as_file().sync_all()?;
@@ -90,6 +90,28 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 
 /// Replaces a state file, readable by its owner alone. What [`load`] would refuse for its size is not written, and the old one stays.
 pub fn save<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    replace(path, &text_of(path, value)?, Access::Private)
+}
+
+/// As [`save`], without waiting for the disk: for what means nothing after a power cut, when it may be gone or empty.
+pub fn save_for_this_boot<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let text = text_of(path, value)?;
+    let attempt = || -> Result<()> {
+        let mut file = new_beside(path)?;
+        file.write_all(&text)?;
+        platform::set_mode(file.path(), Access::Private.mode())?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    };
+    attempt().with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn new_beside(path: &Path) -> Result<tempfile::NamedTempFile> {
+    let parent = path.parent().context("it has no parent directory")?;
+    Ok(tempfile::Builder::new().prefix(".new-").tempfile_in(parent)?)
+}
+
+fn text_of<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>> {
     let mut text = serde_json::to_vec_pretty(value).with_context(|| format!("cannot write {}", path.display()))?;
     text.push(b'\n');
     // What could be written and not read again would be lost with the next start.
@@ -99,7 +121,7 @@ pub fn save<T: Serialize>(path: &Path, value: &T) -> Result<()> {
         path.display(),
         text.len()
     );
-    replace(path, &text, Access::Private)
+    Ok(text)
 }
 
 /// Removes a file; that there is none is no error.

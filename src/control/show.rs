@@ -43,6 +43,9 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
         println!("\n{}", table(&status.agents));
         // Below it, not in it: a message is long, and a narrow column would break its paths.
         for agent in &status.agents {
+            if let (Some(version), Some(active)) = (&agent.version, &agent.active_version) {
+                println!(" {}: {version} is running; {active} is the active release", agent.name);
+            }
             if let Some(download) = &agent.download {
                 println!(" {}: {}", agent.name, progress(download));
             }

@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::env::{self, Env};
+use super::env;
 use super::generation::{self, Clocks, Next};
-use super::model::{AgentName, Digest, Version};
+use super::model::AgentName;
+use super::order::{Cmd, Order};
 use super::protocol::{AgentOrder, Answer, MAX_AGENTS};
 
 /// The longest words of an order, bytes: an address is no longer, and neither is the name of a file.
@@ -20,32 +21,6 @@ const MAX_CMD_BYTES: usize = 64;
 const MAX_LINEAGE_BYTES: usize = 128;
 /// The environments of all sub-agents together, bytes.
 const MAX_ENV_BYTES: usize = 1 << 20;
-
-/// Whether a sub-agent is to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Run {
-    Start,
-    Stop,
-}
-
-/// What is wanted of one sub-agent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Order {
-    pub version: Version,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tarball: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub file: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<Digest>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub size: Option<u64>,
-    pub run: Run,
-    #[serde(default)]
-    pub env: Env,
-}
 
 /// The desired state as it is kept on the host.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -60,11 +35,19 @@ pub struct Desired {
     /// To be removed, or removed already.
     #[serde(default)]
     pub removed: BTreeSet<AgentName>,
-    /// The list as it came, to tell a repetition from another content under the same number.
-    #[serde(default)]
-    pub told: Vec<AgentOrder>,
-    #[serde(default)]
-    pub complete: bool,
+}
+
+/// A desired state that takes the place of the one held.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Taken {
+    pub desired: Desired,
+    /// Orders that this version does not know.
+    pub unsupported: Vec<(AgentName, String)>,
+    pub new_lineage: bool,
+    /// Its generation is lower than the one held, which no clock explains.
+    pub led_back: bool,
+    /// How many an empty list, though it says that it is complete, did not remove.
+    pub kept: usize,
 }
 
 /// What becomes of an answer.
@@ -72,16 +55,8 @@ pub struct Desired {
 pub enum Verdict {
     /// It brings nothing new.
     Unchanged,
-    /// It is the desired state from now on; `unsupported` are orders that this version does not know.
-    /// `led_back`: its generation is lower than the one held, which no clock explains.
-    /// `kept`: how many an empty list, though it says that it is complete, did not remove.
-    Take {
-        desired: Box<Desired>,
-        unsupported: Vec<(AgentName, String)>,
-        new_lineage: bool,
-        led_back: bool,
-        kept: usize,
-    },
+    /// It is the desired state from now on.
+    Take(Box<Taken>),
     /// It must not be acted on.
     Refuse(String),
 }
@@ -108,7 +83,7 @@ fn judge_as(
     let Some(orders) = &answer.agents else { return Verdict::Unchanged };
     let lineage = answer.lineage.clone().unwrap_or_default();
     let same_number = lineage == held.lineage && answer.generation == held.generation;
-    if same_number && *orders == held.told && answer.complete == held.complete {
+    if same_number && is_repetition(held, present, answer, orders, spares_unnamed) {
         return Verdict::Unchanged;
     }
     let first = held.generation == 0 && held.lineage.is_empty();
@@ -126,45 +101,66 @@ fn judge_as(
         return Verdict::Refuse("cannot take a desired state that names a sub-agent twice".to_owned());
     }
 
+    let Applied { agents, removed, unsupported } = apply(held, present, answer, orders, spares_unnamed);
+    if let Err(why) = check_kept(&agents, held) {
+        return Verdict::Refuse(why);
+    }
+    let kept = if answer.complete && orders.is_empty() { agents.len() } else { 0 };
+    let desired = Desired { lineage, generation: answer.generation, agents, removed };
+    Verdict::Take(Box::new(Taken { desired, unsupported, new_lineage, led_back, kept }))
+}
+
+/// What orders make of what is held.
+struct Applied {
+    agents: BTreeMap<AgentName, Order>,
+    removed: BTreeSet<AgentName>,
+    /// With commands that this version does not know.
+    unsupported: Vec<(AgentName, String)>,
+}
+
+fn apply(
+    held: &Desired,
+    present: &BTreeSet<AgentName>,
+    answer: &Answer,
+    orders: &[AgentOrder],
+    spares_unnamed: bool,
+) -> Applied {
     let mut agents = held.agents.clone();
     let mut removed = held.removed.clone();
     let mut unsupported = vec![];
     for order in orders {
-        let run = match order.cmd.as_str() {
-            "start" => Run::Start,
-            "stop" => Run::Stop,
-            "uninstall" => {
+        match &order.cmd {
+            Cmd::Run(run) => {
+                removed.remove(&order.name);
+                let (package, spec) = (order.package.clone(), order.spec.clone());
+                agents.insert(order.name.clone(), Order { package, run: *run, spec });
+            }
+            Cmd::Uninstall => {
                 agents.remove(&order.name);
                 removed.insert(order.name.clone());
-                continue;
             }
-            other => {
-                unsupported.push((order.name.clone(), other.to_owned()));
-                continue;
-            }
-        };
-        removed.remove(&order.name);
-        agents.insert(order.name.clone(), taken(order, run));
+            Cmd::Unknown(word) => unsupported.push((order.name.clone(), word.clone())),
+        }
     }
     if answer.complete && !orders.is_empty() && !spares_unnamed {
+        let named: BTreeSet<&AgentName> = orders.iter().map(|order| &order.name).collect();
         agents.retain(|name, _| named.contains(name));
         removed.extend(present.iter().chain(held.agents.keys()).filter(|name| !named.contains(name)).cloned());
     }
     // Of what was never there, nothing is to be removed, or to be remembered.
     removed.retain(|name| present.contains(name) || held.agents.contains_key(name));
-    if let Err(why) = check_kept(&agents, held) {
-        return Verdict::Refuse(why);
-    }
-    let kept = if answer.complete && orders.is_empty() { agents.len() } else { 0 };
-    let desired = Desired {
-        lineage,
-        generation: answer.generation,
-        agents,
-        removed,
-        told: orders.clone(),
-        complete: answer.complete,
-    };
-    Verdict::Take { desired: Box::new(desired), unsupported, new_lineage, led_back, kept }
+    Applied { agents, removed, unsupported }
+}
+
+/// Whether a list is a repetition: followed once more, it would leave what is wanted as it is.
+fn is_repetition(
+    held: &Desired,
+    present: &BTreeSet<AgentName>,
+    answer: &Answer,
+    orders: &[AgentOrder],
+    spares_unnamed: bool,
+) -> bool {
+    apply(held, present, answer, orders, spares_unnamed).agents == held.agents
 }
 
 /// Whether an answer is one that a gateway can mean.
@@ -179,10 +175,10 @@ fn check(lineage: &str, orders: &[AgentOrder]) -> Result<(), String> {
     }
     for order in orders {
         let of = format!(" for {}", order.name);
-        within("a tarball", &of, order.tarball.as_ref().map_or(0, String::len), MAX_TARBALL_BYTES)?;
-        within("a file name", &of, order.file.as_ref().map_or(0, String::len), MAX_FILE_BYTES)?;
-        within("a command", &of, order.cmd.len(), MAX_CMD_BYTES)?;
-        env::check(&order.env).map_err(|why| format!("cannot take the environment of {}: {why}", order.name))?;
+        within("a tarball", &of, order.package.tarball.as_ref().map_or(0, String::len), MAX_TARBALL_BYTES)?;
+        within("a file name", &of, order.package.file.as_ref().map_or(0, String::len), MAX_FILE_BYTES)?;
+        within("a command", &of, order.cmd.as_str().len(), MAX_CMD_BYTES)?;
+        env::check(&order.spec.env).map_err(|why| format!("cannot take the environment of {}: {why}", order.name))?;
     }
     Ok(())
 }
@@ -192,7 +188,7 @@ fn check_kept(agents: &BTreeMap<AgentName, Order>, held: &Desired) -> Result<(),
     if agents.len() > MAX_AGENTS.max(held.agents.len()) {
         return Err(format!("cannot take a desired state with {} sub-agents: at most {MAX_AGENTS}", agents.len()));
     }
-    let bytes = |agents: &BTreeMap<AgentName, Order>| agents.values().map(|order| env::bytes(&order.env)).sum();
+    let bytes = |agents: &BTreeMap<AgentName, Order>| agents.values().map(|order| env::bytes(&order.spec.env)).sum();
     let all: usize = bytes(agents);
     if all > MAX_ENV_BYTES.max(bytes(&held.agents)) {
         return Err(format!("cannot take a desired state with environments of {all} bytes: at most {MAX_ENV_BYTES}"));
@@ -200,34 +196,20 @@ fn check_kept(agents: &BTreeMap<AgentName, Order>, held: &Desired) -> Result<(),
     Ok(())
 }
 
-fn taken(order: &AgentOrder, run: Run) -> Order {
-    Order {
-        version: order.version.clone(),
-        tarball: order.tarball.clone(),
-        file: order.file.clone(),
-        sha256: order.sha256.clone(),
-        size: order.size,
-        run,
-        env: order.env.clone(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::env::Env;
+    use super::super::order::{Package, Run, Spec};
     use super::*;
 
     fn order(name: &str, cmd: &str) -> AgentOrder {
         AgentOrder {
             name: name.parse().unwrap(),
-            version: "1".parse().unwrap(),
-            tarball: None,
-            file: None,
-            sha256: None,
-            size: None,
-            cmd: cmd.into(),
-            env: BTreeMap::new(),
+            package: Package::new("1".parse().unwrap()),
+            cmd: cmd.to_owned().into(),
+            spec: Spec::default(),
         }
     }
 
@@ -263,7 +245,7 @@ mod tests {
     fn take(held: &Desired, answer: &Answer) -> Desired {
         let present = held.agents.keys().cloned().collect();
         match judge(held, &present, answer) {
-            Verdict::Take { desired, .. } => *desired,
+            Verdict::Take(taken) => taken.desired,
             other => panic!("{other:?}"),
         }
     }
@@ -282,10 +264,8 @@ mod tests {
         assert_eq!(names(&after), ["a"]);
         assert!(after.removed.contains(&"b".parse().unwrap()));
         for (complete, told) in [(true, 2), (false, 0)] {
-            let Verdict::Take { kept, .. } = judge(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
-                panic!()
-            };
-            assert_eq!(kept, told);
+            let Verdict::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else { panic!() };
+            assert_eq!(taken.kept, told);
         }
         let without_agents = Answer { agents: None, ..answer("l", 3, true, &[]) };
         assert_eq!(judge(&held, &BTreeSet::new(), &without_agents), Verdict::Unchanged);
@@ -294,12 +274,11 @@ mod tests {
     #[test]
     fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
         let present = BTreeSet::from(["stray".parse().unwrap()]);
-        let Verdict::Take { desired, .. } =
-            judge(&Desired::default(), &present, &answer("l", 1, true, &[("a", "start")]))
+        let Verdict::Take(taken) = judge(&Desired::default(), &present, &answer("l", 1, true, &[("a", "start")]))
         else {
             panic!()
         };
-        assert!(desired.removed.contains(&"stray".parse().unwrap()));
+        assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
     }
 
     #[test]
@@ -323,7 +302,7 @@ mod tests {
         let uncounted = Answer { lineage: None, ..answer("", 0, true, &[("a", "start")]) };
         let taken = take(&Desired::default(), &uncounted);
         assert_eq!(judge(&taken, &BTreeSet::new(), &uncounted), Verdict::Unchanged);
-        assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), Verdict::Take { new_lineage: true, .. }));
+        assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), Verdict::Take(taken) if taken.new_lineage));
         assert!(matches!(judged(answer("l", 6, true, &[("a", "start"), ("a", "stop")])), Verdict::Refuse(_)));
     }
 
@@ -340,10 +319,10 @@ mod tests {
             let absurd = Desired { generation: far, ..held.clone() };
             for (lineage, generation) in [("m", 1), ("l", NOW), ("l", 6)] {
                 let back = answer(lineage, generation, true, &[("a", "stop")]);
-                let Verdict::Take { desired, new_lineage, led_back, .. } = judge(&absurd, &BTreeSet::new(), &back)
-                else {
+                let Verdict::Take(taken) = judge(&absurd, &BTreeSet::new(), &back) else {
                     panic!("{lineage} {generation}")
                 };
+                let Taken { desired, new_lineage, led_back, .. } = *taken;
                 assert_eq!((new_lineage, led_back, desired.generation), (lineage == "m", lineage == "l", generation));
                 assert_eq!(desired.agents[&"a".parse().unwrap()].run, Run::Stop);
             }
@@ -374,13 +353,13 @@ mod tests {
         type Change = fn(&mut Answer);
         let changes: [(Change, &str); 7] = [
             (|answer| answer.lineage = Some("l".repeat(129)), "a lineage of 129 bytes: at most 128"),
-            (|answer| first(answer).tarball = Some("t".repeat(2_049)), "a tarball of 2049 bytes for a"),
-            (|answer| first(answer).file = Some("f".repeat(256)), "a file name of 256 bytes for a"),
-            (|answer| first(answer).cmd = "c".repeat(65), "a command of 65 bytes for a"),
-            (|answer| first(answer).env = env(1_001, 1), "the environment of a: it has 1001 variables"),
-            (|answer| first(answer).env = env(1, 128 << 10), "the environment of a: it has 131075 bytes"),
+            (|answer| first(answer).package.tarball = Some("t".repeat(2_049)), "a tarball of 2049 bytes for a"),
+            (|answer| first(answer).package.file = Some("f".repeat(256)), "a file name of 256 bytes for a"),
+            (|answer| first(answer).cmd = "c".repeat(65).into(), "a command of 65 bytes for a"),
+            (|answer| first(answer).spec.env = env(1_001, 1), "the environment of a: it has 1001 variables"),
+            (|answer| first(answer).spec.env = env(1, 128 << 10), "the environment of a: it has 131075 bytes"),
             (
-                |answer| answer.agents.iter_mut().flatten().for_each(|order| order.env = env(1, 127 << 10)),
+                |answer| answer.agents.iter_mut().flatten().for_each(|order| order.spec.env = env(1, 127 << 10)),
                 "environments of 1170459 bytes",
             ),
         ];
@@ -388,7 +367,7 @@ mod tests {
             let mut changed = answer("l", 2, true, &[("a", "start"), ("b", "stop")]);
             let others = (0..7).map(|number| order(&format!("c{number}"), "start"));
             changed.agents.iter_mut().for_each(|orders| orders.extend(others.clone()));
-            assert!(matches!(judge(&held, &BTreeSet::new(), &changed), Verdict::Take { .. }));
+            assert!(matches!(judge(&held, &BTreeSet::new(), &changed), Verdict::Take(_)));
             change(&mut changed);
             let why = refusal(&held, &changed);
             assert!(why.contains(words), "{why}");
@@ -414,13 +393,11 @@ mod tests {
     #[test]
     fn an_unknown_command_changes_nothing_and_is_told() {
         let held = take(&Desired::default(), &answer("l", 1, true, &[("a", "start")]));
-        let Verdict::Take { desired, unsupported, .. } =
-            judge(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")]))
-        else {
+        let Verdict::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")])) else {
             panic!()
         };
-        assert_eq!(desired.agents, held.agents);
-        assert_eq!(unsupported, [("a".parse().unwrap(), "dance".to_owned())]);
+        assert_eq!(taken.desired.agents, held.agents);
+        assert_eq!(taken.unsupported, [("a".parse().unwrap(), "dance".to_owned())]);
     }
 
     /// One of few agents, ordered in any way.
@@ -442,16 +419,17 @@ mod tests {
         fn nothing_is_removed_but_by_an_order(answers in prop::collection::vec(any_answer(), 1..12)) {
             let (mut held, present) = (Desired::default(), BTreeSet::new());
             for answer in answers {
-                let Verdict::Take { desired, new_lineage, .. } = judge(&held, &present, &answer) else { continue };
+                let Verdict::Take(taken) = judge(&held, &present, &answer) else { continue };
+                let Taken { desired, new_lineage, .. } = *taken;
                 let orders = answer.agents.as_deref().unwrap_or_default();
                 for gone in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
-                    let uninstalled = orders.iter().any(|order| order.name == *gone && order.cmd == "uninstall");
+                    let uninstalled = orders.iter().any(|order| order.name == *gone && order.cmd == Cmd::Uninstall);
                     prop_assert!(uninstalled || (answer.complete && !orders.is_empty()), "{gone} is gone");
                 }
                 prop_assert!(new_lineage || held == Desired::default() || desired.generation > held.generation);
                 prop_assert!(desired.agents.keys().all(|name| !desired.removed.contains(name)));
                 prop_assert_eq!(judge(&desired, &present, &answer), Verdict::Unchanged);
-                held = *desired;
+                held = desired;
             }
         }
     }

@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::env::{self, Env, Value};
 use super::glob::Glob;
 use super::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Version};
-use super::protocol::{AgentOrder, MAX_AGENTS, ManagerOrder, Offer};
+use super::order::{Cmd, Order, Package, Run, Spec};
+use super::protocol::{AgentOrder, MAX_AGENTS, Offer};
 use super::text::cut;
 use super::units::Span;
 
@@ -40,34 +41,9 @@ pub struct Fleet {
     /// The manager's version, where it is ordered.
     pub manager: Option<Version>,
     /// For every host.
-    pub agents: BTreeMap<AgentName, Wish>,
+    pub agents: BTreeMap<AgentName, Order>,
     /// For some hosts; later ones win.
     pub rules: Vec<Rule>,
-}
-
-/// What is wanted of one sub-agent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wish {
-    pub version: Version,
-    pub cmd: Cmd,
-    pub env: Env,
-}
-
-/// Whether a sub-agent is to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Cmd {
-    Start,
-    Stop,
-}
-
-impl Cmd {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Cmd::Start => "start",
-            Cmd::Stop => "stop",
-        }
-    }
 }
 
 /// What differs for the hosts that match.
@@ -114,7 +90,7 @@ struct WrittenManager {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WrittenAgent {
     version: Option<Version>,
-    cmd: Option<Cmd>,
+    cmd: Option<Run>,
     #[serde(default)]
     env: BTreeMap<EnvName, Value>,
 }
@@ -157,11 +133,9 @@ impl TryFrom<Written> for Fleet {
         }
         let mut agents = BTreeMap::new();
         for (name, agent) in written.agents {
-            let WrittenAgent { version, cmd, env } = agent;
-            let version = version.ok_or_else(|| format!("cannot take agents.{name}: it has no version"))?;
-            let env = plain(env);
-            settable(&env).map_err(|why| format!("cannot take the env of agents.{name}: {why}"))?;
-            agents.insert(name, Wish { version, cmd: cmd.unwrap_or(Cmd::Start), env });
+            let order = agent.begun().ok_or_else(|| format!("cannot take agents.{name}: it has no version"))?;
+            settable(&order.spec.env).map_err(|why| format!("cannot take the env of agents.{name}: {why}"))?;
+            agents.insert(name, order);
         }
         let mut rules = Vec::new();
         let mut known: BTreeSet<AgentName> = agents.keys().cloned().collect();
@@ -188,6 +162,26 @@ impl TryFrom<Written> for Fleet {
             return Err(format!("cannot take {} sub-agents: at most {MAX_AGENTS}", known.len()));
         }
         Ok(Fleet { interval, allow_removal: written.allow_removal, manager: written.manager.version, agents, rules })
+    }
+}
+
+impl WrittenAgent {
+    /// The order that it begins; `None`: it names no version.
+    fn begun(&self) -> Option<Order> {
+        let package = Package::new(self.version.clone()?);
+        let mut order = Order { package, run: Run::Start, spec: Spec::default() };
+        self.change(&mut order);
+        Some(order)
+    }
+
+    /// Changes what it says: fields, and variables of the environment one by one.
+    fn change(&self, order: &mut Order) {
+        let WrittenAgent { version, cmd, env } = self.clone();
+        if let Some(version) = version {
+            order.package = Package::new(version);
+        }
+        order.run = cmd.unwrap_or(order.run);
+        order.spec.env.extend(plain(env));
     }
 }
 
@@ -242,7 +236,7 @@ pub struct HostFacts {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Desired {
     pub manager: Option<Version>,
-    pub agents: BTreeMap<AgentName, Wish>,
+    pub agents: BTreeMap<AgentName, Order>,
 }
 
 impl Fleet {
@@ -256,13 +250,10 @@ impl Fleet {
                 desired.manager = Some(version.clone());
             }
             for (name, change) in &rule.agents {
-                if let Some(wish) = desired.agents.get_mut(name) {
-                    wish.version = change.version.clone().unwrap_or_else(|| wish.version.clone());
-                    wish.cmd = change.cmd.unwrap_or(wish.cmd);
-                    wish.env.extend(plain(change.env.clone()));
-                } else if let Some(version) = &change.version {
-                    let (version, cmd) = (version.clone(), change.cmd.unwrap_or(Cmd::Start));
-                    desired.agents.insert(name.clone(), Wish { version, cmd, env: plain(change.env.clone()) });
+                if let Some(order) = desired.agents.get_mut(name) {
+                    change.change(order);
+                } else if let Some(order) = change.begun() {
+                    desired.agents.insert(name.clone(), order);
                 }
             }
         }
@@ -276,7 +267,7 @@ impl Fleet {
 
     /// Whether a value of some environment is marked as secret.
     pub fn has_secrets(&self) -> bool {
-        let everywhere = self.agents.values().flat_map(|wish| wish.env.values());
+        let everywhere = self.agents.values().flat_map(|order| order.spec.env.values());
         let somewhere = self.rules.iter().flat_map(|rule| rule.agents.values()).flat_map(|agent| agent.env.values());
         everywhere.chain(somewhere).any(Value::is_secret)
     }
@@ -284,7 +275,7 @@ impl Fleet {
     /// Every release that the file names, the manager's under the name of its package.
     pub fn releases(&self) -> BTreeSet<(&str, &Version)> {
         let managers = self.manager.iter().chain(self.rules.iter().filter_map(|rule| rule.manager.as_ref()));
-        let everywhere = self.agents.iter().map(|(name, wish)| (name.as_str(), &wish.version));
+        let everywhere = self.agents.iter().map(|(name, order)| (name.as_str(), &order.package.version));
         let somewhere = self.rules.iter().flat_map(|rule| {
             rule.agents.iter().filter_map(|(name, agent)| Some((name.as_str(), agent.version.as_ref()?)))
         });
@@ -382,7 +373,7 @@ fn drops_from(hosts: &[HostFacts], last_good: &Fleet, new: &Fleet) -> (usize, us
 /// What one host is told: its desired state, in packages that the depot has for it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Told {
-    pub manager: Option<ManagerOrder>,
+    pub manager: Option<Package>,
     pub agents: Vec<AgentOrder>,
     /// No sub-agent was left out.
     pub complete: bool,
@@ -400,27 +391,12 @@ pub fn tell(desired: &Desired, host: &HostFacts, offer: impl Fn(&str, &Version) 
         }
         found
     };
-    let manager =
-        desired.manager.as_ref().and_then(|version| take(MANAGER_PACKAGE, version)).map(|offer| ManagerOrder {
-            version: offer.version,
-            tarball: None,
-            file: Some(offer.file),
-            sha256: Some(offer.sha256),
-            size: Some(offer.size),
-        });
+    let manager = desired.manager.as_ref().and_then(|version| take(MANAGER_PACKAGE, version)).map(Package::from);
     let mut agents = Vec::new();
-    for (name, wish) in &desired.agents {
-        let Some(offer) = take(name.as_str(), &wish.version) else { continue };
-        agents.push(AgentOrder {
-            name: name.clone(),
-            version: offer.version,
-            tarball: None,
-            file: Some(offer.file),
-            sha256: Some(offer.sha256),
-            size: Some(offer.size),
-            cmd: wish.cmd.as_str().to_owned(),
-            env: wish.env.clone(),
-        });
+    for (name, order) in &desired.agents {
+        let Some(offer) = take(name.as_str(), &order.package.version) else { continue };
+        let (name, package, spec) = (name.clone(), Package::from(offer), order.spec.clone());
+        agents.push(AgentOrder { name, package, cmd: Cmd::Run(order.run), spec });
     }
     let complete = agents.len() == desired.agents.len() && !agents.is_empty();
     let missing = (!missing.is_empty())

@@ -5,8 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::env::Env;
 use super::model::{AgentId, AgentName, Arch, Digest, Os, Version};
+use super::order::{Cmd, Package, Spec};
 
 /// The header that names the host in every request.
 pub const AGENT_ID_HEADER: &str = "x-agent-id";
@@ -191,9 +191,9 @@ pub struct Answer {
     /// A command to the manager: `upgrade`. Unknown ones are answered with an event of outcome `unsupported`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmd: Option<String>,
-    /// The manager's desired release.
+    /// The manager's desired release; its package is named `aops-spm`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub manager: Option<ManagerOrder>,
+    pub manager: Option<Package>,
     /// Whether `agents` names every sub-agent of the host, so that absence means removal. An empty list never does.
     #[serde(default)]
     pub complete: bool,
@@ -205,53 +205,19 @@ pub struct Answer {
     pub ack: Option<u64>,
 }
 
-/// Which release of the manager the host should run, and where its package is.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
-#[serde(rename_all = "camelCase")]
-pub struct ManagerOrder {
-    pub version: Version,
-    /// URL of the directory that holds the package; absent: the endpoint's own download path.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tarball: Option<String>,
-    /// The package's file name below `tarball`; absent: `aops-spm-{version}_{os}_{arch}.tar.zst`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub file: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<Digest>,
-    /// Of the package, bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub size: Option<u64>,
-}
-
 /// What the gateway wants of one sub-agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct AgentOrder {
     pub name: AgentName,
-    pub version: Version,
-    /// URL of the directory that holds the package; absent: the endpoint's own download path.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tarball: Option<String>,
-    /// The package's file name below `tarball`; absent: `{name}-{version}_{os}_{arch}.tar.zst`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub file: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<Digest>,
-    /// Of the package, bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub size: Option<u64>,
+    #[serde(flatten)]
+    pub package: Package,
     /// `start`, `stop` or `uninstall`. An order with another word is answered as unsupported and changes nothing.
-    #[serde(default = "start")]
-    pub cmd: String,
-    /// Environment variables; they win over the package's own. A value is a text, or `{"secret": "…"}`, which is shown to nobody.
     #[serde(default)]
-    pub env: Env,
-}
-
-fn start() -> String {
-    "start".to_owned()
+    pub cmd: Cmd,
+    #[serde(flatten)]
+    pub spec: Spec,
 }
 
 /// The current release of a package for one os and arch.
@@ -265,6 +231,13 @@ pub struct Offer {
     pub sha256: Digest,
     /// Bytes.
     pub size: u64,
+}
+
+impl From<Offer> for Package {
+    fn from(offer: Offer) -> Package {
+        let Offer { version, file, sha256, size } = offer;
+        Package { version, tarball: None, file: Some(file), sha256: Some(sha256), size: Some(size) }
+    }
 }
 
 #[cfg(test)]

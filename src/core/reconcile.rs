@@ -5,27 +5,29 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::desired::{Desired, Order, Run};
-use super::env::Env;
+use super::desired::Desired;
 use super::model::{AgentName, Version};
+use super::order::{Order, Package, Run, Spec};
 
 /// What is observed of one sub-agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Actual {
     /// The release that runs, or would.
-    pub active: Option<Version>,
-    /// The release before it, kept to go back to.
-    pub backup: Option<Version>,
+    pub current: Option<Version>,
+    /// What the ledger keeps: the current release, and what can be gone back to.
+    pub kept: BTreeSet<Version>,
     /// The whole releases on disk.
     pub releases: BTreeSet<Version>,
+    /// Being removed from the disk: nothing is put in their place before they are gone.
+    pub leaving: BTreeSet<Version>,
     /// Being fetched, verified and unpacked now.
     pub staging: Option<Version>,
     /// Could not be staged or activated and is not to be tried again yet.
     pub held_back: Option<Version>,
     /// Whether its supervisor is told to run it.
     pub run: Run,
-    /// The environment that its supervisor is told to give it; `None`: not known.
-    pub env: Option<Env>,
+    /// How its supervisor is told to run it; `None`: not known, or not as wanted.
+    pub spec: Option<Spec>,
     /// An activation or removal is under way; nothing else is to be begun.
     pub busy: bool,
 }
@@ -33,27 +35,28 @@ pub struct Actual {
 impl Default for Actual {
     fn default() -> Actual {
         Actual {
-            active: None,
-            backup: None,
+            current: None,
+            kept: BTreeSet::new(),
             releases: BTreeSet::new(),
+            leaving: BTreeSet::new(),
             staging: None,
             held_back: None,
             run: Run::Stop,
-            env: None,
+            spec: None,
             busy: false,
         }
     }
 }
 
-/// One thing to do.
+/// One thing to do, with all that it takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     /// Fetch, verify and unpack a release, beside what runs.
-    Stage { name: AgentName, version: Version },
-    /// Stop what runs, make a staged release the active one, with this environment, and run it if wanted.
-    Activate { name: AgentName, version: Version, run: Run, env: Env },
-    /// Give the active release another environment.
-    Configure { name: AgentName, env: Env },
+    Stage { name: AgentName, package: Package },
+    /// Stop what runs, make a staged release the active one, and run it as ordered.
+    Activate { name: AgentName, order: Order },
+    /// Run the active release in another way.
+    Configure { name: AgentName, spec: Spec },
     /// Run it, or let it rest.
     Set { name: AgentName, run: Run },
     /// Stop it and remove all that belongs to it.
@@ -81,36 +84,31 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
     if actual.busy {
         return;
     }
-    if actual.active.as_ref() == Some(&order.version) {
-        if actual.env.as_ref() != Some(&order.env) {
-            steps.push(Step::Configure { name: name.clone(), env: order.env.clone() });
+    let wanted = &order.package.version;
+    if actual.current.as_ref() == Some(wanted) {
+        if actual.spec.as_ref() != Some(&order.spec) {
+            steps.push(Step::Configure { name: name.clone(), spec: order.spec.clone() });
         }
         if actual.run != order.run {
             steps.push(Step::Set { name: name.clone(), run: order.run });
         }
         for version in &actual.releases {
-            let kept = [&actual.active, &actual.backup, &actual.staging].contains(&&Some(version.clone()));
-            if !kept {
+            if !actual.kept.contains(version) && actual.staging.as_ref() != Some(version) {
                 steps.push(Step::Discard { name: name.clone(), version: version.clone() });
             }
         }
         return;
     }
-    let held_back = actual.held_back.as_ref() == Some(&order.version);
-    if actual.releases.contains(&order.version) && !held_back {
-        steps.push(Step::Activate {
-            name: name.clone(),
-            version: order.version.clone(),
-            run: order.run,
-            env: order.env.clone(),
-        });
+    let is_held = actual.held_back.as_ref() == Some(wanted) || actual.leaving.contains(wanted);
+    if actual.releases.contains(wanted) && !is_held {
+        steps.push(Step::Activate { name: name.clone(), order: order.clone() });
         return;
     }
-    if actual.staging.as_ref() != Some(&order.version) && !held_back {
-        steps.push(Step::Stage { name: name.clone(), version: order.version.clone() });
+    if actual.staging.as_ref() != Some(wanted) && !is_held {
+        steps.push(Step::Stage { name: name.clone(), package: order.package.clone() });
     }
     // What is active goes on as ordered until the new release is there.
-    if actual.active.is_some() && actual.run != order.run {
+    if actual.current.is_some() && actual.run != order.run {
         steps.push(Step::Set { name: name.clone(), run: order.run });
     }
 }
@@ -125,16 +123,17 @@ mod tests {
     /// Carries a step out, as if all went well and at once.
     fn apply(step: Step, actual: &mut BTreeMap<AgentName, Actual>) {
         match step {
-            Step::Stage { name, version } => {
-                actual.entry(name).or_default().releases.insert(version);
+            Step::Stage { name, package } => {
+                actual.entry(name).or_default().releases.insert(package.version);
             }
-            Step::Activate { name, version, run, env } => {
+            Step::Activate { name, order } => {
                 let agent = actual.entry(name).or_default();
-                agent.backup = agent.active.replace(version);
-                agent.run = run;
-                agent.env = Some(env);
+                let version = order.package.version;
+                agent.kept = agent.current.replace(version.clone()).into_iter().chain([version]).collect();
+                agent.run = order.run;
+                agent.spec = Some(order.spec);
             }
-            Step::Configure { name, env } => actual.entry(name).or_default().env = Some(env),
+            Step::Configure { name, spec } => actual.entry(name).or_default().spec = Some(spec),
             Step::Set { name, run } => actual.entry(name).or_default().run = run,
             Step::Uninstall { name } => {
                 actual.remove(&name);
@@ -157,19 +156,15 @@ mod tests {
         prop_oneof![Just(Run::Start), Just(Run::Stop)]
     }
 
-    fn env() -> impl Strategy<Value = Env> {
-        proptest::collection::btree_map("[A-B]", "[0-1]".prop_map(Value::Plain), 0..2)
+    fn spec() -> impl Strategy<Value = Spec> {
+        proptest::collection::btree_map("[A-B]", "[0-1]".prop_map(Value::Plain), 0..2).prop_map(|env| Spec { env })
     }
 
     fn desired() -> impl Strategy<Value = Desired> {
-        let order = (version(), run(), env()).prop_map(|(version, run, env)| Order {
-            version,
-            tarball: None,
-            file: None,
-            sha256: None,
-            size: None,
+        let order = (version(), run(), spec()).prop_map(|(version, run, spec)| Order {
+            package: Package::new(version),
             run,
-            env,
+            spec,
         });
         (proptest::collection::btree_map(name(), order, 0..4), proptest::collection::btree_set(name(), 0..4)).prop_map(
             |(agents, removed)| Desired {
@@ -186,11 +181,12 @@ mod tests {
             proptest::option::of(version()),
             proptest::collection::btree_set(version(), 0..4),
             run(),
-            proptest::option::of(env()),
+            proptest::option::of(spec()),
         )
-            .prop_map(|(active, backup, mut releases, run, env)| {
-                releases.extend(active.clone());
-                Actual { active, backup, releases, run, env, ..Actual::default() }
+            .prop_map(|(current, backup, mut releases, run, spec)| {
+                releases.extend(current.clone());
+                let kept = current.iter().chain(&backup).cloned().collect();
+                Actual { current, kept, releases, run, spec, ..Actual::default() }
             });
         proptest::collection::btree_map(name(), agent, 0..4)
     }
@@ -206,9 +202,9 @@ mod tests {
             prop_assert_eq!(plan(&desired, &actual), vec![]);
             for (name, order) in &desired.agents {
                 let agent = &actual[name];
-                prop_assert_eq!(agent.active.as_ref(), Some(&order.version));
+                prop_assert_eq!(agent.current.as_ref(), Some(&order.package.version));
                 prop_assert_eq!(agent.run, order.run);
-                prop_assert_eq!(agent.env.as_ref(), Some(&order.env));
+                prop_assert_eq!(agent.spec.as_ref(), Some(&order.spec));
                 prop_assert!(agent.releases.len() <= 2);
             }
             prop_assert!(desired.removed.iter().all(|name| !actual.contains_key(name)));
@@ -223,28 +219,25 @@ mod tests {
     #[test]
     fn nothing_is_begun_on_what_is_busy_or_held_back() {
         let name: AgentName = "a".parse().unwrap();
-        let order = Order {
-            version: "2".parse().unwrap(),
-            tarball: None,
-            file: None,
-            sha256: None,
-            size: None,
-            run: Run::Start,
-            env: BTreeMap::new(),
-        };
+        let package = Package::new("2".parse().unwrap());
+        let order = Order { package, run: Run::Start, spec: Spec::default() };
         let desired = Desired { agents: BTreeMap::from([(name.clone(), order)]), ..Desired::default() };
         let plan_with = |agent: Actual| plan(&desired, &BTreeMap::from([(name.clone(), agent)]));
         assert_eq!(plan_with(Actual { busy: true, ..Actual::default() }), vec![]);
         assert_eq!(plan_with(Actual { held_back: Some("2".parse().unwrap()), ..Actual::default() }), vec![]);
         assert_eq!(plan_with(Actual { staging: Some("2".parse().unwrap()), ..Actual::default() }), vec![]);
         assert_eq!(plan_with(Actual { staging: Some("1".parse().unwrap()), ..Actual::default() }).len(), 1);
+        // What is being removed is not put there again before it is gone.
+        let two = BTreeSet::from(["2".parse().unwrap()]);
+        assert_eq!(plan_with(Actual { leaving: two.clone(), ..Actual::default() }), vec![]);
+        assert_eq!(plan_with(Actual { leaving: two.clone(), releases: two, ..Actual::default() }), vec![]);
     }
 
     #[test]
     fn without_a_desired_state_nothing_is_touched() {
         let actual = BTreeMap::from([(
             "a".parse().unwrap(),
-            Actual { active: Some("1".parse().unwrap()), ..Actual::default() },
+            Actual { current: Some("1".parse().unwrap()), ..Actual::default() },
         )]);
         assert_eq!(plan(&Desired::default(), &actual), vec![]);
     }

@@ -101,7 +101,11 @@ pub struct GatewayStatus {
 #[serde(rename_all = "camelCase")]
 pub struct AgentStatus {
     pub name: AgentName,
+    /// The release of its process; without one, that which would run.
     pub version: Option<Version>,
+    /// The active release, where its process is one of another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_version: Option<Version>,
     pub state: AgentState,
     pub pid: Option<u32>,
     pub uptime_seconds: Option<u64>,

@@ -171,6 +171,11 @@ impl Supervisor {
         matches!(self.phase, Phase::Up(_))
     }
 
+    /// It was asked to be started, and neither has nor failed to.
+    pub fn is_starting(&self) -> bool {
+        self.phase == Phase::Starting
+    }
+
     pub fn is_stopping(&self) -> bool {
         matches!(self.phase, Phase::Stopping { .. })
     }

@@ -1,5 +1,8 @@
 //! Texts that somebody else wrote, before they are kept, told or shown: of bounded length, and harmless to the terminal of whoever reads them.
 
+/// Of a message, an error or whatever else somebody is told, so much is kept, bytes.
+pub const MAX_MESSAGE_BYTES: usize = 1 << 10;
+
 /// What a text is, where it was too long.
 const CUT: char = '…';
 

@@ -19,14 +19,12 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::launch::{Program, Start};
-use crate::core::health::{Address, Check, Health, Url};
-use crate::core::supervise::{Answer, Checks};
+use super::launch::Start;
+use crate::core::health::{Address, Check, Url};
+use crate::core::program::Program;
+use crate::core::supervise::Answer;
 use crate::platform;
 
-/// A `control` script's status, which says nothing of how often it wants to be asked. What it says counts from its start, which it ended
-/// well.
-const OF_SCRIPTS: Checks = Checks { interval: Duration::from_secs(30), failures: 3, start_period: Duration::ZERO };
 const SCRIPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A timeout that comes so late was held up by a stop of this process or of the machine.
 const NOT_SCHEDULED: Duration = Duration::from_secs(2);
@@ -36,17 +34,6 @@ static LOOKUPS: Semaphore = Semaphore::const_new(4);
 static HANDSHAKES: Semaphore = Semaphore::const_new(8);
 /// Of a name's addresses, so many are tried.
 const MAX_ADDRESSES: usize = 4;
-
-/// How the health of a program is judged, if it is.
-pub fn checks(program: &Program) -> Option<Checks> {
-    match program {
-        Program::Script => Some(OF_SCRIPTS),
-        Program::Native(manifest) => manifest.health.as_ref().map(|health| {
-            let Health { interval, failures, start_period, .. } = *health;
-            Checks { interval, failures, start_period }
-        }),
-    }
-}
 
 /// What is to be asked.
 #[derive(Debug)]

@@ -8,11 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use sha2::{Digest as _, Sha256};
 
-use super::record::{self, Head, Kind, Record};
+use super::record::{self, Head, Record};
 use crate::config;
 use crate::core::env::Env;
-use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest, Restart, StopSignal};
+use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest};
 use crate::core::model::{AgentId, AgentName, Version};
+use crate::core::program::Program;
 use crate::home::Home;
 use crate::installation::guard;
 use crate::platform::{self, Child, Group, Groups, Launch};
@@ -23,38 +24,6 @@ const MAX_MANIFEST_BYTES: u64 = 256 << 10;
 /// How often, and how long apart, a program is tried whose file is still being written by a forked child.
 const BUSY_TRIES: u32 = 50;
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
-/// `control` scripts stop themselves; what is left after this is ended by us.
-const SCRIPT_GRACE: Duration = Duration::from_secs(10);
-
-/// How an unpacked release is run.
-#[derive(Debug, Clone)]
-pub enum Program {
-    Native(Box<Manifest>),
-    Script,
-}
-
-impl Program {
-    pub fn restart(&self) -> Restart {
-        match self {
-            Program::Native(manifest) => manifest.run.restart,
-            Program::Script => Restart::Always,
-        }
-    }
-
-    pub fn kill_mode(&self) -> KillMode {
-        match self {
-            Program::Native(manifest) => manifest.run.kill_mode,
-            Program::Script => KillMode::Tree,
-        }
-    }
-
-    pub fn kind(&self) -> Kind {
-        match self {
-            Program::Native(_) => Kind::Native,
-            Program::Script => Kind::Script,
-        }
-    }
-}
 
 /// What a release's directory says about how it is run.
 pub fn inspect(home: &Home, name: &AgentName, version: &Version) -> Result<Program> {
@@ -106,18 +75,6 @@ impl Start {
         self.home.release(&self.name, &self.version)
     }
 
-    /// The variables of the gateway's that this package does not let it set.
-    pub fn refused_env(&self) -> Vec<String> {
-        manifest::admit_env(&self.env, self.env_allow()).1.into_iter().map(str::to_owned).collect()
-    }
-
-    fn env_allow(&self) -> &[String] {
-        match &self.program {
-            Program::Native(manifest) => &manifest.run.env_allow,
-            Program::Script => &[],
-        }
-    }
-
     /// The sub-agent's group; `None` where none can be had.
     pub fn group(&self) -> Option<Group> {
         let groups = self.groups.as_ref()?;
@@ -137,10 +94,6 @@ impl Start {
     }
 
     pub fn head(&self) -> Head {
-        let (stop_signal, grace) = match &self.program {
-            Program::Native(manifest) => (manifest.run.stop_signal, manifest.run.grace()),
-            Program::Script => (StopSignal::Term, SCRIPT_GRACE),
-        };
         Head {
             format: 1,
             name: self.name.clone(),
@@ -148,8 +101,8 @@ impl Start {
             kind: self.program.kind(),
             env_hash: env_hash(&self.env),
             restarts: self.restarts,
-            stop_signal,
-            grace_seconds: grace.as_secs(),
+            stop_signal: self.program.stop_signal(),
+            grace_seconds: self.program.grace().as_secs(),
             kill_mode: self.program.kill_mode(),
             boot_id: platform::boot_id().to_owned(),
         }
@@ -195,7 +148,7 @@ impl Start {
         if let Program::Native(manifest) = &self.program {
             command.envs(&manifest.env);
         }
-        command.envs(manifest::admit_env(&self.env, self.env_allow()).0);
+        command.envs(manifest::admit_env(&self.env, self.program.env_allow()).0);
         command
             .env("AOPS_HOME", self.home.root())
             .env("AOPS_AGENT_NAME", self.name.as_str())

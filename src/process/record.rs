@@ -9,19 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::manifest::{KillMode, StopSignal};
 use crate::core::model::{AgentName, Version};
+use crate::core::program::Kind;
 use crate::home::Home;
 use crate::platform::Group;
 use crate::{platform, store};
-
-/// Which convention a sub-agent follows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Kind {
-    /// Run by us, as its `agent.toml` says.
-    Native,
-    /// Driven through its own `control` script.
-    Script,
-}
 
 /// What is known of a process before it is there.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -100,8 +91,9 @@ impl Record {
         self.group.as_deref().map(Group::named)
     }
 
+    /// Writes it, without waiting for the disk: after a power cut it would mean nothing.
     pub fn save(&self, home: &Home) -> Result<()> {
-        store::save(&home.process_record(&self.head.name), self)
+        store::save_for_this_boot(&home.process_record(&self.head.name), self)
     }
 }
 

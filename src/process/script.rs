@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::launch::{Program, Start};
+use super::launch::Start;
 use super::record::{self, Record};
 use super::tree::{self, Target};
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
+use crate::core::program::Program;
 use crate::home::Home;
 use crate::platform::{self, Launch, Seen};
 use crate::{installation, store};

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::record::{self, Kind, Record};
+use super::record::{self, Record};
 use super::script;
 use crate::core::manifest::{KillMode, StopSignal};
 use crate::core::model::AgentName;
+use crate::core::program::Kind;
 use crate::home::Home;
 use crate::platform::{self, Group, Groups, Seen};
 

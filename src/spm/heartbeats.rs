@@ -7,8 +7,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::Input;
-use super::run::Inputs;
+use super::input::{Input, Inputs};
 use crate::config::Config;
 use crate::core::model::AgentId;
 use crate::core::protocol::{Answer, Heartbeat};

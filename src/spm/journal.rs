@@ -4,20 +4,19 @@
 //! same thing, in whatever words, is told less and less often. How much was not told is said with the next that is.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::disk::{File, StateFile};
+use super::input::Inputs;
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::Event;
 use crate::core::schedule::Allowance;
-use crate::core::text::cut;
+use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::home::Home;
 use crate::store;
 
-/// Of a message, an error or whatever else somebody is told, so much is kept, bytes.
-pub(super) const MAX_MESSAGE_BYTES: usize = 1 << 10;
 /// Of a word in a file that somebody else may have written.
 const MAX_WORD_BYTES: usize = 64;
 /// Beyond this the oldest are forgotten: a host that cannot reach its gateway for weeks must not fill its disk.
@@ -37,7 +36,7 @@ const MAX_COUNTED: usize = 1_024;
 /// So long after an event it is on disk.
 const FLUSH: Duration = Duration::from_secs(1);
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Stored {
     #[serde(default)]
@@ -49,7 +48,7 @@ struct Stored {
 /// The events of one host.
 #[derive(Debug)]
 pub(super) struct Journal {
-    path: PathBuf,
+    file: StateFile<Stored>,
     stored: Stored,
     /// Of all events.
     bytes: usize,
@@ -77,7 +76,8 @@ impl Journal {
         });
         let Stored { last_id, events } = stored.unwrap_or_default();
         let stored = Stored { last_id, events: VecDeque::new() };
-        let mut journal = Journal { path, stored, bytes: 0, told: BTreeMap::new(), changed: None };
+        let file = StateFile::new(File::Events, path);
+        let mut journal = Journal { file, stored, bytes: 0, told: BTreeMap::new(), changed: None };
         events.into_iter().for_each(|event| journal.keep(event));
         journal
     }
@@ -169,16 +169,27 @@ impl Journal {
         self.changed.map(|since| since + FLUSH)
     }
 
-    /// Writes what changed since the last time.
-    pub(super) fn flush(&mut self) {
-        if self.changed.take().is_none() {
-            return;
+    /// Begins to write what changed since the last time.
+    pub(super) fn flush(&mut self, inputs: &Inputs) {
+        if self.changed.take().is_some() {
+            self.file.save(inputs, self.stored.clone());
         }
-        if let Err(error) = store::save(&self.path, &self.stored) {
-            tracing::warn!(
-                error = format!("{error:#}"),
-                "the events for the gateway cannot be kept; they are in memory alone"
-            );
+    }
+
+    /// Takes in that a write has ended.
+    pub(super) fn saved(&mut self, result: Result<(), String>, inputs: &Inputs) {
+        self.file.saved(inputs);
+        if let Err(error) = result {
+            tracing::warn!(error, "the events for the gateway cannot be written; they are in memory alone");
+        }
+    }
+
+    /// Writes what there is and waits for it: at the end of the process.
+    pub(super) fn flush_now(&mut self) {
+        self.changed = None;
+        if let Err(error) = self.file.save_now(&self.stored) {
+            let error = format!("{error:#}");
+            tracing::warn!(error, "the events for the gateway cannot be written and are lost");
         }
     }
 }
@@ -202,7 +213,7 @@ mod tests {
         let mut journal = Journal::load(&home);
         journal.note("exit", "failed", About::default(), "one");
         journal.note("exit", "failed", About::default(), "two");
-        journal.flush();
+        journal.flush_now();
         let mut journal = Journal::load(&home);
         let pending = journal.pending();
         assert_eq!(pending.len(), 2);

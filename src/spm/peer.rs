@@ -3,8 +3,7 @@
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use super::Input;
-use super::run::Inputs;
+use super::input::{Input, Inputs};
 use crate::core::status::RoleStatus;
 use crate::core::watch::{Lasting, Revival};
 use crate::home::Home;

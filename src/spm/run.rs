@@ -1,45 +1,26 @@
 //! What takes time, done beside the manager's loop: starting a sub-agent, watching it, stopping it. Each reports with an [`Input`].
 
 use anyhow::Result;
-use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::Input;
-use super::stage::Refusal;
+use super::input::{Input, Inputs, Running};
+use super::stage;
 use crate::core::manifest::KillMode;
+use crate::core::program::Program;
 use crate::home::Home;
 use crate::installation::guard::Unsound;
-use crate::platform::{self, Child};
-use crate::process::launch::{self, Program, Start};
+use crate::platform;
+use crate::process::launch::{self, Start};
 use crate::process::record::{self, Record};
 use crate::process::script::{self, Said};
 use crate::process::tree::{self, Ending, Target};
-
-/// Where a task sends what came of it.
-pub(super) type Inputs = mpsc::UnboundedSender<Input>;
-
-/// A process that runs: started by us, so that its exit status comes to us, or adopted.
-#[derive(Debug)]
-pub(super) enum Running {
-    Child(Child, Record),
-    Adopted(Record),
-    Script(Box<Start>, Record),
-}
-
-impl Running {
-    pub(super) fn record(&self) -> &Record {
-        match self {
-            Running::Child(_, record) | Running::Adopted(record) | Running::Script(_, record) => record,
-        }
-    }
-}
 
 /// Starts a sub-agent, after ending what an earlier process of it left behind: `last`.
 pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Target) {
     let inputs = inputs.clone();
     tokio::spawn(async move {
         let name = start.name.clone();
-        let result = start_clean(start, last).await.map_err(|error| Refusal::of(&error));
+        let result = start_clean(start, last).await.map_err(|error| stage::refusal(&error));
         let _ = inputs.send(Input::Launched { name, serial, result: result.map(Box::new) });
     });
 }
@@ -54,7 +35,7 @@ async fn start_clean(start: Start, last: Target) -> Result<Running> {
         }
         Program::Script => {
             let of = start.clone();
-            tokio::task::spawn_blocking(move || script::forget(&of, record.as_ref())).await?;
+            off_loop(move || script::forget(&of, record.as_ref())).await?;
             let record = script::start(&start).await?;
             Ok(Running::Script(Box::new(start), record))
         }
@@ -74,7 +55,7 @@ async fn end(home: &Home, target: Target) -> Result<()> {
     if target.is_scattered() || target.script_to_ask().is_some() {
         // Both take their time: every process of the host is looked at, a script is run.
         let home = home.clone();
-        return tokio::task::spawn_blocking(move || tree::end(&home, &[target])).await?;
+        return off_loop(move || tree::end(&home, &[target])).await?;
     }
     let targets = [target];
     let mut ending = Ending::of(home, &targets);
@@ -87,8 +68,13 @@ async fn end(home: &Home, target: Target) -> Result<()> {
             let _ = tokio::time::timeout(pause, targets[0].groups_emptied()).await;
         }
     }
-    targets[0].remove_groups();
-    Ok(())
+    let [target] = targets;
+    off_loop(move || target.remove_groups()).await
+}
+
+/// Does what may wait for a disk beside the loop, on whose thread tasks run too.
+async fn off_loop<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    Ok(tokio::task::spawn_blocking(work).await?)
 }
 
 /// Watches a process and tells of its end. Who stops it ends the watch: a `control` script must not be asked while its files are removed.
@@ -157,7 +143,13 @@ async fn emptied(record: &Record) {
 pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: Target) {
     let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
     tokio::spawn(async move {
-        let ended = end(&home, target.clone()).await.and_then(|()| record::remove(&home, &name));
+        let ended = match end(&home, target.clone()).await {
+            Ok(()) => {
+                let (home, name) = (home.clone(), name.clone());
+                off_loop(move || record::remove(&home, &name)).await.and_then(|removed| removed)
+            }
+            Err(error) => Err(error),
+        };
         if let Some(record) = &target.record {
             platform::reap_orphan(record.pid);
         }

@@ -7,19 +7,21 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tokio::sync::{Semaphore, oneshot};
 
-use super::Input;
-use super::journal::MAX_MESSAGE_BYTES;
-use super::run::Inputs;
+use super::agent;
+use super::input::{Input, Inputs};
 use crate::config::Config;
-use crate::core::desired::Order;
-use crate::core::model::{AgentId, AgentName, Release, Version};
+use crate::core::agent::{Ready, Refusal};
+use crate::core::ledger;
+use crate::core::model::{AgentId, AgentName, Version};
+use crate::core::order::Package;
+use crate::core::program::Program;
 use crate::core::status::DownloadStatus;
-use crate::core::text::cut;
+use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::endpoint::End;
 use crate::home::Home;
 use crate::installation::guard::{self, Unsound};
 use crate::installation::{Epochs, keyring};
-use crate::package::{self, Commons, Completed, Means, Places, Unavailable, Wanted};
+use crate::package::{self, Commons, Means, Places, Unavailable, Wanted, Withdrawn};
 use crate::platform;
 use crate::process::launch;
 
@@ -107,34 +109,20 @@ impl std::fmt::Display for Unusable {
 }
 
 /// Why a release could not be staged, activated or started.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    pub(super) why: String,
-    /// Somebody, or something, was looked at and not trusted, as opposed to not to be had.
-    pub(super) refused: bool,
-    /// Who has it asked to be left alone for so long.
-    pub(super) retry_after: Option<Duration>,
-    /// It was downloaded to be refused, and will be again.
-    pub(super) costly: bool,
+pub(super) fn refusal(error: &anyhow::Error) -> Refusal {
+    Refusal {
+        why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES),
+        refused: package::is_refusal(error) || error.is::<Unsound>(),
+        retry_after: error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after),
+        costly: false,
+        withdrawn: error.is::<Withdrawn>(),
+    }
 }
 
-impl Refusal {
-    pub(super) fn of(error: &anyhow::Error) -> Refusal {
-        let refused = package::is_refusal(error) || error.is::<Unsound>();
-        let retry_after = error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after);
-        Refusal { why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES), refused, retry_after, costly: false }
-    }
-
-    /// Of a release of which so many bytes were downloaded.
-    fn after(error: &anyhow::Error, bytes: u64) -> Refusal {
-        let is_final = package::is_refusal(error) || error.is::<Unusable>();
-        Refusal { costly: is_final && bytes >= COSTLY, ..Refusal::of(error) }
-    }
-
-    /// As an event has it.
-    pub(super) fn outcome(&self) -> &'static str {
-        if self.refused { "refused" } else { "failed" }
-    }
+/// As [`refusal`], of a release of which so many bytes were downloaded.
+fn refusal_after(error: &anyhow::Error, bytes: u64) -> Refusal {
+    let is_final = package::is_refusal(error) || error.is::<Unusable>();
+    Refusal { costly: is_final && bytes >= COSTLY, ..refusal(error) }
 }
 
 /// All that staging one release needs to know.
@@ -144,37 +132,38 @@ pub(super) struct Job {
     pub config: Config,
     pub agent_id: AgentId,
     pub name: AgentName,
-    pub order: Order,
+    pub package: Package,
 }
 
 /// Stages a release and reports with [`Input::Staged`].
 pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
     let (inputs, desk, seen) = (inputs.clone(), desk.clone(), Arc::new(Seen::default()));
     let (wanted, unwanted) = oneshot::channel();
-    let staging = Staging { version: job.order.version.clone(), seen: Arc::clone(&seen), _wanted: wanted };
+    let staging = Staging { version: job.package.version.clone(), seen: Arc::clone(&seen), _wanted: wanted };
     tokio::spawn(async move {
         let _turn = tokio::select! {
             // A turn that comes and is dropped is the next one's.
             turn = desk.turns.acquire_owned() => turn,
             _ = unwanted => return,
         };
-        let (name, version, come) = (job.name.clone(), job.order.version.clone(), Arc::clone(&seen));
+        let (name, version, come) = (job.name.clone(), job.package.version.clone(), Arc::clone(&seen));
         let result = match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
-            Ok(result) => result.map_err(|error| Refusal::after(&error, come.bytes.load(Ordering::Relaxed))),
-            Err(error) => Err(Refusal::of(&anyhow::anyhow!("cannot stage it: {error}"))),
+            Ok(result) => result.map_err(|error| refusal_after(&error, come.bytes.load(Ordering::Relaxed))),
+            Err(error) => Err(Refusal::failed(format!("cannot stage it: {error}"))),
         };
         let _ = inputs.send(Input::Staged { name, version, result });
     });
     staging
 }
 
-fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
-    let Job { home, config, agent_id, name, order } = job;
+fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<Ready> {
+    let Job { home, config, agent_id, name, package } = job;
+    let version = &package.version;
     if seen.unwanted.load(Ordering::SeqCst) {
         bail!("it is not wanted any more");
     }
     guard::agent(home, name)?;
-    let wanted = Wanted { least_epoch: Epochs::load(home)?.least(name.as_str()), ..wanted(name, order) };
+    let wanted = Wanted { least_epoch: Epochs::load(home)?.least(name.as_str()), ..wanted(name, package) };
     commons.limit(config.download_rate.map(|rate| rate.0));
     // One for each download, since it is ended with that; no more than take turns at the same time.
     let client = config.client(&config.trust(home), agent_id, config.download_timeouts())?;
@@ -193,51 +182,46 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<()> {
         seen.total.store(total.unwrap_or(0), Ordering::Relaxed);
         if told.elapsed() >= TELL_EVERY {
             told = Instant::now();
-            tracing::info!(agent = %name, version = %order.version, bytes, total, "a download is under way");
+            tracing::info!(agent = %name, version = %version, bytes, total, "a download is under way");
         }
         !seen.unwanted.load(Ordering::SeqCst)
     })?;
-    let release = home.release(name, &order.version);
-    tree.move_to(&release)?;
+    let directory = home.release(name, version);
+    let release = ledger::Release {
+        version: version.clone(),
+        sha256: Some(tree.sha256().clone()),
+        epoch: tree.binding().epoch,
+        unknown: Default::default(),
+    };
+    tree.move_to(&directory)?;
     // A release that cannot be run is not kept as one that could.
-    launch::inspect(home, name, &order.version)
+    let program = launch::inspect(home, name, version)
         .inspect_err(|_| {
-            let _ = package::discard(&release);
+            let _ = package::discard(&directory);
         })
         .context(Unusable)?;
-    Ok(())
+    Ok(Ready { release, program })
 }
 
 /// The package that an order asks for.
-pub(super) fn wanted(name: &AgentName, order: &Order) -> Wanted {
-    Wanted {
-        tarball: order.tarball.clone(),
-        file: order.file.clone(),
-        sha256: order.sha256.clone(),
-        size: order.size,
-        ..Wanted::new(Release {
-            name: name.clone(),
-            version: order.version.clone(),
-            os: platform::OS,
-            arch: platform::ARCH,
-        })
-    }
+pub(super) fn wanted(name: &AgentName, package: &Package) -> Wanted {
+    Wanted::of(package, name, platform::OS, platform::ARCH)
 }
 
 /// Whether a release that lies on disk may be activated: the home can be relied on, and nothing that the release was accepted by when it was
-/// staged was withdrawn since.
-pub(super) fn admit(home: &Home, name: &AgentName, version: &Version) -> Result<Completed> {
+/// staged was withdrawn since. `inspect`: also how it is run.
+pub(super) fn admit(
+    home: &Home,
+    name: &AgentName,
+    version: &Version,
+    inspect: bool,
+) -> Result<(ledger::Release, Option<Program>)> {
     guard::agent(home, name)?;
     guard::release(home, name, version)?;
     let completed = package::whole(&home.release(name, version))?;
     completed.admit(Epochs::load(home)?.least(name.as_str()), &keyring::trusted(home)?)?;
-    Ok(completed)
-}
-
-/// As [`admit`], and commits the release's epoch: no older one is accepted from then on.
-pub(super) fn commit_epoch(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
-    let completed = admit(home, name, version)?;
-    Epochs::commit(home, name.as_str(), completed.epoch)
+    let program = inspect.then(|| launch::inspect(home, name, version)).transpose()?;
+    Ok((agent::release(version.clone(), Some(&completed)), program))
 }
 
 #[cfg(test)]
@@ -245,19 +229,14 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::core::desired::Run;
-    use crate::core::env::Env;
 
     fn job(name: &str) -> Job {
-        let version: Version = "1".parse().unwrap();
-        let order =
-            Order { version, tarball: None, file: None, sha256: None, size: None, run: Run::Start, env: Env::new() };
         Job {
             home: Home::new(std::path::Path::new("/nowhere")),
             config: Config::default(),
             agent_id: "1".parse().unwrap(),
             name: name.parse().unwrap(),
-            order,
+            package: Package::new("1".parse().unwrap()),
         }
     }
 

@@ -18,7 +18,7 @@ fn host(agent_id: &str, hostname: &str) -> HostFacts {
 }
 
 fn version_of(desired: &Desired, name: &str) -> Option<String> {
-    desired.agents.get(&name.parse::<AgentName>().unwrap()).map(|wish| wish.version.to_string())
+    desired.agents.get(&name.parse::<AgentName>().unwrap()).map(|order| order.package.version.to_string())
 }
 
 fn offer(name: &str, version: &Version) -> Option<Offer> {
@@ -63,15 +63,15 @@ fn rules_change_fields_and_variables_and_later_ones_win() {
 
     let web = fleet.desired(&host("5402", "WEB-1"));
     let exporter = &web.agents[&"node-exporter".parse::<AgentName>().unwrap()];
-    assert_eq!(exporter.version.as_str(), "1.6.0");
-    assert_eq!(exporter.cmd, Cmd::Start);
-    let env: Vec<(&str, &str)> = exporter.env.iter().map(|(k, v)| (k.as_str(), v.reveal())).collect();
+    assert_eq!(exporter.package.version.as_str(), "1.6.0");
+    assert_eq!(exporter.run, Run::Start);
+    let env: Vec<(&str, &str)> = exporter.spec.env.iter().map(|(k, v)| (k.as_str(), v.reveal())).collect();
     assert_eq!(env, [("A", "2"), ("B", "3"), ("GOGC", "50")]);
 
     // The first rule's agent ids do not hold, the second rule does.
     let nine = fleet.desired(&host("1", "web-9"));
     assert_eq!(version_of(&nine, "node-exporter").as_deref(), Some("1.5.0"));
-    assert_eq!(nine.agents[&"node-exporter".parse::<AgentName>().unwrap()].cmd, Cmd::Stop);
+    assert_eq!(nine.agents[&"node-exporter".parse::<AgentName>().unwrap()].run, Run::Stop);
     assert_eq!(version_of(&nine, "extra").as_deref(), Some("1"));
     assert_eq!(nine.manager.as_ref().map(Version::as_str), Some("0.2.0"));
 }
@@ -85,7 +85,7 @@ fn a_secret_is_told_to_the_host_and_never_quoted() {
     let fleet = fleet(secret);
     let host = host("1", "h");
     let told = tell(&fleet.desired(&host), &host, offer);
-    assert_eq!(told.agents[0].env["TOKEN"].reveal(), "hunter2");
+    assert_eq!(told.agents[0].spec.env["TOKEN"].reveal(), "hunter2");
     assert!(!format!("{fleet:?}{told:?}").contains("hunter2"));
     for bad in
         ["{ secrets = \"hunter2\" }", "[\"hunter2\"]", "{ secret = [\"hunter2\"] }", "{ secret = \"hunter2\", a = 1 }"]

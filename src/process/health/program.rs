@@ -14,9 +14,10 @@ use tokio::process::{Child, Command};
 use super::{Answer, failed, late};
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
 use crate::core::model::AgentName;
+use crate::core::program::Program;
 use crate::home::Home;
 use crate::platform::{self, User};
-use crate::process::launch::{Program, Start};
+use crate::process::launch::Start;
 use crate::process::script::{self, Said};
 
 /// How often, and how long apart, a program is tried whose file is still being written by a forked child.

@@ -4,17 +4,20 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::Manager;
-use crate::core::desired::Run;
+use super::outcomes::save;
+use crate::core::agent::{Agent, Event};
+use crate::core::ledger::Entry;
 use crate::core::model::{AgentName, Version};
-use crate::core::supervise::Event;
+use crate::core::order::{Run, Spec};
+use crate::core::program::{Kind, Program};
 use crate::platform::{self, Seen};
-use crate::process::launch;
-use crate::process::launch::Program;
+use crate::process::launch::{self, env_hash};
 use crate::process::record::{self, Ended, Record};
 use crate::process::tree::{self, Target};
-use crate::spm::agent::{Agent, Busy};
+use crate::spm::agent::{self, SubAgent};
+use crate::spm::input::Running;
 use crate::spm::journal::About;
-use crate::spm::run::{self, Running};
+use crate::spm::run;
 
 /// Start times have a resolution of 10 ms. Who is started after an end was noted is started later than this.
 const APART: Duration = Duration::from_millis(100);
@@ -26,7 +29,7 @@ impl Manager {
         let targets = census.targets;
         let marked = census.marked;
         let recorded = |name: &AgentName| targets.iter().find(|target| target.name == *name);
-        let mut names: BTreeSet<AgentName> = self.desired.agents.keys().cloned().collect();
+        let mut names: BTreeSet<AgentName> = self.orders.held.agents.keys().cloned().collect();
         names.extend(
             std::fs::read_dir(self.home.agents())
                 .into_iter()
@@ -41,17 +44,13 @@ impl Manager {
                 Ok(true) => tracing::warn!(agent = %name, "others could write in its directory, and cannot any more"),
                 Err(error) => tracing::warn!(agent = %name, error = %error, "its directory cannot be looked at"),
             }
-            let restarts = target.and_then(|target| target.record.as_ref()).map_or(0, |record| record.head.restarts);
-            let mut agent = Agent::found(&self.home, name.clone(), restarts);
-            agent.scattered = target.is_some_and(Target::is_scattered);
-            self.agents.insert(name.clone(), agent);
+            let entry = self.releases.take_found(&name);
+            self.find(&name, entry, target);
             match target.and_then(|target| target.record.clone()) {
                 Some(record) if record.is_alive() => self.adopt(&name, record),
                 record => match (self.by_mark(&name, &marked, record.as_ref()), record) {
                     (Some(marked), _) => {
-                        if let Err(error) = marked.save(&self.home) {
-                            tracing::warn!(agent = %name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
-                        }
+                        save(&marked, &self.home);
                         self.adopt(&name, marked);
                     }
                     (None, Some(record)) if record.is_of_this_boot() => self.bury(&name, record),
@@ -65,16 +64,50 @@ impl Manager {
         if self.home.agents().read_dir().is_ok() {
             let installed: BTreeSet<AgentName> = self.agents.keys().cloned().collect();
             for target in targets.iter().filter(|target| !installed.contains(&target.name)) {
-                let name = &target.name;
-                let mut agent = Agent::new(name.clone(), 0);
-                (agent.record, agent.scattered) = (target.record.clone(), target.is_scattered());
-                agent.busy = Some(Busy::Uninstalling);
-                self.agents.insert(name.clone(), agent);
-                if !self.clear_away(name, target) {
-                    self.finish_if_down(name, Instant::now());
-                }
+                let (name, now) = (&target.name, Instant::now());
+                let mut found = SubAgent::new(Agent::new(name.clone()));
+                (found.record, found.scattered) = (target.record.clone(), target.is_scattered());
+                self.agents.insert(name.clone(), found);
+                self.clear_away(name, target);
+                self.step(name, Event::Uninstall, now);
             }
         }
+        self.raise_committed();
+    }
+
+    /// Takes in what is on disk of a sub-agent. `entry`: what the ledger says of it; `target`: what may run of it.
+    pub(super) fn find(&mut self, name: &AgentName, entry: Option<Entry>, target: Option<&Target>) {
+        let had_entry = entry.clone();
+        let mut found = agent::on_disk(&self.home, name, entry, target.and_then(|target| target.record.as_ref()));
+        if had_entry.as_ref() != Some(&found.ledger) {
+            self.releases.change();
+        }
+        let current = found.ledger.current().map(|release| release.version.clone());
+        if let Some(current) = &current {
+            let program = launch::inspect(&self.home, name, current);
+            found.program = Some(program.map_err(|error| format!("{error:#}")));
+            self.point_at(name, current);
+        }
+        let now = Instant::now();
+        let (state, actions) = Agent::found(name.clone(), found);
+        let scattered = target.is_some_and(Target::is_scattered);
+        self.agents.insert(name.clone(), SubAgent { scattered, ..SubAgent::new(state) });
+        self.perform(name, actions, now);
+    }
+
+    /// The ledger beats the link `current`: where they differ, the link is made anew.
+    fn point_at(&self, name: &AgentName, current: &Version) {
+        let link = self.home.current(name);
+        if platform::read_current(&link).ok().flatten().as_deref() == Some(current.as_str()) {
+            return;
+        }
+        let (name, current) = (name.clone(), current.clone());
+        tokio::task::spawn_blocking(move || {
+            tracing::warn!(agent = %name, version = %current, "`current` names another release than the ledger, and is made anew");
+            if let Err(error) = platform::write_current(&link, current.as_str()) {
+                tracing::warn!(agent = %name, error = %error, "`current` cannot be made anew");
+            }
+        });
     }
 
     /// Ends what runs of a sub-agent and cannot be adopted, as the sub-agent's own stop: nothing new of it starts meanwhile. `false`: there
@@ -90,8 +123,8 @@ impl Manager {
         tracing::warn!(agent = %name, pid, "what runs of a sub-agent is none of its active release and is stopped");
         let now = Instant::now();
         agent.serial += 1;
-        agent.supervisor.adopt(pid, now, now, 0.0);
-        self.feed(name, Event::Rest, now);
+        let actions = agent.state.clear_away(pid, agent::at(now));
+        self.perform(name, actions, now);
         true
     }
 
@@ -99,7 +132,7 @@ impl Manager {
     /// left behind does not.
     fn by_mark(&self, name: &AgentName, marked: &[Seen], record: Option<&Record>) -> Option<Record> {
         let agent = self.agents.get(name)?;
-        let native = matches!(agent.program, Some(Program::Native(_)));
+        let native = matches!(agent.state.program(), Some(Program::Native(_)));
         let is_its = |process: &&Seen| {
             !process.is_check() && process.mark.as_ref().is_some_and(|mark| mark.name == name.as_str())
         };
@@ -112,7 +145,7 @@ impl Manager {
         let is_main = |process: &&Seen| !native || (process.session == process.pid && came_after(process));
         let process = marked.iter().filter(is_its).find(is_main)?;
         let version: Version = process.mark.as_ref()?.version.parse().ok()?;
-        if agent.active.as_ref() != Some(&version) {
+        if agent.state.current() != Some(&version) {
             return None;
         }
         let start = self.start_of(agent)?;
@@ -131,53 +164,43 @@ impl Manager {
             self.journal.note("exit", "failed", about, how.as_str());
             Ended { success: None, how }
         });
-        let order = self.desired.agents.get(name);
+        let order = self.orders.held.agents.get(name);
         let Some(agent) = self.agents.get_mut(name) else { return };
+        // What it left behind is ended, and the first plan says the rest, unless it is just what is wanted.
+        let wanted = order.filter(|order| {
+            let version = Some(&order.package.version);
+            order.run == Run::Start && agent.state.current() == version && Some(&record.head.version) == version
+        });
         agent.serial += 1;
-        agent.supervisor.adopt(record.pid, now, now, 0.0);
-        match order {
-            Some(order)
-                if order.run == Run::Start
-                    && agent.active.as_ref() == Some(&order.version)
-                    && record.head.version == order.version =>
-            {
-                agent.run = Run::Start;
-                agent.env = Some(order.env.clone());
-                agent.record = Some(record);
-                agent.supervisor.step(Event::Run, now, 0.0);
-                self.feed(name, Event::Exited { success: ended.success, how: ended.how }, now);
-            }
-            // What it left behind is ended; the first plan says the rest.
-            _ => {
-                agent.record = Some(record);
-                self.feed(name, Event::Rest, now);
-            }
-        }
+        let (pid, version) = (record.pid, record.head.version.clone());
+        agent.record = Some(record);
+        let wanted = wanted.map(|order| order.spec.clone());
+        let actions = agent.state.bury(pid, version, (ended.success, ended.how), wanted, agent::at(now));
+        self.perform(name, actions, now);
     }
 
     fn adopt(&mut self, name: &AgentName, record: Record) {
-        let env = self.desired.agents.get(name).map(|order| order.env.clone());
+        let ordered = self.orders.held.agents.get(name).map(|order| order.spec.clone());
+        let now = Instant::now();
+        let since = platform::age(record.start_time).and_then(|age| now.checked_sub(age));
+        let since = since.unwrap_or(self.identity.started);
         let Some(agent) = self.agents.get_mut(name) else { return };
-        let since =
-            platform::age(record.start_time).and_then(|age| Instant::now().checked_sub(age)).unwrap_or(self.started);
-        agent.supervisor.adopt(record.pid, since, Instant::now(), fastrand::f64());
-        agent.run = Run::Start;
-        agent.supervisor.step(Event::Run, Instant::now(), 0.0);
-        // With another environment than it is to have, it is restarted by the first plan.
-        agent.env = env.filter(|env| launch::env_hash(env) == record.head.env_hash);
         agent.serial += 1;
         agent.record = Some(record.clone());
-        let serial = agent.serial;
         tracing::info!(agent = %name, pid = record.pid, "a sub-agent is adopted");
-        let script = record.head.kind == record::Kind::Script;
+        // With another environment than it is to have, it is restarted by the first plan.
+        let spec = ordered.filter(|spec: &Spec| env_hash(&spec.env) == record.head.env_hash);
+        let version = record.head.version.clone();
+        let actions = agent.state.adopt(record.pid, version, since, spec, agent::at(now));
+        self.perform(name, actions, now);
+        let script = record.head.kind == Kind::Script;
         let start = script.then(|| self.agents.get(name).and_then(|agent| self.start_of(agent))).flatten();
         let running = match start {
             Some(start) => Running::Script(Box::new(start), record),
             None => Running::Adopted(record),
         };
-        let watch = run::watch(&self.inputs, serial, running);
         if let Some(agent) = self.agents.get_mut(name) {
-            agent.watch = Some(watch);
+            agent.watch = Some(run::watch(&self.inputs, agent.serial, running));
         }
     }
 }

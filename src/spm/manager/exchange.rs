@@ -1,27 +1,90 @@
 //! The conversation with the gateway: what goes up, and what becomes of the answer.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::{LONGEST_INTERVAL, Manager, SHORTEST_INTERVAL};
-use crate::core::desired::{self, Verdict};
+use super::Manager;
+use crate::config::Config;
+use crate::core::agent::Event;
+use crate::core::desired::{self, Taken, Verdict};
 use crate::core::generation::Clocks;
+use crate::core::model::AgentId;
 use crate::core::protocol::{Answer, Heartbeat, ManagerReport};
 use crate::core::schedule;
 use crate::core::status::GatewayStatus;
-use crate::core::text::cut;
-use crate::spm::agent::Agent;
-use crate::spm::heartbeats::Outcome;
-use crate::spm::journal::{About, MAX_MESSAGE_BYTES};
+use crate::core::text::{MAX_MESSAGE_BYTES, cut};
+use crate::home::Home;
+use crate::platform;
+use crate::spm::agent::SubAgent;
+use crate::spm::heartbeats::{Outcome, Uplink};
+use crate::spm::input::Inputs;
+use crate::spm::journal::About;
 use crate::spm::timestamp;
-use crate::{platform, store};
 
+/// A host that booted so recently comes back together with many others.
+const JUST_BOOTED: Duration = Duration::from_secs(300);
+/// What a gateway may ask for, as an operator may.
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
+const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
 /// More than this, in seconds, is a clock that is wrong.
 const CLOCKS_APART: u64 = 60;
-
 /// Of a word that nobody here knows, so much is told, bytes.
 const MAX_WORD_BYTES: usize = 64;
 /// Of the orders of one answer that nobody here knows, so many are told one by one.
 const UNSUPPORTED_TOLD: usize = 10;
+
+/// The line to the gateway.
+#[derive(Debug)]
+pub(super) struct Line {
+    uplink: Uplink,
+    pub(super) gateway: GatewayStatus,
+    /// Why the last answer was not believed, until one is.
+    refused_answer: Option<String>,
+    /// Commands already answered as unsupported.
+    answered: BTreeSet<String>,
+    interval: Duration,
+    sequence: u64,
+    failures: u32,
+    /// `None` while one is under way.
+    pub(super) next_heartbeat: Option<Instant>,
+}
+
+impl Line {
+    /// `is_known`: the host holds a desired state, and may be one of many that come back together.
+    pub(super) fn new(
+        home: &Home,
+        agent_id: &AgentId,
+        config: &Config,
+        is_known: bool,
+        inputs: &Inputs,
+        now: Instant,
+    ) -> Line {
+        let after_boot = platform::uptime().is_some_and(|uptime| uptime < JUST_BOOTED) && is_known;
+        let interval = config.heartbeat_interval.0;
+        let gateway = GatewayStatus {
+            endpoint: config.heartbeat_srv.first().map(ToString::to_string),
+            ..GatewayStatus::default()
+        };
+        Line {
+            uplink: Uplink::new(home, agent_id, config, inputs),
+            gateway,
+            refused_answer: None,
+            answered: BTreeSet::new(),
+            next_heartbeat: Some(now + schedule::first_heartbeat(interval, after_boot, fastrand::f64())),
+            interval,
+            sequence: 0,
+            failures: 0,
+        }
+    }
+
+    /// The settings have changed: they may be what kept the gateway from being reached.
+    pub(super) fn configure(&mut self, config: &Config) {
+        self.interval = config.heartbeat_interval.0;
+        self.uplink.configure(config);
+        self.failures = 0;
+        self.next_heartbeat = self.next_heartbeat.map(|_| Instant::now());
+    }
+}
 
 /// Whether a clock is so far off that somebody should look at it.
 pub(super) fn is_clock_off(offset: Option<i64>) -> bool {
@@ -36,28 +99,28 @@ pub(super) fn clock_words(offset: i64) -> String {
 
 impl Manager {
     pub(super) fn send_heartbeat(&mut self) {
-        self.sequence += 1;
+        self.line.sequence += 1;
         let heartbeat = Heartbeat {
-            agent_id: self.agent_id.clone(),
-            instance_id: self.instance_id.clone(),
+            agent_id: self.identity.agent_id.clone(),
+            instance_id: self.identity.instance_id.clone(),
             hostname: gethostname::gethostname().to_string_lossy().into_owned(),
             os: platform::OS,
             arch: platform::ARCH,
             manager: ManagerReport {
-                version: self.version.clone(),
+                version: self.identity.version.clone(),
                 pid: std::process::id(),
-                uptime_seconds: self.started.elapsed().as_secs(),
+                uptime_seconds: self.identity.started.elapsed().as_secs(),
                 memory_bytes: platform::memory_bytes(std::process::id()).unwrap_or(0),
             },
-            lineage: Some(self.desired.lineage.clone()).filter(|lineage| !lineage.is_empty()),
-            generation: self.desired.generation,
-            sequence: self.sequence,
-            agents: self.agents.values().map(Agent::report).collect(),
+            lineage: Some(self.orders.held.lineage.clone()).filter(|lineage| !lineage.is_empty()),
+            generation: self.orders.held.generation,
+            sequence: self.line.sequence,
+            agents: self.agents.values().map(SubAgent::report).collect(),
             events: self.journal.pending(),
-            clock_offset_seconds: self.gateway.clock_offset_seconds,
+            clock_offset_seconds: self.line.gateway.clock_offset_seconds,
         };
-        self.next_heartbeat = None;
-        if let Err(error) = self.uplink.send(Box::new(heartbeat)) {
+        self.line.next_heartbeat = None;
+        if let Err(error) = self.line.uplink.send(Box::new(heartbeat)) {
             let why = format!("cannot start a thread: {error}");
             self.heartbeat_done(Outcome::Failed { why, refused: None, retry_after: None }, Instant::now());
         }
@@ -66,10 +129,10 @@ impl Manager {
     pub(super) fn heartbeat_done(&mut self, outcome: Outcome, now: Instant) {
         let outcome = match outcome {
             Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset } => {
-                if !self.gateway.connected {
+                if !self.line.gateway.connected {
                     tracing::info!(%endpoint, "the gateway answers");
                 }
-                self.failures = 0;
+                self.line.failures = 0;
                 self.tell_of_refused(refused.as_deref());
                 match &refused {
                     Some(refused) => self
@@ -78,11 +141,11 @@ impl Manager {
                     None => self.problems.remove("endpoint"),
                 };
                 self.compare_clocks(clock_offset);
-                self.gateway = GatewayStatus {
+                self.line.gateway = GatewayStatus {
                     endpoint: Some(endpoint.to_string()),
                     connected: true,
                     last_heartbeat: Some(timestamp()),
-                    clock_offset_seconds: clock_offset.or(self.gateway.clock_offset_seconds),
+                    clock_offset_seconds: clock_offset.or(self.line.gateway.clock_offset_seconds),
                     last_error: None,
                 };
                 self.take_answer(&answer, clock_offset, passed_over.as_deref());
@@ -90,8 +153,8 @@ impl Manager {
             }
             Outcome::Failed { why, refused, retry_after } => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
-                self.failures = self.failures.saturating_add(1);
-                if self.gateway.last_error.as_ref() != Some(&why) {
+                self.line.failures = self.line.failures.saturating_add(1);
+                if self.line.gateway.last_error.as_ref() != Some(&why) {
                     tracing::warn!(
                         error = why,
                         "the gateway cannot be reached; what runs goes on as it was wanted last"
@@ -101,20 +164,20 @@ impl Manager {
                 if refused.is_some() {
                     self.tell_of_refused(refused.as_deref());
                 }
-                self.gateway.connected = false;
-                self.gateway.last_error = Some(why);
-                schedule::Outcome::Failed { times: self.failures, retry_after }
+                self.line.gateway.connected = false;
+                self.line.gateway.last_error = Some(why);
+                schedule::Outcome::Failed { times: self.line.failures, retry_after }
             }
         };
-        self.next_heartbeat = Some(now + schedule::next_heartbeat(self.interval, outcome, fastrand::f64()));
+        self.line.next_heartbeat = Some(now + schedule::next_heartbeat(self.line.interval, outcome, fastrand::f64()));
     }
 
     /// Tells of endpoints that answered and were not believed, once as long as they say the same.
     fn tell_of_refused(&mut self, refused: Option<&str>) {
-        if let Some(refused) = refused.filter(|refused| self.refused_answer.as_deref() != Some(refused)) {
+        if let Some(refused) = refused.filter(|refused| self.line.refused_answer.as_deref() != Some(refused)) {
             self.journal.note("heartbeat", "refused", About::default(), refused);
         }
-        self.refused_answer = refused.map(str::to_owned);
+        self.line.refused_answer = refused.map(str::to_owned);
     }
 
     /// Tells of a list that would have removed everything, once as long as such lists come.
@@ -136,7 +199,7 @@ impl Manager {
     /// Tells of a clock that is wrong, and of one that is right again.
     fn compare_clocks(&mut self, offset: Option<i64>) {
         let Some(offset) = offset else { return };
-        let was_off = is_clock_off(self.gateway.clock_offset_seconds);
+        let was_off = is_clock_off(self.line.gateway.clock_offset_seconds);
         if is_clock_off(Some(offset)) && !was_off {
             self.journal.note("clock", "failed", About::default(), clock_words(offset));
         } else if was_off && !is_clock_off(Some(offset)) {
@@ -148,7 +211,7 @@ impl Manager {
     pub(super) fn take_answer(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
         let told =
             answer.interval.map(|seconds| Duration::from_secs(seconds).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL));
-        self.interval = told.unwrap_or(self.config.heartbeat_interval.0);
+        self.line.interval = told.unwrap_or(self.config.heartbeat_interval.0);
         if let Some(id) = answer.ack {
             self.journal.acknowledge(id);
         }
@@ -162,7 +225,7 @@ impl Manager {
         if let Some(cmd) = &answer.cmd {
             let cmd = cut(cmd, MAX_WORD_BYTES);
             let wanted = answer.manager.as_ref().map(|order| format!(" to {}", order.version)).unwrap_or_default();
-            if self.answered.len() < 100 && self.answered.insert(format!("{cmd}{wanted}")) {
+            if self.line.answered.len() < 100 && self.line.answered.insert(format!("{cmd}{wanted}")) {
                 self.journal.note(
                     "command",
                     "unsupported",
@@ -175,10 +238,10 @@ impl Manager {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let clocks = Clocks::new(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), clock_offset);
         let judge = if passed_over.is_some() { desired::judge_stand_in } else { desired::judge };
-        match judge(&self.desired, &present, answer, clocks) {
+        match judge(&self.orders.held, &present, answer, clocks) {
             Verdict::Unchanged => {
-                let held = answer.lineage.as_deref().unwrap_or_default() == self.desired.lineage
-                    && answer.generation == self.desired.generation;
+                let held = answer.lineage.as_deref().unwrap_or_default() == self.orders.held.lineage
+                    && answer.generation == self.orders.held.generation;
                 // What was refused in between is not asked for any more.
                 if held {
                     self.problems.remove("desired");
@@ -191,55 +254,68 @@ impl Manager {
                 }
                 self.problems.insert("desired", why);
             }
-            Verdict::Take { desired, unsupported, new_lineage, led_back, kept } => {
-                // On disk before it is acted on: what is begun must be known after a crash.
-                if let Err(error) = store::save(&self.home.state_file("desired.json"), &*desired) {
-                    let text = format!("the new desired state is not acted on: {error:#}");
-                    self.journal.note("desired", "failed", About::default(), text.as_str());
-                    self.problems.insert("desired", text);
-                    return;
-                }
-                self.problems.remove("desired");
-                if new_lineage {
-                    tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
-                    if let Some(why) = passed_over {
-                        tracing::warn!(
-                            why,
-                            "it stands in for another; what its list does not name stays until that changes"
-                        );
-                    }
-                }
-                if led_back {
-                    let text = format!(
-                        "generation {} takes the place of {}, which was further ahead than any clock explains",
-                        desired.generation, self.desired.generation
-                    );
-                    self.journal.note("desired", "ok", About::default(), text);
-                }
-                tracing::info!(
-                    generation = desired.generation,
-                    agents = desired.agents.len(),
-                    "a new desired state is taken"
-                );
-                self.tell_of_an_empty_list(kept);
-                for (name, cmd) in unsupported.iter().take(UNSUPPORTED_TOLD) {
-                    let about = About { agent: Some(name), version: None };
-                    let text = format!("cannot {cmd} {name}: this version does not know how");
-                    self.journal.note("command", "unsupported", about, text);
-                }
-                let untold = unsupported.len().saturating_sub(UNSUPPORTED_TOLD);
-                if untold > 0 {
-                    let text =
-                        format!("{untold} more orders are such that this version does not know how to follow them");
-                    self.journal.note("command", "unsupported", About::default(), text);
-                }
-                self.desired = *desired;
-                self.agents.values_mut().for_each(Agent::release_hold);
-                for (name, agent) in &mut self.agents {
-                    agent.keep_staging_only(self.desired.agents.get(name).map(|order| &order.version));
-                }
-                self.trim_cache(Instant::now());
+            // On disk before it is acted on: what is begun must be known after a crash.
+            Verdict::Take(taken) => self.keep_orders(taken, passed_over),
+        }
+    }
+
+    /// Begins to write another desired state; it is in force when that is done.
+    fn keep_orders(&mut self, taken: Box<Taken>, passed_over: Option<&str>) {
+        if self.orders.coming.as_ref().is_some_and(|(_, coming)| coming.desired == taken.desired) {
+            return;
+        }
+        if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
+            tracing::warn!(why, "another gateway stands in; what its list does not name stays until that changes");
+        }
+        let revision = self.orders.file.save(&self.inputs, taken.desired.clone());
+        self.orders.coming = Some((revision, taken));
+    }
+
+    pub(super) fn orders_saved(&mut self, revision: u64, result: Result<(), String>, now: Instant) {
+        self.orders.file.saved(&self.inputs);
+        let Some((_, taken)) = self.orders.coming.take_if(|(coming, _)| *coming <= revision) else { return };
+        match result {
+            Ok(()) => self.follow(*taken, now),
+            Err(error) => {
+                let text = format!("the new desired state is not acted on: {error}");
+                self.journal.note("desired", "failed", About::default(), text.as_str());
+                self.problems.insert("desired", text);
             }
         }
+    }
+
+    /// Another desired state is in force.
+    fn follow(&mut self, taken: Taken, now: Instant) {
+        let Taken { desired, unsupported, new_lineage, led_back, kept } = taken;
+        self.problems.remove("desired");
+        if new_lineage {
+            tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
+        }
+        if led_back {
+            let text = format!(
+                "generation {} takes the place of {}, which was further ahead than any clock explains",
+                desired.generation, self.orders.held.generation
+            );
+            self.journal.note("desired", "ok", About::default(), text);
+        }
+        tracing::info!(generation = desired.generation, agents = desired.agents.len(), "a new desired state is taken");
+        self.tell_of_an_empty_list(kept);
+        for (name, cmd) in unsupported.iter().take(UNSUPPORTED_TOLD) {
+            let about = About { agent: Some(name), version: None };
+            let text = format!("cannot {cmd} {name}: this version does not know how");
+            self.journal.note("command", "unsupported", about, text);
+        }
+        let untold = unsupported.len().saturating_sub(UNSUPPORTED_TOLD);
+        if untold > 0 {
+            let text = format!("{untold} more orders are such that this version does not know how to follow them");
+            self.journal.note("command", "unsupported", About::default(), text);
+        }
+        self.orders.held = desired;
+        self.replan = true;
+        for name in self.agents.keys().cloned().collect::<Vec<_>>() {
+            let version = self.orders.held.agents.get(&name).map(|order| order.package.version.clone());
+            self.step(&name, Event::Ordered(version), now);
+        }
+        self.trim_cache(now);
     }
 }

@@ -4,12 +4,14 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-use super::Manager;
 use super::exchange::{clock_words, is_clock_off};
+use super::{Manager, Stop};
+use crate::core::agent::Event;
 use crate::core::status::{self, HomeState, Status};
-use crate::core::supervise::Event;
 use crate::door::{Farewell, Knock, Reply, Request};
 use crate::role::{self, Role};
+use crate::spm::disk;
+use crate::spm::input::Input;
 use crate::spm::journal::About;
 
 impl Manager {
@@ -33,25 +35,25 @@ impl Manager {
             }
             Request::Status => Reply { error: None, status: Some(Box::new(self.status(now))) },
             Request::Stop => return self.begin_stop(reply, now),
-            Request::Yield if self.stopping.is_some() => Reply::failed("cannot give way: the home is being stopped"),
+            Request::Yield if self.stop.is_some() => Reply::failed("cannot give way: the home is being stopped"),
             Request::Yield => {
                 tracing::info!("the manager was asked to give way; the sub-agents stay");
                 self.ending = Some(Farewell::Yield);
                 Reply::done()
             }
-            Request::Restart { agent: name } => match self.agents.get_mut(&name) {
+            Request::Restart { agent: name } => match self.agents.get(&name) {
                 None => {
                     Reply::failed(format!("cannot restart {name}: there is no such sub-agent; `status` lists them"))
                 }
-                Some(agent) if !agent.supervisor.wanted() => {
+                Some(agent) if !agent.state.supervisor().wanted() => {
                     Reply::failed(format!("cannot restart {name}: it is stopped, as the gateway wants it"))
                 }
                 Some(_) => match self.may_restart(&name) {
                     Ok(()) => {
-                        self.feed(&name, Event::Again, now);
+                        self.step(&name, Event::Restart, now);
                         Reply::done()
                     }
-                    Err((_, error)) => Reply::failed(format!("cannot restart {name}: {error:#}; it goes on running")),
+                    Err(error) => Reply::failed(format!("cannot restart {name}: {error:#}; it goes on running")),
                 },
             },
         };
@@ -67,31 +69,33 @@ impl Manager {
 
     /// Stops every sub-agent; who asked is answered, and the manager ends, when the last one is down.
     pub(super) fn begin_stop(&mut self, reply: oneshot::Sender<Reply>, now: Instant) {
-        if let Err(error) = role::record_stop(&self.home) {
-            // A stop is honoured even where its record cannot be kept; the farewell tells the watchdog.
-            tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
+        if let Some(stop) = &mut self.stop {
+            stop.waiting.push(reply);
+            return;
         }
-        match &mut self.stopping {
-            Some(waiting) => waiting.push(reply),
-            None => {
-                tracing::info!("the home is stopped");
-                self.stop_errors.clear();
-                self.stopping = Some(vec![reply]);
-                for name in self.agents.keys().cloned().collect::<Vec<_>>() {
-                    self.feed(&name, Event::Rest, now);
-                }
+        tracing::info!("the home is stopped");
+        self.stop = Some(Stop { waiting: vec![reply], errors: vec![], is_recorded: false });
+        let home = self.home.clone();
+        disk::run(&self.inputs, move || {
+            if let Err(error) = role::record_stop(&home) {
+                // A stop is honoured even where its record cannot be kept; the farewell tells the watchdog.
+                tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
             }
+            Input::StopRecorded
+        });
+        for name in self.agents.keys().cloned().collect::<Vec<_>>() {
+            self.step(&name, Event::HomeStops, now);
         }
-        self.finish_stop_if_down();
     }
 
     pub(super) fn finish_stop_if_down(&mut self) {
-        if self.stopping.is_none() || !self.agents.values().all(|agent| agent.supervisor.is_down()) {
+        let Some(stop) = &mut self.stop else { return };
+        if !stop.is_recorded || !self.agents.values().all(|agent| agent.state.supervisor().is_down()) {
             return;
         }
-        let errors = std::mem::take(&mut self.stop_errors);
+        let errors = std::mem::take(&mut stop.errors);
         let answer = if errors.is_empty() { Reply::done() } else { Reply::failed(errors.join("; ")) };
-        for waiting in self.stopping.iter_mut().flat_map(|waiting| waiting.drain(..)) {
+        for waiting in stop.waiting.drain(..) {
             let _ = waiting.send(answer.clone());
         }
         self.ending = Some(Farewell::Stop);
@@ -99,7 +103,7 @@ impl Manager {
 
     /// What an operator should know and need not mend here.
     fn notes(&self) -> Vec<String> {
-        let offset = self.gateway.clock_offset_seconds.filter(|offset| is_clock_off(Some(*offset)));
+        let offset = self.line.gateway.clock_offset_seconds.filter(|offset| is_clock_off(Some(*offset)));
         offset.map(clock_words).into_iter().collect()
     }
 
@@ -111,19 +115,19 @@ impl Manager {
                 "the watchdog's unit was stopped; start it with `systemctl start`, or `control start`".to_owned(),
             );
         }
-        let state = if self.stopping.is_some() {
+        let state = if self.stop.is_some() {
             HomeState::Degraded
         } else {
             status::judge(self.peer.is_connected(), &agents, &problems)
         };
         Status {
-            version: Some(self.version.clone()),
+            version: Some(self.identity.version.clone()),
             home: self.home.root().display().to_string(),
             state,
-            spm: self.own.status(),
+            spm: self.identity.own.status(),
             spa: self.peer.status(&self.home),
-            gateway: self.gateway.clone(),
-            generation: self.desired.generation,
+            gateway: self.line.gateway.clone(),
+            generation: self.orders.held.generation,
             agents,
             problems,
             notes: self.notes(),

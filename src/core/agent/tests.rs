@@ -1,0 +1,492 @@
+//! Tables of what follows from what, and properties that hold whatever happens, in whatever order.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::core::env::Env;
+use crate::core::manifest::Manifest;
+use crate::core::unknown::Unknown;
+
+const S: fn(u64) -> Duration = Duration::from_secs;
+
+fn at(now: Instant) -> At {
+    At { now, unix_seconds: 1_800_000_000, jitter: 1.0 }
+}
+
+fn version(text: &str) -> Version {
+    text.parse().unwrap()
+}
+
+fn release(text: &str) -> Release {
+    Release { version: version(text), sha256: None, epoch: 1, unknown: Unknown::new() }
+}
+
+fn order(text: &str) -> Order {
+    Order { package: Package::new(version(text)), run: Run::Start, spec: Spec::default() }
+}
+
+fn manifest(env_allow: &[&str]) -> Program {
+    use crate::core::manifest::{KillMode, Restart, RunSection, StopSignal};
+    Program::Native(Box::new(Manifest {
+        name: "a".parse().unwrap(),
+        version: version("1"),
+        run: RunSection {
+            command: vec!["run".into()],
+            user: None,
+            workdir: None,
+            stop_signal: StopSignal::Term,
+            grace_period: None,
+            restart: Restart::Always,
+            kill_mode: KillMode::Tree,
+            env_allow: env_allow.iter().map(|name| (*name).to_owned()).collect(),
+        },
+        health: None,
+        env: Default::default(),
+    }))
+}
+
+fn ready(text: &str) -> Ready {
+    Ready { release: release(text), program: manifest(&[]) }
+}
+
+fn refusal(why: &str) -> Refusal {
+    Refusal::failed(why)
+}
+
+/// A sub-agent, what it asked for, and the time.
+struct Bench {
+    agent: Agent,
+    now: Instant,
+    asked: Vec<Action>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        Bench { agent: Agent::new("a".parse().unwrap()), now: Instant::now(), asked: vec![] }
+    }
+
+    /// One whose release 1 is active and runs.
+    fn running() -> Bench {
+        let mut bench = Bench::new();
+        bench.install("1");
+        bench.tell(Event::Launched { pid: 10, version: version("1"), runs_so: true });
+        assert_eq!(bench.agent.state(), AgentState::Running);
+        bench.asked.clear();
+        bench
+    }
+
+    fn tell(&mut self, event: Event) -> &mut Bench {
+        self.asked.extend(self.agent.step(event, at(self.now)));
+        self
+    }
+
+    /// All that leads to the start of a release, while nothing runs.
+    fn install(&mut self, text: &str) {
+        self.stage(text);
+        self.tell(Event::Activate(order(text)));
+        self.tell(Event::Admitted(Ok((release(text), None))));
+        self.tell(Event::Recorded(Ok(())));
+        self.tell(Event::Switched(Ok(())));
+    }
+
+    fn stage(&mut self, text: &str) {
+        self.tell(Event::Stage(Package::new(version(text))));
+        self.tell(Event::Staged { version: version(text), result: Ok(ready(text)) });
+    }
+
+    /// What was asked since the last look, without notes.
+    fn asked(&mut self) -> Vec<Action> {
+        std::mem::take(&mut self.asked)
+            .into_iter()
+            .filter(|action| !matches!(action, Action::Note(_) | Action::CancelCheck))
+            .collect()
+    }
+
+    fn notes(&self) -> Vec<(&str, &str)> {
+        let note = |action: &'_ Action| match action {
+            Action::Note(note) => Some((note.kind, note.outcome)),
+            _ => None,
+        };
+        self.asked.iter().filter_map(note).collect()
+    }
+}
+
+#[test]
+fn a_first_release_is_staged_recorded_and_started_and_its_epoch_counts() {
+    let mut bench = Bench::new();
+    bench.tell(Event::Stage(Package::new(version("1"))));
+    assert_eq!(bench.agent.state(), AgentState::Updating);
+    assert_eq!(bench.asked(), [Action::Stage(Package::new(version("1")))]);
+    bench.tell(Event::Staged { version: version("1"), result: Ok(ready("1")) });
+    assert_eq!(bench.notes(), [("stage", "ok")]);
+    assert_eq!(bench.asked(), [Action::Record { wait: false }]);
+    bench.tell(Event::Activate(order("1")));
+    assert_eq!(bench.asked(), [Action::Admit { version: version("1"), inspect: false }]);
+    bench.tell(Event::Admitted(Ok((release("1"), None))));
+    assert_eq!(bench.asked(), [Action::Record { wait: true }]);
+    bench.tell(Event::Recorded(Ok(())));
+    assert_eq!(bench.asked(), [Action::Switch(version("1"))]);
+    bench.tell(Event::Switched(Ok(())));
+    assert_eq!(bench.asked(), [Action::RaiseEpoch(release("1")), Action::Start]);
+    assert_eq!(bench.agent.ledger().active(), Some(&release("1")));
+}
+
+#[test]
+fn what_runs_is_stopped_only_when_the_new_release_is_admitted_and_recorded() {
+    let mut bench = Bench::running();
+    bench.stage("2");
+    bench.tell(Event::Activate(order("2")));
+    bench.tell(Event::Admitted(Ok((release("2"), None))));
+    assert!(!bench.asked().contains(&Action::Stop));
+    assert_eq!(bench.agent.ledger().probation(), Some(&release("2")));
+    bench.tell(Event::Recorded(Ok(())));
+    assert_eq!(bench.asked(), [Action::Stop]);
+    bench.tell(Event::Stopped(Ok(())));
+    assert_eq!(bench.asked(), [Action::Switch(version("2"))]);
+    bench.tell(Event::Switched(Ok(())));
+    assert_eq!(bench.asked(), [Action::Start]);
+    assert_eq!(bench.agent.ledger().active(), Some(&release("1")), "not committed before it has started");
+    bench.tell(Event::Launched { pid: 11, version: version("2"), runs_so: true });
+    assert_eq!(bench.asked(), [Action::Record { wait: false }, Action::RaiseEpoch(release("2"))]);
+    assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("2")), None));
+}
+
+#[test]
+fn a_release_that_does_not_start_is_not_committed_and_the_one_before_can_be_ordered_again() {
+    let mut bench = Bench::running();
+    bench.stage("2");
+    for event in [
+        Event::Activate(order("2")),
+        Event::Admitted(Ok((release("2"), None))),
+        Event::Recorded(Ok(())),
+        Event::Stopped(Ok(())),
+        Event::Switched(Ok(())),
+        Event::NotLaunched(refusal("no such file")),
+        Event::NotLaunched(refusal("no such file")),
+    ] {
+        bench.tell(event);
+    }
+    assert_eq!(bench.agent.state(), AgentState::Backoff);
+    assert!(!bench.asked().iter().any(|action| matches!(action, Action::RaiseEpoch(_))));
+    bench.tell(Event::Activate(order("1")));
+    bench.tell(Event::Admitted(Ok((release("1"), Some(Program::Script)))));
+    bench.tell(Event::Recorded(Ok(())));
+    bench.tell(Event::Stopped(Ok(())));
+    bench.tell(Event::Switched(Ok(())));
+    assert_eq!(bench.asked().last(), Some(&Action::Start));
+    assert_eq!((bench.agent.current(), bench.agent.ledger().probation()), (Some(&version("1")), None));
+}
+
+#[test]
+fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and_later() {
+    type Fail = fn(&mut Bench);
+    let ways: [(&str, Fail); 3] = [
+        ("stage", |bench| {
+            bench.tell(Event::Stage(Package::new(version("2"))));
+            bench.tell(Event::Staged { version: version("2"), result: Err(refusal("no route")) });
+        }),
+        ("activate", |bench| {
+            bench.tell(Event::Activate(order("2")));
+            bench.tell(Event::Admitted(Err(refusal("the home is open to others"))));
+        }),
+        ("activate", |bench| {
+            bench.tell(Event::Activate(order("2")));
+            bench.tell(Event::Admitted(Ok((release("2"), Some(Program::Script)))));
+            bench.tell(Event::Recorded(Err("no space left".into())));
+        }),
+    ];
+    for (kind, fail) in ways {
+        let mut bench = Bench::running();
+        let mut pauses = vec![];
+        for _ in 0..8 {
+            fail(&mut bench);
+            let until = bench.agent.deadline(bench.now).unwrap();
+            pauses.push((until - bench.now).as_secs());
+            assert_eq!(bench.agent.actual(bench.now).held_back, Some(version("2")));
+            bench.now = until;
+            assert!(bench.agent.hold_is_over(bench.now) && bench.agent.actual(bench.now).held_back.is_none());
+        }
+        assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 300, 300], "{kind}");
+        assert_eq!(bench.notes().iter().filter(|(of, _)| *of == kind).count(), 1, "the same is noted once");
+        assert!(!bench.asked().contains(&Action::Stop));
+        assert_eq!((bench.agent.state(), bench.agent.current()), (AgentState::Running, Some(&version("1"))));
+        bench.tell(Event::Ordered(Some(version("2"))));
+        assert_eq!(bench.agent.actual(bench.now).held_back, None, "a new desired state may try at once");
+    }
+}
+
+#[test]
+fn a_link_that_cannot_be_switched_leaves_the_release_before_to_run() {
+    let mut bench = Bench::running();
+    bench.stage("2");
+    bench.tell(Event::Activate(order("2")));
+    bench.tell(Event::Admitted(Ok((release("2"), None))));
+    bench.tell(Event::Recorded(Ok(())));
+    bench.tell(Event::Stopped(Ok(())));
+    bench.asked.clear();
+    bench.tell(Event::Switched(Err("read-only file system".into())));
+    assert_eq!(bench.asked(), [Action::Record { wait: false }, Action::Start]);
+    assert_eq!((bench.agent.current(), bench.agent.ledger().probation()), (Some(&version("1")), None));
+}
+
+#[test]
+fn a_release_that_was_withdrawn_is_removed_unless_it_runs() {
+    let withdrawn = || Refusal { refused: true, withdrawn: true, ..refusal("its key was revoked") };
+    let mut bench = Bench::running();
+    bench.stage("2");
+    bench.asked.clear();
+    bench.tell(Event::Activate(order("2")));
+    bench.tell(Event::Admitted(Err(withdrawn())));
+    assert!(bench.notes().contains(&("activate", "refused")));
+    assert!(bench.asked().contains(&Action::Discard(version("2"))));
+    let actual = bench.agent.actual(bench.now);
+    assert!(!actual.releases.contains(&version("2")) && actual.leaving.contains(&version("2")));
+    bench.tell(Event::Discarded { version: version("2"), gone: true });
+    assert!(bench.agent.actual(bench.now).leaving.is_empty());
+    bench.tell(Event::Activate(order("1")));
+    bench.tell(Event::Admitted(Err(withdrawn())));
+    assert!(!bench.asked().contains(&Action::Discard(version("1"))), "it runs");
+}
+
+#[test]
+fn a_costly_refusal_is_remembered_across_managers_until_another_package_or_desired_state() {
+    let mut bench = Bench::running();
+    let package =
+        |digit: &str| Package { sha256: Some(digit.repeat(64).parse().unwrap()), ..Package::new(version("2")) };
+    bench.tell(Event::Stage(package("a")));
+    let costly = Refusal { costly: true, refused: true, ..refusal("it holds a device") };
+    bench.tell(Event::Staged { version: version("2"), result: Err(costly) });
+    assert!(bench.asked().contains(&Action::Record { wait: false }));
+    let ledger = bench.agent.ledger().clone();
+    let found = || Found { ledger: ledger.clone(), releases: [version("1")].into(), ..Found::default() };
+    let (mut next, _) = Agent::found("a".parse().unwrap(), found());
+    assert_eq!(next.step(Event::Stage(package("a")), at(bench.now)), []);
+    assert_eq!(next.last_error().as_deref(), Some("it holds a device"));
+    assert_eq!(next.actual(bench.now).held_back, Some(version("2")));
+    let later = At { unix_seconds: at(bench.now).unix_seconds + 5, ..at(bench.now + S(5)) };
+    assert_eq!(next.step(Event::Stage(package("a")), later), [Action::Stage(package("a"))]);
+    let (mut next, _) = Agent::found("a".parse().unwrap(), found());
+    next.step(Event::Ordered(Some(version("2"))), at(bench.now));
+    assert_eq!(next.step(Event::Stage(package("a")), at(bench.now)), [Action::Stage(package("a"))]);
+}
+
+#[test]
+fn another_order_cancels_the_staging_of_the_one_before() {
+    let mut bench = Bench::running();
+    bench.tell(Event::Stage(Package::new(version("2"))));
+    bench.asked.clear();
+    bench.tell(Event::Ordered(Some(version("2"))));
+    assert_eq!(bench.asked(), []);
+    bench.tell(Event::Ordered(Some(version("3"))));
+    assert_eq!(bench.asked(), [Action::CancelStaging]);
+    bench.tell(Event::Staged { version: version("2"), result: Ok(ready("2")) });
+    assert_eq!(bench.asked(), []);
+    assert!(bench.agent.actual(bench.now).releases.contains(&version("2")), "the plan discards it");
+}
+
+#[test]
+fn another_environment_restarts_what_was_not_started_with_it() {
+    let spec = Spec { env: Env::from([("A".to_owned(), "b".into())]) };
+    for (runs_so, expected) in [(true, vec![]), (false, vec![Action::Stop])] {
+        let mut bench = Bench::running();
+        bench.tell(Event::Configure { spec: spec.clone(), runs_so, sound: Ok(()) });
+        assert_eq!(bench.asked(), expected);
+        assert_eq!(bench.agent.spec(), Some(&spec));
+    }
+    let mut bench = Bench::running();
+    bench.tell(Event::Configure { spec: spec.clone(), runs_so: false, sound: Err(refusal("open to others")) });
+    assert_eq!((bench.asked(), bench.agent.spec()), (vec![], Some(&Spec::default())));
+    // Held, it is not tried at each plan.
+    bench.tell(Event::Configure { spec: spec.clone(), runs_so: false, sound: Ok(()) });
+    assert_eq!(bench.asked(), []);
+    bench.now += S(5);
+    bench.tell(Event::Configure { spec, runs_so: false, sound: Ok(()) });
+    assert_eq!(bench.asked(), [Action::Inspect(version("1")), Action::Stop]);
+}
+
+#[test]
+fn a_variable_that_its_package_does_not_allow_is_noted_once() {
+    let mut bench = Bench::running();
+    let (spec, runs_so) = (Spec { env: Env::from([("LD_PRELOAD".to_owned(), "x".into())]) }, false);
+    bench.tell(Event::Inspected(Ok(manifest(&[]))));
+    bench.tell(Event::Configure { spec, runs_so, sound: Ok(()) });
+    for pid in 11..14 {
+        bench.tell(Event::Stopped(Ok(())));
+        bench.tell(Event::Launched { pid, version: version("1"), runs_so: true });
+        bench.tell(Event::Restart);
+    }
+    assert_eq!(bench.notes(), [("env", "refused")]);
+    assert!(bench.agent.last_error().unwrap().contains("LD_PRELOAD"));
+}
+
+#[test]
+fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
+    let found = Found {
+        ledger: Entry::found(Some(release("1")), None),
+        releases: [version("1")].into(),
+        unfinished: [version("half")].into(),
+        program: Some(Err("no agent.toml".into())),
+        restarts: 3,
+    };
+    let (agent, actions) = Agent::found("a".parse().unwrap(), found);
+    assert_eq!(actions, [Action::Discard(version("half"))]);
+    let mut bench = Bench { agent, ..Bench::new() };
+    bench.tell(Event::Set(Run::Start));
+    assert_eq!(bench.asked(), [Action::Inspect(version("1"))]);
+    bench.tell(Event::Inspected(Err("no agent.toml".into())));
+    // The first failure is tried again at once.
+    assert_eq!(bench.asked(), [Action::Inspect(version("1"))]);
+    bench.tell(Event::Inspected(Err("no agent.toml".into())));
+    assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Failed));
+    bench.now = bench.agent.deadline(bench.now).unwrap();
+    bench.tell(Event::Tick);
+    bench.tell(Event::Inspected(Ok(Program::Script)));
+    assert_eq!(bench.asked(), [Action::Inspect(version("1")), Action::Start]);
+    assert_eq!(bench.agent.last_error().as_deref(), Some("no agent.toml"));
+}
+
+#[test]
+fn an_uninstalled_one_is_stopped_then_removed() {
+    let mut bench = Bench::running();
+    bench.tell(Event::Uninstall);
+    assert_eq!(bench.asked(), [Action::Stop]);
+    assert!(bench.agent.actual(bench.now).busy);
+    bench.tell(Event::Stopped(Err("it hangs in the kernel".into())));
+    assert!(bench.notes().contains(&("stop", "failed")));
+    assert_eq!(bench.asked(), [Action::Remove]);
+    let mut bench = Bench::new();
+    bench.tell(Event::Uninstall);
+    assert_eq!(bench.asked(), [Action::Remove]);
+}
+
+#[test]
+fn a_stop_of_the_home_starts_nothing_more() {
+    let mut bench = Bench::running();
+    bench.stage("2");
+    bench.tell(Event::Activate(order("2")));
+    bench.tell(Event::Admitted(Ok((release("2"), None))));
+    bench.tell(Event::Recorded(Ok(())));
+    bench.tell(Event::HomeStops);
+    bench.tell(Event::Stopped(Ok(())));
+    bench.asked.clear();
+    bench.tell(Event::Switched(Ok(())));
+    assert_eq!(bench.asked(), []);
+    assert!(bench.agent.supervisor().is_down());
+}
+
+#[test]
+fn a_process_of_another_release_than_the_active_one_shows_as_it_is() {
+    let found =
+        Found { ledger: Entry::found(Some(release("2")), None), releases: [version("2")].into(), ..Found::default() };
+    let (mut agent, _) = Agent::found("a".parse().unwrap(), found);
+    let now = Instant::now();
+    assert_eq!(agent.shown(), Some(&version("2")));
+    agent.adopt(7, version("1"), now, None, at(now));
+    assert_eq!((agent.shown(), agent.differing_current()), (Some(&version("1")), Some(&version("2"))));
+}
+
+#[test]
+fn an_adopted_release_on_probation_is_committed() {
+    let mut ledger = Entry::found(Some(release("1")), None);
+    ledger.begin_probation(release("2"));
+    let found = Found { ledger, program: Some(Ok(Program::Script)), ..Found::default() };
+    let (mut agent, _) = Agent::found("a".parse().unwrap(), found);
+    let now = Instant::now();
+    let actions = agent.adopt(7, version("2"), now, None, at(now));
+    assert_eq!(actions, [Action::Record { wait: false }, Action::RaiseEpoch(release("2"))]);
+}
+
+#[test]
+fn health_and_crashes_are_noted_as_they_change() {
+    let mut bench = Bench::running();
+    let exit = || Event::Exited { success: Some(false), how: "exited with 1".into() };
+    bench.tell(exit());
+    bench.tell(Event::Launched { pid: 11, version: version("1"), runs_so: true });
+    bench.tell(exit());
+    assert_eq!(bench.notes(), [("exit", "failed"), ("exit", "failed"), ("backoff", "failed")]);
+    bench.asked.clear();
+    bench.now += S(60);
+    bench.tell(Event::Tick);
+    bench.tell(Event::Launched { pid: 12, version: version("1"), runs_so: true });
+    bench.tell(exit());
+    assert_eq!(bench.notes(), [("exit", "failed")], "the later ones differ in nothing but the delay");
+}
+
+/// What a manager may tell, whatever was asked: also what comes too late, or twice.
+fn event() -> impl Strategy<Value = Event> {
+    let text = prop::sample::select(vec!["1", "2", "3"]);
+    let result = |why: &'static str| prop_oneof![Just(Ok(())), Just(Err(why.to_owned()))];
+    prop_oneof![
+        text.clone().prop_map(|text| Event::Stage(Package::new(version(text)))),
+        text.clone().prop_map(|text| Event::Activate(order(text))),
+        (any::<bool>(), any::<bool>()).prop_map(|(runs_so, sound)| Event::Configure {
+            spec: Spec::default(),
+            runs_so,
+            sound: if sound { Ok(()) } else { Err(refusal("no")) },
+        }),
+        prop_oneof![Just(Run::Start), Just(Run::Stop)].prop_map(Event::Set),
+        text.clone().prop_map(|text| Event::Ordered(Some(version(text)))),
+        Just(Event::Restart),
+        (text.clone(), any::<bool>(), any::<bool>()).prop_map(|(text, good, costly)| Event::Staged {
+            version: version(text),
+            result: if good { Ok(ready(text)) } else { Err(Refusal { costly, ..refusal("no") }) },
+        }),
+        (text.clone(), any::<bool>(), any::<bool>()).prop_map(|(text, good, withdrawn)| {
+            let refused = Refusal { withdrawn, ..refusal("no") };
+            Event::Admitted(if good { Ok((release(text), Some(Program::Script))) } else { Err(refused) })
+        }),
+        result("disk full").prop_map(Event::Recorded),
+        result("read-only").prop_map(Event::Switched),
+        (text.clone(), any::<bool>()).prop_map(|(text, gone)| Event::Discarded { version: version(text), gone }),
+        any::<bool>().prop_map(|good| Event::Inspected(if good { Ok(Program::Script) } else { Err("bad".into()) })),
+        (text, any::<bool>()).prop_map(|(text, runs_so)| Event::Launched { pid: 9, version: version(text), runs_so }),
+        Just(Event::NotLaunched(refusal("no such file"))),
+        any::<Option<bool>>().prop_map(|success| Event::Exited { success, how: "ended".into() }),
+        result("it hangs").prop_map(Event::Stopped),
+        Just(Event::Tick),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_nothing_is_lost_and_nothing_runs_twice(events in prop::collection::vec((event(), 0..20_u64), 0..60)) {
+        let mut bench = Bench::new();
+        let mut starting = false;
+        for (event, seconds) in events {
+            bench.now += S(seconds);
+            let before = bench.agent.ledger().clone();
+            let ends_start = matches!(event, Event::Launched { .. } | Event::NotLaunched(_));
+            bench.tell(event.clone());
+            starting &= !ends_start;
+            let asked = bench.asked();
+            // One start at a time, and never beside a process that is known.
+            for action in &asked {
+                if *action == Action::Start {
+                    prop_assert!(!starting, "a second start after {event:?}");
+                    prop_assert!(bench.agent.supervisor().pid().is_none());
+                    prop_assert!(bench.agent.current().is_some());
+                    starting = true;
+                }
+            }
+            // Every change of the ledger is written, but for one that is taken back because it could not be.
+            let undone = matches!(event, Event::Recorded(Err(_)) | Event::Switched(Err(_)));
+            if *bench.agent.ledger() != before {
+                let records = asked.iter().any(|action| matches!(action, Action::Record { .. }));
+                prop_assert!(records || undone, "{event:?} changed the ledger unseen");
+            }
+            // The release that was committed last is never given up for one that was not.
+            if let Some(active) = before.active() {
+                let kept: Vec<_> = bench.agent.ledger().kept().collect();
+                let withdrawn = matches!(event, Event::Admitted(Err(_)));
+                prop_assert!(withdrawn || undone || kept.contains(&&active.version), "{event:?} lost {active:?}");
+            }
+            // What is wanted has a process, an action under way, or a deadline.
+            let supervisor = bench.agent.supervisor();
+            let is_idle = supervisor.is_down() && supervisor.starts_at().is_none();
+            let actual = bench.agent.actual(bench.now);
+            if supervisor.wanted() && is_idle {
+                prop_assert!(actual.busy || supervisor.deadline().is_some(), "nothing restarts it after {event:?}");
+            }
+        }
+    }
+}

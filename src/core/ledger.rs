@@ -1,0 +1,395 @@
+//! The ledger of sub-agents' releases (`state/releases.json`): which one is active, which one to go back to, which one is on probation,
+//! which ones are not to be tried.
+//!
+//! ```text
+//!            stage                begin_probation                 commit
+//!  (fetched) ─────▶ staged ──────────────────────▶ on probation ─────────▶ active, and the one before it is the backup
+//!                     │ activate (nothing was active)     │ roll_back
+//!                     └─────────────────────────▶ active ◀┘ (the one before stays active)
+//! ```
+//!
+//! It is loaded, changed by these verbs, which touch no disk, and written. What it says is durable before it is acted on, and it beats the
+//! link `current`. A release is a version and the bytes of its package: the same version published anew is another release.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::model::{AgentName, Digest, Version};
+use super::unknown::Unknown;
+
+/// So many skipped releases of one sub-agent are remembered.
+const MAX_SKIPPED: usize = 16;
+
+/// One release of a sub-agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Release {
+    pub version: Version,
+    /// Of its package; absent where its directory does not say it any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    /// Of its signed comment.
+    #[serde(default)]
+    pub epoch: u64,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// A release that is not to be tried again yet.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Skipped {
+    pub version: Version,
+    /// Of its package, where that is known: another package of the same version is not skipped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    /// Why, for an operator to read.
+    pub reason: String,
+    /// Times in a row that it failed.
+    #[serde(default)]
+    pub failures: u32,
+    /// Not before then, in seconds since 1970; absent: not until another release is ordered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<u64>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// The releases of one sub-agent.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Entry {
+    /// The last one that was committed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    active: Option<Release>,
+    /// The one that was active before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    backup: Option<Release>,
+    /// It takes the place of the active one, and is not committed yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    probation: Option<Release>,
+    /// Verified and unpacked, not activated yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    staged: Option<Release>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    skipped: Vec<Skipped>,
+    #[serde(flatten)]
+    unknown: Unknown,
+}
+
+/// The file.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ledger {
+    #[serde(default)]
+    pub agents: BTreeMap<AgentName, Entry>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+impl Entry {
+    /// As it follows from the disk alone, for a home without a ledger: the release that `current` names, and the one to go back to.
+    pub fn found(active: Option<Release>, backup: Option<Release>) -> Entry {
+        Entry { active, backup, ..Entry::default() }
+    }
+
+    /// The release that runs, or would.
+    pub fn current(&self) -> Option<&Release> {
+        self.probation.as_ref().or(self.active.as_ref())
+    }
+
+    pub fn active(&self) -> Option<&Release> {
+        self.active.as_ref()
+    }
+
+    pub fn probation(&self) -> Option<&Release> {
+        self.probation.as_ref()
+    }
+
+    /// The versions that must stay on disk, whatever is wanted.
+    pub fn kept(&self) -> impl Iterator<Item = &Version> {
+        let Entry { active, backup, probation, .. } = self;
+        [active, backup, probation].into_iter().flatten().map(|release| &release.version)
+    }
+
+    /// It lies on disk, whole.
+    pub fn stage(&mut self, release: Release) {
+        self.skipped.retain(|skipped| skipped.version != release.version);
+        self.staged = Some(release);
+    }
+
+    /// It is the active one from now on, without a probation: there is nothing to go back to.
+    pub fn activate(&mut self, release: Release) {
+        self.put_into_use(&release);
+        self.probation = None;
+        if self.active.as_ref().is_none_or(|active| !active.is(&release)) {
+            self.backup = self.active.replace(release);
+        }
+    }
+
+    /// It takes the place of the active one, which stays to go back to. The active one itself needs no probation: whatever was on it is
+    /// given up.
+    pub fn begin_probation(&mut self, release: Release) {
+        self.put_into_use(&release);
+        match &self.active {
+            Some(active) if active.is(&release) => self.probation = None,
+            _ => self.probation = Some(release),
+        }
+    }
+
+    /// The release on probation is accepted; the one before it is the backup. Whether there was one.
+    pub fn commit(&mut self) -> bool {
+        let Some(release) = self.probation.take() else { return false };
+        self.skipped.retain(|skipped| skipped.version != release.version);
+        self.backup = self.active.replace(release);
+        true
+    }
+
+    /// The release on probation is given up for the active one. Whether there was one.
+    pub fn roll_back(&mut self) -> bool {
+        self.probation.take().is_some()
+    }
+
+    /// A release is not to be tried again yet. The release that is active is never skipped.
+    pub fn skip(&mut self, skipped: Skipped) {
+        let runs = self.active.as_ref().is_some_and(|active| {
+            active.version == skipped.version && !differ(skipped.sha256.as_ref(), active.sha256.as_ref())
+        });
+        if runs {
+            return;
+        }
+        self.skipped.retain(|other| other.version != skipped.version);
+        self.skipped.push(skipped);
+        let surplus = self.skipped.len().saturating_sub(MAX_SKIPPED);
+        self.skipped.drain(..surplus);
+    }
+
+    /// Whether and how a release of this version is skipped; of another package it is not.
+    pub fn skipped(&self, version: &Version, sha256: Option<&Digest>) -> Option<&Skipped> {
+        self.skipped.iter().find(|skipped| skipped.version == *version && !differ(skipped.sha256.as_ref(), sha256))
+    }
+
+    /// Every release may be tried again. Whether one could not.
+    pub fn allow_all(&mut self) -> bool {
+        !std::mem::take(&mut self.skipped).is_empty()
+    }
+
+    /// Drops what is not whole on disk; `is_whole` says which releases are. A probation that is lost so is rolled back, and a lost active
+    /// one gives way to the backup.
+    pub fn keep_whole(&mut self, is_whole: impl Fn(&Version) -> bool) {
+        for place in [&mut self.probation, &mut self.active, &mut self.backup, &mut self.staged] {
+            place.take_if(|release| !is_whole(&release.version));
+        }
+        if self.active.is_none() && self.probation.is_none() {
+            self.active = self.backup.take();
+        }
+        if let Some(active) = &self.active {
+            let version = active.version.clone();
+            self.skipped.retain(|skipped| skipped.version != version);
+        }
+    }
+
+    /// Goes on after a restart of the manager. `running`: the release whose process still runs; where that is the active one, the one on
+    /// probation was not started yet, and is given up until it is ordered again.
+    pub fn resume(&mut self, running: Option<&Version>) {
+        let of = |release: &Option<Release>| release.as_ref().map(|release| release.version.clone());
+        if running.is_some() && running == of(&self.active).as_ref() && running != of(&self.probation).as_ref() {
+            self.roll_back();
+        }
+    }
+
+    /// It is put into use: it is neither waiting nor skipped.
+    fn put_into_use(&mut self, release: &Release) {
+        self.skipped.retain(|skipped| skipped.version != release.version);
+        self.staged.take_if(|staged| staged.version == release.version);
+    }
+}
+
+/// Whether both are known and not the same.
+fn differ(one: Option<&Digest>, other: Option<&Digest>) -> bool {
+    matches!((one, other), (Some(one), Some(other)) if one != other)
+}
+
+impl Release {
+    /// Whether both are the same release.
+    pub fn is(&self, other: &Release) -> bool {
+        self.version == other.version && !differ(self.sha256.as_ref(), other.sha256.as_ref())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn release(version: &str) -> Release {
+        let digit = version.bytes().last().unwrap_or(b'0') as char;
+        Release {
+            version: version.parse().unwrap(),
+            sha256: Some(digit.to_string().repeat(64).parse().unwrap()),
+            epoch: 1,
+            unknown: Unknown::new(),
+        }
+    }
+
+    fn skipped(version: &str) -> Skipped {
+        Skipped {
+            version: version.parse().unwrap(),
+            sha256: None,
+            reason: "bad".into(),
+            failures: 1,
+            until: None,
+            unknown: Unknown::new(),
+        }
+    }
+
+    fn versions(entry: &Entry) -> [Option<&str>; 4] {
+        [&entry.active, &entry.backup, &entry.probation, &entry.staged]
+            .map(|place| place.as_ref().map(|release| release.version.as_str()))
+    }
+
+    #[test]
+    fn an_upgrade_keeps_the_release_before_until_it_is_committed_and_after() {
+        let mut entry = Entry::default();
+        entry.stage(release("1"));
+        entry.activate(release("1"));
+        assert_eq!(versions(&entry), [Some("1"), None, None, None]);
+        entry.stage(release("2"));
+        entry.begin_probation(release("2"));
+        assert_eq!(versions(&entry), [Some("1"), None, Some("2"), None]);
+        assert_eq!(entry.current().unwrap().version.as_str(), "2");
+        assert!(entry.commit() && !entry.commit());
+        assert_eq!(versions(&entry), [Some("2"), Some("1"), None, None]);
+        entry.begin_probation(release("3"));
+        assert!(entry.roll_back() && !entry.roll_back());
+        assert_eq!(versions(&entry), [Some("2"), Some("1"), None, None]);
+    }
+
+    #[test]
+    fn a_return_to_the_active_release_ends_the_probation_of_another() {
+        let mut entry = Entry::found(Some(release("1")), None);
+        entry.begin_probation(release("2"));
+        entry.begin_probation(release("1"));
+        assert_eq!(versions(&entry), [Some("1"), None, None, None]);
+        // A third one replaces the second, and the first stays to go back to.
+        entry.begin_probation(release("2"));
+        entry.begin_probation(release("3"));
+        assert_eq!(versions(&entry), [Some("1"), None, Some("3"), None]);
+    }
+
+    #[test]
+    fn the_active_release_is_never_skipped_and_another_package_of_a_version_is_tried() {
+        let mut entry = Entry::found(Some(release("1")), None);
+        entry.skip(skipped("1"));
+        assert_eq!(entry.skipped(&"1".parse().unwrap(), None), None);
+        let of = |digit: char| -> Digest { digit.to_string().repeat(64).parse().unwrap() };
+        entry.skip(Skipped { sha256: Some(of('a')), ..skipped("2") });
+        let two: Version = "2".parse().unwrap();
+        assert!(entry.skipped(&two, None).is_some() && entry.skipped(&two, Some(&of('a'))).is_some());
+        assert_eq!(entry.skipped(&two, Some(&of('b'))), None);
+        entry.stage(release("2"));
+        assert_eq!(entry.skipped(&two, None), None);
+        for number in 0..40 {
+            entry.skip(skipped(&format!("v{number}")));
+        }
+        assert_eq!(entry.skipped.len(), MAX_SKIPPED);
+        assert!(entry.allow_all() && !entry.allow_all());
+    }
+
+    #[test]
+    fn what_is_not_whole_on_disk_gives_way_to_what_is() {
+        let full = || {
+            let mut entry = Entry::found(Some(release("2")), Some(release("1")));
+            entry.begin_probation(release("3"));
+            entry
+        };
+        for (whole, expected) in [
+            (&["1", "2", "3"][..], [Some("2"), Some("1"), Some("3")]),
+            (&["1", "2"][..], [Some("2"), Some("1"), None]),
+            (&["1"][..], [Some("1"), None, None]),
+            (&["1", "3"][..], [None, Some("1"), Some("3")]),
+            (&[][..], [None, None, None]),
+        ] {
+            let mut entry = full();
+            entry.keep_whole(|version| whole.contains(&version.as_str()));
+            assert_eq!(versions(&entry)[..3], expected, "{whole:?}");
+        }
+    }
+
+    #[test]
+    fn a_probation_that_did_not_begin_is_given_up_and_one_that_did_goes_on() {
+        let version = |text: &str| -> Version { text.parse().unwrap() };
+        for (running, expected) in [(Some("1"), "1"), (Some("2"), "2"), (None, "2"), (Some("0"), "2")] {
+            let mut entry = Entry::found(Some(release("1")), None);
+            entry.begin_probation(release("2"));
+            entry.resume(running.map(version).as_ref());
+            assert_eq!(entry.current().unwrap().version.as_str(), expected, "{running:?}");
+        }
+    }
+
+    #[test]
+    fn fields_of_a_later_version_are_written_back() {
+        let text = r#"{"agents":{"a":{"active":{"version":"1","sha256":"0000000000000000000000000000000000000000000000000000000000000000","epoch":3,"later":[1,-2,0.5,null]},"more":{"x":"y"}}},"form":7}"#;
+        let ledger: Ledger = serde_json::from_str(text).unwrap();
+        let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        assert_eq!(value(&serde_json::to_string(&ledger).unwrap()), value(text));
+    }
+
+    #[derive(Debug, Clone)]
+    enum Verb {
+        Stage(String),
+        Activate(String),
+        Begin(String),
+        Commit,
+        RollBack,
+        Skip(String),
+        Lose(String),
+    }
+
+    fn verb() -> impl Strategy<Value = Verb> {
+        let version = "[1-4]";
+        prop_oneof![
+            version.prop_map(Verb::Stage),
+            version.prop_map(Verb::Activate),
+            version.prop_map(Verb::Begin),
+            Just(Verb::Commit),
+            Just(Verb::RollBack),
+            version.prop_map(Verb::Skip),
+            version.prop_map(Verb::Lose),
+        ]
+    }
+
+    proptest! {
+        /// Whatever the order of verbs: the one to go back to is another than the one that runs, what runs stays on disk, and a release
+        /// that was active is not lost by anything but its files' loss.
+        #[test]
+        fn there_is_always_something_to_go_back_to(verbs in proptest::collection::vec(verb(), 0..30)) {
+            let mut entry = Entry::default();
+            for verb in verbs {
+                let before = entry.clone();
+                match &verb {
+                    Verb::Stage(version) => entry.stage(release(version)),
+                    Verb::Activate(version) => entry.activate(release(version)),
+                    Verb::Begin(version) => entry.begin_probation(release(version)),
+                    Verb::Commit => drop(entry.commit()),
+                    Verb::RollBack => drop(entry.roll_back()),
+                    Verb::Skip(version) => entry.skip(skipped(version)),
+                    Verb::Lose(version) => entry.keep_whole(|other| other.as_str() != version),
+                }
+                prop_assert!(entry.probation.is_none() || entry.probation != entry.active);
+                prop_assert!(entry.current().is_none_or(|current| entry.kept().any(|kept| *kept == current.version)));
+                if before.active.is_some() && !matches!(verb, Verb::Lose(_)) {
+                    let stays = [&entry.active, &entry.backup].contains(&&before.active);
+                    prop_assert!(stays, "{verb:?} lost {:?}", before.active);
+                }
+                if let Some(active) = &entry.active {
+                    prop_assert_eq!(entry.skipped(&active.version, active.sha256.as_ref()), None);
+                }
+                let again: Entry = serde_json::from_str(&serde_json::to_string(&entry).unwrap()).unwrap();
+                prop_assert_eq!(again, entry.clone());
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What is wanted of one sub-agent, in one shape from `fleet.toml` to the running process.
+//!
+//! ```text
+//! fleet.toml            Order (version only)     the gateway's file
+//! Order + the depot  -> AgentOrder               on the wire: name, Package, cmd, Spec
+//! AgentOrder         -> Order                    state/desired.json: Package, run, Spec
+//! Order              -> reconcile::Step          carried out with what it needs
+//! ```
+//!
+//! A new setting of a sub-agent is a field of [`Spec`]; it then travels on the wire, is stored and is compared like the others.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::env::Env;
+use super::model::{AgentName, Arch, Digest, Os, Release, Version};
+
+/// A version on offer, and where its archive is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Package {
+    pub version: Version,
+    /// URL of the directory that holds the package; absent: the endpoint's own download path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tarball: Option<String>,
+    /// The package's file name below `tarball`; absent: `{name}-{version}_{os}_{arch}.tar.zst`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    /// Of the package, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+}
+
+impl Package {
+    /// Nothing is known but the version.
+    pub fn new(version: Version) -> Package {
+        Package { version, tarball: None, file: None, sha256: None, size: None }
+    }
+
+    /// The release that it carries, under the name that it was ordered by.
+    pub fn release(&self, name: &AgentName, os: Os, arch: Arch) -> Release {
+        Release { name: name.clone(), version: self.version.clone(), os, arch }
+    }
+}
+
+/// Whether a sub-agent is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Run {
+    Start,
+    Stop,
+}
+
+/// How a sub-agent is to be run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Spec {
+    /// Environment variables; they win over the package's own. A value is a text, or `{"secret": "…"}`, which is shown to nobody.
+    #[serde(default)]
+    pub env: Env,
+}
+
+/// What is wanted of one sub-agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Order {
+    #[serde(flatten)]
+    pub package: Package,
+    pub run: Run,
+    #[serde(flatten)]
+    pub spec: Spec,
+}
+
+/// The word of an order on the wire.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum Cmd {
+    Run(Run),
+    Uninstall,
+    /// A command of a later version.
+    Unknown(String),
+}
+
+impl Cmd {
+    pub fn as_str(&self) -> &str {
+        match self {
+            Cmd::Run(Run::Start) => "start",
+            Cmd::Run(Run::Stop) => "stop",
+            Cmd::Uninstall => "uninstall",
+            Cmd::Unknown(word) => word,
+        }
+    }
+}
+
+impl Default for Cmd {
+    fn default() -> Cmd {
+        Cmd::Run(Run::Start)
+    }
+}
+
+impl From<String> for Cmd {
+    fn from(word: String) -> Cmd {
+        match word.as_str() {
+            "start" => Cmd::Run(Run::Start),
+            "stop" => Cmd::Run(Run::Stop),
+            "uninstall" => Cmd::Uninstall,
+            _ => Cmd::Unknown(word),
+        }
+    }
+}
+
+impl From<Cmd> for String {
+    fn from(cmd: Cmd) -> String {
+        match cmd {
+            Cmd::Unknown(word) => word,
+            known => known.as_str().to_owned(),
+        }
+    }
+}
+
+impl fmt::Display for Cmd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[cfg(feature = "gateway")]
+impl schemars::JsonSchema for Cmd {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Cmd".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        String::json_schema(generator)
+    }
+}

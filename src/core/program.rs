@@ -1,0 +1,93 @@
+//! How an unpacked release is run: as its `agent.toml` says, or through its own `control` script.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::manifest::{KillMode, Manifest, Restart, StopSignal};
+use super::supervise::{Checks, Policy};
+
+/// `control` scripts stop themselves; whatever is left after this is ended by the manager.
+const SCRIPT_GRACE: Duration = Duration::from_secs(10);
+/// A `control` script's `status`, which says nothing of how often it wants to be asked. Its answers count from its start, which it ended
+/// well.
+const OF_SCRIPTS: Checks = Checks { interval: Duration::from_secs(30), failures: 3, start_period: Duration::ZERO };
+
+/// Which convention a sub-agent follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Kind {
+    /// Run by us, as its `agent.toml` says.
+    Native,
+    /// Driven through its own `control` script.
+    Script,
+}
+
+/// How an unpacked release is run.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Program {
+    Native(Box<Manifest>),
+    Script,
+}
+
+impl Program {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Program::Native(_) => Kind::Native,
+            Program::Script => Kind::Script,
+        }
+    }
+
+    /// When its supervisor restarts it, and how its health is judged.
+    pub fn policy(&self) -> Policy {
+        Policy { restart: self.restart(), checks: self.checks(), ..Policy::default() }
+    }
+
+    fn restart(&self) -> Restart {
+        match self {
+            Program::Native(manifest) => manifest.run.restart,
+            Program::Script => Restart::Always,
+        }
+    }
+
+    fn checks(&self) -> Option<Checks> {
+        match self {
+            Program::Script => Some(OF_SCRIPTS),
+            Program::Native(manifest) => manifest.health.as_ref().map(|health| Checks {
+                interval: health.interval,
+                failures: health.failures,
+                start_period: health.start_period,
+            }),
+        }
+    }
+
+    pub fn kill_mode(&self) -> KillMode {
+        match self {
+            Program::Native(manifest) => manifest.run.kill_mode,
+            Program::Script => KillMode::Tree,
+        }
+    }
+
+    pub fn stop_signal(&self) -> StopSignal {
+        match self {
+            Program::Native(manifest) => manifest.run.stop_signal,
+            Program::Script => StopSignal::Term,
+        }
+    }
+
+    /// From the stop signal to the kill.
+    pub fn grace(&self) -> Duration {
+        match self {
+            Program::Native(manifest) => manifest.run.grace(),
+            Program::Script => SCRIPT_GRACE,
+        }
+    }
+
+    /// The variables that the gateway may set although they are refused otherwise.
+    pub fn env_allow(&self) -> &[String] {
+        match self {
+            Program::Native(manifest) => &manifest.run.env_allow,
+            Program::Script => &[],
+        }
+    }
+}

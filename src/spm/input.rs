@@ -1,0 +1,112 @@
+//! What the manager's loop hears from what runs beside it.
+
+use anyhow::Result;
+use tokio::sync::mpsc;
+
+use super::disk::File;
+use super::heartbeats::Outcome;
+use super::upkeep::{Looked, Reloaded};
+use crate::core::agent::{Ready, Refusal};
+use crate::core::ledger::Release;
+use crate::core::model::{AgentName, Version};
+use crate::core::program::Program;
+use crate::core::supervise::Answer;
+use crate::host_service;
+use crate::platform::Child;
+use crate::process::launch::Start;
+use crate::process::record::Record;
+
+/// Where a task sends what came of it.
+pub(super) type Inputs = mpsc::UnboundedSender<Input>;
+
+/// What came of something.
+#[derive(Debug)]
+pub(super) enum Input {
+    Launched {
+        name: AgentName,
+        serial: u64,
+        result: Result<Box<Running>, Refusal>,
+    },
+    Exited {
+        name: AgentName,
+        serial: u64,
+        success: Option<bool>,
+        how: String,
+    },
+    /// Another process took the place of the one that was watched.
+    Moved {
+        name: AgentName,
+        serial: u64,
+        record: Box<Record>,
+    },
+    /// A stop that was asked for came to its end.
+    Ended {
+        name: AgentName,
+        serial: u64,
+        result: Result<(), String>,
+    },
+    /// A health check came to its end.
+    Checked {
+        name: AgentName,
+        serial: u64,
+        answer: Answer,
+    },
+    Staged {
+        name: AgentName,
+        version: Version,
+        result: Result<Ready, Refusal>,
+    },
+    Admitted {
+        name: AgentName,
+        result: Result<(Release, Option<Program>), Refusal>,
+    },
+    Switched {
+        name: AgentName,
+        result: Result<(), String>,
+    },
+    Discarded {
+        name: AgentName,
+        version: Version,
+        gone: bool,
+    },
+    Inspected {
+        name: AgentName,
+        result: Result<Program, String>,
+    },
+    /// All files of a sub-agent were removed.
+    Removed {
+        name: AgentName,
+        result: Result<(), String>,
+    },
+    /// A state file was written.
+    Saved {
+        file: File,
+        revision: u64,
+        result: Result<(), String>,
+    },
+    /// Epochs of committed releases were raised.
+    Raised(Result<(), String>),
+    /// The stop of the home was recorded, or could not be.
+    StopRecorded,
+    Looked(Looked),
+    Reloaded(Reloaded),
+    Heartbeat(Outcome),
+    /// What the service manager says of the unit of a watchdog that is gone.
+    WatchdogJudged(Result<host_service::Verdict>),
+}
+
+/// A process that runs: started by us, so that its exit status comes to us, or adopted.
+#[derive(Debug)]
+pub(super) enum Running {
+    Child(Child, Record),
+    Adopted(Record),
+    Script(Box<Start>, Record),
+}
+
+impl Running {
+    pub(super) fn record(&self) -> &Record {
+        match self {
+            Running::Child(_, record) | Running::Adopted(record) | Running::Script(_, record) => record,
+        }
+    }
+}

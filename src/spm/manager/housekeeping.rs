@@ -1,0 +1,147 @@
+//! What the manager looks after once in a while, as the loop has it: when it is begun, and what follows from what was found.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::{Manager, config_problem, warn_of_unknown};
+use crate::home::Home;
+use crate::installation::guard;
+use crate::role::{self, Holder, Role};
+use crate::spm::journal::About;
+use crate::spm::upkeep::{self, Looked, Reloaded};
+use crate::spm::{notify, stage};
+use crate::{package, platform};
+
+/// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
+const HOUSEKEEPING: Duration = Duration::from_secs(25);
+/// To look at the home takes a hundred system calls: however often heartbeats go out, it is not looked at more often.
+const LOOK_APART: Duration = Duration::from_secs(10);
+/// Downloads that nobody came back for are looked for so often, besides before each download.
+const TRIM_EVERY: Duration = Duration::from_secs(24 * 3600);
+/// Housekeeping that comes so late was held up by a stop of this process or of the machine.
+const NOT_SCHEDULED: Duration = Duration::from_secs(10);
+
+/// When what is due.
+#[derive(Debug)]
+pub(super) struct Housekeeping {
+    pub(super) next: Instant,
+    next_look: Instant,
+    next_trim: Instant,
+    /// The settings in force were changed then.
+    config_seen: Option<SystemTime>,
+    /// Whether others can see by the record which process the manager is.
+    is_recorded: bool,
+    /// Under way beside the loop, perhaps for as long as a disk hangs.
+    is_busy: bool,
+    is_looking: bool,
+    /// Dead at the last housekeeping, and not awaited by anything.
+    orphans: Vec<u32>,
+}
+
+impl Housekeeping {
+    pub(super) fn new(home: &Home, own: &Holder, now: Instant) -> Housekeeping {
+        Housekeeping {
+            next: now,
+            next_look: now,
+            next_trim: now + TRIM_EVERY,
+            config_seen: upkeep::modified(home),
+            is_recorded: role::holder(home, Role::Spm).as_ref() == Some(own),
+            is_busy: false,
+            is_looking: false,
+            orphans: vec![],
+        }
+    }
+
+    /// Whether the process was not scheduled for a while.
+    pub(super) fn was_held_up(&self, now: Instant) -> bool {
+        now >= self.next + NOT_SCHEDULED
+    }
+}
+
+impl Manager {
+    pub(super) fn keep_house(&mut self, now: Instant) {
+        let house = &mut self.housekeeping;
+        house.next = now + HOUSEKEEPING;
+        house.orphans = platform::reap_orphans(&house.orphans);
+        if !std::mem::replace(&mut house.is_busy, true) {
+            let own = (!house.is_recorded).then(|| self.identity.own.clone());
+            let limit = self.config.log_max_size.0;
+            upkeep::begin_housekeeping(&self.inputs, &self.home, limit, house.config_seen, own);
+        }
+        if now >= house.next_trim {
+            self.trim_cache(now);
+        }
+        self.retry_ledger();
+        notify("WATCHDOG=1");
+    }
+
+    /// Looks at the home before a heartbeat, which is to say what is wrong; a manager that sends none need not look.
+    pub(super) fn look_at_home(&mut self, now: Instant) {
+        let house = &mut self.housekeeping;
+        if now < house.next_look || std::mem::replace(&mut house.is_looking, true) {
+            return;
+        }
+        house.next_look = now + LOOK_APART;
+        upkeep::begin_look(&self.inputs, &self.home, &self.config);
+    }
+
+    /// As [`Manager::look_at_home`], before the loop begins.
+    pub(super) fn look_at_home_now(&mut self) {
+        let looked = upkeep::look(&self.home, &self.config);
+        self.looked(looked);
+    }
+
+    /// What is wrong shows and is reported until it is resolved.
+    pub(super) fn looked(&mut self, looked: Looked) {
+        self.housekeeping.is_looking = false;
+        let Looked { home, files, keys } = looked;
+        self.tell_of("home", "refused", home);
+        self.tell_of("files", "failed", files);
+        if let Some(keys) = keys {
+            self.tell_of("keys", "failed", keys);
+        }
+    }
+
+    /// Takes a changed configuration; a bad one leaves the old in force, which shows.
+    pub(super) fn reloaded(&mut self, reloaded: Reloaded) {
+        self.housekeeping.is_busy = false;
+        self.housekeeping.is_recorded = reloaded.is_recorded;
+        self.housekeeping.config_seen = reloaded.seen;
+        let problem = match reloaded.loaded {
+            None => return,
+            Some(Err(error)) => format!("{error:#}"),
+            Some(Ok(loaded)) => {
+                warn_of_unknown(&loaded);
+                match &loaded.problem {
+                    Some(problem) => config_problem(problem),
+                    None => {
+                        self.problems.remove("config");
+                        self.journal.note("config", "ok", About::default(), "the changed configuration is in force");
+                        self.config = loaded.config;
+                        self.line.configure(&self.config);
+                        return;
+                    }
+                }
+            }
+        };
+        self.journal.note("config", "failed", About::default(), problem.as_str());
+        self.problems.insert("config", problem);
+    }
+
+    /// Removes what came of downloads that nobody wants any more, or comes back for.
+    pub(super) fn trim_cache(&mut self, now: Instant) {
+        self.housekeeping.next_trim = now + TRIM_EVERY;
+        let home = self.home.clone();
+        let orders = self.orders.held.agents.iter();
+        let wanted: BTreeSet<String> =
+            orders.filter_map(|(name, order)| stage::wanted(name, &order.package).file_name()).collect();
+        tokio::task::spawn_blocking(move || {
+            // What lies behind a link is somebody else's.
+            if guard::home(&home).is_ok()
+                && let Err(error) = package::trim(&home.cache(), |file| wanted.contains(file))
+            {
+                tracing::warn!(error = format!("{error:#}"), "old downloads cannot be removed");
+            }
+        });
+    }
+}

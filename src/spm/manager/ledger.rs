@@ -1,0 +1,166 @@
+//! The ledger as the loop has it: changed in memory by the sub-agents' states, written beside the loop, and what waits for that.
+//!
+//! Order of the writes at a commit: the ledger, then the epochs. A start raises the epochs of all committed releases before it stages
+//! anything, so that an end in between loses nothing.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::Manager;
+use crate::core::agent::Event;
+use crate::core::ledger::{Entry, Ledger, Release};
+use crate::core::model::AgentName;
+use crate::core::unknown::Unknown;
+use crate::home::Home;
+use crate::installation::Epochs;
+use crate::spm::disk::{self, File, StateFile};
+use crate::spm::input::Input;
+use crate::store;
+
+/// The ledger's file, and what waits for it.
+#[derive(Debug)]
+pub(super) struct Releases {
+    file: StateFile<Ledger>,
+    /// As it was found, until the sub-agents took it over.
+    found: BTreeMap<AgentName, Entry>,
+    unknown: Unknown,
+    is_changed: bool,
+    /// The last write failed.
+    is_unsaved: bool,
+    /// The newest revision asked for, and the newest that is durable.
+    asked: u64,
+    durable: u64,
+    /// Epochs to be raised, each when this revision of the ledger is durable.
+    to_raise: Vec<(u64, AgentName, u64)>,
+    is_raising: bool,
+    /// The epochs of what earlier managers committed are raised: releases may be staged.
+    may_stage: bool,
+}
+
+impl Releases {
+    /// Loads the ledger; one that cannot be read is made anew from what is on disk.
+    pub(super) fn load(home: &Home, problems: &mut BTreeMap<&'static str, String>) -> Releases {
+        let path = home.releases();
+        let mut is_changed = false;
+        let ledger = store::load::<Ledger>(&path).unwrap_or_else(|error| {
+            let text = format!("the ledger of releases is lost and made anew from what is on disk: {error:#}");
+            tracing::error!(error = text, "the ledger cannot be read");
+            problems.insert("ledger", text);
+            None
+        });
+        let Ledger { agents, unknown } = ledger.unwrap_or_else(|| {
+            is_changed = true;
+            Ledger::default()
+        });
+        Releases {
+            file: StateFile::new(File::Ledger, path),
+            found: agents,
+            unknown,
+            is_changed,
+            is_unsaved: false,
+            asked: 0,
+            durable: 0,
+            to_raise: vec![],
+            is_raising: false,
+            may_stage: false,
+        }
+    }
+
+    /// What the ledger says of a sub-agent that is found on disk.
+    pub(super) fn take_found(&mut self, name: &AgentName) -> Option<Entry> {
+        self.found.remove(name)
+    }
+
+    pub(super) fn may_stage(&self) -> bool {
+        self.may_stage
+    }
+
+    /// Something in it changed; written with the next turn of the loop.
+    pub(super) fn change(&mut self) {
+        self.is_changed = true;
+    }
+
+    /// The revision that holds all that was changed until now.
+    pub(super) fn current_revision(&self) -> u64 {
+        self.asked + u64::from(self.is_changed)
+    }
+
+    /// The epoch of a committed release counts when the ledger that says so is durable.
+    pub(super) fn raise(&mut self, name: &AgentName, release: &Release) {
+        self.to_raise.push((self.current_revision(), name.clone(), release.epoch));
+    }
+}
+
+impl Manager {
+    /// The epochs of what was committed before count before anything is staged.
+    pub(super) fn raise_committed(&mut self) {
+        for (name, agent) in &self.agents {
+            if let Some(release) = agent.state.ledger().active() {
+                self.releases.to_raise.push((0, name.clone(), release.epoch));
+            }
+        }
+        self.releases.may_stage = self.releases.to_raise.is_empty();
+        self.raise_durable();
+    }
+
+    /// Begins to write the ledger where it was changed.
+    pub(super) fn write_ledger(&mut self) {
+        if std::mem::take(&mut self.releases.is_changed) {
+            let agents = self.agents.iter().map(|(name, agent)| (name.clone(), agent.state.ledger().clone()));
+            let ledger = Ledger {
+                agents: agents.filter(|(_, entry)| *entry != Entry::default()).collect(),
+                unknown: self.releases.unknown.clone(),
+            };
+            self.releases.asked = self.releases.file.save(&self.inputs, ledger);
+        }
+        self.raise_durable();
+    }
+
+    /// What could not be written is tried again.
+    pub(super) fn retry_ledger(&mut self) {
+        if self.releases.is_unsaved {
+            self.releases.change();
+        }
+    }
+
+    pub(super) fn ledger_saved(&mut self, revision: u64, result: Result<(), String>, now: Instant) {
+        self.releases.file.saved(&self.inputs);
+        self.releases.is_unsaved = result.is_err();
+        self.tell_of("ledger", "failed", result.as_ref().err().cloned());
+        if result.is_ok() {
+            self.releases.durable = revision;
+        }
+        let waiting = self.agents.values_mut().filter_map(|agent| {
+            agent.recorded_with.take_if(|waits| *waits <= revision).map(|_| agent.state.name().clone())
+        });
+        for name in waiting.collect::<Vec<_>>() {
+            self.step(&name, Event::Recorded(result.clone()), now);
+        }
+        self.raise_durable();
+    }
+
+    /// Begins to raise the epochs whose releases are committed in the durable ledger.
+    fn raise_durable(&mut self) {
+        let releases = &mut self.releases;
+        if releases.is_raising || releases.to_raise.iter().all(|(revision, ..)| *revision > releases.durable) {
+            return;
+        }
+        releases.is_raising = true;
+        let durable = releases.durable;
+        let due: Vec<_> = releases.to_raise.extract_if(.., |(revision, ..)| *revision <= durable).collect();
+        let home = self.home.clone();
+        disk::run(&self.inputs, move || {
+            let mut raise = due.iter().map(|(_, name, epoch)| Epochs::commit(&home, name.as_str(), *epoch));
+            Input::Raised(raise.try_for_each(|raised| raised).map_err(|error| format!("{error:#}")))
+        });
+    }
+
+    pub(super) fn raised(&mut self, result: Result<(), String>) {
+        self.releases.is_raising = false;
+        self.tell_of("epochs", "failed", result.err());
+        if !std::mem::replace(&mut self.releases.may_stage, true) {
+            self.replan = true;
+        }
+        self.raise_durable();
+    }
+}

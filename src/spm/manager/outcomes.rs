@@ -1,0 +1,190 @@
+//! What the loop hears from what runs beside it, and whom it concerns.
+
+use std::time::Instant;
+
+use super::Manager;
+use crate::core::agent::{Event, Refusal};
+use crate::core::model::AgentName;
+use crate::home::Home;
+use crate::installation::guard;
+use crate::process::launch::env_hash;
+use crate::process::record::{Ended, Record};
+use crate::spm::agent::SubAgent;
+use crate::spm::disk::File;
+use crate::spm::input::{Input, Running};
+use crate::spm::journal::About;
+use crate::spm::run;
+use crate::{package, store};
+
+impl Manager {
+    pub(super) fn take_in(&mut self, input: Input) {
+        let now = Instant::now();
+        // Deaths, restarts and writes change nothing that a plan goes by, and come in crowds.
+        self.replan |= !matches!(
+            input,
+            Input::Launched { .. }
+                | Input::Exited { .. }
+                | Input::Moved { .. }
+                | Input::Checked { .. }
+                | Input::Saved { .. }
+        );
+        match input {
+            Input::Launched { name, serial, result } => self.launched(&name, serial, result, now),
+            Input::Exited { name, serial, success, how } => self.exited(&name, serial, Ended { success, how }, now),
+            Input::Moved { name, serial, record } => self.moved(&name, serial, *record, now),
+            Input::Ended { name, serial, result } => self.ended(&name, serial, result, now),
+            Input::Checked { name, serial, answer } => {
+                // Of one that was started again meanwhile it says nothing.
+                if self.is_of(&name, serial) {
+                    self.step(&name, Event::Checked(answer), now);
+                }
+            }
+            Input::Staged { name, version, result } => {
+                let Some(agent) = self.agents.get_mut(&name) else {
+                    // It was removed meanwhile.
+                    let home = self.home.clone();
+                    tokio::task::spawn_blocking(move || {
+                        if let Err(error) = guard::place(&home, &name)
+                            .and_then(|()| package::discard(&home.release(&name, &version)))
+                            .and_then(|()| store::remove_tree(&home.agent(&name)))
+                        {
+                            let error = format!("{error:#}");
+                            tracing::warn!(agent = %name, error, "a release that nobody wants any more cannot be removed");
+                        }
+                    });
+                    return;
+                };
+                if agent.state.is_staging(&version) {
+                    agent.staging = None;
+                } else {
+                    self.trim_cache(now);
+                }
+                self.step(&name, Event::Staged { version, result }, now);
+            }
+            Input::Admitted { name, result } => self.step(&name, Event::Admitted(result), now),
+            Input::Switched { name, result } => self.step(&name, Event::Switched(result), now),
+            Input::Discarded { name, version, gone } => self.step(&name, Event::Discarded { version, gone }, now),
+            Input::Inspected { name, result } => self.step(&name, Event::Inspected(result), now),
+            Input::Removed { name, result } => self.removed(&name, result),
+            Input::Saved { file: File::Ledger, revision, result } => self.ledger_saved(revision, result, now),
+            Input::Saved { file: File::Desired, revision, result } => self.orders_saved(revision, result, now),
+            Input::Saved { file: File::Events, result, .. } => self.journal.saved(result, &self.inputs),
+            Input::Raised(result) => self.raised(result),
+            Input::StopRecorded => {
+                if let Some(stop) = &mut self.stop {
+                    stop.is_recorded = true;
+                }
+                self.finish_stop_if_down();
+            }
+            Input::Looked(looked) => self.looked(looked),
+            Input::Reloaded(reloaded) => self.reloaded(reloaded),
+            Input::WatchdogJudged(answer) if self.stop.is_none() => self.peer.judged(&self.home, answer, now),
+            Input::WatchdogJudged(_) => {}
+            Input::Heartbeat(outcome) => self.heartbeat_done(outcome, now),
+        }
+    }
+
+    /// Whether word of a process is word of the one that a sub-agent has now.
+    fn is_of(&self, name: &AgentName, serial: u64) -> bool {
+        self.agents.get(name).is_some_and(|agent| agent.serial == serial)
+    }
+
+    fn of(&mut self, name: &AgentName, serial: u64) -> Option<&mut SubAgent> {
+        self.agents.get_mut(name).filter(|agent| agent.serial == serial)
+    }
+
+    fn launched(&mut self, name: &AgentName, serial: u64, result: Result<Box<Running>, Refusal>, now: Instant) {
+        let inputs = self.inputs.clone();
+        let Some(agent) = self.of(name, serial) else { return };
+        let running = match result {
+            Ok(running) => running,
+            Err(refusal) => {
+                self.step(name, Event::NotLaunched(refusal), now);
+                return self.finish_stop_if_down();
+            }
+        };
+        let record = running.record().clone();
+        tracing::info!(agent = %name, version = %record.head.version, pid = record.pid, "a sub-agent is started");
+        agent.watch = Some(run::watch(&inputs, serial, *running));
+        let (pid, version) = (record.pid, record.head.version.clone());
+        let runs_so = agent.state.spec().is_none_or(|spec| env_hash(&spec.env) == record.head.env_hash);
+        (agent.record, agent.scattered) = (Some(record), false);
+        if !runs_so {
+            tracing::info!(agent = %name, "the environment changed during the start; the sub-agent is restarted");
+        }
+        self.step(name, Event::Launched { pid, version, runs_so }, now);
+    }
+
+    fn exited(&mut self, name: &AgentName, serial: u64, ended: Ended, now: Instant) {
+        let Some(agent) = self.of(name, serial) else { return };
+        if agent.state.supervisor().is_stopping() {
+            return;
+        }
+        let (success, how) = (ended.success, ended.how.clone());
+        self.step(name, Event::Exited { success, how }, now);
+        self.remember_end(name, ended);
+    }
+
+    /// Puts an end that is not followed by a start at once into the record: the next manager must not take it for one that nobody saw.
+    fn remember_end(&mut self, name: &AgentName, ended: Ended) {
+        let Some(agent) = self.agents.get_mut(name) else { return };
+        let supervisor = agent.state.supervisor();
+        let Some(record) = agent.record.as_mut().filter(|_| supervisor.is_down()) else { return };
+        record.ended = Some(ended);
+        record.head.restarts = supervisor.restarts();
+        save(record, &self.home);
+    }
+
+    fn moved(&mut self, name: &AgentName, serial: u64, record: Record, now: Instant) {
+        let home = self.home.clone();
+        let Some(agent) = self.of(name, serial) else { return };
+        if !agent.state.supervisor().is_up() {
+            // It is being stopped, with all that bears its mark.
+            return;
+        }
+        let pid = record.pid;
+        save(&record, &home);
+        agent.record = Some(record);
+        self.step(name, Event::Moved { pid }, now);
+    }
+
+    fn ended(&mut self, name: &AgentName, serial: u64, result: Result<(), String>, now: Instant) {
+        let Some(agent) = self.of(name, serial) else { return };
+        if result.is_ok() {
+            (agent.record, agent.scattered) = (None, false);
+        }
+        if let (Err(error), Some(stop)) = (&result, &mut self.stop) {
+            stop.errors.push(error.clone());
+        }
+        self.step(name, Event::Stopped(result), now);
+        self.finish_stop_if_down();
+    }
+
+    fn removed(&mut self, name: &AgentName, result: Result<(), String>) {
+        let about = About { agent: Some(name), version: None };
+        // Where it failed, it is tried again with the next desired state or start; until then it shows.
+        self.orders.held.removed.remove(name);
+        self.agents.remove(name);
+        self.releases.change();
+        match result {
+            Ok(()) => {
+                self.problems.remove("uninstall");
+                self.journal.note("uninstall", "ok", about, format!("{name} is removed"));
+            }
+            Err(text) => {
+                self.journal.note("uninstall", "failed", about, text.as_str());
+                self.problems.insert("uninstall", text);
+                // Ordered again, it begins as what is left of it.
+                self.find(name, None, None);
+            }
+        }
+    }
+}
+
+/// Writes the record of a process.
+pub(super) fn save(record: &Record, home: &Home) {
+    if let Err(error) = record.save(home) {
+        let (name, error) = (&record.head.name, format!("{error:#}"));
+        tracing::warn!(agent = %name, error, "a process record cannot be written; the mark stands in");
+    }
+}
