@@ -10,7 +10,7 @@ use super::{InstallOptions, ServiceChoice, Surroundings, old, progress, site};
 use crate::config::{self, Certificate, Config, ProxyChoice};
 use crate::core::model::{AgentId, MANAGER_PACKAGE, Version};
 use crate::endpoint::Proxies;
-use crate::home::Home;
+use crate::home::{CA_FILE, Home};
 use crate::host_service::product::{Product, Registration};
 use crate::host_service::{self, Kind};
 use crate::installation::keyring::Keyring;
@@ -21,9 +21,6 @@ use crate::{lifecycle, platform, store};
 
 /// A file of certificates: one has 2 kB, the list of a whole system 300.
 const MAX_CA_BYTES: u64 = 4 << 20;
-
-/// Where the certificates that `--ca-cert` names are kept, relative to the home.
-const CA_FILE: &str = "etc/ca.pem";
 
 /// Wrong usage: what the command line lacks.
 #[derive(Debug)]

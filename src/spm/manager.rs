@@ -161,7 +161,7 @@ impl Manager {
         let agent_id = agent_id.with_context(|| {
             format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display())
         })?;
-        let desired = store::load(&home.state_file("desired.json")).unwrap_or_else(|error| {
+        let desired = store::load(&home.desired()).unwrap_or_else(|error| {
             let text = format!("the last desired state is lost and asked for again: {error:#}");
             tracing::error!(error = text, "the desired state cannot be read");
             problems.insert("desired", text);
@@ -197,7 +197,7 @@ impl Manager {
                 .with_context(|| {
                     format!(
                         "cannot tell which release this is: {} is missing; install again",
-                        installation::Manager::path(home).display()
+                        home.manager_record().display()
                     )
                 })?
                 .version,

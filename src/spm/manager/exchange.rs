@@ -193,7 +193,7 @@ impl Manager {
             }
             Verdict::Take { desired, unsupported, new_lineage, led_back, kept } => {
                 // On disk before it is acted on: what is begun must be known after a crash.
-                if let Err(error) = store::save(&self.home.state_file("desired.json"), &*desired) {
+                if let Err(error) = store::save(&self.home.desired(), &*desired) {
                     let text = format!("the new desired state is not acted on: {error:#}");
                     self.journal.note("desired", "failed", About::default(), text.as_str());
                     self.problems.insert("desired", text);
