@@ -23,7 +23,7 @@ use crate::door::{self, Request};
 use crate::home::Home;
 use crate::process::record::Record;
 use crate::role::{self, Role, STOPPED_ON_PURPOSE};
-use crate::{host_service, logging, platform};
+use crate::{host_service, logging, platform, uplink};
 
 /// For a predecessor to give the role up, at the longest.
 const TAKE_OVER: Duration = Duration::from_secs(10);
@@ -83,7 +83,7 @@ enum Input {
         version: Version,
         result: Result<(), stage::Refusal>,
     },
-    Heartbeat(heartbeats::Outcome),
+    Heartbeat(uplink::sender::Outcome),
     /// What the service manager says of the unit of a watchdog that is gone.
     WatchdogJudged(Result<host_service::Verdict>),
 }

@@ -10,9 +10,9 @@ use crate::core::schedule;
 use crate::core::status::GatewayStatus;
 use crate::core::text::cut;
 use crate::spm::agent::Agent;
-use crate::spm::heartbeats::Outcome;
 use crate::spm::journal::{About, MAX_MESSAGE_BYTES};
 use crate::spm::timestamp;
+use crate::uplink::sender::Outcome;
 use crate::{platform, store};
 
 /// More than this, in seconds, is a clock that is wrong.
