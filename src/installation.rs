@@ -6,6 +6,7 @@
 //! epochs        state/epochs.json                             which releases were withdrawn
 //! keyring       etc/keys, state/keys.json                     which keys packages are trusted by
 //! executable    bin/aops and the links to it                  which executable each role runs
+//! release       an unpacked package of the manager            whether it can be put in place
 //! guard                                                       whether the home can be relied on
 //! ```
 //!
@@ -17,6 +18,7 @@ pub mod guard;
 mod identity;
 pub mod keyring;
 mod records;
+pub mod release;
 mod trust;
 
 pub use epochs::Epochs;

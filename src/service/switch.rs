@@ -30,7 +30,7 @@ pub(super) fn switch(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut
     }
     settings(plan, fetched, undo)?;
     undo.keep(&home.executable())?;
-    executable::replace(home, &fetched.executable())?;
+    executable::replace(home, &fetched.release.executable())?;
     for name in Name::ALL {
         undo.keep(&name.path(home))?;
     }
@@ -89,7 +89,7 @@ fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
     }
     let (given, carried) = (&plan.trusted.given, &plan.trusted.carried);
     keyring::install(home, plan.keeps(), given, carried)?;
-    for remark in keyring::commit(home, &fetched.offer)? {
+    for remark in keyring::commit(home, &fetched.release.offer)? {
         progress::say(remark);
     }
     Ok(())
@@ -125,11 +125,11 @@ fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, un
         undo.keep(&home.epochs())?;
         Epochs::begin(home)?;
     }
-    Epochs::commit(home, MANAGER_PACKAGE, fetched.manager.epoch)?;
+    Epochs::commit(home, MANAGER_PACKAGE, fetched.release.manager.epoch)?;
     for path in [home.manager_record(), home.install_record()] {
         undo.keep(&path)?;
     }
-    fetched.manager.save(home)?;
+    fetched.release.manager.save(home)?;
     let mut installed = match &plan.standing {
         Standing::Aops(installed) => installed.clone(),
         _ => Installed::by(plan.kind),
