@@ -144,7 +144,8 @@ mod tests {
         let busy = |seconds: &'static str| {
             Server::plain(move |_| Told { headers: vec![("retry-after", seconds.to_owned())], ..Told::status(503) })
         };
-        let mut sender = sender(&[&busy("5"), &busy("17"), &busy("3")]);
+        let servers = ["5", "17", "3"].map(busy);
+        let mut sender = sender(&servers.each_ref());
         let Outcome::Failed { why, refused: None, retry_after } = sender.send(&heartbeat()) else {
             panic!("somebody answered")
         };
