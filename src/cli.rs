@@ -228,7 +228,7 @@ impl HomeOption {
 fn own_home(executable: &Path) -> Option<PathBuf> {
     let bin = executable.parent().filter(|bin| bin.file_name() == Some(OsStr::new("bin")))?;
     let root = bin.parent()?;
-    root.join("etc/agent-id").is_file().then(|| root.to_owned())
+    Home::new(root).agent_id().is_file().then(|| root.to_owned())
 }
 
 /// Puts the role that the program's name says, and the old spelling, into today's words.

@@ -26,9 +26,6 @@ pub use keys::wrong_line;
 /// A settings file is refused beyond this; the template with all its comments has 2 KiB.
 const MAX_BYTES: u64 = 256 << 10;
 
-/// The copy of the last settings that were good, below `state/`.
-const LAST_GOOD: &str = "conf.good.toml";
-
 /// How old a file's last change is when nobody is taken to be still writing it.
 const SETTLED: Duration = Duration::from_secs(1);
 
@@ -160,7 +157,7 @@ impl Config {
 
     /// The settings for a start. Fails only where neither the file nor the last good copy can be used.
     pub fn load(home: &Home) -> Result<Loaded> {
-        let last_good = Config::last_good_path(home);
+        let last_good = home.last_good_config();
         match read_settled(&home.config()) {
             Ok((text, Parsed { config, unknown })) => {
                 // A copy that cannot be kept is no reason not to start.
@@ -179,16 +176,12 @@ impl Config {
 
     /// Keeps `text` as the last good settings, so that the next start need not wait whether somebody is still writing them.
     pub fn remember_good(home: &Home, text: &str) -> Result<()> {
-        remember(&Config::last_good_path(home), text)
+        remember(&home.last_good_config(), text)
     }
 
     /// The last good settings, and their text, where there is a copy that can be used.
     pub fn last_good(home: &Home) -> Option<(String, Config)> {
-        last_good_of(&Config::last_good_path(home)).map(|(text, parsed)| (text, parsed.config))
-    }
-
-    pub fn last_good_path(home: &Home) -> PathBuf {
-        home.state_file(LAST_GOOD)
+        last_good_of(&home.last_good_config()).map(|(text, parsed)| (text, parsed.config))
     }
 
     /// The file of certificates that the settings name.
@@ -205,7 +198,7 @@ impl Config {
             Certificate::System => Trust::System,
             Certificate::Authority(path) => Trust::CaFile(home.root().join(path)),
             Certificate::Pinned(pins) => Trust::Pin(pins.clone()),
-            Certificate::FirstContact => Trust::FirstContact { pins: home.state_file(PINS) },
+            Certificate::FirstContact => Trust::FirstContact { pins: home.pins() },
             Certificate::Unchecked => Trust::Insecure,
         }
     }
@@ -246,9 +239,6 @@ impl Config {
         }
     }
 }
-
-/// The certificates of first contacts, below `state/`.
-pub const PINS: &str = "pins.json";
 
 fn last_good_of(path: &Path) -> Option<(String, Parsed)> {
     let text = read_text(path).ok().flatten()?;

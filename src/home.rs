@@ -9,7 +9,10 @@
 //!        agents/<name>/<version>/    an unpacked release; `.complete` is written last and removed first
 //!        agents/<name>/current       names the active version
 //!        staging/  state/  cache/  run/  log/
+//!        .install/                   what an installation needs while it runs
 //! ```
+//!
+//! A file has one method here; its name is written nowhere else.
 
 use std::path::{Path, PathBuf};
 
@@ -17,6 +20,9 @@ use crate::core::model::{AgentName, Version};
 
 /// The file inside a release directory that says that it is whole.
 pub const COMPLETE: &str = ".complete";
+
+/// The gateway's certificates as `install` keeps them, relative to the home, as the settings name them.
+pub const CA_FILE: &str = "etc/ca.pem";
 
 /// One installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +59,11 @@ impl Home {
         self.root.join(format!("control{}", std::env::consts::EXE_SUFFIX))
     }
 
+    /// The script of the old system; it has the same name on every system.
+    pub fn old_control(&self) -> PathBuf {
+        self.root.join("control")
+    }
+
     pub fn etc(&self) -> PathBuf {
         self.root.join("etc")
     }
@@ -67,6 +78,11 @@ impl Home {
 
     pub fn keys(&self) -> PathBuf {
         self.etc().join("keys")
+    }
+
+    /// See [`CA_FILE`].
+    pub fn ca_file(&self) -> PathBuf {
+        self.root.join(CA_FILE)
     }
 
     pub fn agents(&self) -> PathBuf {
@@ -100,9 +116,59 @@ impl Home {
         self.state_file("releases.json")
     }
 
-    /// A file of machine-written state, such as `desired.json`.
-    pub fn state_file(&self, name: &str) -> PathBuf {
+    /// A file of machine-written state.
+    fn state_file(&self, name: &str) -> PathBuf {
         self.state().join(name)
+    }
+
+    /// The last desired state that was accepted.
+    pub fn desired(&self) -> PathBuf {
+        self.state_file("desired.json")
+    }
+
+    /// Events that the gateway has not acknowledged.
+    pub fn events(&self) -> PathBuf {
+        self.state_file("events.json")
+    }
+
+    /// The intent of a stop; absent: the home is to run.
+    pub fn stop_intent(&self) -> PathBuf {
+        self.state_file("stopped.json")
+    }
+
+    /// The highest committed epoch of each package.
+    pub fn epochs(&self) -> PathBuf {
+        self.state_file("epochs.json")
+    }
+
+    /// The keys that packages brought and revoked.
+    pub fn keyring(&self) -> PathBuf {
+        self.state_file("keys.json")
+    }
+
+    /// The certificates of first contacts.
+    pub fn pins(&self) -> PathBuf {
+        self.state_file("pins.json")
+    }
+
+    /// How the home is tied into the host.
+    pub fn install_record(&self) -> PathBuf {
+        self.state_file("install.json")
+    }
+
+    /// The release of the manager that is in place.
+    pub fn manager_record(&self) -> PathBuf {
+        self.state_file("manager.json")
+    }
+
+    /// The id of this machine, as opposed to a clone of it.
+    pub fn instance(&self) -> PathBuf {
+        self.state_file("instance.json")
+    }
+
+    /// The copy of the last settings that were good.
+    pub fn last_good_config(&self) -> PathBuf {
+        self.state_file("conf.good.toml")
     }
 
     pub fn cache(&self) -> PathBuf {
@@ -114,8 +180,28 @@ impl Home {
     }
 
     /// A file in `run`: a lock, a process record, a socket.
-    pub fn run_file(&self, name: &str) -> PathBuf {
+    fn run_file(&self, name: &str) -> PathBuf {
         self.run().join(name)
+    }
+
+    /// Held by the one process that has a role: `spm` or `spa`.
+    pub fn role_lock(&self, role: &str) -> PathBuf {
+        self.run_file(&format!("{role}.lock"))
+    }
+
+    /// The process that has a role, or had it last.
+    pub fn role_record(&self, role: &str) -> PathBuf {
+        self.run_file(&format!("{role}.json"))
+    }
+
+    /// Held by an installation or its removal.
+    pub fn install_lock(&self) -> PathBuf {
+        self.run_file("install.lock")
+    }
+
+    /// Held while the trust of the host is changed: its epochs and its keyring.
+    pub fn trust_lock(&self) -> PathBuf {
+        self.run_file("trust.lock")
     }
 
     /// The local door of the manager.
@@ -148,6 +234,16 @@ impl Home {
 
     pub fn agent_logs(&self) -> PathBuf {
         self.log().join("agents")
+    }
+
+    /// What an installation needs while it runs, on the home's own file system; absent otherwise.
+    pub fn install_work(&self) -> PathBuf {
+        self.root.join(".install")
+    }
+
+    /// What an installation made, and was about to make, where nothing stood. While it is there, what lies in the home is ours.
+    pub fn install_made(&self) -> PathBuf {
+        self.install_work().join("made.json")
     }
 
     /// Every directory of an installation, parents first, with the Unix mode that each is to have.

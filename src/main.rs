@@ -22,6 +22,7 @@ mod command;
 mod config;
 mod door;
 mod endpoint;
+mod fetching;
 mod host_service;
 mod installation;
 mod lifecycle;

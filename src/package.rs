@@ -40,7 +40,7 @@ use crate::core::model::{AgentName, Arch, Binding, Digest, Os, Packing, Release}
 use crate::core::order::Package;
 use crate::core::pace::Throttle;
 use crate::endpoint::{Client, Endpoint};
-use crate::home::COMPLETE;
+use crate::home::{COMPLETE, Home};
 use crate::platform;
 use crate::store::{self, Access};
 
@@ -118,6 +118,13 @@ impl Wanted {
 pub struct Places {
     pub cache: PathBuf,
     pub staging: PathBuf,
+}
+
+impl Places {
+    /// Those of an installed home.
+    pub fn of(home: &Home) -> Places {
+        Places { cache: home.cache(), staging: home.staging() }
+    }
 }
 
 /// What all fetches of a process share: the disk, and the rate of their downloads.

@@ -94,12 +94,12 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
 
 /// Takes the role for as long as the value lives; `None`: another process has it and did not give it up within `deadline`.
 pub fn take(home: &Home, role: Role, deadline: Duration) -> Result<Option<Held>> {
-    lock::take(&home.run_file(&format!("{}.lock", role.name())), deadline)
+    lock::take(&home.role_lock(role.name()), deadline)
 }
 
 /// Whether some process has the role now.
 pub fn is_taken(home: &Home, role: Role) -> bool {
-    lock::is_held(&home.run_file(&format!("{}.lock", role.name())))
+    lock::is_held(&home.role_lock(role.name()))
 }
 
 /// Who has a role, or had it last.
@@ -149,7 +149,7 @@ impl Holder {
 }
 
 fn record(home: &Home, role: Role) -> std::path::PathBuf {
-    home.run_file(&format!("{}.json", role.name()))
+    home.role_record(role.name())
 }
 
 /// Who has the role, or had it last. An unreadable record says nothing.
@@ -255,15 +255,15 @@ struct Intent {
 /// Records that the home was told to stop.
 pub fn record_stop(home: &Home) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    store::save(&home.state_file("stopped.json"), &Intent { since_unix_seconds: now.as_secs() })
+    store::save(&home.stop_intent(), &Intent { since_unix_seconds: now.as_secs() })
 }
 
 /// Whether the home was told to stop, and not to start since. What cannot be read is taken for a stop that was recorded.
 pub fn is_stop_recorded(home: &Home) -> bool {
-    home.state_file("stopped.json").exists()
+    home.stop_intent().exists()
 }
 
 /// Forgets a recorded stop.
 pub fn clear_stop(home: &Home) -> Result<()> {
-    store::remove(&home.state_file("stopped.json"))
+    store::remove(&home.stop_intent())
 }

@@ -30,15 +30,6 @@ pub use install::install;
 pub use old_spelling::old_spelling;
 pub use uninstall::uninstall;
 
-/// Below the home: what an installation needs while it is at work, and nothing afterwards.
-const WORK: &str = ".install";
-
-/// Below that: what an installation made, and was about to make, where nothing stood. While it is there, what lies in the home is ours.
-const MADE: &str = "made.json";
-
-/// The lock that keeps a second installation out, below `run/`.
-const LOCK: &str = "install.lock";
-
 /// Wrong usage, as opposed to a failure.
 const WRONG_USAGE: u8 = 2;
 

@@ -1,6 +1,9 @@
 //! What a host says to its gateway: the heartbeat, and the question which release is the current one.
 //!
-//! One exchange with one endpoint each. When to send, to whom next and how long to wait after a failure is the caller's to decide.
+//! One exchange with one endpoint each; [`sender`] tries several endpoints with a heartbeat. When to send and how long to wait after a
+//! failure is the caller's to decide.
+
+pub mod sender;
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -123,7 +126,7 @@ mod tests {
         Client::new(&Trust::Insecure, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
     }
 
-    fn heartbeat() -> Heartbeat {
+    pub(in crate::uplink) fn heartbeat() -> Heartbeat {
         let version = "1.0".parse().unwrap();
         Heartbeat {
             agent_id: "host-1".parse().unwrap(),

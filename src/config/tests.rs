@@ -181,7 +181,7 @@ fn a_malformed_file_at_a_start_gives_the_last_good_settings_and_says_why() {
 
     fs::remove_file(home.config()).unwrap();
     assert!(Config::load(&home).unwrap().problem.is_some());
-    fs::remove_file(home.state_file(LAST_GOOD)).unwrap();
+    fs::remove_file(home.last_good_config()).unwrap();
     assert!(Config::load(&home).is_err());
 }
 
@@ -198,8 +198,8 @@ fn an_unknown_key_fails_an_install_and_not_a_start() {
 fn trust_has_the_paths_of_the_home() {
     let home = Home::new("/h");
     let with = |certificate| Config { certificate, ..Config::default() }.trust(&home);
-    assert_eq!(with(Certificate::Authority("etc/ca.pem".into())), Trust::CaFile(home.etc().join("ca.pem")));
-    assert_eq!(with(Certificate::FirstContact), Trust::FirstContact { pins: home.state_file("pins.json") });
+    assert_eq!(with(Certificate::Authority("etc/ca.pem".into())), Trust::CaFile(home.ca_file()));
+    assert_eq!(with(Certificate::FirstContact), Trust::FirstContact { pins: home.pins() });
 }
 
 #[test]

@@ -24,8 +24,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::Epochs;
-use super::keyring::Keyring;
 use crate::core::model::{AgentName, Version};
 use crate::home::Home;
 use crate::package::Keys;
@@ -127,7 +125,7 @@ pub fn keys(home: &Home) -> Result<()> {
         // Nothing is looked for where somebody else can write.
         return look.end();
     }
-    for file in Keys::files(&home.keys())?.into_iter().chain([Keyring::path(home), Epochs::path(home)]) {
+    for file in Keys::files(&home.keys())?.into_iter().chain([home.keyring(), home.epochs()]) {
         look.here(&file, Expected::File)?;
     }
     look.end()
@@ -169,7 +167,7 @@ fn state_files(home: &Home) -> Result<Vec<PathBuf>> {
         Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
         found => found.with_context(|| format!("cannot list {}", state.display()))?,
     };
-    let others = [Keyring::path(home), Epochs::path(home)];
+    let others = [home.keyring(), home.epochs()];
     paths.retain(|path| {
         let is_ours = path.extension().is_some_and(|extension| extension == "json" || extension == "toml");
         is_ours && !others.contains(path)

@@ -16,17 +16,18 @@
 //! trusted until its file is removed, which is told. That a key in `etc/keys` is not the operator's own shows by its being among those brought.
 //! A home that was made before there was `state/keys.json` cannot say it, and counts as having been brought all of them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{Epochs, Unknown, changing_trust, guard};
+use super::epochs::Epochs;
+use super::{guard, trust};
 use crate::core::model::Version;
 use crate::home::Home;
 use crate::package::Keys;
 use crate::package::keys::Key;
-use crate::store;
+use crate::store::{self, Unknown};
 
 /// More than anybody rotates through in a host's life.
 const MAX_REVOKED: usize = 256;
@@ -111,10 +112,10 @@ pub fn trusted(home: &Home) -> Result<Keys> {
     Keyring::load(home)?.trusted(&Keys::load(&home.keys())?, &Keys::baked_in()?)
 }
 
-/// Takes over whom an installation tells to trust: the operator, who has `given` keys, the bootstrap, which has `carried` some, and the
-/// package of the manager with its `offer`. Answers what an operator should hear of. Of a home that `stands` all else is kept.
-pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
-    let _lock = changing_trust(home)?;
+/// Takes over the keys of an installation: those that the operator has `given` and those that the bootstrap `carried`. Those of the
+/// manager's package follow with [`commit`]. Of a home that `stands` all else is kept.
+pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys) -> Result<()> {
+    let _lock = trust::lock(home)?;
     let standing = if stands { Keyring::load(home)? } else { Keyring::default() };
     if !stands {
         // One that was killed left them: by nothing that is known would they be the operator's.
@@ -124,15 +125,14 @@ pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &
     // A key is never without its file or its entry; and a file is never there before it is known that the bootstrap brought it.
     given.save_to(&home.keys())?;
     ring.save(home)?;
-    accepted.save_to(&home.keys())?;
-    commit(home, &ring, offer)
+    accepted.save_to(&home.keys())
 }
 
 /// Before the files in `etc/keys` are put back as they were `before` an installation that failed: what it revoked stays so, for the signed
 /// word of a trusted key says so, and so do the keys that packages and bootstraps brought, for without them a host could be left that
 /// trusts nobody. What the operator gave goes with its file.
 pub fn keep_after_failure(home: &Home, before: &Keyring) -> Result<()> {
-    let _lock = changing_trust(home)?;
+    let _lock = trust::lock(home)?;
     let ring = Keyring::load(home)?;
     let joined = ring.clone().joined(before);
     if joined == ring { Ok(()) } else { joined.save(home) }
@@ -140,8 +140,9 @@ pub fn keep_after_failure(home: &Home, before: &Keyring) -> Result<()> {
 
 /// Takes over what a package of the manager says about keys, whose release is being committed; answers what an operator should hear of.
 /// It may be repeated.
-fn commit(home: &Home, ring: &Keyring, offer: &Offer) -> Result<Vec<String>> {
-    let (ring, remarks) = ring.after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
+pub fn commit(home: &Home, offer: &Offer) -> Result<Vec<String>> {
+    let _lock = trust::lock(home)?;
+    let (ring, remarks) = Keyring::load(home)?.after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
     // First it is refused; then its file goes, which would be the operator's if nothing said that it was brought.
     ring.save(home)?;
     for file in Keys::files(&home.keys())? {
@@ -157,7 +158,7 @@ impl Keyring {
     /// The keys of a standing home. That they are missing is an error, but for one from before they were kept: what was revoked would be
     /// trusted again.
     pub fn load(home: &Home) -> Result<Keyring> {
-        let path = Keyring::path(home);
+        let path = home.keyring();
         match store::load(&path)? {
             Some(ring) => Ok(ring),
             None if !Epochs::load(home)?.has_keyring() => Ok(Keyring::of_before(&Keys::load(&home.keys())?)),
@@ -180,11 +181,7 @@ impl Keyring {
     }
 
     fn save(&self, home: &Home) -> Result<()> {
-        store::save(&Keyring::path(home), self)
-    }
-
-    pub fn path(home: &Home) -> PathBuf {
-        home.state_file("keys.json")
+        store::save(&home.keyring(), self)
     }
 
     /// After an installation that was given `given` by the operator and `carried` by the bootstrap, over the keys in `etc`: it also answers

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use super::contact::{self, Contact};
 use super::{InstallOptions, ServiceChoice, Surroundings, old, progress, site};
 use crate::config::{self, Certificate, Config, ProxyChoice};
-use crate::core::model::{AgentId, MANAGER_PACKAGE, Version};
+use crate::core::model::{AgentId, Version};
 use crate::endpoint::Proxies;
-use crate::home::Home;
+use crate::home::{CA_FILE, Home};
 use crate::host_service::product::{Product, Registration};
 use crate::host_service::{self, Kind};
 use crate::installation::keyring::Keyring;
@@ -21,9 +21,6 @@ use crate::{lifecycle, platform, store};
 
 /// A file of certificates: one has 2 kB, the list of a whole system 300.
 const MAX_CA_BYTES: u64 = 4 << 20;
-
-/// Where the certificates that `--ca-cert` names are kept, relative to the home.
-const CA_FILE: &str = "etc/ca.pem";
 
 /// Wrong usage: what the command line lacks.
 #[derive(Debug)]
@@ -68,8 +65,8 @@ pub(super) struct Plan {
     /// Where a first contact is trusted: whether it was made.
     pub(super) contact: Option<Contact>,
     pub(super) trusted: Trusted,
-    /// The lowest epoch of the manager's package that is accepted.
-    pub(super) least_epoch: u64,
+    /// By which a package may be refused as withdrawn.
+    pub(super) epochs: Epochs,
     pub(super) version: Option<Version>,
     pub(super) package: Option<PathBuf>,
 }
@@ -170,7 +167,7 @@ pub(super) fn plan(
     let ca_file = options.ca_cert.as_deref().map(certificates).transpose()?;
     let contact = contact::of(home, keeps, &config.certificate)?;
     let trusted = trusted(options, home, &surroundings.executable, keeps)?;
-    let least_epoch = if keeps { Epochs::load(home)?.least(MANAGER_PACKAGE) } else { 0 };
+    let epochs = if keeps { Epochs::load(home)? } else { Epochs::default() };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
     if kind == Kind::Systemd {
         host_service::systemd::can_register(home)?;
@@ -193,7 +190,7 @@ pub(super) fn plan(
         ca_file,
         contact,
         trusted,
-        least_epoch,
+        epochs,
         version: options.version.clone(),
         package: options.package.clone(),
     })

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::config::{Certificate, PINS};
+use crate::config::Certificate;
 use crate::endpoint::expect_first_contact;
 use crate::home::Home;
 use crate::installation::Epochs;
@@ -29,12 +29,12 @@ pub(super) fn of(home: &Home, keeps: bool, certificate: &Certificate) -> Result<
     if !keeps {
         return Ok(Some(Contact::ToCome));
     }
-    let pins = home.state_file(PINS);
+    let pins = home.pins();
     if pins.is_file() {
         return Ok(Some(Contact::Made));
     }
     // A home that has heard from its gateway has seen a certificate; and since pins are expected, every installation has left some.
-    if home.state_file("desired.json").exists() || Epochs::load(home)?.expects_pins() {
+    if home.desired().exists() || Epochs::load(home)?.expects_pins() {
         bail!(
             "cannot tell the gateway's certificate from that of somebody in between: {} is missing, which says what it was at the first \
              contact; bring it back from a backup, or compare the certificate with the gateway's operator and give it with `--pin SHA256`, \
@@ -47,12 +47,12 @@ pub(super) fn of(home: &Home, keeps: bool, certificate: &Certificate) -> Result<
 
 /// The pins that this installation goes by and adds to, in its own directory; `None` where it needs none.
 pub(super) fn begin(contact: Option<Contact>, home: &Home, work: &Path) -> Result<Option<PathBuf>> {
-    let path = work.join(PINS);
+    let path = work.join("pins.json");
     match contact {
         None => return Ok(None),
         Some(Contact::ToCome) => expect_first_contact(&path)?,
         Some(Contact::Made) => {
-            let standing = home.state_file(PINS);
+            let standing = home.pins();
             fs::copy(&standing, &path).with_context(|| format!("cannot copy {}", standing.display()))?;
         }
     }
@@ -67,7 +67,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         fs::create_dir(home.state()).unwrap();
-        fs::write(Epochs::path(&home), epochs).unwrap();
+        fs::write(home.epochs(), epochs).unwrap();
         (directory, home)
     }
 
@@ -77,7 +77,7 @@ mod tests {
         // Of an older version, which an offline installation left without any pins.
         let (_directory, older) = home(r#"{"epochs":{}}"#);
         assert_eq!(of(&older, true, &first).unwrap(), Some(Contact::ToCome));
-        fs::write(older.state_file("desired.json"), "{}").unwrap();
+        fs::write(older.desired(), "{}").unwrap();
         let error = of(&older, true, &first).unwrap_err().to_string();
         for words in ["pins.json is missing", "backup", "--pin SHA256", "write {} into that file"] {
             assert!(error.contains(words), "{error}");
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(of(&older, true, &Certificate::System).unwrap(), None);
         let (_directory, newer) = home(r#"{"epochs":{},"form":1}"#);
         assert!(of(&newer, true, &first).is_err());
-        fs::write(newer.state_file(PINS), "{}").unwrap();
+        fs::write(newer.pins(), "{}").unwrap();
         assert_eq!(of(&newer, true, &first).unwrap(), Some(Contact::Made));
     }
 }

@@ -1,9 +1,7 @@
-//! The manager's package: which one, from where, verified, unpacked into the installation's own directory, and seen to run on this host.
+//! The manager's package: which one, from where, fetched into the installation's own directory, and checked.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -15,31 +13,17 @@ use crate::config::Certificate;
 use crate::core::model::{AgentName, Arch, MANAGER_PACKAGE, Os, Packing, Release};
 use crate::core::protocol::{self, DOWNLOAD_PATH};
 use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
-use crate::home::Home;
-use crate::installation::Manager;
-use crate::installation::keyring::Offer;
-use crate::package::{self, Commons, Means, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
-use crate::{command, platform, uplink};
-
-/// For the new executable to say its version.
-const SAYING_VERSION: Duration = Duration::from_secs(30);
+use crate::fetching::Fetching;
+use crate::installation::release::{self, CheckedRelease};
+use crate::package::{self, Commons, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
+use crate::uplink;
 
 /// A release of the manager that can be put into place.
 #[derive(Debug)]
 pub(super) struct Fetched {
-    tree: VerifiedTree,
-    pub(super) manager: Manager,
-    /// What the package says about keys.
-    pub(super) offer: Offer,
+    pub(super) release: CheckedRelease,
     /// The certificates of first contacts, with that of this one.
     pub(super) pins: Option<PathBuf>,
-}
-
-impl Fetched {
-    /// The new executable, in the unpacked package.
-    pub(super) fn executable(&self) -> PathBuf {
-        executable_in(self.tree.path())
-    }
 }
 
 /// Downloads, verifies, unpacks, and tries the release that the plan names.
@@ -48,34 +32,11 @@ pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
     let pins = contact::begin(plan.contact, &plan.home, &site.work())?;
     let (tree, file) = match &plan.package {
         Some(package) => local(plan, package, &places.staging)?,
-        None => remote(plan, &places, &site.work(), pins.as_deref())?,
+        None => remote(plan, places, &site.work(), pins.as_deref())?,
     };
-    let executable = executable_in(tree.path());
-    if !executable.is_file() {
-        bail!(
-            "cannot use the package {file}: it holds no {}",
-            executable.strip_prefix(tree.path()).unwrap_or(&executable).display()
-        );
-    }
-    platform::set_mode(&executable, 0o755)
-        .with_context(|| format!("cannot set the mode of {}", executable.display()))?;
-    command::run(Command::new(&executable).arg("--version").current_dir("/"), SAYING_VERSION)
-        .and_then(command::Finished::success)
-        .with_context(|| format!("the executable of {file} does not run on this host"))?;
-    let manager = Manager {
-        version: tree.binding().release.version.clone(),
-        sha256: tree.sha256().clone(),
-        epoch: tree.binding().epoch,
-        file,
-        unknown: Default::default(),
-    };
-    let offer = Offer::read(tree.path(), &manager.version)?;
-    plan.trusted.ring.examine(&offer, &plan.trusted.etc)?;
-    Ok(Fetched { tree, manager, offer, pins })
-}
-
-fn executable_in(tree: &Path) -> PathBuf {
-    Home::new(tree).executable()
+    let release = release::check(tree, file)?;
+    plan.trusted.ring.examine(&release.offer, &plan.trusted.etc)?;
+    Ok(Fetched { release, pins })
 }
 
 fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, String)> {
@@ -90,11 +51,11 @@ fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, Stri
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let wanted = Wanted { least_epoch: plan.least_epoch, ..Wanted::new(release) };
+    let wanted = Wanted { least_epoch: plan.epochs.least(MANAGER_PACKAGE), ..Wanted::new(release) };
     Ok((package::open_local(path, &wanted, &plan.trusted.keys, staging)?, file))
 }
 
-fn remote(plan: &Plan, places: &Places, work: &Path, pins: Option<&Path>) -> Result<(VerifiedTree, String)> {
+fn remote(plan: &Plan, places: Places, work: &Path, pins: Option<&Path>) -> Result<(VerifiedTree, String)> {
     let trust = trust(plan, work, pins)?;
     if trust == Trust::Insecure {
         progress::warn("the gateway's certificate is not checked (--insecure)");
@@ -107,22 +68,24 @@ fn remote(plan: &Plan, places: &Places, work: &Path, pins: Option<&Path>) -> Res
     }
 
     progress::say(format_args!("downloading {} from {endpoint}", wanted.release));
-    let downloader = plan.config.client(&trust, &plan.agent_id, plan.config.download_timeouts())?;
     // The one that answered first; the others stand in for it.
     let mut ordered = vec![endpoint.clone()];
     ordered.extend(endpoints.iter().filter(|other| *other != endpoint).cloned());
     let mut download = Download::begin();
-    let commons = Commons::default();
-    commons.limit(plan.config.download_rate.map(|rate| rate.0));
-    let within = plan.config.download_timeout.0;
-    let means =
-        Means { client: &downloader, endpoints: &ordered, keys: &plan.trusted.keys, places, commons: &commons, within };
-    let tree = package::fetch(&means, &wanted, &mut |done, total| {
+    let file = wanted.file.clone().unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
+    let fetching = Fetching {
+        config: &plan.config,
+        agent_id: &plan.agent_id,
+        trust,
+        endpoints: ordered,
+        keys: plan.trusted.keys.clone(),
+        epochs: plan.epochs.clone(),
+        places,
+    };
+    let tree = fetching.fetch(wanted, &Commons::default(), drop, &mut |done, total| {
         download.at(done, total);
         true
     })?;
-    drop(download);
-    let file = wanted.file.unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
     Ok((tree, file))
 }
 
@@ -156,13 +119,7 @@ fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
     let offered = |offer: protocol::Offer| {
         let release = Release { name: name.clone(), version: offer.version, os, arch };
         let wanted = Wanted::new(release);
-        Wanted {
-            file: Some(offer.file),
-            sha256: Some(offer.sha256),
-            size: Some(offer.size),
-            least_epoch: plan.least_epoch,
-            ..wanted
-        }
+        Wanted { file: Some(offer.file), sha256: Some(offer.sha256), size: Some(offer.size), ..wanted }
     };
     let version = match (&plan.version, offer) {
         (None, Some(offer)) => return Ok(offered(offer)),
@@ -178,7 +135,7 @@ fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
         let file = release.file_name(*packing);
         let reply = client.get(endpoint, &format!("{DOWNLOAD_PATH}/{file}{SIGNATURE_SUFFIX}"), &[])?;
         match reply.status() {
-            200 => return Ok(Wanted { file: Some(file), least_epoch: plan.least_epoch, ..Wanted::new(release) }),
+            200 => return Ok(Wanted { file: Some(file), ..Wanted::new(release) }),
             404 => {}
             _ => return Err(reply.refused().context(format!("cannot ask {endpoint} for {file}"))),
         }

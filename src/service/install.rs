@@ -185,7 +185,7 @@ fn carry_out(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -
         .and_then(|()| old::set_aside(home, &plan.executable))
         .at(Step::Stop)?;
     }
-    progress::say(format_args!("putting version {} into {}", fetched.manager.version, home.root().display()));
+    progress::say(format_args!("putting version {} into {}", fetched.release.manager.version, home.root().display()));
     switch::switch(plan, fetched, site, undo).at(Step::Switch)?;
     if plan.kind == Kind::Systemd {
         progress::say("registering with systemd");
@@ -237,7 +237,7 @@ fn take_back(plan: &Plan, step: Step, ran: bool, ring: Option<&Keyring>, site: &
 fn summary(plan: &Plan, fetched: &Fetched) {
     let home = plan.home.root().display();
     let endpoints: Vec<String> = plan.config.heartbeat_srv.iter().map(ToString::to_string).collect();
-    progress::say(format_args!("version {} is installed in {home} and runs", fetched.manager.version));
+    progress::say(format_args!("version {} is installed in {home} and runs", fetched.release.manager.version));
     progress::say(format_args!("agent id {}, endpoint {}", plan.agent_id, endpoints.join(", ")));
     progress::say(format_args!("see how it is: {} status", plan.home.control_link().display()));
     if let Some(advice) = &plan.boot_advice {

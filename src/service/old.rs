@@ -3,7 +3,6 @@
 //! Nothing is known of its files but three that operators touch, so everything in its directory counts as its own. It is moved into one
 //! directory, by renames, from which it can be moved back.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{LOCK, MADE, WORK, leftovers, progress};
+use super::{leftovers, progress};
 use crate::command;
 use crate::config::import::{OLD_AGENT_IDS, OLD_CONFIG};
 use crate::home::Home;
@@ -24,7 +23,7 @@ const CONTROL: Duration = Duration::from_secs(60);
 /// Whether what stands in the home is an installation of the old system. `exists` says whether it is one of ours.
 pub(super) fn is_old(home: &Home) -> bool {
     let file = |name: &str| home.root().join(name).symlink_metadata().is_ok_and(|metadata| metadata.is_file());
-    if file(&format!("{WORK}/{MADE}")) {
+    if home.install_made().symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
         // An installation of ours was killed at work where nothing stood.
         return false;
     }
@@ -40,7 +39,7 @@ fn has_control(home: &Home) -> bool {
 
 /// The `control` script, where there is one that can be run and is no link of ours.
 pub(super) fn script(home: &Home) -> Option<PathBuf> {
-    let control = home.root().join("control");
+    let control = home.old_control();
     let is_file = control.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
     (is_file && platform::is_executable(&control)).then_some(control)
 }
@@ -62,19 +61,19 @@ pub(super) fn start(home: &Home) -> Result<()> {
 }
 
 fn control(home: &Home, verb: &str) -> Result<()> {
-    let path = home.root().join("control");
+    let path = home.old_control();
     let finished = command::run(Command::new(&path).arg(verb).current_dir(home.root()), CONTROL)?;
     finished.success().map(drop).with_context(|| format!("cannot have {} do `{verb}`", path.display()))
 }
 
 /// Where what is set aside lies, once all of it does.
 pub(super) fn aside(home: &Home) -> PathBuf {
-    home.root().join(WORK).join("aside")
+    home.install_work().join("aside")
 }
 
 /// Where it lies while it is moved, there or back: the rest is still, or again, in the home.
 fn under_way(home: &Home) -> PathBuf {
-    home.root().join(WORK).join("aside.part")
+    home.install_work().join("aside.part")
 }
 
 /// Whether something is set aside, or was being.
@@ -99,7 +98,7 @@ pub(super) fn is_aside(home: &Home, path: &Path) -> bool {
 
 /// Moves everything in the home aside, but for the installation's own things and the running executable.
 pub(super) fn set_aside(home: &Home, executable: &Path) -> Result<()> {
-    let stays = |path: &Path| path == executable || path.file_name() == Some(OsStr::new(WORK));
+    let stays = |path: &Path| path == executable || path == home.install_work();
     move_entries(home.root(), &under_way(home), &stays, home)?;
     rename(&under_way(home), &aside(home))
 }
@@ -111,7 +110,7 @@ pub(super) fn bring_back(home: &Home, executable: &Path) -> Result<()> {
         if is_directory(&aside) {
             for entry in fs::read_dir(home.root())?.chain(fs::read_dir(home.run())?) {
                 let path = entry?.path();
-                let stays = [executable, &home.root().join(WORK), &home.run(), &home.run_file(LOCK)];
+                let stays = [executable, &home.install_work(), &home.run(), &home.install_lock()];
                 if !stays.contains(&path.as_path()) {
                     remove(&path)?;
                 }
@@ -130,7 +129,7 @@ pub(super) fn bring_back(home: &Home, executable: &Path) -> Result<()> {
 /// Moves the entries of one directory into another; those of `run` one by one, as our lock lies there.
 fn move_entries(from: &Path, to: &Path, stays: &dyn Fn(&Path) -> bool, home: &Home) -> Result<()> {
     let run = home.run();
-    let lock = home.run_file(LOCK);
+    let lock = home.install_lock();
     fs::create_dir_all(to).with_context(|| format!("cannot make the directory {}", to.display()))?;
     for entry in fs::read_dir(from).with_context(|| format!("cannot list {}", from.display()))? {
         let entry = entry?;
@@ -206,18 +205,18 @@ mod tests {
         let bootstrap = directory.path().join("bootstrap");
         fs::write(&bootstrap, "").unwrap();
         let before = files(directory.path());
-        fs::write(home.run_file(LOCK), "").unwrap();
+        fs::write(home.install_lock(), "").unwrap();
 
         set_aside(&home, &bootstrap).unwrap();
-        assert!(bootstrap.exists() && home.run_file(LOCK).exists());
-        assert!(!home.bin().exists() && !home.run_file("pid").exists());
+        assert!(bootstrap.exists() && home.install_lock().exists());
+        assert!(!home.bin().exists() && !home.run().join("pid").exists());
         fs::create_dir(home.bin()).unwrap();
         fs::write(home.executable(), "new").unwrap();
-        fs::write(home.run_file("spm.json"), "new").unwrap();
+        fs::write(home.role_record("spm"), "new").unwrap();
 
         bring_back(&home, &bootstrap).unwrap();
-        fs::remove_file(home.run_file(LOCK)).unwrap();
-        fs::remove_dir(home.root().join(WORK)).unwrap();
+        fs::remove_file(home.install_lock()).unwrap();
+        fs::remove_dir(home.install_work()).unwrap();
         assert_eq!(files(directory.path()), before);
         bring_back(&home, &bootstrap).unwrap();
     }
@@ -240,7 +239,7 @@ mod tests {
         }
         assert!(is_any_aside(&home) && is_under_way(&home));
         bring_back(&home, Path::new("/nowhere")).unwrap();
-        fs::remove_dir(home.root().join(WORK)).unwrap();
+        fs::remove_dir(home.install_work()).unwrap();
         assert_eq!(files(directory.path()), ["bin", "bin/old", "log", "log/old.log", "run", "run/lock", "run/pid"]);
         assert_eq!(fs::read_to_string(directory.path().join("log/old.log")).unwrap(), "old");
         assert!(!is_any_aside(&home));

@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 use anyhow::{Context, Result, bail};
 
 use super::check::Usage;
-use super::{InstallOptions, LOCK, Surroundings, WORK, old};
+use super::{InstallOptions, Surroundings, old};
 use crate::config::Config;
 use crate::home::Home;
 use crate::host_service::product::{self, Product};
@@ -106,7 +106,7 @@ fn foreign(home: &Home, executable: &Path) -> Result<()> {
     // One that was killed at work there had looked before it began: what lies there is its own.
     if installation::exists(home)
         || old::is_old(home)
-        || home.root().join(WORK).symlink_metadata().is_ok_and(|found| found.is_dir())
+        || home.install_work().symlink_metadata().is_ok_and(|found| found.is_dir())
     {
         return Ok(());
     }
@@ -124,7 +124,7 @@ fn foreign(home: &Home, executable: &Path) -> Result<()> {
     for entry in entries {
         let entry = entry.with_context(|| format!("cannot look into {}", home.root().display()))?;
         let path = entry.path();
-        if path != executable && entry.file_name() != WORK && !is_left_by_us(home, &path) {
+        if path != executable && path != home.install_work() && !is_left_by_us(home, &path) {
             bail!(
                 "cannot install into {}: it holds {}, and no installation; choose another --home, or empty it",
                 home.root().display(),
@@ -137,7 +137,8 @@ fn foreign(home: &Home, executable: &Path) -> Result<()> {
 
 /// `run/` with nothing but the lock in it: an installation was killed at its beginning, or is there. Or what a file system has of its own.
 fn is_left_by_us(home: &Home, path: &Path) -> bool {
-    let only_lock = |mut entries: fs::ReadDir| entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK));
+    let is_lock = |entry: std::io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() == home.install_lock());
+    let only_lock = |mut entries: fs::ReadDir| entries.all(is_lock);
     let is_empty = |path: &Path| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
     (path == home.run() && fs::read_dir(path).is_ok_and(only_lock))
         || (path == home.root().join(LOST_AND_FOUND) && is_empty(path))
@@ -164,14 +165,14 @@ mod tests {
         let bootstrap = directory.path().join("aops-agent-service");
         fs::write(&bootstrap, "").unwrap();
         fs::create_dir(home.run()).unwrap();
-        fs::write(home.run_file(LOCK), "").unwrap();
+        fs::write(home.install_lock(), "").unwrap();
         foreign(&home, &bootstrap).unwrap();
         // What a file system of its own has in it, as long as nothing was found.
         fs::create_dir(directory.path().join("lost+found")).unwrap();
         foreign(&home, &bootstrap).unwrap();
-        fs::write(home.run_file("x"), "").unwrap();
+        fs::write(home.run().join("x"), "").unwrap();
         assert!(foreign(&home, &bootstrap).is_err());
-        fs::remove_file(home.run_file("x")).unwrap();
+        fs::remove_file(home.run().join("x")).unwrap();
         fs::write(directory.path().join("photo"), "").unwrap();
         let error = foreign(&home, &bootstrap).unwrap_err().to_string();
         assert!(error.contains("holds photo"), "{error}");

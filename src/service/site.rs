@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{LOCK, MADE, WORK, old, undo};
+use super::{old, undo};
 use crate::home::Home;
-use crate::installation::{self, Installed, guard};
+use crate::installation::{self, guard};
 use crate::lock::{self, Held};
 use crate::platform::{self, Expected};
 use crate::store;
@@ -40,7 +40,7 @@ impl Site {
         site.make(&home.run(), 0o700)?;
         // What came there in between was made by us, or by whoever may.
         sound(home)?;
-        site.lock = lock::take(&home.run_file(LOCK), LOCK_DEADLINE)?;
+        site.lock = lock::take(&home.install_lock(), LOCK_DEADLINE)?;
         if site.lock.is_none() {
             bail!("another installation is at work there; wait until it has ended");
         }
@@ -55,9 +55,9 @@ impl Site {
     pub(super) fn note(&mut self) -> Result<()> {
         let stands = installation::exists(&self.home) || old::is_old(&self.home) || old::is_any_aside(&self.home);
         if stands && !is_half_made(&self.home) {
-            return store::remove(&self.work().join(MADE));
+            return store::remove(&self.home.install_made());
         }
-        match store::load::<Vec<PathBuf>>(&self.work().join(MADE))? {
+        match store::load::<Vec<PathBuf>>(&self.home.install_made())? {
             Some(interrupted) => {
                 self.resumes = true;
                 let own = self.created.split_off(0).into_iter().filter(|path| !interrupted.contains(path));
@@ -68,7 +68,7 @@ impl Site {
                 let to_be = self.home.directories().into_iter().map(|(path, _)| path);
                 let missing = to_be.filter(|path| path.symlink_metadata().is_err());
                 let noted: Vec<PathBuf> = self.created.iter().cloned().chain(missing).collect();
-                store::save(&self.work().join(MADE), &noted)
+                store::save(&self.home.install_made(), &noted)
             }
         }
     }
@@ -80,7 +80,7 @@ impl Site {
         let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
         for entry in entries {
             let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
-            if old::is_aside(&self.home, &path) || path == work.join(MADE) || undo::is_kept(&path) {
+            if old::is_aside(&self.home, &path) || path == self.home.install_made() || undo::is_kept(&path) {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }
@@ -90,7 +90,7 @@ impl Site {
 
     /// The directory for what is needed meanwhile, on the home's own file system.
     pub(super) fn work(&self) -> PathBuf {
-        self.home.root().join(WORK)
+        self.home.install_work()
     }
 
     /// Makes a directory and its parents, where they are not there, and remembers that.
@@ -143,8 +143,8 @@ impl Site {
 
 /// Refuses a home, or an older installation in it, that cannot be relied on.
 pub(super) fn sound(home: &Home) -> Result<()> {
-    let work = home.root().join(WORK);
-    let made = (work.join(MADE), Expected::File);
+    let work = home.install_work();
+    let made = (home.install_made(), Expected::File);
     let script = old::script(home).map(|script| (script, Expected::File));
     let also: Vec<_> = [(work, Expected::Directory), made].into_iter().chain(script).collect();
     guard::grounds(home, &also)
@@ -153,12 +153,12 @@ pub(super) fn sound(home: &Home) -> Result<()> {
 /// Whether an installation was killed here before it was whole, where nothing had stood.
 pub(super) fn is_half_made(home: &Home) -> bool {
     let is_there = |path: PathBuf| path.symlink_metadata().is_ok();
-    is_there(home.root().join(WORK).join(MADE)) && !is_there(Installed::path(home))
+    is_there(home.install_made()) && !is_there(home.install_record())
 }
 
 /// What that one had made, or was about to.
 pub(super) fn half_made(home: &Home) -> Vec<PathBuf> {
-    store::load(&home.root().join(WORK).join(MADE)).ok().flatten().unwrap_or_default()
+    store::load(&home.install_made()).ok().flatten().unwrap_or_default()
 }
 
 impl Drop for Site {
@@ -170,7 +170,7 @@ impl Drop for Site {
                 let _ = store::remove_tree(&self.work());
             }
             // Still held: whoever waits for it sees that the file is another's.
-            let _ = store::remove(&self.home.run_file(LOCK));
+            let _ = store::remove(&self.home.install_lock());
         }
         if self.kept {
             return;
@@ -260,7 +260,7 @@ mod tests {
         drop(Site::open(&home).unwrap());
         assert!(kept.is_dir());
         Site::open(&home).unwrap().keep();
-        assert!(!kept.exists() && !home.root().join(WORK).exists());
+        assert!(!kept.exists() && !home.install_work().exists());
     }
 
     #[test]
@@ -268,14 +268,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         fs::create_dir(home.run()).unwrap();
-        fs::write(home.run_file("x"), "x").unwrap();
+        fs::write(home.run().join("x"), "x").unwrap();
         drop(Site::open(&home).unwrap());
-        assert!(home.run_file("x").exists() && !home.run_file(LOCK).exists() && !directory.path().join(WORK).exists());
+        assert!(home.run().join("x").exists() && !home.install_lock().exists() && !home.install_work().exists());
 
         let mut site = Site::open(&home).unwrap();
         site.make(&home.bin(), 0o755).unwrap();
         site.keep();
-        assert!(home.bin().is_dir() && !directory.path().join(WORK).exists());
+        assert!(home.bin().is_dir() && !home.install_work().exists());
     }
 
     #[test]
@@ -285,7 +285,7 @@ mod tests {
         let first = Site::open(&home).unwrap();
         let error = Site::open(&home).unwrap_err().to_string();
         assert!(error.contains("another installation"), "{error}");
-        assert!(first.work().is_dir() && home.run_file(LOCK).exists());
+        assert!(first.work().is_dir() && home.install_lock().exists());
         drop(first);
         assert!(!home.root().exists());
     }

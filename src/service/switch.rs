@@ -11,18 +11,14 @@ use super::fetch::Fetched;
 use super::progress;
 use super::site::Site;
 use super::undo::Undo;
-use crate::config::{self, Config, PINS};
+use crate::config::{self, Config};
 use crate::core::model::MANAGER_PACKAGE;
 use crate::endpoint;
-use crate::home::Home;
 use crate::host_service::product;
-use crate::installation::keyring::{self, Keyring};
-use crate::installation::{Epochs, Installed, Manager};
+use crate::installation::executable::{self, Name};
+use crate::installation::{Epochs, Installed, keyring};
 use crate::platform;
 use crate::store::{self, Access};
-
-/// The names in `bin` by which the executable takes a role.
-const ROLE_LINKS: &[&str] = &["aops-spm", "aops-spa", "aops-agent-service"];
 
 /// Where the command is put for everybody, for the default home alone.
 const COMMAND_LINK: &str = "/usr/local/bin/aops";
@@ -33,8 +29,12 @@ pub(super) fn switch(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut
         site.make(&directory, mode)?;
     }
     settings(plan, fetched, undo)?;
-    executable(home, &fetched.executable(), undo)?;
-    links(home, undo)?;
+    undo.keep(&home.executable())?;
+    executable::replace(home, &fetched.release.executable())?;
+    for name in Name::ALL {
+        undo.keep(&name.path(home))?;
+    }
+    executable::point(home, Name::ALL, &home.executable())?;
     let linked = command_link(plan, undo)?;
     records(plan, fetched, site, linked, undo)
 }
@@ -44,16 +44,16 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
     undo.keep(&home.agent_id())?;
     store::replace(&home.agent_id(), format!("{}\n", plan.agent_id).as_bytes(), Access::Public)?;
     if let Some(bytes) = &plan.ca_file {
-        let path = home.etc().join("ca.pem");
+        let path = home.ca_file();
         undo.keep(&path)?;
         store::replace(&path, bytes, Access::Public)?;
     }
     configuration(plan, undo)?;
-    undo.keep(&Config::last_good_path(home))?;
+    undo.keep(&home.last_good_config())?;
     Config::remember_good(home, &plan.config_text)?;
 
     if let Some(pins) = &fetched.pins {
-        let path = home.state_file(PINS);
+        let path = home.pins();
         if !plan.keeps() {
             undo.keep(&path)?;
             store::remove(&path)?;
@@ -85,35 +85,12 @@ fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
     undo.keep(&home.keys())?;
     if !plan.keeps() {
-        undo.keep(&Keyring::path(home))?;
+        undo.keep(&home.keyring())?;
     }
     let (given, carried) = (&plan.trusted.given, &plan.trusted.carried);
-    for remark in keyring::install(home, plan.keeps(), given, carried, &fetched.offer)? {
+    keyring::install(home, plan.keeps(), given, carried)?;
+    for remark in keyring::commit(home, &fetched.release.offer)? {
         progress::say(remark);
-    }
-    Ok(())
-}
-
-fn executable(home: &Home, new: &Path, undo: &mut Undo) -> Result<()> {
-    let path = home.executable();
-    undo.keep(&path)?;
-    let attempt = || -> std::io::Result<()> {
-        std::fs::File::open(new)?.sync_all()?;
-        platform::replace_executable(new, &path)?;
-        platform::sync_directory(&home.bin())
-    };
-    attempt().with_context(|| format!("cannot put the new executable at {}", path.display()))
-}
-
-fn links(home: &Home, undo: &mut Undo) -> Result<()> {
-    let executable = home.executable();
-    let name = executable.file_name().map(PathBuf::from).unwrap_or_default();
-    let mut links: Vec<(PathBuf, PathBuf)> =
-        ROLE_LINKS.iter().map(|role| (home.role_link(role), name.clone())).collect();
-    links.push((home.control_link(), Path::new("bin").join(&name)));
-    for (link, target) in links {
-        undo.keep(&link)?;
-        platform::replace_link(&target, &link).with_context(|| format!("cannot make the link {}", link.display()))?;
     }
     Ok(())
 }
@@ -145,14 +122,14 @@ fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, un
     keys(plan, fetched, undo)?;
     // Those of a home that stands only grow, whatever becomes of this installation; a manager that runs commits others meanwhile.
     if !plan.keeps() {
-        undo.keep(&Epochs::path(home))?;
+        undo.keep(&home.epochs())?;
         Epochs::begin(home)?;
     }
-    Epochs::commit(home, MANAGER_PACKAGE, fetched.manager.epoch)?;
-    for path in [Manager::path(home), Installed::path(home)] {
+    Epochs::commit(home, MANAGER_PACKAGE, fetched.release.manager.epoch)?;
+    for path in [home.manager_record(), home.install_record()] {
         undo.keep(&path)?;
     }
-    fetched.manager.save(home)?;
+    fetched.release.manager.save(home)?;
     let mut installed = match &plan.standing {
         Standing::Aops(installed) => installed.clone(),
         _ => Installed::by(plan.kind),

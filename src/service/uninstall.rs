@@ -142,7 +142,6 @@ fn verify(home: &Home) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::service::LOCK;
 
     fn home_in(directory: &Path) -> Home {
         let home = Home::new(directory.join("made/home"));
@@ -189,7 +188,7 @@ mod tests {
     fn a_record_that_cannot_be_read_keeps_nothing_here() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        fs::write(Installed::path(&home), "{").unwrap();
+        fs::write(home.install_record(), "{").unwrap();
         uninstall(&home, true).unwrap();
         assert!(!home.root().exists());
     }
@@ -202,7 +201,7 @@ mod tests {
         let site = Site::open(&home).unwrap();
         let error = format!("{:#}", uninstall(&home, true).unwrap_err());
         assert!(error.contains("another installation"), "{error}");
-        assert!(home.executable().exists() && home.run_file(LOCK).exists());
+        assert!(home.executable().exists() && home.install_lock().exists());
         drop(site);
         uninstall(&home, true).unwrap();
     }

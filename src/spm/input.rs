@@ -4,7 +4,6 @@ use anyhow::Result;
 use tokio::sync::mpsc;
 
 use super::disk::File;
-use super::heartbeats::Outcome;
 use super::upkeep::{Looked, Reloaded};
 use crate::core::agent::{Ready, Refusal};
 use crate::core::ledger::Release;
@@ -15,6 +14,7 @@ use crate::host_service;
 use crate::platform::Child;
 use crate::process::launch::Start;
 use crate::process::record::Record;
+use crate::uplink::sender::Outcome;
 
 /// Where a task sends what came of it.
 pub(super) type Inputs = mpsc::UnboundedSender<Input>;

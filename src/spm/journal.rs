@@ -69,7 +69,7 @@ pub(super) struct About<'a> {
 impl Journal {
     /// What an earlier manager left. An unreadable file is begun anew: its events are lost, which the log says.
     pub(super) fn load(home: &Home) -> Journal {
-        let path = home.state_file("events.json");
+        let path = home.events();
         let stored = store::load(&path).unwrap_or_else(|error| {
             tracing::warn!(error = format!("{error:#}"), "the events kept for the gateway cannot be read and are lost");
             None
@@ -281,7 +281,7 @@ mod tests {
         let event =
             |id: u64| serde_json::json!({"id": id, "time": long, "kind": long, "outcome": long, "message": long});
         let stored = serde_json::json!({ "lastId": 3, "events": [event(1), event(2), event(3)] });
-        std::fs::write(home.state_file("events.json"), stored.to_string()).unwrap();
+        std::fs::write(home.events(), stored.to_string()).unwrap();
         let mut journal = Journal::load(&home);
         assert_eq!(journal.pending().len(), 3);
         let start = Instant::now();

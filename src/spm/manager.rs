@@ -163,7 +163,7 @@ impl Manager {
         let agent_id = agent_id.with_context(|| {
             format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display())
         })?;
-        let desired_path = home.state_file("desired.json");
+        let desired_path = home.desired();
         let desired: Option<Desired> = store::load(&desired_path).unwrap_or_else(|error| {
             let text = format!("the last desired state is lost and asked for again: {error:#}");
             tracing::error!(error = text, "the desired state cannot be read");
@@ -177,7 +177,7 @@ impl Manager {
         }
         // Behind a link lies what is somebody else's.
         if guard::home(home).is_ok()
-            && let Err(error) = package::sweep(&Places { cache: home.cache(), staging: home.staging() })
+            && let Err(error) = package::sweep(&Places::of(home))
         {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
         }
@@ -189,7 +189,7 @@ impl Manager {
             .with_context(|| {
                 format!(
                     "cannot tell which release this is: {} is missing; install again",
-                    installation::Manager::path(home).display()
+                    home.manager_record().display()
                 )
             })?
             .version;

@@ -18,10 +18,11 @@ use crate::core::program::Program;
 use crate::core::status::DownloadStatus;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::endpoint::End;
+use crate::fetching::Fetching;
 use crate::home::Home;
 use crate::installation::guard::{self, Unsound};
 use crate::installation::{Epochs, keyring};
-use crate::package::{self, Commons, Means, Places, Unavailable, Wanted, Withdrawn};
+use crate::package::{self, Commons, Unavailable, Wanted, Withdrawn};
 use crate::platform;
 use crate::process::launch;
 
@@ -163,21 +164,9 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<Ready> {
         bail!("it is not wanted any more");
     }
     guard::agent(home, name)?;
-    let wanted = Wanted { least_epoch: Epochs::load(home)?.least(name.as_str()), ..wanted(name, package) };
-    commons.limit(config.download_rate.map(|rate| rate.0));
-    // One for each download, since it is ended with that; no more than take turns at the same time.
-    let client = config.client(&config.trust(home), agent_id, config.download_timeouts())?;
-    seen.ends_by(client.end());
-    let means = Means {
-        client: &client,
-        endpoints: &config.heartbeat_srv,
-        keys: &keyring::trusted(home)?,
-        places: &Places { cache: home.cache(), staging: home.staging() },
-        commons,
-        within: config.download_timeout.0,
-    };
+    let fetching = Fetching::of(home, config, agent_id)?;
     let mut told = Instant::now();
-    let tree = package::fetch(&means, &wanted, &mut |bytes, total| {
+    let tree = fetching.fetch(wanted(name, package), commons, |end| seen.ends_by(end), &mut |bytes, total| {
         seen.bytes.store(bytes, Ordering::Relaxed);
         seen.total.store(total.unwrap_or(0), Ordering::Relaxed);
         if told.elapsed() >= TELL_EVERY {

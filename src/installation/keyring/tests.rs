@@ -31,6 +31,12 @@ fn after(ring: &Keyring, offer: &Offer, etc: &Keys, baked: &Keys) -> (Keyring, S
     (ring, remarks.join("\n"))
 }
 
+/// As an installation does it.
+fn installed(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
+    install(home, stands, given, carried)?;
+    commit(home, offer)
+}
+
 #[track_caller]
 fn trusts(ring: &Keyring, etc: &Keys, baked: &Keys, expected: &[&Keys]) {
     let trusted = ring.trusted(etc, baked).unwrap();
@@ -112,17 +118,17 @@ fn a_keyring_that_is_lost_is_told_from_one_that_the_home_never_had() {
     old.save_to(&home.keys()).unwrap();
     let error = format!("{:#}", trusted(&home).unwrap_err());
     assert!(error.contains("epochs.json") && error.contains("missing"), "{error}");
-    fs::write(Epochs::path(&home), r#"{"epochs":{"aops-spm":2}}"#).unwrap();
+    fs::write(home.epochs(), r#"{"epochs":{"aops-spm":2}}"#).unwrap();
     assert_eq!(trusted(&home).unwrap().iter().collect::<Vec<_>>(), old.iter().collect::<Vec<_>>());
     // Only reading it does not make it another.
     Epochs::commit(&home, "a", 1).unwrap();
     assert!(trusted(&home).is_ok());
 
-    let remarks = install(&home, true, &none(), &none(), &offer(&[&new], &[&old])).unwrap().join("\n");
+    let remarks = installed(&home, true, &none(), &none(), &offer(&[&new], &[&old])).unwrap().join("\n");
     assert!(remarks.contains("revokes the key") && !remarks.contains("all the same"), "{remarks}");
     Epochs::commit(&home, "aops-spm", 2).unwrap();
     assert_eq!(trusted(&home).unwrap().iter().collect::<Vec<_>>(), new.iter().collect::<Vec<_>>());
-    fs::remove_file(Keyring::path(&home)).unwrap();
+    fs::remove_file(home.keyring()).unwrap();
     let error = format!("{:#}", trusted(&home).unwrap_err());
     assert!(error.contains("keys.json") && error.contains("missing") && error.contains("--fresh"), "{error}");
 }
@@ -136,12 +142,12 @@ fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
         crate::platform::set_mode(&path, mode).unwrap();
     }
     let (old, new, given) = (key(), key(), key());
-    install(&home, false, &none(), &old, &Offer::default()).unwrap();
+    installed(&home, false, &none(), &old, &Offer::default()).unwrap();
     let before = Keyring::load(&home).unwrap();
     let file = Keys::files(&home.keys()).unwrap().remove(0);
     let text = fs::read(&file).unwrap();
 
-    install(&home, true, &given, &none(), &offer(&[&new], &[&old])).unwrap();
+    installed(&home, true, &given, &none(), &offer(&[&new], &[&old])).unwrap();
     assert!(!file.exists());
     keep_after_failure(&home, &before).unwrap();
     fs::remove_dir_all(home.keys()).unwrap();
@@ -151,7 +157,7 @@ fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
     assert_eq!(trusted.iter().collect::<Vec<_>>(), new.iter().collect::<Vec<_>>());
     // A key that it had brought before, and that the operator gave with what failed.
     let before = Keyring::load(&home).unwrap();
-    install(&home, true, &new, &none(), &Offer::default()).unwrap();
+    installed(&home, true, &new, &none(), &Offer::default()).unwrap();
     keep_after_failure(&home, &before).unwrap();
     fs::remove_dir_all(home.keys()).unwrap();
     assert!(super::trusted(&home).unwrap().contains(new.iter().next().unwrap()));
@@ -181,16 +187,16 @@ fn keys_that_a_killed_installation_left_are_nobodys() {
     }
     let (carried, mistaken, new) = (key(), key(), key());
     all(&[&carried, &mistaken]).save_to(&home.keys()).unwrap();
-    install(&home, false, &none(), &carried, &Offer::default()).unwrap();
+    installed(&home, false, &none(), &carried, &Offer::default()).unwrap();
     let trusts = |key: &Keys| trusted(&home).unwrap().contains(key.iter().next().unwrap());
     assert!(trusts(&carried) && !trusts(&mistaken));
     // It is the bootstrap's, not the operator's: a package can revoke it.
-    commit(&home, &Keyring::load(&home).unwrap(), &offer(&[&new], &[&carried])).unwrap();
+    commit(&home, &offer(&[&new], &[&carried])).unwrap();
     assert!(trusts(&new) && !trusts(&carried));
     // What an operator adds to a home that stands is his.
     mistaken.save_to(&home.keys()).unwrap();
     crate::installation::Epochs::begin(&home).unwrap();
-    install(&home, true, &none(), &none(), &Offer::default()).unwrap();
+    installed(&home, true, &none(), &none(), &Offer::default()).unwrap();
     assert!(trusts(&mistaken));
 }
 
@@ -205,7 +211,8 @@ fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
     let (old, own, new) = (key(), key(), key());
     let (ring, carried) = Keyring::default().installed(&own, &old, &none());
     all(&[&own, &carried]).save_to(&home.keys()).unwrap();
-    assert_eq!(commit(&home, &ring, &Offer::default()).unwrap(), Vec::<String>::new());
+    ring.save(&home).unwrap();
+    assert_eq!(commit(&home, &Offer::default()).unwrap(), Vec::<String>::new());
     assert_eq!(trusted(&home).unwrap().iter().count(), 2);
 
     let tree = directory.path().join("tree");
@@ -216,7 +223,7 @@ fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
     all(&[&old, &own]).save_to(&tree.join("keys/revoked")).unwrap();
     let offer = Offer::read(&tree, &version).unwrap();
     for _ in 0..2 {
-        commit(&home, &Keyring::load(&home).unwrap(), &offer).unwrap();
+        commit(&home, &offer).unwrap();
         let keys = trusted(&home).unwrap();
         assert!(keys.contains(own.iter().next().unwrap()) && keys.contains(new.iter().next().unwrap()));
         assert!(!keys.contains(old.iter().next().unwrap()));

@@ -16,10 +16,11 @@ use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::home::Home;
 use crate::platform;
 use crate::spm::agent::SubAgent;
-use crate::spm::heartbeats::{Outcome, Uplink};
+use crate::spm::heartbeats::Uplink;
 use crate::spm::input::Inputs;
 use crate::spm::journal::About;
 use crate::spm::timestamp;
+use crate::uplink::sender::Outcome;
 
 /// A host that booted so recently comes back together with many others.
 const JUST_BOOTED: Duration = Duration::from_secs(300);

@@ -9,6 +9,7 @@ const MECHANISMS: &[&str] = &[
     "config",
     "door",
     "endpoint",
+    "fetching",
     "home",
     "host_service",
     "installation",

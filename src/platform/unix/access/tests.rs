@@ -146,10 +146,9 @@ fn a_program_that_others_can_change_is_told_and_refused_where_that_lies_outside_
 fn files_that_others_can_write_are_told() {
     let directory = tempfile::tempdir().unwrap();
     let at = home_in(directory.path());
-    let (ca, elsewhere) = (at.etc().join("ca.pem"), directory.path().join("elsewhere.pem"));
-    let others =
-        [at.config(), at.agent_id(), ca.clone(), at.state_file("desired.json"), at.state_file("conf.good.toml")];
-    let trusting = [at.state_file("keys.json"), at.state_file("epochs.json")];
+    let (ca, elsewhere) = (at.ca_file(), directory.path().join("elsewhere.pem"));
+    let others = [at.config(), at.agent_id(), ca.clone(), at.desired(), at.last_good_config()];
+    let trusting = [at.keyring(), at.epochs()];
     for path in others.iter().chain(&trusting).chain([&elsewhere]) {
         fs::write(path, "").unwrap();
         platform::set_mode(path, 0o644).unwrap();

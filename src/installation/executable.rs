@@ -1,0 +1,110 @@
+//! The one executable of the home, and the names by which it takes a role.
+//!
+//! ```text
+//! bin/aops                                       replaced whole, by rename: at every instant a whole executable
+//! bin/aops-spm, aops-spa, aops-agent-service     -> aops
+//! control                                        -> bin/aops
+//! ```
+//!
+//! Each name points at an image, which is an executable in `bin`: usually `aops`, but a role can be kept on another one while a new one
+//! is tried.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::home::Home;
+use crate::platform;
+
+/// A name of the executable in the home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Name {
+    /// The manager.
+    Spm,
+    /// The watchdog.
+    Spa,
+    /// The installer, as the old system called it.
+    AgentService,
+    /// The operator's command.
+    Control,
+}
+
+impl Name {
+    pub const ALL: &'static [Name] = &[Name::Spm, Name::Spa, Name::AgentService, Name::Control];
+
+    /// The link, or on Windows the copy, that has this name.
+    pub fn path(self, home: &Home) -> PathBuf {
+        match self {
+            Name::Spm => home.role_link("aops-spm"),
+            Name::Spa => home.role_link("aops-spa"),
+            Name::AgentService => home.role_link("aops-agent-service"),
+            Name::Control => home.control_link(),
+        }
+    }
+}
+
+/// Puts `new`, a file on the home's file system, at `bin/aops`. It is on disk when this returns; `new` is gone.
+pub fn replace(home: &Home, new: &Path) -> Result<()> {
+    let path = home.executable();
+    let attempt = || -> std::io::Result<()> {
+        std::fs::File::open(new)?.sync_all()?;
+        platform::replace_executable(new, &path)?;
+        platform::sync_directory(&home.bin())
+    };
+    attempt().with_context(|| format!("cannot put the new executable at {}", path.display()))
+}
+
+/// Makes these names lead to `image`, an executable in `bin`. It may be repeated.
+pub fn point(home: &Home, names: &[Name], image: &Path) -> Result<()> {
+    for name in names {
+        let link = name.path(home);
+        // Relative, so that the home can be moved.
+        let target = link.parent().and_then(|directory| image.strip_prefix(directory).ok()).unwrap_or(image);
+        platform::replace_link(target, &link).with_context(|| format!("cannot make the link {}", link.display()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn home() -> (tempfile::TempDir, Home) {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        fs::create_dir(home.bin()).unwrap();
+        (directory, home)
+    }
+
+    fn image(home: &Home, name: Name) -> String {
+        fs::read_to_string(name.path(home)).unwrap()
+    }
+
+    #[test]
+    fn every_name_follows_the_executable_that_is_replaced() {
+        let (_directory, home) = home();
+        let new = home.bin().join("new");
+        for content in ["1", "2"] {
+            fs::write(&new, content).unwrap();
+            replace(&home, &new).unwrap();
+            point(&home, Name::ALL, &home.executable()).unwrap();
+            assert!(!new.exists());
+            assert!(Name::ALL.iter().all(|name| image(&home, *name) == content), "{content}");
+        }
+    }
+
+    #[test]
+    fn a_name_can_be_kept_on_another_image_and_led_back() {
+        let (_directory, home) = home();
+        let old = home.bin().join("aops.prev");
+        fs::write(&old, "old").unwrap();
+        fs::write(home.executable(), "new").unwrap();
+        point(&home, Name::ALL, &home.executable()).unwrap();
+        point(&home, &[Name::Spa, Name::AgentService, Name::Control], &old).unwrap();
+        assert_eq!(Name::ALL.iter().map(|name| image(&home, *name)).collect::<Vec<_>>(), ["new", "old", "old", "old"]);
+        point(&home, Name::ALL, &home.executable()).unwrap();
+        assert!(Name::ALL.iter().all(|name| image(&home, *name) == "new"));
+    }
+}

@@ -1,0 +1,63 @@
+//! A release of the manager before it is put in place: verified, unpacked, and seen to run on this host.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::keyring::Offer;
+use super::records::Manager;
+use crate::home::Home;
+use crate::package::VerifiedTree;
+use crate::store::Unknown;
+use crate::{command, platform};
+
+/// For the new executable to print its version.
+const SELF_CHECK: Duration = Duration::from_secs(30);
+
+/// A release of the manager that can be put in place. There is no other way to make one than [`check`].
+#[derive(Debug)]
+pub struct CheckedRelease {
+    tree: VerifiedTree,
+    /// Its record, to be saved once it is in place.
+    pub manager: Manager,
+    /// What the package says about keys.
+    pub offer: Offer,
+}
+
+impl CheckedRelease {
+    /// The new executable, in the unpacked package.
+    pub fn executable(&self) -> PathBuf {
+        executable_in(self.tree.path())
+    }
+}
+
+/// Checks that the executable of an unpacked package runs on this host. `file`: the package's file name.
+pub fn check(tree: VerifiedTree, file: String) -> Result<CheckedRelease> {
+    let executable = executable_in(tree.path());
+    if !executable.is_file() {
+        bail!(
+            "cannot use the package {file}: it holds no {}",
+            executable.strip_prefix(tree.path()).unwrap_or(&executable).display()
+        );
+    }
+    platform::set_mode(&executable, 0o755)
+        .with_context(|| format!("cannot set the mode of {}", executable.display()))?;
+    command::run(Command::new(&executable).arg("--version").current_dir("/"), SELF_CHECK)
+        .and_then(command::Finished::success)
+        .with_context(|| format!("the executable of {file} does not run on this host"))?;
+    let manager = Manager {
+        version: tree.binding().release.version.clone(),
+        sha256: tree.sha256().clone(),
+        epoch: tree.binding().epoch,
+        file,
+        unknown: Unknown::default(),
+    };
+    let offer = Offer::read(tree.path(), &manager.version)?;
+    Ok(CheckedRelease { tree, manager, offer })
+}
+
+fn executable_in(tree: &Path) -> PathBuf {
+    Home::new(tree).executable()
+}
