@@ -11,6 +11,8 @@ use crate::store::{self, Unknown};
 
 /// The form of state that has `keys.json`, and `pins.json` where a first contact is trusted; homes that were made before have [`Epochs::form`] zero.
 const WITH_KEYRING: u32 = 1;
+/// The form that also has `releases.json`.
+const WITH_LEDGER: u32 = 2;
 
 /// `state/epochs.json`: the highest epoch that this host has committed, for each package's name. It only grows.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -47,13 +49,34 @@ impl Epochs {
 
     /// Commits the epoch of a release of this name on disk, beside whoever else commits another.
     pub fn commit(home: &Home, name: &str, epoch: u64) -> Result<()> {
+        Epochs::commit_all(home, [(name, epoch)], false)
+    }
+
+    /// As [`Epochs::commit`], of several at once. `has_ledger`: the ledger of releases is on disk, and its absence is a loss from then on.
+    pub fn commit_all<'a>(
+        home: &Home,
+        releases: impl IntoIterator<Item = (&'a str, u64)>,
+        has_ledger: bool,
+    ) -> Result<()> {
         let _lock = trust::lock(home)?;
         let mut epochs = Epochs::load(home)?;
-        let is_old = !epochs.has_keyring() && home.keyring().exists();
-        if is_old {
+        let before = epochs.clone();
+        if !epochs.has_keyring() && home.keyring().exists() {
             epochs.form = WITH_KEYRING;
         }
-        if epochs.raise(name, epoch) || is_old { epochs.save(home) } else { Ok(()) }
+        // Each form has what the ones before have.
+        if has_ledger && epochs.has_keyring() {
+            epochs.form = epochs.form.max(WITH_LEDGER);
+        }
+        for (name, epoch) in releases {
+            epochs.raise(name, epoch);
+        }
+        if epochs == before { Ok(()) } else { epochs.save(home) }
+    }
+
+    /// Whether a ledger of releases was on disk once.
+    pub fn expects_ledger(&self) -> bool {
+        self.form >= WITH_LEDGER
     }
 
     /// Whether the home was made, or renewed, by a version that keeps a keyring.
@@ -75,14 +98,10 @@ impl Epochs {
         self.epochs.get(name).copied().unwrap_or(0)
     }
 
-    /// A release of this epoch was committed; whether that is news.
-    fn raise(&mut self, name: &str, epoch: u64) -> bool {
+    /// A release of this epoch was committed.
+    fn raise(&mut self, name: &str, epoch: u64) {
         let least = self.least(name);
-        if epoch > least || !self.epochs.contains_key(name) {
-            self.epochs.insert(name.to_owned(), epoch.max(least));
-            return true;
-        }
-        false
+        self.epochs.insert(name.to_owned(), epoch.max(least));
     }
 }
 
@@ -123,13 +142,25 @@ mod tests {
     }
 
     #[test]
+    fn a_ledger_is_expected_once_one_was_on_disk_beside_a_keyring() {
+        let (_directory, home) = home();
+        Epochs::begin(&home).unwrap();
+        Epochs::commit_all(&home, [("a", 1)], true).unwrap();
+        assert!(!Epochs::load(&home).unwrap().expects_ledger(), "a later form would also say that there is a keyring");
+        std::fs::write(home.keyring(), "{}").unwrap();
+        Epochs::commit_all(&home, [("a", 1)], true).unwrap();
+        Epochs::commit(&home, "b", 1).unwrap();
+        assert!(Epochs::load(&home).unwrap().expects_ledger());
+    }
+
+    #[test]
     fn epochs_only_grow_and_a_missing_store_is_an_error() {
         let (_directory, home) = home();
         assert!(Epochs::load(&home).is_err());
         let mut epochs = Epochs::default();
-        assert!(epochs.raise("aops-spm", 0));
-        assert!(epochs.raise("aops-spm", 3));
-        assert!(!epochs.raise("aops-spm", 2));
+        for epoch in [0, 3, 2] {
+            epochs.raise("aops-spm", epoch);
+        }
         epochs.save(&home).unwrap();
         assert_eq!(Epochs::load(&home).unwrap().least("aops-spm"), 3);
         assert_eq!(Epochs::load(&home).unwrap().least("other"), 0);

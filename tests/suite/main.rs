@@ -2,6 +2,7 @@
 
 mod adoption;
 mod attacks;
+mod busy_disk;
 mod chaos;
 mod disk;
 mod downloads;
@@ -14,6 +15,7 @@ mod homes;
 mod install;
 mod install_systemd;
 mod joining;
+mod ledger;
 mod protocol;
 mod refusals;
 mod roles;

@@ -30,6 +30,7 @@ pub(super) struct Releases {
     /// The newest revision asked for, and the newest that is durable.
     asked: u64,
     durable: u64,
+    is_on_disk: bool,
     /// Epochs to be raised, each when this revision of the ledger is durable.
     to_raise: Vec<(u64, AgentName, u64)>,
     is_raising: bool,
@@ -41,17 +42,22 @@ impl Releases {
     /// Loads the ledger; one that cannot be read is made anew from what is on disk.
     pub(super) fn load(home: &Home, problems: &mut BTreeMap<&'static str, String>) -> Releases {
         let path = home.releases();
-        let mut is_changed = false;
-        let ledger = store::load::<Ledger>(&path).unwrap_or_else(|error| {
-            let text = format!("the ledger of releases is lost and made anew from what is on disk: {error:#}");
+        let loaded = store::load::<Ledger>(&path);
+        let lost = match &loaded {
+            Ok(Some(_)) => None,
+            Ok(None) => Epochs::load(home)
+                .is_ok_and(|epochs| epochs.expects_ledger())
+                .then(|| format!("{} is missing", path.display())),
+            Err(error) => Some(format!("{error:#}")),
+        };
+        if let Some(why) = lost {
+            let text = format!("the ledger of releases is lost and rebuilt from what is on disk: {why}");
             tracing::error!(error = text, "the ledger cannot be read");
             problems.insert("ledger", text);
-            None
-        });
-        let Ledger { agents, unknown } = ledger.unwrap_or_else(|| {
-            is_changed = true;
-            Ledger::default()
-        });
+        }
+        let ledger = loaded.ok().flatten();
+        let is_changed = ledger.is_none();
+        let Ledger { agents, unknown } = ledger.unwrap_or_default();
         Releases {
             file: StateFile::new(File::Ledger, path),
             found: agents,
@@ -60,6 +66,7 @@ impl Releases {
             is_unsaved: false,
             asked: 0,
             durable: 0,
+            is_on_disk: !is_changed,
             to_raise: vec![],
             is_raising: false,
             may_stage: false,
@@ -94,13 +101,17 @@ impl Releases {
 impl Manager {
     /// The epochs of what was committed before count before anything is staged.
     pub(super) fn raise_committed(&mut self) {
-        for (name, agent) in &self.agents {
-            if let Some(release) = agent.state.ledger().active() {
-                self.releases.to_raise.push((0, name.clone(), release.epoch));
-            }
-        }
+        self.queue_committed();
         self.releases.may_stage = self.releases.to_raise.is_empty();
         self.raise_durable();
+    }
+
+    fn queue_committed(&mut self) {
+        for (name, agent) in &self.agents {
+            if let Some(release) = agent.state.ledger().active() {
+                self.releases.to_raise.push((self.releases.durable, name.clone(), release.epoch));
+            }
+        }
     }
 
     /// Begins to write the ledger where it was changed.
@@ -129,6 +140,10 @@ impl Manager {
         self.tell_of("ledger", "failed", result.as_ref().err().cloned());
         if result.is_ok() {
             self.releases.durable = revision;
+            if !std::mem::replace(&mut self.releases.is_on_disk, true) {
+                // With them it is noted that there is a ledger.
+                self.queue_committed();
+            }
         }
         let waiting = self.agents.values_mut().filter_map(|agent| {
             agent.recorded_with.take_if(|waits| *waits <= revision).map(|_| agent.state.name().clone())
@@ -148,10 +163,10 @@ impl Manager {
         releases.is_raising = true;
         let durable = releases.durable;
         let due: Vec<_> = releases.to_raise.extract_if(.., |(revision, ..)| *revision <= durable).collect();
-        let home = self.home.clone();
+        let (home, has_ledger) = (self.home.clone(), releases.is_on_disk);
         disk::run(&self.inputs, move || {
-            let mut raise = due.iter().map(|(_, name, epoch)| Epochs::commit(&home, name.as_str(), *epoch));
-            Input::Raised(raise.try_for_each(|raised| raised).map_err(|error| format!("{error:#}")))
+            let due = due.iter().map(|(_, name, epoch)| (name.as_str(), *epoch));
+            Input::Raised(Epochs::commit_all(&home, due, has_ledger).map_err(|error| format!("{error:#}")))
         });
     }
 

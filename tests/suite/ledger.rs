@@ -1,0 +1,137 @@
+//! The ledger of releases: what it says of a sub-agent's releases, and what follows from it when a manager starts.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use serde_json::Value;
+
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost, agent};
+use crate::support::package::Package;
+use crate::support::wait::wait_for;
+
+fn ledger(host: &TestHost) -> Value {
+    let text = fs::read(host.home().join("state/releases.json")).expect("there is a ledger");
+    serde_json::from_slice(&text).expect("it is JSON")
+}
+
+/// The version in one place of a sub-agent's ledger.
+fn version(host: &TestHost, name: &str, place: &str) -> Option<String> {
+    ledger(host)["agents"][name][place]["version"].as_str().map(str::to_owned)
+}
+
+#[track_caller]
+fn wait_for_version(host: &TestHost, name: &str, wanted: &str) {
+    host.wait_for_status(&format!("{name} {wanted} to run"), SOON, |status| {
+        agent(status, name).is_some_and(|agent| agent["version"] == wanted && agent["state"] == "running")
+    });
+}
+
+#[track_caller]
+fn wait_for_places(host: &TestHost, name: &str, wanted: [Option<&str>; 3]) {
+    wait_for(&format!("the ledger to say {wanted:?}"), SOON, || {
+        let places = ["active", "backup", "probation"].map(|place| version(host, name, place));
+        (places.each_ref().map(Option::as_deref) == wanted).then_some(())
+    });
+}
+
+#[test]
+fn an_upgrade_is_committed_when_it_has_started_and_the_release_before_is_kept() {
+    let packages = ["1.0", "2.0", "3.0"].map(|version| Package::sleeper("one", version));
+    let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
+    let host = TestHost::joined(&gateway);
+    wait_for_version(&host, "one", "1.0");
+    wait_for_places(&host, "one", [Some("1.0"), None, None]);
+    gateway.want(&[("one", "2.0", "")]);
+    wait_for_version(&host, "one", "2.0");
+    wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
+    gateway.want(&[("one", "3.0", "")]);
+    wait_for_version(&host, "one", "3.0");
+    wait_for_places(&host, "one", [Some("3.0"), Some("2.0"), None]);
+    wait_for("the oldest to be swept", SOON, || {
+        fs::symlink_metadata(host.home().join("agents/one/1.0")).is_err().then_some(())
+    });
+    assert!(host.home().join("agents/one/2.0/.complete").exists());
+    let digest = ledger(&host)["agents"]["one"]["active"]["sha256"].as_str().map(str::len);
+    assert_eq!(digest, Some(64), "a release is told by its bytes, too");
+}
+
+#[test]
+fn a_release_that_never_starts_does_not_count_and_the_one_before_can_be_gone_back_to() {
+    let good = Package::sleeper("one", "1.0");
+    let bad =
+        Package::native("one", "2.0", &["bin/missing"], "").with_file("bin/missing", "#!/no/such/interpreter\n", 0o755);
+    let mut gateway = Gateway::stopped();
+    gateway.publish_self("1.0.0");
+    gateway.publish(&good);
+    let arguments = bad.arguments();
+    let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    arguments.extend(["--epoch", "7"]);
+    gateway.publish_with(&arguments).expect_success();
+    gateway.want(&[("one", "1.0", "")]);
+    gateway.run();
+    let host = TestHost::joined(&gateway);
+    wait_for_version(&host, "one", "1.0");
+    gateway.want(&[("one", "2.0", "")]);
+    host.wait_for_status("the new release to fail", SOON, |status| {
+        agent(status, "one").is_some_and(|agent| agent["state"] == "backoff" && agent["version"] == "2.0")
+    });
+    wait_for_places(&host, "one", [Some("1.0"), None, Some("2.0")]);
+    let epochs = fs::read_to_string(host.home().join("state/epochs.json")).expect("it is there");
+    let epochs: Value = serde_json::from_str(&epochs).expect("it is JSON");
+    assert_eq!(epochs["epochs"]["one"], 1, "nothing of epoch 7 has run");
+    gateway.want(&[("one", "1.0", "")]);
+    wait_for_version(&host, "one", "1.0");
+    wait_for_places(&host, "one", [Some("1.0"), None, None]);
+}
+
+#[test]
+fn a_lost_ledger_is_rebuilt_from_what_is_on_disk_and_reported() {
+    let packages = ["1.0", "2.0"].map(|version| Package::sleeper("one", version));
+    let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
+    let host = TestHost::joined(&gateway);
+    wait_for_version(&host, "one", "1.0");
+    gateway.want(&[("one", "2.0", "")]);
+    wait_for_version(&host, "one", "2.0");
+    wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
+    let pid = host.wait_for_agent("one");
+    for content in [None, Some("{\"agents\": [")] {
+        wait_for("it to be known that there is a ledger", SOON, || {
+            let epochs = fs::read_to_string(host.home().join("state/epochs.json")).ok()?;
+            (serde_json::from_str::<Value>(&epochs).ok()?["form"] == 2).then_some(())
+        });
+        let path = host.home().join("state/releases.json");
+        match content {
+            None => fs::remove_file(&path).expect("it is there"),
+            Some(text) => fs::write(&path, text).expect("it can be written"),
+        }
+        let manager = host.role_pid("spm").expect("it runs");
+        host.kill(manager);
+        wait_for("another manager", SOON, || host.role_pid("spm").filter(|pid| *pid != manager));
+        wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
+        assert_eq!(host.wait_for_agent("one"), pid);
+    }
+    wait_for("the gateway to hear of it", SOON, || {
+        let status = gateway.status();
+        let events = status.to_string();
+        events.contains("the ledger of releases is lost").then_some(())
+    });
+}
+
+#[test]
+fn the_ledger_beats_the_link_of_the_active_release() {
+    let packages = ["1.0", "2.0"].map(|version| Package::sleeper("one", version));
+    let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
+    let host = TestHost::joined(&gateway);
+    wait_for_version(&host, "one", "1.0");
+    gateway.want(&[("one", "2.0", "")]);
+    wait_for_version(&host, "one", "2.0");
+    wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
+    host.control(&["stop"]).expect_success();
+    let link = host.home().join("agents/one/current");
+    fs::remove_file(&link).expect("it is there");
+    symlink("1.0", &link).expect("a link can be made");
+    host.control(&["start"]).expect_success();
+    wait_for_version(&host, "one", "2.0");
+    wait_for("the link to be made anew", SOON, || (fs::read_link(&link).ok()?.to_str()? == "2.0").then_some(()));
+}
