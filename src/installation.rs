@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::core::model::{AgentId, Digest, Version};
+use crate::core::service_manager::Kind;
 use crate::home::Home;
-use crate::host_service::Kind;
 use crate::lock::{self, Held};
 use crate::store;
 

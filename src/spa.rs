@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::config::Config;
-use crate::core::watch::{Lasting, Next, PING, Pings, Revival};
+use crate::core::role::Role;
+use crate::core::service_manager::{Kind, UnitStanding};
+use crate::core::watch::{Lasting, Next, PING, Pings, Revival, Unanswered};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
-use crate::host_service::Unanswered;
 use crate::installation::keyring;
 use crate::platform::{self, LocalConnection};
-use crate::role::{self, Holder, Role, STOPPED_ON_PURPOSE};
+use crate::role::{self, Holder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
 /// While there is no connection, it is tried for at least and at most so often, and more seldom the longer it takes.
@@ -43,7 +44,7 @@ const TAKE_OVER: Duration = Duration::from_secs(10);
 pub struct Options {
     /// Who starts it: a unit of the service manager says so here
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
-    service: host_service::Kind,
+    service: Kind,
 }
 
 /// Runs the watchdog until it is stopped.
@@ -53,7 +54,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spa"))?;
     role::tell_of_restored(&restored);
     role::leave_sub_agent(home);
-    let supervised = options.service != host_service::Kind::None;
+    let supervised = options.service != Kind::None;
     if role::is_stop_recorded(home) && !supervised {
         tracing::info!("the home was told to stop; the watchdog does not start");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
@@ -77,6 +78,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let mut watchdog = Watchdog {
         home,
         holder: &holder,
+        service: options.service,
         supervised,
         sender,
         words,
@@ -147,6 +149,7 @@ struct Watchdog<'a> {
     home: &'a Home,
     /// Its own record.
     holder: &'a Holder,
+    service: Kind,
     supervised: bool,
     sender: mpsc::Sender<Word>,
     words: mpsc::Receiver<Word>,
@@ -243,23 +246,26 @@ impl Watchdog<'_> {
 
     /// What the service manager says of the manager's unit, and what follows. `Some(None)`: a stop.
     fn ask_unit(&mut self, absence: &mut Absence, taken: bool) -> Result<Option<Option<Found>>> {
-        let verdict = self.unanswered.judge(host_service::verdict(self.home, Role::Spm));
+        let answer = host_service::standing(self.service, self.home, Role::Spm).inspect_err(|error| {
+            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
+        });
+        let verdict = self.unanswered.judge(answer.ok());
         match verdict {
-            host_service::Verdict::Stopped => {
+            UnitStanding::Stopped => {
                 // It is recorded with what follows.
                 tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
                 return Ok(Some(None));
             }
-            host_service::Verdict::Coming | host_service::Verdict::Forbidden => {}
-            host_service::Verdict::Dead | host_service::Verdict::Missing => {
+            UnitStanding::Coming | UnitStanding::Forbidden => {}
+            UnitStanding::Dead | UnitStanding::Missing => {
                 let now = Instant::now();
                 if taken || now < absence.turn + SERVICE_MANAGERS_TURN {
                     return Ok(None);
                 }
-                if verdict == host_service::Verdict::Dead && !absence.told {
+                if verdict == UnitStanding::Dead && !absence.told {
                     tracing::warn!("the manager is dead and its unit is asked to start it");
                     absence.told = true;
-                    if let Err(error) = while_noticed(|| host_service::start(self.home, &[Role::Spm])) {
+                    if let Err(error) = while_noticed(|| host_service::start(self.service, self.home, &[Role::Spm])) {
                         tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
                     }
                     absence.turn = Instant::now();

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::schedule::Backoff;
+use super::service_manager::UnitStanding;
 
 /// A ping every so often; three without an answer are a hang.
 pub const PING: Duration = Duration::from_secs(15);
@@ -79,6 +80,29 @@ impl Lasting {
             self.began = Some(now);
         }
         now.saturating_duration_since(*self.began.get_or_insert(now))
+    }
+}
+
+/// So often in a row the service manager may give no answer before it counts as none: it may be busy, or be renewed itself.
+const NO_SERVICE_MANAGER: u32 = 6;
+
+/// Questions in a row that the service manager did not answer.
+#[derive(Debug, Default)]
+pub struct Unanswered(u32);
+
+impl Unanswered {
+    /// What follows from an answer, or from its absence: at first nothing, since the unit may be masked or stopped.
+    pub fn judge(&mut self, answer: Option<UnitStanding>) -> UnitStanding {
+        match answer {
+            Some(standing) => {
+                self.0 = 0;
+                standing
+            }
+            None => {
+                self.0 = self.0.saturating_add(1);
+                if self.0 < NO_SERVICE_MANAGER { UnitStanding::Coming } else { UnitStanding::Missing }
+            }
+        }
     }
 }
 

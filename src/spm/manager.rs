@@ -21,7 +21,9 @@ use super::{notify, stage};
 use crate::config::{Config, Loaded};
 use crate::core::desired::Desired;
 use crate::core::model::{AgentId, AgentName, Version};
+use crate::core::role::Role;
 use crate::core::schedule::{self, Allowance};
+use crate::core::service_manager::Kind;
 use crate::core::status::GatewayStatus;
 use crate::core::supervise::Event;
 use crate::door::{self, Farewell, Reply};
@@ -31,7 +33,7 @@ use crate::installation::{self, guard};
 use crate::package::{self, Keys, Places};
 use crate::platform::{self, Groups, LocalListener, Termination};
 use crate::process::{self, log};
-use crate::role::{self, Holder, Role};
+use crate::role::{self, Holder};
 use crate::store;
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
@@ -103,13 +105,13 @@ pub(super) struct Manager {
 /// Runs the manager until it is told to end, and says as what it ended.
 ///
 /// `own`: its record, which it sees to where that could not be written at first.
-pub(super) async fn run(home: &Home, supervised: bool, own: &Holder) -> Result<Farewell> {
+pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Farewell> {
     let (inputs, mut words) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
     if let Err(error) = platform::adopt_orphans() {
         tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
     }
-    let mut manager = Manager::load(home, supervised, own, inputs)?;
+    let mut manager = Manager::load(home, service, own, inputs)?;
     manager.look_at_home();
     manager.take_charge();
 
@@ -149,7 +151,7 @@ pub(super) async fn run(home: &Home, supervised: bool, own: &Holder) -> Result<F
 }
 
 impl Manager {
-    fn load(home: &Home, supervised: bool, own: &Holder, inputs: Inputs) -> Result<Manager> {
+    fn load(home: &Home, service: Kind, own: &Holder, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
         let loaded = Config::load(home)?;
         warn_of_unknown(&loaded);
@@ -208,7 +210,7 @@ impl Manager {
             groups: groups(home),
             replan: true,
             journal,
-            peer: Peer::new(home, supervised, now),
+            peer: Peer::new(home, service, now),
             inputs,
             uplink,
             desk: stage::Desk::new(),

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use super::Input;
 use super::run::Inputs;
+use crate::core::role::Role;
+use crate::core::service_manager::{Kind, UnitStanding};
 use crate::core::status::RoleStatus;
-use crate::core::watch::{Lasting, Revival};
+use crate::core::watch::{Lasting, Revival, Unanswered};
 use crate::home::Home;
-use crate::host_service::{self, Unanswered, Verdict};
-use crate::platform;
-use crate::role::{self, Role};
+use crate::{host_service, platform, role};
 
 /// A watchdog that was there before us connects within this.
 const CONNECTS: Duration = Duration::from_secs(2);
@@ -25,7 +25,8 @@ const LOOK: Duration = Duration::from_secs(3);
 
 #[derive(Debug)]
 pub(super) struct Peer {
-    supervised: bool,
+    /// Who starts the roles.
+    service: Kind,
     state: State,
     revival: Revival,
     unanswered: Unanswered,
@@ -61,11 +62,11 @@ impl State {
 }
 
 impl Peer {
-    pub(super) fn new(home: &Home, supervised: bool, now: Instant) -> Peer {
+    pub(super) fn new(home: &Home, service: Kind, now: Instant) -> Peer {
         let not_before = if role::is_taken(home, Role::Spa) { now + CONNECTS } else { now };
         let state = State::gone(now, not_before);
         Peer {
-            supervised,
+            service,
             state,
             revival: Revival::new(now),
             unanswered: Unanswered::default(),
@@ -116,7 +117,7 @@ impl Peer {
     /// When it is to be started, or asked after.
     fn due(&self, absence: &Absence) -> Instant {
         let ours = self.revival.due().max(absence.not_before);
-        if self.supervised { ours.max(absence.turn + SERVICE_MANAGERS_TURN) } else { ours }
+        if self.service.is_some() { ours.max(absence.turn + SERVICE_MANAGERS_TURN) } else { ours }
     }
 
     /// Does what time asks for: revives a watchdog that is gone, kills one that hangs.
@@ -140,9 +141,9 @@ impl Peer {
                     absence.mute = Lasting::default();
                     kill_hung(home);
                 } else if now >= due && !taken {
-                    if self.supervised {
+                    if self.service.is_some() {
                         absence.turn = now;
-                        ask(home, inputs);
+                        ask(self.service, home, inputs);
                     } else {
                         self.revive(home, now);
                     }
@@ -152,24 +153,27 @@ impl Peer {
     }
 
     /// Takes in what the service manager says of the unit of a watchdog that is gone.
-    pub(super) fn judged(&mut self, home: &Home, answer: anyhow::Result<Verdict>, now: Instant) {
-        let verdict = self.unanswered.judge(answer);
+    pub(super) fn judged(&mut self, home: &Home, answer: anyhow::Result<UnitStanding>, now: Instant) {
+        let answer = answer.inspect_err(|error| {
+            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
+        });
+        let verdict = self.unanswered.judge(answer.ok());
         let State::Gone(absence) = &mut self.state else { return };
         match verdict {
-            Verdict::Stopped => self.stopped_by_operator = true,
-            Verdict::Coming | Verdict::Forbidden => {}
-            Verdict::Dead if !absence.told => {
+            UnitStanding::Stopped => self.stopped_by_operator = true,
+            UnitStanding::Coming | UnitStanding::Forbidden => {}
+            UnitStanding::Dead if !absence.told => {
                 tracing::warn!("the watchdog is dead and its unit is asked to start it");
                 (absence.told, absence.turn) = (true, now);
-                let home = home.clone();
+                let (service, home) = (self.service, home.clone());
                 tokio::task::spawn_blocking(move || {
-                    if let Err(error) = host_service::start(&home, &[Role::Spa]) {
+                    if let Err(error) = host_service::start(service, &home, &[Role::Spa]) {
                         tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
                     }
                 });
             }
-            Verdict::Dead | Verdict::Missing if !role::is_taken(home, Role::Spa) => self.revive(home, now),
-            Verdict::Dead | Verdict::Missing => {}
+            UnitStanding::Dead | UnitStanding::Missing if !role::is_taken(home, Role::Spa) => self.revive(home, now),
+            UnitStanding::Dead | UnitStanding::Missing => {}
         }
     }
 
@@ -202,10 +206,10 @@ impl Peer {
 }
 
 /// Asks the service manager, which may take its time.
-fn ask(home: &Home, inputs: &Inputs) {
+fn ask(service: Kind, home: &Home, inputs: &Inputs) {
     let (home, inputs) = (home.clone(), inputs.clone());
     tokio::task::spawn_blocking(move || {
-        let _ = inputs.send(Input::WatchdogJudged(host_service::verdict(&home, Role::Spa)));
+        let _ = inputs.send(Input::WatchdogJudged(host_service::standing(service, &home, Role::Spa)));
     });
 }
 

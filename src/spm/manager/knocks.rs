@@ -6,10 +6,11 @@ use tokio::sync::oneshot;
 
 use super::Manager;
 use super::exchange::{clock_words, is_clock_off};
+use crate::core::role::Role;
 use crate::core::status::{self, HomeState, Status};
 use crate::core::supervise::Event;
 use crate::door::{Farewell, Knock, Reply, Request};
-use crate::role::{self, Role};
+use crate::role;
 use crate::spm::journal::About;
 
 impl Manager {
