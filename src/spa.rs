@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::config::Config;
 use crate::core::role::Role;
-use crate::core::service_manager::{Kind, UnitStanding};
+use crate::core::service_manager::{Kind, Notice, UnitStanding};
 use crate::core::watch::{Lasting, Next, PING, Pings, Revival, Unanswered};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
@@ -70,7 +70,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let (sender, words) = mpsc::channel();
     let terminate = sender.clone();
     ctrlc::set_handler(move || drop(terminate.send(Word::Terminate))).context("cannot hear the signal to end")?;
-    platform::notify("READY=1");
+    platform::notify(Notice::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
     let now = Instant::now();
@@ -90,7 +90,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         looks_around: now,
     };
     let end = watchdog.run();
-    platform::notify("STOPPING=1");
+    platform::notify(Notice::Stopping);
     match &end {
         Ok(_) => role::take_leave(home, Role::Spa, &holder),
         Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog ended"),
@@ -224,7 +224,7 @@ impl Watchdog<'_> {
                 self.revive();
             }
             self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-            platform::notify("WATCHDOG=1");
+            platform::notify(Notice::Alive);
             match self.words.recv_timeout(self.pause(began)) {
                 Ok(Word::Terminate) => return Ok(Some(Found::Terminate)),
                 Ok(Word::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
@@ -338,7 +338,7 @@ impl Watchdog<'_> {
                     if next == Next::Wait {
                         continue;
                     }
-                    platform::notify("WATCHDOG=1");
+                    platform::notify(Notice::Alive);
                     if Instant::now() >= self.looks_around {
                         self.looks_around = Instant::now() + LOOKS_AROUND;
                         self.look_around(&mut connection)?;
@@ -410,7 +410,7 @@ fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
         let (done, working) = mpsc::channel::<()>();
         scope.spawn(move || {
             while let Err(RecvTimeoutError::Timeout) = working.recv_timeout(PING) {
-                platform::notify("WATCHDOG=1");
+                platform::notify(Notice::Alive);
             }
         });
         let outcome = work();

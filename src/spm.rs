@@ -23,9 +23,9 @@ use crate::core::service_manager::{Kind, UnitStanding};
 use crate::core::supervise::Answer;
 use crate::door::{self, Request};
 use crate::home::Home;
+use crate::logging;
 use crate::process::record::Record;
 use crate::role::{self, STOPPED_ON_PURPOSE};
-use crate::{logging, platform};
 
 /// For a predecessor to give the role up, at the longest.
 const TAKE_OVER: Duration = Duration::from_secs(10);
@@ -155,9 +155,4 @@ fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
 fn timestamp() -> String {
     let now = jiff::Timestamp::now();
     now.round(jiff::Unit::Second).unwrap_or(now).to_string()
-}
-
-/// Says to the service manager how the manager fares.
-fn notify(state: &str) {
-    platform::notify(state);
 }

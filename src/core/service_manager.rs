@@ -61,6 +61,17 @@ pub enum UnitStanding {
     Missing,
 }
 
+/// What a role tells the service manager that started it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Notice {
+    /// It is up.
+    Ready,
+    /// It ends, and means to.
+    Stopping,
+    /// It is alive: the sign of life that a watchdog of the service manager waits for.
+    Alive,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

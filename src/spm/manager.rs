@@ -17,13 +17,13 @@ use super::heartbeats::Uplink;
 use super::journal::{About, Journal};
 use super::peer::Peer;
 use super::run::Inputs;
-use super::{notify, stage};
+use super::stage;
 use crate::config::{Config, Loaded};
 use crate::core::desired::Desired;
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::role::Role;
 use crate::core::schedule::{self, Allowance};
-use crate::core::service_manager::Kind;
+use crate::core::service_manager::{Kind, Notice};
 use crate::core::status::GatewayStatus;
 use crate::core::supervise::Event;
 use crate::door::{self, Farewell, Reply};
@@ -120,7 +120,7 @@ pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Fare
     let (knock, mut knocks) = mpsc::channel(16);
     let (farewell, heard) = watch::channel(None);
     let door = tokio::spawn(door::serve(listener, knock, heard));
-    notify("READY=1");
+    platform::notify(Notice::Ready);
     tracing::info!(version = %manager.version, pid = std::process::id(), agents = manager.agents.len(), "the manager is ready");
 
     let ending = loop {
@@ -139,7 +139,7 @@ pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Fare
             () = termination.recv() => manager.asked_to_end(),
         }
     };
-    notify("STOPPING=1");
+    platform::notify(Notice::Stopping);
     manager.journal.flush();
     // The door is shut first: the watchdog, which comes again as soon as it was told, would take our end for a death.
     door.abort();
@@ -287,7 +287,7 @@ impl Manager {
             if now >= self.next_trim {
                 self.trim_cache(now);
             }
-            notify("WATCHDOG=1");
+            platform::notify(Notice::Alive);
         }
         if self.next_heartbeat.is_some_and(|at| at <= now) {
             // It is to tell what is wrong; a manager that nobody hears of need not ask.
