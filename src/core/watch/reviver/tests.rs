@@ -49,6 +49,20 @@ fn without_a_service_manager_the_role_is_started_soon_and_then_later_and_later()
 }
 
 #[test]
+fn a_start_that_was_heard_of_is_no_failure_but_an_early_death_is() {
+    let start = Instant::now();
+    let (mut reviver, mut now) = (lost(Policy::WATCHDOG, false, start), start);
+    for (failures, pause) in [(1, 0), (2, 1), (3, 2), (4, 4)] {
+        let before = now;
+        assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures });
+        assert_eq!((now - before).as_secs(), pause);
+        reviver.connected(now);
+        reviver.heard(now);
+        assert_eq!(reviver.lost(now), Some(Loss::Died));
+    }
+}
+
+#[test]
 fn one_that_had_its_role_before_gets_time_to_connect() {
     let start = Instant::now();
     for (policy, seconds) in [(Policy::WATCHDOG, 0), (Policy::MANAGER, 2)] {
