@@ -295,7 +295,8 @@ struct World {
     /// A question is under way.
     asked: bool,
     absent_since: Instant,
-    taken_since: Instant,
+    /// In this absence, every look since then saw the role taken.
+    mute_since: Option<Instant>,
     /// In this absence, the unit was started then.
     unit_started: Option<Instant>,
     started: Option<Instant>,
@@ -314,7 +315,7 @@ impl World {
             unanswered: 0,
             asked: false,
             absent_since: now,
-            taken_since: now,
+            mute_since: None,
             unit_started: None,
             started: None,
         }
@@ -325,6 +326,8 @@ impl World {
     }
 
     fn look(&mut self) -> Option<Action> {
+        let is_mute = self.taken && self.connected.is_none();
+        self.mute_since = is_mute.then(|| self.mute_since.unwrap_or(self.now));
         let action = self.reviver.look(self.seen(), self.now);
         assert!(self.reviver.deadline() > self.now, "looks without a pause: {:?}", self.reviver);
         self.check(action);
@@ -377,8 +380,9 @@ impl World {
                 self.started = Some(self.now);
             }
             Some(Action::KillHung) => {
-                let mute = self.connected.unwrap_or(self.taken_since);
-                assert!(self.taken && self.now >= mute + HUNG, "killed after {:?}", self.now - mute);
+                let since = self.connected.or(self.mute_since).expect("somebody to be silent");
+                assert!(self.taken && self.now >= since + HUNG, "killed after {:?}", self.now - since);
+                assert!(!is_stopped || self.connected.is_some(), "killed on its way to a stop");
             }
             Some(Action::HonourStop) => {
                 assert!(policy.follows_stop);
@@ -402,7 +406,7 @@ impl World {
                 self.now += S(seconds);
                 self.answer();
             }
-            Happening::Taken if !self.taken => (self.taken, self.taken_since) = (true, self.now),
+            Happening::Taken => self.taken = true,
             Happening::Connects(heard) if self.taken && self.connected.is_none() => {
                 self.connected = Some(self.now);
                 self.reviver.connected(self.now);
@@ -423,16 +427,12 @@ impl World {
                         self.started = None;
                     }
                     assert!(self.reviver.lost(self.now).is_some());
-                    (self.absent_since, self.unit_started) = (self.now, None);
+                    (self.absent_since, self.unit_started, self.mute_since) = (self.now, None, None);
                 }
             }
             Happening::StopRecorded(recorded) => self.stop_recorded = recorded,
             Happening::Unit(unit) => self.unit = unit,
-            Happening::Answers(_)
-            | Happening::Taken
-            | Happening::Connects(_)
-            | Happening::Heard
-            | Happening::Ends(_) => {}
+            Happening::Answers(_) | Happening::Connects(_) | Happening::Heard | Happening::Ends(_) => {}
         }
     }
 }
