@@ -9,8 +9,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 #[cfg(feature = "gateway")]
 use crate::gateway;
-use crate::home::Home;
-use crate::host_service::product;
+use crate::home::{self, Home};
 use crate::{control, installation, package, platform, service, spa, spm};
 
 /// The end of the long help, 80 columns wide.
@@ -219,7 +218,7 @@ impl HomeOption {
             .clone()
             .or_else(|| own_home(&platform::own_executable()?))
             .or_else(|| std::env::var_os("AOPS_HOME").filter(|home| !home.is_empty()).map(PathBuf::from))
-            .unwrap_or_else(product::default_home);
+            .unwrap_or_else(home::default_root);
         Home::new(std::path::absolute(&root).unwrap_or(root))
     }
 }

@@ -12,13 +12,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::core::model::AgentName;
+use crate::core::role::Role;
+use crate::core::service_manager::Kind;
 use crate::core::status::{HomeState, RoleStatus, Status};
 use crate::door::{self, Request};
 use crate::home::Home;
-use crate::host_service::Kind;
 use crate::installation::{self, Installed, Manager};
-use crate::role::{self, Role};
-use crate::{lifecycle, process};
+use crate::{lifecycle, process, role};
 
 pub use logs::LogOptions;
 

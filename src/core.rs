@@ -22,7 +22,9 @@ pub mod protocol;
 #[cfg(feature = "gateway")]
 pub mod range;
 pub mod reconcile;
+pub mod role;
 pub mod schedule;
+pub mod service_manager;
 pub mod status;
 pub mod supervise;
 pub mod text;

@@ -14,10 +14,10 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::core::model::AgentName;
+use crate::core::role::Role;
 use crate::core::status::Status;
 use crate::home::Home;
 use crate::platform::{self, Caller, LocalConnection, LocalListener, LocalStream};
-use crate::role::Role;
 
 /// A request is refused beyond this.
 const MAX_REQUEST_BYTES: u64 = 64 << 10;

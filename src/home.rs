@@ -16,13 +16,25 @@
 
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest as _, Sha256};
+
 use crate::core::model::{AgentName, Version};
+use crate::core::role::Role;
+use crate::platform;
 
 /// The file inside a release directory that says that it is whole.
 pub const COMPLETE: &str = ".complete";
 
 /// The gateway's certificates as `install` keeps them, relative to the home, as the settings name them.
 pub const CA_FILE: &str = "etc/ca.pem";
+
+/// The unit of no role: in its cgroup the sub-agents live.
+const AGENTS: &str = "aops-agents";
+
+/// Where an installation stands unless another place is given.
+pub fn default_root() -> PathBuf {
+    platform::default_home()
+}
 
 /// One installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +50,30 @@ impl Home {
 
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Whether it stands where an installation stands by default.
+    pub fn is_default(&self) -> bool {
+        self.root == default_root()
+    }
+
+    /// The name of a role's unit: that of the program in the default home, with 8 hexadecimal digits of the home's path in any other.
+    pub fn unit(&self, role: Role) -> String {
+        self.unit_named(role.program())
+    }
+
+    /// The name of the unit in whose cgroup the sub-agents live: neither role's end touches them there.
+    pub fn agents_unit(&self) -> String {
+        self.unit_named(AGENTS)
+    }
+
+    fn unit_named(&self, program: &str) -> String {
+        if self.is_default() {
+            return program.to_owned();
+        }
+        let digest = Sha256::digest(self.root.as_os_str().as_encoded_bytes());
+        let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        format!("{program}-{digits}")
     }
 
     pub fn bin(&self) -> PathBuf {
@@ -263,5 +299,21 @@ impl Home {
             (self.log(), 0o700),
             (self.agent_logs(), 0o700),
         ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_default_home_has_the_plain_unit_names() {
+        let home = Home::new(default_root());
+        assert_eq!(home.unit(Role::Spm), "aops-spm");
+        let other = Home::new("/srv/a home");
+        let name = other.unit(Role::Spa);
+        assert!(name.starts_with("aops-spa-") && name.len() == "aops-spa-".len() + 8, "{name}");
+        assert_ne!(name[9..], Home::new("/srv/b").unit(Role::Spa)[9..]);
+        assert_eq!(name[9..], other.unit(Role::Spm)[9..]);
     }
 }

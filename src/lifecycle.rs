@@ -3,31 +3,24 @@
 //! A stop is recorded first, so that nothing revives what is being stopped. It is asked of the manager; where that does not answer, it is
 //! done by the records of what runs.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use crate::door::{self, Request};
+use crate::core::role::Role;
+use crate::core::service_manager::Kind;
 use crate::home::Home;
-use crate::host_service::{self, Kind};
 use crate::installation::{Installed, guard};
-use crate::role::{self, Holder, Role};
-use crate::{platform, process};
+use crate::{door, host_service, process, role};
 
-/// For the manager to give way.
-const YIELD: Duration = Duration::from_secs(5);
 /// For a stop: every sub-agent may take its grace period, which is ten minutes at the longest.
 const STOP: Duration = Duration::from_secs(840);
-/// A role ends within this once it was told to; then it is killed.
-const ROLE_ENDS: Duration = Duration::from_secs(15);
-const LOOK: Duration = Duration::from_millis(20);
 
 /// Which service manager has the roles of a home. Where the record cannot be read, its units tell.
 pub fn service(home: &Home) -> Kind {
     match Installed::load(home) {
         Ok(Some(installed)) => installed.service,
-        _ if host_service::detect() == Kind::Systemd && host_service::systemd::is_registered(home) => Kind::Systemd,
-        _ => Kind::None,
+        _ => host_service::registered_with(home),
     }
 }
 
@@ -40,44 +33,18 @@ pub fn start(home: &Home) -> Result<()> {
             role::forget(home, *role)?;
         }
     }
-    match service(home) {
-        Kind::Systemd => host_service::start(home, Role::BOTH),
-        Kind::None if role::is_taken(home, Role::Spm) => Ok(()),
-        Kind::None => role::spawn(home, Role::Spm).map(drop),
-    }
+    host_service::start(service(home), home, Role::BOTH).map(drop)
 }
 
 /// Starts both roles anew; the sub-agents are left running. Does not wait until they answer.
 pub fn renew(home: &Home) -> Result<()> {
     sound(home).context("cannot restart: what runs goes on running")?;
-    match service(home) {
-        Kind::Systemd => host_service::restart(home, Role::BOTH),
-        Kind::None => {
-            end_roles(home)?;
-            role::spawn(home, Role::Spm).map(drop)
-        }
-    }
+    host_service::restart(service(home), home, Role::BOTH).map(drop)
 }
 
 /// Whether the roles may be started, by whoever does it.
 fn sound(home: &Home) -> Result<()> {
     Role::BOTH.iter().try_for_each(|role| guard::executable(home, &home.role_link(role.program())))
-}
-
-/// Ends both roles, the watchdog first, and leaves the sub-agents running. A service manager would start its own again; the manager
-/// starts a watchdog again after a moment, within which it ends itself.
-pub fn end_roles(home: &Home) -> Result<()> {
-    if let Some(watchdog) = role::living(home, Role::Spa) {
-        watchdog.ask_to_end()?;
-        await_end_of(&watchdog)?;
-    }
-    if let Some(manager) = role::living(home, Role::Spm) {
-        if !matches!(door::ask(home, &Request::Yield, YIELD), Ok(Some(_))) {
-            manager.ask_to_end()?;
-        }
-        await_end_of(&manager)?;
-    }
-    Ok(())
 }
 
 /// Stops every sub-agent, then both roles. Returns what did not go as it should, where it was made good.
@@ -110,9 +77,7 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
             kill_manager(home)?;
         }
     }
-    if service(home) == Kind::Systemd {
-        host_service::stop(home, &[Role::Spa, Role::Spm])?;
-    }
+    host_service::stop(service(home), home, &[Role::Spa, Role::Spm])?;
     for role in [Role::Spa, Role::Spm] {
         if await_end(home, role)? {
             remarks.push(format!("{} did not end by itself and was killed", role.program()));
@@ -131,23 +96,7 @@ pub fn kill_manager(home: &Home) -> Result<()> {
 fn await_end(home: &Home, role: Role) -> Result<bool> {
     let mut killed = false;
     while let Some(holder) = role::living(home, role) {
-        killed |= await_end_of(&holder)?;
-    }
-    Ok(killed)
-}
-
-/// Waits for one process to end, which it was told to, and kills it if it does not; whether it had to be.
-fn await_end_of(holder: &Holder) -> Result<bool> {
-    let (mut deadline, mut killed) = (Instant::now() + ROLE_ENDS, false);
-    while holder.is_alive() {
-        if Instant::now() >= deadline {
-            if killed {
-                bail!("cannot end process {}: it is still there {ROLE_ENDS:?} after it was killed", holder.pid);
-            }
-            holder.kill()?;
-            (deadline, killed) = (Instant::now() + ROLE_ENDS, true);
-        }
-        platform::pause(LOOK);
+        killed |= holder.await_end()?;
     }
     Ok(killed)
 }

@@ -6,7 +6,6 @@
 //! end what an earlier one started. Only the very processes meant are ever signalled.
 
 use crate::home::Home;
-use crate::host_service;
 use crate::platform::Groups;
 
 pub mod health;
@@ -18,5 +17,5 @@ pub mod tree;
 
 /// Where the groups of a home's sub-agents are made; `None`: nowhere on this host.
 pub fn groups(home: &Home) -> Option<Groups> {
-    Groups::find(&host_service::agents_unit(home))
+    Groups::find(&home.agents_unit())
 }

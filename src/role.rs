@@ -5,12 +5,13 @@
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::core::manifest::StopSignal;
+use crate::core::role::Role;
 use crate::core::status::RoleStatus;
 use crate::home::Home;
 use crate::installation::{self, guard};
@@ -20,34 +21,10 @@ use crate::{platform, process, store};
 /// The exit code of a role that was stopped on purpose: the service manager's unit does not restart it for this one.
 pub const STOPPED_ON_PURPOSE: u8 = 100;
 
-/// A resident role.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Role {
-    /// The manager.
-    Spm,
-    /// The watchdog.
-    Spa,
-}
-
-impl Role {
-    pub const BOTH: &'static [Role] = &[Role::Spm, Role::Spa];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Role::Spm => "spm",
-            Role::Spa => "spa",
-        }
-    }
-
-    /// The name in `bin` by which the executable takes this role; also its unit's.
-    pub fn program(self) -> &'static str {
-        match self {
-            Role::Spm => "aops-spm",
-            Role::Spa => "aops-spa",
-        }
-    }
-}
+/// A role ends within this once it was told to; then it is killed.
+const ENDS: Duration = Duration::from_secs(15);
+/// Between two looks at one that is to end.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Refuses to run a role where nothing is installed: it would fail at the first file that it needs, and not say why.
 pub fn demand_home(home: &Home) -> Result<()> {
@@ -136,6 +113,22 @@ impl Holder {
                 .with_context(|| format!("cannot end process {}", self.pid))?;
         }
         Ok(())
+    }
+
+    /// Waits for it to end, which it was told to, and kills it if it does not; whether it had to be killed.
+    pub fn await_end(&self) -> Result<bool> {
+        let (mut deadline, mut killed) = (Instant::now() + ENDS, false);
+        while self.is_alive() {
+            if Instant::now() >= deadline {
+                if killed {
+                    bail!("cannot end process {}: it is still there {ENDS:?} after it was killed", self.pid);
+                }
+                self.kill()?;
+                (deadline, killed) = (Instant::now() + ENDS, true);
+            }
+            platform::pause(LOOK);
+        }
+        Ok(killed)
     }
 
     /// Kills it, whatever it is doing. Nothing happens to another process that has its number now.

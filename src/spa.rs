@@ -13,27 +13,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::config::Config;
-use crate::core::watch::{Lasting, Next, PING, Pings, Revival};
+use crate::core::role::Role;
+use crate::core::service_manager::{Kind, Notice};
+use crate::core::watch::memory::{Bytes, Excess, Memory};
+use crate::core::watch::reviver::{Action, Loss, Policy, Reviver, Seen};
+use crate::core::watch::silence::{Next, PING, Pings};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
-use crate::host_service::Unanswered;
 use crate::installation::keyring;
 use crate::platform::{self, LocalConnection};
-use crate::role::{self, Holder, Role, STOPPED_ON_PURPOSE};
+use crate::role::{self, Holder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
-/// While there is no connection, it is tried for at least and at most so often, and more seldom the longer it takes.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
-const LAST_LOOK: Duration = Duration::from_millis(500);
-/// A manager that has its role for so long and cannot be reached hangs. It opens its door when it has adopted its sub-agents.
-const UNREACHABLE: Duration = Duration::from_secs(60);
-/// The service manager gets so long to revive the manager before it is asked, and again before we do it.
-const SERVICE_MANAGERS_TURN: Duration = Duration::from_secs(10);
-/// It is asked for its view of the unit so often at first, and at last.
-const ASK_UNIT: Duration = Duration::from_secs(1);
-const ASK_UNIT_AT_LAST: Duration = Duration::from_secs(10);
-/// Above its limit of memory at so many looks in a row, a role is renewed.
-const TOO_LARGE: u32 = 3;
 /// The home and the memory of both roles are looked at so often, with a ping.
 const LOOKS_AROUND: Duration = Duration::from_secs(60);
 const TAKE_OVER: Duration = Duration::from_secs(10);
@@ -43,7 +34,7 @@ const TAKE_OVER: Duration = Duration::from_secs(10);
 pub struct Options {
     /// Who starts it: a unit of the service manager says so here
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
-    service: host_service::Kind,
+    service: Kind,
 }
 
 /// Runs the watchdog until it is stopped.
@@ -53,7 +44,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spa"))?;
     role::tell_of_restored(&restored);
     role::leave_sub_agent(home);
-    let supervised = options.service != host_service::Kind::None;
+    let supervised = options.service != Kind::None;
     if role::is_stop_recorded(home) && !supervised {
         tracing::info!("the home was told to stop; the watchdog does not start");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
@@ -69,26 +60,25 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let (sender, words) = mpsc::channel();
     let terminate = sender.clone();
     ctrlc::set_handler(move || drop(terminate.send(Word::Terminate))).context("cannot hear the signal to end")?;
-    platform::notify("READY=1");
+    platform::notify(Notice::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
     let now = Instant::now();
-    let revival = Revival::new(now);
+    let reviver = Reviver::new(Policy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
     let mut watchdog = Watchdog {
         home,
         holder: &holder,
-        supervised,
+        service: options.service,
         sender,
         words,
         serial: 0,
-        revival,
-        unanswered: Unanswered::default(),
+        reviver,
         children: vec![],
-        large: 0,
+        memory: Memory::default(),
         looks_around: now,
     };
     let end = watchdog.run();
-    platform::notify("STOPPING=1");
+    platform::notify(Notice::Stopping);
     match &end {
         Ok(_) => role::take_leave(home, Role::Spa, &holder),
         Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog ended"),
@@ -130,15 +120,12 @@ enum End {
     Stopped,
 }
 
-/// How a connection to the manager came to its end.
+/// How a watch over a connection came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Lost {
-    /// It died, or hung and was killed.
-    Died,
-    /// It never answered. The socket of one that is dying can be connected to after its last connection has ended.
-    Unheard,
-    /// It gave way to another.
-    Yielded,
+enum Watched {
+    /// The connection ended.
+    Lost,
+    /// The manager said that the home is stopped.
     Stopped,
     Terminate,
 }
@@ -147,139 +134,107 @@ struct Watchdog<'a> {
     home: &'a Home,
     /// Its own record.
     holder: &'a Holder,
-    supervised: bool,
+    /// Who starts the roles.
+    service: Kind,
     sender: mpsc::Sender<Word>,
     words: mpsc::Receiver<Word>,
     /// Counts connections, so that word of an earlier one is not taken for this one's.
     serial: u64,
-    revival: Revival,
-    unanswered: Unanswered,
+    reviver: Reviver,
     children: Vec<Child>,
-    large: u32,
+    memory: Memory,
     /// When the home and the memory of both roles are looked at next.
     looks_around: Instant,
-}
-
-/// A time without a manager.
-struct Absence {
-    /// The unit was last asked after then.
-    asked: Instant,
-    /// The service manager was asked to start it; since then it has its turn once more.
-    turn: Instant,
-    told: bool,
-    /// Somebody has the manager's role, and cannot be reached.
-    mute: Lasting,
 }
 
 impl Watchdog<'_> {
     fn run(&mut self) -> Result<End> {
         loop {
-            let Some(connection) = self.find_manager()? else { return self.honour_stop() };
-            let connection = match connection {
+            let connection = match self.find_manager()? {
                 Found::Manager(connection) => connection,
+                Found::Stop => return self.honour_stop(),
                 Found::Terminate => return Ok(End::Asked),
             };
-            let since = Instant::now();
-            let lost = self.watch(connection)?;
-            let lived = since.elapsed();
-            if lost != Lost::Unheard {
-                tracing::info!(how = format!("{lost:?}"), "the manager is gone");
-            }
-            match lost {
-                Lost::Terminate => return Ok(End::Asked),
-                Lost::Stopped => return self.honour_stop(),
-                Lost::Yielded => self.revival.left(Instant::now()),
-                Lost::Died => self.revival.died(lived, Instant::now()),
-                Lost::Unheard => {}
+            self.reviver.connected(Instant::now());
+            match self.watch(connection)? {
+                Watched::Lost => match self.reviver.lost(Instant::now()) {
+                    None | Some(Loss::Unheard) => {}
+                    Some(how) => tracing::info!(how = format!("{how:?}"), "the manager is gone"),
+                },
+                how @ (Watched::Stopped | Watched::Terminate) => {
+                    tracing::info!(how = format!("{how:?}"), "the manager is gone");
+                    return if how == Watched::Stopped { self.honour_stop() } else { Ok(End::Asked) };
+                }
             }
         }
     }
 
-    /// Waits for a manager to connect to, and revives one that does not come. `None`: the home is to be stopped.
-    fn find_manager(&mut self) -> Result<Option<Found>> {
-        let began = Instant::now();
-        let mut absence = Absence { asked: began, turn: began, told: false, mute: Lasting::default() };
+    /// Waits for a manager to connect to, and revives one that does not come.
+    fn find_manager(&mut self) -> Result<Found> {
         loop {
-            let (stopped, taken) = (role::is_stop_recorded(self.home), role::is_taken(self.home, Role::Spm));
-            if stopped && !taken {
-                return Ok(None);
-            }
             if let Some(connection) = self.connect() {
-                return Ok(Some(Found::Manager(connection)));
+                return Ok(Found::Manager(connection));
             }
-            let now = Instant::now();
-            let ask_pause = ((now - began) / 8).clamp(ASK_UNIT, ASK_UNIT_AT_LAST);
-            if absence.mute.look(taken && !stopped, now) >= UNREACHABLE {
-                absence.mute = Lasting::default();
-                self.kill_hung();
-            } else if self.supervised && now - absence.asked >= ask_pause {
-                absence.asked = now;
-                if let Some(end) = self.ask_unit(&mut absence, taken)? {
-                    return Ok(end);
-                }
-            } else if !self.supervised && now >= self.revival.due() && !taken {
-                self.revive();
+            let action = self.reviver.look(self.seen(), Instant::now());
+            if let Some(found) = self.carry_out(action) {
+                return Ok(found);
             }
             self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-            platform::notify("WATCHDOG=1");
-            match self.words.recv_timeout(self.pause(began)) {
-                Ok(Word::Terminate) => return Ok(Some(Found::Terminate)),
+            platform::notify(Notice::Alive);
+            let pause = self.reviver.deadline().saturating_duration_since(Instant::now());
+            match self.words.recv_timeout(pause) {
+                Ok(Word::Terminate) => return Ok(Found::Terminate),
                 Ok(Word::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
             }
         }
     }
 
-    /// Until the next look for a manager: soon after the last one went or the next was started, and when one is to be started.
-    fn pause(&self, began: Instant) -> Duration {
-        let now = Instant::now();
-        let quiet = now.saturating_duration_since(self.revival.since().max(began));
-        let pause = (quiet / 16).clamp(FIRST_LOOK, LAST_LOOK);
-        match self.revival.due().checked_duration_since(now) {
-            Some(left) if !self.supervised => pause.min(left).max(FIRST_LOOK),
-            _ => pause,
-        }
+    fn seen(&self) -> Seen {
+        Seen { taken: role::is_taken(self.home, Role::Spm), stop_recorded: role::is_stop_recorded(self.home) }
     }
 
-    /// What the service manager says of the manager's unit, and what follows. `Some(None)`: a stop.
-    fn ask_unit(&mut self, absence: &mut Absence, taken: bool) -> Result<Option<Option<Found>>> {
-        let verdict = self.unanswered.judge(host_service::verdict(self.home, Role::Spm));
-        match verdict {
-            host_service::Verdict::Stopped => {
-                // It is recorded with what follows.
-                tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
-                return Ok(Some(None));
-            }
-            host_service::Verdict::Coming | host_service::Verdict::Forbidden => {}
-            host_service::Verdict::Dead | host_service::Verdict::Missing => {
-                let now = Instant::now();
-                if taken || now < absence.turn + SERVICE_MANAGERS_TURN {
-                    return Ok(None);
+    fn carry_out(&mut self, action: Option<Action>) -> Option<Found> {
+        match action? {
+            Action::AskUnit => return self.ask_unit(),
+            Action::StartUnit => {
+                tracing::warn!("the manager is dead and its unit is asked to start it");
+                if let Err(error) = while_noticed(|| host_service::start(self.service, self.home, &[Role::Spm])) {
+                    tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
                 }
-                if verdict == host_service::Verdict::Dead && !absence.told {
-                    tracing::warn!("the manager is dead and its unit is asked to start it");
-                    absence.told = true;
-                    if let Err(error) = while_noticed(|| host_service::start(self.home, &[Role::Spm])) {
-                        tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
+                self.reviver.unit_start_ended(Instant::now());
+            }
+            Action::Start { failures } => {
+                tracing::warn!(failures, "the manager is dead and is started");
+                match role::spawn(self.home, Role::Spm) {
+                    Ok(child) => self.children.push(child),
+                    Err(error) => {
+                        tracing::error!(
+                            error = format!("{error:#}"),
+                            "the manager cannot be started; it is tried again"
+                        )
                     }
-                    absence.turn = Instant::now();
-                } else if now >= self.revival.due() {
-                    self.revive();
                 }
             }
+            Action::KillHung => self.kill_hung(),
+            Action::HonourStop => return Some(Found::Stop),
+            // Of the other policy.
+            Action::LeaveStopped => {}
         }
-        Ok(None)
+        None
     }
 
-    fn revive(&mut self) {
-        tracing::warn!(failures = self.revival.failures(), "the manager is dead and is started");
-        self.revival.tried(Instant::now());
-        match role::spawn(self.home, Role::Spm) {
-            Ok(child) => self.children.push(child),
-            Err(error) => {
-                tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again")
-            }
+    /// Asks what the service manager knows of the manager's unit, and does what follows.
+    fn ask_unit(&mut self) -> Option<Found> {
+        let answer = host_service::standing(self.service, self.home, Role::Spm).inspect_err(|error| {
+            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
+        });
+        let action = self.reviver.answered(answer.ok(), self.seen(), Instant::now());
+        if action == Some(Action::HonourStop) {
+            // It is recorded with what follows.
+            tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
         }
+        self.carry_out(action)
     }
 
     fn connect(&mut self) -> Option<LocalConnection> {
@@ -303,27 +258,25 @@ impl Watchdog<'_> {
     }
 
     /// Holds the connection until it ends.
-    fn watch(&mut self, mut connection: LocalConnection) -> Result<Lost> {
-        let (mut pings, mut heard_of, mut yielded) = (Pings::new(Instant::now()), false, false);
+    fn watch(&mut self, mut connection: LocalConnection) -> Result<Watched> {
+        let mut pings = Pings::new(Instant::now());
         loop {
             match self.words.recv_timeout(pings.due().saturating_duration_since(Instant::now())) {
                 Ok(Word::Terminate) => {
                     platform::hang_up(&connection);
-                    return Ok(Lost::Terminate);
+                    return Ok(Watched::Terminate);
                 }
                 Ok(Word::Heard(serial, heard)) if serial == self.serial => match heard {
                     Heard::Reply(_) => {
                         pings.answered();
-                        if !std::mem::replace(&mut heard_of, true) {
+                        if self.reviver.heard(Instant::now()) {
                             tracing::info!("the manager is watched");
-                            self.revival.came();
                         }
                     }
-                    Heard::Farewell(Farewell::Stop) => return Ok(Lost::Stopped),
-                    Heard::Farewell(Farewell::Yield) => yielded = true,
+                    Heard::Farewell(Farewell::Stop) => return Ok(Watched::Stopped),
+                    Heard::Farewell(Farewell::Yield) => self.reviver.yields(),
                     Heard::Silence => {}
-                    Heard::End if yielded => return Ok(Lost::Yielded),
-                    Heard::End => return Ok(if heard_of { Lost::Died } else { Lost::Unheard }),
+                    Heard::End => return Ok(Watched::Lost),
                 },
                 Ok(Word::Heard(..)) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
@@ -332,7 +285,7 @@ impl Watchdog<'_> {
                     if next == Next::Wait {
                         continue;
                     }
-                    platform::notify("WATCHDOG=1");
+                    platform::notify(Notice::Alive);
                     if Instant::now() >= self.looks_around {
                         self.looks_around = Instant::now() + LOOKS_AROUND;
                         self.look_around(&mut connection)?;
@@ -367,19 +320,19 @@ impl Watchdog<'_> {
             Err(error) => tracing::error!(error = format!("{error:#}"), "no release can be installed"),
         }
         let Ok(loaded) = Config::load(self.home) else { return Ok(()) };
-        let own = platform::memory_bytes(std::process::id()).unwrap_or(0);
-        if own > loaded.config.spa_max_mem.0 {
-            bail!("the watchdog uses {own} bytes, more than spaMaxMem; it is started anew");
+        let managers = role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid));
+        let used = Bytes { own: platform::memory_bytes(std::process::id()).unwrap_or(0), other: managers.unwrap_or(0) };
+        let limit = Bytes { own: loaded.config.spa_max_mem.0, other: loaded.config.spm_max_mem.0 };
+        match self.memory.look(used, limit) {
+            None => Ok(()),
+            Some(Excess::Own) => {
+                bail!("the watchdog uses {} bytes, more than spaMaxMem; it is started anew", used.own)
+            }
+            Some(Excess::Other) => {
+                tracing::warn!(bytes = used.other, "the manager uses more than spmMaxMem and is renewed");
+                door::send(connection, &Request::Yield)
+            }
         }
-        let managers =
-            role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
-        self.large = if managers > loaded.config.spm_max_mem.0 { self.large + 1 } else { 0 };
-        if self.large >= TOO_LARGE {
-            self.large = 0;
-            tracing::warn!(bytes = managers, "the manager uses more than spmMaxMem and is renewed");
-            door::send(connection, &Request::Yield)?;
-        }
-        Ok(())
     }
 
     /// Ends what the manager left, and records the stop where it was only told.
@@ -404,7 +357,7 @@ fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
         let (done, working) = mpsc::channel::<()>();
         scope.spawn(move || {
             while let Err(RecvTimeoutError::Timeout) = working.recv_timeout(PING) {
-                platform::notify("WATCHDOG=1");
+                platform::notify(Notice::Alive);
             }
         });
         let outcome = work();
@@ -415,6 +368,8 @@ fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
 
 enum Found {
     Manager(LocalConnection),
+    /// The home is stopped.
+    Stop,
     Terminate,
 }
 

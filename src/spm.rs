@@ -20,10 +20,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::core::role::Role;
+use crate::core::service_manager::Kind;
 use crate::door::{self, Request};
 use crate::home::Home;
-use crate::role::{self, Role, STOPPED_ON_PURPOSE};
-use crate::{host_service, logging, platform};
+use crate::logging;
+use crate::role::{self, STOPPED_ON_PURPOSE};
 
 /// For a predecessor to give the role up, at the longest.
 const TAKE_OVER: Duration = Duration::from_secs(10);
@@ -33,7 +35,7 @@ const TAKE_OVER: Duration = Duration::from_secs(10);
 pub struct Options {
     /// Who starts it: a unit of the service manager says so here
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
-    service: host_service::Kind,
+    service: Kind,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -57,7 +59,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spm"))?;
     role::tell_of_restored(&restored);
     role::leave_sub_agent(home);
-    let supervised = options.service != host_service::Kind::None;
+    let supervised = options.service != Kind::None;
     if supervised {
         // The service manager starts what it was told to start, or what is to run at boot.
         role::clear_stop(home)?;
@@ -75,7 +77,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(64).build()?;
-    let ended = runtime.block_on(manager::run(home, supervised, &holder));
+    let ended = runtime.block_on(manager::run(home, options.service, &holder));
     // Threads that wait on the network are not waited for.
     runtime.shutdown_background();
     if let Err(error) = &ended {
@@ -111,9 +113,4 @@ fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
 fn timestamp() -> String {
     let now = jiff::Timestamp::now();
     now.round(jiff::Unit::Second).unwrap_or(now).to_string()
-}
-
-/// Says to the service manager how the manager fares.
-fn notify(state: &str) {
-    platform::notify(state);
 }

@@ -19,6 +19,12 @@ pub struct Refused {
     got: String,
 }
 
+impl Refused {
+    pub(super) fn new(what: &'static str, expected: &'static str, got: &str) -> Refused {
+        Refused { what, expected, got: got.to_owned() }
+    }
+}
+
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown: String = self.got.chars().take(80).collect();

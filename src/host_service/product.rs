@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::platform;
+use crate::home;
 
 const DATA: &str = include_str!("../../assets/products.toml");
 
@@ -51,18 +51,13 @@ struct Data {
 
 impl Product {
     pub fn home(&self) -> PathBuf {
-        self.home.clone().unwrap_or_else(default_home)
+        self.home.clone().unwrap_or_else(home::default_root)
     }
 
     /// What a person is to do so that the home is started at boot, where no service manager does that.
     pub fn boot_advice(&self, control: &Path) -> String {
         self.boot.replace("{control}", &control.display().to_string())
     }
-}
-
-/// Where an installation stands unless somebody says otherwise.
-pub fn default_home() -> PathBuf {
-    platform::default_home()
 }
 
 /// The product with the given name, or, for `None` and `auto`, the one whose markers are found on this host.

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -13,10 +13,10 @@ use service_manager::{
     RestartPolicy, ServiceInstallCtx, ServiceLabel, ServiceManager, SystemdServiceManager, systemd_global_dir_path,
 };
 
-use super::{agents_unit, unit_name};
 use crate::command;
+use crate::core::role::Role;
+use crate::core::service_manager::UnitStanding;
 use crate::home::Home;
-use crate::role::Role;
 use crate::store;
 
 const SPM_UNIT: &str = include_str!("../../assets/aops-spm.service");
@@ -36,26 +36,35 @@ const MAX_UNIT_BYTES: u64 = 64 << 10;
 
 /// What systemd says of a unit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct UnitState {
+struct UnitState {
     /// `loaded`, `not-found`, `masked`, `bad-setting`, `error`.
-    pub load_state: String,
+    load_state: String,
     /// `active`, `activating`, `deactivating`, `inactive`, `failed`, `reloading`.
-    pub active_state: String,
-    /// `running`, `dead`, `auto-restart`, `stop`, …
-    pub sub_state: String,
-    /// `success`, or how the last run failed.
-    pub result: String,
-    pub main_pid: Option<u32>,
+    active_state: String,
     /// `enabled`, `disabled`, `masked`, …; empty where there is no file.
-    pub unit_file_state: String,
+    unit_file_state: String,
     /// The kind of the job that is at work on the unit: `start`, `stop`, `restart`, …
-    pub job: Option<String>,
+    job: Option<String>,
 }
 
 impl UnitState {
     /// Whether nobody is to start it: an operator masked or disabled it.
-    pub fn is_forbidden(&self) -> bool {
+    fn is_forbidden(&self) -> bool {
         self.load_state == "masked" || matches!(self.unit_file_state.as_str(), "masked" | "masked-runtime" | "disabled")
+    }
+
+    fn standing(&self) -> UnitStanding {
+        match self.active_state.as_str() {
+            "active" | "activating" | "reloading" | "deactivating" => UnitStanding::Coming,
+            // Whatever is at work on it, what comes of that is seen at the next look.
+            _ if self.job.is_some() => UnitStanding::Coming,
+            _ if self.is_forbidden() => UnitStanding::Forbidden,
+            _ if self.load_state == "not-found" => UnitStanding::Missing,
+            // Whatever its last run's result: a failure that nobody stopped is `failed`, or about to be restarted. A stop in the pause before
+            // an automatic restart leaves the result of the run that failed.
+            "inactive" => UnitStanding::Stopped,
+            _ => UnitStanding::Dead,
+        }
     }
 
     /// Whether it runs, or systemd is about to start or stop it.
@@ -87,7 +96,7 @@ pub fn register(home: &Home) -> Result<()> {
 
 /// Takes the units away, also where some are gone already.
 pub fn unregister(home: &Home) -> Result<()> {
-    let agents = agents_unit(home);
+    let agents = home.agents_unit();
     if unit_path(&agents).symlink_metadata().is_ok() {
         // It ends nothing: nobody is left in it but what a sub-agent started for somebody else.
         systemctl(&["stop"], std::slice::from_ref(&agents), QUICK)?;
@@ -107,9 +116,10 @@ pub fn unregister(home: &Home) -> Result<()> {
     Ok(())
 }
 
-/// Removes what an operator has added to the units (`systemctl edit`), once they are gone for good.
-pub fn remove_drop_ins(home: &Home) -> Result<()> {
-    let units = [units(home, Role::BOTH), vec![agents_unit(home)]].concat();
+/// Takes the units away for good, and with them what an operator has added to them (`systemctl edit`).
+pub fn purge(home: &Home) -> Result<()> {
+    unregister(home)?;
+    let units = [units(home, Role::BOTH), vec![home.agents_unit()]].concat();
     let directories = units.iter().map(|unit| systemd_global_dir_path().join(format!("{unit}.service.d")));
     let there: Vec<_> = directories.filter(|directory| directory.exists()).collect();
     there.iter().try_for_each(|directory| store::remove_tree(directory))?;
@@ -118,7 +128,16 @@ pub fn remove_drop_ins(home: &Home) -> Result<()> {
 
 /// Whether systemd could run the roles of this home.
 pub fn can_register(home: &Home) -> Result<()> {
-    files(home).map(drop)
+    files(home)?;
+    for role in Role::BOTH {
+        if state(home, *role)?.load_state == "masked" {
+            let unit = home.unit(*role);
+            bail!(
+                "cannot register the unit {unit}: it is masked; run `systemctl unmask {unit}`, or say --service none"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Whether there is anything of this home in systemd: a unit file, or a unit that it remembers without one.
@@ -133,8 +152,8 @@ pub fn is_registered(home: &Home) -> bool {
 }
 
 /// Starts the units of the roles and waits until they are up.
-pub fn start(home: &Home, roles: &[Role]) -> Result<()> {
-    systemctl(&["start"], &units(home, roles), STARTING)
+pub fn start(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
+    systemctl(&["start"], &units(home, roles), STARTING).map(|()| None)
 }
 
 /// Stops the units of the roles, which is a stop: the sub-agents go too. A unit whose file is gone, or is bad, may be at work all the
@@ -143,7 +162,7 @@ pub fn stop(home: &Home, roles: &[Role]) -> Result<()> {
     let mut at_work = Vec::new();
     for role in roles {
         if state(home, *role)?.is_at_work() {
-            at_work.push(unit_name(home, *role));
+            at_work.push(home.unit(*role));
         }
     }
     if at_work.is_empty() {
@@ -153,14 +172,24 @@ pub fn stop(home: &Home, roles: &[Role]) -> Result<()> {
 }
 
 /// Restarts the units of the roles; the sub-agents keep running.
-pub fn restart(home: &Home, roles: &[Role]) -> Result<()> {
-    systemctl(&["restart"], &units(home, roles), STOPPING)
+pub fn restart(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
+    systemctl(&["restart"], &units(home, roles), STOPPING).map(|()| None)
+}
+
+/// What systemd knows of a role's unit.
+pub fn standing(home: &Home, role: Role) -> Result<UnitStanding> {
+    Ok(state(home, role)?.standing())
+}
+
+/// Whether a role's unit is being stopped only to be started again.
+pub fn is_restarting(home: &Home, role: Role) -> Result<bool> {
+    Ok(matches!(state(home, role)?.job.as_deref(), Some("restart" | "try-restart")))
 }
 
 /// What systemd says of a role's unit.
-pub fn state(home: &Home, role: Role) -> Result<UnitState> {
-    let unit = unit_name(home, role);
-    let properties = "--property=LoadState,ActiveState,SubState,Result,MainPID,UnitFileState,Job";
+fn state(home: &Home, role: Role) -> Result<UnitState> {
+    let unit = home.unit(role);
+    let properties = "--property=LoadState,ActiveState,UnitFileState,Job";
     let (mut state, job) = parse_show(&ask(&["show", properties, &format!("{unit}.service")])?);
     if let Some(id) = job {
         // Where the job ended between the two questions, the rest of the answer is outdated: something was at work then.
@@ -176,9 +205,6 @@ fn parse_show(shown: &str) -> (UnitState, Option<String>) {
     let state = UnitState {
         load_state: text("LoadState"),
         active_state: text("ActiveState"),
-        sub_state: text("SubState"),
-        result: text("Result"),
-        main_pid: text("MainPID").parse().ok().filter(|pid| *pid != 0),
         unit_file_state: text("UnitFileState"),
         job: None,
     };
@@ -192,7 +218,7 @@ fn property(shown: &str, name: &str) -> Option<String> {
 }
 
 fn units(home: &Home, roles: &[Role]) -> Vec<String> {
-    roles.iter().map(|role| unit_name(home, *role)).collect()
+    roles.iter().map(|role| home.unit(*role)).collect()
 }
 
 fn unit_path(unit: &str) -> PathBuf {
@@ -203,11 +229,11 @@ fn unit_path(unit: &str) -> PathBuf {
 fn files(home: &Home) -> Result<[(String, PathBuf, String); 3]> {
     let role = |role: Role, template| -> Result<_> {
         let program = home.role_link(role.program());
-        Ok((unit_name(home, role), program.clone(), contents(home, template, program)?))
+        Ok((home.unit(role), program.clone(), contents(home, template, program)?))
     };
     let executable = home.executable();
     Ok([
-        (agents_unit(home), executable.clone(), contents(home, AGENTS_UNIT, executable)?),
+        (home.agents_unit(), executable.clone(), contents(home, AGENTS_UNIT, executable)?),
         role(Role::Spm, SPM_UNIT)?,
         role(Role::Spa, SPA_UNIT)?,
     ])
@@ -247,9 +273,9 @@ fn contents(home: &Home, template: &str, executable: PathBuf) -> Result<String> 
         .replace("@EXECUTABLE@", &program(executable)?)
         .replace("@HOME@", &quoted(root, true)?)
         .replace("@HOME_SHOWN@", &shown)
-        .replace("@AGENTS@", &agents_unit(home))
-        .replace("@SPM@", &unit_name(home, Role::Spm))
-        .replace("@SPA@", &unit_name(home, Role::Spa)))
+        .replace("@AGENTS@", &home.agents_unit())
+        .replace("@SPM@", &home.unit(Role::Spm))
+        .replace("@SPA@", &home.unit(Role::Spa)))
 }
 
 /// A path as one word of a command line in a unit: `%` begins a specifier, `\` and `"` are quoted, and `$` begins a variable in
@@ -328,8 +354,31 @@ mod tests {
         for refused in ["/srv/a\"b", "/srv/a'b", "/srv/a\\b"] {
             assert!(can_register(&Home::new(refused)).unwrap_err().to_string().contains("--service none"));
         }
-        assert!(spm.contains(&format!("Wants={}.service {}.service", agents_unit(&home), unit_name(&home, Role::Spa))));
+        assert!(spm.contains(&format!("Wants={}.service {}.service", home.agents_unit(), home.unit(Role::Spa))));
         assert!(files(&Home::new("/srv/a\nb")).is_err());
+    }
+
+    #[test]
+    fn only_a_unit_that_is_inactive_was_stopped() {
+        let unit = |load: &str, active: &str, file: &str, job: Option<&str>| {
+            let unit = UnitState {
+                load_state: load.into(),
+                active_state: active.into(),
+                unit_file_state: file.into(),
+                job: job.map(Into::into),
+            };
+            unit.standing()
+        };
+        assert_eq!(unit("loaded", "inactive", "enabled", None), UnitStanding::Stopped);
+        let failed_before = "LoadState=loaded\nActiveState=inactive\nResult=signal\nUnitFileState=enabled\n";
+        assert_eq!(parse_show(failed_before).0.standing(), UnitStanding::Stopped);
+        assert_eq!(unit("loaded", "inactive", "enabled", Some("start")), UnitStanding::Coming);
+        assert_eq!(unit("loaded", "inactive", "enabled", Some("ended")), UnitStanding::Coming);
+        assert_eq!(unit("loaded", "activating", "enabled", None), UnitStanding::Coming);
+        assert_eq!(unit("loaded", "failed", "enabled", None), UnitStanding::Dead);
+        assert_eq!(unit("masked", "failed", "masked", None), UnitStanding::Forbidden);
+        assert_eq!(unit("loaded", "inactive", "disabled", None), UnitStanding::Forbidden);
+        assert_eq!(unit("not-found", "inactive", "", None), UnitStanding::Missing);
     }
 
     #[test]
@@ -337,16 +386,13 @@ mod tests {
         let (state, job) = parse_show(
             "Job=4711\nLoadState=loaded\nActiveState=deactivating\nSubState=stop\nResult=success\nMainPID=42\nUnitFileState=enabled\n",
         );
-        assert_eq!(
-            (state.main_pid, state.active_state.as_str(), job.as_deref()),
-            (Some(42), "deactivating", Some("4711"))
-        );
+        assert_eq!((state.active_state.as_str(), job.as_deref()), ("deactivating", Some("4711")));
         assert!(!state.is_forbidden());
 
         let (state, job) = parse_show(
             "MainPID=0\nLoadState=not-found\nActiveState=inactive\nSubState=dead\nResult=success\nUnitFileState=\nJob=\n",
         );
-        assert_eq!((state.main_pid, job, state.is_forbidden()), (None, None, false));
+        assert_eq!((job, state.is_forbidden()), (None, false));
         assert!(parse_show("LoadState=masked\n").0.is_forbidden());
         assert!(parse_show("LoadState=loaded\nUnitFileState=disabled\nJob=0\n").0.is_forbidden());
     }

@@ -12,8 +12,8 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::core::model::{Digest, Version};
+use crate::core::service_manager::Kind;
 use crate::home::Home;
-use crate::host_service::Kind;
 use crate::store::{self, Unknown};
 
 /// `state/manager.json`: the release of the manager that is in place, as its signed comment said.

@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::core::service_manager::Notice;
+
 mod access;
 mod clone;
 mod group;
@@ -103,9 +105,14 @@ pub fn errand() -> Option<std::process::ExitCode> {
 
 // --- The service manager's notifications
 
-/// Tells systemd, where it asked to be told (sd_notify(3)).
-pub fn notify(state: &str) {
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Custom(state)]);
+/// Tells systemd, where it wants to know (sd_notify(3)).
+pub fn notify(notice: Notice) {
+    let state = match notice {
+        Notice::Ready => sd_notify::NotifyState::Ready,
+        Notice::Stopping => sd_notify::NotifyState::Stopping,
+        Notice::Alive => sd_notify::NotifyState::Watchdog,
+    };
+    let _ = sd_notify::notify(&[state]);
 }
 
 // --- The active release of a sub-agent

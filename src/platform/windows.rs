@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::core::service_manager::Notice;
+
 mod access;
 mod group;
 mod launch;
@@ -243,7 +245,7 @@ impl Termination {
 // --- The service manager's notifications
 
 /// The service control manager is told in its own way, by who registers a service with it.
-pub fn notify(_state: &str) {}
+pub fn notify(_notice: Notice) {}
 
 /// Replaces a small file in one step.
 fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {

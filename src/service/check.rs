@@ -9,14 +9,14 @@ use super::contact::{self, Contact};
 use super::{InstallOptions, ServiceChoice, Surroundings, old, progress, site};
 use crate::config::{self, Certificate, Config, ProxyChoice};
 use crate::core::model::{AgentId, Version};
+use crate::core::service_manager::Kind;
 use crate::endpoint::Proxies;
 use crate::home::{CA_FILE, Home};
+use crate::host_service;
 use crate::host_service::product::{Product, Registration};
-use crate::host_service::{self, Kind};
 use crate::installation::keyring::Keyring;
 use crate::installation::{self, Epochs, Installed, guard};
 use crate::package::{Keys, trailer};
-use crate::role::Role;
 use crate::{lifecycle, platform, store};
 
 /// A file of certificates: one has 2 kB, the list of a whole system 300.
@@ -169,10 +169,7 @@ pub(super) fn plan(
     let trusted = trusted(options, home, &surroundings.executable, keeps)?;
     let epochs = if keeps { Epochs::load(home)? } else { Epochs::default() };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
-    if kind == Kind::Systemd {
-        host_service::systemd::can_register(home)?;
-        not_masked(home)?;
-    }
+    host_service::can_register(kind, home)?;
     if let Some(why) = why {
         progress::say(why);
     }
@@ -322,31 +319,14 @@ fn trusted(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool
 }
 
 /// Which service manager the roles are registered with, and why it is none although there is one.
-fn registration(
-    choice: ServiceChoice,
-    product: Registration,
-    detected: Kind,
-    root: bool,
-) -> (Kind, Option<&'static str>) {
+fn registration(choice: ServiceChoice, product: Registration, detected: Kind, root: bool) -> (Kind, Option<String>) {
     match (choice, product, detected) {
         (ServiceChoice::None, _, _) | (_, Registration::None, _) | (_, _, Kind::None) => (Kind::None, None),
-        (ServiceChoice::Auto, Registration::Auto, Kind::Systemd) if root => (Kind::Systemd, None),
-        (ServiceChoice::Auto, Registration::Auto, Kind::Systemd) => {
-            (Kind::None, Some("not registered with systemd: that takes root; the roles are started without it"))
+        (ServiceChoice::Auto, Registration::Auto, kind) if root => (kind, None),
+        (ServiceChoice::Auto, Registration::Auto, kind) => {
+            (Kind::None, Some(format!("not registered with {kind}: that takes root; the roles are started without it")))
         }
     }
-}
-
-fn not_masked(home: &Home) -> Result<()> {
-    for role in Role::BOTH {
-        if host_service::state(home, *role)?.load_state == "masked" {
-            let unit = host_service::unit_name(home, *role);
-            bail!(
-                "cannot register the unit {unit}: it is masked; run `systemctl unmask {unit}`, or say --service none"
-            );
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -414,14 +394,15 @@ mod tests {
     }
 
     #[test]
-    fn registration_takes_systemd_root_and_a_product_that_wants_it() {
+    fn registration_takes_a_service_manager_root_and_a_product_that_wants_it() {
         use ServiceChoice as Choice;
         let decided = |choice, product, detected, root| registration(choice, product, detected, root).0;
-        assert_eq!(decided(Choice::Auto, Registration::Auto, Kind::Systemd, true), Kind::Systemd);
-        assert_eq!(decided(Choice::Auto, Registration::Auto, Kind::Systemd, false), Kind::None);
-        assert_eq!(decided(Choice::Auto, Registration::Auto, Kind::None, true), Kind::None);
-        assert_eq!(decided(Choice::Auto, Registration::None, Kind::Systemd, true), Kind::None);
-        assert_eq!(decided(Choice::None, Registration::Auto, Kind::Systemd, true), Kind::None);
+        for kind in Kind::ALL.iter().copied() {
+            assert_eq!(decided(Choice::Auto, Registration::Auto, kind, true), kind);
+            assert_eq!(decided(Choice::Auto, Registration::Auto, kind, false), Kind::None);
+            assert_eq!(decided(Choice::Auto, Registration::None, kind, true), Kind::None);
+            assert_eq!(decided(Choice::None, Registration::Auto, kind, true), Kind::None);
+        }
     }
 
     #[test]

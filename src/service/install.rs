@@ -24,8 +24,8 @@ use super::fetch::{self, Fetched};
 use super::site::Site;
 use super::undo::Undo;
 use super::{InstallOptions, Surroundings, WRONG_USAGE, old, place, progress, roles, switch};
+use crate::core::service_manager::Kind;
 use crate::home::Home;
-use crate::host_service::Kind;
 use crate::installation::Installed;
 use crate::installation::keyring::{self, Keyring};
 use crate::store;
@@ -153,10 +153,12 @@ fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed
         }
         return Ok(());
     };
-    if plan.standing == Standing::Nothing && failed.step == Step::Wait && plan.kind == Kind::Systemd {
+    if plan.standing == Standing::Nothing && failed.step == Step::Wait && plan.kind.is_some() {
         site.stay();
-        let stays =
-            "what was installed stays, and systemd goes on starting it; look at its log, and repeat the command";
+        let stays = format!(
+            "what was installed stays, and {} goes on starting it; look at its log, and repeat the command",
+            plan.kind
+        );
         return Err(Failed { step: failed.step, error: failed.error.context(stays) });
     }
     progress::say(format_args!("step {} failed; putting back what was there", failed.step));
@@ -187,8 +189,8 @@ fn carry_out(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -
     }
     progress::say(format_args!("putting version {} into {}", fetched.release.manager.version, home.root().display()));
     switch::switch(plan, fetched, site, undo).at(Step::Switch)?;
-    if plan.kind == Kind::Systemd {
-        progress::say("registering with systemd");
+    if plan.kind.is_some() {
+        progress::say(format_args!("registering with {}", plan.kind));
     }
     roles::register(home, plan.kind).at(Step::Register)?;
     progress::say("starting");
@@ -197,7 +199,7 @@ fn carry_out(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -
 }
 
 fn was_registered(plan: &Plan) -> bool {
-    matches!(&plan.standing, Standing::Aops(installed) if installed.service == Kind::Systemd)
+    matches!(&plan.standing, Standing::Aops(installed) if installed.service.is_some())
 }
 
 /// Undoes what was done up to `step`, in the opposite order, as far as each of it can be undone; fails with all that could not. What `ran`
@@ -209,7 +211,7 @@ fn take_back(plan: &Plan, step: Step, ran: bool, ring: Option<&Keyring>, site: &
     if !plan.keeps() && step >= Step::Register {
         done(roles::stop_all(home));
     }
-    if step >= Step::Register && plan.kind == Kind::Systemd && !was_registered(plan) {
+    if step >= Step::Register && plan.kind.is_some() && !was_registered(plan) {
         done(roles::register(home, Kind::None));
     }
     // Before the files of keys are back.

@@ -14,7 +14,6 @@ use super::{leftovers, progress};
 use crate::command;
 use crate::config::import::{OLD_AGENT_IDS, OLD_CONFIG};
 use crate::home::Home;
-use crate::host_service::product;
 use crate::platform;
 
 /// What an old installation's `control` script may take.
@@ -28,7 +27,7 @@ pub(super) fn is_old(home: &Home) -> bool {
         return false;
     }
     // A `control` alone is what packages of sub-agents, and other systems, have too.
-    let is_in_its_place = home.root() == product::default_home();
+    let is_in_its_place = home.is_default();
     file(OLD_CONFIG) || OLD_AGENT_IDS.iter().any(|name| file(name)) || (is_in_its_place && has_control(home))
 }
 

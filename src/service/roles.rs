@@ -7,11 +7,11 @@ use anyhow::{Context, Result, bail};
 
 use super::leftovers;
 use super::progress;
+use crate::core::role::Role;
+use crate::core::service_manager::Kind;
 use crate::door::{self, Request};
 use crate::home::Home;
-use crate::host_service::{self, Kind};
-use crate::role::{self, Role};
-use crate::{lifecycle, platform, store};
+use crate::{host_service, lifecycle, platform, role, store};
 
 /// For the manager to answer once it is started.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -44,35 +44,24 @@ pub(super) fn stop_all(home: &Home) -> Result<()> {
 
 /// Registers the roles where they are to be, and takes them out of a service manager that they are not to be in any more.
 pub(super) fn register(home: &Home, kind: Kind) -> Result<()> {
-    match kind {
-        Kind::Systemd => host_service::register(home),
-        Kind::None if host_service::systemd::is_registered(home) && host_service::detect() == Kind::Systemd => {
-            // The units' stop is a real one: sub-agents are stopped, too, and started again by the new manager.
-            host_service::stop(home, Role::BOTH)?;
-            host_service::unregister(home)
-        }
-        Kind::None => Ok(()),
+    let before = host_service::registered_with(home);
+    if before != kind {
+        // The units' stop is a real one: sub-agents are stopped, too, and started again by the new manager.
+        host_service::stop(before, home, Role::BOTH)?;
+        host_service::unregister(before, home)?;
     }
+    host_service::register(kind, home)
 }
 
 /// Starts the roles, or renews them where they run: sub-agents keep running. The child is the manager itself, where there is no service
 /// manager.
 pub(super) fn start(home: &Home, kind: Kind, registered_before: bool) -> Result<Option<Child>> {
     role::clear_stop(home)?;
-    match kind {
-        Kind::Systemd => {
-            if !registered_before {
-                // Somebody else started those that run: they would keep the locks.
-                lifecycle::end_roles(home)?;
-            }
-            host_service::restart(home, Role::BOTH)?;
-            Ok(None)
-        }
-        Kind::None => {
-            lifecycle::end_roles(home)?;
-            role::spawn(home, Role::Spm).map(Some)
-        }
+    if !registered_before {
+        // Somebody else started those that run: they would keep the locks.
+        host_service::end_roles(home)?;
     }
+    host_service::restart(kind, home, Role::BOTH)
 }
 
 /// Waits until a manager answers that is not `before`.
@@ -118,7 +107,7 @@ fn last_words(home: &Home) -> String {
 pub(super) fn start_again(home: &Home, kind: Kind) -> Result<()> {
     let attempt = || -> Result<()> {
         register(home, kind)?;
-        let child = start(home, kind, kind == Kind::Systemd)?;
+        let child = start(home, kind, kind.is_some())?;
         wait(home, None, child)
     };
     attempt().context("cannot start again what ran before")

@@ -14,7 +14,6 @@ use super::undo::Undo;
 use crate::config::{self, Config};
 use crate::core::model::MANAGER_PACKAGE;
 use crate::endpoint;
-use crate::host_service::product;
 use crate::installation::executable::{self, Name};
 use crate::installation::{Epochs, Installed, keyring};
 use crate::platform;
@@ -103,7 +102,7 @@ fn command_link(plan: &Plan, undo: &mut Undo) -> Result<Vec<PathBuf>> {
     };
     let link = PathBuf::from(COMMAND_LINK);
     let executable = plan.home.executable();
-    let wanted = platform::is_root() && plan.home.root() == product::default_home();
+    let wanted = platform::is_root() && plan.home.is_default();
     let ours = std::fs::read_link(&link).is_ok_and(|target| target == executable);
     let free = link.symlink_metadata().is_err() && link.parent().is_some_and(Path::is_dir);
     if wanted && (free || ours) {

@@ -13,14 +13,13 @@ use anyhow::{Context, Result, bail};
 use super::site::{self, Site};
 use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
 use crate::home::Home;
-use crate::host_service::{self, Kind};
 use crate::installation::{self, Installed};
-use crate::{platform, store};
+use crate::{host_service, platform, store};
 
 /// Removes the installation in `home`. Asks first, unless `yes`.
 pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
     let shown = home.root().display();
-    if !installation::exists(home) && !site::is_half_made(home) && !host_service::systemd::is_registered(home) {
+    if !installation::exists(home) && !site::is_half_made(home) && host_service::registration_left(home).is_none() {
         anstream::eprintln!("aops: nothing is installed in {shown}");
         return Ok(ExitCode::from(NOT_INSTALLED));
     }
@@ -67,10 +66,11 @@ fn remove(home: &Home) -> Result<()> {
     for directory in home.directories().iter().map(|(path, _)| path).filter(|path| *path != home.root()) {
         store::ensure_nothing_mounted(directory)?;
     }
-    if host_service::detect() == Kind::Systemd && host_service::systemd::is_known(home) {
+    // By the host, not by the record: that may say none, or be gone.
+    let kind = host_service::detect();
+    if host_service::is_known(kind, home) {
         progress::say("taking the units away");
-        host_service::unregister(home)?;
-        host_service::remove_drop_ins(home)?;
+        host_service::purge(kind, home)?;
     }
     progress::say("removing files");
     let (linked, created) = match installed {
@@ -130,8 +130,8 @@ fn verify(home: &Home) -> Result<()> {
     if let Ok(entries) = fs::read_dir(home.root()) {
         left.extend(entries.flatten().map(|entry| entry.path().display().to_string()));
     }
-    if host_service::systemd::is_registered(home) {
-        left.push("a unit of systemd".to_owned());
+    if let Some(kind) = host_service::registration_left(home) {
+        left.push(format!("a unit of {kind}"));
     }
     for process in leftovers::running_from(home.root()) {
         left.push(format!("the process {} ({})", process.pid, process.executable.display()));
@@ -142,6 +142,7 @@ fn verify(home: &Home) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::service_manager::Kind;
 
     fn home_in(directory: &Path) -> Home {
         let home = Home::new(directory.join("made/home"));

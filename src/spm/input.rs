@@ -9,8 +9,8 @@ use crate::core::agent::{Ready, Refusal};
 use crate::core::ledger::Release;
 use crate::core::model::{AgentName, Version};
 use crate::core::program::Program;
+use crate::core::service_manager::UnitStanding;
 use crate::core::supervise::Answer;
-use crate::host_service;
 use crate::platform::Child;
 use crate::process::launch::Start;
 use crate::process::record::Record;
@@ -92,7 +92,7 @@ pub(super) enum Input {
     Reloaded(Reloaded),
     Heartbeat(Outcome),
     /// What the service manager says of the unit of a watchdog that is gone.
-    WatchdogJudged(Result<host_service::Verdict>),
+    WatchdogJudged(Result<UnitStanding>),
 }
 
 /// A process that runs: started by us, so that its exit status comes to us, or adopted.

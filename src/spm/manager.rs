@@ -25,12 +25,13 @@ use super::disk::{File, StateFile};
 use super::input::Inputs;
 use super::journal::{About, Journal};
 use super::peer::Peer;
-use super::{notify, stage};
+use super::stage;
 use crate::config::{Config, Loaded};
 use crate::core::agent::Event;
 use crate::core::desired::{Desired, Taken};
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::schedule::Allowance;
+use crate::core::service_manager::{Kind, Notice};
 use crate::door::{self, Farewell, Reply};
 use crate::home::Home;
 use crate::installation::{self, guard};
@@ -103,13 +104,13 @@ pub(super) struct Manager {
 /// Runs the manager until it is told to end, and says as what it ended.
 ///
 /// `own`: its record, which it sees to where that could not be written at first.
-pub(super) async fn run(home: &Home, supervised: bool, own: &Holder) -> Result<Farewell> {
+pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Farewell> {
     let (inputs, mut words) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
     if let Err(error) = platform::adopt_orphans() {
         tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
     }
-    let mut manager = Manager::load(home, supervised, own, inputs)?;
+    let mut manager = Manager::load(home, service, own, inputs)?;
     manager.look_at_home_now();
     manager.take_charge();
 
@@ -118,7 +119,7 @@ pub(super) async fn run(home: &Home, supervised: bool, own: &Holder) -> Result<F
     let (knock, mut knocks) = mpsc::channel(16);
     let (farewell, heard) = watch::channel(None);
     let door = tokio::spawn(door::serve(listener, knock, heard));
-    notify("READY=1");
+    platform::notify(Notice::Ready);
     let version = &manager.identity.version;
     tracing::info!(version = %version, pid = std::process::id(), agents = manager.agents.len(), "the manager is ready");
 
@@ -139,7 +140,7 @@ pub(super) async fn run(home: &Home, supervised: bool, own: &Holder) -> Result<F
             () = termination.recv() => manager.asked_to_end(),
         }
     };
-    notify("STOPPING=1");
+    platform::notify(Notice::Stopping);
     manager.journal.flush_now();
     // The door is shut first: the watchdog, which connects again as soon as it heard the farewell, would take our end for a death.
     door.abort();
@@ -151,7 +152,7 @@ pub(super) async fn run(home: &Home, supervised: bool, own: &Holder) -> Result<F
 }
 
 impl Manager {
-    fn load(home: &Home, supervised: bool, own: &Holder, inputs: Inputs) -> Result<Manager> {
+    fn load(home: &Home, service: Kind, own: &Holder, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
         let loaded = Config::load(home)?;
         warn_of_unknown(&loaded);
@@ -214,7 +215,7 @@ impl Manager {
             groups: groups(home),
             replan: true,
             journal,
-            peer: Peer::new(home, supervised, now),
+            peer: Peer::new(home, service, now),
             inputs,
             desk: stage::Desk::new(),
             line,

@@ -1,210 +1,139 @@
 //! The manager's eye on the watchdog: its connection's end is its death; then the service manager revives it, or we do.
 
 use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::input::{Input, Inputs};
+use crate::core::role::Role;
+use crate::core::service_manager::{Kind, UnitStanding};
 use crate::core::status::RoleStatus;
-use crate::core::watch::{Lasting, Revival};
+use crate::core::watch::reviver::{Action, Policy, Reviver, Seen};
 use crate::home::Home;
-use crate::host_service::{self, Unanswered, Verdict};
-use crate::platform;
-use crate::role::{self, Role};
-
-/// A watchdog that was there before us connects within this.
-const CONNECTS: Duration = Duration::from_secs(2);
-/// A watchdog that died is started after this: who renews both roles ends the manager within it, and starts one of each.
-const MOMENT: Duration = Duration::from_millis(500);
-/// The service manager gets so long before we ask it, and once more before we start the watchdog ourselves.
-const SERVICE_MANAGERS_TURN: Duration = Duration::from_secs(10);
-/// A watchdog pings every 15 s; one that has been silent for so long is hung. So is one that has its role and does not connect.
-const SILENCE: Duration = Duration::from_secs(60);
-/// While there is none, it is looked for so often.
-const LOOK: Duration = Duration::from_secs(3);
+use crate::{host_service, platform, role};
 
 #[derive(Debug)]
 pub(super) struct Peer {
-    supervised: bool,
-    state: State,
-    revival: Revival,
-    unanswered: Unanswered,
+    /// Who starts the roles.
+    service: Kind,
+    /// Of the one that is connected.
+    pid: Option<u32>,
+    reviver: Reviver,
     children: Vec<Child>,
     /// Somebody stopped the watchdog's own unit; it is left so.
     pub(super) stopped_by_operator: bool,
 }
 
-#[derive(Debug)]
-enum State {
-    Connected { pid: u32, since: Instant, heard: Instant },
-    Gone(Absence),
-}
-
-/// A time without a watchdog.
-#[derive(Debug)]
-struct Absence {
-    /// Not to be started before.
-    not_before: Instant,
-    looked: Option<Instant>,
-    /// The service manager has its turn since then.
-    turn: Instant,
-    /// It was asked to start it.
-    told: bool,
-    /// Somebody has the role, and does not connect.
-    mute: Lasting,
-}
-
-impl State {
-    fn gone(now: Instant, not_before: Instant) -> State {
-        State::Gone(Absence { not_before, looked: None, turn: now, told: false, mute: Lasting::default() })
-    }
-}
-
 impl Peer {
-    pub(super) fn new(home: &Home, supervised: bool, now: Instant) -> Peer {
-        let not_before = if role::is_taken(home, Role::Spa) { now + CONNECTS } else { now };
-        let state = State::gone(now, not_before);
-        Peer {
-            supervised,
-            state,
-            revival: Revival::new(now),
-            unanswered: Unanswered::default(),
-            children: vec![],
-            stopped_by_operator: false,
-        }
+    pub(super) fn new(home: &Home, service: Kind, now: Instant) -> Peer {
+        let reviver = Reviver::new(Policy::MANAGER, service.is_some(), role::is_taken(home, Role::Spa), now);
+        Peer { service, pid: None, reviver, children: vec![], stopped_by_operator: false }
     }
 
     pub(super) fn hello(&mut self, pid: u32, now: Instant) {
         tracing::info!(pid, "the watchdog connected");
-        self.state = State::Connected { pid, since: now, heard: now };
-        self.revival.came();
+        self.pid = Some(pid);
+        self.reviver.connected(now);
+        self.reviver.heard(now);
         self.stopped_by_operator = false;
     }
 
     pub(super) fn ping(&mut self, now: Instant) {
-        if let State::Connected { heard, .. } = &mut self.state {
-            *heard = now;
-        }
+        self.reviver.heard(now);
     }
 
     pub(super) fn gone(&mut self, pid: u32, now: Instant) {
-        if let State::Connected { pid: connected, since, .. } = self.state
-            && connected == pid
-        {
+        if self.pid == Some(pid) {
             tracing::warn!(pid, "the watchdog is gone");
-            self.revival.died(now.saturating_duration_since(since), now);
-            self.state = State::gone(now, now + MOMENT);
+            self.pid = None;
+            self.reviver.lost(now);
         }
     }
 
     pub(super) fn is_connected(&self) -> bool {
-        matches!(self.state, State::Connected { .. })
+        self.pid.is_some()
     }
 
     /// When [`Peer::look`] has something to do.
     pub(super) fn deadline(&self) -> Instant {
-        match &self.state {
-            State::Connected { heard, .. } => *heard + SILENCE,
-            State::Gone(absence) => match (self.due(absence), absence.looked) {
-                (due, None) => due,
-                (due, Some(looked)) if due > looked => due.min(looked + LOOK),
-                (_, Some(looked)) => looked + LOOK,
-            },
-        }
-    }
-
-    /// When it is to be started, or asked after.
-    fn due(&self, absence: &Absence) -> Instant {
-        let ours = self.revival.due().max(absence.not_before);
-        if self.supervised { ours.max(absence.turn + SERVICE_MANAGERS_TURN) } else { ours }
+        self.reviver.deadline()
     }
 
     /// Does what time asks for: revives a watchdog that is gone, kills one that hangs.
     pub(super) fn look(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
         self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        let taken = !self.is_connected() && role::is_taken(home, Role::Spa);
-        let due = match &self.state {
-            State::Connected { .. } => now,
-            State::Gone(absence) => self.due(absence),
-        };
-        match &mut self.state {
-            State::Connected { heard, .. } if now >= *heard + SILENCE => {
-                kill_hung(home);
-                // Its connection's end tells the rest.
-                self.ping(now);
-            }
-            State::Connected { .. } => {}
-            State::Gone(absence) => {
-                absence.looked = Some(now);
-                if absence.mute.look(taken, now) >= SILENCE {
-                    absence.mute = Lasting::default();
-                    kill_hung(home);
-                } else if now >= due && !taken {
-                    if self.supervised {
-                        absence.turn = now;
-                        ask(home, inputs);
-                    } else {
-                        self.revive(home, now);
-                    }
-                }
-            }
+        let action = self.reviver.look(self.seen(home), now);
+        if action == Some(Action::AskUnit) {
+            return ask(self.service, home, inputs);
         }
+        self.carry_out(home, action);
     }
 
-    /// Takes in what the service manager says of the unit of a watchdog that is gone.
-    pub(super) fn judged(&mut self, home: &Home, answer: anyhow::Result<Verdict>, now: Instant) {
-        let verdict = self.unanswered.judge(answer);
-        let State::Gone(absence) = &mut self.state else { return };
-        match verdict {
-            Verdict::Stopped => self.stopped_by_operator = true,
-            Verdict::Coming | Verdict::Forbidden => {}
-            Verdict::Dead if !absence.told => {
+    /// Takes in what the service manager knows of the unit of a watchdog that is gone.
+    pub(super) fn judged(&mut self, home: &Home, answer: anyhow::Result<UnitStanding>, now: Instant) {
+        let answer = answer.inspect_err(|error| {
+            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
+        });
+        let action = self.reviver.answered(answer.ok(), self.seen(home), now);
+        self.carry_out(home, action);
+    }
+
+    /// A stop that is recorded comes to the manager as a request.
+    fn seen(&self, home: &Home) -> Seen {
+        Seen { taken: !self.is_connected() && role::is_taken(home, Role::Spa), stop_recorded: false }
+    }
+
+    fn carry_out(&mut self, home: &Home, action: Option<Action>) {
+        match action {
+            Some(Action::StartUnit) => {
                 tracing::warn!("the watchdog is dead and its unit is asked to start it");
-                (absence.told, absence.turn) = (true, now);
-                let home = home.clone();
+                let (service, home) = (self.service, home.clone());
                 tokio::task::spawn_blocking(move || {
-                    if let Err(error) = host_service::start(&home, &[Role::Spa]) {
+                    if let Err(error) = host_service::start(service, &home, &[Role::Spa]) {
                         tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
                     }
                 });
             }
-            Verdict::Dead | Verdict::Missing if !role::is_taken(home, Role::Spa) => self.revive(home, now),
-            Verdict::Dead | Verdict::Missing => {}
-        }
-    }
-
-    fn revive(&mut self, home: &Home, now: Instant) {
-        tracing::warn!(failures = self.revival.failures(), "the watchdog is not there and is started");
-        self.revival.tried(now);
-        match role::spawn(home, Role::Spa) {
-            Ok(child) => self.children.push(child),
-            Err(error) => {
-                tracing::error!(error = format!("{error:#}"), "the watchdog cannot be started; it is tried again")
+            Some(Action::Start { failures }) => {
+                tracing::warn!(failures, "the watchdog is not there and is started");
+                match role::spawn(home, Role::Spa) {
+                    Ok(child) => self.children.push(child),
+                    Err(error) => {
+                        tracing::error!(
+                            error = format!("{error:#}"),
+                            "the watchdog cannot be started; it is tried again"
+                        )
+                    }
+                }
             }
+            Some(Action::KillHung) => kill_hung(home),
+            Some(Action::LeaveStopped) => self.stopped_by_operator = true,
+            // Asked by [`Peer::look`]; of the other policy.
+            Some(Action::AskUnit | Action::HonourStop) | None => {}
         }
     }
 
     pub(super) fn status(&self, home: &Home) -> RoleStatus {
         let holder = role::holder(home, Role::Spa);
         let restarts = holder.as_ref().map_or(0, |holder| holder.restarts);
-        match (holder.filter(role::Holder::is_alive), &self.state) {
+        match (holder.filter(role::Holder::is_alive), self.pid) {
             (Some(holder), _) => holder.status(),
             // It could not write its record.
-            (None, State::Connected { pid, .. }) => RoleStatus {
-                pid: Some(*pid),
-                uptime_seconds: platform::start_time(*pid).and_then(platform::age).map(|age| age.as_secs()),
-                memory_bytes: platform::memory_bytes(*pid),
+            (None, Some(pid)) => RoleStatus {
+                pid: Some(pid),
+                uptime_seconds: platform::start_time(pid).and_then(platform::age).map(|age| age.as_secs()),
+                memory_bytes: platform::memory_bytes(pid),
                 restarts,
             },
-            (None, State::Gone(_)) => RoleStatus { restarts, ..RoleStatus::default() },
+            (None, None) => RoleStatus { restarts, ..RoleStatus::default() },
         }
     }
 }
 
 /// Asks the service manager, which may take its time.
-fn ask(home: &Home, inputs: &Inputs) {
+fn ask(service: Kind, home: &Home, inputs: &Inputs) {
     let (home, inputs) = (home.clone(), inputs.clone());
     tokio::task::spawn_blocking(move || {
-        let _ = inputs.send(Input::WatchdogJudged(host_service::verdict(&home, Role::Spa)));
+        let _ = inputs.send(Input::WatchdogJudged(host_service::standing(service, &home, Role::Spa)));
     });
 }
 

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::core::role::Role;
 use crate::door;
 use crate::home::Home;
-use crate::role::{self, Role};
-use crate::{host_service, lifecycle, logging, process};
+use crate::{host_service, lifecycle, logging, process, role};
 
 /// Every sub-agent may take its grace period, which is ten minutes at the longest; the unit's `TimeoutStopSec` is longer still.
 const LONGEST_STOP: Duration = Duration::from_secs(840);
@@ -24,14 +24,14 @@ pub(super) fn run(home: &Home) -> Result<ExitCode> {
     if main_pid.is_empty() || main_pid == "0" {
         return Ok(ExitCode::SUCCESS);
     }
-    match host_service::is_restarting(home, Role::Spm) {
+    match host_service::is_restarting(host_service::detect(), home, Role::Spm) {
         Ok(true) => return Ok(ExitCode::SUCCESS),
         Ok(false) => {}
         // Not known to be a stop, it is none. If it was one, the watchdog sees it by the unit.
         Err(error) => {
             tracing::error!(
                 error = format!("{error:#}"),
-                "systemd does not say whether this is a restart; the sub-agents stay"
+                "the service manager does not say whether this is a restart; the sub-agents stay"
             );
             return Ok(ExitCode::SUCCESS);
         }

@@ -8,12 +8,13 @@ use anyhow::Result;
 use super::disk;
 use super::input::{Input, Inputs};
 use crate::config::{Config, Loaded};
+use crate::core::role::Role;
 use crate::home::Home;
 use crate::installation::guard;
 use crate::installation::keyring::Keyring;
 use crate::package::Keys;
 use crate::process::log;
-use crate::role::{self, Holder, Role};
+use crate::role::{self, Holder};
 
 /// What is wrong with a home, by subject; `None`: nothing.
 #[derive(Debug)]

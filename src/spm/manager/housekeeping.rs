@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::{Manager, config_problem, warn_of_unknown};
+use crate::core::role::Role;
+use crate::core::service_manager::Notice;
 use crate::home::Home;
 use crate::installation::guard;
-use crate::role::{self, Holder, Role};
+use crate::role::{self, Holder};
 use crate::spm::journal::About;
+use crate::spm::stage;
 use crate::spm::upkeep::{self, Looked, Reloaded};
-use crate::spm::{notify, stage};
 use crate::{package, platform};
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
@@ -72,7 +74,7 @@ impl Manager {
             self.trim_cache(now);
         }
         self.retry_ledger();
-        notify("WATCHDOG=1");
+        platform::notify(Notice::Alive);
     }
 
     /// Looks at the home before a heartbeat, which is to say what is wrong; a manager that sends none need not look.

@@ -1,0 +1,105 @@
+//! When a role that is gone is started: at once, and with a growing delay after each failure in a row.
+
+use std::time::{Duration, Instant};
+
+use crate::core::schedule::Backoff;
+
+/// Up for so long, a role was healthy; its next death is a first one.
+const HEALTHY: Duration = Duration::from_secs(60);
+/// One that was just started gets so long to show itself.
+const COMES: Duration = Duration::from_secs(2);
+const PAUSE: Backoff = Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) };
+
+/// When a role that is gone is started: the first time at once, then later and later.
+#[derive(Debug)]
+pub struct Revival {
+    /// Deaths in a row, and starts that came to nothing.
+    failures: u32,
+    tried: bool,
+    since: Instant,
+}
+
+impl Revival {
+    /// Of one that was never seen.
+    pub fn new(now: Instant) -> Revival {
+        Revival { failures: 0, tried: false, since: now }
+    }
+
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// It died after it had lived for so long.
+    pub fn died(&mut self, lived: Duration, now: Instant) {
+        let before = if lived > HEALTHY { 0 } else { self.failures };
+        *self = Revival { failures: before.saturating_add(1), tried: false, since: now };
+    }
+
+    /// It ended in order.
+    pub fn left(&mut self, now: Instant) {
+        *self = Revival::new(now);
+    }
+
+    /// It is there: what was tried came to something.
+    pub fn came(&mut self) {
+        self.failures -= u32::from(self.tried && self.failures > 0);
+        self.tried = false;
+    }
+
+    /// It was started; until it is there, that is a failure more.
+    pub fn tried(&mut self, now: Instant) {
+        *self = Revival { failures: self.failures.saturating_add(1), tried: true, since: now };
+    }
+
+    /// When it is gone since, or was last started.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// When it is to be started.
+    pub fn due(&self) -> Instant {
+        let pause = if self.failures <= 1 { Duration::ZERO } else { PAUSE.delay(self.failures - 1, 1.0) };
+        self.since + if self.tried { pause.max(COMES) } else { pause }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: fn(u64) -> Duration = Duration::from_secs;
+
+    #[test]
+    fn the_first_revival_comes_at_once_and_later_ones_later_until_it_was_healthy() {
+        let start = Instant::now();
+        let mut revival = Revival::new(start);
+        assert_eq!(revival.due(), start);
+        let mut pauses = vec![];
+        for _ in 0..9 {
+            revival.died(S(1), start);
+            pauses.push((revival.due() - start).as_secs());
+            revival.tried(start);
+            revival.came();
+        }
+        assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
+        revival.died(S(61), start);
+        assert_eq!(revival.due(), start);
+        revival.died(S(1), start);
+        revival.left(start);
+        assert_eq!(revival.due(), start);
+    }
+
+    #[test]
+    fn a_start_that_comes_to_nothing_is_a_failure_and_gets_its_time() {
+        let start = Instant::now();
+        let mut revival = Revival::new(start);
+        let mut at = start;
+        let mut pauses = vec![];
+        for _ in 0..6 {
+            revival.tried(at);
+            pauses.push((revival.due() - at).as_secs());
+            at = revival.due();
+        }
+        assert_eq!(pauses, [2, 2, 2, 4, 8, 16]);
+    }
+}

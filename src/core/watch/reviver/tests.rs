@@ -1,0 +1,486 @@
+//! The decision, answer by answer, and in a world of its own where anything may happen in any order.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const S: fn(u64) -> Duration = Duration::from_secs;
+const POLICIES: [Policy; 2] = [Policy::WATCHDOG, Policy::MANAGER];
+const NOBODY: Seen = Seen { taken: false, stop_recorded: false };
+const TAKEN: Seen = Seen { taken: true, stop_recorded: false };
+const STOPPED: Seen = Seen { taken: false, stop_recorded: true };
+
+/// One whose role was just lost for the first time, after a healthy time.
+fn lost(policy: Policy, supervised: bool, now: Instant) -> Reviver {
+    let since = now - S(3600);
+    let mut reviver = Reviver::new(policy, supervised, true, since);
+    reviver.connected(since);
+    reviver.heard(since);
+    assert_eq!(reviver.lost(now), Some(Loss::Died));
+    reviver
+}
+
+/// Looks whenever a look is due, at a role that is seen so, until an action comes; answers it and when it came.
+fn next(reviver: &mut Reviver, seen: Seen, now: &mut Instant) -> Action {
+    for _ in 0..100_000 {
+        *now = (*now).max(reviver.deadline());
+        if let Some(action) = reviver.look(seen, *now) {
+            return action;
+        }
+    }
+    panic!("nothing is done about it: {reviver:?}");
+}
+
+#[test]
+fn without_a_service_manager_the_role_is_started_soon_and_then_later_and_later() {
+    for (policy, moment) in [(Policy::WATCHDOG, 0), (Policy::MANAGER, 500)] {
+        let start = Instant::now();
+        let (mut reviver, mut now) = (lost(policy, false, start), start);
+        assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures: 1 });
+        assert_eq!((now - start).as_millis(), moment);
+        let mut pauses = vec![];
+        for failures in 2..12 {
+            let before = now;
+            assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures });
+            pauses.push((now - before).as_secs());
+        }
+        assert_eq!(pauses, [2, 2, 4, 8, 16, 32, 60, 60, 60, 60]);
+    }
+}
+
+#[test]
+fn a_start_that_was_heard_of_is_no_failure_but_an_early_death_is() {
+    let start = Instant::now();
+    let (mut reviver, mut now) = (lost(Policy::WATCHDOG, false, start), start);
+    for (failures, pause) in [(1, 0), (2, 1), (3, 2), (4, 4)] {
+        let before = now;
+        assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures });
+        assert_eq!((now - before).as_secs(), pause);
+        reviver.connected(now);
+        reviver.heard(now);
+        assert_eq!(reviver.lost(now), Some(Loss::Died));
+    }
+}
+
+#[test]
+fn one_that_had_its_role_before_gets_time_to_connect() {
+    let start = Instant::now();
+    for (policy, seconds) in [(Policy::WATCHDOG, 0), (Policy::MANAGER, 2)] {
+        let (mut reviver, mut now) = (Reviver::new(policy, false, true, start), start);
+        assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures: 0 });
+        assert_eq!(now - start, S(seconds));
+    }
+}
+
+#[test]
+fn the_watchdog_asks_after_the_unit_early_and_then_less_often_the_manager_after_the_turn() {
+    let asked = |policy, seen, times| -> Vec<u64> {
+        let start = Instant::now();
+        let (mut reviver, mut now) = (lost(policy, true, start), start);
+        let at = |_| {
+            assert_eq!(next(&mut reviver, seen, &mut now), Action::AskUnit);
+            assert_eq!(reviver.answered(Some(UnitStanding::Coming), seen, now), None);
+            (now - start).as_secs()
+        };
+        (0..times).map(at).collect()
+    };
+    assert_eq!(asked(Policy::MANAGER, NOBODY, 4), [10, 20, 30, 40]);
+    assert_eq!(asked(Policy::WATCHDOG, TAKEN, 7), [1, 2, 3, 4, 5, 6, 7]);
+    let of_watchdog = asked(Policy::WATCHDOG, NOBODY, 30);
+    assert_eq!(of_watchdog[..7], [1, 2, 3, 4, 5, 6, 7]);
+    assert!(of_watchdog.windows(2).all(|pair| (1..=11).contains(&(pair[1] - pair[0]))), "{of_watchdog:?}");
+    assert!((10..=11).contains(&(of_watchdog[29] - of_watchdog[28])), "{of_watchdog:?}");
+}
+
+#[test]
+fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
+    use UnitStanding::*;
+    let follows = |policy, standing, seen, seconds| {
+        let start = Instant::now();
+        lost(policy, true, start).answered(Some(standing), seen, start + S(seconds))
+    };
+    for policy in POLICIES {
+        let follows = |standing, seen, seconds| follows(policy, standing, seen, seconds);
+        assert_eq!(follows(Dead, NOBODY, 10), Some(Action::StartUnit));
+        assert_eq!(follows(Missing, NOBODY, 10), Some(Action::Start { failures: 1 }));
+        for standing in [Dead, Missing] {
+            assert_eq!(follows(standing, NOBODY, 9), None, "the turn is not over");
+            assert_eq!(follows(standing, TAKEN, 100), None, "somebody has the role");
+        }
+        for standing in [Coming, Forbidden] {
+            assert_eq!(follows(standing, NOBODY, 10_000), None);
+        }
+        let stop = if policy.follows_stop { Action::HonourStop } else { Action::LeaveStopped };
+        for (seen, seconds) in [(NOBODY, 0), (TAKEN, 0), (NOBODY, 100)] {
+            assert_eq!(follows(Stopped, seen, seconds), Some(stop));
+        }
+    }
+    for standing in [Dead, Missing] {
+        assert_eq!(follows(Policy::WATCHDOG, standing, STOPPED, 100), None);
+        assert!(follows(Policy::MANAGER, standing, STOPPED, 100).is_some(), "it hears of a stop in another way");
+    }
+}
+
+#[test]
+fn a_dead_unit_is_started_once_and_then_the_role_without_it() {
+    for policy in POLICIES {
+        let start = Instant::now();
+        let mut reviver = lost(policy, true, start);
+        let mut dead = |at| reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(at));
+        assert_eq!([dead(10), dead(19)], [Some(Action::StartUnit), None]);
+        assert_eq!(dead(20), Some(Action::Start { failures: 1 }));
+        assert_eq!([dead(21), dead(22)], [None, Some(Action::Start { failures: 2 })]);
+        assert_eq!(reviver.answered(Some(UnitStanding::Forbidden), NOBODY, start + S(600)), None);
+
+        // Where the start of the unit is waited for, the turn begins with its end; and the next absence begins anew.
+        let mut reviver = lost(policy, true, start);
+        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(10)), Some(Action::StartUnit));
+        reviver.unit_start_ended(start + S(90));
+        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(99)), None);
+        reviver.connected(start + S(99));
+        reviver.heard(start + S(99));
+        reviver.lost(start + S(100));
+        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(100)), None);
+        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(110)), Some(Action::StartUnit));
+    }
+}
+
+#[test]
+fn a_service_manager_that_does_not_answer_counts_as_none_after_six_questions() {
+    for policy in POLICIES {
+        let start = Instant::now();
+        let mut reviver = lost(policy, true, start);
+        let ask = |reviver: &mut Reviver, answer| reviver.answered(answer, NOBODY, start + S(3600));
+        for _ in 0..3 {
+            for _ in 0..5 {
+                assert_eq!(ask(&mut reviver, None), None);
+            }
+            assert_eq!(ask(&mut reviver, Some(UnitStanding::Coming)), None);
+        }
+        for _ in 0..5 {
+            assert_eq!(ask(&mut reviver, None), None);
+        }
+        assert_eq!(ask(&mut reviver, None), Some(Action::Start { failures: 1 }));
+    }
+}
+
+#[test]
+fn a_recorded_stop_is_honoured_by_the_one_that_follows_it_once_nobody_has_the_role() {
+    let start = Instant::now();
+    for supervised in [false, true] {
+        let mut watchdog = lost(Policy::WATCHDOG, supervised, start);
+        let ending = Seen { taken: true, stop_recorded: true };
+        for at in 0..200 {
+            let action = watchdog.look(ending, start + S(at));
+            assert!(matches!(action, None | Some(Action::AskUnit)), "one that is ending is not killed: {action:?}");
+        }
+        assert_eq!(watchdog.look(STOPPED, start + S(200)), Some(Action::HonourStop));
+    }
+    let mut manager = lost(Policy::MANAGER, false, start);
+    assert_eq!(manager.look(STOPPED, start + S(1)), Some(Action::Start { failures: 1 }));
+}
+
+#[test]
+fn one_that_has_the_role_and_stays_mute_is_killed_if_it_was_seen_without_a_break() {
+    for policy in POLICIES {
+        let start = Instant::now();
+        let (mut reviver, mut now) = (lost(policy, false, start), start);
+        assert_eq!(next(&mut reviver, TAKEN, &mut now), Action::KillHung);
+        assert!((60..64).contains(&(now - start).as_secs()), "{:?}", now - start);
+        let before = now;
+        assert_eq!(next(&mut reviver, TAKEN, &mut now), Action::KillHung);
+        assert!((60..68).contains(&(now - before).as_secs()), "{:?}", now - before);
+        // Whoever does not look in time has not seen it last.
+        for minutes in 1..10 {
+            assert_eq!(reviver.look(TAKEN, now + S(60 * minutes)), None);
+        }
+    }
+}
+
+#[test]
+fn one_that_is_connected_and_silent_is_killed_and_a_sign_of_life_begins_anew() {
+    let start = Instant::now();
+    let mut reviver = Reviver::new(Policy::MANAGER, false, true, start);
+    reviver.connected(start);
+    assert!(reviver.heard(start) && !reviver.heard(start + S(30)));
+    assert_eq!(reviver.deadline(), start + S(90));
+    let mut look = |at| reviver.look(NOBODY, start + S(at));
+    assert_eq!([look(60), look(89), look(90), look(91)], [None, None, Some(Action::KillHung), None]);
+    assert_eq!([look(149), look(150)], [None, Some(Action::KillHung)]);
+}
+
+#[test]
+fn the_end_of_a_connection_counts_by_what_came_before_it() {
+    let start = Instant::now();
+    let next_start = |reviver: &Reviver| {
+        reviver.starts(match &reviver.state {
+            State::Absent(absence) => absence,
+            State::Present { .. } => panic!("it is there"),
+        })
+    };
+    let mut reviver = Reviver::new(Policy::WATCHDOG, false, false, start);
+    assert_eq!(reviver.lost(start), None);
+    for pause in [0, 1, 2, 4] {
+        reviver.connected(start);
+        reviver.heard(start);
+        assert_eq!(reviver.lost(start + S(1)), Some(Loss::Died));
+        assert_eq!(next_start(&reviver), start + S(1 + pause));
+    }
+    reviver.connected(start + S(1));
+    assert_eq!(reviver.lost(start + S(1)), Some(Loss::Unheard));
+    assert_eq!(next_start(&reviver), start + S(5), "it was not there, and what was counted stands");
+    reviver.connected(start + S(1));
+    reviver.yields();
+    assert_eq!(reviver.lost(start + S(2)), Some(Loss::Yielded));
+    assert_eq!(next_start(&reviver), start + S(2));
+}
+
+/// What happens in the world.
+#[derive(Debug, Clone)]
+enum Happening {
+    /// The next look comes.
+    Look,
+    /// So many milliseconds pass, and it is looked.
+    Pass(u64),
+    /// The service manager answers a question, after so many seconds.
+    Answers(u64),
+    /// A process takes the role.
+    Taken,
+    /// The one that has it connects; perhaps it is heard.
+    Connects(bool),
+    Heard,
+    /// The one that has it ends; perhaps it said so before.
+    Ends(bool),
+    StopRecorded(bool),
+    Unit(Option<UnitStanding>),
+}
+
+fn any_standing() -> impl Strategy<Value = Option<UnitStanding>> {
+    use UnitStanding::*;
+    prop_oneof![
+        3 => Just(Some(Dead)),
+        2 => Just(Some(Missing)),
+        1 => Just(Some(Coming)),
+        1 => Just(Some(Stopped)),
+        1 => Just(Some(Forbidden)),
+        2 => Just(None),
+    ]
+}
+
+fn any_happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        12 => Just(Happening::Look),
+        2 => (0..40_000_u64).prop_map(Happening::Pass),
+        6 => (0..4_u64).prop_map(Happening::Answers),
+        1 => Just(Happening::Taken),
+        1 => any::<bool>().prop_map(Happening::Connects),
+        1 => Just(Happening::Heard),
+        1 => any::<bool>().prop_map(Happening::Ends),
+        1 => prop::bool::weighted(0.2).prop_map(Happening::StopRecorded),
+        1 => any_standing().prop_map(Happening::Unit),
+    ]
+}
+
+/// A world with one role that is watched.
+struct World {
+    reviver: Reviver,
+    now: Instant,
+    taken: bool,
+    /// Since when; heard last.
+    connected: Option<Instant>,
+    stop_recorded: bool,
+    unit: Option<UnitStanding>,
+    /// Answers in a row that did not come.
+    unanswered: u32,
+    /// A question is under way.
+    asked: bool,
+    absent_since: Instant,
+    /// In this absence, every look since then saw the role taken.
+    mute_since: Option<Instant>,
+    /// In this absence, the unit was started then.
+    unit_started: Option<Instant>,
+    started: Option<Instant>,
+}
+
+impl World {
+    fn new(policy: Policy, supervised: bool) -> World {
+        let now = Instant::now();
+        World {
+            reviver: Reviver::new(policy, supervised, false, now),
+            now,
+            taken: false,
+            connected: None,
+            stop_recorded: false,
+            unit: Some(UnitStanding::Dead),
+            unanswered: 0,
+            asked: false,
+            absent_since: now,
+            mute_since: None,
+            unit_started: None,
+            started: None,
+        }
+    }
+
+    fn seen(&self) -> Seen {
+        Seen { taken: self.taken, stop_recorded: self.stop_recorded }
+    }
+
+    fn look(&mut self) -> Option<Action> {
+        let is_mute = self.taken && self.connected.is_none();
+        self.mute_since = is_mute.then(|| self.mute_since.unwrap_or(self.now));
+        let action = self.reviver.look(self.seen(), self.now);
+        assert!(self.reviver.deadline() > self.now, "looks without a pause: {:?}", self.reviver);
+        self.check(action);
+        action
+    }
+
+    fn answer(&mut self) -> Option<Action> {
+        self.asked = false;
+        self.unanswered = if self.unit.is_none() { self.unanswered + 1 } else { 0 };
+        let action = self.reviver.answered(self.unit, self.seen(), self.now);
+        assert_ne!(action, Some(Action::AskUnit));
+        self.check(action);
+        action
+    }
+
+    /// What may be done in this world now.
+    fn check(&mut self, action: Option<Action>) {
+        let Reviver { policy, supervised, .. } = self.reviver;
+        let is_stopped = policy.follows_stop && self.stop_recorded;
+        let turn_began = self.unit_started.unwrap_or(self.absent_since);
+        let turn_is_over = self.now >= turn_began + SERVICE_MANAGERS_TURN;
+        match action {
+            None => {}
+            Some(Action::AskUnit) => {
+                assert!(supervised && self.connected.is_none());
+                assert!(policy.follows_stop || (!self.taken && turn_is_over), "asked for nothing");
+                self.asked = true;
+            }
+            Some(Action::StartUnit) => {
+                assert!(supervised && self.connected.is_none() && !self.taken && !is_stopped);
+                assert_eq!(self.unit, Some(UnitStanding::Dead));
+                assert!(self.unit_started.is_none(), "the unit is started twice");
+                assert!(turn_is_over, "before the service manager's turn was over");
+                self.unit_started = Some(self.now);
+            }
+            Some(Action::Start { .. }) => {
+                assert!(self.connected.is_none() && !self.taken, "started although somebody has the role");
+                assert!(!is_stopped, "started although the home is stopped");
+                if supervised {
+                    assert!(turn_is_over, "before the service manager's turn was over");
+                    match self.unit {
+                        Some(UnitStanding::Dead) => assert!(self.unit_started.is_some(), "before its unit"),
+                        Some(UnitStanding::Missing) => {}
+                        None => assert!(self.unanswered >= UNANSWERED, "without an answer"),
+                        other => panic!("started while its unit is {other:?}"),
+                    }
+                }
+                let pause = self.started.map(|before| self.now - before);
+                assert!(pause.is_none_or(|pause| pause >= S(2)), "started again after {pause:?}");
+                self.started = Some(self.now);
+            }
+            Some(Action::KillHung) => {
+                let since = self.connected.or(self.mute_since).expect("somebody to be silent");
+                assert!(self.taken && self.now >= since + HUNG, "killed after {:?}", self.now - since);
+                assert!(!is_stopped || self.connected.is_some(), "killed on its way to a stop");
+            }
+            Some(Action::HonourStop) => {
+                assert!(policy.follows_stop);
+                assert!((is_stopped && !self.taken) || self.unit == Some(UnitStanding::Stopped));
+            }
+            Some(Action::LeaveStopped) => assert!(!policy.follows_stop && self.unit == Some(UnitStanding::Stopped)),
+        }
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Look => {
+                self.now = self.now.max(self.reviver.deadline());
+                self.look();
+            }
+            Happening::Pass(milliseconds) => {
+                self.now += Duration::from_millis(milliseconds);
+                self.look();
+            }
+            Happening::Answers(seconds) if self.asked => {
+                self.now += S(seconds);
+                self.answer();
+            }
+            Happening::Taken => self.taken = true,
+            Happening::Connects(heard) if self.taken && self.connected.is_none() => {
+                self.connected = Some(self.now);
+                self.reviver.connected(self.now);
+                if heard {
+                    self.happen(Happening::Heard);
+                }
+            }
+            Happening::Heard if self.connected.is_some() => {
+                self.connected = Some(self.now);
+                self.reviver.heard(self.now);
+                self.started = None;
+            }
+            Happening::Ends(yields) if self.taken => {
+                self.taken = false;
+                if self.connected.take().is_some() {
+                    if yields {
+                        self.reviver.yields();
+                        self.started = None;
+                    }
+                    assert!(self.reviver.lost(self.now).is_some());
+                    (self.absent_since, self.unit_started, self.mute_since) = (self.now, None, None);
+                }
+            }
+            Happening::StopRecorded(recorded) => self.stop_recorded = recorded,
+            Happening::Unit(unit) => self.unit = unit,
+            Happening::Answers(_) | Happening::Connects(_) | Happening::Heard | Happening::Ends(_) => {}
+        }
+    }
+}
+
+proptest! {
+    /// In any world: what [`World::check`] refuses is never done, and no look follows another without a pause.
+    #[test]
+    fn nothing_is_done_that_must_not_be(
+        policy in 0..2_usize,
+        supervised: bool,
+        happenings in proptest::collection::vec(any_happening(), 0..300),
+    ) {
+        let mut world = World::new(POLICIES[policy], supervised);
+        for happening in happenings {
+            world.happen(happening);
+        }
+    }
+
+    /// Whatever happened: a role that nobody has, that nobody stopped and that no service manager revives is started in time.
+    #[test]
+    fn a_role_that_is_gone_is_never_given_up(
+        policy in 0..2_usize,
+        supervised: bool,
+        happenings in proptest::collection::vec(any_happening(), 0..100),
+        unit in prop_oneof![Just(Some(UnitStanding::Dead)), Just(Some(UnitStanding::Missing)), Just(None)],
+    ) {
+        let mut world = World::new(POLICIES[policy], supervised);
+        for happening in happenings {
+            world.happen(happening);
+        }
+        world.happen(Happening::Ends(false));
+        (world.stop_recorded, world.unit) = (false, unit);
+        let began = world.now;
+        // The longest pause between two starts, the turns of the service manager, and six questions.
+        let longest = S(60) + 3 * SERVICE_MANAGERS_TURN + S(60);
+        let is_started = loop {
+            world.now = world.now.max(world.reviver.deadline());
+            let action = match world.look() {
+                Some(Action::AskUnit) => world.answer(),
+                action => action,
+            };
+            if matches!(action, Some(Action::Start { .. })) {
+                break true;
+            }
+            if world.now - began > longest {
+                break false;
+            }
+        };
+        prop_assert!(is_started, "{:?}", world.reviver);
+    }
+}

@@ -1,0 +1,79 @@
+//! No service manager: the manager is started in a session of its own, starts the watchdog, and the two start each other from then on.
+//!
+//! Nothing is registered, so nothing starts the home at boot. A stop is the recorded one, which both roles honour by themselves.
+
+use std::process::Child;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::core::role::Role;
+use crate::core::service_manager::UnitStanding;
+use crate::door::{self, Request};
+use crate::home::Home;
+use crate::role;
+
+/// For the manager to give way.
+const YIELD: Duration = Duration::from_secs(5);
+
+pub fn can_register(_home: &Home) -> Result<()> {
+    Ok(())
+}
+
+pub fn register(_home: &Home) -> Result<()> {
+    Ok(())
+}
+
+pub fn unregister(_home: &Home) -> Result<()> {
+    Ok(())
+}
+
+pub fn purge(_home: &Home) -> Result<()> {
+    Ok(())
+}
+
+pub fn is_registered(_home: &Home) -> bool {
+    false
+}
+
+pub fn is_known(_home: &Home) -> bool {
+    false
+}
+
+/// Starts the manager, which starts the watchdog.
+pub fn start(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
+    if role::is_taken(home, Role::Spm) { Ok(None) } else { role::spawn(home, Role::Spm).map(Some) }
+}
+
+pub fn stop(_home: &Home, _roles: &[Role]) -> Result<()> {
+    Ok(())
+}
+
+pub fn restart(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
+    end_roles(home)?;
+    role::spawn(home, Role::Spm).map(Some)
+}
+
+pub fn standing(_home: &Home, _role: Role) -> Result<UnitStanding> {
+    Ok(UnitStanding::Missing)
+}
+
+pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {
+    Ok(false)
+}
+
+/// Ends both roles, the watchdog first, and leaves the sub-agents running. A service manager would start its own again; the manager
+/// starts a watchdog again after a moment, within which it ends itself.
+pub fn end_roles(home: &Home) -> Result<()> {
+    if let Some(watchdog) = role::living(home, Role::Spa) {
+        watchdog.ask_to_end()?;
+        watchdog.await_end()?;
+    }
+    if let Some(manager) = role::living(home, Role::Spm) {
+        if !matches!(door::ask(home, &Request::Yield, YIELD), Ok(Some(_))) {
+            manager.ask_to_end()?;
+        }
+        manager.await_end()?;
+    }
+    Ok(())
+}
