@@ -14,6 +14,7 @@ pub mod health;
 pub mod manifest;
 pub mod model;
 pub mod pace;
+mod paths;
 pub mod protocol;
 #[cfg(feature = "gateway")]
 pub mod range;
