@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
 use super::depot::{Index, Item, Stamp};
-use super::routes::Failure;
+use super::failure::Failure;
 use crate::core::range::{Part, part};
 
 /// How much of a file is read at once.
