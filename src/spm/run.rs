@@ -13,7 +13,8 @@ use crate::platform::{self, Child};
 use crate::process::launch::{self, Program, Start};
 use crate::process::record::{self, Record};
 use crate::process::script::{self, Said};
-use crate::process::tree::{self, Ending, Target};
+use crate::process::stop;
+use crate::process::tree::{Ending, Target};
 
 /// Where a task sends what came of it.
 pub(super) type Inputs = mpsc::UnboundedSender<Input>;
@@ -74,7 +75,7 @@ async fn end(home: &Home, target: Target) -> Result<()> {
     if target.is_scattered() || target.script_to_ask().is_some() {
         // Both take their time: every process of the host is looked at, a script is run.
         let home = home.clone();
-        return tokio::task::spawn_blocking(move || tree::end(&home, &[target])).await?;
+        return tokio::task::spawn_blocking(move || stop::end(&home, &[target])).await?;
     }
     let targets = [target];
     let mut ending = Ending::of(home, &targets);
