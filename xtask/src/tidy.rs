@@ -2,6 +2,7 @@
 
 mod cycles;
 mod layers;
+mod machine;
 mod rules;
 mod source;
 
@@ -43,13 +44,14 @@ pub(crate) fn run() -> Result<()> {
     files.dedup();
     let manifest = fs::read_to_string(root.join("Cargo.toml")).context("cannot read Cargo.toml")?;
     let dependencies = layers::dependencies(&manifest);
+    let own_paths = machine::own_paths(&root);
 
     let mut violations = rules::misplaced(&files);
     let mut sources = Vec::new();
     for file in &files {
         let bytes = fs::read(root.join(file)).with_context(|| format!("cannot read {file}"))?;
         let Ok(text) = String::from_utf8(bytes) else { continue };
-        violations.extend(rules::unspeakable(file, &text));
+        violations.extend(machine::check(file, &text, &own_paths));
         if file.ends_with(".rs") {
             violations.extend(rules::of_source(file, &text));
             violations.extend(layers::check(file, &text, &dependencies));
