@@ -13,6 +13,7 @@ use crate::config;
 use crate::core::env::Env;
 use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest, Restart, StopSignal};
 use crate::core::model::{AgentId, AgentName, Version};
+use crate::core::text::hex;
 use crate::home::Home;
 use crate::installation::guard;
 use crate::platform::{self, Child, Group, Groups, Launch};
@@ -215,7 +216,7 @@ pub fn env_hash(env: &Env) -> String {
     for (name, value) in env {
         hash.update(format!("{name}={}\0", value.reveal()));
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 /// Starts a native sub-agent in its group. Its record is in place when its program runs.
