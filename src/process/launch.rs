@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest as _, Sha256};
 
 use super::record::{self, Head, Kind, Record};
+use crate::command;
 use crate::config;
 use crate::core::env::Env;
 use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest, Restart, StopSignal};
@@ -21,9 +22,6 @@ use crate::store;
 
 /// A manifest is refused beyond this.
 const MAX_MANIFEST_BYTES: u64 = 256 << 10;
-/// How often, and how long apart, a program is tried whose file is still being written by a forked child.
-const BUSY_TRIES: u32 = 50;
-const BUSY_PAUSE: Duration = Duration::from_millis(10);
 /// `control` scripts stop themselves; what is left after this is ended by us.
 const SCRIPT_GRACE: Duration = Duration::from_secs(10);
 
@@ -239,19 +237,12 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, 
         output: start.output()?,
         group: start.group(),
     };
-    let mut tries = 0;
-    let child = loop {
-        match platform::launch(&command, &launch).await {
-            Ok(child) => break child,
-            Err(error) if platform::is_busy_text(&error) && tries < BUSY_TRIES => {
-                tries += 1;
-                tokio::time::sleep(BUSY_PAUSE).await;
-            }
-            Err(error) => {
-                // The child wrote its record before its program turned out not to run.
-                record::remove(&start.home, &start.name)?;
-                return Err(error).with_context(|| format!("cannot run {}", start.directory().join(program).display()));
-            }
+    let child = match command::unless_busy(|| platform::launch(&command, &launch)).await {
+        Ok(child) => child,
+        Err(error) => {
+            // The child wrote its record before its program turned out not to run.
+            record::remove(&start.home, &start.name)?;
+            return Err(error).with_context(|| format!("cannot run {}", start.directory().join(program).display()));
         }
     };
     let group = start.entered(&launch, &child);
