@@ -1,6 +1,6 @@
 //! Runs a program of the host, or one of ours, to its end: with a deadline, and with no more of its output than a person would read.
 
-use std::io::{ErrorKind, Read};
+use std::io::{self, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(10);
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// How long an executable just written may be busy: a child that another thread forked meanwhile holds it open until it execs.
-const BUSY: Duration = Duration::from_secs(2);
+pub const BUSY: Duration = Duration::from_secs(2);
 
 /// A program that has ended.
 #[derive(Debug)]
@@ -79,13 +79,44 @@ fn attempt(command: &mut Command, deadline: Duration) -> Result<Finished> {
 }
 
 fn spawn(command: &mut Command) -> Result<Child> {
-    let started = Instant::now();
+    let busy = Busy::within(BUSY);
     loop {
         match command.spawn() {
-            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy && started.elapsed() < BUSY => {
-                platform::pause(LOOK)
-            }
-            other => return Ok(other?),
+            Err(error) => platform::pause(busy.pause(&error).ok_or(error)?),
+            Ok(child) => return Ok(child),
+        }
+    }
+}
+
+/// How a start is retried that fails because its program is still open for writing.
+#[derive(Debug)]
+pub struct Busy {
+    since: Instant,
+    limit: Duration,
+}
+
+impl Busy {
+    /// From now on, for at most `limit`.
+    pub fn within(limit: Duration) -> Busy {
+        Busy { since: Instant::now(), limit }
+    }
+
+    /// How long to wait before the next try; `None` where the error is another one, or the time is over.
+    pub fn pause(&self, error: &io::Error) -> Option<Duration> {
+        (platform::is_busy_text(error) && self.since.elapsed() < self.limit).then_some(LOOK)
+    }
+}
+
+/// Starts a program, retried while its file is busy, for at most [`BUSY`].
+pub async fn unless_busy<T, F>(mut start: impl FnMut() -> F) -> io::Result<T>
+where
+    F: Future<Output = io::Result<T>>,
+{
+    let busy = Busy::within(BUSY);
+    loop {
+        match start().await {
+            Err(error) => tokio::time::sleep(busy.pause(&error).ok_or(error)?).await,
+            started => return started,
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod manifest;
 pub mod model;
 pub mod order;
 pub mod pace;
+mod paths;
 pub mod program;
 pub mod protocol;
 #[cfg(feature = "gateway")]

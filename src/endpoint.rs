@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use ureq::http::Uri;
 
+use crate::core::text::hex;
+
 pub use client::{Asker, Astray, Client, End, Reply, Timeouts, may_pass};
 pub use pins::{add_pins, expect_first_contact};
 pub use proxy::{Exception, Proxies, ProxyUrl};
@@ -237,8 +239,7 @@ impl Fingerprint {
 
 impl fmt::Display for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("sha256:")?;
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        write!(f, "sha256:{}", hex(&self.0))
     }
 }
 

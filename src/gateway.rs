@@ -24,6 +24,7 @@ mod archive;
 mod bootstrap;
 mod depot;
 mod download;
+mod failure;
 mod fleet_file;
 mod hosts;
 mod init;
@@ -31,6 +32,7 @@ mod publish;
 mod routes;
 mod schema;
 mod serve;
+mod shared;
 mod status;
 #[cfg(test)]
 mod tests;

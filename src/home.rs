@@ -20,6 +20,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::core::model::{AgentName, Version};
 use crate::core::role::Role;
+use crate::core::text::hex;
 use crate::platform;
 
 /// The file inside a release directory that says that it is whole.
@@ -72,7 +73,7 @@ impl Home {
             return program.to_owned();
         }
         let digest = Sha256::digest(self.root.as_os_str().as_encoded_bytes());
-        let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        let digits = hex(&digest[..4]);
         format!("{program}-{digits}")
     }
 

@@ -83,7 +83,7 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
             remarks.push(format!("{} did not end by itself and was killed", role.program()));
         }
     }
-    process::tree::end_all(home)?;
+    process::stop::end_all(home)?;
     Ok(remarks)
 }
 

@@ -13,6 +13,7 @@ pub mod launch;
 pub mod log;
 pub mod record;
 pub mod script;
+pub mod stop;
 pub mod tree;
 
 /// Where the groups of a home's sub-agents are made; `None`: nowhere on this host.

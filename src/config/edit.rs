@@ -3,7 +3,7 @@
 use toml::Value;
 use toml::de::DeTable;
 
-use super::keys::KEYS;
+use super::keys::{KEYS, certificate_key};
 use super::{Certificate, Config, ProxyChoice};
 
 /// What a new installation begins with: every key explained, every default commented out.
@@ -31,17 +31,6 @@ pub fn edit(text: &str, old: &Config, new: &Config) -> String {
     match Config::parse(&edited) {
         Ok(parsed) if parsed.config == *new => edited,
         _ => render(new),
-    }
-}
-
-/// The key by which a way of checking certificates is set.
-pub(super) fn certificate_key(certificate: &Certificate) -> Option<&'static str> {
-    match certificate {
-        Certificate::System => None,
-        Certificate::Authority(_) => Some("caCert"),
-        Certificate::Pinned(_) => Some("pin"),
-        Certificate::FirstContact => Some("pinFirstContact"),
-        Certificate::Unchecked => Some("insecure"),
     }
 }
 

@@ -153,9 +153,20 @@ pub(super) fn set(config: &mut Config, key: &str, given: &Given) -> Result<(), E
     Ok(())
 }
 
+/// The key by which a way of checking certificates is set.
+pub(super) fn certificate_key(certificate: &Certificate) -> Option<&'static str> {
+    match certificate {
+        Certificate::System => None,
+        Certificate::Authority(_) => Some("caCert"),
+        Certificate::Pinned(_) => Some("pin"),
+        Certificate::FirstContact => Some("pinFirstContact"),
+        Certificate::Unchecked => Some("insecure"),
+    }
+}
+
 fn certificate(config: &mut Config, value: Certificate) -> Result<(), Expected> {
     if config.certificate != Certificate::System {
-        let other = super::edit::certificate_key(&config.certificate).unwrap_or("another one");
+        let other = certificate_key(&config.certificate).unwrap_or("another one");
         return Err(Expected(format!(
             "at most one of caCert, pin, pinFirstContact and insecure, and there is {other} too"
         )));

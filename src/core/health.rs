@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::manifest::stays_inside;
+use super::paths::stays_inside;
 use super::units::Span;
 
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(10);

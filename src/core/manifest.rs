@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::env::{Env, MAX_NAME_BYTES};
 use super::health::Health;
 use super::model::{AgentName, Version};
+use super::paths::stays_inside;
 use super::units::Span;
 
 /// The file's name, at the root of a package.
@@ -88,14 +89,6 @@ impl Manifest {
         }
         Ok(())
     }
-}
-
-/// Whether a relative path can only lead further in.
-pub(super) fn stays_inside(path: &str) -> bool {
-    !path.is_empty()
-        && !path.starts_with(['/', '\\'])
-        && !path.contains(['\0', ':'])
-        && path.split(['/', '\\']).all(|part| part != "..")
 }
 
 /// Whether a name can stand left of the `=` of an environment.

@@ -8,6 +8,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::text::hex;
+
 /// The name of the manager's own package.
 pub const MANAGER_PACKAGE: &str = "aops-spm";
 
@@ -124,6 +126,12 @@ word!(
     "^[0-9a-f]{64}$",
     |s| s.len() == 64 && s.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 );
+
+impl From<[u8; 32]> for Digest {
+    fn from(bytes: [u8; 32]) -> Digest {
+        Digest(hex(&bytes))
+    }
+}
 
 fn word_of(s: &str, max: usize, first: fn(char) -> bool, rest: fn(char) -> bool) -> bool {
     s.len() <= max && s.chars().next().is_some_and(first) && s.chars().all(rest)

@@ -1,4 +1,5 @@
-//! How fast bytes come: too slowly to go on waiting for them, or faster than they may.
+//! How fast bytes come: too slowly to go on waiting for them ([`Pace`]), or faster than they may ([`Throttle`]). How often something may be
+//! told is limited by `Allowance` in `core/schedule.rs`: it counts events and lets bursts pass, where a throttle lets none.
 
 use std::time::{Duration, Instant};
 

@@ -168,6 +168,19 @@ pub struct Event {
     pub message: String,
 }
 
+/// What an event has besides its texts: its number, and the names of its fields.
+const EVENT_BYTES: usize = 128;
+
+impl Event {
+    /// What it takes, in memory and in a file, bytes.
+    pub fn size(&self) -> usize {
+        let Event { id: _, time, kind, agent, version, outcome, message } = self;
+        let name = agent.as_ref().map_or(0, |name| name.as_str().len());
+        let version = version.as_ref().map_or(0, |version| version.as_str().len());
+        EVENT_BYTES + time.len() + kind.len() + name + version + outcome.len() + message.len()
+    }
+}
+
 /// The gateway's answer to a heartbeat: the desired state where it differs from what the host holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]

@@ -1,4 +1,5 @@
-//! Texts that somebody else wrote, before they are kept, told or shown: of bounded length, and harmless to the terminal of whoever reads them.
+//! Texts that somebody else wrote, before they are kept, told or shown: of bounded length, and harmless to the terminal of whoever reads them;
+//! and bytes as text.
 
 /// Of a message, an error or whatever else somebody is told, so much is kept, bytes.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 10;
@@ -24,6 +25,11 @@ pub fn cut(text: &str, most: usize) -> String {
     kept
 }
 
+/// Bytes in lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Controls, line ends, and what changes the direction of writing.
 fn is_harmful(c: char) -> bool {
     c.is_control()
@@ -42,6 +48,11 @@ mod tests {
         for most in 3..20 {
             assert!(cut(&"ü".repeat(100), most).len() <= most);
         }
+    }
+
+    #[test]
+    fn bytes_are_two_digits_each() {
+        assert_eq!(hex(&[0, 10, 255]), "000aff");
     }
 
     #[test]

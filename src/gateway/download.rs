@@ -10,17 +10,18 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, Method, StatusCode, header};
 use axum::response::Response;
+use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
 use super::depot::{Index, Item, Stamp};
-use super::routes::Failure;
+use super::failure::Failure;
 use crate::core::range::{Part, part};
+use crate::core::text::hex;
+use crate::package::SIGNATURE_SUFFIX;
 
 /// How much of a file is read at once.
 const CHUNK: usize = 128 << 10;
-/// The end of a signature's file name.
-const SIGNATURE: &str = ".minisig";
 
 /// Answers a GET or HEAD of the file called `name`.
 pub(super) async fn answer(
@@ -34,10 +35,10 @@ pub(super) async fn answer(
             Found { tag: format!("\"{}\"", item.sha256), size: item.stamp.size, content: Content::File(item.clone()) };
         return found.answer(method, headers).await;
     }
-    let signature = name.strip_suffix(SIGNATURE).and_then(|name| index.file(name)?.signature.clone());
+    let signature = name.strip_suffix(SIGNATURE_SUFFIX).and_then(|name| index.file(name)?.signature.clone());
     if let Some(text) = signature {
         // Tagged by its own text, which a package that is signed anew changes.
-        let tag = format!("\"{}\"", super::init::hex(&<sha2::Sha256 as sha2::Digest>::digest(text.as_bytes())));
+        let tag = format!("\"{}\"", hex(&Sha256::digest(text.as_bytes())));
         return Found { tag, size: text.len() as u64, content: Content::Text(text) }.answer(method, headers).await;
     }
     Err(Failure::new(StatusCode::NOT_FOUND, format!("the depot has no file {}", shown(name))))

@@ -15,12 +15,11 @@ use sha2::{Digest as _, Sha256};
 
 pub(super) use self::record::{Given, Record, load, save};
 use super::depot::Index;
-use super::init::hex;
 use crate::core::fleet::{Fleet, HostFacts, Told, tell};
 use crate::core::generation;
 use crate::core::model::{AgentId, Release};
 use crate::core::protocol::{Answer, Heartbeat};
-use crate::core::text::cut;
+use crate::core::text::{cut, hex};
 
 /// More hosts than this are not remembered.
 const MAX_HOSTS: usize = 50_000;

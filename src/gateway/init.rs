@@ -14,6 +14,7 @@ use rustls::pki_types::pem::PemObject;
 use sha2::{Digest as _, Sha256};
 
 use super::Place;
+use crate::core::text::hex;
 use crate::package::sign::Signer;
 use crate::platform;
 use crate::store::{self, Access};
@@ -202,11 +203,6 @@ fn certificate_pin(place: &Place) -> Result<String> {
     let path = place.certificate();
     let der = CertificateDer::from_pem_file(&path).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(hex(&Sha256::digest(&der)))
-}
-
-/// Lower-case hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

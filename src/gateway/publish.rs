@@ -19,7 +19,7 @@ use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing,
 use crate::lock;
 use crate::package::pack::Tree;
 use crate::package::sign::Signer;
-use crate::package::trailer;
+use crate::package::{self, Verdict, trailer};
 use crate::store::{self, Access};
 
 /// How long another publishing is waited for.
@@ -321,10 +321,10 @@ struct Kept {
 
 fn signature_beside(archive: &Path) -> Result<Option<Kept>> {
     let path = depot::signature_path(archive);
-    let Some(bytes) = store::read(&path, depot::MAX_SIGNATURE_BYTES)? else { return Ok(None) };
+    let Some(bytes) = store::read(&path, package::MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let attempt = || -> Result<Kept> {
         let text = String::from_utf8(bytes).context("it is no text")?;
-        let binding = depot::binding_of(&text)?;
+        let binding = package::binding_of(&text)?;
         Ok(Kept { text, binding })
     };
     attempt()
@@ -335,15 +335,14 @@ fn signature_beside(archive: &Path) -> Result<Option<Kept>> {
 impl Kept {
     /// Verifies it by the depot's keys; a key that is not there is worth a warning only, for hosts may know it.
     fn check(&self, place: &Place, package: &mut File) -> Result<Option<String>> {
-        package.seek(SeekFrom::Start(0))?;
-        match depot::examine(package, &self.text, &depot::keys_of(place)?)? {
-            depot::Verdict::Good => Ok(None),
-            depot::Verdict::UnknownKey => Ok(Some(format!(
+        match package::judge(package, &self.text, &depot::keys_of(place)?)?.0 {
+            Verdict::Good => Ok(None),
+            Verdict::UnknownKey => Ok(Some(format!(
                 "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not \
                  carry it",
                 place.keys().display()
             ))),
-            depot::Verdict::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
+            Verdict::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
         }
     }
 }
@@ -352,17 +351,16 @@ impl Kept {
 fn is_signed_so(place: &Place, file: &Path, kept: Option<&Kept>) -> Result<bool> {
     let Some((verdict, text)) = depot::verdict_on(place, file)? else { return Ok(false) };
     Ok(match kept {
-        Some(kept) => kept.text == text && !matches!(verdict, depot::Verdict::Bad(_)),
-        None => verdict == depot::Verdict::Good,
+        Some(kept) => kept.text == text && !matches!(verdict, Verdict::Bad(_)),
+        None => verdict == Verdict::Good,
     })
 }
 
 fn same_content(staged: &mut File, published: &Path) -> Result<bool> {
-    staged.seek(SeekFrom::Start(0))?;
     if staged.metadata()?.len() != fs::metadata(published)?.len() {
         return Ok(false);
     }
-    Ok(depot::sha256_of(staged)? == depot::sha256_of(&mut File::open(published)?)?)
+    Ok(package::sha256_of(staged)? == package::sha256_of(&mut File::open(published)?)?)
 }
 
 #[cfg(test)]

@@ -8,14 +8,15 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Path, Query, Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::response::Response;
 use axum::routing::{get, post};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::serve::Shared;
+use super::failure::{Failure, json as answer};
+use super::shared::Shared;
 use super::{download, now_millis};
 use crate::core::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Release};
 use crate::core::protocol::{
@@ -34,52 +35,6 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// The address that a connection comes from.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer(pub(super) IpAddr);
-
-/// A request that cannot be answered as asked.
-#[derive(Debug)]
-pub(super) struct Failure {
-    status: StatusCode,
-    message: String,
-    retry_after: Option<u64>,
-}
-
-impl Failure {
-    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Failure {
-        Failure { status, message: message.into(), retry_after: None }
-    }
-
-    /// Seconds after which it is worth another try.
-    pub(super) fn retry_after(self, seconds: u64) -> Failure {
-        Failure { retry_after: Some(seconds), ..self }
-    }
-}
-
-impl From<axum::http::Error> for Failure {
-    fn from(error: axum::http::Error) -> Failure {
-        tracing::error!(%error, "an answer could not be put together");
-        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "cannot put the answer together")
-    }
-}
-
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        let mut response = answer(self.status, &json!({ "errorMessage": self.message }));
-        if let Some(seconds) = self.retry_after {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        response
-    }
-}
-
-fn answer(status: StatusCode, value: &impl Serialize) -> Response {
-    match serde_json::to_vec(value) {
-        Ok(text) => (status, [(header::CONTENT_TYPE, "application/json")], text).into_response(),
-        Err(error) => {
-            tracing::error!(%error, "an answer could not be written");
-            StatusCode::INTERNAL_SERVER_ERROR.into_response()
-        }
-    }
-}
 
 /// For those heartbeats of which not too many may be there at once.
 pub(super) fn large_bodies() -> Semaphore {

@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -20,13 +20,14 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 
-use super::depot::{Index, Scanner};
+use super::depot::Scanner;
 use super::fleet_file::{FleetFile, Standing, lineage};
-use super::hosts::{Hosts, World};
+use super::hosts::Hosts;
+use super::shared::Shared;
 use super::{Place, hosts, now_millis, routes};
 use crate::{lock, platform, store};
 
@@ -62,26 +63,6 @@ pub struct Args {
     /// free one
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8888", verbatim_doc_comment)]
     listen: SocketAddr,
-}
-
-/// What every request may use.
-pub(super) struct Shared {
-    pub(super) hosts: Hosts,
-    world: RwLock<Arc<World>>,
-    standing: Mutex<Standing>,
-    /// Something is to be saved.
-    pub(super) touched: Notify,
-    pub(super) large_bodies: Semaphore,
-}
-
-impl Shared {
-    pub(super) fn world(&self) -> Arc<World> {
-        self.world.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(super) fn standing(&self) -> Standing {
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
 }
 
 /// How the running gateway stands; `status` reads it.
@@ -137,13 +118,8 @@ pub(super) async fn serve(
     let acceptor = acceptor(&place)?;
     let address = listener.local_addr()?;
     let mut eyes = Eyes::open(place.clone())?;
-    let shared = Arc::new(Shared {
-        hosts: Hosts::new(lineage(&place)?, remembered(&place)?),
-        world: RwLock::new(Arc::new(World { revision: 0, fleet: None, index: Arc::new(Index::default()) })),
-        standing: Mutex::new(Standing::default()),
-        touched: Notify::new(),
-        large_bodies: routes::large_bodies(),
-    });
+    let hosts = Hosts::new(lineage(&place)?, remembered(&place)?);
+    let shared = Arc::new(Shared::new(hosts, routes::large_bodies()));
     eyes.state.listening = Some(format!("https://{address}"));
     let seen = shared.clone();
     let eyes = tokio::task::spawn_blocking(move || -> Result<Eyes> {
@@ -230,9 +206,7 @@ impl Eyes {
             tracing::info!(packages = index.packages(), problems = index.problems().len(), "the depot has changed");
         }
         if depot_changed || fleet_changed {
-            let mut world = shared.world.write().unwrap_or_else(PoisonError::into_inner);
-            *world = Arc::new(World { revision: world.revision + 1, fleet: self.fleet.in_force(), index });
-            drop(world);
+            shared.replace_world(self.fleet.in_force(), index);
             self.publish(shared);
         }
         Ok(())
@@ -249,7 +223,7 @@ impl Eyes {
             let reason = format!("{error:#}");
             tracing::error!(%reason, "how the gateway stands cannot be written");
         }
-        *shared.standing.lock().unwrap_or_else(PoisonError::into_inner) = self.state.fleet.clone();
+        shared.set_standing(self.state.fleet.clone());
     }
 }
 

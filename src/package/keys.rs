@@ -42,6 +42,11 @@ pub(super) fn key_id(base64: &str) -> Option<KeyId> {
     Some(KeyId(bytes.get(2..10)?.try_into().ok()?))
 }
 
+/// Whether a signature, in base64 as minisign writes it, is over the hash of its file: `ED`, where the older kind has `Ed`.
+pub(super) fn is_prehashed(base64: &str) -> Option<bool> {
+    Some(BASE64_STANDARD.decode(base64.trim()).ok()?.get(..2)? == b"ED")
+}
+
 /// One public key. Stored, it is the line of minisign's file that it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

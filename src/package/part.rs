@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::verify::{self, Examined, Verification};
+use super::verify::{self, Claim, Verification};
 use super::watch::{Unwanted, Watch};
 use super::{Keys, MAX_PACKAGE_BYTES};
 use crate::{platform, store};
@@ -35,7 +35,7 @@ pub(super) struct Part<'a> {
     /// Stands behind the bytes that the verification has seen.
     file: File,
     verification: Verification<'a>,
-    examined: &'a Examined,
+    claim: &'a Claim,
     keys: &'a Keys,
     etag: Option<String>,
     /// Who sent what is there; not known of what an earlier run has left.
@@ -49,7 +49,7 @@ impl<'a> Part<'a> {
         cache: &Path,
         file: &str,
         most: u64,
-        examined: &'a Examined,
+        claim: &'a Claim,
         keys: &'a Keys,
         watch: &mut Watch<'_>,
     ) -> Result<Part<'a>> {
@@ -59,8 +59,8 @@ impl<'a> Part<'a> {
             etag_path: etag_of(&path),
             path,
             file: opened,
-            verification: examined.begin(keys)?,
-            examined,
+            verification: claim.begin(keys)?,
+            claim,
             keys,
             etag: None,
             origin: None,
@@ -133,7 +133,7 @@ impl<'a> Part<'a> {
             self.forget();
             self.file.set_len(0)?;
             self.file.rewind()?;
-            self.verification = self.examined.begin(self.keys)?;
+            self.verification = self.claim.begin(self.keys)?;
             // A weak one does not say that the bytes are the same.
             if let Some(etag) = etag.filter(|etag| !etag.starts_with("W/") && etag.len() as u64 <= MAX_ETAG_BYTES) {
                 fs::write(&self.etag_path, etag)?;

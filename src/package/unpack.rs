@@ -25,6 +25,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use flate2::read::MultiGzDecoder;
 
+#[cfg(feature = "gateway")]
+pub(super) use self::names::link_stays_inside;
 use self::plan::{Admitted, Plan};
 use self::tree::Tree;
 use crate::core::model::{Os, Packing};

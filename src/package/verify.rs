@@ -4,20 +4,22 @@
 //! it afterwards must read the same bytes: from a file that is open since, and that nobody else can write.
 
 use std::fs::File;
+#[cfg(feature = "gateway")]
+use std::io::Seek as _;
 use std::io::{ErrorKind, Read, Write};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use minisign_verify::{Error, Signature, StreamVerifier};
 use sha2::{Digest as _, Sha256};
 
-use super::keys::{Key, KeyId, Keys, key_id};
+use super::keys::{Key, KeyId, Keys, is_prehashed, key_id};
 use super::{Refused, Wanted, ensure_size};
 use crate::core::model::{Binding, Digest};
 
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// A signature that could do: by a trusted key, of the right kind, for what is wanted. Whether it is true, the bytes have yet to show.
-pub(super) struct Examined {
+/// A signature of the right kind, and what it says that its package is. Whether it is true, the bytes have yet to show.
+pub(super) struct Claim {
     signature: Signature,
     signer: KeyId,
     binding: Binding,
@@ -31,15 +33,15 @@ pub(super) struct Verified {
 }
 
 /// Looks at a signature before its package is downloaded: what could not be accepted anyway is not worth the way.
-pub(super) fn examine(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
+pub(super) fn examine(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Claim> {
     examined(text, keys, wanted).context(Refused)
 }
 
-fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
-    let (signature, signer) = decode(text)?;
-    let mut trusted = keys.with_id(signer).peekable();
-    if trusted.peek().is_none() {
-        if let Some(by) = keys.revoked_by(signer) {
+fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Claim> {
+    let claim = Claim::read(text)?;
+    let Claim { signer, binding, .. } = &claim;
+    if keys.with_id(*signer).next().is_none() {
+        if let Some(by) = keys.revoked_by(*signer) {
             bail!(
                 "the package is signed by the key {signer}, which was revoked by {by}; have it signed by a key that is trusted here"
             );
@@ -52,16 +54,6 @@ fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
             trusted.join(", ")
         );
     }
-    for key in trusted {
-        key.public().verify_stream(&signature).map_err(|error| match error {
-            Error::UnsupportedLegacyMode => anyhow::anyhow!(
-                "the signature is of minisign's legacy kind, which is not accepted; sign again with `minisign -S -H`, or \
-                 publish again with `aops gateway publish`"
-            ),
-            error => anyhow::anyhow!("the signature cannot be used: {error}"),
-        })?;
-    }
-    let binding = binding(&signature)?;
     ensure!(
         binding.release == wanted.release,
         "the package is signed as {}, not as the {} that was asked for",
@@ -77,28 +69,50 @@ fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Examined> {
         wanted.release.name,
         wanted.least_epoch
     );
-    Ok(Examined { signature, signer, binding })
+    claim.begin(keys)?;
+    Ok(claim)
 }
 
-impl Examined {
+impl Claim {
+    /// Takes the text of a signature's file apart.
+    fn read(text: &str) -> Result<Claim> {
+        let attempt = || {
+            let line = text.lines().nth(1)?;
+            Some((Signature::decode(text).ok()?, key_id(line)?, is_prehashed(line)?))
+        };
+        let (signature, signer, is_prehashed) = attempt().context("its signature file is not one of minisign's")?;
+        ensure!(
+            is_prehashed,
+            "the signature is of minisign's legacy kind, which is not accepted; sign again with `minisign -S -H`, or \
+             publish again with `aops gateway publish`"
+        );
+        let binding = signature.trusted_comment().parse().context(
+            "the signature does not say what the package is; sign it with `aops gateway publish`, or give minisign the comment \
+             `-t \"name=… version=… os=… arch=… epoch=…\"`",
+        )?;
+        Ok(Claim { signature, signer, binding })
+    }
+
     /// Begins to verify a package's bytes, from its first one.
     pub(super) fn begin<'a>(&'a self, keys: &'a Keys) -> Result<Verification<'a>> {
         let streams = keys.with_id(self.signer).map(|key| Ok((key, key.public().verify_stream(&self.signature)?)));
-        let verifiers = streams.collect::<Result<Vec<_>, Error>>()?;
-        Ok(Verification { examined: self, verifiers, hasher: Sha256::new(), size: 0 })
+        let verifiers = streams
+            .collect::<Result<Vec<_>, Error>>()
+            .map_err(|error| anyhow!("the signature cannot be used: {error}"))?;
+        Ok(Verification { claim: self, verifiers, hasher: Sha256::new(), size: 0 })
     }
 }
 
 /// A package that is verified while its bytes come by, in their order.
 pub(super) struct Verification<'a> {
-    examined: &'a Examined,
+    claim: &'a Claim,
     /// Of each trusted key with the signature's id.
     verifiers: Vec<(&'a Key, StreamVerifier<'a>)>,
     hasher: Sha256,
     size: u64,
 }
 
-impl Verification<'_> {
+impl<'a> Verification<'a> {
     /// The bytes that follow those that it was given before.
     pub(super) fn update(&mut self, bytes: &[u8]) {
         self.hasher.update(bytes);
@@ -112,21 +126,25 @@ impl Verification<'_> {
     }
 
     /// Judges the bytes that it was given as the whole of the package, by the signature.
-    pub(super) fn finish(mut self) -> Result<Signed> {
-        let Examined { signer, binding, .. } = self.examined;
-        let signed_by =
-            self.verifiers.iter_mut().find_map(|(key, verifier)| verifier.finalize().is_ok().then_some(*key));
+    pub(super) fn finish(self) -> Result<Signed> {
+        let Verification { claim: Claim { signer, binding, .. }, size, .. } = self;
+        let (signed_by, sha256) = self.end();
         let Some(signed_by) = signed_by else {
             let error = anyhow!(
-                "the package has been tampered with or damaged: its {} bytes and its comment are not what the key {signer} \
-                 signed; nothing of it was unpacked. Publish it again, and find out who changed it",
-                self.size
+                "the package has been tampered with or damaged: its {size} bytes and its comment are not what the key {signer} \
+                 signed; nothing of it was unpacked. Publish it again, and find out who changed it"
             );
             return Err(error.context(Refused));
         };
-        let sha256 = hex(&self.hasher.finalize()).parse::<Digest>().context("cannot note the package's SHA-256")?;
         let verified = Verified { binding: binding.clone(), sha256, signer: signed_by.clone() };
-        Ok(Signed { size: self.size, verified })
+        Ok(Signed { size, verified })
+    }
+
+    /// Which key has signed the bytes that it was given, if any, and their SHA-256.
+    fn end(mut self) -> (Option<&'a Key>, Digest) {
+        let signed_by =
+            self.verifiers.iter_mut().find_map(|(key, verifier)| verifier.finalize().is_ok().then_some(*key));
+        (signed_by, <[u8; 32]>::from(self.hasher.finalize()).into())
     }
 }
 
@@ -157,40 +175,75 @@ pub(super) fn read_through(
     mut to: Option<&mut File>,
     each: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<()> {
-    let mut chunk = vec![0; CHUNK_BYTES];
-    loop {
-        let amount = match from.read(&mut chunk) {
-            Ok(0) => return Ok(()),
-            Ok(amount) => amount,
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error).context("cannot read the package"),
-        };
-        let bytes = &chunk[..amount];
-        each(amount as u64)?;
+    in_chunks(from, |bytes| {
+        each(bytes.len() as u64)?;
         verification.update(bytes);
         if let Some(to) = &mut to {
             to.write_all(bytes).context("cannot copy the package")?;
         }
+        Ok(())
+    })
+}
+
+fn in_chunks(from: &mut impl Read, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        match from.read(&mut chunk) {
+            Ok(0) => return Ok(()),
+            Ok(amount) => each(&chunk[..amount])?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error).context("cannot read the package"),
+        }
     }
 }
 
-/// What a signature says that its package is, before anything was verified.
-pub(super) fn claimed(signature: &str) -> Result<Binding> {
-    binding(&decode(signature)?.0)
+/// What a signature says that its package is, before anything was verified: of the kind that hosts accept.
+pub fn claimed(signature: &str) -> Result<Binding> {
+    Ok(Claim::read(signature)?.binding)
 }
 
-fn decode(text: &str) -> Result<(Signature, KeyId)> {
-    let attempt = || Some((Signature::decode(text).ok()?, key_id(text.lines().nth(1)?)?));
-    attempt().context("its signature file is not one of minisign's")
+/// What a signature is worth to who offers the package, by the keys at hand.
+#[cfg(feature = "gateway")]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    Good,
+    /// Made by a key that is not among these; hosts may know it.
+    UnknownKey,
+    /// No host would accept it for these bytes.
+    Bad(String),
 }
 
-fn binding(signature: &Signature) -> Result<Binding> {
-    signature.trusted_comment().parse().context(
-        "the signature does not say what the package is; sign it with `aops gateway publish`, or give minisign the comment \
-         `-t \"name=… version=… os=… arch=… epoch=…\"`",
-    )
+/// Verifies a package that is about to be offered as the hosts that fetch it will, and gives its SHA-256, of the same reading.
+#[cfg(feature = "gateway")]
+pub fn judge(package: &mut File, signature: &str, keys: &Keys) -> Result<(Verdict, Digest)> {
+    let claim = Claim::read(signature);
+    let verification = claim
+        .as_ref()
+        .map_err(|error| format!("{error:#}"))
+        .and_then(|claim| claim.begin(keys).map_err(|error| format!("{error:#}")));
+    let mut verification = match verification {
+        Ok(verification) => verification,
+        Err(why) => return Ok((Verdict::Bad(why), sha256_of(package)?)),
+    };
+    package.rewind()?;
+    read_through(package, &mut verification, None, &mut |_| Ok(()))?;
+    let signer = verification.claim.signer;
+    let is_known = !verification.verifiers.is_empty();
+    Ok(match verification.end() {
+        (Some(_), sha256) => (Verdict::Good, sha256),
+        (None, sha256) if is_known => (Verdict::Bad(format!("the key {signer} signed others")), sha256),
+        (None, sha256) => (Verdict::UnknownKey, sha256),
+    })
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+/// The SHA-256 of a whole file.
+#[cfg(feature = "gateway")]
+pub fn sha256_of(file: &mut File) -> Result<Digest> {
+    let mut hasher = Sha256::new();
+    file.rewind()?;
+    in_chunks(file, |bytes| {
+        hasher.update(bytes);
+        Ok(())
+    })?;
+    Ok(<[u8; 32]>::from(hasher.finalize()).into())
 }

@@ -9,11 +9,13 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest as _, Sha256};
 
 use super::record::{self, Head, Record};
+use crate::command;
 use crate::config;
 use crate::core::env::Env;
 use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest};
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::program::Program;
+use crate::core::text::hex;
 use crate::home::Home;
 use crate::installation::guard;
 use crate::platform::{self, Child, Group, Groups, Launch};
@@ -21,9 +23,6 @@ use crate::store;
 
 /// A manifest is refused beyond this.
 const MAX_MANIFEST_BYTES: u64 = 256 << 10;
-/// How often, and how long apart, a program is tried whose file is still being written by a forked child.
-const BUSY_TRIES: u32 = 50;
-const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// What a release's directory says about how it is run.
 pub fn inspect(home: &Home, name: &AgentName, version: &Version) -> Result<Program> {
@@ -168,7 +167,7 @@ pub fn env_hash(env: &Env) -> String {
     for (name, value) in env {
         hash.update(format!("{name}={}\0", value.reveal()));
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 /// Starts a native sub-agent in its group. Its record is in place when its program runs.
@@ -191,19 +190,12 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, 
         output: start.output()?,
         group: start.group(),
     };
-    let mut tries = 0;
-    let child = loop {
-        match platform::launch(&command, &launch).await {
-            Ok(child) => break child,
-            Err(error) if platform::is_busy_text(&error) && tries < BUSY_TRIES => {
-                tries += 1;
-                tokio::time::sleep(BUSY_PAUSE).await;
-            }
-            Err(error) => {
-                // The child wrote its record before its program turned out not to run.
-                record::remove(&start.home, &start.name)?;
-                return Err(error).with_context(|| format!("cannot run {}", start.directory().join(program).display()));
-            }
+    let child = match command::unless_busy(|| platform::launch(&command, &launch)).await {
+        Ok(child) => child,
+        Err(error) => {
+            // The child wrote its record before its program turned out not to run.
+            record::remove(&start.home, &start.name)?;
+            return Err(error).with_context(|| format!("cannot run {}", start.directory().join(program).display()));
         }
     };
     let group = start.entered(&launch, &child);

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use super::launch::Start;
 use super::record::{self, Record};
 use super::tree::{self, Target};
+use crate::command::unless_busy;
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
 use crate::core::program::Program;
 use crate::home::Home;
@@ -175,16 +176,8 @@ async fn run(start: &Start, command: &Command) -> Result<Option<String>> {
         output: start.output()?,
         group: start.group(),
     };
-    let mut tries = 0;
-    let mut child = loop {
-        match platform::launch(command, &launch).await {
-            Err(error) if platform::is_busy_text(&error) && tries < 50 => {
-                tries += 1;
-                tokio::time::sleep(LOOK).await;
-            }
-            started => break started.context("cannot run its `control` script")?,
-        }
-    };
+    let started = unless_busy(|| platform::launch(command, &launch)).await;
+    let mut child = started.context("cannot run its `control` script")?;
     let status = match tokio::time::timeout(TIMEOUT, child.wait()).await {
         Ok(status) => status?,
         Err(_) => {

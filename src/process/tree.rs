@@ -1,4 +1,4 @@
-//! Ends sub-agents with all that they started: the stop signal to every process of the tree, the grace period, then the kill.
+//! The processes of sub-agents, and their end: the stop signal to every process of the tree, the grace period, then the kill.
 //!
 //! A process belongs to a sub-agent when it lives in its group. What began outside of any group (the host has none, or it could not be
 //! entered), or was moved out of it (a login session, `systemd-run`), belongs by the sub-agent's mark in its environment, or by the session
@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use super::record::{self, Record};
-use super::script;
 use crate::core::manifest::{KillMode, StopSignal};
 use crate::core::model::AgentName;
 use crate::core::program::Kind;
@@ -97,6 +96,11 @@ impl Target {
                 tracing::warn!(agent = %self.name, group = group.name(), error = %error, "a group cannot be removed");
             }
         }
+    }
+
+    /// The record of a sub-agent whose own `control` script is to be asked first.
+    pub fn script_to_ask(&self) -> Option<&Record> {
+        self.record.as_ref().filter(|record| record.head.kind == Kind::Script && self.signal != StopSignal::Kill)
     }
 
     fn holds(&self, process: &Seen, leader_alive: bool) -> bool {
@@ -276,30 +280,6 @@ impl<'a> Ending<'a> {
     }
 }
 
-/// Ends the targets, all at the same time, and returns when nothing of any of them is left. Blocks.
-pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
-    std::thread::scope(|scope| {
-        for target in targets {
-            if let Some(record) = target.script_to_ask() {
-                scope.spawn(|| script::stop(home, record));
-            }
-        }
-    });
-    let mut ending = Ending::of(home, targets);
-    while let Some(pause) = ending.look()? {
-        platform::pause(pause);
-    }
-    targets.iter().for_each(Target::remove_groups);
-    Ok(())
-}
-
-impl Target {
-    /// The record of a sub-agent whose own `control` script is to be asked first.
-    pub fn script_to_ask(&self) -> Option<&Record> {
-        self.record.as_ref().filter(|record| record.head.kind == Kind::Script && self.signal != StopSignal::Kill)
-    }
-}
-
 /// What of a home's sub-agents is there.
 #[derive(Debug)]
 pub struct Census {
@@ -347,26 +327,6 @@ impl Census {
 pub fn any_run(home: &Home) -> bool {
     let targets = Census::take(home, super::groups(home).as_ref()).targets;
     targets.iter().any(|target| !members(home, target).is_empty())
-}
-
-/// Ends every sub-agent of a home and forgets it. Blocks.
-pub fn end_all(home: &Home) -> Result<()> {
-    end_all_within(home, Duration::MAX)
-}
-
-/// The same, with no grace period longer than that.
-pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
-    let groups = super::groups(home);
-    let mut targets = Census::take(home, groups.as_ref()).targets;
-    for target in &mut targets {
-        target.grace = target.grace.min(longest_grace);
-    }
-    let ended = end(home, &targets);
-    // What could not be ended keeps its record, for whoever tries again.
-    for target in targets.iter().filter(|target| ended.is_ok() || members(home, target).is_empty()) {
-        record::remove(home, &target.name)?;
-    }
-    ended
 }
 
 #[cfg(test)]
@@ -420,48 +380,5 @@ mod tests {
         assert_eq!(members_among(&home, &all, &target(50, 10)), []);
         let orphans = [seen(51, 11, 50)];
         assert_eq!(members_among(&home, &orphans, &target(50, 10)).len(), 1);
-    }
-
-    #[test]
-    fn what_a_stop_starts_to_clean_up_is_not_told_to_stop() {
-        let directory = tempfile::tempdir().unwrap();
-        let home = Home::new(directory.path());
-        let mut command = std::process::Command::new("sh");
-        // Its helper is met by several looks.
-        command.args([
-            "-c",
-            "trap 'sleep 0.3 && echo clean >clean; exit 0' TERM; echo >ready; while :; do sleep 0.01; done",
-        ]);
-        command.current_dir(directory.path()).env("AOPS_HOME", home.root()).env("AOPS_AGENT_NAME", "tidy");
-        platform::detach(&mut command);
-        let mut child = command.spawn().unwrap();
-        while !directory.path().join("ready").exists() {
-            platform::pause(Duration::from_millis(5));
-        }
-        let name: AgentName = "tidy".parse().unwrap();
-        let reaper = std::thread::spawn(move || child.wait().unwrap());
-        end(&home, &[Target { grace: Duration::from_secs(20), ..Target::of(&name, None, None) }]).unwrap();
-        reaper.join().unwrap();
-        assert_eq!(std::fs::read_to_string(directory.path().join("clean")).unwrap(), "clean\n");
-    }
-
-    #[test]
-    fn a_tree_that_ignores_the_stop_signal_is_killed_after_its_grace() {
-        let directory = tempfile::tempdir().unwrap();
-        let home = Home::new(directory.path());
-        let mut command = std::process::Command::new("sh");
-        command.args(["-c", "trap '' TERM; (trap '' TERM; while :; do sleep 1; done) & while :; do sleep 1; done"]);
-        command.env("AOPS_HOME", home.root()).env("AOPS_AGENT_NAME", "stubborn");
-        platform::detach(&mut command);
-        let mut child = command.spawn().unwrap();
-        let name: AgentName = "stubborn".parse().unwrap();
-        let stubborn = Target { grace: Duration::from_millis(300), ..Target::of(&name, None, None) };
-        while members(&home, &stubborn).len() < 2 {
-            platform::pause(Duration::from_millis(5));
-        }
-        let reaper = std::thread::spawn(move || child.wait().unwrap());
-        end(&home, std::slice::from_ref(&stubborn)).unwrap();
-        reaper.join().unwrap();
-        assert_eq!(members(&home, &stubborn), []);
     }
 }

@@ -10,7 +10,7 @@ use super::contact;
 use super::progress::{self, Download};
 use super::site::Site;
 use crate::config::Certificate;
-use crate::core::model::{AgentName, Arch, MANAGER_PACKAGE, Os, Packing, Release};
+use crate::core::model::{AgentName, MANAGER_PACKAGE, Packing, Release};
 use crate::core::protocol::{self, DOWNLOAD_PATH};
 use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
 use crate::fetching::Fetching;
@@ -41,7 +41,7 @@ pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
 
 fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, String)> {
     let claimed = package::claimed(path)?.release;
-    let (os, arch) = this_host()?;
+    let (os, arch) = (platform::OS, platform::ARCH);
     let version = plan.version.clone().unwrap_or_else(|| claimed.version.clone());
     let release = Release { name: manager_package()?, version, os, arch };
     if release != claimed {
@@ -113,7 +113,7 @@ fn first_contact(endpoint: &Endpoint, fingerprint: &Fingerprint) {
 
 /// Which package is wanted of this endpoint: the version asked for, or its current one.
 fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
-    let (os, arch) = this_host()?;
+    let (os, arch) = (platform::OS, platform::ARCH);
     let name = manager_package()?;
     let offer = uplink::current_release(client, endpoint, &name, os, arch)?;
     let offered = |offer: protocol::Offer| {
@@ -165,16 +165,4 @@ fn first_of(endpoints: &[Endpoint], ask: impl Fn(&Endpoint) -> Result<Wanted>) -
 
 fn manager_package() -> Result<AgentName> {
     Ok(MANAGER_PACKAGE.parse()?)
-}
-
-/// What packages must be for to run here: what this executable was built for.
-fn this_host() -> Result<(Os, Arch)> {
-    let os = std::env::consts::OS.parse()?;
-    let arch = match std::env::consts::ARCH {
-        "x86_64" => Arch::Amd64,
-        "x86" => Arch::I386,
-        "aarch64" => Arch::Arm64,
-        other => other.parse()?,
-    };
-    Ok((os, arch))
 }

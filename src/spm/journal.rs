@@ -25,8 +25,6 @@ const MAX_BYTES: usize = 256 << 10;
 /// So many go up with one heartbeat.
 const MAX_PER_HEARTBEAT: usize = 100;
 const MAX_BYTES_PER_HEARTBEAT: usize = 64 << 10;
-/// What an event has besides its texts: its number, and the names of its fields.
-const EVENT_BYTES: usize = 128;
 /// Of one kind, outcome and sub-agent, so many are told at once, and one more each so often.
 const TOLD_AT_ONCE: u32 = 20;
 const TOLD_EVERY: Duration = Duration::from_secs(300);
@@ -136,11 +134,11 @@ impl Journal {
             message: cut(&event.message, MAX_MESSAGE_BYTES + MAX_WORD_BYTES),
             ..event
         };
-        self.bytes += bytes(&event);
+        self.bytes += event.size();
         self.stored.events.push_back(event);
         while self.stored.events.len() > MAX_EVENTS || self.bytes > MAX_BYTES {
             let Some(oldest) = self.stored.events.pop_front() else { break };
-            self.bytes -= bytes(&oldest);
+            self.bytes -= oldest.size();
         }
     }
 
@@ -149,7 +147,7 @@ impl Journal {
         let before = self.stored.events.len();
         self.stored.events.retain(|event| event.id > id);
         if before != self.stored.events.len() {
-            self.bytes = self.stored.events.iter().map(bytes).sum();
+            self.bytes = self.stored.events.iter().map(Event::size).sum();
             self.changed.get_or_insert_with(Instant::now);
         }
     }
@@ -158,7 +156,7 @@ impl Journal {
     pub(super) fn pending(&self) -> Vec<Event> {
         let mut sum = 0;
         let within = |event: &&Event| {
-            sum += bytes(event);
+            sum += event.size();
             sum <= MAX_BYTES_PER_HEARTBEAT
         };
         self.stored.events.iter().take(MAX_PER_HEARTBEAT).take_while(within).cloned().collect()
@@ -192,13 +190,6 @@ impl Journal {
             tracing::warn!(error, "the events for the gateway cannot be written and are lost");
         }
     }
-}
-
-/// What an event takes, in memory and in a file.
-fn bytes(event: &Event) -> usize {
-    let Event { id: _, time, kind, agent, version, outcome, message } = event;
-    let words = agent.as_ref().map_or(0, |name| name.as_str().len()) + version.as_ref().map_or(0, |v| v.as_str().len());
-    EVENT_BYTES + time.len() + kind.len() + words + outcome.len() + message.len()
 }
 
 #[cfg(test)]

@@ -13,7 +13,8 @@ use crate::platform;
 use crate::process::launch::{self, Start};
 use crate::process::record::{self, Record};
 use crate::process::script::{self, Said};
-use crate::process::tree::{self, Ending, Target};
+use crate::process::stop;
+use crate::process::tree::{Ending, Target};
 
 /// Starts a sub-agent, after ending what an earlier process of it left behind: `last`.
 pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Target) {
@@ -55,7 +56,7 @@ async fn end(home: &Home, target: Target) -> Result<()> {
     if target.is_scattered() || target.script_to_ask().is_some() {
         // Both take their time: every process of the host is looked at, a script is run.
         let home = home.clone();
-        return off_loop(move || tree::end(&home, &[target])).await?;
+        return off_loop(move || stop::end(&home, &[target])).await?;
     }
     let targets = [target];
     let mut ending = Ending::of(home, &targets);

@@ -13,6 +13,7 @@ mod rivals;
 mod statistics;
 mod supervise;
 mod trace;
+mod verdicts;
 
 use std::fs;
 use std::path::PathBuf;

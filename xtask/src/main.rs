@@ -41,7 +41,7 @@ enum Task {
     Demo(demo::Arguments),
     /// Build and run every test, those in containers included; sets up all that they need
     Test(test::Arguments),
-    /// Check the house rules that the compiler does not: layering, what stands where, what is not said
+    /// Check the house rules that the compiler does not: layering, import cycles, what stands where
     Tidy,
     /// Type-check and lint the whole program for 64-bit and 32-bit Windows
     CheckWindows,

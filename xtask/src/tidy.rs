@@ -1,6 +1,8 @@
 //! `cargo xtask tidy`: the house rules that the compiler does not check, each violation as `file:line: what and why`.
 
+mod cycles;
 mod layers;
+mod machine;
 mod rules;
 mod source;
 
@@ -12,6 +14,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::{read, say};
 use crate::workspace;
+
+/// The first file of each crate in which import cycles are looked for.
+const ROOTS: &[&str] = &["src/main.rs", "xtask/src/main.rs"];
 
 /// Something that breaks a rule of the house.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,16 +44,23 @@ pub(crate) fn run() -> Result<()> {
     files.dedup();
     let manifest = fs::read_to_string(root.join("Cargo.toml")).context("cannot read Cargo.toml")?;
     let dependencies = layers::dependencies(&manifest);
+    let own_paths = machine::own_paths(&root);
 
     let mut violations = rules::misplaced(&files);
+    let mut sources = Vec::new();
     for file in &files {
         let bytes = fs::read(root.join(file)).with_context(|| format!("cannot read {file}"))?;
         let Ok(text) = String::from_utf8(bytes) else { continue };
-        violations.extend(rules::unspeakable(file, &text));
+        violations.extend(machine::check(file, &text, &own_paths));
         if file.ends_with(".rs") {
             violations.extend(rules::of_source(file, &text));
             violations.extend(layers::check(file, &text, &dependencies));
+            sources.push((*file, text));
         }
+    }
+    let sources: Vec<_> = sources.iter().map(|(file, text)| (*file, text.as_str())).collect();
+    for root in ROOTS {
+        violations.extend(cycles::check(root, &sources));
     }
     violations.sort();
     violations.dedup();

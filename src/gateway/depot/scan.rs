@@ -8,11 +8,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use minisign_verify::PublicKey;
 
-use super::signature::{self, Verdict};
-use super::{Index, Item, MAX_SIGNATURE_BYTES, Stamp, binding_of, keys_of, signature_path};
+use super::{Index, Item, Stamp, keys_of, signature_path};
 use crate::gateway::{Place, bootstrap};
+use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Verdict};
 use crate::store;
 
 /// More files than this in a depot are not looked at.
@@ -84,9 +83,9 @@ impl Scanner {
         let keys = keys_of(&self.place)?;
         let mut judged = BTreeMap::new();
         for (name, stamp) in
-            self.last.iter().filter(|(name, _)| !name.starts_with("keys/") && !name.ends_with(".minisig"))
+            self.last.iter().filter(|(name, _)| !name.starts_with("keys/") && !name.ends_with(SIGNATURE_SUFFIX))
         {
-            let stamps = (*stamp, self.last.get(&format!("{name}.minisig")).copied());
+            let stamps = (*stamp, self.last.get(&format!("{name}{SIGNATURE_SUFFIX}")).copied());
             let known = self.judged.remove(name).filter(|known| known.stamps == stamps);
             let fresh = known.is_none();
             let known = known.unwrap_or_else(|| {
@@ -110,13 +109,13 @@ fn keys_in(look: &Look) -> impl Iterator<Item = (&String, &Stamp)> {
     look.iter().filter(|(name, _)| name.starts_with("keys/"))
 }
 
-fn judge(path: &Path, name: &str, stamp: Stamp, keys: &[PublicKey]) -> Result<Item> {
+fn judge(path: &Path, name: &str, stamp: Stamp, keys: &Keys) -> Result<Item> {
     let mut file = File::open(path)?;
     if Stamp::of(&file.metadata()?) != stamp {
         bail!("it has changed while it was looked at");
     }
     if bootstrap::is_file_name(name) {
-        let sha256 = signature::sha256_of(&mut file)?;
+        let sha256 = package::sha256_of(&mut file)?;
         return Ok(Item {
             name: name.to_owned(),
             path: path.to_owned(),
@@ -130,11 +129,11 @@ fn judge(path: &Path, name: &str, stamp: Stamp, keys: &[PublicKey]) -> Result<It
         bail!("it has no signature; put it there with `aops gateway publish`");
     };
     let text = String::from_utf8(bytes).context("its signature is no text")?;
-    let binding = binding_of(&text).context("cannot read its signature")?;
+    let binding = package::binding_of(&text).context("cannot read its signature")?;
     if binding.release.packing_of(name).is_none() {
         bail!("its signature says that it is {}", binding.release);
     }
-    let (verdict, sha256) = signature::examine_and_hash(&mut file, &text, keys)?;
+    let (verdict, sha256) = package::judge(&mut file, &text, keys)?;
     match verdict {
         Verdict::Good => {}
         Verdict::UnknownKey => {

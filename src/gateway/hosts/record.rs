@@ -22,10 +22,9 @@ const MAX_MESSAGE: usize = 300;
 const MAX_WORD: usize = 64;
 /// Events kept of one host.
 const MAX_EVENTS: usize = 50;
-/// What a record, a report and an event take besides their texts, in memory and in the file.
+/// What a record and a report take besides their texts, in memory and in the file.
 const RECORD_BYTES: usize = 800;
 const REPORT_BYTES: usize = 200;
-const EVENT_BYTES: usize = 150;
 /// 50,000 hosts with twenty sub-agents each are about a third of it; no more is written.
 const MAX_FILE_BYTES: u64 = 1 << 30;
 
@@ -157,7 +156,7 @@ impl Record {
         RECORD_BYTES
             + texts
             + self.agents.iter().map(report_bytes).sum::<usize>()
-            + self.events.iter().map(event_bytes).sum::<usize>()
+            + self.events.iter().map(Event::size).sum::<usize>()
     }
 
     /// Leaves out what is too much: the oldest events, then what is said about sub-agents, then sub-agents.
@@ -166,7 +165,7 @@ impl Record {
         while surplus > 0
             && let Some(event) = self.events.pop_front()
         {
-            surplus = surplus.saturating_sub(event_bytes(&event));
+            surplus = surplus.saturating_sub(event.size());
         }
         for report in self.agents.iter_mut().rev() {
             if surplus == 0 {
@@ -186,12 +185,6 @@ fn report_bytes(report: &AgentReport) -> usize {
     let AgentReport { name, version, state: _, pid: _, restarts: _, env_hash, message } = report;
     let words = name.as_str().len() + version.as_ref().map_or(0, |version| version.as_str().len());
     REPORT_BYTES + words + env_hash.as_ref().map_or(0, String::len) + message.as_ref().map_or(0, String::len)
-}
-
-fn event_bytes(event: &Event) -> usize {
-    let Event { id: _, time, kind, agent, version, outcome, message } = event;
-    let words = agent.as_ref().map_or(0, |name| name.as_str().len()) + version.as_ref().map_or(0, |v| v.as_str().len());
-    EVENT_BYTES + words + time.len() + kind.len() + outcome.len() + message.len()
 }
 
 fn cut_report(mut report: AgentReport) -> AgentReport {

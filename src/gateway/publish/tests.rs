@@ -1,6 +1,8 @@
 //! Facts about publishing: what is packed, signed, kept and refused.
 
 use crate::package::trailer;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use clap::Parser;
 
 use super::*;
@@ -159,6 +161,46 @@ fn an_archive_keeps_its_packing_and_the_signature_that_came_with_it() {
         own.sign(&b"other bytes"[..], &"name=ctl version=2.0 os=linux arch=386 epoch=7".parse().unwrap()).unwrap();
     fs::write(depot::signature_path(&archive), other).unwrap();
     assert!(bench.refusal("", &archive).contains("not of these bytes"));
+}
+
+#[test]
+fn a_signature_that_hosts_would_refuse_is_not_published() {
+    let bench = Bench::new();
+    let archive = bench.dir.path().join("ctl-2.0_linux_386.tar.gz");
+    tar_gz(&older(bench.dir.path()), &archive);
+    let bytes = fs::read(&archive).unwrap();
+    let signature = |signer: &Signer| {
+        signer.sign(&bytes[..], &"name=ctl version=2.0 os=linux arch=386 epoch=7".parse().unwrap()).unwrap()
+    };
+    let put = |text: &str| fs::write(depot::signature_path(&archive), text).unwrap();
+    let own = signature(&Signer::load(&bench.place.signing_key()).unwrap());
+
+    // A file larger than hosts read, whatever is in it.
+    let padding = package::MAX_SIGNATURE_BYTES as usize + 1 - own.len();
+    put(&format!("{own}{}", "\n".repeat(padding)));
+    assert!(bench.refusal("", &archive).contains("4096"), "{}", bench.refusal("", &archive));
+
+    // The legacy kind, by a key that the depot does not know as well.
+    let legacy = |text: &str| {
+        let mut lines: Vec<String> = text.lines().map(ToOwned::to_owned).collect();
+        let mut blob = BASE64_STANDARD.decode(&lines[1]).unwrap();
+        blob[1] = b'd';
+        lines[1] = BASE64_STANDARD.encode(blob);
+        lines.join("\n")
+    };
+    for text in [&own, &signature(&Signer::generate().unwrap())] {
+        put(&legacy(text));
+        assert!(bench.refusal("", &archive).contains("legacy kind"));
+    }
+
+    // One that does not say what it is of.
+    put(&own.replace("epoch=7", "epoch=seven"));
+    assert!(bench.refusal("", &archive).contains("does not say what the package is"));
+    assert_eq!((bench.leftovers(), bench.index().packages()), (0, 0));
+
+    put(&format!("{own}{}", "\n".repeat(padding - 1)));
+    assert_eq!(bench.publish_so("", &archive).unwrap().fate, "published");
+    assert_eq!(bench.index().packages(), 1);
 }
 
 #[test]

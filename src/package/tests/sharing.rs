@@ -212,7 +212,7 @@ fn sources_that_know_a_file_by_different_etags_go_on_with_each_others_part() {
     let (first, _) = strict(&bytes, &signature, "\"a\"", Some(100_000));
     let (second, asked_for) = strict(&bytes, &signature, "\"b\"", None);
     let endpoints = [first.endpoint(), second.endpoint()];
-    let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let sha256 = crate::core::text::hex(&Sha256::digest(&bytes));
     let known = |sha256: String| Wanted {
         size: Some(bytes.len() as u64),
         sha256: Some(sha256.parse().unwrap()),

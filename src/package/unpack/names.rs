@@ -88,7 +88,7 @@ fn only(mut letters: impl Iterator<Item = char>) -> Option<char> {
 /// `..` may stand at the target's beginning alone: there it counts from directories that really are where they seem to be. Behind a
 /// name, that name may itself be a link, and `..` would lead up from wherever that one points. So every link leads down from a real
 /// directory of the tree, by names alone; and if a name is a link again, the same holds for that one.
-pub(super) fn stays_inside(path: &str, target: &str, os: Os) -> bool {
+pub(in crate::package) fn link_stays_inside(path: &str, target: &str, os: Os) -> bool {
     if target.is_empty() || target.starts_with('/') {
         return false;
     }
@@ -130,9 +130,9 @@ mod tests {
             ("x", "..\\y", false),
             ("x", "a\nb", false),
         ] {
-            assert_eq!(stays_inside(path, target, Os::Linux), inside, "{path} -> {target}");
+            assert_eq!(link_stays_inside(path, target, Os::Linux), inside, "{path} -> {target}");
         }
-        assert!(stays_inside("x", "c:y", Os::Linux) && !stays_inside("x", "c:y", Os::Windows));
+        assert!(link_stays_inside("x", "c:y", Os::Linux) && !link_stays_inside("x", "c:y", Os::Windows));
     }
 
     #[test]
@@ -205,7 +205,7 @@ mod tests {
             links in prop::collection::vec(("[ab](/[ab]){0,3}", "(\\.\\./|\\./){0,3}[ab.]{0,2}(/[ab.]{1,2}){0,3}"), 1..8),
             start in "[ab](/[ab]){0,4}",
         ) {
-            let made: Vec<_> = links.iter().filter(|(path, target)| stays_inside(path, target, Os::Linux)).collect();
+            let made: Vec<_> = links.iter().filter(|(path, target)| link_stays_inside(path, target, Os::Linux)).collect();
             // Paths are resolved as a kernel does it, from a root whose parent is told apart.
             let mut here: Vec<String> = Vec::new();
             let mut rest: Vec<String> = start.split('/').rev().map(str::to_owned).collect();

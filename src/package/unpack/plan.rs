@@ -9,7 +9,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use anyhow::{Result, bail, ensure};
 
 use super::Limits;
-use super::names::{fold_into, relative, stays_inside};
+use super::names::{fold_into, link_stays_inside, relative};
 use crate::core::model::Os;
 use crate::home::COMPLETE;
 
@@ -119,7 +119,7 @@ impl Plan {
         let admitted = self.begin(path)?;
         ensure!(target.len() <= MAX_TARGET_BYTES, "it is a link to a name that is too long");
         ensure!(
-            stays_inside(&admitted.path, target, self.os),
+            link_stays_inside(&admitted.path, target, self.os),
             "it is a link that leaves the package (to {target:?}), or could"
         );
         ensure!(

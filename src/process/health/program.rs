@@ -12,6 +12,7 @@ use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 
 use super::{Answer, failed, late};
+use crate::command::Busy;
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
 use crate::core::model::AgentName;
 use crate::core::program::Program;
@@ -20,9 +21,8 @@ use crate::platform::{self, User};
 use crate::process::launch::Start;
 use crate::process::script::{self, Said};
 
-/// How often, and how long apart, a program is tried whose file is still being written by a forked child.
-const BUSY_TRIES: u32 = 20;
-const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// How long a program is tried whose file is still being written by a forked child: a check is soon made again.
+const BUSY: Duration = Duration::from_millis(200);
 /// Once a script has ended, its output is read for so long: what it left in the background may hold it open.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 /// Of a status, bytes.
@@ -113,7 +113,8 @@ async fn spawn(
     is_read: bool,
 ) -> Result<Asked, Answer> {
     let what = format!("cannot run {program}");
-    for _ in 0..BUSY_TRIES {
+    let busy = Busy::within(BUSY);
+    loop {
         let mut command = start
             .command_with_output(program, user.as_ref())
             .map_err(|error| Answer::Unknown(format!("{what}: {error:#}")))?;
@@ -123,14 +124,16 @@ async fn spawn(
         }
         platform::detach_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
         match Command::from(command).kill_on_drop(true).spawn() {
-            Err(error) if platform::is_busy_text(&error) => tokio::time::sleep(BUSY_PAUSE).await,
-            spawned => {
-                let child = spawned.map_err(|error| failed(&what, &error))?;
-                return Ok(Asked { child, home: start.home.clone(), agent: start.name.clone() });
-            }
+            Ok(child) => return Ok(Asked { child, home: start.home.clone(), agent: start.name.clone() }),
+            Err(error) => match busy.pause(&error) {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None if platform::is_busy_text(&error) => {
+                    return Err(Answer::Unknown(format!("{what}: its file is being written")));
+                }
+                None => return Err(failed(&what, &error)),
+            },
         }
     }
-    Err(Answer::Unknown(format!("{what}: its file is being written")))
 }
 
 /// Waits for the end of the program, of which nothing is left then: killed with all that it started when the time is over.

@@ -136,6 +136,7 @@ async fn nothing_is_left_in_the_group_of_a_program_that_answered() {
 
 #[tokio::test]
 async fn what_asks_is_no_member_of_the_sub_agent_and_is_ended_with_it() {
+    use crate::process::stop;
     use crate::process::tree::{self, Target};
     let (_directory, start) = exec(": >ready; exec sleep 1000", "60s");
     let question = tokio::spawn(ask(Question::of(start.clone()).unwrap()));
@@ -143,7 +144,7 @@ async fn what_asks_is_no_member_of_the_sub_agent_and_is_ended_with_it() {
     let target = Target::of(&start.name, None, None);
     assert_eq!((of_home(&start), tree::members(&start.home, &target).len()), (1, 0));
     let home = start.home.clone();
-    tokio::task::spawn_blocking(move || tree::end(&home, &[target]).unwrap()).await.unwrap();
+    tokio::task::spawn_blocking(move || stop::end(&home, &[target]).unwrap()).await.unwrap();
     because(question.await.unwrap(), "killed by signal 9");
 }
 

@@ -11,7 +11,8 @@ use super::contestant::{Contestant, PATIENCE};
 use super::door::Door;
 use super::heading;
 use super::probe::{Memory, open_files, threads, zombies};
-use super::supervise::{Verdicts, programs};
+use super::supervise::programs;
+use super::verdicts::Verdicts;
 use crate::command::say;
 
 #[derive(clap::Args)]

@@ -10,7 +10,7 @@ use super::contestant::{Contestant, PATIENCE};
 use super::door::Door;
 use super::reports::Moment;
 use super::statistics::Samples;
-use super::supervise::Verdicts;
+use super::verdicts::Verdicts;
 use crate::command::say;
 use crate::processes;
 use crate::wait::try_for;

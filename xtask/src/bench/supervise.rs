@@ -12,8 +12,9 @@ use super::contestant::{Contestant, PATIENCE, Programs, compile, pass};
 use super::probe::{Cpu, Memory, wake_ups};
 use super::reports::Moment;
 use super::rivals::{self, RIVALS, Rival, floor};
-use super::statistics::{Samples, short};
+use super::statistics::Samples;
 use super::trace::{Seen, Trace};
+use super::verdicts::Verdicts;
 use super::{heading, revival};
 use crate::command::say;
 use crate::dist::{self, Target};
@@ -89,33 +90,6 @@ fn measure_all(programs: &Programs, arguments: &Arguments, verdicts: &mut Verdic
         }
     }
     Ok(())
-}
-
-/// What was aimed at, and whether it was reached.
-#[derive(Default)]
-pub(super) struct Verdicts {
-    text: String,
-}
-
-impl Verdicts {
-    pub(super) fn text(&self) -> &str {
-        &self.text
-    }
-
-    /// `value` is to be at most `limit`.
-    pub(super) fn at_most(&mut self, what: &str, value: Option<f64>, limit: f64, unit: &str) {
-        let (word, value) = match value {
-            Some(value) if value <= limit => ("met   ", short(value)),
-            Some(value) => ("MISSED", short(value)),
-            None => ("?     ", "not measured".to_owned()),
-        };
-        let _ = writeln!(self.text, "{word} {what}: {value} (at most {} {unit})", short(limit));
-    }
-
-    /// `what` is a sentence that is to hold.
-    pub(super) fn is(&mut self, what: &str, holds: bool) {
-        let _ = writeln!(self.text, "{} {what}", if holds { "met   " } else { "MISSED" });
-    }
 }
 
 /// What was measured of one supervisor. Times in milliseconds.

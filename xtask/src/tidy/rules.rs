@@ -1,4 +1,4 @@
-//! What stands where, and what is not said anywhere.
+//! What stands where, and what no Rust file has.
 
 use super::Violation;
 use super::source::{bracketed, code, line, words};
@@ -27,35 +27,6 @@ pub(super) fn misplaced(files: &[&str]) -> Vec<Violation> {
     odd.dedup();
     odd.retain(|top| !TOP.contains(top) && !top.starts_with('.'));
     odd.iter().map(|top| violation(top, 1, "a top-level entry beyond the fixed layout")).collect()
-}
-
-/// Paths of one machine and hosts of registries: they belong to whoever builds, not to the project. Each is put together here, so that
-/// this file does not say it either.
-const UNSPEAKABLE: &[&str] = &[
-    concat!("/wo", "rk/"),
-    concat!("/fa", "rm/"),
-    concat!(".lib", "rary"),
-    concat!("deb.deb", "ian"),
-    concat!("crates", ".io/api"),
-    concat!("static.", "rust-lang"),
-    concat!("pypi", ".org/simple"),
-    concat!("registry", ".npmjs"),
-];
-
-/// Paths of a machine and hosts of a registry, in any file but lock files.
-pub(super) fn unspeakable(file: &str, text: &str) -> Vec<Violation> {
-    if file.ends_with(".lock") {
-        return Vec::new();
-    }
-    let found = |(number, line): (usize, &str)| {
-        let said = UNSPEAKABLE.iter().find(|pattern| line.contains(**pattern))?;
-        Some(violation(
-            file,
-            number + 1,
-            &format!("{said}: a machine's path or a registry's host does not belong here"),
-        ))
-    };
-    text.lines().enumerate().filter_map(found).collect()
 }
 
 /// The rules for one Rust file.
@@ -157,13 +128,5 @@ mod tests {
     fn the_layout_is_fixed() {
         let odd = misplaced(&["Cargo.toml", ".ci/run", "docs/a.md", "docs/b.md", "src/main.rs"]);
         assert_eq!(odd.iter().map(|violation| violation.file.as_str()).collect::<Vec<_>>(), ["docs"]);
-    }
-
-    #[test]
-    fn machines_and_registries_are_not_named() {
-        let text = format!("fine\nhttp://{}.org/debian\n", UNSPEAKABLE[3]);
-        assert_eq!(unspeakable("README.md", &text).len(), 1);
-        assert_eq!(unspeakable("Cargo.lock", &text), []);
-        assert_eq!(unspeakable("xtask/src/tidy/rules.rs", include_str!("rules.rs")), []);
     }
 }

@@ -138,11 +138,15 @@ fn item_end(code: &str, from: usize) -> usize {
 
 /// Every place where `word` stands as a word of its own.
 pub(super) fn words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
-    let is_part = |c: char| c.is_alphanumeric() || c == '_';
     code.match_indices(word).map(|(at, _)| at).filter(move |at| {
-        !code[..*at].chars().next_back().is_some_and(is_part)
-            && !code[at + word.len()..].chars().next().is_some_and(is_part)
+        !code[..*at].chars().next_back().is_some_and(is_part_of_word)
+            && !code[at + word.len()..].chars().next().is_some_and(is_part_of_word)
     })
+}
+
+/// Whether a character can stand in a name.
+pub(super) fn is_part_of_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
 }
 
 /// The line, from 1, that a place is in.
