@@ -18,6 +18,7 @@ mod protocol;
 mod refusals;
 mod roles;
 mod roles_systemd;
+mod state_versions;
 mod sub_agents;
 #[path = "../support/mod.rs"]
 mod support;
