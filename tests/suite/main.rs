@@ -7,6 +7,7 @@ mod disk;
 mod downloads;
 mod downloads_network;
 mod gateway;
+mod gateway_disk;
 mod harness;
 mod health;
 mod help;
