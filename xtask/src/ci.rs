@@ -83,14 +83,33 @@ const fn beside(name: &'static str, words: &'static [&'static str]) -> Check {
     Check { name, is_beside: true, program: Program::Task, words, shared: &[] }
 }
 
+impl Check {
+    fn command(&self) -> Command {
+        let mut command = match self.program {
+            Program::Cargo => cargo(),
+            Program::Task => task(&[]),
+        };
+        command.args(self.words);
+        command
+    }
+
+    fn command_with_shared(&self) -> Command {
+        let target = workspace::target();
+        let path = |word: &&str| if word.starts_with('-') { PathBuf::from(word) } else { target.join(word) };
+        let mut command = self.command();
+        command.args(self.shared.iter().map(path));
+        command
+    }
+}
+
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     let mut tested = Vec::new();
     if arguments.names.is_empty() {
-        all(&mut tested)?;
+        all(CHECKS, ("set-up", task(&["set-up"])), &mut tested)?;
     } else {
         for check in CHECKS.iter().filter(|check| arguments.names.iter().any(|name| name == check.name)) {
-            in_front(check, false, &mut tested)?;
+            in_front(check.name, &mut check.command(), &mut tested)?;
         }
     }
     if !tested.is_empty() {
@@ -109,25 +128,26 @@ pub(crate) fn set_up() -> Result<()> {
 }
 
 /// Runs every check; the first failure ends it, once what runs beside has come to the end of its present check.
-fn all(tested: &mut Vec<String>) -> Result<()> {
+fn all(checks: &[Check], set_up: (&str, Command), tested: &mut Vec<String>) -> Result<()> {
     let failed = AtomicBool::new(false);
+    let (name, mut command) = set_up;
     thread::scope(|scope| {
-        let set_up = scope.spawn(|| aside("set-up", &mut task(&["set-up"])));
+        let set_up = scope.spawn(move || aside(name, &mut command));
         let others = scope.spawn(|| {
-            for check in CHECKS.iter().filter(|check| check.is_beside) {
+            for check in checks.iter().filter(|check| check.is_beside) {
                 if failed.load(Ordering::SeqCst) {
                     break;
                 }
-                aside(check.name, &mut lower(task(check.words)))
+                aside(check.name, &mut lower(&check.command()))
                     .inspect_err(|_| failed.store(true, Ordering::SeqCst))?;
             }
             Ok(())
         });
         let mut outcome = Ok(());
-        for check in CHECKS.iter().filter(|check| !check.is_beside) {
+        for check in checks.iter().filter(|check| !check.is_beside) {
             outcome = match failed.load(Ordering::SeqCst) {
                 true => break,
-                false => in_front(check, true, tested),
+                false => in_front(check.name, &mut check.command_with_shared(), tested),
             };
             if outcome.is_err() {
                 failed.store(true, Ordering::SeqCst);
@@ -146,21 +166,11 @@ fn joined(thread: ScopedJoinHandle<Result<()>>) -> Result<()> {
 }
 
 /// Runs a check with its output shown as it comes; of tests the closing lines are kept.
-fn in_front(check: &Check, is_one_of_all: bool, tested: &mut Vec<String>) -> Result<()> {
-    let mut command = match check.program {
-        Program::Cargo => cargo(),
-        Program::Task => task(&[]),
-    };
-    command.current_dir(workspace::root()).args(check.words);
-    if is_one_of_all {
-        let target = workspace::target();
-        let path = |word: &&str| if word.starts_with('-') { PathBuf::from(word) } else { target.join(word) };
-        command.args(check.shared.iter().map(path));
-    }
+fn in_front(name: &str, command: &mut Command, tested: &mut Vec<String>) -> Result<()> {
     let started = Instant::now();
-    println!("\n==> {}\n$ {}", check.name, describe(&command));
-    let status = shown(&mut command, tested)?;
-    verdict(check.name, status, started)
+    println!("\n==> {name}\n$ {}", describe(command));
+    let status = shown(command.current_dir(workspace::root()), tested)?;
+    verdict(name, status, started)
 }
 
 /// Runs a command, shows each line of its output, and keeps those with which test programs begin and end.
@@ -225,15 +235,43 @@ fn task(words: &[&str]) -> Command {
 }
 
 /// The same at a lower priority.
-fn lower(command: Command) -> Command {
+fn lower(command: &Command) -> Command {
     let mut lower = Command::new("nice");
     lower.args(["-n", NICE]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => lower.env(name, value),
+            None => lower.env_remove(name),
+        };
+    }
     lower
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failure_in_front_or_beside_fails_the_whole_and_ends_what_is_in_front() {
+        const GOOD: &[&str] = &["--version"];
+        const BAD: &[&str] = &["no-such-subcommand"];
+        let check = |name, is_beside, words| Check { is_beside, ..front(name, Program::Cargo, words) };
+        let outcome = |first, second, other| {
+            let checks = [
+                check("of-tests-1", false, first),
+                check("of-tests-2", false, second),
+                check("of-tests-3", true, other),
+            ];
+            let mut set_up = cargo();
+            set_up.arg("--version");
+            all(&checks, ("of-tests-0", set_up), &mut Vec::new()).map_err(|error| format!("{error:#}"))
+        };
+        assert_eq!(outcome(GOOD, GOOD, GOOD), Ok(()));
+        let error = outcome(BAD, BAD, GOOD).unwrap_err();
+        assert!(error.contains("of-tests-1 failed") && !error.contains("of-tests-2"), "{error}");
+        let error = outcome(GOOD, GOOD, BAD).unwrap_err();
+        assert!(error.contains("of-tests-3 failed"), "{error}");
+    }
 
     #[test]
     fn the_closing_lines_of_tests_are_kept_and_the_exit_status_too() {
