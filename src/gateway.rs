@@ -21,6 +21,7 @@
 //! ```
 
 mod archive;
+mod behind;
 mod bootstrap;
 mod depot;
 mod download;

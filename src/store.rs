@@ -39,6 +39,15 @@ impl Access {
     }
 }
 
+/// Whether a file is on the disk when the writing of it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durability {
+    /// It survives a power cut.
+    Synced,
+    /// It may be lost or damaged by one, and the writing waits for no disk.
+    Unsynced,
+}
+
 /// Replaces the file at `path` by `content` in one step that survives a power cut.
 pub fn replace(path: &Path, content: &[u8], access: Access) -> Result<()> {
     replace_with(path, access, |file| file.write_all(content))
@@ -50,14 +59,27 @@ pub fn replace_with(
     access: Access,
     write: impl FnOnce(&mut fs::File) -> std::io::Result<()>,
 ) -> Result<()> {
+    replace_as(Durability::Synced, path, access, write)
+}
+
+fn replace_as(
+    durability: Durability,
+    path: &Path,
+    access: Access,
+    write: impl FnOnce(&mut fs::File) -> std::io::Result<()>,
+) -> Result<()> {
     let attempt = || -> Result<()> {
         let parent = path.parent().context("it has no parent directory")?;
-        let mut file = new_beside(path)?;
+        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(parent)?;
         write(file.as_file_mut())?;
         platform::set_mode(file.path(), access.mode())?;
-        file.as_file().sync_all()?;
+        if durability == Durability::Synced {
+            file.as_file().sync_all()?;
+        }
         file.persist(path).map_err(|error| error.error)?;
-        platform::sync_directory(parent)?;
+        if durability == Durability::Synced {
+            platform::sync_directory(parent)?;
+        }
         Ok(())
     };
     attempt().with_context(|| format!("cannot write {}", path.display()))
@@ -93,28 +115,16 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 
 /// Replaces a state file, readable by its owner alone. What [`load`] would refuse for its size is not written, and the old one stays.
 pub fn save<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    replace(path, &text_of(path, value)?, Access::Private)
+    replace(path, &state_text(path, value)?, Access::Private)
 }
 
-/// As [`save`], without waiting for the disk: for what means nothing after a power cut, when it may be gone or empty.
-pub fn save_for_this_boot<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let text = text_of(path, value)?;
-    let attempt = || -> Result<()> {
-        let mut file = new_beside(path)?;
-        file.write_all(&text)?;
-        platform::set_mode(file.path(), Access::Private.mode())?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    };
-    attempt().with_context(|| format!("cannot write {}", path.display()))
+/// As [`save`], for what is worth nothing after a power cut: no disk is waited for.
+pub fn save_unsynced<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let text = state_text(path, value)?;
+    replace_as(Durability::Unsynced, path, Access::Private, |file| file.write_all(&text))
 }
 
-fn new_beside(path: &Path) -> Result<tempfile::NamedTempFile> {
-    let parent = path.parent().context("it has no parent directory")?;
-    Ok(tempfile::Builder::new().prefix(".new-").tempfile_in(parent)?)
-}
-
-fn text_of<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>> {
+fn state_text<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>> {
     let mut text = serde_json::to_vec_pretty(value).with_context(|| format!("cannot write {}", path.display()))?;
     text.push(b'\n');
     // What could be written and not read again would be lost with the next start.

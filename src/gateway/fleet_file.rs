@@ -1,7 +1,11 @@
 //! `fleet.toml` as it is watched: read when it has changed and stood still, judged, and put in force or refused with a reason.
 //!
-//! The last good text is on disk in `state/` before it is in force, so that a gateway that starts again beside a broken file still says what it
-//! said before. What was refused for want of a package is judged again when the depot has changed.
+//! The last good text is kept in `state/`, so that a gateway that starts again beside a broken file still says what it said before. It is
+//! written beside the work: a file is in force at once, however slow the disk is. After a crash in between, and beside a broken file, the one
+//! before is in force again. Hosts are then told its content under a number greater than any that they hold (`core/generation.rs`), because
+//! the generations of what hosts are told go by what each host says that it holds, and by no file.
+//!
+//! What was refused for want of a package is judged again when the depot has changed.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -10,6 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::behind::Behind;
 use super::depot::{Index, Stamp};
 use super::{Place, now_millis};
 use crate::config;
@@ -42,25 +47,32 @@ pub(super) struct FleetFile {
     judged: Option<Option<Stamp>>,
     in_force: Option<InForce>,
     standing: Standing,
+    /// Keeps the text of what is in force.
+    last_good: Behind<Arc<str>>,
 }
 
 struct InForce {
-    text: String,
+    text: Arc<str>,
     fleet: Arc<Fleet>,
 }
 
 impl FleetFile {
     /// Begins with the last good one, if there is any.
-    pub(super) fn open(place: Place) -> FleetFile {
-        let mut file = FleetFile { place, last: None, judged: None, in_force: None, standing: Standing::default() };
-        let path = file.place.last_good_fleet();
+    pub(super) fn open(place: Place) -> Result<FleetFile> {
+        let path = place.last_good_fleet();
+        let kept = path.clone();
+        let last_good = Behind::start("the last good fleet file", move |text: &Arc<str>| {
+            store::replace(&kept, text.as_bytes(), Access::Private)
+        })?;
+        let standing = Standing::default();
+        let mut file = FleetFile { place, last: None, judged: None, in_force: None, standing, last_good };
         match read_text(&path).and_then(|text| text.map(|text| Ok((parse(&text)?, text))).transpose()) {
             Ok(Some((fleet, text))) => {
                 let accepted = fs::metadata(&path).ok().and_then(|metadata| metadata.modified().ok());
                 let accepted = accepted.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
                 let generation =
                     accepted.and_then(|since| u64::try_from(since.as_millis()).ok()).unwrap_or_else(now_millis);
-                file.put_in_force(fleet, text, generation);
+                file.put_in_force(fleet, text.into(), generation);
             }
             Ok(None) => {}
             Err(error) => {
@@ -68,7 +80,7 @@ impl FleetFile {
                 tracing::error!(path = %path.display(), %reason, "the last good fleet file cannot be read");
             }
         }
-        file
+        Ok(file)
     }
 
     pub(super) fn in_force(&self) -> Option<Arc<Fleet>> {
@@ -116,7 +128,7 @@ impl FleetFile {
 
     fn accept(&mut self, text: Option<String>, depot: &Index, hosts: impl FnOnce() -> Vec<HostFacts>) -> Result<()> {
         let Some(text) = text else { bail!("there is no file {}", self.place.fleet().display()) };
-        if self.in_force.as_ref().is_some_and(|in_force| in_force.text == text) {
+        if self.in_force.as_ref().is_some_and(|in_force| *in_force.text == *text) {
             self.standing.error = None;
             return Ok(());
         }
@@ -129,7 +141,8 @@ impl FleetFile {
             let path = self.place.fleet();
             tracing::warn!(path = %path.display(), "the fleet file holds secrets, and others can read it; run `chmod 600` on it");
         }
-        store::replace(&self.place.last_good_fleet(), text.as_bytes(), Access::Private)?;
+        let text: Arc<str> = text.into();
+        self.last_good.put(text.clone());
         let generation = now_millis().max(self.standing.generation.map_or(0, |last| last + 1));
         tracing::info!(
             generation,
@@ -141,7 +154,7 @@ impl FleetFile {
         Ok(())
     }
 
-    fn put_in_force(&mut self, fleet: Fleet, text: String, generation: u64) {
+    fn put_in_force(&mut self, fleet: Fleet, text: Arc<str>, generation: u64) {
         let (agents, rules) = (fleet.names().len(), fleet.rules.len());
         let interval = fleet.interval.as_secs();
         self.standing = Standing { generation: Some(generation), interval, agents, rules, error: None };
@@ -190,7 +203,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let place = Place::new(dir.path());
             fs::create_dir(place.state()).unwrap();
-            Bench { file: FleetFile::open(place.clone()), place, _dir: dir }
+            Bench { file: FleetFile::open(place.clone()).unwrap(), place, _dir: dir }
         }
 
         fn write(&self, text: &str) {
@@ -201,6 +214,7 @@ mod tests {
             for _ in 0..3 {
                 self.file.look(&Index::default(), false, Vec::new);
             }
+            self.file.last_good.flush();
         }
 
         fn interval(&self) -> Option<u64> {
@@ -242,7 +256,7 @@ mod tests {
 
         // Also after a restart; and the file in force, put back, is good again.
         let generation = bench.file.standing().generation;
-        bench.file = FleetFile::open(bench.place.clone());
+        bench.file = FleetFile::open(bench.place.clone()).unwrap();
         assert_eq!(bench.interval(), Some(7));
         bench.write("heartbeatInterval = 7");
         bench.settle();

@@ -5,6 +5,9 @@
 //! save:  hosts.json, some time after something has changed, and at the end
 //! ```
 //!
+//! Neither requests nor the watch wait for a disk to sync: `save` is a task of its own, and what the watch keeps is written by threads of
+//! their own (`behind`).
+//!
 //! Every connection is bounded: in number, in the time for its handshake, for a request's head and body, and for taking what it asked for.
 
 use std::net::SocketAddr;
@@ -24,6 +27,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 
+use super::behind::Behind;
 use super::depot::Scanner;
 use super::fleet_file::{FleetFile, Standing, lineage};
 use super::hosts::Hosts;
@@ -35,7 +39,8 @@ use crate::{lock, platform, store};
 const LOOK: Duration = Duration::from_millis(500);
 /// How long the start waits for fleet.toml to stand still.
 const SETTLE: Duration = Duration::from_secs(5);
-/// hosts.json is written at most so often, and never for more than a twentieth of the time.
+/// hosts.json is written at most so often, and the work of it never takes more than a twentieth of the time; nor does the disk sync it for
+/// more than half of the time.
 const SAVE: Duration = Duration::from_secs(2);
 const SAVE_SHARE: u32 = 20;
 /// More connections than this at once wait to be accepted.
@@ -117,11 +122,11 @@ pub(super) async fn serve(
 ) -> Result<()> {
     let acceptor = acceptor(&place)?;
     let address = listener.local_addr()?;
-    let mut eyes = Eyes::open(place.clone())?;
     let hosts = Hosts::new(lineage(&place)?, remembered(&place)?);
     let shared = Arc::new(Shared::new(hosts, routes::large_bodies()));
-    eyes.state.listening = Some(format!("https://{address}"));
     let seen = shared.clone();
+    let mut eyes = Eyes::open(place.clone(), &shared)?;
+    eyes.state.listening = Some(format!("https://{address}"));
     let eyes = tokio::task::spawn_blocking(move || -> Result<Eyes> {
         eyes.look_first(&seen)?;
         Ok(eyes)
@@ -173,16 +178,24 @@ fn remembered(place: &Place) -> Result<Vec<hosts::Record>> {
 
 /// What watches the directory.
 struct Eyes {
-    place: Place,
     scanner: Scanner,
     fleet: FleetFile,
     state: GatewayState,
+    /// Tells `status` and the routes how things stand.
+    told: Behind<GatewayState>,
 }
 
 impl Eyes {
-    fn open(place: Place) -> Result<Eyes> {
+    fn open(place: Place, shared: &Arc<Shared>) -> Result<Eyes> {
         let state = GatewayState { pid: std::process::id(), started: now_millis(), ..GatewayState::default() };
-        Ok(Eyes { scanner: Scanner::new(place.clone()), fleet: FleetFile::open(place.clone()), place, state })
+        let (path, routes) = (place.standing(), shared.clone());
+        let told = Behind::start("how the gateway stands", move |state: &GatewayState| {
+            // First for `status`, so that what the routes say is never newer than what an operator is shown.
+            let written = store::save_unsynced(&path, state);
+            routes.set_standing(state.fleet.clone());
+            written
+        })?;
+        Ok(Eyes { scanner: Scanner::new(place.clone()), fleet: FleetFile::open(place)?, state, told })
     }
 
     /// The depot at once, then fleet.toml as soon as it stands still.
@@ -194,6 +207,7 @@ impl Eyes {
             self.look(shared, false)?;
         }
         self.publish(shared);
+        self.told.flush();
         Ok(())
     }
 
@@ -218,12 +232,7 @@ impl Eyes {
         self.state.fleet = self.fleet.standing().clone();
         self.state.packages = world.index.packages();
         self.state.problems = world.index.problems().clone();
-        // First for `status`, so that what the routes say is never newer than what an operator is shown.
-        if let Err(error) = store::save(&self.place.standing(), &self.state) {
-            let reason = format!("{error:#}");
-            tracing::error!(%reason, "how the gateway stands cannot be written");
-        }
-        shared.set_standing(self.state.fleet.clone());
+        self.told.put(self.state.clone());
     }
 }
 
@@ -233,7 +242,7 @@ async fn keep_watching(mut eyes: Eyes, shared: Arc<Shared>, look: Duration, mut 
         tokio::select! {
             // Both may be dropped at any time: one is a timer, the other a look at a value.
             () = tokio::time::sleep(look) => {}
-            _ = stopped.wait_for(|stopped| *stopped) => return,
+            _ = stopped.wait_for(|stopped| *stopped) => break,
         }
         let seen = shared.clone();
         let looked = tokio::task::spawn_blocking(move || {
@@ -251,6 +260,8 @@ async fn keep_watching(mut eyes: Eyes, shared: Arc<Shared>, look: Duration, mut 
         }
         failing = outcome.is_err();
     }
+    // What is not on disk yet is waited for, and by nobody else.
+    let _ = tokio::task::spawn_blocking(move || drop(eyes)).await;
 }
 
 async fn keep_saving(path: PathBuf, shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
@@ -262,21 +273,26 @@ async fn keep_saving(path: PathBuf, shared: Arc<Shared>, mut stopped: watch::Rec
             _ = stopped.wait_for(|stopped| *stopped) => return,
         }
         let started = Instant::now();
-        save(&path, &shared).await;
-        pause = SAVE.max(started.elapsed() * SAVE_SHARE);
+        let work = save(&path, &shared).await;
+        pause = SAVE.max(work * SAVE_SHARE).max(started.elapsed());
     }
 }
 
-/// Writes what is known of the hosts, where something is not written yet; what could not be is tried again.
-async fn save(path: &Path, shared: &Shared) {
-    let Some(records) = shared.hosts.changed() else { return };
+/// Writes what is known of the hosts, where something is not written yet; what could not be is tried again. Gives the time that the work
+/// took, without the disk's.
+async fn save(path: &Path, shared: &Shared) -> Duration {
+    let Some(records) = shared.hosts.changed() else { return Duration::ZERO };
     let file = path.to_owned();
-    let saved = tokio::task::spawn_blocking(move || hosts::save(&file, &records)).await;
-    if let Ok(Err(error)) = saved {
-        let reason = format!("{error:#}");
-        tracing::error!(%reason, "what is known of the hosts cannot be written");
-        shared.hosts.mark_changed();
-        shared.touched.notify_one();
+    match tokio::task::spawn_blocking(move || hosts::save(&file, &records)).await {
+        Ok(Ok(work)) => work,
+        Ok(Err(error)) => {
+            let reason = format!("{error:#}");
+            tracing::error!(%reason, "what is known of the hosts cannot be written");
+            shared.hosts.mark_changed();
+            shared.touched.notify_one();
+            Duration::ZERO
+        }
+        Err(_) => Duration::ZERO,
     }
 }
 

@@ -93,7 +93,7 @@ impl Record {
 
     /// Writes it, without waiting for the disk: after a power cut it would mean nothing.
     pub fn save(&self, home: &Home) -> Result<()> {
-        store::save_for_this_boot(&home.process_record(&self.head.name), self)
+        store::save_unsynced(&home.process_record(&self.head.name), self)
     }
 }
 

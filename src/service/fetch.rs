@@ -16,6 +16,7 @@ use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
 use crate::fetching::Fetching;
 use crate::installation::release::{self, CheckedRelease};
 use crate::package::{self, Commons, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
+use crate::platform;
 use crate::uplink;
 
 /// A release of the manager that can be put into place.

@@ -18,7 +18,7 @@ use crate::support::command;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
-use crate::support::processes::{groups, is_alive, marked, signal};
+use crate::support::processes::{children, groups, is_alive, marked, signal};
 use crate::support::wait::{try_for, wait_for};
 
 const NAMES: [&str; 3] = ["one", "two", "three"];
@@ -80,7 +80,7 @@ fn a_child_met_between_its_birth_and_its_program_is_adopted_and_not_doubled() {
         let mut traced = trace(&host, &[&format!("{step}:{DELAY}")]);
         let (manager, child) = wait_for("the child", SOON, || {
             let manager = traced.manager()?;
-            Some((manager, children_of(manager).into_iter().next()?))
+            Some((manager, children(manager).into_iter().next()?))
         });
         host.kill(manager);
         // The watchdog starts the next one while the child is on its way.
@@ -370,7 +370,7 @@ fn trace(host: &TestHost, injections: &[&str]) -> Traced {
 
 impl Traced {
     fn manager(&self) -> Option<u32> {
-        children_of(self.strace.id()).into_iter().next()
+        children(self.strace.id()).into_iter().next()
     }
 
     /// Lets go of what it still traces.
@@ -391,16 +391,4 @@ impl Drop for Traced {
 fn answers(host: &TestHost, traced: &Traced) -> bool {
     let status = host.status();
     status["spm"]["uptimeSeconds"].is_u64() && pid(&status["spm"]["pid"]) == traced.manager()
-}
-
-/// The living children of a process.
-fn children_of(parent: u32) -> Vec<u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let mut fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace()).into_iter().flatten();
-        fields.next().is_some_and(|state| state != "Z") && fields.next() == Some(&parent.to_string())
-    })
-    .collect()
 }

@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use crate::support::command::describe;
 use crate::support::container::Container;
 use crate::support::files::difference;
+use crate::support::host::SOON;
 use crate::support::wait::{try_for, wait_for};
 
 #[test]
@@ -42,7 +42,7 @@ fn a_bare_container_has_no_service_manager() {
     assert_loopback_only(&container);
     // Its first process reaps what others leave behind.
     container.shell("setsid sh -c 'sleep 0.05 & exec true' </dev/null >/dev/null 2>&1 & wait").expect_success();
-    wait_for("orphans to be reaped", Duration::from_secs(5), || {
+    wait_for("orphans to be reaped", SOON, || {
         container.run(&["pgrep", "-x", "sleep", "-r", "Z"]).stdout.is_empty().then_some(())
     });
 }
@@ -52,7 +52,7 @@ fn what_a_command_leaves_running_stays_and_is_gone_after_a_reboot_and_files_stay
     for mut container in [Container::systemd(), Container::bare()] {
         container.shell("setsid sleep 1234 </dev/null >/dev/null 2>&1 & echo kept >/root/kept").expect_success();
         let running = |container: &Container| container.processes().iter().any(|(_, words)| words == "sleep 1234");
-        wait_for("the command left running", Duration::from_secs(5), || running(&container).then_some(()));
+        wait_for("the command left running", SOON, || running(&container).then_some(()));
         container.reboot();
         assert!(!running(&container));
         assert_eq!(container.run(&["cat", "/root/kept"]).expect_success(), "kept\n");
@@ -67,9 +67,9 @@ fn a_spawned_command_goes_on_until_it_is_ended() {
         let spawned = container.spawn(&["sh", "-c", "echo up; exec sleep 4321"]);
         assert_eq!(spawned.line(), "up");
         let running = || container.processes().iter().any(|(_, words)| words == "sleep 4321");
-        wait_for("the command", Duration::from_secs(5), || running().then_some(()));
+        wait_for("the command", SOON, || running().then_some(()));
         spawned.end();
-        wait_for("the command's end", Duration::from_secs(5), || (!running()).then_some(()));
+        wait_for("the command's end", SOON, || (!running()).then_some(()));
     }
 }
 
@@ -130,7 +130,7 @@ fn nothing_of_a_container_outlives_its_owner_not_even_one_that_was_killed() {
             .filter_map(|process| fs::read_to_string(process.path().join("cgroup")).ok())
             .any(|all| all.contains(&name))
     };
-    assert!(try_for(Duration::from_secs(10), || (!alive()).then_some(())).is_some(), "processes of {name} are left");
+    assert!(try_for(SOON, || (!alive()).then_some(())).is_some(), "processes of {name} are left");
     drop(Container::bare());
     let mounts = fs::read_to_string("/proc/mounts").expect("/proc/mounts can be read");
     let trees = mounts.lines().filter_map(|line| {

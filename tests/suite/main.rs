@@ -8,6 +8,7 @@ mod disk;
 mod downloads;
 mod downloads_network;
 mod gateway;
+mod gateway_disk;
 mod harness;
 mod health;
 mod help;
@@ -20,6 +21,7 @@ mod protocol;
 mod refusals;
 mod roles;
 mod roles_systemd;
+mod state_versions;
 mod sub_agents;
 #[path = "../support/mod.rs"]
 mod support;

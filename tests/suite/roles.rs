@@ -227,7 +227,7 @@ fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
     assert!(pauses[0] < Duration::from_secs(1), "{pauses:?}");
     for (pause, seconds) in pauses[1..].iter().zip([1, 2, 4]) {
         let pause = pause.as_secs_f64();
-        assert!(pause > f64::from(seconds) * 0.95 && pause < f64::from(seconds) + 1.5, "{pauses:?}");
+        assert!(pause > f64::from(seconds) * 0.95 && pause < f64::from(seconds) + 3.0, "{pauses:?}");
     }
     one_of_each(&host);
 }
@@ -236,7 +236,7 @@ fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
 fn a_first_death_of_the_manager_is_never_taken_for_two() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
-    let mut late = vec![];
+    let mut pauses = vec![];
     for _ in 0..20 {
         // Roles that have seen nobody die.
         host.control(&["restart"]).expect_success();
@@ -246,11 +246,13 @@ fn a_first_death_of_the_manager_is_never_taken_for_two() {
         let killed = Instant::now();
         host.kill(spm);
         wait_for("the next manager", SOON, || role_holder(&host, "spm").filter(|pid| *pid != spm));
-        // The pause after a second death is 1 s.
-        late.extend(Some(killed.elapsed()).filter(|pause| *pause > Duration::from_millis(950)));
+        pauses.push(killed.elapsed());
     }
-    // A busy machine may be late once.
-    assert!(late.len() < 2, "{late:?}");
+    // The pause after a second death is 1 s longer than what a revival takes on this machine, which may be late once.
+    pauses.sort();
+    let usual = pauses[pauses.len() / 2];
+    let late = pauses.iter().filter(|pause| **pause > usual + Duration::from_millis(900)).count();
+    assert!(late < 2, "{pauses:?}");
     up(&host);
     one_of_each(&host);
 }

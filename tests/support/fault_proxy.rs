@@ -64,6 +64,8 @@ pub enum Fault {
 pub struct Request {
     pub method: String,
     pub path: String,
+    /// When it had come whole.
+    pub at: Instant,
     head: String,
     body: Vec<u8>,
 }
@@ -437,7 +439,7 @@ fn read_request(shared: &Shared, stream: &mut Stream) -> io::Result<Option<Reque
     }
     let mut words = head.split_whitespace();
     let (method, path) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
-    Ok(Some(Request { method, path, head, body: bytes[end..end + length].to_vec() }))
+    Ok(Some(Request { method, path, at: Instant::now(), head, body: bytes[end..end + length].to_vec() }))
 }
 
 impl Request {

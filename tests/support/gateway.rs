@@ -1,5 +1,6 @@
 //! A gateway on loopback, in a temporary directory, with a port of its own.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -9,11 +10,13 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use super::aops;
 use super::command::{self, LIMIT, Output};
 use super::package::Package;
+use super::processes;
 
 /// For a gateway to answer once it is started.
 const START: Duration = Duration::from_secs(30);
@@ -70,11 +73,25 @@ impl Gateway {
 
     /// Runs it, on the port that it had before if it ran before.
     pub fn run(&mut self) {
+        self.run_by(&[]);
+    }
+
+    /// As [`Gateway::run`], with each sync of a file taking so many seconds.
+    pub fn run_with_slow_syncs(&mut self, seconds: u32) {
+        let injection = format!("--inject=fsync,fdatasync:delay_enter={seconds}s");
+        self.run_by(&["strace", "-f", "-qq", "-I2", "-o", "/dev/null", &injection, "--"]);
+    }
+
+    /// Runs it as the last words of a command.
+    fn run_by(&mut self, command: &[&str]) {
         assert!(self.running.is_none(), "the gateway runs already");
         let listen = self.url.trim_start_matches("https://").to_owned();
         let log = fs::File::create(self.log()).expect("a temporary directory can be written");
-        let mut child = self
-            .aops(&["run"], &["--listen", &listen])
+        let own = self.aops(&["run"], &["--listen", &listen]);
+        let words = command.iter().map(OsStr::new).chain([own.get_program()]).chain(own.get_args());
+        let words: Vec<_> = words.collect();
+        let mut child = Command::new(words[0])
+            .args(&words[1..])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -102,6 +119,8 @@ impl Gateway {
     /// Kills it. Its directory stays, and [`Gateway::run`] brings it back.
     pub fn stop(&mut self) {
         if let Some(mut child) = self.running.take() {
+            // A tracer goes with what it traces, which is the gateway.
+            processes::children(child.id()).into_iter().for_each(|pid| processes::signal(pid, Signal::KILL));
             let _ = child.kill();
             command::wait(&mut child, END).expect("a killed gateway ends");
         }
@@ -111,7 +130,7 @@ impl Gateway {
     #[track_caller]
     pub fn terminate(&mut self) -> i32 {
         let mut child = self.running.take().expect("the gateway does not run");
-        super::processes::signal(child.id(), rustix::process::Signal::TERM);
+        processes::signal(child.id(), Signal::TERM);
         command::wait(&mut child, END + END).expect("a gateway that is asked to end does so")
     }
 

@@ -1,5 +1,6 @@
 //! Debian packages: installed where a program is missing, or only fetched and unpacked. Mirrors are those of the machine's own apt.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,9 +16,16 @@ pub(crate) type Need = (&'static str, &'static str);
 
 /// Installs the packages whose programs are missing.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
-    let mut missing: Vec<_> =
-        needs.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
-    missing.dedup();
+    let missing = || {
+        let missing = needs.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package);
+        missing.collect::<BTreeSet<_>>()
+    };
+    if missing().is_empty() {
+        return Ok(());
+    }
+    // Another task may be installing them.
+    let _lock = workspace::lock("apt")?;
+    let missing: Vec<_> = missing().into_iter().collect();
     if missing.is_empty() {
         return Ok(());
     }

@@ -9,7 +9,7 @@ use crate::toolchain::Toolchain;
 const TARGETS: &[&str] = &["x86_64-pc-windows-gnu", "i686-pc-windows-gnu"];
 
 /// Some dependencies compile C even to be type-checked.
-const NEEDS: &[apt::Need] =
+pub(crate) const NEEDS: &[apt::Need] =
     &[("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64-posix"), ("i686-w64-mingw32-gcc", "gcc-mingw-w64-i686-posix")];
 
 pub(crate) fn run() -> Result<()> {

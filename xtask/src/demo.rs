@@ -21,6 +21,9 @@ pub(crate) struct Arguments {
     /// Leave everything up at the end, to be played with
     #[arg(long)]
     keep: bool,
+    /// The executable to show [default: it is built]
+    #[arg(long, value_name = "FILE")]
+    executable: Option<PathBuf>,
 }
 
 const EXPORTER: &str = "node-exporter";
@@ -33,7 +36,7 @@ const ADDED_METRIC: &str = "node_load1 ";
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let exporter = exporter()?;
-    let aops = build()?;
+    let aops = arguments.executable.clone().map_or_else(build, Ok)?;
     let mut fleet = Fleet::new(&aops)?;
     let shown = Demo { fleet: &mut fleet, proved: Vec::new(), step: 0 }.show(&aops, &exporter, arguments.keep);
     if shown.is_err() {

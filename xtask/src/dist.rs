@@ -21,7 +21,17 @@ pub(crate) struct Arguments {
     /// What to build for
     #[arg(long, value_enum)]
     target: Target,
+    /// The profile to build with; what is put on hosts is built with `release`
+    #[arg(long, value_name = "NAME", default_value = RELEASE)]
+    profile: String,
+    /// A gateway's executable to publish the package with
+    /// [default: it is built]
+    #[arg(long, value_name = "FILE", verbatim_doc_comment)]
+    executable: Option<PathBuf>,
 }
+
+/// The profile of what is put on hosts.
+pub(crate) const RELEASE: &str = "release";
 
 /// What can be built, and is tried here.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -46,18 +56,22 @@ impl Target {
 }
 
 /// A C compiler for musl, and the library itself.
-const NEEDS: &[apt::Need] = &[("cc", "gcc"), ("musl-gcc", "musl-tools")];
+pub(crate) const NEEDS: &[apt::Need] = &[("cc", "gcc"), ("musl-gcc", "musl-tools")];
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let (os, arch) = arguments.target.words();
-    let built = build(arguments.target)?;
+    let built = build(arguments.target, &arguments.profile)?;
     let version = version(&built)?;
-    let directory = workspace::target().join("dist");
+    let directory = workspace::target().join(match arguments.profile.as_str() {
+        RELEASE => "dist".to_owned(),
+        other => format!("dist-{other}"),
+    });
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
     let executable = directory.join(format!("aops-{os}-{arch}"));
     put(&built, &executable)?;
     let archive = directory.join(format!("aops-spm-{version}_{os}_{arch}.tar.zst"));
-    package(&executable, &version, arguments.target, &archive)?;
+    let gateway = arguments.executable.clone().map_or_else(gateway, Ok)?;
+    package(&gateway, &executable, &version, arguments.target, &archive)?;
     for file in [&executable, &archive] {
         say(&format!("{}: {} bytes", file.display(), fs::metadata(file)?.len()));
     }
@@ -65,12 +79,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// Builds the executable and makes sure that it is what hosts need.
-pub(crate) fn build(target: Target) -> Result<PathBuf> {
+pub(crate) fn build(target: Target, profile: &str) -> Result<PathBuf> {
     apt::install(NEEDS)?;
     let triple = target.triple();
     let mut build = Toolchain::for_target(triple)?.cargo("build", triple);
-    command::run(build.args(["--release", "-p", "aops", "--no-default-features"]))?;
-    let built = workspace::kept("build").join(triple).join("release/aops");
+    command::run(build.args(["--profile", profile, "-p", "aops", "--no-default-features"]))?;
+    let built = workspace::kept("build").join(triple).join(profile).join("aops");
     let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     elf::check(&bytes).with_context(|| format!("{} is not what old hosts can run", built.display()))?;
     fails_in_order(&built)?;
@@ -100,15 +114,14 @@ fn version(executable: &Path) -> Result<String> {
 }
 
 /// Makes the package by publishing it into a depot that is thrown away: packed by the product itself, and seen to be one that it takes.
-fn package(executable: &Path, version: &str, target: Target, archive: &Path) -> Result<()> {
+fn package(gateway: &Path, executable: &Path, version: &str, target: Target, archive: &Path) -> Result<()> {
     let (os, arch) = target.words();
-    let gateway = gateway()?;
     let scratch = tempfile::tempdir().context("cannot make a temporary directory")?;
     let (depot, content) = (scratch.path().join("gateway"), scratch.path().join("content"));
     fs::create_dir_all(content.join("bin"))?;
     put(executable, &content.join("bin/aops"))?;
-    run_quietly(Command::new(&gateway).args(["gateway", "init", "--name", "localhost", "--dir"]).arg(&depot))?;
-    let mut publish = Command::new(&gateway);
+    run_quietly(Command::new(gateway).args(["gateway", "init", "--name", "localhost", "--dir"]).arg(&depot))?;
+    let mut publish = Command::new(gateway);
     publish.args(["gateway", "publish", "--dir"]).arg(&depot);
     publish.args(["--name", "aops-spm", "--version", version, "--os", os, "--arch", arch]).arg(&content);
     run_quietly(&mut publish)?;

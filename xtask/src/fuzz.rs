@@ -26,7 +26,7 @@ pub(crate) struct Arguments {
 }
 
 /// A C++ compiler, for libFuzzer.
-const NEEDS: &[apt::Need] = &[("c++", "g++")];
+pub(crate) const NEEDS: &[apt::Need] = &[("c++", "g++")];
 
 /// Counters at every edge, and the operands of comparisons.
 const FLAGS: &[&str] = &[

@@ -4,6 +4,7 @@
 mod apt;
 mod bench;
 mod check_windows;
+mod ci;
 mod command;
 mod demo;
 mod deny;
@@ -41,6 +42,10 @@ enum Task {
     Demo(demo::Arguments),
     /// Build and run every test, those in containers included; sets up all that they need
     Test(test::Arguments),
+    /// Run everything that must hold before a change is merged, or some of it by name
+    Ci(ci::Arguments),
+    /// Set up what the checks need of the machine: Debian packages, root file systems
+    SetUp,
     /// Check the house rules that the compiler does not: layering, import cycles, what stands where
     Tidy,
     /// Type-check and lint the whole program for 64-bit and 32-bit Windows
@@ -61,6 +66,8 @@ fn main() -> ExitCode {
     let outcome = match Task::parse() {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Ci(arguments) => ci::run(&arguments),
+        Task::SetUp => ci::set_up(),
         Task::Tidy => tidy::run(),
         Task::CheckWindows => check_windows::run(),
         Task::TestWindows(arguments) => test_windows::run(&arguments),

@@ -12,7 +12,7 @@ pub(crate) struct Arguments {
     rest: Vec<String>,
 }
 
-const NEEDS: &[apt::Need] = &[
+pub(crate) const NEEDS: &[apt::Need] = &[
     ("debootstrap", "debootstrap"),
     ("systemd-nspawn", "systemd-container"),
     ("unshare", "util-linux"),

@@ -47,6 +47,9 @@ const LIMIT_SECONDS: u32 = 420;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
+    /// Build them and set up what they need, and run nothing
+    #[arg(long)]
+    no_run: bool,
     /// Passed on to the test program instead of the modules that are tested otherwise
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
@@ -65,6 +68,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         (root.join().unwrap_or_else(|_| bail!("the root file system cannot be made")), program)
     });
     let (root, program) = (root?, program?);
+    if arguments.no_run {
+        return Ok(());
+    }
     let (Some(directory), Some(name)) = (program.parent(), program.file_name().and_then(|name| name.to_str())) else {
         bail!("cargo named a test program without a directory: {}", program.display())
     };

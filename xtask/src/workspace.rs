@@ -22,13 +22,10 @@ pub(crate) fn kept(name: &str) -> PathBuf {
 }
 
 /// What is kept under `name`, made by `make` if it is not there yet. It is made under a temporary name and renamed when it is
-/// whole, so that an interrupted set-up is simply done again; two tasks at once wait for each other.
+/// whole, so that an interrupted set-up is simply done again; two tasks that want the same at once wait for each other.
 pub(crate) fn keep(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let path = kept(name);
-    let parent = kept("");
-    fs::create_dir_all(&parent).with_context(|| format!("cannot make {}", parent.display()))?;
-    let lock = File::create(kept(".lock")).context("cannot make a lock file")?;
-    lock.lock().context("cannot take the lock of the set-up")?;
+    let _lock = lock(name)?;
     if path.exists() {
         return Ok(path);
     }
@@ -37,6 +34,14 @@ pub(crate) fn keep(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result
     make(&unfinished)?;
     fs::rename(&unfinished, &path).with_context(|| format!("cannot put {} in place", path.display()))?;
     Ok(path)
+}
+
+/// Held by one task at a time, until it is dropped.
+pub(crate) fn lock(name: &str) -> Result<File> {
+    fs::create_dir_all(kept("")).with_context(|| format!("cannot make {}", kept("").display()))?;
+    let lock = File::create(kept(&format!(".{name}.lock"))).context("cannot make a lock file")?;
+    lock.lock().context("cannot take the lock of the set-up")?;
+    Ok(lock)
 }
 
 /// Removes a file or tree, if it is there.

@@ -72,7 +72,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     }
     let agent = match &arguments.executable {
         Some(executable) => executable.clone(),
-        None => dist::build(Target::LinuxAmd64)?,
+        None => dist::build(Target::LinuxAmd64, dist::RELEASE)?,
     };
     let mut fleet = Fleet::new(&dist::gateway()?)?;
     let measured = measure(&mut fleet, &agent, arguments.rounds);

@@ -59,7 +59,7 @@ pub(super) fn programs() -> Result<Programs> {
     for name in ["floor", "sleeper"] {
         compile(&workspace::root().join(format!("xtask/src/floor/{name}.c")), &at(name))?;
     }
-    let agent = dist::build(Target::LinuxAmd64)?;
+    let agent = dist::build(Target::LinuxAmd64, dist::RELEASE)?;
     Ok(Programs { sleeper: at("sleeper"), floor: at("floor"), agent, gateway: dist::gateway()? })
 }
 

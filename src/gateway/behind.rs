@@ -1,0 +1,160 @@
+//! A file that is written by a thread of its own, so that a slow disk delays nobody else: the latest content is written, and what could not
+//! be written is tried again.
+//!
+//! Whoever hands over a content does not know when it is on disk, unless it waits for that with [`Behind::flush`]. The content that was
+//! handed over last is written before the end of [`Behind`], which waits for that.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+/// Between two tries to write the same content.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// The writing end of one file.
+pub(super) struct Behind<T> {
+    desk: Arc<Desk<T>>,
+    writer: Option<JoinHandle<()>>,
+}
+
+struct Desk<T> {
+    slot: Mutex<Slot<T>>,
+    changed: Condvar,
+}
+
+struct Slot<T> {
+    /// Not taken by the writer yet.
+    next: Option<T>,
+    /// The writer is at work.
+    writing: bool,
+    ended: bool,
+}
+
+impl<T: Send + 'static> Behind<T> {
+    /// `what` names the file for the log; `write` is called for each content that is written, on the thread that is started here.
+    pub(super) fn start(what: &'static str, write: impl FnMut(&T) -> Result<()> + Send + 'static) -> Result<Behind<T>> {
+        let slot = Slot { next: None, writing: false, ended: false };
+        let desk = Arc::new(Desk { slot: Mutex::new(slot), changed: Condvar::new() });
+        let of_writer = desk.clone();
+        let writer = std::thread::Builder::new()
+            .name(what.to_owned())
+            .spawn(move || of_writer.keep_writing(what, write))
+            .with_context(|| format!("cannot start the thread that writes {what}"))?;
+        Ok(Behind { desk, writer: Some(writer) })
+    }
+
+    /// Hands over a content, in the place of an earlier one that is not written yet.
+    pub(super) fn put(&self, content: T) {
+        self.desk.lock().next = Some(content);
+        self.desk.changed.notify_all();
+    }
+
+    /// Waits until what was handed over is written, or could not be for the first time.
+    pub(super) fn flush(&self) {
+        let mut slot = self.desk.lock();
+        while slot.next.is_some() || slot.writing {
+            slot = self.desk.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl<T> Drop for Behind<T> {
+    fn drop(&mut self) {
+        self.desk.lock().ended = true;
+        self.desk.changed.notify_all();
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
+    }
+}
+
+impl<T> Desk<T> {
+    fn lock(&self) -> MutexGuard<'_, Slot<T>> {
+        // Nothing is left half-done behind the lock: each change is one assignment.
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn keep_writing(&self, what: &str, mut write: impl FnMut(&T) -> Result<()>) {
+        let (mut failed, mut failing) = (None, false);
+        while let Some(content) = self.next(failed.take()) {
+            let outcome = write(&content);
+            let mut slot = self.lock();
+            slot.writing = false;
+            self.changed.notify_all();
+            let was_failing = std::mem::replace(&mut failing, outcome.is_err());
+            let Err(error) = outcome else { continue };
+            if !was_failing {
+                let reason = format!("{error:#}");
+                tracing::error!(%reason, file = what, "a file cannot be written; it is tried again");
+            }
+            if slot.ended {
+                return;
+            }
+            drop(slot);
+            failed = Some(content);
+        }
+    }
+
+    /// Waits for what is to be written next: a new content, or after a while the one that could not be written.
+    fn next(&self, failed: Option<T>) -> Option<T> {
+        let waiting = |slot: &mut Slot<T>| slot.next.is_none() && !slot.ended;
+        let slot = self.lock();
+        let mut slot = match &failed {
+            Some(_) => self.changed.wait_timeout_while(slot, RETRY, waiting).unwrap_or_else(PoisonError::into_inner).0,
+            None => self.changed.wait_while(slot, waiting).unwrap_or_else(PoisonError::into_inner),
+        };
+        let content = slot.next.take().or(failed);
+        slot.writing = content.is_some();
+        content
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn the_latest_content_is_written_and_nobody_waits_for_it() {
+        let (begun, beginning) = mpsc::channel();
+        let (go, gone) = mpsc::channel::<()>();
+        let behind = Behind::start("a file", move |content: &u32| {
+            begun.send(*content).unwrap();
+            gone.recv().unwrap();
+            Ok(())
+        })
+        .unwrap();
+        behind.put(1);
+        assert_eq!(beginning.recv(), Ok(1));
+        // The writer is busy: neither is waited for.
+        behind.put(2);
+        behind.put(3);
+        go.send(()).unwrap();
+        assert_eq!(beginning.recv(), Ok(3));
+        go.send(()).unwrap();
+        behind.flush();
+        behind.put(4);
+        go.send(()).unwrap();
+        drop(behind);
+        assert_eq!(beginning.try_iter().collect::<Vec<_>>(), [4], "what was handed over last is written at the end");
+    }
+
+    #[test]
+    fn a_failure_does_not_end_the_writer() {
+        let (tell, told) = mpsc::channel();
+        let behind = Behind::start("a file", move |content: &u32| {
+            tell.send(*content).unwrap();
+            if *content == 1 { anyhow::bail!("the disk is full") } else { Ok(()) }
+        })
+        .unwrap();
+        behind.put(1);
+        behind.flush();
+        behind.put(2);
+        behind.flush();
+        drop(behind);
+        assert_eq!(told.iter().collect::<Vec<_>>(), [1, 2]);
+    }
+}

@@ -1,0 +1,70 @@
+//! A gateway whose disk is slow: strace(1) lets each sync of a file take longer than anybody here waits.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::gateway::Gateway;
+use crate::support::https::Https;
+use crate::support::package::Package;
+use crate::support::wait::wait_for;
+
+/// What each sync takes, seconds.
+const SYNC: u32 = 60;
+/// For what must wait for no sync, on a busy machine: half of one.
+const QUICK: Duration = Duration::from_secs(SYNC as u64 / 2);
+
+/// What a host that holds what `held` told it is told.
+fn told(https: &Https, held: &Value) -> Value {
+    let asked = Instant::now();
+    let response = https.heartbeat(&json!({
+        "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": "amd64",
+        "manager": { "version": "1", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3 },
+        "lineage": held["lineage"], "generation": held["generation"].as_u64().unwrap_or(0),
+    }));
+    assert!(asked.elapsed() < QUICK, "a heartbeat was answered after {:?}", asked.elapsed());
+    assert_eq!(response.status, 200, "{response:?}");
+    response.json()
+}
+
+#[test]
+fn a_slow_sync_delays_neither_heartbeats_nor_a_changed_fleet_file_and_a_crash_meanwhile_leads_nobody_back() {
+    let mut gateway = Gateway::stopped();
+    for version in ["1", "2", "3"] {
+        gateway.publish(&Package::sleeper("a", version));
+    }
+    gateway.want(&[("a", "1", "")]);
+    // It has begun its lineage, and kept its first fleet file.
+    gateway.run();
+    let https = Https::to(&gateway);
+    let first = told(&https, &Value::Null);
+    assert_eq!(gateway.terminate(), 0);
+
+    let started = Instant::now();
+    gateway.run_with_slow_syncs(SYNC);
+    assert!(started.elapsed() < QUICK, "it served after {:?}", started.elapsed());
+    let mut held = told(&https, &first);
+    assert_eq!((&held["agents"], &held["generation"]), (&Value::Null, &first["generation"]));
+    // The second one while the first is still being written.
+    for version in ["2", "3"] {
+        gateway.want(&[("a", version, "")]);
+        held = wait_for(&format!("the fleet file with version {version}"), QUICK, || {
+            let answer = told(&https, &held);
+            (answer["agents"][0]["version"] == version).then_some(answer)
+        });
+    }
+    let shown = gateway.status();
+    assert!(shown["gateway"]["fleet"]["generation"].as_u64() > first["generation"].as_u64(), "{shown:#}");
+    let kept = fs::read_to_string(gateway.path("state/fleet.toml")).expect("it was kept");
+    assert!(kept.contains("version = \"1\""), "the syncs are not slow: {kept}");
+
+    // What was not written is lost, and the file that could tell it is broken: the one before is in force, as something new.
+    gateway.stop();
+    gateway.fleet("[agents.a\n");
+    gateway.run();
+    let back = told(&https, &held);
+    assert_eq!(back["agents"][0]["version"], "1", "{back:#}");
+    assert_eq!(back["lineage"], held["lineage"]);
+    assert!(back["generation"].as_u64() > held["generation"].as_u64(), "{held:#} {back:#}");
+}

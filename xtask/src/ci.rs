@@ -1,0 +1,285 @@
+//! `cargo xtask ci`: everything that must hold before a change is merged; with a name, that check alone.
+//!
+//! ```text
+//! in front:  format, tidy, lints ... unit tests, scenarios ...     one after the other, shown as they run
+//! beside:    the checks that only build, at a lower priority       each into a log of its own, shown where it fails
+//! set-up:    Debian packages and root file systems                 likewise; who needs one of them waits for it
+//! ```
+//!
+//! The scenarios mostly wait, so what only builds goes on meanwhile. What one check has built the next ones use.
+#![allow(clippy::print_stdout, reason = "the course of the checks is its result")]
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, ScopedJoinHandle};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::command::{cargo, describe};
+use crate::{apt, check_windows, dist, fuzz, rootfs, test, wine, workspace};
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The checks to run [default: all]
+    #[arg(value_parser = clap::builder::PossibleValuesParser::new(CHECKS.iter().map(|check| check.name)))]
+    names: Vec<String>,
+}
+
+/// One check.
+struct Check {
+    name: &'static str,
+    is_beside: bool,
+    program: Program,
+    words: &'static [&'static str],
+    /// More words where all checks run: what an earlier one has built is used.
+    shared: &'static [&'static str],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Program {
+    Cargo,
+    /// One of our own tasks.
+    Task,
+}
+
+const CHECKS: &[Check] = &[
+    front("format", Program::Cargo, &["fmt", "--all", "--check"]),
+    front("tidy", Program::Task, &["tidy"]),
+    front("lints", Program::Cargo, &["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+    front(
+        "lints-without-gateway",
+        Program::Cargo,
+        &["clippy", "--locked", "-p", "aops", "--no-default-features", "--", "-D", "warnings"],
+    ),
+    front("unit-tests", Program::Cargo, &["test", "--locked", "--workspace", "--bins"]),
+    front("scenarios", Program::Task, &["test", "--test", "suite"]),
+    Check {
+        shared: &["--executable", BUILT_BY_SCENARIOS],
+        ..front("static-executable", Program::Task, &["dist", "--target", "linux/amd64", "--profile", "ci"])
+    },
+    Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..front("demo", Program::Task, &["demo"]) },
+    front("tests-for-windows", Program::Task, &["test-windows"]),
+    beside("windows", &["check-windows"]),
+    beside("build-of-tests-for-windows", &["test-windows", "--no-run"]),
+    beside("dependencies", &["deny"]),
+    beside("fuzz-targets", &["fuzz", "--seconds", "5"]),
+];
+
+/// Below the directory that cargo builds into.
+const BUILT_BY_SCENARIOS: &str = "debug/aops";
+/// The priority of what runs beside: the scenarios go first.
+const NICE: &str = "15";
+
+const fn front(name: &'static str, program: Program, words: &'static [&'static str]) -> Check {
+    Check { name, is_beside: false, program, words, shared: &[] }
+}
+
+const fn beside(name: &'static str, words: &'static [&'static str]) -> Check {
+    Check { name, is_beside: true, program: Program::Task, words, shared: &[] }
+}
+
+impl Check {
+    fn command(&self) -> Command {
+        let mut command = match self.program {
+            Program::Cargo => cargo(),
+            Program::Task => task(&[]),
+        };
+        command.args(self.words);
+        command
+    }
+
+    fn command_with_shared(&self) -> Command {
+        let target = workspace::target();
+        let path = |word: &&str| if word.starts_with('-') { PathBuf::from(word) } else { target.join(word) };
+        let mut command = self.command();
+        command.args(self.shared.iter().map(path));
+        command
+    }
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let started = Instant::now();
+    let mut tested = Vec::new();
+    if arguments.names.is_empty() {
+        all(CHECKS, ("set-up", task(&["set-up"])), &mut tested)?;
+    } else {
+        for check in CHECKS.iter().filter(|check| arguments.names.iter().any(|name| name == check.name)) {
+            in_front(check.name, &mut check.command(), &mut tested)?;
+        }
+    }
+    if !tested.is_empty() {
+        println!("\nTests:\n{}", tested.join("\n"));
+    }
+    println!("\nAll passed in {} s.", started.elapsed().as_secs());
+    Ok(())
+}
+
+/// `cargo xtask set-up`: what the checks need of the machine, all of it before or beside them.
+pub(crate) fn set_up() -> Result<()> {
+    let needs = [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS];
+    apt::install(&needs.concat())?;
+    rootfs::get()?;
+    wine::get().map(drop)
+}
+
+/// Runs every check; the first failure ends it, once what runs beside has come to the end of its present check.
+fn all(checks: &[Check], set_up: (&str, Command), tested: &mut Vec<String>) -> Result<()> {
+    let failed = AtomicBool::new(false);
+    let (name, mut command) = set_up;
+    thread::scope(|scope| {
+        let set_up = scope.spawn(move || aside(name, &mut command));
+        let others = scope.spawn(|| {
+            for check in checks.iter().filter(|check| check.is_beside) {
+                if failed.load(Ordering::SeqCst) {
+                    break;
+                }
+                aside(check.name, &mut lower(&check.command()))
+                    .inspect_err(|_| failed.store(true, Ordering::SeqCst))?;
+            }
+            Ok(())
+        });
+        let mut outcome = Ok(());
+        for check in checks.iter().filter(|check| !check.is_beside) {
+            outcome = match failed.load(Ordering::SeqCst) {
+                true => break,
+                false => in_front(check.name, &mut check.command_with_shared(), tested),
+            };
+            if outcome.is_err() {
+                failed.store(true, Ordering::SeqCst);
+                break;
+            }
+        }
+        let outcomes = [outcome, joined(others), joined(set_up)];
+        let errors: Vec<String> =
+            outcomes.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+        if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("; ")) }
+    })
+}
+
+fn joined(thread: ScopedJoinHandle<Result<()>>) -> Result<()> {
+    thread.join().unwrap_or_else(|_| bail!("a thread of the checks has panicked"))
+}
+
+/// Runs a check with its output shown as it comes; of tests the closing lines are kept.
+fn in_front(name: &str, command: &mut Command, tested: &mut Vec<String>) -> Result<()> {
+    let started = Instant::now();
+    println!("\n==> {name}\n$ {}", describe(command));
+    let status = shown(command.current_dir(workspace::root()), tested)?;
+    verdict(name, status, started)
+}
+
+/// Runs a command, shows each line of its output, and keeps those with which test programs begin and end.
+fn shown(command: &mut Command, tested: &mut Vec<String>) -> Result<ExitStatus> {
+    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone().context("cannot make a pipe")?)
+        .stderr(writer)
+        .spawn()
+        .with_context(|| format!("cannot run {}", describe(command)))?;
+    // The pipe's other end stays in the command otherwise, and the lines never end.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut lines = BufReader::new(reader).split(b'\n');
+    while let Some(Ok(line)) = lines.next() {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        println!("{line}");
+        if line.trim_start().starts_with("Running ") || line.starts_with("test result") {
+            tested.push(line);
+        }
+    }
+    child.wait().with_context(|| format!("cannot wait for {}", describe(command)))
+}
+
+/// Runs a command with its output in a log, of which the end is shown where it fails.
+fn aside(name: &str, command: &mut Command) -> Result<()> {
+    const LINES: usize = 200;
+    let started = Instant::now();
+    let path = workspace::kept(&format!("ci-{name}.log"));
+    fs::create_dir_all(workspace::kept("")).context("cannot make the directory of the logs")?;
+    let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let again = log.try_clone().context("cannot write a log")?;
+    println!("==> {name}: begins, beside the others; log: {}", path.display());
+    let status = command.current_dir(workspace::root()).stdin(Stdio::null()).stdout(again).stderr(log).status();
+    let status = status.with_context(|| format!("cannot run {}", describe(command)))?;
+    if !status.success() {
+        let text = fs::read(&path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let mut last: VecDeque<&str> = text.lines().rev().take(LINES).collect();
+        last.make_contiguous().reverse();
+        println!("\n==> {name}: the end of its log\n{}", Vec::from(last).join("\n"));
+    }
+    verdict(name, status, started)
+}
+
+fn verdict(name: &str, status: ExitStatus, started: Instant) -> Result<()> {
+    let seconds = started.elapsed().as_secs();
+    if !status.success() {
+        println!("==> {name}: FAILED after {seconds} s");
+        bail!("{name} failed: {status}");
+    }
+    println!("==> {name}: passed in {seconds} s");
+    Ok(())
+}
+
+/// One of our own tasks, by the program that runs.
+fn task(words: &[&str]) -> Command {
+    let own = std::env::current_exe().unwrap_or_else(|_| "xtask".into());
+    let mut command = Command::new(own);
+    command.args(words);
+    command
+}
+
+/// The same at a lower priority.
+fn lower(command: &Command) -> Command {
+    let mut lower = Command::new("nice");
+    lower.args(["-n", NICE]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => lower.env(name, value),
+            None => lower.env_remove(name),
+        };
+    }
+    lower
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_in_front_or_beside_fails_the_whole_and_ends_what_is_in_front() {
+        const GOOD: &[&str] = &["--version"];
+        const BAD: &[&str] = &["no-such-subcommand"];
+        let check = |name, is_beside, words| Check { is_beside, ..front(name, Program::Cargo, words) };
+        let outcome = |first, second, other| {
+            let checks = [
+                check("of-tests-1", false, first),
+                check("of-tests-2", false, second),
+                check("of-tests-3", true, other),
+            ];
+            let mut set_up = cargo();
+            set_up.arg("--version");
+            all(&checks, ("of-tests-0", set_up), &mut Vec::new()).map_err(|error| format!("{error:#}"))
+        };
+        assert_eq!(outcome(GOOD, GOOD, GOOD), Ok(()));
+        let error = outcome(BAD, BAD, GOOD).unwrap_err();
+        assert!(error.contains("of-tests-1 failed") && !error.contains("of-tests-2"), "{error}");
+        let error = outcome(GOOD, GOOD, BAD).unwrap_err();
+        assert!(error.contains("of-tests-3 failed"), "{error}");
+    }
+
+    #[test]
+    fn the_closing_lines_of_tests_are_kept_and_the_exit_status_too() {
+        let mut tested = Vec::new();
+        let script =
+            "echo '     Running unittests a' >&2; echo test b ... ok; echo 'test result: ok. 1 passed'; exit 3";
+        let status = shown(Command::new("sh").args(["-c", script]), &mut tested).unwrap();
+        assert_eq!(status.code(), Some(3));
+        assert_eq!(tested, ["     Running unittests a", "test result: ok. 1 passed"]);
+    }
+}
