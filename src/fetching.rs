@@ -45,7 +45,8 @@ impl<'a> Fetching<'a> {
         begun: impl FnOnce(End),
         progress: &mut Progress<'_>,
     ) -> Result<VerifiedTree> {
-        let wanted = Wanted { least_epoch: self.epochs.least(wanted.release.name.as_str()), ..wanted };
+        let least = self.epochs.least(wanted.release.name.as_str());
+        let wanted = Wanted { least_epoch: wanted.least_epoch.max(least), ..wanted };
         commons.limit(self.config.download_rate.map(|rate| rate.0));
         let client = self.config.client(&self.trust, self.agent_id, self.config.download_timeouts())?;
         begun(client.end());

@@ -76,7 +76,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         role::take_leave(home, Role::Spm, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(64).build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(256).build()?;
     let ended = runtime.block_on(manager::run(home, options.service, &holder));
     // Threads that wait on the network are not waited for.
     runtime.shutdown_background();

@@ -14,68 +14,27 @@
 //! admitted and recorded in the [`ledger`](super::ledger); it is the active one again where any step fails. A new release is committed when it
 //! has started.
 
+mod event;
+mod releases;
 mod view;
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::ledger::{Entry, Release, Skipped};
+pub use event::{Action, At, Event, Note, Ready, Refusal};
+use releases::put_into_use;
+
+use super::ledger::Entry;
 use super::manifest::admit_env;
 use super::model::{AgentName, Version};
-use super::order::{Order, Package, Run, Spec};
+use super::order::{Order, Run, Spec};
 use super::program::Program;
 use super::protocol::AgentState;
-use super::schedule::Backoff;
-use super::supervise::{self, Answer, Policy, Supervisor};
+use super::supervise::{self, Policy, Supervisor};
 use super::text::{MAX_MESSAGE_BYTES, cut};
 
-/// Between two tries at a release that cannot be had.
-const RETRY: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::from_secs(300) };
-/// Between two downloads of one that is refused each time: a whole fleet may be ordered to have it, over links that others need.
-const COSTLY_RETRY: Backoff = Backoff { cap: Duration::from_secs(6 * 3600), ..RETRY };
 /// Of the name of a variable that may not be set, so much is shown, bytes.
 const MAX_NAME_SHOWN: usize = 64;
-
-/// When something happens. `jitter` is from 0 to 1.
-#[derive(Debug, Clone, Copy)]
-pub struct At {
-    pub now: Instant,
-    /// For what must be compared after a restart of the manager.
-    pub unix_seconds: u64,
-    pub jitter: f64,
-}
-
-/// Why a release could not be staged, activated or started.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
-    pub why: String,
-    /// It was looked at and not trusted, as opposed to not available.
-    pub refused: bool,
-    /// Its source asks for this pause.
-    pub retry_after: Option<Duration>,
-    /// It was downloaded before it was refused, and would be again.
-    pub costly: bool,
-    /// It was accepted when it was staged, and is not any more: it is to be fetched anew.
-    pub withdrawn: bool,
-}
-
-impl Refusal {
-    pub fn failed(why: impl Into<String>) -> Refusal {
-        Refusal { why: why.into(), refused: false, retry_after: None, costly: false, withdrawn: false }
-    }
-
-    /// As an event has it.
-    pub fn outcome(&self) -> &'static str {
-        if self.refused { "refused" } else { "failed" }
-    }
-}
-
-/// A release that lies on disk and may be run, and how.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Ready {
-    pub release: Release,
-    pub program: Program,
-}
 
 /// What is under way besides its process.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,6 +42,7 @@ enum Work {
     Idle,
     /// Fetched, verified and unpacked. `failures`: times in a row that this release could not be had.
     Staging {
+        id: u64,
         version: Version,
         failures: u32,
     },
@@ -95,12 +55,16 @@ enum Work {
         program: Option<Program>,
         failures: u32,
     },
-    /// Its ledger is being written.
+    /// The ledger is being written as it will be then. Until what runs is down, nothing else goes by that.
     Recording(Box<Activation>),
     /// What runs is being stopped.
     Stopping(Box<Activation>),
-    /// The link `current` is being changed.
-    Switching(Box<Activation>),
+    /// The link `current` is being changed. `before`: its ledger before.
+    Switching {
+        activation: Box<Activation>,
+        before: Entry,
+    },
+    /// Its processes are being stopped, and what is under way on its files comes to its end.
     Uninstalling,
     Removing,
 }
@@ -109,8 +73,6 @@ enum Work {
 struct Activation {
     order: Order,
     ready: Ready,
-    /// Its ledger before.
-    before: Entry,
     /// Times in a row that this release could not be activated.
     failures: u32,
 }
@@ -121,114 +83,6 @@ struct Held {
     version: Version,
     failures: u32,
     until: Instant,
-}
-
-/// What happened.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Event {
-    /// The plan wants this release on disk.
-    Stage(Package),
-    /// The plan wants this release, which lies on disk, to be the active one.
-    Activate(Order),
-    /// The plan wants it run so. `runs_so`: its process was started with just this; `sound`: whether it could be started again.
-    Configure {
-        spec: Spec,
-        runs_so: bool,
-        sound: Result<(), Refusal>,
-    },
-    /// The plan wants it to run, or not.
-    Set(Run),
-    /// The plan wants it gone.
-    Uninstall,
-    /// The plan does not want this release on disk.
-    Discard(Version),
-    /// Another desired state is in force; `None`: it does not name this sub-agent.
-    Ordered(Option<Version>),
-    /// Its home is being stopped.
-    HomeStops,
-    /// An operator wants it restarted.
-    Restart,
-
-    Staged {
-        version: Version,
-        result: Result<Ready, Refusal>,
-    },
-    /// The release that lies on disk, and how it is run where that was asked for.
-    Admitted(Result<(Release, Option<Program>), Refusal>),
-    /// What the ledger says of it is durable, or cannot be made so.
-    Recorded(Result<(), String>),
-    Switched(Result<(), String>),
-    Discarded {
-        version: Version,
-        gone: bool,
-    },
-    /// How its current release is run, read anew.
-    Inspected(Result<Program, String>),
-
-    Launched {
-        pid: u32,
-        version: Version,
-        runs_so: bool,
-    },
-    NotLaunched(Refusal),
-    /// Its process ended by itself.
-    Exited {
-        success: Option<bool>,
-        how: String,
-    },
-    /// Another process took the place of the one that was watched.
-    Moved {
-        pid: u32,
-    },
-    /// The stop that was asked for came to its end.
-    Stopped(Result<(), String>),
-    Checked(Answer),
-    Tick,
-}
-
-/// What to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Action {
-    /// To be answered with [`Event::Staged`].
-    Stage(Package),
-    /// The release that is being staged is not wanted any more.
-    CancelStaging,
-    /// To look whether a release that lies on disk may be run; [`Event::Admitted`]. `inspect`: how it is run is not known either.
-    Admit {
-        version: Version,
-        inspect: bool,
-    },
-    /// To write the ledger; `wait`: [`Event::Recorded`] is waited for.
-    Record {
-        wait: bool,
-    },
-    /// A release was committed: its epoch counts from now on.
-    RaiseEpoch(Release),
-    /// To make the link `current` name this version; [`Event::Switched`].
-    Switch(Version),
-    /// To remove all of its files.
-    Remove,
-    /// To remove a release's files; [`Event::Discarded`].
-    Discard(Version),
-    /// To read how a release is run; [`Event::Inspected`].
-    Inspect(Version),
-    Start,
-    Stop,
-    Check,
-    /// The answer to a check that is under way would say nothing.
-    CancelCheck,
-    Note(Note),
-}
-
-/// Something for the journal.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Note {
-    pub kind: &'static str,
-    pub outcome: &'static str,
-    pub version: Option<Version>,
-    pub message: String,
-    /// It may come again and again, and is told less and less often.
-    pub repeats: bool,
 }
 
 /// One sub-agent.
@@ -242,6 +96,10 @@ pub struct Agent {
     releases: BTreeSet<Version>,
     /// Their files are being removed.
     leaving: BTreeSet<Version>,
+    /// Counts what is staged.
+    last_id: u64,
+    /// What is being staged and has not been answered, cancelled ones too.
+    unanswered: BTreeSet<u64>,
     /// How the current release is run; `None`: not known, or it cannot be.
     program: Option<Program>,
     run: Run,
@@ -281,6 +139,8 @@ impl Agent {
             ledger,
             releases,
             leaving: unfinished.clone(),
+            last_id: 0,
+            unanswered: BTreeSet::new(),
             program: None,
             run: Run::Stop,
             spec: None,
@@ -355,6 +215,17 @@ impl Agent {
 
     fn take(&mut self, event: Event, at: At) -> Vec<Action> {
         match event {
+            // A plan begins nothing on what is busy.
+            Event::Stage(_)
+            | Event::Activate(_)
+            | Event::Configure { .. }
+            | Event::Set(_)
+            | Event::Uninstall
+            | Event::Discard(_)
+                if self.is_busy() =>
+            {
+                vec![]
+            }
             Event::Stage(package) => self.stage(package, at),
             Event::Activate(order) => self.activate(order),
             Event::Configure { spec, runs_so, sound } => self.configure(spec, runs_so, sound, at),
@@ -376,20 +247,24 @@ impl Agent {
                 self.feed(supervise::Event::Rest, at)
             }
             Event::Restart => self.feed(supervise::Event::Again, at),
-            Event::Staged { version, result } => self.staged(version, result, at),
+            Event::Staged { id, version, result } => {
+                self.unanswered.remove(&id);
+                let mut actions = self.staged(id, version, result, at);
+                actions.extend(self.go_on_if_down());
+                actions
+            }
             Event::Admitted(result) => self.admitted(result, at),
             Event::Recorded(result) => self.recorded(result, at),
             Event::Switched(result) => self.switched(result, at),
-            Event::Discarded { version, gone } => {
+            Event::Discarded(version) => {
+                // What could not be removed is found by the next manager.
                 self.leaving.remove(&version);
-                // What could not be removed is tried again with the next plan, or start.
-                if !gone {
-                    self.releases.insert(version);
-                }
-                vec![]
+                self.go_on_if_down()
             }
-            Event::Inspected(result) => {
-                self.inspected(result);
+            Event::Inspected { version, result } => {
+                if self.current() == Some(&version) {
+                    self.inspected(result);
+                }
                 let waits = std::mem::take(&mut self.starts_when_inspected) && self.supervisor.is_starting();
                 if waits { self.start(at) } else { vec![] }
             }
@@ -417,6 +292,7 @@ impl Agent {
                 }
                 let outcome = if success == Some(true) { "ok" } else { "failed" };
                 let mut actions = vec![self.repeating("exit", outcome, &how)];
+                self.running = None;
                 actions.extend(self.feed(supervise::Event::Exited { success, how }, at));
                 actions
             }
@@ -442,186 +318,6 @@ impl Agent {
         }
     }
 
-    fn stage(&mut self, package: Package, at: At) -> Vec<Action> {
-        let failures = self.failures_of(&package.version);
-        if let Some(skipped) = self.ledger.skipped(&package.version, package.sha256.as_ref()) {
-            // The clock may have been set back since.
-            let left = skipped.until.map(|until| Duration::from_secs(until.saturating_sub(at.unix_seconds)));
-            let left = left.unwrap_or(COSTLY_RETRY.cap).min(COSTLY_RETRY.cap);
-            if !left.is_zero() {
-                self.error = Some(skipped.reason.clone());
-                self.work = Work::Held(Held { version: package.version, failures, until: at.now + left });
-                return vec![];
-            }
-        }
-        self.work = Work::Staging { version: package.version.clone(), failures };
-        vec![Action::Stage(package)]
-    }
-
-    fn staged(&mut self, version: Version, result: Result<Ready, Refusal>, at: At) -> Vec<Action> {
-        let is_wanted = matches!(&self.work, Work::Staging { version: wanted, .. } if *wanted == version);
-        match result {
-            Ok(ready) => {
-                self.releases.insert(version.clone());
-                if !is_wanted {
-                    // The next plan discards it, or has use for it.
-                    return vec![];
-                }
-                self.error = None;
-                self.ledger.stage(ready.release.clone());
-                self.work = Work::Staged(Box::new(ready));
-                let message = format!("{} {version} is staged", self.name);
-                vec![Action::Record { wait: false }, Action::Note(Note::once("stage", "ok", Some(version), message))]
-            }
-            Err(refusal) if is_wanted => self.hold(version, "stage", refusal, at),
-            Err(_) => vec![],
-        }
-    }
-
-    fn activate(&mut self, order: Order) -> Vec<Action> {
-        let mut actions = vec![];
-        let version = order.package.version.clone();
-        let failures = self.failures_of(&version);
-        let program = match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Staged(ready) if ready.release.version == version => Some(ready.program),
-            Work::Staging { .. } => {
-                actions.push(Action::CancelStaging);
-                None
-            }
-            _ => None,
-        };
-        actions.push(Action::Admit { version, inspect: program.is_none() });
-        self.work = Work::Admitting { order: Box::new(order), program, failures };
-        actions
-    }
-
-    fn admitted(&mut self, result: Result<(Release, Option<Program>), Refusal>, at: At) -> Vec<Action> {
-        let Work::Admitting { order, program, failures } = &mut self.work else { return vec![] };
-        let (order, program, failures) = ((**order).clone(), program.take(), *failures);
-        let (release, inspected) = match result {
-            Ok(admitted) => admitted,
-            Err(refusal) => return self.refuse_activation(order.package.version, refusal, at),
-        };
-        let Some(program) = inspected.or(program) else { return vec![] };
-        let ready = Ready { release, program };
-        let before = self.ledger.clone();
-        if before.current().is_none() {
-            self.ledger.activate(ready.release.clone());
-        } else {
-            self.ledger.begin_probation(ready.release.clone());
-        }
-        self.work = Work::Recording(Box::new(Activation { order, ready, before, failures }));
-        vec![Action::Record { wait: true }]
-    }
-
-    fn recorded(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
-        let activation = match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Recording(activation) => activation,
-            other => {
-                self.work = other;
-                return vec![];
-            }
-        };
-        if let Err(why) = result {
-            let version = activation.ready.release.version.clone();
-            self.ledger = activation.before.clone();
-            self.work = Work::Recording(activation);
-            let why = format!("cannot activate {} {version}: {why}", self.name);
-            return self.refuse_activation(version, Refusal::failed(why), at);
-        }
-        self.work = Work::Stopping(activation);
-        let mut actions = self.feed(supervise::Event::Rest, at);
-        actions.extend(self.go_on_if_down());
-        actions
-    }
-
-    /// Goes on with what waited for its processes to end.
-    fn go_on_if_down(&mut self) -> Vec<Action> {
-        if !self.supervisor.is_down() {
-            return vec![];
-        }
-        match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Stopping(activation) => {
-                let version = activation.ready.release.version.clone();
-                self.work = Work::Switching(activation);
-                vec![Action::Switch(version)]
-            }
-            Work::Uninstalling => {
-                self.work = Work::Removing;
-                vec![Action::Remove]
-            }
-            other => {
-                self.work = other;
-                vec![]
-            }
-        }
-    }
-
-    fn switched(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
-        let activation = match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Switching(activation) => *activation,
-            other => {
-                self.work = other;
-                return vec![];
-            }
-        };
-        let Activation { order, ready, before, failures } = activation;
-        let version = ready.release.version.clone();
-        let mut actions = vec![];
-        match result {
-            Ok(()) => {
-                self.error = None;
-                self.releases.insert(version.clone());
-                self.inspected(Ok(ready.program));
-                let message = format!("{} {version} is active", self.name);
-                actions.push(Action::Note(Note::once("activate", "ok", Some(version), message)));
-                if self.ledger.probation().is_none() {
-                    actions.push(Action::RaiseEpoch(ready.release));
-                } else if order.run == Run::Stop {
-                    // It is not started, so nothing more is to be seen of it.
-                    self.commit(&mut actions);
-                }
-            }
-            Err(why) => {
-                self.work = Work::Held(Held { version: version.clone(), failures, until: at.now });
-                self.ledger = before;
-                actions.push(Action::Record { wait: false });
-                actions.extend(self.refuse_activation(version, Refusal::failed(why), at));
-            }
-        }
-        self.run = order.run;
-        self.spec = Some(order.spec);
-        // A stop of the home may have come while the old release was being ended.
-        if self.run == Run::Start && !self.home_stops && self.ledger.current().is_some() {
-            actions.extend(self.feed(supervise::Event::Run, at));
-        }
-        actions
-    }
-
-    /// What is active stays so. A release that was withdrawn goes, so that it is fetched as it is published now.
-    fn refuse_activation(&mut self, version: Version, refusal: Refusal, at: At) -> Vec<Action> {
-        let withdrawn = refusal.withdrawn;
-        let mut actions = self.hold(version.clone(), "activate", refusal, at);
-        // One whose program runs all the same (what is active could not be told) keeps its files.
-        if withdrawn && self.running.as_ref() != Some(&version) {
-            actions.extend(self.discard(version));
-        }
-        actions
-    }
-
-    fn discard(&mut self, version: Version) -> Vec<Action> {
-        let mut actions = vec![];
-        self.releases.remove(&version);
-        let before = self.ledger.clone();
-        self.ledger.keep_whole(|whole| *whole != version);
-        if self.ledger != before {
-            actions.push(Action::Record { wait: false });
-        }
-        self.leaving.insert(version.clone());
-        actions.push(Action::Discard(version));
-        actions
-    }
-
     fn configure(&mut self, spec: Spec, runs_so: bool, sound: Result<(), Refusal>, at: At) -> Vec<Action> {
         if matches!(&self.work, Work::Held(held) if at.now < held.until) {
             return vec![];
@@ -644,69 +340,6 @@ impl Agent {
         actions
     }
 
-    /// A new desired state may have at once what an older one could not.
-    fn ordered(&mut self, version: Option<Version>) -> Vec<Action> {
-        let mut actions = vec![];
-        if self.ledger.allow_all() {
-            actions.push(Action::Record { wait: false });
-        }
-        match &self.work {
-            Work::Held(_) => self.work = Work::Idle,
-            Work::Staging { version: staged, .. } if version.as_ref() != Some(staged) => {
-                actions.extend(self.cancel_staging());
-            }
-            _ => {}
-        }
-        actions
-    }
-
-    fn cancel_staging(&mut self) -> Vec<Action> {
-        if !matches!(self.work, Work::Staging { .. }) {
-            return vec![];
-        }
-        self.work = Work::Idle;
-        vec![Action::CancelStaging]
-    }
-
-    /// Leaves a release until it is tried again, and notes why, once.
-    fn hold(&mut self, version: Version, kind: &'static str, refusal: Refusal, at: At) -> Vec<Action> {
-        let mut actions = vec![];
-        if self.error.as_ref() != Some(&refusal.why) {
-            let note = Note::once(kind, refusal.outcome(), Some(version.clone()), refusal.why.clone());
-            actions.push(Action::Note(note));
-        }
-        let failures = self.failures_of(&version).saturating_add(1);
-        let backoff = if refusal.costly { COSTLY_RETRY } else { RETRY };
-        let delay = backoff.delay(failures, at.jitter).max(refusal.retry_after.unwrap_or_default());
-        if refusal.costly {
-            // A manager that starts anew must not download it at once.
-            self.ledger.skip(Skipped {
-                version: version.clone(),
-                sha256: None,
-                reason: refusal.why.clone(),
-                failures,
-                until: Some(at.unix_seconds.saturating_add(delay.as_secs())),
-                unknown: Default::default(),
-            });
-            actions.push(Action::Record { wait: false });
-        }
-        self.error = Some(refusal.why);
-        self.work = Work::Held(Held { version, failures, until: at.now + delay });
-        actions
-    }
-
-    /// Times in a row that a release could not be had or activated.
-    fn failures_of(&self, of: &Version) -> u32 {
-        match &self.work {
-            Work::Held(Held { version, failures, .. }) | Work::Staging { version, failures } if version == of => {
-                *failures
-            }
-            Work::Admitting { order, failures, .. } if order.package.version == *of => *failures,
-            Work::Recording(activation) if activation.ready.release.version == *of => activation.failures,
-            _ => self.ledger.skipped(of, None).map_or(0, |skipped| skipped.failures),
-        }
-    }
-
     fn inspected(&mut self, program: Result<Program, String>) {
         match program {
             Ok(program) => {
@@ -719,21 +352,6 @@ impl Agent {
                 self.program = None;
                 self.error = Some(why);
             }
-        }
-    }
-
-    /// A release that has started is accepted.
-    fn commit_started(&mut self, actions: &mut Vec<Action>) {
-        let on_probation = self.ledger.probation().map(|release| &release.version);
-        if on_probation.is_some() && on_probation == self.running.as_ref() {
-            self.commit(actions);
-        }
-    }
-
-    fn commit(&mut self, actions: &mut Vec<Action>) {
-        if self.ledger.commit() {
-            actions.push(Action::Record { wait: false });
-            actions.extend(self.ledger.active().cloned().map(Action::RaiseEpoch));
         }
     }
 
@@ -762,6 +380,10 @@ impl Agent {
     }
 
     fn start(&mut self, at: At) -> Vec<Action> {
+        if !self.supervisor.wanted() {
+            // A stop came while it was looked how it is run.
+            return self.feed(supervise::Event::StartFailed { why: "it is to stop".to_owned() }, at);
+        }
         if self.current().is_none() || self.program.is_none() {
             let why = self.error.clone().unwrap_or_else(|| "no release of it is active".to_owned());
             return self.feed(supervise::Event::StartFailed { why }, at);
@@ -814,12 +436,6 @@ impl Agent {
     fn repeating(&self, kind: &'static str, outcome: &'static str, message: &str) -> Action {
         let (version, message) = (self.current().cloned(), message.to_owned());
         Action::Note(Note { kind, outcome, version, message, repeats: true })
-    }
-}
-
-impl Note {
-    fn once(kind: &'static str, outcome: &'static str, version: Option<Version>, message: String) -> Note {
-        Note { kind, outcome, version, message, repeats: false }
     }
 }
 

@@ -35,6 +35,9 @@ pub struct Desired {
     /// To be removed, or removed already.
     #[serde(default)]
     pub removed: BTreeSet<AgentName>,
+    /// Its list came from a stand-in, and what that did not name stayed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub spares_unnamed: bool,
 }
 
 /// A desired state that takes the place of the one held.
@@ -83,7 +86,7 @@ fn judge_as(
     let Some(orders) = &answer.agents else { return Verdict::Unchanged };
     let lineage = answer.lineage.clone().unwrap_or_default();
     let same_number = lineage == held.lineage && answer.generation == held.generation;
-    if same_number && is_repetition(held, present, answer, orders, spares_unnamed) {
+    if same_number && is_repetition(held, present, answer, orders) {
         return Verdict::Unchanged;
     }
     let first = held.generation == 0 && held.lineage.is_empty();
@@ -106,7 +109,7 @@ fn judge_as(
         return Verdict::Refuse(why);
     }
     let kept = if answer.complete && orders.is_empty() { agents.len() } else { 0 };
-    let desired = Desired { lineage, generation: answer.generation, agents, removed };
+    let desired = Desired { lineage, generation: answer.generation, agents, removed, spares_unnamed };
     Verdict::Take(Box::new(Taken { desired, unsupported, new_lineage, led_back, kept }))
 }
 
@@ -153,14 +156,13 @@ fn apply(
 }
 
 /// Whether a list is a repetition: followed once more, it would leave what is wanted as it is.
-fn is_repetition(
-    held: &Desired,
-    present: &BTreeSet<AgentName>,
-    answer: &Answer,
-    orders: &[AgentOrder],
-    spares_unnamed: bool,
-) -> bool {
-    apply(held, present, answer, orders, spares_unnamed).agents == held.agents
+///
+/// Of a gateway that counts its lists, the same number says that nothing more is to be removed either; whoever counts nothing may mean that.
+fn is_repetition(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer, orders: &[AgentOrder]) -> bool {
+    let applied = apply(held, present, answer, orders, held.spares_unnamed);
+    let is_counted = held.generation > 0 || !held.lineage.is_empty();
+    applied.agents == held.agents
+        && (is_counted || applied.removed.iter().all(|name| held.removed.contains(name) || !present.contains(name)))
 }
 
 /// Whether an answer is one that a gateway can mean.
@@ -304,6 +306,32 @@ mod tests {
         assert_eq!(judge(&taken, &BTreeSet::new(), &uncounted), Verdict::Unchanged);
         assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), Verdict::Take(taken) if taken.new_lineage));
         assert!(matches!(judged(answer("l", 6, true, &[("a", "start"), ("a", "stop")])), Verdict::Refuse(_)));
+    }
+
+    #[test]
+    fn a_stand_ins_list_that_is_repeated_is_no_other_content() {
+        let held = take(&Desired::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
+        let present = held.agents.keys().cloned().collect();
+        let clocks = Clocks { host: NOW, gateway: Some(NOW) };
+        let list = answer("m", 1, true, &[("a", "start")]);
+        let Verdict::Take(taken) = judge_stand_in(&held, &present, &list, clocks) else { panic!() };
+        assert_eq!(names(&taken.desired), ["a", "b"]);
+        assert_eq!(judge_stand_in(&taken.desired, &present, &list, clocks), Verdict::Unchanged);
+        assert_eq!(judge(&taken.desired, &present, &list), Verdict::Unchanged);
+        let next = answer("m", 2, true, &[("a", "start")]);
+        let Verdict::Take(taken) = judge_stand_in(&taken.desired, &present, &next, clocks) else { panic!() };
+        assert_eq!(names(&taken.desired), ["a"], "its own next list is its own");
+    }
+
+    #[test]
+    fn whoever_counts_nothing_can_still_have_a_stray_removed() {
+        let uncounted = |cmds: &[(&str, &str)]| Answer { lineage: None, ..answer("", 0, false, cmds) };
+        let held = take(&Desired::default(), &uncounted(&[("a", "start")]));
+        let present = BTreeSet::from(["a".parse().unwrap(), "stray".parse().unwrap()]);
+        let list = uncounted(&[("a", "start"), ("stray", "uninstall")]);
+        let Verdict::Take(taken) = judge(&held, &present, &list) else { panic!() };
+        assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
+        assert_eq!(judge(&taken.desired, &present, &list), Verdict::Unchanged);
     }
 
     #[test]

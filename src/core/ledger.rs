@@ -123,9 +123,7 @@ impl Entry {
     pub fn activate(&mut self, release: Release) {
         self.put_into_use(&release);
         self.probation = None;
-        if self.active.as_ref().is_none_or(|active| !active.is(&release)) {
-            self.backup = self.active.replace(release);
-        }
+        self.replace_active(release);
     }
 
     /// It takes the place of the active one, which stays to go back to. The active one itself needs no probation: whatever was on it is
@@ -142,7 +140,7 @@ impl Entry {
     pub fn commit(&mut self) -> bool {
         let Some(release) = self.probation.take() else { return false };
         self.skipped.retain(|skipped| skipped.version != release.version);
-        self.backup = self.active.replace(release);
+        self.replace_active(release);
         true
     }
 
@@ -178,10 +176,11 @@ impl Entry {
     /// Drops what is not whole on disk; `is_whole` says which releases are. A probation that is lost so is rolled back, and a lost active
     /// one gives way to the backup.
     pub fn keep_whole(&mut self, is_whole: impl Fn(&Version) -> bool) {
+        let had_active = self.active.is_some();
         for place in [&mut self.probation, &mut self.active, &mut self.backup, &mut self.staged] {
             place.take_if(|release| !is_whole(&release.version));
         }
-        if self.active.is_none() && self.probation.is_none() {
+        if had_active && self.active.is_none() && self.probation.is_none() {
             self.active = self.backup.take();
         }
         if let Some(active) = &self.active {
@@ -190,12 +189,28 @@ impl Entry {
         }
     }
 
-    /// Goes on after a restart of the manager. `running`: the release whose process still runs; where that is the active one, the one on
-    /// probation was not started yet, and is given up until it is ordered again.
-    pub fn resume(&mut self, running: Option<&Version>) {
-        let of = |release: &Option<Release>| release.as_ref().map(|release| release.version.clone());
-        if running.is_some() && running == of(&self.active).as_ref() && running != of(&self.probation).as_ref() {
-            self.roll_back();
+    /// Goes on after a restart of the manager. `running`: the release whose process still runs.
+    ///
+    /// Where that is the active one, the one on probation was not started yet and is given up until it is ordered again. Where it is
+    /// neither, an older manager, which keeps no ledger, has activated it meanwhile.
+    pub fn resume(&mut self, running: &Release) {
+        let is = |place: &Option<Release>| place.as_ref().is_some_and(|release| release.version == running.version);
+        if is(&self.probation) {
+            return;
+        }
+        self.roll_back();
+        if !is(&self.active) {
+            self.activate(running.clone());
+        }
+    }
+
+    /// The one before is the backup, which is another release than the active one.
+    fn replace_active(&mut self, release: Release) {
+        self.backup.take_if(|backup| backup.is(&release));
+        if let Some(before) = self.active.replace(release.clone())
+            && !before.is(&release)
+        {
+            self.backup = Some(before);
         }
     }
 
@@ -309,6 +324,7 @@ mod tests {
             (&["1", "2", "3"][..], [Some("2"), Some("1"), Some("3")]),
             (&["1", "2"][..], [Some("2"), Some("1"), None]),
             (&["1"][..], [Some("1"), None, None]),
+            // The backup stays one, also when the other is committed.
             (&["1", "3"][..], [None, Some("1"), Some("3")]),
             (&[][..], [None, None, None]),
         ] {
@@ -320,12 +336,13 @@ mod tests {
 
     #[test]
     fn a_probation_that_did_not_begin_is_given_up_and_one_that_did_goes_on() {
-        let version = |text: &str| -> Version { text.parse().unwrap() };
-        for (running, expected) in [(Some("1"), "1"), (Some("2"), "2"), (None, "2"), (Some("0"), "2")] {
+        for (running, expected) in
+            [("1", [Some("1"), None, None]), ("2", [Some("1"), None, Some("2")]), ("3", [Some("3"), Some("1"), None])]
+        {
             let mut entry = Entry::found(Some(release("1")), None);
             entry.begin_probation(release("2"));
-            entry.resume(running.map(version).as_ref());
-            assert_eq!(entry.current().unwrap().version.as_str(), expected, "{running:?}");
+            entry.resume(&release(running));
+            assert_eq!(versions(&entry)[..3], expected, "{running}");
         }
     }
 
@@ -380,7 +397,11 @@ mod tests {
                 }
                 prop_assert!(entry.probation.is_none() || entry.probation != entry.active);
                 prop_assert!(entry.current().is_none_or(|current| entry.kept().any(|kept| *kept == current.version)));
-                if before.active.is_some() && !matches!(verb, Verb::Lose(_)) {
+                let lost = matches!(verb, Verb::Lose(_));
+                let kept = |release: &Release| entry.kept().any(|kept| *kept == release.version);
+                prop_assert!(lost || before.backup.as_ref().is_none_or(kept) || entry.backup.is_some(), "{verb:?} lost the backup");
+                prop_assert!(entry.backup.is_none() || entry.backup != entry.active);
+                if before.active.is_some() && !lost {
                     let stays = [&entry.active, &entry.backup].contains(&&before.active);
                     prop_assert!(stays, "{verb:?} lost {:?}", before.active);
                 }

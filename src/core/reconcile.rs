@@ -14,6 +14,8 @@ use super::order::{Order, Package, Run, Spec};
 pub struct Actual {
     /// The release that runs, or would.
     pub current: Option<Version>,
+    /// The release of its process, where one runs.
+    pub running: Option<Version>,
     /// What the ledger keeps: the current release, and what can be gone back to.
     pub kept: BTreeSet<Version>,
     /// The whole releases on disk.
@@ -36,6 +38,7 @@ impl Default for Actual {
     fn default() -> Actual {
         Actual {
             current: None,
+            running: None,
             kept: BTreeSet::new(),
             releases: BTreeSet::new(),
             leaving: BTreeSet::new(),
@@ -85,7 +88,8 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
         return;
     }
     let wanted = &order.package.version;
-    if actual.current.as_ref() == Some(wanted) {
+    let runs_another = actual.running.as_ref().is_some_and(|running| running != wanted);
+    if actual.current.as_ref() == Some(wanted) && !runs_another {
         if actual.spec.as_ref() != Some(&order.spec) {
             steps.push(Step::Configure { name: name.clone(), spec: order.spec.clone() });
         }
@@ -93,7 +97,10 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
             steps.push(Step::Set { name: name.clone(), run: order.run });
         }
         for version in &actual.releases {
-            if !actual.kept.contains(version) && actual.staging.as_ref() != Some(version) {
+            if !actual.kept.contains(version)
+                && actual.running.as_ref() != Some(version)
+                && actual.staging.as_ref() != Some(version)
+            {
                 steps.push(Step::Discard { name: name.clone(), version: version.clone() });
             }
         }
@@ -131,6 +138,7 @@ mod tests {
                 let version = order.package.version;
                 agent.kept = agent.current.replace(version.clone()).into_iter().chain([version]).collect();
                 agent.run = order.run;
+                agent.running = None;
                 agent.spec = Some(order.spec);
             }
             Step::Configure { name, spec } => actual.entry(name).or_default().spec = Some(spec),
@@ -182,11 +190,12 @@ mod tests {
             proptest::collection::btree_set(version(), 0..4),
             run(),
             proptest::option::of(spec()),
+            proptest::option::of(version()),
         )
-            .prop_map(|(current, backup, mut releases, run, spec)| {
+            .prop_map(|(current, backup, mut releases, run, spec, running)| {
                 releases.extend(current.clone());
                 let kept = current.iter().chain(&backup).cloned().collect();
-                Actual { current, kept, releases, run, spec, ..Actual::default() }
+                Actual { current, running, kept, releases, run, spec, ..Actual::default() }
             });
         proptest::collection::btree_map(name(), agent, 0..4)
     }

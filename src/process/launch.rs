@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest as _, Sha256};
 
-use super::record::{self, Head, Record};
+use super::record::{Head, Record};
 use crate::command;
 use crate::config;
 use crate::core::env::Env;
@@ -192,8 +192,6 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, 
     let child = match command::unless_busy(|| platform::launch(&command, &launch)).await {
         Ok(child) => child,
         Err(error) => {
-            // The child wrote its record before its program turned out not to run.
-            record::remove(&start.home, &start.name)?;
             return Err(error).with_context(|| format!("cannot run {}", start.directory().join(program).display()));
         }
     };

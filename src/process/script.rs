@@ -45,9 +45,7 @@ pub enum Said {
 pub async fn start(start: &Start) -> Result<Record> {
     let mut command = start.command(CONTROL_SCRIPT, None)?;
     command.arg("start");
-    let group = run(start, &command).await.inspect_err(|_| {
-        let _ = record::remove(&start.home, &start.name);
-    })?;
+    let group = run(start, &command).await?;
     let deadline = Instant::now() + APPEARS;
     loop {
         if let Some(process) = find(start).await {
@@ -59,7 +57,6 @@ pub async fn start(start: &Start) -> Result<Record> {
             return Ok(record);
         }
         if Instant::now() >= deadline {
-            record::remove(&start.home, &start.name)?;
             bail!("`control start` ended well, but {APPEARS:?} later no process of it is there; see its log");
         }
         tokio::time::sleep(LOOK).await;

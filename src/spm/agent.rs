@@ -2,11 +2,12 @@
 //! what runs beside the loop for it.
 
 use std::collections::BTreeSet;
+use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::task::AbortHandle;
 
-use super::stage::Staging;
+use super::stage::{self, Staging};
 use crate::core::agent::{Agent, At, Found};
 use crate::core::ledger::{Entry, Release};
 use crate::core::model::{AgentName, Version};
@@ -29,7 +30,7 @@ const NOTED_EVERY: Duration = Duration::from_secs(600);
 #[derive(Debug)]
 pub(super) struct SubAgent {
     pub(super) state: Agent,
-    /// Counts starts and adoptions, so that word of an earlier process is not taken for word of this one.
+    /// Of its last start or adoption, so that word of an earlier process is not taken for word of this one.
     pub(super) serial: u64,
     pub(super) record: Option<Record>,
     /// What an earlier manager left of it was seen to live outside of its group, too.
@@ -63,6 +64,11 @@ impl SubAgent {
     pub(super) fn target(&self, groups: Option<&Groups>) -> Target {
         let target = Target::of(self.state.name(), self.record.clone(), groups);
         if self.scattered { target.scattered() } else { target }
+    }
+
+    /// The epoch of the release that was committed last.
+    pub(super) fn committed_epoch(&self) -> u64 {
+        self.state.ledger().active().map_or(0, |release| release.epoch)
     }
 
     pub(super) fn report(&self) -> AgentReport {
@@ -102,52 +108,59 @@ pub(super) fn at(now: Instant) -> At {
     At { now, unix_seconds, jitter: fastrand::f64() }
 }
 
-/// What lies on disk of a sub-agent. `entry`: its ledger; `None`: there is none for it, and what is on disk says it all. `record`: of the
-/// process that runs.
+/// What lies on disk of a sub-agent. `entry`: its ledger; `None`: there is none for it, and what is on disk says it all. `record`: of its
+/// last process.
 pub(super) fn on_disk(home: &Home, name: &AgentName, entry: Option<Entry>, record: Option<&Record>) -> Found {
-    let mut whole: Vec<(SystemTime, Release)> = vec![];
-    let mut unfinished = BTreeSet::new();
+    let restarts = record.map_or(0, |record| record.head.restarts);
+    let directory = match std::fs::read_dir(home.agent(name)).and_then(Iterator::collect::<io::Result<Vec<_>>>) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => vec![],
+        Err(error) => {
+            tracing::error!(agent = %name, error = %error, "its releases cannot be listed; what the ledger says of them stands");
+            let ledger = entry.unwrap_or_default();
+            return Found { releases: ledger.kept().cloned().collect(), ledger, restarts, ..Found::default() };
+        }
+    };
     let current = platform::read_current(&home.current(name)).ok().flatten();
-    let running = record.map(|record| record.head.version.clone());
-    for entry in std::fs::read_dir(home.agent(name)).into_iter().flatten().flatten() {
+    let recorded = record.map(|record| &record.head.version);
+    let (mut whole, mut unfinished): (Vec<(SystemTime, Release)>, _) = (vec![], BTreeSet::new());
+    for entry in directory {
         // The link `current` is no release, though its name could be read as a version.
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
         let version = entry.file_name().to_str().and_then(|name| name.parse::<Version>().ok());
         let Some(version) = version.filter(|_| is_directory) else { continue };
         match entry.path().join(home::COMPLETE).symlink_metadata() {
-            Ok(metadata) => {
-                let since = metadata.modified().unwrap_or(UNIX_EPOCH);
-                whole.push((since, release(version, package::whole(&entry.path()).ok().as_ref())));
-            }
-            // What `current` or a process record names stays.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                if current.as_deref() != Some(version.as_str()) && running.as_ref() != Some(&version) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                // What `current` or a process record names stays.
+                if current.as_deref() != Some(version.as_str()) && recorded != Some(&version) {
                     unfinished.insert(version);
                 }
             }
-            Err(_) => {}
+            metadata => {
+                let since = metadata.and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
+                whole.push((since, stage::release(version, package::whole(&entry.path()).ok().as_ref())));
+            }
         }
     }
     whole.sort_by(|(one, a), (other, b)| one.cmp(other).then_with(|| a.version.cmp(&b.version)));
-    let releases: BTreeSet<Version> = whole.iter().map(|(_, release)| release.version.clone()).collect();
-    let mut ledger = entry.unwrap_or_else(|| from_disk(whole, current.as_deref()));
-    ledger.keep_whole(|version| releases.contains(version));
-    ledger.resume(record.filter(|record| record.is_alive()).map(|record| &record.head.version));
-    let restarts = record.map_or(0, |record| record.head.restarts);
+    let mut ledger = entry.unwrap_or_else(|| from_disk(&whole, current.as_deref()));
+    let find = |version: &Version| whole.iter().map(|(_, release)| release).find(|release| release.version == *version);
+    ledger.keep_whole(|version| find(version).is_some());
+    let living = record.filter(|record| record.is_alive());
+    if let Some(running) = living.and_then(|record| find(&record.head.version)) {
+        ledger.resume(running);
+    }
+    let releases = whole.iter().map(|(_, release)| release.version.clone()).collect();
     Found { ledger, releases, unfinished, program: None, restarts }
 }
 
-/// The ledger of a home that has none: the active release is what `current` names, and the backup the newest of the others.
-fn from_disk(mut whole: Vec<(SystemTime, Release)>, current: Option<&str>) -> Entry {
-    let place = whole.iter().position(|(_, release)| Some(release.version.as_str()) == current);
-    let active = place.map(|place| whole.remove(place).1);
-    Entry::found(active, whole.pop().map(|(_, release)| release))
-}
-
-/// The release that a directory holds. `completed`: what that says of its package, where it can be read.
-pub(super) fn release(version: Version, completed: Option<&package::Completed>) -> Release {
-    let sha256 = completed.map(|completed| completed.sha256.clone());
-    Release { version, sha256, epoch: completed.map_or(0, |completed| completed.epoch), unknown: Default::default() }
+/// The ledger of a home that has none: the active release is what `current` names, and the backup the newest of the others. Where it names
+/// none, none was ever activated.
+fn from_disk(whole: &[(SystemTime, Release)], current: Option<&str>) -> Entry {
+    let is_current = |release: &&Release| Some(release.version.as_str()) == current;
+    let Some(active) = whole.iter().map(|(_, release)| release).find(is_current) else { return Entry::default() };
+    let backup = whole.iter().rev().map(|(_, release)| release).find(|release| !is_current(release));
+    Entry::found(Some(active.clone()), backup.cloned())
 }
 
 #[cfg(test)]
@@ -187,9 +200,28 @@ mod tests {
     #[test]
     fn the_ledger_beats_the_link() {
         let (_directory, home, name) = home();
-        let mut entry = Entry::found(Some(release(version("1"), None)), None);
-        entry.begin_probation(release(version("gone"), None));
+        let mut entry = Entry::found(Some(stage::release(version("1"), None)), None);
+        entry.begin_probation(stage::release(version("gone"), None));
         let found = on_disk(&home, &name, Some(entry), None);
         assert_eq!(found.ledger.kept().map(Version::as_str).collect::<Vec<_>>(), ["1"]);
+    }
+
+    #[test]
+    fn what_was_only_staged_is_not_taken_for_active() {
+        let (_directory, home, name) = home();
+        std::fs::remove_file(home.current(&name)).unwrap();
+        let found = on_disk(&home, &name, None, None);
+        assert_eq!((found.ledger.current(), found.ledger.kept().count()), (None, 0));
+        assert_eq!(found.releases.len(), 2);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_listed_loses_nothing_of_the_ledger() {
+        let (_directory, home, name) = home();
+        let entry = Entry::found(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
+        std::fs::remove_dir_all(home.agent(&name)).unwrap();
+        std::fs::write(home.agent(&name), "a file in its place").unwrap();
+        let found = on_disk(&home, &name, Some(entry.clone()), None);
+        assert_eq!((found.ledger, found.releases.len()), (entry, 2));
     }
 }

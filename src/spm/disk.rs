@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use serde::Serialize;
+use tokio::task::JoinHandle;
 
-use super::input::{Input, Inputs};
+use super::input::{File, Input, Inputs};
 use crate::store;
 
 /// Does something that may wait for a disk or a lock, and tells what came of it.
@@ -19,14 +20,6 @@ pub(super) fn run(inputs: &Inputs, work: impl FnOnce() -> Input + Send + 'static
         // Nobody hears it where the manager is ending.
         let _ = inputs.send(work());
     });
-}
-
-/// Which state file was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum File {
-    Desired,
-    Ledger,
-    Events,
 }
 
 /// A state file of which only the newest content counts.
@@ -76,11 +69,21 @@ impl<T: Serialize + Send + 'static> StateFile<T> {
         });
     }
 
-    /// Writes a last content and waits for it: for the end of the process alone.
-    pub(super) fn save_now(&mut self, content: &T) -> Result<()> {
+    /// Nothing is being written or waits for that.
+    pub(super) fn is_settled(&self) -> bool {
+        !self.is_busy
+    }
+
+    /// Begins to write a last content, beside a write that is under way: at the end of the process.
+    pub(super) fn save_last(&mut self, content: T) -> JoinHandle<()> {
         self.revision += 1;
         self.next = None;
-        write(&self.path, content, self.revision, &self.written)
+        let (revision, path, written) = (self.revision, self.path.clone(), self.written.clone());
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = write(&path, &content, revision, &written) {
+                tracing::warn!(error = format!("{error:#}"), "what changed last is lost");
+            }
+        })
     }
 }
 
@@ -133,7 +136,7 @@ mod tests {
         let busy = held.lock().unwrap();
         file.save(&inputs, 1_u32);
         drop(busy);
-        file.save_now(&2).unwrap();
+        file.save_last(2).await.unwrap();
         words.recv().await.unwrap();
         assert_eq!(store::load::<u32>(&path).unwrap(), Some(2));
     }

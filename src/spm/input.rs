@@ -1,10 +1,11 @@
 //! What the manager's loop hears from what runs beside it.
 
+use std::time::SystemTime;
+
 use anyhow::Result;
 use tokio::sync::mpsc;
 
-use super::disk::File;
-use super::upkeep::{Looked, Reloaded};
+use crate::config::Loaded;
 use crate::core::agent::{Ready, Refusal};
 use crate::core::ledger::Release;
 use crate::core::model::{AgentName, Version};
@@ -52,6 +53,7 @@ pub(super) enum Input {
         answer: Answer,
     },
     Staged {
+        id: u64,
         name: AgentName,
         version: Version,
         result: Result<Ready, Refusal>,
@@ -67,10 +69,10 @@ pub(super) enum Input {
     Discarded {
         name: AgentName,
         version: Version,
-        gone: bool,
     },
     Inspected {
         name: AgentName,
+        version: Version,
         result: Result<Program, String>,
     },
     /// All files of a sub-agent were removed.
@@ -93,6 +95,34 @@ pub(super) enum Input {
     Heartbeat(Outcome),
     /// What the service manager says of the unit of a watchdog that is gone.
     WatchdogJudged(Result<UnitStanding>),
+}
+
+/// Which state file was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum File {
+    Desired,
+    Ledger,
+    Events,
+}
+
+/// What is wrong with a home, by subject; `None`: nothing.
+#[derive(Debug)]
+pub(super) struct Looked {
+    pub(super) home: Option<String>,
+    pub(super) files: Option<String>,
+    /// Not looked at where the home is not sound: its contents may be anybody's.
+    pub(super) keys: Option<Option<String>>,
+}
+
+/// What housekeeping found.
+#[derive(Debug)]
+pub(super) struct Reloaded {
+    /// When the settings were last changed, as far as that can be told.
+    pub(super) seen: Option<SystemTime>,
+    /// The settings, where they changed.
+    pub(super) loaded: Option<Result<Loaded>>,
+    /// Whether others can see by the record which process the manager is.
+    pub(super) is_recorded: bool,
 }
 
 /// A process that runs: started by us, so that its exit status comes to us, or adopted.

@@ -7,9 +7,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
 
-use super::disk::{File, StateFile};
-use super::input::Inputs;
+use super::disk::StateFile;
+use super::input::{File, Inputs};
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::Event;
 use crate::core::schedule::Allowance;
@@ -182,13 +183,12 @@ impl Journal {
         }
     }
 
-    /// Writes what there is and waits for it: at the end of the process.
-    pub(super) fn flush_now(&mut self) {
-        self.changed = None;
-        if let Err(error) = self.file.save_now(&self.stored) {
-            let error = format!("{error:#}");
-            tracing::warn!(error, "the events for the gateway cannot be written and are lost");
+    /// Begins to write what is not written yet, at the end of the process, which waits for it for a while.
+    pub(super) fn flush_last(&mut self) -> Option<JoinHandle<()>> {
+        if self.changed.take().is_none() && self.file.is_settled() {
+            return None;
         }
+        Some(self.file.save_last(self.stored.clone()))
     }
 }
 
@@ -196,15 +196,15 @@ impl Journal {
 mod tests {
     use super::*;
 
-    #[test]
-    fn events_are_kept_until_they_are_acknowledged() {
+    #[tokio::test]
+    async fn events_are_kept_until_they_are_acknowledged() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         std::fs::create_dir(home.state()).unwrap();
         let mut journal = Journal::load(&home);
         journal.note("exit", "failed", About::default(), "one");
         journal.note("exit", "failed", About::default(), "two");
-        journal.flush_now();
+        journal.flush_last().unwrap().await.unwrap();
         let mut journal = Journal::load(&home);
         let pending = journal.pending();
         assert_eq!(pending.len(), 2);

@@ -21,8 +21,8 @@ use self::exchange::Line;
 use self::housekeeping::Housekeeping;
 use self::ledger::Releases;
 use super::agent::SubAgent;
-use super::disk::{File, StateFile};
-use super::input::Inputs;
+use super::disk::StateFile;
+use super::input::{File, Inputs};
 use super::journal::{About, Journal};
 use super::peer::Peer;
 use super::stage;
@@ -44,6 +44,8 @@ use crate::store;
 /// Of strangers at the door, so many are reported at once, and one more each so often.
 const STRANGERS_AT_ONCE: u32 = 3;
 const STRANGERS_EVERY: Duration = Duration::from_secs(600);
+/// The end of the process waits so long for a disk.
+const LAST_WRITE: Duration = Duration::from_secs(5);
 /// Connections at the door get so long to hear the farewell.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -66,14 +68,23 @@ struct Orders {
     coming: Option<(u64, Box<Taken>)>,
 }
 
+impl Orders {
+    /// What answers are compared with: a list that is being written counts.
+    fn newest(&self) -> &Desired {
+        self.coming.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
+    }
+}
+
 /// A stop of the home that is under way.
 #[derive(Debug)]
 struct Stop {
     /// Whom it is answered to.
     waiting: Vec<oneshot::Sender<Reply>>,
     errors: Vec<String>,
-    /// Its record was written, or could not be.
+    /// Its record was written, or could not be: the sub-agents are being stopped.
     is_recorded: bool,
+    /// A disk is waited for so long.
+    recorded_by: Instant,
 }
 
 pub(super) struct Manager {
@@ -82,6 +93,7 @@ pub(super) struct Manager {
     config: Config,
     orders: Orders,
     agents: BTreeMap<AgentName, SubAgent>,
+    last_serial: u64,
     releases: Releases,
     /// Where the sub-agents' process trees are held together.
     groups: Option<Groups>,
@@ -141,13 +153,18 @@ pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Fare
         }
     };
     platform::notify(Notice::Stopping);
-    manager.journal.flush_now();
+    let flushed = manager.journal.flush_last();
     // The door is shut first: the watchdog, which connects again as soon as it heard the farewell, would take our end for a death.
     door.abort();
     let _ = door.await;
     farewell.send_replace(Some(ending));
     // Every connection drops its receiver when it has sent the farewell.
     let _ = tokio::time::timeout(FAREWELL, farewell.closed()).await;
+    if let Some(flushed) = flushed
+        && tokio::time::timeout(LAST_WRITE, flushed).await.is_err()
+    {
+        tracing::warn!("the last events for the gateway are not written: the disk does not answer");
+    }
     Ok(ending)
 }
 
@@ -211,6 +228,7 @@ impl Manager {
                 coming: None,
             },
             agents: BTreeMap::new(),
+            last_serial: 0,
             releases,
             groups: groups(home),
             replan: true,
@@ -242,7 +260,9 @@ impl Manager {
         let agents = self.agents.values().filter_map(|agent| agent.state.deadline(now));
         // While the home stops, the watchdog does not matter.
         let peer = self.stop.is_none().then(|| self.peer.deadline());
-        let fixed = [self.line.next_heartbeat, Some(self.housekeeping.next), self.journal.flush_at(), peer];
+        let recorded_by = self.stop.as_ref().filter(|stop| !stop.is_recorded).map(|stop| stop.recorded_by);
+        let fixed =
+            [self.line.next_heartbeat, Some(self.housekeeping.next), self.journal.flush_at(), peer, recorded_by];
         fixed.into_iter().flatten().chain(agents).min().unwrap_or(now)
     }
 
@@ -267,8 +287,10 @@ impl Manager {
             self.keep_house(now);
         }
         if self.line.next_heartbeat.is_some_and(|at| at <= now) {
-            self.look_at_home(now);
-            self.send_heartbeat();
+            self.heartbeat_due(now);
+        }
+        if self.stop.as_ref().is_some_and(|stop| stop.recorded_by <= now) {
+            self.stop_recorded(now);
         }
     }
 

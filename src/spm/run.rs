@@ -29,6 +29,16 @@ pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Target) {
 async fn start_clean(start: Start, last: Target) -> Result<Running> {
     let record = last.record.clone();
     end_leftovers(&start, last).await?;
+    let (home, name) = (start.home.clone(), start.name.clone());
+    let launched = launch(start, record).await;
+    if launched.is_err() {
+        // The child wrote its record before its program turned out not to run.
+        off_loop(move || record::remove(&home, &name)).await??;
+    }
+    launched
+}
+
+async fn launch(start: Start, last: Option<Record>) -> Result<Running> {
     match start.program.clone() {
         Program::Native(manifest) => {
             let (child, record) = launch::start_native(&start, &manifest).await?;
@@ -36,7 +46,7 @@ async fn start_clean(start: Start, last: Target) -> Result<Running> {
         }
         Program::Script => {
             let of = start.clone();
-            off_loop(move || script::forget(&of, record.as_ref())).await?;
+            off_loop(move || script::forget(&of, last.as_ref())).await?;
             let record = script::start(&start).await?;
             Ok(Running::Script(Box::new(start), record))
         }

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tokio::sync::{Semaphore, oneshot};
 
-use super::agent;
 use super::input::{Input, Inputs};
 use crate::config::Config;
 use crate::core::agent::{Ready, Refusal};
@@ -22,7 +21,7 @@ use crate::fetching::Fetching;
 use crate::home::Home;
 use crate::installation::guard::{self, Unsound};
 use crate::installation::{Epochs, keyring};
-use crate::package::{self, Commons, Unavailable, Wanted, Withdrawn};
+use crate::package::{self, Commons, Completed, Unavailable, Wanted, Withdrawn};
 use crate::platform;
 use crate::process::launch;
 
@@ -134,6 +133,10 @@ pub(super) struct Job {
     pub agent_id: AgentId,
     pub name: AgentName,
     pub package: Package,
+    /// Of [`Action::Stage`](crate::core::agent::Action::Stage).
+    pub id: u64,
+    /// The epoch of the release that was committed last, which may not be in the epochs' file yet.
+    pub committed_epoch: u64,
 }
 
 /// Stages a release and reports with [`Input::Staged`].
@@ -142,31 +145,36 @@ pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
     let (wanted, unwanted) = oneshot::channel();
     let staging = Staging { version: job.package.version.clone(), seen: Arc::clone(&seen), _wanted: wanted };
     tokio::spawn(async move {
-        let _turn = tokio::select! {
+        let (id, name, version) = (job.id, job.name.clone(), job.package.version.clone());
+        let turn = tokio::select! {
             // A turn that comes and is dropped is the next one's.
-            turn = desk.turns.acquire_owned() => turn,
-            _ = unwanted => return,
+            turn = desk.turns.acquire_owned() => Some(turn),
+            _ = unwanted => None,
         };
-        let (name, version, come) = (job.name.clone(), job.package.version.clone(), Arc::clone(&seen));
-        let result = match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
-            Ok(result) => result.map_err(|error| refusal_after(&error, come.bytes.load(Ordering::Relaxed))),
-            Err(error) => Err(Refusal::failed(format!("cannot stage it: {error}"))),
+        let come = Arc::clone(&seen);
+        let result = match turn {
+            None => Err(Refusal::failed("it is not wanted any more")),
+            Some(_turn) => match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
+                Ok(result) => result.map_err(|error| refusal_after(&error, come.bytes.load(Ordering::Relaxed))),
+                Err(error) => Err(Refusal::failed(format!("cannot stage it: {error}"))),
+            },
         };
-        let _ = inputs.send(Input::Staged { name, version, result });
+        let _ = inputs.send(Input::Staged { id, name, version, result });
     });
     staging
 }
 
 fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<Ready> {
-    let Job { home, config, agent_id, name, package } = job;
+    let Job { home, config, agent_id, name, package, committed_epoch, .. } = job;
     let version = &package.version;
     if seen.unwanted.load(Ordering::SeqCst) {
         bail!("it is not wanted any more");
     }
     guard::agent(home, name)?;
     let fetching = Fetching::of(home, config, agent_id)?;
+    let wanted = Wanted { least_epoch: *committed_epoch, ..wanted(name, package) };
     let mut told = Instant::now();
-    let tree = fetching.fetch(wanted(name, package), commons, |end| seen.ends_by(end), &mut |bytes, total| {
+    let tree = fetching.fetch(wanted, commons, |end| seen.ends_by(end), &mut |bytes, total| {
         seen.bytes.store(bytes, Ordering::Relaxed);
         seen.total.store(total.unwrap_or(0), Ordering::Relaxed);
         if told.elapsed() >= TELL_EVERY {
@@ -197,20 +205,29 @@ pub(super) fn wanted(name: &AgentName, package: &Package) -> Wanted {
     Wanted::of(package, name, platform::OS, platform::ARCH)
 }
 
+/// The release that a directory holds. `completed`: what that says of its package, where it can be read.
+pub(super) fn release(version: Version, completed: Option<&Completed>) -> ledger::Release {
+    let sha256 = completed.map(|completed| completed.sha256.clone());
+    let epoch = completed.map_or(0, |completed| completed.epoch);
+    ledger::Release { version, sha256, epoch, unknown: Default::default() }
+}
+
 /// Whether a release that lies on disk may be activated: the home can be relied on, and nothing that the release was accepted by when it was
-/// staged was withdrawn since. `inspect`: also how it is run.
+/// staged was withdrawn since. `committed_epoch`: as in [`Job`]; `inspect`: also how it is run.
 pub(super) fn admit(
     home: &Home,
     name: &AgentName,
     version: &Version,
+    committed_epoch: u64,
     inspect: bool,
 ) -> Result<(ledger::Release, Option<Program>)> {
     guard::agent(home, name)?;
     guard::release(home, name, version)?;
     let completed = package::whole(&home.release(name, version))?;
-    completed.admit(Epochs::load(home)?.least(name.as_str()), &keyring::trusted(home)?)?;
+    let least = Epochs::load(home)?.least(name.as_str()).max(committed_epoch);
+    completed.admit(least, &keyring::trusted(home)?)?;
     let program = inspect.then(|| launch::inspect(home, name, version)).transpose()?;
-    Ok((agent::release(version.clone(), Some(&completed)), program))
+    Ok((release(version.clone(), Some(&completed)), program))
 }
 
 #[cfg(test)]
@@ -226,6 +243,8 @@ mod tests {
             agent_id: "1".parse().unwrap(),
             name: name.parse().unwrap(),
             package: Package::new("1".parse().unwrap()),
+            id: 1,
+            committed_epoch: 0,
         }
     }
 

@@ -3,11 +3,9 @@
 
 use std::time::SystemTime;
 
-use anyhow::Result;
-
 use super::disk;
-use super::input::{Input, Inputs};
-use crate::config::{Config, Loaded};
+use super::input::{Input, Inputs, Looked, Reloaded};
+use crate::config::Config;
 use crate::core::role::Role;
 use crate::home::Home;
 use crate::installation::guard;
@@ -15,26 +13,6 @@ use crate::installation::keyring::Keyring;
 use crate::package::Keys;
 use crate::process::log;
 use crate::role::{self, Holder};
-
-/// What is wrong with a home, by subject; `None`: nothing.
-#[derive(Debug)]
-pub(super) struct Looked {
-    pub(super) home: Option<String>,
-    pub(super) files: Option<String>,
-    /// Not looked at where the home is not sound: its contents may be anybody's.
-    pub(super) keys: Option<Option<String>>,
-}
-
-/// What housekeeping found.
-#[derive(Debug)]
-pub(super) struct Reloaded {
-    /// When the settings were last changed, as far as that can be told.
-    pub(super) seen: Option<SystemTime>,
-    /// The settings, where they changed.
-    pub(super) loaded: Option<Result<Loaded>>,
-    /// Whether others can see by the record which process the manager is.
-    pub(super) is_recorded: bool,
-}
 
 /// Begins to look at the home.
 pub(super) fn begin_look(inputs: &Inputs, home: &Home, config: &Config) {

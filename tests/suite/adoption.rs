@@ -239,6 +239,8 @@ fn what_runs_of_another_release_makes_way_for_the_wanted_one() {
     assert_eq!(told(), 1);
     without_manager_for_a_while(&host, || {
         fs::remove_file(host.home().join("run/agents/one.json")).expect("its record");
+        // Without the ledger the link says which release is active.
+        fs::remove_file(host.home().join("state/releases.json")).expect("the ledger");
         fs::remove_file(host.home().join("agents/one/current")).expect("its link");
         std::os::unix::fs::symlink("1.0", host.home().join("agents/one/current")).expect("another link");
     });

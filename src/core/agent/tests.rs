@@ -2,9 +2,13 @@
 
 use proptest::prelude::*;
 
+use std::time::Duration;
+
 use super::*;
 use crate::core::env::Env;
+use crate::core::ledger::Release;
 use crate::core::manifest::Manifest;
+use crate::core::order::Package;
 use crate::core::unknown::Unknown;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
@@ -53,6 +57,10 @@ fn refusal(why: &str) -> Refusal {
     Refusal::failed(why)
 }
 
+fn inspected(result: Result<Program, String>) -> Event {
+    Event::Inspected { version: version("1"), result }
+}
+
 /// A sub-agent, what it asked for, and the time.
 struct Bench {
     agent: Agent,
@@ -91,7 +99,13 @@ impl Bench {
 
     fn stage(&mut self, text: &str) {
         self.tell(Event::Stage(Package::new(version(text))));
-        self.tell(Event::Staged { version: version(text), result: Ok(ready(text)) });
+        self.answer(text, Ok(ready(text)));
+    }
+
+    /// The answer to the staging that was asked for last.
+    fn answer(&mut self, text: &str, result: Result<Ready, Refusal>) {
+        let id = self.agent.last_id;
+        self.tell(Event::Staged { id, version: version(text), result });
     }
 
     /// What was asked since the last look, without notes.
@@ -116,8 +130,8 @@ fn a_first_release_is_staged_recorded_and_started_and_its_epoch_counts() {
     let mut bench = Bench::new();
     bench.tell(Event::Stage(Package::new(version("1"))));
     assert_eq!(bench.agent.state(), AgentState::Updating);
-    assert_eq!(bench.asked(), [Action::Stage(Package::new(version("1")))]);
-    bench.tell(Event::Staged { version: version("1"), result: Ok(ready("1")) });
+    assert_eq!(bench.asked(), [Action::Stage { id: 1, package: Package::new(version("1")) }]);
+    bench.answer("1", Ok(ready("1")));
     assert_eq!(bench.notes(), [("stage", "ok")]);
     assert_eq!(bench.asked(), [Action::Record { wait: false }]);
     bench.tell(Event::Activate(order("1")));
@@ -138,7 +152,7 @@ fn what_runs_is_stopped_only_when_the_new_release_is_admitted_and_recorded() {
     bench.tell(Event::Activate(order("2")));
     bench.tell(Event::Admitted(Ok((release("2"), None))));
     assert!(!bench.asked().contains(&Action::Stop));
-    assert_eq!(bench.agent.ledger().probation(), Some(&release("2")));
+    assert_eq!(bench.agent.to_record().probation(), Some(&release("2")));
     bench.tell(Event::Recorded(Ok(())));
     assert_eq!(bench.asked(), [Action::Stop]);
     bench.tell(Event::Stopped(Ok(())));
@@ -183,7 +197,7 @@ fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and
     let ways: [(&str, Fail); 3] = [
         ("stage", |bench| {
             bench.tell(Event::Stage(Package::new(version("2"))));
-            bench.tell(Event::Staged { version: version("2"), result: Err(refusal("no route")) });
+            bench.answer("2", Err(refusal("no route")));
         }),
         ("activate", |bench| {
             bench.tell(Event::Activate(order("2")));
@@ -241,7 +255,7 @@ fn a_release_that_was_withdrawn_is_removed_unless_it_runs() {
     assert!(bench.asked().contains(&Action::Discard(version("2"))));
     let actual = bench.agent.actual(bench.now);
     assert!(!actual.releases.contains(&version("2")) && actual.leaving.contains(&version("2")));
-    bench.tell(Event::Discarded { version: version("2"), gone: true });
+    bench.tell(Event::Discarded(version("2")));
     assert!(bench.agent.actual(bench.now).leaving.is_empty());
     bench.tell(Event::Activate(order("1")));
     bench.tell(Event::Admitted(Err(withdrawn())));
@@ -255,7 +269,7 @@ fn a_costly_refusal_is_remembered_across_managers_until_another_package_or_desir
         |digit: &str| Package { sha256: Some(digit.repeat(64).parse().unwrap()), ..Package::new(version("2")) };
     bench.tell(Event::Stage(package("a")));
     let costly = Refusal { costly: true, refused: true, ..refusal("it holds a device") };
-    bench.tell(Event::Staged { version: version("2"), result: Err(costly) });
+    bench.answer("2", Err(costly));
     assert!(bench.asked().contains(&Action::Record { wait: false }));
     let ledger = bench.agent.ledger().clone();
     let found = || Found { ledger: ledger.clone(), releases: [version("1")].into(), ..Found::default() };
@@ -264,10 +278,10 @@ fn a_costly_refusal_is_remembered_across_managers_until_another_package_or_desir
     assert_eq!(next.last_error().as_deref(), Some("it holds a device"));
     assert_eq!(next.actual(bench.now).held_back, Some(version("2")));
     let later = At { unix_seconds: at(bench.now).unix_seconds + 5, ..at(bench.now + S(5)) };
-    assert_eq!(next.step(Event::Stage(package("a")), later), [Action::Stage(package("a"))]);
+    assert_eq!(next.step(Event::Stage(package("a")), later), [Action::Stage { id: 1, package: package("a") }]);
     let (mut next, _) = Agent::found("a".parse().unwrap(), found());
     next.step(Event::Ordered(Some(version("2"))), at(bench.now));
-    assert_eq!(next.step(Event::Stage(package("a")), at(bench.now)), [Action::Stage(package("a"))]);
+    assert_eq!(next.step(Event::Stage(package("a")), at(bench.now)), [Action::Stage { id: 1, package: package("a") }]);
 }
 
 #[test]
@@ -279,7 +293,7 @@ fn another_order_cancels_the_staging_of_the_one_before() {
     assert_eq!(bench.asked(), []);
     bench.tell(Event::Ordered(Some(version("3"))));
     assert_eq!(bench.asked(), [Action::CancelStaging]);
-    bench.tell(Event::Staged { version: version("2"), result: Ok(ready("2")) });
+    bench.answer("2", Ok(ready("2")));
     assert_eq!(bench.asked(), []);
     assert!(bench.agent.actual(bench.now).releases.contains(&version("2")), "the plan discards it");
 }
@@ -308,7 +322,7 @@ fn another_environment_restarts_what_was_not_started_with_it() {
 fn a_variable_that_its_package_does_not_allow_is_noted_once() {
     let mut bench = Bench::running();
     let (spec, runs_so) = (Spec { env: Env::from([("LD_PRELOAD".to_owned(), "x".into())]) }, false);
-    bench.tell(Event::Inspected(Ok(manifest(&[]))));
+    bench.tell(inspected(Ok(manifest(&[]))));
     bench.tell(Event::Configure { spec, runs_so, sound: Ok(()) });
     for pid in 11..14 {
         bench.tell(Event::Stopped(Ok(())));
@@ -333,16 +347,54 @@ fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
     let mut bench = Bench { agent, ..Bench::new() };
     bench.tell(Event::Set(Run::Start));
     assert_eq!(bench.asked(), [Action::Inspect(version("1"))]);
-    bench.tell(Event::Inspected(Err("no agent.toml".into())));
+    bench.tell(inspected(Err("no agent.toml".into())));
     // The first failure is tried again at once.
     assert_eq!(bench.asked(), [Action::Inspect(version("1"))]);
-    bench.tell(Event::Inspected(Err("no agent.toml".into())));
+    bench.tell(inspected(Err("no agent.toml".into())));
     assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Failed));
     bench.now = bench.agent.deadline(bench.now).unwrap();
     bench.tell(Event::Tick);
-    bench.tell(Event::Inspected(Ok(Program::Script)));
+    bench.tell(inspected(Ok(Program::Script)));
     assert_eq!(bench.asked(), [Action::Inspect(version("1")), Action::Start]);
     assert_eq!(bench.agent.last_error().as_deref(), Some("no agent.toml"));
+}
+
+#[test]
+fn while_an_activation_is_recorded_what_runs_is_restarted_as_it_was() {
+    let mut bench = Bench::running();
+    bench.stage("2");
+    bench.tell(Event::Activate(order("2")));
+    bench.tell(Event::Admitted(Ok((release("2"), None))));
+    bench.asked.clear();
+    bench.tell(Event::Exited { success: Some(false), how: "crashed".into() });
+    assert_eq!((bench.asked(), bench.agent.current()), (vec![Action::Start], Some(&version("1"))));
+    bench.tell(Event::Launched { pid: 11, version: version("1"), runs_so: true });
+    assert_eq!(bench.asked(), [], "nothing is committed");
+    bench.tell(Event::Recorded(Err("no space left".into())));
+    assert_eq!(bench.asked(), [Action::Record { wait: false }], "the file may say what was not done");
+    assert_eq!(bench.agent.to_record(), *bench.agent.ledger());
+}
+
+#[test]
+fn a_removal_waits_for_what_is_under_way_on_its_files() {
+    let mut bench = Bench::new();
+    bench.stage("1");
+    bench.tell(Event::Stage(Package::new(version("2"))));
+    bench.tell(Event::Discard(version("1")));
+    bench.asked.clear();
+    bench.tell(Event::Uninstall);
+    assert_eq!(bench.asked(), [Action::CancelStaging]);
+    bench.tell(Event::Discarded(version("1")));
+    assert_eq!(bench.asked(), []);
+    bench.answer("2", Ok(ready("2")));
+    assert_eq!(bench.asked(), [Action::Remove]);
+}
+
+#[test]
+fn how_another_release_is_run_says_nothing_about_this_one() {
+    let mut bench = Bench::running();
+    bench.tell(Event::Inspected { version: version("9"), result: Err("no agent.toml".into()) });
+    assert!(bench.agent.program().is_some() && bench.agent.last_error().is_none());
 }
 
 #[test]
@@ -427,7 +479,8 @@ fn event() -> impl Strategy<Value = Event> {
         prop_oneof![Just(Run::Start), Just(Run::Stop)].prop_map(Event::Set),
         text.clone().prop_map(|text| Event::Ordered(Some(version(text)))),
         Just(Event::Restart),
-        (text.clone(), any::<bool>(), any::<bool>()).prop_map(|(text, good, costly)| Event::Staged {
+        (1..9_u64, text.clone(), any::<bool>(), any::<bool>()).prop_map(|(id, text, good, costly)| Event::Staged {
+            id,
             version: version(text),
             result: if good { Ok(ready(text)) } else { Err(Refusal { costly, ..refusal("no") }) },
         }),
@@ -437,8 +490,11 @@ fn event() -> impl Strategy<Value = Event> {
         }),
         result("disk full").prop_map(Event::Recorded),
         result("read-only").prop_map(Event::Switched),
-        (text.clone(), any::<bool>()).prop_map(|(text, gone)| Event::Discarded { version: version(text), gone }),
-        any::<bool>().prop_map(|good| Event::Inspected(if good { Ok(Program::Script) } else { Err("bad".into()) })),
+        text.clone().prop_map(|text| Event::Discarded(version(text))),
+        (text.clone(), any::<bool>()).prop_map(|(text, good)| Event::Inspected {
+            version: version(text),
+            result: if good { Ok(Program::Script) } else { Err("bad".into()) },
+        }),
         (text, any::<bool>()).prop_map(|(text, runs_so)| Event::Launched { pid: 9, version: version(text), runs_so }),
         Just(Event::NotLaunched(refusal("no such file"))),
         any::<Option<bool>>().prop_map(|success| Event::Exited { success, how: "ended".into() }),
@@ -454,7 +510,7 @@ proptest! {
         let mut starting = false;
         for (event, seconds) in events {
             bench.now += S(seconds);
-            let before = bench.agent.ledger().clone();
+            let (before, recorded) = (bench.agent.ledger().clone(), bench.agent.to_record());
             let ends_start = matches!(event, Event::Launched { .. } | Event::NotLaunched(_));
             bench.tell(event.clone());
             starting &= !ends_start;
@@ -468,11 +524,16 @@ proptest! {
                     starting = true;
                 }
             }
-            // Every change of the ledger is written, but for one that is taken back because it could not be.
-            let undone = matches!(event, Event::Recorded(Err(_)) | Event::Switched(Err(_)));
-            if *bench.agent.ledger() != before {
+            // Every change of what the ledger is to say is written.
+            let undone = matches!(event, Event::Switched(Err(_)));
+            if bench.agent.to_record() != recorded {
                 let records = asked.iter().any(|action| matches!(action, Action::Record { .. }));
-                prop_assert!(records || undone, "{event:?} changed the ledger unseen");
+                prop_assert!(records, "{event:?} changed the ledger unseen");
+            }
+            // Until its link is switched, nothing of a release that is to come is run.
+            let starts = asked.contains(&Action::Start);
+            if starts && matches!(bench.agent.work, Work::Admitting { .. } | Work::Recording(_) | Work::Stopping(_)) {
+                prop_assert_eq!(bench.agent.current(), before.current().map(|release| &release.version));
             }
             // The release that was committed last is never given up for one that was not.
             if let Some(active) = before.active() {

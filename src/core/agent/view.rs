@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Agent, Held, Work};
+use super::{Agent, Held, Work, put_into_use};
 use crate::core::ledger::Entry;
 use crate::core::model::{AgentName, Version};
 use crate::core::order::{Run, Spec};
@@ -23,6 +23,15 @@ impl Agent {
 
     pub fn ledger(&self) -> &Entry {
         &self.ledger
+    }
+
+    /// What the file is to say: of an activation that is to follow, what will be true then.
+    pub fn to_record(&self) -> Entry {
+        let mut recorded = self.ledger.clone();
+        if let Work::Recording(activation) | Work::Stopping(activation) = &self.work {
+            put_into_use(&mut recorded, activation.ready.release.clone());
+        }
+        recorded
     }
 
     /// The release that runs, or would.
@@ -49,18 +58,18 @@ impl Agent {
         self.spec.as_ref()
     }
 
-    pub fn is_staging(&self, version: &Version) -> bool {
-        matches!(&self.work, Work::Staging { version: staged, .. } if staged == version)
+    pub fn is_staging(&self, id: u64) -> bool {
+        matches!(self.work, Work::Staging { id: staged, .. } if staged == id)
     }
 
     /// Its releases are being changed: nothing else is to be begun.
-    fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&self) -> bool {
         match self.work {
             Work::Idle | Work::Staging { .. } | Work::Staged(_) | Work::Held(_) => false,
             Work::Admitting { .. }
             | Work::Recording(_)
             | Work::Stopping(_)
-            | Work::Switching(_)
+            | Work::Switching { .. }
             | Work::Uninstalling
             | Work::Removing => true,
         }
@@ -81,6 +90,7 @@ impl Agent {
         };
         Actual {
             current: self.current().cloned(),
+            running: self.running.clone(),
             kept: self.ledger.kept().cloned().collect(),
             releases: self.releases.clone(),
             leaving: self.leaving.clone(),

@@ -10,6 +10,7 @@ use crate::core::ledger::Entry;
 use crate::core::model::{AgentName, Version};
 use crate::core::order::{Run, Spec};
 use crate::core::program::{Kind, Program};
+use crate::installation::guard;
 use crate::platform::{self, Seen};
 use crate::process::launch::{self, env_hash};
 use crate::process::record::{self, Ended, Record};
@@ -30,6 +31,7 @@ impl Manager {
         let marked = census.marked;
         let recorded = |name: &AgentName| targets.iter().find(|target| target.name == *name);
         let mut names: BTreeSet<AgentName> = self.orders.held.agents.keys().cloned().collect();
+        names.extend(self.releases.names().cloned());
         names.extend(
             std::fs::read_dir(self.home.agents())
                 .into_iter()
@@ -95,19 +97,18 @@ impl Manager {
         self.perform(name, actions, now);
     }
 
-    /// The ledger beats the link `current`: where they differ, the link is made anew.
+    /// The ledger beats the link `current`: where they differ, the link is rewritten, before the loop begins.
     fn point_at(&self, name: &AgentName, current: &Version) {
         let link = self.home.current(name);
         if platform::read_current(&link).ok().flatten().as_deref() == Some(current.as_str()) {
             return;
         }
-        let (name, current) = (name.clone(), current.clone());
-        tokio::task::spawn_blocking(move || {
-            tracing::warn!(agent = %name, version = %current, "`current` names another release than the ledger, and is made anew");
-            if let Err(error) = platform::write_current(&link, current.as_str()) {
-                tracing::warn!(agent = %name, error = %error, "`current` cannot be made anew");
-            }
-        });
+        tracing::warn!(agent = %name, version = %current, "`current` names another release than the ledger and is rewritten");
+        let written = guard::place(&self.home, name)
+            .and_then(|()| platform::write_current(&link, current.as_str()).map_err(anyhow::Error::from));
+        if let Err(error) = written {
+            tracing::warn!(agent = %name, error = format!("{error:#}"), "`current` cannot be rewritten");
+        }
     }
 
     /// Ends what runs of a sub-agent and cannot be adopted, as the sub-agent's own stop: nothing new of it starts meanwhile. `false`: there
@@ -118,11 +119,12 @@ impl Manager {
             target.remove_groups();
             return false;
         }
+        let serial = self.next_serial();
         let Some(agent) = self.agents.get_mut(name) else { return false };
         let pid = members.first().map_or(0, |process| process.pid);
         tracing::warn!(agent = %name, pid, "what runs of a sub-agent is none of its active release and is stopped");
         let now = Instant::now();
-        agent.serial += 1;
+        agent.serial = serial;
         let actions = agent.state.clear_away(pid, agent::at(now));
         self.perform(name, actions, now);
         true
@@ -164,6 +166,7 @@ impl Manager {
             self.journal.note("exit", "failed", about, how.as_str());
             Ended { success: None, how }
         });
+        let serial = self.next_serial();
         let order = self.orders.held.agents.get(name);
         let Some(agent) = self.agents.get_mut(name) else { return };
         // What it left behind is ended, and the first plan says the rest, unless it is just what is wanted.
@@ -171,7 +174,7 @@ impl Manager {
             let version = Some(&order.package.version);
             order.run == Run::Start && agent.state.current() == version && Some(&record.head.version) == version
         });
-        agent.serial += 1;
+        agent.serial = serial;
         let (pid, version) = (record.pid, record.head.version.clone());
         agent.record = Some(record);
         let wanted = wanted.map(|order| order.spec.clone());
@@ -184,8 +187,9 @@ impl Manager {
         let now = Instant::now();
         let since = platform::age(record.start_time).and_then(|age| now.checked_sub(age));
         let since = since.unwrap_or(self.identity.started);
+        let serial = self.next_serial();
         let Some(agent) = self.agents.get_mut(name) else { return };
-        agent.serial += 1;
+        agent.serial = serial;
         agent.record = Some(record.clone());
         tracing::info!(agent = %name, pid = record.pid, "a sub-agent is adopted");
         // With another environment than it is to have, it is restarted by the first plan.

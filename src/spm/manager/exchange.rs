@@ -239,7 +239,7 @@ impl Manager {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let clocks = Clocks::new(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), clock_offset);
         let judge = if passed_over.is_some() { desired::judge_stand_in } else { desired::judge };
-        match judge(&self.orders.held, &present, answer, clocks) {
+        match judge(self.orders.newest(), &present, answer, clocks) {
             Verdict::Unchanged => {
                 let held = answer.lineage.as_deref().unwrap_or_default() == self.orders.held.lineage
                     && answer.generation == self.orders.held.generation;
@@ -262,9 +262,6 @@ impl Manager {
 
     /// Begins to write another desired state; it is in force when that is done.
     fn keep_orders(&mut self, taken: Box<Taken>, passed_over: Option<&str>) {
-        if self.orders.coming.as_ref().is_some_and(|(_, coming)| coming.desired == taken.desired) {
-            return;
-        }
         if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
             tracing::warn!(why, "another gateway stands in; what its list does not name stays until that changes");
         }

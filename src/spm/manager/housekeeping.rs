@@ -9,15 +9,18 @@ use crate::core::service_manager::Notice;
 use crate::home::Home;
 use crate::installation::guard;
 use crate::role::{self, Holder};
+use crate::spm::input::{Looked, Reloaded};
 use crate::spm::journal::About;
 use crate::spm::stage;
-use crate::spm::upkeep::{self, Looked, Reloaded};
+use crate::spm::upkeep;
 use crate::{package, platform};
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
 const HOUSEKEEPING: Duration = Duration::from_secs(25);
 /// To look at the home takes a hundred system calls: however often heartbeats go out, it is not looked at more often.
 const LOOK_APART: Duration = Duration::from_secs(10);
+/// A heartbeat does not wait longer for a look than this.
+const LOOK_TAKES: Duration = Duration::from_secs(2);
 /// Downloads that nobody came back for are looked for so often, besides before each download.
 const TRIM_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// Housekeeping that comes so late was held up by a stop of this process or of the machine.
@@ -36,6 +39,8 @@ pub(super) struct Housekeeping {
     /// Under way beside the loop, perhaps for as long as a disk hangs.
     is_busy: bool,
     is_looking: bool,
+    /// A heartbeat waits for what is found.
+    heartbeat_waits: bool,
     /// Dead at the last housekeeping, and not awaited by anything.
     orphans: Vec<u32>,
 }
@@ -50,6 +55,7 @@ impl Housekeeping {
             is_recorded: role::holder(home, Role::Spm).as_ref() == Some(own),
             is_busy: false,
             is_looking: false,
+            heartbeat_waits: false,
             orphans: vec![],
         }
     }
@@ -77,25 +83,31 @@ impl Manager {
         platform::notify(Notice::Alive);
     }
 
-    /// Looks at the home before a heartbeat, which is to say what is wrong; a manager that sends none need not look.
-    pub(super) fn look_at_home(&mut self, now: Instant) {
+    /// Sends a heartbeat, after a look at the home, so that it reports what is wrong there; a manager that sends none need not look.
+    pub(super) fn heartbeat_due(&mut self, now: Instant) {
         let house = &mut self.housekeeping;
-        if now < house.next_look || std::mem::replace(&mut house.is_looking, true) {
-            return;
+        if now < house.next_look || house.is_looking {
+            house.heartbeat_waits = false;
+            return self.send_heartbeat();
         }
+        (house.is_looking, house.heartbeat_waits) = (true, true);
         house.next_look = now + LOOK_APART;
         upkeep::begin_look(&self.inputs, &self.home, &self.config);
+        self.line.next_heartbeat = Some(now + LOOK_TAKES);
     }
 
     /// As [`Manager::look_at_home`], before the loop begins.
     pub(super) fn look_at_home_now(&mut self) {
         let looked = upkeep::look(&self.home, &self.config);
-        self.looked(looked);
+        self.looked(looked, Instant::now());
     }
 
     /// What is wrong shows and is reported until it is resolved.
-    pub(super) fn looked(&mut self, looked: Looked) {
+    pub(super) fn looked(&mut self, looked: Looked, now: Instant) {
         self.housekeeping.is_looking = false;
+        if std::mem::take(&mut self.housekeeping.heartbeat_waits) {
+            self.line.next_heartbeat = self.line.next_heartbeat.map(|_| now);
+        }
         let Looked { home, files, keys } = looked;
         self.tell_of("home", "refused", home);
         self.tell_of("files", "failed", files);

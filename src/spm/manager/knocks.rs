@@ -1,6 +1,6 @@
 //! What is asked at the local door: status, restart of a sub-agent, and the end, with or without the sub-agents.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -14,6 +14,9 @@ use crate::role;
 use crate::spm::disk;
 use crate::spm::input::Input;
 use crate::spm::journal::About;
+
+/// A stop is recorded before anything is stopped, unless the disk takes longer.
+const STOP_IS_RECORDED: Duration = Duration::from_secs(10);
 
 impl Manager {
     pub(super) fn answer_knock(&mut self, knock: Knock) {
@@ -75,7 +78,8 @@ impl Manager {
             return;
         }
         tracing::info!("the home is stopped");
-        self.stop = Some(Stop { waiting: vec![reply], errors: vec![], is_recorded: false });
+        let recorded_by = now + STOP_IS_RECORDED;
+        self.stop = Some(Stop { waiting: vec![reply], errors: vec![], is_recorded: false, recorded_by });
         let home = self.home.clone();
         disk::run(&self.inputs, move || {
             if let Err(error) = role::record_stop(&home) {
@@ -84,9 +88,18 @@ impl Manager {
             }
             Input::StopRecorded
         });
+    }
+
+    /// The record of a stop is written, or is not waited for any longer: what runs is stopped.
+    pub(super) fn stop_recorded(&mut self, now: Instant) {
+        match &mut self.stop {
+            Some(stop) if !stop.is_recorded => stop.is_recorded = true,
+            _ => return,
+        }
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
             self.step(&name, Event::HomeStops, now);
         }
+        self.finish_stop_if_down();
     }
 
     pub(super) fn finish_stop_if_down(&mut self) {

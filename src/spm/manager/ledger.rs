@@ -13,8 +13,8 @@ use crate::core::model::AgentName;
 use crate::core::unknown::Unknown;
 use crate::home::Home;
 use crate::installation::Epochs;
-use crate::spm::disk::{self, File, StateFile};
-use crate::spm::input::Input;
+use crate::spm::disk::{self, StateFile};
+use crate::spm::input::{File, Input};
 use crate::store;
 
 /// The ledger's file, and what waits for it.
@@ -33,7 +33,10 @@ pub(super) struct Releases {
     is_on_disk: bool,
     /// Epochs to be raised, each when this revision of the ledger is durable.
     to_raise: Vec<(u64, AgentName, u64)>,
-    is_raising: bool,
+    /// Those that are being raised.
+    raising: Vec<(u64, AgentName, u64)>,
+    /// The last try failed; the next comes with the housekeeping.
+    raise_failed: bool,
     /// The epochs of what earlier managers committed are raised: releases may be staged.
     may_stage: bool,
 }
@@ -68,7 +71,8 @@ impl Releases {
             durable: 0,
             is_on_disk: !is_changed,
             to_raise: vec![],
-            is_raising: false,
+            raising: vec![],
+            raise_failed: false,
             may_stage: false,
         }
     }
@@ -76,6 +80,11 @@ impl Releases {
     /// What the ledger says of a sub-agent that is found on disk.
     pub(super) fn take_found(&mut self, name: &AgentName) -> Option<Entry> {
         self.found.remove(name)
+    }
+
+    /// The sub-agents that the ledger names.
+    pub(super) fn names(&self) -> impl Iterator<Item = &AgentName> {
+        self.found.keys()
     }
 
     pub(super) fn may_stage(&self) -> bool {
@@ -109,7 +118,7 @@ impl Manager {
     fn queue_committed(&mut self) {
         for (name, agent) in &self.agents {
             if let Some(release) = agent.state.ledger().active() {
-                self.releases.to_raise.push((self.releases.durable, name.clone(), release.epoch));
+                self.releases.to_raise.push((self.releases.current_revision(), name.clone(), release.epoch));
             }
         }
     }
@@ -117,7 +126,7 @@ impl Manager {
     /// Begins to write the ledger where it was changed.
     pub(super) fn write_ledger(&mut self) {
         if std::mem::take(&mut self.releases.is_changed) {
-            let agents = self.agents.iter().map(|(name, agent)| (name.clone(), agent.state.ledger().clone()));
+            let agents = self.agents.iter().map(|(name, agent)| (name.clone(), agent.state.to_record()));
             let ledger = Ledger {
                 agents: agents.filter(|(_, entry)| *entry != Entry::default()).collect(),
                 unknown: self.releases.unknown.clone(),
@@ -129,6 +138,7 @@ impl Manager {
 
     /// What could not be written is tried again.
     pub(super) fn retry_ledger(&mut self) {
+        self.releases.raise_failed = false;
         if self.releases.is_unsaved {
             self.releases.change();
         }
@@ -157,13 +167,15 @@ impl Manager {
     /// Begins to raise the epochs whose releases are committed in the durable ledger.
     fn raise_durable(&mut self) {
         let releases = &mut self.releases;
-        if releases.is_raising || releases.to_raise.iter().all(|(revision, ..)| *revision > releases.durable) {
+        if !releases.raising.is_empty() || releases.raise_failed {
             return;
         }
-        releases.is_raising = true;
         let durable = releases.durable;
-        let due: Vec<_> = releases.to_raise.extract_if(.., |(revision, ..)| *revision <= durable).collect();
-        let (home, has_ledger) = (self.home.clone(), releases.is_on_disk);
+        releases.raising = releases.to_raise.extract_if(.., |(revision, ..)| *revision <= durable).collect();
+        if releases.raising.is_empty() {
+            return;
+        }
+        let (home, has_ledger, due) = (self.home.clone(), releases.is_on_disk, releases.raising.clone());
         disk::run(&self.inputs, move || {
             let due = due.iter().map(|(_, name, epoch)| (name.as_str(), *epoch));
             Input::Raised(Epochs::commit_all(&home, due, has_ledger).map_err(|error| format!("{error:#}")))
@@ -171,8 +183,13 @@ impl Manager {
     }
 
     pub(super) fn raised(&mut self, result: Result<(), String>) {
-        self.releases.is_raising = false;
+        let raising = std::mem::take(&mut self.releases.raising);
+        if result.is_err() {
+            self.releases.to_raise.extend(raising);
+            self.releases.raise_failed = true;
+        }
         self.tell_of("epochs", "failed", result.err());
+        // Each release is held against the epoch in the ledger as well, so that a file that cannot be written holds up nothing.
         if !std::mem::replace(&mut self.releases.may_stage, true) {
             self.replan = true;
         }

@@ -6,15 +6,12 @@ use super::Manager;
 use crate::core::agent::{Event, Refusal};
 use crate::core::model::AgentName;
 use crate::home::Home;
-use crate::installation::guard;
 use crate::process::launch::env_hash;
 use crate::process::record::{Ended, Record};
 use crate::spm::agent::SubAgent;
-use crate::spm::disk::File;
-use crate::spm::input::{Input, Running};
+use crate::spm::input::{File, Input, Running};
 use crate::spm::journal::About;
 use crate::spm::run;
-use crate::{package, store};
 
 impl Manager {
     pub(super) fn take_in(&mut self, input: Input) {
@@ -39,44 +36,26 @@ impl Manager {
                     self.step(&name, Event::Checked(answer), now);
                 }
             }
-            Input::Staged { name, version, result } => {
-                let Some(agent) = self.agents.get_mut(&name) else {
-                    // It was removed meanwhile.
-                    let home = self.home.clone();
-                    tokio::task::spawn_blocking(move || {
-                        if let Err(error) = guard::place(&home, &name)
-                            .and_then(|()| package::discard(&home.release(&name, &version)))
-                            .and_then(|()| store::remove_tree(&home.agent(&name)))
-                        {
-                            let error = format!("{error:#}");
-                            tracing::warn!(agent = %name, error, "a release that nobody wants any more cannot be removed");
-                        }
-                    });
-                    return;
-                };
-                if agent.state.is_staging(&version) {
+            Input::Staged { id, name, version, result } => {
+                if let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.state.is_staging(id)) {
                     agent.staging = None;
                 } else {
+                    // Another is wanted meanwhile.
                     self.trim_cache(now);
                 }
-                self.step(&name, Event::Staged { version, result }, now);
+                self.step(&name, Event::Staged { id, version, result }, now);
             }
             Input::Admitted { name, result } => self.step(&name, Event::Admitted(result), now),
             Input::Switched { name, result } => self.step(&name, Event::Switched(result), now),
-            Input::Discarded { name, version, gone } => self.step(&name, Event::Discarded { version, gone }, now),
-            Input::Inspected { name, result } => self.step(&name, Event::Inspected(result), now),
+            Input::Discarded { name, version } => self.step(&name, Event::Discarded(version), now),
+            Input::Inspected { name, version, result } => self.step(&name, Event::Inspected { version, result }, now),
             Input::Removed { name, result } => self.removed(&name, result),
             Input::Saved { file: File::Ledger, revision, result } => self.ledger_saved(revision, result, now),
             Input::Saved { file: File::Desired, revision, result } => self.orders_saved(revision, result, now),
             Input::Saved { file: File::Events, result, .. } => self.journal.saved(result, &self.inputs),
             Input::Raised(result) => self.raised(result),
-            Input::StopRecorded => {
-                if let Some(stop) = &mut self.stop {
-                    stop.is_recorded = true;
-                }
-                self.finish_stop_if_down();
-            }
-            Input::Looked(looked) => self.looked(looked),
+            Input::StopRecorded => self.stop_recorded(now),
+            Input::Looked(looked) => self.looked(looked, now),
             Input::Reloaded(reloaded) => self.reloaded(reloaded),
             Input::WatchdogJudged(answer) if self.stop.is_none() => self.peer.judged(&self.home, answer, now),
             Input::WatchdogJudged(_) => {}

@@ -44,7 +44,7 @@ impl Manager {
 
     fn carry_out(&mut self, step: Step, now: Instant) {
         let (name, event) = match step {
-            // Until it is known which epochs are committed, nothing is staged or activated by them.
+            // First the epochs of what earlier managers committed are raised.
             Step::Stage { .. } | Step::Activate { .. } if !self.releases.may_stage() => return,
             Step::Stage { name, package } => (name, Event::Stage(package)),
             Step::Activate { name, order } => (name, Event::Activate(order)),
@@ -118,12 +118,15 @@ impl Manager {
     fn act(&mut self, name: &AgentName, action: Action, now: Instant) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         match action {
-            Action::Stage(package) => self.stage(name, package),
+            Action::Stage { id, package } => self.stage(name, id, package),
             Action::CancelStaging => agent.staging = None,
-            Action::Admit { version, inspect } => self.beside(name, move |home, name| {
-                let result = stage::admit(&home, &name, &version, inspect).map_err(|error| stage::refusal(&error));
-                Input::Admitted { name, result }
-            }),
+            Action::Admit { version, inspect } => {
+                let epoch = agent.committed_epoch();
+                self.beside(name, move |home, name| {
+                    let admitted = stage::admit(&home, &name, &version, epoch, inspect);
+                    Input::Admitted { name, result: admitted.map_err(|error| stage::refusal(&error)) }
+                })
+            }
             Action::Record { wait } => {
                 self.releases.change();
                 if wait {
@@ -143,12 +146,12 @@ impl Manager {
                 Input::Removed { name, result }
             }),
             Action::Discard(version) => self.beside(name, |home, name| {
-                let gone = discard(&home, &name, &version);
-                Input::Discarded { name, version, gone }
+                discard(&home, &name, &version);
+                Input::Discarded { name, version }
             }),
             Action::Inspect(version) => self.beside(name, move |home, name| {
                 let result = launch::inspect(&home, &name, &version).map_err(|error| format!("{error:#}"));
-                Input::Inspected { name, result }
+                Input::Inspected { name, version, result }
             }),
             Action::Start => self.start(name),
             Action::Stop => {
@@ -168,7 +171,7 @@ impl Manager {
         disk::run(&self.inputs, move || work(home, name));
     }
 
-    fn stage(&mut self, name: &AgentName, package: Package) {
+    fn stage(&mut self, name: &AgentName, id: u64, package: Package) {
         tracing::info!(agent = %name, version = %package.version, "a release is staged");
         let job = stage::Job {
             home: self.home.clone(),
@@ -176,6 +179,8 @@ impl Manager {
             agent_id: self.identity.agent_id.clone(),
             name: name.clone(),
             package,
+            id,
+            committed_epoch: self.agents.get(name).map_or(0, SubAgent::committed_epoch),
         };
         let staging = stage::start(&self.inputs, &self.desk, job);
         if let Some(agent) = self.agents.get_mut(name) {
@@ -185,10 +190,17 @@ impl Manager {
 
     fn start(&mut self, name: &AgentName) {
         let Some(start) = self.agents.get(name).and_then(|agent| self.start_of(agent)) else { return };
+        let serial = self.next_serial();
         let Some(agent) = self.agents.get_mut(name) else { return };
-        agent.serial += 1;
+        agent.serial = serial;
         let last = agent.target(self.groups.as_ref());
         run::start(&self.inputs, agent.serial, start, last);
+    }
+
+    /// Counts starts and adoptions of all sub-agents, so that word of one process is not taken for word of another.
+    pub(super) fn next_serial(&mut self) -> u64 {
+        self.last_serial += 1;
+        self.last_serial
     }
 
     /// Asks after a sub-agent's health, one question for each process at a time; its answer counts for that very process alone.
@@ -240,11 +252,10 @@ fn remove(home: &Home, name: &AgentName) -> Result<()> {
     log::remove(home, name)
 }
 
-/// Removes a release from the disk, where it is still there; whether it is gone.
-pub(super) fn discard(home: &Home, name: &AgentName, version: &Version) -> bool {
+/// Removes a release from the disk, where it is still there.
+fn discard(home: &Home, name: &AgentName, version: &Version) {
     let gone = guard::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
     if let Err(error) = &gone {
         tracing::warn!(agent = %name, error = format!("{error:#}"), "a release cannot be removed");
     }
-    gone.is_ok()
 }

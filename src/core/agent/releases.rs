@@ -1,0 +1,289 @@
+//! What becomes of a sub-agent's releases: staged, admitted, recorded, switched to, committed; held where that fails.
+
+use std::time::Duration;
+
+use super::event::{Action, Note, Ready, Refusal};
+use super::{Activation, Agent, At, Held, Work};
+use crate::core::ledger::{Entry, Release, Skipped};
+use crate::core::model::Version;
+use crate::core::order::{Order, Package, Run};
+use crate::core::program::Program;
+use crate::core::schedule::Backoff;
+use crate::core::supervise;
+
+/// Between two tries at a release that cannot be had.
+const RETRY: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::from_secs(300) };
+/// Between two downloads of one that is refused each time: a whole fleet may be ordered to have it, over links that others need.
+const COSTLY_RETRY: Backoff = Backoff { cap: Duration::from_secs(6 * 3600), ..RETRY };
+
+impl Agent {
+    pub(super) fn stage(&mut self, package: Package, at: At) -> Vec<Action> {
+        let failures = self.failures_of(&package.version);
+        if let Some(skipped) = self.ledger.skipped(&package.version, package.sha256.as_ref()) {
+            // The clock may have been set back since.
+            let left = skipped.until.map(|until| Duration::from_secs(until.saturating_sub(at.unix_seconds)));
+            let left = left.unwrap_or(COSTLY_RETRY.cap).min(COSTLY_RETRY.cap);
+            if !left.is_zero() {
+                self.error = Some(skipped.reason.clone());
+                self.work = Work::Held(Held { version: package.version, failures, until: at.now + left });
+                return vec![];
+            }
+        }
+        self.last_id += 1;
+        let id = self.last_id;
+        self.unanswered.insert(id);
+        self.work = Work::Staging { id, version: package.version.clone(), failures };
+        vec![Action::Stage { id, package }]
+    }
+
+    pub(super) fn staged(&mut self, id: u64, version: Version, result: Result<Ready, Refusal>, at: At) -> Vec<Action> {
+        let is_wanted = matches!(self.work, Work::Staging { id: wanted, .. } if wanted == id);
+        match result {
+            Ok(ready) => {
+                self.releases.insert(version.clone());
+                if !is_wanted {
+                    // The next plan discards it, or has use for it.
+                    return vec![];
+                }
+                self.error = None;
+                self.ledger.stage(ready.release.clone());
+                self.work = Work::Staged(Box::new(ready));
+                let message = format!("{} {version} is staged", self.name);
+                vec![Action::Record { wait: false }, Action::Note(Note::once("stage", "ok", Some(version), message))]
+            }
+            Err(refusal) if is_wanted => self.hold(version, "stage", refusal, at),
+            Err(_) => vec![],
+        }
+    }
+
+    pub(super) fn activate(&mut self, order: Order) -> Vec<Action> {
+        let mut actions = vec![];
+        let version = order.package.version.clone();
+        let failures = self.failures_of(&version);
+        let program = match std::mem::replace(&mut self.work, Work::Idle) {
+            Work::Staged(ready) if ready.release.version == version => Some(ready.program),
+            Work::Staging { .. } => {
+                actions.push(Action::CancelStaging);
+                None
+            }
+            _ => None,
+        };
+        actions.push(Action::Admit { version, inspect: program.is_none() });
+        self.work = Work::Admitting { order: Box::new(order), program, failures };
+        actions
+    }
+
+    pub(super) fn admitted(&mut self, result: Result<(Release, Option<Program>), Refusal>, at: At) -> Vec<Action> {
+        let Work::Admitting { order, program, failures } = &mut self.work else { return vec![] };
+        let (order, program, failures) = ((**order).clone(), program.take(), *failures);
+        let (release, inspected) = match result {
+            Ok(admitted) => admitted,
+            Err(refusal) => return self.refuse_activation(order.package.version, refusal, at),
+        };
+        let Some(program) = inspected.or(program) else {
+            let why = format!("cannot activate {} {}: it is not known how it is run", self.name, release.version);
+            return self.refuse_activation(release.version, Refusal::failed(why), at);
+        };
+        let ready = Ready { release, program };
+        self.work = Work::Recording(Box::new(Activation { order, ready, failures }));
+        vec![Action::Record { wait: true }]
+    }
+
+    pub(super) fn recorded(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
+        let activation = match std::mem::replace(&mut self.work, Work::Idle) {
+            Work::Recording(activation) => activation,
+            other => {
+                self.work = other;
+                return vec![];
+            }
+        };
+        if let Err(why) = result {
+            let version = activation.ready.release.version.clone();
+            self.work = Work::Recording(activation);
+            let why = format!("cannot activate {} {version}: {why}", self.name);
+            let mut actions = self.refuse_activation(version, Refusal::failed(why), at);
+            // A write that has failed may have come far, and a later one may have held it.
+            actions.push(Action::Record { wait: false });
+            return actions;
+        }
+        self.work = Work::Stopping(activation);
+        let mut actions = self.feed(supervise::Event::Rest, at);
+        actions.extend(self.go_on_if_down());
+        actions
+    }
+
+    /// Goes on with what waited for its processes to end.
+    pub(super) fn go_on_if_down(&mut self) -> Vec<Action> {
+        if !self.supervisor.is_down() {
+            return vec![];
+        }
+        match std::mem::replace(&mut self.work, Work::Idle) {
+            Work::Stopping(activation) => {
+                let (release, before) = (activation.ready.release.clone(), self.ledger.clone());
+                put_into_use(&mut self.ledger, release.clone());
+                self.work = Work::Switching { activation, before };
+                vec![Action::Switch(release.version)]
+            }
+            Work::Uninstalling if self.leaving.is_empty() && self.unanswered.is_empty() => {
+                self.work = Work::Removing;
+                vec![Action::Remove]
+            }
+            other => {
+                self.work = other;
+                vec![]
+            }
+        }
+    }
+
+    pub(super) fn switched(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
+        let (activation, before) = match std::mem::replace(&mut self.work, Work::Idle) {
+            Work::Switching { activation, before } => (*activation, before),
+            other => {
+                self.work = other;
+                return vec![];
+            }
+        };
+        let Activation { order, ready, failures } = activation;
+        let version = ready.release.version.clone();
+        let mut actions = vec![];
+        match result {
+            Ok(()) => {
+                self.error = None;
+                self.releases.insert(version.clone());
+                self.inspected(Ok(ready.program));
+                let message = format!("{} {version} is active", self.name);
+                actions.push(Action::Note(Note::once("activate", "ok", Some(version), message)));
+                if self.ledger.probation().is_none() {
+                    actions.push(Action::RaiseEpoch(ready.release));
+                } else if order.run == Run::Stop {
+                    // It is not started, so nothing more is to be seen of it.
+                    self.commit(&mut actions);
+                }
+            }
+            Err(why) => {
+                self.work = Work::Held(Held { version: version.clone(), failures, until: at.now });
+                self.ledger = before;
+                actions.push(Action::Record { wait: false });
+                actions.extend(self.refuse_activation(version, Refusal::failed(why), at));
+            }
+        }
+        self.run = order.run;
+        self.spec = Some(order.spec);
+        // A stop of the home may have come while the old release was being ended.
+        if self.run == Run::Start && !self.home_stops && self.ledger.current().is_some() {
+            actions.extend(self.feed(supervise::Event::Run, at));
+        }
+        actions
+    }
+
+    /// What is active stays so. A release that was withdrawn goes, so that it is fetched as it is published now.
+    pub(super) fn refuse_activation(&mut self, version: Version, refusal: Refusal, at: At) -> Vec<Action> {
+        let withdrawn = refusal.withdrawn;
+        let mut actions = self.hold(version.clone(), "activate", refusal, at);
+        // One whose program runs all the same (what is active could not be told) keeps its files.
+        if withdrawn && self.running.as_ref() != Some(&version) {
+            actions.extend(self.discard(version));
+        }
+        actions
+    }
+
+    pub(super) fn discard(&mut self, version: Version) -> Vec<Action> {
+        let mut actions = vec![];
+        self.releases.remove(&version);
+        let before = self.ledger.clone();
+        self.ledger.keep_whole(|whole| *whole != version);
+        if self.ledger != before {
+            actions.push(Action::Record { wait: false });
+        }
+        self.leaving.insert(version.clone());
+        actions.push(Action::Discard(version));
+        actions
+    }
+
+    /// A new desired state may have at once what an older one could not.
+    pub(super) fn ordered(&mut self, version: Option<Version>) -> Vec<Action> {
+        let mut actions = vec![];
+        if self.ledger.allow_all() {
+            actions.push(Action::Record { wait: false });
+        }
+        match &self.work {
+            Work::Held(_) => self.work = Work::Idle,
+            Work::Staging { version: staged, .. } if version.as_ref() != Some(staged) => {
+                actions.extend(self.cancel_staging());
+            }
+            _ => {}
+        }
+        actions
+    }
+
+    pub(super) fn cancel_staging(&mut self) -> Vec<Action> {
+        if !matches!(self.work, Work::Staging { .. }) {
+            return vec![];
+        }
+        self.work = Work::Idle;
+        vec![Action::CancelStaging]
+    }
+
+    /// Leaves a release until it is tried again, and notes why, once.
+    pub(super) fn hold(&mut self, version: Version, kind: &'static str, refusal: Refusal, at: At) -> Vec<Action> {
+        let mut actions = vec![];
+        if self.error.as_ref() != Some(&refusal.why) {
+            let note = Note::once(kind, refusal.outcome(), Some(version.clone()), refusal.why.clone());
+            actions.push(Action::Note(note));
+        }
+        let failures = self.failures_of(&version).saturating_add(1);
+        let backoff = if refusal.costly { COSTLY_RETRY } else { RETRY };
+        let delay = backoff.delay(failures, at.jitter).max(refusal.retry_after.unwrap_or_default());
+        if refusal.costly {
+            // A manager that starts anew must not download it at once.
+            self.ledger.skip(Skipped {
+                version: version.clone(),
+                sha256: None,
+                reason: refusal.why.clone(),
+                failures,
+                until: Some(at.unix_seconds.saturating_add(delay.as_secs())),
+                unknown: Default::default(),
+            });
+            actions.push(Action::Record { wait: false });
+        }
+        self.error = Some(refusal.why);
+        self.work = Work::Held(Held { version, failures, until: at.now + delay });
+        actions
+    }
+
+    /// Times in a row that a release could not be had or activated.
+    pub(super) fn failures_of(&self, of: &Version) -> u32 {
+        match &self.work {
+            Work::Held(Held { version, failures, .. }) | Work::Staging { version, failures, .. } if version == of => {
+                *failures
+            }
+            Work::Admitting { order, failures, .. } if order.package.version == *of => *failures,
+            Work::Recording(activation) if activation.ready.release.version == *of => activation.failures,
+            _ => self.ledger.skipped(of, None).map_or(0, |skipped| skipped.failures),
+        }
+    }
+
+    /// A release that has started is accepted.
+    pub(super) fn commit_started(&mut self, actions: &mut Vec<Action>) {
+        let on_probation = self.ledger.probation().map(|release| &release.version);
+        if on_probation.is_some() && on_probation == self.running.as_ref() {
+            self.commit(actions);
+        }
+    }
+
+    pub(super) fn commit(&mut self, actions: &mut Vec<Action>) {
+        if self.ledger.commit() {
+            actions.push(Action::Record { wait: false });
+            actions.extend(self.ledger.active().cloned().map(Action::RaiseEpoch));
+        }
+    }
+}
+
+/// A release takes the place of the current one: where there is something to go back to, on probation.
+pub(super) fn put_into_use(ledger: &mut Entry, release: Release) {
+    if ledger.current().is_none() {
+        ledger.activate(release);
+    } else {
+        ledger.begin_probation(release);
+    }
+}
