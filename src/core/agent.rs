@@ -62,7 +62,7 @@ enum Work {
     /// The link `current` is being changed. `before`: its ledger before.
     Switching {
         activation: Box<Activation>,
-        before: Entry,
+        before: Box<Entry>,
     },
     /// Its processes are being stopped, and what is under way on its files comes to its end.
     Uninstalling,

@@ -119,7 +119,7 @@ impl Agent {
         }
         match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Stopping(activation) => {
-                let (release, before) = (activation.ready.release.clone(), self.ledger.clone());
+                let (release, before) = (activation.ready.release.clone(), Box::new(self.ledger.clone()));
                 put_into_use(&mut self.ledger, release.clone());
                 self.work = Work::Switching { activation, before };
                 vec![Action::Switch(release.version)]
@@ -137,7 +137,7 @@ impl Agent {
 
     pub(super) fn switched(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
         let (activation, before) = match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Switching { activation, before } => (*activation, before),
+            Work::Switching { activation, before } => (*activation, *before),
             other => {
                 self.work = other;
                 return vec![];
