@@ -13,6 +13,7 @@ use crate::config;
 use crate::core::env::Env;
 use crate::core::manifest::{self, CONTROL_SCRIPT, KillMode, MANIFEST, Manifest};
 use crate::core::model::{AgentId, AgentName, Version};
+use crate::core::order::Spec;
 use crate::core::program::Program;
 use crate::core::text::hex;
 use crate::home::Home;
@@ -59,8 +60,8 @@ pub struct Start {
     pub name: AgentName,
     pub version: Version,
     pub program: Program,
-    /// As the gateway told it, before what may not be set is left out.
-    pub env: Env,
+    /// As the gateway ordered it, with variables that may not be set.
+    pub spec: Spec,
     pub agent_id: AgentId,
     pub endpoint: String,
     pub restarts: u64,
@@ -97,7 +98,7 @@ impl Start {
             name: self.name.clone(),
             version: self.version.clone(),
             kind: self.program.kind(),
-            env_hash: env_hash(&self.env),
+            env_hash: env_hash(&self.spec.env),
             restarts: self.restarts,
             stop_signal: self.program.stop_signal(),
             grace_seconds: self.program.grace().as_secs(),
@@ -146,7 +147,7 @@ impl Start {
         if let Program::Native(manifest) = &self.program {
             command.envs(&manifest.env);
         }
-        command.envs(manifest::admit_env(&self.env, self.program.env_allow()).0);
+        command.envs(manifest::admit_env(&self.spec.env, self.program.env_allow()).0);
         command
             .env("AOPS_HOME", self.home.root())
             .env("AOPS_AGENT_NAME", self.name.as_str())

@@ -221,7 +221,7 @@ fn for_stop(home: &Home, record: &Record) -> Option<Start> {
         name: record.head.name.clone(),
         version: record.head.version.clone(),
         program: Program::Script,
-        env: Default::default(),
+        spec: Default::default(),
         agent_id,
         endpoint: String::new(),
         restarts: record.head.restarts,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::*;
+use crate::core::order::Spec;
 use crate::endpoint::testing::{Server, Told, self_signed};
 use crate::home::Home;
 use crate::process::launch;
@@ -83,10 +84,10 @@ fn release(manifest: Option<&str>, scripts: &[(&str, &str)]) -> (TempDir, Start)
         crate::platform::set_mode(&release.join(file), 0o755).unwrap();
     }
     let program = launch::inspect(&home, &name, &version).unwrap();
-    let env = BTreeMap::from([("TOLD".to_owned(), "2".into())]);
+    let spec = Spec { env: BTreeMap::from([("TOLD".to_owned(), "2".into())]) };
     let agent_id = "5402204854438".parse().unwrap();
     let start =
-        Start { home, name, version, program, env, agent_id, endpoint: String::new(), restarts: 0, groups: None };
+        Start { home, name, version, program, spec, agent_id, endpoint: String::new(), restarts: 0, groups: None };
     (directory, start)
 }
 

@@ -80,7 +80,7 @@ impl Manager {
             name: state.name().clone(),
             version: state.current()?.clone(),
             program: state.program()?.clone(),
-            env: state.spec().or_else(ordered).map(|spec| spec.env.clone()).unwrap_or_default(),
+            spec: state.spec().or_else(ordered).cloned().unwrap_or_default(),
             agent_id: self.identity.agent_id.clone(),
             endpoint: self.line.gateway.endpoint.clone().unwrap_or_default(),
             restarts: state.supervisor().restarts(),
