@@ -51,7 +51,7 @@ enum Command {
 /// Runs the manager until it is stopped or gives way.
 pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     if let Some(Command::StopHook) = options.command {
-        return stop_hook::run(home);
+        return stop_hook::run(home, options.service);
     }
     role::demand_home(home)?;
     // Before the log is opened, whose directory may be among them; what it fails of shows there or nowhere.

@@ -19,6 +19,7 @@ use super::model::{AgentName, Arch, Digest, Os, Release, Version};
 /// A version on offer, and where its archive is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "gateway", schemars(rename = "ManagerOrder"))]
 #[serde(rename_all = "camelCase")]
 pub struct Package {
     pub version: Version,

@@ -37,12 +37,15 @@ impl fmt::Display for Kind {
     }
 }
 
+/// Every kind, as an error lists them.
+const KINDS: &str = "systemd or none";
+
 impl FromStr for Kind {
     type Err = Refused;
 
     fn from_str(text: &str) -> Result<Kind, Refused> {
         let named = Kind::ALL.iter().copied().find(|kind| kind.to_string() == text);
-        named.ok_or_else(|| Refused::new("a service manager", "systemd or none", text))
+        named.ok_or_else(|| Refused::new("a service manager", KINDS, text))
     }
 }
 

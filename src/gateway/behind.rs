@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// Between two tries to write the same content.
+/// As the field of that name.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// The writing end of one file.
@@ -22,9 +22,13 @@ pub(super) struct Behind<T> {
 struct Desk<T> {
     slot: Mutex<Slot<T>>,
     changed: Condvar,
+    /// Between two tries to write the same content.
+    retry: Duration,
 }
 
 struct Slot<T> {
+    /// Why the last content could not be written, until one is.
+    failure: Option<String>,
     /// Not taken by the writer yet.
     next: Option<T>,
     /// The writer is at work.
@@ -35,8 +39,16 @@ struct Slot<T> {
 impl<T: Send + 'static> Behind<T> {
     /// `what` names the file for the log; `write` is called for each content that is written, on the thread that is started here.
     pub(super) fn start(what: &'static str, write: impl FnMut(&T) -> Result<()> + Send + 'static) -> Result<Behind<T>> {
-        let slot = Slot { next: None, writing: false, ended: false };
-        let desk = Arc::new(Desk { slot: Mutex::new(slot), changed: Condvar::new() });
+        Behind::start_with(what, RETRY, write)
+    }
+
+    fn start_with(
+        what: &'static str,
+        retry: Duration,
+        write: impl FnMut(&T) -> Result<()> + Send + 'static,
+    ) -> Result<Behind<T>> {
+        let slot = Slot { failure: None, next: None, writing: false, ended: false };
+        let desk = Arc::new(Desk { slot: Mutex::new(slot), changed: Condvar::new(), retry });
         let of_writer = desk.clone();
         let writer = std::thread::Builder::new()
             .name(what.to_owned())
@@ -49,6 +61,11 @@ impl<T: Send + 'static> Behind<T> {
     pub(super) fn put(&self, content: T) {
         self.desk.lock().next = Some(content);
         self.desk.changed.notify_all();
+    }
+
+    /// Why the last content is not on disk, where it could not be written.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.desk.lock().failure.clone()
     }
 
     /// Waits until what was handed over is written, or could not be for the first time.
@@ -82,6 +99,7 @@ impl<T> Desk<T> {
             let outcome = write(&content);
             let mut slot = self.lock();
             slot.writing = false;
+            slot.failure = outcome.as_ref().err().map(|error| format!("{error:#}"));
             self.changed.notify_all();
             let was_failing = std::mem::replace(&mut failing, outcome.is_err());
             let Err(error) = outcome else { continue };
@@ -89,7 +107,7 @@ impl<T> Desk<T> {
                 let reason = format!("{error:#}");
                 tracing::error!(%reason, file = what, "a file cannot be written; it is tried again");
             }
-            if slot.ended {
+            if slot.ended && slot.next.is_none() {
                 return;
             }
             drop(slot);
@@ -102,7 +120,9 @@ impl<T> Desk<T> {
         let waiting = |slot: &mut Slot<T>| slot.next.is_none() && !slot.ended;
         let slot = self.lock();
         let mut slot = match &failed {
-            Some(_) => self.changed.wait_timeout_while(slot, RETRY, waiting).unwrap_or_else(PoisonError::into_inner).0,
+            Some(_) => {
+                self.changed.wait_timeout_while(slot, self.retry, waiting).unwrap_or_else(PoisonError::into_inner).0
+            }
             None => self.changed.wait_while(slot, waiting).unwrap_or_else(PoisonError::into_inner),
         };
         let content = slot.next.take().or(failed);
@@ -145,15 +165,17 @@ mod tests {
     #[test]
     fn a_failure_does_not_end_the_writer() {
         let (tell, told) = mpsc::channel();
-        let behind = Behind::start("a file", move |content: &u32| {
+        let behind = Behind::start_with("a file", Duration::from_secs(3600), move |content: &u32| {
             tell.send(*content).unwrap();
             if *content == 1 { anyhow::bail!("the disk is full") } else { Ok(()) }
         })
         .unwrap();
         behind.put(1);
         behind.flush();
+        assert_eq!(behind.failure().as_deref(), Some("the disk is full"));
         behind.put(2);
         behind.flush();
+        assert_eq!(behind.failure(), None);
         drop(behind);
         assert_eq!(told.iter().collect::<Vec<_>>(), [1, 2]);
     }

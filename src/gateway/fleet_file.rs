@@ -97,6 +97,11 @@ impl FleetFile {
     }
 
     /// Looks once; `true` where something has changed: what is in force, or why the file is not.
+    /// Why the last good fleet is not on disk, so that a gateway that starts again would not know it.
+    pub(super) fn unwritten(&self) -> Option<String> {
+        self.last_good.failure()
+    }
+
     pub(super) fn look(&mut self, depot: &Index, depot_changed: bool, hosts: impl FnOnce() -> Vec<HostFacts>) -> bool {
         let path = self.place.fleet();
         let stamp = fs::metadata(&path).ok().map(|metadata| Stamp::of(&metadata));

@@ -176,6 +176,9 @@ fn remembered(place: &Place) -> Result<Vec<hosts::Record>> {
     })
 }
 
+/// Among the problems, that the last good fleet is in force and not on disk.
+const LAST_GOOD: &str = "the last good fleet file";
+
 /// What watches the directory.
 struct Eyes {
     scanner: Scanner,
@@ -221,6 +224,8 @@ impl Eyes {
         }
         if depot_changed || fleet_changed {
             shared.replace_world(self.fleet.in_force(), index);
+        }
+        if depot_changed || fleet_changed || self.state.problems.get(LAST_GOOD) != self.fleet.unwritten().as_ref() {
             self.publish(shared);
         }
         Ok(())
@@ -232,6 +237,9 @@ impl Eyes {
         self.state.fleet = self.fleet.standing().clone();
         self.state.packages = world.index.packages();
         self.state.problems = world.index.problems().clone();
+        if let Some(why) = self.fleet.unwritten() {
+            self.state.problems.insert(LAST_GOOD.to_owned(), why);
+        }
         self.told.put(self.state.clone());
     }
 }
@@ -282,7 +290,7 @@ async fn keep_saving(path: PathBuf, shared: Arc<Shared>, mut stopped: watch::Rec
 /// took, without the disk's.
 async fn save(path: &Path, shared: &Shared) -> Duration {
     let Some(records) = shared.hosts.changed() else { return Duration::ZERO };
-    let file = path.to_owned();
+    let (file, started) = (path.to_owned(), Instant::now());
     match tokio::task::spawn_blocking(move || hosts::save(&file, &records)).await {
         Ok(Ok(work)) => work,
         Ok(Err(error)) => {
@@ -290,9 +298,10 @@ async fn save(path: &Path, shared: &Shared) -> Duration {
             tracing::error!(%reason, "what is known of the hosts cannot be written");
             shared.hosts.mark_changed();
             shared.touched.notify_one();
-            Duration::ZERO
+            // How much of it was work is not known.
+            started.elapsed()
         }
-        Err(_) => Duration::ZERO,
+        Err(_) => started.elapsed(),
     }
 }
 

@@ -114,8 +114,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
 pub(super) fn gather(place: &Place) -> Result<Status> {
     let running = lock::is_held(&place.lock());
     let now = now_millis();
-    // A power cut may have damaged it: it is not synced, and a gateway that starts writes it anew.
-    let state: Option<GatewayState> = store::load(&place.standing()).unwrap_or_default();
+    let state: Option<GatewayState> = match store::load(&place.standing()) {
+        // A power cut may have damaged it: it is not synced, and a gateway that starts writes it again.
+        Err(error) if !error.chain().any(|cause| cause.is::<std::io::Error>()) => None,
+        loaded => loaded?,
+    };
     let mut records = hosts::load(&place.hosts())?;
     records.sort_by(|a, b| (&a.hostname, &a.agent_id).cmp(&(&b.hostname, &b.agent_id)));
     let interval = state.as_ref().map_or(0, |state| state.fleet.interval);

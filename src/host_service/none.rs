@@ -5,7 +5,7 @@
 use std::process::Child;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::core::role::Role;
 use crate::core::service_manager::UnitStanding;
@@ -59,7 +59,7 @@ pub fn standing(_home: &Home, _role: Role) -> Result<UnitStanding> {
 }
 
 pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {
-    Ok(false)
+    bail!("cannot tell whether this is a restart: no service manager is found on this host")
 }
 
 /// Ends both roles, the watchdog first, and leaves the sub-agents running. A service manager would start its own again; the manager

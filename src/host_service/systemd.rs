@@ -320,7 +320,7 @@ mod tests {
         let [agents, spm, spa] = files(&home).unwrap().map(|(_, _, contents)| contents);
         for line in [
             "ExecStart=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" --service systemd",
-            "ExecStop=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" stop-hook",
+            "ExecStop=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" --service systemd stop-hook",
             "Type=notify",
             "Restart=always",
             "StartLimitIntervalSec=0",

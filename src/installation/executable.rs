@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::core::role::Role;
 use crate::home::Home;
 use crate::platform;
 
@@ -35,8 +36,8 @@ impl Name {
     /// The link, or on Windows the copy, that has this name.
     pub fn path(self, home: &Home) -> PathBuf {
         match self {
-            Name::Spm => home.role_link("aops-spm"),
-            Name::Spa => home.role_link("aops-spa"),
+            Name::Spm => home.role_link(Role::Spm.program()),
+            Name::Spa => home.role_link(Role::Spa.program()),
             Name::AgentService => home.role_link("aops-agent-service"),
             Name::Control => home.control_link(),
         }

@@ -112,9 +112,9 @@ pub fn trusted(home: &Home) -> Result<Keys> {
     Keyring::load(home)?.trusted(&Keys::load(&home.keys())?, &Keys::baked_in()?)
 }
 
-/// Takes over the keys of an installation: those that the operator has `given` and those that the bootstrap `carried`. Those of the
-/// manager's package follow with [`commit`]. Of a home that `stands` all else is kept.
-pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys) -> Result<()> {
+/// Takes over the keys of an installation: those that the operator has `given`, those that the bootstrap `carried`, and what the manager's
+/// package says about keys; answers what an operator should hear of that. Of a home that `stands` all else is kept.
+pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
     let _lock = trust::lock(home)?;
     let standing = if stands { Keyring::load(home)? } else { Keyring::default() };
     if !stands {
@@ -125,7 +125,8 @@ pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys) -> Resul
     // A key is never without its file or its entry; and a file is never there before it is known that the bootstrap brought it.
     given.save_to(&home.keys())?;
     ring.save(home)?;
-    accepted.save_to(&home.keys())
+    accepted.save_to(&home.keys())?;
+    commit(home, offer)
 }
 
 /// Before the files in `etc/keys` are put back as they were `before` an installation that failed: what it revoked stays so, for the signed
@@ -139,9 +140,8 @@ pub fn keep_after_failure(home: &Home, before: &Keyring) -> Result<()> {
 }
 
 /// Takes over what a package of the manager says about keys, whose release is being committed; answers what an operator should hear of.
-/// It may be repeated.
-pub fn commit(home: &Home, offer: &Offer) -> Result<Vec<String>> {
-    let _lock = trust::lock(home)?;
+/// It may be repeated. The caller holds the lock of what the host trusts.
+fn commit(home: &Home, offer: &Offer) -> Result<Vec<String>> {
     let (ring, remarks) = Keyring::load(home)?.after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
     // First it is refused; then its file goes, which would be the operator's if nothing said that it was brought.
     ring.save(home)?;

@@ -12,6 +12,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::core::model::{Digest, Version};
+use crate::core::role::Role;
 use crate::core::service_manager::Kind;
 use crate::home::Home;
 use crate::store::{self, Unknown};
@@ -78,7 +79,7 @@ pub fn exists(home: &Home) -> bool {
     let has = |path: PathBuf| path.symlink_metadata().is_ok();
     has(home.install_record())
         || has(home.manager_record())
-        || (has(home.executable()) && has(home.role_link("aops-spm")))
+        || (has(home.executable()) && has(home.role_link(Role::Spm.program())))
 }
 
 #[cfg(test)]

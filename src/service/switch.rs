@@ -87,8 +87,7 @@ fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
         undo.keep(&home.keyring())?;
     }
     let (given, carried) = (&plan.trusted.given, &plan.trusted.carried);
-    keyring::install(home, plan.keeps(), given, carried)?;
-    for remark in keyring::commit(home, &fetched.release.offer)? {
+    for remark in keyring::install(home, plan.keeps(), given, carried, &fetched.release.offer)? {
         progress::say(remark);
     }
     Ok(())

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::core::role::Role;
+use crate::core::service_manager::Kind;
 use crate::door;
 use crate::home::Home;
 use crate::{host_service, lifecycle, logging, process, role};
@@ -16,7 +17,8 @@ const LONGEST_STOP: Duration = Duration::from_secs(840);
 /// Grace periods are over by then; a `control` script and the last kill still fit in.
 const LONGEST_GRACE: Duration = Duration::from_secs(860);
 
-pub(super) fn run(home: &Home) -> Result<ExitCode> {
+/// `service`: who runs the hook; units that an older version wrote do not say it.
+pub(super) fn run(home: &Home, service: Kind) -> Result<ExitCode> {
     // A stop is honoured on a full disk too.
     let _ = logging::to_file(&home.role_log("spm"));
     // Empty when the manager ended by itself and is about to be restarted.
@@ -24,7 +26,8 @@ pub(super) fn run(home: &Home) -> Result<ExitCode> {
     if main_pid.is_empty() || main_pid == "0" {
         return Ok(ExitCode::SUCCESS);
     }
-    match host_service::is_restarting(host_service::detect(), home, Role::Spm) {
+    let service = if service.is_some() { service } else { host_service::detect() };
+    match host_service::is_restarting(service, home, Role::Spm) {
         Ok(true) => return Ok(ExitCode::SUCCESS),
         Ok(false) => {}
         // Not known to be a stop, it is none. If it was one, the watchdog sees it by the unit.

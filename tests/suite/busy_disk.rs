@@ -71,16 +71,21 @@ fn a_disk_that_takes_twenty_seconds_for_each_sync_holds_up_nothing_but_what_is_w
     let slow = ["-f", "-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:delay_enter=20s", "-o"];
     let traced = Traced::attach(manager, &slow, &calls);
     gateway.want(&[("changed", "2.0", ""), ("untouched", "1.0", "")]);
-    let began = Instant::now();
+    let (began, mut answers) = (Instant::now(), vec![]);
     while began.elapsed() < LONGER_THAN_A_HANG {
+        let asked = Instant::now();
         let status = host.status();
+        answers.push(asked.elapsed());
         // A manager that does not answer has neither a pid in its status nor sub-agents.
         assert_eq!(pid(&status["spm"]["pid"]), Some(manager), "{status:#}");
         let agent = agent(&status, "untouched").unwrap_or_else(|| panic!("the manager does not answer: {status:#}"));
         assert_eq!(pid(&agent["pid"]), Some(untouched));
     }
+    // Some may be late on a busy machine; a loop that waits for the disk answers none of them soon.
+    answers.sort();
+    assert!(answers[answers.len() * 3 / 4] < Duration::from_secs(1), "{answers:?}");
     wait_for("a sync to be delayed", SOON, || {
-        fs::read_to_string(&calls).ok().filter(|calls| calls.contains("sync")).map(drop)
+        fs::read_to_string(&calls).ok().filter(|calls| calls.contains("DELAYED")).map(drop)
     });
     traced.end();
     host.wait_for_new_pid("changed", changed);

@@ -225,6 +225,7 @@ fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
     }
     // At once, but for a moment; then 1, 2 and 4 s.
     assert!(pauses[0] < Duration::from_secs(1), "{pauses:?}");
+    assert!(pauses[1..].is_sorted(), "{pauses:?}");
     for (pause, seconds) in pauses[1..].iter().zip([1, 2, 4]) {
         let pause = pause.as_secs_f64();
         assert!(pause > f64::from(seconds) * 0.95 && pause < f64::from(seconds) + 3.0, "{pauses:?}");
@@ -250,7 +251,7 @@ fn a_first_death_of_the_manager_is_never_taken_for_two() {
     }
     // The pause after a second death is 1 s longer than what a revival takes on this machine, which may be late once.
     pauses.sort();
-    let usual = pauses[pauses.len() / 2];
+    let usual = pauses[2];
     let late = pauses.iter().filter(|pause| **pause > usual + Duration::from_millis(900)).count();
     assert!(late < 2, "{pauses:?}");
     up(&host);

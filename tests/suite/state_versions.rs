@@ -107,6 +107,12 @@ impl Taken {
             };
             up("native", ACTIVE) && up("classic", "3.1") && pid(&status["spa"]["pid"]).is_some()
         });
+        wait_for("the ledger to say what is on disk", SOON, || {
+            let ledger = fs::read(self.host.home().join("state/releases.json")).ok()?;
+            let ledger: Value = serde_json::from_slice(&ledger).ok()?;
+            let native = &ledger["agents"]["native"];
+            (native["active"]["version"] == ACTIVE && native["backup"]["version"] == BACKUP).then_some(())
+        });
         ["native", "classic"].map(|name| pid(&agent(&status, name).expect("it is there")["pid"]).expect("it runs"))
     }
 

@@ -15,8 +15,9 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, ScopedJoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -132,7 +133,9 @@ fn all(checks: &[Check], set_up: (&str, Command), tested: &mut Vec<String>) -> R
     let failed = AtomicBool::new(false);
     let (name, mut command) = set_up;
     thread::scope(|scope| {
-        let set_up = scope.spawn(move || aside(name, &mut command));
+        let failure = &failed;
+        let set_up =
+            scope.spawn(move || aside(name, &mut command).inspect_err(|_| failure.store(true, Ordering::SeqCst)));
         let others = scope.spawn(|| {
             for check in checks.iter().filter(|check| check.is_beside) {
                 if failed.load(Ordering::SeqCst) {
@@ -173,6 +176,9 @@ fn in_front(name: &str, command: &mut Command, tested: &mut Vec<String>) -> Resu
     verdict(name, status, started)
 }
 
+/// Whether a command has ended is looked at so often while it prints nothing.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// Runs a command, shows each line of its output, and keeps those with which test programs begin and end.
 fn shown(command: &mut Command, tested: &mut Vec<String>) -> Result<ExitStatus> {
     let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
@@ -184,12 +190,27 @@ fn shown(command: &mut Command, tested: &mut Vec<String>) -> Result<ExitStatus> 
         .with_context(|| format!("cannot run {}", describe(command)))?;
     // The pipe's other end stays in the command otherwise, and the lines never end.
     command.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut lines = BufReader::new(reader).split(b'\n');
-    while let Some(Ok(line)) = lines.next() {
-        let line = String::from_utf8_lossy(&line).into_owned();
-        println!("{line}");
-        if line.trim_start().starts_with("Running ") || line.starts_with("test result") {
-            tested.push(line);
+    let (sender, lines) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
+            let _ = sender.send(String::from_utf8_lossy(&line).into_owned());
+        }
+    });
+    let mut ended = None;
+    loop {
+        match lines.recv_timeout(LOOK) {
+            Ok(line) => {
+                println!("{line}");
+                if line.trim_start().starts_with("Running ") || line.starts_with("test result") {
+                    tested.push(line);
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            // A process that a check left behind may keep the pipe open.
+            Err(RecvTimeoutError::Timeout) if ended.is_some() => break,
+            Err(RecvTimeoutError::Timeout) => {
+                ended = child.try_wait().with_context(|| format!("cannot wait for {}", describe(command)))?;
+            }
         }
     }
     child.wait().with_context(|| format!("cannot wait for {}", describe(command)))

@@ -33,8 +33,7 @@ fn after(ring: &Keyring, offer: &Offer, etc: &Keys, baked: &Keys) -> (Keyring, S
 
 /// As an installation does it.
 fn installed(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
-    install(home, stands, given, carried)?;
-    commit(home, offer)
+    install(home, stands, given, carried, offer)
 }
 
 #[track_caller]

@@ -125,9 +125,7 @@ impl Manager {
         let agents: Vec<_> = self.agents.values().map(|agent| agent.status(now)).collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
         if self.peer.stopped_by_operator {
-            problems.push(
-                "the watchdog's unit was stopped; start it with `systemctl start`, or `control start`".to_owned(),
-            );
+            problems.push("the watchdog's unit was stopped by an operator; `control start` starts it again".to_owned());
         }
         let state = if self.stop.is_some() {
             HomeState::Degraded
