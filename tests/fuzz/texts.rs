@@ -14,6 +14,7 @@ use crate::core::fleet::{Fleet, HostFacts};
 use crate::core::generation::Clocks;
 use crate::core::manifest::admit_env;
 use crate::core::model::{Arch, Binding, Os};
+use crate::core::order::Cmd;
 use crate::core::protocol::{Answer, Event, Heartbeat, Offer};
 use crate::core::range::{Part, part};
 use crate::installation::{Epochs, Installed, Manager};
@@ -46,23 +47,25 @@ pub fn answer(data: &[u8]) {
     let clocks = Clocks { host: 1_790_000_000_000, gateway: None };
     let verdict = judge(&held, &present, &answer, clocks);
     assert_eq!(verdict, judge(&held, &present, &answer, clocks), "the same answer is judged in two ways");
-    let Verdict::Take { desired, .. } = verdict else { return };
+    let Verdict::Take(taken) = verdict else { return };
+    let desired = taken.desired;
     let orders = answer.agents.as_deref().unwrap_or_default();
     if orders.is_empty() {
         assert_eq!(desired.agents, held.agents, "an empty list removes");
     }
     for name in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
-        let ordered = orders.iter().any(|order| order.name == *name && order.cmd == "uninstall");
+        let ordered = orders.iter().any(|order| order.name == *name && order.cmd == Cmd::Uninstall);
         assert!(ordered || answer.complete, "{name} is removed by nobody's order");
     }
     for order in desired.agents.values() {
-        let (admitted, _) = admit_env(&order.env, &["PATH".to_owned()]);
+        let (admitted, _) = admit_env(&order.spec.env, &["PATH".to_owned()]);
         assert!(!admitted.keys().any(|name| name.starts_with("LD_") || name.starts_with("AOPS_")));
     }
     // What is taken is kept, and is not taken anew each time.
     let kept = serde_json::to_vec(&desired).expect("a desired state can be written");
-    assert_eq!(serde_json::from_slice::<Desired>(&kept).expect("and read"), *desired);
-    assert!(!matches!(judge(&desired, &present, &answer, clocks), Verdict::Take { new_lineage: true, .. }));
+    assert_eq!(serde_json::from_slice::<Desired>(&kept).expect("and read"), desired);
+    let again = judge(&desired, &present, &answer, clocks);
+    assert!(!matches!(again, Verdict::Take(taken) if taken.new_lineage));
 }
 
 pub fn agent_toml(data: &[u8]) {

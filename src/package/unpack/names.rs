@@ -88,7 +88,7 @@ fn only(mut letters: impl Iterator<Item = char>) -> Option<char> {
 /// `..` may stand at the target's beginning alone: there it counts from directories that really are where they seem to be. Behind a
 /// name, that name may itself be a link, and `..` would lead up from wherever that one points. So every link leads down from a real
 /// directory of the tree, by names alone; and if a name is a link again, the same holds for that one.
-pub(in crate::package) fn link_stays_inside(path: &str, target: &str, os: Os) -> bool {
+pub(in super::super) fn link_stays_inside(path: &str, target: &str, os: Os) -> bool {
     if target.is_empty() || target.starts_with('/') {
         return false;
     }
