@@ -1,7 +1,7 @@
 //! Running a command to its end, with a time limit, and reading what it said.
 
 use std::fmt;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -13,6 +13,9 @@ use super::wait::try_for;
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// For what is still in the pipes when the command has ended.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// For a program to be nobody's to write any more.
+const NOT_BUSY: Duration = Duration::from_secs(10);
 
 /// How a command ended and what it said.
 #[derive(Debug, Clone)]
@@ -76,14 +79,26 @@ pub fn run(command: &mut Command, limit: Duration) -> Output {
     run_with_input(command, &[], limit)
 }
 
+/// Starts a command. A program that was just written may still be open for writing in a child that another test has forked and that has not
+/// run its own program yet: then it is tried again.
+fn spawn(command: &mut Command) -> io::Result<Child> {
+    let mut last = None;
+    let started = try_for(NOT_BUSY, || match command.spawn() {
+        Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {
+            last = Some(error);
+            None
+        }
+        outcome => Some(outcome),
+    });
+    started.unwrap_or_else(|| Err(last.unwrap_or_else(|| io::ErrorKind::ExecutableFileBusy.into())))
+}
+
 /// As [`run`], with `input` on stdin.
 #[track_caller]
 pub fn run_with_input(command: &mut Command, input: &[u8], limit: Duration) -> Output {
     let described = describe(command);
-    let mut child = match command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn() {
-        Ok(child) => child,
-        Err(error) => panic!("cannot run `{described}`: {error}"),
-    };
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = spawn(command).unwrap_or_else(|error| panic!("cannot run `{described}`: {error}"));
     let mut stdin = child.stdin.take().expect("it is piped");
     let input = input.to_owned();
     // A command that does not read its stdin is none the worse for it.
