@@ -30,6 +30,9 @@ use crate::role::{self, STOPPED_ON_PURPOSE};
 /// For a predecessor to give the role up, at the longest.
 const TAKE_OVER: Duration = Duration::from_secs(10);
 
+/// A thread that worked beside the loop keeps its stack for so long.
+const IDLE_THREADS: Duration = Duration::from_secs(1);
+
 /// How the manager is started.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Options {
@@ -76,7 +79,11 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         role::take_leave(home, Role::Spm, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(256).build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(256)
+        .thread_keep_alive(IDLE_THREADS)
+        .build()?;
     let ended = runtime.block_on(manager::run(home, options.service, &holder));
     // Threads that wait on the network are not waited for.
     runtime.shutdown_background();
