@@ -101,7 +101,7 @@ impl Busy {
         Busy { since: Instant::now(), limit }
     }
 
-    /// How long to wait before the next try; `None` where the error is another one, or the time is over.
+    /// How long to wait before the next try; `None` for any other error, and when the time is up.
     pub fn pause(&self, error: &io::Error) -> Option<Duration> {
         (platform::is_busy_text(error) && self.since.elapsed() < self.limit).then_some(LOOK)
     }

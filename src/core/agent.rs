@@ -416,7 +416,7 @@ impl Agent {
             (AgentState::Unhealthy, AgentState::Unhealthy) => {}
             (_, AgentState::Unhealthy) => actions.push(self.repeating("health", "failed", why)),
             (AgentState::Unhealthy, AgentState::Running) => {
-                actions.push(self.repeating("health", "ok", "it is well again"))
+                actions.push(self.repeating("health", "ok", "its health check passes again"))
             }
             // The later ones differ in nothing but the delay.
             (AgentState::Starting | AgentState::Running | AgentState::Unhealthy, AgentState::Backoff)

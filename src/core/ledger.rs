@@ -9,7 +9,7 @@
 //! ```
 //!
 //! It is loaded, changed by these verbs, which touch no disk, and written. What it says is durable before it is acted on, and it beats the
-//! link `current`. A release is a version and the bytes of its package: the same version published anew is another release.
+//! link `current`. A release is a version and the bytes of its package: a version that is republished with other bytes is a different release.
 
 use std::collections::BTreeMap;
 
@@ -204,7 +204,7 @@ impl Entry {
         }
     }
 
-    /// The one before is the backup, which is another release than the active one.
+    /// The previous release becomes the backup. The backup always differs from the active release.
     fn replace_active(&mut self, release: Release) {
         self.backup.take_if(|backup| backup.is(&release));
         if let Some(before) = self.active.replace(release.clone())
@@ -379,8 +379,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the order of verbs: the one to go back to is another than the one that runs, what runs stays on disk, and a release
-        /// that was active is not lost by anything but its files' loss.
+        /// For any order of verbs: the backup differs from the active release, the current release stays on disk, and a release that was
+        /// active is lost only with its files.
         #[test]
         fn there_is_always_something_to_go_back_to(verbs in proptest::collection::vec(verb(), 0..30)) {
             let mut entry = Entry::default();

@@ -1,7 +1,6 @@
 //! The paths that a package's manifest names: relative, and inside the release's directory.
 //!
-//! The rule for the names of an archive's entries and the targets of its links is another one, and stands where archives are read
-//! (`package/unpack/names.rs`): entries have `/` between their parts whatever the system, a colon is part of a name on Linux, a link may
+//! Archives have their own rule for the names of entries and the targets of links (`package/unpack/names.rs`): entries have `/` between their parts whatever the system, a colon is part of a name on Linux, a link may
 //! begin with `..`, and each refusal has its own message. A manifest is written by a person before its system is known, so here both
 //! separators count, and a drive or a stream is refused for every system.
 

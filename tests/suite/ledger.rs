@@ -35,6 +35,19 @@ fn wait_for_places(host: &TestHost, name: &str, wanted: [Option<&str>; 3]) {
     });
 }
 
+/// A host whose one sub-agent was upgraded from 1.0 to 2.0.
+#[track_caller]
+fn upgraded() -> (Gateway, TestHost) {
+    let packages = ["1.0", "2.0"].map(|version| Package::sleeper("one", version));
+    let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
+    let host = TestHost::joined(&gateway);
+    wait_for_version(&host, "one", "1.0");
+    gateway.want(&[("one", "2.0", "")]);
+    wait_for_version(&host, "one", "2.0");
+    wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
+    (gateway, host)
+}
+
 #[test]
 fn an_upgrade_is_committed_when_it_has_started_and_the_release_before_is_kept() {
     let packages = ["1.0", "2.0", "3.0"].map(|version| Package::sleeper("one", version));
@@ -87,13 +100,7 @@ fn a_release_that_never_starts_does_not_count_and_the_one_before_can_be_gone_bac
 
 #[test]
 fn a_lost_ledger_is_rebuilt_from_what_is_on_disk_and_reported() {
-    let packages = ["1.0", "2.0"].map(|version| Package::sleeper("one", version));
-    let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
-    let host = TestHost::joined(&gateway);
-    wait_for_version(&host, "one", "1.0");
-    gateway.want(&[("one", "2.0", "")]);
-    wait_for_version(&host, "one", "2.0");
-    wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
+    let (gateway, host) = upgraded();
     let pid = host.wait_for_agent("one");
     for content in [None, Some("{\"agents\": [")] {
         wait_for("it to be known that there is a ledger", SOON, || {
@@ -120,13 +127,7 @@ fn a_lost_ledger_is_rebuilt_from_what_is_on_disk_and_reported() {
 
 #[test]
 fn the_ledger_beats_the_link_of_the_active_release() {
-    let packages = ["1.0", "2.0"].map(|version| Package::sleeper("one", version));
-    let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
-    let host = TestHost::joined(&gateway);
-    wait_for_version(&host, "one", "1.0");
-    gateway.want(&[("one", "2.0", "")]);
-    wait_for_version(&host, "one", "2.0");
-    wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
+    let (_gateway, host) = upgraded();
     host.control(&["stop"]).expect_success();
     let link = host.home().join("agents/one/current");
     fs::remove_file(&link).expect("it is there");

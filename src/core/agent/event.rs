@@ -159,7 +159,7 @@ pub struct Note {
     pub outcome: &'static str,
     pub version: Option<Version>,
     pub message: String,
-    /// It may come again and again, and is told less and less often.
+    /// It may recur, so the journal limits its rate.
     pub repeats: bool,
 }
 
