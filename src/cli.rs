@@ -206,7 +206,9 @@ fn run_service(verb: ServiceVerb) -> Result<ExitCode> {
         ServiceVerb::Start { home } => control::main(&home.find(), &control::Command::Start),
         ServiceVerb::Stop { home } => control::main(&home.find(), &control::Command::Stop),
         ServiceVerb::Restart { home } => control::main(&home.find(), &control::Command::Restart { agent: None }),
-        ServiceVerb::Status { home, json } => control::main(&home.find(), &control::Command::Status { json }),
+        ServiceVerb::Status { home, json } => {
+            control::main(&home.find(), &control::Command::Status { json, history: false })
+        }
     }
 }
 

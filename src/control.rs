@@ -14,11 +14,11 @@ use anyhow::{Context, Result, bail};
 use crate::core::model::AgentName;
 use crate::core::role::Role;
 use crate::core::service_manager::Kind;
-use crate::core::status::{HomeState, RoleStatus, Status};
+use crate::core::status::{History, HomeState, RoleStatus, Status};
 use crate::door::{self, Request};
 use crate::home::Home;
 use crate::installation::{self, Installed, Manager};
-use crate::{lifecycle, process, role};
+use crate::{lifecycle, process, role, store};
 
 pub use logs::LogOptions;
 
@@ -42,6 +42,9 @@ pub enum Command {
         /// Print one JSON document
         #[arg(long)]
         json: bool,
+        /// Show what came of each upgrade and rollback instead
+        #[arg(long)]
+        history: bool,
     },
     /// Start what was stopped
     Start,
@@ -54,6 +57,18 @@ pub enum Command {
         /// The sub-agent to stop and start; without it, both roles
         agent: Option<AgentName>,
     },
+    /// Return a sub-agent to the release before the current one
+    ///
+    /// It stays at that release until the gateway orders another one.
+    Rollback {
+        /// The sub-agent
+        agent: AgentName,
+    },
+    /// Try a sub-agent's release again that failed, or is held back
+    Retry {
+        /// The sub-agent
+        agent: AgentName,
+    },
     /// Show the log of the manager, or of a sub-agent
     Logs(LogOptions),
 }
@@ -64,7 +79,12 @@ pub fn main(home: &Home, command: &Command) -> Result<ExitCode> {
         return Ok(not_installed(home, command));
     }
     match command {
-        Command::Status { json } => {
+        Command::Status { json, history: true } => {
+            let history: Option<History> = store::load(&home.history())?;
+            show::print_history(&history.unwrap_or_default(), *json)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Status { json, history: false } => {
             let status = status(home)?;
             show::print(&status, *json)?;
             Ok(if status.state == HomeState::Stopped { ExitCode::from(STOPPED) } else { ExitCode::SUCCESS })
@@ -73,12 +93,22 @@ pub fn main(home: &Home, command: &Command) -> Result<ExitCode> {
         Command::Stop => stop(home).map(|()| ExitCode::SUCCESS),
         Command::Restart { agent: None } => restart(home).map(|()| ExitCode::SUCCESS),
         Command::Restart { agent: Some(name) } => restart_agent(home, name).map(|()| ExitCode::SUCCESS),
+        Command::Rollback { agent } => {
+            order(home, &format!("roll {agent} back"), &Request::RollBack { agent: agent.clone() })?;
+            anstream::eprintln!("{agent} returns to its previous release; `status` shows how far it is");
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Retry { agent } => {
+            order(home, &format!("retry {agent}"), &Request::Retry { agent: agent.clone() })?;
+            anstream::eprintln!("{agent} is tried again as ordered; `status` shows how far it is");
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Logs(options) => logs::show(home, options).map(|()| ExitCode::SUCCESS),
     }
 }
 
 fn not_installed(home: &Home, command: &Command) -> ExitCode {
-    if let Command::Status { json: true } = command {
+    if let Command::Status { json: true, history: false } = command {
         let status = Status::silent(home.root().display().to_string(), None, HomeState::NotInstalled);
         if let Err(error) = show::print(&status, true) {
             anstream::eprintln!("error: {error:#}");
@@ -160,14 +190,18 @@ fn restart(home: &Home) -> Result<()> {
 }
 
 fn restart_agent(home: &Home, name: &AgentName) -> Result<()> {
-    let Some(reply) = door::ask(home, &Request::Restart { agent: name.clone() }, ANSWER)? else {
-        bail!("cannot restart {name}: the manager does not run; start it with `control start`");
+    order(home, &format!("restart {name}"), &Request::Restart { agent: name.clone() })?;
+    anstream::eprintln!("{name} is being restarted");
+    Ok(())
+}
+
+/// Has the manager do something. `what`: as an error says it.
+fn order(home: &Home, what: &str, request: &Request) -> Result<()> {
+    let Some(reply) = door::ask(home, request, ANSWER)? else {
+        bail!("cannot {what}: the manager does not run; start it with `control start`");
     };
     match reply.error {
         Some(error) => bail!(error),
-        None => {
-            anstream::eprintln!("{name} is being restarted");
-            Ok(())
-        }
+        None => Ok(()),
     }
 }

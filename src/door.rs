@@ -52,6 +52,14 @@ pub enum Request {
     Restart {
         agent: AgentName,
     },
+    /// Return to the release before the current one, and keep that until another release is ordered.
+    RollBack {
+        agent: AgentName,
+    },
+    /// Try again what is skipped or held back.
+    Retry {
+        agent: AgentName,
+    },
 }
 
 /// What the manager answers.

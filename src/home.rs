@@ -168,6 +168,11 @@ impl Home {
         self.state_file("events.json")
     }
 
+    /// What came of each change of release.
+    pub fn history(&self) -> PathBuf {
+        self.state_file("history.json")
+    }
+
     /// The intent of a stop; absent: the home is to run.
     pub fn stop_intent(&self) -> PathBuf {
         self.state_file("stopped.json")

@@ -6,6 +6,7 @@
 mod agent;
 mod disk;
 mod heartbeats;
+mod history;
 mod input;
 mod journal;
 mod manager;

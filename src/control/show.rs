@@ -6,7 +6,7 @@ use anyhow::Result;
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 
 use crate::core::protocol::AgentState;
-use crate::core::status::{AgentStatus, DownloadStatus, HomeState, RoleStatus, Status};
+use crate::core::status::{AgentStatus, DownloadStatus, History, HomeState, RoleStatus, Status, UpgradeStatus};
 
 pub(super) fn print(status: &Status, json: bool) -> Result<()> {
     if json {
@@ -46,6 +46,12 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
             if let (Some(version), Some(active)) = (&agent.version, &agent.active_version) {
                 println!(" {}: {version} is running; {active} is the active release", agent.name);
             }
+            if let Some(upgrade) = &agent.upgrade {
+                println!(" {}: {}", agent.name, under_way(upgrade));
+            }
+            if agent.held_by_operator {
+                println!(" {}: an operator keeps this release; `control retry {}` ends that", agent.name, agent.name);
+            }
             if let Some(download) = &agent.download {
                 println!(" {}: {}", agent.name, progress(download));
             }
@@ -55,6 +61,53 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What came of each change of release, one a line.
+pub(super) fn print_history(history: &History, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(history)?);
+        return Ok(());
+    }
+    if history.history.is_empty() {
+        println!("no release was changed yet");
+        return Ok(());
+    }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(["TIME", "SUB-AGENT", "WHAT", "FROM", "TO", "OUTCOME", "TOOK"]);
+    for changed in &history.history {
+        let from = changed.from.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string);
+        let (to, took) = (changed.to.to_string(), span(changed.seconds));
+        table.add_row([&changed.time, changed.agent.as_str(), &changed.kind, &from, &to, &changed.outcome, &took]);
+    }
+    println!("{table}");
+    for changed in history.history.iter().filter(|changed| changed.outcome != "ok") {
+        println!(" {}: {}", changed.time, changed.message);
+    }
+    Ok(())
+}
+
+/// A change of release that is under way.
+fn under_way(upgrade: &UpgradeStatus) -> String {
+    let from = upgrade.from.as_ref().map(|from| format!(" from {from}")).unwrap_or_default();
+    let phase = match upgrade.phase.as_str() {
+        "staging" => "being staged",
+        "activating" => "being activated",
+        "probation" => "on probation",
+        _ => "being rolled back",
+    };
+    let mut text = format!("the change{from} to {} is {phase}", upgrade.to);
+    if let Some(tries) = upgrade.tries_left {
+        text += &format!(", {tries} tries left");
+    }
+    if let Some(deadline) = &upgrade.deadline {
+        text += &format!(", until {deadline} at the latest");
+    }
+    if let Some(reason) = &upgrade.reason {
+        text += &format!(": {reason}");
+    }
+    text
 }
 
 fn role(role: &RoleStatus) -> String {

@@ -11,17 +11,19 @@
 //! ```
 //!
 //! Beside this its [`Supervisor`] starts, restarts and stops its process. The release that runs goes on running until the new one is staged,
-//! admitted and recorded in the [`ledger`](super::ledger); it is the active one again where any step fails. A new release is committed when it
-//! has started.
+//! admitted and recorded in the [`ledger`](super::ledger); it is the active one again where any step fails. A new release is on
+//! [`probation`] before it is committed.
 
 mod event;
+mod probation;
 mod releases;
 mod view;
 
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-pub use event::{Action, At, Event, Note, Ready, Refusal};
+pub use event::{Action, At, Change, Event, Note, Ready, Refusal};
+use probation::{Return, Seen};
 use releases::put_into_use;
 
 use super::ledger::Entry;
@@ -64,6 +66,10 @@ enum Work {
         activation: Box<Activation>,
         before: Box<Entry>,
     },
+    /// The current release makes way for the one before it: it is being stopped, and the ledger written.
+    Returning(Box<Return>),
+    /// The link `current` is being changed back.
+    SwitchingBack(Box<Return>),
     /// Its processes are being stopped, and what is under way on its files comes to its end.
     Uninstalling,
     Removing,
@@ -75,6 +81,7 @@ struct Activation {
     ready: Ready,
     /// Times in a row that this release could not be activated.
     failures: u32,
+    began: Instant,
 }
 
 /// A release that is not to be tried again yet.
@@ -108,6 +115,12 @@ pub struct Agent {
     /// The release of its process.
     running: Option<Version>,
     home_stops: bool,
+    /// Of the probation of the current release.
+    seen: Seen,
+    /// The release before the last one is the current one again, and has not run since.
+    returned: Option<Box<Return>>,
+    /// Of the order that is in force.
+    retry: u64,
     /// Its start waits until it is known how its release is run.
     starts_when_inspected: bool,
     /// What keeps it from being what it should, besides its exits.
@@ -126,12 +139,14 @@ pub struct Found {
     /// How the current release is run; `None` where none is.
     pub program: Option<Result<Program, String>>,
     pub restarts: u64,
+    /// Of its order.
+    pub retry: u64,
 }
 
 impl Agent {
     /// What an earlier manager left, and what is to be done about it.
     pub fn found(name: AgentName, found: Found) -> (Agent, Vec<Action>) {
-        let Found { ledger, releases, unfinished, program, restarts } = found;
+        let Found { ledger, releases, unfinished, program, restarts, retry } = found;
         let mut agent = Agent {
             name,
             supervisor: Supervisor::new(Policy::default(), restarts),
@@ -146,6 +161,9 @@ impl Agent {
             spec: None,
             running: None,
             home_stops: false,
+            seen: Seen::default(),
+            returned: None,
+            retry,
             starts_when_inspected: false,
             error: None,
             refused_env: None,
@@ -166,10 +184,9 @@ impl Agent {
         self.supervisor.adopt(pid, since, at.now, at.jitter);
         self.run = Run::Start;
         self.spec = spec;
+        self.probation_is_up(&version, since);
         self.running = Some(version);
-        let mut actions = self.feed(supervise::Event::Run, at);
-        self.commit_started(&mut actions);
-        actions
+        self.feed(supervise::Event::Run, at)
     }
 
     /// As [`Agent::adopt`], of a process that ended since. `restarts_it`: its restart policy counts, since it was what is wanted now;
@@ -190,7 +207,7 @@ impl Agent {
                 self.spec = Some(spec);
                 let mut actions = self.feed(supervise::Event::Run, at);
                 let (success, how) = ended;
-                actions.extend(self.feed(supervise::Event::Exited { success, how }, at));
+                actions.extend(self.exited(success, how, at));
                 actions
             }
             None => self.feed(supervise::Event::Rest, at),
@@ -208,6 +225,7 @@ impl Agent {
         let before = self.supervisor.state();
         let of_health = matches!(event, Event::Checked(_));
         let mut actions = self.take(event, at);
+        actions.extend(self.judge(at));
         let restarts = of_health && actions.contains(&Action::Stop);
         self.note_transition(before, restarts, at.now, &mut actions);
         actions
@@ -222,12 +240,19 @@ impl Agent {
             | Event::Set(_)
             | Event::Uninstall
             | Event::Discard(_)
+            | Event::Return { .. }
                 if self.is_busy() =>
             {
                 vec![]
             }
             Event::Stage(package) => self.stage(package, at),
             Event::Activate(order) => self.activate(order),
+            Event::Return { overruled } => {
+                let mut actions = self.return_for_operator(overruled.as_ref(), at);
+                actions.extend(self.go_on_if_down());
+                actions
+            }
+            Event::Retry => self.try_again(),
             Event::Configure { spec, runs_so, sound } => self.configure(spec, runs_so, sound, at),
             Event::Set(run) => {
                 self.run = run;
@@ -241,7 +266,7 @@ impl Agent {
                 actions
             }
             Event::Discard(version) => self.discard(version),
-            Event::Ordered(version) => self.ordered(version),
+            Event::Ordered(order) => self.ordered(order),
             Event::HomeStops => {
                 self.home_stops = true;
                 self.feed(supervise::Event::Rest, at)
@@ -269,9 +294,12 @@ impl Agent {
                 if waits { self.start(at) } else { vec![] }
             }
             Event::Launched { pid, version, runs_so } => {
+                self.probation_is_up(&version, at.now);
                 self.running = Some(version);
                 let mut actions = self.feed(supervise::Event::Started { pid }, at);
-                self.commit_started(&mut actions);
+                if !self.is_busy() {
+                    actions.extend(self.note_returned(at));
+                }
                 if !runs_so {
                     actions.extend(self.feed(supervise::Event::Again, at));
                 }
@@ -282,6 +310,12 @@ impl Agent {
                 if self.supervisor.last_error() != Some(&refusal.why) {
                     actions.push(self.repeating("start", refusal.outcome(), &refusal.why));
                 }
+                // That the home cannot be relied on is not the release's fault.
+                let condemned = match self.supervisor.is_starting() && !refusal.refused {
+                    true => self.fail_probation(&refusal.why, at, &mut actions),
+                    false => None,
+                };
+                actions.extend(condemned.into_iter().flatten());
                 actions.extend(self.feed(supervise::Event::StartFailed { why: refusal.why }, at));
                 actions.extend(self.go_on_if_down());
                 actions
@@ -293,7 +327,7 @@ impl Agent {
                 let outcome = if success == Some(true) { "ok" } else { "failed" };
                 let mut actions = vec![self.repeating("exit", outcome, &how)];
                 self.running = None;
-                actions.extend(self.feed(supervise::Event::Exited { success, how }, at));
+                actions.extend(self.exited(success, how, at));
                 actions
             }
             Event::Moved { pid } => {
@@ -309,13 +343,40 @@ impl Agent {
                         self.error = Some(why);
                     }
                 }
+                self.probation_is_down();
                 actions.extend(self.feed(supervise::Event::Stopped, at));
                 actions.extend(self.go_on_if_down());
                 actions
             }
-            Event::Checked(answer) => self.feed(supervise::Event::Checked(answer), at),
+            Event::Checked(answer) => {
+                let mut actions = self.feed(supervise::Event::Checked(answer), at);
+                if actions.contains(&Action::Stop) {
+                    let why = self.supervisor.last_error().unwrap_or_default().to_owned();
+                    let condemned = self.fail_probation(&why, at, &mut actions);
+                    actions.extend(condemned.into_iter().flatten());
+                }
+                actions
+            }
             Event::Tick => self.feed(supervise::Event::Tick, at),
         }
+    }
+
+    fn exited(&mut self, success: Option<bool>, how: String, at: At) -> Vec<Action> {
+        let mut actions = vec![];
+        let is_done = self.is_done_by(success);
+        let condemned = match self.supervisor.is_up() && !is_done {
+            true => self.fail_probation(&how, at, &mut actions),
+            false => None,
+        };
+        if let Some(condemned) = condemned {
+            actions.extend(condemned);
+            return actions;
+        }
+        actions.extend(self.feed(supervise::Event::Exited { success, how }, at));
+        if is_done {
+            self.judge_done(at, &mut actions);
+        }
+        actions
     }
 
     fn configure(&mut self, spec: Spec, runs_so: bool, sound: Result<(), Refusal>, at: At) -> Vec<Action> {
@@ -435,7 +496,7 @@ impl Agent {
 
     fn repeating(&self, kind: &'static str, outcome: &'static str, message: &str) -> Action {
         let (version, message) = (self.current().cloned(), message.to_owned());
-        Action::Note(Note { kind, outcome, version, message, repeats: true })
+        Action::Note(Note { kind, outcome, version, message, repeats: true, change: None })
     }
 }
 

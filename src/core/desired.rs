@@ -136,7 +136,7 @@ fn apply(
             Cmd::Run(run) => {
                 removed.remove(&order.name);
                 let (package, spec) = (order.package.clone(), order.spec.clone());
-                agents.insert(order.name.clone(), Order { package, run: *run, spec });
+                agents.insert(order.name.clone(), Order { package, run: *run, spec, retry: order.retry });
             }
             Cmd::Uninstall => {
                 agents.remove(&order.name);
@@ -212,6 +212,7 @@ mod tests {
             package: Package::new("1".parse().unwrap()),
             cmd: cmd.to_owned().into(),
             spec: Spec::default(),
+            retry: 0,
         }
     }
 

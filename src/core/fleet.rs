@@ -93,6 +93,8 @@ struct WrittenAgent {
     cmd: Option<Run>,
     #[serde(default)]
     env: BTreeMap<EnvName, Value>,
+    /// Of [`Order::retry`].
+    retry: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -169,19 +171,20 @@ impl WrittenAgent {
     /// The order that it begins; `None`: it names no version.
     fn begun(&self) -> Option<Order> {
         let package = Package::new(self.version.clone()?);
-        let mut order = Order { package, run: Run::Start, spec: Spec::default() };
+        let mut order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0 };
         self.change(&mut order);
         Some(order)
     }
 
     /// Changes what it says: fields, and variables of the environment one by one.
     fn change(&self, order: &mut Order) {
-        let WrittenAgent { version, cmd, env } = self.clone();
+        let WrittenAgent { version, cmd, env, retry } = self.clone();
         if let Some(version) = version {
             order.package = Package::new(version);
         }
         order.run = cmd.unwrap_or(order.run);
         order.spec.env.extend(plain(env));
+        order.retry = retry.unwrap_or(order.retry);
     }
 }
 
@@ -396,7 +399,7 @@ pub fn tell(desired: &Desired, host: &HostFacts, offer: impl Fn(&str, &Version) 
     for (name, order) in &desired.agents {
         let Some(offer) = take(name.as_str(), &order.package.version) else { continue };
         let (name, package, spec) = (name.clone(), Package::from(offer), order.spec.clone());
-        agents.push(AgentOrder { name, package, cmd: Cmd::Run(order.run), spec });
+        agents.push(AgentOrder { name, package, cmd: Cmd::Run(order.run), spec, retry: order.retry });
     }
     let complete = agents.len() == desired.agents.len() && !agents.is_empty();
     let missing = (!missing.is_empty())

@@ -4,8 +4,10 @@
 //! ```text
 //!            stage                begin_probation                 commit
 //!  (fetched) ─────▶ staged ──────────────────────▶ on probation ─────────▶ active, and the one before it is the backup
-//!                     │ activate (nothing was active)     │ roll_back
+//!                     │ activate (nothing was active)     │ roll_back (and skip)
 //!                     └─────────────────────────▶ active ◀┘ (the one before stays active)
+//!
+//!  active ⇄ backup: return_to_backup, for an operator; hold keeps it so until another release is ordered
 //! ```
 //!
 //! It is loaded, changed by these verbs, which touch no disk, and written. What it says is durable before it is acted on, and it beats the
@@ -16,6 +18,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::model::{AgentName, Digest, Version};
+use super::order::is_zero;
 use super::unknown::Unknown;
 
 /// So many skipped releases of one sub-agent are remembered.
@@ -49,9 +52,25 @@ pub struct Skipped {
     /// Times in a row that it failed.
     #[serde(default)]
     pub failures: u32,
-    /// Not before then, in seconds since 1970; absent: not until another release is ordered.
+    /// Not before then, in seconds since 1970; absent: not until another release is ordered, or another try is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<u64>,
+    /// The `retry` of the order that it failed for: an order with a higher one tries it again.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub retry: u64,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// The order that an operator at the host has overruled; it is not followed again. Another one is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Overruled {
+    pub version: Version,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub retry: u64,
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -69,11 +88,16 @@ pub struct Entry {
     /// It takes the place of the active one, and is not committed yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     probation: Option<Release>,
+    /// Times that the release on probation has failed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    probation_failures: u64,
     /// Verified and unpacked, not activated yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     staged: Option<Release>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     skipped: Vec<Skipped>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    overruled: Option<Overruled>,
     #[serde(flatten)]
     unknown: Unknown,
 }
@@ -103,8 +127,22 @@ impl Entry {
         self.active.as_ref()
     }
 
+    pub fn backup(&self) -> Option<&Release> {
+        self.backup.as_ref()
+    }
+
     pub fn probation(&self) -> Option<&Release> {
         self.probation.as_ref()
+    }
+
+    /// Times that the release on probation has failed.
+    pub fn probation_failures(&self) -> u64 {
+        self.probation_failures
+    }
+
+    /// The release that a roll back returns to.
+    pub fn before_probation(&self) -> Option<&Release> {
+        self.active.as_ref().or(self.backup.as_ref())
     }
 
     /// The versions that must stay on disk, whatever is wanted.
@@ -122,7 +160,7 @@ impl Entry {
     /// It is the active one from now on, without a probation: there is nothing to go back to.
     pub fn activate(&mut self, release: Release) {
         self.put_into_use(&release);
-        self.probation = None;
+        (self.probation, self.probation_failures) = (None, 0);
         self.replace_active(release);
     }
 
@@ -130,23 +168,66 @@ impl Entry {
     /// given up.
     pub fn begin_probation(&mut self, release: Release) {
         self.put_into_use(&release);
+        self.probation_failures = 0;
         match &self.active {
             Some(active) if active.is(&release) => self.probation = None,
             _ => self.probation = Some(release),
         }
     }
 
+    /// The release on probation has failed once more. How often it has.
+    pub fn fail_probation(&mut self) -> u64 {
+        self.probation_failures = self.probation_failures.saturating_add(u64::from(self.probation.is_some()));
+        self.probation_failures
+    }
+
     /// The release on probation is accepted; the one before it is the backup. Whether there was one.
     pub fn commit(&mut self) -> bool {
         let Some(release) = self.probation.take() else { return false };
+        self.probation_failures = 0;
         self.skipped.retain(|skipped| skipped.version != release.version);
         self.replace_active(release);
         true
     }
 
-    /// The release on probation is given up for the active one. Whether there was one.
+    /// The release on probation is given up for the active one; where that is lost, for the backup. Whether there was one.
     pub fn roll_back(&mut self) -> bool {
+        self.probation_failures = 0;
+        if self.active.is_none() {
+            self.active = self.backup.take();
+        }
         self.probation.take().is_some()
+    }
+
+    /// The backup is the active release again, without a probation, and the active one the backup. Whether there was a backup.
+    pub fn return_to_backup(&mut self) -> bool {
+        let Some(backup) = self.backup.take() else { return false };
+        self.roll_back();
+        self.put_into_use(&backup);
+        self.backup = self.active.replace(backup);
+        true
+    }
+
+    /// An operator has overruled this order.
+    pub fn hold(&mut self, order: Overruled) {
+        self.overruled = Some(order);
+    }
+
+    /// Whether it is an operator who keeps the active release, against an order.
+    pub fn is_held(&self) -> bool {
+        self.overruled.is_some()
+    }
+
+    /// What an operator has overruled counts again. Whether there was something.
+    pub fn release_hold(&mut self) -> bool {
+        self.overruled.take().is_some()
+    }
+
+    /// Whether an operator has overruled this order.
+    pub fn overrules(&self, version: &Version, sha256: Option<&Digest>, retry: u64) -> bool {
+        self.overruled.as_ref().is_some_and(|order| {
+            order.version == *version && !differ(order.sha256.as_ref(), sha256) && retry <= order.retry
+        })
     }
 
     /// A release is not to be tried again yet. The release that is active is never skipped.
@@ -173,6 +254,26 @@ impl Entry {
         !std::mem::take(&mut self.skipped).is_empty()
     }
 
+    /// This release is ordered, for the `retry`th time; `None`: none is. What was skipped for a while, or is another release, may be tried
+    /// again, and an overruled order that is another one counts no more. Whether anything changed.
+    pub fn ordered(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
+        let before = (self.skipped.len(), self.overruled.is_some());
+        self.skipped.retain(|skipped| {
+            skipped.until.is_none()
+                && order.is_some_and(|(version, sha256, retry)| {
+                    skipped.version == *version && !differ(skipped.sha256.as_ref(), sha256) && retry <= skipped.retry
+                })
+        });
+        let is_overruled = order.is_some_and(|(version, sha256, retry)| self.overrules(version, sha256, retry));
+        self.overruled.take_if(|_| !is_overruled);
+        before != (self.skipped.len(), self.overruled.is_some())
+    }
+
+    /// The release of this version, or of any, that is not to be tried again until another is ordered.
+    pub fn skipped_for_good(&self) -> impl Iterator<Item = &Skipped> {
+        self.skipped.iter().filter(|skipped| skipped.until.is_none())
+    }
+
     /// Drops what is not whole on disk; `is_whole` says which releases are. A probation that is lost so is rolled back, and a lost active
     /// one gives way to the backup.
     pub fn keep_whole(&mut self, is_whole: impl Fn(&Version) -> bool) {
@@ -182,6 +283,9 @@ impl Entry {
         }
         if had_active && self.active.is_none() && self.probation.is_none() {
             self.active = self.backup.take();
+        }
+        if self.probation.is_none() {
+            self.probation_failures = 0;
         }
         if let Some(active) = &self.active {
             let version = active.version.clone();
@@ -256,6 +360,7 @@ mod tests {
             reason: "bad".into(),
             failures: 1,
             until: None,
+            retry: 0,
             unknown: Unknown::new(),
         }
     }
@@ -363,6 +468,7 @@ mod tests {
         RollBack,
         Skip(String),
         Lose(String),
+        Return,
     }
 
     fn verb() -> impl Strategy<Value = Verb> {
@@ -375,6 +481,7 @@ mod tests {
             Just(Verb::RollBack),
             version.prop_map(Verb::Skip),
             version.prop_map(Verb::Lose),
+            Just(Verb::Return),
         ]
     }
 
@@ -393,6 +500,7 @@ mod tests {
                     Verb::Commit => drop(entry.commit()),
                     Verb::RollBack => drop(entry.roll_back()),
                     Verb::Skip(version) => entry.skip(skipped(version)),
+                    Verb::Return => drop(entry.return_to_backup()),
                     Verb::Lose(version) => entry.keep_whole(|other| other.as_str() != version),
                 }
                 prop_assert!(entry.probation.is_none() || entry.probation != entry.active);

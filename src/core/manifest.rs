@@ -21,6 +21,8 @@ pub const CONTROL_SCRIPT: &str = "control";
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 /// The stop of a whole home waits for the slowest sub-agent, and the shutdown of the host for that.
 const LONGEST_GRACE: Duration = Duration::from_secs(600);
+/// An upgrade comes to its end within a quarter of an hour.
+const LONGEST_PROBATION: Duration = Duration::from_secs(600);
 
 /// A native sub-agent's manifest.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -57,6 +59,9 @@ pub struct RunSection {
     pub restart: Restart,
     #[serde(default)]
     pub kill_mode: KillMode,
+    /// A new release has to run for so long before it is committed.
+    #[serde(default)]
+    pub probation: Option<Span>,
     /// Variables that the gateway may set although they are refused otherwise.
     #[serde(default)]
     pub env_allow: Vec<String>,
@@ -83,6 +88,9 @@ impl Manifest {
         }
         if self.run.grace() > LONGEST_GRACE {
             return Err(format!("[run] gracePeriod is longer than {} minutes", LONGEST_GRACE.as_secs() / 60));
+        }
+        if self.run.probation.is_some_and(|probation| probation.0 > LONGEST_PROBATION) {
+            return Err(format!("[run] probation is longer than {} minutes", LONGEST_PROBATION.as_secs() / 60));
         }
         if let Some(name) = self.env.keys().find(|name| !is_variable_name(name)) {
             return Err(format!("[env] {name:?} is not the name of a variable"));
@@ -230,6 +238,7 @@ mod tests {
                 grace_period: None,
                 restart: Restart::Always,
                 kill_mode: KillMode::Tree,
+                probation: None,
                 env_allow: vec![],
             },
             health: None,

@@ -76,6 +76,21 @@ pub struct Order {
     pub run: Run,
     #[serde(flatten)]
     pub spec: Spec,
+    /// A release that is skipped because it failed is tried again by an order with a higher number.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub retry: u64,
+}
+
+impl Order {
+    /// The release that it asks for, as the ledger takes it.
+    pub fn asks_for(&self) -> (&Version, Option<&Digest>, u64) {
+        (&self.package.version, self.package.sha256.as_ref(), self.retry)
+    }
+}
+
+/// For serde: a number that says nothing is not written.
+pub fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// The word of an order on the wire.

@@ -9,6 +9,9 @@ use super::supervise::{Checks, Policy};
 
 /// `control` scripts stop themselves; whatever is left after this is ended by the manager.
 const SCRIPT_GRACE: Duration = Duration::from_secs(10);
+/// A new release has to run for so long before it is committed, unless its package says otherwise.
+const PROBATION: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// A `control` script's `status`, which says nothing of how often it wants to be asked. Its answers count from its start, which it ended
 /// well.
 const OF_SCRIPTS: Checks = Checks { interval: Duration::from_secs(30), failures: 3, start_period: Duration::ZERO };
@@ -59,6 +62,21 @@ impl Program {
                 start_period: health.start_period,
             }),
         }
+    }
+
+    /// A new release has to run for so long before it is committed: its start period at least.
+    pub fn probation(&self) -> Duration {
+        let said = match self {
+            Program::Native(manifest) => manifest.run.probation.map(|span| span.0),
+            Program::Script => None,
+        };
+        said.unwrap_or(PROBATION).max(self.checks().map_or(Duration::ZERO, |checks| checks.start_period))
+    }
+
+    /// For so long after its probation a release that is not well, and has not failed either, is waited for: until its health was asked
+    /// after, and a little more.
+    pub fn patience(&self) -> Duration {
+        self.checks().map_or(Duration::ZERO, |checks| checks.interval * 2).max(PATIENCE)
     }
 
     pub fn kill_mode(&self) -> KillMode {

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::model::{AgentId, AgentName, Arch, Digest, Os, Version};
-use super::order::{Cmd, Package, Spec};
+use super::order::{Cmd, Package, Spec, is_zero};
 
 /// The header that names the host in every request.
 pub const AGENT_ID_HEADER: &str = "x-agent-id";
@@ -154,7 +154,7 @@ pub struct Event {
     /// RFC 3339, UTC.
     pub time: String,
     /// What it was about, such as `start`, `exit`, `health`, `restart` (because of its health), `backoff`, `stage`, `activate`,
-    /// `uninstall`, `config`, `command`, `desired`, `env`; `heartbeat` (an answer that was not believed), `clock`, `home` (it cannot be relied
+    /// `upgrade` (a new release was committed, or not), `rollback` (the release before runs again), `skip` (a release is not tried again), `uninstall`, `config`, `command`, `desired`, `env`; `heartbeat` (an answer that was not believed), `clock`, `home` (it cannot be relied
     /// on), `keys`, `door` (somebody knocked who may not).
     pub kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -231,6 +231,9 @@ pub struct AgentOrder {
     pub cmd: Cmd,
     #[serde(flatten)]
     pub spec: Spec,
+    /// A release that a host skips because it failed there is tried again by an order with a higher number.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub retry: u64,
 }
 
 /// The current release of a package for one os and arch.

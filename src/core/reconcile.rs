@@ -9,6 +9,9 @@ use super::desired::Desired;
 use super::model::{AgentName, Version};
 use super::order::{Order, Package, Run, Spec};
 
+/// So many sub-agents are down at the same time for a change of release.
+pub const AT_ONCE: usize = 5;
+
 /// What is observed of one sub-agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Actual {
@@ -24,8 +27,12 @@ pub struct Actual {
     pub leaving: BTreeSet<Version>,
     /// Being fetched, verified and unpacked now.
     pub staging: Option<Version>,
-    /// Could not be staged or activated and is not to be tried again yet.
+    /// Could not be staged or activated, or failed on probation, and is not to be tried again yet.
     pub held_back: Option<Version>,
+    /// An operator keeps the current release, whatever is ordered.
+    pub stays: bool,
+    /// It is down because its release is being changed, or about to be.
+    pub upgrading: bool,
     /// Whether its supervisor is told to run it.
     pub run: Run,
     /// How its supervisor is told to run it; `None`: not known, or not as wanted.
@@ -44,6 +51,8 @@ impl Default for Actual {
             leaving: BTreeSet::new(),
             staging: None,
             held_back: None,
+            stays: false,
+            upgrading: false,
             run: Run::Stop,
             spec: None,
             busy: false,
@@ -72,8 +81,18 @@ pub enum Step {
 pub fn plan(desired: &Desired, actual: &BTreeMap<AgentName, Actual>) -> Vec<Step> {
     let absent = Actual::default();
     let mut steps = vec![];
+    let mut turns = AT_ONCE.saturating_sub(actual.values().filter(|agent| agent.upgrading).count());
     for (name, order) in &desired.agents {
-        plan_ordered(name, order, actual.get(name).unwrap_or(&absent), &mut steps);
+        let found = actual.get(name).unwrap_or(&absent);
+        let before = steps.len();
+        plan_ordered(name, order, found, &mut steps);
+        // What does not run yet may be activated at any time.
+        if found.current.is_some() && matches!(steps.get(before), Some(Step::Activate { .. })) {
+            match turns.checked_sub(1) {
+                Some(left) => turns = left,
+                None => steps.truncate(before),
+            }
+        }
     }
     for (name, found) in actual {
         if desired.removed.contains(name) && !desired.agents.contains_key(name) && !found.busy {
@@ -87,7 +106,8 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
     if actual.busy {
         return;
     }
-    let wanted = &order.package.version;
+    let ordered = &order.package.version;
+    let wanted = if actual.stays { actual.current.as_ref().unwrap_or(ordered) } else { ordered };
     let runs_another = actual.running.as_ref().is_some_and(|running| running != wanted);
     if actual.current.as_ref() == Some(wanted) && !runs_another {
         if actual.spec.as_ref() != Some(&order.spec) {
@@ -173,6 +193,7 @@ mod tests {
             package: Package::new(version),
             run,
             spec,
+            retry: 0,
         });
         (proptest::collection::btree_map(name(), order, 0..4), proptest::collection::btree_set(name(), 0..4)).prop_map(
             |(agents, removed)| Desired {
@@ -229,7 +250,7 @@ mod tests {
     fn nothing_is_begun_on_what_is_busy_or_held_back() {
         let name: AgentName = "a".parse().unwrap();
         let package = Package::new("2".parse().unwrap());
-        let order = Order { package, run: Run::Start, spec: Spec::default() };
+        let order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0 };
         let desired = Desired { agents: BTreeMap::from([(name.clone(), order)]), ..Desired::default() };
         let plan_with = |agent: Actual| plan(&desired, &BTreeMap::from([(name.clone(), agent)]));
         assert_eq!(plan_with(Actual { busy: true, ..Actual::default() }), vec![]);

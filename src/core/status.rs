@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::model::{AgentName, Version};
 use super::protocol::AgentState;
+use super::unknown::Unknown;
 
 /// The document of `status --json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -115,6 +116,69 @@ pub struct AgentStatus {
     /// Of the release that is being staged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub download: Option<DownloadStatus>,
+    /// The change of release that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<UpgradeStatus>,
+    /// An operator at the host keeps this release, against what the gateway orders.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub held_by_operator: bool,
+    /// Releases that failed here and are not tried again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<SkippedStatus>,
+}
+
+/// A change of release that is under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UpgradeStatus {
+    pub from: Option<Version>,
+    pub to: Version,
+    /// `staging`, `activating`, `probation` or `rollingBack`.
+    pub phase: String,
+    /// When it is given up unless it has succeeded by then, RFC 3339; null where that does not go by time.
+    pub deadline: Option<String>,
+    /// So often it may still fail.
+    pub tries_left: Option<u64>,
+    /// What is wrong with it, or why it is given up.
+    pub reason: Option<String>,
+}
+
+/// A release that is not tried again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SkippedStatus {
+    pub version: Version,
+    pub reason: String,
+}
+
+/// The document of `status --history --json`: what came of each change of release, oldest first.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct History {
+    #[serde(default)]
+    pub history: Vec<Changed>,
+}
+
+/// What came of one change of release.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Changed {
+    /// RFC 3339, UTC.
+    pub time: String,
+    /// `upgrade`, `rollback` or `skip`.
+    pub kind: String,
+    /// The sub-agent.
+    pub agent: AgentName,
+    pub from: Option<Version>,
+    pub to: Version,
+    /// `ok` or `failed`.
+    pub outcome: String,
+    pub seconds: u64,
+    /// For a person to read.
+    #[serde(default)]
+    pub message: String,
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// How far the download of a release is.

@@ -211,6 +211,16 @@ impl Supervisor {
         self.process().and_then(|process| process.health.why()).or(self.last_error.as_deref())
     }
 
+    /// Whether its process runs and is well: by its last check, where there are checks.
+    pub fn is_well(&self) -> bool {
+        matches!(&self.phase, Phase::Up(process) if process.health.is_well())
+    }
+
+    /// It ended by itself, and its restart policy leaves it so.
+    pub fn is_done(&self) -> bool {
+        self.phase == Phase::Down { done: true }
+    }
+
     /// When [`Event::Tick`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
         match &self.phase {
@@ -285,7 +295,10 @@ impl Supervisor {
                 (!self.wanted).then(|| self.stop(false))
             }
             Event::StartFailed { why } if self.phase == Phase::Starting => {
-                self.last_error = Some(why);
+                // What is not wanted any more is not missed.
+                if self.wanted {
+                    self.last_error = Some(why);
+                }
                 self.fail(now, jitter)
             }
             Event::Exited { success, how } if self.is_up() => {

@@ -13,7 +13,8 @@ use crate::core::ledger::{Entry, Release};
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::AgentReport;
 use crate::core::schedule::Allowance;
-use crate::core::status::AgentStatus;
+use crate::core::status::{AgentStatus, SkippedStatus, UpgradeStatus};
+use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::home::{self, Home};
 use crate::package;
 use crate::platform::{self, Groups};
@@ -98,7 +99,33 @@ impl SubAgent {
             memory_bytes: pid.and_then(platform::memory_bytes),
             last_error: self.state.last_error(),
             download: self.staging.as_ref().and_then(Staging::status),
+            upgrade: self.upgrade(now),
+            held_by_operator: self.state.ledger().is_held(),
+            skipped: self.skipped(),
         }
+    }
+}
+
+impl SubAgent {
+    fn upgrade(&self, now: Instant) -> Option<UpgradeStatus> {
+        let upgrade = self.state.upgrade(now)?;
+        let deadline = upgrade.left.and_then(|left| jiff::Timestamp::now().checked_add(left).ok());
+        let deadline = deadline.map(|at| at.round(jiff::Unit::Second).unwrap_or(at).to_string());
+        Some(UpgradeStatus {
+            from: upgrade.from,
+            to: upgrade.to,
+            phase: upgrade.phase.to_owned(),
+            deadline,
+            tries_left: upgrade.tries_left,
+            reason: upgrade.reason.map(|reason| cut(&reason, MAX_MESSAGE_BYTES)),
+        })
+    }
+
+    fn skipped(&self) -> Vec<SkippedStatus> {
+        let skipped = self.state.ledger().skipped_for_good();
+        skipped
+            .map(|skipped| SkippedStatus { version: skipped.version.clone(), reason: skipped.reason.clone() })
+            .collect()
     }
 }
 
@@ -151,7 +178,7 @@ pub(super) fn on_disk(home: &Home, name: &AgentName, entry: Option<Entry>, recor
         ledger.resume(running);
     }
     let releases = whole.iter().map(|(_, release)| release.version.clone()).collect();
-    Found { ledger, releases, unfinished, program: None, restarts }
+    Found { ledger, releases, unfinished, restarts, ..Found::default() }
 }
 
 /// The ledger of a home that has none: the active release is what `current` names, and the backup the newest of the others. Where it names

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use anyhow::Result;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::config::Loaded;
 use crate::core::agent::{Ready, Refusal};
@@ -12,6 +12,7 @@ use crate::core::model::{AgentName, Version};
 use crate::core::program::Program;
 use crate::core::service_manager::UnitStanding;
 use crate::core::supervise::Answer;
+use crate::door::Reply;
 use crate::platform::Child;
 use crate::process::launch::Start;
 use crate::process::record::Record;
@@ -88,6 +89,13 @@ pub(super) enum Input {
     },
     /// Epochs of committed releases were raised.
     Raised(Result<(), String>),
+    /// It is known whether the release that an operator wants back can be run; who asked is answered.
+    MayRollBack {
+        name: AgentName,
+        to: Version,
+        result: Result<(), String>,
+        reply: oneshot::Sender<Reply>,
+    },
     /// The stop of the home was recorded, or could not be.
     StopRecorded,
     Looked(Looked),
@@ -103,6 +111,7 @@ pub(super) enum File {
     Desired,
     Ledger,
     Events,
+    History,
 }
 
 /// What is wrong with a home, by subject; `None`: nothing.

@@ -22,6 +22,7 @@ use self::housekeeping::Housekeeping;
 use self::ledger::Releases;
 use super::agent::SubAgent;
 use super::disk::StateFile;
+use super::history::Changes;
 use super::input::{File, Inputs};
 use super::journal::{About, Journal};
 use super::peer::Peer;
@@ -100,6 +101,7 @@ pub(super) struct Manager {
     /// Something came about that a plan goes by.
     replan: bool,
     journal: Journal,
+    history: Changes,
     peer: Peer,
     inputs: Inputs,
     desk: stage::Desk,
@@ -233,6 +235,7 @@ impl Manager {
             groups: groups(home),
             replan: true,
             journal,
+            history: Changes::load(home),
             peer: Peer::new(home, service, now),
             inputs,
             desk: stage::Desk::new(),

@@ -230,6 +230,13 @@ pub(super) fn admit(
     Ok((release(version.clone(), Some(&completed)), program))
 }
 
+/// Whether a release that was active before lies on disk and can be run. Its epoch is not asked for: an operator may return to it.
+pub(super) fn usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
+    guard::release(home, name, version)?;
+    package::whole(&home.release(name, version))?;
+    launch::inspect(home, name, version).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::sync::mpsc;

@@ -27,3 +27,4 @@ mod sub_agents;
 mod support;
 mod trees;
 mod trust;
+mod upgrades;

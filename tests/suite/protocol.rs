@@ -90,7 +90,7 @@ fn the_schema_describes_what_the_design_names() {
         ("Event", "agent id kind message outcome time version"),
         ("Answer", "ack agentId agents cmd complete errorMessage generation interval lineage manager"),
         ("ManagerOrder", "file sha256 size tarball version"),
-        ("AgentOrder", "cmd env file name sha256 size tarball version"),
+        ("AgentOrder", "cmd env file name retry sha256 size tarball version"),
         ("Offer", "file sha256 size version"),
     ]);
     for (message, names) in expected {

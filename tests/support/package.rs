@@ -16,11 +16,14 @@ pub struct Package {
 }
 
 impl Package {
-    /// A native package whose manifest has `command`, and the tables and keys of `more` after `[run]`'s.
+    /// A native package whose manifest has `command`, and the tables and keys of `more` after `[run]`'s. Its probation is a second, unless
+    /// `more` says otherwise.
     pub fn native(name: &str, version: &str, command: &[&str], more: &str) -> Package {
         let package = Package::empty(name, version, true);
         let command = serde_json::to_string(command).expect("texts are JSON");
-        let manifest = format!("name = {name:?}\nversion = {version:?}\n\n[run]\ncommand = {command}\n{more}\n");
+        let probation = if more.contains("probation = ") { "" } else { "probation = \"1s\"\n" };
+        let manifest =
+            format!("name = {name:?}\nversion = {version:?}\n\n[run]\ncommand = {command}\n{probation}{more}\n");
         package.with_file("agent.toml", manifest, 0o644)
     }
 

@@ -31,6 +31,8 @@ const CLASSIC: &str = "classic";
 /// The version of the exporter that Debian 12 ships, and the same program packaged again, with one collector more.
 const FIRST: &str = "1.5.0";
 const SECOND: &str = "1.5.0-2";
+/// One that somebody has packaged with a flag that the program does not know.
+const BAD: &str = "1.5.0-3";
 /// What the collector that the second release adds measures.
 const ADDED_METRIC: &str = "node_load1 ";
 
@@ -63,6 +65,7 @@ impl Demo<'_> {
         self.kill_sub_agents()?;
         self.kill_manager()?;
         self.change_version(port)?;
+        self.roll_back()?;
         if keep {
             self.leave(port, gateway);
         } else {
@@ -78,10 +81,11 @@ impl Demo<'_> {
     fn set_up_gateway(&mut self, aops: &Path, exporter: &Path, port: u16) -> Result<()> {
         self.step("A gateway: a signing key, a certificate, a depot");
         self.run(&mut self.fleet.gateway("init"))?;
-        self.step("Packages, signed: aops itself, Debian's node exporter (twice), and one with a `control` script");
+        self.step("Packages, signed: aops itself, Debian's node exporter (three times, the last one bad), and one with a `control` script");
         let _ = aops;
         self.run(self.fleet.gateway("publish").args(["--self", "--version", "0.1.0"]))?;
-        let releases = [(FIRST, "--no-collector.loadavg"), (SECOND, "--collector.loadavg")];
+        let releases =
+            [(FIRST, "--no-collector.loadavg"), (SECOND, "--collector.loadavg"), (BAD, "--no-such-collector")];
         for (version, flag) in releases {
             let package = exporter_package(exporter, version, flag, port)?;
             self.run(self.fleet.gateway("publish").args(package.arguments()))?;
@@ -164,6 +168,25 @@ impl Demo<'_> {
         println!("  {}", load.lines().find(|line| line.starts_with(ADDED_METRIC)).unwrap_or_default());
         self.run(&mut self.fleet.control(&["status"]))?;
         self.proved("a version changed in fleet.toml arrives, and does what only it can do");
+        Ok(())
+    }
+
+    fn roll_back(&mut self) -> Result<()> {
+        self.step(&format!("fleet.toml now wants {EXPORTER} {BAD}, whose program ends at once"));
+        let bystander = self.fleet.wait_for_pid(CLASSIC, None)?;
+        self.write_fleet(BAD)?;
+        let changed = Instant::now();
+        self.fleet.wait_for("the bad release to be rolled back", |status| {
+            agent(status, EXPORTER).is_some_and(|agent| {
+                agent["version"] == SECOND && agent["state"] == "running" && agent["skipped"][0]["version"] == BAD
+            })
+        })?;
+        println!("  {SECOND} runs again after {:.1} s", changed.elapsed().as_secs_f64());
+        self.run(&mut self.fleet.control(&["status"]))?;
+        self.run(&mut self.fleet.control(&["status", "--history"]))?;
+        let after = self.fleet.wait_for_pid(CLASSIC, None)?;
+        ensure!(bystander == after, "{CLASSIC} was {bystander} before and is {after} now");
+        self.proved("a bad release is rolled back by itself, is not tried again, and nothing else is touched");
         Ok(())
     }
 
@@ -256,9 +279,10 @@ fn has_metric(metrics: &str) -> bool {
 }
 
 fn exporter_package(program: &Path, version: &str, flag: &str, port: u16) -> Result<Package> {
+    // A short probation, for a demonstration.
     let listen = format!("--web.listen-address=127.0.0.1:{port}");
     let content = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
-    Ok(Package::native(EXPORTER, version, &["bin/node_exporter", &listen, flag], "").with_file(
+    Ok(Package::native(EXPORTER, version, &["bin/node_exporter", &listen, flag], "probation = \"3s\"").with_file(
         "bin/node_exporter",
         content,
         0o755,

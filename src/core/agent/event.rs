@@ -69,7 +69,13 @@ pub enum Event {
     /// The plan does not want this release on disk.
     Discard(Version),
     /// Another desired state is in force; `None`: it does not name this sub-agent.
-    Ordered(Option<Version>),
+    Ordered(Option<Order>),
+    /// An operator wants the release before the current one, against this order.
+    Return {
+        overruled: Option<Order>,
+    },
+    /// An operator wants it tried again, whatever was skipped or held back.
+    Retry,
     /// Its home is being stopped.
     HomeStops,
     /// An operator wants it restarted.
@@ -161,10 +167,24 @@ pub struct Note {
     pub message: String,
     /// It may recur, so the journal limits its rate.
     pub repeats: bool,
+    /// The change of release whose outcome it is; it belongs into the history.
+    pub change: Option<Change>,
+}
+
+/// From which release to which, and how long that took.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Change {
+    pub from: Option<Version>,
+    pub to: Version,
+    pub seconds: u64,
 }
 
 impl Note {
     pub(super) fn once(kind: &'static str, outcome: &'static str, version: Option<Version>, message: String) -> Note {
-        Note { kind, outcome, version, message, repeats: false }
+        Note { kind, outcome, version, message, repeats: false, change: None }
+    }
+
+    pub(super) fn change(kind: &'static str, outcome: &'static str, change: Change, message: String) -> Note {
+        Note { kind, outcome, version: Some(change.to.clone()), message, repeats: false, change: Some(change) }
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::event::{Action, Note, Ready, Refusal};
+use super::probation::Seen;
 use super::{Activation, Agent, At, Held, Work};
 use crate::core::ledger::{Entry, Release, Skipped};
 use crate::core::model::Version;
@@ -59,6 +60,7 @@ impl Agent {
     pub(super) fn activate(&mut self, order: Order) -> Vec<Action> {
         let mut actions = vec![];
         let version = order.package.version.clone();
+        self.retry = order.retry;
         let failures = self.failures_of(&version);
         let program = match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Staged(ready) if ready.release.version == version => Some(ready.program),
@@ -85,13 +87,18 @@ impl Agent {
             return self.refuse_activation(release.version, Refusal::failed(why), at);
         };
         let ready = Ready { release, program };
-        self.work = Work::Recording(Box::new(Activation { order, ready, failures }));
+        self.work = Work::Recording(Box::new(Activation { order, ready, failures, began: at.now }));
         vec![Action::Record { wait: true }]
     }
 
     pub(super) fn recorded(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
         let activation = match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Recording(activation) => activation,
+            Work::Returning(back) => {
+                self.work = Work::Returning(back);
+                self.return_is_recorded();
+                return self.go_on_if_down();
+            }
             other => {
                 self.work = other;
                 return vec![];
@@ -121,9 +128,11 @@ impl Agent {
             Work::Stopping(activation) => {
                 let (release, before) = (activation.ready.release.clone(), Box::new(self.ledger.clone()));
                 put_into_use(&mut self.ledger, release.clone());
+                self.seen = Seen::began(activation.began);
                 self.work = Work::Switching { activation, before };
                 vec![Action::Switch(release.version)]
             }
+            Work::Returning(back) => self.switch_back(back),
             Work::Uninstalling if self.leaving.is_empty() && self.unanswered.is_empty() => {
                 self.work = Work::Removing;
                 vec![Action::Remove]
@@ -138,12 +147,13 @@ impl Agent {
     pub(super) fn switched(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
         let (activation, before) = match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Switching { activation, before } => (*activation, *before),
+            Work::SwitchingBack(back) => return self.switched_back(back, result, at),
             other => {
                 self.work = other;
                 return vec![];
             }
         };
-        let Activation { order, ready, failures } = activation;
+        let Activation { order, ready, failures, .. } = activation;
         let version = ready.release.version.clone();
         let mut actions = vec![];
         match result {
@@ -155,9 +165,6 @@ impl Agent {
                 actions.push(Action::Note(Note::once("activate", "ok", Some(version), message)));
                 if self.ledger.probation().is_none() {
                     actions.push(Action::RaiseEpoch(ready.release));
-                } else if order.run == Run::Stop {
-                    // It is not started, so nothing more is to be seen of it.
-                    self.commit(&mut actions);
                 }
             }
             Err(why) => {
@@ -200,15 +207,18 @@ impl Agent {
         actions
     }
 
-    /// A new desired state may have at once what an older one could not.
-    pub(super) fn ordered(&mut self, version: Option<Version>) -> Vec<Action> {
+    /// A new desired state may have at once what an older one could not; what failed on probation only by another order.
+    pub(super) fn ordered(&mut self, order: Option<Order>) -> Vec<Action> {
         let mut actions = vec![];
-        if self.ledger.allow_all() {
+        if self.ledger.ordered(order.as_ref().map(Order::asks_for)) {
             actions.push(Action::Record { wait: false });
         }
+        self.retry = order.as_ref().map_or(0, |order| order.retry);
         match &self.work {
             Work::Held(_) => self.work = Work::Idle,
-            Work::Staging { version: staged, .. } if version.as_ref() != Some(staged) => {
+            Work::Staging { version: staged, .. }
+                if order.as_ref().map(|order| &order.package.version) != Some(staged) =>
+            {
                 actions.extend(self.cancel_staging());
             }
             _ => {}
@@ -242,6 +252,7 @@ impl Agent {
                 reason: refusal.why.clone(),
                 failures,
                 until: Some(at.unix_seconds.saturating_add(delay.as_secs())),
+                retry: self.retry,
                 unknown: Default::default(),
             });
             actions.push(Action::Record { wait: false });
@@ -260,21 +271,6 @@ impl Agent {
             Work::Admitting { order, failures, .. } if order.package.version == *of => *failures,
             Work::Recording(activation) if activation.ready.release.version == *of => activation.failures,
             _ => self.ledger.skipped(of, None).map_or(0, |skipped| skipped.failures),
-        }
-    }
-
-    /// A release that has started is accepted.
-    pub(super) fn commit_started(&mut self, actions: &mut Vec<Action>) {
-        let on_probation = self.ledger.probation().map(|release| &release.version);
-        if on_probation.is_some() && on_probation == self.running.as_ref() {
-            self.commit(actions);
-        }
-    }
-
-    pub(super) fn commit(&mut self, actions: &mut Vec<Action>) {
-        if self.ledger.commit() {
-            actions.push(Action::Record { wait: false });
-            actions.extend(self.ledger.active().cloned().map(Action::RaiseEpoch));
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::core::env::Env;
 use crate::core::ledger::Release;
 use crate::core::manifest::Manifest;
 use crate::core::order::Package;
+use crate::core::supervise::Answer;
 use crate::core::unknown::Unknown;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
@@ -26,7 +27,7 @@ fn release(text: &str) -> Release {
 }
 
 fn order(text: &str) -> Order {
-    Order { package: Package::new(version(text)), run: Run::Start, spec: Spec::default() }
+    Order { package: Package::new(version(text)), run: Run::Start, spec: Spec::default(), retry: 0 }
 }
 
 fn manifest(env_allow: &[&str]) -> Program {
@@ -42,6 +43,7 @@ fn manifest(env_allow: &[&str]) -> Program {
             grace_period: None,
             restart: Restart::Always,
             kill_mode: KillMode::Tree,
+            probation: None,
             env_allow: env_allow.iter().map(|name| (*name).to_owned()).collect(),
         },
         health: None,
@@ -81,6 +83,27 @@ impl Bench {
         assert_eq!(bench.agent.state(), AgentState::Running);
         bench.asked.clear();
         bench
+    }
+
+    /// One whose release 1 runs no more, and whose next one is about to be started for the first time.
+    fn on_the_way_to(text: &str) -> Bench {
+        let mut bench = Bench::running();
+        bench.install_over(text);
+        bench.asked.clear();
+        bench
+    }
+
+    fn install_over(&mut self, text: &str) {
+        self.stage(text);
+        self.tell(Event::Activate(order(text)));
+        self.tell(Event::Admitted(Ok((release(text), None))));
+        self.tell(Event::Recorded(Ok(())));
+        self.tell(Event::Stopped(Ok(())));
+        self.tell(Event::Switched(Ok(())));
+    }
+
+    fn launched(&mut self, pid: u32, text: &str) -> &mut Bench {
+        self.tell(Event::Launched { pid, version: version(text), runs_so: true })
     }
 
     fn tell(&mut self, event: Event) -> &mut Bench {
@@ -160,40 +183,268 @@ fn what_runs_is_stopped_only_when_the_new_release_is_admitted_and_recorded() {
     bench.tell(Event::Switched(Ok(())));
     assert_eq!(bench.asked(), [Action::Start]);
     assert_eq!(bench.agent.ledger().active(), Some(&release("1")), "not committed before it has started");
-    bench.tell(Event::Launched { pid: 11, version: version("2"), runs_so: true });
+    bench.launched(11, "2");
+    assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Updating), "it is on probation");
+    bench.now += S(9);
+    bench.tell(Event::Tick);
+    assert_eq!(bench.asked(), []);
+    bench.now = bench.agent.deadline(bench.now).unwrap();
+    bench.tell(Event::Tick);
+    assert_eq!(bench.notes(), [("upgrade", "ok")]);
     assert_eq!(bench.asked(), [Action::Record { wait: false }, Action::RaiseEpoch(release("2"))]);
     assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("2")), None));
+    assert_eq!(bench.agent.state(), AgentState::Running);
+}
+
+/// What happens to a new release.
+type Fail = fn(&mut Bench);
+
+fn done(_: &mut Bench) {}
+
+#[test]
+fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped() {
+    let exit: Fail = |bench| done(bench.tell(Event::Exited { success: Some(false), how: "exited with 1".into() }));
+    let fails: [(&str, Vec<Fail>); 4] = [
+        (
+            "it does not start",
+            vec![|bench| done(bench.tell(Event::NotLaunched(refusal("no such file")))), |bench| {
+                done(bench.tell(Event::NotLaunched(refusal("no such file"))))
+            }],
+        ),
+        (
+            "its second start does not outlive the first",
+            vec![|bench| done(bench.launched(20, "2")), exit, |bench| done(bench.launched(21, "2")), exit],
+        ),
+        (
+            "it exits three times",
+            vec![
+                |bench| done(bench.launched(20, "2")),
+                exit,
+                |bench| {
+                    bench.launched(21, "2");
+                    bench.now += S(3)
+                },
+                exit,
+                |bench| {
+                    bench.now += S(2);
+                    bench.tell(Event::Tick);
+                    bench.launched(22, "2");
+                    bench.now += S(9)
+                },
+                exit,
+            ],
+        ),
+        (
+            "it ends although it should run on",
+            vec![
+                |bench| done(bench.launched(20, "2")),
+                |bench| done(bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() })),
+                |bench| done(bench.launched(21, "2")),
+                |bench| done(bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() })),
+            ],
+        ),
+    ];
+    for (case, failing) in fails {
+        let mut bench = Bench::on_the_way_to("2");
+        for (number, fail) in failing.iter().enumerate() {
+            assert_ne!(bench.agent.ledger().probation(), None, "{case}: given up before step {number}");
+            fail(&mut bench);
+        }
+        assert!(bench.notes().ends_with(&[("upgrade", "failed"), ("skip", "ok")]), "{case}: {:?}", bench.notes());
+        assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("1")), None));
+        assert!(bench.asked().contains(&Action::Record { wait: true }), "{case}");
+        bench.tell(Event::Recorded(Ok(())));
+        bench.tell(Event::Stopped(Ok(())));
+        assert_eq!(bench.asked(), [Action::Switch(version("1"))], "{case}");
+        assert_eq!(bench.agent.state(), AgentState::Updating);
+        bench.tell(Event::Switched(Ok(())));
+        assert_eq!(bench.asked(), [Action::Inspect(version("1"))], "{case}");
+        bench.tell(inspected(Ok(manifest(&[]))));
+        assert_eq!(bench.asked(), [Action::Start], "{case}");
+        bench.launched(30, "1");
+        assert_eq!(bench.notes(), [("rollback", "ok")], "{case}");
+        assert_eq!(bench.agent.state(), AgentState::Running);
+        assert!(bench.agent.last_error().unwrap().starts_with("2 is skipped: "), "{:?}", bench.agent.last_error());
+        assert!(!bench.asked().iter().any(|action| matches!(action, Action::RaiseEpoch(_))));
+        let held_back = |bench: &Bench, order: &Order| bench.agent.actual(Some(order), bench.now).held_back;
+        assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
+        // The same order again, in another desired state, changes nothing; a higher `retry` does.
+        bench.tell(Event::Ordered(Some(order("2"))));
+        assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
+        let again = Order { retry: 1, ..order("2") };
+        bench.tell(Event::Ordered(Some(again.clone())));
+        assert_eq!(held_back(&bench, &again), None);
+    }
 }
 
 #[test]
-fn a_release_that_does_not_start_is_not_committed_and_the_one_before_can_be_ordered_again() {
+fn what_is_skipped_is_tried_again_when_an_operator_or_another_order_says_so() {
+    let ways: [fn(&mut Bench); 2] = [
+        |bench| done(bench.tell(Event::Retry)),
+        |bench| done(bench.tell(Event::Ordered(Some(order("3")))).tell(Event::Ordered(Some(order("2"))))),
+    ];
+    for way in ways {
+        let mut bench = Bench::on_the_way_to("2");
+        bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
+        bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+        bench.tell(inspected(Ok(manifest(&[])))).launched(30, "1");
+        bench.asked.clear();
+        way(&mut bench);
+        assert_eq!(bench.asked(), [Action::Record { wait: false }]);
+        assert_eq!(bench.agent.actual(Some(&order("2")), bench.now).held_back, None);
+        assert_eq!(bench.agent.last_error(), None);
+    }
+}
+
+#[test]
+fn a_disk_that_takes_no_ledger_and_no_link_does_not_hold_up_a_roll_back() {
+    let mut bench = Bench::on_the_way_to("2");
+    bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
+    bench.tell(Event::Stopped(Ok(())));
+    assert!(!bench.asked().contains(&Action::Switch(version("1"))), "first it is tried to write the ledger");
+    bench.tell(Event::Recorded(Err("no space left".into())));
+    assert_eq!(bench.asked(), [Action::Switch(version("1"))]);
+    bench.tell(Event::Switched(Err("no space left".into())));
+    assert_eq!(bench.notes(), [("rollback", "failed")]);
+    bench.tell(inspected(Ok(manifest(&[]))));
+    assert_eq!(bench.asked(), [Action::Inspect(version("1")), Action::Start]);
+}
+
+#[test]
+fn a_slow_starter_is_given_its_start_period_and_one_that_never_gets_well_is_rolled_back() {
+    use crate::core::health::Health;
+    let health: Health = serde_json::from_str(r#"{"tcp": "127.0.0.1:1", "interval": 5, "startPeriod": 30}"#).unwrap();
+    let slow = || match manifest(&[]) {
+        Program::Native(manifest) => Program::Native(Box::new(Manifest { health: Some(health.clone()), ..*manifest })),
+        script => script,
+    };
+    for gets_well in [true, false] {
+        let mut bench = Bench::running();
+        bench.stage("2");
+        bench.tell(Event::Activate(order("2"))).tell(Event::Admitted(Ok((release("2"), Some(slow())))));
+        bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+        bench.launched(20, "2");
+        let start = bench.now;
+        bench.asked.clear();
+        // Until something is decided.
+        while bench.agent.ledger().probation().is_some() && bench.agent.ledger().active() == Some(&release("1")) {
+            bench.now = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
+            bench.tell(Event::Tick);
+            if bench.asked().contains(&Action::Check) {
+                let is_well = gets_well && bench.now >= start + S(25);
+                let answer = if is_well { Answer::Healthy } else { Answer::Unhealthy("refused".into()) };
+                bench.tell(Event::Checked(answer));
+                if bench.asked().contains(&Action::Stop) && bench.agent.ledger().probation().is_some() {
+                    bench.tell(Event::Stopped(Ok(())));
+                    bench.launched(21, "2");
+                }
+            }
+        }
+        let expected = if gets_well { "2" } else { "1" };
+        assert_eq!(bench.agent.ledger().active(), Some(&release(expected)));
+        assert!(!gets_well || bench.now == start + S(30), "committed after {:?}", bench.now - start);
+    }
+}
+
+#[test]
+fn one_whose_health_cannot_be_told_is_rolled_back_in_the_end() {
     let mut bench = Bench::running();
     bench.stage("2");
-    for event in [
-        Event::Activate(order("2")),
-        Event::Admitted(Ok((release("2"), None))),
-        Event::Recorded(Ok(())),
-        Event::Stopped(Ok(())),
-        Event::Switched(Ok(())),
-        Event::NotLaunched(refusal("no such file")),
-        Event::NotLaunched(refusal("no such file")),
-    ] {
-        bench.tell(event);
+    bench.tell(Event::Activate(order("2"))).tell(Event::Admitted(Ok((release("2"), Some(Program::Script)))));
+    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.launched(20, "2");
+    let start = bench.now;
+    while bench.agent.ledger().probation().is_some() {
+        bench.now = bench.agent.deadline(bench.now).unwrap();
+        bench.tell(Event::Tick);
+        if bench.asked().contains(&Action::Check) {
+            bench.tell(Event::Checked(Answer::Unknown("no answer".into())));
+        }
     }
-    assert_eq!(bench.agent.state(), AgentState::Backoff);
-    assert!(!bench.asked().iter().any(|action| matches!(action, Action::RaiseEpoch(_))));
-    bench.tell(Event::Activate(order("1")));
-    bench.tell(Event::Admitted(Ok((release("1"), Some(Program::Script)))));
-    bench.tell(Event::Recorded(Ok(())));
+    assert_eq!(bench.now - start, S(130));
+    assert_eq!(bench.agent.ledger().active(), Some(&release("1")));
+}
+
+#[test]
+fn a_stop_on_purpose_is_no_failure_and_a_home_that_cannot_be_relied_on_neither() {
+    let mut bench = Bench::on_the_way_to("2");
+    let unsound = || Refusal { refused: true, ..refusal("others can write there") };
+    bench.tell(Event::NotLaunched(unsound())).tell(Event::NotLaunched(unsound()));
+    bench.now += S(60);
+    bench.tell(Event::Tick);
+    for pid in 20..30 {
+        bench.launched(pid, "2");
+        bench.tell(Event::Restart);
+        bench.tell(Event::Stopped(Ok(())));
+    }
+    assert_eq!(bench.agent.ledger().probation_failures(), 0);
+    bench.tell(Event::Set(Run::Stop));
+    bench.launched(30, "2");
     bench.tell(Event::Stopped(Ok(())));
-    bench.tell(Event::Switched(Ok(())));
-    assert_eq!(bench.asked().last(), Some(&Action::Start));
-    assert_eq!((bench.agent.current(), bench.agent.ledger().probation()), (Some(&version("1")), None));
+    bench.now += S(10_000);
+    bench.tell(Event::Tick);
+    assert_eq!((bench.agent.state(), bench.agent.ledger().probation()), (AgentState::Stopped, Some(&release("2"))));
+}
+
+#[test]
+fn the_next_manager_goes_on_with_a_probation_and_with_what_it_has_seen_of_failures() {
+    let mut ledger = Entry::found(Some(release("1")), None);
+    ledger.begin_probation(release("2"));
+    ledger.fail_probation();
+    ledger.fail_probation();
+    let found = || Found { ledger: ledger.clone(), program: Some(Ok(manifest(&[]))), ..Found::default() };
+    let now = Instant::now();
+    let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
+    assert_eq!(agent.adopt(7, version("2"), now - S(4), None, at(now)), []);
+    assert_eq!((agent.state(), agent.deadline(now)), (AgentState::Updating, Some(now + S(6))));
+    let committed = agent.step(Event::Tick, at(now + S(6)));
+    assert!(committed.contains(&Action::RaiseEpoch(release("2"))), "{committed:?}");
+    let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
+    let ended = (Some(false), "exited with 1".to_owned());
+    let actions = agent.bury(7, version("2"), ended, Some(Spec::default()), at(now));
+    assert!(actions.contains(&Action::Record { wait: true }), "{actions:?}");
+    assert_eq!(agent.ledger().active(), Some(&release("1")));
+}
+
+#[test]
+fn a_job_that_ends_well_is_committed() {
+    let Program::Native(manifest) = manifest(&[]) else { panic!() };
+    let mut job = *manifest;
+    job.run.restart = crate::core::manifest::Restart::OnFailure;
+    let mut bench = Bench::running();
+    bench.stage("2");
+    bench.tell(Event::Activate(order("2")));
+    bench.tell(Event::Admitted(Ok((release("2"), Some(Program::Native(Box::new(job)))))));
+    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.launched(20, "2");
+    bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() });
+    assert_eq!(bench.agent.ledger().active(), Some(&release("2")));
+}
+
+#[test]
+fn an_operator_returns_to_the_release_before_and_it_is_kept_until_another_is_ordered() {
+    let mut bench = Bench::on_the_way_to("2");
+    bench.launched(20, "2");
+    bench.now += S(10);
+    bench.tell(Event::Tick);
+    assert_eq!(bench.agent.can_return_to(), Some(&version("1")));
+    bench.asked.clear();
+    bench.tell(Event::Return { overruled: Some(order("2")) });
+    assert_eq!(bench.asked(), [Action::Record { wait: true }, Action::Stop]);
+    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.tell(inspected(Ok(manifest(&[])))).launched(30, "1");
+    assert!(bench.notes().contains(&("rollback", "ok")));
+    let ledger = bench.agent.ledger();
+    assert_eq!((ledger.active(), ledger.backup(), ledger.is_held()), (Some(&release("1")), Some(&release("2")), true));
+    assert!(bench.agent.actual(Some(&order("2")), bench.now).stays);
+    bench.tell(Event::Ordered(Some(order("2"))));
+    assert!(bench.agent.actual(Some(&order("2")), bench.now).stays, "the same order again");
+    bench.tell(Event::Ordered(Some(order("3"))));
+    assert!(!bench.agent.actual(Some(&order("3")), bench.now).stays);
 }
 
 #[test]
 fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and_later() {
-    type Fail = fn(&mut Bench);
     let ways: [(&str, Fail); 3] = [
         ("stage", |bench| {
             bench.tell(Event::Stage(Package::new(version("2"))));
@@ -216,16 +467,16 @@ fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and
             fail(&mut bench);
             let until = bench.agent.deadline(bench.now).unwrap();
             pauses.push((until - bench.now).as_secs());
-            assert_eq!(bench.agent.actual(bench.now).held_back, Some(version("2")));
+            assert_eq!(bench.agent.actual(None, bench.now).held_back, Some(version("2")));
             bench.now = until;
-            assert!(bench.agent.hold_is_over(bench.now) && bench.agent.actual(bench.now).held_back.is_none());
+            assert!(bench.agent.hold_is_over(bench.now) && bench.agent.actual(None, bench.now).held_back.is_none());
         }
         assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 300, 300], "{kind}");
         assert_eq!(bench.notes().iter().filter(|(of, _)| *of == kind).count(), 1, "the same is noted once");
         assert!(!bench.asked().contains(&Action::Stop));
         assert_eq!((bench.agent.state(), bench.agent.current()), (AgentState::Running, Some(&version("1"))));
-        bench.tell(Event::Ordered(Some(version("2"))));
-        assert_eq!(bench.agent.actual(bench.now).held_back, None, "a new desired state may try at once");
+        bench.tell(Event::Ordered(Some(order("2"))));
+        assert_eq!(bench.agent.actual(None, bench.now).held_back, None, "a new desired state may try at once");
     }
 }
 
@@ -253,10 +504,10 @@ fn a_release_that_was_withdrawn_is_removed_unless_it_runs() {
     bench.tell(Event::Admitted(Err(withdrawn())));
     assert!(bench.notes().contains(&("activate", "refused")));
     assert!(bench.asked().contains(&Action::Discard(version("2"))));
-    let actual = bench.agent.actual(bench.now);
+    let actual = bench.agent.actual(None, bench.now);
     assert!(!actual.releases.contains(&version("2")) && actual.leaving.contains(&version("2")));
     bench.tell(Event::Discarded(version("2")));
-    assert!(bench.agent.actual(bench.now).leaving.is_empty());
+    assert!(bench.agent.actual(None, bench.now).leaving.is_empty());
     bench.tell(Event::Activate(order("1")));
     bench.tell(Event::Admitted(Err(withdrawn())));
     assert!(!bench.asked().contains(&Action::Discard(version("1"))), "it runs");
@@ -276,11 +527,11 @@ fn a_costly_refusal_is_remembered_across_managers_until_another_package_or_desir
     let (mut next, _) = Agent::found("a".parse().unwrap(), found());
     assert_eq!(next.step(Event::Stage(package("a")), at(bench.now)), []);
     assert_eq!(next.last_error().as_deref(), Some("it holds a device"));
-    assert_eq!(next.actual(bench.now).held_back, Some(version("2")));
+    assert_eq!(next.actual(None, bench.now).held_back, Some(version("2")));
     let later = At { unix_seconds: at(bench.now).unix_seconds + 5, ..at(bench.now + S(5)) };
     assert_eq!(next.step(Event::Stage(package("a")), later), [Action::Stage { id: 1, package: package("a") }]);
     let (mut next, _) = Agent::found("a".parse().unwrap(), found());
-    next.step(Event::Ordered(Some(version("2"))), at(bench.now));
+    next.step(Event::Ordered(Some(order("2"))), at(bench.now));
     assert_eq!(next.step(Event::Stage(package("a")), at(bench.now)), [Action::Stage { id: 1, package: package("a") }]);
 }
 
@@ -289,13 +540,13 @@ fn another_order_cancels_the_staging_of_the_one_before() {
     let mut bench = Bench::running();
     bench.tell(Event::Stage(Package::new(version("2"))));
     bench.asked.clear();
-    bench.tell(Event::Ordered(Some(version("2"))));
+    bench.tell(Event::Ordered(Some(order("2"))));
     assert_eq!(bench.asked(), []);
-    bench.tell(Event::Ordered(Some(version("3"))));
+    bench.tell(Event::Ordered(Some(order("3"))));
     assert_eq!(bench.asked(), [Action::CancelStaging]);
     bench.answer("2", Ok(ready("2")));
     assert_eq!(bench.asked(), []);
-    assert!(bench.agent.actual(bench.now).releases.contains(&version("2")), "the plan discards it");
+    assert!(bench.agent.actual(None, bench.now).releases.contains(&version("2")), "the plan discards it");
 }
 
 #[test]
@@ -341,6 +592,7 @@ fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
         unfinished: [version("half")].into(),
         program: Some(Err("no agent.toml".into())),
         restarts: 3,
+        retry: 0,
     };
     let (agent, actions) = Agent::found("a".parse().unwrap(), found);
     assert_eq!(actions, [Action::Discard(version("half"))]);
@@ -402,7 +654,7 @@ fn an_uninstalled_one_is_stopped_then_removed() {
     let mut bench = Bench::running();
     bench.tell(Event::Uninstall);
     assert_eq!(bench.asked(), [Action::Stop]);
-    assert!(bench.agent.actual(bench.now).busy);
+    assert!(bench.agent.actual(None, bench.now).busy);
     bench.tell(Event::Stopped(Err("it hangs in the kernel".into())));
     assert!(bench.notes().contains(&("stop", "failed")));
     assert_eq!(bench.asked(), [Action::Remove]);
@@ -438,17 +690,6 @@ fn a_process_of_another_release_than_the_active_one_shows_as_it_is() {
 }
 
 #[test]
-fn an_adopted_release_on_probation_is_committed() {
-    let mut ledger = Entry::found(Some(release("1")), None);
-    ledger.begin_probation(release("2"));
-    let found = Found { ledger, program: Some(Ok(Program::Script)), ..Found::default() };
-    let (mut agent, _) = Agent::found("a".parse().unwrap(), found);
-    let now = Instant::now();
-    let actions = agent.adopt(7, version("2"), now, None, at(now));
-    assert_eq!(actions, [Action::Record { wait: false }, Action::RaiseEpoch(release("2"))]);
-}
-
-#[test]
 fn health_and_crashes_are_noted_as_they_change() {
     let mut bench = Bench::running();
     let exit = || Event::Exited { success: Some(false), how: "exited with 1".into() };
@@ -477,8 +718,17 @@ fn event() -> impl Strategy<Value = Event> {
             sound: if sound { Ok(()) } else { Err(refusal("no")) },
         }),
         prop_oneof![Just(Run::Start), Just(Run::Stop)].prop_map(Event::Set),
-        text.clone().prop_map(|text| Event::Ordered(Some(version(text)))),
+        text.clone().prop_map(|text| Event::Ordered(Some(order(text)))),
         Just(Event::Restart),
+        Just(Event::Retry),
+        text.clone().prop_map(|text| Event::Return { overruled: Some(order(text)) }),
+        prop_oneof![
+            Just(Answer::Healthy),
+            Just(Answer::Unhealthy("refused".into())),
+            Just(Answer::Gone("stopped".into())),
+            Just(Answer::Unknown("no answer".into())),
+        ]
+        .prop_map(Event::Checked),
         (1..9_u64, text.clone(), any::<bool>(), any::<bool>()).prop_map(|(id, text, good, costly)| Event::Staged {
             id,
             version: version(text),
@@ -544,7 +794,7 @@ proptest! {
             // What is wanted has a process, an action under way, or a deadline.
             let supervisor = bench.agent.supervisor();
             let is_idle = supervisor.is_down() && supervisor.starts_at().is_none();
-            let actual = bench.agent.actual(bench.now);
+            let actual = bench.agent.actual(None, bench.now);
             if supervisor.wanted() && is_idle {
                 prop_assert!(actual.busy || supervisor.deadline().is_some(), "nothing restarts it after {event:?}");
             }

@@ -1,16 +1,30 @@
 //! What can be seen of a sub-agent: by the plan, by the manager, by an operator.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::probation::TRIES;
 use super::{Agent, Held, Work, put_into_use};
 use crate::core::ledger::Entry;
 use crate::core::model::{AgentName, Version};
-use crate::core::order::{Run, Spec};
+use crate::core::order::{Order, Run, Spec};
 use crate::core::program::Program;
 use crate::core::protocol::AgentState;
 use crate::core::reconcile::Actual;
 use crate::core::supervise::Supervisor;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
+
+/// A change of release that is under way.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Upgrade {
+    pub from: Option<Version>,
+    pub to: Version,
+    pub phase: &'static str,
+    /// Until it is given up, where that goes by time.
+    pub left: Option<Duration>,
+    /// So often it may still fail.
+    pub tries_left: Option<u64>,
+    pub reason: Option<String>,
+}
 
 impl Agent {
     pub fn name(&self) -> &AgentName {
@@ -63,13 +77,15 @@ impl Agent {
     }
 
     /// Its releases are being changed: nothing else is to be begun.
-    pub(super) fn is_busy(&self) -> bool {
+    pub fn is_busy(&self) -> bool {
         match self.work {
             Work::Idle | Work::Staging { .. } | Work::Staged(_) | Work::Held(_) => false,
             Work::Admitting { .. }
             | Work::Recording(_)
             | Work::Stopping(_)
             | Work::Switching { .. }
+            | Work::Returning(_)
+            | Work::SwitchingBack(_)
             | Work::Uninstalling
             | Work::Removing => true,
         }
@@ -82,8 +98,12 @@ impl Agent {
         }
     }
 
-    /// What the plan goes by.
-    pub fn actual(&self, now: Instant) -> Actual {
+    /// What the plan goes by. `order`: what is wanted of it.
+    pub fn actual(&self, order: Option<&Order>, now: Instant) -> Actual {
+        let asks_for = order.map(Order::asks_for);
+        let skipped = asks_for.and_then(|(version, sha256, _)| self.ledger.skipped(version, sha256));
+        let skipped = skipped.filter(|skipped| skipped.until.is_none()).map(|skipped| skipped.version.clone());
+        let held = self.held().filter(|held| now < held.until).map(|held| held.version.clone());
         let staging = match &self.work {
             Work::Staging { version, .. } => Some(version.clone()),
             _ => None,
@@ -95,11 +115,25 @@ impl Agent {
             releases: self.releases.clone(),
             leaving: self.leaving.clone(),
             staging,
-            held_back: self.held().filter(|held| now < held.until).map(|held| held.version.clone()),
+            held_back: held.or(skipped),
+            stays: asks_for.is_some_and(|(version, sha256, retry)| self.ledger.overrules(version, sha256, retry)),
+            upgrading: self.is_down_for_upgrade(),
             run: self.run,
             spec: self.spec.clone(),
             busy: self.is_busy(),
         }
+    }
+
+    /// Whether it is down, or about to be, because its release is being changed.
+    pub fn is_down_for_upgrade(&self) -> bool {
+        let is_changing = match &self.work {
+            Work::Admitting { .. } | Work::Recording(_) | Work::Stopping(_) | Work::Switching { .. } => {
+                self.ledger.current().is_some()
+            }
+            Work::Returning(_) | Work::SwitchingBack(_) => true,
+            _ => self.is_on_probation() || self.returned.is_some(),
+        };
+        is_changing && (self.is_busy() || !self.supervisor.is_up())
     }
 
     /// Whether a release that was held back is to be tried again.
@@ -109,13 +143,13 @@ impl Agent {
 
     /// Whether its supervisor waits for [`super::Event::Tick`].
     pub fn is_due(&self, now: Instant) -> bool {
-        self.supervisor.deadline().is_some_and(|deadline| deadline <= now)
+        [self.supervisor.deadline(), self.judged_at()].into_iter().flatten().any(|deadline| deadline <= now)
     }
 
     /// When there is something to do for it without anything happening.
     pub fn deadline(&self, now: Instant) -> Option<Instant> {
         let retry = self.held().map(|held| held.until).filter(|until| *until > now);
-        [self.supervisor.deadline(), retry].into_iter().flatten().min()
+        [self.supervisor.deadline(), self.judged_at(), retry].into_iter().flatten().min()
     }
 
     /// As an operator reads it.
@@ -123,7 +157,7 @@ impl Agent {
         let is_updating = match self.work {
             Work::Staging { .. } | Work::Staged(_) => true,
             Work::Uninstalling | Work::Removing => false,
-            _ => self.is_busy(),
+            _ => self.is_busy() || self.is_on_probation() || self.returned.is_some(),
         };
         match self.supervisor.state() {
             _ if is_updating => AgentState::Updating,
@@ -137,7 +171,50 @@ impl Agent {
 
     /// What is wrong with it, if there is something to know.
     pub fn last_error(&self) -> Option<String> {
+        let skipped = self.ledger.skipped_for_good().last();
+        let skipped = skipped.map(|skipped| format!("{} is skipped: {}", skipped.version, skipped.reason));
         let error = self.error.as_deref().or(self.refused_env.as_deref()).or(self.supervisor.last_error());
-        error.map(|error| cut(error, MAX_MESSAGE_BYTES))
+        let both = [error, skipped.as_deref()].into_iter().flatten().collect::<Vec<_>>().join("; ");
+        (!both.is_empty()).then(|| cut(&both, MAX_MESSAGE_BYTES))
+    }
+
+    /// The change of release that is under way.
+    pub fn upgrade(&self, now: Instant) -> Option<Upgrade> {
+        let left = |until: Instant| until.saturating_duration_since(now);
+        let current = || self.current().cloned();
+        let new = |phase, to: &Version, from: Option<Version>| Upgrade {
+            from,
+            to: to.clone(),
+            phase,
+            left: None,
+            tries_left: None,
+            reason: None,
+        };
+        match &self.work {
+            Work::Staging { version, .. } => Some(new("staging", version, current())),
+            Work::Admitting { order, .. } => Some(new("activating", &order.package.version, current())),
+            Work::Recording(activation) | Work::Stopping(activation) => {
+                Some(new("activating", &activation.ready.release.version, current()))
+            }
+            Work::Switching { activation, before } => {
+                let from = before.current().map(|release| release.version.clone());
+                Some(new("activating", &activation.ready.release.version, from))
+            }
+            Work::Returning(back) | Work::SwitchingBack(back) => {
+                let reason = Some(back.why.clone());
+                Some(Upgrade { reason, ..new("rollingBack", &back.to, Some(back.from.clone())) })
+            }
+            _ if self.is_on_probation() => {
+                let from = self.ledger.before_probation().map(|release| release.version.clone());
+                let on_probation = self.ledger.probation().map(|release| new("probation", &release.version, from))?;
+                Some(Upgrade {
+                    left: self.gives_up_at().map(left),
+                    tries_left: Some(TRIES.saturating_sub(self.ledger.probation_failures())),
+                    reason: self.supervisor.last_error().map(str::to_owned),
+                    ..on_probation
+                })
+            }
+            _ => None,
+        }
     }
 }

@@ -100,6 +100,11 @@ impl Health {
         self.well.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
+    /// Whether it is well: by its last check, where there are any.
+    pub(super) fn is_well(&self) -> bool {
+        self.well.is_some() && self.starting.is_none()
+    }
+
     /// When the next check is due; `None` while one is under way, or where there are none.
     pub(super) fn due(&self) -> Option<Instant> {
         match self.asked {

@@ -91,6 +91,7 @@ impl Manager {
             self.point_at(name, current);
         }
         let now = Instant::now();
+        found.retry = self.orders.held.agents.get(name).map_or(0, |order| order.retry);
         let (state, actions) = Agent::found(name.clone(), found);
         let scattered = target.is_some_and(Target::is_scattered);
         self.agents.insert(name.clone(), SubAgent { scattered, ..SubAgent::new(state) });

@@ -311,8 +311,8 @@ impl Manager {
         self.orders.held = desired;
         self.replan = true;
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
-            let version = self.orders.held.agents.get(&name).map(|order| order.package.version.clone());
-            self.step(&name, Event::Ordered(version), now);
+            let order = self.orders.held.agents.get(&name).cloned();
+            self.step(&name, Event::Ordered(order), now);
         }
         self.trim_cache(now);
     }

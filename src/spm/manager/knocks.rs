@@ -7,13 +7,15 @@ use tokio::sync::oneshot;
 use super::exchange::{clock_words, is_clock_off};
 use super::{Manager, Stop};
 use crate::core::agent::Event;
+use crate::core::model::{AgentName, Version};
 use crate::core::role::Role;
-use crate::core::status::{self, HomeState, Status};
+use crate::core::status::{self, HomeState, SkippedStatus, Status};
 use crate::door::{Farewell, Knock, Reply, Request};
 use crate::role;
 use crate::spm::disk;
 use crate::spm::input::Input;
 use crate::spm::journal::About;
+use crate::spm::stage;
 
 /// A stop is recorded before anything is stopped, unless the disk takes longer.
 const STOP_IS_RECORDED: Duration = Duration::from_secs(10);
@@ -60,8 +62,65 @@ impl Manager {
                     Err(error) => Reply::failed(format!("cannot restart {name}: {error:#}; it goes on running")),
                 },
             },
+            Request::RollBack { agent: name } => return self.begin_roll_back(name, reply),
+            Request::Retry { agent: name } => self.retry(&name, now),
         };
         let _ = reply.send(answer);
+    }
+
+    /// Looks beside the loop whether the release before can be run, and returns to it then.
+    fn begin_roll_back(&mut self, name: AgentName, reply: oneshot::Sender<Reply>) {
+        let to = match self.may_roll_back(&name) {
+            Ok(to) => to,
+            Err(why) => return drop(reply.send(Reply::failed(format!("cannot roll {name} back: {why}")))),
+        };
+        let home = self.home.clone();
+        disk::run(&self.inputs, move || {
+            let result = stage::usable(&home, &name, &to).map_err(|error| format!("{error:#}"));
+            Input::MayRollBack { name, to, result, reply }
+        });
+    }
+
+    /// To which release a sub-agent can be rolled back.
+    fn may_roll_back(&self, name: &AgentName) -> Result<Version, &'static str> {
+        if self.stop.is_some() {
+            return Err("the home is being stopped");
+        }
+        let agent = self.agents.get(name).ok_or("there is no such sub-agent; `status` lists them")?;
+        if agent.state.is_busy() {
+            return Err("its release is being changed; try again when `status` shows that this has ended");
+        }
+        agent.state.can_return_to().cloned().ok_or("no release before the current one is on this host")
+    }
+
+    /// It is known whether the release before can be run.
+    pub(super) fn roll_back(
+        &mut self,
+        name: &AgentName,
+        to: &Version,
+        result: Result<(), String>,
+        now: Instant,
+    ) -> Reply {
+        // Much may have happened meanwhile.
+        let may = self.may_roll_back(name).map_err(str::to_owned);
+        match result.and(may) {
+            Ok(still) if still == *to => {
+                let overruled = self.orders.held.agents.get(name).cloned();
+                self.step(name, Event::Return { overruled }, now);
+                Reply::done()
+            }
+            Ok(_) => Reply::failed(format!("cannot roll {name} back: its releases have changed meanwhile; try again")),
+            Err(why) => Reply::failed(format!("cannot roll {name} back: {why}")),
+        }
+    }
+
+    fn retry(&mut self, name: &AgentName, now: Instant) -> Reply {
+        if !self.agents.contains_key(name) {
+            return Reply::failed(format!("cannot retry {name}: there is no such sub-agent; `status` lists them"));
+        }
+        self.step(name, Event::Retry, now);
+        self.replan = true;
+        Reply::done()
     }
 
     /// Tells of somebody who may not command this home and tried to, once in a while: he may try again and again.
@@ -126,6 +185,12 @@ impl Manager {
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
         if self.peer.stopped_by_operator {
             problems.push("the watchdog's unit was stopped by an operator; `control start` starts it again".to_owned());
+        }
+        for agent in &agents {
+            problems.extend(agent.skipped.iter().map(|skipped| {
+                let (name, SkippedStatus { version, reason }) = (&agent.name, skipped);
+                format!("{name} {version} failed and is skipped ({reason}); order another release, or `control retry {name}`")
+            }));
         }
         let state = if self.stop.is_some() {
             HomeState::Degraded

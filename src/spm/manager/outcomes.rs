@@ -25,6 +25,18 @@ impl Manager {
                 | Input::Checked { .. }
                 | Input::Saved { .. }
         );
+        // A sub-agent that was down for a change of release makes room for the next.
+        let were_down = self.down_for_upgrade();
+        self.heard(input, now);
+        self.replan |= self.down_for_upgrade() < were_down;
+    }
+
+    /// How many sub-agents are down because their release is being changed.
+    fn down_for_upgrade(&self) -> usize {
+        self.agents.values().filter(|agent| agent.state.is_down_for_upgrade()).count()
+    }
+
+    fn heard(&mut self, input: Input, now: Instant) {
         match input {
             Input::Launched { name, serial, result } => self.launched(&name, serial, result, now),
             Input::Exited { name, serial, success, how } => self.exited(&name, serial, Ended { success, how }, now),
@@ -52,8 +64,13 @@ impl Manager {
             Input::Removed { name, result } => self.removed(&name, result),
             Input::Saved { file: File::Ledger, revision, result } => self.ledger_saved(revision, result, now),
             Input::Saved { file: File::Desired, revision, result } => self.orders_saved(revision, result, now),
+            Input::Saved { file: File::History, result, .. } => self.history.saved(result, &self.inputs),
             Input::Saved { file: File::Events, result, .. } => self.journal.saved(result, &self.inputs),
             Input::Raised(result) => self.raised(result),
+            Input::MayRollBack { name, to, result, reply } => {
+                // Who asked may have gone.
+                let _ = reply.send(self.roll_back(&name, &to, result, now));
+            }
             Input::StopRecorded => self.stop_recorded(now),
             Input::Looked(looked) => self.looked(looked, now),
             Input::Reloaded(reloaded) => self.reloaded(reloaded),

@@ -6,10 +6,11 @@ use anyhow::Result;
 use tokio::task::AbortHandle;
 
 use super::Manager;
-use crate::core::agent::{Action, Agent, Event, Note};
+use crate::core::agent::{Action, Agent, Change, Event, Note};
 use crate::core::model::{AgentName, Version};
 use crate::core::order::{Package, Spec};
 use crate::core::reconcile::{self, Step};
+use crate::core::status::Changed;
 use crate::core::supervise::Answer;
 use crate::home::Home;
 use crate::installation::guard;
@@ -20,7 +21,7 @@ use crate::spm::agent::{self, SubAgent};
 use crate::spm::disk;
 use crate::spm::input::Input;
 use crate::spm::journal::About;
-use crate::spm::{run, stage};
+use crate::spm::{run, stage, timestamp};
 use crate::{package, platform, store};
 
 impl Manager {
@@ -36,7 +37,11 @@ impl Manager {
                 self.agents.insert(name.clone(), SubAgent::new(state));
             }
         }
-        let actual = self.agents.iter().map(|(name, agent)| (name.clone(), agent.state.actual(now))).collect();
+        let actual = self.agents.iter().map(|(name, agent)| {
+            let order = self.orders.held.agents.get(name);
+            (name.clone(), agent.state.actual(order, now))
+        });
+        let actual = actual.collect();
         for step in reconcile::plan(&self.orders.held, &actual) {
             self.carry_out(step, now);
         }
@@ -222,7 +227,7 @@ impl Manager {
 
     /// Puts a note into the journal; one that may come again and again, as often as it may be reported.
     pub(super) fn note(&mut self, name: &AgentName, note: Note, now: Instant) {
-        let Note { kind, outcome, version, mut message, repeats } = note;
+        let Note { kind, outcome, version, mut message, repeats, change } = note;
         if let Some(agent) = self.agents.get_mut(name).filter(|_| repeats) {
             match agent.allowance.take(now) {
                 None => {
@@ -232,6 +237,20 @@ impl Manager {
                 Some(0) => {}
                 Some(untold) => message.push_str(&format!(" (before that, {untold} events of it were not told)")),
             }
+        }
+        if let Some(Change { from, to, seconds }) = change {
+            let changed = Changed {
+                time: timestamp(),
+                kind: kind.to_owned(),
+                agent: name.clone(),
+                from,
+                to,
+                outcome: outcome.to_owned(),
+                seconds,
+                message: message.clone(),
+                unknown: Default::default(),
+            };
+            self.history.add(changed, &self.inputs);
         }
         self.journal.note(kind, outcome, About { agent: Some(name), version: version.as_ref() }, message);
     }

@@ -1,0 +1,285 @@
+//! The probation of a new release: committed when it has proven itself, or given up for the release before it.
+//!
+//! ```text
+//!              runs for its probation without a break, and is well           down and recorded        switched
+//!  on probation ────────────────────────────────────────────▶ committed
+//!       │ condemned, or an operator wants the release before
+//!       └────────▶ Returning (ledger: rolled back and skipped; it is stopped) ────▶ SwitchingBack ────▶ the one before runs
+//! ```
+//!
+//! A release is condemned when it has failed [`TRIES`] times, when its second start does not live longer than the first one, and when it is
+//! not well in time ([`Program::patience`](crate::core::program::Program::patience)). To fail is to exit, not to start, or to be unhealthy too often. A stop on purpose is no failure, and
+//! a home whose disk is full rolls back all the same: what could not be written is written later.
+
+use std::time::{Duration, Instant};
+
+use super::event::{Action, Change, Note};
+use super::{Agent, At, Work};
+use crate::core::ledger::{Overruled, Skipped};
+use crate::core::manifest::Restart;
+use crate::core::model::Version;
+use crate::core::order::{Order, Run};
+use crate::core::supervise;
+use crate::core::text::{MAX_MESSAGE_BYTES, cut};
+
+/// So many failures condemn a release.
+pub(super) const TRIES: u64 = 3;
+
+/// What this manager has seen of the probation of the current release.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Seen {
+    /// When the activation began, or the process was started that this manager adopted.
+    pub(super) began: Option<Instant>,
+    /// Since when its process runs.
+    up_since: Option<Instant>,
+    /// How long its last process lived that failed.
+    last_life: Option<Duration>,
+}
+
+impl Seen {
+    pub(super) fn began(at: Instant) -> Seen {
+        Seen { began: Some(at), ..Seen::default() }
+    }
+}
+
+/// A release that makes way for the one before it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Return {
+    pub(super) from: Version,
+    pub(super) to: Version,
+    pub(super) why: String,
+    began: Instant,
+    /// The ledger that says so is written, or cannot be.
+    recorded: bool,
+}
+
+impl Agent {
+    /// Whether the current release is on probation and is to run.
+    pub(super) fn is_on_probation(&self) -> bool {
+        self.ledger.probation().is_some() && self.run == Run::Start && !self.home_stops
+    }
+
+    /// A process of this release runs since then.
+    pub(super) fn probation_is_up(&mut self, version: &Version, since: Instant) {
+        if self.ledger.probation().is_some_and(|release| release.version == *version) {
+            self.seen.began.get_or_insert(since);
+            self.seen.up_since = Some(since);
+        }
+    }
+
+    /// Its process was stopped on purpose.
+    pub(super) fn probation_is_down(&mut self) {
+        self.seen.up_since = None;
+    }
+
+    /// Whether an end of its process is the one that it is meant to come to.
+    pub(super) fn is_done_by(&self, success: Option<bool>) -> bool {
+        success == Some(true) && self.restart_policy() != Restart::Always
+    }
+
+    fn restart_policy(&self) -> Restart {
+        self.program.as_ref().map_or(Restart::Always, |program| program.policy().restart)
+    }
+
+    /// The release on probation has failed. `None`: that does not condemn it, or nothing is on probation; `actions` get what is to be
+    /// written then.
+    pub(super) fn fail_probation(&mut self, how: &str, at: At, actions: &mut Vec<Action>) -> Option<Vec<Action>> {
+        if !self.is_on_probation() {
+            return None;
+        }
+        let life = self.seen.up_since.take().map_or(Duration::ZERO, |since| at.now.saturating_duration_since(since));
+        let failures = self.ledger.fail_probation();
+        let is_no_better = self.seen.last_life.replace(life).is_some_and(|last| life <= last);
+        let is_left = self.restart_policy() == Restart::Never;
+        if failures < TRIES && !is_no_better && !is_left {
+            actions.push(Action::Record { wait: false });
+            return None;
+        }
+        let times = if failures == 1 { "once".to_owned() } else { format!("{failures} times") };
+        self.condemn(format!("it failed {times} on probation: {how}"), at)
+    }
+
+    /// What follows for the release on probation from how its process is now.
+    pub(super) fn judge(&mut self, at: At) -> Vec<Action> {
+        if !self.is_on_probation() || self.is_busy() {
+            return vec![];
+        }
+        let mut actions = vec![];
+        let passed = self.passes_at().is_some_and(|passes| passes <= at.now);
+        if passed && self.supervisor.is_well() {
+            self.commit(at, &mut actions);
+        } else if self.gives_up_at().is_some_and(|end| end <= at.now) {
+            let why = self.supervisor.last_error().unwrap_or("it does not run").to_owned();
+            actions.extend(self.condemn(format!("it was not well in time: {why}"), at).unwrap_or_default());
+        }
+        actions
+    }
+
+    /// Its process has ended as it is meant to.
+    pub(super) fn judge_done(&mut self, at: At, actions: &mut Vec<Action>) {
+        if self.is_on_probation() && !self.is_busy() && self.supervisor.is_done() {
+            self.commit(at, actions);
+        }
+    }
+
+    /// When the probation is over for a process that is well.
+    fn passes_at(&self) -> Option<Instant> {
+        let probation = self.program.as_ref()?.probation();
+        self.seen.up_since.map(|since| since + probation)
+    }
+
+    /// When the release is given up, however it is.
+    pub(super) fn gives_up_at(&self) -> Option<Instant> {
+        let program = self.program.as_ref()?;
+        self.seen.began.map(|began| began + program.probation() + program.patience())
+    }
+
+    /// When there is something to judge without anything happening.
+    pub(super) fn judged_at(&self) -> Option<Instant> {
+        if !self.is_on_probation() || self.is_busy() {
+            return None;
+        }
+        let passes = self.passes_at().filter(|_| self.supervisor.is_well());
+        [passes, self.gives_up_at()].into_iter().flatten().min()
+    }
+
+    pub(super) fn commit(&mut self, at: At, actions: &mut Vec<Action>) {
+        let from = self.ledger.before_probation().map(|release| release.version.clone());
+        if !self.ledger.commit() {
+            return;
+        }
+        let seen = std::mem::take(&mut self.seen);
+        actions.push(Action::Record { wait: false });
+        let Some(active) = self.ledger.active().cloned() else { return };
+        let seconds = seen.began.map_or(0, |began| at.now.saturating_duration_since(began).as_secs());
+        let was = from.as_ref().map(|from| format!(" from {from}")).unwrap_or_default();
+        let message = format!("{} is upgraded{was} to {}", self.name, active.version);
+        let change = Change { from, to: active.version.clone(), seconds };
+        actions.push(Action::RaiseEpoch(active));
+        actions.push(Action::Note(Note::change("upgrade", "ok", change, message)));
+    }
+
+    /// Gives the release on probation up and skips it. `None`: there is nothing to go back to, and it goes on.
+    fn condemn(&mut self, why: String, at: At) -> Option<Vec<Action>> {
+        if self.is_busy() {
+            // Another release takes its place already, or it is being removed.
+            return None;
+        }
+        let bad = self.ledger.probation()?.clone();
+        let to = self.ledger.before_probation()?.version.clone();
+        let why = cut(&why, MAX_MESSAGE_BYTES);
+        let began = self.seen.began.unwrap_or(at.now);
+        let failures = u32::try_from(self.ledger.probation_failures()).unwrap_or(u32::MAX);
+        let seconds = at.now.saturating_duration_since(began).as_secs();
+        let change = || Change { from: Some(to.clone()), to: bad.version.clone(), seconds };
+        let failed = format!("{} {} is rolled back to {to}: {why}", self.name, bad.version);
+        let skipped = format!(
+            "{} {} is not tried again until another release is ordered, or `control retry {}`: {why}",
+            self.name, bad.version, self.name
+        );
+        let mut actions = vec![
+            Action::Note(Note::change("upgrade", "failed", change(), failed)),
+            Action::Note(Note::change("skip", "ok", change(), skipped)),
+        ];
+        self.ledger.roll_back();
+        self.ledger.skip(Skipped {
+            version: bad.version.clone(),
+            sha256: bad.sha256.clone(),
+            reason: why.clone(),
+            failures,
+            until: None,
+            retry: self.retry,
+            unknown: Default::default(),
+        });
+        actions.extend(self.make_way(bad.version, to, why, began, at));
+        Some(actions)
+    }
+
+    /// The release before the current one, for an operator; `None`: there is none.
+    pub fn can_return_to(&self) -> Option<&Version> {
+        let before =
+            if self.ledger.probation().is_some() { self.ledger.before_probation() } else { self.ledger.backup() };
+        before.map(|release| &release.version)
+    }
+
+    /// An operator wants the release before the current one. `overruled`: the order that says otherwise.
+    pub(super) fn return_for_operator(&mut self, overruled: Option<&Order>, at: At) -> Vec<Action> {
+        let (Some(to), Some(from)) = (self.can_return_to().cloned(), self.current().cloned()) else { return vec![] };
+        if self.ledger.probation().is_some() {
+            self.ledger.roll_back();
+        } else {
+            self.ledger.return_to_backup();
+        }
+        if let Some(order) = overruled {
+            let (version, sha256, retry) = order.asks_for();
+            let (version, sha256) = (version.clone(), sha256.cloned());
+            self.ledger.hold(Overruled { version, sha256, retry, unknown: Default::default() });
+        }
+        self.make_way(from, to, "an operator wants it".to_owned(), at.now, at)
+    }
+
+    /// What is skipped, held back or overruled counts again.
+    pub(super) fn try_again(&mut self) -> Vec<Action> {
+        let is_changed = self.ledger.allow_all() | self.ledger.release_hold();
+        if matches!(self.work, Work::Held(_)) {
+            self.work = Work::Idle;
+            self.error = None;
+        }
+        if is_changed { vec![Action::Record { wait: false }] } else { vec![] }
+    }
+
+    fn make_way(&mut self, from: Version, to: Version, why: String, began: Instant, at: At) -> Vec<Action> {
+        let mut actions = self.cancel_staging();
+        self.seen = Seen::default();
+        // How the one before is run is read when it is started.
+        self.program = None;
+        self.error = None;
+        self.work = Work::Returning(Box::new(Return { from, to, why, began, recorded: false }));
+        actions.push(Action::Record { wait: true });
+        actions.extend(self.feed(supervise::Event::Rest, at));
+        actions
+    }
+
+    /// The ledger that says that the release before is the current one is written, or cannot be: then it is written later.
+    pub(super) fn return_is_recorded(&mut self) {
+        if let Work::Returning(back) = &mut self.work {
+            back.recorded = true;
+        }
+    }
+
+    /// The release that made way is down.
+    pub(super) fn switch_back(&mut self, back: Box<Return>) -> Vec<Action> {
+        if !back.recorded {
+            self.work = Work::Returning(back);
+            return vec![];
+        }
+        let to = back.to.clone();
+        self.work = Work::SwitchingBack(back);
+        vec![Action::Switch(to)]
+    }
+
+    /// The link names the release before again, or could not be changed: the ledger beats it.
+    pub(super) fn switched_back(&mut self, back: Box<Return>, result: Result<(), String>, at: At) -> Vec<Action> {
+        let mut actions = vec![];
+        if let Err(why) = result {
+            actions.push(Action::Note(Note::once("rollback", "failed", Some(back.to.clone()), why)));
+        }
+        let starts = self.run == Run::Start && !self.home_stops;
+        self.returned = Some(back);
+        if starts {
+            actions.extend(self.feed(supervise::Event::Run, at));
+        } else {
+            actions.extend(self.note_returned(at));
+        }
+        actions
+    }
+
+    /// The release before runs again.
+    pub(super) fn note_returned(&mut self, at: At) -> Option<Action> {
+        let back = self.returned.take()?;
+        let Return { from, to, why, began, .. } = *back;
+        let seconds = at.now.saturating_duration_since(began).as_secs();
+        let message = format!("{} is back from {from} to {to}: {why}", self.name);
+        Some(Action::Note(Note::change("rollback", "ok", Change { from: Some(from), to, seconds }, message)))
+    }
+}

@@ -1,0 +1,78 @@
+//! What came of each change of release (`state/history.json`): capped, kept for the operator at the host, whether or not the gateway has
+//! seen the events.
+
+use super::disk::StateFile;
+use super::input::{File, Inputs};
+use crate::core::status::{Changed, History};
+use crate::home::Home;
+use crate::store;
+
+/// Beyond this the oldest are forgotten.
+const MAX_CHANGES: usize = 200;
+
+/// The history of one home.
+#[derive(Debug)]
+pub(super) struct Changes {
+    file: StateFile<History>,
+    kept: History,
+}
+
+impl Changes {
+    /// What earlier managers left. An unreadable file is begun anew, which the log says.
+    pub(super) fn load(home: &Home) -> Changes {
+        let path = home.history();
+        let kept = store::load(&path).unwrap_or_else(|error| {
+            tracing::warn!(error = format!("{error:#}"), "the history of upgrades cannot be read and begins anew");
+            None
+        });
+        Changes { file: StateFile::new(File::History, path), kept: kept.unwrap_or_default() }
+    }
+
+    pub(super) fn add(&mut self, changed: Changed, inputs: &Inputs) {
+        self.kept.history.push(changed);
+        let surplus = self.kept.history.len().saturating_sub(MAX_CHANGES);
+        self.kept.history.drain(..surplus);
+        self.file.save(inputs, self.kept.clone());
+    }
+
+    /// Takes in that a write has ended.
+    pub(super) fn saved(&mut self, result: Result<(), String>, inputs: &Inputs) {
+        self.file.saved(inputs);
+        if let Err(error) = result {
+            tracing::warn!(error, "the history of upgrades cannot be written; its newest entries are in memory alone");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::super::input::Input;
+    use super::*;
+
+    #[tokio::test]
+    async fn the_newest_are_kept_across_managers() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        std::fs::create_dir(home.state()).unwrap();
+        let (inputs, mut words) = mpsc::unbounded_channel();
+        let mut changes = Changes::load(&home);
+        for seconds in 0..250 {
+            let text = format!(
+                r#"{{"time":"","kind":"upgrade","agent":"a","from":null,"to":"1","outcome":"ok","seconds":{seconds},"later":1}}"#
+            );
+            changes.add(serde_json::from_str(&text).unwrap(), &inputs);
+        }
+        while let Some(Input::Saved { revision, result, .. }) = words.recv().await {
+            changes.saved(result, &inputs);
+            if revision == 250 {
+                break;
+            }
+        }
+        let kept = Changes::load(&home);
+        let seconds: Vec<u64> = kept.kept.history.iter().map(|changed| changed.seconds).collect();
+        assert_eq!(seconds, (50..250).collect::<Vec<_>>());
+        assert_eq!(kept.kept, changes.kept);
+    }
+}
