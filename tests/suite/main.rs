@@ -28,3 +28,4 @@ mod support;
 mod trees;
 mod trust;
 mod upgrades;
+mod upgrades_host;

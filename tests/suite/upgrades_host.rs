@@ -1,0 +1,83 @@
+//! Upgrades of sub-agents on hosts in trouble: a release that fails is rolled back although the home takes no byte, no file, or nothing at
+//! all any more; and under systemd, whatever becomes of the roles meanwhile.
+
+use serde_json::Value;
+
+use crate::install_systemd::fleet_of_two;
+use crate::support::container::Container;
+use crate::support::host::agent;
+use crate::support::inside::{self, Inside, VERBATIM, done, wait_for_agents};
+use crate::support::package::Package;
+
+/// Lives long enough for the host to get into trouble, and then dies each time.
+fn bad() -> Package {
+    Package::script("native", "2.0.0", "sleep 6; exit 1", "probation = \"60s\"")
+}
+
+const WANTED: &str =
+    "heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n";
+
+fn is_on_probation(status: &Value) -> bool {
+    agent(status, "native").is_some_and(|agent| agent["upgrade"]["phase"] == "probation" && agent["pid"].is_u64())
+}
+
+fn is_rolled_back(status: &Value) -> bool {
+    agent(status, "native").is_some_and(|agent| {
+        agent["version"] == "1.0.0" && agent["state"] == "running" && agent["skipped"][0]["version"] == "2.0.0"
+    })
+}
+
+/// A host that has begun to try the bad release, and the pid of the other sub-agent.
+fn begun(container: &Container) -> (Inside<'_>, u32) {
+    let gateway = Inside::start(container, fleet_of_two());
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    let [_, other] = wait_for_agents(container, &["native", "script"])[..] else { panic!("there are two") };
+    gateway.publish(|gateway| gateway.publish(&bad()));
+    gateway.fleet(WANTED);
+    inside::wait_for_status(container, "the probation", is_on_probation);
+    (gateway, other)
+}
+
+/// Each way in which a home can take no more, and what ends that.
+const TROUBLES: [(&str, &str, &str); 3] = [
+    ("no byte is left", "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true", "rm /opt/aops/log/filler"),
+    (
+        "no inode is left",
+        "mkdir /opt/aops/log/fillers; cd /opt/aops/log/fillers; touch $(seq 1000) 2>/dev/null || true",
+        "rm -r /opt/aops/log/fillers",
+    ),
+    ("it is read-only", "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops", "umount /opt/aops"),
+];
+
+#[test]
+fn a_release_that_fails_is_rolled_back_though_the_home_takes_nothing_more() {
+    for (trouble, begin, end) in TROUBLES {
+        let container = Container::bare();
+        done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=600 tmpfs /opt/aops");
+        let (_gateway, other) = begun(&container);
+        done(&container, begin);
+        inside::wait_for_status(&container, &format!("the roll back where {trouble}"), is_rolled_back);
+        // Nothing of it is on disk. Both roles are killed, and the release may be tried once more, but it is never the active one.
+        let status = inside::status(&container);
+        done(&container, &format!("kill -9 {} {}", status["spm"]["pid"], status["spa"]["pid"]));
+        done(&container, end);
+        container.run(&["/opt/aops/control", "start"]).expect_code(0);
+        inside::wait_for_status(&container, &format!("the roll back after {trouble}"), is_rolled_back);
+        assert_eq!(wait_for_agents(&container, &["script"]), [other], "{trouble}");
+    }
+}
+
+#[test]
+fn under_systemd_a_release_that_fails_is_rolled_back_whatever_becomes_of_the_roles() {
+    let container = Container::systemd();
+    let (_gateway, other) = begun(&container);
+    for blow in ["systemctl restart aops-spm", "systemctl kill -s KILL aops-spm aops-spa"] {
+        let before = inside::status(&container)["spm"]["pid"].clone();
+        done(&container, blow);
+        inside::wait_for_status(&container, "another manager", |status| {
+            status["spm"]["pid"].is_u64() && status["spm"]["pid"] != before
+        });
+    }
+    inside::wait_for_status(&container, "the roll back", is_rolled_back);
+    assert_eq!(wait_for_agents(&container, &["script"]), [other]);
+}
