@@ -31,4 +31,5 @@ pub mod supervise;
 pub mod text;
 pub mod units;
 pub mod unknown;
+pub mod upgrade;
 pub mod watch;

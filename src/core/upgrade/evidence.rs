@@ -1,0 +1,154 @@
+//! What a role observes before it decides about an upgrade, and the limits that it decides by.
+
+use std::time::Duration;
+
+use super::record::Trial;
+use crate::core::model::Digest;
+
+/// Who decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asker {
+    /// The manager. It prepares and makes the switch.
+    Manager,
+    /// The watchdog. It judges.
+    Watchdog,
+    /// The installer, with both roles stopped.
+    Installer,
+}
+
+/// A program, by its bytes; where both releases have the same, by the file that it was started from (the watchdog) or the release that
+/// it reports (the manager).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Which {
+    From,
+    To,
+    Other,
+}
+
+/// Which executable `bin/aops` is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Placed {
+    From,
+    To,
+    /// Both releases have the same bytes, and it is them.
+    Both,
+    /// Another: a package manager, or an operator, put it there.
+    Neither,
+    Missing,
+}
+
+impl Placed {
+    /// `executable`: the SHA-256 of `bin/aops`, where it is there.
+    pub fn of(trial: &Trial, executable: Option<&Digest>) -> Placed {
+        let Some(executable) = executable else { return Placed::Missing };
+        match (*executable == trial.from.executable, *executable == trial.to.executable) {
+            (true, true) => Placed::Both,
+            (true, false) => Placed::From,
+            (false, true) => Placed::To,
+            (false, false) => Placed::Neither,
+        }
+    }
+}
+
+/// Where the role links lead that a self-upgrade moves: all but the manager's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Links {
+    /// All to `bin/aops`.
+    Executable,
+    /// All to `bin/aops.prev`.
+    Backup,
+    Mixed,
+}
+
+/// The manager that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Manager {
+    pub image: Which,
+    /// How long it has lived without interruption since its first answer; `None`: it has not answered.
+    pub answered: Option<Duration>,
+    /// It is in charge of every sub-agent that ran when it started.
+    pub adopted: bool,
+    /// One of its heartbeats has succeeded.
+    pub heartbeat: bool,
+    /// It uses more than `spmMaxMem`, at several looks in a row.
+    pub over_memory: bool,
+}
+
+/// A heartbeat sent by the old program, as a one-shot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probe {
+    NotAsked,
+    Running,
+    /// It was answered, so long ago.
+    Works(Duration),
+    /// It was not answered, so long ago.
+    Fails(Duration),
+}
+
+/// `bin/aops spa --prove`, the proof of the new watchdog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proof {
+    NotBegun,
+    Running,
+    Passed,
+    /// And the failure is not yet in the record. Once it is, the next proof has not begun.
+    Failed,
+}
+
+/// Everything that is observed. What concerns the new manager alone is of the process that runs: it begins anew with each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Evidence {
+    pub asker: Asker,
+    /// The record is as it was read or written; otherwise an upgrade has begun in memory alone.
+    pub recorded: bool,
+    /// Without a record: [`Placed::Missing`] or [`Placed::Neither`].
+    pub executable: Placed,
+    /// `bin/aops.prev` is the old executable, whole; without a record, any executable that runs.
+    pub backup_whole: bool,
+    pub links: Links,
+    /// The release that `state/manager.json` names.
+    pub installed: Which,
+    /// The new executable is in `staging`, and this manager can switch to it.
+    pub staged: bool,
+    pub manager: Option<Manager>,
+    /// The watchdog that runs; of a watchdog that asks, its own program.
+    pub watchdog: Option<Which>,
+    /// The new manager has died, or was killed because it hung, and the record does not count it yet.
+    pub died: bool,
+    /// This watchdog found the new manager running when it started, and the record does not count the watchdog before it as lost yet.
+    pub took_over: bool,
+    pub probe: Probe,
+    pub proof: Proof,
+    /// The home was told to stop.
+    pub stopped: bool,
+}
+
+/// What a new release is granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// `upgradeTrial`: it lives this long after its first answer, without interruption, before it is committed.
+    pub minimum_life: Duration,
+    /// Of judged time, until it has answered and adopted.
+    pub first_answer: Duration,
+    /// After the old program's heartbeat has succeeded, the new manager gets this long to send one: its retry may be due only then.
+    pub heartbeat_grace: Duration,
+    /// Between two heartbeats of the old program while neither succeeds.
+    pub probe_pause: Duration,
+    pub deaths: u32,
+    pub failed_proofs: u32,
+    pub lost_watchdogs: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            minimum_life: Duration::from_secs(30),
+            first_answer: Duration::from_secs(60),
+            heartbeat_grace: Duration::from_secs(60),
+            probe_pause: Duration::from_secs(60),
+            deaths: 3,
+            failed_proofs: 2,
+            lost_watchdogs: 5,
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! `state/upgrade.json`: the manager's upgrade that is under way, and the releases that are not to be tried again.
+//!
+//! It is loaded, changed by these verbs, which touch no disk, and written. Every part keeps the fields that a later version added, so that
+//! both programs of a trial can write it. A count only grows while a trial lasts: a record that is written back late loses a count, and
+//! cannot grant a release more than it has.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::core::model::{Digest, Version};
+use crate::core::unknown::Unknown;
+
+/// The number of skipped releases that are remembered.
+const MAX_SKIPPED: usize = 16;
+/// A release whose switch was interrupted this often is skipped.
+const MAX_INTERRUPTIONS: u32 = 3;
+
+/// One release of the manager.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Image {
+    pub version: Version,
+    /// Of the package.
+    pub sha256: Digest,
+    /// SHA-256 of the executable file. Two releases may have the same.
+    pub executable: Digest,
+    /// Of the package's signed comment.
+    #[serde(default)]
+    pub epoch: u64,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+impl Image {
+    /// Whether both are the same release: the same version of the same package.
+    pub fn is(&self, other: &Image) -> bool {
+        self.version == other.version && self.sha256 == other.sha256
+    }
+}
+
+/// How far an upgrade is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Phase {
+    /// `bin/aops` is about to be switched. Whether it was, the file tells; where both releases have the same bytes, it was not.
+    Switching,
+    /// The new release is in place and on trial.
+    Trial,
+    /// It is accepted.
+    Committing,
+    /// It is given up for the old one.
+    RollingBack,
+}
+
+/// What the operator decided about a trial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Force {
+    Commit,
+    Abort,
+}
+
+/// The upgrade that is under way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Trial {
+    pub from: Image,
+    pub to: Image,
+    pub phase: Phase,
+    /// Seconds of judged time in which the new manager was not in charge: it had not answered, or not adopted the sub-agents.
+    #[serde(default)]
+    pub spent_seconds: u64,
+    /// How often the new manager died.
+    #[serde(default)]
+    pub deaths: u32,
+    /// How often the new watchdog failed its proof.
+    #[serde(default)]
+    pub failed_proofs: u32,
+    /// How often the watchdog ended while the new manager ran.
+    #[serde(default)]
+    pub lost_watchdogs: u32,
+    /// Why it is rolled back, or committed without having passed; for an operator to read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The roll back skips the new release.
+    #[serde(default)]
+    pub condemned: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forced: Option<Force>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// A release that is not to be tried again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Skipped {
+    pub version: Version,
+    /// Of the package: another package of the same version is not skipped.
+    pub sha256: Digest,
+    /// Why, for an operator to read.
+    pub reason: String,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// How often in a row the switch to one release was interrupted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Interruptions {
+    pub version: Version,
+    pub sha256: Digest,
+    pub count: u32,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// The file.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Record {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) trial: Option<Trial>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    skipped: Vec<Skipped>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    interruptions: Option<Interruptions>,
+    #[serde(flatten)]
+    unknown: Unknown,
+}
+
+/// Why an upgrade does not begin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// Another upgrade is under way.
+    UnderWay,
+    /// It is the release that runs.
+    Running,
+    /// It is skipped, for this reason.
+    Skipped(String),
+}
+
+/// Why a trial ends otherwise than by passing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// The new manager died too often.
+    Died,
+    NoAnswer,
+    NotAdopted,
+    NoHeartbeat,
+    Memory,
+    /// The new watchdog failed its proof too often.
+    Proof,
+    /// The watchdog ended too often while the new manager ran.
+    WatchdogEnded,
+    /// `bin/aops` is missing.
+    Vanished,
+    Aborted,
+    /// The installer puts another release in place.
+    Installer,
+    Forced,
+    NoBackup,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Reason::Died => "the new manager died repeatedly",
+            Reason::NoAnswer => "the new manager did not answer in time",
+            Reason::NotAdopted => "the new manager did not adopt the sub-agents in time",
+            Reason::NoHeartbeat => "the new manager sent no heartbeat while the old program could",
+            Reason::Memory => "the new manager used more memory than spmMaxMem",
+            Reason::Proof => "the new watchdog failed its proof",
+            Reason::WatchdogEnded => "the watchdog ended repeatedly while the new manager ran",
+            Reason::Vanished => "bin/aops disappeared",
+            Reason::Aborted => "aborted by the operator",
+            Reason::Installer => "replaced by the installer",
+            Reason::Forced => "committed by the operator",
+            Reason::NoBackup => "no whole backup to roll back to",
+        })
+    }
+}
+
+/// A change of the record that [`next`](super::next) asks for. [`Record::apply`] makes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Change {
+    /// The switch has happened.
+    BeginTrial,
+    /// The new manager died.
+    LoseTry,
+    LoseWatchdog,
+    FailProof,
+    /// The new manager is in charge: the time that it needed no longer counts.
+    ResetTime,
+    Commit(Option<Reason>),
+    RollBack {
+        reason: Reason,
+        condemns: bool,
+    },
+    /// The end of a commit.
+    Forget,
+    /// The end of a roll back that condemns the release.
+    SkipAndForget,
+    /// The upgrade is given up; no release is condemned.
+    Drop,
+    /// The switch was interrupted, and the upgrade is given up until the release is staged again.
+    Interrupt,
+}
+
+impl Record {
+    pub fn trial(&self) -> Option<&Trial> {
+        self.trial.as_ref()
+    }
+
+    /// An upgrade is about to begin. It counts from when the record is on disk.
+    pub fn begin(&mut self, from: Image, to: Image) -> Result<(), Refusal> {
+        if self.trial.is_some() {
+            return Err(Refusal::UnderWay);
+        }
+        if from.is(&to) {
+            return Err(Refusal::Running);
+        }
+        if let Some(skipped) = self.skipped(&to.version, &to.sha256) {
+            return Err(Refusal::Skipped(skipped.reason.clone()));
+        }
+        self.interruptions.take_if(|other| other.version != to.version || other.sha256 != to.sha256);
+        self.trial = Some(Trial {
+            from,
+            to,
+            phase: Phase::Switching,
+            spent_seconds: 0,
+            deaths: 0,
+            failed_proofs: 0,
+            lost_watchdogs: 0,
+            reason: None,
+            condemned: false,
+            forced: None,
+            unknown: Unknown::new(),
+        });
+        Ok(())
+    }
+
+    /// Makes a change that was asked for. Whether it applies to the phase; otherwise nothing is changed.
+    pub fn apply(&mut self, change: Change) -> bool {
+        match change {
+            Change::BeginTrial => self.begin_trial(),
+            Change::LoseTry => self.count(|trial| trial.deaths = trial.deaths.saturating_add(1)),
+            Change::LoseWatchdog => self.count(|trial| trial.lost_watchdogs = trial.lost_watchdogs.saturating_add(1)),
+            Change::FailProof => self.count(|trial| trial.failed_proofs = trial.failed_proofs.saturating_add(1)),
+            Change::ResetTime => self.count(|trial| trial.spent_seconds = 0),
+            Change::Commit(reason) => self.commit(reason),
+            Change::RollBack { reason, condemns } => self.roll_back(reason, condemns),
+            Change::Forget => self.forget(),
+            Change::SkipAndForget => self.skip_and_forget(),
+            Change::Drop => self.trial.take().is_some(),
+            Change::Interrupt => self.interrupt(),
+        }
+    }
+
+    /// `bin/aops` was switched.
+    pub fn begin_trial(&mut self) -> bool {
+        self.enter(Phase::Trial, &[Phase::Switching], None).is_some()
+    }
+
+    /// Counts judged time in which the new manager was not in charge. It is added in pieces, because a judge may end at any time.
+    pub fn spend(&mut self, seconds: u64) -> bool {
+        self.count(|trial| trial.spent_seconds = trial.spent_seconds.saturating_add(seconds))
+    }
+
+    /// The new release is accepted. `reason`: why, where it has not passed its trial.
+    pub fn commit(&mut self, reason: Option<Reason>) -> bool {
+        self.enter(Phase::Committing, &[Phase::Trial, Phase::RollingBack], reason).is_some()
+    }
+
+    /// The new release is given up. `condemns`: it is skipped then.
+    pub fn roll_back(&mut self, reason: Reason, condemns: bool) -> bool {
+        match self.enter(Phase::RollingBack, &[Phase::Trial, Phase::Committing], Some(reason)) {
+            Some(trial) => trial.condemned = condemns,
+            None => return false,
+        }
+        true
+    }
+
+    /// The operator decides about the trial. What is decided already stays so, and there is nothing to commit before the switch.
+    pub fn force(&mut self, force: Force) -> bool {
+        let Some(trial) = &mut self.trial else { return false };
+        let decides = match (trial.phase, force) {
+            (Phase::Trial, _) | (Phase::Switching, Force::Abort) => trial.forced.is_none(),
+            (Phase::Switching, Force::Commit) | (Phase::Committing | Phase::RollingBack, _) => false,
+        };
+        if decides {
+            trial.forced = Some(force);
+        }
+        decides
+    }
+
+    /// The upgrade has ended with the new release in place.
+    pub fn forget(&mut self) -> bool {
+        let Some(trial) = self.trial.take_if(|trial| trial.phase == Phase::Committing) else { return false };
+        self.skipped.retain(|skipped| skipped.version != trial.to.version);
+        self.interruptions = None;
+        true
+    }
+
+    /// A release is not to be tried again. The running release is never skipped.
+    pub fn skip(&mut self, release: &Image, reason: String, running: &Image) {
+        if release.is(running) {
+            return;
+        }
+        let Image { version, sha256, .. } = release.clone();
+        self.skipped.retain(|other| other.version != version || other.sha256 != sha256);
+        self.skipped.push(Skipped { version, sha256, reason, unknown: Unknown::new() });
+        let surplus = self.skipped.len().saturating_sub(MAX_SKIPPED);
+        self.skipped.drain(..surplus);
+    }
+
+    /// Whether and why a release is skipped.
+    pub fn skipped(&self, version: &Version, sha256: &Digest) -> Option<&Skipped> {
+        self.skipped.iter().find(|skipped| skipped.version == *version && skipped.sha256 == *sha256)
+    }
+
+    /// Every release may be tried again (`control retry aops-spm`). Whether one could not.
+    pub fn allow(&mut self) -> bool {
+        self.interruptions = None;
+        !std::mem::take(&mut self.skipped).is_empty()
+    }
+
+    fn skip_and_forget(&mut self) -> bool {
+        let Some(trial) = self.trial.take() else { return false };
+        let reason = trial.reason.unwrap_or_else(|| Reason::Aborted.to_string());
+        self.skip(&trial.to, reason, &trial.from);
+        self.interruptions = None;
+        true
+    }
+
+    fn interrupt(&mut self) -> bool {
+        let Some(trial) = self.trial.take() else { return false };
+        let Image { version, sha256, .. } = &trial.to;
+        let interruptions = self.interruptions.get_or_insert_with(|| Interruptions {
+            version: version.clone(),
+            sha256: sha256.clone(),
+            count: 0,
+            unknown: Unknown::new(),
+        });
+        interruptions.count = interruptions.count.saturating_add(1);
+        if interruptions.count >= MAX_INTERRUPTIONS {
+            let reason = format!("the switch was interrupted {} times", interruptions.count);
+            self.skip(&trial.to, reason, &trial.from);
+            self.interruptions = None;
+        }
+        true
+    }
+
+    fn enter(&mut self, phase: Phase, before: &[Phase], reason: Option<Reason>) -> Option<&mut Trial> {
+        let trial = self.trial.as_mut().filter(|trial| before.contains(&trial.phase))?;
+        trial.phase = phase;
+        if let Some(reason) = reason {
+            trial.reason = Some(reason.to_string());
+        }
+        Some(trial)
+    }
+
+    fn count(&mut self, change: impl FnOnce(&mut Trial)) -> bool {
+        let trial = self.trial.as_mut().filter(|trial| trial.phase == Phase::Trial);
+        trial.map(change).is_some()
+    }
+}

@@ -1,0 +1,682 @@
+//! A home as the search sees it: the disk with what is not yet synced, the two roles, and what happens to them.
+//!
+//! Every action that is possible in a state is possible at any time, but for three things that are taken as fair: what the new program does
+//! by itself it does before time passes; a heartbeat that can be sent is sent before the gateway goes; and one role at a time looks and acts.
+//! Time passes in ticks of a second, with limits of one or two.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::Duration;
+
+use super::super::*;
+use crate::core::unknown::Unknown;
+
+/// The new program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Good,
+    /// Good, and of the same bytes as the old one.
+    SameBytes,
+    ExitsAtOnce,
+    NeverAnswers,
+    DoesNotAdopt,
+    NoHeartbeat,
+    DiesSoon,
+    EatsMemory,
+    EndsWatchdog,
+    FailsProof,
+    /// It passes its proof, and its watchdog exits at once when it counts.
+    BadWatchdog,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 11] = [
+        Kind::Good,
+        Kind::SameBytes,
+        Kind::ExitsAtOnce,
+        Kind::NeverAnswers,
+        Kind::DoesNotAdopt,
+        Kind::NoHeartbeat,
+        Kind::DiesSoon,
+        Kind::EatsMemory,
+        Kind::EndsWatchdog,
+        Kind::FailsProof,
+        Kind::BadWatchdog,
+    ];
+
+    /// No judge can find a fault with it.
+    pub fn passes(self) -> bool {
+        matches!(self, Kind::Good | Kind::SameBytes | Kind::BadWatchdog)
+    }
+}
+
+/// What may happen in a search, besides crashes and power cuts, which always may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scenario {
+    pub kind: Kind,
+    /// The gateway comes and goes.
+    pub gateway_changes: bool,
+    /// The operator stops and starts the home, and decides about the trial.
+    pub operator: bool,
+    /// Somebody else changes a file of the upgrade.
+    pub meddling: bool,
+    /// Before a step, whatever was left unsynced is synced.
+    pub syncs_first: bool,
+}
+
+/// What changes a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Verb {
+    Begin,
+    Force(Force),
+    Apply(Change),
+    Spend,
+}
+
+/// A value on disk: as every process sees it, and as it is after a power cut at worst.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cell<T> {
+    pub now: T,
+    pub synced: T,
+}
+
+impl<T: fmt::Debug + PartialEq> fmt::Debug for Cell<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.now == self.synced {
+            true => write!(f, "{:?}", self.now),
+            false => write!(f, "{:?}, not synced: {:?}", self.now, self.synced),
+        }
+    }
+}
+
+impl<T: Copy + PartialEq> Cell<T> {
+    fn new(value: T) -> Cell<T> {
+        Cell { now: value, synced: value }
+    }
+
+    fn sync(&mut self) {
+        self.synced = self.now;
+    }
+
+    fn cut(self, keep: bool) -> Cell<T> {
+        Cell::new(if keep { self.now } else { self.synced })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum File {
+    Absent,
+    Broken,
+    From,
+    To,
+    /// Of a package manager.
+    Foreign,
+}
+
+impl File {
+    pub fn image(self) -> Option<Which> {
+        match self {
+            File::From => Some(Which::From),
+            File::To => Some(Which::To),
+            File::Foreign => Some(Which::Other),
+            File::Absent | File::Broken => None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Spm {
+    pub image: Which,
+    staged: bool,
+    /// The record with a trial that it has begun and not written yet.
+    pub begun: Option<u16>,
+    answered: Option<u8>,
+    adopted: bool,
+    heartbeat: bool,
+    over_memory: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Asked {
+    Not,
+    Works(u8),
+    Fails(u8),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Spa {
+    pub image: Which,
+    pub died: bool,
+    pub took_over: bool,
+    probe: Asked,
+    proof: Option<bool>,
+}
+
+/// What somebody else did to the home; at most one such thing in a history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Meddled {
+    No,
+    RecordLost,
+    BackupLost,
+    /// The role links are led to `bin/aops`.
+    LinksMoved,
+    /// The old executable is put at `bin/aops` again.
+    PutBack,
+    Replaced,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct State {
+    pub bin: Cell<File>,
+    pub prev: Cell<File>,
+    /// Whether they lead to the backup: the watchdog's link, and the others.
+    pub spa_link: Cell<bool>,
+    pub other_links: Cell<bool>,
+    pub record: Cell<u16>,
+    pub installed: Cell<Which>,
+    pub spm: Option<Spm>,
+    pub spa: Option<Spa>,
+    pub stopped: bool,
+    pub gateway: bool,
+    pub meddled: Meddled,
+    /// The release was condemned.
+    pub condemned: bool,
+}
+
+pub struct World<'a> {
+    pub kind: Kind,
+    scenario: Scenario,
+    pub guards: &'a Guards,
+    limits: Limits,
+    records: Vec<Record>,
+    changed: HashMap<(u16, Verb), Option<u16>>,
+}
+
+/// A state that follows, and by what; or what is wrong with that.
+pub type Follows = Result<State, &'static str>;
+
+impl World<'_> {
+    pub fn new(scenario: Scenario, guards: &Guards) -> World<'_> {
+        let second = Duration::from_secs(1);
+        let limits = Limits {
+            minimum_life: 2 * second,
+            first_answer: 2 * second,
+            heartbeat_grace: second,
+            probe_pause: second,
+            deaths: 2,
+            failed_proofs: 2,
+            lost_watchdogs: 2,
+        };
+        World { kind: scenario.kind, scenario, guards, limits, records: vec![], changed: HashMap::new() }
+    }
+
+    pub fn start(&mut self) -> State {
+        let record = self.id(Record::default());
+        State {
+            bin: Cell::new(File::From),
+            prev: Cell::new(File::Absent),
+            spa_link: Cell::new(false),
+            other_links: Cell::new(false),
+            record: Cell::new(record),
+            installed: Cell::new(Which::From),
+            spm: Some(settled(Which::From)),
+            spa: Some(fresh(Which::From)),
+            stopped: false,
+            gateway: true,
+            meddled: Meddled::No,
+            condemned: false,
+        }
+    }
+
+    /// The state without what no decision depends on.
+    pub fn normal(&self, mut state: State) -> State {
+        let in_place = state.bin.now == File::To || self.kind == Kind::SameBytes;
+        let judged = in_place && matches!(self.phase(&state), Some(Phase::Switching | Phase::Trial));
+        match &mut state.spm {
+            Some(spm) if spm.image == Which::To && !judged => *spm = settled(Which::To),
+            _ => {}
+        }
+        match &mut state.spa {
+            Some(spa) if !judged => *spa = fresh(spa.image),
+            Some(spa) if state.spm.is_some_and(|spm| spm.heartbeat) => spa.probe = Asked::Not,
+            _ => {}
+        }
+        state
+    }
+
+    pub fn record(&self, state: &State) -> &Record {
+        &self.records[usize::from(state.record.now)]
+    }
+
+    pub fn phase(&self, state: &State) -> Option<Phase> {
+        self.record(state).trial().map(|trial| trial.phase)
+    }
+
+    pub fn from(&self) -> Image {
+        image("1", '1', '1')
+    }
+
+    pub fn to(&self) -> Image {
+        image("2", '2', if self.kind == Kind::SameBytes { '1' } else { '2' })
+    }
+
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn id(&mut self, record: Record) -> u16 {
+        let place = self.records.iter().position(|known| *known == record).unwrap_or(self.records.len());
+        if place == self.records.len() {
+            self.records.push(record);
+        }
+        u16::try_from(place).unwrap()
+    }
+
+    /// The record after this; `None`: it does not apply.
+    fn changed(&mut self, id: u16, verb: Verb) -> Option<u16> {
+        if let Some(known) = self.changed.get(&(id, verb)) {
+            return *known;
+        }
+        let mut record = self.records[usize::from(id)].clone();
+        let applies = match verb {
+            Verb::Begin => record.begin(self.from(), self.to()).is_ok(),
+            Verb::Force(force) => record.force(force),
+            Verb::Apply(change) => record.apply(change),
+            Verb::Spend => record.spend(1),
+        };
+        let after = applies.then(|| self.id(record));
+        self.changed.insert((id, verb), after);
+        after
+    }
+
+    fn evidence(&self, state: &State, asker: Asker) -> (u16, Evidence) {
+        let begun = state.spm.and_then(|spm| spm.begun).filter(|_| asker == Asker::Manager);
+        let record = begun.unwrap_or(state.record.now);
+        let trial = self.records[usize::from(record)].trial();
+        let executable = match state.bin.now {
+            _ if trial.is_none() => Placed::Neither,
+            File::From if self.kind == Kind::SameBytes => Placed::Both,
+            File::From => Placed::From,
+            File::To => Placed::To,
+            File::Foreign | File::Broken => Placed::Neither,
+            File::Absent => Placed::Missing,
+        };
+        let seconds = |count: u8| Duration::from_secs(u64::from(count));
+        let evidence = Evidence {
+            asker,
+            recorded: begun.is_none(),
+            executable,
+            backup_whole: state.prev.now == File::From,
+            links: match (state.spa_link.now, state.other_links.now) {
+                (true, true) => Links::Backup,
+                (false, false) => Links::Executable,
+                _ => Links::Mixed,
+            },
+            installed: state.installed.now,
+            staged: asker == Asker::Manager && state.spm.is_some_and(|spm| spm.staged),
+            manager: state.spm.map(|spm| Manager {
+                image: spm.image,
+                answered: spm.answered.map(seconds),
+                adopted: spm.adopted,
+                heartbeat: spm.heartbeat,
+                over_memory: spm.over_memory,
+            }),
+            watchdog: state.spa.map(|spa| spa.image),
+            died: state.spa.is_some_and(|spa| spa.died),
+            took_over: state.spa.is_some_and(|spa| spa.took_over),
+            probe: match state.spa.map(|spa| spa.probe) {
+                None | Some(Asked::Not) => Probe::NotAsked,
+                Some(Asked::Works(ago)) => Probe::Works(seconds(ago)),
+                Some(Asked::Fails(ago)) => Probe::Fails(seconds(ago)),
+            },
+            proof: match state.spa.and_then(|spa| spa.proof) {
+                None => Proof::NotBegun,
+                Some(true) => Proof::Passed,
+                Some(false) => Proof::Failed,
+            },
+            stopped: state.stopped,
+        };
+        (record, evidence)
+    }
+
+    pub fn step(&self, state: &State, asker: Asker) -> Step {
+        let (record, evidence) = self.evidence(state, asker);
+        decide(&self.records[usize::from(record)], &evidence, &self.limits, self.guards)
+    }
+
+    /// Carries out the next step of a role: whole, and cut short by the death of the process before what it wrote is synced.
+    pub fn act(&mut self, state: &State, asker: Asker) -> Vec<Follows> {
+        let step = self.step(state, asker);
+        let (id, _) = self.evidence(state, asker);
+        let mut cut = vec![];
+        // Whatever a step before has left unsynced is synced first.
+        let mut after = *state;
+        if self.scenario.syncs_first {
+            sync(&mut after);
+        }
+        match step {
+            Step::Nothing | Step::Wait(_) => return vec![],
+            Step::Save => write(&mut after, id, asker),
+            Step::Record(change) => {
+                if let Some(wrong) = self.wrong(state, asker, change) {
+                    return vec![Err(wrong)];
+                }
+                let Some(id) = self.changed(id, Verb::Apply(change)) else {
+                    return vec![Err("a change that does not apply is asked for")];
+                };
+                write(&mut after, id, asker);
+                note(&mut after, change);
+            }
+            Step::BackUp => after.prev.now = after.bin.now,
+            Step::LinkToBackup | Step::LinkToExecutable => {
+                let backup = step == Step::LinkToBackup;
+                after.spa_link.now = backup;
+                cut.push(dead(after, asker));
+                after.other_links.now = backup;
+            }
+            Step::Swap if !state.spm.is_some_and(|spm| spm.staged) => {
+                return vec![Err("the switch is made without a staged executable")];
+            }
+            Step::Swap => after.bin.now = File::To,
+            Step::Restore => after.bin.now = after.prev.now,
+            Step::RecordRelease(which) => after.installed.now = which,
+            Step::RestartManager | Step::KillManager => {
+                after.spm = None;
+                return vec![Ok(after)];
+            }
+            Step::EndWatchdog => {
+                after.spa = None;
+                return vec![Ok(after)];
+            }
+            Step::Probe => {
+                let answer = if state.gateway { Asked::Works(0) } else { Asked::Fails(0) };
+                after.spa.iter_mut().for_each(|spa| spa.probe = answer);
+                return vec![Ok(after)];
+            }
+            Step::Prove => {
+                let passes = self.kind != Kind::FailsProof;
+                after.spa.iter_mut().for_each(|spa| spa.proof = Some(passes));
+                return vec![Ok(after)];
+            }
+        }
+        cut.push(dead(after, asker));
+        sync(&mut after);
+        after.condemned |= self.record(&after).trial().is_some_and(|trial| trial.condemned);
+        std::iter::once(after).chain(cut).map(Ok).collect()
+    }
+
+    /// What must not be recorded.
+    fn wrong(&self, state: &State, asker: Asker, change: Change) -> Option<&'static str> {
+        let counts = |reason| !matches!(reason, Reason::Aborted | Reason::Installer);
+        let is_new = asker == Asker::Watchdog && state.spa.is_some_and(|spa| spa.image != Which::From);
+        match change {
+            Change::Commit(None) | Change::RollBack { .. } if is_new => Some("the new program judges itself"),
+            Change::Commit(None) if !self.kind.passes() => Some("a bad release is committed"),
+            Change::Commit(Some(Reason::NoBackup)) if state.meddled != Meddled::BackupLost => {
+                Some("a release is committed for want of a backup")
+            }
+            Change::LoseTry | Change::LoseWatchdog | Change::FailProof if state.stopped => {
+                Some("a stop counts against the release")
+            }
+            Change::RollBack { reason, .. } if state.stopped && counts(reason) => {
+                Some("a stopped release is condemned")
+            }
+            Change::RollBack { reason, .. } if self.kind.passes() && counts(reason) => match reason {
+                Reason::Died | Reason::WatchdogEnded => None,
+                _ => Some("a good release is condemned"),
+            },
+            _ => None,
+        }
+    }
+
+    /// Whether the new manager is about to do something by itself.
+    pub fn progress(&self, state: &State) -> Option<State> {
+        let mut after = *state;
+        let spm = after.spm.as_mut().filter(|spm| spm.image == Which::To)?;
+        let answers = !matches!(self.kind, Kind::NeverAnswers);
+        let adopts = !matches!(self.kind, Kind::NeverAnswers | Kind::DoesNotAdopt);
+        let beats = !matches!(self.kind, Kind::NeverAnswers | Kind::NoHeartbeat);
+        if spm.answered.is_none() && answers || !spm.heartbeat && beats && state.gateway {
+            spm.answered = spm.answered.or(Some(0));
+            (spm.adopted, spm.heartbeat) = (adopts, spm.heartbeat || beats && state.gateway);
+        } else if self.kind == Kind::EatsMemory && !spm.over_memory {
+            spm.over_memory = true;
+        } else if self.kind == Kind::DiesSoon && spm.answered == Some(1) {
+            after = without_spm(after);
+        } else if self.kind == Kind::EndsWatchdog && after.spa.is_some() {
+            after.spa = None;
+        } else {
+            return None;
+        }
+        Some(after)
+    }
+
+    /// A second passes while the watchdog judges.
+    pub fn tick(&mut self, state: &State) -> Option<State> {
+        let spa_waits = match self.step(state, Asker::Watchdog) {
+            Step::Wait(wait) => wait,
+            _ => return None,
+        };
+        spa_waits.left()?;
+        if state.spa.is_none() || self.progress(state).is_some() || self.start_spm(state).is_some() {
+            return None;
+        }
+        let mut after = *state;
+        if spa_waits.counts() {
+            let id = self.changed(state.record.now, Verb::Spend)?;
+            after.record = Cell::new(id);
+        }
+        for life in after.spm.iter_mut().filter_map(|spm| spm.answered.as_mut()) {
+            *life = (*life + 1).min(2);
+        }
+        if let Some(spa) = &mut after.spa {
+            spa.probe = match spa.probe {
+                Asked::Works(_) => Asked::Works(1),
+                Asked::Fails(_) => Asked::Fails(1),
+                Asked::Not => Asked::Not,
+            };
+        }
+        Some(after)
+    }
+
+    pub fn start_spm(&self, state: &State) -> Option<State> {
+        if state.spm.is_some() || state.stopped {
+            return None;
+        }
+        let mut image = state.bin.now.image()?;
+        if self.kind == Kind::SameBytes && image == Which::From {
+            image = match self.phase(state) {
+                Some(Phase::Trial | Phase::Committing) => Which::To,
+                Some(Phase::Switching | Phase::RollingBack) => Which::From,
+                None => state.installed.now,
+            };
+        }
+        let mut after = *state;
+        after.spm = Some(if image == Which::To { new_manager() } else { settled(image) });
+        if let Some(spa) = &mut after.spa {
+            spa.probe = Asked::Not;
+        }
+        if image == Which::To && self.kind == Kind::ExitsAtOnce {
+            after = without_spm(after);
+        }
+        (after != *state).then_some(after)
+    }
+
+    pub fn start_spa(&self, state: &State) -> Option<State> {
+        if state.spa.is_some() || state.stopped {
+            return None;
+        }
+        let file = if state.spa_link.now { state.prev.now } else { state.bin.now };
+        let mut image = file.image()?;
+        let phase = self.phase(state);
+        if self.kind == Kind::SameBytes && image == Which::From && !state.spa_link.now {
+            let is_new = phase == Some(Phase::Committing) || (phase.is_none() && state.installed.now == Which::To);
+            image = if is_new { Which::To } else { Which::From };
+        }
+        if image == Which::To && self.kind == Kind::BadWatchdog {
+            return None;
+        }
+        let took_over = phase == Some(Phase::Trial) && state.spm.is_some_and(|spm| spm.image == Which::To);
+        Some(State { spa: Some(Spa { took_over, ..fresh(image) }), ..*state })
+    }
+
+    /// What anybody but the roles and the new program may do now.
+    pub fn happens(&mut self, state: &State) -> Vec<Follows> {
+        let mut all = vec![];
+        if state.spm.is_some() {
+            all.push(without_spm(*state));
+        }
+        if state.spa.is_some() {
+            all.push(State { spa: None, ..*state });
+        }
+        all.extend(power_cut(state));
+        if self.scenario.operator {
+            all.push(State { stopped: true, ..*state });
+        }
+        all.extend(start(state));
+        let may_go = self.scenario.gateway_changes && self.phase(state) == Some(Phase::Trial);
+        if !state.gateway || may_go && self.progress(state).is_none() {
+            all.push(State { gateway: !state.gateway, ..*state });
+        }
+        let is_heard = state.spm.is_some_and(|spm| spm.begun.is_none()) || state.spa.is_some();
+        if self.scenario.operator && is_heard {
+            for force in [Force::Commit, Force::Abort] {
+                let forced = self.changed(state.record.now, Verb::Force(force));
+                all.extend(forced.map(|id| State { record: Cell::new(id), ..*state }));
+            }
+        }
+        let trial = self.record(state).trial().is_some();
+        if self.scenario.meddling && state.meddled == Meddled::No && trial {
+            let lost = self.id(Record::default());
+            all.push(State { record: Cell::new(lost), meddled: Meddled::RecordLost, ..*state });
+            all.push(State { prev: Cell::new(File::Broken), meddled: Meddled::BackupLost, ..*state });
+            all.push(State { bin: Cell::new(File::Foreign), meddled: Meddled::Replaced, ..*state });
+            let home = Cell::new(false);
+            all.push(State { spa_link: home, other_links: home, meddled: Meddled::LinksMoved, ..*state });
+            all.push(State { bin: Cell::new(File::From), meddled: Meddled::PutBack, ..*state });
+        }
+        all.into_iter().map(Ok).chain(self.order(state)).collect()
+    }
+
+    /// The gateway orders the new release.
+    fn order(&mut self, state: &State) -> Option<Follows> {
+        let ready = state.spm.is_some_and(|spm| spm.image == Which::From && spm.begun.is_none());
+        if !ready || state.stopped || state.installed.now != Which::From || state.bin.now != File::From {
+            return None;
+        }
+        let begun = self.changed(state.record.now, Verb::Begin)?;
+        if state.condemned && state.meddled != Meddled::RecordLost {
+            return Some(Err("a condemned release is tried again"));
+        }
+        let mut after = *state;
+        after.spm.iter_mut().for_each(|spm| (spm.begun, spm.staged) = (Some(begun), true));
+        Some(Ok(after))
+    }
+}
+
+fn image(version: &str, package: char, executable: char) -> Image {
+    let digest = |digit: char| digit.to_string().repeat(64).parse().unwrap();
+    Image {
+        version: version.parse().unwrap(),
+        sha256: digest(package),
+        executable: digest(executable),
+        epoch: 1,
+        unknown: Unknown::new(),
+    }
+}
+
+fn settled(image: Which) -> Spm {
+    Spm { image, staged: false, begun: None, answered: Some(2), adopted: true, heartbeat: true, over_memory: false }
+}
+
+fn new_manager() -> Spm {
+    Spm { answered: None, adopted: false, heartbeat: false, ..settled(Which::To) }
+}
+
+fn fresh(image: Which) -> Spa {
+    Spa { image, died: false, took_over: false, probe: Asked::Not, proof: None }
+}
+
+pub fn without_spm(state: State) -> State {
+    let died = state.spm.is_none_or(|spm| spm.image == Which::To);
+    let spa = state.spa.map(|spa| Spa { died: spa.died || died, ..spa });
+    State { spm: None, spa, ..state }
+}
+
+/// The process that acts has died.
+fn dead(state: State, asker: Asker) -> State {
+    match asker {
+        Asker::Manager => without_spm(state),
+        Asker::Watchdog => State { spa: None, ..state },
+        Asker::Installer => state,
+    }
+}
+
+/// What the processes remember changes with the record.
+fn note(state: &mut State, change: Change) {
+    let ends = matches!(change, Change::Forget | Change::SkipAndForget | Change::Drop | Change::Interrupt);
+    if let Some(spa) = &mut state.spa {
+        match change {
+            Change::LoseTry => spa.died = false,
+            Change::LoseWatchdog => spa.took_over = false,
+            Change::FailProof => spa.proof = None,
+            Change::BeginTrial => *spa = fresh(spa.image),
+            _ if ends => *spa = fresh(spa.image),
+            _ => {}
+        }
+    }
+    if ends {
+        state.spm.iter_mut().for_each(|spm| spm.staged = false);
+    }
+}
+
+fn write(state: &mut State, id: u16, asker: Asker) {
+    state.record.now = id;
+    if asker == Asker::Manager {
+        state.spm.iter_mut().for_each(|spm| spm.begun = None);
+    }
+}
+
+fn sync(state: &mut State) {
+    state.bin.sync();
+    state.prev.sync();
+    state.spa_link.sync();
+    state.other_links.sync();
+    state.record.sync();
+    state.installed.sync();
+}
+
+/// The operator starts the home again, once it has stopped.
+pub fn start(state: &State) -> Option<State> {
+    let down = state.stopped && state.spm.is_none() && state.spa.is_none();
+    down.then_some(State { stopped: false, ..*state })
+}
+
+/// Each write that is not synced is kept or lost.
+fn power_cut(state: &State) -> Vec<State> {
+    let mut all = vec![];
+    let mut synced = *state;
+    sync(&mut synced);
+    if synced == *state {
+        // It is the death of both.
+        return all;
+    }
+    let kept = |bits: u32, place: u32| bits & (1 << place) != 0;
+    for bits in 0..64 {
+        let after = State {
+            bin: state.bin.cut(kept(bits, 0)),
+            prev: state.prev.cut(kept(bits, 1)),
+            spa_link: state.spa_link.cut(kept(bits, 2)),
+            other_links: state.other_links.cut(kept(bits, 3)),
+            record: state.record.cut(kept(bits, 4)),
+            installed: state.installed.cut(kept(bits, 5)),
+            spm: None,
+            spa: None,
+            ..*state
+        };
+        if !all.contains(&after) {
+            all.push(after);
+        }
+    }
+    all
+}
