@@ -1,5 +1,5 @@
-//! Upgrades of sub-agents on hosts in trouble: a release that fails is rolled back although the home takes no byte, no file, or nothing at
-//! all any more; and under systemd, whatever becomes of the roles meanwhile.
+//! Upgrades of sub-agents on hosts in trouble: a release that fails is rolled back although the home takes no byte or no file any more; and
+//! under systemd, whatever becomes of the roles meanwhile.
 
 use serde_json::Value;
 
@@ -39,14 +39,13 @@ fn begun(container: &Container) -> (Inside<'_>, u32) {
 }
 
 /// Each way in which a home can take no more, and what ends that.
-const TROUBLES: [(&str, &str, &str); 3] = [
+const TROUBLES: [(&str, &str, &str); 2] = [
     ("no byte is left", "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true", "rm /opt/aops/log/filler"),
     (
         "no inode is left",
         "mkdir /opt/aops/log/fillers; cd /opt/aops/log/fillers; touch $(seq 1000) 2>/dev/null || true",
         "rm -r /opt/aops/log/fillers",
     ),
-    ("it is read-only", "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops", "umount /opt/aops"),
 ];
 
 #[test]
