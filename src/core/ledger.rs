@@ -254,8 +254,8 @@ impl Entry {
         !std::mem::take(&mut self.skipped).is_empty()
     }
 
-    /// This release is ordered, for the `retry`th time; `None`: none is. What was skipped for a while, or is another release, may be tried
-    /// again, and an overruled order that is another one counts no more. Whether anything changed.
+    /// Takes in the order in force: version, package and `retry`; `None`: there is none. A skip for good, and a hold, last as long as the
+    /// order names the same release with no higher `retry`; skips for a while end. Whether anything changed.
     pub fn ordered(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
         let before = (self.skipped.len(), self.overruled.is_some());
         self.skipped.retain(|skipped| {

@@ -10,7 +10,7 @@ use super::model::{AgentName, Version};
 use super::order::{Order, Package, Run, Spec};
 
 /// So many sub-agents are down at the same time for a change of release.
-pub const AT_ONCE: usize = 5;
+const AT_ONCE: usize = 5;
 
 /// What is observed of one sub-agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -261,6 +261,27 @@ mod tests {
         let two = BTreeSet::from(["2".parse().unwrap()]);
         assert_eq!(plan_with(Actual { leaving: two.clone(), ..Actual::default() }), vec![]);
         assert_eq!(plan_with(Actual { leaving: two.clone(), releases: two, ..Actual::default() }), vec![]);
+    }
+
+    #[test]
+    fn few_that_run_are_activated_at_the_same_time_and_what_does_not_run_yet_at_any() {
+        let order = |version: &str| {
+            let package = Package::new(version.parse().unwrap());
+            Order { package, run: Run::Start, spec: Spec::default(), retry: 0 }
+        };
+        let names: Vec<AgentName> = (0..12).map(|number| format!("a{number:02}").parse().unwrap()).collect();
+        let desired =
+            Desired { agents: names.iter().map(|name| (name.clone(), order("2"))).collect(), ..Desired::default() };
+        let two = BTreeSet::from(["2".parse().unwrap()]);
+        let activated = |agent: &dyn Fn(usize) -> Actual| {
+            let actual = names.iter().enumerate().map(|(at, name)| (name.clone(), agent(at))).collect();
+            plan(&desired, &actual).iter().filter(|step| matches!(step, Step::Activate { .. })).count()
+        };
+        let runs = || Actual { current: Some("1".parse().unwrap()), releases: two.clone(), ..Actual::default() };
+        assert_eq!(activated(&|_| runs()), AT_ONCE);
+        assert_eq!(activated(&|at| Actual { busy: at < 3, upgrading: at < 3, ..runs() }), AT_ONCE - 3);
+        assert_eq!(activated(&|at| Actual { busy: at < 7, upgrading: at < 7, ..runs() }), 0);
+        assert_eq!(activated(&|_| Actual { current: None, ..runs() }), names.len());
     }
 
     #[test]

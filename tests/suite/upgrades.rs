@@ -299,7 +299,7 @@ fn of_a_large_batch_few_are_down_at_the_same_time() {
     const AT_ONCE: i64 = 5;
     let host = TestHost::new();
     let log = host.beside("times");
-    // It notes when it is told to stop, and when it runs.
+    // It logs its start and its stop signal.
     let script = format!(
         "note() {{ echo \"$(date +%s%N) $1 $AOPS_AGENT_NAME\" >> {log}; }}\ntrap 'note down; exit 0' TERM\nnote up\n\
          while :; do sleep 1000000 & wait $!; done",

@@ -19,6 +19,7 @@ use crate::core::ledger::{Overruled, Skipped};
 use crate::core::manifest::Restart;
 use crate::core::model::Version;
 use crate::core::order::{Order, Run};
+use crate::core::program::Program;
 use crate::core::supervise;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 
@@ -30,6 +31,8 @@ pub(super) const TRIES: u64 = 3;
 pub(super) struct Seen {
     /// When the activation began, or the process was started that this manager adopted.
     pub(super) began: Option<Instant>,
+    /// Since when this manager waits for it to be well. The time while it is stopped, or no manager runs, does not count.
+    waits_since: Option<Instant>,
     /// Since when its process runs.
     up_since: Option<Instant>,
     /// How long its last process lived that failed.
@@ -81,18 +84,18 @@ impl Agent {
         self.program.as_ref().map_or(Restart::Always, |program| program.policy().restart)
     }
 
-    /// The release on probation has failed. `None`: that does not condemn it, or nothing is on probation; `actions` get what is to be
-    /// written then.
+    /// The release on probation has failed. `None`: that does not condemn it, or nothing is on probation.
     pub(super) fn fail_probation(&mut self, how: &str, at: At, actions: &mut Vec<Action>) -> Option<Vec<Action>> {
         if !self.is_on_probation() {
             return None;
         }
+        // To be written in any case: the next manager goes by it.
+        actions.push(Action::Record { wait: false });
         let life = self.seen.up_since.take().map_or(Duration::ZERO, |since| at.now.saturating_duration_since(since));
         let failures = self.ledger.fail_probation();
         let is_no_better = self.seen.last_life.replace(life).is_some_and(|last| life <= last);
         let is_left = self.restart_policy() == Restart::Never;
         if failures < TRIES && !is_no_better && !is_left {
-            actions.push(Action::Record { wait: false });
             return None;
         }
         let times = if failures == 1 { "once".to_owned() } else { format!("{failures} times") };
@@ -102,8 +105,10 @@ impl Agent {
     /// What follows for the release on probation from how its process is now.
     pub(super) fn judge(&mut self, at: At) -> Vec<Action> {
         if !self.is_on_probation() || self.is_busy() {
+            self.seen.waits_since = None;
             return vec![];
         }
+        self.seen.waits_since.get_or_insert(at.now);
         let mut actions = vec![];
         let passed = self.passes_at().is_some_and(|passes| passes <= at.now);
         if passed && self.supervisor.is_well() {
@@ -124,14 +129,19 @@ impl Agent {
 
     /// When the probation is over for a process that is well.
     fn passes_at(&self) -> Option<Instant> {
-        let probation = self.program.as_ref()?.probation();
-        self.seen.up_since.map(|since| since + probation)
+        self.seen.up_since.map(|since| since + self.judged_as().probation())
     }
 
-    /// When the release is given up, however it is.
+    /// When the release is given up unless it is well; `None`: there is nothing to go back to.
     pub(super) fn gives_up_at(&self) -> Option<Instant> {
-        let program = self.program.as_ref()?;
-        self.seen.began.map(|began| began + program.probation() + program.patience())
+        self.ledger.before_probation()?;
+        let program = self.judged_as();
+        self.seen.waits_since.map(|since| since + program.probation() + program.patience())
+    }
+
+    /// One that cannot be read is given as much time as one that says nothing of it.
+    fn judged_as(&self) -> &Program {
+        self.program.as_ref().unwrap_or(&Program::Script)
     }
 
     /// When there is something to judge without anything happening.
@@ -215,7 +225,7 @@ impl Agent {
             let (version, sha256) = (version.clone(), sha256.cloned());
             self.ledger.hold(Overruled { version, sha256, retry, unknown: Default::default() });
         }
-        self.make_way(from, to, "an operator wants it".to_owned(), at.now, at)
+        self.make_way(from, to, "requested by an operator".to_owned(), at.now, at)
     }
 
     /// What is skipped, held back or overruled counts again.
@@ -279,7 +289,7 @@ impl Agent {
         let back = self.returned.take()?;
         let Return { from, to, why, began, .. } = *back;
         let seconds = at.now.saturating_duration_since(began).as_secs();
-        let message = format!("{} is back from {from} to {to}: {why}", self.name);
+        let message = format!("{} was rolled back from {from} to {to}: {why}", self.name);
         Some(Action::Note(Note::change("rollback", "ok", Change { from: Some(from), to, seconds }, message)))
     }
 }

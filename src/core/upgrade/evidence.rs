@@ -119,7 +119,7 @@ pub struct Evidence {
     pub took_over: bool,
     pub probe: Probe,
     pub proof: Proof,
-    /// The home was told to stop.
+    /// A stop of the home is recorded.
     pub stopped: bool,
 }
 

@@ -1,0 +1,293 @@
+//! The probation of a new release: what condemns it, what does not, and what a manager leaves to the next.
+
+use super::*;
+
+fn done(_: &mut Bench) {}
+
+#[test]
+fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped() {
+    let exit: Fail = |bench| done(bench.tell(Event::Exited { success: Some(false), how: "exited with 1".into() }));
+    let fails: [(&str, Vec<Fail>); 4] = [
+        (
+            "it does not start",
+            vec![|bench| done(bench.tell(Event::NotLaunched(refusal("no such file")))), |bench| {
+                done(bench.tell(Event::NotLaunched(refusal("no such file"))))
+            }],
+        ),
+        (
+            "its second start does not outlive the first",
+            vec![|bench| done(bench.launched(20, "2")), exit, |bench| done(bench.launched(21, "2")), exit],
+        ),
+        (
+            "it exits three times",
+            vec![
+                |bench| done(bench.launched(20, "2")),
+                exit,
+                |bench| {
+                    bench.launched(21, "2");
+                    bench.now += S(3)
+                },
+                exit,
+                |bench| {
+                    bench.now += S(2);
+                    bench.tell(Event::Tick);
+                    bench.launched(22, "2");
+                    bench.now += S(9)
+                },
+                exit,
+            ],
+        ),
+        (
+            "it ends although it should run on",
+            vec![
+                |bench| done(bench.launched(20, "2")),
+                |bench| done(bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() })),
+                |bench| done(bench.launched(21, "2")),
+                |bench| done(bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() })),
+            ],
+        ),
+    ];
+    for (case, failing) in fails {
+        let mut bench = Bench::on_the_way_to("2");
+        for (number, fail) in failing.iter().enumerate() {
+            assert_ne!(bench.agent.ledger().probation(), None, "{case}: given up before step {number}");
+            fail(&mut bench);
+        }
+        assert!(bench.notes().ends_with(&[("upgrade", "failed"), ("skip", "ok")]), "{case}: {:?}", bench.notes());
+        assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("1")), None));
+        assert!(bench.asked().contains(&Action::Record { wait: true }), "{case}");
+        bench.tell(Event::Recorded(Ok(())));
+        bench.tell(Event::Stopped(Ok(())));
+        assert_eq!(bench.asked(), [Action::Switch(version("1"))], "{case}");
+        assert_eq!(bench.agent.state(), AgentState::Updating);
+        bench.tell(Event::Switched(Ok(())));
+        assert_eq!(bench.asked(), [Action::Inspect(version("1"))], "{case}");
+        bench.tell(inspected(Ok(manifest(&[]))));
+        assert_eq!(bench.asked(), [Action::Start], "{case}");
+        bench.launched(30, "1");
+        assert_eq!(bench.notes(), [("rollback", "ok")], "{case}");
+        assert_eq!(bench.agent.state(), AgentState::Running);
+        assert!(bench.agent.last_error().unwrap().starts_with("2 is skipped: "), "{:?}", bench.agent.last_error());
+        assert!(!bench.asked().iter().any(|action| matches!(action, Action::RaiseEpoch(_))));
+        let held_back = |bench: &Bench, order: &Order| bench.agent.actual(Some(order), bench.now).held_back;
+        assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
+        // The same order again, in another desired state, changes nothing; a higher `retry` does.
+        bench.tell(Event::Ordered(Some(order("2"))));
+        assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
+        let again = Order { retry: 1, ..order("2") };
+        bench.tell(Event::Ordered(Some(again.clone())));
+        assert_eq!(held_back(&bench, &again), None);
+    }
+}
+
+#[test]
+fn what_is_skipped_is_tried_again_when_an_operator_or_another_order_says_so() {
+    let ways: [fn(&mut Bench); 2] = [
+        |bench| done(bench.tell(Event::Retry)),
+        |bench| done(bench.tell(Event::Ordered(Some(order("3")))).tell(Event::Ordered(Some(order("2"))))),
+    ];
+    for way in ways {
+        let mut bench = Bench::on_the_way_to("2");
+        bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
+        bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+        bench.tell(inspected(Ok(manifest(&[])))).launched(30, "1");
+        bench.asked.clear();
+        way(&mut bench);
+        assert_eq!(bench.asked(), [Action::Record { wait: false }]);
+        assert_eq!(bench.agent.actual(Some(&order("2")), bench.now).held_back, None);
+        assert_eq!(bench.agent.last_error(), None);
+    }
+}
+
+#[test]
+fn a_disk_that_takes_no_ledger_and_no_link_does_not_hold_up_a_roll_back() {
+    let mut bench = Bench::on_the_way_to("2");
+    bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
+    bench.tell(Event::Stopped(Ok(())));
+    assert!(!bench.asked().contains(&Action::Switch(version("1"))), "first it is tried to write the ledger");
+    bench.tell(Event::Recorded(Err("no space left".into())));
+    assert_eq!(bench.asked(), [Action::Switch(version("1"))]);
+    bench.tell(Event::Switched(Err("no space left".into())));
+    assert_eq!(bench.notes(), [("rollback", "failed")]);
+    bench.tell(inspected(Ok(manifest(&[]))));
+    assert_eq!(bench.asked(), [Action::Inspect(version("1")), Action::Start]);
+}
+
+#[test]
+fn a_slow_starter_is_given_its_start_period_and_one_that_never_gets_well_is_rolled_back() {
+    use crate::core::health::Health;
+    let health: Health = serde_json::from_str(r#"{"tcp": "127.0.0.1:1", "interval": 5, "startPeriod": 30}"#).unwrap();
+    let slow = || match manifest(&[]) {
+        Program::Native(manifest) => Program::Native(Box::new(Manifest { health: Some(health.clone()), ..*manifest })),
+        script => script,
+    };
+    for gets_well in [true, false] {
+        let mut bench = Bench::running();
+        bench.stage("2");
+        bench.tell(Event::Activate(order("2"))).tell(Event::Admitted(Ok((release("2"), Some(slow())))));
+        bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+        bench.launched(20, "2");
+        let start = bench.now;
+        bench.asked.clear();
+        // Until something is decided.
+        while bench.agent.ledger().probation().is_some() && bench.agent.ledger().active() == Some(&release("1")) {
+            bench.now = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
+            bench.tell(Event::Tick);
+            if bench.asked().contains(&Action::Check) {
+                let is_well = gets_well && bench.now >= start + S(25);
+                let answer = if is_well { Answer::Healthy } else { Answer::Unhealthy("refused".into()) };
+                bench.tell(Event::Checked(answer));
+                if bench.asked().contains(&Action::Stop) && bench.agent.ledger().probation().is_some() {
+                    bench.tell(Event::Stopped(Ok(())));
+                    bench.launched(21, "2");
+                }
+            }
+        }
+        let expected = if gets_well { "2" } else { "1" };
+        assert_eq!(bench.agent.ledger().active(), Some(&release(expected)));
+        assert!(!gets_well || bench.now == start + S(30), "committed after {:?}", bench.now - start);
+    }
+}
+
+#[test]
+fn one_whose_health_cannot_be_told_is_rolled_back_in_the_end() {
+    let mut bench = Bench::running();
+    bench.stage("2");
+    bench.tell(Event::Activate(order("2"))).tell(Event::Admitted(Ok((release("2"), Some(Program::Script)))));
+    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.launched(20, "2");
+    let start = bench.now;
+    while bench.agent.ledger().probation().is_some() {
+        bench.now = bench.agent.deadline(bench.now).unwrap();
+        bench.tell(Event::Tick);
+        if bench.asked().contains(&Action::Check) {
+            bench.tell(Event::Checked(Answer::Unknown("no answer".into())));
+        }
+    }
+    assert_eq!(bench.now - start, S(130));
+    assert_eq!(bench.agent.ledger().active(), Some(&release("1")));
+}
+
+#[test]
+fn a_stop_on_purpose_is_no_failure_and_a_home_that_cannot_be_relied_on_neither() {
+    let mut bench = Bench::on_the_way_to("2");
+    let unsound = || Refusal { refused: true, ..refusal("others can write there") };
+    bench.tell(Event::NotLaunched(unsound())).tell(Event::NotLaunched(unsound()));
+    bench.now += S(60);
+    bench.tell(Event::Tick);
+    for pid in 20..30 {
+        bench.launched(pid, "2");
+        bench.tell(Event::Restart);
+        bench.tell(Event::Stopped(Ok(())));
+    }
+    assert_eq!(bench.agent.ledger().probation_failures(), 0);
+    bench.tell(Event::Set(Run::Stop));
+    bench.launched(30, "2");
+    bench.tell(Event::Stopped(Ok(())));
+    bench.now += S(10_000);
+    bench.tell(Event::Tick);
+    assert_eq!((bench.agent.state(), bench.agent.ledger().probation()), (AgentState::Stopped, Some(&release("2"))));
+}
+
+#[test]
+fn the_next_manager_goes_on_with_a_probation_and_with_what_it_has_seen_of_failures() {
+    let mut ledger = Entry::found(Some(release("1")), None);
+    ledger.begin_probation(release("2"));
+    ledger.fail_probation();
+    ledger.fail_probation();
+    let found = || Found { ledger: ledger.clone(), program: Some(Ok(manifest(&[]))), ..Found::default() };
+    let now = Instant::now();
+    let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
+    assert_eq!(agent.adopt(7, version("2"), now - S(4), None, at(now)), []);
+    assert_eq!((agent.state(), agent.deadline(now)), (AgentState::Updating, Some(now + S(6))));
+    let committed = agent.step(Event::Tick, at(now + S(6)));
+    assert!(committed.contains(&Action::RaiseEpoch(release("2"))), "{committed:?}");
+    let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
+    let ended = (Some(false), "exited with 1".to_owned());
+    let actions = agent.bury(7, version("2"), ended, Some(Spec::default()), at(now));
+    assert!(actions.contains(&Action::Record { wait: true }), "{actions:?}");
+    assert_eq!(agent.ledger().active(), Some(&release("1")));
+}
+
+#[test]
+fn a_job_that_ends_well_is_committed() {
+    let Program::Native(manifest) = manifest(&[]) else { panic!() };
+    let mut job = *manifest;
+    job.run.restart = crate::core::manifest::Restart::OnFailure;
+    let mut bench = Bench::running();
+    bench.stage("2");
+    bench.tell(Event::Activate(order("2")));
+    bench.tell(Event::Admitted(Ok((release("2"), Some(Program::Native(Box::new(job)))))));
+    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.launched(20, "2");
+    bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() });
+    assert_eq!(bench.agent.ledger().active(), Some(&release("2")));
+}
+
+#[test]
+fn an_operator_returns_to_the_release_before_and_it_is_kept_until_another_is_ordered() {
+    let mut bench = Bench::on_the_way_to("2");
+    bench.launched(20, "2");
+    bench.now += S(10);
+    bench.tell(Event::Tick);
+    assert_eq!(bench.agent.can_return_to(), Some(&version("1")));
+    bench.asked.clear();
+    bench.tell(Event::Return { overruled: Some(order("2")) });
+    assert_eq!(bench.asked(), [Action::Record { wait: true }, Action::Stop]);
+    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.tell(inspected(Ok(manifest(&[])))).launched(30, "1");
+    assert!(bench.notes().contains(&("rollback", "ok")));
+    let ledger = bench.agent.ledger();
+    assert_eq!((ledger.active(), ledger.backup(), ledger.is_held()), (Some(&release("1")), Some(&release("2")), true));
+    assert!(bench.agent.actual(Some(&order("2")), bench.now).stays);
+    bench.tell(Event::Ordered(Some(order("2"))));
+    assert!(bench.agent.actual(Some(&order("2")), bench.now).stays, "the same order again");
+    bench.tell(Event::Ordered(Some(order("3"))));
+    assert!(!bench.agent.actual(Some(&order("3")), bench.now).stays);
+}
+
+/// A release that waits for its first check when it is adopted, or started again, was not seen to fail.
+#[test]
+fn time_without_a_manager_or_while_it_is_stopped_does_not_count_against_a_release() {
+    let mut ledger = Entry::found(Some(release("1")), None);
+    ledger.begin_probation(release("2"));
+    let found = || Found { ledger: ledger.clone(), program: Some(Ok(Program::Script)), ..Found::default() };
+    let now = Instant::now() + S(10_000);
+    let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
+    agent.adopt(7, version("2"), now - S(5_000), None, at(now));
+    agent.step(Event::Tick, at(now));
+    assert_eq!(agent.ledger().probation(), Some(&release("2")), "its health was not asked after yet");
+    for event in [Event::Set(Run::Stop), Event::Stopped(Ok(()))] {
+        agent.step(event, at(now + S(1)));
+    }
+    agent.step(Event::Set(Run::Start), at(now + S(5_000)));
+    assert_eq!(agent.ledger().probation(), Some(&release("2")), "it is only being started");
+    let deadline = agent.deadline(now + S(5_000)).unwrap();
+    assert_eq!(deadline, now + S(5_130));
+}
+
+#[test]
+fn one_that_cannot_be_read_any_more_is_given_up_too_and_one_with_nothing_before_it_is_not() {
+    for before in [Some(release("1")), None] {
+        let mut ledger = Entry::found(Some(release("1")), None);
+        ledger.begin_probation(release("2"));
+        ledger.keep_whole(|whole| before.is_some() || whole.as_str() == "2");
+        let program = Some(Err("no agent.toml".to_owned()));
+        let (agent, _) = Agent::found("a".parse().unwrap(), Found { ledger, program, ..Found::default() });
+        let mut bench = Bench { agent, ..Bench::new() };
+        let start = bench.now;
+        bench.tell(Event::Set(Run::Start));
+        while bench.now < start + S(1_000) && bench.agent.ledger().probation().is_some() {
+            let unreadable = Event::Inspected { version: version("2"), result: Err("no agent.toml".into()) };
+            if bench.asked().contains(&Action::Inspect(version("2"))) {
+                bench.tell(unreadable);
+                continue;
+            }
+            let next = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
+            assert!(next > bench.now, "a deadline that has passed would be waited for without a pause");
+            bench.now = next;
+            bench.tell(Event::Tick);
+        }
+        assert_eq!(bench.agent.ledger().probation().is_none(), before.is_some());
+    }
+}
