@@ -53,6 +53,8 @@ pub struct Config {
     pub product: Option<String>,
     /// The size at which a log file is rotated.
     pub log_max_size: Size,
+    /// A new release of the manager lives for so long before it is committed.
+    pub upgrade_trial: Span,
 }
 
 /// How the gateway's certificate is checked; the file has a key for each, of which at most one may be there.
@@ -97,6 +99,7 @@ impl Default for Config {
             certificate: Certificate::System,
             product: None,
             log_max_size: Size(8 << 20),
+            upgrade_trial: Span(Duration::from_secs(30)),
         }
     }
 }

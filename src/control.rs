@@ -6,6 +6,7 @@
 mod logs;
 mod show;
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -14,9 +15,11 @@ use anyhow::{Context, Result, bail};
 use crate::core::model::AgentName;
 use crate::core::role::Role;
 use crate::core::service_manager::Kind;
-use crate::core::status::{History, HomeState, RoleStatus, Status};
+use crate::core::status::{History, HomeState, RoleStatus, Status, UpgradeStatus};
+use crate::core::upgrade::{Force, Phase, Record, Trial};
 use crate::door::{self, Request};
 use crate::home::Home;
+use crate::installation::upgrade::Session;
 use crate::installation::{self, Installed, Manager};
 use crate::{lifecycle, process, role, store};
 
@@ -29,6 +32,8 @@ const NOT_INSTALLED: u8 = 4;
 
 /// A manager that works answers at once.
 const ANSWER: Duration = Duration::from_secs(5);
+/// The record of an upgrade is held for one step.
+const TURN: Duration = Duration::from_secs(10);
 /// The roles come up within this.
 const START: Duration = Duration::from_secs(30);
 
@@ -57,16 +62,32 @@ pub enum Command {
         /// The sub-agent to stop and start; without it, both roles
         agent: Option<AgentName>,
     },
-    /// Return a sub-agent to the release before the current one
+    /// Follow the gateway's orders now, or upgrade the manager from a file
+    ///
+    /// Without options: what an operator's change holds back is followed again,
+    /// and what waits for its next try is tried now. A change of the manager's
+    /// release is on trial at first, and rolled back by itself if it fails.
+    Upgrade {
+        /// Upgrade the manager to the release in this package (FILE.minisig beside it)
+        #[arg(long, value_name = "FILE", group = "what")]
+        package: Option<PathBuf>,
+        /// Keep the release that is on trial now, whatever it has shown
+        #[arg(long, group = "what")]
+        commit: bool,
+        /// Roll the release back that is on trial now, and skip it
+        #[arg(long, group = "what")]
+        abort: bool,
+    },
+    /// Return a sub-agent, or the manager, to the release before the current one
     ///
     /// It stays at that release until the gateway orders another one.
     Rollback {
-        /// The sub-agent
-        agent: AgentName,
+        /// The sub-agent; without it, the manager
+        agent: Option<AgentName>,
     },
-    /// Try a sub-agent's release again that failed, or is held back
+    /// Try a release again that failed, or is held back
     Retry {
-        /// The sub-agent
+        /// The sub-agent, or aops-spm for the manager
         agent: AgentName,
     },
     /// Show the log of the manager, or of a sub-agent
@@ -93,7 +114,14 @@ pub fn main(home: &Home, command: &Command) -> Result<ExitCode> {
         Command::Stop => stop(home).map(|()| ExitCode::SUCCESS),
         Command::Restart { agent: None } => restart(home).map(|()| ExitCode::SUCCESS),
         Command::Restart { agent: Some(name) } => restart_agent(home, name).map(|()| ExitCode::SUCCESS),
-        Command::Rollback { agent } => {
+        Command::Upgrade { package, commit: false, abort: false } => upgrade(home, package.as_deref()),
+        Command::Upgrade { commit, .. } => force(home, if *commit { Force::Commit } else { Force::Abort }),
+        Command::Rollback { agent: None } => {
+            order(home, "roll the manager back", &Request::RollBackManager)?;
+            anstream::eprintln!("the manager returns to its previous release; `status` shows how far it is");
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Rollback { agent: Some(agent) } => {
             order(home, &format!("roll {agent} back"), &Request::RollBack { agent: agent.clone() })?;
             anstream::eprintln!("{agent} returns to its previous release; `status` shows how far it is");
             Ok(ExitCode::SUCCESS)
@@ -105,6 +133,40 @@ pub fn main(home: &Home, command: &Command) -> Result<ExitCode> {
         }
         Command::Logs(options) => logs::show(home, options).map(|()| ExitCode::SUCCESS),
     }
+}
+
+fn upgrade(home: &Home, package: Option<&Path>) -> Result<ExitCode> {
+    let package = package.map(|path| {
+        path.canonicalize().with_context(|| format!("cannot upgrade: cannot find the package {}", path.display()))
+    });
+    let package = package.transpose()?;
+    let told = match &package {
+        Some(_) => "the manager upgrades itself to the package's release",
+        None => "the gateway's orders are followed now",
+    };
+    order(home, "upgrade", &Request::Upgrade { package })?;
+    anstream::eprintln!("{told}; `status` shows how far it is, `status --history` what came of it");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Decides about the release of the manager that is on trial, whoever of the roles answers. The watchdog carries it out.
+fn force(home: &Home, force: Force) -> Result<ExitCode> {
+    let what = if force == Force::Commit { "commit" } else { "abort" };
+    let session = Session::open(home, TURN).with_context(|| format!("cannot {what} the upgrade"))?;
+    let Some(mut session) = session else {
+        bail!("cannot {what} the upgrade: its record is in use by another process; try again");
+    };
+    let Some(to) = session.record().trial().map(|trial| trial.to.version.clone()) else {
+        bail!("cannot {what} the upgrade: no upgrade of the manager is under way");
+    };
+    if !session.change(|record| record.force(force))? {
+        bail!("cannot {what} the upgrade to {to}: it is decided already; see `status`");
+    }
+    anstream::eprintln!(
+        "the manager's release {to} is {}; `status` shows how far it is",
+        if force == Force::Commit { "kept" } else { "rolled back and skipped" }
+    );
+    Ok(ExitCode::SUCCESS)
 }
 
 fn not_installed(home: &Home, command: &Command) -> ExitCode {
@@ -142,6 +204,7 @@ fn status(home: &Home) -> Result<Status> {
     let agents_run = process::tree::any_run(home);
     let state = if spm.is_none() && spa.is_none() && !agents_run { HomeState::Stopped } else { HomeState::Degraded };
     let mut status = Status::silent(home.root().display().to_string(), version, state);
+    status.upgrade = installation::upgrade::load(home).ok().as_ref().and_then(Record::trial).map(upgrade_status);
     status.spm = spm.as_ref().map_or_else(RoleStatus::default, role::Holder::status);
     status.spa = spa.as_ref().map_or_else(RoleStatus::default, role::Holder::status);
     if state == HomeState::Degraded {
@@ -153,6 +216,25 @@ fn status(home: &Home) -> Result<Status> {
     }
     status.notes.extend(boot_note(home));
     Ok(status)
+}
+
+/// What the record alone tells of an upgrade.
+fn upgrade_status(trial: &Trial) -> UpgradeStatus {
+    let phase = match trial.phase {
+        Phase::Switching => "switching",
+        Phase::Trial => "trial",
+        Phase::Committing => "committing",
+        Phase::RollingBack => "rollingBack",
+    };
+    UpgradeStatus {
+        from: Some(trial.from.version.clone()),
+        to: trial.to.version.clone(),
+        phase: phase.to_owned(),
+        deadline: None,
+        tries_left: None,
+        reason: trial.reason.clone(),
+        download: None,
+    }
 }
 
 /// That nothing starts this home at boot, where it is so.

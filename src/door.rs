@@ -56,10 +56,18 @@ pub enum Request {
     RollBack {
         agent: AgentName,
     },
-    /// Try again what is skipped or held back.
+    /// Try again what is skipped or held back; of `aops-spm` the manager's own releases.
     Retry {
         agent: AgentName,
     },
+    /// Send a heartbeat now.
+    Heartbeat,
+    /// Follow the gateway's orders now, also where an operator's change holds; or upgrade to the release in this package.
+    Upgrade {
+        package: Option<PathBuf>,
+    },
+    /// Return the manager to the release before the current one.
+    RollBackManager,
 }
 
 /// What the manager answers.

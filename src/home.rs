@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <home>/bin/aops                    the one executable, replaced whole, by rename
+//!        bin/aops.prev               the one before
 //!        bin/aops-spm, aops-spa, aops-agent-service -> aops        control -> bin/aops
 //!        etc/conf.toml               the operator's settings
 //!        etc/agent-id                the identity given at install
@@ -84,6 +85,16 @@ impl Home {
     /// The one executable.
     pub fn executable(&self) -> PathBuf {
         self.bin().join(format!("aops{}", std::env::consts::EXE_SUFFIX))
+    }
+
+    /// The executable before the last upgrade, and the one that runs the watchdog during one.
+    pub fn backup_executable(&self) -> PathBuf {
+        self.bin().join(format!("aops.prev{}", std::env::consts::EXE_SUFFIX))
+    }
+
+    /// An executable of the manager that is about to be put in place, beside it.
+    pub fn next_executable(&self) -> PathBuf {
+        self.bin().join(format!(".aops.next{}", std::env::consts::EXE_SUFFIX))
     }
 
     /// A name in `bin` by which the executable takes a role, such as `aops-spm`.
@@ -203,6 +214,16 @@ impl Home {
         self.state_file("manager.json")
     }
 
+    /// The manager's upgrade of itself.
+    pub fn upgrade_record(&self) -> PathBuf {
+        self.state_file("upgrade.json")
+    }
+
+    /// Space that is given up when the disk is full in the middle of the manager's upgrade.
+    pub fn upgrade_reserve(&self) -> PathBuf {
+        self.state_file("upgrade.reserve")
+    }
+
     /// The id of this machine, as opposed to a clone of it.
     pub fn instance(&self) -> PathBuf {
         self.state_file("instance.json")
@@ -239,6 +260,11 @@ impl Home {
     /// Held by an installation or its removal.
     pub fn install_lock(&self) -> PathBuf {
         self.run_file("install.lock")
+    }
+
+    /// Held while one step of the manager's upgrade of itself is decided and carried out.
+    pub fn upgrade_lock(&self) -> PathBuf {
+        self.run_file("upgrade.lock")
     }
 
     /// Held while the trust of the host is changed: its epochs and its keyring.

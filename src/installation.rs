@@ -7,6 +7,7 @@
 //! keyring       etc/keys, state/keys.json                     which keys packages are trusted by
 //! executable    bin/aops and the links to it                  which executable each role runs
 //! release       an unpacked package of the manager            whether it can be put in place
+//! upgrade       state/upgrade.json, bin/aops.prev                the upgrade of the manager that is under way
 //! guard                                                       whether the home can be relied on
 //! ```
 //!
@@ -20,6 +21,7 @@ pub mod keyring;
 mod records;
 pub mod release;
 mod trust;
+pub mod upgrade;
 
 pub use epochs::Epochs;
 pub use identity::{agent_id, instance_id};

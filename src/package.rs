@@ -57,8 +57,9 @@ pub use keys::Keys;
 pub use refused::{Refused, is_refusal};
 #[cfg(feature = "gateway")]
 pub use unpack::look_through;
+pub use verify::sha256_of;
 #[cfg(feature = "gateway")]
-pub use verify::{Verdict, claimed as binding_of, judge, sha256_of};
+pub use verify::{Verdict, claimed as binding_of, judge};
 
 /// What a package's signature file is called, after the package's own name.
 pub const SIGNATURE_SUFFIX: &str = ".minisig";

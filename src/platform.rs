@@ -60,6 +60,22 @@ pub enum Expected {
     File,
 }
 
+/// The content of a file that nobody writes in place: as long as it is the same, so is the content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stamp {
+    /// The file's volume and its number there.
+    identity: (u64, u64),
+    size: u64,
+    modified: Option<std::time::SystemTime>,
+}
+
+impl Stamp {
+    pub fn of(file: &File) -> std::io::Result<Stamp> {
+        let metadata = file.metadata()?;
+        Ok(Stamp { identity: file_identity(file)?, size: metadata.len(), modified: metadata.modified().ok() })
+    }
+}
+
 /// One process as it was seen. Zombies are not seen: they run nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {

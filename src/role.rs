@@ -155,6 +155,16 @@ pub fn living(home: &Home, role: Role) -> Option<Holder> {
     holder(home, role).filter(Holder::is_alive)
 }
 
+/// Who has a role now: as its record says, else by the lock, for one that could not record it, or does not.
+pub fn who_has(home: &Home, role: Role) -> Option<Holder> {
+    let by_lock = || {
+        let pid = platform::lock_holder(&home.role_lock(role.name()))?;
+        let start_time = platform::start_time(pid)?;
+        Some(Holder { pid, start_time, boot_id: platform::boot_id().to_owned(), restarts: 0, ended: false })
+    };
+    living(home, role).or_else(by_lock)
+}
+
 /// Makes the directories of the home that are missing, where nobody else could lead them elsewhere; answers which.
 pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
     guard::home(home)?;

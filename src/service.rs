@@ -25,6 +25,7 @@ mod site;
 mod switch;
 mod undo;
 mod uninstall;
+mod upgrade;
 
 pub use install::install;
 pub use old_spelling::old_spelling;

@@ -5,13 +5,18 @@
 //! it does not, by the watchdog itself. A stop that was recorded, told or done to the unit is honoured: then it ends what the manager
 //! left, and itself.
 
+mod judge;
+mod one_shot;
+mod sentinel;
+
 use std::io::BufReader;
-use std::process::{Child, ExitCode};
+use std::process::{Child, Command, ExitCode};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use self::judge::{Do, Judge};
 use crate::config::Config;
 use crate::core::role::Role;
 use crate::core::service_manager::{Kind, Notice};
@@ -20,7 +25,7 @@ use crate::core::watch::reviver::{Action, Loss, Policy, Reviver, Seen};
 use crate::core::watch::silence::{Next, PING, Pings};
 use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
-use crate::installation::keyring;
+use crate::installation::{guard, keyring};
 use crate::platform::{self, LocalConnection};
 use crate::role::{self, Holder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
@@ -35,10 +40,28 @@ pub struct Options {
     /// Who starts it: a unit of the service manager says so here
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
     service: Kind,
+    /// It goes on for another program of the same watchdog
+    #[arg(long, hide = true)]
+    renewed: bool,
+    /// Send one heartbeat, and say whether it is answered
+    #[arg(long, hide = true, group = "one_shot")]
+    probe: bool,
+    /// Show that this program can be the watchdog
+    #[arg(long, hide = true, group = "one_shot")]
+    prove: bool,
+    /// Start the watchdog again if the one that started this ends without a word
+    #[arg(long, hide = true, group = "one_shot")]
+    sentinel: bool,
 }
 
 /// Runs the watchdog until it is stopped.
 pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
+    match options {
+        Options { probe: true, .. } => return one_shot::probe(home),
+        Options { prove: true, .. } => return one_shot::prove(home),
+        Options { sentinel: true, .. } => return sentinel::main(home),
+        _ => {}
+    }
     role::demand_home(home)?;
     let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spa"))?;
@@ -67,6 +90,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let reviver = Reviver::new(Policy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
     let mut watchdog = Watchdog {
         home,
+        judge: Judge::new(home, !supervised, options.renewed, now),
         holder: &holder,
         service: options.service,
         sender,
@@ -78,15 +102,34 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         looks_around: now,
     };
     let end = watchdog.run();
+    watchdog.judge.relieve_sentinel();
+    if matches!(end, Ok(End::Become)) {
+        role::take_leave(home, Role::Spa, &holder);
+        return Err(become_another(home, options.service));
+    }
     platform::notify(Notice::Stopping);
     match &end {
         Ok(_) => role::take_leave(home, Role::Spa, &holder),
         Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog ended"),
     }
     Ok(match end? {
-        End::Asked => ExitCode::SUCCESS,
+        End::Asked | End::Become => ExitCode::SUCCESS,
         End::Stopped => ExitCode::from(STOPPED_ON_PURPOSE),
     })
+}
+
+/// Goes on as the program that the watchdog's link leads to now: what may be started is up to nobody else then, and whoever watches this
+/// process sees no end. Returns only where that fails: then it ends, and is started again like any watchdog.
+fn become_another(home: &Home, service: Kind) -> anyhow::Error {
+    let program = home.role_link(Role::Spa.program());
+    tracing::info!(program = %program.display(), "the watchdog goes on as another program");
+    if let Err(error) = guard::executable(home, &program) {
+        return error.context("the watchdog cannot go on as another program");
+    }
+    let mut command = Command::new(&program);
+    command.arg("--home").arg(home.root()).arg("--service").arg(service.to_string()).arg("--renewed");
+    let error = anyhow::Error::from(platform::become_program(&mut command));
+    error.context(format!("the watchdog cannot go on as {}", program.display()))
 }
 
 /// Takes the role; one that the service manager started ends a predecessor that somebody else started.
@@ -118,6 +161,8 @@ enum End {
     Asked,
     /// The home is stopped.
     Stopped,
+    /// It goes on as another program.
+    Become,
 }
 
 /// How a watch over a connection came to its end.
@@ -128,10 +173,12 @@ enum Watched {
     /// The manager said that the home is stopped.
     Stopped,
     Terminate,
+    Become,
 }
 
 struct Watchdog<'a> {
     home: &'a Home,
+    judge: Judge,
     /// Its own record.
     holder: &'a Holder,
     /// Who starts the roles.
@@ -154,13 +201,19 @@ impl Watchdog<'_> {
                 Found::Manager(connection) => connection,
                 Found::Stop => return self.honour_stop(),
                 Found::Terminate => return Ok(End::Asked),
+                Found::Become => return Ok(End::Become),
             };
             self.reviver.connected(Instant::now());
             match self.watch(connection)? {
-                Watched::Lost => match self.reviver.lost(Instant::now()) {
-                    None | Some(Loss::Unheard) => {}
-                    Some(how) => tracing::info!(how = format!("{how:?}"), "the manager is gone"),
-                },
+                Watched::Lost => {
+                    let how = self.reviver.lost(Instant::now());
+                    self.judge.lost(how == Some(Loss::Died));
+                    match how {
+                        None | Some(Loss::Unheard) => {}
+                        Some(how) => tracing::info!(how = format!("{how:?}"), "the manager is gone"),
+                    }
+                }
+                Watched::Become => return Ok(End::Become),
                 how @ (Watched::Stopped | Watched::Terminate) => {
                     tracing::info!(how = format!("{how:?}"), "the manager is gone");
                     return if how == Watched::Stopped { self.honour_stop() } else { Ok(End::Asked) };
@@ -172,6 +225,15 @@ impl Watchdog<'_> {
     /// Waits for a manager to connect to, and revives one that does not come.
     fn find_manager(&mut self) -> Result<Found> {
         loop {
+            // First: who is started next may depend on it.
+            match while_noticed(|| self.judge.look(Instant::now())) {
+                Do::Nothing | Do::Heartbeat => {}
+                Do::EndManager => self.ask_manager_to_end(),
+                Do::Become => return Ok(Found::Become),
+            }
+            if self.judge.has_restored() {
+                self.reviver.replaced(Instant::now());
+            }
             if let Some(connection) = self.connect() {
                 return Ok(Found::Manager(connection));
             }
@@ -179,9 +241,14 @@ impl Watchdog<'_> {
             if let Some(found) = self.carry_out(action) {
                 return Ok(found);
             }
+            let had = self.children.len();
             self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+            if self.children.len() < had && !role::is_taken(self.home, Role::Spm) {
+                self.judge.ended_unseen();
+            }
             platform::notify(Notice::Alive);
-            let pause = self.reviver.deadline().saturating_duration_since(Instant::now());
+            let due = self.reviver.deadline().min(self.judge.due());
+            let pause = due.saturating_duration_since(Instant::now());
             match self.words.recv_timeout(pause) {
                 Ok(Word::Terminate) => return Ok(Found::Terminate),
                 Ok(Word::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
@@ -261,14 +328,18 @@ impl Watchdog<'_> {
     fn watch(&mut self, mut connection: LocalConnection) -> Result<Watched> {
         let mut pings = Pings::new(Instant::now());
         loop {
-            match self.words.recv_timeout(pings.due().saturating_duration_since(Instant::now())) {
+            let due = pings.due().min(self.judge.due());
+            match self.words.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(Word::Terminate) => {
                     platform::hang_up(&connection);
                     return Ok(Watched::Terminate);
                 }
                 Ok(Word::Heard(serial, heard)) if serial == self.serial => match heard {
-                    Heard::Reply(_) => {
+                    Heard::Reply(reply) => {
                         pings.answered();
+                        if let Some(status) = &reply.status {
+                            self.judge.answered(status, Instant::now());
+                        }
                         if self.reviver.heard(Instant::now()) {
                             tracing::info!("the manager is watched");
                         }
@@ -281,6 +352,9 @@ impl Watchdog<'_> {
                 Ok(Word::Heard(..)) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
                 Err(RecvTimeoutError::Timeout) => {
+                    if let Some(watched) = self.judge_manager(&mut connection) {
+                        return Ok(watched);
+                    }
                     let next = pings.look(Instant::now());
                     if next == Next::Wait {
                         continue;
@@ -300,8 +374,36 @@ impl Watchdog<'_> {
         }
     }
 
+    /// Looks after an upgrade of the manager that is connected.
+    fn judge_manager(&mut self, connection: &mut LocalConnection) -> Option<Watched> {
+        if Instant::now() < self.judge.due() {
+            return None;
+        }
+        // A failure shows as the connection's end.
+        match while_noticed(|| self.judge.look(Instant::now())) {
+            Do::Nothing => {}
+            Do::EndManager => drop(door::send(connection, &Request::Yield)),
+            Do::Heartbeat => drop(door::send(connection, &Request::Heartbeat)),
+            Do::Become => {
+                platform::hang_up(connection);
+                return Some(Watched::Become);
+            }
+        }
+        if self.judge.is_judging() {
+            let _ = door::send(connection, &Request::Status);
+        }
+        None
+    }
+
+    fn ask_manager_to_end(&self) {
+        let Some(holder) = role::who_has(self.home, Role::Spm) else { return };
+        if let Err(error) = holder.ask_to_end() {
+            tracing::error!(error = format!("{error:#}"), "the manager cannot be asked to end");
+        }
+    }
+
     fn kill_hung(&self) {
-        let Some(holder) = role::living(self.home, Role::Spm) else { return };
+        let Some(holder) = role::who_has(self.home, Role::Spm) else { return };
         tracing::error!(pid = holder.pid, "the manager hangs and is killed");
         if let Err(error) = holder.kill() {
             tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");
@@ -371,6 +473,7 @@ enum Found {
     /// The home is stopped.
     Stop,
     Terminate,
+    Become,
 }
 
 /// Hears a connection to its end.

@@ -14,6 +14,7 @@ mod peer;
 mod run;
 mod stage;
 mod stop_hook;
+mod upgrade;
 mod upkeep;
 
 use std::process::ExitCode;
@@ -21,12 +22,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::config::Config;
+use crate::core::desired::Desired;
+use crate::core::ledger::Ledger;
+use crate::core::model::MANAGER_PACKAGE;
 use crate::core::role::Role;
 use crate::core::service_manager::Kind;
+use crate::core::status::History;
 use crate::door::{self, Request};
 use crate::home::Home;
-use crate::logging;
 use crate::role::{self, STOPPED_ON_PURPOSE};
+use crate::{installation, logging, store};
 
 /// For a predecessor to give the role up, at the longest.
 const TAKE_OVER: Duration = Duration::from_secs(10);
@@ -50,12 +56,17 @@ enum Command {
     /// Run by the unit before it is stopped: makes a real stop one of the sub-agents too
     #[command(hide = true)]
     StopHook,
+    /// Run by another release before it gives way to this one: reads the home's settings and state, and changes nothing
+    #[command(hide = true)]
+    Preflight,
 }
 
 /// Runs the manager until it is stopped or gives way.
 pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
-    if let Some(Command::StopHook) = options.command {
-        return stop_hook::run(home, options.service);
+    match options.command {
+        Some(Command::StopHook) => return stop_hook::run(home, options.service),
+        Some(Command::Preflight) => return preflight(home),
+        None => {}
     }
     role::demand_home(home)?;
     // Before the log is opened, whose directory may be among them; what it fails of shows there or nowhere.
@@ -97,6 +108,27 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         door::Farewell::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
         door::Farewell::Yield => ExitCode::SUCCESS,
     })
+}
+
+/// Reads everything that a manager reads of this home when it starts. What it would do without is an error here.
+fn preflight(home: &Home) -> Result<ExitCode> {
+    role::demand_home(home)?;
+    let loaded = Config::load(home)?;
+    installation::agent_id(home)?.context("the host has no agent id")?;
+    installation::Manager::load(home)?;
+    installation::Installed::load(home)?;
+    store::load::<Desired>(&home.desired())?;
+    store::load::<Ledger>(&home.releases())?;
+    store::load::<History>(&home.history())?;
+    let epochs = installation::Epochs::load(home)?;
+    installation::keyring::Keyring::load(home)?;
+    installation::upgrade::load(home)?;
+    store::load::<serde_json::Value>(&home.events())?;
+    for unknown in &loaded.unknown {
+        anstream::eprintln!("warning: {unknown}");
+    }
+    anstream::eprintln!("the settings and the state can be read; epoch {}", epochs.least(MANAGER_PACKAGE));
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Takes the role; one that the service manager started asks a predecessor that somebody else started to give way.

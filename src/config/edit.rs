@@ -65,6 +65,9 @@ fn literal(config: &Config, key: &str) -> Option<String> {
         "spmMaxMem" => (config.spm_max_mem != default.spm_max_mem).then(|| text(config.spm_max_mem.to_string())),
         "spaMaxMem" => (config.spa_max_mem != default.spa_max_mem).then(|| text(config.spa_max_mem.to_string())),
         "logMaxSize" => (config.log_max_size != default.log_max_size).then(|| text(config.log_max_size.to_string())),
+        "upgradeTrial" => {
+            (config.upgrade_trial != default.upgrade_trial).then(|| text(config.upgrade_trial.to_string()))
+        }
         "product" => config.product.clone().map(text),
         _ if certificate_key(&config.certificate) == Some(key) => match &config.certificate {
             Certificate::Authority(path) => Some(text(path.display().to_string())),

@@ -29,7 +29,7 @@ fn home() -> (tempfile::TempDir, Home) {
 fn every_key_is_read_and_a_bare_number_is_seconds_or_mib() {
     let read = config(
         "heartbeatSrv = [\"https://a:1\", \"https://b:2\"]\nheartbeatInterval = 10\nspmMaxMem = 100\nspaMaxMem = \"1GiB\"\n\
-         downloadTimeout = \"2h\"\ncaCert = \"etc/ca.pem\"\nproduct = \"hci\"\nlogMaxSize = \"1MiB\"\n",
+         downloadTimeout = \"2h\"\ncaCert = \"etc/ca.pem\"\nproduct = \"hci\"\nlogMaxSize = \"1MiB\"\nupgradeTrial = \"1m\"\n",
     );
     assert_eq!(read.heartbeat_srv.len(), 2);
     assert_eq!(read.heartbeat_interval, Span(Duration::from_secs(10)));
@@ -39,6 +39,7 @@ fn every_key_is_read_and_a_bare_number_is_seconds_or_mib() {
     assert_eq!(read.certificate, Certificate::Authority("etc/ca.pem".into()));
     assert_eq!(read.product.as_deref(), Some("hci"));
     assert_eq!(read.log_max_size, Size(1 << 20));
+    assert_eq!(read.upgrade_trial, Span(Duration::from_secs(60)));
 
     let srv = "heartbeatSrv = \"https://a:1\"\n";
     assert_eq!(config(srv), Config { heartbeat_srv: vec!["https://a:1".parse().unwrap()], ..Config::default() });
@@ -113,6 +114,7 @@ fn what_is_rendered_reads_back() {
     all.no_proxy = Some(vec![".internal".parse().unwrap(), "10.0.0.0/8".parse().unwrap(), "a:5".parse().unwrap()]);
     all.product = Some("scp \"quoted\" \\".to_owned());
     all.log_max_size = Size(1 << 20);
+    all.upgrade_trial = Span(Duration::from_secs(5));
     for certificate in [
         Certificate::System,
         Certificate::Authority("etc/ca.pem".into()),

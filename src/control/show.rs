@@ -33,6 +33,15 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
             println!("            {error}");
         }
     }
+    if let Some(upgrade) = &status.upgrade {
+        println!("  upgrade   {}", under_way(upgrade));
+        if let Some(download) = &upgrade.download {
+            println!("            {}", progress(download));
+        }
+    }
+    if status.held_by_operator {
+        println!("  note      an operator keeps this release of the manager; `control retry aops-spm` ends that");
+    }
     for problem in &status.problems {
         println!("  problem   {problem}");
     }
@@ -75,7 +84,7 @@ pub(super) fn print_history(history: &History, json: bool) -> Result<()> {
     }
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    table.set_header(["TIME", "SUB-AGENT", "WHAT", "FROM", "TO", "OUTCOME", "TOOK"]);
+    table.set_header(["TIME", "WHAT CHANGED", "KIND", "FROM", "TO", "OUTCOME", "TOOK"]);
     for changed in &history.history {
         let from = changed.from.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string);
         let (to, took) = (changed.to.to_string(), span(changed.seconds));
@@ -94,7 +103,12 @@ fn under_way(upgrade: &UpgradeStatus) -> String {
     let phase = match upgrade.phase.as_str() {
         "staging" => "being staged",
         "activating" => "being activated",
+        "switching" => "being put in place",
         "probation" => "on probation",
+        "trial" => "on trial",
+        "unproven" => "on trial, and unproven while the gateway cannot be reached",
+        "paused" => "on trial, which goes on when the home is started",
+        "committing" => "being committed",
         _ => "being rolled back",
     };
     let mut text = format!("the change{from} to {} is {phase}", upgrade.to);

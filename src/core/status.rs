@@ -19,6 +19,12 @@ pub struct Status {
     pub gateway: GatewayStatus,
     pub generation: u64,
     pub agents: Vec<AgentStatus>,
+    /// The change of the manager's release that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<UpgradeStatus>,
+    /// An operator at the host keeps the manager's release, against what the gateway orders.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub held_by_operator: bool,
     /// What an operator should mend: a bad configuration, a refused desired state.
     #[serde(default)]
     pub problems: Vec<String>,
@@ -73,6 +79,8 @@ impl Status {
             gateway: GatewayStatus::default(),
             generation: 0,
             agents: vec![],
+            upgrade: None,
+            held_by_operator: false,
             problems: vec![],
             notes: vec![],
         }
@@ -133,7 +141,8 @@ pub struct AgentStatus {
 pub struct UpgradeStatus {
     pub from: Option<Version>,
     pub to: Version,
-    /// `staging`, `activating`, `probation` or `rollingBack`.
+    /// Of a sub-agent `staging`, `activating`, `probation` or `rollingBack`; of the manager `staging`, `switching`, `trial`, `unproven`
+    /// (neither release reaches the gateway), `paused` (the home is stopped), `committing` or `rollingBack`.
     pub phase: String,
     /// When it is given up unless it has succeeded by then, RFC 3339; null where that does not go by time.
     pub deadline: Option<String>,
@@ -141,6 +150,9 @@ pub struct UpgradeStatus {
     pub tries_left: Option<u64>,
     /// What is wrong with it, or why it is given up.
     pub reason: Option<String>,
+    /// How far its download is; of a sub-agent it stands beside this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub download: Option<DownloadStatus>,
 }
 
 /// A release that is not tried again.

@@ -32,9 +32,6 @@
 //!
 //! It refuses to decide without a record: then the links are led back to `bin/aops`, whatever that is.
 
-// Until the roles use it.
-#![allow(dead_code, unused_imports)]
-
 mod evidence;
 mod record;
 #[cfg(test)]
@@ -46,8 +43,8 @@ mod view;
 use std::time::Duration;
 
 pub use evidence::{Asker, Evidence, Limits, Links, Manager, Placed, Probe, Proof, Which};
-pub use record::{Change, Force, Image, Interruptions, Phase, Reason, Record, Refusal, Skipped, Trial};
-pub use view::{View, ViewPhase, status};
+pub use record::{Change, End, Ended, Force, Image, Phase, Reason, Record, Refusal, Trial};
+pub use view::status;
 
 /// One step. [`next`] is asked again when it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

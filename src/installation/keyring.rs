@@ -104,6 +104,28 @@ impl Offer {
         }
         Ok(Offer { by: format!("aops-spm {version}"), brought, revoked })
     }
+
+    /// What a record keeps of it: the keys that are brought, and those that are revoked.
+    pub fn texts(&self) -> (Vec<String>, Vec<String>) {
+        (self.brought.texts(), self.revoked.texts())
+    }
+
+    /// What a record kept of the offer of a package of this version.
+    pub fn of_texts(version: &Version, brought: &[String], revoked: &[String]) -> Result<Offer> {
+        let keys = |texts: &[String]| {
+            texts.iter().try_fold(Keys::default(), |mut keys, text| {
+                keys.extend(Keys::parse(text)?)?;
+                Ok::<_, anyhow::Error>(keys)
+            })
+        };
+        Offer::new(version, keys(brought)?, keys(revoked)?)
+    }
+}
+
+/// Takes over what a package of the manager says about keys that is committed beside whoever else changes what the host trusts.
+pub fn take_over(home: &Home, offer: &Offer) -> Result<Vec<String>> {
+    let _lock = trust::lock(home)?;
+    commit(home, offer)
 }
 
 /// The keys by which packages are verified on this host. Files that others can write are refused.

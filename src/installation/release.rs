@@ -1,5 +1,6 @@
-//! A release of the manager before it is put in place: verified, unpacked, and seen to run on this host.
+//! A release of the manager before it is put in place: verified, unpacked, and seen to run on this host and on this home.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -8,6 +9,9 @@ use anyhow::{Context, Result, bail};
 
 use super::keyring::Offer;
 use super::records::Manager;
+use super::upgrade::Programs;
+use crate::core::model::Digest;
+use crate::core::upgrade::Image;
 use crate::home::Home;
 use crate::package::VerifiedTree;
 use crate::store::Unknown;
@@ -15,6 +19,9 @@ use crate::{command, platform};
 
 /// For the new executable to print its version.
 const SELF_CHECK: Duration = Duration::from_secs(30);
+
+/// For the new executable to read the settings and the state of a home.
+const PREFLIGHT: Duration = Duration::from_secs(60);
 
 /// A release of the manager that can be put in place. There is no other way to make one than [`check`].
 #[derive(Debug)]
@@ -31,6 +38,40 @@ impl CheckedRelease {
     pub fn executable(&self) -> PathBuf {
         executable_in(self.tree.path())
     }
+
+    /// As the record of an upgrade names it.
+    pub fn image(&self) -> Result<Image> {
+        let path = self.executable();
+        let digest = Programs::default().at(&path)?.with_context(|| format!("{} is missing", path.display()))?;
+        let (brings, revokes) = self.offer.texts();
+        Ok(Image { brings, revokes, ..image(&self.manager, digest) })
+    }
+}
+
+/// The release in place, as the record of an upgrade names it.
+pub fn in_place(home: &Home) -> Result<Image> {
+    let path = home.executable();
+    let manager = Manager::load(home)?.with_context(|| {
+        format!("cannot tell which release this is: {} is missing", home.manager_record().display())
+    })?;
+    let digest = Programs::default().at(&path)?.with_context(|| format!("{} is missing", path.display()))?;
+    Ok(image(&manager, digest))
+}
+
+fn image(manager: &Manager, executable: Digest) -> Image {
+    let Manager { version, sha256, epoch, file, .. } = manager.clone();
+    let unknown = BTreeMap::new();
+    Image { version, sha256, executable, epoch, file, brings: Vec::new(), revokes: Vec::new(), unknown }
+}
+
+/// Has an executable of the manager read the settings and the state of a home, and say whether it can.
+pub fn preflight(home: &Home, executable: &Path) -> Result<()> {
+    let mut command = Command::new(executable);
+    command.args(["spm", "--home"]).arg(home.root()).arg("preflight").current_dir("/");
+    command::run(&mut command, PREFLIGHT)
+        .and_then(command::Finished::success)
+        .context("the new executable cannot work with this home's settings and state")
+        .map(drop)
 }
 
 /// Checks that the executable of an unpacked package runs on this host. `file`: the package's file name.

@@ -59,6 +59,35 @@ pub fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
+/// A file's volume, and its number there.
+pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Whether a link that [`replace_link`] made leads to `target`, be that there or not.
+pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
+    match fs::read_link(link) {
+        Ok(named) => Ok(link.parent().unwrap_or(Path::new("")).join(named) == target),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Who holds the lock on a file, where the system says it.
+pub fn lock_holder(path: &Path) -> Option<u32> {
+    let metadata = fs::metadata(path).ok()?;
+    let device = metadata.dev();
+    let wanted = format!("{:02x}:{:02x}:{}", rustix::fs::major(device), rustix::fs::minor(device), metadata.ino());
+    // 1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF; who waits has "->" before the kind.
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, _, pid, file, ..] = words.as_slice() else { return None };
+        (*file == wanted).then(|| pid.parse().ok())?
+    })
+}
+
 /// Makes `link` name `target` (a relative or absolute path as it is to stand in the link), replacing what was there in one step.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
     let temporary = link.with_file_name(format!(".new-{}-{}", std::process::id(), fastrand::u64(..)));

@@ -71,6 +71,28 @@ fn identity(file: &File) -> io::Result<(u32, u32, u32)> {
     Ok((found.dwVolumeSerialNumber, found.nFileIndexHigh, found.nFileIndexLow))
 }
 
+/// A file's volume, and its number there.
+pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
+    let (volume, high, low) = identity(file)?;
+    Ok((volume.into(), u64::from(high) << 32 | u64::from(low)))
+}
+
+/// Whether a copy that [`replace_link`] made is one of `target` as that is now.
+pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
+    let content = |path: &Path| match fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    };
+    let content_of_link = content(link)?;
+    Ok(content_of_link.is_some() && content_of_link == content(target)?)
+}
+
+/// Windows does not say it.
+pub fn lock_holder(_path: &Path) -> Option<u32> {
+    None
+}
+
 /// Makes `link` a copy of what `target` names, replacing what was there: links need a privilege on Windows.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
     let source = link.parent().unwrap_or(Path::new("")).join(target);

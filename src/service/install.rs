@@ -23,7 +23,7 @@ use super::check::{self, Plan, Standing, Usage};
 use super::fetch::{self, Fetched};
 use super::site::Site;
 use super::undo::Undo;
-use super::{InstallOptions, Surroundings, WRONG_USAGE, old, place, progress, roles, switch};
+use super::{InstallOptions, Surroundings, WRONG_USAGE, old, place, progress, roles, switch, upgrade};
 use crate::core::service_manager::Kind;
 use crate::home::Home;
 use crate::installation::Installed;
@@ -187,8 +187,12 @@ fn carry_out(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -
         .and_then(|()| old::set_aside(home, &plan.executable))
         .at(Step::Stop)?;
     }
+    let session = plan.keeps().then(|| upgrade::end(home)).transpose().at(Step::Switch)?;
     progress::say(format_args!("putting version {} into {}", fetched.release.manager.version, home.root().display()));
     switch::switch(plan, fetched, site, undo).at(Step::Switch)?;
+    if let Some(mut session) = session {
+        upgrade::replaced(&mut session, &fetched.release.manager.version).at(Step::Switch)?;
+    }
     if plan.kind.is_some() {
         progress::say(format_args!("registering with {}", plan.kind));
     }

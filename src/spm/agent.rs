@@ -118,6 +118,7 @@ impl SubAgent {
             deadline,
             tries_left: upgrade.tries_left,
             reason: upgrade.reason.map(|reason| cut(&reason, MAX_MESSAGE_BYTES)),
+            download: None,
         })
     }
 

@@ -1,9 +1,6 @@
 //! What the manager's loop hears from what runs beside it.
 
-use std::time::SystemTime;
-
-use anyhow::Result;
-use tokio::sync::{mpsc, oneshot};
+use std::time::{Duration, SystemTime};
 
 use crate::config::Loaded;
 use crate::core::agent::{Ready, Refusal};
@@ -12,11 +9,14 @@ use crate::core::model::{AgentName, Version};
 use crate::core::program::Program;
 use crate::core::service_manager::UnitStanding;
 use crate::core::supervise::Answer;
+use crate::core::upgrade::{Evidence, Record as UpgradeRecord, Step};
 use crate::door::Reply;
 use crate::platform::Child;
 use crate::process::launch::Start;
 use crate::process::record::Record;
 use crate::uplink::sender::Outcome;
+use anyhow::Result;
+use tokio::sync::{mpsc, oneshot};
 
 /// Where a task sends what came of it.
 pub(super) type Inputs = mpsc::UnboundedSender<Input>;
@@ -96,6 +96,10 @@ pub(super) enum Input {
         result: Result<(), String>,
         reply: oneshot::Sender<Reply>,
     },
+    /// The manager's own upgrade, up to the switch, came to an end.
+    Upgraded(Upgraded),
+    /// The record of upgrades was looked at: which step is left, and how it is then.
+    UpgradeSeen(Result<Box<(Step, UpgradeSeen)>, String>),
     /// The stop of the home was recorded, or could not be.
     StopRecorded,
     Looked(Looked),
@@ -112,6 +116,35 @@ pub(super) enum File {
     Ledger,
     Events,
     History,
+}
+
+/// What came of an upgrade up to the switch.
+#[derive(Debug)]
+pub(super) enum Upgraded {
+    /// The new release is in place, and this manager is to end.
+    Switched,
+    /// It is the release that runs.
+    Nothing,
+    NotSwitched(NotSwitched),
+}
+
+/// Why there was no switch.
+#[derive(Debug)]
+pub(super) struct NotSwitched {
+    /// Where it is known.
+    pub(super) version: Option<Version>,
+    pub(super) why: String,
+    /// The package or the release is at fault, and stays so.
+    pub(super) is_final: bool,
+    pub(super) is_skipped: bool,
+    pub(super) retry_after: Option<Duration>,
+}
+
+/// The record of upgrades as it was found, and what it is judged by.
+#[derive(Debug, Clone)]
+pub(super) struct UpgradeSeen {
+    pub(super) record: UpgradeRecord,
+    pub(super) evidence: Evidence,
 }
 
 /// What is wrong with a home, by subject; `None`: nothing.

@@ -10,6 +10,7 @@ mod knocks;
 mod ledger;
 mod outcomes;
 mod steps;
+mod upgrade;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -20,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use self::exchange::Line;
 use self::housekeeping::Housekeeping;
 use self::ledger::Releases;
+use self::upgrade::Upgrading;
 use super::agent::SubAgent;
 use super::disk::StateFile;
 use super::history::Changes;
@@ -35,6 +37,7 @@ use crate::core::schedule::Allowance;
 use crate::core::service_manager::{Kind, Notice};
 use crate::door::{self, Farewell, Reply};
 use crate::home::Home;
+use crate::installation::upgrade::Programs;
 use crate::installation::{self, guard};
 use crate::package::{self, Places};
 use crate::platform::{self, Groups, LocalListener, Termination};
@@ -104,6 +107,7 @@ pub(super) struct Manager {
     history: Changes,
     peer: Peer,
     inputs: Inputs,
+    upgrading: Upgrading,
     desk: stage::Desk,
     line: Line,
     housekeeping: Housekeeping,
@@ -204,7 +208,7 @@ impl Manager {
         let config = loaded.config;
         let now = Instant::now();
         let line = Line::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
-        let version = installation::Manager::load(home)
+        let installed = installation::Manager::load(home)
             .context("cannot tell which release this is; install again")?
             .with_context(|| {
                 format!(
@@ -213,6 +217,7 @@ impl Manager {
                 )
             })?
             .version;
+        let version = on_trial(home).unwrap_or(installed);
         let identity = Identity {
             agent_id,
             instance_id: installation::instance_id(home),
@@ -238,6 +243,7 @@ impl Manager {
             history: Changes::load(home),
             peer: Peer::new(home, service, now),
             inputs,
+            upgrading: Upgrading::default(),
             desk: stage::Desk::new(),
             line,
             strangers: Allowance::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
@@ -264,8 +270,15 @@ impl Manager {
         // While the home stops, the watchdog does not matter.
         let peer = self.stop.is_none().then(|| self.peer.deadline());
         let recorded_by = self.stop.as_ref().filter(|stop| !stop.is_recorded).map(|stop| stop.recorded_by);
-        let fixed =
-            [self.line.next_heartbeat, Some(self.housekeeping.next), self.journal.flush_at(), peer, recorded_by];
+        let upgrading = self.stop.is_none().then(|| self.upgrading.deadline(now)).flatten();
+        let fixed = [
+            upgrading,
+            self.line.next_heartbeat,
+            Some(self.housekeeping.next),
+            self.journal.flush_at(),
+            peer,
+            recorded_by,
+        ];
         fixed.into_iter().flatten().chain(agents).min().unwrap_or(now)
     }
 
@@ -292,6 +305,9 @@ impl Manager {
         if self.line.next_heartbeat.is_some_and(|at| at <= now) {
             self.heartbeat_due(now);
         }
+        if self.stop.is_none() {
+            self.tend_upgrade(now);
+        }
         if self.stop.as_ref().is_some_and(|stop| stop.recorded_by <= now) {
             self.stop_recorded(now);
         }
@@ -311,6 +327,15 @@ impl Manager {
             None => {}
         }
     }
+}
+
+/// The release of this very program, where that is on trial.
+fn on_trial(home: &Home) -> Option<Version> {
+    let record = installation::upgrade::load(home)
+        .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the record of upgrades cannot be read"));
+    let image = installation::upgrade::on_trial(&record.ok()?, &mut Programs::default())?;
+    tracing::info!(version = %image.version, "this release is on trial");
+    Some(image.version)
 }
 
 fn groups(home: &Home) -> Option<Groups> {

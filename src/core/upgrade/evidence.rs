@@ -139,6 +139,13 @@ pub struct Limits {
     pub lost_watchdogs: u32,
 }
 
+impl Limits {
+    /// With this `upgradeTrial`; it may take twice as long until something is first heard of the new manager.
+    pub fn of(trial: Duration) -> Limits {
+        Limits { minimum_life: trial, first_answer: trial * 2, heartbeat_grace: trial * 2, ..Limits::default() }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Limits {
         Limits {

@@ -13,6 +13,8 @@ use crate::core::unknown::Unknown;
 
 /// The number of skipped releases that are remembered.
 const MAX_SKIPPED: usize = 16;
+/// The number of upgrades whose end is kept until it is reported.
+const MAX_ENDED: usize = 16;
 /// A release whose switch was interrupted this often is skipped.
 const MAX_INTERRUPTIONS: u32 = 3;
 
@@ -28,6 +30,15 @@ pub struct Image {
     /// Of the package's signed comment.
     #[serde(default)]
     pub epoch: u64,
+    /// The package's file name.
+    #[serde(default)]
+    pub file: String,
+    /// Public keys that the package brings. They count once it is committed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub brings: Vec<String>,
+    /// Public keys that the package revokes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub revokes: Vec<String>,
     #[serde(flatten)]
     pub unknown: Unknown,
 }
@@ -68,6 +79,9 @@ pub struct Trial {
     pub from: Image,
     pub to: Image,
     pub phase: Phase,
+    /// When it began, in seconds since 1970; for the report alone.
+    #[serde(default)]
+    pub began: u64,
     /// Seconds of judged time in which the new manager was not in charge: it had not answered, or not adopted the sub-agents.
     #[serde(default)]
     pub spent_seconds: u64,
@@ -116,12 +130,63 @@ pub struct Interruptions {
     pub unknown: Unknown,
 }
 
+/// What an operator's change of the manager overrules: the order of then.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Overruled {
+    /// `None`: nothing was ordered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<Version>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// How an upgrade ended, until it is reported.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ended {
+    pub from: Version,
+    pub to: Version,
+    /// As [`Trial::began`].
+    #[serde(default)]
+    pub began: u64,
+    pub end: End,
+    /// Why it was rolled back, or committed without having passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The new release is skipped from now on.
+    #[serde(default)]
+    pub skipped: bool,
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// To which end an upgrade came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum End {
+    Committed,
+    RolledBack,
+    /// Given up before the switch, or because somebody else replaced `bin/aops`.
+    GivenUp,
+}
+
 /// The file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) trial: Option<Trial>,
+    /// The release before the current one, of which `bin/aops.prev` is a copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    previous: Option<Image>,
+    /// An operator changed the manager: this order does not count any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    overruled: Option<Overruled>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    ended: Vec<Ended>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     skipped: Vec<Skipped>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -229,6 +294,7 @@ impl Record {
             from,
             to,
             phase: Phase::Switching,
+            began: 0,
             spent_seconds: 0,
             deaths: 0,
             failed_proofs: 0,
@@ -239,6 +305,90 @@ impl Record {
             unknown: Unknown::new(),
         });
         Ok(())
+    }
+
+    /// Notes when the trial began, for the report.
+    pub fn begun_at(&mut self, unix_seconds: u64) {
+        if let Some(trial) = &mut self.trial {
+            trial.began = unix_seconds;
+        }
+    }
+
+    /// As [`Record::apply`], and keeps what an operator and the gateway are told of the end, where the change is one.
+    pub fn apply_and_keep(&mut self, change: Change) -> bool {
+        let before = self.trial.clone();
+        let skips = |record: &Record, trial: &Trial| record.skipped(&trial.to.version, &trial.to.sha256).is_some();
+        let done = self.apply(change);
+        let Some(trial) = before.filter(|_| done && self.trial.is_none()) else { return done };
+        let (end, skipped) = match change {
+            Change::Forget => (End::Committed, false),
+            _ if trial.phase == Phase::RollingBack => (End::RolledBack, skips(self, &trial)),
+            _ => (End::GivenUp, skips(self, &trial)),
+        };
+        if end == End::Committed {
+            self.previous = Some(trial.from.clone());
+        }
+        self.keep(Ended {
+            from: trial.from.version,
+            to: trial.to.version,
+            began: trial.began,
+            end,
+            reason: trial.reason,
+            skipped,
+            unknown: Unknown::new(),
+        });
+        done
+    }
+
+    /// Keeps the end of an upgrade until it is reported.
+    pub fn keep(&mut self, ended: Ended) {
+        self.ended.push(ended);
+        let surplus = self.ended.len().saturating_sub(MAX_ENDED);
+        self.ended.drain(..surplus);
+    }
+
+    /// Ends that are not reported yet.
+    pub fn ended(&self) -> &[Ended] {
+        &self.ended
+    }
+
+    /// They are reported.
+    pub fn reported(&mut self) {
+        self.ended.clear();
+    }
+
+    /// The release that `bin/aops.prev` is.
+    pub fn previous(&self) -> Option<&Image> {
+        self.previous.as_ref()
+    }
+
+    /// An operator has put this release in place by the installer: it may run, and the backup is none of it.
+    pub fn replaced(&mut self, version: &Version) {
+        self.skipped.retain(|skipped| skipped.version != *version);
+        (self.previous, self.interruptions, self.overruled) = (None, None, None);
+    }
+
+    /// An operator changes the manager, against this order.
+    pub fn overrule(&mut self, order: Option<(&Version, Option<&Digest>)>) {
+        let (version, sha256) = order.map_or((None, None), |(version, sha256)| (Some(version), sha256));
+        self.overruled =
+            Some(Overruled { version: version.cloned(), sha256: sha256.cloned(), unknown: Unknown::new() });
+    }
+
+    /// Whether an operator's change holds against this order.
+    pub fn overrules(&self, version: &Version, sha256: Option<&Digest>) -> bool {
+        self.overruled.as_ref().is_some_and(|overruled| {
+            overruled.version.as_ref() == Some(version) && (overruled.sha256.as_ref() == sha256)
+        })
+    }
+
+    pub fn is_held(&self) -> bool {
+        self.overruled.is_some()
+    }
+
+    /// The gateway's order counts again. Whether it did not.
+    pub fn release_hold(&mut self) -> bool {
+        self.overruled.take().is_some()
     }
 
     /// Makes a change that was asked for. Whether it applies to the phase; otherwise nothing is changed.
@@ -318,6 +468,12 @@ impl Record {
     /// Whether and why a release is skipped.
     pub fn skipped(&self, version: &Version, sha256: &Digest) -> Option<&Skipped> {
         self.skipped.iter().find(|skipped| skipped.version == *version && skipped.sha256 == *sha256)
+    }
+
+    /// Whether an order of this release is skipped, and why; without a digest, whichever package of that version was.
+    pub fn skips(&self, version: &Version, sha256: Option<&Digest>) -> Option<&Skipped> {
+        let is_it = |skipped: &&Skipped| sha256.is_none_or(|sha256| skipped.sha256 == *sha256);
+        self.skipped.iter().filter(|skipped| skipped.version == *version).find(is_it)
     }
 
     /// Every release may be tried again (`control retry aops-spm`). Whether one could not.

@@ -1,5 +1,6 @@
 //! The rules, one by one.
 
+use super::view::ViewPhase;
 use super::*;
 use crate::core::unknown::Unknown;
 
@@ -13,6 +14,9 @@ fn image(version: &str, executable: char) -> Image {
         sha256: digest(digit),
         executable: digest(executable),
         epoch: 1,
+        file: String::new(),
+        brings: vec![],
+        revokes: vec![],
         unknown: Unknown::new(),
     }
 }

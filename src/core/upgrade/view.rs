@@ -36,6 +36,20 @@ pub enum ViewPhase {
     RollingBack,
 }
 
+impl ViewPhase {
+    /// The word in `status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ViewPhase::Switching => "switching",
+            ViewPhase::Trial => "trial",
+            ViewPhase::Unproven => "unproven",
+            ViewPhase::Paused => "paused",
+            ViewPhase::Committing => "committing",
+            ViewPhase::RollingBack => "rollingBack",
+        }
+    }
+}
+
 /// `None`: no upgrade is under way. Either role may ask; it sees what the judge would.
 pub fn status(record: &Record, evidence: &Evidence, limits: &Limits) -> Option<View> {
     let trial = record.trial()?;

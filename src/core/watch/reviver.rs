@@ -218,6 +218,11 @@ impl Reviver {
         Some(loss)
     }
 
+    /// Another program is in the place of the one that failed: it is started at once.
+    pub fn replaced(&mut self, now: Instant) {
+        self.revival = Revival::new(now);
+    }
+
     /// When [`Reviver::look`] is due.
     pub fn deadline(&self) -> Instant {
         let absence = match &self.state {

@@ -133,6 +133,16 @@ pub fn executable_of(pid: u32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe")).ok()
 }
 
+/// The program that a process runs, also when its file was replaced or removed since.
+pub fn program_of(pid: u32) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/exe"))
+}
+
+/// Goes on as another program, in the same process. Returns only where that fails.
+pub fn become_program(command: &mut Command) -> io::Error {
+    command.exec()
+}
+
 /// The first words of a process's command line: of a script the interpreter and the script.
 pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
     let mut text = vec![];

@@ -102,6 +102,20 @@ pub fn working_directory(_pid: u32) -> Option<PathBuf> {
     None
 }
 
+/// The program that a process runs.
+pub fn program_of(pid: u32) -> io::Result<std::fs::File> {
+    let path = executable_of(pid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+    std::fs::File::open(path)
+}
+
+/// Goes on as another program: that is started, and this process ends. Returns only where that fails.
+pub fn become_program(command: &mut std::process::Command) -> io::Error {
+    match command.spawn() {
+        Ok(_) => std::process::exit(0),
+        Err(error) => error,
+    }
+}
+
 /// The executable that a process runs, where we may know it.
 pub fn executable_of(pid: u32) -> Option<PathBuf> {
     use std::os::windows::ffi::OsStringExt;

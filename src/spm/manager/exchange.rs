@@ -223,15 +223,16 @@ impl Manager {
             }
             None => drop(self.problems.remove("gateway")),
         }
-        if let Some(cmd) = &answer.cmd {
+        let wants = answer.cmd.as_deref() == Some("upgrade");
+        self.upgrade_ordered(answer.manager.clone(), wants, Instant::now());
+        if let Some(cmd) = answer.cmd.as_ref().filter(|_| !wants) {
             let cmd = cut(cmd, MAX_WORD_BYTES);
-            let wanted = answer.manager.as_ref().map(|order| format!(" to {}", order.version)).unwrap_or_default();
-            if self.line.answered.len() < 100 && self.line.answered.insert(format!("{cmd}{wanted}")) {
+            if self.line.answered.len() < 100 && self.line.answered.insert(cmd.clone()) {
                 self.journal.note(
                     "command",
                     "unsupported",
                     About::default(),
-                    format!("cannot {cmd}{wanted}: this version does not know how"),
+                    format!("cannot {cmd}: this version does not know how"),
                 );
             }
         }

@@ -96,6 +96,11 @@ impl Manager {
         self.line.next_heartbeat = Some(now + LOOK_TAKES);
     }
 
+    /// Brings the next heartbeat forward; one that is under way is as good.
+    pub(super) fn heartbeat_now(&mut self, now: Instant) {
+        self.line.next_heartbeat = self.line.next_heartbeat.map(|_| now);
+    }
+
     /// As [`Manager::look_at_home`], before the loop begins.
     pub(super) fn look_at_home_now(&mut self) {
         let looked = upkeep::look(&self.home, &self.config);

@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use super::exchange::{clock_words, is_clock_off};
 use super::{Manager, Stop};
 use crate::core::agent::Event;
-use crate::core::model::{AgentName, Version};
+use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::role::Role;
 use crate::core::status::{self, HomeState, SkippedStatus, Status};
 use crate::door::{Farewell, Knock, Reply, Request};
@@ -16,6 +16,7 @@ use crate::spm::disk;
 use crate::spm::input::Input;
 use crate::spm::journal::About;
 use crate::spm::stage;
+use crate::spm::upgrade::Source;
 
 /// A stop is recorded before anything is stopped, unless the disk takes longer.
 const STOP_IS_RECORDED: Duration = Duration::from_secs(10);
@@ -63,7 +64,15 @@ impl Manager {
                 },
             },
             Request::RollBack { agent: name } => return self.begin_roll_back(name, reply),
+            Request::Retry { agent: name } if name.as_str() == MANAGER_PACKAGE => self.retry_upgrade(now),
             Request::Retry { agent: name } => self.retry(&name, now),
+            Request::Heartbeat => {
+                self.heartbeat_now(now);
+                Reply::done()
+            }
+            Request::Upgrade { package: None } => self.follow_orders_now(now),
+            Request::Upgrade { package: Some(path) } => self.upgrade_by_hand(Source::File(path), now),
+            Request::RollBackManager => self.upgrade_by_hand(Source::Previous, now),
         };
         let _ = reply.send(answer);
     }
@@ -137,6 +146,7 @@ impl Manager {
             return;
         }
         tracing::info!("the home is stopped");
+        self.give_up_upgrade();
         let recorded_by = now + STOP_IS_RECORDED;
         self.stop = Some(Stop { waiting: vec![reply], errors: vec![], is_recorded: false, recorded_by });
         let home = self.home.clone();
@@ -192,6 +202,7 @@ impl Manager {
                 format!("{name} {version} failed and is skipped ({reason}); order another release, or `control retry {name}`")
             }));
         }
+        problems.extend(self.upgrade_problem());
         let state = if self.stop.is_some() {
             HomeState::Degraded
         } else {
@@ -206,6 +217,8 @@ impl Manager {
             gateway: self.line.gateway.clone(),
             generation: self.orders.held.generation,
             agents,
+            upgrade: self.upgrade_status(),
+            held_by_operator: self.is_manager_held(),
             problems,
             notes: self.notes(),
         }

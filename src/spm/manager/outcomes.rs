@@ -24,6 +24,7 @@ impl Manager {
                 | Input::Moved { .. }
                 | Input::Checked { .. }
                 | Input::Saved { .. }
+                | Input::UpgradeSeen(_)
         );
         // A sub-agent that was down for a change of release makes room for the next.
         let were_down = self.down_for_upgrade();
@@ -71,6 +72,8 @@ impl Manager {
                 // Who asked may have gone.
                 let _ = reply.send(self.roll_back(&name, &to, result, now));
             }
+            Input::Upgraded(outcome) => self.upgraded(outcome, now),
+            Input::UpgradeSeen(seen) => self.upgrade_seen(seen, now),
             Input::StopRecorded => self.stop_recorded(now),
             Input::Looked(looked) => self.looked(looked, now),
             Input::Reloaded(reloaded) => self.reloaded(reloaded),

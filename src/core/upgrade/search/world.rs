@@ -581,6 +581,9 @@ fn image(version: &str, package: char, executable: char) -> Image {
         sha256: digest(package),
         executable: digest(executable),
         epoch: 1,
+        file: String::new(),
+        brings: vec![],
+        revokes: vec![],
         unknown: Unknown::new(),
     }
 }

@@ -1,0 +1,341 @@
+//! The manager's upgrade of itself, on disk: the record, `bin/aops` and its backup, and the links of the roles.
+//!
+//! What the next step is decides [`core::upgrade`](crate::core::upgrade). Here is what it is decided by, as far as the disk tells, and the
+//! steps that change the disk. A [`Session`] holds a lock while it lasts, so that of the two roles and the installer one looks or acts at
+//! a time.
+//!
+//! ```text
+//! state/upgrade.json       the record
+//! state/upgrade.reserve    space that is given up when the disk is full in the middle of an upgrade
+//! bin/aops.prev            the backup; while a new release is on trial, every role but the manager runs it
+//! bin/.aops.next           an executable on its way to bin/aops or bin/aops.prev
+//! ```
+//!
+//! Before each step what an earlier one may have left is synced, since an interrupted one may not have come to that.
+
+mod programs;
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::Epochs;
+use super::executable::{self, Name};
+use super::keyring::{self, Offer};
+use super::records::Manager;
+use crate::core::model::{MANAGER_PACKAGE, Version};
+use crate::core::upgrade::{Change, Image, Links, Phase, Placed, Record, Step, Trial, Which};
+use crate::home::Home;
+use crate::lock::{self, Held};
+use crate::store::Access;
+use crate::{platform, store};
+
+pub use programs::{Programs, which};
+
+/// The names that are led to the backup while a new release is on trial: all but the manager's.
+const MOVED: &[Name] = &[Name::Spa, Name::AgentService, Name::Control];
+/// Given up when the disk is full: enough for a few writes of the record and for new links.
+const RESERVE_BYTES: usize = 64 << 10;
+
+/// What the disk tells. What it means is said at [`Evidence`](crate::core::upgrade::Evidence).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placement {
+    pub executable: Placed,
+    pub backup_whole: bool,
+    pub links: Links,
+    pub installed: Which,
+    pub stopped: bool,
+}
+
+/// The record, while nobody else looks at it or acts by it.
+#[derive(Debug)]
+pub struct Session {
+    home: Home,
+    record: Record,
+    is_recorded: bool,
+    _lock: Held,
+}
+
+/// The record as it is on disk. One that cannot be understood is as good as none, which is a state that can be gone on from; what cannot
+/// be read at all is an error.
+pub fn load(home: &Home) -> Result<Record> {
+    match store::load(&home.upgrade_record()) {
+        Ok(record) => Ok(record.unwrap_or_default()),
+        Err(error) if error.chain().any(|cause| cause.is::<serde_json::Error>()) => {
+            tracing::error!(error = format!("{error:#}"), "the record of upgrades is lost");
+            Ok(Record::default())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The release that a manager is which runs this program, where another than `state/manager.json` says: one on trial. `None`: that one.
+pub fn on_trial(record: &Record, programs: &mut Programs) -> Option<Image> {
+    let trial = record.trial()?;
+    let own = programs.of_process(std::process::id());
+    let same = match trial.phase {
+        Phase::Trial | Phase::Committing => Which::To,
+        Phase::Switching | Phase::RollingBack => Which::From,
+    };
+    (which(trial, own.as_ref(), same) == Which::To).then(|| trial.to.clone())
+}
+
+impl Session {
+    /// Begins one; `None`: somebody else still has it after `patience`.
+    pub fn open(home: &Home, patience: Duration) -> Result<Option<Session>> {
+        let Some(lock) = lock::take(&home.upgrade_lock(), patience)? else { return Ok(None) };
+        Ok(Some(Session { home: home.clone(), record: load(home)?, is_recorded: true, _lock: lock }))
+    }
+
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Whether the record is on disk as it is.
+    pub fn is_recorded(&self) -> bool {
+        self.is_recorded
+    }
+
+    /// Begins an upgrade in memory. The first step writes it.
+    pub fn begin(&mut self, from: Image, to: Image, unix_seconds: u64) -> Result<(), crate::core::upgrade::Refusal> {
+        self.record.begin(from, to)?;
+        self.record.begun_at(unix_seconds);
+        self.is_recorded = false;
+        Ok(())
+    }
+
+    /// Changes the record otherwise than by a step, and writes it.
+    pub fn change<T>(&mut self, change: impl FnOnce(&mut Record) -> T) -> Result<T> {
+        let before = self.record.clone();
+        let result = change(&mut self.record);
+        if self.record != before
+            && let Err(error) = self.write()
+        {
+            self.record = before;
+            return Err(error);
+        }
+        Ok(result)
+    }
+
+    /// What the disk tells now.
+    pub fn look(&self, programs: &mut Programs) -> Result<Placement> {
+        let home = &self.home;
+        let trial = self.record.trial();
+        let (executable, backup) = (home.executable(), home.backup_executable());
+        let (placed, backup_whole, installed) = match trial {
+            Some(trial) => {
+                let placed = Placed::of(trial, programs.at(&executable)?.as_ref());
+                let is_whole = platform::is_executable(&backup)
+                    && programs.at(&backup)?.is_some_and(|digest| digest == trial.from.executable);
+                (placed, is_whole, installed(trial, Manager::load(home)?.as_ref()))
+            }
+            None => {
+                let placed = if executable.exists() { Placed::Neither } else { Placed::Missing };
+                (placed, platform::is_executable(&backup), Which::Other)
+            }
+        };
+        Ok(Placement {
+            executable: placed,
+            backup_whole,
+            links: self.links()?,
+            installed,
+            stopped: home.stop_intent().exists(),
+        })
+    }
+
+    fn links(&self) -> Result<Links> {
+        let home = &self.home;
+        let all_lead_to = |image: &Path| -> Result<bool> {
+            for name in MOVED {
+                let link = name.path(home);
+                if !platform::leads_to(&link, image).with_context(|| format!("cannot read {}", link.display()))? {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        };
+        Ok(if all_lead_to(&home.executable())? {
+            Links::Executable
+        } else if all_lead_to(&home.backup_executable())? {
+            Links::Backup
+        } else {
+            Links::Mixed
+        })
+    }
+
+    /// Carries out a step that changes the disk; `false`: it is one of the role's. `staged`: the new executable, for the switch.
+    pub fn carry_out(&mut self, step: Step, staged: Option<&Path>) -> Result<bool> {
+        let is_of_the_disk = matches!(
+            step,
+            Step::Save
+                | Step::Record(_)
+                | Step::BackUp
+                | Step::LinkToBackup
+                | Step::Swap
+                | Step::Restore
+                | Step::LinkToExecutable
+                | Step::RecordRelease(_)
+        );
+        if !is_of_the_disk {
+            return Ok(false);
+        }
+        let outcome = self.attempt(step, staged);
+        let outcome = match outcome {
+            Err(error) if is_full(&error) && self.give_up_reserve() => self.attempt(step, staged),
+            outcome => outcome,
+        };
+        outcome.with_context(|| format!("cannot carry out the step {step:?} of an upgrade"))?;
+        tracing::info!(step = format!("{step:?}"), "a step of the manager's upgrade");
+        Ok(true)
+    }
+
+    fn attempt(&mut self, step: Step, staged: Option<&Path>) -> Result<()> {
+        let home = self.home.clone();
+        for directory in [home.bin(), home.root().to_owned(), home.state()] {
+            platform::sync_directory(&directory).with_context(|| format!("cannot sync {}", directory.display()))?;
+        }
+        match step {
+            Step::Save => {
+                self.reserve()?;
+                self.write()
+            }
+            Step::Record(change) => self.make(change),
+            Step::BackUp => copy(&home, &home.executable(), &home.backup_executable(), Copying::Link),
+            Step::LinkToBackup => self.point(&home.backup_executable()),
+            Step::LinkToExecutable => self.point(&home.executable()),
+            Step::Swap => {
+                let staged = staged.context("the new executable is not there any more")?;
+                let next = home.next_executable();
+                fs::rename(staged, &next).with_context(|| format!("cannot move it to {}", next.display()))?;
+                executable::replace(&home, &next)
+            }
+            Step::Restore => copy(&home, &home.backup_executable(), &home.executable(), Copying::Copy),
+            Step::RecordRelease(which) => self.record_release(which),
+            _ => Ok(()),
+        }
+    }
+
+    fn point(&self, image: &Path) -> Result<()> {
+        executable::point(&self.home, MOVED, image)?;
+        for directory in [self.home.bin(), self.home.root().to_owned()] {
+            platform::sync_directory(&directory).with_context(|| format!("cannot sync {}", directory.display()))?;
+        }
+        Ok(())
+    }
+
+    fn make(&mut self, change: Change) -> Result<()> {
+        self.change(|record| record.apply_and_keep(change))?;
+        if self.record.trial().is_none() {
+            // What a later upgrade sweeps, where it cannot be removed.
+            let _ = store::remove(&self.home.upgrade_reserve());
+            let _ = store::remove(&self.home.next_executable());
+        }
+        Ok(())
+    }
+
+    fn record_release(&mut self, which: Which) -> Result<()> {
+        let Some(trial) = self.record.trial() else { return Ok(()) };
+        let image = if which == Which::To { &trial.to } else { &trial.from };
+        if which == Which::To {
+            Epochs::commit(&self.home, MANAGER_PACKAGE, image.epoch)?;
+            self.take_over_keys(&image.version, &image.brings, &image.revokes);
+        }
+        let unknown = Manager::load(&self.home).ok().flatten().map(|manager| manager.unknown).unwrap_or_default();
+        let Image { version, sha256, epoch, file, .. } = image.clone();
+        Manager { version, sha256, epoch, file, unknown }.save(&self.home)
+    }
+
+    /// The keys were looked at when the release was staged. That they cannot be taken now is told, and does not keep the release.
+    fn take_over_keys(&self, version: &Version, brings: &[String], revokes: &[String]) {
+        if brings.is_empty() && revokes.is_empty() {
+            return;
+        }
+        match Offer::of_texts(version, brings, revokes).and_then(|offer| keyring::take_over(&self.home, &offer)) {
+            Ok(remarks) => remarks.iter().for_each(|remark| tracing::warn!(remark, "the trusted keys change")),
+            Err(error) => tracing::error!(error = format!("{error:#}"), "the release's keys are not taken over"),
+        }
+    }
+
+    fn write(&mut self) -> Result<()> {
+        let path = self.home.upgrade_record();
+        match store::save(&path, &self.record) {
+            Err(error) if is_full(&error) && self.give_up_reserve() => store::save(&path, &self.record)?,
+            outcome => outcome?,
+        }
+        self.is_recorded = true;
+        Ok(())
+    }
+
+    fn reserve(&self) -> Result<()> {
+        let path = self.home.upgrade_reserve();
+        store::replace(&path, &[0xA5; RESERVE_BYTES], Access::Private)
+            .context("there is no room for what an upgrade writes; free some space")
+    }
+
+    /// Whether there was one.
+    fn give_up_reserve(&self) -> bool {
+        let is_gone = fs::remove_file(self.home.upgrade_reserve()).is_ok();
+        if is_gone {
+            tracing::warn!("the disk is full: the upgrade goes on in the space that was kept for it");
+        }
+        is_gone
+    }
+}
+
+fn installed(trial: &Trial, manager: Option<&Manager>) -> Which {
+    let Some(manager) = manager else { return Which::Other };
+    let is = |image: &Image| image.version == manager.version && image.sha256 == manager.sha256;
+    match (is(&trial.from), is(&trial.to)) {
+        (true, _) => Which::From,
+        (false, true) => Which::To,
+        (false, false) => Which::Other,
+    }
+}
+
+/// How a file comes to a second name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Copying {
+    /// A link where there are any: it takes no space.
+    Link,
+    /// A copy, so that both can be damaged on their own; a link where there is no room for one.
+    Copy,
+}
+
+/// Puts what `from` is at `to`, in one step that survives a power cut.
+fn copy(home: &Home, from: &Path, to: &Path, copying: Copying) -> Result<()> {
+    let next = home.next_executable();
+    let attempt = || -> Result<()> {
+        store::remove(&next)?;
+        let linked = || fs::hard_link(from, &next).map_err(anyhow::Error::from);
+        match copying {
+            Copying::Link => linked().or_else(|_| copied(from, &next))?,
+            Copying::Copy => copied(from, &next).or_else(|error| {
+                tracing::warn!(error = format!("{error:#}"), "an executable cannot be copied, and is linked");
+                store::remove(&next)?;
+                linked()
+            })?,
+        }
+        platform::replace_executable(&next, to)?;
+        platform::sync_directory(&home.bin())?;
+        // Two names of one file stay two when one is renamed to the other.
+        store::remove(&next)
+    };
+    attempt().with_context(|| format!("cannot put {} at {}", from.display(), to.display()))
+}
+
+fn copied(from: &Path, to: &Path) -> Result<()> {
+    let mut source = File::open(from)?;
+    let mut target = platform::create_file(to, 0o755)?;
+    std::io::copy(&mut source, &mut target)?;
+    target.flush()?;
+    platform::set_mode(to, 0o755)?;
+    Ok(target.sync_all()?)
+}
+
+fn is_full(error: &anyhow::Error) -> bool {
+    let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind));
+    kinds.into_iter().any(|kind| matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+}

@@ -1,0 +1,519 @@
+//! The watchdog as the judge of a new release of the manager, whose upgrade it brings to one end or the other.
+//!
+//! What follows from what is decided in [`core::upgrade`](crate::core::upgrade). Here the new manager is observed, steps that change the
+//! disk are carried out, and two one-shots are run: a heartbeat of the old program, which tells whether a missing one is the new
+//! manager's fault or the network's, and the proof of the new watchdog. What concerns the manager's process or this one is answered as a
+//! [`Do`], for the watchdog to do.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use super::sentinel::Sentinel;
+use crate::config::Config;
+use crate::core::model::Digest;
+use crate::core::role::Role;
+use crate::core::status::Status;
+use crate::core::upgrade::{
+    Asker, Change, Evidence, Limits, Manager, Phase, Probe, Proof, Record, Step, Trial, Wait, Which, next,
+};
+use crate::core::watch::silence::PING;
+use crate::home::Home;
+use crate::installation::upgrade::{Programs, Session, which};
+use crate::platform;
+use crate::platform::Stamp;
+use crate::process::record;
+use crate::role::{self, Holder};
+
+/// Between two looks while an upgrade is under way.
+const LOOK: Duration = Duration::from_secs(1);
+/// Otherwise the record's file is looked at so often, and whenever the manager has ended.
+const IDLE_LOOK: Duration = PING;
+/// The other role may hold the record for a step.
+const TURN: Duration = Duration::from_millis(500);
+/// Steps without a pause; an upgrade has fewer.
+const MAX_STEPS: usize = 32;
+/// The time that is waited is recorded in pieces of this length.
+const PIECE: Duration = Duration::from_secs(5);
+/// The settings may change meanwhile.
+const SETTINGS: Duration = Duration::from_secs(60);
+/// A heartbeat of the old program ends within this, through however many endpoints.
+const PROBE: Duration = Duration::from_secs(120);
+/// The proof of the new watchdog ends within this.
+const PROOF: Duration = Duration::from_secs(60);
+/// The new manager may use too much at one look, and not at so many in a row.
+const LARGE_IN_A_ROW: u32 = 3;
+/// A manager has a handful of processes in its session: what checks and asks.
+const MAX_PROCESSES: usize = 200;
+/// A manager that was asked to end is killed after this.
+const ENDS: Duration = Duration::from_secs(10);
+/// What is left of its session is killed in so many rounds: it may start more meanwhile.
+const ROUNDS: usize = 100;
+
+/// What the watchdog is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Do {
+    Nothing,
+    /// Ask the manager to give way.
+    EndManager,
+    /// Ask the manager for a heartbeat.
+    Heartbeat,
+    /// Go on as the program that the watchdog's link leads to now.
+    Become,
+}
+
+/// A one-shot.
+#[derive(Debug)]
+enum Shot {
+    NotBegun,
+    Running { child: Child, until: Instant },
+    Done { success: bool, at: Instant },
+}
+
+impl Shot {
+    fn begin(command: &mut Command, limit: Duration) -> Shot {
+        command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        match command.spawn() {
+            Ok(child) => Shot::Running { child, until: Instant::now() + limit },
+            Err(error) => {
+                tracing::error!(error = %error, program = %command.get_program().display(), "a one-shot cannot be started");
+                Shot::Done { success: false, at: Instant::now() }
+            }
+        }
+    }
+
+    fn look(&mut self, now: Instant) {
+        let Shot::Running { child, until } = self else { return };
+        let success = match child.try_wait() {
+            Ok(Some(status)) => status.success(),
+            Ok(None) if now < *until => return,
+            _ => {
+                let _ = child.kill();
+                let _ = child.wait();
+                false
+            }
+        };
+        *self = Shot::Done { success, at: now };
+    }
+}
+
+impl Drop for Shot {
+    fn drop(&mut self) {
+        if let Shot::Running { child, .. } = self {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The manager that runs, as it was observed so far.
+#[derive(Debug)]
+struct Managed {
+    holder: Holder,
+    image: Which,
+    answered: Option<Instant>,
+    adopted: bool,
+    heartbeat: bool,
+    /// In a row, at which it used too much.
+    large: u32,
+    asked_to_end: Option<Instant>,
+}
+
+#[derive(Debug)]
+pub(super) struct Judge {
+    home: Home,
+    /// Nothing but this process would start the watchdog again.
+    alone: bool,
+    programs: Programs,
+    own: Option<Digest>,
+    was_started_from_backup: bool,
+    /// Another program was put in the place of a manager that failed, and nobody has asked yet.
+    has_restored: bool,
+    /// The record's file, as it was last read.
+    seen: Option<Stamp>,
+    is_judging: bool,
+    next_look: Instant,
+    /// This watchdog was started, not renewed, and has not looked yet.
+    is_new: bool,
+    /// The trial that what follows is about.
+    trial: Option<Trial>,
+    manager: Option<Managed>,
+    died: bool,
+    took_over: bool,
+    probe: Shot,
+    proof: Shot,
+    /// Waiting since, of which nothing is recorded yet.
+    waits: Option<Instant>,
+    limits: Limits,
+    most_memory: u64,
+    settings: Option<Instant>,
+    sentinel: Option<Sentinel>,
+}
+
+impl Judge {
+    /// `alone`: there is no service manager; `renewed`: it goes on for another program of the same watchdog.
+    pub(super) fn new(home: &Home, alone: bool, renewed: bool, now: Instant) -> Judge {
+        let backup = home.backup_executable();
+        let own = platform::own_executable();
+        Judge {
+            home: home.clone(),
+            alone,
+            programs: Programs::default(),
+            own: None,
+            was_started_from_backup: own.is_some_and(|own| own.file_name() == backup.file_name()),
+            has_restored: false,
+            seen: None,
+            is_judging: true,
+            next_look: now,
+            is_new: !renewed,
+            trial: None,
+            manager: None,
+            died: false,
+            took_over: false,
+            probe: Shot::NotBegun,
+            proof: Shot::NotBegun,
+            waits: None,
+            limits: Limits::default(),
+            most_memory: u64::MAX,
+            settings: None,
+            sentinel: None,
+        }
+    }
+
+    /// When to look next.
+    pub(super) fn due(&self) -> Instant {
+        self.next_look
+    }
+
+    /// An upgrade is under way: the manager is to be asked after its state.
+    pub(super) fn is_judging(&self) -> bool {
+        self.is_judging
+    }
+
+    /// Whether the release before was put back since this was last asked.
+    pub(super) fn has_restored(&mut self) -> bool {
+        std::mem::take(&mut self.has_restored)
+    }
+
+    /// The connection to the manager has ended. `died`: without a word, or because it hung.
+    pub(super) fn lost(&mut self, died: bool) {
+        self.next_look = Instant::now();
+        if let Some(manager) = &mut self.manager {
+            manager.answered = None;
+            self.died |= died && manager.image == Which::To && manager.asked_to_end.is_none();
+        }
+    }
+
+    /// A manager that this watchdog started has ended before anybody could connect to it.
+    pub(super) fn ended_unseen(&mut self) {
+        self.died |= self.trial.as_ref().is_some_and(|trial| trial.phase == Phase::Trial);
+        self.next_look = Instant::now();
+    }
+
+    /// What the manager says of itself.
+    pub(super) fn answered(&mut self, status: &Status, now: Instant) {
+        self.find_manager();
+        let (Some(trial), Some(manager)) = (&self.trial, &mut self.manager) else { return };
+        if status.spm.pid != Some(manager.holder.pid) {
+            return;
+        }
+        if trial.from.executable == trial.to.executable
+            && let Some(version) = &status.version
+        {
+            manager.image = if *version == trial.from.version { Which::From } else { Which::To };
+        }
+        // One that takes itself for another release than was signed would be upgraded for ever.
+        if manager.image == Which::To && status.version.as_ref() != Some(&trial.to.version) {
+            return tracing::warn!(version = ?status.version, "the new manager says that it is another version");
+        }
+        manager.answered.get_or_insert(now);
+        manager.heartbeat |= status.gateway.connected;
+        let in_charge = |record: &record::Record| {
+            status.agents.iter().any(|agent| agent.name == record.head.name && agent.pid == Some(record.pid))
+        };
+        if !manager.adopted {
+            manager.adopted = record::all(&self.home).iter().filter(|record| record.is_alive()).all(in_charge);
+        }
+    }
+
+    /// Looks, and takes the steps that are due.
+    pub(super) fn look(&mut self, now: Instant) -> Do {
+        if now < self.next_look {
+            return Do::Nothing;
+        }
+        self.next_look = now + if self.is_judging { LOOK } else { IDLE_LOOK };
+        if !self.is_judging && !self.is_record_changed() {
+            return Do::Nothing;
+        }
+        self.attempt(now).unwrap_or_else(|error| {
+            tracing::error!(error = format!("{error:#}"), "the manager's upgrade cannot go on; it is tried again");
+            Do::Nothing
+        })
+    }
+
+    /// This watchdog ends in order, or makes way for another program.
+    pub(super) fn relieve_sentinel(&mut self) {
+        if let Some(sentinel) = self.sentinel.take() {
+            sentinel.relieve();
+        }
+    }
+
+    fn is_record_changed(&self) -> bool {
+        let stamp = std::fs::File::open(self.home.upgrade_record()).and_then(|file| Stamp::of(&file)).ok();
+        stamp != self.seen
+    }
+
+    fn attempt(&mut self, now: Instant) -> Result<Do> {
+        let Some(mut session) = Session::open(&self.home, TURN)? else { return Ok(Do::Nothing) };
+        if !std::mem::replace(&mut self.is_judging, true) {
+            self.next_look = now + LOOK;
+        }
+        self.probe.look(now);
+        self.proof.look(now);
+        for _ in 0..MAX_STEPS {
+            self.consider(session.record(), now);
+            self.count_wait(&mut session, now)?;
+            let evidence = self.evidence(&session)?;
+            let step = next(session.record(), &evidence, &self.limits);
+            if !session.carry_out(step, None)? {
+                return Ok(self.decided(step, session.record(), now));
+            }
+            self.taken(step);
+        }
+        bail!("a step of the upgrade has no effect")
+    }
+
+    /// Looks at which trial it is, and at whom it is about.
+    fn consider(&mut self, record: &Record, now: Instant) {
+        let trial = record.trial().cloned();
+        let is = |one: &Trial, other: &Trial| one.to.is(&other.to) && one.began == other.began;
+        let is_same = matches!((&self.trial, &trial), (Some(one), Some(other)) if is(one, other));
+        self.trial = trial;
+        if !is_same {
+            (self.died, self.waits, self.manager) = (false, None, None);
+            (self.probe, self.proof) = (Shot::NotBegun, Shot::NotBegun);
+        }
+        self.find_manager();
+        let Some(trial) = &self.trial else {
+            self.relieve_sentinel();
+            return;
+        };
+        if std::mem::take(&mut self.is_new) {
+            let is_new = |manager: &Managed| manager.image == Which::To;
+            self.took_over = trial.phase == Phase::Trial && self.manager.as_ref().is_some_and(is_new);
+        }
+        if self.settings.is_none_or(|at| now.saturating_duration_since(at) >= SETTINGS)
+            && let Ok(loaded) = Config::load(&self.home)
+        {
+            self.settings = Some(now);
+            self.limits = Limits::of(loaded.config.upgrade_trial.0);
+            self.most_memory = loaded.config.spm_max_mem.0;
+        }
+        if self.alone && self.sentinel.is_none() {
+            self.sentinel = Sentinel::post(&self.home);
+        }
+    }
+
+    /// Who is the manager now; what was observed of another is forgotten.
+    fn find_manager(&mut self) {
+        let Some(trial) = &self.trial else { return self.manager = None };
+        let holder = role::who_has(&self.home, Role::Spm);
+        let is_it = |manager: &Managed| {
+            holder.as_ref().is_some_and(|holder| {
+                (holder.pid, holder.start_time) == (manager.holder.pid, manager.holder.start_time)
+            })
+        };
+        if self.manager.as_ref().is_some_and(is_it) {
+            return;
+        }
+        self.manager = holder.map(|holder| {
+            self.probe = Shot::NotBegun;
+            let program = self.programs.of_process(holder.pid);
+            let same = if trial.phase == Phase::RollingBack { Which::From } else { Which::To };
+            // A script, or what it starts, is the new release too: the old one is known by its bytes.
+            let image = match which(trial, program.as_ref(), same) {
+                Which::Other => Which::To,
+                image => image,
+            };
+            Managed { holder, image, answered: None, adopted: false, heartbeat: false, large: 0, asked_to_end: None }
+        });
+    }
+
+    fn evidence(&mut self, session: &Session) -> Result<Evidence> {
+        let placement = session.look(&mut self.programs)?;
+        let now = Instant::now();
+        if self.own.is_none() {
+            self.own = self.programs.of_process(std::process::id());
+        }
+        let watchdog = match &self.trial {
+            None => Which::Other,
+            Some(trial) => {
+                let ends = trial.phase == Phase::Committing && !self.was_started_from_backup;
+                let same = if ends { Which::To } else { Which::From };
+                match which(trial, self.own.as_ref(), same) {
+                    Which::To => Which::To,
+                    _ => Which::From,
+                }
+            }
+        };
+        let (most, home) = (self.most_memory, &self.home);
+        let manager = self.manager.as_mut().map(|manager| {
+            if manager.image == Which::To {
+                manager.large = if uses_too_much(home, &manager.holder, most) { manager.large + 1 } else { 0 };
+            }
+            Manager {
+                image: manager.image,
+                answered: manager.answered.map(|since| now.saturating_duration_since(since)),
+                adopted: manager.adopted,
+                heartbeat: manager.heartbeat,
+                over_memory: manager.large >= LARGE_IN_A_ROW,
+            }
+        });
+        Ok(Evidence {
+            asker: Asker::Watchdog,
+            recorded: session.is_recorded(),
+            executable: placement.executable,
+            backup_whole: placement.backup_whole,
+            links: placement.links,
+            installed: placement.installed,
+            staged: false,
+            manager,
+            watchdog: Some(watchdog),
+            died: self.died,
+            took_over: self.took_over,
+            probe: match &self.probe {
+                Shot::NotBegun => Probe::NotAsked,
+                Shot::Running { .. } => Probe::Running,
+                Shot::Done { success: true, at } => Probe::Works(now.saturating_duration_since(*at)),
+                Shot::Done { success: false, at } => Probe::Fails(now.saturating_duration_since(*at)),
+            },
+            proof: match &self.proof {
+                Shot::NotBegun => Proof::NotBegun,
+                Shot::Running { .. } => Proof::Running,
+                Shot::Done { success: true, .. } => Proof::Passed,
+                Shot::Done { success: false, .. } => Proof::Failed,
+            },
+            stopped: placement.stopped,
+        })
+    }
+
+    /// Records the time that was waited for the new manager to be in charge: in pieces, and only as long as this process was looking.
+    fn count_wait(&mut self, session: &mut Session, now: Instant) -> Result<()> {
+        let (Some(since), Some(trial)) = (self.waits, &self.trial) else { return Ok(()) };
+        let left = self.limits.first_answer.saturating_sub(Duration::from_secs(trial.spent_seconds));
+        let waited = now.saturating_duration_since(since).min(PIECE * 2);
+        if waited < PIECE.min(left) || waited < LOOK {
+            return Ok(());
+        }
+        self.waits = Some(now);
+        session.change(|record| record.spend(waited.as_secs())).map(drop)
+    }
+
+    /// A step of the disk was taken.
+    fn taken(&mut self, step: Step) {
+        match step {
+            Step::Restore => self.has_restored = true,
+            Step::Record(Change::LoseTry) => self.died = false,
+            Step::Record(Change::LoseWatchdog) => self.took_over = false,
+            Step::Record(Change::FailProof) => self.proof = Shot::NotBegun,
+            Step::Record(Change::BeginTrial) => {
+                (self.died, self.took_over) = (false, false);
+                (self.probe, self.proof) = (Shot::NotBegun, Shot::NotBegun);
+            }
+            _ => {}
+        }
+    }
+
+    fn decided(&mut self, step: Step, record: &Record, now: Instant) -> Do {
+        let counts = matches!(step, Step::Wait(wait) if wait.counts());
+        self.waits = counts.then(|| self.waits.unwrap_or(now));
+        match step {
+            Step::Nothing => {
+                self.is_judging = record.trial().is_some();
+                self.next_look = now + IDLE_LOOK;
+                self.seen = std::fs::File::open(self.home.upgrade_record()).and_then(|file| Stamp::of(&file)).ok();
+                Do::Nothing
+            }
+            Step::Wait(Wait::Heartbeat { .. }) => Do::Heartbeat,
+            Step::RestartManager => self.end_manager(now),
+            Step::KillManager => {
+                self.kill_manager();
+                Do::Nothing
+            }
+            Step::EndWatchdog => Do::Become,
+            Step::Probe => {
+                tracing::warn!("the new manager has sent no heartbeat; the old program tries to");
+                let mut command = Command::new(self.home.backup_executable());
+                self.probe = Shot::begin(command.args(["spa", "--home"]).arg(self.home.root()).arg("--probe"), PROBE);
+                Do::Nothing
+            }
+            Step::Prove => {
+                tracing::info!("the new watchdog is put to the proof");
+                let mut command = Command::new(self.home.executable());
+                self.proof = Shot::begin(command.args(["spa", "--home"]).arg(self.home.root()).arg("--prove"), PROOF);
+                Do::Nothing
+            }
+            _ => Do::Nothing,
+        }
+    }
+
+    /// Asks it to end, and kills it where it does not; what it started is ended with one that is given up.
+    fn end_manager(&mut self, now: Instant) -> Do {
+        let Some(manager) = &mut self.manager else { return Do::Nothing };
+        match manager.asked_to_end {
+            None => {
+                manager.asked_to_end = Some(now);
+                Do::EndManager
+            }
+            Some(since) if now.saturating_duration_since(since) >= ENDS => {
+                self.kill_manager();
+                Do::Nothing
+            }
+            Some(_) => Do::Nothing,
+        }
+    }
+
+    fn kill_manager(&mut self) {
+        let Some(manager) = &mut self.manager else { return };
+        manager.asked_to_end.get_or_insert(Instant::now());
+        tracing::warn!(pid = manager.holder.pid, "a manager that is to make way is killed");
+        if manager.image == Which::To {
+            kill_session(&self.home, &manager.holder);
+        }
+        if let Err(error) = manager.holder.kill() {
+            tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");
+        }
+    }
+}
+
+/// The processes of a manager's session, itself among them; a sub-agent has a session of its own.
+fn session_of(home: &Home, manager: &Holder) -> Vec<platform::Seen> {
+    let Some(own) = platform::seen(manager.pid, home.root()) else { return vec![] };
+    let ours = platform::seen(std::process::id(), home.root()).map(|seen| seen.session);
+    if ours == Some(own.session) {
+        return vec![own];
+    }
+    let is_its = |seen: &platform::Seen| seen.session == own.session && seen.mark.is_none();
+    platform::processes(home.root()).into_iter().filter(is_its).collect()
+}
+
+fn uses_too_much(home: &Home, manager: &Holder, most: u64) -> bool {
+    let processes = session_of(home, manager);
+    let bytes = processes.iter().filter_map(|seen| platform::memory_bytes(seen.pid)).fold(0_u64, u64::saturating_add);
+    processes.len() > MAX_PROCESSES || bytes > most
+}
+
+/// Kills all that a manager has started and that is no sub-agent, the manager itself last.
+fn kill_session(home: &Home, manager: &Holder) {
+    for _ in 0..ROUNDS {
+        let others: Vec<_> = session_of(home, manager).into_iter().filter(|seen| seen.pid != manager.pid).collect();
+        if others.is_empty() {
+            return;
+        }
+        for seen in others {
+            let _ = platform::signal(seen.pid, seen.start_time, crate::core::manifest::StopSignal::Kill);
+        }
+    }
+    tracing::error!(pid = manager.pid, "the manager starts processes faster than they can be killed");
+}

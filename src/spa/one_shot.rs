@@ -1,0 +1,77 @@
+//! What the judge of an upgrade has done by a process of its own: what needs the network, and what another program is to show.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::config::Config;
+use crate::core::desired::Desired;
+use crate::core::protocol::{AgentReport, AgentState, Heartbeat, ManagerReport};
+use crate::core::role::Role;
+use crate::core::watch::silence::PING;
+use crate::door::{Door, Request};
+use crate::home::Home;
+use crate::process::record;
+use crate::uplink::sender::{Outcome, Sender};
+use crate::{installation, platform, role, store};
+
+/// The manager answers pings for so long.
+const PROOF: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Sends one heartbeat, as the manager would; success: the gateway answers it. The answer is not acted on.
+pub(super) fn probe(home: &Home) -> Result<ExitCode> {
+    let config = Config::load(home)?.config;
+    let agent_id = installation::agent_id(home)?.context("the host has no agent id")?;
+    let manager = installation::Manager::load(home)?.context("no release of the manager is recorded")?;
+    let desired: Desired = store::load(&home.desired())?.unwrap_or_default();
+    let pid = role::living(home, Role::Spm).map_or(0, |holder| holder.pid);
+    let agents = record::all(home).into_iter().filter(record::Record::is_alive).map(|record| AgentReport {
+        name: record.head.name,
+        version: Some(record.head.version),
+        state: AgentState::Running,
+        pid: Some(record.pid),
+        restarts: record.head.restarts,
+        env_hash: Some(record.head.env_hash),
+        message: None,
+    });
+    let heartbeat = Heartbeat {
+        agent_id: agent_id.clone(),
+        instance_id: installation::instance_id(home),
+        hostname: gethostname::gethostname().to_string_lossy().into_owned(),
+        os: platform::OS,
+        arch: platform::ARCH,
+        manager: ManagerReport {
+            version: manager.version,
+            pid,
+            uptime_seconds: 0,
+            memory_bytes: platform::memory_bytes(pid).unwrap_or(0),
+        },
+        lineage: Some(desired.lineage).filter(|lineage| !lineage.is_empty()),
+        generation: desired.generation,
+        sequence: 0,
+        agents: agents.collect(),
+        events: Vec::new(),
+        clock_offset_seconds: None,
+    };
+    match Sender::new(home, &agent_id, Arc::new(config)).send(&heartbeat) {
+        Outcome::Answered { .. } => Ok(ExitCode::SUCCESS),
+        Outcome::Failed { why, .. } => bail!("cannot send a heartbeat: {why}"),
+    }
+}
+
+/// Shows that this program can be the watchdog: it reads the settings, connects to the manager and is answered for a while. It takes no
+/// lock and watches nothing.
+pub(super) fn prove(home: &Home) -> Result<ExitCode> {
+    role::demand_home(home)?;
+    Config::load(home)?;
+    let began = Instant::now();
+    let mut door = Door::open(home, PING)?.context("the manager does not listen")?;
+    while began.elapsed() < PROOF {
+        door.ask(&Request::Ping).context("the manager does not answer")?;
+        platform::pause(PAUSE);
+    }
+    Ok(ExitCode::SUCCESS)
+}

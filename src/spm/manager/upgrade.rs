@@ -1,0 +1,396 @@
+//! The manager's upgrade of itself, as the loop has it: what is ordered, when it is begun, and what is reported of its end.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::Manager;
+use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
+use crate::core::order::Package;
+use crate::core::schedule::Backoff;
+use crate::core::status::{Changed, UpgradeStatus};
+use crate::core::upgrade::{self, End, Ended, Evidence, Limits, Record, Step};
+use crate::door::{Farewell, Reply};
+use crate::spm::input::{NotSwitched, UpgradeSeen, Upgraded};
+use crate::spm::journal::About;
+use crate::spm::timestamp;
+use crate::spm::upgrade::{self as job, Job, Progress, Source};
+
+/// While an upgrade is under way its record is looked at so often.
+const LOOK: Duration = Duration::from_secs(1);
+/// Otherwise so often: an operator's word and the installer's may be in it.
+const IDLE_LOOK: Duration = Duration::from_secs(60);
+/// Between two tries to fetch a release.
+const RETRY: Backoff = Backoff { base: Duration::from_secs(15), cap: Duration::from_secs(600) };
+/// A release that is at fault, and that cannot be skipped by its digest because nobody named one, is tried again after so long.
+const AT_FAULT: Duration = Duration::from_secs(3600);
+
+/// The manager's upgrade of itself.
+#[derive(Debug, Default)]
+pub(super) struct Upgrading {
+    /// As it was last seen.
+    seen: Option<UpgradeSeen>,
+    is_looking: bool,
+    next_look: Option<Instant>,
+    /// What the gateway orders, and whether it wants it done.
+    ordered: Option<Package>,
+    wants_current: bool,
+    work: Option<Work>,
+    failures: u32,
+    not_before: Option<Instant>,
+    /// Why the last try failed.
+    last_error: Option<String>,
+    /// Ends that were reported, and are still in the record.
+    told: Vec<Ended>,
+}
+
+/// An upgrade before the switch.
+#[derive(Debug)]
+struct Work {
+    to: Option<Version>,
+    began: Instant,
+    progress: Arc<Progress>,
+}
+
+impl Upgrading {
+    fn record(&self) -> Option<&Record> {
+        self.seen.as_ref().map(|seen| &seen.record)
+    }
+
+    fn is_under_way(&self) -> bool {
+        self.work.is_some() || self.record().is_some_and(|record| record.trial().is_some())
+    }
+
+    /// When the record is to be looked at.
+    pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
+        let begins = self.not_before.filter(|_| self.work.is_none() && self.is_ordered()).filter(|at| *at > now);
+        let looks = (!self.is_looking).then(|| self.next_look.unwrap_or(now));
+        looks.into_iter().chain(begins).min()
+    }
+
+    fn is_ordered(&self) -> bool {
+        self.ordered.is_some() || self.wants_current
+    }
+
+    /// Why the order is not followed, where it is for good.
+    fn skipped(&self) -> Option<(&Version, &str)> {
+        let order = self.ordered.as_ref()?;
+        let skipped = self.record()?.skips(&order.version, order.sha256.as_ref())?;
+        Some((&skipped.version, &skipped.reason))
+    }
+}
+
+impl Manager {
+    /// What time asks for: a look at the record, or another try.
+    pub(super) fn tend_upgrade(&mut self, now: Instant) {
+        let upgrading = &mut self.upgrading;
+        if !upgrading.is_looking && upgrading.next_look.is_none_or(|at| at <= now) {
+            upgrading.is_looking = true;
+            job::look(&self.inputs, &self.home);
+        }
+        self.begin_ordered_upgrade(now);
+    }
+
+    /// Takes in what the gateway orders. `wants`: it says so now.
+    pub(super) fn upgrade_ordered(&mut self, order: Option<Package>, wants: bool, now: Instant) {
+        let is_other = |order: &Package| {
+            self.upgrading
+                .record()
+                .is_some_and(|record| record.is_held() && !record.overrules(&order.version, order.sha256.as_ref()))
+        };
+        if order.as_ref().is_some_and(is_other) {
+            tracing::info!("the gateway orders another release of the manager than the operator's change overruled");
+            job::change(&self.inputs, &self.home, |record| {
+                record.release_hold();
+            });
+        }
+        let upgrading = &mut self.upgrading;
+        let wanted = order.filter(|_| wants);
+        upgrading.wants_current = wants && wanted.is_none();
+        if upgrading.ordered != wanted {
+            (upgrading.ordered, upgrading.failures, upgrading.not_before) = (wanted, 0, None);
+            upgrading.last_error = None;
+        }
+        self.begin_ordered_upgrade(now);
+    }
+
+    fn begin_ordered_upgrade(&mut self, now: Instant) {
+        let upgrading = &self.upgrading;
+        // Nothing is begun before the record was seen.
+        let Some(record) = upgrading.record().filter(|_| !upgrading.is_under_way() && self.stop.is_none()) else {
+            return;
+        };
+        if !upgrading.is_ordered() || upgrading.not_before.is_some_and(|at| now < at) || self.ending.is_some() {
+            return;
+        }
+        let source = match &upgrading.ordered {
+            Some(order) if order.version == self.identity.version => return,
+            Some(order) if record.overrules(&order.version, order.sha256.as_ref()) => return,
+            Some(_) if upgrading.skipped().is_some() => return,
+            Some(order) => Source::Gateway(order.clone()),
+            None if record.is_held() => return,
+            None => Source::Current,
+        };
+        self.begin_upgrade(source, false, now);
+    }
+
+    fn begin_upgrade(&mut self, source: Source, by_operator: bool, now: Instant) {
+        let to = match &source {
+            Source::Gateway(order) => Some(order.version.clone()),
+            Source::Previous => self.upgrading.record().and_then(Record::previous).map(|image| image.version.clone()),
+            Source::Current | Source::File(_) => None,
+        };
+        tracing::info!(source = format!("{source:?}"), "an upgrade of the manager begins");
+        let job = Job {
+            home: self.home.clone(),
+            config: self.config.clone(),
+            agent_id: self.identity.agent_id.clone(),
+            source,
+            by_operator: by_operator.then(|| self.upgrading.ordered.clone()),
+        };
+        let progress = job::start(&self.inputs, job);
+        self.upgrading.work = Some(Work { to, began: now, progress });
+    }
+
+    /// The operator asks for it.
+    pub(super) fn upgrade_by_hand(&mut self, source: Source, now: Instant) -> Reply {
+        let what = "cannot change the manager's release";
+        if self.stop.is_some() {
+            return Reply::failed(format!("{what}: the home is being stopped"));
+        }
+        if self.upgrading.is_under_way() {
+            return Reply::failed(format!(
+                "{what}: another change is under way; see `status`, or end it with `control upgrade --abort`"
+            ));
+        }
+        if matches!(source, Source::Previous) && self.upgrading.record().and_then(Record::previous).is_none() {
+            return Reply::failed(format!("{what}: no release before the current one is on this host"));
+        }
+        self.begin_upgrade(source, true, now);
+        Reply::done()
+    }
+
+    /// Follows the gateway's orders now: whatever an operator's change held back, and whatever waits for its next try.
+    pub(super) fn follow_orders_now(&mut self, now: Instant) -> Reply {
+        job::change(&self.inputs, &self.home, |record| {
+            record.release_hold();
+        });
+        (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
+        let held = self.agents.values().filter(|agent| agent.state.ledger().is_held());
+        for name in held.map(|agent| agent.state.name().clone()).collect::<Vec<_>>() {
+            self.step(&name, crate::core::agent::Event::Retry, now);
+        }
+        self.replan = true;
+        self.heartbeat_now(now);
+        Reply::done()
+    }
+
+    /// Tries again what is skipped.
+    pub(super) fn retry_upgrade(&mut self, now: Instant) -> Reply {
+        job::change(&self.inputs, &self.home, |record| {
+            record.allow();
+            record.release_hold();
+        });
+        (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
+        self.heartbeat_now(now);
+        Reply::done()
+    }
+
+    /// An upgrade has come as far as this manager takes it.
+    pub(super) fn upgraded(&mut self, outcome: Upgraded, now: Instant) {
+        let work = self.upgrading.work.take();
+        self.upgrading.next_look = Some(now);
+        match outcome {
+            Upgraded::Switched => {
+                tracing::info!("the new release is in place; this manager gives way, and the sub-agents stay");
+                self.ending = Some(Farewell::Yield);
+            }
+            Upgraded::Nothing => {
+                (self.upgrading.failures, self.upgrading.last_error) = (0, None);
+            }
+            Upgraded::NotSwitched(failure) => self.not_switched(failure, work, now),
+        }
+    }
+
+    fn not_switched(&mut self, failure: NotSwitched, work: Option<Work>, now: Instant) {
+        let NotSwitched { version, why, is_final, is_skipped, retry_after } = failure;
+        let upgrading = &mut self.upgrading;
+        upgrading.failures = upgrading.failures.saturating_add(1);
+        let pause = match is_final {
+            true => AT_FAULT,
+            false => RETRY.delay(upgrading.failures, fastrand::f64()).max(retry_after.unwrap_or_default()),
+        };
+        upgrading.not_before = Some(now + pause);
+        let is_news = upgrading.last_error.as_ref() != Some(&why);
+        upgrading.last_error = Some(why.clone());
+        if !is_news {
+            return;
+        }
+        let from = self.identity.version.clone();
+        let seconds = work.map_or(0, |work| now.saturating_duration_since(work.began).as_secs());
+        let kind = if is_skipped { "skip" } else { "upgrade" };
+        self.report(kind, if is_skipped { "ok" } else { "failed" }, &from, version, seconds, why);
+    }
+
+    /// The record was looked at.
+    pub(super) fn upgrade_seen(&mut self, seen: Result<Box<(Step, UpgradeSeen)>, String>, now: Instant) {
+        self.upgrading.is_looking = false;
+        match seen {
+            Ok(seen) => {
+                let (step, seen) = *seen;
+                if step == Step::RestartManager && self.stop.is_none() {
+                    tracing::info!("another release is in place; this manager gives way, and the sub-agents stay");
+                    self.ending = Some(Farewell::Yield);
+                }
+                self.problems.remove("upgrade");
+                self.report_ends(seen.record.ended());
+                self.upgrading.seen = Some(seen);
+            }
+            Err(error) => {
+                let text = format!("the record of the manager's upgrades cannot be used: {error}");
+                if self.problems.get("upgrade") != Some(&text) {
+                    tracing::error!(error = text, "no upgrade of the manager is begun meanwhile");
+                }
+                self.problems.insert("upgrade", text);
+            }
+        }
+        let pause = if self.upgrading.is_under_way() || !self.upgrading.told.is_empty() { LOOK } else { IDLE_LOOK };
+        self.upgrading.next_look = Some(now + pause);
+        self.begin_ordered_upgrade(now);
+    }
+
+    /// Reports how upgrades ended; when the events are on their way to the disk, the record forgets them.
+    fn report_ends(&mut self, ended: &[Ended]) {
+        if ended.is_empty() {
+            self.upgrading.told.clear();
+            return;
+        }
+        let news: Vec<Ended> = ended.iter().filter(|ended| !self.upgrading.told.contains(ended)).cloned().collect();
+        if news.is_empty() {
+            job::change(&self.inputs, &self.home, Record::reported);
+            return;
+        }
+        for ended in &news {
+            self.report_end(ended);
+        }
+        self.upgrading.told = ended.to_vec();
+        self.journal.flush(&self.inputs);
+    }
+
+    fn report_end(&mut self, ended: &Ended) {
+        let Ended { from, to, began, end, reason, skipped, .. } = ended;
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let seconds = unix.saturating_sub(*began);
+        let why = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        match end {
+            End::Committed => {
+                let text = format!("the manager runs {to}, which took the place of {from}{why}");
+                self.report("upgrade", "ok", from, Some(to.clone()), seconds, text);
+            }
+            End::RolledBack => {
+                let text = format!("the manager runs {from} again, and {to} was rolled back{why}");
+                self.report("rollback", "ok", to, Some(from.clone()), seconds, text);
+            }
+            End::GivenUp => {
+                let text = format!("the upgrade of the manager from {from} to {to} was given up{why}");
+                self.report("upgrade", "failed", from, Some(to.clone()), seconds, text);
+            }
+        }
+        if *skipped {
+            let text =
+                format!("{to} is not tried again{why}; order another release, or `control retry {MANAGER_PACKAGE}`");
+            self.report("skip", "ok", from, Some(to.clone()), seconds, text);
+        }
+    }
+
+    /// An event for the gateway, and a line of the history.
+    fn report(
+        &mut self,
+        kind: &str,
+        outcome: &str,
+        from: &Version,
+        to: Option<Version>,
+        seconds: u64,
+        message: String,
+    ) {
+        let Ok(agent) = MANAGER_PACKAGE.parse::<AgentName>() else { return };
+        let about = About { agent: Some(&agent), version: to.as_ref() };
+        self.journal.note(kind, outcome, about, message.as_str());
+        let Some(to) = to else { return };
+        let changed = Changed {
+            time: timestamp(),
+            kind: kind.to_owned(),
+            agent: agent.clone(),
+            from: Some(from.clone()),
+            to,
+            outcome: outcome.to_owned(),
+            seconds,
+            message,
+            unknown: Default::default(),
+        };
+        self.history.add(changed, &self.inputs);
+    }
+
+    /// What `status` shows of a change of the manager's release.
+    pub(super) fn upgrade_status(&self) -> Option<UpgradeStatus> {
+        if let Some(work) = &self.upgrading.work {
+            let to = work.to.clone()?;
+            return Some(UpgradeStatus {
+                from: Some(self.identity.version.clone()),
+                download: work.progress.download(&to),
+                to,
+                phase: "staging".to_owned(),
+                deadline: None,
+                tries_left: None,
+                reason: self.upgrading.last_error.clone(),
+            });
+        }
+        let UpgradeSeen { record, evidence } = self.upgrading.seen.as_ref()?;
+        let lived = self.identity.started.elapsed();
+        let own = evidence.manager.map(|manager| upgrade::Manager {
+            answered: Some(lived),
+            adopted: true,
+            heartbeat: self.line.gateway.connected,
+            ..manager
+        });
+        let limits = Limits::of(self.config.upgrade_trial.0);
+        let view = upgrade::status(record, &Evidence { manager: own, ..*evidence }, &limits)?;
+        let left = view.seconds_left.map(Duration::from_secs);
+        let deadline = left.and_then(|left| jiff::Timestamp::now().checked_add(left).ok());
+        let deadline = deadline.map(|at| at.round(jiff::Unit::Second).unwrap_or(at).to_string());
+        Some(UpgradeStatus {
+            from: Some(view.from),
+            to: view.to,
+            phase: view.phase.as_str().to_owned(),
+            deadline,
+            tries_left: Some(view.tries_left.into()),
+            reason: view.reason,
+            download: None,
+        })
+    }
+
+    /// That a release of the manager is not what is ordered, and why.
+    pub(super) fn upgrade_problem(&self) -> Option<String> {
+        let ordered = self.upgrading.ordered.as_ref()?;
+        if ordered.version == self.identity.version || self.is_manager_held() {
+            return None;
+        }
+        if let Some((version, reason)) = self.upgrading.skipped() {
+            return Some(format!(
+                "{MANAGER_PACKAGE} {version} failed and is skipped ({reason}); order another release, or `control retry {MANAGER_PACKAGE}`"
+            ));
+        }
+        let why = self.upgrading.last_error.as_ref()?;
+        Some(format!("the manager cannot be upgraded to {}: {why}; it is tried again", ordered.version))
+    }
+
+    pub(super) fn is_manager_held(&self) -> bool {
+        self.upgrading.record().is_some_and(Record::is_held)
+    }
+
+    /// What is being fetched for an upgrade is not wanted any more, when the home stops.
+    pub(super) fn give_up_upgrade(&self) {
+        if let Some(work) = &self.upgrading.work {
+            work.progress.give_up();
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! The manager's upgrade of itself, up to the switch, beside the loop: the release is fetched, verified, seen to run on this home, and put in
+//! the place of the one that runs. From then on the watchdog judges it.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::disk;
+use super::input::{Input, Inputs, NotSwitched, UpgradeSeen, Upgraded};
+use super::stage;
+use crate::config::Config;
+use crate::core::model::{AgentId, AgentName, MANAGER_PACKAGE, Packing, Release, Version};
+use crate::core::order::Package;
+use crate::core::role::Role;
+use crate::core::status::DownloadStatus;
+use crate::core::text::{MAX_MESSAGE_BYTES, cut};
+use crate::core::upgrade::{self, Asker, Evidence, Image, Limits, Manager, Probe, Proof, Record, Refusal, Step, Which};
+use crate::endpoint::Timeouts;
+use crate::fetching::Fetching;
+use crate::home::Home;
+use crate::installation::keyring::{self, Keyring};
+use crate::installation::release::{self, CheckedRelease};
+use crate::installation::upgrade::{self as on_disk, Programs, Session, on_trial, which};
+use crate::installation::{Epochs, guard};
+use crate::package::{self, Commons, Keys, Unavailable, VerifiedTree, Wanted};
+use crate::{platform, role, store, uplink};
+
+/// The other role holds the record for one step, which may wait for a disk.
+const TURN: Duration = Duration::from_secs(30);
+/// More steps than a switch has are a mistake.
+const MAX_STEPS: usize = 32;
+
+/// Where the new release comes from.
+#[derive(Debug, Clone)]
+pub(super) enum Source {
+    Gateway(Package),
+    /// The one that the gateway offers now.
+    Current,
+    /// A package on this host, with its signature beside it.
+    File(PathBuf),
+    /// The release before the current one.
+    Previous,
+}
+
+/// All that an upgrade needs to know.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) home: Home,
+    pub(super) config: Config,
+    pub(super) agent_id: AgentId,
+    pub(super) source: Source,
+    /// An operator at the host asked for it, against this order.
+    pub(super) by_operator: Option<Option<Package>>,
+}
+
+/// How far an upgrade is, as the loop sees it.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    bytes: AtomicU64,
+    /// Zero: not known yet.
+    total: AtomicU64,
+    unwanted: AtomicBool,
+}
+
+impl Progress {
+    pub(super) fn download(&self, version: &Version) -> Option<DownloadStatus> {
+        let (bytes, total) = (self.bytes.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed));
+        let total = Some(total).filter(|total| *total > 0);
+        (bytes > 0 || total.is_some()).then(|| DownloadStatus { version: version.clone(), bytes, total_bytes: total })
+    }
+
+    /// The release is not wanted any more: its download ends.
+    pub(super) fn give_up(&self) {
+        self.unwanted.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Begins an upgrade; [`Input::Upgraded`] tells what came of it.
+pub(super) fn start(inputs: &Inputs, job: Job) -> Arc<Progress> {
+    let progress = Arc::new(Progress::default());
+    let seen = Arc::clone(&progress);
+    disk::run(inputs, move || {
+        let mut release = None;
+        let outcome = match attempt(&job, &seen, &mut release) {
+            Ok(outcome) => outcome,
+            Err(error) => Upgraded::NotSwitched(not_switched(&job, release, &error)),
+        };
+        Input::Upgraded(outcome)
+    });
+    progress
+}
+
+/// The release is at fault.
+#[derive(Debug)]
+struct Unfit;
+
+impl std::fmt::Display for Unfit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the release cannot be put in place")
+    }
+}
+
+/// Says that the release is at fault, unless it is the host: that has no room, or no more of what a process needs.
+fn unfit(error: anyhow::Error) -> anyhow::Error {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    let is_hosts = causes.any(|cause| {
+        let kinds = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::ReadOnlyFilesystem];
+        kinds.contains(&cause.kind()) || platform::is_shortage(cause)
+    });
+    if is_hosts { error } else { error.context(Unfit) }
+}
+
+/// `found`: set to the release as soon as that is known.
+fn attempt(job: &Job, progress: &Progress, found: &mut Option<Image>) -> Result<Upgraded> {
+    let home = &job.home;
+    guard::home(home)?;
+    ensure!(!home.stop_intent().exists(), "the home is stopped");
+    let from = release::in_place(home)?;
+    if let Source::Previous = job.source {
+        let (to, staged) = previous(home)?;
+        return switch(job, from, found.insert(to).clone(), &staged);
+    }
+    let (tree, file) = match &job.source {
+        Source::File(path) => local(home, path)?,
+        Source::Gateway(package) => fetch(job, wanted(package)?, progress)?,
+        _ => match current(job)? {
+            None => bail!("no endpoint has a release of {MANAGER_PACKAGE} for this host"),
+            Some(package) if package.version == from.version => return Ok(Upgraded::Nothing),
+            Some(package) => fetch(job, wanted(&package)?, progress)?,
+        },
+    };
+    let signed = (tree.binding().release.version.clone(), tree.sha256().clone());
+    if signed == (from.version.clone(), from.sha256.clone()) {
+        return Ok(Upgraded::Nothing);
+    }
+    *found = Some(Image { version: signed.0, sha256: signed.1, ..from.clone() });
+    let (checked, to) = check(home, tree, file).map_err(unfit)?;
+    *found = Some(to.clone());
+    switch(job, from, to, &checked.executable())
+}
+
+/// Whether the release runs on this host, on this home, and is trusted to say what it says about keys.
+fn check(home: &Home, tree: VerifiedTree, file: String) -> Result<(CheckedRelease, Image)> {
+    let checked = release::check(tree, file)?;
+    Keyring::load(home)?.examine(&checked.offer, &Keys::load(&home.keys())?)?;
+    release::preflight(home, &checked.executable())?;
+    let image = checked.image()?;
+    Ok((checked, image))
+}
+
+fn manager_package() -> Result<AgentName> {
+    Ok(MANAGER_PACKAGE.parse()?)
+}
+
+fn wanted(package: &Package) -> Result<Wanted> {
+    Ok(stage::wanted(&manager_package()?, package))
+}
+
+fn fetch(job: &Job, wanted: Wanted, progress: &Progress) -> Result<(VerifiedTree, String)> {
+    let fetching = Fetching::of(&job.home, &job.config, &job.agent_id)?;
+    let file = wanted.file_name().unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
+    let tree = fetching.fetch(wanted, &Commons::default(), drop, &mut |bytes, total| {
+        progress.bytes.store(bytes, Ordering::Relaxed);
+        progress.total.store(total.unwrap_or(0), Ordering::Relaxed);
+        !progress.unwanted.load(Ordering::Relaxed)
+    })?;
+    Ok((tree, file))
+}
+
+/// The release that the first endpoint with an answer offers.
+fn current(job: &Job) -> Result<Option<Package>> {
+    let config = &job.config;
+    let client = config.client(&config.trust(&job.home), &job.agent_id, Timeouts::exchange())?;
+    let name = manager_package()?;
+    let mut failure = None;
+    for endpoint in &config.heartbeat_srv {
+        match uplink::current_release(&client, endpoint, &name, platform::OS, platform::ARCH) {
+            Ok(Some(offer)) => return Ok(Some(offer.into())),
+            Ok(None) => {}
+            Err(error) => failure = Some(error),
+        }
+    }
+    failure.map_or(Ok(None), Err)
+}
+
+fn local(home: &Home, path: &Path) -> Result<(VerifiedTree, String)> {
+    let claimed: Release = package::claimed(path)?.release;
+    ensure!(
+        claimed.name.as_str() == MANAGER_PACKAGE && claimed.os == platform::OS && claimed.arch == platform::ARCH,
+        "cannot use the package {}: it is {claimed}, and {MANAGER_PACKAGE} for {}/{} is wanted",
+        path.display(),
+        platform::OS,
+        platform::ARCH
+    );
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
+    let file = claimed.file_name(packing.copied().unwrap_or(Packing::TarZst));
+    let wanted = Wanted { least_epoch: Epochs::load(home)?.least(MANAGER_PACKAGE), ..Wanted::new(claimed) };
+    Ok((package::open_local(path, &wanted, &keyring::trusted(home)?, &home.staging())?, file))
+}
+
+/// The release before the current one, and a copy of its executable that can be put in place.
+fn previous(home: &Home) -> Result<(Image, PathBuf)> {
+    let record = on_disk::load(home)?;
+    let to = record.previous().context("no release before the current one is on this host")?.clone();
+    let least = Epochs::load(home)?.least(MANAGER_PACKAGE);
+    ensure!(
+        to.epoch >= least,
+        "the release before, {}, was withdrawn: its epoch {} is below {least}",
+        to.version,
+        to.epoch
+    );
+    let backup = home.backup_executable();
+    let is_it = Programs::default().at(&backup)?.is_some_and(|digest| digest == to.executable);
+    ensure!(is_it, "{} is not the executable of the release before, {}", backup.display(), to.version);
+    let staged = home.staging().join(format!("{MANAGER_PACKAGE}-{}", to.version));
+    store::remove(&staged)?;
+    let copy = || -> std::io::Result<()> {
+        std::fs::copy(&backup, &staged)?;
+        platform::set_mode(&staged, 0o755)
+    };
+    copy().with_context(|| format!("cannot copy {} to {}", backup.display(), staged.display()))?;
+    release::preflight(home, &staged).map_err(unfit)?;
+    Ok((to, staged))
+}
+
+/// Begins the upgrade in the record, and takes the steps up to the switch.
+fn switch(job: &Job, from: Image, to: Image, staged: &Path) -> Result<Upgraded> {
+    let mut session = session(&job.home)?;
+    if let Some(order) = &job.by_operator {
+        session.change(|record| {
+            record.overrule(order.as_ref().map(|order| (&order.version, order.sha256.as_ref())));
+            // Who asks for it by hand wants it tried.
+            record.allow();
+        })?;
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    match session.begin(from, to, now) {
+        Ok(()) => {}
+        Err(Refusal::Running) => return Ok(Upgraded::Nothing),
+        Err(Refusal::UnderWay) => bail!("another upgrade of the manager is under way"),
+        Err(Refusal::Skipped(why)) => bail!("it failed here before and is skipped ({why})"),
+    }
+    let (last, _) = take_steps(&job.home, &mut session, Some(staged))?;
+    ensure!(last == Step::RestartManager, "the switch was given up ({last:?})");
+    Ok(Upgraded::Switched)
+}
+
+fn session(home: &Home) -> Result<Session> {
+    Session::open(home, TURN)?.context("the record of upgrades is in use by another process; try again")
+}
+
+/// Takes every step that is the manager's; answers the first that is not one of the disk.
+fn take_steps(home: &Home, session: &mut Session, staged: Option<&Path>) -> Result<(Step, UpgradeSeen)> {
+    let mut programs = Programs::default();
+    for _ in 0..MAX_STEPS {
+        let evidence = evidence(home, session, &mut programs, staged.is_some())?;
+        let step = upgrade::next(session.record(), &evidence, &Limits::default());
+        if !session.carry_out(step, staged)? {
+            return Ok((step, UpgradeSeen { record: session.record().clone(), evidence }));
+        }
+    }
+    bail!("a step of the upgrade has no effect")
+}
+
+/// What a manager that asks knows.
+fn evidence(home: &Home, session: &Session, programs: &mut Programs, staged: bool) -> Result<Evidence> {
+    let placement = session.look(programs)?;
+    let watchdog = role::who_has(home, Role::Spa).map(|holder| match session.record().trial() {
+        Some(trial) => which(trial, programs.of_process(holder.pid).as_ref(), Which::From),
+        None => Which::Other,
+    });
+    let image = match on_trial(session.record(), programs) {
+        Some(_) => Which::To,
+        None => Which::From,
+    };
+    Ok(Evidence {
+        asker: Asker::Manager,
+        recorded: session.is_recorded(),
+        executable: placement.executable,
+        backup_whole: placement.backup_whole,
+        links: placement.links,
+        installed: placement.installed,
+        stopped: placement.stopped,
+        staged,
+        manager: Some(Manager {
+            image,
+            answered: Some(Duration::ZERO),
+            adopted: true,
+            heartbeat: false,
+            over_memory: false,
+        }),
+        watchdog,
+        died: false,
+        took_over: false,
+        probe: Probe::NotAsked,
+        proof: Proof::NotBegun,
+    })
+}
+
+/// Does what is left to the manager of an upgrade that somebody else began, and reads the record; [`Input::UpgradeSeen`] tells.
+pub(super) fn look(inputs: &Inputs, home: &Home) {
+    let home = home.clone();
+    disk::run(inputs, move || {
+        let seen = session(&home).and_then(|mut session| take_steps(&home, &mut session, None));
+        Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
+    });
+}
+
+/// Changes the record beside the loop; [`Input::UpgradeSeen`] tells how it is then.
+pub(super) fn change(inputs: &Inputs, home: &Home, change: impl FnOnce(&mut Record) + Send + 'static) {
+    let home = home.clone();
+    disk::run(inputs, move || {
+        let seen = session(&home).and_then(|mut session| {
+            session.change(change)?;
+            take_steps(&home, &mut session, None)
+        });
+        Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
+    });
+}
+
+/// Why there was no switch. A release that is at fault is skipped from now on.
+fn not_switched(job: &Job, release: Option<Image>, error: &anyhow::Error) -> NotSwitched {
+    let why = cut(&format!("{error:#}"), MAX_MESSAGE_BYTES);
+    let version = match (&release, &job.source) {
+        (Some(release), _) => Some(release.version.clone()),
+        (None, Source::Gateway(package)) => Some(package.version.clone()),
+        _ => None,
+    };
+    let mut is_skipped = false;
+    if let (true, Some(release)) = (error.is::<Unfit>(), &release) {
+        let skip = || -> Result<()> {
+            let running = release::in_place(&job.home)?;
+            session(&job.home)?.change(|record| record.skip(release, why.clone(), &running))
+        };
+        match skip() {
+            Ok(()) => is_skipped = true,
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "that a release is skipped cannot be recorded"),
+        }
+    }
+    NotSwitched {
+        version,
+        why,
+        is_final: package::is_refusal(error) || error.is::<Unfit>(),
+        is_skipped,
+        retry_after: error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after),
+    }
+}
