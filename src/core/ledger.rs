@@ -193,8 +193,11 @@ impl Entry {
     /// The release on probation is given up for the active one; where that is lost, for the backup. Whether there was one.
     pub fn roll_back(&mut self) -> bool {
         self.probation_failures = 0;
-        if self.active.is_none() {
-            self.active = self.backup.take();
+        if self.active.is_none()
+            && let Some(backup) = self.backup.take()
+        {
+            self.put_into_use(&backup);
+            self.active = Some(backup);
         }
         self.probation.take().is_some()
     }
@@ -483,6 +486,19 @@ mod tests {
             version.prop_map(Verb::Lose),
             Just(Verb::Return),
         ]
+    }
+
+    #[test]
+    fn a_backup_that_takes_the_place_of_a_lost_release_is_not_skipped() {
+        let mut entry = Entry::default();
+        entry.activate(release("2"));
+        entry.activate(release("3"));
+        entry.begin_probation(release("1"));
+        entry.keep_whole(|version| version.as_str() != "3");
+        entry.skip(skipped("2"));
+        entry.roll_back();
+        assert_eq!(entry.active().map(|active| active.version.as_str()), Some("2"));
+        assert_eq!(entry.skipped(&"2".parse().unwrap(), None), None);
     }
 
     proptest! {

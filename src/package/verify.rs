@@ -4,7 +4,6 @@
 //! it afterwards must read the same bytes: from a file that is open since, and that nobody else can write.
 
 use std::fs::File;
-#[cfg(feature = "gateway")]
 use std::io::Seek as _;
 use std::io::{ErrorKind, Read, Write};
 
