@@ -188,7 +188,8 @@ struct Watchdog<'a> {
     /// Counts connections, so that word of an earlier one is not taken for this one's.
     serial: u64,
     reviver: Reviver,
-    children: Vec<Child>,
+    /// Managers that it started, and whether somebody has connected to one since.
+    children: Vec<(Child, bool)>,
     memory: Memory,
     /// When the home and the memory of both roles are looked at next.
     looks_around: Instant,
@@ -241,9 +242,13 @@ impl Watchdog<'_> {
             if let Some(found) = self.carry_out(action) {
                 return Ok(found);
             }
-            let had = self.children.len();
-            self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-            if self.children.len() < had && !role::is_taken(self.home, Role::Spm) {
+            let mut ended_unseen = false;
+            self.children.retain_mut(|(child, seen)| {
+                let lives = matches!(child.try_wait(), Ok(None));
+                ended_unseen |= !lives && !*seen;
+                lives
+            });
+            if ended_unseen && !role::is_taken(self.home, Role::Spm) {
                 self.judge.ended_unseen();
             }
             platform::notify(Notice::Alive);
@@ -274,7 +279,7 @@ impl Watchdog<'_> {
             Action::Start { failures } => {
                 tracing::warn!(failures, "the manager is dead and is started");
                 match role::spawn(self.home, Role::Spm) {
-                    Ok(child) => self.children.push(child),
+                    Ok(child) => self.children.push((child, false)),
                     Err(error) => {
                         tracing::error!(
                             error = format!("{error:#}"),
@@ -340,6 +345,7 @@ impl Watchdog<'_> {
                         if let Some(status) = &reply.status {
                             self.judge.answered(status, Instant::now());
                         }
+                        self.children.iter_mut().for_each(|(_, seen)| *seen = true);
                         if self.reviver.heard(Instant::now()) {
                             tracing::info!("the manager is watched");
                         }

@@ -1,5 +1,7 @@
 //! No service manager: the manager is started in a session of its own, starts the watchdog, and the two start each other from then on.
 //!
+//! While a release of the manager is on trial, the watchdog is started with it: a bad manager may not come to start one.
+//!
 //! Nothing is registered, so nothing starts the home at boot. A stop is the recorded one, which both roles honour by themselves.
 
 use std::process::Child;
@@ -11,6 +13,7 @@ use crate::core::role::Role;
 use crate::core::service_manager::UnitStanding;
 use crate::door::{self, Request};
 use crate::home::Home;
+use crate::installation::upgrade;
 use crate::role;
 
 /// For the manager to give way.
@@ -42,7 +45,23 @@ pub fn is_known(_home: &Home) -> bool {
 
 /// Starts the manager, which starts the watchdog.
 pub fn start(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
-    if role::is_taken(home, Role::Spm) { Ok(None) } else { role::spawn(home, Role::Spm).map(Some) }
+    if role::is_taken(home, Role::Spm) { start_judge(home).map(|()| None) } else { spawn(home) }
+}
+
+fn spawn(home: &Home) -> Result<Option<Child>> {
+    let manager = role::spawn(home, Role::Spm)?;
+    start_judge(home)?;
+    Ok(Some(manager))
+}
+
+/// Starts the watchdog where an upgrade of the manager is under way and nobody judges it.
+fn start_judge(home: &Home) -> Result<()> {
+    // Where the record cannot be read, a watchdog more does no harm: it gives up for want of the role.
+    let is_under_way = upgrade::load(home).map_or(true, |record| record.trial().is_some());
+    if is_under_way && !role::is_taken(home, Role::Spa) {
+        role::spawn(home, Role::Spa)?;
+    }
+    Ok(())
 }
 
 pub fn stop(_home: &Home, _roles: &[Role]) -> Result<()> {
@@ -51,7 +70,7 @@ pub fn stop(_home: &Home, _roles: &[Role]) -> Result<()> {
 
 pub fn restart(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
     end_roles(home)?;
-    role::spawn(home, Role::Spm).map(Some)
+    spawn(home)
 }
 
 pub fn standing(_home: &Home, _role: Role) -> Result<UnitStanding> {

@@ -76,11 +76,14 @@ pub fn load(home: &Home) -> Result<Record> {
 pub fn on_trial(record: &Record, programs: &mut Programs) -> Option<Image> {
     let trial = record.trial()?;
     let own = programs.of_process(std::process::id());
-    let same = match trial.phase {
-        Phase::Trial | Phase::Committing => Which::To,
-        Phase::Switching | Phase::RollingBack => Which::From,
+    let is_accepted = matches!(trial.phase, Phase::Trial | Phase::Committing);
+    let is_it = match which(trial, own.as_ref(), if is_accepted { Which::To } else { Which::From }) {
+        Which::To => true,
+        Which::From => false,
+        // A script in its place runs something else; the release before is known by its bytes.
+        Which::Other => is_accepted,
     };
-    (which(trial, own.as_ref(), same) == Which::To).then(|| trial.to.clone())
+    is_it.then(|| trial.to.clone())
 }
 
 impl Session {

@@ -74,18 +74,20 @@ pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     }
 }
 
-/// Who holds the lock on a file, where the system says it.
+/// Who holds the lock on a file, by its absolute path without links: a process with that file open and locked. One that has inherited it
+/// counts too: it holds it as well.
 pub fn lock_holder(path: &Path) -> Option<u32> {
-    let metadata = fs::metadata(path).ok()?;
-    let device = metadata.dev();
-    let wanted = format!("{:02x}:{:02x}:{}", rustix::fs::major(device), rustix::fs::minor(device), metadata.ino());
-    // 1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF; who waits has "->" before the kind.
-    let locks = fs::read_to_string("/proc/locks").ok()?;
-    locks.lines().find_map(|line| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [_, "FLOCK", _, _, pid, file, ..] = words.as_slice() else { return None };
-        (*file == wanted).then(|| pid.parse().ok())?
-    })
+    let holds = |pid: u32| -> bool {
+        let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+        descriptors.flatten().any(|descriptor| {
+            let is_it = fs::read_link(descriptor.path()).is_ok_and(|named| named == path);
+            let number = descriptor.file_name();
+            let info = || fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy()));
+            is_it && info().is_ok_and(|info| info.contains("lock:"))
+        })
+    };
+    let pids = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.into_iter().filter(|pid| *pid != std::process::id()).find(|pid| holds(*pid))
 }
 
 /// Makes `link` name `target` (a relative or absolute path as it is to stand in the link), replacing what was there in one step.

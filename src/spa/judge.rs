@@ -136,13 +136,20 @@ pub(super) struct Judge {
     next_look: Instant,
     /// This watchdog was started, not renewed, and has not looked yet.
     is_new: bool,
+    /// It went on for another program, in this phase of the trial.
+    renewed_in: Option<Phase>,
+    is_first_look: bool,
     /// The trial that what follows is about.
     trial: Option<Trial>,
     manager: Option<Managed>,
     died: bool,
     took_over: bool,
+    /// A manager of the release before has ended since the trial began: whoever comes then was started as the new one.
+    is_old_gone: bool,
     probe: Shot,
     proof: Shot,
+    /// The managers of the new release that were seen: what they started is ended with them.
+    new_managers: Vec<Holder>,
     /// Waiting since, of which nothing is recorded yet.
     waits: Option<Instant>,
     limits: Limits,
@@ -167,12 +174,16 @@ impl Judge {
             is_judging: true,
             next_look: now,
             is_new: !renewed,
+            renewed_in: None,
+            is_first_look: true,
             trial: None,
             manager: None,
             died: false,
             took_over: false,
+            is_old_gone: false,
             probe: Shot::NotBegun,
             proof: Shot::NotBegun,
+            new_managers: vec![],
             waits: None,
             limits: Limits::default(),
             most_memory: u64::MAX,
@@ -201,6 +212,9 @@ impl Judge {
         self.next_look = Instant::now();
         if let Some(manager) = &mut self.manager {
             manager.answered = None;
+            if !died {
+                manager.asked_to_end.get_or_insert(Instant::now());
+            }
             self.died |= died && manager.image == Which::To && manager.asked_to_end.is_none();
         }
     }
@@ -292,6 +306,8 @@ impl Judge {
         self.trial = trial;
         if !is_same {
             (self.died, self.waits, self.manager) = (false, None, None);
+            self.is_old_gone = false;
+            self.new_managers.clear();
             (self.probe, self.proof) = (Shot::NotBegun, Shot::NotBegun);
         }
         self.find_manager();
@@ -299,6 +315,10 @@ impl Judge {
             self.relieve_sentinel();
             return;
         };
+        if self.is_first_look && !self.is_new {
+            self.renewed_in = Some(trial.phase);
+        }
+        self.is_first_look = false;
         if std::mem::take(&mut self.is_new) {
             let is_new = |manager: &Managed| manager.image == Which::To;
             self.took_over = trial.phase == Phase::Trial && self.manager.as_ref().is_some_and(is_new);
@@ -327,6 +347,9 @@ impl Judge {
         if self.manager.as_ref().is_some_and(is_it) {
             return;
         }
+        let in_trial = trial.phase == Phase::Trial;
+        self.is_old_gone |= in_trial && self.manager.as_ref().is_some_and(|manager| manager.image == Which::From);
+        let is_old_gone = self.is_old_gone && in_trial;
         self.manager = holder.map(|holder| {
             self.probe = Shot::NotBegun;
             let program = self.programs.of_process(holder.pid);
@@ -334,8 +357,12 @@ impl Judge {
             // A script, or what it starts, is the new release too: the old one is known by its bytes.
             let image = match which(trial, program.as_ref(), same) {
                 Which::Other => Which::To,
+                Which::From if is_old_gone => Which::To,
                 image => image,
             };
+            if image == Which::To && !self.new_managers.contains(&holder) {
+                self.new_managers.push(holder.clone());
+            }
             Managed { holder, image, answered: None, adopted: false, heartbeat: false, large: 0, asked_to_end: None }
         });
     }
@@ -349,11 +376,20 @@ impl Judge {
         let watchdog = match &self.trial {
             None => Which::Other,
             Some(trial) => {
-                let ends = trial.phase == Phase::Committing && !self.was_started_from_backup;
-                let same = if ends { Which::To } else { Which::From };
-                match which(trial, self.own.as_ref(), same) {
-                    Which::To => Which::To,
-                    _ => Which::From,
+                let by_file = match self.was_started_from_backup {
+                    true => Which::From,
+                    // Its bytes may be those of the backup all the same.
+                    false if trial.phase == Phase::Committing => Which::To,
+                    false => Which::From,
+                };
+                match which(trial, self.own.as_ref(), by_file) {
+                    // It has become what its link led to: there is nothing else that it could be.
+                    _ if self.renewed_in == Some(Phase::Committing) => Which::To,
+                    _ if self.renewed_in.is_some() && trial.phase != Phase::Committing => Which::From,
+                    // A script in the place of an executable runs something else.
+                    Which::Other if self.was_started_from_backup => Which::From,
+                    Which::Other => Which::To,
+                    image => image,
                 }
             }
         };
@@ -414,7 +450,11 @@ impl Judge {
     fn taken(&mut self, step: Step) {
         match step {
             Step::Restore => self.has_restored = true,
-            Step::Record(Change::LoseTry) => self.died = false,
+            Step::Record(Change::LoseTry) => {
+                self.died = false;
+                self.end_leftovers();
+            }
+            Step::Record(Change::SkipAndForget | Change::Drop) => self.end_leftovers(),
             Step::Record(Change::LoseWatchdog) => self.took_over = false,
             Step::Record(Change::FailProof) => self.proof = Shot::NotBegun,
             Step::Record(Change::BeginTrial) => {
@@ -422,6 +462,13 @@ impl Judge {
                 (self.probe, self.proof) = (Shot::NotBegun, Shot::NotBegun);
             }
             _ => {}
+        }
+    }
+
+    /// Ends what managers of the new release that are dead have left running.
+    fn end_leftovers(&mut self) {
+        for manager in self.new_managers.extract_if(.., |manager| !manager.is_alive()) {
+            kill_session(&self.home, &manager);
         }
     }
 
@@ -437,6 +484,8 @@ impl Judge {
             }
             Step::Wait(Wait::Heartbeat { .. }) => Do::Heartbeat,
             Step::RestartManager => self.end_manager(now),
+            // One that said that it gives way is at it.
+            Step::KillManager if self.ends_by_itself(now) => Do::Nothing,
             Step::KillManager => {
                 self.kill_manager();
                 Do::Nothing
@@ -474,6 +523,11 @@ impl Judge {
         }
     }
 
+    fn ends_by_itself(&self, now: Instant) -> bool {
+        let asked = self.manager.as_ref().and_then(|manager| manager.asked_to_end);
+        asked.is_some_and(|since| now.saturating_duration_since(since) < ENDS)
+    }
+
     fn kill_manager(&mut self) {
         let Some(manager) = &mut self.manager else { return };
         manager.asked_to_end.get_or_insert(Instant::now());
@@ -489,12 +543,19 @@ impl Judge {
 
 /// The processes of a manager's session, itself among them; a sub-agent has a session of its own.
 fn session_of(home: &Home, manager: &Holder) -> Vec<platform::Seen> {
-    let Some(own) = platform::seen(manager.pid, home.root()) else { return vec![] };
+    let own = platform::seen(manager.pid, home.root());
+    // Of a dead one the session has its number as long as there is a process in it, and then nobody else has that number.
+    let session = match &own {
+        Some(own) if own.start_time != manager.start_time => return vec![],
+        Some(own) => own.session,
+        None => manager.pid,
+    };
     let ours = platform::seen(std::process::id(), home.root()).map(|seen| seen.session);
-    if ours == Some(own.session) {
-        return vec![own];
+    if ours == Some(session) {
+        return own.into_iter().collect();
     }
-    let is_its = |seen: &platform::Seen| seen.session == own.session && seen.mark.is_none();
+    let is_its =
+        |seen: &platform::Seen| seen.session == session && seen.mark.is_none() && seen.start_time >= manager.start_time;
     platform::processes(home.root()).into_iter().filter(is_its).collect()
 }
 

@@ -217,7 +217,12 @@ impl Manager {
                 )
             })?
             .version;
-        let version = on_trial(home).unwrap_or(installed);
+        let record = installation::upgrade::load(home).unwrap_or_else(|error| {
+            tracing::error!(error = format!("{error:#}"), "the record of upgrades cannot be read");
+            Default::default()
+        });
+        let on_trial = installation::upgrade::on_trial(&record, &mut Programs::default());
+        let version = on_trial.map_or(installed, |image| image.version);
         let identity = Identity {
             agent_id,
             instance_id: installation::instance_id(home),
@@ -243,7 +248,7 @@ impl Manager {
             history: Changes::load(home),
             peer: Peer::new(home, service, now),
             inputs,
-            upgrading: Upgrading::default(),
+            upgrading: Upgrading::new(record),
             desk: stage::Desk::new(),
             line,
             strangers: Allowance::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
@@ -327,15 +332,6 @@ impl Manager {
             None => {}
         }
     }
-}
-
-/// The release of this very program, where that is on trial.
-fn on_trial(home: &Home) -> Option<Version> {
-    let record = installation::upgrade::load(home)
-        .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the record of upgrades cannot be read"));
-    let image = installation::upgrade::on_trial(&record.ok()?, &mut Programs::default())?;
-    tracing::info!(version = %image.version, "this release is on trial");
-    Some(image.version)
 }
 
 fn groups(home: &Home) -> Option<Groups> {

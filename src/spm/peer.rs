@@ -53,6 +53,11 @@ impl Peer {
         self.pid.is_some()
     }
 
+    /// Whether the next manager is started when this one ends: by the watchdog, or by the service manager.
+    pub(super) fn may_be_left(&self) -> bool {
+        self.is_connected() || self.service.is_some()
+    }
+
     /// When [`Peer::look`] has something to do.
     pub(super) fn deadline(&self) -> Instant {
         self.reviver.deadline()

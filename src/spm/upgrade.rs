@@ -24,7 +24,7 @@ use crate::fetching::Fetching;
 use crate::home::Home;
 use crate::installation::keyring::{self, Keyring};
 use crate::installation::release::{self, CheckedRelease};
-use crate::installation::upgrade::{self as on_disk, Programs, Session, on_trial, which};
+use crate::installation::upgrade::{self as on_disk, Programs, Session, which};
 use crate::installation::{Epochs, guard};
 use crate::package::{self, Commons, Keys, Unavailable, VerifiedTree, Wanted};
 use crate::{platform, role, store, uplink};
@@ -55,6 +55,8 @@ pub(super) struct Job {
     pub(super) source: Source,
     /// An operator at the host asked for it, against this order.
     pub(super) by_operator: Option<Option<Package>>,
+    /// The release of this manager.
+    pub(super) own: Version,
 }
 
 /// How far an upgrade is, as the loop sees it.
@@ -231,6 +233,11 @@ fn previous(home: &Home) -> Result<(Image, PathBuf)> {
 /// Begins the upgrade in the record, and takes the steps up to the switch.
 fn switch(job: &Job, from: Image, to: Image, staged: &Path) -> Result<Upgraded> {
     let mut session = session(&job.home)?;
+    ensure!(
+        release::in_place(&job.home)?.is(&from),
+        "another release than {} was put in place meanwhile",
+        from.version
+    );
     if let Some(order) = &job.by_operator {
         session.change(|record| {
             record.overrule(order.as_ref().map(|order| (&order.version, order.sha256.as_ref())));
@@ -245,7 +252,7 @@ fn switch(job: &Job, from: Image, to: Image, staged: &Path) -> Result<Upgraded> 
         Err(Refusal::UnderWay) => bail!("another upgrade of the manager is under way"),
         Err(Refusal::Skipped(why)) => bail!("it failed here before and is skipped ({why})"),
     }
-    let (last, _) = take_steps(&job.home, &mut session, Some(staged))?;
+    let (last, _) = take_steps(&job.home, &job.own, &mut session, Some(staged))?;
     ensure!(last == Step::RestartManager, "the switch was given up ({last:?})");
     Ok(Upgraded::Switched)
 }
@@ -255,10 +262,10 @@ fn session(home: &Home) -> Result<Session> {
 }
 
 /// Takes every step that is the manager's; answers the first that is not one of the disk.
-fn take_steps(home: &Home, session: &mut Session, staged: Option<&Path>) -> Result<(Step, UpgradeSeen)> {
+fn take_steps(home: &Home, own: &Version, session: &mut Session, staged: Option<&Path>) -> Result<(Step, UpgradeSeen)> {
     let mut programs = Programs::default();
     for _ in 0..MAX_STEPS {
-        let evidence = evidence(home, session, &mut programs, staged.is_some())?;
+        let evidence = evidence(home, own, session, &mut programs, staged.is_some())?;
         let step = upgrade::next(session.record(), &evidence, &Limits::default());
         if !session.carry_out(step, staged)? {
             return Ok((step, UpgradeSeen { record: session.record().clone(), evidence }));
@@ -268,16 +275,15 @@ fn take_steps(home: &Home, session: &mut Session, staged: Option<&Path>) -> Resu
 }
 
 /// What a manager that asks knows.
-fn evidence(home: &Home, session: &Session, programs: &mut Programs, staged: bool) -> Result<Evidence> {
+fn evidence(home: &Home, own: &Version, session: &Session, programs: &mut Programs, staged: bool) -> Result<Evidence> {
     let placement = session.look(programs)?;
     let watchdog = role::who_has(home, Role::Spa).map(|holder| match session.record().trial() {
         Some(trial) => which(trial, programs.of_process(holder.pid).as_ref(), Which::From),
         None => Which::Other,
     });
-    let image = match on_trial(session.record(), programs) {
-        Some(_) => Which::To,
-        None => Which::From,
-    };
+    // It has known since its start which release it is: by its bytes, and where both have the same, by the record of then.
+    let is_new = session.record().trial().is_some_and(|trial| trial.to.version == *own);
+    let image = if is_new { Which::To } else { Which::From };
     Ok(Evidence {
         asker: Asker::Manager,
         recorded: session.is_recorded(),
@@ -303,21 +309,21 @@ fn evidence(home: &Home, session: &Session, programs: &mut Programs, staged: boo
 }
 
 /// Does what is left to the manager of an upgrade that somebody else began, and reads the record; [`Input::UpgradeSeen`] tells.
-pub(super) fn look(inputs: &Inputs, home: &Home) {
-    let home = home.clone();
+pub(super) fn look(inputs: &Inputs, home: &Home, own: &Version) {
+    let (home, own) = (home.clone(), own.clone());
     disk::run(inputs, move || {
-        let seen = session(&home).and_then(|mut session| take_steps(&home, &mut session, None));
+        let seen = session(&home).and_then(|mut session| take_steps(&home, &own, &mut session, None));
         Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
     });
 }
 
 /// Changes the record beside the loop; [`Input::UpgradeSeen`] tells how it is then.
-pub(super) fn change(inputs: &Inputs, home: &Home, change: impl FnOnce(&mut Record) + Send + 'static) {
-    let home = home.clone();
+pub(super) fn change(inputs: &Inputs, home: &Home, own: &Version, change: impl FnOnce(&mut Record) + Send + 'static) {
+    let (home, own) = (home.clone(), own.clone());
     disk::run(inputs, move || {
         let seen = session(&home).and_then(|mut session| {
             session.change(change)?;
-            take_steps(&home, &mut session, None)
+            take_steps(&home, &own, &mut session, None)
         });
         Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
     });

@@ -21,6 +21,8 @@ mod protocol;
 mod refusals;
 mod roles;
 mod roles_systemd;
+mod self_upgrades;
+mod self_upgrades_bad;
 mod state_versions;
 mod sub_agents;
 #[path = "../support/mod.rs"]

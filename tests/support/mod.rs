@@ -20,6 +20,7 @@ pub mod inside;
 pub mod name_server;
 pub mod package;
 pub mod processes;
+pub mod release;
 pub mod wait;
 
 use std::path::PathBuf;

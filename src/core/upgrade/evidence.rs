@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::record::Trial;
+use super::record::{Phase, Trial};
 use crate::core::model::Digest;
 
 /// Who decides.
@@ -121,6 +121,32 @@ pub struct Evidence {
     pub proof: Proof,
     /// A stop of the home is recorded.
     pub stopped: bool,
+}
+
+impl Evidence {
+    /// What a manager takes for granted that has just started, and has looked at nothing but the record.
+    pub fn of(trial: &Trial) -> Evidence {
+        let (executable, image) = match trial.phase {
+            Phase::Switching | Phase::RollingBack => (Placed::From, Which::From),
+            Phase::Trial | Phase::Committing => (Placed::To, Which::To),
+        };
+        Evidence {
+            asker: Asker::Manager,
+            recorded: true,
+            executable,
+            backup_whole: true,
+            links: Links::Backup,
+            installed: Which::From,
+            staged: false,
+            manager: Some(Manager { image, answered: None, adopted: false, heartbeat: false, over_memory: false }),
+            watchdog: Some(Which::From),
+            died: false,
+            took_over: false,
+            probe: Probe::NotAsked,
+            proof: Proof::NotBegun,
+            stopped: false,
+        }
+    }
 }
 
 /// What a new release is granted.

@@ -235,7 +235,7 @@ impl fmt::Display for Reason {
             Reason::NoAnswer => "the new manager did not answer in time",
             Reason::NotAdopted => "the new manager did not adopt the sub-agents in time",
             Reason::NoHeartbeat => "the new manager sent no heartbeat while the old program could",
-            Reason::Memory => "the new manager used more memory than spmMaxMem",
+            Reason::Memory => "the new manager used too much: memory beyond spmMaxMem, or hundreds of processes",
             Reason::Proof => "the new watchdog failed its proof",
             Reason::WatchdogEnded => "the watchdog ended repeatedly while the new manager ran",
             Reason::Vanished => "bin/aops disappeared",

@@ -46,11 +46,23 @@ pub(super) struct Line {
     interval: Duration,
     sequence: u64,
     failures: u32,
+    /// One has succeeded.
+    has_connected: bool,
     /// `None` while one is under way.
     pub(super) next_heartbeat: Option<Instant>,
 }
 
 impl Line {
+    /// Whether a heartbeat of this manager has succeeded.
+    pub(super) fn has_connected(&self) -> bool {
+        self.has_connected
+    }
+
+    /// Whether the last one did not.
+    pub(super) fn fails(&self) -> bool {
+        self.failures > 0
+    }
+
     /// `is_known`: the host holds a desired state, and may be one of many that come back together.
     pub(super) fn new(
         home: &Home,
@@ -75,6 +87,7 @@ impl Line {
             interval,
             sequence: 0,
             failures: 0,
+            has_connected: false,
         }
     }
 
@@ -134,6 +147,7 @@ impl Manager {
                     tracing::info!(%endpoint, "the gateway answers");
                 }
                 self.line.failures = 0;
+                self.line.has_connected = true;
                 self.tell_of_refused(refused.as_deref());
                 match &refused {
                     Some(refused) => self

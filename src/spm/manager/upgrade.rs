@@ -8,7 +8,7 @@ use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::order::Package;
 use crate::core::schedule::Backoff;
 use crate::core::status::{Changed, UpgradeStatus};
-use crate::core::upgrade::{self, End, Ended, Evidence, Limits, Record, Step};
+use crate::core::upgrade::{self, End, Ended, Evidence, Limits, Probe, Record, Step};
 use crate::door::{Farewell, Reply};
 use crate::spm::input::{NotSwitched, UpgradeSeen, Upgraded};
 use crate::spm::journal::About;
@@ -28,13 +28,19 @@ const AT_FAULT: Duration = Duration::from_secs(3600);
 #[derive(Debug, Default)]
 pub(super) struct Upgrading {
     /// As it was last seen.
-    seen: Option<UpgradeSeen>,
+    record: Record,
+    /// `None`: it was read at the start, and not yet looked at together with the rest.
+    evidence: Option<Evidence>,
     is_looking: bool,
     next_look: Option<Instant>,
-    /// What the gateway orders, and whether it wants it done.
+    /// The release that the gateway names, whether or not it wants it put in place now.
+    named: Option<Package>,
+    /// What it wants to be put in place.
     ordered: Option<Package>,
     wants_current: bool,
     work: Option<Work>,
+    /// The next manager is to be started.
+    gives_way: bool,
     failures: u32,
     not_before: Option<Instant>,
     /// Why the last try failed.
@@ -52,12 +58,13 @@ struct Work {
 }
 
 impl Upgrading {
-    fn record(&self) -> Option<&Record> {
-        self.seen.as_ref().map(|seen| &seen.record)
+    /// What a manager goes by that begins.
+    pub(super) fn new(record: Record) -> Upgrading {
+        Upgrading { record, ..Upgrading::default() }
     }
 
     fn is_under_way(&self) -> bool {
-        self.work.is_some() || self.record().is_some_and(|record| record.trial().is_some())
+        self.work.is_some() || self.gives_way || self.record.trial().is_some()
     }
 
     /// When the record is to be looked at.
@@ -74,7 +81,7 @@ impl Upgrading {
     /// Why the order is not followed, where it is for good.
     fn skipped(&self) -> Option<(&Version, &str)> {
         let order = self.ordered.as_ref()?;
-        let skipped = self.record()?.skips(&order.version, order.sha256.as_ref())?;
+        let skipped = self.record.skips(&order.version, order.sha256.as_ref())?;
         Some((&skipped.version, &skipped.reason))
     }
 }
@@ -85,25 +92,26 @@ impl Manager {
         let upgrading = &mut self.upgrading;
         if !upgrading.is_looking && upgrading.next_look.is_none_or(|at| at <= now) {
             upgrading.is_looking = true;
-            job::look(&self.inputs, &self.home);
+            job::look(&self.inputs, &self.home, &self.identity.version);
+        }
+        if upgrading.gives_way && self.peer.may_be_left() {
+            self.ending = Some(Farewell::Yield);
         }
         self.begin_ordered_upgrade(now);
     }
 
     /// Takes in what the gateway orders. `wants`: it says so now.
     pub(super) fn upgrade_ordered(&mut self, order: Option<Package>, wants: bool, now: Instant) {
-        let is_other = |order: &Package| {
-            self.upgrading
-                .record()
-                .is_some_and(|record| record.is_held() && !record.overrules(&order.version, order.sha256.as_ref()))
-        };
+        let record = &self.upgrading.record;
+        let is_other = |order: &Package| record.is_held() && !record.overrules(&order.version, order.sha256.as_ref());
         if order.as_ref().is_some_and(is_other) {
             tracing::info!("the gateway orders another release of the manager than the operator's change overruled");
-            job::change(&self.inputs, &self.home, |record| {
+            job::change(&self.inputs, &self.home, &self.identity.version, |record| {
                 record.release_hold();
             });
         }
         let upgrading = &mut self.upgrading;
+        upgrading.named.clone_from(&order);
         let wanted = order.filter(|_| wants);
         upgrading.wants_current = wants && wanted.is_none();
         if upgrading.ordered != wanted {
@@ -116,9 +124,10 @@ impl Manager {
     fn begin_ordered_upgrade(&mut self, now: Instant) {
         let upgrading = &self.upgrading;
         // Nothing is begun before the record was seen.
-        let Some(record) = upgrading.record().filter(|_| !upgrading.is_under_way() && self.stop.is_none()) else {
+        if upgrading.evidence.is_none() || upgrading.is_under_way() || self.stop.is_some() {
             return;
-        };
+        }
+        let record = &upgrading.record;
         if !upgrading.is_ordered() || upgrading.not_before.is_some_and(|at| now < at) || self.ending.is_some() {
             return;
         }
@@ -136,7 +145,7 @@ impl Manager {
     fn begin_upgrade(&mut self, source: Source, by_operator: bool, now: Instant) {
         let to = match &source {
             Source::Gateway(order) => Some(order.version.clone()),
-            Source::Previous => self.upgrading.record().and_then(Record::previous).map(|image| image.version.clone()),
+            Source::Previous => self.upgrading.record.previous().map(|image| image.version.clone()),
             Source::Current | Source::File(_) => None,
         };
         tracing::info!(source = format!("{source:?}"), "an upgrade of the manager begins");
@@ -145,7 +154,8 @@ impl Manager {
             config: self.config.clone(),
             agent_id: self.identity.agent_id.clone(),
             source,
-            by_operator: by_operator.then(|| self.upgrading.ordered.clone()),
+            by_operator: by_operator.then(|| self.upgrading.named.clone()),
+            own: self.identity.version.clone(),
         };
         let progress = job::start(&self.inputs, job);
         self.upgrading.work = Some(Work { to, began: now, progress });
@@ -162,7 +172,7 @@ impl Manager {
                 "{what}: another change is under way; see `status`, or end it with `control upgrade --abort`"
             ));
         }
-        if matches!(source, Source::Previous) && self.upgrading.record().and_then(Record::previous).is_none() {
+        if matches!(source, Source::Previous) && self.upgrading.record.previous().is_none() {
             return Reply::failed(format!("{what}: no release before the current one is on this host"));
         }
         self.begin_upgrade(source, true, now);
@@ -171,7 +181,7 @@ impl Manager {
 
     /// Follows the gateway's orders now: whatever an operator's change held back, and whatever waits for its next try.
     pub(super) fn follow_orders_now(&mut self, now: Instant) -> Reply {
-        job::change(&self.inputs, &self.home, |record| {
+        job::change(&self.inputs, &self.home, &self.identity.version, |record| {
             record.release_hold();
         });
         (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
@@ -186,7 +196,7 @@ impl Manager {
 
     /// Tries again what is skipped.
     pub(super) fn retry_upgrade(&mut self, now: Instant) -> Reply {
-        job::change(&self.inputs, &self.home, |record| {
+        job::change(&self.inputs, &self.home, &self.identity.version, |record| {
             record.allow();
             record.release_hold();
         });
@@ -202,12 +212,22 @@ impl Manager {
         match outcome {
             Upgraded::Switched => {
                 tracing::info!("the new release is in place; this manager gives way, and the sub-agents stay");
-                self.ending = Some(Farewell::Yield);
+                self.give_way();
             }
             Upgraded::Nothing => {
                 (self.upgrading.failures, self.upgrading.last_error) = (0, None);
             }
             Upgraded::NotSwitched(failure) => self.not_switched(failure, work, now),
+        }
+    }
+
+    /// Ends as soon as somebody is there to start the next manager, and to judge it.
+    fn give_way(&mut self) {
+        self.upgrading.gives_way = true;
+        if self.peer.may_be_left() {
+            self.ending = Some(Farewell::Yield);
+        } else {
+            tracing::warn!("this manager waits for the watchdog before it gives way");
         }
     }
 
@@ -239,11 +259,12 @@ impl Manager {
                 let (step, seen) = *seen;
                 if step == Step::RestartManager && self.stop.is_none() {
                     tracing::info!("another release is in place; this manager gives way, and the sub-agents stay");
-                    self.ending = Some(Farewell::Yield);
+                    self.give_way();
                 }
                 self.problems.remove("upgrade");
                 self.report_ends(seen.record.ended());
-                self.upgrading.seen = Some(seen);
+                self.upgrading.record = seen.record;
+                self.upgrading.evidence = Some(seen.evidence);
             }
             Err(error) => {
                 let text = format!("the record of the manager's upgrades cannot be used: {error}");
@@ -266,7 +287,7 @@ impl Manager {
         }
         let news: Vec<Ended> = ended.iter().filter(|ended| !self.upgrading.told.contains(ended)).cloned().collect();
         if news.is_empty() {
-            job::change(&self.inputs, &self.home, Record::reported);
+            job::change(&self.inputs, &self.home, &self.identity.version, Record::reported);
             return;
         }
         for ended in &news {
@@ -344,16 +365,19 @@ impl Manager {
                 reason: self.upgrading.last_error.clone(),
             });
         }
-        let UpgradeSeen { record, evidence } = self.upgrading.seen.as_ref()?;
+        let record = &self.upgrading.record;
+        let evidence = self.upgrading.evidence.or_else(|| record.trial().map(Evidence::of))?;
         let lived = self.identity.started.elapsed();
         let own = evidence.manager.map(|manager| upgrade::Manager {
             answered: Some(lived),
             adopted: true,
-            heartbeat: self.line.gateway.connected,
+            heartbeat: self.line.has_connected(),
             ..manager
         });
+        // What the watchdog finds of the gateway it finds too.
+        let probe = if self.line.fails() { Probe::Fails(Duration::ZERO) } else { evidence.probe };
         let limits = Limits::of(self.config.upgrade_trial.0);
-        let view = upgrade::status(record, &Evidence { manager: own, ..*evidence }, &limits)?;
+        let view = upgrade::status(record, &Evidence { manager: own, probe, ..evidence }, &limits)?;
         let left = view.seconds_left.map(Duration::from_secs);
         let deadline = left.and_then(|left| jiff::Timestamp::now().checked_add(left).ok());
         let deadline = deadline.map(|at| at.round(jiff::Unit::Second).unwrap_or(at).to_string());
@@ -384,7 +408,7 @@ impl Manager {
     }
 
     pub(super) fn is_manager_held(&self) -> bool {
-        self.upgrading.record().is_some_and(Record::is_held)
+        self.upgrading.record.is_held()
     }
 
     /// What is being fetched for an upgrade is not wanted any more, when the home stops.

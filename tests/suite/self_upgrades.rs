@@ -1,0 +1,303 @@
+//! Upgrades of the manager itself: on trial under the watchdog of the release before, committed when it has proven itself; the sub-agents
+//! keep their processes, whatever comes of it.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::aops;
+use crate::support::gateway::Gateway;
+use crate::support::host::{SOON, TestHost, pid};
+use crate::support::package::Package;
+use crate::support::release::{self, NAME};
+use crate::support::wait::{try_for, wait_for};
+
+/// A trial of five seconds, the proof of the watchdog, and what a busy machine adds.
+pub(crate) const ENDED: Duration = Duration::from_secs(180);
+
+/// A gateway that offers these releases beside 1.0.0, and a host that runs it and two sub-agents.
+pub(crate) fn host_with(releases: &[&Package]) -> (Gateway, TestHost) {
+    let agents = [Package::sleeper("one", "1"), Package::control_sleeper("two", "1")];
+    let gateway = Gateway::with(&agents.iter().chain(releases.iter().copied()).collect::<Vec<_>>(), &[]);
+    order(&gateway, "1.0.0");
+    let host = TestHost::new();
+    host.join(&gateway, &["--version", "1.0.0"]).expect_success();
+    shorten_trial(&host);
+    agents_of(&host);
+    (gateway, host)
+}
+
+fn shorten_trial(host: &TestHost) {
+    let path = host.home().join("etc/conf.toml");
+    let text = fs::read_to_string(&path).expect("it is there");
+    fs::write(&path, text + "\nupgradeTrial = \"5s\"\n").expect("the home is ours");
+}
+
+/// Orders a release of the manager.
+pub(crate) fn order(gateway: &Gateway, version: &str) {
+    gateway.fleet(&format!(
+        "heartbeatInterval = \"1s\"\nmanager.version = {version:?}\nagents.one.version = \"1\"\nagents.two.version = \"1\"\n"
+    ));
+}
+
+/// The pids of both sub-agents.
+pub(crate) fn agents_of(host: &TestHost) -> [u32; 2] {
+    ["one", "two"].map(|name| host.wait_for_agent(name))
+}
+
+/// A manager of that release runs, and no upgrade is under way.
+pub(crate) fn runs(status: &Value, version: &str) -> bool {
+    status["version"] == version
+        && pid(&status["spm"]["pid"]).is_some()
+        && pid(&status["spa"]["pid"]).is_some()
+        && status["upgrade"] == Value::Null
+}
+
+#[track_caller]
+pub(crate) fn wait_for_release(host: &TestHost, version: &str) -> Value {
+    host.wait_for_status(&format!("the manager's release {version}"), ENDED, |status| runs(status, version))
+}
+
+#[track_caller]
+fn wait_for_trial(host: &TestHost, version: &str) -> Value {
+    host.wait_for_status(&format!("the trial of {version}"), ENDED, |status| {
+        status["upgrade"]["to"] == version && status["upgrade"]["phase"] == "trial" && status["version"] == version
+    })
+}
+
+/// Kind, outcome and release of each entry of the history about the manager.
+pub(crate) fn outcomes(host: &TestHost) -> Vec<String> {
+    let history = host.control(&["status", "--history", "--json"]).json();
+    let own = history["history"].as_array().expect("a list").iter().filter(|changed| changed["agent"] == NAME);
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    own.map(|changed| format!("{} {} {}", text(&changed["kind"]), text(&changed["outcome"]), text(&changed["to"])))
+        .collect()
+}
+
+/// Waits until the history has these entries: the manager writes them when it has seen the record.
+#[track_caller]
+pub(crate) fn expect_outcomes(host: &TestHost, expected: &[&str]) {
+    let found = try_for(SOON, || (outcomes(host) == expected).then_some(()));
+    assert!(found.is_some(), "{:?}", outcomes(host));
+}
+
+/// Every name of the executable leads to `bin/aops`, which has the bytes of this release.
+#[track_caller]
+pub(crate) fn expect_in_place(host: &TestHost, executable: &[u8]) {
+    let home = host.home();
+    assert!(fs::read(home.join("bin/aops")).expect("it is there") == executable, "bin/aops is another release's");
+    for (name, target) in [
+        ("bin/aops-spm", "aops"),
+        ("bin/aops-spa", "aops"),
+        ("bin/aops-agent-service", "aops"),
+        ("control", "bin/aops"),
+    ] {
+        assert_eq!(fs::read_link(home.join(name)).expect("a link"), std::path::Path::new(target), "{name}");
+    }
+    let left: Vec<_> =
+        fs::read_dir(home.join("staging")).expect("a directory").flatten().map(|entry| entry.file_name()).collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(!home.join("state/upgrade.reserve").exists());
+}
+
+#[test]
+fn a_good_release_is_committed_and_the_one_before_can_be_returned_to() {
+    let (gateway, host) = host_with(&[&release::good("2.0.0")]);
+    let before = agents_of(&host);
+    let first = fs::read(host.home().join("bin/aops")).expect("it is there");
+    order(&gateway, "2.0.0");
+    let status = wait_for_trial(&host, "2.0.0");
+    assert_eq!(
+        (&status["upgrade"]["from"], &status["upgrade"]["triesLeft"]),
+        (&"1.0.0".into(), &3.into()),
+        "{status:#}"
+    );
+    assert!(status["upgrade"]["deadline"].is_string(), "{status:#}");
+    wait_for_release(&host, "2.0.0");
+    expect_in_place(&host, &release::executable("2.0.0"));
+    assert!(fs::read(host.home().join("bin/aops.prev")).expect("the backup") == first);
+    expect_outcomes(&host, &["upgrade ok 2.0.0"]);
+    wait_for("the gateway to hear of it", SOON, || {
+        let status = gateway.status().to_string();
+        (status.contains("which took the place of 1.0.0")).then_some(())
+    });
+    assert_eq!(agents_of(&host), before);
+
+    // The operator's word holds against the gateway's until that orders another release.
+    host.control(&["rollback"]).expect_success();
+    let status = wait_for_release(&host, "1.0.0");
+    assert_eq!(status["heldByOperator"], true, "{status:#}");
+    expect_in_place(&host, &first);
+    expect_outcomes(&host, &["upgrade ok 2.0.0", "upgrade ok 1.0.0"]);
+    let last = |status: &Value| status["gateway"]["lastHeartbeat"].as_str().map(str::to_owned);
+    let then = last(&status);
+    host.wait_for_status("later heartbeats", SOON, |status| last(status) > then);
+    wait_for_release(&host, "1.0.0");
+    host.control(&["upgrade"]).expect_success();
+    let status = wait_for_release(&host, "2.0.0");
+    assert_eq!(status["heldByOperator"], Value::Null, "{status:#}");
+    assert_eq!(agents_of(&host), before);
+}
+
+#[test]
+fn a_release_of_the_same_bytes_is_another_release() {
+    let same = fs::read(aops()).expect("the program under test can be read");
+    let (gateway, host) = host_with(&[&release::with_executable("1.0.1", same)]);
+    let before = agents_of(&host);
+    order(&gateway, "1.0.1");
+    wait_for_release(&host, "1.0.1");
+    expect_outcomes(&host, &["upgrade ok 1.0.1"]);
+    order(&gateway, "1.0.0");
+    wait_for_release(&host, "1.0.0");
+    assert_eq!(agents_of(&host), before);
+}
+
+#[test]
+fn the_operator_forces_either_end_of_a_trial_and_upgrades_from_a_file() {
+    let (gateway, host) = host_with(&[&release::good("2.0.0"), &release::good("3.0.0")]);
+    let before = agents_of(&host);
+    let refused = host.control(&["upgrade", "--abort"]).expect_code(1);
+    assert!(refused.stderr.contains("no upgrade of the manager is under way"), "{refused}");
+    order(&gateway, "2.0.0");
+    wait_for_trial(&host, "2.0.0");
+    host.control(&["upgrade", "--abort"]).expect_success();
+    let status = host.wait_for_status("the roll back", ENDED, |status| {
+        runs(status, "1.0.0") && status["problems"].to_string().contains("2.0.0 failed and is skipped")
+    });
+    assert_eq!(status["state"], "degraded");
+    expect_outcomes(&host, &["rollback ok 1.0.0", "skip ok 2.0.0"]);
+
+    host.control(&["retry", NAME]).expect_success();
+    wait_for_trial(&host, "2.0.0");
+    host.control(&["upgrade", "--commit"]).expect_success();
+    wait_for_release(&host, "2.0.0");
+    let again = host.control(&["upgrade", "--commit"]).expect_code(1);
+    assert!(again.stderr.contains("no upgrade of the manager is under way"), "{again}");
+
+    // Offline, from a file with its signature beside it.
+    let package = fs::read_dir(gateway.path("depot")).expect("a directory").flatten().map(|entry| entry.path());
+    let package = package.into_iter().find(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name.starts_with("aops-spm-3.0.0") && name.ends_with(".tar.zst")
+    });
+    let package = package.expect("it was published").display().to_string();
+    host.control(&["upgrade", "--package", &package]).expect_success();
+    let status = wait_for_release(&host, "3.0.0");
+    assert_eq!((&status["heldByOperator"], agents_of(&host)), (&true.into(), before));
+    let missing = host.control(&["upgrade", "--package", "/nowhere/aops-spm-4.tar.zst"]).expect_code(1);
+    assert!(missing.stderr.contains("/nowhere/aops-spm-4.tar.zst"), "{missing}");
+}
+
+#[test]
+fn an_installation_over_a_trial_ends_it_first() {
+    let (gateway, host) = host_with(&[&release::good("2.0.0"), &release::good("3.0.0")]);
+    let before = agents_of(&host);
+    order(&gateway, "2.0.0");
+    wait_for_trial(&host, "2.0.0");
+    order(&gateway, "3.0.0");
+    let output = host.install(&["--version", "3.0.0"]);
+    assert!(output.success() && output.text().contains("ending the upgrade of the manager to 2.0.0"), "{output}");
+    wait_for_release(&host, "3.0.0");
+    expect_in_place(&host, &release::executable("3.0.0"));
+    assert_eq!(agents_of(&host), before);
+}
+
+#[test]
+fn what_is_stopped_in_a_trial_stays_stopped_and_the_trial_goes_on_when_it_is_started() {
+    let (gateway, host) = host_with(&[&release::good("2.0.0")]);
+    order(&gateway, "2.0.0");
+    wait_for_trial(&host, "2.0.0");
+    host.control(&["stop"]).expect_success();
+    assert!(host.processes().is_empty(), "{:?}", host.processes());
+    host.control(&["start"]).expect_success();
+    wait_for_release(&host, "2.0.0");
+    expect_outcomes(&host, &["upgrade ok 2.0.0"]);
+    agents_of(&host);
+}
+
+#[test]
+fn a_trial_without_a_gateway_is_unproven_and_ends_when_there_is_one_again() {
+    let (mut gateway, host) = host_with(&[&release::good("2.0.0")]);
+    let before = agents_of(&host);
+    order(&gateway, "2.0.0");
+    host.wait_for_status("the upgrade to begin", ENDED, |status| status["upgrade"]["to"] == "2.0.0");
+    // It may have heard a heartbeat's answer already: another manager has to hear its own.
+    wait_for_trial(&host, "2.0.0");
+    gateway.stop();
+    let manager = host.role_pid("spm").expect("it runs");
+    host.kill(manager);
+    let status = host.wait_for_status("the trial to be unproven", ENDED, |status| {
+        pid(&status["spm"]["pid"]).is_some_and(|pid| pid != manager) && status["upgrade"]["phase"] == "unproven"
+    });
+    assert_eq!(status["version"], "2.0.0", "{status:#}");
+    assert_eq!(outcomes(&host), Vec::<String>::new());
+    gateway.run();
+    wait_for_release(&host, "2.0.0");
+    expect_outcomes(&host, &["upgrade ok 2.0.0"]);
+    assert_eq!(agents_of(&host), before);
+}
+
+/// Both roles die at moments from the order on; `AOPS_UPGRADE_SEED` says at which.
+#[track_caller]
+#[allow(clippy::print_stderr, reason = "a failure is to be repeated by it")]
+fn killed_at_points(points: usize, number: u64) {
+    let seed = std::env::var("AOPS_UPGRADE_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed: u64 = seed.unwrap_or_else(|| fastrand::u64(..));
+    eprintln!("AOPS_UPGRADE_SEED={seed}");
+    let mut rng = fastrand::Rng::with_seed(seed.wrapping_add(number));
+    let bad = release::bad_manager("3.0.0", &release::real().display().to_string(), "exit 1");
+    let (gateway, host) = host_with(&[&release::good("2.0.0"), &bad]);
+    let before = agents_of(&host);
+    let mut current = "1.0.0";
+    for point in 0..points {
+        let other = if current == "1.0.0" { "2.0.0" } else { "1.0.0" };
+        let ordered = if point % 2 == 1 { "3.0.0" } else { other };
+        wait_for("both roles", SOON, || host.role_pid("spm").and(host.role_pid("spa")));
+        order(&gateway, ordered);
+        // The switch takes a second, the trial of a good release fifteen.
+        let most = if rng.bool() { 3_000 } else { 18_000 };
+        let moment = Duration::from_millis(rng.u64(0..most));
+        let _ = try_for(moment, || None::<()>);
+        let roles = ["spm", "spa"].map(|role| running(&host, role));
+        let killed = match rng.u32(0..3) {
+            0 => &roles[..1],
+            1 => &roles[1..],
+            _ => &roles[..],
+        };
+        killed.iter().flatten().for_each(|pid| host.kill(*pid));
+        host.control(&["start"]);
+        if ordered != "3.0.0" {
+            current = ordered;
+        }
+        let told =
+            format!("AOPS_UPGRADE_SEED={seed}, number {number}, point {point}, {moment:?}: {current} after {ordered}");
+        host.wait_for_status(&told, ENDED, |status| {
+            let is_skipped = status["problems"].to_string().contains("3.0.0 failed and is skipped");
+            runs(status, current) && is_skipped == (ordered == "3.0.0")
+        });
+        assert_eq!(agents_of(&host), before, "{told}");
+        // It may be tried once more.
+        host.control(&["retry", NAME]).expect_success();
+        order(&gateway, current);
+        host.wait_for_status(&told, ENDED, |status| runs(status, current) && status["state"] == "running");
+    }
+}
+
+/// Who has a role, as its record says: `status` may have nobody to ask.
+fn running(host: &TestHost, role: &str) -> Option<u32> {
+    let text = fs::read_to_string(host.home().join(format!("run/{role}.json"))).ok()?;
+    let record: Value = serde_json::from_str(&text).ok()?;
+    let pid = pid(&record["pid"])?;
+    host.processes().iter().any(|process| process.pid == pid).then_some(pid)
+}
+
+/// On four hosts at the same time: each mostly waits for a trial.
+#[test]
+fn whoever_is_killed_while_the_manager_is_upgraded_it_comes_to_its_end() {
+    std::thread::scope(|scope| {
+        for number in 0..4 {
+            scope.spawn(move || killed_at_points(10, number));
+        }
+    });
+}

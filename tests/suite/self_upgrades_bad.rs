@@ -1,0 +1,114 @@
+//! Bad releases of the manager: each is rolled back, or never put in place, by itself; the sub-agents keep their processes and nothing of
+//! the release is left.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::self_upgrades::{ENDED, agents_of, expect_in_place, expect_outcomes, host_with, order, runs};
+use crate::support::host::SOON;
+use crate::support::package::Package;
+use crate::support::release;
+use crate::support::wait::wait_for;
+
+const ROLLED_BACK: &[&str] = &["rollback ok 1.0.0", "skip ok 2.0.0"];
+/// It was never put in place.
+const SKIPPED: &[&str] = &["skip ok 2.0.0"];
+
+/// Orders the release, and waits until the one before runs and this one is skipped; `why` is a part of the reason that is shown.
+#[track_caller]
+fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
+    let (gateway, host) = host_with(&[bad]);
+    let before = agents_of(&host);
+    let executable = fs::read(host.home().join("bin/aops")).expect("it is there");
+    order(&gateway, "2.0.0");
+    let status = host.wait_for_status(&format!("the release that {name} to be skipped"), ENDED, |status| {
+        runs(status, "1.0.0") && status["problems"].to_string().contains("aops-spm 2.0.0 failed and is skipped")
+    });
+    assert!(status["problems"].to_string().contains(why), "{name}: {:#}", status["problems"]);
+    expect_outcomes(&host, outcomes);
+    expect_in_place(&host, &executable);
+    assert_eq!(agents_of(&host), before, "{name}");
+    wait_for("the gateway to hear of it", SOON, || {
+        let status = gateway.status().to_string();
+        (status.contains("is not tried again") || status.contains("\"skip\"")).then_some(())
+    });
+    // Both roles and the two sub-agents.
+    let roles = ["spm", "spa"].map(|role| status[role]["pid"].clone());
+    let left: Vec<_> = host
+        .processes()
+        .into_iter()
+        .filter(|process| !before.contains(&process.pid) && !roles.contains(&Value::from(process.pid)))
+        .filter(|process| !process.command.contains("sleep 1000000"))
+        .collect();
+    assert!(left.is_empty(), "{name}: {left:?}");
+}
+
+/// A good program, as the words of a shell.
+fn real() -> String {
+    release::real().display().to_string()
+}
+
+/// A name, what the manager does, and a part of the reason for the roll back.
+const BAD_MANAGERS: &[(&str, &str, &str)] = &[
+    ("exits at once", "exit 1", "died repeatedly"),
+    ("hangs before it answers", "exec sleep 1000001", "did not answer in time"),
+    (
+        "takes the lock and sleeps",
+        "exec 9>>\"$2/run/spm.lock\"; flock -x 9; exec sleep 1000001",
+        "did not answer in time",
+    ),
+    ("cannot send a heartbeat", "exec unshare --net $A spm \"$@\"", "no heartbeat"),
+    (
+        "dies of a fault after a while",
+        "(sleep 3; kill -SEGV $$; sleep 0.2; kill -SEGV $$) & exec $A spm \"$@\"",
+        "died repeatedly",
+    ),
+    (
+        "eats memory",
+        "(head -c 200000000 /dev/zero | tail -c 200000000 | sleep 1000001) & exec $A spm \"$@\"",
+        "too much",
+    ),
+    ("starts processes without end", "(while :; do sleep 1000001 & sleep 0.01; done) & exec $A spm \"$@\"", "too much"),
+    (
+        "ends the watchdog",
+        "(while :; do sleep 0.5; kill -9 $(sed -n 's/.*\"pid\": \\([0-9]*\\),/\\1/p' \"$2/run/spa.json\"); done) & exec $A spm \"$@\"",
+        "the watchdog ended repeatedly",
+    ),
+    ("says that it is another version", "exec \"$2/bin/aops.prev\" spm \"$@\"", "did not answer in time"),
+];
+
+/// Each on a host of its own, all at the same time: they mostly wait.
+fn at_once<T: Sync>(cases: &[T], check: impl Fn(&T) + Sync) {
+    std::thread::scope(|scope| {
+        for case in cases {
+            scope.spawn(|| check(case));
+        }
+    });
+}
+
+#[test]
+fn a_release_whose_manager_is_bad_is_rolled_back() {
+    at_once(BAD_MANAGERS, |(name, manager, why)| {
+        ends(name, &release::bad_manager("2.0.0", &real(), manager), ROLLED_BACK, why);
+    });
+}
+
+#[test]
+fn a_release_that_cannot_work_here_is_never_put_in_place() {
+    let without_state =
+        release::bad("2.0.0", &real(), "exec $A spm \"$@\"", "echo 'error: no such form of state' >&2; exit 1");
+    let whole = release::executable("2.0.0");
+    let mut foreign = whole.clone();
+    // The machine in the header of an ELF file: RISC-V.
+    foreign[18] = 0xF3;
+    let truncated = &whole[..whole.len() / 2];
+    let cases = [
+        ("cannot read the state", without_state, "no such form of state"),
+        ("is for another architecture", release::with_executable("2.0.0", &foreign), "does not run on this host"),
+        ("is truncated though signed", release::with_executable("2.0.0", truncated), "does not run on this host"),
+    ];
+    at_once(&cases, |(name, bad, why)| {
+        ends(name, bad, SKIPPED, why);
+    });
+}
