@@ -30,7 +30,8 @@ pub fn start(home: &Home) -> Result<()> {
     role::clear_stop(home).context("cannot start: the recorded stop cannot be taken back")?;
     if role::living(home, Role::Spm).is_none() {
         for role in Role::BOTH {
-            role::forget(home, *role)?;
+            // On a disk that cannot be written they are counted on.
+            let _ = role::forget(home, *role);
         }
     }
     host_service::start(service(home), home, Role::BOTH).map(drop)

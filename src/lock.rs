@@ -39,7 +39,11 @@ pub fn take(path: &Path, deadline: Duration) -> Result<Option<Held>> {
 }
 
 fn attempt(path: &Path) -> Result<Option<Held>> {
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    let file = match OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path) {
+        // It locks no less when it can only be read.
+        Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => File::open(path)?,
+        opened => opened?,
+    };
     let mut lock = RwLock::new(file);
     match lock.try_write() {
         // Somebody removed the file and made it again between our opening and our locking: ours locks nothing.
@@ -54,7 +58,7 @@ fn attempt(path: &Path) -> Result<Option<Held>> {
 
 /// Whether somebody holds the lock at `path` now. For display and for deciding whom to wait for, never for exclusion.
 pub fn is_held(path: &Path) -> bool {
-    let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else { return false };
+    let Ok(file) = File::open(path) else { return false };
     matches!(RwLock::new(file).try_write(), Err(error) if error.kind() == ErrorKind::WouldBlock)
 }
 
