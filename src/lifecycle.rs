@@ -90,7 +90,7 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
 
 /// Kills a manager that does not answer: nothing else would come of it but waiting for it.
 pub fn kill_manager(home: &Home) -> Result<()> {
-    role::living(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
+    role::who_has(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
 }
 
 /// Waits until nobody has a role, which whoever has it was told to give up; whether it had to be killed.
