@@ -30,7 +30,8 @@ pub fn start(home: &Home) -> Result<()> {
     role::clear_stop(home).context("cannot start: the recorded stop cannot be taken back")?;
     if role::living(home, Role::Spm).is_none() {
         for role in Role::BOTH {
-            role::forget(home, *role)?;
+            // On a disk that cannot be written they are counted on.
+            let _ = role::forget(home, *role);
         }
     }
     host_service::start(service(home), home, Role::BOTH).map(drop)
@@ -89,7 +90,7 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
 
 /// Kills a manager that does not answer: nothing else would come of it but waiting for it.
 pub fn kill_manager(home: &Home) -> Result<()> {
-    role::living(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
+    role::who_has(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
 }
 
 /// Waits until nobody has a role, which whoever has it was told to give up; whether it had to be killed.

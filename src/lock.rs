@@ -5,7 +5,7 @@
 //! remove it all the same, the file that was locked is compared with the one that has the name now.
 
 use std::fs::{File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,11 +24,33 @@ pub struct Held {
     _lock: RwLock<File>,
 }
 
-/// Takes the lock at `path`, trying until `deadline` has passed; `None`: somebody else still holds it.
+/// Takes the lock at `path`, trying until `deadline` has passed; `None`: somebody else still holds it. On a read-only disk that fails, before
+/// anything is done under the lock that a disk is needed for.
 pub fn take(path: &Path, deadline: Duration) -> Result<Option<Held>> {
+    take_by(open_to_write, path, deadline)
+}
+
+/// As [`take`], for what can do without a disk that can be written. The file must be there from before then.
+pub fn take_on_any_disk(path: &Path, deadline: Duration) -> Result<Option<Held>> {
+    take_by(open_to_lock, path, deadline)
+}
+
+fn open_to_write(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
+}
+
+/// A file locks no less when it can only be read.
+fn open_to_lock(path: &Path) -> io::Result<File> {
+    match open_to_write(path) {
+        Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => File::open(path).map_err(|_| error),
+        opened => opened,
+    }
+}
+
+fn take_by(open: impl Fn(&Path) -> io::Result<File>, path: &Path, deadline: Duration) -> Result<Option<Held>> {
     let started = Instant::now();
     loop {
-        if let Some(held) = attempt(path).with_context(|| format!("cannot take the lock {}", path.display()))? {
+        if let Some(held) = attempt(&open, path).with_context(|| format!("cannot take the lock {}", path.display()))? {
             return Ok(Some(held));
         }
         if started.elapsed() >= deadline {
@@ -38,9 +60,8 @@ pub fn take(path: &Path, deadline: Duration) -> Result<Option<Held>> {
     }
 }
 
-fn attempt(path: &Path) -> Result<Option<Held>> {
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-    let mut lock = RwLock::new(file);
+fn attempt(open: impl Fn(&Path) -> io::Result<File>, path: &Path) -> Result<Option<Held>> {
+    let mut lock = RwLock::new(open(path)?);
     match lock.try_write() {
         // Somebody removed the file and made it again between our opening and our locking: ours locks nothing.
         Ok(guard) if !platform::is_same_file(&guard, path)? => return Ok(None),
@@ -54,7 +75,7 @@ fn attempt(path: &Path) -> Result<Option<Held>> {
 
 /// Whether somebody holds the lock at `path` now. For display and for deciding whom to wait for, never for exclusion.
 pub fn is_held(path: &Path) -> bool {
-    let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else { return false };
+    let Ok(file) = File::open(path) else { return false };
     matches!(RwLock::new(file).try_write(), Err(error) if error.kind() == ErrorKind::WouldBlock)
 }
 

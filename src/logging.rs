@@ -1,11 +1,12 @@
 //! The logs of the roles: one line an event, a constant sentence and fields, in a file that is capped, with one older piece beside it.
+//!
+//! While the file cannot be opened, as on a read-only disk, the lines go to the standard error output, which is the service manager's.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
@@ -14,15 +15,13 @@ use tracing_subscriber::fmt::time::FormatTime;
 const CAP_BYTES: u64 = 8 << 20;
 
 /// Sends everything that is logged to the file at `path`, and what a panic says too.
-pub fn to_file(path: &Path) -> Result<()> {
-    let file = CappedFile::open(path).with_context(|| format!("cannot open the log {}", path.display()))?;
-    let writer = Shared(Arc::new(Mutex::new(file)));
+pub fn to_file(path: &Path) {
+    let writer = Shared(Arc::new(Mutex::new(CappedFile::new(path))));
     tracing_subscriber::fmt().with_writer(writer).with_ansi(false).with_target(false).with_timer(Utc).init();
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         tracing::error!(place, message = panic.payload_as_str().unwrap_or("?"), "the program panicked");
     }));
-    Ok(())
 }
 
 /// Sends everything that is logged to the standard error output.
@@ -56,10 +55,8 @@ impl<'a> MakeWriter<'a> for Shared {
 
 impl Write for Shared {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        match self.0.lock() {
-            Ok(mut file) => file.write(line),
-            Err(poisoned) => poisoned.into_inner().write(line),
-        }
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(line);
+        Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -71,29 +68,56 @@ impl Write for Shared {
 #[derive(Debug)]
 struct CappedFile {
     path: PathBuf,
+    /// `None`: it could not be opened, which is tried again with each line.
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
     file: File,
     length: u64,
 }
 
-impl CappedFile {
-    fn open(path: &Path) -> io::Result<CappedFile> {
+impl Open {
+    fn at(path: &Path) -> io::Result<Open> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let length = file.metadata()?.len();
-        Ok(CappedFile { path: path.to_owned(), file, length })
+        Ok(Open { file, length })
+    }
+}
+
+impl CappedFile {
+    fn new(path: &Path) -> CappedFile {
+        CappedFile { path: path.to_owned(), open: None }
     }
 
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if self.length + line.len() as u64 > CAP_BYTES {
+    /// Nothing that fails here may take the program down: a line that cannot be written is lost.
+    fn write(&mut self, line: &[u8]) {
+        if let Err(error) = self.make_room(line.len() as u64) {
+            let path = self.path.display();
+            let _ = write!(io::stderr(), "cannot open the log {path}: {error}: {}", String::from_utf8_lossy(line));
+        }
+        if let Some(open) = &mut self.open {
+            let written = open.file.write(line).unwrap_or(line.len());
+            open.length += written as u64;
+        }
+    }
+
+    /// Opens the file where that is yet to be done, and begins a new one where it has no room.
+    fn make_room(&mut self, bytes: u64) -> io::Result<()> {
+        let open = match &mut self.open {
+            Some(open) => open,
+            closed => closed.insert(Open::at(&self.path)?),
+        };
+        if open.length + bytes > CAP_BYTES {
             // Where it cannot be renamed, it is emptied: a log must not fill the disk.
             if std::fs::rename(&self.path, self.path.with_extension("log.1")).is_err() {
-                self.file.set_len(0)?;
+                open.file.set_len(0)?;
             }
-            *self = CappedFile::open(&self.path)?;
+            self.open = None;
+            self.open = Some(Open::at(&self.path)?);
         }
-        // A full disk must not take the program down: a line that cannot be written is lost.
-        let written = self.file.write(line).unwrap_or(line.len());
-        self.length += written as u64;
-        Ok(written)
+        Ok(())
     }
 }
 
@@ -105,10 +129,22 @@ mod tests {
     fn a_full_log_goes_on_in_a_new_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spm.log");
-        let mut log = CappedFile::open(&path).unwrap();
-        log.length = CAP_BYTES;
-        log.write(b"first of the new\n").unwrap();
+        let mut log = CappedFile::new(&path);
+        log.write(b"old\n");
+        log.open.as_mut().unwrap().length = CAP_BYTES;
+        log.write(b"first of the new\n");
         assert_eq!(std::fs::read(&path).unwrap(), b"first of the new\n");
-        assert!(path.with_extension("log.1").exists());
+        assert_eq!(std::fs::read(path.with_extension("log.1")).unwrap(), b"old\n");
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_opened_is_written_as_soon_as_it_can() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log/spm.log");
+        let mut log = CappedFile::new(&path);
+        log.write(b"lost\n");
+        std::fs::create_dir(directory.path().join("log")).unwrap();
+        log.write(b"kept\n");
+        assert_eq!(std::fs::read(&path).unwrap(), b"kept\n");
     }
 }

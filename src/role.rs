@@ -71,7 +71,7 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
 
 /// Takes the role for as long as the value lives; `None`: another process has it and did not give it up within `deadline`.
 pub fn take(home: &Home, role: Role, deadline: Duration) -> Result<Option<Held>> {
-    lock::take(&home.role_lock(role.name()), deadline)
+    lock::take_on_any_disk(&home.role_lock(role.name()), deadline)
 }
 
 /// Whether some process has the role now.

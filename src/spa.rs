@@ -64,7 +64,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     }
     role::demand_home(home)?;
     let restored = role::restore_directories(home);
-    logging::to_file(&home.role_log("spa"))?;
+    logging::to_file(&home.role_log("spa"));
     role::tell_of_restored(&restored);
     role::leave_sub_agent(home);
     let supervised = options.service != Kind::None;

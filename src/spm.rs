@@ -71,7 +71,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     role::demand_home(home)?;
     // Before the log is opened, whose directory may be among them; what it fails of shows there or nowhere.
     let restored = role::restore_directories(home);
-    logging::to_file(&home.role_log("spm"))?;
+    logging::to_file(&home.role_log("spm"));
     role::tell_of_restored(&restored);
     role::leave_sub_agent(home);
     let supervised = options.service != Kind::None;

@@ -140,11 +140,16 @@ fn state_text<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>> {
 /// Removes a file; that there is none is no error.
 pub fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
+        // On a read-only file system also a removal of what is not there fails.
+        Err(error) if error.kind() != ErrorKind::NotFound && !is_missing(path) => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
         }
         _ => Ok(()),
     }
+}
+
+fn is_missing(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound)
 }
 
 /// Refuses a directory at or below which something is mounted: that is somebody else's.

@@ -310,12 +310,10 @@ impl Agent {
                 if self.supervisor.last_error() != Some(&refusal.why) {
                     actions.push(self.repeating("start", refusal.outcome(), &refusal.why));
                 }
-                // That the home cannot be relied on is not the release's fault.
-                let condemned = match self.supervisor.is_starting() && !refusal.refused {
-                    true => self.fail_probation(&refusal.why, at, &mut actions),
-                    false => None,
-                };
-                actions.extend(condemned.into_iter().flatten());
+                if self.supervisor.is_starting() {
+                    let condemned = self.start_failed(&refusal, at, &mut actions);
+                    actions.extend(condemned.into_iter().flatten());
+                }
                 actions.extend(self.feed(supervise::Event::StartFailed { why: refusal.why }, at));
                 actions.extend(self.go_on_if_down());
                 actions

@@ -49,6 +49,11 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Opens what swallows all that is written to it.
+pub fn open_null() -> io::Result<File> {
+    fs::OpenOptions::new().write(true).open("/dev/null")
+}
+
 /// Whether an open file is the one that `path` names now.
 pub fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     let ours = file.metadata()?;

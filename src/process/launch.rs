@@ -53,6 +53,14 @@ pub fn parse(text: &str) -> Result<Manifest> {
     Ok(manifest)
 }
 
+/// Where a sub-agent's output goes.
+#[derive(Debug)]
+pub struct Output {
+    pub file: File,
+    /// Why it does not go into its log, and is lost.
+    pub lost: Option<String>,
+}
+
 /// All that a start needs to know.
 #[derive(Debug, Clone)]
 pub struct Start {
@@ -107,16 +115,26 @@ impl Start {
         }
     }
 
-    /// The sub-agent's log, to be written behind what is there.
-    pub fn output(&self) -> Result<File> {
+    /// The sub-agent's log, to be written behind what is there. A log that cannot be opened (on a read-only disk, or a full one) keeps nothing
+    /// from being started.
+    pub fn output(&self) -> Result<Output> {
         let log = self.home.agent_log(&self.name);
-        let opened = OpenOptions::new().create(true).append(true).open(&log);
-        opened.with_context(|| format!("cannot open the log {}", log.display()))
+        let error = match OpenOptions::new().create(true).append(true).open(&log) {
+            Ok(file) => return Ok(Output { file, lost: None }),
+            Err(error) => error,
+        };
+        let why = format!("cannot open the log {}", log.display());
+        if platform::is_shortage(&error) {
+            // The next try may find what is missing now.
+            return Err(error).context(why);
+        }
+        let file = platform::open_null().context("cannot open the null device")?;
+        Ok(Output { file, lost: Some(format!("{why}: {error}")) })
     }
 
     /// A command that runs a program of this release with its environment, its output in the sub-agent's log.
     pub fn command_with_output(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
-        let output = self.output()?;
+        let output = self.output()?.file;
         let errors = output.try_clone().context("cannot open the log twice")?;
         let mut command = self.prepared(program, user)?;
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
@@ -170,8 +188,8 @@ pub fn env_hash(env: &Env) -> String {
     hex(&hash.finalize())
 }
 
-/// Starts a native sub-agent in its group. Its record is in place when its program runs.
-pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, Record)> {
+/// Starts a native sub-agent in its group, its output into `output`. Its record is in place when its program runs.
+pub async fn start_native(start: &Start, manifest: &Manifest, output: File) -> Result<(Child, Record)> {
     let Some((program, arguments)) = manifest.run.command.split_first() else { bail!("its command is empty") };
     let user = match &manifest.run.user {
         Some(name) => Some(platform::find_user(name).with_context(|| format!("cannot run as user {name:?}"))?),
@@ -187,7 +205,7 @@ pub async fn start_native(start: &Start, manifest: &Manifest) -> Result<(Child, 
         record: start.home.process_record(&start.name),
         head: head.text_before_pid()?,
         user,
-        output: start.output()?,
+        output,
         group: start.group(),
     };
     let child = match command::unless_busy(|| platform::launch(&command, &launch)).await {

@@ -1,4 +1,7 @@
 //! The record of a sub-agent's process, by which the next manager adopts it and any role can stop it.
+//!
+//! It is a convenience: where it cannot be written (a full or read-only disk), the group and the mark of the process stand in. Where it
+//! cannot be removed, it names a process that is dead, as pid, start time and boot tell.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -91,15 +94,14 @@ impl Record {
         self.group.as_deref().map(Group::named)
     }
 
-    /// Writes it, without waiting for the disk: after a power cut it would mean nothing.
-    pub fn save(&self, home: &Home) -> Result<()> {
-        store::save_unsynced(&home.process_record(&self.head.name), self)
+    /// Writes it where that can be done, without waiting for the disk: after a power cut it would mean nothing.
+    pub fn save(&self, home: &Home) {
+        let name = &self.head.name;
+        if let Err(error) = store::save_unsynced(&home.process_record(name), self) {
+            let error = format!("{error:#}");
+            tracing::warn!(agent = %name, error, "a process record cannot be written; the mark stands in");
+        }
     }
-}
-
-/// The record of one sub-agent. One that cannot be read says nothing and is as good as none: the marks stand in.
-pub fn load(home: &Home, name: &AgentName) -> Option<Record> {
-    read(&home.process_record(name))
 }
 
 /// How long ago the record of a sub-agent was written.
@@ -107,6 +109,7 @@ pub fn age(home: &Home, name: &AgentName) -> Option<Duration> {
     std::fs::metadata(home.process_record(name)).and_then(|metadata| metadata.modified()).ok()?.elapsed().ok()
 }
 
+/// One that cannot be read says nothing and is as good as none: the marks stand in.
 fn read(path: &Path) -> Option<Record> {
     match store::load(path) {
         Ok(record) => record,
@@ -131,6 +134,15 @@ pub fn all(home: &Home) -> Vec<Record> {
         .collect()
 }
 
+/// Removes the record of a process that is gone, where that can be done.
+pub fn discard(home: &Home, name: &AgentName) {
+    if let Err(error) = remove(home, name) {
+        let error = format!("{error:#}");
+        tracing::warn!(agent = %name, error, "a process record cannot be removed; it names a process that is dead");
+    }
+}
+
+/// Removes the record of a sub-agent that is being uninstalled.
 pub fn remove(home: &Home, name: &AgentName) -> Result<()> {
     let path = home.process_record(name);
     // The one before, which a launch keeps to write the next one into.

@@ -4,6 +4,7 @@
 //! The script puts the program into the background itself; its process is found by `control pid` where that is known, else as the oldest
 //! process that bears the mark.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::launch::Start;
-use super::record::{self, Record};
+use super::record::Record;
 use super::tree::{self, Target};
 use crate::command::unless_busy;
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
@@ -40,20 +41,17 @@ pub enum Said {
     Unclear,
 }
 
-/// Runs `control start` in the sub-agent's group and finds the process that it started, whose record is written. Until then the record
-/// names the script itself: a manager that comes in between goes on from there.
-pub async fn start(start: &Start) -> Result<Record> {
+/// Runs `control start` in the sub-agent's group, its output into `output`, and finds the process that it started, whose record is written.
+/// Until then the record names the script itself: a manager that comes in between goes on from there.
+pub async fn start(start: &Start, output: File) -> Result<Record> {
     let mut command = start.command(CONTROL_SCRIPT, None)?;
     command.arg("start");
-    let group = run(start, &command).await?;
+    let of_script = run(start, &command, output).await?;
     let deadline = Instant::now() + APPEARS;
     loop {
-        if let Some(process) = find(start).await {
-            let record =
-                Record { head: start.head(), pid: process.pid, start_time: process.start_time, group, ended: None };
-            if let Err(error) = record.save(&start.home) {
-                tracing::warn!(agent = %start.name, error = format!("{error:#}"), "a process record cannot be written; the mark stands in");
-            }
+        if let Some(process) = find(start, &of_script).await {
+            let record = Record { pid: process.pid, start_time: process.start_time, ..of_script };
+            record.save(&start.home);
             return Ok(record);
         }
         if Instant::now() >= deadline {
@@ -115,10 +113,10 @@ fn runs_from(directory: &Path, pid: u32) -> bool {
             .any(|path| path.starts_with(directory))
 }
 
-/// The main process: the one that `control pid` names, if it is one of the sub-agent's, else the oldest of those.
-pub async fn find(start: &Start) -> Option<Seen> {
-    let record = record::load(&start.home, &start.name);
-    let target = Target::of(&start.name, record, start.groups.as_ref());
+/// The main process: the one that `control pid` names, if it is one of the sub-agent's, else the oldest of those. `last`: of the script, or
+/// of the main process before; the one on disk may be older.
+pub async fn find(start: &Start, last: &Record) -> Option<Seen> {
+    let target = Target::of(&start.name, Some(last.clone()), start.groups.as_ref());
     // A program that moved out of its group is still told by its mark.
     let target = if target.groups_are_empty() { target.scattered() } else { target };
     let members = tree::members(&start.home, &target);
@@ -164,13 +162,14 @@ async fn ask(start: &Start, verb: &str) -> Result<Output> {
     }
 }
 
-/// Runs `control start` to its end and gives the name of the group that it ran in.
-async fn run(start: &Start, command: &Command) -> Result<Option<String>> {
+/// Runs `control start` to its end and gives the record of the script.
+async fn run(start: &Start, command: &Command, output: File) -> Result<Record> {
+    let head = start.head();
     let launch = Launch {
         record: start.home.process_record(&start.name),
-        head: start.head().text_before_pid()?,
+        head: head.text_before_pid()?,
         user: None,
-        output: start.output()?,
+        output,
         group: start.group(),
     };
     let started = unless_busy(|| platform::launch(command, &launch)).await;
@@ -186,7 +185,8 @@ async fn run(start: &Start, command: &Command) -> Result<Option<String>> {
     if !status.success() {
         bail!("`control start` {}; see its log", platform::how_it_ended(status));
     }
-    Ok(start.entered(&launch, &child))
+    let group = start.entered(&launch, &child);
+    Ok(Record { head, pid: child.pid, start_time: child.start_time, group, ended: None })
 }
 
 /// Asks `control stop` of a recorded sub-agent and waits for it; what it leaves is the caller's to end. Blocks.

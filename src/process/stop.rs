@@ -41,7 +41,7 @@ pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
     let ended = end(home, &targets);
     // What could not be ended keeps its record, for whoever tries again.
     for target in targets.iter().filter(|target| ended.is_ok() || members(home, target).is_empty()) {
-        record::remove(home, &target.name)?;
+        record::discard(home, &target.name);
     }
     ended
 }

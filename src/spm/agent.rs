@@ -36,6 +36,8 @@ pub(super) struct SubAgent {
     pub(super) record: Option<Record>,
     /// What an earlier manager left of it was seen to live outside of its group, too.
     pub(super) scattered: bool,
+    /// Why the output of its process does not go into its log.
+    pub(super) output_lost: Option<String>,
     /// The watch on its process.
     pub(super) watch: Option<AbortHandle>,
     /// The health check that is under way.
@@ -53,6 +55,7 @@ impl SubAgent {
             serial: 0,
             record: None,
             scattered: false,
+            output_lost: None,
             watch: None,
             check: None,
             staging: None,
@@ -81,7 +84,7 @@ impl SubAgent {
             pid: supervisor.pid(),
             restarts: supervisor.restarts(),
             env_hash: self.state.spec().map(|spec| launch::env_hash(&spec.env)),
-            message: self.state.last_error(),
+            message: self.last_error(),
         }
     }
 
@@ -97,7 +100,7 @@ impl SubAgent {
             uptime_seconds: supervisor.up_since().map(|since| now.saturating_duration_since(since).as_secs()),
             restarts: supervisor.restarts(),
             memory_bytes: pid.and_then(platform::memory_bytes),
-            last_error: self.state.last_error(),
+            last_error: self.last_error(),
             download: self.staging.as_ref().and_then(Staging::status),
             upgrade: self.upgrade(now),
             held_by_operator: self.state.ledger().is_held(),
@@ -107,6 +110,18 @@ impl SubAgent {
 }
 
 impl SubAgent {
+    /// What an operator should do something about while its process runs.
+    pub(super) fn problem(&self) -> Option<String> {
+        let why = self.output_lost.as_ref().filter(|_| self.state.supervisor().pid().is_some())?;
+        let name = self.state.name();
+        Some(format!("the output of {name} is lost until its log can be opened at a later start ({why})"))
+    }
+
+    fn last_error(&self) -> Option<String> {
+        let both = [self.state.last_error(), self.problem()].into_iter().flatten().collect::<Vec<_>>().join("; ");
+        (!both.is_empty()).then(|| cut(&both, MAX_MESSAGE_BYTES))
+    }
+
     fn upgrade(&self, now: Instant) -> Option<UpgradeStatus> {
         let upgrade = self.state.upgrade(now)?;
         let deadline = upgrade.left.and_then(|left| jiff::Timestamp::now().checked_add(left).ok());
@@ -136,9 +151,38 @@ pub(super) fn at(now: Instant) -> At {
     At { now, unix_seconds, jitter: fastrand::f64() }
 }
 
+/// The release of the process that runs of a sub-agent, and by what it is known.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Runs<'a> {
+    Nothing,
+    Recorded(&'a Version),
+    /// By the mark of a process that has no record. It may be one that outlived its release.
+    Marked(&'a Version),
+}
+
+impl<'a> Runs<'a> {
+    /// The release that a ledger goes on with. A mark alone counts for the release before the one on probation: that was returned to, on a disk
+    /// that took neither ledger nor record.
+    fn counts(self, ledger: &Entry) -> Option<&'a Version> {
+        match self {
+            Runs::Nothing => None,
+            Runs::Recorded(version) => Some(version),
+            Runs::Marked(version) => {
+                ledger.before_probation().is_some_and(|before| before.version == *version).then_some(version)
+            }
+        }
+    }
+}
+
 /// What lies on disk of a sub-agent. `entry`: its ledger; `None`: there is none for it, and what is on disk says it all. `record`: of its
 /// last process.
-pub(super) fn on_disk(home: &Home, name: &AgentName, entry: Option<Entry>, record: Option<&Record>) -> Found {
+pub(super) fn on_disk(
+    home: &Home,
+    name: &AgentName,
+    entry: Option<Entry>,
+    record: Option<&Record>,
+    runs: Runs<'_>,
+) -> Found {
     let restarts = record.map_or(0, |record| record.head.restarts);
     let directory = match std::fs::read_dir(home.agent(name)).and_then(Iterator::collect::<io::Result<Vec<_>>>) {
         Ok(entries) => entries,
@@ -174,8 +218,7 @@ pub(super) fn on_disk(home: &Home, name: &AgentName, entry: Option<Entry>, recor
     let mut ledger = entry.unwrap_or_else(|| from_disk(&whole, current.as_deref()));
     let find = |version: &Version| whole.iter().map(|(_, release)| release).find(|release| release.version == *version);
     ledger.keep_whole(|version| find(version).is_some());
-    let living = record.filter(|record| record.is_alive());
-    if let Some(running) = living.and_then(|record| find(&record.head.version)) {
+    if let Some(running) = runs.counts(&ledger).and_then(find) {
         ledger.resume(running);
     }
     let releases = whole.iter().map(|(_, release)| release.version.clone()).collect();
@@ -218,7 +261,7 @@ mod tests {
     #[test]
     fn releases_alone_are_found_and_the_one_to_go_back_to() {
         let (_directory, home, name) = home();
-        let found = on_disk(&home, &name, None, None);
+        let found = on_disk(&home, &name, None, None, Runs::Nothing);
         assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
         assert_eq!(found.unfinished, BTreeSet::from([version("half")]));
         assert_eq!(found.ledger.current().unwrap().version.as_str(), "2");
@@ -230,15 +273,35 @@ mod tests {
         let (_directory, home, name) = home();
         let mut entry = Entry::found(Some(stage::release(version("1"), None)), None);
         entry.begin_probation(stage::release(version("gone"), None));
-        let found = on_disk(&home, &name, Some(entry), None);
+        let found = on_disk(&home, &name, Some(entry), None, Runs::Nothing);
         assert_eq!(found.ledger.kept().map(Version::as_str).collect::<Vec<_>>(), ["1"]);
+    }
+
+    #[test]
+    fn a_roll_back_that_could_not_be_written_is_told_by_the_process_that_runs() {
+        let (_directory, home, name) = home();
+        let mut on_probation = Entry::found(Some(stage::release(version("1"), None)), None);
+        on_probation.begin_probation(stage::release(version("2"), None));
+        let committed =
+            Entry::found(Some(stage::release(version("2"), None)), Some(stage::release(version("1"), None)));
+        let one = version("1");
+        for (ledger, runs, current) in [
+            (&on_probation, Runs::Nothing, "2"),
+            (&on_probation, Runs::Marked(&one), "1"),
+            (&on_probation, Runs::Recorded(&one), "1"),
+            // A process that outlived its release.
+            (&committed, Runs::Marked(&one), "2"),
+        ] {
+            let found = on_disk(&home, &name, Some(ledger.clone()), None, runs);
+            assert_eq!(found.ledger.current().unwrap().version.as_str(), current, "{runs:?}");
+        }
     }
 
     #[test]
     fn what_was_only_staged_is_not_taken_for_active() {
         let (_directory, home, name) = home();
         std::fs::remove_file(home.current(&name)).unwrap();
-        let found = on_disk(&home, &name, None, None);
+        let found = on_disk(&home, &name, None, None, Runs::Nothing);
         assert_eq!((found.ledger.current(), found.ledger.kept().count()), (None, 0));
         assert_eq!(found.releases.len(), 2);
     }
@@ -249,7 +312,7 @@ mod tests {
         let entry = Entry::found(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
         std::fs::remove_dir_all(home.agent(&name)).unwrap();
         std::fs::write(home.agent(&name), "a file in its place").unwrap();
-        let found = on_disk(&home, &name, Some(entry.clone()), None);
+        let found = on_disk(&home, &name, Some(entry.clone()), None, Runs::Nothing);
         assert_eq!((found.ledger, found.releases.len()), (entry, 2));
     }
 }

@@ -27,7 +27,7 @@ pub(super) enum Input {
     Launched {
         name: AgentName,
         serial: u64,
-        result: Result<Box<Running>, Refusal>,
+        result: Result<Box<Started>, Refusal>,
     },
     Exited {
         name: AgentName,
@@ -165,6 +165,14 @@ pub(super) struct Reloaded {
     pub(super) loaded: Option<Result<Loaded>>,
     /// Whether others can see by the record which process the manager is.
     pub(super) is_recorded: bool,
+}
+
+/// A process that was started.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) running: Running,
+    /// Why its output does not go into its log.
+    pub(super) output_lost: Option<String>,
 }
 
 /// A process that runs: started by us, so that its exit status comes to us, or adopted.

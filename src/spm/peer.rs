@@ -143,7 +143,7 @@ fn ask(service: Kind, home: &Home, inputs: &Inputs) {
 }
 
 fn kill_hung(home: &Home) {
-    let Some(holder) = role::living(home, Role::Spa) else { return };
+    let Some(holder) = role::who_has(home, Role::Spa) else { return };
     tracing::error!(pid = holder.pid, "the watchdog hangs and is killed");
     if let Err(error) = holder.kill() {
         tracing::error!(error = format!("{error:#}"), "the watchdog cannot be killed");

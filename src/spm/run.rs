@@ -3,7 +3,7 @@
 use anyhow::Result;
 use tokio::task::AbortHandle;
 
-use super::input::{Input, Inputs, Running};
+use super::input::{Input, Inputs, Running, Started};
 use super::stage;
 use crate::core::manifest::KillMode;
 use crate::core::program::Program;
@@ -26,31 +26,35 @@ pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Target) {
     });
 }
 
-async fn start_clean(start: Start, last: Target) -> Result<Running> {
+async fn start_clean(start: Start, last: Target) -> Result<Started> {
     let record = last.record.clone();
     end_leftovers(&start, last).await?;
     let (home, name) = (start.home.clone(), start.name.clone());
     let launched = launch(start, record).await;
     if launched.is_err() {
         // The child wrote its record before its program turned out not to run.
-        off_loop(move || record::remove(&home, &name)).await??;
+        off_loop(move || record::discard(&home, &name)).await?;
     }
     launched
 }
 
-async fn launch(start: Start, last: Option<Record>) -> Result<Running> {
-    match start.program.clone() {
+async fn launch(start: Start, last: Option<Record>) -> Result<Started> {
+    // Nothing is made in a home that cannot be relied on.
+    start.sound()?;
+    let output = start.output()?;
+    let running = match start.program.clone() {
         Program::Native(manifest) => {
-            let (child, record) = launch::start_native(&start, &manifest).await?;
-            Ok(Running::Child(child, record))
+            let (child, record) = launch::start_native(&start, &manifest, output.file).await?;
+            Running::Child(child, record)
         }
         Program::Script => {
             let of = start.clone();
             off_loop(move || script::forget(&of, last.as_ref())).await?;
-            let record = script::start(&start).await?;
-            Ok(Running::Script(Box::new(start), record))
+            let record = script::start(&start, output.file).await?;
+            Running::Script(Box::new(start), record)
         }
-    }
+    };
+    Ok(Started { running, output_lost: output.lost })
 }
 
 /// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
@@ -128,7 +132,7 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
         platform::reap_orphan(record.pid);
         let ended = format!("its process {} ended", record.pid);
         // Where nothing of it is left, there is nothing to ask after.
-        let Some(process) = script::find(start).await else { return ended };
+        let Some(process) = script::find(start, &record).await else { return ended };
         match script::status(start).await {
             // One that may not be asked is there, and is left alone.
             Err(error) if !error.is::<Unsound>() => return ended,
@@ -154,16 +158,87 @@ async fn emptied(record: &Record) {
 pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: Target) {
     let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
     tokio::spawn(async move {
-        let ended = match end(&home, target.clone()).await {
-            Ok(()) => {
-                let (home, name) = (home.clone(), name.clone());
-                off_loop(move || record::remove(&home, &name)).await.and_then(|removed| removed)
-            }
-            Err(error) => Err(error),
-        };
+        let mut ended = end(&home, target.clone()).await;
+        if ended.is_ok() {
+            let (home, name) = (home.clone(), name.clone());
+            ended = off_loop(move || record::discard(&home, &name)).await;
+        }
         if let Some(record) = &target.record {
             platform::reap_orphan(record.pid);
         }
         let _ = inputs.send(Input::Ended { name, serial, result: ended.map_err(|error| format!("{error:#}")) });
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::core::model::AgentName;
+    use crate::home::Home;
+    use crate::process::launch;
+
+    /// A home with a release of a sub-agent that stays, and no directory for logs.
+    fn prepare(directory: &Path) -> Start {
+        let home = Home::new(directory);
+        let (name, version): (AgentName, _) = ("a".parse().unwrap(), "1".parse().unwrap());
+        let program = home.release(&name, &version).join("run");
+        std::fs::create_dir_all(program.parent().unwrap()).unwrap();
+        std::fs::write(&program, "#!/bin/sh\nexec sleep 1000000\n").unwrap();
+        platform::set_mode(&program, 0o755).unwrap();
+        let manifest = launch::parse("name = \"a\"\nversion = \"1\"\n[run]\ncommand = [\"run\"]\n").unwrap();
+        Start {
+            home,
+            name,
+            version,
+            program: Program::Native(Box::new(manifest)),
+            spec: Default::default(),
+            agent_id: "1".parse().unwrap(),
+            endpoint: String::new(),
+            restarts: 0,
+            groups: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_home_that_takes_neither_record_nor_log_keeps_nothing_from_being_started_or_stopped() {
+        let directory = tempfile::tempdir().unwrap();
+        let start_of_it = prepare(directory.path());
+        let (home, name) = (start_of_it.home.clone(), start_of_it.name.clone());
+        // Neither a file can be put there, nor can it be removed.
+        let record = home.process_record(&name);
+        for path in [record.clone(), record.with_extension("json.old")] {
+            std::fs::create_dir_all(path.join("in the way")).unwrap();
+        }
+        let (inputs, mut words) = mpsc::unbounded_channel();
+        start(&inputs, 1, start_of_it.clone(), Target::of(&name, None, None));
+        let Some(Input::Launched { result, .. }) = words.recv().await else { panic!("it is answered") };
+        let started = result.unwrap();
+        let lost = started.output_lost.as_ref().unwrap();
+        assert!(lost.starts_with("cannot open the log ") && lost.contains("a.log: "), "{lost}");
+        let last = started.running.record().clone();
+        assert!(last.is_alive());
+        stop(&inputs, 1, &home, Target::of(&name, Some(last.clone()), None));
+        let Some(Input::Ended { result, .. }) = words.recv().await else { panic!("it is answered") };
+        assert_eq!(result, Ok(()));
+        assert!(!last.is_alive());
+
+        // As soon as the log can be opened, it is written.
+        std::fs::create_dir_all(home.agent_logs()).unwrap();
+        assert_eq!(start_of_it.output().unwrap().lost, None);
+    }
+
+    #[tokio::test]
+    async fn why_a_program_cannot_be_run_is_told_though_its_record_cannot_be_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let start = prepare(directory.path());
+        std::fs::create_dir_all(start.home.process_record(&start.name).join("in the way")).unwrap();
+        std::fs::remove_file(start.directory().join("run")).unwrap();
+        let target = Target::of(&start.name, None, None);
+        let error = format!("{:#}", start_clean(start, target).await.unwrap_err());
+        assert!(error.contains("cannot run ") && !error.contains("cannot remove"), "{error}");
+    }
 }

@@ -116,6 +116,7 @@ pub(super) fn refusal(error: &anyhow::Error) -> Refusal {
         retry_after: error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after),
         costly: false,
         withdrawn: error.is::<Withdrawn>(),
+        of_host: error.chain().filter_map(|cause| cause.downcast_ref()).any(platform::is_shortage),
     }
 }
 
@@ -253,6 +254,15 @@ mod tests {
             id: 1,
             committed_epoch: 0,
         }
+    }
+
+    #[test]
+    fn a_shortage_is_of_the_host_however_deep_it_lies() {
+        use std::io;
+        let told = |error: io::Error| refusal(&anyhow::Error::from(error).context("cannot run it").context("again"));
+        let shortage = (1..200).find(|code| platform::is_shortage(&io::Error::from_raw_os_error(*code))).unwrap();
+        assert!(told(io::Error::from_raw_os_error(shortage)).of_host);
+        assert!(!told(io::ErrorKind::NotFound.into()).of_host);
     }
 
     #[tokio::test]

@@ -19,8 +19,7 @@ const LONGEST_GRACE: Duration = Duration::from_secs(860);
 
 /// `service`: who runs the hook; units that an older version wrote do not say it.
 pub(super) fn run(home: &Home, service: Kind) -> Result<ExitCode> {
-    // A stop is honoured on a full disk too.
-    let _ = logging::to_file(&home.role_log("spm"));
+    logging::to_file(&home.role_log("spm"));
     // Empty when the manager ended by itself and is about to be restarted.
     let main_pid = std::env::var("MAINPID").unwrap_or_default();
     if main_pid.is_empty() || main_pid == "0" {

@@ -1,11 +1,11 @@
-//! Upgrades of sub-agents on hosts in trouble: a release that fails is rolled back although the home takes no byte or no file any more; and
-//! under systemd, whatever becomes of the roles meanwhile.
+//! Upgrades of sub-agents on hosts in trouble: a release that fails is rolled back although the home takes no byte, no file, or nothing at
+//! all any more; and under systemd, whatever becomes of the roles meanwhile.
 
 use serde_json::Value;
 
 use crate::install_systemd::fleet_of_two;
 use crate::support::container::Container;
-use crate::support::host::agent;
+use crate::support::host::{agent, pid};
 use crate::support::inside::{self, Inside, VERBATIM, done, wait_for_agents};
 use crate::support::package::Package;
 
@@ -39,12 +39,18 @@ fn begun(container: &Container) -> (Inside<'_>, u32) {
 }
 
 /// Each way in which a home can take no more, and what ends that.
-const TROUBLES: [(&str, &str, &str); 2] = [
+const TROUBLES: [(&str, &str, &str); 3] = [
     ("no byte is left", "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true", "rm /opt/aops/log/filler"),
     (
         "no inode is left",
         "mkdir /opt/aops/log/fillers; cd /opt/aops/log/fillers; touch $(seq 1000) 2>/dev/null || true",
         "rm -r /opt/aops/log/fillers",
+    ),
+    (
+        "it is read-only",
+        "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops",
+        // What was started meanwhile works in it, so that it cannot be unmounted.
+        "mount -o remount,bind,rw /opt/aops",
     ),
 ];
 
@@ -64,6 +70,35 @@ fn a_release_that_fails_is_rolled_back_though_the_home_takes_nothing_more() {
         inside::wait_for_status(&container, &format!("the roll back after {trouble}"), is_rolled_back);
         assert_eq!(wait_for_agents(&container, &["script"]), [other], "{trouble}");
     }
+}
+
+#[test]
+fn on_a_read_only_home_sub_agents_and_roles_are_started_again() {
+    let container = Container::bare();
+    done(&container, "mkdir /opt/aops && mount -t tmpfs tmpfs /opt/aops");
+    let _gateway = Inside::start(&container, fleet_of_two());
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    let [first, other] = wait_for_agents(&container, &["native", "script"])[..] else { panic!("there are two") };
+    let restarted = |before: u32, loses_output: bool| {
+        done(&container, &format!("kill -9 {before}"));
+        let status = inside::wait_for_status(&container, "the sub-agent to be started again", |status| {
+            agent(status, "native").is_some_and(|agent| agent["pid"].is_u64() && pid(&agent["pid"]) != Some(before))
+        });
+        let problems = status["problems"].to_string();
+        assert_eq!(problems.contains("the output of native is lost"), loses_output, "{status:#}");
+        pid(&agent(&status, "native").expect("it was waited for")["pid"]).expect("it was waited for")
+    };
+    done(&container, "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops");
+    let second = restarted(first, true);
+    let status = inside::status(&container);
+    done(&container, &format!("kill -9 {} {}", status["spm"]["pid"], status["spa"]["pid"]));
+    container.run(&["/opt/aops/control", "start"]).expect_code(0);
+    // The record on disk names the process that was killed first.
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), [second, other]);
+    let third = restarted(second, true);
+    done(&container, "mount -o remount,bind,rw /opt/aops");
+    let fourth = restarted(third, false);
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), [fourth, other]);
 }
 
 #[test]

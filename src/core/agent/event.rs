@@ -29,11 +29,18 @@ pub struct Refusal {
     pub costly: bool,
     /// It was accepted when it was staged, and is not any more: it is to be fetched anew.
     pub withdrawn: bool,
+    /// The host, or the manager itself, has too few descriptors, processes or too little memory.
+    pub of_host: bool,
 }
 
 impl Refusal {
     pub fn failed(why: impl Into<String>) -> Refusal {
-        Refusal { why: why.into(), refused: false, retry_after: None, costly: false, withdrawn: false }
+        Refusal { why: why.into(), refused: false, retry_after: None, costly: false, withdrawn: false, of_host: false }
+    }
+
+    /// Whether it says something about the release, and not about the home or the host.
+    pub fn is_of_release(&self) -> bool {
+        !self.refused && !self.of_host
     }
 
     /// As an event has it.

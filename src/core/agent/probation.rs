@@ -8,12 +8,14 @@
 //! ```
 //!
 //! A release is condemned when it has failed [`TRIES`] times, when its second start does not live longer than the first one, and when it is
-//! not well in time ([`Program::patience`](crate::core::program::Program::patience)). To fail is to exit, not to start, or to be unhealthy too often. A stop on purpose is no failure, and
-//! a home whose disk is full rolls back all the same: what could not be written is written later.
+//! not well in time ([`Program::patience`](crate::core::program::Program::patience)). To fail is to exit, not to start, or to be unhealthy too often. A stop on purpose is no failure.
+//! A start that fails because the home cannot be relied on, or because the host is short of descriptors, memory or processes, is none
+//! either, and the time until the next start does not count. A home that cannot be written rolls back all the same: what could not be
+//! written is written later.
 
 use std::time::{Duration, Instant};
 
-use super::event::{Action, Change, Note};
+use super::event::{Action, Change, Note, Refusal};
 use super::{Agent, At, Work};
 use crate::core::ledger::{Overruled, Skipped};
 use crate::core::manifest::Restart;
@@ -31,12 +33,15 @@ pub(super) const TRIES: u64 = 3;
 pub(super) struct Seen {
     /// When the activation began, or the process was started that this manager adopted.
     pub(super) began: Option<Instant>,
-    /// Since when this manager waits for it to be well. The time while it is stopped, or no manager runs, does not count.
+    /// Since when this manager waits for it to be well. The time does not count while it is stopped, while no manager runs, or while it cannot
+    /// be started for reasons that are not its own.
     waits_since: Option<Instant>,
     /// Since when its process runs.
     up_since: Option<Instant>,
     /// How long its last process lived that failed.
     last_life: Option<Duration>,
+    /// Its last start failed, and that says nothing about the release.
+    is_excused: bool,
 }
 
 impl Seen {
@@ -67,6 +72,7 @@ impl Agent {
         if self.ledger.probation().is_some_and(|release| release.version == *version) {
             self.seen.began.get_or_insert(since);
             self.seen.up_since = Some(since);
+            self.seen.is_excused = false;
         }
     }
 
@@ -82,6 +88,12 @@ impl Agent {
 
     fn restart_policy(&self) -> Restart {
         self.program.as_ref().map_or(Restart::Always, |program| program.policy().restart)
+    }
+
+    /// A start has failed. `None`: that condemns nothing.
+    pub(super) fn start_failed(&mut self, refusal: &Refusal, at: At, actions: &mut Vec<Action>) -> Option<Vec<Action>> {
+        self.seen.is_excused = !refusal.is_of_release();
+        if self.seen.is_excused { None } else { self.fail_probation(&refusal.why, at, actions) }
     }
 
     /// The release on probation has failed. `None`: that does not condemn it, or nothing is on probation.
@@ -104,7 +116,7 @@ impl Agent {
 
     /// What follows for the release on probation from how its process is now.
     pub(super) fn judge(&mut self, at: At) -> Vec<Action> {
-        if !self.is_on_probation() || self.is_busy() {
+        if !self.is_on_probation() || self.is_busy() || self.seen.is_excused {
             self.seen.waits_since = None;
             return vec![];
         }

@@ -1,8 +1,13 @@
 //! The local door's hinges: a Unix socket in the home, open to its owner and root alone.
+//!
+//! Where none can be made there (a read-only disk), one without a file stands in, in the abstract namespace (unix(7)). Anybody may take such
+//! a name or connect to it, so each end looks who the other is.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{SocketAddr, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -37,6 +42,19 @@ fn address(path: &Path) -> io::Result<(PathBuf, Option<OwnedFd>)> {
 impl LocalListener {
     /// Listens at `path` in place of whoever did before: the caller holds the role's lock.
     pub fn bind(path: &Path) -> io::Result<LocalListener> {
+        match LocalListener::bind_in_home(path) {
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => LocalListener::bind_stand_in(path),
+            bound => bound,
+        }
+    }
+
+    fn bind_stand_in(path: &Path) -> io::Result<LocalListener> {
+        let listener = std::os::unix::net::UnixListener::bind_addr(&stand_in(path)?)?;
+        listener.set_nonblocking(true)?;
+        Ok(LocalListener(tokio::net::UnixListener::from_std(listener)?))
+    }
+
+    fn bind_in_home(path: &Path) -> io::Result<LocalListener> {
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -63,10 +81,33 @@ impl LocalListener {
 /// Connects to the door at `path`; reads and writes give up after `timeout`.
 pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnection> {
     let (address, _directory) = address(path)?;
-    let stream = UnixStream::connect(address)?;
+    let stream = match UnixStream::connect(address) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            connect_stand_in(path).ok_or(error)?
+        }
+        connected => connected?,
+    };
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))?;
     Ok(stream)
+}
+
+/// Connects to what listens in the place of `path`, if it is run by somebody who may run the home.
+fn connect_stand_in(path: &Path) -> Option<UnixStream> {
+    let stream = UnixStream::connect_addr(&stand_in(path).ok()?).ok()?;
+    let who = rustix::net::sockopt::socket_peercred(&stream).ok()?.uid.as_raw();
+    let owner = path.parent()?.metadata().ok()?.uid();
+    [0, owner, rustix::process::geteuid().as_raw()].contains(&who).then_some(stream)
+}
+
+/// The name that stands in for `path`. Its directory is named by number: another mount namespace may have another home at the same path.
+fn stand_in(path: &Path) -> io::Result<SocketAddr> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let directory = parent.metadata()?;
+    let name = format!("aops:{:x}:{:x}:{}", directory.dev(), directory.ino(), name.display());
+    SocketAddr::from_abstract_name(name)
 }
 
 /// A second handle on the same connection.
@@ -98,7 +139,20 @@ mod tests {
         let deep = directory.path().join("d".repeat(120));
         std::fs::create_dir(&deep).unwrap();
         let path = deep.join("spm.sock");
-        let mut listener = LocalListener::bind(&path).unwrap();
+        converse(LocalListener::bind(&path).unwrap(), path).await;
+    }
+
+    #[tokio::test]
+    async fn a_door_for_which_no_socket_can_be_made_can_be_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("spm.sock");
+        // What an earlier manager left.
+        drop(LocalListener::bind(&path).unwrap());
+        converse(LocalListener::bind_stand_in(&path).unwrap(), path.clone()).await;
+        assert_eq!(connect_local(&path, Duration::from_secs(1)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    async fn converse(mut listener: LocalListener, path: PathBuf) {
         let client = std::thread::spawn(move || {
             let mut connection = connect_local(&path, Duration::from_secs(10)).unwrap();
             connection.write_all(b"x").unwrap();

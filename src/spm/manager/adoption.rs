@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::Manager;
-use super::outcomes::save;
 use crate::core::agent::{Agent, Event};
 use crate::core::ledger::Entry;
 use crate::core::model::{AgentName, Version};
@@ -15,7 +14,7 @@ use crate::platform::{self, Seen};
 use crate::process::launch::{self, env_hash};
 use crate::process::record::{self, Ended, Record};
 use crate::process::tree::{self, Target};
-use crate::spm::agent::{self, SubAgent};
+use crate::spm::agent::{self, Runs, SubAgent};
 use crate::spm::input::Running;
 use crate::spm::journal::About;
 use crate::spm::run;
@@ -47,12 +46,20 @@ impl Manager {
                 Err(error) => tracing::warn!(agent = %name, error = %error, "its directory cannot be looked at"),
             }
             let entry = self.releases.take_found(&name);
-            self.find(&name, entry, target);
-            match target.and_then(|target| target.record.clone()) {
-                Some(record) if record.is_alive() => self.adopt(&name, record),
-                record => match (self.by_mark(&name, &marked, record.as_ref()), record) {
+            let record = target.and_then(|target| target.record.clone());
+            let is_alive = record.as_ref().is_some_and(Record::is_alive);
+            let main = if is_alive { None } else { self.main_by_mark(&name, &marked, record.as_ref()) };
+            let runs = match (&record, &main) {
+                (Some(record), _) if is_alive => Runs::Recorded(&record.head.version),
+                (_, Some((_, version))) => Runs::Marked(version),
+                _ => Runs::Nothing,
+            };
+            self.find(&name, entry, target, runs);
+            match record {
+                Some(record) if is_alive => self.adopt(&name, record),
+                record => match (main.and_then(|main| self.record_of(&name, main)), record) {
                     (Some(marked), _) => {
-                        save(&marked, &self.home);
+                        marked.save(&self.home);
                         self.adopt(&name, marked);
                     }
                     (None, Some(record)) if record.is_of_this_boot() => self.bury(&name, record),
@@ -78,9 +85,10 @@ impl Manager {
     }
 
     /// Takes in what is on disk of a sub-agent. `entry`: what the ledger says of it; `target`: what may run of it.
-    pub(super) fn find(&mut self, name: &AgentName, entry: Option<Entry>, target: Option<&Target>) {
+    pub(super) fn find(&mut self, name: &AgentName, entry: Option<Entry>, target: Option<&Target>, runs: Runs<'_>) {
         let had_entry = entry.clone();
-        let mut found = agent::on_disk(&self.home, name, entry, target.and_then(|target| target.record.as_ref()));
+        let record = target.and_then(|target| target.record.as_ref());
+        let mut found = agent::on_disk(&self.home, name, entry, record, runs);
         if had_entry.as_ref() != Some(&found.ledger) {
             self.releases.change();
         }
@@ -131,23 +139,29 @@ impl Manager {
         true
     }
 
-    /// A record for a process that has none: by its mark. Of a native sub-agent it leads its session, as we start it; what a dead one
-    /// left behind does not.
-    fn by_mark(&self, name: &AgentName, marked: &[Seen], record: Option<&Record>) -> Option<Record> {
-        let agent = self.agents.get(name)?;
-        let native = matches!(agent.state.program(), Some(Program::Native(_)));
-        let is_its = |process: &&Seen| {
-            !process.is_check() && process.mark.as_ref().is_some_and(|mark| mark.name == name.as_str())
-        };
+    /// The main process of a sub-agent, and its release, by its mark. Of a native sub-agent it leads its session, as we start it; what a dead
+    /// one left behind does not. `record`: of one that is dead.
+    fn main_by_mark(&self, name: &AgentName, marked: &[Seen], record: Option<&Record>) -> Option<(Seen, Version)> {
         // What was there when a manager noted the end of the main process is what that left behind.
         let noted = record.filter(|record| record.ended.is_some()).and_then(|_| record::age(&self.home, name));
-        let came_after = |process: &&Seen| match (noted, platform::age(process.start_time)) {
+        let came_after = |process: &Seen| match (noted, platform::age(process.start_time)) {
             (Some(noted), Some(age)) => age + APART < noted,
             _ => true,
         };
-        let is_main = |process: &&Seen| !native || (process.session == process.pid && came_after(process));
-        let process = marked.iter().filter(is_its).find(is_main)?;
-        let version: Version = process.mark.as_ref()?.version.parse().ok()?;
+        marked.iter().find_map(|process| {
+            let mark = process.mark.as_ref().filter(|mark| mark.name == name.as_str() && !mark.is_check)?;
+            let version: Version = mark.version.parse().ok()?;
+            let is_main = match launch::inspect(&self.home, name, &version).ok()? {
+                Program::Native(_) => process.session == process.pid && came_after(process),
+                Program::Script => true,
+            };
+            is_main.then(|| (process.clone(), version))
+        })
+    }
+
+    /// A record for a main process that has none; `None`: it is none of the current release.
+    fn record_of(&self, name: &AgentName, (process, version): (Seen, Version)) -> Option<Record> {
+        let agent = self.agents.get(name)?;
         if agent.state.current() != Some(&version) {
             return None;
         }

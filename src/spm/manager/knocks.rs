@@ -12,6 +12,7 @@ use crate::core::role::Role;
 use crate::core::status::{self, HomeState, SkippedStatus, Status};
 use crate::door::{Farewell, Knock, Reply, Request};
 use crate::role;
+use crate::spm::agent::SubAgent;
 use crate::spm::disk;
 use crate::spm::input::Input;
 use crate::spm::journal::About;
@@ -196,6 +197,7 @@ impl Manager {
         if self.peer.stopped_by_operator {
             problems.push("the watchdog's unit was stopped by an operator; `control start` starts it again".to_owned());
         }
+        problems.extend(self.agents.values().filter_map(SubAgent::problem));
         for agent in &agents {
             problems.extend(agent.skipped.iter().map(|skipped| {
                 let (name, SkippedStatus { version, reason }) = (&agent.name, skipped);

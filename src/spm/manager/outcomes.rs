@@ -3,13 +3,12 @@
 use std::time::Instant;
 
 use super::Manager;
-use crate::core::agent::{Event, Refusal};
+use crate::core::agent::{Event, Note, Refusal};
 use crate::core::model::AgentName;
-use crate::home::Home;
 use crate::process::launch::env_hash;
 use crate::process::record::{Ended, Record};
-use crate::spm::agent::SubAgent;
-use crate::spm::input::{File, Input, Running};
+use crate::spm::agent::{Runs, SubAgent};
+use crate::spm::input::{File, Input, Started};
 use crate::spm::journal::About;
 use crate::spm::run;
 
@@ -92,11 +91,11 @@ impl Manager {
         self.agents.get_mut(name).filter(|agent| agent.serial == serial)
     }
 
-    fn launched(&mut self, name: &AgentName, serial: u64, result: Result<Box<Running>, Refusal>, now: Instant) {
+    fn launched(&mut self, name: &AgentName, serial: u64, result: Result<Box<Started>, Refusal>, now: Instant) {
         let inputs = self.inputs.clone();
         let Some(agent) = self.of(name, serial) else { return };
-        let running = match result {
-            Ok(running) => running,
+        let Started { running, output_lost } = match result {
+            Ok(started) => *started,
             Err(refusal) => {
                 self.step(name, Event::NotLaunched(refusal), now);
                 return self.finish_stop_if_down();
@@ -104,10 +103,14 @@ impl Manager {
         };
         let record = running.record().clone();
         tracing::info!(agent = %name, version = %record.head.version, pid = record.pid, "a sub-agent is started");
-        agent.watch = Some(run::watch(&inputs, serial, *running));
+        agent.watch = Some(run::watch(&inputs, serial, running));
         let (pid, version) = (record.pid, record.head.version.clone());
         let runs_so = agent.state.spec().is_none_or(|spec| env_hash(&spec.env) == record.head.env_hash);
         (agent.record, agent.scattered) = (Some(record), false);
+        let lost = std::mem::replace(&mut agent.output_lost, output_lost.clone());
+        if let Some(note) = note_of_output(lost, output_lost) {
+            self.note(name, note, now);
+        }
         if !runs_so {
             tracing::info!(agent = %name, "the environment changed during the start; the sub-agent is restarted");
         }
@@ -131,7 +134,7 @@ impl Manager {
         let Some(record) = agent.record.as_mut().filter(|_| supervisor.is_down()) else { return };
         record.ended = Some(ended);
         record.head.restarts = supervisor.restarts();
-        save(record, &self.home);
+        record.save(&self.home);
     }
 
     fn moved(&mut self, name: &AgentName, serial: u64, record: Record, now: Instant) {
@@ -142,7 +145,7 @@ impl Manager {
             return;
         }
         let pid = record.pid;
-        save(&record, &home);
+        record.save(&home);
         agent.record = Some(record);
         self.step(name, Event::Moved { pid }, now);
     }
@@ -174,16 +177,18 @@ impl Manager {
                 self.journal.note("uninstall", "failed", about, text.as_str());
                 self.problems.insert("uninstall", text);
                 // Ordered again, it begins as what is left of it.
-                self.find(name, None, None);
+                self.find(name, None, None, Runs::Nothing);
             }
         }
     }
 }
 
-/// Writes the record of a process.
-pub(super) fn save(record: &Record, home: &Home) {
-    if let Err(error) = record.save(home) {
-        let (name, error) = (&record.head.name, format!("{error:#}"));
-        tracing::warn!(agent = %name, error, "a process record cannot be written; the mark stands in");
-    }
+/// Says that the output of a sub-agent is lost from this start on, or goes into its log again.
+fn note_of_output(before: Option<String>, now: Option<String>) -> Option<Note> {
+    let (outcome, message) = match (before, now) {
+        (before, now) if before == now => return None,
+        (_, Some(why)) => ("failed", format!("its output is lost: {why}")),
+        (_, None) => ("ok", "its output goes into its log again".to_owned()),
+    };
+    Some(Note { kind: "log", outcome, version: None, message, repeats: true, change: None })
 }

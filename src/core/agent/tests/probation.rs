@@ -190,6 +190,38 @@ fn a_stop_on_purpose_is_no_failure_and_a_home_that_cannot_be_relied_on_neither()
 }
 
 #[test]
+fn a_start_that_the_host_or_the_home_does_not_allow_condemns_nothing_however_long_that_takes() {
+    let reasons = [
+        Refusal { of_host: true, ..refusal("cannot run it: too many open files") },
+        Refusal { refused: true, ..refusal("others can write there") },
+    ];
+    for reason in reasons {
+        let mut bench = Bench::on_the_way_to("2");
+        let start = bench.now;
+        while bench.now < start + S(1_000) {
+            bench.tell(Event::NotLaunched(reason.clone()));
+            assert_eq!(bench.agent.last_error().as_ref(), Some(&reason.why));
+            if bench.asked().contains(&Action::Start) {
+                // The first one is tried again at once.
+                continue;
+            }
+            bench.now = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
+            bench.tell(Event::Tick);
+            assert_eq!(bench.asked(), [Action::Start]);
+        }
+        assert!(bench.agent.supervisor().failures() > 10, "it is retried");
+        let ledger = bench.agent.ledger();
+        assert_eq!((ledger.probation(), ledger.probation_failures()), (Some(&release("2")), 0));
+        // From its start on it is judged like any other: what was before does not count.
+        bench.launched(20, "2");
+        bench.now += S(10);
+        bench.tell(Event::Tick);
+        assert_eq!(bench.agent.ledger().active(), Some(&release("2")));
+        assert_eq!(bench.agent.last_error().as_ref(), Some(&reason.why), "why it was last started again");
+    }
+}
+
+#[test]
 fn the_next_manager_goes_on_with_a_probation_and_with_what_it_has_seen_of_failures() {
     let mut ledger = Entry::found(Some(release("1")), None);
     ledger.begin_probation(release("2"));
