@@ -23,6 +23,7 @@ mod roles;
 mod roles_systemd;
 mod self_upgrades;
 mod self_upgrades_bad;
+mod self_upgrades_host;
 mod state_versions;
 mod sub_agents;
 #[path = "../support/mod.rs"]

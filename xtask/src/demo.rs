@@ -33,6 +33,9 @@ const FIRST: &str = "1.5.0";
 const SECOND: &str = "1.5.0-2";
 /// One that somebody has packaged with a flag that the program does not know.
 const BAD: &str = "1.5.0-3";
+/// The manager's own releases.
+const MANAGER: &str = "0.1.0";
+const NEXT_MANAGER: &str = "0.1.1";
 /// What the collector that the second release adds measures.
 const ADDED_METRIC: &str = "node_load1 ";
 
@@ -53,6 +56,13 @@ struct Demo<'a> {
     step: u32,
 }
 
+/// The same program with other bytes: what follows the sections of an ELF file changes nothing.
+fn next_executable(aops: &Path) -> Result<Vec<u8>> {
+    let mut bytes = fs::read(aops).with_context(|| format!("cannot read {}", aops.display()))?;
+    bytes.extend_from_slice(NEXT_MANAGER.as_bytes());
+    Ok(bytes)
+}
+
 impl Demo<'_> {
     fn show(mut self, aops: &Path, exporter: &Path, keep: bool) -> Result<()> {
         let started = Instant::now();
@@ -66,6 +76,7 @@ impl Demo<'_> {
         self.kill_manager()?;
         self.change_version(port)?;
         self.roll_back()?;
+        self.upgrade_manager()?;
         if keep {
             self.leave(port, gateway);
         } else {
@@ -82,8 +93,9 @@ impl Demo<'_> {
         self.step("A gateway: a signing key, a certificate, a depot");
         self.run(&mut self.fleet.gateway("init"))?;
         self.step("Packages, signed: aops itself, Debian's node exporter (three times, the last one bad), and one with a `control` script");
-        let _ = aops;
-        self.run(self.fleet.gateway("publish").args(["--self", "--version", "0.1.0"]))?;
+        self.run(self.fleet.gateway("publish").args(["--self", "--version", MANAGER]))?;
+        let next = Package::plain("aops-spm", NEXT_MANAGER).with_file("bin/aops", next_executable(aops)?, 0o755);
+        self.run(self.fleet.gateway("publish").args(next.arguments()))?;
         let releases =
             [(FIRST, "--no-collector.loadavg"), (SECOND, "--collector.loadavg"), (BAD, "--no-such-collector")];
         for (version, flag) in releases {
@@ -190,6 +202,35 @@ impl Demo<'_> {
         Ok(())
     }
 
+    fn upgrade_manager(&mut self) -> Result<()> {
+        self.step(&format!(
+            "fleet.toml now wants the manager itself at {NEXT_MANAGER}; a trial of 5 s instead of 30 s"
+        ));
+        let settings = self.fleet.home().join("etc/conf.toml");
+        fs::write(&settings, fs::read_to_string(&settings)? + "\nupgradeTrial = \"5s\"\n")?;
+        let before = [EXPORTER, CLASSIC].map(|name| self.fleet.wait_for_pid(name, None));
+        self.write_fleet_with(SECOND, NEXT_MANAGER)?;
+        let changed = Instant::now();
+        self.fleet.wait_for("the new manager on trial", |status| {
+            status["version"] == NEXT_MANAGER && status["upgrade"]["phase"] == "trial"
+        })?;
+        println!(
+            "  on trial after {:.1} s, judged by the watchdog, which is still {MANAGER}",
+            changed.elapsed().as_secs_f64()
+        );
+        self.fleet.wait_for("the new manager to be committed", |status| {
+            status["version"] == NEXT_MANAGER && status["upgrade"].is_null() && status["state"] == "running"
+        })?;
+        println!("  committed after {:.1} s", changed.elapsed().as_secs_f64());
+        self.run(&mut self.fleet.control(&["status"]))?;
+        for (name, before) in [EXPORTER, CLASSIC].into_iter().zip(before) {
+            let (before, after) = (before?, self.fleet.wait_for_pid(name, None)?);
+            ensure!(before == after, "{name} was {before} before and is {after} now");
+        }
+        self.proved("the manager upgrades itself, on trial first, and every sub-agent keeps its process");
+        Ok(())
+    }
+
     fn stop_and_uninstall(&mut self, port: u16) -> Result<()> {
         self.step("A stop");
         self.run(&mut self.fleet.control(&["stop"]))?;
@@ -239,8 +280,12 @@ To end it:
     }
 
     fn write_fleet(&self, version: &str) -> Result<()> {
+        self.write_fleet_with(version, MANAGER)
+    }
+
+    fn write_fleet_with(&self, version: &str, manager: &str) -> Result<()> {
         let text = format!(
-            "heartbeatInterval = \"1s\"\n\n[agents.{EXPORTER}]\nversion = \"{version}\"\nenv = {{ GOMAXPROCS = \"1\" }}\n\n\
+            "heartbeatInterval = \"1s\"\n\n[manager]\nversion = \"{manager}\"\n\n[agents.{EXPORTER}]\nversion = \"{version}\"\nenv = {{ GOMAXPROCS = \"1\" }}\n\n\
              [agents.{CLASSIC}]\nversion = \"3.1\"\n"
         );
         show(&text);

@@ -1,0 +1,192 @@
+//! Upgrades of the manager on real hosts: under systemd, for a product that starts the home itself, and on hosts in trouble.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::install_systemd::{fleet_of_two, runs};
+use crate::support::container::Container;
+use crate::support::inside::{self, Inside, URL, VERBATIM, done, wait_for_agents};
+use crate::support::package::Package;
+use crate::support::release::{self, NAME};
+use crate::support::wait::try_for;
+
+/// A trial of five seconds, the proof of the watchdog, three tries with growing delays, and what a busy machine adds.
+const ENDED: Duration = Duration::from_secs(180);
+/// As the command of the old platform installs it.
+const FIRST: &str = "c57f6a1d";
+/// Where the good program that bad ones run lies inside.
+const REAL: &str = "/tmp/real";
+
+fn fleet(manager: &str) -> String {
+    format!(
+        "heartbeatInterval = \"1s\"\nmanager.version = \"{manager}\"\nagents.native.version = \"1.0.0\"\nagents.script.version = \"1.0.0\"\n"
+    )
+}
+
+#[track_caller]
+fn wait_for_status(container: &Container, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    let mut last = Value::Null;
+    let found = try_for(ENDED, || {
+        last = inside::status(container);
+        wanted(&last).then(|| last.clone())
+    });
+    found.unwrap_or_else(|| panic!("waited {ENDED:?} in vain for {what}; the last status: {last:#}"))
+}
+
+fn runs_release(status: &Value, version: &str) -> bool {
+    status["version"] == version && status["upgrade"] == Value::Null && status["spa"]["pid"].is_u64()
+}
+
+fn is_skipped(status: &Value, version: &str) -> bool {
+    status["problems"].to_string().contains(&format!("{NAME} {version} failed and is skipped"))
+}
+
+/// A host that runs the first release and both sub-agents; the gateway has these releases too.
+fn host<'a>(container: &'a Container, install: &str, releases: &[&Package]) -> (Inside<'a>, Vec<u32>) {
+    let gateway = Inside::start(container, fleet_of_two());
+    container.copy_in(release::real(), REAL, 0o755);
+    gateway.publish(|gateway| releases.iter().for_each(|release| gateway.publish(release)));
+    gateway.fleet(&fleet(FIRST));
+    done(container, install);
+    done(container, "echo 'upgradeTrial = \"5s\"' >>/opt/aops/etc/conf.toml");
+    inside::wait_for_status(container, "everything to run", runs);
+    let agents = wait_for_agents(container, &["native", "script"]);
+    (gateway, agents)
+}
+
+fn bad(manager: &str) -> Package {
+    release::bad_manager("3.0.0", REAL, manager)
+}
+
+/// A good release and back by the operator's word, and one that is bad.
+#[track_caller]
+fn there_and_back(container: &Container, install: &str) {
+    let (gateway, agents) = host(container, install, &[&release::good("2.0.0"), &bad("exit 1")]);
+    gateway.fleet(&fleet("2.0.0"));
+    wait_for_status(container, "the good release", |status| runs_release(status, "2.0.0") && runs(status));
+    assert_eq!(wait_for_agents(container, &["native", "script"]), agents);
+    gateway.fleet(&fleet("3.0.0"));
+    wait_for_status(container, "the roll back", |status| runs_release(status, "2.0.0") && is_skipped(status, "3.0.0"));
+    assert_eq!(wait_for_agents(container, &["native", "script"]), agents);
+    container.run(&["/opt/aops/control", "rollback"]).expect_code(0);
+    wait_for_status(container, "the release before", |status| {
+        runs_release(status, FIRST) && status["heldByOperator"] == true
+    });
+    assert_eq!(wait_for_agents(container, &["native", "script"]), agents);
+}
+
+#[test]
+fn under_systemd_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
+    let container = Container::systemd();
+    there_and_back(&container, VERBATIM);
+    // Nothing of the units was disabled or replaced on the way.
+    done(&container, "systemctl is-enabled aops-spm aops-spa && systemctl is-active aops-spm aops-spa");
+}
+
+#[test]
+fn where_the_product_starts_the_home_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
+    let container = Container::bare();
+    let install = format!(
+        "/tmp/aops install --product hci --agent-id 1 --endpoint {URL} --trusted-key /tmp/gateway/keys/aops.pub \
+         --ca-cert /tmp/gateway/tls/cert.pem --version {FIRST} --home /opt/aops"
+    );
+    there_and_back(&container, &install);
+}
+
+#[test]
+fn under_systemd_a_trial_survives_a_power_cut_and_the_death_of_both_roles() {
+    let mut container = Container::systemd();
+    let begin = |container: &Container| {
+        wait_for_status(container, "the trial", |status| {
+            status["upgrade"]["to"] == "2.0.0" && status["upgrade"]["phase"] == "trial"
+        });
+    };
+    {
+        let (gateway, agents) = host(&container, VERBATIM, &[&release::good("2.0.0")]);
+        gateway.fleet(&fleet("2.0.0"));
+        begin(&container);
+        done(&container, "systemctl kill -s KILL aops-spm aops-spa");
+        begin(&container);
+        assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
+    }
+    container.crash();
+    // The gateway is gone with the power: the new release stays unproven, and the operator decides.
+    let status = wait_for_status(&container, "an unproven trial", |status| status["upgrade"]["phase"] == "unproven");
+    assert_eq!(status["version"], "2.0.0", "{status:#}");
+    container.run(&["/opt/aops/control", "upgrade", "--abort"]).expect_code(0);
+    wait_for_status(&container, "the release before", |status| runs_release(status, FIRST));
+    wait_for_agents(&container, &["native", "script"]);
+}
+
+/// Each way in which a home can take no more in the middle of a trial; whether the roll back has to wait for the end of it, and what
+/// ends it.
+const TROUBLES: [(&str, &str, bool, &str); 3] = [
+    ("no byte is left", "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true", false, "rm /opt/aops/log/filler"),
+    (
+        "no inode is left",
+        "mkdir /opt/aops/log/fillers; cd /opt/aops/log/fillers; touch $(seq 3000) 2>/dev/null || true",
+        false,
+        "rm -r /opt/aops/log/fillers",
+    ),
+    (
+        "it is read-only",
+        "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops",
+        true,
+        "mount -o remount,bind,rw /opt/aops",
+    ),
+];
+
+#[test]
+fn a_bad_release_is_rolled_back_though_the_home_takes_nothing_more() {
+    for (trouble, begin, has_to_wait, end) in TROUBLES {
+        let container = Container::bare();
+        done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=800 tmpfs /opt/aops");
+        let manager = bad("(sleep 3; kill -KILL $$) & exec $A spm \"$@\"");
+        let (gateway, agents) = host(&container, VERBATIM, &[&manager]);
+        gateway.fleet(&fleet("3.0.0"));
+        wait_for_status(&container, "the trial", |status| {
+            status["upgrade"]["phase"] == "trial" && status["version"] == "3.0.0"
+        });
+        done(&container, begin);
+        let is_rolled_back = |status: &Value| runs_release(status, FIRST) && is_skipped(status, "3.0.0");
+        if has_to_wait {
+            // What cannot be written is said, and is done as soon as it can be.
+            let said = try_for(ENDED, || {
+                let log = container.run(&["cat", "/opt/aops/log/spa.log"]).stdout;
+                (log + &inside::status(&container).to_string()).contains("3.0.0").then_some(())
+            });
+            assert!(said.is_some(), "nothing is said where {trouble}");
+            done(&container, end);
+        }
+        wait_for_status(&container, &format!("the roll back where {trouble}"), is_rolled_back);
+        assert_eq!(wait_for_agents(&container, &["native", "script"]), agents, "{trouble}");
+        if !has_to_wait {
+            done(&container, end);
+        }
+        // There may be another.
+        container.run(&["/opt/aops/control", "retry", NAME]).expect_code(0);
+        gateway.fleet(&fleet(FIRST));
+        wait_for_status(&container, &format!("peace after {trouble}"), |status| {
+            runs_release(status, FIRST) && runs(status)
+        });
+    }
+}
+
+#[test]
+fn a_host_that_is_short_of_something_is_upgraded_when_it_is_not_any_more() {
+    let container = Container::bare();
+    let (gateway, agents) = host(&container, VERBATIM, &[&release::good("2.0.0")]);
+    // Nothing of an upgrade is run from there; the gateway runs already.
+    done(&container, "mount --bind /tmp /tmp && mount -o remount,bind,noexec /tmp");
+    let manager = inside::status(&container)["spm"]["pid"].clone();
+    done(&container, &format!("prlimit --pid {manager} --nofile=10:1024"));
+    gateway.fleet(&fleet("2.0.0"));
+    wait_for_status(&container, "the shortage to be said", |status| {
+        let text = format!("{}{}", status["problems"], status["gateway"]["lastError"]);
+        text.contains("Too many open files")
+    });
+    done(&container, &format!("prlimit --pid {manager} --nofile=1024:1024"));
+    wait_for_status(&container, "the new release", |status| runs_release(status, "2.0.0"));
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
+}
