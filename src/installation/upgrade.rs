@@ -206,7 +206,12 @@ impl Session {
                 self.write()
             }
             Step::Record(change) => self.make(change),
-            Step::BackUp => copy(&home, &home.executable(), &home.backup_executable(), Copying::Link),
+            Step::BackUp => {
+                copy(&home, &home.executable(), &home.backup_executable(), Copying::Link)?;
+                // It is written with what follows.
+                self.record.forget_previous();
+                Ok(())
+            }
             Step::LinkToBackup => self.point(&home.backup_executable()),
             Step::LinkToExecutable => self.point(&home.executable()),
             Step::Swap => {

@@ -362,6 +362,11 @@ impl Record {
         self.previous.as_ref()
     }
 
+    /// The backup is being made anew.
+    pub fn forget_previous(&mut self) {
+        self.previous = None;
+    }
+
     /// An operator has put this release in place by the installer: it may run, and the backup is none of it.
     pub fn replaced(&mut self, version: &Version) {
         self.skipped.retain(|skipped| skipped.version != *version);

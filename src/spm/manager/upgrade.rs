@@ -45,6 +45,8 @@ pub(super) struct Upgrading {
     not_before: Option<Instant>,
     /// Why the last try failed.
     last_error: Option<String>,
+    /// Why the last one that an operator asked for did.
+    asked_error: Option<String>,
     /// Ends that were reported, and are still in the record.
     told: Vec<Ended>,
 }
@@ -53,6 +55,7 @@ pub(super) struct Upgrading {
 #[derive(Debug)]
 struct Work {
     to: Option<Version>,
+    by_operator: bool,
     began: Instant,
     progress: Arc<Progress>,
 }
@@ -149,6 +152,7 @@ impl Manager {
             Source::Current | Source::File(_) => None,
         };
         tracing::info!(source = format!("{source:?}"), "an upgrade of the manager begins");
+        self.upgrading.asked_error = None;
         let job = Job {
             home: self.home.clone(),
             config: self.config.clone(),
@@ -158,7 +162,7 @@ impl Manager {
             own: self.identity.version.clone(),
         };
         let progress = job::start(&self.inputs, job);
-        self.upgrading.work = Some(Work { to, began: now, progress });
+        self.upgrading.work = Some(Work { to, by_operator, began: now, progress });
     }
 
     /// The operator asks for it.
@@ -200,6 +204,7 @@ impl Manager {
             record.allow();
             record.release_hold();
         });
+        self.upgrading.asked_error = None;
         (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
         self.heartbeat_now(now);
         Reply::done()
@@ -234,15 +239,18 @@ impl Manager {
     fn not_switched(&mut self, failure: NotSwitched, work: Option<Work>, now: Instant) {
         let NotSwitched { version, why, is_final, is_skipped, retry_after } = failure;
         let upgrading = &mut self.upgrading;
-        upgrading.failures = upgrading.failures.saturating_add(1);
+        if work.as_ref().is_some_and(|work| work.by_operator) {
+            upgrading.asked_error = Some(why.clone());
+        } else {
+            upgrading.failures = upgrading.failures.saturating_add(1);
+        }
         let pause = match is_final {
             true => AT_FAULT,
             false => RETRY.delay(upgrading.failures, fastrand::f64()).max(retry_after.unwrap_or_default()),
         };
         upgrading.not_before = Some(now + pause);
-        let is_news = upgrading.last_error.as_ref() != Some(&why);
-        upgrading.last_error = Some(why.clone());
-        if !is_news {
+        let is_news = upgrading.last_error.replace(why.clone()).as_ref() != Some(&why);
+        if !is_news && upgrading.asked_error.is_none() {
             return;
         }
         let from = self.identity.version.clone();
@@ -394,6 +402,9 @@ impl Manager {
 
     /// That a release of the manager is not what is ordered, and why.
     pub(super) fn upgrade_problem(&self) -> Option<String> {
+        if let Some(why) = &self.upgrading.asked_error {
+            return Some(format!("the manager's release was not changed as an operator asked: {why}"));
+        }
         let ordered = self.upgrading.ordered.as_ref()?;
         if ordered.version == self.identity.version || self.is_manager_held() {
             return None;
