@@ -27,6 +27,10 @@ pub fn register(_home: &Home) -> Result<()> {
     Ok(())
 }
 
+pub fn refresh(_home: &Home) -> Result<bool> {
+    Ok(false)
+}
+
 pub fn unregister(_home: &Home) -> Result<()> {
     Ok(())
 }

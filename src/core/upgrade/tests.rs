@@ -17,6 +17,7 @@ fn image(version: &str, executable: char) -> Image {
         file: String::new(),
         brings: vec![],
         revokes: vec![],
+        endpoint: None,
         unknown: Unknown::new(),
     }
 }

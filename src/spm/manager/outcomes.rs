@@ -73,6 +73,7 @@ impl Manager {
             }
             Input::Upgraded(outcome) => self.upgraded(outcome, now),
             Input::UpgradeSeen(seen) => self.upgrade_seen(seen, now),
+            Input::Migrated(result) => self.tell_of("migration", "failed", result.err()),
             Input::StopRecorded => self.stop_recorded(now),
             Input::Looked(looked) => self.looked(looked, now),
             Input::Reloaded(reloaded) => self.reloaded(reloaded),
