@@ -225,6 +225,11 @@ impl Manager {
             }
             Upgraded::Nothing => {
                 (self.upgrading.failures, self.upgrading.last_error) = (0, None);
+                if work.is_some_and(|work| work.by_operator) {
+                    let own = self.identity.version.clone();
+                    let text = format!("the manager runs {own} already, which an operator asked for");
+                    self.report("upgrade", "ok", &own, Some(own.clone()), 0, text);
+                }
             }
             Upgraded::NotSwitched(failure) => self.not_switched(failure, work, now),
         }
