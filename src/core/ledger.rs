@@ -348,7 +348,8 @@ impl Entry {
         if holds(Guard::ResumeRollsBack) {
             self.roll_back();
         }
-        if !is(&self.active) && !(self.has_given_up(&running.version) && holds(Guard::ResumeReturns)) {
+        let makes_way = self.has_given_up(&running.version) && holds(Guard::ResumeReturns);
+        if !is(&self.active) && !makes_way {
             self.activate(running.clone());
         }
     }
