@@ -172,7 +172,9 @@ impl Entry {
     /// It takes the place of the active one, which stays to go back to. The active one itself needs no probation: whatever was on it is
     /// given up.
     pub fn begin_probation(&mut self, release: Release) {
-        if let Some(before) = self.probation.take() {
+        if let Some(before) = self.probation.take()
+            && !before.is(&release)
+        {
             self.give_up(before.version);
         }
         self.put_into_use(&release);
@@ -201,8 +203,11 @@ impl Entry {
     /// The release on probation is given up for the active one; where that is lost, for the backup. Whether there was one.
     pub fn roll_back(&mut self) -> bool {
         self.probation_failures = 0;
-        if self.active.is_none() {
-            self.active = self.backup.take();
+        if self.active.is_none()
+            && let Some(backup) = self.backup.take()
+        {
+            self.put_into_use(&backup);
+            self.active = Some(backup);
         }
         self.probation.take().is_some()
     }
@@ -502,6 +507,27 @@ mod tests {
             entry.resume(&release(running));
             assert_eq!(versions(&entry)[..3], expected, "{running}");
         }
+    }
+
+    #[test]
+    fn a_skipped_backup_that_takes_the_place_of_a_lost_active_release_is_not_skipped_any_more() {
+        let mut entry = Entry::found(Some(release("2")), Some(release("1")));
+        entry.skip(skipped("1"));
+        entry.begin_probation(release("3"));
+        entry.keep_whole(|version| version.as_str() != "2");
+        entry.roll_back();
+        assert_eq!((versions(&entry)[0], entry.skipped(&release("1").version, None)), (Some("1"), None));
+    }
+
+    /// The second activation of a release may be recorded while what it replaced still ends.
+    #[test]
+    fn what_a_release_on_probation_has_replaced_stays_given_up_when_that_is_activated_again() {
+        let mut entry = Entry::found(Some(release("1")), None);
+        for version in ["2", "3", "3"] {
+            entry.begin_probation(release(version));
+        }
+        entry.resume(&release("2"));
+        assert_eq!(versions(&entry), [Some("1"), None, None, None]);
     }
 
     #[test]

@@ -189,9 +189,9 @@ impl World {
                 let version = version_of(record.version);
                 let is_wanted = record.version == state.order.0 && agent.current() == Some(&version);
                 // An end that no manager saw counts as a failure.
-                let is_unseen = record.ended.is_none() && record.version == NEW;
-                state.failed += u64::from(is_unseen);
-                state.is_suspect |= is_unseen;
+                let is_unseen = record.ended.is_none();
+                state.failed += u64::from(is_unseen && record.version == NEW);
+                state.is_suspect |= is_unseen && record.version != 1;
                 let end = End {
                     success: record.ended.flatten(),
                     how: "it exited".to_owned(),

@@ -371,10 +371,8 @@ impl World {
                 if state.process.is_none() {
                     state.record = None;
                 }
-                if number == Some(NEW) && !refused {
-                    state.failed += 1;
-                    state.is_suspect = true;
-                }
+                state.failed += u64::from(number == Some(NEW) && !refused);
+                state.is_suspect |= number != Some(1) && !refused;
                 self.hear(state, Event::NotLaunched(Refusal { refused, ..Refusal::failed("no such file") }), false)
             }
             What::Stopped { ok } => {
@@ -479,7 +477,7 @@ impl World {
         state.writing = state.queued.take();
         state.is_unsaved = !ok;
         state.replan |= std::mem::take(&mut state.discard_waits);
-        state.is_behind &= !ok || state.writing.is_some();
+        state.is_behind = !ok || state.is_behind && state.writing.is_some();
         if kept {
             state.disk = entry;
             let said = state.agent.as_ref().is_some_and(|agent| is_skipped(agent.ledger(), NEW));
