@@ -68,17 +68,17 @@ pub enum Command {
     /// and what waits for its next try is tried now. A change of the manager's
     /// release is on trial at first, and rolled back by itself if it fails.
     Upgrade {
-        /// Upgrade the manager to the release in this package (FILE.minisig beside it)
+        /// Upgrade the manager from this package (FILE.minisig beside it)
         #[arg(long, value_name = "FILE", group = "what")]
         package: Option<PathBuf>,
-        /// Keep the release that is on trial now, whatever it has shown
+        /// Keep the release that is on trial now
         #[arg(long, group = "what")]
         commit: bool,
         /// Roll the release back that is on trial now, and skip it
         #[arg(long, group = "what")]
         abort: bool,
     },
-    /// Return a sub-agent, or the manager, to the release before the current one
+    /// Return a sub-agent, or the manager, to its previous release
     ///
     /// It stays at that release until the gateway orders another one.
     Rollback {

@@ -1,3 +1,5 @@
+//! The steps on a real directory, with files of a few bytes in the place of executables.
+
 use std::fs;
 
 use super::*;
