@@ -19,6 +19,7 @@ use crate::{platform, store};
 mod edit;
 pub mod import;
 mod keys;
+pub mod moved;
 
 pub use edit::{edit, render};
 pub use keys::wrong_line;

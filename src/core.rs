@@ -11,6 +11,7 @@ pub mod fleet;
 pub mod generation;
 #[cfg(feature = "gateway")]
 pub mod glob;
+mod guards;
 pub mod health;
 pub mod ledger;
 pub mod manifest;

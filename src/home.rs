@@ -219,6 +219,11 @@ impl Home {
         self.state_file("upgrade.json")
     }
 
+    /// The certificates of a gateway that a release on trial brings.
+    pub fn endpoint_ca_file(&self) -> PathBuf {
+        self.state_file("endpoint-ca.pem")
+    }
+
     /// Space that is given up when the disk is full in the middle of the manager's upgrade.
     pub fn upgrade_reserve(&self) -> PathBuf {
         self.state_file("upgrade.reserve")

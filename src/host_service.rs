@@ -54,6 +54,11 @@ pub fn register(kind: Kind, home: &Home) -> Result<()> {
     of!(kind, register(home))
 }
 
+/// Brings what an earlier release registered up to what this one registers; whether there was something to do.
+pub fn refresh(kind: Kind, home: &Home) -> Result<bool> {
+    of!(kind, refresh(home))
+}
+
 /// Takes back [`register`], also where a part of it is gone already. What an operator added stays for the next registration.
 pub fn unregister(kind: Kind, home: &Home) -> Result<()> {
     of!(kind, unregister(home))

@@ -27,6 +27,7 @@ mod host_service;
 mod installation;
 mod lifecycle;
 mod logging;
+mod migrations;
 mod package;
 mod process;
 mod role;

@@ -26,6 +26,7 @@ pub use event::{Action, At, Change, Event, Note, Ready, Refusal};
 use probation::{Return, Seen};
 use releases::put_into_use;
 
+use super::guards::{Guard, holds};
 use super::ledger::Entry;
 use super::manifest::admit_env;
 use super::model::{AgentName, Version};
@@ -93,7 +94,7 @@ struct Held {
 }
 
 /// One sub-agent.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Agent {
     name: AgentName,
     supervisor: Supervisor,
@@ -119,8 +120,8 @@ pub struct Agent {
     seen: Seen,
     /// The release before the last one is the current one again, and has not run since.
     returned: Option<Box<Return>>,
-    /// Of the order that is in force.
-    retry: u64,
+    /// In force, where it is known.
+    order: Option<Order>,
     /// Its start waits until it is known how its release is run.
     starts_when_inspected: bool,
     /// What keeps it from being what it should, besides its exits.
@@ -139,14 +140,24 @@ pub struct Found {
     /// How the current release is run; `None` where none is.
     pub program: Option<Result<Program, String>>,
     pub restarts: u64,
-    /// Of its order.
-    pub retry: u64,
+    /// In force.
+    pub order: Option<Order>,
+}
+
+/// How a process ended that an earlier manager started.
+#[derive(Debug, Clone, PartialEq)]
+pub struct End {
+    /// `None`: not known.
+    pub success: Option<bool>,
+    pub how: String,
+    /// That manager saw it, and counted it where it was a failure.
+    pub was_seen: bool,
 }
 
 impl Agent {
     /// What an earlier manager left, and what is to be done about it.
     pub fn found(name: AgentName, found: Found) -> (Agent, Vec<Action>) {
-        let Found { ledger, releases, unfinished, program, restarts, retry } = found;
+        let Found { ledger, releases, unfinished, program, restarts, order } = found;
         let mut agent = Agent {
             name,
             supervisor: Supervisor::new(Policy::default(), restarts),
@@ -163,7 +174,7 @@ impl Agent {
             home_stops: false,
             seen: Seen::default(),
             returned: None,
-            retry,
+            order,
             starts_when_inspected: false,
             error: None,
             refused_env: None,
@@ -171,7 +182,12 @@ impl Agent {
         if let Some(program) = program {
             agent.inspected(program);
         }
-        (agent, unfinished.into_iter().map(Action::Discard).collect())
+        let mut actions: Vec<Action> = unfinished.into_iter().map(Action::Discard).collect();
+        // An earlier manager may have ended before it followed the order that it had written.
+        if agent.order.as_ref().is_some_and(|order| agent.ledger.resume_order(order.asks_for())) {
+            actions.push(Action::Record { wait: false });
+        }
+        (agent, actions)
     }
 
     /// One of which nothing is there yet.
@@ -185,29 +201,28 @@ impl Agent {
         self.run = Run::Start;
         self.spec = spec;
         self.probation_is_up(&version, since);
-        self.running = Some(version);
+        self.running = Some(version.clone());
+        if let Some(actions) = self.resume_return(version, at) {
+            return actions;
+        }
         self.feed(supervise::Event::Run, at)
     }
 
     /// As [`Agent::adopt`], of a process that ended since. `restarts_it`: its restart policy counts, since it was what is wanted now;
     /// otherwise what it left behind is ended.
-    pub fn bury(
-        &mut self,
-        pid: u32,
-        version: Version,
-        ended: (Option<bool>, String),
-        wanted: Option<Spec>,
-        at: At,
-    ) -> Vec<Action> {
+    pub fn bury(&mut self, pid: u32, version: Version, end: End, wanted: Option<Spec>, at: At) -> Vec<Action> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
-        self.running = Some(version);
+        self.running = Some(version.clone());
+        if let Some(actions) = self.resume_return(version, at) {
+            return actions;
+        }
         match wanted {
             Some(spec) => {
                 self.run = Run::Start;
                 self.spec = Some(spec);
                 let mut actions = self.feed(supervise::Event::Run, at);
-                let (success, how) = ended;
-                actions.extend(self.exited(success, how, at));
+                actions.extend(self.exited(end, at));
+                self.judge(at, &mut actions);
                 actions
             }
             None => self.feed(supervise::Event::Rest, at),
@@ -225,7 +240,7 @@ impl Agent {
         let before = self.supervisor.state();
         let of_health = matches!(event, Event::Checked(_));
         let mut actions = self.take(event, at);
-        actions.extend(self.judge(at));
+        self.judge(at, &mut actions);
         let restarts = of_health && actions.contains(&Action::Stop);
         self.note_transition(before, restarts, at.now, &mut actions);
         actions
@@ -284,6 +299,8 @@ impl Agent {
             Event::Discarded(version) => {
                 // What could not be removed is found by the next manager.
                 self.leaving.remove(&version);
+                // What was staged in its place meanwhile is gone with it.
+                self.releases.remove(&version);
                 self.go_on_if_down()
             }
             Event::Inspected { version, result } => {
@@ -325,7 +342,7 @@ impl Agent {
                 let outcome = if success == Some(true) { "ok" } else { "failed" };
                 let mut actions = vec![self.repeating("exit", outcome, &how)];
                 self.running = None;
-                actions.extend(self.exited(success, how, at));
+                actions.extend(self.exited(End { success, how, was_seen: false }, at));
                 actions
             }
             Event::Moved { pid } => {
@@ -359,10 +376,12 @@ impl Agent {
         }
     }
 
-    fn exited(&mut self, success: Option<bool>, how: String, at: At) -> Vec<Action> {
+    fn exited(&mut self, end: End, at: At) -> Vec<Action> {
+        let End { success, how, was_seen } = end;
         let mut actions = vec![];
         let is_done = self.is_done_by(success);
-        let condemned = match self.supervisor.is_up() && !is_done {
+        let counts = !was_seen || !holds(Guard::EndCountsOnce);
+        let condemned = match self.supervisor.is_up() && !is_done && counts {
             true => self.fail_probation(&how, at, &mut actions),
             false => None,
         };
@@ -371,9 +390,7 @@ impl Agent {
             return actions;
         }
         actions.extend(self.feed(supervise::Event::Exited { success, how }, at));
-        if is_done {
-            self.judge_done(at, &mut actions);
-        }
+        self.seen.is_done = is_done;
         actions
     }
 

@@ -7,6 +7,7 @@
 //!                     │ activate (nothing was active)     │ roll_back (and skip)
 //!                     └─────────────────────────▶ active ◀┘ (the one before stays active)
 //!
+//!  what was given up last is not taken for the active release by `resume` while its process ends
 //!  active ⇄ backup: return_to_backup, for an operator; hold keeps it so until another release is ordered
 //! ```
 //!
@@ -17,6 +18,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::guards::{Guard, holds};
 use super::model::{AgentName, Digest, Version};
 use super::order::is_zero;
 use super::unknown::Unknown;
@@ -98,6 +100,9 @@ pub struct Entry {
     skipped: Vec<Skipped>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     overruled: Option<Overruled>,
+    /// The release that made way for the one before it last. Until it is down, its process is not the one that is to run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    given_up: Option<Version>,
     #[serde(flatten)]
     unknown: Unknown,
 }
@@ -167,10 +172,15 @@ impl Entry {
     /// It takes the place of the active one, which stays to go back to. The active one itself needs no probation: whatever was on it is
     /// given up.
     pub fn begin_probation(&mut self, release: Release) {
+        if let Some(before) = self.probation.take()
+            && !before.is(&release)
+        {
+            self.give_up(before.version);
+        }
         self.put_into_use(&release);
         self.probation_failures = 0;
         match &self.active {
-            Some(active) if active.is(&release) => self.probation = None,
+            Some(active) if active.is(&release) && holds(Guard::ActiveNeedsNoProbation) => self.probation = None,
             _ => self.probation = Some(release),
         }
     }
@@ -209,6 +219,16 @@ impl Entry {
         self.put_into_use(&backup);
         self.backup = self.active.replace(backup);
         true
+    }
+
+    /// This release makes way for the current one, and its process may still run.
+    pub fn give_up(&mut self, version: Version) {
+        self.given_up = Some(version);
+    }
+
+    /// Whether a process of this release is left over from when it made way.
+    pub fn has_given_up(&self, version: &Version) -> bool {
+        self.given_up.as_ref() == Some(version)
     }
 
     /// An operator has overruled this order.
@@ -260,10 +280,23 @@ impl Entry {
     /// Takes in the order in force: version, package and `retry`; `None`: there is none. A skip for good, and a hold, last as long as the
     /// order names the same release with no higher `retry`; skips for a while end. Whether anything changed.
     pub fn ordered(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
+        let timed = self.skipped.len();
+        self.skipped.retain(|skipped| skipped.until.is_none());
+        let ended = timed != self.skipped.len();
+        self.keep_ordered(order) || ended
+    }
+
+    /// As [`Entry::ordered`], of the order that a new manager finds: skips for a while last on.
+    pub fn resume_order(&mut self, order: (&Version, Option<&Digest>, u64)) -> bool {
+        holds(Guard::ResumeOrder) && self.keep_ordered(Some(order))
+    }
+
+    fn keep_ordered(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
         let before = (self.skipped.len(), self.overruled.is_some());
         self.skipped.retain(|skipped| {
-            skipped.until.is_none()
-                && order.is_some_and(|(version, sha256, retry)| {
+            skipped.until.is_some()
+                || !holds(Guard::OrderEndsSkips)
+                || order.is_some_and(|(version, sha256, retry)| {
                     skipped.version == *version && !differ(skipped.sha256.as_ref(), sha256) && retry <= skipped.retry
                 })
         });
@@ -275,6 +308,18 @@ impl Entry {
     /// The release of this version, or of any, that is not to be tried again until another is ordered.
     pub fn skipped_for_good(&self) -> impl Iterator<Item = &Skipped> {
         self.skipped.iter().filter(|skipped| skipped.until.is_none())
+    }
+
+    /// All of them, for a search through the states.
+    #[cfg(test)]
+    pub fn skips(&self) -> &[Skipped] {
+        &self.skipped
+    }
+
+    /// Verified and unpacked, not activated yet.
+    #[cfg(test)]
+    pub fn staged(&self) -> Option<&Release> {
+        self.staged.as_ref()
     }
 
     /// Drops what is not whole on disk; `is_whole` says which releases are. A probation that is lost so is rolled back, and a lost active
@@ -299,14 +344,17 @@ impl Entry {
     /// Goes on after a restart of the manager. `running`: the release whose process still runs.
     ///
     /// Where that is the active one, the one on probation was not started yet and is given up until it is ordered again. Where it is
-    /// neither, an older manager, which keeps no ledger, has activated it meanwhile.
+    /// neither, an older manager, which keeps no ledger, has activated it meanwhile; but not one that was given up, which was not down yet.
     pub fn resume(&mut self, running: &Release) {
         let is = |place: &Option<Release>| place.as_ref().is_some_and(|release| release.version == running.version);
         if is(&self.probation) {
             return;
         }
-        self.roll_back();
-        if !is(&self.active) {
+        if holds(Guard::ResumeRollsBack) {
+            self.roll_back();
+        }
+        let makes_way = self.has_given_up(&running.version) && holds(Guard::ResumeReturns);
+        if !is(&self.active) && !makes_way {
             self.activate(running.clone());
         }
     }
@@ -316,13 +364,15 @@ impl Entry {
         self.backup.take_if(|backup| backup.is(&release));
         if let Some(before) = self.active.replace(release.clone())
             && !before.is(&release)
+            && holds(Guard::KeepBackup)
         {
             self.backup = Some(before);
         }
     }
 
-    /// It is put into use: it is neither waiting nor skipped.
+    /// It is put into use: it is neither waiting nor skipped nor given up.
     fn put_into_use(&mut self, release: &Release) {
+        self.given_up.take_if(|version| *version == release.version);
         self.skipped.retain(|skipped| skipped.version != release.version);
         self.staged.take_if(|staged| staged.version == release.version);
     }
@@ -334,9 +384,14 @@ fn differ(one: Option<&Digest>, other: Option<&Digest>) -> bool {
 }
 
 impl Release {
+    /// Whether this version, of this package where one is named, is it.
+    pub fn is_asked(&self, version: &Version, sha256: Option<&Digest>) -> bool {
+        self.version == *version && !differ(self.sha256.as_ref(), sha256)
+    }
+
     /// Whether both are the same release.
     pub fn is(&self, other: &Release) -> bool {
-        self.version == other.version && !differ(self.sha256.as_ref(), other.sha256.as_ref())
+        self.is_asked(&other.version, other.sha256.as_ref())
     }
 }
 
@@ -452,6 +507,27 @@ mod tests {
             entry.resume(&release(running));
             assert_eq!(versions(&entry)[..3], expected, "{running}");
         }
+    }
+
+    #[test]
+    fn a_skipped_backup_that_takes_the_place_of_a_lost_active_release_is_not_skipped_any_more() {
+        let mut entry = Entry::found(Some(release("2")), Some(release("1")));
+        entry.skip(skipped("1"));
+        entry.begin_probation(release("3"));
+        entry.keep_whole(|version| version.as_str() != "2");
+        entry.roll_back();
+        assert_eq!((versions(&entry)[0], entry.skipped(&release("1").version, None)), (Some("1"), None));
+    }
+
+    /// The second activation of a release may be recorded while what it replaced still ends.
+    #[test]
+    fn what_a_release_on_probation_has_replaced_stays_given_up_when_that_is_activated_again() {
+        let mut entry = Entry::found(Some(release("1")), None);
+        for version in ["2", "3", "3"] {
+            entry.begin_probation(release(version));
+        }
+        entry.resume(&release("2"));
+        assert_eq!(versions(&entry), [Some("1"), None, None, None]);
     }
 
     #[test]

@@ -109,7 +109,8 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
     let ordered = &order.package.version;
     let wanted = if actual.stays { actual.current.as_ref().unwrap_or(ordered) } else { ordered };
     let runs_another = actual.running.as_ref().is_some_and(|running| running != wanted);
-    if actual.current.as_ref() == Some(wanted) && !runs_another {
+    // What an operator keeps was not ordered, and cannot be activated by an order.
+    if actual.current.as_ref() == Some(wanted) && (actual.stays || !runs_another) {
         if actual.spec.as_ref() != Some(&order.spec) {
             steps.push(Step::Configure { name: name.clone(), spec: order.spec.clone() });
         }
@@ -246,6 +247,31 @@ mod tests {
         fn the_same_input_gives_the_same_plan(desired in desired(), actual in actual()) {
             prop_assert_eq!(plan(&desired, &actual), plan(&desired, &actual));
         }
+    }
+
+    #[test]
+    fn an_order_that_an_operator_has_overruled_is_not_activated_while_its_process_ends() {
+        let name: AgentName = "a".parse().unwrap();
+        let order = Order {
+            package: Package::new("2".parse().unwrap()),
+            run: Run::Start,
+            spec: Spec::default(),
+            retry: 0,
+            unknown: Unknown::new(),
+        };
+        let (one, two): (Version, Version) = ("1".parse().unwrap(), "2".parse().unwrap());
+        let agent = Actual {
+            current: Some(one.clone()),
+            running: Some(two.clone()),
+            kept: [one.clone()].into(),
+            releases: [one, two].into(),
+            stays: true,
+            run: Run::Start,
+            spec: Some(order.spec.clone()),
+            ..Actual::default()
+        };
+        let desired = Desired { agents: BTreeMap::from([(name.clone(), order)]), ..Desired::default() };
+        assert_eq!(plan(&desired, &BTreeMap::from([(name, agent)])), vec![]);
     }
 
     #[test]

@@ -117,7 +117,7 @@ pub enum Action {
 }
 
 /// One sub-agent's supervisor.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Supervisor {
     policy: Policy,
     wanted: bool,
@@ -332,6 +332,31 @@ impl Supervisor {
             },
             Event::Again | Event::Started { .. } | Event::StartFailed { .. } | Event::Exited { .. } => None,
         }
+    }
+
+    /// All that its further steps depend on, relative to `now`, for a search through the states.
+    #[cfg(test)]
+    pub fn outline(&self, now: Instant) -> Vec<i64> {
+        // More failures than these make no delay longer.
+        let failures = i64::from(self.failures.min(8));
+        let Policy { restart, checks, .. } = &self.policy;
+        let policy = *restart as i64 * 2 + i64::from(checks.is_some());
+        let mut words = vec![policy, i64::from(self.wanted), failures];
+        match &self.phase {
+            Phase::Down { done } => words.extend([0, i64::from(*done)]),
+            Phase::Starting => words.push(1),
+            Phase::Up(process) => {
+                words.push(2);
+                words.extend(process.health.outline(now, self.policy.healthy));
+            }
+            Phase::Stopping { process, failed } => {
+                words.extend([3, i64::from(*failed), i64::from(process.is_some())]);
+            }
+            Phase::Waiting { until } => {
+                words.extend([4, health::millis(until.saturating_duration_since(now))]);
+            }
+        }
+        words
     }
 
     fn checked(&mut self, answer: Answer, now: Instant) -> Option<Action> {

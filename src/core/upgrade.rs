@@ -43,7 +43,7 @@ mod view;
 use std::time::Duration;
 
 pub use evidence::{Asker, Evidence, Limits, Links, Manager, Placed, Probe, Proof, Which};
-pub use record::{Change, End, Ended, Force, Image, Phase, Reason, Record, Refusal, Trial};
+pub use record::{Change, End, Ended, Force, Image, NewEndpoint, Phase, Reason, Record, Refusal, Trial};
 pub use view::status;
 
 /// One step. [`next`] is asked again when it is done.

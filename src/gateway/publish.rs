@@ -52,6 +52,10 @@ trust, from its commit on:
                           wherever it comes from, but for an operator's own
                           file in etc/keys of a host
 
+and may bring hosts another gateway, which they keep if the release passes its
+trial: etc/endpoint.toml with heartbeatSrv, and caCert (a file of the package)
+or pin.
+
 To rotate a key, sign a release that brings the new one with the old key; when
 every host runs it, sign one that revokes the old with the new key.";
 

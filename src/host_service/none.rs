@@ -5,7 +5,7 @@
 //! Nothing is registered, so nothing starts the home at boot. A stop is the recorded one, which both roles honour by themselves.
 
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
@@ -14,10 +14,13 @@ use crate::core::service_manager::UnitStanding;
 use crate::door::{self, Request};
 use crate::home::Home;
 use crate::installation::upgrade;
-use crate::role;
+use crate::{platform, role};
 
 /// For the manager to give way.
 const YIELD: Duration = Duration::from_secs(5);
+/// For one that is dying to be gone, or for one that comes up to answer.
+const DIES: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(20);
 
 pub fn can_register(_home: &Home) -> Result<()> {
     Ok(())
@@ -25,6 +28,10 @@ pub fn can_register(_home: &Home) -> Result<()> {
 
 pub fn register(_home: &Home) -> Result<()> {
     Ok(())
+}
+
+pub fn refresh(_home: &Home) -> Result<bool> {
+    Ok(false)
 }
 
 pub fn unregister(_home: &Home) -> Result<()> {
@@ -45,7 +52,16 @@ pub fn is_known(_home: &Home) -> bool {
 
 /// Starts the manager, which starts the watchdog.
 pub fn start(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
-    if role::is_taken(home, Role::Spm) { start_judge(home).map(|()| None) } else { spawn(home) }
+    let deadline = Instant::now() + DIES;
+    while role::is_taken(home, Role::Spm) {
+        let answers = matches!(door::ask(home, &Request::Ping, YIELD), Ok(Some(_)));
+        if answers || Instant::now() >= deadline {
+            return start_judge(home).map(|()| None);
+        }
+        // One that was killed has the role for a moment more, and nobody to start another.
+        platform::pause(LOOK);
+    }
+    spawn(home)
 }
 
 fn spawn(home: &Home) -> Result<Option<Child>> {

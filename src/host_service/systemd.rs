@@ -17,7 +17,7 @@ use crate::command;
 use crate::core::role::Role;
 use crate::core::service_manager::UnitStanding;
 use crate::home::Home;
-use crate::store;
+use crate::store::{self, Access};
 
 const SPM_UNIT: &str = include_str!("../../assets/aops-spm.service");
 const SPA_UNIT: &str = include_str!("../../assets/aops-spa.service");
@@ -31,6 +31,8 @@ const STARTING: Duration = Duration::from_secs(90);
 /// For what waits until both roles have ended (`TimeoutStopSec=900`, for the slowest sub-agent's grace period) and are up again.
 const STOPPING: Duration = Duration::from_secs(1000);
 
+/// How a unit file begins that `install` wrote.
+const OURS: &str = "# Written by `aops install`";
 /// A unit file of ours has less than 2 KiB.
 const MAX_UNIT_BYTES: u64 = 64 << 10;
 
@@ -92,6 +94,27 @@ pub fn register(home: &Home) -> Result<()> {
     }
     systemctl(&["daemon-reload"], &[], QUICK)?;
     systemctl(&["enable"], &units(home, Role::BOTH), QUICK)
+}
+
+/// Brings units that an earlier release wrote up to what this one writes; whether there were any. What is missing, masked or an operator's
+/// own is left as it is, and what runs goes on.
+pub fn refresh(home: &Home) -> Result<bool> {
+    let mut is_any = false;
+    for (unit, _, contents) in files(home)? {
+        let path = unit_path(&unit);
+        if !path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
+            continue;
+        }
+        let standing = store::read(&path, MAX_UNIT_BYTES)?.unwrap_or_default();
+        if standing != contents.as_bytes() && standing.starts_with(OURS.as_bytes()) {
+            store::replace(&path, contents.as_bytes(), Access::Public)?;
+            is_any = true;
+        }
+    }
+    if is_any {
+        systemctl(&["daemon-reload"], &[], QUICK)?;
+    }
+    Ok(is_any)
 }
 
 /// Takes the units away, also where some are gone already.

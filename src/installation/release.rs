@@ -10,8 +10,9 @@ use anyhow::{Context, Result, bail};
 use super::keyring::Offer;
 use super::records::Manager;
 use super::upgrade::Programs;
+use crate::config;
 use crate::core::model::Digest;
-use crate::core::upgrade::Image;
+use crate::core::upgrade::{Image, NewEndpoint};
 use crate::home::Home;
 use crate::package::VerifiedTree;
 use crate::store::Unknown;
@@ -31,6 +32,8 @@ pub struct CheckedRelease {
     pub manager: Manager,
     /// What the package says about keys.
     pub offer: Offer,
+    /// What it says about the gateway.
+    endpoint: Option<NewEndpoint>,
 }
 
 impl CheckedRelease {
@@ -44,7 +47,7 @@ impl CheckedRelease {
         let path = self.executable();
         let digest = Programs::default().at(&path)?.with_context(|| format!("{} is missing", path.display()))?;
         let (brings, revokes) = self.offer.texts();
-        Ok(Image { brings, revokes, ..image(&self.manager, digest) })
+        Ok(Image { brings, revokes, endpoint: self.endpoint.clone(), ..image(&self.manager, digest) })
     }
 }
 
@@ -61,7 +64,7 @@ pub fn in_place(home: &Home) -> Result<Image> {
 fn image(manager: &Manager, executable: Digest) -> Image {
     let Manager { version, sha256, epoch, file, .. } = manager.clone();
     let unknown = BTreeMap::new();
-    Image { version, sha256, executable, epoch, file, brings: Vec::new(), revokes: Vec::new(), unknown }
+    Image { version, sha256, executable, epoch, file, brings: Vec::new(), revokes: Vec::new(), endpoint: None, unknown }
 }
 
 /// Has an executable of the manager read the settings and the state of a home, and say whether it can.
@@ -96,7 +99,8 @@ pub fn check(tree: VerifiedTree, file: String) -> Result<CheckedRelease> {
         unknown: Unknown::default(),
     };
     let offer = Offer::read(tree.path(), &manager.version)?;
-    Ok(CheckedRelease { tree, manager, offer })
+    let endpoint = config::moved::read(tree.path())?;
+    Ok(CheckedRelease { tree, manager, offer, endpoint })
 }
 
 fn executable_in(tree: &Path) -> PathBuf {

@@ -26,6 +26,7 @@ use super::Epochs;
 use super::executable::{self, Name};
 use super::keyring::{self, Offer};
 use super::records::Manager;
+use crate::config;
 use crate::core::model::{MANAGER_PACKAGE, Version};
 use crate::core::upgrade::{Change, Image, Links, Phase, Placed, Record, Step, Trial, Which};
 use crate::home::Home;
@@ -207,10 +208,8 @@ impl Session {
             }
             Step::Record(change) => self.make(change),
             Step::BackUp => {
-                copy(&home, &home.executable(), &home.backup_executable(), Copying::Link)?;
-                // It is written with what follows.
-                self.record.forget_previous();
-                Ok(())
+                self.change(Record::forget_previous)?;
+                copy(&home, &home.executable(), &home.backup_executable(), Copying::Link)
             }
             Step::LinkToBackup => self.point(&home.backup_executable()),
             Step::LinkToExecutable => self.point(&home.executable()),
@@ -250,6 +249,11 @@ impl Session {
         if which == Which::To {
             Epochs::commit(&self.home, MANAGER_PACKAGE, image.epoch)?;
             self.take_over_keys(&image.version, &image.brings, &image.revokes);
+            if let Some(endpoint) = &image.endpoint
+                && let Err(error) = config::moved::keep(&self.home, endpoint)
+            {
+                tracing::error!(error = format!("{error:#}"), "the endpoint that the release brings is not kept");
+            }
         }
         let unknown = Manager::load(&self.home).ok().flatten().map(|manager| manager.unknown).unwrap_or_default();
         let Image { version, sha256, epoch, file, .. } = image.clone();
@@ -347,3 +351,6 @@ fn is_full(error: &anyhow::Error) -> bool {
     let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind));
     kinds.into_iter().any(|kind| matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
 }
+
+#[cfg(test)]
+mod tests;

@@ -47,7 +47,7 @@ pub struct Record {
     /// What holds its process tree; `None`: it began outside of any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// Its end, where a manager saw and reported it and did not start the sub-agent again at once.
+    /// Its end, where a manager has reported it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
 }

@@ -46,6 +46,8 @@ const PROOF: Duration = Duration::from_secs(60);
 const LARGE_IN_A_ROW: u32 = 3;
 /// A manager has a handful of processes in its session: what checks and asks.
 const MAX_PROCESSES: usize = 200;
+/// A manager that is to send a heartbeat is asked for one so often.
+const ASKS: Duration = Duration::from_secs(10);
 /// A manager that was asked to end is killed after this.
 const ENDS: Duration = Duration::from_secs(10);
 /// What is left of its session is killed in so many rounds: it may start more meanwhile.
@@ -150,6 +152,8 @@ pub(super) struct Judge {
     proof: Shot,
     /// The managers of the new release that were seen: what they started is ended with them.
     new_managers: Vec<Holder>,
+    /// The manager was last asked for a heartbeat then.
+    asked: Option<Instant>,
     /// Waiting since, of which nothing is recorded yet.
     waits: Option<Instant>,
     limits: Limits,
@@ -184,6 +188,7 @@ impl Judge {
             probe: Shot::NotBegun,
             proof: Shot::NotBegun,
             new_managers: vec![],
+            asked: None,
             waits: None,
             limits: Limits::default(),
             most_memory: u64::MAX,
@@ -330,7 +335,7 @@ impl Judge {
             self.limits = Limits::of(loaded.config.upgrade_trial.0);
             self.most_memory = loaded.config.spm_max_mem.0;
         }
-        if self.alone && self.sentinel.is_none() {
+        if self.alone && trial.phase == Phase::Trial && self.sentinel.is_none() {
             self.sentinel = Sentinel::post(&self.home);
         }
     }
@@ -482,7 +487,13 @@ impl Judge {
                 self.seen = std::fs::File::open(self.home.upgrade_record()).and_then(|file| Stamp::of(&file)).ok();
                 Do::Nothing
             }
-            Step::Wait(Wait::Heartbeat { .. }) => Do::Heartbeat,
+            Step::Wait(Wait::Heartbeat { .. }) => {
+                let is_due = self.asked.is_none_or(|at| now.saturating_duration_since(at) >= ASKS);
+                if is_due {
+                    self.asked = Some(now);
+                }
+                if is_due { Do::Heartbeat } else { Do::Nothing }
+            }
             Step::RestartManager => self.end_manager(now),
             // One that said that it gives way is at it.
             Step::KillManager if self.ends_by_itself(now) => Do::Nothing,

@@ -100,6 +100,8 @@ pub(super) enum Input {
     Upgraded(Upgraded),
     /// The record of upgrades was looked at: which step is left, and how it is then.
     UpgradeSeen(Result<Box<(Step, UpgradeSeen)>, String>),
+    /// The installation was brought up to this release, or could not be.
+    Migrated(Result<(), String>),
     /// The stop of the home was recorded, or could not be.
     StopRecorded,
     Looked(Looked),

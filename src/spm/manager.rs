@@ -29,12 +29,13 @@ use super::input::{File, Inputs};
 use super::journal::{About, Journal};
 use super::peer::Peer;
 use super::stage;
-use crate::config::{Config, Loaded};
+use crate::config::{self, Config, Loaded};
 use crate::core::agent::Event;
 use crate::core::desired::{Desired, Taken};
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::schedule::Allowance;
 use crate::core::service_manager::{Kind, Notice};
+use crate::core::upgrade::NewEndpoint;
 use crate::door::{self, Farewell, Reply};
 use crate::home::Home;
 use crate::installation::upgrade::Programs;
@@ -205,7 +206,13 @@ impl Manager {
         {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
         }
-        let config = loaded.config;
+        let record = installation::upgrade::load(home).unwrap_or_else(|error| {
+            tracing::error!(error = format!("{error:#}"), "the record of upgrades cannot be read");
+            Default::default()
+        });
+        let on_trial = installation::upgrade::on_trial(&record, &mut Programs::default());
+        let endpoint = on_trial.as_ref().and_then(|image| image.endpoint.clone());
+        let config = moved(home, loaded.config, endpoint.as_ref());
         let now = Instant::now();
         let line = Line::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
         let installed = installation::Manager::load(home)
@@ -217,11 +224,6 @@ impl Manager {
                 )
             })?
             .version;
-        let record = installation::upgrade::load(home).unwrap_or_else(|error| {
-            tracing::error!(error = format!("{error:#}"), "the record of upgrades cannot be read");
-            Default::default()
-        });
-        let on_trial = installation::upgrade::on_trial(&record, &mut Programs::default());
         let version = on_trial.map_or(installed, |image| image.version);
         let identity = Identity {
             agent_id,
@@ -248,7 +250,7 @@ impl Manager {
             history: Changes::load(home),
             peer: Peer::new(home, service, now),
             inputs,
-            upgrading: Upgrading::new(record),
+            upgrading: Upgrading::new(record, endpoint),
             desk: stage::Desk::new(),
             line,
             strangers: Allowance::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
@@ -332,6 +334,15 @@ impl Manager {
             None => {}
         }
     }
+}
+
+/// The settings, with the endpoint that a release on trial brings.
+fn moved(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config {
+    let Some(endpoint) = endpoint else { return config };
+    config::moved::on_trial(home, &config, endpoint).unwrap_or_else(|error| {
+        tracing::error!(error = format!("{error:#}"), "the endpoint that this release brings cannot be used");
+        config
+    })
 }
 
 fn groups(home: &Home) -> Option<Groups> {

@@ -27,7 +27,7 @@ use crate::installation::release::{self, CheckedRelease};
 use crate::installation::upgrade::{self as on_disk, Programs, Session, which};
 use crate::installation::{Epochs, guard};
 use crate::package::{self, Commons, Keys, Unavailable, VerifiedTree, Wanted};
-use crate::{platform, role, store, uplink};
+use crate::{migrations, platform, role, store, uplink};
 
 /// The other role holds the record for one step, which may wait for a disk.
 const TURN: Duration = Duration::from_secs(30);
@@ -314,6 +314,17 @@ pub(super) fn look(inputs: &Inputs, home: &Home, own: &Version) {
     disk::run(inputs, move || {
         let seen = session(&home).and_then(|mut session| take_steps(&home, &own, &mut session, None));
         Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
+    });
+}
+
+/// Brings the installation up to this release, which is committed; [`Input::Migrated`] tells.
+pub(super) fn migrate(inputs: &Inputs, home: &Home) {
+    let home = home.clone();
+    disk::run(inputs, move || {
+        let done = migrations::run(&home).map_err(|error| {
+            format!("the installation cannot be brought up to this release: {error:#}; `aops install` does it too")
+        });
+        Input::Migrated(done)
     });
 }
 

@@ -301,3 +301,34 @@ fn whoever_is_killed_while_the_manager_is_upgraded_it_comes_to_its_end() {
         }
     });
 }
+
+#[test]
+fn a_release_brings_another_endpoint_which_is_on_trial_with_it() {
+    let other = Gateway::with(&[], &[]);
+    let ca = fs::read_to_string(other.path("tls/cert.pem")).expect("it was made");
+    let moving = |version: &str, url: &str| {
+        let settings = format!("heartbeatSrv = {url:?}\ncaCert = \"etc/other.pem\"\n");
+        release::good(version).with_file("etc/endpoint.toml", settings, 0o644).with_file("etc/other.pem", &ca, 0o644)
+    };
+    let nobody = "https://127.0.0.1:1";
+    let (gateway, host) = host_with(&[&moving("2.0.0", nobody), &moving("3.0.0", other.url())]);
+    let before = agents_of(&host);
+    let settings = || fs::read_to_string(host.home().join("etc/conf.toml")).expect("it is there");
+    let unmoved = settings();
+    order(&gateway, "2.0.0");
+    let status = host.wait_for_status("the release that finds nobody to be rolled back", ENDED, |status| {
+        runs(status, "1.0.0") && status["problems"].to_string().contains("sent no heartbeat")
+    });
+    assert_eq!(status["gateway"]["endpoint"], gateway.url(), "{status:#}");
+    assert_eq!(settings(), unmoved);
+    order(&gateway, "3.0.0");
+    wait_for_release(&host, "3.0.0");
+    let is_moved =
+        |status: &Value| status["gateway"]["endpoint"] == other.url() && status["gateway"]["connected"] == true;
+    host.wait_for_status("the other gateway", SOON, is_moved);
+    assert!(settings().contains(other.url()) && settings().contains("upgradeTrial"), "{}", settings());
+    host.control(&["restart"]).expect_success();
+    host.wait_for_status("the other gateway after a restart", SOON, is_moved);
+    // Its list is empty, which removes nothing.
+    assert_eq!(agents_of(&host), before);
+}

@@ -12,6 +12,9 @@ pub(crate) struct Arguments {
     rest: Vec<String>,
 }
 
+/// How many tests run at the same time.
+const THREADS: &str = "RUST_TEST_THREADS";
+
 pub(crate) const NEEDS: &[apt::Need] = &[
     ("debootstrap", "debootstrap"),
     ("systemd-nspawn", "systemd-container"),
@@ -30,11 +33,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     apt::install(NEEDS)?;
     let rootfs = rootfs::get()?;
-    command::run(
-        cargo()
-            .current_dir(workspace::root())
-            .args(["test", "--workspace", "--locked"])
-            .args(&arguments.rest)
-            .env("AOPS_TEST_ROOTFS", rootfs),
-    )
+    let mut command = cargo();
+    command.current_dir(workspace::root()).args(["test", "--workspace", "--locked"]).args(&arguments.rest);
+    command.env("AOPS_TEST_ROOTFS", rootfs);
+    if std::env::var_os(THREADS).is_none() {
+        // Most scenarios wait for something most of the time.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        command.env(THREADS, (cores * 2).to_string());
+    }
+    command::run(&mut command)
 }

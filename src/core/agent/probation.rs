@@ -12,11 +12,14 @@
 //! A start that fails because the home cannot be relied on, or because the host is short of descriptors, memory or processes, is none
 //! either, and the time until the next start does not count. A home that cannot be written rolls back all the same: what could not be
 //! written is written later.
+//! An end that no manager saw is a failure, and one that an earlier manager saw is counted already. `tests/search.rs` looks for a
+//! counterexample.
 
 use std::time::{Duration, Instant};
 
 use super::event::{Action, Change, Note, Refusal};
 use super::{Agent, At, Work};
+use crate::core::guards::{Guard, holds};
 use crate::core::ledger::{Overruled, Skipped};
 use crate::core::manifest::Restart;
 use crate::core::model::Version;
@@ -28,6 +31,9 @@ use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 /// So many failures condemn a release.
 pub(super) const TRIES: u64 = 3;
 
+/// Why a release makes way that did not fail.
+const REQUESTED: &str = "requested by an operator";
+
 /// What this manager has seen of the probation of the current release.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Seen {
@@ -35,13 +41,15 @@ pub(super) struct Seen {
     pub(super) began: Option<Instant>,
     /// Since when this manager waits for it to be well. The time does not count while it is stopped, while no manager runs, or while it cannot
     /// be started for reasons that are not its own.
-    waits_since: Option<Instant>,
+    pub(super) waits_since: Option<Instant>,
     /// Since when its process runs.
-    up_since: Option<Instant>,
+    pub(super) up_since: Option<Instant>,
     /// How long its last process lived that failed.
-    last_life: Option<Duration>,
+    pub(super) last_life: Option<Duration>,
     /// Its last start failed, and that says nothing about the release.
-    is_excused: bool,
+    pub(super) is_excused: bool,
+    /// Its process has ended as it is meant to.
+    pub(super) is_done: bool,
 }
 
 impl Seen {
@@ -58,7 +66,7 @@ pub(super) struct Return {
     pub(super) why: String,
     began: Instant,
     /// The ledger that says so is written, or cannot be.
-    recorded: bool,
+    pub(super) recorded: bool,
 }
 
 impl Agent {
@@ -92,7 +100,7 @@ impl Agent {
 
     /// A start has failed. `None`: that condemns nothing.
     pub(super) fn start_failed(&mut self, refusal: &Refusal, at: At, actions: &mut Vec<Action>) -> Option<Vec<Action>> {
-        self.seen.is_excused = !refusal.is_of_release();
+        self.seen.is_excused = !refusal.is_of_release() && holds(Guard::RefusedStartPauses);
         if self.seen.is_excused { None } else { self.fail_probation(&refusal.why, at, actions) }
     }
 
@@ -102,40 +110,40 @@ impl Agent {
             return None;
         }
         // To be written in any case: the next manager goes by it.
-        actions.push(Action::Record { wait: false });
+        if holds(Guard::FailureIsWritten) {
+            actions.push(Action::Record { wait: false });
+        }
         let life = self.seen.up_since.take().map_or(Duration::ZERO, |since| at.now.saturating_duration_since(since));
         let failures = self.ledger.fail_probation();
         let is_no_better = self.seen.last_life.replace(life).is_some_and(|last| life <= last);
         let is_left = self.restart_policy() == Restart::Never;
-        if failures < TRIES && !is_no_better && !is_left {
+        let is_left_to_try = failures < TRIES || !holds(Guard::TriesBudget);
+        if is_left_to_try && !is_no_better && !is_left {
             return None;
         }
         let times = if failures == 1 { "once".to_owned() } else { format!("{failures} times") };
         self.condemn(format!("it failed {times} on probation: {how}"), at)
     }
 
-    /// What follows for the release on probation from how its process is now.
-    pub(super) fn judge(&mut self, at: At) -> Vec<Action> {
-        if !self.is_on_probation() || self.is_busy() || self.seen.is_excused {
+    /// What follows for the release on probation from how its process is now. `actions`: asked for in this step.
+    pub(super) fn judge(&mut self, at: At, actions: &mut Vec<Action>) {
+        // A stop may take as long as its grace period.
+        let stops = self.supervisor.is_stopping() && holds(Guard::StopPauses);
+        if !self.is_on_probation() || self.is_busy() || stops || self.seen.is_excused {
             self.seen.waits_since = None;
-            return vec![];
+            return;
         }
         self.seen.waits_since.get_or_insert(at.now);
-        let mut actions = vec![];
-        let passed = self.passes_at().is_some_and(|passes| passes <= at.now);
-        if passed && self.supervisor.is_well() {
-            self.commit(at, &mut actions);
-        } else if self.gives_up_at().is_some_and(|end| end <= at.now) {
+        let passed = self.passes_at().is_some_and(|passes| passes <= at.now || !holds(Guard::LifeBeforeCommit));
+        let is_done = self.seen.is_done && self.supervisor.is_done();
+        let is_well = self.supervisor.is_well() || self.supervisor.is_up() && !holds(Guard::WellBeforeCommit);
+        // A start that is asked for goes by the current release, so that this stays until it is under way.
+        let starts = actions.contains(&Action::Start) && holds(Guard::StartBeforeReturn);
+        if is_done || passed && is_well {
+            self.commit(at, actions);
+        } else if !starts && self.gives_up_at().is_some_and(|end| end <= at.now) {
             let why = self.supervisor.last_error().unwrap_or("it does not run").to_owned();
             actions.extend(self.condemn(format!("it was not well in time: {why}"), at).unwrap_or_default());
-        }
-        actions
-    }
-
-    /// Its process has ended as it is meant to.
-    pub(super) fn judge_done(&mut self, at: At, actions: &mut Vec<Action>) {
-        if self.is_on_probation() && !self.is_busy() && self.supervisor.is_done() {
-            self.commit(at, actions);
         }
     }
 
@@ -148,7 +156,8 @@ impl Agent {
     pub(super) fn gives_up_at(&self) -> Option<Instant> {
         self.ledger.before_probation()?;
         let program = self.judged_as();
-        self.seen.waits_since.map(|since| since + program.probation() + program.patience())
+        let waits_since = self.seen.waits_since.filter(|_| holds(Guard::TimeBudget));
+        waits_since.map(|since| since + program.probation() + program.patience())
     }
 
     /// One that cannot be read is given as much time as one that says nothing of it.
@@ -195,24 +204,32 @@ impl Agent {
         let seconds = at.now.saturating_duration_since(began).as_secs();
         let change = || Change { from: Some(to.clone()), to: bad.version.clone(), seconds };
         let failed = format!("{} {} is rolled back to {to}: {why}", self.name, bad.version);
-        let skipped = format!(
-            "{} {} is not tried again until another release is ordered, or `control retry {}`: {why}",
-            self.name, bad.version, self.name
-        );
-        let mut actions = vec![
-            Action::Note(Note::change("upgrade", "failed", change(), failed)),
-            Action::Note(Note::change("skip", "ok", change(), skipped)),
-        ];
+        let mut actions = vec![Action::Note(Note::change("upgrade", "failed", change(), failed))];
         self.ledger.roll_back();
-        self.ledger.skip(Skipped {
-            version: bad.version.clone(),
-            sha256: bad.sha256.clone(),
-            reason: why.clone(),
-            failures,
-            until: None,
-            retry: self.retry,
-            unknown: Default::default(),
-        });
+        // Where another release is ordered, nothing tries this one again.
+        let asked = self
+            .order
+            .as_ref()
+            .map(Order::asks_for)
+            .filter(|(version, sha256, _)| bad.is_asked(version, *sha256) || !holds(Guard::SkipWhatIsOrdered));
+        if let Some((.., retry)) = asked
+            && holds(Guard::SkipOnRollBack)
+        {
+            let skipped = format!(
+                "{} {} is not tried again until another release is ordered, or `control retry {}`: {why}",
+                self.name, bad.version, self.name
+            );
+            actions.push(Action::Note(Note::change("skip", "ok", change(), skipped)));
+            self.ledger.skip(Skipped {
+                version: bad.version.clone(),
+                sha256: bad.sha256.clone(),
+                reason: why.clone(),
+                failures,
+                until: None,
+                retry,
+                unknown: Default::default(),
+            });
+        }
         actions.extend(self.make_way(bad.version, to, why, began, at));
         Some(actions)
     }
@@ -232,12 +249,14 @@ impl Agent {
         } else {
             self.ledger.return_to_backup();
         }
-        if let Some(order) = overruled {
+        if let Some(order) = overruled
+            && holds(Guard::HoldForOperator)
+        {
             let (version, sha256, retry) = order.asks_for();
             let (version, sha256) = (version.clone(), sha256.cloned());
             self.ledger.hold(Overruled { version, sha256, retry, unknown: Default::default() });
         }
-        self.make_way(from, to, "requested by an operator".to_owned(), at.now, at)
+        self.make_way(from, to, REQUESTED.to_owned(), at.now, at)
     }
 
     /// What is skipped, held back or overruled counts again.
@@ -252,6 +271,7 @@ impl Agent {
 
     fn make_way(&mut self, from: Version, to: Version, why: String, began: Instant, at: At) -> Vec<Action> {
         let mut actions = self.cancel_staging();
+        self.ledger.give_up(from.clone());
         self.seen = Seen::default();
         // How the one before is run is read when it is started.
         self.program = None;
@@ -260,6 +280,18 @@ impl Agent {
         actions.push(Action::Record { wait: true });
         actions.extend(self.feed(supervise::Event::Rest, at));
         actions
+    }
+
+    /// An earlier manager has died before this process, of a release that made way, was down.
+    pub(super) fn resume_return(&mut self, from: Version, at: At) -> Option<Vec<Action>> {
+        let to = self.current().filter(|_| self.ledger.has_given_up(&from) && holds(Guard::ResumeReturns))?.clone();
+        let skipped = self
+            .ledger
+            .skipped_for_good()
+            .find(|skipped| skipped.version == from)
+            .map(|skipped| skipped.reason.clone());
+        let why = skipped.unwrap_or_else(|| REQUESTED.to_owned());
+        Some(self.make_way(from, to, why, at.now, at))
     }
 
     /// The ledger that says that the release before is the current one is written, or cannot be: then it is written later.
@@ -271,7 +303,7 @@ impl Agent {
 
     /// The release that made way is down.
     pub(super) fn switch_back(&mut self, back: Box<Return>) -> Vec<Action> {
-        if !back.recorded {
+        if !back.recorded && holds(Guard::RecordBeforeReturn) {
             self.work = Work::Returning(back);
             return vec![];
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::event::{Action, Note, Ready, Refusal};
 use super::probation::Seen;
 use super::{Activation, Agent, At, Held, Work};
+use crate::core::guards::{Guard, holds};
 use crate::core::ledger::{Entry, Release, Skipped};
 use crate::core::model::Version;
 use crate::core::order::{Order, Package, Run};
@@ -38,7 +39,8 @@ impl Agent {
     }
 
     pub(super) fn staged(&mut self, id: u64, version: Version, result: Result<Ready, Refusal>, at: At) -> Vec<Action> {
-        let is_wanted = matches!(self.work, Work::Staging { id: wanted, .. } if wanted == id);
+        let is_wanted =
+            matches!(self.work, Work::Staging { id: wanted, .. } if wanted == id) || !holds(Guard::StagedIsWanted);
         match result {
             Ok(ready) => {
                 self.releases.insert(version.clone());
@@ -60,7 +62,7 @@ impl Agent {
     pub(super) fn activate(&mut self, order: Order) -> Vec<Action> {
         let mut actions = vec![];
         let version = order.package.version.clone();
-        self.retry = order.retry;
+        self.order = Some(order.clone());
         let failures = self.failures_of(&version);
         let program = match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Staged(ready) if ready.release.version == version => Some(ready.program),
@@ -104,7 +106,9 @@ impl Agent {
                 return vec![];
             }
         };
-        if let Err(why) = result {
+        if let Err(why) = result
+            && holds(Guard::RecordBeforeStop)
+        {
             let version = activation.ready.release.version.clone();
             self.work = Work::Recording(activation);
             let why = format!("cannot activate {} {version}: {why}", self.name);
@@ -121,7 +125,7 @@ impl Agent {
 
     /// Goes on with what waited for its processes to end.
     pub(super) fn go_on_if_down(&mut self) -> Vec<Action> {
-        if !self.supervisor.is_down() {
+        if !self.supervisor.is_down() && holds(Guard::DownBeforeSwitch) {
             return vec![];
         }
         match std::mem::replace(&mut self.work, Work::Idle) {
@@ -213,7 +217,6 @@ impl Agent {
         if self.ledger.ordered(order.as_ref().map(Order::asks_for)) {
             actions.push(Action::Record { wait: false });
         }
-        self.retry = order.as_ref().map_or(0, |order| order.retry);
         match &self.work {
             Work::Held(_) => self.work = Work::Idle,
             Work::Staging { version: staged, .. }
@@ -223,6 +226,7 @@ impl Agent {
             }
             _ => {}
         }
+        self.order = order;
         actions
     }
 
@@ -252,13 +256,16 @@ impl Agent {
                 reason: refusal.why.clone(),
                 failures,
                 until: Some(at.unix_seconds.saturating_add(delay.as_secs())),
-                retry: self.retry,
+                retry: self.order.as_ref().map_or(0, |order| order.retry),
                 unknown: Default::default(),
             });
             actions.push(Action::Record { wait: false });
         }
         self.error = Some(refusal.why);
         self.work = Work::Held(Held { version, failures, until: at.now + delay });
+        if !holds(Guard::HoldFailed) {
+            self.work = Work::Idle;
+        }
         actions
     }
 

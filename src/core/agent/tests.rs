@@ -13,6 +13,7 @@ use crate::core::supervise::Answer;
 use crate::core::unknown::Unknown;
 
 mod probation;
+mod search;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
 
@@ -356,7 +357,7 @@ fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
         unfinished: [version("half")].into(),
         program: Some(Err("no agent.toml".into())),
         restarts: 3,
-        retry: 0,
+        order: None,
     };
     let (agent, actions) = Agent::found("a".parse().unwrap(), found);
     assert_eq!(actions, [Action::Discard(version("half"))]);
@@ -404,6 +405,16 @@ fn a_removal_waits_for_what_is_under_way_on_its_files() {
     assert_eq!(bench.asked(), []);
     bench.answer("2", Ok(ready("2")));
     assert_eq!(bench.asked(), [Action::Remove]);
+}
+
+#[test]
+fn what_is_staged_while_its_files_are_removed_is_gone_with_them() {
+    let mut bench = Bench::running();
+    bench.tell(Event::Stage(Package::new(version("2"))));
+    bench.tell(Event::Ordered(Some(order("1")))).tell(Event::Discard(version("2")));
+    bench.answer("2", Ok(ready("2")));
+    bench.tell(Event::Discarded(version("2")));
+    assert!(!bench.agent.actual(None, bench.now).releases.contains(&version("2")));
 }
 
 #[test]

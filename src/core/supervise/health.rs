@@ -158,12 +158,30 @@ impl Health {
         }
     }
 
+    /// All that its further steps depend on, relative to `now`. Well for `healthy` is as good as well for longer.
+    #[cfg(test)]
+    pub(super) fn outline(&self, now: Instant, healthy: Duration) -> [i64; 5] {
+        let left = |until: Instant| millis(until.saturating_duration_since(now));
+        let turn = match self.asked {
+            None => -1,
+            Some((_, Turn::At(at))) => left(at),
+            Some((_, Turn::UnderWay { began })) => -2 - i64::from(self.starting.is_some_and(|end| began < end)),
+        };
+        let well = self.well.map_or(-1, |_| millis(self.well_for(now).min(healthy)));
+        [turn, self.starting.map_or(-1, left), i64::from(self.failures), i64::from(self.why.is_some()), well]
+    }
+
     fn sicken(&mut self, why: String) {
         self.starting = None;
         self.well = None;
         self.failures = self.failures.saturating_add(1);
         self.why = Some(why);
     }
+}
+
+#[cfg(test)]
+pub(super) fn millis(span: Duration) -> i64 {
+    i64::try_from(span.as_millis()).unwrap()
 }
 
 #[cfg(test)]

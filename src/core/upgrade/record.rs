@@ -39,8 +39,22 @@ pub struct Image {
     /// Public keys that the package revokes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub revokes: Vec<String>,
+    /// Another gateway that the package brings. It is on trial with it, and is kept once it is committed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<NewEndpoint>,
     #[serde(flatten)]
     pub unknown: Unknown,
+}
+
+/// Another gateway for a host: a few of the settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NewEndpoint {
+    /// As `etc/endpoint.toml` of the package says it.
+    pub settings: String,
+    /// The certificates that it names, in PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_cert: Option<String>,
 }
 
 impl Image {

@@ -17,6 +17,7 @@ fn image(version: &str, executable: char) -> Image {
         file: String::new(),
         brings: vec![],
         revokes: vec![],
+        endpoint: None,
         unknown: Unknown::new(),
     }
 }
@@ -252,7 +253,12 @@ fn a_roll_back_restores_restarts_and_skips() {
     }
     assert!(record.apply(Change::SkipAndForget));
     let refused = record.begin(image("1", '1'), image("2", '2'));
-    assert_eq!(refused, Err(Refusal::Skipped("the new manager used more memory than spmMaxMem".to_owned())));
+    assert_eq!(
+        refused,
+        Err(Refusal::Skipped(
+            "the new manager used too much: memory beyond spmMaxMem, or hundreds of processes".to_owned()
+        ))
+    );
     assert!(record.allow() && record.begin(image("1", '1'), image("2", '2')).is_ok());
 }
 

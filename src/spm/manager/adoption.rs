@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::Manager;
-use crate::core::agent::{Agent, Event};
+use crate::core::agent::{Agent, End, Event};
 use crate::core::ledger::Entry;
 use crate::core::model::{AgentName, Version};
 use crate::core::order::{Run, Spec};
@@ -99,7 +99,7 @@ impl Manager {
             self.point_at(name, current);
         }
         let now = Instant::now();
-        found.retry = self.orders.held.agents.get(name).map_or(0, |order| order.retry);
+        found.order = self.orders.held.agents.get(name).cloned();
         let (state, actions) = Agent::found(name.clone(), found);
         let scattered = target.is_some_and(Target::is_scattered);
         self.agents.insert(name.clone(), SubAgent { scattered, ..SubAgent::new(state) });
@@ -176,6 +176,7 @@ impl Manager {
     fn bury(&mut self, name: &AgentName, record: Record) {
         let now = Instant::now();
         let about = About { agent: Some(name), version: Some(&record.head.version) };
+        let was_seen = record.ended.is_some();
         let ended = record.ended.clone().unwrap_or_else(|| {
             let how = "ended while no manager was watching".to_owned();
             self.journal.note("exit", "failed", about, how.as_str());
@@ -193,8 +194,10 @@ impl Manager {
         let (pid, version) = (record.pid, record.head.version.clone());
         agent.record = Some(record);
         let wanted = wanted.map(|order| order.spec.clone());
-        let actions = agent.state.bury(pid, version, (ended.success, ended.how), wanted, agent::at(now));
+        let end = End { success: ended.success, how: ended.how.clone(), was_seen };
+        let actions = agent.state.bury(pid, version, end, wanted, agent::at(now));
         self.perform(name, actions, now);
+        self.remember_end(name, ended);
     }
 
     fn adopt(&mut self, name: &AgentName, record: Record) {

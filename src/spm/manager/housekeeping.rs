@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{Manager, config_problem, warn_of_unknown};
+use super::{Manager, config_problem, moved, warn_of_unknown};
 use crate::core::role::Role;
 use crate::core::service_manager::Notice;
 use crate::home::Home;
@@ -136,7 +136,7 @@ impl Manager {
                     None => {
                         self.problems.remove("config");
                         self.journal.note("config", "ok", About::default(), "the changed configuration is in force");
-                        self.config = loaded.config;
+                        self.config = moved(&self.home, loaded.config, self.upgrading.endpoint.as_ref());
                         self.line.configure(&self.config);
                         return;
                     }

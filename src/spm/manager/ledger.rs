@@ -27,6 +27,8 @@ pub(super) struct Releases {
     is_changed: bool,
     /// The last write failed.
     is_unsaved: bool,
+    /// The removal of a release waits for the write that is under way.
+    removal_waits: bool,
     /// The newest revision asked for, and the newest that is durable.
     asked: u64,
     durable: u64,
@@ -67,6 +69,7 @@ impl Releases {
             unknown,
             is_changed,
             is_unsaved: false,
+            removal_waits: false,
             asked: 0,
             durable: 0,
             is_on_disk: !is_changed,
@@ -89,6 +92,14 @@ impl Releases {
 
     pub(super) fn may_stage(&self) -> bool {
         self.may_stage
+    }
+
+    /// Whether a release may be removed from the disk: the ledger there may still keep it while a newer one is written. One that cannot be
+    /// written holds nothing up: the disk may be full.
+    pub(super) fn may_remove(&mut self) -> bool {
+        let may = !self.is_changed && self.file.is_settled();
+        self.removal_waits |= !may;
+        may
     }
 
     /// Something in it changed; written with the next turn of the loop.
@@ -147,6 +158,7 @@ impl Manager {
     pub(super) fn ledger_saved(&mut self, revision: u64, result: Result<(), String>, now: Instant) {
         self.releases.file.saved(&self.inputs);
         self.releases.is_unsaved = result.is_err();
+        self.replan |= std::mem::take(&mut self.releases.removal_waits);
         self.tell_of("ledger", "failed", result.as_ref().err().cloned());
         if result.is_ok() {
             self.releases.durable = revision;

@@ -73,6 +73,7 @@ impl Manager {
             }
             Input::Upgraded(outcome) => self.upgraded(outcome, now),
             Input::UpgradeSeen(seen) => self.upgrade_seen(seen, now),
+            Input::Migrated(result) => self.tell_of("migration", "failed", result.err()),
             Input::StopRecorded => self.stop_recorded(now),
             Input::Looked(looked) => self.looked(looked, now),
             Input::Reloaded(reloaded) => self.reloaded(reloaded),
@@ -127,11 +128,14 @@ impl Manager {
         self.remember_end(name, ended);
     }
 
-    /// Puts an end that is not followed by a start at once into the record: the next manager must not take it for one that nobody saw.
-    fn remember_end(&mut self, name: &AgentName, ended: Ended) {
+    /// Puts an end into the record: the next manager must not take it for one that nobody saw. A start that follows at once has not begun
+    /// yet, and replaces the record.
+    pub(super) fn remember_end(&mut self, name: &AgentName, ended: Ended) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let supervisor = agent.state.supervisor();
-        let Some(record) = agent.record.as_mut().filter(|_| supervisor.is_down()) else { return };
+        let Some(record) = agent.record.as_mut().filter(|_| supervisor.is_down() || supervisor.is_starting()) else {
+            return;
+        };
         record.ended = Some(ended);
         record.head.restarts = supervisor.restarts();
         record.save(&self.home);

@@ -51,6 +51,7 @@ impl Manager {
         let (name, event) = match step {
             // First the epochs of what earlier managers committed are raised.
             Step::Stage { .. } | Step::Activate { .. } if !self.releases.may_stage() => return,
+            Step::Discard { .. } if !self.releases.may_remove() => return,
             Step::Stage { name, package } => (name, Event::Stage(package)),
             Step::Activate { name, order } => (name, Event::Activate(order)),
             Step::Configure { name, spec } => {

@@ -8,7 +8,7 @@ use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::order::Package;
 use crate::core::schedule::Backoff;
 use crate::core::status::{Changed, UpgradeStatus};
-use crate::core::upgrade::{self, End, Ended, Evidence, Limits, Probe, Record, Step};
+use crate::core::upgrade::{self, End, Ended, Evidence, Limits, NewEndpoint, Probe, Record, Step};
 use crate::door::{Farewell, Reply};
 use crate::spm::input::{NotSwitched, UpgradeSeen, Upgraded};
 use crate::spm::journal::About;
@@ -39,6 +39,10 @@ pub(super) struct Upgrading {
     ordered: Option<Package>,
     wants_current: bool,
     work: Option<Work>,
+    /// This release came on trial with another endpoint than the settings say.
+    pub(super) endpoint: Option<NewEndpoint>,
+    /// The installation was brought up to this release since this manager started.
+    is_migrated: bool,
     /// The next manager is to be started.
     gives_way: bool,
     failures: u32,
@@ -62,8 +66,8 @@ struct Work {
 
 impl Upgrading {
     /// What a manager goes by that begins.
-    pub(super) fn new(record: Record) -> Upgrading {
-        Upgrading { record, ..Upgrading::default() }
+    pub(super) fn new(record: Record, endpoint: Option<NewEndpoint>) -> Upgrading {
+        Upgrading { record, endpoint, ..Upgrading::default() }
     }
 
     fn is_under_way(&self) -> bool {
@@ -221,6 +225,11 @@ impl Manager {
             }
             Upgraded::Nothing => {
                 (self.upgrading.failures, self.upgrading.last_error) = (0, None);
+                if work.is_some_and(|work| work.by_operator) {
+                    let own = self.identity.version.clone();
+                    let text = format!("the manager runs {own} already, which an operator asked for");
+                    self.report("upgrade", "ok", &own, Some(own.clone()), 0, text);
+                }
             }
             Upgraded::NotSwitched(failure) => self.not_switched(failure, work, now),
         }
@@ -271,6 +280,13 @@ impl Manager {
                 }
                 self.problems.remove("upgrade");
                 self.report_ends(seen.record.ended());
+                if seen.record.trial().is_none() && self.upgrading.endpoint.take().is_some() {
+                    // It stands in the settings now.
+                    self.housekeeping.next = now;
+                }
+                if seen.record.trial().is_none() && !std::mem::replace(&mut self.upgrading.is_migrated, true) {
+                    job::migrate(&self.inputs, &self.home);
+                }
                 self.upgrading.record = seen.record;
                 self.upgrading.evidence = Some(seen.evidence);
             }

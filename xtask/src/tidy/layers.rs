@@ -16,6 +16,7 @@ const MECHANISMS: &[&str] = &[
     "lifecycle",
     "lock",
     "logging",
+    "migrations",
     "package",
     "process",
     "role",

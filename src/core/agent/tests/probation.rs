@@ -235,8 +235,11 @@ fn the_next_manager_goes_on_with_a_probation_and_with_what_it_has_seen_of_failur
     let committed = agent.step(Event::Tick, at(now + S(6)));
     assert!(committed.contains(&Action::RaiseEpoch(release("2"))), "{committed:?}");
     let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
-    let ended = (Some(false), "exited with 1".to_owned());
-    let actions = agent.bury(7, version("2"), ended, Some(Spec::default()), at(now));
+    let end = |was_seen| End { success: Some(false), how: "exited with 1".to_owned(), was_seen };
+    let mut known = agent.clone();
+    known.bury(7, version("2"), end(true), Some(Spec::default()), at(now));
+    assert_eq!(known.ledger().probation_failures(), 2, "the earlier manager has counted it");
+    let actions = agent.bury(7, version("2"), end(false), Some(Spec::default()), at(now));
     assert!(actions.contains(&Action::Record { wait: true }), "{actions:?}");
     assert_eq!(agent.ledger().active(), Some(&release("1")));
 }
@@ -322,4 +325,107 @@ fn one_that_cannot_be_read_any_more_is_given_up_too_and_one_with_nothing_before_
         }
         assert_eq!(bench.agent.ledger().probation().is_none(), before.is_some());
     }
+}
+
+/// Its process may outlive the manager that rolled it back.
+#[test]
+fn a_release_that_made_way_is_not_taken_for_the_active_one_by_the_next_manager() {
+    let ways: [Fail; 3] = [
+        |bench| {
+            // Its time is up.
+            bench.tell(Event::Restart);
+            bench.tell(Event::Stopped(Ok(())));
+            bench.now += S(200);
+            bench.tell(Event::Tick);
+        },
+        |bench| done(bench.tell(Event::Return { overruled: None })),
+        |bench| {
+            // Another release takes its place.
+            bench.stage("3");
+            bench.tell(Event::Activate(order("3"))).tell(Event::Admitted(Ok((release("3"), None))));
+        },
+    ];
+    for (number, way) in ways.iter().enumerate() {
+        let mut bench = Bench::on_the_way_to("2");
+        way(bench.launched(20, "2"));
+        let mut ledger = bench.agent.to_record();
+        ledger.resume(&release("2"));
+        assert_eq!((ledger.active(), ledger.probation()), (Some(&release("1")), None), "way {number}");
+        let found = Found { ledger, program: Some(Ok(manifest(&[]))), ..Found::default() };
+        let (agent, _) = Agent::found("a".parse().unwrap(), found);
+        let mut bench = Bench { agent, ..Bench::new() };
+        bench.asked = bench.agent.adopt(7, version("2"), bench.now, None, at(bench.now));
+        assert_eq!(bench.asked(), [Action::Record { wait: true }, Action::Stop], "way {number}");
+        bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+        assert_eq!(bench.asked(), [Action::Switch(version("1")), Action::Inspect(version("1"))], "way {number}");
+    }
+}
+
+#[test]
+fn a_job_that_ends_well_while_another_release_is_admitted_is_committed_afterwards() {
+    let Program::Native(manifest) = manifest(&[]) else { panic!() };
+    let mut job = *manifest;
+    job.run.restart = crate::core::manifest::Restart::OnFailure;
+    let mut bench = Bench::on_the_way_to("2");
+    bench.tell(Event::Inspected { version: version("2"), result: Ok(Program::Native(Box::new(job))) });
+    bench.launched(20, "2");
+    bench.stage("3");
+    bench.tell(Event::Activate(order("3")));
+    bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() });
+    assert_eq!(bench.agent.ledger().probation(), Some(&release("2")));
+    bench.tell(Event::Admitted(Err(refusal("its key was revoked"))));
+    assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("2")), None));
+}
+
+/// A grace period may be ten minutes, and a home that others can change is mended by an operator.
+#[test]
+fn neither_a_long_stop_nor_a_start_that_is_refused_counts_against_a_release() {
+    let mut bench = Bench::on_the_way_to("2");
+    bench.launched(20, "2").tell(Event::Restart);
+    bench.now += S(600);
+    bench.tell(Event::Tick).tell(Event::Stopped(Ok(())));
+    for _ in 0..20 {
+        bench.tell(Event::NotLaunched(Refusal { refused: true, ..refusal("others can write there") }));
+        bench.now += S(60);
+        bench.tell(Event::Tick);
+    }
+    assert_eq!(bench.agent.ledger().probation(), Some(&release("2")));
+}
+
+#[test]
+fn a_release_that_fails_when_another_is_ordered_is_rolled_back_and_not_skipped() {
+    let mut bench = Bench::on_the_way_to("2");
+    bench.tell(Event::Ordered(Some(order("3"))));
+    bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
+    assert_eq!(bench.notes().last(), Some(&("upgrade", "failed")));
+    assert_eq!(bench.agent.ledger().skipped_for_good().count(), 0);
+}
+
+#[test]
+fn a_manager_that_starts_follows_the_order_that_the_one_before_had_only_written() {
+    let mut bench = Bench::on_the_way_to("2");
+    bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
+    for (text, skipped) in [("2", 1), ("3", 0)] {
+        let found = Found { ledger: bench.agent.to_record(), order: Some(order(text)), ..Found::default() };
+        let (agent, actions) = Agent::found("a".parse().unwrap(), found);
+        assert_eq!(agent.ledger().skipped_for_good().count(), skipped);
+        assert_eq!(actions.contains(&Action::Record { wait: false }), skipped == 0);
+    }
+}
+
+/// Both are due at the same moment. The start goes by the release that is current when it is carried out.
+#[test]
+fn a_release_whose_time_is_up_when_it_is_started_again_makes_way_after_that() {
+    let mut bench = Bench::on_the_way_to("2");
+    bench.tell(Event::NotLaunched(Refusal { refused: true, ..refusal("others can write there") }));
+    bench.launched(20, "2").tell(Event::Exited { success: Some(false), how: "exited with 1".into() });
+    assert!(bench.agent.supervisor().starts_at().is_some());
+    bench.asked.clear();
+    bench.now += S(130);
+    bench.tell(Event::Tick);
+    assert_eq!((bench.asked(), bench.agent.current()), (vec![Action::Start], Some(&version("2"))));
+    bench.tell(Event::Tick);
+    assert_eq!(bench.agent.current(), Some(&version("1")));
+    bench.launched(21, "2");
+    assert!(bench.asked().contains(&Action::Stop));
 }

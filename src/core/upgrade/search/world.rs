@@ -584,6 +584,7 @@ fn image(version: &str, package: char, executable: char) -> Image {
         file: String::new(),
         brings: vec![],
         revokes: vec![],
+        endpoint: None,
         unknown: Unknown::new(),
     }
 }

@@ -1,0 +1,213 @@
+//! The manager's part, as `spm::manager` plays it: a plan, the actions that are carried out, and what a new manager finds.
+
+use std::collections::BTreeMap;
+
+use super::super::*;
+use super::rules::is_skipped;
+use super::world::{Done, NEW, State, World, number_of, ordered, release_of, version_of};
+use crate::core::desired::Desired;
+use crate::core::reconcile::{self, Step};
+
+impl World {
+    /// An input of the manager; `replans`: a plan goes by it.
+    pub fn hear(&self, state: &mut State, event: Event, replans: bool) -> Done {
+        let is_down = |state: &State| state.agent.as_ref().is_some_and(Agent::is_down_for_upgrade);
+        state.replan |= replans;
+        let was_down = is_down(state);
+        self.tell(state, event)?;
+        state.replan |= was_down && !is_down(state);
+        Ok(())
+    }
+
+    pub fn tell(&self, state: &mut State, event: Event) -> Done {
+        let at = self.at(state.now);
+        let Some(agent) = &mut state.agent else { return Ok(()) };
+        let actions = agent.step(event, at);
+        self.perform(state, actions)
+    }
+
+    /// What the manager does before it waits for the next input.
+    pub fn turn(&self, state: &mut State) -> Done {
+        if std::mem::take(&mut state.replan) && !state.home_stops {
+            self.reconcile(state)?;
+        }
+        let Some(agent) = &state.agent else { return Ok(()) };
+        if std::mem::take(&mut state.is_changed) {
+            state.asked += 1;
+            let next = Some((state.asked, agent.to_record()));
+            if state.writing.is_some() {
+                state.queued = next;
+            } else {
+                state.writing = next;
+            }
+        }
+        Ok(())
+    }
+
+    fn reconcile(&self, state: &mut State) -> Done {
+        let Some(agent) = &state.agent else { return Ok(()) };
+        let (name, order) = (agent.name().clone(), ordered(state.order));
+        let actual = BTreeMap::from([(name.clone(), agent.actual(Some(&order), state.now))]);
+        let desired = Desired { agents: BTreeMap::from([(name, order)]), ..Desired::default() };
+        for step in reconcile::plan(&desired, &actual) {
+            if matches!(step, Step::Discard { .. }) && (state.is_changed || state.writing.is_some()) {
+                state.discard_waits = true;
+                continue;
+            }
+            let event = match step {
+                Step::Stage { package, .. } => Event::Stage(package),
+                Step::Activate { order, .. } => Event::Activate(order),
+                Step::Configure { spec, .. } => {
+                    Event::Configure { spec, runs_so: state.record.is_some(), sound: Ok(()) }
+                }
+                Step::Set { run, .. } => Event::Set(run),
+                Step::Uninstall { .. } => Event::Uninstall,
+                Step::Discard { version, .. } => Event::Discard(version),
+            };
+            self.tell(state, event)?;
+        }
+        Ok(())
+    }
+
+    fn perform(&self, state: &mut State, actions: Vec<Action>) -> Done {
+        for action in actions {
+            self.act(state, action)?;
+        }
+        Ok(())
+    }
+
+    fn act(&self, state: &mut State, action: Action) -> Done {
+        let Some(agent) = &state.agent else { return Ok(()) };
+        match action {
+            Action::Stage { id, package } => state.staging.push((id, number_of(&package.version))),
+            Action::CancelStaging | Action::Note(_) => {}
+            Action::Admit { version, .. } => {
+                let on_probation = agent.ledger().probation().map(|release| &release.version);
+                if number_of(&version) == NEW && on_probation != Some(&version) {
+                    state.failed = 0;
+                }
+                if state.is_overruled || agent.ledger().overrules(&version, None, state.order.1) {
+                    return Err("an order is followed that an operator has overruled");
+                }
+                state.is_admitting = true;
+            }
+            Action::Record { wait } => {
+                state.is_changed = true;
+                if wait {
+                    state.recorded_with = Some(state.asked + 1);
+                }
+            }
+            Action::RaiseEpoch(release) => {
+                if number_of(&release.version) == NEW && !self.scenario.kind.passes() {
+                    return Err("the epoch of a bad release counts");
+                }
+            }
+            Action::Switch(version) => {
+                if state.process.is_some() && !state.clings {
+                    return Err("the release is changed while the one before runs");
+                }
+                self.is_durable(state, &version, agent, false)?;
+                state.is_switching = true;
+            }
+            Action::Remove => return Err("it is removed"),
+            Action::Discard(version) => {
+                let number = number_of(&version);
+                if state.process.is_some_and(|process| process.version == number) {
+                    return Err("the files of what runs are removed");
+                }
+                let is_kept = state.whole.has(number) && state.disk.kept().any(|kept| *kept == version);
+                if is_kept && !state.is_unsaved {
+                    return Err("a release is removed that the ledger on disk keeps");
+                }
+                state.discarding = state.discarding.with(number);
+            }
+            Action::Inspect(version) => state.inspecting.push(number_of(&version)),
+            Action::Start => {
+                let (Some(version), Some(_)) = (agent.current().cloned(), agent.program()) else {
+                    return Err("a start is asked for that nobody can carry out");
+                };
+                if state.launching.is_some() || state.process.is_some() && !state.clings {
+                    return Err("a second process is launched");
+                }
+                self.is_durable(state, &version, agent, true)?;
+                state.launching = Some(number_of(&version));
+            }
+            Action::Stop => state.is_stopping = true,
+            Action::Check => state.is_checking = true,
+            Action::CancelCheck => state.is_checking = false,
+        }
+        Ok(())
+    }
+
+    /// What is acted on is on disk; a return and a restart need not wait for a disk that cannot be written. The active release may be
+    /// restarted while another is recorded.
+    fn is_durable(&self, state: &State, version: &Version, agent: &Agent, starts: bool) -> Done {
+        let is = |release: Option<&Release>| release.is_some_and(|release| release.version == *version);
+        let restarts = starts && agent.returned.is_none();
+        let may = is(state.disk.current()) || is(state.disk.active()) && restarts;
+        let is_activation = matches!(agent.work, Work::Switching { .. });
+        match may || !is_activation && (state.is_unsaved || state.is_behind) {
+            true => Ok(()),
+            false => Err("a release is used that the ledger on disk does not name"),
+        }
+    }
+
+    /// A new manager finds what there is.
+    pub fn take_charge(&self, state: &mut State) -> Done {
+        state.home_stops = false;
+        (state.asked, state.is_unsaved, state.replan) = (0, false, true);
+        // A new admission that is not on disk has not been.
+        state.failed = state.failed.max(state.disk.probation_failures());
+        let mut ledger = state.disk.clone();
+        ledger.keep_whole(|version| state.whole.has(number_of(version)));
+        let running = state.process.map(|process| process.version);
+        if let Some(running) = running.filter(|running| state.whole.has(*running)) {
+            ledger.resume(&release_of(running));
+        }
+        state.is_changed = ledger != state.disk;
+        (state.is_behind, state.discard_waits) = (state.is_changed, false);
+        let current = ledger.current().map(|release| number_of(&release.version));
+        let recorded = state.record.map(|record| record.version);
+        let unfinished = state.partial.all().filter(|version| Some(*version) != recorded).map(version_of);
+        let found = Found {
+            ledger,
+            releases: state.whole.versions(),
+            unfinished: unfinished.collect(),
+            program: current.map(|current| Ok(self.program(current))),
+            restarts: 0,
+            order: Some(ordered(state.order)),
+        };
+        let (agent, actions) = Agent::found("a".parse().unwrap(), found);
+        state.is_condemned |= is_skipped(agent.ledger(), NEW);
+        state.agent = Some(agent);
+        self.perform(state, actions)?;
+        let (at, spec) = (self.at(state.now), Spec::default());
+        let Some(agent) = &mut state.agent else { return Ok(()) };
+        let actions = match (state.process, state.record) {
+            (Some(process), _) => agent.adopt(9, version_of(process.version), process.since, Some(spec), at),
+            (None, Some(record)) => {
+                let version = version_of(record.version);
+                let is_wanted = record.version == state.order.0 && agent.current() == Some(&version);
+                // An end that no manager saw counts as a failure.
+                let is_unseen = record.ended.is_none();
+                state.failed += u64::from(is_unseen && record.version == NEW);
+                state.is_suspect |= is_unseen && record.version != 1;
+                let end = End {
+                    success: record.ended.flatten(),
+                    how: "it exited".to_owned(),
+                    was_seen: record.ended.is_some(),
+                };
+                agent.bury(9, version, end, is_wanted.then_some(spec), at)
+            }
+            (None, None) => vec![],
+        };
+        self.perform(state, actions)?;
+        if state.process.is_none()
+            && !state.is_stopping
+            && let Some(record) = &mut state.record
+        {
+            record.ended.get_or_insert(None);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,113 @@
+//! What must hold in every state, and when a change of release is over.
+
+use super::super::super::Work;
+use super::super::*;
+use super::world::{Kind, NEW, Ordered, State, World, Wrong, number_of, ordered, version_of};
+use crate::core::ledger::{Entry, Skipped};
+
+impl World {
+    /// The rule that a state breaks.
+    pub fn breach(&self, state: &State) -> Option<Wrong> {
+        let is_bad = !self.scenario.kind.passes();
+        let number = |release: Option<&Release>| release.map(|release| number_of(&release.version));
+        let lies = |release: Option<&Release>| number(release).is_none_or(|number| state.whole.has(number));
+        if number(state.disk.active()) == Some(NEW) && is_bad {
+            return Some("a bad release is committed on disk");
+        }
+        if !lies(state.disk.active()) {
+            return Some("the active release is not whole");
+        }
+        let skips_active = |entry: &Entry| number(entry.active()).is_some_and(|active| is_skipped(entry, active));
+        if skips_active(&state.disk) {
+            return Some("the active release is skipped on disk");
+        }
+        let agent = state.agent.as_ref()?;
+        let (ledger, to_record) = (agent.ledger(), agent.to_record());
+        if number(ledger.active()) == Some(NEW) && is_bad {
+            return Some("a bad release is committed");
+        }
+        if !lies(ledger.active()) || !lies(ledger.backup()) || !lies(ledger.probation()) {
+            return Some("a release of the ledger is not whole");
+        }
+        if number(ledger.active()) != Some(1) && ledger.backup().is_none() {
+            return Some("there is nothing to go back to");
+        }
+        if skips_active(ledger) {
+            return Some("the active release is skipped");
+        }
+        if ledger.probation().is_some() && number(ledger.probation()) == number(ledger.active()) {
+            return Some("the active release is on probation");
+        }
+        if number(ledger.backup()).is_some() && number(ledger.backup()) == number(ledger.active()) {
+            return Some("the active release is its own backup");
+        }
+        let newest = state.queued.as_ref().or(state.writing.as_ref()).map_or(&state.disk, |(_, entry)| entry);
+        if *newest != to_record && !(state.is_unsaved && state.writing.is_none()) {
+            return Some("the ledger is changed and not written");
+        }
+        if number(ledger.probation()) == Some(NEW) && ledger.probation_failures() > state.failed {
+            return Some("a failure is counted twice");
+        }
+        if state.is_condemned && number(to_record.current()) == Some(NEW) {
+            return Some("a condemned release is tried again");
+        }
+        if !is_bad && !state.is_suspect && is_skipped(ledger, NEW) {
+            return Some("a good release is condemned");
+        }
+        let Ordered(version, retry) = state.order;
+        let outlives = |skipped: &Skipped| number_of(&skipped.version) != version || skipped.retry < retry;
+        if ledger.skipped_for_good().any(outlives) {
+            return Some("a skip outlives its order");
+        }
+        if ledger.is_held() && !ledger.overrules(&version_of(version), None, retry) {
+            return Some("a hold outlives its order");
+        }
+        if agent.supervisor().is_up() != (state.process.is_some() && !state.clings && !state.is_stopping) {
+            return Some("the process is not the one that the manager knows");
+        }
+        None
+    }
+
+    /// All that was to be reached is reached, and stays so.
+    pub fn is_end(&self, state: &State) -> bool {
+        let Some(agent) = &state.agent else { return false };
+        let is_quiet = state.writing.is_none()
+            && !state.is_unsaved
+            && state.launching.is_none()
+            && !(state.is_stopping || state.is_checking || state.is_admitting || state.is_switching)
+            && state.inspecting.is_empty()
+            && state.discarding.0 == 0
+            && !state.home_stops;
+        let ledger = agent.ledger();
+        let active = ledger.active().map(|release| number_of(&release.version));
+        let runs = state.process.is_some_and(|process| Some(process.version) == active && agent.supervisor().is_up());
+        let is_done = self.scenario.kind == Kind::Job && active == Some(NEW) && agent.supervisor().is_done();
+        let Ordered(version, _) = state.order;
+        let stays = agent.actual(Some(&ordered(state.order)), state.now).stays;
+        let is_awaited = version == NEW
+            && self.scenario.kind == Kind::CannotBeFetched
+            && agent.deadline(state.now).is_some_and(|retry| retry > state.now);
+        let is_answered = active == Some(version) || stays || is_skipped(ledger, version) || is_awaited;
+        let rests = is_awaited || state.staging.is_empty() && matches!(agent.work, Work::Idle | Work::Held(_));
+        is_quiet
+            && ledger.probation().is_none()
+            && agent.returned.is_none()
+            && (runs || is_done)
+            && is_answered
+            && rests
+    }
+
+    /// A good release that nothing speaks against is ordered.
+    pub fn is_to_be_committed(&self, state: &State) -> bool {
+        let agent = state.agent.as_ref();
+        let written = [&state.writing, &state.queued].into_iter().flatten().map(|(_, entry)| entry);
+        let stays = agent.map(Agent::ledger).into_iter().chain([&state.disk]).chain(written).any(Entry::is_held);
+        let may = !stays && !state.is_suspect && !agent.is_some_and(|agent| is_skipped(agent.ledger(), state.order.0));
+        may && (self.scenario.kind.passes() || state.order.0 != NEW)
+    }
+}
+
+/// Until another release is ordered.
+pub fn is_skipped(entry: &Entry, number: u8) -> bool {
+    entry.skipped_for_good().any(|skipped| number_of(&skipped.version) == number)
+}

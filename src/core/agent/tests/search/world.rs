@@ -1,0 +1,543 @@
+//! A sub-agent's home as the search sees it: the disk with the writes that are under way, its process, the manager, and what happens to them.
+//!
+//! Outcomes come back in any order. Release 1 runs at first, 2 is what the search is about, 3 and 1 are good.
+//!
+//! Time passes from one deadline to the next, with whatever is under way; only a release that exits during its probation is looked at second
+//! by second.
+
+use super::super::super::Work;
+use super::super::super::probation::TRIES;
+use super::super::*;
+use super::events::{Cut, Fetched, What};
+use super::key;
+use super::rules::is_skipped;
+use crate::core::health::Health;
+use crate::core::manifest::Restart;
+use crate::core::supervise::Answer;
+use crate::core::units::Span;
+
+/// The release that the search is about.
+pub const NEW: u8 = 2;
+
+/// Release 2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Good,
+    /// Its health checks fail for its first 40 seconds.
+    Slow,
+    /// It does its work and ends, as its restart policy expects.
+    Job,
+    ExitsAtOnce,
+    /// It runs, and its health checks fail.
+    Unhealthy,
+    /// Its health cannot be told.
+    NeverAnswers,
+    /// It runs without a fault and exits before its probation is over.
+    ExitsOnProbation,
+    CannotBeLaunched,
+    CannotBeFetched,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 9] = [
+        Kind::Good,
+        Kind::Slow,
+        Kind::Job,
+        Kind::ExitsAtOnce,
+        Kind::Unhealthy,
+        Kind::NeverAnswers,
+        Kind::ExitsOnProbation,
+        Kind::CannotBeLaunched,
+        Kind::CannotBeFetched,
+    ];
+
+    pub fn passes(self) -> bool {
+        matches!(self, Kind::Good | Kind::Slow | Kind::Job)
+    }
+
+    pub fn can_be_fetched(self, number: u8) -> bool {
+        number != NEW || self != Kind::CannotBeFetched
+    }
+
+    pub fn can_be_launched(self, number: u8) -> bool {
+        number != NEW || self != Kind::CannotBeLaunched
+    }
+}
+
+/// What may happen, besides the ends of a manager and power cuts, which always may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scenario {
+    pub kind: Kind,
+    /// So often something that is under way fails (an absent gateway is a fetch that fails), or a good release exits by itself.
+    pub faults: u8,
+    /// The operator rolls back, says that it is to be tried again, restarts it, and stops and starts the home.
+    pub operator: bool,
+    /// So often another release is ordered, or the same one with a higher `retry`.
+    pub orders: u8,
+}
+
+/// What is ordered: a version, and `retry`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ordered(pub u8, pub u64);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    pub version: u8,
+    pub since: Instant,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recorded {
+    pub version: u8,
+    /// A manager has taken in its end, of which this is known.
+    pub ended: Option<Option<bool>>,
+}
+
+/// A set of versions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Set(pub u8);
+
+impl Set {
+    pub fn has(self, version: u8) -> bool {
+        self.0 & (1 << version) != 0
+    }
+
+    pub fn with(self, version: u8) -> Set {
+        Set(self.0 | 1 << version)
+    }
+
+    pub fn without(self, version: u8) -> Set {
+        Set(self.0 & !(1 << version))
+    }
+
+    pub fn all(self) -> impl Iterator<Item = u8> {
+        (1..8).filter(move |version| self.has(*version))
+    }
+
+    pub fn versions(self) -> BTreeSet<Version> {
+        self.all().map(version_of).collect()
+    }
+}
+
+/// The ledger on its way to the disk: its revision, and what it says.
+pub type Writing = Option<(u64, Entry)>;
+
+#[derive(Debug, Clone)]
+pub struct State {
+    pub now: Instant,
+    /// `None`: no manager runs.
+    pub agent: Option<Agent>,
+    pub order: Ordered,
+    /// The ledger on disk.
+    pub disk: Entry,
+    pub writing: Writing,
+    pub queued: Writing,
+    pub asked: u64,
+    pub is_changed: bool,
+    pub recorded_with: Option<u64>,
+    /// The last write has failed.
+    pub is_unsaved: bool,
+    pub replan: bool,
+    /// A removal waits for a write.
+    pub discard_waits: bool,
+    /// The ledger has followed what was found or could not be done, and is not on disk yet.
+    pub is_behind: bool,
+    /// Releases on disk: whole, and unpacked or removed in part.
+    pub whole: Set,
+    pub partial: Set,
+    pub process: Option<Process>,
+    pub record: Option<Recorded>,
+    /// A stop has left the process running.
+    pub clings: bool,
+    pub launching: Option<u8>,
+    pub is_stopping: bool,
+    pub is_checking: bool,
+    pub is_admitting: bool,
+    pub is_switching: bool,
+    pub inspecting: Vec<u8>,
+    pub staging: Vec<(u64, u8)>,
+    pub discarding: Set,
+    pub home_stops: bool,
+    /// So many more things may fail.
+    pub faults: u8,
+    pub orders: u8,
+    /// Times that release 2 has failed since its last admission.
+    pub failed: u64,
+    /// Something happened for which a good release may be condemned.
+    pub is_suspect: bool,
+    /// The ledger on disk says that release 2 is skipped, and nobody has said otherwise since.
+    pub is_condemned: bool,
+    /// The operator has returned to the release before, and has not said otherwise since, and this manager knows it.
+    pub is_overruled: bool,
+}
+
+pub type Wrong = &'static str;
+pub type Done = Result<(), Wrong>;
+
+pub fn version_of(number: u8) -> Version {
+    version(["0", "1", "2", "3"][usize::from(number)])
+}
+
+pub fn number_of(version: &Version) -> u8 {
+    version.as_str().as_bytes()[0] - b'0'
+}
+
+pub fn release_of(number: u8) -> Release {
+    release(version_of(number).as_str())
+}
+
+pub fn ordered(Ordered(number, retry): Ordered) -> Order {
+    Order { retry, ..order(version_of(number).as_str()) }
+}
+
+fn moment(now: Instant, start: Instant) -> At {
+    let unix_seconds = 1_800_000_000 + now.saturating_duration_since(start).as_secs();
+    At { now, unix_seconds, jitter: 0.0 }
+}
+
+pub struct World {
+    pub scenario: Scenario,
+    start: Instant,
+    programs: [Program; 4],
+}
+
+impl World {
+    pub fn new(scenario: Scenario) -> World {
+        let program = |edit: &dyn Fn(&mut Manifest)| {
+            let Program::Native(mut manifest) = manifest(&[]) else { panic!() };
+            manifest.run.probation = Some(Span(S(3)));
+            edit(&mut manifest);
+            Program::Native(manifest)
+        };
+        let checks = |text: &str| -> Option<Health> { Some(serde_json::from_str(text).unwrap()) };
+        let plain = || program(&|_| {});
+        let new = match scenario.kind {
+            Kind::Slow => program(&|manifest| {
+                manifest.health = checks(r#"{"tcp": "127.0.0.1:1", "interval": 20, "failures": 2, "startPeriod": 60}"#);
+            }),
+            Kind::Unhealthy | Kind::NeverAnswers => program(&|manifest| {
+                manifest.health = checks(r#"{"tcp": "127.0.0.1:1", "interval": 40, "failures": 2, "startPeriod": 0}"#);
+            }),
+            Kind::Job => program(&|manifest| manifest.run.restart = Restart::OnFailure),
+            _ => plain(),
+        };
+        World { scenario, start: Instant::now(), programs: [plain(), plain(), new, plain()] }
+    }
+
+    pub fn at(&self, now: Instant) -> At {
+        moment(now, self.start)
+    }
+
+    pub fn unix_seconds(&self, now: Instant) -> u64 {
+        self.at(now).unix_seconds
+    }
+
+    pub fn program(&self, number: u8) -> Program {
+        self.programs[usize::from(number)].clone()
+    }
+
+    /// Release 1 runs, and 2 is ordered.
+    pub fn start(&self) -> Result<State, Wrong> {
+        let down = State {
+            now: self.start,
+            agent: None,
+            order: Ordered(NEW, 0),
+            disk: Entry::found(Some(release_of(1)), None),
+            writing: None,
+            queued: None,
+            asked: 0,
+            is_changed: false,
+            recorded_with: None,
+            is_unsaved: false,
+            replan: false,
+            discard_waits: false,
+            is_behind: false,
+            whole: Set(0).with(1),
+            partial: Set(0),
+            process: Some(Process { version: 1, since: self.start }),
+            record: Some(Recorded { version: 1, ended: None }),
+            clings: false,
+            launching: None,
+            is_stopping: false,
+            is_checking: false,
+            is_admitting: false,
+            is_switching: false,
+            inspecting: vec![],
+            staging: vec![],
+            discarding: Set(0),
+            home_stops: false,
+            faults: self.scenario.faults,
+            orders: self.scenario.orders,
+            failed: 0,
+            is_suspect: false,
+            is_condemned: false,
+            is_overruled: false,
+        };
+        self.apply(&down, What::Starts)
+    }
+
+    pub fn apply(&self, state: &State, what: What) -> Result<State, Wrong> {
+        let mut after = state.clone();
+        if self.is_fault(state, what) {
+            after.faults = state.faults.saturating_sub(1);
+        }
+        match what {
+            What::Dies(cut) => after.die(cut, self.scenario.kind),
+            What::OrdersAndDies(order) => {
+                self.obey(&mut after, order);
+                after.die(Cut::NOTHING, self.scenario.kind);
+            }
+            What::Exits if after.agent.is_none() => {
+                self.lose_process(&mut after);
+            }
+            What::PowerCut => (after.process, after.record, after.clings) = (None, None, false),
+            What::Later => after.now += S(200),
+            What::Starts => {
+                self.take_charge(&mut after)?;
+                self.turn(&mut after)?;
+            }
+            _ => {
+                self.happen(&mut after, what)?;
+                self.turn(&mut after)?;
+                if what == What::Tick && after.now == state.now && key::of(self, state) == key::of(self, &after) {
+                    return Err("a time that has passed is waited for");
+                }
+            }
+        }
+        self.breach(&after).map_or(Ok(after), Err)
+    }
+
+    fn happen(&self, state: &mut State, what: What) -> Done {
+        match what {
+            What::Staged { place, fetched } => {
+                let (id, number) = state.staging.remove(place);
+                let version = version_of(number);
+                let failed = Refusal::failed("it cannot be fetched");
+                let result = match fetched {
+                    Fetched::Ready => {
+                        state.whole = state.whole.with(number);
+                        state.partial = state.partial.without(number);
+                        Ok(Ready { release: release_of(number), program: self.program(number) })
+                    }
+                    Fetched::Failed => Err(failed),
+                    Fetched::Refused => Err(Refusal { refused: true, costly: true, ..failed }),
+                };
+                self.hear(state, Event::Staged { id, version, result }, true)
+            }
+            What::Admitted { ok } => {
+                state.is_admitting = false;
+                let Some(Work::Admitting { order, .. }) = state.agent.as_ref().map(|agent| &agent.work) else {
+                    return Err("nothing waits for an admission");
+                };
+                let number = number_of(&order.package.version);
+                let result = match ok {
+                    true => Ok((release_of(number), Some(self.program(number)))),
+                    false => Err(Refusal::failed("the home cannot be read")),
+                };
+                self.hear(state, Event::Admitted(result), true)
+            }
+            What::Written { ok, kept } => self.written(state, ok, kept),
+            What::Housekeeping => {
+                state.is_changed = true;
+                Ok(())
+            }
+            What::Switched { ok } => {
+                state.is_switching = false;
+                state.is_behind |= !ok;
+                let result = if ok { Ok(()) } else { Err("read-only file system".to_owned()) };
+                self.hear(state, Event::Switched(result), true)
+            }
+            What::Discarded(number) => {
+                state.discarding = state.discarding.without(number);
+                state.remove(number);
+                self.hear(state, Event::Discarded(version_of(number)), true)
+            }
+            What::Inspected { place, ok } => {
+                let number = state.inspecting.remove(place);
+                state.is_suspect |= number != 1 && !ok;
+                let result = if ok { Ok(self.program(number)) } else { Err("no agent.toml".to_owned()) };
+                self.hear(state, Event::Inspected { version: version_of(number), result }, true)
+            }
+            What::Launched => {
+                let Some(number) = state.launching.take() else { return Err("nothing is launched") };
+                // What a failed stop has left is ended first.
+                state.clings = false;
+                state.process = Some(Process { version: number, since: state.now });
+                state.record = Some(Recorded { version: number, ended: None });
+                self.hear(state, Event::Launched { pid: 9, version: version_of(number), runs_so: true }, false)
+            }
+            What::NotLaunched { refused } => {
+                let number = state.launching.take();
+                if state.process.is_none() {
+                    state.record = None;
+                }
+                state.failed += u64::from(number == Some(NEW) && !refused);
+                state.is_suspect |= number != Some(1) && !refused;
+                self.hear(state, Event::NotLaunched(Refusal { refused, ..Refusal::failed("no such file") }), false)
+            }
+            What::Stopped { ok } => {
+                state.is_stopping = false;
+                if ok {
+                    (state.process, state.record, state.clings) = (None, None, false);
+                } else {
+                    state.clings = state.process.is_some();
+                }
+                self.hear(state, Event::Stopped(if ok { Ok(()) } else { Err("it hangs".to_owned()) }), true)
+            }
+            // Of one that a stop could not end nobody hears any more.
+            What::Exits if state.clings => {
+                self.lose_process(state);
+                Ok(())
+            }
+            What::Exits => {
+                let is_new = state.process.is_some_and(|process| process.version == NEW);
+                let success = self.lose_process(state);
+                state.failed += u64::from(is_new);
+                state.is_suspect |= is_new && !success;
+                let event = Event::Exited { success: Some(success), how: "it exited".to_owned() };
+                let is_busy = state.agent.as_ref().is_some_and(Agent::is_busy);
+                self.hear(state, event, false)?;
+                let Some(agent) = &state.agent else { return Ok(()) };
+                let ledger = agent.ledger();
+                if !is_busy && ledger.probation_failures() >= TRIES && ledger.before_probation().is_some() {
+                    return Err("a release that has failed too often is tried again");
+                }
+                if let Some(record) = state.record.as_mut().filter(|_| !agent.supervisor().is_stopping()) {
+                    record.ended = Some(Some(success));
+                }
+                Ok(())
+            }
+            What::Checked => {
+                state.is_checking = false;
+                let age = state.process.map_or(S(0), |process| state.now - process.since);
+                let answer = match self.scenario.kind {
+                    Kind::NeverAnswers => Answer::Unknown("no answer".to_owned()),
+                    Kind::Slow if age >= S(40) => Answer::Healthy,
+                    _ => Answer::Unhealthy("refused".to_owned()),
+                };
+                self.hear(state, Event::Checked(answer), false)?;
+                // Its health is why it is stopped.
+                state.failed += u64::from(state.is_stopping);
+                Ok(())
+            }
+            What::Tick | What::Second => {
+                let Some(agent) = &state.agent else { return Ok(()) };
+                let deadline = agent.deadline(state.now).filter(|_| what == What::Tick);
+                state.now = deadline.unwrap_or(state.now + S(1)).max(state.now);
+                // It is slow to start, or to answer.
+                state.is_suspect |= state.launching.is_some() || !state.inspecting.is_empty() || state.is_checking;
+                let (now, is_due) = (state.now, agent.is_due(state.now));
+                if is_due {
+                    self.tell(state, Event::Tick)?;
+                }
+                state.replan |= state.agent.as_ref().is_some_and(|agent| agent.hold_is_over(now));
+                Ok(())
+            }
+            What::HomeStops => {
+                state.home_stops = true;
+                self.tell(state, Event::HomeStops)
+            }
+            What::RollBack => {
+                (state.is_condemned, state.is_overruled) = (false, false);
+                state.is_overruled = true;
+                self.tell(state, Event::Return { overruled: Some(ordered(state.order)) })
+            }
+            What::Retry => {
+                (state.is_condemned, state.is_overruled) = (false, false);
+                state.replan = true;
+                self.tell(state, Event::Retry)
+            }
+            What::Restart => self.tell(state, Event::Restart),
+            What::Orders(order) => {
+                self.obey(state, order);
+                state.replan = true;
+                self.tell(state, Event::Ordered(Some(ordered(order))))
+            }
+            What::OrdersAndDies(_) | What::Dies(_) | What::Later | What::PowerCut | What::Starts => Ok(()),
+        }
+    }
+
+    fn obey(&self, state: &mut State, order: Ordered) {
+        state.order = order;
+        state.orders -= 1;
+        (state.is_condemned, state.is_overruled) = (false, false);
+    }
+
+    /// Its process exits; whether as it is meant to.
+    fn lose_process(&self, state: &mut State) -> bool {
+        let process = state.process.take();
+        state.clings = false;
+        let is_new = process.is_some_and(|process| process.version == NEW);
+        is_new && self.scenario.kind == Kind::Job
+    }
+
+    /// A write has ended, well or not.
+    fn written(&self, state: &mut State, ok: bool, kept: bool) -> Done {
+        let Some((revision, entry)) = state.writing.take() else { return Err("nothing is written") };
+        state.writing = state.queued.take();
+        state.is_unsaved = !ok;
+        state.replan |= std::mem::take(&mut state.discard_waits);
+        state.is_behind = !ok || state.is_behind && state.writing.is_some();
+        if kept {
+            state.disk = entry;
+            let said = state.agent.as_ref().is_some_and(|agent| is_skipped(agent.ledger(), NEW));
+            state.is_condemned |= said && is_skipped(&state.disk, NEW);
+        }
+        if state.recorded_with.take_if(|waits| *waits <= revision).is_some() {
+            let result = if ok { Ok(()) } else { Err("no space left".to_owned()) };
+            self.tell(state, Event::Recorded(result))?;
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    pub fn active(&self) -> Option<u8> {
+        self.agent.as_ref()?.ledger().active().map(|release| number_of(&release.version))
+    }
+
+    pub fn can_be_admitted(&self) -> bool {
+        let work = self.agent.as_ref().map(|agent| &agent.work);
+        matches!(work, Some(Work::Admitting { order, .. }) if self.whole.has(number_of(&order.package.version)))
+    }
+
+    fn remove(&mut self, number: u8) {
+        (self.whole, self.partial) = (self.whole.without(number), self.partial.without(number));
+    }
+
+    /// The manager is gone, in the middle of what was under way.
+    fn die(&mut self, cut: Cut, kind: Kind) {
+        if let Some((_, entry)) = self.writing.take().filter(|_| cut.write) {
+            self.disk = entry;
+        }
+        if let Some(number) = self.launching.take().filter(|_| cut.launched) {
+            self.process = Some(Process { version: number, since: self.now });
+            self.record = Some(Recorded { version: number, ended: None });
+        }
+        if cut.stopped > 0 {
+            self.process = None;
+        }
+        if cut.stopped > 1 {
+            self.record = None;
+        }
+        for (_, number) in std::mem::take(&mut self.staging) {
+            if cut.staged && kind.can_be_fetched(number) {
+                self.whole = self.whole.with(number);
+                self.partial = self.partial.without(number);
+            }
+        }
+        for number in std::mem::replace(&mut self.discarding, Set(0)).all() {
+            if cut.discarded > 0 {
+                self.remove(number);
+            }
+            if cut.discarded == 1 {
+                self.partial = self.partial.with(number);
+            }
+        }
+        (self.agent, self.is_overruled) = (None, false);
+        (self.queued, self.recorded_with) = (None, None);
+        (self.is_changed, self.is_unsaved, self.clings) = (false, false, false);
+        (self.is_stopping, self.is_checking, self.is_admitting, self.is_switching) = (false, false, false, false);
+        self.inspecting.clear();
+    }
+}

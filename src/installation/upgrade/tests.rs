@@ -1,0 +1,161 @@
+use std::fs;
+
+use super::*;
+use crate::core::model::Digest;
+use crate::core::upgrade::Reason;
+
+struct Made {
+    _directory: tempfile::TempDir,
+    home: Home,
+    from: Image,
+    to: Image,
+}
+
+fn digest(path: &Path) -> Digest {
+    Programs::default().at(path).unwrap().unwrap()
+}
+
+/// A home with release 1 in place, and the executable of release 2 in `staging`.
+fn made() -> Made {
+    let directory = tempfile::tempdir().unwrap();
+    let home = Home::new(directory.path());
+    for (path, _) in home.directories() {
+        fs::create_dir_all(path).unwrap();
+    }
+    for (path, content) in [(home.executable(), "one"), (staged(&home), "two")] {
+        fs::write(&path, content).unwrap();
+        platform::set_mode(&path, 0o755).unwrap();
+    }
+    executable::point(&home, Name::ALL, &home.executable()).unwrap();
+    Epochs::begin(&home).unwrap();
+    let image = |version: &str, digit: &str, path: &Path, epoch| Image {
+        version: version.parse().unwrap(),
+        sha256: digit.repeat(64).parse().unwrap(),
+        executable: digest(path),
+        epoch,
+        file: format!("aops-spm-{version}"),
+        brings: vec![],
+        revokes: vec![],
+        endpoint: None,
+        unknown: Default::default(),
+    };
+    let (from, to) = (image("1", "1", &home.executable(), 1), image("2", "2", &staged(&home), 2));
+    let Image { version, sha256, epoch, file, .. } = from.clone();
+    Manager { version, sha256, epoch, file, unknown: Default::default() }.save(&home).unwrap();
+    Made { _directory: directory, home, from, to }
+}
+
+fn staged(home: &Home) -> std::path::PathBuf {
+    home.staging().join("aops")
+}
+
+fn session(home: &Home) -> Session {
+    Session::open(home, Duration::ZERO).unwrap().unwrap()
+}
+
+fn content(home: &Home, name: Name) -> String {
+    fs::read_to_string(name.path(home)).unwrap()
+}
+
+/// Takes a step and looks, each twice: an interrupted step is taken again.
+fn take(session: &mut Session, step: Step) -> Placement {
+    for _ in 0..2 {
+        assert!(session.carry_out(step, None).unwrap());
+    }
+    session.look(&mut Programs::default()).unwrap()
+}
+
+fn switched() -> (Made, Session) {
+    let made = made();
+    let mut session = session(&made.home);
+    session.begin(made.from.clone(), made.to.clone(), 7).unwrap();
+    assert!(!session.is_recorded() && load(&made.home).unwrap().trial().is_none());
+    take(&mut session, Step::Save);
+    assert_eq!(load(&made.home).unwrap().trial().map(|trial| trial.began), Some(7));
+    let backed_up = take(&mut session, Step::BackUp);
+    assert!(backed_up.backup_whole && backed_up.executable == Placed::From && backed_up.links == Links::Executable);
+    assert_eq!(take(&mut session, Step::LinkToBackup).links, Links::Backup);
+    session.carry_out(Step::Swap, Some(&staged(&made.home))).unwrap();
+    take(&mut session, Step::Record(Change::BeginTrial));
+    (made, session)
+}
+
+#[test]
+fn in_a_trial_the_manager_runs_the_new_program_and_everybody_else_the_old_one() {
+    let (made, session) = switched();
+    let home = &made.home;
+    let seen = session.look(&mut Programs::default()).unwrap();
+    let expected = Placement {
+        executable: Placed::To,
+        backup_whole: true,
+        links: Links::Backup,
+        installed: Which::From,
+        stopped: false,
+    };
+    assert_eq!(seen, expected);
+    assert_eq!(
+        [Name::Spm, Name::Spa, Name::AgentService, Name::Control].map(|name| content(home, name)),
+        ["two", "one", "one", "one"]
+    );
+    assert!(!staged(home).exists() && home.upgrade_reserve().exists());
+    assert!(Session::open(home, Duration::ZERO).unwrap().is_none(), "one looks or acts at a time");
+}
+
+#[test]
+fn a_roll_back_leaves_the_old_program_everywhere_and_a_skip() {
+    let (made, mut session) = switched();
+    let Made { home, to, .. } = &made;
+    take(&mut session, Step::Record(Change::RollBack { reason: Reason::Died, condemns: true }));
+    assert_eq!(take(&mut session, Step::Restore).executable, Placed::From);
+    assert_eq!(take(&mut session, Step::LinkToExecutable).links, Links::Executable);
+    take(&mut session, Step::Record(Change::SkipAndForget));
+    assert!(Name::ALL.iter().all(|name| content(home, *name) == "one"));
+    let record = load(home).unwrap();
+    assert!(record.trial().is_none() && record.skipped(&to.version, &to.sha256).is_some());
+    assert_eq!(record.ended().len(), 1, "{:?}", record.ended());
+    assert!(!home.upgrade_reserve().exists() && !home.next_executable().exists());
+    assert_eq!(Manager::load(home).unwrap().unwrap().version.as_str(), "1");
+}
+
+#[test]
+fn a_commit_leaves_the_new_program_everywhere_and_a_way_back() {
+    let (made, mut session) = switched();
+    let Made { home, from, .. } = &made;
+    take(&mut session, Step::Record(Change::Commit(None)));
+    assert_eq!(take(&mut session, Step::RecordRelease(Which::To)).installed, Which::To);
+    assert_eq!(take(&mut session, Step::LinkToExecutable).links, Links::Executable);
+    take(&mut session, Step::Record(Change::Forget));
+    assert!(Name::ALL.iter().all(|name| content(home, *name) == "two"));
+    assert_eq!(Epochs::load(home).unwrap().least(MANAGER_PACKAGE), 2);
+    assert_eq!(load(home).unwrap().previous().map(|image| &image.version), Some(&from.version));
+    // The next upgrade's backup takes its place, and is never made of two halves.
+    let to = Image { version: "3".parse().unwrap(), ..from.clone() };
+    let now = Image { version: "2".parse().unwrap(), executable: digest(&home.executable()), ..to.clone() };
+    session.begin(now, to, 8).unwrap();
+    take(&mut session, Step::Save);
+    assert!(take(&mut session, Step::BackUp).backup_whole);
+    assert_eq!(fs::read_to_string(home.backup_executable()).unwrap(), "two");
+    assert!(load(home).unwrap().previous().is_none());
+}
+
+#[test]
+fn a_program_is_known_by_its_bytes_however_often_it_changes() {
+    let made = made();
+    let mut programs = Programs::default();
+    let path = made.home.executable();
+    assert_eq!(programs.at(&path).unwrap(), Some(made.from.executable));
+    executable::replace(&made.home, &staged(&made.home)).unwrap();
+    assert_eq!(programs.at(&path).unwrap(), Some(made.to.executable));
+    assert_eq!(programs.at(&made.home.backup_executable()).unwrap(), None);
+    assert!(programs.at(made.home.root()).is_err(), "a directory is no program");
+}
+
+#[test]
+fn a_record_that_cannot_be_understood_is_none_and_one_that_cannot_be_read_is_an_error() {
+    let made = made();
+    fs::write(made.home.upgrade_record(), "{").unwrap();
+    assert_eq!(load(&made.home).unwrap(), Record::default());
+    fs::remove_file(made.home.upgrade_record()).unwrap();
+    fs::create_dir(made.home.upgrade_record()).unwrap();
+    assert!(load(&made.home).is_err());
+}

@@ -1,0 +1,12 @@
+//! The units of the roles: as this release writes them. They change between releases in options that the programs of both understand.
+
+use anyhow::Result;
+
+use crate::home::Home;
+use crate::host_service;
+use crate::installation::Installed;
+
+pub(super) fn migrate(home: &Home) -> Result<bool> {
+    let Some(installed) = Installed::load(home)? else { return Ok(false) };
+    host_service::refresh(installed.service, home)
+}
