@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::env;
 use super::generation::{self, Clocks, Next};
 use super::model::AgentName;
-use super::order::{Cmd, Order};
+use super::order::{Cmd, Order, Run};
 use super::protocol::{AgentOrder, Answer, MAX_AGENTS};
+use super::unknown::{self, Unknown};
 
 /// The longest words of an order, bytes: an address is no longer, and neither is the name of a file.
 const MAX_TARBALL_BYTES: usize = 2_048;
@@ -21,6 +22,10 @@ const MAX_CMD_BYTES: usize = 64;
 const MAX_LINEAGE_BYTES: usize = 128;
 /// The environments of all sub-agents together, bytes.
 const MAX_ENV_BYTES: usize = 1 << 20;
+/// Fields that versions before 7ac5350 kept and that no version reads any more.
+const FORMER: [&str; 2] = ["told", "complete"];
+/// What this version does not know of one order, bytes. More is not kept.
+const MAX_UNKNOWN_BYTES: usize = 4 << 10;
 
 /// The desired state as it is kept on the host.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -38,6 +43,8 @@ pub struct Desired {
     /// Its list came from a stand-in, and what that did not name stayed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub spares_unnamed: bool,
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// A desired state that takes the place of the one held.
@@ -109,7 +116,9 @@ fn judge_as(
         return Verdict::Refuse(why);
     }
     let kept = if answer.complete && orders.is_empty() { agents.len() } else { 0 };
-    let desired = Desired { lineage, generation: answer.generation, agents, removed, spares_unnamed };
+    let mut unknown = held.unknown.clone();
+    unknown.retain(|name, _| !FORMER.contains(&name.as_str()));
+    let desired = Desired { lineage, generation: answer.generation, agents, removed, spares_unnamed, unknown };
     Verdict::Take(Box::new(Taken { desired, unsupported, new_lineage, led_back, kept }))
 }
 
@@ -135,8 +144,7 @@ fn apply(
         match &order.cmd {
             Cmd::Run(run) => {
                 removed.remove(&order.name);
-                let (package, spec) = (order.package.clone(), order.spec.clone());
-                agents.insert(order.name.clone(), Order { package, run: *run, spec, retry: order.retry });
+                agents.insert(order.name.clone(), kept_order(order, *run));
             }
             Cmd::Uninstall => {
                 agents.remove(&order.name);
@@ -153,6 +161,16 @@ fn apply(
     // Of what was never there, nothing is to be removed, or to be remembered.
     removed.retain(|name| present.contains(name) || held.agents.contains_key(name));
     Applied { agents, removed, unsupported }
+}
+
+/// An order as it is kept.
+fn kept_order(order: &AgentOrder, run: Run) -> Order {
+    let AgentOrder { package, spec, retry, .. } = order;
+    let unknown = match unknown::bytes(&order.unknown) {
+        ..=MAX_UNKNOWN_BYTES => order.unknown.clone(),
+        _ => Unknown::new(),
+    };
+    Order { package: package.clone(), run, spec: spec.clone(), retry: *retry, unknown }
 }
 
 /// Whether a list is a repetition: followed once more, it would leave what is wanted as it is.
@@ -203,7 +221,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::env::Env;
-    use super::super::order::{Package, Run, Spec};
+    use super::super::order::{Package, Spec};
+    use super::super::unknown::Any;
     use super::*;
 
     fn order(name: &str, cmd: &str) -> AgentOrder {
@@ -213,6 +232,7 @@ mod tests {
             cmd: cmd.to_owned().into(),
             spec: Spec::default(),
             retry: 0,
+            unknown: Unknown::new(),
         }
     }
 
@@ -251,6 +271,31 @@ mod tests {
             Verdict::Take(taken) => taken.desired,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn fields_of_a_later_version_are_kept_and_change_nothing() {
+        let later = |bytes: usize| Unknown::from([("later".to_owned(), Any::Text("x".repeat(bytes)))]);
+        let with = |generation: u64, bytes: usize| {
+            let mut answer = answer("l", generation, true, &[("a", "start")]);
+            first(&mut answer).unknown = later(bytes);
+            answer
+        };
+        let unknown = Unknown::from([
+            ("later".to_owned(), Any::Natural(1)),
+            ("told".to_owned(), Any::List(vec![])),
+            ("complete".to_owned(), Any::Bool(true)),
+        ]);
+        let held = Desired { unknown, ..Desired::default() };
+        let held = take(&held, &with(1, 1));
+        assert_eq!(held.unknown, Unknown::from([("later".to_owned(), Any::Natural(1))]));
+        assert_eq!(held.agents[&"a".parse().unwrap()].unknown, later(1));
+        for bytes in [0, 1, 2] {
+            assert_eq!(judge(&held, &BTreeSet::new(), &with(1, bytes)), Verdict::Unchanged);
+        }
+        // Of the list that is taken they are kept, as far as there is room for them.
+        assert_eq!(take(&held, &with(2, 4_000)).agents[&"a".parse().unwrap()].unknown, later(4_000));
+        assert_eq!(take(&held, &with(2, 4_100)).agents[&"a".parse().unwrap()].unknown, Unknown::new());
     }
 
     fn names(desired: &Desired) -> Vec<&str> {

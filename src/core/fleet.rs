@@ -21,6 +21,7 @@ use super::order::{Cmd, Order, Package, Run, Spec};
 use super::protocol::{AgentOrder, MAX_AGENTS, Offer};
 use super::text::cut;
 use super::units::Span;
+use super::unknown::Unknown;
 
 /// A `fleet.toml` beyond this is refused: what one host is told must fit into the 4 MiB that a host takes.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -171,7 +172,7 @@ impl WrittenAgent {
     /// The order that it begins; `None`: it names no version.
     fn begun(&self) -> Option<Order> {
         let package = Package::new(self.version.clone()?);
-        let mut order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0 };
+        let mut order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: Unknown::new() };
         self.change(&mut order);
         Some(order)
     }
@@ -399,7 +400,14 @@ pub fn tell(desired: &Desired, host: &HostFacts, offer: impl Fn(&str, &Version) 
     for (name, order) in &desired.agents {
         let Some(offer) = take(name.as_str(), &order.package.version) else { continue };
         let (name, package, spec) = (name.clone(), Package::from(offer), order.spec.clone());
-        agents.push(AgentOrder { name, package, cmd: Cmd::Run(order.run), spec, retry: order.retry });
+        agents.push(AgentOrder {
+            name,
+            package,
+            cmd: Cmd::Run(order.run),
+            spec,
+            retry: order.retry,
+            unknown: Unknown::new(),
+        });
     }
     let complete = agents.len() == desired.agents.len() && !agents.is_empty();
     let missing = (!missing.is_empty())

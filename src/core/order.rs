@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::env::Env;
 use super::model::{AgentName, Arch, Digest, Os, Release, Version};
+use super::unknown::Unknown;
 
 /// A version on offer, and where its archive is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,8 +68,8 @@ pub struct Spec {
     pub env: Env,
 }
 
-/// What is wanted of one sub-agent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What is wanted of one sub-agent. Two orders are equal where this version follows both in the same way.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Order {
     #[serde(flatten)]
@@ -79,7 +80,19 @@ pub struct Order {
     /// A release that is skipped because it failed is tried again by an order with a higher number.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub retry: u64,
+    /// Of a later version's order: that version finds it when it takes over.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
+
+impl PartialEq for Order {
+    fn eq(&self, other: &Order) -> bool {
+        let Order { package, run, spec, retry, unknown: _ } = self;
+        (package, run, spec, retry) == (&other.package, &other.run, &other.spec, &other.retry)
+    }
+}
+
+impl Eq for Order {}
 
 impl Order {
     /// The release that it asks for, as the ledger takes it.

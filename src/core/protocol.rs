@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::model::{AgentId, AgentName, Arch, Digest, Os, Version};
 use super::order::{Cmd, Package, Spec, is_zero};
+use super::unknown::{self, Unknown};
 
 /// The header that names the host in every request.
 pub const AGENT_ID_HEADER: &str = "x-agent-id";
@@ -166,6 +167,10 @@ pub struct Event {
     /// For a person to read.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
+    /// Of a later version.
+    #[serde(flatten)]
+    #[cfg_attr(feature = "gateway", schemars(skip))]
+    pub unknown: Unknown,
 }
 
 /// What an event has besides its texts: its number, and the names of its fields.
@@ -174,10 +179,11 @@ const EVENT_BYTES: usize = 128;
 impl Event {
     /// What it takes, in memory and in a file, bytes.
     pub fn size(&self) -> usize {
-        let Event { id: _, time, kind, agent, version, outcome, message } = self;
+        let Event { id: _, time, kind, agent, version, outcome, message, unknown } = self;
         let name = agent.as_ref().map_or(0, |name| name.as_str().len());
         let version = version.as_ref().map_or(0, |version| version.as_str().len());
-        EVENT_BYTES + time.len() + kind.len() + name + version + outcome.len() + message.len()
+        let texts = time.len() + kind.len() + name + version + outcome.len() + message.len();
+        EVENT_BYTES + texts + unknown::bytes(unknown)
     }
 }
 
@@ -234,6 +240,10 @@ pub struct AgentOrder {
     /// A release that a host skips because it failed there is tried again by an order with a higher number.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub retry: u64,
+    /// Of a later version.
+    #[serde(flatten)]
+    #[cfg_attr(feature = "gateway", schemars(skip))]
+    pub unknown: Unknown,
 }
 
 /// The current release of a package for one os and arch.

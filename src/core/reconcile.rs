@@ -147,6 +147,7 @@ mod tests {
 
     use super::*;
     use crate::core::env::Value;
+    use crate::core::unknown::Unknown;
 
     /// Carries a step out, as if all went well and at once.
     fn apply(step: Step, actual: &mut BTreeMap<AgentName, Actual>) {
@@ -195,6 +196,7 @@ mod tests {
             run,
             spec,
             retry: 0,
+            unknown: Unknown::new(),
         });
         (proptest::collection::btree_map(name(), order, 0..4), proptest::collection::btree_set(name(), 0..4)).prop_map(
             |(agents, removed)| Desired {
@@ -250,8 +252,13 @@ mod tests {
     #[test]
     fn an_order_that_an_operator_has_overruled_is_not_activated_while_its_process_ends() {
         let name: AgentName = "a".parse().unwrap();
-        let order =
-            Order { package: Package::new("2".parse().unwrap()), run: Run::Start, spec: Spec::default(), retry: 0 };
+        let order = Order {
+            package: Package::new("2".parse().unwrap()),
+            run: Run::Start,
+            spec: Spec::default(),
+            retry: 0,
+            unknown: Unknown::new(),
+        };
         let (one, two): (Version, Version) = ("1".parse().unwrap(), "2".parse().unwrap());
         let agent = Actual {
             current: Some(one.clone()),
@@ -271,7 +278,7 @@ mod tests {
     fn nothing_is_begun_on_what_is_busy_or_held_back() {
         let name: AgentName = "a".parse().unwrap();
         let package = Package::new("2".parse().unwrap());
-        let order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0 };
+        let order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: Unknown::new() };
         let desired = Desired { agents: BTreeMap::from([(name.clone(), order)]), ..Desired::default() };
         let plan_with = |agent: Actual| plan(&desired, &BTreeMap::from([(name.clone(), agent)]));
         assert_eq!(plan_with(Actual { busy: true, ..Actual::default() }), vec![]);
@@ -288,7 +295,7 @@ mod tests {
     fn few_that_run_are_activated_at_the_same_time_and_what_does_not_run_yet_at_any() {
         let order = |version: &str| {
             let package = Package::new(version.parse().unwrap());
-            Order { package, run: Run::Start, spec: Spec::default(), retry: 0 }
+            Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: Unknown::new() }
         };
         let names: Vec<AgentName> = (0..12).map(|number| format!("a{number:02}").parse().unwrap()).collect();
         let desired =

@@ -169,6 +169,8 @@ pub struct SkippedStatus {
 pub struct History {
     #[serde(default)]
     pub history: Vec<Changed>,
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// What came of one change of release.

@@ -57,6 +57,7 @@ mod tests {
         let home = Home::new(directory.path());
         std::fs::create_dir(home.state()).unwrap();
         let (inputs, mut words) = mpsc::unbounded_channel();
+        std::fs::write(home.history(), r#"{"history":[],"later":{"of":1}}"#).unwrap();
         let mut changes = Changes::load(&home);
         for seconds in 0..250 {
             let text = format!(
@@ -74,5 +75,6 @@ mod tests {
         let seconds: Vec<u64> = kept.kept.history.iter().map(|changed| changed.seconds).collect();
         assert_eq!(seconds, (50..250).collect::<Vec<_>>());
         assert_eq!(kept.kept, changes.kept);
+        assert!(kept.kept.unknown.contains_key("later"));
     }
 }

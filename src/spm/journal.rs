@@ -15,6 +15,7 @@ use crate::core::model::{AgentName, Version};
 use crate::core::protocol::Event;
 use crate::core::schedule::Allowance;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
+use crate::core::unknown::{self, Unknown};
 use crate::home::Home;
 use crate::store;
 
@@ -42,6 +43,8 @@ struct Stored {
     last_id: u64,
     #[serde(default)]
     events: VecDeque<Event>,
+    #[serde(flatten)]
+    unknown: Unknown,
 }
 
 /// The events of one host.
@@ -73,8 +76,8 @@ impl Journal {
             tracing::warn!(error = format!("{error:#}"), "the events kept for the gateway cannot be read and are lost");
             None
         });
-        let Stored { last_id, events } = stored.unwrap_or_default();
-        let stored = Stored { last_id, events: VecDeque::new() };
+        let mut stored: Stored = stored.unwrap_or_default();
+        let events = std::mem::take(&mut stored.events);
         let file = StateFile::new(File::Events, path);
         let mut journal = Journal { file, stored, bytes: 0, told: BTreeMap::new(), changed: None };
         events.into_iter().for_each(|event| journal.keep(event));
@@ -110,6 +113,7 @@ impl Journal {
             version: about.version.cloned(),
             outcome: outcome.to_owned(),
             message,
+            unknown: Unknown::new(),
         });
         self.changed.get_or_insert_with(Instant::now);
     }
@@ -127,12 +131,14 @@ impl Journal {
 
     /// Keeps an event, and forgets the oldest where there is no room.
     fn keep(&mut self, event: Event) {
-        // One that an older version kept may be of any length.
+        // One that another version kept may be of any length.
+        let is_short = unknown::bytes(&event.unknown) <= MAX_MESSAGE_BYTES;
         let event = Event {
             time: cut(&event.time, MAX_WORD_BYTES),
             kind: cut(&event.kind, MAX_WORD_BYTES),
             outcome: cut(&event.outcome, MAX_WORD_BYTES),
             message: cut(&event.message, MAX_MESSAGE_BYTES + MAX_WORD_BYTES),
+            unknown: if is_short { event.unknown } else { Unknown::new() },
             ..event
         };
         self.bytes += event.size();
@@ -211,6 +217,29 @@ mod tests {
         assert!(pending[0].id < pending[1].id);
         journal.acknowledge(pending[0].id);
         assert_eq!(journal.pending(), pending[1..]);
+    }
+
+    #[tokio::test]
+    async fn fields_of_a_later_version_are_written_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::new(directory.path());
+        std::fs::create_dir(home.state()).unwrap();
+        let event = serde_json::json!({
+            "id": 1, "time": "t", "kind": "exit", "outcome": "ok", "message": "m", "later": { "of": [1, null] },
+        });
+        let stored = serde_json::json!({ "lastId": 1, "events": [event], "later": "x" });
+        std::fs::write(home.events(), stored.to_string()).unwrap();
+        let mut journal = Journal::load(&home);
+        journal.note("exit", "ok", About::default(), "two");
+        journal.flush_last().unwrap().await.unwrap();
+        let kept: serde_json::Value = serde_json::from_slice(&std::fs::read(home.events()).unwrap()).unwrap();
+        assert_eq!((&kept["later"], &kept["events"][0]), (&stored["later"], &event));
+
+        // Not where they would fill it.
+        let mut long = stored.clone();
+        long["events"][0]["later"] = "x".repeat(MAX_MESSAGE_BYTES + 1).into();
+        std::fs::write(home.events(), long.to_string()).unwrap();
+        assert_eq!(Journal::load(&home).pending()[0].unknown, Unknown::new());
     }
 
     #[test]

@@ -2,28 +2,74 @@
 //! the executable under test.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
+use crate::self_upgrades::wait_for_release;
 use crate::support::aops;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
+use crate::support::release::{self, NAME};
 use crate::support::wait::wait_for;
 
 /// What the kept home calls its gateway and itself.
 const ENDPOINT: &str = "https://127.0.0.1:8888";
 const HOME: &str = "/srv/aops";
-/// The state files that keep fields of a later version.
-// FIXME: desired.json and events.json do not.
-const KEEPING: [&str; 5] = ["epochs.json", "install.json", "instance.json", "keys.json", "manager.json"];
+/// The state files that keep fields of a later version. A home of version 0 has not all of them.
+const KEEPING: [&str; 10] = [
+    "desired.json",
+    "epochs.json",
+    "events.json",
+    "history.json",
+    "install.json",
+    "instance.json",
+    "keys.json",
+    "manager.json",
+    "releases.json",
+    "upgrade.json",
+];
+/// Those of them that the manager writes when a release is committed and a skip is ended.
+const WRITTEN: [&str; 5] = ["desired.json", "events.json", "history.json", "releases.json", "upgrade.json"];
 /// The releases of `native`.
 const ACTIVE: &str = "2.0.0";
 const BACKUP: &str = "1.0.0";
+/// The active release of `classic`.
+const CLASSIC: &str = "3.1";
 /// The env of `native` in the desired state.
 const ENV: &str = "env = { COLOUR = \"blue\" }";
+
+/// A home of `tests/data`, and what its gateway offered and ordered last.
+struct Kept {
+    name: &'static str,
+    /// Name, version and epoch.
+    packages: &'static [(&'static str, &'static str, &'static str)],
+    /// The versions of `native` and `classic`.
+    ordered: [&'static str; 2],
+}
+
+const V0: Kept = Kept {
+    name: "state-v0",
+    packages: &[("native", ACTIVE, "2"), ("classic", CLASSIC, "1")],
+    ordered: [ACTIVE, CLASSIC],
+};
+/// The ordered release of `native` failed and is skipped; that of `classic` is overruled by the operator. So are 3.0.0 and 4.0.0 of the
+/// manager.
+const V1: Kept = Kept {
+    name: "state-v1",
+    packages: &[
+        ("native", ACTIVE, "2"),
+        ("native", "3.0.0", "2"),
+        ("classic", CLASSIC, "1"),
+        ("classic", "3.2", "1"),
+        (NAME, "3.0.0", "1"),
+        (NAME, "4.0.0", "1"),
+    ],
+    ordered: ["3.0.0", "3.2"],
+};
 
 /// A kept home on a host of its own, under the executable under test.
 struct Taken {
@@ -35,20 +81,20 @@ struct Taken {
 
 impl Taken {
     /// The home of `tests/data/<name>`, and the gateway that it belongs to, which does not run.
-    fn over(name: &str) -> Taken {
-        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
+    fn over(kept: &Kept) -> Taken {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(kept.name);
         let read = |file: &str| fs::read_to_string(data.join("home").join(file)).expect("it is kept");
         let json = |file: &str| serde_json::from_str::<Value>(&read(file)).expect("it is JSON");
         let desired = json("state/desired.json");
 
         let mut gateway = Gateway::stopped();
-        for (package, epoch) in [("native-2.0.0", "2"), ("classic-3.1", "1")] {
-            let (name, version) = package.split_once('-').expect("a name and a version");
-            let archive = data.join(format!("packages/{package}_linux_amd64.tar.zst")).display().to_string();
+        for (name, version, epoch) in kept.packages {
+            let archive = data.join(format!("packages/{name}-{version}_linux_amd64.tar.zst")).display().to_string();
             let of = ["--name", name, "--version", version, "--os", "linux", "--arch", arch(), "--epoch", epoch];
             gateway.publish_with(&[&of[..], &[&archive]].concat()).expect_success();
         }
-        gateway.want(&[("native", ACTIVE, ENV), ("classic", "3.1", "")]);
+        let [native, classic] = kept.ordered;
+        gateway.want(&[("native", native, ENV), ("classic", classic, "")]);
         let lineage = desired["lineage"].as_str().expect("it is kept");
         fs::write(gateway.path("state/lineage"), format!("{lineage}\n")).expect("a temporary directory can be written");
         // It has a port from now on.
@@ -65,14 +111,26 @@ impl Taken {
         let own_pin = gateway.command(&["init"], &[]).expect_success();
         let own_pin = own_pin.lines().map(str::trim).find(|line| line.starts_with("sha256:")).expect("init prints it");
         let home = host.home().display().to_string();
-        let exchanged = [
+        let mut exchanged = vec![
             (key.as_str(), own_key.as_str()),
             (pin.as_str(), own_pin),
             (ENDPOINT, gateway.url()),
             (HOME, home.as_str()),
         ];
+        let has_backup = data.join("home/state/upgrade.json").exists();
+        let upgrade = if has_backup { json("state/upgrade.json") } else { Value::Null };
+        let backup = release::executable("2.0.0");
+        let own_backup: String = Sha256::digest(&backup).iter().map(|byte| format!("{byte:02x}")).collect();
+        if let Some(kept_backup) = upgrade["previous"]["executable"].as_str() {
+            exchanged.push((kept_backup, &own_backup));
+        }
         copy(&data.join("home"), &host.home(), &exchanged);
         fs::copy(aops(), host.home().join("bin/aops")).expect("a copy");
+        if has_backup {
+            let path = host.home().join("bin/aops.prev");
+            fs::write(&path, backup).expect("a temporary directory can be written");
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        }
         for directory in ["state", "cache", "run", "run/agents", "staging", "log", "log/agents"] {
             let directory = host.home().join(directory);
             fs::create_dir_all(&directory).expect("a temporary directory can be written");
@@ -83,6 +141,40 @@ impl Taken {
         let taken = Taken { host, gateway, desired };
         taken.change("instance.json", |instance| instance["machineId"] = json!(machine.trim()));
         taken
+    }
+
+    /// The state files of [`KEEPING`] that this home has.
+    fn keeping(&self) -> Vec<&'static str> {
+        KEEPING.into_iter().filter(|file| self.host.home().join("state").join(file).exists()).collect()
+    }
+
+    /// Runs the gateway, and waits until the manager, which runs, has taken its desired state and reported again.
+    #[track_caller]
+    fn follow_gateway(&mut self) -> Value {
+        let kept_generation = self.desired["generation"].as_u64().expect("it is kept");
+        self.gateway.run();
+        // A manager that starts tries the gateway at once.
+        self.host.control(&["restart"]).expect_code(0);
+        let status = self.host.wait_for_status("the gateway's desired state", SOON, |status| {
+            status["gateway"]["connected"] == true && status["generation"].as_u64() > Some(kept_generation)
+        });
+        self.wait_for_heartbeat(&status)
+    }
+
+    /// Waits for a heartbeat after that of `status`.
+    #[track_caller]
+    fn wait_for_heartbeat(&self, status: &Value) -> Value {
+        let last = |status: &Value| status["gateway"]["lastHeartbeat"].as_str().map(str::to_owned);
+        self.host.wait_for_status("a later heartbeat", SOON, |now| last(now) > last(status))
+    }
+
+    /// Orders this release of the manager beside what is ordered of the sub-agents.
+    fn order_manager(&self, kept: &Kept, version: &str) {
+        let [native, classic] = kept.ordered;
+        self.gateway.fleet(&format!(
+            "heartbeatInterval = \"1s\"\nmanager.version = {version:?}\n\
+             [agents.native]\nversion = {native:?}\n{ENV}\n[agents.classic]\nversion = {classic:?}\n"
+        ));
     }
 
     fn state(&self, file: &str) -> Value {
@@ -105,7 +197,7 @@ impl Taken {
             let up = |name: &str, version: &str| {
                 agent(status, name).is_some_and(|agent| agent["state"] == "running" && agent["version"] == version)
             };
-            up("native", ACTIVE) && up("classic", "3.1") && pid(&status["spa"]["pid"]).is_some()
+            up("native", ACTIVE) && up("classic", CLASSIC) && pid(&status["spa"]["pid"]).is_some()
         });
         wait_for("the ledger to say what is on disk", SOON, || {
             let ledger = fs::read(self.host.home().join("state/releases.json")).ok()?;
@@ -147,20 +239,20 @@ fn copy(from: &Path, to: &Path, exchanged: &[(&str, &str)]) {
     }
 }
 
-/// The names of all homes that are kept.
-fn kept() -> Vec<String> {
+#[test]
+fn every_kept_home_is_tested() {
     let data = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let entries = fs::read_dir(data).expect("it is kept").map(|entry| entry.expect("it is kept").file_name());
     let mut names: Vec<_> = entries.map(|name| name.to_string_lossy().into_owned()).collect();
     names.retain(|name| name.starts_with("state-v"));
-    assert!(names.contains(&"state-v0".to_owned()), "{names:?}");
-    names
+    names.sort();
+    assert_eq!(names, [V0.name, V1.name]);
 }
 
 #[test]
 fn an_earlier_home_comes_up_without_a_gateway_and_can_be_stopped_and_removed() {
-    for name in kept() {
-        let taken = Taken::over(&name);
+    for kept in [V0, V1] {
+        let (taken, name) = (Taken::over(&kept), kept.name);
         taken.host.control(&["status"]).expect_code(3);
         taken.host.control(&["start"]).expect_code(0);
         taken.wait_until_up();
@@ -182,27 +274,25 @@ fn an_earlier_home_comes_up_without_a_gateway_and_can_be_stopped_and_removed() {
 
 #[test]
 fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
-    for name in kept() {
-        let mut taken = Taken::over(&name);
+    for kept in [V0, V1] {
+        let (mut taken, name) = (Taken::over(&kept), kept.name);
         // As a later version may have left it before this one was put back.
         let unknown = json!({ "form": 7, "names": ["native"] });
-        for file in KEEPING {
+        let keeping = taken.keeping();
+        assert!(kept.name == V0.name || keeping == KEEPING, "{name}: {keeping:?}");
+        for file in &keeping {
             taken.change(file, |value| value["ofALaterVersion"] = unknown.clone());
         }
         let [keys, instance, install, epochs, events] =
             ["keys.json", "instance.json", "install.json", "epochs.json", "events.json"].map(|file| taken.state(file));
         let pins = taken.state("pins.json");
+        let inode = |file: &str| fs::metadata(taken.host.home().join("state").join(file)).map(|file| file.ino()).ok();
+        let inodes = WRITTEN.map(inode);
         taken.host.control(&["start"]).expect_code(0);
         let pids = taken.wait_until_up();
 
-        // The gateway wants what runs: it is taken over, and nothing is restarted.
-        let kept_generation = taken.desired["generation"].as_u64().expect("it is kept");
-        taken.gateway.run();
-        // A manager that starts tries the gateway at once.
-        taken.host.control(&["restart"]).expect_code(0);
-        taken.host.wait_for_status("the gateway's desired state", SOON, |status| {
-            status["gateway"]["connected"] == true && status["generation"].as_u64() > Some(kept_generation)
-        });
+        // The gateway wants what it wanted: it is taken over, and nothing is restarted.
+        taken.follow_gateway();
         assert_eq!(taken.wait_until_up(), pids, "{name}: a sub-agent was restarted");
         assert_eq!(taken.state("desired.json")["lineage"], taken.desired["lineage"], "{name}");
         wait_for("the gateway to hear of what happened before", SOON, || {
@@ -212,17 +302,26 @@ fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
         });
 
         // Another release of one of them: what ran is its backup now.
-        taken.gateway.publish(&Package::sleeper("native", "3.0.0"));
-        taken.gateway.want(&[("native", "3.0.0", ENV), ("classic", "3.1", "")]);
+        taken.gateway.publish(&Package::sleeper("native", "5.0.0"));
+        taken.gateway.want(&[("native", "5.0.0", ENV), ("classic", kept.ordered[1], "")]);
         taken.host.wait_for_status("the other release", SOON, |status| {
-            agent(status, "native").is_some_and(|agent| agent["version"] == "3.0.0" && agent["state"] == "running")
+            agent(status, "native").is_some_and(|agent| agent["version"] == "5.0.0" && agent["state"] == "running")
         });
         let status = taken.host.status();
         assert_eq!(pid(&agent(&status, "classic").expect("it is there")["pid"]), Some(pids[1]), "{name}");
         assert!(taken.has_release(ACTIVE), "{name}: the backup is gone");
 
-        let lost: Vec<_> = KEEPING.into_iter().filter(|file| taken.state(file)["ofALaterVersion"] != unknown).collect();
-        assert_eq!(lost, [""; 0], "{name}: these lost what a later version wrote");
+        taken.host.control(&["retry", NAME]).expect_success();
+        wait_for("what changed to be written", SOON, || {
+            let path = |file: &str| taken.host.home().join("state").join(file);
+            let is_written = |(file, before): (&&str, Option<u64>)| {
+                let now = fs::metadata(path(file)).map(|file| file.ino()).ok();
+                now != before || (now.is_none() && kept.name == V0.name)
+            };
+            WRITTEN.iter().zip(inodes).all(is_written).then_some(())
+        });
+        let lost: Vec<_> = keeping.iter().filter(|file| taken.state(file)["ofALaterVersion"] != unknown).collect();
+        assert_eq!(lost, [&""; 0], "{name}: these lost what a later version wrote");
         assert_eq!(taken.state("pins.json"), pins, "{name}");
         for (file, field, before) in [
             ("keys.json", "brought", &keys),
@@ -239,4 +338,68 @@ fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
         assert!(taken.state("events.json")["lastId"].as_u64() >= events["lastId"].as_u64(), "{name}");
         taken.host.control(&["uninstall", "--yes"]).expect_code(0);
     }
+}
+
+#[test]
+fn a_skipped_release_and_a_hold_of_a_sub_agent_outlast_a_change_of_version() {
+    let mut taken = Taken::over(&V1);
+    let (ledger, history) = (taken.state("releases.json"), taken.state("history.json"));
+    let log = taken.host.home().join("log/agents/native.log");
+    let starts = || fs::read_to_string(&log).expect("it is kept").matches("native 3.0.0 runs").count();
+    let starts_before = starts();
+    assert_eq!(starts_before, 3);
+    taken.host.control(&["start"]).expect_code(0);
+    taken.wait_until_up();
+    let status = taken.follow_gateway();
+    let (native, classic) =
+        (agent(&status, "native").expect("it is there"), agent(&status, "classic").expect("it is there"));
+    let kept = &ledger["agents"]["native"]["skipped"][0];
+    assert_eq!(kept["version"], "3.0.0");
+    assert_eq!(native["skipped"], json!([{ "version": "3.0.0", "reason": kept["reason"] }]), "{status:#}");
+    assert_eq!((&native["version"], &native["heldByOperator"]), (&json!(ACTIVE), &Value::Null), "{status:#}");
+    assert_eq!((&classic["version"], &classic["heldByOperator"]), (&json!(CLASSIC), &json!(true)), "{status:#}");
+    assert_eq!(starts(), starts_before, "it was tried again");
+    let shown = taken.host.control(&["status", "--history", "--json"]).json();
+    assert_eq!(shown["history"], history["history"]);
+
+    taken.host.control(&["retry", "classic"]).expect_success();
+    taken.host.wait_for_status("the ordered release of classic", SOON, |status| {
+        agent(status, "classic")
+            .is_some_and(|agent| agent["version"] == "3.2" && agent["heldByOperator"] == Value::Null)
+    });
+}
+
+/// What is wrong with the manager's release.
+fn problem(status: &Value) -> Option<&str> {
+    status["problems"].as_array()?.iter().filter_map(Value::as_str).find(|problem| problem.starts_with(NAME))
+}
+
+#[test]
+fn a_skipped_release_and_a_hold_of_the_manager_outlast_a_change_of_version() {
+    let mut taken = Taken::over(&V1);
+    let (record, history) = (taken.state("upgrade.json"), taken.state("history.json"));
+    assert_eq!((&record["overruled"]["version"], &record["skipped"][0]["version"]), (&json!("4.0.0"), &json!("3.0.0")));
+    taken.order_manager(&V1, "4.0.0");
+    taken.host.control(&["start"]).expect_code(0);
+    let pids = taken.wait_until_up();
+    let status = taken.follow_gateway();
+    let status = taken.wait_for_heartbeat(&status);
+    assert_eq!((&status["version"], &status["heldByOperator"]), (&json!("1.0.0"), &json!(true)), "{status:#}");
+    assert_eq!((&status["upgrade"], problem(&status)), (&Value::Null, None), "{status:#}");
+
+    // Another order ends the hold; that release failed before.
+    taken.order_manager(&V1, "3.0.0");
+    let reason = record["skipped"][0]["reason"].as_str().expect("it is kept");
+    let status = taken.host.wait_for_status("the order to be refused", SOON, |status| problem(status).is_some());
+    let text = problem(&status).expect("it was waited for");
+    assert!(text.contains("3.0.0 failed and is skipped") && text.contains(reason), "{text}");
+    let status = taken.wait_for_heartbeat(&status);
+    assert_eq!((&status["version"], &status["heldByOperator"]), (&json!("1.0.0"), &Value::Null), "{status:#}");
+    assert_eq!(taken.state("upgrade.json")["previous"], record["previous"]);
+    assert_eq!(taken.state("history.json"), history);
+
+    // The release before the current one can still be returned to.
+    taken.host.control(&["rollback"]).expect_success();
+    wait_for_release(&taken.host, "2.0.0");
+    assert_eq!(taken.wait_until_up(), pids);
 }

@@ -30,7 +30,13 @@ fn release(text: &str) -> Release {
 }
 
 fn order(text: &str) -> Order {
-    Order { package: Package::new(version(text)), run: Run::Start, spec: Spec::default(), retry: 0 }
+    Order {
+        package: Package::new(version(text)),
+        run: Run::Start,
+        spec: Spec::default(),
+        retry: 0,
+        unknown: Unknown::new(),
+    }
 }
 
 fn manifest(env_allow: &[&str]) -> Program {

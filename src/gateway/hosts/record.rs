@@ -199,6 +199,7 @@ fn cut_event(mut event: Event) -> Event {
     event.kind = cut(&event.kind, MAX_WORD);
     event.outcome = cut(&event.outcome, MAX_WORD);
     event.message = cut(&event.message, MAX_MESSAGE);
+    event.unknown.clear();
     event
 }
 

@@ -1,7 +1,10 @@
 //! Facts about what a gateway remembers of its hosts: generations, events, acknowledgements.
 
+use std::collections::BTreeMap;
+
 use super::*;
 use crate::core::protocol::{AgentReport, Event, ManagerReport};
+use crate::core::unknown::Any;
 
 const NOW: u64 = 1_000_000;
 
@@ -39,6 +42,7 @@ fn event(id: u64) -> Event {
         version: None,
         outcome: "ok".to_owned(),
         message: "m".repeat(10_000),
+        unknown: BTreeMap::from([("later".to_owned(), Any::Text("x".repeat(10_000)))]),
     }
 }
 
