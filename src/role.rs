@@ -162,7 +162,7 @@ pub fn who_has(home: &Home, role: Role) -> Option<Holder> {
         let start_time = platform::start_time(pid)?;
         Some(Holder { pid, start_time, boot_id: platform::boot_id().to_owned(), restarts: 0, ended: false })
     };
-    living(home, role).or_else(by_lock)
+    living(home, role).or_else(|| is_taken(home, role).then(by_lock).flatten())
 }
 
 /// Makes the directories of the home that are missing, where nobody else could lead them elsewhere; answers which.

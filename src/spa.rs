@@ -74,6 +74,12 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     }
     let _lock = take_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
+    let now = Instant::now();
+    let mut judge = Judge::new(home, !supervised, options.renewed, now);
+    // Before anybody can know that there is a watchdog: a bad release may end each one that it sees.
+    if judge.look(now) == Do::EndManager {
+        judge.kill_manager();
+    }
     let holder = role::announce(home, Role::Spa)?;
     if role::is_stop_recorded(home) && !supervised {
         // Who stops the home records it first and then looks who is there; either it sees us, or we see the record.
@@ -86,11 +92,10 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     platform::notify(Notice::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
-    let now = Instant::now();
     let reviver = Reviver::new(Policy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
     let mut watchdog = Watchdog {
         home,
-        judge: Judge::new(home, !supervised, options.renewed, now),
+        judge,
         holder: &holder,
         service: options.service,
         sender,

@@ -311,7 +311,7 @@ impl Judge {
         self.trial = trial;
         if !is_same {
             (self.died, self.waits, self.manager) = (false, None, None);
-            self.is_old_gone = false;
+            (self.is_old_gone, self.renewed_in) = (false, None);
             self.new_managers.clear();
             (self.probe, self.proof) = (Shot::NotBegun, Shot::NotBegun);
         }
@@ -521,6 +521,11 @@ impl Judge {
     /// Asks it to end, and kills it where it does not; what it started is ended with one that is given up.
     fn end_manager(&mut self, now: Instant) -> Do {
         let Some(manager) = &mut self.manager else { return Do::Nothing };
+        if manager.image == Which::To && self.trial.as_ref().is_some_and(|trial| trial.lost_watchdogs > 0) {
+            // It may end this watchdog sooner than it ends itself.
+            self.kill_manager();
+            return Do::Nothing;
+        }
         match manager.asked_to_end {
             None => {
                 manager.asked_to_end = Some(now);
@@ -539,7 +544,8 @@ impl Judge {
         asked.is_some_and(|since| now.saturating_duration_since(since) < ENDS)
     }
 
-    fn kill_manager(&mut self) {
+    /// Kills it with all that it has started.
+    pub(super) fn kill_manager(&mut self) {
         let Some(manager) = &mut self.manager else { return };
         manager.asked_to_end.get_or_insert(Instant::now());
         tracing::warn!(pid = manager.holder.pid, "a manager that is to make way is killed");

@@ -19,6 +19,8 @@ use crate::spm::journal::About;
 use crate::spm::stage;
 use crate::spm::upgrade::Source;
 
+/// A watchdog that runs connects within this after the manager's start.
+const WATCHDOG_COMES: Duration = Duration::from_secs(10);
 /// A stop is recorded before anything is stopped, unless the disk takes longer.
 const STOP_IS_RECORDED: Duration = Duration::from_secs(10);
 
@@ -208,7 +210,12 @@ impl Manager {
         let state = if self.stop.is_some() {
             HomeState::Degraded
         } else {
-            status::judge(self.peer.is_connected(), &agents, &problems)
+            {
+                // In its first moments it has not come to connect yet.
+                let comes =
+                    self.identity.started.elapsed() < WATCHDOG_COMES && role::living(&self.home, Role::Spa).is_some();
+                status::judge(self.peer.is_connected() || comes, &agents, &problems)
+            }
         };
         Status {
             version: Some(self.identity.version.clone()),
