@@ -44,6 +44,9 @@ const NOT_COMPARED: &[&str] = &[
     "/etc/resolv.conf",
 ];
 
+/// The keeper's program. It is part of ours: whoever includes this file lies somewhere else.
+const KEEPER: &str = include_str!("container.sh");
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Systemd,
@@ -66,22 +69,24 @@ pub struct Container {
 impl Container {
     /// Boots a systemd, which has reached its default target when this returns.
     pub fn systemd() -> Container {
-        Container::start(Kind::Systemd)
+        Container::systemd_of(rootfs())
+    }
+
+    /// As [`Container::systemd`], from this root file system, which is not changed.
+    pub fn systemd_of(rootfs: PathBuf) -> Container {
+        Container::start(Kind::Systemd, rootfs)
     }
 
     /// No service manager at all, and no `systemctl`; the first process does nothing but reap.
     pub fn bare() -> Container {
-        Container::start(Kind::Bare)
+        Container::start(Kind::Bare, rootfs())
     }
 
-    fn start(kind: Kind) -> Container {
+    fn start(kind: Kind, rootfs: PathBuf) -> Container {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("aops-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let rootfs = rootfs();
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/container.sh");
         let mut keeper = Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "--", "bash"])
-            .arg(script)
+            .args(["--mount", "--propagation", "private", "--", "bash", "-c", KEEPER, "container.sh"])
             .arg(if kind == Kind::Systemd { "systemd" } else { "bare" })
             .arg(&name)
             .arg(&rootfs)

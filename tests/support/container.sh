@@ -1,5 +1,5 @@
 # Keeps one throw-away container from its boot to its end; started by container.rs, which says why things are as they are.
-#   unshare --mount --propagation private -- bash container.sh systemd|bare NAME ROOTFS
+#   unshare --mount --propagation private -- bash -c "$(cat container.sh)" container.sh systemd|bare NAME ROOTFS
 # stdin: `reboot` (orderly) or `crash` (every process at once), each boots again on the same files; its end tears everything down.
 # stdout: `ready LEADER` after each boot, LEADER being the container's first process; or `failed WHY`, then the end.
 # The name is aops-test-OWNER-N: OWNER, a pid, is whose container it is.

@@ -13,6 +13,7 @@ mod rivals;
 mod statistics;
 mod supervise;
 mod trace;
+mod upgrade;
 mod verdicts;
 
 use std::fs;
@@ -38,6 +39,8 @@ enum What {
     Install(install::Arguments),
     /// Whether the manager grows over thousands of restarts and heartbeats
     Leaks(leaks::Arguments),
+    /// Upgrades of the manager in a row: how long no manager answers, and that the sub-agents keep their processes
+    Upgrade(upgrade::Arguments),
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -46,6 +49,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Some(What::Supervise(arguments)) => supervise::run(arguments),
         Some(What::Install(arguments)) => install::run(arguments),
         Some(What::Leaks(arguments)) => leaks::run(arguments),
+        Some(What::Upgrade(arguments)) => upgrade::run(arguments),
     }
 }
 

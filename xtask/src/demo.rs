@@ -11,7 +11,7 @@ use rustix::process::Signal;
 
 use crate::apt::Private;
 use crate::command::{cargo, say};
-use crate::fleet::{self, Fleet, agent, free_port, http_get, pid};
+use crate::fleet::{self, Fleet, agent, free_port, http_get, next_manager, pid};
 use crate::package::Package;
 use crate::wait::try_for;
 use crate::{command, processes, rootfs, workspace};
@@ -56,13 +56,6 @@ struct Demo<'a> {
     step: u32,
 }
 
-/// The same program with other bytes: what follows the sections of an ELF file changes nothing.
-fn next_executable(aops: &Path) -> Result<Vec<u8>> {
-    let mut bytes = fs::read(aops).with_context(|| format!("cannot read {}", aops.display()))?;
-    bytes.extend_from_slice(NEXT_MANAGER.as_bytes());
-    Ok(bytes)
-}
-
 impl Demo<'_> {
     fn show(mut self, aops: &Path, exporter: &Path, keep: bool) -> Result<()> {
         let started = Instant::now();
@@ -94,7 +87,7 @@ impl Demo<'_> {
         self.run(&mut self.fleet.gateway("init"))?;
         self.step("Packages, signed: aops itself, Debian's node exporter (three times, the last one bad), and one with a `control` script");
         self.run(self.fleet.gateway("publish").args(["--self", "--version", MANAGER]))?;
-        let next = Package::plain("aops-spm", NEXT_MANAGER).with_file("bin/aops", next_executable(aops)?, 0o755);
+        let next = next_manager(aops, NEXT_MANAGER)?;
         self.run(self.fleet.gateway("publish").args(next.arguments()))?;
         let releases =
             [(FIRST, "--no-collector.loadavg"), (SECOND, "--collector.loadavg"), (BAD, "--no-such-collector")];

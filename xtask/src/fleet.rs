@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::command::{describe, read};
+use crate::package::Package;
 use crate::processes;
 use crate::wait::try_for;
 
@@ -87,9 +88,7 @@ impl Fleet {
 
     /// Replaces `fleet.toml` whole.
     pub(crate) fn write_fleet(&self, text: &str) -> Result<()> {
-        let new = self.depot().join("fleet.toml.new");
-        fs::write(&new, text)?;
-        fs::rename(&new, self.depot().join("fleet.toml")).context("cannot replace fleet.toml")
+        write_fleet(&self.depot(), text)
     }
 
     /// `aops install`, from this gateway, which is trusted, without a service manager.
@@ -149,19 +148,31 @@ impl Fleet {
 
     /// The ends of all logs, for whoever looks into a failure.
     pub(crate) fn logs(&self) -> String {
-        const LINES: usize = 30;
-        let mut files = vec![self.path("gateway.log")];
-        for directory in ["log", "log/agents"] {
-            let entries = fs::read_dir(self.home().join(directory)).into_iter().flatten().flatten();
-            files.extend(entries.map(|entry| entry.path()).filter(|path| path.is_file()));
-        }
-        let shown = files.iter().filter_map(|file| {
-            let text = fs::read_to_string(file).ok()?;
-            let lines: Vec<_> = text.lines().collect();
-            Some(format!("--- {}\n{}\n", file.display(), lines[lines.len().saturating_sub(LINES)..].join("\n")))
-        });
-        shown.collect()
+        logs(&self.path("gateway.log"), &self.home())
     }
+}
+
+/// Replaces the `fleet.toml` of a gateway's directory whole.
+pub(crate) fn write_fleet(depot: &Path, text: &str) -> Result<()> {
+    let new = depot.join("fleet.toml.new");
+    fs::write(&new, text)?;
+    fs::rename(&new, depot.join("fleet.toml")).context("cannot replace fleet.toml")
+}
+
+/// The ends of a gateway's log and of a home's logs.
+pub(crate) fn logs(gateway: &Path, home: &Path) -> String {
+    const LINES: usize = 30;
+    let mut files = vec![gateway.to_owned()];
+    for directory in ["log", "log/agents"] {
+        let entries = fs::read_dir(home.join(directory)).into_iter().flatten().flatten();
+        files.extend(entries.map(|entry| entry.path()).filter(|path| path.is_file()));
+    }
+    let shown = files.iter().filter_map(|file| {
+        let text = fs::read_to_string(file).ok()?;
+        let lines: Vec<_> = text.lines().collect();
+        Some(format!("--- {}\n{}\n", file.display(), lines[lines.len().saturating_sub(LINES)..].join("\n")))
+    });
+    shown.collect()
 }
 
 impl Drop for Fleet {
@@ -170,6 +181,13 @@ impl Drop for Fleet {
             clean_up(&self.directory);
         }
     }
+}
+
+/// A release of the manager with other bytes than the executable, and nothing else: what follows the sections of an ELF file changes nothing.
+pub(crate) fn next_manager(executable: &Path, version: &str) -> Result<Package> {
+    let mut bytes = fs::read(executable).with_context(|| format!("cannot read {}", executable.display()))?;
+    bytes.extend_from_slice(version.as_bytes());
+    Ok(Package::plain("aops-spm", version).with_file("bin/aops", bytes, 0o755))
 }
 
 /// From now on Ctrl-C ends what runs in that directory and removes it, before it ends us.

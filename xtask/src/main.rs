@@ -20,19 +20,22 @@ mod wine;
 mod workspace;
 
 // What the scenarios of the test suite are built of serves here too.
-#[path = "../../tests/support/package.rs"]
+#[path = "../../tests/support"]
 #[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
-mod package;
-#[path = "../../tests/support/processes.rs"]
-#[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
-mod processes;
-#[path = "../../tests/support/wait.rs"]
-#[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
-mod wait;
+mod support {
+    mod command;
+    pub(crate) mod container;
+    mod files;
+    pub(crate) mod package;
+    pub(crate) mod processes;
+    pub(crate) mod wait;
+}
 
 use std::process::ExitCode;
 
 use clap::Parser;
+
+use self::support::{container, package, processes, wait};
 
 /// The project's own tasks.
 #[derive(Parser)]

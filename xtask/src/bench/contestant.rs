@@ -270,7 +270,8 @@ pub(super) struct Setting<'a> {
     pub(super) names: &'a [String],
 }
 
-fn desired(names: &[String], interval: &str) -> String {
+/// A `fleet.toml` that wants these programs.
+pub(super) fn desired(names: &[String], interval: &str) -> String {
     let listed: String = names.iter().map(|name| format!("[agents.{name}]\nversion = \"1\"\n")).collect();
     format!("heartbeatInterval = {interval:?}\n{listed}")
 }

@@ -1,6 +1,6 @@
 //! Asks the manager directly at its door, one connection for many requests: the `control` program would measure its own start.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -46,5 +46,15 @@ impl Door {
 
     pub(super) fn status(&mut self) -> Result<Value> {
         Ok(self.ask(&json!({"verb": "status"}))?["status"].take())
+    }
+
+    /// Waits until the manager ends this connection, as it does when it ends itself.
+    pub(super) fn wait_for_end(mut self) -> Result<()> {
+        match self.reader.read_to_end(&mut vec![]) {
+            Err(error) if error.kind() != ErrorKind::ConnectionReset => {
+                Err(error).with_context(|| format!("the manager does not end within {PATIENCE:?}"))
+            }
+            _ => Ok(()),
+        }
     }
 }
