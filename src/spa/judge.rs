@@ -317,6 +317,8 @@ impl Judge {
         }
         self.find_manager();
         let Some(trial) = &self.trial else {
+            // Whatever begins later has begun under this watchdog.
+            (self.is_first_look, self.is_new) = (false, false);
             self.relieve_sentinel();
             return;
         };

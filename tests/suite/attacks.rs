@@ -50,7 +50,8 @@ use crate::support::processes::is_alive;
 use crate::support::wait::{try_for, wait_for};
 
 /// What a host writes while it works, and where it may write what is not verified yet.
-const LIVING: &[&str] = &["/log", "/state/desired.json", "/state/events.json", "/cache", "/staging"];
+const LIVING: &[&str] =
+    &["/log", "/state/desired.json", "/state/events.json", "/state/history.json", "/cache", "/staging"];
 
 /// For the writing of a state file.
 const SETTLES: std::time::Duration = std::time::Duration::from_secs(5);
