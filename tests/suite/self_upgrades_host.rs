@@ -26,12 +26,7 @@ fn fleet(manager: &str) -> String {
 
 #[track_caller]
 fn wait_for_status(container: &Container, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-    let mut last = Value::Null;
-    let found = try_for(ENDED, || {
-        last = inside::status(container);
-        wanted(&last).then(|| last.clone())
-    });
-    found.unwrap_or_else(|| panic!("waited {ENDED:?} in vain for {what}; the last status: {last:#}"))
+    inside::wait_within(container, ENDED, what, wanted)
 }
 
 fn runs_release(status: &Value, version: &str) -> bool {

@@ -1,6 +1,8 @@
 //! Upgrades of sub-agents on hosts in trouble: a release that fails is rolled back although the home takes no byte, no file, or nothing at
 //! all any more; and under systemd, whatever becomes of the roles meanwhile.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::install_systemd::fleet_of_two;
@@ -8,6 +10,9 @@ use crate::support::container::Container;
 use crate::support::host::{agent, pid};
 use crate::support::inside::{self, Inside, VERBATIM, done, wait_for_agents};
 use crate::support::package::Package;
+
+/// Three tries of six seconds each with growing pauses, and what a busy machine adds.
+const ROLLED_BACK: Duration = Duration::from_secs(120);
 
 /// Lives long enough for the host to get into trouble, and then dies each time.
 fn bad() -> Package {
@@ -61,13 +66,13 @@ fn a_release_that_fails_is_rolled_back_though_the_home_takes_nothing_more() {
         done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=600 tmpfs /opt/aops");
         let (_gateway, other) = begun(&container);
         done(&container, begin);
-        inside::wait_for_status(&container, &format!("the roll back where {trouble}"), is_rolled_back);
+        inside::wait_within(&container, ROLLED_BACK, &format!("the roll back where {trouble}"), is_rolled_back);
         // Nothing of it is on disk. Both roles are killed, and the release may be tried once more, but it is never the active one.
         let status = inside::status(&container);
         done(&container, &format!("kill -9 {} {}", status["spm"]["pid"], status["spa"]["pid"]));
         done(&container, end);
         container.run(&["/opt/aops/control", "start"]).expect_code(0);
-        inside::wait_for_status(&container, &format!("the roll back after {trouble}"), is_rolled_back);
+        inside::wait_within(&container, ROLLED_BACK, &format!("the roll back after {trouble}"), is_rolled_back);
         assert_eq!(wait_for_agents(&container, &["script"]), [other], "{trouble}");
     }
 }
@@ -112,6 +117,6 @@ fn under_systemd_a_release_that_fails_is_rolled_back_whatever_becomes_of_the_rol
             status["spm"]["pid"].is_u64() && status["spm"]["pid"] != before
         });
     }
-    inside::wait_for_status(&container, "the roll back", is_rolled_back);
+    inside::wait_within(&container, ROLLED_BACK, "the roll back", is_rolled_back);
     assert_eq!(wait_for_agents(&container, &["script"]), [other]);
 }

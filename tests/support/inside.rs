@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -111,12 +112,18 @@ pub fn status(container: &Container) -> Value {
 /// Waits until that status is as wanted, and gives it.
 #[track_caller]
 pub fn wait_for_status(container: &Container, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    wait_within(container, SOON, what, wanted)
+}
+
+/// As [`wait_for_status`], for what takes its time.
+#[track_caller]
+pub fn wait_within(container: &Container, limit: Duration, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let mut last = Value::Null;
-    let found = try_for(SOON, || {
+    let found = try_for(limit, || {
         last = status(container);
         wanted(&last).then(|| last.clone())
     });
-    found.unwrap_or_else(|| panic!("waited {SOON:?} in vain for {what}; the last status: {last:#}"))
+    found.unwrap_or_else(|| panic!("waited {limit:?} in vain for {what}; the last status: {last:#}"))
 }
 
 /// Waits until these sub-agents run, and gives their pids, as the container counts them.
