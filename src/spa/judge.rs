@@ -152,6 +152,8 @@ pub(super) struct Judge {
     proof: Shot,
     /// The managers of the new release that were seen: what they started is ended with them.
     new_managers: Vec<Holder>,
+    /// Why the last look failed.
+    last_error: Option<String>,
     /// The manager was last asked for a heartbeat then.
     asked: Option<Instant>,
     /// Waiting since, of which nothing is recorded yet.
@@ -188,6 +190,7 @@ impl Judge {
             probe: Shot::NotBegun,
             proof: Shot::NotBegun,
             new_managers: vec![],
+            last_error: None,
             asked: None,
             waits: None,
             limits: Limits::default(),
@@ -265,10 +268,21 @@ impl Judge {
         if !self.is_judging && !self.is_record_changed() {
             return Do::Nothing;
         }
-        self.attempt(now).unwrap_or_else(|error| {
-            tracing::error!(error = format!("{error:#}"), "the manager's upgrade cannot go on; it is tried again");
-            Do::Nothing
-        })
+        match self.attempt(now) {
+            Ok(what) => {
+                self.last_error = None;
+                what
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                // Once: it is tried every second, perhaps for as long as a disk is full.
+                if self.last_error.as_ref() != Some(&error) {
+                    tracing::error!(error, "the manager's upgrade cannot go on; it is tried again");
+                    self.last_error = Some(error);
+                }
+                Do::Nothing
+            }
+        }
     }
 
     /// This watchdog ends in order, or makes way for another program.
@@ -284,7 +298,10 @@ impl Judge {
     }
 
     fn attempt(&mut self, now: Instant) -> Result<Do> {
-        let Some(mut session) = Session::open(&self.home, TURN)? else { return Ok(Do::Nothing) };
+        let Some(mut session) = Session::open(&self.home, TURN)? else {
+            self.next_look = now + LOOK;
+            return Ok(Do::Nothing);
+        };
         if !std::mem::replace(&mut self.is_judging, true) {
             self.next_look = now + LOOK;
         }
