@@ -1,4 +1,4 @@
-//! A release of the manager before it is put in place: verified, unpacked, and seen to run on this host and on this home.
+//! A release of the manager before it is put in place: verified, unpacked, and checked against this host and this home.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -28,7 +28,9 @@ use super::keyring::{self, Offer};
 use super::records::Manager;
 use crate::config;
 use crate::core::model::{MANAGER_PACKAGE, Version};
-use crate::core::upgrade::{Change, Image, Links, Phase, Placed, Record, Step, Trial, Which};
+use crate::core::upgrade::{
+    Asker, Change, Evidence, Image, Links, Phase, Placed, Probe, Proof, Record, Step, Trial, Which,
+};
 use crate::home::Home;
 use crate::lock::{self, Held};
 use crate::store::Access;
@@ -98,11 +100,6 @@ impl Session {
         &self.record
     }
 
-    /// Whether the record is on disk as it is.
-    pub fn is_recorded(&self) -> bool {
-        self.is_recorded
-    }
-
     /// Begins an upgrade in memory. The first step writes it.
     pub fn begin(&mut self, from: Image, to: Image, unix_seconds: u64) -> Result<(), crate::core::upgrade::Refusal> {
         self.record.begin(from, to)?;
@@ -147,6 +144,27 @@ impl Session {
             links: self.links()?,
             installed,
             stopped: home.stop_intent().exists(),
+        })
+    }
+
+    /// As [`Session::look`], for a decision: what is not of the disk is as if nothing had been observed.
+    pub fn evidence(&self, asker: Asker, programs: &mut Programs) -> Result<Evidence> {
+        let Placement { executable, backup_whole, links, installed, stopped } = self.look(programs)?;
+        Ok(Evidence {
+            asker,
+            recorded: self.is_recorded,
+            executable,
+            backup_whole,
+            links,
+            installed,
+            stopped,
+            staged: false,
+            manager: None,
+            watchdog: None,
+            died: false,
+            took_over: false,
+            probe: Probe::NotAsked,
+            proof: Proof::NotBegun,
         })
     }
 
@@ -260,7 +278,7 @@ impl Session {
         Manager { version, sha256, epoch, file, unknown }.save(&self.home)
     }
 
-    /// The keys were looked at when the release was staged. That they cannot be taken now is told, and does not keep the release.
+    /// The keys were examined when the release was staged. A failure to take them over is logged, and does not prevent the commit.
     fn take_over_keys(&self, version: &Version, brings: &[String], revokes: &[String]) {
         if brings.is_empty() && revokes.is_empty() {
             return;

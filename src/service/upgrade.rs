@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use super::progress;
 use crate::core::model::Version;
 use crate::core::role::Role;
-use crate::core::upgrade::{Asker, Evidence, Limits, Manager, Probe, Proof, Step, Which, next};
+use crate::core::upgrade::{Asker, Evidence, Limits, Manager, Step, Which, next};
 use crate::home::Home;
 use crate::installation::upgrade::{Programs, Session, which};
 use crate::role;
@@ -54,30 +54,15 @@ pub(super) fn replaced(session: &mut Session, version: &Version) -> Result<()> {
 }
 
 fn evidence(home: &Home, session: &Session, programs: &mut Programs) -> Result<Evidence> {
-    let placement = session.look(programs)?;
+    let seen = session.evidence(Asker::Installer, programs)?;
     let manager = role::who_has(home, Role::Spm).map(|holder| {
         let program = programs.of_process(holder.pid);
         let image = session.record().trial().map_or(Which::Other, |trial| {
             // Where both have the same bytes, it is the new one until the release from before is recorded again.
-            which(trial, program.as_ref(), placement.installed)
+            which(trial, program.as_ref(), seen.installed)
         });
         let image = if image == Which::Other { Which::To } else { image };
         Manager { image, answered: Some(Duration::ZERO), adopted: true, heartbeat: false, over_memory: false }
     });
-    Ok(Evidence {
-        asker: Asker::Installer,
-        recorded: session.is_recorded(),
-        executable: placement.executable,
-        backup_whole: placement.backup_whole,
-        links: placement.links,
-        installed: placement.installed,
-        stopped: placement.stopped,
-        staged: false,
-        manager,
-        watchdog: None,
-        died: false,
-        took_over: false,
-        probe: Probe::NotAsked,
-        proof: Proof::NotBegun,
-    })
+    Ok(Evidence { manager, ..seen })
 }

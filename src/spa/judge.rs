@@ -5,11 +5,16 @@
 //! manager's fault or the network's, and the proof of the new watchdog. What concerns the manager's process or this one is answered as a
 //! [`Do`], for the watchdog to do.
 
-use std::process::{Child, Command, Stdio};
+mod session;
+mod shot;
+
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use self::session::{kill_session, uses_too_much};
+use self::shot::Shot;
 use super::sentinel::Sentinel;
 use crate::config::Config;
 use crate::core::model::Digest;
@@ -44,14 +49,10 @@ const PROBE: Duration = Duration::from_secs(120);
 const PROOF: Duration = Duration::from_secs(60);
 /// The new manager may use too much at one look, and not at so many in a row.
 const LARGE_IN_A_ROW: u32 = 3;
-/// A manager has a handful of processes in its session: what checks and asks.
-const MAX_PROCESSES: usize = 200;
 /// A manager that is to send a heartbeat is asked for one so often.
 const ASKS: Duration = Duration::from_secs(10);
 /// A manager that was asked to end is killed after this.
 const ENDS: Duration = Duration::from_secs(10);
-/// What is left of its session is killed in so many rounds: it may start more meanwhile.
-const ROUNDS: usize = 100;
 
 /// What the watchdog is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,50 +64,6 @@ pub(super) enum Do {
     Heartbeat,
     /// Go on as the program that the watchdog's link leads to now.
     Become,
-}
-
-/// A one-shot.
-#[derive(Debug)]
-enum Shot {
-    NotBegun,
-    Running { child: Child, until: Instant },
-    Done { success: bool, at: Instant },
-}
-
-impl Shot {
-    fn begin(command: &mut Command, limit: Duration) -> Shot {
-        command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        match command.spawn() {
-            Ok(child) => Shot::Running { child, until: Instant::now() + limit },
-            Err(error) => {
-                tracing::error!(error = %error, program = %command.get_program().display(), "a one-shot cannot be started");
-                Shot::Done { success: false, at: Instant::now() }
-            }
-        }
-    }
-
-    fn look(&mut self, now: Instant) {
-        let Shot::Running { child, until } = self else { return };
-        let success = match child.try_wait() {
-            Ok(Some(status)) => status.success(),
-            Ok(None) if now < *until => return,
-            _ => {
-                let _ = child.kill();
-                let _ = child.wait();
-                false
-            }
-        };
-        *self = Shot::Done { success, at: now };
-    }
-}
-
-impl Drop for Shot {
-    fn drop(&mut self) {
-        if let Shot::Running { child, .. } = self {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
 }
 
 /// The manager that runs, as it was observed so far.
@@ -247,7 +204,7 @@ impl Judge {
         }
         // One that takes itself for another release than was signed would be upgraded for ever.
         if manager.image == Which::To && status.version.as_ref() != Some(&trial.to.version) {
-            return tracing::warn!(version = ?status.version, "the new manager says that it is another version");
+            return tracing::warn!(version = ?status.version, "the new manager reports another version than that of its release");
         }
         manager.answered.get_or_insert(now);
         manager.heartbeat |= status.gateway.connected;
@@ -392,7 +349,7 @@ impl Judge {
     }
 
     fn evidence(&mut self, session: &Session) -> Result<Evidence> {
-        let placement = session.look(&mut self.programs)?;
+        let seen = session.evidence(Asker::Watchdog, &mut self.programs)?;
         let now = Instant::now();
         if self.own.is_none() {
             self.own = self.programs.of_process(std::process::id());
@@ -431,13 +388,6 @@ impl Judge {
             }
         });
         Ok(Evidence {
-            asker: Asker::Watchdog,
-            recorded: session.is_recorded(),
-            executable: placement.executable,
-            backup_whole: placement.backup_whole,
-            links: placement.links,
-            installed: placement.installed,
-            staged: false,
             manager,
             watchdog: Some(watchdog),
             died: self.died,
@@ -454,7 +404,7 @@ impl Judge {
                 Shot::Done { success: true, .. } => Proof::Passed,
                 Shot::Done { success: false, .. } => Proof::Failed,
             },
-            stopped: placement.stopped,
+            ..seen
         })
     }
 
@@ -575,42 +525,4 @@ impl Judge {
             tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");
         }
     }
-}
-
-/// The processes of a manager's session, itself among them; a sub-agent has a session of its own.
-fn session_of(home: &Home, manager: &Holder) -> Vec<platform::Seen> {
-    let own = platform::seen(manager.pid, home.root());
-    // Of a dead one the session has its number as long as there is a process in it, and then nobody else has that number.
-    let session = match &own {
-        Some(own) if own.start_time != manager.start_time => return vec![],
-        Some(own) => own.session,
-        None => manager.pid,
-    };
-    let ours = platform::seen(std::process::id(), home.root()).map(|seen| seen.session);
-    if ours == Some(session) {
-        return own.into_iter().collect();
-    }
-    let is_its =
-        |seen: &platform::Seen| seen.session == session && seen.mark.is_none() && seen.start_time >= manager.start_time;
-    platform::processes(home.root()).into_iter().filter(is_its).collect()
-}
-
-fn uses_too_much(home: &Home, manager: &Holder, most: u64) -> bool {
-    let processes = session_of(home, manager);
-    let bytes = processes.iter().filter_map(|seen| platform::memory_bytes(seen.pid)).fold(0_u64, u64::saturating_add);
-    processes.len() > MAX_PROCESSES || bytes > most
-}
-
-/// Kills all that a manager has started and that is no sub-agent, the manager itself last.
-fn kill_session(home: &Home, manager: &Holder) {
-    for _ in 0..ROUNDS {
-        let others: Vec<_> = session_of(home, manager).into_iter().filter(|seen| seen.pid != manager.pid).collect();
-        if others.is_empty() {
-            return;
-        }
-        for seen in others {
-            let _ = platform::signal(seen.pid, seen.start_time, crate::core::manifest::StopSignal::Kill);
-        }
-    }
-    tracing::error!(pid = manager.pid, "the manager starts processes faster than they can be killed");
 }

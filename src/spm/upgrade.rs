@@ -1,4 +1,4 @@
-//! The manager's upgrade of itself, up to the switch, beside the loop: the release is fetched, verified, seen to run on this home, and put in
+//! The manager's upgrade of itself, up to the switch, beside the loop: the release is fetched, verified, checked against this home, and put in
 //! the place of the one that runs. From then on the watchdog judges it.
 
 use std::io::ErrorKind;
@@ -18,7 +18,7 @@ use crate::core::order::Package;
 use crate::core::role::Role;
 use crate::core::status::DownloadStatus;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
-use crate::core::upgrade::{self, Asker, Evidence, Image, Limits, Manager, Probe, Proof, Record, Refusal, Step, Which};
+use crate::core::upgrade::{self, Asker, Evidence, Image, Limits, Manager, Record, Refusal, Step, Which};
 use crate::endpoint::Timeouts;
 use crate::fetching::Fetching;
 use crate::home::Home;
@@ -120,7 +120,7 @@ fn unfit(error: anyhow::Error) -> anyhow::Error {
 fn attempt(job: &Job, progress: &Progress, found: &mut Option<Image>) -> Result<Upgraded> {
     let home = &job.home;
     guard::home(home)?;
-    ensure!(!home.stop_intent().exists(), "the home is stopped");
+    ensure!(!home.stop_intent().exists(), "the home is stopped; start it with `control start`");
     let from = release::in_place(home)?;
     if let Source::Previous = job.source {
         let (to, staged) = previous(home)?;
@@ -130,7 +130,7 @@ fn attempt(job: &Job, progress: &Progress, found: &mut Option<Image>) -> Result<
         Source::File(path) => local(home, path)?,
         Source::Gateway(package) => fetch(job, wanted(package)?, progress)?,
         _ => match current(job)? {
-            None => bail!("no endpoint has a release of {MANAGER_PACKAGE} for this host"),
+            None => bail!("no endpoint has a release of {MANAGER_PACKAGE} for this host; publish one there"),
             Some(package) if package.version == from.version => return Ok(Upgraded::Nothing),
             Some(package) => fetch(job, wanted(&package)?, progress)?,
         },
@@ -235,7 +235,7 @@ fn switch(job: &Job, from: Image, to: Image, staged: &Path) -> Result<Upgraded> 
     let mut session = session(&job.home)?;
     ensure!(
         release::in_place(&job.home)?.is(&from),
-        "another release than {} was put in place meanwhile",
+        "another release than {} was put in place meanwhile; see `control status`",
         from.version
     );
     if let Some(order) = &job.by_operator {
@@ -276,7 +276,7 @@ fn take_steps(home: &Home, own: &Version, session: &mut Session, staged: Option<
 
 /// What a manager that asks knows.
 fn evidence(home: &Home, own: &Version, session: &Session, programs: &mut Programs, staged: bool) -> Result<Evidence> {
-    let placement = session.look(programs)?;
+    let seen = session.evidence(Asker::Manager, programs)?;
     let watchdog = role::who_has(home, Role::Spa).map(|holder| match session.record().trial() {
         Some(trial) => which(trial, programs.of_process(holder.pid).as_ref(), Which::From),
         None => Which::Other,
@@ -284,28 +284,9 @@ fn evidence(home: &Home, own: &Version, session: &Session, programs: &mut Progra
     // It has known since its start which release it is: by its bytes, and where both have the same, by the record of then.
     let is_new = session.record().trial().is_some_and(|trial| trial.to.version == *own);
     let image = if is_new { Which::To } else { Which::From };
-    Ok(Evidence {
-        asker: Asker::Manager,
-        recorded: session.is_recorded(),
-        executable: placement.executable,
-        backup_whole: placement.backup_whole,
-        links: placement.links,
-        installed: placement.installed,
-        stopped: placement.stopped,
-        staged,
-        manager: Some(Manager {
-            image,
-            answered: Some(Duration::ZERO),
-            adopted: true,
-            heartbeat: false,
-            over_memory: false,
-        }),
-        watchdog,
-        died: false,
-        took_over: false,
-        probe: Probe::NotAsked,
-        proof: Proof::NotBegun,
-    })
+    let manager =
+        Manager { image, answered: Some(Duration::ZERO), adopted: true, heartbeat: false, over_memory: false };
+    Ok(Evidence { staged, manager: Some(manager), watchdog, ..seen })
 }
 
 /// Does what is left to the manager of an upgrade that somebody else began, and reads the record; [`Input::UpgradeSeen`] tells.

@@ -86,7 +86,7 @@ pub(crate) fn expect_outcomes(host: &TestHost, expected: &[&str]) {
 #[track_caller]
 pub(crate) fn expect_in_place(host: &TestHost, executable: &[u8]) {
     let home = host.home();
-    assert!(fs::read(home.join("bin/aops")).expect("it is there") == executable, "bin/aops is another release's");
+    assert!(fs::read(home.join("bin/aops")).expect("it is there") == executable, "bin/aops belongs to another release");
     for (name, target) in [
         ("bin/aops-spm", "aops"),
         ("bin/aops-spa", "aops"),

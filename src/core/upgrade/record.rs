@@ -328,7 +328,7 @@ impl Record {
         }
     }
 
-    /// As [`Record::apply`], and keeps what an operator and the gateway are told of the end, where the change is one.
+    /// As [`Record::apply`]; if the change ends the upgrade, its outcome is kept until it is reported.
     pub fn apply_and_keep(&mut self, change: Change) -> bool {
         let before = self.trial.clone();
         let skips = |record: &Record, trial: &Trial| record.skipped(&trial.to.version, &trial.to.sha256).is_some();

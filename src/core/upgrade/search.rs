@@ -5,6 +5,7 @@ mod world;
 use std::collections::HashMap;
 
 use super::*;
+pub use world::image;
 use world::{File, Follows, Kind, Meddled, Scenario, State, World};
 
 /// More states than any search visits: something grows without end.

@@ -2,24 +2,12 @@
 
 use super::view::ViewPhase;
 use super::*;
-use crate::core::unknown::Unknown;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
 
 fn image(version: &str, executable: char) -> Image {
     let digit = version.chars().last().unwrap();
-    let digest = |digit: char| digit.to_string().repeat(64).parse().unwrap();
-    Image {
-        version: version.parse().unwrap(),
-        sha256: digest(digit),
-        executable: digest(executable),
-        epoch: 1,
-        file: String::new(),
-        brings: vec![],
-        revokes: vec![],
-        endpoint: None,
-        unknown: Unknown::new(),
-    }
+    super::search::image(version, digit, executable)
 }
 
 fn begun() -> Record {
@@ -399,4 +387,20 @@ fn status_shows_what_is_waited_for() {
     assert_eq!((view.phase, view.tries_left), (ViewPhase::RollingBack, 2));
     assert_eq!(view.reason.as_deref(), Some("the new manager did not answer in time"));
     assert_eq!((view.from.as_str(), view.to.as_str()), ("1", "2"));
+}
+
+#[test]
+fn an_operators_change_holds_until_another_release_is_ordered_or_installed() {
+    let (one, two) = (image("1", '1'), image("2", '2'));
+    let mut record = Record::default();
+    record.overrule(Some((&two.version, Some(&two.sha256))));
+    assert!(record.is_held() && record.overrules(&two.version, Some(&two.sha256)));
+    assert!(!record.overrules(&two.version, Some(&one.sha256)) && !record.overrules(&one.version, None));
+    assert!(record.release_hold() && !record.is_held());
+    record.overrule(None);
+    assert!(record.is_held() && !record.overrules(&two.version, Some(&two.sha256)), "what is ordered first is another");
+    record.skip(&two, "bad".to_owned(), &one);
+    assert!(record.skips(&two.version, None).is_some() && record.skips(&two.version, Some(&one.sha256)).is_none());
+    record.replaced(&two.version);
+    assert!(!record.is_held() && record.skips(&two.version, None).is_none());
 }

@@ -71,7 +71,7 @@ fn switched() -> (Made, Session) {
     let made = made();
     let mut session = session(&made.home);
     session.begin(made.from.clone(), made.to.clone(), 7).unwrap();
-    assert!(!session.is_recorded() && load(&made.home).unwrap().trial().is_none());
+    assert!(!session.is_recorded && load(&made.home).unwrap().trial().is_none());
     take(&mut session, Step::Save);
     assert_eq!(load(&made.home).unwrap().trial().map(|trial| trial.began), Some(7));
     let backed_up = take(&mut session, Step::BackUp);

@@ -281,7 +281,7 @@ fn an_operator_returns_to_the_release_before_and_it_is_kept_until_another_is_ord
     assert!(!bench.agent.actual(Some(&order("3")), bench.now).stays);
 }
 
-/// A release that waits for its first check when it is adopted, or started again, was not seen to fail.
+/// A release that waits for its first check when it is adopted, or started again, has not failed a check.
 #[test]
 fn time_without_a_manager_or_while_it_is_stopped_does_not_count_against_a_release() {
     let mut ledger = Entry::found(Some(release("1")), None);

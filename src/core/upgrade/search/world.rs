@@ -574,7 +574,7 @@ impl World<'_> {
     }
 }
 
-fn image(version: &str, package: char, executable: char) -> Image {
+pub fn image(version: &str, package: char, executable: char) -> Image {
     let digest = |digit: char| digit.to_string().repeat(64).parse().unwrap();
     Image {
         version: version.parse().unwrap(),

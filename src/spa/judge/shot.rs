@@ -1,0 +1,48 @@
+//! A program of ours that is run beside the watchdog to its end, with a deadline: its exit code is the answer.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A one-shot.
+#[derive(Debug)]
+pub(super) enum Shot {
+    NotBegun,
+    Running { child: Child, until: Instant },
+    Done { success: bool, at: Instant },
+}
+
+impl Shot {
+    pub(super) fn begin(command: &mut Command, limit: Duration) -> Shot {
+        command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        match command.spawn() {
+            Ok(child) => Shot::Running { child, until: Instant::now() + limit },
+            Err(error) => {
+                tracing::error!(error = %error, program = %command.get_program().display(), "a one-shot cannot be started");
+                Shot::Done { success: false, at: Instant::now() }
+            }
+        }
+    }
+
+    pub(super) fn look(&mut self, now: Instant) {
+        let Shot::Running { child, until } = self else { return };
+        let success = match child.try_wait() {
+            Ok(Some(status)) => status.success(),
+            Ok(None) if now < *until => return,
+            _ => {
+                let _ = child.kill();
+                let _ = child.wait();
+                false
+            }
+        };
+        *self = Shot::Done { success, at: now };
+    }
+}
+
+impl Drop for Shot {
+    fn drop(&mut self) {
+        if let Shot::Running { child, .. } = self {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
