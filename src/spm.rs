@@ -18,7 +18,7 @@ mod upgrade;
 mod upkeep;
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
@@ -153,4 +153,15 @@ fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
 fn timestamp() -> String {
     let now = jiff::Timestamp::now();
     now.round(jiff::Unit::Second).unwrap_or(now).to_string()
+}
+
+/// Seconds since 1970.
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// The time that is so many seconds after 1970.
+fn timestamp_of(unix_seconds: u64) -> Option<String> {
+    let at = jiff::Timestamp::from_second(i64::try_from(unix_seconds).ok()?).ok()?;
+    Some(at.to_string())
 }

@@ -179,6 +179,9 @@ pub struct History {
 pub struct Changed {
     /// RFC 3339, UTC.
     pub time: String,
+    /// When the change began, RFC 3339, UTC; an upgrade of the manager is reported once by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub began: Option<String>,
     /// `upgrade`, `rollback` or `skip`.
     pub kind: String,
     /// The sub-agent.

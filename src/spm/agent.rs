@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::task::AbortHandle;
 
 use super::stage::{self, Staging};
+use super::unix_now;
 use crate::core::agent::{Agent, At, Found};
 use crate::core::ledger::{Entry, Release};
 use crate::core::model::{AgentName, Version};
@@ -147,8 +148,7 @@ impl SubAgent {
 
 /// The present moment, for a decision.
 pub(super) fn at(now: Instant) -> At {
-    let unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    At { now, unix_seconds, jitter: fastrand::f64() }
+    At { now, unix_seconds: unix_now(), jitter: fastrand::f64() }
 }
 
 /// The release of the process that runs of a sub-agent, and by what it is known.

@@ -3,6 +3,7 @@
 
 use super::disk::StateFile;
 use super::input::{File, Inputs};
+use crate::core::model::Version;
 use crate::core::status::{Changed, History};
 use crate::home::Home;
 use crate::store;
@@ -35,12 +36,25 @@ impl Changes {
         self.file.save(inputs, self.kept.clone());
     }
 
+    /// Whether this change of a package's release, which began then, is in it.
+    pub(super) fn has(&self, package: &str, kind: &str, to: &Version, began: Option<String>) -> bool {
+        self.kept.history.iter().any(|changed| {
+            let is_it = changed.agent.as_str() == package && changed.kind == kind && changed.to == *to;
+            is_it && changed.began.is_some() && changed.began == began
+        })
+    }
+
     /// Takes in that a write has ended.
     pub(super) fn saved(&mut self, result: Result<(), String>, inputs: &Inputs) {
         self.file.saved(inputs);
         if let Err(error) = result {
             tracing::warn!(error, "the history of upgrades cannot be written; its newest entries are in memory alone");
         }
+    }
+
+    /// Writes what is not written yet, at the end of the process.
+    pub(super) async fn finish(self) {
+        self.file.finish(None).await;
     }
 }
 
@@ -71,10 +85,17 @@ mod tests {
                 break;
             }
         }
+        let wanted: Version = "1".parse().unwrap();
+        let began = Some("2026-11-29T12:00:00Z".to_owned());
+        assert!(!changes.has("a", "upgrade", &wanted, began.clone()) && !changes.has("a", "upgrade", &wanted, None));
+        let mut last = changes.kept.history.pop().unwrap();
+        last.began.clone_from(&began);
+        changes.add(last, &inputs);
+        changes.finish().await;
         let kept = Changes::load(&home);
+        assert!(kept.has("a", "upgrade", &wanted, began.clone()) && !kept.has("a", "rollback", &wanted, began));
         let seconds: Vec<u64> = kept.kept.history.iter().map(|changed| changed.seconds).collect();
         assert_eq!(seconds, (50..250).collect::<Vec<_>>());
-        assert_eq!(kept.kept, changes.kept);
         assert!(kept.kept.unknown.contains_key("later"));
     }
 }

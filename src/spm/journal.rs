@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinHandle;
 
 use super::disk::StateFile;
 use super::input::{File, Inputs};
@@ -189,12 +188,9 @@ impl Journal {
         }
     }
 
-    /// Begins to write what is not written yet, at the end of the process, which waits for it for a while.
-    pub(super) fn flush_last(&mut self) -> Option<JoinHandle<()>> {
-        if self.changed.take().is_none() && self.file.is_settled() {
-            return None;
-        }
-        Some(self.file.save_last(self.stored.clone()))
+    /// Writes what is not written yet, at the end of the process.
+    pub(super) async fn finish(self) {
+        self.file.finish(self.changed.map(|_| self.stored)).await;
     }
 }
 
@@ -210,7 +206,7 @@ mod tests {
         let mut journal = Journal::load(&home);
         journal.note("exit", "failed", About::default(), "one");
         journal.note("exit", "failed", About::default(), "two");
-        journal.flush_last().unwrap().await.unwrap();
+        journal.finish().await;
         let mut journal = Journal::load(&home);
         let pending = journal.pending();
         assert_eq!(pending.len(), 2);
@@ -231,7 +227,7 @@ mod tests {
         std::fs::write(home.events(), stored.to_string()).unwrap();
         let mut journal = Journal::load(&home);
         journal.note("exit", "ok", About::default(), "two");
-        journal.flush_last().unwrap().await.unwrap();
+        journal.finish().await;
         let kept: serde_json::Value = serde_json::from_slice(&std::fs::read(home.events()).unwrap()).unwrap();
         assert_eq!((&kept["later"], &kept["events"][0]), (&stored["later"], &event));
 

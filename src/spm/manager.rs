@@ -160,22 +160,28 @@ pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Fare
         }
     };
     platform::notify(Notice::Stopping);
-    let flushed = manager.journal.flush_last();
+    manager.journal.flush(&manager.inputs);
     // The door is shut first: the watchdog, which connects again as soon as it heard the farewell, would take our end for a death.
     door.abort();
     let _ = door.await;
     farewell.send_replace(Some(ending));
     // Every connection drops its receiver when it has sent the farewell.
     let _ = tokio::time::timeout(FAREWELL, farewell.closed()).await;
-    if let Some(flushed) = flushed
-        && tokio::time::timeout(LAST_WRITE, flushed).await.is_err()
-    {
-        tracing::warn!("the last events for the gateway are not written: the disk does not answer");
-    }
+    manager.finish().await;
     Ok(ending)
 }
 
 impl Manager {
+    /// Writes what is not written yet, at the end of the process.
+    async fn finish(self) {
+        let Manager { journal, history, releases, orders, .. } = self;
+        let written =
+            async { tokio::join!(journal.finish(), history.finish(), releases.finish(), orders.file.finish(None)) };
+        if tokio::time::timeout(LAST_WRITE, written).await.is_err() {
+            tracing::warn!("what changed last is not written: the disk does not answer");
+        }
+    }
+
     fn load(home: &Home, service: Kind, own: &Holder, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
         let loaded = Config::load(home)?;

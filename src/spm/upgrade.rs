@@ -5,13 +5,13 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::disk;
 use super::input::{Input, Inputs, NotSwitched, UpgradeSeen, Upgraded};
-use super::stage;
+use super::{stage, unix_now};
 use crate::config::Config;
 use crate::core::model::{AgentId, AgentName, MANAGER_PACKAGE, Packing, Release, Version};
 use crate::core::order::Package;
@@ -245,8 +245,7 @@ fn switch(job: &Job, from: Image, to: Image, staged: &Path) -> Result<Upgraded> 
             record.allow();
         })?;
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    match session.begin(from, to, now) {
+    match session.begin(from, to, unix_now()) {
         Ok(()) => {}
         Err(Refusal::Running) => return Ok(Upgraded::Nothing),
         Err(Refusal::UnderWay) => bail!("another upgrade of the manager is under way"),

@@ -148,7 +148,7 @@ fn a_release_that_is_slow_to_become_healthy_keeps_its_start_period() {
     let (gateway, host) = host_with(&[&slow]);
     order(&gateway, "2.0", "");
     let status = host.wait_for_status("its probation", SOON, |status| {
-        agent(status, "one").is_some_and(|agent| agent["upgrade"]["phase"] == "probation")
+        agent(status, "one").is_some_and(|agent| agent["upgrade"]["phase"] == "probation" && agent["pid"].is_u64())
     });
     let one = agent(&status, "one").expect("it is there");
     assert_eq!((&one["state"], &one["version"]), (&"updating".into(), &"2.0".into()));

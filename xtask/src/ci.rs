@@ -103,18 +103,53 @@ impl Check {
     }
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let started = Instant::now();
-    let mut tested = Vec::new();
-    if arguments.names.is_empty() {
-        all(CHECKS, ("set-up", task(&["set-up"])), &mut tested)?;
-    } else {
-        for check in CHECKS.iter().filter(|check| arguments.names.iter().any(|name| name == check.name)) {
-            in_front(check.name, &mut check.command(), &mut tested)?;
+/// What is said once more at the end.
+#[derive(Default)]
+struct Seen {
+    /// The lines with which test programs begin and end.
+    tested: Vec<String>,
+    /// Where and why tests failed.
+    panics: Vec<String>,
+    /// So many lines of the last panic's message are still to come, at most.
+    message: usize,
+}
+
+impl Seen {
+    fn line(&mut self, line: &str) {
+        const MESSAGE_LINES: usize = 12;
+        const LINE: usize = 400;
+        if line.trim_start().starts_with("Running ") || line.starts_with("test result") {
+            self.tested.push(line.to_owned());
+        }
+        let begins = line.starts_with("thread '") && line.contains(" panicked at ");
+        if begins {
+            self.message = MESSAGE_LINES;
+        } else if line == "stack backtrace:" || line.starts_with("note: ") {
+            self.message = 0;
+        }
+        if self.message > 0 {
+            self.message -= 1;
+            self.panics.push(line.chars().take(LINE).collect());
         }
     }
-    if !tested.is_empty() {
-        println!("\nTests:\n{}", tested.join("\n"));
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let started = Instant::now();
+    let mut seen = Seen::default();
+    let outcome = match arguments.names.as_slice() {
+        [] => all(CHECKS, ("set-up", task(&["set-up"])), &mut seen),
+        names => {
+            let mut named = CHECKS.iter().filter(|check| names.iter().any(|name| name == check.name));
+            named.try_for_each(|check| in_front(check.name, &mut check.command(), &mut seen))
+        }
+    };
+    if !seen.panics.is_empty() {
+        println!("\nFailed:\n{}", seen.panics.join("\n"));
+    }
+    outcome?;
+    if !seen.tested.is_empty() {
+        println!("\nTests:\n{}", seen.tested.join("\n"));
     }
     println!("\nAll passed in {} s.", started.elapsed().as_secs());
     Ok(())
@@ -129,7 +164,7 @@ pub(crate) fn set_up() -> Result<()> {
 }
 
 /// Runs every check; the first failure ends it, once what runs beside has come to the end of its present check.
-fn all(checks: &[Check], set_up: (&str, Command), tested: &mut Vec<String>) -> Result<()> {
+fn all(checks: &[Check], set_up: (&str, Command), seen: &mut Seen) -> Result<()> {
     let failed = AtomicBool::new(false);
     let (name, mut command) = set_up;
     thread::scope(|scope| {
@@ -150,7 +185,7 @@ fn all(checks: &[Check], set_up: (&str, Command), tested: &mut Vec<String>) -> R
         for check in checks.iter().filter(|check| !check.is_beside) {
             outcome = match failed.load(Ordering::SeqCst) {
                 true => break,
-                false => in_front(check.name, &mut check.command_with_shared(), tested),
+                false => in_front(check.name, &mut check.command_with_shared(), seen),
             };
             if outcome.is_err() {
                 failed.store(true, Ordering::SeqCst);
@@ -169,18 +204,18 @@ fn joined(thread: ScopedJoinHandle<Result<()>>) -> Result<()> {
 }
 
 /// Runs a check with its output shown as it comes; of tests the closing lines are kept.
-fn in_front(name: &str, command: &mut Command, tested: &mut Vec<String>) -> Result<()> {
+fn in_front(name: &str, command: &mut Command, seen: &mut Seen) -> Result<()> {
     let started = Instant::now();
     println!("\n==> {name}\n$ {}", describe(command));
-    let status = shown(command.current_dir(workspace::root()), tested)?;
+    let status = shown(command.current_dir(workspace::root()), seen)?;
     verdict(name, status, started)
 }
 
 /// Whether a command has ended is looked at so often while it prints nothing.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Runs a command, shows each line of its output, and keeps those with which test programs begin and end.
-fn shown(command: &mut Command, tested: &mut Vec<String>) -> Result<ExitStatus> {
+/// Runs a command, shows each line of its output, and keeps what is said once more at the end.
+fn shown(command: &mut Command, seen: &mut Seen) -> Result<ExitStatus> {
     let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
     let mut child = command
         .stdin(Stdio::null())
@@ -201,9 +236,7 @@ fn shown(command: &mut Command, tested: &mut Vec<String>) -> Result<ExitStatus> 
         match lines.recv_timeout(LOOK) {
             Ok(line) => {
                 println!("{line}");
-                if line.trim_start().starts_with("Running ") || line.starts_with("test result") {
-                    tested.push(line);
-                }
+                seen.line(&line);
             }
             Err(RecvTimeoutError::Disconnected) => break,
             // A process that a check left behind may keep the pipe open.
@@ -285,7 +318,7 @@ mod tests {
             ];
             let mut set_up = cargo();
             set_up.arg("--version");
-            all(&checks, ("of-tests-0", set_up), &mut Vec::new()).map_err(|error| format!("{error:#}"))
+            all(&checks, ("of-tests-0", set_up), &mut Seen::default()).map_err(|error| format!("{error:#}"))
         };
         assert_eq!(outcome(GOOD, GOOD, GOOD), Ok(()));
         let error = outcome(BAD, BAD, GOOD).unwrap_err();
@@ -295,12 +328,14 @@ mod tests {
     }
 
     #[test]
-    fn the_closing_lines_of_tests_are_kept_and_the_exit_status_too() {
-        let mut tested = Vec::new();
-        let script =
-            "echo '     Running unittests a' >&2; echo test b ... ok; echo 'test result: ok. 1 passed'; exit 3";
-        let status = shown(Command::new("sh").args(["-c", script]), &mut tested).unwrap();
+    fn the_closing_lines_of_tests_are_kept_and_why_one_failed_and_the_exit_status_too() {
+        let mut seen = Seen::default();
+        let script = "echo '     Running unittests a' >&2; echo test b ... ok
+            echo \"thread 'c' (12) panicked at tests/c.rs:1:2:\"; echo why; echo 'stack backtrace:'; echo 0: d
+            echo 'test result: ok. 1 passed'; exit 3";
+        let status = shown(Command::new("sh").args(["-c", script]), &mut seen).unwrap();
         assert_eq!(status.code(), Some(3));
-        assert_eq!(tested, ["     Running unittests a", "test result: ok. 1 passed"]);
+        assert_eq!(seen.tested, ["     Running unittests a", "test result: ok. 1 passed"]);
+        assert_eq!(seen.panics, ["thread 'c' (12) panicked at tests/c.rs:1:2:", "why"]);
     }
 }

@@ -366,9 +366,9 @@ impl Record {
         &self.ended
     }
 
-    /// They are reported.
-    pub fn reported(&mut self) {
-        self.ended.clear();
+    /// These are reported.
+    pub fn forget_ended(&mut self, reported: &[Ended]) {
+        self.ended.retain(|ended| !reported.contains(ended));
     }
 
     /// The release that `bin/aops.prev` is.

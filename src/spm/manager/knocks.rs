@@ -74,8 +74,8 @@ impl Manager {
                 Reply::done()
             }
             Request::Upgrade { package: None } => self.follow_orders_now(now),
-            Request::Upgrade { package: Some(path) } => self.upgrade_by_hand(Source::File(path), now),
-            Request::RollBackManager => self.upgrade_by_hand(Source::Previous, now),
+            Request::Upgrade { package: Some(path) } => self.upgrade_by_hand(Source::File(path)),
+            Request::RollBackManager => self.upgrade_by_hand(Source::Previous),
         };
         let _ = reply.send(answer);
     }

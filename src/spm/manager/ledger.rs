@@ -102,6 +102,11 @@ impl Releases {
         may
     }
 
+    /// Writes what is not written yet, at the end of the process.
+    pub(super) async fn finish(self) {
+        self.file.finish(None).await;
+    }
+
     /// Something in it changed; written with the next turn of the loop.
     pub(super) fn change(&mut self) {
         self.is_changed = true;

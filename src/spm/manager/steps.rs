@@ -21,7 +21,7 @@ use crate::spm::agent::{self, SubAgent};
 use crate::spm::disk;
 use crate::spm::input::Input;
 use crate::spm::journal::About;
-use crate::spm::{run, stage, timestamp};
+use crate::spm::{run, stage, timestamp, timestamp_of, unix_now};
 use crate::{package, platform, store};
 
 impl Manager {
@@ -242,6 +242,7 @@ impl Manager {
         if let Some(Change { from, to, seconds }) = change {
             let changed = Changed {
                 time: timestamp(),
+                began: timestamp_of(unix_now().saturating_sub(seconds)),
                 kind: kind.to_owned(),
                 agent: name.clone(),
                 from,

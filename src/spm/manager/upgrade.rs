@@ -1,7 +1,7 @@
 //! The manager's upgrade of itself, as the loop has it: what is ordered, when it is begun, and what is reported of its end.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use super::Manager;
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
@@ -12,8 +12,8 @@ use crate::core::upgrade::{self, End, Ended, Evidence, Limits, NewEndpoint, Prob
 use crate::door::{Farewell, Reply};
 use crate::spm::input::{NotSwitched, UpgradeSeen, Upgraded};
 use crate::spm::journal::About;
-use crate::spm::timestamp;
 use crate::spm::upgrade::{self as job, Job, Progress, Source};
+use crate::spm::{timestamp, timestamp_of, unix_now};
 
 /// While an upgrade is under way its record is looked at so often.
 const LOOK: Duration = Duration::from_secs(1);
@@ -60,7 +60,8 @@ pub(super) struct Upgrading {
 struct Work {
     to: Option<Version>,
     by_operator: bool,
-    began: Instant,
+    /// Seconds since 1970.
+    began: u64,
     progress: Arc<Progress>,
 }
 
@@ -146,10 +147,10 @@ impl Manager {
             None if record.is_held() => return,
             None => Source::Current,
         };
-        self.begin_upgrade(source, false, now);
+        self.begin_upgrade(source, false);
     }
 
-    fn begin_upgrade(&mut self, source: Source, by_operator: bool, now: Instant) {
+    fn begin_upgrade(&mut self, source: Source, by_operator: bool) {
         let to = match &source {
             Source::Gateway(order) => Some(order.version.clone()),
             Source::Previous => self.upgrading.record.previous().map(|image| image.version.clone()),
@@ -166,11 +167,11 @@ impl Manager {
             own: self.identity.version.clone(),
         };
         let progress = job::start(&self.inputs, job);
-        self.upgrading.work = Some(Work { to, by_operator, began: now, progress });
+        self.upgrading.work = Some(Work { to, by_operator, began: unix_now(), progress });
     }
 
     /// The operator asks for it.
-    pub(super) fn upgrade_by_hand(&mut self, source: Source, now: Instant) -> Reply {
+    pub(super) fn upgrade_by_hand(&mut self, source: Source) -> Reply {
         let what = "cannot change the manager's release";
         if self.stop.is_some() {
             return Reply::failed(format!("{what}: the home is being stopped"));
@@ -183,7 +184,7 @@ impl Manager {
         if matches!(source, Source::Previous) && self.upgrading.record.previous().is_none() {
             return Reply::failed(format!("{what}: no release before the current one is on this host"));
         }
-        self.begin_upgrade(source, true, now);
+        self.begin_upgrade(source, true);
         Reply::done()
     }
 
@@ -228,7 +229,7 @@ impl Manager {
                 if work.is_some_and(|work| work.by_operator) {
                     let own = self.identity.version.clone();
                     let text = format!("the manager runs {own} already, which an operator asked for");
-                    self.report("upgrade", "ok", &own, Some(own.clone()), 0, text);
+                    self.report("upgrade", "ok", &own, Some(own.clone()), None, text);
                 }
             }
             Upgraded::NotSwitched(failure) => self.not_switched(failure, work, now),
@@ -263,9 +264,9 @@ impl Manager {
             return;
         }
         let from = self.identity.version.clone();
-        let seconds = work.map_or(0, |work| now.saturating_duration_since(work.began).as_secs());
+        let began = work.map(|work| work.began);
         let kind = if is_skipped { "skip" } else { "upgrade" };
-        self.report(kind, if is_skipped { "ok" } else { "failed" }, &from, version, seconds, why);
+        self.report(kind, if is_skipped { "ok" } else { "failed" }, &from, version, began, why);
     }
 
     /// The record was looked at.
@@ -311,7 +312,8 @@ impl Manager {
         }
         let news: Vec<Ended> = ended.iter().filter(|ended| !self.upgrading.told.contains(ended)).cloned().collect();
         if news.is_empty() {
-            job::change(&self.inputs, &self.home, &self.identity.version, Record::reported);
+            let told = self.upgrading.told.clone();
+            job::change(&self.inputs, &self.home, &self.identity.version, move |record| record.forget_ended(&told));
             return;
         }
         for ended in &news {
@@ -323,27 +325,30 @@ impl Manager {
 
     fn report_end(&mut self, ended: &Ended) {
         let Ended { from, to, began, end, reason, skipped, .. } = ended;
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let seconds = unix.saturating_sub(*began);
         let why = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
-        match end {
+        let (kind, outcome, from, to, text) = match end {
             End::Committed => {
-                let text = format!("the manager runs {to}, which took the place of {from}{why}");
-                self.report("upgrade", "ok", from, Some(to.clone()), seconds, text);
+                ("upgrade", "ok", from, to, format!("the manager runs {to}, which took the place of {from}{why}"))
             }
             End::RolledBack => {
                 let text = format!("the manager runs {from} again, and {to} was rolled back{why}");
-                self.report("rollback", "ok", to, Some(from.clone()), seconds, text);
+                ("rollback", "ok", to, from, text)
             }
             End::GivenUp => {
                 let text = format!("the upgrade of the manager from {from} to {to} was given up{why}");
-                self.report("upgrade", "failed", from, Some(to.clone()), seconds, text);
+                ("upgrade", "failed", from, to, text)
             }
+        };
+        // A manager that ended before the record forgot it may have reported it.
+        if self.history.has(MANAGER_PACKAGE, kind, to, timestamp_of(*began)) {
+            return;
         }
+        self.report(kind, outcome, from, Some(to.clone()), Some(*began), text);
         if *skipped {
+            let bad = &ended.to;
             let text =
-                format!("{to} is not tried again{why}; order another release, or `control retry {MANAGER_PACKAGE}`");
-            self.report("skip", "ok", from, Some(to.clone()), seconds, text);
+                format!("{bad} is not tried again{why}; order another release, or `control retry {MANAGER_PACKAGE}`");
+            self.report("skip", "ok", &ended.from, Some(bad.clone()), Some(*began), text);
         }
     }
 
@@ -354,21 +359,23 @@ impl Manager {
         outcome: &str,
         from: &Version,
         to: Option<Version>,
-        seconds: u64,
+        began: Option<u64>,
         message: String,
     ) {
         let Ok(agent) = MANAGER_PACKAGE.parse::<AgentName>() else { return };
+        let now = unix_now();
         let about = About { agent: Some(&agent), version: to.as_ref() };
         self.journal.note(kind, outcome, about, message.as_str());
         let Some(to) = to else { return };
         let changed = Changed {
             time: timestamp(),
+            began: timestamp_of(began.unwrap_or(now)),
             kind: kind.to_owned(),
-            agent: agent.clone(),
+            agent,
             from: Some(from.clone()),
             to,
             outcome: outcome.to_owned(),
-            seconds,
+            seconds: now.saturating_sub(began.unwrap_or(now)),
             message,
             unknown: Default::default(),
         };
