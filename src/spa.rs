@@ -8,15 +8,18 @@
 mod judge;
 mod one_shot;
 mod sentinel;
+mod session;
+mod started;
 
 use std::io::BufReader;
-use std::process::{Child, Command, ExitCode};
+use std::process::{Command, ExitCode};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use self::judge::{Do, Judge};
+use self::started::Children;
 use crate::config::Config;
 use crate::core::role::Role;
 use crate::core::service_manager::{Kind, Notice};
@@ -102,7 +105,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         words,
         serial: 0,
         reviver,
-        children: vec![],
+        children: Children::default(),
         memory: Memory::default(),
         looks_around: now,
     };
@@ -193,8 +196,7 @@ struct Watchdog<'a> {
     /// Counts connections, so that word of an earlier one is not taken for this one's.
     serial: u64,
     reviver: Reviver,
-    /// Managers that it started, and whether somebody has connected to one since.
-    children: Vec<(Child, bool)>,
+    children: Children,
     memory: Memory,
     /// When the home and the memory of both roles are looked at next.
     looks_around: Instant,
@@ -239,6 +241,7 @@ impl Watchdog<'_> {
             }
             if self.judge.has_restored() {
                 self.reviver.replaced(Instant::now());
+                self.children.replaced(self.home);
             }
             if let Some(connection) = self.connect() {
                 return Ok(Found::Manager(connection));
@@ -247,12 +250,7 @@ impl Watchdog<'_> {
             if let Some(found) = self.carry_out(action) {
                 return Ok(found);
             }
-            let mut ended_unseen = false;
-            self.children.retain_mut(|(child, seen)| {
-                let lives = matches!(child.try_wait(), Ok(None));
-                ended_unseen |= !lives && !*seen;
-                lives
-            });
+            let ended_unseen = self.children.look(self.home, Instant::now());
             if ended_unseen && !role::is_taken(self.home, Role::Spm) {
                 self.judge.ended_unseen();
             }
@@ -283,14 +281,8 @@ impl Watchdog<'_> {
             }
             Action::Start { failures } => {
                 tracing::warn!(failures, "the manager is dead and is started");
-                match role::spawn(self.home, Role::Spm) {
-                    Ok(child) => self.children.push((child, false)),
-                    Err(error) => {
-                        tracing::error!(
-                            error = format!("{error:#}"),
-                            "the manager cannot be started; it is tried again"
-                        )
-                    }
+                if let Err(error) = self.children.start(self.home) {
+                    tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again");
                 }
             }
             Action::KillHung => self.kill_hung(),
@@ -350,7 +342,7 @@ impl Watchdog<'_> {
                         if let Some(status) = &reply.status {
                             self.judge.answered(status, Instant::now());
                         }
-                        self.children.iter_mut().for_each(|(_, seen)| *seen = true);
+                        self.children.answered(self.home);
                         if self.reviver.heard(Instant::now()) {
                             tracing::info!("the manager is watched");
                         }
@@ -371,6 +363,7 @@ impl Watchdog<'_> {
                         continue;
                     }
                     platform::notify(Notice::Alive);
+                    self.children.look(self.home, Instant::now());
                     if Instant::now() >= self.looks_around {
                         self.looks_around = Instant::now() + LOOKS_AROUND;
                         self.look_around(&mut connection)?;

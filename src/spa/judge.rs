@@ -5,7 +5,6 @@
 //! manager's fault or the network's, and the proof of the new watchdog. What concerns the manager's process or this one is answered as a
 //! [`Do`], for the watchdog to do.
 
-mod session;
 mod shot;
 
 use std::process::Command;
@@ -13,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use self::session::{kill_session, uses_too_much};
 use self::shot::Shot;
 use super::sentinel::Sentinel;
+use super::session::{kill_session, uses_too_much};
 use crate::config::Config;
 use crate::core::model::Digest;
 use crate::core::role::Role;
@@ -377,7 +376,11 @@ impl Judge {
         let (most, home) = (self.most_memory, &self.home);
         let manager = self.manager.as_mut().map(|manager| {
             if manager.image == Which::To {
-                manager.large = if uses_too_much(home, &manager.holder, most) { manager.large + 1 } else { 0 };
+                manager.large = if uses_too_much(home, manager.holder.pid, manager.holder.start_time, most) {
+                    manager.large + 1
+                } else {
+                    0
+                };
             }
             Manager {
                 image: manager.image,
@@ -442,7 +445,7 @@ impl Judge {
     /// Ends what managers of the new release that are dead have left running.
     fn end_leftovers(&mut self) {
         for manager in self.new_managers.extract_if(.., |manager| !manager.is_alive()) {
-            kill_session(&self.home, &manager);
+            kill_session(&self.home, manager.pid, manager.start_time);
         }
     }
 
@@ -519,7 +522,7 @@ impl Judge {
         manager.asked_to_end.get_or_insert(Instant::now());
         tracing::warn!(pid = manager.holder.pid, "a manager that is to make way is killed");
         if manager.image == Which::To {
-            kill_session(&self.home, &manager.holder);
+            kill_session(&self.home, manager.holder.pid, manager.holder.start_time);
         }
         if let Err(error) = manager.holder.kill() {
             tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");

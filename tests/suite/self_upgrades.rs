@@ -238,13 +238,19 @@ fn a_trial_without_a_gateway_is_unproven_and_ends_when_there_is_one_again() {
     assert_eq!(agents_of(&host), before);
 }
 
-/// Both roles die at moments from the order on; `AOPS_UPGRADE_SEED` says at which.
-#[track_caller]
+/// The seed of what a scenario draws: `AOPS_UPGRADE_SEED`, or another each time.
 #[allow(clippy::print_stderr, reason = "a failure is to be repeated by it")]
-fn killed_at_points(points: usize, number: u64) {
+pub(crate) fn seed() -> u64 {
     let seed = std::env::var("AOPS_UPGRADE_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed: u64 = seed.unwrap_or_else(|| fastrand::u64(..));
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AOPS_UPGRADE_SEED={seed}");
+    seed
+}
+
+/// Both roles die at moments from the order on.
+#[track_caller]
+fn killed_at_points(points: usize, number: u64) {
+    let seed = seed();
     let mut rng = fastrand::Rng::with_seed(seed.wrapping_add(number));
     let bad = release::bad_manager("3.0.0", &release::real().display().to_string(), "exit 1");
     let (gateway, host) = host_with(&[&release::good("2.0.0"), &bad]);

@@ -50,7 +50,7 @@ fn real() -> String {
 }
 
 /// A name, what the manager does, and a part of the reason for the roll back.
-const BAD_MANAGERS: &[(&str, &str, &str)] = &[
+pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
     ("exits at once", "exit 1", "died repeatedly"),
     ("hangs before it answers", "exec sleep 1000001", "did not answer in time"),
     (
@@ -94,21 +94,26 @@ fn a_release_whose_manager_is_bad_is_rolled_back() {
     });
 }
 
-#[test]
-fn a_release_that_cannot_work_here_is_never_put_in_place() {
+/// Releases that are refused before anything is changed: a name, the package, and a part of the reason. `real`: as for
+/// [`release::bad_manager`].
+pub(crate) fn unfit(version: &str, real: &str) -> [(&'static str, Package, &'static str); 3] {
     let without_state =
-        release::bad("2.0.0", &real(), "exec $A spm \"$@\"", "echo 'error: no such form of state' >&2; exit 1");
-    let whole = release::executable("2.0.0");
+        release::bad(version, real, "exec $A spm \"$@\"", "echo 'error: no such form of state' >&2; exit 1");
+    let whole = release::executable(version);
     let mut foreign = whole.clone();
     // The machine in the header of an ELF file: RISC-V.
     foreign[18] = 0xF3;
     let truncated = &whole[..whole.len() / 2];
-    let cases = [
+    [
         ("cannot read the state", without_state, "no such form of state"),
-        ("is for another architecture", release::with_executable("2.0.0", &foreign), "does not run on this host"),
-        ("is truncated though signed", release::with_executable("2.0.0", truncated), "does not run on this host"),
-    ];
-    at_once(&cases, |(name, bad, why)| {
+        ("is for another architecture", release::with_executable(version, &foreign), "does not run on this host"),
+        ("is truncated though signed", release::with_executable(version, truncated), "does not run on this host"),
+    ]
+}
+
+#[test]
+fn a_release_that_cannot_work_here_is_never_put_in_place() {
+    at_once(&unfit("2.0.0", &real()), |(name, bad, why)| {
         ends(name, bad, SKIPPED, why);
     });
 }

@@ -1,11 +1,17 @@
 //! Upgrades of the manager on real hosts: under systemd, for a product that starts the home itself, and on hosts in trouble.
+//!
+//! Of the bad releases, and of the amounts of room, each kind of host gets a few, drawn by `AOPS_UPGRADE_SEED`; with `AOPS_UPGRADES=all`
+//! every one.
 
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::install_systemd::{fleet_of_two, runs};
+use crate::self_upgrades::seed;
+use crate::self_upgrades_bad::{BAD_MANAGERS, unfit};
 use crate::support::container::Container;
+use crate::support::host::SOON;
 use crate::support::inside::{self, Inside, URL, VERBATIM, done, wait_for_agents};
 use crate::support::package::Package;
 use crate::support::release::{self, NAME};
@@ -88,14 +94,67 @@ fn under_systemd_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
     done(&container, "systemctl is-enabled aops-spm aops-spa && systemctl is-active aops-spm aops-spa");
 }
 
-#[test]
-fn where_the_product_starts_the_home_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
-    let container = Container::bare();
-    let install = format!(
+fn by_the_product() -> String {
+    format!(
         "/tmp/aops install --product hci --agent-id 1 --endpoint {URL} --trusted-key /tmp/gateway/keys/aops.pub \
          --ca-cert /tmp/gateway/tls/cert.pem --version {FIRST} --home /opt/aops"
-    );
-    there_and_back(&container, &install);
+    )
+}
+
+#[test]
+fn where_the_product_starts_the_home_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
+    there_and_back(&Container::bare(), &by_the_product());
+}
+
+/// Of what is drawn.
+const SAMPLE: usize = 2;
+
+fn all_is_wanted() -> bool {
+    std::env::var_os("AOPS_UPGRADES").is_some_and(|which| which == "all")
+}
+
+/// Bad releases, one after the other on the same host.
+#[track_caller]
+fn each_is_rolled_back(container: &Container, install: &str) {
+    let managers = BAD_MANAGERS.iter().enumerate().map(|(number, (name, manager, why))| {
+        (format!("3.0.{number}"), *name, release::bad_manager(&format!("3.0.{number}"), REAL, manager), *why)
+    });
+    let unfit = (0..3).map(|number| {
+        let version = format!("3.1.{number}");
+        let (name, package, why) = unfit(&version, REAL).into_iter().nth(number).expect("there are three");
+        (version, name, package, why)
+    });
+    let mut cases: Vec<_> = managers.chain(unfit).collect();
+    if !all_is_wanted() {
+        fastrand::Rng::with_seed(seed()).shuffle(&mut cases);
+        cases.truncate(SAMPLE);
+    }
+    let (gateway, agents) = host(container, install, &cases.iter().map(|(_, _, bad, _)| bad).collect::<Vec<_>>());
+    for (version, name, _, why) in &cases {
+        gateway.fleet(&fleet(version));
+        let status = wait_for_status(container, &format!("a release that {name} to be skipped"), |status| {
+            runs_release(status, FIRST) && is_skipped(status, version)
+        });
+        let problems = status["problems"].to_string();
+        // A service manager starts one that died before the watchdog could see it.
+        let is_unseen = why == &"died repeatedly" && problems.contains("did not answer in time");
+        assert!(problems.contains(why) || is_unseen, "{name}: {problems}");
+        assert_eq!(wait_for_agents(container, &["native", "script"]), agents, "{name}");
+        let left = || -> Vec<_> {
+            container.processes().into_iter().filter(|(_, words)| words.contains("sleep 1000001")).collect()
+        };
+        assert!(try_for(SOON, || left().is_empty().then_some(())).is_some(), "{name}: {:?}", left());
+    }
+}
+
+#[test]
+fn under_systemd_each_bad_release_is_rolled_back() {
+    each_is_rolled_back(&Container::systemd(), VERBATIM);
+}
+
+#[test]
+fn where_the_product_starts_the_home_each_bad_release_is_rolled_back() {
+    each_is_rolled_back(&Container::bare(), &by_the_product());
 }
 
 #[test]
@@ -175,6 +234,61 @@ fn a_bad_release_is_rolled_back_though_the_home_takes_nothing_more() {
             runs_release(status, FIRST) && runs(status)
         });
     }
+}
+
+/// Leaves so much of the home's file system free, in KiB or in inodes.
+fn leave_free(free: Free) -> String {
+    match free {
+        Free::Kibibytes(free) => format!(
+            "n=$(($(df --output=avail -k /opt/aops | tail -1) - {free})); \
+             [ $n -le 0 ] || dd if=/dev/zero of=/opt/aops/log/filler bs=1k count=$n status=none"
+        ),
+        Free::Inodes(free) => format!(
+            "mkdir /opt/aops/log/fillers; n=$(($(df --output=iavail /opt/aops | tail -1) - {free})); \
+             [ $n -le 0 ] || (cd /opt/aops/log/fillers && seq $n | xargs touch)"
+        ),
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Free {
+    Kibibytes(u32),
+    Inodes(u32),
+}
+
+/// However far an upgrade comes before the room ends: it is made, or the release before goes on and the reason is shown; and it is made
+/// when there is room.
+#[test]
+fn with_little_room_the_manager_is_upgraded_or_says_why_not() {
+    // What is downloaded, unpacked, backed up and put in place takes four times the executable at most.
+    let executable = std::fs::metadata(release::real()).expect("it is there").len() / 1024;
+    let most = u32::try_from(executable * 4).expect("it is small");
+    let bytes = (0..16).map(|step| Free::Kibibytes(most / 15 * step));
+    let mut rooms: Vec<Free> = bytes.chain((0..24).map(Free::Inodes)).collect();
+    if !all_is_wanted() {
+        fastrand::Rng::with_seed(seed()).shuffle(&mut rooms);
+        rooms.truncate(SAMPLE);
+    }
+    let container = Container::bare();
+    done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=400m,nr_inodes=800 tmpfs /opt/aops");
+    let (gateway, agents) = host(&container, VERBATIM, &[&release::good("2.0.0")]);
+    let mut others = ["2.0.0", FIRST].iter().cycle();
+    for room in rooms {
+        let (version, before) =
+            (*others.next().expect("they never end"), wait_for_agents(&container, &["native", "script"]));
+        done(&container, &leave_free(room));
+        gateway.fleet(&fleet(version));
+        wait_for_status(&container, &format!("{version} to run, or why not, with {room:?} free"), |status| {
+            runs_release(status, version) || status["problems"].to_string().contains(&format!("upgraded to {version}"))
+        });
+        assert_eq!(wait_for_agents(&container, &["native", "script"]), before, "{room:?}");
+        done(&container, "rm -rf /opt/aops/log/filler /opt/aops/log/fillers");
+        done(&container, "/opt/aops/control upgrade");
+        wait_for_status(&container, &format!("{version} after {room:?} was free"), |status| {
+            runs_release(status, version) && runs(status)
+        });
+    }
+    assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
 }
 
 #[test]

@@ -3,7 +3,6 @@
 use crate::core::manifest::StopSignal;
 use crate::home::Home;
 use crate::platform;
-use crate::role::Holder;
 
 /// A manager has a handful of processes in its session: what checks and asks.
 const MAX_PROCESSES: usize = 200;
@@ -11,33 +10,33 @@ const MAX_PROCESSES: usize = 200;
 const ROUNDS: usize = 100;
 
 /// The processes of a manager's session, itself among them; a sub-agent has a session of its own.
-fn session_of(home: &Home, manager: &Holder) -> Vec<platform::Seen> {
-    let own = platform::seen(manager.pid, home.root());
+fn session_of(home: &Home, pid: u32, start_time: u64) -> Vec<platform::Seen> {
+    let own = platform::seen(pid, home.root());
     // Of a dead one the session has its number as long as there is a process in it, and then nobody else has that number.
     let session = match &own {
-        Some(own) if own.start_time != manager.start_time => return vec![],
+        Some(own) if own.start_time != start_time => return vec![],
         Some(own) => own.session,
-        None => manager.pid,
+        None => pid,
     };
     let ours = platform::seen(std::process::id(), home.root()).map(|seen| seen.session);
     if ours == Some(session) {
         return own.into_iter().collect();
     }
     let is_its =
-        |seen: &platform::Seen| seen.session == session && seen.mark.is_none() && seen.start_time >= manager.start_time;
+        |seen: &platform::Seen| seen.session == session && seen.mark.is_none() && seen.start_time >= start_time;
     platform::processes(home.root()).into_iter().filter(is_its).collect()
 }
 
-pub(super) fn uses_too_much(home: &Home, manager: &Holder, most: u64) -> bool {
-    let processes = session_of(home, manager);
+pub(super) fn uses_too_much(home: &Home, pid: u32, start_time: u64, most: u64) -> bool {
+    let processes = session_of(home, pid, start_time);
     let bytes = processes.iter().filter_map(|seen| platform::memory_bytes(seen.pid)).fold(0_u64, u64::saturating_add);
     processes.len() > MAX_PROCESSES || bytes > most
 }
 
-/// Kills all that a manager has started and that is no sub-agent, the manager itself last.
-pub(super) fn kill_session(home: &Home, manager: &Holder) {
+/// Kills all that a manager has started and that is no sub-agent; the manager itself is left to the caller.
+pub(super) fn kill_session(home: &Home, pid: u32, start_time: u64) {
     for _ in 0..ROUNDS {
-        let others: Vec<_> = session_of(home, manager).into_iter().filter(|seen| seen.pid != manager.pid).collect();
+        let others: Vec<_> = session_of(home, pid, start_time).into_iter().filter(|seen| seen.pid != pid).collect();
         if others.is_empty() {
             return;
         }
@@ -45,5 +44,5 @@ pub(super) fn kill_session(home: &Home, manager: &Holder) {
             let _ = platform::signal(seen.pid, seen.start_time, StopSignal::Kill);
         }
     }
-    tracing::error!(pid = manager.pid, "the manager starts processes faster than they can be killed");
+    tracing::error!(pid, "the manager starts processes faster than they can be killed");
 }
