@@ -16,6 +16,7 @@ pub mod health;
 pub mod ledger;
 pub mod manifest;
 pub mod model;
+pub mod names;
 pub mod order;
 pub mod pace;
 mod paths;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::env::{self, Env, Value};
 use super::glob::Glob;
 use super::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Version};
+use super::names;
 use super::order::{Cmd, Order, Package, Run, Spec};
 use super::protocol::{AgentOrder, MAX_AGENTS, Offer};
 use super::text::cut;
@@ -308,6 +309,8 @@ pub enum Unfit {
     Drops { dropped: usize, of: usize, names: Vec<AgentName> },
     /// The same, seen from the hosts: rules can take a sub-agent from most hosts and still name it.
     DropsFromHosts { dropped: usize, of: usize },
+    /// Names a sub-agent or a version that no host can have: which, and why.
+    Reserved(String),
     /// The depot has no package of these releases, for no os and arch.
     NoPackage(Vec<String>),
 }
@@ -333,6 +336,7 @@ impl fmt::Display for Unfit {
                 "it takes {dropped} of {of} sub-agents from the hosts known now; if that is meant, write allowRemoval = true \
                  at the top"
             ),
+            Unfit::Reserved(why) => f.write_str(why),
             Unfit::NoPackage(releases) => write!(
                 f,
                 "the depot has no package of {}; publish it, or name another version",
@@ -367,6 +371,9 @@ pub fn judge(
                 return Err(Unfit::DropsFromHosts { dropped, of });
             }
         }
+    }
+    for (name, version) in new.releases().into_iter().filter(|(name, _)| *name != MANAGER_PACKAGE) {
+        names::check_version(version).map_err(|why| Unfit::Reserved(format!("cannot take agents.{name}: {why}")))?;
     }
     let missing: Vec<String> = new
         .releases()
