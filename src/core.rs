@@ -13,6 +13,7 @@ pub mod generation;
 pub mod glob;
 mod guards;
 pub mod health;
+pub mod item;
 pub mod ledger;
 pub mod manifest;
 pub mod model;

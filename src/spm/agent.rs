@@ -13,7 +13,7 @@ use super::stage::{self, Staging};
 use super::unix_now;
 use crate::core::agent::{Agent, At, Found};
 use crate::core::ledger::{Entry, Release};
-use crate::core::model::{AgentName, Version};
+use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::names::CURRENT;
 use crate::core::protocol::AgentReport;
 use crate::core::schedule::Allowance;
@@ -79,7 +79,8 @@ impl SubAgent {
         self.state.ledger().active().map_or(0, |release| release.epoch)
     }
 
-    pub(super) fn report(&self) -> AgentReport {
+    /// `agent_id`, `instance_id`: of this host.
+    pub(super) fn report(&self, agent_id: &AgentId, instance_id: &str) -> AgentReport {
         let supervisor = self.state.supervisor();
         AgentReport {
             name: self.state.name().clone(),
@@ -87,7 +88,7 @@ impl SubAgent {
             state: self.state.state(),
             pid: supervisor.pid(),
             restarts: supervisor.restarts(),
-            env_hash: self.state.spec().map(|spec| launch::env_hash(&spec.env)),
+            env_hash: self.state.spec().map(|spec| launch::reported_env_hash(agent_id, instance_id, &spec.env)),
             message: self.last_error(),
         }
     }
@@ -108,6 +109,7 @@ impl SubAgent {
             download: self.staging.as_ref().and_then(Staging::status),
             upgrade: self.upgrade(now),
             held_by_operator: self.state.ledger().is_held(),
+            removed_in_seconds: None,
             skipped: self.skipped(),
         }
     }

@@ -9,7 +9,7 @@ use super::{Manager, Stop};
 use crate::core::agent::Event;
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::role::Role;
-use crate::core::status::{self, HomeState, SkippedStatus, Status};
+use crate::core::status::{self, AgentStatus, HomeState, SkippedStatus, Status};
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::core::watch::memory;
 use crate::door::{Farewell, Knock, Reply, Request};
@@ -207,7 +207,11 @@ impl Manager {
     }
 
     pub(super) fn status(&self, now: Instant) -> Status {
-        let agents: Vec<_> = self.agents.values().map(|agent| agent.status(now)).collect();
+        let agents = self.agents.iter().map(|(name, agent)| AgentStatus {
+            removed_in_seconds: self.orders.removed_in(name, now),
+            ..agent.status(now)
+        });
+        let agents: Vec<_> = agents.collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
         if self.peer.stopped_by_operator {
             problems.push("the watchdog's unit was stopped by an operator; `control start` starts it again".to_owned());
