@@ -183,7 +183,7 @@ fn colour(state: AgentState) -> Color {
         AgentState::Running => Color::Green,
         AgentState::Starting | AgentState::Updating | AgentState::Backoff => Color::Yellow,
         AgentState::Unhealthy | AgentState::Failed => Color::Red,
-        AgentState::Stopped => Color::Reset,
+        AgentState::Stopped | AgentState::Unknown => Color::Reset,
     }
 }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::env;
 use super::generation::{self, Clocks, Next};
-use super::item::Item;
+use super::item::{self, Item, Unreadable};
 use super::model::{AgentName, Arch, Os};
 use super::names;
 use super::order::{Cmd, Order, Run};
@@ -82,6 +82,9 @@ pub struct Refusal {
     /// A command of a later version, and otherwise sound.
     #[serde(default)]
     pub is_unsupported: bool,
+    /// Tells it from another order that is refused for the same reason.
+    #[serde(default)]
+    mark: u64,
 }
 
 impl Open {
@@ -227,14 +230,14 @@ impl<'a> Orders<'a> {
     fn of(items: &'a [Item<AgentOrder>], host: Host<'_>) -> Orders<'a> {
         let mut orders = Orders { sound: vec![], refused: BTreeMap::new(), named: BTreeSet::new(), all_named: true };
         for (index, item) in items.iter().enumerate() {
-            let (name, why) = match item {
-                Item::Read(order) => (Some(&order.name), check(order, host).err()),
-                Item::Unreadable(unreadable) => (unreadable.name.as_ref(), Some(unreadable.why.clone())),
+            let (name, why, mark) = match item {
+                Item::Read(order) => (Some(&order.name), check(order, host).err(), item::mark(order)),
+                Item::Unreadable(Unreadable { name, why, mark }) => (name.as_ref(), Some(why.clone()), *mark),
             };
             let Some(name) = name else {
                 orders.all_named = false;
                 let why = why.unwrap_or_default();
-                let refusal = Refusal { name: None, why, is_unsupported: false };
+                let refusal = Refusal { name: None, why, is_unsupported: false, mark };
                 orders.refused.insert(format!("order {} of the list", index + 1), refusal);
                 continue;
             };
@@ -242,12 +245,12 @@ impl<'a> Orders<'a> {
             let why = if orders.named.insert(name) { why } else { Some("it is named twice in one list".to_owned()) };
             if let Some(why) = why {
                 orders.sound.retain(|order| order.name != *name);
-                orders.refuse(name, why, false);
+                orders.refuse(name, why, false, mark);
             } else if let Item::Read(order) = item {
                 match &order.cmd {
                     Cmd::Unknown(word) => {
                         let why = format!("cannot {word} {name}: this version does not know how");
-                        orders.refuse(name, why, true);
+                        orders.refuse(name, why, true, mark);
                     }
                     Cmd::Run(_) | Cmd::Uninstall => orders.sound.push(order),
                 }
@@ -256,8 +259,8 @@ impl<'a> Orders<'a> {
         orders
     }
 
-    fn refuse(&mut self, name: &AgentName, why: String, is_unsupported: bool) {
-        self.refused.insert(name.to_string(), Refusal { name: Some(name.clone()), why, is_unsupported });
+    fn refuse(&mut self, name: &AgentName, why: String, is_unsupported: bool, mark: u64) {
+        self.refused.insert(name.to_string(), Refusal { name: Some(name.clone()), why, is_unsupported, mark });
     }
 }
 

@@ -3,6 +3,9 @@
 //! A later version may send a kind of value that this one does not know. A message that failed as a whole for it would stop every older
 //! host, so what a message lists is read item by item: one that does not fit is refused alone, with its name where that can be read.
 
+use std::fmt;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
 use serde::de::value::{Error, MapDeserializer, SeqDeserializer, StringDeserializer};
 use serde::de::{DeserializeOwned, Deserializer, IntoDeserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer, forward_to_deserialize_any};
@@ -27,6 +30,15 @@ pub struct Unreadable {
     /// Whom it is about; `None`: that cannot be read either.
     pub name: Option<AgentName>,
     pub why: String,
+    /// Tells it from another one that cannot be read for the same reason.
+    pub mark: u64,
+}
+
+/// Tells one content from another, on one host and by one build of the program: for whether it came before.
+pub fn mark(content: &impl fmt::Debug) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    format!("{content:?}").hash(&mut hasher);
+    hasher.finish()
 }
 
 impl<T> From<T> for Item<T> {
@@ -54,9 +66,10 @@ impl<'de, T: DeserializeOwned> Deserialize<'de> for Item<T> {
             },
             _ => None,
         };
+        let mark = mark(&value);
         Ok(match read(value) {
             Ok(item) => Item::Read(item),
-            Err(why) => Item::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES) }),
+            Err(why) => Item::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES), mark }),
         })
     }
 }

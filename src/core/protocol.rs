@@ -131,6 +131,9 @@ pub enum AgentState {
     Failed,
     /// A release is being staged, or is on trial.
     Updating,
+    /// A word of a later version.
+    #[serde(other)]
+    Unknown,
 }
 
 impl AgentState {
@@ -144,6 +147,7 @@ impl AgentState {
             AgentState::Stopped => "stopped",
             AgentState::Failed => "failed",
             AgentState::Updating => "updating",
+            AgentState::Unknown => "unknown",
         }
     }
 }
@@ -285,6 +289,13 @@ pub fn document() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_of_a_later_version_is_unknown_and_no_error() {
+        let report: AgentReport = serde_json::from_str(r#"{"name":"a","state":"dreaming"}"#).unwrap();
+        assert_eq!((report.state, report.state.as_str()), (AgentState::Unknown, "unknown"));
+        assert_eq!(serde_json::to_string(&AgentState::Backoff).unwrap(), r#""backoff""#);
+    }
 
     #[test]
     fn the_document_names_the_bounds_of_messages() {

@@ -3,7 +3,6 @@
 use proptest::prelude::*;
 
 use super::super::env::Env;
-use super::super::item::Unreadable;
 use super::super::order::{Package, Spec};
 use super::super::unknown::Any;
 use super::*;
@@ -291,7 +290,7 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
         assert_eq!(b(&after), Run::Stop);
     }
     let unreadable = |name: Option<&str>| {
-        Item::Unreadable(Unreadable { name: name.map(|name| name.parse().unwrap()), why: "no".to_owned() })
+        Item::Unreadable(Unreadable { name: name.map(|name| name.parse().unwrap()), why: "no".to_owned(), mark: 1 })
     };
     let named = judged(&|items| items[0] = unreadable(Some("a")));
     assert_eq!((names(&named), b(&named), reasons(&named)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
@@ -301,6 +300,15 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
     let twice = judged(&|items| items.push(Item::Read(order("a", "stop"))));
     assert_eq!(twice.agents[&"a".parse().unwrap()].run, Run::Start);
     assert!(reasons(&twice)[0].contains("twice"));
+    // Another order that is refused for the same reason is another one.
+    let unlike = |version: &str| {
+        judged(&|items| {
+            let Item::Read(order) = &mut items[0] else { panic!() };
+            (order.package.version, order.package.file) = (version.parse().unwrap(), Some("f".repeat(256)));
+        })
+    };
+    assert_eq!(reasons(&unlike("2")), reasons(&unlike("3")));
+    assert!(unlike("2").refused().ne(unlike("3").refused()) && unlike("2").refused().eq(unlike("2").refused()));
     // The next list that is good ends it.
     assert_eq!(take(&twice, &answer("l", 3, true, &wanted)).refused().count(), 0);
     let of_others = take(&twice, &answer("l", 3, false, &[("b", "start")]));
@@ -314,7 +322,7 @@ fn an_order_that_a_later_version_can_follow_is_followed_under_the_same_number() 
     let items = list.agents.as_mut().unwrap();
     let good = std::mem::replace(
         &mut items[1],
-        Item::Unreadable(Unreadable { name: Some("b".parse().unwrap()), why: "a later notation".to_owned() }),
+        Item::Unreadable(Unreadable { name: Some("b".parse().unwrap()), why: "a later notation".to_owned(), mark: 1 }),
     );
     let held = take(&Desired::default(), &list);
     assert_eq!(names(&held), ["a"]);

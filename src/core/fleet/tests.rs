@@ -189,6 +189,14 @@ fn a_file_that_names_what_is_not_published_is_refused() {
 }
 
 #[test]
+fn a_file_that_names_a_reserved_version_is_refused_and_one_that_is_in_force_stays() {
+    let current = fleet("[manager]\nversion = \"current\"\n[agents.a]\nversion = \"Current\"\n");
+    let Err(Unfit::Reserved(why)) = judge(&current, None, &[], |_, _| true) else { panic!("not refused") };
+    assert!(why.contains("agents.a: the version Current is reserved"), "{why}");
+    assert_eq!(judge(&fleet("[manager]\nversion = \"current\"\n"), None, &[], |_, _| true), Ok(()));
+}
+
+#[test]
 fn a_list_that_leaves_something_out_does_not_call_itself_complete() {
     let fleet = fleet(&agents(&["a", "absent", "b"]));
     let host = host("1", "x");
