@@ -48,6 +48,10 @@ pub enum Request {
     Stop,
     /// End yourself and leave the sub-agents running.
     Yield,
+    /// As `Yield`, and report this reason.
+    Renew {
+        why: String,
+    },
     /// Stop and start one sub-agent.
     Restart {
         agent: AgentName,

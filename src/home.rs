@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest as _, Sha256};
 
 use crate::core::model::{AgentName, Version};
+use crate::core::names::CURRENT;
 use crate::core::role::Role;
 use crate::core::text::hex;
 use crate::platform;
@@ -147,7 +148,7 @@ impl Home {
 
     /// Names the active version of a sub-agent.
     pub fn current(&self, name: &AgentName) -> PathBuf {
-        self.agent(name).join("current")
+        self.agent(name).join(CURRENT)
     }
 
     /// What is being unpacked; swept at start.

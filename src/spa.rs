@@ -23,7 +23,7 @@ use self::started::Children;
 use crate::config::Config;
 use crate::core::role::Role;
 use crate::core::service_manager::{Kind, Notice};
-use crate::core::watch::memory::{Bytes, Excess, Memory};
+use crate::core::watch::memory::{self, Memory};
 use crate::core::watch::reviver::{Action, Loss, Policy, Reviver, Seen};
 use crate::core::watch::silence::{Next, PING, Pings};
 use crate::door::{self, Door, Farewell, Heard, Request};
@@ -33,7 +33,7 @@ use crate::platform::{self, LocalConnection};
 use crate::role::{self, Holder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
-/// The home and the memory of both roles are looked at so often, with a ping.
+/// The home and the settings are looked at so often, with a ping.
 const LOOKS_AROUND: Duration = Duration::from_secs(60);
 const TAKE_OVER: Duration = Duration::from_secs(10);
 
@@ -107,6 +107,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         reviver,
         children: Children::default(),
         memory: Memory::default(),
+        most_memory: u64::MAX,
         looks_around: now,
     };
     let end = watchdog.run();
@@ -197,8 +198,11 @@ struct Watchdog<'a> {
     serial: u64,
     reviver: Reviver,
     children: Children,
+    /// The manager's.
     memory: Memory,
-    /// When the home and the memory of both roles are looked at next.
+    /// So much the manager may use, bytes.
+    most_memory: u64,
+    /// When the home and the settings are looked at next.
     looks_around: Instant,
 }
 
@@ -366,8 +370,9 @@ impl Watchdog<'_> {
                     self.children.look(self.home, Instant::now());
                     if Instant::now() >= self.looks_around {
                         self.looks_around = Instant::now() + LOOKS_AROUND;
-                        self.look_around(&mut connection)?;
+                        self.look_around();
                     }
+                    self.look_at_memory(&mut connection);
                     if next == Next::Hung {
                         self.kill_hung();
                     }
@@ -414,8 +419,8 @@ impl Watchdog<'_> {
         }
     }
 
-    /// Memory within limits, directories and keys in place.
-    fn look_around(&mut self, connection: &mut LocalConnection) -> Result<()> {
+    /// Directories and keys in place, and what the manager may use.
+    fn look_around(&mut self) {
         role::tell_of_restored(&role::restore_directories(self.home));
         role::announce_again(self.home, Role::Spa, self.holder);
         match keyring::trusted(self.home) {
@@ -425,19 +430,24 @@ impl Watchdog<'_> {
             Ok(_) => {}
             Err(error) => tracing::error!(error = format!("{error:#}"), "no release can be installed"),
         }
-        let Ok(loaded) = Config::load(self.home) else { return Ok(()) };
-        let managers = role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid));
-        let used = Bytes { own: platform::memory_bytes(std::process::id()).unwrap_or(0), other: managers.unwrap_or(0) };
-        let limit = Bytes { own: loaded.config.spa_max_mem.0, other: loaded.config.spm_max_mem.0 };
-        match self.memory.look(used, limit) {
-            None => Ok(()),
-            Some(Excess::Own) => {
-                bail!("the watchdog uses {} bytes, more than spaMaxMem; it is started anew", used.own)
-            }
-            Some(Excess::Other) => {
-                tracing::warn!(bytes = used.other, "the manager uses more than spmMaxMem and is renewed");
-                door::send(connection, &Request::Yield)
-            }
+        if let Ok(loaded) = Config::load(self.home) {
+            self.most_memory = loaded.config.spm_max_mem.0;
+        }
+    }
+
+    /// Has the manager restarted that uses too much memory for too long. In an upgrade the judge sees to that.
+    fn look_at_memory(&mut self, connection: &mut LocalConnection) {
+        if self.judge.is_judging() {
+            return;
+        }
+        let used =
+            role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
+        if self.memory.look(used, self.most_memory, Instant::now())
+            && let Some(why) = memory::excess("the manager", used, self.most_memory, "spmMaxMem")
+        {
+            tracing::warn!(why, "the manager is restarted");
+            // A failure shows as the connection's end.
+            let _ = door::send(connection, &Request::Renew { why });
         }
     }
 

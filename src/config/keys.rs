@@ -134,9 +134,9 @@ pub(super) fn set(config: &mut Config, key: &str, given: &Given) -> Result<(), E
                             \"gateway.example:8888\"], or \"*\"";
             config.no_proxy = Some(exceptions(given, expected)?);
         }
-        // A role needs 3 MiB idle and about 10 while it unpacks: a lower limit would restart it for ever.
+        // The manager needs 3 MiB idle and about 10 while it unpacks, the watchdog 2: a lower limit would restart it again and again.
         "spmMaxMem" => config.spm_max_mem = size(given, 16 << 20, 1 << 40)?,
-        "spaMaxMem" => config.spa_max_mem = size(given, 16 << 20, 1 << 40)?,
+        "spaMaxMem" => config.spa_max_mem = size(given, 8 << 20, 1 << 40)?,
         "upgradeTrial" => config.upgrade_trial = span(given, Duration::from_secs(5), Duration::from_secs(600))?,
         "logMaxSize" => config.log_max_size = size(given, 64 << 10, 1 << 40)?,
         "product" => config.product = Some(text(given, "the name of a product, such as \"generic\"")?),

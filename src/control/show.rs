@@ -61,6 +61,13 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
             if agent.held_by_operator {
                 println!(" {}: an operator keeps this release; `control retry {}` ends that", agent.name, agent.name);
             }
+            if let Some(seconds) = agent.removed_in_seconds {
+                println!(
+                    " {}: the gateway's list omits it; to be removed in {} unless listed again",
+                    agent.name,
+                    span(seconds)
+                );
+            }
             if let Some(download) = &agent.download {
                 println!(" {}: {}", agent.name, progress(download));
             }
@@ -176,7 +183,7 @@ fn colour(state: AgentState) -> Color {
         AgentState::Running => Color::Green,
         AgentState::Starting | AgentState::Updating | AgentState::Backoff => Color::Yellow,
         AgentState::Unhealthy | AgentState::Failed => Color::Red,
-        AgentState::Stopped => Color::Reset,
+        AgentState::Stopped | AgentState::Unknown => Color::Reset,
     }
 }
 

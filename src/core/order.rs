@@ -24,10 +24,11 @@ use super::unknown::Unknown;
 #[serde(rename_all = "camelCase")]
 pub struct Package {
     pub version: Version,
-    /// URL of the directory that holds the package; absent: the endpoint's own download path.
+    /// Absolute URL of the directory that holds the package, without user, query and fragment; absent: the endpoint's own download path. It is
+    /// asked first, then each endpoint. What comes from there is accepted by its signature alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tarball: Option<String>,
-    /// The package's file name below `tarball`; absent: `{name}-{version}_{os}_{arch}.tar.zst`.
+    /// The package's file name below `tarball`, `{name}-{version}_{os}_{arch}.{tar.zst|tar.gz|zip}`; absent: that of tar.zst.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

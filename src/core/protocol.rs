@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::item::Item;
 use super::model::{AgentId, AgentName, Arch, Digest, Os, Version};
 use super::order::{Cmd, Package, Spec, is_zero};
 use super::unknown::{self, Unknown};
@@ -56,16 +57,16 @@ pub struct Heartbeat {
     /// Whose generation it is; absent before the first desired state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<String>,
-    /// The generation that the host holds; 0 before the first.
+    /// The generation that the host holds; 0 before the first, and where it asks for the list once more.
     #[serde(default)]
     pub generation: u64,
-    /// Counts this manager's heartbeats from 1; begins anew when it starts.
+    /// Counts this manager's heartbeats from 1; begins anew when it starts. One that was sent again over a new connection has the same.
     #[serde(default)]
     pub sequence: u64,
     /// Every sub-agent that is installed, or wanted.
     #[serde(default)]
     pub agents: Vec<AgentReport>,
-    /// What happened and was not yet acknowledged, oldest first.
+    /// What happened and was not yet acknowledged, oldest first: at most 100 with 64 KiB. A host keeps 500 with 256 KiB, and forgets the oldest.
     #[serde(default)]
     pub events: Vec<Event>,
     /// Seconds by which the host's clock was ahead of the gateway's, as the `Date` of its last answer said; negative: behind.
@@ -102,7 +103,9 @@ pub struct AgentReport {
     /// Restarts that nobody asked for, since it was last started on purpose.
     #[serde(default)]
     pub restarts: u64,
-    /// SHA-256 of the environment that it was started with, as told by the gateway.
+    /// Of the environment that the gateway ordered: SHA-256, in lower-case hexadecimal digits, of `agentId`, a zero byte, `instanceId`, a zero
+    /// byte, and for each variable in the order of their names the name, `=`, the value and a zero byte. The ids are a salt, so that the same
+    /// environment has another hash on another host.
     #[serde(default)]
     pub env_hash: Option<String>,
     /// The last error, if there is one to know.
@@ -128,6 +131,9 @@ pub enum AgentState {
     Failed,
     /// A release is being staged, or is on trial.
     Updating,
+    /// A word of a later version.
+    #[serde(other)]
+    Unknown,
 }
 
 impl AgentState {
@@ -141,6 +147,7 @@ impl AgentState {
             AgentState::Stopped => "stopped",
             AgentState::Failed => "failed",
             AgentState::Updating => "updating",
+            AgentState::Unknown => "unknown",
         }
     }
 }
@@ -150,13 +157,14 @@ impl AgentState {
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Event {
-    /// Only grows on one host; acknowledged by the `ack` of an answer.
+    /// Only grows on one host, and is at least the clock's unix milliseconds; acknowledged by the `ack` of an answer.
     pub id: u64,
     /// RFC 3339, UTC.
     pub time: String,
     /// What it was about, such as `start`, `exit`, `health`, `restart` (because of its health), `backoff`, `stage`, `activate`,
-    /// `upgrade` (a new release was committed, or not), `rollback` (the release before runs again), `skip` (a release is not tried again), `uninstall`, `config`, `command`, `desired`, `env`; `heartbeat` (an answer that was not believed), `clock`, `home` (it cannot be relied
-    /// on), `keys`, `door` (somebody knocked who may not).
+    /// `upgrade` (a new release was committed, or not), `rollback` (the release before runs again), `skip` (a release is not tried again), `uninstall`, `config`, `command`, `desired`, `env`; `order` (it cannot be followed), `manager` (likewise the manager's),
+    /// `heartbeat` (an answer that was not believed or cannot be read), `clock`, `memory` (a role was restarted for it), `home` (it cannot be
+    /// relied on), `keys`, `door` (somebody knocked who may not).
     pub kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentName>,
@@ -197,9 +205,12 @@ pub struct Answer {
     /// What the gateway wants an operator to know.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_message: Option<String>,
-    /// Seconds until the next heartbeat; absent: as the host is configured.
+    /// Seconds until the next heartbeat, from 1 to 3600: what is outside counts as the nearer bound; absent: as the host is configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interval: Option<u64>,
+    /// Seconds for which a complete list must have omitted a sub-agent, without a break, before the host removes it; absent: 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removal_delay: Option<u64>,
     /// Names the store that counts the generations, in at most 128 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<String>,
@@ -207,24 +218,27 @@ pub struct Answer {
     /// same one with another content, one more than 7 days ahead of the clocks, and 2^53 and above.
     #[serde(default)]
     pub generation: u64,
-    /// A command to the manager: `upgrade`. Unknown ones are answered with an event of outcome `unsupported`.
+    /// A command to the manager: `upgrade` (to the release in `manager`; without it nothing is upgraded). Unknown ones are answered with an
+    /// event of outcome `unsupported`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmd: Option<String>,
-    /// The manager's desired release; its package is named `aops-spm`.
+    /// The manager's desired release; its package is named `aops-spm`. One that cannot be read is refused alone, with an event.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub manager: Option<Package>,
-    /// Whether `agents` names every sub-agent of the host, so that absence means removal. An empty list never does.
+    pub manager: Option<Item<Package>>,
+    /// Whether `agents` names every sub-agent of the host, so that absence means removal, after `removalDelay`. An empty list never does, nor
+    /// one with an order whose name cannot be read.
     #[serde(default)]
     pub complete: bool,
-    /// Present only when lineage or generation differ from what the host sent. At most 1,000.
+    /// Present only when lineage or generation differ from what the host sent. At most 1,000. An order that does not fit is refused alone, with
+    /// an event that names it; its sub-agent stays as it is, and is not absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub agents: Option<Vec<AgentOrder>>,
-    /// The id of the last event that the gateway has seen.
+    pub agents: Option<Vec<Item<AgentOrder>>>,
+    /// The id of the last event that the gateway has seen: the host forgets that one and all before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ack: Option<u64>,
 }
 
-/// What the gateway wants of one sub-agent.
+/// What the gateway wants of one sub-agent. The name `aops-spm` and the version `current` are reserved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
@@ -266,9 +280,37 @@ impl From<Offer> for Package {
     }
 }
 
+/// The protocol's document, in one line: what it says is compared with the code.
+#[cfg(test)]
+pub fn document() -> String {
+    include_str!("../../assets/protocol.md").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_of_a_later_version_is_unknown_and_no_error() {
+        let report: AgentReport = serde_json::from_str(r#"{"name":"a","state":"dreaming"}"#).unwrap();
+        assert_eq!((report.state, report.state.as_str()), (AgentState::Unknown, "unknown"));
+        assert_eq!(serde_json::to_string(&AgentState::Backoff).unwrap(), r#""backoff""#);
+    }
+
+    #[test]
+    fn the_document_names_the_bounds_of_messages() {
+        assert_eq!((MAX_AGENTS, MAX_VALUES), (1_000, 50_000));
+        for words in [
+            "more than 1,000 orders",
+            "50,000 JSON values",
+            AGENT_ID_HEADER,
+            HEARTBEAT_PATH,
+            DOWNLOAD_PATH,
+            RELEASES_PATH,
+        ] {
+            assert!(document().contains(words), "{words}");
+        }
+    }
 
     #[test]
     fn values_are_counted_but_not_in_strings() {

@@ -130,6 +130,9 @@ pub struct AgentStatus {
     /// An operator at the host keeps this release, against what the gateway orders.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub held_by_operator: bool,
+    /// The gateway's complete list omits it; so many seconds until it is removed, at the first heartbeat after that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removed_in_seconds: Option<u64>,
     /// Releases that failed here and are not tried again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<SkippedStatus>,

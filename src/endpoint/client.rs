@@ -5,6 +5,7 @@
 //! given up.
 
 use std::io::{self, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -29,6 +30,8 @@ const MAX_IDLE_AGE: Duration = Duration::from_secs(90);
 /// The status line and all headers of an answer.
 const MAX_HEADER_BYTES: usize = 8 << 10;
 const MAX_REDIRECTS: usize = 5;
+/// Connections to one host that are kept for the next request.
+const MAX_KEPT: usize = 2;
 /// So many times as long as it is waited for the next byte, it is waited for bytes that drip.
 const DRIP_STALLS: u32 = 4;
 
@@ -68,6 +71,8 @@ pub struct Client {
     proxies: Proxies,
     timeouts: Timeouts,
     first_contact: FirstContact,
+    /// Connections that were begun.
+    made: Arc<AtomicU64>,
 }
 
 /// Who asks, towards the one who is asked.
@@ -92,7 +97,7 @@ impl Client {
         if insecure {
             tracing::warn!("certificates are not checked, and plain http is allowed (--insecure)");
         }
-        let first_contact = Arc::new(Mutex::new(None));
+        let (first_contact, made) = (Arc::new(Mutex::new(None)), Arc::new(AtomicU64::new(0)));
         let (input, output) = if timeouts.total.is_some() { (8 << 10, 4 << 10) } else { (64 << 10, 4 << 10) };
         let config = Agent::config_builder()
             .http_status_as_error(false)
@@ -104,7 +109,7 @@ impl Client {
             .input_buffer_size(input)
             .output_buffer_size(output)
             .max_idle_connections(4)
-            .max_idle_connections_per_host(2)
+            .max_idle_connections_per_host(MAX_KEPT)
             .max_idle_age(MAX_IDLE_AGE)
             .timeout_resolve(Some(timeouts.connect))
             .timeout_connect(Some(timeouts.connect))
@@ -115,10 +120,18 @@ impl Client {
         let connector =
             ().chain(ConnectProxyConnector::default())
                 .chain(TcpConnector::default())
-                .chain(PaceConnector { window: timeouts.stall * DRIP_STALLS })
+                .chain(PaceConnector { window: timeouts.stall * DRIP_STALLS, made: Arc::clone(&made) })
                 .chain(TlsConnector::new(Judge::new(trust)?, proxies.tls_authorities(), Arc::clone(&first_contact)));
         let agent = Agent::with_parts(config, connector, DefaultResolver::default());
-        Ok(Client { agent, agent_id: agent_id.cloned(), insecure, proxies: proxies.clone(), timeouts, first_contact })
+        Ok(Client {
+            agent,
+            agent_id: agent_id.cloned(),
+            insecure,
+            proxies: proxies.clone(),
+            timeouts,
+            first_contact,
+            made,
+        })
     }
 
     /// By which somebody else ends what this client waits for.
@@ -150,14 +163,34 @@ impl Client {
 
     /// Posts a JSON text to an endpoint.
     pub fn post_json(&self, endpoint: &Endpoint, path: &str, json: &[u8]) -> Result<Reply> {
-        let mut request = self.agent.post(endpoint.url(path)).header(header::CONTENT_TYPE, "application/json");
-        if let Some(id) = &self.agent_id {
-            request = request.header(AGENT_ID_HEADER, id.as_str());
-        }
         let proxy = self.proxy_for(endpoint)?;
-        let configured = request.config().proxy(proxy.map(|proxy| proxy.proxy().clone())).build();
-        let response = configured.send(json).map_err(|error| self.explain(endpoint, proxy, error))?;
+        let response = self.asked(|| {
+            let mut request = self.agent.post(endpoint.url(path)).header(header::CONTENT_TYPE, "application/json");
+            if let Some(id) = &self.agent_id {
+                request = request.header(AGENT_ID_HEADER, id.as_str());
+            }
+            request.config().proxy(proxy.map(|proxy| proxy.proxy().clone())).build().send(json)
+        });
+        let response = response.map_err(|error| self.explain(endpoint, proxy, error))?;
         Ok(Reply::new(endpoint, self.timeouts.stall, response))
+    }
+
+    /// Asks, and asks again where a connection that was kept turns out to be dead: the other end closed it meanwhile, or whatever lies
+    /// in between forgot it, which shows only when something is sent on it. A new connection is tried once.
+    ///
+    /// Such a request was most likely not processed; where it was, nothing is lost: all that is asked so may be asked twice, and a
+    /// heartbeat that came twice says the same.
+    fn asked(&self, ask: impl Fn() -> Result<Response<Body>, ureq::Error>) -> Result<Response<Body>, ureq::Error> {
+        for _ in 0..MAX_KEPT {
+            let made = self.made.load(Ordering::SeqCst);
+            match ask() {
+                Err(error) if is_dead(&error) && made == self.made.load(Ordering::SeqCst) => {
+                    tracing::debug!(%error, "a connection that was kept is dead; a new one is made");
+                }
+                outcome => return outcome,
+            }
+        }
+        ask()
     }
 
     fn got(
@@ -172,17 +205,19 @@ impl Client {
         let began = Instant::now();
         let mut url = from.url(path);
         for _ in 0..=MAX_REDIRECTS {
-            let mut request = self.agent.get(&url);
-            for (name, value) in headers {
-                request = request.header(*name, *value);
-            }
-            if let Some(id) = self.agent_id.as_ref().filter(|_| asker == Asker::Host) {
-                request = request.header(AGENT_ID_HEADER, id.as_str());
-            }
-            let total = within.map(|within| within.saturating_sub(began.elapsed())).or(self.timeouts.total);
-            let request =
-                request.config().proxy(proxy.map(|proxy| proxy.proxy().clone())).timeout_global(total).build();
-            let response = request.call().map_err(|error| self.explain(from, proxy, error))?;
+            let response = self.asked(|| {
+                let mut request = self.agent.get(&url);
+                for (name, value) in headers {
+                    request = request.header(*name, *value);
+                }
+                if let Some(id) = self.agent_id.as_ref().filter(|_| asker == Asker::Host) {
+                    request = request.header(AGENT_ID_HEADER, id.as_str());
+                }
+                let total = within.map(|within| within.saturating_sub(began.elapsed())).or(self.timeouts.total);
+                let proxy = proxy.map(|proxy| proxy.proxy().clone());
+                request.config().proxy(proxy).timeout_global(total).build().call()
+            });
+            let response = response.map_err(|error| self.explain(from, proxy, error))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(Reply::new(from, self.timeouts.stall, response));
             }
@@ -255,6 +290,13 @@ impl Client {
         };
         anyhow::Error::new(Unanswered(text))
     }
+}
+
+/// Whether an error says that the connection has ended, before any answer came on it.
+fn is_dead(error: &ureq::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    let kinds = [BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof];
+    matches!(error, ureq::Error::Io(error) if kinds.contains(&error.kind()))
 }
 
 /// Ends all connections of a client, in the middle of what they wait for; it makes no new ones.

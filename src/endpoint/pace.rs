@@ -1,8 +1,11 @@
-//! A connection that must keep a pace: one that drips is given up like one that says nothing.
+//! A connection that must keep a pace: one that drips is given up like one that says nothing. And how many were made, which tells a new
+//! connection from one that was kept.
 //!
 //! It is judged below TLS, where bytes are seen as they come: one who sends a TLS record byte by byte shows nothing above it for hours.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
@@ -17,12 +20,15 @@ pub(super) const LEAST_PER_SECOND: u64 = 1 << 10;
 #[derive(Debug)]
 pub(super) struct PaceConnector {
     pub(super) window: Duration,
+    /// Counts the connections that were begun.
+    pub(super) made: Arc<AtomicU64>,
 }
 
 impl<In: Transport> Connector<In> for PaceConnector {
     type Out = PacedTransport<In>;
 
     fn connect(&self, _: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, ureq::Error> {
+        self.made.fetch_add(1, Ordering::SeqCst);
         let paced =
             |inner| PacedTransport { inner, pace: Pace::new(self.window, LEAST_PER_SECOND), window: self.window };
         Ok(chained.map(paced))

@@ -1,7 +1,9 @@
 //! Facts about trust: whom a client believes, and what it says when it does not, against servers made in the test.
 
 use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rcgen::{BasicConstraints, IsCa, KeyPair, date_time_ymd};
@@ -442,4 +444,47 @@ fn one_who_drips_is_given_up_as_one_who_says_nothing() {
         let error = reply.reader().read_to_end(&mut Vec::new()).unwrap_err().to_string();
         assert!(error.contains("less than 1 KiB a second came for 1s"), "{error}");
     }
+}
+
+/// Answers so many requests on each connection, and resets it when the next one comes: as a server or a firewall does that has forgotten
+/// the connection, which nobody sees before something is sent on it.
+fn forgets_after(answers: usize) -> (Endpoint, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&connections);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            count.fetch_add(1, Ordering::SeqCst);
+            for _ in 0..answers {
+                let mut asked = Vec::new();
+                while !asked.ends_with(b"body") {
+                    let mut byte = [0];
+                    if stream.read(&mut byte).is_ok_and(|amount| amount == 0) {
+                        break;
+                    }
+                    asked.push(byte[0]);
+                }
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").unwrap();
+            }
+            // What has come and was not read makes the end of the connection a reset.
+            let _ = stream.peek(&mut [0]);
+        }
+    });
+    (endpoint, connections)
+}
+
+#[test]
+fn a_kept_connection_that_was_reset_meanwhile_costs_no_request() {
+    let client = client(&Trust::Insecure);
+    let (endpoint, connections) = forgets_after(1);
+    for number in 1..=4 {
+        let reply = client.post_json(&endpoint, "/x", b"body").unwrap();
+        assert_eq!(reply.bytes(10).unwrap(), b"ok");
+        assert_eq!(connections.load(Ordering::SeqCst), number);
+    }
+    // Whoever resets a new connection is not asked again.
+    let (endpoint, connections) = forgets_after(0);
+    assert!(client.post_json(&endpoint, "/x", b"body").is_err());
+    assert_eq!(connections.load(Ordering::SeqCst), 1);
 }

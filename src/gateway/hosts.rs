@@ -17,6 +17,7 @@ pub(super) use self::record::{Given, Record, load, save};
 use super::depot::Index;
 use crate::core::fleet::{Fleet, HostFacts, Told, tell};
 use crate::core::generation;
+use crate::core::item::Item;
 use crate::core::model::{AgentId, Release};
 use crate::core::protocol::{Answer, Heartbeat};
 use crate::core::text::{cut, hex};
@@ -165,6 +166,7 @@ impl Hosts {
             agent_id: heartbeat.agent_id.clone(),
             error_message: None,
             interval: world.fleet.as_ref().map(|fleet| fleet.interval.as_secs()),
+            removal_delay: world.fleet.as_ref().map(|fleet| fleet.removal_delay.as_secs()),
             lineage: None,
             generation: 0,
             cmd: None,
@@ -178,12 +180,12 @@ impl Hosts {
                 answer.error_message = told.missing.clone();
                 answer.lineage = Some(self.lineage.clone());
                 answer.generation = given.generation;
-                answer.manager = told.manager.clone();
+                answer.manager = told.manager.clone().map(Item::Read);
                 if told.manager.as_ref().is_some_and(|order| order.version != heartbeat.manager.version) {
                     answer.cmd = Some("upgrade".to_owned());
                 }
                 if held != Some(given.generation) {
-                    answer.agents = Some(told.agents.clone());
+                    answer.agents = Some(told.agents.iter().cloned().map(Item::Read).collect());
                     answer.complete = told.complete;
                 }
             }

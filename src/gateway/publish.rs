@@ -16,6 +16,7 @@ use tempfile::NamedTempFile;
 use self::identity::{Clues, Given};
 use super::{Place, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
+use crate::core::names;
 use crate::lock;
 use crate::package::pack::Tree;
 use crate::package::sign::Signer;
@@ -229,6 +230,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         }
         contents.check_keys(&release.version)?;
     } else {
+        names::check(&release).map_err(anyhow::Error::msg)?;
         contents.check_runnable(release.os)?;
     }
 
@@ -236,6 +238,15 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
     let others = depot::published(&place.depot(), &release.name)?;
     if let Some(other) = others.iter().find(|other| other.binding.release == release && other.file != file) {
         bail!("{release} is published already, as {}; give this one another version", other.file);
+    }
+    let versions = others.iter().map(|other| &other.binding.release.version);
+    if let Some(other) = versions.into_iter().find(|other| names::differ_in_case_alone(other, &release.version)) {
+        bail!(
+            "version {other} of {} is published already, and differs from {} in upper and lower case alone: a Windows host cannot \
+             keep both; choose another version",
+            release.name,
+            release.version
+        );
     }
     let standing = others.iter().find(|other| other.file == file);
     let highest = others.iter().map(|other| other.binding.epoch).max();
@@ -257,6 +268,10 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
     let binding = Binding { release, epoch };
 
     let target = place.depot().join(&file);
+    // `a-1` 2 and `a` 1-2 would be one file.
+    if let Some(other) = depot::binding_of(&target)?.filter(|other| other.release != binding.release) {
+        bail!("the file {file} is that of {} already; choose another version", other.release);
+    }
     let same = match target.exists() {
         true if !same_content(staged.as_file_mut(), &target)? => {
             bail!("{file} is published already, with another content; choose another version (--version)")

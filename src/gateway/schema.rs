@@ -20,11 +20,12 @@ pub(super) fn document() -> Value {
         "description": format!(
             "POST <endpoint>{HEARTBEAT_PATH} takes a Heartbeat and answers an Answer; GET <endpoint>{DOWNLOAD_PATH}/<file> \
              answers a package, and <file>.minisig its signature; GET <endpoint>{RELEASES_PATH}/<name>?os=&arch= answers an \
-             Offer, or 404. Each request carries the header {AGENT_ID_HEADER}. Fields that are not known are ignored by both \
-             ends. A status other than 200 is a refusal: its body may be a JSON object with an errorMessage, and Retry-After \
+             Offer, or 404. Each request carries the header {AGENT_ID_HEADER}. The \
+             certificate of an endpoint needs a subjectAltName. Fields that are not known are ignored by both ends. A status other than 200 is a refusal: its body may be a JSON object with an errorMessage, and Retry-After \
              is obeyed. An Answer has at most 4 MiB. A package is named {{name}}-{{version}}_{{os}}_{{arch}}.{{tar.zst|tar.gz|zip}}, \
              that of the manager is called {MANAGER_PACKAGE} and holds bin/aops; its signature is a prehashed minisign one \
-             whose trusted comment reads `name={{name}} version={{version}} os={{os}} arch={{arch}} epoch={{number}}`."
+             whose trusted comment reads `name={{name}} version={{version}} os={{os}} arch={{arch}} epoch={{number}}`, each word once, in any order. \
+             What a schema cannot say stands in assets/protocol.md of the source."
         ),
         "$defs": definitions,
     })

@@ -178,7 +178,11 @@ fn problems(record: &Record, now: u64, silent_after: u64) -> Vec<String> {
     for agent in &record.agents {
         let word = match agent.state {
             AgentState::Unhealthy | AgentState::Backoff | AgentState::Failed => agent.state.as_str(),
-            AgentState::Starting | AgentState::Running | AgentState::Stopped | AgentState::Updating => continue,
+            AgentState::Starting
+            | AgentState::Running
+            | AgentState::Stopped
+            | AgentState::Updating
+            | AgentState::Unknown => continue,
         };
         match &agent.message {
             Some(message) => problems.push(format!("{} {word}: {message}", agent.name)),

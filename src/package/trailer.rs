@@ -106,6 +106,13 @@ mod tests {
     }
 
     #[test]
+    fn the_document_describes_it() {
+        let magic = std::str::from_utf8(MAGIC).unwrap().trim_end();
+        let words = format!("8 bytes, unsigned, little endian> <the {} bytes \"{magic}\\n\">", MAGIC.len());
+        assert!(crate::core::protocol::document().contains(&words), "{words}");
+    }
+
+    #[test]
     fn damaged_trailers_are_errors_and_short_files_have_none() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x");

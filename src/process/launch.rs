@@ -179,9 +179,22 @@ impl Start {
     }
 }
 
-/// SHA-256 over a gateway's variables, each as `name=value` and a zero byte, in order.
+/// SHA-256 over a gateway's variables, each as `name=value` and a zero byte, in order. For this host's own records, which are private.
 pub fn env_hash(env: &Env) -> String {
+    hash(&[], env)
+}
+
+/// As [`env_hash`], as heartbeats tell it: behind the agent id and the instance id, each with a zero byte. What one host was told cannot be
+/// looked up in a list of hashes, and two hosts that were told the same do not show it. Who knows both ids can still try values one by one.
+pub fn reported_env_hash(agent_id: &AgentId, instance_id: &str, env: &Env) -> String {
+    hash(&[agent_id.as_str(), instance_id], env)
+}
+
+fn hash(salt: &[&str], env: &Env) -> String {
     let mut hash = Sha256::new();
+    for word in salt {
+        hash.update(format!("{word}\0"));
+    }
     for (name, value) in env {
         hash.update(format!("{name}={}\0", value.reveal()));
     }
@@ -217,4 +230,24 @@ pub async fn start_native(start: &Start, manifest: &Manifest, output: File) -> R
     let group = start.entered(&launch, &child);
     let record = Record { head, pid: child.pid, start_time: child.start_time, group, ended: None };
     Ok((child, record))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::env::Value;
+    use crate::core::protocol::document;
+
+    #[test]
+    fn the_hash_in_a_heartbeat_is_that_of_the_documents_test_vector() {
+        let secret = Value::Secret { secret: "s3cret".to_owned() };
+        let env = Env::from([("TOKEN".to_owned(), secret), ("GOGC".to_owned(), "50".into())]);
+        let instance_id = "6f0d3c5e-2f0a-4b58-9c0e-0a7b1d1f7a11";
+        let hash = reported_env_hash(&"5402".parse().unwrap(), instance_id, &env);
+        assert_eq!(hash, "dbefcb8cef3e62eb289a782bf320899521f00777a35fba795631949877974db5");
+        assert!(document().contains(&hash) && document().contains(instance_id));
+        // Another host, another hash; and it is not the one that is compared here.
+        assert_ne!(hash, reported_env_hash(&"5403".parse().unwrap(), instance_id, &env));
+        assert_ne!(hash, env_hash(&env));
+    }
 }

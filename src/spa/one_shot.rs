@@ -13,7 +13,7 @@ use crate::core::role::Role;
 use crate::core::watch::silence::PING;
 use crate::door::{Door, Request};
 use crate::home::Home;
-use crate::process::record;
+use crate::process::{launch, record};
 use crate::uplink::sender::{Outcome, Sender};
 use crate::{installation, platform, role, store};
 
@@ -28,18 +28,27 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
     let manager = installation::Manager::load(home)?.context("no release of the manager is recorded")?;
     let desired: Desired = store::load(&home.desired())?.unwrap_or_default();
     let pid = role::living(home, Role::Spm).map_or(0, |holder| holder.pid);
-    let agents = record::all(home).into_iter().filter(record::Record::is_alive).map(|record| AgentReport {
-        name: record.head.name,
-        version: Some(record.head.version),
-        state: AgentState::Running,
-        pid: Some(record.pid),
-        restarts: record.head.restarts,
-        env_hash: Some(record.head.env_hash),
-        message: None,
-    });
+    let instance_id = installation::instance_id(home);
+    let env_hash = |record: &record::Record| {
+        let ordered = desired.agents.get(&record.head.name).map(|order| &order.spec.env);
+        let ordered = ordered.filter(|env| launch::env_hash(env) == record.head.env_hash)?;
+        Some(launch::reported_env_hash(&agent_id, &instance_id, ordered))
+    };
+    let alive = record::all(home).into_iter().filter(record::Record::is_alive);
+    let agents: Vec<AgentReport> = alive
+        .map(|record| AgentReport {
+            env_hash: env_hash(&record),
+            name: record.head.name,
+            version: Some(record.head.version),
+            state: AgentState::Running,
+            pid: Some(record.pid),
+            restarts: record.head.restarts,
+            message: None,
+        })
+        .collect();
     let heartbeat = Heartbeat {
         agent_id: agent_id.clone(),
-        instance_id: installation::instance_id(home),
+        instance_id,
         hostname: gethostname::gethostname().to_string_lossy().into_owned(),
         os: platform::OS,
         arch: platform::ARCH,
@@ -52,7 +61,7 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
         lineage: Some(desired.lineage).filter(|lineage| !lineage.is_empty()),
         generation: desired.generation,
         sequence: 0,
-        agents: agents.collect(),
+        agents,
         events: Vec::new(),
         clock_offset_seconds: None,
     };

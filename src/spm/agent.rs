@@ -3,15 +3,18 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind};
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::{Context, Result};
 use tokio::task::AbortHandle;
 
 use super::stage::{self, Staging};
 use super::unix_now;
 use crate::core::agent::{Agent, At, Found};
 use crate::core::ledger::{Entry, Release};
-use crate::core::model::{AgentName, Version};
+use crate::core::model::{AgentId, AgentName, Version};
+use crate::core::names::CURRENT;
 use crate::core::protocol::AgentReport;
 use crate::core::schedule::Allowance;
 use crate::core::status::{AgentStatus, SkippedStatus, UpgradeStatus};
@@ -76,7 +79,8 @@ impl SubAgent {
         self.state.ledger().active().map_or(0, |release| release.epoch)
     }
 
-    pub(super) fn report(&self) -> AgentReport {
+    /// `agent_id`, `instance_id`: of this host.
+    pub(super) fn report(&self, agent_id: &AgentId, instance_id: &str) -> AgentReport {
         let supervisor = self.state.supervisor();
         AgentReport {
             name: self.state.name().clone(),
@@ -84,7 +88,7 @@ impl SubAgent {
             state: self.state.state(),
             pid: supervisor.pid(),
             restarts: supervisor.restarts(),
-            env_hash: self.state.spec().map(|spec| launch::env_hash(&spec.env)),
+            env_hash: self.state.spec().map(|spec| launch::reported_env_hash(agent_id, instance_id, &spec.env)),
             message: self.last_error(),
         }
     }
@@ -105,6 +109,7 @@ impl SubAgent {
             download: self.staging.as_ref().and_then(Staging::status),
             upgrade: self.upgrade(now),
             held_by_operator: self.state.ledger().is_held(),
+            removed_in_seconds: None,
             skipped: self.skipped(),
         }
     }
@@ -194,13 +199,16 @@ pub(super) fn on_disk(
         }
     };
     let current = platform::read_current(&home.current(name)).ok().flatten();
+    // What stands in the link's own place is no release, and makes way for the link.
+    let stands_for_current = |version: &str| version.eq_ignore_ascii_case(CURRENT) && is_directory(&home.current(name));
     let recorded = record.map(|record| &record.head.version);
     let (mut whole, mut unfinished): (Vec<(SystemTime, Release)>, _) = (vec![], BTreeSet::new());
     for entry in directory {
         // The link `current` is no release, though its name could be read as a version.
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
         let version = entry.file_name().to_str().and_then(|name| name.parse::<Version>().ok());
-        let Some(version) = version.filter(|_| is_directory) else { continue };
+        let version = version.filter(|version| is_directory && !stands_for_current(version.as_str()));
+        let Some(version) = version else { continue };
         match entry.path().join(home::COMPLETE).symlink_metadata() {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 // What `current` or a process record names stays.
@@ -223,6 +231,28 @@ pub(super) fn on_disk(
     }
     let releases = whole.iter().map(|(_, release)| release.version.clone()).collect();
     Found { ledger, releases, unfinished, restarts, ..Found::default() }
+}
+
+/// Makes `current` name the active release.
+pub(super) fn make_current(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
+    clear_current(home, name)?;
+    let path = home.current(name);
+    platform::write_current(&path, version.as_str()).with_context(|| format!("cannot switch {}", path.display()))
+}
+
+/// Removes a release that stands in the place of the link `current`: earlier versions unpacked one of that version there, which could never
+/// be activated, nor could any other beside it.
+pub(super) fn clear_current(home: &Home, name: &AgentName) -> Result<()> {
+    let path = home.current(name);
+    if is_directory(&path) {
+        tracing::warn!(agent = %name, path = %path.display(), "a release in the place of the link `current` is removed");
+        package::discard(&path)?;
+    }
+    Ok(())
+}
+
+fn is_directory(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|found| found.is_dir())
 }
 
 /// The ledger of a home that has none: the active release is what `current` names, and the backup the newest of the others. Where it names
@@ -266,6 +296,23 @@ mod tests {
         assert_eq!(found.unfinished, BTreeSet::from([version("half")]));
         assert_eq!(found.ledger.current().unwrap().version.as_str(), "2");
         assert_eq!(found.ledger.kept().map(Version::as_str).collect::<Vec<_>>(), ["2", "1"]);
+    }
+
+    #[test]
+    fn a_release_in_the_links_own_place_is_none_and_makes_way() {
+        let (_directory, home, name) = home();
+        let current = home.current(&name);
+        std::fs::remove_file(&current).unwrap();
+        std::fs::create_dir(&current).unwrap();
+        std::fs::write(current.join(home::COMPLETE), "{}").unwrap();
+        let mut entry = Entry::default();
+        entry.stage(stage::release(version("current"), None));
+        let found = on_disk(&home, &name, Some(entry), None, Runs::Nothing);
+        assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
+        assert!(found.ledger.staged().is_none());
+        make_current(&home, &name, &version("1")).unwrap();
+        assert_eq!(platform::read_current(&current).unwrap().as_deref(), Some("1"));
+        assert_eq!(on_disk(&home, &name, None, None, Runs::Nothing).ledger.current().unwrap().version, version("1"));
     }
 
     #[test]

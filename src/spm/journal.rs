@@ -239,6 +239,19 @@ mod tests {
     }
 
     #[test]
+    fn the_document_names_the_bounds() {
+        let (kept, told) = (MAX_BYTES >> 10, MAX_BYTES_PER_HEARTBEAT >> 10);
+        let document = crate::core::protocol::document();
+        for words in [
+            format!("at most {MAX_EVENTS} events with {kept} KiB"),
+            format!("at most {MAX_PER_HEARTBEAT} with {told} KiB"),
+            format!("{TOLD_AT_ONCE} events are told at once, and one more every {} minutes", TOLD_EVERY.as_secs() / 60),
+        ] {
+            assert!(document.contains(&words), "{words}");
+        }
+    }
+
+    #[test]
     fn a_long_silence_forgets_the_oldest() {
         let directory = tempfile::tempdir().unwrap();
         let mut journal = Journal::load(&Home::new(directory.path()));

@@ -8,6 +8,7 @@ mod exchange;
 mod housekeeping;
 mod knocks;
 mod ledger;
+mod orders;
 mod outcomes;
 mod steps;
 mod upgrade;
@@ -21,6 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use self::exchange::Line;
 use self::housekeeping::Housekeeping;
 use self::ledger::Releases;
+use self::orders::Orders;
 use self::upgrade::Upgrading;
 use super::agent::SubAgent;
 use super::disk::StateFile;
@@ -31,7 +33,7 @@ use super::peer::Peer;
 use super::stage;
 use crate::config::{self, Config, Loaded};
 use crate::core::agent::Event;
-use crate::core::desired::{Desired, Taken};
+use crate::core::desired::Desired;
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::schedule::Allowance;
 use crate::core::service_manager::{Kind, Notice};
@@ -62,22 +64,6 @@ struct Identity {
     version: Version,
     started: Instant,
     own: Holder,
-}
-
-/// The desired state.
-#[derive(Debug)]
-struct Orders {
-    held: Desired,
-    file: StateFile<Desired>,
-    /// Another one, which is in force when this revision of the file is durable.
-    coming: Option<(u64, Box<Taken>)>,
-}
-
-impl Orders {
-    /// What answers are compared with: a list that is being written counts.
-    fn newest(&self) -> &Desired {
-        self.coming.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
-    }
 }
 
 /// A stop of the home that is under way.
@@ -131,6 +117,7 @@ pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Fare
     }
     let mut manager = Manager::load(home, service, own, inputs)?;
     manager.look_at_home_now();
+    manager.show_refused_orders();
     manager.take_charge();
 
     let listener = LocalListener::bind(&home.control_socket())
@@ -175,8 +162,7 @@ impl Manager {
     /// Writes what is not written yet, at the end of the process.
     async fn finish(self) {
         let Manager { journal, history, releases, orders, .. } = self;
-        let written =
-            async { tokio::join!(journal.finish(), history.finish(), releases.finish(), orders.file.finish(None)) };
+        let written = async { tokio::join!(journal.finish(), history.finish(), releases.finish(), orders.finish()) };
         if tokio::time::timeout(LAST_WRITE, written).await.is_err() {
             tracing::warn!("what changed last is not written: the disk does not answer");
         }
@@ -220,7 +206,10 @@ impl Manager {
         let endpoint = on_trial.as_ref().and_then(|image| image.endpoint.clone());
         let config = moved(home, loaded.config, endpoint.as_ref());
         let now = Instant::now();
-        let line = Line::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
+        let mut line = Line::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
+        let mut held = desired.unwrap_or_default();
+        held.forget_stale();
+        line.asks_anew = held.refused().next().is_some();
         let installed = installation::Manager::load(home)
             .context("cannot tell which release this is; install again")?
             .with_context(|| {
@@ -242,11 +231,7 @@ impl Manager {
             home: home.clone(),
             housekeeping: Housekeeping::new(home, own, now),
             identity,
-            orders: Orders {
-                held: desired.unwrap_or_default(),
-                file: StateFile::new(File::Desired, desired_path),
-                coming: None,
-            },
+            orders: Orders::new(held, StateFile::new(File::Desired, desired_path), now),
             agents: BTreeMap::new(),
             last_serial: 0,
             releases,

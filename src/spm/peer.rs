@@ -7,6 +7,7 @@ use super::input::{Input, Inputs};
 use crate::core::role::Role;
 use crate::core::service_manager::{Kind, UnitStanding};
 use crate::core::status::RoleStatus;
+use crate::core::watch::memory::{self, Memory};
 use crate::core::watch::reviver::{Action, Policy, Reviver, Seen};
 use crate::home::Home;
 use crate::{host_service, platform, role};
@@ -19,6 +20,7 @@ pub(super) struct Peer {
     pid: Option<u32>,
     reviver: Reviver,
     children: Vec<Child>,
+    memory: Memory,
     /// Somebody stopped the watchdog's own unit; it is left so.
     pub(super) stopped_by_operator: bool,
 }
@@ -26,7 +28,7 @@ pub(super) struct Peer {
 impl Peer {
     pub(super) fn new(home: &Home, service: Kind, now: Instant) -> Peer {
         let reviver = Reviver::new(Policy::MANAGER, service.is_some(), role::is_taken(home, Role::Spa), now);
-        Peer { service, pid: None, reviver, children: vec![], stopped_by_operator: false }
+        Peer { service, pid: None, reviver, children: vec![], memory: Memory::default(), stopped_by_operator: false }
     }
 
     pub(super) fn hello(&mut self, pid: u32, now: Instant) {
@@ -39,6 +41,20 @@ impl Peer {
 
     pub(super) fn ping(&mut self, now: Instant) {
         self.reviver.heard(now);
+    }
+
+    /// Ends the watchdog, in order, that uses too much memory for too long; it is revived as one that died. Gives the reason.
+    pub(super) fn look_at_memory(&mut self, home: &Home, limit: u64, now: Instant) -> Option<String> {
+        let used = platform::memory_bytes(self.pid?)?;
+        if !self.memory.look(used, limit, now) {
+            return None;
+        }
+        let why = memory::excess("the watchdog", used, limit, "spaMaxMem")?;
+        match role::who_has(home, Role::Spa).map(|holder| holder.ask_to_end()) {
+            Some(Err(error)) => tracing::error!(error = format!("{error:#}"), "the watchdog cannot be asked to end"),
+            _ => tracing::warn!(why, "the watchdog is restarted"),
+        }
+        Some(why)
     }
 
     pub(super) fn gone(&mut self, pid: u32, now: Instant) {

@@ -11,7 +11,8 @@ use super::input::{Input, Inputs};
 use crate::config::Config;
 use crate::core::agent::{Ready, Refusal};
 use crate::core::ledger;
-use crate::core::model::{AgentId, AgentName, Version};
+use crate::core::model::{AgentId, AgentName, Release, Version};
+use crate::core::names;
 use crate::core::order::Package;
 use crate::core::program::Program;
 use crate::core::status::DownloadStatus;
@@ -21,7 +22,7 @@ use crate::fetching::Fetching;
 use crate::home::Home;
 use crate::installation::guard::{self, Unsound};
 use crate::installation::{Epochs, keyring};
-use crate::package::{self, Commons, Completed, Unavailable, Wanted, Withdrawn};
+use crate::package::{self, Commons, Completed, Refused, Unavailable, Wanted, Withdrawn};
 use crate::platform;
 use crate::process::launch;
 
@@ -172,8 +173,10 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<Ready> {
         bail!("it is not wanted any more");
     }
     guard::agent(home, name)?;
+    let wanted = wanted(name, package);
+    has_place(home, &wanted.release).map_err(anyhow::Error::msg).context(Refused)?;
     let fetching = Fetching::of(home, config, agent_id)?;
-    let wanted = Wanted { least_epoch: *committed_epoch, ..wanted(name, package) };
+    let wanted = Wanted { least_epoch: *committed_epoch, ..wanted };
     let mut told = Instant::now();
     let tree = fetching.fetch(wanted, commons, |end| seen.ends_by(end), &mut |bytes, total| {
         seen.bytes.store(bytes, Ordering::Relaxed);
@@ -199,6 +202,24 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<Ready> {
         })
         .context(Unusable)?;
     Ok(Ready { release, program })
+}
+
+/// Whether a release can have a directory of its own: it takes no name of ours, nor that of another release as the file system sees it.
+fn has_place(home: &Home, release: &Release) -> Result<(), String> {
+    let Release { name, version, .. } = release;
+    names::check(release).map_err(|why| format!("cannot install {name} {version}: {why}"))?;
+    // Where it is there already and nothing of just that name is listed, another one is meant.
+    if !home.release(name, version).exists() {
+        return Ok(());
+    }
+    let entries = std::fs::read_dir(home.agent(name)).into_iter().flatten().flatten();
+    let installed: Vec<Version> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    match installed.iter().find(|other| names::differ_in_case_alone(other, version)) {
+        Some(other) if !installed.contains(version) => Err(format!(
+            "cannot install {name} {version}: this host's file system sees it as {other}, which is installed; choose another version"
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// The package that an order asks for.

@@ -134,3 +134,38 @@ fn the_ledger_beats_the_link_of_the_active_release() {
     wait_for_version(&host, "one", "2.0");
     wait_for("the link to be made anew", SOON, || (fs::read_link(&link).ok()?.to_str()? == "2.0").then_some(()));
 }
+
+/// As an earlier version left it that had unpacked a release of the version `current`.
+#[test]
+fn a_release_in_the_place_of_the_link_makes_way_by_itself() {
+    let packages = ["1.0", "1.1"].map(|version| Package::sleeper("one", version));
+    let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
+    let host = TestHost::joined(&gateway);
+    wait_for_version(&host, "one", "1.0");
+    host.control(&["stop"]).expect_success();
+    let (link, state) = (host.home().join("agents/one/current"), host.home().join("state/desired.json"));
+    let in_the_way = || {
+        fs::remove_file(&link).expect("it is there");
+        fs::create_dir(&link).expect("it can be made");
+        fs::write(link.join(".complete"), "{}").expect("it can be written");
+    };
+    in_the_way();
+    host.control(&["start"]).expect_success();
+    wait_for_version(&host, "one", "1.0");
+    assert_eq!(fs::read_link(&link).expect("it is a link again").to_str(), Some("1.0"));
+
+    // Also where that version is still ordered, and nothing else of it is there.
+    host.control(&["stop"]).expect_success();
+    let text = fs::read_to_string(&state).expect("it is there").replace("\"1.0\"", "\"current\"");
+    fs::write(&state, text).expect("it can be written");
+    in_the_way();
+    fs::remove_dir_all(host.home().join("agents/one/1.0")).expect("it is there");
+    fs::remove_file(host.home().join("state/releases.json")).expect("it is there");
+    host.control(&["start"]).expect_success();
+    host.wait_for_status("it to be refused", SOON, |status| {
+        agent(status, "one").is_some_and(|one| one["lastError"].to_string().contains("the version current is reserved"))
+    });
+    gateway.want(&[("one", "1.1", "")]);
+    wait_for_version(&host, "one", "1.1");
+    assert_eq!(fs::read_link(&link).expect("it is a link again").to_str(), Some("1.1"));
+}

@@ -19,6 +19,7 @@ mod joining;
 mod ledger;
 mod protocol;
 mod refusals;
+mod role_memory;
 mod roles;
 mod roles_systemd;
 mod self_upgrades;

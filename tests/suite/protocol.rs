@@ -88,13 +88,18 @@ fn the_schema_describes_what_the_design_names() {
         ("ManagerReport", "memoryBytes pid uptimeSeconds version"),
         ("AgentReport", "envHash message name pid restarts state version"),
         ("Event", "agent id kind message outcome time version"),
-        ("Answer", "ack agentId agents cmd complete errorMessage generation interval lineage manager"),
+        ("Answer", "ack agentId agents cmd complete errorMessage generation interval lineage manager removalDelay"),
         ("ManagerOrder", "file sha256 size tarball version"),
         ("AgentOrder", "cmd env file name retry sha256 size tarball version"),
         ("Offer", "file sha256 size version"),
     ]);
     for (message, names) in expected {
         assert_eq!(fields(message).join(" "), names, "{message}");
+    }
+    // And the document for those who write a gateway has them all.
+    let document = include_str!("../../assets/protocol.md");
+    for field in ["Answer", "AgentOrder", "ManagerOrder"].into_iter().flat_map(fields) {
+        assert!(document.contains(&format!("`{field}`")) || document.contains(&format!("`{field}:")), "{field}");
     }
     // Each field of what a gateway has to send says what it means.
     for message in ["Answer", "AgentOrder", "ManagerOrder", "Offer", "Event", "AgentReport", "Heartbeat"] {
@@ -306,15 +311,15 @@ fn an_answer_that_makes_no_sense_is_refused_and_nothing_breaks() {
     foreign["agents"][0]["cmd"] = json!("stop");
     let mut outside = good.clone();
     outside["generation"] = json!(6);
-    outside["agents"][0]["name"] = json!("../a");
+    outside["interval"] = json!("soon");
     let mut huge = br#"{"agentId": ""#.to_vec();
     huge.resize(64 << 20, b'x');
     for (reply, reason) in [
         (Reply::Json(foreign), "it is for agent somebody-else"),
-        (Reply::Json(outside), "../a"),
-        (Reply::Raw(ok(), vec![0xff; 1000]), "cannot understand the answer"),
-        (Reply::Raw(ok(), good.to_string().into_bytes()[..40].to_vec()), "cannot understand the answer"),
-        (Reply::Raw(ok(), "[".repeat(40_000).into_bytes()), "cannot understand the answer"),
+        (Reply::Json(outside), "cannot read the answer"),
+        (Reply::Raw(ok(), vec![0xff; 1000]), "cannot read the answer"),
+        (Reply::Raw(ok(), good.to_string().into_bytes()[..40].to_vec()), "cannot read the answer"),
+        (Reply::Raw(ok(), "[".repeat(40_000).into_bytes()), "cannot read the answer"),
         (Reply::Raw(ok(), "[".repeat(1 << 20).into_bytes()), "more than 50000 values"),
         (Reply::Raw(ok(), huge), "more than 4194304 bytes"),
         (Reply::Raw("302 Found\r\nlocation: http://127.0.0.1:1/elsewhere".to_owned(), vec![]), "302"),
@@ -341,13 +346,132 @@ fn an_answer_that_makes_no_sense_is_refused_and_nothing_breaks() {
 }
 
 #[test]
+fn an_order_that_does_not_fit_is_refused_alone_and_told() {
+    let gateway = ThirdParty::start();
+    publish_sleeper(&gateway, "a", "1");
+    publish_sleeper(&gateway, "b", "1");
+    let host = joined(&gateway);
+    // The third one's name cannot be read: it may be anybody's.
+    let answer = |generation: u64, greeting: &str, bad: Value| {
+        let a = json!({ "name": "a", "version": "1", "env": { "GREETING": greeting } });
+        json!({ "interval": 1, "removalDelay": 0, "lineage": "l", "generation": generation, "complete": true, "agents": [a, bad] })
+    };
+    gateway.answer(answer(1, "0", json!({ "name": "b", "version": "1" })));
+    let (mut a, b) = (host.wait_for_agent("a"), host.wait_for_agent("b"));
+    let refusals = |heartbeat: &Value, words: &str| {
+        let events = heartbeat["events"].as_array().into_iter().flatten();
+        let refused = events.filter(|event| {
+            event["outcome"] == "refused" && event["message"].as_str().is_some_and(|text| text.contains(words))
+        });
+        refused.cloned().collect::<Vec<_>>()
+    };
+    for (generation, bad, named, words) in [
+        (
+            2,
+            json!({ "name": "b", "version": "1", "env": { "X": { "vault": "path" } } }),
+            true,
+            "the value of a variable",
+        ),
+        (3, json!({ "name": "B", "version": "1" }), false, "removes nothing"),
+        (4, json!({ "name": "b", "version": "Current" }), true, "the version Current is reserved"),
+    ] {
+        gateway.answer(answer(generation, &generation.to_string(), bad));
+        a = host.wait_for_new_pid("a", a);
+        let heartbeat = gateway.wait_for_heartbeat(words, |heartbeat| {
+            heartbeat["generation"] == generation && !refusals(heartbeat, words).is_empty()
+        });
+        let told = refusals(&heartbeat, words);
+        assert_eq!(
+            (told.len(), &told[0]["kind"], &told[0]["agent"]),
+            (1, &json!("order"), &if named { json!("b") } else { Value::Null })
+        );
+        let again = gateway.wait_for_heartbeat("another one", |_| true);
+        assert_eq!(refusals(&again, words), told, "it is told once");
+        let status = host.status();
+        assert_eq!((&status["state"], &agent(&status, "b").expect("it stays")["pid"]), (&json!("degraded"), &json!(b)));
+        assert!(status["problems"].to_string().contains(words), "{status:#}");
+    }
+
+    // The list is asked for once more by the next manager, which may know what this one does not.
+    host.kill(host.role_pid("spm").expect("it runs"));
+    gateway.wait_for_heartbeat("the list to be asked for", |heartbeat| {
+        heartbeat["sequence"] == 1 && heartbeat["generation"] == 0
+    });
+    gateway.wait_for_heartbeat("it to be held", |heartbeat| heartbeat["sequence"] == 2 && heartbeat["generation"] == 4);
+    assert_eq!((host.wait_for_agent("a"), host.wait_for_agent("b")), (a, b));
+
+    // So is the order for the manager.
+    let mut upgrade = answer(5, "5", json!({ "name": "b", "version": "1" }));
+    upgrade["cmd"] = json!("upgrade");
+    upgrade["manager"] = json!({ "version": { "newest": true } });
+    gateway.answer(upgrade);
+    let words = "cannot read the order for the manager";
+    let heartbeat = gateway.wait_for_heartbeat(words, |heartbeat| !refusals(heartbeat, words).is_empty());
+    assert_eq!(
+        (&heartbeat["manager"]["version"], &refusals(&heartbeat, words)[0]["kind"]),
+        (&json!("c57f6a1d"), &json!("manager"))
+    );
+    host.wait_for_new_pid("a", a);
+    gateway.answer(answer(5, "5", json!({ "name": "b", "version": "1" })));
+    host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    assert_eq!(host.wait_for_agent("b"), b);
+
+    // What is no answer at all is told, too, as what it is.
+    gateway.answer(json!({ "interval": "soon" }));
+    host.wait_for_status("it to be refused", SOON, |status| status["gateway"]["connected"] == false);
+    gateway.answer(answer(5, "5", json!({ "name": "b", "version": "1" })));
+    gateway.wait_for_heartbeat("the event", |heartbeat| {
+        refusals(heartbeat, "cannot read the answer").iter().any(|event| event["kind"] == "heartbeat")
+    });
+}
+
+#[test]
+fn what_a_complete_list_omits_waits_before_it_is_removed() {
+    let packages = ["a", "b", "c"].map(|name| Package::sleeper(name, "1"));
+    let mut gateway = Gateway::stopped();
+    gateway.publish_self("1.0.0");
+    packages.iter().for_each(|package| gateway.publish(package));
+    gateway.run();
+    let want = |delay: &str, names: &[&str]| {
+        let agents = names.iter().map(|name| format!("[agents.{name}]\nversion = \"1\"\n")).collect::<String>();
+        gateway.fleet(&format!("heartbeatInterval = \"1s\"\nremovalDelay = {delay:?}\n{agents}"));
+    };
+    want("1h", &["a", "b", "c"]);
+    let host = TestHost::joined(&gateway);
+    let pids = ["a", "b", "c"].map(|name| host.wait_for_agent(name));
+    let left = |status: &Value, name: &str| agent(status, name).and_then(|agent| agent["removedInSeconds"].as_u64());
+
+    // As after a file that was cut off at the end of a line.
+    want("1h", &["a", "c"]);
+    host.wait_for_status("b to wait", SOON, |status| left(status, "b").is_some_and(|left| left < 3_599));
+    let status = host.status();
+    assert_eq!((&status["state"], left(&status, "a")), (&json!("running"), None));
+    let shown = host.control(&["status"]).text();
+    assert!(shown.contains("b: the gateway's list omits it; to be removed in 59m"), "{shown}");
+    // A restart of the manager does not begin the wait anew.
+    let waited = left(&host.status(), "b").expect("it waits");
+    host.control(&["restart"]).expect_success();
+    let status = host.wait_for_status("the next manager", SOON, |status| left(status, "b").is_some());
+    assert!(left(&status, "b") <= Some(waited), "{waited} {status:#}");
+
+    // It comes back, and was never touched.
+    want("1h", &["a", "b", "c"]);
+    host.wait_for_status("b to be wanted again", SOON, |status| left(status, "b").is_none());
+    assert_eq!(["a", "b", "c"].map(|name| host.wait_for_agent(name)), pids);
+    // And goes, when it has been omitted for long enough.
+    want("2s", &["a", "c"]);
+    host.wait_for_status("b to go", SOON, |status| agent(status, "b").is_none());
+    assert_eq!(["a", "c"].map(|name| host.wait_for_agent(name)), [pids[0], pids[2]]);
+}
+
+#[test]
 fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "a", "1");
     publish_sleeper(&gateway, "b", "1");
     let host = joined(&gateway);
     let order = |name: &str, cmd: &str| json!({ "name": name, "version": "1", "cmd": cmd });
-    let state = |lineage: &str, generation: u64, complete: bool, agents: &[Value]| json!({ "interval": 1, "lineage": lineage, "generation": generation, "complete": complete, "agents": agents });
+    let state = |lineage: &str, generation: u64, complete: bool, agents: &[Value]| json!({ "interval": 1, "removalDelay": 0, "lineage": lineage, "generation": generation, "complete": complete, "agents": agents });
     let good = state("l", 5, true, &[order("a", "start"), order("b", "start")]);
     gateway.answer(good.clone());
     let pids = (host.wait_for_agent("a"), host.wait_for_agent("b"));
@@ -359,7 +483,6 @@ fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() 
     for (wrong, reason) in [
         (state("l", 4, true, &[order("a", "stop")]), "cannot take generation 4"),
         (state("l", 5, true, &[order("a", "stop"), order("b", "stop")]), "it came before with other content"),
-        (state("l", 6, true, &[order("a", "stop"), order("a", "start")]), "names a sub-agent twice"),
     ] {
         gateway.answer(wrong);
         let status = host.wait_for_status(reason, SOON, |status| {

@@ -50,11 +50,12 @@ impl Gateway {
         gateway
     }
 
-    /// Wants exactly these sub-agents from now on: name, version, further lines of `fleet.toml`. Hosts report every second.
+    /// Wants exactly these sub-agents from now on: name, version, further lines of `fleet.toml`. Hosts report every second, and remove what
+    /// is not named at once.
     pub fn want(&self, wanted: &[(&str, &str, &str)]) {
         let tables =
             wanted.iter().map(|(name, version, more)| format!("[agents.{name}]\nversion = {version:?}\n{more}\n"));
-        self.fleet(&format!("heartbeatInterval = \"1s\"\n{}", tables.collect::<String>()));
+        self.fleet(&format!("heartbeatInterval = \"1s\"\nremovalDelay = \"0s\"\n{}", tables.collect::<String>()));
     }
 
     /// One that is set up and does not run yet.

@@ -131,7 +131,8 @@ impl Hostile {
         let mut shared = lock(&self.shared);
         shared.generation += 1;
         shared.answer = json!({
-            "lineage": "hostile", "generation": shared.generation, "interval": 1, "complete": complete, "agents": agents,
+            "lineage": "hostile", "generation": shared.generation, "interval": 1, "removalDelay": 0, "complete": complete,
+            "agents": agents,
         });
         shared.generation
     }

@@ -1,64 +1,94 @@
-//! When a role is renewed for the memory that it uses.
+//! When a role is restarted for the memory that it uses: each role looks at the other one.
+//!
+//! A limit may be lower than what the role needs. Then every restart brings it above the limit again, so each is followed by a longer wait.
 
-/// Above its limit at so many looks in a row, the other role is renewed.
+use std::time::{Duration, Instant};
+
+use crate::core::units::Size;
+
+/// Above its limit at so many looks in a row, a role is restarted. The looks come with the pings, 15 s apart.
 const IN_A_ROW: u32 = 3;
+/// After a restart the next one waits for so long; twice as long after each that follows, up to the cap.
+const PAUSE: Duration = Duration::from_secs(300);
+const LONGEST_PAUSE: Duration = Duration::from_secs(3_600);
 
-/// Bytes of memory, of the role that looks and of the one that it watches: used, or allowed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Bytes {
-    pub own: u64,
-    pub other: u64,
-}
-
-/// Which role uses more than it may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Excess {
-    Own,
-    /// At several looks in a row.
-    Other,
-}
-
-/// The looks at the memory of both roles.
+/// The looks at the memory of one role.
 #[derive(Debug, Default)]
 pub struct Memory {
-    /// In a row, at which the other one used too much.
+    /// In a row, at which it used too much.
     large: u32,
+    restarts: u32,
+    /// It was restarted for its memory then.
+    last: Option<Instant>,
 }
 
 impl Memory {
-    /// Takes in what both roles use now. An excess of the other one begins the count anew: it is renewed, which takes it a moment.
-    pub fn look(&mut self, used: Bytes, limit: Bytes) -> Option<Excess> {
-        if used.own > limit.own {
-            return Some(Excess::Own);
+    /// Takes in what the role uses now, bytes. Whether it is to be restarted for that.
+    pub fn look(&mut self, used: u64, limit: u64, now: Instant) -> bool {
+        self.large = if used > limit { self.large.saturating_add(1) } else { 0 };
+        let since = self.last.map(|last| now.saturating_duration_since(last));
+        if since.is_some_and(|since| since > 2 * LONGEST_PAUSE) {
+            (self.restarts, self.last) = (0, None);
         }
-        self.large = if used.other > limit.other { self.large + 1 } else { 0 };
-        if self.large < IN_A_ROW {
-            return None;
+        if self.large < IN_A_ROW || since.is_some_and(|since| since < self.pause()) {
+            return false;
         }
-        self.large = 0;
-        Some(Excess::Other)
+        (self.large, self.restarts, self.last) = (0, self.restarts.saturating_add(1), Some(now));
+        true
     }
+
+    /// How long to wait after the last restart.
+    fn pause(&self) -> Duration {
+        let doubled = PAUSE.saturating_mul(1 << self.restarts.saturating_sub(1).min(10));
+        doubled.min(LONGEST_PAUSE)
+    }
+}
+
+/// That a role uses too much, for a person to read; `None`: it does not. `role`: as an operator calls it; `setting`: the limit's key.
+pub fn excess(role: &str, used: u64, limit: u64, setting: &str) -> Option<String> {
+    (used > limit).then(|| {
+        format!(
+            "{role} uses {} MiB of memory, more than {setting} ({}): it is restarted where that lasts, and sub-agents are not \
+             affected; raise {setting} if it needs more",
+            used >> 20,
+            Size(limit)
+        )
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const LIMIT: Bytes = Bytes { own: 10, other: 100 };
+    const LIMIT: u64 = 100;
 
     #[test]
-    fn the_other_role_is_renewed_after_three_large_looks_in_a_row() {
-        let mut memory = Memory::default();
-        let mut look = |other| memory.look(Bytes { own: 10, other }, LIMIT);
-        let looks = [101, 101, 100, 101, 101, 101, 101, 101, 101].map(&mut look);
-        let renewed = Some(Excess::Other);
-        assert_eq!(looks, [None, None, None, None, None, renewed, None, None, renewed]);
+    fn a_role_is_restarted_after_three_large_looks_in_a_row() {
+        let (mut memory, start) = (Memory::default(), Instant::now());
+        let looks = [101, 101, 100, 101, 101, 101, 101].map(|used| memory.look(used, LIMIT, start));
+        assert_eq!(looks, [false, false, false, false, false, true, false]);
     }
 
     #[test]
-    fn the_own_excess_counts_at_once() {
-        let mut memory = Memory::default();
-        assert_eq!(memory.look(Bytes { own: 11, other: 101 }, LIMIT), Some(Excess::Own));
-        assert_eq!(memory.look(Bytes { own: 10, other: 101 }, LIMIT), None);
+    fn a_limit_that_is_too_low_restarts_less_and_less_often() {
+        let (mut memory, start) = (Memory::default(), Instant::now());
+        let seconds = (0..86_400).step_by(15);
+        let restarts: Vec<u64> =
+            seconds.filter(|at| memory.look(101, LIMIT, start + Duration::from_secs(*at))).collect();
+        assert_eq!(restarts[..4], [30, 330, 930, 2_130]);
+        assert!(restarts.windows(2).skip(4).all(|pair| pair[1] - pair[0] == 3_600), "{restarts:?}");
+        // Two hours below the limit, and it counts as the first again.
+        let later = start + Duration::from_secs(100_000);
+        assert!(!memory.look(99, LIMIT, later));
+        let looks = [15, 30, 45].map(|at| memory.look(101, LIMIT, later + Duration::from_secs(at)));
+        assert_eq!(looks, [false, false, true]);
+        assert_eq!(memory.pause(), PAUSE);
+    }
+
+    #[test]
+    fn an_excess_is_told_with_what_to_do() {
+        assert_eq!(excess("the manager", 5 << 20, 5 << 20, "spmMaxMem"), None);
+        let text = excess("the manager", 70 << 20, 64 << 20, "spmMaxMem").unwrap();
+        assert!(text.starts_with("the manager uses 70 MiB of memory, more than spmMaxMem (64MiB)"), "{text}");
     }
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::core::model::{AgentName, Binding};
 use crate::gateway::{Place, bootstrap};
-use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Verdict, binding_of};
+use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Verdict};
 use crate::store;
 
 /// Where the signature of a file lies.
@@ -36,6 +36,12 @@ pub(in crate::gateway) fn verdict_on(place: &Place, file: &Path) -> Result<Optio
     Ok(Some((verdict, text)))
 }
 
+/// What a published file is, as its signed comment says; `None`: there is no such file, or nothing says it.
+pub(in crate::gateway) fn binding_of(file: &Path) -> Result<Option<Binding>> {
+    let text = if file.exists() { store::read(&signature_path(file), MAX_SIGNATURE_BYTES)? } else { None };
+    Ok(text.and_then(|text| package::binding_of(&String::from_utf8_lossy(&text)).ok()))
+}
+
 /// A package in the depot, as its signed comment says.
 pub(in crate::gateway) struct Found {
     pub(in crate::gateway) file: String,
@@ -54,7 +60,7 @@ pub(in crate::gateway) fn published(depot: &Path, name: &AgentName) -> Result<Ve
                 continue;
             }
             let bytes = store::read(&entry.path(), MAX_SIGNATURE_BYTES)?.unwrap_or_default();
-            let Ok(binding) = binding_of(&String::from_utf8_lossy(&bytes)) else { continue };
+            let Ok(binding) = package::binding_of(&String::from_utf8_lossy(&bytes)) else { continue };
             if binding.release.name == *name && binding.release.packing_of(file).is_some() {
                 found.push(Found { file: file.to_owned(), binding });
             }

@@ -311,3 +311,26 @@ fn what_no_host_would_unpack_is_not_published() {
         assert_eq!(bench.publish_so(&line, tree).unwrap().fate, "published");
     }
 }
+
+#[test]
+fn what_would_stand_for_something_else_on_a_host_or_in_the_depot_is_refused() {
+    let bench = Bench::new();
+    let tree = |version: &str| native(&bench.dir.path().join(version), "exporter", version);
+    for version in ["current", "Current"] {
+        let refusal = bench.refusal("--os linux --arch amd64", &tree(version));
+        assert!(refusal.contains(&format!("the version {version} is reserved")), "{refusal}");
+    }
+    for version in ["con", "1."] {
+        let refusal = bench.refusal("--os windows --arch amd64", &tree(version));
+        assert!(refusal.contains("cannot be the name of a directory on Windows"), "{refusal}");
+    }
+    bench.publish_so("--os linux --arch amd64", &tree("1.0A")).unwrap();
+    let refusal = bench.refusal("--os linux --arch amd64", &tree("1.0a"));
+    assert!(refusal.contains("version 1.0A of exporter is published already"), "{refusal}");
+    // One file would be two releases.
+    let older = older(bench.dir.path());
+    bench.publish_so("--name a --version 1-2 --os linux --arch amd64", &older).unwrap();
+    let refusal = bench.refusal("--name a-1 --version 2 --os linux --arch amd64", &older);
+    assert!(refusal.contains("is that of a 1-2 for linux/amd64 already"), "{refusal}");
+    assert_eq!(bench.index().packages(), 2);
+}

@@ -10,9 +10,7 @@ use anyhow::{Result, bail, ensure};
 
 use super::Limits;
 use crate::core::model::Os;
-
-/// What NTFS counts names in, at most so many.
-const WINDOWS_NAME_UNITS: usize = 255;
+use crate::core::names::windows_can_hold;
 
 /// A path below the root, without `.` and doubled slashes; empty for the root itself. Refuses whatever could lie elsewhere.
 pub(super) fn relative(path: &str, os: Os, limits: &Limits) -> Result<String> {
@@ -45,21 +43,6 @@ fn can_be_file_name(name: &str, os: Os) -> bool {
             Os::Linux => true,
             Os::Windows => windows_can_hold(name),
         }
-}
-
-/// Not one of DOS's devices, no stream of another file, no wildcard, nothing at its end that Windows drops.
-fn windows_can_hold(name: &str) -> bool {
-    const DEVICES: [&str; 6] = ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"];
-    let stem = name.split('.').next().unwrap_or_default().trim_end().to_ascii_uppercase();
-    let is_port = ["COM", "LPT"].iter().any(|port| {
-        let number = stem.strip_prefix(port).unwrap_or_default();
-        number.chars().count() == 1 && number.chars().all(|c| c.is_ascii_digit() || matches!(c, '¹' | '²' | '³'))
-    });
-    !name.ends_with(['.', ' '])
-        && !name.contains(['<', '>', ':', '"', '|', '?', '*'])
-        && name.encode_utf16().count() <= WINDOWS_NAME_UNITS
-        && !DEVICES.contains(&stem.as_str())
-        && !is_port
 }
 
 /// Writes a path as a file system that minds no case sees it: each letter on its own, as NTFS does.

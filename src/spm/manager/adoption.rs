@@ -113,8 +113,7 @@ impl Manager {
             return;
         }
         tracing::warn!(agent = %name, version = %current, "`current` names another release than the ledger and is rewritten");
-        let written = guard::place(&self.home, name)
-            .and_then(|()| platform::write_current(&link, current.as_str()).map_err(anyhow::Error::from));
+        let written = guard::place(&self.home, name).and_then(|()| agent::make_current(&self.home, name, current));
         if let Err(error) = written {
             tracing::warn!(agent = %name, error = format!("{error:#}"), "`current` cannot be rewritten");
         }

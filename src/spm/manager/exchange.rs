@@ -1,13 +1,11 @@
 //! The conversation with the gateway: what goes up, and what becomes of the answer.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use super::Manager;
 use crate::config::Config;
-use crate::core::agent::Event;
-use crate::core::desired::{self, Taken, Verdict};
-use crate::core::generation::Clocks;
+use crate::core::item::Item;
 use crate::core::model::AgentId;
 use crate::core::protocol::{Answer, Heartbeat, ManagerReport};
 use crate::core::schedule;
@@ -31,8 +29,6 @@ const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
 const CLOCKS_APART: u64 = 60;
 /// Of a word that nobody here knows, so much is told, bytes.
 const MAX_WORD_BYTES: usize = 64;
-/// Of the orders of one answer that nobody here knows, so many are told one by one.
-const UNSUPPORTED_TOLD: usize = 10;
 
 /// The line to the gateway.
 #[derive(Debug)]
@@ -48,6 +44,8 @@ pub(super) struct Line {
     failures: u32,
     /// One has succeeded.
     has_connected: bool,
+    /// The list that is held is asked for once more: another version of the manager may have refused orders of it that this one follows.
+    pub(super) asks_anew: bool,
     /// `None` while one is under way.
     pub(super) next_heartbeat: Option<Instant>,
 }
@@ -88,6 +86,7 @@ impl Line {
             sequence: 0,
             failures: 0,
             has_connected: false,
+            asks_anew: false,
         }
     }
 
@@ -114,6 +113,7 @@ pub(super) fn clock_words(offset: i64) -> String {
 impl Manager {
     pub(super) fn send_heartbeat(&mut self) {
         self.line.sequence += 1;
+        let report = |agent: &SubAgent| agent.report(&self.identity.agent_id, &self.identity.instance_id);
         let heartbeat = Heartbeat {
             agent_id: self.identity.agent_id.clone(),
             instance_id: self.identity.instance_id.clone(),
@@ -127,9 +127,9 @@ impl Manager {
                 memory_bytes: platform::memory_bytes(std::process::id()).unwrap_or(0),
             },
             lineage: Some(self.orders.held.lineage.clone()).filter(|lineage| !lineage.is_empty()),
-            generation: self.orders.held.generation,
+            generation: if self.line.asks_anew { 0 } else { self.orders.held.generation },
             sequence: self.line.sequence,
-            agents: self.agents.values().map(SubAgent::report).collect(),
+            agents: self.agents.values().map(report).collect(),
             events: self.journal.pending(),
             clock_offset_seconds: self.line.gateway.clock_offset_seconds,
         };
@@ -148,6 +148,7 @@ impl Manager {
                 }
                 self.line.failures = 0;
                 self.line.has_connected = true;
+                self.line.asks_anew = false;
                 self.tell_of_refused(refused.as_deref());
                 match &refused {
                     Some(refused) => self
@@ -170,10 +171,13 @@ impl Manager {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
                 self.line.failures = self.line.failures.saturating_add(1);
                 if self.line.gateway.last_error.as_ref() != Some(&why) {
-                    tracing::warn!(
-                        error = why,
-                        "the gateway cannot be reached; what runs goes on as it was wanted last"
-                    );
+                    match &refused {
+                        Some(_) => tracing::warn!(
+                            error = why,
+                            "the gateway's answer is refused; the last orders stay in force"
+                        ),
+                        None => tracing::warn!(error = why, "the heartbeat failed; the last orders stay in force"),
+                    }
                 }
                 // Where nobody answers, what was refused before is no news.
                 if refused.is_some() {
@@ -193,22 +197,6 @@ impl Manager {
             self.journal.note("heartbeat", "refused", About::default(), refused);
         }
         self.line.refused_answer = refused.map(str::to_owned);
-    }
-
-    /// Tells of a list that would have removed everything, once as long as such lists come.
-    fn tell_of_an_empty_list(&mut self, kept: usize) {
-        if kept == 0 {
-            self.problems.remove("empty");
-            return;
-        }
-        let text = format!(
-            "an empty list of sub-agents came as a complete one; it removes nothing, and the {kept} that were wanted stay: only an \
-             explicit uninstall removes the last one"
-        );
-        if self.problems.get("empty") != Some(&text) {
-            self.journal.note("desired", "refused", About::default(), text.as_str());
-        }
-        self.problems.insert("empty", text);
     }
 
     /// Tells of a clock that is wrong, and of one that is right again.
@@ -238,7 +226,22 @@ impl Manager {
             None => drop(self.problems.remove("gateway")),
         }
         let wants = answer.cmd.as_deref() == Some("upgrade");
-        self.upgrade_ordered(answer.manager.clone(), wants, Instant::now());
+        let unreadable = match &answer.manager {
+            // What was ordered before stays.
+            Some(Item::Unreadable(unreadable)) => Some(format!(
+                "cannot read the order for the manager: {}; its release stays as it was ordered before",
+                unreadable.why
+            )),
+            Some(Item::Read(order)) => {
+                self.upgrade_ordered(Some(order.clone()), wants, Instant::now());
+                None
+            }
+            None => {
+                self.upgrade_ordered(None, wants, Instant::now());
+                None
+            }
+        };
+        self.tell_of("manager", "refused", unreadable);
         if let Some(cmd) = answer.cmd.as_ref().filter(|_| !wants) {
             let cmd = cut(cmd, MAX_WORD_BYTES);
             if self.line.answered.len() < 100 && self.line.answered.insert(cmd.clone()) {
@@ -250,85 +253,17 @@ impl Manager {
                 );
             }
         }
-        let present = self.agents.keys().cloned().collect();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let clocks = Clocks::new(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), clock_offset);
-        let judge = if passed_over.is_some() { desired::judge_stand_in } else { desired::judge };
-        match judge(self.orders.newest(), &present, answer, clocks) {
-            Verdict::Unchanged => {
-                let held = answer.lineage.as_deref().unwrap_or_default() == self.orders.held.lineage
-                    && answer.generation == self.orders.held.generation;
-                // What was refused in between is not asked for any more.
-                if held {
-                    self.problems.remove("desired");
-                }
-            }
-            Verdict::Refuse(why) => {
-                let why = cut(&why, MAX_MESSAGE_BYTES);
-                if self.problems.get("desired") != Some(&why) {
-                    self.journal.note("desired", "refused", About::default(), why.as_str());
-                }
-                self.problems.insert("desired", why);
-            }
-            // On disk before it is acted on: what is begun must be known after a crash.
-            Verdict::Take(taken) => self.keep_orders(taken, passed_over),
-        }
+        self.take_orders(answer, clock_offset, passed_over);
     }
+}
 
-    /// Begins to write another desired state; it is in force when that is done.
-    fn keep_orders(&mut self, taken: Box<Taken>, passed_over: Option<&str>) {
-        if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
-            tracing::warn!(why, "another gateway stands in; what its list does not name stays until that changes");
-        }
-        let revision = self.orders.file.save(&self.inputs, taken.desired.clone());
-        self.orders.coming = Some((revision, taken));
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    pub(super) fn orders_saved(&mut self, revision: u64, result: Result<(), String>, now: Instant) {
-        self.orders.file.saved(&self.inputs);
-        let Some((_, taken)) = self.orders.coming.take_if(|(coming, _)| *coming <= revision) else { return };
-        match result {
-            Ok(()) => self.follow(*taken, now),
-            Err(error) => {
-                let text = format!("the new desired state is not acted on: {error}");
-                self.journal.note("desired", "failed", About::default(), text.as_str());
-                self.problems.insert("desired", text);
-            }
-        }
-    }
-
-    /// Another desired state is in force.
-    fn follow(&mut self, taken: Taken, now: Instant) {
-        let Taken { desired, unsupported, new_lineage, led_back, kept } = taken;
-        self.problems.remove("desired");
-        if new_lineage {
-            tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
-        }
-        if led_back {
-            let text = format!(
-                "generation {} takes the place of {}, which was further ahead than any clock explains",
-                desired.generation, self.orders.held.generation
-            );
-            self.journal.note("desired", "ok", About::default(), text);
-        }
-        tracing::info!(generation = desired.generation, agents = desired.agents.len(), "a new desired state is taken");
-        self.tell_of_an_empty_list(kept);
-        for (name, cmd) in unsupported.iter().take(UNSUPPORTED_TOLD) {
-            let about = About { agent: Some(name), version: None };
-            let text = format!("cannot {cmd} {name}: this version does not know how");
-            self.journal.note("command", "unsupported", about, text);
-        }
-        let untold = unsupported.len().saturating_sub(UNSUPPORTED_TOLD);
-        if untold > 0 {
-            let text = format!("{untold} more orders are such that this version does not know how to follow them");
-            self.journal.note("command", "unsupported", About::default(), text);
-        }
-        self.orders.held = desired;
-        self.replan = true;
-        for name in self.agents.keys().cloned().collect::<Vec<_>>() {
-            let order = self.orders.held.agents.get(&name).cloned();
-            self.step(&name, Event::Ordered(order), now);
-        }
-        self.trim_cache(now);
+    #[test]
+    fn the_document_names_the_bounds_of_the_interval() {
+        let words = format!("used from {} to {}", SHORTEST_INTERVAL.as_secs(), LONGEST_INTERVAL.as_secs());
+        assert!(crate::core::protocol::document().contains(&words), "{words}");
     }
 }

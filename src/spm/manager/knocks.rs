@@ -9,7 +9,9 @@ use super::{Manager, Stop};
 use crate::core::agent::Event;
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::role::Role;
-use crate::core::status::{self, HomeState, SkippedStatus, Status};
+use crate::core::status::{self, AgentStatus, HomeState, SkippedStatus, Status};
+use crate::core::text::{MAX_MESSAGE_BYTES, cut};
+use crate::core::watch::memory;
 use crate::door::{Farewell, Knock, Reply, Request};
 use crate::role;
 use crate::spm::agent::SubAgent;
@@ -41,11 +43,22 @@ impl Manager {
             Request::Hello { .. } => Reply::failed("there is one manager, and it is this one"),
             Request::Ping => {
                 self.peer.ping(now);
+                if let Some(why) = self.peer.look_at_memory(&self.home, self.config.spa_max_mem.0, now) {
+                    self.journal.note("memory", "failed", About::default(), why);
+                }
                 Reply::done()
             }
             Request::Status => Reply { error: None, status: Some(Box::new(self.status(now))) },
             Request::Stop => return self.begin_stop(reply, now),
-            Request::Yield if self.stop.is_some() => Reply::failed("cannot give way: the home is being stopped"),
+            Request::Yield | Request::Renew { .. } if self.stop.is_some() => {
+                Reply::failed("cannot give way: the home is being stopped")
+            }
+            Request::Renew { why } => {
+                let why = cut(&why, MAX_MESSAGE_BYTES);
+                self.journal.note("memory", "failed", About::default(), why);
+                self.ending = Some(Farewell::Yield);
+                Reply::done()
+            }
             Request::Yield => {
                 tracing::info!("the manager was asked to give way; the sub-agents stay");
                 self.ending = Some(Farewell::Yield);
@@ -194,12 +207,23 @@ impl Manager {
     }
 
     pub(super) fn status(&self, now: Instant) -> Status {
-        let agents: Vec<_> = self.agents.values().map(|agent| agent.status(now)).collect();
+        let agents = self.agents.iter().map(|(name, agent)| AgentStatus {
+            removed_in_seconds: self.orders.removed_in(name, now),
+            ..agent.status(now)
+        });
+        let agents: Vec<_> = agents.collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
         if self.peer.stopped_by_operator {
             problems.push("the watchdog's unit was stopped by an operator; `control start` starts it again".to_owned());
         }
         problems.extend(self.agents.values().filter_map(SubAgent::problem));
+        let (spm, spa) = (self.identity.own.status(), self.peer.status(&self.home));
+        for (name, role, limit, setting) in [
+            ("the manager", &spm, self.config.spm_max_mem, "spmMaxMem"),
+            ("the watchdog", &spa, self.config.spa_max_mem, "spaMaxMem"),
+        ] {
+            problems.extend(memory::excess(name, role.memory_bytes.unwrap_or(0), limit.0, setting));
+        }
         for agent in &agents {
             problems.extend(agent.skipped.iter().map(|skipped| {
                 let (name, SkippedStatus { version, reason }) = (&agent.name, skipped);
@@ -221,8 +245,8 @@ impl Manager {
             version: Some(self.identity.version.clone()),
             home: self.home.root().display().to_string(),
             state,
-            spm: self.identity.own.status(),
-            spa: self.peer.status(&self.home),
+            spm,
+            spa,
             gateway: self.line.gateway.clone(),
             generation: self.orders.held.generation,
             agents,

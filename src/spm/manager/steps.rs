@@ -22,7 +22,7 @@ use crate::spm::disk;
 use crate::spm::input::Input;
 use crate::spm::journal::About;
 use crate::spm::{run, stage, timestamp, timestamp_of, unix_now};
-use crate::{package, platform, store};
+use crate::{package, store};
 
 impl Manager {
     /// Compares what is wanted with what is, and begins what is to be done.
@@ -141,10 +141,8 @@ impl Manager {
             }
             Action::RaiseEpoch(release) => self.releases.raise(name, &release),
             Action::Switch(version) => self.beside(name, move |home, name| {
-                let path = home.current(&name);
-                let result = platform::write_current(&path, version.as_str());
-                let because =
-                    |error| format!("cannot activate {name} {version}: cannot switch {}: {error}", path.display());
+                let result = agent::make_current(&home, &name, &version);
+                let because = |error| format!("cannot activate {name} {version}: {error:#}");
                 Input::Switched { result: result.map_err(because), name }
             }),
             Action::Remove => self.beside(name, |home, name| {
@@ -261,6 +259,7 @@ impl Manager {
 /// Removes all files of a sub-agent.
 fn remove(home: &Home, name: &AgentName) -> Result<()> {
     guard::place(home, name)?;
+    agent::clear_current(home, name)?;
     store::remove(&home.current(name))?;
     for entry in std::fs::read_dir(home.agent(name)).into_iter().flatten().flatten() {
         let is_release = entry.file_name().to_str().is_some_and(|version| version.parse::<Version>().is_ok());

@@ -46,7 +46,7 @@ fn the_list_of_a_stand_in_removes_nothing_by_what_it_does_not_name() {
     scene.victim();
     let second = Hostile::in_place_of(&scene.gateway);
     let list = |generation: u64| {
-        json!({"interval": 1, "lineage": "second", "generation": generation, "complete": true,
+        json!({"interval": 1, "lineage": "second", "generation": generation, "complete": true, "removalDelay": 0,
             "agents": [{"name": "victim", "version": "1.0.0"}]})
     };
     second.answer(list(1), Vec::new());
@@ -125,7 +125,7 @@ fn a_generation_that_would_be_the_last() {
 fn words_without_end() {
     let scene = Scene::new();
     let long = format!("\x1b[2J{}", "x".repeat(1 << 20));
-    let agents = json!([native(), {"name": "native", "version": "1.0.0", "cmd": long}]);
+    let agents = json!([{"name": "native", "version": "1.0.0", "cmd": long}]);
     let answer = json!({"interval": 1, "lineage": "hostile", "generation": 2, "complete": true, "agents": agents});
     for (field, told) in
         [("errorMessage", None), ("cmd", Some("cannot  [2Jxxx")), ("lineage", Some("a lineage of 1048580"))]
@@ -141,7 +141,7 @@ fn words_without_end() {
         }
     }
     scene.hostile.answer(answer, Vec::new());
-    scene.assert_refused("desired", &["a command of 1048580 bytes for native: at most 64"]);
+    scene.assert_refused("order", &["the order for native", "a command of 1048580 bytes: at most 64"]);
     // What cannot be reached says as much as it likes, too.
     scene
         .hostile
@@ -175,8 +175,8 @@ fn orders_without_end() {
     // Each a few bytes on the wire, and many times that in memory.
     let variables = (0..1_001).map(|number| (format!("V{number}"), json!(""))).collect::<serde_json::Map<_, _>>();
     scene.want_victim(json!({ "env": variables }));
-    scene.assert_refused("desired", &["the environment of victim: it has 1001 variables"]);
-    assert_eq!(scene.host.status()["generation"], 1);
+    scene.assert_refused("order", &["the order for victim", "its environment: it has 1001 variables"]);
+    assert!(agent(&scene.host.status(), "victim").is_none());
     scene.victim();
     scene.want_victim(json!({}));
     wait_for_victim(&scene);
@@ -258,7 +258,7 @@ fn a_secret_is_shown_nowhere() {
     let mut bad = json!([native(), {"name": "victim", "version": "1.0.0", "env": {"TOKEN": {"secret": [SECRET]}}}]);
     scene.hostile.want(bad.clone(), true);
     scene.host.wait_for_status("it to be refused", SOON, |status| {
-        status["gateway"]["lastError"].to_string().contains("cannot understand")
+        status["problems"].to_string().contains("the order for victim is refused")
     });
     bad[1]["env"] = json!({"TOKEN": {"secret": SECRET}, "B": "1"});
     scene.hostile.want(bad, true);

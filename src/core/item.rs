@@ -1,0 +1,202 @@
+//! One item of a message, read by itself: what cannot be read of it costs no other item.
+//!
+//! A later version may send a kind of value that this one does not know. A message that failed as a whole for it would stop every older
+//! host, so what a message lists is read item by item: one that does not fit is refused alone, with its name where that can be read.
+
+use std::fmt;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use serde::de::value::{Error, MapDeserializer, SeqDeserializer, StringDeserializer};
+use serde::de::{DeserializeOwned, Deserializer, IntoDeserializer, Visitor};
+use serde::{Deserialize, Serialize, Serializer, forward_to_deserialize_any};
+
+use super::model::AgentName;
+use super::text::cut;
+use super::unknown::Any;
+
+/// Of the reason that an item cannot be read, so much is kept, bytes.
+const MAX_WHY_BYTES: usize = 300;
+
+/// An item of a message.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Item<T> {
+    Read(T),
+    Unreadable(Unreadable),
+}
+
+/// An item that this version cannot read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Whom it is about; `None`: that cannot be read either.
+    pub name: Option<AgentName>,
+    pub why: String,
+    /// Tells it from another one that cannot be read for the same reason.
+    pub mark: u64,
+}
+
+/// Tells one content from another, on one host and by one build of the program: for whether it came before.
+pub fn mark(content: &impl fmt::Debug) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    format!("{content:?}").hash(&mut hasher);
+    hasher.finish()
+}
+
+impl<T> From<T> for Item<T> {
+    fn from(item: T) -> Item<T> {
+        Item::Read(item)
+    }
+}
+
+impl<T: Serialize> Serialize for Item<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Item::Read(item) => item.serialize(serializer),
+            Item::Unreadable(unreadable) => Err(serde::ser::Error::custom(&unreadable.why)),
+        }
+    }
+}
+
+impl<'de, T: DeserializeOwned> Deserialize<'de> for Item<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Item<T>, D::Error> {
+        let value = Any::deserialize(deserializer)?;
+        let name = match &value {
+            Any::Map(fields) => match fields.get("name") {
+                Some(Any::Text(name)) => name.parse().ok(),
+                _ => None,
+            },
+            _ => None,
+        };
+        let mark = mark(&value);
+        Ok(match read(value) {
+            Ok(item) => Item::Read(item),
+            Err(why) => Item::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES), mark }),
+        })
+    }
+}
+
+/// An error never quotes a value of `env`, which may be a secret in a notation that is not known.
+fn read<T: DeserializeOwned>(value: Any) -> Result<T, String> {
+    if let Any::Map(fields) = &value
+        && !matches!(fields.get("env"), None | Some(Any::Map(_)))
+    {
+        return Err("cannot read env: expected variables by their names".to_owned());
+    }
+    T::deserialize(value).map_err(|error| error.to_string())
+}
+
+#[cfg(feature = "gateway")]
+impl<T: schemars::JsonSchema> schemars::JsonSchema for Item<T> {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        T::schema_name()
+    }
+
+    fn schema_id() -> std::borrow::Cow<'static, str> {
+        T::schema_id()
+    }
+
+    fn inline_schema() -> bool {
+        T::inline_schema()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        T::json_schema(generator)
+    }
+}
+
+impl<'de> Deserializer<'de> for Any {
+    type Error = Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        match self {
+            Any::Null(()) => visitor.visit_unit(),
+            Any::Bool(value) => visitor.visit_bool(value),
+            Any::Natural(value) => visitor.visit_u64(value),
+            Any::Integer(value) => visitor.visit_i64(value),
+            Any::Number(value) => visitor.visit_f64(value),
+            Any::Text(text) => visitor.visit_string(text),
+            Any::List(values) => visitor.visit_seq(SeqDeserializer::new(values.into_iter())),
+            Any::Map(values) => visitor.visit_map(MapDeserializer::new(values.into_iter())),
+        }
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        match self {
+            Any::Null(()) => visitor.visit_none(),
+            some => visitor.visit_some(some),
+        }
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        name: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        match self {
+            Any::Text(text) => {
+                let text: StringDeserializer<Error> = text.into_deserializer();
+                text.deserialize_enum(name, variants, visitor)
+            }
+            other => other.deserialize_any(visitor),
+        }
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
+        tuple_struct map struct identifier ignored_any
+    }
+}
+
+impl IntoDeserializer<'_, Error> for Any {
+    type Deserializer = Any;
+
+    fn into_deserializer(self) -> Any {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::order::Package;
+    use super::super::protocol::AgentOrder;
+    use super::*;
+
+    fn order(json: &str) -> Item<AgentOrder> {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn an_item_is_read_as_it_would_be_alone() {
+        let json = r#"{"name":"a","version":"1","file":null,"size":7,"env":{"A":"b","T":{"secret":"s"}},"retry":2,
+            "cmd":"stop","later":{"of":[1,-1,1.5,null,true,"x"]}}"#;
+        let alone: AgentOrder = serde_json::from_str(json).unwrap();
+        assert_eq!(order(json), Item::Read(alone.clone()));
+        assert_eq!(serde_json::to_string(&order(json)).unwrap(), serde_json::to_string(&alone).unwrap());
+    }
+
+    #[test]
+    fn one_that_cannot_be_read_says_whom_it_is_about_and_why_and_shows_no_secret() {
+        for (json, name, words) in [
+            (r#"{"name":"a","version":"1","env":{"X":8675309}}"#, Some("a"), "value of a variable"),
+            (r#"{"name":"a","version":"1","env":{"X":{"vault":"8675309"}}}"#, Some("a"), "value of a variable"),
+            (r#"{"name":"a","version":"1","env":"8675309"}"#, Some("a"), "cannot read env"),
+            (r#"{"name":"a","version":"1","sha256":"AA"}"#, Some("a"), "SHA-256"),
+            (r#"{"name":"a","version":["1"]}"#, Some("a"), "sequence"),
+            (r#"{"name":"a"}"#, Some("a"), "version"),
+            (r#"{"name":"Beta","version":"1"}"#, None, "Beta"),
+            (r#"{"version":"1"}"#, None, "name"),
+            ("7", None, "7"),
+            ("null", None, "unit"),
+        ] {
+            let Item::Unreadable(unreadable) = order(json) else { panic!("{json} was read") };
+            assert_eq!(unreadable.name.as_ref().map(AgentName::as_str), name, "{json}");
+            assert!(unreadable.why.contains(words), "{json}: {}", unreadable.why);
+            assert!(!unreadable.why.contains("8675309"), "{json}: {}", unreadable.why);
+        }
+        assert!(matches!(serde_json::from_str(r#"{"version":7}"#).unwrap(), Item::<Package>::Unreadable(_)));
+    }
+}
