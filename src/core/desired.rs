@@ -241,6 +241,7 @@ mod tests {
             agent_id: "1".parse().unwrap(),
             error_message: None,
             interval: None,
+            removal_delay: None,
             lineage: Some(lineage.into()),
             generation,
             cmd: None,

@@ -31,12 +31,18 @@ const MAX_MISSING_BYTES: usize = 1 << 10;
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(30);
 /// The shortest and the longest interval that a file may ask for, seconds.
 const INTERVALS: std::ops::RangeInclusive<u64> = 1..=86_400;
+/// From the first complete list that omits a sub-agent to its removal, unless the file says otherwise: time to notice a slip.
+const DEFAULT_REMOVAL_DELAY: Duration = Duration::from_secs(300);
+/// The longest removal delay, seconds: 30 days.
+const MAX_REMOVAL_DELAY: u64 = 30 * 86_400;
 
 /// The desired state of the whole fleet.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(try_from = "Written")]
 pub struct Fleet {
     pub interval: Duration,
+    /// For so long hosts keep what the list omits; whole seconds.
+    pub removal_delay: Duration,
     /// The file may drop more than half of the sub-agents.
     pub allow_removal: bool,
     /// The manager's version, where it is ordered.
@@ -70,6 +76,7 @@ struct Match {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Written {
     heartbeat_interval: Option<Span>,
+    removal_delay: Option<Span>,
     #[serde(default)]
     allow_removal: bool,
     #[serde(default)]
@@ -134,6 +141,10 @@ impl TryFrom<Written> for Fleet {
         if interval.subsec_nanos() != 0 || !INTERVALS.contains(&interval.as_secs()) {
             return Err("cannot take heartbeatInterval: expected whole seconds, from 1s to 1d".to_owned());
         }
+        let removal_delay = written.removal_delay.map_or(DEFAULT_REMOVAL_DELAY, |span| span.0);
+        if removal_delay.subsec_nanos() != 0 || removal_delay.as_secs() > MAX_REMOVAL_DELAY {
+            return Err("cannot take removalDelay: expected whole seconds, from 0s to 30d".to_owned());
+        }
         let mut agents = BTreeMap::new();
         for (name, agent) in written.agents {
             let order = agent.begun().ok_or_else(|| format!("cannot take agents.{name}: it has no version"))?;
@@ -164,7 +175,8 @@ impl TryFrom<Written> for Fleet {
         if known.len() > MAX_AGENTS {
             return Err(format!("cannot take {} sub-agents: at most {MAX_AGENTS}", known.len()));
         }
-        Ok(Fleet { interval, allow_removal: written.allow_removal, manager: written.manager.version, agents, rules })
+        let (allow_removal, manager) = (written.allow_removal, written.manager.version);
+        Ok(Fleet { interval, removal_delay, allow_removal, manager, agents, rules })
     }
 }
 

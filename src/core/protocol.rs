@@ -200,6 +200,9 @@ pub struct Answer {
     /// Seconds until the next heartbeat; absent: as the host is configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interval: Option<u64>,
+    /// Seconds for which a complete list must have omitted a sub-agent, without a break, before the host removes it; absent: 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removal_delay: Option<u64>,
     /// Names the store that counts the generations, in at most 128 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<String>,

@@ -165,6 +165,7 @@ impl Hosts {
             agent_id: heartbeat.agent_id.clone(),
             error_message: None,
             interval: world.fleet.as_ref().map(|fleet| fleet.interval.as_secs()),
+            removal_delay: world.fleet.as_ref().map(|fleet| fleet.removal_delay.as_secs()),
             lineage: None,
             generation: 0,
             cmd: None,

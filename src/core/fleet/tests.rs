@@ -133,6 +133,8 @@ fn what_is_not_known_is_refused_with_its_name_and_line() {
         ("heartbeatInterval = \"500ms\"", &["heartbeatInterval"]),
         ("heartbeatInterval = \"2d\"", &["heartbeatInterval"]),
         ("heartbeatInterval = 0", &["heartbeatInterval"]),
+        ("removalDelay = \"500ms\"", &["removalDelay", "whole seconds"]),
+        ("removalDelay = \"31d\"", &["removalDelay", "from 0s to 30d"]),
         ("[agents.a]\nversion = \"1\"\n[agents.a]\nversion = \"2\"", &["line 3"]),
         ("[agents.a", &["line 1"]),
     ] {
@@ -147,7 +149,8 @@ fn what_is_not_known_is_refused_with_its_name_and_line() {
 fn an_empty_file_is_a_fleet_that_wants_nothing() {
     let empty = fleet("");
     assert_eq!(judge(&empty, None, &[], |_, _| false), Ok(()));
-    assert_eq!(empty.interval, DEFAULT_INTERVAL);
+    assert_eq!((empty.interval, empty.removal_delay), (DEFAULT_INTERVAL, DEFAULT_REMOVAL_DELAY));
+    assert_eq!(fleet("removalDelay = \"0s\"").removal_delay, Duration::ZERO);
     let told = tell(&empty.desired(&host("1", "a")), &host("1", "a"), offer);
     assert!(told.agents.is_empty() && !told.complete && told.missing.is_none());
 }

@@ -56,13 +56,15 @@ fn the_list_is_sent_until_the_host_holds_it_and_again_when_it_changes() {
     let first = answer(&hosts, heartbeat("1", None), &world(1, ""), NOW);
     assert!(first.agents.is_some());
     assert_eq!((first.lineage.as_deref(), first.generation, first.interval), (Some("ours"), NOW, Some(30)));
+    assert_eq!(first.removal_delay, Some(300));
 
     let held = heartbeat("1", Some(("ours", NOW)));
     let second = answer(&hosts, held.clone(), &world(1, ""), NOW + 5);
     assert_eq!((second.agents, second.generation), (None, NOW));
     // Another world in which the host is told the same.
-    let third = answer(&hosts, held.clone(), &world(2, "heartbeatInterval = 5"), NOW + 6);
-    assert_eq!((third.agents, third.generation, third.interval), (None, NOW, Some(5)));
+    let third = answer(&hosts, held.clone(), &world(2, "heartbeatInterval = 5\nremovalDelay = 7"), NOW + 6);
+    assert_eq!((third.agents, third.generation), (None, NOW));
+    assert_eq!((third.interval, third.removal_delay), (Some(5), Some(7)));
     // It asks for what the depot does not have: another content, though nothing can be sent.
     let wants = world(3, "[agents.a]\nversion = \"1\"");
     let fourth = answer(&hosts, held, &wants, NOW + 7);
