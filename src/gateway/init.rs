@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::Place;
 use crate::core::text::hex;
-use crate::package::sign::Signer;
+use crate::package::sign::{Signer, password};
 use crate::platform;
 use crate::store::{self, Access};
 
@@ -107,7 +107,7 @@ fn make_signing_key(place: &Place) -> Result<Done> {
         // A public key alone: the private one lives offline.
         (_, true) => Ok(Done::Kept),
         (true, false) => {
-            store::replace(&public, Signer::load(&secret)?.public_text()?.as_bytes(), Access::Public)?;
+            store::replace(&public, Signer::load(&secret, || password(&secret))?.public_text()?.as_bytes(), Access::Public)?;
             Ok(Done::Kept)
         }
         (false, false) => {

@@ -18,7 +18,7 @@ use super::{Place, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
 use crate::lock;
 use crate::package::pack::Tree;
-use crate::package::sign::Signer;
+use crate::package::sign::{Signer, password};
 use crate::package::{self, Verdict, trailer};
 use crate::store::{self, Access};
 
@@ -84,8 +84,10 @@ pub struct Args {
     /// lower ones [default: the highest of that name, or 1]
     #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
-    /// The private key to sign with [default: keys/aops.key]
-    #[arg(long, value_name = "FILE")]
+    /// The private key to sign with; the password of one that
+    /// has one is asked for, or taken from the environment
+    /// variable MINISIGN_PASSWORD [default: keys/aops.key]
+    #[arg(long, value_name = "FILE", verbatim_doc_comment)]
     key: Option<PathBuf>,
     /// Publish this very executable: as the manager's
     /// package, and as the bootstrap that hosts fetch
@@ -312,7 +314,7 @@ fn sign(place: &Place, key: Option<&Path>, package: &mut File, binding: &Binding
             key.display()
         );
     }
-    let signer = Signer::load(key)?;
+    let signer = Signer::load(key, || password(key))?;
     package.seek(SeekFrom::Start(0))?;
     signer.sign(package, binding)
 }

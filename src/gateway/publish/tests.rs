@@ -132,7 +132,7 @@ fn an_archive_keeps_its_packing_and_the_signature_that_came_with_it() {
     let bytes = fs::read(&archive).unwrap();
 
     // By the depot's own key, made elsewhere.
-    let own = Signer::load(&bench.place.signing_key()).unwrap();
+    let own = Signer::load(&bench.place.signing_key(), || anyhow::bail!("it has none")).unwrap();
     let sign = |signer: &Signer, binding: &str| {
         let text = signer.sign(&bytes[..], &binding.parse().unwrap()).unwrap();
         fs::write(depot::signature_path(&archive), &text).unwrap();
@@ -173,7 +173,7 @@ fn a_signature_that_hosts_would_refuse_is_not_published() {
         signer.sign(&bytes[..], &"name=ctl version=2.0 os=linux arch=386 epoch=7".parse().unwrap()).unwrap()
     };
     let put = |text: &str| fs::write(depot::signature_path(&archive), text).unwrap();
-    let own = signature(&Signer::load(&bench.place.signing_key()).unwrap());
+    let own = signature(&Signer::load(&bench.place.signing_key(), || anyhow::bail!("it has none")).unwrap());
 
     // A file larger than hosts read, whatever is in it.
     let padding = package::MAX_SIGNATURE_BYTES as usize + 1 - own.len();
