@@ -248,6 +248,7 @@ mod tests {
             manager: None,
             complete,
             agents: Some(agents.iter().map(|(name, cmd)| order(name, cmd)).collect()),
+            pins: Vec::new(),
             ack: None,
         }
     }

@@ -14,12 +14,13 @@ use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
 use self::identity::{Clues, Given};
+use super::keyring::Keyring;
 use super::{Place, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
 use crate::lock;
 use crate::package::pack::Tree;
 use crate::package::sign::{Signer, password};
-use crate::package::{self, Verdict, trailer};
+use crate::package::{self, Keys, Verdict, trailer};
 use crate::store::{self, Access};
 
 /// How long another publishing is waited for.
@@ -192,6 +193,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
     let _lock = lock::take(&place.publish_lock(), PATIENCE)?
         .with_context(|| format!("somebody else is publishing into {}", place.depot().display()))?;
     sweep(&place.depot())?;
+    let keys = Keyring::read(place)?;
     let mut staged = source.staged(place)?;
     let packing = source.packing();
     let contents = archive::contents(staged.as_file_mut(), packing)?;
@@ -200,7 +202,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         Source::Directory(_) | Source::Itself(_) => None,
     };
 
-    let mut notes = Vec::new();
+    let mut notes: Vec<String> = keys.problems().iter().map(|problem| format!("warning: {problem}")).collect();
     let release = match &source {
         Source::Itself(_) => {
             let (os, arch) = identity::here();
@@ -266,7 +268,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         exists => exists,
     };
     let signed_already = match standing {
-        Some(standing) if same && standing.binding == binding => is_signed_so(place, &target, kept.as_ref())?,
+        Some(standing) if same && standing.binding == binding => is_signed_so(&target, keys.keys(), kept.as_ref())?,
         _ => false,
     };
     let fate = match signed_already {
@@ -274,7 +276,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         false => {
             let signature = match kept {
                 Some(kept) => {
-                    notes.extend(kept.check(place, staged.as_file_mut())?);
+                    kept.check(keys.keys(), staged.as_file_mut())?;
                     kept.text
                 }
                 None => sign(place, args.key.as_deref(), staged.as_file_mut(), &binding)?,
@@ -285,11 +287,18 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
     };
     let is_manager = binding.release.name.as_str() == MANAGER_PACKAGE;
     let bootstrap = match is_manager {
-        true => Some(bootstrap::make(place, staged.as_file_mut(), packing, &binding.release)?),
+        true => Some(bootstrap::make(place, &keys, staged.as_file_mut(), packing, &binding.release)?),
         false => None,
     };
     if !same {
         bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
+    }
+    match depot::offered(place, &file, keys.keys()).context("it is in the depot, but a gateway does not offer it")? {
+        Some(Verdict::UnknownKey) => notes.push(format!(
+            "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not carry it",
+            place.keys().display()
+        )),
+        Some(Verdict::Good | Verdict::Bad(_)) | None => {}
     }
     Ok(Published { binding, file, fate, notes, bootstrap })
 }
@@ -339,23 +348,18 @@ fn signature_beside(archive: &Path) -> Result<Option<Kept>> {
 }
 
 impl Kept {
-    /// Verifies it by the depot's keys; a key that is not there is worth a warning only, for hosts may know it.
-    fn check(&self, place: &Place, package: &mut File) -> Result<Option<String>> {
-        match package::judge(package, &self.text, &depot::keys_of(place)?)?.0 {
-            Verdict::Good => Ok(None),
-            Verdict::UnknownKey => Ok(Some(format!(
-                "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not \
-                 carry it",
-                place.keys().display()
-            ))),
+    /// Verifies it by the depot's keys; one of a key that is not there is kept, for hosts may know it.
+    fn check(&self, keys: &Keys, package: &mut File) -> Result<()> {
+        match package::judge(package, &self.text, keys)?.0 {
+            Verdict::Good | Verdict::UnknownKey => Ok(()),
             Verdict::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
         }
     }
 }
 
 /// Whether the file's own signature stands, and is the one that came with the archive where one did.
-fn is_signed_so(place: &Place, file: &Path, kept: Option<&Kept>) -> Result<bool> {
-    let Some((verdict, text)) = depot::verdict_on(place, file)? else { return Ok(false) };
+fn is_signed_so(file: &Path, keys: &Keys, kept: Option<&Kept>) -> Result<bool> {
+    let Some((verdict, text)) = depot::verdict_on(file, keys)? else { return Ok(false) };
     Ok(match kept {
         Some(kept) => kept.text == text && !matches!(verdict, Verdict::Bad(_)),
         None => verdict == Verdict::Good,

@@ -37,7 +37,7 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
         env_hash: Some(record.head.env_hash),
         message: None,
     });
-    let heartbeat = Heartbeat {
+    let mut heartbeat = Heartbeat {
         agent_id: agent_id.clone(),
         instance_id: installation::instance_id(home),
         hostname: gethostname::gethostname().to_string_lossy().into_owned(),
@@ -55,8 +55,9 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
         agents: agents.collect(),
         events: Vec::new(),
         clock_offset_seconds: None,
+        trust: None,
     };
-    match Sender::new(home, &agent_id, Arc::new(config)).send(&heartbeat) {
+    match Sender::new(home, &agent_id, Arc::new(config)).send(&mut heartbeat) {
         Outcome::Answered { .. } => Ok(ExitCode::SUCCESS),
         Outcome::Failed { why, .. } => bail!("cannot send a heartbeat: {why}"),
     }
