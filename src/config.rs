@@ -201,7 +201,7 @@ impl Config {
         match &self.certificate {
             Certificate::System => Trust::System,
             Certificate::Authority(path) => Trust::CaFile(home.root().join(path)),
-            Certificate::Pinned(pins) => Trust::Pin(pins.clone()),
+            Certificate::Pinned(pins) => Trust::Pin { pins: pins.clone(), learned: home.gateway_keys() },
             Certificate::FirstContact => Trust::FirstContact { pins: home.pins() },
             Certificate::Unchecked => Trust::Insecure,
         }

@@ -4,6 +4,7 @@
 //! which `cargo xtask tidy` checks.
 
 pub mod agent;
+pub mod certificate;
 pub mod desired;
 pub mod env;
 #[cfg(feature = "gateway")]

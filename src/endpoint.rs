@@ -4,6 +4,7 @@
 //! fragment, so that joining a path to it cannot go anywhere else. A [`Fingerprint`] names a certificate. [`Trust`] says which
 //! certificates are accepted, and [`Client`] is the only way that this program speaks HTTP.
 
+mod certificate;
 mod client;
 mod pace;
 mod pins;
@@ -20,6 +21,7 @@ use ureq::http::Uri;
 
 use crate::core::text::hex;
 
+pub use certificate::{end_of, key_of};
 pub use client::{Asker, Astray, Client, End, Reply, Timeouts, may_pass};
 pub use pins::{add_pins, expect_first_contact};
 pub use proxy::{Exception, Proxies, ProxyUrl};

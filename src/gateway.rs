@@ -9,10 +9,12 @@
 //!
 //! ```text
 //! <dir>/keys/aops.pub, aops.key     the signing key; further *.pub are trusted too and go into the bootstrap
-//!       tls/cert.pem, key.pem       the certificate that hosts pin or trust
+//!       tls/cert.pem, key.pem       the certificate, whose public key hosts pin, or whose issuer they trust
+//!           next.pem                the public keys that come next, announced to hosts
 //!       depot/                      <name>-<version>_<os>_<arch>.<packing>, each with .minisig; and the bootstrap executables
 //!       fleet.toml                  the desired state, the operator's
 //!       state/fleet.toml            the last good one
+//!             fleet-applied         which fleet.toml was put in place whole
 //!             lineage               names the store that counts the generations
 //!             hosts.json            what every host said last, and what it was told
 //!             gateway.json          how the running gateway stands
@@ -23,20 +25,27 @@
 mod archive;
 mod behind;
 mod bootstrap;
+mod certificate;
 mod depot;
 mod download;
 mod failure;
+mod fleet_apply;
 mod fleet_file;
 mod hosts;
 mod init;
+mod keyring;
+mod parts;
 mod publish;
 mod routes;
 mod schema;
 mod serve;
 mod shared;
+mod state;
 mod status;
+mod still;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -61,10 +70,22 @@ pub enum Command {
     /// another version.
     #[command(verbatim_doc_comment)]
     Publish(publish::Args),
+    /// Check a fleet file and put it in force
+    #[command(subcommand)]
+    Fleet(fleet_apply::Command),
     /// Serve the depot and answer heartbeats until stopped
     ///
-    /// Prints `listening on https://HOST:PORT` when ready. fleet.toml and
-    /// the depot are read again when they have changed.
+    /// Prints `listening on https://HOST:PORT` when ready. keys/, depot/,
+    /// fleet.toml and tls/ are read again when they have changed; fleet.toml
+    /// and tls/ once they have stood still for two seconds, or at once upon
+    /// SIGHUP. What cannot be used is shown by `aops gateway status`, what
+    /// was good before stays in use, and the other parts are not affected.
+    ///
+    /// Hosts that pin the certificate pin its public key: renew it with the
+    /// same key. For another key, put that key, or a certificate for it,
+    /// into tls/next.pem (PEM; three at most): it is announced to hosts.
+    /// Replace tls/cert.pem and tls/key.pem when `aops gateway status` shows
+    /// no host that lacks it, then remove tls/next.pem.
     ///
     /// Hosts check who the gateway is, but do not prove who they are:
     /// whoever can reach the gateway and knows an agent id is told what
@@ -83,6 +104,7 @@ pub fn main(command: Command) -> Result<ExitCode> {
     match command {
         Command::Init(args) => init::run(&args)?,
         Command::Publish(args) => publish::run(&args)?,
+        Command::Fleet(command) => fleet_apply::run(&command)?,
         Command::Run(args) => {
             logging::to_stderr();
             serve::run(&args)?;
@@ -114,7 +136,9 @@ impl Place {
                 root.display()
             );
         }
-        if !place.depot().is_dir() {
+        // Any of them: one that is missing, as on a disk that is not mounted, is a problem of its own part.
+        let parts = [place.depot(), place.keys(), place.tls(), place.fleet()];
+        if !parts.iter().any(|part| part.exists()) {
             bail!("cannot find a gateway in {0}; make one with `aops gateway init --dir {0}`", root.display());
         }
         Ok(place)
@@ -144,6 +168,11 @@ impl Place {
         self.tls().join("key.pem")
     }
 
+    /// The keys that come next: certificates, public keys or private keys.
+    fn next_certificate(&self) -> PathBuf {
+        self.tls().join("next.pem")
+    }
+
     fn depot(&self) -> PathBuf {
         self.root.join("depot")
     }
@@ -158,6 +187,11 @@ impl Place {
 
     fn last_good_fleet(&self) -> PathBuf {
         self.state().join("fleet.toml")
+    }
+
+    /// SHA-256 of the fleet file that `gateway fleet apply` put in place whole.
+    fn applied_fleet(&self) -> PathBuf {
+        self.state().join("fleet-applied")
     }
 
     fn lineage(&self) -> PathBuf {

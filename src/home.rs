@@ -205,6 +205,11 @@ impl Home {
         self.state_file("pins.json")
     }
 
+    /// The public keys of gateways whose certificates the settings pin, as they were learned and announced.
+    pub fn gateway_keys(&self) -> PathBuf {
+        self.state_file("gateway-keys.json")
+    }
+
     /// How the home is tied into the host.
     pub fn install_record(&self) -> PathBuf {
         self.state_file("install.json")

@@ -143,6 +143,7 @@ mod tests {
             agents: Vec::new(),
             events: Vec::new(),
             clock_offset_seconds: None,
+            trust: None,
         }
     }
 
@@ -185,7 +186,14 @@ mod tests {
     fn one_who_shows_another_certificate_is_not_believed() {
         let identity = self_signed(&["127.0.0.1"], |_| {});
         let server = Server::tls(&identity, |_| Told::ok(r#"{"agentId": "host-1"}"#));
-        let trusting = |pin| Client::new(&Trust::Pin(vec![pin]), None, Timeouts::exchange()).unwrap();
+        let trusting = |pin| {
+            Client::new(
+                &Trust::Pin { pins: vec![pin], learned: "/nonexistent/keys".into() },
+                None,
+                Timeouts::exchange(),
+            )
+            .unwrap()
+        };
         send(&trusting(Fingerprint::of(&identity.certificate)), &server.endpoint(), &heartbeat()).unwrap();
         let refusal = send(&trusting(Fingerprint::of(b"other")), &server.endpoint(), &heartbeat()).unwrap_err();
         assert!(refusal.is_distrust, "{refusal}");

@@ -8,12 +8,15 @@
 //! text -> Fleet -> judge(last good, depot) -> Fleet::desired(host) -> tell(depot) -> Told -> generation -> Answer
 //! ```
 
+mod changes;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::changes::{Changes, changes};
 use super::env::{self, Env, Value};
 use super::glob::Glob;
 use super::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Version};

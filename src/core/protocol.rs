@@ -19,6 +19,8 @@ pub const DOWNLOAD_PATH: &str = "/api/download";
 /// Path below an endpoint under which the current release of a package is told, by name.
 pub const RELEASES_PATH: &str = "/api/releases";
 
+/// More public keys than this are not announced, and not taken: the present one, and those to come.
+pub const MAX_PINS: usize = 4;
 /// More sub-agents than this on one host are a mistake, and more orders in one answer too.
 pub const MAX_AGENTS: usize = 1_000;
 /// A message with more values than this is not read: a thousand sub-agents with forty words each. What a text of a few MiB becomes in
@@ -72,6 +74,35 @@ pub struct Heartbeat {
     /// Seconds by which the host's clock was ahead of the gateway's, as the `Date` of its last answer said; negative: behind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clock_offset_seconds: Option<i64>,
+    /// How the host checks the gateway's certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<TrustReport>,
+}
+
+/// How a host checks the certificate of the gateway that it reports to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct TrustReport {
+    /// `system` and `caCert`: by who issued it; `pin` and `firstContact`: by `pins`; `insecure`: not at all.
+    pub by: String,
+    /// What it is accepted by: SHA-256 of public keys, or of certificates, as in an answer's `pins`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pins: Vec<String>,
+    /// When the chain that the host was shown last ends, RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_end: Option<String>,
+}
+
+impl TrustReport {
+    /// Whether the host accepts what it has pinned, and nothing else.
+    pub fn is_pinned(&self) -> bool {
+        matches!(self.by.as_str(), "pin" | "firstContact")
+    }
+
+    pub fn accepts(&self, pin: &str) -> bool {
+        self.pins.iter().any(|known| known == pin)
+    }
 }
 
 /// The manager about itself.
@@ -163,8 +194,8 @@ pub struct Event {
     pub time: String,
     /// What it was about, such as `start`, `exit`, `health`, `restart` (because of its health), `backoff`, `stage`, `activate`,
     /// `upgrade` (a new release was committed, or not), `rollback` (the release before runs again), `skip` (a release is not tried again), `uninstall`, `config`, `command`, `desired`, `env`; `order` (it cannot be followed), `manager` (likewise the manager's),
-    /// `heartbeat` (an answer that was not believed or cannot be read), `clock`, `memory` (a role was restarted for it), `home` (it cannot be
-    /// relied on), `keys`, `door` (somebody knocked who may not).
+    /// `heartbeat` (an answer that was not believed or cannot be read), `certificate` (of the gateway: it ends soon), `clock`, `memory` (a role was
+    /// restarted for it), `home` (it cannot be relied on), `keys`, `door` (somebody knocked who may not).
     pub kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentName>,
@@ -233,6 +264,10 @@ pub struct Answer {
     /// an event that names it; its sub-agent stays as it is, and is not absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agents: Option<Vec<Item<AgentOrder>>>,
+    /// The public keys of the gateway's certificate, as `sha256:` and the SHA-256 of each SubjectPublicKeyInfo in hexadecimal: the present
+    /// one, and those to come. A host that pins accepts them from now on, if the connection has passed its present pin. At most 4.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pins: Vec<String>,
     /// The id of the last event that the gateway has seen: the host forgets that one and all before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ack: Option<u64>,

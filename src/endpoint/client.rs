@@ -6,7 +6,7 @@
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -17,12 +17,12 @@ use ureq::{Agent, Body, Timeout};
 
 use super::pace::{Dripping, LEAST_PER_SECOND, PaceConnector};
 use super::proxy::{Proxies, ProxyUrl};
-use super::tls::{FirstContact, HandshakeFailed, TlsConnector};
+use super::tls::{Handshake, HandshakeFailed, Seen, TlsConnector};
 use super::trust::{Distrust, Judge};
 use super::{Endpoint, Fingerprint, Trust};
 use crate::core::model::AgentId;
 use crate::core::pace::Pace;
-use crate::core::protocol::AGENT_ID_HEADER;
+use crate::core::protocol::{AGENT_ID_HEADER, MAX_PINS, TrustReport};
 
 /// Heartbeats at the usual intervals share a connection. One that was idle for longer may have been forgotten by a firewall in between, which
 /// lets what is sent on it go nowhere.
@@ -70,7 +70,10 @@ pub struct Client {
     insecure: bool,
     proxies: Proxies,
     timeouts: Timeouts,
-    first_contact: FirstContact,
+    judge: Judge,
+    /// As certificates are checked, in a word for reports.
+    by: &'static str,
+    seen: Seen,
     /// Connections that were begun.
     made: Arc<AtomicU64>,
 }
@@ -97,7 +100,8 @@ impl Client {
         if insecure {
             tracing::warn!("certificates are not checked, and plain http is allowed (--insecure)");
         }
-        let (first_contact, made) = (Arc::new(Mutex::new(None)), Arc::new(AtomicU64::new(0)));
+        let (seen, made) = (Seen::default(), Arc::new(AtomicU64::new(0)));
+        let judge = Judge::new(trust)?;
         let (input, output) = if timeouts.total.is_some() { (8 << 10, 4 << 10) } else { (64 << 10, 4 << 10) };
         let config = Agent::config_builder()
             .http_status_as_error(false)
@@ -121,17 +125,10 @@ impl Client {
             ().chain(ConnectProxyConnector::default())
                 .chain(TcpConnector::default())
                 .chain(PaceConnector { window: timeouts.stall * DRIP_STALLS, made: Arc::clone(&made) })
-                .chain(TlsConnector::new(Judge::new(trust)?, proxies.tls_authorities(), Arc::clone(&first_contact)));
+                .chain(TlsConnector::new(judge.clone(), proxies.tls_authorities(), Arc::clone(&seen)));
         let agent = Agent::with_parts(config, connector, DefaultResolver::default());
-        Ok(Client {
-            agent,
-            agent_id: agent_id.cloned(),
-            insecure,
-            proxies: proxies.clone(),
-            timeouts,
-            first_contact,
-            made,
-        })
+        let (agent_id, proxies, by) = (agent_id.cloned(), proxies.clone(), trust.word());
+        Ok(Client { agent, agent_id, insecure, proxies, timeouts, judge, by, seen, made })
     }
 
     /// By which somebody else ends what this client waits for.
@@ -139,9 +136,37 @@ impl Client {
         End(self.agent.clone())
     }
 
-    /// The certificate that this client was the first to see and has recorded, under [`Trust::FirstContact`].
+    /// The public key that this client was the first to see and has recorded, under [`Trust::FirstContact`].
     pub fn first_contact(&self) -> Option<Fingerprint> {
-        *self.first_contact.lock().unwrap_or_else(PoisonError::into_inner)
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).first_contact
+    }
+
+    fn last_handshake(&self, endpoint: &Endpoint) -> Option<Handshake> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).last.get(&endpoint.origin()).copied()
+    }
+
+    /// When the chain of certificates ends that the endpoint has shown last, seconds since 1970.
+    pub fn certificate_end(&self, endpoint: &Endpoint) -> Option<u64> {
+        self.last_handshake(endpoint)?.end
+    }
+
+    /// How the endpoint's certificate is checked, as hosts report it.
+    pub fn trust_report(&self, endpoint: &Endpoint) -> TrustReport {
+        let end = self.certificate_end(endpoint).and_then(|end| i64::try_from(end).ok());
+        let end = end.and_then(|end| jiff::Timestamp::from_second(end).ok());
+        TrustReport {
+            by: self.by.to_owned(),
+            pins: self.judge.accepted(&endpoint.origin()).iter().map(ToString::to_string).collect(),
+            certificate_end: end.map(|end| end.to_string()),
+        }
+    }
+
+    /// Keeps what an endpoint has announced in an answer, which came over a connection that passed what is pinned: its public keys, the
+    /// present one and those to come. What is no fingerprint is left out. Nothing is pinned that was not.
+    pub fn learn(&self, endpoint: &Endpoint, announced: &[String]) -> Result<()> {
+        let Some(Handshake { shown, .. }) = self.last_handshake(endpoint) else { return Ok(()) };
+        let announced: Vec<Fingerprint> = announced.iter().filter_map(|pin| pin.parse().ok()).take(MAX_PINS).collect();
+        self.judge.learn(&endpoint.origin(), shown, &announced)
     }
 
     /// Gets `path` (beginning with a slash, perhaps with a query) from an endpoint, to which the agent id is told.

@@ -28,6 +28,11 @@ fn got(trust: &Trust, endpoint: &Endpoint) -> Result<String, String> {
 }
 
 /// The file lives as long as the directory that comes with it.
+/// Without a file of what was learned.
+fn pinned(pins: Vec<Fingerprint>) -> Trust {
+    Trust::Pin { pins, learned: PathBuf::from("/nonexistent/gateway-keys.json") }
+}
+
 fn ca_file(pem: &str) -> (tempfile::TempDir, Trust) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("ca.pem");
@@ -117,10 +122,10 @@ fn a_pinned_certificate_is_accepted_by_itself_or_by_its_key_whatever_it_says() {
     let key = KeyPair::try_from(identity.key.as_slice()).unwrap();
     let key = Fingerprint::of(&SubjectPublicKeyInfoDer::from_pem_slice(key.public_key_pem().as_bytes()).unwrap());
     for pin in [certificate, key] {
-        assert_eq!(got(&Trust::Pin(vec![Fingerprint::of(b"other"), pin]), &server.endpoint()).as_deref(), Ok("hello"));
+        assert_eq!(got(&pinned(vec![Fingerprint::of(b"other"), pin]), &server.endpoint()).as_deref(), Ok("hello"));
     }
-    let advice = format!("--pin {certificate}");
-    refused(&Trust::Pin(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["none of those pinned", &advice]);
+    let advice = format!("--pin {key}");
+    refused(&pinned(vec![Fingerprint::of(b"other")]), &server.endpoint(), &["none of those pinned", &advice]);
 }
 
 #[test]
@@ -135,7 +140,7 @@ fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
     let (address, endpoint) = (server.address(), server.endpoint());
     let first = client(&trust);
     assert_eq!(first.get(&endpoint, "/", &[]).unwrap().status(), 200);
-    assert_eq!(first.first_contact(), Some(Fingerprint::of(&one.certificate)));
+    assert_eq!(first.first_contact(), key_of(&one.certificate));
     let recorded = std::fs::read_to_string(&pins).unwrap();
     assert!(recorded.contains(&endpoint.origin()) && recorded.contains("firstSeen"), "{recorded}");
 
@@ -145,10 +150,43 @@ fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
     drop((server, first, second));
 
     let _changed = Server::tls_at(address, &other, |_| Told::ok("hello"));
-    let new = format!("--pin {}", Fingerprint::of(&other.certificate));
-    let old = Fingerprint::of(&one.certificate).to_string();
-    refused(&trust, &endpoint, &["at the first contact it was", &old, &new, "--fresh", "operator"]);
+    let new = format!("--pin {}", key_of(&other.certificate).unwrap());
+    let old = key_of(&one.certificate).unwrap().to_string();
+    refused(&trust, &endpoint, &["since the first contact", &old, &new, "--fresh", "operator"]);
     assert_eq!(std::fs::read_to_string(&pins).unwrap(), recorded);
+}
+
+#[test]
+fn a_renewed_certificate_is_the_same_gateway_and_an_announced_key_too_but_no_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let (pins, learned) = (directory.path().join("pins.json"), directory.path().join("keys.json"));
+    expect_first_contact(&pins).unwrap();
+    let keys = [(); 3].map(|()| KeyPair::generate().unwrap());
+    let shows = |key: &KeyPair| self_signed_by(key, &["localhost"], |_| {});
+    let first = shows(&keys[0]);
+    let by_certificate = Trust::Pin { pins: vec![Fingerprint::of(&first.certificate)], learned };
+    for trust in [Trust::FirstContact { pins }, by_certificate] {
+        let server = serves(&first);
+        let (address, endpoint) = (server.address(), server.endpoint());
+        let asked = client(&trust);
+        assert_eq!(asked.get(&endpoint, "/", &[]).unwrap().status(), 200);
+        let announced = [&keys[0], &keys[1]].map(|key| key_of(&shows(key).certificate).unwrap().to_string());
+        asked.learn(&endpoint, &[announced[1].clone(), "what".to_owned()]).unwrap();
+        let report = asked.trust_report(&endpoint);
+        assert!(report.is_pinned() && announced.iter().all(|pin| report.accepts(pin)), "{report:?}");
+        drop((server, asked));
+        // Renewed with the same key; then the key that was announced, and at last one that was not.
+        for (key, is_accepted) in [(&keys[0], true), (&keys[2], false), (&keys[1], true), (&keys[0], false)] {
+            let _server = Server::tls_at(address, &shows(key), |_| Told::ok("hello"));
+            let asked = client(&trust);
+            let got = asked.get(&endpoint, "/", &[]);
+            assert_eq!(got.is_ok(), is_accepted, "{trust:?} {got:?}");
+            if got.is_ok() && std::ptr::eq(key, &keys[1]) {
+                // From now on the old one is not announced any more.
+                asked.learn(&endpoint, &[announced[1].clone()]).unwrap();
+            }
+        }
+    }
 }
 
 #[test]
@@ -158,7 +196,7 @@ fn whoever_answers_is_no_first_contact_where_the_pins_are_lost() {
     let directory = tempfile::tempdir().unwrap();
     let pins = directory.path().join("pins.json");
     let trust = Trust::FirstContact { pins: pins.clone() };
-    let pin = format!("--pin {}", Fingerprint::of(&identity.certificate));
+    let pin = format!("--pin {}", key_of(&identity.certificate).unwrap());
     refused(&trust, &server.endpoint(), &["pins.json is missing", "backup", &pin, "write {} into that file"]);
     assert!(!pins.exists());
     std::fs::write(&pins, "{}").unwrap();
@@ -229,7 +267,7 @@ fn dates_and_names_count_for_a_certificate_in_the_file() {
 fn the_systems_trust_refuses_a_private_certificate_and_says_what_to_do() {
     for ca in [IsCa::NoCa, IsCa::Ca(BasicConstraints::Unconstrained)] {
         let identity = self_signed(&["127.0.0.1"], |params| params.is_ca = ca);
-        let pin = format!("--pin {}", Fingerprint::of(&identity.certificate));
+        let pin = format!("--pin {}", key_of(&identity.certificate).unwrap());
         refused(
             &Trust::System,
             &serves(&identity).endpoint(),
@@ -257,7 +295,7 @@ fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
     let pins = directory.path().join("pins.json");
     expect_first_contact(&pins).unwrap();
     let before = std::fs::read(&pins).unwrap();
-    for trust in [Trust::Pin(vec![Fingerprint::of(&honest.certificate)]), Trust::FirstContact { pins: pins.clone() }] {
+    for trust in [pinned(vec![Fingerprint::of(&honest.certificate)]), Trust::FirstContact { pins: pins.clone() }] {
         let server = Server::tls_with_resolver(&stolen, |_| Told::ok("hello"));
         assert!(got(&trust, &server.endpoint()).is_err());
     }
@@ -305,7 +343,7 @@ fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
         ));
         Told::ok(asked.body.clone())
     });
-    let client = client(&Trust::Pin(vec![Fingerprint::of(&identity.certificate)]));
+    let client = client(&pinned(vec![Fingerprint::of(&identity.certificate)]));
     let endpoint: Endpoint = format!("{}/base", server.endpoint()).parse().unwrap();
     client.get(&endpoint, "/a?b=c", &[]).unwrap().bytes(10).unwrap();
     client

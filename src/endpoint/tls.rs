@@ -3,8 +3,8 @@
 //! It stands where ureq's own would stand, because that one can neither pin a certificate nor tell why one was refused. Sessions are
 //! not resumed: connections are kept open instead, and a certificate that was withdrawn is noticed at the next one.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result};
@@ -17,8 +17,9 @@ use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
 
-use super::Fingerprint;
-use super::trust::{Distrust, Judge, Verifier, remember};
+use super::pins::Shown;
+use super::trust::{Distrust, Judge, Verifier, remember, shown};
+use super::{Fingerprint, end_of};
 
 /// TLS with whoever answers, whatever certificate he shows. For questions that tell no secret and whose answer is believed of nobody: a
 /// health check of a sub-agent, which runs on this host with a certificate that often names another.
@@ -44,16 +45,36 @@ pub(super) struct TlsConnector {
     /// Host and port of proxies that are themselves spoken to by TLS: the system's trust counts for them, not the gateway's.
     proxies: Vec<String>,
     system: OnceLock<Judge>,
-    first_contact: FirstContact,
+    seen: Seen,
 }
 
-/// The certificate that was remembered in this process's first contact, shared with the client.
-pub(super) type FirstContact = Arc<Mutex<Option<Fingerprint>>>;
+/// What was seen in handshakes, shared with the client.
+pub(super) type Seen = Arc<Mutex<Handshakes>>;
+
+/// What was seen in handshakes.
+#[derive(Debug, Default)]
+pub(super) struct Handshakes {
+    /// The public key that was remembered in this process's first contact.
+    pub(super) first_contact: Option<Fingerprint>,
+    /// What each origin has shown last.
+    pub(super) last: BTreeMap<String, Handshake>,
+}
+
+/// One handshake that succeeded.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Handshake {
+    pub(super) shown: Shown,
+    /// When the chain ends, seconds since 1970.
+    pub(super) end: Option<u64>,
+}
+
+/// More origins than these are not kept.
+const MAX_ORIGINS: usize = 100;
 
 impl TlsConnector {
-    pub(super) fn new(judge: Judge, proxies: Vec<String>, first_contact: FirstContact) -> TlsConnector {
+    pub(super) fn new(judge: Judge, proxies: Vec<String>, seen: Seen) -> TlsConnector {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        TlsConnector { judge, provider, proxies, system: OnceLock::new(), first_contact }
+        TlsConnector { judge, provider, proxies, system: OnceLock::new(), seen }
     }
 
     fn judge_of(&self, uri: &Uri) -> &Judge {
@@ -70,11 +91,20 @@ impl TlsConnector {
     }
 
     /// After the handshake: only one who has proved to hold the key is remembered.
-    fn note(&self, origin: &str, pins: &Path, leaf: &CertificateDer<'_>) -> Result<()> {
-        let seen = Fingerprint::of(leaf);
-        if remember(pins, origin, seen)? {
-            tracing::warn!(origin, certificate = %seen, "the gateway's certificate is trusted at first contact");
-            *self.first_contact.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
+    fn note(&self, origin: &str, judge: &Judge, chain: &[CertificateDer<'_>]) -> Result<()> {
+        let leaf = chain.first().context("it showed no certificate")?;
+        let shown = shown(leaf);
+        let is_first = match judge {
+            Judge::FirstContact(pins) => remember(pins, origin, shown)?,
+            Judge::Authorities { .. } | Judge::Pins { .. } | Judge::Anything => false,
+        };
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_first {
+            tracing::warn!(origin, key = %shown.pin(), "the key of the gateway's certificate is trusted at first contact");
+            seen.first_contact = Some(shown.pin());
+        }
+        if seen.last.len() < MAX_ORIGINS || seen.last.contains_key(origin) {
+            seen.last.insert(origin.to_owned(), Handshake { shown, end: end_of(chain) });
         }
         Ok(())
     }
@@ -104,11 +134,8 @@ impl<In: Transport> Connector<In> for TlsConnector {
         socket.set_timeout(details.timeout);
         session.complete_io(&mut socket).map_err(|error| explained(&origin, error))?;
 
-        if let Judge::FirstContact(pins) = judge {
-            let leaf = session.peer_certificates().and_then(<[_]>::first);
-            let noted = leaf.context("it showed no certificate").and_then(|leaf| self.note(&origin, pins, leaf));
-            noted.map_err(|error| failed(&origin, error))?;
-        }
+        let chain = session.peer_certificates().unwrap_or_default();
+        self.note(&origin, judge, chain).map_err(|error| failed(&origin, error))?;
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
         Ok(Some(Either::B(TlsTransport { buffers, stream: StreamOwned::new(session, socket) })))
     }

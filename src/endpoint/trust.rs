@@ -1,7 +1,8 @@
 //! Which certificates are accepted, and the words in which a refusal is told.
 //!
 //! Whatever is trusted, the other end must prove in the handshake that it holds the certificate's key, except under
-//! [`Trust::Insecure`]. A pinned certificate is that very one: its names and dates don't matter then, as the pin says more than they do.
+//! [`Trust::Insecure`]. A pin is of a public key, or of one certificate: names and dates don't matter then, as the
+//! pin says more than they do.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,10 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme};
 
-use super::Fingerprint;
-use super::pins::{MAX_PINS, Pins, Said};
+use super::pins::{
+    MAX_PINS, Pins, Said, Shown, accepted_first_contact, accepted_pinned, is_pinned, learn_first_contact, learn_pinned,
+};
+use super::{Fingerprint, key_of};
 use crate::store;
 
 /// A file of certificates is refused beyond this; the whole of Mozilla's list is 220 kB.
@@ -33,12 +36,26 @@ pub enum Trust {
     System,
     /// What the authorities in this PEM file have issued, and the certificates in it themselves.
     CaFile(PathBuf),
-    /// These certificates, or certificates with these public keys, and no others.
-    Pin(Vec<Fingerprint>),
-    /// For each origin the certificate that was seen first, remembered in the file `pins`, which must be there.
+    /// These certificates, or certificates with these public keys, or with those in the file `learned` that were announced under these
+    /// pins; no others.
+    Pin { pins: Vec<Fingerprint>, learned: PathBuf },
+    /// For each origin what was seen first and announced since, remembered in the file `pins`, which must be there.
     FirstContact { pins: PathBuf },
     /// Anything, plain http too.
     Insecure,
+}
+
+impl Trust {
+    /// The word for it in reports, as the key in the settings.
+    pub(super) fn word(&self) -> &'static str {
+        match self {
+            Trust::System => "system",
+            Trust::CaFile(_) => "caCert",
+            Trust::Pin { .. } => "pin",
+            Trust::FirstContact { .. } => "firstContact",
+            Trust::Insecure => "insecure",
+        }
+    }
 }
 
 /// [`Trust`] with its files read: what certificates are judged by.
@@ -49,7 +66,10 @@ pub(super) enum Judge {
         /// The certificates themselves, where an operator gave them: a server may present one of these as its own.
         given: Arc<Vec<CertificateDer<'static>>>,
     },
-    Pins(Arc<Vec<Fingerprint>>),
+    Pins {
+        pins: Arc<Vec<Fingerprint>>,
+        learned: Arc<PathBuf>,
+    },
     FirstContact(Arc<PathBuf>),
     Anything,
 }
@@ -61,7 +81,9 @@ impl Judge {
             Trust::CaFile(path) => Judge::ca_file(path).with_context(|| {
                 format!("cannot use {} as the file of trusted certificates (--ca-cert)", path.display())
             })?,
-            Trust::Pin(pins) => Judge::Pins(Arc::new(pins.clone())),
+            Trust::Pin { pins, learned } => {
+                Judge::Pins { pins: Arc::new(pins.clone()), learned: Arc::new(learned.clone()) }
+            }
             Trust::FirstContact { pins } => Judge::FirstContact(Arc::new(pins.clone())),
             Trust::Insecure => Judge::Anything,
         })
@@ -118,7 +140,7 @@ enum Why {
     },
     NotPinned,
     Changed {
-        first: Fingerprint,
+        known: Fingerprint,
     },
     PinsLost {
         pins: PathBuf,
@@ -140,7 +162,7 @@ impl fmt::Display for Distrust {
         write!(f, "cannot trust the certificate of {}", self.origin)?;
         let pin = match self.presented {
             Some(presented) => {
-                write!(f, " ({presented})")?;
+                write!(f, " (public key {presented})")?;
                 format!("compare it with the gateway's operator and give `--pin {presented}`")
             }
             None => "give `--pin SHA256`".to_owned(),
@@ -176,14 +198,17 @@ impl fmt::Display for Distrust {
                 date(*clock).unwrap_or_else(|| "nothing".to_owned())
             ),
             Why::NotPinned => {
-                write!(f, ": it is none of those pinned; if the gateway's certificate was replaced, {pin}")
+                write!(
+                    f,
+                    ": it is none of those pinned, nor for a public key that the gateway has announced; if the gateway's key was replaced, {pin}"
+                )
             }
-            Why::Changed { first } => {
+            Why::Changed { known } => {
                 let new = self.presented.map_or("NEW".to_owned(), |presented| presented.to_string());
                 write!(
                     f,
-                    ": at the first contact it was {first} (recorded in the home's state/pins.json). Either the gateway's \
-                     certificate was replaced, or somebody stands in between. Verify it with the gateway's operator, then \
+                    ": since the first contact its public key is {known} (recorded in the home's state/pins.json). Either the \
+                     gateway's certificate was replaced by one for another key, which was not announced, or somebody stands in between. Verify it with the gateway's operator, then \
                      give `--pin {new}`, or install again with `--fresh`"
                 )
             }
@@ -228,20 +253,11 @@ impl Verifier {
     ) -> Result<(), Why> {
         match &self.judge {
             Judge::Anything => Ok(()),
-            Judge::Pins(pins) => {
-                let by_key = ParsedCertificate::try_from(leaf)
-                    .ok()
-                    .map(|parsed| Fingerprint::of(parsed.subject_public_key_info().as_ref()));
-                let known = |presented: &Fingerprint| pins.contains(presented);
-                if known(&Fingerprint::of(leaf)) || by_key.as_ref().is_some_and(known) {
-                    Ok(())
-                } else {
-                    Err(Why::NotPinned)
-                }
-            }
-            Judge::FirstContact(pins) => {
-                judged_by(&pins_in(pins)?, pins, &self.origin, Fingerprint::of(leaf)).map(drop)
-            }
+            Judge::Pins { pins, learned } => match is_pinned(learned, &self.origin, pins, shown(leaf)) {
+                true => Ok(()),
+                false => Err(Why::NotPinned),
+            },
+            Judge::FirstContact(pins) => judged_by(&pins_in(pins)?, pins, &self.origin, shown(leaf)).map(drop),
             Judge::Authorities { roots, given } => {
                 let parsed = ParsedCertificate::try_from(leaf).map_err(why)?;
                 let algorithms = self.provider.signature_verification_algorithms.all;
@@ -307,7 +323,7 @@ impl ServerCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         self.judged(leaf, intermediates, name, now).map(|()| ServerCertVerified::assertion()).map_err(|why| {
-            let presented = Some(Fingerprint::of(leaf));
+            let presented = Some(shown(leaf).pin());
             let distrust = Distrust { origin: self.origin.clone(), presented, why };
             rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(distrust))))
         })
@@ -342,14 +358,42 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
+/// One writes what is pinned at a time.
+static WRITING: Mutex<()> = Mutex::new(());
+
+/// What a server shows.
+pub(super) fn shown(leaf: &CertificateDer<'_>) -> Shown {
+    Shown { certificate: Fingerprint::of(leaf), key: key_of(leaf) }
+}
+
+impl Judge {
+    /// Notes what was learned over a connection that this judge let pass: the key that was shown, and those that were announced.
+    pub(super) fn learn(&self, origin: &str, seen: Shown, announced: &[Fingerprint]) -> Result<()> {
+        let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+        match self {
+            Judge::Pins { pins, learned } => learn_pinned(learned, origin, pins, seen, announced),
+            Judge::FirstContact(pins) => learn_first_contact(pins, origin, seen, announced),
+            Judge::Authorities { .. } | Judge::Anything => Ok(()),
+        }
+    }
+
+    /// What certificates of an origin are accepted by, if by what is pinned.
+    pub(super) fn accepted(&self, origin: &str) -> Vec<Fingerprint> {
+        match self {
+            Judge::Pins { pins, learned } => accepted_pinned(learned, origin, pins),
+            Judge::FirstContact(pins) => accepted_first_contact(pins, origin),
+            Judge::Authorities { .. } | Judge::Anything => Vec::new(),
+        }
+    }
+}
+
 /// Remembers `seen` as the certificate of `origin`, whose handshake has just succeeded, if none is remembered yet.
 /// Answers whether this was the first contact.
-pub(super) fn remember(path: &Path, origin: &str, seen: Fingerprint) -> Result<bool> {
+pub(super) fn remember(path: &Path, origin: &str, seen: Shown) -> Result<bool> {
     // Two threads at a first contact: the second must see what the first one wrote.
-    static WRITING: Mutex<()> = Mutex::new(());
     let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
 
-    let distrusted = |why| Distrust { origin: origin.to_owned(), presented: Some(seen), why };
+    let distrusted = |why| Distrust { origin: origin.to_owned(), presented: Some(seen.pin()), why };
     let mut pins = pins_in(path).map_err(distrusted)?;
     if judged_by(&pins, path, origin, seen).map_err(distrusted)? {
         pins.add(origin, seen);
@@ -368,11 +412,11 @@ fn pins_in(path: &Path) -> Result<Pins, Why> {
 }
 
 /// Whether it is the first contact.
-fn judged_by(pins: &Pins, path: &Path, origin: &str, seen: Fingerprint) -> Result<bool, Why> {
+fn judged_by(pins: &Pins, path: &Path, origin: &str, seen: Shown) -> Result<bool, Why> {
     match pins.say(origin, seen) {
         Said::Known => Ok(false),
         Said::First => Ok(true),
-        Said::Changed { first } => Err(Why::Changed { first }),
+        Said::Changed { known } => Err(Why::Changed { known }),
         Said::Full => Err(Why::TooManyPins { pins: path.to_owned() }),
     }
 }

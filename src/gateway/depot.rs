@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-pub(super) use self::scan::Scanner;
-pub(super) use self::signature::{binding_of, keys_of, published, signature_path, verdict_on};
+pub(super) use self::scan::{Scanner, offered};
+pub(super) use self::signature::{binding_of, published, releases, signature_path, verdict_on};
 use crate::core::fleet::newest;
 use crate::core::model::{AgentName, Arch, Binding, Digest, Os, Packing, Release, Version};
 use crate::core::protocol::Offer;

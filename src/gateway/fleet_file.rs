@@ -1,4 +1,4 @@
-//! `fleet.toml` as it is watched: read when it has changed and stood still, judged, and put in force or refused with a reason.
+//! `fleet.toml` as it is watched: read when it has changed and stood still for a while, or was put there whole by `gateway fleet apply`; judged, and put in force or refused with a reason.
 //!
 //! The last good text is kept in `state/`, so that a gateway that starts again beside a broken file still says what it said before. It is
 //! written beside the work: a file is in force at once, however slow the disk is. After a crash in between, and beside a broken file, the one
@@ -10,17 +10,24 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::behind::Behind;
 use super::depot::{Index, Stamp};
+use super::still::Still;
 use super::{Place, now_millis};
 use crate::config;
 use crate::core::fleet::{Fleet, HostFacts, MAX_FILE_BYTES, judge};
+use crate::core::text::hex;
 use crate::platform;
 use crate::store::{self, Access};
+
+/// A SHA-256 in hexadecimal, and the end of its line.
+const MAX_APPLIED_BYTES: u64 = 128;
 
 /// How the fleet file stands, for an operator to read.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -34,6 +41,8 @@ pub(super) struct Standing {
     pub(super) agents: usize,
     /// How many rules it has.
     pub(super) rules: usize,
+    /// SHA-256 of its text.
+    pub(super) content: Option<String>,
     /// Why the file that is there now is not in force.
     pub(super) error: Option<String>,
 }
@@ -43,12 +52,17 @@ pub(super) struct FleetFile {
     place: Place,
     /// The file at the last look; `None`: it was not there.
     last: Option<Option<Stamp>>,
+    still: Still<Option<Stamp>>,
     /// The file that was judged last.
     judged: Option<Option<Stamp>>,
     in_force: Option<InForce>,
     standing: Standing,
     /// Keeps the text of what is in force.
     last_good: Behind<Arc<str>>,
+    /// Why what was kept could not be read, until something else is kept.
+    lost: Option<String>,
+    /// The file holds secrets that others can read.
+    exposed: bool,
 }
 
 struct InForce {
@@ -58,14 +72,25 @@ struct InForce {
 
 impl FleetFile {
     /// Begins with the last good one, if there is any.
-    pub(super) fn open(place: Place) -> Result<FleetFile> {
+    pub(super) fn open(place: Place, still: Duration) -> Result<FleetFile> {
         let path = place.last_good_fleet();
         let kept = path.clone();
         let last_good = Behind::start("the last good fleet file", move |text: &Arc<str>| {
             store::replace(&kept, text.as_bytes(), Access::Private)
         })?;
         let standing = Standing::default();
-        let mut file = FleetFile { place, last: None, judged: None, in_force: None, standing, last_good };
+        let still = Still::new(still);
+        let mut file = FleetFile {
+            place,
+            last: None,
+            still,
+            judged: None,
+            in_force: None,
+            standing,
+            last_good,
+            lost: None,
+            exposed: false,
+        };
         match read_text(&path).and_then(|text| text.map(|text| Ok((parse(&text)?, text))).transpose()) {
             Ok(Some((fleet, text))) => {
                 let accepted = fs::metadata(&path).ok().and_then(|metadata| metadata.modified().ok());
@@ -76,8 +101,7 @@ impl FleetFile {
             }
             Ok(None) => {}
             Err(error) => {
-                let reason = format!("{error:#}");
-                tracing::error!(path = %path.display(), %reason, "the last good fleet file cannot be read");
+                file.lost = Some(format!("the last good fleet file {} cannot be used: {error:#}", path.display()));
             }
         }
         Ok(file)
@@ -96,19 +120,40 @@ impl FleetFile {
         self.judged.is_some() && self.judged == self.last
     }
 
-    /// Looks once; `true` where something has changed: what is in force, or why the file is not.
     /// Why the last good fleet is not on disk, so that a gateway that starts again would not know it.
     pub(super) fn unwritten(&self) -> Option<String> {
-        self.last_good.failure()
+        let failed = self.last_good.failure().map(|why| format!("the last good fleet file is not on disk: {why}"));
+        failed.or_else(|| self.lost.clone())
     }
 
-    pub(super) fn look(&mut self, depot: &Index, depot_changed: bool, hosts: impl FnOnce() -> Vec<HostFacts>) -> bool {
+    /// That secrets in the file can be read by others.
+    pub(super) fn exposed(&self) -> Option<String> {
         let path = self.place.fleet();
-        let stamp = fs::metadata(&path).ok().map(|metadata| Stamp::of(&metadata));
-        let stands_still = self.last == Some(stamp);
+        self.exposed
+            .then(|| format!("{0} holds secrets and can be read by others; run `chmod 600 {0}`", path.display()))
+    }
+
+    /// Looks once; `true` where something has changed: what is in force, or why the file is not. `at_once`: it counts as it is now.
+    pub(super) fn look(
+        &mut self,
+        depot: &Index,
+        depot_changed: bool,
+        at_once: bool,
+        hosts: impl FnOnce() -> Vec<HostFacts>,
+    ) -> bool {
+        let path = self.place.fleet();
+        let metadata = fs::metadata(&path).ok();
+        let stamp = metadata.as_ref().map(Stamp::of);
+        self.exposed = self.in_force.as_ref().is_some_and(|in_force| in_force.fleet.has_secrets())
+            && metadata.as_ref().is_some_and(platform::others_may_read);
+        let modified = metadata.and_then(|metadata| metadata.modified().ok());
+        let stands_still = self.still.look(stamp, modified, Instant::now());
         self.last = Some(stamp);
         let again = depot_changed && self.standing.error.is_some();
-        if !stands_still || (self.judged == Some(stamp) && !again) {
+        if self.judged == Some(stamp) && !again && !at_once {
+            return false;
+        }
+        if !stands_still && !at_once && !self.is_applied() {
             return false;
         }
         let text = read_text(&path);
@@ -131,6 +176,13 @@ impl FleetFile {
         self.standing != before
     }
 
+    /// Whether the file is the one that `gateway fleet apply` put there whole.
+    fn is_applied(&self) -> bool {
+        let Ok(Some(applied)) = store::read(&self.place.applied_fleet(), MAX_APPLIED_BYTES) else { return false };
+        let text = store::read(&self.place.fleet(), MAX_FILE_BYTES);
+        text.ok().flatten().is_some_and(|text| content_of(&text).as_bytes() == applied.trim_ascii())
+    }
+
     fn accept(&mut self, text: Option<String>, depot: &Index, hosts: impl FnOnce() -> Vec<HostFacts>) -> Result<()> {
         let Some(text) = text else { bail!("there is no file {}", self.place.fleet().display()) };
         if self.in_force.as_ref().is_some_and(|in_force| *in_force.text == *text) {
@@ -141,13 +193,9 @@ impl FleetFile {
         let last_good = self.in_force.as_ref().map(|in_force| &*in_force.fleet);
         let hosts = if last_good.is_some() { hosts() } else { Vec::new() };
         judge(&fleet, last_good, &hosts, |name, version| depot.has(name, version))?;
-        let readable = fs::metadata(self.place.fleet()).is_ok_and(|metadata| platform::others_may_read(&metadata));
-        if readable && fleet.has_secrets() {
-            let path = self.place.fleet();
-            tracing::warn!(path = %path.display(), "the fleet file holds secrets, and others can read it; run `chmod 600` on it");
-        }
         let text: Arc<str> = text.into();
         self.last_good.put(text.clone());
+        self.lost = None;
         let generation = now_millis().max(self.standing.generation.map_or(0, |last| last + 1));
         tracing::info!(
             generation,
@@ -162,27 +210,43 @@ impl FleetFile {
     fn put_in_force(&mut self, fleet: Fleet, text: Arc<str>, generation: u64) {
         let (agents, rules) = (fleet.names().len(), fleet.rules.len());
         let interval = fleet.interval.as_secs();
-        self.standing = Standing { generation: Some(generation), interval, agents, rules, error: None };
+        let content = Some(content_of(text.as_bytes()));
+        self.standing = Standing { generation: Some(generation), interval, agents, rules, content, error: None };
         self.in_force = Some(InForce { text, fleet: Arc::new(fleet) });
     }
 }
 
-fn read_text(path: &std::path::Path) -> Result<Option<String>> {
+pub(super) fn read_text(path: &std::path::Path) -> Result<Option<String>> {
     let Some(bytes) = store::read(path, MAX_FILE_BYTES)? else { return Ok(None) };
     String::from_utf8(bytes).map(Some).with_context(|| format!("cannot read {}: it is not UTF-8", path.display()))
 }
 
+/// SHA-256 of a fleet file's text.
+pub(super) fn content_of(text: &[u8]) -> String {
+    hex(&Sha256::digest(text))
+}
+
 /// Parses the file; an error names the line in one line of its own, for logs and tables.
-fn parse(text: &str) -> Result<Fleet> {
+pub(super) fn parse(text: &str) -> Result<Fleet> {
     toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", config::wrong_line(text, &error)))
 }
 
-/// The lineage of this gateway's generations: made once, kept for good.
-pub(super) fn lineage(place: &Place) -> Result<String> {
+/// The lineage of this gateway's generations, made once and kept for good; and why it could not be, so that it lasts for this run alone.
+pub(super) fn lineage(place: &Place) -> (String, Option<String>) {
+    let kept = kept_lineage(place);
+    kept.unwrap_or_else(|error| {
+        let why = format!(
+            "the lineage of the generations is not kept, and hosts take this gateway for another one after its next start: {error:#}"
+        );
+        (uuid::Uuid::new_v4().to_string(), Some(why))
+    })
+}
+
+fn kept_lineage(place: &Place) -> Result<(String, Option<String>)> {
     let path = place.lineage();
     match fs::read_to_string(&path) {
         Ok(text) => match uuid::Uuid::parse_str(text.trim()) {
-            Ok(lineage) => return Ok(lineage.to_string()),
+            Ok(lineage) => return Ok((lineage.to_string(), None)),
             Err(_) => tracing::warn!(path = %path.display(), "the lineage cannot be read; a new one begins"),
         },
         Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -190,7 +254,7 @@ pub(super) fn lineage(place: &Place) -> Result<String> {
     }
     let lineage = uuid::Uuid::new_v4().to_string();
     store::replace(&path, format!("{lineage}\n").as_bytes(), Access::Private)?;
-    Ok(lineage)
+    Ok((lineage, None))
 }
 
 #[cfg(test)]
@@ -208,7 +272,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let place = Place::new(dir.path());
             fs::create_dir(place.state()).unwrap();
-            Bench { file: FleetFile::open(place.clone()).unwrap(), place, _dir: dir }
+            Bench { file: FleetFile::open(place.clone(), Duration::ZERO).unwrap(), place, _dir: dir }
         }
 
         fn write(&self, text: &str) {
@@ -217,7 +281,7 @@ mod tests {
 
         fn settle(&mut self) {
             for _ in 0..3 {
-                self.file.look(&Index::default(), false, Vec::new);
+                self.file.look(&Index::default(), false, false, Vec::new);
             }
             self.file.last_good.flush();
         }
@@ -228,16 +292,23 @@ mod tests {
     }
 
     #[test]
-    fn a_file_counts_only_when_two_looks_found_it_the_same() {
+    fn a_file_counts_only_when_it_has_stood_still_or_was_applied_whole() {
         let mut bench = Bench::new();
+        bench.file = FleetFile::open(bench.place.clone(), Duration::from_secs(3_600)).unwrap();
+        let look = |bench: &mut Bench| bench.file.look(&Index::default(), false, false, Vec::new);
         bench.write("heartbeatInterval = 1");
-        assert!(!bench.file.look(&Index::default(), false, Vec::new));
+        assert!(!look(&mut bench) && !look(&mut bench));
+        let applied = content_of(b"heartbeatInterval = 2");
+        fs::write(bench.place.applied_fleet(), format!("{applied}\n")).unwrap();
+        assert!(!look(&mut bench), "another one is");
         bench.write("heartbeatInterval = 2");
-        assert!(!bench.file.look(&Index::default(), false, Vec::new));
-        assert_eq!(bench.interval(), None);
-        assert!(bench.file.look(&Index::default(), false, Vec::new));
-        assert_eq!(bench.interval(), Some(2));
-        assert!(!bench.file.look(&Index::default(), false, Vec::new));
+        assert!(look(&mut bench) && !look(&mut bench));
+        assert_eq!((bench.interval(), bench.file.standing().content.as_ref()), (Some(2), Some(&applied)));
+        // Or when an operator says so.
+        bench.write("heartbeatInterval = 3");
+        assert!(!look(&mut bench));
+        assert!(bench.file.look(&Index::default(), false, true, Vec::new));
+        assert_eq!(bench.interval(), Some(3));
     }
 
     #[test]
@@ -261,7 +332,7 @@ mod tests {
 
         // Also after a restart; and the file in force, put back, is good again.
         let generation = bench.file.standing().generation;
-        bench.file = FleetFile::open(bench.place.clone()).unwrap();
+        bench.file = FleetFile::open(bench.place.clone(), Duration::ZERO).unwrap();
         assert_eq!(bench.interval(), Some(7));
         bench.write("heartbeatInterval = 7");
         bench.settle();
@@ -272,9 +343,9 @@ mod tests {
     #[test]
     fn a_lineage_is_made_once() {
         let bench = Bench::new();
-        let first = lineage(&bench.place).unwrap();
-        assert_eq!(lineage(&bench.place).unwrap(), first);
+        let first = lineage(&bench.place).0;
+        assert_eq!(lineage(&bench.place).0, first);
         fs::write(bench.place.lineage(), "what").unwrap();
-        assert_ne!(lineage(&bench.place).unwrap(), first);
+        assert_ne!(lineage(&bench.place).0, first);
     }
 }

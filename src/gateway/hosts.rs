@@ -42,6 +42,8 @@ pub(super) struct World {
     pub(super) revision: u64,
     pub(super) fleet: Option<Arc<Fleet>>,
     pub(super) index: Arc<Index>,
+    /// The public keys that hosts are to accept: the present one, and those to come.
+    pub(super) pins: Vec<String>,
 }
 
 /// The hosts of this gateway.
@@ -173,6 +175,7 @@ impl Hosts {
             manager: None,
             complete: false,
             agents: None,
+            pins: world.pins.clone(),
             ack: heartbeat.events.iter().map(|event| event.id).max(),
         };
         match (told, &given) {

@@ -11,11 +11,10 @@ use anyhow::{Context, Error, Result, bail};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use sha2::{Digest as _, Sha256};
 
 use super::Place;
-use crate::core::text::hex;
-use crate::package::sign::Signer;
+use crate::endpoint::{Fingerprint, key_of};
+use crate::package::sign::{Signer, password};
 use crate::platform;
 use crate::store::{self, Access};
 
@@ -82,18 +81,18 @@ pub(super) fn run(args: &Args) -> Result<()> {
     );
     println!("{}  the fleet        {}", fleet.word(), place.fleet().display());
     if certificate == Done::Kept && !args.names.is_empty() {
-        println!("      --name is without effect: hosts may have pinned the certificate that is there");
+        println!("      --name is without effect: hosts may know the certificate that is there");
     }
     let pin = certificate_pin(&place)?;
     let endpoint = format!("https://{}:8888", args.names.first().map_or_else(own_name, |name| bracketed(name)));
-    println!("\nThe certificate's pin:\n  sha256:{pin}");
+    println!("\nThe pin of the certificate's public key:\n  {pin}");
     println!("\nNext, here:");
     println!("  aops gateway publish --dir {dir} --self          this executable, for hosts to install");
     println!("  aops gateway publish --dir {dir} DIRECTORY       a sub-agent's package");
     println!("  aops gateway run --dir {dir}");
     println!("  edit {} and name the sub-agents", place.fleet().display());
     println!("\nThen on a host, with the executable and {} copied there:", place.public_key().display());
-    println!("  aops install --agent-id ID --endpoint {endpoint} \\\n    --trusted-key aops.pub --pin sha256:{pin}");
+    println!("  aops install --agent-id ID --endpoint {endpoint} \\\n    --trusted-key aops.pub --pin {pin}");
     println!("\nor with nothing copied, trusting what the first download brings:");
     println!("  curl -kfO {endpoint}/api/download/aops-agent-service-linux-amd64 -H 'x-agent-id: ID'");
     println!("  chmod +x aops-agent-service-linux-amd64");
@@ -107,7 +106,11 @@ fn make_signing_key(place: &Place) -> Result<Done> {
         // A public key alone: the private one lives offline.
         (_, true) => Ok(Done::Kept),
         (true, false) => {
-            store::replace(&public, Signer::load(&secret)?.public_text()?.as_bytes(), Access::Public)?;
+            store::replace(
+                &public,
+                Signer::load(&secret, || password(&secret))?.public_text()?.as_bytes(),
+                Access::Public,
+            )?;
             Ok(Done::Kept)
         }
         (false, false) => {
@@ -198,11 +201,11 @@ fn bracketed(name: &str) -> String {
     if name.contains(':') { format!("[{name}]") } else { name.to_owned() }
 }
 
-/// The SHA-256 of the certificate, as `install --pin` takes it.
-fn certificate_pin(place: &Place) -> Result<String> {
+/// The certificate's public key, as `install --pin` takes it.
+fn certificate_pin(place: &Place) -> Result<Fingerprint> {
     let path = place.certificate();
     let der = CertificateDer::from_pem_file(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(hex(&Sha256::digest(&der)))
+    key_of(&der).with_context(|| format!("cannot read the public key in {}", path.display()))
 }
 
 #[cfg(test)]

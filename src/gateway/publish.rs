@@ -14,13 +14,14 @@ use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
 use self::identity::{Clues, Given};
+use super::keyring::Keyring;
 use super::{Place, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
 use crate::core::names;
 use crate::lock;
 use crate::package::pack::Tree;
-use crate::package::sign::Signer;
-use crate::package::{self, Verdict, trailer};
+use crate::package::sign::{Signer, password};
+use crate::package::{self, Keys, Verdict, trailer};
 use crate::store::{self, Access};
 
 /// How long another publishing is waited for.
@@ -85,8 +86,10 @@ pub struct Args {
     /// lower ones [default: the highest of that name, or 1]
     #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
-    /// The private key to sign with [default: keys/aops.key]
-    #[arg(long, value_name = "FILE")]
+    /// The private key to sign with; the password of one that
+    /// has one is asked for, or taken from the environment
+    /// variable MINISIGN_PASSWORD [default: keys/aops.key]
+    #[arg(long, value_name = "FILE", verbatim_doc_comment)]
     key: Option<PathBuf>,
     /// Publish this very executable: as the manager's
     /// package, and as the bootstrap that hosts fetch
@@ -191,6 +194,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
     let _lock = lock::take(&place.publish_lock(), PATIENCE)?
         .with_context(|| format!("somebody else is publishing into {}", place.depot().display()))?;
     sweep(&place.depot())?;
+    let keys = Keyring::read(place)?;
     let mut staged = source.staged(place)?;
     let packing = source.packing();
     let contents = archive::contents(staged.as_file_mut(), packing)?;
@@ -199,7 +203,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         Source::Directory(_) | Source::Itself(_) => None,
     };
 
-    let mut notes = Vec::new();
+    let mut notes: Vec<String> = keys.problems().iter().map(|problem| format!("warning: {problem}")).collect();
     let release = match &source {
         Source::Itself(_) => {
             let (os, arch) = identity::here();
@@ -279,7 +283,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         exists => exists,
     };
     let signed_already = match standing {
-        Some(standing) if same && standing.binding == binding => is_signed_so(place, &target, kept.as_ref())?,
+        Some(standing) if same && standing.binding == binding => is_signed_so(&target, keys.keys(), kept.as_ref())?,
         _ => false,
     };
     let fate = match signed_already {
@@ -287,7 +291,7 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         false => {
             let signature = match kept {
                 Some(kept) => {
-                    notes.extend(kept.check(place, staged.as_file_mut())?);
+                    kept.check(keys.keys(), staged.as_file_mut())?;
                     kept.text
                 }
                 None => sign(place, args.key.as_deref(), staged.as_file_mut(), &binding)?,
@@ -298,11 +302,18 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
     };
     let is_manager = binding.release.name.as_str() == MANAGER_PACKAGE;
     let bootstrap = match is_manager {
-        true => Some(bootstrap::make(place, staged.as_file_mut(), packing, &binding.release)?),
+        true => Some(bootstrap::make(place, &keys, staged.as_file_mut(), packing, &binding.release)?),
         false => None,
     };
     if !same {
         bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
+    }
+    match depot::offered(place, &file, keys.keys()).context("it is in the depot, but a gateway does not offer it")? {
+        Some(Verdict::UnknownKey) => notes.push(format!(
+            "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not carry it",
+            place.keys().display()
+        )),
+        Some(Verdict::Good | Verdict::Bad(_)) | None => {}
     }
     Ok(Published { binding, file, fate, notes, bootstrap })
 }
@@ -327,7 +338,7 @@ fn sign(place: &Place, key: Option<&Path>, package: &mut File, binding: &Binding
             key.display()
         );
     }
-    let signer = Signer::load(key)?;
+    let signer = Signer::load(key, || password(key))?;
     package.seek(SeekFrom::Start(0))?;
     signer.sign(package, binding)
 }
@@ -352,23 +363,18 @@ fn signature_beside(archive: &Path) -> Result<Option<Kept>> {
 }
 
 impl Kept {
-    /// Verifies it by the depot's keys; a key that is not there is worth a warning only, for hosts may know it.
-    fn check(&self, place: &Place, package: &mut File) -> Result<Option<String>> {
-        match package::judge(package, &self.text, &depot::keys_of(place)?)?.0 {
-            Verdict::Good => Ok(None),
-            Verdict::UnknownKey => Ok(Some(format!(
-                "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not \
-                 carry it",
-                place.keys().display()
-            ))),
+    /// Verifies it by the depot's keys; one of a key that is not there is kept, for hosts may know it.
+    fn check(&self, keys: &Keys, package: &mut File) -> Result<()> {
+        match package::judge(package, &self.text, keys)?.0 {
+            Verdict::Good | Verdict::UnknownKey => Ok(()),
             Verdict::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
         }
     }
 }
 
 /// Whether the file's own signature stands, and is the one that came with the archive where one did.
-fn is_signed_so(place: &Place, file: &Path, kept: Option<&Kept>) -> Result<bool> {
-    let Some((verdict, text)) = depot::verdict_on(place, file)? else { return Ok(false) };
+fn is_signed_so(file: &Path, keys: &Keys, kept: Option<&Kept>) -> Result<bool> {
+    let Some((verdict, text)) = depot::verdict_on(file, keys)? else { return Ok(false) };
     Ok(match kept {
         Some(kept) => kept.text == text && !matches!(verdict, Verdict::Bad(_)),
         None => verdict == Verdict::Good,

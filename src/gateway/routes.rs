@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::failure::{Failure, json as answer};
 use super::shared::Shared;
+use super::state::GatewayState;
 use super::{download, now_millis};
 use crate::core::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Release};
 use crate::core::protocol::{
@@ -159,12 +160,12 @@ async fn release(
 }
 
 async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
-    let standing = shared.standing();
+    let GatewayState { fleet: standing, parts, .. } = shared.standing();
     let world = shared.world();
     answer(
         StatusCode::OK,
         &json!({
-            "ok": true,
+            "ok": parts.are_ok(),
             "hosts": shared.hosts.count(),
             "packages": world.index.packages(),
             "fleet": {
@@ -173,6 +174,7 @@ async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
                 "rules": standing.rules,
                 "lastError": standing.error,
             },
+            "parts": parts,
         }),
     )
 }

@@ -6,8 +6,11 @@ use anyhow::Result;
 use comfy_table::{ContentArrangement, Table};
 use serde::Serialize;
 
+use super::certificate;
 use super::hosts::{self, Record};
-use super::serve::GatewayState;
+use super::parts::Parts;
+use super::state::GatewayState;
+use super::watch::{exposed_keys, exposed_tls};
 use super::{Place, now_millis};
 use crate::core::protocol::{AgentReport, AgentState, Event, ManagerReport};
 use crate::{lock, store};
@@ -50,6 +53,45 @@ struct Gateway {
     /// Why files of the depot are not on offer.
     problems: std::collections::BTreeMap<String, String>,
     fleet: Fleet,
+    certificate: Certificate,
+    /// How each part stands.
+    parts: Parts,
+}
+
+/// The certificate that is served, and what hosts have pinned of it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Certificate {
+    /// RFC 3339: when the chain ends.
+    end: Option<String>,
+    /// The public key, as hosts pin it.
+    pin: Option<String>,
+    /// The public keys that are announced as those to come.
+    next: Vec<String>,
+    /// Hosts that accept what they have pinned, and nothing else.
+    pinned: usize,
+    /// Of these, how many have not got every key to come.
+    lacking_next: usize,
+    /// Of these, how many have not pinned the public key that is served: only this very certificate, or another key.
+    lacking_present: usize,
+    /// Hosts of versions that do not say how they check the certificate; some of these pin the certificate itself.
+    not_told: usize,
+}
+
+impl Certificate {
+    fn new(standing: certificate::Standing, records: &[Record]) -> Certificate {
+        let reports = || records.iter().filter_map(|record| record.trust.as_ref()).filter(|trust| trust.is_pinned());
+        let lacking = |pins: &[String]| reports().filter(|trust| !pins.iter().all(|pin| trust.accepts(pin))).count();
+        Certificate {
+            end: standing.end.and_then(|end| rfc3339(end.checked_mul(1_000)?)),
+            pinned: reports().count(),
+            lacking_next: lacking(&standing.next),
+            lacking_present: lacking(standing.pin.as_slice()),
+            not_told: records.iter().filter(|record| record.trust.is_none()).count(),
+            pin: standing.pin,
+            next: standing.next,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -94,7 +136,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     println!("{}", headline(&status));
-    for line in fleet_lines(&status) {
+    for line in part_lines(&status) {
         println!("{line}");
     }
     if status.hosts.is_empty() {
@@ -123,7 +165,17 @@ pub(super) fn gather(place: &Place) -> Result<Status> {
     records.sort_by(|a, b| (&a.hostname, &a.agent_id).cmp(&(&b.hostname, &b.agent_id)));
     let interval = state.as_ref().map_or(0, |state| state.fleet.interval);
     let silent_after = (interval * 1_000 * SILENT_AFTER_HEARTBEATS).max(SILENT_AFTER_MILLIS);
+    let mut state = state;
+    if let Some(state) = &mut state {
+        // A gateway that does not run looks at nothing any more.
+        let GatewayState { parts, certificate, .. } = state;
+        exposed_keys(place).into_iter().for_each(|problem| parts.keys.add(problem));
+        let seen_now = certificate.warning(now / 1_000).into_iter().chain(exposed_tls(place));
+        seen_now.for_each(|problem| parts.certificate.add(problem));
+    }
     let gateway = state.map(|state| Gateway {
+        certificate: Certificate::new(state.certificate, &records),
+        parts: state.parts,
         pid: running.then_some(state.pid),
         listening: state.listening.filter(|_| running),
         packages: state.packages,
@@ -201,22 +253,50 @@ fn headline(status: &Status) -> String {
     }
 }
 
-fn fleet_lines(status: &Status) -> Vec<String> {
+/// A line for each part of the gateway, and below it what is wrong with it.
+fn part_lines(status: &Status) -> Vec<String> {
     let Some(gateway) = &status.gateway else { return Vec::new() };
-    let Gateway { packages, problems, fleet, .. } = gateway;
+    let Gateway { packages, fleet, certificate, parts, .. } = gateway;
     let mut lines = Vec::new();
-    lines.push(match &fleet.accepted {
-        Some(accepted) => {
-            format!("fleet     {} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules)
-        }
-        None => "fleet     none in force".to_owned(),
-    });
-    if let Some(error) = &fleet.last_error {
-        lines.push(format!("          fleet.toml is refused: {error}"));
+    for (name, part) in parts.each() {
+        let (label, what) = match name {
+            "fleet" => ("fleet", fleet_line(fleet)),
+            "depot" => ("depot", format!("{packages} packages")),
+            "certificate" => ("tls", certificate_line(certificate)),
+            // Nothing to say of them where they are as they should be.
+            other if part.ok => {
+                debug_assert!(matches!(other, "keys" | "state"));
+                continue;
+            }
+            other => (other, "not all is as it should be".to_owned()),
+        };
+        lines.push(format!("{label:<10}{what}"));
+        lines.extend(part.problems.iter().map(|problem| format!("          {problem}")));
     }
-    lines.push(format!("depot     {packages} packages"));
-    lines.extend(problems.iter().take(10).map(|(file, why)| format!("          {file} is not offered: {why}")));
     lines
+}
+
+fn fleet_line(fleet: &Fleet) -> String {
+    match &fleet.accepted {
+        Some(accepted) => format!("{} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules),
+        None => "none in force".to_owned(),
+    }
+}
+
+fn certificate_line(certificate: &Certificate) -> String {
+    let Certificate { end, pin, next, pinned, lacking_next, lacking_present, not_told } = certificate;
+    let Some(pin) = pin else { return "no certificate is served".to_owned() };
+    let mut line = format!("expires on {}, key {pin}", end.as_deref().unwrap_or("a date that cannot be read"));
+    if *lacking_present > 0 {
+        line += &format!("\n          {lacking_present} of {pinned} hosts that pin have not pinned this key");
+    }
+    if !next.is_empty() {
+        line += &format!("\n          next key {}: {lacking_next} of {pinned} hosts that pin lack it", next.join(", "));
+        if *not_told > 0 {
+            line += &format!("; {not_told} of an older version do not say");
+        }
+    }
+    line
 }
 
 fn table(hosts: &[Host]) -> Table {

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use serde_json::{Value, json};
-use tokio::sync::watch;
 
 use super::*;
 use crate::store::{self, Access};
@@ -52,7 +51,7 @@ impl Bench {
     }
 
     fn serve(&self) -> Served {
-        let (stop, stopped) = watch::channel(false);
+        let (stop, stopped) = tokio::sync::watch::channel(false);
         let (tell, told) = std::sync::mpsc::channel::<SocketAddr>();
         let place = self.place.clone();
         let thread = std::thread::spawn(move || {
@@ -60,7 +59,10 @@ impl Bench {
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
                 let ready = move |address| tell.send(address).unwrap();
-                serve::serve(place, listener, Duration::from_millis(20), stopped, ready).await
+                let still = Duration::from_millis(40);
+                let pace = watch::Pace { look: Duration::from_millis(20), still };
+                let reload = Arc::new(tokio::sync::Notify::new());
+                serve::serve(place, listener, pace, stopped, reload, ready).await
             })
         });
         let address = told.recv_timeout(DEADLINE).unwrap();
@@ -98,7 +100,7 @@ pub(super) fn native(tree: &Path, name: &str, version: &str) -> PathBuf {
 struct Served {
     url: String,
     client: ureq::Agent,
-    stop: watch::Sender<bool>,
+    stop: tokio::sync::watch::Sender<bool>,
     thread: Option<std::thread::JoinHandle<Result<()>>>,
 }
 

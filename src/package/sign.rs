@@ -1,16 +1,21 @@
-//! Signing of packages with minisign: pre-hashed, by a key without password, with the binding as the trusted comment.
+//! Signing of packages with minisign: pre-hashed, by a key with or without a password, with the binding as the trusted comment.
 //!
 //! The gateway alone signs, and only what an operator publishes. Hosts verify, with another and smaller crate, and never see a private key.
 
+use std::env::VarError;
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use minisign::{KeyPair, PublicKey, SecretKey, SecretKeyBox};
 
 use crate::core::model::Binding;
 use crate::store;
 
+/// Holds the password of a private key, where nobody can be asked.
+const PASSWORD_VARIABLE: &str = "MINISIGN_PASSWORD";
 /// A key file has three short lines at most.
 const MAX_KEY_BYTES: u64 = 4 << 10;
 
@@ -27,18 +32,25 @@ impl Signer {
         Ok(Signer { secret: sk, public: pk })
     }
 
-    /// The key in a file as `minisign -G -W` makes it.
-    pub fn load(path: &Path) -> Result<Signer> {
+    /// The key in a file as `minisign -G` makes it; `password` is asked for the password of one that has one.
+    pub fn load(path: &Path, password: impl FnOnce() -> Result<String>) -> Result<Signer> {
         let attempt = || -> Result<Signer> {
             let Some(bytes) = store::read(path, MAX_KEY_BYTES)? else { bail!("there is no such file") };
             let text = String::from_utf8(bytes).context("it is no text")?;
-            let secret = SecretKeyBox::from_string(&text)?
-                .into_unencrypted_secret_key()
-                .context("it is no minisign key without password (`minisign -G -W` makes one)")?;
+            let secret = secret_in(&text, password)?;
             let public = PublicKey::from_secret_key(&secret)?;
-            Ok(Signer { secret, public })
+            let signer = Signer { secret, public };
+            signer.check().context("its private and its public half do not belong together: the file is damaged")?;
+            Ok(signer)
         };
         attempt().with_context(|| format!("cannot take the signing key {}", path.display()))
+    }
+
+    /// Without a checksum a damaged key shows only in what it signs.
+    fn check(&self) -> Result<()> {
+        let signature = minisign::sign(Some(&self.public), &self.secret, &b"aops"[..], None, None)?.into_string();
+        let public = minisign_verify::PublicKey::decode(&self.public_text()?)?;
+        Ok(public.verify(b"aops", &minisign_verify::Signature::decode(&signature)?, false)?)
     }
 
     /// The private key as its file holds it.
@@ -68,6 +80,43 @@ impl Signer {
     }
 }
 
+/// A private key as minisign keeps it: algorithms of the signature, the password and the checksum, two bytes each; salt and limits of the
+/// password's derivation; key id, key and checksum.
+const SECRET_BYTES: usize = 158;
+/// The algorithm of the password; zero where there is none.
+const PASSWORD_AT: std::ops::Range<usize> = 2..4;
+const CHECKSUM_AT: usize = SECRET_BYTES - 32;
+
+fn secret_in(text: &str, password: impl FnOnce() -> Result<String>) -> Result<SecretKey> {
+    const EXPECTED: &str = "it is no minisign private key (`minisign -G` makes one)";
+    let line = text.lines().nth(1).context(EXPECTED)?;
+    let bytes = BASE64_STANDARD.decode(line.trim()).context(EXPECTED)?;
+    ensure!(bytes.len() == SECRET_BYTES, EXPECTED);
+    let boxed = SecretKeyBox::from_string(text)?;
+    if bytes[PASSWORD_AT] != [0, 0] {
+        return boxed.into_secret_key(Some(password()?)).context("cannot decrypt it");
+    }
+    // minisign 0.11 writes no checksum into a key without a password (`minisign -G -W`), and looks at none there.
+    if bytes[CHECKSUM_AT..].iter().all(|byte| *byte == 0) {
+        return Ok(SecretKey::from_bytes(&bytes)?);
+    }
+    Ok(boxed.into_unencrypted_secret_key()?)
+}
+
+/// The password of a private key: out of the environment, or asked for at the terminal.
+pub fn password(key: &Path) -> Result<String> {
+    match std::env::var(PASSWORD_VARIABLE) {
+        Ok(password) => Ok(password),
+        Err(VarError::NotUnicode(_)) => bail!("cannot use the password in {PASSWORD_VARIABLE}: it is not UTF-8"),
+        Err(VarError::NotPresent) => rpassword::prompt_password(format!("Password of {}: ", key.display()))
+            .with_context(|| {
+                format!(
+                    "cannot ask for its password without a terminal; set the environment variable {PASSWORD_VARIABLE}"
+                )
+            }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,7 +130,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("aops.key");
         std::fs::write(&path, Signer::generate().unwrap().secret_text().unwrap()).unwrap();
-        let signer = Signer::load(&path).unwrap();
+        let signer = Signer::load(&path, || bail!("it has none")).unwrap();
 
         let text = signer.sign(&b"the bytes"[..], &binding()).unwrap();
         let signature = minisign_verify::Signature::decode(&text).unwrap();
@@ -95,13 +144,43 @@ mod tests {
     }
 
     #[test]
-    fn a_key_with_a_password_or_none_at_all_is_refused_with_what_to_do() {
+    fn a_key_with_a_password_is_taken_with_that_password_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("aops.key");
-        let refused = || format!("{:#}", Signer::load(&path).err().unwrap());
-        assert!(refused().contains("no such file"));
+        let load =
+            |password: &str| Signer::load(&path, || Ok(password.to_owned())).map_err(|error| format!("{error:#}"));
+        assert!(load("").err().unwrap().contains("no such file"));
         let locked = KeyPair::generate_encrypted_keypair(Some("secret".into())).unwrap();
         std::fs::write(&path, locked.sk.to_box(None).unwrap().into_string()).unwrap();
-        assert!(refused().contains("minisign -G -W"), "{}", refused());
+        let signer = load("secret").unwrap();
+        assert_eq!(signer.public_text().unwrap(), locked.pk.to_box().unwrap().into_string());
+        assert!(load("other").err().unwrap().contains("Wrong password"));
+        for bad in ["", "untrusted comment: x\n", "untrusted comment: x\nRWQ\n", "untrusted comment: x\nåå\n"] {
+            std::fs::write(&path, bad).unwrap();
+            assert!(load("secret").err().unwrap().contains("no minisign private key"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_key_without_password_needs_no_checksum_but_must_be_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("aops.key");
+        let made = Signer::generate().unwrap();
+        let text = made.secret_text().unwrap();
+        let bytes = BASE64_STANDARD.decode(text.lines().nth(1).unwrap()).unwrap();
+        let load = |bytes: &[u8]| {
+            std::fs::write(&path, format!("untrusted comment: x\n{}\n", BASE64_STANDARD.encode(bytes))).unwrap();
+            Signer::load(&path, || bail!("it has none")).map_err(|error| format!("{error:#}"))
+        };
+        // As `minisign -G -W` of version 0.11 writes it.
+        let mut bare = bytes.clone();
+        bare[CHECKSUM_AT..].fill(0);
+        assert_eq!(load(&bare).unwrap().public_text().unwrap(), made.public_text().unwrap());
+        // One of the bytes of the key, with and without the checksum.
+        for mut bad in [bare, bytes] {
+            bad[70] ^= 1;
+            let refused = load(&bad).err().unwrap();
+            assert!(refused.contains("damaged") || refused.contains("Corrupted"), "{refused}");
+        }
     }
 }

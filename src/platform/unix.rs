@@ -134,6 +134,26 @@ impl Termination {
     }
 }
 
+/// Hears the signal that asks a daemon to read its files again: HUP.
+#[cfg(feature = "gateway")]
+#[derive(Debug)]
+pub struct Reload(tokio::signal::unix::Signal);
+
+#[cfg(feature = "gateway")]
+impl Reload {
+    /// Needs a runtime; from here on the signal ends nothing by itself.
+    pub fn new() -> io::Result<Reload> {
+        Ok(Reload(tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?))
+    }
+
+    /// Resolves when it comes. Cancel-safe.
+    pub async fn recv(&mut self) {
+        if self.0.recv().await.is_none() {
+            std::future::pending().await
+        }
+    }
+}
+
 /// Does what this process was started for, if it is a helper of its own kind: signals need none.
 pub fn errand() -> Option<std::process::ExitCode> {
     None

@@ -269,6 +269,23 @@ impl Termination {
     }
 }
 
+/// There is no such request on Windows.
+#[cfg(feature = "gateway")]
+#[derive(Debug)]
+pub struct Reload;
+
+#[cfg(feature = "gateway")]
+impl Reload {
+    pub fn new() -> io::Result<Reload> {
+        Ok(Reload)
+    }
+
+    /// Never resolves.
+    pub async fn recv(&mut self) {
+        std::future::pending().await
+    }
+}
+
 // --- The service manager's notifications
 
 /// The service control manager is told in its own way, by who registers a service with it.

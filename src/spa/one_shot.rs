@@ -46,7 +46,7 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
             message: None,
         })
         .collect();
-    let heartbeat = Heartbeat {
+    let mut heartbeat = Heartbeat {
         agent_id: agent_id.clone(),
         instance_id,
         hostname: gethostname::gethostname().to_string_lossy().into_owned(),
@@ -64,8 +64,9 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
         agents,
         events: Vec::new(),
         clock_offset_seconds: None,
+        trust: None,
     };
-    match Sender::new(home, &agent_id, Arc::new(config)).send(&heartbeat) {
+    match Sender::new(home, &agent_id, Arc::new(config)).send(&mut heartbeat) {
         Outcome::Answered { .. } => Ok(ExitCode::SUCCESS),
         Outcome::Failed { why, .. } => bail!("cannot send a heartbeat: {why}"),
     }

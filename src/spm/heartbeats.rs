@@ -45,7 +45,7 @@ impl Uplink {
     }
 
     /// Sends a heartbeat; what comes of it is an [`Input`].
-    pub(super) fn send(&self, heartbeat: Box<Heartbeat>) -> io::Result<()> {
+    pub(super) fn send(&self, mut heartbeat: Box<Heartbeat>) -> io::Result<()> {
         let (home, agent_id, inputs, way) =
             (self.home.clone(), self.agent_id.clone(), self.inputs.clone(), self.way.clone());
         let thread = std::thread::Builder::new().name("uplink".to_owned()).stack_size(STACK_BYTES);
@@ -55,7 +55,7 @@ impl Uplink {
                 (way.config.clone(), way.sender.take())
             };
             let mut sender = kept.unwrap_or_else(|| Sender::new(&home, &agent_id, config));
-            let outcome = sender.send(&heartbeat);
+            let outcome = sender.send(&mut heartbeat);
             {
                 let mut way = lock(&way);
                 // Another configuration came meanwhile: this sender is not for it.

@@ -22,6 +22,8 @@ pub enum Outcome {
         endpoint: Endpoint,
         answer: Box<Answer>,
         clock_offset: Option<i64>,
+        /// When the gateway's certificate ends, or one of those that vouch for it, seconds since 1970.
+        certificate_end: Option<u64>,
     },
     /// `refused`: of whoever answered and was not believed, why not.
     Failed { why: String, refused: Option<String>, retry_after: Option<Duration> },
@@ -54,8 +56,8 @@ impl Sender {
         Arc::ptr_eq(&self.config, config)
     }
 
-    /// Tries the endpoints in order until one answers.
-    pub fn send(&mut self, heartbeat: &Heartbeat) -> Outcome {
+    /// Tries the endpoints in order until one answers; says in the heartbeat how each one's certificate is checked.
+    pub fn send(&mut self, heartbeat: &mut Heartbeat) -> Outcome {
         let outcome = self.try_each(heartbeat);
         if outcome.is_any_refused() {
             // The client read what it trusts when it was made; that may have been renewed since.
@@ -64,7 +66,7 @@ impl Sender {
         outcome
     }
 
-    fn try_each(&mut self, heartbeat: &Heartbeat) -> Outcome {
+    fn try_each(&mut self, heartbeat: &mut Heartbeat) -> Outcome {
         let config = &self.config;
         let client = match &mut self.client {
             Some(client) => client,
@@ -76,11 +78,17 @@ impl Sender {
         let (mut reasons, mut refused, mut retry_after) = (vec![], vec![], None);
         let joined = |texts: &[String]| (!texts.is_empty()).then(|| texts.join("; "));
         for endpoint in &config.heartbeat_srv {
+            heartbeat.trust = Some(client.trust_report(endpoint));
             match super::send(client, endpoint, heartbeat) {
                 Ok(Answered { answer, clock_offset }) => {
+                    if let Err(error) = client.learn(endpoint, &answer.pins) {
+                        // What was pinned before holds; the next answer says it again.
+                        tracing::warn!(error = format!("{error:#}"), "the gateway's keys are not kept");
+                    }
+                    let certificate_end = client.certificate_end(endpoint);
                     let (passed_over, refused) = (joined(&reasons), joined(&refused));
                     let (endpoint, answer) = (endpoint.clone(), Box::new(answer));
-                    return Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset };
+                    return Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset, certificate_end };
                 }
                 Err(refusal) => {
                     retry_after = retry_after.max(refusal.retry_after);
@@ -118,7 +126,7 @@ mod tests {
         let good = Server::plain(|_| Told::ok(r#"{"agentId": "host-1", "generation": 7}"#));
         let unasked = Server::plain(|_| Told::ok(r#"{"agentId": "host-1", "generation": 8}"#));
         let mut sender = sender(&[&busy, &good, &unasked]);
-        let Outcome::Answered { passed_over, refused, endpoint, answer, .. } = sender.send(&heartbeat()) else {
+        let Outcome::Answered { passed_over, refused, endpoint, answer, .. } = sender.send(&mut heartbeat()) else {
             panic!("nobody answered")
         };
         assert!(passed_over.unwrap().contains("503"));
@@ -131,11 +139,13 @@ mod tests {
         let wrong = Server::plain(|_| Told::ok(r#"{"agentId": "host-2"}"#));
         let good = Server::plain(|_| Told::ok(r#"{"agentId": "host-1"}"#));
         let mut both = sender(&[&wrong, &good]);
-        let Outcome::Answered { passed_over, refused, .. } = both.send(&heartbeat()) else { panic!("nobody answered") };
+        let Outcome::Answered { passed_over, refused, .. } = both.send(&mut heartbeat()) else {
+            panic!("nobody answered")
+        };
         assert!(refused.is_some() && refused == passed_over);
         assert!(both.client.is_none());
         let mut alone = sender(&[&wrong]);
-        assert!(matches!(alone.send(&heartbeat()), Outcome::Failed { refused: Some(_), retry_after: None, .. }));
+        assert!(matches!(alone.send(&mut heartbeat()), Outcome::Failed { refused: Some(_), retry_after: None, .. }));
         assert!(alone.client.is_none());
     }
 
@@ -146,7 +156,7 @@ mod tests {
         };
         let servers = ["5", "17", "3"].map(busy);
         let mut sender = sender(&servers.each_ref());
-        let Outcome::Failed { why, refused: None, retry_after } = sender.send(&heartbeat()) else {
+        let Outcome::Failed { why, refused: None, retry_after } = sender.send(&mut heartbeat()) else {
             panic!("somebody answered")
         };
         assert_eq!(retry_after, Some(Duration::from_secs(17)));

@@ -63,6 +63,8 @@ fn every_subcommand_explains_itself_in_80_columns() {
         "control logs",
         "control uninstall",
         "gateway",
+        "gateway fleet",
+        "gateway fleet apply",
         "gateway init",
         "gateway publish",
         "gateway run",

@@ -9,6 +9,8 @@ mod downloads;
 mod downloads_network;
 mod gateway;
 mod gateway_disk;
+mod gateway_parts;
+mod gateway_renewal;
 mod harness;
 mod health;
 mod help;

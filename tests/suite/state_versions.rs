@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -108,12 +110,13 @@ impl Taken {
         let own_key = own_key.lines().last().expect("a key has two lines").to_owned();
         let pins = json("state/pins.json");
         let pin = pins["pins"][ENDPOINT]["certificate"].as_str().expect("it is kept").to_owned();
-        let own_pin = gateway.command(&["init"], &[]).expect_success();
-        let own_pin = own_pin.lines().map(str::trim).find(|line| line.starts_with("sha256:")).expect("init prints it");
+        let certificate = CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("it was made");
+        let digest: String = Sha256::digest(&certificate).iter().map(|byte| format!("{byte:02x}")).collect();
+        let own_pin = format!("sha256:{digest}");
         let home = host.home().display().to_string();
         let mut exchanged = vec![
             (key.as_str(), own_key.as_str()),
-            (pin.as_str(), own_pin),
+            (pin.as_str(), own_pin.as_str()),
             (ENDPOINT, gateway.url()),
             (HOME, home.as_str()),
         ];
@@ -322,7 +325,12 @@ fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
         });
         let lost: Vec<_> = keeping.iter().filter(|file| taken.state(file)["ofALaterVersion"] != unknown).collect();
         assert_eq!(lost, [&""; 0], "{name}: these lost what a later version wrote");
-        assert_eq!(taken.state("pins.json"), pins, "{name}");
+        // It has gained the public key, and is the same for an older version.
+        let mut gained = taken.state("pins.json");
+        let pinned = gained["pins"].as_object_mut().and_then(|pins| pins.values_mut().next()).expect("it has one");
+        let key = pinned.as_object_mut().and_then(|pinned| pinned.remove("key"));
+        assert!(key.is_some_and(|key| key.as_str().is_some_and(|key| key.starts_with("sha256:"))), "{name}: {gained}");
+        assert_eq!(gained, without_key(pins), "{name}");
         for (file, field, before) in [
             ("keys.json", "brought", &keys),
             ("instance.json", "instanceId", &instance),
@@ -402,4 +410,12 @@ fn a_skipped_release_and_a_hold_of_the_manager_outlast_a_change_of_version() {
     taken.host.control(&["rollback"]).expect_success();
     wait_for_release(&taken.host, "2.0.0");
     assert_eq!(taken.wait_until_up(), pids);
+}
+
+/// Pins as they were before they had public keys.
+fn without_key(mut pins: Value) -> Value {
+    for pinned in pins["pins"].as_object_mut().into_iter().flat_map(|pins| pins.values_mut()) {
+        pinned.as_object_mut().map(|pinned| pinned.remove("key"));
+    }
+    pins
 }

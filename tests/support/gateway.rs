@@ -152,11 +152,31 @@ impl Gateway {
         self.command(&["publish"], arguments)
     }
 
-    /// Replaces `fleet.toml` whole.
+    /// Replaces `fleet.toml` whole, and puts it in force at once if it is a good one.
     pub fn fleet(&self, text: &str) {
         let new = self.path("fleet.toml.new");
         fs::write(&new, text).expect("a temporary directory can be written");
+        if !self.command(&["fleet", "apply"], &[&new.display().to_string()]).success() {
+            self.edit_fleet(text);
+        }
+    }
+
+    /// Replaces `fleet.toml` whole as an editor does it: a running gateway takes it once it has stood still for a while.
+    pub fn edit_fleet(&self, text: &str) {
+        let new = self.path("fleet.toml.new");
+        fs::write(&new, text).expect("a temporary directory can be written");
         fs::rename(&new, self.path("fleet.toml")).expect("a temporary directory can be written");
+    }
+
+    /// The pid of the running gateway.
+    #[track_caller]
+    pub fn pid(&self) -> u32 {
+        self.running.as_ref().expect("the gateway does not run").id()
+    }
+
+    /// Has it read its files again.
+    pub fn reload(&self) {
+        processes::signal(self.pid(), Signal::HUP);
     }
 
     /// What `aops gateway status --json` says.

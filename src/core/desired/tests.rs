@@ -30,6 +30,7 @@ fn answer(lineage: &str, generation: u64, complete: bool, agents: &[(&str, &str)
         complete,
         removal_delay: Some(0),
         agents: Some(agents.iter().map(|(name, cmd)| Item::Read(order(name, cmd))).collect()),
+        pins: Vec::new(),
         ack: None,
     }
 }

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Index, Item, Stamp, keys_of, signature_path};
+use super::{Index, Item, Stamp, signature_path};
+use crate::gateway::keyring::Keyring;
 use crate::gateway::{Place, bootstrap};
 use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Verdict};
 use crate::store;
@@ -17,16 +18,19 @@ use crate::store;
 /// More files than this in a depot are not looked at.
 const MAX_FILES: usize = 20_000;
 
-/// What one look at the directories saw: the stamp of every file, of keys/ too (under names with a slash).
+/// What one look at a directory saw: the stamp of every file.
 type Look = BTreeMap<String, Stamp>;
 
-/// Looks at the depot again and again.
+/// Looks at the depot and its keys again and again. What cannot be read stays as it was, and is a problem of its part alone.
 pub(in crate::gateway) struct Scanner {
     place: Place,
     last: Look,
-    /// What the index was made of.
-    indexed: Option<Look>,
+    /// What the index was made of: the files, and the keys by which they were judged.
+    indexed: Option<(Look, Keys)>,
     judged: BTreeMap<String, Judged>,
+    /// Why the depot cannot be looked at.
+    unreadable: Option<String>,
+    keys: WatchedKeys,
 }
 
 /// What was found out about a file, valid for these stamps of it, of its signature and of the keys.
@@ -35,61 +39,91 @@ struct Judged {
     outcome: Result<Arc<Item>, String>,
 }
 
+/// The keys that were read last, and what they were read from.
+#[derive(Default)]
+struct WatchedKeys {
+    last: Look,
+    read: Option<Look>,
+    ring: Keyring,
+    /// Why the directory cannot be looked at.
+    unreadable: Option<String>,
+}
+
+impl WatchedKeys {
+    fn look(&mut self, place: &Place, at_once: bool) {
+        let attempt = || -> Result<(Look, bool)> {
+            let look = see(&place.keys(), |name| name.ends_with(".pub"))?;
+            let is_new = self.read.as_ref() != Some(&look) && (at_once || look == self.last);
+            Ok((look, is_new))
+        };
+        let outcome = attempt().and_then(|(look, is_new)| {
+            if is_new {
+                self.ring = Keyring::read(place)?;
+                self.read = Some(look.clone());
+            }
+            Ok(look)
+        });
+        self.unreadable = match outcome {
+            Ok(look) => {
+                self.last = look;
+                None
+            }
+            Err(error) => Some(format!("the keys read before stay in use: {error:#}")),
+        };
+    }
+}
+
 impl Scanner {
     pub(in crate::gateway) fn new(place: Place) -> Scanner {
-        Scanner { place, last: Look::new(), indexed: None, judged: BTreeMap::new() }
+        let (last, indexed, judged, unreadable) = (Look::new(), None, BTreeMap::new(), None);
+        Scanner { place, last, indexed, judged, unreadable, keys: WatchedKeys::default() }
     }
 
     /// Looks once; a new index where something has changed and stood still since the last look (or at all, if `at_once`).
-    pub(in crate::gateway) fn look(&mut self, at_once: bool) -> Result<Option<Arc<Index>>> {
-        let look = self.see().with_context(|| format!("cannot read the depot {}", self.place.depot().display()))?;
+    pub(in crate::gateway) fn look(&mut self, at_once: bool) -> Option<Arc<Index>> {
+        self.keys.look(&self.place, at_once);
+        let look = match see(&self.place.depot(), |_| true) {
+            Ok(look) => look,
+            Err(error) => {
+                self.unreadable = Some(format!("what was offered before stays on offer: {error:#}"));
+                return None;
+            }
+        };
+        self.unreadable = None;
         let settled = at_once || look == self.last;
         self.last = look;
-        if !settled || self.indexed.as_ref() == Some(&self.last) {
-            return Ok(None);
+        let keys = self.keys.ring.keys();
+        let is_known = |(files, by): &(Look, Keys)| *files == self.last && by == keys;
+        if !settled || self.indexed.as_ref().is_some_and(is_known) {
+            return None;
         }
-        let keys_changed = self.indexed.as_ref().is_none_or(|indexed| keys_in(indexed).ne(keys_in(&self.last)));
-        if keys_changed {
+        if self.indexed.as_ref().is_none_or(|(_, by)| by != keys) {
             self.judged.clear();
         }
-        let index = self.index()?;
-        self.indexed = Some(self.last.clone());
-        Ok(Some(Arc::new(index)))
+        let keys = keys.clone();
+        let index = self.index(&keys);
+        self.indexed = Some((self.last.clone(), keys));
+        Some(Arc::new(index))
     }
 
-    fn see(&self) -> Result<Look> {
-        let mut look = Look::new();
-        for (directory, prefix) in [(self.place.depot(), ""), (self.place.keys(), "keys/")] {
-            for entry in fs::read_dir(&directory)? {
-                let entry = entry?;
-                let Ok(name) = entry.file_name().into_string() else { continue };
-                if name.starts_with('.') || (!prefix.is_empty() && !name.ends_with(".pub")) {
-                    continue;
-                }
-                if look.len() >= MAX_FILES {
-                    bail!("it holds more than {MAX_FILES} files");
-                }
-                // Links are followed: an operator may keep the packages elsewhere. One that went away meanwhile is not there.
-                let Ok(metadata) = fs::metadata(entry.path()) else { continue };
-                if metadata.is_file() {
-                    look.insert(format!("{prefix}{name}"), Stamp::of(&metadata));
-                }
-            }
-        }
-        Ok(look)
+    /// Why the depot cannot be looked at now.
+    pub(in crate::gateway) fn unreadable(&self) -> Option<&str> {
+        self.unreadable.as_deref()
     }
 
-    fn index(&mut self) -> Result<Index> {
-        let keys = keys_of(&self.place)?;
+    /// What is wrong with the keys.
+    pub(in crate::gateway) fn problems_of_keys(&self) -> impl Iterator<Item = &String> {
+        self.keys.unreadable.iter().chain(self.keys.ring.problems())
+    }
+
+    fn index(&mut self, keys: &Keys) -> Index {
         let mut judged = BTreeMap::new();
-        for (name, stamp) in
-            self.last.iter().filter(|(name, _)| !name.starts_with("keys/") && !name.ends_with(SIGNATURE_SUFFIX))
-        {
+        for (name, stamp) in self.last.iter().filter(|(name, _)| !name.ends_with(SIGNATURE_SUFFIX)) {
             let stamps = (*stamp, self.last.get(&format!("{name}{SIGNATURE_SUFFIX}")).copied());
             let known = self.judged.remove(name).filter(|known| known.stamps == stamps);
             let fresh = known.is_none();
             let known = known.unwrap_or_else(|| {
-                let outcome = judge(&self.place.depot().join(name), name, stamps.0, &keys);
+                let outcome = judge(&self.place.depot().join(name), name, stamps.0, keys).map(|(item, _)| item);
                 Judged { stamps, outcome: outcome.map(Arc::new).map_err(|error| format!("{error:#}")) }
             });
             if let (true, Err(reason)) = (fresh, &known.outcome) {
@@ -101,29 +135,51 @@ impl Scanner {
         let items = self.judged.values().filter_map(|known| known.outcome.as_ref().ok().cloned()).collect();
         let problems =
             self.judged.iter().filter_map(|(name, known)| Some((name.clone(), known.outcome.as_ref().err()?.clone())));
-        Ok(Index::new(items, problems.collect()))
+        Index::new(items, problems.collect())
     }
 }
 
-fn keys_in(look: &Look) -> impl Iterator<Item = (&String, &Stamp)> {
-    look.iter().filter(|(name, _)| name.starts_with("keys/"))
+/// The files of a directory whose names `counts` takes.
+fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<Look> {
+    let attempt = || -> Result<Look> {
+        let mut look = Look::new();
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            if name.starts_with('.') || !counts(&name) {
+                continue;
+            }
+            if look.len() >= MAX_FILES {
+                bail!("it holds more than {MAX_FILES} files; remove those that no host needs");
+            }
+            // Links are followed: an operator may keep the packages elsewhere. One that went away meanwhile is not there.
+            let Ok(metadata) = fs::metadata(entry.path()) else { continue };
+            if metadata.is_file() {
+                look.insert(name, Stamp::of(&metadata));
+            }
+        }
+        Ok(look)
+    };
+    attempt().with_context(|| format!("cannot read the directory {}", directory.display()))
 }
 
-fn judge(path: &Path, name: &str, stamp: Stamp, keys: &Keys) -> Result<Item> {
+/// What a gateway makes of a file of its depot: whether its signer is known, or why the file is not offered.
+pub(in crate::gateway) fn offered(place: &Place, name: &str, keys: &Keys) -> Result<Option<Verdict>> {
+    let look = see(&place.depot(), |_| true)?;
+    let stamp = look.get(name).context("it is not in the depot")?;
+    judge(&place.depot().join(name), name, *stamp, keys).map(|(_, verdict)| verdict)
+}
+
+/// The file as it is offered, and by whom it is signed; a bootstrap has no signature of its own.
+fn judge(path: &Path, name: &str, stamp: Stamp, keys: &Keys) -> Result<(Item, Option<Verdict>)> {
     let mut file = File::open(path)?;
     if Stamp::of(&file.metadata()?) != stamp {
         bail!("it has changed while it was looked at");
     }
     if bootstrap::is_file_name(name) {
         let sha256 = package::sha256_of(&mut file)?;
-        return Ok(Item {
-            name: name.to_owned(),
-            path: path.to_owned(),
-            stamp,
-            sha256,
-            binding: None,
-            signature: None,
-        });
+        let (name, path) = (name.to_owned(), path.to_owned());
+        return Ok((Item { name, path, stamp, sha256, binding: None, signature: None }, None));
     }
     let Some(bytes) = store::read(&signature_path(path), MAX_SIGNATURE_BYTES)? else {
         bail!("it has no signature; put it there with `aops gateway publish`");
@@ -134,19 +190,14 @@ fn judge(path: &Path, name: &str, stamp: Stamp, keys: &Keys) -> Result<Item> {
         bail!("its signature says that it is {}", binding.release);
     }
     let (verdict, sha256) = package::judge(&mut file, &text, keys)?;
-    match verdict {
+    match &verdict {
         Verdict::Good => {}
         Verdict::UnknownKey => {
             tracing::warn!(file = %name, "a package is offered though none of our keys made its signature")
         }
         Verdict::Bad(why) => bail!("its signature is not of these bytes: {why}"),
     }
-    Ok(Item {
-        name: name.to_owned(),
-        path: path.to_owned(),
-        stamp,
-        sha256,
-        binding: Some(binding),
-        signature: Some(text.into()),
-    })
+    let (name, path) = (name.to_owned(), path.to_owned());
+    let item = Item { name, path, stamp, sha256, binding: Some(binding), signature: Some(text.into()) };
+    Ok((item, Some(verdict)))
 }

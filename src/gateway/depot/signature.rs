@@ -1,13 +1,13 @@
-//! The signatures of the depot's packages: where they lie, and by which keys they are verified. They are read and verified as hosts do it
+//! The signatures of the depot's packages: where they lie. They are read and verified as hosts do it
 //! (`package`).
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::core::model::{AgentName, Binding};
-use crate::gateway::{Place, bootstrap};
+use crate::core::model::{AgentName, Binding, Version};
 use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Verdict};
 use crate::store;
 
@@ -18,21 +18,11 @@ pub(in crate::gateway) fn signature_path(file: &Path) -> PathBuf {
     file.with_file_name(name)
 }
 
-/// The depot's own keys.
-pub(in crate::gateway) fn keys_of(place: &Place) -> Result<Keys> {
-    let mut keys = Keys::default();
-    for (name, text) in bootstrap::public_keys(place)? {
-        let read = Keys::parse(&text).and_then(|read| keys.extend(read));
-        read.with_context(|| format!("cannot read the key {name}"))?;
-    }
-    Ok(keys)
-}
-
 /// What a published file's signature is worth; `None` where there is none.
-pub(in crate::gateway) fn verdict_on(place: &Place, file: &Path) -> Result<Option<(Verdict, String)>> {
+pub(in crate::gateway) fn verdict_on(file: &Path, keys: &Keys) -> Result<Option<(Verdict, String)>> {
     let Some(bytes) = store::read(&signature_path(file), MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes).into_owned();
-    let (verdict, _) = package::judge(&mut File::open(file)?, &text, &keys_of(place)?)?;
+    let (verdict, _) = package::judge(&mut File::open(file)?, &text, keys)?;
     Ok(Some((verdict, text)))
 }
 
@@ -50,18 +40,32 @@ pub(in crate::gateway) struct Found {
 
 /// The packages of one name, without a look at their bytes.
 pub(in crate::gateway) fn published(depot: &Path, name: &AgentName) -> Result<Vec<Found>> {
+    let mut found = signed(depot, |file| file.starts_with(name.as_str()))?;
+    found.retain(|found| found.binding.release.name == *name);
+    Ok(found)
+}
+
+/// Every name and version that there is a package of, without a look at its bytes.
+pub(in crate::gateway) fn releases(depot: &Path) -> Result<BTreeSet<(AgentName, Version)>> {
+    let release = |found: Found| (found.binding.release.name, found.binding.release.version);
+    Ok(signed(depot, |_| true)?.into_iter().map(release).collect())
+}
+
+/// The packages whose file names `counts` takes, as their signatures say.
+fn signed(depot: &Path, counts: impl Fn(&str) -> bool) -> Result<Vec<Found>> {
     let attempt = || -> Result<Vec<Found>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(depot)? {
             let entry = entry?;
             let file_name = entry.file_name().to_string_lossy().into_owned();
             let Some(file) = file_name.strip_suffix(SIGNATURE_SUFFIX) else { continue };
-            if !file.starts_with(name.as_str()) || !depot.join(file).exists() {
+            if !counts(file) || !depot.join(file).exists() {
                 continue;
             }
-            let bytes = store::read(&entry.path(), MAX_SIGNATURE_BYTES)?.unwrap_or_default();
+            // What cannot be read is not offered either, and the gateway's status says why.
+            let Ok(Some(bytes)) = store::read(&entry.path(), MAX_SIGNATURE_BYTES) else { continue };
             let Ok(binding) = package::binding_of(&String::from_utf8_lossy(&bytes)) else { continue };
-            if binding.release.name == *name && binding.release.packing_of(file).is_some() {
+            if binding.release.packing_of(file).is_some() {
                 found.push(Found { file: file.to_owned(), binding });
             }
         }

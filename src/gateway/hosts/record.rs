@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::fleet::HostFacts;
 use crate::core::model::{AgentId, Arch, Os};
-use crate::core::protocol::{AgentReport, Event, Heartbeat, MAX_AGENTS, ManagerReport};
+use crate::core::protocol::{AgentReport, Event, Heartbeat, MAX_AGENTS, ManagerReport, TrustReport};
 use crate::core::text::cut;
 use crate::store::{self, Access};
 
@@ -21,6 +21,9 @@ pub(super) const MAX_HOSTNAME: usize = 255;
 const MAX_MESSAGE: usize = 300;
 /// Bytes kept of a word, such as the kind of an event.
 const MAX_WORD: usize = 64;
+/// Of what a host has pinned, so many, each of so many bytes.
+const MAX_PINS_KEPT: usize = 16;
+const MAX_PIN: usize = 80;
 /// Events kept of one host.
 const MAX_EVENTS: usize = 50;
 /// What a record and a report take besides their texts, in memory and in the file.
@@ -65,6 +68,9 @@ pub(in crate::gateway) struct Record {
     /// Another machine that goes by the same agent id.
     #[serde(default)]
     pub(in crate::gateway) twin: Option<Twin>,
+    /// How it checks this gateway's certificate; absent: of an older version, which does not say.
+    #[serde(default)]
+    pub(in crate::gateway) trust: Option<TrustReport>,
     /// What a newer version wrote.
     #[serde(flatten)]
     unknown: serde_json::Map<String, serde_json::Value>,
@@ -144,6 +150,7 @@ impl Record {
             ack,
             events,
             twin,
+            trust: heartbeat.trust.map(cut_trust),
             unknown,
         };
         record.fit(most);
@@ -156,6 +163,7 @@ impl Record {
         let texts: usize = texts.into_iter().flatten().map(String::len).sum();
         RECORD_BYTES
             + texts
+            + self.trust.as_ref().map_or(0, trust_bytes)
             + self.agents.iter().map(report_bytes).sum::<usize>()
             + self.events.iter().map(Event::size).sum::<usize>()
     }
@@ -192,6 +200,20 @@ fn cut_report(mut report: AgentReport) -> AgentReport {
     report.message = report.message.map(|message| cut(&message, MAX_MESSAGE));
     report.env_hash = report.env_hash.map(|hash| cut(&hash, MAX_WORD));
     report
+}
+
+fn cut_trust(mut trust: TrustReport) -> TrustReport {
+    trust.by = cut(&trust.by, MAX_WORD);
+    trust.pins.truncate(MAX_PINS_KEPT);
+    trust.pins.iter_mut().for_each(|pin| *pin = cut(pin, MAX_PIN));
+    trust.certificate_end = trust.certificate_end.map(|end| cut(&end, MAX_WORD));
+    trust
+}
+
+fn trust_bytes(trust: &TrustReport) -> usize {
+    trust.by.len()
+        + trust.pins.iter().map(String::len).sum::<usize>()
+        + trust.certificate_end.as_ref().map_or(0, String::len)
 }
 
 fn cut_event(mut event: Event) -> Event {

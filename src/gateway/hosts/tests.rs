@@ -13,12 +13,18 @@ fn hosts() -> Hosts {
 }
 
 fn world(revision: u64, fleet: &str) -> World {
-    World { revision, fleet: Some(Arc::new(toml::from_str(fleet).unwrap())), index: Arc::new(Index::default()) }
+    World {
+        revision,
+        fleet: Some(Arc::new(toml::from_str(fleet).unwrap())),
+        index: Arc::new(Index::default()),
+        pins: Vec::new(),
+    }
 }
 
 fn heartbeat(agent_id: &str, held: Option<(&str, u64)>) -> Heartbeat {
     Heartbeat {
         clock_offset_seconds: None,
+        trust: None,
         agent_id: agent_id.parse().unwrap(),
         instance_id: "one".to_owned(),
         hostname: "web-1".to_owned(),
@@ -88,7 +94,7 @@ fn generations_survive_the_loss_of_the_record() {
 
 #[test]
 fn a_gateway_without_a_fleet_commands_nothing() {
-    let nothing = World { revision: 1, fleet: None, index: Arc::new(Index::default()) };
+    let nothing = World { revision: 1, fleet: None, index: Arc::new(Index::default()), pins: Vec::new() };
     let told = answer(&hosts(), heartbeat("1", Some(("ours", 7))), &nothing, NOW);
     assert_eq!((told.lineage, told.generation, told.agents, told.complete), (None, 0, None, false));
     assert!(told.error_message.is_some());

@@ -5,19 +5,21 @@ use std::time::{Duration, Instant};
 
 use super::Manager;
 use crate::config::Config;
+use crate::core::certificate::{Validity, validity};
 use crate::core::item::Item;
 use crate::core::model::AgentId;
 use crate::core::protocol::{Answer, Heartbeat, ManagerReport};
 use crate::core::schedule;
 use crate::core::status::GatewayStatus;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
+use crate::endpoint::Endpoint;
 use crate::home::Home;
 use crate::platform;
 use crate::spm::agent::SubAgent;
 use crate::spm::heartbeats::Uplink;
 use crate::spm::input::Inputs;
 use crate::spm::journal::About;
-use crate::spm::timestamp;
+use crate::spm::{timestamp, unix_now};
 use crate::uplink::sender::Outcome;
 
 /// A host that booted so recently comes back together with many others.
@@ -132,6 +134,8 @@ impl Manager {
             agents: self.agents.values().map(report).collect(),
             events: self.journal.pending(),
             clock_offset_seconds: self.line.gateway.clock_offset_seconds,
+            // The sender knows it, for the endpoint that it sends to.
+            trust: None,
         };
         self.line.next_heartbeat = None;
         if let Err(error) = self.line.uplink.send(Box::new(heartbeat)) {
@@ -142,7 +146,7 @@ impl Manager {
 
     pub(super) fn heartbeat_done(&mut self, outcome: Outcome, now: Instant) {
         let outcome = match outcome {
-            Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset } => {
+            Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset, certificate_end } => {
                 if !self.line.gateway.connected {
                     tracing::info!(%endpoint, "the gateway answers");
                 }
@@ -157,6 +161,7 @@ impl Manager {
                     None => self.problems.remove("endpoint"),
                 };
                 self.compare_clocks(clock_offset);
+                self.watch_certificate(&endpoint, certificate_end);
                 self.line.gateway = GatewayStatus {
                     endpoint: Some(endpoint.to_string()),
                     connected: true,
@@ -207,6 +212,33 @@ impl Manager {
             self.journal.note("clock", "failed", About::default(), clock_words(offset));
         } else if was_off && !is_clock_off(Some(offset)) {
             self.journal.note("clock", "ok", About::default(), "this host's clock agrees with the gateway's again");
+        }
+    }
+
+    /// Tells of a gateway's certificate that ends soon, and of one that was renewed in time.
+    fn watch_certificate(&mut self, endpoint: &Endpoint, end: Option<u64>) {
+        let now = unix_now();
+        let date = end.and_then(|end| jiff::Timestamp::from_second(i64::try_from(end).ok()?).ok());
+        let text = match (end.map(|end| validity(end, now)), date) {
+            (Some(Validity::Ending { .. }), Some(date)) => {
+                format!(
+                    "the certificate of {endpoint}, or of who issued it, expires on {date}; have the gateway's operator renew it"
+                )
+            }
+            (Some(Validity::Ended), Some(date)) => format!(
+                "the certificate of {endpoint}, or of who issued it, expired on {date}; have the gateway's operator renew it"
+            ),
+            _ => {
+                if self.problems.remove("certificate").is_some() {
+                    let text = format!("the certificate of {endpoint} was renewed");
+                    self.journal.note("certificate", "ok", About::default(), text);
+                }
+                return;
+            }
+        };
+        if self.problems.get("certificate") != Some(&text) {
+            self.journal.note("certificate", "failed", About::default(), text.as_str());
+            self.problems.insert("certificate", text);
         }
     }
 

@@ -1,0 +1,163 @@
+//! What hosts get to do when one fleet takes the place of another, for an operator to read before it happens.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use super::{Fleet, HostFacts};
+use crate::core::order::{Order, Run};
+
+/// What differs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changes {
+    /// Each difference, with the number of hosts that it is for.
+    pub lines: Vec<String>,
+    /// How many hosts it changes anything for.
+    pub hosts: usize,
+}
+
+/// One difference, of the same kind on all hosts that have it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Change {
+    Manager {
+        from: Option<String>,
+        to: Option<String>,
+    },
+    Removed {
+        name: String,
+        version: String,
+    },
+    Added {
+        name: String,
+        version: String,
+    },
+    Version {
+        name: String,
+        from: String,
+        to: String,
+    },
+    Run {
+        name: String,
+        stops: bool,
+    },
+    /// Its environment, or the count of its tries.
+    Settings {
+        name: String,
+    },
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Manager { from: Some(from), to: Some(to) } => write!(f, "the manager: {from} -> {to}"),
+            Change::Manager { from: None, to: Some(to) } => write!(f, "the manager: {to} is ordered"),
+            Change::Manager { from: _, to: None } => write!(f, "the manager: no version is ordered any more"),
+            Change::Removed { name, version } => write!(f, "{name}: {version} is removed"),
+            Change::Added { name, version } => write!(f, "{name}: {version} is added"),
+            Change::Version { name, from, to } => write!(f, "{name}: {from} -> {to}"),
+            Change::Run { name, stops: true } => write!(f, "{name}: is stopped"),
+            Change::Run { name, stops: false } => write!(f, "{name}: is started"),
+            Change::Settings { name } => write!(f, "{name}: other settings"),
+        }
+    }
+}
+
+/// What `after` changes for these hosts where `before` is in force.
+pub fn changes(before: Option<&Fleet>, after: &Fleet, hosts: &[HostFacts]) -> Changes {
+    let mut counts: BTreeMap<Change, usize> = BTreeMap::new();
+    let mut touched = 0;
+    for host in hosts {
+        let of_host = of_host(before, after, host);
+        touched += usize::from(!of_host.is_empty());
+        for change in of_host {
+            *counts.entry(change).or_default() += 1;
+        }
+    }
+    let line = |(change, count): (Change, usize)| {
+        format!("{change}, on {count} {}", if count == 1 { "host" } else { "hosts" })
+    };
+    Changes { lines: counts.into_iter().map(line).collect(), hosts: touched }
+}
+
+fn of_host(before: Option<&Fleet>, after: &Fleet, host: &HostFacts) -> BTreeSet<Change> {
+    let before = before.map(|before| before.desired(host));
+    let after = after.desired(host);
+    let mut changes = BTreeSet::new();
+    let text = |version: &crate::core::model::Version| version.to_string();
+    let managers = [before.as_ref().and_then(|before| before.manager.as_ref()), after.manager.as_ref()];
+    if managers[0] != managers[1] {
+        changes.insert(Change::Manager { from: managers[0].map(text), to: managers[1].map(text) });
+    }
+    let agents = before.map(|before| before.agents).unwrap_or_default();
+    let version = |order: &Order| order.package.version.to_string();
+    for (name, order) in &agents {
+        match after.agents.get(name) {
+            Some(new) => changes.extend(of_order(name.as_str(), order, new)),
+            None => {
+                changes.insert(Change::Removed { name: name.to_string(), version: version(order) });
+            }
+        }
+    }
+    for (name, order) in after.agents.iter().filter(|(name, _)| !agents.contains_key(*name)) {
+        changes.insert(Change::Added { name: name.to_string(), version: version(order) });
+    }
+    changes
+}
+
+fn of_order(name: &str, before: &Order, after: &Order) -> Vec<Change> {
+    let name = name.to_owned();
+    let mut changes = Vec::new();
+    if before.package.version != after.package.version {
+        let (from, to) = (before.package.version.to_string(), after.package.version.to_string());
+        changes.push(Change::Version { name: name.clone(), from, to });
+    }
+    if before.run != after.run {
+        changes.push(Change::Run { name: name.clone(), stops: after.run == Run::Stop });
+    }
+    if before.spec != after.spec || before.retry != after.retry {
+        changes.push(Change::Settings { name });
+    }
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::model::{Arch, Os};
+
+    fn host(hostname: &str) -> HostFacts {
+        HostFacts {
+            agent_id: hostname.parse().unwrap(),
+            hostname: hostname.to_owned(),
+            os: Os::Linux,
+            arch: Arch::Amd64,
+        }
+    }
+
+    #[test]
+    fn each_difference_is_counted_by_hosts() {
+        let fleet = |text: &str| toml::from_str::<Fleet>(text).unwrap();
+        let before = fleet(
+            "[manager]\nversion = \"1\"\n[agents.a]\nversion = \"1\"\n[agents.b]\nversion = \"1\"\n[agents.c]\nversion = \"1\"\n",
+        );
+        let after = fleet(
+            "[manager]\nversion = \"2\"\n[agents.a]\nversion = \"1\"\n[agents.c]\nversion = \"1\"\ncmd = \"stop\"\n\
+             [[rules]]\nmatch = { hostname = [\"web-*\"] }\nagents.a = { version = \"2\", env = { A = \"b\" } }\nagents.d.version = \"1\"\n",
+        );
+        let hosts = ["web-1", "web-2", "db-1"].map(host);
+        let found = changes(Some(&before), &after, &hosts);
+        assert_eq!(
+            found.lines,
+            [
+                "the manager: 1 -> 2, on 3 hosts",
+                "b: 1 is removed, on 3 hosts",
+                "d: 1 is added, on 2 hosts",
+                "a: 1 -> 2, on 2 hosts",
+                "c: is stopped, on 3 hosts",
+                "a: other settings, on 2 hosts",
+            ]
+        );
+        assert_eq!(found.hosts, 3);
+        assert_eq!(changes(Some(&after), &after, &hosts), Changes { lines: Vec::new(), hosts: 0 });
+        assert_eq!(changes(None, &before, &hosts[..1]).lines.len(), 4);
+    }
+}

@@ -1,0 +1,46 @@
+//! What is read out of a certificate beside its judgement: its public key, and when it ends.
+
+use rustls::pki_types::CertificateDer;
+use rustls::server::ParsedCertificate;
+use x509_cert::der::Decode;
+
+use super::Fingerprint;
+
+/// The SHA-256 of the certificate's public key (its SubjectPublicKeyInfo), by which it is pinned; `None` where it cannot be read.
+pub fn key_of(certificate: &CertificateDer<'_>) -> Option<Fingerprint> {
+    let parsed = ParsedCertificate::try_from(certificate).ok()?;
+    Some(Fingerprint::of(parsed.subject_public_key_info().as_ref()))
+}
+
+/// When the first certificate of a chain ends, seconds since 1970; `None` where none of them can be read.
+pub fn end_of(chain: &[CertificateDer<'_>]) -> Option<u64> {
+    let end = |certificate: &CertificateDer<'_>| {
+        let read = x509_cert::Certificate::from_der(certificate).ok()?;
+        Some(read.tbs_certificate().validity().not_after.to_unix_duration().as_secs())
+    };
+    chain.iter().filter_map(end).min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{issued, self_signed};
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_chain_is_that_of_its_first_certificate_to_end() {
+        let of = |year| self_signed(&["a"], |params| params.not_after = rcgen::date_time_ymd(year, 1, 1)).certificate;
+        let (sooner, later) = (of(2040), of(2060));
+        assert_eq!(end_of(&[later.clone(), sooner]), Some(2_208_988_800));
+        assert_eq!(end_of(&[later]), Some(2_840_140_800));
+        assert_eq!(end_of(&[CertificateDer::from(vec![1, 2, 3])]), None);
+    }
+
+    #[test]
+    fn a_key_is_the_same_in_another_certificate() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let of = |name: &str| super::super::testing::self_signed_by(&key, &[name], |_| {}).certificate;
+        assert_eq!(key_of(&of("a")), key_of(&of("b")));
+        assert_ne!(key_of(&of("a")), key_of(&issued(&["a"]).1.certificate));
+        assert_eq!(key_of(&CertificateDer::from(vec![1])), None);
+    }
+}

@@ -1,0 +1,357 @@
+//! `tls/`: the certificate that is served, read again when it has changed, and the public keys that hosts are told to expect.
+//!
+//! A new pair is served when certificate and key are whole and belong together; until then the one before is. Connections that were made
+//! under the one before end after the request under way, so that hosts see the new one with their next heartbeat.
+//!
+//! Hosts pin the public key, not the certificate: a renewal for the same key changes nothing for them. A key that is to come stands in
+//! `tls/next.pem`, is announced in every answer, and is served once `gateway status` says that every host has it.
+
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustls::pki_types::pem::{PemObject, SectionKind};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::Place;
+use super::depot::Stamp;
+use super::still::Still;
+use crate::core::certificate::{Validity, validity};
+use crate::core::protocol::MAX_PINS;
+use crate::endpoint::{Fingerprint, end_of, key_of};
+use crate::store;
+
+/// A chain of certificates has a few kilobytes.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// What TLS handshakes are answered with; `None` while no certificate could be read yet.
+#[derive(Debug)]
+pub(super) struct Served {
+    pair: RwLock<Option<Arc<CertifiedKey>>>,
+    /// Another number for every other pair.
+    revision: watch::Sender<u64>,
+}
+
+impl Served {
+    /// Tells when another pair is served.
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.revision.subscribe()
+    }
+}
+
+impl ResolvesServerCert for Served {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.pair.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// How the certificate stands, for an operator to read.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Standing {
+    /// When the chain that is served ends, seconds since 1970.
+    pub(super) end: Option<u64>,
+    /// The public key that is served, as hosts pin it.
+    pub(super) pin: Option<String>,
+    /// Those that come next.
+    pub(super) next: Vec<String>,
+}
+
+impl Standing {
+    /// The public keys that hosts are told to accept: the present one, and those to come.
+    pub(super) fn pins(&self) -> Vec<String> {
+        self.pin.iter().chain(&self.next).take(MAX_PINS).cloned().collect()
+    }
+
+    /// That the end is near, or past. `now`: seconds since 1970.
+    pub(super) fn warning(&self, now: u64) -> Option<String> {
+        let end = self.end?;
+        let date = jiff::Timestamp::from_second(i64::try_from(end).ok()?).ok()?;
+        match validity(end, now) {
+            Validity::Long => None,
+            Validity::Ending { days } => Some(format!(
+                "the certificate expires in {days} days, on {date}; renew it, with the same key (tls/key.pem) where hosts have pinned it"
+            )),
+            Validity::Ended => Some(format!(
+                "the certificate expired on {date}: hosts that do not pin it refuse it; renew it, with the same key (tls/key.pem) where hosts \
+                 have pinned it"
+            )),
+        }
+    }
+}
+
+/// Watches the files.
+pub(super) struct Certificates {
+    place: Place,
+    served: Arc<Served>,
+    pair: Watched<2>,
+    next: Watched<1>,
+    standing: Standing,
+}
+
+/// Some files that are read together, and why what they hold now is not in use.
+struct Watched<const N: usize> {
+    still: Still<[Option<Stamp>; N]>,
+    read: Option<[Option<Stamp>; N]>,
+    problem: Option<String>,
+}
+
+impl<const N: usize> Watched<N> {
+    fn new(still: Duration) -> Watched<N> {
+        Watched { still: Still::new(still), read: None, problem: None }
+    }
+
+    /// Whether they are to be read (again). What changed while it was read is read once more, at a later look.
+    fn is_due(&mut self, paths: [&Path; N], at_once: bool) -> bool {
+        let stamps = paths.map(|path| std::fs::metadata(path).ok().map(|metadata| Stamp::of(&metadata)));
+        let settled = self.still.look(stamps, None, Instant::now()) || at_once;
+        if !settled || (self.read == Some(stamps) && !at_once) {
+            return false;
+        }
+        self.read = Some(stamps);
+        true
+    }
+}
+
+impl Certificates {
+    /// Reads what is there. Without a good pair no handshake succeeds until there is one.
+    pub(super) fn open(place: Place, still: Duration) -> Certificates {
+        let served = Arc::new(Served { pair: RwLock::new(None), revision: watch::Sender::new(0) });
+        let (pair, next) = (Watched::new(still), Watched::new(still));
+        let mut certificates = Certificates { place, served, pair, next, standing: Standing::default() };
+        certificates.look(true);
+        certificates
+    }
+
+    pub(super) fn served(&self) -> Arc<Served> {
+        self.served.clone()
+    }
+
+    pub(super) fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
+    /// Why what lies in `tls/` is not in use.
+    pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
+        self.pair.problem.iter().chain(&self.next.problem)
+    }
+
+    /// Looks once, and reads what has changed and stood still (or at all, if `at_once`).
+    pub(super) fn look(&mut self, at_once: bool) {
+        let (certificate, key, next) =
+            (self.place.certificate(), self.place.certificate_key(), self.place.next_certificate());
+        if self.pair.is_due([&certificate, &key], at_once) {
+            self.pair.problem = match pair_in(&certificate, &key) {
+                Ok(pair) => {
+                    self.serve(pair);
+                    None
+                }
+                Err(error) => Some(match self.standing.pin {
+                    Some(_) => format!("the certificate read before is served: {error:#}"),
+                    None => format!("no certificate is served: {error:#}"),
+                }),
+            };
+        }
+        if self.next.is_due([&next], at_once) {
+            match next_in(&next) {
+                Ok(pins) => {
+                    self.next.problem = None;
+                    self.standing.next = pins;
+                }
+                Err(error) => self.next.problem = Some(format!("the keys announced before stay announced: {error:#}")),
+            }
+        }
+        // What was to come is there.
+        let Standing { pin, next, .. } = &mut self.standing;
+        next.retain(|next| Some(next) != pin.as_ref());
+    }
+
+    fn serve(&mut self, pair: CertifiedKey) {
+        let mut served = self.served.pair.write().unwrap_or_else(PoisonError::into_inner);
+        let is_same = served.as_ref().is_some_and(|served| served.cert == pair.cert);
+        self.standing.end = end_of(&pair.cert);
+        self.standing.pin = pair.cert.first().and_then(key_of).map(|pin| pin.to_string());
+        *served = Some(Arc::new(pair));
+        drop(served);
+        if !is_same {
+            let (pin, end) = (self.standing.pin.as_deref().unwrap_or_default(), self.standing.end.unwrap_or(0));
+            tracing::info!(pin, end, "the certificate is served");
+            self.served.revision.send_modify(|revision| *revision += 1);
+        }
+    }
+}
+
+fn pair_in(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
+    let text = read(certificate)?;
+    let chain = CertificateDer::pem_slice_iter(&text)
+        .collect::<Result<Vec<_>, _>>()
+        .with_context(|| format!("cannot read the certificate {}", certificate.display()))?;
+    ensure!(!chain.is_empty(), "there is no certificate in {}; it must be PEM", certificate.display());
+    let private = PrivateKeyDer::from_pem_slice(&read(key)?)
+        .with_context(|| format!("cannot read the private key {}", key.display()))?;
+    CertifiedKey::from_der(chain, private, &rustls::crypto::ring::default_provider()).with_context(|| {
+        format!("cannot serve the certificate {} with the key {}", certificate.display(), key.display())
+    })
+}
+
+/// The public keys in a file of certificates, public keys and private keys; none where there is no such file.
+fn next_in(path: &Path) -> Result<Vec<String>> {
+    let Some(text) = store::read(path, MAX_FILE_BYTES)? else { return Ok(Vec::new()) };
+    let attempt = || -> Result<Vec<String>> {
+        let mut pins = Vec::new();
+        for section in <(SectionKind, Vec<u8>)>::pem_slice_iter(&text) {
+            let (kind, der) = section.context("it is not PEM")?;
+            let pin = match kind {
+                SectionKind::Certificate => {
+                    key_of(&CertificateDer::from(der)).context("it holds a broken certificate")?
+                }
+                SectionKind::PublicKey => Fingerprint::of(&der),
+                _ => {
+                    let key =
+                        PrivateKeyDer::from_pem(kind, der).context("it holds what is no key and no certificate")?;
+                    let key = rustls::crypto::ring::sign::any_supported_type(&key)?;
+                    Fingerprint::of(&key.public_key().context("it holds a private key without a public one")?)
+                }
+            };
+            let pin = pin.to_string();
+            if !pins.contains(&pin) {
+                pins.push(pin);
+            }
+        }
+        match pins.len() {
+            0 => bail!("it holds no certificate and no key in PEM"),
+            count if count >= MAX_PINS => bail!("it holds {count} keys; at most {} can be announced", MAX_PINS - 1),
+            _ => Ok(pins),
+        }
+    };
+    attempt().with_context(|| format!("cannot read the next key in {}", path.display()))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    store::read(path, MAX_FILE_BYTES)?.with_context(|| format!("there is no file {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::endpoint::testing::{Identity, self_signed, self_signed_by};
+
+    struct Bench {
+        _dir: tempfile::TempDir,
+        place: Place,
+        certificates: Certificates,
+    }
+
+    impl Bench {
+        fn new(key: &rcgen::KeyPair) -> Bench {
+            let dir = tempfile::tempdir().unwrap();
+            let place = Place::new(dir.path());
+            fs::create_dir(place.tls()).unwrap();
+            fs::write(place.certificate_key(), key.serialize_pem()).unwrap();
+            fs::write(place.certificate(), of(key).pem).unwrap();
+            let certificates = Certificates::open(place.clone(), Duration::ZERO);
+            Bench { _dir: dir, place, certificates }
+        }
+
+        fn write(&mut self, path: &Path, text: &str) {
+            store::replace(path, text.as_bytes(), store::Access::Private).unwrap();
+            self.certificates.look(false);
+            self.certificates.look(false);
+        }
+
+        fn served(&self) -> Option<CertificateDer<'static>> {
+            self.certificates.served.pair.read().unwrap().as_ref().map(|pair| pair.cert[0].clone())
+        }
+
+        fn problems(&self) -> String {
+            self.certificates.problems().cloned().collect::<Vec<_>>().join("; ")
+        }
+    }
+
+    fn of(key: &rcgen::KeyPair) -> Identity {
+        self_signed_by(key, &["gw"], |_| {})
+    }
+
+    #[test]
+    fn a_new_pair_is_served_when_it_is_whole_and_fits_and_the_one_before_until_then() {
+        let (first, second) = (rcgen::KeyPair::generate().unwrap(), rcgen::KeyPair::generate().unwrap());
+        let mut bench = Bench::new(&first);
+        let before = bench.served().unwrap();
+        let changes = bench.certificates.served().changes();
+        let (certificate, key) = (bench.place.certificate(), bench.place.certificate_key());
+        let renewed = of(&second);
+        for bad in
+            [&renewed.pem, "", &renewed.pem[..200], "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
+        {
+            bench.write(&certificate, bad);
+            assert_eq!(bench.served().as_ref(), Some(&before), "{bad}");
+            assert!(bench.problems().contains("the certificate read before is served"), "{}", bench.problems());
+        }
+        bench.write(&certificate, &renewed.pem);
+        assert!(!changes.has_changed().unwrap());
+        bench.write(&key, &second.serialize_pem());
+        assert_eq!((bench.served(), bench.problems().as_str()), (Some(renewed.certificate), ""));
+        assert!(changes.has_changed().unwrap());
+        fs::remove_file(&key).unwrap();
+        bench.certificates.look(true);
+        assert!(bench.problems().contains("there is no file"), "{}", bench.problems());
+    }
+
+    #[test]
+    fn a_gateway_without_a_good_certificate_serves_the_first_good_one() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut bench = Bench::new(&key);
+        fs::write(bench.place.certificate(), "").unwrap();
+        bench.certificates = Certificates::open(bench.place.clone(), Duration::ZERO);
+        assert!(bench.served().is_none() && bench.problems().contains("no certificate is served"));
+        let path = bench.place.certificate();
+        bench.write(&path, &of(&key).pem);
+        assert!(bench.served().is_some() && bench.problems().is_empty());
+    }
+
+    #[test]
+    fn the_keys_to_come_are_read_from_certificates_and_keys() {
+        let mut bench = Bench::new(&rcgen::KeyPair::generate().unwrap());
+        let next = bench.place.next_certificate();
+        let keys = [(); 4].map(|()| rcgen::KeyPair::generate().unwrap());
+        let pin = |key: &rcgen::KeyPair| key_of(&of(key).certificate).unwrap().to_string();
+        let text = of(&keys[0]).pem + &keys[1].serialize_pem() + &keys[2].public_key_pem() + &keys[1].serialize_pem();
+        bench.write(&next, &text);
+        let expected: Vec<String> = keys[..3].iter().map(pin).collect();
+        assert_eq!((&bench.certificates.standing().next, bench.problems().as_str()), (&expected, ""));
+        let pins = bench.certificates.standing().pins();
+        assert_eq!((pins.len(), &pins[1..]), (4, &expected[..]));
+        for bad in ["what", &(text + &keys[3].serialize_pem())] {
+            bench.write(&next, bad);
+            assert!(bench.problems().contains("next.pem"), "{}", bench.problems());
+            assert_eq!(bench.certificates.standing().next, expected);
+        }
+        // When the time has come it is the present one, and none is to come.
+        bench.write(&next, &of(&keys[0]).pem);
+        let paths = [bench.place.certificate(), bench.place.certificate_key()];
+        bench.write(&paths[0], &of(&keys[0]).pem);
+        bench.write(&paths[1], &keys[0].serialize_pem());
+        assert_eq!(bench.certificates.standing().pins(), [pin(&keys[0])]);
+        fs::remove_file(&next).unwrap();
+        bench.certificates.look(false);
+        assert_eq!((bench.problems().as_str(), bench.certificates.standing().next.len()), ("", 0));
+    }
+
+    #[test]
+    fn an_end_that_is_near_is_told() {
+        let end = |end| Standing { end: Some(end), ..Standing::default() };
+        let now = 1_800_000_000;
+        assert_eq!(end(now + 22 * 86_400).warning(now), None);
+        assert!(end(now + 3 * 86_400).warning(now).unwrap().contains("expires in 3 days, on 2027-01-18"));
+        assert!(end(now - 1).warning(now).unwrap().contains("expired on"));
+        let made = self_signed(&["a"], |_| {});
+        assert!(end(end_of(&[made.certificate]).unwrap()).warning(now).is_none());
+    }
+}

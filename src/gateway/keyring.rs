@@ -1,0 +1,125 @@
+//! `keys/`: the depot's own public keys. Each file is read by itself, so that one that is no key is named and costs the others nothing.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Place;
+use crate::package::Keys;
+use crate::{platform, store};
+
+/// A public key's file has two short lines.
+const MAX_KEY_BYTES: u64 = 4 << 10;
+/// More keys than this are a mistake.
+const MAX_KEYS: usize = 64;
+
+/// The public keys of a depot.
+#[derive(Debug, Default)]
+pub(super) struct Keyring {
+    /// As hosts that have them from the bootstrap read them.
+    texts: Vec<String>,
+    keys: Keys,
+    problems: Vec<String>,
+}
+
+impl Keyring {
+    /// Every `keys/*.pub` that is a key; only a directory that cannot be listed is an error.
+    pub(super) fn read(place: &Place) -> Result<Keyring> {
+        let mut names = names_in(&place.keys())?;
+        let mut ring = Keyring::default();
+        if names.len() > MAX_KEYS {
+            let surplus = names.split_off(MAX_KEYS).len();
+            ring.problems.push(format!("keys/ holds more than {MAX_KEYS} public keys; {surplus} of them are not used"));
+        }
+        for name in names {
+            if let Err(error) = ring.add(&place.keys().join(&name)) {
+                ring.problems.push(format!(
+                    "keys/{name} is not used: {error:#}; replace it by a minisign public key, or remove it"
+                ));
+            }
+        }
+        Ok(ring)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let bytes = store::read(path, MAX_KEY_BYTES)?.context("there is no such file")?;
+        let text = String::from_utf8(bytes).context("it is not text")?;
+        let read = Keys::parse(&text)?;
+        ensure!(!read.is_empty(), "it holds no key");
+        self.keys.extend(read)?;
+        self.texts.push(text);
+        Ok(())
+    }
+
+    pub(super) fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
+    pub(super) fn texts(&self) -> &[String] {
+        &self.texts
+    }
+
+    /// Which files are not used, and why.
+    pub(super) fn problems(&self) -> &[String] {
+        &self.problems
+    }
+}
+
+/// The names of a directory's `*.pub`, in their order.
+pub(super) fn names_in(directory: &Path) -> Result<Vec<String>> {
+    let attempt = || -> std::io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(directory)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name.ends_with(".pub") && !name.starts_with('.') {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    };
+    attempt().with_context(|| format!("cannot read the public keys in {}", directory.display()))
+}
+
+/// Which of a directory that holds private keys, and of these files, others than their owner can read.
+pub(super) fn exposed(directory: &Path, private: &[&Path]) -> Vec<String> {
+    let is_open = |path: &Path| fs::metadata(path).is_ok_and(|metadata| platform::others_may_read(&metadata));
+    let told = |path: &Path, what: &str, mode: &str| {
+        let shown = path.display();
+        is_open(path).then(|| format!("{what} {shown} can be read by others; run `chmod {mode} {shown}`"))
+    };
+    let files = private.iter().filter_map(|path| told(path, "the private key", "600"));
+    files.chain(told(directory, "the directory of private keys", "700")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::package::sign::Signer;
+
+    #[test]
+    fn a_file_that_is_no_key_is_named_and_costs_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::new(dir.path());
+        fs::create_dir(place.keys()).unwrap();
+        let key = Signer::generate().unwrap().public_text().unwrap();
+        fs::write(place.keys().join("b.pub"), &key).unwrap();
+        for (name, text) in [
+            ("a.pub", "ssh-rsa AAAA someone@example\n"),
+            ("c.pub", ""),
+            ("d.pub", &format!("\u{feff}{key}")),
+            ("e.pub", &key[..key.len() - 9]),
+        ] {
+            fs::write(place.keys().join(name), text).unwrap();
+        }
+        fs::write(place.keys().join("f.pub"), [0xff, 0xfe]).unwrap();
+        fs::create_dir(place.keys().join("g.pub")).unwrap();
+        let ring = Keyring::read(&place).unwrap();
+        assert_eq!((ring.keys().ids().count(), ring.texts()), (1, &[key][..]));
+        let named: Vec<&str> = ring.problems().iter().filter_map(|problem| problem.split(' ').next()).collect();
+        assert_eq!(named, ["keys/a.pub", "keys/c.pub", "keys/d.pub", "keys/e.pub", "keys/f.pub", "keys/g.pub"]);
+        fs::remove_dir_all(place.keys()).unwrap();
+        assert!(Keyring::read(&place).is_err());
+    }
+}
