@@ -221,7 +221,7 @@ impl HomeOption {
             .or_else(|| own_home(&platform::own_executable()?))
             .or_else(|| std::env::var_os("AOPS_HOME").filter(|home| !home.is_empty()).map(PathBuf::from))
             .unwrap_or_else(home::default_root);
-        Home::new(std::path::absolute(&root).unwrap_or(root))
+        Home::new(root)
     }
 }
 

@@ -171,7 +171,7 @@ fn force(home: &Home, force: Force) -> Result<ExitCode> {
 
 fn not_installed(home: &Home, command: &Command) -> ExitCode {
     if let Command::Status { json: true, history: false } = command {
-        let status = Status::silent(home.root().display().to_string(), None, HomeState::NotInstalled);
+        let status = Status::silent(home.known_as().display().to_string(), None, HomeState::NotInstalled);
         if let Err(error) = show::print(&status, true) {
             anstream::eprintln!("error: {error:#}");
         }
@@ -203,7 +203,7 @@ fn status(home: &Home) -> Result<Status> {
     let (spm, spa) = (role::living(home, Role::Spm), role::living(home, Role::Spa));
     let agents_run = process::tree::any_run(home);
     let state = if spm.is_none() && spa.is_none() && !agents_run { HomeState::Stopped } else { HomeState::Degraded };
-    let mut status = Status::silent(home.root().display().to_string(), version, state);
+    let mut status = Status::silent(home.known_as().display().to_string(), version, state);
     status.upgrade = installation::upgrade::load(home).ok().as_ref().and_then(Record::trial).map(upgrade_status);
     status.spm = spm.as_ref().map_or_else(RoleStatus::default, role::Holder::status);
     status.spa = spa.as_ref().map_or_else(RoleStatus::default, role::Holder::status);

@@ -34,13 +34,17 @@ pub fn start(home: &Home) -> Result<()> {
             let _ = role::forget(home, *role);
         }
     }
-    host_service::start(service(home), home, Role::BOTH).map(drop)
+    let service = service(home);
+    host_service::settle(service, home).context("cannot start")?;
+    host_service::start(service, home, Role::BOTH).map(drop)
 }
 
 /// Starts both roles anew; the sub-agents are left running. Does not wait until they answer.
 pub fn renew(home: &Home) -> Result<()> {
     sound(home).context("cannot restart: what runs goes on running")?;
-    host_service::restart(service(home), home, Role::BOTH).map(drop)
+    let service = service(home);
+    host_service::settle(service, home).context("cannot restart")?;
+    host_service::restart(service, home, Role::BOTH).map(drop)
 }
 
 /// Whether the roles may be started, by whoever does it.

@@ -46,7 +46,7 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
     let mut command = Command::new(&program);
     command
         .arg("--home")
-        .arg(home.root())
+        .arg(home.known_as())
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use super::ON_ITS_WAY;
 use crate::core::service_manager::Notice;
 
 mod access;
@@ -72,6 +73,17 @@ pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
 
 /// Whether a link that [`replace_link`] made leads to `target`, be that there or not.
 pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
+/// An existing path without links, and without a slash at its end.
+pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
+    path.canonicalize()
+}
+
+/// Whether two paths lead to one directory, over links or by a mount of it in a second place.
+pub fn is_same_directory(one: &Path, other: &Path) -> bool {
+    let number = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    number(one).is_some_and(|found| number(other) == Some(found))
+}
+
     match fs::read_link(link) {
         Ok(named) => Ok(link.parent().unwrap_or(Path::new("")).join(named) == target),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => Ok(false),
@@ -79,11 +91,11 @@ pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     }
 }
 
-/// Who holds the lock on a file, by its absolute path without links: a process with that file open and locked. One that has inherited it
-/// counts too: it holds it as well.
+/// Who holds the lock on a file: a process with that file open and locked. One that has inherited it counts too: it holds it as well.
 pub fn lock_holder(path: &Path) -> Option<u32> {
     let holds = |pid: u32| -> bool {
         let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let path = canonical(path).ok()?;
         descriptors.flatten().any(|descriptor| {
             let is_it = fs::read_link(descriptor.path()).is_ok_and(|named| named == path);
             let number = descriptor.file_name();
@@ -97,7 +109,7 @@ pub fn lock_holder(path: &Path) -> Option<u32> {
 
 /// Makes `link` name `target` (a relative or absolute path as it is to stand in the link), replacing what was there in one step.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
-    let temporary = link.with_file_name(format!(".new-{}-{}", std::process::id(), fastrand::u64(..)));
+    let temporary = link.with_file_name(format!("{ON_ITS_WAY}{}-{}", std::process::id(), fastrand::u64(..)));
     std::os::unix::fs::symlink(target, &temporary)?;
     fs::rename(&temporary, link).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
@@ -106,6 +118,20 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
 
 /// Whether the process may do what needs root.
 pub fn is_root() -> bool {
+/// Whether what is at `path` could be given another name on its file system, without doing it: it is to take the place of `blocker`, a
+/// directory that is not empty, which is refused at last. What is refused before that says why (rename(2)): a mount point, a directory of an
+/// overlay's lower layer, an immutable file, a read-only file system.
+pub fn can_rename(path: &Path, blocker: &Path) -> io::Result<()> {
+    use rustix::io::Errno;
+    match fs::rename(path, blocker) {
+        Ok(()) => Err(io::Error::other(format!("it is called {} now: nothing kept it from that", blocker.display()))),
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(Errno::NOTEMPTY | Errno::EXIST | Errno::ISDIR) => Ok(()),
+            _ => Err(error),
+        },
+    }
+}
+
     rustix::process::geteuid().is_root()
 }
 
@@ -320,6 +346,24 @@ mod tests {
 
     #[test]
     fn a_private_file_is_nobody_elses_and_what_is_not_so_goes_first() {
+    #[test]
+    fn whether_a_rename_could_be_done_is_found_out_without_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::create_dir_all(at("blocker/full")).unwrap();
+        fs::create_dir_all(at("directory/full")).unwrap();
+        fs::create_dir(at("empty")).unwrap();
+        fs::write(at("file"), "").unwrap();
+        make_symlink(Path::new("nowhere"), &at("link")).unwrap();
+        for name in ["directory", "empty", "file", "link"] {
+            can_rename(&at(name), &at("blocker")).unwrap();
+            assert!(at(name).symlink_metadata().is_ok(), "{name}");
+        }
+        assert!(can_rename(&at("nothing"), &at("blocker")).is_err());
+        // What another file system is mounted at.
+        assert!(can_rename(Path::new("/proc"), &at("blocker")).is_err());
+    }
+
         let directory = tempfile::tempdir().unwrap();
         let (path, other) = (directory.path().join("a"), directory.path().join("b"));
         let length = || open_private(&path).unwrap().metadata().unwrap().len();

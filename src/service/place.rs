@@ -56,6 +56,7 @@ pub(super) fn home(options: &InstallOptions, surroundings: &Surroundings) -> Res
         (Some(path), _) => {
             let path =
                 std::path::absolute(path).with_context(|| format!("cannot take {} as a home", path.display()))?;
+            fit_for_a_home(&path)?;
             Home::new(path)
         }
         (None, Some(home)) => home.clone(),

@@ -96,7 +96,7 @@ fn remove(home: &Home) -> Result<()> {
 /// A link that somebody has pointed elsewhere since is theirs.
 fn remove_our_link(home: &Home, link: &Path) -> Result<()> {
     match fs::read_link(link) {
-        Ok(target) if target.starts_with(home.root()) => store::remove(link),
+        Ok(target) if platform::identity(&target).starts_with(home.root()) => store::remove(link),
         _ => Ok(()),
     }
 }

@@ -13,6 +13,7 @@ mod harness;
 mod health;
 mod help;
 mod homes;
+mod homes_named;
 mod install;
 mod install_systemd;
 mod joining;

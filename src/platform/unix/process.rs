@@ -174,12 +174,14 @@ fn mark(pid: u32, home: &Path) -> Option<Mark> {
     let mut environ = vec![];
     File::open(format!("/proc/{pid}/environ")).ok()?.take(ENVIRON_LIMIT).read_to_end(&mut environ).ok()?;
     let find = |key: &[u8]| environ.split(|byte| *byte == 0).find_map(|variable| variable.strip_prefix(key));
-    if find(b"AOPS_HOME=")? != home.as_os_str().as_bytes() {
+    let text = |key: &[u8]| Some(String::from_utf8_lossy(find(key)?).into_owned());
+    let (named, name) = (Path::new(OsStr::from_bytes(find(b"AOPS_HOME=")?)), text(b"AOPS_AGENT_NAME=")?);
+    // An earlier release marked them with the spelling that it was given.
+    if named != home && crate::platform::identity(named) != home {
         return None;
     }
-    let text = |key: &[u8]| Some(String::from_utf8_lossy(find(key)?).into_owned());
     Some(Mark {
-        name: text(b"AOPS_AGENT_NAME=")?,
+        name,
         version: text(b"AOPS_AGENT_VERSION=").unwrap_or_default(),
         main_only: find(crate::platform::MAIN_ONLY.as_bytes()) == Some(b"=process"),
         is_check: find(crate::platform::CHECK.as_bytes()).is_some(),

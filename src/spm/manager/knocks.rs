@@ -219,7 +219,7 @@ impl Manager {
         };
         Status {
             version: Some(self.identity.version.clone()),
-            home: self.home.root().display().to_string(),
+            home: self.home.known_as().display().to_string(),
             state,
             spm: self.identity.own.status(),
             spa: self.peer.status(&self.home),
