@@ -9,6 +9,7 @@ use super::ON_ITS_WAY;
 use crate::core::service_manager::Notice;
 
 mod access;
+mod caller;
 mod clone;
 mod group;
 mod launch;
@@ -18,6 +19,7 @@ mod own_record;
 mod process;
 
 pub use access::{close_to_others, weakness, weakness_on_the_way};
+pub use caller::{leave_caller, leave_caller_as};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
