@@ -53,6 +53,10 @@ pub enum Command {
     },
     /// Start what was stopped
     Start,
+    ///
+    /// Where no service manager runs them, the roles leave the caller: its
+    /// session, cgroup, limits, priority and signals; of its environment they
+    /// keep LANG, TZ, the variables of a proxy, SSL_CERT_FILE and SSL_CERT_DIR.
     /// Stop every sub-agent and both roles; nothing comes back by itself
     Stop,
     /// Start the roles anew, or one sub-agent

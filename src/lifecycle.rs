@@ -11,7 +11,7 @@ use crate::core::role::Role;
 use crate::core::service_manager::Kind;
 use crate::home::Home;
 use crate::installation::{Installed, guard};
-use crate::{door, host_service, process, role};
+use crate::{door, host_service, platform, process, role};
 
 /// For a stop: every sub-agent may take its grace period, which is ten minutes at the longest.
 const STOP: Duration = Duration::from_secs(840);
@@ -89,6 +89,7 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
         }
     }
     process::stop::end_all(home)?;
+    platform::remove_role_groups(&home.agents_unit());
     Ok(remarks)
 }
 

@@ -17,6 +17,7 @@ mod local;
 mod mounts;
 mod own_record;
 mod process;
+mod way_out;
 
 pub use access::{close_to_others, weakness, weakness_on_the_way};
 pub use caller::{leave_caller, leave_caller_as};
@@ -25,6 +26,7 @@ pub use launch::{Child, launch};
 pub use local::*;
 pub use mounts::mounts_in;
 pub use process::*;
+pub use way_out::{leave_groups, remove_role_groups};
 
 // --- Files
 
@@ -73,8 +75,6 @@ pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Whether a link that [`replace_link`] made leads to `target`, be that there or not.
-pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
 /// An existing path without links, and without a slash at its end.
 pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
     path.canonicalize()
@@ -86,6 +86,8 @@ pub fn is_same_directory(one: &Path, other: &Path) -> bool {
     number(one).is_some_and(|found| number(other) == Some(found))
 }
 
+/// Whether a link that [`replace_link`] made leads to `target`, be that there or not.
+pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     match fs::read_link(link) {
         Ok(named) => Ok(link.parent().unwrap_or(Path::new("")).join(named) == target),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => Ok(false),
@@ -95,9 +97,9 @@ pub fn is_same_directory(one: &Path, other: &Path) -> bool {
 
 /// Who holds the lock on a file: a process with that file open and locked. One that has inherited it counts too: it holds it as well.
 pub fn lock_holder(path: &Path) -> Option<u32> {
+    let path = canonical(path).ok()?;
     let holds = |pid: u32| -> bool {
         let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    let path = canonical(path).ok()?;
         descriptors.flatten().any(|descriptor| {
             let is_it = fs::read_link(descriptor.path()).is_ok_and(|named| named == path);
             let number = descriptor.file_name();
@@ -118,8 +120,6 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
     })
 }
 
-/// Whether the process may do what needs root.
-pub fn is_root() -> bool {
 /// Whether what is at `path` could be given another name on its file system, without doing it: it is to take the place of `blocker`, a
 /// directory that is not empty, which is refused at last. What is refused before that says why (rename(2)): a mount point, a directory of an
 /// overlay's lower layer, an immutable file, a read-only file system.
@@ -134,6 +134,8 @@ pub fn can_rename(path: &Path, blocker: &Path) -> io::Result<()> {
     }
 }
 
+/// Whether the process may do what needs root.
+pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
@@ -347,8 +349,6 @@ mod tests {
     }
 
     #[test]
-    fn a_private_file_is_nobody_elses_and_what_is_not_so_goes_first() {
-    #[test]
     fn whether_a_rename_could_be_done_is_found_out_without_one() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
@@ -366,6 +366,8 @@ mod tests {
         assert!(can_rename(Path::new("/proc"), &at("blocker")).is_err());
     }
 
+    #[test]
+    fn a_private_file_is_nobody_elses_and_what_is_not_so_goes_first() {
         let directory = tempfile::tempdir().unwrap();
         let (path, other) = (directory.path().join("a"), directory.path().join("b"));
         let length = || open_private(&path).unwrap().metadata().unwrap().len();

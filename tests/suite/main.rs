@@ -18,6 +18,7 @@ mod install;
 mod install_systemd;
 mod joining;
 mod ledger;
+mod leaving;
 mod protocol;
 mod refusals;
 mod roles;

@@ -317,6 +317,12 @@ pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
     NAMES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect()
 }
 
+/// Windows ends nobody with who started him, and roles have no groups there.
+pub fn leave_groups(_command: &mut Command, _key: &str) {}
+
+/// See [`leave_groups`].
+pub fn remove_role_groups(_key: &str) {}
+
 /// Windows has no zombies.
 pub fn adopt_orphans() -> io::Result<()> {
     Ok(())
