@@ -33,6 +33,7 @@ use super::fleet_file::{FleetFile, Standing, lineage};
 use super::hosts::Hosts;
 use super::shared::Shared;
 use super::{Place, hosts, now_millis, routes};
+use crate::output::report;
 use crate::{lock, platform, store};
 
 /// Between two looks at the depot and at fleet.toml.
@@ -105,11 +106,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     })
 }
 
-#[allow(clippy::print_stdout, reason = "the one line that says that the gateway is ready, and where")]
 fn announce(address: SocketAddr) {
-    use std::io::Write;
-    println!("listening on https://{address}");
-    let _ = std::io::stdout().flush();
+    report!("listening on https://{address}");
 }
 
 /// Serves until `stopped` says so. `ready` is told the address once requests are answered.

@@ -28,6 +28,7 @@ use crate::core::service_manager::Kind;
 use crate::home::Home;
 use crate::installation::Installed;
 use crate::installation::keyring::{self, Keyring};
+use crate::output::message;
 use crate::store;
 
 /// Where an installation is, as an operator is told.
@@ -100,7 +101,7 @@ fn wrong_usage(error: Error) -> Result<ExitCode> {
     if !error.is::<Usage>() {
         return Err(error);
     }
-    anstream::eprintln!(
+    message!(
         "error: {error}\n\nA new host is given who it is, where its gateway is, and whom to trust:\n  aops install --agent-id ID \
          --endpoint https://GATEWAY:8888 \\\n    --trusted-key aops.pub --ca-cert cert.pem\n\nFor more information, try 'aops install \
          --help'."

@@ -4,7 +4,7 @@
 //! repeated, because the records of the installation go last.
 
 use std::fs;
-use std::io::{IsTerminal, Write, stdin};
+use std::io::{IsTerminal, stdin};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,18 +14,19 @@ use super::site::{self, Site};
 use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
 use crate::home::Home;
 use crate::installation::{self, Installed};
+use crate::output::{self, message};
 use crate::{host_service, platform, store};
 
 /// Removes the installation in `home`. Asks first, unless `yes`.
 pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
     let shown = home.root().display();
     if !installation::exists(home) && !site::is_half_made(home) && host_service::registration_left(home).is_none() {
-        anstream::eprintln!("aops: nothing is installed in {shown}");
+        message!("aops: nothing is installed in {shown}");
         return Ok(ExitCode::from(NOT_INSTALLED));
     }
     if !yes {
         if !stdin().is_terminal() {
-            anstream::eprintln!("error: cannot ask whether to remove {shown}: there is no terminal; say --yes");
+            message!("error: cannot ask whether to remove {shown}: there is no terminal; say --yes");
             return Ok(ExitCode::from(WRONG_USAGE));
         }
         if !confirmed(home)? {
@@ -41,8 +42,10 @@ pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
 }
 
 fn confirmed(home: &Home) -> Result<bool> {
-    anstream::eprint!("Stop and remove everything in {}, all sub-agents included? [y/N] ", home.root().display());
-    std::io::stderr().flush()?;
+    output::ask(format_args!(
+        "Stop and remove everything in {}, all sub-agents included? [y/N] ",
+        home.root().display()
+    ));
     let mut answer = String::new();
     stdin().read_line(&mut answer)?;
     Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
