@@ -10,6 +10,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 #[cfg(feature = "gateway")]
 use crate::gateway;
 use crate::home::{self, Home};
+use crate::output::{self, result};
 use crate::{control, installation, package, platform, service, spa, spm};
 
 /// The end of the long help, 80 columns wide.
@@ -162,17 +163,21 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     let arguments: Vec<OsString> = arguments.collect();
     let normal = match normalize(&arguments) {
         Ok(normal) => normal,
-        Err(wrong) => Cli::command().error(clap::error::ErrorKind::InvalidValue, wrong).exit(),
+        Err(wrong) => {
+            let error = Cli::command().error(clap::error::ErrorKind::InvalidValue, wrong);
+            return Ok(output::of_parser(&error));
+        }
     };
     let cli = match Cli::command().try_get_matches_from(&normal).and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
-        Err(error) => error.exit(),
+        Err(error) => return Ok(output::of_parser(&error)),
     };
     if cli.version {
         return print_version(cli.verbose);
     }
     let Some(command) = cli.command else {
-        Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is needed").exit()
+        let error = Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a subcommand is needed");
+        return Ok(output::of_parser(&error));
     };
     match command {
         Command::Install(options) | Command::Service { command: ServiceCommand::Install(options) } => {
@@ -221,7 +226,7 @@ impl HomeOption {
             .or_else(|| own_home(&platform::own_executable()?))
             .or_else(|| std::env::var_os("AOPS_HOME").filter(|home| !home.is_empty()).map(PathBuf::from))
             .unwrap_or_else(home::default_root);
-        Home::new(std::path::absolute(&root).unwrap_or(root))
+        Home::new(root)
     }
 }
 
@@ -264,18 +269,17 @@ fn stem(program: &OsStr) -> String {
     }
 }
 
-#[allow(clippy::print_stdout, reason = "results go to the standard output")]
 fn print_version(verbose: bool) -> Result<ExitCode> {
-    println!("aops {}", env!("CARGO_PKG_VERSION"));
+    result!("aops {}", env!("CARGO_PKG_VERSION"));
     let home = HomeOption { home: None }.find();
     if let Ok(Some(manager)) = installation::Manager::load(&home) {
-        println!("installed in {}: release {}", home.root().display(), manager.version);
+        result!("installed in {}: release {}", home.root().display(), manager.version);
     }
     if verbose {
-        println!("target: {} {}", platform::OS, platform::ARCH);
+        result!("target: {} {}", platform::OS, platform::ARCH);
         let keys = |whose: &str, keys: &package::Keys| {
             for key in keys.ids() {
-                println!("trusted key {key} ({whose})");
+                result!("trusted key {key} ({whose})");
             }
         };
         keys("built in", &package::Keys::baked_in()?);
@@ -288,7 +292,7 @@ fn print_version(verbose: bool) -> Result<ExitCode> {
             keys("etc/keys", &package::Keys::load(&home.keys())?);
         }
         if let Ok(ring) = installation::keyring::Keyring::load(&home) {
-            ring.described().for_each(|line| println!("{line}"));
+            ring.described().for_each(|line| result!("{line}"));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -21,6 +21,7 @@ use crate::door::{self, Request};
 use crate::home::Home;
 use crate::installation::upgrade::Session;
 use crate::installation::{self, Installed, Manager};
+use crate::output::message;
 use crate::{lifecycle, process, role, store};
 
 pub use logs::LogOptions;
@@ -52,6 +53,10 @@ pub enum Command {
         history: bool,
     },
     /// Start what was stopped
+    ///
+    /// Where no service manager runs them, the roles leave the caller: its
+    /// session, cgroup, limits, priority and signals; of its environment they
+    /// keep LANG, TZ, the variables of a proxy, SSL_CERT_FILE and SSL_CERT_DIR.
     Start,
     /// Stop every sub-agent and both roles; nothing comes back by itself
     Stop,
@@ -118,17 +123,17 @@ pub fn main(home: &Home, command: &Command) -> Result<ExitCode> {
         Command::Upgrade { commit, .. } => force(home, if *commit { Force::Commit } else { Force::Abort }),
         Command::Rollback { agent: None } => {
             order(home, "roll the manager back", &Request::RollBackManager)?;
-            anstream::eprintln!("the manager returns to its previous release; `status` shows how far it is");
+            message!("the manager returns to its previous release; `status` shows how far it is");
             Ok(ExitCode::SUCCESS)
         }
         Command::Rollback { agent: Some(agent) } => {
             order(home, &format!("roll {agent} back"), &Request::RollBack { agent: agent.clone() })?;
-            anstream::eprintln!("{agent} returns to its previous release; `status` shows how far it is");
+            message!("{agent} returns to its previous release; `status` shows how far it is");
             Ok(ExitCode::SUCCESS)
         }
         Command::Retry { agent } => {
             order(home, &format!("retry {agent}"), &Request::Retry { agent: agent.clone() })?;
-            anstream::eprintln!("{agent} is tried again as ordered; `status` shows how far it is");
+            message!("{agent} is tried again as ordered; `status` shows how far it is");
             Ok(ExitCode::SUCCESS)
         }
         Command::Logs(options) => logs::show(home, options).map(|()| ExitCode::SUCCESS),
@@ -145,7 +150,7 @@ fn upgrade(home: &Home, package: Option<&Path>) -> Result<ExitCode> {
         None => "the gateway's orders are followed now",
     };
     order(home, "upgrade", &Request::Upgrade { package })?;
-    anstream::eprintln!("{told}; `status` shows how far it is, `status --history` what came of it");
+    message!("{told}; `status` shows how far it is, `status --history` what came of it");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -162,7 +167,7 @@ fn force(home: &Home, force: Force) -> Result<ExitCode> {
     if !session.change(|record| record.force(force))? {
         bail!("cannot {what} the upgrade to {to}: it is decided already; see `status`");
     }
-    anstream::eprintln!(
+    message!(
         "the manager's release {to} is {}; `status` shows how far it is",
         if force == Force::Commit { "kept" } else { "rolled back and skipped" }
     );
@@ -171,15 +176,12 @@ fn force(home: &Home, force: Force) -> Result<ExitCode> {
 
 fn not_installed(home: &Home, command: &Command) -> ExitCode {
     if let Command::Status { json: true, history: false } = command {
-        let status = Status::silent(home.root().display().to_string(), None, HomeState::NotInstalled);
+        let status = Status::silent(home.known_as().display().to_string(), None, HomeState::NotInstalled);
         if let Err(error) = show::print(&status, true) {
-            anstream::eprintln!("error: {error:#}");
+            message!("error: {error:#}");
         }
     }
-    anstream::eprintln!(
-        "nothing is installed in {}; give another --home, or install with `aops install`",
-        home.root().display()
-    );
+    message!("nothing is installed in {}; give another --home, or install with `aops install`", home.root().display());
     ExitCode::from(NOT_INSTALLED)
 }
 
@@ -203,7 +205,7 @@ fn status(home: &Home) -> Result<Status> {
     let (spm, spa) = (role::living(home, Role::Spm), role::living(home, Role::Spa));
     let agents_run = process::tree::any_run(home);
     let state = if spm.is_none() && spa.is_none() && !agents_run { HomeState::Stopped } else { HomeState::Degraded };
-    let mut status = Status::silent(home.root().display().to_string(), version, state);
+    let mut status = Status::silent(home.known_as().display().to_string(), version, state);
     status.upgrade = installation::upgrade::load(home).ok().as_ref().and_then(Record::trial).map(upgrade_status);
     status.spm = spm.as_ref().map_or_else(RoleStatus::default, role::Holder::status);
     status.spa = spa.as_ref().map_or_else(RoleStatus::default, role::Holder::status);
@@ -248,16 +250,16 @@ fn boot_note(home: &Home) -> Option<String> {
 fn start(home: &Home) -> Result<()> {
     lifecycle::start(home)?;
     door::wait_until_it_answers(home, START).context("cannot start")?;
-    anstream::eprintln!("started");
+    message!("started");
     Ok(())
 }
 
 /// Stops everything, whoever is alive to help. Nothing of it comes back by itself.
 fn stop(home: &Home) -> Result<()> {
     for remark in lifecycle::stop(home)? {
-        anstream::eprintln!("{remark}");
+        message!("{remark}");
     }
-    anstream::eprintln!("stopped");
+    message!("stopped");
     Ok(())
 }
 
@@ -267,13 +269,13 @@ fn restart(home: &Home) -> Result<()> {
     }
     lifecycle::renew(home)?;
     door::wait_until_it_answers(home, START).context("cannot restart")?;
-    anstream::eprintln!("restarted; the sub-agents were left running");
+    message!("restarted; the sub-agents were left running");
     Ok(())
 }
 
 fn restart_agent(home: &Home, name: &AgentName) -> Result<()> {
     order(home, &format!("restart {name}"), &Request::Restart { agent: name.clone() })?;
-    anstream::eprintln!("{name} is being restarted");
+    message!("{name} is being restarted");
     Ok(())
 }
 

@@ -32,7 +32,7 @@ pub const COMPLETE: &str = ".complete";
 pub const CA_FILE: &str = "etc/ca.pem";
 
 /// The unit of no role: in its cgroup the sub-agents live.
-const AGENTS: &str = "aops-agents";
+pub const AGENTS: &str = "aops-agents";
 
 /// Where an installation stands unless another place is given.
 pub fn default_root() -> PathBuf {
@@ -46,18 +46,35 @@ pub struct Home {
 }
 
 impl Home {
-    /// `root` should be absolute: it is written into units, links and environments.
+    /// The home that `root` leads to, over links or not, whatever the spelling: it is one home, with one path.
     pub fn new(root: impl Into<PathBuf>) -> Home {
-        Home { root: root.into() }
+        Home { root: platform::identity(&root.into()) }
     }
 
+    /// Its one path, without links.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
+    /// The path by which others know it: programs that are started for it, units, and operators. That of the default home is the same on
+    /// every host, also where a link leads there.
+    pub fn known_as(&self) -> PathBuf {
+        if self.is_default() { default_root() } else { self.root.clone() }
+    }
+
+    /// A path of the home, as others know it.
+    pub fn as_known(&self, path: &Path) -> PathBuf {
+        path.strip_prefix(&self.root).map_or_else(|_| path.to_owned(), |below| self.known_as().join(below))
+    }
+
     /// Whether it stands where an installation stands by default.
     pub fn is_default(&self) -> bool {
-        self.root == default_root()
+        self.is_at(&default_root())
+    }
+
+    /// Whether a path leads to it.
+    pub fn is_at(&self, path: &Path) -> bool {
+        platform::identity(path) == self.root || platform::is_same_directory(path, &self.root)
     }
 
     /// The name of a role's unit: that of the program in the default home, with 8 hexadecimal digits of the home's path in any other.
@@ -325,6 +342,17 @@ impl Home {
         self.install_work().join("made.json")
     }
 
+    /// Whether what lies at a path of the home belongs to an installation; whatever else lies there is somebody else's.
+    pub fn owns(&self, path: &Path) -> bool {
+        let Ok(below) = path.strip_prefix(&self.root) else { return false };
+        let Some(first) = below.components().next() else { return false };
+        let first = Path::new(first.as_os_str());
+        let ours = self.directories().into_iter().map(|(directory, _)| directory);
+        let mut ours = ours.chain([self.install_work(), self.control_link()]);
+        let is_on_its_way = first.to_str().is_some_and(|name| name.starts_with(platform::ON_ITS_WAY));
+        is_on_its_way || ours.any(|path| path == self.root.join(first))
+    }
+
     /// Every directory of an installation, parents first, with the Unix mode that each is to have.
     pub fn directories(&self) -> Vec<(PathBuf, u32)> {
         vec![
@@ -348,6 +376,33 @@ impl Home {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_home_is_one_whatever_its_path_is_spelled_like() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |path: &str| directory.path().join(path);
+        std::fs::create_dir_all(at("data/aops")).unwrap();
+        let home = Home::new(at("data/aops"));
+        for spelling in ["data/aops/", "data/./aops//", "data/../data/aops"] {
+            let other = Home::new(at(spelling));
+            assert_eq!((&other, other.unit(Role::Spm)), (&home, home.unit(Role::Spm)), "{spelling}");
+            assert_eq!((other.control_socket(), other.agents_unit()), (home.control_socket(), home.agents_unit()));
+            assert!(home.is_at(&at(spelling)) && !home.is_at(&at("data")));
+        }
+    }
+
+    #[test]
+    fn what_an_installation_did_not_make_is_not_its_own() {
+        let home = Home::new("/srv/a");
+        for ours in ["bin", "etc/conf.toml", "state", "run/spm.sock", ".install", ".new-1-2"] {
+            assert!(home.owns(&home.root().join(ours)), "{ours}");
+        }
+        assert!(home.owns(&home.control_link()));
+        for theirs in ["", "data", "etcetera", "binary/aops", "control.sh"] {
+            assert!(!home.owns(&home.root().join(theirs)), "{theirs}");
+        }
+        assert!(!home.owns(Path::new("/srv/bin")));
+    }
 
     #[test]
     fn only_the_default_home_has_the_plain_unit_names() {

@@ -49,9 +49,19 @@ pub fn can_register(kind: Kind, home: &Home) -> Result<()> {
     of!(kind, can_register(home))
 }
 
+/// Whether a registration of the home could be taken back.
+pub fn can_unregister(kind: Kind, home: &Home) -> Result<()> {
+    of!(kind, can_unregister(home))
+}
+
 /// Registers the roles, to be started at boot. Twice is as good as once.
 pub fn register(kind: Kind, home: &Home) -> Result<()> {
     of!(kind, register(home))
+}
+
+/// Brings what an earlier release registered for this home under other names under its own; for an operator's start, not for a role's.
+pub fn settle(kind: Kind, home: &Home) -> Result<()> {
+    of!(kind, settle(home))
 }
 
 /// Brings what an earlier release registered up to what this one registers; whether there was something to do.

@@ -11,7 +11,7 @@ use crate::core::role::Role;
 use crate::core::service_manager::Kind;
 use crate::home::Home;
 use crate::installation::{Installed, guard};
-use crate::{door, host_service, process, role};
+use crate::{door, host_service, platform, process, role};
 
 /// For a stop: every sub-agent may take its grace period, which is ten minutes at the longest.
 const STOP: Duration = Duration::from_secs(840);
@@ -34,13 +34,17 @@ pub fn start(home: &Home) -> Result<()> {
             let _ = role::forget(home, *role);
         }
     }
-    host_service::start(service(home), home, Role::BOTH).map(drop)
+    let service = service(home);
+    host_service::settle(service, home).context("cannot start")?;
+    host_service::start(service, home, Role::BOTH).map(drop)
 }
 
 /// Starts both roles anew; the sub-agents are left running. Does not wait until they answer.
 pub fn renew(home: &Home) -> Result<()> {
     sound(home).context("cannot restart: what runs goes on running")?;
-    host_service::restart(service(home), home, Role::BOTH).map(drop)
+    let service = service(home);
+    host_service::settle(service, home).context("cannot restart")?;
+    host_service::restart(service, home, Role::BOTH).map(drop)
 }
 
 /// Whether the roles may be started, by whoever does it.
@@ -85,6 +89,7 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
         }
     }
     process::stop::end_all(home)?;
+    platform::remove_role_groups(&home.agents_unit());
     Ok(remarks)
 }
 

@@ -17,7 +17,9 @@ const CAP_BYTES: u64 = 8 << 20;
 /// Sends everything that is logged to the file at `path`, and what a panic says too.
 pub fn to_file(path: &Path) {
     let writer = Shared(Arc::new(Mutex::new(CappedFile::new(path))));
-    tracing_subscriber::fmt().with_writer(writer).with_ansi(false).with_target(false).with_timer(Utc).init();
+    // It would tell on the standard error output what it cannot write, and end the program where that fails too.
+    let format = tracing_subscriber::fmt().log_internal_errors(false).with_writer(writer);
+    format.with_ansi(false).with_target(false).with_timer(Utc).init();
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         tracing::error!(place, message = panic.payload_as_str().unwrap_or("?"), "the program panicked");
@@ -29,7 +31,9 @@ pub fn to_file(path: &Path) {
 pub fn to_stderr() {
     let colours =
         io::IsTerminal::is_terminal(&io::stderr()) && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(colours).with_target(false).with_timer(Utc).init();
+    // As for the file.
+    let format = tracing_subscriber::fmt().log_internal_errors(false).with_writer(io::stderr);
+    format.with_ansi(colours).with_target(false).with_timer(Utc).init();
 }
 
 /// RFC 3339, UTC, to the millisecond.

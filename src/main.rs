@@ -28,6 +28,7 @@ mod installation;
 mod lifecycle;
 mod logging;
 mod migrations;
+mod output;
 mod package;
 mod process;
 mod role;
@@ -39,11 +40,9 @@ fn main() -> ExitCode {
     if let Some(code) = platform::errand() {
         return code;
     }
-    match cli::run(std::env::args_os()) {
-        Ok(code) => code,
-        Err(error) => {
-            anstream::eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let code = cli::run(std::env::args_os()).unwrap_or_else(|error| {
+        output::message!("error: {error:#}");
+        ExitCode::FAILURE
+    });
+    output::code(code)
 }

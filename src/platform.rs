@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "the system's interfaces are called here and nowhere else")]
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::core::model::{Arch, Os};
@@ -113,6 +113,9 @@ pub const MAIN_ONLY: &str = "AOPS_AGENT_KILL_MODE";
 /// The variable that marks, beside the sub-agent's own mark, what asks after its health: that is not the sub-agent.
 pub const CHECK: &str = "AOPS_AGENT_CHECK";
 
+/// How the name of a file begins that is about to be renamed into its place.
+pub const ON_ITS_WAY: &str = ".new-";
+
 /// The operating system that this executable is for.
 pub const OS: Os = if cfg!(windows) { Os::Windows } else { Os::Linux };
 /// The architecture that this executable is for.
@@ -129,12 +132,48 @@ pub fn own_executable() -> Option<PathBuf> {
     let path = std::env::current_exe().ok()?;
     match path.to_str().and_then(|text| text.strip_suffix(" (deleted)")) {
         Some(named) => Some(PathBuf::from(named)),
-        None => Some(path.canonicalize().unwrap_or(path)),
+        None => Some(canonical(&path).unwrap_or(path)),
     }
+}
+
+/// The one path of what `path` names, whatever spelling it is: absolute, links resolved, no slash at its end. What is not there yet lies
+/// below the deepest directory that is.
+pub fn identity(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for there in absolute.ancestors() {
+        if let Ok(real) = canonical(there) {
+            let below = absolute.strip_prefix(there).unwrap_or(Path::new(""));
+            return real.components().chain(below.components()).collect();
+        }
+    }
+    absolute.components().collect()
 }
 
 /// Lets `duration` pass, in the few places where nothing can be waited for: between two tries at what the system does not announce.
 #[allow(clippy::disallowed_methods, reason = "the one place")]
 pub fn pause(duration: Duration) {
     std::thread::sleep(duration);
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_spelling_of_a_path_has_one_identity() {
+        let directory = tempfile::tempdir().unwrap();
+        let real = directory.path().canonicalize().unwrap().join("real");
+        std::fs::create_dir_all(real.join("home")).unwrap();
+        std::os::unix::fs::symlink(&real, directory.path().join("link")).unwrap();
+        for (there, named) in [("home", real.join("home")), ("not/yet", real.join("not/yet"))] {
+            for spelling in ["real", "link", "real/", "real/.", "link//", "link/../real"] {
+                let path = format!("{}/{spelling}/{there}", directory.path().display());
+                for path in [format!("{path}/"), format!("{path}/."), path] {
+                    let found = identity(Path::new(&path));
+                    assert_eq!(found.as_os_str(), named.as_os_str(), "{path}");
+                }
+            }
+        }
+        assert_eq!(identity(Path::new("/")).as_os_str(), "/");
+    }
 }

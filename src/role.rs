@@ -37,35 +37,40 @@ pub fn demand_home(home: &Home) -> Result<()> {
     Ok(())
 }
 
-/// Starts a role by its name in `bin`, to live on without us.
+/// What of the caller's environment a role keeps, besides what any program expects: how the gateway is reached, and whom to trust there.
+const KEPT_VARIABLES: &[&str] = &[
+    "http_proxy",
+    "https_proxy",
+    "all_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+];
+
+/// Starts a role by its name in `bin`, to live on without us: it leaves whoever started it, and of the environment it keeps [`KEPT_VARIABLES`].
+/// So who runs `aops` from within a sub-agent, a unit or a login does not make the roles a part of it.
 ///
-/// An executable that somebody else can change is not started. The mark of a sub-agent is taken off: who runs `aops` from within a sub-agent must not make the roles a part of it.
+/// An executable that somebody else can change is not started.
 pub fn spawn(home: &Home, role: Role) -> Result<Child> {
     let program = home.role_link(role.program());
     guard::executable(home, &program).with_context(|| format!("cannot start {}", program.display()))?;
     let mut command = Command::new(&program);
     command
         .arg("--home")
-        .arg(home.root())
+        .arg(home.known_as())
         .current_dir("/")
+        .env_clear()
+        .envs(platform::base_environment(None))
+        .envs(KEPT_VARIABLES.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("AOPS_")) {
-        command.env_remove(name);
-    }
-    for name in [
-        "NOTIFY_SOCKET",
-        "WATCHDOG_USEC",
-        "WATCHDOG_PID",
-        "INVOCATION_ID",
-        "JOURNAL_STREAM",
-        "LISTEN_FDS",
-        "LISTEN_PID",
-    ] {
-        command.env_remove(name);
-    }
-    platform::detach(&mut command);
+    platform::leave_caller(&mut command);
+    platform::leave_groups(&mut command, &home.agents_unit());
     command.spawn().with_context(|| format!("cannot start {}", program.display()))
 }
 

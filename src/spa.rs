@@ -136,7 +136,7 @@ fn become_another(home: &Home, service: Kind) -> anyhow::Error {
         return error.context("the watchdog cannot go on as another program");
     }
     let mut command = Command::new(&program);
-    command.arg("--home").arg(home.root()).arg("--service").arg(service.to_string()).arg("--renewed");
+    command.arg("--home").arg(home.known_as()).arg("--service").arg(service.to_string()).arg("--renewed");
     let error = anyhow::Error::from(platform::become_program(&mut command));
     error.context(format!("the watchdog cannot go on as {}", program.display()))
 }

@@ -31,6 +31,7 @@ use crate::core::service_manager::Kind;
 use crate::core::status::History;
 use crate::door::{self, Request};
 use crate::home::Home;
+use crate::output::message;
 use crate::role::{self, STOPPED_ON_PURPOSE};
 use crate::{installation, logging, store};
 
@@ -80,7 +81,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         role::clear_stop(home)?;
     } else if role::is_stop_recorded(home) {
         tracing::info!("the home was told to stop; the manager does not start");
-        anstream::eprintln!("{} was told to stop; start it with `control start`", home.root().display());
+        message!("{} was told to stop; start it with `control start`", home.root().display());
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let _lock = take_role(home, supervised)
@@ -125,9 +126,9 @@ fn preflight(home: &Home) -> Result<ExitCode> {
     installation::upgrade::load(home)?;
     store::load::<serde_json::Value>(&home.events())?;
     for unknown in &loaded.unknown {
-        anstream::eprintln!("warning: {unknown}");
+        message!("warning: {unknown}");
     }
-    anstream::eprintln!("the settings and the state can be read; epoch {}", epochs.least(MANAGER_PACKAGE));
+    message!("the settings and the state can be read; epoch {}", epochs.least(MANAGER_PACKAGE));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -70,7 +70,7 @@ fn replace_as(
 ) -> Result<()> {
     let attempt = || -> Result<()> {
         let parent = path.parent().context("it has no parent directory")?;
-        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(parent)?;
+        let mut file = tempfile::Builder::new().prefix(platform::ON_ITS_WAY).tempfile_in(parent)?;
         write(file.as_file_mut())?;
         platform::set_mode(file.path(), access.mode())?;
         if durability == Durability::Synced {

@@ -19,6 +19,9 @@ pub const OLD_CONFIG: &str = "etc/conf.yml";
 /// Where an old installation may keep its agent id.
 pub const OLD_AGENT_IDS: &[&str] = &["agentId", "etc/agentId", "etc/agent-id", "agent-id"];
 
+/// The settings that only an old installation's file has under these names.
+const OLD_KEYS: &[&str] = &["heartbeatSrv", "heartbeatInterval", "spmMaxMem", "spaMaxMem", "downloadTimeout"];
+
 /// An id with its line end; what is longer is something else.
 const MAX_AGENT_ID_BYTES: u64 = 4 << 10;
 
@@ -30,6 +33,21 @@ pub struct Imported {
     pub agent_id: Option<AgentId>,
     /// What could not be taken over, one line each.
     pub warnings: Vec<String>,
+}
+
+/// Whether the settings of an old installation lie below `root`, readable as a whole or not: a file of that name with one of its settings.
+pub fn has_settings(root: &Path) -> bool {
+    let text = read_text(&root.join(OLD_CONFIG)).ok().flatten().unwrap_or_default();
+    let key = |line: &str| line.split_once(':').map(|(key, _)| key.trim_matches(['"', '\'']).to_owned());
+    text.lines().filter_map(key).any(|key| OLD_KEYS.contains(&key.as_str()))
+}
+
+/// Whether a file of the names that an old installation uses holds an agent id.
+pub fn has_agent_id(root: &Path) -> bool {
+    OLD_AGENT_IDS.iter().any(|name| {
+        let bytes = store::read(&root.join(name), MAX_AGENT_ID_BYTES).ok().flatten().unwrap_or_default();
+        String::from_utf8_lossy(&bytes).trim().parse::<AgentId>().is_ok()
+    })
 }
 
 /// Reads the old installation below `root`.

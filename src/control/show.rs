@@ -1,25 +1,24 @@
 //! `status` as a person reads it at a glance, and as one JSON document.
-#![allow(clippy::print_stdout, reason = "results go to the standard output")]
 
-use anstream::println;
 use anyhow::Result;
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 
 use crate::core::protocol::AgentState;
 use crate::core::status::{AgentStatus, DownloadStatus, History, HomeState, RoleStatus, Status, UpgradeStatus};
+use crate::output::result;
 
 pub(super) fn print(status: &Status, json: bool) -> Result<()> {
     if json {
-        println!("{}", serde_json::to_string_pretty(status)?);
+        result!("{}", serde_json::to_string_pretty(status)?);
         return Ok(());
     }
     let version = status.version.as_ref().map_or_else(|| "?".to_owned(), ToString::to_string);
-    println!("aops {version} in {}: {}", status.home, status.state.as_str());
+    result!("aops {version} in {}: {}", status.home, status.state.as_str());
     if status.state == HomeState::NotInstalled {
         return Ok(());
     }
-    println!("  manager   {}", role(&status.spm));
-    println!("  watchdog  {}", role(&status.spa));
+    result!("  manager   {}", role(&status.spm));
+    result!("  watchdog  {}", role(&status.spa));
     let gateway = &status.gateway;
     if let Some(endpoint) = &gateway.endpoint {
         let last = gateway.last_heartbeat.as_ref().map(|at| format!(", last heartbeat {at}")).unwrap_or_default();
@@ -28,51 +27,51 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
             (false, Some(_)) => format!("not connected{last}"),
             (false, None) => "no heartbeat yet".to_owned(),
         };
-        println!("  gateway   {endpoint}, {connection}; generation {}", status.generation);
+        result!("  gateway   {endpoint}, {connection}; generation {}", status.generation);
         if let (false, Some(error)) = (gateway.connected, &gateway.last_error) {
-            println!("            {error}");
+            result!("            {error}");
         }
     }
     if let Some(upgrade) = &status.upgrade {
-        println!("  upgrade   {}", under_way(upgrade));
+        result!("  upgrade   {}", under_way(upgrade));
         if let Some(download) = &upgrade.download {
-            println!("            {}", progress(download));
+            result!("            {}", progress(download));
         }
     }
     if status.held_by_operator {
-        println!("  note      an operator keeps this release of the manager; `control retry aops-spm` ends that");
+        result!("  note      an operator keeps this release of the manager; `control retry aops-spm` ends that");
     }
     for problem in &status.problems {
-        println!("  problem   {problem}");
+        result!("  problem   {problem}");
     }
     for note in &status.notes {
-        println!("  note      {note}");
+        result!("  note      {note}");
     }
     if !status.agents.is_empty() {
-        println!("\n{}", table(&status.agents));
+        result!("\n{}", table(&status.agents));
         // Below it, not in it: a message is long, and a narrow column would break its paths.
         for agent in &status.agents {
             if let (Some(version), Some(active)) = (&agent.version, &agent.active_version) {
-                println!(" {}: {version} is running; {active} is the active release", agent.name);
+                result!(" {}: {version} is running; {active} is the active release", agent.name);
             }
             if let Some(upgrade) = &agent.upgrade {
-                println!(" {}: {}", agent.name, under_way(upgrade));
+                result!(" {}: {}", agent.name, under_way(upgrade));
             }
             if agent.held_by_operator {
-                println!(" {}: an operator keeps this release; `control retry {}` ends that", agent.name, agent.name);
+                result!(" {}: an operator keeps this release; `control retry {}` ends that", agent.name, agent.name);
             }
             if let Some(seconds) = agent.removed_in_seconds {
-                println!(
+                result!(
                     " {}: the gateway's list omits it; to be removed in {} unless listed again",
                     agent.name,
                     span(seconds)
                 );
             }
             if let Some(download) = &agent.download {
-                println!(" {}: {}", agent.name, progress(download));
+                result!(" {}: {}", agent.name, progress(download));
             }
             if let Some(error) = &agent.last_error {
-                println!(" {}: {error}", agent.name);
+                result!(" {}: {error}", agent.name);
             }
         }
     }
@@ -82,11 +81,11 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
 /// What came of each change of release, one a line.
 pub(super) fn print_history(history: &History, json: bool) -> Result<()> {
     if json {
-        println!("{}", serde_json::to_string_pretty(history)?);
+        result!("{}", serde_json::to_string_pretty(history)?);
         return Ok(());
     }
     if history.history.is_empty() {
-        println!("no release was changed yet");
+        result!("no release was changed yet");
         return Ok(());
     }
     let mut table = Table::new();
@@ -97,9 +96,9 @@ pub(super) fn print_history(history: &History, json: bool) -> Result<()> {
         let (to, took) = (changed.to.to_string(), span(changed.seconds));
         table.add_row([&changed.time, changed.agent.as_str(), &changed.kind, &from, &to, &changed.outcome, &took]);
     }
-    println!("{table}");
+    result!("{table}");
     for changed in history.history.iter().filter(|changed| changed.outcome != "ok") {
-        println!(" {}: {}", changed.time, changed.message);
+        result!(" {}: {}", changed.time, changed.message);
     }
     Ok(())
 }

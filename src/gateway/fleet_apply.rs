@@ -12,6 +12,7 @@ use super::fleet_file::{content_of, parse, read_text};
 use super::state::GatewayState;
 use super::{Place, depot, hosts};
 use crate::core::fleet::{Changes, HostFacts, changes, judge};
+use crate::output::report;
 use crate::store::{self, Access};
 use crate::{lock, platform};
 
@@ -45,7 +46,6 @@ pub struct Args {
     file: PathBuf,
 }
 
-#[allow(clippy::print_stdout, reason = "the result of the command")]
 pub(super) fn run(command: &Command) -> Result<()> {
     let Command::Apply(args) = command;
     let place = Place::initialized(&args.dir)?;
@@ -62,20 +62,20 @@ pub(super) fn run(command: &Command) -> Result<()> {
     .with_context(|| format!("cannot apply {shown}"))?;
 
     let Changes { lines, hosts: touched } = changes(in_force.as_ref(), &fleet, &hosts);
-    println!("{shown} is good; it changes {touched} of {} hosts", hosts.len());
+    report!("{shown} is good; it changes {touched} of {} hosts", hosts.len());
     for line in lines {
-        println!("  {line}");
+        report!("  {line}");
     }
     let content = content_of(text.as_bytes());
     // First: the gateway may look at any moment.
     store::replace(&place.applied_fleet(), format!("{content}\n").as_bytes(), Access::Private)?;
     store::replace(&place.fleet(), text.as_bytes(), Access::Private)?;
     if !lock::is_held(&place.lock()) {
-        println!("fleet.toml is replaced; it is in force when the gateway runs");
+        report!("fleet.toml is replaced; it is in force when the gateway runs");
         return Ok(());
     }
     let generation = taken(&place, &content)?;
-    println!("in force, as generation {generation}");
+    report!("in force, as generation {generation}");
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use rustls::pki_types::pem::PemObject;
 
 use super::Place;
 use crate::endpoint::{Fingerprint, key_of};
+use crate::output::report;
 use crate::package::sign::{Signer, password};
 use crate::platform;
 use crate::store::{self, Access};
@@ -50,7 +51,6 @@ impl Done {
     }
 }
 
-#[allow(clippy::print_stdout, reason = "the result of the command")]
 pub(super) fn run(args: &Args) -> Result<()> {
     let names = server_names(&args.names)?;
     let place = Place::new(&args.dir);
@@ -72,31 +72,31 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
 
     let dir = args.dir.display();
-    println!("{}  the signing key  {}, {}", key.word(), place.public_key().display(), place.signing_key().display());
-    println!(
+    report!("{}  the signing key  {}, {}", key.word(), place.public_key().display(), place.signing_key().display());
+    report!(
         "{}  the certificate  {}, {}",
         certificate.word(),
         place.certificate().display(),
         place.certificate_key().display()
     );
-    println!("{}  the fleet        {}", fleet.word(), place.fleet().display());
+    report!("{}  the fleet        {}", fleet.word(), place.fleet().display());
     if certificate == Done::Kept && !args.names.is_empty() {
-        println!("      --name is without effect: hosts may know the certificate that is there");
+        report!("      --name is without effect: hosts may know the certificate that is there");
     }
     let pin = certificate_pin(&place)?;
     let endpoint = format!("https://{}:8888", args.names.first().map_or_else(own_name, |name| bracketed(name)));
-    println!("\nThe pin of the certificate's public key:\n  {pin}");
-    println!("\nNext, here:");
-    println!("  aops gateway publish --dir {dir} --self          this executable, for hosts to install");
-    println!("  aops gateway publish --dir {dir} DIRECTORY       a sub-agent's package");
-    println!("  aops gateway run --dir {dir}");
-    println!("  edit {} and name the sub-agents", place.fleet().display());
-    println!("\nThen on a host, with the executable and {} copied there:", place.public_key().display());
-    println!("  aops install --agent-id ID --endpoint {endpoint} \\\n    --trusted-key aops.pub --pin {pin}");
-    println!("\nor with nothing copied, trusting what the first download brings:");
-    println!("  curl -kfO {endpoint}/api/download/aops-agent-service-linux-amd64 -H 'x-agent-id: ID'");
-    println!("  chmod +x aops-agent-service-linux-amd64");
-    println!("  ./aops-agent-service-linux-amd64 --control install --version V --agentId ID --endpoint {endpoint}");
+    report!("\nThe pin of the certificate's public key:\n  {pin}");
+    report!("\nNext, here:");
+    report!("  aops gateway publish --dir {dir} --self          this executable, for hosts to install");
+    report!("  aops gateway publish --dir {dir} DIRECTORY       a sub-agent's package");
+    report!("  aops gateway run --dir {dir}");
+    report!("  edit {} and name the sub-agents", place.fleet().display());
+    report!("\nThen on a host, with the executable and {} copied there:", place.public_key().display());
+    report!("  aops install --agent-id ID --endpoint {endpoint} \\\n    --trusted-key aops.pub --pin {pin}");
+    report!("\nor with nothing copied, trusting what the first download brings:");
+    report!("  curl -kfO {endpoint}/api/download/aops-agent-service-linux-amd64 -H 'x-agent-id: ID'");
+    report!("  chmod +x aops-agent-service-linux-amd64");
+    report!("  ./aops-agent-service-linux-amd64 --control install --version V --agentId ID --endpoint {endpoint}");
     Ok(())
 }
 

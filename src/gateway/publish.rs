@@ -19,6 +19,7 @@ use super::{Place, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
 use crate::core::names;
 use crate::lock;
+use crate::output::{message, report};
 use crate::package::pack::Tree;
 use crate::package::sign::{Signer, password};
 use crate::package::{self, Keys, Verdict, trailer};
@@ -101,7 +102,6 @@ pub struct Args {
     path: Option<PathBuf>,
 }
 
-#[allow(clippy::print_stdout, reason = "the result of the command")]
 pub(super) fn run(args: &Args) -> Result<()> {
     let place = Place::initialized(&args.dir)?;
     let what = if args.itself { Source::itself()? } else { Source::at(args.path.as_deref().unwrap_or(Path::new("")))? };
@@ -109,11 +109,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let published = publish(&place, args, what).with_context(|| format!("cannot publish {shown}"))?;
     let Published { binding, file, fate, notes, bootstrap } = published;
     for note in notes {
-        anstream::eprintln!("{note}");
+        message!("{note}");
     }
-    println!("{} {}, epoch {}: {file}", fate, binding.release, binding.epoch);
+    report!("{} {}, epoch {}: {file}", fate, binding.release, binding.epoch);
     if let Some(bootstrap) = bootstrap {
-        println!("published the bootstrap: {bootstrap}");
+        report!("published the bootstrap: {bootstrap}");
     }
     Ok(())
 }

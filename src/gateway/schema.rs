@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::core::model::MANAGER_PACKAGE;
 use crate::core::protocol::{AGENT_ID_HEADER, Answer, DOWNLOAD_PATH, HEARTBEAT_PATH, Heartbeat, Offer, RELEASES_PATH};
+use crate::output::result;
 
 /// The document, with each message under `$defs`.
 pub(super) fn document() -> Value {
@@ -31,9 +32,8 @@ pub(super) fn document() -> Value {
     })
 }
 
-#[allow(clippy::print_stdout, reason = "the result of the command")]
 pub(super) fn print() -> Result<()> {
-    println!("{}", serde_json::to_string_pretty(&document())?);
+    result!("{}", serde_json::to_string_pretty(&document())?);
     Ok(())
 }
 

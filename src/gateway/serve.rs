@@ -31,6 +31,7 @@ use super::shared::Shared;
 use super::watch::{Eyes, Pace, keep_watching};
 use super::{Place, hosts, routes};
 use crate::lock;
+use crate::output::report;
 use crate::platform::{self, Reload, Termination};
 
 /// hosts.json is written at most so often, and the work of it never takes more than a twentieth of the time; nor does the disk sync it for
@@ -100,11 +101,8 @@ fn signals() -> std::io::Result<(watch::Receiver<bool>, Arc<Notify>)> {
     Ok((stopped, reload))
 }
 
-#[allow(clippy::print_stdout, reason = "the one line that says that the gateway is ready, and where")]
 fn announce(address: SocketAddr) {
-    use std::io::Write;
-    println!("listening on https://{address}");
-    let _ = std::io::stdout().flush();
+    report!("listening on https://{address}");
 }
 
 /// Serves until `stopped` says so, and reads its files again at once when `reload` does. `ready` is told the address once requests are

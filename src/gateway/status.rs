@@ -13,6 +13,7 @@ use super::state::GatewayState;
 use super::watch::{exposed_keys, exposed_tls};
 use super::{Place, now_millis};
 use crate::core::protocol::{AgentReport, AgentState, Event, ManagerReport};
+use crate::output::result;
 use crate::{lock, store};
 
 /// A host is called silent after so many heartbeats that did not come, and never before a minute and a half.
@@ -127,26 +128,25 @@ struct Host {
     problems: Vec<String>,
 }
 
-#[allow(clippy::print_stdout, reason = "the result of the command")]
 pub(super) fn run(args: &Args) -> Result<()> {
     let place = Place::initialized(&args.dir)?;
     let status = gather(&place)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&status)?);
+        result!("{}", serde_json::to_string_pretty(&status)?);
         return Ok(());
     }
-    println!("{}", headline(&status));
+    result!("{}", headline(&status));
     for line in part_lines(&status) {
-        println!("{line}");
+        result!("{line}");
     }
     if status.hosts.is_empty() {
-        println!("hosts     none has sent a heartbeat yet");
+        result!("hosts     none has sent a heartbeat yet");
     } else {
-        println!("\n{}", table(&status.hosts));
+        result!("\n{}", table(&status.hosts));
         // Below it, not in it: a message is long, and a narrow column would break its paths.
         for host in &status.hosts {
             for problem in &host.problems {
-                println!(" {} ({}): {problem}", host.hostname, host.agent_id);
+                result!(" {} ({}): {problem}", host.hostname, host.agent_id);
             }
         }
     }

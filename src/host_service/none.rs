@@ -26,7 +26,15 @@ pub fn can_register(_home: &Home) -> Result<()> {
     Ok(())
 }
 
+pub fn can_unregister(_home: &Home) -> Result<()> {
+    Ok(())
+}
+
 pub fn register(_home: &Home) -> Result<()> {
+    Ok(())
+}
+
+pub fn settle(_home: &Home) -> Result<()> {
     Ok(())
 }
 

@@ -4,14 +4,12 @@
 //! a hung PID 1 must not hang us.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use service_manager::{
-    RestartPolicy, ServiceInstallCtx, ServiceLabel, ServiceManager, SystemdServiceManager, systemd_global_dir_path,
-};
+use service_manager::{RestartPolicy, ServiceInstallCtx, ServiceLabel, ServiceManager, SystemdServiceManager};
 
 use crate::command;
 use crate::core::role::Role;
@@ -19,10 +17,7 @@ use crate::core::service_manager::UnitStanding;
 use crate::home::Home;
 use crate::store::{self, Access};
 
-const SPM_UNIT: &str = include_str!("../../assets/aops-spm.service");
-const SPA_UNIT: &str = include_str!("../../assets/aops-spa.service");
-/// Holds the sub-agents' cgroups. It is wanted by the manager's unit and needs no enabling.
-const AGENTS_UNIT: &str = include_str!("../../assets/aops-agents.service");
+mod units;
 
 /// For what only asks or writes.
 const QUICK: Duration = Duration::from_secs(30);
@@ -30,11 +25,6 @@ const QUICK: Duration = Duration::from_secs(30);
 const STARTING: Duration = Duration::from_secs(90);
 /// For what waits until both roles have ended (`TimeoutStopSec=900`, for the slowest sub-agent's grace period) and are up again.
 const STOPPING: Duration = Duration::from_secs(1000);
-
-/// How a unit file begins that `install` wrote.
-const OURS: &str = "# Written by `aops install`";
-/// A unit file of ours has less than 2 KiB.
-const MAX_UNIT_BYTES: u64 = 64 << 10;
 
 /// What systemd says of a unit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -80,36 +70,86 @@ pub fn runs() -> bool {
     Path::new("/run/systemd/system").is_dir() && SystemdServiceManager::system().available().unwrap_or(false)
 }
 
-/// Writes the units, makes systemd read them, and enables those of the roles. Twice is as good as once.
+/// Writes the units, makes systemd read them, and enables those of the roles; those of this home that bear another name are replaced by
+/// them. Twice is as good as once.
 pub fn register(home: &Home) -> Result<()> {
-    for (unit, program, contents) in files(home)? {
-        let path = unit_path(&unit);
+    write(home, true)
+}
+
+/// Brings what this home has under other names under its own, enabled or not as it was; nothing happens where there is no such unit.
+/// Not for a role: it may be run by one of them, and would be stopped with it.
+pub fn settle(home: &Home) -> Result<()> {
+    let strays = units::strays(home);
+    if strays.is_empty() {
+        return Ok(());
+    }
+    let mut known = strays
+        .iter()
+        .chain(units::of_roles(home, Role::BOTH).iter())
+        .map(|unit| units::enabling_link(unit))
+        .collect::<Vec<_>>();
+    known.retain(|link| link.symlink_metadata().is_ok());
+    write(home, !known.is_empty())
+}
+
+fn write(home: &Home, enable: bool) -> Result<()> {
+    let strays = units::strays(home);
+    units::move_drop_ins(home, &strays)?;
+    for file in units::files(home)? {
         let attempt = || -> Result<()> {
-            if store::read(&path, MAX_UNIT_BYTES)?.as_deref() != Some(contents.as_bytes()) {
-                SystemdServiceManager::system().install(context(&unit, program, &contents))?;
+            if !file.stands()? {
+                SystemdServiceManager::system().install(context(&file))?;
             }
             Ok(())
         };
-        attempt().with_context(|| format!("cannot write the unit {}", path.display()))?;
+        attempt().with_context(|| format!("cannot write the unit {}", units::path(&file.unit).display()))?;
     }
     systemctl(&["daemon-reload"], &[], QUICK)?;
-    systemctl(&["enable"], &units(home, Role::BOTH), QUICK)
+    if enable {
+        systemctl(&["enable"], &units::of_roles(home, Role::BOTH), QUICK)?;
+    }
+    retire(&strays)
 }
 
-/// Brings units that an earlier release wrote up to what this one writes; whether there were any. What is missing, masked or an operator's
-/// own is left as it is, and what runs goes on.
+/// Ends what runs under these units, the sub-agents excepted, and takes the units away.
+fn retire(strays: &[String]) -> Result<()> {
+    if strays.is_empty() {
+        return Ok(());
+    }
+    for stray in strays {
+        if let Some(quiet) = units::without_hooks(stray)? {
+            store::replace(&units::path(stray), quiet.as_bytes(), Access::Public)?;
+        }
+    }
+    systemctl(&["daemon-reload"], &[], QUICK)?;
+    // One by one: the watchdog first, which would revive the manager.
+    for stray in strays {
+        systemctl(&["stop"], std::slice::from_ref(stray), STOPPING)?;
+    }
+    remove(strays)
+}
+
+/// Takes unit files away, also where some are gone already.
+fn remove(units: &[String]) -> Result<()> {
+    for unit in units {
+        // By hand: `systemctl disable` fails where the file is gone, and then leaves its link behind.
+        let link = units::enabling_link(unit);
+        store::remove(&link)?;
+        store::remove(&units::path(unit))?;
+        let _ = link.parent().map(fs::remove_dir);
+    }
+    systemctl(&["daemon-reload"], &[], QUICK)?;
+    // Forgets a failed unit, which would otherwise be listed for ever; one that is not known is an error that means nothing.
+    let _ = systemctl(&["reset-failed"], units, QUICK);
+    Ok(())
+}
+
+/// Brings units that an earlier release wrote up to what this one writes; whether there were any. What is missing, masked, an operator's
+/// own, or called by another name is left as it is, and what runs goes on.
 pub fn refresh(home: &Home) -> Result<bool> {
     let mut is_any = false;
-    for (unit, _, contents) in files(home)? {
-        let path = unit_path(&unit);
-        if !path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
-            continue;
-        }
-        let standing = store::read(&path, MAX_UNIT_BYTES)?.unwrap_or_default();
-        if standing != contents.as_bytes() && standing.starts_with(OURS.as_bytes()) {
-            store::replace(&path, contents.as_bytes(), Access::Public)?;
-            is_any = true;
-        }
+    for file in units::files(home)? {
+        is_any |= file.refresh()?;
     }
     if is_any {
         systemctl(&["daemon-reload"], &[], QUICK)?;
@@ -117,44 +157,47 @@ pub fn refresh(home: &Home) -> Result<bool> {
     Ok(is_any)
 }
 
-/// Takes the units away, also where some are gone already.
+/// Takes the units away, whatever they are called, also where some are gone already.
 pub fn unregister(home: &Home) -> Result<()> {
+    retire(&units::strays(home))?;
     let agents = home.agents_unit();
-    if unit_path(&agents).symlink_metadata().is_ok() {
+    if units::is_there(&agents) {
         // It ends nothing: nobody is left in it but what a sub-agent started for somebody else.
         systemctl(&["stop"], std::slice::from_ref(&agents), QUICK)?;
     }
-    let units = [units(home, Role::BOTH), vec![agents]].concat();
-    for unit in &units {
-        let path = unit_path(unit);
-        let directory = systemd_global_dir_path();
-        // By hand: `systemctl disable` fails where the file is gone, and then leaves its link behind.
-        store::remove(&directory.join("multi-user.target.wants").join(format!("{unit}.service")))?;
-        store::remove(&path)?;
-        let _ = fs::remove_dir(directory.join("multi-user.target.wants"));
-    }
-    systemctl(&["daemon-reload"], &[], QUICK)?;
-    // Forgets a failed unit, which would otherwise be listed for ever; one that is not known is an error that means nothing.
-    let _ = systemctl(&["reset-failed"], &units, QUICK);
-    Ok(())
+    remove(&units::all(home))
 }
 
 /// Takes the units away for good, and with them what an operator has added to them (`systemctl edit`).
 pub fn purge(home: &Home) -> Result<()> {
+    let units = [units::strays(home), units::all(home)].concat();
     unregister(home)?;
-    let units = [units(home, Role::BOTH), vec![home.agents_unit()]].concat();
-    let directories = units.iter().map(|unit| systemd_global_dir_path().join(format!("{unit}.service.d")));
+    let directories = units.iter().map(|unit| units::drop_ins(unit));
     let there: Vec<_> = directories.filter(|directory| directory.exists()).collect();
     there.iter().try_for_each(|directory| store::remove_tree(directory))?;
     if there.is_empty() { Ok(()) } else { systemctl(&["daemon-reload"], &[], QUICK) }
 }
 
-/// Whether systemd could run the roles of this home.
+/// Whether the units of this home could be taken away.
+pub fn can_unregister(_home: &Home) -> Result<()> {
+    if let Some((directory, error)) = units::closed() {
+        bail!("cannot take the units away: {} cannot be written ({error}); make it writable", directory.display());
+    }
+    Ok(())
+}
+
+/// Whether systemd could run the roles of this home: it answers, and the units can be written.
 pub fn can_register(home: &Home) -> Result<()> {
-    files(home)?;
+    units::files(home)?;
+    if let Some((directory, error)) = units::closed() {
+        bail!(
+            "cannot register with systemd: {} cannot be written ({error}); make it writable, or say --service none",
+            directory.display()
+        );
+    }
     for role in Role::BOTH {
-        if state(home, *role)?.load_state == "masked" {
-            let unit = home.unit(*role);
+        let unit = home.unit(*role);
+        if state(&unit)?.load_state == "masked" {
             bail!(
                 "cannot register the unit {unit}: it is masked; run `systemctl unmask {unit}`, or say --service none"
             );
@@ -165,27 +208,27 @@ pub fn can_register(home: &Home) -> Result<()> {
 
 /// Whether there is anything of this home in systemd: a unit file, or a unit that it remembers without one.
 pub fn is_known(home: &Home) -> bool {
-    let remembered = |role: &Role| state(home, *role).is_ok_and(|unit| unit.active_state != "inactive");
+    let remembered = |role: &Role| state(&home.unit(*role)).is_ok_and(|unit| unit.active_state != "inactive");
     is_registered(home) || Role::BOTH.iter().any(remembered)
 }
 
-/// Whether a unit file of this home stands.
+/// Whether a unit file of this home stands, whatever it is called.
 pub fn is_registered(home: &Home) -> bool {
-    units(home, Role::BOTH).iter().any(|unit| unit_path(unit).symlink_metadata().is_ok())
+    units::of_roles(home, Role::BOTH).iter().any(|unit| units::is_there(unit)) || !units::strays(home).is_empty()
 }
 
 /// Starts the units of the roles and waits until they are up.
 pub fn start(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
-    systemctl(&["start"], &units(home, roles), STARTING).map(|()| None)
+    systemctl(&["start"], &in_use(home, roles), STARTING).map(|()| None)
 }
 
 /// Stops the units of the roles, which is a stop: the sub-agents go too. A unit whose file is gone, or is bad, may be at work all the
 /// same; one that is not at work is stopped.
 pub fn stop(home: &Home, roles: &[Role]) -> Result<()> {
     let mut at_work = Vec::new();
-    for role in roles {
-        if state(home, *role)?.is_at_work() {
-            at_work.push(home.unit(*role));
+    for unit in units::of_roles(home, roles).into_iter().chain(units::strays_of(home, roles)) {
+        if state(&unit)?.is_at_work() {
+            at_work.push(unit);
         }
     }
     if at_work.is_empty() {
@@ -196,22 +239,25 @@ pub fn stop(home: &Home, roles: &[Role]) -> Result<()> {
 
 /// Restarts the units of the roles; the sub-agents keep running.
 pub fn restart(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
-    systemctl(&["restart"], &units(home, roles), STOPPING).map(|()| None)
+    systemctl(&["restart"], &in_use(home, roles), STOPPING).map(|()| None)
 }
 
 /// What systemd knows of a role's unit.
 pub fn standing(home: &Home, role: Role) -> Result<UnitStanding> {
-    Ok(state(home, role)?.standing())
+    Ok(state(&units::in_use(home, role))?.standing())
 }
 
 /// Whether a role's unit is being stopped only to be started again.
 pub fn is_restarting(home: &Home, role: Role) -> Result<bool> {
-    Ok(matches!(state(home, role)?.job.as_deref(), Some("restart" | "try-restart")))
+    Ok(matches!(state(&units::in_use(home, role))?.job.as_deref(), Some("restart" | "try-restart")))
 }
 
-/// What systemd says of a role's unit.
-fn state(home: &Home, role: Role) -> Result<UnitState> {
-    let unit = home.unit(role);
+fn in_use(home: &Home, roles: &[Role]) -> Vec<String> {
+    roles.iter().map(|role| units::in_use(home, *role)).collect()
+}
+
+/// What systemd says of a unit.
+fn state(unit: &str) -> Result<UnitState> {
     let properties = "--property=LoadState,ActiveState,UnitFileState,Job";
     let (mut state, job) = parse_show(&ask(&["show", properties, &format!("{unit}.service")])?);
     if let Some(id) = job {
@@ -240,34 +286,12 @@ fn property(shown: &str, name: &str) -> Option<String> {
     (!value.is_empty()).then(|| value.to_owned())
 }
 
-fn units(home: &Home, roles: &[Role]) -> Vec<String> {
-    roles.iter().map(|role| home.unit(*role)).collect()
-}
-
-fn unit_path(unit: &str) -> PathBuf {
-    systemd_global_dir_path().join(format!("{unit}.service"))
-}
-
-/// The units of a home: name, program, contents.
-fn files(home: &Home) -> Result<[(String, PathBuf, String); 3]> {
-    let role = |role: Role, template| -> Result<_> {
-        let program = home.role_link(role.program());
-        Ok((home.unit(role), program.clone(), contents(home, template, program)?))
-    };
-    let executable = home.executable();
-    Ok([
-        (home.agents_unit(), executable.clone(), contents(home, AGENTS_UNIT, executable)?),
-        role(Role::Spm, SPM_UNIT)?,
-        role(Role::Spa, SPA_UNIT)?,
-    ])
-}
-
-fn context(unit: &str, program: PathBuf, contents: &str) -> ServiceInstallCtx {
+fn context(file: &units::File) -> ServiceInstallCtx {
     ServiceInstallCtx {
-        label: ServiceLabel { qualifier: None, organization: None, application: unit.to_owned() },
-        program,
+        label: ServiceLabel { qualifier: None, organization: None, application: file.unit.clone() },
+        program: file.program.clone(),
         args: Vec::new(),
-        contents: Some(contents.to_owned()),
+        contents: Some(file.contents.clone()),
         username: None,
         working_directory: None,
         environment: None,
@@ -275,42 +299,6 @@ fn context(unit: &str, program: PathBuf, contents: &str) -> ServiceInstallCtx {
         autostart: false,
         restart_policy: RestartPolicy::default(),
     }
-}
-
-/// A unit of a home that runs `program`. Refuses a home whose path cannot stand in a unit file.
-fn contents(home: &Home, template: &str, executable: PathBuf) -> Result<String> {
-    let program = |path: PathBuf| {
-        if path.to_string_lossy().contains(['"', '\'', '\\']) {
-            bail!(
-                "cannot register {} with systemd: it takes no program whose path has a quote or a backslash; choose another --home, or say \
-                 --service none",
-                home.root().display()
-            );
-        }
-        quoted(&path, false)
-    };
-    let root = home.root();
-    // A description has specifiers, but neither quotes nor variables.
-    let shown = root.display().to_string().replace('%', "%%");
-    Ok(template
-        .replace("@EXECUTABLE@", &program(executable)?)
-        .replace("@HOME@", &quoted(root, true)?)
-        .replace("@HOME_SHOWN@", &shown)
-        .replace("@AGENTS@", &home.agents_unit())
-        .replace("@SPM@", &home.unit(Role::Spm))
-        .replace("@SPA@", &home.unit(Role::Spa)))
-}
-
-/// A path as one word of a command line in a unit: `%` begins a specifier, `\` and `"` are quoted, and `$` begins a variable in
-/// everything but the program's own path.
-fn quoted(path: &Path, variables: bool) -> Result<String> {
-    let Some(text) = path.to_str() else { bail!("cannot write {} into a unit: it is not UTF-8", path.display()) };
-    if text.chars().any(char::is_control) {
-        bail!("cannot write {text:?} into a unit: it has a control character");
-    }
-    let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%");
-    let text = if variables { text.replace('$', "$$") } else { text };
-    Ok(format!("\"{text}\""))
 }
 
 fn systemctl(verb: &[&str], units: &[String], deadline: Duration) -> Result<()> {
@@ -336,50 +324,6 @@ fn command() -> Command {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_units_of_the_default_home_name_its_roles() {
-        let home = Home::new("/opt/aops");
-        let [agents, spm, spa] = files(&home).unwrap().map(|(_, _, contents)| contents);
-        for line in [
-            "ExecStart=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" --service systemd",
-            "ExecStop=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" --service systemd stop-hook",
-            "Type=notify",
-            "Restart=always",
-            "StartLimitIntervalSec=0",
-            "KillMode=process",
-            "Wants=aops-agents.service aops-spa.service",
-            "WantedBy=multi-user.target",
-            "SuccessExitStatus=100",
-            "RestartPreventExitStatus=100",
-        ] {
-            assert!(spm.lines().any(|found| found == line), "{line}\n{spm}");
-        }
-        for line in
-            ["ExecStart=\"/opt/aops/bin/aops-spa\" --home \"/opt/aops\" --service systemd", "After=aops-spm.service"]
-        {
-            assert!(spa.lines().any(|found| found == line), "{line}\n{spa}");
-        }
-        assert!(!spa.contains("ExecStop"));
-        assert!(agents.lines().any(|found| found == "Before=aops-spm.service aops-spa.service"), "{agents}");
-        for unit in [agents, spm, spa] {
-            assert!(!unit.contains('@'), "{unit}");
-        }
-    }
-
-    #[test]
-    fn another_home_has_units_of_its_own_and_is_quoted() {
-        let home = Home::new("/srv/my home/100%/a$b");
-        let [_, spm, _] = files(&home).unwrap().map(|(_, _, contents)| contents);
-        assert!(spm.contains(
-            r#"ExecStart="/srv/my home/100%%/a$b/bin/aops-spm" --home "/srv/my home/100%%/a$$b" --service systemd"#
-        ));
-        for refused in ["/srv/a\"b", "/srv/a'b", "/srv/a\\b"] {
-            assert!(can_register(&Home::new(refused)).unwrap_err().to_string().contains("--service none"));
-        }
-        assert!(spm.contains(&format!("Wants={}.service {}.service", home.agents_unit(), home.unit(Role::Spa))));
-        assert!(files(&Home::new("/srv/a\nb")).is_err());
-    }
 
     #[test]
     fn only_a_unit_that_is_inactive_was_stopped() {

@@ -70,7 +70,7 @@ fn image(manager: &Manager, executable: Digest) -> Image {
 /// Has an executable of the manager read the settings and the state of a home, and say whether it can.
 pub fn preflight(home: &Home, executable: &Path) -> Result<()> {
     let mut command = Command::new(executable);
-    command.args(["spm", "--home"]).arg(home.root()).arg("preflight").current_dir("/");
+    command.args(["spm", "--home"]).arg(home.known_as()).arg("preflight").current_dir("/");
     command::run(&mut command, PREFLIGHT)
         .and_then(command::Finished::success)
         .context("the new executable cannot work with this home's settings and state")

@@ -5,9 +5,11 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use super::ON_ITS_WAY;
 use crate::core::service_manager::Notice;
 
 mod access;
+mod caller;
 mod clone;
 mod group;
 mod launch;
@@ -15,13 +17,16 @@ mod local;
 mod mounts;
 mod own_record;
 mod process;
+mod way_out;
 
 pub use access::{close_to_others, weakness, weakness_on_the_way};
+pub use caller::{leave_caller, leave_caller_as};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
 pub use mounts::mounts_in;
 pub use process::*;
+pub use way_out::{leave_groups, remove_role_groups};
 
 // --- Files
 
@@ -70,6 +75,17 @@ pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
+/// An existing path without links, and without a slash at its end.
+pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
+    path.canonicalize()
+}
+
+/// Whether two paths lead to one directory, over links or by a mount of it in a second place.
+pub fn is_same_directory(one: &Path, other: &Path) -> bool {
+    let number = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    number(one).is_some_and(|found| number(other) == Some(found))
+}
+
 /// Whether a link that [`replace_link`] made leads to `target`, be that there or not.
 pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     match fs::read_link(link) {
@@ -79,9 +95,9 @@ pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     }
 }
 
-/// Who holds the lock on a file, by its absolute path without links: a process with that file open and locked. One that has inherited it
-/// counts too: it holds it as well.
+/// Who holds the lock on a file: a process with that file open and locked. One that has inherited it counts too: it holds it as well.
 pub fn lock_holder(path: &Path) -> Option<u32> {
+    let path = canonical(path).ok()?;
     let holds = |pid: u32| -> bool {
         let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
         descriptors.flatten().any(|descriptor| {
@@ -97,11 +113,25 @@ pub fn lock_holder(path: &Path) -> Option<u32> {
 
 /// Makes `link` name `target` (a relative or absolute path as it is to stand in the link), replacing what was there in one step.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
-    let temporary = link.with_file_name(format!(".new-{}-{}", std::process::id(), fastrand::u64(..)));
+    let temporary = link.with_file_name(format!("{ON_ITS_WAY}{}-{}", std::process::id(), fastrand::u64(..)));
     std::os::unix::fs::symlink(target, &temporary)?;
     fs::rename(&temporary, link).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })
+}
+
+/// Whether what is at `path` could be given another name on its file system, without doing it: it is to take the place of `blocker`, a
+/// directory that is not empty, which is refused at last. What is refused before that says why (rename(2)): a mount point, a directory of an
+/// overlay's lower layer, an immutable file, a read-only file system.
+pub fn can_rename(path: &Path, blocker: &Path) -> io::Result<()> {
+    use rustix::io::Errno;
+    match fs::rename(path, blocker) {
+        Ok(()) => Err(io::Error::other(format!("it is called {} now: nothing kept it from that", blocker.display()))),
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(Errno::NOTEMPTY | Errno::EXIST | Errno::ISDIR) => Ok(()),
+            _ => Err(error),
+        },
+    }
 }
 
 /// Whether the process may do what needs root.
@@ -336,6 +366,24 @@ mod tests {
         assert!(
             crate::store::read(&at("file"), 99).unwrap_err().root_cause().to_string().contains("more than 99 bytes")
         );
+    }
+
+    #[test]
+    fn whether_a_rename_could_be_done_is_found_out_without_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::create_dir_all(at("blocker/full")).unwrap();
+        fs::create_dir_all(at("directory/full")).unwrap();
+        fs::create_dir(at("empty")).unwrap();
+        fs::write(at("file"), "").unwrap();
+        make_symlink(Path::new("nowhere"), &at("link")).unwrap();
+        for name in ["directory", "empty", "file", "link"] {
+            can_rename(&at(name), &at("blocker")).unwrap();
+            assert!(at(name).symlink_metadata().is_ok(), "{name}");
+        }
+        assert!(can_rename(&at("nothing"), &at("blocker")).is_err());
+        // What another file system is mounted at.
+        assert!(can_rename(Path::new("/proc"), &at("blocker")).is_err());
     }
 
     #[test]

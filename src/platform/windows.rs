@@ -93,6 +93,26 @@ pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     Ok(content_of_link.is_some() && content_of_link == content(target)?)
 }
 
+/// An existing path without links, as it is spelled on the disk, and as programs take it (not `\\?\C:\…`).
+pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
+    let real = fs::canonicalize(path)?;
+    let plain = real.to_str().and_then(|text| text.strip_prefix(r"\\?\"));
+    match plain.filter(|plain| plain.as_bytes().get(1) == Some(&b':')) {
+        Some(plain) => Ok(PathBuf::from(plain)),
+        None => Ok(real),
+    }
+}
+
+/// Whether two paths lead to one directory.
+pub fn is_same_directory(one: &Path, other: &Path) -> bool {
+    one.is_dir() && crate::platform::identity(one) == crate::platform::identity(other)
+}
+
+/// Windows tells only when it is tried.
+pub fn can_rename(_path: &Path, _blocker: &Path) -> io::Result<()> {
+    Ok(())
+}
+
 /// Windows does not say it.
 pub fn lock_holder(_path: &Path) -> Option<u32> {
     None

@@ -81,6 +81,11 @@ impl Plan {
         }
     }
 
+    /// Whose things are taken away then.
+    pub(super) fn whose(&self) -> old::Whose {
+        if self.standing == Standing::Old { old::Whose::Old } else { old::Whose::Ours }
+    }
+
     /// Whether an installation of aops is renewed, with all that it knows.
     pub(super) fn keeps(&self) -> bool {
         matches!(self.standing, Standing::Aops(_)) && !self.fresh
@@ -169,11 +174,10 @@ pub(super) fn plan(
     let trusted = trusted(options, home, &surroundings.executable, keeps)?;
     let epochs = if keeps { Epochs::load(home)? } else { Epochs::default() };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
-    host_service::can_register(kind, home)?;
     if let Some(why) = why {
         progress::say(why);
     }
-    Ok(Plan {
+    let plan = Plan {
         home: home.clone(),
         executable: surroundings.executable.clone(),
         standing,
@@ -190,7 +194,22 @@ pub(super) fn plan(
         epochs,
         version: options.version.clone(),
         package: options.package.clone(),
-    })
+    };
+    feasible(&plan)?;
+    Ok(plan)
+}
+
+/// Tries what can be tried while nothing is touched: what is bound to fail fails here, before anything is stopped.
+fn feasible(plan: &Plan) -> Result<()> {
+    let before = host_service::registered_with(&plan.home);
+    if before != plan.kind {
+        host_service::can_unregister(before, &plan.home)?;
+    }
+    host_service::can_register(plan.kind, &plan.home)?;
+    if plan.replaces_all() {
+        old::can_set_aside(&plan.home, plan.whose(), &plan.executable)?;
+    }
+    Ok(())
 }
 
 fn standing(home: &Home) -> Result<Standing> {

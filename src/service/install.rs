@@ -28,6 +28,7 @@ use crate::core::service_manager::Kind;
 use crate::home::Home;
 use crate::installation::Installed;
 use crate::installation::keyring::{self, Keyring};
+use crate::output::message;
 use crate::store;
 
 /// Where an installation is, as an operator is told.
@@ -100,7 +101,7 @@ fn wrong_usage(error: Error) -> Result<ExitCode> {
     if !error.is::<Usage>() {
         return Err(error);
     }
-    anstream::eprintln!(
+    message!(
         "error: {error}\n\nA new host is given who it is, where its gateway is, and whom to trust:\n  aops install --agent-id ID \
          --endpoint https://GATEWAY:8888 \\\n    --trusted-key aops.pub --ca-cert cert.pem\n\nFor more information, try 'aops install \
          --help'."
@@ -115,9 +116,12 @@ fn told(Failed { step, error }: Failed, home: &Home) -> Error {
     error.context(format!("cannot install aops into {} (step {step}{state}{advice})", home.root().display()))
 }
 
-/// What to do about a failure that the system told in its own words.
+/// What to do about a failure that the system told in its own words; `None`: it was not about a file of the home.
 fn advice(error: &Error, home: &Home) -> Option<String> {
-    let home = home.root().display();
+    let home = home.root().display().to_string();
+    if !error.chain().any(|cause| cause.to_string().contains(&home)) {
+        return None;
+    }
     let kind = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind))?;
     match kind {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Some(format!("free some space for {home}")),
@@ -184,7 +188,7 @@ fn carry_out(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -
             Standing::Old => old::stop(home),
             _ => roles::stop_all(home),
         }
-        .and_then(|()| old::set_aside(home, &plan.executable))
+        .and_then(|()| old::set_aside(home, plan.whose(), &plan.executable))
         .at(Step::Stop)?;
     }
     let session = plan.keeps().then(|| upgrade::end(home)).transpose().at(Step::Switch)?;
@@ -264,6 +268,9 @@ mod tests {
             "cannot install aops into /srv/a (step fetch; nothing was changed; free some space for /srv/a, then repeat the command): \
              cannot write /srv/a/x"
         ), "{text}");
+        let elsewhere = Error::from(std::io::Error::from(ErrorKind::ReadOnlyFilesystem)).context("cannot write /etc/x");
+        let text = format!("{:#}", told(Failed { step: Step::Register, error: elsewhere }, &home));
+        assert!(text.starts_with("cannot install aops into /srv/a (step register): cannot write /etc/x"), "{text}");
         let text = format!("{:#}", told(Failed { step: Step::Start, error: Error::msg("x") }, &home));
         assert_eq!(text, "cannot install aops into /srv/a (step start): x");
     }

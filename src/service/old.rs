@@ -4,31 +4,45 @@
 //! directory, by renames, from which it can be moved back.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::{leftovers, progress};
 use crate::command;
-use crate::config::import::{OLD_AGENT_IDS, OLD_CONFIG};
+use crate::config::import;
 use crate::home::Home;
-use crate::platform;
+use crate::{platform, store};
 
 /// What an old installation's `control` script may take.
 const CONTROL: Duration = Duration::from_secs(60);
 
-/// Whether what stands in the home is an installation of the old system. `exists` says whether it is one of ours.
+/// What marks an old installation, as an operator is told.
+pub(super) const MARKS: &str =
+    "settings of the old system in etc/conf.yml, an agent id in agentId, and a control program";
+
+/// Whether what stands in the home is an installation of the old system, by several marks: all of it will be removed. Each alone is what
+/// others have too: many products keep an agent id, and packages of sub-agents have a `control`. `exists` says whether it is one of ours.
 pub(super) fn is_old(home: &Home) -> bool {
-    let file = |name: &str| home.root().join(name).symlink_metadata().is_ok_and(|metadata| metadata.is_file());
     if home.install_made().symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
         // An installation of ours was killed at work where nothing stood.
         return false;
     }
-    // A `control` alone is what packages of sub-agents, and other systems, have too.
+    let [settings, id, control] = marks(home);
     let is_in_its_place = home.is_default();
-    file(OLD_CONFIG) || OLD_AGENT_IDS.iter().any(|name| file(name)) || (is_in_its_place && has_control(home))
+    [settings, id, control].into_iter().filter(|mark| *mark).count() >= 2 || (is_in_its_place && (settings || control))
+}
+
+/// Whether there is one mark at least.
+pub(super) fn is_perhaps_old(home: &Home) -> bool {
+    marks(home).contains(&true)
+}
+
+fn marks(home: &Home) -> [bool; 3] {
+    [import::has_settings(home.root()), import::has_agent_id(home.root()), has_control(home)]
 }
 
 /// Whether there is a `control` that can be run and is no link of ours.
@@ -95,22 +109,65 @@ pub(super) fn is_aside(home: &Home, path: &Path) -> bool {
     path == aside(home) || path == under_way(home)
 }
 
-/// Moves everything in the home aside, but for the installation's own things and the running executable.
-pub(super) fn set_aside(home: &Home, executable: &Path) -> Result<()> {
-    let stays = |path: &Path| path == executable || path == home.install_work();
+/// Whose things are set aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// All that lies in the home: of an old installation nobody knows what it made.
+    Old,
+    /// What an installation of aops made; whatever else lies there stays.
+    Ours,
+}
+
+impl Whose {
+    /// Whether what lies in the home is moved; the installation's own things and the running executable are not.
+    fn has(self, home: &Home, path: &Path, executable: &Path) -> bool {
+        path != executable && path != home.install_work() && (self == Whose::Old || home.owns(path))
+    }
+}
+
+/// Finds out whether everything can be moved aside, while nothing is: each entry is tried by itself.
+pub(super) fn can_set_aside(home: &Home, whose: Whose, executable: &Path) -> Result<()> {
+    let blocker = home.install_work().join("blocker");
+    fs::create_dir_all(blocker.join("full")).with_context(|| format!("cannot make {}", blocker.display()))?;
+    let run = home.run();
+    for directory in [home.root(), &run] {
+        for entry in fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))? {
+            let path = entry?.path();
+            if !whose.has(home, &path, executable) || path == run || path == home.install_lock() {
+                continue;
+            }
+            if let Err(error) = platform::can_rename(&path, &blocker) {
+                let shown = path.display();
+                let advice = match error.kind() {
+                    ErrorKind::NotFound => continue,
+                    ErrorKind::CrossesDevices => format!(
+                        "it is of the lower layer of an overlay: put a copy in its place (cp -a {shown} {shown}.new, rm -r {shown}, mv {shown}.new {shown})"
+                    ),
+                    ErrorKind::ResourceBusy => "something is mounted there: unmount it".to_owned(),
+                    _ => "make it movable".to_owned(),
+                };
+                bail!("cannot set {shown} aside: {error}; {advice}");
+            }
+        }
+    }
+    store::remove_tree(&blocker)
+}
+
+/// Moves everything aside that is to be replaced.
+pub(super) fn set_aside(home: &Home, whose: Whose, executable: &Path) -> Result<()> {
+    let stays = |path: &Path| !whose.has(home, path, executable);
     move_entries(home.root(), &under_way(home), &stays, home)?;
     rename(&under_way(home), &aside(home))
 }
 
-/// Moves back what was set aside; what was put in its place meanwhile goes. Killed at any moment, it can be repeated.
+/// Moves back what was set aside; what an installation put in its place meanwhile goes. Killed at any moment, it can be repeated.
 pub(super) fn bring_back(home: &Home, executable: &Path) -> Result<()> {
     let aside = aside(home);
     let attempt = || -> Result<()> {
         if is_directory(&aside) {
             for entry in fs::read_dir(home.root())?.chain(fs::read_dir(home.run())?) {
                 let path = entry?.path();
-                let stays = [executable, &home.install_work(), &home.run(), &home.install_lock()];
-                if !stays.contains(&path.as_path()) {
+                if Whose::Ours.has(home, &path, executable) && path != home.run() && path != home.install_lock() {
                     remove(&path)?;
                 }
             }
@@ -152,7 +209,7 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
 }
 
 fn remove(path: &Path) -> Result<()> {
-    if is_directory(path) { crate::store::remove_tree(path) } else { crate::store::remove(path) }
+    if is_directory(path) { store::remove_tree(path) } else { store::remove(path) }
 }
 
 #[cfg(test)]
@@ -176,20 +233,59 @@ mod tests {
     }
 
     #[test]
-    fn an_old_installation_is_recognized_by_any_of_its_files() {
-        for name in ["etc/conf.yml", "agentId", "etc/agentId"] {
+    fn an_old_installation_is_recognized_by_several_of_its_marks() {
+        let settings: Mark = |home| fs::write(home.join("etc/conf.yml"), "a: 1\nheartbeatSrv: x\n").unwrap();
+        let others: Mark = |home| fs::write(home.join("etc/conf.yml"), "listen: 80\nx: heartbeatSrv\n").unwrap();
+        let id: Mark = |home| fs::write(home.join("agentId"), "af31\n").unwrap();
+        let our_id: Mark = |home| fs::write(home.join("etc/agent-id"), "af31\n").unwrap();
+        let no_id: Mark = |home| fs::write(home.join("etc/agentId"), "two words\n").unwrap();
+        let control: Mark = |home| {
+            fs::write(home.join("control"), "#!/bin/sh\n").unwrap();
+            platform::set_mode(&home.join("control"), 0o755).unwrap();
+        };
+        for (marks, old) in [
+            (&[][..], false),
+            (&[settings], false),
+            (&[id], false),
+            (&[id, our_id], false),
+            (&[control], false),
+            (&[others, no_id, control], false),
+            (&[settings, id], true),
+            (&[settings, control], true),
+            (&[our_id, control], true),
+        ] {
             let directory = tempfile::tempdir().unwrap();
+            fs::create_dir(directory.path().join("etc")).unwrap();
+            marks.iter().for_each(|mark| mark(directory.path()));
             let home = Home::new(directory.path());
-            assert!(!is_old(&home));
-            fs::create_dir(home.etc()).unwrap();
-            fs::write(directory.path().join(name), "").unwrap();
-            assert!(is_old(&home), "{name}");
+            assert_eq!(is_old(&home), old);
+            assert_eq!(is_perhaps_old(&home), !marks.is_empty());
         }
+    }
+
+    type Mark = fn(&Path);
+
+    #[test]
+    fn what_is_not_of_an_installation_stays_where_it_is() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
-        fs::write(directory.path().join("control"), "#!/bin/sh\n").unwrap();
-        platform::set_mode(&directory.path().join("control"), 0o755).unwrap();
-        assert!(has_control(&home) && !is_old(&home), "many packages have one");
+        for path in ["bin/aops", "run/pid", "data/customers.db"] {
+            let path = directory.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        let before = files(directory.path());
+        let nobody = Path::new("/nowhere");
+        fs::create_dir(home.install_work()).unwrap();
+        can_set_aside(&home, Whose::Ours, nobody).unwrap();
+        set_aside(&home, Whose::Ours, nobody).unwrap();
+        assert!(!home.bin().exists() && directory.path().join("data/customers.db").exists());
+        fs::create_dir_all(home.run()).unwrap();
+        fs::write(directory.path().join("came"), "").unwrap();
+        bring_back(&home, nobody).unwrap();
+        fs::remove_file(directory.path().join("came")).unwrap();
+        fs::remove_dir(home.install_work()).unwrap();
+        assert_eq!(files(directory.path()), before);
     }
 
     #[test]
@@ -206,7 +302,7 @@ mod tests {
         let before = files(directory.path());
         fs::write(home.install_lock(), "").unwrap();
 
-        set_aside(&home, &bootstrap).unwrap();
+        set_aside(&home, Whose::Old, &bootstrap).unwrap();
         assert!(bootstrap.exists() && home.install_lock().exists());
         assert!(!home.bin().exists() && !home.run().join("pid").exists());
         fs::create_dir(home.bin()).unwrap();

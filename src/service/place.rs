@@ -56,6 +56,7 @@ pub(super) fn home(options: &InstallOptions, surroundings: &Surroundings) -> Res
         (Some(path), _) => {
             let path =
                 std::path::absolute(path).with_context(|| format!("cannot take {} as a home", path.display()))?;
+            fit_for_a_home(&path)?;
             Home::new(path)
         }
         (None, Some(home)) => home.clone(),
@@ -125,10 +126,16 @@ fn foreign(home: &Home, executable: &Path) -> Result<()> {
         let entry = entry.with_context(|| format!("cannot look into {}", home.root().display()))?;
         let path = entry.path();
         if path != executable && path != home.install_work() && !is_left_by_us(home, &path) {
+            let root = home.root().display();
+            let old = format!(
+                "; an old installation, which would be replaced as a whole, has at least two of these: {}. To take over settings and \
+                 agent id alone, give another --home and --import {root}",
+                old::MARKS
+            );
             bail!(
-                "cannot install into {}: it holds {}, and no installation; choose another --home, or empty it",
-                home.root().display(),
-                entry.file_name().display()
+                "cannot install into {root}: it holds {}, and no installation; choose another --home, or empty it{}",
+                entry.file_name().display(),
+                if old::is_perhaps_old(home) { &old } else { "" }
             );
         }
     }
@@ -176,7 +183,12 @@ mod tests {
         fs::write(directory.path().join("photo"), "").unwrap();
         let error = foreign(&home, &bootstrap).unwrap_err().to_string();
         assert!(error.contains("holds photo"), "{error}");
+        // What others have too does not make it an old installation, which would be removed.
         fs::write(directory.path().join("agentId"), "1").unwrap();
+        let error = foreign(&home, &bootstrap).unwrap_err().to_string();
+        assert!(error.contains("at least two of these") && error.contains("--import"), "{error}");
+        fs::create_dir(home.etc()).unwrap();
+        fs::write(home.etc().join("conf.yml"), "heartbeatSrv: https://old:1\n").unwrap();
         foreign(&home, &bootstrap).unwrap();
     }
 }

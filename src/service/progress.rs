@@ -4,17 +4,19 @@ use std::io::{IsTerminal, stderr};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::output::message;
+
 /// Of a download without a terminal: one line each time that so many hundredths more have arrived.
 const PLAIN_STEP: u64 = 25;
 
 /// Tells that a step begins, or what it found.
 pub(super) fn say(line: impl std::fmt::Display) {
-    anstream::eprintln!("aops: {line}");
+    message!("aops: {line}");
 }
 
 /// Tells what the operator should look at.
 pub(super) fn warn(line: impl std::fmt::Display) {
-    anstream::eprintln!("aops: warning: {line}");
+    message!("aops: warning: {line}");
 }
 
 /// The progress of one download.

@@ -227,6 +227,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         fs::write(directory.path().join("agentId"), "1").unwrap();
+        fs::create_dir(home.etc()).unwrap();
+        fs::write(home.etc().join("conf.yml"), "heartbeatSrv: https://old:1\n").unwrap();
         for _ in 0..2 {
             let mut site = Site::open(&home).unwrap();
             site.note().unwrap();

@@ -34,7 +34,7 @@ pub(super) fn switch(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut
         undo.keep(&name.path(home))?;
     }
     executable::point(home, Name::ALL, &home.executable())?;
-    let linked = command_link(plan, undo)?;
+    let linked = command_link(plan, undo);
     records(plan, fetched, site, linked, undo)
 }
 
@@ -93,26 +93,42 @@ fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
     Ok(())
 }
 
-/// Links the command into everybody's path: by root, for the default home, and where the name is free. Answers what is linked now.
-fn command_link(plan: &Plan, undo: &mut Undo) -> Result<Vec<PathBuf>> {
+/// Links the command into everybody's path: by root, for the default home, and where the name is free. It is a convenience: where it cannot
+/// be had, that is told. Answers what is linked now.
+fn command_link(plan: &Plan, undo: &mut Undo) -> Vec<PathBuf> {
     let mut linked = match &plan.standing {
         Standing::Aops(installed) => installed.linked.clone(),
         _ => Vec::new(),
     };
     let link = PathBuf::from(COMMAND_LINK);
-    let executable = plan.home.executable();
-    let wanted = platform::is_root() && plan.home.is_default();
-    let ours = std::fs::read_link(&link).is_ok_and(|target| target == executable);
-    let free = link.symlink_metadata().is_err() && link.parent().is_some_and(Path::is_dir);
-    if wanted && (free || ours) {
-        undo.keep(&link)?;
-        platform::replace_link(&executable, &link)
-            .with_context(|| format!("cannot make the link {}", link.display()))?;
-        if !linked.contains(&link) {
-            linked.push(link);
-        }
+    if !platform::is_root() || !plan.home.is_default() {
+        return linked;
     }
-    Ok(linked)
+    let executable = plan.home.as_known(&plan.home.executable());
+    let standing = std::fs::read_link(&link).ok();
+    let ours = standing.as_ref().is_some_and(|target| platform::identity(target) == platform::identity(&executable));
+    let free = link.symlink_metadata().is_err() && link.parent().is_some_and(Path::is_dir);
+    if !free && !ours {
+        return linked;
+    }
+    let made = if standing.as_ref() == Some(&executable) { Ok(()) } else { make_link(&executable, &link, undo) };
+    if let Err(error) = made {
+        let control = plan.home.as_known(&plan.home.control_link());
+        progress::warn(format_args!(
+            "{error:#}; the installation goes on without it: use {}, or make the link by hand",
+            control.display()
+        ));
+        return linked;
+    }
+    if !linked.contains(&link) {
+        linked.push(link);
+    }
+    linked
+}
+
+fn make_link(target: &Path, link: &Path, undo: &mut Undo) -> Result<()> {
+    undo.keep(link)?;
+    platform::replace_link(target, link).with_context(|| format!("cannot make the link {}", link.display()))
 }
 
 fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, undo: &mut Undo) -> Result<()> {

@@ -128,6 +128,10 @@ fn put_back(kept: &Kept) -> Result<()> {
     let path = match kept {
         Kept::Nothing(path) | Kept::File { path, .. } | Kept::Link { path, .. } | Kept::Directory { path, .. } => path,
     };
+    // What stands as it stood is not touched: perhaps it could not be changed to begin with, and cannot be put back for the same reason.
+    if stands(kept) {
+        return Ok(());
+    }
     let attempt = || -> Result<()> {
         match kept {
             Kept::Nothing(path) if path.is_dir() && !path.is_symlink() => store::remove_tree(path)?,
@@ -149,6 +153,19 @@ fn put_back(kept: &Kept) -> Result<()> {
         let number = copy.map(|name| format!(" (kept as {})", name.display())).unwrap_or_default();
         format!("cannot put {} back{number}", path.display())
     })
+}
+
+/// Whether what was kept is still there, or nothing is, as it was.
+fn stands(kept: &Kept) -> bool {
+    match kept {
+        Kept::Nothing(path) => path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound),
+        Kept::Link { path, target } => fs::read_link(path).is_ok_and(|standing| standing == *target),
+        Kept::File { path, copy } => {
+            path.symlink_metadata().is_ok_and(|found| found.is_file())
+                && fs::File::open(path).and_then(|file| platform::is_same_file(&file, copy)).unwrap_or(false)
+        }
+        Kept::Directory { .. } => false,
+    }
 }
 
 #[cfg(test)]

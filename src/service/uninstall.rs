@@ -4,7 +4,7 @@
 //! repeated, because the records of the installation go last.
 
 use std::fs;
-use std::io::{IsTerminal, Write, stdin};
+use std::io::{IsTerminal, stdin};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,18 +14,19 @@ use super::site::{self, Site};
 use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
 use crate::home::Home;
 use crate::installation::{self, Installed};
+use crate::output::{self, message};
 use crate::{host_service, platform, store};
 
 /// Removes the installation in `home`. Asks first, unless `yes`.
 pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
     let shown = home.root().display();
     if !installation::exists(home) && !site::is_half_made(home) && host_service::registration_left(home).is_none() {
-        anstream::eprintln!("aops: nothing is installed in {shown}");
+        message!("aops: nothing is installed in {shown}");
         return Ok(ExitCode::from(NOT_INSTALLED));
     }
     if !yes {
         if !stdin().is_terminal() {
-            anstream::eprintln!("error: cannot ask whether to remove {shown}: there is no terminal; say --yes");
+            message!("error: cannot ask whether to remove {shown}: there is no terminal; say --yes");
             return Ok(ExitCode::from(WRONG_USAGE));
         }
         if !confirmed(home)? {
@@ -41,8 +42,10 @@ pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
 }
 
 fn confirmed(home: &Home) -> Result<bool> {
-    anstream::eprint!("Stop and remove everything in {}, all sub-agents included? [y/N] ", home.root().display());
-    std::io::stderr().flush()?;
+    output::ask(format_args!(
+        "Stop and remove everything in {}, all sub-agents included? [y/N] ",
+        home.root().display()
+    ));
     let mut answer = String::new();
     stdin().read_line(&mut answer)?;
     Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
@@ -60,15 +63,20 @@ fn remove(home: &Home) -> Result<()> {
     let known = installed.is_some() || half_made.is_some();
     let stood = home.root().is_dir();
     let at_work = Site::open(home)?;
+    // By the host, not by the record: that may say none, or be gone.
+    let kind = host_service::detect();
+    let registered = host_service::is_known(kind, home);
+    if registered {
+        // Before anything is stopped.
+        host_service::can_unregister(kind, home)?;
+    }
     progress::say("stopping sub-agents and roles");
     roles::stop_all(home)?;
     // Not earlier: what a sub-agent has mounted it may have unmounted by now.
     for directory in home.directories().iter().map(|(path, _)| path).filter(|path| *path != home.root()) {
         store::ensure_nothing_mounted(directory)?;
     }
-    // By the host, not by the record: that may say none, or be gone.
-    let kind = host_service::detect();
-    if host_service::is_known(kind, home) {
+    if registered {
         progress::say("taking the units away");
         host_service::purge(kind, home)?;
     }
@@ -77,8 +85,11 @@ fn remove(home: &Home) -> Result<()> {
         Some(installed) => (installed.linked, installed.created_directories),
         None => (Vec::new(), half_made.unwrap_or_default()),
     };
+    let mut left = Vec::new();
     for link in &linked {
-        remove_our_link(home, link)?;
+        if let Err(error) = remove_our_link(home, link) {
+            left.push(format!("the link {}, which leads nowhere now; remove it by hand ({error:#})", link.display()));
+        }
     }
     platform::leave_directory(home.root())
         .with_context(|| format!("cannot move the running executable out of {}", home.root().display()))?;
@@ -90,31 +101,27 @@ fn remove(home: &Home) -> Result<()> {
         // One that holds something else by now stays.
         let _ = fs::remove_dir(directory);
     }
-    verify(home)
+    verify(home, left)?;
+    let others = entries(home)?;
+    if !others.is_empty() {
+        let names: Vec<String> = others.iter().map(|path| path.display().to_string()).collect();
+        progress::warn(format_args!("what the installation did not make stays: {}", names.join(", ")));
+    }
+    Ok(())
 }
 
 /// A link that somebody has pointed elsewhere since is theirs.
 fn remove_our_link(home: &Home, link: &Path) -> Result<()> {
     match fs::read_link(link) {
-        Ok(target) if target.starts_with(home.root()) => store::remove(link),
+        Ok(target) if platform::identity(&target).starts_with(home.root()) => store::remove(link),
         _ => Ok(()),
     }
 }
 
-/// Removes all that is in the home: at last the program that a repetition takes, and the records by which that recognizes it.
+/// Removes what the installation made in the home: at last the program that a repetition takes, and the records by which that recognizes it.
 fn empty(home: &Home) -> Result<()> {
-    let attempt = || -> std::io::Result<Vec<PathBuf>> {
-        let mut paths = Vec::new();
-        for entry in fs::read_dir(home.root())? {
-            paths.push(entry?.path());
-        }
-        Ok(paths)
-    };
-    let mut paths = match attempt() {
-        Ok(paths) => paths,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("cannot list {}", home.root().display())),
-    };
+    let mut paths = entries(home)?;
+    paths.retain(|path| home.owns(path));
     let program = [home.bin(), home.control_link()];
     paths.sort_by_key(|path| (*path == home.state(), program.contains(path), path.clone()));
     for path in paths {
@@ -124,12 +131,18 @@ fn empty(home: &Home) -> Result<()> {
     Ok(())
 }
 
-/// Makes sure that nothing is left.
-fn verify(home: &Home) -> Result<()> {
-    let mut left = Vec::new();
-    if let Ok(entries) = fs::read_dir(home.root()) {
-        left.extend(entries.flatten().map(|entry| entry.path().display().to_string()));
+/// What lies in the home.
+fn entries(home: &Home) -> Result<Vec<PathBuf>> {
+    let attempt = || fs::read_dir(home.root())?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
+    match attempt() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        found => found.with_context(|| format!("cannot list {}", home.root().display())),
     }
+}
+
+/// Makes sure that nothing is left but what is known to be.
+fn verify(home: &Home, mut left: Vec<String>) -> Result<()> {
+    left.extend(entries(home)?.iter().filter(|path| home.owns(path)).map(|path| path.display().to_string()));
     if let Some(kind) = host_service::registration_left(home) {
         left.push(format!("a unit of {kind}"));
     }

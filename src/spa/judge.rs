@@ -477,13 +477,15 @@ impl Judge {
             Step::Probe => {
                 tracing::warn!("the new manager has sent no heartbeat; the old program tries to");
                 let mut command = Command::new(self.home.backup_executable());
-                self.probe = Shot::begin(command.args(["spa", "--home"]).arg(self.home.root()).arg("--probe"), PROBE);
+                self.probe =
+                    Shot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--probe"), PROBE);
                 Do::Nothing
             }
             Step::Prove => {
                 tracing::info!("the new watchdog is put to the proof");
                 let mut command = Command::new(self.home.executable());
-                self.proof = Shot::begin(command.args(["spa", "--home"]).arg(self.home.root()).arg("--prove"), PROOF);
+                self.proof =
+                    Shot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--prove"), PROOF);
                 Do::Nothing
             }
             _ => Do::Nothing,

@@ -22,9 +22,9 @@ impl Sentinel {
     /// Starts one; `None`: that is not possible now.
     pub(super) fn post(home: &Home) -> Option<Sentinel> {
         let mut command = Command::new(home.backup_executable());
-        command.args(["spa", "--home"]).arg(home.root()).arg("--sentinel");
+        command.args(["spa", "--home"]).arg(home.known_as()).arg("--sentinel");
         command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        platform::detach(&mut command);
+        platform::leave_caller(&mut command);
         let spawned = command.spawn().inspect_err(|error| {
             tracing::warn!(error = %error, "nothing starts the watchdog again if the new manager ends it");
         });

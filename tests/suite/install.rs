@@ -157,6 +157,39 @@ fn on_an_empty_host_a_failure_leaves_nothing() {
 }
 
 #[test]
+fn what_others_have_in_a_directory_is_neither_taken_for_an_old_installation_nor_removed() {
+    let mut gateway = Gateway::stopped();
+    gateway.publish_self("1.0.0");
+    gateway.run();
+    let host = TestHost::new();
+    let home = host.home();
+    fs::create_dir_all(home.join("data")).unwrap();
+    fs::write(home.join("data/customers.db"), "precious").unwrap();
+    fs::create_dir(home.join("etc")).unwrap();
+    for mark in ["etc/agent-id", "agentId", "etc/conf.yml"] {
+        let content = if mark == "etc/conf.yml" { "heartbeatSrv: https://other:1\n" } else { "af31\n" };
+        fs::write(home.join(mark), content).unwrap();
+        let before = snapshot(&home, &[]);
+        let output = host.join(&gateway, &[]).expect_code(1);
+        assert!(output.text().contains("at least two of these") && output.text().contains("--import"), "{output}");
+        host.control(&["uninstall", "--yes"]).expect_code(4);
+        assert_eq!(difference(&before, &snapshot(&home, &[])), Vec::<String>::new(), "{mark}");
+        fs::remove_file(home.join(mark)).unwrap();
+    }
+    fs::remove_dir_all(&home).unwrap();
+
+    // What comes into a home later stays, too.
+    host.join(&gateway, &[]).expect_success();
+    fs::create_dir(home.join("data")).unwrap();
+    fs::write(home.join("data/customers.db"), "precious").unwrap();
+    host.join(&gateway, &["--fresh"]).expect_success();
+    let output = host.control(&["uninstall", "--yes"]).expect_code(0);
+    assert!(output.stderr.contains(&format!("stays: {}", home.join("data").display())), "{output}");
+    assert_eq!(fs::read_dir(&home).unwrap().count(), 1);
+    assert_eq!(fs::read_to_string(home.join("data/customers.db")).unwrap(), "precious");
+}
+
+#[test]
 fn nothing_of_an_older_installation_is_kept_with_fresh() {
     let (gateway, host, pid) = joined();
     fs::write(host.home().join("etc/own"), "x").unwrap();

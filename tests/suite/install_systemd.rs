@@ -227,6 +227,91 @@ fn hci_and_scp_take_no_service_manager_even_where_there_is_one() {
 }
 
 #[test]
+fn a_link_to_the_command_is_a_convenience() {
+    let container = Container::systemd();
+    let _gateway = Inside::start(&container, fleet_of_two());
+    let read_only = "mount --bind /usr/local /usr/local && mount -o remount,bind,ro /usr/local";
+    done(&container, read_only);
+    let output = container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    for words in ["warning", "/usr/local/bin/aops", "use /opt/aops/control"] {
+        assert!(output.stderr.contains(words), "{output}");
+    }
+    wait_for_agents(&container, &["native", "script"]);
+    container.run(&["/opt/aops/control", "uninstall", "--yes"]).expect_code(0);
+
+    done(&container, "umount /usr/local");
+    container.run(&["sh", "-c", VERBATIM]).expect_code(0);
+    done(&container, read_only);
+    // What stands there as it is to stand is not written again.
+    let output = container.run(&["/opt/aops/bin/aops", "install"]).expect_code(0);
+    assert!(!output.stderr.contains("/usr/local/bin/aops"), "{output}");
+    let output = container.run(&["/opt/aops/control", "uninstall", "--yes"]).expect_code(1);
+    assert!(output.stderr.contains("the link /usr/local/bin/aops, which leads nowhere now"), "{output}");
+    assert_eq!(processes_of_aops(&container), []);
+    assert_eq!(units(&container), Vec::<String>::new());
+    assert!(!container.path("/opt/aops").exists());
+}
+
+#[test]
+fn what_cannot_be_done_is_found_out_before_anything_is_stopped() {
+    let container = Container::systemd();
+    let _gateway = Inside::start(&container, fleet_of_two());
+    // An old installation in the lower layer of an overlay, of which no directory can be moved.
+    let control = "#!/bin/sh\ncd /srv/old\ncase $1 in start) setsid bin/old-agent 1000003 >/dev/null 2>&1 & echo $! >var/pid ;; stop) kill $(cat var/pid) ;; esac\n";
+    container.write("/srv/lower/control", control, 0o755);
+    container.write("/srv/lower/agentId", "77\n", 0o644);
+    container.write("/srv/lower/etc/conf.yml", format!("heartbeatSrv: {URL}\n"), 0o644);
+    container.write("/srv/lower/var/keep", "", 0o644);
+    done(
+        &container,
+        "mkdir -p /srv/lower/bin /srv/upper /srv/old; cp /bin/sleep /srv/lower/bin/old-agent; mount -t tmpfs tmpfs /srv/upper
+        mkdir /srv/upper/files /srv/upper/work
+        mount -t overlay -o redirect_dir=off,lowerdir=/srv/lower,upperdir=/srv/upper/files,workdir=/srv/upper/work overlay /srv/old
+        /srv/old/control start",
+    );
+    let old = || -> Vec<u32> {
+        let mut found = container.processes();
+        found.retain(|(_, words)| words.contains("old-agent 1000003"));
+        found.into_iter().map(|(pid, _)| pid).collect()
+    };
+    let before = wait_for("the old agent", SOON, || Some(old()).filter(|found| found.len() == 1));
+    let install = [PROGRAM, "install", "--home", "/srv/old", "--ca-cert", "/tmp/gateway/tls/cert.pem"];
+    let key = done(&container, "ls /tmp/gateway/keys/*.pub").stdout;
+    let install = [&install[..], &["--trusted-key", key.trim()]].concat();
+    let refused = |words: &[&str]| {
+        let output = container.run(&install).expect_code(1);
+        for words in [words, &["nothing was changed"]].concat() {
+            assert!(output.stderr.contains(words), "{words}: {output}");
+        }
+        assert_eq!(old(), before, "it runs as before");
+    };
+    refused(&["cannot set /srv/old/", "lower layer of an overlay", "cp -a"]);
+    done(&container, "cd /srv/old; for d in bin etc var; do cp -a $d $d.new; rm -r $d; mv $d.new $d; done");
+    // The copy of its program is another file than the one that runs; it is stopped by its own script.
+    let closed = "mount --bind /etc/systemd/system /etc/systemd/system && mount -o remount,bind,ro /etc/systemd/system";
+    done(&container, closed);
+    refused(&["cannot register with systemd", "/etc/systemd/system cannot be written", "--service none"]);
+    done(&container, "umount /etc/systemd/system");
+    container.run(&install).expect_code(0);
+    assert_eq!(old(), Vec::<u32>::new());
+
+    // Taken away it is neither, where its units cannot be.
+    let control = "/srv/old/control";
+    let roles = || {
+        let status = container.run(&[control, "status", "--json"]).json();
+        (pid(&status["spm"]["pid"]), pid(&status["spa"]["pid"]))
+    };
+    let running = roles();
+    done(&container, closed);
+    let output = container.run(&[control, "uninstall", "--yes"]).expect_code(1);
+    assert!(output.stderr.contains("cannot take the units away: /etc/systemd/system cannot be written"), "{output}");
+    assert_eq!(roles(), running);
+    done(&container, "umount /etc/systemd/system");
+    container.run(&[control, "uninstall", "--yes"]).expect_code(0);
+    assert_eq!(processes_of_aops(&container), []);
+}
+
+#[test]
 fn what_a_deployment_agent_started_for_others_outlives_a_stop_of_the_unit_and_an_uninstall() {
     let container = Container::systemd();
     let gateway = Gateway::stopped();

@@ -1,4 +1,5 @@
 //! The scenarios: whole programs, real processes, real files; one binary for all, one file for each theme.
+#![allow(clippy::disallowed_macros, reason = "a test that cannot tell what it saw may end")]
 
 mod adoption;
 mod attacks;
@@ -15,10 +16,13 @@ mod harness;
 mod health;
 mod help;
 mod homes;
+mod homes_named;
 mod install;
 mod install_systemd;
 mod joining;
+mod leaving;
 mod ledger;
+mod output;
 mod protocol;
 mod refusals;
 mod role_memory;

@@ -61,23 +61,33 @@ pub struct Group {
 
 /// One mounted hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Hierarchy {
-    mount: PathBuf,
+pub(super) struct Hierarchy {
+    pub(super) mount: PathBuf,
+    /// What of it is mounted there.
+    pub(super) root: PathBuf,
     /// Of v1, the options that it was mounted with, what it is for among them: `cpu` and `cpuacct`, `name=systemd`; `None`: v2.
-    options: Option<Vec<String>>,
+    pub(super) options: Option<Vec<String>>,
+}
+
+/// The hierarchies that are mounted here and may be written to, best first.
+pub(super) fn mounted() -> Vec<Hierarchy> {
+    hierarchies(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+}
+
+/// What a place of our own for a home's groups is called.
+pub(super) fn place(key: &str) -> String {
+    // The cgroups of a container may be those of its host, where another has a home of the same path: each keeps to its own.
+    match fs::metadata("/proc/self/ns/pid") {
+        Ok(namespace) if namespace.ino() != INITIAL_PID_NAMESPACE => format!("{key}-{:x}", namespace.ino()),
+        _ => key.to_owned(),
+    }
 }
 
 impl Groups {
     /// Where a home's groups may be made; `None`: this host has no place for them. `key` names the home: its unit is `<key>.service`.
     pub fn find(key: &str) -> Option<Groups> {
         let systemd = Path::new("/run/systemd/system").is_dir();
-        let hierarchies = hierarchies(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default());
-        // The cgroups of a container may be those of its host, where another has a home of the same path: each keeps to its own.
-        let place = match fs::metadata("/proc/self/ns/pid") {
-            Ok(namespace) if namespace.ino() != INITIAL_PID_NAMESPACE => format!("{key}-{:x}", namespace.ino()),
-            _ => key.to_owned(),
-        };
-        candidates(&hierarchies, systemd.then_some(key), &place)
+        candidates(&mounted(), systemd.then_some(key), &place(key))
             .into_iter()
             .find(|base| is_usable(base))
             .map(|base| Groups { base })
@@ -181,7 +191,7 @@ fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
             "cgroup" => Some(options.split(',').map(str::to_owned).collect()),
             _ => return None,
         };
-        Some((root != "/", Hierarchy { mount, options }))
+        Some((root != "/", Hierarchy { mount, root: unescaped(root.as_bytes()), options }))
     };
     let mut found: Vec<_> = mountinfo.lines().filter_map(hierarchy).collect();
     found.sort_by_key(|(is_part, _)| *is_part);

@@ -243,7 +243,7 @@ impl Manager {
         };
         Status {
             version: Some(self.identity.version.clone()),
-            home: self.home.root().display().to_string(),
+            home: self.home.known_as().display().to_string(),
             state,
             spm,
             spa,

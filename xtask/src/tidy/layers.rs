@@ -17,6 +17,7 @@ const MECHANISMS: &[&str] = &[
     "lock",
     "logging",
     "migrations",
+    "output",
     "package",
     "process",
     "role",

@@ -1,0 +1,305 @@
+//! The unit files of a home: what they are called and what they say; and those of the same home that are called something else.
+//!
+//! A unit is named by the home's identity ([`Home::unit`]). An earlier release named it by the path that it was given, whatever the spelling: such
+//! a stray is known by the program that it starts. Where it stands alone, it is the one that is asked and started; it is replaced by one of
+//! the right name when the home is installed, started or restarted.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use service_manager::systemd_global_dir_path;
+
+use crate::core::role::Role;
+use crate::home::Home;
+use crate::store::{self, Access};
+
+const SPM_UNIT: &str = include_str!("../../../assets/aops-spm.service");
+const SPA_UNIT: &str = include_str!("../../../assets/aops-spa.service");
+/// Holds the sub-agents' cgroups. It is wanted by the manager's unit and needs no enabling.
+const AGENTS_UNIT: &str = include_str!("../../../assets/aops-agents.service");
+
+/// How a unit file begins that `install` wrote.
+const OURS: &str = "# Written by `aops install`";
+/// A unit file of ours has less than 2 KiB.
+const MAX_UNIT_BYTES: u64 = 64 << 10;
+/// The digits that tell a home's units from another's.
+const DIGITS: usize = 8;
+
+/// A unit file of a home.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct File {
+    /// Its name, without `.service`.
+    pub(super) unit: String,
+    pub(super) program: PathBuf,
+    pub(super) contents: String,
+}
+
+/// Where units of that name are kept.
+pub(super) fn path(unit: &str) -> PathBuf {
+    systemd_global_dir_path().join(format!("{unit}.service"))
+}
+
+/// What makes systemd start it at boot, where it is enabled.
+pub(super) fn enabling_link(unit: &str) -> PathBuf {
+    systemd_global_dir_path().join("multi-user.target.wants").join(format!("{unit}.service"))
+}
+
+/// What an operator has added to it (`systemctl edit`).
+pub(super) fn drop_ins(unit: &str) -> PathBuf {
+    systemd_global_dir_path().join(format!("{unit}.service.d"))
+}
+
+/// The first directory of units in which nothing can be written, and why; `None`: all of them can be.
+pub(super) fn closed() -> Option<(PathBuf, std::io::Error)> {
+    let directory = systemd_global_dir_path();
+    let enabled = Some(directory.join("multi-user.target.wants")).filter(|enabled| enabled.is_dir());
+    [directory].into_iter().chain(enabled).find_map(|directory| {
+        let tried = tempfile::Builder::new().prefix(crate::platform::ON_ITS_WAY).tempfile_in(&directory);
+        tried.err().map(|error| (directory, error))
+    })
+}
+
+/// The units of the roles, by their right names.
+pub(super) fn of_roles(home: &Home, roles: &[Role]) -> Vec<String> {
+    roles.iter().map(|role| home.unit(*role)).collect()
+}
+
+/// All units of the home, by their right names.
+pub(super) fn all(home: &Home) -> Vec<String> {
+    [of_roles(home, Role::BOTH), vec![home.agents_unit()]].concat()
+}
+
+/// The name under which a role's unit stands: the right one, unless a stray alone is there.
+pub(super) fn in_use(home: &Home, role: Role) -> String {
+    let unit = home.unit(role);
+    if is_there(&unit) {
+        return unit;
+    }
+    let stray = strays(home).into_iter().find(|stray| of_program(stray, role.program()));
+    stray.unwrap_or(unit)
+}
+
+/// Whether there is a file of that unit, or a link in its place.
+pub(super) fn is_there(unit: &str) -> bool {
+    path(unit).symlink_metadata().is_ok()
+}
+
+/// Units of this home that bear another name, the watchdog's first, as they are to be stopped.
+pub(super) fn strays(home: &Home) -> Vec<String> {
+    let entries = fs::read_dir(systemd_global_dir_path()).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".service")?.to_owned()));
+    let order = [Role::Spa.program(), Role::Spm.program(), crate::home::AGENTS];
+    let rank = |unit: &str| order.iter().position(|program| of_program(unit, program));
+    let right = all(home);
+    let mut found: Vec<String> =
+        names.filter(|unit| rank(unit).is_some() && !right.contains(unit) && is_of(unit, home)).collect();
+    found.sort_by_key(|unit| rank(unit));
+    found
+}
+
+/// The strays of these roles.
+pub(super) fn strays_of(home: &Home, roles: &[Role]) -> Vec<String> {
+    let is_of_one = |unit: &String| roles.iter().any(|role| of_program(unit, role.program()));
+    strays(home).into_iter().filter(is_of_one).collect()
+}
+
+/// Whether that is what a unit of the program is called, in one home or another.
+fn of_program(unit: &str, program: &str) -> bool {
+    let Some(rest) = unit.strip_prefix(program) else { return false };
+    let digits = rest.strip_prefix('-').unwrap_or_default();
+    rest.is_empty() || (digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// Whether a unit starts a program of the home.
+fn is_of(unit: &str, home: &Home) -> bool {
+    let text = store::read(&path(unit), MAX_UNIT_BYTES).ok().flatten().unwrap_or_default();
+    started(&String::from_utf8_lossy(&text)).is_some_and(|program| {
+        let bin = program.parent().filter(|bin| bin.file_name() == home.bin().file_name());
+        bin.and_then(Path::parent).is_some_and(|root| home.is_at(root))
+    })
+}
+
+/// The program that a unit starts, as [`quoted`] wrote it.
+fn started(unit: &str) -> Option<PathBuf> {
+    let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart="))?;
+    let program = match command.strip_prefix('"') {
+        Some(quoted) => quoted.split('"').next()?,
+        None => command.split_whitespace().next()?,
+    };
+    Some(PathBuf::from(program.replace("%%", "%")))
+}
+
+/// What a stray says while it is taken away: it ends without stopping the sub-agents, and is not started again.
+pub(super) fn without_hooks(unit: &str) -> Result<Option<String>> {
+    let Some(text) = store::read(&path(unit), MAX_UNIT_BYTES)? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let stays = |line: &&str| !line.starts_with("ExecStop=") && !line.starts_with("Restart=");
+    Ok(Some(text.lines().filter(stays).map(|line| format!("{line}\n")).collect()))
+}
+
+/// Gives the right names to what an operator has added to strays; where something is there already, that stays.
+pub(super) fn move_drop_ins(home: &Home, strays: &[String]) -> Result<()> {
+    for stray in strays {
+        let right = all(home).into_iter().find(|unit| program_of(unit) == program_of(stray));
+        let Some((from, to)) = right.map(|right| (drop_ins(stray), drop_ins(&right))) else { continue };
+        if from.is_dir() && to.symlink_metadata().is_err() {
+            fs::rename(&from, &to).with_context(|| format!("cannot move {} to {}", from.display(), to.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn program_of(unit: &str) -> Option<&'static str> {
+    let programs = [Role::Spm.program(), Role::Spa.program(), crate::home::AGENTS];
+    programs.into_iter().find(|program| of_program(unit, program))
+}
+
+/// The unit files of a home as this release writes them.
+pub(super) fn files(home: &Home) -> Result<[File; 3]> {
+    let file = |unit: String, program: PathBuf, template| -> Result<File> {
+        let contents = contents(home, template, program.clone())?;
+        Ok(File { unit, program, contents })
+    };
+    let role = |role: Role| home.as_known(&home.role_link(role.program()));
+    Ok([
+        file(home.agents_unit(), home.as_known(&home.executable()), AGENTS_UNIT)?,
+        file(home.unit(Role::Spm), role(Role::Spm), SPM_UNIT)?,
+        file(home.unit(Role::Spa), role(Role::Spa), SPA_UNIT)?,
+    ])
+}
+
+impl File {
+    /// Whether the file says so already.
+    pub(super) fn stands(&self) -> Result<bool> {
+        Ok(store::read(&path(&self.unit), MAX_UNIT_BYTES)?.as_deref() == Some(self.contents.as_bytes()))
+    }
+
+    /// Writes it in the place of one that an earlier release wrote; whether there was one. What is missing, masked or an operator's own is
+    /// left as it is.
+    pub(super) fn refresh(&self) -> Result<bool> {
+        let path = path(&self.unit);
+        if !path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
+            return Ok(false);
+        }
+        let standing = store::read(&path, MAX_UNIT_BYTES)?.unwrap_or_default();
+        if standing == self.contents.as_bytes() || !standing.starts_with(OURS.as_bytes()) {
+            return Ok(false);
+        }
+        store::replace(&path, self.contents.as_bytes(), Access::Public)?;
+        Ok(true)
+    }
+}
+
+/// A unit of a home that runs `program`. Refuses a home whose path cannot stand in a unit file.
+fn contents(home: &Home, template: &str, executable: PathBuf) -> Result<String> {
+    let program = |path: PathBuf| {
+        if path.to_string_lossy().contains(['"', '\'', '\\']) {
+            bail!(
+                "cannot register {} with systemd: it takes no program whose path has a quote or a backslash; choose another --home, or say \
+                 --service none",
+                home.root().display()
+            );
+        }
+        quoted(&path, false)
+    };
+    let root = home.known_as();
+    // A description has specifiers, but neither quotes nor variables.
+    let shown = root.display().to_string().replace('%', "%%");
+    Ok(template
+        .replace("@EXECUTABLE@", &program(executable)?)
+        .replace("@HOME@", &quoted(&root, true)?)
+        .replace("@HOME_SHOWN@", &shown)
+        .replace("@AGENTS@", &home.agents_unit())
+        .replace("@SPM@", &home.unit(Role::Spm))
+        .replace("@SPA@", &home.unit(Role::Spa)))
+}
+
+/// A path as one word of a command line in a unit: `%` begins a specifier, `\` and `"` are quoted, and `$` begins a variable in
+/// everything but the program's own path.
+fn quoted(path: &Path, variables: bool) -> Result<String> {
+    let Some(text) = path.to_str() else { bail!("cannot write {} into a unit: it is not UTF-8", path.display()) };
+    if text.chars().any(char::is_control) {
+        bail!("cannot write {text:?} into a unit: it has a control character");
+    }
+    let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%");
+    let text = if variables { text.replace('$', "$$") } else { text };
+    Ok(format!("\"{text}\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(home: &Home) -> [String; 3] {
+        files(home).unwrap().map(|file| file.contents)
+    }
+
+    #[test]
+    fn the_units_of_the_default_home_name_its_roles() {
+        let [agents, spm, spa] = texts(&Home::new("/opt/aops"));
+        for line in [
+            "ExecStart=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" --service systemd",
+            "ExecStop=\"/opt/aops/bin/aops-spm\" --home \"/opt/aops\" --service systemd stop-hook",
+            "Type=notify",
+            "Restart=always",
+            "StartLimitIntervalSec=0",
+            "KillMode=process",
+            "Wants=aops-agents.service aops-spa.service",
+            "WantedBy=multi-user.target",
+            "SuccessExitStatus=100",
+            "RestartPreventExitStatus=100",
+        ] {
+            assert!(spm.lines().any(|found| found == line), "{line}\n{spm}");
+        }
+        for line in
+            ["ExecStart=\"/opt/aops/bin/aops-spa\" --home \"/opt/aops\" --service systemd", "After=aops-spm.service"]
+        {
+            assert!(spa.lines().any(|found| found == line), "{line}\n{spa}");
+        }
+        assert!(!spa.contains("ExecStop"));
+        assert!(agents.lines().any(|found| found == "Before=aops-spm.service aops-spa.service"), "{agents}");
+        for unit in [agents, spm, spa] {
+            assert!(!unit.contains('@'), "{unit}");
+        }
+    }
+
+    #[test]
+    fn another_home_has_units_of_its_own_and_is_quoted() {
+        let home = Home::new("/srv/my home/100%/a$b");
+        let [_, spm, _] = texts(&home);
+        assert!(spm.contains(
+            r#"ExecStart="/srv/my home/100%%/a$b/bin/aops-spm" --home "/srv/my home/100%%/a$$b" --service systemd"#
+        ));
+        assert!(spm.contains(&format!("Wants={}.service {}.service", home.agents_unit(), home.unit(Role::Spa))));
+        for refused in ["/srv/a\"b", "/srv/a'b", "/srv/a\\b"] {
+            assert!(files(&Home::new(refused)).unwrap_err().to_string().contains("--service none"));
+        }
+        assert!(files(&Home::new("/srv/a\nb")).is_err());
+    }
+
+    #[test]
+    fn a_unit_says_which_program_it_starts() {
+        for root in ["/opt/aops", "/srv/my home/100%/a$b"] {
+            let home = Home::new(root);
+            let [agents, spm, spa] = texts(&home);
+            assert_eq!(started(&agents), Some(home.executable()));
+            assert_eq!(started(&spm), Some(home.role_link("aops-spm")));
+            assert_eq!(started(&spa), Some(home.role_link("aops-spa")));
+        }
+        assert_eq!(started("ExecStart=/srv/a/bin/aops-spm --home /srv/a\n"), Some("/srv/a/bin/aops-spm".into()));
+        assert_eq!(started("[Service]\n"), None);
+    }
+
+    #[test]
+    fn a_unit_of_ours_is_called_by_its_program() {
+        for (unit, program) in
+            [("aops-spm", "aops-spm"), ("aops-spa-0123abcd", "aops-spa"), ("aops-agents-0123abcd", "aops-agents")]
+        {
+            assert_eq!(program_of(unit), Some(program));
+        }
+        for other in ["aops-spm-0123abc", "aops-spm-backup1", "aops-spms", "aops", "aops-spm-0123abcd-x"] {
+            assert_eq!(program_of(other), None, "{other}");
+        }
+    }
+}

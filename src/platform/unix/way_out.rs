@@ -1,0 +1,126 @@
+//! The way out of the cgroups of whoever starts a role: it is to outlive them, and their limits are not its own.
+//!
+//! ```text
+//! what service managers track services by (v2; name=systemd of v1)    <hierarchy>/<key>/roles    beside the groups of the sub-agents
+//! a controller of v1                                                  its root
+//! ```
+//!
+//! Where the starter is in the root already, or in a group of the home's own, there is nothing to leave: out of a sub-agent's a role goes by
+//! itself when it starts ([`super::Groups::leave`]), whoever started it. Where it may not write there (no root, a read-only mount), the role
+//! stays where it was started, which is no error.
+
+use std::ffi::CString;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::group::{self, Hierarchy};
+
+/// Beside `agent-<name>`, and no sub-agent's.
+const ROLES: &str = "roles";
+
+/// Makes a command leave the cgroups that it is started in. `key` names the home, as for its sub-agents' groups.
+pub fn leave_groups(command: &mut Command, key: &str) {
+    let memberships = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let place = group::place(key);
+    let ways: Vec<Vec<CString>> = group::mounted()
+        .iter()
+        .filter(|found| !is_free(found, &memberships, &place))
+        .map(|found| doors(found, &place))
+        .collect();
+    let in_child = move || {
+        for doors in &ways {
+            // The first that lets it in.
+            let _ = doors.iter().any(|door| {
+                let opened = rustix::fs::open(door.as_c_str(), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+                opened.is_ok_and(|door| rustix::io::write(&door, b"0").is_ok())
+            });
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes raw system calls alone; all that it uses was allocated before the fork.
+    unsafe { command.pre_exec(in_child) };
+}
+
+/// Takes the groups away that roles have had, where nobody lives in them, and their place with the last one.
+pub fn remove_role_groups(key: &str) {
+    let place = group::place(key);
+    for group in group::mounted().iter().filter_map(|found| own(found, &place)) {
+        let _ = fs::remove_dir(&group);
+        let _ = group.parent().map(fs::remove_dir);
+    }
+}
+
+/// The roles' own group in a hierarchy by which services are tracked.
+fn own(hierarchy: &Hierarchy, place: &str) -> Option<PathBuf> {
+    let tracks = hierarchy.options.as_ref().is_none_or(|options| options.iter().any(|option| option == "name=systemd"));
+    tracks.then(|| hierarchy.mount.join(place).join(ROLES))
+}
+
+/// What the child writes itself into, best first.
+fn doors(hierarchy: &Hierarchy, place: &str) -> Vec<CString> {
+    let own = own(hierarchy, place).filter(|group| fs::create_dir_all(group).is_ok());
+    let groups = own.into_iter().chain([hierarchy.mount.clone()]);
+    groups.filter_map(|group| CString::new(group.join("cgroup.procs").as_os_str().as_bytes()).ok()).collect()
+}
+
+/// Whether this process is in nobody else's group of a hierarchy, as far as it is mounted here (`number:controllers:path`, cgroups(7)).
+fn is_free(hierarchy: &Hierarchy, memberships: &str, place: &str) -> bool {
+    let path = memberships.lines().find_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        let is_it = match &hierarchy.options {
+            None => controllers.is_empty(),
+            Some(options) => controllers.split(',').any(|one| options.iter().any(|option| option == one)),
+        };
+        is_it.then_some(Path::new(path))
+    });
+    // One of which nothing is said holds nobody.
+    path.is_none_or(|path| path == hierarchy.root || path.starts_with(hierarchy.root.join(place)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hierarchy(options: Option<&[&str]>, root: &str, mount: &Path) -> Hierarchy {
+        let options = options.map(|options| options.iter().map(|option| (*option).to_owned()).collect());
+        Hierarchy { mount: mount.to_owned(), root: root.into(), options }
+    }
+
+    #[test]
+    fn nothing_is_left_where_the_starter_is_in_the_root_or_in_a_group_of_ours() {
+        let memberships =
+            "9:name=systemd:/system.slice/tool.service\n4:cpu,cpuacct:/\n3:memory:/docker/abc\n0::/k/agent-a\n";
+        let is_free = |options: Option<&[&str]>, root, place| {
+            is_free(&hierarchy(options, root, Path::new("/x")), memberships, place)
+        };
+        assert!(!is_free(Some(&["rw", "xattr", "name=systemd"]), "/", "k"));
+        assert!(is_free(Some(&["cpuacct", "cpu"]), "/", "k"));
+        // A container sees its part alone.
+        assert!(is_free(Some(&["memory"]), "/docker/abc", "k"));
+        assert!(!is_free(Some(&["memory"]), "/", "k"));
+        assert!(is_free(Some(&["freezer"]), "/", "k"));
+        assert!(is_free(None, "/", "k"));
+        assert!(!is_free(None, "/", "k2"), "another home's");
+    }
+
+    #[test]
+    fn services_are_tracked_by_some_hierarchies_and_limited_by_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let doors = |options: Option<&[&str]>, root: &Path| -> Vec<String> {
+            let found = doors(&hierarchy(options, "/", root), "k");
+            found.into_iter().map(|door| door.into_string().unwrap()).collect()
+        };
+        let mount = directory.path();
+        let at = |path: &str| mount.join(path).display().to_string();
+        assert_eq!(doors(Some(&["memory"]), mount), [at("cgroup.procs")]);
+        for tracks in [None, Some(&["name=systemd"][..])] {
+            assert_eq!(doors(tracks, mount), [at("k/roles/cgroup.procs"), at("cgroup.procs")]);
+        }
+        assert_eq!(doors(None, Path::new("/nowhere/at/all\0")), Vec::<String>::new());
+    }
+}
