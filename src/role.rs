@@ -65,7 +65,7 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
     ] {
         command.env_remove(name);
     }
-    platform::detach(&mut command);
+    platform::leave_caller(&mut command);
     command.spawn().with_context(|| format!("cannot start {}", program.display()))
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::core::service_manager::Notice;
 
 mod access;
+mod caller;
 mod clone;
 mod group;
 mod launch;
@@ -17,6 +18,7 @@ mod own_record;
 mod process;
 
 pub use access::{close_to_others, weakness, weakness_on_the_way};
+pub use caller::{leave_caller, leave_caller_as};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;

@@ -24,7 +24,7 @@ impl Sentinel {
         let mut command = Command::new(home.backup_executable());
         command.args(["spa", "--home"]).arg(home.root()).arg("--sentinel");
         command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        platform::detach(&mut command);
+        platform::leave_caller(&mut command);
         let spawned = command.spawn().inspect_err(|error| {
             tracing::warn!(error = %error, "nothing starts the watchdog again if the new manager ends it");
         });

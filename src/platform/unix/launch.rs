@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! manager   clone3 into the group ──── goes on, and hears the pipe's end ───▶ runs, or what could not be done
-//! child     └▶ session, output, directory, record (renamed into place), user, exec ┘
+//! child     └▶ session, output, directory, record (renamed into place), leaves the caller, user, exec ┘
 //! ```
 //!
 //! The standard library's `Command` cannot begin a process in a cgroup, and to move it there afterwards takes a grace period of the
@@ -29,6 +29,7 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::caller::Leaving;
 use super::clone;
 use super::group::{Group, is_gone};
 use super::own_record::{own_start_time, write_record};
@@ -248,6 +249,7 @@ struct Plan<'a> {
     output: BorrowedFd<'a>,
     null: OwnedFd,
     group: Option<GroupPlan>,
+    leaving: Leaving,
     user: Option<(Vec<Gid>, Gid, Uid)>,
 }
 
@@ -293,6 +295,7 @@ impl<'a> Plan<'a> {
             output: launch.output.as_fd(),
             null: rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
             group,
+            leaving: Leaving::prepare(),
             user,
         })
     }
@@ -332,7 +335,6 @@ impl<'a> Plan<'a> {
     /// Gives when this process started.
     fn prepare(&self, group: Option<&GroupPlan>) -> rustix::io::Result<u64> {
         rustix::process::setsid()?;
-        rustix::process::umask(Mode::from_raw_mode(0o022));
         rustix::stdio::dup2_stdin(&self.null)?;
         rustix::stdio::dup2_stdout(self.output)?;
         rustix::stdio::dup2_stderr(self.output)?;
@@ -342,6 +344,8 @@ impl<'a> Plan<'a> {
         let start_time = own_start_time().unwrap_or_default();
         let group = group.map(|group| group.name.as_slice());
         let _ = write_record(&self.spare, &self.record, self.head, start_time, group);
+        // Behind what needs more descriptors than a program may have open.
+        self.leaving.carry_out();
         if let Some((groups, gid, uid)) = &self.user {
             set_thread_groups(groups)?;
             set_thread_gid(*gid)?;
@@ -354,13 +358,8 @@ impl<'a> Plan<'a> {
     ///
     /// As for [`Plan::carry_out`].
     unsafe fn execute(&self, words: &Words<'_>) -> Errno {
-        // SAFETY: a set of signals of our own; the arrays end with a null and outlive the call, which returns only when it failed.
+        // SAFETY: the arrays end with a null and outlive the call, which returns only when it failed.
         unsafe {
-            // We ignore SIGPIPE, and hold signals back; a program expects neither.
-            libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-            let mut none = std::mem::zeroed();
-            libc::sigemptyset(&mut none);
-            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
             libc::execve(self.program.as_ptr(), words.arguments(), words.environment.as_ptr());
             let error = last_error();
             if error == Errno::NOEXEC {

@@ -11,9 +11,7 @@ use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use rustix::fs::Mode;
 use rustix::process::{Pid, PidfdFlags, Signal};
-use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -292,26 +290,7 @@ pub fn find_user(name: &str) -> io::Result<User> {
     Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
 }
 
-/// As [`detach`], and as another user where one is given.
-pub fn detach_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
-    let groups: Vec<_> =
-        user.iter().flat_map(|user| &user.groups).map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
-    let in_child = move || {
-        rustix::process::setsid()?;
-        rustix::process::umask(Mode::from_raw_mode(0o022));
-        if let Some(user) = &user {
-            set_thread_groups(&groups)?;
-            set_thread_gid(rustix::process::Gid::from_raw(user.gid))?;
-            set_thread_uid(rustix::process::Uid::from_raw(user.uid))?;
-        }
-        Ok(())
-    };
-    // SAFETY: the closure runs in the forked child and makes raw system calls alone; all that it uses was allocated before the fork.
-    unsafe { command.pre_exec(in_child) };
-    Ok(())
-}
-
-/// Kills what is left of the group that a detached child of ours leads or led. The child must not have been waited for yet: until then
+/// Kills what is left of the group that a child of ours leads or led that left its caller. The child must not have been waited for yet: until then
 /// its number is nobody else's.
 pub fn kill_group(child: u32) {
     if let Some(group) = Pid::from_raw(child as i32) {
@@ -324,16 +303,6 @@ pub fn is_shortage(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let shortages = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
     error.raw_os_error().is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
-}
-
-/// Makes a command begin a session of its own, so that it outlives us and our terminal.
-pub fn detach(command: &mut Command) {
-    let in_child = || {
-        rustix::process::setsid()?;
-        Ok(())
-    };
-    // SAFETY: one system call between fork and exec.
-    unsafe { command.pre_exec(in_child) };
 }
 
 /// Makes what our sub-agents orphan ours instead of init's, so that the dead among them can be reaped at once: a `control` script that asks

@@ -25,8 +25,7 @@ use windows_sys::Win32::System::Diagnostics::ToolHelp::{
     CreateToolhelp32Snapshot, TH32CS_SNAPTHREAD, THREADENTRY32, Thread32First, Thread32Next,
 };
 use windows_sys::Win32::System::Threading::{
-    CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, CREATE_SUSPENDED, GetExitCodeProcess, OpenThread, ResumeThread,
-    THREAD_SUSPEND_RESUME, TerminateProcess,
+    CREATE_SUSPENDED, GetExitCodeProcess, OpenThread, ResumeThread, THREAD_SUSPEND_RESUME, TerminateProcess,
 };
 
 use super::group::{ENDED_BY_US, Group};
@@ -59,7 +58,7 @@ fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
     suspended.args(command.get_args()).env_clear();
     suspended.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     suspended.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
-    suspended.creation_flags(CREATE_SUSPENDED | CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+    suspended.creation_flags(CREATE_SUSPENDED | process::LEAVING);
     if let Some(directory) = command.get_current_dir() {
         suspended.current_dir(directory);
     }

@@ -17,8 +17,9 @@ use windows_sys::Win32::System::Diagnostics::ToolHelp::{
 use windows_sys::Win32::System::ProcessStatus::{GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS};
 use windows_sys::Win32::System::SystemInformation::{GetSystemTimeAsFileTime, GetTickCount64};
 use windows_sys::Win32::System::Threading::{
-    CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, GetExitCodeProcess, GetProcessTimes, OpenProcess,
-    PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW,
+    CREATE_DEFAULT_ERROR_MODE, CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW, GetExitCodeProcess, GetProcessTimes,
+    NORMAL_PRIORITY_CLASS, OpenProcess, PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE,
+    QueryFullProcessImageNameW,
 };
 
 use super::watch;
@@ -248,17 +249,23 @@ pub fn find_user(name: &str) -> io::Result<User> {
     ))
 }
 
-/// Makes a command outlive us and our console.
-pub fn detach(command: &mut Command) {
-    command.creation_flags(CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+/// How a process begins that is to have nothing of its caller's: it hears of no key that is pressed in the caller's console, which it
+/// outlives, and has neither its priority nor its way of showing errors.
+pub(super) const LEAVING: u32 =
+    CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_DEFAULT_ERROR_MODE | NORMAL_PRIORITY_CLASS;
+
+/// Makes a command leave the caller: what it runs outlives us and our console, and nothing of who started us remains in it but the
+/// environment, directory and standard streams that the command itself says, and the CPUs that it may run on.
+pub fn leave_caller(command: &mut Command) {
+    command.creation_flags(LEAVING);
 }
 
-/// As [`detach`]; as another user, nothing can be run yet.
-pub fn detach_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
+/// The same; as another user, nothing can be run yet.
+pub fn leave_caller_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
     if user.is_some() {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
     }
-    detach(command);
+    leave_caller(command);
     Ok(())
 }
 

@@ -122,7 +122,7 @@ async fn spawn(
         if is_read {
             command.stdout(Stdio::piped());
         }
-        platform::detach_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
+        platform::leave_caller_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
         match Command::from(command).kill_on_drop(true).spawn() {
             Ok(child) => return Ok(Asked { child, home: start.home.clone(), agent: start.name.clone() }),
             Err(error) => match busy.pause(&error) {

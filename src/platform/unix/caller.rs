@@ -1,0 +1,350 @@
+//! Leaving the caller: what a process inherits of whoever started us, and of ourselves, is reset before its program runs.
+//!
+//! ```text
+//! session               a new one, without a terminal
+//! signals               none ignored, none blocked
+//! umask                 022
+//! descriptors           the three standard streams
+//! limits (setrlimit)    those of the host's first process, which no caller started; open files 1024, and 524288 at the most; no core files
+//! priority              policy `other`, nice 0, no I/O priority of its own, every CPU and memory node that its cgroup allows
+//! OOM score adjustment  0
+//! others                timer slack 50 µs; randomized addresses; transparent huge pages; a session keyring of its own
+//! ```
+//!
+//! What takes privileges stays as it is where we have none, and is no error: a higher priority, a higher hard limit. What can never be
+//! taken back stays, too: the user and groups, capabilities, `no_new_privs`, seccomp filters, namespaces, the security label.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::num::NonZeroU64;
+use std::os::fd::BorrowedFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use rustix::fs::{Mode, OFlags, RawDir};
+use rustix::io::FdFlags;
+use rustix::process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit};
+use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
+
+use super::process::User;
+
+/// Open files. More than that by itself harms programs that go by this number (select(2), loops over all descriptors); those that want
+/// more raise it themselves, up to the hard limit.
+const OPEN_FILES: u64 = 1024;
+/// systemd gives services no higher hard limit; its own is a thousand times that.
+const MOST_OPEN_FILES: u64 = 512 << 10;
+/// The kernel's own default, nanoseconds.
+const TIMER_SLACK: NonZeroU64 = NonZeroU64::new(50_000).unwrap();
+/// The last of the kernel's signals.
+const LAST_SIGNAL: libc::c_int = 64;
+/// Of personality(2): asks for the present one.
+const ASK: libc::c_ulong = 0xFFFF_FFFF;
+/// Which kind of system it imitates, which a container of another width needs; the rest are flags, for debuggers.
+const KIND: libc::c_ulong = 0xFF;
+
+/// The limits by the names that the kernel gives them (proc_pid_limits(5)).
+const LIMITS: [(&str, Resource); 16] = [
+    ("Max cpu time", Resource::Cpu),
+    ("Max file size", Resource::Fsize),
+    ("Max data size", Resource::Data),
+    ("Max stack size", Resource::Stack),
+    ("Max core file size", Resource::Core),
+    ("Max resident set", Resource::Rss),
+    ("Max processes", Resource::Nproc),
+    ("Max open files", Resource::Nofile),
+    ("Max locked memory", Resource::Memlock),
+    ("Max address space", Resource::As),
+    ("Max file locks", Resource::Locks),
+    ("Max pending signals", Resource::Sigpending),
+    ("Max msgqueue size", Resource::Msgqueue),
+    ("Max nice priority", Resource::Nice),
+    ("Max realtime priority", Resource::Rtprio),
+    ("Max realtime timeout", Resource::Rttime),
+];
+
+/// Makes a command leave the caller: what it runs outlives us and our terminal, and nothing of who started us remains in it but the
+/// environment, directory and standard streams that the command itself says.
+pub fn leave_caller(command: &mut Command) {
+    leave(command, None);
+}
+
+/// The same, as another user where one is given.
+pub fn leave_caller_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
+    leave(command, user);
+    Ok(())
+}
+
+fn leave(command: &mut Command, user: Option<User>) {
+    let leaving = Leaving::prepare();
+    let user = user.map(|user| {
+        let groups: Vec<_> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+        (groups, Gid::from_raw(user.gid), Uid::from_raw(user.uid))
+    });
+    let in_child = move || {
+        rustix::process::setsid()?;
+        leaving.carry_out();
+        if let Some((groups, gid, uid)) = &user {
+            set_thread_groups(groups)?;
+            set_thread_gid(*gid)?;
+            set_thread_uid(*uid)?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes raw system calls alone; all that it uses was allocated before the fork.
+    unsafe { command.pre_exec(in_child) };
+}
+
+/// What a child needs to leave the caller, made before it is there.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Leaving {
+    limits: &'static [(Resource, Rlimit)],
+}
+
+impl Leaving {
+    pub(super) fn prepare() -> Leaving {
+        static LIMITS: OnceLock<Vec<(Resource, Rlimit)>> = OnceLock::new();
+        // Where they cannot be read, the limits stay as they are.
+        let read = || usual_limits(&std::fs::read_to_string("/proc/1/limits").unwrap_or_default());
+        Leaving { limits: LIMITS.get_or_init(read) }
+    }
+
+    /// Done by the child itself, in a session of its own already, before its program runs and before it takes another user's rights. It
+    /// allocates nothing, takes no lock, and may run in the memory of its parent. What is refused stays as it is.
+    pub(super) fn carry_out(self) {
+        rustix::process::umask(Mode::from_raw_mode(0o022));
+        close_on_exec();
+        set_priority();
+        join_new_keyring();
+        let _ = rustix::thread::set_current_timer_slack(Some(TIMER_SLACK));
+        // SAFETY: takes and gives plain numbers.
+        unsafe {
+            let personality = libc::personality(ASK);
+            if personality != -1 && personality as libc::c_ulong & !KIND != 0 {
+                libc::personality(personality as libc::c_ulong & KIND);
+            }
+            libc::prctl(libc::PR_SET_THP_DISABLE, 0, 0, 0, 0);
+        }
+        for (resource, limit) in self.limits {
+            set_limit(*resource, *limit);
+        }
+        reset_signals();
+    }
+}
+
+/// What this process's program does not get: every descriptor but the standard streams. They are closed when it runs, since until then
+/// some are needed.
+fn close_on_exec() {
+    /// Of close_range(2), Linux 5.11.
+    const CLOEXEC: libc::c_uint = 4;
+    // SAFETY: takes plain numbers, and changes flags of our own descriptors.
+    if unsafe { libc::syscall(libc::SYS_close_range, 3 as libc::c_uint, libc::c_uint::MAX, CLOEXEC) } == 0 {
+        return;
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(directory) = rustix::fs::open(c"/proc/self/fd", flags, Mode::empty()) else { return };
+    let mut buffer = [MaybeUninit::uninit(); 2048];
+    let mut entries = RawDir::new(&directory, &mut buffer);
+    while let Some(Ok(entry)) = entries.next() {
+        let number = entry.file_name().to_bytes().iter().try_fold(0_i32, |number, digit| match digit {
+            b'0'..=b'9' => number.checked_mul(10)?.checked_add(i32::from(digit - b'0')),
+            _ => None,
+        });
+        if let Some(number) = number.filter(|number| *number > 2) {
+            // SAFETY: it is open as long as its flag is set; nobody else is in this process.
+            let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+            let _ = rustix::io::fcntl_setfd(descriptor, FdFlags::CLOEXEC);
+        }
+    }
+}
+
+/// CPU, I/O and memory: nothing is preferred or neglected, and no CPU or memory node is left out.
+fn set_priority() {
+    /// Of ioprio_set(2): this process.
+    const PROCESS: libc::c_int = 1;
+    let (normal, every): (libc::c_int, [usize; 128]) = (0, [usize::MAX; 128]);
+    // SAFETY: takes numbers, and arrays of our own with their sizes, which are read alone.
+    unsafe {
+        libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_OTHER, &raw const normal);
+        libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&every), every.as_ptr());
+        libc::syscall(libc::SYS_ioprio_set, PROCESS, 0, 0);
+        libc::syscall(libc::SYS_set_mempolicy, libc::MPOL_DEFAULT, std::ptr::null::<libc::c_ulong>(), 0);
+    }
+    let _ = rustix::process::setpriority_process(None, 0);
+    if let Ok(file) = rustix::fs::open(c"/proc/self/oom_score_adj", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
+        let _ = rustix::io::write(&file, b"0");
+    }
+}
+
+/// The keys of a login are that login's.
+fn join_new_keyring() {
+    /// Of keyctl(2).
+    const JOIN_SESSION_KEYRING: libc::c_int = 1;
+    // SAFETY: without a name, a new keyring is made for this process.
+    unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>()) };
+}
+
+/// The hard limit is raised where we may; where not, it stays, and the soft one below it.
+fn set_limit(resource: Resource, wanted: Rlimit) {
+    if setrlimit(resource, wanted).is_ok() {
+        return;
+    }
+    let maximum = least(wanted.maximum, getrlimit(resource).maximum);
+    let _ = setrlimit(resource, Rlimit { current: least(wanted.current, maximum), maximum });
+}
+
+/// `None` is unlimited.
+fn least(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+    one.into_iter().chain(other).min()
+}
+
+/// Every signal does again what it does by itself, and is let in.
+fn reset_signals() {
+    /// The size of the kernel's set of signals.
+    const SET: usize = 8;
+    // The C libraries keep some signals to themselves, so the kernel is asked itself; for it all zero is the default (`SIG_DFL`).
+    let (default, none) = ([0_u64; 8], [0_u64; SET / 8]);
+    for signal in 1..=LAST_SIGNAL {
+        // SAFETY: the action is larger than any of the kernel's, and read alone; KILL and STOP have none, which fails.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), SET);
+        }
+    }
+    // SAFETY: a set of our own, which is read alone.
+    unsafe {
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut::<u64>(), SET);
+    }
+}
+
+/// The limits to be given, from those of the host's first process. That raises its own (systemd), where more is not better for all.
+fn usual_limits(of_first: &str) -> Vec<(Resource, Rlimit)> {
+    let limit = |text: &str| match text {
+        "unlimited" => Some(None),
+        number => number.parse().ok().map(Some),
+    };
+    let parse = |line: &str| {
+        let (name, resource) = LIMITS.into_iter().find(|(name, _)| line.starts_with(name))?;
+        let mut words = line[name.len()..].split_whitespace();
+        let (current, maximum) = (limit(words.next()?)?, limit(words.next()?)?);
+        let usual = match resource {
+            Resource::Core => Rlimit { current: Some(0), maximum },
+            Resource::Nofile => {
+                let maximum = least(maximum, Some(MOST_OPEN_FILES));
+                Rlimit { current: least(current, least(maximum, Some(OPEN_FILES))), maximum }
+            }
+            _ => Rlimit { current, maximum },
+        };
+        Some((resource, usual))
+    };
+    of_first.lines().filter_map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Stdio;
+
+    use super::*;
+
+    /// As a shell leaves it that was told `nohup`, `nice`, `taskset`, `ulimit`, `setarch -R`, and more.
+    fn spoil() -> io::Result<()> {
+        rustix::process::umask(Mode::from_raw_mode(0o077));
+        let _ = rustix::process::setpriority_process(None, 7);
+        let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1_000_000_000));
+        let small = Rlimit { current: Some(128), maximum: Some(128) };
+        let file_size = Rlimit { current: Some(1 << 30), maximum: getrlimit(Resource::Fsize).maximum };
+        (setrlimit(Resource::Nofile, small)?, setrlimit(Resource::Fsize, file_size)?);
+        let mut first = [0_usize; 128];
+        first[0] = 1;
+        // SAFETY: plain numbers, and arrays of our own.
+        unsafe {
+            libc::signal(libc::SIGHUP, libc::SIG_IGN);
+            libc::signal(libc::SIGQUIT, libc::SIG_IGN);
+            let blocked = [1_u64 << (libc::SIGUSR1 - 1)];
+            libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, blocked.as_ptr(), std::ptr::null_mut::<u64>(), 8);
+            libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&first), first.as_ptr());
+            libc::syscall(libc::SYS_ioprio_set, 1, 0, 2 << 13 | 7);
+            libc::personality(0x004_0000);
+            // It stays open in what runs.
+            libc::dup2(0, 77);
+        }
+        std::fs::write("/proc/self/oom_score_adj", "700")
+    }
+
+    /// What a program says that was started so.
+    fn said(words: &[&str], prepare: impl FnOnce(&mut Command)) -> String {
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::piped());
+        // SAFETY: the child makes system calls; no other thread of it needs what it allocates.
+        unsafe { command.pre_exec(spoil) };
+        prepare(&mut command);
+        let output = command.spawn().unwrap().wait_with_output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn field<'a>(text: &'a str, name: &str) -> &'a str {
+        text.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim()
+    }
+
+    fn words(text: &str, name: &str, count: usize) -> Vec<String> {
+        field(text, name).split_whitespace().take(count).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn nothing_of_the_caller_is_left() {
+        let of_self = ["status", "oom_score_adj", "timerslack_ns", "personality", "limits"];
+        let paths = of_self.map(|name| format!("/proc/self/{name}"));
+        let look: Vec<&str> = ["cat"].into_iter().chain(paths.iter().map(String::as_str)).collect();
+        let (spoilt, clean) = (said(&look, |_| {}), said(&look, leave_caller));
+        // What is looked for is there where the caller is not left.
+        let bits = |text: &str, name: &str| u64::from_str_radix(field(text, name), 16).unwrap();
+        assert_eq!((bits(&spoilt, "SigIgn:") & 5, bits(&spoilt, "SigBlk:") & 0x200), (5, 0x200));
+        assert_eq!((bits(&clean, "SigIgn:"), bits(&clean, "SigBlk:")), (0, 0));
+        let of_first = std::fs::read_to_string("/proc/1/status").unwrap();
+        assert_eq!(field(&spoilt, "Cpus_allowed_list:"), "0");
+        assert_eq!(field(&clean, "Cpus_allowed_list:"), field(&of_first, "Cpus_allowed_list:"));
+        let has = |text: &str, line: &str| text.lines().any(|found| found == line);
+        for (left, reset) in
+            [("Umask:\t0077", "Umask:\t0022"), ("700", "0"), ("1000000000", "50000"), ("00040000", "00000000")]
+        {
+            assert!(has(&spoilt, left) && !has(&spoilt, reset), "{left}: {spoilt}");
+            assert!(has(&clean, reset) && !has(&clean, left), "{reset}: {clean}");
+        }
+        let limits = std::fs::read_to_string("/proc/1/limits").unwrap();
+        let size = |text: &str| words(text, "Max file size", 1);
+        assert_eq!((size(&spoilt) == size(&limits), size(&clean)), (false, size(&limits)));
+        assert_eq!(words(&clean, "Max core file size", 1), ["0"]);
+        let usual = usual_limits(&limits).into_iter().find(|(resource, _)| *resource == Resource::Nofile).unwrap().1;
+        let usual = [usual.current, usual.maximum].map(|limit| limit.unwrap().to_string());
+        // Which is raised with that privilege alone, and root may be without it (capabilities(7)).
+        let may_raise = bits(&clean, "CapEff:") & 1 << 24 != 0;
+        let expected = if may_raise { usual } else { ["128", "128"].map(str::to_owned) };
+        assert_eq!(words(&clean, "Max open files", 2), expected);
+        if bits(&clean, "CapEff:") & 1 << 23 != 0 {
+            let nice = |prepare: fn(&mut Command)| said(&["nice"], prepare).trim().to_owned();
+            assert_eq!((nice(|_| {}), nice(leave_caller)), ("7".to_owned(), "0".to_owned()));
+        }
+        let open = |prepare: fn(&mut Command)| has(&said(&["ls", "/proc/self/fd"], prepare), "77");
+        assert_eq!((open(|_| {}), open(leave_caller)), (true, false));
+    }
+
+    #[test]
+    fn limits_are_those_of_the_first_process_without_what_that_raised_for_itself() {
+        let text = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                    Max file size             unlimited            unlimited            bytes     \n\
+                    Max stack size            8388608              unlimited            bytes     \n\
+                    Max core file size        unlimited            unlimited            bytes     \n\
+                    Max open files            1073741816           1073741816           files     \n\
+                    Max unknown               1                    2                    \n";
+        let limit = |current, maximum| Rlimit { current, maximum };
+        let expected = [
+            (Resource::Fsize, limit(None, None)),
+            (Resource::Stack, limit(Some(8 << 20), None)),
+            (Resource::Core, limit(Some(0), None)),
+            (Resource::Nofile, limit(Some(1024), Some(512 << 10))),
+        ];
+        assert_eq!(usual_limits(text), expected);
+        let container = "Max open files            200                  300                  files     \n";
+        assert_eq!(usual_limits(container), [(Resource::Nofile, limit(Some(200), Some(300)))]);
+    }
+}
