@@ -3,6 +3,7 @@
 mod adoption;
 mod attacks;
 mod busy_disk;
+mod callers;
 mod chaos;
 mod disk;
 mod downloads;
