@@ -31,5 +31,6 @@ mod sub_agents;
 mod support;
 mod trees;
 mod trust;
+mod unmarked;
 mod upgrades;
 mod upgrades_host;

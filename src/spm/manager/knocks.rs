@@ -194,7 +194,7 @@ impl Manager {
     }
 
     pub(super) fn status(&self, now: Instant) -> Status {
-        let agents: Vec<_> = self.agents.values().map(|agent| agent.status(now)).collect();
+        let agents: Vec<_> = self.agents.values().map(|agent| agent.status(self.groups.as_ref(), now)).collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
         if self.peer.stopped_by_operator {
             problems.push("the watchdog's unit was stopped by an operator; `control start` starts it again".to_owned());
