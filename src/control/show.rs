@@ -70,6 +70,12 @@ pub(super) fn print(status: &Status, json: bool) -> Result<()> {
             if let Some(download) = &agent.download {
                 result!(" {}: {}", agent.name, progress(download));
             }
+            if let (true, Some(pid)) = (agent.outside_group, agent.pid) {
+                result!(
+                    " {}: process {pid} runs outside of its cgroup; it is supervised by its pid, and a stop ends it with its session and its descendants",
+                    agent.name
+                );
+            }
             if let Some(error) = &agent.last_error {
                 result!(" {}: {error}", agent.name);
             }

@@ -121,6 +121,9 @@ pub struct AgentStatus {
     pub restarts: u64,
     pub memory_bytes: Option<u64>,
     pub last_error: Option<String>,
+    /// Its process lives outside of the group that was made for it, where other sub-agents have theirs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub outside_group: bool,
     /// Of the release that is being staged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub download: Option<DownloadStatus>,

@@ -18,7 +18,7 @@ use crate::core::program::Program;
 use crate::core::text::hex;
 use crate::home::Home;
 use crate::installation::guard;
-use crate::platform::{self, Child, Group, Groups, Launch};
+use crate::platform::{self, Child, Group, Groups, Launch, Seen};
 use crate::store;
 
 /// A manifest is refused beyond this.
@@ -100,6 +100,14 @@ impl Start {
         child.grouped.then_some(group)
     }
 
+    /// The record of a process that was found.
+    pub fn record_of(&self, process: &Seen) -> Record {
+        let group = self.group().filter(|group| group.members().is_ok_and(|members| members.contains(&process.pid)));
+        let group = group.map(|group| group.name());
+        let Seen { pid, start_time, .. } = *process;
+        Record { head: self.head(), pid, start_time, group, session: None, ended: None }
+    }
+
     pub fn head(&self) -> Head {
         Head {
             format: 1,
@@ -112,6 +120,7 @@ impl Start {
             grace_seconds: self.program.grace().as_secs(),
             kill_mode: self.program.kill_mode(),
             boot_id: platform::boot_id().to_owned(),
+            unseen: false,
         }
     }
 
@@ -228,7 +237,7 @@ pub async fn start_native(start: &Start, manifest: &Manifest, output: File) -> R
         }
     };
     let group = start.entered(&launch, &child);
-    let record = Record { head, pid: child.pid, start_time: child.start_time, group, ended: None };
+    let record = Record { head, pid: child.pid, start_time: child.start_time, group, session: None, ended: None };
     Ok((child, record))
 }
 

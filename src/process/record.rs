@@ -14,7 +14,7 @@ use crate::core::manifest::{KillMode, StopSignal};
 use crate::core::model::{AgentName, Version};
 use crate::core::program::Kind;
 use crate::home::Home;
-use crate::platform::Group;
+use crate::platform::{Group, Seen};
 use crate::{platform, store};
 
 /// What is known of a process before it is there.
@@ -33,6 +33,9 @@ pub struct Head {
     pub grace_seconds: u64,
     pub kill_mode: KillMode,
     pub boot_id: String,
+    /// It is `control start`'s own, and no process that this started is known yet, or can be.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unseen: bool,
 }
 
 /// A process that was started.
@@ -47,6 +50,9 @@ pub struct Record {
     /// What holds its process tree; `None`: it began outside of any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// A session that is its own though another process began it, which has ended: a program that forks twice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<u32>,
     /// Its end, where a manager has reported it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
@@ -89,6 +95,15 @@ impl Record {
         self.head.boot_id == platform::boot_id() && self.start_time >= *first
     }
 
+    /// Whether a process lives in a session of its own. The number of one is given to nobody else while anybody lives in it; a process of that
+    /// number that is younger than ours means that it is another's by now.
+    pub fn owns_session_of(&self, process: &Seen, leader: Option<&Seen>) -> bool {
+        let younger = |leader: &Seen| leader.pid != self.pid && leader.start_time > self.start_time;
+        let taken_over = |leader: &Seen| leader.pid == self.pid && leader.start_time != self.start_time;
+        [Some(self.pid), self.session].contains(&Some(process.session))
+            && !leader.is_some_and(|leader| younger(leader) || taken_over(leader))
+    }
+
     /// The group that it began in.
     pub fn group(&self) -> Option<Group> {
         self.group.as_deref().map(Group::named)
@@ -121,6 +136,11 @@ fn read(path: &Path) -> Option<Record> {
             None
         }
     }
+}
+
+/// The record of a sub-agent, where there is one.
+pub fn of(home: &Home, name: &AgentName) -> Option<Record> {
+    read(&home.process_record(name))
 }
 
 /// Every record of a home.
@@ -167,10 +187,14 @@ mod tests {
             grace_seconds: 10,
             kill_mode: KillMode::Process,
             boot_id: "b".into(),
+            unseen: true,
         };
         let mut text = head.text_before_pid().unwrap();
         text.extend_from_slice(b"12,\"startTime\":34,\"group\":\"g\"}\n");
         let record: Record = serde_json::from_slice(&text).unwrap();
-        assert_eq!(record, Record { head, pid: 12, start_time: 34, group: Some("g".into()), ended: None });
+        assert_eq!(
+            record,
+            Record { head, pid: 12, start_time: 34, group: Some("g".into()), session: None, ended: None }
+        );
     }
 }

@@ -2,28 +2,42 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::tree::{Census, Ending, Target, members};
 use super::{record, script};
+use crate::core::model::{AgentName, Version};
 use crate::home::Home;
 use crate::platform;
 
 /// Ends the targets, all at the same time, and returns when nothing of any of them is left. Blocks.
 pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
-    std::thread::scope(|scope| {
-        for target in targets {
-            if let Some(record) = target.script_to_ask() {
-                scope.spawn(|| script::stop(home, record));
-            }
-        }
+    let mut targets = targets.to_vec();
+    let asked: Vec<Result<()>> = std::thread::scope(|scope| {
+        let asks = targets.iter_mut().filter(|target| target.script_to_ask().is_some());
+        let asked: Vec<_> = asks.map(|target| scope.spawn(|| script::stop(home, target))).collect();
+        asked
+            .into_iter()
+            .map(|asked| asked.join().unwrap_or_else(|_| bail!("asking a `control` script failed")))
+            .collect()
     });
-    let mut ending = Ending::of(home, targets);
+    let mut ending = Ending::of(home, &targets);
     while let Some(pause) = ending.look()? {
         platform::pause(pause);
     }
     targets.iter().for_each(Target::remove_groups);
-    Ok(())
+    let errors: Vec<String> = asked.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+    if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("; ")) }
+}
+
+/// Ends what a `control` script of a release says that runs, though nothing of it may be seen. Blocks.
+pub fn end_unseen(home: &Home, name: &AgentName) -> Result<()> {
+    let groups = super::groups(home);
+    let of_it = |(installed, version): (AgentName, Version)| {
+        (installed == *name).then(|| Target::of(name, record::of(home, name), groups.as_ref()).asking(version))
+    };
+    let targets: Vec<Target> = script::installed(home).into_iter().filter_map(of_it).collect();
+    end(home, &targets)
 }
 
 /// Ends every sub-agent of a home and forgets it. Blocks.
@@ -35,12 +49,21 @@ pub fn end_all(home: &Home) -> Result<()> {
 pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
     let groups = super::groups(home);
     let mut targets = Census::take(home, groups.as_ref()).targets;
+    // What is not seen may run all the same: its script knows.
+    for (name, version) in script::installed(home) {
+        match targets.iter().position(|target| target.name == name) {
+            Some(place) => targets[place] = targets[place].clone().asking(version),
+            None => targets.push(Target::of(&name, None, groups.as_ref()).asking(version)),
+        }
+    }
     for target in &mut targets {
         target.grace = target.grace.min(longest_grace);
     }
     let ended = end(home, &targets);
-    // What could not be ended keeps its record, for whoever tries again.
-    for target in targets.iter().filter(|target| ended.is_ok() || members(home, target).is_empty()) {
+    // What could not be ended, or not be seen to end, keeps its record, for whoever tries again.
+    let is_unseen = |target: &Target| record::of(home, &target.name).is_some_and(|record| record.head.unseen);
+    let is_gone = |target: &&Target| ended.is_ok() || members(home, target).is_empty() && !is_unseen(target);
+    for target in targets.iter().filter(is_gone) {
         record::discard(home, &target.name);
     }
     ended
@@ -49,7 +72,6 @@ pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::model::AgentName;
 
     #[test]
     fn what_a_stop_starts_to_clean_up_is_not_told_to_stop() {

@@ -1,8 +1,14 @@
 //! The processes of sub-agents, and their end: the stop signal to every process of the tree, the grace period, then the kill.
 //!
 //! A process belongs to a sub-agent when it lives in its group. What began outside of any group (the host has none, or it could not be
-//! entered), or was moved out of it (a login session, `systemd-run`), belongs by the sub-agent's mark in its environment, or by the session
-//! that the recorded process leads. Where the main process alone is ours, whatever else is there is somebody else's.
+//! entered), or was moved out of it (a login session, `systemd-run`), belongs when
+//!
+//! 1. it is the process that is recorded, by pid and start time, or its script named it ([`claim`](super::claim)),
+//! 2. it lives in a session of that process,
+//! 3. it bears the sub-agent's mark in its environment, which a program may overwrite (one that shows its state in its title does) or clear,
+//! 4. it descends from one of these, or was seen to.
+//!
+//! Where the main process alone is ours, whatever else is there is somebody else's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -11,7 +17,7 @@ use anyhow::{Result, bail};
 
 use super::record::{self, Record};
 use crate::core::manifest::{KillMode, StopSignal};
-use crate::core::model::AgentName;
+use crate::core::model::{AgentName, Version};
 use crate::core::program::Kind;
 use crate::home::Home;
 use crate::platform::{self, Group, Groups, Seen};
@@ -36,6 +42,10 @@ pub struct Target {
     groups: Vec<Group>,
     /// Processes of it may live outside of any group: every process of the host is looked at.
     scattered: bool,
+    /// The release whose `control` script is asked first.
+    script: Option<Version>,
+    /// Processes that are its own, as its script told or their descent once did, by pid and start time.
+    known: BTreeSet<(u32, u64)>,
 }
 
 impl Target {
@@ -52,7 +62,26 @@ impl Target {
             Some(record) => record.group.is_none() || record.is_alive() && !holds(record.pid),
             None => held.is_empty(),
         };
-        Target { name: name.clone(), record, signal, grace, kill_mode, groups: held, scattered }
+        let is_script = |record: &&Record| record.head.kind == Kind::Script;
+        let script = record.as_ref().filter(is_script).map(|record| record.head.version.clone());
+        let known = BTreeSet::new();
+        Target { name: name.clone(), record, signal, grace, kill_mode, groups: held, scattered, script, known }
+    }
+
+    /// The same target, whose release of that version is asked what runs of it where no record says so.
+    pub fn asking(self, version: Version) -> Target {
+        let script = if self.record.is_none() { Some(version) } else { self.script };
+        Target { script, ..self }
+    }
+
+    /// Takes in that a process is its own.
+    pub fn claim(&mut self, process: &Seen) {
+        self.known.insert((process.pid, process.start_time));
+        self.scattered |= !self.groups_hold(process.pid);
+    }
+
+    fn groups_hold(&self, pid: u32) -> bool {
+        self.groups.iter().any(|group| group.members().is_ok_and(|members| members.contains(&pid)))
     }
 
     /// The same target, of which processes may live outside of any group, too.
@@ -98,20 +127,18 @@ impl Target {
         }
     }
 
-    /// The record of a sub-agent whose own `control` script is to be asked first.
-    pub fn script_to_ask(&self) -> Option<&Record> {
-        self.record.as_ref().filter(|record| record.head.kind == Kind::Script && self.signal != StopSignal::Kill)
+    /// The release whose own `control` script is to be asked first.
+    pub fn script_to_ask(&self) -> Option<&Version> {
+        self.script.as_ref().filter(|_| self.signal != StopSignal::Kill)
     }
 
-    fn holds(&self, process: &Seen, leader_alive: bool) -> bool {
-        let marked = process.mark.as_ref().is_some_and(|mark| mark.name == self.name.as_str());
-        // While a session has members its number is given to nobody else; a process of that number that is not the recorded one means
-        // that the session was another's.
-        let in_session = self
-            .record
-            .as_ref()
-            .is_some_and(|record| process.session == record.pid && (leader_alive || process.pid != record.pid));
-        marked || in_session
+    /// Whether a process is its own, by what is known of that process alone.
+    fn holds(&self, process: &Seen, processes: &[Seen]) -> bool {
+        let marked = || process.mark.as_ref().is_some_and(|mark| mark.name == self.name.as_str());
+        let leader = || processes.iter().find(|leader| leader.pid == process.session);
+        let recorded = self.record.as_ref().filter(|record| record.is_of_this_boot());
+        let in_session = || recorded.is_some_and(|record| record.owns_session_of(process, leader()));
+        self.known.contains(&(process.pid, process.start_time)) || in_session() || marked()
     }
 
     /// Its main process, if that lives.
@@ -138,7 +165,7 @@ impl Target {
 /// The live processes of a sub-agent, oldest first, without those that ask after its health.
 pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
     let scattered = if target.is_scattered() { processes(home) } else { vec![] };
-    let mut members = members_among(home, &scattered, target);
+    let mut members = members_among(home, &scattered, target, &BTreeSet::new());
     members.retain(|process| !process.is_check());
     members
 }
@@ -166,27 +193,48 @@ pub fn is_main(home: &Home, process: &Seen, name: &str) -> bool {
         && platform::first_words(process.pid, 2).iter().any(|word| word.starts_with(&releases))
 }
 
-/// The members of a target: those of its groups, and those among `processes`.
-fn members_among(home: &Home, processes: &[Seen], target: &Target) -> Vec<Seen> {
+/// The members of a target: those of its groups, and those among `processes`. `seen`: what was a member before.
+fn members_among(home: &Home, processes: &[Seen], target: &Target, seen: &BTreeSet<(u32, u64)>) -> Vec<Seen> {
     let mut members: Vec<Seen> = target.main(home).into_iter().collect();
     if target.kill_mode == KillMode::Process {
         return members;
     }
     members.extend(target.grouped(home));
     if target.is_scattered() {
-        let recorded = target.record.as_ref().filter(|record| record.is_of_this_boot());
-        let taken_over =
-            |record: &&Record| !processes.iter().any(|p| p.pid == record.pid && p.start_time != record.start_time);
-        let target = Target { record: recorded.filter(taken_over).cloned(), ..target.clone() };
-        let leader_alive = target
-            .record
-            .as_ref()
-            .is_some_and(|record| processes.iter().any(|p| p.pid == record.pid && p.start_time == record.start_time));
-        members.extend(processes.iter().filter(|process| target.holds(process, leader_alive)).cloned());
+        let was_member = |process: &Seen| seen.contains(&(process.pid, process.start_time));
+        members.extend(
+            processes.iter().filter(|process| was_member(process) || target.holds(process, processes)).cloned(),
+        );
+        add_descendants(home, processes, &mut members);
     }
     members.sort_by_key(|process| (process.start_time, process.pid));
     members.dedup_by_key(|process| process.pid);
     members
+}
+
+/// Adds whatever the members started, but for what one started for somebody else. A role of ours that one of them started is no part of it.
+fn add_descendants(home: &Home, processes: &[Seen], members: &mut Vec<Seen>) {
+    let is_alone = |member: &&Seen| member.mark.as_ref().is_some_and(|mark| mark.main_only);
+    let mut pids: BTreeSet<u32> = members.iter().filter(|member| !is_alone(member)).map(|member| member.pid).collect();
+    loop {
+        let is_new = |process: &&Seen| !pids.contains(&process.pid) && pids.contains(&process.parent);
+        let new: Vec<Seen> = processes
+            .iter()
+            .filter(is_new)
+            .filter(|process| !members.contains(process) && !is_role(home, process.pid))
+            .cloned()
+            .collect();
+        if new.is_empty() {
+            return;
+        }
+        pids.extend(new.iter().map(|process| process.pid));
+        members.extend(new);
+    }
+}
+
+/// Whether a process runs a program of the home itself, and not one of a sub-agent.
+pub fn is_role(home: &Home, pid: u32) -> bool {
+    platform::executable_of(pid).is_some_and(|executable| executable.starts_with(home.bin()))
 }
 
 /// The end of some targets, look by look.
@@ -196,6 +244,9 @@ pub struct Ending<'a> {
     targets: &'a [Target],
     began: Instant,
     told: Vec<(u32, u64)>,
+    /// Members so far of targets that may live outside of any group, by place: when the one that started them is gone, nothing else may tell
+    /// that they are.
+    seen: BTreeMap<usize, BTreeSet<(u32, u64)>>,
     /// Targets that were looked at, by place.
     looked_at: BTreeSet<usize>,
     /// Targets that cannot be ended, by place, and why.
@@ -210,6 +261,7 @@ impl<'a> Ending<'a> {
             targets,
             began: Instant::now(),
             told: vec![],
+            seen: BTreeMap::new(),
             looked_at: BTreeSet::new(),
             given_up: BTreeMap::new(),
             pause: FIRST_LOOK,
@@ -227,7 +279,9 @@ impl<'a> Ending<'a> {
             if self.given_up.contains_key(&place) {
                 continue;
             }
-            let members = members_among(self.home, &processes, target);
+            let seen = self.seen.entry(place).or_default();
+            let members = members_among(self.home, &processes, target, seen);
+            seen.extend(members.iter().map(|process| (process.pid, process.start_time)));
             // Whom we cannot see, of another pid namespace, we can still kill with the group.
             let unseen = || target.kill_mode == KillMode::Tree && !target.groups_are_empty();
             if members.is_empty() && !unseen() {
@@ -355,30 +409,66 @@ mod tests {
             grace_seconds: 1,
             kill_mode: KillMode::Tree,
             boot_id: platform::boot_id().to_owned(),
+            unseen: false,
         };
         Target::of(
             &"a".parse().unwrap(),
-            Some(Record { head, pid, start_time: SINCE + start_time, group: None, ended: None }),
+            Some(Record { head, pid, start_time: SINCE + start_time, group: None, session: None, ended: None }),
             None,
         )
     }
 
+    /// The pids of the members among these, of the target and of what was one before.
+    fn pids(all: &[Seen], target: &Target, seen: &[(u32, u64)]) -> Vec<u32> {
+        let seen = seen.iter().map(|(pid, start_time)| (*pid, SINCE + start_time)).collect();
+        members_among(&Home::new("/nowhere"), all, target, &seen).iter().map(|process| process.pid).collect()
+    }
+
+    fn child(pid: u32, start_time: u64, parent: u32) -> Seen {
+        Seen { parent, ..seen(pid, start_time, pid) }
+    }
+
     #[test]
-    fn a_tree_is_its_session_and_whoever_bears_the_mark() {
+    fn a_tree_is_its_session_whoever_bears_the_mark_and_what_descends_from_them() {
         let mut stray = seen(90, 30, 90);
         stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
-        let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray];
-        let home = Home::new("/nowhere");
-        let pids = members_among(&home, &all, &target(50, 10)).iter().map(|p| p.pid).collect::<Vec<_>>();
-        assert_eq!(pids, [50, 51, 90]);
+        let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray, child(70, 13, 51), child(71, 14, 70)];
+        assert_eq!(pids(&all, &target(50, 10), &[]), [50, 51, 70, 71, 90]);
+    }
+
+    #[test]
+    fn what_descended_from_a_member_is_one_when_its_starter_is_gone() {
+        // The one that started it has ended, and something else has the number of another.
+        let all = [child(70, 13, 1), child(71, 99, 1)];
+        assert_eq!(pids(&all, &target(50, 10), &[(70, 13), (71, 14)]), [70]);
+        assert_eq!(pids(&all, &target(50, 10), &[]), [0; 0]);
+    }
+
+    #[test]
+    fn what_a_script_named_is_a_member_with_all_that_it_started() {
+        let mut target = Target::of(&"a".parse().unwrap(), None, None);
+        let all = [seen(60, 12, 60), child(61, 13, 60), seen(62, 14, 62)];
+        target.claim(&all[0]);
+        assert_eq!(pids(&all, &target, &[]), [60, 61]);
     }
 
     #[test]
     fn a_session_whose_number_is_somebody_elses_now_is_left_alone() {
         let all = [seen(50, 99, 50), seen(51, 100, 50)];
-        let home = Home::new("/nowhere");
-        assert_eq!(members_among(&home, &all, &target(50, 10)), []);
+        assert_eq!(pids(&all, &target(50, 10), &[]), [0; 0]);
         let orphans = [seen(51, 11, 50)];
-        assert_eq!(members_among(&home, &orphans, &target(50, 10)).len(), 1);
+        assert_eq!(pids(&orphans, &target(50, 10), &[]), [51]);
+    }
+
+    #[test]
+    fn the_session_of_a_program_that_forks_twice_is_its_own() {
+        let mut target = target(50, 10);
+        target.record.as_mut().unwrap().session = Some(49);
+        assert_eq!(pids(&[seen(50, 10, 49), seen(51, 11, 49)], &target, &[]), [50, 51]);
+        assert_eq!(pids(&[seen(51, 11, 49)], &target, &[]), [51]);
+        // Who began it is there still.
+        assert_eq!(pids(&[seen(49, 9, 49), seen(51, 11, 49)], &target, &[]), [49, 51]);
+        // Another has begun one of that number.
+        assert_eq!(pids(&[seen(49, 90, 49), seen(51, 91, 49)], &target, &[]), [0; 0]);
     }
 }

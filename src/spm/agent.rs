@@ -13,8 +13,10 @@ use super::stage::{self, Staging};
 use super::unix_now;
 use crate::core::agent::{Agent, At, Found};
 use crate::core::ledger::{Entry, Release};
+use crate::core::manifest::KillMode;
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::names::CURRENT;
+use crate::core::program::Program;
 use crate::core::protocol::AgentReport;
 use crate::core::schedule::Allowance;
 use crate::core::status::{AgentStatus, SkippedStatus, UpgradeStatus};
@@ -70,7 +72,10 @@ impl SubAgent {
 
     /// What of it may live and is to be ended before anything new of it is started.
     pub(super) fn target(&self, groups: Option<&Groups>) -> Target {
-        let target = Target::of(self.state.name(), self.record.clone(), groups);
+        let mut target = Target::of(self.state.name(), self.record.clone(), groups);
+        if let (Some(Program::Script), Some(version)) = (self.state.program(), self.state.current()) {
+            target = target.asking(version.clone());
+        }
         if self.scattered { target.scattered() } else { target }
     }
 
@@ -93,7 +98,8 @@ impl SubAgent {
         }
     }
 
-    pub(super) fn status(&self, now: Instant) -> AgentStatus {
+    /// `groups`: where groups are made on this host.
+    pub(super) fn status(&self, groups: Option<&Groups>, now: Instant) -> AgentStatus {
         let supervisor = self.state.supervisor();
         let pid = supervisor.pid();
         AgentStatus {
@@ -106,6 +112,7 @@ impl SubAgent {
             restarts: supervisor.restarts(),
             memory_bytes: pid.and_then(platform::memory_bytes),
             last_error: self.last_error(),
+            outside_group: groups.is_some_and(|groups| self.is_outside(groups)),
             download: self.staging.as_ref().and_then(Staging::status),
             upgrade: self.upgrade(now),
             held_by_operator: self.state.ledger().is_held(),
@@ -121,6 +128,14 @@ impl SubAgent {
         let why = self.output_lost.as_ref().filter(|_| self.state.supervisor().pid().is_some())?;
         let name = self.state.name();
         Some(format!("the output of {name} is lost until its log can be opened at a later start ({why})"))
+    }
+
+    /// Whether its process left its group, or never was in it. A group that cannot be read says nothing.
+    fn is_outside(&self, groups: &Groups) -> bool {
+        let Some(pid) = self.state.supervisor().pid() else { return false };
+        let is_tree = self.record.as_ref().is_some_and(|record| record.head.kill_mode == KillMode::Tree);
+        let members = groups.group(self.state.name().as_str()).members();
+        is_tree && members.is_ok_and(|members| !members.contains(&pid))
     }
 
     fn last_error(&self) -> Option<String> {

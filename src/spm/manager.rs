@@ -341,8 +341,8 @@ fn groups(home: &Home) -> Option<Groups> {
     match &groups {
         Some(groups) => tracing::info!(place = groups.place(), "sub-agents live in groups of their own"),
         None => tracing::warn!(
-            "this host has no place for groups of processes (no cgroup that we may write); a sub-agent's session and mark stand in, \
-             and what escapes from both outlives its stop"
+            "this host has no place for groups of processes (no cgroup that we may write); a sub-agent's session, descendants and mark stand in, \
+             and what escapes from all of them outlives its stop"
         ),
     }
     groups

@@ -12,7 +12,7 @@ use crate::installation::guard::Unsound;
 use crate::platform;
 use crate::process::launch::{self, Start};
 use crate::process::record::{self, Record};
-use crate::process::script::{self, Said};
+use crate::process::script::{self, Said, Standing, Unseen};
 use crate::process::stop;
 use crate::process::tree::{Ending, Target};
 
@@ -31,7 +31,7 @@ async fn start_clean(start: Start, last: Target) -> Result<Started> {
     end_leftovers(&start, last).await?;
     let (home, name) = (start.home.clone(), start.name.clone());
     let launched = launch(start, record).await;
-    if launched.is_err() {
+    if launched.as_ref().is_err_and(|error| !error.is::<Unseen>()) {
         // The child wrote its record before its program turned out not to run.
         off_loop(move || record::discard(&home, &name)).await?;
     }
@@ -50,7 +50,15 @@ async fn launch(start: Start, last: Option<Record>) -> Result<Started> {
         Program::Script => {
             let of = start.clone();
             off_loop(move || script::forget(&of, last.as_ref())).await?;
-            let record = script::start(&start, output.file).await?;
+            let record = match script::standing(&start).await? {
+                Standing::Up(record) => record,
+                Standing::Down => script::start(&start, output.file).await?,
+                Standing::Other(record) => {
+                    tracing::warn!(agent = %start.name, pid = record.pid, "a process that its script names runs already, and is stopped first");
+                    end(&start.home, Target::of(&start.name, Some(record), start.groups.as_ref())).await?;
+                    script::start(&start, output.file).await?
+                }
+            };
             Running::Script(Box::new(start), record)
         }
     };
@@ -132,13 +140,14 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
         platform::reap_orphan(record.pid);
         let ended = format!("its process {} ended", record.pid);
         // Where nothing of it is left, there is nothing to ask after.
-        let Some(process) = script::find(start, &record).await else { return ended };
+        let Some(process) = script::find(start, &record, None).await else { return ended };
         match script::status(start).await {
             // One that may not be asked is there, and is left alone.
             Err(error) if !error.is::<Unsound>() => return ended,
             Ok(Said::Stopped | Said::Unclear) => return ended,
             Ok(Said::Started) | Err(_) => {
-                record = Record { pid: process.pid, start_time: process.start_time, ..record };
+                let session = record.session.filter(|session| *session == process.session);
+                record = Record { session, head: record.head, ..start.record_of(&process) };
                 let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
                 let _ = inputs.send(moved);
             }

@@ -299,10 +299,10 @@ fn up_each(host: &TestHost) -> BTreeMap<&'static str, u32> {
 }
 
 /// A cgroup that is none of ours.
-struct Elsewhere(PathBuf);
+pub(super) struct Elsewhere(pub(super) PathBuf);
 
 impl Elsewhere {
-    fn beside(group: &Path) -> Elsewhere {
+    pub(super) fn beside(group: &Path) -> Elsewhere {
         let name = group.file_name().and_then(OsStr::to_str).expect("a cgroup has a name");
         let path = group.with_file_name(format!("elsewhere-{name}"));
         fs::create_dir(&path).expect("a cgroup can be made");

@@ -4,6 +4,7 @@
 mod adoption;
 mod attacks;
 mod busy_disk;
+mod callers;
 mod chaos;
 mod disk;
 mod downloads;
@@ -37,5 +38,6 @@ mod sub_agents;
 mod support;
 mod trees;
 mod trust;
+mod unmarked;
 mod upgrades;
 mod upgrades_host;

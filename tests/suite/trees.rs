@@ -19,7 +19,7 @@ use crate::support::wait::wait_for;
 const V2: &str = r#"exec "$@""#;
 const V1: &str = r#"mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/freezer \
     && mount -t cgroup -o freezer none /sys/fs/cgroup/freezer && exec "$@""#;
-const NONE: &str = r#"mount -t tmpfs none /sys/fs/cgroup && exec "$@""#;
+pub(super) const NONE: &str = r#"mount -t tmpfs none /sys/fs/cgroup && exec "$@""#;
 
 /// Escapes by a session of its own, an orphaned parent, a cleared environment and deaf ears.
 const DAEMON: &str = "setsid env -i /bin/sh -c \"cd /; trap '' TERM; (trap '' TERM; exec /bin/sleep @N@) & exit 0\"";
@@ -44,17 +44,11 @@ fn a_tree_in_no_cgroup_ends_whole_as_far_as_its_mark_tells() {
 fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
     // Told from everybody else's by what they sleep.
     let (number, stranger) = (number + std::process::id() % 50_000, number + 50_000 + std::process::id() % 50_000);
-    let _guard = Sleepers([number, stranger]);
+    let _guard = Sleepers(vec![number, stranger]);
     let script = format!("{}; trap '' TERM; while :; do sleep 1; done", escape.replace("@N@", &number.to_string()));
     let package = Package::script("hydra", "1.0", &script, "gracePeriod = \"1s\"");
     let gateway = Gateway::with(&[&package], &[("hydra", "1.0", "")]);
-    let host = TestHost::new();
-    let home = host.home().display().to_string();
-    let mut install = Command::new("unshare");
-    install.args(["--mount", "--propagation", "private", "--", "bash", "-c", place, "bash"]).arg(aops());
-    install.args(["install", "--service", "none", "--home", &home, "--agent-id", host.agent_id()]);
-    install.args(["--endpoint", gateway.url()]).args(gateway.trust()).env("NO_COLOR", "1");
-    run(&mut install, LIMIT).expect_success();
+    let host = joined_in(place, &gateway);
     let mut other = Command::new("sleep").arg(stranger.to_string()).spawn().expect("sleep runs");
 
     let first = host.wait_for_agent("hydra");
@@ -83,6 +77,19 @@ fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
     assert!(is_alive(other.id()), "a stranger is left alone");
     other.kill().expect("it can be killed");
     other.wait().expect("it can be waited for");
+}
+
+/// A host that has joined the gateway's fleet, whose manager sees what `place` leaves it of cgroups.
+#[track_caller]
+pub(super) fn joined_in(place: &str, gateway: &Gateway) -> TestHost {
+    let host = TestHost::new();
+    let home = host.home().display().to_string();
+    let mut install = Command::new("unshare");
+    install.args(["--mount", "--propagation", "private", "--", "bash", "-c", place, "bash"]).arg(aops());
+    install.args(["install", "--service", "none", "--home", &home, "--agent-id", host.agent_id()]);
+    install.args(["--endpoint", gateway.url()]).args(gateway.trust()).env("NO_COLOR", "1");
+    run(&mut install, LIMIT).expect_success();
+    host
 }
 
 #[test]
@@ -117,7 +124,7 @@ exec sleep 1000000";
 }
 
 /// The live processes that sleep for so many seconds.
-fn sleeping(seconds: u32) -> Vec<u32> {
+pub(super) fn sleeping(seconds: u32) -> Vec<u32> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let words = |pid: &u32| fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
@@ -127,7 +134,7 @@ fn sleeping(seconds: u32) -> Vec<u32> {
 }
 
 /// Ends what a failed test leaves.
-struct Sleepers([u32; 2]);
+pub(super) struct Sleepers(pub(super) Vec<u32>);
 
 impl Drop for Sleepers {
     fn drop(&mut self) {

@@ -252,7 +252,8 @@ mod tests {
         let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1_000_000_000));
         let small = Rlimit { current: Some(128), maximum: Some(128) };
         let file_size = Rlimit { current: Some(1 << 30), maximum: getrlimit(Resource::Fsize).maximum };
-        (setrlimit(Resource::Nofile, small)?, setrlimit(Resource::Fsize, file_size)?);
+        setrlimit(Resource::Nofile, small)?;
+        setrlimit(Resource::Fsize, file_size)?;
         let mut first = [0_usize; 128];
         first[0] = 1;
         // SAFETY: plain numbers, and arrays of our own.

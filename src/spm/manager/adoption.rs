@@ -165,10 +165,7 @@ impl Manager {
             return None;
         }
         let start = self.start_of(agent)?;
-        let group = start.group();
-        let group = group.filter(|group| group.members().is_ok_and(|members| members.contains(&process.pid)));
-        let group = group.map(|group| group.name());
-        Some(Record { head: start.head(), pid: process.pid, start_time: process.start_time, group, ended: None })
+        Some(start.record_of(&process))
     }
 
     /// Takes in that a process of this boot has ended, whether or not a manager saw it: its restart policy says what follows.

@@ -209,7 +209,7 @@ impl Manager {
     pub(super) fn status(&self, now: Instant) -> Status {
         let agents = self.agents.iter().map(|(name, agent)| AgentStatus {
             removed_in_seconds: self.orders.removed_in(name, now),
-            ..agent.status(now)
+            ..agent.status(self.groups.as_ref(), now)
         });
         let agents: Vec<_> = agents.collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();

@@ -16,7 +16,7 @@ use crate::home::Home;
 use crate::installation::guard;
 use crate::process::health::{self, Question};
 use crate::process::launch::{self, Start, env_hash};
-use crate::process::{log, record};
+use crate::process::{log, record, stop};
 use crate::spm::agent::{self, SubAgent};
 use crate::spm::disk;
 use crate::spm::input::Input;
@@ -259,6 +259,7 @@ impl Manager {
 /// Removes all files of a sub-agent.
 fn remove(home: &Home, name: &AgentName) -> Result<()> {
     guard::place(home, name)?;
+    stop::end_unseen(home, name)?;
     agent::clear_current(home, name)?;
     store::remove(&home.current(name))?;
     for entry in std::fs::read_dir(home.agent(name)).into_iter().flatten().flatten() {

@@ -1,0 +1,86 @@
+//! Pid files of a release with a `control` script, by which such scripts know their program: a number in a file, and `kill -0`.
+//!
+//! A number is given again. Such a file names the process for which it was written: one that began before. One that began since has the
+//! number of a process that is gone.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use crate::platform::{self, Seen};
+use crate::store;
+
+/// They are looked for so deep in a release, and are no larger.
+const DEPTH: u32 = 3;
+const MAX_BYTES: u64 = 32;
+/// Start times and file times are told by two clocks of different steps.
+const APART: Duration = Duration::from_secs(1);
+
+/// A file with a number.
+#[derive(Debug)]
+pub struct PidFile {
+    pub path: PathBuf,
+    pub pid: u32,
+    written: SystemTime,
+}
+
+impl PidFile {
+    /// Whether it may have been written for this process. What was written in the future was not: the clock is not to be relied on.
+    pub fn is_of(&self, process: &Seen, now: SystemTime) -> bool {
+        let began = platform::age(process.start_time).and_then(|age| now.checked_sub(age));
+        self.pid == process.pid
+            && began.is_some_and(|began| self.written + APART >= began && self.written <= now + APART)
+    }
+}
+
+/// The files named like `pid`, `app.pid` or `app_pid` that hold a number and nothing else.
+pub fn all(release: &Path) -> Vec<PidFile> {
+    below(release, DEPTH)
+}
+
+fn below(directory: &Path, depth: u32) -> Vec<PidFile> {
+    let mut found = vec![];
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let Ok(metadata) = entry.metadata() else { continue };
+        let path = entry.path();
+        if metadata.is_dir() && depth > 1 {
+            found.extend(below(&path, depth - 1));
+        } else if metadata.is_file()
+            && metadata.len() <= MAX_BYTES
+            && entry.file_name().to_str().is_some_and(|name| name.ends_with("pid"))
+            && let Some(pid) = number_in(&path)
+            && let Ok(written) = metadata.modified()
+        {
+            found.push(PidFile { path, pid, written });
+        }
+    }
+    found
+}
+
+fn number_in(path: &Path) -> Option<u32> {
+    let text = store::read(path, MAX_BYTES).ok()??;
+    std::str::from_utf8(&text).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_names_the_process_that_began_before_it_was_written() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("var")).unwrap();
+        std::fs::write(directory.path().join("var/app.pid"), format!("{}\n", std::process::id())).unwrap();
+        std::fs::write(directory.path().join("var/app.txt"), "1").unwrap();
+        let [file] = all(directory.path()).try_into().unwrap();
+        let start_time = platform::start_time(file.pid).unwrap();
+        let own = Seen { pid: file.pid, start_time, session: file.pid, parent: 1, mark: None };
+        let now = SystemTime::now();
+        assert!(file.is_of(&own, now));
+        assert!(!file.is_of(&Seen { pid: 1, ..own.clone() }, now));
+        let hour = Duration::from_secs(3600);
+        let since = PidFile { written: now - 24 * 365 * hour, path: file.path.clone(), ..file };
+        assert!(!since.is_of(&own, now), "it began since");
+        let in_future = PidFile { written: now + hour, ..since };
+        assert!(!in_future.is_of(&own, now), "the clock was put back");
+    }
+}
