@@ -12,7 +12,7 @@ use super::fleet_file::{content_of, parse, read_text};
 use super::state::GatewayState;
 use super::{Place, depot, hosts};
 use crate::core::fleet::{Changes, HostFacts, changes, judge};
-use crate::output::report;
+use crate::output::{message, report};
 use crate::store::{self, Access};
 use crate::{lock, platform};
 
@@ -52,9 +52,10 @@ pub(super) fn run(command: &Command) -> Result<()> {
     let shown = args.file.display();
     let text = read_text(&args.file)?.with_context(|| format!("cannot apply {shown}: there is no such file"))?;
     let fleet = parse(&text).with_context(|| format!("cannot apply {shown}"))?;
-    let in_force = read_text(&place.last_good_fleet())?.map(|text| parse(&text)).transpose();
-    let in_force = in_force.with_context(|| format!("cannot read {}", place.last_good_fleet().display()))?;
-    let hosts: Vec<HostFacts> = hosts::load(&place.hosts())?.iter().map(hosts::Record::facts).collect();
+    let in_force =
+        or_nothing(read_text(&place.last_good_fleet()).and_then(|text| text.map(|text| parse(&text)).transpose()));
+    let hosts = or_nothing(hosts::load(&place.hosts()).map(Some)).unwrap_or_default();
+    let hosts: Vec<HostFacts> = hosts.iter().map(hosts::Record::facts).collect();
     let published = depot::releases(&place.depot())?;
     judge(&fleet, in_force.as_ref(), &hosts, |name, version| {
         published.iter().any(|(known, of)| known.as_str() == name && of == version)
@@ -77,6 +78,14 @@ pub(super) fn run(command: &Command) -> Result<()> {
     let generation = taken(&place, &content)?;
     report!("in force, as generation {generation}");
     Ok(())
+}
+
+/// What the gateway keeps for itself; where it cannot be read, the gateway does without it, and its status says so.
+fn or_nothing<T>(kept: Result<Option<T>>) -> Option<T> {
+    kept.unwrap_or_else(|error| {
+        message!("warning: what is in force is not compared in full: {error:#}");
+        None
+    })
 }
 
 /// Waits until the running gateway has the file in force, and gives its generation.

@@ -268,7 +268,7 @@ fn part_lines(status: &Status) -> Vec<String> {
                 debug_assert!(matches!(other, "keys" | "state"));
                 continue;
             }
-            other => (other, "not all is as it should be".to_owned()),
+            other => (other, "has problems".to_owned()),
         };
         lines.push(format!("{label:<10}{what}"));
         lines.extend(part.problems.iter().map(|problem| format!("          {problem}")));

@@ -90,7 +90,6 @@ impl Eyes {
 
     /// Looks once. `at_once`: the depot counts as it is; `reload`: everything does.
     fn look(&mut self, shared: &Shared, at_once: bool, reload: bool) {
-        let pins = self.certificates.standing().pins();
         self.certificates.look(reload);
         let index = self.scanner.look(at_once || reload);
         let depot_changed = index.is_some();
@@ -99,9 +98,10 @@ impl Eyes {
         if depot_changed {
             tracing::info!(packages = index.packages(), problems = index.problems().len(), "the depot has changed");
         }
-        let coming = self.certificates.standing().pins();
-        if depot_changed || fleet_changed || coming != pins || shared.world().pins.is_empty() {
-            shared.replace_world(self.fleet.in_force(), index, coming);
+        let (pins, world) = (self.certificates.standing().pins(), shared.world());
+        // What was in force before the start is so from the first look on, whatever that has found.
+        if world.revision == 0 || depot_changed || fleet_changed || pins != world.pins {
+            shared.replace_world(self.fleet.in_force(), index, pins);
         }
         self.tell(shared, depot_changed || fleet_changed);
     }

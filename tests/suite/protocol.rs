@@ -83,12 +83,16 @@ fn the_schema_describes_what_the_design_names() {
     let expected: BTreeMap<&str, &str> = BTreeMap::from([
         (
             "Heartbeat",
-            "agentId agents arch clockOffsetSeconds events generation hostname instanceId lineage manager os sequence",
+            "agentId agents arch clockOffsetSeconds events generation hostname instanceId lineage manager os sequence trust",
         ),
+        ("TrustReport", "by certificateEnd pins"),
         ("ManagerReport", "memoryBytes pid uptimeSeconds version"),
         ("AgentReport", "envHash message name pid restarts state version"),
         ("Event", "agent id kind message outcome time version"),
-        ("Answer", "ack agentId agents cmd complete errorMessage generation interval lineage manager removalDelay"),
+        (
+            "Answer",
+            "ack agentId agents cmd complete errorMessage generation interval lineage manager pins removalDelay",
+        ),
         ("ManagerOrder", "file sha256 size tarball version"),
         ("AgentOrder", "cmd env file name retry sha256 size tarball version"),
         ("Offer", "file sha256 size version"),
@@ -102,7 +106,8 @@ fn the_schema_describes_what_the_design_names() {
         assert!(document.contains(&format!("`{field}`")) || document.contains(&format!("`{field}:")), "{field}");
     }
     // Each field of what a gateway has to send says what it means.
-    for message in ["Answer", "AgentOrder", "ManagerOrder", "Offer", "Event", "AgentReport", "Heartbeat"] {
+    for message in ["Answer", "AgentOrder", "ManagerOrder", "Offer", "Event", "AgentReport", "Heartbeat", "TrustReport"]
+    {
         for (name, property) in schema["$defs"][message]["properties"].as_object().expect("it was looked at") {
             let explains = |at: &Value| at["description"].is_string();
             let inner = property["$ref"].as_str().or_else(|| property["anyOf"][0]["$ref"].as_str());
