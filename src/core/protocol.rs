@@ -94,6 +94,7 @@ pub struct TrustReport {
     pub certificate_end: Option<String>,
 }
 
+#[cfg(any(feature = "gateway", test))]
 impl TrustReport {
     /// Whether the host accepts what it has pinned, and nothing else.
     pub fn is_pinned(&self) -> bool {
