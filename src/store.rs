@@ -53,26 +53,33 @@ pub fn replace(path: &Path, content: &[u8], access: Access) -> Result<()> {
     replace_with(path, access, |file| file.write_all(content))
 }
 
+/// As [`replace`]; whoever may read and owns `model` may read and owns the file.
+#[cfg(feature = "gateway")]
+pub fn replace_like(path: &Path, content: &[u8], model: &Path) -> Result<()> {
+    let give = |file: &Path| platform::copy_access(model, file);
+    replace_as(Durability::Synced, path, give, |file| file.write_all(content))
+}
+
 /// As [`replace`], with the content written by `write`.
 pub fn replace_with(
     path: &Path,
     access: Access,
     write: impl FnOnce(&mut fs::File) -> std::io::Result<()>,
 ) -> Result<()> {
-    replace_as(Durability::Synced, path, access, write)
+    replace_as(Durability::Synced, path, |file| platform::set_mode(file, access.mode()), write)
 }
 
 fn replace_as(
     durability: Durability,
     path: &Path,
-    access: Access,
+    give: impl FnOnce(&Path) -> std::io::Result<()>,
     write: impl FnOnce(&mut fs::File) -> std::io::Result<()>,
 ) -> Result<()> {
     let attempt = || -> Result<()> {
         let parent = path.parent().context("it has no parent directory")?;
         let mut file = tempfile::Builder::new().prefix(platform::ON_ITS_WAY).tempfile_in(parent)?;
         write(file.as_file_mut())?;
-        platform::set_mode(file.path(), access.mode())?;
+        give(file.path())?;
         if durability == Durability::Synced {
             file.as_file().sync_all()?;
         }
@@ -121,7 +128,8 @@ pub fn save<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 /// As [`save`], for what is worth nothing after a power cut: no disk is waited for.
 pub fn save_unsynced<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let text = state_text(path, value)?;
-    replace_as(Durability::Unsynced, path, Access::Private, |file| file.write_all(&text))
+    let give = |file: &Path| platform::set_mode(file, Access::Private.mode());
+    replace_as(Durability::Unsynced, path, give, |file| file.write_all(&text))
 }
 
 fn state_text<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>> {

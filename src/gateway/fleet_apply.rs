@@ -13,7 +13,7 @@ use super::state::GatewayState;
 use super::{Place, depot, hosts};
 use crate::core::fleet::{Changes, HostFacts, changes, judge};
 use crate::output::{message, report};
-use crate::store::{self, Access};
+use crate::store;
 use crate::{lock, platform};
 
 /// For a running gateway to take the file: some of its looks, on a busy machine.
@@ -69,8 +69,10 @@ pub(super) fn run(command: &Command) -> Result<()> {
     }
     let content = content_of(text.as_bytes());
     // First: the gateway may look at any moment.
-    store::replace(&place.applied_fleet(), format!("{content}\n").as_bytes(), Access::Private)?;
-    store::replace(&place.fleet(), text.as_bytes(), Access::Private)?;
+    // The gateway may run as another user, who can read the file that is replaced.
+    let model = if place.fleet().exists() { place.fleet() } else { args.file.clone() };
+    store::replace_like(&place.applied_fleet(), format!("{content}\n").as_bytes(), &model)?;
+    store::replace_like(&place.fleet(), text.as_bytes(), &model)?;
     if !lock::is_held(&place.lock()) {
         report!("fleet.toml is replaced; it is in force when the gateway runs");
         return Ok(());

@@ -30,6 +30,15 @@ pub use way_out::{leave_groups, remove_role_groups};
 
 // --- Files
 
+/// Gives a file the permission bits of another one, and its owner and group where we may.
+#[cfg(feature = "gateway")]
+pub fn copy_access(from: &Path, to: &Path) -> io::Result<()> {
+    let metadata = fs::metadata(from)?;
+    // Whoever is not root owns it already, or could not give it away.
+    let _ = std::os::unix::fs::chown(to, Some(metadata.uid()), Some(metadata.gid()));
+    set_mode(to, metadata.mode() & 0o777)
+}
+
 /// Sets a file's permission bits.
 pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode))

@@ -30,6 +30,12 @@ pub fn set_mode(_path: &Path, _mode: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Both inherit their directory's access list.
+#[cfg(feature = "gateway")]
+pub fn copy_access(_from: &Path, _to: &Path) -> io::Result<()> {
+    Ok(())
+}
+
 /// NTFS keeps its directories by a journal of its own; there is nothing to flush.
 pub fn sync_directory(_path: &Path) -> io::Result<()> {
     Ok(())

@@ -132,12 +132,16 @@ fn a_fleet_file_is_applied_at_once_or_refused_with_nothing_changed() {
         assert!(refused.stderr.contains("cannot apply") && refused.stderr.contains(reason), "{refused}");
         assert_eq!(fs::read_to_string(gateway.path("fleet.toml")).expect("it is there"), first);
     }
+    // Who runs the gateway can read it as before.
+    set_mode(&gateway.path("fleet.toml"), 0o640);
     let said = apply(&gateway, "removalDelay = \"9s\"\n[agents.a]\nversion = \"2\"\n").expect_success();
     for words in
         ["changes 1 of 1 hosts", "a: 1 -> 2, on 1 host", "b: 1 is removed, on 1 host", "in force, as generation"]
     {
         assert!(said.contains(words), "{words}: {said}");
     }
+    let mode = fs::metadata(gateway.path("fleet.toml")).expect("it is there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o640);
     // Nothing more is waited for.
     let answer = told(&https);
     assert_eq!((&answer["agents"][0]["version"], &answer["removalDelay"]), (&json!("2"), &json!(9)), "{answer:#}");
