@@ -2,6 +2,7 @@
 //!
 //! A home of a test is a temporary directory of its own, so whatever names it belongs to that test.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -40,8 +41,18 @@ pub fn is_alive(pid: u32) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, rest)| !matches!(rest.trim_start().chars().next(), None | Some('Z' | 'X')))
 }
 
-/// Ends every process of `home` at once, again and again until there is none; `Err`: those that are left.
+/// Ends every process of `home` at once; `Err`: those that are left.
 pub fn end_all(home: &Path) -> Result<(), Vec<Process>> {
+    // They are stopped first, so that none sees another one end and starts it again.
+    let mut stopped = BTreeSet::<u32>::new();
+    let all_stopped = try_for(END, || {
+        let new: Vec<u32> =
+            of_home(home).iter().map(|process| process.pid).filter(|pid| !stopped.contains(pid)).collect();
+        new.iter().for_each(|pid| signal(*pid, Signal::STOP));
+        stopped.extend(&new);
+        new.is_empty().then_some(())
+    });
+    debug_assert!(all_stopped.is_some(), "processes come faster than they can be stopped");
     let gone = try_for(END, || {
         let left = of_home(home);
         left.iter().for_each(|process| signal(process.pid, Signal::KILL));
