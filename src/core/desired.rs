@@ -88,6 +88,11 @@ pub struct Refusal {
 }
 
 impl Open {
+    /// Where there is nothing, it belongs to no generation: that is not written either.
+    fn settled(self) -> Open {
+        if self.is_empty() { Open::default() } else { self }
+    }
+
     fn is_empty(&self) -> bool {
         self.omitted.is_empty() && self.refused.is_empty()
     }
@@ -128,6 +133,7 @@ impl Desired {
         let mut desired = self.clone();
         desired.agents.retain(|name, _| !due.contains(name));
         desired.open.omitted.retain(|name, _| !due.contains(name));
+        desired.open = desired.open.settled();
         desired.removed.extend(due);
         Some(desired)
     }
@@ -205,7 +211,7 @@ pub fn judge(held: &Desired, answer: &Answer, host: Host<'_>) -> Verdict {
     let mut unknown = held.unknown.clone();
     unknown.retain(|name, _| !FORMER.contains(&name.as_str()));
     let generation = answer.generation;
-    let open = Open { generation, omitted, refused };
+    let open = Open { generation, omitted, refused }.settled();
     let desired = Desired { lineage, generation, agents, removed, spares_unnamed, open, unknown };
     let desired = desired.without_omitted(removal_delay(answer)).unwrap_or(desired);
     Verdict::Take(Box::new(Taken { desired, new_lineage, led_back, kept }))

@@ -61,7 +61,11 @@ fn refusal(held: &Desired, answer: &Answer) -> String {
 fn take(held: &Desired, answer: &Answer) -> Desired {
     let present = held.agents.keys().cloned().collect();
     match judge(held, &present, answer) {
-        Verdict::Take(taken) => taken.desired,
+        Verdict::Take(taken) => {
+            let kept = serde_json::to_string(&taken.desired).unwrap();
+            assert_eq!(serde_json::from_str::<Desired>(&kept).unwrap(), taken.desired, "it is kept as it is taken");
+            taken.desired
+        }
         other => panic!("{other:?}"),
     }
 }
