@@ -167,8 +167,19 @@ struct OfSettings {
 
 impl GatewayKeys {
     fn load(path: &Path) -> Result<GatewayKeys> {
-        let empty = || GatewayKeys { version: 1, gateways: BTreeMap::new(), unknown: store::Unknown::new() };
-        Ok(store::load(path)?.unwrap_or_else(empty))
+        Ok(store::load(path)?.unwrap_or_else(GatewayKeys::empty))
+    }
+
+    /// As [`GatewayKeys::load`]; a damaged file is begun anew: each success says it all again.
+    fn load_or_empty(path: &Path) -> GatewayKeys {
+        GatewayKeys::load(path).unwrap_or_else(|error| {
+            tracing::warn!(error = format!("{error:#}"), "the keys that the gateway has announced cannot be read");
+            GatewayKeys::empty()
+        })
+    }
+
+    fn empty() -> GatewayKeys {
+        GatewayKeys { version: 1, gateways: BTreeMap::new(), unknown: store::Unknown::new() }
     }
 
     fn of(&self, origin: &str, pins: &[Fingerprint]) -> Learned {
@@ -179,16 +190,8 @@ impl GatewayKeys {
 
 /// Whether a gateway that the settings pin has shown one of these pins, or a key that was learned under them.
 pub(super) fn is_pinned(path: &Path, origin: &str, pins: &[Fingerprint], shown: Shown) -> bool {
-    if pins.contains(&shown.certificate) || shown.key.is_some_and(|key| pins.contains(&key)) {
-        return true;
-    }
-    match GatewayKeys::load(path) {
-        Ok(known) => known.of(origin, pins).accepts(shown),
-        Err(error) => {
-            tracing::warn!(error = format!("{error:#}"), "the keys that the gateway has announced cannot be read");
-            false
-        }
-    }
+    let is_named = pins.contains(&shown.certificate) || shown.key.is_some_and(|key| pins.contains(&key));
+    is_named || GatewayKeys::load_or_empty(path).of(origin, pins).accepts(shown)
 }
 
 /// Notes a success with a gateway that the settings pin, and what it has announced over it.
@@ -199,11 +202,7 @@ pub(super) fn learn_pinned(
     shown: Shown,
     announced: &[Fingerprint],
 ) -> Result<()> {
-    // A damaged one is begun anew: each success says it all again.
-    let mut known = GatewayKeys::load(path).unwrap_or_else(|error| {
-        tracing::warn!(error = format!("{error:#}"), "the keys that the gateway has announced cannot be read");
-        GatewayKeys { version: 1, gateways: BTreeMap::new(), unknown: store::Unknown::new() }
-    });
+    let mut known = GatewayKeys::load_or_empty(path);
     let learned = known.of(origin, pins).after(shown, announced);
     let before = known.gateways.get(origin).cloned().unwrap_or_default();
     let after = OfSettings { of: pins.to_vec(), learned, unknown: before.unknown.clone() };
