@@ -196,7 +196,7 @@ pub struct Event {
     /// What it was about, such as `start`, `exit`, `health`, `restart` (because of its health), `backoff`, `stage`, `activate`,
     /// `upgrade` (a new release was committed, or not), `rollback` (the release before runs again), `skip` (a release is not tried again), `uninstall`, `config`, `command`, `desired`, `env`; `order` (it cannot be followed), `manager` (likewise the manager's),
     /// `heartbeat` (an answer that was not believed or cannot be read), `certificate` (of the gateway: it ends soon), `clock`, `memory` (a role was
-    /// restarted for it), `home` (it cannot be relied on), `keys`, `door` (somebody knocked who may not).
+    /// restarted for it), `home` (it cannot be relied on), `keys`, `door` (a request at the control socket was denied).
     pub kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentName>,

@@ -1,4 +1,4 @@
-//! `tls/`: the certificate that is served, read again when it has changed, and the public keys that hosts are told to expect.
+//! `tls/`: the certificate that is served, read again when it has changed, and the public keys that are announced to hosts.
 //!
 //! A new pair is served when certificate and key are whole and belong together; until then the one before is. Connections that were made
 //! under the one before end after the request under way, so that hosts see the new one with their next heartbeat.
@@ -63,7 +63,7 @@ pub(super) struct Standing {
 }
 
 impl Standing {
-    /// The public keys that hosts are told to accept: the present one, and those to come.
+    /// The public keys that are announced to hosts: the present one and the next ones.
     pub(super) fn pins(&self) -> Vec<String> {
         self.pin.iter().chain(&self.next).take(MAX_PINS).cloned().collect()
     }

@@ -85,7 +85,7 @@ pub(super) fn run(command: &Command) -> Result<()> {
 /// What the gateway keeps for itself; where it cannot be read, the gateway does without it, and its status says so.
 fn or_nothing<T>(kept: Result<Option<T>>) -> Option<T> {
     kept.unwrap_or_else(|error| {
-        message!("warning: what is in force is not compared in full: {error:#}");
+        message!("warning: the changes are shown without what is in force now, which cannot be read: {error:#}");
         None
     })
 }
@@ -103,7 +103,9 @@ fn taken(place: &Place, content: &str) -> Result<u64> {
             None => None,
         };
         if started.elapsed() > PATIENCE {
-            let why = error.unwrap_or_else(|| format!("it has not taken it within {PATIENCE:?}"));
+            let why = error.unwrap_or_else(|| {
+                format!("it did not load the file within {PATIENCE:?}; see its log and `aops gateway status`")
+            });
             bail!("fleet.toml is replaced, but the running gateway has not put it in force: {why}");
         }
         platform::pause(LOOK);

@@ -305,7 +305,7 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
     let twice = judged(&|items| items.push(Item::Read(order("a", "stop"))));
     assert_eq!(twice.agents[&"a".parse().unwrap()].run, Run::Start);
     assert!(reasons(&twice)[0].contains("twice"));
-    // Another order that is refused for the same reason is another one.
+    // A different order that is refused for the same reason is reported too.
     let unlike = |version: &str| {
         judged(&|items| {
             let Item::Read(order) = &mut items[0] else { panic!() };
@@ -353,7 +353,7 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
     assert_eq!((names(&omits), seconds(&omits)), (vec!["a", "b"], vec![59]));
     let present: BTreeSet<AgentName> = held.agents.keys().cloned().collect();
     assert_eq!(judge(&omits, &present, &late(3, true, &[("a", "stop")])), Verdict::Unchanged);
-    // The same list with it back, under the same number, is another content.
+    // The list that names it again, under the same number, has different content.
     assert!(matches!(judge(&omits, &present, &late(3, true, &[("a", "stop"), ("b", "start")])), Verdict::Refuse(_)));
     for (list, stays, waited) in [
         (late(4, true, &[("a", "stop"), ("b", "start")]), true, vec![]),
