@@ -245,7 +245,7 @@ mod tests {
         for words in [
             format!("at most {MAX_EVENTS} events with {kept} KiB"),
             format!("at most {MAX_PER_HEARTBEAT} with {told} KiB"),
-            format!("{TOLD_AT_ONCE} events are told at once, and one more every {} minutes", TOLD_EVERY.as_secs() / 60),
+            format!("a burst of {TOLD_AT_ONCE}, then one every {} minutes", TOLD_EVERY.as_secs() / 60),
         ] {
             assert!(document.contains(&words), "{words}");
         }

@@ -25,7 +25,7 @@ pub mod wait;
 
 use std::path::PathBuf;
 
-/// The program under test.
+/// The program under test: the one of this build, or the one that `AOPS_TEST_EXECUTABLE` names.
 pub fn aops() -> PathBuf {
-    env!("CARGO_BIN_EXE_aops").into()
+    std::env::var_os("AOPS_TEST_EXECUTABLE").map_or_else(|| env!("CARGO_BIN_EXE_aops").into(), PathBuf::from)
 }

@@ -14,12 +14,11 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread::{self, ScopedJoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::command::{cargo, describe};
 use crate::{apt, check_windows, dist, fuzz, rootfs, test, wine, workspace};
@@ -163,44 +162,24 @@ pub(crate) fn set_up() -> Result<()> {
     wine::get().map(drop)
 }
 
-/// Runs every check; the first failure ends it, once what runs beside has come to the end of its present check.
+/// Runs every check, also after one has failed: a run on another machine is to say all that is wrong.
 fn all(checks: &[Check], set_up: (&str, Command), seen: &mut Seen) -> Result<()> {
-    let failed = AtomicBool::new(false);
     let (name, mut command) = set_up;
     thread::scope(|scope| {
-        let failure = &failed;
-        let set_up =
-            scope.spawn(move || aside(name, &mut command).inspect_err(|_| failure.store(true, Ordering::SeqCst)));
-        let others = scope.spawn(|| {
-            for check in checks.iter().filter(|check| check.is_beside) {
-                if failed.load(Ordering::SeqCst) {
-                    break;
-                }
-                aside(check.name, &mut lower(&check.command()))
-                    .inspect_err(|_| failed.store(true, Ordering::SeqCst))?;
-            }
-            Ok(())
+        let set_up = scope.spawn(move || aside(name, &mut command));
+        let beside = scope.spawn(|| {
+            let beside = checks.iter().filter(|check| check.is_beside);
+            beside.map(|check| aside(check.name, &mut lower(&check.command()))).collect::<Vec<_>>()
         });
-        let mut outcome = Ok(());
-        for check in checks.iter().filter(|check| !check.is_beside) {
-            outcome = match failed.load(Ordering::SeqCst) {
-                true => break,
-                false => in_front(check.name, &mut check.command_with_shared(), seen),
-            };
-            if outcome.is_err() {
-                failed.store(true, Ordering::SeqCst);
-                break;
-            }
-        }
-        let outcomes = [outcome, joined(others), joined(set_up)];
+        let front = checks.iter().filter(|check| !check.is_beside);
+        let mut outcomes: Vec<Result<()>> =
+            front.map(|check| in_front(check.name, &mut check.command_with_shared(), seen)).collect();
+        outcomes.extend(beside.join().unwrap_or_else(|_| vec![Err(anyhow!("a thread of the checks has panicked"))]));
+        outcomes.push(set_up.join().unwrap_or_else(|_| bail!("the thread of the set-up has panicked")));
         let errors: Vec<String> =
             outcomes.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
         if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("; ")) }
     })
-}
-
-fn joined(thread: ScopedJoinHandle<Result<()>>) -> Result<()> {
-    thread.join().unwrap_or_else(|_| bail!("a thread of the checks has panicked"))
 }
 
 /// Runs a check with its output shown as it comes; of tests the closing lines are kept.
@@ -306,7 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_in_front_or_beside_fails_the_whole_and_ends_what_is_in_front() {
+    fn a_failure_fails_the_whole_and_every_check_runs_all_the_same() {
         const GOOD: &[&str] = &["--version"];
         const BAD: &[&str] = &["no-such-subcommand"];
         let check = |name, is_beside, words| Check { is_beside, ..front(name, Program::Cargo, words) };
@@ -322,7 +301,7 @@ mod tests {
         };
         assert_eq!(outcome(GOOD, GOOD, GOOD), Ok(()));
         let error = outcome(BAD, BAD, GOOD).unwrap_err();
-        assert!(error.contains("of-tests-1 failed") && !error.contains("of-tests-2"), "{error}");
+        assert!(error.contains("of-tests-1 failed") && error.contains("of-tests-2 failed"), "{error}");
         let error = outcome(GOOD, GOOD, BAD).unwrap_err();
         assert!(error.contains("of-tests-3 failed"), "{error}");
     }
