@@ -12,12 +12,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::control_socket::{self, Request};
 use crate::core::model::AgentName;
 use crate::core::role::Role;
 use crate::core::service_manager::Kind;
 use crate::core::status::{History, HomeState, RoleStatus, Status, UpgradeStatus};
 use crate::core::upgrade::{Force, Phase, Record, Trial};
-use crate::door::{self, Request};
 use crate::home::Home;
 use crate::installation::upgrade::Session;
 use crate::installation::{self, Installed, Manager};
@@ -188,7 +188,7 @@ fn not_installed(home: &Home, command: &Command) -> ExitCode {
 /// What runs, from the manager itself or, where it does not answer, from what it left.
 fn status(home: &Home) -> Result<Status> {
     let mut problem = None;
-    match door::ask(home, &Request::Status, ANSWER) {
+    match control_socket::ask(home, &Request::Status, ANSWER) {
         Ok(Some(reply)) => {
             if let Some(mut status) = reply.status {
                 status.notes.extend(boot_note(home));
@@ -198,7 +198,7 @@ fn status(home: &Home) -> Result<Status> {
         }
         Ok(None) => {}
         // Whoever may not ask may not see the records either, by which it would look stopped.
-        Err(error) if error.is::<door::Denied>() => return Err(error),
+        Err(error) if error.is::<control_socket::Denied>() => return Err(error),
         Err(error) => problem = Some(format!("{error:#}")),
     }
     let version = Manager::load(home).ok().flatten().map(|manager| manager.version);
@@ -249,7 +249,7 @@ fn boot_note(home: &Home) -> Option<String> {
 
 fn start(home: &Home) -> Result<()> {
     lifecycle::start(home)?;
-    door::wait_until_it_answers(home, START).context("cannot start")?;
+    control_socket::wait_until_it_answers(home, START).context("cannot start")?;
     message!("started");
     Ok(())
 }
@@ -268,7 +268,7 @@ fn restart(home: &Home) -> Result<()> {
         return start(home);
     }
     lifecycle::renew(home)?;
-    door::wait_until_it_answers(home, START).context("cannot restart")?;
+    control_socket::wait_until_it_answers(home, START).context("cannot restart")?;
     message!("restarted; the sub-agents were left running");
     Ok(())
 }
@@ -281,7 +281,7 @@ fn restart_agent(home: &Home, name: &AgentName) -> Result<()> {
 
 /// Has the manager do something. `what`: as an error says it.
 fn order(home: &Home, what: &str, request: &Request) -> Result<()> {
-    let Some(reply) = door::ask(home, request, ANSWER)? else {
+    let Some(reply) = control_socket::ask(home, request, ANSWER)? else {
         bail!("cannot {what}: the manager does not run; start it with `control start`");
     };
     match reply.error {

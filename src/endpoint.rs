@@ -6,9 +6,9 @@
 
 mod certificate;
 mod client;
-mod pace;
 mod pins;
 mod proxy;
+mod stall;
 mod tls;
 mod trust;
 

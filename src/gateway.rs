@@ -23,15 +23,14 @@
 //! ```
 
 mod archive;
-mod behind;
 mod bootstrap;
 mod certificate;
 mod depot;
 mod download;
-mod failure;
 mod fleet_apply;
 mod fleet_file;
 mod hosts;
+mod http_error;
 mod init;
 mod keyring;
 mod parts;
@@ -39,13 +38,14 @@ mod publish;
 mod routes;
 mod schema;
 mod serve;
+mod settle;
 mod shared;
 mod state;
 mod status;
-mod still;
 #[cfg(test)]
 mod tests;
 mod watch;
+mod write_behind;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -15,9 +15,9 @@
 
 mod epochs;
 pub mod executable;
-pub mod guard;
 mod identity;
 pub mod keyring;
+pub mod permissions;
 mod records;
 pub mod release;
 mod trust;

@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use crate::core::role::Role;
 use crate::core::service_manager::Kind;
 use crate::home::Home;
-use crate::installation::{Installed, guard};
-use crate::{door, host_service, platform, process, role};
+use crate::installation::{Installed, permissions};
+use crate::{control_socket, host_service, platform, process, role};
 
 /// For a stop: every sub-agent may take its grace period, which is ten minutes at the longest.
 const STOP: Duration = Duration::from_secs(840);
@@ -49,7 +49,7 @@ pub fn renew(home: &Home) -> Result<()> {
 
 /// Whether the roles may be started, by whoever does it.
 fn sound(home: &Home) -> Result<()> {
-    Role::BOTH.iter().try_for_each(|role| guard::executable(home, &home.role_link(role.program())))
+    Role::BOTH.iter().try_for_each(|role| permissions::executable(home, &home.role_link(role.program())))
 }
 
 /// Stops every sub-agent, then both roles. Returns what did not go as it should, where it was made good.
@@ -72,7 +72,7 @@ pub fn stop_for_good(home: &Home) -> Result<Vec<String>> {
 
 fn carry_out(home: &Home) -> Result<Vec<String>> {
     let mut remarks = vec![];
-    match door::ask_to_stop(home, STOP) {
+    match control_socket::ask_to_stop(home, STOP) {
         Ok(Some(reply)) => {
             remarks.extend(reply.error.map(|error| format!("the manager could not stop every sub-agent: {error}")))
         }

@@ -20,7 +20,7 @@ mod spm;
 // Mechanisms.
 mod command;
 mod config;
-mod door;
+mod control_socket;
 mod endpoint;
 mod fetching;
 mod host_service;

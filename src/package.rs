@@ -11,22 +11,22 @@
 //! ```
 
 mod cache;
-mod completed;
+mod completion;
+mod disk_reservation;
 mod fetch;
 pub mod keys;
 #[cfg(feature = "gateway")]
 pub mod pack;
-mod part;
+mod partial;
+mod progress;
 mod refused;
 #[cfg(feature = "gateway")]
 pub mod sign;
+mod source_rotation;
 mod sources;
-mod space;
 pub mod trailer;
-mod turns;
 mod unpack;
 mod verify;
-mod watch;
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek};
@@ -38,21 +38,21 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::core::model::{AgentName, Arch, Binding, Digest, Os, Packing, Release};
 use crate::core::order::Package;
-use crate::core::pace::Throttle;
+use crate::core::throughput::Throttle;
 use crate::endpoint::{Client, Endpoint};
 use crate::home::{COMPLETE, Home};
 use crate::platform;
 use crate::store::{self, Access};
 
+use disk_reservation::{Room, Space};
 use fetch::{Download, Failure};
 use keys::Key;
-use part::Part;
-use space::{Room, Space};
-use turns::Turns;
-use watch::Watch;
+use partial::Part;
+use progress::Watch;
+use source_rotation::Turns;
 
 pub use cache::{sweep, trim};
-pub use completed::{Completed, Withdrawn, discard, whole};
+pub use completion::{Completed, Withdrawn, discard, whole};
 pub use keys::Keys;
 pub use refused::{Refused, is_refusal};
 #[cfg(feature = "gateway")]
@@ -291,7 +291,7 @@ fn from(
         Ok(tree) => Ok(VerifiedTree { archive: Some(Archive(path)), ..tree }),
         Err(failure) => {
             // It must not be taken for good the next time. Its lock goes last.
-            part::remove(&path).map_err(Failure::Host)?;
+            partial::remove(&path).map_err(Failure::Host)?;
             drop(archive);
             Err(failure)
         }
@@ -384,7 +384,7 @@ impl Archive {
 impl Drop for Archive {
     fn drop(&mut self) {
         if !self.0.as_os_str().is_empty()
-            && let Err(error) = part::remove(&self.0)
+            && let Err(error) = partial::remove(&self.0)
         {
             tracing::warn!(error = format!("{error:#}"), "a package that is unpacked stays in the cache for a while");
         }

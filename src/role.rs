@@ -14,7 +14,7 @@ use crate::core::manifest::StopSignal;
 use crate::core::role::Role;
 use crate::core::status::RoleStatus;
 use crate::home::Home;
-use crate::installation::{self, guard};
+use crate::installation::{self, permissions};
 use crate::lock::{self, Held};
 use crate::{platform, process, store};
 
@@ -57,7 +57,7 @@ const KEPT_VARIABLES: &[&str] = &[
 /// An executable that somebody else can change is not started.
 pub fn spawn(home: &Home, role: Role) -> Result<Child> {
     let program = home.role_link(role.program());
-    guard::executable(home, &program).with_context(|| format!("cannot start {}", program.display()))?;
+    permissions::executable(home, &program).with_context(|| format!("cannot start {}", program.display()))?;
     let mut command = Command::new(&program);
     command
         .arg("--home")
@@ -172,7 +172,7 @@ pub fn who_has(home: &Home, role: Role) -> Option<Holder> {
 
 /// Makes the directories of the home that are missing, where nobody else could lead them elsewhere; answers which.
 pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
-    guard::home(home)?;
+    permissions::home(home)?;
     let missing = home.directories().into_iter().filter(|(directory, _)| !directory.exists());
     let mut made = Vec::new();
     for (directory, mode) in missing {

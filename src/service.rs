@@ -11,24 +11,24 @@ use crate::core::model::{AgentId, Version};
 use crate::endpoint::{Endpoint, Fingerprint};
 use crate::home::Home;
 
-mod check;
-mod contact;
 mod fetch;
+mod first_contact;
+mod home_selection;
 mod install;
+mod install_root;
 mod leftovers;
-mod old;
-mod old_spelling;
-mod place;
+mod legacy;
+mod legacy_arguments;
+mod preflight;
 mod progress;
 mod roles;
-mod site;
 mod switch;
 mod undo;
 mod uninstall;
 mod upgrade;
 
 pub use install::install;
-pub use old_spelling::old_spelling;
+pub use legacy_arguments::old_spelling;
 pub use uninstall::uninstall;
 
 /// Wrong usage, as opposed to a failure.

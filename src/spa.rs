@@ -5,11 +5,11 @@
 //! it does not, by the watchdog itself. A stop that was recorded, told or done to the unit is honoured: then it ends what the manager
 //! left, and itself.
 
-mod judge;
 mod one_shot;
 mod sentinel;
 mod session;
-mod started;
+mod starting;
+mod trial;
 
 use std::io::BufReader;
 use std::process::{Command, ExitCode};
@@ -18,17 +18,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use self::judge::{Do, Judge};
-use self::started::Children;
+use self::starting::Children;
+use self::trial::{Do, Judge};
 use crate::config::Config;
+use crate::control_socket::{self, Door, Farewell, Heard, Request};
 use crate::core::role::Role;
 use crate::core::service_manager::{Kind, Notice};
 use crate::core::watch::memory::{self, Memory};
 use crate::core::watch::reviver::{Action, Loss, Policy, Reviver, Seen};
 use crate::core::watch::silence::{Next, PING, Pings};
-use crate::door::{self, Door, Farewell, Heard, Request};
 use crate::home::Home;
-use crate::installation::{guard, keyring};
+use crate::installation::{keyring, permissions};
 use crate::platform::{self, LocalConnection};
 use crate::role::{self, Holder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
@@ -132,7 +132,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
 fn become_another(home: &Home, service: Kind) -> anyhow::Error {
     let program = home.role_link(Role::Spa.program());
     tracing::info!(program = %program.display(), "the watchdog goes on as another program");
-    if let Err(error) = guard::executable(home, &program) {
+    if let Err(error) = permissions::executable(home, &program) {
         return error.context("the watchdog cannot go on as another program");
     }
     let mut command = Command::new(&program);
@@ -377,7 +377,7 @@ impl Watchdog<'_> {
                         self.kill_hung();
                     }
                     // A failure shows as the connection's end.
-                    let _ = door::send(&mut connection, &Request::Ping);
+                    let _ = control_socket::send(&mut connection, &Request::Ping);
                 }
             }
         }
@@ -391,15 +391,15 @@ impl Watchdog<'_> {
         // A failure shows as the connection's end.
         match while_noticed(|| self.judge.look(Instant::now())) {
             Do::Nothing => {}
-            Do::EndManager => drop(door::send(connection, &Request::Yield)),
-            Do::Heartbeat => drop(door::send(connection, &Request::Heartbeat)),
+            Do::EndManager => drop(control_socket::send(connection, &Request::Yield)),
+            Do::Heartbeat => drop(control_socket::send(connection, &Request::Heartbeat)),
             Do::Become => {
                 platform::hang_up(connection);
                 return Some(Watched::Become);
             }
         }
         if self.judge.is_judging() {
-            let _ = door::send(connection, &Request::Status);
+            let _ = control_socket::send(connection, &Request::Status);
         }
         None
     }
@@ -447,7 +447,7 @@ impl Watchdog<'_> {
         {
             tracing::warn!(why, "the manager is restarted");
             // A failure shows as the connection's end.
-            let _ = door::send(connection, &Request::Renew { why });
+            let _ = control_socket::send(connection, &Request::Renew { why });
         }
     }
 
@@ -493,7 +493,7 @@ enum Found {
 /// Hears a connection to its end.
 fn listen(serial: u64, mut reader: BufReader<LocalConnection>, sender: &mpsc::Sender<Word>) {
     loop {
-        let heard = door::hear(&mut reader).unwrap_or(Heard::End);
+        let heard = control_socket::hear(&mut reader).unwrap_or(Heard::End);
         let ended = heard == Heard::End;
         if sender.send(Word::Heard(serial, heard)).is_err() || ended {
             return;

@@ -9,13 +9,13 @@ mod heartbeats;
 mod history;
 mod input;
 mod journal;
+mod maintenance;
 mod manager;
-mod peer;
 mod run;
 mod stage;
 mod stop_hook;
 mod upgrade;
-mod upkeep;
+mod watchdog_link;
 
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -23,13 +23,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use crate::config::Config;
+use crate::control_socket::{self, Request};
 use crate::core::desired::Desired;
 use crate::core::ledger::Ledger;
 use crate::core::model::MANAGER_PACKAGE;
 use crate::core::role::Role;
 use crate::core::service_manager::Kind;
 use crate::core::status::History;
-use crate::door::{self, Request};
 use crate::home::Home;
 use crate::output::message;
 use crate::role::{self, STOPPED_ON_PURPOSE};
@@ -106,8 +106,8 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         role::take_leave(home, Role::Spm, &holder);
     }
     Ok(match ended? {
-        door::Farewell::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
-        door::Farewell::Yield => ExitCode::SUCCESS,
+        control_socket::Farewell::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
+        control_socket::Farewell::Yield => ExitCode::SUCCESS,
     })
 }
 
@@ -136,7 +136,7 @@ fn preflight(home: &Home) -> Result<ExitCode> {
 fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
     if supervised
         && role::is_taken(home, Role::Spm)
-        && let Err(error) = door::ask(home, &Request::Yield, TAKE_OVER)
+        && let Err(error) = control_socket::ask(home, &Request::Yield, TAKE_OVER)
     {
         tracing::warn!(error = format!("{error:#}"), "the manager that runs already cannot be asked to give way");
     }

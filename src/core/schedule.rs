@@ -56,7 +56,7 @@ pub fn first_heartbeat(interval: Duration, after_boot: bool, jitter: f64) -> Dur
 /// How often something may be told that may happen again and again: so many times at once, and one time more for each `every` that passes.
 ///
 /// The one limit on how often something happens: the journal, each sub-agent's events and strangers at the door have one each. Bytes are
-/// another matter: `core/pace.rs` spreads them over time, and judges whether they come fast enough.
+/// another matter: `core/throughput.rs` spreads them over time, and judges whether they come fast enough.
 #[derive(Debug, Clone)]
 pub struct Allowance {
     most: u32,

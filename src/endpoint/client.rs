@@ -15,14 +15,14 @@ use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{ConnectProxyConnector, Connector, TcpConnector};
 use ureq::{Agent, Body, Timeout};
 
-use super::pace::{Dripping, LEAST_PER_SECOND, PaceConnector};
 use super::proxy::{Proxies, ProxyUrl};
+use super::stall::{Dripping, LEAST_PER_SECOND, PaceConnector};
 use super::tls::{Handshake, HandshakeFailed, Seen, TlsConnector};
 use super::trust::{Distrust, Judge};
 use super::{Endpoint, Fingerprint, Trust};
 use crate::core::model::AgentId;
-use crate::core::pace::Pace;
 use crate::core::protocol::{AGENT_ID_HEADER, MAX_PINS, TrustReport};
+use crate::core::throughput::Pace;
 
 /// Heartbeats at the usual intervals share a connection. One that was idle for longer may have been forgotten by a firewall in between, which
 /// lets what is sent on it go nowhere.

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 
 use super::Place;
 use super::depot::Stamp;
-use super::still::Still;
+use super::settle::Still;
 use crate::core::certificate::{Validity, validity};
 use crate::core::protocol::MAX_PINS;
 use crate::endpoint::{Fingerprint, end_of, key_of};

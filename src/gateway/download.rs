@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
 use super::depot::{Index, Item, Stamp};
-use super::failure::Failure;
+use super::http_error::Failure;
 use crate::core::range::{Part, part};
 use crate::core::text::hex;
 use crate::package::SIGNATURE_SUFFIX;

@@ -16,9 +16,9 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::behind::Behind;
 use super::depot::{Index, Stamp};
-use super::still::Still;
+use super::settle::Still;
+use super::write_behind::Behind;
 use super::{Place, now_millis};
 use crate::config;
 use crate::core::fleet::{Fleet, HostFacts, MAX_FILE_BYTES, judge};

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::failure::{Failure, json as answer};
+use super::http_error::{Failure, json as answer};
 use super::shared::Shared;
 use super::state::GatewayState;
 use super::{download, now_millis};

@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use tokio::sync::{Notify, watch};
 
-use super::behind::Behind;
 use super::certificate::{Certificates, Served};
 use super::depot::Scanner;
 use super::fleet_file::FleetFile;
 use super::keyring::exposed;
 use super::parts::{Part, Parts};
+use super::settle::STILL;
 use super::shared::Shared;
 use super::state::GatewayState;
-use super::still::STILL;
+use super::write_behind::Behind;
 use super::{Place, now_millis};
 use crate::{platform, store};
 

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::control_socket::{self, Request};
 use crate::core::role::Role;
 use crate::core::service_manager::UnitStanding;
-use crate::door::{self, Request};
 use crate::home::Home;
 use crate::installation::upgrade;
 use crate::{platform, role};
@@ -62,7 +62,7 @@ pub fn is_known(_home: &Home) -> bool {
 pub fn start(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
     let deadline = Instant::now() + DIES;
     while role::is_taken(home, Role::Spm) {
-        let answers = matches!(door::ask(home, &Request::Ping, YIELD), Ok(Some(_)));
+        let answers = matches!(control_socket::ask(home, &Request::Ping, YIELD), Ok(Some(_)));
         if answers || Instant::now() >= deadline {
             return start_judge(home).map(|()| None);
         }
@@ -113,7 +113,7 @@ pub fn end_roles(home: &Home) -> Result<()> {
         watchdog.await_end()?;
     }
     if let Some(manager) = role::living(home, Role::Spm) {
-        if !matches!(door::ask(home, &Request::Yield, YIELD), Ok(Some(_))) {
+        if !matches!(control_socket::ask(home, &Request::Yield, YIELD), Ok(Some(_))) {
             manager.ask_to_end()?;
         }
         manager.await_end()?;

@@ -22,7 +22,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::epochs::Epochs;
-use super::{guard, trust};
+use super::{permissions, trust};
 use crate::core::model::Version;
 use crate::home::Home;
 use crate::package::Keys;
@@ -130,7 +130,7 @@ pub fn take_over(home: &Home, offer: &Offer) -> Result<Vec<String>> {
 
 /// The keys by which packages are verified on this host. Files that others can write are refused.
 pub fn trusted(home: &Home) -> Result<Keys> {
-    guard::keys(home)?;
+    permissions::keys(home)?;
     Keyring::load(home)?.trusted(&Keys::load(&home.keys())?, &Keys::baked_in()?)
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 
-use super::{MAX_PACKAGE_BYTES, Places, part};
+use super::{MAX_PACKAGE_BYTES, Places, partial};
 use crate::store;
 
 /// Half a download that nobody came back for.
@@ -61,13 +61,13 @@ pub fn trim(cache: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
         let path = entry.path();
         // One that was done meanwhile is gone.
         let Ok(metadata) = entry.metadata() else { continue };
-        if !metadata.is_file() || part::is_in_use(&path) {
+        if !metadata.is_file() || partial::is_in_use(&path) {
             continue;
         }
         // A clock that was set back makes a file young, not an error.
         let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
         let age = SystemTime::now().duration_since(modified).unwrap_or_default();
-        if age > MAX_PART_AGE || !part::package_of(&path).is_some_and(&is_wanted) {
+        if age > MAX_PART_AGE || !partial::package_of(&path).is_some_and(&is_wanted) {
             failures.note(store::remove(&path));
         } else {
             kept.push((modified, metadata.len(), path));

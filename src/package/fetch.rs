@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::part::Part;
+use super::disk_reservation::{Room, Short};
+use super::partial::Part;
+use super::progress::{Unwanted, Watch};
 use super::sources::Source;
-use super::space::{Room, Short};
-use super::watch::{Unwanted, Watch};
 use super::{MAX_PACKAGE_BYTES, MAX_SIGNATURE_BYTES, Means, Refused, SIGNATURE_SUFFIX, Wanted};
 use crate::core::units::Span;
 use crate::endpoint::{self, Reply};

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::io::ErrorKind;
 
-use super::space::Short;
-use super::watch::Unwanted;
+use super::disk_reservation::Short;
+use super::progress::Unwanted;
 use super::{Unavailable, Withdrawn};
 use crate::endpoint::{Astray, Distrust};
 
@@ -72,7 +72,7 @@ mod tests {
             io::Error::from(ErrorKind::StorageFull).into(),
             io::Error::from(ErrorKind::WriteZero).into(),
             Unwanted.into(),
-            crate::package::space::tests::short(),
+            crate::package::disk_reservation::tests::short(),
         ];
         for error in of_host {
             let told = format!("{error:#}");

@@ -14,7 +14,7 @@
 
 mod names;
 mod plan;
-mod tape;
+mod tar;
 mod tree;
 mod zip;
 
@@ -154,11 +154,11 @@ fn read(archive: &mut File, packing: Packing, os: Os, limits: &Limits, sink: &mu
         Packing::TarZst => {
             let mut decoder = zstd::stream::read::Decoder::with_buffer(BufReader::with_capacity(CHUNK_BYTES, archive))?;
             decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
-            tape::read(decoder, &mut plan, sink)
+            tar::read(decoder, &mut plan, sink)
         }
         Packing::TarGz => {
             let decoder = MultiGzDecoder::new(BufReader::with_capacity(CHUNK_BYTES, archive));
-            tape::read(decoder, &mut plan, sink)
+            tar::read(decoder, &mut plan, sink)
         }
         Packing::Zip => zip::read(archive, &mut plan, sink),
     }?;

@@ -9,24 +9,24 @@ use super::ON_ITS_WAY;
 use crate::core::service_manager::Notice;
 
 mod access;
-mod caller;
+mod child_record;
 mod clone;
 mod group;
 mod launch;
+mod leave_cgroup;
 mod local;
 mod mounts;
-mod own_record;
 mod process;
-mod way_out;
+mod reset;
 
 pub use access::{close_to_others, weakness, weakness_on_the_way};
-pub use caller::{leave_caller, leave_caller_as};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
+pub use leave_cgroup::{leave_groups, remove_role_groups};
 pub use local::*;
 pub use mounts::mounts_in;
 pub use process::*;
-pub use way_out::{leave_groups, remove_role_groups};
+pub use reset::{leave_caller, leave_caller_as};
 
 // --- Files
 

@@ -17,7 +17,7 @@ use crate::core::order::Spec;
 use crate::core::program::Program;
 use crate::core::text::hex;
 use crate::home::Home;
-use crate::installation::guard;
+use crate::installation::permissions;
 use crate::platform::{self, Child, Group, Groups, Launch, Seen};
 use crate::store;
 
@@ -152,14 +152,14 @@ impl Start {
 
     /// Whether it may be started: nobody else can put another release in the place of this one. What runs already is none the worse for it.
     pub fn sound(&self) -> Result<()> {
-        guard::programs(&self.home, &self.name)
+        permissions::programs(&self.home, &self.name)
     }
 
     /// A command that starts the sub-agent, by a program of this release with its environment, and with our own streams. Told is what
     /// somebody else could change in the release.
     pub fn command(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         let command = self.prepared(program, user)?;
-        if let Err(error) = guard::program(&self.home, &self.name, &self.version, program) {
+        if let Err(error) = permissions::program(&self.home, &self.name, &self.version, program) {
             tracing::warn!(agent = %self.name, error = format!("{error:#}"), "somebody else could change what is started");
         }
         Ok(command)

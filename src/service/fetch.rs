@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::check::Plan;
-use super::contact;
+use super::first_contact;
+use super::install_root::Site;
+use super::preflight::Plan;
 use super::progress::{self, Download};
-use super::site::Site;
 use crate::config::Certificate;
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Packing, Release};
 use crate::core::protocol::{self, DOWNLOAD_PATH};
@@ -30,7 +30,7 @@ pub(super) struct Fetched {
 /// Downloads, verifies, unpacks, and tries the release that the plan names.
 pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
     let places = Places { cache: site.work().join("cache"), staging: site.work().join("staging") };
-    let pins = contact::begin(plan.contact, &plan.home, &site.work())?;
+    let pins = first_contact::begin(plan.contact, &plan.home, &site.work())?;
     let (tree, file) = match &plan.package {
         Some(package) => local(plan, package, &places.staging)?,
         None => remote(plan, places, &site.work(), pins.as_deref())?,

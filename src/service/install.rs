@@ -19,11 +19,11 @@ use std::process::ExitCode;
 
 use anyhow::{Error, Result, bail};
 
-use super::check::{self, Plan, Standing, Usage};
 use super::fetch::{self, Fetched};
-use super::site::Site;
+use super::install_root::Site;
+use super::preflight::{self, Plan, Standing, Usage};
 use super::undo::Undo;
-use super::{InstallOptions, Surroundings, WRONG_USAGE, old, place, progress, roles, switch, upgrade};
+use super::{InstallOptions, Surroundings, WRONG_USAGE, home_selection, legacy, progress, roles, switch, upgrade};
 use crate::core::service_manager::Kind;
 use crate::home::Home;
 use crate::installation::Installed;
@@ -76,13 +76,13 @@ impl<T> At<T> for Result<T> {
 
 /// Installs, or renews, what the options say.
 pub fn install(options: &InstallOptions, surroundings: &Surroundings) -> Result<ExitCode> {
-    let (home, product) = match place::home(options, surroundings) {
+    let (home, product) = match home_selection::home(options, surroundings) {
         Ok(found) => found,
         Err(error) => return wrong_usage(error),
     };
     let outcome = Site::open(&home).at(Step::Check).and_then(|mut site| {
         recover(&home, &surroundings.executable).and_then(|()| site.note()).at(Step::Check)?;
-        let plan = check::plan(options, surroundings, &home, &product).at(Step::Check)?;
+        let plan = preflight::plan(options, surroundings, &home, &product).at(Step::Check)?;
         let fetched = fetch::fetch(&plan, &site).at(Step::Fetch)?;
         replace(&plan, &fetched, &mut site)?;
         site.keep();
@@ -135,13 +135,13 @@ fn advice(error: &Error, home: &Home) -> Option<String> {
 /// replaced is needed no more.
 fn recover(home: &Home, executable: &Path) -> Result<()> {
     let is_whole = || Installed::load(home).ok().flatten().is_some();
-    if !old::is_any_aside(home) {
+    if !legacy::is_any_aside(home) {
         Ok(())
-    } else if !old::is_under_way(home) && is_whole() {
-        store::remove_tree(&old::aside(home))
+    } else if !legacy::is_under_way(home) && is_whole() {
+        store::remove_tree(&legacy::aside(home))
     } else {
         progress::say("bringing back what an interrupted installation had set aside");
-        old::bring_back(home, executable)
+        legacy::bring_back(home, executable)
     }
 }
 
@@ -152,7 +152,7 @@ fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed
     let ring = plan.keeps().then(|| Keyring::load(&plan.home)).transpose().at(Step::Fetch)?;
     let Err(failed) = carry_out(plan, fetched, site, &mut undo) else {
         // What was replaced is needed no more. Where it can't be removed, it is in nobody's way.
-        if let Err(error) = store::remove_tree(&old::aside(&plan.home)) {
+        if let Err(error) = store::remove_tree(&legacy::aside(&plan.home)) {
             progress::warn(format_args!("{error:#}"));
         }
         return Ok(());
@@ -185,10 +185,10 @@ fn carry_out(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -
     if plan.replaces_all() {
         progress::say("stopping the older installation");
         match plan.standing {
-            Standing::Old => old::stop(home),
+            Standing::Old => legacy::stop(home),
             _ => roles::stop_all(home),
         }
-        .and_then(|()| old::set_aside(home, plan.whose(), &plan.executable))
+        .and_then(|()| legacy::set_aside(home, plan.whose(), &plan.executable))
         .at(Step::Stop)?;
     }
     let session = plan.keeps().then(|| upgrade::end(home)).transpose().at(Step::Switch)?;
@@ -227,7 +227,7 @@ fn take_back(plan: &Plan, step: Step, ran: bool, ring: Option<&Keyring>, site: &
     done(undo.roll_back());
     if plan.replaces_all() {
         site.forget_inside();
-        done(old::bring_back(home, &plan.executable));
+        done(legacy::bring_back(home, &plan.executable));
     }
     if let Standing::Aops(_) = plan.standing {
         // Whatever was missing there and was made: those who run again use it.
@@ -235,7 +235,7 @@ fn take_back(plan: &Plan, step: Step, ran: bool, ring: Option<&Keyring>, site: &
     }
     done(match &plan.standing {
         Standing::Nothing => Ok(()),
-        Standing::Old => old::start(home),
+        Standing::Old => legacy::start(home),
         // Renewed, and nothing of the roles touched yet: they run.
         Standing::Aops(_) if plan.keeps() && step < Step::Register => Ok(()),
         Standing::Aops(_) if !ran => roles::stop_all(home),

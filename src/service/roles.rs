@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail};
 
 use super::leftovers;
 use super::progress;
+use crate::control_socket::{self, Request};
 use crate::core::role::Role;
 use crate::core::service_manager::Kind;
-use crate::door::{self, Request};
 use crate::home::Home;
 use crate::{host_service, lifecycle, platform, role, store};
 
@@ -68,7 +68,7 @@ pub(super) fn start(home: &Home, kind: Kind, registered_before: bool) -> Result<
 pub(super) fn wait(home: &Home, before: Option<u32>, mut child: Option<Child>) -> Result<()> {
     let started = Instant::now();
     loop {
-        let answer = door::ask(home, &Request::Status, QUESTION);
+        let answer = control_socket::ask(home, &Request::Status, QUESTION);
         if let Ok(Some(reply)) = &answer
             && let Some(status) = &reply.status
             && status.spm.pid.is_some()

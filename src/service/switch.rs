@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::check::{Plan, Standing};
 use super::fetch::Fetched;
+use super::install_root::Site;
+use super::preflight::{Plan, Standing};
 use super::progress;
-use super::site::Site;
 use super::undo::Undo;
 use crate::config::{self, Config};
 use crate::core::model::MANAGER_PACKAGE;

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
-use super::site::{self, Site};
+use super::install_root::{self, Site};
 use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
 use crate::home::Home;
 use crate::installation::{self, Installed};
@@ -20,7 +20,10 @@ use crate::{host_service, platform, store};
 /// Removes the installation in `home`. Asks first, unless `yes`.
 pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
     let shown = home.root().display();
-    if !installation::exists(home) && !site::is_half_made(home) && host_service::registration_left(home).is_none() {
+    if !installation::exists(home)
+        && !install_root::is_half_made(home)
+        && host_service::registration_left(home).is_none()
+    {
         message!("aops: nothing is installed in {shown}");
         return Ok(ExitCode::from(NOT_INSTALLED));
     }
@@ -53,13 +56,13 @@ fn confirmed(home: &Home) -> Result<bool> {
 
 fn remove(home: &Home) -> Result<()> {
     // Before a word of what lies there is believed.
-    site::sound(home)?;
+    install_root::sound(home)?;
     // A record that can't be read must not keep the rest here.
     let installed = Installed::load(home).unwrap_or_else(|error| {
         progress::warn(format_args!("{error:#}"));
         None
     });
-    let half_made = site::is_half_made(home).then(|| site::half_made(home));
+    let half_made = install_root::is_half_made(home).then(|| install_root::half_made(home));
     let known = installed.is_some() || half_made.is_some();
     let stood = home.root().is_dir();
     let at_work = Site::open(home)?;

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::config::Config;
+use crate::control_socket::{Door, Request};
 use crate::core::desired::Desired;
 use crate::core::protocol::{AgentReport, AgentState, Heartbeat, ManagerReport};
 use crate::core::role::Role;
 use crate::core::watch::silence::PING;
-use crate::door::{Door, Request};
 use crate::home::Home;
 use crate::process::{launch, record};
 use crate::uplink::sender::{Outcome, Sender};

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use crate::config::Loaded;
+use crate::control_socket::Reply;
 use crate::core::agent::{Ready, Refusal};
 use crate::core::ledger::Release;
 use crate::core::model::{AgentName, Version};
@@ -10,7 +11,6 @@ use crate::core::program::Program;
 use crate::core::service_manager::UnitStanding;
 use crate::core::supervise::Answer;
 use crate::core::upgrade::{Evidence, Record as UpgradeRecord, Step};
-use crate::door::Reply;
 use crate::platform::Child;
 use crate::process::launch::Start;
 use crate::process::record::Record;

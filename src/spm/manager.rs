@@ -6,10 +6,10 @@
 mod adoption;
 mod exchange;
 mod housekeeping;
-mod knocks;
 mod ledger;
 mod orders;
 mod outcomes;
+mod requests;
 mod steps;
 mod upgrade;
 
@@ -29,19 +29,19 @@ use super::disk::StateFile;
 use super::history::Changes;
 use super::input::{File, Inputs};
 use super::journal::{About, Journal};
-use super::peer::Peer;
 use super::stage;
+use super::watchdog_link::Peer;
 use crate::config::{self, Config, Loaded};
+use crate::control_socket::{self, Farewell, Reply};
 use crate::core::agent::Event;
 use crate::core::desired::Desired;
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::schedule::Allowance;
 use crate::core::service_manager::{Kind, Notice};
 use crate::core::upgrade::NewEndpoint;
-use crate::door::{self, Farewell, Reply};
 use crate::home::Home;
 use crate::installation::upgrade::Programs;
-use crate::installation::{self, guard};
+use crate::installation::{self, permissions};
 use crate::package::{self, Places};
 use crate::platform::{self, Groups, LocalListener, Termination};
 use crate::process;
@@ -124,7 +124,7 @@ pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Fare
         .with_context(|| format!("cannot listen at {}", home.control_socket().display()))?;
     let (knock, mut knocks) = mpsc::channel(16);
     let (farewell, heard) = watch::channel(None);
-    let door = tokio::spawn(door::serve(listener, knock, heard));
+    let door = tokio::spawn(control_socket::serve(listener, knock, heard));
     platform::notify(Notice::Ready);
     let version = &manager.identity.version;
     tracing::info!(version = %version, pid = std::process::id(), agents = manager.agents.len(), "the manager is ready");
@@ -193,7 +193,7 @@ impl Manager {
             journal.note("config", "failed", About::default(), problem.as_str());
         }
         // Behind a link lies what is somebody else's.
-        if guard::home(home).is_ok()
+        if permissions::home(home).is_ok()
             && let Err(error) = package::sweep(&Places::of(home))
         {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");

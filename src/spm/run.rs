@@ -8,7 +8,7 @@ use super::stage;
 use crate::core::manifest::KillMode;
 use crate::core::program::Program;
 use crate::home::Home;
-use crate::installation::guard::Unsound;
+use crate::installation::permissions::Unsound;
 use crate::platform;
 use crate::process::launch::{self, Start};
 use crate::process::record::{self, Record};

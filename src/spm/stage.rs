@@ -20,7 +20,7 @@ use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::endpoint::End;
 use crate::fetching::Fetching;
 use crate::home::Home;
-use crate::installation::guard::{self, Unsound};
+use crate::installation::permissions::{self, Unsound};
 use crate::installation::{Epochs, keyring};
 use crate::package::{self, Commons, Completed, Refused, Unavailable, Wanted, Withdrawn};
 use crate::platform;
@@ -172,7 +172,7 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<Ready> {
     if seen.unwanted.load(Ordering::SeqCst) {
         bail!("it is not wanted any more");
     }
-    guard::agent(home, name)?;
+    permissions::agent(home, name)?;
     let wanted = wanted(name, package);
     has_place(home, &wanted.release).map_err(anyhow::Error::msg).context(Refused)?;
     let fetching = Fetching::of(home, config, agent_id)?;
@@ -243,8 +243,8 @@ pub(super) fn admit(
     committed_epoch: u64,
     inspect: bool,
 ) -> Result<(ledger::Release, Option<Program>)> {
-    guard::agent(home, name)?;
-    guard::release(home, name, version)?;
+    permissions::agent(home, name)?;
+    permissions::release(home, name, version)?;
     let completed = package::whole(&home.release(name, version))?;
     let least = Epochs::load(home)?.least(name.as_str()).max(committed_epoch);
     completed.admit(least, &keyring::trusted(home)?)?;
@@ -254,7 +254,7 @@ pub(super) fn admit(
 
 /// Whether a release that was active before lies on disk and can be run. Its epoch is not asked for: an operator may return to it.
 pub(super) fn usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
-    guard::release(home, name, version)?;
+    permissions::release(home, name, version)?;
     package::whole(&home.release(name, version))?;
     launch::inspect(home, name, version).map(drop)
 }

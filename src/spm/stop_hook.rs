@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::control_socket;
 use crate::core::role::Role;
 use crate::core::service_manager::Kind;
-use crate::door;
 use crate::home::Home;
 use crate::{host_service, lifecycle, logging, process, role};
 
@@ -43,7 +43,7 @@ pub(super) fn run(home: &Home, service: Kind) -> Result<ExitCode> {
     if let Err(error) = role::record_stop(home) {
         tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
     }
-    let reply = match door::ask_to_stop(home, LONGEST_STOP) {
+    let reply = match control_socket::ask_to_stop(home, LONGEST_STOP) {
         Ok(reply) => reply,
         Err(error) => {
             tracing::warn!(

@@ -25,7 +25,7 @@ use crate::home::Home;
 use crate::installation::keyring::{self, Keyring};
 use crate::installation::release::{self, CheckedRelease};
 use crate::installation::upgrade::{self as on_disk, Programs, Session, which};
-use crate::installation::{Epochs, guard};
+use crate::installation::{Epochs, permissions};
 use crate::package::{self, Commons, Keys, Unavailable, VerifiedTree, Wanted};
 use crate::{migrations, platform, role, store, uplink};
 
@@ -119,7 +119,7 @@ fn unfit(error: anyhow::Error) -> anyhow::Error {
 /// `found`: set to the release as soon as that is known.
 fn attempt(job: &Job, progress: &Progress, found: &mut Option<Image>) -> Result<Upgraded> {
     let home = &job.home;
-    guard::home(home)?;
+    permissions::home(home)?;
     ensure!(!home.stop_intent().exists(), "the home is stopped; start it with `control start`");
     let from = release::in_place(home)?;
     if let Source::Previous = job.source {

@@ -11,8 +11,8 @@
 mod program {
     pub mod command;
     pub mod config;
+    pub mod control_socket;
     pub mod core;
-    pub mod door;
     pub mod endpoint;
     pub mod home;
     pub mod host_service;

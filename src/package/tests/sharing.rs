@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use sha2::{Digest as _, Sha256};
 
 use super::super::cache::{MAX_PART_AGE, beyond_cap};
-use super::super::space::tests::all_taken;
+use super::super::disk_reservation::tests::all_taken;
 use super::*;
 
 const MIB: u64 = 1 << 20;

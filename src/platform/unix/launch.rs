@@ -29,10 +29,10 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::caller::Leaving;
+use super::child_record::{own_start_time, write_record};
 use super::clone;
 use super::group::{Group, is_gone};
-use super::own_record::{own_start_time, write_record};
+use super::reset::Leaving;
 use crate::platform::Launch;
 
 /// What runs a program without an interpreter line, as execvp(3) does.

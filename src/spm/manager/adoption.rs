@@ -9,7 +9,7 @@ use crate::core::ledger::Entry;
 use crate::core::model::{AgentName, Version};
 use crate::core::order::{Run, Spec};
 use crate::core::program::{Kind, Program};
-use crate::installation::guard;
+use crate::installation::permissions;
 use crate::platform::{self, Seen};
 use crate::process::launch::{self, env_hash};
 use crate::process::record::{self, Ended, Record};
@@ -113,7 +113,8 @@ impl Manager {
             return;
         }
         tracing::warn!(agent = %name, version = %current, "`current` names another release than the ledger and is rewritten");
-        let written = guard::place(&self.home, name).and_then(|()| agent::make_current(&self.home, name, current));
+        let written =
+            permissions::place(&self.home, name).and_then(|()| agent::make_current(&self.home, name, current));
         if let Err(error) = written {
             tracing::warn!(agent = %name, error = format!("{error:#}"), "`current` cannot be rewritten");
         }

@@ -7,12 +7,12 @@ use super::{Manager, config_problem, moved, warn_of_unknown};
 use crate::core::role::Role;
 use crate::core::service_manager::Notice;
 use crate::home::Home;
-use crate::installation::guard;
+use crate::installation::permissions;
 use crate::role::{self, Holder};
 use crate::spm::input::{Looked, Reloaded};
 use crate::spm::journal::About;
+use crate::spm::maintenance;
 use crate::spm::stage;
-use crate::spm::upkeep;
 use crate::{package, platform};
 
 /// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
@@ -51,7 +51,7 @@ impl Housekeeping {
             next: now,
             next_look: now,
             next_trim: now + TRIM_EVERY,
-            config_seen: upkeep::modified(home),
+            config_seen: maintenance::modified(home),
             is_recorded: role::holder(home, Role::Spm).as_ref() == Some(own),
             is_busy: false,
             is_looking: false,
@@ -74,7 +74,7 @@ impl Manager {
         if !std::mem::replace(&mut house.is_busy, true) {
             let own = (!house.is_recorded).then(|| self.identity.own.clone());
             let limit = self.config.log_max_size.0;
-            upkeep::begin_housekeeping(&self.inputs, &self.home, limit, house.config_seen, own);
+            maintenance::begin_housekeeping(&self.inputs, &self.home, limit, house.config_seen, own);
         }
         if now >= house.next_trim {
             self.trim_cache(now);
@@ -92,7 +92,7 @@ impl Manager {
         }
         (house.is_looking, house.heartbeat_waits) = (true, true);
         house.next_look = now + LOOK_APART;
-        upkeep::begin_look(&self.inputs, &self.home, &self.config);
+        maintenance::begin_look(&self.inputs, &self.home, &self.config);
         self.line.next_heartbeat = Some(now + LOOK_TAKES);
     }
 
@@ -103,7 +103,7 @@ impl Manager {
 
     /// As [`Manager::look_at_home`], before the loop begins.
     pub(super) fn look_at_home_now(&mut self) {
-        let looked = upkeep::look(&self.home, &self.config);
+        let looked = maintenance::look(&self.home, &self.config);
         self.looked(looked, Instant::now());
     }
 
@@ -156,7 +156,7 @@ impl Manager {
             orders.filter_map(|(name, order)| stage::wanted(name, &order.package).file_name()).collect();
         tokio::task::spawn_blocking(move || {
             // What lies behind a link is somebody else's.
-            if guard::home(&home).is_ok()
+            if permissions::home(&home).is_ok()
                 && let Err(error) = package::trim(&home.cache(), |file| wanted.contains(file))
             {
                 tracing::warn!(error = format!("{error:#}"), "old downloads cannot be removed");

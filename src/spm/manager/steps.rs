@@ -13,7 +13,7 @@ use crate::core::reconcile::{self, Step};
 use crate::core::status::Changed;
 use crate::core::supervise::Answer;
 use crate::home::Home;
-use crate::installation::guard;
+use crate::installation::permissions;
 use crate::process::health::{self, Question};
 use crate::process::launch::{self, Start, env_hash};
 use crate::process::{log, record, stop};
@@ -258,7 +258,7 @@ impl Manager {
 
 /// Removes all files of a sub-agent.
 fn remove(home: &Home, name: &AgentName) -> Result<()> {
-    guard::place(home, name)?;
+    permissions::place(home, name)?;
     stop::end_unseen(home, name)?;
     agent::clear_current(home, name)?;
     store::remove(&home.current(name))?;
@@ -275,7 +275,7 @@ fn remove(home: &Home, name: &AgentName) -> Result<()> {
 
 /// Removes a release from the disk, where it is still there.
 fn discard(home: &Home, name: &AgentName, version: &Version) {
-    let gone = guard::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
+    let gone = permissions::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
     if let Err(error) = &gone {
         tracing::warn!(agent = %name, error = format!("{error:#}"), "a release cannot be removed");
     }

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Manager;
+use crate::control_socket::{Farewell, Reply};
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::order::Package;
 use crate::core::schedule::Backoff;
 use crate::core::status::{Changed, UpgradeStatus};
 use crate::core::upgrade::{self, End, Ended, Evidence, Limits, NewEndpoint, Probe, Record, Step};
-use crate::door::{Farewell, Reply};
 use crate::spm::input::{NotSwitched, UpgradeSeen, Upgraded};
 use crate::spm::journal::About;
 use crate::spm::upgrade::{self as job, Job, Progress, Source};

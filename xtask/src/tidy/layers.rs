@@ -7,7 +7,7 @@ const PERSONALITIES: &[&str] = &["control", "gateway", "service", "spa", "spm"];
 const MECHANISMS: &[&str] = &[
     "command",
     "config",
-    "door",
+    "control_socket",
     "endpoint",
     "fetching",
     "home",

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::*;
 use crate::home::Home;
-use crate::installation::guard::{Unsound, agent, executable, files, home, keys, place, program, programs, way};
+use crate::installation::permissions::{Unsound, agent, executable, files, home, keys, place, program, programs, way};
 use crate::platform;
 
 fn home_in(directory: &Path) -> Home {

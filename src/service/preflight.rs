@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::contact::{self, Contact};
-use super::{InstallOptions, ServiceChoice, Surroundings, old, progress, site};
+use super::first_contact::{self, Contact};
+use super::{InstallOptions, ServiceChoice, Surroundings, install_root, legacy, progress};
 use crate::config::{self, Certificate, Config, ProxyChoice};
 use crate::core::model::{AgentId, Version};
 use crate::core::service_manager::Kind;
@@ -15,7 +15,7 @@ use crate::home::{CA_FILE, Home};
 use crate::host_service;
 use crate::host_service::product::{Product, Registration};
 use crate::installation::keyring::Keyring;
-use crate::installation::{self, Epochs, Installed, guard};
+use crate::installation::{self, Epochs, Installed, permissions};
 use crate::package::{Keys, trailer};
 use crate::{lifecycle, platform, store};
 
@@ -82,8 +82,8 @@ impl Plan {
     }
 
     /// Whose things are taken away then.
-    pub(super) fn whose(&self) -> old::Whose {
-        if self.standing == Standing::Old { old::Whose::Old } else { old::Whose::Ours }
+    pub(super) fn whose(&self) -> legacy::Whose {
+        if self.standing == Standing::Old { legacy::Whose::Old } else { legacy::Whose::Ours }
     }
 
     /// Whether an installation of aops is renewed, with all that it knows.
@@ -99,16 +99,16 @@ pub(super) fn plan(
     home: &Home,
     product: &Product,
 ) -> Result<Plan> {
-    guard::home(home)?;
+    permissions::home(home)?;
     let standing = standing(home)?;
     let keeps = !options.fresh && matches!(standing, Standing::Aops(_));
 
     let (standing_text, standing_config) = if keeps { standing_config(home)? } else { (None, None) };
     let looked = if keeps {
         let certificates = standing_config.as_ref().and_then(|config: &Config| config.certificates(home));
-        guard::files(home, certificates.as_deref())
+        permissions::files(home, certificates.as_deref())
     } else {
-        guard::way(home)
+        permissions::way(home)
     };
     if let Err(error) = looked {
         progress::warn(format_args!("{error:#}"));
@@ -170,7 +170,7 @@ pub(super) fn plan(
     };
 
     let ca_file = options.ca_cert.as_deref().map(certificates).transpose()?;
-    let contact = contact::of(home, keeps, &config.certificate)?;
+    let contact = first_contact::of(home, keeps, &config.certificate)?;
     let trusted = trusted(options, home, &surroundings.executable, keeps)?;
     let epochs = if keeps { Epochs::load(home)? } else { Epochs::default() };
     let (kind, why) = registration(options.service, product.service, host_service::detect(), platform::is_root());
@@ -207,13 +207,13 @@ fn feasible(plan: &Plan) -> Result<()> {
     }
     host_service::can_register(plan.kind, &plan.home)?;
     if plan.replaces_all() {
-        old::can_set_aside(&plan.home, plan.whose(), &plan.executable)?;
+        legacy::can_set_aside(&plan.home, plan.whose(), &plan.executable)?;
     }
     Ok(())
 }
 
 fn standing(home: &Home) -> Result<Standing> {
-    if site::is_half_made(home) {
+    if install_root::is_half_made(home) {
         return Ok(Standing::Nothing);
     }
     if installation::exists(home) {
@@ -224,7 +224,7 @@ fn standing(home: &Home) -> Result<Standing> {
         });
         return Ok(Standing::Aops(installed.unwrap_or_else(|| Installed::by(lifecycle::service(home)))));
     }
-    Ok(if old::is_old(home) { Standing::Old } else { Standing::Nothing })
+    Ok(if legacy::is_old(home) { Standing::Old } else { Standing::Nothing })
 }
 
 fn standing_config(home: &Home) -> Result<(Option<String>, Option<Config>)> {
@@ -312,7 +312,7 @@ fn trusted(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool
     }
     let standing = match keeps {
         true => {
-            guard::keys(home)?;
+            permissions::keys(home)?;
             (Keyring::load(home)?, Keys::load(&home.keys())?)
         }
         false => Default::default(),

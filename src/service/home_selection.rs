@@ -5,8 +5,8 @@ use std::path::{Component, Path};
 
 use anyhow::{Context, Result, bail};
 
-use super::check::Usage;
-use super::{InstallOptions, Surroundings, old};
+use super::preflight::Usage;
+use super::{InstallOptions, Surroundings, legacy};
 use crate::config::Config;
 use crate::home::Home;
 use crate::host_service::product::{self, Product};
@@ -106,7 +106,7 @@ fn fit_for_a_home(root: &Path) -> Result<()> {
 fn foreign(home: &Home, executable: &Path) -> Result<()> {
     // One that was killed at work there had looked before it began: what lies there is its own.
     if installation::exists(home)
-        || old::is_old(home)
+        || legacy::is_old(home)
         || home.install_work().symlink_metadata().is_ok_and(|found| found.is_dir())
     {
         return Ok(());
@@ -130,12 +130,12 @@ fn foreign(home: &Home, executable: &Path) -> Result<()> {
             let old = format!(
                 "; an old installation, which would be replaced as a whole, has at least two of these: {}. To take over settings and \
                  agent id alone, give another --home and --import {root}",
-                old::MARKS
+                legacy::MARKS
             );
             bail!(
                 "cannot install into {root}: it holds {}, and no installation; choose another --home, or empty it{}",
                 entry.file_name().display(),
-                if old::is_perhaps_old(home) { &old } else { "" }
+                if legacy::is_perhaps_old(home) { &old } else { "" }
             );
         }
     }

@@ -6,13 +6,13 @@ use tokio::sync::oneshot;
 
 use super::exchange::{clock_words, is_clock_off};
 use super::{Manager, Stop};
+use crate::control_socket::{Farewell, Knock, Reply, Request};
 use crate::core::agent::Event;
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::role::Role;
 use crate::core::status::{self, AgentStatus, HomeState, SkippedStatus, Status};
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::core::watch::memory;
-use crate::door::{Farewell, Knock, Reply, Request};
 use crate::role;
 use crate::spm::agent::SubAgent;
 use crate::spm::disk;

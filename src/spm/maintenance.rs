@@ -8,8 +8,8 @@ use super::input::{Input, Inputs, Looked, Reloaded};
 use crate::config::Config;
 use crate::core::role::Role;
 use crate::home::Home;
-use crate::installation::guard;
 use crate::installation::keyring::Keyring;
+use crate::installation::permissions;
 use crate::package::Keys;
 use crate::process::log;
 use crate::role::{self, Holder};
@@ -22,9 +22,9 @@ pub(super) fn begin_look(inputs: &Inputs, home: &Home, config: &Config) {
 
 /// Whether the home can be relied on, and its keys.
 pub(super) fn look(home: &Home, config: &Config) -> Looked {
-    let found = guard::home(home).and_then(|()| guard::keys(home)).err();
+    let found = permissions::home(home).and_then(|()| permissions::keys(home)).err();
     let found = found.map(|error| format!("{error:#}; no release is fetched or activated meanwhile"));
-    let files = guard::files(home, config.certificates(home).as_deref()).err();
+    let files = permissions::files(home, config.certificates(home).as_deref()).err();
     let files = files.map(|error| format!("{error:#}; it counts all the same, as no release gets in by it"));
     let keys = found.is_none().then(|| {
         let ring = Keyring::load(home).and_then(|ring| Ok(ring.overruled(&Keys::load(&home.keys())?)));

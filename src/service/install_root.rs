@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{old, undo};
+use super::{legacy, undo};
 use crate::home::Home;
-use crate::installation::{self, guard};
+use crate::installation::{self, permissions};
 use crate::lock::{self, Held};
 use crate::platform::{self, Expected};
 use crate::store;
@@ -53,7 +53,7 @@ impl Site {
     /// Where nothing stands, notes what is made here, also what will be, for the one that comes after a kill; what an interrupted one noted
     /// is ours now.
     pub(super) fn note(&mut self) -> Result<()> {
-        let stands = installation::exists(&self.home) || old::is_old(&self.home) || old::is_any_aside(&self.home);
+        let stands = installation::exists(&self.home) || legacy::is_old(&self.home) || legacy::is_any_aside(&self.home);
         if stands && !is_half_made(&self.home) {
             return store::remove(&self.home.install_made());
         }
@@ -80,7 +80,7 @@ impl Site {
         let Ok(entries) = fs::read_dir(&work) else { return Ok(()) };
         for entry in entries {
             let path = entry.with_context(|| format!("cannot list {}", work.display()))?.path();
-            if old::is_aside(&self.home, &path) || path == self.home.install_made() || undo::is_kept(&path) {
+            if legacy::is_aside(&self.home, &path) || path == self.home.install_made() || undo::is_kept(&path) {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() { store::remove_tree(&path)? } else { store::remove(&path)? }
@@ -145,9 +145,9 @@ impl Site {
 pub(super) fn sound(home: &Home) -> Result<()> {
     let work = home.install_work();
     let made = (home.install_made(), Expected::File);
-    let script = old::script(home).map(|script| (script, Expected::File));
+    let script = legacy::script(home).map(|script| (script, Expected::File));
     let also: Vec<_> = [(work, Expected::Directory), made].into_iter().chain(script).collect();
-    guard::grounds(home, &also)
+    permissions::grounds(home, &also)
 }
 
 /// Whether an installation was killed here before it was whole, where nothing had stood.
@@ -164,7 +164,7 @@ pub(super) fn half_made(home: &Home) -> Vec<PathBuf> {
 impl Drop for Site {
     fn drop(&mut self) {
         // What was set aside and not brought back is all there is of it, and so is what could not be put back.
-        let keeps_work = old::is_any_aside(&self.home) || (!self.kept && undo::is_any_kept(&self.work()));
+        let keeps_work = legacy::is_any_aside(&self.home) || (!self.kept && undo::is_any_kept(&self.work()));
         if self.lock.is_some() {
             if !keeps_work {
                 let _ = store::remove_tree(&self.work());
@@ -213,7 +213,7 @@ mod tests {
             std::mem::forget(site);
         };
         killed();
-        assert!(is_half_made(&home) && installation::exists(&home) && !old::is_old(&home));
+        assert!(is_half_made(&home) && installation::exists(&home) && !legacy::is_old(&home));
         killed();
         let mut site = Site::open(&home).unwrap();
         site.note().unwrap();
@@ -234,7 +234,7 @@ mod tests {
             site.note().unwrap();
             site.lock = None;
             std::mem::forget(site);
-            assert!(!is_half_made(&home) && old::is_old(&home));
+            assert!(!is_half_made(&home) && legacy::is_old(&home));
         }
     }
 

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::progress::{Unwanted, Watch};
 use super::verify::{self, Claim, Verification};
-use super::watch::{Unwanted, Watch};
 use super::{Keys, MAX_PACKAGE_BYTES};
 use crate::{platform, store};
 

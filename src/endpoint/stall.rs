@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
-use crate::core::pace::Pace;
+use crate::core::throughput::Pace;
 use crate::core::units::Span;
 
 /// Fewer bytes a second than this are as good as none: 20 MB would take five hours.
