@@ -72,7 +72,7 @@ enum Command {
     #[cfg(feature = "gateway")]
     Gateway {
         #[command(subcommand)]
-        command: gateway::Command,
+        command: gateway::GatewayCommand,
     },
     /// The installer's verbs: install, uninstall, start, stop ...
     Service {
@@ -84,14 +84,14 @@ enum Command {
         #[command(flatten)]
         home: HomeOption,
         #[command(flatten)]
-        options: spm::Options,
+        options: spm::ManagerOptions,
     },
     /// Run the watchdog (started by the service manager or the manager)
     Spa {
         #[command(flatten)]
         home: HomeOption,
         #[command(flatten)]
-        options: spa::Options,
+        options: spa::WatchdogOptions,
     },
 }
 
@@ -106,7 +106,7 @@ struct HomeOption {
 #[derive(Debug, Subcommand)]
 enum ControlCommand {
     #[command(flatten)]
-    Verb(control::Command),
+    Verb(control::ControlAction),
     /// Remove the installation: services, processes and files
     Uninstall {
         /// Do not ask first
@@ -194,11 +194,11 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode> {
 }
 
 /// What an installation takes from its surroundings.
-fn surroundings() -> service::Surroundings {
+fn surroundings() -> service::ProcessContext {
     let executable = platform::own_executable();
     let own = executable.as_deref().and_then(own_home);
     let named = || std::env::var_os("AOPS_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
-    service::Surroundings {
+    service::ProcessContext {
         home: own.or_else(named).map(Home::new),
         product: std::env::var("AOPS_PRODUCT").ok().filter(|product| !product.is_empty()),
         executable: executable.unwrap_or_default(),
@@ -208,11 +208,11 @@ fn surroundings() -> service::Surroundings {
 fn run_service(verb: ServiceVerb) -> Result<ExitCode> {
     match verb {
         ServiceVerb::Uninstall { home, yes } => service::uninstall(&home.find(), yes),
-        ServiceVerb::Start { home } => control::main(&home.find(), &control::Command::Start),
-        ServiceVerb::Stop { home } => control::main(&home.find(), &control::Command::Stop),
-        ServiceVerb::Restart { home } => control::main(&home.find(), &control::Command::Restart { agent: None }),
+        ServiceVerb::Start { home } => control::main(&home.find(), &control::ControlAction::Start),
+        ServiceVerb::Stop { home } => control::main(&home.find(), &control::ControlAction::Stop),
+        ServiceVerb::Restart { home } => control::main(&home.find(), &control::ControlAction::Restart { agent: None }),
         ServiceVerb::Status { home, json } => {
-            control::main(&home.find(), &control::Command::Status { json, history: false })
+            control::main(&home.find(), &control::ControlAction::Status { json, history: false })
         }
     }
 }
@@ -272,7 +272,7 @@ fn stem(program: &OsStr) -> String {
 fn print_version(verbose: bool) -> Result<ExitCode> {
     result!("aops {}", env!("CARGO_PKG_VERSION"));
     let home = HomeOption { home: None }.find();
-    if let Ok(Some(manager)) = installation::Manager::load(&home) {
+    if let Ok(Some(manager)) = installation::ManagerRecord::load(&home) {
         result!("installed in {}: release {}", home.root().display(), manager.version);
     }
     if verbose {

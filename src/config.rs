@@ -49,7 +49,7 @@ pub struct Config {
     pub proxy: ProxyChoice,
     /// What is reached without a proxy; `None`: what the environment lists.
     pub no_proxy: Option<Vec<Exception>>,
-    pub certificate: Certificate,
+    pub certificate: CertificateCheck,
     /// The product named by the operator; `None`: found by its markers.
     pub product: Option<String>,
     /// The size at which a log file is rotated.
@@ -60,7 +60,7 @@ pub struct Config {
 
 /// How the gateway's certificate is checked; the file has a key for each, of which at most one may be there.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Certificate {
+pub enum CertificateCheck {
     /// By the system's roots.
     #[default]
     System,
@@ -97,7 +97,7 @@ impl Default for Config {
             download_rate: None,
             proxy: ProxyChoice::Environment,
             no_proxy: None,
-            certificate: Certificate::System,
+            certificate: CertificateCheck::System,
             product: None,
             log_max_size: Size(8 << 20),
             upgrade_trial: Span(Duration::from_secs(30)),
@@ -107,13 +107,13 @@ impl Default for Config {
 
 /// A key that this version does not know.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unknown {
+pub struct UnknownKey {
     pub key: String,
     /// Counted from 1.
     pub line: usize,
 }
 
-impl fmt::Display for Unknown {
+impl fmt::Display for UnknownKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "line {}: unknown key {:?}", self.line, self.key)?;
         match keys::similar(&self.key) {
@@ -125,24 +125,24 @@ impl fmt::Display for Unknown {
 
 /// What a settings file says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parsed {
+pub struct ParsedSettings {
     pub config: Config,
-    pub unknown: Vec<Unknown>,
+    pub unknown: Vec<UnknownKey>,
 }
 
 /// What holds at a start.
 #[derive(Debug)]
-pub struct Loaded {
+pub struct LoadedSettings {
     pub config: Config,
     /// To be warned of.
-    pub unknown: Vec<Unknown>,
+    pub unknown: Vec<UnknownKey>,
     /// Why `etc/conf.toml` could not be used, where it could not: `config` is then the last good copy.
     pub problem: Option<anyhow::Error>,
 }
 
 impl Config {
     /// Reads the text of a settings file.
-    pub fn parse(text: &str) -> Result<Parsed> {
+    pub fn parse(text: &str) -> Result<ParsedSettings> {
         keys::parse(text)
     }
 
@@ -153,26 +153,28 @@ impl Config {
         let advice = || format!("cannot use the settings in {}", path.display());
         let parsed = Config::parse(&text).with_context(advice)?;
         if !parsed.unknown.is_empty() {
-            let listed: Vec<String> = parsed.unknown.iter().map(Unknown::to_string).collect();
+            let listed: Vec<String> = parsed.unknown.iter().map(UnknownKey::to_string).collect();
             return Err(anyhow::anyhow!("{}", listed.join("; "))).with_context(advice);
         }
         Ok(Some(parsed.config))
     }
 
     /// The settings for a start. Fails only where neither the file nor the last good copy can be used.
-    pub fn load(home: &Home) -> Result<Loaded> {
+    pub fn load(home: &Home) -> Result<LoadedSettings> {
         let last_good = home.last_good_config();
         match read_settled(&home.config()) {
-            Ok((text, Parsed { config, unknown })) => {
+            Ok((text, ParsedSettings { config, unknown })) => {
                 // A copy that cannot be kept is no reason not to start.
                 let problem = remember(&last_good, &text).err();
                 if let Some(error) = problem {
                     tracing::warn!(error = format!("{error:#}"), "the last good settings could not be kept");
                 }
-                Ok(Loaded { config, unknown, problem: None })
+                Ok(LoadedSettings { config, unknown, problem: None })
             }
             Err(problem) => match last_good_of(&last_good) {
-                Some((_, Parsed { config, unknown })) => Ok(Loaded { config, unknown, problem: Some(problem) }),
+                Some((_, ParsedSettings { config, unknown })) => {
+                    Ok(LoadedSettings { config, unknown, problem: Some(problem) })
+                }
                 None => Err(problem),
             },
         }
@@ -191,7 +193,7 @@ impl Config {
     /// The file of certificates that the settings name.
     pub fn certificates(&self, home: &Home) -> Option<PathBuf> {
         match &self.certificate {
-            Certificate::Authority(path) => Some(home.root().join(path)),
+            CertificateCheck::Authority(path) => Some(home.root().join(path)),
             _ => None,
         }
     }
@@ -199,11 +201,11 @@ impl Config {
     /// How the gateway's certificate is checked, with the paths of this home.
     pub fn trust(&self, home: &Home) -> Trust {
         match &self.certificate {
-            Certificate::System => Trust::System,
-            Certificate::Authority(path) => Trust::CaFile(home.root().join(path)),
-            Certificate::Pinned(pins) => Trust::Pin { pins: pins.clone(), learned: home.gateway_keys() },
-            Certificate::FirstContact => Trust::FirstContact { pins: home.pins() },
-            Certificate::Unchecked => Trust::Insecure,
+            CertificateCheck::System => Trust::System,
+            CertificateCheck::Authority(path) => Trust::CaFile(home.root().join(path)),
+            CertificateCheck::Pinned(pins) => Trust::Pin { pins: pins.clone(), learned: home.gateway_keys() },
+            CertificateCheck::FirstContact => Trust::FirstContact { pins: home.pins() },
+            CertificateCheck::Unchecked => Trust::Insecure,
         }
     }
 }
@@ -244,7 +246,7 @@ impl Config {
     }
 }
 
-fn last_good_of(path: &Path) -> Option<(String, Parsed)> {
+fn last_good_of(path: &Path) -> Option<(String, ParsedSettings)> {
     let text = read_text(path).ok().flatten()?;
     let parsed = Config::parse(&text).ok()?;
     Some((text, parsed))
@@ -269,7 +271,7 @@ fn read_text(path: &Path) -> Result<Option<String>> {
 }
 
 /// Reads a file that people edit in place: one that was changed a moment ago is read again until it stays as it is.
-fn read_settled(path: &Path) -> Result<(String, Parsed)> {
+fn read_settled(path: &Path) -> Result<(String, ParsedSettings)> {
     let read = || read_text(path)?.with_context(|| format!("cannot read {}: there is no such file", path.display()));
     let mut text = read()?;
     for _ in 0..10 {

@@ -15,12 +15,12 @@ use anyhow::{Context, Result, bail};
 use crate::control_socket::{self, Request};
 use crate::core::model::AgentName;
 use crate::core::role::Role;
-use crate::core::service_manager::Kind;
+use crate::core::service_manager::ServiceManagerKind;
 use crate::core::status::{History, HomeState, RoleStatus, Status, UpgradeStatus};
-use crate::core::upgrade::{Force, Phase, Record, Trial};
+use crate::core::upgrade::{OperatorDecision, Trial, UpgradePhase, UpgradeRecord};
 use crate::home::Home;
-use crate::installation::upgrade::Session;
-use crate::installation::{self, Installed, Manager};
+use crate::installation::upgrade::UpgradeSession;
+use crate::installation::{self, InstallRecord, ManagerRecord};
 use crate::output::message;
 use crate::{lifecycle, process, role, store};
 
@@ -40,7 +40,7 @@ const START: Duration = Duration::from_secs(30);
 
 /// What an operator may ask for.
 #[derive(Debug, Clone, clap::Subcommand)]
-pub enum Command {
+pub enum ControlAction {
     /// Show the manager, the watchdog, the gateway and every sub-agent
     ///
     /// Exit code: 0 running or degraded, 3 stopped, 4 nothing installed.
@@ -100,43 +100,45 @@ pub enum Command {
 }
 
 /// Carries a verb out.
-pub fn main(home: &Home, command: &Command) -> Result<ExitCode> {
+pub fn main(home: &Home, command: &ControlAction) -> Result<ExitCode> {
     if !installation::exists(home) {
         return Ok(not_installed(home, command));
     }
     match command {
-        Command::Status { json, history: true } => {
+        ControlAction::Status { json, history: true } => {
             let history: Option<History> = store::load(&home.history())?;
             show::print_history(&history.unwrap_or_default(), *json)?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Status { json, history: false } => {
+        ControlAction::Status { json, history: false } => {
             let status = status(home)?;
             show::print(&status, *json)?;
             Ok(if status.state == HomeState::Stopped { ExitCode::from(STOPPED) } else { ExitCode::SUCCESS })
         }
-        Command::Start => start(home).map(|()| ExitCode::SUCCESS),
-        Command::Stop => stop(home).map(|()| ExitCode::SUCCESS),
-        Command::Restart { agent: None } => restart(home).map(|()| ExitCode::SUCCESS),
-        Command::Restart { agent: Some(name) } => restart_agent(home, name).map(|()| ExitCode::SUCCESS),
-        Command::Upgrade { package, commit: false, abort: false } => upgrade(home, package.as_deref()),
-        Command::Upgrade { commit, .. } => force(home, if *commit { Force::Commit } else { Force::Abort }),
-        Command::Rollback { agent: None } => {
+        ControlAction::Start => start(home).map(|()| ExitCode::SUCCESS),
+        ControlAction::Stop => stop(home).map(|()| ExitCode::SUCCESS),
+        ControlAction::Restart { agent: None } => restart(home).map(|()| ExitCode::SUCCESS),
+        ControlAction::Restart { agent: Some(name) } => restart_agent(home, name).map(|()| ExitCode::SUCCESS),
+        ControlAction::Upgrade { package, commit: false, abort: false } => upgrade(home, package.as_deref()),
+        ControlAction::Upgrade { commit, .. } => {
+            force(home, if *commit { OperatorDecision::Commit } else { OperatorDecision::Abort })
+        }
+        ControlAction::Rollback { agent: None } => {
             order(home, "roll the manager back", &Request::RollBackManager)?;
             message!("the manager returns to its previous release; `status` shows how far it is");
             Ok(ExitCode::SUCCESS)
         }
-        Command::Rollback { agent: Some(agent) } => {
+        ControlAction::Rollback { agent: Some(agent) } => {
             order(home, &format!("roll {agent} back"), &Request::RollBack { agent: agent.clone() })?;
             message!("{agent} returns to its previous release; `status` shows how far it is");
             Ok(ExitCode::SUCCESS)
         }
-        Command::Retry { agent } => {
+        ControlAction::Retry { agent } => {
             order(home, &format!("retry {agent}"), &Request::Retry { agent: agent.clone() })?;
             message!("{agent} is tried again as ordered; `status` shows how far it is");
             Ok(ExitCode::SUCCESS)
         }
-        Command::Logs(options) => logs::show(home, options).map(|()| ExitCode::SUCCESS),
+        ControlAction::Logs(options) => logs::show(home, options).map(|()| ExitCode::SUCCESS),
     }
 }
 
@@ -155,9 +157,9 @@ fn upgrade(home: &Home, package: Option<&Path>) -> Result<ExitCode> {
 }
 
 /// Decides about the release of the manager that is on trial, whoever of the roles answers. The watchdog carries it out.
-fn force(home: &Home, force: Force) -> Result<ExitCode> {
-    let what = if force == Force::Commit { "commit" } else { "abort" };
-    let session = Session::open(home, TURN).with_context(|| format!("cannot {what} the upgrade"))?;
+fn force(home: &Home, force: OperatorDecision) -> Result<ExitCode> {
+    let what = if force == OperatorDecision::Commit { "commit" } else { "abort" };
+    let session = UpgradeSession::open(home, TURN).with_context(|| format!("cannot {what} the upgrade"))?;
     let Some(mut session) = session else {
         bail!("cannot {what} the upgrade: its record is in use by another process; try again");
     };
@@ -169,13 +171,13 @@ fn force(home: &Home, force: Force) -> Result<ExitCode> {
     }
     message!(
         "the manager's release {to} is {}; `status` shows how far it is",
-        if force == Force::Commit { "kept" } else { "rolled back and skipped" }
+        if force == OperatorDecision::Commit { "kept" } else { "rolled back and skipped" }
     );
     Ok(ExitCode::SUCCESS)
 }
 
-fn not_installed(home: &Home, command: &Command) -> ExitCode {
-    if let Command::Status { json: true, history: false } = command {
+fn not_installed(home: &Home, command: &ControlAction) -> ExitCode {
+    if let ControlAction::Status { json: true, history: false } = command {
         let status = Status::silent(home.known_as().display().to_string(), None, HomeState::NotInstalled);
         if let Err(error) = show::print(&status, true) {
             message!("error: {error:#}");
@@ -198,17 +200,17 @@ fn status(home: &Home) -> Result<Status> {
         }
         Ok(None) => {}
         // Whoever may not ask may not see the records either, by which it would look stopped.
-        Err(error) if error.is::<control_socket::Denied>() => return Err(error),
+        Err(error) if error.is::<control_socket::AccessDenied>() => return Err(error),
         Err(error) => problem = Some(format!("{error:#}")),
     }
-    let version = Manager::load(home).ok().flatten().map(|manager| manager.version);
+    let version = ManagerRecord::load(home).ok().flatten().map(|manager| manager.version);
     let (spm, spa) = (role::living(home, Role::Spm), role::living(home, Role::Spa));
     let agents_run = process::tree::any_run(home);
     let state = if spm.is_none() && spa.is_none() && !agents_run { HomeState::Stopped } else { HomeState::Degraded };
     let mut status = Status::silent(home.known_as().display().to_string(), version, state);
-    status.upgrade = installation::upgrade::load(home).ok().as_ref().and_then(Record::trial).map(upgrade_status);
-    status.spm = spm.as_ref().map_or_else(RoleStatus::default, role::Holder::status);
-    status.spa = spa.as_ref().map_or_else(RoleStatus::default, role::Holder::status);
+    status.upgrade = installation::upgrade::load(home).ok().as_ref().and_then(UpgradeRecord::trial).map(upgrade_status);
+    status.spm = spm.as_ref().map_or_else(RoleStatus::default, role::RoleHolder::status);
+    status.spa = spa.as_ref().map_or_else(RoleStatus::default, role::RoleHolder::status);
     if state == HomeState::Degraded {
         let what = if spm.is_some() { "the manager does not answer" } else { "the manager does not run" };
         status.problems.push(problem.map_or_else(|| what.to_owned(), |problem| format!("{what}: {problem}")));
@@ -223,10 +225,10 @@ fn status(home: &Home) -> Result<Status> {
 /// What the record alone tells of an upgrade.
 fn upgrade_status(trial: &Trial) -> UpgradeStatus {
     let phase = match trial.phase {
-        Phase::Switching => "switching",
-        Phase::Trial => "trial",
-        Phase::Committing => "committing",
-        Phase::RollingBack => "rollingBack",
+        UpgradePhase::Switching => "switching",
+        UpgradePhase::Trial => "trial",
+        UpgradePhase::Committing => "committing",
+        UpgradePhase::RollingBack => "rollingBack",
     };
     UpgradeStatus {
         from: Some(trial.from.version.clone()),
@@ -241,8 +243,8 @@ fn upgrade_status(trial: &Trial) -> UpgradeStatus {
 
 /// That nothing starts this home at boot, where it is so.
 fn boot_note(home: &Home) -> Option<String> {
-    let service = Installed::load(home).ok().flatten().map(|installed| installed.service)?;
-    (service == Kind::None).then(|| {
+    let service = InstallRecord::load(home).ok().flatten().map(|installed| installed.service)?;
+    (service == ServiceManagerKind::None).then(|| {
         format!("nothing starts this home at boot; have the host run `{} start` then", home.control_link().display())
     })
 }

@@ -1,8 +1,8 @@
 //! The local door: the manager's control socket, at which the operator asks and on which the watchdog holds the control connection.
 //!
-//! One JSON document a line each way, a [`Reply`] for a [`Request`]. A connection that said [`Request::Hello`] is the watch between the
+//! One JSON document a line each way, a [`ControlReply`] for a [`Request`]. A connection that said [`Request::Hello`] is the watch between the
 //! two roles: its end is the other's death, at once and without polling. Before it ends on purpose the manager says so with a
-//! [`Farewell`].
+//! [`Goodbye`].
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use crate::core::model::AgentName;
 use crate::core::role::Role;
 use crate::core::status::Status;
 use crate::home::Home;
-use crate::platform::{self, Caller, LocalConnection, LocalListener, LocalStream};
+use crate::platform::{self, LocalConnection, LocalListener, LocalStream, SocketPeer};
 
 /// A request is refused beyond this.
 const MAX_REQUEST_BYTES: u64 = 64 << 10;
@@ -77,7 +77,7 @@ pub enum Request {
 /// What the manager answers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Reply {
+pub struct ControlReply {
     /// Why it could not be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -85,20 +85,20 @@ pub struct Reply {
     pub status: Option<Box<Status>>,
 }
 
-impl Reply {
-    pub fn done() -> Reply {
-        Reply::default()
+impl ControlReply {
+    pub fn done() -> ControlReply {
+        ControlReply::default()
     }
 
-    pub fn failed(error: impl Into<String>) -> Reply {
-        Reply { error: Some(error.into()), status: None }
+    pub fn failed(error: impl Into<String>) -> ControlReply {
+        ControlReply { error: Some(error.into()), status: None }
     }
 }
 
 /// The last line on every connection before the manager ends on purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "farewell", rename_all = "camelCase")]
-pub enum Farewell {
+pub enum Goodbye {
     /// The home stops.
     Stop,
     /// The manager gives way to another.
@@ -107,8 +107,8 @@ pub enum Farewell {
 
 /// What comes through the door to the manager.
 #[derive(Debug)]
-pub enum Knock {
-    Asked(Request, oneshot::Sender<Reply>),
+pub enum ControlRequest {
+    Asked(Request, oneshot::Sender<ControlReply>),
     /// Somebody came who may not, and was turned away.
     Stranger {
         why: String,
@@ -123,23 +123,23 @@ pub enum Knock {
 /// Lets everybody in until the task is dropped. Each connection is a task; what is asked goes to `knocks`.
 pub async fn serve(
     mut listener: LocalListener,
-    knocks: mpsc::Sender<Knock>,
-    farewell: watch::Receiver<Option<Farewell>>,
+    knocks: mpsc::Sender<ControlRequest>,
+    farewell: watch::Receiver<Option<Goodbye>>,
 ) {
     let seats = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(seat) = seats.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok(Caller::Stranger { stream, who, whose }) => {
+            Ok(SocketPeer::Stranger { stream, who, whose }) => {
                 let why = format!("cannot let {who} in at the control socket: it is for {whose}");
                 // Somebody who knocks again and again must hold up nobody; the log hears of him from the manager.
-                let _ = knocks.try_send(Knock::Stranger { why: why.clone() });
+                let _ = knocks.try_send(ControlRequest::Stranger { why: why.clone() });
                 tokio::spawn(async move {
                     let _seat = seat;
                     let _ = tokio::time::timeout(REFUSAL, turn_away(stream, &why)).await;
                 });
             }
-            Ok(Caller::Welcome(stream)) => {
+            Ok(SocketPeer::Welcome(stream)) => {
                 let (knocks, farewell) = (knocks.clone(), farewell.clone());
                 tokio::spawn(async move {
                     let _seat = seat;
@@ -158,14 +158,14 @@ pub async fn serve(
 
 /// Says why he is not heard. Nothing that he says is read.
 async fn turn_away(mut stream: LocalStream, why: &str) -> Result<()> {
-    stream.write_all(&as_line(&Reply::failed(why))?).await?;
+    stream.write_all(&as_line(&ControlReply::failed(why))?).await?;
     Ok(stream.shutdown().await?)
 }
 
 async fn converse(
     stream: LocalStream,
-    knocks: mpsc::Sender<Knock>,
-    mut farewell: watch::Receiver<Option<Farewell>>,
+    knocks: mpsc::Sender<ControlRequest>,
+    mut farewell: watch::Receiver<Option<Goodbye>>,
 ) -> Result<()> {
     let (reader, mut writer) = tokio::io::split(stream);
     let mut lines = tokio::io::BufReader::new(reader);
@@ -188,16 +188,16 @@ async fn converse(
             Err(error) => break Err(error.into()),
         }
         let reply = match serde_json::from_slice::<Request>(&line) {
-            Err(error) => Reply::failed(format!("cannot understand the request: {error}")),
+            Err(error) => ControlReply::failed(format!("cannot understand the request: {error}")),
             Ok(request) => {
                 if let Request::Hello { role, pid } = request {
                     peer = Some((role, pid));
                 }
                 let (sender, receiver) = oneshot::channel();
-                if knocks.send(Knock::Asked(request, sender)).await.is_err() {
+                if knocks.send(ControlRequest::Asked(request, sender)).await.is_err() {
                     break Ok(());
                 }
-                receiver.await.unwrap_or_else(|_| Reply::failed("the manager is ending"))
+                receiver.await.unwrap_or_else(|_| ControlReply::failed("the manager is ending"))
             }
         };
         if let Err(error) = writer.write_all(&as_line(&reply)?).await {
@@ -205,13 +205,13 @@ async fn converse(
         }
     };
     if let Some((role, pid)) = peer {
-        let _ = knocks.send(Knock::PeerGone { role, pid }).await;
+        let _ = knocks.send(ControlRequest::PeerGone { role, pid }).await;
     }
     ended
 }
 
 /// Resolves when the manager ends on purpose.
-async fn told(farewell: &mut watch::Receiver<Option<Farewell>>) -> Farewell {
+async fn told(farewell: &mut watch::Receiver<Option<Goodbye>>) -> Goodbye {
     match farewell.wait_for(Option::is_some).await.map(|word| *word) {
         Ok(Some(word)) => word,
         _ => std::future::pending().await,
@@ -226,16 +226,16 @@ fn as_line<T: Serialize>(value: &T) -> Result<Vec<u8>> {
 
 /// The asking side of a connection. Blocks.
 #[derive(Debug)]
-pub struct Door {
+pub struct ControlClient {
     reader: BufReader<LocalConnection>,
     writer: LocalConnection,
 }
 
 /// What came over a connection.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Heard {
-    Reply(Box<Reply>),
-    Farewell(Farewell),
+pub enum ControlMessage {
+    Reply(Box<ControlReply>),
+    Farewell(Goodbye),
     /// The connection ended without a word.
     End,
     /// Nothing within the time that the connection was opened with.
@@ -244,33 +244,33 @@ pub enum Heard {
 
 /// The door is there for others.
 #[derive(Debug)]
-pub struct Denied(PathBuf);
+pub struct AccessDenied(PathBuf);
 
-impl std::fmt::Display for Denied {
+impl std::fmt::Display for AccessDenied {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let path = self.0.display();
         write!(f, "cannot open the control socket {path}: only its owner and root may; run this as one of them")
     }
 }
 
-impl std::error::Error for Denied {}
+impl std::error::Error for AccessDenied {}
 
-impl Door {
+impl ControlClient {
     /// Opens the manager's door; `None`: nobody answers there. Every later wait gives up after `timeout`.
-    pub fn open(home: &Home, timeout: Duration) -> Result<Option<Door>> {
+    pub fn open(home: &Home, timeout: Duration) -> Result<Option<ControlClient>> {
         let path = home.control_socket();
         let connection = match platform::connect_local(&path, timeout) {
             Ok(connection) => connection,
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
                 return Ok(None);
             }
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(Denied(path).into()),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(AccessDenied(path).into()),
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot open the control socket {}", path.display()));
             }
         };
         let writer = platform::clone_local(&connection)?;
-        Ok(Some(Door { reader: BufReader::new(connection), writer }))
+        Ok(Some(ControlClient { reader: BufReader::new(connection), writer }))
     }
 
     pub fn send(&mut self, request: &Request) -> Result<()> {
@@ -278,23 +278,23 @@ impl Door {
     }
 
     /// Waits for what comes next.
-    pub fn hear(&mut self) -> Result<Heard> {
+    pub fn hear(&mut self) -> Result<ControlMessage> {
         hear(&mut self.reader)
     }
 
     /// Asks and waits for the reply.
-    pub fn ask(&mut self, request: &Request) -> Result<Reply> {
+    pub fn ask(&mut self, request: &Request) -> Result<ControlReply> {
         if let Err(error) = self.send(request) {
             // One who is turned away is told why before he has asked.
             return match self.hear() {
-                Ok(Heard::Reply(reply)) => Ok(*reply),
+                Ok(ControlMessage::Reply(reply)) => Ok(*reply),
                 _ => Err(error),
             };
         }
         match self.hear()? {
-            Heard::Reply(reply) => Ok(*reply),
-            Heard::Silence => bail!("the manager does not answer in time"),
-            Heard::Farewell(_) | Heard::End => bail!("the manager ended before it answered"),
+            ControlMessage::Reply(reply) => Ok(*reply),
+            ControlMessage::Silence => bail!("the manager does not answer in time"),
+            ControlMessage::Farewell(_) | ControlMessage::End => bail!("the manager ended before it answered"),
         }
     }
 
@@ -306,25 +306,25 @@ impl Door {
 }
 
 /// Waits for what comes next on a connection.
-pub fn hear(reader: &mut BufReader<LocalConnection>) -> Result<Heard> {
+pub fn hear(reader: &mut BufReader<LocalConnection>) -> Result<ControlMessage> {
     let mut line = vec![];
     let mut limited = std::io::Read::take(reader, MAX_REPLY_BYTES);
     match limited.read_until(b'\n', &mut line) {
-        Ok(0) => return Ok(Heard::End),
+        Ok(0) => return Ok(ControlMessage::End),
         Ok(_) => {}
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-            return Ok(Heard::Silence);
+            return Ok(ControlMessage::Silence);
         }
         Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
-            return Ok(Heard::End);
+            return Ok(ControlMessage::End);
         }
         Err(error) => return Err(error).context("cannot hear the manager"),
     }
     if let Ok(word) = serde_json::from_slice(&line) {
-        return Ok(Heard::Farewell(word));
+        return Ok(ControlMessage::Farewell(word));
     }
     let reply = serde_json::from_slice(&line).context("cannot understand the manager's reply")?;
-    Ok(Heard::Reply(Box::new(reply)))
+    Ok(ControlMessage::Reply(Box::new(reply)))
 }
 
 /// Sends a request on the asking end of a split connection.
@@ -333,25 +333,27 @@ pub fn send(writer: &mut LocalConnection, request: &Request) -> Result<()> {
 }
 
 /// Opens the door, asks one thing and waits for the reply; `None`: nobody answers there.
-pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<Reply>> {
-    match Door::open(home, timeout)? {
+pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<ControlReply>> {
+    match ControlClient::open(home, timeout)? {
         Some(mut door) => door.ask(request).map(Some),
         None => Ok(None),
     }
 }
 
 /// Asks for a stop and waits for its end, as long as the manager shows that it is at it; `None`: nobody answers there.
-pub fn ask_to_stop(home: &Home, patience: Duration) -> Result<Option<Reply>> {
-    let Some(mut door) = Door::open(home, ANSWER)? else { return Ok(None) };
+pub fn ask_to_stop(home: &Home, patience: Duration) -> Result<Option<ControlReply>> {
+    let Some(mut door) = ControlClient::open(home, ANSWER)? else { return Ok(None) };
     door.send(&Request::Stop)?;
     let deadline = Instant::now() + patience;
     while Instant::now() < deadline {
         match door.hear()? {
-            Heard::Reply(reply) => return Ok(Some(*reply)),
-            Heard::Farewell(_) => return Ok(Some(Reply::done())),
-            Heard::End => bail!("the manager ended before every sub-agent was stopped"),
+            ControlMessage::Reply(reply) => return Ok(Some(*reply)),
+            ControlMessage::Farewell(_) => return Ok(Some(ControlReply::done())),
+            ControlMessage::End => bail!("the manager ended before every sub-agent was stopped"),
             // It takes its time, or it hangs: then it does not answer this either, twice.
-            Heard::Silence => drop(ask(home, &Request::Ping, ANSWER).or_else(|_| ask(home, &Request::Ping, ANSWER))?),
+            ControlMessage::Silence => {
+                drop(ask(home, &Request::Ping, ANSWER).or_else(|_| ask(home, &Request::Ping, ANSWER))?)
+            }
         }
     }
     bail!("not every sub-agent was stopped within {patience:?}")

@@ -22,7 +22,7 @@ use ureq::http::Uri;
 use crate::core::text::hex;
 
 pub use certificate::{end_of, key_of};
-pub use client::{Asker, Astray, Client, End, Reply, Timeouts, may_pass};
+pub use client::{Client, Disconnector, ForeignRedirect, HttpResponse, Requester, Timeouts, may_pass};
 pub use pins::{add_pins, expect_first_contact};
 pub use proxy::{Exception, Proxies, ProxyUrl};
 pub use tls::with_anyone;

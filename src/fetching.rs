@@ -4,10 +4,10 @@ use anyhow::Result;
 
 use crate::config::Config;
 use crate::core::model::AgentId;
-use crate::endpoint::{End, Endpoint, Trust};
+use crate::endpoint::{Disconnector, Endpoint, Trust};
 use crate::home::Home;
 use crate::installation::{Epochs, keyring};
-use crate::package::{self, Commons, Keys, Means, Places, Progress, VerifiedTree, Wanted};
+use crate::package::{self, FetchContext, FetchLimits, Keys, PackagePaths, PackageRequest, Progress, VerifiedTree};
 
 /// What a package is fetched and verified by.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub struct Fetching<'a> {
     pub endpoints: Vec<Endpoint>,
     pub keys: Keys,
     pub epochs: Epochs,
-    pub places: Places,
+    pub places: PackagePaths,
 }
 
 impl<'a> Fetching<'a> {
@@ -33,24 +33,24 @@ impl<'a> Fetching<'a> {
             endpoints: config.heartbeat_srv.clone(),
             keys: keyring::trusted(home)?,
             epochs: Epochs::load(home)?,
-            places: Places::of(home),
+            places: PackagePaths::of(home),
         })
     }
 
     /// Fetches a package, with a client of its own, since the download is ended with that. `begun` gets the means to end it from elsewhere.
     pub fn fetch(
         &self,
-        wanted: Wanted,
-        commons: &Commons,
-        begun: impl FnOnce(End),
+        wanted: PackageRequest,
+        commons: &FetchLimits,
+        begun: impl FnOnce(Disconnector),
         progress: &mut Progress<'_>,
     ) -> Result<VerifiedTree> {
         let least = self.epochs.least(wanted.release.name.as_str());
-        let wanted = Wanted { least_epoch: wanted.least_epoch.max(least), ..wanted };
+        let wanted = PackageRequest { least_epoch: wanted.least_epoch.max(least), ..wanted };
         commons.limit(self.config.download_rate.map(|rate| rate.0));
         let client = self.config.client(&self.trust, self.agent_id, self.config.download_timeouts())?;
         begun(client.end());
-        let means = Means {
+        let means = FetchContext {
             client: &client,
             endpoints: &self.endpoints,
             keys: &self.keys,

@@ -56,23 +56,23 @@ use crate::logging;
 
 /// What the gateway can be asked to do.
 #[derive(Debug, clap::Subcommand)]
-pub enum Command {
+pub enum GatewayCommand {
     /// Make what a gateway needs; what is there already is kept
     ///
     /// A signing key, a certificate, an empty depot, and a fleet.toml
     /// with examples. Prints what to do next.
     #[command(verbatim_doc_comment)]
-    Init(init::Args),
+    Init(init::InitArgs),
     /// Sign a package and put it into the depot
     ///
     /// A sub-agent's package has an agent.toml, or an executable `control`,
     /// at its root. What is published never changes: another content needs
     /// another version.
     #[command(verbatim_doc_comment)]
-    Publish(publish::Args),
+    Publish(publish::PublishArgs),
     /// Check a fleet file and put it in force
     #[command(subcommand)]
-    Fleet(fleet_apply::Command),
+    Fleet(fleet_apply::FleetCommand),
     /// Serve the depot and answer heartbeats until stopped
     ///
     /// Prints `listening on https://HOST:PORT` when ready. keys/, depot/,
@@ -92,44 +92,44 @@ pub enum Command {
     /// that host is told, secrets in `env` included, and can report in its
     /// name. Let nobody but hosts reach it.
     #[command(verbatim_doc_comment)]
-    Run(serve::Args),
+    Run(serve::RunArgs),
     /// Print the JSON Schema of the protocol
     Schema,
     /// Show the hosts, what they run, and how fleet.toml stands
-    Status(status::Args),
+    Status(status::StatusArgs),
 }
 
 /// Carries out one command.
-pub fn main(command: Command) -> Result<ExitCode> {
+pub fn main(command: GatewayCommand) -> Result<ExitCode> {
     match command {
-        Command::Init(args) => init::run(&args)?,
-        Command::Publish(args) => publish::run(&args)?,
-        Command::Fleet(command) => fleet_apply::run(&command)?,
-        Command::Run(args) => {
+        GatewayCommand::Init(args) => init::run(&args)?,
+        GatewayCommand::Publish(args) => publish::run(&args)?,
+        GatewayCommand::Fleet(command) => fleet_apply::run(&command)?,
+        GatewayCommand::Run(args) => {
             logging::to_stderr();
             serve::run(&args)?;
         }
-        Command::Schema => schema::print()?,
-        Command::Status(args) => status::run(&args)?,
+        GatewayCommand::Schema => schema::print()?,
+        GatewayCommand::Status(args) => status::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// A gateway's directory: every path of it comes from here.
 #[derive(Debug, Clone)]
-struct Place {
+struct GatewayDirectory {
     root: PathBuf,
 }
 
-impl Place {
+impl GatewayDirectory {
     /// A directory that may have nothing in it yet.
-    fn new(root: &Path) -> Place {
-        Place { root: root.to_owned() }
+    fn new(root: &Path) -> GatewayDirectory {
+        GatewayDirectory { root: root.to_owned() }
     }
 
     /// A directory that `init` has been at.
-    fn initialized(root: &Path) -> Result<Place> {
-        let place = Place::new(root);
+    fn initialized(root: &Path) -> Result<GatewayDirectory> {
+        let place = GatewayDirectory::new(root);
         if !root.is_dir() {
             bail!(
                 "cannot find the gateway's directory {0}; make it with `aops gateway init --dir {0}`",

@@ -9,7 +9,7 @@ use std::process::Child;
 use anyhow::Result;
 
 use crate::core::role::Role;
-use crate::core::service_manager::{Kind, UnitStanding};
+use crate::core::service_manager::{ServiceManagerKind, UnitStanding};
 use crate::home::Home;
 
 mod none;
@@ -22,94 +22,94 @@ pub use none::end_roles;
 macro_rules! of {
     ($kind:expr, $name:ident($($argument:expr),*)) => {
         match $kind {
-            Kind::Systemd => systemd::$name($($argument),*),
-            Kind::None => none::$name($($argument),*),
+            ServiceManagerKind::Systemd => systemd::$name($($argument),*),
+            ServiceManagerKind::None => none::$name($($argument),*),
         }
     };
 }
 
 /// The service manager that runs on this host.
-pub fn detect() -> Kind {
-    if systemd::runs() { Kind::Systemd } else { Kind::None }
+pub fn detect() -> ServiceManagerKind {
+    if systemd::runs() { ServiceManagerKind::Systemd } else { ServiceManagerKind::None }
 }
 
 /// The service manager that runs on this host, where the home is registered with it.
-pub fn registered_with(home: &Home) -> Kind {
+pub fn registered_with(home: &Home) -> ServiceManagerKind {
     let kind = detect();
-    if is_registered(kind, home) { kind } else { Kind::None }
+    if is_registered(kind, home) { kind } else { ServiceManagerKind::None }
 }
 
 /// The service manager with which the home is registered, whether or not that one runs now.
-pub fn registration_left(home: &Home) -> Option<Kind> {
-    Kind::ALL.iter().copied().find(|kind| is_registered(*kind, home))
+pub fn registration_left(home: &Home) -> Option<ServiceManagerKind> {
+    ServiceManagerKind::ALL.iter().copied().find(|kind| is_registered(*kind, home))
 }
 
 /// Whether it could run the roles of this home.
-pub fn can_register(kind: Kind, home: &Home) -> Result<()> {
+pub fn can_register(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, can_register(home))
 }
 
 /// Whether a registration of the home could be taken back.
-pub fn can_unregister(kind: Kind, home: &Home) -> Result<()> {
+pub fn can_unregister(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, can_unregister(home))
 }
 
 /// Registers the roles, to be started at boot. Twice is as good as once.
-pub fn register(kind: Kind, home: &Home) -> Result<()> {
+pub fn register(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, register(home))
 }
 
 /// Brings what an earlier release registered for this home under other names under its own; for an operator's start, not for a role's.
-pub fn settle(kind: Kind, home: &Home) -> Result<()> {
+pub fn settle(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, settle(home))
 }
 
 /// Brings what an earlier release registered up to what this one registers; whether there was something to do.
-pub fn refresh(kind: Kind, home: &Home) -> Result<bool> {
+pub fn refresh(kind: ServiceManagerKind, home: &Home) -> Result<bool> {
     of!(kind, refresh(home))
 }
 
 /// Takes back [`register`], also where a part of it is gone already. What an operator added stays for the next registration.
-pub fn unregister(kind: Kind, home: &Home) -> Result<()> {
+pub fn unregister(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, unregister(home))
 }
 
 /// [`unregister`] for good: what an operator added goes too.
-pub fn purge(kind: Kind, home: &Home) -> Result<()> {
+pub fn purge(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, purge(home))
 }
 
 /// Whether anything stands of a registration of this home.
-pub fn is_registered(kind: Kind, home: &Home) -> bool {
+pub fn is_registered(kind: ServiceManagerKind, home: &Home) -> bool {
     of!(kind, is_registered(home))
 }
 
 /// Whether anything of this home is known to it: a registration, or what it remembers without one.
-pub fn is_known(kind: Kind, home: &Home) -> bool {
+pub fn is_known(kind: ServiceManagerKind, home: &Home) -> bool {
     of!(kind, is_known(home))
 }
 
 /// Starts roles; one that runs is left as it is. The child is the manager, where no service manager is its parent.
-pub fn start(kind: Kind, home: &Home, roles: &[Role]) -> Result<Option<Child>> {
+pub fn start(kind: ServiceManagerKind, home: &Home, roles: &[Role]) -> Result<Option<Child>> {
     of!(kind, start(home, roles))
 }
 
 /// Stops roles, which is a stop: the sub-agents go too.
-pub fn stop(kind: Kind, home: &Home, roles: &[Role]) -> Result<()> {
+pub fn stop(kind: ServiceManagerKind, home: &Home, roles: &[Role]) -> Result<()> {
     of!(kind, stop(home, roles))
 }
 
 /// Restarts roles; the sub-agents keep running. The child is the manager, where no service manager is its parent.
-pub fn restart(kind: Kind, home: &Home, roles: &[Role]) -> Result<Option<Child>> {
+pub fn restart(kind: ServiceManagerKind, home: &Home, roles: &[Role]) -> Result<Option<Child>> {
     of!(kind, restart(home, roles))
 }
 
 /// What it knows of a role's unit.
-pub fn standing(kind: Kind, home: &Home, role: Role) -> Result<UnitStanding> {
+pub fn standing(kind: ServiceManagerKind, home: &Home, role: Role) -> Result<UnitStanding> {
     of!(kind, standing(home, role))
 }
 
 /// Whether a role's unit is being stopped only to be started again.
-pub fn is_restarting(kind: Kind, home: &Home, role: Role) -> Result<bool> {
+pub fn is_restarting(kind: ServiceManagerKind, home: &Home, role: Role) -> Result<bool> {
     of!(kind, is_restarting(home, role))
 }

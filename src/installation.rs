@@ -25,4 +25,4 @@ pub mod upgrade;
 
 pub use epochs::Epochs;
 pub use identity::{agent_id, instance_id};
-pub use records::{Installed, Manager, exists};
+pub use records::{InstallRecord, ManagerRecord, exists};

@@ -8,17 +8,17 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::core::role::Role;
-use crate::core::service_manager::Kind;
+use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
-use crate::installation::{Installed, permissions};
+use crate::installation::{InstallRecord, permissions};
 use crate::{control_socket, host_service, platform, process, role};
 
 /// For a stop: every sub-agent may take its grace period, which is ten minutes at the longest.
 const STOP: Duration = Duration::from_secs(840);
 
 /// Which service manager has the roles of a home. Where the record cannot be read, its units tell.
-pub fn service(home: &Home) -> Kind {
-    match Installed::load(home) {
+pub fn service(home: &Home) -> ServiceManagerKind {
+    match InstallRecord::load(home) {
         Ok(Some(installed)) => installed.service,
         _ => host_service::registered_with(home),
     }

@@ -20,18 +20,18 @@ const LAST_RETRY: Duration = Duration::from_millis(20);
 
 /// A lock that is held until this is dropped or the process ends.
 #[derive(Debug)]
-pub struct Held {
+pub struct LockGuard {
     _lock: RwLock<File>,
 }
 
 /// Takes the lock at `path`, trying until `deadline` has passed; `None`: somebody else still holds it. On a read-only disk that fails, before
 /// anything is done under the lock that a disk is needed for.
-pub fn take(path: &Path, deadline: Duration) -> Result<Option<Held>> {
+pub fn take(path: &Path, deadline: Duration) -> Result<Option<LockGuard>> {
     take_by(open_to_write, path, deadline)
 }
 
 /// As [`take`], for what can do without a disk that can be written. The file must be there from before then.
-pub fn take_on_any_disk(path: &Path, deadline: Duration) -> Result<Option<Held>> {
+pub fn take_on_any_disk(path: &Path, deadline: Duration) -> Result<Option<LockGuard>> {
     take_by(open_to_lock, path, deadline)
 }
 
@@ -47,7 +47,7 @@ fn open_to_lock(path: &Path) -> io::Result<File> {
     }
 }
 
-fn take_by(open: impl Fn(&Path) -> io::Result<File>, path: &Path, deadline: Duration) -> Result<Option<Held>> {
+fn take_by(open: impl Fn(&Path) -> io::Result<File>, path: &Path, deadline: Duration) -> Result<Option<LockGuard>> {
     let started = Instant::now();
     loop {
         if let Some(held) = attempt(&open, path).with_context(|| format!("cannot take the lock {}", path.display()))? {
@@ -60,7 +60,7 @@ fn take_by(open: impl Fn(&Path) -> io::Result<File>, path: &Path, deadline: Dura
     }
 }
 
-fn attempt(open: impl Fn(&Path) -> io::Result<File>, path: &Path) -> Result<Option<Held>> {
+fn attempt(open: impl Fn(&Path) -> io::Result<File>, path: &Path) -> Result<Option<LockGuard>> {
     let mut lock = RwLock::new(open(path)?);
     match lock.try_write() {
         // Somebody removed the file and made it again between our opening and our locking: ours locks nothing.
@@ -70,7 +70,7 @@ fn attempt(open: impl Fn(&Path) -> io::Result<File>, path: &Path) -> Result<Opti
         Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
         Err(error) => return Err(error.into()),
     }
-    Ok(Some(Held { _lock: lock }))
+    Ok(Some(LockGuard { _lock: lock }))
 }
 
 /// Whether somebody holds the lock at `path` now. For display and for deciding whom to wait for, never for exclusion.
@@ -82,7 +82,7 @@ pub fn is_held(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::platform::testing::{self, Other, PATIENCE};
+    use crate::platform::testing::{self, OtherProcess, PATIENCE};
 
     const HOLDER: &str = "lock::tests::a_holder";
 
@@ -99,11 +99,11 @@ mod tests {
     fn a_lock_of_another_process_excludes_us_until_its_death() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spm.lock");
-        let mut holder = Other::start(HOLDER, &path);
+        let mut holder = OtherProcess::start(HOLDER, &path);
         assert_eq!(holder.line(), "true");
         assert!(is_held(&path));
         assert!(take(&path, Duration::ZERO).unwrap().is_none());
-        assert_eq!(Other::start(HOLDER, &path).line(), "false");
+        assert_eq!(OtherProcess::start(HOLDER, &path).line(), "false");
         holder.kill();
         let held = take(&path, PATIENCE).unwrap();
         assert!(held.is_some());

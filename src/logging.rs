@@ -16,7 +16,7 @@ const CAP_BYTES: u64 = 8 << 20;
 
 /// Sends everything that is logged to the file at `path`, and what a panic says too.
 pub fn to_file(path: &Path) {
-    let writer = Shared(Arc::new(Mutex::new(CappedFile::new(path))));
+    let writer = SharedFile(Arc::new(Mutex::new(CappedFile::new(path))));
     // It would tell on the standard error output what it cannot write, and end the program where that fails too.
     let format = tracing_subscriber::fmt().log_internal_errors(false).with_writer(writer);
     format.with_ansi(false).with_target(false).with_timer(Utc).init();
@@ -47,17 +47,17 @@ impl FormatTime for Utc {
 }
 
 #[derive(Debug, Clone)]
-struct Shared(Arc<Mutex<CappedFile>>);
+struct SharedFile(Arc<Mutex<CappedFile>>);
 
-impl<'a> MakeWriter<'a> for Shared {
-    type Writer = Shared;
+impl<'a> MakeWriter<'a> for SharedFile {
+    type Writer = SharedFile;
 
-    fn make_writer(&'a self) -> Shared {
+    fn make_writer(&'a self) -> SharedFile {
         self.clone()
     }
 }
 
-impl Write for Shared {
+impl Write for SharedFile {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).write(line);
         Ok(line.len())
@@ -73,20 +73,20 @@ impl Write for Shared {
 struct CappedFile {
     path: PathBuf,
     /// `None`: it could not be opened, which is tried again with each line.
-    open: Option<Open>,
+    open: Option<OpenFile>,
 }
 
 #[derive(Debug)]
-struct Open {
+struct OpenFile {
     file: File,
     length: u64,
 }
 
-impl Open {
-    fn at(path: &Path) -> io::Result<Open> {
+impl OpenFile {
+    fn at(path: &Path) -> io::Result<OpenFile> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let length = file.metadata()?.len();
-        Ok(Open { file, length })
+        Ok(OpenFile { file, length })
     }
 }
 
@@ -111,7 +111,7 @@ impl CappedFile {
     fn make_room(&mut self, bytes: u64) -> io::Result<()> {
         let open = match &mut self.open {
             Some(open) => open,
-            closed => closed.insert(Open::at(&self.path)?),
+            closed => closed.insert(OpenFile::at(&self.path)?),
         };
         if open.length + bytes > CAP_BYTES {
             // Where it cannot be renamed, it is emptied: a log must not fill the disk.
@@ -119,7 +119,7 @@ impl CappedFile {
                 open.file.set_len(0)?;
             }
             self.open = None;
-            self.open = Some(Open::at(&self.path)?);
+            self.open = Some(OpenFile::at(&self.path)?);
         }
         Ok(())
     }

@@ -11,9 +11,9 @@ use anyhow::Result;
 use crate::home::Home;
 
 /// A name for the log, and the step; it answers whether there was something to do.
-type Step = (&'static str, fn(&Home) -> Result<bool>);
+type Migration = (&'static str, fn(&Home) -> Result<bool>);
 
-const STEPS: &[Step] = &[("units", units::migrate)];
+const STEPS: &[Migration] = &[("units", units::migrate)];
 
 /// Takes every step; fails with what could not be done, when all were tried.
 pub fn run(home: &Home) -> Result<()> {

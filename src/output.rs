@@ -14,18 +14,18 @@ static LOST: Mutex<Option<io::Error>> = Mutex::new(None);
 
 /// A line of what the program was asked for.
 macro_rules! result {
-    ($($text:tt)*) => { $crate::output::say($crate::output::Kind::Result, format_args!($($text)*)) };
+    ($($text:tt)*) => { $crate::output::say($crate::output::LineKind::Result, format_args!($($text)*)) };
 }
 
 /// A line about what was done, for whoever looks on: that it is done does not depend on whether this is read.
 #[cfg(feature = "gateway")]
 macro_rules! report {
-    ($($text:tt)*) => { $crate::output::say($crate::output::Kind::Report, format_args!($($text)*)) };
+    ($($text:tt)*) => { $crate::output::say($crate::output::LineKind::Report, format_args!($($text)*)) };
 }
 
 /// A line to the operator.
 macro_rules! message {
-    ($($text:tt)*) => { $crate::output::say($crate::output::Kind::Message, format_args!($($text)*)) };
+    ($($text:tt)*) => { $crate::output::say($crate::output::LineKind::Message, format_args!($($text)*)) };
 }
 
 pub(crate) use message;
@@ -35,7 +35,7 @@ pub(crate) use result;
 
 /// What a line is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum LineKind {
     Result,
     #[cfg(feature = "gateway")]
     Report,
@@ -43,14 +43,14 @@ pub enum Kind {
 }
 
 /// Writes a line; see [`result!`] and the others.
-pub fn say(kind: Kind, line: Arguments<'_>) {
+pub fn say(kind: LineKind, line: Arguments<'_>) {
     // In one piece: others may write to the same file.
     let line = format!("{line}\n");
     let written = match kind {
-        Kind::Message => anstream::stderr().lock().write_all(line.as_bytes()),
+        LineKind::Message => anstream::stderr().lock().write_all(line.as_bytes()),
         _ => write_out(&line),
     };
-    if kind == Kind::Result {
+    if kind == LineKind::Result {
         note(written);
     }
 }

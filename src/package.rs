@@ -44,22 +44,22 @@ use crate::home::{COMPLETE, Home};
 use crate::platform;
 use crate::store::{self, Access};
 
-use disk_reservation::{Room, Space};
-use fetch::{Download, Failure};
+use disk_reservation::{DiskReservations, PackageSpace};
+use fetch::{Download, SourceFailure};
 use keys::Key;
-use partial::Part;
-use progress::Watch;
-use source_rotation::Turns;
+use partial::PartialDownload;
+use progress::DownloadProgress;
+use source_rotation::SourceRotation;
 
 pub use cache::{sweep, trim};
-pub use completion::{Completed, Withdrawn, discard, whole};
+pub use completion::{Completed, WithdrawnRelease, discard, whole};
 pub use keys::Keys;
-pub use refused::{Refused, is_refusal};
+pub use refused::{PackageRejected, is_refusal};
 #[cfg(feature = "gateway")]
 pub use unpack::look_through;
 pub use verify::sha256_of;
 #[cfg(feature = "gateway")]
-pub use verify::{Verdict, claimed as binding_of, judge};
+pub use verify::{SignatureStatus, claimed as binding_of, judge};
 
 /// What a package's signature file is called, after the package's own name.
 pub const SIGNATURE_SUFFIX: &str = ".minisig";
@@ -71,7 +71,7 @@ const MAX_PACKAGE_BYTES: u64 = 4 << 30;
 
 /// A release to be had, and what is known about its package.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wanted {
+pub struct PackageRequest {
     pub release: Release,
     /// Address of the directory that holds the package; absent: the endpoints' own download path.
     pub tarball: Option<String>,
@@ -84,16 +84,16 @@ pub struct Wanted {
     pub least_epoch: u64,
 }
 
-impl Wanted {
+impl PackageRequest {
     /// Nothing is known but the release.
-    pub fn new(release: Release) -> Wanted {
-        Wanted { release, tarball: None, file: None, sha256: None, size: None, least_epoch: 0 }
+    pub fn new(release: Release) -> PackageRequest {
+        PackageRequest { release, tarball: None, file: None, sha256: None, size: None, least_epoch: 0 }
     }
 
     /// What an order says about its package.
-    pub fn of(package: &Package, name: &AgentName, os: Os, arch: Arch) -> Wanted {
+    pub fn of(package: &Package, name: &AgentName, os: Os, arch: Arch) -> PackageRequest {
         let Package { version: _, tarball, file, sha256, size } = package.clone();
-        Wanted { release: package.release(name, os, arch), tarball, file, sha256, size, least_epoch: 0 }
+        PackageRequest { release: package.release(name, os, arch), tarball, file, sha256, size, least_epoch: 0 }
     }
 
     /// What the package's file is called.
@@ -111,33 +111,33 @@ impl Wanted {
                 self.release.file_name(Packing::TarZst)
             )
         });
-        let packing = packing.context(Refused)?;
+        let packing = packing.context(PackageRejected)?;
         Ok((file.clone(), packing))
     }
 }
 
 /// Where a package is kept on its way.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Places {
+pub struct PackagePaths {
     pub cache: PathBuf,
     pub staging: PathBuf,
 }
 
-impl Places {
+impl PackagePaths {
     /// Those of an installed home.
-    pub fn of(home: &Home) -> Places {
-        Places { cache: home.cache(), staging: home.staging() }
+    pub fn of(home: &Home) -> PackagePaths {
+        PackagePaths { cache: home.cache(), staging: home.staging() }
     }
 }
 
 /// What all fetches of a process share: the disk, and the rate of their downloads.
 #[derive(Debug, Default)]
-pub struct Commons {
-    space: Space,
+pub struct FetchLimits {
+    space: DiskReservations,
     throttle: Mutex<Option<Throttle>>,
 }
 
-impl Commons {
+impl FetchLimits {
     /// From now on they bring at most so many bytes a second, all together; `None`: as many as they can.
     pub fn limit(&self, per_second: Option<u64>) {
         let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -155,13 +155,13 @@ impl Commons {
 
 /// By what packages are fetched.
 #[derive(Debug, Clone, Copy)]
-pub struct Means<'a> {
+pub struct FetchContext<'a> {
     pub client: &'a Client,
     /// Asked in order, after the place that a release names itself.
     pub endpoints: &'a [Endpoint],
     pub keys: &'a Keys,
-    pub places: &'a Places,
-    pub commons: &'a Commons,
+    pub places: &'a PackagePaths,
+    pub commons: &'a FetchLimits,
     /// For the download of one package, all tries together. What came until then is kept for the next fetch.
     pub within: Duration,
 }
@@ -191,7 +191,7 @@ impl std::error::Error for Unavailable {}
 ///
 /// Fails with an [`Unavailable`] where it is the sources that failed. What came of the package stays for the next fetch, unless it is the
 /// package that was refused.
-pub fn fetch(means: &Means<'_>, wanted: &Wanted, progress: &mut Progress<'_>) -> Result<VerifiedTree> {
+pub fn fetch(means: &FetchContext<'_>, wanted: &PackageRequest, progress: &mut Progress<'_>) -> Result<VerifiedTree> {
     let mut attempt = || -> Result<VerifiedTree> {
         means.keys.ensure_some()?;
         let (file, packing) = wanted.file()?;
@@ -206,24 +206,24 @@ pub fn fetch(means: &Means<'_>, wanted: &Wanted, progress: &mut Progress<'_>) ->
         let (sources, unusable) = sources::sources(means.endpoints, wanted.tarball.as_deref())?;
         let mut failures: Vec<String> = unusable.iter().map(|error| format!("{error:#}")).collect();
         let (mut retry_after, mut refused) = (None, false);
-        let (mut watch, mut turns) = (Watch::new(&mut *progress), Turns::new(sources.len()));
-        let mut room = Room::new(&means.commons.space, &places.staging, until);
+        let (mut watch, mut turns) = (DownloadProgress::new(&mut *progress), SourceRotation::new(sources.len()));
+        let mut room = PackageSpace::new(&means.commons.space, &places.staging, until);
         let left = || until.saturating_duration_since(Instant::now());
         while let Some(turn) = turns.next(left()) {
             let (source, time) = (&sources[turn.source], turn.time);
             let download = Download { means, source, file: &file, wanted, time, until: Instant::now() + time };
             let error = match from(&download, packing, &mut room, &mut watch) {
                 Ok(tree) => return Ok(tree),
-                Err(Failure::Host(error)) => return Err(error),
-                Err(Failure::Source { error, retry_after: asked }) => {
+                Err(SourceFailure::Host(error)) => return Err(error),
+                Err(SourceFailure::Source { error, retry_after: asked }) => {
                     retry_after = retry_after.max(asked);
                     error
                 }
-                Err(Failure::Late(error)) => {
+                Err(SourceFailure::Late(error)) => {
                     turns.late(turn.source, left());
                     error
                 }
-                Err(Failure::Damaged(error)) => {
+                Err(SourceFailure::Damaged(error)) => {
                     if turns.damaged(turn.source) {
                         let error = format!("{error:#}");
                         tracing::warn!(file, error, "a package came damaged and is fetched again");
@@ -252,15 +252,15 @@ fn all_failed(mut failures: Vec<String>) -> String {
 fn from(
     download: &Download<'_>,
     packing: Packing,
-    room: &mut Room<'_>,
-    watch: &mut Watch<'_>,
-) -> Result<VerifiedTree, Failure> {
+    room: &mut PackageSpace<'_>,
+    watch: &mut DownloadProgress<'_>,
+) -> Result<VerifiedTree, SourceFailure> {
     let Download { means, source, file, wanted, .. } = *download;
     let signature = fetch::signature(download, watch)?;
-    let examined = verify::examine(&signature, means.keys, wanted).map_err(Failure::source)?;
+    let examined = verify::examine(&signature, means.keys, wanted).map_err(SourceFailure::source)?;
     let most = wanted.size.unwrap_or(MAX_PACKAGE_BYTES);
-    let part = Part::open(&means.places.cache, file, most, &examined, means.keys, watch);
-    let (mut part, began) = (part.map_err(Failure::Host)?, Instant::now());
+    let part = PartialDownload::open(&means.places.cache, file, most, &examined, means.keys, watch);
+    let (mut part, began) = (part.map_err(SourceFailure::Host)?, Instant::now());
     if let Err(failure) = fetch::archive(download, &mut part, room, watch) {
         part.leave(wanted.size);
         return Err(failure);
@@ -269,18 +269,18 @@ fn from(
     tracing::info!(file, bytes, came, milliseconds = took.as_millis() as u64, "a package is downloaded");
     let (mut archive, verification, path) = part.whole();
     let of_source = |error: anyhow::Error| error.context(format!("cannot take what {source} sent"));
-    let verified = verification.finish().map_err(|error| Failure::Damaged(of_source(error)));
+    let verified = verification.finish().map_err(|error| SourceFailure::Damaged(of_source(error)));
     let verified =
-        verified.and_then(|signed| signed.compared(wanted).map_err(|error| Failure::source(of_source(error))));
+        verified.and_then(|signed| signed.compared(wanted).map_err(|error| SourceFailure::source(of_source(error))));
     let tree = verified.and_then(|verified| {
         let staging = &means.places.staging;
         let mut may_write = |bytes| {
             watch.still_wanted()?;
             room.unpacks(bytes, &mut || Ok(watch.still_wanted()?))
         };
-        unpacked(&mut archive, packing, verified, wanted, staging, &mut may_write).map_err(Failure::Host)
+        unpacked(&mut archive, packing, verified, wanted, staging, &mut may_write).map_err(SourceFailure::Host)
     });
-    if let Err(Failure::Host(error)) = &tree
+    if let Err(SourceFailure::Host(error)) = &tree
         && !is_refusal(error)
     {
         // It is whole and as it was signed: the next fetch need not download it.
@@ -288,10 +288,10 @@ fn from(
     }
     match tree {
         // It is needed until the tree is in its place.
-        Ok(tree) => Ok(VerifiedTree { archive: Some(Archive(path)), ..tree }),
+        Ok(tree) => Ok(VerifiedTree { archive: Some(CachedArchive(path)), ..tree }),
         Err(failure) => {
             // It must not be taken for good the next time. Its lock goes last.
-            partial::remove(&path).map_err(Failure::Host)?;
+            partial::remove(&path).map_err(SourceFailure::Host)?;
             drop(archive);
             Err(failure)
         }
@@ -299,7 +299,7 @@ fn from(
 }
 
 /// As [`fetch`], from a file of this host with its signature beside it. The file may have any name that says how it is packed.
-pub fn open_local(file: &Path, wanted: &Wanted, keys: &Keys, staging: &Path) -> Result<VerifiedTree> {
+pub fn open_local(file: &Path, wanted: &PackageRequest, keys: &Keys, staging: &Path) -> Result<VerifiedTree> {
     let attempt = || -> Result<VerifiedTree> {
         keys.ensure_some()?;
         let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -307,8 +307,8 @@ pub fn open_local(file: &Path, wanted: &Wanted, keys: &Keys, staging: &Path) -> 
         let packing = packing.context("its name ends neither in .tar.zst nor in .tar.gz nor in .zip")?;
         fs::create_dir_all(staging).with_context(|| format!("cannot make {}", staging.display()))?;
         let size = fs::metadata(file)?.len();
-        let commons = Commons::default();
-        let mut room = Room::new(&commons.space, staging, Instant::now());
+        let commons = FetchLimits::default();
+        let mut room = PackageSpace::new(&commons.space, staging, Instant::now());
         room.fit(size, &mut || Ok(()))?;
         let examined = verify::examine(&local_signature(file)?, keys, wanted)?;
         // Others may be able to write the file that was given: what is verified and unpacked is a copy that has no name.
@@ -345,17 +345,17 @@ fn local_signature(file: &Path) -> Result<String> {
 fn unpacked(
     archive: &mut File,
     packing: Packing,
-    verified: verify::Verified,
-    wanted: &Wanted,
+    verified: verify::VerifiedPackage,
+    wanted: &PackageRequest,
     staging: &Path,
     may_write: &mut unpack::MayWrite<'_>,
 ) -> Result<VerifiedTree> {
     archive.rewind()?;
-    let limits = unpack::Limits::default();
+    let limits = unpack::UnpackLimits::default();
     let os = wanted.release.os;
     let path = unpack::unpack(archive, packing, os, staging, &limits, may_write).map_err(refused::by_content)?;
     let file = wanted.release.file_name(packing);
-    let verify::Verified { binding, sha256, signer } = verified;
+    let verify::VerifiedPackage { binding, sha256, signer } = verified;
     Ok(VerifiedTree { path: Unpacked(path), archive: None, file, binding, sha256, signer })
 }
 
@@ -372,16 +372,16 @@ impl Drop for Unpacked {
 
 /// The archive of a tree, in the cache, which goes when this is dropped.
 #[derive(Debug)]
-struct Archive(PathBuf);
+struct CachedArchive(PathBuf);
 
-impl Archive {
+impl CachedArchive {
     /// It stays, for another time.
     fn keep(mut self) {
         self.0 = PathBuf::new();
     }
 }
 
-impl Drop for Archive {
+impl Drop for CachedArchive {
     fn drop(&mut self) {
         if !self.0.as_os_str().is_empty()
             && let Err(error) = partial::remove(&self.0)
@@ -396,7 +396,7 @@ impl Drop for Archive {
 pub struct VerifiedTree {
     path: Unpacked,
     /// In the cache; `None`: it came from elsewhere.
-    archive: Option<Archive>,
+    archive: Option<CachedArchive>,
     file: String,
     binding: Binding,
     sha256: Digest,

@@ -36,7 +36,7 @@ pub struct Launch {
 
 /// Who has come to the local door.
 #[derive(Debug)]
-pub enum Caller {
+pub enum SocketPeer {
     /// One who may command the home.
     Welcome(LocalStream),
     /// One who may not.
@@ -51,7 +51,7 @@ pub enum Caller {
 
 /// What is to lie at a path that is relied on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Expected {
+pub enum ExpectedPath {
     /// That nobody else can write.
     Directory,
     /// Whoever it belongs to.
@@ -62,23 +62,23 @@ pub enum Expected {
 
 /// The content of a file that nobody writes in place: as long as it is the same, so is the content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Stamp {
+pub struct ContentStamp {
     /// The file's volume and its number there.
     identity: (u64, u64),
     size: u64,
     modified: Option<std::time::SystemTime>,
 }
 
-impl Stamp {
-    pub fn of(file: &File) -> std::io::Result<Stamp> {
+impl ContentStamp {
+    pub fn of(file: &File) -> std::io::Result<ContentStamp> {
         let metadata = file.metadata()?;
-        Ok(Stamp { identity: file_identity(file)?, size: metadata.len(), modified: metadata.modified().ok() })
+        Ok(ContentStamp { identity: file_identity(file)?, size: metadata.len(), modified: metadata.modified().ok() })
     }
 }
 
 /// One process as it was seen. Zombies are not seen: they run nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
+pub struct ProcessInfo {
     pub pid: u32,
     /// As the platform counts it: clock ticks since boot on Unix, 100 ns since 1601 on Windows. With the pid it names a process for good.
     pub start_time: u64,
@@ -86,12 +86,12 @@ pub struct Seen {
     pub session: u32,
     /// Who started it, or took it over from a starter that is gone.
     pub parent: u32,
-    pub mark: Option<Mark>,
+    pub mark: Option<ProcessMarker>,
 }
 
 /// Which sub-agent a process belongs to: on Unix by the environment that it was started with, on Windows by the file that it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mark {
+pub struct ProcessMarker {
     pub name: String,
     pub version: String,
     /// Of its processes only the main one is ours.
@@ -100,7 +100,7 @@ pub struct Mark {
     pub is_check: bool,
 }
 
-impl Seen {
+impl ProcessInfo {
     /// Whether it asks after the health of its sub-agent, and is no part of it.
     pub fn is_check(&self) -> bool {
         self.mark.as_ref().is_some_and(|mark| mark.is_check)

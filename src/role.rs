@@ -15,7 +15,7 @@ use crate::core::role::Role;
 use crate::core::status::RoleStatus;
 use crate::home::Home;
 use crate::installation::{self, permissions};
-use crate::lock::{self, Held};
+use crate::lock::{self, LockGuard};
 use crate::{platform, process, store};
 
 /// The exit code of a role that was stopped on purpose: the service manager's unit does not restart it for this one.
@@ -75,7 +75,7 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
 }
 
 /// Takes the role for as long as the value lives; `None`: another process has it and did not give it up within `deadline`.
-pub fn take(home: &Home, role: Role, deadline: Duration) -> Result<Option<Held>> {
+pub fn take(home: &Home, role: Role, deadline: Duration) -> Result<Option<LockGuard>> {
     lock::take_on_any_disk(&home.role_lock(role.name()), deadline)
 }
 
@@ -87,7 +87,7 @@ pub fn is_taken(home: &Home, role: Role) -> bool {
 /// Who has a role, or had it last.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Holder {
+pub struct RoleHolder {
     pub pid: u32,
     pub start_time: u64,
     pub boot_id: String,
@@ -97,7 +97,7 @@ pub struct Holder {
     pub ended: bool,
 }
 
-impl Holder {
+impl RoleHolder {
     pub fn is_alive(&self) -> bool {
         self.boot_id == platform::boot_id() && platform::lives(self.pid, self.start_time)
     }
@@ -151,21 +151,21 @@ fn record(home: &Home, role: Role) -> std::path::PathBuf {
 }
 
 /// Who has the role, or had it last. An unreadable record says nothing.
-pub fn holder(home: &Home, role: Role) -> Option<Holder> {
+pub fn holder(home: &Home, role: Role) -> Option<RoleHolder> {
     store::load(&record(home, role)).ok().flatten()
 }
 
 /// Who has the role and is alive.
-pub fn living(home: &Home, role: Role) -> Option<Holder> {
-    holder(home, role).filter(Holder::is_alive)
+pub fn living(home: &Home, role: Role) -> Option<RoleHolder> {
+    holder(home, role).filter(RoleHolder::is_alive)
 }
 
 /// Who has a role now: as its record says, else by the lock, for one that could not record it, or does not.
-pub fn who_has(home: &Home, role: Role) -> Option<Holder> {
+pub fn who_has(home: &Home, role: Role) -> Option<RoleHolder> {
     let by_lock = || {
         let pid = platform::lock_holder(&home.role_lock(role.name()))?;
         let start_time = platform::start_time(pid)?;
-        Some(Holder { pid, start_time, boot_id: platform::boot_id().to_owned(), restarts: 0, ended: false })
+        Some(RoleHolder { pid, start_time, boot_id: platform::boot_id().to_owned(), restarts: 0, ended: false })
     };
     living(home, role).or_else(|| is_taken(home, role).then(by_lock).flatten())
 }
@@ -213,7 +213,7 @@ pub fn tell_of_restored(restored: &Result<Vec<PathBuf>>) {
 ///
 /// Where that cannot be written, as on a full disk, the role is taken all the same: to be without a manager would be worse. It is left to
 /// [`announce_again`].
-pub fn announce(home: &Home, role: Role) -> Result<Holder> {
+pub fn announce(home: &Home, role: Role) -> Result<RoleHolder> {
     let boot_id = platform::boot_id().to_owned();
     let restarts = match holder(home, role) {
         Some(last) if last.boot_id == boot_id => last.restarts + u64::from(!last.ended),
@@ -221,7 +221,7 @@ pub fn announce(home: &Home, role: Role) -> Result<Holder> {
     };
     let pid = std::process::id();
     let start_time = platform::start_time(pid).context("cannot read the own process's start time")?;
-    let holder = Holder { pid, start_time, boot_id, restarts, ended: false };
+    let holder = RoleHolder { pid, start_time, boot_id, restarts, ended: false };
     if let Err(error) = store::save(&record(home, role), &holder) {
         tracing::error!(
             error = format!("{error:#}"),
@@ -232,15 +232,15 @@ pub fn announce(home: &Home, role: Role) -> Result<Holder> {
 }
 
 /// Says it once more where it could not be said at first.
-pub fn announce_again(home: &Home, role: Role, own: &Holder) {
+pub fn announce_again(home: &Home, role: Role, own: &RoleHolder) {
     if holder(home, role).as_ref() != Some(own) && store::save(&record(home, role), own).is_ok() {
         tracing::info!("the role is recorded now");
     }
 }
 
 /// Says that this process gives its role up in order.
-pub fn take_leave(home: &Home, role: Role, holder: &Holder) {
-    let last = Holder { ended: true, ..holder.clone() };
+pub fn take_leave(home: &Home, role: Role, holder: &RoleHolder) {
+    let last = RoleHolder { ended: true, ..holder.clone() };
     if let Err(error) = store::save(&record(home, role), &last) {
         tracing::warn!(
             error = format!("{error:#}"),
@@ -256,14 +256,14 @@ pub fn forget(home: &Home, role: Role) -> Result<()> {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Intent {
+struct StopIntent {
     since_unix_seconds: u64,
 }
 
 /// Records that the home was told to stop.
 pub fn record_stop(home: &Home) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    store::save(&home.stop_intent(), &Intent { since_unix_seconds: now.as_secs() })
+    store::save(&home.stop_intent(), &StopIntent { since_unix_seconds: now.as_secs() })
 }
 
 /// Whether the home was told to stop, and not to start since. What cannot be read is taken for a stop that was recorded.

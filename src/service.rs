@@ -140,7 +140,7 @@ pub enum ServiceChoice {
 
 /// What the process brings, besides its arguments.
 #[derive(Debug, Clone)]
-pub struct Surroundings {
+pub struct ProcessContext {
     /// The home that this executable belongs to, or that `AOPS_HOME` names. `--home` wins over it.
     pub home: Option<Home>,
     /// The variable `AOPS_PRODUCT`. `--product` wins over it.

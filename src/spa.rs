@@ -18,19 +18,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use self::starting::Children;
-use self::trial::{Do, Judge};
+use self::starting::StartedManagers;
+use self::trial::{TrialAction, TrialMonitor};
 use crate::config::Config;
-use crate::control_socket::{self, Door, Farewell, Heard, Request};
+use crate::control_socket::{self, ControlClient, ControlMessage, Goodbye, Request};
 use crate::core::role::Role;
-use crate::core::service_manager::{Kind, Notice};
+use crate::core::service_manager::{Notification, ServiceManagerKind};
 use crate::core::watch::memory::{self, Memory};
-use crate::core::watch::reviver::{Action, Loss, Policy, Reviver, Seen};
-use crate::core::watch::silence::{Next, PING, Pings};
+use crate::core::watch::reviver::{Loss, RevivalAction, RevivalPolicy, Reviver, RoleObservation};
+use crate::core::watch::silence::{PING, PingAction, Pings};
 use crate::home::Home;
 use crate::installation::{keyring, permissions};
 use crate::platform::{self, LocalConnection};
-use crate::role::{self, Holder, STOPPED_ON_PURPOSE};
+use crate::role::{self, RoleHolder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
 /// The home and the settings are looked at so often, with a ping.
@@ -39,10 +39,10 @@ const TAKE_OVER: Duration = Duration::from_secs(10);
 
 /// How the watchdog is started.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub struct Options {
+pub struct WatchdogOptions {
     /// Who starts it: a unit of the service manager says so here
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
-    service: Kind,
+    service: ServiceManagerKind,
     /// It goes on for another program of the same watchdog
     #[arg(long, hide = true)]
     renewed: bool,
@@ -58,11 +58,11 @@ pub struct Options {
 }
 
 /// Runs the watchdog until it is stopped.
-pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
+pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     match options {
-        Options { probe: true, .. } => return one_shot::probe(home),
-        Options { prove: true, .. } => return one_shot::prove(home),
-        Options { sentinel: true, .. } => return sentinel::main(home),
+        WatchdogOptions { probe: true, .. } => return one_shot::probe(home),
+        WatchdogOptions { prove: true, .. } => return one_shot::prove(home),
+        WatchdogOptions { sentinel: true, .. } => return sentinel::main(home),
         _ => {}
     }
     role::demand_home(home)?;
@@ -70,7 +70,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spa"));
     role::tell_of_restored(&restored);
     role::leave_sub_agent(home);
-    let supervised = options.service != Kind::None;
+    let supervised = options.service != ServiceManagerKind::None;
     if role::is_stop_recorded(home) && !supervised {
         tracing::info!("the home was told to stop; the watchdog does not start");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
@@ -78,9 +78,9 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     let _lock = take_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     let now = Instant::now();
-    let mut judge = Judge::new(home, !supervised, options.renewed, now);
+    let mut judge = TrialMonitor::new(home, !supervised, options.renewed, now);
     // Before anybody can know that there is a watchdog: a bad release may end each one that it sees.
-    if judge.look(now) == Do::EndManager {
+    if judge.look(now) == TrialAction::EndManager {
         judge.kill_manager();
     }
     let holder = role::announce(home, Role::Spa)?;
@@ -91,11 +91,12 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     }
     let (sender, words) = mpsc::channel();
     let terminate = sender.clone();
-    ctrlc::set_handler(move || drop(terminate.send(Word::Terminate))).context("cannot hear the signal to end")?;
-    platform::notify(Notice::Ready);
+    ctrlc::set_handler(move || drop(terminate.send(WatchdogEvent::Terminate)))
+        .context("cannot hear the signal to end")?;
+    platform::notify(Notification::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
-    let reviver = Reviver::new(Policy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
+    let reviver = Reviver::new(RevivalPolicy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
     let mut watchdog = Watchdog {
         home,
         judge,
@@ -105,31 +106,31 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         words,
         serial: 0,
         reviver,
-        children: Children::default(),
+        children: StartedManagers::default(),
         memory: Memory::default(),
         most_memory: u64::MAX,
         looks_around: now,
     };
     let end = watchdog.run();
     watchdog.judge.relieve_sentinel();
-    if matches!(end, Ok(End::Become)) {
+    if matches!(end, Ok(WatchdogExit::Become)) {
         role::take_leave(home, Role::Spa, &holder);
         return Err(become_another(home, options.service));
     }
-    platform::notify(Notice::Stopping);
+    platform::notify(Notification::Stopping);
     match &end {
         Ok(_) => role::take_leave(home, Role::Spa, &holder),
         Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog ended"),
     }
     Ok(match end? {
-        End::Asked | End::Become => ExitCode::SUCCESS,
-        End::Stopped => ExitCode::from(STOPPED_ON_PURPOSE),
+        WatchdogExit::Asked | WatchdogExit::Become => ExitCode::SUCCESS,
+        WatchdogExit::Stopped => ExitCode::from(STOPPED_ON_PURPOSE),
     })
 }
 
 /// Goes on as the program that the watchdog's link leads to now: what may be started is up to nobody else then, and whoever watches this
 /// process sees no end. Returns only where that fails: then it ends, and is started again like any watchdog.
-fn become_another(home: &Home, service: Kind) -> anyhow::Error {
+fn become_another(home: &Home, service: ServiceManagerKind) -> anyhow::Error {
     let program = home.role_link(Role::Spa.program());
     tracing::info!(program = %program.display(), "the watchdog goes on as another program");
     if let Err(error) = permissions::executable(home, &program) {
@@ -142,7 +143,7 @@ fn become_another(home: &Home, service: Kind) -> anyhow::Error {
 }
 
 /// Takes the role; one that the service manager started ends a predecessor that somebody else started.
-fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
+fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
     if supervised
         && role::is_taken(home, Role::Spa)
         && let Some(holder) = role::living(home, Role::Spa)
@@ -157,15 +158,15 @@ fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
 
 /// What wakes the watchdog.
 #[derive(Debug)]
-enum Word {
+enum WatchdogEvent {
     /// From the connection of that number.
-    Heard(u64, Heard),
+    Heard(u64, ControlMessage),
     Terminate,
 }
 
 /// Why it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+enum WatchdogExit {
     /// Somebody asked this process to.
     Asked,
     /// The home is stopped.
@@ -176,7 +177,7 @@ enum End {
 
 /// How a watch over a connection came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Watched {
+enum ConnectionEnd {
     /// The connection ended.
     Lost,
     /// The manager said that the home is stopped.
@@ -187,17 +188,17 @@ enum Watched {
 
 struct Watchdog<'a> {
     home: &'a Home,
-    judge: Judge,
+    judge: TrialMonitor,
     /// Its own record.
-    holder: &'a Holder,
+    holder: &'a RoleHolder,
     /// Who starts the roles.
-    service: Kind,
-    sender: mpsc::Sender<Word>,
-    words: mpsc::Receiver<Word>,
+    service: ServiceManagerKind,
+    sender: mpsc::Sender<WatchdogEvent>,
+    words: mpsc::Receiver<WatchdogEvent>,
     /// Counts connections, so that word of an earlier one is not taken for this one's.
     serial: u64,
     reviver: Reviver,
-    children: Children,
+    children: StartedManagers,
     /// The manager's.
     memory: Memory,
     /// So much the manager may use, bytes.
@@ -207,17 +208,17 @@ struct Watchdog<'a> {
 }
 
 impl Watchdog<'_> {
-    fn run(&mut self) -> Result<End> {
+    fn run(&mut self) -> Result<WatchdogExit> {
         loop {
             let connection = match self.find_manager()? {
-                Found::Manager(connection) => connection,
-                Found::Stop => return self.honour_stop(),
-                Found::Terminate => return Ok(End::Asked),
-                Found::Become => return Ok(End::Become),
+                ManagerSearch::Manager(connection) => connection,
+                ManagerSearch::Stop => return self.honour_stop(),
+                ManagerSearch::Terminate => return Ok(WatchdogExit::Asked),
+                ManagerSearch::Become => return Ok(WatchdogExit::Become),
             };
             self.reviver.connected(Instant::now());
             match self.watch(connection)? {
-                Watched::Lost => {
+                ConnectionEnd::Lost => {
                     let how = self.reviver.lost(Instant::now());
                     self.judge.lost(how == Some(Loss::Died));
                     match how {
@@ -225,30 +226,30 @@ impl Watchdog<'_> {
                         Some(how) => tracing::info!(how = format!("{how:?}"), "the manager is gone"),
                     }
                 }
-                Watched::Become => return Ok(End::Become),
-                how @ (Watched::Stopped | Watched::Terminate) => {
+                ConnectionEnd::Become => return Ok(WatchdogExit::Become),
+                how @ (ConnectionEnd::Stopped | ConnectionEnd::Terminate) => {
                     tracing::info!(how = format!("{how:?}"), "the manager is gone");
-                    return if how == Watched::Stopped { self.honour_stop() } else { Ok(End::Asked) };
+                    return if how == ConnectionEnd::Stopped { self.honour_stop() } else { Ok(WatchdogExit::Asked) };
                 }
             }
         }
     }
 
     /// Waits for a manager to connect to, and revives one that does not come.
-    fn find_manager(&mut self) -> Result<Found> {
+    fn find_manager(&mut self) -> Result<ManagerSearch> {
         loop {
             // First: who is started next may depend on it.
             match while_noticed(|| self.judge.look(Instant::now())) {
-                Do::Nothing | Do::Heartbeat => {}
-                Do::EndManager => self.ask_manager_to_end(),
-                Do::Become => return Ok(Found::Become),
+                TrialAction::Nothing | TrialAction::Heartbeat => {}
+                TrialAction::EndManager => self.ask_manager_to_end(),
+                TrialAction::Become => return Ok(ManagerSearch::Become),
             }
             if self.judge.has_restored() {
                 self.reviver.replaced(Instant::now());
                 self.children.replaced(self.home);
             }
             if let Some(connection) = self.connect() {
-                return Ok(Found::Manager(connection));
+                return Ok(ManagerSearch::Manager(connection));
             }
             let action = self.reviver.look(self.seen(), Instant::now());
             if let Some(found) = self.carry_out(action) {
@@ -258,52 +259,55 @@ impl Watchdog<'_> {
             if ended_unseen && !role::is_taken(self.home, Role::Spm) {
                 self.judge.ended_unseen();
             }
-            platform::notify(Notice::Alive);
+            platform::notify(Notification::Alive);
             let due = self.reviver.deadline().min(self.judge.due());
             let pause = due.saturating_duration_since(Instant::now());
             match self.words.recv_timeout(pause) {
-                Ok(Word::Terminate) => return Ok(Found::Terminate),
-                Ok(Word::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(WatchdogEvent::Terminate) => return Ok(ManagerSearch::Terminate),
+                Ok(WatchdogEvent::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
             }
         }
     }
 
-    fn seen(&self) -> Seen {
-        Seen { taken: role::is_taken(self.home, Role::Spm), stop_recorded: role::is_stop_recorded(self.home) }
+    fn seen(&self) -> RoleObservation {
+        RoleObservation {
+            taken: role::is_taken(self.home, Role::Spm),
+            stop_recorded: role::is_stop_recorded(self.home),
+        }
     }
 
-    fn carry_out(&mut self, action: Option<Action>) -> Option<Found> {
+    fn carry_out(&mut self, action: Option<RevivalAction>) -> Option<ManagerSearch> {
         match action? {
-            Action::AskUnit => return self.ask_unit(),
-            Action::StartUnit => {
+            RevivalAction::AskUnit => return self.ask_unit(),
+            RevivalAction::StartUnit => {
                 tracing::warn!("the manager is dead and its unit is asked to start it");
                 if let Err(error) = while_noticed(|| host_service::start(self.service, self.home, &[Role::Spm])) {
                     tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
                 }
                 self.reviver.unit_start_ended(Instant::now());
             }
-            Action::Start { failures } => {
+            RevivalAction::Start { failures } => {
                 tracing::warn!(failures, "the manager is dead and is started");
                 if let Err(error) = self.children.start(self.home) {
                     tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again");
                 }
             }
-            Action::KillHung => self.kill_hung(),
-            Action::HonourStop => return Some(Found::Stop),
+            RevivalAction::KillHung => self.kill_hung(),
+            RevivalAction::HonourStop => return Some(ManagerSearch::Stop),
             // Of the other policy.
-            Action::LeaveStopped => {}
+            RevivalAction::LeaveStopped => {}
         }
         None
     }
 
     /// Asks what the service manager knows of the manager's unit, and does what follows.
-    fn ask_unit(&mut self) -> Option<Found> {
+    fn ask_unit(&mut self) -> Option<ManagerSearch> {
         let answer = host_service::standing(self.service, self.home, Role::Spm).inspect_err(|error| {
             tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
         });
         let action = self.reviver.answered(answer.ok(), self.seen(), Instant::now());
-        if action == Some(Action::HonourStop) {
+        if action == Some(RevivalAction::HonourStop) {
             // It is recorded with what follows.
             tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
         }
@@ -311,7 +315,7 @@ impl Watchdog<'_> {
     }
 
     fn connect(&mut self) -> Option<LocalConnection> {
-        let mut door = match Door::open(self.home, PING) {
+        let mut door = match ControlClient::open(self.home, PING) {
             Ok(door) => door?,
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "the manager's door cannot be opened");
@@ -331,17 +335,17 @@ impl Watchdog<'_> {
     }
 
     /// Holds the connection until it ends.
-    fn watch(&mut self, mut connection: LocalConnection) -> Result<Watched> {
+    fn watch(&mut self, mut connection: LocalConnection) -> Result<ConnectionEnd> {
         let mut pings = Pings::new(Instant::now());
         loop {
             let due = pings.due().min(self.judge.due());
             match self.words.recv_timeout(due.saturating_duration_since(Instant::now())) {
-                Ok(Word::Terminate) => {
+                Ok(WatchdogEvent::Terminate) => {
                     platform::hang_up(&connection);
-                    return Ok(Watched::Terminate);
+                    return Ok(ConnectionEnd::Terminate);
                 }
-                Ok(Word::Heard(serial, heard)) if serial == self.serial => match heard {
-                    Heard::Reply(reply) => {
+                Ok(WatchdogEvent::Heard(serial, heard)) if serial == self.serial => match heard {
+                    ControlMessage::Reply(reply) => {
                         pings.answered();
                         if let Some(status) = &reply.status {
                             self.judge.answered(status, Instant::now());
@@ -351,29 +355,29 @@ impl Watchdog<'_> {
                             tracing::info!("the manager is watched");
                         }
                     }
-                    Heard::Farewell(Farewell::Stop) => return Ok(Watched::Stopped),
-                    Heard::Farewell(Farewell::Yield) => self.reviver.yields(),
-                    Heard::Silence => {}
-                    Heard::End => return Ok(Watched::Lost),
+                    ControlMessage::Farewell(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
+                    ControlMessage::Farewell(Goodbye::Yield) => self.reviver.yields(),
+                    ControlMessage::Silence => {}
+                    ControlMessage::End => return Ok(ConnectionEnd::Lost),
                 },
-                Ok(Word::Heard(..)) => {}
+                Ok(WatchdogEvent::Heard(..)) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
                 Err(RecvTimeoutError::Timeout) => {
                     if let Some(watched) = self.judge_manager(&mut connection) {
                         return Ok(watched);
                     }
                     let next = pings.look(Instant::now());
-                    if next == Next::Wait {
+                    if next == PingAction::Wait {
                         continue;
                     }
-                    platform::notify(Notice::Alive);
+                    platform::notify(Notification::Alive);
                     self.children.look(self.home, Instant::now());
                     if Instant::now() >= self.looks_around {
                         self.looks_around = Instant::now() + LOOKS_AROUND;
                         self.look_around();
                     }
                     self.look_at_memory(&mut connection);
-                    if next == Next::Hung {
+                    if next == PingAction::Hung {
                         self.kill_hung();
                     }
                     // A failure shows as the connection's end.
@@ -384,18 +388,18 @@ impl Watchdog<'_> {
     }
 
     /// Looks after an upgrade of the manager that is connected.
-    fn judge_manager(&mut self, connection: &mut LocalConnection) -> Option<Watched> {
+    fn judge_manager(&mut self, connection: &mut LocalConnection) -> Option<ConnectionEnd> {
         if Instant::now() < self.judge.due() {
             return None;
         }
         // A failure shows as the connection's end.
         match while_noticed(|| self.judge.look(Instant::now())) {
-            Do::Nothing => {}
-            Do::EndManager => drop(control_socket::send(connection, &Request::Yield)),
-            Do::Heartbeat => drop(control_socket::send(connection, &Request::Heartbeat)),
-            Do::Become => {
+            TrialAction::Nothing => {}
+            TrialAction::EndManager => drop(control_socket::send(connection, &Request::Yield)),
+            TrialAction::Heartbeat => drop(control_socket::send(connection, &Request::Heartbeat)),
+            TrialAction::Become => {
                 platform::hang_up(connection);
-                return Some(Watched::Become);
+                return Some(ConnectionEnd::Become);
             }
         }
         if self.judge.is_judging() {
@@ -452,13 +456,13 @@ impl Watchdog<'_> {
     }
 
     /// Ends what the manager left, and records the stop where it was only told.
-    fn honour_stop(&mut self) -> Result<End> {
+    fn honour_stop(&mut self) -> Result<WatchdogExit> {
         if let Err(error) = role::record_stop(self.home) {
             tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
         }
         self.end_sub_agents()?;
         tracing::info!("the home is stopped, and with it the watchdog");
-        Ok(End::Stopped)
+        Ok(WatchdogExit::Stopped)
     }
 
     fn end_sub_agents(&self) -> Result<()> {
@@ -473,7 +477,7 @@ fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
         let (done, working) = mpsc::channel::<()>();
         scope.spawn(move || {
             while let Err(RecvTimeoutError::Timeout) = working.recv_timeout(PING) {
-                platform::notify(Notice::Alive);
+                platform::notify(Notification::Alive);
             }
         });
         let outcome = work();
@@ -482,7 +486,7 @@ fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
     })
 }
 
-enum Found {
+enum ManagerSearch {
     Manager(LocalConnection),
     /// The home is stopped.
     Stop,
@@ -491,11 +495,11 @@ enum Found {
 }
 
 /// Hears a connection to its end.
-fn listen(serial: u64, mut reader: BufReader<LocalConnection>, sender: &mpsc::Sender<Word>) {
+fn listen(serial: u64, mut reader: BufReader<LocalConnection>, sender: &mpsc::Sender<WatchdogEvent>) {
     loop {
-        let heard = control_socket::hear(&mut reader).unwrap_or(Heard::End);
-        let ended = heard == Heard::End;
-        if sender.send(Word::Heard(serial, heard)).is_err() || ended {
+        let heard = control_socket::hear(&mut reader).unwrap_or(ControlMessage::End);
+        let ended = heard == ControlMessage::End;
+        if sender.send(WatchdogEvent::Heard(serial, heard)).is_err() || ended {
             return;
         }
     }

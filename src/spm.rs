@@ -24,11 +24,11 @@ use anyhow::{Context, Result, bail};
 
 use crate::config::Config;
 use crate::control_socket::{self, Request};
-use crate::core::desired::Desired;
+use crate::core::desired::DesiredState;
 use crate::core::ledger::Ledger;
 use crate::core::model::MANAGER_PACKAGE;
 use crate::core::role::Role;
-use crate::core::service_manager::Kind;
+use crate::core::service_manager::ServiceManagerKind;
 use crate::core::status::History;
 use crate::home::Home;
 use crate::output::message;
@@ -43,17 +43,17 @@ const IDLE_THREADS: Duration = Duration::from_secs(1);
 
 /// How the manager is started.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub struct Options {
+pub struct ManagerOptions {
     /// Who starts it: a unit of the service manager says so here
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
-    service: Kind,
+    service: ServiceManagerKind,
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Option<SpmCommand>,
 }
 
 /// What else the program `aops-spm` does.
 #[derive(Debug, Clone, clap::Subcommand)]
-enum Command {
+enum SpmCommand {
     /// Run by the unit before it is stopped: makes a real stop one of the sub-agents too
     #[command(hide = true)]
     StopHook,
@@ -63,10 +63,10 @@ enum Command {
 }
 
 /// Runs the manager until it is stopped or gives way.
-pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
+pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
     match options.command {
-        Some(Command::StopHook) => return stop_hook::run(home, options.service),
-        Some(Command::Preflight) => return preflight(home),
+        Some(SpmCommand::StopHook) => return stop_hook::run(home, options.service),
+        Some(SpmCommand::Preflight) => return preflight(home),
         None => {}
     }
     role::demand_home(home)?;
@@ -75,7 +75,7 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spm"));
     role::tell_of_restored(&restored);
     role::leave_sub_agent(home);
-    let supervised = options.service != Kind::None;
+    let supervised = options.service != ServiceManagerKind::None;
     if supervised {
         // The service manager starts what it was told to start, or what is to run at boot.
         role::clear_stop(home)?;
@@ -106,8 +106,8 @@ pub fn main(home: &Home, options: &Options) -> Result<ExitCode> {
         role::take_leave(home, Role::Spm, &holder);
     }
     Ok(match ended? {
-        control_socket::Farewell::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
-        control_socket::Farewell::Yield => ExitCode::SUCCESS,
+        control_socket::Goodbye::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
+        control_socket::Goodbye::Yield => ExitCode::SUCCESS,
     })
 }
 
@@ -116,9 +116,9 @@ fn preflight(home: &Home) -> Result<ExitCode> {
     role::demand_home(home)?;
     let loaded = Config::load(home)?;
     installation::agent_id(home)?.context("the host has no agent id")?;
-    installation::Manager::load(home)?;
-    installation::Installed::load(home)?;
-    store::load::<Desired>(&home.desired())?;
+    installation::ManagerRecord::load(home)?;
+    installation::InstallRecord::load(home)?;
+    store::load::<DesiredState>(&home.desired())?;
     store::load::<Ledger>(&home.releases())?;
     store::load::<History>(&home.history())?;
     let epochs = installation::Epochs::load(home)?;
@@ -133,7 +133,7 @@ fn preflight(home: &Home) -> Result<ExitCode> {
 }
 
 /// Takes the role; one that the service manager started asks a predecessor that somebody else started to give way.
-fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::Held> {
+fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
     if supervised
         && role::is_taken(home, Role::Spm)
         && let Err(error) = control_socket::ask(home, &Request::Yield, TAKE_OVER)

@@ -19,7 +19,7 @@ const MAX_STATE_BYTES: u64 = 16 << 20;
 const REMOVAL_TRIES: u32 = 10;
 
 /// The fields of a state file that this version does not know, kept for the newer one that wrote them.
-pub type Unknown = serde_json::Map<String, serde_json::Value>;
+pub type UnknownJson = serde_json::Map<String, serde_json::Value>;
 
 /// Who may read a file that is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -20,7 +20,7 @@ const MAX_OFFER_BYTES: u64 = 64 << 10;
 
 /// What came of a heartbeat.
 #[derive(Debug)]
-pub struct Answered {
+pub struct HeartbeatAnswer {
     pub answer: Answer,
     /// Seconds by which this host's clock is ahead of the gateway's, where that said what it is.
     pub clock_offset: Option<i64>,
@@ -28,30 +28,30 @@ pub struct Answered {
 
 /// Why a heartbeat failed, and when the gateway wants to hear of this host again if it said so.
 #[derive(Debug)]
-pub struct Refusal {
+pub struct HeartbeatError {
     pub error: anyhow::Error,
     pub retry_after: Option<Duration>,
     /// Somebody answered who is not believed: by his certificate, or by what he says.
     pub is_distrust: bool,
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for HeartbeatError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#}", self.error)
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for HeartbeatError {}
 
-impl From<anyhow::Error> for Refusal {
-    fn from(error: anyhow::Error) -> Refusal {
+impl From<anyhow::Error> for HeartbeatError {
+    fn from(error: anyhow::Error) -> HeartbeatError {
         let is_distrust = error.is::<Distrust>();
-        Refusal { error, retry_after: None, is_distrust }
+        HeartbeatError { error, retry_after: None, is_distrust }
     }
 }
 
 /// Reports the actual state; the answer is for this host, or it is refused.
-pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Result<Answered, Refusal> {
+pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Result<HeartbeatAnswer, HeartbeatError> {
     let what = || format!("cannot send a heartbeat to {endpoint}");
     let json = serde_json::to_vec(heartbeat).with_context(what)?;
     let asked = SystemTime::now();
@@ -59,17 +59,17 @@ pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Resu
     let clock_offset = reply.date().and_then(|date| clock_offset(asked, SystemTime::now(), date));
     if reply.status() != 200 {
         let retry_after = reply.retry_after();
-        return Err(Refusal { error: reply.refused().context(what()), retry_after, is_distrust: false });
+        return Err(HeartbeatError { error: reply.refused().context(what()), retry_after, is_distrust: false });
     }
     let bytes = reply.bytes(MAX_ANSWER_BYTES).with_context(what)?;
     // Before it is taken apart: small values take many times the memory that they take on the wire.
     if protocol::values(&bytes) > MAX_VALUES {
         let error = anyhow::anyhow!("cannot take the answer of {endpoint}: it has more than {MAX_VALUES} values");
-        return Err(Refusal { error, retry_after: None, is_distrust: true });
+        return Err(HeartbeatError { error, retry_after: None, is_distrust: true });
     }
     let answer: Answer = serde_json::from_slice(&bytes).map_err(|error| {
         let error = anyhow::Error::from(error).context(format!("cannot read the answer of {endpoint} to a heartbeat"));
-        Refusal { error, retry_after: None, is_distrust: true }
+        HeartbeatError { error, retry_after: None, is_distrust: true }
     })?;
     if answer.agent_id != heartbeat.agent_id {
         let error = anyhow::anyhow!(
@@ -77,9 +77,9 @@ pub fn send(client: &Client, endpoint: &Endpoint, heartbeat: &Heartbeat) -> Resu
             answer.agent_id,
             heartbeat.agent_id
         );
-        return Err(Refusal { error, retry_after: None, is_distrust: true });
+        return Err(HeartbeatError { error, retry_after: None, is_distrust: true });
     }
-    Ok(Answered { answer, clock_offset })
+    Ok(HeartbeatAnswer { answer, clock_offset })
 }
 
 /// Seconds by which our clock is ahead of one that said `theirs`, in whole seconds, at some moment between our `asked` and `heard`.
@@ -121,7 +121,7 @@ pub fn current_release(
 mod tests {
     use super::*;
     use crate::core::protocol::ManagerReport;
-    use crate::endpoint::testing::{Server, Told, self_signed};
+    use crate::endpoint::testing::{CannedResponse, Server, self_signed};
     use crate::endpoint::{Fingerprint, Timeouts, Trust};
 
     fn client() -> Client {
@@ -153,7 +153,7 @@ mod tests {
             assert_eq!((asked.method.as_str(), asked.path.as_str()), ("POST", "/api/heartbeat"));
             assert_eq!(asked.headers.get("x-agent-id").map(String::as_str), Some("host-1"));
             assert_eq!(serde_json::from_slice::<Heartbeat>(&asked.body).unwrap(), heartbeat());
-            Told::ok(r#"{"agentId": "host-1", "generation": 7, "later": {"unknown": true}}"#)
+            CannedResponse::ok(r#"{"agentId": "host-1", "generation": 7, "later": {"unknown": true}}"#)
         });
         assert_eq!(send(&client(), &server.endpoint(), &heartbeat()).unwrap().answer.generation, 7);
     }
@@ -166,16 +166,16 @@ mod tests {
             (vec![b' '; (4 << 20) + 1], "more than 4194304 bytes"),
             (format!(r#"{{"agentId": "host-1", "x": [0{}]}}"#, ",0".repeat(50_000)).into(), "more than 50000 values"),
         ] {
-            let server = Server::plain(move |_| Told::ok(body.clone()));
+            let server = Server::plain(move |_| CannedResponse::ok(body.clone()));
             let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
             assert!(refusal.to_string().contains(word), "{refusal}");
             assert_eq!(refusal.retry_after, None);
             assert_eq!(refusal.is_distrust, !word.contains("bytes"));
         }
-        let server = Server::plain(move |_| Told {
+        let server = Server::plain(move |_| CannedResponse {
             headers: vec![("retry-after", "17".to_owned())],
             body: br#"{"errorMessage": "too many of you"}"#.to_vec(),
-            ..Told::status(503)
+            ..CannedResponse::status(503)
         });
         let refusal = send(&client(), &server.endpoint(), &heartbeat()).unwrap_err();
         assert!(refusal.to_string().contains("answered 503: too many of you"), "{refusal}");
@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn one_who_shows_another_certificate_is_not_believed() {
         let identity = self_signed(&["127.0.0.1"], |_| {});
-        let server = Server::tls(&identity, |_| Told::ok(r#"{"agentId": "host-1"}"#));
+        let server = Server::tls(&identity, |_| CannedResponse::ok(r#"{"agentId": "host-1"}"#));
         let trusting = |pin| {
             Client::new(
                 &Trust::Pin { pins: vec![pin], learned: "/nonexistent/keys".into() },
@@ -221,13 +221,13 @@ mod tests {
             let offset = clock_offset(at(asked), at(heard), at(theirs)).unwrap();
             assert!((offset - expected).abs() <= 1, "{asked} {heard} {theirs}: {offset}");
         }
-        let server = Server::plain(|_| Told {
+        let server = Server::plain(|_| CannedResponse {
             headers: vec![("date", "Sun, 06 Nov 1994 08:49:37 GMT".to_owned())],
-            ..Told::ok(r#"{"agentId": "host-1"}"#)
+            ..CannedResponse::ok(r#"{"agentId": "host-1"}"#)
         });
         let offset = send(&client(), &server.endpoint(), &heartbeat()).unwrap().clock_offset.unwrap();
         assert!(offset > 30 * 365 * 86_400, "{offset}");
-        let silent = Server::plain(|_| Told::ok(r#"{"agentId": "host-1"}"#));
+        let silent = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1"}"#));
         assert_eq!(send(&client(), &silent.endpoint(), &heartbeat()).unwrap().clock_offset, None);
     }
 
@@ -237,10 +237,10 @@ mod tests {
         let body = format!(r#"{{"version": "2", "file": "demo-2_linux_amd64.zip", "sha256": "{digest}", "size": 5}}"#);
         let evil = body.replace("demo-2", "../demo-2");
         let server = Server::plain(move |asked| match asked.path.as_str() {
-            "/api/releases/demo?os=linux&arch=amd64" => Told::ok(body.clone()),
-            "/api/releases/evil?os=linux&arch=amd64" => Told::ok(evil.clone()),
-            "/api/releases/sick?os=linux&arch=amd64" => Told::status(500),
-            _ => Told::status(404),
+            "/api/releases/demo?os=linux&arch=amd64" => CannedResponse::ok(body.clone()),
+            "/api/releases/evil?os=linux&arch=amd64" => CannedResponse::ok(evil.clone()),
+            "/api/releases/sick?os=linux&arch=amd64" => CannedResponse::status(500),
+            _ => CannedResponse::status(404),
         });
         let current =
             |name: &str| current_release(&client(), &server.endpoint(), &name.parse().unwrap(), Os::Linux, Arch::Amd64);

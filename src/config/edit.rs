@@ -4,7 +4,7 @@ use toml::Value;
 use toml::de::DeTable;
 
 use super::keys::{KEYS, certificate_key};
-use super::{Certificate, Config, ProxyChoice};
+use super::{CertificateCheck, Config, ProxyChoice};
 
 /// What a new installation begins with: every key explained, every default commented out.
 const TEMPLATE: &str = include_str!("../../assets/conf.toml");
@@ -70,8 +70,8 @@ fn literal(config: &Config, key: &str) -> Option<String> {
         }
         "product" => config.product.clone().map(text),
         _ if certificate_key(&config.certificate) == Some(key) => match &config.certificate {
-            Certificate::Authority(path) => Some(text(path.display().to_string())),
-            Certificate::Pinned(pins) => one_or_many(pins.iter().map(ToString::to_string).collect()),
+            CertificateCheck::Authority(path) => Some(text(path.display().to_string())),
+            CertificateCheck::Pinned(pins) => one_or_many(pins.iter().map(ToString::to_string).collect()),
             _ => Some("true".to_owned()),
         },
         _ => None,

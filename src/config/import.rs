@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::keys::{self, Given, KEYS};
+use super::keys::{self, KEYS, RawValue};
 use super::{Config, read_text};
 use crate::core::model::AgentId;
 use crate::store;
@@ -95,13 +95,13 @@ pub fn parse(text: &str) -> Result<(Config, Vec<String>)> {
     Ok((config, warnings))
 }
 
-fn given(value: serde_json::Value) -> Given {
+fn given(value: serde_json::Value) -> RawValue {
     use serde_json::Value;
     match value {
-        Value::String(text) => Given::Text(text),
-        Value::Number(number) => Given::Number(number.to_string()),
-        Value::Bool(truth) => Given::Truth(truth),
-        Value::Array(items) => Given::List(items.into_iter().map(given).collect()),
-        Value::Null | Value::Object(_) => Given::Other,
+        Value::String(text) => RawValue::Text(text),
+        Value::Number(number) => RawValue::Number(number.to_string()),
+        Value::Bool(truth) => RawValue::Truth(truth),
+        Value::Array(items) => RawValue::List(items.into_iter().map(given).collect()),
+        Value::Null | Value::Object(_) => RawValue::Other,
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail};
 use toml::de::{DeTable, DeValue};
 
-use super::{Certificate, Config, Parsed, ProxyChoice, Unknown};
+use super::{CertificateCheck, Config, ParsedSettings, ProxyChoice, UnknownKey};
 use crate::core::units::{Size, Span};
 use crate::endpoint::Exception;
 
@@ -36,19 +36,19 @@ const MAX_EXCEPTIONS: usize = 256;
 
 /// A value as it was written, whatever the notation.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Given {
+pub(super) enum RawValue {
     Text(String),
     Number(String),
     Truth(bool),
-    List(Vec<Given>),
+    List(Vec<RawValue>),
     Other,
 }
 
 /// What a key's value should have been.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Expected(String);
+pub(super) struct ExpectedValue(String);
 
-impl std::fmt::Display for Expected {
+impl std::fmt::Display for ExpectedValue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }
@@ -71,7 +71,7 @@ pub fn wrong_line(text: &str, error: &toml::de::Error) -> String {
     format!("line {line}: {}", error.message().trim().replace('\n', ", "))
 }
 
-pub(super) fn parse(text: &str) -> Result<Parsed> {
+pub(super) fn parse(text: &str) -> Result<ParsedSettings> {
     let table = DeTable::parse(text).map_err(|error| anyhow!("{}", wrong_line(text, &error)))?;
     let mut config = Config::default();
     let mut unknown = Vec::new();
@@ -79,7 +79,7 @@ pub(super) fn parse(text: &str) -> Result<Parsed> {
         let line = line_of(text, key.span().start);
         let name: &str = key.get_ref();
         if !KEYS.contains(&name) {
-            unknown.push(Unknown { key: name.to_owned(), line });
+            unknown.push(UnknownKey { key: name.to_owned(), line });
             continue;
         }
         set(&mut config, name, &given(value.get_ref()))
@@ -91,21 +91,21 @@ pub(super) fn parse(text: &str) -> Result<Parsed> {
         );
     }
     unknown.sort_by_key(|unknown| unknown.line);
-    Ok(Parsed { config, unknown })
+    Ok(ParsedSettings { config, unknown })
 }
 
-fn given(value: &DeValue<'_>) -> Given {
+fn given(value: &DeValue<'_>) -> RawValue {
     match value {
-        DeValue::String(text) => Given::Text(text.to_string()),
-        DeValue::Integer(number) if number.radix() == 10 => Given::Number(number.as_str().to_owned()),
-        DeValue::Boolean(truth) => Given::Truth(*truth),
-        DeValue::Array(items) => Given::List(items.iter().map(|item| given(item.get_ref())).collect()),
-        _ => Given::Other,
+        DeValue::String(text) => RawValue::Text(text.to_string()),
+        DeValue::Integer(number) if number.radix() == 10 => RawValue::Number(number.as_str().to_owned()),
+        DeValue::Boolean(truth) => RawValue::Truth(*truth),
+        DeValue::Array(items) => RawValue::List(items.iter().map(|item| given(item.get_ref())).collect()),
+        _ => RawValue::Other,
     }
 }
 
 /// Sets one key, which must be one of [`KEYS`]. Every second trust setting contradicts the first.
-pub(super) fn set(config: &mut Config, key: &str, given: &Given) -> Result<(), Expected> {
+pub(super) fn set(config: &mut Config, key: &str, given: &RawValue) -> Result<(), ExpectedValue> {
     match key {
         "heartbeatSrv" => {
             config.heartbeat_srv =
@@ -126,7 +126,9 @@ pub(super) fn set(config: &mut Config, key: &str, given: &Given) -> Result<(), E
             let written = text(given, expected)?;
             config.proxy = match written.as_str() {
                 "none" => ProxyChoice::None,
-                address => ProxyChoice::Proxy(address.parse().map_err(|why| Expected(format!("{expected}; {why}")))?),
+                address => {
+                    ProxyChoice::Proxy(address.parse().map_err(|why| ExpectedValue(format!("{expected}; {why}")))?)
+                }
             };
         }
         "noProxy" => {
@@ -142,34 +144,34 @@ pub(super) fn set(config: &mut Config, key: &str, given: &Given) -> Result<(), E
         "product" => config.product = Some(text(given, "the name of a product, such as \"generic\"")?),
         "caCert" => {
             let path = text(given, "the path of a file with certificates, such as \"etc/ca.pem\"")?;
-            certificate(config, Certificate::Authority(PathBuf::from(path)))?;
+            certificate(config, CertificateCheck::Authority(PathBuf::from(path)))?;
         }
         "pin" => {
             let pins = list(given, "a SHA-256 of 64 hexadecimal digits in quotes, or a list of them")?;
-            certificate(config, Certificate::Pinned(pins))?;
+            certificate(config, CertificateCheck::Pinned(pins))?;
         }
-        "pinFirstContact" if truth(given)? => certificate(config, Certificate::FirstContact)?,
-        "insecure" if truth(given)? => certificate(config, Certificate::Unchecked)?,
+        "pinFirstContact" if truth(given)? => certificate(config, CertificateCheck::FirstContact)?,
+        "insecure" if truth(given)? => certificate(config, CertificateCheck::Unchecked)?,
         _ => {}
     }
     Ok(())
 }
 
 /// The key by which a way of checking certificates is set.
-pub(super) fn certificate_key(certificate: &Certificate) -> Option<&'static str> {
+pub(super) fn certificate_key(certificate: &CertificateCheck) -> Option<&'static str> {
     match certificate {
-        Certificate::System => None,
-        Certificate::Authority(_) => Some("caCert"),
-        Certificate::Pinned(_) => Some("pin"),
-        Certificate::FirstContact => Some("pinFirstContact"),
-        Certificate::Unchecked => Some("insecure"),
+        CertificateCheck::System => None,
+        CertificateCheck::Authority(_) => Some("caCert"),
+        CertificateCheck::Pinned(_) => Some("pin"),
+        CertificateCheck::FirstContact => Some("pinFirstContact"),
+        CertificateCheck::Unchecked => Some("insecure"),
     }
 }
 
-fn certificate(config: &mut Config, value: Certificate) -> Result<(), Expected> {
-    if config.certificate != Certificate::System {
+fn certificate(config: &mut Config, value: CertificateCheck) -> Result<(), ExpectedValue> {
+    if config.certificate != CertificateCheck::System {
         let other = certificate_key(&config.certificate).unwrap_or("another one");
-        return Err(Expected(format!(
+        return Err(ExpectedValue(format!(
             "at most one of caCert, pin, pinFirstContact and insecure, and there is {other} too"
         )));
     }
@@ -177,40 +179,40 @@ fn certificate(config: &mut Config, value: Certificate) -> Result<(), Expected> 
     Ok(())
 }
 
-fn text(given: &Given, expected: &str) -> Result<String, Expected> {
+fn text(given: &RawValue, expected: &str) -> Result<String, ExpectedValue> {
     match given {
-        Given::Text(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
-        _ => Err(Expected(expected.to_owned())),
+        RawValue::Text(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
+        _ => Err(ExpectedValue(expected.to_owned())),
     }
 }
 
-fn truth(given: &Given) -> Result<bool, Expected> {
+fn truth(given: &RawValue) -> Result<bool, ExpectedValue> {
     match given {
-        Given::Truth(truth) => Ok(*truth),
-        _ => Err(Expected("true or false".to_owned())),
+        RawValue::Truth(truth) => Ok(*truth),
+        _ => Err(ExpectedValue("true or false".to_owned())),
     }
 }
 
 /// One text, or a list of 1 to [`MAX_ITEMS`].
-fn list<T: std::str::FromStr>(given: &Given, expected: &str) -> Result<Vec<T>, Expected> {
-    let refused = || Expected(expected.to_owned());
-    let one = |item: &Given| text(item, expected)?.parse().map_err(|_| refused());
+fn list<T: std::str::FromStr>(given: &RawValue, expected: &str) -> Result<Vec<T>, ExpectedValue> {
+    let refused = || ExpectedValue(expected.to_owned());
+    let one = |item: &RawValue| text(item, expected)?.parse().map_err(|_| refused());
     match given {
-        Given::Text(_) => Ok(vec![one(given)?]),
-        Given::List(items) if (1..=MAX_ITEMS).contains(&items.len()) => items.iter().map(one).collect(),
+        RawValue::Text(_) => Ok(vec![one(given)?]),
+        RawValue::List(items) if (1..=MAX_ITEMS).contains(&items.len()) => items.iter().map(one).collect(),
         _ => Err(refused()),
     }
 }
 
 /// One text with several items between commas, or a list of them; none at all is allowed.
-fn exceptions(given: &Given, expected: &str) -> Result<Vec<Exception>, Expected> {
-    let refused = || Expected(expected.to_owned());
+fn exceptions(given: &RawValue, expected: &str) -> Result<Vec<Exception>, ExpectedValue> {
+    let refused = || ExpectedValue(expected.to_owned());
     let items: Vec<&str> = match given {
-        Given::Text(text) => text.split([',', ' ']).filter(|item| !item.is_empty()).collect(),
-        Given::List(items) => items
+        RawValue::Text(text) => text.split([',', ' ']).filter(|item| !item.is_empty()).collect(),
+        RawValue::List(items) => items
             .iter()
             .map(|item| match item {
-                Given::Text(text) => Ok(text.as_str()),
+                RawValue::Text(text) => Ok(text.as_str()),
                 _ => Err(refused()),
             })
             .collect::<Result<_, _>>()?,
@@ -223,23 +225,23 @@ fn exceptions(given: &Given, expected: &str) -> Result<Vec<Exception>, Expected>
 }
 
 /// A size in a second.
-fn rate(given: &Given, least: u64, most: u64) -> Result<Size, Expected> {
+fn rate(given: &RawValue, least: u64, most: u64) -> Result<Size, ExpectedValue> {
     let expected =
-        || Expected(format!("a size in a second such as \"10MiB/s\", from {}/s to {}/s", Size(least), Size(most)));
+        || ExpectedValue(format!("a size in a second such as \"10MiB/s\", from {}/s to {}/s", Size(least), Size(most)));
     let read = match given {
-        Given::Text(text) => text.trim().strip_suffix("/s").and_then(Size::parse),
+        RawValue::Text(text) => text.trim().strip_suffix("/s").and_then(Size::parse),
         _ => None,
     };
     read.filter(|size| (least..=most).contains(&size.0)).ok_or_else(expected)
 }
 
-fn span(given: &Given, least: Duration, most: Duration) -> Result<Span, Expected> {
+fn span(given: &RawValue, least: Duration, most: Duration) -> Result<Span, ExpectedValue> {
     let read = match given {
-        Given::Text(text) | Given::Number(text) => Span::parse(text),
+        RawValue::Text(text) | RawValue::Number(text) => Span::parse(text),
         _ => None,
     };
     read.filter(|span| (least..=most).contains(&span.0)).ok_or_else(|| {
-        Expected(format!(
+        ExpectedValue(format!(
             "a duration such as \"30s\" or a whole number of seconds, from {} to {}",
             Span(least),
             Span(most)
@@ -247,12 +249,16 @@ fn span(given: &Given, least: Duration, most: Duration) -> Result<Span, Expected
     })
 }
 
-fn size(given: &Given, least: u64, most: u64) -> Result<Size, Expected> {
+fn size(given: &RawValue, least: u64, most: u64) -> Result<Size, ExpectedValue> {
     let read = match given {
-        Given::Text(text) | Given::Number(text) => Size::parse(text),
+        RawValue::Text(text) | RawValue::Number(text) => Size::parse(text),
         _ => None,
     };
     read.filter(|size| (least..=most).contains(&size.0)).ok_or_else(|| {
-        Expected(format!("a size such as \"64MiB\" or a whole number of MiB, from {} to {}", Size(least), Size(most)))
+        ExpectedValue(format!(
+            "a size such as \"64MiB\" or a whole number of MiB, from {} to {}",
+            Size(least),
+            Size(most)
+        ))
     })
 }

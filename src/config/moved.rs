@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use toml::de::DeTable;
 
-use super::{Certificate, Config, Loaded, edit, text};
+use super::{CertificateCheck, Config, LoadedSettings, edit, text};
 use crate::core::upgrade::NewEndpoint;
 use crate::home::{CA_FILE, Home};
 use crate::store::{self, Access};
@@ -30,7 +30,7 @@ pub fn read(tree: &Path) -> Result<Option<NewEndpoint>> {
         let settings = String::from_utf8(bytes).context("it is not UTF-8")?;
         let config = parse(&settings)?;
         let ca_cert = match &config.certificate {
-            Certificate::Authority(path) => Some(certificates(tree, path)?),
+            CertificateCheck::Authority(path) => Some(certificates(tree, path)?),
             _ => None,
         };
         Ok(NewEndpoint { settings, ca_cert })
@@ -65,8 +65,8 @@ fn certificates(tree: &Path, path: &Path) -> Result<String> {
 fn applied(config: &Config, new: &NewEndpoint, ca_file: &str) -> Result<Config> {
     let moved = parse(&new.settings)?;
     let certificate = match moved.certificate {
-        Certificate::System => config.certificate.clone(),
-        Certificate::Authority(_) => Certificate::Authority(PathBuf::from(ca_file)),
+        CertificateCheck::System => config.certificate.clone(),
+        CertificateCheck::Authority(_) => CertificateCheck::Authority(PathBuf::from(ca_file)),
         other => other,
     };
     Ok(Config { heartbeat_srv: moved.heartbeat_srv, certificate, ..config.clone() })
@@ -86,7 +86,7 @@ pub fn on_trial(home: &Home, config: &Config, new: &NewEndpoint) -> Result<Confi
 
 /// Makes the endpoint of a release that is committed a part of the settings. It may be repeated.
 pub fn keep(home: &Home, new: &NewEndpoint) -> Result<()> {
-    let Loaded { config, problem: None, .. } = Config::load(home)? else {
+    let LoadedSettings { config, problem: None, .. } = Config::load(home)? else {
         bail!("cannot change the endpoint in {}: correct the settings first", home.config().display());
     };
     let changed = applied(&config, new, CA_FILE)?;

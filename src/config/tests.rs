@@ -36,18 +36,18 @@ fn every_key_is_read_and_a_bare_number_is_seconds_or_mib() {
     assert_eq!(read.spm_max_mem, Size(100 << 20));
     assert_eq!(read.spa_max_mem, Size(1 << 30));
     assert_eq!(read.download_timeout, Span(Duration::from_secs(7_200)));
-    assert_eq!(read.certificate, Certificate::Authority("etc/ca.pem".into()));
+    assert_eq!(read.certificate, CertificateCheck::Authority("etc/ca.pem".into()));
     assert_eq!(read.product.as_deref(), Some("hci"));
     assert_eq!(read.log_max_size, Size(1 << 20));
     assert_eq!(read.upgrade_trial, Span(Duration::from_secs(60)));
 
     let srv = "heartbeatSrv = \"https://a:1\"\n";
     assert_eq!(config(srv), Config { heartbeat_srv: vec!["https://a:1".parse().unwrap()], ..Config::default() });
-    assert_eq!(config(&format!("{srv}pinFirstContact = true")).certificate, Certificate::FirstContact);
-    assert_eq!(config(&format!("{srv}insecure = true")).certificate, Certificate::Unchecked);
-    assert_eq!(config(&format!("{srv}insecure = false")).certificate, Certificate::System);
+    assert_eq!(config(&format!("{srv}pinFirstContact = true")).certificate, CertificateCheck::FirstContact);
+    assert_eq!(config(&format!("{srv}insecure = true")).certificate, CertificateCheck::Unchecked);
+    assert_eq!(config(&format!("{srv}insecure = false")).certificate, CertificateCheck::System);
     assert!(
-        matches!(config(&format!("{srv}pin = \"{PIN}\"")).certificate, Certificate::Pinned(pins) if pins.len() == 1)
+        matches!(config(&format!("{srv}pin = \"{PIN}\"")).certificate, CertificateCheck::Pinned(pins) if pins.len() == 1)
     );
 }
 
@@ -116,15 +116,15 @@ fn what_is_rendered_reads_back() {
     all.log_max_size = Size(1 << 20);
     all.upgrade_trial = Span(Duration::from_secs(5));
     for certificate in [
-        Certificate::System,
-        Certificate::Authority("etc/ca.pem".into()),
-        Certificate::Pinned(vec![PIN.parse().unwrap(), PIN.replace('0', "a").parse().unwrap()]),
-        Certificate::FirstContact,
-        Certificate::Unchecked,
+        CertificateCheck::System,
+        CertificateCheck::Authority("etc/ca.pem".into()),
+        CertificateCheck::Pinned(vec![PIN.parse().unwrap(), PIN.replace('0', "a").parse().unwrap()]),
+        CertificateCheck::FirstContact,
+        CertificateCheck::Unchecked,
     ] {
         all.certificate = certificate;
         let text = render(&all);
-        assert_eq!(Config::parse(&text).unwrap(), Parsed { config: all.clone(), unknown: vec![] }, "{text}");
+        assert_eq!(Config::parse(&text).unwrap(), ParsedSettings { config: all.clone(), unknown: vec![] }, "{text}");
         assert!(text.lines().all(|line| line.len() <= 200) && text.starts_with("# Settings"), "{text}");
     }
 }
@@ -157,7 +157,7 @@ fn an_edit_keeps_what_it_does_not_change() {
     let old = config(text);
     let mut new = old.clone();
     new.heartbeat_srv = vec!["https://c:3".parse().unwrap()];
-    new.certificate = Certificate::Unchecked;
+    new.certificate = CertificateCheck::Unchecked;
     new.heartbeat_interval = Span(Duration::from_secs(60));
     new.product = Some("hci".to_owned());
     assert_eq!(
@@ -200,8 +200,8 @@ fn an_unknown_key_fails_an_install_and_not_a_start() {
 fn trust_has_the_paths_of_the_home() {
     let home = Home::new("/h");
     let with = |certificate| Config { certificate, ..Config::default() }.trust(&home);
-    assert_eq!(with(Certificate::Authority("etc/ca.pem".into())), Trust::CaFile(home.ca_file()));
-    assert_eq!(with(Certificate::FirstContact), Trust::FirstContact { pins: home.pins() });
+    assert_eq!(with(CertificateCheck::Authority("etc/ca.pem".into())), Trust::CaFile(home.ca_file()));
+    assert_eq!(with(CertificateCheck::FirstContact), Trust::FirstContact { pins: home.pins() });
 }
 
 #[test]
@@ -272,11 +272,11 @@ fn any_config() -> impl Strategy<Value = Config> {
     let endpoints =
         prop::collection::vec(prop::sample::select(vec!["https://a:1", "https://[::1]:8888", "https://b/x"]), 1..4);
     let certificate = prop_oneof![
-        Just(Certificate::System),
-        "[a-z]([a-z\"'\\\\ #]{0,10}[a-z#])?".prop_map(|path| Certificate::Authority(path.into())),
-        Just(Certificate::Pinned(vec![PIN.parse().unwrap()])),
-        Just(Certificate::FirstContact),
-        Just(Certificate::Unchecked),
+        Just(CertificateCheck::System),
+        "[a-z]([a-z\"'\\\\ #]{0,10}[a-z#])?".prop_map(|path| CertificateCheck::Authority(path.into())),
+        Just(CertificateCheck::Pinned(vec![PIN.parse().unwrap()])),
+        Just(CertificateCheck::FirstContact),
+        Just(CertificateCheck::Unchecked),
     ];
     let product = prop::option::of(prop::sample::select(vec!["generic", "hci", "scp"]));
     (endpoints, 1..3600_u64, 16..2048_u64, 16..2048_u64, 1..86_400_u64, certificate, product).prop_map(

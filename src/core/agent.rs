@@ -22,18 +22,18 @@ mod view;
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-pub use event::{Action, At, Change, Event, Note, Ready, Refusal};
-use probation::{Return, Seen};
+pub use event::{AgentAction, AgentEvent, JournalNote, Moment, Ready, ReleaseChange, ReleaseError};
+use probation::{ProbationProgress, Rollback};
 use releases::put_into_use;
 
 use super::guards::{Guard, holds};
-use super::ledger::Entry;
+use super::ledger::LedgerEntry;
 use super::manifest::admit_env;
 use super::model::{AgentName, Version};
 use super::order::{Order, Run, Spec};
 use super::program::Program;
 use super::protocol::AgentState;
-use super::supervise::{self, Policy, Supervisor};
+use super::supervise::{self, RestartPolicy, Supervisor};
 use super::text::{MAX_MESSAGE_BYTES, cut};
 
 /// Of the name of a variable that may not be set, so much is shown, bytes.
@@ -41,7 +41,7 @@ const MAX_NAME_SHOWN: usize = 64;
 
 /// What is under way besides its process.
 #[derive(Debug, Clone, PartialEq)]
-enum Work {
+enum Activity {
     Idle,
     /// Fetched, verified and unpacked. `failures`: times in a row that this release could not be had.
     Staging {
@@ -51,7 +51,7 @@ enum Work {
     },
     /// To be activated by the next plan.
     Staged(Box<Ready>),
-    Held(Held),
+    Held(HeldRelease),
     /// What was accepted when it was staged is looked at once more, before anything is stopped.
     Admitting {
         order: Box<Order>,
@@ -65,12 +65,12 @@ enum Work {
     /// The link `current` is being changed. `before`: its ledger before.
     Switching {
         activation: Box<Activation>,
-        before: Box<Entry>,
+        before: Box<LedgerEntry>,
     },
     /// The current release makes way for the one before it: it is being stopped, and the ledger written.
-    Returning(Box<Return>),
+    Returning(Box<Rollback>),
     /// The link `current` is being changed back.
-    SwitchingBack(Box<Return>),
+    SwitchingBack(Box<Rollback>),
     /// Its processes are being stopped, and what is under way on its files comes to its end.
     Uninstalling,
     Removing,
@@ -87,7 +87,7 @@ struct Activation {
 
 /// A release that is not to be tried again yet.
 #[derive(Debug, Clone, PartialEq)]
-struct Held {
+struct HeldRelease {
     version: Version,
     failures: u32,
     until: Instant,
@@ -98,8 +98,8 @@ struct Held {
 pub struct Agent {
     name: AgentName,
     supervisor: Supervisor,
-    work: Work,
-    ledger: Entry,
+    work: Activity,
+    ledger: LedgerEntry,
     /// Whole on disk.
     releases: BTreeSet<Version>,
     /// Their files are being removed.
@@ -117,9 +117,9 @@ pub struct Agent {
     running: Option<Version>,
     home_stops: bool,
     /// Of the probation of the current release.
-    seen: Seen,
+    seen: ProbationProgress,
     /// The release before the last one is the current one again, and has not run since.
-    returned: Option<Box<Return>>,
+    returned: Option<Box<Rollback>>,
     /// In force, where it is known.
     order: Option<Order>,
     /// Its start waits until it is known how its release is run.
@@ -132,8 +132,8 @@ pub struct Agent {
 
 /// What is found of a sub-agent when a manager starts.
 #[derive(Debug, Default)]
-pub struct Found {
-    pub ledger: Entry,
+pub struct Discovery {
+    pub ledger: LedgerEntry,
     pub releases: BTreeSet<Version>,
     /// Its removal, or its unpacking, was cut short.
     pub unfinished: BTreeSet<Version>,
@@ -146,7 +146,7 @@ pub struct Found {
 
 /// How a process ended that an earlier manager started.
 #[derive(Debug, Clone, PartialEq)]
-pub struct End {
+pub struct PriorExit {
     /// `None`: not known.
     pub success: Option<bool>,
     pub how: String,
@@ -156,12 +156,12 @@ pub struct End {
 
 impl Agent {
     /// What an earlier manager left, and what is to be done about it.
-    pub fn found(name: AgentName, found: Found) -> (Agent, Vec<Action>) {
-        let Found { ledger, releases, unfinished, program, restarts, order } = found;
+    pub fn found(name: AgentName, found: Discovery) -> (Agent, Vec<AgentAction>) {
+        let Discovery { ledger, releases, unfinished, program, restarts, order } = found;
         let mut agent = Agent {
             name,
-            supervisor: Supervisor::new(Policy::default(), restarts),
-            work: Work::Idle,
+            supervisor: Supervisor::new(RestartPolicy::default(), restarts),
+            work: Activity::Idle,
             ledger,
             releases,
             leaving: unfinished.clone(),
@@ -172,7 +172,7 @@ impl Agent {
             spec: None,
             running: None,
             home_stops: false,
-            seen: Seen::default(),
+            seen: ProbationProgress::default(),
             returned: None,
             order,
             starts_when_inspected: false,
@@ -182,21 +182,28 @@ impl Agent {
         if let Some(program) = program {
             agent.inspected(program);
         }
-        let mut actions: Vec<Action> = unfinished.into_iter().map(Action::Discard).collect();
+        let mut actions: Vec<AgentAction> = unfinished.into_iter().map(AgentAction::Discard).collect();
         // An earlier manager may have ended before it followed the order that it had written.
         if agent.order.as_ref().is_some_and(|order| agent.ledger.resume_order(order.asks_for())) {
-            actions.push(Action::Record { wait: false });
+            actions.push(AgentAction::Record { wait: false });
         }
         (agent, actions)
     }
 
     /// One of which nothing is there yet.
     pub fn new(name: AgentName) -> Agent {
-        Agent::found(name, Found::default()).0
+        Agent::found(name, Discovery::default()).0
     }
 
     /// Takes charge of a process that an earlier manager started at `since`. `spec`: what is wanted, where it was started with just that.
-    pub fn adopt(&mut self, pid: u32, version: Version, since: Instant, spec: Option<Spec>, at: At) -> Vec<Action> {
+    pub fn adopt(
+        &mut self,
+        pid: u32,
+        version: Version,
+        since: Instant,
+        spec: Option<Spec>,
+        at: Moment,
+    ) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, since, at.now, at.jitter);
         self.run = Run::Start;
         self.spec = spec;
@@ -205,12 +212,19 @@ impl Agent {
         if let Some(actions) = self.resume_return(version, at) {
             return actions;
         }
-        self.feed(supervise::Event::Run, at)
+        self.feed(supervise::SupervisorEvent::Run, at)
     }
 
     /// As [`Agent::adopt`], of a process that ended since. `restarts_it`: its restart policy counts, since it was what is wanted now;
     /// otherwise what it left behind is ended.
-    pub fn bury(&mut self, pid: u32, version: Version, end: End, wanted: Option<Spec>, at: At) -> Vec<Action> {
+    pub fn bury(
+        &mut self,
+        pid: u32,
+        version: Version,
+        end: PriorExit,
+        wanted: Option<Spec>,
+        at: Moment,
+    ) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
         self.running = Some(version.clone());
         if let Some(actions) = self.resume_return(version, at) {
@@ -220,109 +234,112 @@ impl Agent {
             Some(spec) => {
                 self.run = Run::Start;
                 self.spec = Some(spec);
-                let mut actions = self.feed(supervise::Event::Run, at);
+                let mut actions = self.feed(supervise::SupervisorEvent::Run, at);
                 actions.extend(self.exited(end, at));
                 self.judge(at, &mut actions);
                 actions
             }
-            None => self.feed(supervise::Event::Rest, at),
+            None => self.feed(supervise::SupervisorEvent::Rest, at),
         }
     }
 
     /// What runs of it cannot be adopted and is ended, as its own stop: nothing new of it starts meanwhile.
-    pub fn clear_away(&mut self, pid: u32, at: At) -> Vec<Action> {
+    pub fn clear_away(&mut self, pid: u32, at: Moment) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
-        self.feed(supervise::Event::Rest, at)
+        self.feed(supervise::SupervisorEvent::Rest, at)
     }
 
     /// Takes in what happened and says what to do. What cannot come in its state changes nothing.
-    pub fn step(&mut self, event: Event, at: At) -> Vec<Action> {
+    pub fn step(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
         let before = self.supervisor.state();
-        let of_health = matches!(event, Event::Checked(_));
+        let of_health = matches!(event, AgentEvent::Checked(_));
         let mut actions = self.take(event, at);
         self.judge(at, &mut actions);
-        let restarts = of_health && actions.contains(&Action::Stop);
+        let restarts = of_health && actions.contains(&AgentAction::Stop);
         self.note_transition(before, restarts, at.now, &mut actions);
         actions
     }
 
-    fn take(&mut self, event: Event, at: At) -> Vec<Action> {
+    fn take(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
         match event {
             // A plan begins nothing on what is busy.
-            Event::Stage(_)
-            | Event::Activate(_)
-            | Event::Configure { .. }
-            | Event::Set(_)
-            | Event::Uninstall
-            | Event::Discard(_)
-            | Event::Return { .. }
+            AgentEvent::Stage(_)
+            | AgentEvent::Activate(_)
+            | AgentEvent::Configure { .. }
+            | AgentEvent::Set(_)
+            | AgentEvent::Uninstall
+            | AgentEvent::Discard(_)
+            | AgentEvent::Return { .. }
                 if self.is_busy() =>
             {
                 vec![]
             }
-            Event::Stage(package) => self.stage(package, at),
-            Event::Activate(order) => self.activate(order),
-            Event::Return { overruled } => {
+            AgentEvent::Stage(package) => self.stage(package, at),
+            AgentEvent::Activate(order) => self.activate(order),
+            AgentEvent::Return { overruled } => {
                 let mut actions = self.return_for_operator(overruled.as_ref(), at);
                 actions.extend(self.go_on_if_down());
                 actions
             }
-            Event::Retry => self.try_again(),
-            Event::Configure { spec, runs_so, sound } => self.configure(spec, runs_so, sound, at),
-            Event::Set(run) => {
+            AgentEvent::Retry => self.try_again(),
+            AgentEvent::Configure { spec, runs_so, sound } => self.configure(spec, runs_so, sound, at),
+            AgentEvent::Set(run) => {
                 self.run = run;
-                self.feed(if run == Run::Start { supervise::Event::Run } else { supervise::Event::Rest }, at)
+                self.feed(
+                    if run == Run::Start { supervise::SupervisorEvent::Run } else { supervise::SupervisorEvent::Rest },
+                    at,
+                )
             }
-            Event::Uninstall => {
+            AgentEvent::Uninstall => {
                 let mut actions = self.cancel_staging();
-                self.work = Work::Uninstalling;
-                actions.extend(self.feed(supervise::Event::Rest, at));
+                self.work = Activity::Uninstalling;
+                actions.extend(self.feed(supervise::SupervisorEvent::Rest, at));
                 actions.extend(self.go_on_if_down());
                 actions
             }
-            Event::Discard(version) => self.discard(version),
-            Event::Ordered(order) => self.ordered(order),
-            Event::HomeStops => {
+            AgentEvent::Discard(version) => self.discard(version),
+            AgentEvent::Ordered(order) => self.ordered(order),
+            AgentEvent::HomeStops => {
                 self.home_stops = true;
-                self.feed(supervise::Event::Rest, at)
+                self.feed(supervise::SupervisorEvent::Rest, at)
             }
-            Event::Restart => self.feed(supervise::Event::Again, at),
-            Event::Staged { id, version, result } => {
+            AgentEvent::Restart => self.feed(supervise::SupervisorEvent::Again, at),
+            AgentEvent::Staged { id, version, result } => {
                 self.unanswered.remove(&id);
                 let mut actions = self.staged(id, version, result, at);
                 actions.extend(self.go_on_if_down());
                 actions
             }
-            Event::Admitted(result) => self.admitted(result, at),
-            Event::Recorded(result) => self.recorded(result, at),
-            Event::Switched(result) => self.switched(result, at),
-            Event::Discarded(version) => {
+            AgentEvent::Admitted(result) => self.admitted(result, at),
+            AgentEvent::Recorded(result) => self.recorded(result, at),
+            AgentEvent::Switched(result) => self.switched(result, at),
+            AgentEvent::Discarded(version) => {
                 // What could not be removed is found by the next manager.
                 self.leaving.remove(&version);
                 // What was staged in its place meanwhile is gone with it.
                 self.releases.remove(&version);
                 self.go_on_if_down()
             }
-            Event::Inspected { version, result } => {
+            AgentEvent::Inspected { version, result } => {
                 if self.current() == Some(&version) {
                     self.inspected(result);
                 }
                 let waits = std::mem::take(&mut self.starts_when_inspected) && self.supervisor.is_starting();
                 if waits { self.start(at) } else { vec![] }
             }
-            Event::Launched { pid, version, runs_so } => {
+            AgentEvent::Launched { pid, version, runs_so } => {
                 self.probation_is_up(&version, at.now);
                 self.running = Some(version);
-                let mut actions = self.feed(supervise::Event::Started { pid }, at);
+                let mut actions = self.feed(supervise::SupervisorEvent::Started { pid }, at);
                 if !self.is_busy() {
                     actions.extend(self.note_returned(at));
                 }
                 if !runs_so {
-                    actions.extend(self.feed(supervise::Event::Again, at));
+                    actions.extend(self.feed(supervise::SupervisorEvent::Again, at));
                 }
                 actions
             }
-            Event::NotLaunched(refusal) => {
+            AgentEvent::NotLaunched(refusal) => {
                 let mut actions = vec![];
                 if self.supervisor.last_error() != Some(&refusal.why) {
                     actions.push(self.repeating("start", refusal.outcome(), &refusal.why));
@@ -331,53 +348,53 @@ impl Agent {
                     let condemned = self.start_failed(&refusal, at, &mut actions);
                     actions.extend(condemned.into_iter().flatten());
                 }
-                actions.extend(self.feed(supervise::Event::StartFailed { why: refusal.why }, at));
+                actions.extend(self.feed(supervise::SupervisorEvent::StartFailed { why: refusal.why }, at));
                 actions.extend(self.go_on_if_down());
                 actions
             }
-            Event::Exited { success, how } => {
+            AgentEvent::Exited { success, how } => {
                 if self.supervisor.is_stopping() {
                     return vec![];
                 }
                 let outcome = if success == Some(true) { "ok" } else { "failed" };
                 let mut actions = vec![self.repeating("exit", outcome, &how)];
                 self.running = None;
-                actions.extend(self.exited(End { success, how, was_seen: false }, at));
+                actions.extend(self.exited(PriorExit { success, how, was_seen: false }, at));
                 actions
             }
-            Event::Moved { pid } => {
+            AgentEvent::Moved { pid } => {
                 self.supervisor.replace(pid, at.now);
                 vec![]
             }
-            Event::Stopped(result) => {
+            AgentEvent::Stopped(result) => {
                 let mut actions = vec![];
                 match result {
                     Ok(()) => self.running = None,
                     Err(why) => {
-                        actions.push(Action::Note(Note::once("stop", "failed", None, why.clone())));
+                        actions.push(AgentAction::Note(JournalNote::once("stop", "failed", None, why.clone())));
                         self.error = Some(why);
                     }
                 }
                 self.probation_is_down();
-                actions.extend(self.feed(supervise::Event::Stopped, at));
+                actions.extend(self.feed(supervise::SupervisorEvent::Stopped, at));
                 actions.extend(self.go_on_if_down());
                 actions
             }
-            Event::Checked(answer) => {
-                let mut actions = self.feed(supervise::Event::Checked(answer), at);
-                if actions.contains(&Action::Stop) {
+            AgentEvent::Checked(answer) => {
+                let mut actions = self.feed(supervise::SupervisorEvent::Checked(answer), at);
+                if actions.contains(&AgentAction::Stop) {
                     let why = self.supervisor.last_error().unwrap_or_default().to_owned();
                     let condemned = self.fail_probation(&why, at, &mut actions);
                     actions.extend(condemned.into_iter().flatten());
                 }
                 actions
             }
-            Event::Tick => self.feed(supervise::Event::Tick, at),
+            AgentEvent::Tick => self.feed(supervise::SupervisorEvent::Tick, at),
         }
     }
 
-    fn exited(&mut self, end: End, at: At) -> Vec<Action> {
-        let End { success, how, was_seen } = end;
+    fn exited(&mut self, end: PriorExit, at: Moment) -> Vec<AgentAction> {
+        let PriorExit { success, how, was_seen } = end;
         let mut actions = vec![];
         let is_done = self.is_done_by(success);
         let counts = !was_seen || !holds(Guard::EndCountsOnce);
@@ -389,13 +406,19 @@ impl Agent {
             actions.extend(condemned);
             return actions;
         }
-        actions.extend(self.feed(supervise::Event::Exited { success, how }, at));
+        actions.extend(self.feed(supervise::SupervisorEvent::Exited { success, how }, at));
         self.seen.is_done = is_done;
         actions
     }
 
-    fn configure(&mut self, spec: Spec, runs_so: bool, sound: Result<(), Refusal>, at: At) -> Vec<Action> {
-        if matches!(&self.work, Work::Held(held) if at.now < held.until) {
+    fn configure(
+        &mut self,
+        spec: Spec,
+        runs_so: bool,
+        sound: Result<(), ReleaseError>,
+        at: Moment,
+    ) -> Vec<AgentAction> {
+        if matches!(&self.work, Activity::Held(held) if at.now < held.until) {
             return vec![];
         }
         if let Err(refusal) = sound {
@@ -405,13 +428,13 @@ impl Agent {
         }
         self.spec = Some(spec);
         let mut actions = vec![];
-        if matches!(self.work, Work::Held(_)) {
-            self.work = Work::Idle;
+        if matches!(self.work, Activity::Held(_)) {
+            self.work = Activity::Idle;
             self.error = None;
-            actions.extend(self.current().cloned().map(Action::Inspect));
+            actions.extend(self.current().cloned().map(AgentAction::Inspect));
         }
         if self.supervisor.pid().is_some() && !runs_so {
-            actions.extend(self.feed(supervise::Event::Again, at));
+            actions.extend(self.feed(supervise::SupervisorEvent::Again, at));
         }
         actions
     }
@@ -432,45 +455,45 @@ impl Agent {
     }
 
     /// Passes an event on to its supervisor.
-    fn feed(&mut self, event: supervise::Event, at: At) -> Vec<Action> {
+    fn feed(&mut self, event: supervise::SupervisorEvent, at: Moment) -> Vec<AgentAction> {
         let was_up = self.supervisor.is_up();
         let action = self.supervisor.step(event, at.now, at.jitter);
         let mut actions = vec![];
         if was_up && !self.supervisor.is_up() {
-            actions.push(Action::CancelCheck);
+            actions.push(AgentAction::CancelCheck);
         }
         match action {
-            Some(supervise::Action::Start) => match (&self.program, self.current().cloned()) {
+            Some(supervise::SupervisorAction::Start) => match (&self.program, self.current().cloned()) {
                 // What was wrong with the release may have been corrected.
                 (None, Some(version)) => {
                     self.starts_when_inspected = true;
-                    actions.push(Action::Inspect(version));
+                    actions.push(AgentAction::Inspect(version));
                 }
                 _ => actions.extend(self.start(at)),
             },
-            Some(supervise::Action::Stop) => actions.push(Action::Stop),
-            Some(supervise::Action::Check) => actions.push(Action::Check),
+            Some(supervise::SupervisorAction::Stop) => actions.push(AgentAction::Stop),
+            Some(supervise::SupervisorAction::Check) => actions.push(AgentAction::Check),
             None => {}
         }
         actions
     }
 
-    fn start(&mut self, at: At) -> Vec<Action> {
+    fn start(&mut self, at: Moment) -> Vec<AgentAction> {
         if !self.supervisor.wanted() {
             // A stop came while it was looked how it is run.
-            return self.feed(supervise::Event::StartFailed { why: "it is to stop".to_owned() }, at);
+            return self.feed(supervise::SupervisorEvent::StartFailed { why: "it is to stop".to_owned() }, at);
         }
         if self.current().is_none() || self.program.is_none() {
             let why = self.error.clone().unwrap_or_else(|| "no release of it is active".to_owned());
-            return self.feed(supervise::Event::StartFailed { why }, at);
+            return self.feed(supervise::SupervisorEvent::StartFailed { why }, at);
         }
         let mut actions = vec![];
         let refused = self.refuses_env();
         if let Some(text) = refused.as_ref().filter(|_| self.refused_env != refused) {
-            actions.push(Action::Note(Note::once("env", "refused", None, text.clone())));
+            actions.push(AgentAction::Note(JournalNote::once("env", "refused", None, text.clone())));
         }
         self.refused_env = refused;
-        actions.push(Action::Start);
+        actions.push(AgentAction::Start);
         actions
     }
 
@@ -485,7 +508,7 @@ impl Agent {
         })
     }
 
-    fn note_transition(&self, before: AgentState, restarts: bool, now: Instant, actions: &mut Vec<Action>) {
+    fn note_transition(&self, before: AgentState, restarts: bool, now: Instant, actions: &mut Vec<AgentAction>) {
         let after = self.supervisor.state();
         let why = self.supervisor.last_error().unwrap_or_default();
         match (before, after) {
@@ -509,9 +532,9 @@ impl Agent {
         }
     }
 
-    fn repeating(&self, kind: &'static str, outcome: &'static str, message: &str) -> Action {
+    fn repeating(&self, kind: &'static str, outcome: &'static str, message: &str) -> AgentAction {
         let (version, message) = (self.current().cloned(), message.to_owned());
-        Action::Note(Note { kind, outcome, version, message, repeats: true, change: None })
+        AgentAction::Note(JournalNote { kind, outcome, version, message, repeats: true, change: None })
     }
 }
 

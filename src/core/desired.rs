@@ -13,13 +13,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::env;
-use super::generation::{self, Clocks, Next};
-use super::item::{self, Item, Unreadable};
+use super::generation::{self, Clocks, GenerationOrder};
+use super::item::{self, MessageItem, Unreadable};
 use super::model::{AgentName, Arch, Os};
 use super::names;
 use super::order::{Cmd, Order, Run};
 use super::protocol::{AgentOrder, Answer, MAX_AGENTS};
-use super::unknown::{self, Unknown};
+use super::unknown::{self, UnknownFields};
 
 /// The longest words of an order, bytes: an address is no longer, and neither is the name of a file.
 const MAX_TARBALL_BYTES: usize = 2_048;
@@ -38,7 +38,7 @@ const MAX_UNKNOWN_BYTES: usize = 4 << 10;
 /// The desired state as it is kept on the host.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Desired {
+pub struct DesiredState {
     #[serde(default)]
     pub lineage: String,
     #[serde(default)]
@@ -51,16 +51,16 @@ pub struct Desired {
     /// Its list came from a stand-in, and what that did not name stayed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub spares_unnamed: bool,
-    #[serde(default, skip_serializing_if = "Open::is_empty")]
-    pub(super) open: Open,
+    #[serde(default, skip_serializing_if = "PendingOrders::is_empty")]
+    pub(super) open: PendingOrders,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// What of the lists that were taken is not in force, or not yet.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Open {
+pub(super) struct PendingOrders {
     /// Of the desired state that it belongs to: a version that does not know it writes it back beside another.
     #[serde(default)]
     generation: u64,
@@ -69,13 +69,13 @@ pub(super) struct Open {
     omitted: BTreeMap<AgentName, u64>,
     /// Orders that are not followed, by the sub-agent's name, or by their place in the list where that cannot be read.
     #[serde(default)]
-    refused: BTreeMap<String, Refusal>,
+    refused: BTreeMap<String, RejectedOrder>,
 }
 
 /// An order that is not followed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Refusal {
+pub struct RejectedOrder {
     #[serde(default)]
     pub name: Option<AgentName>,
     pub why: String,
@@ -87,10 +87,10 @@ pub struct Refusal {
     mark: u64,
 }
 
-impl Open {
+impl PendingOrders {
     /// Where there is nothing, it belongs to no generation: that is not written either.
-    fn settled(self) -> Open {
-        if self.is_empty() { Open::default() } else { self }
+    fn settled(self) -> PendingOrders {
+        if self.is_empty() { PendingOrders::default() } else { self }
     }
 
     fn is_empty(&self) -> bool {
@@ -98,11 +98,11 @@ impl Open {
     }
 }
 
-impl Desired {
+impl DesiredState {
     /// Forgets what another version, which does not know it, wrote back beside a desired state that it took meanwhile.
     pub fn forget_stale(&mut self) {
         if self.open.generation != self.generation {
-            self.open = Open::default();
+            self.open = PendingOrders::default();
         }
     }
 
@@ -112,7 +112,7 @@ impl Desired {
     }
 
     /// The orders that are not followed.
-    pub fn refused(&self) -> impl Iterator<Item = &Refusal> {
+    pub fn refused(&self) -> impl Iterator<Item = &RejectedOrder> {
         self.open.refused.values()
     }
 
@@ -124,7 +124,7 @@ impl Desired {
     }
 
     /// The desired state after the removal of what has been omitted for `delay` seconds; `None`: there is no such.
-    pub fn without_omitted(&self, delay: u64) -> Option<Desired> {
+    pub fn without_omitted(&self, delay: u64) -> Option<DesiredState> {
         let is_due = |(_, so_far): &(&AgentName, &u64)| **so_far >= delay;
         let due: BTreeSet<AgentName> = self.open.omitted.iter().filter(is_due).map(|(name, _)| name.clone()).collect();
         if due.is_empty() {
@@ -141,8 +141,8 @@ impl Desired {
 
 /// A desired state that takes the place of the one held.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Taken {
-    pub desired: Desired,
+pub struct AcceptedState {
+    pub desired: DesiredState,
     pub new_lineage: bool,
     /// Its generation is lower than the one held, which no clock explains.
     pub led_back: bool,
@@ -152,18 +152,18 @@ pub struct Taken {
 
 /// What becomes of an answer.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Verdict {
+pub enum AnswerOutcome {
     /// It brings nothing new.
     Unchanged,
     /// It is the desired state from now on.
-    Take(Box<Taken>),
+    Take(Box<AcceptedState>),
     /// It must not be acted on.
     Refuse(String),
 }
 
 /// The host that an answer is for, at the moment when it came.
 #[derive(Debug, Clone, Copy)]
-pub struct Host<'a> {
+pub struct AnswerContext<'a> {
     pub os: Os,
     pub arch: Arch,
     pub clocks: Clocks,
@@ -175,22 +175,26 @@ pub struct Host<'a> {
 }
 
 /// Judges an answer by what is held.
-pub fn judge(held: &Desired, answer: &Answer, host: Host<'_>) -> Verdict {
-    let Some(items) = &answer.agents else { return Verdict::Unchanged };
+pub fn judge(held: &DesiredState, answer: &Answer, host: AnswerContext<'_>) -> AnswerOutcome {
+    let Some(items) = &answer.agents else { return AnswerOutcome::Unchanged };
     let lineage = answer.lineage.clone().unwrap_or_default();
     if lineage.len() > MAX_LINEAGE_BYTES {
         let bytes = lineage.len();
-        return Verdict::Refuse(format!(
+        return AnswerOutcome::Refuse(format!(
             "cannot take a desired state with a lineage of {bytes} bytes: at most {MAX_LINEAGE_BYTES}"
         ));
     }
     if items.len() > MAX_AGENTS {
-        return Verdict::Refuse(format!("cannot take a desired state of {} orders: at most {MAX_AGENTS}", items.len()));
+        return AnswerOutcome::Refuse(format!(
+            "cannot take a desired state of {} orders: at most {MAX_AGENTS}",
+            items.len()
+        ));
     }
-    let list = List { complete: answer.complete, is_empty: items.is_empty(), orders: Orders::of(items, host) };
+    let list =
+        OrderList { complete: answer.complete, is_empty: items.is_empty(), orders: SortedOrders::of(items, host) };
     let same_number = lineage == held.lineage && answer.generation == held.generation;
     if same_number && list.is_repetition(held, host.present) {
-        return Verdict::Unchanged;
+        return AnswerOutcome::Unchanged;
     }
     let first = held.generation == 0 && held.lineage.is_empty();
     let new_lineage = !first && lineage != held.lineage;
@@ -198,23 +202,23 @@ pub fn judge(held: &Desired, answer: &Answer, host: Host<'_>) -> Verdict {
     let is_followed_further = same_number && !held.open.refused.is_empty();
     let counted = (!first && !new_lineage && !is_followed_further).then_some(held.generation);
     let led_back = match generation::judge(counted, answer.generation, host.clocks) {
-        Ok(next) => next == Next::Back,
-        Err(why) => return Verdict::Refuse(why),
+        Ok(next) => next == GenerationOrder::Back,
+        Err(why) => return AnswerOutcome::Refuse(why),
     };
     let is_strange = !held.lineage.is_empty() && answer.lineage.as_ref() != Some(&held.lineage);
     let spares_unnamed = host.by_stand_in && is_strange;
     let Applied { agents, removed, omitted, refused } = list.apply(held, host.present, spares_unnamed);
     if let Err(why) = check_kept(&agents, &omitted, held) {
-        return Verdict::Refuse(why);
+        return AnswerOutcome::Refuse(why);
     }
     let kept = if list.complete && list.is_empty { agents.len() } else { 0 };
     let mut unknown = held.unknown.clone();
     unknown.retain(|name, _| !FORMER.contains(&name.as_str()));
     let generation = answer.generation;
-    let open = Open { generation, omitted, refused }.settled();
-    let desired = Desired { lineage, generation, agents, removed, spares_unnamed, open, unknown };
+    let open = PendingOrders { generation, omitted, refused }.settled();
+    let desired = DesiredState { lineage, generation, agents, removed, spares_unnamed, open, unknown };
     let desired = desired.without_omitted(removal_delay(answer)).unwrap_or(desired);
-    Verdict::Take(Box::new(Taken { desired, new_lineage, led_back, kept }))
+    AnswerOutcome::Take(Box::new(AcceptedState { desired, new_lineage, led_back, kept }))
 }
 
 /// For how many seconds a complete list must have omitted a sub-agent before that is removed.
@@ -223,27 +227,28 @@ pub fn removal_delay(answer: &Answer) -> u64 {
 }
 
 /// The orders of a list, told apart.
-struct Orders<'a> {
+struct SortedOrders<'a> {
     sound: Vec<&'a AgentOrder>,
     /// By the name, or the place in the list.
-    refused: BTreeMap<String, Refusal>,
+    refused: BTreeMap<String, RejectedOrder>,
     named: BTreeSet<&'a AgentName>,
     /// Of each it is known whom it is about.
     all_named: bool,
 }
 
-impl<'a> Orders<'a> {
-    fn of(items: &'a [Item<AgentOrder>], host: Host<'_>) -> Orders<'a> {
-        let mut orders = Orders { sound: vec![], refused: BTreeMap::new(), named: BTreeSet::new(), all_named: true };
+impl<'a> SortedOrders<'a> {
+    fn of(items: &'a [MessageItem<AgentOrder>], host: AnswerContext<'_>) -> SortedOrders<'a> {
+        let mut orders =
+            SortedOrders { sound: vec![], refused: BTreeMap::new(), named: BTreeSet::new(), all_named: true };
         for (index, item) in items.iter().enumerate() {
             let (name, why, mark) = match item {
-                Item::Read(order) => (Some(&order.name), check(order, host).err(), item::mark(order)),
-                Item::Unreadable(Unreadable { name, why, mark }) => (name.as_ref(), Some(why.clone()), *mark),
+                MessageItem::Read(order) => (Some(&order.name), check(order, host).err(), item::mark(order)),
+                MessageItem::Unreadable(Unreadable { name, why, mark }) => (name.as_ref(), Some(why.clone()), *mark),
             };
             let Some(name) = name else {
                 orders.all_named = false;
                 let why = why.unwrap_or_default();
-                let refusal = Refusal { name: None, why, is_unsupported: false, mark };
+                let refusal = RejectedOrder { name: None, why, is_unsupported: false, mark };
                 orders.refused.insert(format!("order {} of the list", index + 1), refusal);
                 continue;
             };
@@ -252,7 +257,7 @@ impl<'a> Orders<'a> {
             if let Some(why) = why {
                 orders.sound.retain(|order| order.name != *name);
                 orders.refuse(name, why, false, mark);
-            } else if let Item::Read(order) = item {
+            } else if let MessageItem::Read(order) = item {
                 match &order.cmd {
                     Cmd::Unknown(word) => {
                         let why = format!("cannot {word} {name}: this version does not know how");
@@ -266,12 +271,12 @@ impl<'a> Orders<'a> {
     }
 
     fn refuse(&mut self, name: &AgentName, why: String, is_unsupported: bool, mark: u64) {
-        self.refused.insert(name.to_string(), Refusal { name: Some(name.clone()), why, is_unsupported, mark });
+        self.refused.insert(name.to_string(), RejectedOrder { name: Some(name.clone()), why, is_unsupported, mark });
     }
 }
 
 /// Whether an order is one that a gateway can mean, and that can be followed beside all others.
-fn check(order: &AgentOrder, host: Host<'_>) -> Result<(), String> {
+fn check(order: &AgentOrder, host: AnswerContext<'_>) -> Result<(), String> {
     let AgentOrder { name, package, cmd, spec, .. } = order;
     // What is there already, whatever it is called, may be stopped and removed.
     if *cmd != Cmd::Uninstall {
@@ -288,10 +293,10 @@ fn check(order: &AgentOrder, host: Host<'_>) -> Result<(), String> {
 }
 
 /// A list of orders.
-struct List<'a> {
+struct OrderList<'a> {
     complete: bool,
     is_empty: bool,
-    orders: Orders<'a>,
+    orders: SortedOrders<'a>,
 }
 
 /// What a list makes of what is held.
@@ -299,12 +304,12 @@ struct Applied {
     agents: BTreeMap<AgentName, Order>,
     removed: BTreeSet<AgentName>,
     omitted: BTreeMap<AgentName, u64>,
-    refused: BTreeMap<String, Refusal>,
+    refused: BTreeMap<String, RejectedOrder>,
 }
 
-impl List<'_> {
-    fn apply(&self, held: &Desired, present: &BTreeSet<AgentName>, spares_unnamed: bool) -> Applied {
-        let Orders { sound, refused, named, all_named } = &self.orders;
+impl OrderList<'_> {
+    fn apply(&self, held: &DesiredState, present: &BTreeSet<AgentName>, spares_unnamed: bool) -> Applied {
+        let SortedOrders { sound, refused, named, all_named } = &self.orders;
         let mut agents = held.agents.clone();
         let mut removed = held.removed.clone();
         for order in sound {
@@ -353,7 +358,7 @@ impl List<'_> {
     ///
     /// Of a gateway that counts its lists, the same number says that nothing more is to be removed either; whoever counts nothing may mean
     /// that.
-    fn is_repetition(&self, held: &Desired, present: &BTreeSet<AgentName>) -> bool {
+    fn is_repetition(&self, held: &DesiredState, present: &BTreeSet<AgentName>) -> bool {
         let applied = self.apply(held, present, held.spares_unnamed);
         let is_counted = held.generation > 0 || !held.lineage.is_empty();
         let is_asked = |name: &&AgentName| !is_counted || held.agents.contains_key(*name);
@@ -369,7 +374,7 @@ fn kept_order(order: &AgentOrder, run: Run) -> Order {
     let AgentOrder { package, spec, retry, .. } = order;
     let unknown = match unknown::bytes(&order.unknown) {
         ..=MAX_UNKNOWN_BYTES => order.unknown.clone(),
-        _ => Unknown::new(),
+        _ => UnknownFields::new(),
     };
     Order { package: package.clone(), run, spec: spec.clone(), retry: *retry, unknown }
 }
@@ -379,7 +384,7 @@ fn kept_order(order: &AgentOrder, run: Run) -> Order {
 fn check_kept(
     agents: &BTreeMap<AgentName, Order>,
     omitted: &BTreeMap<AgentName, u64>,
-    held: &Desired,
+    held: &DesiredState,
 ) -> Result<(), String> {
     let wanted = || agents.iter().filter(|(name, _)| !omitted.contains_key(*name));
     let count = wanted().count();

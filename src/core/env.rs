@@ -16,7 +16,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 /// Variables by their names.
-pub type Env = BTreeMap<String, Value>;
+pub type Env = BTreeMap<String, EnvValue>;
 
 /// More variables than this for one sub-agent are a mistake.
 const MAX_VARIABLES: usize = 1_000;
@@ -47,7 +47,7 @@ pub fn bytes(env: &Env) -> usize {
 #[cfg_attr(feature = "gateway", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "gateway", schemars(rename = "EnvValue"))]
 #[serde(untagged)]
-pub enum Value {
+pub enum EnvValue {
     /// One that anybody may see.
     Plain(String),
     /// One that is never shown: not in `status`, in a log, in an event or in an error. The gateway tells it to whoever goes by the host's
@@ -55,31 +55,31 @@ pub enum Value {
     Secret { secret: String },
 }
 
-impl Value {
+impl EnvValue {
     /// For the sub-agent's environment alone.
     pub fn reveal(&self) -> &str {
         match self {
-            Value::Plain(text) | Value::Secret { secret: text } => text,
+            EnvValue::Plain(text) | EnvValue::Secret { secret: text } => text,
         }
     }
 
     #[cfg(any(feature = "gateway", test))]
     pub fn is_secret(&self) -> bool {
-        matches!(self, Value::Secret { .. })
+        matches!(self, EnvValue::Secret { .. })
     }
 }
 
-impl From<&str> for Value {
-    fn from(text: &str) -> Value {
-        Value::Plain(text.to_owned())
+impl From<&str> for EnvValue {
+    fn from(text: &str) -> EnvValue {
+        EnvValue::Plain(text.to_owned())
     }
 }
 
-impl fmt::Debug for Value {
+impl fmt::Debug for EnvValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Value::Plain(text) => fmt::Debug::fmt(text, f),
-            Value::Secret { .. } => f.write_str("(secret)"),
+            EnvValue::Plain(text) => fmt::Debug::fmt(text, f),
+            EnvValue::Secret { .. } => f.write_str("(secret)"),
         }
     }
 }
@@ -90,50 +90,50 @@ const EXPECTED: &str = "cannot take the value of a variable: expected a text in 
 struct ValueVisitor;
 
 impl<'de> Visitor<'de> for ValueVisitor {
-    type Value = Value;
+    type Value = EnvValue;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a text in quotes, or { secret = \"…\" }")
     }
 
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<Value, E> {
-        Ok(Value::Plain(text.to_owned()))
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<EnvValue, E> {
+        Ok(EnvValue::Plain(text.to_owned()))
     }
 
-    fn visit_string<E: de::Error>(self, text: String) -> Result<Value, E> {
-        Ok(Value::Plain(text))
+    fn visit_string<E: de::Error>(self, text: String) -> Result<EnvValue, E> {
+        Ok(EnvValue::Plain(text))
     }
 
-    fn visit_bool<E: de::Error>(self, _: bool) -> Result<Value, E> {
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<EnvValue, E> {
         Err(E::custom(EXPECTED))
     }
 
-    fn visit_i64<E: de::Error>(self, _: i64) -> Result<Value, E> {
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<EnvValue, E> {
         Err(E::custom(EXPECTED))
     }
 
-    fn visit_u64<E: de::Error>(self, _: u64) -> Result<Value, E> {
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<EnvValue, E> {
         Err(E::custom(EXPECTED))
     }
 
-    fn visit_f64<E: de::Error>(self, _: f64) -> Result<Value, E> {
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<EnvValue, E> {
         Err(E::custom(EXPECTED))
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<EnvValue, A::Error> {
         let mut secret = None;
         while let Some(key) = map.next_key::<String>()? {
-            match map.next_value::<Value>()? {
-                Value::Plain(text) if key == "secret" && secret.is_none() => secret = Some(text),
+            match map.next_value::<EnvValue>()? {
+                EnvValue::Plain(text) if key == "secret" && secret.is_none() => secret = Some(text),
                 _ => return Err(de::Error::custom(EXPECTED)),
             }
         }
-        secret.map(|secret| Value::Secret { secret }).ok_or_else(|| de::Error::custom(EXPECTED))
+        secret.map(|secret| EnvValue::Secret { secret }).ok_or_else(|| de::Error::custom(EXPECTED))
     }
 }
 
-impl<'de> Deserialize<'de> for Value {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
+impl<'de> Deserialize<'de> for EnvValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<EnvValue, D::Error> {
         deserializer.deserialize_any(ValueVisitor)
     }
 }

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::changes::{Changes, changes};
-use super::env::{self, Env, Value};
+pub use self::changes::{FleetChanges, changes};
+use super::env::{self, Env, EnvValue};
 use super::glob::Glob;
 use super::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Version};
 use super::names;
@@ -25,7 +25,7 @@ use super::order::{Cmd, Order, Package, Run, Spec};
 use super::protocol::{AgentOrder, MAX_AGENTS, Offer};
 use super::text::cut;
 use super::units::Span;
-use super::unknown::Unknown;
+use super::unknown::UnknownFields;
 
 /// A `fleet.toml` beyond this is refused: what one host is told must fit into the 4 MiB that a host takes.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -42,7 +42,7 @@ const MAX_REMOVAL_DELAY: u64 = 30 * 86_400;
 
 /// The desired state of the whole fleet.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(try_from = "Written")]
+#[serde(try_from = "RawFleet")]
 pub struct Fleet {
     pub interval: Duration,
     /// For so long hosts keep what the list omits; whole seconds.
@@ -62,7 +62,7 @@ pub struct Fleet {
 pub struct Rule {
     matches: Match,
     manager: Option<Version>,
-    agents: BTreeMap<AgentName, WrittenAgent>,
+    agents: BTreeMap<AgentName, RawAgent>,
 }
 
 /// Which hosts: all that is given must hold, each by any of its globs.
@@ -78,45 +78,45 @@ struct Match {
 /// The file as it is written.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Written {
+struct RawFleet {
     heartbeat_interval: Option<Span>,
     removal_delay: Option<Span>,
     #[serde(default)]
     allow_removal: bool,
     #[serde(default)]
-    manager: WrittenManager,
+    manager: RawManager,
     #[serde(default)]
-    agents: BTreeMap<AgentName, WrittenAgent>,
+    agents: BTreeMap<AgentName, RawAgent>,
     #[serde(default)]
-    rules: Vec<WrittenRule>,
+    rules: Vec<RawRule>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WrittenManager {
+struct RawManager {
     version: Option<Version>,
 }
 
 /// In `[agents]` it must have a version; in a rule it changes only what it says.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WrittenAgent {
+struct RawAgent {
     version: Option<Version>,
     cmd: Option<Run>,
     #[serde(default)]
-    env: BTreeMap<EnvName, Value>,
+    env: BTreeMap<EnvName, EnvValue>,
     /// Of [`Order::retry`].
     retry: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WrittenRule {
+struct RawRule {
     r#match: Match,
     #[serde(default)]
-    manager: WrittenManager,
+    manager: RawManager,
     #[serde(default)]
-    agents: BTreeMap<AgentName, WrittenAgent>,
+    agents: BTreeMap<AgentName, RawAgent>,
 }
 
 /// The name of an environment variable: `[A-Za-z_][A-Za-z0-9_]*`.
@@ -137,10 +137,10 @@ impl TryFrom<String> for EnvName {
     }
 }
 
-impl TryFrom<Written> for Fleet {
+impl TryFrom<RawFleet> for Fleet {
     type Error = String;
 
-    fn try_from(written: Written) -> Result<Fleet, String> {
+    fn try_from(written: RawFleet) -> Result<Fleet, String> {
         let interval = written.heartbeat_interval.map_or(DEFAULT_INTERVAL, |span| span.0);
         if interval.subsec_nanos() != 0 || !INTERVALS.contains(&interval.as_secs()) {
             return Err("cannot take heartbeatInterval: expected whole seconds, from 1s to 1d".to_owned());
@@ -184,18 +184,19 @@ impl TryFrom<Written> for Fleet {
     }
 }
 
-impl WrittenAgent {
+impl RawAgent {
     /// The order that it begins; `None`: it names no version.
     fn begun(&self) -> Option<Order> {
         let package = Package::new(self.version.clone()?);
-        let mut order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: Unknown::new() };
+        let mut order =
+            Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: UnknownFields::new() };
         self.change(&mut order);
         Some(order)
     }
 
     /// Changes what it says: fields, and variables of the environment one by one.
     fn change(&self, order: &mut Order) {
-        let WrittenAgent { version, cmd, env, retry } = self.clone();
+        let RawAgent { version, cmd, env, retry } = self.clone();
         if let Some(version) = version {
             order.package = Package::new(version);
         }
@@ -205,7 +206,7 @@ impl WrittenAgent {
     }
 }
 
-fn plain(env: BTreeMap<EnvName, Value>) -> Env {
+fn plain(env: BTreeMap<EnvName, EnvValue>) -> Env {
     env.into_iter().map(|(name, value)| (name.0, value)).collect()
 }
 
@@ -254,7 +255,7 @@ pub struct HostFacts {
 
 /// What is wanted of one host, whatever the depot has.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Desired {
+pub struct HostDesired {
     pub manager: Option<Version>,
     pub agents: BTreeMap<AgentName, Order>,
 }
@@ -263,8 +264,8 @@ impl Fleet {
     /// What is wanted of `host`: the list for all, changed by each rule that matches, in their order.
     ///
     /// A rule changes fields, and variables of the environment one by one; without a version it changes only what the host already has.
-    pub fn desired(&self, host: &HostFacts) -> Desired {
-        let mut desired = Desired { manager: self.manager.clone(), agents: self.agents.clone() };
+    pub fn desired(&self, host: &HostFacts) -> HostDesired {
+        let mut desired = HostDesired { manager: self.manager.clone(), agents: self.agents.clone() };
         for rule in self.rules.iter().filter(|rule| rule.matches.holds(host)) {
             if let Some(version) = &rule.manager {
                 desired.manager = Some(version.clone());
@@ -289,7 +290,7 @@ impl Fleet {
     pub fn has_secrets(&self) -> bool {
         let everywhere = self.agents.values().flat_map(|order| order.spec.env.values());
         let somewhere = self.rules.iter().flat_map(|rule| rule.agents.values()).flat_map(|agent| agent.env.values());
-        everywhere.chain(somewhere).any(Value::is_secret)
+        everywhere.chain(somewhere).any(EnvValue::is_secret)
     }
 
     /// Every release that the file names, the manager's under the name of its package.
@@ -305,7 +306,7 @@ impl Fleet {
 
 /// Why a well-formed file does not take the place of the last good one.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unfit {
+pub enum FleetRejection {
     /// It names no sub-agent any more.
     Empty,
     /// It drops too many sub-agents: how many of how many, and some of their names.
@@ -318,14 +319,14 @@ pub enum Unfit {
     NoPackage(Vec<String>),
 }
 
-impl fmt::Display for Unfit {
+impl fmt::Display for FleetRejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Unfit::Empty => f.write_str(
+            FleetRejection::Empty => f.write_str(
                 "it names no sub-agent any more, which would not remove any: to stop one, write cmd = \"stop\"; to remove \
                  some, keep the others",
             ),
-            Unfit::Drops { dropped, of, names } => {
+            FleetRejection::Drops { dropped, of, names } => {
                 let names: Vec<&str> = names.iter().take(5).map(AgentName::as_str).collect();
                 let more = if *dropped > names.len() { ", …" } else { "" };
                 write!(
@@ -334,13 +335,13 @@ impl fmt::Display for Unfit {
                     names.join(", ")
                 )
             }
-            Unfit::DropsFromHosts { dropped, of } => write!(
+            FleetRejection::DropsFromHosts { dropped, of } => write!(
                 f,
                 "it takes {dropped} of {of} sub-agents from the hosts known now; if that is meant, write allowRemoval = true \
                  at the top"
             ),
-            Unfit::Reserved(why) => f.write_str(why),
-            Unfit::NoPackage(releases) => write!(
+            FleetRejection::Reserved(why) => f.write_str(why),
+            FleetRejection::NoPackage(releases) => write!(
                 f,
                 "the depot has no package of {}; publish it, or name another version",
                 releases.iter().take(5).cloned().collect::<Vec<_>>().join(", ")
@@ -349,7 +350,7 @@ impl fmt::Display for Unfit {
     }
 }
 
-impl std::error::Error for Unfit {}
+impl std::error::Error for FleetRejection {}
 
 /// Whether `new` may take the place of `last_good`. `hosts` are those known now, or a sample of them; `published` says whether the
 /// depot has a package of a release for any os and arch.
@@ -358,25 +359,26 @@ pub fn judge(
     last_good: Option<&Fleet>,
     hosts: &[HostFacts],
     published: impl Fn(&str, &Version) -> bool,
-) -> Result<(), Unfit> {
+) -> Result<(), FleetRejection> {
     if let Some(last_good) = last_good {
         let (before, after) = (last_good.names(), new.names());
         if after.is_empty() && !before.is_empty() {
-            return Err(Unfit::Empty);
+            return Err(FleetRejection::Empty);
         }
         if !new.allow_removal {
             let gone: Vec<AgentName> = before.difference(&after).map(|name| (*name).clone()).collect();
             if gone.len() * 2 > before.len() {
-                return Err(Unfit::Drops { dropped: gone.len(), of: before.len(), names: gone });
+                return Err(FleetRejection::Drops { dropped: gone.len(), of: before.len(), names: gone });
             }
             let (dropped, of) = drops_from(hosts, last_good, new);
             if dropped * 2 > of {
-                return Err(Unfit::DropsFromHosts { dropped, of });
+                return Err(FleetRejection::DropsFromHosts { dropped, of });
             }
         }
     }
     for (name, version) in new.releases().into_iter().filter(|(name, _)| *name != MANAGER_PACKAGE) {
-        names::check_version(version).map_err(|why| Unfit::Reserved(format!("cannot take agents.{name}: {why}")))?;
+        names::check_version(version)
+            .map_err(|why| FleetRejection::Reserved(format!("cannot take agents.{name}: {why}")))?;
     }
     let missing: Vec<String> = new
         .releases()
@@ -384,7 +386,7 @@ pub fn judge(
         .filter(|(name, version)| !published(name, version))
         .map(|(name, version)| format!("{name} {version}"))
         .collect();
-    if missing.is_empty() { Ok(()) } else { Err(Unfit::NoPackage(missing)) }
+    if missing.is_empty() { Ok(()) } else { Err(FleetRejection::NoPackage(missing)) }
 }
 
 /// How many pairs of host and sub-agent would go, of how many.
@@ -398,7 +400,7 @@ fn drops_from(hosts: &[HostFacts], last_good: &Fleet, new: &Fleet) -> (usize, us
 
 /// What one host is told: its desired state, in packages that the depot has for it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Told {
+pub struct HostOrders {
     pub manager: Option<Package>,
     pub agents: Vec<AgentOrder>,
     /// No sub-agent was left out.
@@ -408,7 +410,7 @@ pub struct Told {
 }
 
 /// Puts the desired state of a host into orders. `offer` gives the package of a release for the host's os and arch.
-pub fn tell(desired: &Desired, host: &HostFacts, offer: impl Fn(&str, &Version) -> Option<Offer>) -> Told {
+pub fn tell(desired: &HostDesired, host: &HostFacts, offer: impl Fn(&str, &Version) -> Option<Offer>) -> HostOrders {
     let mut missing = Vec::new();
     let mut take = |name: &str, version: &Version| {
         let found = offer(name, version);
@@ -428,14 +430,14 @@ pub fn tell(desired: &Desired, host: &HostFacts, offer: impl Fn(&str, &Version) 
             cmd: Cmd::Run(order.run),
             spec,
             retry: order.retry,
-            unknown: Unknown::new(),
+            unknown: UnknownFields::new(),
         });
     }
     let complete = agents.len() == desired.agents.len() && !agents.is_empty();
     let missing = (!missing.is_empty())
         .then(|| format!("the depot has no package for {}/{} of {}", host.os, host.arch, missing.join(", ")))
         .map(|text| cut(&text, MAX_MISSING_BYTES));
-    Told { manager, agents, complete, missing }
+    HostOrders { manager, agents, complete, missing }
 }
 
 /// The newest of the versions published, given in the order of their publication: by semver where both are semver, else by that order.

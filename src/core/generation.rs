@@ -64,7 +64,7 @@ fn below_greatest(clock: Option<u64>, ahead: u64) -> u64 {
 
 /// What a generation is to the one that is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Next {
+pub enum GenerationOrder {
     /// It comes after it.
     After,
     /// It is lower, but what is held is further ahead than any clock explains.
@@ -72,7 +72,7 @@ pub enum Next {
 }
 
 /// Judges a generation that comes with another content than the one `held` in its lineage, if one is.
-pub fn judge(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<Next, String> {
+pub fn judge(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<GenerationOrder, String> {
     let greatest = held.map_or(0, |held| held.saturating_add(TAKEN).min(GREATEST - 1)).max(clocks.taken());
     match held {
         Some(held) if offered == held => {
@@ -81,12 +81,12 @@ pub fn judge(held: Option<u64>, offered: u64, clocks: Clocks) -> Result<Next, St
         Some(held) if offered < held && (held <= clocks.kept() || offered > clocks.kept()) => {
             Err(format!("cannot take generation {offered}: generation {held} is already held"))
         }
-        Some(held) if offered < held => Ok(Next::Back),
+        Some(held) if offered < held => Ok(GenerationOrder::Back),
         _ if offered > greatest => Err(format!(
             "cannot take generation {offered}: it is more than 7 days ahead of the clocks of this host and of the gateway; a \
              generation is the time in unix milliseconds, or the one before it and one more"
         )),
-        _ => Ok(Next::After),
+        _ => Ok(GenerationOrder::After),
     }
 }
 
@@ -148,12 +148,12 @@ mod tests {
                 assert!(judge(Some(5), offered, right).is_err(), "{offered} {right:?}");
             }
             for offered in [1, NOW, NOW + DAY_MILLIS] {
-                assert_eq!(judge(None, offered, right), Ok(Next::After), "{offered} {right:?}");
+                assert_eq!(judge(None, offered, right), Ok(GenerationOrder::After), "{offered} {right:?}");
             }
         }
         // Of no clock, nothing is known but that there is an end.
         for unset in [clocks(0, None), clocks(1, Some(1))] {
-            assert_eq!(judge(None, NOW, unset), Ok(Next::After));
+            assert_eq!(judge(None, NOW, unset), Ok(GenerationOrder::After));
             assert!(judge(None, GREATEST, unset).is_err() && judge(Some(GREATEST - 1), GREATEST, unset).is_err());
         }
     }
@@ -162,7 +162,7 @@ mod tests {
     fn a_gateway_whose_clock_was_set_back_goes_on_counting() {
         let ahead = NOW + YEAR;
         let now = clocks(NOW, Some(NOW));
-        assert_eq!(judge(Some(ahead), ahead + 1, now), Ok(Next::After));
+        assert_eq!(judge(Some(ahead), ahead + 1, now), Ok(GenerationOrder::After));
         assert!(judge(Some(ahead), ahead + YEAR, now).is_err());
         assert!(judge(Some(u64::MAX - 1), u64::MAX, now).is_err());
     }
@@ -171,11 +171,11 @@ mod tests {
     fn one_goes_back_only_from_what_no_clock_explains() {
         let now = clocks(NOW, Some(NOW));
         for (held, offered, clocks, expected) in [
-            (u64::MAX, NOW, now, Some(Next::Back)),
-            (NOW + YEAR, 7, now, Some(Next::Back)),
-            (NOW + YEAR, NOW, clocks(NOW, None), Some(Next::Back)),
+            (u64::MAX, NOW, now, Some(GenerationOrder::Back)),
+            (NOW + YEAR, 7, now, Some(GenerationOrder::Back)),
+            (NOW + YEAR, NOW, clocks(NOW, None), Some(GenerationOrder::Back)),
             // The gateway's clock counts, not the one of a host that is ahead.
-            (NOW + 2 * DAY_MILLIS, NOW, clocks(NOW + YEAR, Some(NOW)), Some(Next::Back)),
+            (NOW + 2 * DAY_MILLIS, NOW, clocks(NOW + YEAR, Some(NOW)), Some(GenerationOrder::Back)),
             (NOW, NOW - 1, now, None),
             (NOW + DAY_MILLIS, NOW, now, None),
             (NOW + YEAR, NOW + YEAR - 1, now, None),
@@ -183,7 +183,7 @@ mod tests {
             (u64::MAX, u64::MAX, now, None),
             // A host that has just booted in 1970 knows nothing about what it holds.
             (NOW, NOW - 1, clocks(0, None), None),
-            (u64::MAX, NOW, clocks(0, None), Some(Next::Back)),
+            (u64::MAX, NOW, clocks(0, None), Some(GenerationOrder::Back)),
         ] {
             assert_eq!(judge(Some(held), offered, clocks).ok(), expected, "{held} {offered} {clocks:?}");
         }

@@ -28,9 +28,9 @@ const MAX_WORDS: usize = 256;
 
 /// How a sub-agent's health is checked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "Written")]
-pub struct Health {
-    pub check: Check,
+#[serde(try_from = "RawHealth")]
+pub struct HealthSpec {
+    pub check: CheckTarget,
     /// From the end of one check to the beginning of the next.
     pub interval: Duration,
     /// A check that takes longer has failed.
@@ -43,7 +43,7 @@ pub struct Health {
 
 /// What is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Check {
+pub enum CheckTarget {
     /// An answer of 2xx or 3xx to a GET.
     Http(Url),
     /// A connection that is accepted.
@@ -72,7 +72,7 @@ pub struct Url {
 /// As it stands in the file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
-struct Written {
+struct RawHealth {
     http: Option<String>,
     tcp: Option<String>,
     exec: Option<Vec<String>>,
@@ -82,17 +82,19 @@ struct Written {
     start_period: Option<Span>,
 }
 
-impl TryFrom<Written> for Health {
+impl TryFrom<RawHealth> for HealthSpec {
     type Error = String;
 
-    fn try_from(written: Written) -> Result<Health, String> {
-        let Written { http, tcp, exec, interval, timeout, failures, start_period } = written;
+    fn try_from(written: RawHealth) -> Result<HealthSpec, String> {
+        let RawHealth { http, tcp, exec, interval, timeout, failures, start_period } = written;
         let check = match (http, tcp, exec) {
-            (Some(url), None, None) => Check::Http(url.parse().map_err(|why| format!("[health] http {url:?} {why}"))?),
-            (None, Some(address), None) => {
-                Check::Tcp(address.parse().map_err(|why| format!("[health] tcp {address:?} {why}"))?)
+            (Some(url), None, None) => {
+                CheckTarget::Http(url.parse().map_err(|why| format!("[health] http {url:?} {why}"))?)
             }
-            (None, None, Some(words)) => Check::Exec(program(words)?),
+            (None, Some(address), None) => {
+                CheckTarget::Tcp(address.parse().map_err(|why| format!("[health] tcp {address:?} {why}"))?)
+            }
+            (None, None, Some(words)) => CheckTarget::Exec(program(words)?),
             (None, None, None) => return Err("[health] says not what to check: give one of http, tcp, exec".into()),
             _ => return Err("[health] gives more than one of http, tcp, exec: give one".into()),
         };
@@ -100,7 +102,7 @@ impl TryFrom<Written> for Health {
         if !(1..=MOST_FAILURES).contains(&failures) {
             return Err(format!("[health] failures is not within 1 and {MOST_FAILURES}"));
         }
-        Ok(Health {
+        Ok(HealthSpec {
             check,
             interval: within("interval", interval, DEFAULT_INTERVAL, INTERVALS)?,
             timeout: within("timeout", timeout, DEFAULT_TIMEOUT, TIMEOUTS)?,
@@ -208,20 +210,20 @@ impl fmt::Display for Url {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Result<Health, String> {
+    fn read(text: &str) -> Result<HealthSpec, String> {
         toml::from_str(text).map_err(|error| error.message().to_owned())
     }
 
     #[test]
     fn what_is_not_said_has_sensible_defaults() {
         let health = read(r#"tcp = "localhost:80""#).unwrap();
-        assert_eq!(health.check, Check::Tcp(Address { host: "localhost".into(), port: 80 }));
+        assert_eq!(health.check, CheckTarget::Tcp(Address { host: "localhost".into(), port: 80 }));
         let seconds = [health.interval, health.timeout, health.start_period].map(|span| span.as_secs());
         assert_eq!((seconds, health.failures), ([10, 5, 30], 3));
         let health =
             read("exec = [\"bin/check\", \"-v\"]\ninterval = 1\ntimeout = \"250ms\"\nfailures = 1\nstartPeriod = 0")
                 .unwrap();
-        assert_eq!(health.check, Check::Exec(vec!["bin/check".into(), "-v".into()]));
+        assert_eq!(health.check, CheckTarget::Exec(vec!["bin/check".into(), "-v".into()]));
         assert_eq!((health.timeout.as_millis(), health.start_period), (250, Duration::ZERO));
     }
 

@@ -12,14 +12,14 @@ use serde::{Deserialize, Serialize, Serializer, forward_to_deserialize_any};
 
 use super::model::AgentName;
 use super::text::cut;
-use super::unknown::Any;
+use super::unknown::AnyValue;
 
 /// Of the reason that an item cannot be read, so much is kept, bytes.
 const MAX_WHY_BYTES: usize = 300;
 
 /// An item of a message.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Item<T> {
+pub enum MessageItem<T> {
     Read(T),
     Unreadable(Unreadable),
 }
@@ -41,43 +41,43 @@ pub fn mark(content: &impl fmt::Debug) -> u64 {
     hasher.finish()
 }
 
-impl<T> From<T> for Item<T> {
-    fn from(item: T) -> Item<T> {
-        Item::Read(item)
+impl<T> From<T> for MessageItem<T> {
+    fn from(item: T) -> MessageItem<T> {
+        MessageItem::Read(item)
     }
 }
 
-impl<T: Serialize> Serialize for Item<T> {
+impl<T: Serialize> Serialize for MessageItem<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            Item::Read(item) => item.serialize(serializer),
-            Item::Unreadable(unreadable) => Err(serde::ser::Error::custom(&unreadable.why)),
+            MessageItem::Read(item) => item.serialize(serializer),
+            MessageItem::Unreadable(unreadable) => Err(serde::ser::Error::custom(&unreadable.why)),
         }
     }
 }
 
-impl<'de, T: DeserializeOwned> Deserialize<'de> for Item<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Item<T>, D::Error> {
-        let value = Any::deserialize(deserializer)?;
+impl<'de, T: DeserializeOwned> Deserialize<'de> for MessageItem<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<MessageItem<T>, D::Error> {
+        let value = AnyValue::deserialize(deserializer)?;
         let name = match &value {
-            Any::Map(fields) => match fields.get("name") {
-                Some(Any::Text(name)) => name.parse().ok(),
+            AnyValue::Map(fields) => match fields.get("name") {
+                Some(AnyValue::Text(name)) => name.parse().ok(),
                 _ => None,
             },
             _ => None,
         };
         let mark = mark(&value);
         Ok(match read(value) {
-            Ok(item) => Item::Read(item),
-            Err(why) => Item::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES), mark }),
+            Ok(item) => MessageItem::Read(item),
+            Err(why) => MessageItem::Unreadable(Unreadable { name, why: cut(&why, MAX_WHY_BYTES), mark }),
         })
     }
 }
 
 /// An error never quotes a value of `env`, which may be a secret in a notation that is not known.
-fn read<T: DeserializeOwned>(value: Any) -> Result<T, String> {
-    if let Any::Map(fields) = &value
-        && !matches!(fields.get("env"), None | Some(Any::Map(_)))
+fn read<T: DeserializeOwned>(value: AnyValue) -> Result<T, String> {
+    if let AnyValue::Map(fields) = &value
+        && !matches!(fields.get("env"), None | Some(AnyValue::Map(_)))
     {
         return Err("cannot read env: expected variables by their names".to_owned());
     }
@@ -85,7 +85,7 @@ fn read<T: DeserializeOwned>(value: Any) -> Result<T, String> {
 }
 
 #[cfg(feature = "gateway")]
-impl<T: schemars::JsonSchema> schemars::JsonSchema for Item<T> {
+impl<T: schemars::JsonSchema> schemars::JsonSchema for MessageItem<T> {
     fn schema_name() -> std::borrow::Cow<'static, str> {
         T::schema_name()
     }
@@ -103,25 +103,25 @@ impl<T: schemars::JsonSchema> schemars::JsonSchema for Item<T> {
     }
 }
 
-impl<'de> Deserializer<'de> for Any {
+impl<'de> Deserializer<'de> for AnyValue {
     type Error = Error;
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         match self {
-            Any::Null(()) => visitor.visit_unit(),
-            Any::Bool(value) => visitor.visit_bool(value),
-            Any::Natural(value) => visitor.visit_u64(value),
-            Any::Integer(value) => visitor.visit_i64(value),
-            Any::Number(value) => visitor.visit_f64(value),
-            Any::Text(text) => visitor.visit_string(text),
-            Any::List(values) => visitor.visit_seq(SeqDeserializer::new(values.into_iter())),
-            Any::Map(values) => visitor.visit_map(MapDeserializer::new(values.into_iter())),
+            AnyValue::Null(()) => visitor.visit_unit(),
+            AnyValue::Bool(value) => visitor.visit_bool(value),
+            AnyValue::Natural(value) => visitor.visit_u64(value),
+            AnyValue::Integer(value) => visitor.visit_i64(value),
+            AnyValue::Number(value) => visitor.visit_f64(value),
+            AnyValue::Text(text) => visitor.visit_string(text),
+            AnyValue::List(values) => visitor.visit_seq(SeqDeserializer::new(values.into_iter())),
+            AnyValue::Map(values) => visitor.visit_map(MapDeserializer::new(values.into_iter())),
         }
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         match self {
-            Any::Null(()) => visitor.visit_none(),
+            AnyValue::Null(()) => visitor.visit_none(),
             some => visitor.visit_some(some),
         }
     }
@@ -137,7 +137,7 @@ impl<'de> Deserializer<'de> for Any {
         visitor: V,
     ) -> Result<V::Value, Error> {
         match self {
-            Any::Text(text) => {
+            AnyValue::Text(text) => {
                 let text: StringDeserializer<Error> = text.into_deserializer();
                 text.deserialize_enum(name, variants, visitor)
             }
@@ -151,10 +151,10 @@ impl<'de> Deserializer<'de> for Any {
     }
 }
 
-impl IntoDeserializer<'_, Error> for Any {
-    type Deserializer = Any;
+impl IntoDeserializer<'_, Error> for AnyValue {
+    type Deserializer = AnyValue;
 
-    fn into_deserializer(self) -> Any {
+    fn into_deserializer(self) -> AnyValue {
         self
     }
 }
@@ -165,7 +165,7 @@ mod tests {
     use super::super::protocol::AgentOrder;
     use super::*;
 
-    fn order(json: &str) -> Item<AgentOrder> {
+    fn order(json: &str) -> MessageItem<AgentOrder> {
         serde_json::from_str(json).unwrap()
     }
 
@@ -174,7 +174,7 @@ mod tests {
         let json = r#"{"name":"a","version":"1","file":null,"size":7,"env":{"A":"b","T":{"secret":"s"}},"retry":2,
             "cmd":"stop","later":{"of":[1,-1,1.5,null,true,"x"]}}"#;
         let alone: AgentOrder = serde_json::from_str(json).unwrap();
-        assert_eq!(order(json), Item::Read(alone.clone()));
+        assert_eq!(order(json), MessageItem::Read(alone.clone()));
         assert_eq!(serde_json::to_string(&order(json)).unwrap(), serde_json::to_string(&alone).unwrap());
     }
 
@@ -192,11 +192,11 @@ mod tests {
             ("7", None, "7"),
             ("null", None, "unit"),
         ] {
-            let Item::Unreadable(unreadable) = order(json) else { panic!("{json} was read") };
+            let MessageItem::Unreadable(unreadable) = order(json) else { panic!("{json} was read") };
             assert_eq!(unreadable.name.as_ref().map(AgentName::as_str), name, "{json}");
             assert!(unreadable.why.contains(words), "{json}: {}", unreadable.why);
             assert!(!unreadable.why.contains("8675309"), "{json}: {}", unreadable.why);
         }
-        assert!(matches!(serde_json::from_str(r#"{"version":7}"#).unwrap(), Item::<Package>::Unreadable(_)));
+        assert!(matches!(serde_json::from_str(r#"{"version":7}"#).unwrap(), MessageItem::<Package>::Unreadable(_)));
     }
 }

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::guards::{Guard, holds};
 use super::model::{AgentName, Digest, Version};
 use super::order::is_zero;
-use super::unknown::Unknown;
+use super::unknown::UnknownFields;
 
 /// So many skipped releases of one sub-agent are remembered.
 const MAX_SKIPPED: usize = 16;
@@ -29,7 +29,7 @@ const MAX_SKIPPED: usize = 16;
 /// One release of a sub-agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Release {
+pub struct LedgerRelease {
     pub version: Version,
     /// Of its package; absent where its directory does not say it any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -38,13 +38,13 @@ pub struct Release {
     #[serde(default)]
     pub epoch: u64,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// A release that is not to be tried again yet.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Skipped {
+pub struct SkippedRelease {
     pub version: Version,
     /// Of its package, where that is known: another package of the same version is not skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -61,50 +61,50 @@ pub struct Skipped {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub retry: u64,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// The order that an operator at the host has overruled; it is not followed again. Another one is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Overruled {
+pub struct OverruledOrder {
     pub version: Version,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Digest>,
     #[serde(default, skip_serializing_if = "is_zero")]
     pub retry: u64,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// The releases of one sub-agent.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Entry {
+pub struct LedgerEntry {
     /// The last one that was committed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    active: Option<Release>,
+    active: Option<LedgerRelease>,
     /// The one that was active before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    backup: Option<Release>,
+    backup: Option<LedgerRelease>,
     /// It takes the place of the active one, and is not committed yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    probation: Option<Release>,
+    probation: Option<LedgerRelease>,
     /// Times that the release on probation has failed.
     #[serde(default, skip_serializing_if = "is_zero")]
     probation_failures: u64,
     /// Verified and unpacked, not activated yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    staged: Option<Release>,
+    staged: Option<LedgerRelease>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    skipped: Vec<Skipped>,
+    skipped: Vec<SkippedRelease>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    overruled: Option<Overruled>,
+    overruled: Option<OverruledOrder>,
     /// The release that made way for the one before it last. Until it is down, its process is not the one that is to run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     given_up: Option<Version>,
     #[serde(flatten)]
-    unknown: Unknown,
+    unknown: UnknownFields,
 }
 
 /// The file.
@@ -112,31 +112,31 @@ pub struct Entry {
 #[serde(rename_all = "camelCase")]
 pub struct Ledger {
     #[serde(default)]
-    pub agents: BTreeMap<AgentName, Entry>,
+    pub agents: BTreeMap<AgentName, LedgerEntry>,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
-impl Entry {
+impl LedgerEntry {
     /// As it follows from the disk alone, for a home without a ledger: the release that `current` names, and the one to go back to.
-    pub fn found(active: Option<Release>, backup: Option<Release>) -> Entry {
-        Entry { active, backup, ..Entry::default() }
+    pub fn found(active: Option<LedgerRelease>, backup: Option<LedgerRelease>) -> LedgerEntry {
+        LedgerEntry { active, backup, ..LedgerEntry::default() }
     }
 
     /// The release that runs, or would.
-    pub fn current(&self) -> Option<&Release> {
+    pub fn current(&self) -> Option<&LedgerRelease> {
         self.probation.as_ref().or(self.active.as_ref())
     }
 
-    pub fn active(&self) -> Option<&Release> {
+    pub fn active(&self) -> Option<&LedgerRelease> {
         self.active.as_ref()
     }
 
-    pub fn backup(&self) -> Option<&Release> {
+    pub fn backup(&self) -> Option<&LedgerRelease> {
         self.backup.as_ref()
     }
 
-    pub fn probation(&self) -> Option<&Release> {
+    pub fn probation(&self) -> Option<&LedgerRelease> {
         self.probation.as_ref()
     }
 
@@ -146,24 +146,24 @@ impl Entry {
     }
 
     /// The release that a roll back returns to.
-    pub fn before_probation(&self) -> Option<&Release> {
+    pub fn before_probation(&self) -> Option<&LedgerRelease> {
         self.active.as_ref().or(self.backup.as_ref())
     }
 
     /// The versions that must stay on disk, whatever is wanted.
     pub fn kept(&self) -> impl Iterator<Item = &Version> {
-        let Entry { active, backup, probation, .. } = self;
+        let LedgerEntry { active, backup, probation, .. } = self;
         [active, backup, probation].into_iter().flatten().map(|release| &release.version)
     }
 
     /// It lies on disk, whole.
-    pub fn stage(&mut self, release: Release) {
+    pub fn stage(&mut self, release: LedgerRelease) {
         self.skipped.retain(|skipped| skipped.version != release.version);
         self.staged = Some(release);
     }
 
     /// It is the active one from now on, without a probation: there is nothing to go back to.
-    pub fn activate(&mut self, release: Release) {
+    pub fn activate(&mut self, release: LedgerRelease) {
         self.put_into_use(&release);
         (self.probation, self.probation_failures) = (None, 0);
         self.replace_active(release);
@@ -171,7 +171,7 @@ impl Entry {
 
     /// It takes the place of the active one, which stays to go back to. The active one itself needs no probation: whatever was on it is
     /// given up.
-    pub fn begin_probation(&mut self, release: Release) {
+    pub fn begin_probation(&mut self, release: LedgerRelease) {
         if let Some(before) = self.probation.take()
             && !before.is(&release)
         {
@@ -232,7 +232,7 @@ impl Entry {
     }
 
     /// An operator has overruled this order.
-    pub fn hold(&mut self, order: Overruled) {
+    pub fn hold(&mut self, order: OverruledOrder) {
         self.overruled = Some(order);
     }
 
@@ -254,7 +254,7 @@ impl Entry {
     }
 
     /// A release is not to be tried again yet. The release that is active is never skipped.
-    pub fn skip(&mut self, skipped: Skipped) {
+    pub fn skip(&mut self, skipped: SkippedRelease) {
         let runs = self.active.as_ref().is_some_and(|active| {
             active.version == skipped.version && !differ(skipped.sha256.as_ref(), active.sha256.as_ref())
         });
@@ -268,7 +268,7 @@ impl Entry {
     }
 
     /// Whether and how a release of this version is skipped; of another package it is not.
-    pub fn skipped(&self, version: &Version, sha256: Option<&Digest>) -> Option<&Skipped> {
+    pub fn skipped(&self, version: &Version, sha256: Option<&Digest>) -> Option<&SkippedRelease> {
         self.skipped.iter().find(|skipped| skipped.version == *version && !differ(skipped.sha256.as_ref(), sha256))
     }
 
@@ -286,7 +286,7 @@ impl Entry {
         self.keep_ordered(order) || ended
     }
 
-    /// As [`Entry::ordered`], of the order that a new manager finds: skips for a while last on.
+    /// As [`LedgerEntry::ordered`], of the order that a new manager finds: skips for a while last on.
     pub fn resume_order(&mut self, order: (&Version, Option<&Digest>, u64)) -> bool {
         holds(Guard::ResumeOrder) && self.keep_ordered(Some(order))
     }
@@ -306,19 +306,19 @@ impl Entry {
     }
 
     /// The release of this version, or of any, that is not to be tried again until another is ordered.
-    pub fn skipped_for_good(&self) -> impl Iterator<Item = &Skipped> {
+    pub fn skipped_for_good(&self) -> impl Iterator<Item = &SkippedRelease> {
         self.skipped.iter().filter(|skipped| skipped.until.is_none())
     }
 
     /// All of them, for a search through the states.
     #[cfg(test)]
-    pub fn skips(&self) -> &[Skipped] {
+    pub fn skips(&self) -> &[SkippedRelease] {
         &self.skipped
     }
 
     /// Verified and unpacked, not activated yet.
     #[cfg(test)]
-    pub fn staged(&self) -> Option<&Release> {
+    pub fn staged(&self) -> Option<&LedgerRelease> {
         self.staged.as_ref()
     }
 
@@ -345,8 +345,9 @@ impl Entry {
     ///
     /// Where that is the active one, the one on probation was not started yet and is given up until it is ordered again. Where it is
     /// neither, an older manager, which keeps no ledger, has activated it meanwhile; but not one that was given up, which was not down yet.
-    pub fn resume(&mut self, running: &Release) {
-        let is = |place: &Option<Release>| place.as_ref().is_some_and(|release| release.version == running.version);
+    pub fn resume(&mut self, running: &LedgerRelease) {
+        let is =
+            |place: &Option<LedgerRelease>| place.as_ref().is_some_and(|release| release.version == running.version);
         if is(&self.probation) {
             return;
         }
@@ -360,7 +361,7 @@ impl Entry {
     }
 
     /// The previous release becomes the backup. The backup always differs from the active release.
-    fn replace_active(&mut self, release: Release) {
+    fn replace_active(&mut self, release: LedgerRelease) {
         self.backup.take_if(|backup| backup.is(&release));
         if let Some(before) = self.active.replace(release.clone())
             && !before.is(&release)
@@ -371,7 +372,7 @@ impl Entry {
     }
 
     /// It is put into use: it is neither waiting nor skipped nor given up.
-    fn put_into_use(&mut self, release: &Release) {
+    fn put_into_use(&mut self, release: &LedgerRelease) {
         self.given_up.take_if(|version| *version == release.version);
         self.skipped.retain(|skipped| skipped.version != release.version);
         self.staged.take_if(|staged| staged.version == release.version);
@@ -383,14 +384,14 @@ fn differ(one: Option<&Digest>, other: Option<&Digest>) -> bool {
     matches!((one, other), (Some(one), Some(other)) if one != other)
 }
 
-impl Release {
+impl LedgerRelease {
     /// Whether this version, of this package where one is named, is it.
     pub fn is_asked(&self, version: &Version, sha256: Option<&Digest>) -> bool {
         self.version == *version && !differ(self.sha256.as_ref(), sha256)
     }
 
     /// Whether both are the same release.
-    pub fn is(&self, other: &Release) -> bool {
+    pub fn is(&self, other: &LedgerRelease) -> bool {
         self.is_asked(&other.version, other.sha256.as_ref())
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::env::{Env, MAX_NAME_BYTES};
-use super::health::Health;
+use super::health::HealthSpec;
 use super::model::{AgentName, Version};
 use super::paths::stays_inside;
 use super::units::Span;
@@ -33,7 +33,7 @@ pub struct Manifest {
     pub run: RunSection,
     /// Absent: that its process runs is all that is asked of it.
     #[serde(default)]
-    pub health: Option<Health>,
+    pub health: Option<HealthSpec>,
     #[serde(default)]
     pub env: BTreeMap<String, String>,
 }
@@ -224,7 +224,7 @@ pub fn admit_env<'a>(wanted: &'a Env, allowed: &[String]) -> (BTreeMap<&'a str, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::env::Value;
+    use crate::core::env::EnvValue;
 
     fn manifest(command: &str, workdir: Option<&str>) -> Manifest {
         Manifest {
@@ -278,7 +278,7 @@ mod tests {
             ("GOOD", "a=b\n".to_owned()),
         ]
         .into_iter()
-        .map(|(name, value)| (name.to_owned(), Value::Plain(value)))
+        .map(|(name, value)| (name.to_owned(), EnvValue::Plain(value)))
         .collect();
         let (admitted, refused) = admit_env(&wanted, &["ZERO".into(), "A=B".into()]);
         assert_eq!(admitted, BTreeMap::from([("GOOD", "a=b\n")]));

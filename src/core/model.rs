@@ -15,26 +15,26 @@ pub const MANAGER_PACKAGE: &str = "aops-spm";
 
 /// Why a word was refused: what it should have been, and what it was.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refused {
+pub struct InvalidValue {
     what: &'static str,
     expected: &'static str,
     got: String,
 }
 
-impl Refused {
-    pub(super) fn new(what: &'static str, expected: &'static str, got: &str) -> Refused {
-        Refused { what, expected, got: got.to_owned() }
+impl InvalidValue {
+    pub(super) fn new(what: &'static str, expected: &'static str, got: &str) -> InvalidValue {
+        InvalidValue { what, expected, got: got.to_owned() }
     }
 }
 
-impl fmt::Display for Refused {
+impl fmt::Display for InvalidValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown: String = self.got.chars().take(80).collect();
         write!(f, "cannot take {shown:?} as {}: expected {}", self.what, self.expected)
     }
 }
 
-impl std::error::Error for Refused {}
+impl std::error::Error for InvalidValue {}
 
 /// Defines a string that is checked on every way in: `FromStr`, `TryFrom<String>` and serde. The pattern says the same in the protocol's
 /// schema, for those who cannot call us.
@@ -53,18 +53,18 @@ macro_rules! word {
         }
 
         impl TryFrom<String> for $name {
-            type Error = Refused;
+            type Error = InvalidValue;
 
-            fn try_from(value: String) -> Result<Self, Refused> {
+            fn try_from(value: String) -> Result<Self, InvalidValue> {
                 let accepts: fn(&str) -> bool = $accepts;
-                if accepts(&value) { Ok(Self(value)) } else { Err(Refused { what: $what, expected: $expected, got: value }) }
+                if accepts(&value) { Ok(Self(value)) } else { Err(InvalidValue { what: $what, expected: $expected, got: value }) }
             }
         }
 
         impl FromStr for $name {
-            type Err = Refused;
+            type Err = InvalidValue;
 
-            fn from_str(value: &str) -> Result<Self, Refused> {
+            fn from_str(value: &str) -> Result<Self, InvalidValue> {
                 Self::try_from(value.to_owned())
             }
         }
@@ -170,12 +170,12 @@ macro_rules! words {
         }
 
         impl FromStr for $name {
-            type Err = Refused;
+            type Err = InvalidValue;
 
-            fn from_str(value: &str) -> Result<Self, Refused> {
+            fn from_str(value: &str) -> Result<Self, InvalidValue> {
                 match value {
                     $($text => Ok($name::$variant),)+
-                    _ => Err(Refused { what: $what, expected: $expected, got: value.to_owned() }),
+                    _ => Err(InvalidValue { what: $what, expected: $expected, got: value.to_owned() }),
                 }
             }
         }
@@ -242,11 +242,11 @@ impl fmt::Display for Binding {
 }
 
 impl FromStr for Binding {
-    type Err = Refused;
+    type Err = InvalidValue;
 
     /// Each of the five fields exactly once, in any order; fields with other names are left for later versions.
-    fn from_str(comment: &str) -> Result<Self, Refused> {
-        let refused = || Refused {
+    fn from_str(comment: &str) -> Result<Self, InvalidValue> {
+        let refused = || InvalidValue {
             what: "a package's signed comment",
             expected: "name=… version=… os=… arch=… epoch=…, each once",
             got: comment.to_owned(),

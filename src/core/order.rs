@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::env::Env;
 use super::model::{AgentName, Arch, Digest, Os, Release, Version};
-use super::unknown::Unknown;
+use super::unknown::UnknownFields;
 
 /// A version on offer, and where its archive is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,7 +83,7 @@ pub struct Order {
     pub retry: u64,
     /// Of a later version's order: that version finds it when it takes over.
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 impl PartialEq for Order {

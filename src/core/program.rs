@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{KillMode, Manifest, Restart, StopSignal};
-use super::supervise::{Checks, Policy};
+use super::supervise::{HealthPolicy, RestartPolicy};
 
 /// `control` scripts stop themselves; whatever is left after this is ended by the manager.
 const SCRIPT_GRACE: Duration = Duration::from_secs(10);
@@ -14,12 +14,13 @@ const PROBATION: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(120);
 /// A `control` script's `status`, which says nothing of how often it wants to be asked. Its answers count from its start, which it ended
 /// well.
-const OF_SCRIPTS: Checks = Checks { interval: Duration::from_secs(30), failures: 3, start_period: Duration::ZERO };
+const OF_SCRIPTS: HealthPolicy =
+    HealthPolicy { interval: Duration::from_secs(30), failures: 3, start_period: Duration::ZERO };
 
 /// Which convention a sub-agent follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Kind {
+pub enum PackageKind {
     /// Run by us, as its `agent.toml` says.
     Native,
     /// Driven through its own `control` script.
@@ -34,16 +35,16 @@ pub enum Program {
 }
 
 impl Program {
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> PackageKind {
         match self {
-            Program::Native(_) => Kind::Native,
-            Program::Script => Kind::Script,
+            Program::Native(_) => PackageKind::Native,
+            Program::Script => PackageKind::Script,
         }
     }
 
     /// When its supervisor restarts it, and how its health is judged.
-    pub fn policy(&self) -> Policy {
-        Policy { restart: self.restart(), checks: self.checks(), ..Policy::default() }
+    pub fn policy(&self) -> RestartPolicy {
+        RestartPolicy { restart: self.restart(), checks: self.checks(), ..RestartPolicy::default() }
     }
 
     fn restart(&self) -> Restart {
@@ -53,10 +54,10 @@ impl Program {
         }
     }
 
-    fn checks(&self) -> Option<Checks> {
+    fn checks(&self) -> Option<HealthPolicy> {
         match self {
             Program::Script => Some(OF_SCRIPTS),
-            Program::Native(manifest) => manifest.health.as_ref().map(|health| Checks {
+            Program::Native(manifest) => manifest.health.as_ref().map(|health| HealthPolicy {
                 interval: health.interval,
                 failures: health.failures,
                 start_period: health.start_period,

@@ -5,10 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::item::Item;
+use super::item::MessageItem;
 use super::model::{AgentId, AgentName, Arch, Digest, Os, Version};
 use super::order::{Cmd, Package, Spec, is_zero};
-use super::unknown::{self, Unknown};
+use super::unknown::{self, UnknownFields};
 
 /// The header that names the host in every request.
 pub const AGENT_ID_HEADER: &str = "x-agent-id";
@@ -210,7 +210,7 @@ pub struct Event {
     /// Of a later version.
     #[serde(flatten)]
     #[cfg_attr(feature = "gateway", schemars(skip))]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// What an event has besides its texts: its number, and the names of its fields.
@@ -256,7 +256,7 @@ pub struct Answer {
     pub cmd: Option<String>,
     /// The manager's desired release; its package is named `aops-spm`. One that cannot be read is refused alone, with an event.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub manager: Option<Item<Package>>,
+    pub manager: Option<MessageItem<Package>>,
     /// Whether `agents` names every sub-agent of the host, so that absence means removal, after `removalDelay`. An empty list never does, nor
     /// one with an order whose name cannot be read.
     #[serde(default)]
@@ -264,7 +264,7 @@ pub struct Answer {
     /// Present only when lineage or generation differ from what the host sent. At most 1,000. An order that does not fit is refused alone, with
     /// an event that names it; its sub-agent stays as it is, and is not absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub agents: Option<Vec<Item<AgentOrder>>>,
+    pub agents: Option<Vec<MessageItem<AgentOrder>>>,
     /// The public keys of the gateway's certificate, as `sha256:` and the SHA-256 of each SubjectPublicKeyInfo in hexadecimal: the present
     /// one, and those to come. A host that pins accepts them from now on, if the connection has passed its present pin. At most 4.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -293,7 +293,7 @@ pub struct AgentOrder {
     /// Of a later version.
     #[serde(flatten)]
     #[cfg_attr(feature = "gateway", schemars(skip))]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// The current release of a package for one os and arch.

@@ -5,32 +5,34 @@ use std::ops::Range;
 
 /// Which part of a file is asked for.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum RequestedRange {
     Whole,
     Range(Range<u64>),
     Unsatisfiable,
 }
 
 /// Reads `Range: bytes=a-b`, `a-` or `-n`; what is not understood asks for the whole.
-pub fn part(header: &str, size: u64) -> Part {
-    let Some(spec) = header.trim().strip_prefix("bytes=").map(str::trim) else { return Part::Whole };
-    let Some((first, last)) = spec.split_once('-').filter(|_| !spec.contains(',')) else { return Part::Whole };
+pub fn part(header: &str, size: u64) -> RequestedRange {
+    let Some(spec) = header.trim().strip_prefix("bytes=").map(str::trim) else { return RequestedRange::Whole };
+    let Some((first, last)) = spec.split_once('-').filter(|_| !spec.contains(',')) else {
+        return RequestedRange::Whole;
+    };
     let number = |text: &str| if text.bytes().all(|b| b.is_ascii_digit()) { text.parse::<u64>().ok() } else { None };
     let range = match (first, last) {
         ("", last) => match number(last) {
             Some(last) => size.saturating_sub(last)..size,
-            None => return Part::Whole,
+            None => return RequestedRange::Whole,
         },
         (first, "") => match number(first) {
             Some(first) => first..size,
-            None => return Part::Whole,
+            None => return RequestedRange::Whole,
         },
         (first, last) => match (number(first), number(last)) {
             (Some(first), Some(last)) if first <= last => first..last.saturating_add(1).min(size),
-            _ => return Part::Whole,
+            _ => return RequestedRange::Whole,
         },
     };
-    if range.start < range.end { Part::Range(range) } else { Part::Unsatisfiable }
+    if range.start < range.end { RequestedRange::Range(range) } else { RequestedRange::Unsatisfiable }
 }
 
 #[cfg(test)]
@@ -42,35 +44,35 @@ mod tests {
     #[test]
     fn one_range_is_understood_and_everything_else_is_the_whole() {
         for (header, expected) in [
-            ("bytes=0-9", Part::Range(0..10)),
-            ("bytes=0-0", Part::Range(0..1)),
-            ("bytes=90-", Part::Range(90..100)),
-            ("bytes=90-1000", Part::Range(90..100)),
-            ("bytes=0-18446744073709551615", Part::Range(0..100)),
-            ("bytes=-10", Part::Range(90..100)),
-            ("bytes=-1000", Part::Range(0..100)),
-            ("bytes=100-", Part::Unsatisfiable),
-            ("bytes=200-300", Part::Unsatisfiable),
-            ("bytes=-0", Part::Unsatisfiable),
-            ("bytes=9-0", Part::Whole),
-            ("bytes=0-1,5-6", Part::Whole),
-            ("bytes=+1-2", Part::Whole),
-            ("bytes=", Part::Whole),
-            ("bytes=-", Part::Whole),
-            ("bytes=a-b", Part::Whole),
-            ("bytes=99999999999999999999-", Part::Whole),
-            ("lines=1-2", Part::Whole),
+            ("bytes=0-9", RequestedRange::Range(0..10)),
+            ("bytes=0-0", RequestedRange::Range(0..1)),
+            ("bytes=90-", RequestedRange::Range(90..100)),
+            ("bytes=90-1000", RequestedRange::Range(90..100)),
+            ("bytes=0-18446744073709551615", RequestedRange::Range(0..100)),
+            ("bytes=-10", RequestedRange::Range(90..100)),
+            ("bytes=-1000", RequestedRange::Range(0..100)),
+            ("bytes=100-", RequestedRange::Unsatisfiable),
+            ("bytes=200-300", RequestedRange::Unsatisfiable),
+            ("bytes=-0", RequestedRange::Unsatisfiable),
+            ("bytes=9-0", RequestedRange::Whole),
+            ("bytes=0-1,5-6", RequestedRange::Whole),
+            ("bytes=+1-2", RequestedRange::Whole),
+            ("bytes=", RequestedRange::Whole),
+            ("bytes=-", RequestedRange::Whole),
+            ("bytes=a-b", RequestedRange::Whole),
+            ("bytes=99999999999999999999-", RequestedRange::Whole),
+            ("lines=1-2", RequestedRange::Whole),
         ] {
             assert_eq!(part(header, 100), expected, "{header}");
         }
-        assert_eq!(part("bytes=0-", 0), Part::Unsatisfiable);
+        assert_eq!(part("bytes=0-", 0), RequestedRange::Unsatisfiable);
     }
 
     proptest! {
         /// What is served lies within the file, and is what was asked for.
         #[test]
         fn a_range_lies_within_the_file(header in "(bytes=)?[0-9]{0,3}-?[0-9]{0,3}(,1-2)?", size in 0_u64..500) {
-            if let Part::Range(range) = part(&header, size) {
+            if let RequestedRange::Range(range) = part(&header, size) {
                 prop_assert!(range.start < range.end && range.end <= size, "{header} of {size}: {range:?}");
             }
         }
@@ -78,8 +80,8 @@ mod tests {
         #[test]
         fn a_range_reads_back(first in 0_u64..1000, length in 1_u64..1000, rest in 0_u64..1000) {
             let (last, size) = (first + length - 1, first + length + rest);
-            prop_assert_eq!(part(&format!("bytes={first}-{last}"), size), Part::Range(first..last + 1));
-            prop_assert_eq!(part(&format!("bytes={first}-"), size), Part::Range(first..size));
+            prop_assert_eq!(part(&format!("bytes={first}-{last}"), size), RequestedRange::Range(first..last + 1));
+            prop_assert_eq!(part(&format!("bytes={first}-"), size), RequestedRange::Range(first..size));
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::desired::Desired;
+use super::desired::DesiredState;
 use super::model::{AgentName, Version};
 use super::order::{Order, Package, Run, Spec};
 
@@ -62,7 +62,7 @@ impl Default for Actual {
 
 /// One thing to do, with all that it takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step {
+pub enum ReconcileStep {
     /// Fetch, verify and unpack a release, beside what runs.
     Stage { name: AgentName, package: Package },
     /// Stop what runs, make a staged release the active one, and run it as ordered.
@@ -78,7 +78,7 @@ pub enum Step {
 }
 
 /// What to do next for every sub-agent.
-pub fn plan(desired: &Desired, actual: &BTreeMap<AgentName, Actual>) -> Vec<Step> {
+pub fn plan(desired: &DesiredState, actual: &BTreeMap<AgentName, Actual>) -> Vec<ReconcileStep> {
     let absent = Actual::default();
     let mut steps = vec![];
     let mut turns = AT_ONCE.saturating_sub(actual.values().filter(|agent| agent.upgrading).count());
@@ -87,7 +87,7 @@ pub fn plan(desired: &Desired, actual: &BTreeMap<AgentName, Actual>) -> Vec<Step
         let before = steps.len();
         plan_ordered(name, order, found, &mut steps);
         // What does not run yet may be activated at any time.
-        if found.current.is_some() && matches!(steps.get(before), Some(Step::Activate { .. })) {
+        if found.current.is_some() && matches!(steps.get(before), Some(ReconcileStep::Activate { .. })) {
             match turns.checked_sub(1) {
                 Some(left) => turns = left,
                 None => steps.truncate(before),
@@ -96,13 +96,13 @@ pub fn plan(desired: &Desired, actual: &BTreeMap<AgentName, Actual>) -> Vec<Step
     }
     for (name, found) in actual {
         if desired.removed.contains(name) && !desired.agents.contains_key(name) && !found.busy {
-            steps.push(Step::Uninstall { name: name.clone() });
+            steps.push(ReconcileStep::Uninstall { name: name.clone() });
         }
     }
     steps
 }
 
-fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Vec<Step>) {
+fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Vec<ReconcileStep>) {
     if actual.busy {
         return;
     }
@@ -112,32 +112,32 @@ fn plan_ordered(name: &AgentName, order: &Order, actual: &Actual, steps: &mut Ve
     // What an operator keeps was not ordered, and cannot be activated by an order.
     if actual.current.as_ref() == Some(wanted) && (actual.stays || !runs_another) {
         if actual.spec.as_ref() != Some(&order.spec) {
-            steps.push(Step::Configure { name: name.clone(), spec: order.spec.clone() });
+            steps.push(ReconcileStep::Configure { name: name.clone(), spec: order.spec.clone() });
         }
         if actual.run != order.run {
-            steps.push(Step::Set { name: name.clone(), run: order.run });
+            steps.push(ReconcileStep::Set { name: name.clone(), run: order.run });
         }
         for version in &actual.releases {
             if !actual.kept.contains(version)
                 && actual.running.as_ref() != Some(version)
                 && actual.staging.as_ref() != Some(version)
             {
-                steps.push(Step::Discard { name: name.clone(), version: version.clone() });
+                steps.push(ReconcileStep::Discard { name: name.clone(), version: version.clone() });
             }
         }
         return;
     }
     let is_held = actual.held_back.as_ref() == Some(wanted) || actual.leaving.contains(wanted);
     if actual.releases.contains(wanted) && !is_held {
-        steps.push(Step::Activate { name: name.clone(), order: order.clone() });
+        steps.push(ReconcileStep::Activate { name: name.clone(), order: order.clone() });
         return;
     }
     if actual.staging.as_ref() != Some(wanted) && !is_held {
-        steps.push(Step::Stage { name: name.clone(), package: order.package.clone() });
+        steps.push(ReconcileStep::Stage { name: name.clone(), package: order.package.clone() });
     }
     // What is active goes on as ordered until the new release is there.
     if actual.current.is_some() && actual.run != order.run {
-        steps.push(Step::Set { name: name.clone(), run: order.run });
+        steps.push(ReconcileStep::Set { name: name.clone(), run: order.run });
     }
 }
 
@@ -146,16 +146,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::core::env::Value;
-    use crate::core::unknown::Unknown;
+    use crate::core::env::EnvValue;
+    use crate::core::unknown::UnknownFields;
 
     /// Carries a step out, as if all went well and at once.
-    fn apply(step: Step, actual: &mut BTreeMap<AgentName, Actual>) {
+    fn apply(step: ReconcileStep, actual: &mut BTreeMap<AgentName, Actual>) {
         match step {
-            Step::Stage { name, package } => {
+            ReconcileStep::Stage { name, package } => {
                 actual.entry(name).or_default().releases.insert(package.version);
             }
-            Step::Activate { name, order } => {
+            ReconcileStep::Activate { name, order } => {
                 let agent = actual.entry(name).or_default();
                 let version = order.package.version;
                 agent.kept = agent.current.replace(version.clone()).into_iter().chain([version]).collect();
@@ -163,12 +163,12 @@ mod tests {
                 agent.running = None;
                 agent.spec = Some(order.spec);
             }
-            Step::Configure { name, spec } => actual.entry(name).or_default().spec = Some(spec),
-            Step::Set { name, run } => actual.entry(name).or_default().run = run,
-            Step::Uninstall { name } => {
+            ReconcileStep::Configure { name, spec } => actual.entry(name).or_default().spec = Some(spec),
+            ReconcileStep::Set { name, run } => actual.entry(name).or_default().run = run,
+            ReconcileStep::Uninstall { name } => {
                 actual.remove(&name);
             }
-            Step::Discard { name, version } => {
+            ReconcileStep::Discard { name, version } => {
                 actual.entry(name).or_default().releases.remove(&version);
             }
         }
@@ -187,22 +187,22 @@ mod tests {
     }
 
     fn spec() -> impl Strategy<Value = Spec> {
-        proptest::collection::btree_map("[A-B]", "[0-1]".prop_map(Value::Plain), 0..2).prop_map(|env| Spec { env })
+        proptest::collection::btree_map("[A-B]", "[0-1]".prop_map(EnvValue::Plain), 0..2).prop_map(|env| Spec { env })
     }
 
-    fn desired() -> impl Strategy<Value = Desired> {
+    fn desired() -> impl Strategy<Value = DesiredState> {
         let order = (version(), run(), spec()).prop_map(|(version, run, spec)| Order {
             package: Package::new(version),
             run,
             spec,
             retry: 0,
-            unknown: Unknown::new(),
+            unknown: UnknownFields::new(),
         });
         (proptest::collection::btree_map(name(), order, 0..4), proptest::collection::btree_set(name(), 0..4)).prop_map(
-            |(agents, removed)| Desired {
+            |(agents, removed)| DesiredState {
                 removed: removed.into_iter().filter(|name| !agents.contains_key(name)).collect(),
                 agents,
-                ..Desired::default()
+                ..DesiredState::default()
             },
         )
     }
@@ -257,7 +257,7 @@ mod tests {
             run: Run::Start,
             spec: Spec::default(),
             retry: 0,
-            unknown: Unknown::new(),
+            unknown: UnknownFields::new(),
         };
         let (one, two): (Version, Version) = ("1".parse().unwrap(), "2".parse().unwrap());
         let agent = Actual {
@@ -270,7 +270,7 @@ mod tests {
             spec: Some(order.spec.clone()),
             ..Actual::default()
         };
-        let desired = Desired { agents: BTreeMap::from([(name.clone(), order)]), ..Desired::default() };
+        let desired = DesiredState { agents: BTreeMap::from([(name.clone(), order)]), ..DesiredState::default() };
         assert_eq!(plan(&desired, &BTreeMap::from([(name, agent)])), vec![]);
     }
 
@@ -278,8 +278,8 @@ mod tests {
     fn nothing_is_begun_on_what_is_busy_or_held_back() {
         let name: AgentName = "a".parse().unwrap();
         let package = Package::new("2".parse().unwrap());
-        let order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: Unknown::new() };
-        let desired = Desired { agents: BTreeMap::from([(name.clone(), order)]), ..Desired::default() };
+        let order = Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: UnknownFields::new() };
+        let desired = DesiredState { agents: BTreeMap::from([(name.clone(), order)]), ..DesiredState::default() };
         let plan_with = |agent: Actual| plan(&desired, &BTreeMap::from([(name.clone(), agent)]));
         assert_eq!(plan_with(Actual { busy: true, ..Actual::default() }), vec![]);
         assert_eq!(plan_with(Actual { held_back: Some("2".parse().unwrap()), ..Actual::default() }), vec![]);
@@ -295,15 +295,17 @@ mod tests {
     fn few_that_run_are_activated_at_the_same_time_and_what_does_not_run_yet_at_any() {
         let order = |version: &str| {
             let package = Package::new(version.parse().unwrap());
-            Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: Unknown::new() }
+            Order { package, run: Run::Start, spec: Spec::default(), retry: 0, unknown: UnknownFields::new() }
         };
         let names: Vec<AgentName> = (0..12).map(|number| format!("a{number:02}").parse().unwrap()).collect();
-        let desired =
-            Desired { agents: names.iter().map(|name| (name.clone(), order("2"))).collect(), ..Desired::default() };
+        let desired = DesiredState {
+            agents: names.iter().map(|name| (name.clone(), order("2"))).collect(),
+            ..DesiredState::default()
+        };
         let two = BTreeSet::from(["2".parse().unwrap()]);
         let activated = |agent: &dyn Fn(usize) -> Actual| {
             let actual = names.iter().enumerate().map(|(at, name)| (name.clone(), agent(at))).collect();
-            plan(&desired, &actual).iter().filter(|step| matches!(step, Step::Activate { .. })).count()
+            plan(&desired, &actual).iter().filter(|step| matches!(step, ReconcileStep::Activate { .. })).count()
         };
         let runs = || Actual { current: Some("1".parse().unwrap()), releases: two.clone(), ..Actual::default() };
         assert_eq!(activated(&|_| runs()), AT_ONCE);
@@ -318,6 +320,6 @@ mod tests {
             "a".parse().unwrap(),
             Actual { current: Some("1".parse().unwrap()), ..Actual::default() },
         )]);
-        assert_eq!(plan(&Desired::default(), &actual), vec![]);
+        assert_eq!(plan(&DesiredState::default(), &actual), vec![]);
     }
 }

@@ -24,7 +24,7 @@ const LONGEST_HEARTBEAT_BACKOFF: Duration = Duration::from_secs(300);
 
 /// What the last heartbeat came to.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Outcome {
+pub enum HeartbeatOutcome {
     Answered,
     /// Failed for the n-th time in a row, from 1, perhaps with the gateway's own word on when to come again.
     Failed {
@@ -34,10 +34,10 @@ pub enum Outcome {
 }
 
 /// How long to wait before the next heartbeat. `jitter` is from 0 to 1.
-pub fn next_heartbeat(interval: Duration, outcome: Outcome, jitter: f64) -> Duration {
+pub fn next_heartbeat(interval: Duration, outcome: HeartbeatOutcome, jitter: f64) -> Duration {
     match outcome {
-        Outcome::Answered => interval.mul_f64(0.9 + 0.2 * jitter.clamp(0.0, 1.0)),
-        Outcome::Failed { times, retry_after } => {
+        HeartbeatOutcome::Answered => interval.mul_f64(0.9 + 0.2 * jitter.clamp(0.0, 1.0)),
+        HeartbeatOutcome::Failed { times, retry_after } => {
             let backoff = Backoff { base: interval, cap: LONGEST_HEARTBEAT_BACKOFF.max(interval) };
             let ours = backoff.delay(times, jitter);
             // All that were told the same do not come back at the same moment.
@@ -58,7 +58,7 @@ pub fn first_heartbeat(interval: Duration, after_boot: bool, jitter: f64) -> Dur
 /// The one limit on how often something happens: the journal, each sub-agent's events and strangers at the door have one each. Bytes are
 /// another matter: `core/throughput.rs` spreads them over time, and judges whether they come fast enough.
 #[derive(Debug, Clone)]
-pub struct Allowance {
+pub struct RateLimiter {
     most: u32,
     every: Duration,
     left: u32,
@@ -68,9 +68,9 @@ pub struct Allowance {
     untold: u64,
 }
 
-impl Allowance {
-    pub fn new(most: u32, every: Duration) -> Allowance {
-        Allowance { most, every, left: most, given: None, untold: 0 }
+impl RateLimiter {
+    pub fn new(most: u32, every: Duration) -> RateLimiter {
+        RateLimiter { most, every, left: most, given: None, untold: 0 }
     }
 
     /// Whether nothing was told for so long that it is as if nothing ever was.
@@ -103,19 +103,19 @@ mod tests {
 
     #[test]
     fn heartbeats_keep_their_interval_within_a_tenth() {
-        assert_eq!(next_heartbeat(S(30), Outcome::Answered, 0.0), S(27));
-        assert_eq!(next_heartbeat(S(30), Outcome::Answered, 1.0), S(33));
+        assert_eq!(next_heartbeat(S(30), HeartbeatOutcome::Answered, 0.0), S(27));
+        assert_eq!(next_heartbeat(S(30), HeartbeatOutcome::Answered, 1.0), S(33));
     }
 
     #[test]
     fn failures_back_off_to_a_cap_and_the_gateways_word_is_heard() {
-        let failed = |times, retry_after| next_heartbeat(S(30), Outcome::Failed { times, retry_after }, 1.0);
+        let failed = |times, retry_after| next_heartbeat(S(30), HeartbeatOutcome::Failed { times, retry_after }, 1.0);
         assert_eq!(failed(1, None), S(30));
         assert_eq!(failed(2, None), S(60));
         assert_eq!(failed(30, None), S(300));
         assert_eq!(failed(1, Some(S(120))), S(150));
         assert_eq!(failed(1, Some(S(86_400))), S(3630));
-        let first = Outcome::Failed { times: 1, retry_after: Some(S(120)) };
+        let first = HeartbeatOutcome::Failed { times: 1, retry_after: Some(S(120)) };
         assert_eq!(next_heartbeat(S(30), first, 0.0), S(120));
         assert_eq!(failed(3, Some(S(1))), S(120));
     }
@@ -123,8 +123,8 @@ mod tests {
     #[test]
     fn an_allowance_is_spent_and_comes_back_and_counts_what_was_not_told() {
         let start = Instant::now();
-        let mut allowance = Allowance::new(3, S(60));
-        let told = |allowance: &mut Allowance, seconds| allowance.take(start + S(seconds));
+        let mut allowance = RateLimiter::new(3, S(60));
+        let told = |allowance: &mut RateLimiter, seconds| allowance.take(start + S(seconds));
         assert_eq!([0, 0, 1, 1, 2].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None, None]);
         assert_eq!([59, 60, 61, 119, 120].map(|at| told(&mut allowance, at)), [None, Some(3), None, None, Some(2)]);
         assert_eq!([9000; 4].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None]);

@@ -1,38 +1,38 @@
 //! The kinds of service manager that can run the roles of a home, and the words in which each of them answers.
 //!
-//! What a kind does is in `host_service`, one file for each; everything else compares with [`Kind::None`] at most.
+//! What a kind does is in `host_service`, one file for each; everything else compares with [`ServiceManagerKind::None`] at most.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::model::Refused;
+use super::model::InvalidValue;
 
 /// A service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum ServiceManagerKind {
     Systemd,
     /// No service manager: the roles start each other.
     #[default]
     None,
 }
 
-impl Kind {
-    pub const ALL: &'static [Kind] = &[Kind::Systemd, Kind::None];
+impl ServiceManagerKind {
+    pub const ALL: &'static [ServiceManagerKind] = &[ServiceManagerKind::Systemd, ServiceManagerKind::None];
 
     /// Whether there is a service manager.
     pub fn is_some(self) -> bool {
-        self != Kind::None
+        self != ServiceManagerKind::None
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for ServiceManagerKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Kind::Systemd => "systemd",
-            Kind::None => "none",
+            ServiceManagerKind::Systemd => "systemd",
+            ServiceManagerKind::None => "none",
         })
     }
 }
@@ -40,12 +40,12 @@ impl fmt::Display for Kind {
 /// Every kind, as an error lists them.
 const KINDS: &str = "systemd or none";
 
-impl FromStr for Kind {
-    type Err = Refused;
+impl FromStr for ServiceManagerKind {
+    type Err = InvalidValue;
 
-    fn from_str(text: &str) -> Result<Kind, Refused> {
-        let named = Kind::ALL.iter().copied().find(|kind| kind.to_string() == text);
-        named.ok_or_else(|| Refused::new("a service manager", KINDS, text))
+    fn from_str(text: &str) -> Result<ServiceManagerKind, InvalidValue> {
+        let named = ServiceManagerKind::ALL.iter().copied().find(|kind| kind.to_string() == text);
+        named.ok_or_else(|| InvalidValue::new("a service manager", KINDS, text))
     }
 }
 
@@ -66,7 +66,7 @@ pub enum UnitStanding {
 
 /// What a role tells the service manager that started it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Notice {
+pub enum Notification {
     /// It is up.
     Ready,
     /// It ends, and means to.
@@ -81,10 +81,10 @@ mod tests {
 
     #[test]
     fn a_kind_has_one_spelling_on_the_command_line_and_in_records() {
-        for kind in Kind::ALL {
-            assert_eq!(kind.to_string().parse::<Kind>().unwrap(), *kind);
+        for kind in ServiceManagerKind::ALL {
+            assert_eq!(kind.to_string().parse::<ServiceManagerKind>().unwrap(), *kind);
             assert_eq!(serde_json::to_value(kind).unwrap(), kind.to_string());
         }
-        assert!("Systemd".parse::<Kind>().unwrap_err().to_string().contains("expected systemd or none"));
+        assert!("Systemd".parse::<ServiceManagerKind>().unwrap_err().to_string().contains("expected systemd or none"));
     }
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::model::{AgentName, Version};
 use super::protocol::AgentState;
-use super::unknown::Unknown;
+use super::unknown::UnknownFields;
 
 /// The document of `status --json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -174,15 +174,15 @@ pub struct SkippedStatus {
 #[serde(rename_all = "camelCase")]
 pub struct History {
     #[serde(default)]
-    pub history: Vec<Changed>,
+    pub history: Vec<HistoryEntry>,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// What came of one change of release.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Changed {
+pub struct HistoryEntry {
     /// RFC 3339, UTC.
     pub time: String,
     /// When the change began, RFC 3339, UTC; an upgrade of the manager is reported once by it.
@@ -201,7 +201,7 @@ pub struct Changed {
     #[serde(default)]
     pub message: String,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// How far the download of a release is.

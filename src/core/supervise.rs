@@ -21,15 +21,15 @@ mod health;
 
 use std::time::{Duration, Instant};
 
-pub use health::{Answer, Checks};
-use health::{Health, Verdict};
+pub use health::{CheckResult, HealthPolicy};
+use health::{HealthVerdict, ProcessHealth};
 
 use super::manifest::Restart;
 use super::protocol::AgentState;
 
 /// When to restart.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Policy {
+pub struct RestartPolicy {
     pub restart: Restart,
     /// Delay before the second restart in a row; the first comes at once.
     pub base: Duration,
@@ -37,12 +37,12 @@ pub struct Policy {
     /// Up for so long, and well by its checks where there are any, the next failure is a first one.
     pub healthy: Duration,
     /// Counts for processes that are started or adopted from then on.
-    pub checks: Option<Checks>,
+    pub checks: Option<HealthPolicy>,
 }
 
-impl Default for Policy {
-    fn default() -> Policy {
-        Policy {
+impl Default for RestartPolicy {
+    fn default() -> RestartPolicy {
+        RestartPolicy {
             restart: Restart::Always,
             base: Duration::from_secs(1),
             cap: Duration::from_secs(60),
@@ -53,17 +53,17 @@ impl Default for Policy {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-enum Phase {
+enum SupervisorPhase {
     /// Not running, nothing under way. `done`: it ended by itself and its restart policy says to leave it so.
     Down {
         done: bool,
     },
     /// Asked to be started.
     Starting,
-    Up(Process),
+    Up(ProcessState),
     /// Asked to be stopped: its process, or what a dead one left behind. `failed`: because of its health.
     Stopping {
-        process: Option<Process>,
+        process: Option<ProcessState>,
         failed: bool,
     },
     /// To be started when the time has come.
@@ -73,15 +73,15 @@ enum Phase {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-struct Process {
+struct ProcessState {
     pid: u32,
     since: Instant,
-    health: Health,
+    health: ProcessHealth,
 }
 
 /// What happened to the sub-agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
+pub enum SupervisorEvent {
     /// It is to run.
     Run,
     /// It is to rest.
@@ -100,7 +100,7 @@ pub enum Event {
         how: String,
     },
     /// The check that was asked for came to this.
-    Checked(Answer),
+    Checked(CheckResult),
     /// The stop that was asked for is done: nothing of it is left.
     Stopped,
     /// Time passed.
@@ -109,19 +109,19 @@ pub enum Event {
 
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
+pub enum SupervisorAction {
     Start,
     Stop,
-    /// To ask after its health, and to tell with [`Event::Checked`].
+    /// To ask after its health, and to tell with [`SupervisorEvent::Checked`].
     Check,
 }
 
 /// One sub-agent's supervisor.
 #[derive(Debug, Clone)]
 pub struct Supervisor {
-    policy: Policy,
+    policy: RestartPolicy,
     wanted: bool,
-    phase: Phase,
+    phase: SupervisorPhase,
     /// In a row, without a healthy time between.
     failures: u32,
     restarts: u64,
@@ -130,11 +130,11 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// One that rests; `restarts` goes on counting from an earlier manager's.
-    pub fn new(policy: Policy, restarts: u64) -> Supervisor {
+    pub fn new(policy: RestartPolicy, restarts: u64) -> Supervisor {
         Supervisor {
             policy,
             wanted: false,
-            phase: Phase::Down { done: false },
+            phase: SupervisorPhase::Down { done: false },
             failures: 0,
             restarts,
             last_error: None,
@@ -143,18 +143,18 @@ impl Supervisor {
 
     /// Takes charge of a process that another manager started, at `since`.
     pub fn adopt(&mut self, pid: u32, since: Instant, now: Instant, jitter: f64) {
-        let health = Health::of(self.policy.checks, since, now, jitter);
-        self.phase = Phase::Up(Process { pid, since, health });
+        let health = ProcessHealth::of(self.policy.checks, since, now, jitter);
+        self.phase = SupervisorPhase::Up(ProcessState { pid, since, health });
     }
 
     /// Takes note that another process took the place of the one that was up. Nothing changes where none was.
     pub fn replace(&mut self, pid: u32, now: Instant) {
-        if let Phase::Up(process) = &mut self.phase {
+        if let SupervisorPhase::Up(process) = &mut self.phase {
             (process.pid, process.since) = (pid, now);
         }
     }
 
-    pub fn set_policy(&mut self, policy: Policy) {
+    pub fn set_policy(&mut self, policy: RestartPolicy) {
         self.policy = policy;
     }
 
@@ -164,26 +164,26 @@ impl Supervisor {
 
     /// Nothing of it runs and nothing is under way.
     pub fn is_down(&self) -> bool {
-        matches!(self.phase, Phase::Down { .. } | Phase::Waiting { .. })
+        matches!(self.phase, SupervisorPhase::Down { .. } | SupervisorPhase::Waiting { .. })
     }
 
     pub fn is_up(&self) -> bool {
-        matches!(self.phase, Phase::Up(_))
+        matches!(self.phase, SupervisorPhase::Up(_))
     }
 
     /// It was asked to be started, and neither has nor failed to.
     pub fn is_starting(&self) -> bool {
-        self.phase == Phase::Starting
+        self.phase == SupervisorPhase::Starting
     }
 
     pub fn is_stopping(&self) -> bool {
-        matches!(self.phase, Phase::Stopping { .. })
+        matches!(self.phase, SupervisorPhase::Stopping { .. })
     }
 
     /// The process that runs, perhaps while it is being stopped.
-    fn process(&self) -> Option<&Process> {
+    fn process(&self) -> Option<&ProcessState> {
         match &self.phase {
-            Phase::Up(process) | Phase::Stopping { process: Some(process), .. } => Some(process),
+            SupervisorPhase::Up(process) | SupervisorPhase::Stopping { process: Some(process), .. } => Some(process),
             _ => None,
         }
     }
@@ -213,19 +213,19 @@ impl Supervisor {
 
     /// Whether its process runs and is well: by its last check, where there are checks.
     pub fn is_well(&self) -> bool {
-        matches!(&self.phase, Phase::Up(process) if process.health.is_well())
+        matches!(&self.phase, SupervisorPhase::Up(process) if process.health.is_well())
     }
 
     /// It ended by itself, and its restart policy leaves it so.
     pub fn is_done(&self) -> bool {
-        self.phase == Phase::Down { done: true }
+        self.phase == SupervisorPhase::Down { done: true }
     }
 
-    /// When [`Event::Tick`] has something to do.
+    /// When [`SupervisorEvent::Tick`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Waiting { until } => Some(*until),
-            Phase::Up(process) => process.health.due(),
+            SupervisorPhase::Waiting { until } => Some(*until),
+            SupervisorPhase::Up(process) => process.health.due(),
             _ => None,
         }
     }
@@ -233,7 +233,7 @@ impl Supervisor {
     /// When it is started again, where it waits for that.
     pub fn starts_at(&self) -> Option<Instant> {
         match self.phase {
-            Phase::Waiting { until } => Some(until),
+            SupervisorPhase::Waiting { until } => Some(until),
             _ => None,
         }
     }
@@ -241,67 +241,71 @@ impl Supervisor {
     /// As an operator reads it. What is being stopped is what it was until it is down: its process still runs.
     pub fn state(&self) -> AgentState {
         match &self.phase {
-            Phase::Down { done: false } if self.wanted => AgentState::Failed,
-            Phase::Down { .. } => AgentState::Stopped,
-            Phase::Starting => AgentState::Starting,
-            Phase::Up(process) | Phase::Stopping { process: Some(process), .. } => process.health.state(),
-            Phase::Stopping { process: None, .. } if self.wanted => AgentState::Starting,
-            Phase::Stopping { process: None, .. } => AgentState::Stopped,
-            Phase::Waiting { .. } => AgentState::Backoff,
+            SupervisorPhase::Down { done: false } if self.wanted => AgentState::Failed,
+            SupervisorPhase::Down { .. } => AgentState::Stopped,
+            SupervisorPhase::Starting => AgentState::Starting,
+            SupervisorPhase::Up(process) | SupervisorPhase::Stopping { process: Some(process), .. } => {
+                process.health.state()
+            }
+            SupervisorPhase::Stopping { process: None, .. } if self.wanted => AgentState::Starting,
+            SupervisorPhase::Stopping { process: None, .. } => AgentState::Stopped,
+            SupervisorPhase::Waiting { .. } => AgentState::Backoff,
         }
     }
 
     /// Takes in what happened and says what to do. `jitter` is from 0 to 1 and spreads the delays over a quarter of their length.
     ///
     /// An event that cannot come in the phase it comes in changes nothing.
-    pub fn step(&mut self, event: Event, now: Instant, jitter: f64) -> Option<Action> {
+    pub fn step(&mut self, event: SupervisorEvent, now: Instant, jitter: f64) -> Option<SupervisorAction> {
         match event {
-            Event::Run => {
+            SupervisorEvent::Run => {
                 self.wanted = true;
-                matches!(self.phase, Phase::Down { .. }).then(|| self.start())
+                matches!(self.phase, SupervisorPhase::Down { .. }).then(|| self.start())
             }
-            Event::Rest => {
+            SupervisorEvent::Rest => {
                 self.wanted = false;
                 self.forget();
                 match &mut self.phase {
                     // Also of one whose main process is dead: what that started may not be.
-                    Phase::Up(_) | Phase::Waiting { .. } | Phase::Down { done: true } => Some(self.stop(false)),
-                    Phase::Stopping { failed, .. } => {
+                    SupervisorPhase::Up(_) | SupervisorPhase::Waiting { .. } | SupervisorPhase::Down { done: true } => {
+                        Some(self.stop(false))
+                    }
+                    SupervisorPhase::Stopping { failed, .. } => {
                         *failed = false;
                         None
                     }
                     // A start under way is stopped when it is known what to stop.
-                    Phase::Starting | Phase::Down { done: false } => None,
+                    SupervisorPhase::Starting | SupervisorPhase::Down { done: false } => None,
                 }
             }
-            Event::Again if self.wanted => match &mut self.phase {
-                Phase::Up(_) => {
+            SupervisorEvent::Again if self.wanted => match &mut self.phase {
+                SupervisorPhase::Up(_) => {
                     self.forget();
                     Some(self.stop(false))
                 }
-                Phase::Waiting { .. } | Phase::Down { .. } => {
+                SupervisorPhase::Waiting { .. } | SupervisorPhase::Down { .. } => {
                     self.forget();
                     Some(self.start())
                 }
-                Phase::Stopping { failed, .. } => {
+                SupervisorPhase::Stopping { failed, .. } => {
                     *failed = false;
                     self.forget();
                     None
                 }
-                Phase::Starting => None,
+                SupervisorPhase::Starting => None,
             },
-            Event::Started { pid } if self.phase == Phase::Starting => {
+            SupervisorEvent::Started { pid } if self.phase == SupervisorPhase::Starting => {
                 self.adopt(pid, now, now, jitter);
                 (!self.wanted).then(|| self.stop(false))
             }
-            Event::StartFailed { why } if self.phase == Phase::Starting => {
+            SupervisorEvent::StartFailed { why } if self.phase == SupervisorPhase::Starting => {
                 // What is not wanted any more is not missed.
                 if self.wanted {
                     self.last_error = Some(why);
                 }
                 self.fail(now, jitter)
             }
-            Event::Exited { success, how } if self.is_up() => {
+            SupervisorEvent::Exited { success, how } if self.is_up() => {
                 self.settle(now);
                 let again = match self.policy.restart {
                     Restart::Always => true,
@@ -312,25 +316,28 @@ impl Supervisor {
                 if again {
                     self.fail(now, jitter)
                 } else {
-                    self.phase = Phase::Down { done: true };
+                    self.phase = SupervisorPhase::Down { done: true };
                     None
                 }
             }
-            Event::Checked(answer) => self.checked(answer, now),
-            Event::Stopped => match self.phase {
-                Phase::Stopping { failed, .. } if self.wanted && failed => self.fail(now, jitter),
-                Phase::Stopping { .. } => {
-                    self.phase = Phase::Down { done: false };
+            SupervisorEvent::Checked(answer) => self.checked(answer, now),
+            SupervisorEvent::Stopped => match self.phase {
+                SupervisorPhase::Stopping { failed, .. } if self.wanted && failed => self.fail(now, jitter),
+                SupervisorPhase::Stopping { .. } => {
+                    self.phase = SupervisorPhase::Down { done: false };
                     self.wanted.then(|| self.start())
                 }
                 _ => None,
             },
-            Event::Tick => match &mut self.phase {
-                Phase::Waiting { until } if now >= *until => Some(self.start()),
-                Phase::Up(process) => process.health.begin(now).then_some(Action::Check),
+            SupervisorEvent::Tick => match &mut self.phase {
+                SupervisorPhase::Waiting { until } if now >= *until => Some(self.start()),
+                SupervisorPhase::Up(process) => process.health.begin(now).then_some(SupervisorAction::Check),
                 _ => None,
             },
-            Event::Again | Event::Started { .. } | Event::StartFailed { .. } | Event::Exited { .. } => None,
+            SupervisorEvent::Again
+            | SupervisorEvent::Started { .. }
+            | SupervisorEvent::StartFailed { .. }
+            | SupervisorEvent::Exited { .. } => None,
         }
     }
 
@@ -339,32 +346,32 @@ impl Supervisor {
     pub fn outline(&self, now: Instant) -> Vec<i64> {
         // More failures than these make no delay longer.
         let failures = i64::from(self.failures.min(8));
-        let Policy { restart, checks, .. } = &self.policy;
+        let RestartPolicy { restart, checks, .. } = &self.policy;
         let policy = *restart as i64 * 2 + i64::from(checks.is_some());
         let mut words = vec![policy, i64::from(self.wanted), failures];
         match &self.phase {
-            Phase::Down { done } => words.extend([0, i64::from(*done)]),
-            Phase::Starting => words.push(1),
-            Phase::Up(process) => {
+            SupervisorPhase::Down { done } => words.extend([0, i64::from(*done)]),
+            SupervisorPhase::Starting => words.push(1),
+            SupervisorPhase::Up(process) => {
                 words.push(2);
                 words.extend(process.health.outline(now, self.policy.healthy));
             }
-            Phase::Stopping { process, failed } => {
+            SupervisorPhase::Stopping { process, failed } => {
                 words.extend([3, i64::from(*failed), i64::from(process.is_some())]);
             }
-            Phase::Waiting { until } => {
+            SupervisorPhase::Waiting { until } => {
                 words.extend([4, health::millis(until.saturating_duration_since(now))]);
             }
         }
         words
     }
 
-    fn checked(&mut self, answer: Answer, now: Instant) -> Option<Action> {
+    fn checked(&mut self, answer: CheckResult, now: Instant) -> Option<SupervisorAction> {
         self.settle(now);
-        let Phase::Up(process) = &mut self.phase else { return None };
+        let SupervisorPhase::Up(process) = &mut self.phase else { return None };
         let verdict = process.health.take(answer, now);
         // Not to be started again, it is left as it is, and shown: stopping it would help nobody.
-        if verdict == Verdict::Bearable || self.policy.restart == Restart::Never {
+        if verdict == HealthVerdict::Bearable || self.policy.restart == Restart::Never {
             return None;
         }
         self.last_error = process.health.why().map(|why| format!("stopped to be started again: {why}"));
@@ -373,7 +380,7 @@ impl Supervisor {
 
     /// After a healthy time the failures of before count no more.
     fn settle(&mut self, now: Instant) {
-        if let Phase::Up(process) = &self.phase
+        if let SupervisorPhase::Up(process) = &self.phase
             && process.health.well_for(now) >= self.policy.healthy
         {
             self.failures = 0;
@@ -387,25 +394,25 @@ impl Supervisor {
         self.last_error = None;
     }
 
-    fn start(&mut self) -> Action {
-        self.phase = Phase::Starting;
-        Action::Start
+    fn start(&mut self) -> SupervisorAction {
+        self.phase = SupervisorPhase::Starting;
+        SupervisorAction::Start
     }
 
-    fn stop(&mut self, failed: bool) -> Action {
-        let process = match std::mem::replace(&mut self.phase, Phase::Down { done: false }) {
-            Phase::Up(process) => Some(process),
+    fn stop(&mut self, failed: bool) -> SupervisorAction {
+        let process = match std::mem::replace(&mut self.phase, SupervisorPhase::Down { done: false }) {
+            SupervisorPhase::Up(process) => Some(process),
             _ => None,
         };
-        self.phase = Phase::Stopping { process, failed };
-        Action::Stop
+        self.phase = SupervisorPhase::Stopping { process, failed };
+        SupervisorAction::Stop
     }
 
     /// One failure more: at once the first time, later and later from then on.
-    fn fail(&mut self, now: Instant, jitter: f64) -> Option<Action> {
+    fn fail(&mut self, now: Instant, jitter: f64) -> Option<SupervisorAction> {
         if !self.wanted {
             // A start that failed may have started something all the same.
-            self.phase = Phase::Starting;
+            self.phase = SupervisorPhase::Starting;
             return Some(self.stop(false));
         }
         self.failures = self.failures.saturating_add(1);
@@ -415,7 +422,7 @@ impl Supervisor {
         }
         let doubled = self.policy.base.saturating_mul(1 << (self.failures - 2).min(20));
         let delay = doubled.min(self.policy.cap);
-        self.phase = Phase::Waiting { until: now + delay.mul_f64(1.0 - 0.25 * jitter.clamp(0.0, 1.0)) };
+        self.phase = SupervisorPhase::Waiting { until: now + delay.mul_f64(1.0 - 0.25 * jitter.clamp(0.0, 1.0)) };
         None
     }
 }

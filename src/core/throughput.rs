@@ -1,4 +1,4 @@
-//! How fast bytes come: too slowly to go on waiting for them ([`Pace`]), or faster than they may ([`Throttle`]). How often something may be
+//! How fast bytes come: too slowly to go on waiting for them ([`MinimumRate`]), or faster than they may ([`Throttle`]). How often something may be
 //! told is limited by `Allowance` in `core/schedule.rs`: it counts events and lets bursts pass, where a throttle lets none.
 
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 /// Judges a stream of bytes by windows of time, one after the other: one in which too few came is not worth waiting for, however
 /// regularly they come.
 #[derive(Debug, Clone)]
-pub struct Pace {
+pub struct MinimumRate {
     window: Duration,
     /// In each window.
     least: u64,
@@ -14,10 +14,10 @@ pub struct Pace {
     bytes: u64,
 }
 
-impl Pace {
+impl MinimumRate {
     /// At least `per_second` bytes a second, on average over each `window`.
-    pub fn new(window: Duration, per_second: u64) -> Pace {
-        Pace { window, least: per_second.saturating_mul(window.as_secs().max(1)), began: None, bytes: 0 }
+    pub fn new(window: Duration, per_second: u64) -> MinimumRate {
+        MinimumRate { window, least: per_second.saturating_mul(window.as_secs().max(1)), began: None, bytes: 0 }
     }
 
     /// Something was asked for: what it took before does not count.
@@ -74,11 +74,11 @@ mod tests {
     #[test]
     fn a_drip_is_too_slow_however_regular_and_a_burst_at_the_end_is_not() {
         let start = Instant::now();
-        let mut drip = Pace::new(S(100), 1024);
+        let mut drip = MinimumRate::new(S(100), 1024);
         let kept: Vec<bool> = (0..250).map(|second| drip.keeps(1000, start + S(second))).collect();
         assert_eq!(kept.iter().position(|kept| !kept), Some(100));
         assert_eq!(kept.iter().filter(|kept| !**kept).count(), 2);
-        let mut burst = Pace::new(S(100), 1024);
+        let mut burst = MinimumRate::new(S(100), 1024);
         assert!(burst.keeps(1, start) && burst.keeps(200_000, start + S(150)) && burst.keeps(1, start + S(249)));
         assert!(!burst.keeps(1, start + S(251)));
     }
@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn a_pause_between_two_requests_does_not_count() {
         let start = Instant::now();
-        let mut pace = Pace::new(S(100), 1024);
+        let mut pace = MinimumRate::new(S(100), 1024);
         assert!(pace.keeps(500_000, start));
         pace.begin(start + S(1000));
         assert!(pace.keeps(1, start + S(1001)));

@@ -71,12 +71,12 @@ impl fmt::Display for Size {
 }
 
 /// Reads a whole number or a text with a unit.
-struct Written<T> {
+struct UnitVisitor<T> {
     expected: &'static str,
     parse: fn(&str) -> Option<T>,
 }
 
-impl<T> Visitor<'_> for Written<T> {
+impl<T> Visitor<'_> for UnitVisitor<T> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -99,14 +99,14 @@ impl<T> Visitor<'_> for Written<T> {
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Span, D::Error> {
         let expected = "a duration such as \"30s\", \"5m\" or a whole number of seconds";
-        deserializer.deserialize_any(Written { expected, parse: Span::parse })
+        deserializer.deserialize_any(UnitVisitor { expected, parse: Span::parse })
     }
 }
 
 impl<'de> Deserialize<'de> for Size {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
         let expected = "a size such as \"64MiB\" or a whole number of MiB";
-        deserializer.deserialize_any(Written { expected, parse: Size::parse })
+        deserializer.deserialize_any(UnitVisitor { expected, parse: Size::parse })
     }
 }
 

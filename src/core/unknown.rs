@@ -5,37 +5,41 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// Flattened into a type of machine-written state.
-pub type Unknown = BTreeMap<String, Any>;
+pub type UnknownFields = BTreeMap<String, AnyValue>;
 
 /// A JSON value of any kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Any {
+pub enum AnyValue {
     Null(()),
     Bool(bool),
     Natural(u64),
     Integer(i64),
     Number(f64),
     Text(String),
-    List(Vec<Any>),
-    Map(BTreeMap<String, Any>),
+    List(Vec<AnyValue>),
+    Map(BTreeMap<String, AnyValue>),
 }
 
 /// Their names and values, bytes: about as many as they have in a file.
-pub fn bytes(unknown: &Unknown) -> usize {
+pub fn bytes(unknown: &UnknownFields) -> usize {
     unknown.iter().map(|(name, value)| name.len() + value.bytes()).sum()
 }
 
-impl Any {
+impl AnyValue {
     fn bytes(&self) -> usize {
         /// A number, a word of the format, or the punctuation of any other value.
         const ALONE: usize = 8;
         ALONE
             + match self {
-                Any::Text(text) => text.len(),
-                Any::List(values) => values.iter().map(Any::bytes).sum(),
-                Any::Map(values) => bytes(values),
-                Any::Null(()) | Any::Bool(_) | Any::Natural(_) | Any::Integer(_) | Any::Number(_) => 0,
+                AnyValue::Text(text) => text.len(),
+                AnyValue::List(values) => values.iter().map(AnyValue::bytes).sum(),
+                AnyValue::Map(values) => bytes(values),
+                AnyValue::Null(())
+                | AnyValue::Bool(_)
+                | AnyValue::Natural(_)
+                | AnyValue::Integer(_)
+                | AnyValue::Number(_) => 0,
             }
     }
 }

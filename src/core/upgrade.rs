@@ -42,20 +42,25 @@ mod view;
 
 use std::time::Duration;
 
-pub use evidence::{Asker, Evidence, Limits, Links, Manager, Placed, Probe, Proof, Which};
-pub use record::{Change, End, Ended, Force, Image, NewEndpoint, Phase, Reason, Record, Refusal, Trial};
+pub use evidence::{
+    Decider, Evidence, InstalledExecutable, ManagerEvidence, Probe, Proof, RoleLinks, TrialLimits, WhichRelease,
+};
+pub use record::{
+    FinishedUpgrade, Image, NewEndpoint, OperatorDecision, RecordChange, Trial, TrialEndReason, UpgradeEnd,
+    UpgradePhase, UpgradeRecord, UpgradeRefusal,
+};
 pub use view::status;
 
 /// One step. [`next`] is asked again when it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum UpgradeStep {
     /// Nothing is under way.
     Nothing,
     Wait(Wait),
     /// Write the record as it is.
     Save,
     /// Make the change and write the record.
-    Record(Change),
+    Record(RecordChange),
     /// Make `bin/aops.prev` from `bin/aops`.
     BackUp,
     /// Lead every role link but the manager's to `bin/aops.prev`.
@@ -67,7 +72,7 @@ pub enum Step {
     /// Lead every role link to `bin/aops`.
     LinkToExecutable,
     /// Make `state/manager.json` name this release, and the epoch and the keys count if it is the new one.
-    RecordRelease(Which),
+    RecordRelease(WhichRelease),
     /// End the manager, which leaves the sub-agents running; the next one is started as after any death. A manager ends itself.
     RestartManager,
     /// The same, of a manager that does not answer.
@@ -108,7 +113,7 @@ pub enum Wait {
 }
 
 impl Wait {
-    /// The time that is waited is given to [`Record::spend`].
+    /// The time that is waited is given to [`UpgradeRecord::spend`].
     pub fn counts(self) -> bool {
         matches!(self, Wait::Answer { .. })
     }
@@ -173,165 +178,182 @@ guards! {
 }
 
 /// The next step. The same record and evidence give the same step.
-pub fn next(record: &Record, evidence: &Evidence, limits: &Limits) -> Step {
+pub fn next(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits) -> UpgradeStep {
     decide(record, evidence, limits, &Guards::ALL)
 }
 
-fn decide(record: &Record, evidence: &Evidence, limits: &Limits, guards: &Guards) -> Step {
+fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     let Some(trial) = record.trial() else { return without_record(evidence, guards) };
     if !may_act(trial.phase, evidence) {
-        let old_manager = evidence.asker == Asker::Manager && runs(evidence, Which::From);
+        let old_manager = evidence.asker == Decider::Manager && runs(evidence, WhichRelease::From);
         return if old_manager && is_switched(trial.phase, evidence.executable) {
-            Step::RestartManager
+            UpgradeStep::RestartManager
         } else {
-            Step::Wait(Wait::OtherRole)
+            UpgradeStep::Wait(Wait::OtherRole)
         };
     }
-    if !evidence.recorded && (guards.record_before_swap || trial.phase != Phase::Switching) {
-        return Step::Save;
+    if !evidence.recorded && (guards.record_before_swap || trial.phase != UpgradePhase::Switching) {
+        return UpgradeStep::Save;
     }
-    if evidence.executable == Placed::Neither && guards.neither_image_drops {
-        return drop_trial(Change::Drop, evidence, guards);
+    if evidence.executable == InstalledExecutable::Neither && guards.neither_image_drops {
+        return drop_trial(RecordChange::Drop, evidence, guards);
     }
     match (trial.phase, evidence.executable) {
-        (Phase::Switching, Placed::From | Placed::Both) => switch(trial, evidence, guards),
-        (Phase::Switching, Placed::To | Placed::Neither) => Step::Record(Change::BeginTrial),
+        (UpgradePhase::Switching, InstalledExecutable::From | InstalledExecutable::Both) => {
+            switch(trial, evidence, guards)
+        }
+        (UpgradePhase::Switching, InstalledExecutable::To | InstalledExecutable::Neither) => {
+            UpgradeStep::Record(RecordChange::BeginTrial)
+        }
         // On Windows the switch first moves the running executable away.
-        (Phase::Switching, Placed::Missing) if evidence.backup_whole => Step::Restore,
-        (Phase::Switching, Placed::Missing) => drop_trial(Change::Interrupt, evidence, guards),
-        (Phase::Trial, Placed::From) => drop_trial(Change::Interrupt, evidence, guards),
-        (Phase::Trial, _) => judge(trial, evidence, limits, guards),
-        (Phase::Committing, Placed::From) => drop_trial(Change::Drop, evidence, guards),
-        (Phase::Committing, Placed::Missing) if evidence.backup_whole => condemn(Reason::Vanished),
-        (Phase::Committing, _) => commit(evidence, guards),
-        (Phase::RollingBack, _) => roll_back(trial, evidence, guards),
+        (UpgradePhase::Switching, InstalledExecutable::Missing) if evidence.backup_whole => UpgradeStep::Restore,
+        (UpgradePhase::Switching, InstalledExecutable::Missing) => {
+            drop_trial(RecordChange::Interrupt, evidence, guards)
+        }
+        (UpgradePhase::Trial, InstalledExecutable::From) => drop_trial(RecordChange::Interrupt, evidence, guards),
+        (UpgradePhase::Trial, _) => judge(trial, evidence, limits, guards),
+        (UpgradePhase::Committing, InstalledExecutable::From) => drop_trial(RecordChange::Drop, evidence, guards),
+        (UpgradePhase::Committing, InstalledExecutable::Missing) if evidence.backup_whole => {
+            condemn(TrialEndReason::Vanished)
+        }
+        (UpgradePhase::Committing, _) => commit(evidence, guards),
+        (UpgradePhase::RollingBack, _) => roll_back(trial, evidence, guards),
     }
 }
 
 /// The record is written by the manager until the switch, by the watchdog after it, by the installer when both are stopped. The manager
 /// ends a commit whose watchdog does not come, and a trial whose watchdog cannot come because the backup is gone.
-fn may_act(phase: Phase, evidence: &Evidence) -> bool {
+fn may_act(phase: UpgradePhase, evidence: &Evidence) -> bool {
     let no_watchdog = evidence.watchdog.is_none();
-    let is_before_switch = phase == Phase::Switching && evidence.executable != Placed::To;
+    let is_before_switch = phase == UpgradePhase::Switching && evidence.executable != InstalledExecutable::To;
     match evidence.asker {
-        Asker::Installer => true,
-        Asker::Manager => is_before_switch || (no_watchdog && (phase == Phase::Committing || !evidence.backup_whole)),
-        Asker::Watchdog => phase != Phase::Switching || !matches!(evidence.executable, Placed::From | Placed::Both),
+        Decider::Installer => true,
+        Decider::Manager => {
+            is_before_switch || (no_watchdog && (phase == UpgradePhase::Committing || !evidence.backup_whole))
+        }
+        Decider::Watchdog => {
+            phase != UpgradePhase::Switching
+                || !matches!(evidence.executable, InstalledExecutable::From | InstalledExecutable::Both)
+        }
     }
 }
 
 /// The new release is in place, and its manager is to run.
-fn is_switched(phase: Phase, executable: Placed) -> bool {
+fn is_switched(phase: UpgradePhase, executable: InstalledExecutable) -> bool {
     match phase {
-        Phase::Switching => executable == Placed::To,
-        Phase::Trial | Phase::Committing => matches!(executable, Placed::To | Placed::Both),
-        Phase::RollingBack => false,
+        UpgradePhase::Switching => executable == InstalledExecutable::To,
+        UpgradePhase::Trial | UpgradePhase::Committing => {
+            matches!(executable, InstalledExecutable::To | InstalledExecutable::Both)
+        }
+        UpgradePhase::RollingBack => false,
     }
 }
 
-fn without_record(evidence: &Evidence, guards: &Guards) -> Step {
-    if evidence.links == Links::Executable || !guards.links_home_after_end {
-        return Step::Nothing;
+fn without_record(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
+    if evidence.links == RoleLinks::Executable || !guards.links_home_after_end {
+        return UpgradeStep::Nothing;
     }
     // The links are led to a file that is there.
     match evidence.executable {
-        Placed::Missing if evidence.backup_whole => Step::Restore,
-        _ => Step::LinkToExecutable,
+        InstalledExecutable::Missing if evidence.backup_whole => UpgradeStep::Restore,
+        _ => UpgradeStep::LinkToExecutable,
     }
 }
 
 /// Nothing was switched yet.
-fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> Step {
-    if trial.forced == Some(Force::Abort) {
-        return drop_trial(Change::SkipAndForget, evidence, guards);
+fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
+    if trial.forced == Some(OperatorDecision::Abort) {
+        return drop_trial(RecordChange::SkipAndForget, evidence, guards);
     }
-    if evidence.asker == Asker::Installer || evidence.stopped {
-        return drop_trial(Change::Drop, evidence, guards);
+    if evidence.asker == Decider::Installer || evidence.stopped {
+        return drop_trial(RecordChange::Drop, evidence, guards);
     }
     // A start sweeps `staging`, so this manager did not begin the switch.
     if !evidence.staged && guards.staged_before_swap {
-        return drop_trial(Change::Interrupt, evidence, guards);
+        return drop_trial(RecordChange::Interrupt, evidence, guards);
     }
     if !evidence.backup_whole && guards.backup_before_swap {
-        return Step::BackUp;
+        return UpgradeStep::BackUp;
     }
-    if evidence.links != Links::Backup && guards.links_before_swap {
-        return Step::LinkToBackup;
+    if evidence.links != RoleLinks::Backup && guards.links_before_swap {
+        return UpgradeStep::LinkToBackup;
     }
     match evidence.executable {
         // There is nothing to switch but the record.
-        Placed::Both => Step::Record(Change::BeginTrial),
-        _ => Step::Swap,
+        InstalledExecutable::Both => UpgradeStep::Record(RecordChange::BeginTrial),
+        _ => UpgradeStep::Swap,
     }
 }
 
-fn judge(trial: &Trial, evidence: &Evidence, limits: &Limits, guards: &Guards) -> Step {
-    if evidence.executable == Placed::Missing && evidence.backup_whole {
-        return condemn(Reason::Vanished);
+fn judge(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
+    if evidence.executable == InstalledExecutable::Missing && evidence.backup_whole {
+        return condemn(TrialEndReason::Vanished);
     }
     if !evidence.backup_whole && guards.backup_whole_before_restore {
         // Nor can a judge or `control` be started from it.
-        return Step::Record(Change::Commit(Some(Reason::NoBackup)));
+        return UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup)));
     }
     if let Some(step) = keep_judge_old(evidence, guards) {
         return step;
     }
     match trial.forced {
-        Some(Force::Commit) => return Step::Record(Change::Commit(Some(Reason::Forced))),
-        Some(Force::Abort) => return condemn(Reason::Aborted),
-        None if evidence.asker == Asker::Installer => {
-            return Step::Record(Change::RollBack { reason: Reason::Installer, condemns: false });
+        Some(OperatorDecision::Commit) => {
+            return UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::Forced)));
+        }
+        Some(OperatorDecision::Abort) => return condemn(TrialEndReason::Aborted),
+        None if evidence.asker == Decider::Installer => {
+            return UpgradeStep::Record(RecordChange::RollBack { reason: TrialEndReason::Installer, condemns: false });
         }
         None => {}
     }
     if evidence.stopped && guards.stop_pauses {
-        return Step::Wait(Wait::Start);
+        return UpgradeStep::Wait(Wait::Start);
     }
     if trial.deaths >= limits.deaths && guards.tries_budget {
-        return condemn(Reason::Died);
+        return condemn(TrialEndReason::Died);
     }
     if trial.lost_watchdogs >= limits.lost_watchdogs && guards.watchdogs_budget {
-        return condemn(Reason::WatchdogEnded);
+        return condemn(TrialEndReason::WatchdogEnded);
     }
     if trial.failed_proofs >= limits.failed_proofs && guards.proofs_budget {
-        return condemn(Reason::Proof);
+        return condemn(TrialEndReason::Proof);
     }
     if evidence.died {
-        return Step::Record(Change::LoseTry);
+        return UpgradeStep::Record(RecordChange::LoseTry);
     }
     if evidence.took_over {
-        return Step::Record(Change::LoseWatchdog);
+        return UpgradeStep::Record(RecordChange::LoseWatchdog);
     }
     if evidence.proof == Proof::Failed {
-        return Step::Record(Change::FailProof);
+        return UpgradeStep::Record(RecordChange::FailProof);
     }
     judge_manager(trial, evidence, limits, guards)
 }
 
 /// The new manager, of which nothing is known that condemns it at once.
-fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &Limits, guards: &Guards) -> Step {
-    if runs(evidence, Which::From) {
+fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
+    if runs(evidence, WhichRelease::From) {
         return end_manager(evidence);
     }
-    let manager = evidence.manager.filter(|manager| manager.image == Which::To);
+    let manager = evidence.manager.filter(|manager| manager.image == WhichRelease::To);
     if manager.is_some_and(|manager| manager.over_memory) && guards.memory {
-        return condemn(Reason::Memory);
+        return condemn(TrialEndReason::Memory);
     }
     let answered = manager.and_then(|manager| manager.answered);
     let adopted = manager.is_some_and(|manager| manager.adopted) || !guards.adoption;
     let (Some(life), true) = (answered, adopted) else {
         let spent = Duration::from_secs(trial.spent_seconds);
-        let reason = if answered.is_some() { Reason::NotAdopted } else { Reason::NoAnswer };
+        let reason = if answered.is_some() { TrialEndReason::NotAdopted } else { TrialEndReason::NoAnswer };
         return match limits.first_answer.checked_sub(spent).filter(|left| !left.is_zero()) {
             None if guards.time_budget => condemn(reason),
-            left => Step::Wait(Wait::Answer { left: left.unwrap_or_default() }),
+            left => UpgradeStep::Wait(Wait::Answer { left: left.unwrap_or_default() }),
         };
     };
     if trial.spent_seconds > 0 {
-        return Step::Record(Change::ResetTime);
+        return UpgradeStep::Record(RecordChange::ResetTime);
     }
     if life < limits.minimum_life && guards.minimum_life {
-        return Step::Wait(Wait::Life { left: limits.minimum_life - life });
+        return UpgradeStep::Wait(Wait::Life { left: limits.minimum_life - life });
     }
     let heartbeat = manager.is_some_and(|manager| manager.heartbeat) || !guards.heartbeat_before_commit;
     if !heartbeat {
@@ -339,97 +361,97 @@ fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &Limits, guards: &G
     }
     match evidence.proof {
         _ if !guards.prove_before_commit => commit_trial(evidence, guards),
-        Proof::NotBegun | Proof::Failed => Step::Prove,
-        Proof::Running => Step::Wait(Wait::Proof),
+        Proof::NotBegun | Proof::Failed => UpgradeStep::Prove,
+        Proof::Running => UpgradeStep::Wait(Wait::Proof),
         Proof::Passed => commit_trial(evidence, guards),
     }
 }
 
 /// It has not sent a heartbeat; whether that is its own fault, a heartbeat of the old program tells.
-fn await_heartbeat(probe: Probe, limits: &Limits, guards: &Guards) -> Step {
+fn await_heartbeat(probe: Probe, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     match probe {
-        _ if !guards.probe_before_condemning => condemn(Reason::NoHeartbeat),
-        Probe::NotAsked => Step::Probe,
-        Probe::Running => Step::Wait(Wait::Probe),
-        Probe::Works(ago) if ago >= limits.heartbeat_grace => condemn(Reason::NoHeartbeat),
-        Probe::Works(ago) => Step::Wait(Wait::Heartbeat { left: limits.heartbeat_grace - ago }),
-        Probe::Fails(ago) if ago >= limits.probe_pause => Step::Probe,
-        Probe::Fails(ago) => Step::Wait(Wait::Unproven { left: limits.probe_pause - ago }),
+        _ if !guards.probe_before_condemning => condemn(TrialEndReason::NoHeartbeat),
+        Probe::NotAsked => UpgradeStep::Probe,
+        Probe::Running => UpgradeStep::Wait(Wait::Probe),
+        Probe::Works(ago) if ago >= limits.heartbeat_grace => condemn(TrialEndReason::NoHeartbeat),
+        Probe::Works(ago) => UpgradeStep::Wait(Wait::Heartbeat { left: limits.heartbeat_grace - ago }),
+        Probe::Fails(ago) if ago >= limits.probe_pause => UpgradeStep::Probe,
+        Probe::Fails(ago) => UpgradeStep::Wait(Wait::Unproven { left: limits.probe_pause - ago }),
     }
 }
 
-fn commit_trial(evidence: &Evidence, guards: &Guards) -> Step {
-    if !guards.commit_record_before_links && evidence.links != Links::Executable {
-        return Step::LinkToExecutable;
+fn commit_trial(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
+    if !guards.commit_record_before_links && evidence.links != RoleLinks::Executable {
+        return UpgradeStep::LinkToExecutable;
     }
-    Step::Record(Change::Commit(None))
+    UpgradeStep::Record(RecordChange::Commit(None))
 }
 
 /// Before the restore the next judge, and this one, run the old program.
-fn keep_judge_old(evidence: &Evidence, guards: &Guards) -> Option<Step> {
-    if evidence.links != Links::Backup && guards.links_before_restore && guards.commit_record_before_links {
-        return Some(Step::LinkToBackup);
+fn keep_judge_old(evidence: &Evidence, guards: &Guards) -> Option<UpgradeStep> {
+    if evidence.links != RoleLinks::Backup && guards.links_before_restore && guards.commit_record_before_links {
+        return Some(UpgradeStep::LinkToBackup);
     }
-    let own_program_is_new = evidence.asker == Asker::Watchdog && evidence.watchdog != Some(Which::From);
-    (own_program_is_new && evidence.links == Links::Backup).then_some(Step::EndWatchdog)
+    let own_program_is_new = evidence.asker == Decider::Watchdog && evidence.watchdog != Some(WhichRelease::From);
+    (own_program_is_new && evidence.links == RoleLinks::Backup).then_some(UpgradeStep::EndWatchdog)
 }
 
-fn commit(evidence: &Evidence, guards: &Guards) -> Step {
-    if evidence.installed != Which::To && guards.release_recorded_on_commit {
-        return Step::RecordRelease(Which::To);
+fn commit(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
+    if evidence.installed != WhichRelease::To && guards.release_recorded_on_commit {
+        return UpgradeStep::RecordRelease(WhichRelease::To);
     }
-    if evidence.links != Links::Executable && guards.links_home_after_end {
-        return Step::LinkToExecutable;
+    if evidence.links != RoleLinks::Executable && guards.links_home_after_end {
+        return UpgradeStep::LinkToExecutable;
     }
-    if runs(evidence, Which::From) {
+    if runs(evidence, WhichRelease::From) {
         return end_manager(evidence);
     }
-    if evidence.asker == Asker::Watchdog && evidence.watchdog == Some(Which::From) && guards.end_old_watchdog {
-        return Step::EndWatchdog;
+    if evidence.asker == Decider::Watchdog && evidence.watchdog == Some(WhichRelease::From) && guards.end_old_watchdog {
+        return UpgradeStep::EndWatchdog;
     }
-    Step::Record(Change::Forget)
+    UpgradeStep::Record(RecordChange::Forget)
 }
 
-fn roll_back(trial: &Trial, evidence: &Evidence, guards: &Guards) -> Step {
-    if !matches!(evidence.executable, Placed::From | Placed::Both) {
+fn roll_back(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
+    if !matches!(evidence.executable, InstalledExecutable::From | InstalledExecutable::Both) {
         if !evidence.backup_whole && guards.backup_whole_before_restore {
             return match evidence.executable {
-                Placed::Missing => drop_trial(Change::Drop, evidence, guards),
-                _ => Step::Record(Change::Commit(Some(Reason::NoBackup))),
+                InstalledExecutable::Missing => drop_trial(RecordChange::Drop, evidence, guards),
+                _ => UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup))),
             };
         }
-        return keep_judge_old(evidence, guards).unwrap_or(Step::Restore);
+        return keep_judge_old(evidence, guards).unwrap_or(UpgradeStep::Restore);
     }
-    let end = if trial.condemned && guards.skip_on_rollback { Change::SkipAndForget } else { Change::Drop };
+    let end = if trial.condemned && guards.skip_on_rollback { RecordChange::SkipAndForget } else { RecordChange::Drop };
     drop_trial(end, evidence, guards)
 }
 
 /// Leads everything to what `bin/aops` is, and ends with this change.
-fn drop_trial(end: Change, evidence: &Evidence, guards: &Guards) -> Step {
-    let is_old = matches!(evidence.executable, Placed::From | Placed::Both);
-    if is_old && evidence.installed == Which::To && guards.release_recorded_back {
-        return Step::RecordRelease(Which::From);
+fn drop_trial(end: RecordChange, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
+    let is_old = matches!(evidence.executable, InstalledExecutable::From | InstalledExecutable::Both);
+    if is_old && evidence.installed == WhichRelease::To && guards.release_recorded_back {
+        return UpgradeStep::RecordRelease(WhichRelease::From);
     }
-    if is_old && runs(evidence, Which::To) && guards.restart_after_restore {
+    if is_old && runs(evidence, WhichRelease::To) && guards.restart_after_restore {
         return end_manager(evidence);
     }
-    if evidence.links != Links::Executable && guards.links_home_after_end {
-        return Step::LinkToExecutable;
+    if evidence.links != RoleLinks::Executable && guards.links_home_after_end {
+        return UpgradeStep::LinkToExecutable;
     }
-    Step::Record(end)
+    UpgradeStep::Record(end)
 }
 
-fn condemn(reason: Reason) -> Step {
-    Step::Record(Change::RollBack { reason, condemns: true })
+fn condemn(reason: TrialEndReason) -> UpgradeStep {
+    UpgradeStep::Record(RecordChange::RollBack { reason, condemns: true })
 }
 
-fn runs(evidence: &Evidence, image: Which) -> bool {
+fn runs(evidence: &Evidence, image: WhichRelease) -> bool {
     evidence.manager.is_some_and(|manager| manager.image == image)
 }
 
-fn end_manager(evidence: &Evidence) -> Step {
+fn end_manager(evidence: &Evidence) -> UpgradeStep {
     match evidence.manager {
-        Some(Manager { answered: None, .. }) => Step::KillManager,
-        _ => Step::RestartManager,
+        Some(ManagerEvidence { answered: None, .. }) => UpgradeStep::KillManager,
+        _ => UpgradeStep::RestartManager,
     }
 }

@@ -16,13 +16,13 @@ use ureq::unversioned::transport::{ConnectProxyConnector, Connector, TcpConnecto
 use ureq::{Agent, Body, Timeout};
 
 use super::proxy::{Proxies, ProxyUrl};
-use super::stall::{Dripping, LEAST_PER_SECOND, PaceConnector};
-use super::tls::{Handshake, HandshakeFailed, Seen, TlsConnector};
-use super::trust::{Distrust, Judge};
+use super::stall::{LEAST_PER_SECOND, StallConnector, TooSlow};
+use super::tls::{Handshake, HandshakeFailed, SharedHandshakes, TlsConnector};
+use super::trust::{Distrust, LoadedTrust};
 use super::{Endpoint, Fingerprint, Trust};
 use crate::core::model::AgentId;
 use crate::core::protocol::{AGENT_ID_HEADER, MAX_PINS, TrustReport};
-use crate::core::throughput::Pace;
+use crate::core::throughput::MinimumRate;
 
 /// Heartbeats at the usual intervals share a connection. One that was idle for longer may have been forgotten by a firewall in between, which
 /// lets what is sent on it go nowhere.
@@ -70,17 +70,17 @@ pub struct Client {
     insecure: bool,
     proxies: Proxies,
     timeouts: Timeouts,
-    judge: Judge,
+    judge: LoadedTrust,
     /// As certificates are checked, in a word for reports.
     by: &'static str,
-    seen: Seen,
+    seen: SharedHandshakes,
     /// Connections that were begun.
     made: Arc<AtomicU64>,
 }
 
 /// Who asks, towards the one who is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asker {
+pub enum Requester {
     /// This host: the other end is an endpoint of ours, and is told the agent id.
     Host,
     /// Nobody in particular: it is somebody else's server.
@@ -100,8 +100,8 @@ impl Client {
         if insecure {
             tracing::warn!("certificates are not checked, and plain http is allowed (--insecure)");
         }
-        let (seen, made) = (Seen::default(), Arc::new(AtomicU64::new(0)));
-        let judge = Judge::new(trust)?;
+        let (seen, made) = (SharedHandshakes::default(), Arc::new(AtomicU64::new(0)));
+        let judge = LoadedTrust::new(trust)?;
         let (input, output) = if timeouts.total.is_some() { (8 << 10, 4 << 10) } else { (64 << 10, 4 << 10) };
         let config = Agent::config_builder()
             .http_status_as_error(false)
@@ -124,7 +124,7 @@ impl Client {
         let connector =
             ().chain(ConnectProxyConnector::default())
                 .chain(TcpConnector::default())
-                .chain(PaceConnector { window: timeouts.stall * DRIP_STALLS, made: Arc::clone(&made) })
+                .chain(StallConnector { window: timeouts.stall * DRIP_STALLS, made: Arc::clone(&made) })
                 .chain(TlsConnector::new(judge.clone(), proxies.tls_authorities(), Arc::clone(&seen)));
         let agent = Agent::with_parts(config, connector, DefaultResolver::default());
         let (agent_id, proxies, by) = (agent_id.cloned(), proxies.clone(), trust.word());
@@ -132,8 +132,8 @@ impl Client {
     }
 
     /// By which somebody else ends what this client waits for.
-    pub fn end(&self) -> End {
-        End(self.agent.clone())
+    pub fn end(&self) -> Disconnector {
+        Disconnector(self.agent.clone())
     }
 
     /// The public key that this client was the first to see and has recorded, under [`Trust::FirstContact`].
@@ -170,8 +170,8 @@ impl Client {
     }
 
     /// Gets `path` (beginning with a slash, perhaps with a query) from an endpoint, to which the agent id is told.
-    pub fn get(&self, endpoint: &Endpoint, path: &str, headers: &[(&str, &str)]) -> Result<Reply> {
-        self.got(endpoint, path, headers, Asker::Host, None)
+    pub fn get(&self, endpoint: &Endpoint, path: &str, headers: &[(&str, &str)]) -> Result<HttpResponse> {
+        self.got(endpoint, path, headers, Requester::Host, None)
     }
 
     /// Gets a file, or a part of it, the whole of it and all redirects within that time.
@@ -180,14 +180,14 @@ impl Client {
         from: &Endpoint,
         path: &str,
         headers: &[(&str, &str)],
-        asker: Asker,
+        asker: Requester,
         within: Duration,
-    ) -> Result<Reply> {
+    ) -> Result<HttpResponse> {
         self.got(from, path, headers, asker, Some(within))
     }
 
     /// Posts a JSON text to an endpoint.
-    pub fn post_json(&self, endpoint: &Endpoint, path: &str, json: &[u8]) -> Result<Reply> {
+    pub fn post_json(&self, endpoint: &Endpoint, path: &str, json: &[u8]) -> Result<HttpResponse> {
         let proxy = self.proxy_for(endpoint)?;
         let response = self.asked(|| {
             let mut request = self.agent.post(endpoint.url(path)).header(header::CONTENT_TYPE, "application/json");
@@ -197,7 +197,7 @@ impl Client {
             request.config().proxy(proxy.map(|proxy| proxy.proxy().clone())).build().send(json)
         });
         let response = response.map_err(|error| self.explain(endpoint, proxy, error))?;
-        Ok(Reply::new(endpoint, self.timeouts.stall, response))
+        Ok(HttpResponse::new(endpoint, self.timeouts.stall, response))
     }
 
     /// Asks, and asks again where a connection that was kept turns out to be dead: the other end closed it meanwhile, or whatever lies
@@ -223,9 +223,9 @@ impl Client {
         from: &Endpoint,
         path: &str,
         headers: &[(&str, &str)],
-        asker: Asker,
+        asker: Requester,
         within: Option<Duration>,
-    ) -> Result<Reply> {
+    ) -> Result<HttpResponse> {
         let proxy = self.proxy_for(from)?;
         let began = Instant::now();
         let mut url = from.url(path);
@@ -235,7 +235,7 @@ impl Client {
                 for (name, value) in headers {
                     request = request.header(*name, *value);
                 }
-                if let Some(id) = self.agent_id.as_ref().filter(|_| asker == Asker::Host) {
+                if let Some(id) = self.agent_id.as_ref().filter(|_| asker == Requester::Host) {
                     request = request.header(AGENT_ID_HEADER, id.as_str());
                 }
                 let total = within.map(|within| within.saturating_sub(began.elapsed())).or(self.timeouts.total);
@@ -244,7 +244,7 @@ impl Client {
             });
             let response = response.map_err(|error| self.explain(from, proxy, error))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(Reply::new(from, self.timeouts.stall, response));
+                return Ok(HttpResponse::new(from, self.timeouts.stall, response));
             }
             let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
             url = redirected(from, location.context("cannot follow a redirect that does not say where to")?)?;
@@ -313,7 +313,7 @@ impl Client {
             ),
             other => format!("cannot reach {origin}: {other}"),
         };
-        anyhow::Error::new(Unanswered(text))
+        anyhow::Error::new(NoResponse(text))
     }
 }
 
@@ -326,9 +326,9 @@ fn is_dead(error: &ureq::Error) -> bool {
 
 /// Ends all connections of a client, in the middle of what they wait for; it makes no new ones.
 #[derive(Debug)]
-pub struct End(Agent);
+pub struct Disconnector(Agent);
 
-impl End {
+impl Disconnector {
     pub fn now(self) {
         self.0.shutdown();
     }
@@ -336,35 +336,35 @@ impl End {
 
 /// A redirect to somebody else, whom nobody told us to trust.
 #[derive(Debug)]
-pub struct Astray {
+pub struct ForeignRedirect {
     from: String,
     to: String,
     why: &'static str,
 }
 
-impl std::fmt::Display for Astray {
+impl std::fmt::Display for ForeignRedirect {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "cannot follow a redirect of {} to {}: {}", self.from, self.to, self.why)
     }
 }
 
-impl std::error::Error for Astray {}
+impl std::error::Error for ForeignRedirect {}
 
 /// No answer came, or none that could be understood; another time one may.
 #[derive(Debug)]
-struct Unanswered(String);
+struct NoResponse(String);
 
-impl std::fmt::Display for Unanswered {
+impl std::fmt::Display for NoResponse {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Unanswered {}
+impl std::error::Error for NoResponse {}
 
 /// Whether a failure to get an answer may pass by itself: it lies in the network, not in what was asked or in who was not trusted.
 pub fn may_pass(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Unanswered>().is_some()
+    error.downcast_ref::<NoResponse>().is_some()
 }
 
 /// Where a redirect leads, if it stays within the origin.
@@ -377,17 +377,17 @@ pub(super) fn redirected(from: &Endpoint, location: &str) -> Result<String> {
     let without_query = url.split(['?', '#']).next().unwrap_or_default();
     let target: Endpoint = without_query.parse().with_context(|| format!("cannot follow a redirect of {from}"))?;
     if from.is_https() && !target.is_https() {
-        return Err(Astray { from: from.origin(), to: target.origin(), why: "it is plain http" }.into());
+        return Err(ForeignRedirect { from: from.origin(), to: target.origin(), why: "it is plain http" }.into());
     }
     if target.origin() != from.origin() {
-        return Err(Astray { from: from.origin(), to: target.origin(), why: "it is another host" }.into());
+        return Err(ForeignRedirect { from: from.origin(), to: target.origin(), why: "it is another host" }.into());
     }
     Ok(url)
 }
 
 /// An answer whose body has not been read yet.
 #[derive(Debug)]
-pub struct Reply {
+pub struct HttpResponse {
     origin: String,
     status: u16,
     headers: HeaderMap,
@@ -395,10 +395,10 @@ pub struct Reply {
     stall: Duration,
 }
 
-impl Reply {
-    fn new(from: &Endpoint, stall: Duration, response: Response<Body>) -> Reply {
+impl HttpResponse {
+    fn new(from: &Endpoint, stall: Duration, response: Response<Body>) -> HttpResponse {
         let (parts, body) = response.into_parts();
-        Reply { origin: from.origin(), status: parts.status.as_u16(), headers: parts.headers, body, stall }
+        HttpResponse { origin: from.origin(), status: parts.status.as_u16(), headers: parts.headers, body, stall }
     }
 
     /// Whether it is a page for people, which no gateway sends where a file was asked for.
@@ -450,7 +450,7 @@ impl Reply {
     pub fn reader(self) -> impl Read {
         let window = self.stall * DRIP_STALLS;
         let body = self.body.into_with_config().limit(u64::MAX).reader();
-        Plain { stall: self.stall, window, pace: Pace::new(window, LEAST_PER_SECOND), body }
+        BodyReader { stall: self.stall, window, pace: MinimumRate::new(window, LEAST_PER_SECOND), body }
     }
 
     /// For an answer that is not what was asked for: the status, and what the other end says about it.
@@ -470,22 +470,22 @@ impl Reply {
 }
 
 /// A body whose errors are told plainly, and that must keep its pace: small records make a trickle look like more below TLS.
-struct Plain<R> {
+struct BodyReader<R> {
     stall: Duration,
     window: Duration,
-    pace: Pace,
+    pace: MinimumRate,
     body: R,
 }
 
-impl<R: Read> Read for Plain<R> {
+impl<R: Read> Read for BodyReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let why = match self.body.read(buffer) {
             Ok(amount) if amount == 0 || self.pace.keeps(amount as u64, Instant::now()) => return Ok(amount),
-            Ok(_) => Dripping { window: self.window }.to_string(),
+            Ok(_) => TooSlow { window: self.window }.to_string(),
             Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<ureq::Error>()) {
                 Some(ureq::Error::Timeout(Timeout::PerRead)) => format!("nothing came for {:?}", self.stall),
                 Some(ureq::Error::Timeout(_)) => "the time for it is over".to_owned(),
-                Some(ureq::Error::Other(inner)) if inner.is::<Dripping>() => inner.to_string(),
+                Some(ureq::Error::Other(inner)) if inner.is::<TooSlow>() => inner.to_string(),
                 _ => return Err(error),
             },
         };

@@ -25,13 +25,13 @@ pub(super) const MAX_PINS: usize = 100;
 
 /// What a server has shown in a handshake that succeeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shown {
+pub(super) struct ServerIdentity {
     pub(super) certificate: Fingerprint,
     /// The public key; `None` where it cannot be read.
     pub(super) key: Option<Fingerprint>,
 }
 
-impl Shown {
+impl ServerIdentity {
     /// By which it is to be pinned.
     pub(super) fn pin(self) -> Fingerprint {
         self.key.unwrap_or(self.certificate)
@@ -41,7 +41,7 @@ impl Shown {
 /// The public keys of one gateway.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-struct Learned {
+struct GatewayPins {
     /// That of the last success.
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<Fingerprint>,
@@ -50,17 +50,17 @@ struct Learned {
     announced: Vec<Fingerprint>,
 }
 
-impl Learned {
-    fn accepts(&self, shown: Shown) -> bool {
+impl GatewayPins {
+    fn accepts(&self, shown: ServerIdentity) -> bool {
         shown.key.is_some_and(|key| self.key == Some(key) || self.announced.contains(&key))
     }
 
     /// What is known after a success. Without an announcement those of before stay; with one, the others are not to come any more.
-    fn after(&self, shown: Shown, announced: &[Fingerprint]) -> Learned {
+    fn after(&self, shown: ServerIdentity, announced: &[Fingerprint]) -> GatewayPins {
         let Some(key) = shown.key else { return self.clone() };
         let announced = if announced.is_empty() { &self.announced } else { announced };
         let announced = announced.iter().copied().filter(|other| *other != key).take(protocol::MAX_PINS).collect();
-        Learned { key: Some(key), announced }
+        GatewayPins { key: Some(key), announced }
     }
 
     fn all(&self) -> impl Iterator<Item = Fingerprint> {
@@ -72,26 +72,26 @@ impl Learned {
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Pins {
     #[serde(default)]
-    pins: BTreeMap<String, Pinned>,
+    pins: BTreeMap<String, FirstContactPin>,
     #[serde(flatten)]
-    unknown: store::Unknown,
+    unknown: store::UnknownJson,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Pinned {
+struct FirstContactPin {
     certificate: Fingerprint,
     /// RFC 3339.
     first_seen: String,
     #[serde(flatten)]
-    learned: Learned,
+    learned: GatewayPins,
     #[serde(flatten)]
-    unknown: store::Unknown,
+    unknown: store::UnknownJson,
 }
 
 /// What the pins say about a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Said {
+pub(super) enum PinMatch {
     Known,
     /// None was seen of this origin yet.
     First,
@@ -108,27 +108,28 @@ impl Pins {
         store::load(path)
     }
 
-    pub(super) fn say(&self, origin: &str, shown: Shown) -> Said {
+    pub(super) fn say(&self, origin: &str, shown: ServerIdentity) -> PinMatch {
         match self.pins.get(origin) {
-            Some(pinned) if pinned.certificate == shown.certificate || pinned.learned.accepts(shown) => Said::Known,
-            Some(pinned) => Said::Changed { known: pinned.learned.key.unwrap_or(pinned.certificate) },
-            None if self.pins.len() >= MAX_PINS => Said::Full,
-            None => Said::First,
+            Some(pinned) if pinned.certificate == shown.certificate || pinned.learned.accepts(shown) => PinMatch::Known,
+            Some(pinned) => PinMatch::Changed { known: pinned.learned.key.unwrap_or(pinned.certificate) },
+            None if self.pins.len() >= MAX_PINS => PinMatch::Full,
+            None => PinMatch::First,
         }
     }
 
     /// Notes the certificate of a first contact.
-    pub(super) fn add(&mut self, origin: &str, shown: Shown) {
-        let (first_seen, learned) = (jiff::Timestamp::now().to_string(), Learned::default().after(shown, &[]));
-        let pinned = Pinned { certificate: shown.certificate, first_seen, learned, unknown: Default::default() };
+    pub(super) fn add(&mut self, origin: &str, shown: ServerIdentity) {
+        let (first_seen, learned) = (jiff::Timestamp::now().to_string(), GatewayPins::default().after(shown, &[]));
+        let pinned =
+            FirstContactPin { certificate: shown.certificate, first_seen, learned, unknown: Default::default() };
         self.pins.insert(origin.to_owned(), pinned);
     }
 
     /// Notes a success, and what the gateway has announced over it; answers whether that is news.
-    fn learn(&mut self, origin: &str, shown: Shown, announced: &[Fingerprint]) -> bool {
+    fn learn(&mut self, origin: &str, shown: ServerIdentity, announced: &[Fingerprint]) -> bool {
         let Some(pinned) = self.pins.get_mut(origin) else { return false };
         let learned = pinned.learned.after(shown, announced);
-        let after = Pinned { certificate: shown.certificate, learned, ..pinned.clone() };
+        let after = FirstContactPin { certificate: shown.certificate, learned, ..pinned.clone() };
         std::mem::replace(pinned, after) != *pinned
     }
 
@@ -149,20 +150,20 @@ struct GatewayKeys {
     #[serde(default)]
     version: u32,
     #[serde(default)]
-    gateways: BTreeMap<String, OfSettings>,
+    gateways: BTreeMap<String, SettingsPin>,
     #[serde(flatten)]
-    unknown: store::Unknown,
+    unknown: store::UnknownJson,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-struct OfSettings {
+struct SettingsPin {
     /// The pins of the settings, in their order, under which it was learned.
     of: Vec<Fingerprint>,
     #[serde(flatten)]
-    learned: Learned,
+    learned: GatewayPins,
     #[serde(flatten)]
-    unknown: store::Unknown,
+    unknown: store::UnknownJson,
 }
 
 impl GatewayKeys {
@@ -179,17 +180,17 @@ impl GatewayKeys {
     }
 
     fn empty() -> GatewayKeys {
-        GatewayKeys { version: 1, gateways: BTreeMap::new(), unknown: store::Unknown::new() }
+        GatewayKeys { version: 1, gateways: BTreeMap::new(), unknown: store::UnknownJson::new() }
     }
 
-    fn of(&self, origin: &str, pins: &[Fingerprint]) -> Learned {
+    fn of(&self, origin: &str, pins: &[Fingerprint]) -> GatewayPins {
         let known = self.gateways.get(origin).filter(|known| known.of == pins);
         known.map(|known| known.learned.clone()).unwrap_or_default()
     }
 }
 
 /// Whether a gateway that the settings pin has shown one of these pins, or a key that was learned under them.
-pub(super) fn is_pinned(path: &Path, origin: &str, pins: &[Fingerprint], shown: Shown) -> bool {
+pub(super) fn is_pinned(path: &Path, origin: &str, pins: &[Fingerprint], shown: ServerIdentity) -> bool {
     let is_named = pins.contains(&shown.certificate) || shown.key.is_some_and(|key| pins.contains(&key));
     is_named || GatewayKeys::load_or_empty(path).of(origin, pins).accepts(shown)
 }
@@ -199,13 +200,13 @@ pub(super) fn learn_pinned(
     path: &Path,
     origin: &str,
     pins: &[Fingerprint],
-    shown: Shown,
+    shown: ServerIdentity,
     announced: &[Fingerprint],
 ) -> Result<()> {
     let mut known = GatewayKeys::load_or_empty(path);
     let learned = known.of(origin, pins).after(shown, announced);
     let before = known.gateways.get(origin).cloned().unwrap_or_default();
-    let after = OfSettings { of: pins.to_vec(), learned, unknown: before.unknown.clone() };
+    let after = SettingsPin { of: pins.to_vec(), learned, unknown: before.unknown.clone() };
     if after == before || (!known.gateways.contains_key(origin) && known.gateways.len() >= MAX_PINS) {
         return Ok(());
     }
@@ -220,7 +221,12 @@ pub(super) fn accepted_pinned(path: &Path, origin: &str, pins: &[Fingerprint]) -
 }
 
 /// Notes a success with a gateway that is pinned since its first contact, and what it has announced over it.
-pub(super) fn learn_first_contact(path: &Path, origin: &str, shown: Shown, announced: &[Fingerprint]) -> Result<()> {
+pub(super) fn learn_first_contact(
+    path: &Path,
+    origin: &str,
+    shown: ServerIdentity,
+    announced: &[Fingerprint],
+) -> Result<()> {
     let Some(mut pins) = Pins::load(path)? else { return Ok(()) };
     if pins.learn(origin, shown, announced) { pins.save(path) } else { Ok(()) }
 }
@@ -257,26 +263,26 @@ mod tests {
         Fingerprint::of(&[n])
     }
 
-    fn certificate(n: u8) -> Shown {
-        Shown { certificate: print(n), key: Some(print(100 + n)) }
+    fn certificate(n: u8) -> ServerIdentity {
+        ServerIdentity { certificate: print(n), key: Some(print(100 + n)) }
     }
 
     /// Another certificate for the key of number `n`.
-    fn renewed(n: u8) -> Shown {
-        Shown { certificate: print(200 + n), ..certificate(n) }
+    fn renewed(n: u8) -> ServerIdentity {
+        ServerIdentity { certificate: print(200 + n), ..certificate(n) }
     }
 
     #[test]
     fn pins_are_limited() {
         let mut pins = Pins::default();
         for n in 0..MAX_PINS {
-            assert_eq!(pins.say(&format!("https://{n}:1"), certificate(1)), Said::First);
+            assert_eq!(pins.say(&format!("https://{n}:1"), certificate(1)), PinMatch::First);
             pins.add(&format!("https://{n}:1"), certificate(1));
         }
-        assert_eq!(pins.say("https://another:1", certificate(1)), Said::Full);
+        assert_eq!(pins.say("https://another:1", certificate(1)), PinMatch::Full);
         // Those that are known go on as they were.
-        assert_eq!(pins.say("https://1:1", certificate(1)), Said::Known);
-        assert_eq!(pins.say("https://1:1", certificate(2)), Said::Changed { known: print(101) });
+        assert_eq!(pins.say("https://1:1", certificate(1)), PinMatch::Known);
+        assert_eq!(pins.say("https://1:1", certificate(2)), PinMatch::Changed { known: print(101) });
     }
 
     #[test]
@@ -294,11 +300,11 @@ mod tests {
         standing.save(&to).unwrap();
         add_pins(&from, &to).unwrap();
         let pins = Pins::load(&to).unwrap().unwrap();
-        let known = |origin: &str, n: u8| pins.say(origin, certificate(n)) == Said::Known;
+        let known = |origin: &str, n: u8| pins.say(origin, certificate(n)) == PinMatch::Known;
         assert!(known("https://a:1", 1) && known("https://b:1", 2) && known("https://c:1", 2));
         // What an operator writes where the file is lost.
         std::fs::write(&to, "{}").unwrap();
-        assert_eq!(Pins::load(&to).unwrap().unwrap().say("https://a:1", certificate(1)), Said::First);
+        assert_eq!(Pins::load(&to).unwrap().unwrap().say("https://a:1", certificate(1)), PinMatch::First);
     }
 
     #[test]
@@ -314,21 +320,27 @@ mod tests {
             let announced: Vec<Fingerprint> = announced.iter().map(|n| print(100 + n)).collect();
             learn_first_contact(&path, "https://a:1", shown, &announced).unwrap();
         };
-        assert_eq!(say(renewed(1)), Said::Changed { known: print(1) });
+        assert_eq!(say(renewed(1)), PinMatch::Changed { known: print(1) });
         learn(certificate(1), &[1, 2]);
-        assert_eq!((say(renewed(1)), say(certificate(2))), (Said::Known, Said::Known));
-        assert_eq!(say(certificate(3)), Said::Changed { known: print(101) });
+        assert_eq!((say(renewed(1)), say(certificate(2))), (PinMatch::Known, PinMatch::Known));
+        assert_eq!(say(certificate(3)), PinMatch::Changed { known: print(101) });
         // An answer that announces nothing takes nothing back; the certificate is that of the last success, for older versions.
         learn(renewed(1), &[]);
-        assert_eq!((say(certificate(2)), say(certificate(3))), (Said::Known, Said::Changed { known: print(101) }));
+        assert_eq!(
+            (say(certificate(2)), say(certificate(3))),
+            (PinMatch::Known, PinMatch::Changed { known: print(101) })
+        );
         learn(certificate(2), &[2, 3]);
-        assert_eq!((say(certificate(3)), say(certificate(1))), (Said::Known, Said::Changed { known: print(102) }));
+        assert_eq!(
+            (say(certificate(3)), say(certificate(1))),
+            (PinMatch::Known, PinMatch::Changed { known: print(102) })
+        );
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains("\"y\": 1") || text.contains("\"y\":1"), "{text}");
         assert_eq!(accepted_first_contact(&path, "https://a:1"), [print(102), print(103), print(2)]);
         // Who was never seen there learns nothing.
         learn_first_contact(&path, "https://b:1", certificate(9), &[]).unwrap();
-        assert_eq!(Pins::load(&path).unwrap().unwrap().say("https://b:1", certificate(9)), Said::First);
+        assert_eq!(Pins::load(&path).unwrap().unwrap().say("https://b:1", certificate(9)), PinMatch::First);
     }
 
     #[test]

@@ -211,14 +211,14 @@ impl fmt::Display for Exception {
 /// Which proxy is for what.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Proxies {
-    https: Option<Named>,
-    http: Option<Named>,
+    https: Option<ConfiguredProxy>,
+    http: Option<ConfiguredProxy>,
     except: Vec<Exception>,
 }
 
 /// A proxy, and where it was named.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Named {
+struct ConfiguredProxy {
     by: String,
     proxy: Result<ProxyUrl, BadProxy>,
 }
@@ -226,7 +226,7 @@ struct Named {
 impl Proxies {
     /// One for everything, as the settings name it.
     pub fn chosen(proxy: &ProxyUrl, except: &[Exception]) -> Proxies {
-        let named = Named { by: "the settings (proxy)".to_owned(), proxy: Ok(proxy.clone()) };
+        let named = ConfiguredProxy { by: "the settings (proxy)".to_owned(), proxy: Ok(proxy.clone()) };
         Proxies { https: Some(named.clone()), http: Some(named), except: except.to_vec() }
     }
 
@@ -238,7 +238,7 @@ impl Proxies {
         };
         let named = |name: &str| {
             let (text, by) = value(name).or_else(|| value("all_proxy"))?;
-            Some(Named { by, proxy: text.parse() })
+            Some(ConfiguredProxy { by, proxy: text.parse() })
         };
         let listed = value("no_proxy").map(|(text, _)| text).unwrap_or_default();
         let except = listed.split([',', ' ']).filter_map(|item| item.parse().ok()).take(MAX_EXCEPTIONS).collect();
@@ -262,8 +262,8 @@ impl Proxies {
         let named = if endpoint.is_https() { &self.https } else { &self.http };
         match named {
             None => Ok(None),
-            Some(Named { proxy: Ok(proxy), .. }) => Ok(Some(proxy)),
-            Some(Named { proxy: Err(why), by }) => bail!(
+            Some(ConfiguredProxy { proxy: Ok(proxy), .. }) => Ok(Some(proxy)),
+            Some(ConfiguredProxy { proxy: Err(why), by }) => bail!(
                 "cannot use the proxy that {by} names: {why}; mend it, or list {} in noProxy (in the environment NO_PROXY)",
                 endpoint.host()
             ),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
-use crate::core::throughput::Pace;
+use crate::core::throughput::MinimumRate;
 use crate::core::units::Span;
 
 /// Fewer bytes a second than this are as good as none: 20 MB would take five hours.
@@ -18,31 +18,34 @@ pub(super) const LEAST_PER_SECOND: u64 = 1 << 10;
 
 /// Puts every connection under the watch.
 #[derive(Debug)]
-pub(super) struct PaceConnector {
+pub(super) struct StallConnector {
     pub(super) window: Duration,
     /// Counts the connections that were begun.
     pub(super) made: Arc<AtomicU64>,
 }
 
-impl<In: Transport> Connector<In> for PaceConnector {
-    type Out = PacedTransport<In>;
+impl<In: Transport> Connector<In> for StallConnector {
+    type Out = StallTransport<In>;
 
     fn connect(&self, _: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, ureq::Error> {
         self.made.fetch_add(1, Ordering::SeqCst);
-        let paced =
-            |inner| PacedTransport { inner, pace: Pace::new(self.window, LEAST_PER_SECOND), window: self.window };
+        let paced = |inner| StallTransport {
+            inner,
+            pace: MinimumRate::new(self.window, LEAST_PER_SECOND),
+            window: self.window,
+        };
         Ok(chained.map(paced))
     }
 }
 
 #[derive(Debug)]
-pub(super) struct PacedTransport<In> {
+pub(super) struct StallTransport<In> {
     inner: In,
-    pace: Pace,
+    pace: MinimumRate,
     window: Duration,
 }
 
-impl<In: Transport> Transport for PacedTransport<In> {
+impl<In: Transport> Transport for StallTransport<In> {
     fn buffers(&mut self) -> &mut dyn Buffers {
         self.inner.buffers()
     }
@@ -58,7 +61,7 @@ impl<In: Transport> Transport for PacedTransport<In> {
         let came = self.inner.buffers().input().len().saturating_sub(before) as u64;
         // The end of a stream is no slowness.
         if progress && !self.pace.keeps(came, Instant::now()) {
-            return Err(ureq::Error::Other(Box::new(Dripping { window: self.window })));
+            return Err(ureq::Error::Other(Box::new(TooSlow { window: self.window })));
         }
         Ok(progress)
     }
@@ -74,14 +77,14 @@ impl<In: Transport> Transport for PacedTransport<In> {
 
 /// Too few bytes came for too long.
 #[derive(Debug)]
-pub(super) struct Dripping {
+pub(super) struct TooSlow {
     pub(super) window: Duration,
 }
 
-impl fmt::Display for Dripping {
+impl fmt::Display for TooSlow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "less than 1 KiB a second came for {}", Span(self.window))
     }
 }
 
-impl std::error::Error for Dripping {}
+impl std::error::Error for TooSlow {}

@@ -14,7 +14,7 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use super::Endpoint;
 
-pub struct Asked {
+pub struct ReceivedRequest {
     pub method: String,
     /// With the query.
     pub path: String,
@@ -24,7 +24,7 @@ pub struct Asked {
 }
 
 #[derive(Default)]
-pub struct Told {
+pub struct CannedResponse {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: Vec<u8>,
@@ -36,43 +36,43 @@ pub struct Told {
     pub no_length: bool,
 }
 
-impl Told {
-    pub fn ok(body: impl Into<Vec<u8>>) -> Told {
-        Told { status: 200, body: body.into(), ..Told::default() }
+impl CannedResponse {
+    pub fn ok(body: impl Into<Vec<u8>>) -> CannedResponse {
+        CannedResponse { status: 200, body: body.into(), ..CannedResponse::default() }
     }
 
-    pub fn status(status: u16) -> Told {
-        Told { status, ..Told::default() }
+    pub fn status(status: u16) -> CannedResponse {
+        CannedResponse { status, ..CannedResponse::default() }
     }
 }
 
 /// A certificate and its key, as a server shows them.
-pub struct Identity {
+pub struct TestIdentity {
     pub certificate: CertificateDer<'static>,
     pub key: Vec<u8>,
     pub pem: String,
 }
 
-pub fn self_signed(names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Identity {
+pub fn self_signed(names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> TestIdentity {
     self_signed_by(&KeyPair::generate().unwrap(), names, change)
 }
 
-pub fn self_signed_by(key: &KeyPair, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Identity {
+pub fn self_signed_by(key: &KeyPair, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> TestIdentity {
     let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap();
     change(&mut params);
     let certificate = params.self_signed(key).unwrap();
-    Identity { certificate: certificate.der().clone(), key: key.serialize_der(), pem: certificate.pem() }
+    TestIdentity { certificate: certificate.der().clone(), key: key.serialize_der(), pem: certificate.pem() }
 }
 
 /// An authority's PEM, and a certificate that it has issued.
-pub fn issued(names: &[&str]) -> (String, Identity) {
+pub fn issued(names: &[&str]) -> (String, TestIdentity) {
     let (authority_key, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = params.self_signed(&authority_key).unwrap();
     let leaf = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap();
     let leaf = leaf.signed_by(&key, &Issuer::new(params, authority_key)).unwrap();
-    (authority.pem(), Identity { certificate: leaf.der().clone(), key: key.serialize_der(), pem: leaf.pem() })
+    (authority.pem(), TestIdentity { certificate: leaf.der().clone(), key: key.serialize_der(), pem: leaf.pem() })
 }
 
 /// Serves until it is dropped.
@@ -85,16 +85,22 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn plain(answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) -> Server {
+    pub fn plain(answer: impl Fn(&ReceivedRequest) -> CannedResponse + Send + Sync + 'static) -> Server {
         Server::start("127.0.0.1:0".parse().unwrap(), None, answer)
     }
 
-    pub fn tls(identity: &Identity, answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) -> Server {
+    pub fn tls(
+        identity: &TestIdentity,
+        answer: impl Fn(&ReceivedRequest) -> CannedResponse + Send + Sync + 'static,
+    ) -> Server {
         Server::tls_at("127.0.0.1:0".parse().unwrap(), identity, answer)
     }
 
     /// Shows the certificate whether or not the key belongs to it.
-    pub fn tls_with_resolver(identity: &Identity, answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) -> Server {
+    pub fn tls_with_resolver(
+        identity: &TestIdentity,
+        answer: impl Fn(&ReceivedRequest) -> CannedResponse + Send + Sync + 'static,
+    ) -> Server {
         let key = PrivatePkcs8KeyDer::from(identity.key.clone()).into();
         let key = rustls::crypto::ring::sign::any_supported_type(&key).unwrap();
         let shown = CertifiedKey::new(vec![identity.certificate.clone()], key);
@@ -108,8 +114,8 @@ impl Server {
 
     pub fn tls_at(
         address: SocketAddr,
-        identity: &Identity,
-        answer: impl Fn(&Asked) -> Told + Send + Sync + 'static,
+        identity: &TestIdentity,
+        answer: impl Fn(&ReceivedRequest) -> CannedResponse + Send + Sync + 'static,
     ) -> Server {
         let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
@@ -123,7 +129,7 @@ impl Server {
     fn start(
         address: SocketAddr,
         tls: Option<Arc<ServerConfig>>,
-        answer: impl Fn(&Asked) -> Told + Send + Sync + 'static,
+        answer: impl Fn(&ReceivedRequest) -> CannedResponse + Send + Sync + 'static,
     ) -> Server {
         let listener = TcpListener::bind(address).unwrap();
         let address = listener.local_addr().unwrap();
@@ -176,7 +182,7 @@ impl Drop for Server {
     }
 }
 
-fn serve(stream: impl Read + Write, answer: &dyn Fn(&Asked) -> Told) {
+fn serve(stream: impl Read + Write, answer: &dyn Fn(&ReceivedRequest) -> CannedResponse) {
     let mut stream = BufReader::new(stream);
     while let Some(asked) = read(&mut stream) {
         let told = answer(&asked);
@@ -211,7 +217,7 @@ fn serve(stream: impl Read + Write, answer: &dyn Fn(&Asked) -> Told) {
     }
 }
 
-fn read(stream: &mut impl BufRead) -> Option<Asked> {
+fn read(stream: &mut impl BufRead) -> Option<ReceivedRequest> {
     let mut line = String::new();
     stream.read_line(&mut line).ok().filter(|amount| *amount > 0)?;
     let mut words = line.split_whitespace();
@@ -227,5 +233,5 @@ fn read(stream: &mut impl BufRead) -> Option<Asked> {
     }
     let mut body = vec![0; headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0)];
     stream.read_exact(&mut body).ok()?;
-    Some(Asked { method, path, headers, body })
+    Some(ReceivedRequest { method, path, headers, body })
 }

@@ -11,15 +11,15 @@ use rustls::pki_types::SubjectPublicKeyInfoDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::client::redirected;
-use super::testing::{Asked, Identity, Server, Told, issued, self_signed, self_signed_by};
+use super::testing::{CannedResponse, ReceivedRequest, Server, TestIdentity, issued, self_signed, self_signed_by};
 use super::*;
 
 fn client(trust: &Trust) -> Client {
     Client::new(trust, Some(&"host-1".parse().unwrap()), Timeouts::exchange()).unwrap()
 }
 
-fn serves(identity: &Identity) -> Server {
-    Server::tls(identity, |_| Told::ok("hello"))
+fn serves(identity: &TestIdentity) -> Server {
+    Server::tls(identity, |_| CannedResponse::ok("hello"))
 }
 
 fn got(trust: &Trust, endpoint: &Endpoint) -> Result<String, String> {
@@ -149,7 +149,7 @@ fn the_certificate_of_the_first_contact_is_remembered_and_a_change_refused() {
     assert_eq!(second.first_contact(), None);
     drop((server, first, second));
 
-    let _changed = Server::tls_at(address, &other, |_| Told::ok("hello"));
+    let _changed = Server::tls_at(address, &other, |_| CannedResponse::ok("hello"));
     let new = format!("--pin {}", key_of(&other.certificate).unwrap());
     let old = key_of(&one.certificate).unwrap().to_string();
     refused(&trust, &endpoint, &["since the first contact", &old, &new, "--fresh", "operator"]);
@@ -177,7 +177,7 @@ fn a_renewed_certificate_is_the_same_gateway_and_an_announced_key_too_but_no_oth
         drop((server, asked));
         // Renewed with the same key; then the key that was announced, and at last one that was not.
         for (key, is_accepted) in [(&keys[0], true), (&keys[2], false), (&keys[1], true), (&keys[0], false)] {
-            let _server = Server::tls_at(address, &shows(key), |_| Told::ok("hello"));
+            let _server = Server::tls_at(address, &shows(key), |_| CannedResponse::ok("hello"));
             let asked = client(&trust);
             let got = asked.get(&endpoint, "/", &[]);
             assert_eq!(got.is_ok(), is_accepted, "{trust:?} {got:?}");
@@ -290,13 +290,13 @@ fn files_that_hold_no_certificate_are_refused_by_name() {
 #[test]
 fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
     let (honest, thief) = (self_signed(&["127.0.0.1"], |_| {}), self_signed(&["127.0.0.1"], |_| {}));
-    let stolen = Identity { certificate: honest.certificate.clone(), key: thief.key, pem: honest.pem.clone() };
+    let stolen = TestIdentity { certificate: honest.certificate.clone(), key: thief.key, pem: honest.pem.clone() };
     let directory = tempfile::tempdir().unwrap();
     let pins = directory.path().join("pins.json");
     expect_first_contact(&pins).unwrap();
     let before = std::fs::read(&pins).unwrap();
     for trust in [pinned(vec![Fingerprint::of(&honest.certificate)]), Trust::FirstContact { pins: pins.clone() }] {
-        let server = Server::tls_with_resolver(&stolen, |_| Told::ok("hello"));
+        let server = Server::tls_with_resolver(&stolen, |_| CannedResponse::ok("hello"));
         assert!(got(&trust, &server.endpoint()).is_err());
     }
     assert_eq!(std::fs::read(&pins).unwrap(), before);
@@ -304,7 +304,7 @@ fn one_who_shows_a_certificate_without_holding_its_key_is_refused() {
 
 #[test]
 fn plain_http_needs_insecure_and_insecure_takes_anything() {
-    let plain = Server::plain(|_| Told::ok("plain"));
+    let plain = Server::plain(|_| CannedResponse::ok("plain"));
     refused(&Trust::System, &plain.endpoint(), &["plain http", "--insecure"]);
     assert_eq!(got(&Trust::Insecure, &plain.endpoint()).as_deref(), Ok("plain"));
     let server = serves(&self_signed(&["elsewhere"], |params| params.not_after = date_time_ymd(2001, 1, 1)));
@@ -335,19 +335,19 @@ fn the_agent_id_is_told_to_endpoints_alone_and_a_connection_is_kept() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let notes = Arc::clone(&seen);
     let identity = self_signed(&["127.0.0.1"], |_| {});
-    let server = Server::tls(&identity, move |asked: &Asked| {
+    let server = Server::tls(&identity, move |asked: &ReceivedRequest| {
         notes.lock().unwrap().push((
             asked.method.clone(),
             asked.path.clone(),
             asked.headers.get("x-agent-id").cloned(),
         ));
-        Told::ok(asked.body.clone())
+        CannedResponse::ok(asked.body.clone())
     });
     let client = client(&pinned(vec![Fingerprint::of(&identity.certificate)]));
     let endpoint: Endpoint = format!("{}/base", server.endpoint()).parse().unwrap();
     client.get(&endpoint, "/a?b=c", &[]).unwrap().bytes(10).unwrap();
     client
-        .download(&endpoint, "/d", &[], Asker::Nobody, std::time::Duration::from_secs(60))
+        .download(&endpoint, "/d", &[], Requester::Nobody, std::time::Duration::from_secs(60))
         .unwrap()
         .bytes(10)
         .unwrap();
@@ -426,13 +426,15 @@ fn a_password_in_an_address_is_refused_and_not_repeated() {
 
 #[test]
 fn redirects_stay_within_the_origin() {
-    let other = Server::plain(|_| Told::ok("stolen"));
+    let other = Server::plain(|_| CannedResponse::ok("stolen"));
     let elsewhere = other.endpoint().url("/x");
     let server = Server::plain(move |asked| match asked.path.as_str() {
-        "/here" => Told { headers: vec![("location", "/there?x=1".to_owned())], ..Told::status(302) },
-        "/there?x=1" => Told::ok("there"),
-        "/away" => Told { headers: vec![("location", elsewhere.clone())], ..Told::status(302) },
-        _ => Told { headers: vec![("location", "/loop".to_owned())], ..Told::status(302) },
+        "/here" => {
+            CannedResponse { headers: vec![("location", "/there?x=1".to_owned())], ..CannedResponse::status(302) }
+        }
+        "/there?x=1" => CannedResponse::ok("there"),
+        "/away" => CannedResponse { headers: vec![("location", elsewhere.clone())], ..CannedResponse::status(302) },
+        _ => CannedResponse { headers: vec![("location", "/loop".to_owned())], ..CannedResponse::status(302) },
     });
     let client = client(&Trust::Insecure);
     assert_eq!(client.get(&server.endpoint(), "/here", &[]).unwrap().bytes(10).unwrap(), b"there");
@@ -448,7 +450,7 @@ fn redirects_stay_within_the_origin() {
 
 #[test]
 fn answers_are_limited() {
-    let server = Server::plain(|_| Told::ok(vec![b'x'; 1000]));
+    let server = Server::plain(|_| CannedResponse::ok(vec![b'x'; 1000]));
     let client = client(&Trust::Insecure);
     let get = || client.get(&server.endpoint(), "/", &[]).unwrap();
     assert_eq!(get().bytes(1000).unwrap().len(), 1000);
@@ -475,7 +477,7 @@ fn one_who_drips_is_given_up_as_one_who_says_nothing() {
     let stall = std::time::Duration::from_millis(250);
     let drip = Some((0, std::time::Duration::from_millis(20)));
     let identity = self_signed(&["127.0.0.1"], |_| {});
-    let answer = move |_: &Asked| Told { drip, ..Told::ok(vec![b'x'; 4096]) };
+    let answer = move |_: &ReceivedRequest| CannedResponse { drip, ..CannedResponse::ok(vec![b'x'; 4096]) };
     for server in [Server::plain(answer), Server::tls(&identity, answer)] {
         let client = Client::new(&Trust::Insecure, None, Timeouts::download(stall)).unwrap();
         let reply = client.get(&server.endpoint(), "/", &[]).unwrap();

@@ -17,18 +17,18 @@ use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
 
-use super::pins::Shown;
-use super::trust::{Distrust, Judge, Verifier, remember, shown};
+use super::pins::ServerIdentity;
+use super::trust::{CertificateVerifier, Distrust, LoadedTrust, remember, shown};
 use super::{Fingerprint, end_of};
 
 /// TLS with whoever answers, whatever certificate he shows. For questions that tell no secret and whose answer is believed of nobody: a
 /// health check of a sub-agent, which runs on this host with a certificate that often names another.
 pub fn with_anyone() -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    configured(Verifier::new(String::new(), Judge::Anything, Arc::clone(&provider)), provider)
+    configured(CertificateVerifier::new(String::new(), LoadedTrust::Anything, Arc::clone(&provider)), provider)
 }
 
-fn configured(verifier: Verifier, provider: Arc<CryptoProvider>) -> Result<ClientConfig, rustls::Error> {
+fn configured(verifier: CertificateVerifier, provider: Arc<CryptoProvider>) -> Result<ClientConfig, rustls::Error> {
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .dangerous()
@@ -40,16 +40,16 @@ fn configured(verifier: Verifier, provider: Arc<CryptoProvider>) -> Result<Clien
 
 /// Wraps a connection to an `https` address in TLS; leaves any other as it is.
 pub(super) struct TlsConnector {
-    judge: Judge,
+    judge: LoadedTrust,
     provider: Arc<CryptoProvider>,
     /// Host and port of proxies that are themselves spoken to by TLS: the system's trust counts for them, not the gateway's.
     proxies: Vec<String>,
-    system: OnceLock<Judge>,
-    seen: Seen,
+    system: OnceLock<LoadedTrust>,
+    seen: SharedHandshakes,
 }
 
 /// What was seen in handshakes, shared with the client.
-pub(super) type Seen = Arc<Mutex<Handshakes>>;
+pub(super) type SharedHandshakes = Arc<Mutex<Handshakes>>;
 
 /// What was seen in handshakes.
 #[derive(Debug, Default)]
@@ -63,7 +63,7 @@ pub(super) struct Handshakes {
 /// One handshake that succeeded.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Handshake {
-    pub(super) shown: Shown,
+    pub(super) shown: ServerIdentity,
     /// When the chain ends, seconds since 1970.
     pub(super) end: Option<u64>,
 }
@@ -72,31 +72,31 @@ pub(super) struct Handshake {
 const MAX_ORIGINS: usize = 100;
 
 impl TlsConnector {
-    pub(super) fn new(judge: Judge, proxies: Vec<String>, seen: Seen) -> TlsConnector {
+    pub(super) fn new(judge: LoadedTrust, proxies: Vec<String>, seen: SharedHandshakes) -> TlsConnector {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         TlsConnector { judge, provider, proxies, system: OnceLock::new(), seen }
     }
 
-    fn judge_of(&self, uri: &Uri) -> &Judge {
+    fn judge_of(&self, uri: &Uri) -> &LoadedTrust {
         let is_proxy = |authority: &str| self.proxies.iter().any(|proxy| proxy == authority);
         match uri.authority() {
-            Some(authority) if is_proxy(authority.as_str()) => self.system.get_or_init(Judge::system),
+            Some(authority) if is_proxy(authority.as_str()) => self.system.get_or_init(LoadedTrust::system),
             _ => &self.judge,
         }
     }
 
-    fn configuration(&self, origin: &str, judge: &Judge) -> Result<ClientConfig, rustls::Error> {
-        let verifier = Verifier::new(origin.to_owned(), judge.clone(), Arc::clone(&self.provider));
+    fn configuration(&self, origin: &str, judge: &LoadedTrust) -> Result<ClientConfig, rustls::Error> {
+        let verifier = CertificateVerifier::new(origin.to_owned(), judge.clone(), Arc::clone(&self.provider));
         configured(verifier, Arc::clone(&self.provider))
     }
 
     /// After the handshake: only one who has proved to hold the key is remembered.
-    fn note(&self, origin: &str, judge: &Judge, chain: &[CertificateDer<'_>]) -> Result<()> {
+    fn note(&self, origin: &str, judge: &LoadedTrust, chain: &[CertificateDer<'_>]) -> Result<()> {
         let leaf = chain.first().context("it showed no certificate")?;
         let shown = shown(leaf);
         let is_first = match judge {
-            Judge::FirstContact(pins) => remember(pins, origin, shown)?,
-            Judge::Authorities { .. } | Judge::Pins { .. } | Judge::Anything => false,
+            LoadedTrust::FirstContact(pins) => remember(pins, origin, shown)?,
+            LoadedTrust::Authorities { .. } | LoadedTrust::Pins { .. } | LoadedTrust::Anything => false,
         };
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if is_first {

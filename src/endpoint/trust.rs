@@ -18,7 +18,8 @@ use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme};
 
 use super::pins::{
-    MAX_PINS, Pins, Said, Shown, accepted_first_contact, accepted_pinned, is_pinned, learn_first_contact, learn_pinned,
+    MAX_PINS, PinMatch, Pins, ServerIdentity, accepted_first_contact, accepted_pinned, is_pinned, learn_first_contact,
+    learn_pinned,
 };
 use super::{Fingerprint, key_of};
 use crate::store;
@@ -60,7 +61,7 @@ impl Trust {
 
 /// [`Trust`] with its files read: what certificates are judged by.
 #[derive(Debug, Clone)]
-pub(super) enum Judge {
+pub(super) enum LoadedTrust {
     Authorities {
         roots: Arc<RootCertStore>,
         /// The certificates themselves, where an operator gave them: a server may present one of these as its own.
@@ -74,23 +75,23 @@ pub(super) enum Judge {
     Anything,
 }
 
-impl Judge {
-    pub(super) fn new(trust: &Trust) -> Result<Judge> {
+impl LoadedTrust {
+    pub(super) fn new(trust: &Trust) -> Result<LoadedTrust> {
         Ok(match trust {
-            Trust::System => Judge::system(),
-            Trust::CaFile(path) => Judge::ca_file(path).with_context(|| {
+            Trust::System => LoadedTrust::system(),
+            Trust::CaFile(path) => LoadedTrust::ca_file(path).with_context(|| {
                 format!("cannot use {} as the file of trusted certificates (--ca-cert)", path.display())
             })?,
             Trust::Pin { pins, learned } => {
-                Judge::Pins { pins: Arc::new(pins.clone()), learned: Arc::new(learned.clone()) }
+                LoadedTrust::Pins { pins: Arc::new(pins.clone()), learned: Arc::new(learned.clone()) }
             }
-            Trust::FirstContact { pins } => Judge::FirstContact(Arc::new(pins.clone())),
-            Trust::Insecure => Judge::Anything,
+            Trust::FirstContact { pins } => LoadedTrust::FirstContact(Arc::new(pins.clone())),
+            Trust::Insecure => LoadedTrust::Anything,
         })
     }
 
     /// A host without any certificates of its own is no error here: it refuses every server, and says why.
-    pub(super) fn system() -> Judge {
+    pub(super) fn system() -> LoadedTrust {
         let found = rustls_native_certs::load_native_certs();
         if found.certs.is_empty() {
             let reasons: Vec<String> = found.errors.iter().map(ToString::to_string).collect();
@@ -98,10 +99,10 @@ impl Judge {
         }
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(found.certs);
-        Judge::Authorities { roots: Arc::new(roots), given: Arc::default() }
+        LoadedTrust::Authorities { roots: Arc::new(roots), given: Arc::default() }
     }
 
-    fn ca_file(path: &Path) -> Result<Judge> {
+    fn ca_file(path: &Path) -> Result<LoadedTrust> {
         let text = store::read(path, MAX_CA_FILE_BYTES)?.context("there is no such file")?;
         let given = CertificateDer::pem_slice_iter(&text)
             .collect::<Result<Vec<_>, _>>()
@@ -109,7 +110,7 @@ impl Judge {
         let mut roots = RootCertStore::empty();
         let (usable, _) = roots.add_parsable_certificates(given.iter().cloned());
         anyhow::ensure!(usable > 0, "there is no certificate in it; it must be PEM (-----BEGIN CERTIFICATE-----)");
-        Ok(Judge::Authorities { roots: Arc::new(roots), given: Arc::new(given) })
+        Ok(LoadedTrust::Authorities { roots: Arc::new(roots), given: Arc::new(given) })
     }
 }
 
@@ -119,11 +120,11 @@ pub struct Distrust {
     /// `https://host:port`
     origin: String,
     presented: Option<Fingerprint>,
-    why: Why,
+    why: DistrustReason,
 }
 
 #[derive(Debug, Clone)]
-enum Why {
+enum DistrustReason {
     UnknownIssuer,
     WrongName {
         presented: Vec<String>,
@@ -153,7 +154,7 @@ enum Why {
 
 impl Distrust {
     pub(super) fn unusable(origin: &str, presented: Option<Fingerprint>, why: impl Into<String>) -> Distrust {
-        Distrust { origin: origin.to_owned(), presented, why: Why::Unusable(why.into()) }
+        Distrust { origin: origin.to_owned(), presented, why: DistrustReason::Unusable(why.into()) }
     }
 }
 
@@ -168,42 +169,42 @@ impl fmt::Display for Distrust {
             None => "give `--pin SHA256`".to_owned(),
         };
         match &self.why {
-            Why::UnknownIssuer => write!(
+            DistrustReason::UnknownIssuer => write!(
                 f,
                 ": nobody that this host trusts has issued it; if it is the gateway's own, give that certificate with \
                  `--ca-cert FILE`, or {pin}"
             ),
-            Why::WrongName { presented } if presented.is_empty() => write!(
+            DistrustReason::WrongName { presented } if presented.is_empty() => write!(
                 f,
                 ": it names no host at all (it has no subjectAltName); give the gateway a certificate that names this \
                  host, or {pin}"
             ),
-            Why::WrongName { presented } => write!(
+            DistrustReason::WrongName { presented } => write!(
                 f,
                 ": it is for {}; use an endpoint with one of these names, give the gateway a certificate that names \
                  this one, or {pin}",
                 presented.join(", ")
             ),
-            Why::Expired { clock, end } => write!(
+            DistrustReason::Expired { clock, end } => write!(
                 f,
                 ": it has expired{}, and this host's clock says {}; if the clock is right, have the gateway's certificate \
                  renewed, or {pin}; if it is wrong, set it",
                 date(*end).map(|end| format!(" on {end}")).unwrap_or_default(),
                 date(*clock).unwrap_or_else(|| "nothing".to_owned())
             ),
-            Why::NotYetValid { clock, beginning } => write!(
+            DistrustReason::NotYetValid { clock, beginning } => write!(
                 f,
                 ": it is not valid yet{}, and this host's clock says {}; set the clock, if that is wrong",
                 date(*beginning).map(|beginning| format!(", but from {beginning} on")).unwrap_or_default(),
                 date(*clock).unwrap_or_else(|| "nothing".to_owned())
             ),
-            Why::NotPinned => {
+            DistrustReason::NotPinned => {
                 write!(
                     f,
                     ": it is none of those pinned, nor for a public key that the gateway has announced; if the gateway's key was replaced, {pin}"
                 )
             }
-            Why::Changed { known } => {
+            DistrustReason::Changed { known } => {
                 let new = self.presented.map_or("NEW".to_owned(), |presented| presented.to_string());
                 write!(
                     f,
@@ -212,19 +213,19 @@ impl fmt::Display for Distrust {
                      give `--pin {new}`, or install again with `--fresh`"
                 )
             }
-            Why::PinsLost { pins } => write!(
+            DistrustReason::PinsLost { pins } => write!(
                 f,
                 ": {} is missing, which says what it was at the first contact, and whoever answers next is not trusted for that; bring it \
                  back from a backup, or {pin}, or, to accept whoever answers next, write {{}} into that file",
                 pins.display()
             ),
-            Why::TooManyPins { pins } => write!(
+            DistrustReason::TooManyPins { pins } => write!(
                 f,
                 ": this is a first contact, and {MAX_PINS} are remembered already; remove those that are not needed any more from {}, or \
                  {pin}",
                 pins.display()
             ),
-            Why::Unusable(why) => write!(f, ": {why}"),
+            DistrustReason::Unusable(why) => write!(f, ": {why}"),
         }
     }
 }
@@ -233,15 +234,15 @@ impl std::error::Error for Distrust {}
 
 /// Judges the certificate of one connection.
 #[derive(Debug)]
-pub(super) struct Verifier {
+pub(super) struct CertificateVerifier {
     origin: String,
-    judge: Judge,
+    judge: LoadedTrust,
     provider: Arc<CryptoProvider>,
 }
 
-impl Verifier {
-    pub(super) fn new(origin: String, judge: Judge, provider: Arc<CryptoProvider>) -> Verifier {
-        Verifier { origin, judge, provider }
+impl CertificateVerifier {
+    pub(super) fn new(origin: String, judge: LoadedTrust, provider: Arc<CryptoProvider>) -> CertificateVerifier {
+        CertificateVerifier { origin, judge, provider }
     }
 
     fn judged(
@@ -250,22 +251,22 @@ impl Verifier {
         intermediates: &[CertificateDer<'_>],
         name: &ServerName<'_>,
         now: UnixTime,
-    ) -> Result<(), Why> {
+    ) -> Result<(), DistrustReason> {
         match &self.judge {
-            Judge::Anything => Ok(()),
-            Judge::Pins { pins, learned } => match is_pinned(learned, &self.origin, pins, shown(leaf)) {
+            LoadedTrust::Anything => Ok(()),
+            LoadedTrust::Pins { pins, learned } => match is_pinned(learned, &self.origin, pins, shown(leaf)) {
                 true => Ok(()),
-                false => Err(Why::NotPinned),
+                false => Err(DistrustReason::NotPinned),
             },
-            Judge::FirstContact(pins) => judged_by(&pins_in(pins)?, pins, &self.origin, shown(leaf)).map(drop),
-            Judge::Authorities { roots, given } => {
+            LoadedTrust::FirstContact(pins) => judged_by(&pins_in(pins)?, pins, &self.origin, shown(leaf)).map(drop),
+            LoadedTrust::Authorities { roots, given } => {
                 let parsed = ParsedCertificate::try_from(leaf).map_err(why)?;
                 let algorithms = self.provider.signature_verification_algorithms.all;
                 match verify_server_cert_signed_by_trust_anchor(&parsed, roots, intermediates, now, algorithms) {
                     // The operator gave this very certificate, only that it is marked as an authority's, as openssl does by
                     // default. Its dates were checked before this mark is.
                     Err(error) if is_authority(&error) && given.iter().any(|known| known == leaf) => {}
-                    Err(error) if is_authority(&error) => return Err(Why::UnknownIssuer),
+                    Err(error) if is_authority(&error) => return Err(DistrustReason::UnknownIssuer),
                     other => other.map_err(why)?,
                 }
                 verify_server_name(&parsed, name).map_err(why)
@@ -279,25 +280,25 @@ fn is_authority(error: &rustls::Error) -> bool {
     matches!(other.downcast_ref(), Some(webpki::Error::CaUsedAsEndEntity))
 }
 
-fn why(error: rustls::Error) -> Why {
+fn why(error: rustls::Error) -> DistrustReason {
     match error {
         rustls::Error::InvalidCertificate(error) => match error {
-            CertificateError::UnknownIssuer | CertificateError::BadSignature => Why::UnknownIssuer,
-            CertificateError::NotValidForName => Why::WrongName { presented: Vec::new() },
-            CertificateError::NotValidForNameContext { presented, .. } => Why::WrongName {
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => DistrustReason::UnknownIssuer,
+            CertificateError::NotValidForName => DistrustReason::WrongName { presented: Vec::new() },
+            CertificateError::NotValidForNameContext { presented, .. } => DistrustReason::WrongName {
                 presented: presented.iter().take(MAX_NAMES_SHOWN).map(|name| bare_name(name)).collect(),
             },
             CertificateError::ExpiredContext { time, not_after } => {
-                Why::Expired { clock: Some(time.as_secs()), end: Some(not_after.as_secs()) }
+                DistrustReason::Expired { clock: Some(time.as_secs()), end: Some(not_after.as_secs()) }
             }
-            CertificateError::Expired => Why::Expired { clock: None, end: None },
+            CertificateError::Expired => DistrustReason::Expired { clock: None, end: None },
             CertificateError::NotValidYetContext { time, not_before } => {
-                Why::NotYetValid { clock: Some(time.as_secs()), beginning: Some(not_before.as_secs()) }
+                DistrustReason::NotYetValid { clock: Some(time.as_secs()), beginning: Some(not_before.as_secs()) }
             }
-            CertificateError::NotValidYet => Why::NotYetValid { clock: None, beginning: None },
-            other => Why::Unusable(other.to_string()),
+            CertificateError::NotValidYet => DistrustReason::NotYetValid { clock: None, beginning: None },
+            other => DistrustReason::Unusable(other.to_string()),
         },
-        other => Why::Unusable(other.to_string()),
+        other => DistrustReason::Unusable(other.to_string()),
     }
 }
 
@@ -313,7 +314,7 @@ fn bare_name(presented: &str) -> String {
     inner.trim_matches('"').chars().filter(|c| !c.is_control()).take(255).collect()
 }
 
-impl ServerCertVerifier for Verifier {
+impl ServerCertVerifier for CertificateVerifier {
     fn verify_server_cert(
         &self,
         leaf: &CertificateDer<'_>,
@@ -335,7 +336,7 @@ impl ServerCertVerifier for Verifier {
         leaf: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        if matches!(self.judge, Judge::Anything) {
+        if matches!(self.judge, LoadedTrust::Anything) {
             return Ok(HandshakeSignatureValid::assertion());
         }
         verify_tls12_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
@@ -347,7 +348,7 @@ impl ServerCertVerifier for Verifier {
         leaf: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        if matches!(self.judge, Judge::Anything) {
+        if matches!(self.judge, LoadedTrust::Anything) {
             return Ok(HandshakeSignatureValid::assertion());
         }
         verify_tls13_signature(message, leaf, signed, &self.provider.signature_verification_algorithms)
@@ -362,34 +363,34 @@ impl ServerCertVerifier for Verifier {
 static WRITING: Mutex<()> = Mutex::new(());
 
 /// What a server shows.
-pub(super) fn shown(leaf: &CertificateDer<'_>) -> Shown {
-    Shown { certificate: Fingerprint::of(leaf), key: key_of(leaf) }
+pub(super) fn shown(leaf: &CertificateDer<'_>) -> ServerIdentity {
+    ServerIdentity { certificate: Fingerprint::of(leaf), key: key_of(leaf) }
 }
 
-impl Judge {
+impl LoadedTrust {
     /// Notes what was learned over a connection that this judge let pass: the key that was shown, and those that were announced.
-    pub(super) fn learn(&self, origin: &str, seen: Shown, announced: &[Fingerprint]) -> Result<()> {
+    pub(super) fn learn(&self, origin: &str, seen: ServerIdentity, announced: &[Fingerprint]) -> Result<()> {
         let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
         match self {
-            Judge::Pins { pins, learned } => learn_pinned(learned, origin, pins, seen, announced),
-            Judge::FirstContact(pins) => learn_first_contact(pins, origin, seen, announced),
-            Judge::Authorities { .. } | Judge::Anything => Ok(()),
+            LoadedTrust::Pins { pins, learned } => learn_pinned(learned, origin, pins, seen, announced),
+            LoadedTrust::FirstContact(pins) => learn_first_contact(pins, origin, seen, announced),
+            LoadedTrust::Authorities { .. } | LoadedTrust::Anything => Ok(()),
         }
     }
 
     /// What certificates of an origin are accepted by, if by what is pinned.
     pub(super) fn accepted(&self, origin: &str) -> Vec<Fingerprint> {
         match self {
-            Judge::Pins { pins, learned } => accepted_pinned(learned, origin, pins),
-            Judge::FirstContact(pins) => accepted_first_contact(pins, origin),
-            Judge::Authorities { .. } | Judge::Anything => Vec::new(),
+            LoadedTrust::Pins { pins, learned } => accepted_pinned(learned, origin, pins),
+            LoadedTrust::FirstContact(pins) => accepted_first_contact(pins, origin),
+            LoadedTrust::Authorities { .. } | LoadedTrust::Anything => Vec::new(),
         }
     }
 }
 
 /// Remembers `seen` as the certificate of `origin`, whose handshake has just succeeded, if none is remembered yet.
 /// Answers whether this was the first contact.
-pub(super) fn remember(path: &Path, origin: &str, seen: Shown) -> Result<bool> {
+pub(super) fn remember(path: &Path, origin: &str, seen: ServerIdentity) -> Result<bool> {
     // Two threads at a first contact: the second must see what the first one wrote.
     let _guard = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
 
@@ -403,20 +404,20 @@ pub(super) fn remember(path: &Path, origin: &str, seen: Shown) -> Result<bool> {
     Ok(false)
 }
 
-fn pins_in(path: &Path) -> Result<Pins, Why> {
+fn pins_in(path: &Path) -> Result<Pins, DistrustReason> {
     match Pins::load(path) {
         Ok(Some(pins)) => Ok(pins),
-        Ok(None) => Err(Why::PinsLost { pins: path.to_owned() }),
-        Err(error) => Err(Why::Unusable(format!("{error:#}"))),
+        Ok(None) => Err(DistrustReason::PinsLost { pins: path.to_owned() }),
+        Err(error) => Err(DistrustReason::Unusable(format!("{error:#}"))),
     }
 }
 
 /// Whether it is the first contact.
-fn judged_by(pins: &Pins, path: &Path, origin: &str, seen: Shown) -> Result<bool, Why> {
+fn judged_by(pins: &Pins, path: &Path, origin: &str, seen: ServerIdentity) -> Result<bool, DistrustReason> {
     match pins.say(origin, seen) {
-        Said::Known => Ok(false),
-        Said::First => Ok(true),
-        Said::Changed { known } => Err(Why::Changed { known }),
-        Said::Full => Err(Why::TooManyPins { pins: path.to_owned() }),
+        PinMatch::Known => Ok(false),
+        PinMatch::First => Ok(true),
+        PinMatch::Changed { known } => Err(DistrustReason::Changed { known }),
+        PinMatch::Full => Err(DistrustReason::TooManyPins { pins: path.to_owned() }),
     }
 }

@@ -9,10 +9,10 @@ use std::io::{self, Read};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::core::health::Check;
+use crate::core::health::CheckTarget;
 use crate::core::manifest::{CONTROL_SCRIPT, MANIFEST, Manifest};
 use crate::core::model::{Os, Packing, Version};
-use crate::installation::keyring::Offer;
+use crate::installation::keyring::KeyOffer;
 use crate::package::{self, Keys};
 use crate::process::launch;
 
@@ -27,7 +27,7 @@ const MAX_KEYS: usize = 256;
 
 /// What publishing wants to know of a package.
 #[derive(Debug, Default)]
-pub(super) struct Contents {
+pub(super) struct PackageContents {
     /// Of a native sub-agent.
     pub(super) manifest: Option<Manifest>,
     /// There is an executable `control` at the root.
@@ -44,13 +44,13 @@ pub(super) struct Contents {
     keys: Vec<(String, Option<Vec<u8>>)>,
 }
 
-impl Contents {
+impl PackageContents {
     /// Refuses what no host could run as a sub-agent.
     pub(super) fn check_runnable(&self, os: Os) -> Result<()> {
         if let Some(manifest) = &self.manifest {
             self.check_command(&manifest.run.command, os)?;
             return match manifest.health.as_ref().map(|health| &health.check) {
-                Some(Check::Exec(command)) => self.check_command(command, os),
+                Some(CheckTarget::Exec(command)) => self.check_command(command, os),
                 _ => Ok(()),
             };
         }
@@ -77,7 +77,7 @@ impl Contents {
             let keys = attempt().with_context(|| format!("cannot take its {path} as a trusted key"))?;
             if path.starts_with(REVOKED) { &mut revoked } else { &mut brought }.extend(keys)?;
         }
-        Offer::new(version, brought, revoked).map(drop)
+        KeyOffer::new(version, brought, revoked).map(drop)
     }
 
     fn check_command(&self, command: &[String], os: Os) -> Result<()> {
@@ -102,8 +102,8 @@ fn is_key(path: &str) -> bool {
 }
 
 /// Reads through the whole archive.
-pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<Contents> {
-    let mut contents = Contents::default();
+pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<PackageContents> {
+    let mut contents = PackageContents::default();
     // What it is for is known only after this; see `check_for`.
     package::look_through(archive, packing, Os::Linux, &mut |seen| {
         contents.files.insert(seen.path.to_owned(), seen.executable);

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use super::keyring::Keyring;
-use super::{Place, archive};
+use super::keyring::DepotKeys;
+use super::{GatewayDirectory, archive};
 use crate::core::model::{Arch, Os, Packing, Release};
 use crate::package::trailer;
 use crate::platform;
@@ -24,8 +24,8 @@ pub(super) fn is_file_name(name: &str) -> bool {
 
 /// Makes the bootstrap out of the manager's package, and puts it into the depot; gives its name.
 pub(super) fn make(
-    place: &Place,
-    keys: &Keyring,
+    place: &GatewayDirectory,
+    keys: &DepotKeys,
     package: &mut File,
     packing: Packing,
     release: &Release,

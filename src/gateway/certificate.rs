@@ -18,9 +18,9 @@ use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::Place;
-use super::depot::Stamp;
-use super::settle::Still;
+use super::GatewayDirectory;
+use super::depot::FileStamp;
+use super::settle::SettledFile;
 use crate::core::certificate::{Validity, validity};
 use crate::core::protocol::MAX_PINS;
 use crate::endpoint::{Fingerprint, end_of, key_of};
@@ -31,20 +31,20 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// What TLS handshakes are answered with; `None` while no certificate could be read yet.
 #[derive(Debug)]
-pub(super) struct Served {
+pub(super) struct ServedCertificate {
     pair: RwLock<Option<Arc<CertifiedKey>>>,
     /// Another number for every other pair.
     revision: watch::Sender<u64>,
 }
 
-impl Served {
+impl ServedCertificate {
     /// Tells when another pair is served.
     pub(super) fn changes(&self) -> watch::Receiver<u64> {
         self.revision.subscribe()
     }
 }
 
-impl ResolvesServerCert for Served {
+impl ResolvesServerCert for ServedCertificate {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         self.pair.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -53,7 +53,7 @@ impl ResolvesServerCert for Served {
 /// How the certificate stands, for an operator to read.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Standing {
+pub(super) struct CertificateStatus {
     /// When the chain that is served ends, seconds since 1970.
     pub(super) end: Option<u64>,
     /// The public key that is served, as hosts pin it.
@@ -62,7 +62,7 @@ pub(super) struct Standing {
     pub(super) next: Vec<String>,
 }
 
-impl Standing {
+impl CertificateStatus {
     /// The public keys that are announced to hosts: the present one and the next ones.
     pub(super) fn pins(&self) -> Vec<String> {
         self.pin.iter().chain(&self.next).take(MAX_PINS).cloned().collect()
@@ -87,28 +87,28 @@ impl Standing {
 
 /// Watches the files.
 pub(super) struct Certificates {
-    place: Place,
-    served: Arc<Served>,
-    pair: Watched<2>,
-    next: Watched<1>,
-    standing: Standing,
+    place: GatewayDirectory,
+    served: Arc<ServedCertificate>,
+    pair: WatchedFiles<2>,
+    next: WatchedFiles<1>,
+    standing: CertificateStatus,
 }
 
 /// Some files that are read together, and why what they hold now is not in use.
-struct Watched<const N: usize> {
-    still: Still<[Option<Stamp>; N]>,
-    read: Option<[Option<Stamp>; N]>,
+struct WatchedFiles<const N: usize> {
+    still: SettledFile<[Option<FileStamp>; N]>,
+    read: Option<[Option<FileStamp>; N]>,
     problem: Option<String>,
 }
 
-impl<const N: usize> Watched<N> {
-    fn new(still: Duration) -> Watched<N> {
-        Watched { still: Still::new(still), read: None, problem: None }
+impl<const N: usize> WatchedFiles<N> {
+    fn new(still: Duration) -> WatchedFiles<N> {
+        WatchedFiles { still: SettledFile::new(still), read: None, problem: None }
     }
 
     /// Whether they are to be read (again). What changed while it was read is read once more, at a later look.
     fn is_due(&mut self, paths: [&Path; N], at_once: bool) -> bool {
-        let stamps = paths.map(|path| std::fs::metadata(path).ok().map(|metadata| Stamp::of(&metadata)));
+        let stamps = paths.map(|path| std::fs::metadata(path).ok().map(|metadata| FileStamp::of(&metadata)));
         let settled = self.still.look(stamps, None, Instant::now()) || at_once;
         if !settled || (self.read == Some(stamps) && !at_once) {
             return false;
@@ -120,19 +120,19 @@ impl<const N: usize> Watched<N> {
 
 impl Certificates {
     /// Reads what is there. Without a good pair no handshake succeeds until there is one.
-    pub(super) fn open(place: Place, still: Duration) -> Certificates {
-        let served = Arc::new(Served { pair: RwLock::new(None), revision: watch::Sender::new(0) });
-        let (pair, next) = (Watched::new(still), Watched::new(still));
-        let mut certificates = Certificates { place, served, pair, next, standing: Standing::default() };
+    pub(super) fn open(place: GatewayDirectory, still: Duration) -> Certificates {
+        let served = Arc::new(ServedCertificate { pair: RwLock::new(None), revision: watch::Sender::new(0) });
+        let (pair, next) = (WatchedFiles::new(still), WatchedFiles::new(still));
+        let mut certificates = Certificates { place, served, pair, next, standing: CertificateStatus::default() };
         certificates.look(true);
         certificates
     }
 
-    pub(super) fn served(&self) -> Arc<Served> {
+    pub(super) fn served(&self) -> Arc<ServedCertificate> {
         self.served.clone()
     }
 
-    pub(super) fn standing(&self) -> &Standing {
+    pub(super) fn standing(&self) -> &CertificateStatus {
         &self.standing
     }
 
@@ -167,7 +167,7 @@ impl Certificates {
             }
         }
         // What was to come is there.
-        let Standing { pin, next, .. } = &mut self.standing;
+        let CertificateStatus { pin, next, .. } = &mut self.standing;
         next.retain(|next| Some(next) != pin.as_ref());
     }
 
@@ -241,18 +241,18 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::endpoint::testing::{Identity, self_signed, self_signed_by};
+    use crate::endpoint::testing::{TestIdentity, self_signed, self_signed_by};
 
     struct Bench {
         _dir: tempfile::TempDir,
-        place: Place,
+        place: GatewayDirectory,
         certificates: Certificates,
     }
 
     impl Bench {
         fn new(key: &rcgen::KeyPair) -> Bench {
             let dir = tempfile::tempdir().unwrap();
-            let place = Place::new(dir.path());
+            let place = GatewayDirectory::new(dir.path());
             fs::create_dir(place.tls()).unwrap();
             fs::write(place.certificate_key(), key.serialize_pem()).unwrap();
             fs::write(place.certificate(), of(key).pem).unwrap();
@@ -275,7 +275,7 @@ mod tests {
         }
     }
 
-    fn of(key: &rcgen::KeyPair) -> Identity {
+    fn of(key: &rcgen::KeyPair) -> TestIdentity {
         self_signed_by(key, &["gw"], |_| {})
     }
 
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn an_end_that_is_near_is_told() {
-        let end = |end| Standing { end: Some(end), ..Standing::default() };
+        let end = |end| CertificateStatus { end: Some(end), ..CertificateStatus::default() };
         let now = 1_800_000_000;
         assert_eq!(end(now + 22 * 86_400).warning(now), None);
         assert!(end(now + 3 * 86_400).warning(now).unwrap().contains("expires in 3 days, on 2027-01-18"));

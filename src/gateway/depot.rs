@@ -19,24 +19,24 @@ use crate::platform;
 
 /// What tells one content of a file from the next without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Stamp {
+pub(super) struct FileStamp {
     pub(super) size: u64,
     modified: Option<SystemTime>,
     number: u64,
 }
 
-impl Stamp {
-    pub(super) fn of(metadata: &std::fs::Metadata) -> Stamp {
-        Stamp { size: metadata.len(), modified: metadata.modified().ok(), number: platform::file_number(metadata) }
+impl FileStamp {
+    pub(super) fn of(metadata: &std::fs::Metadata) -> FileStamp {
+        FileStamp { size: metadata.len(), modified: metadata.modified().ok(), number: platform::file_number(metadata) }
     }
 }
 
 /// A file that may be downloaded.
 #[derive(Debug)]
-pub(super) struct Item {
+pub(super) struct DepotFile {
     pub(super) name: String,
     pub(super) path: PathBuf,
-    pub(super) stamp: Stamp,
+    pub(super) stamp: FileStamp,
     pub(super) sha256: Digest,
     /// What its signature binds it to; a bootstrap has none.
     pub(super) binding: Option<Binding>,
@@ -47,15 +47,15 @@ pub(super) struct Item {
 /// Everything on offer.
 #[derive(Debug, Default)]
 pub(super) struct Index {
-    files: HashMap<String, Arc<Item>>,
-    releases: BTreeMap<Release, Arc<Item>>,
+    files: HashMap<String, Arc<DepotFile>>,
+    releases: BTreeMap<Release, Arc<DepotFile>>,
     /// Why a file is not offered, by its name.
     problems: BTreeMap<String, String>,
 }
 
 impl Index {
-    fn new(items: Vec<Arc<Item>>, mut problems: BTreeMap<String, String>) -> Index {
-        let mut releases: BTreeMap<Release, Arc<Item>> = BTreeMap::new();
+    fn new(items: Vec<Arc<DepotFile>>, mut problems: BTreeMap<String, String>) -> Index {
+        let mut releases: BTreeMap<Release, Arc<DepotFile>> = BTreeMap::new();
         for item in items.iter() {
             let Some(binding) = &item.binding else { continue };
             // Two archives of one release: the better packing is offered, the other one can still be downloaded.
@@ -72,7 +72,7 @@ impl Index {
     }
 
     /// The file of that name.
-    pub(super) fn file(&self, name: &str) -> Option<&Arc<Item>> {
+    pub(super) fn file(&self, name: &str) -> Option<&Arc<DepotFile>> {
         self.files.get(name)
     }
 
@@ -115,7 +115,7 @@ impl Index {
     }
 }
 
-fn preference(item: &Item) -> usize {
+fn preference(item: &DepotFile) -> usize {
     let packing = item.binding.as_ref().and_then(|binding| binding.release.packing_of(&item.name));
     packing.and_then(|packing| Packing::ALL.iter().position(|other| *other == packing)).unwrap_or(usize::MAX)
 }

@@ -14,9 +14,9 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
-use super::depot::{Index, Item, Stamp};
-use super::http_error::Failure;
-use crate::core::range::{Part, part};
+use super::depot::{DepotFile, FileStamp, Index};
+use super::http_error::HttpError;
+use crate::core::range::{RequestedRange, part};
 use crate::core::text::hex;
 use crate::package::SIGNATURE_SUFFIX;
 
@@ -29,38 +29,43 @@ pub(super) async fn answer(
     name: &str,
     method: &Method,
     headers: &HeaderMap,
-) -> Result<Response, Failure> {
+) -> Result<Response, HttpError> {
     if let Some(item) = index.file(name) {
-        let found =
-            Found { tag: format!("\"{}\"", item.sha256), size: item.stamp.size, content: Content::File(item.clone()) };
+        let found = LocatedFile {
+            tag: format!("\"{}\"", item.sha256),
+            size: item.stamp.size,
+            content: DownloadContent::File(item.clone()),
+        };
         return found.answer(method, headers).await;
     }
     let signature = name.strip_suffix(SIGNATURE_SUFFIX).and_then(|name| index.file(name)?.signature.clone());
     if let Some(text) = signature {
         // Tagged by its own text, which a package that is signed anew changes.
         let tag = format!("\"{}\"", hex(&Sha256::digest(text.as_bytes())));
-        return Found { tag, size: text.len() as u64, content: Content::Text(text) }.answer(method, headers).await;
+        return LocatedFile { tag, size: text.len() as u64, content: DownloadContent::Text(text) }
+            .answer(method, headers)
+            .await;
     }
-    Err(Failure::new(StatusCode::NOT_FOUND, format!("the depot has no file {}", shown(name))))
+    Err(HttpError::new(StatusCode::NOT_FOUND, format!("the depot has no file {}", shown(name))))
 }
 
 fn shown(name: &str) -> String {
     name.chars().take(150).collect::<String>().escape_debug().to_string()
 }
 
-struct Found {
+struct LocatedFile {
     tag: String,
     size: u64,
-    content: Content,
+    content: DownloadContent,
 }
 
-enum Content {
-    File(Arc<Item>),
+enum DownloadContent {
+    File(Arc<DepotFile>),
     Text(Arc<str>),
 }
 
-impl Found {
-    async fn answer(self, method: &Method, headers: &HeaderMap) -> Result<Response, Failure> {
+impl LocatedFile {
+    async fn answer(self, method: &Method, headers: &HeaderMap) -> Result<Response, HttpError> {
         let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
         let response = Response::builder().header(header::ETAG, &self.tag).header(header::ACCEPT_RANGES, "bytes");
         if text(header::IF_NONE_MATCH)
@@ -71,12 +76,12 @@ impl Found {
         let same = text(header::IF_RANGE).is_none_or(|tag| tag.trim() == self.tag);
         let asked = match text(header::RANGE) {
             Some(range) if *method == Method::GET && same => part(range, self.size),
-            _ => Part::Whole,
+            _ => RequestedRange::Whole,
         };
         let (status, range) = match asked {
-            Part::Whole => (StatusCode::OK, 0..self.size),
-            Part::Range(range) => (StatusCode::PARTIAL_CONTENT, range),
-            Part::Unsatisfiable => {
+            RequestedRange::Whole => (StatusCode::OK, 0..self.size),
+            RequestedRange::Range(range) => (StatusCode::PARTIAL_CONTENT, range),
+            RequestedRange::Unsatisfiable => {
                 return Ok(response
                     .status(StatusCode::RANGE_NOT_SATISFIABLE)
                     .header(header::CONTENT_RANGE, format!("bytes */{}", self.size))
@@ -84,8 +89,8 @@ impl Found {
             }
         };
         let kind = match self.content {
-            Content::File(_) => "application/octet-stream",
-            Content::Text(_) => "text/plain; charset=utf-8",
+            DownloadContent::File(_) => "application/octet-stream",
+            DownloadContent::Text(_) => "text/plain; charset=utf-8",
         };
         let mut response = response
             .status(status)
@@ -103,21 +108,21 @@ impl Found {
     }
 }
 
-impl Content {
-    async fn body(self, range: Range<u64>) -> Result<Body, Failure> {
+impl DownloadContent {
+    async fn body(self, range: Range<u64>) -> Result<Body, HttpError> {
         match self {
-            Content::Text(text) => {
+            DownloadContent::Text(text) => {
                 let part = text.as_bytes().get(range.start as usize..range.end as usize).unwrap_or_default();
                 Ok(Body::from(part.to_vec()))
             }
-            Content::File(item) => {
+            DownloadContent::File(item) => {
                 let gone = || {
                     let message = format!("{} is being replaced; try again", item.name);
-                    Failure::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(2)
+                    HttpError::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(2)
                 };
                 let mut file = tokio::fs::File::open(&item.path).await.map_err(|_| gone())?;
                 // The tag would lie about another content.
-                if Stamp::of(&file.metadata().await.map_err(|_| gone())?) != item.stamp {
+                if FileStamp::of(&file.metadata().await.map_err(|_| gone())?) != item.stamp {
                     return Err(gone());
                 }
                 file.seek(SeekFrom::Start(range.start)).await.map_err(|_| gone())?;

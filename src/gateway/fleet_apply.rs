@@ -10,8 +10,8 @@ use anyhow::{Context, Result, bail};
 
 use super::fleet_file::{content_of, parse, read_text};
 use super::state::GatewayState;
-use super::{Place, depot, hosts};
-use crate::core::fleet::{Changes, HostFacts, changes, judge};
+use super::{GatewayDirectory, depot, hosts};
+use crate::core::fleet::{FleetChanges, HostFacts, changes, judge};
 use crate::output::{message, report};
 use crate::store;
 use crate::{lock, platform};
@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// What can be done with the fleet file.
 #[derive(Debug, clap::Subcommand)]
-pub enum Command {
+pub enum FleetCommand {
     /// Check a fleet file, show what it changes, put it in force
     ///
     /// FILE is checked as the gateway checks fleet.toml: a file that is
@@ -32,12 +32,12 @@ pub enum Command {
     /// gateway takes it at once. Hosts keep sub-agents that are no longer
     /// listed for removalDelay all the same.
     #[command(verbatim_doc_comment)]
-    Apply(Args),
+    Apply(ApplyArgs),
 }
 
 /// Which file, of which gateway.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct ApplyArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
@@ -46,9 +46,9 @@ pub struct Args {
     file: PathBuf,
 }
 
-pub(super) fn run(command: &Command) -> Result<()> {
-    let Command::Apply(args) = command;
-    let place = Place::initialized(&args.dir)?;
+pub(super) fn run(command: &FleetCommand) -> Result<()> {
+    let FleetCommand::Apply(args) = command;
+    let place = GatewayDirectory::initialized(&args.dir)?;
     let shown = args.file.display();
     let text = read_text(&args.file)?.with_context(|| format!("cannot apply {shown}: there is no such file"))?;
     let fleet = parse(&text).with_context(|| format!("cannot apply {shown}"))?;
@@ -62,7 +62,7 @@ pub(super) fn run(command: &Command) -> Result<()> {
     })
     .with_context(|| format!("cannot apply {shown}"))?;
 
-    let Changes { lines, hosts: touched } = changes(in_force.as_ref(), &fleet, &hosts);
+    let FleetChanges { lines, hosts: touched } = changes(in_force.as_ref(), &fleet, &hosts);
     report!("{shown} is good; it changes {touched} of {} hosts", hosts.len());
     for line in lines {
         report!("  {line}");
@@ -91,7 +91,7 @@ fn or_nothing<T>(kept: Result<Option<T>>) -> Option<T> {
 }
 
 /// Waits until the running gateway has the file in force, and gives its generation.
-fn taken(place: &Place, content: &str) -> Result<u64> {
+fn taken(place: &GatewayDirectory, content: &str) -> Result<u64> {
     let started = Instant::now();
     loop {
         let fleet = store::load::<GatewayState>(&place.standing()).ok().flatten().map(|state| state.fleet);

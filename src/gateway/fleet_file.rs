@@ -16,10 +16,10 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::depot::{Index, Stamp};
-use super::settle::Still;
-use super::write_behind::Behind;
-use super::{Place, now_millis};
+use super::depot::{FileStamp, Index};
+use super::settle::SettledFile;
+use super::write_behind::WriteBehind;
+use super::{GatewayDirectory, now_millis};
 use crate::config;
 use crate::core::fleet::{Fleet, HostFacts, MAX_FILE_BYTES, judge};
 use crate::core::text::hex;
@@ -32,7 +32,7 @@ const MAX_APPLIED_BYTES: u64 = 128;
 /// How the fleet file stands, for an operator to read.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Standing {
+pub(super) struct FleetFileStatus {
     /// When the one in force was accepted, unix milliseconds; it numbers it too.
     pub(super) generation: Option<u64>,
     /// Seconds from one heartbeat to the next.
@@ -49,37 +49,37 @@ pub(super) struct Standing {
 
 /// The file, and what is in force.
 pub(super) struct FleetFile {
-    place: Place,
+    place: GatewayDirectory,
     /// The file at the last look; `None`: it was not there.
-    last: Option<Option<Stamp>>,
-    still: Still<Option<Stamp>>,
+    last: Option<Option<FileStamp>>,
+    still: SettledFile<Option<FileStamp>>,
     /// The file that was judged last.
-    judged: Option<Option<Stamp>>,
-    in_force: Option<InForce>,
-    standing: Standing,
+    judged: Option<Option<FileStamp>>,
+    in_force: Option<ActiveFleet>,
+    standing: FleetFileStatus,
     /// Keeps the text of what is in force.
-    last_good: Behind<Arc<str>>,
+    last_good: WriteBehind<Arc<str>>,
     /// Why what was kept could not be read, until something else is kept.
     lost: Option<String>,
     /// The file holds secrets that others can read.
     exposed: bool,
 }
 
-struct InForce {
+struct ActiveFleet {
     text: Arc<str>,
     fleet: Arc<Fleet>,
 }
 
 impl FleetFile {
     /// Begins with the last good one, if there is any.
-    pub(super) fn open(place: Place, still: Duration) -> Result<FleetFile> {
+    pub(super) fn open(place: GatewayDirectory, still: Duration) -> Result<FleetFile> {
         let path = place.last_good_fleet();
         let kept = path.clone();
-        let last_good = Behind::start("the last good fleet file", move |text: &Arc<str>| {
+        let last_good = WriteBehind::start("the last good fleet file", move |text: &Arc<str>| {
             store::replace(&kept, text.as_bytes(), Access::Private)
         })?;
-        let standing = Standing::default();
-        let still = Still::new(still);
+        let standing = FleetFileStatus::default();
+        let still = SettledFile::new(still);
         let mut file = FleetFile {
             place,
             last: None,
@@ -111,7 +111,7 @@ impl FleetFile {
         self.in_force.as_ref().map(|in_force| in_force.fleet.clone())
     }
 
-    pub(super) fn standing(&self) -> &Standing {
+    pub(super) fn standing(&self) -> &FleetFileStatus {
         &self.standing
     }
 
@@ -143,7 +143,7 @@ impl FleetFile {
     ) -> bool {
         let path = self.place.fleet();
         let metadata = fs::metadata(&path).ok();
-        let stamp = metadata.as_ref().map(Stamp::of);
+        let stamp = metadata.as_ref().map(FileStamp::of);
         self.exposed = self.in_force.as_ref().is_some_and(|in_force| in_force.fleet.has_secrets())
             && metadata.as_ref().is_some_and(platform::others_may_read);
         let modified = metadata.and_then(|metadata| metadata.modified().ok());
@@ -158,7 +158,7 @@ impl FleetFile {
         }
         let text = read_text(&path);
         // Somebody wrote between the look and the reading: what was read may be half of it.
-        if fs::metadata(&path).ok().map(|metadata| Stamp::of(&metadata)) != stamp {
+        if fs::metadata(&path).ok().map(|metadata| FileStamp::of(&metadata)) != stamp {
             return false;
         }
         self.judged = Some(stamp);
@@ -211,8 +211,8 @@ impl FleetFile {
         let (agents, rules) = (fleet.names().len(), fleet.rules.len());
         let interval = fleet.interval.as_secs();
         let content = Some(content_of(text.as_bytes()));
-        self.standing = Standing { generation: Some(generation), interval, agents, rules, content, error: None };
-        self.in_force = Some(InForce { text, fleet: Arc::new(fleet) });
+        self.standing = FleetFileStatus { generation: Some(generation), interval, agents, rules, content, error: None };
+        self.in_force = Some(ActiveFleet { text, fleet: Arc::new(fleet) });
     }
 }
 
@@ -232,7 +232,7 @@ pub(super) fn parse(text: &str) -> Result<Fleet> {
 }
 
 /// The lineage of this gateway's generations, made once and kept for good; and why it could not be, so that it lasts for this run alone.
-pub(super) fn lineage(place: &Place) -> (String, Option<String>) {
+pub(super) fn lineage(place: &GatewayDirectory) -> (String, Option<String>) {
     let kept = kept_lineage(place);
     kept.unwrap_or_else(|error| {
         let why = format!(
@@ -242,7 +242,7 @@ pub(super) fn lineage(place: &Place) -> (String, Option<String>) {
     })
 }
 
-fn kept_lineage(place: &Place) -> Result<(String, Option<String>)> {
+fn kept_lineage(place: &GatewayDirectory) -> Result<(String, Option<String>)> {
     let path = place.lineage();
     match fs::read_to_string(&path) {
         Ok(text) => match uuid::Uuid::parse_str(text.trim()) {
@@ -263,14 +263,14 @@ mod tests {
 
     struct Bench {
         _dir: tempfile::TempDir,
-        place: Place,
+        place: GatewayDirectory,
         file: FleetFile,
     }
 
     impl Bench {
         fn new() -> Bench {
             let dir = tempfile::tempdir().unwrap();
-            let place = Place::new(dir.path());
+            let place = GatewayDirectory::new(dir.path());
             fs::create_dir(place.state()).unwrap();
             Bench { file: FleetFile::open(place.clone(), Duration::ZERO).unwrap(), place, _dir: dir }
         }

@@ -15,9 +15,9 @@ use sha2::{Digest as _, Sha256};
 
 pub(super) use self::record::{Given, Record, load, save};
 use super::depot::Index;
-use crate::core::fleet::{Fleet, HostFacts, Told, tell};
+use crate::core::fleet::{Fleet, HostFacts, HostOrders, tell};
 use crate::core::generation;
-use crate::core::item::Item;
+use crate::core::item::MessageItem;
 use crate::core::model::{AgentId, Release};
 use crate::core::protocol::{Answer, Heartbeat};
 use crate::core::text::{cut, hex};
@@ -37,7 +37,7 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(7 * 86_400);
 const SAMPLE: usize = 1_000;
 
 /// What answers are made from, as it stood at one time.
-pub(super) struct World {
+pub(super) struct Snapshot {
     /// Another one for every other world.
     pub(super) revision: u64,
     pub(super) fleet: Option<Arc<Fleet>>,
@@ -54,37 +54,37 @@ pub(super) struct Hosts {
 
 #[derive(Default)]
 struct Inner {
-    hosts: HashMap<AgentId, Known>,
+    hosts: HashMap<AgentId, KnownHost>,
     /// Of all records.
     bytes: usize,
     /// What was worked out in the present world, by its hash: most hosts are told the same.
-    contents: HashMap<String, Arc<Content>>,
+    contents: HashMap<String, Arc<OrderContent>>,
     revision: u64,
     /// Something is not in the file yet.
     changed: bool,
 }
 
-struct Known {
+struct KnownHost {
     record: Arc<Record>,
     /// What it is told, for which world and which facts.
-    told: Option<(u64, HostFacts, Arc<Content>)>,
+    told: Option<(u64, HostFacts, Arc<OrderContent>)>,
 }
 
 /// What a host is told, with the hash by which another content is known.
-struct Content {
-    told: Told,
+struct OrderContent {
+    told: HostOrders,
     hash: String,
 }
 
 /// Why a heartbeat is not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Full;
+pub(super) struct HostLimitReached;
 
 impl Hosts {
     pub(super) fn new(lineage: String, records: Vec<Record>) -> Hosts {
         let hosts = records
             .into_iter()
-            .map(|record| (record.agent_id.clone(), Known { record: Arc::new(record), told: None }))
+            .map(|record| (record.agent_id.clone(), KnownHost { record: Arc::new(record), told: None }))
             .collect();
         let mut inner = Inner { hosts, ..Inner::default() };
         inner.bytes = inner.hosts.values().map(|known| known.record.bytes()).sum();
@@ -123,9 +123,9 @@ impl Hosts {
         &self,
         heartbeat: Heartbeat,
         address: Option<String>,
-        world: &World,
+        world: &Snapshot,
         now: u64,
-    ) -> Result<Answer, Full> {
+    ) -> Result<Answer, HostLimitReached> {
         let mut inner = self.lock();
         let inner = &mut *inner;
         if inner.revision != world.revision {
@@ -183,12 +183,12 @@ impl Hosts {
                 answer.error_message = told.missing.clone();
                 answer.lineage = Some(self.lineage.clone());
                 answer.generation = given.generation;
-                answer.manager = told.manager.clone().map(Item::Read);
+                answer.manager = told.manager.clone().map(MessageItem::Read);
                 if told.manager.as_ref().is_some_and(|order| order.version != heartbeat.manager.version) {
                     answer.cmd = Some("upgrade".to_owned());
                 }
                 if held != Some(given.generation) {
-                    answer.agents = Some(told.agents.iter().cloned().map(Item::Read).collect());
+                    answer.agents = Some(told.agents.iter().cloned().map(MessageItem::Read).collect());
                     answer.complete = told.complete;
                 }
             }
@@ -200,7 +200,7 @@ impl Hosts {
         let record = Record::after(previous, heartbeat, given.or(last), missing, address, now, most);
         inner.bytes += record.bytes();
         let told = content.map(|content| (world.revision, facts, content));
-        inner.hosts.insert(record.agent_id.clone(), Known { record: Arc::new(record), told });
+        inner.hosts.insert(record.agent_id.clone(), KnownHost { record: Arc::new(record), told });
         inner.changed = true;
         Ok(answer)
     }
@@ -210,8 +210,8 @@ fn content(
     fleet: &Fleet,
     facts: &HostFacts,
     index: &Index,
-    contents: &mut HashMap<String, Arc<Content>>,
-) -> Arc<Content> {
+    contents: &mut HashMap<String, Arc<OrderContent>>,
+) -> Arc<OrderContent> {
     let told = tell(&fleet.desired(facts), facts, |name, version| {
         let release = Release { name: name.parse().ok()?, version: version.clone(), os: facts.os, arch: facts.arch };
         index.offer(&release)
@@ -222,15 +222,15 @@ fn content(
     if contents.len() >= MAX_UNUSED && contents.len().is_power_of_two() {
         contents.retain(|_, content| Arc::strong_count(content) > 1);
     }
-    contents.entry(hash.clone()).or_insert_with(|| Arc::new(Content { told, hash })).clone()
+    contents.entry(hash.clone()).or_insert_with(|| Arc::new(OrderContent { told, hash })).clone()
 }
 
-fn make_room(inner: &mut Inner, now: u64) -> Result<(), Full> {
+fn make_room(inner: &mut Inner, now: u64) -> Result<(), HostLimitReached> {
     let stalest =
         inner.hosts.values().min_by_key(|known| known.record.last_heartbeat).map(|known| known.record.clone());
-    let stalest = stalest.ok_or(Full)?;
+    let stalest = stalest.ok_or(HostLimitReached)?;
     if now.saturating_sub(stalest.last_heartbeat) < FORGOTTEN_AFTER.as_millis() as u64 {
-        return Err(Full);
+        return Err(HostLimitReached);
     }
     tracing::info!(agent_id = %stalest.agent_id, "a silent host is forgotten to make room for another");
     inner.bytes = inner.bytes.saturating_sub(stalest.bytes());

@@ -7,31 +7,31 @@ use serde::Serialize;
 
 /// A request that cannot be answered as asked.
 #[derive(Debug)]
-pub(super) struct Failure {
+pub(super) struct HttpError {
     pub(super) status: StatusCode,
     message: String,
     pub(super) retry_after: Option<u64>,
 }
 
-impl Failure {
-    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Failure {
-        Failure { status, message: message.into(), retry_after: None }
+impl HttpError {
+    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> HttpError {
+        HttpError { status, message: message.into(), retry_after: None }
     }
 
     /// Seconds after which it is worth another try.
-    pub(super) fn retry_after(self, seconds: u64) -> Failure {
-        Failure { retry_after: Some(seconds), ..self }
+    pub(super) fn retry_after(self, seconds: u64) -> HttpError {
+        HttpError { retry_after: Some(seconds), ..self }
     }
 }
 
-impl From<axum::http::Error> for Failure {
-    fn from(error: axum::http::Error) -> Failure {
+impl From<axum::http::Error> for HttpError {
+    fn from(error: axum::http::Error) -> HttpError {
         tracing::error!(%error, "an answer could not be put together");
-        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "cannot put the answer together")
+        HttpError::new(StatusCode::INTERNAL_SERVER_ERROR, "cannot put the answer together")
     }
 }
 
-impl IntoResponse for Failure {
+impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
         let mut response = json(self.status, &serde_json::json!({ "errorMessage": self.message }));
         if let Some(seconds) = self.retry_after {

@@ -12,7 +12,7 @@ use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use super::Place;
+use super::GatewayDirectory;
 use crate::endpoint::{Fingerprint, key_of};
 use crate::output::report;
 use crate::package::sign::{Signer, password};
@@ -21,7 +21,7 @@ use crate::store::{self, Access};
 
 /// Where a gateway is made.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct InitArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
@@ -37,23 +37,23 @@ const EXAMPLE_FLEET: &str = include_str!("init/fleet.toml");
 
 /// What became of one thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Done {
+enum InitOutcome {
     Made,
     Kept,
 }
 
-impl Done {
+impl InitOutcome {
     fn word(self) -> &'static str {
         match self {
-            Done::Made => "made",
-            Done::Kept => "kept",
+            InitOutcome::Made => "made",
+            InitOutcome::Kept => "kept",
         }
     }
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &InitArgs) -> Result<()> {
     let names = server_names(&args.names)?;
-    let place = Place::new(&args.dir);
+    let place = GatewayDirectory::new(&args.dir);
     for (directory, mode) in place.directories() {
         if !directory.is_dir() {
             fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
@@ -63,11 +63,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let key = make_signing_key(&place)?;
     let certificate = make_certificate(&place, &names)?;
     let fleet = match place.fleet().exists() {
-        true => Done::Kept,
+        true => InitOutcome::Kept,
         false => {
             // It may hold secrets.
             store::replace(&place.fleet(), EXAMPLE_FLEET.as_bytes(), Access::Private)?;
-            Done::Made
+            InitOutcome::Made
         }
     };
 
@@ -80,7 +80,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         place.certificate_key().display()
     );
     report!("{}  the fleet        {}", fleet.word(), place.fleet().display());
-    if certificate == Done::Kept && !args.names.is_empty() {
+    if certificate == InitOutcome::Kept && !args.names.is_empty() {
         report!("      --name is without effect: hosts may know the certificate that is there");
     }
     let pin = certificate_pin(&place)?;
@@ -100,25 +100,25 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn make_signing_key(place: &Place) -> Result<Done> {
+fn make_signing_key(place: &GatewayDirectory) -> Result<InitOutcome> {
     let (secret, public) = (place.signing_key(), place.public_key());
     match (secret.exists(), public.exists()) {
         // A public key alone: the private one lives offline.
-        (_, true) => Ok(Done::Kept),
+        (_, true) => Ok(InitOutcome::Kept),
         (true, false) => {
             store::replace(
                 &public,
                 Signer::load(&secret, || password(&secret))?.public_text()?.as_bytes(),
                 Access::Public,
             )?;
-            Ok(Done::Kept)
+            Ok(InitOutcome::Kept)
         }
         (false, false) => {
             let signer = Signer::generate()?;
             // The private one first: with it the public one can be made again.
             store::replace(&secret, signer.secret_text()?.as_bytes(), Access::Private)?;
             store::replace(&public, signer.public_text()?.as_bytes(), Access::Public)?;
-            Ok(Done::Made)
+            Ok(InitOutcome::Made)
         }
     }
 }
@@ -126,9 +126,9 @@ fn make_signing_key(place: &Place) -> Result<Done> {
 /// A private key in PEM has 300 bytes, one of RSA 3 kB.
 const MAX_KEY_BYTES: u64 = 64 << 10;
 
-fn make_certificate(place: &Place, names: &[String]) -> Result<Done> {
+fn make_certificate(place: &GatewayDirectory, names: &[String]) -> Result<InitOutcome> {
     if place.certificate().exists() && place.certificate_key().exists() {
-        return Ok(Done::Kept);
+        return Ok(InitOutcome::Kept);
     }
     if place.certificate().exists() {
         bail!(
@@ -163,7 +163,7 @@ fn make_certificate(place: &Place, names: &[String]) -> Result<Done> {
     };
     let certificate = attempt().context("cannot make a certificate")?;
     store::replace(&place.certificate(), certificate.as_bytes(), Access::Public)?;
-    Ok(Done::Made)
+    Ok(InitOutcome::Made)
 }
 
 /// The names in the certificate: those given, and those that always lead here.
@@ -202,7 +202,7 @@ fn bracketed(name: &str) -> String {
 }
 
 /// The certificate's public key, as `install --pin` takes it.
-fn certificate_pin(place: &Place) -> Result<Fingerprint> {
+fn certificate_pin(place: &GatewayDirectory) -> Result<Fingerprint> {
     let path = place.certificate();
     let der = CertificateDer::from_pem_file(&path).with_context(|| format!("cannot read {}", path.display()))?;
     key_of(&der).with_context(|| format!("cannot read the public key in {}", path.display()))
@@ -212,15 +212,15 @@ fn certificate_pin(place: &Place) -> Result<Fingerprint> {
 mod tests {
     use super::*;
 
-    fn args(dir: &std::path::Path, names: &[&str]) -> Args {
-        Args { dir: dir.to_owned(), names: names.iter().map(|name| (*name).to_owned()).collect() }
+    fn args(dir: &std::path::Path, names: &[&str]) -> InitArgs {
+        InitArgs { dir: dir.to_owned(), names: names.iter().map(|name| (*name).to_owned()).collect() }
     }
 
     #[test]
     fn a_second_init_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("gw");
-        let place = Place::new(&root);
+        let place = GatewayDirectory::new(&root);
         run(&args(&root, &["gateway.example", "10.0.0.1", "::1"])).unwrap();
         let files =
             [place.public_key(), place.signing_key(), place.certificate(), place.certificate_key(), place.fleet()];
@@ -233,7 +233,7 @@ mod tests {
     #[test]
     fn an_interrupted_init_is_completed() {
         let dir = tempfile::tempdir().unwrap();
-        let place = Place::new(dir.path());
+        let place = GatewayDirectory::new(dir.path());
         run(&args(dir.path(), &[])).unwrap();
         let public = fs::read(place.public_key()).unwrap();
         fs::remove_file(place.public_key()).unwrap();
@@ -246,7 +246,7 @@ mod tests {
     #[test]
     fn a_key_that_is_there_is_kept_and_has_a_certificate_made_for_it() {
         let dir = tempfile::tempdir().unwrap();
-        let place = Place::new(dir.path());
+        let place = GatewayDirectory::new(dir.path());
         run(&args(dir.path(), &[])).unwrap();
         let key = fs::read(place.certificate_key()).unwrap();
         let public = || {

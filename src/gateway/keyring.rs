@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Place;
+use super::GatewayDirectory;
 use crate::package::Keys;
 use crate::{platform, store};
 
@@ -16,18 +16,18 @@ const MAX_KEYS: usize = 64;
 
 /// The public keys of a depot.
 #[derive(Debug, Default)]
-pub(super) struct Keyring {
+pub(super) struct DepotKeys {
     /// As hosts that have them from the bootstrap read them.
     texts: Vec<String>,
     keys: Keys,
     problems: Vec<String>,
 }
 
-impl Keyring {
+impl DepotKeys {
     /// Every `keys/*.pub` that is a key; only a directory that cannot be listed is an error.
-    pub(super) fn read(place: &Place) -> Result<Keyring> {
+    pub(super) fn read(place: &GatewayDirectory) -> Result<DepotKeys> {
         let mut names = names_in(&place.keys())?;
-        let mut ring = Keyring::default();
+        let mut ring = DepotKeys::default();
         if names.len() > MAX_KEYS {
             let surplus = names.split_off(MAX_KEYS).len();
             ring.problems.push(format!("keys/ holds more than {MAX_KEYS} public keys; {surplus} of them are not used"));
@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn a_file_that_is_no_key_is_named_and_costs_no_other() {
         let dir = tempfile::tempdir().unwrap();
-        let place = Place::new(dir.path());
+        let place = GatewayDirectory::new(dir.path());
         fs::create_dir(place.keys()).unwrap();
         let key = Signer::generate().unwrap().public_text().unwrap();
         fs::write(place.keys().join("b.pub"), &key).unwrap();
@@ -115,11 +115,11 @@ mod tests {
         }
         fs::write(place.keys().join("f.pub"), [0xff, 0xfe]).unwrap();
         fs::create_dir(place.keys().join("g.pub")).unwrap();
-        let ring = Keyring::read(&place).unwrap();
+        let ring = DepotKeys::read(&place).unwrap();
         assert_eq!((ring.keys().ids().count(), ring.texts()), (1, &[key][..]));
         let named: Vec<&str> = ring.problems().iter().filter_map(|problem| problem.split(' ').next()).collect();
         assert_eq!(named, ["keys/a.pub", "keys/c.pub", "keys/d.pub", "keys/e.pub", "keys/f.pub", "keys/g.pub"]);
         fs::remove_dir_all(place.keys()).unwrap();
-        assert!(Keyring::read(&place).is_err());
+        assert!(DepotKeys::read(&place).is_err());
     }
 }

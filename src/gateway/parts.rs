@@ -8,27 +8,27 @@ const MAX_SHOWN: usize = 10;
 /// One part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct Part {
+pub(super) struct PartStatus {
     pub(super) ok: bool,
     pub(super) problems: Vec<String>,
 }
 
-impl Default for Part {
-    fn default() -> Part {
-        Part { ok: true, problems: Vec::new() }
+impl Default for PartStatus {
+    fn default() -> PartStatus {
+        PartStatus { ok: true, problems: Vec::new() }
     }
 }
 
-impl Part {
+impl PartStatus {
     /// The part that has these problems, of which not all may be shown.
-    pub(super) fn with(problems: impl IntoIterator<Item = String>) -> Part {
+    pub(super) fn with(problems: impl IntoIterator<Item = String>) -> PartStatus {
         let mut problems: Vec<String> = problems.into_iter().collect();
         let more = problems.len().saturating_sub(MAX_SHOWN);
         problems.truncate(MAX_SHOWN);
         if more > 0 {
             problems.push(format!("and {more} more"));
         }
-        Part { ok: problems.is_empty(), problems }
+        PartStatus { ok: problems.is_empty(), problems }
     }
 
     /// Adds a problem that is not among them yet.
@@ -43,27 +43,27 @@ impl Part {
 /// Every part.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct Parts {
+pub(super) struct GatewayParts {
     /// `keys/`: the depot's public keys, and who can read the private one.
-    pub(super) keys: Part,
-    pub(super) depot: Part,
+    pub(super) keys: PartStatus,
+    pub(super) depot: PartStatus,
     /// `fleet.toml`.
-    pub(super) fleet: Part,
+    pub(super) fleet: PartStatus,
     /// `tls/`.
-    pub(super) certificate: Part,
+    pub(super) certificate: PartStatus,
     /// What the gateway itself writes.
-    pub(super) state: Part,
+    pub(super) state: PartStatus,
 }
 
-impl Parts {
+impl GatewayParts {
     /// Whether no part has a problem.
     pub(super) fn are_ok(&self) -> bool {
         self.each().iter().all(|(_, part)| part.ok)
     }
 
     /// Each part with its name.
-    pub(super) fn each(&self) -> [(&'static str, &Part); 5] {
-        let Parts { keys, depot, fleet, certificate, state } = self;
+    pub(super) fn each(&self) -> [(&'static str, &PartStatus); 5] {
+        let GatewayParts { keys, depot, fleet, certificate, state } = self;
         [("keys", keys), ("depot", depot), ("fleet", fleet), ("certificate", certificate), ("state", state)]
     }
 }

@@ -13,16 +13,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
-use self::identity::{Clues, Given};
-use super::keyring::Keyring;
-use super::{Place, archive, bootstrap, depot};
+use self::identity::{IdentityHints, RequestedIdentity};
+use super::keyring::DepotKeys;
+use super::{GatewayDirectory, archive, bootstrap, depot};
 use crate::core::model::{AgentName, Arch, Binding, MANAGER_PACKAGE, Os, Packing, Release, Version};
 use crate::core::names;
 use crate::lock;
 use crate::output::{message, report};
-use crate::package::pack::Tree;
+use crate::package::pack::PackTree;
 use crate::package::sign::{Signer, password};
-use crate::package::{self, Keys, Verdict, trailer};
+use crate::package::{self, Keys, SignatureStatus, trailer};
 use crate::store::{self, Access};
 
 /// How long another publishing is waited for.
@@ -65,7 +65,7 @@ every host runs it, sign one that revokes the old with the new key.";
 /// What is published, and as what.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLE)]
-pub struct Args {
+pub struct PublishArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
@@ -102,12 +102,16 @@ pub struct Args {
     path: Option<PathBuf>,
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
-    let place = Place::initialized(&args.dir)?;
-    let what = if args.itself { Source::itself()? } else { Source::at(args.path.as_deref().unwrap_or(Path::new("")))? };
+pub(super) fn run(args: &PublishArgs) -> Result<()> {
+    let place = GatewayDirectory::initialized(&args.dir)?;
+    let what = if args.itself {
+        ContentSource::itself()?
+    } else {
+        ContentSource::at(args.path.as_deref().unwrap_or(Path::new("")))?
+    };
     let shown = what.shown();
     let published = publish(&place, args, what).with_context(|| format!("cannot publish {shown}"))?;
-    let Published { binding, file, fate, notes, bootstrap } = published;
+    let PublishResult { binding, file, fate, notes, bootstrap } = published;
     for note in notes {
         message!("{note}");
     }
@@ -119,7 +123,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 /// What came of it.
-struct Published {
+struct PublishResult {
     binding: Binding,
     file: String,
     fate: &'static str,
@@ -128,21 +132,21 @@ struct Published {
 }
 
 /// Where the content comes from.
-enum Source {
+enum ContentSource {
     Directory(PathBuf),
     Archive { path: PathBuf, packing: Packing },
     Itself(PathBuf),
 }
 
-impl Source {
-    fn at(path: &Path) -> Result<Source> {
+impl ContentSource {
+    fn at(path: &Path) -> Result<ContentSource> {
         let metadata = fs::metadata(path).with_context(|| format!("cannot publish {}", path.display()))?;
         if metadata.is_dir() {
-            return Ok(Source::Directory(path.to_owned()));
+            return Ok(ContentSource::Directory(path.to_owned()));
         }
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         match identity::packing_of(&name) {
-            Some(packing) => Ok(Source::Archive { path: path.to_owned(), packing }),
+            Some(packing) => Ok(ContentSource::Archive { path: path.to_owned(), packing }),
             None => bail!(
                 "cannot publish {}: expected a directory, or an archive named .tar.zst, .tar.gz or .zip",
                 path.display()
@@ -150,38 +154,38 @@ impl Source {
         }
     }
 
-    fn itself() -> Result<Source> {
-        Ok(Source::Itself(std::env::current_exe().context("cannot find this executable")?))
+    fn itself() -> Result<ContentSource> {
+        Ok(ContentSource::Itself(std::env::current_exe().context("cannot find this executable")?))
     }
 
     fn shown(&self) -> String {
-        let (Source::Directory(path) | Source::Archive { path, .. } | Source::Itself(path)) = self;
+        let (ContentSource::Directory(path) | ContentSource::Archive { path, .. } | ContentSource::Itself(path)) = self;
         path.display().to_string()
     }
 
     fn packing(&self) -> Packing {
         match self {
-            Source::Archive { packing, .. } => *packing,
-            Source::Directory(_) | Source::Itself(_) => Packing::TarZst,
+            ContentSource::Archive { packing, .. } => *packing,
+            ContentSource::Directory(_) | ContentSource::Itself(_) => Packing::TarZst,
         }
     }
 
     /// The content as an archive, in a temporary file of the depot.
-    fn staged(&self, place: &Place) -> Result<NamedTempFile> {
+    fn staged(&self, place: &GatewayDirectory) -> Result<NamedTempFile> {
         let mut staged = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
         match self {
-            Source::Directory(path) => Tree::of_directory(path)?.write(staged.as_file_mut())?,
-            Source::Archive { path, .. } => {
+            ContentSource::Directory(path) => PackTree::of_directory(path)?.write(staged.as_file_mut())?,
+            ContentSource::Archive { path, .. } => {
                 std::io::copy(&mut File::open(path)?, staged.as_file_mut())?;
             }
-            Source::Itself(path) => {
+            ContentSource::Itself(path) => {
                 // Without the trailer that it has if it is a bootstrap itself: the package is to be the same.
                 let mut bare = tempfile::NamedTempFile::new()?;
                 let mut executable = File::open(path)?;
                 let length = trailer::length_without(&mut executable)?;
                 executable.seek(SeekFrom::Start(0))?;
                 std::io::copy(&mut std::io::Read::take(executable, length), bare.as_file_mut())?;
-                let mut tree = Tree::default();
+                let mut tree = PackTree::default();
                 tree.add_executable(archive::manager_path(identity::here().0), bare.path().to_owned());
                 tree.write(staged.as_file_mut())?;
             }
@@ -190,33 +194,38 @@ impl Source {
     }
 }
 
-fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
+fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) -> Result<PublishResult> {
     let _lock = lock::take(&place.publish_lock(), PATIENCE)?
         .with_context(|| format!("somebody else is publishing into {}", place.depot().display()))?;
     sweep(&place.depot())?;
-    let keys = Keyring::read(place)?;
+    let keys = DepotKeys::read(place)?;
     let mut staged = source.staged(place)?;
     let packing = source.packing();
     let contents = archive::contents(staged.as_file_mut(), packing)?;
     let kept = match &source {
-        Source::Archive { path, .. } => signature_beside(path)?,
-        Source::Directory(_) | Source::Itself(_) => None,
+        ContentSource::Archive { path, .. } => signature_beside(path)?,
+        ContentSource::Directory(_) | ContentSource::Itself(_) => None,
     };
 
     let mut notes: Vec<String> = keys.problems().iter().map(|problem| format!("warning: {problem}")).collect();
     let release = match &source {
-        Source::Itself(_) => {
+        ContentSource::Itself(_) => {
             let (os, arch) = identity::here();
             let version = args.version.clone().map_or_else(|| env!("CARGO_PKG_VERSION").parse(), Ok)?;
             Release { name: MANAGER_PACKAGE.parse()?, version, os, arch }
         }
-        Source::Directory(_) | Source::Archive { .. } => {
-            let given = Given { name: args.name.clone(), version: args.version.clone(), os: args.os, arch: args.arch };
+        ContentSource::Directory(_) | ContentSource::Archive { .. } => {
+            let given = RequestedIdentity {
+                name: args.name.clone(),
+                version: args.version.clone(),
+                os: args.os,
+                arch: args.arch,
+            };
             let file_name = match &source {
-                Source::Archive { path, .. } => path.file_name().map(|name| name.to_string_lossy().into_owned()),
+                ContentSource::Archive { path, .. } => path.file_name().map(|name| name.to_string_lossy().into_owned()),
                 _ => None,
             };
-            let clues = Clues {
+            let clues = IdentityHints {
                 manifest: contents.manifest.as_ref().map(|manifest| (manifest.name.clone(), manifest.version.clone())),
                 signed: kept.as_ref().map(|kept| kept.binding.release.clone()),
                 file_name,
@@ -309,13 +318,13 @@ fn publish(place: &Place, args: &Args, source: Source) -> Result<Published> {
         bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
     }
     match depot::offered(place, &file, keys.keys()).context("it is in the depot, but a gateway does not offer it")? {
-        Some(Verdict::UnknownKey) => notes.push(format!(
+        Some(SignatureStatus::UnknownKey) => notes.push(format!(
             "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not carry it",
             place.keys().display()
         )),
-        Some(Verdict::Good | Verdict::Bad(_)) | None => {}
+        Some(SignatureStatus::Good | SignatureStatus::Bad(_)) | None => {}
     }
-    Ok(Published { binding, file, fate, notes, bootstrap })
+    Ok(PublishResult { binding, file, fate, notes, bootstrap })
 }
 
 /// Removes what an interrupted publishing left behind; nobody else is at it while the lock is held.
@@ -329,7 +338,7 @@ fn sweep(depot: &Path) -> Result<()> {
     Ok(())
 }
 
-fn sign(place: &Place, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {
+fn sign(place: &GatewayDirectory, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {
     let default = place.signing_key();
     let key = key.unwrap_or(&default);
     if !key.exists() {
@@ -344,40 +353,40 @@ fn sign(place: &Place, key: Option<&Path>, package: &mut File, binding: &Binding
 }
 
 /// A signature that came with an archive.
-struct Kept {
+struct SuppliedSignature {
     text: String,
     binding: Binding,
 }
 
-fn signature_beside(archive: &Path) -> Result<Option<Kept>> {
+fn signature_beside(archive: &Path) -> Result<Option<SuppliedSignature>> {
     let path = depot::signature_path(archive);
     let Some(bytes) = store::read(&path, package::MAX_SIGNATURE_BYTES)? else { return Ok(None) };
-    let attempt = || -> Result<Kept> {
+    let attempt = || -> Result<SuppliedSignature> {
         let text = String::from_utf8(bytes).context("it is no text")?;
         let binding = package::binding_of(&text)?;
-        Ok(Kept { text, binding })
+        Ok(SuppliedSignature { text, binding })
     };
     attempt()
         .map(Some)
         .with_context(|| format!("cannot keep the signature {}; sign it anew, or remove it", path.display()))
 }
 
-impl Kept {
+impl SuppliedSignature {
     /// Verifies it by the depot's keys; one of a key that is not there is kept, for hosts may know it.
     fn check(&self, keys: &Keys, package: &mut File) -> Result<()> {
         match package::judge(package, &self.text, keys)?.0 {
-            Verdict::Good | Verdict::UnknownKey => Ok(()),
-            Verdict::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
+            SignatureStatus::Good | SignatureStatus::UnknownKey => Ok(()),
+            SignatureStatus::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
         }
     }
 }
 
 /// Whether the file's own signature stands, and is the one that came with the archive where one did.
-fn is_signed_so(file: &Path, keys: &Keys, kept: Option<&Kept>) -> Result<bool> {
+fn is_signed_so(file: &Path, keys: &Keys, kept: Option<&SuppliedSignature>) -> Result<bool> {
     let Some((verdict, text)) = depot::verdict_on(file, keys)? else { return Ok(false) };
     Ok(match kept {
-        Some(kept) => kept.text == text && !matches!(verdict, Verdict::Bad(_)),
-        None => verdict == Verdict::Good,
+        Some(kept) => kept.text == text && !matches!(verdict, SignatureStatus::Bad(_)),
+        None => verdict == SignatureStatus::Good,
     })
 }
 

@@ -15,8 +15,8 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::http_error::{Failure, json as answer};
-use super::shared::Shared;
+use super::http_error::{HttpError, json as answer};
+use super::shared::RequestContext;
 use super::state::GatewayState;
 use super::{download, now_millis};
 use crate::core::model::{AgentId, AgentName, Arch, MANAGER_PACKAGE, Os, Release};
@@ -35,7 +35,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The address that a connection comes from.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Peer(pub(super) IpAddr);
+pub(super) struct ClientAddress(pub(super) IpAddr);
 
 /// For those heartbeats of which not too many may be there at once.
 pub(super) fn large_bodies() -> Semaphore {
@@ -43,27 +43,27 @@ pub(super) fn large_bodies() -> Semaphore {
 }
 
 /// Every route.
-pub(super) fn router(shared: Arc<Shared>) -> Router {
+pub(super) fn router(shared: Arc<RequestContext>) -> Router {
     Router::new()
         .route(HEARTBEAT_PATH, post(heartbeat))
         .route(&format!("{DOWNLOAD_PATH}/{{file}}"), get(downloaded))
         .route(&format!("{RELEASES_PATH}/{{name}}"), get(release))
         .route("/healthz", get(health))
-        .fallback(async || Failure::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
+        .fallback(async || HttpError::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
         .method_not_allowed_fallback(async || {
-            Failure::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
+            HttpError::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
         })
         .with_state(shared)
 }
 
-async fn heartbeat(State(shared): State<Arc<Shared>>, request: Request) -> Result<Response, Failure> {
-    let bad = |message: String| Failure::new(StatusCode::BAD_REQUEST, message);
+async fn heartbeat(State(shared): State<Arc<RequestContext>>, request: Request) -> Result<Response, HttpError> {
+    let bad = |message: String| HttpError::new(StatusCode::BAD_REQUEST, message);
     let named = agent_id(request.headers())?.ok_or_else(|| bad(format!("the header {AGENT_ID_HEADER} is missing")))?;
-    let address = request.extensions().get::<Peer>().map(|peer| peer.0.to_string());
+    let address = request.extensions().get::<ClientAddress>().map(|peer| peer.0.to_string());
     let (body, _room) = body(request, &shared.large_bodies).await?;
     // Before it is taken apart: small values take many times the memory that they take on the wire.
     if protocol::values(&body) > MAX_VALUES {
-        return Err(Failure::new(
+        return Err(HttpError::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             format!("the heartbeat has more than {MAX_VALUES} values"),
         ));
@@ -80,24 +80,24 @@ async fn heartbeat(State(shared): State<Arc<Shared>>, request: Request) -> Resul
     shared.touched.notify_one();
     match told {
         Ok(told) => Ok(answer(StatusCode::OK, &told)),
-        Err(super::hosts::Full) => {
+        Err(super::hosts::HostLimitReached) => {
             tracing::warn!(agent_id = %named, "a host is turned away, there are too many");
-            Err(Failure::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway has no room for another host")
+            Err(HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway has no room for another host")
                 .retry_after(300))
         }
     }
 }
 
-fn agent_id(headers: &HeaderMap) -> Result<Option<AgentId>, Failure> {
+fn agent_id(headers: &HeaderMap) -> Result<Option<AgentId>, HttpError> {
     let Some(value) = headers.get(AGENT_ID_HEADER) else { return Ok(None) };
     let value = value.to_str().unwrap_or("?");
-    value.parse().map(Some).map_err(|error| Failure::new(StatusCode::BAD_REQUEST, format!("{error}")))
+    value.parse().map(Some).map_err(|error| HttpError::new(StatusCode::BAD_REQUEST, format!("{error}")))
 }
 
 /// The body, and the room that it takes while it is there.
-async fn body(request: Request, large: &Semaphore) -> Result<(Bytes, Option<SemaphorePermit<'_>>), Failure> {
+async fn body(request: Request, large: &Semaphore) -> Result<(Bytes, Option<SemaphorePermit<'_>>), HttpError> {
     let too_large =
-        || Failure::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the heartbeat has more than {MAX_BODY_BYTES} bytes"));
+        || HttpError::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the heartbeat has more than {MAX_BODY_BYTES} bytes"));
     let length =
         request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
@@ -107,39 +107,39 @@ async fn body(request: Request, large: &Semaphore) -> Result<(Bytes, Option<Sema
         Some(length) if length <= LARGE_BODY_BYTES => None,
         // Who does not say how long it is may send as much.
         _ => Some(large.try_acquire().map_err(|_| {
-            Failure::new(StatusCode::SERVICE_UNAVAILABLE, "too many large heartbeats at once").retry_after(5)
+            HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "too many large heartbeats at once").retry_after(5)
         })?),
     };
     match tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), MAX_BODY_BYTES)).await {
         Ok(Ok(bytes)) => Ok((bytes, room)),
         // Without a length it can only be found out by reading; the other errors end the connection anyway.
         Ok(Err(_)) => Err(too_large()),
-        Err(_) => Err(Failure::new(StatusCode::REQUEST_TIMEOUT, "the heartbeat took too long to arrive")),
+        Err(_) => Err(HttpError::new(StatusCode::REQUEST_TIMEOUT, "the heartbeat took too long to arrive")),
     }
 }
 
 async fn downloaded(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<RequestContext>>,
     Path(file): Path<String>,
     method: Method,
     headers: HeaderMap,
-) -> Result<Response, Failure> {
+) -> Result<Response, HttpError> {
     download::answer(&shared.world().index, &file, &method, &headers).await
 }
 
 /// For whom a release is asked.
 #[derive(Deserialize)]
-struct For {
+struct ReleaseQuery {
     os: Option<String>,
     arch: Option<String>,
 }
 
 async fn release(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<RequestContext>>,
     Path(name): Path<String>,
-    Query(wanted): Query<For>,
-) -> Result<Response, Failure> {
-    let bad = |message: String| Failure::new(StatusCode::BAD_REQUEST, message);
+    Query(wanted): Query<ReleaseQuery>,
+) -> Result<Response, HttpError> {
+    let bad = |message: String| HttpError::new(StatusCode::BAD_REQUEST, message);
     let name: AgentName = name.parse().map_err(|error| bad(format!("{error}")))?;
     let (Some(os), Some(arch)) = (wanted.os, wanted.arch) else {
         return Err(bad("the query must say os and arch".to_owned()));
@@ -155,11 +155,13 @@ async fn release(
     let offer = ordered.and_then(offer_of).or_else(|| world.index.newest(&name, os, arch).and_then(offer_of));
     match offer {
         Some(offer) => Ok(answer(StatusCode::OK, &offer)),
-        None => Err(Failure::new(StatusCode::NOT_FOUND, format!("the depot has no package of {name} for {os}/{arch}"))),
+        None => {
+            Err(HttpError::new(StatusCode::NOT_FOUND, format!("the depot has no package of {name} for {os}/{arch}")))
+        }
     }
 }
 
-async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
+async fn health(State(shared): State<Arc<RequestContext>>) -> Response<Body> {
     let GatewayState { fleet: standing, parts, .. } = shared.standing();
     let world = shared.world();
     answer(

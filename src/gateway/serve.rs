@@ -24,12 +24,12 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 
-use super::certificate::Served;
+use super::certificate::ServedCertificate;
 use super::fleet_file::lineage;
 use super::hosts::Hosts;
-use super::shared::Shared;
-use super::watch::{Eyes, Pace, keep_watching};
-use super::{Place, hosts, routes};
+use super::shared::RequestContext;
+use super::watch::{DirectoryWatcher, WatchIntervals, keep_watching};
+use super::{GatewayDirectory, hosts, routes};
 use crate::lock;
 use crate::output::report;
 use crate::platform::{self, Reload, Termination};
@@ -55,7 +55,7 @@ const TAKE_OVER: Duration = Duration::from_secs(5);
 
 /// What is served, and where.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct RunArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
@@ -65,8 +65,8 @@ pub struct Args {
     listen: SocketAddr,
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
-    let place = Place::initialized(&args.dir)?;
+pub(super) fn run(args: &RunArgs) -> Result<()> {
+    let place = GatewayDirectory::initialized(&args.dir)?;
     let Some(_lock) = lock::take(&place.lock(), TAKE_OVER)? else {
         bail!("cannot run a second gateway from {}: one is running already", args.dir.display());
     };
@@ -77,7 +77,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let listener = TcpListener::bind(args.listen)
             .await
             .with_context(|| format!("cannot listen on {}; --listen chooses another address or port", args.listen))?;
-        serve(place, listener, Pace::USUAL, stopped, reload, announce).await
+        serve(place, listener, WatchIntervals::USUAL, stopped, reload, announce).await
     })
 }
 
@@ -108,9 +108,9 @@ fn announce(address: SocketAddr) {
 /// Serves until `stopped` says so, and reads its files again at once when `reload` does. `ready` is told the address once requests are
 /// answered.
 pub(super) async fn serve(
-    place: Place,
+    place: GatewayDirectory,
     listener: TcpListener,
-    pace: Pace,
+    pace: WatchIntervals,
     stopped: watch::Receiver<bool>,
     reload: Arc<Notify>,
     ready: impl FnOnce(SocketAddr),
@@ -118,12 +118,15 @@ pub(super) async fn serve(
     let address = listener.local_addr()?;
     let (lineage, no_lineage) = lineage(&place);
     let (records, no_records) = remembered(&place);
-    let shared = Arc::new(Shared::new(Hosts::new(lineage, records), routes::large_bodies()));
+    let shared = Arc::new(RequestContext::new(Hosts::new(lineage, records), routes::large_bodies()));
     shared.trouble("lineage", no_lineage);
     shared.trouble("memory", no_records);
-    let eyes = Eyes::open(place.clone(), pace, &shared, format!("https://{address}"))?;
-    let doors =
-        Doors { acceptor: acceptor(eyes.served())?, renewed: eyes.served().changes(), stopped: stopped.clone() };
+    let eyes = DirectoryWatcher::open(place.clone(), pace, &shared, format!("https://{address}"))?;
+    let doors = ConnectionContext {
+        acceptor: acceptor(eyes.served())?,
+        renewed: eyes.served().changes(),
+        stopped: stopped.clone(),
+    };
     let (mut first, seen) = (eyes, shared.clone());
     let eyes = tokio::task::spawn_blocking(move || {
         first.look_first(&seen);
@@ -143,7 +146,7 @@ pub(super) async fn serve(
     Ok(())
 }
 
-fn acceptor(served: Arc<Served>) -> Result<TlsAcceptor> {
+fn acceptor(served: Arc<ServedCertificate>) -> Result<TlsAcceptor> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
@@ -157,7 +160,7 @@ fn acceptor(served: Arc<Served>) -> Result<TlsAcceptor> {
 
 /// What every connection is made with, and what ends it.
 #[derive(Clone)]
-struct Doors {
+struct ConnectionContext {
     acceptor: TlsAcceptor,
     /// Another certificate is served: hosts are to see it.
     renewed: watch::Receiver<u64>,
@@ -165,7 +168,7 @@ struct Doors {
 }
 
 /// What was known of the hosts, and why it is not known any more.
-fn remembered(place: &Place) -> (Vec<hosts::Record>, Option<String>) {
+fn remembered(place: &GatewayDirectory) -> (Vec<hosts::Record>, Option<String>) {
     match hosts::load(&place.hosts()) {
         Ok(records) => (records, None),
         Err(error) => {
@@ -180,7 +183,7 @@ fn remembered(place: &Place) -> (Vec<hosts::Record>, Option<String>) {
     }
 }
 
-async fn keep_saving(path: PathBuf, shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
+async fn keep_saving(path: PathBuf, shared: Arc<RequestContext>, mut stopped: watch::Receiver<bool>) {
     let mut pause = SAVE;
     loop {
         tokio::select! {
@@ -196,7 +199,7 @@ async fn keep_saving(path: PathBuf, shared: Arc<Shared>, mut stopped: watch::Rec
 
 /// Writes what is known of the hosts, where something is not written yet; what could not be is tried again. Gives the time that the work
 /// took, without the disk's.
-async fn save(path: &Path, shared: &Shared) -> Duration {
+async fn save(path: &Path, shared: &RequestContext) -> Duration {
     let Some(records) = shared.hosts.changed() else { return Duration::ZERO };
     let (file, started) = (path.to_owned(), Instant::now());
     match tokio::task::spawn_blocking(move || hosts::save(&file, &records)).await {
@@ -215,7 +218,7 @@ async fn save(path: &Path, shared: &Shared) -> Duration {
     }
 }
 
-async fn accept(listener: TcpListener, mut doors: Doors, shared: Arc<Shared>) {
+async fn accept(listener: TcpListener, mut doors: ConnectionContext, shared: Arc<RequestContext>) {
     let files = platform::raise_open_files().unwrap_or(1024);
     let most =
         usize::try_from(files.saturating_sub(RESERVED_FILES).max(16) / 2).unwrap_or(usize::MAX).min(MAX_CONNECTIONS);
@@ -232,7 +235,7 @@ async fn accept(listener: TcpListener, mut doors: Doors, shared: Arc<Shared>) {
         };
         match accepted {
             (Ok((stream, peer)), Ok(place)) => {
-                let service = router.clone().layer(axum::Extension(routes::Peer(peer.ip().to_canonical())));
+                let service = router.clone().layer(axum::Extension(routes::ClientAddress(peer.ip().to_canonical())));
                 let doors = doors.clone();
                 tokio::spawn(async move {
                     if let Err(error) = connection(stream, doors, service).await {
@@ -256,7 +259,7 @@ async fn accept(listener: TcpListener, mut doors: Doors, shared: Arc<Shared>) {
     }
 }
 
-async fn connection(stream: TcpStream, mut doors: Doors, service: axum::Router) -> Result<()> {
+async fn connection(stream: TcpStream, mut doors: ConnectionContext, service: axum::Router) -> Result<()> {
     stream.set_nodelay(true)?;
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(STALL));

@@ -8,15 +8,15 @@ pub(super) const STILL: Duration = Duration::from_secs(2);
 
 /// What was found at a file's place at the last looks.
 #[derive(Debug)]
-pub(super) struct Still<T> {
+pub(super) struct SettledFile<T> {
     required: Duration,
     /// And since when it is so.
     found: Option<(T, Instant)>,
 }
 
-impl<T: PartialEq> Still<T> {
-    pub(super) fn new(required: Duration) -> Still<T> {
-        Still { required, found: None }
+impl<T: PartialEq> SettledFile<T> {
+    pub(super) fn new(required: Duration) -> SettledFile<T> {
+        SettledFile { required, found: None }
     }
 
     /// Notes what a look has found, last modified then, and says whether it has stood still for long enough. The time of a modification
@@ -44,10 +44,11 @@ mod tests {
     #[test]
     fn what_has_stood_still_counts() {
         let at = |seconds: u64| Instant::now() + Duration::from_secs(seconds);
-        let mut still = Still::new(Duration::from_secs(2));
+        let mut still = SettledFile::new(Duration::from_secs(2));
         let start = at(100);
-        let look =
-            |still: &mut Still<u32>, found, millis| still.look(found, None, start + Duration::from_millis(millis));
+        let look = |still: &mut SettledFile<u32>, found, millis| {
+            still.look(found, None, start + Duration::from_millis(millis))
+        };
         let seen: Vec<bool> =
             [(1, 0), (1, 1_999), (1, 2_000), (2, 2_500), (2, 4_499), (3, 4_500), (2, 6_000), (2, 8_000)]
                 .into_iter()
@@ -59,7 +60,7 @@ mod tests {
     #[test]
     fn at_the_first_look_the_files_own_time_counts() {
         let required = Duration::from_secs(2);
-        let first = |modified| Still::new(required).look(1, modified, Instant::now());
+        let first = |modified| SettledFile::new(required).look(1, modified, Instant::now());
         let now = SystemTime::now();
         assert!(first(Some(now - Duration::from_secs(3))));
         assert!(!first(Some(now)));

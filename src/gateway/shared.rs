@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use tokio::sync::{Notify, Semaphore};
 
 use super::depot::Index;
-use super::hosts::{Hosts, World};
+use super::hosts::{Hosts, Snapshot};
 use super::state::GatewayState;
 use crate::core::fleet::Fleet;
 
 /// What every request may use.
-pub(super) struct Shared {
+pub(super) struct RequestContext {
     pub(super) hosts: Hosts,
-    world: RwLock<Arc<World>>,
+    world: RwLock<Arc<Snapshot>>,
     standing: Mutex<GatewayState>,
     /// What the gateway cannot keep of its own state, by what it is about.
     troubles: Mutex<BTreeMap<&'static str, String>>,
@@ -22,12 +22,12 @@ pub(super) struct Shared {
     pub(super) large_bodies: Semaphore,
 }
 
-impl Shared {
+impl RequestContext {
     /// With an empty world: no fleet, and nothing on offer.
-    pub(super) fn new(hosts: Hosts, large_bodies: Semaphore) -> Shared {
-        Shared {
+    pub(super) fn new(hosts: Hosts, large_bodies: Semaphore) -> RequestContext {
+        RequestContext {
             hosts,
-            world: RwLock::new(Arc::new(World {
+            world: RwLock::new(Arc::new(Snapshot {
                 revision: 0,
                 fleet: None,
                 index: Arc::new(Index::default()),
@@ -40,14 +40,14 @@ impl Shared {
         }
     }
 
-    pub(super) fn world(&self) -> Arc<World> {
+    pub(super) fn world(&self) -> Arc<Snapshot> {
         self.world.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Answers are made from these from now on.
     pub(super) fn replace_world(&self, fleet: Option<Arc<Fleet>>, index: Arc<Index>, pins: Vec<String>) {
         let mut world = self.world.write().unwrap_or_else(PoisonError::into_inner);
-        *world = Arc::new(World { revision: world.revision + 1, fleet, index, pins });
+        *world = Arc::new(Snapshot { revision: world.revision + 1, fleet, index, pins });
     }
 
     pub(super) fn standing(&self) -> GatewayState {

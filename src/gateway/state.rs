@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::parts::Parts;
+use super::parts::GatewayParts;
 use super::{certificate, fleet_file};
 
 /// How the running gateway stands; `status` reads it.
@@ -15,11 +15,11 @@ pub(super) struct GatewayState {
     pub(super) listening: Option<String>,
     /// Unix milliseconds.
     pub(super) started: u64,
-    pub(super) fleet: fleet_file::Standing,
-    pub(super) certificate: certificate::Standing,
+    pub(super) fleet: fleet_file::FleetFileStatus,
+    pub(super) certificate: certificate::CertificateStatus,
     /// How many packages are on offer.
     pub(super) packages: usize,
     /// Why files of the depot are not on offer.
     pub(super) problems: BTreeMap<String, String>,
-    pub(super) parts: Parts,
+    pub(super) parts: GatewayParts,
 }

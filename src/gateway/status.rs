@@ -8,10 +8,10 @@ use serde::Serialize;
 
 use super::certificate;
 use super::hosts::{self, Record};
-use super::parts::Parts;
+use super::parts::GatewayParts;
 use super::state::GatewayState;
 use super::watch::{exposed_keys, exposed_tls};
-use super::{Place, now_millis};
+use super::{GatewayDirectory, now_millis};
 use crate::core::protocol::{AgentReport, AgentState, Event, ManagerReport};
 use crate::output::result;
 use crate::{lock, store};
@@ -26,7 +26,7 @@ const CLOCKS_APART: u64 = 60;
 
 /// What is shown, and how.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct StatusArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
@@ -38,31 +38,31 @@ pub struct Args {
 /// The whole of it.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Status {
+pub(super) struct StatusReport {
     running: bool,
     /// Absent where no gateway has run yet.
-    gateway: Option<Gateway>,
-    hosts: Vec<Host>,
+    gateway: Option<GatewaySection>,
+    hosts: Vec<HostSection>,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Gateway {
+struct GatewaySection {
     pid: Option<u32>,
     listening: Option<String>,
     packages: usize,
     /// Why files of the depot are not on offer.
     problems: std::collections::BTreeMap<String, String>,
-    fleet: Fleet,
-    certificate: Certificate,
+    fleet: FleetSection,
+    certificate: CertificateSection,
     /// How each part stands.
-    parts: Parts,
+    parts: GatewayParts,
 }
 
 /// The certificate that is served, and what hosts have pinned of it.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Certificate {
+struct CertificateSection {
     /// RFC 3339: when the chain ends.
     end: Option<String>,
     /// The public key, as hosts pin it.
@@ -79,11 +79,11 @@ struct Certificate {
     not_told: usize,
 }
 
-impl Certificate {
-    fn new(standing: certificate::Standing, records: &[Record]) -> Certificate {
+impl CertificateSection {
+    fn new(standing: certificate::CertificateStatus, records: &[Record]) -> CertificateSection {
         let reports = || records.iter().filter_map(|record| record.trust.as_ref()).filter(|trust| trust.is_pinned());
         let lacking = |pins: &[String]| reports().filter(|trust| !pins.iter().all(|pin| trust.accepts(pin))).count();
-        Certificate {
+        CertificateSection {
             end: standing.end.and_then(|end| rfc3339(end.checked_mul(1_000)?)),
             pinned: reports().count(),
             lacking_next: lacking(&standing.next),
@@ -97,7 +97,7 @@ impl Certificate {
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Fleet {
+struct FleetSection {
     generation: Option<u64>,
     /// RFC 3339.
     accepted: Option<String>,
@@ -108,7 +108,7 @@ struct Fleet {
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Host {
+struct HostSection {
     agent_id: String,
     instance_id: String,
     hostname: String,
@@ -128,8 +128,8 @@ struct Host {
     problems: Vec<String>,
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
-    let place = Place::initialized(&args.dir)?;
+pub(super) fn run(args: &StatusArgs) -> Result<()> {
+    let place = GatewayDirectory::initialized(&args.dir)?;
     let status = gather(&place)?;
     if args.json {
         result!("{}", serde_json::to_string_pretty(&status)?);
@@ -153,7 +153,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn gather(place: &Place) -> Result<Status> {
+pub(super) fn gather(place: &GatewayDirectory) -> Result<StatusReport> {
     let running = lock::is_held(&place.lock());
     let now = now_millis();
     let state: Option<GatewayState> = match store::load(&place.standing()) {
@@ -173,14 +173,14 @@ pub(super) fn gather(place: &Place) -> Result<Status> {
         let seen_now = certificate.warning(now / 1_000).into_iter().chain(exposed_tls(place));
         seen_now.for_each(|problem| parts.certificate.add(problem));
     }
-    let gateway = state.map(|state| Gateway {
-        certificate: Certificate::new(state.certificate, &records),
+    let gateway = state.map(|state| GatewaySection {
+        certificate: CertificateSection::new(state.certificate, &records),
         parts: state.parts,
         pid: running.then_some(state.pid),
         listening: state.listening.filter(|_| running),
         packages: state.packages,
         problems: state.problems,
-        fleet: Fleet {
+        fleet: FleetSection {
             generation: state.fleet.generation,
             accepted: state.fleet.generation.and_then(rfc3339),
             agents: state.fleet.agents,
@@ -188,13 +188,17 @@ pub(super) fn gather(place: &Place) -> Result<Status> {
             last_error: state.fleet.error,
         },
     });
-    Ok(Status { running, gateway, hosts: records.into_iter().map(|record| host(record, now, silent_after)).collect() })
+    Ok(StatusReport {
+        running,
+        gateway,
+        hosts: records.into_iter().map(|record| host(record, now, silent_after)).collect(),
+    })
 }
 
-fn host(record: Record, now: u64, silent_after: u64) -> Host {
+fn host(record: Record, now: u64, silent_after: u64) -> HostSection {
     let problems = problems(&record, now, silent_after);
     let up = |agent: &&AgentReport| matches!(agent.state, AgentState::Running | AgentState::Starting);
-    Host {
+    HostSection {
         running: record.agents.iter().filter(up).count(),
         agent_id: record.agent_id.to_string(),
         instance_id: record.instance_id,
@@ -244,7 +248,7 @@ fn problems(record: &Record, now: u64, silent_after: u64) -> Vec<String> {
     problems
 }
 
-fn headline(status: &Status) -> String {
+fn headline(status: &StatusReport) -> String {
     let listening = status.gateway.as_ref().and_then(|gateway| gateway.listening.as_deref());
     match (status.running, listening) {
         (true, Some(listening)) => format!("gateway   running on {listening}"),
@@ -254,9 +258,9 @@ fn headline(status: &Status) -> String {
 }
 
 /// A line for each part of the gateway, and below it what is wrong with it.
-fn part_lines(status: &Status) -> Vec<String> {
+fn part_lines(status: &StatusReport) -> Vec<String> {
     let Some(gateway) = &status.gateway else { return Vec::new() };
-    let Gateway { packages, fleet, certificate, parts, .. } = gateway;
+    let GatewaySection { packages, fleet, certificate, parts, .. } = gateway;
     let mut lines = Vec::new();
     for (name, part) in parts.each() {
         let (label, what) = match name {
@@ -276,15 +280,15 @@ fn part_lines(status: &Status) -> Vec<String> {
     lines
 }
 
-fn fleet_line(fleet: &Fleet) -> String {
+fn fleet_line(fleet: &FleetSection) -> String {
     match &fleet.accepted {
         Some(accepted) => format!("{} sub-agents, {} rules, in force since {accepted}", fleet.agents, fleet.rules),
         None => "none in force".to_owned(),
     }
 }
 
-fn certificate_line(certificate: &Certificate) -> String {
-    let Certificate { end, pin, next, pinned, lacking_next, lacking_present, not_told } = certificate;
+fn certificate_line(certificate: &CertificateSection) -> String {
+    let CertificateSection { end, pin, next, pinned, lacking_next, lacking_present, not_told } = certificate;
     let Some(pin) = pin else { return "no certificate is served".to_owned() };
     let mut line = format!("expires on {}, key {pin}", end.as_deref().unwrap_or("a date that cannot be read"));
     if *lacking_present > 0 {
@@ -299,7 +303,7 @@ fn certificate_line(certificate: &Certificate) -> String {
     line
 }
 
-fn table(hosts: &[Host]) -> Table {
+fn table(hosts: &[HostSection]) -> Table {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     table.set_content_arrangement(ContentArrangement::Dynamic);

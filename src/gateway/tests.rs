@@ -18,19 +18,19 @@ const DEADLINE: Duration = Duration::from_secs(30);
 #[derive(Parser)]
 struct Line {
     #[command(subcommand)]
-    command: Command,
+    command: GatewayCommand,
 }
 
 /// A gateway's directory that is gone after the test.
 pub(super) struct Bench {
     pub(super) dir: tempfile::TempDir,
-    pub(super) place: Place,
+    pub(super) place: GatewayDirectory,
 }
 
 impl Bench {
     pub(super) fn new() -> Bench {
         let dir = tempfile::tempdir().unwrap();
-        let bench = Bench { place: Place::new(dir.path()), dir };
+        let bench = Bench { place: GatewayDirectory::new(dir.path()), dir };
         bench.command("init", &[]);
         bench
     }
@@ -60,7 +60,7 @@ impl Bench {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
                 let ready = move |address| tell.send(address).unwrap();
                 let still = Duration::from_millis(40);
-                let pace = watch::Pace { look: Duration::from_millis(20), still };
+                let pace = watch::WatchIntervals { look: Duration::from_millis(20), still };
                 let reload = Arc::new(tokio::sync::Notify::new());
                 serve::serve(place, listener, pace, stopped, reload, ready).await
             })

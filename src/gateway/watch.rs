@@ -6,47 +6,52 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use tokio::sync::{Notify, watch};
 
-use super::certificate::{Certificates, Served};
+use super::certificate::{Certificates, ServedCertificate};
 use super::depot::Scanner;
 use super::fleet_file::FleetFile;
 use super::keyring::exposed;
-use super::parts::{Part, Parts};
+use super::parts::{GatewayParts, PartStatus};
 use super::settle::STILL;
-use super::shared::Shared;
+use super::shared::RequestContext;
 use super::state::GatewayState;
-use super::write_behind::Behind;
-use super::{Place, now_millis};
+use super::write_behind::WriteBehind;
+use super::{GatewayDirectory, now_millis};
 use crate::{platform, store};
 
 /// How often is looked, and for how long a file that people write must stand still.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pace {
+pub(super) struct WatchIntervals {
     pub(super) look: Duration,
     pub(super) still: Duration,
 }
 
-impl Pace {
+impl WatchIntervals {
     /// Of a gateway in production.
-    pub(super) const USUAL: Pace = Pace { look: Duration::from_millis(500), still: STILL };
+    pub(super) const USUAL: WatchIntervals = WatchIntervals { look: Duration::from_millis(500), still: STILL };
 }
 
 /// How long the start waits for fleet.toml to stand still.
 const SETTLE: Duration = Duration::from_secs(5);
 
 /// What watches the directory.
-pub(super) struct Eyes {
-    place: Place,
-    pace: Pace,
+pub(super) struct DirectoryWatcher {
+    place: GatewayDirectory,
+    pace: WatchIntervals,
     scanner: Scanner,
     fleet: FleetFile,
     certificates: Certificates,
     state: GatewayState,
     /// Tells `status` and the routes how things stand.
-    told: Behind<GatewayState>,
+    told: WriteBehind<GatewayState>,
 }
 
-impl Eyes {
-    pub(super) fn open(place: Place, pace: Pace, shared: &Arc<Shared>, listening: String) -> Result<Eyes> {
+impl DirectoryWatcher {
+    pub(super) fn open(
+        place: GatewayDirectory,
+        pace: WatchIntervals,
+        shared: &Arc<RequestContext>,
+        listening: String,
+    ) -> Result<DirectoryWatcher> {
         let state = GatewayState {
             pid: std::process::id(),
             started: now_millis(),
@@ -54,13 +59,13 @@ impl Eyes {
             ..GatewayState::default()
         };
         let (path, routes) = (place.standing(), shared.clone());
-        let told = Behind::start("how the gateway stands", move |state: &GatewayState| {
+        let told = WriteBehind::start("how the gateway stands", move |state: &GatewayState| {
             // First for `status`, so that what the routes say is never newer than what an operator is shown.
             let written = store::save_unsynced(&path, state);
             routes.set_standing(state.clone());
             written
         })?;
-        Ok(Eyes {
+        Ok(DirectoryWatcher {
             scanner: Scanner::new(place.clone()),
             fleet: FleetFile::open(place.clone(), pace.still)?,
             certificates: Certificates::open(place.clone(), pace.still),
@@ -72,12 +77,12 @@ impl Eyes {
     }
 
     /// What handshakes are answered with.
-    pub(super) fn served(&self) -> Arc<Served> {
+    pub(super) fn served(&self) -> Arc<ServedCertificate> {
         self.certificates.served()
     }
 
     /// The depot at once, then fleet.toml as soon as it stands still.
-    pub(super) fn look_first(&mut self, shared: &Shared) {
+    pub(super) fn look_first(&mut self, shared: &RequestContext) {
         self.look(shared, true, false);
         let started = Instant::now();
         while !self.fleet.is_settled() && started.elapsed() < SETTLE {
@@ -89,7 +94,7 @@ impl Eyes {
     }
 
     /// Looks once. `at_once`: the depot counts as it is; `reload`: everything does.
-    fn look(&mut self, shared: &Shared, at_once: bool, reload: bool) {
+    fn look(&mut self, shared: &RequestContext, at_once: bool, reload: bool) {
         self.certificates.look(reload);
         let index = self.scanner.look(at_once || reload);
         let depot_changed = index.is_some();
@@ -107,7 +112,7 @@ impl Eyes {
     }
 
     /// Tells the routes and `status` how things stand, where that is news.
-    fn tell(&mut self, shared: &Shared, changed: bool) {
+    fn tell(&mut self, shared: &RequestContext, changed: bool) {
         let parts = self.parts(shared);
         let certificate = self.certificates.standing();
         if !changed && parts == self.state.parts && *certificate == self.state.certificate {
@@ -123,40 +128,40 @@ impl Eyes {
         self.told.put(self.state.clone());
     }
 
-    fn parts(&self, shared: &Shared) -> Parts {
+    fn parts(&self, shared: &RequestContext) -> GatewayParts {
         let world = shared.world();
         let refused = self.fleet.standing().error.iter().map(|error| format!("fleet.toml is refused: {error}"));
         let files = world.index.problems().iter().map(|(file, why)| format!("{file} is not offered: {why}"));
         let state = self.fleet.unwritten().into_iter().chain(shared.troubles());
         let state = state.chain(self.told.failure().map(|why| format!("how the gateway stands is not on disk: {why}")));
-        Parts {
-            keys: Part::with(self.scanner.problems_of_keys().cloned().chain(exposed_keys(&self.place))),
-            depot: Part::with(self.scanner.unreadable().map(str::to_owned).into_iter().chain(files)),
-            fleet: Part::with(refused.chain(self.fleet.exposed())),
-            certificate: Part::with(
+        GatewayParts {
+            keys: PartStatus::with(self.scanner.problems_of_keys().cloned().chain(exposed_keys(&self.place))),
+            depot: PartStatus::with(self.scanner.unreadable().map(str::to_owned).into_iter().chain(files)),
+            fleet: PartStatus::with(refused.chain(self.fleet.exposed())),
+            certificate: PartStatus::with(
                 self.certificates
                     .problems()
                     .cloned()
                     .chain(self.certificates.standing().warning(now_millis() / 1_000))
                     .chain(exposed_tls(&self.place)),
             ),
-            state: Part::with(state),
+            state: PartStatus::with(state),
         }
     }
 }
 
 /// Who else could read the signing key.
-pub(super) fn exposed_keys(place: &Place) -> Vec<String> {
+pub(super) fn exposed_keys(place: &GatewayDirectory) -> Vec<String> {
     exposed(&place.keys(), &[&place.signing_key()])
 }
 
 /// Who else could read the certificate's key, and the one that comes next.
-pub(super) fn exposed_tls(place: &Place) -> Vec<String> {
+pub(super) fn exposed_tls(place: &GatewayDirectory) -> Vec<String> {
     exposed(&place.tls(), &[&place.certificate_key(), &place.next_certificate()])
 }
 
 /// Files of the depot and the fleet file have log lines of their own.
-fn log_changes(before: &Parts, after: &Parts) {
+fn log_changes(before: &GatewayParts, after: &GatewayParts) {
     for ((name, before), (_, after)) in before.each().into_iter().zip(after.each()) {
         if matches!(name, "keys" | "certificate" | "state") {
             for problem in after.problems.iter().filter(|problem| !before.problems.contains(problem)) {
@@ -171,8 +176,8 @@ fn log_changes(before: &Parts, after: &Parts) {
 
 /// Looks again and again, and when `reload` says so.
 pub(super) async fn keep_watching(
-    mut eyes: Eyes,
-    shared: Arc<Shared>,
+    mut eyes: DirectoryWatcher,
+    shared: Arc<RequestContext>,
     reload: Arc<Notify>,
     mut stopped: watch::Receiver<bool>,
 ) {

@@ -1,8 +1,8 @@
 //! A file that is written by a thread of its own, so that a slow disk delays nobody else: the latest content is written, and what could not
 //! be written is tried again.
 //!
-//! Whoever hands over a content does not know when it is on disk, unless it waits for that with [`Behind::flush`]. The content that was
-//! handed over last is written before the end of [`Behind`], which waits for that.
+//! Whoever hands over a content does not know when it is on disk, unless it waits for that with [`WriteBehind::flush`]. The content that was
+//! handed over last is written before the end of [`WriteBehind`], which waits for that.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -14,12 +14,12 @@ use anyhow::{Context, Result};
 const RETRY: Duration = Duration::from_secs(5);
 
 /// The writing end of one file.
-pub(super) struct Behind<T> {
-    desk: Arc<Desk<T>>,
+pub(super) struct WriteBehind<T> {
+    desk: Arc<WriteQueue<T>>,
     writer: Option<JoinHandle<()>>,
 }
 
-struct Desk<T> {
+struct WriteQueue<T> {
     slot: Mutex<Slot<T>>,
     changed: Condvar,
     /// Between two tries to write the same content.
@@ -36,25 +36,28 @@ struct Slot<T> {
     ended: bool,
 }
 
-impl<T: Send + 'static> Behind<T> {
+impl<T: Send + 'static> WriteBehind<T> {
     /// `what` names the file for the log; `write` is called for each content that is written, on the thread that is started here.
-    pub(super) fn start(what: &'static str, write: impl FnMut(&T) -> Result<()> + Send + 'static) -> Result<Behind<T>> {
-        Behind::start_with(what, RETRY, write)
+    pub(super) fn start(
+        what: &'static str,
+        write: impl FnMut(&T) -> Result<()> + Send + 'static,
+    ) -> Result<WriteBehind<T>> {
+        WriteBehind::start_with(what, RETRY, write)
     }
 
     fn start_with(
         what: &'static str,
         retry: Duration,
         write: impl FnMut(&T) -> Result<()> + Send + 'static,
-    ) -> Result<Behind<T>> {
+    ) -> Result<WriteBehind<T>> {
         let slot = Slot { failure: None, next: None, writing: false, ended: false };
-        let desk = Arc::new(Desk { slot: Mutex::new(slot), changed: Condvar::new(), retry });
+        let desk = Arc::new(WriteQueue { slot: Mutex::new(slot), changed: Condvar::new(), retry });
         let of_writer = desk.clone();
         let writer = std::thread::Builder::new()
             .name(what.to_owned())
             .spawn(move || of_writer.keep_writing(what, write))
             .with_context(|| format!("cannot start the thread that writes {what}"))?;
-        Ok(Behind { desk, writer: Some(writer) })
+        Ok(WriteBehind { desk, writer: Some(writer) })
     }
 
     /// Hands over a content, in the place of an earlier one that is not written yet.
@@ -77,7 +80,7 @@ impl<T: Send + 'static> Behind<T> {
     }
 }
 
-impl<T> Drop for Behind<T> {
+impl<T> Drop for WriteBehind<T> {
     fn drop(&mut self) {
         self.desk.lock().ended = true;
         self.desk.changed.notify_all();
@@ -87,7 +90,7 @@ impl<T> Drop for Behind<T> {
     }
 }
 
-impl<T> Desk<T> {
+impl<T> WriteQueue<T> {
     fn lock(&self) -> MutexGuard<'_, Slot<T>> {
         // Nothing is left half-done behind the lock: each change is one assignment.
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
@@ -141,7 +144,7 @@ mod tests {
     fn the_latest_content_is_written_and_nobody_waits_for_it() {
         let (begun, beginning) = mpsc::channel();
         let (go, gone) = mpsc::channel::<()>();
-        let behind = Behind::start("a file", move |content: &u32| {
+        let behind = WriteBehind::start("a file", move |content: &u32| {
             begun.send(*content).unwrap();
             gone.recv().unwrap();
             Ok(())
@@ -165,7 +168,7 @@ mod tests {
     #[test]
     fn a_failure_does_not_end_the_writer() {
         let (tell, told) = mpsc::channel();
-        let behind = Behind::start_with("a file", Duration::from_secs(3600), move |content: &u32| {
+        let behind = WriteBehind::start_with("a file", Duration::from_secs(3600), move |content: &u32| {
             tell.send(*content).unwrap();
             if *content == 1 { anyhow::bail!("the disk is full") } else { Ok(()) }
         })

@@ -19,18 +19,18 @@ const MAX_MARKER_BYTES: u64 = 64 << 10;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Product {
     pub name: String,
-    pub service: Registration,
+    pub service: ServiceRegistration,
     /// The default home; `None`: the system's own.
     home: Option<PathBuf>,
     boot: String,
     #[serde(default)]
-    markers: Vec<Marker>,
+    markers: Vec<ProductMarker>,
 }
 
 /// Whether the roles are registered with a service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Registration {
+pub enum ServiceRegistration {
     /// Where there is one.
     Auto,
     None,
@@ -38,14 +38,14 @@ pub enum Registration {
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Marker {
+struct ProductMarker {
     file: PathBuf,
     contains: Option<String>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Data {
+struct ProductData {
     product: Vec<Product>,
 }
 
@@ -66,7 +66,7 @@ pub fn choose(name: Option<&str>) -> Result<Product> {
 }
 
 fn products() -> Result<Vec<Product>> {
-    let data: Data = toml::from_str(DATA).context("cannot read the list of products")?;
+    let data: ProductData = toml::from_str(DATA).context("cannot read the list of products")?;
     Ok(data.product)
 }
 
@@ -85,7 +85,7 @@ fn choose_from(products: Vec<Product>, name: Option<&str>, root: &Path) -> Resul
     }
 }
 
-impl Marker {
+impl ProductMarker {
     /// `root` stands for `/`.
     fn holds(&self, root: &Path) -> bool {
         let path = root.join(self.file.strip_prefix("/").unwrap_or(&self.file));
@@ -108,7 +108,7 @@ mod tests {
         assert!(products.iter().all(|product| product.markers.is_empty() && product.boot.contains("{control}")));
         assert_eq!(choose(None).unwrap().name, "generic");
         assert_eq!(choose(Some("auto")).unwrap().name, "generic");
-        assert_eq!(choose(Some("hci")).unwrap().service, Registration::None);
+        assert_eq!(choose(Some("hci")).unwrap().service, ServiceRegistration::None);
         assert!(choose(Some("other")).unwrap_err().to_string().contains("generic, hci, scp"));
     }
 
@@ -118,7 +118,7 @@ mod tests {
         std::fs::create_dir(root.path().join("etc")).unwrap();
         std::fs::write(root.path().join("etc/release"), "NAME=example B\n").unwrap();
         let with = |markers: &str| {
-            let data: Data = toml::from_str(&DATA.replacen(
+            let data: ProductData = toml::from_str(&DATA.replacen(
                 "run `{control} start`\"\nmarkers = []",
                 &format!("run `{{control}} start`\"\nmarkers = {markers}"),
                 1,

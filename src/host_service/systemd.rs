@@ -286,7 +286,7 @@ fn property(shown: &str, name: &str) -> Option<String> {
     (!value.is_empty()).then(|| value.to_owned())
 }
 
-fn context(file: &units::File) -> ServiceInstallCtx {
+fn context(file: &units::UnitFile) -> ServiceInstallCtx {
     ServiceInstallCtx {
         label: ServiceLabel { qualifier: None, organization: None, application: file.unit.clone() },
         program: file.program.clone(),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::trust;
 use crate::home::Home;
-use crate::store::{self, Unknown};
+use crate::store::{self, UnknownJson};
 
 /// The form of state that has `keys.json`, and `pins.json` where a first contact is trusted; homes that were made before have [`Epochs::form`] zero.
 const WITH_KEYRING: u32 = 1;
@@ -25,7 +25,7 @@ pub struct Epochs {
     #[serde(default)]
     form: u32,
     #[serde(flatten)]
-    unknown: Unknown,
+    unknown: UnknownJson,
 }
 
 impl Epochs {

@@ -19,7 +19,7 @@ use crate::platform;
 
 /// A name of the executable in the home.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Name {
+pub enum ExecutableName {
     /// The manager.
     Spm,
     /// The watchdog.
@@ -30,16 +30,17 @@ pub enum Name {
     Control,
 }
 
-impl Name {
-    pub const ALL: &'static [Name] = &[Name::Spm, Name::Spa, Name::AgentService, Name::Control];
+impl ExecutableName {
+    pub const ALL: &'static [ExecutableName] =
+        &[ExecutableName::Spm, ExecutableName::Spa, ExecutableName::AgentService, ExecutableName::Control];
 
     /// The link, or on Windows the copy, that has this name.
     pub fn path(self, home: &Home) -> PathBuf {
         match self {
-            Name::Spm => home.role_link(Role::Spm.program()),
-            Name::Spa => home.role_link(Role::Spa.program()),
-            Name::AgentService => home.role_link("aops-agent-service"),
-            Name::Control => home.control_link(),
+            ExecutableName::Spm => home.role_link(Role::Spm.program()),
+            ExecutableName::Spa => home.role_link(Role::Spa.program()),
+            ExecutableName::AgentService => home.role_link("aops-agent-service"),
+            ExecutableName::Control => home.control_link(),
         }
     }
 }
@@ -56,7 +57,7 @@ pub fn replace(home: &Home, new: &Path) -> Result<()> {
 }
 
 /// Makes these names lead to `image`, an executable in `bin`. It may be repeated.
-pub fn point(home: &Home, names: &[Name], image: &Path) -> Result<()> {
+pub fn point(home: &Home, names: &[ExecutableName], image: &Path) -> Result<()> {
     for name in names {
         let link = name.path(home);
         // Relative, so that the home can be moved.
@@ -79,7 +80,7 @@ mod tests {
         (directory, home)
     }
 
-    fn image(home: &Home, name: Name) -> String {
+    fn image(home: &Home, name: ExecutableName) -> String {
         fs::read_to_string(name.path(home)).unwrap()
     }
 
@@ -90,9 +91,9 @@ mod tests {
         for content in ["1", "2"] {
             fs::write(&new, content).unwrap();
             replace(&home, &new).unwrap();
-            point(&home, Name::ALL, &home.executable()).unwrap();
+            point(&home, ExecutableName::ALL, &home.executable()).unwrap();
             assert!(!new.exists());
-            assert!(Name::ALL.iter().all(|name| image(&home, *name) == content), "{content}");
+            assert!(ExecutableName::ALL.iter().all(|name| image(&home, *name) == content), "{content}");
         }
     }
 
@@ -102,10 +103,13 @@ mod tests {
         let old = home.bin().join("aops.prev");
         fs::write(&old, "old").unwrap();
         fs::write(home.executable(), "new").unwrap();
-        point(&home, Name::ALL, &home.executable()).unwrap();
-        point(&home, &[Name::Spa, Name::AgentService, Name::Control], &old).unwrap();
-        assert_eq!(Name::ALL.iter().map(|name| image(&home, *name)).collect::<Vec<_>>(), ["new", "old", "old", "old"]);
-        point(&home, Name::ALL, &home.executable()).unwrap();
-        assert!(Name::ALL.iter().all(|name| image(&home, *name) == "new"));
+        point(&home, ExecutableName::ALL, &home.executable()).unwrap();
+        point(&home, &[ExecutableName::Spa, ExecutableName::AgentService, ExecutableName::Control], &old).unwrap();
+        assert_eq!(
+            ExecutableName::ALL.iter().map(|name| image(&home, *name)).collect::<Vec<_>>(),
+            ["new", "old", "old", "old"]
+        );
+        point(&home, ExecutableName::ALL, &home.executable()).unwrap();
+        assert!(ExecutableName::ALL.iter().all(|name| image(&home, *name) == "new"));
     }
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::model::AgentId;
 use crate::home::Home;
-use crate::store::{self, Unknown};
+use crate::store::{self, UnknownJson};
 
 /// An id with its line end; what is longer is something else.
 const MAX_AGENT_ID_BYTES: u64 = 4 << 10;
@@ -18,7 +18,7 @@ struct Instance {
     /// The machine that it was made for, as the system names it; empty where it does not.
     machine_id: String,
     #[serde(flatten)]
-    unknown: Unknown,
+    unknown: UnknownJson,
 }
 
 /// A UUID made at the first start on this machine, and made anew on a clone of it.
@@ -30,7 +30,7 @@ pub fn instance_id(home: &Home) -> String {
     if let Some(known) = known {
         return known.instance_id;
     }
-    let new = Instance { instance_id: uuid::Uuid::new_v4().to_string(), machine_id, unknown: Unknown::new() };
+    let new = Instance { instance_id: uuid::Uuid::new_v4().to_string(), machine_id, unknown: UnknownJson::new() };
     if let Err(error) = store::save(&path, &new) {
         tracing::warn!(error = format!("{error:#}"), "the instance id cannot be kept; the next start makes another");
     }

@@ -27,7 +27,7 @@ use crate::core::model::Version;
 use crate::home::Home;
 use crate::package::Keys;
 use crate::package::keys::Key;
-use crate::store::{self, Unknown};
+use crate::store::{self, UnknownJson};
 
 /// More than anybody rotates through in a host's life.
 const MAX_REVOKED: usize = 256;
@@ -37,72 +37,72 @@ const MAX_REVOKED: usize = 256;
 #[serde(rename_all = "camelCase")]
 pub struct Keyring {
     #[serde(default)]
-    brought: Vec<Entry>,
+    brought: Vec<KeyEntry>,
     #[serde(default)]
-    revoked: Vec<Entry>,
+    revoked: Vec<KeyEntry>,
     #[serde(flatten)]
-    unknown: Unknown,
+    unknown: UnknownJson,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", try_from = "Written", into = "Written")]
-struct Entry {
+#[serde(rename_all = "camelCase", try_from = "RawKeyring", into = "RawKeyring")]
+struct KeyEntry {
     key: Key,
     /// What brought or revoked it, for a person to read.
     by: String,
-    unknown: Unknown,
+    unknown: UnknownJson,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Written {
+struct RawKeyring {
     /// As minisign writes it, without comment.
     key: String,
     #[serde(default)]
     by: String,
     #[serde(flatten)]
-    unknown: Unknown,
+    unknown: UnknownJson,
 }
 
-impl TryFrom<Written> for Entry {
+impl TryFrom<RawKeyring> for KeyEntry {
     type Error = String;
 
-    fn try_from(written: Written) -> Result<Entry, String> {
+    fn try_from(written: RawKeyring) -> Result<KeyEntry, String> {
         let keys = Keys::parse(&written.key).map_err(|error| format!("{error:#}"))?;
         let key = keys.iter().next().ok_or("there is no key in it")?.clone();
-        Ok(Entry { key, by: written.by, unknown: written.unknown })
+        Ok(KeyEntry { key, by: written.by, unknown: written.unknown })
     }
 }
 
-impl From<Entry> for Written {
-    fn from(entry: Entry) -> Written {
-        Written { key: entry.key.base64().to_owned(), by: entry.by, unknown: entry.unknown }
+impl From<KeyEntry> for RawKeyring {
+    fn from(entry: KeyEntry) -> RawKeyring {
+        RawKeyring { key: entry.key.base64().to_owned(), by: entry.by, unknown: entry.unknown }
     }
 }
 
 /// What a package of the manager says about keys.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Offer {
+pub struct KeyOffer {
     by: String,
     brought: Keys,
     revoked: Keys,
 }
 
-impl Offer {
+impl KeyOffer {
     /// Reads it from a verified and unpacked package of this version.
-    pub fn read(tree: &Path, version: &Version) -> Result<Offer> {
+    pub fn read(tree: &Path, version: &Version) -> Result<KeyOffer> {
         let brought = Keys::load(&tree.join("keys")).context("cannot take the keys that the package brings")?;
         let revoked =
             Keys::load(&tree.join("keys/revoked")).context("cannot take the keys that the package revokes")?;
-        Offer::new(version, brought, revoked)
+        KeyOffer::new(version, brought, revoked)
     }
 
     /// Of a package of this version, which may not contradict itself.
-    pub fn new(version: &Version, brought: Keys, revoked: Keys) -> Result<Offer> {
+    pub fn new(version: &Version, brought: Keys, revoked: Keys) -> Result<KeyOffer> {
         if let Some(key) = brought.iter().find(|key| revoked.contains(key)) {
             bail!("cannot take the keys of the package: it both brings and revokes the key {}", key.id());
         }
-        Ok(Offer { by: format!("aops-spm {version}"), brought, revoked })
+        Ok(KeyOffer { by: format!("aops-spm {version}"), brought, revoked })
     }
 
     /// What a record keeps of it: the keys that are brought, and those that are revoked.
@@ -111,19 +111,19 @@ impl Offer {
     }
 
     /// What a record kept of the offer of a package of this version.
-    pub fn of_texts(version: &Version, brought: &[String], revoked: &[String]) -> Result<Offer> {
+    pub fn of_texts(version: &Version, brought: &[String], revoked: &[String]) -> Result<KeyOffer> {
         let keys = |texts: &[String]| {
             texts.iter().try_fold(Keys::default(), |mut keys, text| {
                 keys.extend(Keys::parse(text)?)?;
                 Ok::<_, anyhow::Error>(keys)
             })
         };
-        Offer::new(version, keys(brought)?, keys(revoked)?)
+        KeyOffer::new(version, keys(brought)?, keys(revoked)?)
     }
 }
 
 /// Takes over what a package of the manager says about keys that is committed beside whoever else changes what the host trusts.
-pub fn take_over(home: &Home, offer: &Offer) -> Result<Vec<String>> {
+pub fn take_over(home: &Home, offer: &KeyOffer) -> Result<Vec<String>> {
     let _lock = trust::lock(home)?;
     commit(home, offer)
 }
@@ -136,7 +136,7 @@ pub fn trusted(home: &Home) -> Result<Keys> {
 
 /// Takes over the keys of an installation: those that the operator has `given`, those that the bootstrap `carried`, and what the manager's
 /// package says about keys; answers what an operator should hear of that. Of a home that `stands` all else is kept.
-pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
+pub fn install(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &KeyOffer) -> Result<Vec<String>> {
     let _lock = trust::lock(home)?;
     let standing = if stands { Keyring::load(home)? } else { Keyring::default() };
     if !stands {
@@ -163,7 +163,7 @@ pub fn keep_after_failure(home: &Home, before: &Keyring) -> Result<()> {
 
 /// Takes over what a package of the manager says about keys, whose release is being committed; answers what an operator should hear of.
 /// It may be repeated. The caller holds the lock of what the host trusts.
-fn commit(home: &Home, offer: &Offer) -> Result<Vec<String>> {
+fn commit(home: &Home, offer: &KeyOffer) -> Result<Vec<String>> {
     let (ring, remarks) = Keyring::load(home)?.after(offer, &Keys::load(&home.keys())?, &Keys::baked_in()?)?;
     // First it is refused; then its file goes, which would be the operator's if nothing said that it was brought.
     ring.save(home)?;
@@ -248,11 +248,11 @@ impl Keyring {
     }
 
     /// What follows from an offer, and what an operator should hear of.
-    fn after(&self, offer: &Offer, etc: &Keys, baked: &Keys) -> Result<(Keyring, Vec<String>)> {
+    fn after(&self, offer: &KeyOffer, etc: &Keys, baked: &Keys) -> Result<(Keyring, Vec<String>)> {
         let (mut ring, mut remarks) = (self.clone(), Vec::new());
         let by = &offer.by;
         for key in offer.revoked.iter().filter(|key| !self.is_revoked(key)) {
-            ring.revoked.push(Entry { key: key.clone(), by: by.clone(), unknown: Unknown::default() });
+            ring.revoked.push(KeyEntry { key: key.clone(), by: by.clone(), unknown: UnknownJson::default() });
             remarks.push(format!("{by} revokes the key {}", key.id()));
         }
         for key in offer.brought.iter() {
@@ -276,7 +276,7 @@ impl Keyring {
     }
 
     /// What would follow from an offer is refused here as it would be when it is committed.
-    pub fn examine(&self, offer: &Offer, etc: &Keys) -> Result<()> {
+    pub fn examine(&self, offer: &KeyOffer, etc: &Keys) -> Result<()> {
         self.after(offer, etc, &Keys::baked_in()?).map(drop)
     }
 
@@ -308,7 +308,7 @@ impl Keyring {
         if self.is_brought(key) {
             return false;
         }
-        self.brought.push(Entry { key: key.clone(), by: by.to_owned(), unknown: Unknown::default() });
+        self.brought.push(KeyEntry { key: key.clone(), by: by.to_owned(), unknown: UnknownJson::default() });
         true
     }
 

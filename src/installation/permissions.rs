@@ -27,35 +27,35 @@ use anyhow::{Context, Result};
 use crate::core::model::{AgentName, Version};
 use crate::home::Home;
 use crate::package::Keys;
-use crate::platform::{self, Expected};
+use crate::platform::{self, ExpectedPath};
 
 /// Of the state's files, so many are looked at: there are a dozen.
 const MAX_STATE_FILES: usize = 256;
 
 /// What is wrong with a home, for an operator to mend.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unsound(String);
+pub struct UnsafeHome(String);
 
-impl fmt::Display for Unsound {
+impl fmt::Display for UnsafeHome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Unsound {}
+impl std::error::Error for UnsafeHome {}
 
 /// Looks at every directory of the home and at its executable; one that is missing is made again by others and is no fault.
 pub fn home(home: &Home) -> Result<()> {
-    let mut look = Look::at(home)?;
+    let mut look = PermissionCheck::at(home)?;
     look.whole()?;
     look.end()
 }
 
 /// Looks at what somebody relies on who installs or removes: the home itself, where its locks and records lie, and what he names.
-pub fn grounds(home: &Home, also: &[(PathBuf, Expected)]) -> Result<()> {
-    let mut look = Look::at(home)?;
+pub fn grounds(home: &Home, also: &[(PathBuf, ExpectedPath)]) -> Result<()> {
+    let mut look = PermissionCheck::at(home)?;
     for directory in [home.root().to_owned(), home.run(), home.process_records()] {
-        look.here(&directory, Expected::Directory)?;
+        look.here(&directory, ExpectedPath::Directory)?;
     }
     for (path, expected) in also {
         look.here(path, *expected)?;
@@ -65,23 +65,23 @@ pub fn grounds(home: &Home, also: &[(PathBuf, Expected)]) -> Result<()> {
 
 /// As [`home`], and the directory of one sub-agent, in which its releases lie.
 pub fn agent(home: &Home, name: &AgentName) -> Result<()> {
-    let mut look = Look::at(home)?;
+    let mut look = PermissionCheck::at(home)?;
     look.whole()?;
-    look.here(&home.agent(name), Expected::Directory)?;
+    look.here(&home.agent(name), ExpectedPath::Directory)?;
     look.end()
 }
 
 /// The directory of one sub-agent alone, before something in it is removed.
 pub fn place(home: &Home, name: &AgentName) -> Result<()> {
-    let mut look = Look::at(home)?;
-    look.here(&home.agents(), Expected::Directory)?;
-    look.here(&home.agent(name), Expected::DirectoryOfAny)?;
+    let mut look = PermissionCheck::at(home)?;
+    look.here(&home.agents(), ExpectedPath::Directory)?;
+    look.here(&home.agent(name), ExpectedPath::DirectoryOfAny)?;
     look.end()
 }
 
 /// What leads to a release of a sub-agent, and its directory, before something of it is run.
 pub fn release(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
-    let mut look = Look::at(home)?;
+    let mut look = PermissionCheck::at(home)?;
     look.release(name, version)?;
     look.end()
 }
@@ -89,26 +89,26 @@ pub fn release(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
 /// Where the releases of a sub-agent lie, before something of one is run. What lies in a release is its own: a script may give it to whom
 /// it runs as, or open it to others, and is to be started again after that.
 pub fn programs(home: &Home, name: &AgentName) -> Result<()> {
-    let mut look = Look::at(home)?;
+    let mut look = PermissionCheck::at(home)?;
     for directory in [home.root().to_owned(), home.agents(), home.agent(name)] {
-        look.here(&directory, Expected::Directory)?;
+        look.here(&directory, ExpectedPath::Directory)?;
     }
     look.end()
 }
 
 /// A release that is run and a program in it: what is wrong there is told.
 pub fn program(home: &Home, name: &AgentName, version: &Version, program: &str) -> Result<()> {
-    let mut look = Look::at(home)?;
-    look.here(&home.release(name, version), Expected::Directory)?;
+    let mut look = PermissionCheck::at(home)?;
+    look.here(&home.release(name, version), ExpectedPath::Directory)?;
     look.behind_links(&home.release(name, version).join(program))?;
     look.end()
 }
 
 /// The executable of the home by one of its names, before a role is started by it.
 pub fn executable(home: &Home, name: &Path) -> Result<()> {
-    let mut look = Look::at(home)?;
+    let mut look = PermissionCheck::at(home)?;
     for directory in [home.root().to_owned(), home.bin()] {
-        look.here(&directory, Expected::Directory)?;
+        look.here(&directory, ExpectedPath::Directory)?;
     }
     look.behind_links(name)?;
     look.end()
@@ -117,23 +117,23 @@ pub fn executable(home: &Home, name: &Path) -> Result<()> {
 /// Looks at what says which packages are trusted: the operator's key files, what was brought and revoked, the epochs, and the directories
 /// that they lie in.
 pub fn keys(home: &Home) -> Result<()> {
-    let mut look = Look::at(home)?;
+    let mut look = PermissionCheck::at(home)?;
     for directory in [home.root().to_owned(), home.etc(), home.keys(), home.state()] {
-        look.here(&directory, Expected::Directory)?;
+        look.here(&directory, ExpectedPath::Directory)?;
     }
     if !look.faults.is_empty() {
         // Nothing is looked for where somebody else can write.
         return look.end();
     }
     for file in Keys::files(&home.keys())?.into_iter().chain([home.keyring(), home.epochs()]) {
-        look.here(&file, Expected::File)?;
+        look.here(&file, ExpectedPath::File)?;
     }
     look.end()
 }
 
 /// Looks at the directories above the home.
 pub fn way(home: &Home) -> Result<()> {
-    let mut look = Look::at(home)?;
+    let mut look = PermissionCheck::at(home)?;
     look.way(Path::new("/"), home.root())?;
     look.end()
 }
@@ -141,14 +141,14 @@ pub fn way(home: &Home) -> Result<()> {
 /// As [`way`], and what says who this host is and whom it listens to, and what it remembers. `certificates`: the file that the settings
 /// name.
 pub fn files(home: &Home, certificates: Option<&Path>) -> Result<()> {
-    let mut look = Look::at(home)?;
+    let mut look = PermissionCheck::at(home)?;
     look.way(Path::new("/"), home.root())?;
     let certificates = certificates.filter(|path| path.starts_with(home.root())).map(Path::to_owned);
     for file in [home.config(), home.agent_id()].into_iter().chain(certificates) {
         look.behind_links(&file)?;
     }
     for file in state_files(home)? {
-        look.here(&file, Expected::File)?;
+        look.here(&file, ExpectedPath::File)?;
     }
     look.end()
 }
@@ -177,7 +177,7 @@ fn state_files(home: &Home) -> Result<Vec<PathBuf>> {
 }
 
 /// A look at a home, and what was found to be wrong.
-struct Look<'a> {
+struct PermissionCheck<'a> {
     home: &'a Home,
     /// The home behind all links; `None`: there is none.
     root: Option<PathBuf>,
@@ -185,8 +185,8 @@ struct Look<'a> {
     faults: Vec<(PathBuf, String)>,
 }
 
-impl<'a> Look<'a> {
-    fn at(home: &'a Home) -> Result<Look<'a>> {
+impl<'a> PermissionCheck<'a> {
+    fn at(home: &'a Home) -> Result<PermissionCheck<'a>> {
         let root = match fs::canonicalize(home.root()) {
             Ok(root) => Some(root),
             Err(error) if is_missing(&error) => None,
@@ -194,12 +194,12 @@ impl<'a> Look<'a> {
                 return Err(error).with_context(|| format!("cannot look at {}", home.root().display()));
             }
         };
-        Ok(Look { home, root, faults: Vec::new() })
+        Ok(PermissionCheck { home, root, faults: Vec::new() })
     }
 
     fn whole(&mut self) -> Result<()> {
         for (directory, _) in self.home.directories() {
-            self.here(&directory, Expected::Directory)?;
+            self.here(&directory, ExpectedPath::Directory)?;
         }
         self.behind_links(&self.home.executable())
     }
@@ -207,13 +207,13 @@ impl<'a> Look<'a> {
     fn release(&mut self, name: &AgentName, version: &Version) -> Result<()> {
         let home = self.home;
         for directory in [home.root().to_owned(), home.agents(), home.agent(name), home.release(name, version)] {
-            self.here(&directory, Expected::Directory)?;
+            self.here(&directory, ExpectedPath::Directory)?;
         }
         Ok(())
     }
 
     /// What lies at a path of the home.
-    fn here(&mut self, path: &Path, expected: Expected) -> Result<()> {
+    fn here(&mut self, path: &Path, expected: ExpectedPath) -> Result<()> {
         let Some(root) = &self.root else { return Ok(()) };
         let real = self.behind(root, path);
         let weakness = platform::weakness(&real, expected, root);
@@ -241,7 +241,7 @@ impl<'a> Look<'a> {
             Err(error) if is_missing(&error) => return Ok(()),
             Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
         };
-        let weakness = platform::weakness(&real, Expected::File, self.home.root());
+        let weakness = platform::weakness(&real, ExpectedPath::File, self.home.root());
         let weakness = weakness.with_context(|| format!("cannot look at {}", real.display()))?;
         let behind = if real == path { String::new() } else { format!(", which is {}", real.display()) };
         let fault = weakness.map(|weakness| format!("cannot rely on {}{behind}: {weakness}", path.display()));
@@ -270,7 +270,7 @@ impl<'a> Look<'a> {
 
     fn end(self) -> Result<()> {
         let faults: Vec<String> = self.faults.into_iter().map(|(_, fault)| fault).collect();
-        if faults.is_empty() { Ok(()) } else { Err(Unsound(faults.join("; ")).into()) }
+        if faults.is_empty() { Ok(()) } else { Err(UnsafeHome(faults.join("; ")).into()) }
     }
 }
 

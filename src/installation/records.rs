@@ -13,14 +13,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::model::{Digest, Version};
 use crate::core::role::Role;
-use crate::core::service_manager::Kind;
+use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
-use crate::store::{self, Unknown};
+use crate::store::{self, UnknownJson};
 
 /// `state/manager.json`: the release of the manager that is in place, as its signed comment said.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Manager {
+pub struct ManagerRecord {
     pub version: Version,
     /// Of the package.
     pub sha256: Digest,
@@ -28,11 +28,11 @@ pub struct Manager {
     /// The package's file name.
     pub file: String,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownJson,
 }
 
-impl Manager {
-    pub fn load(home: &Home) -> Result<Option<Manager>> {
+impl ManagerRecord {
+    pub fn load(home: &Home) -> Result<Option<ManagerRecord>> {
         store::load(&home.manager_record())
     }
 
@@ -44,9 +44,9 @@ impl Manager {
 /// `state/install.json`: how the home is tied into the host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Installed {
+pub struct InstallRecord {
     /// The service manager that the roles are registered with.
-    pub service: Kind,
+    pub service: ServiceManagerKind,
     pub product: String,
     /// Directories that were made for the home, the home itself among them, parents first.
     #[serde(default)]
@@ -55,17 +55,17 @@ pub struct Installed {
     #[serde(default)]
     pub linked: Vec<PathBuf>,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownJson,
 }
 
-impl Installed {
+impl InstallRecord {
     /// Nothing is known but who starts the roles.
-    pub fn by(service: Kind) -> Installed {
-        let unknown = Unknown::default();
-        Installed { service, product: String::new(), created_directories: Vec::new(), linked: Vec::new(), unknown }
+    pub fn by(service: ServiceManagerKind) -> InstallRecord {
+        let unknown = UnknownJson::default();
+        InstallRecord { service, product: String::new(), created_directories: Vec::new(), linked: Vec::new(), unknown }
     }
 
-    pub fn load(home: &Home) -> Result<Option<Installed>> {
+    pub fn load(home: &Home) -> Result<Option<InstallRecord>> {
         store::load(&home.install_record())
     }
 
@@ -98,8 +98,8 @@ mod tests {
         let (_directory, home) = home();
         let text = r#"{"service":"none","product":"generic","later":[1]}"#;
         std::fs::write(home.install_record(), text).unwrap();
-        let installed = Installed::load(&home).unwrap().unwrap();
-        assert_eq!(installed.service, Kind::None);
+        let installed = InstallRecord::load(&home).unwrap().unwrap();
+        assert_eq!(installed.service, ServiceManagerKind::None);
         installed.save(&home).unwrap();
         assert!(std::fs::read_to_string(home.install_record()).unwrap().contains("later"));
         assert!(exists(&home));

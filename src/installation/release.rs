@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::keyring::Offer;
-use super::records::Manager;
+use super::keyring::KeyOffer;
+use super::records::ManagerRecord;
 use super::upgrade::Programs;
 use crate::config;
 use crate::core::model::Digest;
 use crate::core::upgrade::{Image, NewEndpoint};
 use crate::home::Home;
 use crate::package::VerifiedTree;
-use crate::store::Unknown;
+use crate::store::UnknownJson;
 use crate::{command, platform};
 
 /// For the new executable to print its version.
@@ -29,9 +29,9 @@ const PREFLIGHT: Duration = Duration::from_secs(60);
 pub struct CheckedRelease {
     tree: VerifiedTree,
     /// Its record, to be saved once it is in place.
-    pub manager: Manager,
+    pub manager: ManagerRecord,
     /// What the package says about keys.
-    pub offer: Offer,
+    pub offer: KeyOffer,
     /// What it says about the gateway.
     endpoint: Option<NewEndpoint>,
 }
@@ -54,15 +54,15 @@ impl CheckedRelease {
 /// The release in place, as the record of an upgrade names it.
 pub fn in_place(home: &Home) -> Result<Image> {
     let path = home.executable();
-    let manager = Manager::load(home)?.with_context(|| {
+    let manager = ManagerRecord::load(home)?.with_context(|| {
         format!("cannot tell which release this is: {} is missing", home.manager_record().display())
     })?;
     let digest = Programs::default().at(&path)?.with_context(|| format!("{} is missing", path.display()))?;
     Ok(image(&manager, digest))
 }
 
-fn image(manager: &Manager, executable: Digest) -> Image {
-    let Manager { version, sha256, epoch, file, .. } = manager.clone();
+fn image(manager: &ManagerRecord, executable: Digest) -> Image {
+    let ManagerRecord { version, sha256, epoch, file, .. } = manager.clone();
     let unknown = BTreeMap::new();
     Image { version, sha256, executable, epoch, file, brings: Vec::new(), revokes: Vec::new(), endpoint: None, unknown }
 }
@@ -91,14 +91,14 @@ pub fn check(tree: VerifiedTree, file: String) -> Result<CheckedRelease> {
     command::run(Command::new(&executable).arg("--version").current_dir("/"), SELF_CHECK)
         .and_then(command::Finished::success)
         .with_context(|| format!("the executable of {file} does not run on this host"))?;
-    let manager = Manager {
+    let manager = ManagerRecord {
         version: tree.binding().release.version.clone(),
         sha256: tree.sha256().clone(),
         epoch: tree.binding().epoch,
         file,
-        unknown: Unknown::default(),
+        unknown: UnknownJson::default(),
     };
-    let offer = Offer::read(tree.path(), &manager.version)?;
+    let offer = KeyOffer::read(tree.path(), &manager.version)?;
     let endpoint = config::moved::read(tree.path())?;
     Ok(CheckedRelease { tree, manager, offer, endpoint })
 }

@@ -6,13 +6,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::home::Home;
-use crate::lock::{self, Held};
+use crate::lock::{self, LockGuard};
 
 /// The holder writes two or three files.
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// No other process changes what the host trusts while this is held.
-pub(super) fn lock(home: &Home) -> Result<Held> {
+pub(super) fn lock(home: &Home) -> Result<LockGuard> {
     let path = home.trust_lock();
     lock::take(&path, DEADLINE)?.with_context(|| {
         format!(

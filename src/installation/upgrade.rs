@@ -1,7 +1,7 @@
 //! The manager's upgrade of itself, on disk: the record, `bin/aops` and its backup, and the links of the roles.
 //!
 //! What the next step is decides [`core::upgrade`](crate::core::upgrade). Here is what it is decided by, as far as the disk tells, and the
-//! steps that change the disk. A [`Session`] holds a lock while it lasts, so that of the two roles and the installer one looks or acts at
+//! steps that change the disk. A [`UpgradeSession`] holds a lock while it lasts, so that of the two roles and the installer one looks or acts at
 //! a time.
 //!
 //! ```text
@@ -23,85 +23,91 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::Epochs;
-use super::executable::{self, Name};
-use super::keyring::{self, Offer};
-use super::records::Manager;
+use super::executable::{self, ExecutableName};
+use super::keyring::{self, KeyOffer};
+use super::records::ManagerRecord;
 use crate::config;
 use crate::core::model::{MANAGER_PACKAGE, Version};
 use crate::core::upgrade::{
-    Asker, Change, Evidence, Image, Links, Phase, Placed, Probe, Proof, Record, Step, Trial, Which,
+    Decider, Evidence, Image, InstalledExecutable, Probe, Proof, RecordChange, RoleLinks, Trial, UpgradePhase,
+    UpgradeRecord, UpgradeStep, WhichRelease,
 };
 use crate::home::Home;
-use crate::lock::{self, Held};
+use crate::lock::{self, LockGuard};
 use crate::store::Access;
 use crate::{platform, store};
 
 pub use programs::{Programs, which};
 
 /// The names that are led to the backup while a new release is on trial: all but the manager's.
-const MOVED: &[Name] = &[Name::Spa, Name::AgentService, Name::Control];
+const MOVED: &[ExecutableName] = &[ExecutableName::Spa, ExecutableName::AgentService, ExecutableName::Control];
 /// Given up when the disk is full: enough for a few writes of the record and for new links.
 const RESERVE_BYTES: usize = 64 << 10;
 
 /// What the disk tells. What it means is said at [`Evidence`](crate::core::upgrade::Evidence).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placement {
-    pub executable: Placed,
+    pub executable: InstalledExecutable,
     pub backup_whole: bool,
-    pub links: Links,
-    pub installed: Which,
+    pub links: RoleLinks,
+    pub installed: WhichRelease,
     pub stopped: bool,
 }
 
 /// The record, while nobody else looks at it or acts by it.
 #[derive(Debug)]
-pub struct Session {
+pub struct UpgradeSession {
     home: Home,
-    record: Record,
+    record: UpgradeRecord,
     is_recorded: bool,
-    _lock: Held,
+    _lock: LockGuard,
 }
 
 /// The record as it is on disk. One that cannot be understood is as good as none, which is a state that can be gone on from; what cannot
 /// be read at all is an error.
-pub fn load(home: &Home) -> Result<Record> {
+pub fn load(home: &Home) -> Result<UpgradeRecord> {
     match store::load(&home.upgrade_record()) {
         Ok(record) => Ok(record.unwrap_or_default()),
         Err(error) if error.chain().any(|cause| cause.is::<serde_json::Error>()) => {
             tracing::error!(error = format!("{error:#}"), "the record of upgrades is lost");
-            Ok(Record::default())
+            Ok(UpgradeRecord::default())
         }
         Err(error) => Err(error),
     }
 }
 
 /// The release that a manager is which runs this program, where another than `state/manager.json` says: one on trial. `None`: that one.
-pub fn on_trial(record: &Record, programs: &mut Programs) -> Option<Image> {
+pub fn on_trial(record: &UpgradeRecord, programs: &mut Programs) -> Option<Image> {
     let trial = record.trial()?;
     let own = programs.of_process(std::process::id());
-    let is_accepted = matches!(trial.phase, Phase::Trial | Phase::Committing);
-    let is_it = match which(trial, own.as_ref(), if is_accepted { Which::To } else { Which::From }) {
-        Which::To => true,
-        Which::From => false,
+    let is_accepted = matches!(trial.phase, UpgradePhase::Trial | UpgradePhase::Committing);
+    let is_it = match which(trial, own.as_ref(), if is_accepted { WhichRelease::To } else { WhichRelease::From }) {
+        WhichRelease::To => true,
+        WhichRelease::From => false,
         // A script in its place runs something else; the release before is known by its bytes.
-        Which::Other => is_accepted,
+        WhichRelease::Other => is_accepted,
     };
     is_it.then(|| trial.to.clone())
 }
 
-impl Session {
+impl UpgradeSession {
     /// Begins one; `None`: somebody else still has it after `patience`.
-    pub fn open(home: &Home, patience: Duration) -> Result<Option<Session>> {
+    pub fn open(home: &Home, patience: Duration) -> Result<Option<UpgradeSession>> {
         let Some(lock) = lock::take(&home.upgrade_lock(), patience)? else { return Ok(None) };
-        Ok(Some(Session { home: home.clone(), record: load(home)?, is_recorded: true, _lock: lock }))
+        Ok(Some(UpgradeSession { home: home.clone(), record: load(home)?, is_recorded: true, _lock: lock }))
     }
 
-    pub fn record(&self) -> &Record {
+    pub fn record(&self) -> &UpgradeRecord {
         &self.record
     }
 
     /// Begins an upgrade in memory. The first step writes it.
-    pub fn begin(&mut self, from: Image, to: Image, unix_seconds: u64) -> Result<(), crate::core::upgrade::Refusal> {
+    pub fn begin(
+        &mut self,
+        from: Image,
+        to: Image,
+        unix_seconds: u64,
+    ) -> Result<(), crate::core::upgrade::UpgradeRefusal> {
         self.record.begin(from, to)?;
         self.record.begun_at(unix_seconds);
         self.is_recorded = false;
@@ -109,7 +115,7 @@ impl Session {
     }
 
     /// Changes the record otherwise than by a step, and writes it.
-    pub fn change<T>(&mut self, change: impl FnOnce(&mut Record) -> T) -> Result<T> {
+    pub fn change<T>(&mut self, change: impl FnOnce(&mut UpgradeRecord) -> T) -> Result<T> {
         let before = self.record.clone();
         let result = change(&mut self.record);
         if self.record != before
@@ -128,14 +134,15 @@ impl Session {
         let (executable, backup) = (home.executable(), home.backup_executable());
         let (placed, backup_whole, installed) = match trial {
             Some(trial) => {
-                let placed = Placed::of(trial, programs.at(&executable)?.as_ref());
+                let placed = InstalledExecutable::of(trial, programs.at(&executable)?.as_ref());
                 let is_whole = platform::is_executable(&backup)
                     && programs.at(&backup)?.is_some_and(|digest| digest == trial.from.executable);
-                (placed, is_whole, installed(trial, Manager::load(home)?.as_ref()))
+                (placed, is_whole, installed(trial, ManagerRecord::load(home)?.as_ref()))
             }
             None => {
-                let placed = if executable.exists() { Placed::Neither } else { Placed::Missing };
-                (placed, platform::is_executable(&backup), Which::Other)
+                let placed =
+                    if executable.exists() { InstalledExecutable::Neither } else { InstalledExecutable::Missing };
+                (placed, platform::is_executable(&backup), WhichRelease::Other)
             }
         };
         Ok(Placement {
@@ -147,8 +154,8 @@ impl Session {
         })
     }
 
-    /// As [`Session::look`], for a decision: what is not of the disk is as if nothing had been observed.
-    pub fn evidence(&self, asker: Asker, programs: &mut Programs) -> Result<Evidence> {
+    /// As [`UpgradeSession::look`], for a decision: what is not of the disk is as if nothing had been observed.
+    pub fn evidence(&self, asker: Decider, programs: &mut Programs) -> Result<Evidence> {
         let Placement { executable, backup_whole, links, installed, stopped } = self.look(programs)?;
         Ok(Evidence {
             asker,
@@ -168,7 +175,7 @@ impl Session {
         })
     }
 
-    fn links(&self) -> Result<Links> {
+    fn links(&self) -> Result<RoleLinks> {
         let home = &self.home;
         let all_lead_to = |image: &Path| -> Result<bool> {
             for name in MOVED {
@@ -180,26 +187,26 @@ impl Session {
             Ok(true)
         };
         Ok(if all_lead_to(&home.executable())? {
-            Links::Executable
+            RoleLinks::Executable
         } else if all_lead_to(&home.backup_executable())? {
-            Links::Backup
+            RoleLinks::Backup
         } else {
-            Links::Mixed
+            RoleLinks::Mixed
         })
     }
 
     /// Carries out a step that changes the disk; `false`: it is one of the role's. `staged`: the new executable, for the switch.
-    pub fn carry_out(&mut self, step: Step, staged: Option<&Path>) -> Result<bool> {
+    pub fn carry_out(&mut self, step: UpgradeStep, staged: Option<&Path>) -> Result<bool> {
         let is_of_the_disk = matches!(
             step,
-            Step::Save
-                | Step::Record(_)
-                | Step::BackUp
-                | Step::LinkToBackup
-                | Step::Swap
-                | Step::Restore
-                | Step::LinkToExecutable
-                | Step::RecordRelease(_)
+            UpgradeStep::Save
+                | UpgradeStep::Record(_)
+                | UpgradeStep::BackUp
+                | UpgradeStep::LinkToBackup
+                | UpgradeStep::Swap
+                | UpgradeStep::Restore
+                | UpgradeStep::LinkToExecutable
+                | UpgradeStep::RecordRelease(_)
         );
         if !is_of_the_disk {
             return Ok(false);
@@ -214,31 +221,31 @@ impl Session {
         Ok(true)
     }
 
-    fn attempt(&mut self, step: Step, staged: Option<&Path>) -> Result<()> {
+    fn attempt(&mut self, step: UpgradeStep, staged: Option<&Path>) -> Result<()> {
         let home = self.home.clone();
         for directory in [home.bin(), home.root().to_owned(), home.state()] {
             platform::sync_directory(&directory).with_context(|| format!("cannot sync {}", directory.display()))?;
         }
         match step {
-            Step::Save => {
+            UpgradeStep::Save => {
                 self.reserve()?;
                 self.write()
             }
-            Step::Record(change) => self.make(change),
-            Step::BackUp => {
-                self.change(Record::forget_previous)?;
-                copy(&home, &home.executable(), &home.backup_executable(), Copying::Link)
+            UpgradeStep::Record(change) => self.make(change),
+            UpgradeStep::BackUp => {
+                self.change(UpgradeRecord::forget_previous)?;
+                copy(&home, &home.executable(), &home.backup_executable(), CopyMethod::Link)
             }
-            Step::LinkToBackup => self.point(&home.backup_executable()),
-            Step::LinkToExecutable => self.point(&home.executable()),
-            Step::Swap => {
+            UpgradeStep::LinkToBackup => self.point(&home.backup_executable()),
+            UpgradeStep::LinkToExecutable => self.point(&home.executable()),
+            UpgradeStep::Swap => {
                 let staged = staged.context("the new executable is not there any more")?;
                 let next = home.next_executable();
                 fs::rename(staged, &next).with_context(|| format!("cannot move it to {}", next.display()))?;
                 executable::replace(&home, &next)
             }
-            Step::Restore => copy(&home, &home.backup_executable(), &home.executable(), Copying::Copy),
-            Step::RecordRelease(which) => self.record_release(which),
+            UpgradeStep::Restore => copy(&home, &home.backup_executable(), &home.executable(), CopyMethod::Copy),
+            UpgradeStep::RecordRelease(which) => self.record_release(which),
             _ => Ok(()),
         }
     }
@@ -251,7 +258,7 @@ impl Session {
         Ok(())
     }
 
-    fn make(&mut self, change: Change) -> Result<()> {
+    fn make(&mut self, change: RecordChange) -> Result<()> {
         self.change(|record| record.apply_and_keep(change))?;
         if self.record.trial().is_none() {
             // What a later upgrade sweeps, where it cannot be removed.
@@ -261,10 +268,10 @@ impl Session {
         Ok(())
     }
 
-    fn record_release(&mut self, which: Which) -> Result<()> {
+    fn record_release(&mut self, which: WhichRelease) -> Result<()> {
         let Some(trial) = self.record.trial() else { return Ok(()) };
-        let image = if which == Which::To { &trial.to } else { &trial.from };
-        if which == Which::To {
+        let image = if which == WhichRelease::To { &trial.to } else { &trial.from };
+        if which == WhichRelease::To {
             Epochs::commit(&self.home, MANAGER_PACKAGE, image.epoch)?;
             self.take_over_keys(&image.version, &image.brings, &image.revokes);
             if let Some(endpoint) = &image.endpoint
@@ -273,9 +280,9 @@ impl Session {
                 tracing::error!(error = format!("{error:#}"), "the endpoint that the release brings is not kept");
             }
         }
-        let unknown = Manager::load(&self.home).ok().flatten().map(|manager| manager.unknown).unwrap_or_default();
+        let unknown = ManagerRecord::load(&self.home).ok().flatten().map(|manager| manager.unknown).unwrap_or_default();
         let Image { version, sha256, epoch, file, .. } = image.clone();
-        Manager { version, sha256, epoch, file, unknown }.save(&self.home)
+        ManagerRecord { version, sha256, epoch, file, unknown }.save(&self.home)
     }
 
     /// The keys were examined when the release was staged. A failure to take them over is logged, and does not prevent the commit.
@@ -283,7 +290,7 @@ impl Session {
         if brings.is_empty() && revokes.is_empty() {
             return;
         }
-        match Offer::of_texts(version, brings, revokes).and_then(|offer| keyring::take_over(&self.home, &offer)) {
+        match KeyOffer::of_texts(version, brings, revokes).and_then(|offer| keyring::take_over(&self.home, &offer)) {
             Ok(remarks) => remarks.iter().for_each(|remark| tracing::warn!(remark, "the trusted keys change")),
             Err(error) => tracing::error!(error = format!("{error:#}"), "the release's keys are not taken over"),
         }
@@ -315,19 +322,19 @@ impl Session {
     }
 }
 
-fn installed(trial: &Trial, manager: Option<&Manager>) -> Which {
-    let Some(manager) = manager else { return Which::Other };
+fn installed(trial: &Trial, manager: Option<&ManagerRecord>) -> WhichRelease {
+    let Some(manager) = manager else { return WhichRelease::Other };
     let is = |image: &Image| image.version == manager.version && image.sha256 == manager.sha256;
     match (is(&trial.from), is(&trial.to)) {
-        (true, _) => Which::From,
-        (false, true) => Which::To,
-        (false, false) => Which::Other,
+        (true, _) => WhichRelease::From,
+        (false, true) => WhichRelease::To,
+        (false, false) => WhichRelease::Other,
     }
 }
 
 /// How a file comes to a second name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Copying {
+enum CopyMethod {
     /// A link where there are any: it takes no space.
     Link,
     /// A copy, so that both can be damaged on their own; a link where there is no room for one.
@@ -335,14 +342,14 @@ enum Copying {
 }
 
 /// Puts what `from` is at `to`, in one step that survives a power cut.
-fn copy(home: &Home, from: &Path, to: &Path, copying: Copying) -> Result<()> {
+fn copy(home: &Home, from: &Path, to: &Path, copying: CopyMethod) -> Result<()> {
     let next = home.next_executable();
     let attempt = || -> Result<()> {
         store::remove(&next)?;
         let linked = || fs::hard_link(from, &next).map_err(anyhow::Error::from);
         match copying {
-            Copying::Link => linked().or_else(|_| copied(from, &next))?,
-            Copying::Copy => copied(from, &next).or_else(|error| {
+            CopyMethod::Link => linked().or_else(|_| copied(from, &next))?,
+            CopyMethod::Copy => copied(from, &next).or_else(|error| {
                 tracing::warn!(error = format!("{error:#}"), "an executable cannot be copied, and is linked");
                 store::remove(&next)?;
                 linked()

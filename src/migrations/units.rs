@@ -4,9 +4,9 @@ use anyhow::Result;
 
 use crate::home::Home;
 use crate::host_service;
-use crate::installation::Installed;
+use crate::installation::InstallRecord;
 
 pub(super) fn migrate(home: &Home) -> Result<bool> {
-    let Some(installed) = Installed::load(home)? else { return Ok(false) };
+    let Some(installed) = InstallRecord::load(home)? else { return Ok(false) };
     host_service::refresh(installed.service, home)
 }

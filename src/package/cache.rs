@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 
-use super::{MAX_PACKAGE_BYTES, Places, partial};
+use super::{MAX_PACKAGE_BYTES, PackagePaths, partial};
 use crate::store;
 
 /// Half a download that nobody came back for.
@@ -28,7 +28,7 @@ pub(super) fn make_private(directory: &Path) -> Result<()> {
 
 /// Clears what earlier runs left: everything in staging, downloads that nobody came back for, and the oldest of the rest beyond the
 /// cache's cap. To be called while no fetch is under way.
-pub fn sweep(places: &Places) -> Result<()> {
+pub fn sweep(places: &PackagePaths) -> Result<()> {
     let mut failures = Failures::default();
     for entry in entries(&places.staging)? {
         let path = entry.path();

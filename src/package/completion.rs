@@ -29,23 +29,23 @@ pub struct Completed {
 
 /// Why a release that was accepted once is not any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Withdrawn(String);
+pub struct WithdrawnRelease(String);
 
-impl fmt::Display for Withdrawn {
+impl fmt::Display for WithdrawnRelease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Withdrawn {}
+impl std::error::Error for WithdrawnRelease {}
 
 impl Completed {
     /// Whether it would still be accepted by a host that has committed the epoch `least` of its name, and trusts these `keys`. Of a release
     /// whose signer nobody noted, the epoch alone is judged.
-    pub fn admit(&self, least: u64, keys: &Keys) -> Result<(), Withdrawn> {
+    pub fn admit(&self, least: u64, keys: &Keys) -> Result<(), WithdrawnRelease> {
         let Completed { file, epoch, .. } = self;
         if *epoch < least {
-            return Err(Withdrawn(format!(
+            return Err(WithdrawnRelease(format!(
                 "cannot activate {file}: it is of epoch {epoch}, older than the {least} that this host has committed since it was \
                  unpacked here: packages of earlier epochs were withdrawn; publish it again with `--epoch {least}`"
             )));
@@ -56,7 +56,7 @@ impl Completed {
             Some(by) => format!("which was revoked by {by}"),
             None => format!("which is not trusted here any more{}", keys.place()),
         };
-        Err(Withdrawn(format!(
+        Err(WithdrawnRelease(format!(
             "cannot activate {file}: it was signed by the key {id}, {why}; have it signed by a key that is trusted here"
         )))
     }
@@ -64,8 +64,9 @@ impl Completed {
 
 /// Which package lies unpacked in `release_dir`. What does not say it, or cannot be understood, is to be had again.
 pub fn whole(release_dir: &Path) -> Result<Completed> {
-    let again =
-        |why: String| Withdrawn(format!("cannot activate {}: {why}; it is fetched again", release_dir.display()));
+    let again = |why: String| {
+        WithdrawnRelease(format!("cannot activate {}: {why}; it is fetched again", release_dir.display()))
+    };
     match store::load::<Completed>(&release_dir.join(COMPLETE)) {
         Ok(Some(completed)) => Ok(completed),
         Ok(None) => Err(again("it is not whole".to_owned()).into()),

@@ -29,19 +29,19 @@ type StillWanted<'a> = dyn FnMut() -> Result<()> + 'a;
 
 /// What was promised to fetches that are under way.
 #[derive(Debug, Default)]
-pub(super) struct Space {
-    promised: Mutex<Promised>,
+pub(super) struct DiskReservations {
+    promised: Mutex<Filesystem>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Promised {
+struct Filesystem {
     last: u64,
-    claims: BTreeMap<u64, Claimed>,
+    claims: BTreeMap<u64, FetchReservation>,
 }
 
 #[derive(Debug, Default)]
-struct Claimed {
+struct FetchReservation {
     /// Bytes that it was promised and has yet to write.
     to_write: u64,
     /// It was promised something, and gives back what is left of it at its end.
@@ -50,32 +50,32 @@ struct Claimed {
     waits: bool,
 }
 
-impl Promised {
-    fn others(&self, number: u64) -> impl Iterator<Item = &Claimed> {
+impl Filesystem {
+    fn others(&self, number: u64) -> impl Iterator<Item = &FetchReservation> {
         self.claims.iter().filter(move |(other, _)| **other != number).map(|(_, claimed)| claimed)
     }
 }
 
 /// There is no room, and nobody who will make any. It is this host that is to be looked after, not the package.
 #[derive(Debug)]
-pub(super) struct Short(String);
+pub(super) struct InsufficientSpace(String);
 
-impl fmt::Display for Short {
+impl fmt::Display for InsufficientSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Short {}
+impl std::error::Error for InsufficientSpace {}
 
-impl Space {
+impl DiskReservations {
     /// For one fetch; nothing is promised to it yet.
-    fn claim(&self) -> Claim<'_> {
+    fn claim(&self) -> Reservation<'_> {
         let mut promised = self.lock();
         promised.last += 1;
         let number = promised.last;
-        promised.claims.insert(number, Claimed::default());
-        Claim { space: self, number }
+        promised.claims.insert(number, FetchReservation::default());
+        Reservation { space: self, number }
     }
 
     /// Bytes that are promised and not yet written.
@@ -85,19 +85,19 @@ impl Space {
     }
 
     /// Held for a moment only, and nothing under it panics.
-    fn lock(&self) -> MutexGuard<'_, Promised> {
+    fn lock(&self) -> MutexGuard<'_, Filesystem> {
         self.promised.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// What one fetch was promised; given back when this is dropped.
 #[derive(Debug)]
-struct Claim<'a> {
-    space: &'a Space,
+struct Reservation<'a> {
+    space: &'a DiskReservations,
     number: u64,
 }
 
-impl Claim<'_> {
+impl Reservation<'_> {
     /// Is promised room for so many bytes more, of which `free` says how many there are in `directory`; waits until `until` for others to
     /// be done. One that fails gives back at once what it was promised.
     fn grow(
@@ -132,7 +132,7 @@ impl Claim<'_> {
             let needed = own.saturating_add(bytes).saturating_add(RESERVE);
             if there >= needed.saturating_add(others) {
                 let claimed = promised.claims.entry(self.number).or_default();
-                *claimed = Claimed { to_write: own.saturating_add(bytes), holds: true, waits: false };
+                *claimed = FetchReservation { to_write: own.saturating_add(bytes), holds: true, waits: false };
                 return Ok(());
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -148,7 +148,7 @@ impl Claim<'_> {
                     rounded(there),
                     rounded(needed)
                 );
-                return Err(Short(why).into());
+                return Err(InsufficientSpace(why).into());
             }
             promised.claims.entry(self.number).or_default().waits = true;
             promised =
@@ -170,7 +170,7 @@ impl Claim<'_> {
     }
 }
 
-impl Drop for Claim<'_> {
+impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         self.give_back();
     }
@@ -178,8 +178,8 @@ impl Drop for Claim<'_> {
 
 /// The room for one package, from its first byte to its unpacked tree.
 #[derive(Debug)]
-pub(super) struct Room<'a> {
-    claim: Claim<'a>,
+pub(super) struct PackageSpace<'a> {
+    claim: Reservation<'a>,
     directory: &'a Path,
     until: Instant,
     /// What was promised in all.
@@ -189,10 +189,10 @@ pub(super) struct Room<'a> {
     tree: u64,
 }
 
-impl<'a> Room<'a> {
+impl<'a> PackageSpace<'a> {
     /// None yet, on the file system of `directory`. For more, others are waited for until `until`.
-    pub(super) fn new(space: &'a Space, directory: &'a Path, until: Instant) -> Room<'a> {
-        Room { claim: space.claim(), directory, until, promised: 0, archive: 0, tree: 0 }
+    pub(super) fn new(space: &'a DiskReservations, directory: &'a Path, until: Instant) -> PackageSpace<'a> {
+        PackageSpace { claim: space.claim(), directory, until, promised: 0, archive: 0, tree: 0 }
     }
 
     /// Sees to it that a package of so many bytes fits, with its tree.
@@ -200,7 +200,7 @@ impl<'a> Room<'a> {
         self.promise(package.saturating_mul(PER_PACKAGE), still_wanted)
     }
 
-    /// As [`Room::fit`], for one whose size is not known: so many bytes of it, and some more.
+    /// As [`PackageSpace::fit`], for one whose size is not known: so many bytes of it, and some more.
     pub(super) fn fit_more(&mut self, come: u64, still_wanted: &mut StillWanted<'_>) -> Result<()> {
         let needed = come.saturating_mul(PER_PACKAGE);
         if needed > self.promised {
@@ -259,13 +259,16 @@ pub(super) mod tests {
 
     /// What is told where there is no room.
     pub(in crate::package) fn short() -> anyhow::Error {
-        claim(&Space::default(), 0, 1, soon()).unwrap_err()
+        claim(&DiskReservations::default(), 0, 1, soon()).unwrap_err()
     }
 
     /// Promises all room that there is to somebody else, until it is dropped.
-    pub(in crate::package) fn all_taken(space: &Space) -> impl Drop + '_ {
+    pub(in crate::package) fn all_taken(space: &DiskReservations) -> impl Drop + '_ {
         let claim = space.claim();
-        space.lock().claims.insert(claim.number, Claimed { to_write: u64::MAX / 2, holds: true, waits: false });
+        space
+            .lock()
+            .claims
+            .insert(claim.number, FetchReservation { to_write: u64::MAX / 2, holds: true, waits: false });
         claim
     }
 
@@ -273,17 +276,17 @@ pub(super) mod tests {
         Instant::now() + Duration::from_secs(20)
     }
 
-    fn grow(claim: &Claim<'_>, free: u64, bytes: u64, until: Instant) -> Result<()> {
+    fn grow(claim: &Reservation<'_>, free: u64, bytes: u64, until: Instant) -> Result<()> {
         claim.grow(bytes, Path::new("/x"), &mut || Ok(free), until, &mut || Ok(()))
     }
 
-    fn claim(space: &Space, free: u64, bytes: u64, until: Instant) -> Result<Claim<'_>> {
+    fn claim(space: &DiskReservations, free: u64, bytes: u64, until: Instant) -> Result<Reservation<'_>> {
         let claim = space.claim();
         grow(&claim, free, bytes, until).map(|()| claim)
     }
 
     /// One that is seen to wait, once it does.
-    fn waits_for(space: &Space, number: u64) {
+    fn waits_for(space: &DiskReservations, number: u64) {
         while !space.lock().claims.get(&number).is_some_and(|claimed| claimed.waits) {
             std::thread::yield_now();
         }
@@ -291,12 +294,12 @@ pub(super) mod tests {
 
     #[test]
     fn what_does_not_fit_alone_is_refused_at_once_with_the_figures() {
-        let space = Space::default();
+        let space = DiskReservations::default();
         // Who is promised nothing yet is none to wait for.
         let (_idle, began) = (space.claim(), Instant::now());
         let error = claim(&space, 100 * MIB, 40 * MIB, soon()).unwrap_err();
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-        assert!(error.is::<Short>());
+        assert!(error.is::<InsufficientSpace>());
         assert_eq!(error.to_string(), "there is not enough space in /x: 100MiB free, 104MiB needed; free some there");
         claim(&space, 104 * MIB, 40 * MIB, soon()).unwrap();
         assert!(claim(&space, u64::MAX - 1, u64::MAX, soon()).is_err());
@@ -304,7 +307,7 @@ pub(super) mod tests {
 
     #[test]
     fn two_that_fit_alone_but_not_together_take_turns() {
-        let (space, free) = (Space::default(), AtomicU64::new(120 * MIB));
+        let (space, free) = (DiskReservations::default(), AtomicU64::new(120 * MIB));
         let first_is_done = AtomicBool::new(false);
         let first = claim(&space, 120 * MIB, 40 * MIB, soon()).unwrap();
         let error = claim(&space, 120 * MIB, 40 * MIB, Instant::now()).unwrap_err().to_string();
@@ -332,7 +335,7 @@ pub(super) mod tests {
 
     #[test]
     fn of_two_that_wait_for_each_other_one_gives_way_at_once() {
-        let space = Space::default();
+        let space = DiskReservations::default();
         let first = claim(&space, 200 * MIB, 60 * MIB, soon()).unwrap();
         let second = claim(&space, 200 * MIB, 60 * MIB, soon()).unwrap();
         std::thread::scope(|scope| {
@@ -349,7 +352,7 @@ pub(super) mod tests {
 
     #[test]
     fn who_is_not_wanted_any_more_does_not_wait() {
-        let space = Space::default();
+        let space = DiskReservations::default();
         let _first = claim(&space, 120 * MIB, 40 * MIB, soon()).unwrap();
         let second = space.claim();
         let mut asked = 0;
@@ -365,8 +368,8 @@ pub(super) mod tests {
 
     #[test]
     fn room_is_seen_to_as_a_package_and_its_tree_grow() {
-        let (space, place) = (Space::default(), std::env::temp_dir());
-        let mut room = Room::new(&space, &place, soon());
+        let (space, place) = (DiskReservations::default(), std::env::temp_dir());
+        let mut room = PackageSpace::new(&space, &place, soon());
         let wanted: &mut StillWanted<'_> = &mut || Ok(());
         // Known beforehand, and some of it there already.
         room.has_archive(100);
@@ -386,7 +389,7 @@ pub(super) mod tests {
         assert_eq!(space.promised(), 0);
 
         // Nobody told its size.
-        let mut room = Room::new(&space, &place, soon());
+        let mut room = PackageSpace::new(&space, &place, soon());
         for (come, promised) in [(1, 4 + STEP), (STEP / 4 + 1, 4 + STEP), (STEP / 4 + 2, 8 + 2 * STEP)] {
             room.fit_more(come, wanted).unwrap();
             assert_eq!(space.promised(), promised, "{come}");

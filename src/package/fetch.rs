@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::disk_reservation::{Room, Short};
-use super::partial::Part;
-use super::progress::{Unwanted, Watch};
-use super::sources::Source;
-use super::{MAX_PACKAGE_BYTES, MAX_SIGNATURE_BYTES, Means, Refused, SIGNATURE_SUFFIX, Wanted};
+use super::disk_reservation::{InsufficientSpace, PackageSpace};
+use super::partial::PartialDownload;
+use super::progress::{DownloadCancelled, DownloadProgress};
+use super::sources::PackageSource;
+use super::{FetchContext, MAX_PACKAGE_BYTES, MAX_SIGNATURE_BYTES, PackageRejected, PackageRequest, SIGNATURE_SUFFIX};
 use crate::core::units::Span;
-use crate::endpoint::{self, Reply};
+use crate::endpoint::{self, HttpResponse};
 
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -33,7 +33,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 
 /// Why a source did not give what was wanted.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub(super) enum SourceFailure {
     /// Another source may.
     Source { error: anyhow::Error, retry_after: Option<Duration> },
     /// Its time is over; what came is kept.
@@ -44,52 +44,52 @@ pub(super) enum Failure {
     Host(anyhow::Error),
 }
 
-impl From<Unwanted> for Failure {
-    fn from(unwanted: Unwanted) -> Failure {
-        Failure::Host(unwanted.into())
+impl From<DownloadCancelled> for SourceFailure {
+    fn from(unwanted: DownloadCancelled) -> SourceFailure {
+        SourceFailure::Host(unwanted.into())
     }
 }
 
-impl Failure {
-    pub(super) fn source(error: anyhow::Error) -> Failure {
-        Failure::Source { error, retry_after: None }
+impl SourceFailure {
+    pub(super) fn source(error: anyhow::Error) -> SourceFailure {
+        SourceFailure::Source { error, retry_after: None }
     }
 }
 
 /// Why a try failed.
-enum Broken {
+enum TryFailure {
     /// Another try may get further: how far this one got, and how long to wait if the other end said so.
     Cut { error: anyhow::Error, brought: u64, pause: Option<Duration> },
     /// Another try would fail as well.
-    Final(Failure),
+    Final(SourceFailure),
 }
 
-impl Broken {
-    fn cut(error: anyhow::Error) -> Broken {
-        Broken::Cut { error, brought: 0, pause: None }
+impl TryFailure {
+    fn cut(error: anyhow::Error) -> TryFailure {
+        TryFailure::Cut { error, brought: 0, pause: None }
     }
 
-    fn source(error: anyhow::Error) -> Broken {
-        Broken::Final(Failure::source(error))
+    fn source(error: anyhow::Error) -> TryFailure {
+        TryFailure::Final(SourceFailure::source(error))
     }
 
-    fn host(error: anyhow::Error) -> Broken {
-        Broken::Final(Failure::Host(error))
+    fn host(error: anyhow::Error) -> TryFailure {
+        TryFailure::Final(SourceFailure::Host(error))
     }
 }
 
-impl From<Unwanted> for Broken {
-    fn from(unwanted: Unwanted) -> Broken {
-        Broken::Final(unwanted.into())
+impl From<DownloadCancelled> for TryFailure {
+    fn from(unwanted: DownloadCancelled) -> TryFailure {
+        TryFailure::Final(unwanted.into())
     }
 }
 
 /// What is downloaded, and within what.
 pub(super) struct Download<'a> {
-    pub(super) means: &'a Means<'a>,
-    pub(super) source: &'a Source,
+    pub(super) means: &'a FetchContext<'a>,
+    pub(super) source: &'a PackageSource,
     pub(super) file: &'a str,
-    pub(super) wanted: &'a Wanted,
+    pub(super) wanted: &'a PackageRequest,
     /// So long the source has, which is over at `until`.
     pub(super) time: Duration,
     pub(super) until: Instant,
@@ -120,22 +120,23 @@ fn to_a_tenth(time: Duration) -> Duration {
 }
 
 /// Downloads a package's signature, which is text at least.
-pub(super) fn signature(download: &Download<'_>, watch: &mut Watch<'_>) -> Result<String, Failure> {
+pub(super) fn signature(download: &Download<'_>, watch: &mut DownloadProgress<'_>) -> Result<String, SourceFailure> {
     let Download { means, source, until, .. } = *download;
     let name = format!("{}{SIGNATURE_SUFFIX}", download.file);
     persistently(&name, download, watch, |_| {
         let reply = answered(source.get(means, &name, &[], until), source.last)?;
         match reply.status() {
-            200 if reply.is_page() => Err(Broken::cut(source.hidden("HTML"))),
+            200 if reply.is_page() => Err(TryFailure::cut(source.hidden("HTML"))),
             200 => {
-                let bytes = reply.bytes(MAX_SIGNATURE_BYTES).map_err(Broken::cut)?;
-                let text = String::from_utf8(bytes).context("its signature file is not text").map_err(Broken::cut)?;
+                let bytes = reply.bytes(MAX_SIGNATURE_BYTES).map_err(TryFailure::cut)?;
+                let text =
+                    String::from_utf8(bytes).context("its signature file is not text").map_err(TryFailure::cut)?;
                 match text.trim_start().starts_with('<') {
-                    true => Err(Broken::cut(source.hidden("no signature, but markup"))),
+                    true => Err(TryFailure::cut(source.hidden("no signature, but markup"))),
                     false => Ok(text),
                 }
             }
-            404 | 410 => Err(Broken::source(source.lacks(&name))),
+            404 | 410 => Err(TryFailure::source(source.lacks(&name))),
             _ => Err(refused(reply)),
         }
     })
@@ -144,16 +145,18 @@ pub(super) fn signature(download: &Download<'_>, watch: &mut Watch<'_>) -> Resul
 /// Downloads a package into its part, until it is whole.
 pub(super) fn archive(
     download: &Download<'_>,
-    part: &mut Part<'_>,
-    room: &mut Room<'_>,
-    watch: &mut Watch<'_>,
-) -> Result<(), Failure> {
+    part: &mut PartialDownload<'_>,
+    room: &mut PackageSpace<'_>,
+    watch: &mut DownloadProgress<'_>,
+) -> Result<(), SourceFailure> {
     let Download { means, source, file, wanted, until, .. } = *download;
     room.has_archive(part.have());
     if let Some(size) = wanted.size {
         let most = MAX_PACKAGE_BYTES;
         if size > most {
-            return Err(Failure::source(anyhow!("it has {size} bytes, more than {most}").context(Refused)));
+            return Err(SourceFailure::source(
+                anyhow!("it has {size} bytes, more than {most}").context(PackageRejected),
+            ));
         }
         fit(size, room, watch)?;
     }
@@ -173,32 +176,32 @@ pub(super) fn archive(
         let headers = &headers[..usize::from(have > 0) + usize::from(etag.is_some())];
         let reply = answered(source.get(means, file, headers, until), source.last || have > 0)?;
         match reply.status() {
-            200 | 206 if reply.is_page() => Err(Broken::cut(source.hidden("HTML"))),
+            200 | 206 if reply.is_page() => Err(TryFailure::cut(source.hidden("HTML"))),
             200 if etag.is_some() && is_known => {
                 by = Resume::Blindly;
-                Err(Broken::cut(anyhow!(
+                Err(TryFailure::cut(anyhow!(
                     "{source} knows {file} by another ETag, and is asked for the rest of it anyway"
                 )))
             }
             // One who does not even say how much it is has no right to what is there.
             200 if have > 0 && reply.length().is_none() && is_known => {
-                Err(Broken::cut(anyhow!("{source} answers with something else, of no stated length")))
+                Err(TryFailure::cut(anyhow!("{source} answers with something else, of no stated length")))
             }
             200 => {
                 let total = reply.length();
                 fits(total, wanted)?;
-                part.begin(reply.header("etag"), &source.directory.origin()).map_err(Broken::host)?;
+                part.begin(reply.header("etag"), &source.directory.origin()).map_err(TryFailure::host)?;
                 room.has_archive(0);
                 receive(download, reply, total, part, room, watch)
             }
             206 => {
-                let is_rest = |range: &Range| match by {
+                let is_rest = |range: &ContentRange| match by {
                     Resume::IfSame => is_same(&reply, part, source),
                     Resume::Blindly => range.total == wanted.size,
                     Resume::Never => false,
                 };
                 match range_of(&reply).filter(|range| have > 0 && range.from == have && is_rest(range)) {
-                    Some(Range { total, .. }) => {
+                    Some(ContentRange { total, .. }) => {
                         fits(total, wanted)?;
                         part.go_on(&source.directory.origin());
                         receive(download, reply, total, part, room, watch)
@@ -215,7 +218,7 @@ pub(super) fn archive(
                 by = Resume::Never;
                 Err(unresumable(part, source, file))
             }
-            404 | 410 => Err(Broken::source(source.lacks(file))),
+            404 | 410 => Err(TryFailure::source(source.lacks(file))),
             _ => Err(refused(reply)),
         }
     })?;
@@ -236,7 +239,7 @@ enum Resume {
 
 /// Whether an answer is of the file that a part is of. Who sent none of it must say so: one who does not know `If-Range` sends the rest of
 /// some other file, and that is found out only at its end.
-fn is_same(reply: &Reply, part: &Part<'_>, source: &Source) -> bool {
+fn is_same(reply: &HttpResponse, part: &PartialDownload<'_>, source: &PackageSource) -> bool {
     let known = part.resumable().map(|(_, etag)| etag);
     match reply.header("etag") {
         Some(etag) => Some(etag) == known,
@@ -244,43 +247,43 @@ fn is_same(reply: &Reply, part: &Part<'_>, source: &Source) -> bool {
     }
 }
 
-fn unresumable(part: &mut Part<'_>, source: &Source, file: &str) -> Broken {
+fn unresumable(part: &mut PartialDownload<'_>, source: &PackageSource, file: &str) -> TryFailure {
     part.forget();
-    Broken::cut(anyhow!("{} cannot resume the download of {file}", source.directory.origin()))
+    TryFailure::cut(anyhow!("{} cannot resume the download of {file}", source.directory.origin()))
 }
 
 /// What does not have the announced size is something else.
-fn fits(total: Option<u64>, wanted: &Wanted) -> Result<(), Broken> {
+fn fits(total: Option<u64>, wanted: &PackageRequest) -> Result<(), TryFailure> {
     match (total, wanted.size) {
-        (Some(total), Some(announced)) if total != announced => {
-            Err(Broken::cut(anyhow!("it has {total} bytes where {announced} were announced").context(Refused)))
-        }
-        (Some(total), None) if total > MAX_PACKAGE_BYTES => {
-            Err(Broken::source(anyhow!("it has {total} bytes, more than {MAX_PACKAGE_BYTES}").context(Refused)))
-        }
+        (Some(total), Some(announced)) if total != announced => Err(TryFailure::cut(
+            anyhow!("it has {total} bytes where {announced} were announced").context(PackageRejected),
+        )),
+        (Some(total), None) if total > MAX_PACKAGE_BYTES => Err(TryFailure::source(
+            anyhow!("it has {total} bytes, more than {MAX_PACKAGE_BYTES}").context(PackageRejected),
+        )),
         _ => Ok(()),
     }
 }
 
-fn fit(size: u64, room: &mut Room<'_>, watch: &mut Watch<'_>) -> Result<(), Failure> {
-    room.fit(size, &mut || Ok(watch.still_wanted()?)).map_err(Failure::Host)
+fn fit(size: u64, room: &mut PackageSpace<'_>, watch: &mut DownloadProgress<'_>) -> Result<(), SourceFailure> {
+    room.fit(size, &mut || Ok(watch.still_wanted()?)).map_err(SourceFailure::Host)
 }
 
 /// Writes a body behind what is there of it.
 fn receive(
     download: &Download<'_>,
-    reply: Reply,
+    reply: HttpResponse,
     total: Option<u64>,
-    part: &mut Part<'_>,
-    room: &mut Room<'_>,
-    watch: &mut Watch<'_>,
-) -> Result<(), Broken> {
+    part: &mut PartialDownload<'_>,
+    room: &mut PackageSpace<'_>,
+    watch: &mut DownloadProgress<'_>,
+) -> Result<(), TryFailure> {
     let Download { means, wanted, .. } = *download;
     let total = total.or(wanted.size);
     let limit = total.unwrap_or(MAX_PACKAGE_BYTES);
     let at = part.have();
     if let Some(total) = total {
-        fit(total, room, watch).map_err(Broken::Final)?;
+        fit(total, room, watch).map_err(TryFailure::Final)?;
     }
     let mut reader = reply.reader();
     let mut chunk = vec![0; CHUNK_BYTES];
@@ -292,7 +295,7 @@ fn receive(
             Err(error) => {
                 let done = part.have();
                 let error = anyhow::Error::new(error).context(format!("the download broke off after {done} bytes"));
-                return Err(Broken::Cut { error, brought: done - at, pause: None });
+                return Err(TryFailure::Cut { error, brought: done - at, pause: None });
             }
         };
         if amount == 0 {
@@ -300,26 +303,26 @@ fn receive(
         }
         if done > limit {
             // Whatever else it sends is no part of the package, and nothing of it may be either.
-            part.clear().map_err(Broken::host)?;
-            return Err(Broken::source(anyhow!("it has more than {limit} bytes").context(Refused)));
+            part.clear().map_err(TryFailure::host)?;
+            return Err(TryFailure::source(anyhow!("it has more than {limit} bytes").context(PackageRejected)));
         }
         room.fit_more(done, &mut || Ok(watch.still_wanted()?)).map_err(|error| {
             // What does not fit helps nobody, and takes the space from everybody.
-            if error.is::<Short>() {
+            if error.is::<InsufficientSpace>() {
                 let _ = part.clear();
             }
-            Broken::host(error)
+            TryFailure::host(error)
         })?;
         part.append(&chunk[..amount]).map_err(|error| {
             let _ = part.clear();
-            Broken::host(unwritable(error, &means.places.cache))
+            TryFailure::host(unwritable(error, &means.places.cache))
         })?;
         room.has_archive(done);
         watch.at(done, total)?;
         watch.pause(means.commons.take(amount as u64).min(download.until.saturating_duration_since(Instant::now())))?;
         if download.is_late() && Some(done) != total {
             let is_kept = part.resumable().is_some();
-            return Err(Broken::Final(Failure::Late(too_late(download, done, total, is_kept))));
+            return Err(TryFailure::Final(SourceFailure::Late(too_late(download, done, total, is_kept))));
         }
     }
     // Who does not want it any more may have ended the connection.
@@ -328,7 +331,7 @@ fn receive(
     match total {
         Some(total) if done != total => {
             let error = anyhow!("the download ended after {done} of {total} bytes");
-            Err(Broken::Cut { error, brought: done - at, pause: None })
+            Err(TryFailure::Cut { error, brought: done - at, pause: None })
         }
         _ => Ok(()),
     }
@@ -348,21 +351,21 @@ fn too_late(download: &Download<'_>, done: u64, total: Option<u64>, is_kept: boo
 fn persistently<T>(
     what: &str,
     download: &Download<'_>,
-    watch: &mut Watch<'_>,
-    mut attempt: impl FnMut(&mut Watch<'_>) -> Result<T, Broken>,
-) -> Result<T, Failure> {
+    watch: &mut DownloadProgress<'_>,
+    mut attempt: impl FnMut(&mut DownloadProgress<'_>) -> Result<T, TryFailure>,
+) -> Result<T, SourceFailure> {
     let (mut tries, mut all) = (0, 0);
     let late = || format!("{}; the next try goes on", download.late());
     loop {
         all += 1;
         watch.still_wanted()?;
         if download.is_late() {
-            return Err(Failure::Late(anyhow!(late())));
+            return Err(SourceFailure::Late(anyhow!(late())));
         }
         let (error, pause) = match attempt(watch) {
             Ok(done) => return Ok(done),
-            Err(Broken::Final(failure)) => return Err(failure),
-            Err(Broken::Cut { error, brought, pause }) => {
+            Err(TryFailure::Final(failure)) => return Err(failure),
+            Err(TryFailure::Cut { error, brought, pause }) => {
                 tries = if brought >= WORTHWHILE_BYTES { 1 } else { tries + 1 };
                 (error, pause)
             }
@@ -370,19 +373,19 @@ fn persistently<T>(
         watch.still_wanted()?;
         if let Some(asked) = pause.filter(|pause| *pause > MAX_PAUSE) {
             let error = error.context(format!("it asks to be left alone for {}", Span(asked)));
-            return Err(Failure::Source { error, retry_after: Some(asked) });
+            return Err(SourceFailure::Source { error, retry_after: Some(asked) });
         }
         if tries >= TRIES || all >= TRIES_IN_ALL {
             let error = error.context(format!("gave up after {all} tries"));
-            return Err(Failure::Source { error, retry_after: pause });
+            return Err(SourceFailure::Source { error, retry_after: pause });
         }
         let waits = pause.unwrap_or_else(|| backed_off(tries));
         if Instant::now() + waits >= download.until {
             let error = error.context(late());
             return Err(match pause {
                 // It is not asked again before the time that it wished for is over.
-                Some(_) => Failure::Source { error, retry_after: pause },
-                None => Failure::Late(error),
+                Some(_) => SourceFailure::Source { error, retry_after: pause },
+                None => SourceFailure::Late(error),
             });
         }
         tracing::warn!(file = what, error = format!("{error:#}"), tries, "a download was cut and is tried again");
@@ -397,36 +400,36 @@ fn backed_off(tries: u32) -> Duration {
 }
 
 /// One who cannot be reached at all is left to the next source, where there is one; not so in mid-download.
-fn answered(reply: Result<Reply>, is_patient: bool) -> Result<Reply, Broken> {
+fn answered(reply: Result<HttpResponse>, is_patient: bool) -> Result<HttpResponse, TryFailure> {
     reply.map_err(|error| match is_patient && endpoint::may_pass(&error) {
-        true => Broken::cut(error),
-        false => Broken::source(error),
+        true => TryFailure::cut(error),
+        false => TryFailure::source(error),
     })
 }
 
-fn refused(reply: Reply) -> Broken {
+fn refused(reply: HttpResponse) -> TryFailure {
     let (status, pause) = (reply.status(), reply.retry_after());
     let error = reply.refused();
     if matches!(status, 408 | 425 | 429 | 500..=599) {
-        Broken::Cut { error, brought: 0, pause }
+        TryFailure::Cut { error, brought: 0, pause }
     } else {
-        Broken::source(error)
+        TryFailure::source(error)
     }
 }
 
 /// A part of a file, as it was sent.
 #[derive(Debug, PartialEq, Eq)]
-struct Range {
+struct ContentRange {
     from: u64,
     total: Option<u64>,
 }
 
-fn range_of(reply: &Reply) -> Option<Range> {
+fn range_of(reply: &HttpResponse) -> Option<ContentRange> {
     range(reply.header("content-range")?)
 }
 
 /// Reads `bytes 10-99/100`, or `bytes 10-99/*`.
-fn range(text: &str) -> Option<Range> {
+fn range(text: &str) -> Option<ContentRange> {
     let (part, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (from, last) = part.split_once('-')?;
     let (from, last) = (from.parse().ok()?, last.parse::<u64>().ok()?);
@@ -434,7 +437,7 @@ fn range(text: &str) -> Option<Range> {
         "*" => None,
         total => Some(total.parse().ok()?),
     };
-    (from <= last && total.is_none_or(|total| last < total)).then_some(Range { from, total })
+    (from <= last && total.is_none_or(|total| last < total)).then_some(ContentRange { from, total })
 }
 
 /// Says it plainly when the disk is full.
@@ -457,7 +460,7 @@ mod tests {
         for (text, from, total) in
             [("bytes 10-99/100", 10, Some(100)), (" bytes 0-0/1 ", 0, Some(1)), ("bytes 5-9/*", 5, None)]
         {
-            assert_eq!(range(text), Some(Range { from, total }), "{text}");
+            assert_eq!(range(text), Some(ContentRange { from, total }), "{text}");
         }
         for bad in
             ["", "bytes", "bytes 1-2", "bytes */5", "bytes 9-1/10", "bytes 0-10/10", "items 0-1/2", "bytes -1-2/3"]

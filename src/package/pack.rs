@@ -25,21 +25,21 @@ const MAX_ENTRIES: usize = 100_000;
 
 /// What is to be packed: where each path of the package comes from.
 #[derive(Debug, Default)]
-pub struct Tree {
-    entries: BTreeMap<String, Entry>,
+pub struct PackTree {
+    entries: BTreeMap<String, PackEntry>,
 }
 
 #[derive(Debug)]
-enum Entry {
+enum PackEntry {
     Directory,
     File { from: PathBuf, executable: bool },
     Link { target: PathBuf },
 }
 
-impl Tree {
+impl PackTree {
     /// All that is in `directory`.
-    pub fn of_directory(directory: &Path) -> Result<Tree> {
-        let mut tree = Tree::default();
+    pub fn of_directory(directory: &Path) -> Result<PackTree> {
+        let mut tree = PackTree::default();
         tree.add_directory(directory, "").with_context(|| format!("cannot pack {}", directory.display()))?;
         if tree.entries.is_empty() {
             bail!("cannot pack {}: it is empty", directory.display());
@@ -50,9 +50,9 @@ impl Tree {
     /// Adds one executable under a path of the package, with the directories above it.
     pub fn add_executable(&mut self, path: &str, from: PathBuf) {
         for (end, _) in path.match_indices('/') {
-            self.entries.insert(path[..end].to_owned(), Entry::Directory);
+            self.entries.insert(path[..end].to_owned(), PackEntry::Directory);
         }
-        self.entries.insert(path.to_owned(), Entry::File { from, executable: true });
+        self.entries.insert(path.to_owned(), PackEntry::File { from, executable: true });
     }
 
     fn add_directory(&mut self, directory: &Path, prefix: &str) -> Result<()> {
@@ -67,11 +67,11 @@ impl Tree {
             let path = format!("{prefix}{name}");
             let metadata = entry.metadata()?;
             if metadata.is_dir() {
-                self.entries.insert(path.clone(), Entry::Directory);
+                self.entries.insert(path.clone(), PackEntry::Directory);
                 self.add_directory(&entry.path(), &format!("{path}/"))?;
             } else if metadata.is_file() {
                 let executable = platform::has_execute_bit(&metadata);
-                self.entries.insert(path, Entry::File { from: entry.path(), executable });
+                self.entries.insert(path, PackEntry::File { from: entry.path(), executable });
             } else if metadata.is_symlink() {
                 let target = fs::read_link(entry.path())?;
                 // The rule of the hosts that unpack it, whatever they run on.
@@ -81,7 +81,7 @@ impl Tree {
                         target.display()
                     );
                 }
-                self.entries.insert(path, Entry::Link { target });
+                self.entries.insert(path, PackEntry::Link { target });
             } else {
                 bail!("{path} is neither a file, nor a directory, nor a link");
             }
@@ -103,31 +103,31 @@ impl Tree {
     }
 }
 
-fn append(archive: &mut tar::Builder<impl Write>, path: &str, entry: &Entry) -> Result<()> {
+fn append(archive: &mut tar::Builder<impl Write>, path: &str, entry: &PackEntry) -> Result<()> {
     let mut header = tar::Header::new_gnu();
     header.set_uid(0);
     header.set_gid(0);
     header.set_mtime(TIME);
     header.set_size(0);
     match entry {
-        Entry::Directory => {
+        PackEntry::Directory => {
             header.set_entry_type(tar::EntryType::Directory);
             header.set_mode(0o755);
             archive.append_data(&mut header, format!("{path}/"), std::io::empty())?;
         }
-        Entry::Link { target } => {
+        PackEntry::Link { target } => {
             header.set_entry_type(tar::EntryType::Symlink);
             header.set_mode(0o777);
             archive.append_link(&mut header, path, target)?;
         }
-        Entry::File { from, executable } => {
+        PackEntry::File { from, executable } => {
             let file = File::open(from)?;
             let size = file.metadata()?.len();
             header.set_entry_type(tar::EntryType::Regular);
             header.set_mode(if *executable { 0o755 } else { 0o644 });
             header.set_size(size);
             // Exactly as much as the header says, though somebody may be writing to the file.
-            let mut content = Exactly { file, left: size };
+            let mut content = ExactReader { file, left: size };
             archive.append_data(&mut header, path, &mut content)?;
             if content.left > 0 {
                 bail!("it became shorter while it was read");
@@ -137,12 +137,12 @@ fn append(archive: &mut tar::Builder<impl Write>, path: &str, entry: &Entry) -> 
     Ok(())
 }
 
-struct Exactly {
+struct ExactReader {
     file: File,
     left: u64,
 }
 
-impl std::io::Read for Exactly {
+impl std::io::Read for ExactReader {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
         let read = self.file.read(&mut buffer[..most])?;
@@ -157,7 +157,7 @@ mod tests {
 
     fn packed(directory: &Path) -> Vec<u8> {
         let mut bytes = Vec::new();
-        Tree::of_directory(directory).unwrap().write(&mut bytes).unwrap();
+        PackTree::of_directory(directory).unwrap().write(&mut bytes).unwrap();
         bytes
     }
 
@@ -209,12 +209,12 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         platform::replace_link(Path::new("/etc/passwd"), &dir.path().join("link")).unwrap();
-        assert!(format!("{:#}", Tree::of_directory(dir.path()).unwrap_err()).contains("leaves the directory"));
+        assert!(format!("{:#}", PackTree::of_directory(dir.path()).unwrap_err()).contains("leaves the directory"));
     }
 
     #[test]
     fn an_empty_directory_is_no_package() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(Tree::of_directory(dir.path()).is_err());
+        assert!(PackTree::of_directory(dir.path()).is_err());
     }
 }

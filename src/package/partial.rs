@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::progress::{Unwanted, Watch};
-use super::verify::{self, Claim, Verification};
+use super::progress::{DownloadCancelled, DownloadProgress};
+use super::verify::{self, SignedClaim, Verification};
 use super::{Keys, MAX_PACKAGE_BYTES};
 use crate::{platform, store};
 
@@ -29,13 +29,13 @@ const MAX_ETAG_BYTES: u64 = 256;
 const LOCK: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 const LOOK: Duration = Duration::from_millis(20);
 
-pub(super) struct Part<'a> {
+pub(super) struct PartialDownload<'a> {
     path: PathBuf,
     etag_path: PathBuf,
     /// Stands behind the bytes that the verification has seen.
     file: File,
     verification: Verification<'a>,
-    claim: &'a Claim,
+    claim: &'a SignedClaim,
     keys: &'a Keys,
     etag: Option<String>,
     /// Who sent what is there; not known of what an earlier run has left.
@@ -43,19 +43,19 @@ pub(super) struct Part<'a> {
     came: u64,
 }
 
-impl<'a> Part<'a> {
+impl<'a> PartialDownload<'a> {
     /// Opens the part of `file` in the cache, where there is one of at most `most` bytes, or begins one.
     pub(super) fn open(
         cache: &Path,
         file: &str,
         most: u64,
-        claim: &'a Claim,
+        claim: &'a SignedClaim,
         keys: &'a Keys,
-        watch: &mut Watch<'_>,
-    ) -> Result<Part<'a>> {
+        watch: &mut DownloadProgress<'_>,
+    ) -> Result<PartialDownload<'a>> {
         let path = cache.join(format!("{file}{PART_SUFFIX}"));
         let opened = locked(&path)?;
-        let mut part = Part {
+        let mut part = PartialDownload {
             etag_path: etag_of(&path),
             path,
             file: opened,
@@ -74,7 +74,7 @@ impl<'a> Part<'a> {
                 Ok(watch.still_wanted()?)
             });
             match read {
-                Err(error) if !error.is::<Unwanted>() => {
+                Err(error) if !error.is::<DownloadCancelled>() => {
                     // What cannot be read is not there; kept, it would fail every other time too.
                     tracing::warn!(error = format!("{error:#}"), "a part of a download is lost and fetched again");
                     part.clear()?;

@@ -11,40 +11,40 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// Who ordered the package does not want it any more.
 #[derive(Debug)]
-pub(super) struct Unwanted;
+pub(super) struct DownloadCancelled;
 
-impl fmt::Display for Unwanted {
+impl fmt::Display for DownloadCancelled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("it is not wanted any more")
     }
 }
 
-impl std::error::Error for Unwanted {}
+impl std::error::Error for DownloadCancelled {}
 
 /// How far a package is, and who is told.
-pub(super) struct Watch<'a> {
+pub(super) struct DownloadProgress<'a> {
     progress: &'a mut Progress<'a>,
     done: u64,
     total: Option<u64>,
 }
 
-impl<'a> Watch<'a> {
-    pub(super) fn new(progress: &'a mut Progress<'a>) -> Watch<'a> {
-        Watch { progress, done: 0, total: None }
+impl<'a> DownloadProgress<'a> {
+    pub(super) fn new(progress: &'a mut Progress<'a>) -> DownloadProgress<'a> {
+        DownloadProgress { progress, done: 0, total: None }
     }
 
     /// So many bytes are there, of so many.
-    pub(super) fn at(&mut self, done: u64, total: Option<u64>) -> Result<(), Unwanted> {
+    pub(super) fn at(&mut self, done: u64, total: Option<u64>) -> Result<(), DownloadCancelled> {
         (self.done, self.total) = (done, total);
         self.still_wanted()
     }
 
-    pub(super) fn still_wanted(&mut self) -> Result<(), Unwanted> {
-        if (self.progress)(self.done, self.total) { Ok(()) } else { Err(Unwanted) }
+    pub(super) fn still_wanted(&mut self) -> Result<(), DownloadCancelled> {
+        if (self.progress)(self.done, self.total) { Ok(()) } else { Err(DownloadCancelled) }
     }
 
     /// Waits for so long, if it is wanted as long.
-    pub(super) fn pause(&mut self, time: Duration) -> Result<(), Unwanted> {
+    pub(super) fn pause(&mut self, time: Duration) -> Result<(), DownloadCancelled> {
         let until = Instant::now() + time;
         loop {
             self.still_wanted()?;
@@ -69,7 +69,7 @@ mod tests {
             asked += 1;
             asked < 3
         };
-        assert!(Watch::new(&mut progress).pause(Duration::from_secs(3600)).is_err());
+        assert!(DownloadProgress::new(&mut progress).pause(Duration::from_secs(3600)).is_err());
         assert_eq!(asked, 3);
         assert!(began.elapsed() < Duration::from_secs(60));
     }

@@ -3,16 +3,16 @@
 use std::fmt;
 use std::io::ErrorKind;
 
-use super::disk_reservation::Short;
-use super::progress::Unwanted;
-use super::{Unavailable, Withdrawn};
-use crate::endpoint::{Astray, Distrust};
+use super::disk_reservation::InsufficientSpace;
+use super::progress::DownloadCancelled;
+use super::{Unavailable, WithdrawnRelease};
+use crate::endpoint::{Distrust, ForeignRedirect};
 
 /// Stands in the chain of an error whose package was looked at and refused: by its signature, by what it was announced as, or by what is in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refused;
+pub struct PackageRejected;
 
-impl fmt::Display for Refused {
+impl fmt::Display for PackageRejected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the package is refused")
     }
@@ -22,12 +22,16 @@ impl fmt::Display for Refused {
 /// a redirect elsewhere.
 pub fn is_refusal(error: &anyhow::Error) -> bool {
     let by_source = error.downcast_ref::<Unavailable>().is_some_and(|unavailable| unavailable.refused);
-    by_source || error.is::<Refused>() || error.is::<Withdrawn>() || error.is::<Distrust>() || error.is::<Astray>()
+    by_source
+        || error.is::<PackageRejected>()
+        || error.is::<WithdrawnRelease>()
+        || error.is::<Distrust>()
+        || error.is::<ForeignRedirect>()
 }
 
 /// Marks why a package could not be unpacked, unless this host is why.
 pub(super) fn by_content(error: anyhow::Error) -> anyhow::Error {
-    if error.chain().any(is_of_host) { error } else { error.context(Refused) }
+    if error.chain().any(is_of_host) { error } else { error.context(PackageRejected) }
 }
 
 /// Whether a cause has nothing to do with what is in a package: it is not wanted any more, there is no room for it, or the system failed us
@@ -41,7 +45,7 @@ fn is_of_host(cause: &(dyn std::error::Error + 'static)) -> bool {
                 ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof | ErrorKind::Other
             )
     };
-    cause.is::<Unwanted>() || cause.is::<Short>() || cause.downcast_ref().is_some_and(of_system)
+    cause.is::<DownloadCancelled>() || cause.is::<InsufficientSpace>() || cause.downcast_ref().is_some_and(of_system)
 }
 
 #[cfg(test)]
@@ -71,7 +75,7 @@ mod tests {
             anyhow::Error::from(wrapped(numbered(5))).context("its content is damaged"),
             io::Error::from(ErrorKind::StorageFull).into(),
             io::Error::from(ErrorKind::WriteZero).into(),
-            Unwanted.into(),
+            DownloadCancelled.into(),
             crate::package::disk_reservation::tests::short(),
         ];
         for error in of_host {

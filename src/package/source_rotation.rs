@@ -16,7 +16,7 @@ const MOST_DAMAGES: u32 = 4;
 
 /// One source's turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Turn {
+pub(super) struct SourceAttempt {
     /// Its number, in the order of the sources.
     pub(super) source: usize,
     /// So long it has.
@@ -25,7 +25,7 @@ pub(super) struct Turn {
 
 /// Who is asked next.
 #[derive(Debug)]
-pub(super) struct Turns {
+pub(super) struct SourceRotation {
     /// In this round.
     queue: VecDeque<usize>,
     /// In the next one.
@@ -34,13 +34,13 @@ pub(super) struct Turns {
     damages: Vec<u32>,
 }
 
-impl Turns {
-    pub(super) fn new(sources: usize) -> Turns {
-        Turns { queue: (0..sources).collect(), again: VecDeque::new(), damages: vec![0; sources] }
+impl SourceRotation {
+    pub(super) fn new(sources: usize) -> SourceRotation {
+        SourceRotation { queue: (0..sources).collect(), again: VecDeque::new(), damages: vec![0; sources] }
     }
 
     /// The next turn, where so much time is left for all; the last one of a round has all of it.
-    pub(super) fn next(&mut self, left: Duration) -> Option<Turn> {
+    pub(super) fn next(&mut self, left: Duration) -> Option<SourceAttempt> {
         if left.is_zero() {
             return None;
         }
@@ -49,7 +49,7 @@ impl Turns {
         }
         let share = left / u32::try_from(self.queue.len()).ok().filter(|sources| *sources > 0)?;
         let source = self.queue.pop_front()?;
-        Some(Turn { source, time: share.max(LEAST).min(left) })
+        Some(SourceAttempt { source, time: share.max(LEAST).min(left) })
     }
 
     /// Its time was over before the package had come, and so much is left for all.
@@ -83,13 +83,13 @@ mod tests {
 
     const S: fn(u64) -> Duration = Duration::from_secs;
 
-    fn turn(source: usize, seconds: u64) -> Option<Turn> {
-        Some(Turn { source, time: S(seconds) })
+    fn turn(source: usize, seconds: u64) -> Option<SourceAttempt> {
+        Some(SourceAttempt { source, time: S(seconds) })
     }
 
     #[test]
     fn each_source_has_its_share_of_what_is_left_and_the_last_one_all_of_it() {
-        let mut turns = Turns::new(3);
+        let mut turns = SourceRotation::new(3);
         assert_eq!(turns.next(S(600)), turn(0, 200));
         turns.late(0, S(400));
         // What the second did not use is the third's.
@@ -107,22 +107,22 @@ mod tests {
 
     #[test]
     fn a_share_is_never_too_short_to_be_of_use() {
-        let mut turns = Turns::new(2);
-        assert_eq!(turns.next(LEAST + LEAST / 2), Some(Turn { source: 0, time: LEAST }));
-        assert_eq!(turns.next(LEAST / 2), Some(Turn { source: 1, time: LEAST / 2 }));
+        let mut turns = SourceRotation::new(2);
+        assert_eq!(turns.next(LEAST + LEAST / 2), Some(SourceAttempt { source: 0, time: LEAST }));
+        assert_eq!(turns.next(LEAST / 2), Some(SourceAttempt { source: 1, time: LEAST / 2 }));
     }
 
     #[test]
     fn damage_of_one_source_takes_no_try_from_another() {
         // One alone: fetched once more.
-        let mut turns = Turns::new(1);
+        let mut turns = SourceRotation::new(1);
         assert_eq!(turns.next(S(9)), turn(0, 9));
         assert!(turns.damaged(0));
         assert_eq!(turns.next(S(8)), turn(0, 8));
         assert!(!turns.damaged(0) && turns.next(S(7)).is_none());
 
         // A bad one in front of a good one whose package is damaged on its way, once.
-        let mut turns = Turns::new(2);
+        let mut turns = SourceRotation::new(2);
         for source in [0, 1, 0] {
             assert_eq!(turns.next(S(9)).map(|turn| turn.source), Some(source));
             assert!(turns.damaged(source));
@@ -131,7 +131,7 @@ mod tests {
         assert!(!turns.damaged(1));
 
         // However many there are, damage comes to an end.
-        let mut turns = Turns::new(9);
+        let mut turns = SourceRotation::new(9);
         let mut asked = 0;
         while let Some(turn) = turns.next(S(9)) {
             asked += 1;
@@ -144,7 +144,7 @@ mod tests {
         /// Whatever each turn brings, all had one before anybody has another, none is longer than what is left, and it ends.
         #[test]
         fn everybody_has_a_turn_and_it_ends(sources in 1_usize..6, brought in prop::collection::vec(0_u8..3, 50)) {
-            let (mut turns, mut left, mut order) = (Turns::new(sources), S(600), Vec::new());
+            let (mut turns, mut left, mut order) = (SourceRotation::new(sources), S(600), Vec::new());
             for what in &brought {
                 let Some(turn) = turns.next(left) else { break };
                 prop_assert!(turn.time <= left && turn.time >= LEAST.min(left));

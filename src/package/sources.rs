@@ -5,28 +5,34 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use super::Means;
+use super::FetchContext;
 use crate::core::protocol::DOWNLOAD_PATH;
-use crate::endpoint::{Asker, Endpoint, Reply};
+use crate::endpoint::{Endpoint, HttpResponse, Requester};
 
 /// A directory on some host, below which packages lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Source {
+pub(super) struct PackageSource {
     pub(super) directory: Endpoint,
     /// An endpoint of ours is told the agent id, and nobody else.
-    asker: Asker,
+    asker: Requester,
     /// There is no other one to turn to: it is tried again even where it cannot be reached at all.
     pub(super) last: bool,
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for PackageSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&self.directory, f)
     }
 }
 
-impl Source {
-    pub(super) fn get(&self, means: &Means<'_>, file: &str, headers: &[(&str, &str)], until: Instant) -> Result<Reply> {
+impl PackageSource {
+    pub(super) fn get(
+        &self,
+        means: &FetchContext<'_>,
+        file: &str,
+        headers: &[(&str, &str)],
+        until: Instant,
+    ) -> Result<HttpResponse> {
         let left = until.saturating_duration_since(Instant::now());
         means.client.download(&self.directory, &format!("/{file}"), headers, self.asker, left)
     }
@@ -47,19 +53,22 @@ impl Source {
 }
 
 /// Where to look, in this order: where the release is said to lie, then below the endpoints. With what cannot be looked at, and why.
-pub(super) fn sources(endpoints: &[Endpoint], tarball: Option<&str>) -> Result<(Vec<Source>, Vec<anyhow::Error>)> {
+pub(super) fn sources(
+    endpoints: &[Endpoint],
+    tarball: Option<&str>,
+) -> Result<(Vec<PackageSource>, Vec<anyhow::Error>)> {
     let (mut sources, mut unusable) = (Vec::new(), Vec::new());
     match tarball.map(|tarball| tarball.parse::<Endpoint>().context("cannot use the tarball's address")) {
         Some(Ok(directory)) => {
             let ours = endpoints.iter().any(|endpoint| endpoint.origin() == directory.origin());
-            let asker = if ours { Asker::Host } else { Asker::Nobody };
-            sources.push(Source { directory, asker, last: false });
+            let asker = if ours { Requester::Host } else { Requester::Nobody };
+            sources.push(PackageSource { directory, asker, last: false });
         }
         Some(Err(error)) => unusable.push(error),
         None => ensure!(!endpoints.is_empty(), "no endpoint is configured"),
     }
     for endpoint in endpoints {
-        let source = Source { directory: endpoint.below(DOWNLOAD_PATH), asker: Asker::Host, last: false };
+        let source = PackageSource { directory: endpoint.below(DOWNLOAD_PATH), asker: Requester::Host, last: false };
         if sources.iter().all(|known| known.directory != source.directory) {
             sources.push(source);
         }

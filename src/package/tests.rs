@@ -10,7 +10,7 @@ use base64::prelude::BASE64_STANDARD;
 use super::cache::entries;
 use super::*;
 use crate::core::model::{Arch, Os};
-use crate::endpoint::testing::{Asked, Server, Told};
+use crate::endpoint::testing::{CannedResponse, ReceivedRequest, Server};
 use crate::endpoint::{Timeouts, Trust};
 
 mod network;
@@ -72,26 +72,26 @@ const FILE: &str = "demo-1.0_linux_amd64.tar.zst";
 
 struct Desk {
     directory: tempfile::TempDir,
-    places: Places,
+    places: PackagePaths,
     client: Client,
-    commons: Commons,
+    commons: FetchLimits,
 }
 
 impl Desk {
     fn new() -> Desk {
         let directory = tempfile::tempdir().unwrap();
-        let places = Places { cache: directory.path().join("cache"), staging: directory.path().join("staging") };
+        let places = PackagePaths { cache: directory.path().join("cache"), staging: directory.path().join("staging") };
         let client =
             Client::new(&Trust::Insecure, Some(&"host-1".parse().unwrap()), Timeouts::download(Duration::from_secs(5)));
-        Desk { directory, places, client: client.unwrap(), commons: Commons::default() }
+        Desk { directory, places, client: client.unwrap(), commons: FetchLimits::default() }
     }
 
-    fn means<'a>(&'a self, endpoints: &'a [Endpoint], keys: &'a Keys) -> Means<'a> {
+    fn means<'a>(&'a self, endpoints: &'a [Endpoint], keys: &'a Keys) -> FetchContext<'a> {
         let (places, commons) = (&self.places, &self.commons);
-        Means { client: &self.client, endpoints, keys, places, commons, within: Duration::from_secs(60) }
+        FetchContext { client: &self.client, endpoints, keys, places, commons, within: Duration::from_secs(60) }
     }
 
-    fn fetch(&self, endpoints: &[Endpoint], wanted: &Wanted, keys: &Keys) -> Result<VerifiedTree, String> {
+    fn fetch(&self, endpoints: &[Endpoint], wanted: &PackageRequest, keys: &Keys) -> Result<VerifiedTree, String> {
         fetch(&self.means(endpoints, keys), wanted, &mut |_, _| true).map_err(|error| format!("{error:#}"))
     }
 
@@ -116,9 +116,9 @@ impl Desk {
 /// Serves one package and its signature.
 fn depot(bytes: Vec<u8>, signature: String) -> Server {
     Server::plain(move |asked| match asked.path.strip_prefix("/api/download/") {
-        Some("demo-1.0_linux_amd64.tar.zst") => Told::ok(bytes.clone()),
-        Some("demo-1.0_linux_amd64.tar.zst.minisig") => Told::ok(signature.clone()),
-        _ => Told::status(404),
+        Some("demo-1.0_linux_amd64.tar.zst") => CannedResponse::ok(bytes.clone()),
+        Some("demo-1.0_linux_amd64.tar.zst.minisig") => CannedResponse::ok(signature.clone()),
+        _ => CannedResponse::status(404),
     })
 }
 
@@ -127,7 +127,7 @@ fn a_signed_package_becomes_a_release() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(300_000));
     let server = depot(bytes.clone(), signer.sign(&bytes, &binding(3)));
     let mut seen = Vec::new();
-    let wanted = Wanted { size: Some(bytes.len() as u64), ..Wanted::new(release()) };
+    let wanted = PackageRequest { size: Some(bytes.len() as u64), ..PackageRequest::new(release()) };
     let (endpoints, keys) = ([server.endpoint()], signer.keys());
     let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, total| {
         seen.push((done, total));
@@ -141,7 +141,7 @@ fn a_signed_package_becomes_a_release() {
     let (staged, to) = (tree.path().to_owned(), desk.directory.path().join("agents/demo/1.0"));
     // What an interrupted move left there is replaced.
     fs::create_dir_all(to.join("half")).unwrap();
-    assert!(whole(&to).unwrap_err().is::<Withdrawn>());
+    assert!(whole(&to).unwrap_err().is::<WithdrawnRelease>());
     let sha256 = tree.sha256().clone();
     tree.move_to(&to).unwrap();
     assert!(!staged.exists() && !to.join("half").exists());
@@ -179,7 +179,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
     let mut tampered = bytes.clone();
     *tampered.last_mut().unwrap() ^= 1;
     let relabelled = good.replace("epoch=3", "epoch=9");
-    let wanted = Wanted::new(release());
+    let wanted = PackageRequest::new(release());
     let stranger_id = stranger.keys().ids().next().unwrap().to_string();
     let sign = |comment: &str| signer.sign(&bytes, comment);
     let other = binding(3).replace("amd64", "386");
@@ -216,7 +216,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             "epoch",
             &bytes,
             good.clone(),
-            Wanted { least_epoch: 4, ..wanted.clone() },
+            PackageRequest { least_epoch: 4, ..wanted.clone() },
             signer.keys(),
             vec!["epoch 3, older than the 4", "--epoch 4"],
         ),
@@ -224,7 +224,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             "digest",
             &bytes,
             good.clone(),
-            Wanted { sha256: Some("0".repeat(64).parse().unwrap()), ..wanted.clone() },
+            PackageRequest { sha256: Some("0".repeat(64).parse().unwrap()), ..wanted.clone() },
             signer.keys(),
             vec!["SHA-256", "was announced"],
         ),
@@ -232,7 +232,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             "size",
             &bytes,
             good.clone(),
-            Wanted { size: Some(5), ..wanted.clone() },
+            PackageRequest { size: Some(5), ..wanted.clone() },
             signer.keys(),
             vec!["where 5 were announced"],
         ),
@@ -240,7 +240,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             "file name",
             &bytes,
             good.clone(),
-            Wanted { file: Some("../demo-1.0_linux_amd64.zip".to_owned()), ..wanted.clone() },
+            PackageRequest { file: Some("../demo-1.0_linux_amd64.zip".to_owned()), ..wanted.clone() },
             signer.keys(),
             vec!["as the package of demo 1.0"],
         ),
@@ -250,7 +250,7 @@ fn what_is_not_what_was_asked_for_is_refused_with_the_reason() {
             "missing",
             &bytes,
             good.clone(),
-            Wanted { file: Some("demo-1.0_linux_amd64.zip".to_owned()), ..wanted.clone() },
+            PackageRequest { file: Some("demo-1.0_linux_amd64.zip".to_owned()), ..wanted.clone() },
             signer.keys(),
             vec!["no such package", "/api/download/demo-1.0_linux_amd64.zip", "aops gateway publish"],
         ),
@@ -272,11 +272,11 @@ fn an_untrusted_key_is_told_with_the_directory_of_the_trusted_ones() {
     signer.keys().save_to(&keys_directory).unwrap();
     let server = depot(bytes.clone(), stranger.sign(&bytes, &binding(1)));
     let keys = Keys::load(&keys_directory).unwrap();
-    let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap_err();
+    let error = desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap_err();
     assert!(error.contains(&keys_directory.display().to_string()), "{error}");
     let none = Keys::load(&desk.directory.path().join("none")).unwrap();
     assert!(none.is_empty());
-    let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &none).unwrap_err();
+    let error = desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &none).unwrap_err();
     assert!(error.contains("no trusted key in "), "{error}");
 }
 
@@ -290,9 +290,9 @@ fn breaking(
 ) -> (Server, Arc<Mutex<Vec<Option<String>>>>) {
     let asked_for = Arc::new(Mutex::new(Vec::new()));
     let (ranges, count) = (Arc::clone(&asked_for), AtomicUsize::new(0));
-    let server = Server::plain(move |asked: &Asked| {
+    let server = Server::plain(move |asked: &ReceivedRequest| {
         if asked.path.ends_with(SIGNATURE_SUFFIX) {
-            return Told::ok(signature.clone());
+            return CannedResponse::ok(signature.clone());
         }
         let range = asked.headers.get("range").cloned();
         ranges.lock().unwrap().push(range.clone());
@@ -306,7 +306,7 @@ fn breaking(
             headers.push(("content-range", format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len())));
         }
         let status = if start > 0 { 206 } else { 200 };
-        Told { status, headers, body: bytes[start..].to_vec(), cut_after, ..Told::default() }
+        CannedResponse { status, headers, body: bytes[start..].to_vec(), cut_after, ..CannedResponse::default() }
     });
     (server, asked_for)
 }
@@ -315,7 +315,7 @@ fn breaking(
 fn a_cut_download_goes_on_where_it_stopped() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(400_000));
     let (server, ranges) = breaking(bytes.clone(), signer.sign(&bytes, &binding(1)), "\"a\"", 150_000, 2);
-    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &signer.keys()).unwrap();
+    desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &signer.keys()).unwrap();
     let ranges = ranges.lock().unwrap();
     let expected = [None, Some("bytes=150000-".to_owned()), Some("bytes=300000-".to_owned())];
     assert_eq!(*ranges, expected);
@@ -325,7 +325,7 @@ fn a_cut_download_goes_on_where_it_stopped() {
 fn the_next_run_resumes_what_this_one_gave_up_unless_the_file_changed() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(400_000));
     let signature = signer.sign(&bytes, &binding(1));
-    let wanted = Wanted::new(release());
+    let wanted = PackageRequest::new(release());
     let file = desk.places.cache.join("demo-1.0_linux_amd64.tar.zst.part");
     {
         let (server, ranges) = breaking(bytes.clone(), signature.clone(), "\"a\"", 50_000, 100);
@@ -354,10 +354,10 @@ fn a_download_that_only_lacked_its_name_is_not_made_again() {
     desk.left(&bytes, Some("\"a\""));
     let all = format!("bytes */{}", bytes.len());
     let server = Server::plain(move |asked| match asked.path.ends_with(SIGNATURE_SUFFIX) {
-        true => Told::ok(signature.clone()),
-        false => Told { headers: vec![("content-range", all.clone())], ..Told::status(416) },
+        true => CannedResponse::ok(signature.clone()),
+        false => CannedResponse { headers: vec![("content-range", all.clone())], ..CannedResponse::status(416) },
     });
-    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &signer.keys()).unwrap();
+    desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &signer.keys()).unwrap();
 }
 
 #[test]
@@ -365,12 +365,12 @@ fn a_package_that_could_not_be_accepted_is_not_downloaded() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(1000));
     let signature = signer.sign(&bytes, &binding(1));
     let server = Server::plain(move |asked| match asked.path.ends_with(SIGNATURE_SUFFIX) {
-        true => Told::ok(signature.clone()),
+        true => CannedResponse::ok(signature.clone()),
         false => panic!("{} was asked for", asked.path),
     });
-    let wanted = Wanted { least_epoch: 2, ..Wanted::new(release()) };
+    let wanted = PackageRequest { least_epoch: 2, ..PackageRequest::new(release()) };
     assert!(desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err().contains("epoch 1"));
-    let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &Signer::new().keys()).unwrap_err();
+    let error = desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &Signer::new().keys()).unwrap_err();
     assert!(error.contains("not trusted here"), "{error}");
 }
 
@@ -380,13 +380,13 @@ fn a_busy_gateway_is_asked_again_and_a_refusing_one_is_quoted() {
     let signature = signer.sign(&bytes, &binding(1));
     let count = AtomicUsize::new(0);
     let busy = Server::plain(move |asked| match count.fetch_add(1, Ordering::SeqCst) {
-        0 | 2 => Told { headers: vec![("retry-after", "0".to_owned())], ..Told::status(503) },
-        _ if asked.path.ends_with(SIGNATURE_SUFFIX) => Told::ok(signature.clone()),
-        _ => Told::ok(bytes.clone()),
+        0 | 2 => CannedResponse { headers: vec![("retry-after", "0".to_owned())], ..CannedResponse::status(503) },
+        _ if asked.path.ends_with(SIGNATURE_SUFFIX) => CannedResponse::ok(signature.clone()),
+        _ => CannedResponse::ok(bytes.clone()),
     });
-    desk.fetch(&[busy.endpoint()], &Wanted::new(release()), &signer.keys()).unwrap();
-    let refusing = Server::plain(|_| Told { body: b"not you".to_vec(), ..Told::status(403) });
-    let error = desk.fetch(&[refusing.endpoint()], &Wanted::new(release()), &signer.keys()).unwrap_err();
+    desk.fetch(&[busy.endpoint()], &PackageRequest::new(release()), &signer.keys()).unwrap();
+    let refusing = Server::plain(|_| CannedResponse { body: b"not you".to_vec(), ..CannedResponse::status(403) });
+    let error = desk.fetch(&[refusing.endpoint()], &PackageRequest::new(release()), &signer.keys()).unwrap_err();
     assert!(error.contains("answered 403: not you"), "{error}");
 }
 
@@ -394,11 +394,11 @@ fn a_busy_gateway_is_asked_again_and_a_refusing_one_is_quoted() {
 fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
     let signature = signer.sign(&bytes, &binding(1));
-    let empty = Server::plain(|_| Told::status(404));
+    let empty = Server::plain(|_| CannedResponse::status(404));
     let full = depot(bytes.clone(), signature.clone());
-    let wanted = Wanted::new(release());
+    let wanted = PackageRequest::new(release());
     desk.fetch(&[empty.endpoint(), full.endpoint()], &wanted, &signer.keys()).unwrap();
-    let other = Server::plain(|_| Told::status(404));
+    let other = Server::plain(|_| CannedResponse::status(404));
     let error = desk.fetch(&[empty.endpoint(), other.endpoint()], &wanted, &signer.keys()).unwrap_err();
     assert!(error.contains("none of 2 sources"), "{error}");
     assert!(desk.fetch(&[], &wanted, &signer.keys()).unwrap_err().contains("no endpoint is configured"));
@@ -408,9 +408,13 @@ fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks()
     let mirror = Server::plain(move |asked| {
         seen.lock().unwrap().push(asked.headers.contains_key("x-agent-id"));
         assert!(asked.path.starts_with("/mirror/demo-1.0_linux_amd64.tar.zst"), "{}", asked.path);
-        Told::ok(if asked.path.ends_with(SIGNATURE_SUFFIX) { signature.clone().into_bytes() } else { bytes.clone() })
+        CannedResponse::ok(if asked.path.ends_with(SIGNATURE_SUFFIX) {
+            signature.clone().into_bytes()
+        } else {
+            bytes.clone()
+        })
     });
-    let wanted = Wanted { tarball: Some(mirror.endpoint().url("/mirror/")), ..wanted };
+    let wanted = PackageRequest { tarball: Some(mirror.endpoint().url("/mirror/")), ..wanted };
     let before = full.connections();
     desk.fetch(&[full.endpoint()], &wanted, &signer.keys()).unwrap();
     assert_eq!(full.connections(), before);
@@ -420,7 +424,7 @@ fn endpoints_are_tried_in_order_and_a_tarball_wins_without_being_told_who_asks()
     // One that lacks it, cannot be reached, or is no address at all leaves it to the endpoints.
     let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
     for tarball in [empty.endpoint().url("/x"), format!("http://{nobody}/x"), "no address".to_owned()] {
-        let wanted = Wanted { tarball: Some(tarball.clone()), ..wanted.clone() };
+        let wanted = PackageRequest { tarball: Some(tarball.clone()), ..wanted.clone() };
         desk.fetch(&[full.endpoint()], &wanted, &signer.keys()).unwrap();
         let error = desk.fetch(&[empty.endpoint()], &wanted, &signer.keys()).unwrap_err();
         assert!(error.contains("none of 2 sources"), "{error}");
@@ -435,13 +439,13 @@ fn what_cannot_fit_is_not_begun() {
     let count = Arc::new(AtomicUsize::new(0));
     let (signature, downloads) = (signer.sign(b"", &binding(1)), Arc::clone(&count));
     let server = Server::plain(move |asked| match asked.path.ends_with(SIGNATURE_SUFFIX) {
-        true => Told::ok(signature.clone()),
+        true => CannedResponse::ok(signature.clone()),
         false => {
             downloads.fetch_add(1, Ordering::SeqCst);
-            Told::status(500)
+            CannedResponse::status(500)
         }
     });
-    let wanted = Wanted { size: Some(4 << 30), ..Wanted::new(release()) };
+    let wanted = PackageRequest { size: Some(4 << 30), ..PackageRequest::new(release()) };
     fs::create_dir_all(&desk.places.staging).unwrap();
     let free = crate::platform::free_space(&desk.places.staging).unwrap();
     if free < 16 << 30 {
@@ -454,7 +458,7 @@ fn what_cannot_fit_is_not_begun() {
     }
     let error = fetch::unwritable(std::io::ErrorKind::StorageFull.into(), Path::new("/x"));
     assert!(error.to_string().contains("no space left in /x"), "{error}");
-    let wanted = Wanted { size: Some((4 << 30) + 1), ..Wanted::new(release()) };
+    let wanted = PackageRequest { size: Some((4 << 30) + 1), ..PackageRequest::new(release()) };
     assert!(desk.fetch(&[server.endpoint()], &wanted, &signer.keys()).unwrap_err().contains("more than"));
 }
 
@@ -463,17 +467,19 @@ fn a_local_package_needs_its_signature_and_says_what_it_claims_to_be() {
     let (desk, signer, bytes) = (Desk::new(), Signer::new(), archive(10));
     let file = desk.directory.path().join("given.tar.zst");
     fs::write(&file, &bytes).unwrap();
-    let open = |wanted: &Wanted| {
+    let open = |wanted: &PackageRequest| {
         open_local(&file, wanted, &signer.keys(), &desk.places.staging).map_err(|error| format!("{error:#}"))
     };
-    assert!(open(&Wanted::new(release())).unwrap_err().contains("given.tar.zst.minisig is missing"));
+    assert!(open(&PackageRequest::new(release())).unwrap_err().contains("given.tar.zst.minisig is missing"));
     fs::write(desk.directory.path().join("given.tar.zst.minisig"), signer.sign(&bytes, &binding(9))).unwrap();
     assert_eq!(claimed(&file).unwrap(), Binding { release: release(), epoch: 9 });
-    let tree = open(&Wanted::new(release())).unwrap();
+    let tree = open(&PackageRequest::new(release())).unwrap();
     assert!(tree.path().join("bin/run").exists() && file.exists());
-    assert!(open(&Wanted { least_epoch: 10, ..Wanted::new(release()) }).unwrap_err().contains("epoch 9"));
+    assert!(
+        open(&PackageRequest { least_epoch: 10, ..PackageRequest::new(release()) }).unwrap_err().contains("epoch 9")
+    );
     fs::write(&file, archive(11)).unwrap();
-    assert!(open(&Wanted::new(release())).unwrap_err().contains("tampered with"));
+    assert!(open(&PackageRequest::new(release())).unwrap_err().contains("tampered with"));
 }
 
 #[test]

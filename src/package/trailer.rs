@@ -21,7 +21,7 @@ const FOOT_BYTES: u64 = 8 + MAGIC.len() as u64;
 const MAX_PAYLOAD_BYTES: u64 = 64 << 10;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Payload {
+struct TrailerPayload {
     /// Public keys as the texts of files that minisign reads.
     #[serde(default)]
     keys: Vec<String>,
@@ -35,7 +35,7 @@ pub fn read(executable: &Path) -> Result<Option<Vec<String>>> {
         let mut json = vec![0; length as usize];
         file.seek(SeekFrom::Start(at))?;
         file.read_exact(&mut json)?;
-        let payload: Payload = serde_json::from_slice(&json).context("its trailer is damaged")?;
+        let payload: TrailerPayload = serde_json::from_slice(&json).context("its trailer is damaged")?;
         Ok(Some(payload.keys))
     };
     attempt().with_context(|| format!("cannot read the keys that {} brings", executable.display()))
@@ -44,7 +44,7 @@ pub fn read(executable: &Path) -> Result<Option<Vec<String>>> {
 /// Gives an executable that is open for writing a trailer with `keys`, in place of the one that it may have.
 #[cfg(feature = "gateway")]
 pub fn put(executable: &mut File, keys: &[String]) -> io::Result<()> {
-    let json = serde_json::to_vec(&Payload { keys: keys.to_vec() })?;
+    let json = serde_json::to_vec(&TrailerPayload { keys: keys.to_vec() })?;
     if json.len() as u64 > MAX_PAYLOAD_BYTES {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "more keys than a trailer holds"));
     }

@@ -27,8 +27,8 @@ use flate2::read::MultiGzDecoder;
 
 #[cfg(feature = "gateway")]
 pub(super) use self::names::link_stays_inside;
-use self::plan::{Admitted, Plan};
-use self::tree::Tree;
+use self::plan::{PlannedEntry, UnpackPlan};
+use self::tree::TreeWriter;
 use crate::core::model::{Os, Packing};
 
 const CHUNK_BYTES: usize = 64 << 10;
@@ -37,7 +37,7 @@ const ZSTD_WINDOW_LOG_MAX: u32 = 23;
 
 /// What a package may hold at most.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
+pub struct UnpackLimits {
     /// Files, directories and links, and whatever else an archive counts as an entry.
     pub entries: u64,
     /// Of all files together, unpacked.
@@ -53,22 +53,22 @@ pub struct Limits {
 /// Any archive may unpack to this much.
 const FREE_BYTES: u64 = 64 << 20;
 
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits { entries: 100_000, bytes: 8 << 30, growth: 100, name: 255, path: 1024 }
+impl Default for UnpackLimits {
+    fn default() -> UnpackLimits {
+        UnpackLimits { entries: 100_000, bytes: 8 << 30, growth: 100, name: 255, path: 1024 }
     }
 }
 
-impl Limits {
+impl UnpackLimits {
     /// With the bytes that an archive of this length may unpack to.
-    fn of(&self, archive_bytes: u64) -> Limits {
+    fn of(&self, archive_bytes: u64) -> UnpackLimits {
         let grown = archive_bytes.saturating_mul(self.growth).saturating_add(FREE_BYTES);
-        Limits { bytes: self.bytes.min(grown), ..self.clone() }
+        UnpackLimits { bytes: self.bytes.min(grown), ..self.clone() }
     }
 }
 
 /// What an entry is that was admitted.
-pub(super) enum Item<'a> {
+pub(super) enum EntryContent<'a> {
     Directory,
     File {
         executable: bool,
@@ -81,7 +81,7 @@ pub(super) enum Item<'a> {
 }
 
 /// What is done with each of them.
-type Sink<'a> = dyn FnMut(&Admitted, Item<'_>) -> Result<()> + 'a;
+type Sink<'a> = dyn FnMut(&PlannedEntry, EntryContent<'_>) -> Result<()> + 'a;
 
 /// Asked before so many bytes of content are written; an error ends the unpacking.
 pub(super) type MayWrite<'a> = dyn FnMut(u64) -> Result<()> + 'a;
@@ -92,7 +92,7 @@ pub(super) fn unpack(
     packing: Packing,
     os: Os,
     staging: &Path,
-    limits: &Limits,
+    limits: &UnpackLimits,
     may_write: &mut MayWrite<'_>,
 ) -> Result<PathBuf> {
     let root = tempfile::Builder::new()
@@ -100,7 +100,7 @@ pub(super) fn unpack(
         .tempdir_in(staging)
         .with_context(|| format!("cannot make a directory in {}", staging.display()))?
         .keep();
-    let mut tree = Tree::new(root.clone(), may_write);
+    let mut tree = TreeWriter::new(root.clone(), may_write);
     let made = read(archive, packing, os, limits, &mut |admitted, item| tree.make(admitted, item));
     let finished = made.context("cannot unpack it").and_then(|()| tree.finish());
     match finished {
@@ -114,7 +114,7 @@ pub(super) fn unpack(
 
 /// A file or link of a package that was looked into.
 #[cfg(feature = "gateway")]
-pub struct Seen<'a> {
+pub struct InspectedEntry<'a> {
     /// Relative to the package's root, with `/`.
     pub path: &'a str,
     /// Whether it can be run; of a link, whether what it leads to might be.
@@ -129,27 +129,29 @@ pub fn look_through(
     archive: &mut File,
     packing: Packing,
     os: Os,
-    each: &mut dyn FnMut(Seen<'_>) -> Result<()>,
+    each: &mut dyn FnMut(InspectedEntry<'_>) -> Result<()>,
 ) -> Result<()> {
-    read(archive, packing, os, &Limits::default(), &mut |admitted, item| {
+    read(archive, packing, os, &UnpackLimits::default(), &mut |admitted, item| {
         let path = admitted.path.as_str();
         match item {
-            Item::Directory => Ok(()),
-            Item::File { executable, content, .. } => {
-                each(Seen { path, executable, content: Some(&mut *content) })?;
+            EntryContent::Directory => Ok(()),
+            EntryContent::File { executable, content, .. } => {
+                each(InspectedEntry { path, executable, content: Some(&mut *content) })?;
                 // Damage shows only where all of it is read.
                 std::io::copy(content, &mut std::io::sink()).map(drop).context("its content is damaged")
             }
-            Item::SymbolicLink(_) | Item::HardLink(_) => each(Seen { path, executable: true, content: None }),
+            EntryContent::SymbolicLink(_) | EntryContent::HardLink(_) => {
+                each(InspectedEntry { path, executable: true, content: None })
+            }
         }
     })
 }
 
 /// Reads through the whole archive, and gives each entry to `sink` that every one before it allows.
-fn read(archive: &mut File, packing: Packing, os: Os, limits: &Limits, sink: &mut Sink<'_>) -> Result<()> {
+fn read(archive: &mut File, packing: Packing, os: Os, limits: &UnpackLimits, sink: &mut Sink<'_>) -> Result<()> {
     let length = archive.metadata()?.len();
     archive.seek(SeekFrom::Start(0))?;
-    let mut plan = Plan::new(os, limits.of(length));
+    let mut plan = UnpackPlan::new(os, limits.of(length));
     match packing {
         Packing::TarZst => {
             let mut decoder = zstd::stream::read::Decoder::with_buffer(BufReader::with_capacity(CHUNK_BYTES, archive))?;

@@ -12,33 +12,33 @@ use minisign_verify::{Error, Signature, StreamVerifier};
 use sha2::{Digest as _, Sha256};
 
 use super::keys::{Key, KeyId, Keys, is_prehashed, key_id};
-use super::{Refused, Wanted, ensure_size};
+use super::{PackageRejected, PackageRequest, ensure_size};
 use crate::core::model::{Binding, Digest};
 
 const CHUNK_BYTES: usize = 64 << 10;
 
 /// A signature of the right kind, and what it says that its package is. Whether it is true, the bytes have yet to show.
-pub(super) struct Claim {
+pub(super) struct SignedClaim {
     signature: Signature,
     signer: KeyId,
     binding: Binding,
 }
 
 #[derive(Debug)]
-pub(super) struct Verified {
+pub(super) struct VerifiedPackage {
     pub(super) binding: Binding,
     pub(super) sha256: Digest,
     pub(super) signer: Key,
 }
 
 /// Looks at a signature before its package is downloaded: what could not be accepted anyway is not worth the way.
-pub(super) fn examine(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Claim> {
-    examined(text, keys, wanted).context(Refused)
+pub(super) fn examine(text: &str, keys: &Keys, wanted: &PackageRequest) -> Result<SignedClaim> {
+    examined(text, keys, wanted).context(PackageRejected)
 }
 
-fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Claim> {
-    let claim = Claim::read(text)?;
-    let Claim { signer, binding, .. } = &claim;
+fn examined(text: &str, keys: &Keys, wanted: &PackageRequest) -> Result<SignedClaim> {
+    let claim = SignedClaim::read(text)?;
+    let SignedClaim { signer, binding, .. } = &claim;
     if keys.with_id(*signer).next().is_none() {
         if let Some(by) = keys.revoked_by(*signer) {
             bail!(
@@ -72,9 +72,9 @@ fn examined(text: &str, keys: &Keys, wanted: &Wanted) -> Result<Claim> {
     Ok(claim)
 }
 
-impl Claim {
+impl SignedClaim {
     /// Takes the text of a signature's file apart.
-    fn read(text: &str) -> Result<Claim> {
+    fn read(text: &str) -> Result<SignedClaim> {
         let attempt = || {
             let line = text.lines().nth(1)?;
             Some((Signature::decode(text).ok()?, key_id(line)?, is_prehashed(line)?))
@@ -89,7 +89,7 @@ impl Claim {
             "the signature does not say what the package is; sign it with `aops gateway publish`, or give minisign the comment \
              `-t \"name=… version=… os=… arch=… epoch=…\"`",
         )?;
-        Ok(Claim { signature, signer, binding })
+        Ok(SignedClaim { signature, signer, binding })
     }
 
     /// Begins to verify a package's bytes, from its first one.
@@ -104,7 +104,7 @@ impl Claim {
 
 /// A package that is verified while its bytes come by, in their order.
 pub(super) struct Verification<'a> {
-    claim: &'a Claim,
+    claim: &'a SignedClaim,
     /// Of each trusted key with the signature's id.
     verifiers: Vec<(&'a Key, StreamVerifier<'a>)>,
     hasher: Sha256,
@@ -125,18 +125,18 @@ impl<'a> Verification<'a> {
     }
 
     /// Judges the bytes that it was given as the whole of the package, by the signature.
-    pub(super) fn finish(self) -> Result<Signed> {
-        let Verification { claim: Claim { signer, binding, .. }, size, .. } = self;
+    pub(super) fn finish(self) -> Result<SignedPackage> {
+        let Verification { claim: SignedClaim { signer, binding, .. }, size, .. } = self;
         let (signed_by, sha256) = self.end();
         let Some(signed_by) = signed_by else {
             let error = anyhow!(
                 "the package has been tampered with or damaged: its {size} bytes and its comment are not what the key {signer} \
                  signed; nothing of it was unpacked. Publish it again, and find out who changed it"
             );
-            return Err(error.context(Refused));
+            return Err(error.context(PackageRejected));
         };
-        let verified = Verified { binding: binding.clone(), sha256, signer: signed_by.clone() };
-        Ok(Signed { size, verified })
+        let verified = VerifiedPackage { binding: binding.clone(), sha256, signer: signed_by.clone() };
+        Ok(SignedPackage { size, verified })
     }
 
     /// Which key has signed the bytes that it was given, if any, and their SHA-256.
@@ -148,18 +148,19 @@ impl<'a> Verification<'a> {
 }
 
 /// A package that a trusted key has signed.
-pub(super) struct Signed {
+pub(super) struct SignedPackage {
     size: u64,
-    verified: Verified,
+    verified: VerifiedPackage,
 }
 
-impl Signed {
+impl SignedPackage {
     /// Compares it with what was announced.
-    pub(super) fn compared(self, wanted: &Wanted) -> Result<Verified> {
-        ensure_size(self.size, wanted.size).context(Refused)?;
+    pub(super) fn compared(self, wanted: &PackageRequest) -> Result<VerifiedPackage> {
+        ensure_size(self.size, wanted.size).context(PackageRejected)?;
         let sha256 = &self.verified.sha256;
         if let Some(announced) = &wanted.sha256 {
-            let differs = || anyhow!("its SHA-256 is {sha256} where {announced} was announced").context(Refused);
+            let differs =
+                || anyhow!("its SHA-256 is {sha256} where {announced} was announced").context(PackageRejected);
             ensure!(sha256 == announced, differs());
         }
         Ok(self.verified)
@@ -198,13 +199,13 @@ fn in_chunks(from: &mut impl Read, mut each: impl FnMut(&[u8]) -> Result<()>) ->
 
 /// What a signature says that its package is, before anything was verified: of the kind that hosts accept.
 pub fn claimed(signature: &str) -> Result<Binding> {
-    Ok(Claim::read(signature)?.binding)
+    Ok(SignedClaim::read(signature)?.binding)
 }
 
 /// What a signature is worth to who offers the package, by the keys at hand.
 #[cfg(feature = "gateway")]
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum SignatureStatus {
     Good,
     /// Made by a key that is not among these; hosts may know it.
     UnknownKey,
@@ -214,24 +215,24 @@ pub enum Verdict {
 
 /// Verifies a package that is about to be offered as the hosts that fetch it will, and gives its SHA-256, of the same reading.
 #[cfg(feature = "gateway")]
-pub fn judge(package: &mut File, signature: &str, keys: &Keys) -> Result<(Verdict, Digest)> {
-    let claim = Claim::read(signature);
+pub fn judge(package: &mut File, signature: &str, keys: &Keys) -> Result<(SignatureStatus, Digest)> {
+    let claim = SignedClaim::read(signature);
     let verification = claim
         .as_ref()
         .map_err(|error| format!("{error:#}"))
         .and_then(|claim| claim.begin(keys).map_err(|error| format!("{error:#}")));
     let mut verification = match verification {
         Ok(verification) => verification,
-        Err(why) => return Ok((Verdict::Bad(why), sha256_of(package)?)),
+        Err(why) => return Ok((SignatureStatus::Bad(why), sha256_of(package)?)),
     };
     package.rewind()?;
     read_through(package, &mut verification, None, &mut |_| Ok(()))?;
     let signer = verification.claim.signer;
     let is_known = !verification.verifiers.is_empty();
     Ok(match verification.end() {
-        (Some(_), sha256) => (Verdict::Good, sha256),
-        (None, sha256) if is_known => (Verdict::Bad(format!("the key {signer} signed others")), sha256),
-        (None, sha256) => (Verdict::UnknownKey, sha256),
+        (Some(_), sha256) => (SignatureStatus::Good, sha256),
+        (None, sha256) if is_known => (SignatureStatus::Bad(format!("the key {signer} signed others")), sha256),
+        (None, sha256) => (SignatureStatus::UnknownKey, sha256),
     })
 }
 

@@ -71,22 +71,22 @@ pub fn wait_for<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
 
 /// A running part, which is killed when this is dropped.
 #[derive(Debug)]
-pub struct Other {
+pub struct OtherProcess {
     child: Child,
     lines: Receiver<String>,
 }
 
-impl Other {
-    pub fn start(name: &str, argument: impl AsRef<OsStr>) -> Other {
-        Other::start_by(play(name, argument))
+impl OtherProcess {
+    pub fn start(name: &str, argument: impl AsRef<OsStr>) -> OtherProcess {
+        OtherProcess::start_by(play(name, argument))
     }
 
-    /// As [`Other::start`], from a copy of this program.
-    pub fn start_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> Other {
-        Other::start_by(play_from(executable, name, argument))
+    /// As [`OtherProcess::start`], from a copy of this program.
+    pub fn start_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> OtherProcess {
+        OtherProcess::start_by(play_from(executable, name, argument))
     }
 
-    fn start_by(mut command: Command) -> Other {
+    fn start_by(mut command: Command) -> OtherProcess {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("this program can be run");
         let output = BufReader::new(child.stdout.take().expect("it is piped"));
         let (sender, lines) = mpsc::channel();
@@ -97,7 +97,7 @@ impl Other {
                 }
             }
         });
-        Other { child, lines }
+        OtherProcess { child, lines }
     }
 
     pub fn pid(&self) -> u32 {
@@ -116,7 +116,7 @@ impl Other {
     }
 }
 
-impl Drop for Other {
+impl Drop for OtherProcess {
     fn drop(&mut self) {
         self.kill();
     }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 
 use super::ON_ITS_WAY;
-use crate::core::service_manager::Notice;
+use crate::core::service_manager::Notification;
 
 mod access;
 mod child_record;
@@ -201,11 +201,11 @@ pub fn errand() -> Option<std::process::ExitCode> {
 // --- The service manager's notifications
 
 /// Tells systemd, where it wants to know (sd_notify(3)).
-pub fn notify(notice: Notice) {
+pub fn notify(notice: Notification) {
     let state = match notice {
-        Notice::Ready => sd_notify::NotifyState::Ready,
-        Notice::Stopping => sd_notify::NotifyState::Stopping,
-        Notice::Alive => sd_notify::NotifyState::Watchdog,
+        Notification::Ready => sd_notify::NotifyState::Ready,
+        Notification::Stopping => sd_notify::NotifyState::Stopping,
+        Notification::Alive => sd_notify::NotifyState::Watchdog,
     };
     let _ = sd_notify::notify(&[state]);
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::core::service_manager::Notice;
+use crate::core::service_manager::Notification;
 
 mod access;
 mod group;
@@ -315,7 +315,7 @@ impl Reload {
 // --- The service manager's notifications
 
 /// The service control manager is told in its own way, by who registers a service with it.
-pub fn notify(_notice: Notice) {}
+pub fn notify(_notice: Notification) {}
 
 /// Replaces a small file in one step.
 fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
@@ -345,7 +345,7 @@ pub fn write_current(file: &Path, version: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::platform::testing::{self, Other};
+    use crate::platform::testing::{self, OtherProcess};
 
     const RUNNING: &str = "platform::windows::tests::a_running_program";
 
@@ -364,7 +364,7 @@ mod tests {
         let (app, new) = (directory.path().join("app.exe"), directory.path().join("new.exe"));
         fs::copy(std::env::current_exe().unwrap(), &app).unwrap();
         fs::write(&new, b"new").unwrap();
-        let mut running = Other::start_from(&app, RUNNING, "");
+        let mut running = OtherProcess::start_from(&app, RUNNING, "");
         assert_eq!(running.line(), "ready");
         replace_executable(&new, &app).unwrap();
         assert_eq!(fs::read(&app).unwrap(), b"new");

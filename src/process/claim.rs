@@ -13,15 +13,15 @@
 
 use std::time::SystemTime;
 
-use super::launch::Start;
+use super::launch::StartSpec;
 use super::{pid_file, record, tree};
-use crate::platform::{self, Seen};
+use crate::platform::{self, ProcessInfo};
 
 /// Generations between the manager and a process that is looked at.
 const GENERATIONS: u32 = 64;
 
 /// The process of that number, if it is the sub-agent's own. `since`: when its script was run that started it, where that is known.
-pub fn own(start: &Start, pid: u32, since: Option<u64>) -> Option<Seen> {
+pub fn own(start: &StartSpec, pid: u32, since: Option<u64>) -> Option<ProcessInfo> {
     let process = platform::seen(pid, start.home.root())?;
     let is_own = !is_others(start, &process)
         && (since.is_some_and(|since| process.start_time >= since)
@@ -33,11 +33,11 @@ pub fn own(start: &Start, pid: u32, since: Option<u64>) -> Option<Seen> {
     is_own.then_some(process)
 }
 
-fn is_marked(start: &Start, process: &Seen) -> bool {
+fn is_marked(start: &StartSpec, process: &ProcessInfo) -> bool {
     process.mark.as_ref().is_some_and(|mark| mark.name == start.name.as_str() && !mark.is_check)
 }
 
-fn is_others(start: &Start, process: &Seen) -> bool {
+fn is_others(start: &StartSpec, process: &ProcessInfo) -> bool {
     let of_another = process.mark.as_ref().is_some_and(|mark| mark.name != start.name.as_str() || mark.is_check);
     process.pid == 1
         || process.pid == std::process::id()
@@ -46,14 +46,14 @@ fn is_others(start: &Start, process: &Seen) -> bool {
         || is_recorded_for_another(start, process)
 }
 
-fn is_recorded_for_another(start: &Start, process: &Seen) -> bool {
+fn is_recorded_for_another(start: &StartSpec, process: &ProcessInfo) -> bool {
     record::all(&start.home).iter().any(|record| {
         record.head.name != start.name && (record.pid, record.start_time) == (process.pid, process.start_time)
     })
 }
 
 /// Whether a process has to do with a sub-agent by where it works or what it runs.
-pub fn runs_from(start: &Start, pid: u32) -> bool {
+pub fn runs_from(start: &StartSpec, pid: u32) -> bool {
     let directory = start.home.agent(&start.name);
     platform::working_directory(pid)
         .into_iter()
@@ -63,7 +63,7 @@ pub fn runs_from(start: &Start, pid: u32) -> bool {
 }
 
 /// Whether a process has this one, the manager, for an ancestor, and no other sub-agent's between.
-fn descends_from_us(start: &Start, process: &Seen) -> bool {
+fn descends_from_us(start: &StartSpec, process: &ProcessInfo) -> bool {
     let mut parent = process.parent;
     for _ in 0..GENERATIONS {
         if parent == std::process::id() {
@@ -77,7 +77,7 @@ fn descends_from_us(start: &Start, process: &Seen) -> bool {
     false
 }
 
-fn has_pid_file(start: &Start, process: &Seen) -> bool {
+fn has_pid_file(start: &StartSpec, process: &ProcessInfo) -> bool {
     pid_file::all(&start.directory()).iter().any(|file| file.is_of(process, SystemTime::now()))
 }
 
@@ -89,9 +89,9 @@ mod tests {
     use crate::core::manifest::StopSignal;
     use crate::core::program::Program;
     use crate::home::Home;
-    use crate::process::record::{Head, Record};
+    use crate::process::record::{ProcessRecord, RecordHead};
 
-    struct Ended(Seen);
+    struct Ended(ProcessInfo);
 
     impl Drop for Ended {
         fn drop(&mut self) {
@@ -99,8 +99,8 @@ mod tests {
         }
     }
 
-    fn start(home: &Home) -> Start {
-        let start = Start {
+    fn start(home: &Home) -> StartSpec {
+        let start = StartSpec {
             home: home.clone(),
             name: "a".parse().unwrap(),
             version: "1".parse().unwrap(),
@@ -130,7 +130,7 @@ mod tests {
         let start = start(&home);
         assert!(own(&start, 1, Some(0)).is_none(), "the first process is nobody's");
         let stranger = stranger(&home);
-        let Seen { pid, start_time, .. } = stranger.0;
+        let ProcessInfo { pid, start_time, .. } = stranger.0;
         assert!(own(&start, pid, None).is_none());
         assert!(own(&start, pid, Some(start_time + 1)).is_none(), "it was there before");
         assert_eq!(own(&start, pid, Some(start_time)).as_ref(), Some(&stranger.0), "it began since");
@@ -138,8 +138,8 @@ mod tests {
         assert_eq!(own(&start, pid, None).as_ref(), Some(&stranger.0), "the file was written for it");
 
         // What is recorded for another is that one's.
-        let head = Head { name: "b".parse().unwrap(), ..start.head() };
-        Record { head, pid, start_time, group: None, session: None, ended: None }.save(&home);
+        let head = RecordHead { name: "b".parse().unwrap(), ..start.head() };
+        ProcessRecord { head, pid, start_time, group: None, session: None, ended: None }.save(&home);
         assert!(own(&start, pid, Some(start_time)).is_none());
     }
 

@@ -19,10 +19,10 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::launch::Start;
-use crate::core::health::{Address, Check, Url};
+use super::launch::StartSpec;
+use crate::core::health::{Address, CheckTarget, Url};
 use crate::core::program::Program;
-use crate::core::supervise::Answer;
+use crate::core::supervise::CheckResult;
 use crate::platform;
 
 const SCRIPT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,82 +37,84 @@ const MAX_ADDRESSES: usize = 4;
 
 /// What is to be asked.
 #[derive(Debug)]
-pub struct Question {
+pub struct HealthQuery {
     timeout: Duration,
-    of: Of,
+    of: QueryKind,
 }
 
 #[derive(Debug)]
-enum Of {
+enum QueryKind {
     Http(Url),
     Tcp(Address),
-    Exec(Box<Start>, Vec<String>),
-    Script(Box<Start>),
+    Exec(Box<StartSpec>, Vec<String>),
+    Script(Box<StartSpec>),
 }
 
-impl Question {
+impl HealthQuery {
     /// After the health of what was started so; `None`: it gives no way to ask.
-    pub fn of(start: Start) -> Option<Question> {
+    pub fn of(start: StartSpec) -> Option<HealthQuery> {
         let health = match &start.program {
-            Program::Script => return Some(Question { timeout: SCRIPT_TIMEOUT, of: Of::Script(Box::new(start)) }),
+            Program::Script => {
+                return Some(HealthQuery { timeout: SCRIPT_TIMEOUT, of: QueryKind::Script(Box::new(start)) });
+            }
             Program::Native(manifest) => manifest.health.clone()?,
         };
         let of = match health.check {
-            Check::Http(url) => Of::Http(url),
-            Check::Tcp(address) => Of::Tcp(address),
-            Check::Exec(words) => Of::Exec(Box::new(start), words),
+            CheckTarget::Http(url) => QueryKind::Http(url),
+            CheckTarget::Tcp(address) => QueryKind::Tcp(address),
+            CheckTarget::Exec(words) => QueryKind::Exec(Box::new(start), words),
         };
-        Some(Question { timeout: health.timeout, of })
+        Some(HealthQuery { timeout: health.timeout, of })
     }
 }
 
 /// Asks, and takes no longer than the timeout, and what it takes to end a program that does not answer.
-pub async fn ask(question: Question) -> Answer {
-    let Question { timeout, of } = question;
+pub async fn ask(question: HealthQuery) -> CheckResult {
+    let HealthQuery { timeout, of } = question;
     let result = match of {
-        Of::Tcp(address) => {
+        QueryKind::Tcp(address) => {
             let turn = turn_to_look_up(&address).await;
             within(timeout, async { connect(&address, turn).await.map(drop) }).await
         }
-        Of::Http(url) => {
+        QueryKind::Http(url) => {
             let _turn = if url.tls { HANDSHAKES.acquire().await.ok() } else { None };
             let turn = turn_to_look_up(&url.address).await;
             within(timeout, http::get(&url, turn)).await
         }
-        Of::Exec(start, words) => program::exec(*start, &words, timeout).await,
-        Of::Script(start) => program::status(*start, timeout).await,
+        QueryKind::Exec(start, words) => program::exec(*start, &words, timeout).await,
+        QueryKind::Script(start) => program::status(*start, timeout).await,
     };
-    result.err().unwrap_or(Answer::Healthy)
+    result.err().unwrap_or(CheckResult::Healthy)
 }
 
-async fn within(timeout: Duration, asked: impl Future<Output = Result<(), Answer>>) -> Result<(), Answer> {
+async fn within(timeout: Duration, asked: impl Future<Output = Result<(), CheckResult>>) -> Result<(), CheckResult> {
     let began = Instant::now();
     tokio::time::timeout(timeout, asked).await.unwrap_or_else(|_| Err(late(began, timeout)))
 }
 
 /// No answer in time.
-fn late(began: Instant, timeout: Duration) -> Answer {
+fn late(began: Instant, timeout: Duration) -> CheckResult {
     if began.elapsed() > timeout + NOT_SCHEDULED {
-        Answer::Unknown("the manager did not run in the meantime".to_owned())
+        CheckResult::Unknown("the manager did not run in the meantime".to_owned())
     } else {
-        Answer::Unhealthy(format!("no answer within {timeout:?}"))
+        CheckResult::Unhealthy(format!("no answer within {timeout:?}"))
     }
 }
 
 /// What it means that something could not be done.
-fn failed(what: &str, error: &io::Error) -> Answer {
+fn failed(what: &str, error: &io::Error) -> CheckResult {
     let text = format!("{what}: {error}");
-    if platform::is_shortage(error) { Answer::Unknown(text) } else { Answer::Unhealthy(text) }
+    if platform::is_shortage(error) { CheckResult::Unknown(text) } else { CheckResult::Unhealthy(text) }
 }
 
-type Turn = Option<SemaphorePermit<'static>>;
+type CheckPermit = Option<SemaphorePermit<'static>>;
 
 /// To wait for others is not the sub-agent's fault, so this comes before its time begins.
-async fn turn_to_look_up(address: &Address) -> Turn {
+async fn turn_to_look_up(address: &Address) -> CheckPermit {
     if at_hand(address).is_some() { None } else { LOOKUPS.acquire().await.ok() }
 }
 
-async fn connect(address: &Address, turn: Turn) -> Result<TcpStream, Answer> {
+async fn connect(address: &Address, turn: CheckPermit) -> Result<TcpStream, CheckResult> {
     let what = || format!("cannot connect to {address}");
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for address in
@@ -126,7 +128,7 @@ async fn connect(address: &Address, turn: Turn) -> Result<TcpStream, Answer> {
     Err(failed(&what(), &last))
 }
 
-async fn resolve(address: &Address, turn: Turn) -> io::Result<Vec<SocketAddr>> {
+async fn resolve(address: &Address, turn: CheckPermit) -> io::Result<Vec<SocketAddr>> {
     if let Some(addresses) = at_hand(address) {
         return Ok(addresses);
     }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest as _, Sha256};
 
-use super::record::{Head, Record};
+use super::record::{ProcessRecord, RecordHead};
 use crate::command;
 use crate::config;
 use crate::core::env::Env;
@@ -18,7 +18,7 @@ use crate::core::program::Program;
 use crate::core::text::hex;
 use crate::home::Home;
 use crate::installation::permissions;
-use crate::platform::{self, Child, Group, Groups, Launch, Seen};
+use crate::platform::{self, Child, Group, Groups, Launch, ProcessInfo};
 use crate::store;
 
 /// A manifest is refused beyond this.
@@ -55,7 +55,7 @@ pub fn parse(text: &str) -> Result<Manifest> {
 
 /// Where a sub-agent's output goes.
 #[derive(Debug)]
-pub struct Output {
+pub struct OutputTarget {
     pub file: File,
     /// Why it does not go into its log, and is lost.
     pub lost: Option<String>,
@@ -63,7 +63,7 @@ pub struct Output {
 
 /// All that a start needs to know.
 #[derive(Debug, Clone)]
-pub struct Start {
+pub struct StartSpec {
     pub home: Home,
     pub name: AgentName,
     pub version: Version,
@@ -77,7 +77,7 @@ pub struct Start {
     pub groups: Option<Groups>,
 }
 
-impl Start {
+impl StartSpec {
     pub fn directory(&self) -> PathBuf {
         self.home.release(&self.name, &self.version)
     }
@@ -101,15 +101,15 @@ impl Start {
     }
 
     /// The record of a process that was found.
-    pub fn record_of(&self, process: &Seen) -> Record {
+    pub fn record_of(&self, process: &ProcessInfo) -> ProcessRecord {
         let group = self.group().filter(|group| group.members().is_ok_and(|members| members.contains(&process.pid)));
         let group = group.map(|group| group.name());
-        let Seen { pid, start_time, .. } = *process;
-        Record { head: self.head(), pid, start_time, group, session: None, ended: None }
+        let ProcessInfo { pid, start_time, .. } = *process;
+        ProcessRecord { head: self.head(), pid, start_time, group, session: None, ended: None }
     }
 
-    pub fn head(&self) -> Head {
-        Head {
+    pub fn head(&self) -> RecordHead {
+        RecordHead {
             format: 1,
             name: self.name.clone(),
             version: self.version.clone(),
@@ -126,10 +126,10 @@ impl Start {
 
     /// The sub-agent's log, to be written behind what is there. A log that cannot be opened (on a read-only disk, or a full one) keeps nothing
     /// from being started.
-    pub fn output(&self) -> Result<Output> {
+    pub fn output(&self) -> Result<OutputTarget> {
         let log = self.home.agent_log(&self.name);
         let error = match OpenOptions::new().create(true).append(true).open(&log) {
-            Ok(file) => return Ok(Output { file, lost: None }),
+            Ok(file) => return Ok(OutputTarget { file, lost: None }),
             Err(error) => error,
         };
         let why = format!("cannot open the log {}", log.display());
@@ -138,7 +138,7 @@ impl Start {
             return Err(error).context(why);
         }
         let file = platform::open_null().context("cannot open the null device")?;
-        Ok(Output { file, lost: Some(format!("{why}: {error}")) })
+        Ok(OutputTarget { file, lost: Some(format!("{why}: {error}")) })
     }
 
     /// A command that runs a program of this release with its environment, its output in the sub-agent's log.
@@ -211,7 +211,7 @@ fn hash(salt: &[&str], env: &Env) -> String {
 }
 
 /// Starts a native sub-agent in its group, its output into `output`. Its record is in place when its program runs.
-pub async fn start_native(start: &Start, manifest: &Manifest, output: File) -> Result<(Child, Record)> {
+pub async fn start_native(start: &StartSpec, manifest: &Manifest, output: File) -> Result<(Child, ProcessRecord)> {
     let Some((program, arguments)) = manifest.run.command.split_first() else { bail!("its command is empty") };
     let user = match &manifest.run.user {
         Some(name) => Some(platform::find_user(name).with_context(|| format!("cannot run as user {name:?}"))?),
@@ -237,19 +237,20 @@ pub async fn start_native(start: &Start, manifest: &Manifest, output: File) -> R
         }
     };
     let group = start.entered(&launch, &child);
-    let record = Record { head, pid: child.pid, start_time: child.start_time, group, session: None, ended: None };
+    let record =
+        ProcessRecord { head, pid: child.pid, start_time: child.start_time, group, session: None, ended: None };
     Ok((child, record))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::env::Value;
+    use crate::core::env::EnvValue;
     use crate::core::protocol::document;
 
     #[test]
     fn the_hash_in_a_heartbeat_is_that_of_the_documents_test_vector() {
-        let secret = Value::Secret { secret: "s3cret".to_owned() };
+        let secret = EnvValue::Secret { secret: "s3cret".to_owned() };
         let env = Env::from([("TOKEN".to_owned(), secret), ("GOGC".to_owned(), "50".into())]);
         let instance_id = "6f0d3c5e-2f0a-4b58-9c0e-0a7b1d1f7a11";
         let hash = reported_env_hash(&"5402".parse().unwrap(), instance_id, &env);

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::platform::{self, Seen};
+use crate::platform::{self, ProcessInfo};
 use crate::store;
 
 /// They are looked for so deep in a release, and are no larger.
@@ -25,7 +25,7 @@ pub struct PidFile {
 
 impl PidFile {
     /// Whether it may have been written for this process. What was written in the future was not: the clock is not to be relied on.
-    pub fn is_of(&self, process: &Seen, now: SystemTime) -> bool {
+    pub fn is_of(&self, process: &ProcessInfo, now: SystemTime) -> bool {
         let began = platform::age(process.start_time).and_then(|age| now.checked_sub(age));
         self.pid == process.pid
             && began.is_some_and(|began| self.written + APART >= began && self.written <= now + APART)
@@ -73,10 +73,10 @@ mod tests {
         std::fs::write(directory.path().join("var/app.txt"), "1").unwrap();
         let [file] = all(directory.path()).try_into().unwrap();
         let start_time = platform::start_time(file.pid).unwrap();
-        let own = Seen { pid: file.pid, start_time, session: file.pid, parent: 1, mark: None };
+        let own = ProcessInfo { pid: file.pid, start_time, session: file.pid, parent: 1, mark: None };
         let now = SystemTime::now();
         assert!(file.is_of(&own, now));
-        assert!(!file.is_of(&Seen { pid: 1, ..own.clone() }, now));
+        assert!(!file.is_of(&ProcessInfo { pid: 1, ..own.clone() }, now));
         let hour = Duration::from_secs(3600);
         let since = PidFile { written: now - 24 * 365 * hour, path: file.path.clone(), ..file };
         assert!(!since.is_of(&own, now), "it began since");

@@ -12,19 +12,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::core::manifest::{KillMode, StopSignal};
 use crate::core::model::{AgentName, Version};
-use crate::core::program::Kind;
+use crate::core::program::PackageKind;
 use crate::home::Home;
-use crate::platform::{Group, Seen};
+use crate::platform::{Group, ProcessInfo};
 use crate::{platform, store};
 
 /// What is known of a process before it is there.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Head {
+pub struct RecordHead {
     pub format: u32,
     pub name: AgentName,
     pub version: Version,
-    pub kind: Kind,
+    pub kind: PackageKind,
     /// Of the environment that the gateway told.
     pub env_hash: String,
     /// Restarts that nobody asked for, so far.
@@ -41,9 +41,9 @@ pub struct Head {
 /// A process that was started.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Record {
+pub struct ProcessRecord {
     #[serde(flatten)]
-    pub head: Head,
+    pub head: RecordHead,
     pub pid: u32,
     /// As the platform counts it; with the pid it names a process for good, within one boot.
     pub start_time: u64,
@@ -55,19 +55,19 @@ pub struct Record {
     pub session: Option<u32>,
     /// Its end, where a manager has reported it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ended: Option<Ended>,
+    pub ended: Option<ProcessExit>,
 }
 
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Ended {
+pub struct ProcessExit {
     /// `None`: its exit status is not known.
     pub success: Option<bool>,
     pub how: String,
 }
 
-impl Head {
+impl RecordHead {
     /// The record's JSON up to where the child puts its pid.
     pub fn text_before_pid(&self) -> Result<Vec<u8>> {
         let mut text = serde_json::to_vec(self)?;
@@ -81,7 +81,7 @@ impl Head {
     }
 }
 
-impl Record {
+impl ProcessRecord {
     /// Whether the process that was recorded runs now.
     pub fn is_alive(&self) -> bool {
         self.is_of_this_boot() && platform::lives(self.pid, self.start_time)
@@ -97,9 +97,9 @@ impl Record {
 
     /// Whether a process lives in a session of its own. The number of one is given to nobody else while anybody lives in it; a process of that
     /// number that is younger than ours means that it is another's by now.
-    pub fn owns_session_of(&self, process: &Seen, leader: Option<&Seen>) -> bool {
-        let younger = |leader: &Seen| leader.pid != self.pid && leader.start_time > self.start_time;
-        let taken_over = |leader: &Seen| leader.pid == self.pid && leader.start_time != self.start_time;
+    pub fn owns_session_of(&self, process: &ProcessInfo, leader: Option<&ProcessInfo>) -> bool {
+        let younger = |leader: &ProcessInfo| leader.pid != self.pid && leader.start_time > self.start_time;
+        let taken_over = |leader: &ProcessInfo| leader.pid == self.pid && leader.start_time != self.start_time;
         [Some(self.pid), self.session].contains(&Some(process.session))
             && !leader.is_some_and(|leader| younger(leader) || taken_over(leader))
     }
@@ -125,7 +125,7 @@ pub fn age(home: &Home, name: &AgentName) -> Option<Duration> {
 }
 
 /// One that cannot be read says nothing and is as good as none: the marks stand in.
-fn read(path: &Path) -> Option<Record> {
+fn read(path: &Path) -> Option<ProcessRecord> {
     match store::load(path) {
         Ok(record) => record,
         Err(error) => {
@@ -139,12 +139,12 @@ fn read(path: &Path) -> Option<Record> {
 }
 
 /// The record of a sub-agent, where there is one.
-pub fn of(home: &Home, name: &AgentName) -> Option<Record> {
+pub fn of(home: &Home, name: &AgentName) -> Option<ProcessRecord> {
     read(&home.process_record(name))
 }
 
 /// Every record of a home.
-pub fn all(home: &Home) -> Vec<Record> {
+pub fn all(home: &Home) -> Vec<ProcessRecord> {
     let Ok(entries) = std::fs::read_dir(home.process_records()) else { return vec![] };
     entries
         .filter_map(|entry| {
@@ -176,11 +176,11 @@ mod tests {
 
     #[test]
     fn what_the_child_completes_reads_back_as_a_record() {
-        let head = Head {
+        let head = RecordHead {
             format: 1,
             name: "a".parse().unwrap(),
             version: "1".parse().unwrap(),
-            kind: Kind::Native,
+            kind: PackageKind::Native,
             env_hash: "x".into(),
             restarts: 3,
             stop_signal: StopSignal::Int,
@@ -191,10 +191,10 @@ mod tests {
         };
         let mut text = head.text_before_pid().unwrap();
         text.extend_from_slice(b"12,\"startTime\":34,\"group\":\"g\"}\n");
-        let record: Record = serde_json::from_slice(&text).unwrap();
+        let record: ProcessRecord = serde_json::from_slice(&text).unwrap();
         assert_eq!(
             record,
-            Record { head, pid: 12, start_time: 34, group: Some("g".into()), session: None, ended: None }
+            ProcessRecord { head, pid: 12, start_time: 34, group: Some("g".into()), session: None, ended: None }
         );
     }
 }

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 
-use super::launch::{self, Start};
-use super::record::{self, Head, Record};
-use super::tree::{self, Target};
+use super::launch::{self, StartSpec};
+use super::record::{self, ProcessRecord, RecordHead};
+use super::tree::{self, StopTarget};
 use super::{claim, pid_file};
 use crate::command::{self, unless_busy};
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
@@ -21,7 +21,7 @@ use crate::core::model::{AgentName, Version};
 use crate::core::program::Program;
 use crate::home::Home;
 use crate::installation;
-use crate::platform::{self, Launch, Seen};
+use crate::platform::{self, Launch, ProcessInfo};
 
 /// A script that takes longer is ended and counts as failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -35,7 +35,7 @@ const MAX_PIDS: usize = 16;
 
 /// What `control status` said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Said {
+pub enum ScriptStatus {
     Started,
     Stopped,
     /// Something else, or nothing.
@@ -44,32 +44,32 @@ pub enum Said {
 
 /// What is there of a sub-agent before its script is told to start it.
 #[derive(Debug)]
-pub enum Standing {
+pub enum ScriptFindings {
     /// Nothing, as far as can be known.
     Down,
     /// Its process runs, as it is to run.
-    Up(Record),
+    Up(ProcessRecord),
     /// A process of it runs that may be of another release or have another environment.
-    Other(Record),
+    Other(ProcessRecord),
 }
 
 /// `control start` was run and ended well, and no process of it is known. Its record stays, and says so: what comes up late is known by it, and
 /// what never can be seen is not started a second time.
 #[derive(Debug)]
-pub struct Unseen(String);
+pub struct UnseenProgram(String);
 
-impl std::fmt::Display for Unseen {
+impl std::fmt::Display for UnseenProgram {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Unseen {}
+impl std::error::Error for UnseenProgram {}
 
 /// Looks what runs of a sub-agent of which nothing is seen, by asking its script.
-pub async fn standing(start: &Start) -> Result<Standing> {
-    if !matches!(status(start).await, Ok(Said::Started)) {
-        return Ok(Standing::Down);
+pub async fn standing(start: &StartSpec) -> Result<ScriptFindings> {
+    if !matches!(status(start).await, Ok(ScriptStatus::Started)) {
+        return Ok(ScriptFindings::Down);
     }
     // The newest: its script's, where no process of it was found in time.
     let last = record::of(&start.home, &start.name).filter(|last| {
@@ -77,27 +77,27 @@ pub async fn standing(start: &Start) -> Result<Standing> {
         last.is_of_this_boot() && last.head.version == head.version && last.head.env_hash == head.env_hash
     });
     match named(start, &told_pids(start).await, last.as_ref().map(|last| last.start_time)) {
-        Named::Own(process) => {
+        NamedProcess::Own(process) => {
             let mut record = start.record_of(&process);
             let since = last.filter(|last| process.start_time >= last.start_time);
-            let Some(last) = since else { return Ok(Standing::Other(record)) };
+            let Some(last) = since else { return Ok(ScriptFindings::Other(record)) };
             record.session = own_session(&start.home, &process, last.start_time);
             record.save(&start.home);
-            Ok(Standing::Up(record))
+            Ok(ScriptFindings::Up(record))
         }
-        Named::Nobody if last.as_ref().is_some_and(|last| last.head.unseen) => {
+        NamedProcess::Nobody if last.as_ref().is_some_and(|last| last.head.unseen) => {
             let why = "its `control status` says that it is started, but `control pid` does not name its process, and none is found: it is \
                        not started a second time. Stop it with its own script, and have the script answer `pid`";
-            Err(Unseen(why.to_owned()).into())
+            Err(UnseenProgram(why.to_owned()).into())
         }
         // What ran of it is known to be dead, or was never started; or its script goes by a number that is somebody else's now.
-        Named::Another | Named::Nobody => Ok(Standing::Down),
+        NamedProcess::Another | NamedProcess::Nobody => Ok(ScriptFindings::Down),
     }
 }
 
 /// Runs `control start` in the sub-agent's group, its output into `output`, and finds the process that it started, whose record is written.
 /// Until then the record names the script itself: a manager that comes in between goes on from there.
-pub async fn start(start: &Start, output: File) -> Result<Record> {
+pub async fn start(start: &StartSpec, output: File) -> Result<ProcessRecord> {
     let mut command = start.command(CONTROL_SCRIPT, None)?;
     command.arg("start");
     let of_script = run(start, &command, output).await?;
@@ -105,14 +105,14 @@ pub async fn start(start: &Start, output: File) -> Result<Record> {
     loop {
         if let Some(process) = find(start, &of_script, Some(of_script.start_time)).await {
             let session = own_session(&start.home, &process, of_script.start_time);
-            let record = Record { session, ..start.record_of(&process) };
+            let record = ProcessRecord { session, ..start.record_of(&process) };
             record.save(&start.home);
             return Ok(record);
         }
         if Instant::now() >= deadline {
             let why =
                 format!("`control start` ended well, but {APPEARS:?} later no process of it is there; see its log");
-            return Err(Unseen(why).into());
+            return Err(UnseenProgram(why).into());
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -121,7 +121,7 @@ pub async fn start(start: &Start, output: File) -> Result<Record> {
 /// Clears away what would make a script believe that its program runs, when nothing of it does: such scripts look by `kill -0` for the
 /// number in a file of theirs. That finds the remains of a killed process, for which we wait, and after a power cut or a reboot whoever
 /// has the number now: a file that was written before that process began is removed. Blocks.
-pub fn forget(start: &Start, last: Option<&Record>) {
+pub fn forget(start: &StartSpec, last: Option<&ProcessRecord>) {
     let deadline = Instant::now() + REMAINS;
     while last.is_some_and(|last| platform::remains(last.pid)) && Instant::now() < deadline {
         platform::pause(LOOK);
@@ -144,8 +144,8 @@ pub fn forget(start: &Start, last: Option<&Record>) {
 
 /// The main process: the one that its script names, if it is one of the sub-agent's, else the oldest of those that are seen. `last`: of the
 /// script, or of the main process before; the one on disk may be older. `since`: when `control start` was run, if that was just now.
-pub async fn find(start: &Start, last: &Record, since: Option<u64>) -> Option<Seen> {
-    let target = Target::of(&start.name, Some(last.clone()), start.groups.as_ref());
+pub async fn find(start: &StartSpec, last: &ProcessRecord, since: Option<u64>) -> Option<ProcessInfo> {
+    let target = StopTarget::of(&start.name, Some(last.clone()), start.groups.as_ref());
     // A program that moved out of its group is still told by its mark.
     let target = if target.groups_are_empty() { target.scattered() } else { target };
     let members = tree::members(&start.home, &target);
@@ -158,16 +158,16 @@ pub async fn find(start: &Start, last: &Record, since: Option<u64>) -> Option<Se
         return member;
     }
     match named(start, &told, since) {
-        Named::Own(process) => Some(process),
-        Named::Another | Named::Nobody => members.into_iter().next(),
+        NamedProcess::Own(process) => Some(process),
+        NamedProcess::Another | NamedProcess::Nobody => members.into_iter().next(),
     }
 }
 
 /// Whom a script means.
 #[derive(Debug)]
-enum Named {
+enum NamedProcess {
     /// A process of its own.
-    Own(Seen),
+    Own(ProcessInfo),
     /// A process that is none of its own, or one that is gone.
     Another,
     /// It does not say.
@@ -175,18 +175,18 @@ enum Named {
 }
 
 /// Whom a script means by the numbers that it told, or else by its pid files.
-fn named(start: &Start, told: &[u32], since: Option<u64>) -> Named {
+fn named(start: &StartSpec, told: &[u32], since: Option<u64>) -> NamedProcess {
     let in_files: Vec<u32> = pid_file::all(&start.directory()).into_iter().map(|file| file.pid).collect();
     let mut numbers = told.iter().chain(&in_files).copied();
     match numbers.clone().find_map(|pid| claim::own(start, pid, since)) {
-        Some(process) => Named::Own(process),
-        None if numbers.next().is_some() => Named::Another,
-        None => Named::Nobody,
+        Some(process) => NamedProcess::Own(process),
+        None if numbers.next().is_some() => NamedProcess::Another,
+        None => NamedProcess::Nobody,
     }
 }
 
 /// The session of a process that another began which is its own, too: nobody lives in it who was there before its script was run.
-fn own_session(home: &Home, process: &Seen, since: u64) -> Option<u32> {
+fn own_session(home: &Home, process: &ProcessInfo, since: u64) -> Option<u32> {
     if process.session == process.pid {
         return None;
     }
@@ -196,7 +196,7 @@ fn own_session(home: &Home, process: &Seen, since: u64) -> Option<u32> {
     is_own.then_some(process.session)
 }
 
-async fn told_pids(start: &Start) -> Vec<u32> {
+async fn told_pids(start: &StartSpec) -> Vec<u32> {
     match ask(start, "pid").await {
         Ok(output) if output.status.success() => numbers(&String::from_utf8_lossy(&output.stdout)),
         _ => vec![],
@@ -208,22 +208,22 @@ fn numbers(said: &str) -> Vec<u32> {
 }
 
 /// Asks `control status`.
-pub async fn status(start: &Start) -> Result<Said> {
+pub async fn status(start: &StartSpec) -> Result<ScriptStatus> {
     let output = ask(start, "status").await?;
     Ok(said(&String::from_utf8_lossy(&output.stdout)))
 }
 
 /// What a status means.
-pub fn said(status: &str) -> Said {
+pub fn said(status: &str) -> ScriptStatus {
     let says = |words: &[&str]| status.split_whitespace().any(|word| words.contains(&word));
     match () {
-        () if says(&["stoped", "stopped"]) => Said::Stopped,
-        () if says(&["started"]) => Said::Started,
-        () => Said::Unclear,
+        () if says(&["stoped", "stopped"]) => ScriptStatus::Stopped,
+        () if says(&["started"]) => ScriptStatus::Started,
+        () => ScriptStatus::Unclear,
     }
 }
 
-async fn ask(start: &Start, verb: &str) -> Result<Output> {
+async fn ask(start: &StartSpec, verb: &str) -> Result<Output> {
     let mut command = tokio::process::Command::from(question(start, verb)?);
     command.stdout(Stdio::piped());
     let child = command.kill_on_drop(true).spawn().with_context(|| format!("cannot run `control {verb}`"))?;
@@ -233,7 +233,7 @@ async fn ask(start: &Start, verb: &str) -> Result<Output> {
     }
 }
 
-fn question(start: &Start, verb: &str) -> Result<Command> {
+fn question(start: &StartSpec, verb: &str) -> Result<Command> {
     let mut command = start.command_with_output(CONTROL_SCRIPT, None)?;
     // Only the program itself is a member; a question must not look like one.
     command.arg(verb).env_remove("AOPS_AGENT_NAME");
@@ -242,8 +242,8 @@ fn question(start: &Start, verb: &str) -> Result<Command> {
 }
 
 /// Runs `control start` to its end and gives the record of the script.
-async fn run(start: &Start, command: &Command, output: File) -> Result<Record> {
-    let head = Head { unseen: true, ..start.head() };
+async fn run(start: &StartSpec, command: &Command, output: File) -> Result<ProcessRecord> {
+    let head = RecordHead { unseen: true, ..start.head() };
     let launch = Launch {
         record: start.home.process_record(&start.name),
         head: head.text_before_pid()?,
@@ -265,7 +265,7 @@ async fn run(start: &Start, command: &Command, output: File) -> Result<Record> {
         bail!("`control start` {}; see its log", platform::how_it_ended(status));
     }
     let group = start.entered(&launch, &child);
-    Ok(Record { head, pid: child.pid, start_time: child.start_time, group, session: None, ended: None })
+    Ok(ProcessRecord { head, pid: child.pid, start_time: child.start_time, group, session: None, ended: None })
 }
 
 /// Asks `control stop` and waits for it; what it leaves is the caller's to end. Of a sub-agent of which nothing is seen the script is asked
@@ -274,7 +274,7 @@ async fn run(start: &Start, command: &Command, output: File) -> Result<Record> {
 /// # Errors
 ///
 /// Where the script says that its program runs, nothing of that is seen, and it says so still when it was told to stop it.
-pub fn stop(home: &Home, target: &mut Target) -> Result<()> {
+pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
     let Some(start) = target.script_to_ask().and_then(|version| for_stop(home, &target.name, version)) else {
         return Ok(());
     };
@@ -282,18 +282,18 @@ pub fn stop(home: &Home, target: &mut Target) -> Result<()> {
     let mut is_unseen = false;
     if members.is_empty() {
         if says_started(&start) {
-            let last = record::of(home, &target.name).filter(Record::is_of_this_boot);
+            let last = record::of(home, &target.name).filter(ProcessRecord::is_of_this_boot);
             match named(&start, &told_now(&start), last.as_ref().map(|last| last.start_time)) {
-                Named::Own(process) => {
+                NamedProcess::Own(process) => {
                     target.claim(&process);
                     members = tree::members(home, target);
                 }
-                Named::Another => {
+                NamedProcess::Another => {
                     tracing::warn!(agent = %target.name, "its script names a process that is not its own, and is not told to stop that");
                     return Ok(());
                 }
                 // Some say that whatever there is.
-                Named::Nobody => is_unseen = last.is_some_and(|last| last.head.unseen),
+                NamedProcess::Nobody => is_unseen = last.is_some_and(|last| last.head.unseen),
             }
         } else if target.record.is_none() {
             // What was recorded is asked to stop in any case: what it left may be its script's to clear away.
@@ -347,21 +347,21 @@ pub fn installed(home: &Home) -> Vec<(AgentName, Version)> {
     names.filter_map(of_script).collect()
 }
 
-fn says_started(start: &Start) -> bool {
+fn says_started(start: &StartSpec) -> bool {
     let answer = question(start, "status").and_then(|mut command| command::run(&mut command, TIMEOUT));
-    answer.is_ok_and(|answer| said(&answer.stdout) == Said::Started)
+    answer.is_ok_and(|answer| said(&answer.stdout) == ScriptStatus::Started)
 }
 
-fn told_now(start: &Start) -> Vec<u32> {
+fn told_now(start: &StartSpec) -> Vec<u32> {
     match question(start, "pid").and_then(|mut command| command::run(&mut command, TIMEOUT)) {
         Ok(answer) if answer.status.success() => numbers(&answer.stdout),
         _ => vec![],
     }
 }
 
-fn for_stop(home: &Home, name: &AgentName, version: &Version) -> Option<Start> {
+fn for_stop(home: &Home, name: &AgentName, version: &Version) -> Option<StartSpec> {
     let agent_id = installation::agent_id(home).ok()??;
-    Some(Start {
+    Some(StartSpec {
         home: home.clone(),
         name: name.clone(),
         version: version.clone(),

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use super::tree::{Census, Ending, Target, members};
+use super::tree::{Census, StopProgress, StopTarget, members};
 use super::{record, script};
 use crate::core::model::{AgentName, Version};
 use crate::home::Home;
 use crate::platform;
 
 /// Ends the targets, all at the same time, and returns when nothing of any of them is left. Blocks.
-pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
+pub fn end(home: &Home, targets: &[StopTarget]) -> Result<()> {
     let mut targets = targets.to_vec();
     let asked: Vec<Result<()>> = std::thread::scope(|scope| {
         let asks = targets.iter_mut().filter(|target| target.script_to_ask().is_some());
@@ -21,11 +21,11 @@ pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
             .map(|asked| asked.join().unwrap_or_else(|_| bail!("asking a `control` script failed")))
             .collect()
     });
-    let mut ending = Ending::of(home, &targets);
+    let mut ending = StopProgress::of(home, &targets);
     while let Some(pause) = ending.look()? {
         platform::pause(pause);
     }
-    targets.iter().for_each(Target::remove_groups);
+    targets.iter().for_each(StopTarget::remove_groups);
     let errors: Vec<String> = asked.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
     if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("; ")) }
 }
@@ -34,9 +34,9 @@ pub fn end(home: &Home, targets: &[Target]) -> Result<()> {
 pub fn end_unseen(home: &Home, name: &AgentName) -> Result<()> {
     let groups = super::groups(home);
     let of_it = |(installed, version): (AgentName, Version)| {
-        (installed == *name).then(|| Target::of(name, record::of(home, name), groups.as_ref()).asking(version))
+        (installed == *name).then(|| StopTarget::of(name, record::of(home, name), groups.as_ref()).asking(version))
     };
-    let targets: Vec<Target> = script::installed(home).into_iter().filter_map(of_it).collect();
+    let targets: Vec<StopTarget> = script::installed(home).into_iter().filter_map(of_it).collect();
     end(home, &targets)
 }
 
@@ -53,7 +53,7 @@ pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
     for (name, version) in script::installed(home) {
         match targets.iter().position(|target| target.name == name) {
             Some(place) => targets[place] = targets[place].clone().asking(version),
-            None => targets.push(Target::of(&name, None, groups.as_ref()).asking(version)),
+            None => targets.push(StopTarget::of(&name, None, groups.as_ref()).asking(version)),
         }
     }
     for target in &mut targets {
@@ -61,8 +61,8 @@ pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
     }
     let ended = end(home, &targets);
     // What could not be ended, or not be seen to end, keeps its record, for whoever tries again.
-    let is_unseen = |target: &Target| record::of(home, &target.name).is_some_and(|record| record.head.unseen);
-    let is_gone = |target: &&Target| ended.is_ok() || members(home, target).is_empty() && !is_unseen(target);
+    let is_unseen = |target: &StopTarget| record::of(home, &target.name).is_some_and(|record| record.head.unseen);
+    let is_gone = |target: &&StopTarget| ended.is_ok() || members(home, target).is_empty() && !is_unseen(target);
     for target in targets.iter().filter(is_gone) {
         record::discard(home, &target.name);
     }
@@ -91,7 +91,7 @@ mod tests {
         }
         let name: AgentName = "tidy".parse().unwrap();
         let reaper = std::thread::spawn(move || child.wait().unwrap());
-        let mut target = Target::of(&name, None, None);
+        let mut target = StopTarget::of(&name, None, None);
         target.grace = Duration::from_secs(20);
         end(&home, &[target]).unwrap();
         reaper.join().unwrap();
@@ -108,7 +108,7 @@ mod tests {
         platform::leave_caller(&mut command);
         let mut child = command.spawn().unwrap();
         let name: AgentName = "stubborn".parse().unwrap();
-        let mut stubborn = Target::of(&name, None, None);
+        let mut stubborn = StopTarget::of(&name, None, None);
         stubborn.grace = Duration::from_millis(300);
         while members(&home, &stubborn).len() < 2 {
             platform::pause(Duration::from_millis(5));

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::record::{self, Record};
+use super::record::{self, ProcessRecord};
 use crate::core::manifest::{KillMode, StopSignal};
 use crate::core::model::{AgentName, Version};
-use crate::core::program::Kind;
+use crate::core::program::PackageKind;
 use crate::home::Home;
-use crate::platform::{self, Group, Groups, Seen};
+use crate::platform::{self, Group, Groups, ProcessInfo};
 
 /// Between two looks at what is left: at first, and doubled up to the last.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
@@ -32,9 +32,9 @@ const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
 /// What is to be ended, and how.
 #[derive(Debug, Clone)]
-pub struct Target {
+pub struct StopTarget {
     pub name: AgentName,
-    pub record: Option<Record>,
+    pub record: Option<ProcessRecord>,
     pub signal: StopSignal,
     pub grace: Duration,
     pub kill_mode: KillMode,
@@ -48,34 +48,34 @@ pub struct Target {
     known: BTreeSet<(u32, u64)>,
 }
 
-impl Target {
+impl StopTarget {
     /// As the record says; without one, with the defaults. `groups`: where groups are made now.
-    pub fn of(name: &AgentName, record: Option<Record>, groups: Option<&Groups>) -> Target {
+    pub fn of(name: &AgentName, record: Option<ProcessRecord>, groups: Option<&Groups>) -> StopTarget {
         let (signal, grace, kill_mode) = match &record {
             Some(record) => (record.head.stop_signal, record.head.grace(), record.head.kill_mode),
             None => (StopSignal::Term, DEFAULT_GRACE, KillMode::Tree),
         };
         let mut held: Vec<Group> = groups.map(|groups| groups.group(name.as_str())).into_iter().collect();
-        held.extend(record.as_ref().and_then(Record::group).filter(|group| !held.contains(group)));
+        held.extend(record.as_ref().and_then(ProcessRecord::group).filter(|group| !held.contains(group)));
         let holds = |pid: u32| held.iter().any(|group| group.members().is_ok_and(|members| members.contains(&pid)));
         let scattered = match &record {
             Some(record) => record.group.is_none() || record.is_alive() && !holds(record.pid),
             None => held.is_empty(),
         };
-        let is_script = |record: &&Record| record.head.kind == Kind::Script;
+        let is_script = |record: &&ProcessRecord| record.head.kind == PackageKind::Script;
         let script = record.as_ref().filter(is_script).map(|record| record.head.version.clone());
         let known = BTreeSet::new();
-        Target { name: name.clone(), record, signal, grace, kill_mode, groups: held, scattered, script, known }
+        StopTarget { name: name.clone(), record, signal, grace, kill_mode, groups: held, scattered, script, known }
     }
 
     /// The same target, whose release of that version is asked what runs of it where no record says so.
-    pub fn asking(self, version: Version) -> Target {
+    pub fn asking(self, version: Version) -> StopTarget {
         let script = if self.record.is_none() { Some(version) } else { self.script };
-        Target { script, ..self }
+        StopTarget { script, ..self }
     }
 
     /// Takes in that a process is its own.
-    pub fn claim(&mut self, process: &Seen) {
+    pub fn claim(&mut self, process: &ProcessInfo) {
         self.known.insert((process.pid, process.start_time));
         self.scattered |= !self.groups_hold(process.pid);
     }
@@ -85,13 +85,13 @@ impl Target {
     }
 
     /// The same target, of which processes may live outside of any group, too.
-    pub fn scattered(self) -> Target {
-        Target { scattered: true, ..self }
+    pub fn scattered(self) -> StopTarget {
+        StopTarget { scattered: true, ..self }
     }
 
     /// The same target, to be killed without a word first: what a dead main process left behind.
-    pub fn at_once(self) -> Target {
-        Target { signal: StopSignal::Kill, grace: Duration::ZERO, ..self }
+    pub fn at_once(self) -> StopTarget {
+        StopTarget { signal: StopSignal::Kill, grace: Duration::ZERO, ..self }
     }
 
     /// Whether to find out what is left of it takes a look at every process of the host.
@@ -106,7 +106,7 @@ impl Target {
 
     /// Whether something of it may live: told by its groups and its record, without a look at every process.
     pub fn may_live(&self) -> bool {
-        self.is_scattered() || !self.groups_are_empty() || self.record.as_ref().is_some_and(Record::is_alive)
+        self.is_scattered() || !self.groups_are_empty() || self.record.as_ref().is_some_and(ProcessRecord::is_alive)
     }
 
     /// Resolves when nothing lives in its groups any more. Cancel-safe.
@@ -133,7 +133,7 @@ impl Target {
     }
 
     /// Whether a process is its own, by what is known of that process alone.
-    fn holds(&self, process: &Seen, processes: &[Seen]) -> bool {
+    fn holds(&self, process: &ProcessInfo, processes: &[ProcessInfo]) -> bool {
         let marked = || process.mark.as_ref().is_some_and(|mark| mark.name == self.name.as_str());
         let leader = || processes.iter().find(|leader| leader.pid == process.session);
         let recorded = self.record.as_ref().filter(|record| record.is_of_this_boot());
@@ -142,13 +142,13 @@ impl Target {
     }
 
     /// Its main process, if that lives.
-    fn main(&self, home: &Home) -> Option<Seen> {
+    fn main(&self, home: &Home) -> Option<ProcessInfo> {
         let record = self.record.as_ref().filter(|record| record.is_alive())?;
         platform::seen(record.pid, home.root()).filter(|seen| seen.start_time == record.start_time)
     }
 
     /// The processes that live in its groups.
-    fn grouped(&self, home: &Home) -> impl Iterator<Item = Seen> {
+    fn grouped(&self, home: &Home) -> impl Iterator<Item = ProcessInfo> {
         let pids = self.groups.iter().filter_map(|group| group.members().ok()).flatten();
         pids.filter_map(|pid| platform::seen(pid, home.root()))
     }
@@ -163,7 +163,7 @@ impl Target {
 }
 
 /// The live processes of a sub-agent, oldest first, without those that ask after its health.
-pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
+pub fn members(home: &Home, target: &StopTarget) -> Vec<ProcessInfo> {
     let scattered = if target.is_scattered() { processes(home) } else { vec![] };
     let mut members = members_among(home, &scattered, target, &BTreeSet::new());
     members.retain(|process| !process.is_check());
@@ -171,7 +171,7 @@ pub fn members(home: &Home, target: &Target) -> Vec<Seen> {
 }
 
 /// Every process of the host; no mark is left on those that a sub-agent started for somebody else.
-fn processes(home: &Home) -> Vec<Seen> {
+fn processes(home: &Home) -> Vec<ProcessInfo> {
     let mut processes = platform::processes(home.root());
     for process in &mut processes {
         if !is_ours(home, process) {
@@ -182,26 +182,31 @@ fn processes(home: &Home) -> Vec<Seen> {
 }
 
 /// Whether a process is none that a sub-agent started for somebody else.
-fn is_ours(home: &Home, process: &Seen) -> bool {
+fn is_ours(home: &Home, process: &ProcessInfo) -> bool {
     !process.mark.as_ref().is_some_and(|mark| mark.main_only && !is_main(home, process, &mark.name))
 }
 
 /// Whether a marked process is the one that we started: it leads a session, and what it runs lies in a release of the sub-agent.
-pub fn is_main(home: &Home, process: &Seen, name: &str) -> bool {
+pub fn is_main(home: &Home, process: &ProcessInfo, name: &str) -> bool {
     let releases = home.agents().join(name);
     process.session == process.pid
         && platform::first_words(process.pid, 2).iter().any(|word| word.starts_with(&releases))
 }
 
 /// The members of a target: those of its groups, and those among `processes`. `seen`: what was a member before.
-fn members_among(home: &Home, processes: &[Seen], target: &Target, seen: &BTreeSet<(u32, u64)>) -> Vec<Seen> {
-    let mut members: Vec<Seen> = target.main(home).into_iter().collect();
+fn members_among(
+    home: &Home,
+    processes: &[ProcessInfo],
+    target: &StopTarget,
+    seen: &BTreeSet<(u32, u64)>,
+) -> Vec<ProcessInfo> {
+    let mut members: Vec<ProcessInfo> = target.main(home).into_iter().collect();
     if target.kill_mode == KillMode::Process {
         return members;
     }
     members.extend(target.grouped(home));
     if target.is_scattered() {
-        let was_member = |process: &Seen| seen.contains(&(process.pid, process.start_time));
+        let was_member = |process: &ProcessInfo| seen.contains(&(process.pid, process.start_time));
         members.extend(
             processes.iter().filter(|process| was_member(process) || target.holds(process, processes)).cloned(),
         );
@@ -213,12 +218,12 @@ fn members_among(home: &Home, processes: &[Seen], target: &Target, seen: &BTreeS
 }
 
 /// Adds whatever the members started, but for what one started for somebody else. A role of ours that one of them started is no part of it.
-fn add_descendants(home: &Home, processes: &[Seen], members: &mut Vec<Seen>) {
-    let is_alone = |member: &&Seen| member.mark.as_ref().is_some_and(|mark| mark.main_only);
+fn add_descendants(home: &Home, processes: &[ProcessInfo], members: &mut Vec<ProcessInfo>) {
+    let is_alone = |member: &&ProcessInfo| member.mark.as_ref().is_some_and(|mark| mark.main_only);
     let mut pids: BTreeSet<u32> = members.iter().filter(|member| !is_alone(member)).map(|member| member.pid).collect();
     loop {
-        let is_new = |process: &&Seen| !pids.contains(&process.pid) && pids.contains(&process.parent);
-        let new: Vec<Seen> = processes
+        let is_new = |process: &&ProcessInfo| !pids.contains(&process.pid) && pids.contains(&process.parent);
+        let new: Vec<ProcessInfo> = processes
             .iter()
             .filter(is_new)
             .filter(|process| !members.contains(process) && !is_role(home, process.pid))
@@ -239,9 +244,9 @@ pub fn is_role(home: &Home, pid: u32) -> bool {
 
 /// The end of some targets, look by look.
 #[derive(Debug)]
-pub struct Ending<'a> {
+pub struct StopProgress<'a> {
     home: &'a Home,
-    targets: &'a [Target],
+    targets: &'a [StopTarget],
     began: Instant,
     told: Vec<(u32, u64)>,
     /// Members so far of targets that may live outside of any group, by place: when the one that started them is gone, nothing else may tell
@@ -254,9 +259,9 @@ pub struct Ending<'a> {
     pause: Duration,
 }
 
-impl<'a> Ending<'a> {
-    pub fn of(home: &'a Home, targets: &'a [Target]) -> Ending<'a> {
-        Ending {
+impl<'a> StopProgress<'a> {
+    pub fn of(home: &'a Home, targets: &'a [StopTarget]) -> StopProgress<'a> {
+        StopProgress {
             home,
             targets,
             began: Instant::now(),
@@ -271,7 +276,7 @@ impl<'a> Ending<'a> {
     /// Tells or kills what is left, and says when to look again; `None`: nothing is left. What cannot be ended is an error when all that
     /// can be has ended.
     pub fn look(&mut self) -> Result<Option<Duration>> {
-        let scattered = self.targets.iter().any(Target::is_scattered);
+        let scattered = self.targets.iter().any(StopTarget::is_scattered);
         let processes = if scattered { processes(self.home) } else { vec![] };
         let spent = self.began.elapsed();
         let mut until_kill = None;
@@ -338,16 +343,16 @@ impl<'a> Ending<'a> {
 #[derive(Debug)]
 pub struct Census {
     /// Every sub-agent of which something runs or is recorded.
-    pub targets: Vec<Target>,
+    pub targets: Vec<StopTarget>,
     /// The processes that bear the mark of one, oldest first.
-    pub marked: Vec<Seen>,
+    pub marked: Vec<ProcessInfo>,
 }
 
 impl Census {
     pub fn take(home: &Home, groups: Option<&Groups>) -> Census {
-        let mut targets: Vec<Target> = record::all(home)
+        let mut targets: Vec<StopTarget> = record::all(home)
             .into_iter()
-            .map(|record| Target::of(&record.head.name.clone(), Some(record), groups))
+            .map(|record| StopTarget::of(&record.head.name.clone(), Some(record), groups))
             .collect();
         let listed = groups.map_or(Ok(vec![]), Groups::all).inspect_err(|error| {
             tracing::warn!(error = %error, "the groups of sub-agents cannot be listed; records and marks stand in");
@@ -355,7 +360,7 @@ impl Census {
         let held = listed.unwrap_or_default();
         for name in held.iter().filter_map(|name| name.parse::<AgentName>().ok()) {
             if !targets.iter().any(|target| target.name == name) {
-                targets.push(Target::of(&name, None, groups));
+                targets.push(StopTarget::of(&name, None, groups));
             }
         }
         let mut marked = processes(home);
@@ -370,7 +375,7 @@ impl Census {
                     let mut members = target.groups.iter().filter_map(|group| group.members().ok());
                     target.scattered |= !members.any(|members| members.contains(&process.pid));
                 }
-                None => targets.push(Target { scattered: true, ..Target::of(&name, None, groups) }),
+                None => targets.push(StopTarget { scattered: true, ..StopTarget::of(&name, None, groups) }),
             }
         }
         Census { targets, marked }
@@ -387,22 +392,22 @@ pub fn any_run(home: &Home) -> bool {
 mod tests {
     use super::*;
     use crate::core::model::Version;
-    use crate::process::record::Head;
+    use crate::process::record::RecordHead;
 
     /// Later than the first process of the machine, or container, that this runs on.
     const SINCE: u64 = 1 << 40;
 
-    fn seen(pid: u32, start_time: u64, session: u32) -> Seen {
-        Seen { pid, start_time: SINCE + start_time, session, parent: 1, mark: None }
+    fn seen(pid: u32, start_time: u64, session: u32) -> ProcessInfo {
+        ProcessInfo { pid, start_time: SINCE + start_time, session, parent: 1, mark: None }
     }
 
-    fn target(pid: u32, start_time: u64) -> Target {
+    fn target(pid: u32, start_time: u64) -> StopTarget {
         let version: Version = "1".parse().unwrap();
-        let head = Head {
+        let head = RecordHead {
             format: 1,
             name: "a".parse().unwrap(),
             version,
-            kind: Kind::Native,
+            kind: PackageKind::Native,
             env_hash: String::new(),
             restarts: 0,
             stop_signal: StopSignal::Term,
@@ -411,27 +416,28 @@ mod tests {
             boot_id: platform::boot_id().to_owned(),
             unseen: false,
         };
-        Target::of(
+        StopTarget::of(
             &"a".parse().unwrap(),
-            Some(Record { head, pid, start_time: SINCE + start_time, group: None, session: None, ended: None }),
+            Some(ProcessRecord { head, pid, start_time: SINCE + start_time, group: None, session: None, ended: None }),
             None,
         )
     }
 
     /// The pids of the members among these, of the target and of what was one before.
-    fn pids(all: &[Seen], target: &Target, seen: &[(u32, u64)]) -> Vec<u32> {
+    fn pids(all: &[ProcessInfo], target: &StopTarget, seen: &[(u32, u64)]) -> Vec<u32> {
         let seen = seen.iter().map(|(pid, start_time)| (*pid, SINCE + start_time)).collect();
         members_among(&Home::new("/nowhere"), all, target, &seen).iter().map(|process| process.pid).collect()
     }
 
-    fn child(pid: u32, start_time: u64, parent: u32) -> Seen {
-        Seen { parent, ..seen(pid, start_time, pid) }
+    fn child(pid: u32, start_time: u64, parent: u32) -> ProcessInfo {
+        ProcessInfo { parent, ..seen(pid, start_time, pid) }
     }
 
     #[test]
     fn a_tree_is_its_session_whoever_bears_the_mark_and_what_descends_from_them() {
         let mut stray = seen(90, 30, 90);
-        stray.mark = Some(platform::Mark { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
+        stray.mark =
+            Some(platform::ProcessMarker { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
         let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray, child(70, 13, 51), child(71, 14, 70)];
         assert_eq!(pids(&all, &target(50, 10), &[]), [50, 51, 70, 71, 90]);
     }
@@ -446,7 +452,7 @@ mod tests {
 
     #[test]
     fn what_a_script_named_is_a_member_with_all_that_it_started() {
-        let mut target = Target::of(&"a".parse().unwrap(), None, None);
+        let mut target = StopTarget::of(&"a".parse().unwrap(), None, None);
         let all = [seen(60, 12, 60), child(61, 13, 60), seen(62, 14, 62)];
         target.claim(&all[0]);
         assert_eq!(pids(&all, &target, &[]), [60, 61]);

@@ -6,30 +6,30 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::first_contact;
-use super::install_root::Site;
-use super::preflight::Plan;
-use super::progress::{self, Download};
-use crate::config::Certificate;
+use super::install_root::InstallRoot;
+use super::preflight::InstallPlan;
+use super::progress::{self, DownloadDisplay};
+use crate::config::CertificateCheck;
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Packing, Release};
 use crate::core::protocol::{self, DOWNLOAD_PATH};
 use crate::endpoint::{Client, Endpoint, Fingerprint, Timeouts, Trust};
 use crate::fetching::Fetching;
 use crate::installation::release::{self, CheckedRelease};
-use crate::package::{self, Commons, Places, SIGNATURE_SUFFIX, VerifiedTree, Wanted};
+use crate::package::{self, FetchLimits, PackagePaths, PackageRequest, SIGNATURE_SUFFIX, VerifiedTree};
 use crate::platform;
 use crate::uplink;
 
 /// A release of the manager that can be put into place.
 #[derive(Debug)]
-pub(super) struct Fetched {
+pub(super) struct FetchedManager {
     pub(super) release: CheckedRelease,
     /// The certificates of first contacts, with that of this one.
     pub(super) pins: Option<PathBuf>,
 }
 
 /// Downloads, verifies, unpacks, and tries the release that the plan names.
-pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
-    let places = Places { cache: site.work().join("cache"), staging: site.work().join("staging") };
+pub(super) fn fetch(plan: &InstallPlan, site: &InstallRoot) -> Result<FetchedManager> {
+    let places = PackagePaths { cache: site.work().join("cache"), staging: site.work().join("staging") };
     let pins = first_contact::begin(plan.contact, &plan.home, &site.work())?;
     let (tree, file) = match &plan.package {
         Some(package) => local(plan, package, &places.staging)?,
@@ -37,10 +37,10 @@ pub(super) fn fetch(plan: &Plan, site: &Site) -> Result<Fetched> {
     };
     let release = release::check(tree, file)?;
     plan.trusted.ring.examine(&release.offer, &plan.trusted.etc)?;
-    Ok(Fetched { release, pins })
+    Ok(FetchedManager { release, pins })
 }
 
-fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, String)> {
+fn local(plan: &InstallPlan, path: &Path, staging: &Path) -> Result<(VerifiedTree, String)> {
     let claimed = package::claimed(path)?.release;
     let (os, arch) = (platform::OS, platform::ARCH);
     let version = plan.version.clone().unwrap_or_else(|| claimed.version.clone());
@@ -52,11 +52,16 @@ fn local(plan: &Plan, path: &Path, staging: &Path) -> Result<(VerifiedTree, Stri
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = release.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let wanted = Wanted { least_epoch: plan.epochs.least(MANAGER_PACKAGE), ..Wanted::new(release) };
+    let wanted = PackageRequest { least_epoch: plan.epochs.least(MANAGER_PACKAGE), ..PackageRequest::new(release) };
     Ok((package::open_local(path, &wanted, &plan.trusted.keys, staging)?, file))
 }
 
-fn remote(plan: &Plan, places: Places, work: &Path, pins: Option<&Path>) -> Result<(VerifiedTree, String)> {
+fn remote(
+    plan: &InstallPlan,
+    places: PackagePaths,
+    work: &Path,
+    pins: Option<&Path>,
+) -> Result<(VerifiedTree, String)> {
     let trust = trust(plan, work, pins)?;
     if trust == Trust::Insecure {
         progress::warn("the gateway's certificate is not checked (--insecure)");
@@ -72,7 +77,7 @@ fn remote(plan: &Plan, places: Places, work: &Path, pins: Option<&Path>) -> Resu
     // The one that answered first; the others stand in for it.
     let mut ordered = vec![endpoint.clone()];
     ordered.extend(endpoints.iter().filter(|other| *other != endpoint).cloned());
-    let mut download = Download::begin();
+    let mut download = DownloadDisplay::begin();
     let file = wanted.file.clone().unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
     let fetching = Fetching {
         config: &plan.config,
@@ -83,7 +88,7 @@ fn remote(plan: &Plan, places: Places, work: &Path, pins: Option<&Path>) -> Resu
         epochs: plan.epochs.clone(),
         places,
     };
-    let tree = fetching.fetch(wanted, &Commons::default(), drop, &mut |done, total| {
+    let tree = fetching.fetch(wanted, &FetchLimits::default(), drop, &mut |done, total| {
         download.at(done, total);
         true
     })?;
@@ -91,12 +96,12 @@ fn remote(plan: &Plan, places: Places, work: &Path, pins: Option<&Path>) -> Resu
 }
 
 /// How the certificate is checked now, when nothing of the home is in place yet.
-fn trust(plan: &Plan, work: &Path, pins: Option<&Path>) -> Result<Trust> {
+fn trust(plan: &InstallPlan, work: &Path, pins: Option<&Path>) -> Result<Trust> {
     if let Some(pins) = pins {
         return Ok(Trust::FirstContact { pins: pins.to_owned() });
     }
     match (&plan.config.certificate, &plan.ca_file) {
-        (Certificate::Authority(_), Some(bytes)) => {
+        (CertificateCheck::Authority(_), Some(bytes)) => {
             let path = work.join("ca.pem");
             fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
             Ok(Trust::CaFile(path))
@@ -113,14 +118,14 @@ fn first_contact(endpoint: &Endpoint, fingerprint: &Fingerprint) {
 }
 
 /// Which package is wanted of this endpoint: the version asked for, or its current one.
-fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
+fn choose(plan: &InstallPlan, client: &Client, endpoint: &Endpoint) -> Result<PackageRequest> {
     let (os, arch) = (platform::OS, platform::ARCH);
     let name = manager_package()?;
     let offer = uplink::current_release(client, endpoint, &name, os, arch)?;
     let offered = |offer: protocol::Offer| {
         let release = Release { name: name.clone(), version: offer.version, os, arch };
-        let wanted = Wanted::new(release);
-        Wanted { file: Some(offer.file), sha256: Some(offer.sha256), size: Some(offer.size), ..wanted }
+        let wanted = PackageRequest::new(release);
+        PackageRequest { file: Some(offer.file), sha256: Some(offer.sha256), size: Some(offer.size), ..wanted }
     };
     let version = match (&plan.version, offer) {
         (None, Some(offer)) => return Ok(offered(offer)),
@@ -136,7 +141,7 @@ fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
         let file = release.file_name(*packing);
         let reply = client.get(endpoint, &format!("{DOWNLOAD_PATH}/{file}{SIGNATURE_SUFFIX}"), &[])?;
         match reply.status() {
-            200 => return Ok(Wanted { file: Some(file), ..Wanted::new(release) }),
+            200 => return Ok(PackageRequest { file: Some(file), ..PackageRequest::new(release) }),
             404 => {}
             _ => return Err(reply.refused().context(format!("cannot ask {endpoint} for {file}"))),
         }
@@ -147,7 +152,10 @@ fn choose(plan: &Plan, client: &Client, endpoint: &Endpoint) -> Result<Wanted> {
 }
 
 /// The first endpoint with an answer, or what was wrong with each.
-fn first_of(endpoints: &[Endpoint], ask: impl Fn(&Endpoint) -> Result<Wanted>) -> Result<(&Endpoint, Wanted)> {
+fn first_of(
+    endpoints: &[Endpoint],
+    ask: impl Fn(&Endpoint) -> Result<PackageRequest>,
+) -> Result<(&Endpoint, PackageRequest)> {
     let mut failures = Vec::new();
     for endpoint in endpoints {
         match ask(endpoint) {

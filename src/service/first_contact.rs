@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::config::Certificate;
+use crate::config::CertificateCheck;
 use crate::endpoint::expect_first_contact;
 use crate::home::Home;
 use crate::installation::Epochs;
 
 /// How an installation stands to the first contact that it trusts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Contact {
+pub(super) enum FirstContact {
     /// It was made; what was seen is in the home.
     Made,
     /// It is to come.
@@ -22,16 +22,16 @@ pub(super) enum Contact {
 }
 
 /// `None` where certificates are checked in any other way. `keeps`: of the home that stands, all is kept.
-pub(super) fn of(home: &Home, keeps: bool, certificate: &Certificate) -> Result<Option<Contact>> {
-    if *certificate != Certificate::FirstContact {
+pub(super) fn of(home: &Home, keeps: bool, certificate: &CertificateCheck) -> Result<Option<FirstContact>> {
+    if *certificate != CertificateCheck::FirstContact {
         return Ok(None);
     }
     if !keeps {
-        return Ok(Some(Contact::ToCome));
+        return Ok(Some(FirstContact::ToCome));
     }
     let pins = home.pins();
     if pins.is_file() {
-        return Ok(Some(Contact::Made));
+        return Ok(Some(FirstContact::Made));
     }
     // A home that has heard from its gateway has seen a certificate; and since pins are expected, every installation has left some.
     if home.desired().exists() || Epochs::load(home)?.expects_pins() {
@@ -42,16 +42,16 @@ pub(super) fn of(home: &Home, keeps: bool, certificate: &Certificate) -> Result<
             pins.display()
         );
     }
-    Ok(Some(Contact::ToCome))
+    Ok(Some(FirstContact::ToCome))
 }
 
 /// The pins that this installation goes by and adds to, in its own directory; `None` where it needs none.
-pub(super) fn begin(contact: Option<Contact>, home: &Home, work: &Path) -> Result<Option<PathBuf>> {
+pub(super) fn begin(contact: Option<FirstContact>, home: &Home, work: &Path) -> Result<Option<PathBuf>> {
     let path = work.join("pins.json");
     match contact {
         None => return Ok(None),
-        Some(Contact::ToCome) => expect_first_contact(&path)?,
-        Some(Contact::Made) => {
+        Some(FirstContact::ToCome) => expect_first_contact(&path)?,
+        Some(FirstContact::Made) => {
             let standing = home.pins();
             fs::copy(&standing, &path).with_context(|| format!("cannot copy {}", standing.display()))?;
         }
@@ -73,21 +73,21 @@ mod tests {
 
     #[test]
     fn a_first_contact_is_made_once() {
-        let first = Certificate::FirstContact;
+        let first = CertificateCheck::FirstContact;
         // Of an older version, which an offline installation left without any pins.
         let (_directory, older) = home(r#"{"epochs":{}}"#);
-        assert_eq!(of(&older, true, &first).unwrap(), Some(Contact::ToCome));
+        assert_eq!(of(&older, true, &first).unwrap(), Some(FirstContact::ToCome));
         fs::write(older.desired(), "{}").unwrap();
         let error = of(&older, true, &first).unwrap_err().to_string();
         for words in ["pins.json is missing", "backup", "--pin SHA256", "write {} into that file"] {
             assert!(error.contains(words), "{error}");
         }
         // One that is made anew, or checks certificates in another way, need not have any.
-        assert_eq!(of(&older, false, &first).unwrap(), Some(Contact::ToCome));
-        assert_eq!(of(&older, true, &Certificate::System).unwrap(), None);
+        assert_eq!(of(&older, false, &first).unwrap(), Some(FirstContact::ToCome));
+        assert_eq!(of(&older, true, &CertificateCheck::System).unwrap(), None);
         let (_directory, newer) = home(r#"{"epochs":{},"form":1}"#);
         assert!(of(&newer, true, &first).is_err());
         fs::write(newer.pins(), "{}").unwrap();
-        assert_eq!(of(&newer, true, &first).unwrap(), Some(Contact::Made));
+        assert_eq!(of(&newer, true, &first).unwrap(), Some(FirstContact::Made));
     }
 }

@@ -5,12 +5,12 @@ use std::path::{Component, Path};
 
 use anyhow::{Context, Result, bail};
 
-use super::preflight::Usage;
-use super::{InstallOptions, Surroundings, legacy};
+use super::preflight::UsageError;
+use super::{InstallOptions, ProcessContext, legacy};
 use crate::config::Config;
 use crate::home::Home;
 use crate::host_service::product::{self, Product};
-use crate::installation::{self, Installed};
+use crate::installation::{self, InstallRecord};
 
 /// In the root of a file system that a home may have to itself.
 const LOST_AND_FOUND: &str = "lost+found";
@@ -49,9 +49,9 @@ const NO_HOMES: &[&str] = &[
 ];
 
 /// The product and the home, which must be a place that can be one.
-pub(super) fn home(options: &InstallOptions, surroundings: &Surroundings) -> Result<(Home, Product)> {
+pub(super) fn home(options: &InstallOptions, surroundings: &ProcessContext) -> Result<(Home, Product)> {
     let told = options.product.as_deref().or(surroundings.product.as_deref());
-    let product = product::choose(told).map_err(|error| Usage(format!("{error:#}")))?;
+    let product = product::choose(told).map_err(|error| UsageError(format!("{error:#}")))?;
     let home = match (&options.home, &surroundings.home) {
         (Some(path), _) => {
             let path =
@@ -83,7 +83,7 @@ fn standing_product(home: &Home) -> Result<Option<Product>> {
             .map(Some)
             .with_context(|| format!("cannot use the product in {}", path.display()));
     }
-    let recorded = Installed::load(home).ok().flatten().map(|installed| installed.product);
+    let recorded = InstallRecord::load(home).ok().flatten().map(|installed| installed.product);
     Ok(recorded.filter(|name| !name.is_empty()).and_then(|name| product::choose(Some(&name)).ok()))
 }
 

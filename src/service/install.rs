@@ -19,21 +19,21 @@ use std::process::ExitCode;
 
 use anyhow::{Error, Result, bail};
 
-use super::fetch::{self, Fetched};
-use super::install_root::Site;
-use super::preflight::{self, Plan, Standing, Usage};
+use super::fetch::{self, FetchedManager};
+use super::install_root::InstallRoot;
+use super::preflight::{self, ExistingInstallation, InstallPlan, UsageError};
 use super::undo::Undo;
-use super::{InstallOptions, Surroundings, WRONG_USAGE, home_selection, legacy, progress, roles, switch, upgrade};
-use crate::core::service_manager::Kind;
+use super::{InstallOptions, ProcessContext, WRONG_USAGE, home_selection, legacy, progress, roles, switch, upgrade};
+use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
-use crate::installation::Installed;
+use crate::installation::InstallRecord;
 use crate::installation::keyring::{self, Keyring};
 use crate::output::message;
 use crate::store;
 
 /// Where an installation is, as an operator is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Step {
+enum InstallStep {
     Check,
     Fetch,
     Stop,
@@ -43,47 +43,47 @@ enum Step {
     Wait,
 }
 
-impl fmt::Display for Step {
+impl fmt::Display for InstallStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Step::Check => "check",
-            Step::Fetch => "fetch",
-            Step::Stop => "stop",
-            Step::Switch => "switch",
-            Step::Register => "register",
-            Step::Start => "start",
-            Step::Wait => "wait",
+            InstallStep::Check => "check",
+            InstallStep::Fetch => "fetch",
+            InstallStep::Stop => "stop",
+            InstallStep::Switch => "switch",
+            InstallStep::Register => "register",
+            InstallStep::Start => "start",
+            InstallStep::Wait => "wait",
         })
     }
 }
 
 /// A failure, and where it happened.
 #[derive(Debug)]
-struct Failed {
-    step: Step,
+struct InstallFailure {
+    step: InstallStep,
     error: Error,
 }
 
-trait At<T> {
-    fn at(self, step: Step) -> Result<T, Failed>;
+trait AtStep<T> {
+    fn at(self, step: InstallStep) -> Result<T, InstallFailure>;
 }
 
-impl<T> At<T> for Result<T> {
-    fn at(self, step: Step) -> Result<T, Failed> {
-        self.map_err(|error| Failed { step, error })
+impl<T> AtStep<T> for Result<T> {
+    fn at(self, step: InstallStep) -> Result<T, InstallFailure> {
+        self.map_err(|error| InstallFailure { step, error })
     }
 }
 
 /// Installs, or renews, what the options say.
-pub fn install(options: &InstallOptions, surroundings: &Surroundings) -> Result<ExitCode> {
+pub fn install(options: &InstallOptions, surroundings: &ProcessContext) -> Result<ExitCode> {
     let (home, product) = match home_selection::home(options, surroundings) {
         Ok(found) => found,
         Err(error) => return wrong_usage(error),
     };
-    let outcome = Site::open(&home).at(Step::Check).and_then(|mut site| {
-        recover(&home, &surroundings.executable).and_then(|()| site.note()).at(Step::Check)?;
-        let plan = preflight::plan(options, surroundings, &home, &product).at(Step::Check)?;
-        let fetched = fetch::fetch(&plan, &site).at(Step::Fetch)?;
+    let outcome = InstallRoot::open(&home).at(InstallStep::Check).and_then(|mut site| {
+        recover(&home, &surroundings.executable).and_then(|()| site.note()).at(InstallStep::Check)?;
+        let plan = preflight::plan(options, surroundings, &home, &product).at(InstallStep::Check)?;
+        let fetched = fetch::fetch(&plan, &site).at(InstallStep::Fetch)?;
         replace(&plan, &fetched, &mut site)?;
         site.keep();
         summary(&plan, &fetched);
@@ -91,14 +91,14 @@ pub fn install(options: &InstallOptions, surroundings: &Surroundings) -> Result<
     });
     match outcome {
         Ok(()) => Ok(ExitCode::SUCCESS),
-        Err(Failed { error, .. }) if error.is::<Usage>() => wrong_usage(error),
+        Err(InstallFailure { error, .. }) if error.is::<UsageError>() => wrong_usage(error),
         Err(failed) => Err(told(failed, &home)),
     }
 }
 
 /// Tells what the command line lacks, where that is what is wrong.
 fn wrong_usage(error: Error) -> Result<ExitCode> {
-    if !error.is::<Usage>() {
+    if !error.is::<UsageError>() {
         return Err(error);
     }
     message!(
@@ -110,8 +110,8 @@ fn wrong_usage(error: Error) -> Result<ExitCode> {
 }
 
 /// The failure as an operator reads it: the step, what became of the host, and what to do.
-fn told(Failed { step, error }: Failed, home: &Home) -> Error {
-    let state = if step < Step::Stop { "; nothing was changed" } else { "" };
+fn told(InstallFailure { step, error }: InstallFailure, home: &Home) -> Error {
+    let state = if step < InstallStep::Stop { "; nothing was changed" } else { "" };
     let advice = advice(&error, home).map(|advice| format!("; {advice}, then repeat the command")).unwrap_or_default();
     error.context(format!("cannot install aops into {} (step {step}{state}{advice})", home.root().display()))
 }
@@ -134,7 +134,7 @@ fn advice(error: &Error, home: &Home) -> Option<String> {
 /// Finishes what an installation that was killed had begun: one killed before the new one was whole is undone, and what a later one had
 /// replaced is needed no more.
 fn recover(home: &Home, executable: &Path) -> Result<()> {
-    let is_whole = || Installed::load(home).ok().flatten().is_some();
+    let is_whole = || InstallRecord::load(home).ok().flatten().is_some();
     if !legacy::is_any_aside(home) {
         Ok(())
     } else if !legacy::is_under_way(home) && is_whole() {
@@ -146,10 +146,10 @@ fn recover(home: &Home, executable: &Path) -> Result<()> {
 }
 
 /// From here on what stood there is touched.
-fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed> {
-    let mut undo = Undo::begin(site.work().join("undo")).at(Step::Fetch)?;
+fn replace(plan: &InstallPlan, fetched: &FetchedManager, site: &mut InstallRoot) -> Result<(), InstallFailure> {
+    let mut undo = Undo::begin(site.work().join("undo")).at(InstallStep::Fetch)?;
     let ran = roles::run(&plan.home);
-    let ring = plan.keeps().then(|| Keyring::load(&plan.home)).transpose().at(Step::Fetch)?;
+    let ring = plan.keeps().then(|| Keyring::load(&plan.home)).transpose().at(InstallStep::Fetch)?;
     let Err(failed) = carry_out(plan, fetched, site, &mut undo) else {
         // What was replaced is needed no more. Where it can't be removed, it is in nobody's way.
         if let Err(error) = store::remove_tree(&legacy::aside(&plan.home)) {
@@ -157,17 +157,17 @@ fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed
         }
         return Ok(());
     };
-    if plan.standing == Standing::Nothing && failed.step == Step::Wait && plan.kind.is_some() {
+    if plan.standing == ExistingInstallation::Nothing && failed.step == InstallStep::Wait && plan.kind.is_some() {
         site.stay();
         let stays = format!(
             "what was installed stays, and {} goes on starting it; look at its log, and repeat the command",
             plan.kind
         );
-        return Err(Failed { step: failed.step, error: failed.error.context(stays) });
+        return Err(InstallFailure { step: failed.step, error: failed.error.context(stays) });
     }
     progress::say(format_args!("step {} failed; putting back what was there", failed.step));
     let undone = match take_back(plan, failed.step, ran, ring.as_ref(), site, undo) {
-        Ok(()) if plan.standing == Standing::Nothing => {
+        Ok(()) if plan.standing == ExistingInstallation::Nothing => {
             "everything was taken back; the command can be repeated".to_owned()
         }
         Ok(()) => {
@@ -176,51 +176,63 @@ fn replace(plan: &Plan, fetched: &Fetched, site: &mut Site) -> Result<(), Failed
         }
         Err(error) => format!("what was there before could not be put back ({error:#}); repeat the command"),
     };
-    Err(Failed { step: failed.step, error: failed.error.context(undone) })
+    Err(InstallFailure { step: failed.step, error: failed.error.context(undone) })
 }
 
-fn carry_out(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -> Result<(), Failed> {
+fn carry_out(
+    plan: &InstallPlan,
+    fetched: &FetchedManager,
+    site: &mut InstallRoot,
+    undo: &mut Undo,
+) -> Result<(), InstallFailure> {
     let home = &plan.home;
     let before = roles::manager_pid(home);
     if plan.replaces_all() {
         progress::say("stopping the older installation");
         match plan.standing {
-            Standing::Old => legacy::stop(home),
+            ExistingInstallation::Old => legacy::stop(home),
             _ => roles::stop_all(home),
         }
         .and_then(|()| legacy::set_aside(home, plan.whose(), &plan.executable))
-        .at(Step::Stop)?;
+        .at(InstallStep::Stop)?;
     }
-    let session = plan.keeps().then(|| upgrade::end(home)).transpose().at(Step::Switch)?;
+    let session = plan.keeps().then(|| upgrade::end(home)).transpose().at(InstallStep::Switch)?;
     progress::say(format_args!("putting version {} into {}", fetched.release.manager.version, home.root().display()));
-    switch::switch(plan, fetched, site, undo).at(Step::Switch)?;
+    switch::switch(plan, fetched, site, undo).at(InstallStep::Switch)?;
     if let Some(mut session) = session {
-        upgrade::replaced(&mut session, &fetched.release.manager.version).at(Step::Switch)?;
+        upgrade::replaced(&mut session, &fetched.release.manager.version).at(InstallStep::Switch)?;
     }
     if plan.kind.is_some() {
         progress::say(format_args!("registering with {}", plan.kind));
     }
-    roles::register(home, plan.kind).at(Step::Register)?;
+    roles::register(home, plan.kind).at(InstallStep::Register)?;
     progress::say("starting");
-    let child = roles::start(home, plan.kind, was_registered(plan)).at(Step::Start)?;
-    roles::wait(home, before, child).at(Step::Wait)
+    let child = roles::start(home, plan.kind, was_registered(plan)).at(InstallStep::Start)?;
+    roles::wait(home, before, child).at(InstallStep::Wait)
 }
 
-fn was_registered(plan: &Plan) -> bool {
-    matches!(&plan.standing, Standing::Aops(installed) if installed.service.is_some())
+fn was_registered(plan: &InstallPlan) -> bool {
+    matches!(&plan.standing, ExistingInstallation::Aops(installed) if installed.service.is_some())
 }
 
 /// Undoes what was done up to `step`, in the opposite order, as far as each of it can be undone; fails with all that could not. What `ran`
 /// before runs again; `ring` is the keyring from before.
-fn take_back(plan: &Plan, step: Step, ran: bool, ring: Option<&Keyring>, site: &mut Site, undo: Undo) -> Result<()> {
+fn take_back(
+    plan: &InstallPlan,
+    step: InstallStep,
+    ran: bool,
+    ring: Option<&Keyring>,
+    site: &mut InstallRoot,
+    undo: Undo,
+) -> Result<()> {
     let home = &plan.home;
     let mut failures = Vec::new();
     let mut done = |outcome: Result<()>| failures.extend(outcome.err().map(|error| format!("{error:#}")));
-    if !plan.keeps() && step >= Step::Register {
+    if !plan.keeps() && step >= InstallStep::Register {
         done(roles::stop_all(home));
     }
-    if step >= Step::Register && plan.kind.is_some() && !was_registered(plan) {
-        done(roles::register(home, Kind::None));
+    if step >= InstallStep::Register && plan.kind.is_some() && !was_registered(plan) {
+        done(roles::register(home, ServiceManagerKind::None));
     }
     // Before the files of keys are back.
     done(ring.map_or(Ok(()), |ring| keyring::keep_after_failure(home, ring)));
@@ -229,22 +241,22 @@ fn take_back(plan: &Plan, step: Step, ran: bool, ring: Option<&Keyring>, site: &
         site.forget_inside();
         done(legacy::bring_back(home, &plan.executable));
     }
-    if let Standing::Aops(_) = plan.standing {
+    if let ExistingInstallation::Aops(_) = plan.standing {
         // Whatever was missing there and was made: those who run again use it.
         site.forget_all();
     }
     done(match &plan.standing {
-        Standing::Nothing => Ok(()),
-        Standing::Old => legacy::start(home),
+        ExistingInstallation::Nothing => Ok(()),
+        ExistingInstallation::Old => legacy::start(home),
         // Renewed, and nothing of the roles touched yet: they run.
-        Standing::Aops(_) if plan.keeps() && step < Step::Register => Ok(()),
-        Standing::Aops(_) if !ran => roles::stop_all(home),
-        Standing::Aops(installed) => roles::start_again(home, installed.service),
+        ExistingInstallation::Aops(_) if plan.keeps() && step < InstallStep::Register => Ok(()),
+        ExistingInstallation::Aops(_) if !ran => roles::stop_all(home),
+        ExistingInstallation::Aops(installed) => roles::start_again(home, installed.service),
     });
     if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
 }
 
-fn summary(plan: &Plan, fetched: &Fetched) {
+fn summary(plan: &InstallPlan, fetched: &FetchedManager) {
     let home = plan.home.root().display();
     let endpoints: Vec<String> = plan.config.heartbeat_srv.iter().map(ToString::to_string).collect();
     progress::say(format_args!("version {} is installed in {home} and runs", fetched.release.manager.version));
@@ -263,15 +275,15 @@ mod tests {
     fn a_failure_tells_the_step_what_became_of_the_host_and_what_to_do() {
         let home = Home::new("/srv/a");
         let full = Error::from(std::io::Error::from(ErrorKind::StorageFull)).context("cannot write /srv/a/x");
-        let text = format!("{:#}", told(Failed { step: Step::Fetch, error: full }, &home));
+        let text = format!("{:#}", told(InstallFailure { step: InstallStep::Fetch, error: full }, &home));
         assert!(text.starts_with(
             "cannot install aops into /srv/a (step fetch; nothing was changed; free some space for /srv/a, then repeat the command): \
              cannot write /srv/a/x"
         ), "{text}");
         let elsewhere = Error::from(std::io::Error::from(ErrorKind::ReadOnlyFilesystem)).context("cannot write /etc/x");
-        let text = format!("{:#}", told(Failed { step: Step::Register, error: elsewhere }, &home));
+        let text = format!("{:#}", told(InstallFailure { step: InstallStep::Register, error: elsewhere }, &home));
         assert!(text.starts_with("cannot install aops into /srv/a (step register): cannot write /etc/x"), "{text}");
-        let text = format!("{:#}", told(Failed { step: Step::Start, error: Error::msg("x") }, &home));
+        let text = format!("{:#}", told(InstallFailure { step: InstallStep::Start, error: Error::msg("x") }, &home));
         assert_eq!(text, "cannot install aops into /srv/a (step start): x");
     }
 }

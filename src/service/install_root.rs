@@ -1,6 +1,6 @@
 //! The place where an installation is at work: its lock, its own directory, and the directories that it had to make.
 //!
-//! Dropped without [`Site::keep`], it leaves nothing behind that was not there before.
+//! Dropped without [`InstallRoot::keep`], it leaves nothing behind that was not there before.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -12,29 +12,29 @@ use anyhow::{Context, Result, bail};
 use super::{legacy, undo};
 use crate::home::Home;
 use crate::installation::{self, permissions};
-use crate::lock::{self, Held};
-use crate::platform::{self, Expected};
+use crate::lock::{self, LockGuard};
+use crate::platform::{self, ExpectedPath};
 use crate::store;
 
 /// A holder that has just died may be seen a moment longer.
 const LOCK_DEADLINE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
-pub(super) struct Site {
+pub(super) struct InstallRoot {
     home: Home,
     /// What was made, parents first.
     created: Vec<PathBuf>,
-    lock: Option<Held>,
+    lock: Option<LockGuard>,
     kept: bool,
     /// An installation was killed here before it was whole.
     resumes: bool,
 }
 
-impl Site {
+impl InstallRoot {
     /// Takes the lock of the home, which is made where it is not there. Nothing is touched where somebody else could change what is found
     /// there, or lead elsewhere what is done there.
-    pub(super) fn open(home: &Home) -> Result<Site> {
-        let mut site = Site { home: home.clone(), created: Vec::new(), lock: None, kept: false, resumes: false };
+    pub(super) fn open(home: &Home) -> Result<InstallRoot> {
+        let mut site = InstallRoot { home: home.clone(), created: Vec::new(), lock: None, kept: false, resumes: false };
         sound(home)?;
         site.make(home.root(), 0o755)?;
         site.make(&home.run(), 0o700)?;
@@ -144,9 +144,9 @@ impl Site {
 /// Refuses a home, or an older installation in it, that cannot be relied on.
 pub(super) fn sound(home: &Home) -> Result<()> {
     let work = home.install_work();
-    let made = (home.install_made(), Expected::File);
-    let script = legacy::script(home).map(|script| (script, Expected::File));
-    let also: Vec<_> = [(work, Expected::Directory), made].into_iter().chain(script).collect();
+    let made = (home.install_made(), ExpectedPath::File);
+    let script = legacy::script(home).map(|script| (script, ExpectedPath::File));
+    let also: Vec<_> = [(work, ExpectedPath::Directory), made].into_iter().chain(script).collect();
     permissions::grounds(home, &also)
 }
 
@@ -161,7 +161,7 @@ pub(super) fn half_made(home: &Home) -> Vec<PathBuf> {
     store::load(&home.install_made()).ok().flatten().unwrap_or_default()
 }
 
-impl Drop for Site {
+impl Drop for InstallRoot {
     fn drop(&mut self) {
         // What was set aside and not brought back is all there is of it, and so is what could not be put back.
         let keeps_work = legacy::is_any_aside(&self.home) || (!self.kept && undo::is_any_kept(&self.work()));
@@ -199,7 +199,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path().join("made/home"));
         let killed = || {
-            let mut site = Site::open(&home).unwrap();
+            let mut site = InstallRoot::open(&home).unwrap();
             site.note().unwrap();
             for (path, mode) in home.directories() {
                 site.make(&path, mode).unwrap();
@@ -215,7 +215,7 @@ mod tests {
         killed();
         assert!(is_half_made(&home) && installation::exists(&home) && !legacy::is_old(&home));
         killed();
-        let mut site = Site::open(&home).unwrap();
+        let mut site = InstallRoot::open(&home).unwrap();
         site.note().unwrap();
         assert_eq!(site.created_for_home(), [directory.path().join("made"), home.root().to_owned()]);
         drop(site);
@@ -230,7 +230,7 @@ mod tests {
         fs::create_dir(home.etc()).unwrap();
         fs::write(home.etc().join("conf.yml"), "heartbeatSrv: https://old:1\n").unwrap();
         for _ in 0..2 {
-            let mut site = Site::open(&home).unwrap();
+            let mut site = InstallRoot::open(&home).unwrap();
             site.note().unwrap();
             site.lock = None;
             std::mem::forget(site);
@@ -242,7 +242,7 @@ mod tests {
     fn what_was_not_kept_leaves_nothing_behind() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path().join("a/b/home"));
-        let site = Site::open(&home).unwrap();
+        let site = InstallRoot::open(&home).unwrap();
         fs::write(site.work().join("x"), "x").unwrap();
         let created = site.created_for_home();
         assert_eq!(created, ["a", "a/b", "a/b/home"].map(|path| directory.path().join(path)));
@@ -254,14 +254,14 @@ mod tests {
     fn what_could_not_be_put_back_stays_until_an_installation_succeeds() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path().join("home"));
-        let site = Site::open(&home).unwrap();
+        let site = InstallRoot::open(&home).unwrap();
         let kept = site.work().join("kept-1");
         fs::create_dir(&kept).unwrap();
         drop(site);
         assert!(kept.is_dir());
-        drop(Site::open(&home).unwrap());
+        drop(InstallRoot::open(&home).unwrap());
         assert!(kept.is_dir());
-        Site::open(&home).unwrap().keep();
+        InstallRoot::open(&home).unwrap().keep();
         assert!(!kept.exists() && !home.install_work().exists());
     }
 
@@ -271,10 +271,10 @@ mod tests {
         let home = Home::new(directory.path());
         fs::create_dir(home.run()).unwrap();
         fs::write(home.run().join("x"), "x").unwrap();
-        drop(Site::open(&home).unwrap());
+        drop(InstallRoot::open(&home).unwrap());
         assert!(home.run().join("x").exists() && !home.install_lock().exists() && !home.install_work().exists());
 
-        let mut site = Site::open(&home).unwrap();
+        let mut site = InstallRoot::open(&home).unwrap();
         site.make(&home.bin(), 0o755).unwrap();
         site.keep();
         assert!(home.bin().is_dir() && !home.install_work().exists());
@@ -284,8 +284,8 @@ mod tests {
     fn a_second_one_is_kept_out_and_harms_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path().join("home"));
-        let first = Site::open(&home).unwrap();
-        let error = Site::open(&home).unwrap_err().to_string();
+        let first = InstallRoot::open(&home).unwrap();
+        let error = InstallRoot::open(&home).unwrap_err().to_string();
         assert!(error.contains("another installation"), "{error}");
         assert!(first.work().is_dir() && home.install_lock().exists());
         drop(first);
@@ -297,7 +297,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("file"), "").unwrap();
         for (path, words) in [("file", "it is no directory"), ("file/home", "cannot make the directory")] {
-            let error = format!("{:#}", Site::open(&Home::new(directory.path().join(path))).unwrap_err());
+            let error = format!("{:#}", InstallRoot::open(&Home::new(directory.path().join(path))).unwrap_err());
             assert!(error.contains(words), "{error}");
         }
     }

@@ -16,14 +16,14 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// One that runs from below a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Running {
+pub(super) struct LeftoverProcess {
     pub(super) pid: u32,
     start_time: u64,
     pub(super) executable: PathBuf,
 }
 
 /// Who runs from below `root`, ourselves excepted.
-pub(super) fn running_from(root: &Path) -> Vec<Running> {
+pub(super) fn running_from(root: &Path) -> Vec<LeftoverProcess> {
     let root = root.canonicalize().unwrap_or_else(|_| root.to_owned());
     let own = std::process::id();
     platform::processes(&root)
@@ -31,7 +31,7 @@ pub(super) fn running_from(root: &Path) -> Vec<Running> {
         .filter(|seen| seen.pid != own)
         .filter_map(|seen| {
             let executable = platform::executable_of(seen.pid).filter(|path| path.starts_with(&root))?;
-            Some(Running { pid: seen.pid, start_time: seen.start_time, executable })
+            Some(LeftoverProcess { pid: seen.pid, start_time: seen.start_time, executable })
         })
         .collect()
 }
@@ -40,7 +40,7 @@ pub(super) fn running_from(root: &Path) -> Vec<Running> {
 pub(super) fn end_running_from(root: &Path) -> Result<()> {
     for (signal, patience) in [(StopSignal::Term, GRACE), (StopSignal::Kill, LAST)] {
         let started = Instant::now();
-        let mut told: Vec<Running> = Vec::new();
+        let mut told: Vec<LeftoverProcess> = Vec::new();
         loop {
             let running = running_from(root);
             if running.is_empty() {

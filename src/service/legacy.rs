@@ -111,22 +111,22 @@ pub(super) fn is_aside(home: &Home, path: &Path) -> bool {
 
 /// Whose things are set aside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Whose {
+pub(super) enum BackupOwner {
     /// All that lies in the home: of an old installation nobody knows what it made.
     Old,
     /// What an installation of aops made; whatever else lies there stays.
     Ours,
 }
 
-impl Whose {
+impl BackupOwner {
     /// Whether what lies in the home is moved; the installation's own things and the running executable are not.
     fn has(self, home: &Home, path: &Path, executable: &Path) -> bool {
-        path != executable && path != home.install_work() && (self == Whose::Old || home.owns(path))
+        path != executable && path != home.install_work() && (self == BackupOwner::Old || home.owns(path))
     }
 }
 
 /// Finds out whether everything can be moved aside, while nothing is: each entry is tried by itself.
-pub(super) fn can_set_aside(home: &Home, whose: Whose, executable: &Path) -> Result<()> {
+pub(super) fn can_set_aside(home: &Home, whose: BackupOwner, executable: &Path) -> Result<()> {
     let blocker = home.install_work().join("blocker");
     fs::create_dir_all(blocker.join("full")).with_context(|| format!("cannot make {}", blocker.display()))?;
     let run = home.run();
@@ -154,7 +154,7 @@ pub(super) fn can_set_aside(home: &Home, whose: Whose, executable: &Path) -> Res
 }
 
 /// Moves everything aside that is to be replaced.
-pub(super) fn set_aside(home: &Home, whose: Whose, executable: &Path) -> Result<()> {
+pub(super) fn set_aside(home: &Home, whose: BackupOwner, executable: &Path) -> Result<()> {
     let stays = |path: &Path| !whose.has(home, path, executable);
     move_entries(home.root(), &under_way(home), &stays, home)?;
     rename(&under_way(home), &aside(home))
@@ -167,7 +167,7 @@ pub(super) fn bring_back(home: &Home, executable: &Path) -> Result<()> {
         if is_directory(&aside) {
             for entry in fs::read_dir(home.root())?.chain(fs::read_dir(home.run())?) {
                 let path = entry?.path();
-                if Whose::Ours.has(home, &path, executable) && path != home.run() && path != home.install_lock() {
+                if BackupOwner::Ours.has(home, &path, executable) && path != home.run() && path != home.install_lock() {
                     remove(&path)?;
                 }
             }
@@ -234,12 +234,13 @@ mod tests {
 
     #[test]
     fn an_old_installation_is_recognized_by_several_of_its_marks() {
-        let settings: Mark = |home| fs::write(home.join("etc/conf.yml"), "a: 1\nheartbeatSrv: x\n").unwrap();
-        let others: Mark = |home| fs::write(home.join("etc/conf.yml"), "listen: 80\nx: heartbeatSrv\n").unwrap();
-        let id: Mark = |home| fs::write(home.join("agentId"), "af31\n").unwrap();
-        let our_id: Mark = |home| fs::write(home.join("etc/agent-id"), "af31\n").unwrap();
-        let no_id: Mark = |home| fs::write(home.join("etc/agentId"), "two words\n").unwrap();
-        let control: Mark = |home| {
+        let settings: LegacyMarker = |home| fs::write(home.join("etc/conf.yml"), "a: 1\nheartbeatSrv: x\n").unwrap();
+        let others: LegacyMarker =
+            |home| fs::write(home.join("etc/conf.yml"), "listen: 80\nx: heartbeatSrv\n").unwrap();
+        let id: LegacyMarker = |home| fs::write(home.join("agentId"), "af31\n").unwrap();
+        let our_id: LegacyMarker = |home| fs::write(home.join("etc/agent-id"), "af31\n").unwrap();
+        let no_id: LegacyMarker = |home| fs::write(home.join("etc/agentId"), "two words\n").unwrap();
+        let control: LegacyMarker = |home| {
             fs::write(home.join("control"), "#!/bin/sh\n").unwrap();
             platform::set_mode(&home.join("control"), 0o755).unwrap();
         };
@@ -263,7 +264,7 @@ mod tests {
         }
     }
 
-    type Mark = fn(&Path);
+    type LegacyMarker = fn(&Path);
 
     #[test]
     fn what_is_not_of_an_installation_stays_where_it_is() {
@@ -277,8 +278,8 @@ mod tests {
         let before = files(directory.path());
         let nobody = Path::new("/nowhere");
         fs::create_dir(home.install_work()).unwrap();
-        can_set_aside(&home, Whose::Ours, nobody).unwrap();
-        set_aside(&home, Whose::Ours, nobody).unwrap();
+        can_set_aside(&home, BackupOwner::Ours, nobody).unwrap();
+        set_aside(&home, BackupOwner::Ours, nobody).unwrap();
         assert!(!home.bin().exists() && directory.path().join("data/customers.db").exists());
         fs::create_dir_all(home.run()).unwrap();
         fs::write(directory.path().join("came"), "").unwrap();
@@ -302,7 +303,7 @@ mod tests {
         let before = files(directory.path());
         fs::write(home.install_lock(), "").unwrap();
 
-        set_aside(&home, Whose::Old, &bootstrap).unwrap();
+        set_aside(&home, BackupOwner::Old, &bootstrap).unwrap();
         assert!(bootstrap.exists() && home.install_lock().exists());
         assert!(!home.bin().exists() && !home.run().join("pid").exists());
         fs::create_dir(home.bin()).unwrap();

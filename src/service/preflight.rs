@@ -1,21 +1,21 @@
 //! Everything about an installation that can be known before anything is touched: what stands there, who the host is, which settings,
-//! keys and service manager are to be. What comes out, a [`Plan`], only has to be carried out.
+//! keys and service manager are to be. What comes out, a [`InstallPlan`], only has to be carried out.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::first_contact::{self, Contact};
-use super::{InstallOptions, ServiceChoice, Surroundings, install_root, legacy, progress};
-use crate::config::{self, Certificate, Config, ProxyChoice};
+use super::first_contact::{self, FirstContact};
+use super::{InstallOptions, ProcessContext, ServiceChoice, install_root, legacy, progress};
+use crate::config::{self, CertificateCheck, Config, ProxyChoice};
 use crate::core::model::{AgentId, Version};
-use crate::core::service_manager::Kind;
+use crate::core::service_manager::ServiceManagerKind;
 use crate::endpoint::Proxies;
 use crate::home::{CA_FILE, Home};
 use crate::host_service;
-use crate::host_service::product::{Product, Registration};
+use crate::host_service::product::{Product, ServiceRegistration};
 use crate::installation::keyring::Keyring;
-use crate::installation::{self, Epochs, Installed, permissions};
+use crate::installation::{self, Epochs, InstallRecord, permissions};
 use crate::package::{Keys, trailer};
 use crate::{lifecycle, platform, store};
 
@@ -24,36 +24,36 @@ const MAX_CA_BYTES: u64 = 4 << 20;
 
 /// Wrong usage: what the command line lacks.
 #[derive(Debug)]
-pub(super) struct Usage(pub(super) String);
+pub(super) struct UsageError(pub(super) String);
 
-impl std::fmt::Display for Usage {
+impl std::fmt::Display for UsageError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Usage {}
+impl std::error::Error for UsageError {}
 
 /// What stands in the home.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Standing {
+pub(super) enum ExistingInstallation {
     Nothing,
     /// An installation of aops.
-    Aops(Installed),
+    Aops(InstallRecord),
     /// One of the system that it replaces.
     Old,
 }
 
 /// What is to be done.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(super) struct InstallPlan {
     pub(super) home: Home,
     /// The running executable, which may lie in the home.
     pub(super) executable: PathBuf,
-    pub(super) standing: Standing,
+    pub(super) standing: ExistingInstallation,
     pub(super) fresh: bool,
     pub(super) product: String,
-    pub(super) kind: Kind,
+    pub(super) kind: ServiceManagerKind,
     /// What a person is to do so that the home is started at boot, where nothing does that.
     pub(super) boot_advice: Option<String>,
     pub(super) agent_id: AgentId,
@@ -63,45 +63,45 @@ pub(super) struct Plan {
     /// The content of `etc/ca.pem`, where a new one is given.
     pub(super) ca_file: Option<Vec<u8>>,
     /// Where a first contact is trusted: whether it was made.
-    pub(super) contact: Option<Contact>,
-    pub(super) trusted: Trusted,
+    pub(super) contact: Option<FirstContact>,
+    pub(super) trusted: InstallTrust,
     /// By which a package may be refused as withdrawn.
     pub(super) epochs: Epochs,
     pub(super) version: Option<Version>,
     pub(super) package: Option<PathBuf>,
 }
 
-impl Plan {
+impl InstallPlan {
     /// Whether what stands there is stopped as a whole and taken away, as opposed to renewed.
     pub(super) fn replaces_all(&self) -> bool {
         match self.standing {
-            Standing::Nothing => false,
-            Standing::Aops(_) => self.fresh,
-            Standing::Old => true,
+            ExistingInstallation::Nothing => false,
+            ExistingInstallation::Aops(_) => self.fresh,
+            ExistingInstallation::Old => true,
         }
     }
 
     /// Whose things are taken away then.
-    pub(super) fn whose(&self) -> legacy::Whose {
-        if self.standing == Standing::Old { legacy::Whose::Old } else { legacy::Whose::Ours }
+    pub(super) fn whose(&self) -> legacy::BackupOwner {
+        if self.standing == ExistingInstallation::Old { legacy::BackupOwner::Old } else { legacy::BackupOwner::Ours }
     }
 
     /// Whether an installation of aops is renewed, with all that it knows.
     pub(super) fn keeps(&self) -> bool {
-        matches!(self.standing, Standing::Aops(_)) && !self.fresh
+        matches!(self.standing, ExistingInstallation::Aops(_)) && !self.fresh
     }
 }
 
 /// Looks at everything and decides.
 pub(super) fn plan(
     options: &InstallOptions,
-    surroundings: &Surroundings,
+    surroundings: &ProcessContext,
     home: &Home,
     product: &Product,
-) -> Result<Plan> {
+) -> Result<InstallPlan> {
     permissions::home(home)?;
     let standing = standing(home)?;
-    let keeps = !options.fresh && matches!(standing, Standing::Aops(_));
+    let keeps = !options.fresh && matches!(standing, ExistingInstallation::Aops(_));
 
     let (standing_text, standing_config) = if keeps { standing_config(home)? } else { (None, None) };
     let looked = if keeps {
@@ -121,7 +121,7 @@ pub(super) fn plan(
             }
             imported
         }
-        None if standing == Standing::Old && !options.fresh => config::import::read(home.root())?,
+        None if standing == ExistingInstallation::Old && !options.fresh => config::import::read(home.root())?,
         None => config::import::Imported::default(),
     };
     for warning in &imported.warnings {
@@ -143,7 +143,7 @@ pub(super) fn plan(
             true => "--agent-id and --endpoint are missing, and no installation stands there whose own could be kept",
             false => "--agent-id is missing, and no installation stands there whose id could be kept",
         };
-        return Err(Usage(missing.to_owned()).into());
+        return Err(UsageError(missing.to_owned()).into());
     };
     if let Some(standing_id) = standing_id.filter(|standing_id| *standing_id != agent_id) {
         progress::say(format_args!("the agent id changes from {standing_id} to {agent_id}"));
@@ -152,13 +152,13 @@ pub(super) fn plan(
     let config = settle(standing_config.as_ref(), imported.config.as_ref(), options);
     let config = with_proxy(config, &Proxies::of_environment(|name| std::env::var(name).ok()));
     if config.heartbeat_srv.is_empty() {
-        return Err(Usage(
+        return Err(UsageError(
             "--endpoint is missing, and no installation stands there whose endpoint could be kept".to_owned(),
         )
         .into());
     }
     if let Some(plain) = config.heartbeat_srv.iter().find(|endpoint| !endpoint.is_https())
-        && config.certificate != Certificate::Unchecked
+        && config.certificate != CertificateCheck::Unchecked
     {
         bail!(
             "cannot use the endpoint {plain}: anybody in between can read and change what goes over http://; use https://, or say --insecure"
@@ -177,14 +177,14 @@ pub(super) fn plan(
     if let Some(why) = why {
         progress::say(why);
     }
-    let plan = Plan {
+    let plan = InstallPlan {
         home: home.clone(),
         executable: surroundings.executable.clone(),
         standing,
         fresh: options.fresh,
         product: product.name.clone(),
         kind,
-        boot_advice: (kind == Kind::None).then(|| product.boot_advice(&home.control_link())),
+        boot_advice: (kind == ServiceManagerKind::None).then(|| product.boot_advice(&home.control_link())),
         agent_id,
         config,
         config_text,
@@ -200,7 +200,7 @@ pub(super) fn plan(
 }
 
 /// Tries what can be tried while nothing is touched: what is bound to fail fails here, before anything is stopped.
-fn feasible(plan: &Plan) -> Result<()> {
+fn feasible(plan: &InstallPlan) -> Result<()> {
     let before = host_service::registered_with(&plan.home);
     if before != plan.kind {
         host_service::can_unregister(before, &plan.home)?;
@@ -212,19 +212,21 @@ fn feasible(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn standing(home: &Home) -> Result<Standing> {
+fn standing(home: &Home) -> Result<ExistingInstallation> {
     if install_root::is_half_made(home) {
-        return Ok(Standing::Nothing);
+        return Ok(ExistingInstallation::Nothing);
     }
     if installation::exists(home) {
         // A record that can't be read is none that can be kept; what it says is needed only to take things back.
-        let installed = Installed::load(home).unwrap_or_else(|error| {
+        let installed = InstallRecord::load(home).unwrap_or_else(|error| {
             progress::warn(format_args!("{error:#}"));
             None
         });
-        return Ok(Standing::Aops(installed.unwrap_or_else(|| Installed::by(lifecycle::service(home)))));
+        return Ok(ExistingInstallation::Aops(
+            installed.unwrap_or_else(|| InstallRecord::by(lifecycle::service(home))),
+        ));
     }
-    Ok(if legacy::is_old(home) { Standing::Old } else { Standing::Nothing })
+    Ok(if legacy::is_old(home) { ExistingInstallation::Old } else { ExistingInstallation::Nothing })
 }
 
 fn standing_config(home: &Home) -> Result<(Option<String>, Option<Config>)> {
@@ -250,13 +252,13 @@ fn settle(standing: Option<&Config>, imported: Option<&Config>, options: &Instal
         config.heartbeat_srv.clone_from(&options.endpoint);
     }
     if options.ca_cert.is_some() {
-        config.certificate = Certificate::Authority(CA_FILE.into());
+        config.certificate = CertificateCheck::Authority(CA_FILE.into());
     } else if !options.pin.is_empty() {
-        config.certificate = Certificate::Pinned(options.pin.clone());
+        config.certificate = CertificateCheck::Pinned(options.pin.clone());
     } else if options.insecure {
-        config.certificate = Certificate::Unchecked;
-    } else if options.pin_first_contact && standing.is_none() && config.certificate == Certificate::System {
-        config.certificate = Certificate::FirstContact;
+        config.certificate = CertificateCheck::Unchecked;
+    } else if options.pin_first_contact && standing.is_none() && config.certificate == CertificateCheck::System {
+        config.certificate = CertificateCheck::FirstContact;
     }
     if let Some(product) = options.product.as_deref() {
         config.product = (product != "auto").then(|| product.to_owned());
@@ -289,7 +291,7 @@ fn certificates(path: &Path) -> Result<Vec<u8>> {
 
 /// Whom an installation trusts, and what of that it keeps.
 #[derive(Debug, Clone)]
-pub(super) struct Trusted {
+pub(super) struct InstallTrust {
     /// What packages are verified by.
     pub(super) keys: Keys,
     /// Given by the operator.
@@ -302,7 +304,7 @@ pub(super) struct Trusted {
     pub(super) ring: Keyring,
 }
 
-fn trusted(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool) -> Result<Trusted> {
+fn trusted(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool) -> Result<InstallTrust> {
     let (mut given, mut carried) = (Keys::default(), Keys::default());
     for path in &options.trusted_key {
         given.extend(Keys::read(path)?)?;
@@ -334,17 +336,25 @@ fn trusted(options: &InstallOptions, home: &Home, executable: &Path, keeps: bool
              the executable that the gateway serves for this, which brings it"
         );
     }
-    Ok(Trusted { keys, given, carried, etc, ring })
+    Ok(InstallTrust { keys, given, carried, etc, ring })
 }
 
 /// Which service manager the roles are registered with, and why it is none although there is one.
-fn registration(choice: ServiceChoice, product: Registration, detected: Kind, root: bool) -> (Kind, Option<String>) {
+fn registration(
+    choice: ServiceChoice,
+    product: ServiceRegistration,
+    detected: ServiceManagerKind,
+    root: bool,
+) -> (ServiceManagerKind, Option<String>) {
     match (choice, product, detected) {
-        (ServiceChoice::None, _, _) | (_, Registration::None, _) | (_, _, Kind::None) => (Kind::None, None),
-        (ServiceChoice::Auto, Registration::Auto, kind) if root => (kind, None),
-        (ServiceChoice::Auto, Registration::Auto, kind) => {
-            (Kind::None, Some(format!("not registered with {kind}: that takes root; the roles are started without it")))
+        (ServiceChoice::None, _, _) | (_, ServiceRegistration::None, _) | (_, _, ServiceManagerKind::None) => {
+            (ServiceManagerKind::None, None)
         }
+        (ServiceChoice::Auto, ServiceRegistration::Auto, kind) if root => (kind, None),
+        (ServiceChoice::Auto, ServiceRegistration::Auto, kind) => (
+            ServiceManagerKind::None,
+            Some(format!("not registered with {kind}: that takes root; the roles are started without it")),
+        ),
     }
 }
 
@@ -363,7 +373,7 @@ mod tests {
             heartbeat_srv: vec!["https://old:1".parse().unwrap()],
             spm_max_mem: crate::core::units::Size(99 << 20),
             product: Some("hci".to_owned()),
-            certificate: Certificate::Authority("etc/mine.pem".into()),
+            certificate: CertificateCheck::Authority("etc/mine.pem".into()),
             ..Config::default()
         };
         let settled = settle(Some(&standing), None, &options());
@@ -372,25 +382,25 @@ mod tests {
 
         let told = InstallOptions { product: Some("auto".to_owned()), insecure: true, ..options() };
         let settled = settle(Some(&standing), None, &told);
-        assert_eq!((settled.product, settled.certificate), (None, Certificate::Unchecked));
+        assert_eq!((settled.product, settled.certificate), (None, CertificateCheck::Unchecked));
     }
 
     #[test]
     fn the_first_contact_is_pinned_only_where_nothing_else_was_said() {
         let first = InstallOptions { pin_first_contact: true, ..options() };
-        assert_eq!(settle(None, None, &first).certificate, Certificate::FirstContact);
-        assert_eq!(settle(None, None, &options()).certificate, Certificate::System);
+        assert_eq!(settle(None, None, &first).certificate, CertificateCheck::FirstContact);
+        assert_eq!(settle(None, None, &options()).certificate, CertificateCheck::System);
         // Of the system that is replaced nothing is known but that it took anything.
-        assert_eq!(settle(None, Some(&Config::default()), &first).certificate, Certificate::FirstContact);
+        assert_eq!(settle(None, Some(&Config::default()), &first).certificate, CertificateCheck::FirstContact);
         // A home that goes by the system's roots goes on doing so, also with the settings of another.
-        for imported in [None, Some(&Config { certificate: Certificate::Unchecked, ..Config::default() })] {
-            assert_eq!(settle(Some(&Config::default()), imported, &first).certificate, Certificate::System);
+        for imported in [None, Some(&Config { certificate: CertificateCheck::Unchecked, ..Config::default() })] {
+            assert_eq!(settle(Some(&Config::default()), imported, &first).certificate, CertificateCheck::System);
         }
-        let pinned = Certificate::Pinned(vec!["00".repeat(32).parse().unwrap()]);
+        let pinned = CertificateCheck::Pinned(vec!["00".repeat(32).parse().unwrap()]);
         let standing = Config { certificate: pinned.clone(), ..Config::default() };
         assert_eq!(settle(Some(&standing), None, &first).certificate, pinned);
         let ca = InstallOptions { ca_cert: Some("x".into()), ..first };
-        assert_eq!(settle(Some(&standing), None, &ca).certificate, Certificate::Authority(CA_FILE.into()));
+        assert_eq!(settle(Some(&standing), None, &ca).certificate, CertificateCheck::Authority(CA_FILE.into()));
     }
 
     #[test]
@@ -416,11 +426,11 @@ mod tests {
     fn registration_takes_a_service_manager_root_and_a_product_that_wants_it() {
         use ServiceChoice as Choice;
         let decided = |choice, product, detected, root| registration(choice, product, detected, root).0;
-        for kind in Kind::ALL.iter().copied() {
-            assert_eq!(decided(Choice::Auto, Registration::Auto, kind, true), kind);
-            assert_eq!(decided(Choice::Auto, Registration::Auto, kind, false), Kind::None);
-            assert_eq!(decided(Choice::Auto, Registration::None, kind, true), Kind::None);
-            assert_eq!(decided(Choice::None, Registration::Auto, kind, true), Kind::None);
+        for kind in ServiceManagerKind::ALL.iter().copied() {
+            assert_eq!(decided(Choice::Auto, ServiceRegistration::Auto, kind, true), kind);
+            assert_eq!(decided(Choice::Auto, ServiceRegistration::Auto, kind, false), ServiceManagerKind::None);
+            assert_eq!(decided(Choice::Auto, ServiceRegistration::None, kind, true), ServiceManagerKind::None);
+            assert_eq!(decided(Choice::None, ServiceRegistration::Auto, kind, true), ServiceManagerKind::None);
         }
     }
 
@@ -429,10 +439,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         let product = product::choose(None).unwrap();
-        let surroundings = Surroundings { home: None, product: None, executable: "/nowhere".into() };
+        let surroundings = ProcessContext { home: None, product: None, executable: "/nowhere".into() };
         let refused = |options: &InstallOptions| {
             let error = plan(options, &surroundings, &home, &product).unwrap_err();
-            error.downcast_ref::<Usage>().map(|usage| usage.0.clone())
+            error.downcast_ref::<UsageError>().map(|usage| usage.0.clone())
         };
         assert!(refused(&options()).unwrap().contains("--agent-id"));
         let without_endpoint = InstallOptions { agent_id: Some("1".parse().unwrap()), ..InstallOptions::default() };
@@ -443,7 +453,7 @@ mod tests {
     fn plain_http_needs_insecure() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
-        let surroundings = Surroundings { home: None, product: None, executable: "/nowhere".into() };
+        let surroundings = ProcessContext { home: None, product: None, executable: "/nowhere".into() };
         let options = InstallOptions {
             agent_id: Some("1".parse().unwrap()),
             endpoint: vec!["http://a:1".parse().unwrap()],

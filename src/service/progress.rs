@@ -21,33 +21,33 @@ pub(super) fn warn(line: impl std::fmt::Display) {
 
 /// The progress of one download.
 #[derive(Debug)]
-pub(super) enum Download {
+pub(super) enum DownloadDisplay {
     Bar(ProgressBar),
     Lines { told: u64 },
 }
 
-impl Download {
-    pub(super) fn begin() -> Download {
+impl DownloadDisplay {
+    pub(super) fn begin() -> DownloadDisplay {
         if !stderr().is_terminal() {
-            return Download::Lines { told: 0 };
+            return DownloadDisplay::Lines { told: 0 };
         }
         let bar = ProgressBar::no_length();
         if let Ok(style) = ProgressStyle::with_template("  {bar:30} {bytes}/{total_bytes} {bytes_per_sec}") {
             bar.set_style(style.progress_chars("=> "));
         }
-        Download::Bar(bar)
+        DownloadDisplay::Bar(bar)
     }
 
     /// `done` bytes are there, of `total` where that is known.
     pub(super) fn at(&mut self, done: u64, total: Option<u64>) {
         match self {
-            Download::Bar(bar) => {
+            DownloadDisplay::Bar(bar) => {
                 if let Some(total) = total {
                     bar.set_length(total);
                 }
                 bar.set_position(done);
             }
-            Download::Lines { told } => {
+            DownloadDisplay::Lines { told } => {
                 let Some(total) = total.filter(|total| *total > 0) else { return };
                 let hundredths = done.saturating_mul(100) / total;
                 // It may begin anew, from another endpoint.
@@ -63,9 +63,9 @@ impl Download {
     }
 }
 
-impl Drop for Download {
+impl Drop for DownloadDisplay {
     fn drop(&mut self) {
-        if let Download::Bar(bar) = self {
+        if let DownloadDisplay::Bar(bar) = self {
             bar.finish_and_clear();
         }
     }

@@ -9,7 +9,7 @@ use super::leftovers;
 use super::progress;
 use crate::control_socket::{self, Request};
 use crate::core::role::Role;
-use crate::core::service_manager::Kind;
+use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
 use crate::{host_service, lifecycle, platform, role, store};
 
@@ -43,7 +43,7 @@ pub(super) fn stop_all(home: &Home) -> Result<()> {
 }
 
 /// Registers the roles where they are to be, and takes them out of a service manager that they are not to be in any more.
-pub(super) fn register(home: &Home, kind: Kind) -> Result<()> {
+pub(super) fn register(home: &Home, kind: ServiceManagerKind) -> Result<()> {
     let before = host_service::registered_with(home);
     if before != kind {
         // The units' stop is a real one: sub-agents are stopped, too, and started again by the new manager.
@@ -55,7 +55,7 @@ pub(super) fn register(home: &Home, kind: Kind) -> Result<()> {
 
 /// Starts the roles, or renews them where they run: sub-agents keep running. The child is the manager itself, where there is no service
 /// manager.
-pub(super) fn start(home: &Home, kind: Kind, registered_before: bool) -> Result<Option<Child>> {
+pub(super) fn start(home: &Home, kind: ServiceManagerKind, registered_before: bool) -> Result<Option<Child>> {
     role::clear_stop(home)?;
     if !registered_before {
         // Somebody else started those that run: they would keep the locks.
@@ -104,7 +104,7 @@ fn last_words(home: &Home) -> String {
 }
 
 /// Starts again what ran before a failure.
-pub(super) fn start_again(home: &Home, kind: Kind) -> Result<()> {
+pub(super) fn start_again(home: &Home, kind: ServiceManagerKind) -> Result<()> {
     let attempt = || -> Result<()> {
         register(home, kind)?;
         let child = start(home, kind, kind.is_some())?;

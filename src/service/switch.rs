@@ -6,23 +6,28 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::fetch::Fetched;
-use super::install_root::Site;
-use super::preflight::{Plan, Standing};
+use super::fetch::FetchedManager;
+use super::install_root::InstallRoot;
+use super::preflight::{ExistingInstallation, InstallPlan};
 use super::progress;
 use super::undo::Undo;
 use crate::config::{self, Config};
 use crate::core::model::MANAGER_PACKAGE;
 use crate::endpoint;
-use crate::installation::executable::{self, Name};
-use crate::installation::{Epochs, Installed, keyring};
+use crate::installation::executable::{self, ExecutableName};
+use crate::installation::{Epochs, InstallRecord, keyring};
 use crate::platform;
 use crate::store::{self, Access};
 
 /// Where the command is put for everybody, for the default home alone.
 const COMMAND_LINK: &str = "/usr/local/bin/aops";
 
-pub(super) fn switch(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut Undo) -> Result<()> {
+pub(super) fn switch(
+    plan: &InstallPlan,
+    fetched: &FetchedManager,
+    site: &mut InstallRoot,
+    undo: &mut Undo,
+) -> Result<()> {
     let home = &plan.home;
     for (directory, mode) in home.directories() {
         site.make(&directory, mode)?;
@@ -30,15 +35,15 @@ pub(super) fn switch(plan: &Plan, fetched: &Fetched, site: &mut Site, undo: &mut
     settings(plan, fetched, undo)?;
     undo.keep(&home.executable())?;
     executable::replace(home, &fetched.release.executable())?;
-    for name in Name::ALL {
+    for name in ExecutableName::ALL {
         undo.keep(&name.path(home))?;
     }
-    executable::point(home, Name::ALL, &home.executable())?;
+    executable::point(home, ExecutableName::ALL, &home.executable())?;
     let linked = command_link(plan, undo);
     records(plan, fetched, site, linked, undo)
 }
 
-fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
+fn settings(plan: &InstallPlan, fetched: &FetchedManager, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
     undo.keep(&home.agent_id())?;
     store::replace(&home.agent_id(), format!("{}\n", plan.agent_id).as_bytes(), Access::Public)?;
@@ -65,7 +70,7 @@ fn settings(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
 
 /// Writes `etc/conf.toml` where it is to say something else. Where it is a link, what that leads to is the operator's settings; what he
 /// has closed to others stays closed.
-fn configuration(plan: &Plan, undo: &mut Undo) -> Result<()> {
+fn configuration(plan: &InstallPlan, undo: &mut Undo) -> Result<()> {
     let path = plan.home.config();
     let path = std::fs::canonicalize(&path).unwrap_or(path);
     let is_open = std::fs::metadata(&path).is_ok_and(|metadata| platform::others_may_read(&metadata));
@@ -80,7 +85,7 @@ fn configuration(plan: &Plan, undo: &mut Undo) -> Result<()> {
 }
 
 /// The operator's keys, those of the bootstrap, and what the package says about keys.
-fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
+fn keys(plan: &InstallPlan, fetched: &FetchedManager, undo: &mut Undo) -> Result<()> {
     let home = &plan.home;
     undo.keep(&home.keys())?;
     if !plan.keeps() {
@@ -95,9 +100,9 @@ fn keys(plan: &Plan, fetched: &Fetched, undo: &mut Undo) -> Result<()> {
 
 /// Links the command into everybody's path: by root, for the default home, and where the name is free. It is a convenience: where it cannot
 /// be had, that is told. Answers what is linked now.
-fn command_link(plan: &Plan, undo: &mut Undo) -> Vec<PathBuf> {
+fn command_link(plan: &InstallPlan, undo: &mut Undo) -> Vec<PathBuf> {
     let mut linked = match &plan.standing {
-        Standing::Aops(installed) => installed.linked.clone(),
+        ExistingInstallation::Aops(installed) => installed.linked.clone(),
         _ => Vec::new(),
     };
     let link = PathBuf::from(COMMAND_LINK);
@@ -131,7 +136,13 @@ fn make_link(target: &Path, link: &Path, undo: &mut Undo) -> Result<()> {
     platform::replace_link(target, link).with_context(|| format!("cannot make the link {}", link.display()))
 }
 
-fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, undo: &mut Undo) -> Result<()> {
+fn records(
+    plan: &InstallPlan,
+    fetched: &FetchedManager,
+    site: &InstallRoot,
+    linked: Vec<PathBuf>,
+    undo: &mut Undo,
+) -> Result<()> {
     let home = &plan.home;
     keys(plan, fetched, undo)?;
     // Those of a home that stands only grow, whatever becomes of this installation; a manager that runs commits others meanwhile.
@@ -145,13 +156,13 @@ fn records(plan: &Plan, fetched: &Fetched, site: &Site, linked: Vec<PathBuf>, un
     }
     fetched.release.manager.save(home)?;
     let mut installed = match &plan.standing {
-        Standing::Aops(installed) => installed.clone(),
-        _ => Installed::by(plan.kind),
+        ExistingInstallation::Aops(installed) => installed.clone(),
+        _ => InstallRecord::by(plan.kind),
     };
     installed.service = plan.kind;
     installed.product.clone_from(&plan.product);
     installed.created_directories.extend(site.created_for_home());
-    if plan.standing == Standing::Old {
+    if plan.standing == ExistingInstallation::Old {
         // Nobody else's any more.
         installed.created_directories.push(home.root().to_owned());
     }

@@ -19,12 +19,12 @@ const MAX_KEPT: usize = 8;
 pub(super) struct Undo {
     /// On the file system of what is kept.
     directory: PathBuf,
-    kept: Vec<Kept>,
+    kept: Vec<SavedPath>,
 }
 
 /// What stood at a path.
 #[derive(Debug)]
-enum Kept {
+enum SavedPath {
     Nothing(PathBuf),
     /// Another name, or a copy, of the file.
     File {
@@ -51,26 +51,26 @@ impl Undo {
     /// Remembers what stands at `path` before it is replaced (by rename, never in place), made or removed.
     pub(super) fn keep(&mut self, path: &Path) -> Result<()> {
         let copy = self.directory.join(self.kept.len().to_string());
-        let attempt = || -> Result<Kept> {
+        let attempt = || -> Result<SavedPath> {
             let path = path.to_owned();
             let metadata = match path.symlink_metadata() {
                 Ok(metadata) => metadata,
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Kept::Nothing(path)),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(SavedPath::Nothing(path)),
                 Err(error) => return Err(error.into()),
             };
             if metadata.is_symlink() {
                 let target = fs::read_link(&path)?;
-                Ok(Kept::Link { path, target })
+                Ok(SavedPath::Link { path, target })
             } else if metadata.is_dir() {
                 fs::create_dir(&copy)?;
                 for entry in fs::read_dir(&path)? {
                     let entry = entry?;
                     same(&entry.path(), &copy.join(entry.file_name()))?;
                 }
-                Ok(Kept::Directory { path, copy })
+                Ok(SavedPath::Directory { path, copy })
             } else {
                 same(&path, &copy)?;
-                Ok(Kept::File { path, copy })
+                Ok(SavedPath::File { path, copy })
             }
         };
         let kept = attempt().with_context(|| format!("cannot keep {} for the case of a failure", path.display()))?;
@@ -124,9 +124,12 @@ fn same(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn put_back(kept: &Kept) -> Result<()> {
+fn put_back(kept: &SavedPath) -> Result<()> {
     let path = match kept {
-        Kept::Nothing(path) | Kept::File { path, .. } | Kept::Link { path, .. } | Kept::Directory { path, .. } => path,
+        SavedPath::Nothing(path)
+        | SavedPath::File { path, .. }
+        | SavedPath::Link { path, .. }
+        | SavedPath::Directory { path, .. } => path,
     };
     // What stands as it stood is not touched: perhaps it could not be changed to begin with, and cannot be put back for the same reason.
     if stands(kept) {
@@ -134,11 +137,11 @@ fn put_back(kept: &Kept) -> Result<()> {
     }
     let attempt = || -> Result<()> {
         match kept {
-            Kept::Nothing(path) if path.is_dir() && !path.is_symlink() => store::remove_tree(path)?,
-            Kept::Nothing(path) => store::remove(path)?,
-            Kept::File { path, copy } => platform::replace_executable(copy, path)?,
-            Kept::Link { path, target } => platform::replace_link(target, path)?,
-            Kept::Directory { path, copy } => {
+            SavedPath::Nothing(path) if path.is_dir() && !path.is_symlink() => store::remove_tree(path)?,
+            SavedPath::Nothing(path) => store::remove(path)?,
+            SavedPath::File { path, copy } => platform::replace_executable(copy, path)?,
+            SavedPath::Link { path, target } => platform::replace_link(target, path)?,
+            SavedPath::Directory { path, copy } => {
                 store::remove_tree(path)?;
                 fs::rename(copy, path)?;
             }
@@ -147,8 +150,8 @@ fn put_back(kept: &Kept) -> Result<()> {
     };
     attempt().with_context(|| {
         let copy = match kept {
-            Kept::File { copy, .. } | Kept::Directory { copy, .. } => copy.file_name(),
-            Kept::Nothing(_) | Kept::Link { .. } => None,
+            SavedPath::File { copy, .. } | SavedPath::Directory { copy, .. } => copy.file_name(),
+            SavedPath::Nothing(_) | SavedPath::Link { .. } => None,
         };
         let number = copy.map(|name| format!(" (kept as {})", name.display())).unwrap_or_default();
         format!("cannot put {} back{number}", path.display())
@@ -156,15 +159,15 @@ fn put_back(kept: &Kept) -> Result<()> {
 }
 
 /// Whether what was kept is still there, or nothing is, as it was.
-fn stands(kept: &Kept) -> bool {
+fn stands(kept: &SavedPath) -> bool {
     match kept {
-        Kept::Nothing(path) => path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound),
-        Kept::Link { path, target } => fs::read_link(path).is_ok_and(|standing| standing == *target),
-        Kept::File { path, copy } => {
+        SavedPath::Nothing(path) => path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound),
+        SavedPath::Link { path, target } => fs::read_link(path).is_ok_and(|standing| standing == *target),
+        SavedPath::File { path, copy } => {
             path.symlink_metadata().is_ok_and(|found| found.is_file())
                 && fs::File::open(path).and_then(|file| platform::is_same_file(&file, copy)).unwrap_or(false)
         }
-        Kept::Directory { .. } => false,
+        SavedPath::Directory { .. } => false,
     }
 }
 

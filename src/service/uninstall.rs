@@ -10,10 +10,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
-use super::install_root::{self, Site};
+use super::install_root::{self, InstallRoot};
 use super::{NOT_INSTALLED, WRONG_USAGE, leftovers, progress, roles};
 use crate::home::Home;
-use crate::installation::{self, Installed};
+use crate::installation::{self, InstallRecord};
 use crate::output::{self, message};
 use crate::{host_service, platform, store};
 
@@ -58,14 +58,14 @@ fn remove(home: &Home) -> Result<()> {
     // Before a word of what lies there is believed.
     install_root::sound(home)?;
     // A record that can't be read must not keep the rest here.
-    let installed = Installed::load(home).unwrap_or_else(|error| {
+    let installed = InstallRecord::load(home).unwrap_or_else(|error| {
         progress::warn(format_args!("{error:#}"));
         None
     });
     let half_made = install_root::is_half_made(home).then(|| install_root::half_made(home));
     let known = installed.is_some() || half_made.is_some();
     let stood = home.root().is_dir();
-    let at_work = Site::open(home)?;
+    let at_work = InstallRoot::open(home)?;
     // By the host, not by the record: that may say none, or be gone.
     let kind = host_service::detect();
     let registered = host_service::is_known(kind, home);
@@ -158,7 +158,7 @@ fn verify(home: &Home, mut left: Vec<String>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::service_manager::Kind;
+    use crate::core::service_manager::ServiceManagerKind;
 
     fn home_in(directory: &Path) -> Home {
         let home = Home::new(directory.join("made/home"));
@@ -177,7 +177,7 @@ mod tests {
     fn nothing_is_left_and_the_second_time_there_is_nothing_to_remove() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        let mut installed = Installed::by(Kind::None);
+        let mut installed = InstallRecord::by(ServiceManagerKind::None);
         installed.created_directories = vec![directory.path().join("made"), home.root().to_owned()];
         let (ours, theirs) = (directory.path().join("ours"), directory.path().join("theirs"));
         platform::replace_link(&home.executable(), &ours).unwrap();
@@ -196,7 +196,7 @@ mod tests {
     fn a_directory_that_was_there_before_stays_and_is_empty() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        Installed::by(Kind::None).save(&home).unwrap();
+        InstallRecord::by(ServiceManagerKind::None).save(&home).unwrap();
         uninstall(&home, true).unwrap();
         assert_eq!(fs::read_dir(home.root()).unwrap().count(), 0);
     }
@@ -214,8 +214,8 @@ mod tests {
     fn one_at_work_in_the_home_is_not_disturbed() {
         let directory = tempfile::tempdir().unwrap();
         let home = home_in(directory.path());
-        Installed::by(Kind::None).save(&home).unwrap();
-        let site = Site::open(&home).unwrap();
+        InstallRecord::by(ServiceManagerKind::None).save(&home).unwrap();
+        let site = InstallRoot::open(&home).unwrap();
         let error = format!("{:#}", uninstall(&home, true).unwrap_err());
         assert!(error.contains("another installation"), "{error}");
         assert!(home.executable().exists() && home.install_lock().exists());

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use super::progress;
 use crate::core::model::Version;
 use crate::core::role::Role;
-use crate::core::upgrade::{Asker, Evidence, Limits, Manager, Step, Which, next};
+use crate::core::upgrade::{Decider, Evidence, ManagerEvidence, TrialLimits, UpgradeStep, WhichRelease, next};
 use crate::home::Home;
-use crate::installation::upgrade::{Programs, Session, which};
+use crate::installation::upgrade::{Programs, UpgradeSession, which};
 use crate::role;
 
 /// A role holds the record for one step, which may wait for a disk.
@@ -19,8 +19,9 @@ const TURN: Duration = Duration::from_secs(60);
 const MAX_STEPS: usize = 32;
 
 /// Ends what is under way, and keeps both roles from acting until the answer is dropped.
-pub(super) fn end(home: &Home) -> Result<Session> {
-    let session = Session::open(home, TURN).context("cannot end an upgrade of the manager that may be under way")?;
+pub(super) fn end(home: &Home) -> Result<UpgradeSession> {
+    let session =
+        UpgradeSession::open(home, TURN).context("cannot end an upgrade of the manager that may be under way")?;
     let mut session =
         session.context("the record of the manager's upgrades is in use by another process; try again")?;
     let mut programs = Programs::default();
@@ -32,16 +33,16 @@ pub(super) fn end(home: &Home) -> Result<Session> {
             return Ok(session);
         }
         let evidence = evidence(home, &session, &mut programs)?;
-        let step = next(session.record(), &evidence, &Limits::default());
+        let step = next(session.record(), &evidence, &TrialLimits::default());
         if session.carry_out(step, None)? {
             continue;
         }
         match (step, role::who_has(home, Role::Spm)) {
-            (Step::RestartManager | Step::KillManager, Some(manager)) => {
+            (UpgradeStep::RestartManager | UpgradeStep::KillManager, Some(manager)) => {
                 manager.ask_to_end()?;
                 manager.await_end()?;
             }
-            (Step::RestartManager | Step::KillManager, None) => {}
+            (UpgradeStep::RestartManager | UpgradeStep::KillManager, None) => {}
             _ => bail!("the upgrade of the manager that is under way cannot be ended ({step:?}); see `control status`"),
         }
     }
@@ -49,20 +50,20 @@ pub(super) fn end(home: &Home) -> Result<Session> {
 }
 
 /// Another release is in place, by an operator's word: it may run, and the backup is none of it.
-pub(super) fn replaced(session: &mut Session, version: &Version) -> Result<()> {
+pub(super) fn replaced(session: &mut UpgradeSession, version: &Version) -> Result<()> {
     session.change(|record| record.replaced(version))
 }
 
-fn evidence(home: &Home, session: &Session, programs: &mut Programs) -> Result<Evidence> {
-    let seen = session.evidence(Asker::Installer, programs)?;
+fn evidence(home: &Home, session: &UpgradeSession, programs: &mut Programs) -> Result<Evidence> {
+    let seen = session.evidence(Decider::Installer, programs)?;
     let manager = role::who_has(home, Role::Spm).map(|holder| {
         let program = programs.of_process(holder.pid);
-        let image = session.record().trial().map_or(Which::Other, |trial| {
+        let image = session.record().trial().map_or(WhichRelease::Other, |trial| {
             // Where both have the same bytes, it is the new one until the release from before is recorded again.
             which(trial, program.as_ref(), seen.installed)
         });
-        let image = if image == Which::Other { Which::To } else { image };
-        Manager { image, answered: Some(Duration::ZERO), adopted: true, heartbeat: false, over_memory: false }
+        let image = if image == WhichRelease::Other { WhichRelease::To } else { image };
+        ManagerEvidence { image, answered: Some(Duration::ZERO), adopted: true, heartbeat: false, over_memory: false }
     });
     Ok(Evidence { manager, ..seen })
 }

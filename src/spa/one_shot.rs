@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::config::Config;
-use crate::control_socket::{Door, Request};
-use crate::core::desired::Desired;
+use crate::control_socket::{ControlClient, Request};
+use crate::core::desired::DesiredState;
 use crate::core::protocol::{AgentReport, AgentState, Heartbeat, ManagerReport};
 use crate::core::role::Role;
 use crate::core::watch::silence::PING;
 use crate::home::Home;
 use crate::process::{launch, record};
-use crate::uplink::sender::{Outcome, Sender};
+use crate::uplink::sender::{SendOutcome, Sender};
 use crate::{installation, platform, role, store};
 
 /// The manager answers pings for so long.
@@ -25,16 +25,16 @@ const PAUSE: Duration = Duration::from_millis(500);
 pub(super) fn probe(home: &Home) -> Result<ExitCode> {
     let config = Config::load(home)?.config;
     let agent_id = installation::agent_id(home)?.context("the host has no agent id")?;
-    let manager = installation::Manager::load(home)?.context("no release of the manager is recorded")?;
-    let desired: Desired = store::load(&home.desired())?.unwrap_or_default();
+    let manager = installation::ManagerRecord::load(home)?.context("no release of the manager is recorded")?;
+    let desired: DesiredState = store::load(&home.desired())?.unwrap_or_default();
     let pid = role::living(home, Role::Spm).map_or(0, |holder| holder.pid);
     let instance_id = installation::instance_id(home);
-    let env_hash = |record: &record::Record| {
+    let env_hash = |record: &record::ProcessRecord| {
         let ordered = desired.agents.get(&record.head.name).map(|order| &order.spec.env);
         let ordered = ordered.filter(|env| launch::env_hash(env) == record.head.env_hash)?;
         Some(launch::reported_env_hash(&agent_id, &instance_id, ordered))
     };
-    let alive = record::all(home).into_iter().filter(record::Record::is_alive);
+    let alive = record::all(home).into_iter().filter(record::ProcessRecord::is_alive);
     let agents: Vec<AgentReport> = alive
         .map(|record| AgentReport {
             env_hash: env_hash(&record),
@@ -67,8 +67,8 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
         trust: None,
     };
     match Sender::new(home, &agent_id, Arc::new(config)).send(&mut heartbeat) {
-        Outcome::Answered { .. } => Ok(ExitCode::SUCCESS),
-        Outcome::Failed { why, .. } => bail!("cannot send a heartbeat: {why}"),
+        SendOutcome::Answered { .. } => Ok(ExitCode::SUCCESS),
+        SendOutcome::Failed { why, .. } => bail!("cannot send a heartbeat: {why}"),
     }
 }
 
@@ -78,7 +78,7 @@ pub(super) fn prove(home: &Home) -> Result<ExitCode> {
     role::demand_home(home)?;
     Config::load(home)?;
     let began = Instant::now();
-    let mut door = Door::open(home, PING)?.context("the manager does not listen")?;
+    let mut door = ControlClient::open(home, PING)?.context("the manager does not listen")?;
     while began.elapsed() < PROOF {
         door.ask(&Request::Ping).context("the manager does not answer")?;
         platform::pause(PAUSE);

@@ -10,7 +10,7 @@ const MAX_PROCESSES: usize = 200;
 const ROUNDS: usize = 100;
 
 /// The processes of a manager's session, itself among them; a sub-agent has a session of its own.
-fn session_of(home: &Home, pid: u32, start_time: u64) -> Vec<platform::Seen> {
+fn session_of(home: &Home, pid: u32, start_time: u64) -> Vec<platform::ProcessInfo> {
     let own = platform::seen(pid, home.root());
     // Of a dead one the session has its number as long as there is a process in it, and then nobody else has that number.
     let session = match &own {
@@ -23,7 +23,7 @@ fn session_of(home: &Home, pid: u32, start_time: u64) -> Vec<platform::Seen> {
         return own.into_iter().collect();
     }
     let is_its =
-        |seen: &platform::Seen| seen.session == session && seen.mark.is_none() && seen.start_time >= start_time;
+        |seen: &platform::ProcessInfo| seen.session == session && seen.mark.is_none() && seen.start_time >= start_time;
     platform::processes(home.root()).into_iter().filter(is_its).collect()
 }
 

@@ -15,7 +15,7 @@ use crate::role;
 const HUNG: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-struct Started {
+struct StartedManager {
     child: Child,
     /// The kernel's; `None`: it had ended already.
     start_time: Option<u64>,
@@ -24,7 +24,7 @@ struct Started {
     is_known: bool,
 }
 
-impl Started {
+impl StartedManager {
     /// Kills it with all that it has started and that is no sub-agent.
     fn kill(&mut self, home: &Home, why: &'static str) {
         tracing::warn!(pid = self.child.id(), why, "a manager that was started is killed");
@@ -37,14 +37,14 @@ impl Started {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Children(Vec<Started>);
+pub(super) struct StartedManagers(Vec<StartedManager>);
 
-impl Children {
+impl StartedManagers {
     /// Starts a manager.
     pub(super) fn start(&mut self, home: &Home) -> Result<()> {
         let child = role::spawn(home, Role::Spm)?;
         let start_time = platform::seen(child.id(), home.root()).map(|seen| seen.start_time);
-        self.0.push(Started { child, start_time, at: Instant::now(), is_known: false });
+        self.0.push(StartedManager { child, start_time, at: Instant::now(), is_known: false });
         Ok(())
     }
 

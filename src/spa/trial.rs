@@ -3,7 +3,7 @@
 //! What follows from what is decided in [`core::upgrade`](crate::core::upgrade). Here the new manager is observed, steps that change the
 //! disk are carried out, and two one-shots are run: a heartbeat of the old program, which tells whether a missing one is the new
 //! manager's fault or the network's, and the proof of the new watchdog. What concerns the manager's process or this one is answered as a
-//! [`Do`], for the watchdog to do.
+//! [`TrialAction`], for the watchdog to do.
 
 mod shot;
 
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use self::shot::Shot;
+use self::shot::OneShot;
 use super::sentinel::Sentinel;
 use super::session::{kill_session, uses_too_much};
 use crate::config::Config;
@@ -20,15 +20,16 @@ use crate::core::model::Digest;
 use crate::core::role::Role;
 use crate::core::status::Status;
 use crate::core::upgrade::{
-    Asker, Change, Evidence, Limits, Manager, Phase, Probe, Proof, Record, Step, Trial, Wait, Which, next,
+    Decider, Evidence, ManagerEvidence, Probe, Proof, RecordChange, Trial, TrialLimits, UpgradePhase, UpgradeRecord,
+    UpgradeStep, Wait, WhichRelease, next,
 };
 use crate::core::watch::silence::PING;
 use crate::home::Home;
-use crate::installation::upgrade::{Programs, Session, which};
+use crate::installation::upgrade::{Programs, UpgradeSession, which};
 use crate::platform;
-use crate::platform::Stamp;
+use crate::platform::ContentStamp;
 use crate::process::record;
-use crate::role::{self, Holder};
+use crate::role::{self, RoleHolder};
 
 /// Between two looks while an upgrade is under way.
 const LOOK: Duration = Duration::from_secs(1);
@@ -55,7 +56,7 @@ const ENDS: Duration = Duration::from_secs(10);
 
 /// What the watchdog is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Do {
+pub(super) enum TrialAction {
     Nothing,
     /// Ask the manager to give way.
     EndManager,
@@ -67,9 +68,9 @@ pub(super) enum Do {
 
 /// The manager that runs, as it was observed so far.
 #[derive(Debug)]
-struct Managed {
-    holder: Holder,
-    image: Which,
+struct ObservedManager {
+    holder: RoleHolder,
+    image: WhichRelease,
     answered: Option<Instant>,
     adopted: bool,
     heartbeat: bool,
@@ -79,7 +80,7 @@ struct Managed {
 }
 
 #[derive(Debug)]
-pub(super) struct Judge {
+pub(super) struct TrialMonitor {
     home: Home,
     /// Nothing but this process would start the watchdog again.
     alone: bool,
@@ -89,43 +90,43 @@ pub(super) struct Judge {
     /// Another program was put in the place of a manager that failed, and nobody has asked yet.
     has_restored: bool,
     /// The record's file, as it was last read.
-    seen: Option<Stamp>,
+    seen: Option<ContentStamp>,
     is_judging: bool,
     next_look: Instant,
     /// This watchdog was started, not renewed, and has not looked yet.
     is_new: bool,
     /// It went on for another program, in this phase of the trial.
-    renewed_in: Option<Phase>,
+    renewed_in: Option<UpgradePhase>,
     is_first_look: bool,
     /// The trial that what follows is about.
     trial: Option<Trial>,
-    manager: Option<Managed>,
+    manager: Option<ObservedManager>,
     died: bool,
     took_over: bool,
     /// A manager of the release before has ended since the trial began: whoever comes then was started as the new one.
     is_old_gone: bool,
-    probe: Shot,
-    proof: Shot,
+    probe: OneShot,
+    proof: OneShot,
     /// The managers of the new release that were seen: what they started is ended with them.
-    new_managers: Vec<Holder>,
+    new_managers: Vec<RoleHolder>,
     /// Why the last look failed.
     last_error: Option<String>,
     /// The manager was last asked for a heartbeat then.
     asked: Option<Instant>,
     /// Waiting since, of which nothing is recorded yet.
     waits: Option<Instant>,
-    limits: Limits,
+    limits: TrialLimits,
     most_memory: u64,
     settings: Option<Instant>,
     sentinel: Option<Sentinel>,
 }
 
-impl Judge {
+impl TrialMonitor {
     /// `alone`: there is no service manager; `renewed`: it goes on for another program of the same watchdog.
-    pub(super) fn new(home: &Home, alone: bool, renewed: bool, now: Instant) -> Judge {
+    pub(super) fn new(home: &Home, alone: bool, renewed: bool, now: Instant) -> TrialMonitor {
         let backup = home.backup_executable();
         let own = platform::own_executable();
-        Judge {
+        TrialMonitor {
             home: home.clone(),
             alone,
             programs: Programs::default(),
@@ -143,13 +144,13 @@ impl Judge {
             died: false,
             took_over: false,
             is_old_gone: false,
-            probe: Shot::NotBegun,
-            proof: Shot::NotBegun,
+            probe: OneShot::NotBegun,
+            proof: OneShot::NotBegun,
             new_managers: vec![],
             last_error: None,
             asked: None,
             waits: None,
-            limits: Limits::default(),
+            limits: TrialLimits::default(),
             most_memory: u64::MAX,
             settings: None,
             sentinel: None,
@@ -179,13 +180,13 @@ impl Judge {
             if !died {
                 manager.asked_to_end.get_or_insert(Instant::now());
             }
-            self.died |= died && manager.image == Which::To && manager.asked_to_end.is_none();
+            self.died |= died && manager.image == WhichRelease::To && manager.asked_to_end.is_none();
         }
     }
 
     /// A manager that this watchdog started has ended before anybody could connect to it.
     pub(super) fn ended_unseen(&mut self) {
-        self.died |= self.trial.as_ref().is_some_and(|trial| trial.phase == Phase::Trial);
+        self.died |= self.trial.as_ref().is_some_and(|trial| trial.phase == UpgradePhase::Trial);
         self.next_look = Instant::now();
     }
 
@@ -199,15 +200,15 @@ impl Judge {
         if trial.from.executable == trial.to.executable
             && let Some(version) = &status.version
         {
-            manager.image = if *version == trial.from.version { Which::From } else { Which::To };
+            manager.image = if *version == trial.from.version { WhichRelease::From } else { WhichRelease::To };
         }
         // One that takes itself for another release than was signed would be upgraded for ever.
-        if manager.image == Which::To && status.version.as_ref() != Some(&trial.to.version) {
+        if manager.image == WhichRelease::To && status.version.as_ref() != Some(&trial.to.version) {
             return tracing::warn!(version = ?status.version, "the new manager reports another version than that of its release");
         }
         manager.answered.get_or_insert(now);
         manager.heartbeat |= status.gateway.connected;
-        let in_charge = |record: &record::Record| {
+        let in_charge = |record: &record::ProcessRecord| {
             status.agents.iter().any(|agent| agent.name == record.head.name && agent.pid == Some(record.pid))
         };
         if !manager.adopted {
@@ -216,13 +217,13 @@ impl Judge {
     }
 
     /// Looks, and takes the steps that are due.
-    pub(super) fn look(&mut self, now: Instant) -> Do {
+    pub(super) fn look(&mut self, now: Instant) -> TrialAction {
         if now < self.next_look {
-            return Do::Nothing;
+            return TrialAction::Nothing;
         }
         self.next_look = now + if self.is_judging { LOOK } else { IDLE_LOOK };
         if !self.is_judging && !self.is_record_changed() {
-            return Do::Nothing;
+            return TrialAction::Nothing;
         }
         match self.attempt(now) {
             Ok(what) => {
@@ -236,7 +237,7 @@ impl Judge {
                     tracing::error!(error, "the manager's upgrade cannot go on; it is tried again");
                     self.last_error = Some(error);
                 }
-                Do::Nothing
+                TrialAction::Nothing
             }
         }
     }
@@ -249,14 +250,14 @@ impl Judge {
     }
 
     fn is_record_changed(&self) -> bool {
-        let stamp = std::fs::File::open(self.home.upgrade_record()).and_then(|file| Stamp::of(&file)).ok();
+        let stamp = std::fs::File::open(self.home.upgrade_record()).and_then(|file| ContentStamp::of(&file)).ok();
         stamp != self.seen
     }
 
-    fn attempt(&mut self, now: Instant) -> Result<Do> {
-        let Some(mut session) = Session::open(&self.home, TURN)? else {
+    fn attempt(&mut self, now: Instant) -> Result<TrialAction> {
+        let Some(mut session) = UpgradeSession::open(&self.home, TURN)? else {
             self.next_look = now + LOOK;
-            return Ok(Do::Nothing);
+            return Ok(TrialAction::Nothing);
         };
         if !std::mem::replace(&mut self.is_judging, true) {
             self.next_look = now + LOOK;
@@ -277,7 +278,7 @@ impl Judge {
     }
 
     /// Looks at which trial it is, and at whom it is about.
-    fn consider(&mut self, record: &Record, now: Instant) {
+    fn consider(&mut self, record: &UpgradeRecord, now: Instant) {
         let trial = record.trial().cloned();
         let is = |one: &Trial, other: &Trial| one.to.is(&other.to) && one.began == other.began;
         let is_same = matches!((&self.trial, &trial), (Some(one), Some(other)) if is(one, other));
@@ -286,7 +287,7 @@ impl Judge {
             (self.died, self.waits, self.manager) = (false, None, None);
             (self.is_old_gone, self.renewed_in) = (false, None);
             self.new_managers.clear();
-            (self.probe, self.proof) = (Shot::NotBegun, Shot::NotBegun);
+            (self.probe, self.proof) = (OneShot::NotBegun, OneShot::NotBegun);
         }
         self.find_manager();
         let Some(trial) = &self.trial else {
@@ -300,17 +301,17 @@ impl Judge {
         }
         self.is_first_look = false;
         if std::mem::take(&mut self.is_new) {
-            let is_new = |manager: &Managed| manager.image == Which::To;
-            self.took_over = trial.phase == Phase::Trial && self.manager.as_ref().is_some_and(is_new);
+            let is_new = |manager: &ObservedManager| manager.image == WhichRelease::To;
+            self.took_over = trial.phase == UpgradePhase::Trial && self.manager.as_ref().is_some_and(is_new);
         }
         if self.settings.is_none_or(|at| now.saturating_duration_since(at) >= SETTINGS)
             && let Ok(loaded) = Config::load(&self.home)
         {
             self.settings = Some(now);
-            self.limits = Limits::of(loaded.config.upgrade_trial.0);
+            self.limits = TrialLimits::of(loaded.config.upgrade_trial.0);
             self.most_memory = loaded.config.spm_max_mem.0;
         }
-        if self.alone && trial.phase == Phase::Trial && self.sentinel.is_none() {
+        if self.alone && trial.phase == UpgradePhase::Trial && self.sentinel.is_none() {
             self.sentinel = Sentinel::post(&self.home);
         }
     }
@@ -319,7 +320,7 @@ impl Judge {
     fn find_manager(&mut self) {
         let Some(trial) = &self.trial else { return self.manager = None };
         let holder = role::who_has(&self.home, Role::Spm);
-        let is_it = |manager: &Managed| {
+        let is_it = |manager: &ObservedManager| {
             holder.as_ref().is_some_and(|holder| {
                 (holder.pid, holder.start_time) == (manager.holder.pid, manager.holder.start_time)
             })
@@ -327,62 +328,71 @@ impl Judge {
         if self.manager.as_ref().is_some_and(is_it) {
             return;
         }
-        let in_trial = trial.phase == Phase::Trial;
-        self.is_old_gone |= in_trial && self.manager.as_ref().is_some_and(|manager| manager.image == Which::From);
+        let in_trial = trial.phase == UpgradePhase::Trial;
+        self.is_old_gone |=
+            in_trial && self.manager.as_ref().is_some_and(|manager| manager.image == WhichRelease::From);
         let is_old_gone = self.is_old_gone && in_trial;
         self.manager = holder.map(|holder| {
-            self.probe = Shot::NotBegun;
+            self.probe = OneShot::NotBegun;
             let program = self.programs.of_process(holder.pid);
-            let same = if trial.phase == Phase::RollingBack { Which::From } else { Which::To };
+            let same = if trial.phase == UpgradePhase::RollingBack { WhichRelease::From } else { WhichRelease::To };
             // A script, or what it starts, is the new release too: the old one is known by its bytes.
             let image = match which(trial, program.as_ref(), same) {
-                Which::Other => Which::To,
-                Which::From if is_old_gone => Which::To,
+                WhichRelease::Other => WhichRelease::To,
+                WhichRelease::From if is_old_gone => WhichRelease::To,
                 image => image,
             };
-            if image == Which::To && !self.new_managers.contains(&holder) {
+            if image == WhichRelease::To && !self.new_managers.contains(&holder) {
                 self.new_managers.push(holder.clone());
             }
-            Managed { holder, image, answered: None, adopted: false, heartbeat: false, large: 0, asked_to_end: None }
+            ObservedManager {
+                holder,
+                image,
+                answered: None,
+                adopted: false,
+                heartbeat: false,
+                large: 0,
+                asked_to_end: None,
+            }
         });
     }
 
-    fn evidence(&mut self, session: &Session) -> Result<Evidence> {
-        let seen = session.evidence(Asker::Watchdog, &mut self.programs)?;
+    fn evidence(&mut self, session: &UpgradeSession) -> Result<Evidence> {
+        let seen = session.evidence(Decider::Watchdog, &mut self.programs)?;
         let now = Instant::now();
         if self.own.is_none() {
             self.own = self.programs.of_process(std::process::id());
         }
         let watchdog = match &self.trial {
-            None => Which::Other,
+            None => WhichRelease::Other,
             Some(trial) => {
                 let by_file = match self.was_started_from_backup {
-                    true => Which::From,
+                    true => WhichRelease::From,
                     // Its bytes may be those of the backup all the same.
-                    false if trial.phase == Phase::Committing => Which::To,
-                    false => Which::From,
+                    false if trial.phase == UpgradePhase::Committing => WhichRelease::To,
+                    false => WhichRelease::From,
                 };
                 match which(trial, self.own.as_ref(), by_file) {
                     // It has become what its link led to: there is nothing else that it could be.
-                    _ if self.renewed_in == Some(Phase::Committing) => Which::To,
-                    _ if self.renewed_in.is_some() && trial.phase != Phase::Committing => Which::From,
+                    _ if self.renewed_in == Some(UpgradePhase::Committing) => WhichRelease::To,
+                    _ if self.renewed_in.is_some() && trial.phase != UpgradePhase::Committing => WhichRelease::From,
                     // A script in the place of an executable runs something else.
-                    Which::Other if self.was_started_from_backup => Which::From,
-                    Which::Other => Which::To,
+                    WhichRelease::Other if self.was_started_from_backup => WhichRelease::From,
+                    WhichRelease::Other => WhichRelease::To,
                     image => image,
                 }
             }
         };
         let (most, home) = (self.most_memory, &self.home);
         let manager = self.manager.as_mut().map(|manager| {
-            if manager.image == Which::To {
+            if manager.image == WhichRelease::To {
                 manager.large = if uses_too_much(home, manager.holder.pid, manager.holder.start_time, most) {
                     manager.large + 1
                 } else {
                     0
                 };
             }
-            Manager {
+            ManagerEvidence {
                 image: manager.image,
                 answered: manager.answered.map(|since| now.saturating_duration_since(since)),
                 adopted: manager.adopted,
@@ -396,23 +406,23 @@ impl Judge {
             died: self.died,
             took_over: self.took_over,
             probe: match &self.probe {
-                Shot::NotBegun => Probe::NotAsked,
-                Shot::Running { .. } => Probe::Running,
-                Shot::Done { success: true, at } => Probe::Works(now.saturating_duration_since(*at)),
-                Shot::Done { success: false, at } => Probe::Fails(now.saturating_duration_since(*at)),
+                OneShot::NotBegun => Probe::NotAsked,
+                OneShot::Running { .. } => Probe::Running,
+                OneShot::Done { success: true, at } => Probe::Works(now.saturating_duration_since(*at)),
+                OneShot::Done { success: false, at } => Probe::Fails(now.saturating_duration_since(*at)),
             },
             proof: match &self.proof {
-                Shot::NotBegun => Proof::NotBegun,
-                Shot::Running { .. } => Proof::Running,
-                Shot::Done { success: true, .. } => Proof::Passed,
-                Shot::Done { success: false, .. } => Proof::Failed,
+                OneShot::NotBegun => Proof::NotBegun,
+                OneShot::Running { .. } => Proof::Running,
+                OneShot::Done { success: true, .. } => Proof::Passed,
+                OneShot::Done { success: false, .. } => Proof::Failed,
             },
             ..seen
         })
     }
 
     /// Records the time that was waited for the new manager to be in charge: in pieces, and only as long as this process was looking.
-    fn count_wait(&mut self, session: &mut Session, now: Instant) -> Result<()> {
+    fn count_wait(&mut self, session: &mut UpgradeSession, now: Instant) -> Result<()> {
         let (Some(since), Some(trial)) = (self.waits, &self.trial) else { return Ok(()) };
         let left = self.limits.first_answer.saturating_sub(Duration::from_secs(trial.spent_seconds));
         let waited = now.saturating_duration_since(since).min(PIECE * 2);
@@ -424,19 +434,19 @@ impl Judge {
     }
 
     /// A step of the disk was taken.
-    fn taken(&mut self, step: Step) {
+    fn taken(&mut self, step: UpgradeStep) {
         match step {
-            Step::Restore => self.has_restored = true,
-            Step::Record(Change::LoseTry) => {
+            UpgradeStep::Restore => self.has_restored = true,
+            UpgradeStep::Record(RecordChange::LoseTry) => {
                 self.died = false;
                 self.end_leftovers();
             }
-            Step::Record(Change::SkipAndForget | Change::Drop) => self.end_leftovers(),
-            Step::Record(Change::LoseWatchdog) => self.took_over = false,
-            Step::Record(Change::FailProof) => self.proof = Shot::NotBegun,
-            Step::Record(Change::BeginTrial) => {
+            UpgradeStep::Record(RecordChange::SkipAndForget | RecordChange::Drop) => self.end_leftovers(),
+            UpgradeStep::Record(RecordChange::LoseWatchdog) => self.took_over = false,
+            UpgradeStep::Record(RecordChange::FailProof) => self.proof = OneShot::NotBegun,
+            UpgradeStep::Record(RecordChange::BeginTrial) => {
                 (self.died, self.took_over) = (false, false);
-                (self.probe, self.proof) = (Shot::NotBegun, Shot::NotBegun);
+                (self.probe, self.proof) = (OneShot::NotBegun, OneShot::NotBegun);
             }
             _ => {}
         }
@@ -449,67 +459,68 @@ impl Judge {
         }
     }
 
-    fn decided(&mut self, step: Step, record: &Record, now: Instant) -> Do {
-        let counts = matches!(step, Step::Wait(wait) if wait.counts());
+    fn decided(&mut self, step: UpgradeStep, record: &UpgradeRecord, now: Instant) -> TrialAction {
+        let counts = matches!(step, UpgradeStep::Wait(wait) if wait.counts());
         self.waits = counts.then(|| self.waits.unwrap_or(now));
         match step {
-            Step::Nothing => {
+            UpgradeStep::Nothing => {
                 self.is_judging = record.trial().is_some();
                 self.next_look = now + IDLE_LOOK;
-                self.seen = std::fs::File::open(self.home.upgrade_record()).and_then(|file| Stamp::of(&file)).ok();
-                Do::Nothing
+                self.seen =
+                    std::fs::File::open(self.home.upgrade_record()).and_then(|file| ContentStamp::of(&file)).ok();
+                TrialAction::Nothing
             }
-            Step::Wait(Wait::Heartbeat { .. }) => {
+            UpgradeStep::Wait(Wait::Heartbeat { .. }) => {
                 let is_due = self.asked.is_none_or(|at| now.saturating_duration_since(at) >= ASKS);
                 if is_due {
                     self.asked = Some(now);
                 }
-                if is_due { Do::Heartbeat } else { Do::Nothing }
+                if is_due { TrialAction::Heartbeat } else { TrialAction::Nothing }
             }
-            Step::RestartManager => self.end_manager(now),
+            UpgradeStep::RestartManager => self.end_manager(now),
             // One that said that it gives way is at it.
-            Step::KillManager if self.ends_by_itself(now) => Do::Nothing,
-            Step::KillManager => {
+            UpgradeStep::KillManager if self.ends_by_itself(now) => TrialAction::Nothing,
+            UpgradeStep::KillManager => {
                 self.kill_manager();
-                Do::Nothing
+                TrialAction::Nothing
             }
-            Step::EndWatchdog => Do::Become,
-            Step::Probe => {
+            UpgradeStep::EndWatchdog => TrialAction::Become,
+            UpgradeStep::Probe => {
                 tracing::warn!("the new manager has sent no heartbeat; the old program tries to");
                 let mut command = Command::new(self.home.backup_executable());
                 self.probe =
-                    Shot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--probe"), PROBE);
-                Do::Nothing
+                    OneShot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--probe"), PROBE);
+                TrialAction::Nothing
             }
-            Step::Prove => {
+            UpgradeStep::Prove => {
                 tracing::info!("the new watchdog is put to the proof");
                 let mut command = Command::new(self.home.executable());
                 self.proof =
-                    Shot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--prove"), PROOF);
-                Do::Nothing
+                    OneShot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--prove"), PROOF);
+                TrialAction::Nothing
             }
-            _ => Do::Nothing,
+            _ => TrialAction::Nothing,
         }
     }
 
     /// Asks it to end, and kills it where it does not; what it started is ended with one that is given up.
-    fn end_manager(&mut self, now: Instant) -> Do {
-        let Some(manager) = &mut self.manager else { return Do::Nothing };
-        if manager.image == Which::To && self.trial.as_ref().is_some_and(|trial| trial.lost_watchdogs > 0) {
+    fn end_manager(&mut self, now: Instant) -> TrialAction {
+        let Some(manager) = &mut self.manager else { return TrialAction::Nothing };
+        if manager.image == WhichRelease::To && self.trial.as_ref().is_some_and(|trial| trial.lost_watchdogs > 0) {
             // It may end this watchdog sooner than it ends itself.
             self.kill_manager();
-            return Do::Nothing;
+            return TrialAction::Nothing;
         }
         match manager.asked_to_end {
             None => {
                 manager.asked_to_end = Some(now);
-                Do::EndManager
+                TrialAction::EndManager
             }
             Some(since) if now.saturating_duration_since(since) >= ENDS => {
                 self.kill_manager();
-                Do::Nothing
+                TrialAction::Nothing
             }
-            Some(_) => Do::Nothing,
+            Some(_) => TrialAction::Nothing,
         }
     }
 
@@ -523,7 +534,7 @@ impl Judge {
         let Some(manager) = &mut self.manager else { return };
         manager.asked_to_end.get_or_insert(Instant::now());
         tracing::warn!(pid = manager.holder.pid, "a manager that is to make way is killed");
-        if manager.image == Which::To {
+        if manager.image == WhichRelease::To {
             kill_session(&self.home, manager.holder.pid, manager.holder.start_time);
         }
         if let Err(error) = manager.holder.kill() {

@@ -11,22 +11,22 @@ use tokio::task::AbortHandle;
 
 use super::stage::{self, Staging};
 use super::unix_now;
-use crate::core::agent::{Agent, At, Found};
-use crate::core::ledger::{Entry, Release};
+use crate::core::agent::{Agent, Discovery, Moment};
+use crate::core::ledger::{LedgerEntry, LedgerRelease};
 use crate::core::manifest::KillMode;
 use crate::core::model::{AgentId, AgentName, Version};
 use crate::core::names::CURRENT;
 use crate::core::program::Program;
 use crate::core::protocol::AgentReport;
-use crate::core::schedule::Allowance;
+use crate::core::schedule::RateLimiter;
 use crate::core::status::{AgentStatus, SkippedStatus, UpgradeStatus};
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::home::{self, Home};
 use crate::package;
 use crate::platform::{self, Groups};
 use crate::process::launch;
-use crate::process::record::Record;
-use crate::process::tree::Target;
+use crate::process::record::ProcessRecord;
+use crate::process::tree::StopTarget;
 
 /// Of its exits, failed starts and states of health, so many are reported to the gateway at once, and one more each so often: one that
 /// fails again and again must not fill the journal, which all share. Its state and its restarts are in every heartbeat.
@@ -39,7 +39,7 @@ pub(super) struct SubAgent {
     pub(super) state: Agent,
     /// Of its last start or adoption, so that word of an earlier process is not taken for word of this one.
     pub(super) serial: u64,
-    pub(super) record: Option<Record>,
+    pub(super) record: Option<ProcessRecord>,
     /// What an earlier manager left of it was seen to live outside of its group, too.
     pub(super) scattered: bool,
     /// Why the output of its process does not go into its log.
@@ -51,7 +51,7 @@ pub(super) struct SubAgent {
     pub(super) staging: Option<Staging>,
     /// The revision of the ledger that it waits for.
     pub(super) recorded_with: Option<u64>,
-    pub(super) allowance: Allowance,
+    pub(super) allowance: RateLimiter,
 }
 
 impl SubAgent {
@@ -66,13 +66,13 @@ impl SubAgent {
             check: None,
             staging: None,
             recorded_with: None,
-            allowance: Allowance::new(NOTED_AT_ONCE, NOTED_EVERY),
+            allowance: RateLimiter::new(NOTED_AT_ONCE, NOTED_EVERY),
         }
     }
 
     /// What of it may live and is to be ended before anything new of it is started.
-    pub(super) fn target(&self, groups: Option<&Groups>) -> Target {
-        let mut target = Target::of(self.state.name(), self.record.clone(), groups);
+    pub(super) fn target(&self, groups: Option<&Groups>) -> StopTarget {
+        let mut target = StopTarget::of(self.state.name(), self.record.clone(), groups);
         if let (Some(Program::Script), Some(version)) = (self.state.program(), self.state.current()) {
             target = target.asking(version.clone());
         }
@@ -167,27 +167,27 @@ impl SubAgent {
 }
 
 /// The present moment, for a decision.
-pub(super) fn at(now: Instant) -> At {
-    At { now, unix_seconds: unix_now(), jitter: fastrand::f64() }
+pub(super) fn at(now: Instant) -> Moment {
+    Moment { now, unix_seconds: unix_now(), jitter: fastrand::f64() }
 }
 
 /// The release of the process that runs of a sub-agent, and by what it is known.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Runs<'a> {
+pub(super) enum RunningRelease<'a> {
     Nothing,
     Recorded(&'a Version),
     /// By the mark of a process that has no record. It may be one that outlived its release.
     Marked(&'a Version),
 }
 
-impl<'a> Runs<'a> {
+impl<'a> RunningRelease<'a> {
     /// The release that a ledger goes on with. A mark alone counts for the release before the one on probation: that was returned to, on a disk
     /// that took neither ledger nor record.
-    fn counts(self, ledger: &Entry) -> Option<&'a Version> {
+    fn counts(self, ledger: &LedgerEntry) -> Option<&'a Version> {
         match self {
-            Runs::Nothing => None,
-            Runs::Recorded(version) => Some(version),
-            Runs::Marked(version) => {
+            RunningRelease::Nothing => None,
+            RunningRelease::Recorded(version) => Some(version),
+            RunningRelease::Marked(version) => {
                 ledger.before_probation().is_some_and(|before| before.version == *version).then_some(version)
             }
         }
@@ -199,10 +199,10 @@ impl<'a> Runs<'a> {
 pub(super) fn on_disk(
     home: &Home,
     name: &AgentName,
-    entry: Option<Entry>,
-    record: Option<&Record>,
-    runs: Runs<'_>,
-) -> Found {
+    entry: Option<LedgerEntry>,
+    record: Option<&ProcessRecord>,
+    runs: RunningRelease<'_>,
+) -> Discovery {
     let restarts = record.map_or(0, |record| record.head.restarts);
     let directory = match std::fs::read_dir(home.agent(name)).and_then(Iterator::collect::<io::Result<Vec<_>>>) {
         Ok(entries) => entries,
@@ -210,14 +210,14 @@ pub(super) fn on_disk(
         Err(error) => {
             tracing::error!(agent = %name, error = %error, "its releases cannot be listed; what the ledger says of them stands");
             let ledger = entry.unwrap_or_default();
-            return Found { releases: ledger.kept().cloned().collect(), ledger, restarts, ..Found::default() };
+            return Discovery { releases: ledger.kept().cloned().collect(), ledger, restarts, ..Discovery::default() };
         }
     };
     let current = platform::read_current(&home.current(name)).ok().flatten();
     // What stands in the link's own place is no release, and makes way for the link.
     let stands_for_current = |version: &str| version.eq_ignore_ascii_case(CURRENT) && is_directory(&home.current(name));
     let recorded = record.map(|record| &record.head.version);
-    let (mut whole, mut unfinished): (Vec<(SystemTime, Release)>, _) = (vec![], BTreeSet::new());
+    let (mut whole, mut unfinished): (Vec<(SystemTime, LedgerRelease)>, _) = (vec![], BTreeSet::new());
     for entry in directory {
         // The link `current` is no release, though its name could be read as a version.
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
@@ -245,7 +245,7 @@ pub(super) fn on_disk(
         ledger.resume(running);
     }
     let releases = whole.iter().map(|(_, release)| release.version.clone()).collect();
-    Found { ledger, releases, unfinished, restarts, ..Found::default() }
+    Discovery { ledger, releases, unfinished, restarts, ..Discovery::default() }
 }
 
 /// Makes `current` name the active release.
@@ -272,11 +272,11 @@ fn is_directory(path: &Path) -> bool {
 
 /// The ledger of a home that has none: the active release is what `current` names, and the backup the newest of the others. Where it names
 /// none, none was ever activated.
-fn from_disk(whole: &[(SystemTime, Release)], current: Option<&str>) -> Entry {
-    let is_current = |release: &&Release| Some(release.version.as_str()) == current;
-    let Some(active) = whole.iter().map(|(_, release)| release).find(is_current) else { return Entry::default() };
+fn from_disk(whole: &[(SystemTime, LedgerRelease)], current: Option<&str>) -> LedgerEntry {
+    let is_current = |release: &&LedgerRelease| Some(release.version.as_str()) == current;
+    let Some(active) = whole.iter().map(|(_, release)| release).find(is_current) else { return LedgerEntry::default() };
     let backup = whole.iter().rev().map(|(_, release)| release).find(|release| !is_current(release));
-    Entry::found(Some(active.clone()), backup.cloned())
+    LedgerEntry::found(Some(active.clone()), backup.cloned())
 }
 
 #[cfg(test)]
@@ -306,7 +306,7 @@ mod tests {
     #[test]
     fn releases_alone_are_found_and_the_one_to_go_back_to() {
         let (_directory, home, name) = home();
-        let found = on_disk(&home, &name, None, None, Runs::Nothing);
+        let found = on_disk(&home, &name, None, None, RunningRelease::Nothing);
         assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
         assert_eq!(found.unfinished, BTreeSet::from([version("half")]));
         assert_eq!(found.ledger.current().unwrap().version.as_str(), "2");
@@ -320,39 +320,42 @@ mod tests {
         std::fs::remove_file(&current).unwrap();
         std::fs::create_dir(&current).unwrap();
         std::fs::write(current.join(home::COMPLETE), "{}").unwrap();
-        let mut entry = Entry::default();
+        let mut entry = LedgerEntry::default();
         entry.stage(stage::release(version("current"), None));
-        let found = on_disk(&home, &name, Some(entry), None, Runs::Nothing);
+        let found = on_disk(&home, &name, Some(entry), None, RunningRelease::Nothing);
         assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
         assert!(found.ledger.staged().is_none());
         make_current(&home, &name, &version("1")).unwrap();
         assert_eq!(platform::read_current(&current).unwrap().as_deref(), Some("1"));
-        assert_eq!(on_disk(&home, &name, None, None, Runs::Nothing).ledger.current().unwrap().version, version("1"));
+        assert_eq!(
+            on_disk(&home, &name, None, None, RunningRelease::Nothing).ledger.current().unwrap().version,
+            version("1")
+        );
     }
 
     #[test]
     fn the_ledger_beats_the_link() {
         let (_directory, home, name) = home();
-        let mut entry = Entry::found(Some(stage::release(version("1"), None)), None);
+        let mut entry = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
         entry.begin_probation(stage::release(version("gone"), None));
-        let found = on_disk(&home, &name, Some(entry), None, Runs::Nothing);
+        let found = on_disk(&home, &name, Some(entry), None, RunningRelease::Nothing);
         assert_eq!(found.ledger.kept().map(Version::as_str).collect::<Vec<_>>(), ["1"]);
     }
 
     #[test]
     fn a_roll_back_that_could_not_be_written_is_told_by_the_process_that_runs() {
         let (_directory, home, name) = home();
-        let mut on_probation = Entry::found(Some(stage::release(version("1"), None)), None);
+        let mut on_probation = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
         on_probation.begin_probation(stage::release(version("2"), None));
         let committed =
-            Entry::found(Some(stage::release(version("2"), None)), Some(stage::release(version("1"), None)));
+            LedgerEntry::found(Some(stage::release(version("2"), None)), Some(stage::release(version("1"), None)));
         let one = version("1");
         for (ledger, runs, current) in [
-            (&on_probation, Runs::Nothing, "2"),
-            (&on_probation, Runs::Marked(&one), "1"),
-            (&on_probation, Runs::Recorded(&one), "1"),
+            (&on_probation, RunningRelease::Nothing, "2"),
+            (&on_probation, RunningRelease::Marked(&one), "1"),
+            (&on_probation, RunningRelease::Recorded(&one), "1"),
             // A process that outlived its release.
-            (&committed, Runs::Marked(&one), "2"),
+            (&committed, RunningRelease::Marked(&one), "2"),
         ] {
             let found = on_disk(&home, &name, Some(ledger.clone()), None, runs);
             assert_eq!(found.ledger.current().unwrap().version.as_str(), current, "{runs:?}");
@@ -363,7 +366,7 @@ mod tests {
     fn what_was_only_staged_is_not_taken_for_active() {
         let (_directory, home, name) = home();
         std::fs::remove_file(home.current(&name)).unwrap();
-        let found = on_disk(&home, &name, None, None, Runs::Nothing);
+        let found = on_disk(&home, &name, None, None, RunningRelease::Nothing);
         assert_eq!((found.ledger.current(), found.ledger.kept().count()), (None, 0));
         assert_eq!(found.releases.len(), 2);
     }
@@ -371,10 +374,11 @@ mod tests {
     #[test]
     fn a_directory_that_cannot_be_listed_loses_nothing_of_the_ledger() {
         let (_directory, home, name) = home();
-        let entry = Entry::found(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
+        let entry =
+            LedgerEntry::found(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
         std::fs::remove_dir_all(home.agent(&name)).unwrap();
         std::fs::write(home.agent(&name), "a file in its place").unwrap();
-        let found = on_disk(&home, &name, Some(entry.clone()), None, Runs::Nothing);
+        let found = on_disk(&home, &name, Some(entry.clone()), None, RunningRelease::Nothing);
         assert_eq!((found.ledger, found.releases.len()), (entry, 2));
     }
 }

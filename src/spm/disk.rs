@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use tokio::task::JoinHandle;
 
-use super::input::{File, Input, Inputs};
+use super::input::{Input, Inputs, StateFileName};
 use crate::store;
 
 /// Does something that may wait for a disk or a lock, and tells what came of it.
@@ -23,7 +23,7 @@ pub(super) fn run(inputs: &Inputs, work: impl FnOnce() -> Input + Send + 'static
 /// A state file of which only the newest content counts.
 #[derive(Debug)]
 pub(super) struct StateFile<T> {
-    file: File,
+    file: StateFileName,
     path: PathBuf,
     /// The write that is under way.
     busy: Option<JoinHandle<()>>,
@@ -34,7 +34,7 @@ pub(super) struct StateFile<T> {
 }
 
 impl<T: Serialize + Send + 'static> StateFile<T> {
-    pub(super) fn new(file: File, path: PathBuf) -> StateFile<T> {
+    pub(super) fn new(file: StateFileName, path: PathBuf) -> StateFile<T> {
         StateFile { file, path, busy: None, next: None, revision: 0 }
     }
 
@@ -94,7 +94,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
         let (inputs, mut words) = mpsc::unbounded_channel();
-        let mut file = StateFile::new(File::Events, path.clone());
+        let mut file = StateFile::new(StateFileName::Events, path.clone());
         let revisions: Vec<u64> = (0..100_u32).map(|number| file.save(&inputs, number)).collect();
         assert_eq!(revisions.last(), Some(&100));
         let mut told = vec![];
@@ -115,14 +115,14 @@ mod tests {
         let path = directory.path().join("state.json");
         let (inputs, _words) = mpsc::unbounded_channel();
         for last in [1_u32, 2] {
-            let mut file = StateFile::new(File::Events, path.clone());
+            let mut file = StateFile::new(StateFileName::Events, path.clone());
             (1..=last).for_each(|number| {
                 file.save(&inputs, number);
             });
             file.finish(None).await;
             assert_eq!(store::load::<u32>(&path).unwrap(), Some(last));
         }
-        let mut file = StateFile::new(File::Events, path.clone());
+        let mut file = StateFile::new(StateFileName::Events, path.clone());
         file.save(&inputs, 3);
         file.finish(Some(4)).await;
         assert_eq!(store::load::<u32>(&path).unwrap(), Some(4));

@@ -22,11 +22,11 @@ pub(super) struct Uplink {
     home: Home,
     agent_id: AgentId,
     inputs: Inputs,
-    way: Arc<Mutex<Way>>,
+    way: Arc<Mutex<Route>>,
 }
 
 #[derive(Debug)]
-struct Way {
+struct Route {
     config: Arc<Config>,
     /// Made for this `config`; away while a heartbeat is on it.
     sender: Option<Sender>,
@@ -34,14 +34,14 @@ struct Way {
 
 impl Uplink {
     pub(super) fn new(home: &Home, agent_id: &AgentId, config: &Config, inputs: &Inputs) -> Uplink {
-        let way = Way { config: Arc::new(config.clone()), sender: None };
+        let way = Route { config: Arc::new(config.clone()), sender: None };
         let (home, agent_id, inputs) = (home.clone(), agent_id.clone(), inputs.clone());
         Uplink { home, agent_id, inputs, way: Arc::new(Mutex::new(way)) }
     }
 
     /// The way to the gateway may have changed.
     pub(super) fn configure(&self, config: &Config) {
-        *lock(&self.way) = Way { config: Arc::new(config.clone()), sender: None };
+        *lock(&self.way) = Route { config: Arc::new(config.clone()), sender: None };
     }
 
     /// Sends a heartbeat; what comes of it is an [`Input`].
@@ -71,6 +71,6 @@ impl Uplink {
 }
 
 /// It is held for a moment only; nothing that could panic is done under it.
-fn lock(way: &Mutex<Way>) -> MutexGuard<'_, Way> {
+fn lock(way: &Mutex<Route>) -> MutexGuard<'_, Route> {
     way.lock().unwrap_or_else(PoisonError::into_inner)
 }

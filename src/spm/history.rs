@@ -2,9 +2,9 @@
 //! seen the events.
 
 use super::disk::StateFile;
-use super::input::{File, Inputs};
+use super::input::{Inputs, StateFileName};
 use crate::core::model::Version;
-use crate::core::status::{Changed, History};
+use crate::core::status::{History, HistoryEntry};
 use crate::home::Home;
 use crate::store;
 
@@ -13,23 +13,23 @@ const MAX_CHANGES: usize = 200;
 
 /// The history of one home.
 #[derive(Debug)]
-pub(super) struct Changes {
+pub(super) struct UpgradeHistory {
     file: StateFile<History>,
     kept: History,
 }
 
-impl Changes {
+impl UpgradeHistory {
     /// What earlier managers left. An unreadable file is begun anew, which the log says.
-    pub(super) fn load(home: &Home) -> Changes {
+    pub(super) fn load(home: &Home) -> UpgradeHistory {
         let path = home.history();
         let kept = store::load(&path).unwrap_or_else(|error| {
             tracing::warn!(error = format!("{error:#}"), "the history of upgrades cannot be read and begins anew");
             None
         });
-        Changes { file: StateFile::new(File::History, path), kept: kept.unwrap_or_default() }
+        UpgradeHistory { file: StateFile::new(StateFileName::History, path), kept: kept.unwrap_or_default() }
     }
 
-    pub(super) fn add(&mut self, changed: Changed, inputs: &Inputs) {
+    pub(super) fn add(&mut self, changed: HistoryEntry, inputs: &Inputs) {
         self.kept.history.push(changed);
         let surplus = self.kept.history.len().saturating_sub(MAX_CHANGES);
         self.kept.history.drain(..surplus);
@@ -72,7 +72,7 @@ mod tests {
         std::fs::create_dir(home.state()).unwrap();
         let (inputs, mut words) = mpsc::unbounded_channel();
         std::fs::write(home.history(), r#"{"history":[],"later":{"of":1}}"#).unwrap();
-        let mut changes = Changes::load(&home);
+        let mut changes = UpgradeHistory::load(&home);
         for seconds in 0..250 {
             let text = format!(
                 r#"{{"time":"","kind":"upgrade","agent":"a","from":null,"to":"1","outcome":"ok","seconds":{seconds},"later":1}}"#
@@ -92,7 +92,7 @@ mod tests {
         last.began.clone_from(&began);
         changes.add(last, &inputs);
         changes.finish().await;
-        let kept = Changes::load(&home);
+        let kept = UpgradeHistory::load(&home);
         assert!(kept.has("a", "upgrade", &wanted, began.clone()) && !kept.has("a", "rollback", &wanted, began));
         let seconds: Vec<u64> = kept.kept.history.iter().map(|changed| changed.seconds).collect();
         assert_eq!(seconds, (50..250).collect::<Vec<_>>());

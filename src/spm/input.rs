@@ -2,19 +2,19 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::config::Loaded;
-use crate::control_socket::Reply;
-use crate::core::agent::{Ready, Refusal};
-use crate::core::ledger::Release;
+use crate::config::LoadedSettings;
+use crate::control_socket::ControlReply;
+use crate::core::agent::{Ready, ReleaseError};
+use crate::core::ledger::LedgerRelease;
 use crate::core::model::{AgentName, Version};
 use crate::core::program::Program;
 use crate::core::service_manager::UnitStanding;
-use crate::core::supervise::Answer;
-use crate::core::upgrade::{Evidence, Record as UpgradeRecord, Step};
+use crate::core::supervise::CheckResult;
+use crate::core::upgrade::{Evidence, UpgradeRecord, UpgradeStep};
 use crate::platform::Child;
-use crate::process::launch::Start;
-use crate::process::record::Record;
-use crate::uplink::sender::Outcome;
+use crate::process::launch::StartSpec;
+use crate::process::record::ProcessRecord;
+use crate::uplink::sender::SendOutcome;
 use anyhow::Result;
 use tokio::sync::{mpsc, oneshot};
 
@@ -27,7 +27,7 @@ pub(super) enum Input {
     Launched {
         name: AgentName,
         serial: u64,
-        result: Result<Box<Started>, Refusal>,
+        result: Result<Box<StartedProcess>, ReleaseError>,
     },
     Exited {
         name: AgentName,
@@ -39,7 +39,7 @@ pub(super) enum Input {
     Moved {
         name: AgentName,
         serial: u64,
-        record: Box<Record>,
+        record: Box<ProcessRecord>,
     },
     /// A stop that was asked for came to its end.
     Ended {
@@ -51,17 +51,17 @@ pub(super) enum Input {
     Checked {
         name: AgentName,
         serial: u64,
-        answer: Answer,
+        answer: CheckResult,
     },
     Staged {
         id: u64,
         name: AgentName,
         version: Version,
-        result: Result<Ready, Refusal>,
+        result: Result<Ready, ReleaseError>,
     },
     Admitted {
         name: AgentName,
-        result: Result<(Release, Option<Program>), Refusal>,
+        result: Result<(LedgerRelease, Option<Program>), ReleaseError>,
     },
     Switched {
         name: AgentName,
@@ -83,7 +83,7 @@ pub(super) enum Input {
     },
     /// A state file was written.
     Saved {
-        file: File,
+        file: StateFileName,
         revision: u64,
         result: Result<(), String>,
     },
@@ -94,26 +94,26 @@ pub(super) enum Input {
         name: AgentName,
         to: Version,
         result: Result<(), String>,
-        reply: oneshot::Sender<Reply>,
+        reply: oneshot::Sender<ControlReply>,
     },
     /// The manager's own upgrade, up to the switch, came to an end.
-    Upgraded(Upgraded),
+    Upgraded(UpgradeOutcome),
     /// The record of upgrades was looked at: which step is left, and how it is then.
-    UpgradeSeen(Result<Box<(Step, UpgradeSeen)>, String>),
+    UpgradeSeen(Result<Box<(UpgradeStep, UpgradeObservation)>, String>),
     /// The installation was brought up to this release, or could not be.
     Migrated(Result<(), String>),
     /// The stop of the home was recorded, or could not be.
     StopRecorded,
-    Looked(Looked),
-    Reloaded(Reloaded),
-    Heartbeat(Outcome),
+    Looked(HomeProblems),
+    Reloaded(MaintenanceResult),
+    Heartbeat(SendOutcome),
     /// What the service manager says of the unit of a watchdog that is gone.
     WatchdogJudged(Result<UnitStanding>),
 }
 
 /// Which state file was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum File {
+pub(super) enum StateFileName {
     Desired,
     Ledger,
     Events,
@@ -122,7 +122,7 @@ pub(super) enum File {
 
 /// What came of an upgrade up to the switch.
 #[derive(Debug)]
-pub(super) enum Upgraded {
+pub(super) enum UpgradeOutcome {
     /// The new release is in place, and this manager is to end.
     Switched,
     /// It is the release that runs.
@@ -144,14 +144,14 @@ pub(super) struct NotSwitched {
 
 /// The record of upgrades as it was found, and what it is judged by.
 #[derive(Debug, Clone)]
-pub(super) struct UpgradeSeen {
+pub(super) struct UpgradeObservation {
     pub(super) record: UpgradeRecord,
     pub(super) evidence: Evidence,
 }
 
 /// What is wrong with a home, by subject; `None`: nothing.
 #[derive(Debug)]
-pub(super) struct Looked {
+pub(super) struct HomeProblems {
     pub(super) home: Option<String>,
     pub(super) files: Option<String>,
     /// Not looked at where the home is not sound: its contents may be anybody's.
@@ -160,35 +160,37 @@ pub(super) struct Looked {
 
 /// What housekeeping found.
 #[derive(Debug)]
-pub(super) struct Reloaded {
+pub(super) struct MaintenanceResult {
     /// When the settings were last changed, as far as that can be told.
     pub(super) seen: Option<SystemTime>,
     /// The settings, where they changed.
-    pub(super) loaded: Option<Result<Loaded>>,
+    pub(super) loaded: Option<Result<LoadedSettings>>,
     /// Whether others can see by the record which process the manager is.
     pub(super) is_recorded: bool,
 }
 
 /// A process that was started.
 #[derive(Debug)]
-pub(super) struct Started {
-    pub(super) running: Running,
+pub(super) struct StartedProcess {
+    pub(super) running: RunningProcess,
     /// Why its output does not go into its log.
     pub(super) output_lost: Option<String>,
 }
 
 /// A process that runs: started by us, so that its exit status comes to us, or adopted.
 #[derive(Debug)]
-pub(super) enum Running {
-    Child(Child, Record),
-    Adopted(Record),
-    Script(Box<Start>, Record),
+pub(super) enum RunningProcess {
+    Child(Child, ProcessRecord),
+    Adopted(ProcessRecord),
+    Script(Box<StartSpec>, ProcessRecord),
 }
 
-impl Running {
-    pub(super) fn record(&self) -> &Record {
+impl RunningProcess {
+    pub(super) fn record(&self) -> &ProcessRecord {
         match self {
-            Running::Child(_, record) | Running::Adopted(record) | Running::Script(_, record) => record,
+            RunningProcess::Child(_, record) | RunningProcess::Adopted(record) | RunningProcess::Script(_, record) => {
+                record
+            }
         }
     }
 }

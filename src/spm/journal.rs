@@ -9,12 +9,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::disk::StateFile;
-use super::input::{File, Inputs};
+use super::input::{Inputs, StateFileName};
 use crate::core::model::{AgentName, Version};
 use crate::core::protocol::Event;
-use crate::core::schedule::Allowance;
+use crate::core::schedule::RateLimiter;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
-use crate::core::unknown::{self, Unknown};
+use crate::core::unknown::{self, UnknownFields};
 use crate::home::Home;
 use crate::store;
 
@@ -37,32 +37,32 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Stored {
+struct StoredEvents {
     #[serde(default)]
     last_id: u64,
     #[serde(default)]
     events: VecDeque<Event>,
     #[serde(flatten)]
-    unknown: Unknown,
+    unknown: UnknownFields,
 }
 
 /// The events of one host.
 #[derive(Debug)]
 pub(super) struct Journal {
-    file: StateFile<Stored>,
-    stored: Stored,
+    file: StateFile<StoredEvents>,
+    stored: StoredEvents,
     /// Of all events.
     bytes: usize,
-    told: BTreeMap<Subject, Allowance>,
+    told: BTreeMap<RateKey, RateLimiter>,
     changed: Option<Instant>,
 }
 
 /// What may come again and again: kind, outcome and sub-agent.
-type Subject = (String, String, Option<AgentName>);
+type RateKey = (String, String, Option<AgentName>);
 
 /// What an event is about.
 #[derive(Debug, Default)]
-pub(super) struct About<'a> {
+pub(super) struct EventSubject<'a> {
     pub agent: Option<&'a AgentName>,
     pub version: Option<&'a Version>,
 }
@@ -75,9 +75,9 @@ impl Journal {
             tracing::warn!(error = format!("{error:#}"), "the events kept for the gateway cannot be read and are lost");
             None
         });
-        let mut stored: Stored = stored.unwrap_or_default();
+        let mut stored: StoredEvents = stored.unwrap_or_default();
         let events = std::mem::take(&mut stored.events);
-        let file = StateFile::new(File::Events, path);
+        let file = StateFile::new(StateFileName::Events, path);
         let mut journal = Journal { file, stored, bytes: 0, told: BTreeMap::new(), changed: None };
         events.into_iter().for_each(|event| journal.keep(event));
         journal
@@ -85,11 +85,11 @@ impl Journal {
 
     /// Notes an event, if not too many of its like were noted. Its id grows even where the last ones could not be kept: it is never behind
     /// the clock's milliseconds.
-    pub(super) fn note(&mut self, kind: &str, outcome: &str, about: About<'_>, message: impl AsRef<str>) {
+    pub(super) fn note(&mut self, kind: &str, outcome: &str, about: EventSubject<'_>, message: impl AsRef<str>) {
         self.note_at(kind, outcome, about, message.as_ref(), Instant::now());
     }
 
-    fn note_at(&mut self, kind: &str, outcome: &str, about: About<'_>, message: &str, now: Instant) {
+    fn note_at(&mut self, kind: &str, outcome: &str, about: EventSubject<'_>, message: &str, now: Instant) {
         let Some(untold) = self.allowance(kind, outcome, about.agent, now).take(now) else { return };
         let mut message = cut(message, MAX_MESSAGE_BYTES);
         if untold > 0 {
@@ -112,20 +112,20 @@ impl Journal {
             version: about.version.cloned(),
             outcome: outcome.to_owned(),
             message,
-            unknown: Unknown::new(),
+            unknown: UnknownFields::new(),
         });
         self.changed.get_or_insert_with(Instant::now);
     }
 
-    fn allowance(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut Allowance {
+    fn allowance(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut RateLimiter {
         let mut subject = (kind.to_owned(), outcome.to_owned(), agent.cloned());
         if self.told.len() >= MAX_COUNTED && !self.told.contains_key(&subject) {
             self.told.retain(|_, allowance| !allowance.is_whole(now));
             if self.told.len() >= MAX_COUNTED {
-                subject = Subject::default();
+                subject = RateKey::default();
             }
         }
-        self.told.entry(subject).or_insert_with(|| Allowance::new(TOLD_AT_ONCE, TOLD_EVERY))
+        self.told.entry(subject).or_insert_with(|| RateLimiter::new(TOLD_AT_ONCE, TOLD_EVERY))
     }
 
     /// Keeps an event, and forgets the oldest where there is no room.
@@ -137,7 +137,7 @@ impl Journal {
             kind: cut(&event.kind, MAX_WORD_BYTES),
             outcome: cut(&event.outcome, MAX_WORD_BYTES),
             message: cut(&event.message, MAX_MESSAGE_BYTES + MAX_WORD_BYTES),
-            unknown: if is_short { event.unknown } else { Unknown::new() },
+            unknown: if is_short { event.unknown } else { UnknownFields::new() },
             ..event
         };
         self.bytes += event.size();
@@ -204,8 +204,8 @@ mod tests {
         let home = Home::new(directory.path());
         std::fs::create_dir(home.state()).unwrap();
         let mut journal = Journal::load(&home);
-        journal.note("exit", "failed", About::default(), "one");
-        journal.note("exit", "failed", About::default(), "two");
+        journal.note("exit", "failed", EventSubject::default(), "one");
+        journal.note("exit", "failed", EventSubject::default(), "two");
         journal.finish().await;
         let mut journal = Journal::load(&home);
         let pending = journal.pending();
@@ -226,7 +226,7 @@ mod tests {
         let stored = serde_json::json!({ "lastId": 1, "events": [event], "later": "x" });
         std::fs::write(home.events(), stored.to_string()).unwrap();
         let mut journal = Journal::load(&home);
-        journal.note("exit", "ok", About::default(), "two");
+        journal.note("exit", "ok", EventSubject::default(), "two");
         journal.finish().await;
         let kept: serde_json::Value = serde_json::from_slice(&std::fs::read(home.events()).unwrap()).unwrap();
         assert_eq!((&kept["later"], &kept["events"][0]), (&stored["later"], &event));
@@ -235,7 +235,7 @@ mod tests {
         let mut long = stored.clone();
         long["events"][0]["later"] = "x".repeat(MAX_MESSAGE_BYTES + 1).into();
         std::fs::write(home.events(), long.to_string()).unwrap();
-        assert_eq!(Journal::load(&home).pending()[0].unknown, Unknown::new());
+        assert_eq!(Journal::load(&home).pending()[0].unknown, UnknownFields::new());
     }
 
     #[test]
@@ -257,7 +257,7 @@ mod tests {
         let mut journal = Journal::load(&Home::new(directory.path()));
         let start = Instant::now();
         for n in 0..MAX_EVENTS as u32 + 10 {
-            journal.note_at("exit", "ok", About::default(), &n.to_string(), start + TOLD_EVERY * n);
+            journal.note_at("exit", "ok", EventSubject::default(), &n.to_string(), start + TOLD_EVERY * n);
         }
         assert_eq!(journal.stored.events.len(), MAX_EVENTS);
         assert_eq!(journal.pending()[0].message, "10");
@@ -270,7 +270,7 @@ mod tests {
         let start = Instant::now();
         let (a, b): (AgentName, AgentName) = ("a".parse().unwrap(), "b".parse().unwrap());
         let mut refuse = |kind: &str, agent: Option<&AgentName>, second: u64| {
-            let about = About { agent, version: None };
+            let about = EventSubject { agent, version: None };
             journal.note_at(kind, "refused", about, &format!("number {second}"), start + Duration::from_secs(second));
         };
         (0..3_600).for_each(|second| refuse("desired", None, second));
@@ -291,12 +291,18 @@ mod tests {
         let start = Instant::now();
         for n in 0..3 * MAX_COUNTED {
             let name: AgentName = format!("a{n}").parse().unwrap();
-            journal.note_at("stage", "failed", About { agent: Some(&name), version: None }, "no", start);
+            journal.note_at("stage", "failed", EventSubject { agent: Some(&name), version: None }, "no", start);
         }
         assert!(journal.told.len() <= MAX_COUNTED + 1);
         // Those who were quiet for long enough make room.
         let name: AgentName = "new".parse().unwrap();
-        journal.note_at("stage", "failed", About { agent: Some(&name), version: None }, "no", start + TOLD_EVERY * 20);
+        journal.note_at(
+            "stage",
+            "failed",
+            EventSubject { agent: Some(&name), version: None },
+            "no",
+            start + TOLD_EVERY * 20,
+        );
         assert_eq!(journal.told.len(), 1);
     }
 
@@ -315,7 +321,7 @@ mod tests {
         assert_eq!(journal.pending().len(), 3);
         let start = Instant::now();
         for n in 0..MAX_EVENTS as u32 {
-            journal.note_at("stage", "failed", About::default(), &long, start + TOLD_EVERY * n);
+            journal.note_at("stage", "failed", EventSubject::default(), &long, start + TOLD_EVERY * n);
         }
         let all = &journal.stored.events;
         assert!(all.iter().all(|event| event.message.len() <= 1_100 && !event.message.contains('\u{1b}')));
@@ -324,7 +330,7 @@ mod tests {
         assert!((50 << 10..70 << 10).contains(&told), "{told}");
         journal.acknowledge(u64::MAX);
         assert_eq!((journal.bytes, journal.pending().len()), (0, 0));
-        journal.note("exit", "ok", About::default(), "one");
+        journal.note("exit", "ok", EventSubject::default(), "one");
         assert_eq!(journal.pending().len(), 1);
     }
 }

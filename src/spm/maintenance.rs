@@ -4,7 +4,7 @@
 use std::time::SystemTime;
 
 use super::disk;
-use super::input::{Input, Inputs, Looked, Reloaded};
+use super::input::{HomeProblems, Input, Inputs, MaintenanceResult};
 use crate::config::Config;
 use crate::core::role::Role;
 use crate::home::Home;
@@ -12,7 +12,7 @@ use crate::installation::keyring::Keyring;
 use crate::installation::permissions;
 use crate::package::Keys;
 use crate::process::log;
-use crate::role::{self, Holder};
+use crate::role::{self, RoleHolder};
 
 /// Begins to look at the home.
 pub(super) fn begin_look(inputs: &Inputs, home: &Home, config: &Config) {
@@ -21,7 +21,7 @@ pub(super) fn begin_look(inputs: &Inputs, home: &Home, config: &Config) {
 }
 
 /// Whether the home can be relied on, and its keys.
-pub(super) fn look(home: &Home, config: &Config) -> Looked {
+pub(super) fn look(home: &Home, config: &Config) -> HomeProblems {
     let found = permissions::home(home).and_then(|()| permissions::keys(home)).err();
     let found = found.map(|error| format!("{error:#}; no release is fetched or activated meanwhile"));
     let files = permissions::files(home, config.certificates(home).as_deref()).err();
@@ -33,7 +33,7 @@ pub(super) fn look(home: &Home, config: &Config) -> Looked {
             Err(error) => Some(format!("{error:#}")),
         }
     });
-    Looked { home: found, files, keys }
+    HomeProblems { home: found, files, keys }
 }
 
 /// Begins the housekeeping. `seen`: when the settings in force were changed; `own`: the manager's record, where it is yet to be written.
@@ -42,7 +42,7 @@ pub(super) fn begin_housekeeping(
     home: &Home,
     log_limit: u64,
     seen: Option<SystemTime>,
-    own: Option<Holder>,
+    own: Option<RoleHolder>,
 ) {
     let home = home.clone();
     disk::run(inputs, move || {
@@ -53,7 +53,7 @@ pub(super) fn begin_housekeeping(
         });
         let now = modified(&home);
         let loaded = (now != seen).then(|| Config::load(&home));
-        Input::Reloaded(Reloaded { seen: now, loaded, is_recorded })
+        Input::Reloaded(MaintenanceResult { seen: now, loaded, is_recorded })
     });
 }
 

@@ -19,33 +19,33 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use self::exchange::Line;
-use self::housekeeping::Housekeeping;
-use self::ledger::Releases;
-use self::orders::Orders;
-use self::upgrade::Upgrading;
+use self::exchange::GatewayLink;
+use self::housekeeping::MaintenanceSchedule;
+use self::ledger::LedgerWriter;
+use self::orders::DesiredStateStore;
+use self::upgrade::ManagerUpgrade;
 use super::agent::SubAgent;
 use super::disk::StateFile;
-use super::history::Changes;
-use super::input::{File, Inputs};
-use super::journal::{About, Journal};
+use super::history::UpgradeHistory;
+use super::input::{Inputs, StateFileName};
+use super::journal::{EventSubject, Journal};
 use super::stage;
-use super::watchdog_link::Peer;
-use crate::config::{self, Config, Loaded};
-use crate::control_socket::{self, Farewell, Reply};
-use crate::core::agent::Event;
-use crate::core::desired::Desired;
+use super::watchdog_link::WatchdogLink;
+use crate::config::{self, Config, LoadedSettings};
+use crate::control_socket::{self, ControlReply, Goodbye};
+use crate::core::agent::AgentEvent;
+use crate::core::desired::DesiredState;
 use crate::core::model::{AgentId, AgentName, Version};
-use crate::core::schedule::Allowance;
-use crate::core::service_manager::{Kind, Notice};
+use crate::core::schedule::RateLimiter;
+use crate::core::service_manager::{Notification, ServiceManagerKind};
 use crate::core::upgrade::NewEndpoint;
 use crate::home::Home;
 use crate::installation::upgrade::Programs;
 use crate::installation::{self, permissions};
-use crate::package::{self, Places};
+use crate::package::{self, PackagePaths};
 use crate::platform::{self, Groups, LocalListener, Termination};
 use crate::process;
-use crate::role::Holder;
+use crate::role::RoleHolder;
 use crate::store;
 
 /// Of strangers at the door, so many are reported at once, and one more each so often.
@@ -58,19 +58,19 @@ const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Who this manager is.
 #[derive(Debug)]
-struct Identity {
+struct ManagerIdentity {
     agent_id: AgentId,
     instance_id: String,
     version: Version,
     started: Instant,
-    own: Holder,
+    own: RoleHolder,
 }
 
 /// A stop of the home that is under way.
 #[derive(Debug)]
-struct Stop {
+struct PendingStop {
     /// Whom it is answered to.
-    waiting: Vec<oneshot::Sender<Reply>>,
+    waiting: Vec<oneshot::Sender<ControlReply>>,
     errors: Vec<String>,
     /// Its record was written, or could not be: the sub-agents are being stopped.
     is_recorded: bool,
@@ -80,36 +80,36 @@ struct Stop {
 
 pub(super) struct Manager {
     home: Home,
-    identity: Identity,
+    identity: ManagerIdentity,
     config: Config,
-    orders: Orders,
+    orders: DesiredStateStore,
     agents: BTreeMap<AgentName, SubAgent>,
     last_serial: u64,
-    releases: Releases,
+    releases: LedgerWriter,
     /// Where the sub-agents' process trees are held together.
     groups: Option<Groups>,
     /// Something came about that a plan goes by.
     replan: bool,
     journal: Journal,
-    history: Changes,
-    peer: Peer,
+    history: UpgradeHistory,
+    peer: WatchdogLink,
     inputs: Inputs,
-    upgrading: Upgrading,
-    desk: stage::Desk,
-    line: Line,
-    housekeeping: Housekeeping,
+    upgrading: ManagerUpgrade,
+    desk: stage::StagingContext,
+    line: GatewayLink,
+    housekeeping: MaintenanceSchedule,
     /// How often a stranger at the door is reported.
-    strangers: Allowance,
+    strangers: RateLimiter,
     /// By subject, so that one that is resolved disappears.
     problems: BTreeMap<&'static str, String>,
-    stop: Option<Stop>,
-    ending: Option<Farewell>,
+    stop: Option<PendingStop>,
+    ending: Option<Goodbye>,
 }
 
 /// Runs the manager until it is told to end, and says as what it ended.
 ///
 /// `own`: its record, which it sees to where that could not be written at first.
-pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Farewell> {
+pub(super) async fn run(home: &Home, service: ServiceManagerKind, own: &RoleHolder) -> Result<Goodbye> {
     let (inputs, mut words) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
     if let Err(error) = platform::adopt_orphans() {
@@ -125,7 +125,7 @@ pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Fare
     let (knock, mut knocks) = mpsc::channel(16);
     let (farewell, heard) = watch::channel(None);
     let door = tokio::spawn(control_socket::serve(listener, knock, heard));
-    platform::notify(Notice::Ready);
+    platform::notify(Notification::Ready);
     let version = &manager.identity.version;
     tracing::info!(version = %version, pid = std::process::id(), agents = manager.agents.len(), "the manager is ready");
 
@@ -146,7 +146,7 @@ pub(super) async fn run(home: &Home, service: Kind, own: &Holder) -> Result<Fare
             () = termination.recv() => manager.asked_to_end(),
         }
     };
-    platform::notify(Notice::Stopping);
+    platform::notify(Notification::Stopping);
     manager.journal.flush(&manager.inputs);
     // The door is shut first: the watchdog, which connects again as soon as it heard the farewell, would take our end for a death.
     door.abort();
@@ -168,7 +168,7 @@ impl Manager {
         }
     }
 
-    fn load(home: &Home, service: Kind, own: &Holder, inputs: Inputs) -> Result<Manager> {
+    fn load(home: &Home, service: ServiceManagerKind, own: &RoleHolder, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
         let loaded = Config::load(home)?;
         warn_of_unknown(&loaded);
@@ -181,20 +181,20 @@ impl Manager {
             format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display())
         })?;
         let desired_path = home.desired();
-        let desired: Option<Desired> = store::load(&desired_path).unwrap_or_else(|error| {
+        let desired: Option<DesiredState> = store::load(&desired_path).unwrap_or_else(|error| {
             let text = format!("the last desired state is lost and asked for again: {error:#}");
             tracing::error!(error = text, "the desired state cannot be read");
             problems.insert("desired", text);
             None
         });
-        let releases = Releases::load(home, &mut problems);
+        let releases = LedgerWriter::load(home, &mut problems);
         let mut journal = Journal::load(home);
         for problem in problems.values() {
-            journal.note("config", "failed", About::default(), problem.as_str());
+            journal.note("config", "failed", EventSubject::default(), problem.as_str());
         }
         // Behind a link lies what is somebody else's.
         if permissions::home(home).is_ok()
-            && let Err(error) = package::sweep(&Places::of(home))
+            && let Err(error) = package::sweep(&PackagePaths::of(home))
         {
             tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
         }
@@ -206,11 +206,11 @@ impl Manager {
         let endpoint = on_trial.as_ref().and_then(|image| image.endpoint.clone());
         let config = moved(home, loaded.config, endpoint.as_ref());
         let now = Instant::now();
-        let mut line = Line::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
+        let mut line = GatewayLink::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
         let mut held = desired.unwrap_or_default();
         held.forget_stale();
         line.asks_anew = held.refused().next().is_some();
-        let installed = installation::Manager::load(home)
+        let installed = installation::ManagerRecord::load(home)
             .context("cannot tell which release this is; install again")?
             .with_context(|| {
                 format!(
@@ -220,7 +220,7 @@ impl Manager {
             })?
             .version;
         let version = on_trial.map_or(installed, |image| image.version);
-        let identity = Identity {
+        let identity = ManagerIdentity {
             agent_id,
             instance_id: installation::instance_id(home),
             version,
@@ -229,22 +229,22 @@ impl Manager {
         };
         Ok(Manager {
             home: home.clone(),
-            housekeeping: Housekeeping::new(home, own, now),
+            housekeeping: MaintenanceSchedule::new(home, own, now),
             identity,
-            orders: Orders::new(held, StateFile::new(File::Desired, desired_path), now),
+            orders: DesiredStateStore::new(held, StateFile::new(StateFileName::Desired, desired_path), now),
             agents: BTreeMap::new(),
             last_serial: 0,
             releases,
             groups: groups(home),
             replan: true,
             journal,
-            history: Changes::load(home),
-            peer: Peer::new(home, service, now),
+            history: UpgradeHistory::load(home),
+            peer: WatchdogLink::new(home, service, now),
             inputs,
-            upgrading: Upgrading::new(record, endpoint),
-            desk: stage::Desk::new(),
+            upgrading: ManagerUpgrade::new(record, endpoint),
+            desk: stage::StagingContext::new(),
             line,
-            strangers: Allowance::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
+            strangers: RateLimiter::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
             problems,
             config,
             stop: None,
@@ -259,7 +259,7 @@ impl Manager {
             return;
         }
         tracing::info!("the manager was asked to end; the sub-agents stay");
-        self.ending = Some(Farewell::Yield);
+        self.ending = Some(Goodbye::Yield);
     }
 
     fn deadline(&self) -> Instant {
@@ -284,7 +284,7 @@ impl Manager {
         let now = Instant::now();
         let due = self.agents.values().filter(|agent| agent.state.is_due(now));
         for name in due.map(|agent| agent.state.name().clone()).collect::<Vec<_>>() {
-            self.step(&name, Event::Tick, now);
+            self.step(&name, AgentEvent::Tick, now);
         }
         self.replan |= self.agents.values().any(|agent| agent.state.hold_is_over(now));
         if self.housekeeping.was_held_up(now) {
@@ -316,11 +316,11 @@ impl Manager {
         match problem {
             Some(text) if self.problems.get(subject) == Some(&text) => {}
             Some(text) => {
-                self.journal.note(subject, outcome, About::default(), text.as_str());
+                self.journal.note(subject, outcome, EventSubject::default(), text.as_str());
                 self.problems.insert(subject, text);
             }
             None if self.problems.remove(subject).is_some() => {
-                self.journal.note(subject, "ok", About::default(), "what was wrong there is mended");
+                self.journal.note(subject, "ok", EventSubject::default(), "what was wrong there is mended");
             }
             None => {}
         }
@@ -348,7 +348,7 @@ fn groups(home: &Home) -> Option<Groups> {
     groups
 }
 
-fn warn_of_unknown(loaded: &Loaded) {
+fn warn_of_unknown(loaded: &LoadedSettings) {
     for unknown in &loaded.unknown {
         tracing::warn!(key = %unknown, "the configuration has a key that this version does not know");
     }

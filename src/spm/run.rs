@@ -3,21 +3,21 @@
 use anyhow::Result;
 use tokio::task::AbortHandle;
 
-use super::input::{Input, Inputs, Running, Started};
+use super::input::{Input, Inputs, RunningProcess, StartedProcess};
 use super::stage;
 use crate::core::manifest::KillMode;
 use crate::core::program::Program;
 use crate::home::Home;
-use crate::installation::permissions::Unsound;
+use crate::installation::permissions::UnsafeHome;
 use crate::platform;
-use crate::process::launch::{self, Start};
-use crate::process::record::{self, Record};
-use crate::process::script::{self, Said, Standing, Unseen};
+use crate::process::launch::{self, StartSpec};
+use crate::process::record::{self, ProcessRecord};
+use crate::process::script::{self, ScriptFindings, ScriptStatus, UnseenProgram};
 use crate::process::stop;
-use crate::process::tree::{Ending, Target};
+use crate::process::tree::{StopProgress, StopTarget};
 
 /// Starts a sub-agent, after ending what an earlier process of it left behind: `last`.
-pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Target) {
+pub(super) fn start(inputs: &Inputs, serial: u64, start: StartSpec, last: StopTarget) {
     let inputs = inputs.clone();
     tokio::spawn(async move {
         let name = start.name.clone();
@@ -26,47 +26,47 @@ pub(super) fn start(inputs: &Inputs, serial: u64, start: Start, last: Target) {
     });
 }
 
-async fn start_clean(start: Start, last: Target) -> Result<Started> {
+async fn start_clean(start: StartSpec, last: StopTarget) -> Result<StartedProcess> {
     let record = last.record.clone();
     end_leftovers(&start, last).await?;
     let (home, name) = (start.home.clone(), start.name.clone());
     let launched = launch(start, record).await;
-    if launched.as_ref().is_err_and(|error| !error.is::<Unseen>()) {
+    if launched.as_ref().is_err_and(|error| !error.is::<UnseenProgram>()) {
         // The child wrote its record before its program turned out not to run.
         off_loop(move || record::discard(&home, &name)).await?;
     }
     launched
 }
 
-async fn launch(start: Start, last: Option<Record>) -> Result<Started> {
+async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<StartedProcess> {
     // Nothing is made in a home that cannot be relied on.
     start.sound()?;
     let output = start.output()?;
     let running = match start.program.clone() {
         Program::Native(manifest) => {
             let (child, record) = launch::start_native(&start, &manifest, output.file).await?;
-            Running::Child(child, record)
+            RunningProcess::Child(child, record)
         }
         Program::Script => {
             let of = start.clone();
             off_loop(move || script::forget(&of, last.as_ref())).await?;
             let record = match script::standing(&start).await? {
-                Standing::Up(record) => record,
-                Standing::Down => script::start(&start, output.file).await?,
-                Standing::Other(record) => {
+                ScriptFindings::Up(record) => record,
+                ScriptFindings::Down => script::start(&start, output.file).await?,
+                ScriptFindings::Other(record) => {
                     tracing::warn!(agent = %start.name, pid = record.pid, "a process that its script names runs already, and is stopped first");
-                    end(&start.home, Target::of(&start.name, Some(record), start.groups.as_ref())).await?;
+                    end(&start.home, StopTarget::of(&start.name, Some(record), start.groups.as_ref())).await?;
                     script::start(&start, output.file).await?
                 }
             };
-            Running::Script(Box::new(start), record)
+            RunningProcess::Script(Box::new(start), record)
         }
     };
-    Ok(Started { running, output_lost: output.lost })
+    Ok(StartedProcess { running, output_lost: output.lost })
 }
 
 /// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
-async fn end_leftovers(start: &Start, last: Target) -> Result<()> {
+async fn end_leftovers(start: &StartSpec, last: StopTarget) -> Result<()> {
     if start.program.kill_mode() == KillMode::Process || !last.may_live() {
         return Ok(());
     }
@@ -74,14 +74,14 @@ async fn end_leftovers(start: &Start, last: Target) -> Result<()> {
 }
 
 /// Ends what is left of a target, without holding up the manager's loop.
-async fn end(home: &Home, target: Target) -> Result<()> {
+async fn end(home: &Home, target: StopTarget) -> Result<()> {
     if target.is_scattered() || target.script_to_ask().is_some() {
         // Both take their time: every process of the host is looked at, a script is run.
         let home = home.clone();
         return off_loop(move || stop::end(&home, &[target])).await?;
     }
     let targets = [target];
-    let mut ending = Ending::of(home, &targets);
+    let mut ending = StopProgress::of(home, &targets);
     while let Some(pause) = ending.look()? {
         if targets[0].groups_are_empty() {
             // What is left lives outside of them.
@@ -101,20 +101,20 @@ async fn off_loop<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 }
 
 /// Watches a process and tells of its end. Who stops it ends the watch: a `control` script must not be asked while its files are removed.
-pub(super) fn watch(inputs: &Inputs, serial: u64, running: Running) -> AbortHandle {
+pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> AbortHandle {
     let inputs = inputs.clone();
     let name = running.record().head.name.clone();
     let task = tokio::spawn(async move {
         let (success, how) = match running {
-            Running::Child(mut child, _) => match child.wait().await {
+            RunningProcess::Child(mut child, _) => match child.wait().await {
                 Ok(status) => (Some(status.success()), platform::how_it_ended(status)),
                 Err(error) => (None, format!("ended; its exit status cannot be read: {error}")),
             },
-            Running::Adopted(record) => {
+            RunningProcess::Adopted(record) => {
                 platform::ended(record.pid, record.start_time).await;
                 (None, "ended; its exit status is not known, it was started by an earlier manager".to_owned())
             }
-            Running::Script(start, record) => (None, watch_script(&inputs, serial, &start, record).await),
+            RunningProcess::Script(start, record) => (None, watch_script(&inputs, serial, &start, record).await),
         };
         let _ = inputs.send(Input::Exited { name, serial, success, how });
     });
@@ -122,7 +122,7 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: Running) -> AbortHand
 }
 
 /// Watches the process that a `control` script put into the background, and the one that takes its place; says why it counts as ended.
-async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: Record) -> String {
+async fn watch_script(inputs: &Inputs, serial: u64, start: &StartSpec, mut record: ProcessRecord) -> String {
     loop {
         let emptied = tokio::select! {
             // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
@@ -143,11 +143,11 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
         let Some(process) = script::find(start, &record, None).await else { return ended };
         match script::status(start).await {
             // One that may not be asked is there, and is left alone.
-            Err(error) if !error.is::<Unsound>() => return ended,
-            Ok(Said::Stopped | Said::Unclear) => return ended,
-            Ok(Said::Started) | Err(_) => {
+            Err(error) if !error.is::<UnsafeHome>() => return ended,
+            Ok(ScriptStatus::Stopped | ScriptStatus::Unclear) => return ended,
+            Ok(ScriptStatus::Started) | Err(_) => {
                 let session = record.session.filter(|session| *session == process.session);
-                record = Record { session, head: record.head, ..start.record_of(&process) };
+                record = ProcessRecord { session, head: record.head, ..start.record_of(&process) };
                 let moved = Input::Moved { name: start.name.clone(), serial, record: Box::new(record.clone()) };
                 let _ = inputs.send(moved);
             }
@@ -156,7 +156,7 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &Start, mut record: R
 }
 
 /// Resolves when the group of a process holds nobody any more; never where it has none.
-async fn emptied(record: &Record) {
+async fn emptied(record: &ProcessRecord) {
     match record.group() {
         Some(group) => group.emptied().await,
         None => std::future::pending().await,
@@ -164,7 +164,7 @@ async fn emptied(record: &Record) {
 }
 
 /// Ends a sub-agent with all that it started.
-pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: Target) {
+pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: StopTarget) {
     let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
     tokio::spawn(async move {
         let mut ended = end(&home, target.clone()).await;
@@ -191,7 +191,7 @@ mod tests {
     use crate::process::launch;
 
     /// A home with a release of a sub-agent that stays, and no directory for logs.
-    fn prepare(directory: &Path) -> Start {
+    fn prepare(directory: &Path) -> StartSpec {
         let home = Home::new(directory);
         let (name, version): (AgentName, _) = ("a".parse().unwrap(), "1".parse().unwrap());
         let program = home.release(&name, &version).join("run");
@@ -199,7 +199,7 @@ mod tests {
         std::fs::write(&program, "#!/bin/sh\nexec sleep 1000000\n").unwrap();
         platform::set_mode(&program, 0o755).unwrap();
         let manifest = launch::parse("name = \"a\"\nversion = \"1\"\n[run]\ncommand = [\"run\"]\n").unwrap();
-        Start {
+        StartSpec {
             home,
             name,
             version,
@@ -223,14 +223,14 @@ mod tests {
             std::fs::create_dir_all(path.join("in the way")).unwrap();
         }
         let (inputs, mut words) = mpsc::unbounded_channel();
-        start(&inputs, 1, start_of_it.clone(), Target::of(&name, None, None));
+        start(&inputs, 1, start_of_it.clone(), StopTarget::of(&name, None, None));
         let Some(Input::Launched { result, .. }) = words.recv().await else { panic!("it is answered") };
         let started = result.unwrap();
         let lost = started.output_lost.as_ref().unwrap();
         assert!(lost.starts_with("cannot open the log ") && lost.contains("a.log: "), "{lost}");
         let last = started.running.record().clone();
         assert!(last.is_alive());
-        stop(&inputs, 1, &home, Target::of(&name, Some(last.clone()), None));
+        stop(&inputs, 1, &home, StopTarget::of(&name, Some(last.clone()), None));
         let Some(Input::Ended { result, .. }) = words.recv().await else { panic!("it is answered") };
         assert_eq!(result, Ok(()));
         assert!(!last.is_alive());
@@ -246,7 +246,7 @@ mod tests {
         let start = prepare(directory.path());
         std::fs::create_dir_all(start.home.process_record(&start.name).join("in the way")).unwrap();
         std::fs::remove_file(start.directory().join("run")).unwrap();
-        let target = Target::of(&start.name, None, None);
+        let target = StopTarget::of(&start.name, None, None);
         let error = format!("{:#}", start_clean(start, target).await.unwrap_err());
         assert!(error.contains("cannot run ") && !error.contains("cannot remove"), "{error}");
     }

@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::input::{Input, Inputs};
 use crate::config::Config;
-use crate::core::agent::{Ready, Refusal};
+use crate::core::agent::{Ready, ReleaseError};
 use crate::core::ledger;
 use crate::core::model::{AgentId, AgentName, Release, Version};
 use crate::core::names;
@@ -17,12 +17,12 @@ use crate::core::order::Package;
 use crate::core::program::Program;
 use crate::core::status::DownloadStatus;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
-use crate::endpoint::End;
+use crate::endpoint::Disconnector;
 use crate::fetching::Fetching;
 use crate::home::Home;
-use crate::installation::permissions::{self, Unsound};
+use crate::installation::permissions::{self, UnsafeHome};
 use crate::installation::{Epochs, keyring};
-use crate::package::{self, Commons, Completed, Refused, Unavailable, Wanted, Withdrawn};
+use crate::package::{self, Completed, FetchLimits, PackageRejected, PackageRequest, Unavailable, WithdrawnRelease};
 use crate::platform;
 use crate::process::launch;
 
@@ -35,14 +35,14 @@ const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// What those that are staged at the same time share.
 #[derive(Debug, Clone)]
-pub(super) struct Desk {
+pub(super) struct StagingContext {
     turns: Arc<Semaphore>,
-    commons: Arc<Commons>,
+    commons: Arc<FetchLimits>,
 }
 
-impl Desk {
-    pub(super) fn new() -> Desk {
-        Desk { turns: Arc::new(Semaphore::new(AT_ONCE)), commons: Arc::default() }
+impl StagingContext {
+    pub(super) fn new() -> StagingContext {
+        StagingContext { turns: Arc::new(Semaphore::new(AT_ONCE)), commons: Arc::default() }
     }
 }
 
@@ -51,24 +51,24 @@ impl Desk {
 #[derive(Debug)]
 pub(super) struct Staging {
     pub(super) version: Version,
-    seen: Arc<Seen>,
+    seen: Arc<StagingResult>,
     /// Closed with it: who still waits for his turn then leaves.
     _wanted: oneshot::Sender<()>,
 }
 
 #[derive(Debug, Default)]
-struct Seen {
+struct StagingResult {
     bytes: AtomicU64,
     /// Zero: not known yet.
     total: AtomicU64,
     unwanted: AtomicBool,
     /// Of the download: it may wait long for what does not come.
-    end: Mutex<Option<End>>,
+    end: Mutex<Option<Disconnector>>,
 }
 
-impl Seen {
+impl StagingResult {
     /// Notes how the download is ended. It is looked at afterwards whether it is still wanted: who gave it up in between found nothing here.
-    fn ends_by(&self, end: End) {
+    fn ends_by(&self, end: Disconnector) {
         *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
     }
 
@@ -110,40 +110,40 @@ impl std::fmt::Display for Unusable {
 }
 
 /// Why a release could not be staged, activated or started.
-pub(super) fn refusal(error: &anyhow::Error) -> Refusal {
-    Refusal {
+pub(super) fn refusal(error: &anyhow::Error) -> ReleaseError {
+    ReleaseError {
         why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES),
-        refused: package::is_refusal(error) || error.is::<Unsound>(),
+        refused: package::is_refusal(error) || error.is::<UnsafeHome>(),
         retry_after: error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after),
         costly: false,
-        withdrawn: error.is::<Withdrawn>(),
+        withdrawn: error.is::<WithdrawnRelease>(),
         of_host: error.chain().filter_map(|cause| cause.downcast_ref()).any(platform::is_shortage),
     }
 }
 
 /// As [`refusal`], of a release of which so many bytes were downloaded.
-fn refusal_after(error: &anyhow::Error, bytes: u64) -> Refusal {
+fn refusal_after(error: &anyhow::Error, bytes: u64) -> ReleaseError {
     let is_final = package::is_refusal(error) || error.is::<Unusable>();
-    Refusal { costly: is_final && bytes >= COSTLY, ..refusal(error) }
+    ReleaseError { costly: is_final && bytes >= COSTLY, ..refusal(error) }
 }
 
 /// All that staging one release needs to know.
 #[derive(Debug, Clone)]
-pub(super) struct Job {
+pub(super) struct StagingJob {
     pub home: Home,
     pub config: Config,
     pub agent_id: AgentId,
     pub name: AgentName,
     pub package: Package,
-    /// Of [`Action::Stage`](crate::core::agent::Action::Stage).
+    /// Of [`Action::Stage`](crate::core::agent::AgentAction::Stage).
     pub id: u64,
     /// The epoch of the release that was committed last, which may not be in the epochs' file yet.
     pub committed_epoch: u64,
 }
 
 /// Stages a release and reports with [`Input::Staged`].
-pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
-    let (inputs, desk, seen) = (inputs.clone(), desk.clone(), Arc::new(Seen::default()));
+pub(super) fn start(inputs: &Inputs, desk: &StagingContext, job: StagingJob) -> Staging {
+    let (inputs, desk, seen) = (inputs.clone(), desk.clone(), Arc::new(StagingResult::default()));
     let (wanted, unwanted) = oneshot::channel();
     let staging = Staging { version: job.package.version.clone(), seen: Arc::clone(&seen), _wanted: wanted };
     tokio::spawn(async move {
@@ -155,10 +155,10 @@ pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
         };
         let come = Arc::clone(&seen);
         let result = match turn {
-            None => Err(Refusal::failed("it is not wanted any more")),
+            None => Err(ReleaseError::failed("it is not wanted any more")),
             Some(_turn) => match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
                 Ok(result) => result.map_err(|error| refusal_after(&error, come.bytes.load(Ordering::Relaxed))),
-                Err(error) => Err(Refusal::failed(format!("cannot stage it: {error}"))),
+                Err(error) => Err(ReleaseError::failed(format!("cannot stage it: {error}"))),
             },
         };
         let _ = inputs.send(Input::Staged { id, name, version, result });
@@ -166,17 +166,17 @@ pub(super) fn start(inputs: &Inputs, desk: &Desk, job: Job) -> Staging {
     staging
 }
 
-fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<Ready> {
-    let Job { home, config, agent_id, name, package, committed_epoch, .. } = job;
+fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Result<Ready> {
+    let StagingJob { home, config, agent_id, name, package, committed_epoch, .. } = job;
     let version = &package.version;
     if seen.unwanted.load(Ordering::SeqCst) {
         bail!("it is not wanted any more");
     }
     permissions::agent(home, name)?;
     let wanted = wanted(name, package);
-    has_place(home, &wanted.release).map_err(anyhow::Error::msg).context(Refused)?;
+    has_place(home, &wanted.release).map_err(anyhow::Error::msg).context(PackageRejected)?;
     let fetching = Fetching::of(home, config, agent_id)?;
-    let wanted = Wanted { least_epoch: *committed_epoch, ..wanted };
+    let wanted = PackageRequest { least_epoch: *committed_epoch, ..wanted };
     let mut told = Instant::now();
     let tree = fetching.fetch(wanted, commons, |end| seen.ends_by(end), &mut |bytes, total| {
         seen.bytes.store(bytes, Ordering::Relaxed);
@@ -188,7 +188,7 @@ fn stage(job: &Job, commons: &Commons, seen: &Seen) -> Result<Ready> {
         !seen.unwanted.load(Ordering::SeqCst)
     })?;
     let directory = home.release(name, version);
-    let release = ledger::Release {
+    let release = ledger::LedgerRelease {
         version: version.clone(),
         sha256: Some(tree.sha256().clone()),
         epoch: tree.binding().epoch,
@@ -223,26 +223,26 @@ fn has_place(home: &Home, release: &Release) -> Result<(), String> {
 }
 
 /// The package that an order asks for.
-pub(super) fn wanted(name: &AgentName, package: &Package) -> Wanted {
-    Wanted::of(package, name, platform::OS, platform::ARCH)
+pub(super) fn wanted(name: &AgentName, package: &Package) -> PackageRequest {
+    PackageRequest::of(package, name, platform::OS, platform::ARCH)
 }
 
 /// The release that a directory holds. `completed`: what that says of its package, where it can be read.
-pub(super) fn release(version: Version, completed: Option<&Completed>) -> ledger::Release {
+pub(super) fn release(version: Version, completed: Option<&Completed>) -> ledger::LedgerRelease {
     let sha256 = completed.map(|completed| completed.sha256.clone());
     let epoch = completed.map_or(0, |completed| completed.epoch);
-    ledger::Release { version, sha256, epoch, unknown: Default::default() }
+    ledger::LedgerRelease { version, sha256, epoch, unknown: Default::default() }
 }
 
 /// Whether a release that lies on disk may be activated: the home can be relied on, and nothing that the release was accepted by when it was
-/// staged was withdrawn since. `committed_epoch`: as in [`Job`]; `inspect`: also how it is run.
+/// staged was withdrawn since. `committed_epoch`: as in [`StagingJob`]; `inspect`: also how it is run.
 pub(super) fn admit(
     home: &Home,
     name: &AgentName,
     version: &Version,
     committed_epoch: u64,
     inspect: bool,
-) -> Result<(ledger::Release, Option<Program>)> {
+) -> Result<(ledger::LedgerRelease, Option<Program>)> {
     permissions::agent(home, name)?;
     permissions::release(home, name, version)?;
     let completed = package::whole(&home.release(name, version))?;
@@ -265,8 +265,8 @@ mod tests {
 
     use super::*;
 
-    fn job(name: &str) -> Job {
-        Job {
+    fn job(name: &str) -> StagingJob {
+        StagingJob {
             home: Home::new(std::path::Path::new("/nowhere")),
             config: Config::default(),
             agent_id: "1".parse().unwrap(),
@@ -289,7 +289,7 @@ mod tests {
     #[tokio::test]
     async fn who_is_not_wanted_any_more_does_not_wait_for_his_turn() {
         let (inputs, _words) = mpsc::unbounded_channel();
-        let desk = Desk::new();
+        let desk = StagingContext::new();
         let turns = desk.turns.acquire_many(AT_ONCE as u32).await.unwrap();
         let waiting: Vec<Staging> = (0..10).map(|number| start(&inputs, &desk, job(&format!("a{number}")))).collect();
         let waits = || tokio::runtime::Handle::current().metrics().num_alive_tasks();

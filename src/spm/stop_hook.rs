@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use crate::control_socket;
 use crate::core::role::Role;
-use crate::core::service_manager::Kind;
+use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
 use crate::{host_service, lifecycle, logging, process, role};
 
@@ -18,7 +18,7 @@ const LONGEST_STOP: Duration = Duration::from_secs(840);
 const LONGEST_GRACE: Duration = Duration::from_secs(860);
 
 /// `service`: who runs the hook; units that an older version wrote do not say it.
-pub(super) fn run(home: &Home, service: Kind) -> Result<ExitCode> {
+pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spm"));
     // Empty when the manager ended by itself and is about to be restarted.
     let main_pid = std::env::var("MAINPID").unwrap_or_default();

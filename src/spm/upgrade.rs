@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::disk;
-use super::input::{Input, Inputs, NotSwitched, UpgradeSeen, Upgraded};
+use super::input::{Input, Inputs, NotSwitched, UpgradeObservation, UpgradeOutcome};
 use super::{stage, unix_now};
 use crate::config::Config;
 use crate::core::model::{AgentId, AgentName, MANAGER_PACKAGE, Packing, Release, Version};
@@ -18,15 +18,18 @@ use crate::core::order::Package;
 use crate::core::role::Role;
 use crate::core::status::DownloadStatus;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
-use crate::core::upgrade::{self, Asker, Evidence, Image, Limits, Manager, Record, Refusal, Step, Which};
+use crate::core::upgrade::{
+    self, Decider, Evidence, Image, ManagerEvidence, TrialLimits, UpgradeRecord, UpgradeRefusal, UpgradeStep,
+    WhichRelease,
+};
 use crate::endpoint::Timeouts;
 use crate::fetching::Fetching;
 use crate::home::Home;
 use crate::installation::keyring::{self, Keyring};
 use crate::installation::release::{self, CheckedRelease};
-use crate::installation::upgrade::{self as on_disk, Programs, Session, which};
+use crate::installation::upgrade::{self as on_disk, Programs, UpgradeSession, which};
 use crate::installation::{Epochs, permissions};
-use crate::package::{self, Commons, Keys, Unavailable, VerifiedTree, Wanted};
+use crate::package::{self, FetchLimits, Keys, PackageRequest, Unavailable, VerifiedTree};
 use crate::{migrations, platform, role, store, uplink};
 
 /// The other role holds the record for one step, which may wait for a disk.
@@ -36,7 +39,7 @@ const MAX_STEPS: usize = 32;
 
 /// Where the new release comes from.
 #[derive(Debug, Clone)]
-pub(super) enum Source {
+pub(super) enum UpgradeSource {
     Gateway(Package),
     /// The one that the gateway offers now.
     Current,
@@ -48,11 +51,11 @@ pub(super) enum Source {
 
 /// All that an upgrade needs to know.
 #[derive(Debug)]
-pub(super) struct Job {
+pub(super) struct UpgradeJob {
     pub(super) home: Home,
     pub(super) config: Config,
     pub(super) agent_id: AgentId,
-    pub(super) source: Source,
+    pub(super) source: UpgradeSource,
     /// An operator at the host asked for it, against this order.
     pub(super) by_operator: Option<Option<Package>>,
     /// The release of this manager.
@@ -61,14 +64,14 @@ pub(super) struct Job {
 
 /// How far an upgrade is, as the loop sees it.
 #[derive(Debug, Default)]
-pub(super) struct Progress {
+pub(super) struct UpgradeProgress {
     bytes: AtomicU64,
     /// Zero: not known yet.
     total: AtomicU64,
     unwanted: AtomicBool,
 }
 
-impl Progress {
+impl UpgradeProgress {
     pub(super) fn download(&self, version: &Version) -> Option<DownloadStatus> {
         let (bytes, total) = (self.bytes.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed));
         let total = Some(total).filter(|total| *total > 0);
@@ -82,14 +85,14 @@ impl Progress {
 }
 
 /// Begins an upgrade; [`Input::Upgraded`] tells what came of it.
-pub(super) fn start(inputs: &Inputs, job: Job) -> Arc<Progress> {
-    let progress = Arc::new(Progress::default());
+pub(super) fn start(inputs: &Inputs, job: UpgradeJob) -> Arc<UpgradeProgress> {
+    let progress = Arc::new(UpgradeProgress::default());
     let seen = Arc::clone(&progress);
     disk::run(inputs, move || {
         let mut release = None;
         let outcome = match attempt(&job, &seen, &mut release) {
             Ok(outcome) => outcome,
-            Err(error) => Upgraded::NotSwitched(not_switched(&job, release, &error)),
+            Err(error) => UpgradeOutcome::NotSwitched(not_switched(&job, release, &error)),
         };
         Input::Upgraded(outcome)
     });
@@ -98,9 +101,9 @@ pub(super) fn start(inputs: &Inputs, job: Job) -> Arc<Progress> {
 
 /// The release is at fault.
 #[derive(Debug)]
-struct Unfit;
+struct FaultyRelease;
 
-impl std::fmt::Display for Unfit {
+impl std::fmt::Display for FaultyRelease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("the release cannot be put in place")
     }
@@ -113,31 +116,31 @@ fn unfit(error: anyhow::Error) -> anyhow::Error {
         let kinds = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::ReadOnlyFilesystem];
         kinds.contains(&cause.kind()) || platform::is_shortage(cause)
     });
-    if is_hosts { error } else { error.context(Unfit) }
+    if is_hosts { error } else { error.context(FaultyRelease) }
 }
 
 /// `found`: set to the release as soon as that is known.
-fn attempt(job: &Job, progress: &Progress, found: &mut Option<Image>) -> Result<Upgraded> {
+fn attempt(job: &UpgradeJob, progress: &UpgradeProgress, found: &mut Option<Image>) -> Result<UpgradeOutcome> {
     let home = &job.home;
     permissions::home(home)?;
     ensure!(!home.stop_intent().exists(), "the home is stopped; start it with `control start`");
     let from = release::in_place(home)?;
-    if let Source::Previous = job.source {
+    if let UpgradeSource::Previous = job.source {
         let (to, staged) = previous(home)?;
         return switch(job, from, found.insert(to).clone(), &staged);
     }
     let (tree, file) = match &job.source {
-        Source::File(path) => local(home, path)?,
-        Source::Gateway(package) => fetch(job, wanted(package)?, progress)?,
+        UpgradeSource::File(path) => local(home, path)?,
+        UpgradeSource::Gateway(package) => fetch(job, wanted(package)?, progress)?,
         _ => match current(job)? {
             None => bail!("no endpoint has a release of {MANAGER_PACKAGE} for this host; publish one there"),
-            Some(package) if package.version == from.version => return Ok(Upgraded::Nothing),
+            Some(package) if package.version == from.version => return Ok(UpgradeOutcome::Nothing),
             Some(package) => fetch(job, wanted(&package)?, progress)?,
         },
     };
     let signed = (tree.binding().release.version.clone(), tree.sha256().clone());
     if signed == (from.version.clone(), from.sha256.clone()) {
-        return Ok(Upgraded::Nothing);
+        return Ok(UpgradeOutcome::Nothing);
     }
     *found = Some(Image { version: signed.0, sha256: signed.1, ..from.clone() });
     let (checked, to) = check(home, tree, file).map_err(unfit)?;
@@ -158,14 +161,14 @@ fn manager_package() -> Result<AgentName> {
     Ok(MANAGER_PACKAGE.parse()?)
 }
 
-fn wanted(package: &Package) -> Result<Wanted> {
+fn wanted(package: &Package) -> Result<PackageRequest> {
     Ok(stage::wanted(&manager_package()?, package))
 }
 
-fn fetch(job: &Job, wanted: Wanted, progress: &Progress) -> Result<(VerifiedTree, String)> {
+fn fetch(job: &UpgradeJob, wanted: PackageRequest, progress: &UpgradeProgress) -> Result<(VerifiedTree, String)> {
     let fetching = Fetching::of(&job.home, &job.config, &job.agent_id)?;
     let file = wanted.file_name().unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
-    let tree = fetching.fetch(wanted, &Commons::default(), drop, &mut |bytes, total| {
+    let tree = fetching.fetch(wanted, &FetchLimits::default(), drop, &mut |bytes, total| {
         progress.bytes.store(bytes, Ordering::Relaxed);
         progress.total.store(total.unwrap_or(0), Ordering::Relaxed);
         !progress.unwanted.load(Ordering::Relaxed)
@@ -174,7 +177,7 @@ fn fetch(job: &Job, wanted: Wanted, progress: &Progress) -> Result<(VerifiedTree
 }
 
 /// The release that the first endpoint with an answer offers.
-fn current(job: &Job) -> Result<Option<Package>> {
+fn current(job: &UpgradeJob) -> Result<Option<Package>> {
     let config = &job.config;
     let client = config.client(&config.trust(&job.home), &job.agent_id, Timeouts::exchange())?;
     let name = manager_package()?;
@@ -201,7 +204,8 @@ fn local(home: &Home, path: &Path) -> Result<(VerifiedTree, String)> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = claimed.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let wanted = Wanted { least_epoch: Epochs::load(home)?.least(MANAGER_PACKAGE), ..Wanted::new(claimed) };
+    let wanted =
+        PackageRequest { least_epoch: Epochs::load(home)?.least(MANAGER_PACKAGE), ..PackageRequest::new(claimed) };
     Ok((package::open_local(path, &wanted, &keyring::trusted(home)?, &home.staging())?, file))
 }
 
@@ -231,7 +235,7 @@ fn previous(home: &Home) -> Result<(Image, PathBuf)> {
 }
 
 /// Begins the upgrade in the record, and takes the steps up to the switch.
-fn switch(job: &Job, from: Image, to: Image, staged: &Path) -> Result<Upgraded> {
+fn switch(job: &UpgradeJob, from: Image, to: Image, staged: &Path) -> Result<UpgradeOutcome> {
     let mut session = session(&job.home)?;
     ensure!(
         release::in_place(&job.home)?.is(&from),
@@ -247,44 +251,55 @@ fn switch(job: &Job, from: Image, to: Image, staged: &Path) -> Result<Upgraded> 
     }
     match session.begin(from, to, unix_now()) {
         Ok(()) => {}
-        Err(Refusal::Running) => return Ok(Upgraded::Nothing),
-        Err(Refusal::UnderWay) => bail!("another upgrade of the manager is under way"),
-        Err(Refusal::Skipped(why)) => bail!("it failed here before and is skipped ({why})"),
+        Err(UpgradeRefusal::Running) => return Ok(UpgradeOutcome::Nothing),
+        Err(UpgradeRefusal::UnderWay) => bail!("another upgrade of the manager is under way"),
+        Err(UpgradeRefusal::Skipped(why)) => bail!("it failed here before and is skipped ({why})"),
     }
     let (last, _) = take_steps(&job.home, &job.own, &mut session, Some(staged))?;
-    ensure!(last == Step::RestartManager, "the switch was given up ({last:?})");
-    Ok(Upgraded::Switched)
+    ensure!(last == UpgradeStep::RestartManager, "the switch was given up ({last:?})");
+    Ok(UpgradeOutcome::Switched)
 }
 
-fn session(home: &Home) -> Result<Session> {
-    Session::open(home, TURN)?.context("the record of upgrades is in use by another process; try again")
+fn session(home: &Home) -> Result<UpgradeSession> {
+    UpgradeSession::open(home, TURN)?.context("the record of upgrades is in use by another process; try again")
 }
 
 /// Takes every step that is the manager's; answers the first that is not one of the disk.
-fn take_steps(home: &Home, own: &Version, session: &mut Session, staged: Option<&Path>) -> Result<(Step, UpgradeSeen)> {
+fn take_steps(
+    home: &Home,
+    own: &Version,
+    session: &mut UpgradeSession,
+    staged: Option<&Path>,
+) -> Result<(UpgradeStep, UpgradeObservation)> {
     let mut programs = Programs::default();
     for _ in 0..MAX_STEPS {
         let evidence = evidence(home, own, session, &mut programs, staged.is_some())?;
-        let step = upgrade::next(session.record(), &evidence, &Limits::default());
+        let step = upgrade::next(session.record(), &evidence, &TrialLimits::default());
         if !session.carry_out(step, staged)? {
-            return Ok((step, UpgradeSeen { record: session.record().clone(), evidence }));
+            return Ok((step, UpgradeObservation { record: session.record().clone(), evidence }));
         }
     }
     bail!("a step of the upgrade has no effect")
 }
 
 /// What a manager that asks knows.
-fn evidence(home: &Home, own: &Version, session: &Session, programs: &mut Programs, staged: bool) -> Result<Evidence> {
-    let seen = session.evidence(Asker::Manager, programs)?;
+fn evidence(
+    home: &Home,
+    own: &Version,
+    session: &UpgradeSession,
+    programs: &mut Programs,
+    staged: bool,
+) -> Result<Evidence> {
+    let seen = session.evidence(Decider::Manager, programs)?;
     let watchdog = role::who_has(home, Role::Spa).map(|holder| match session.record().trial() {
-        Some(trial) => which(trial, programs.of_process(holder.pid).as_ref(), Which::From),
-        None => Which::Other,
+        Some(trial) => which(trial, programs.of_process(holder.pid).as_ref(), WhichRelease::From),
+        None => WhichRelease::Other,
     });
     // It has known since its start which release it is: by its bytes, and where both have the same, by the record of then.
     let is_new = session.record().trial().is_some_and(|trial| trial.to.version == *own);
-    let image = if is_new { Which::To } else { Which::From };
+    let image = if is_new { WhichRelease::To } else { WhichRelease::From };
     let manager =
-        Manager { image, answered: Some(Duration::ZERO), adopted: true, heartbeat: false, over_memory: false };
+        ManagerEvidence { image, answered: Some(Duration::ZERO), adopted: true, heartbeat: false, over_memory: false };
     Ok(Evidence { staged, manager: Some(manager), watchdog, ..seen })
 }
 
@@ -309,7 +324,12 @@ pub(super) fn migrate(inputs: &Inputs, home: &Home) {
 }
 
 /// Changes the record beside the loop; [`Input::UpgradeSeen`] tells how it is then.
-pub(super) fn change(inputs: &Inputs, home: &Home, own: &Version, change: impl FnOnce(&mut Record) + Send + 'static) {
+pub(super) fn change(
+    inputs: &Inputs,
+    home: &Home,
+    own: &Version,
+    change: impl FnOnce(&mut UpgradeRecord) + Send + 'static,
+) {
     let (home, own) = (home.clone(), own.clone());
     disk::run(inputs, move || {
         let seen = session(&home).and_then(|mut session| {
@@ -321,15 +341,15 @@ pub(super) fn change(inputs: &Inputs, home: &Home, own: &Version, change: impl F
 }
 
 /// Why there was no switch. A release that is at fault is skipped from now on.
-fn not_switched(job: &Job, release: Option<Image>, error: &anyhow::Error) -> NotSwitched {
+fn not_switched(job: &UpgradeJob, release: Option<Image>, error: &anyhow::Error) -> NotSwitched {
     let why = cut(&format!("{error:#}"), MAX_MESSAGE_BYTES);
     let version = match (&release, &job.source) {
         (Some(release), _) => Some(release.version.clone()),
-        (None, Source::Gateway(package)) => Some(package.version.clone()),
+        (None, UpgradeSource::Gateway(package)) => Some(package.version.clone()),
         _ => None,
     };
     let mut is_skipped = false;
-    if let (true, Some(release)) = (error.is::<Unfit>(), &release) {
+    if let (true, Some(release)) = (error.is::<FaultyRelease>(), &release) {
         let skip = || -> Result<()> {
             let running = release::in_place(&job.home)?;
             session(&job.home)?.change(|record| record.skip(release, why.clone(), &running))
@@ -342,7 +362,7 @@ fn not_switched(job: &Job, release: Option<Image>, error: &anyhow::Error) -> Not
     NotSwitched {
         version,
         why,
-        is_final: package::is_refusal(error) || error.is::<Unfit>(),
+        is_final: package::is_refusal(error) || error.is::<FaultyRelease>(),
         is_skipped,
         retry_after: error.downcast_ref::<Unavailable>().and_then(|unavailable| unavailable.retry_after),
     }

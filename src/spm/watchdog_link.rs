@@ -5,17 +5,17 @@ use std::time::Instant;
 
 use super::input::{Input, Inputs};
 use crate::core::role::Role;
-use crate::core::service_manager::{Kind, UnitStanding};
+use crate::core::service_manager::{ServiceManagerKind, UnitStanding};
 use crate::core::status::RoleStatus;
 use crate::core::watch::memory::{self, Memory};
-use crate::core::watch::reviver::{Action, Policy, Reviver, Seen};
+use crate::core::watch::reviver::{RevivalAction, RevivalPolicy, Reviver, RoleObservation};
 use crate::home::Home;
 use crate::{host_service, platform, role};
 
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct WatchdogLink {
     /// Who starts the roles.
-    service: Kind,
+    service: ServiceManagerKind,
     /// Of the one that is connected.
     pid: Option<u32>,
     reviver: Reviver,
@@ -25,10 +25,17 @@ pub(super) struct Peer {
     pub(super) stopped_by_operator: bool,
 }
 
-impl Peer {
-    pub(super) fn new(home: &Home, service: Kind, now: Instant) -> Peer {
-        let reviver = Reviver::new(Policy::MANAGER, service.is_some(), role::is_taken(home, Role::Spa), now);
-        Peer { service, pid: None, reviver, children: vec![], memory: Memory::default(), stopped_by_operator: false }
+impl WatchdogLink {
+    pub(super) fn new(home: &Home, service: ServiceManagerKind, now: Instant) -> WatchdogLink {
+        let reviver = Reviver::new(RevivalPolicy::MANAGER, service.is_some(), role::is_taken(home, Role::Spa), now);
+        WatchdogLink {
+            service,
+            pid: None,
+            reviver,
+            children: vec![],
+            memory: Memory::default(),
+            stopped_by_operator: false,
+        }
     }
 
     pub(super) fn hello(&mut self, pid: u32, now: Instant) {
@@ -74,7 +81,7 @@ impl Peer {
         self.is_connected() || self.service.is_some()
     }
 
-    /// When [`Peer::look`] has something to do.
+    /// When [`WatchdogLink::look`] has something to do.
     pub(super) fn deadline(&self) -> Instant {
         self.reviver.deadline()
     }
@@ -83,7 +90,7 @@ impl Peer {
     pub(super) fn look(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
         self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         let action = self.reviver.look(self.seen(home), now);
-        if action == Some(Action::AskUnit) {
+        if action == Some(RevivalAction::AskUnit) {
             return ask(self.service, home, inputs);
         }
         self.carry_out(home, action);
@@ -99,13 +106,13 @@ impl Peer {
     }
 
     /// A stop that is recorded comes to the manager as a request.
-    fn seen(&self, home: &Home) -> Seen {
-        Seen { taken: !self.is_connected() && role::is_taken(home, Role::Spa), stop_recorded: false }
+    fn seen(&self, home: &Home) -> RoleObservation {
+        RoleObservation { taken: !self.is_connected() && role::is_taken(home, Role::Spa), stop_recorded: false }
     }
 
-    fn carry_out(&mut self, home: &Home, action: Option<Action>) {
+    fn carry_out(&mut self, home: &Home, action: Option<RevivalAction>) {
         match action {
-            Some(Action::StartUnit) => {
+            Some(RevivalAction::StartUnit) => {
                 tracing::warn!("the watchdog is dead and its unit is asked to start it");
                 let (service, home) = (self.service, home.clone());
                 tokio::task::spawn_blocking(move || {
@@ -114,7 +121,7 @@ impl Peer {
                     }
                 });
             }
-            Some(Action::Start { failures }) => {
+            Some(RevivalAction::Start { failures }) => {
                 tracing::warn!(failures, "the watchdog is not there and is started");
                 match role::spawn(home, Role::Spa) {
                     Ok(child) => self.children.push(child),
@@ -126,17 +133,17 @@ impl Peer {
                     }
                 }
             }
-            Some(Action::KillHung) => kill_hung(home),
-            Some(Action::LeaveStopped) => self.stopped_by_operator = true,
-            // Asked by [`Peer::look`]; of the other policy.
-            Some(Action::AskUnit | Action::HonourStop) | None => {}
+            Some(RevivalAction::KillHung) => kill_hung(home),
+            Some(RevivalAction::LeaveStopped) => self.stopped_by_operator = true,
+            // Asked by [`WatchdogLink::look`]; of the other policy.
+            Some(RevivalAction::AskUnit | RevivalAction::HonourStop) | None => {}
         }
     }
 
     pub(super) fn status(&self, home: &Home) -> RoleStatus {
         let holder = role::holder(home, Role::Spa);
         let restarts = holder.as_ref().map_or(0, |holder| holder.restarts);
-        match (holder.filter(role::Holder::is_alive), self.pid) {
+        match (holder.filter(role::RoleHolder::is_alive), self.pid) {
             (Some(holder), _) => holder.status(),
             // It could not write its record.
             (None, Some(pid)) => RoleStatus {
@@ -151,7 +158,7 @@ impl Peer {
 }
 
 /// Asks the service manager, which may take its time.
-fn ask(service: Kind, home: &Home, inputs: &Inputs) {
+fn ask(service: ServiceManagerKind, home: &Home, inputs: &Inputs) {
     let (home, inputs) = (home.clone(), inputs.clone());
     tokio::task::spawn_blocking(move || {
         let _ = inputs.send(Input::WatchdogJudged(host_service::standing(service, &home, Role::Spa)));

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Answered;
+use super::HeartbeatAnswer;
 use crate::config::Config;
 use crate::core::model::AgentId;
 use crate::core::protocol::{Answer, Heartbeat};
@@ -14,7 +14,7 @@ use crate::home::Home;
 
 /// What came of one heartbeat.
 #[derive(Debug)]
-pub enum Outcome {
+pub enum SendOutcome {
     /// `passed_over`: why the endpoints before it did not; `refused`: of those that answered and were not believed.
     Answered {
         passed_over: Option<String>,
@@ -29,9 +29,9 @@ pub enum Outcome {
     Failed { why: String, refused: Option<String>, retry_after: Option<Duration> },
 }
 
-impl Outcome {
+impl SendOutcome {
     fn is_any_refused(&self) -> bool {
-        matches!(self, Outcome::Answered { refused: Some(_), .. } | Outcome::Failed { refused: Some(_), .. })
+        matches!(self, SendOutcome::Answered { refused: Some(_), .. } | SendOutcome::Failed { refused: Some(_), .. })
     }
 }
 
@@ -57,7 +57,7 @@ impl Sender {
     }
 
     /// Tries the endpoints in order until one answers; says in the heartbeat how each one's certificate is checked.
-    pub fn send(&mut self, heartbeat: &mut Heartbeat) -> Outcome {
+    pub fn send(&mut self, heartbeat: &mut Heartbeat) -> SendOutcome {
         let outcome = self.try_each(heartbeat);
         if outcome.is_any_refused() {
             // The client read what it trusts when it was made; that may have been renewed since.
@@ -66,13 +66,15 @@ impl Sender {
         outcome
     }
 
-    fn try_each(&mut self, heartbeat: &mut Heartbeat) -> Outcome {
+    fn try_each(&mut self, heartbeat: &mut Heartbeat) -> SendOutcome {
         let config = &self.config;
         let client = match &mut self.client {
             Some(client) => client,
             None => match config.client(&config.trust(&self.home), &self.agent_id, Timeouts::exchange()) {
                 Ok(new) => self.client.insert(new),
-                Err(error) => return Outcome::Failed { why: format!("{error:#}"), refused: None, retry_after: None },
+                Err(error) => {
+                    return SendOutcome::Failed { why: format!("{error:#}"), refused: None, retry_after: None };
+                }
             },
         };
         let (mut reasons, mut refused, mut retry_after) = (vec![], vec![], None);
@@ -80,7 +82,7 @@ impl Sender {
         for endpoint in &config.heartbeat_srv {
             heartbeat.trust = Some(client.trust_report(endpoint));
             match super::send(client, endpoint, heartbeat) {
-                Ok(Answered { answer, clock_offset }) => {
+                Ok(HeartbeatAnswer { answer, clock_offset }) => {
                     if let Err(error) = client.learn(endpoint, &answer.pins) {
                         // What was pinned before holds; the next answer says it again.
                         tracing::warn!(error = format!("{error:#}"), "the gateway's keys are not kept");
@@ -88,7 +90,14 @@ impl Sender {
                     let certificate_end = client.certificate_end(endpoint);
                     let (passed_over, refused) = (joined(&reasons), joined(&refused));
                     let (endpoint, answer) = (endpoint.clone(), Box::new(answer));
-                    return Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset, certificate_end };
+                    return SendOutcome::Answered {
+                        passed_over,
+                        refused,
+                        endpoint,
+                        answer,
+                        clock_offset,
+                        certificate_end,
+                    };
                 }
                 Err(refusal) => {
                     retry_after = retry_after.max(refusal.retry_after);
@@ -99,21 +108,21 @@ impl Sender {
                 }
             }
         }
-        Outcome::Failed { why: reasons.join("; "), refused: joined(&refused), retry_after }
+        SendOutcome::Failed { why: reasons.join("; "), refused: joined(&refused), retry_after }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Certificate, ProxyChoice};
-    use crate::endpoint::testing::{Server, Told};
+    use crate::config::{CertificateCheck, ProxyChoice};
+    use crate::endpoint::testing::{CannedResponse, Server};
     use crate::uplink::tests::heartbeat;
 
     fn sender(servers: &[&Server]) -> Sender {
         let config = Config {
             heartbeat_srv: servers.iter().map(|server| server.endpoint()).collect(),
-            certificate: Certificate::Unchecked,
+            certificate: CertificateCheck::Unchecked,
             proxy: ProxyChoice::None,
             ..Config::default()
         };
@@ -122,11 +131,11 @@ mod tests {
 
     #[test]
     fn the_first_endpoint_that_answers_is_heard_and_the_connection_kept() {
-        let busy = Server::plain(|_| Told::status(503));
-        let good = Server::plain(|_| Told::ok(r#"{"agentId": "host-1", "generation": 7}"#));
-        let unasked = Server::plain(|_| Told::ok(r#"{"agentId": "host-1", "generation": 8}"#));
+        let busy = Server::plain(|_| CannedResponse::status(503));
+        let good = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1", "generation": 7}"#));
+        let unasked = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1", "generation": 8}"#));
         let mut sender = sender(&[&busy, &good, &unasked]);
-        let Outcome::Answered { passed_over, refused, endpoint, answer, .. } = sender.send(&mut heartbeat()) else {
+        let SendOutcome::Answered { passed_over, refused, endpoint, answer, .. } = sender.send(&mut heartbeat()) else {
             panic!("nobody answered")
         };
         assert!(passed_over.unwrap().contains("503"));
@@ -136,27 +145,33 @@ mod tests {
 
     #[test]
     fn an_endpoint_that_is_not_believed_is_passed_over_and_trust_is_read_again() {
-        let wrong = Server::plain(|_| Told::ok(r#"{"agentId": "host-2"}"#));
-        let good = Server::plain(|_| Told::ok(r#"{"agentId": "host-1"}"#));
+        let wrong = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-2"}"#));
+        let good = Server::plain(|_| CannedResponse::ok(r#"{"agentId": "host-1"}"#));
         let mut both = sender(&[&wrong, &good]);
-        let Outcome::Answered { passed_over, refused, .. } = both.send(&mut heartbeat()) else {
+        let SendOutcome::Answered { passed_over, refused, .. } = both.send(&mut heartbeat()) else {
             panic!("nobody answered")
         };
         assert!(refused.is_some() && refused == passed_over);
         assert!(both.client.is_none());
         let mut alone = sender(&[&wrong]);
-        assert!(matches!(alone.send(&mut heartbeat()), Outcome::Failed { refused: Some(_), retry_after: None, .. }));
+        assert!(matches!(
+            alone.send(&mut heartbeat()),
+            SendOutcome::Failed { refused: Some(_), retry_after: None, .. }
+        ));
         assert!(alone.client.is_none());
     }
 
     #[test]
     fn the_longest_wait_that_an_endpoint_asks_for_is_told() {
         let busy = |seconds: &'static str| {
-            Server::plain(move |_| Told { headers: vec![("retry-after", seconds.to_owned())], ..Told::status(503) })
+            Server::plain(move |_| CannedResponse {
+                headers: vec![("retry-after", seconds.to_owned())],
+                ..CannedResponse::status(503)
+            })
         };
         let servers = ["5", "17", "3"].map(busy);
         let mut sender = sender(&servers.each_ref());
-        let Outcome::Failed { why, refused: None, retry_after } = sender.send(&mut heartbeat()) else {
+        let SendOutcome::Failed { why, refused: None, retry_after } = sender.send(&mut heartbeat()) else {
             panic!("somebody answered")
         };
         assert_eq!(retry_after, Some(Duration::from_secs(17)));

@@ -9,19 +9,19 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::{Config, edit, import, render};
-use crate::core::desired::{Desired, Host, Verdict, judge};
+use crate::core::desired::{AnswerContext, AnswerOutcome, DesiredState, judge};
 use crate::core::fleet::{Fleet, HostFacts};
 use crate::core::generation::Clocks;
-use crate::core::item::Item;
+use crate::core::item::MessageItem;
 use crate::core::manifest::admit_env;
 use crate::core::model::{Arch, Binding, Os};
 use crate::core::order::Cmd;
 use crate::core::protocol::{AgentOrder, Answer, Event, Heartbeat, Offer};
-use crate::core::range::{Part, part};
-use crate::installation::{Epochs, Installed, Manager};
+use crate::core::range::{RequestedRange, part};
+use crate::installation::{Epochs, InstallRecord, ManagerRecord};
 use crate::package::{Completed, Keys, claimed};
 use crate::process::launch;
-use crate::process::record::Record;
+use crate::process::record::ProcessRecord;
 
 fn text(data: &[u8]) -> Option<&str> {
     std::str::from_utf8(data).ok()
@@ -39,23 +39,23 @@ fn reads_back<T: Serialize + DeserializeOwned + PartialEq + Debug>(data: &[u8]) 
 /// The gateway's answer to a heartbeat, and what follows from it for a host that has two sub-agents.
 pub fn answer(data: &[u8]) {
     let Ok(answer) = serde_json::from_slice::<Answer>(data) else { return };
-    let is_whole = answer.agents.iter().flatten().all(|item| matches!(item, Item::Read(_)))
-        && !matches!(answer.manager, Some(Item::Unreadable(_)));
+    let is_whole = answer.agents.iter().flatten().all(|item| matches!(item, MessageItem::Read(_)))
+        && !matches!(answer.manager, Some(MessageItem::Unreadable(_)));
     // What cannot be read is kept as a reason, and is nothing to be written again.
     if is_whole {
         let _ = reads_back::<Answer>(data);
     }
-    let held: Desired = serde_json::from_str(
+    let held: DesiredState = serde_json::from_str(
         r#"{"lineage": "l", "generation": 5, "agents": {
             "a": {"version": "1", "run": "start"}, "b": {"version": "1", "run": "stop"}}}"#,
     )
     .expect("it is a desired state");
     let present = BTreeSet::new();
     let clocks = Clocks { host: 1_790_000_000_000, gateway: None };
-    let host = Host { os: Os::Linux, arch: Arch::Amd64, clocks, present: &present, by_stand_in: false };
+    let host = AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present: &present, by_stand_in: false };
     let verdict = judge(&held, &answer, host);
     assert_eq!(verdict, judge(&held, &answer, host), "the same answer is judged in two ways");
-    let Verdict::Take(taken) = verdict else { return };
+    let AnswerOutcome::Take(taken) = verdict else { return };
     let desired = taken.desired;
     let orders = answer.agents.as_deref().unwrap_or_default();
     if orders.is_empty() {
@@ -63,8 +63,8 @@ pub fn answer(data: &[u8]) {
     }
     for name in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
         let uninstalls = |item: &Item<AgentOrder>| match item {
-            Item::Read(order) => order.name == *name && order.cmd == Cmd::Uninstall,
-            Item::Unreadable(_) => false,
+            MessageItem::Read(order) => order.name == *name && order.cmd == Cmd::Uninstall,
+            MessageItem::Unreadable(_) => false,
         };
         let omitted = answer.complete && answer.removal_delay == Some(0);
         assert!(omitted || orders.iter().any(uninstalls), "{name} is removed by nobody's order");
@@ -75,9 +75,9 @@ pub fn answer(data: &[u8]) {
     }
     // What is taken is kept, and is not taken anew each time.
     let kept = serde_json::to_vec(&desired).expect("a desired state can be written");
-    assert_eq!(serde_json::from_slice::<Desired>(&kept).expect("and read"), desired);
+    assert_eq!(serde_json::from_slice::<DesiredState>(&kept).expect("and read"), desired);
     let again = judge(&desired, &answer, host);
-    assert!(!matches!(again, Verdict::Take(taken) if taken.new_lineage));
+    assert!(!matches!(again, AnswerOutcome::Take(taken) if taken.new_lineage));
 }
 
 pub fn agent_toml(data: &[u8]) {
@@ -127,12 +127,12 @@ pub fn fleet_toml(data: &[u8]) {
 pub fn state(data: &[u8]) {
     let Some((kind, data)) = data.split_first() else { return };
     match kind % 9 {
-        0 => drop(reads_back::<Desired>(data)),
-        1 => drop(reads_back::<Installed>(data)),
-        2 => drop(reads_back::<Manager>(data)),
+        0 => drop(reads_back::<DesiredState>(data)),
+        1 => drop(reads_back::<InstallRecord>(data)),
+        2 => drop(reads_back::<ManagerRecord>(data)),
         3 => drop(reads_back::<Epochs>(data)),
         4 => drop(reads_back::<Completed>(data)),
-        5 => drop(reads_back::<Record>(data)),
+        5 => drop(reads_back::<ProcessRecord>(data)),
         6 => drop(reads_back::<Event>(data)),
         7 => drop(reads_back::<Heartbeat>(data)),
         _ => drop(reads_back::<Offer>(data)),
@@ -165,7 +165,7 @@ pub fn range(data: &[u8]) {
     let Some((size, header)) = data.split_first_chunk() else { return };
     let size = u64::from_le_bytes(*size);
     let Some(header) = text(header) else { return };
-    if let Part::Range(range) = part(header, size) {
+    if let RequestedRange::Range(range) = part(header, size) {
         assert!(range.start < range.end && range.end <= size, "{header} of {size}: {range:?}");
     }
 }

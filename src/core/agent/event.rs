@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use crate::core::ledger::Release;
+use crate::core::ledger::LedgerRelease;
 use crate::core::model::Version;
 use crate::core::order::{Order, Package, Run, Spec};
 use crate::core::program::Program;
-use crate::core::supervise::Answer;
+use crate::core::supervise::CheckResult;
 
 /// When something happens. `jitter` is from 0 to 1.
 #[derive(Debug, Clone, Copy)]
-pub struct At {
+pub struct Moment {
     pub now: Instant,
     /// For what must be compared after a restart of the manager.
     pub unix_seconds: u64,
@@ -19,7 +19,7 @@ pub struct At {
 
 /// Why a release could not be staged, activated or started.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
+pub struct ReleaseError {
     pub why: String,
     /// It was looked at and not trusted, as opposed to not available.
     pub refused: bool,
@@ -33,9 +33,16 @@ pub struct Refusal {
     pub of_host: bool,
 }
 
-impl Refusal {
-    pub fn failed(why: impl Into<String>) -> Refusal {
-        Refusal { why: why.into(), refused: false, retry_after: None, costly: false, withdrawn: false, of_host: false }
+impl ReleaseError {
+    pub fn failed(why: impl Into<String>) -> ReleaseError {
+        ReleaseError {
+            why: why.into(),
+            refused: false,
+            retry_after: None,
+            costly: false,
+            withdrawn: false,
+            of_host: false,
+        }
     }
 
     /// Whether it says something about the release, and not about the home or the host.
@@ -52,13 +59,13 @@ impl Refusal {
 /// A release that lies on disk and may be run, and how.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ready {
-    pub release: Release,
+    pub release: LedgerRelease,
     pub program: Program,
 }
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Event {
+pub enum AgentEvent {
     /// The plan wants this release on disk.
     Stage(Package),
     /// The plan wants this release, which lies on disk, to be the active one.
@@ -67,7 +74,7 @@ pub enum Event {
     Configure {
         spec: Spec,
         runs_so: bool,
-        sound: Result<(), Refusal>,
+        sound: Result<(), ReleaseError>,
     },
     /// The plan wants it to run, or not.
     Set(Run),
@@ -88,14 +95,14 @@ pub enum Event {
     /// An operator wants it restarted.
     Restart,
 
-    /// `id`: of [`Action::Stage`], each of which is answered, also a cancelled one.
+    /// `id`: of [`AgentAction::Stage`], each of which is answered, also a cancelled one.
     Staged {
         id: u64,
         version: Version,
-        result: Result<Ready, Refusal>,
+        result: Result<Ready, ReleaseError>,
     },
     /// The release that lies on disk, and how it is run where that was asked for.
-    Admitted(Result<(Release, Option<Program>), Refusal>),
+    Admitted(Result<(LedgerRelease, Option<Program>), ReleaseError>),
     /// What the ledger says of it is durable, or cannot be made so.
     Recorded(Result<(), String>),
     Switched(Result<(), String>),
@@ -112,7 +119,7 @@ pub enum Event {
         version: Version,
         runs_so: bool,
     },
-    NotLaunched(Refusal),
+    NotLaunched(ReleaseError),
     /// Its process ended by itself.
     Exited {
         success: Option<bool>,
@@ -124,50 +131,50 @@ pub enum Event {
     },
     /// The stop that was asked for came to its end.
     Stopped(Result<(), String>),
-    Checked(Answer),
+    Checked(CheckResult),
     Tick,
 }
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Action {
-    /// To be answered with [`Event::Staged`].
+pub enum AgentAction {
+    /// To be answered with [`AgentEvent::Staged`].
     Stage {
         id: u64,
         package: Package,
     },
     /// The release that is being staged is not wanted any more.
     CancelStaging,
-    /// To look whether a release that lies on disk may be run; [`Event::Admitted`]. `inspect`: how it is run is not known either.
+    /// To look whether a release that lies on disk may be run; [`AgentEvent::Admitted`]. `inspect`: how it is run is not known either.
     Admit {
         version: Version,
         inspect: bool,
     },
-    /// To write the ledger; `wait`: [`Event::Recorded`] is waited for.
+    /// To write the ledger; `wait`: [`AgentEvent::Recorded`] is waited for.
     Record {
         wait: bool,
     },
     /// A release was committed: its epoch counts from now on.
-    RaiseEpoch(Release),
-    /// To make the link `current` name this version; [`Event::Switched`].
+    RaiseEpoch(LedgerRelease),
+    /// To make the link `current` name this version; [`AgentEvent::Switched`].
     Switch(Version),
     /// To remove all of its files.
     Remove,
-    /// To remove a release's files; [`Event::Discarded`].
+    /// To remove a release's files; [`AgentEvent::Discarded`].
     Discard(Version),
-    /// To read how a release is run; [`Event::Inspected`].
+    /// To read how a release is run; [`AgentEvent::Inspected`].
     Inspect(Version),
     Start,
     Stop,
     Check,
     /// The answer to a check that is under way would say nothing.
     CancelCheck,
-    Note(Note),
+    Note(JournalNote),
 }
 
 /// Something for the journal.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Note {
+pub struct JournalNote {
     pub kind: &'static str,
     pub outcome: &'static str,
     pub version: Option<Version>,
@@ -175,23 +182,33 @@ pub struct Note {
     /// It may recur, so the journal limits its rate.
     pub repeats: bool,
     /// The change of release whose outcome it is; it belongs into the history.
-    pub change: Option<Change>,
+    pub change: Option<ReleaseChange>,
 }
 
 /// From which release to which, and how long that took.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Change {
+pub struct ReleaseChange {
     pub from: Option<Version>,
     pub to: Version,
     pub seconds: u64,
 }
 
-impl Note {
-    pub(super) fn once(kind: &'static str, outcome: &'static str, version: Option<Version>, message: String) -> Note {
-        Note { kind, outcome, version, message, repeats: false, change: None }
+impl JournalNote {
+    pub(super) fn once(
+        kind: &'static str,
+        outcome: &'static str,
+        version: Option<Version>,
+        message: String,
+    ) -> JournalNote {
+        JournalNote { kind, outcome, version, message, repeats: false, change: None }
     }
 
-    pub(super) fn change(kind: &'static str, outcome: &'static str, change: Change, message: String) -> Note {
-        Note { kind, outcome, version: Some(change.to.clone()), message, repeats: false, change: Some(change) }
+    pub(super) fn change(
+        kind: &'static str,
+        outcome: &'static str,
+        change: ReleaseChange,
+        message: String,
+    ) -> JournalNote {
+        JournalNote { kind, outcome, version: Some(change.to.clone()), message, repeats: false, change: Some(change) }
     }
 }

@@ -17,10 +17,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::event::{Action, Change, Note, Refusal};
-use super::{Agent, At, Work};
+use super::event::{AgentAction, JournalNote, ReleaseChange, ReleaseError};
+use super::{Activity, Agent, Moment};
 use crate::core::guards::{Guard, holds};
-use crate::core::ledger::{Overruled, Skipped};
+use crate::core::ledger::{OverruledOrder, SkippedRelease};
 use crate::core::manifest::Restart;
 use crate::core::model::Version;
 use crate::core::order::{Order, Run};
@@ -36,7 +36,7 @@ const REQUESTED: &str = "requested by an operator";
 
 /// What this manager has seen of the probation of the current release.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Seen {
+pub(super) struct ProbationProgress {
     /// When the activation began, or the process was started that this manager adopted.
     pub(super) began: Option<Instant>,
     /// Since when this manager waits for it to be well. The time does not count while it is stopped, while no manager runs, or while it cannot
@@ -52,15 +52,15 @@ pub(super) struct Seen {
     pub(super) is_done: bool,
 }
 
-impl Seen {
-    pub(super) fn began(at: Instant) -> Seen {
-        Seen { began: Some(at), ..Seen::default() }
+impl ProbationProgress {
+    pub(super) fn began(at: Instant) -> ProbationProgress {
+        ProbationProgress { began: Some(at), ..ProbationProgress::default() }
     }
 }
 
 /// A release that makes way for the one before it.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Return {
+pub(super) struct Rollback {
     pub(super) from: Version,
     pub(super) to: Version,
     pub(super) why: String,
@@ -99,19 +99,29 @@ impl Agent {
     }
 
     /// A start has failed. `None`: that condemns nothing.
-    pub(super) fn start_failed(&mut self, refusal: &Refusal, at: At, actions: &mut Vec<Action>) -> Option<Vec<Action>> {
+    pub(super) fn start_failed(
+        &mut self,
+        refusal: &ReleaseError,
+        at: Moment,
+        actions: &mut Vec<AgentAction>,
+    ) -> Option<Vec<AgentAction>> {
         self.seen.is_excused = !refusal.is_of_release() && holds(Guard::RefusedStartPauses);
         if self.seen.is_excused { None } else { self.fail_probation(&refusal.why, at, actions) }
     }
 
     /// The release on probation has failed. `None`: that does not condemn it, or nothing is on probation.
-    pub(super) fn fail_probation(&mut self, how: &str, at: At, actions: &mut Vec<Action>) -> Option<Vec<Action>> {
+    pub(super) fn fail_probation(
+        &mut self,
+        how: &str,
+        at: Moment,
+        actions: &mut Vec<AgentAction>,
+    ) -> Option<Vec<AgentAction>> {
         if !self.is_on_probation() {
             return None;
         }
         // To be written in any case: the next manager goes by it.
         if holds(Guard::FailureIsWritten) {
-            actions.push(Action::Record { wait: false });
+            actions.push(AgentAction::Record { wait: false });
         }
         let life = self.seen.up_since.take().map_or(Duration::ZERO, |since| at.now.saturating_duration_since(since));
         let failures = self.ledger.fail_probation();
@@ -126,7 +136,7 @@ impl Agent {
     }
 
     /// What follows for the release on probation from how its process is now. `actions`: asked for in this step.
-    pub(super) fn judge(&mut self, at: At, actions: &mut Vec<Action>) {
+    pub(super) fn judge(&mut self, at: Moment, actions: &mut Vec<AgentAction>) {
         // A stop may take as long as its grace period.
         let stops = self.supervisor.is_stopping() && holds(Guard::StopPauses);
         if !self.is_on_probation() || self.is_busy() || stops || self.seen.is_excused {
@@ -138,7 +148,7 @@ impl Agent {
         let is_done = self.seen.is_done && self.supervisor.is_done();
         let is_well = self.supervisor.is_well() || self.supervisor.is_up() && !holds(Guard::WellBeforeCommit);
         // A start that is asked for goes by the current release, so that this stays until it is under way.
-        let starts = actions.contains(&Action::Start) && holds(Guard::StartBeforeReturn);
+        let starts = actions.contains(&AgentAction::Start) && holds(Guard::StartBeforeReturn);
         if is_done || passed && is_well {
             self.commit(at, actions);
         } else if !starts && self.gives_up_at().is_some_and(|end| end <= at.now) {
@@ -174,24 +184,24 @@ impl Agent {
         [passes, self.gives_up_at()].into_iter().flatten().min()
     }
 
-    pub(super) fn commit(&mut self, at: At, actions: &mut Vec<Action>) {
+    pub(super) fn commit(&mut self, at: Moment, actions: &mut Vec<AgentAction>) {
         let from = self.ledger.before_probation().map(|release| release.version.clone());
         if !self.ledger.commit() {
             return;
         }
         let seen = std::mem::take(&mut self.seen);
-        actions.push(Action::Record { wait: false });
+        actions.push(AgentAction::Record { wait: false });
         let Some(active) = self.ledger.active().cloned() else { return };
         let seconds = seen.began.map_or(0, |began| at.now.saturating_duration_since(began).as_secs());
         let was = from.as_ref().map(|from| format!(" from {from}")).unwrap_or_default();
         let message = format!("{} is upgraded{was} to {}", self.name, active.version);
-        let change = Change { from, to: active.version.clone(), seconds };
-        actions.push(Action::RaiseEpoch(active));
-        actions.push(Action::Note(Note::change("upgrade", "ok", change, message)));
+        let change = ReleaseChange { from, to: active.version.clone(), seconds };
+        actions.push(AgentAction::RaiseEpoch(active));
+        actions.push(AgentAction::Note(JournalNote::change("upgrade", "ok", change, message)));
     }
 
     /// Gives the release on probation up and skips it. `None`: there is nothing to go back to, and it goes on.
-    fn condemn(&mut self, why: String, at: At) -> Option<Vec<Action>> {
+    fn condemn(&mut self, why: String, at: Moment) -> Option<Vec<AgentAction>> {
         if self.is_busy() {
             // Another release takes its place already, or it is being removed.
             return None;
@@ -202,9 +212,9 @@ impl Agent {
         let began = self.seen.began.unwrap_or(at.now);
         let failures = u32::try_from(self.ledger.probation_failures()).unwrap_or(u32::MAX);
         let seconds = at.now.saturating_duration_since(began).as_secs();
-        let change = || Change { from: Some(to.clone()), to: bad.version.clone(), seconds };
+        let change = || ReleaseChange { from: Some(to.clone()), to: bad.version.clone(), seconds };
         let failed = format!("{} {} is rolled back to {to}: {why}", self.name, bad.version);
-        let mut actions = vec![Action::Note(Note::change("upgrade", "failed", change(), failed))];
+        let mut actions = vec![AgentAction::Note(JournalNote::change("upgrade", "failed", change(), failed))];
         self.ledger.roll_back();
         // Where another release is ordered, nothing tries this one again.
         let asked = self
@@ -219,8 +229,8 @@ impl Agent {
                 "{} {} is not tried again until another release is ordered, or `control retry {}`: {why}",
                 self.name, bad.version, self.name
             );
-            actions.push(Action::Note(Note::change("skip", "ok", change(), skipped)));
-            self.ledger.skip(Skipped {
+            actions.push(AgentAction::Note(JournalNote::change("skip", "ok", change(), skipped)));
+            self.ledger.skip(SkippedRelease {
                 version: bad.version.clone(),
                 sha256: bad.sha256.clone(),
                 reason: why.clone(),
@@ -242,7 +252,7 @@ impl Agent {
     }
 
     /// An operator wants the release before the current one. `overruled`: the order that says otherwise.
-    pub(super) fn return_for_operator(&mut self, overruled: Option<&Order>, at: At) -> Vec<Action> {
+    pub(super) fn return_for_operator(&mut self, overruled: Option<&Order>, at: Moment) -> Vec<AgentAction> {
         let (Some(to), Some(from)) = (self.can_return_to().cloned(), self.current().cloned()) else { return vec![] };
         if self.ledger.probation().is_some() {
             self.ledger.roll_back();
@@ -254,36 +264,36 @@ impl Agent {
         {
             let (version, sha256, retry) = order.asks_for();
             let (version, sha256) = (version.clone(), sha256.cloned());
-            self.ledger.hold(Overruled { version, sha256, retry, unknown: Default::default() });
+            self.ledger.hold(OverruledOrder { version, sha256, retry, unknown: Default::default() });
         }
         self.make_way(from, to, REQUESTED.to_owned(), at.now, at)
     }
 
     /// What is skipped, held back or overruled counts again.
-    pub(super) fn try_again(&mut self) -> Vec<Action> {
+    pub(super) fn try_again(&mut self) -> Vec<AgentAction> {
         let is_changed = self.ledger.allow_all() | self.ledger.release_hold();
-        if matches!(self.work, Work::Held(_)) {
-            self.work = Work::Idle;
+        if matches!(self.work, Activity::Held(_)) {
+            self.work = Activity::Idle;
             self.error = None;
         }
-        if is_changed { vec![Action::Record { wait: false }] } else { vec![] }
+        if is_changed { vec![AgentAction::Record { wait: false }] } else { vec![] }
     }
 
-    fn make_way(&mut self, from: Version, to: Version, why: String, began: Instant, at: At) -> Vec<Action> {
+    fn make_way(&mut self, from: Version, to: Version, why: String, began: Instant, at: Moment) -> Vec<AgentAction> {
         let mut actions = self.cancel_staging();
         self.ledger.give_up(from.clone());
-        self.seen = Seen::default();
+        self.seen = ProbationProgress::default();
         // How the one before is run is read when it is started.
         self.program = None;
         self.error = None;
-        self.work = Work::Returning(Box::new(Return { from, to, why, began, recorded: false }));
-        actions.push(Action::Record { wait: true });
-        actions.extend(self.feed(supervise::Event::Rest, at));
+        self.work = Activity::Returning(Box::new(Rollback { from, to, why, began, recorded: false }));
+        actions.push(AgentAction::Record { wait: true });
+        actions.extend(self.feed(supervise::SupervisorEvent::Rest, at));
         actions
     }
 
     /// An earlier manager has died before this process, of a release that made way, was down.
-    pub(super) fn resume_return(&mut self, from: Version, at: At) -> Option<Vec<Action>> {
+    pub(super) fn resume_return(&mut self, from: Version, at: Moment) -> Option<Vec<AgentAction>> {
         let to = self.current().filter(|_| self.ledger.has_given_up(&from) && holds(Guard::ResumeReturns))?.clone();
         let skipped = self
             .ledger
@@ -296,32 +306,37 @@ impl Agent {
 
     /// The ledger that says that the release before is the current one is written, or cannot be: then it is written later.
     pub(super) fn return_is_recorded(&mut self) {
-        if let Work::Returning(back) = &mut self.work {
+        if let Activity::Returning(back) = &mut self.work {
             back.recorded = true;
         }
     }
 
     /// The release that made way is down.
-    pub(super) fn switch_back(&mut self, back: Box<Return>) -> Vec<Action> {
+    pub(super) fn switch_back(&mut self, back: Box<Rollback>) -> Vec<AgentAction> {
         if !back.recorded && holds(Guard::RecordBeforeReturn) {
-            self.work = Work::Returning(back);
+            self.work = Activity::Returning(back);
             return vec![];
         }
         let to = back.to.clone();
-        self.work = Work::SwitchingBack(back);
-        vec![Action::Switch(to)]
+        self.work = Activity::SwitchingBack(back);
+        vec![AgentAction::Switch(to)]
     }
 
     /// The link names the release before again, or could not be changed: the ledger beats it.
-    pub(super) fn switched_back(&mut self, back: Box<Return>, result: Result<(), String>, at: At) -> Vec<Action> {
+    pub(super) fn switched_back(
+        &mut self,
+        back: Box<Rollback>,
+        result: Result<(), String>,
+        at: Moment,
+    ) -> Vec<AgentAction> {
         let mut actions = vec![];
         if let Err(why) = result {
-            actions.push(Action::Note(Note::once("rollback", "failed", Some(back.to.clone()), why)));
+            actions.push(AgentAction::Note(JournalNote::once("rollback", "failed", Some(back.to.clone()), why)));
         }
         let starts = self.run == Run::Start && !self.home_stops;
         self.returned = Some(back);
         if starts {
-            actions.extend(self.feed(supervise::Event::Run, at));
+            actions.extend(self.feed(supervise::SupervisorEvent::Run, at));
         } else {
             actions.extend(self.note_returned(at));
         }
@@ -329,11 +344,16 @@ impl Agent {
     }
 
     /// The release before runs again.
-    pub(super) fn note_returned(&mut self, at: At) -> Option<Action> {
+    pub(super) fn note_returned(&mut self, at: Moment) -> Option<AgentAction> {
         let back = self.returned.take()?;
-        let Return { from, to, why, began, .. } = *back;
+        let Rollback { from, to, why, began, .. } = *back;
         let seconds = at.now.saturating_duration_since(began).as_secs();
         let message = format!("{} was rolled back from {from} to {to}: {why}", self.name);
-        Some(Action::Note(Note::change("rollback", "ok", Change { from: Some(from), to, seconds }, message)))
+        Some(AgentAction::Note(JournalNote::change(
+            "rollback",
+            "ok",
+            ReleaseChange { from: Some(from), to, seconds },
+            message,
+        )))
     }
 }

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use super::event::{Action, Note, Ready, Refusal};
-use super::probation::Seen;
-use super::{Activation, Agent, At, Held, Work};
+use super::event::{AgentAction, JournalNote, Ready, ReleaseError};
+use super::probation::ProbationProgress;
+use super::{Activation, Activity, Agent, HeldRelease, Moment};
 use crate::core::guards::{Guard, holds};
-use crate::core::ledger::{Entry, Release, Skipped};
+use crate::core::ledger::{LedgerEntry, LedgerRelease, SkippedRelease};
 use crate::core::model::Version;
 use crate::core::order::{Order, Package, Run};
 use crate::core::program::Program;
@@ -19,7 +19,7 @@ const RETRY: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::fr
 const COSTLY_RETRY: Backoff = Backoff { cap: Duration::from_secs(6 * 3600), ..RETRY };
 
 impl Agent {
-    pub(super) fn stage(&mut self, package: Package, at: At) -> Vec<Action> {
+    pub(super) fn stage(&mut self, package: Package, at: Moment) -> Vec<AgentAction> {
         let failures = self.failures_of(&package.version);
         if let Some(skipped) = self.ledger.skipped(&package.version, package.sha256.as_ref()) {
             // The clock may have been set back since.
@@ -27,20 +27,26 @@ impl Agent {
             let left = left.unwrap_or(COSTLY_RETRY.cap).min(COSTLY_RETRY.cap);
             if !left.is_zero() {
                 self.error = Some(skipped.reason.clone());
-                self.work = Work::Held(Held { version: package.version, failures, until: at.now + left });
+                self.work = Activity::Held(HeldRelease { version: package.version, failures, until: at.now + left });
                 return vec![];
             }
         }
         self.last_id += 1;
         let id = self.last_id;
         self.unanswered.insert(id);
-        self.work = Work::Staging { id, version: package.version.clone(), failures };
-        vec![Action::Stage { id, package }]
+        self.work = Activity::Staging { id, version: package.version.clone(), failures };
+        vec![AgentAction::Stage { id, package }]
     }
 
-    pub(super) fn staged(&mut self, id: u64, version: Version, result: Result<Ready, Refusal>, at: At) -> Vec<Action> {
+    pub(super) fn staged(
+        &mut self,
+        id: u64,
+        version: Version,
+        result: Result<Ready, ReleaseError>,
+        at: Moment,
+    ) -> Vec<AgentAction> {
         let is_wanted =
-            matches!(self.work, Work::Staging { id: wanted, .. } if wanted == id) || !holds(Guard::StagedIsWanted);
+            matches!(self.work, Activity::Staging { id: wanted, .. } if wanted == id) || !holds(Guard::StagedIsWanted);
         match result {
             Ok(ready) => {
                 self.releases.insert(version.clone());
@@ -50,35 +56,42 @@ impl Agent {
                 }
                 self.error = None;
                 self.ledger.stage(ready.release.clone());
-                self.work = Work::Staged(Box::new(ready));
+                self.work = Activity::Staged(Box::new(ready));
                 let message = format!("{} {version} is staged", self.name);
-                vec![Action::Record { wait: false }, Action::Note(Note::once("stage", "ok", Some(version), message))]
+                vec![
+                    AgentAction::Record { wait: false },
+                    AgentAction::Note(JournalNote::once("stage", "ok", Some(version), message)),
+                ]
             }
             Err(refusal) if is_wanted => self.hold(version, "stage", refusal, at),
             Err(_) => vec![],
         }
     }
 
-    pub(super) fn activate(&mut self, order: Order) -> Vec<Action> {
+    pub(super) fn activate(&mut self, order: Order) -> Vec<AgentAction> {
         let mut actions = vec![];
         let version = order.package.version.clone();
         self.order = Some(order.clone());
         let failures = self.failures_of(&version);
-        let program = match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Staged(ready) if ready.release.version == version => Some(ready.program),
-            Work::Staging { .. } => {
-                actions.push(Action::CancelStaging);
+        let program = match std::mem::replace(&mut self.work, Activity::Idle) {
+            Activity::Staged(ready) if ready.release.version == version => Some(ready.program),
+            Activity::Staging { .. } => {
+                actions.push(AgentAction::CancelStaging);
                 None
             }
             _ => None,
         };
-        actions.push(Action::Admit { version, inspect: program.is_none() });
-        self.work = Work::Admitting { order: Box::new(order), program, failures };
+        actions.push(AgentAction::Admit { version, inspect: program.is_none() });
+        self.work = Activity::Admitting { order: Box::new(order), program, failures };
         actions
     }
 
-    pub(super) fn admitted(&mut self, result: Result<(Release, Option<Program>), Refusal>, at: At) -> Vec<Action> {
-        let Work::Admitting { order, program, failures } = &mut self.work else { return vec![] };
+    pub(super) fn admitted(
+        &mut self,
+        result: Result<(LedgerRelease, Option<Program>), ReleaseError>,
+        at: Moment,
+    ) -> Vec<AgentAction> {
+        let Activity::Admitting { order, program, failures } = &mut self.work else { return vec![] };
         let (order, program, failures) = ((**order).clone(), program.take(), *failures);
         let (release, inspected) = match result {
             Ok(admitted) => admitted,
@@ -86,18 +99,18 @@ impl Agent {
         };
         let Some(program) = inspected.or(program) else {
             let why = format!("cannot activate {} {}: it is not known how it is run", self.name, release.version);
-            return self.refuse_activation(release.version, Refusal::failed(why), at);
+            return self.refuse_activation(release.version, ReleaseError::failed(why), at);
         };
         let ready = Ready { release, program };
-        self.work = Work::Recording(Box::new(Activation { order, ready, failures, began: at.now }));
-        vec![Action::Record { wait: true }]
+        self.work = Activity::Recording(Box::new(Activation { order, ready, failures, began: at.now }));
+        vec![AgentAction::Record { wait: true }]
     }
 
-    pub(super) fn recorded(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
-        let activation = match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Recording(activation) => activation,
-            Work::Returning(back) => {
-                self.work = Work::Returning(back);
+    pub(super) fn recorded(&mut self, result: Result<(), String>, at: Moment) -> Vec<AgentAction> {
+        let activation = match std::mem::replace(&mut self.work, Activity::Idle) {
+            Activity::Recording(activation) => activation,
+            Activity::Returning(back) => {
+                self.work = Activity::Returning(back);
                 self.return_is_recorded();
                 return self.go_on_if_down();
             }
@@ -110,36 +123,36 @@ impl Agent {
             && holds(Guard::RecordBeforeStop)
         {
             let version = activation.ready.release.version.clone();
-            self.work = Work::Recording(activation);
+            self.work = Activity::Recording(activation);
             let why = format!("cannot activate {} {version}: {why}", self.name);
-            let mut actions = self.refuse_activation(version, Refusal::failed(why), at);
+            let mut actions = self.refuse_activation(version, ReleaseError::failed(why), at);
             // A write that has failed may have come far, and a later one may have held it.
-            actions.push(Action::Record { wait: false });
+            actions.push(AgentAction::Record { wait: false });
             return actions;
         }
-        self.work = Work::Stopping(activation);
-        let mut actions = self.feed(supervise::Event::Rest, at);
+        self.work = Activity::Stopping(activation);
+        let mut actions = self.feed(supervise::SupervisorEvent::Rest, at);
         actions.extend(self.go_on_if_down());
         actions
     }
 
     /// Goes on with what waited for its processes to end.
-    pub(super) fn go_on_if_down(&mut self) -> Vec<Action> {
+    pub(super) fn go_on_if_down(&mut self) -> Vec<AgentAction> {
         if !self.supervisor.is_down() && holds(Guard::DownBeforeSwitch) {
             return vec![];
         }
-        match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Stopping(activation) => {
+        match std::mem::replace(&mut self.work, Activity::Idle) {
+            Activity::Stopping(activation) => {
                 let (release, before) = (activation.ready.release.clone(), Box::new(self.ledger.clone()));
                 put_into_use(&mut self.ledger, release.clone());
-                self.seen = Seen::began(activation.began);
-                self.work = Work::Switching { activation, before };
-                vec![Action::Switch(release.version)]
+                self.seen = ProbationProgress::began(activation.began);
+                self.work = Activity::Switching { activation, before };
+                vec![AgentAction::Switch(release.version)]
             }
-            Work::Returning(back) => self.switch_back(back),
-            Work::Uninstalling if self.leaving.is_empty() && self.unanswered.is_empty() => {
-                self.work = Work::Removing;
-                vec![Action::Remove]
+            Activity::Returning(back) => self.switch_back(back),
+            Activity::Uninstalling if self.leaving.is_empty() && self.unanswered.is_empty() => {
+                self.work = Activity::Removing;
+                vec![AgentAction::Remove]
             }
             other => {
                 self.work = other;
@@ -148,10 +161,10 @@ impl Agent {
         }
     }
 
-    pub(super) fn switched(&mut self, result: Result<(), String>, at: At) -> Vec<Action> {
-        let (activation, before) = match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Switching { activation, before } => (*activation, *before),
-            Work::SwitchingBack(back) => return self.switched_back(back, result, at),
+    pub(super) fn switched(&mut self, result: Result<(), String>, at: Moment) -> Vec<AgentAction> {
+        let (activation, before) = match std::mem::replace(&mut self.work, Activity::Idle) {
+            Activity::Switching { activation, before } => (*activation, *before),
+            Activity::SwitchingBack(back) => return self.switched_back(back, result, at),
             other => {
                 self.work = other;
                 return vec![];
@@ -166,29 +179,34 @@ impl Agent {
                 self.releases.insert(version.clone());
                 self.inspected(Ok(ready.program));
                 let message = format!("{} {version} is active", self.name);
-                actions.push(Action::Note(Note::once("activate", "ok", Some(version), message)));
+                actions.push(AgentAction::Note(JournalNote::once("activate", "ok", Some(version), message)));
                 if self.ledger.probation().is_none() {
-                    actions.push(Action::RaiseEpoch(ready.release));
+                    actions.push(AgentAction::RaiseEpoch(ready.release));
                 }
             }
             Err(why) => {
-                self.work = Work::Held(Held { version: version.clone(), failures, until: at.now });
+                self.work = Activity::Held(HeldRelease { version: version.clone(), failures, until: at.now });
                 self.ledger = before;
-                actions.push(Action::Record { wait: false });
-                actions.extend(self.refuse_activation(version, Refusal::failed(why), at));
+                actions.push(AgentAction::Record { wait: false });
+                actions.extend(self.refuse_activation(version, ReleaseError::failed(why), at));
             }
         }
         self.run = order.run;
         self.spec = Some(order.spec);
         // A stop of the home may have come while the old release was being ended.
         if self.run == Run::Start && !self.home_stops && self.ledger.current().is_some() {
-            actions.extend(self.feed(supervise::Event::Run, at));
+            actions.extend(self.feed(supervise::SupervisorEvent::Run, at));
         }
         actions
     }
 
     /// What is active stays so. A release that was withdrawn goes, so that it is fetched as it is published now.
-    pub(super) fn refuse_activation(&mut self, version: Version, refusal: Refusal, at: At) -> Vec<Action> {
+    pub(super) fn refuse_activation(
+        &mut self,
+        version: Version,
+        refusal: ReleaseError,
+        at: Moment,
+    ) -> Vec<AgentAction> {
         let withdrawn = refusal.withdrawn;
         let mut actions = self.hold(version.clone(), "activate", refusal, at);
         // One whose program runs all the same (what is active could not be told) keeps its files.
@@ -198,28 +216,28 @@ impl Agent {
         actions
     }
 
-    pub(super) fn discard(&mut self, version: Version) -> Vec<Action> {
+    pub(super) fn discard(&mut self, version: Version) -> Vec<AgentAction> {
         let mut actions = vec![];
         self.releases.remove(&version);
         let before = self.ledger.clone();
         self.ledger.keep_whole(|whole| *whole != version);
         if self.ledger != before {
-            actions.push(Action::Record { wait: false });
+            actions.push(AgentAction::Record { wait: false });
         }
         self.leaving.insert(version.clone());
-        actions.push(Action::Discard(version));
+        actions.push(AgentAction::Discard(version));
         actions
     }
 
     /// A new desired state may have at once what an older one could not; what failed on probation only by another order.
-    pub(super) fn ordered(&mut self, order: Option<Order>) -> Vec<Action> {
+    pub(super) fn ordered(&mut self, order: Option<Order>) -> Vec<AgentAction> {
         let mut actions = vec![];
         if self.ledger.ordered(order.as_ref().map(Order::asks_for)) {
-            actions.push(Action::Record { wait: false });
+            actions.push(AgentAction::Record { wait: false });
         }
         match &self.work {
-            Work::Held(_) => self.work = Work::Idle,
-            Work::Staging { version: staged, .. }
+            Activity::Held(_) => self.work = Activity::Idle,
+            Activity::Staging { version: staged, .. }
                 if order.as_ref().map(|order| &order.package.version) != Some(staged) =>
             {
                 actions.extend(self.cancel_staging());
@@ -230,27 +248,33 @@ impl Agent {
         actions
     }
 
-    pub(super) fn cancel_staging(&mut self) -> Vec<Action> {
-        if !matches!(self.work, Work::Staging { .. }) {
+    pub(super) fn cancel_staging(&mut self) -> Vec<AgentAction> {
+        if !matches!(self.work, Activity::Staging { .. }) {
             return vec![];
         }
-        self.work = Work::Idle;
-        vec![Action::CancelStaging]
+        self.work = Activity::Idle;
+        vec![AgentAction::CancelStaging]
     }
 
     /// Leaves a release until it is tried again, and notes why, once.
-    pub(super) fn hold(&mut self, version: Version, kind: &'static str, refusal: Refusal, at: At) -> Vec<Action> {
+    pub(super) fn hold(
+        &mut self,
+        version: Version,
+        kind: &'static str,
+        refusal: ReleaseError,
+        at: Moment,
+    ) -> Vec<AgentAction> {
         let mut actions = vec![];
         if self.error.as_ref() != Some(&refusal.why) {
-            let note = Note::once(kind, refusal.outcome(), Some(version.clone()), refusal.why.clone());
-            actions.push(Action::Note(note));
+            let note = JournalNote::once(kind, refusal.outcome(), Some(version.clone()), refusal.why.clone());
+            actions.push(AgentAction::Note(note));
         }
         let failures = self.failures_of(&version).saturating_add(1);
         let backoff = if refusal.costly { COSTLY_RETRY } else { RETRY };
         let delay = backoff.delay(failures, at.jitter).max(refusal.retry_after.unwrap_or_default());
         if refusal.costly {
             // A manager that starts anew must not download it at once.
-            self.ledger.skip(Skipped {
+            self.ledger.skip(SkippedRelease {
                 version: version.clone(),
                 sha256: None,
                 reason: refusal.why.clone(),
@@ -259,12 +283,12 @@ impl Agent {
                 retry: self.order.as_ref().map_or(0, |order| order.retry),
                 unknown: Default::default(),
             });
-            actions.push(Action::Record { wait: false });
+            actions.push(AgentAction::Record { wait: false });
         }
         self.error = Some(refusal.why);
-        self.work = Work::Held(Held { version, failures, until: at.now + delay });
+        self.work = Activity::Held(HeldRelease { version, failures, until: at.now + delay });
         if !holds(Guard::HoldFailed) {
-            self.work = Work::Idle;
+            self.work = Activity::Idle;
         }
         actions
     }
@@ -272,18 +296,20 @@ impl Agent {
     /// Times in a row that a release could not be had or activated.
     pub(super) fn failures_of(&self, of: &Version) -> u32 {
         match &self.work {
-            Work::Held(Held { version, failures, .. }) | Work::Staging { version, failures, .. } if version == of => {
+            Activity::Held(HeldRelease { version, failures, .. }) | Activity::Staging { version, failures, .. }
+                if version == of =>
+            {
                 *failures
             }
-            Work::Admitting { order, failures, .. } if order.package.version == *of => *failures,
-            Work::Recording(activation) if activation.ready.release.version == *of => activation.failures,
+            Activity::Admitting { order, failures, .. } if order.package.version == *of => *failures,
+            Activity::Recording(activation) if activation.ready.release.version == *of => activation.failures,
             _ => self.ledger.skipped(of, None).map_or(0, |skipped| skipped.failures),
         }
     }
 }
 
 /// A release takes the place of the current one: where there is something to go back to, on probation.
-pub(super) fn put_into_use(ledger: &mut Entry, release: Release) {
+pub(super) fn put_into_use(ledger: &mut LedgerEntry, release: LedgerRelease) {
     if ledger.current().is_none() {
         ledger.activate(release);
     } else {

@@ -6,27 +6,27 @@ use std::time::Duration;
 
 use super::*;
 use crate::core::env::Env;
-use crate::core::ledger::Release;
+use crate::core::ledger::LedgerRelease;
 use crate::core::manifest::Manifest;
 use crate::core::order::Package;
-use crate::core::supervise::Answer;
-use crate::core::unknown::Unknown;
+use crate::core::supervise::CheckResult;
+use crate::core::unknown::UnknownFields;
 
 mod probation;
 mod search;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
 
-fn at(now: Instant) -> At {
-    At { now, unix_seconds: 1_800_000_000, jitter: 1.0 }
+fn at(now: Instant) -> Moment {
+    Moment { now, unix_seconds: 1_800_000_000, jitter: 1.0 }
 }
 
 fn version(text: &str) -> Version {
     text.parse().unwrap()
 }
 
-fn release(text: &str) -> Release {
-    Release { version: version(text), sha256: None, epoch: 1, unknown: Unknown::new() }
+fn release(text: &str) -> LedgerRelease {
+    LedgerRelease { version: version(text), sha256: None, epoch: 1, unknown: UnknownFields::new() }
 }
 
 fn order(text: &str) -> Order {
@@ -35,7 +35,7 @@ fn order(text: &str) -> Order {
         run: Run::Start,
         spec: Spec::default(),
         retry: 0,
-        unknown: Unknown::new(),
+        unknown: UnknownFields::new(),
     }
 }
 
@@ -64,19 +64,19 @@ fn ready(text: &str) -> Ready {
     Ready { release: release(text), program: manifest(&[]) }
 }
 
-fn refusal(why: &str) -> Refusal {
-    Refusal::failed(why)
+fn refusal(why: &str) -> ReleaseError {
+    ReleaseError::failed(why)
 }
 
-fn inspected(result: Result<Program, String>) -> Event {
-    Event::Inspected { version: version("1"), result }
+fn inspected(result: Result<Program, String>) -> AgentEvent {
+    AgentEvent::Inspected { version: version("1"), result }
 }
 
 /// A sub-agent, what it asked for, and the time.
 struct Bench {
     agent: Agent,
     now: Instant,
-    asked: Vec<Action>,
+    asked: Vec<AgentAction>,
 }
 
 impl Bench {
@@ -88,7 +88,7 @@ impl Bench {
     fn running() -> Bench {
         let mut bench = Bench::new();
         bench.install("1");
-        bench.tell(Event::Launched { pid: 10, version: version("1"), runs_so: true });
+        bench.tell(AgentEvent::Launched { pid: 10, version: version("1"), runs_so: true });
         assert_eq!(bench.agent.state(), AgentState::Running);
         bench.asked.clear();
         bench
@@ -104,18 +104,18 @@ impl Bench {
 
     fn install_over(&mut self, text: &str) {
         self.stage(text);
-        self.tell(Event::Activate(order(text)));
-        self.tell(Event::Admitted(Ok((release(text), None))));
-        self.tell(Event::Recorded(Ok(())));
-        self.tell(Event::Stopped(Ok(())));
-        self.tell(Event::Switched(Ok(())));
+        self.tell(AgentEvent::Activate(order(text)));
+        self.tell(AgentEvent::Admitted(Ok((release(text), None))));
+        self.tell(AgentEvent::Recorded(Ok(())));
+        self.tell(AgentEvent::Stopped(Ok(())));
+        self.tell(AgentEvent::Switched(Ok(())));
     }
 
     fn launched(&mut self, pid: u32, text: &str) -> &mut Bench {
-        self.tell(Event::Launched { pid, version: version(text), runs_so: true })
+        self.tell(AgentEvent::Launched { pid, version: version(text), runs_so: true })
     }
 
-    fn tell(&mut self, event: Event) -> &mut Bench {
+    fn tell(&mut self, event: AgentEvent) -> &mut Bench {
         self.asked.extend(self.agent.step(event, at(self.now)));
         self
     }
@@ -123,34 +123,34 @@ impl Bench {
     /// All that leads to the start of a release, while nothing runs.
     fn install(&mut self, text: &str) {
         self.stage(text);
-        self.tell(Event::Activate(order(text)));
-        self.tell(Event::Admitted(Ok((release(text), None))));
-        self.tell(Event::Recorded(Ok(())));
-        self.tell(Event::Switched(Ok(())));
+        self.tell(AgentEvent::Activate(order(text)));
+        self.tell(AgentEvent::Admitted(Ok((release(text), None))));
+        self.tell(AgentEvent::Recorded(Ok(())));
+        self.tell(AgentEvent::Switched(Ok(())));
     }
 
     fn stage(&mut self, text: &str) {
-        self.tell(Event::Stage(Package::new(version(text))));
+        self.tell(AgentEvent::Stage(Package::new(version(text))));
         self.answer(text, Ok(ready(text)));
     }
 
     /// The answer to the staging that was asked for last.
-    fn answer(&mut self, text: &str, result: Result<Ready, Refusal>) {
+    fn answer(&mut self, text: &str, result: Result<Ready, ReleaseError>) {
         let id = self.agent.last_id;
-        self.tell(Event::Staged { id, version: version(text), result });
+        self.tell(AgentEvent::Staged { id, version: version(text), result });
     }
 
     /// What was asked since the last look, without notes.
-    fn asked(&mut self) -> Vec<Action> {
+    fn asked(&mut self) -> Vec<AgentAction> {
         std::mem::take(&mut self.asked)
             .into_iter()
-            .filter(|action| !matches!(action, Action::Note(_) | Action::CancelCheck))
+            .filter(|action| !matches!(action, AgentAction::Note(_) | AgentAction::CancelCheck))
             .collect()
     }
 
     fn notes(&self) -> Vec<(&str, &str)> {
-        let note = |action: &'_ Action| match action {
-            Action::Note(note) => Some((note.kind, note.outcome)),
+        let note = |action: &'_ AgentAction| match action {
+            AgentAction::Note(note) => Some((note.kind, note.outcome)),
             _ => None,
         };
         self.asked.iter().filter_map(note).collect()
@@ -160,20 +160,20 @@ impl Bench {
 #[test]
 fn a_first_release_is_staged_recorded_and_started_and_its_epoch_counts() {
     let mut bench = Bench::new();
-    bench.tell(Event::Stage(Package::new(version("1"))));
+    bench.tell(AgentEvent::Stage(Package::new(version("1"))));
     assert_eq!(bench.agent.state(), AgentState::Updating);
-    assert_eq!(bench.asked(), [Action::Stage { id: 1, package: Package::new(version("1")) }]);
+    assert_eq!(bench.asked(), [AgentAction::Stage { id: 1, package: Package::new(version("1")) }]);
     bench.answer("1", Ok(ready("1")));
     assert_eq!(bench.notes(), [("stage", "ok")]);
-    assert_eq!(bench.asked(), [Action::Record { wait: false }]);
-    bench.tell(Event::Activate(order("1")));
-    assert_eq!(bench.asked(), [Action::Admit { version: version("1"), inspect: false }]);
-    bench.tell(Event::Admitted(Ok((release("1"), None))));
-    assert_eq!(bench.asked(), [Action::Record { wait: true }]);
-    bench.tell(Event::Recorded(Ok(())));
-    assert_eq!(bench.asked(), [Action::Switch(version("1"))]);
-    bench.tell(Event::Switched(Ok(())));
-    assert_eq!(bench.asked(), [Action::RaiseEpoch(release("1")), Action::Start]);
+    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }]);
+    bench.tell(AgentEvent::Activate(order("1")));
+    assert_eq!(bench.asked(), [AgentAction::Admit { version: version("1"), inspect: false }]);
+    bench.tell(AgentEvent::Admitted(Ok((release("1"), None))));
+    assert_eq!(bench.asked(), [AgentAction::Record { wait: true }]);
+    bench.tell(AgentEvent::Recorded(Ok(())));
+    assert_eq!(bench.asked(), [AgentAction::Switch(version("1"))]);
+    bench.tell(AgentEvent::Switched(Ok(())));
+    assert_eq!(bench.asked(), [AgentAction::RaiseEpoch(release("1")), AgentAction::Start]);
     assert_eq!(bench.agent.ledger().active(), Some(&release("1")));
 }
 
@@ -181,26 +181,26 @@ fn a_first_release_is_staged_recorded_and_started_and_its_epoch_counts() {
 fn what_runs_is_stopped_only_when_the_new_release_is_admitted_and_recorded() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(Event::Activate(order("2")));
-    bench.tell(Event::Admitted(Ok((release("2"), None))));
-    assert!(!bench.asked().contains(&Action::Stop));
+    bench.tell(AgentEvent::Activate(order("2")));
+    bench.tell(AgentEvent::Admitted(Ok((release("2"), None))));
+    assert!(!bench.asked().contains(&AgentAction::Stop));
     assert_eq!(bench.agent.to_record().probation(), Some(&release("2")));
-    bench.tell(Event::Recorded(Ok(())));
-    assert_eq!(bench.asked(), [Action::Stop]);
-    bench.tell(Event::Stopped(Ok(())));
-    assert_eq!(bench.asked(), [Action::Switch(version("2"))]);
-    bench.tell(Event::Switched(Ok(())));
-    assert_eq!(bench.asked(), [Action::Start]);
+    bench.tell(AgentEvent::Recorded(Ok(())));
+    assert_eq!(bench.asked(), [AgentAction::Stop]);
+    bench.tell(AgentEvent::Stopped(Ok(())));
+    assert_eq!(bench.asked(), [AgentAction::Switch(version("2"))]);
+    bench.tell(AgentEvent::Switched(Ok(())));
+    assert_eq!(bench.asked(), [AgentAction::Start]);
     assert_eq!(bench.agent.ledger().active(), Some(&release("1")), "not committed before it has started");
     bench.launched(11, "2");
     assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Updating), "it is on probation");
     bench.now += S(9);
-    bench.tell(Event::Tick);
+    bench.tell(AgentEvent::Tick);
     assert_eq!(bench.asked(), []);
     bench.now = bench.agent.deadline(bench.now).unwrap();
-    bench.tell(Event::Tick);
+    bench.tell(AgentEvent::Tick);
     assert_eq!(bench.notes(), [("upgrade", "ok")]);
-    assert_eq!(bench.asked(), [Action::Record { wait: false }, Action::RaiseEpoch(release("2"))]);
+    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }, AgentAction::RaiseEpoch(release("2"))]);
     assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("2")), None));
     assert_eq!(bench.agent.state(), AgentState::Running);
 }
@@ -212,17 +212,17 @@ type Fail = fn(&mut Bench);
 fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and_later() {
     let ways: [(&str, Fail); 3] = [
         ("stage", |bench| {
-            bench.tell(Event::Stage(Package::new(version("2"))));
+            bench.tell(AgentEvent::Stage(Package::new(version("2"))));
             bench.answer("2", Err(refusal("no route")));
         }),
         ("activate", |bench| {
-            bench.tell(Event::Activate(order("2")));
-            bench.tell(Event::Admitted(Err(refusal("the home is open to others"))));
+            bench.tell(AgentEvent::Activate(order("2")));
+            bench.tell(AgentEvent::Admitted(Err(refusal("the home is open to others"))));
         }),
         ("activate", |bench| {
-            bench.tell(Event::Activate(order("2")));
-            bench.tell(Event::Admitted(Ok((release("2"), Some(Program::Script)))));
-            bench.tell(Event::Recorded(Err("no space left".into())));
+            bench.tell(AgentEvent::Activate(order("2")));
+            bench.tell(AgentEvent::Admitted(Ok((release("2"), Some(Program::Script)))));
+            bench.tell(AgentEvent::Recorded(Err("no space left".into())));
         }),
     ];
     for (kind, fail) in ways {
@@ -238,9 +238,9 @@ fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and
         }
         assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 300, 300], "{kind}");
         assert_eq!(bench.notes().iter().filter(|(of, _)| *of == kind).count(), 1, "the same is noted once");
-        assert!(!bench.asked().contains(&Action::Stop));
+        assert!(!bench.asked().contains(&AgentAction::Stop));
         assert_eq!((bench.agent.state(), bench.agent.current()), (AgentState::Running, Some(&version("1"))));
-        bench.tell(Event::Ordered(Some(order("2"))));
+        bench.tell(AgentEvent::Ordered(Some(order("2"))));
         assert_eq!(bench.agent.actual(None, bench.now).held_back, None, "a new desired state may try at once");
     }
 }
@@ -249,33 +249,33 @@ fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and
 fn a_link_that_cannot_be_switched_leaves_the_release_before_to_run() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(Event::Activate(order("2")));
-    bench.tell(Event::Admitted(Ok((release("2"), None))));
-    bench.tell(Event::Recorded(Ok(())));
-    bench.tell(Event::Stopped(Ok(())));
+    bench.tell(AgentEvent::Activate(order("2")));
+    bench.tell(AgentEvent::Admitted(Ok((release("2"), None))));
+    bench.tell(AgentEvent::Recorded(Ok(())));
+    bench.tell(AgentEvent::Stopped(Ok(())));
     bench.asked.clear();
-    bench.tell(Event::Switched(Err("read-only file system".into())));
-    assert_eq!(bench.asked(), [Action::Record { wait: false }, Action::Start]);
+    bench.tell(AgentEvent::Switched(Err("read-only file system".into())));
+    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }, AgentAction::Start]);
     assert_eq!((bench.agent.current(), bench.agent.ledger().probation()), (Some(&version("1")), None));
 }
 
 #[test]
 fn a_release_that_was_withdrawn_is_removed_unless_it_runs() {
-    let withdrawn = || Refusal { refused: true, withdrawn: true, ..refusal("its key was revoked") };
+    let withdrawn = || ReleaseError { refused: true, withdrawn: true, ..refusal("its key was revoked") };
     let mut bench = Bench::running();
     bench.stage("2");
     bench.asked.clear();
-    bench.tell(Event::Activate(order("2")));
-    bench.tell(Event::Admitted(Err(withdrawn())));
+    bench.tell(AgentEvent::Activate(order("2")));
+    bench.tell(AgentEvent::Admitted(Err(withdrawn())));
     assert!(bench.notes().contains(&("activate", "refused")));
-    assert!(bench.asked().contains(&Action::Discard(version("2"))));
+    assert!(bench.asked().contains(&AgentAction::Discard(version("2"))));
     let actual = bench.agent.actual(None, bench.now);
     assert!(!actual.releases.contains(&version("2")) && actual.leaving.contains(&version("2")));
-    bench.tell(Event::Discarded(version("2")));
+    bench.tell(AgentEvent::Discarded(version("2")));
     assert!(bench.agent.actual(None, bench.now).leaving.is_empty());
-    bench.tell(Event::Activate(order("1")));
-    bench.tell(Event::Admitted(Err(withdrawn())));
-    assert!(!bench.asked().contains(&Action::Discard(version("1"))), "it runs");
+    bench.tell(AgentEvent::Activate(order("1")));
+    bench.tell(AgentEvent::Admitted(Err(withdrawn())));
+    assert!(!bench.asked().contains(&AgentAction::Discard(version("1"))), "it runs");
 }
 
 #[test]
@@ -283,32 +283,38 @@ fn a_costly_refusal_is_remembered_across_managers_until_another_package_or_desir
     let mut bench = Bench::running();
     let package =
         |digit: &str| Package { sha256: Some(digit.repeat(64).parse().unwrap()), ..Package::new(version("2")) };
-    bench.tell(Event::Stage(package("a")));
-    let costly = Refusal { costly: true, refused: true, ..refusal("it holds a device") };
+    bench.tell(AgentEvent::Stage(package("a")));
+    let costly = ReleaseError { costly: true, refused: true, ..refusal("it holds a device") };
     bench.answer("2", Err(costly));
-    assert!(bench.asked().contains(&Action::Record { wait: false }));
+    assert!(bench.asked().contains(&AgentAction::Record { wait: false }));
     let ledger = bench.agent.ledger().clone();
-    let found = || Found { ledger: ledger.clone(), releases: [version("1")].into(), ..Found::default() };
+    let found = || Discovery { ledger: ledger.clone(), releases: [version("1")].into(), ..Discovery::default() };
     let (mut next, _) = Agent::found("a".parse().unwrap(), found());
-    assert_eq!(next.step(Event::Stage(package("a")), at(bench.now)), []);
+    assert_eq!(next.step(AgentEvent::Stage(package("a")), at(bench.now)), []);
     assert_eq!(next.last_error().as_deref(), Some("it holds a device"));
     assert_eq!(next.actual(None, bench.now).held_back, Some(version("2")));
-    let later = At { unix_seconds: at(bench.now).unix_seconds + 5, ..at(bench.now + S(5)) };
-    assert_eq!(next.step(Event::Stage(package("a")), later), [Action::Stage { id: 1, package: package("a") }]);
+    let later = Moment { unix_seconds: at(bench.now).unix_seconds + 5, ..at(bench.now + S(5)) };
+    assert_eq!(
+        next.step(AgentEvent::Stage(package("a")), later),
+        [AgentAction::Stage { id: 1, package: package("a") }]
+    );
     let (mut next, _) = Agent::found("a".parse().unwrap(), found());
-    next.step(Event::Ordered(Some(order("2"))), at(bench.now));
-    assert_eq!(next.step(Event::Stage(package("a")), at(bench.now)), [Action::Stage { id: 1, package: package("a") }]);
+    next.step(AgentEvent::Ordered(Some(order("2"))), at(bench.now));
+    assert_eq!(
+        next.step(AgentEvent::Stage(package("a")), at(bench.now)),
+        [AgentAction::Stage { id: 1, package: package("a") }]
+    );
 }
 
 #[test]
 fn another_order_cancels_the_staging_of_the_one_before() {
     let mut bench = Bench::running();
-    bench.tell(Event::Stage(Package::new(version("2"))));
+    bench.tell(AgentEvent::Stage(Package::new(version("2"))));
     bench.asked.clear();
-    bench.tell(Event::Ordered(Some(order("2"))));
+    bench.tell(AgentEvent::Ordered(Some(order("2"))));
     assert_eq!(bench.asked(), []);
-    bench.tell(Event::Ordered(Some(order("3"))));
-    assert_eq!(bench.asked(), [Action::CancelStaging]);
+    bench.tell(AgentEvent::Ordered(Some(order("3"))));
+    assert_eq!(bench.asked(), [AgentAction::CancelStaging]);
     bench.answer("2", Ok(ready("2")));
     assert_eq!(bench.asked(), []);
     assert!(bench.agent.actual(None, bench.now).releases.contains(&version("2")), "the plan discards it");
@@ -317,21 +323,21 @@ fn another_order_cancels_the_staging_of_the_one_before() {
 #[test]
 fn another_environment_restarts_what_was_not_started_with_it() {
     let spec = Spec { env: Env::from([("A".to_owned(), "b".into())]) };
-    for (runs_so, expected) in [(true, vec![]), (false, vec![Action::Stop])] {
+    for (runs_so, expected) in [(true, vec![]), (false, vec![AgentAction::Stop])] {
         let mut bench = Bench::running();
-        bench.tell(Event::Configure { spec: spec.clone(), runs_so, sound: Ok(()) });
+        bench.tell(AgentEvent::Configure { spec: spec.clone(), runs_so, sound: Ok(()) });
         assert_eq!(bench.asked(), expected);
         assert_eq!(bench.agent.spec(), Some(&spec));
     }
     let mut bench = Bench::running();
-    bench.tell(Event::Configure { spec: spec.clone(), runs_so: false, sound: Err(refusal("open to others")) });
+    bench.tell(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Err(refusal("open to others")) });
     assert_eq!((bench.asked(), bench.agent.spec()), (vec![], Some(&Spec::default())));
     // Held, it is not tried at each plan.
-    bench.tell(Event::Configure { spec: spec.clone(), runs_so: false, sound: Ok(()) });
+    bench.tell(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Ok(()) });
     assert_eq!(bench.asked(), []);
     bench.now += S(5);
-    bench.tell(Event::Configure { spec, runs_so: false, sound: Ok(()) });
-    assert_eq!(bench.asked(), [Action::Inspect(version("1")), Action::Stop]);
+    bench.tell(AgentEvent::Configure { spec, runs_so: false, sound: Ok(()) });
+    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1")), AgentAction::Stop]);
 }
 
 #[test]
@@ -339,11 +345,11 @@ fn a_variable_that_its_package_does_not_allow_is_noted_once() {
     let mut bench = Bench::running();
     let (spec, runs_so) = (Spec { env: Env::from([("LD_PRELOAD".to_owned(), "x".into())]) }, false);
     bench.tell(inspected(Ok(manifest(&[]))));
-    bench.tell(Event::Configure { spec, runs_so, sound: Ok(()) });
+    bench.tell(AgentEvent::Configure { spec, runs_so, sound: Ok(()) });
     for pid in 11..14 {
-        bench.tell(Event::Stopped(Ok(())));
-        bench.tell(Event::Launched { pid, version: version("1"), runs_so: true });
-        bench.tell(Event::Restart);
+        bench.tell(AgentEvent::Stopped(Ok(())));
+        bench.tell(AgentEvent::Launched { pid, version: version("1"), runs_so: true });
+        bench.tell(AgentEvent::Restart);
     }
     assert_eq!(bench.notes(), [("env", "refused")]);
     assert!(bench.agent.last_error().unwrap().contains("LD_PRELOAD"));
@@ -351,8 +357,8 @@ fn a_variable_that_its_package_does_not_allow_is_noted_once() {
 
 #[test]
 fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
-    let found = Found {
-        ledger: Entry::found(Some(release("1")), None),
+    let found = Discovery {
+        ledger: LedgerEntry::found(Some(release("1")), None),
         releases: [version("1")].into(),
         unfinished: [version("half")].into(),
         program: Some(Err("no agent.toml".into())),
@@ -360,19 +366,19 @@ fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
         order: None,
     };
     let (agent, actions) = Agent::found("a".parse().unwrap(), found);
-    assert_eq!(actions, [Action::Discard(version("half"))]);
+    assert_eq!(actions, [AgentAction::Discard(version("half"))]);
     let mut bench = Bench { agent, ..Bench::new() };
-    bench.tell(Event::Set(Run::Start));
-    assert_eq!(bench.asked(), [Action::Inspect(version("1"))]);
+    bench.tell(AgentEvent::Set(Run::Start));
+    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))]);
     bench.tell(inspected(Err("no agent.toml".into())));
     // The first failure is tried again at once.
-    assert_eq!(bench.asked(), [Action::Inspect(version("1"))]);
+    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))]);
     bench.tell(inspected(Err("no agent.toml".into())));
     assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Failed));
     bench.now = bench.agent.deadline(bench.now).unwrap();
-    bench.tell(Event::Tick);
+    bench.tell(AgentEvent::Tick);
     bench.tell(inspected(Ok(Program::Script)));
-    assert_eq!(bench.asked(), [Action::Inspect(version("1")), Action::Start]);
+    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1")), AgentAction::Start]);
     assert_eq!(bench.agent.last_error().as_deref(), Some("no agent.toml"));
 }
 
@@ -380,15 +386,15 @@ fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
 fn while_an_activation_is_recorded_what_runs_is_restarted_as_it_was() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(Event::Activate(order("2")));
-    bench.tell(Event::Admitted(Ok((release("2"), None))));
+    bench.tell(AgentEvent::Activate(order("2")));
+    bench.tell(AgentEvent::Admitted(Ok((release("2"), None))));
     bench.asked.clear();
-    bench.tell(Event::Exited { success: Some(false), how: "crashed".into() });
-    assert_eq!((bench.asked(), bench.agent.current()), (vec![Action::Start], Some(&version("1"))));
-    bench.tell(Event::Launched { pid: 11, version: version("1"), runs_so: true });
+    bench.tell(AgentEvent::Exited { success: Some(false), how: "crashed".into() });
+    assert_eq!((bench.asked(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("1"))));
+    bench.tell(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
     assert_eq!(bench.asked(), [], "nothing is committed");
-    bench.tell(Event::Recorded(Err("no space left".into())));
-    assert_eq!(bench.asked(), [Action::Record { wait: false }], "the file may say what was not done");
+    bench.tell(AgentEvent::Recorded(Err("no space left".into())));
+    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }], "the file may say what was not done");
     assert_eq!(bench.agent.to_record(), *bench.agent.ledger());
 }
 
@@ -396,67 +402,70 @@ fn while_an_activation_is_recorded_what_runs_is_restarted_as_it_was() {
 fn a_removal_waits_for_what_is_under_way_on_its_files() {
     let mut bench = Bench::new();
     bench.stage("1");
-    bench.tell(Event::Stage(Package::new(version("2"))));
-    bench.tell(Event::Discard(version("1")));
+    bench.tell(AgentEvent::Stage(Package::new(version("2"))));
+    bench.tell(AgentEvent::Discard(version("1")));
     bench.asked.clear();
-    bench.tell(Event::Uninstall);
-    assert_eq!(bench.asked(), [Action::CancelStaging]);
-    bench.tell(Event::Discarded(version("1")));
+    bench.tell(AgentEvent::Uninstall);
+    assert_eq!(bench.asked(), [AgentAction::CancelStaging]);
+    bench.tell(AgentEvent::Discarded(version("1")));
     assert_eq!(bench.asked(), []);
     bench.answer("2", Ok(ready("2")));
-    assert_eq!(bench.asked(), [Action::Remove]);
+    assert_eq!(bench.asked(), [AgentAction::Remove]);
 }
 
 #[test]
 fn what_is_staged_while_its_files_are_removed_is_gone_with_them() {
     let mut bench = Bench::running();
-    bench.tell(Event::Stage(Package::new(version("2"))));
-    bench.tell(Event::Ordered(Some(order("1")))).tell(Event::Discard(version("2")));
+    bench.tell(AgentEvent::Stage(Package::new(version("2"))));
+    bench.tell(AgentEvent::Ordered(Some(order("1")))).tell(AgentEvent::Discard(version("2")));
     bench.answer("2", Ok(ready("2")));
-    bench.tell(Event::Discarded(version("2")));
+    bench.tell(AgentEvent::Discarded(version("2")));
     assert!(!bench.agent.actual(None, bench.now).releases.contains(&version("2")));
 }
 
 #[test]
 fn how_another_release_is_run_says_nothing_about_this_one() {
     let mut bench = Bench::running();
-    bench.tell(Event::Inspected { version: version("9"), result: Err("no agent.toml".into()) });
+    bench.tell(AgentEvent::Inspected { version: version("9"), result: Err("no agent.toml".into()) });
     assert!(bench.agent.program().is_some() && bench.agent.last_error().is_none());
 }
 
 #[test]
 fn an_uninstalled_one_is_stopped_then_removed() {
     let mut bench = Bench::running();
-    bench.tell(Event::Uninstall);
-    assert_eq!(bench.asked(), [Action::Stop]);
+    bench.tell(AgentEvent::Uninstall);
+    assert_eq!(bench.asked(), [AgentAction::Stop]);
     assert!(bench.agent.actual(None, bench.now).busy);
-    bench.tell(Event::Stopped(Err("it hangs in the kernel".into())));
+    bench.tell(AgentEvent::Stopped(Err("it hangs in the kernel".into())));
     assert!(bench.notes().contains(&("stop", "failed")));
-    assert_eq!(bench.asked(), [Action::Remove]);
+    assert_eq!(bench.asked(), [AgentAction::Remove]);
     let mut bench = Bench::new();
-    bench.tell(Event::Uninstall);
-    assert_eq!(bench.asked(), [Action::Remove]);
+    bench.tell(AgentEvent::Uninstall);
+    assert_eq!(bench.asked(), [AgentAction::Remove]);
 }
 
 #[test]
 fn a_stop_of_the_home_starts_nothing_more() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(Event::Activate(order("2")));
-    bench.tell(Event::Admitted(Ok((release("2"), None))));
-    bench.tell(Event::Recorded(Ok(())));
-    bench.tell(Event::HomeStops);
-    bench.tell(Event::Stopped(Ok(())));
+    bench.tell(AgentEvent::Activate(order("2")));
+    bench.tell(AgentEvent::Admitted(Ok((release("2"), None))));
+    bench.tell(AgentEvent::Recorded(Ok(())));
+    bench.tell(AgentEvent::HomeStops);
+    bench.tell(AgentEvent::Stopped(Ok(())));
     bench.asked.clear();
-    bench.tell(Event::Switched(Ok(())));
+    bench.tell(AgentEvent::Switched(Ok(())));
     assert_eq!(bench.asked(), []);
     assert!(bench.agent.supervisor().is_down());
 }
 
 #[test]
 fn a_process_of_another_release_than_the_active_one_shows_as_it_is() {
-    let found =
-        Found { ledger: Entry::found(Some(release("2")), None), releases: [version("2")].into(), ..Found::default() };
+    let found = Discovery {
+        ledger: LedgerEntry::found(Some(release("2")), None),
+        releases: [version("2")].into(),
+        ..Discovery::default()
+    };
     let (mut agent, _) = Agent::found("a".parse().unwrap(), found);
     let now = Instant::now();
     assert_eq!(agent.shown(), Some(&version("2")));
@@ -467,64 +476,70 @@ fn a_process_of_another_release_than_the_active_one_shows_as_it_is() {
 #[test]
 fn health_and_crashes_are_noted_as_they_change() {
     let mut bench = Bench::running();
-    let exit = || Event::Exited { success: Some(false), how: "exited with 1".into() };
+    let exit = || AgentEvent::Exited { success: Some(false), how: "exited with 1".into() };
     bench.tell(exit());
-    bench.tell(Event::Launched { pid: 11, version: version("1"), runs_so: true });
+    bench.tell(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
     bench.tell(exit());
     assert_eq!(bench.notes(), [("exit", "failed"), ("exit", "failed"), ("backoff", "failed")]);
     bench.asked.clear();
     bench.now += S(60);
-    bench.tell(Event::Tick);
-    bench.tell(Event::Launched { pid: 12, version: version("1"), runs_so: true });
+    bench.tell(AgentEvent::Tick);
+    bench.tell(AgentEvent::Launched { pid: 12, version: version("1"), runs_so: true });
     bench.tell(exit());
     assert_eq!(bench.notes(), [("exit", "failed")], "the later ones differ in nothing but the delay");
 }
 
 /// What a manager may tell, whatever was asked: also what comes too late, or twice.
-fn event() -> impl Strategy<Value = Event> {
+fn event() -> impl Strategy<Value = AgentEvent> {
     let text = prop::sample::select(vec!["1", "2", "3"]);
     let result = |why: &'static str| prop_oneof![Just(Ok(())), Just(Err(why.to_owned()))];
     prop_oneof![
-        text.clone().prop_map(|text| Event::Stage(Package::new(version(text)))),
-        text.clone().prop_map(|text| Event::Activate(order(text))),
-        (any::<bool>(), any::<bool>()).prop_map(|(runs_so, sound)| Event::Configure {
+        text.clone().prop_map(|text| AgentEvent::Stage(Package::new(version(text)))),
+        text.clone().prop_map(|text| AgentEvent::Activate(order(text))),
+        (any::<bool>(), any::<bool>()).prop_map(|(runs_so, sound)| AgentEvent::Configure {
             spec: Spec::default(),
             runs_so,
             sound: if sound { Ok(()) } else { Err(refusal("no")) },
         }),
-        prop_oneof![Just(Run::Start), Just(Run::Stop)].prop_map(Event::Set),
-        text.clone().prop_map(|text| Event::Ordered(Some(order(text)))),
-        Just(Event::Restart),
-        Just(Event::Retry),
-        text.clone().prop_map(|text| Event::Return { overruled: Some(order(text)) }),
+        prop_oneof![Just(Run::Start), Just(Run::Stop)].prop_map(AgentEvent::Set),
+        text.clone().prop_map(|text| AgentEvent::Ordered(Some(order(text)))),
+        Just(AgentEvent::Restart),
+        Just(AgentEvent::Retry),
+        text.clone().prop_map(|text| AgentEvent::Return { overruled: Some(order(text)) }),
         prop_oneof![
-            Just(Answer::Healthy),
-            Just(Answer::Unhealthy("refused".into())),
-            Just(Answer::Gone("stopped".into())),
-            Just(Answer::Unknown("no answer".into())),
+            Just(CheckResult::Healthy),
+            Just(CheckResult::Unhealthy("refused".into())),
+            Just(CheckResult::Gone("stopped".into())),
+            Just(CheckResult::Unknown("no answer".into())),
         ]
-        .prop_map(Event::Checked),
-        (1..9_u64, text.clone(), any::<bool>(), any::<bool>()).prop_map(|(id, text, good, costly)| Event::Staged {
-            id,
-            version: version(text),
-            result: if good { Ok(ready(text)) } else { Err(Refusal { costly, ..refusal("no") }) },
+        .prop_map(AgentEvent::Checked),
+        (1..9_u64, text.clone(), any::<bool>(), any::<bool>()).prop_map(|(id, text, good, costly)| {
+            AgentEvent::Staged {
+                id,
+                version: version(text),
+                result: if good { Ok(ready(text)) } else { Err(ReleaseError { costly, ..refusal("no") }) },
+            }
         }),
         (text.clone(), any::<bool>(), any::<bool>()).prop_map(|(text, good, withdrawn)| {
-            let refused = Refusal { withdrawn, ..refusal("no") };
-            Event::Admitted(if good { Ok((release(text), Some(Program::Script))) } else { Err(refused) })
+            let refused = ReleaseError { withdrawn, ..refusal("no") };
+            AgentEvent::Admitted(if good { Ok((release(text), Some(Program::Script))) } else { Err(refused) })
         }),
-        result("disk full").prop_map(Event::Recorded),
-        result("read-only").prop_map(Event::Switched),
-        text.clone().prop_map(|text| Event::Discarded(version(text))),
-        (text.clone(), any::<bool>()).prop_map(|(text, good)| Event::Inspected {
+        result("disk full").prop_map(AgentEvent::Recorded),
+        result("read-only").prop_map(AgentEvent::Switched),
+        text.clone().prop_map(|text| AgentEvent::Discarded(version(text))),
+        (text.clone(), any::<bool>()).prop_map(|(text, good)| AgentEvent::Inspected {
             version: version(text),
             result: if good { Ok(Program::Script) } else { Err("bad".into()) },
         }),
-        (text, any::<bool>()).prop_map(|(text, runs_so)| Event::Launched { pid: 9, version: version(text), runs_so }),
-        Just(Event::NotLaunched(refusal("no such file"))),
-        any::<Option<bool>>().prop_map(|success| Event::Exited { success, how: "ended".into() }),
-        result("it hangs").prop_map(Event::Stopped),
-        Just(Event::Tick),
+        (text, any::<bool>()).prop_map(|(text, runs_so)| AgentEvent::Launched {
+            pid: 9,
+            version: version(text),
+            runs_so
+        }),
+        Just(AgentEvent::NotLaunched(refusal("no such file"))),
+        any::<Option<bool>>().prop_map(|success| AgentEvent::Exited { success, how: "ended".into() }),
+        result("it hangs").prop_map(AgentEvent::Stopped),
+        Just(AgentEvent::Tick),
     ]
 }
 
@@ -536,13 +551,13 @@ proptest! {
         for (event, seconds) in events {
             bench.now += S(seconds);
             let (before, recorded) = (bench.agent.ledger().clone(), bench.agent.to_record());
-            let ends_start = matches!(event, Event::Launched { .. } | Event::NotLaunched(_));
+            let ends_start = matches!(event, AgentEvent::Launched { .. } | AgentEvent::NotLaunched(_));
             bench.tell(event.clone());
             starting &= !ends_start;
             let asked = bench.asked();
             // One start at a time, and never beside a process that is known.
             for action in &asked {
-                if *action == Action::Start {
+                if *action == AgentAction::Start {
                     prop_assert!(!starting, "a second start after {event:?}");
                     prop_assert!(bench.agent.supervisor().pid().is_none());
                     prop_assert!(bench.agent.current().is_some());
@@ -550,20 +565,20 @@ proptest! {
                 }
             }
             // Every change of what the ledger is to say is written.
-            let undone = matches!(event, Event::Switched(Err(_)));
+            let undone = matches!(event, AgentEvent::Switched(Err(_)));
             if bench.agent.to_record() != recorded {
-                let records = asked.iter().any(|action| matches!(action, Action::Record { .. }));
+                let records = asked.iter().any(|action| matches!(action, AgentAction::Record { .. }));
                 prop_assert!(records, "{event:?} changed the ledger unseen");
             }
             // Until its link is switched, nothing of a release that is to come is run.
-            let starts = asked.contains(&Action::Start);
-            if starts && matches!(bench.agent.work, Work::Admitting { .. } | Work::Recording(_) | Work::Stopping(_)) {
+            let starts = asked.contains(&AgentAction::Start);
+            if starts && matches!(bench.agent.work, Activity::Admitting { .. } | Activity::Recording(_) | Activity::Stopping(_)) {
                 prop_assert_eq!(bench.agent.current(), before.current().map(|release| &release.version));
             }
             // The release that was committed last is never given up for one that was not.
             if let Some(active) = before.active() {
                 let kept: Vec<_> = bench.agent.ledger().kept().collect();
-                let withdrawn = matches!(event, Event::Admitted(Err(_)));
+                let withdrawn = matches!(event, AgentEvent::Admitted(Err(_)));
                 prop_assert!(withdrawn || undone || kept.contains(&&active.version), "{event:?} lost {active:?}");
             }
             // What is wanted has a process, an action under way, or a deadline.

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::probation::TRIES;
-use super::{Agent, Held, Work, put_into_use};
-use crate::core::ledger::Entry;
+use super::{Activity, Agent, HeldRelease, put_into_use};
+use crate::core::ledger::LedgerEntry;
 use crate::core::model::{AgentName, Version};
 use crate::core::order::{Order, Run, Spec};
 use crate::core::program::Program;
@@ -35,14 +35,14 @@ impl Agent {
         &self.supervisor
     }
 
-    pub fn ledger(&self) -> &Entry {
+    pub fn ledger(&self) -> &LedgerEntry {
         &self.ledger
     }
 
     /// What the file is to say: of an activation that is to follow, what will be true then.
-    pub fn to_record(&self) -> Entry {
+    pub fn to_record(&self) -> LedgerEntry {
         let mut recorded = self.ledger.clone();
-        if let Work::Recording(activation) | Work::Stopping(activation) = &self.work {
+        if let Activity::Recording(activation) | Activity::Stopping(activation) = &self.work {
             put_into_use(&mut recorded, activation.ready.release.clone());
         }
         recorded
@@ -73,27 +73,27 @@ impl Agent {
     }
 
     pub fn is_staging(&self, id: u64) -> bool {
-        matches!(self.work, Work::Staging { id: staged, .. } if staged == id)
+        matches!(self.work, Activity::Staging { id: staged, .. } if staged == id)
     }
 
     /// Its releases are being changed: nothing else is to be begun.
     pub fn is_busy(&self) -> bool {
         match self.work {
-            Work::Idle | Work::Staging { .. } | Work::Staged(_) | Work::Held(_) => false,
-            Work::Admitting { .. }
-            | Work::Recording(_)
-            | Work::Stopping(_)
-            | Work::Switching { .. }
-            | Work::Returning(_)
-            | Work::SwitchingBack(_)
-            | Work::Uninstalling
-            | Work::Removing => true,
+            Activity::Idle | Activity::Staging { .. } | Activity::Staged(_) | Activity::Held(_) => false,
+            Activity::Admitting { .. }
+            | Activity::Recording(_)
+            | Activity::Stopping(_)
+            | Activity::Switching { .. }
+            | Activity::Returning(_)
+            | Activity::SwitchingBack(_)
+            | Activity::Uninstalling
+            | Activity::Removing => true,
         }
     }
 
-    fn held(&self) -> Option<&Held> {
+    fn held(&self) -> Option<&HeldRelease> {
         match &self.work {
-            Work::Held(held) => Some(held),
+            Activity::Held(held) => Some(held),
             _ => None,
         }
     }
@@ -105,7 +105,7 @@ impl Agent {
         let skipped = skipped.filter(|skipped| skipped.until.is_none()).map(|skipped| skipped.version.clone());
         let held = self.held().filter(|held| now < held.until).map(|held| held.version.clone());
         let staging = match &self.work {
-            Work::Staging { version, .. } => Some(version.clone()),
+            Activity::Staging { version, .. } => Some(version.clone()),
             _ => None,
         };
         Actual {
@@ -127,10 +127,11 @@ impl Agent {
     /// Whether it is down, or about to be, because its release is being changed.
     pub fn is_down_for_upgrade(&self) -> bool {
         let is_changing = match &self.work {
-            Work::Admitting { .. } | Work::Recording(_) | Work::Stopping(_) | Work::Switching { .. } => {
-                self.ledger.current().is_some()
-            }
-            Work::Returning(_) | Work::SwitchingBack(_) => true,
+            Activity::Admitting { .. }
+            | Activity::Recording(_)
+            | Activity::Stopping(_)
+            | Activity::Switching { .. } => self.ledger.current().is_some(),
+            Activity::Returning(_) | Activity::SwitchingBack(_) => true,
             _ => self.is_on_probation() || self.returned.is_some(),
         };
         is_changing && (self.is_busy() || !self.supervisor.is_up())
@@ -141,7 +142,7 @@ impl Agent {
         self.held().is_some_and(|held| held.until <= now)
     }
 
-    /// Whether its supervisor waits for [`super::Event::Tick`].
+    /// Whether its supervisor waits for [`super::AgentEvent::Tick`].
     pub fn is_due(&self, now: Instant) -> bool {
         [self.supervisor.deadline(), self.judged_at()].into_iter().flatten().any(|deadline| deadline <= now)
     }
@@ -155,8 +156,8 @@ impl Agent {
     /// As an operator reads it.
     pub fn state(&self) -> AgentState {
         let is_updating = match self.work {
-            Work::Staging { .. } | Work::Staged(_) => true,
-            Work::Uninstalling | Work::Removing => false,
+            Activity::Staging { .. } | Activity::Staged(_) => true,
+            Activity::Uninstalling | Activity::Removing => false,
             _ => self.is_busy() || self.is_on_probation() || self.returned.is_some(),
         };
         match self.supervisor.state() {
@@ -191,16 +192,16 @@ impl Agent {
             reason: None,
         };
         match &self.work {
-            Work::Staging { version, .. } => Some(new("staging", version, current())),
-            Work::Admitting { order, .. } => Some(new("activating", &order.package.version, current())),
-            Work::Recording(activation) | Work::Stopping(activation) => {
+            Activity::Staging { version, .. } => Some(new("staging", version, current())),
+            Activity::Admitting { order, .. } => Some(new("activating", &order.package.version, current())),
+            Activity::Recording(activation) | Activity::Stopping(activation) => {
                 Some(new("activating", &activation.ready.release.version, current()))
             }
-            Work::Switching { activation, before } => {
+            Activity::Switching { activation, before } => {
                 let from = before.current().map(|release| release.version.clone());
                 Some(new("activating", &activation.ready.release.version, from))
             }
-            Work::Returning(back) | Work::SwitchingBack(back) => {
+            Activity::Returning(back) | Activity::SwitchingBack(back) => {
                 let reason = Some(back.why.clone());
                 Some(Upgrade { reason, ..new("rollingBack", &back.to, Some(back.from.clone())) })
             }

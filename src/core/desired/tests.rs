@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::super::env::Env;
 use super::super::order::{Package, Spec};
-use super::super::unknown::Any;
+use super::super::unknown::AnyValue;
 use super::*;
 
 fn order(name: &str, cmd: &str) -> AgentOrder {
@@ -14,7 +14,7 @@ fn order(name: &str, cmd: &str) -> AgentOrder {
         cmd: cmd.to_owned().into(),
         spec: Spec::default(),
         retry: 0,
-        unknown: Unknown::new(),
+        unknown: UnknownFields::new(),
     }
 }
 
@@ -29,7 +29,7 @@ fn answer(lineage: &str, generation: u64, complete: bool, agents: &[(&str, &str)
         manager: None,
         complete,
         removal_delay: Some(0),
-        agents: Some(agents.iter().map(|(name, cmd)| Item::Read(order(name, cmd))).collect()),
+        agents: Some(agents.iter().map(|(name, cmd)| MessageItem::Read(order(name, cmd))).collect()),
         pins: Vec::new(),
         ack: None,
     }
@@ -38,32 +38,36 @@ fn answer(lineage: &str, generation: u64, complete: bool, agents: &[(&str, &str)
 /// In 2026.
 const NOW: u64 = 1_790_000_000_000;
 
-fn host(present: &BTreeSet<AgentName>) -> Host<'_> {
+fn host(present: &BTreeSet<AgentName>) -> AnswerContext<'_> {
     let clocks = Clocks { host: NOW, gateway: Some(NOW) };
-    Host { os: Os::Linux, arch: Arch::Amd64, clocks, present, by_stand_in: false }
+    AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present, by_stand_in: false }
 }
 
-fn judge(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> Verdict {
+fn judge(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
     super::judge(held, answer, host(present))
 }
 
-fn judge_stand_in(held: &Desired, present: &BTreeSet<AgentName>, answer: &Answer) -> Verdict {
-    super::judge(held, answer, Host { by_stand_in: true, ..host(present) })
+fn judge_stand_in(held: &DesiredState, present: &BTreeSet<AgentName>, answer: &Answer) -> AnswerOutcome {
+    super::judge(held, answer, AnswerContext { by_stand_in: true, ..host(present) })
 }
 
-fn refusal(held: &Desired, answer: &Answer) -> String {
+fn refusal(held: &DesiredState, answer: &Answer) -> String {
     match judge(held, &BTreeSet::new(), answer) {
-        Verdict::Refuse(why) => why,
+        AnswerOutcome::Refuse(why) => why,
         other => panic!("{other:?}"),
     }
 }
 
-fn take(held: &Desired, answer: &Answer) -> Desired {
+fn take(held: &DesiredState, answer: &Answer) -> DesiredState {
     let present = held.agents.keys().cloned().collect();
     match judge(held, &present, answer) {
-        Verdict::Take(taken) => {
+        AnswerOutcome::Take(taken) => {
             let kept = serde_json::to_string(&taken.desired).unwrap();
-            assert_eq!(serde_json::from_str::<Desired>(&kept).unwrap(), taken.desired, "it is kept as it is taken");
+            assert_eq!(
+                serde_json::from_str::<DesiredState>(&kept).unwrap(),
+                taken.desired,
+                "it is kept as it is taken"
+            );
             taken.desired
         }
         other => panic!("{other:?}"),
@@ -72,36 +76,36 @@ fn take(held: &Desired, answer: &Answer) -> Desired {
 
 #[test]
 fn fields_of_a_later_version_are_kept_and_change_nothing() {
-    let later = |bytes: usize| Unknown::from([("later".to_owned(), Any::Text("x".repeat(bytes)))]);
+    let later = |bytes: usize| UnknownFields::from([("later".to_owned(), AnyValue::Text("x".repeat(bytes)))]);
     let with = |generation: u64, bytes: usize| {
         let mut answer = answer("l", generation, true, &[("a", "start")]);
         first(&mut answer).unknown = later(bytes);
         answer
     };
-    let unknown = Unknown::from([
-        ("later".to_owned(), Any::Natural(1)),
-        ("told".to_owned(), Any::List(vec![])),
-        ("complete".to_owned(), Any::Bool(true)),
+    let unknown = UnknownFields::from([
+        ("later".to_owned(), AnyValue::Natural(1)),
+        ("told".to_owned(), AnyValue::List(vec![])),
+        ("complete".to_owned(), AnyValue::Bool(true)),
     ]);
-    let held = Desired { unknown, ..Desired::default() };
+    let held = DesiredState { unknown, ..DesiredState::default() };
     let held = take(&held, &with(1, 1));
-    assert_eq!(held.unknown, Unknown::from([("later".to_owned(), Any::Natural(1))]));
+    assert_eq!(held.unknown, UnknownFields::from([("later".to_owned(), AnyValue::Natural(1))]));
     assert_eq!(held.agents[&"a".parse().unwrap()].unknown, later(1));
     for bytes in [0, 1, 2] {
-        assert_eq!(judge(&held, &BTreeSet::new(), &with(1, bytes)), Verdict::Unchanged);
+        assert_eq!(judge(&held, &BTreeSet::new(), &with(1, bytes)), AnswerOutcome::Unchanged);
     }
     // Of the list that is taken they are kept, as far as there is room for them.
     assert_eq!(take(&held, &with(2, 4_000)).agents[&"a".parse().unwrap()].unknown, later(4_000));
-    assert_eq!(take(&held, &with(2, 4_100)).agents[&"a".parse().unwrap()].unknown, Unknown::new());
+    assert_eq!(take(&held, &with(2, 4_100)).agents[&"a".parse().unwrap()].unknown, UnknownFields::new());
 }
 
-fn names(desired: &Desired) -> Vec<&str> {
+fn names(desired: &DesiredState) -> Vec<&str> {
     desired.agents.keys().map(AgentName::as_str).collect()
 }
 
 #[test]
 fn only_a_complete_list_that_is_not_empty_removes_what_it_does_not_name() {
-    let held = take(&Desired::default(), &answer("l", 1, true, &[("a", "start"), ("b", "start")]));
+    let held = take(&DesiredState::default(), &answer("l", 1, true, &[("a", "start"), ("b", "start")]));
     assert_eq!(names(&take(&held, &answer("l", 2, true, &[]))), ["a", "b"]);
     assert_eq!(names(&take(&held, &answer("l", 2, false, &[]))), ["a", "b"]);
     assert_eq!(names(&take(&held, &answer("l", 2, false, &[("a", "start")]))), ["a", "b"]);
@@ -109,17 +113,21 @@ fn only_a_complete_list_that_is_not_empty_removes_what_it_does_not_name() {
     assert_eq!(names(&after), ["a"]);
     assert!(after.removed.contains(&"b".parse().unwrap()));
     for (complete, told) in [(true, 2), (false, 0)] {
-        let Verdict::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else { panic!() };
+        let AnswerOutcome::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, complete, &[])) else {
+            panic!()
+        };
         assert_eq!(taken.kept, told);
     }
     let without_agents = Answer { agents: None, ..answer("l", 3, true, &[]) };
-    assert_eq!(judge(&held, &BTreeSet::new(), &without_agents), Verdict::Unchanged);
+    assert_eq!(judge(&held, &BTreeSet::new(), &without_agents), AnswerOutcome::Unchanged);
 }
 
 #[test]
 fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
     let present = BTreeSet::from(["stray".parse().unwrap()]);
-    let Verdict::Take(taken) = judge(&Desired::default(), &present, &answer("l", 1, true, &[("a", "start")])) else {
+    let AnswerOutcome::Take(taken) =
+        judge(&DesiredState::default(), &present, &answer("l", 1, true, &[("a", "start")]))
+    else {
         panic!()
     };
     assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
@@ -127,7 +135,7 @@ fn a_complete_list_also_removes_what_is_installed_but_was_never_ordered() {
 
 #[test]
 fn an_uninstalled_one_may_come_back() {
-    let held = take(&Desired::default(), &answer("l", 1, false, &[("a", "start"), ("b", "start")]));
+    let held = take(&DesiredState::default(), &answer("l", 1, false, &[("a", "start"), ("b", "start")]));
     let gone = take(&held, &answer("l", 2, false, &[("a", "uninstall")]));
     assert_eq!(names(&gone), ["b"]);
     let back = take(&gone, &answer("l", 3, false, &[("a", "start")]));
@@ -137,64 +145,64 @@ fn an_uninstalled_one_may_come_back() {
 
 #[test]
 fn a_generation_only_grows_within_its_lineage() {
-    let held = take(&Desired::default(), &answer("l", 5, true, &[("a", "start")]));
+    let held = take(&DesiredState::default(), &answer("l", 5, true, &[("a", "start")]));
     let judged = |answer| judge(&held, &BTreeSet::new(), &answer);
-    assert!(matches!(judged(answer("l", 4, true, &[("a", "start")])), Verdict::Refuse(_)));
-    assert!(matches!(judged(answer("l", 5, true, &[("a", "stop")])), Verdict::Refuse(_)));
-    assert_eq!(judged(answer("l", 5, true, &[("a", "start")])), Verdict::Unchanged);
+    assert!(matches!(judged(answer("l", 4, true, &[("a", "start")])), AnswerOutcome::Refuse(_)));
+    assert!(matches!(judged(answer("l", 5, true, &[("a", "stop")])), AnswerOutcome::Refuse(_)));
+    assert_eq!(judged(answer("l", 5, true, &[("a", "start")])), AnswerOutcome::Unchanged);
     // Who counts nothing at all is heard too, and not anew each time.
     let uncounted = Answer { lineage: None, ..answer("", 0, true, &[("a", "start")]) };
-    let taken = take(&Desired::default(), &uncounted);
-    assert_eq!(judge(&taken, &BTreeSet::new(), &uncounted), Verdict::Unchanged);
-    assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), Verdict::Take(taken) if taken.new_lineage));
+    let taken = take(&DesiredState::default(), &uncounted);
+    assert_eq!(judge(&taken, &BTreeSet::new(), &uncounted), AnswerOutcome::Unchanged);
+    assert!(matches!(judged(answer("m", 1, true, &[("a", "stop")])), AnswerOutcome::Take(taken) if taken.new_lineage));
 }
 
 #[test]
 fn a_stand_ins_list_that_is_repeated_is_no_other_content() {
-    let held = take(&Desired::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
+    let held = take(&DesiredState::default(), &answer("l", 5, true, &[("a", "start"), ("b", "start")]));
     let present = held.agents.keys().cloned().collect();
     let list = answer("m", 1, true, &[("a", "start")]);
-    let Verdict::Take(taken) = judge_stand_in(&held, &present, &list) else { panic!() };
+    let AnswerOutcome::Take(taken) = judge_stand_in(&held, &present, &list) else { panic!() };
     assert_eq!(names(&taken.desired), ["a", "b"]);
-    assert_eq!(judge_stand_in(&taken.desired, &present, &list), Verdict::Unchanged);
-    assert_eq!(judge(&taken.desired, &present, &list), Verdict::Unchanged);
+    assert_eq!(judge_stand_in(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
+    assert_eq!(judge(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
     let next = answer("m", 2, true, &[("a", "start")]);
-    let Verdict::Take(taken) = judge_stand_in(&taken.desired, &present, &next) else { panic!() };
+    let AnswerOutcome::Take(taken) = judge_stand_in(&taken.desired, &present, &next) else { panic!() };
     assert_eq!(names(&taken.desired), ["a"], "its own next list is its own");
 }
 
 #[test]
 fn whoever_counts_nothing_can_still_have_a_stray_removed() {
     let uncounted = |cmds: &[(&str, &str)]| Answer { lineage: None, ..answer("", 0, false, cmds) };
-    let held = take(&Desired::default(), &uncounted(&[("a", "start")]));
+    let held = take(&DesiredState::default(), &uncounted(&[("a", "start")]));
     let present = BTreeSet::from(["a".parse().unwrap(), "stray".parse().unwrap()]);
     let list = uncounted(&[("a", "start"), ("stray", "uninstall")]);
-    let Verdict::Take(taken) = judge(&held, &present, &list) else { panic!() };
+    let AnswerOutcome::Take(taken) = judge(&held, &present, &list) else { panic!() };
     assert!(taken.desired.removed.contains(&"stray".parse().unwrap()));
-    assert_eq!(judge(&taken.desired, &present, &list), Verdict::Unchanged);
+    assert_eq!(judge(&taken.desired, &present, &list), AnswerOutcome::Unchanged);
 }
 
 #[test]
 fn a_generation_that_would_be_the_last_is_refused_and_one_that_is_held_is_left_again() {
     let wanted = [("a", "start")];
-    let held = take(&Desired::default(), &answer("l", 5, true, &wanted));
+    let held = take(&DesiredState::default(), &answer("l", 5, true, &wanted));
     for far in [u64::MAX, 1 << 53, NOW * 2] {
         for lineage in ["l", "m"] {
             let why = refusal(&held, &answer(lineage, far, true, &[("a", "stop")]));
             assert!(why.contains("ahead of the clocks"), "{why}");
         }
         // As an older version may have taken it.
-        let absurd = Desired { generation: far, ..held.clone() };
+        let absurd = DesiredState { generation: far, ..held.clone() };
         for (lineage, generation) in [("m", 1), ("l", NOW), ("l", 6)] {
             let back = answer(lineage, generation, true, &[("a", "stop")]);
-            let Verdict::Take(taken) = judge(&absurd, &BTreeSet::new(), &back) else {
+            let AnswerOutcome::Take(taken) = judge(&absurd, &BTreeSet::new(), &back) else {
                 panic!("{lineage} {generation}")
             };
-            let Taken { desired, new_lineage, led_back, .. } = *taken;
+            let AcceptedState { desired, new_lineage, led_back, .. } = *taken;
             assert_eq!((new_lineage, led_back, desired.generation), (lineage == "m", lineage == "l", generation));
             assert_eq!(desired.agents[&"a".parse().unwrap()].run, Run::Stop);
         }
-        assert_eq!(judge(&absurd, &BTreeSet::new(), &answer("l", far, true, &wanted)), Verdict::Unchanged);
+        assert_eq!(judge(&absurd, &BTreeSet::new(), &answer("l", far, true, &wanted)), AnswerOutcome::Unchanged);
     }
 }
 
@@ -204,10 +212,10 @@ fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
     let orders = |from: usize, to: usize| -> Vec<(&str, &str)> {
         names[from..to].iter().map(|name| (name.as_str(), "start")).collect()
     };
-    let why = refusal(&Desired::default(), &answer("l", 1, true, &orders(0, 1_001)));
+    let why = refusal(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_001)));
     assert!(why.contains("1001 orders: at most 1000"), "{why}");
     // Nor bit by bit.
-    let held = take(&Desired::default(), &answer("l", 1, true, &orders(0, 1_000)));
+    let held = take(&DesiredState::default(), &answer("l", 1, true, &orders(0, 1_000)));
     let why = refusal(&held, &answer("l", 2, false, &orders(1_000, 1_001)));
     assert!(why.contains("1001 sub-agents: at most 1000"), "{why}");
     assert_eq!(take(&held, &answer("l", 2, true, &orders(1, 1_001))).agents.len(), 1_000);
@@ -223,9 +231,9 @@ fn beyond_what_a_host_can_keep_an_answer_is_refused_as_a_whole() {
     ];
     for (change, words) in changes {
         let mut changed = answer("l", 2, true, &[("a", "start"), ("b", "stop")]);
-        let others = (0..7).map(|number| Item::Read(order(&format!("c{number}"), "start")));
+        let others = (0..7).map(|number| MessageItem::Read(order(&format!("c{number}"), "start")));
         changed.agents.iter_mut().for_each(|orders| orders.extend(others.clone()));
-        assert!(matches!(judge(&held, &BTreeSet::new(), &changed), Verdict::Take(_)));
+        assert!(matches!(judge(&held, &BTreeSet::new(), &changed), AnswerOutcome::Take(_)));
         change(&mut changed);
         let why = refusal(&held, &changed);
         assert!(why.contains(words), "{why}");
@@ -248,8 +256,8 @@ fn the_document_names_the_bounds_of_orders() {
 
 fn each(answer: &mut Answer) -> impl Iterator<Item = &mut AgentOrder> {
     answer.agents.iter_mut().flatten().filter_map(|item| match item {
-        Item::Read(order) => Some(order),
-        Item::Unreadable(_) => None,
+        MessageItem::Read(order) => Some(order),
+        MessageItem::Unreadable(_) => None,
     })
 }
 
@@ -260,7 +268,7 @@ fn first(answer: &mut Answer) -> &mut AgentOrder {
 #[test]
 fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
     let wanted = [("a", "start"), ("b", "start")];
-    let held = take(&Desired::default(), &answer("l", 1, true, &wanted));
+    let held = take(&DesiredState::default(), &answer("l", 1, true, &wanted));
     type Change = fn(&mut AgentOrder);
     let changes: [(Change, &str); 7] = [
         (|order| order.package.tarball = Some("t".repeat(2_049)), "a tarball of 2049 bytes: at most 2048"),
@@ -271,20 +279,20 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
         (|order| order.package.version = "current".parse().unwrap(), "the version current is reserved"),
         (|order| order.package.version = "Current".parse().unwrap(), "the version Current is reserved"),
     ];
-    let judged = |change: &dyn Fn(&mut Vec<Item<AgentOrder>>)| {
+    let judged = |change: &dyn Fn(&mut Vec<MessageItem<AgentOrder>>)| {
         let mut answer = answer("l", 2, true, &[("a", "start"), ("b", "stop")]);
         change(answer.agents.as_mut().unwrap());
         let after = take(&held, &answer);
         let present = held.agents.keys().cloned().collect();
-        assert_eq!(judge(&after, &present, &answer), Verdict::Unchanged, "it is taken once");
+        assert_eq!(judge(&after, &present, &answer), AnswerOutcome::Unchanged, "it is taken once");
         assert!(after.removed.is_empty() && after.omitted().is_empty());
         after
     };
-    let b = |desired: &Desired| desired.agents[&"b".parse().unwrap()].run;
-    let reasons = |desired: &Desired| desired.refused().map(|refusal| refusal.why.clone()).collect::<Vec<_>>();
+    let b = |desired: &DesiredState| desired.agents[&"b".parse().unwrap()].run;
+    let reasons = |desired: &DesiredState| desired.refused().map(|refusal| refusal.why.clone()).collect::<Vec<_>>();
     for (change, words) in changes {
         let after = judged(&|items| {
-            let Item::Read(order) = &mut items[0] else { panic!() };
+            let MessageItem::Read(order) = &mut items[0] else { panic!() };
             change(order);
         });
         let refusal = after.refused().next().unwrap();
@@ -295,20 +303,24 @@ fn an_order_that_does_not_fit_is_refused_alone_and_is_no_absence() {
         assert_eq!(b(&after), Run::Stop);
     }
     let unreadable = |name: Option<&str>| {
-        Item::Unreadable(Unreadable { name: name.map(|name| name.parse().unwrap()), why: "no".to_owned(), mark: 1 })
+        MessageItem::Unreadable(Unreadable {
+            name: name.map(|name| name.parse().unwrap()),
+            why: "no".to_owned(),
+            mark: 1,
+        })
     };
     let named = judged(&|items| items[0] = unreadable(Some("a")));
     assert_eq!((names(&named), b(&named), reasons(&named)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
     // Whose order it is is not known: nothing is omitted, though the list says that it is complete.
     let unnamed = judged(&|items| items[0] = unreadable(None));
     assert_eq!((names(&unnamed), b(&unnamed), reasons(&unnamed)), (vec!["a", "b"], Run::Stop, vec!["no".to_owned()]));
-    let twice = judged(&|items| items.push(Item::Read(order("a", "stop"))));
+    let twice = judged(&|items| items.push(MessageItem::Read(order("a", "stop"))));
     assert_eq!(twice.agents[&"a".parse().unwrap()].run, Run::Start);
     assert!(reasons(&twice)[0].contains("twice"));
     // A different order that is refused for the same reason is reported too.
     let unlike = |version: &str| {
         judged(&|items| {
-            let Item::Read(order) = &mut items[0] else { panic!() };
+            let MessageItem::Read(order) = &mut items[0] else { panic!() };
             (order.package.version, order.package.file) = (version.parse().unwrap(), Some("f".repeat(256)));
         })
     };
@@ -327,9 +339,13 @@ fn an_order_that_a_later_version_can_follow_is_followed_under_the_same_number() 
     let items = list.agents.as_mut().unwrap();
     let good = std::mem::replace(
         &mut items[1],
-        Item::Unreadable(Unreadable { name: Some("b".parse().unwrap()), why: "a later notation".to_owned(), mark: 1 }),
+        MessageItem::Unreadable(Unreadable {
+            name: Some("b".parse().unwrap()),
+            why: "a later notation".to_owned(),
+            mark: 1,
+        }),
     );
-    let held = take(&Desired::default(), &list);
+    let held = take(&DesiredState::default(), &list);
     assert_eq!(names(&held), ["a"]);
     list.agents.as_mut().unwrap()[1] = good;
     let after = take(&held, &list);
@@ -342,9 +358,9 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
         removal_delay: Some(60),
         ..answer("l", generation, complete, agents)
     };
-    let held = take(&Desired::default(), &late(1, true, &[("a", "start"), ("b", "start")]));
+    let held = take(&DesiredState::default(), &late(1, true, &[("a", "start"), ("b", "start")]));
     let mut omits = take(&held, &late(2, true, &[("a", "start")]));
-    let seconds = |desired: &Desired| desired.omitted().values().copied().collect::<Vec<_>>();
+    let seconds = |desired: &DesiredState| desired.omitted().values().copied().collect::<Vec<_>>();
     assert_eq!((omits.agents.clone(), seconds(&omits)), (held.agents.clone(), vec![0]));
     omits.count_omission(59);
     assert_eq!(omits.without_omitted(60), None);
@@ -352,9 +368,12 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
     let mut omits = take(&omits, &late(3, true, &[("a", "stop")]));
     assert_eq!((names(&omits), seconds(&omits)), (vec!["a", "b"], vec![59]));
     let present: BTreeSet<AgentName> = held.agents.keys().cloned().collect();
-    assert_eq!(judge(&omits, &present, &late(3, true, &[("a", "stop")])), Verdict::Unchanged);
+    assert_eq!(judge(&omits, &present, &late(3, true, &[("a", "stop")])), AnswerOutcome::Unchanged);
     // The list that names it again, under the same number, has different content.
-    assert!(matches!(judge(&omits, &present, &late(3, true, &[("a", "stop"), ("b", "start")])), Verdict::Refuse(_)));
+    assert!(matches!(
+        judge(&omits, &present, &late(3, true, &[("a", "stop"), ("b", "start")])),
+        AnswerOutcome::Refuse(_)
+    ));
     for (list, stays, waited) in [
         (late(4, true, &[("a", "stop"), ("b", "start")]), true, vec![]),
         (late(4, false, &[("b", "start")]), true, vec![]),
@@ -381,17 +400,17 @@ fn what_a_complete_list_omits_stays_as_it_was_ordered_until_it_was_omitted_for_l
 fn the_wait_survives_a_restart_and_an_older_manager_in_between_ends_it() {
     let late =
         |generation, agents: &[(&str, &str)]| Answer { removal_delay: None, ..answer("l", generation, true, agents) };
-    let held = take(&Desired::default(), &late(1, &[("a", "start"), ("b", "start")]));
+    let held = take(&DesiredState::default(), &late(1, &[("a", "start"), ("b", "start")]));
     let mut omits = take(&held, &late(2, &[("a", "start")]));
     omits.count_omission(7);
     let written = serde_json::to_value(&omits).unwrap();
-    let mut read: Desired = serde_json::from_value(written.clone()).unwrap();
+    let mut read: DesiredState = serde_json::from_value(written.clone()).unwrap();
     read.forget_stale();
     assert_eq!(read, omits);
     // It knows nothing of it, and writes it back beside the next list, which names it again.
     let mut older = written;
     older["generation"] = 3.into();
-    let mut read: Desired = serde_json::from_value(older).unwrap();
+    let mut read: DesiredState = serde_json::from_value(older).unwrap();
     read.forget_stale();
     assert!(read.omitted().is_empty());
 }
@@ -402,7 +421,7 @@ fn env(count: usize, length: usize) -> Env {
 
 #[test]
 fn what_was_never_there_is_not_remembered_as_removed() {
-    let held = take(&Desired::default(), &answer("l", 1, false, &[("a", "start")]));
+    let held = take(&DesiredState::default(), &answer("l", 1, false, &[("a", "start")]));
     let after = take(&held, &answer("l", 2, false, &[("a", "uninstall"), ("b", "uninstall")]));
     assert_eq!(after.removed, BTreeSet::from(["a".parse().unwrap()]));
     assert!(take(&after, &answer("l", 3, false, &[("c", "start")])).removed.is_empty());
@@ -410,12 +429,12 @@ fn what_was_never_there_is_not_remembered_as_removed() {
 
 #[test]
 fn an_unknown_command_changes_nothing_and_is_told() {
-    let held = take(&Desired::default(), &answer("l", 1, true, &[("a", "start")]));
-    let Verdict::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")])) else {
+    let held = take(&DesiredState::default(), &answer("l", 1, true, &[("a", "start")]));
+    let AnswerOutcome::Take(taken) = judge(&held, &BTreeSet::new(), &answer("l", 2, true, &[("a", "dance")])) else {
         panic!()
     };
     assert_eq!(taken.desired.agents, held.agents);
-    let refused: Vec<&Refusal> = taken.desired.refused().collect();
+    let refused: Vec<&RejectedOrder> = taken.desired.refused().collect();
     assert!(refused[0].is_unsupported && refused[0].why.contains("cannot dance a"), "{refused:?}");
 }
 
@@ -436,23 +455,23 @@ proptest! {
     /// Whatever a gateway answers, one after the other: nothing goes but by an order, and nothing is taken twice.
     #[test]
     fn nothing_is_removed_but_by_an_order(answers in prop::collection::vec(any_answer(), 1..12)) {
-        let (mut held, present) = (Desired::default(), BTreeSet::new());
+        let (mut held, present) = (DesiredState::default(), BTreeSet::new());
         for answer in answers {
-            let Verdict::Take(taken) = judge(&held, &present, &answer) else { continue };
-            let Taken { desired, new_lineage, .. } = *taken;
+            let AnswerOutcome::Take(taken) = judge(&held, &present, &answer) else { continue };
+            let AcceptedState { desired, new_lineage, .. } = *taken;
             let orders = answer.agents.as_deref().unwrap_or_default();
             for gone in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
-                let uninstalls = |item: &Item<AgentOrder>| {
-                    matches!(item, Item::Read(order) if order.name == *gone && order.cmd == Cmd::Uninstall)
+                let uninstalls = |item: &MessageItem<AgentOrder>| {
+                    matches!(item, MessageItem::Read(order) if order.name == *gone && order.cmd == Cmd::Uninstall)
                 };
                 let uninstalled = orders.iter().any(uninstalls);
                 prop_assert!(uninstalled || (answer.complete && !orders.is_empty()), "{gone} is gone");
             }
             let is_followed_further = held.refused().next().is_some() && desired.generation == held.generation;
             let is_next = desired.generation > held.generation || is_followed_further;
-            prop_assert!(new_lineage || held == Desired::default() || is_next);
+            prop_assert!(new_lineage || held == DesiredState::default() || is_next);
             prop_assert!(desired.agents.keys().all(|name| !desired.removed.contains(name)));
-            prop_assert_eq!(judge(&desired, &present, &answer), Verdict::Unchanged);
+            prop_assert_eq!(judge(&desired, &present, &answer), AnswerOutcome::Unchanged);
             held = desired;
         }
     }

@@ -8,7 +8,7 @@ use crate::core::order::{Order, Run};
 
 /// What differs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Changes {
+pub struct FleetChanges {
     /// Each difference, with the number of hosts that it is for.
     pub lines: Vec<String>,
     /// How many hosts it changes anything for.
@@ -17,7 +17,7 @@ pub struct Changes {
 
 /// One difference, of the same kind on all hosts that have it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Change {
+enum FleetChange {
     Manager {
         from: Option<String>,
         to: Option<String>,
@@ -45,25 +45,25 @@ enum Change {
     },
 }
 
-impl fmt::Display for Change {
+impl fmt::Display for FleetChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Change::Manager { from: Some(from), to: Some(to) } => write!(f, "the manager: {from} -> {to}"),
-            Change::Manager { from: None, to: Some(to) } => write!(f, "the manager: {to} is ordered"),
-            Change::Manager { from: _, to: None } => write!(f, "the manager: no version is ordered any more"),
-            Change::Removed { name, version } => write!(f, "{name}: {version} is removed"),
-            Change::Added { name, version } => write!(f, "{name}: {version} is added"),
-            Change::Version { name, from, to } => write!(f, "{name}: {from} -> {to}"),
-            Change::Run { name, stops: true } => write!(f, "{name}: is stopped"),
-            Change::Run { name, stops: false } => write!(f, "{name}: is started"),
-            Change::Settings { name } => write!(f, "{name}: other settings"),
+            FleetChange::Manager { from: Some(from), to: Some(to) } => write!(f, "the manager: {from} -> {to}"),
+            FleetChange::Manager { from: None, to: Some(to) } => write!(f, "the manager: {to} is ordered"),
+            FleetChange::Manager { from: _, to: None } => write!(f, "the manager: no version is ordered any more"),
+            FleetChange::Removed { name, version } => write!(f, "{name}: {version} is removed"),
+            FleetChange::Added { name, version } => write!(f, "{name}: {version} is added"),
+            FleetChange::Version { name, from, to } => write!(f, "{name}: {from} -> {to}"),
+            FleetChange::Run { name, stops: true } => write!(f, "{name}: is stopped"),
+            FleetChange::Run { name, stops: false } => write!(f, "{name}: is started"),
+            FleetChange::Settings { name } => write!(f, "{name}: other settings"),
         }
     }
 }
 
 /// What `after` changes for these hosts where `before` is in force.
-pub fn changes(before: Option<&Fleet>, after: &Fleet, hosts: &[HostFacts]) -> Changes {
-    let mut counts: BTreeMap<Change, usize> = BTreeMap::new();
+pub fn changes(before: Option<&Fleet>, after: &Fleet, hosts: &[HostFacts]) -> FleetChanges {
+    let mut counts: BTreeMap<FleetChange, usize> = BTreeMap::new();
     let mut touched = 0;
     for host in hosts {
         let of_host = of_host(before, after, host);
@@ -72,20 +72,20 @@ pub fn changes(before: Option<&Fleet>, after: &Fleet, hosts: &[HostFacts]) -> Ch
             *counts.entry(change).or_default() += 1;
         }
     }
-    let line = |(change, count): (Change, usize)| {
+    let line = |(change, count): (FleetChange, usize)| {
         format!("{change}, on {count} {}", if count == 1 { "host" } else { "hosts" })
     };
-    Changes { lines: counts.into_iter().map(line).collect(), hosts: touched }
+    FleetChanges { lines: counts.into_iter().map(line).collect(), hosts: touched }
 }
 
-fn of_host(before: Option<&Fleet>, after: &Fleet, host: &HostFacts) -> BTreeSet<Change> {
+fn of_host(before: Option<&Fleet>, after: &Fleet, host: &HostFacts) -> BTreeSet<FleetChange> {
     let before = before.map(|before| before.desired(host));
     let after = after.desired(host);
     let mut changes = BTreeSet::new();
     let text = |version: &crate::core::model::Version| version.to_string();
     let managers = [before.as_ref().and_then(|before| before.manager.as_ref()), after.manager.as_ref()];
     if managers[0] != managers[1] {
-        changes.insert(Change::Manager { from: managers[0].map(text), to: managers[1].map(text) });
+        changes.insert(FleetChange::Manager { from: managers[0].map(text), to: managers[1].map(text) });
     }
     let agents = before.map(|before| before.agents).unwrap_or_default();
     let version = |order: &Order| order.package.version.to_string();
@@ -93,28 +93,28 @@ fn of_host(before: Option<&Fleet>, after: &Fleet, host: &HostFacts) -> BTreeSet<
         match after.agents.get(name) {
             Some(new) => changes.extend(of_order(name.as_str(), order, new)),
             None => {
-                changes.insert(Change::Removed { name: name.to_string(), version: version(order) });
+                changes.insert(FleetChange::Removed { name: name.to_string(), version: version(order) });
             }
         }
     }
     for (name, order) in after.agents.iter().filter(|(name, _)| !agents.contains_key(*name)) {
-        changes.insert(Change::Added { name: name.to_string(), version: version(order) });
+        changes.insert(FleetChange::Added { name: name.to_string(), version: version(order) });
     }
     changes
 }
 
-fn of_order(name: &str, before: &Order, after: &Order) -> Vec<Change> {
+fn of_order(name: &str, before: &Order, after: &Order) -> Vec<FleetChange> {
     let name = name.to_owned();
     let mut changes = Vec::new();
     if before.package.version != after.package.version {
         let (from, to) = (before.package.version.to_string(), after.package.version.to_string());
-        changes.push(Change::Version { name: name.clone(), from, to });
+        changes.push(FleetChange::Version { name: name.clone(), from, to });
     }
     if before.run != after.run {
-        changes.push(Change::Run { name: name.clone(), stops: after.run == Run::Stop });
+        changes.push(FleetChange::Run { name: name.clone(), stops: after.run == Run::Stop });
     }
     if before.spec != after.spec || before.retry != after.retry {
-        changes.push(Change::Settings { name });
+        changes.push(FleetChange::Settings { name });
     }
     changes
 }
@@ -157,7 +157,7 @@ mod tests {
             ]
         );
         assert_eq!(found.hosts, 3);
-        assert_eq!(changes(Some(&after), &after, &hosts), Changes { lines: Vec::new(), hosts: 0 });
+        assert_eq!(changes(Some(&after), &after, &hosts), FleetChanges { lines: Vec::new(), hosts: 0 });
         assert_eq!(changes(None, &before, &hosts[..1]).lines.len(), 4);
     }
 }

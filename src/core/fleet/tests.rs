@@ -17,7 +17,7 @@ fn host(agent_id: &str, hostname: &str) -> HostFacts {
     HostFacts { agent_id: agent_id.parse().unwrap(), hostname: hostname.to_owned(), os: Os::Linux, arch: Arch::Amd64 }
 }
 
-fn version_of(desired: &Desired, name: &str) -> Option<String> {
+fn version_of(desired: &HostDesired, name: &str) -> Option<String> {
     desired.agents.get(&name.parse::<AgentName>().unwrap()).map(|order| order.package.version.to_string())
 }
 
@@ -164,11 +164,11 @@ fn a_file_that_drops_most_is_refused_unless_it_says_so() {
     let last_good = fleet(&agents(&["a", "b", "c", "d"]));
     let judged = |text: &str| judge(&fleet(text), Some(&last_good), &[], |_, _| true);
     assert_eq!(judged(&agents(&["a", "b"])), Ok(()));
-    assert!(matches!(judged(&agents(&["a"])), Err(Unfit::Drops { dropped: 3, of: 4, .. })));
-    assert!(matches!(judged(&agents(&["e", "f", "g", "h"])), Err(Unfit::Drops { dropped: 4, of: 4, .. })));
+    assert!(matches!(judged(&agents(&["a"])), Err(FleetRejection::Drops { dropped: 3, of: 4, .. })));
+    assert!(matches!(judged(&agents(&["e", "f", "g", "h"])), Err(FleetRejection::Drops { dropped: 4, of: 4, .. })));
     assert_eq!(judged(&format!("allowRemoval = true\n{}", agents(&["a"]))), Ok(()));
-    assert_eq!(judged(""), Err(Unfit::Empty));
-    assert_eq!(judged("allowRemoval = true"), Err(Unfit::Empty));
+    assert_eq!(judged(""), Err(FleetRejection::Empty));
+    assert_eq!(judged("allowRemoval = true"), Err(FleetRejection::Empty));
 }
 
 #[test]
@@ -177,21 +177,23 @@ fn a_rule_that_takes_most_from_the_hosts_is_refused_too() {
     let narrowed = "[[rules]]\nmatch = { hostname = [\"one\"] }\nagents.a.version = \"1\"\nagents.b.version = \"1\"\n";
     let hosts: Vec<HostFacts> = ["one", "two", "three"].map(|name| host("1", name)).to_vec();
     let judged = |text: &str| judge(&fleet(text), Some(&last_good), &hosts, |_, _| true);
-    assert_eq!(judged(narrowed), Err(Unfit::DropsFromHosts { dropped: 4, of: 6 }));
+    assert_eq!(judged(narrowed), Err(FleetRejection::DropsFromHosts { dropped: 4, of: 6 }));
     assert_eq!(judged(&format!("allowRemoval = true\n{narrowed}")), Ok(()));
 }
 
 #[test]
 fn a_file_that_names_what_is_not_published_is_refused() {
     let published = |name: &str, version: &Version| name == "node-exporter" && version.as_str() == "1.5.0";
-    let Err(Unfit::NoPackage(missing)) = judge(&fleet(EXAMPLE), None, &[], published) else { panic!("not refused") };
+    let Err(FleetRejection::NoPackage(missing)) = judge(&fleet(EXAMPLE), None, &[], published) else {
+        panic!("not refused")
+    };
     assert_eq!(missing, ["aops-spm 0.1.0", "aops-spm 0.2.0", "extra 1", "legacy c57f6a1d", "node-exporter 1.6.0"]);
 }
 
 #[test]
 fn a_file_that_names_a_reserved_version_is_refused_and_one_that_is_in_force_stays() {
     let current = fleet("[manager]\nversion = \"current\"\n[agents.a]\nversion = \"Current\"\n");
-    let Err(Unfit::Reserved(why)) = judge(&current, None, &[], |_, _| true) else { panic!("not refused") };
+    let Err(FleetRejection::Reserved(why)) = judge(&current, None, &[], |_, _| true) else { panic!("not refused") };
     assert!(why.contains("agents.a: the version Current is reserved"), "{why}");
     assert_eq!(judge(&fleet("[manager]\nversion = \"current\"\n"), None, &[], |_, _| true), Ok(()));
 }

@@ -4,36 +4,36 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn release(version: &str) -> Release {
+fn release(version: &str) -> LedgerRelease {
     let digit = version.bytes().last().unwrap_or(b'0') as char;
-    Release {
+    LedgerRelease {
         version: version.parse().unwrap(),
         sha256: Some(digit.to_string().repeat(64).parse().unwrap()),
         epoch: 1,
-        unknown: Unknown::new(),
+        unknown: UnknownFields::new(),
     }
 }
 
-fn skipped(version: &str) -> Skipped {
-    Skipped {
+fn skipped(version: &str) -> SkippedRelease {
+    SkippedRelease {
         version: version.parse().unwrap(),
         sha256: None,
         reason: "bad".into(),
         failures: 1,
         until: None,
         retry: 0,
-        unknown: Unknown::new(),
+        unknown: UnknownFields::new(),
     }
 }
 
-fn versions(entry: &Entry) -> [Option<&str>; 4] {
+fn versions(entry: &LedgerEntry) -> [Option<&str>; 4] {
     [&entry.active, &entry.backup, &entry.probation, &entry.staged]
         .map(|place| place.as_ref().map(|release| release.version.as_str()))
 }
 
 #[test]
 fn an_upgrade_keeps_the_release_before_until_it_is_committed_and_after() {
-    let mut entry = Entry::default();
+    let mut entry = LedgerEntry::default();
     entry.stage(release("1"));
     entry.activate(release("1"));
     assert_eq!(versions(&entry), [Some("1"), None, None, None]);
@@ -50,7 +50,7 @@ fn an_upgrade_keeps_the_release_before_until_it_is_committed_and_after() {
 
 #[test]
 fn a_return_to_the_active_release_ends_the_probation_of_another() {
-    let mut entry = Entry::found(Some(release("1")), None);
+    let mut entry = LedgerEntry::found(Some(release("1")), None);
     entry.begin_probation(release("2"));
     entry.begin_probation(release("1"));
     assert_eq!(versions(&entry), [Some("1"), None, None, None]);
@@ -62,11 +62,11 @@ fn a_return_to_the_active_release_ends_the_probation_of_another() {
 
 #[test]
 fn the_active_release_is_never_skipped_and_another_package_of_a_version_is_tried() {
-    let mut entry = Entry::found(Some(release("1")), None);
+    let mut entry = LedgerEntry::found(Some(release("1")), None);
     entry.skip(skipped("1"));
     assert_eq!(entry.skipped(&"1".parse().unwrap(), None), None);
     let of = |digit: char| -> Digest { digit.to_string().repeat(64).parse().unwrap() };
-    entry.skip(Skipped { sha256: Some(of('a')), ..skipped("2") });
+    entry.skip(SkippedRelease { sha256: Some(of('a')), ..skipped("2") });
     let two: Version = "2".parse().unwrap();
     assert!(entry.skipped(&two, None).is_some() && entry.skipped(&two, Some(&of('a'))).is_some());
     assert_eq!(entry.skipped(&two, Some(&of('b'))), None);
@@ -82,7 +82,7 @@ fn the_active_release_is_never_skipped_and_another_package_of_a_version_is_tried
 #[test]
 fn what_is_not_whole_on_disk_gives_way_to_what_is() {
     let full = || {
-        let mut entry = Entry::found(Some(release("2")), Some(release("1")));
+        let mut entry = LedgerEntry::found(Some(release("2")), Some(release("1")));
         entry.begin_probation(release("3"));
         entry
     };
@@ -105,7 +105,7 @@ fn a_probation_that_did_not_begin_is_given_up_and_one_that_did_goes_on() {
     for (running, expected) in
         [("1", [Some("1"), None, None]), ("2", [Some("1"), None, Some("2")]), ("3", [Some("3"), Some("1"), None])]
     {
-        let mut entry = Entry::found(Some(release("1")), None);
+        let mut entry = LedgerEntry::found(Some(release("1")), None);
         entry.begin_probation(release("2"));
         entry.resume(&release(running));
         assert_eq!(versions(&entry)[..3], expected, "{running}");
@@ -114,7 +114,7 @@ fn a_probation_that_did_not_begin_is_given_up_and_one_that_did_goes_on() {
 
 #[test]
 fn a_skipped_backup_that_takes_the_place_of_a_lost_active_release_is_not_skipped_any_more() {
-    let mut entry = Entry::found(Some(release("2")), Some(release("1")));
+    let mut entry = LedgerEntry::found(Some(release("2")), Some(release("1")));
     entry.skip(skipped("1"));
     entry.begin_probation(release("3"));
     entry.keep_whole(|version| version.as_str() != "2");
@@ -125,7 +125,7 @@ fn a_skipped_backup_that_takes_the_place_of_a_lost_active_release_is_not_skipped
 /// The second activation of a release may be recorded while what it replaced still ends.
 #[test]
 fn what_a_release_on_probation_has_replaced_stays_given_up_when_that_is_activated_again() {
-    let mut entry = Entry::found(Some(release("1")), None);
+    let mut entry = LedgerEntry::found(Some(release("1")), None);
     for version in ["2", "3", "3"] {
         entry.begin_probation(release(version));
     }
@@ -169,7 +169,7 @@ fn verb() -> impl Strategy<Value = Verb> {
 
 #[test]
 fn a_backup_that_takes_the_place_of_a_lost_release_is_not_skipped() {
-    let mut entry = Entry::default();
+    let mut entry = LedgerEntry::default();
     entry.activate(release("2"));
     entry.activate(release("3"));
     entry.begin_probation(release("1"));
@@ -185,7 +185,7 @@ proptest! {
     /// active is lost only with its files.
     #[test]
     fn there_is_always_something_to_go_back_to(verbs in proptest::collection::vec(verb(), 0..30)) {
-        let mut entry = Entry::default();
+        let mut entry = LedgerEntry::default();
         for verb in verbs {
             let before = entry.clone();
             match &verb {
@@ -201,7 +201,7 @@ proptest! {
             prop_assert!(entry.probation.is_none() || entry.probation != entry.active);
             prop_assert!(entry.current().is_none_or(|current| entry.kept().any(|kept| *kept == current.version)));
             let lost = matches!(verb, Verb::Lose(_));
-            let kept = |release: &Release| entry.kept().any(|kept| *kept == release.version);
+            let kept = |release: &LedgerRelease| entry.kept().any(|kept| *kept == release.version);
             prop_assert!(lost || before.backup.as_ref().is_none_or(kept) || entry.backup.is_some(), "{verb:?} lost the backup");
             prop_assert!(entry.backup.is_none() || entry.backup != entry.active);
             if before.active.is_some() && !lost {
@@ -211,7 +211,7 @@ proptest! {
             if let Some(active) = &entry.active {
                 prop_assert_eq!(entry.skipped(&active.version, active.sha256.as_ref()), None);
             }
-            let again: Entry = serde_json::from_str(&serde_json::to_string(&entry).unwrap()).unwrap();
+            let again: LedgerEntry = serde_json::from_str(&serde_json::to_string(&entry).unwrap()).unwrap();
             prop_assert_eq!(again, entry.clone());
         }
     }

@@ -12,7 +12,7 @@ const FIRST_CHECK: Duration = Duration::from_secs(5);
 
 /// How health is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Checks {
+pub struct HealthPolicy {
     /// From the end of one check to the beginning of the next.
     pub interval: Duration,
     /// So many failures in a row are too many.
@@ -22,7 +22,7 @@ pub struct Checks {
 
 /// What a check came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
+pub enum CheckResult {
     Healthy,
     Unhealthy(String),
     /// It says itself that it does not run.
@@ -33,22 +33,22 @@ pub enum Answer {
 
 /// What the answers so far come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum HealthVerdict {
     Bearable,
     /// Something has to be done about it.
     Unbearable,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Turn {
+enum CheckSchedule {
     At(Instant),
     UnderWay { began: Instant },
 }
 
 /// The health of one process.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Health {
-    asked: Option<(Checks, Turn)>,
+pub(super) struct ProcessHealth {
+    asked: Option<(HealthPolicy, CheckSchedule)>,
     /// The end of the start period, while it lasts.
     starting: Option<Instant>,
     /// Failures that count, in a row.
@@ -59,12 +59,12 @@ pub(super) struct Health {
     well: Option<Instant>,
 }
 
-impl Health {
+impl ProcessHealth {
     /// Of a process that started at `since`; `jitter` is from 0 to 1.
-    pub(super) fn of(checks: Option<Checks>, since: Instant, now: Instant, jitter: f64) -> Health {
+    pub(super) fn of(checks: Option<HealthPolicy>, since: Instant, now: Instant, jitter: f64) -> ProcessHealth {
         let jitter = jitter.clamp(0.0, 1.0);
         let starting = checks.map(|checks| since + checks.start_period).filter(|end| *end > now);
-        let first = |checks: Checks| {
+        let first = |checks: HealthPolicy| {
             let age = now.saturating_duration_since(since);
             match starting {
                 Some(end) => now + checks.interval.min(FIRST_CHECK).min(end - now).mul_f64(jitter),
@@ -73,8 +73,8 @@ impl Health {
                 None => now + checks.interval.mul_f64(0.5 + 0.5 * jitter),
             }
         };
-        Health {
-            asked: checks.map(|checks| (checks, Turn::At(first(checks)))),
+        ProcessHealth {
+            asked: checks.map(|checks| (checks, CheckSchedule::At(first(checks)))),
             starting,
             failures: 0,
             why: None,
@@ -108,7 +108,7 @@ impl Health {
     /// When the next check is due; `None` while one is under way, or where there are none.
     pub(super) fn due(&self) -> Option<Instant> {
         match self.asked {
-            Some((_, Turn::At(at))) => Some(at),
+            Some((_, CheckSchedule::At(at))) => Some(at),
             _ => None,
         }
     }
@@ -117,43 +117,43 @@ impl Health {
     pub(super) fn begin(&mut self, now: Instant) -> bool {
         let is_due = self.due().is_some_and(|due| due <= now);
         if is_due && let Some((_, turn)) = &mut self.asked {
-            *turn = Turn::UnderWay { began: now };
+            *turn = CheckSchedule::UnderWay { began: now };
         }
         is_due
     }
 
     /// Takes in what the check under way came to. Without one, the answer is an earlier one's and says nothing.
-    pub(super) fn take(&mut self, answer: Answer, now: Instant) -> Verdict {
-        let Some((checks, turn)) = &mut self.asked else { return Verdict::Bearable };
+    pub(super) fn take(&mut self, answer: CheckResult, now: Instant) -> HealthVerdict {
+        let Some((checks, turn)) = &mut self.asked else { return HealthVerdict::Bearable };
         let too_many = checks.failures;
-        let Turn::UnderWay { began } = *turn else { return Verdict::Bearable };
+        let CheckSchedule::UnderWay { began } = *turn else { return HealthVerdict::Bearable };
         let next = now + checks.interval;
         let spared = self.starting.filter(|end| began < *end);
-        *turn = Turn::At(spared.map_or(next, |end| next.min(end.max(now))));
+        *turn = CheckSchedule::At(spared.map_or(next, |end| next.min(end.max(now))));
         match answer {
-            Answer::Healthy => {
-                *turn = Turn::At(next);
+            CheckResult::Healthy => {
+                *turn = CheckSchedule::At(next);
                 self.starting = None;
                 self.failures = 0;
                 self.why = None;
                 self.well.get_or_insert(now);
-                Verdict::Bearable
+                HealthVerdict::Bearable
             }
-            Answer::Unknown(why) => {
+            CheckResult::Unknown(why) => {
                 self.why = Some(format!("its health cannot be told: {why}"));
-                Verdict::Bearable
+                HealthVerdict::Bearable
             }
-            Answer::Unhealthy(why) | Answer::Gone(why) if spared.is_some() => {
+            CheckResult::Unhealthy(why) | CheckResult::Gone(why) if spared.is_some() => {
                 self.why = Some(format!("not well yet: {why}"));
-                Verdict::Bearable
+                HealthVerdict::Bearable
             }
-            Answer::Unhealthy(why) => {
+            CheckResult::Unhealthy(why) => {
                 self.sicken(format!("its health check fails: {why}"));
-                if self.failures >= too_many { Verdict::Unbearable } else { Verdict::Bearable }
+                if self.failures >= too_many { HealthVerdict::Unbearable } else { HealthVerdict::Bearable }
             }
-            Answer::Gone(why) => {
+            CheckResult::Gone(why) => {
                 self.sicken(why);
-                Verdict::Unbearable
+                HealthVerdict::Unbearable
             }
         }
     }
@@ -164,8 +164,10 @@ impl Health {
         let left = |until: Instant| millis(until.saturating_duration_since(now));
         let turn = match self.asked {
             None => -1,
-            Some((_, Turn::At(at))) => left(at),
-            Some((_, Turn::UnderWay { began })) => -2 - i64::from(self.starting.is_some_and(|end| began < end)),
+            Some((_, CheckSchedule::At(at))) => left(at),
+            Some((_, CheckSchedule::UnderWay { began })) => {
+                -2 - i64::from(self.starting.is_some_and(|end| began < end))
+            }
         };
         let well = self.well.map_or(-1, |_| millis(self.well_for(now).min(healthy)));
         [turn, self.starting.map_or(-1, left), i64::from(self.failures), i64::from(self.why.is_some()), well]
@@ -189,65 +191,67 @@ mod tests {
     use super::*;
 
     const S: fn(u64) -> Duration = Duration::from_secs;
-    const CHECKS: Checks =
-        Checks { interval: Duration::from_secs(10), failures: 3, start_period: Duration::from_secs(30) };
+    const CHECKS: HealthPolicy =
+        HealthPolicy { interval: Duration::from_secs(10), failures: 3, start_period: Duration::from_secs(30) };
 
-    fn sick() -> Answer {
-        Answer::Unhealthy("x".into())
+    fn sick() -> CheckResult {
+        CheckResult::Unhealthy("x".into())
     }
 
     #[test]
     fn without_checks_it_is_well_as_long_as_it_runs() {
         let now = Instant::now();
-        let mut health = Health::of(None, now, now, 0.5);
+        let mut health = ProcessHealth::of(None, now, now, 0.5);
         assert_eq!((health.state(), health.due()), (AgentState::Running, None));
         assert!(!health.begin(now + S(100)));
-        assert_eq!(health.take(sick(), now), Verdict::Bearable);
+        assert_eq!(health.take(sick(), now), HealthVerdict::Bearable);
         assert_eq!(health.well_for(now + S(7)), S(7));
     }
 
     #[test]
     fn first_checks_are_spread() {
         let now = Instant::now();
-        let first = |checks, age, jitter| Health::of(Some(checks), now - S(age), now, jitter).due().unwrap() - now;
+        let first =
+            |checks, age, jitter| ProcessHealth::of(Some(checks), now - S(age), now, jitter).due().unwrap() - now;
         assert_eq!([first(CHECKS, 0, 0.0), first(CHECKS, 0, 1.0)], [S(0), S(5)]);
         // A new manager's: its start period is over.
         assert_eq!([first(CHECKS, 100, 0.0), first(CHECKS, 100, 1.0)], [S(0), S(5)]);
         // Without a start period a failure counts from the beginning.
-        let strict = Checks { start_period: S(0), ..CHECKS };
+        let strict = HealthPolicy { start_period: S(0), ..CHECKS };
         assert_eq!([first(strict, 0, 0.0), first(strict, 0, 1.0)], [S(5), S(10)]);
-        assert_eq!(first(Checks { start_period: S(2), ..CHECKS }, 0, 1.0), S(2));
+        assert_eq!(first(HealthPolicy { start_period: S(2), ..CHECKS }, 0, 1.0), S(2));
     }
 
     #[test]
     fn failures_in_the_start_period_do_not_count_and_a_check_at_its_end_does() {
         let start = Instant::now();
-        let mut health = Health::of(Some(Checks { interval: S(20), failures: 1, ..CHECKS }), start, start, 0.0);
+        let mut health =
+            ProcessHealth::of(Some(HealthPolicy { interval: S(20), failures: 1, ..CHECKS }), start, start, 0.0);
         assert!(health.begin(start));
-        assert_eq!(health.take(sick(), start + S(1)), Verdict::Bearable);
+        assert_eq!(health.take(sick(), start + S(1)), HealthVerdict::Bearable);
         assert_eq!((health.state(), health.due()), (AgentState::Starting, Some(start + S(21))));
         assert!(health.begin(start + S(21)));
-        assert_eq!(health.take(sick(), start + S(22)), Verdict::Bearable);
+        assert_eq!(health.take(sick(), start + S(22)), HealthVerdict::Bearable);
         assert_eq!(health.due(), Some(start + S(30)));
         assert!(health.begin(start + S(30)));
-        assert_eq!(health.take(sick(), start + S(31)), Verdict::Unbearable);
+        assert_eq!(health.take(sick(), start + S(31)), HealthVerdict::Unbearable);
     }
 
     #[test]
     fn one_that_began_in_the_start_period_is_spared_also_when_it_ends_after_it() {
         let start = Instant::now();
-        let mut health = Health::of(Some(Checks { failures: 1, ..CHECKS }), start, start, 0.0);
+        let mut health = ProcessHealth::of(Some(HealthPolicy { failures: 1, ..CHECKS }), start, start, 0.0);
         health.begin(start + S(29));
-        assert_eq!(health.take(sick(), start + S(34)), Verdict::Bearable);
+        assert_eq!(health.take(sick(), start + S(34)), HealthVerdict::Bearable);
         assert_eq!(health.due(), Some(start + S(34)));
     }
 
     #[test]
     fn the_first_success_ends_the_start_period() {
         let start = Instant::now();
-        let mut health = Health::of(Some(CHECKS), start, start, 0.0);
+        let mut health = ProcessHealth::of(Some(CHECKS), start, start, 0.0);
         health.begin(start);
-        assert_eq!(health.take(Answer::Healthy, start), Verdict::Bearable);
+        assert_eq!(health.take(CheckResult::Healthy, start), HealthVerdict::Bearable);
         assert_eq!((health.state(), health.due()), (AgentState::Running, Some(start + S(10))));
         health.begin(start + S(10));
         health.take(sick(), start + S(10));
@@ -257,7 +261,7 @@ mod tests {
     #[test]
     fn only_failures_in_a_row_are_too_many_and_a_success_begins_anew() {
         let start = Instant::now();
-        let mut health = Health::of(Some(CHECKS), start, start, 0.0);
+        let mut health = ProcessHealth::of(Some(CHECKS), start, start, 0.0);
         let mut now = start + S(40);
         let mut ask = |answer| {
             now += S(10);
@@ -265,23 +269,23 @@ mod tests {
             assert!(!health.begin(now), "one at a time");
             (health.take(answer, now), health.state(), health.well_for(now + S(1)))
         };
-        assert_eq!(ask(sick()), (Verdict::Bearable, AgentState::Unhealthy, S(0)));
-        assert_eq!(ask(sick()).0, Verdict::Bearable);
-        assert_eq!(ask(Answer::Healthy), (Verdict::Bearable, AgentState::Running, S(1)));
-        assert_eq!(ask(sick()).0, Verdict::Bearable);
+        assert_eq!(ask(sick()), (HealthVerdict::Bearable, AgentState::Unhealthy, S(0)));
+        assert_eq!(ask(sick()).0, HealthVerdict::Bearable);
+        assert_eq!(ask(CheckResult::Healthy), (HealthVerdict::Bearable, AgentState::Running, S(1)));
+        assert_eq!(ask(sick()).0, HealthVerdict::Bearable);
         // What says nothing changes nothing.
-        assert_eq!(ask(Answer::Unknown("y".into())), (Verdict::Bearable, AgentState::Unhealthy, S(0)));
-        assert_eq!(ask(sick()).0, Verdict::Bearable);
-        assert_eq!(ask(sick()).0, Verdict::Unbearable);
-        assert_eq!(ask(sick()).0, Verdict::Unbearable, "and goes on to be");
+        assert_eq!(ask(CheckResult::Unknown("y".into())), (HealthVerdict::Bearable, AgentState::Unhealthy, S(0)));
+        assert_eq!(ask(sick()).0, HealthVerdict::Bearable);
+        assert_eq!(ask(sick()).0, HealthVerdict::Unbearable);
+        assert_eq!(ask(sick()).0, HealthVerdict::Unbearable, "and goes on to be");
     }
 
     #[test]
     fn who_says_that_he_is_gone_is_asked_no_second_time() {
         let start = Instant::now();
-        let mut health = Health::of(Some(Checks { start_period: S(0), ..CHECKS }), start, start, 0.0);
+        let mut health = ProcessHealth::of(Some(HealthPolicy { start_period: S(0), ..CHECKS }), start, start, 0.0);
         health.begin(start + S(10));
-        assert_eq!(health.take(Answer::Gone("stoped".into()), start + S(10)), Verdict::Unbearable);
+        assert_eq!(health.take(CheckResult::Gone("stoped".into()), start + S(10)), HealthVerdict::Unbearable);
         assert_eq!(health.why(), Some("stoped"));
     }
 }

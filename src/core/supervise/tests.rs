@@ -4,30 +4,30 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn running(policy: Policy, now: Instant) -> Supervisor {
+fn running(policy: RestartPolicy, now: Instant) -> Supervisor {
     let mut supervisor = Supervisor::new(policy, 0);
-    assert_eq!(supervisor.step(Event::Run, now, 0.0), Some(Action::Start));
-    assert_eq!(supervisor.step(Event::Started { pid: 7 }, now, 0.0), None);
+    assert_eq!(supervisor.step(SupervisorEvent::Run, now, 0.0), Some(SupervisorAction::Start));
+    assert_eq!(supervisor.step(SupervisorEvent::Started { pid: 7 }, now, 0.0), None);
     supervisor
 }
 
-fn exited() -> Event {
-    Event::Exited { success: Some(false), how: "exited with 1".into() }
+fn exited() -> SupervisorEvent {
+    SupervisorEvent::Exited { success: Some(false), how: "exited with 1".into() }
 }
 
 #[test]
 fn the_first_restart_is_immediate_the_next_ones_wait_longer_and_longer() {
     let now = Instant::now();
-    let mut supervisor = running(Policy::default(), now);
-    assert_eq!(supervisor.step(exited(), now, 0.0), Some(Action::Start));
+    let mut supervisor = running(RestartPolicy::default(), now);
+    assert_eq!(supervisor.step(exited(), now, 0.0), Some(SupervisorAction::Start));
     let mut delays = vec![];
     for _ in 0..8 {
-        supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+        supervisor.step(SupervisorEvent::Started { pid: 8 }, now, 0.0);
         assert_eq!(supervisor.step(exited(), now, 0.0), None);
         let until = supervisor.deadline().unwrap();
         delays.push((until - now).as_secs());
-        assert_eq!(supervisor.step(Event::Tick, now, 0.0), None);
-        assert_eq!(supervisor.step(Event::Tick, until, 0.0), Some(Action::Start));
+        assert_eq!(supervisor.step(SupervisorEvent::Tick, now, 0.0), None);
+        assert_eq!(supervisor.step(SupervisorEvent::Tick, until, 0.0), Some(SupervisorAction::Start));
     }
     assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60]);
     assert_eq!(supervisor.restarts(), 9);
@@ -36,61 +36,64 @@ fn the_first_restart_is_immediate_the_next_ones_wait_longer_and_longer() {
 #[test]
 fn a_healthy_time_begins_the_count_anew() {
     let now = Instant::now();
-    let mut supervisor = running(Policy::default(), now);
+    let mut supervisor = running(RestartPolicy::default(), now);
     supervisor.step(exited(), now, 0.0);
-    supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+    supervisor.step(SupervisorEvent::Started { pid: 8 }, now, 0.0);
     let later = now + Duration::from_secs(31);
-    assert_eq!(supervisor.step(exited(), later, 0.0), Some(Action::Start));
+    assert_eq!(supervisor.step(exited(), later, 0.0), Some(SupervisorAction::Start));
 }
 
 #[test]
 fn a_start_that_fails_is_tried_again() {
     let now = Instant::now();
-    let mut supervisor = Supervisor::new(Policy::default(), 0);
-    supervisor.step(Event::Run, now, 0.0);
-    assert_eq!(supervisor.step(Event::StartFailed { why: "x".into() }, now, 0.0), Some(Action::Start));
-    assert_eq!(supervisor.step(Event::StartFailed { why: "x".into() }, now, 0.0), None);
+    let mut supervisor = Supervisor::new(RestartPolicy::default(), 0);
+    supervisor.step(SupervisorEvent::Run, now, 0.0);
+    assert_eq!(
+        supervisor.step(SupervisorEvent::StartFailed { why: "x".into() }, now, 0.0),
+        Some(SupervisorAction::Start)
+    );
+    assert_eq!(supervisor.step(SupervisorEvent::StartFailed { why: "x".into() }, now, 0.0), None);
     assert_eq!(supervisor.state(), AgentState::Backoff);
 }
 
 #[test]
 fn rest_in_any_phase_ends_down() {
     let now = Instant::now();
-    let mut starting = Supervisor::new(Policy::default(), 0);
-    starting.step(Event::Run, now, 0.0);
-    assert_eq!(starting.step(Event::Rest, now, 0.0), None);
-    assert_eq!(starting.step(Event::Started { pid: 1 }, now, 0.0), Some(Action::Stop));
-    assert_eq!(starting.step(Event::Stopped, now, 0.0), None);
+    let mut starting = Supervisor::new(RestartPolicy::default(), 0);
+    starting.step(SupervisorEvent::Run, now, 0.0);
+    assert_eq!(starting.step(SupervisorEvent::Rest, now, 0.0), None);
+    assert_eq!(starting.step(SupervisorEvent::Started { pid: 1 }, now, 0.0), Some(SupervisorAction::Stop));
+    assert_eq!(starting.step(SupervisorEvent::Stopped, now, 0.0), None);
     assert_eq!(starting.state(), AgentState::Stopped);
 
-    let mut waiting = running(Policy::default(), now);
+    let mut waiting = running(RestartPolicy::default(), now);
     waiting.step(exited(), now, 0.0);
-    waiting.step(Event::StartFailed { why: "x".into() }, now, 0.0);
+    waiting.step(SupervisorEvent::StartFailed { why: "x".into() }, now, 0.0);
     assert_eq!(waiting.state(), AgentState::Backoff);
     // Its main process is dead; what that left behind is ended.
-    assert_eq!(waiting.step(Event::Rest, now, 0.0), Some(Action::Stop));
-    assert_eq!(waiting.step(Event::Stopped, now, 0.0), None);
+    assert_eq!(waiting.step(SupervisorEvent::Rest, now, 0.0), Some(SupervisorAction::Stop));
+    assert_eq!(waiting.step(SupervisorEvent::Stopped, now, 0.0), None);
     assert_eq!(waiting.state(), AgentState::Stopped);
-    assert_eq!(waiting.step(Event::Rest, now, 0.0), None);
+    assert_eq!(waiting.step(SupervisorEvent::Rest, now, 0.0), None);
     assert_eq!(waiting.deadline(), None);
 }
 
 #[test]
 fn a_restart_that_was_asked_for_is_not_counted() {
     let now = Instant::now();
-    let mut supervisor = running(Policy::default(), now);
-    assert_eq!(supervisor.step(Event::Again, now, 0.0), Some(Action::Stop));
-    assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start));
+    let mut supervisor = running(RestartPolicy::default(), now);
+    assert_eq!(supervisor.step(SupervisorEvent::Again, now, 0.0), Some(SupervisorAction::Stop));
+    assert_eq!(supervisor.step(SupervisorEvent::Stopped, now, 0.0), Some(SupervisorAction::Start));
     assert_eq!(supervisor.restarts(), 0);
 }
 
 #[test]
 fn the_troubles_of_before_are_forgotten_by_a_start_that_was_asked_for() {
     let now = Instant::now();
-    for word in [Event::Rest, Event::Again] {
-        let mut supervisor = running(Policy::default(), now);
+    for word in [SupervisorEvent::Rest, SupervisorEvent::Again] {
+        let mut supervisor = running(RestartPolicy::default(), now);
         supervisor.step(exited(), now, 0.0);
-        supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+        supervisor.step(SupervisorEvent::Started { pid: 8 }, now, 0.0);
         assert_eq!((supervisor.restarts(), supervisor.last_error()), (1, Some("exited with 1")));
         supervisor.step(word, now, 0.0);
         assert_eq!((supervisor.restarts(), supervisor.last_error()), (0, None));
@@ -100,33 +103,33 @@ fn the_troubles_of_before_are_forgotten_by_a_start_that_was_asked_for() {
 #[test]
 fn the_restart_policy_is_honoured() {
     let now = Instant::now();
-    let with = |restart| Policy { restart, ..Policy::default() };
-    let clean = Event::Exited { success: Some(true), how: "exited with 0".into() };
-    let unknown = Event::Exited { success: None, how: "ended".into() };
+    let with = |restart| RestartPolicy { restart, ..RestartPolicy::default() };
+    let clean = SupervisorEvent::Exited { success: Some(true), how: "exited with 0".into() };
+    let unknown = SupervisorEvent::Exited { success: None, how: "ended".into() };
     let mut never = running(with(Restart::Never), now);
     assert_eq!(never.step(exited(), now, 0.0), None);
     assert_eq!(never.state(), AgentState::Stopped);
     let mut on_failure = running(with(Restart::OnFailure), now);
     assert_eq!(on_failure.step(clean, now, 0.0), None);
     let mut adopted = running(with(Restart::OnFailure), now);
-    assert_eq!(adopted.step(unknown, now, 0.0), Some(Action::Start));
+    assert_eq!(adopted.step(unknown, now, 0.0), Some(SupervisorAction::Start));
 }
 
-fn checked() -> Policy {
-    let checks = Checks { interval: Duration::from_secs(10), failures: 3, start_period: Duration::from_secs(30) };
-    Policy { checks: Some(checks), ..Policy::default() }
+fn checked() -> RestartPolicy {
+    let checks = HealthPolicy { interval: Duration::from_secs(10), failures: 3, start_period: Duration::from_secs(30) };
+    RestartPolicy { checks: Some(checks), ..RestartPolicy::default() }
 }
 
 /// Lets the next check come and gives its answer; says what follows.
-fn answer(supervisor: &mut Supervisor, now: &mut Instant, answer: Answer) -> Option<Action> {
+fn answer(supervisor: &mut Supervisor, now: &mut Instant, answer: CheckResult) -> Option<SupervisorAction> {
     *now = supervisor.deadline().expect("a check is due");
-    assert_eq!(supervisor.step(Event::Tick, *now, 0.0), Some(Action::Check));
+    assert_eq!(supervisor.step(SupervisorEvent::Tick, *now, 0.0), Some(SupervisorAction::Check));
     assert_eq!(supervisor.deadline(), None, "one at a time");
-    supervisor.step(Event::Checked(answer), *now, 0.0)
+    supervisor.step(SupervisorEvent::Checked(answer), *now, 0.0)
 }
 
-fn sick() -> Answer {
-    Answer::Unhealthy("no answer".into())
+fn sick() -> CheckResult {
+    CheckResult::Unhealthy("no answer".into())
 }
 
 #[test]
@@ -134,50 +137,58 @@ fn what_is_unhealthy_for_too_long_is_started_again_and_counts_as_a_failure() {
     let mut now = Instant::now();
     let mut supervisor = running(checked(), now);
     assert_eq!(supervisor.state(), AgentState::Starting);
-    assert_eq!(answer(&mut supervisor, &mut now, Answer::Healthy), None);
+    assert_eq!(answer(&mut supervisor, &mut now, CheckResult::Healthy), None);
     assert_eq!(supervisor.state(), AgentState::Running);
     assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
     assert_eq!(supervisor.last_error(), Some("its health check fails: no answer"));
     assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
-    assert_eq!(answer(&mut supervisor, &mut now, sick()), Some(Action::Stop));
+    assert_eq!(answer(&mut supervisor, &mut now, sick()), Some(SupervisorAction::Stop));
     // Until it is down it is what it was.
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
-    assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start), "the first time at once");
+    assert_eq!(
+        supervisor.step(SupervisorEvent::Stopped, now, 0.0),
+        Some(SupervisorAction::Start),
+        "the first time at once"
+    );
     assert_eq!((supervisor.restarts(), supervisor.state()), (1, AgentState::Starting));
     assert_eq!(supervisor.last_error(), Some("stopped to be started again: its health check fails: no answer"));
 
     let mut delays = vec![];
     for _ in 0..8 {
-        supervisor.step(Event::Started { pid: 8 }, now, 0.0);
+        supervisor.step(SupervisorEvent::Started { pid: 8 }, now, 0.0);
         while answer(&mut supervisor, &mut now, sick()).is_none() {}
-        assert_eq!(supervisor.step(Event::Stopped, now, 0.0), None);
+        assert_eq!(supervisor.step(SupervisorEvent::Stopped, now, 0.0), None);
         assert_eq!(supervisor.state(), AgentState::Backoff);
         let until = supervisor.starts_at().unwrap();
         delays.push((until - now).as_secs());
         now = until;
-        assert_eq!(supervisor.step(Event::Tick, now, 0.0), Some(Action::Start));
+        assert_eq!(supervisor.step(SupervisorEvent::Tick, now, 0.0), Some(SupervisorAction::Start));
     }
     assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60], "to run without being well is no healthy time");
 
-    supervisor.step(Event::Started { pid: 9 }, now, 0.0);
+    supervisor.step(SupervisorEvent::Started { pid: 9 }, now, 0.0);
     for _ in 0..4 {
-        answer(&mut supervisor, &mut now, Answer::Healthy);
+        answer(&mut supervisor, &mut now, CheckResult::Healthy);
     }
     while answer(&mut supervisor, &mut now, sick()).is_none() {}
-    assert_eq!(supervisor.step(Event::Stopped, now, 0.0), Some(Action::Start), "to be well for long enough is");
+    assert_eq!(
+        supervisor.step(SupervisorEvent::Stopped, now, 0.0),
+        Some(SupervisorAction::Start),
+        "to be well for long enough is"
+    );
 }
 
 #[test]
 fn a_check_that_succeeds_again_takes_back_what_the_failures_said() {
     let mut now = Instant::now();
     let mut supervisor = running(checked(), now);
-    answer(&mut supervisor, &mut now, Answer::Healthy);
+    answer(&mut supervisor, &mut now, CheckResult::Healthy);
     for _ in 0..9 {
         answer(&mut supervisor, &mut now, sick());
         answer(&mut supervisor, &mut now, sick());
         assert_eq!(supervisor.state(), AgentState::Unhealthy);
-        assert_eq!(answer(&mut supervisor, &mut now, Answer::Healthy), None);
+        assert_eq!(answer(&mut supervisor, &mut now, CheckResult::Healthy), None);
         assert_eq!((supervisor.state(), supervisor.last_error()), (AgentState::Running, None));
     }
     assert_eq!(supervisor.restarts(), 0);
@@ -186,24 +197,24 @@ fn a_check_that_succeeds_again_takes_back_what_the_failures_said() {
 #[test]
 fn what_is_never_to_be_restarted_is_left_running_unhealthy() {
     let mut now = Instant::now();
-    let mut supervisor = running(Policy { restart: Restart::Never, ..checked() }, now);
+    let mut supervisor = running(RestartPolicy { restart: Restart::Never, ..checked() }, now);
     for _ in 0..20 {
         assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
     }
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
-    let mut on_failure = running(Policy { restart: Restart::OnFailure, ..checked() }, now);
+    let mut on_failure = running(RestartPolicy { restart: Restart::OnFailure, ..checked() }, now);
     while answer(&mut on_failure, &mut now, sick()).is_none() {}
-    assert_eq!(on_failure.step(Event::Stopped, now, 0.0), Some(Action::Start));
+    assert_eq!(on_failure.step(SupervisorEvent::Stopped, now, 0.0), Some(SupervisorAction::Start));
 }
 
 #[test]
 fn a_word_that_comes_while_the_unhealthy_is_stopped_is_what_counts() {
-    for (word, action) in [(Event::Rest, None), (Event::Again, Some(Action::Start))] {
+    for (word, action) in [(SupervisorEvent::Rest, None), (SupervisorEvent::Again, Some(SupervisorAction::Start))] {
         let mut now = Instant::now();
         let mut supervisor = running(checked(), now);
         while answer(&mut supervisor, &mut now, sick()).is_none() {}
         assert_eq!(supervisor.step(word, now, 0.0), None);
-        assert_eq!(supervisor.step(Event::Stopped, now, 0.0), action);
+        assert_eq!(supervisor.step(SupervisorEvent::Stopped, now, 0.0), action);
         assert_eq!((supervisor.restarts(), supervisor.failures()), (0, 0));
     }
 }
@@ -214,7 +225,7 @@ fn an_adopted_one_is_asked_on_and_its_start_period_counts_from_its_start() {
     let age = Duration::from_secs(20);
     let mut supervisor = Supervisor::new(checked(), 3);
     supervisor.adopt(7, now - age, now, 1.0);
-    supervisor.step(Event::Run, now, 0.0);
+    supervisor.step(SupervisorEvent::Run, now, 0.0);
     assert_eq!((supervisor.state(), supervisor.deadline()), (AgentState::Starting, Some(now + Duration::from_secs(5))));
     supervisor.adopt(7, now - 2 * age, now, 1.0);
     assert_eq!((supervisor.state(), supervisor.deadline()), (AgentState::Running, Some(now + Duration::from_secs(5))));
@@ -223,45 +234,46 @@ fn an_adopted_one_is_asked_on_and_its_start_period_counts_from_its_start() {
 #[test]
 fn what_is_being_stopped_is_not_said_to_be_stopped() {
     let now = Instant::now();
-    let mut supervisor = running(Policy::default(), now);
-    assert_eq!(supervisor.step(Event::Rest, now, 0.0), Some(Action::Stop));
+    let mut supervisor = running(RestartPolicy::default(), now);
+    assert_eq!(supervisor.step(SupervisorEvent::Rest, now, 0.0), Some(SupervisorAction::Stop));
     assert_eq!((supervisor.state(), supervisor.pid(), supervisor.is_up()), (AgentState::Running, Some(7), false));
-    supervisor.step(Event::Stopped, now, 0.0);
+    supervisor.step(SupervisorEvent::Stopped, now, 0.0);
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Stopped, None));
 }
 
-fn any_answer() -> impl Strategy<Value = Answer> {
+fn any_answer() -> impl Strategy<Value = CheckResult> {
     prop_oneof![
         3 => Just(sick()),
-        2 => Just(Answer::Healthy),
-        1 => Just(Answer::Gone(String::new())),
-        1 => Just(Answer::Unknown(String::new())),
+        2 => Just(CheckResult::Healthy),
+        1 => Just(CheckResult::Gone(String::new())),
+        1 => Just(CheckResult::Unknown(String::new())),
     ]
 }
 
-fn any_policy() -> impl Strategy<Value = Policy> {
+fn any_policy() -> impl Strategy<Value = RestartPolicy> {
     let restart = prop_oneof![Just(Restart::Always), Just(Restart::OnFailure), Just(Restart::Never)];
     let seconds = |range| proptest::strategy::Strategy::prop_map(range, Duration::from_secs);
     let checks = (seconds(1..60_u64), 1..5_u32, seconds(0..90_u64));
-    let checks = checks.prop_map(|(interval, failures, start_period)| Checks { interval, failures, start_period });
-    (restart, proptest::option::of(checks)).prop_map(|(restart, checks)| Policy {
+    let checks =
+        checks.prop_map(|(interval, failures, start_period)| HealthPolicy { interval, failures, start_period });
+    (restart, proptest::option::of(checks)).prop_map(|(restart, checks)| RestartPolicy {
         restart,
         checks,
-        ..Policy::default()
+        ..RestartPolicy::default()
     })
 }
 
-fn any_event() -> impl Strategy<Value = Event> {
+fn any_event() -> impl Strategy<Value = SupervisorEvent> {
     prop_oneof![
-        Just(Event::Run),
-        Just(Event::Rest),
-        Just(Event::Again),
-        Just(Event::Started { pid: 1 }),
-        Just(Event::StartFailed { why: String::new() }),
-        any::<Option<bool>>().prop_map(|success| Event::Exited { success, how: String::new() }),
-        any_answer().prop_map(Event::Checked),
-        Just(Event::Stopped),
-        Just(Event::Tick),
+        Just(SupervisorEvent::Run),
+        Just(SupervisorEvent::Rest),
+        Just(SupervisorEvent::Again),
+        Just(SupervisorEvent::Started { pid: 1 }),
+        Just(SupervisorEvent::StartFailed { why: String::new() }),
+        any::<Option<bool>>().prop_map(|success| SupervisorEvent::Exited { success, how: String::new() }),
+        any_answer().prop_map(SupervisorEvent::Checked),
+        Just(SupervisorEvent::Stopped),
+        Just(SupervisorEvent::Tick),
     ]
 }
 
@@ -275,10 +287,10 @@ enum Happening {
     /// The start or stop under way comes to its end; a start, well or not.
     Done(bool),
     /// The check under way does.
-    Answered(Answer),
+    Answered(CheckResult),
     /// The process ends.
     Ends(Option<bool>),
-    Asked(Event),
+    Asked(SupervisorEvent),
 }
 
 fn any_happening() -> impl Strategy<Value = Happening> {
@@ -288,7 +300,7 @@ fn any_happening() -> impl Strategy<Value = Happening> {
         4 => any::<bool>().prop_map(Happening::Done),
         3 => any_answer().prop_map(Happening::Answered),
         1 => any::<Option<bool>>().prop_map(Happening::Ends),
-        1 => prop_oneof![Just(Event::Run), Just(Event::Rest), Just(Event::Again)].prop_map(Happening::Asked),
+        1 => prop_oneof![Just(SupervisorEvent::Run), Just(SupervisorEvent::Rest), Just(SupervisorEvent::Again)].prop_map(Happening::Asked),
     ]
 }
 
@@ -305,30 +317,30 @@ struct World {
 }
 
 impl World {
-    fn new(policy: Policy) -> World {
+    fn new(policy: RestartPolicy) -> World {
         let supervisor = Supervisor::new(policy, 0);
         let now = Instant::now();
         World { supervisor, now, alive: false, starting: false, stopping: false, checking: false, starts: vec![] }
     }
 
-    fn tell(&mut self, event: Event) {
+    fn tell(&mut self, event: SupervisorEvent) {
         let wanted = match event {
-            Event::Run => true,
-            Event::Rest => false,
+            SupervisorEvent::Run => true,
+            SupervisorEvent::Rest => false,
             _ => self.supervisor.wanted(),
         };
         match self.supervisor.step(event, self.now, 0.5) {
-            Some(Action::Start) => {
+            Some(SupervisorAction::Start) => {
                 assert!(wanted, "started although it is to rest");
                 assert!(!self.alive && !self.starting && !self.stopping, "started beside what runs or is under way");
                 self.starting = true;
                 self.starts.push(self.now);
             }
-            Some(Action::Stop) => {
+            Some(SupervisorAction::Stop) => {
                 assert!(!self.starting && !self.stopping, "stopped while something is under way");
                 self.stopping = true;
             }
-            Some(Action::Check) => {
+            Some(SupervisorAction::Check) => {
                 assert!(self.alive && !self.checking && !self.stopping, "checked twice at a time, or what is not up");
                 self.checking = true;
             }
@@ -355,30 +367,34 @@ impl World {
             Happening::Later => {
                 let Some(deadline) = self.supervisor.deadline() else { return };
                 self.now = self.now.max(deadline);
-                self.tell(Event::Tick);
+                self.tell(SupervisorEvent::Tick);
             }
             Happening::Pass(seconds) => {
                 self.now += Duration::from_secs(seconds);
-                self.tell(Event::Tick);
+                self.tell(SupervisorEvent::Tick);
             }
             Happening::Done(well) if self.starting => {
                 self.starting = false;
                 self.alive = well;
-                self.tell(if well { Event::Started { pid: 1 } } else { Event::StartFailed { why: String::new() } });
+                self.tell(if well {
+                    SupervisorEvent::Started { pid: 1 }
+                } else {
+                    SupervisorEvent::StartFailed { why: String::new() }
+                });
             }
             Happening::Done(_) if self.stopping => {
                 // Whoever was asked after it has no answer to give any more.
                 (self.stopping, self.alive, self.checking) = (false, false, false);
-                self.tell(Event::Stopped);
+                self.tell(SupervisorEvent::Stopped);
             }
             Happening::Answered(answer) if self.checking => {
                 self.checking = false;
-                self.tell(Event::Checked(answer));
+                self.tell(SupervisorEvent::Checked(answer));
             }
             // The end of what is being stopped is part of the stop.
             Happening::Ends(success) if self.alive && !self.stopping => {
                 (self.alive, self.checking) = (false, false);
-                self.tell(Event::Exited { success, how: String::new() });
+                self.tell(SupervisorEvent::Exited { success, how: String::new() });
             }
             Happening::Asked(event) => self.tell(event),
             Happening::Done(_) | Happening::Answered(_) | Happening::Ends(_) => {}
@@ -399,13 +415,13 @@ proptest! {
         for event in events {
             supervisor.step(event, now, 0.5);
         }
-        let mut next = supervisor.step(if wanted { Event::Run } else { Event::Rest }, now, 0.5);
+        let mut next = supervisor.step(if wanted { SupervisorEvent::Run } else { SupervisorEvent::Rest }, now, 0.5);
         for _ in 0..5 {
             let event = match (next.take(), &supervisor.phase) {
-                (Some(Action::Start), _) | (None, Phase::Starting) => Event::Started { pid: 2 },
-                (Some(Action::Stop), _) | (None, Phase::Stopping { .. }) => Event::Stopped,
-                (None, Phase::Waiting { until }) => { now = *until; Event::Tick }
-                (Some(Action::Check), _) | (None, _) => break,
+                (Some(SupervisorAction::Start), _) | (None, SupervisorPhase::Starting) => SupervisorEvent::Started { pid: 2 },
+                (Some(SupervisorAction::Stop), _) | (None, SupervisorPhase::Stopping { .. }) => SupervisorEvent::Stopped,
+                (None, SupervisorPhase::Waiting { until }) => { now = *until; SupervisorEvent::Tick }
+                (Some(SupervisorAction::Check), _) | (None, _) => break,
             };
             next = supervisor.step(event, now, 0.5);
         }
@@ -432,7 +448,7 @@ proptest! {
         at_once: bool,
     ) {
         let mut world = World::new(policy);
-        world.tell(Event::Run);
+        world.tell(SupervisorEvent::Run);
         for happening in happenings {
             match happening {
                 Happening::Asked(_) => {}

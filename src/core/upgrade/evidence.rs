@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::record::{Phase, Trial};
+use super::record::{Trial, UpgradePhase};
 use crate::core::model::Digest;
 
 /// Who decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asker {
+pub enum Decider {
     /// The manager. It prepares and makes the switch.
     Manager,
     /// The watchdog. It judges.
@@ -19,7 +19,7 @@ pub enum Asker {
 /// A program, by its bytes; where both releases have the same, by the file that it was started from (the watchdog) or the release that
 /// it reports (the manager).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Which {
+pub enum WhichRelease {
     From,
     To,
     Other,
@@ -27,7 +27,7 @@ pub enum Which {
 
 /// Which executable `bin/aops` is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Placed {
+pub enum InstalledExecutable {
     From,
     To,
     /// Both releases have the same bytes, and it is them.
@@ -37,22 +37,22 @@ pub enum Placed {
     Missing,
 }
 
-impl Placed {
+impl InstalledExecutable {
     /// `executable`: the SHA-256 of `bin/aops`, where it is there.
-    pub fn of(trial: &Trial, executable: Option<&Digest>) -> Placed {
-        let Some(executable) = executable else { return Placed::Missing };
+    pub fn of(trial: &Trial, executable: Option<&Digest>) -> InstalledExecutable {
+        let Some(executable) = executable else { return InstalledExecutable::Missing };
         match (*executable == trial.from.executable, *executable == trial.to.executable) {
-            (true, true) => Placed::Both,
-            (true, false) => Placed::From,
-            (false, true) => Placed::To,
-            (false, false) => Placed::Neither,
+            (true, true) => InstalledExecutable::Both,
+            (true, false) => InstalledExecutable::From,
+            (false, true) => InstalledExecutable::To,
+            (false, false) => InstalledExecutable::Neither,
         }
     }
 }
 
 /// Where the role links lead that a self-upgrade moves: all but the manager's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Links {
+pub enum RoleLinks {
     /// All to `bin/aops`.
     Executable,
     /// All to `bin/aops.prev`.
@@ -62,8 +62,8 @@ pub enum Links {
 
 /// The manager that runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Manager {
-    pub image: Which,
+pub struct ManagerEvidence {
+    pub image: WhichRelease,
     /// How long it has lived without interruption since its first answer; `None`: it has not answered.
     pub answered: Option<Duration>,
     /// It is in charge of every sub-agent that ran when it started.
@@ -98,21 +98,21 @@ pub enum Proof {
 /// Everything that is observed. What concerns the new manager alone is of the process that runs: it begins anew with each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evidence {
-    pub asker: Asker,
+    pub asker: Decider,
     /// The record is as it was read or written; otherwise an upgrade has begun in memory alone.
     pub recorded: bool,
-    /// Without a record: [`Placed::Missing`] or [`Placed::Neither`].
-    pub executable: Placed,
+    /// Without a record: [`InstalledExecutable::Missing`] or [`InstalledExecutable::Neither`].
+    pub executable: InstalledExecutable,
     /// `bin/aops.prev` is the old executable, whole; without a record, any executable that runs.
     pub backup_whole: bool,
-    pub links: Links,
+    pub links: RoleLinks,
     /// The release that `state/manager.json` names.
-    pub installed: Which,
+    pub installed: WhichRelease,
     /// The new executable is in `staging`, and this manager can switch to it.
     pub staged: bool,
-    pub manager: Option<Manager>,
+    pub manager: Option<ManagerEvidence>,
     /// The watchdog that runs; of a watchdog that asks, its own program.
-    pub watchdog: Option<Which>,
+    pub watchdog: Option<WhichRelease>,
     /// The new manager has died, or was killed because it hung, and the record does not count it yet.
     pub died: bool,
     /// This watchdog found the new manager running when it started, and the record does not count the watchdog before it as lost yet.
@@ -127,19 +127,25 @@ impl Evidence {
     /// What a manager takes for granted that has just started, and has looked at nothing but the record.
     pub fn of(trial: &Trial) -> Evidence {
         let (executable, image) = match trial.phase {
-            Phase::Switching | Phase::RollingBack => (Placed::From, Which::From),
-            Phase::Trial | Phase::Committing => (Placed::To, Which::To),
+            UpgradePhase::Switching | UpgradePhase::RollingBack => (InstalledExecutable::From, WhichRelease::From),
+            UpgradePhase::Trial | UpgradePhase::Committing => (InstalledExecutable::To, WhichRelease::To),
         };
         Evidence {
-            asker: Asker::Manager,
+            asker: Decider::Manager,
             recorded: true,
             executable,
             backup_whole: true,
-            links: Links::Backup,
-            installed: Which::From,
+            links: RoleLinks::Backup,
+            installed: WhichRelease::From,
             staged: false,
-            manager: Some(Manager { image, answered: None, adopted: false, heartbeat: false, over_memory: false }),
-            watchdog: Some(Which::From),
+            manager: Some(ManagerEvidence {
+                image,
+                answered: None,
+                adopted: false,
+                heartbeat: false,
+                over_memory: false,
+            }),
+            watchdog: Some(WhichRelease::From),
             died: false,
             took_over: false,
             probe: Probe::NotAsked,
@@ -151,7 +157,7 @@ impl Evidence {
 
 /// What a new release is granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct TrialLimits {
     /// `upgradeTrial`: it lives this long after its first answer, without interruption, before it is committed.
     pub minimum_life: Duration,
     /// Of judged time, until it has answered and adopted.
@@ -165,16 +171,21 @@ pub struct Limits {
     pub lost_watchdogs: u32,
 }
 
-impl Limits {
+impl TrialLimits {
     /// With this `upgradeTrial`; it may take twice as long until something is first heard of the new manager.
-    pub fn of(trial: Duration) -> Limits {
-        Limits { minimum_life: trial, first_answer: trial * 2, heartbeat_grace: trial * 2, ..Limits::default() }
+    pub fn of(trial: Duration) -> TrialLimits {
+        TrialLimits {
+            minimum_life: trial,
+            first_answer: trial * 2,
+            heartbeat_grace: trial * 2,
+            ..TrialLimits::default()
+        }
     }
 }
 
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits {
+impl Default for TrialLimits {
+    fn default() -> TrialLimits {
+        TrialLimits {
             minimum_life: Duration::from_secs(30),
             first_answer: Duration::from_secs(60),
             heartbeat_grace: Duration::from_secs(60),

@@ -9,7 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::core::model::{Digest, Version};
-use crate::core::unknown::Unknown;
+use crate::core::unknown::UnknownFields;
 
 /// The number of skipped releases that are remembered.
 const MAX_SKIPPED: usize = 16;
@@ -43,7 +43,7 @@ pub struct Image {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<NewEndpoint>,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// Another gateway for a host: a few of the settings.
@@ -67,7 +67,7 @@ impl Image {
 /// How far an upgrade is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Phase {
+pub enum UpgradePhase {
     /// `bin/aops` is about to be switched. Whether it was, the file tells; where both releases have the same bytes, it was not.
     Switching,
     /// The new release is in place and on trial.
@@ -81,7 +81,7 @@ pub enum Phase {
 /// What the operator decided about a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Force {
+pub enum OperatorDecision {
     Commit,
     Abort,
 }
@@ -92,7 +92,7 @@ pub enum Force {
 pub struct Trial {
     pub from: Image,
     pub to: Image,
-    pub phase: Phase,
+    pub phase: UpgradePhase,
     /// When it began, in seconds since 1970; for the report alone.
     #[serde(default)]
     pub began: u64,
@@ -115,22 +115,22 @@ pub struct Trial {
     #[serde(default)]
     pub condemned: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub forced: Option<Force>,
+    pub forced: Option<OperatorDecision>,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// A release that is not to be tried again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Skipped {
+pub struct SkippedImage {
     pub version: Version,
     /// Of the package: another package of the same version is not skipped.
     pub sha256: Digest,
     /// Why, for an operator to read.
     pub reason: String,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// How often in a row the switch to one release was interrupted.
@@ -141,32 +141,32 @@ pub struct Interruptions {
     pub sha256: Digest,
     pub count: u32,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// What an operator's change of the manager overrules: the order of then.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Overruled {
+pub struct OverruledUpgrade {
     /// `None`: nothing was ordered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<Version>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Digest>,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// How an upgrade ended, until it is reported.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Ended {
+pub struct FinishedUpgrade {
     pub from: Version,
     pub to: Version,
     /// As [`Trial::began`].
     #[serde(default)]
     pub began: u64,
-    pub end: End,
+    pub end: UpgradeEnd,
     /// Why it was rolled back, or committed without having passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -174,13 +174,13 @@ pub struct Ended {
     #[serde(default)]
     pub skipped: bool,
     #[serde(flatten)]
-    pub unknown: Unknown,
+    pub unknown: UnknownFields,
 }
 
 /// To which end an upgrade came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum End {
+pub enum UpgradeEnd {
     Committed,
     RolledBack,
     /// Given up before the switch, or because somebody else replaced `bin/aops`.
@@ -190,7 +190,7 @@ pub enum End {
 /// The file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Record {
+pub struct UpgradeRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) trial: Option<Trial>,
     /// The release before the current one, of which `bin/aops.prev` is a copy.
@@ -198,20 +198,20 @@ pub struct Record {
     previous: Option<Image>,
     /// An operator changed the manager: this order does not count any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    overruled: Option<Overruled>,
+    overruled: Option<OverruledUpgrade>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    ended: Vec<Ended>,
+    ended: Vec<FinishedUpgrade>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    skipped: Vec<Skipped>,
+    skipped: Vec<SkippedImage>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     interruptions: Option<Interruptions>,
     #[serde(flatten)]
-    unknown: Unknown,
+    unknown: UnknownFields,
 }
 
 /// Why an upgrade does not begin.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
+pub enum UpgradeRefusal {
     /// Another upgrade is under way.
     UnderWay,
     /// It is the release that runs.
@@ -222,7 +222,7 @@ pub enum Refusal {
 
 /// Why a trial ends otherwise than by passing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Reason {
+pub enum TrialEndReason {
     /// The new manager died too often.
     Died,
     NoAnswer,
@@ -242,28 +242,30 @@ pub enum Reason {
     NoBackup,
 }
 
-impl fmt::Display for Reason {
+impl fmt::Display for TrialEndReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Reason::Died => "the new manager died repeatedly",
-            Reason::NoAnswer => "the new manager did not answer in time",
-            Reason::NotAdopted => "the new manager did not adopt the sub-agents in time",
-            Reason::NoHeartbeat => "the new manager sent no heartbeat while the old program could",
-            Reason::Memory => "the new manager used too much: memory beyond spmMaxMem, or hundreds of processes",
-            Reason::Proof => "the new watchdog failed its proof",
-            Reason::WatchdogEnded => "the watchdog ended repeatedly while the new manager ran",
-            Reason::Vanished => "bin/aops disappeared",
-            Reason::Aborted => "aborted by the operator",
-            Reason::Installer => "replaced by the installer",
-            Reason::Forced => "committed by the operator",
-            Reason::NoBackup => "no whole backup to roll back to",
+            TrialEndReason::Died => "the new manager died repeatedly",
+            TrialEndReason::NoAnswer => "the new manager did not answer in time",
+            TrialEndReason::NotAdopted => "the new manager did not adopt the sub-agents in time",
+            TrialEndReason::NoHeartbeat => "the new manager sent no heartbeat while the old program could",
+            TrialEndReason::Memory => {
+                "the new manager used too much: memory beyond spmMaxMem, or hundreds of processes"
+            }
+            TrialEndReason::Proof => "the new watchdog failed its proof",
+            TrialEndReason::WatchdogEnded => "the watchdog ended repeatedly while the new manager ran",
+            TrialEndReason::Vanished => "bin/aops disappeared",
+            TrialEndReason::Aborted => "aborted by the operator",
+            TrialEndReason::Installer => "replaced by the installer",
+            TrialEndReason::Forced => "committed by the operator",
+            TrialEndReason::NoBackup => "no whole backup to roll back to",
         })
     }
 }
 
-/// A change of the record that [`next`](super::next) asks for. [`Record::apply`] makes it.
+/// A change of the record that [`next`](super::next) asks for. [`UpgradeRecord::apply`] makes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Change {
+pub enum RecordChange {
     /// The switch has happened.
     BeginTrial,
     /// The new manager died.
@@ -272,9 +274,9 @@ pub enum Change {
     FailProof,
     /// The new manager is in charge: the time that it needed no longer counts.
     ResetTime,
-    Commit(Option<Reason>),
+    Commit(Option<TrialEndReason>),
     RollBack {
-        reason: Reason,
+        reason: TrialEndReason,
         condemns: bool,
     },
     /// The end of a commit.
@@ -287,27 +289,27 @@ pub enum Change {
     Interrupt,
 }
 
-impl Record {
+impl UpgradeRecord {
     pub fn trial(&self) -> Option<&Trial> {
         self.trial.as_ref()
     }
 
     /// An upgrade is about to begin. It counts from when the record is on disk.
-    pub fn begin(&mut self, from: Image, to: Image) -> Result<(), Refusal> {
+    pub fn begin(&mut self, from: Image, to: Image) -> Result<(), UpgradeRefusal> {
         if self.trial.is_some() {
-            return Err(Refusal::UnderWay);
+            return Err(UpgradeRefusal::UnderWay);
         }
         if from.is(&to) {
-            return Err(Refusal::Running);
+            return Err(UpgradeRefusal::Running);
         }
         if let Some(skipped) = self.skipped(&to.version, &to.sha256) {
-            return Err(Refusal::Skipped(skipped.reason.clone()));
+            return Err(UpgradeRefusal::Skipped(skipped.reason.clone()));
         }
         self.interruptions.take_if(|other| other.version != to.version || other.sha256 != to.sha256);
         self.trial = Some(Trial {
             from,
             to,
-            phase: Phase::Switching,
+            phase: UpgradePhase::Switching,
             began: 0,
             spent_seconds: 0,
             deaths: 0,
@@ -316,7 +318,7 @@ impl Record {
             reason: None,
             condemned: false,
             forced: None,
-            unknown: Unknown::new(),
+            unknown: UnknownFields::new(),
         });
         Ok(())
     }
@@ -328,46 +330,47 @@ impl Record {
         }
     }
 
-    /// As [`Record::apply`]; if the change ends the upgrade, its outcome is kept until it is reported.
-    pub fn apply_and_keep(&mut self, change: Change) -> bool {
+    /// As [`UpgradeRecord::apply`]; if the change ends the upgrade, its outcome is kept until it is reported.
+    pub fn apply_and_keep(&mut self, change: RecordChange) -> bool {
         let before = self.trial.clone();
-        let skips = |record: &Record, trial: &Trial| record.skipped(&trial.to.version, &trial.to.sha256).is_some();
+        let skips =
+            |record: &UpgradeRecord, trial: &Trial| record.skipped(&trial.to.version, &trial.to.sha256).is_some();
         let done = self.apply(change);
         let Some(trial) = before.filter(|_| done && self.trial.is_none()) else { return done };
         let (end, skipped) = match change {
-            Change::Forget => (End::Committed, false),
-            _ if trial.phase == Phase::RollingBack => (End::RolledBack, skips(self, &trial)),
-            _ => (End::GivenUp, skips(self, &trial)),
+            RecordChange::Forget => (UpgradeEnd::Committed, false),
+            _ if trial.phase == UpgradePhase::RollingBack => (UpgradeEnd::RolledBack, skips(self, &trial)),
+            _ => (UpgradeEnd::GivenUp, skips(self, &trial)),
         };
-        if end == End::Committed {
+        if end == UpgradeEnd::Committed {
             self.previous = Some(trial.from.clone());
         }
-        self.keep(Ended {
+        self.keep(FinishedUpgrade {
             from: trial.from.version,
             to: trial.to.version,
             began: trial.began,
             end,
             reason: trial.reason,
             skipped,
-            unknown: Unknown::new(),
+            unknown: UnknownFields::new(),
         });
         done
     }
 
     /// Keeps the end of an upgrade until it is reported.
-    pub fn keep(&mut self, ended: Ended) {
+    pub fn keep(&mut self, ended: FinishedUpgrade) {
         self.ended.push(ended);
         let surplus = self.ended.len().saturating_sub(MAX_ENDED);
         self.ended.drain(..surplus);
     }
 
     /// Ends that are not reported yet.
-    pub fn ended(&self) -> &[Ended] {
+    pub fn ended(&self) -> &[FinishedUpgrade] {
         &self.ended
     }
 
     /// These are reported.
-    pub fn forget_ended(&mut self, reported: &[Ended]) {
+    pub fn forget_ended(&mut self, reported: &[FinishedUpgrade]) {
         self.ended.retain(|ended| !reported.contains(ended));
     }
 
@@ -390,8 +393,11 @@ impl Record {
     /// An operator changes the manager, against this order.
     pub fn overrule(&mut self, order: Option<(&Version, Option<&Digest>)>) {
         let (version, sha256) = order.map_or((None, None), |(version, sha256)| (Some(version), sha256));
-        self.overruled =
-            Some(Overruled { version: version.cloned(), sha256: sha256.cloned(), unknown: Unknown::new() });
+        self.overruled = Some(OverruledUpgrade {
+            version: version.cloned(),
+            sha256: sha256.cloned(),
+            unknown: UnknownFields::new(),
+        });
     }
 
     /// Whether an operator's change holds against this order.
@@ -411,25 +417,27 @@ impl Record {
     }
 
     /// Makes a change that was asked for. Whether it applies to the phase; otherwise nothing is changed.
-    pub fn apply(&mut self, change: Change) -> bool {
+    pub fn apply(&mut self, change: RecordChange) -> bool {
         match change {
-            Change::BeginTrial => self.begin_trial(),
-            Change::LoseTry => self.count(|trial| trial.deaths = trial.deaths.saturating_add(1)),
-            Change::LoseWatchdog => self.count(|trial| trial.lost_watchdogs = trial.lost_watchdogs.saturating_add(1)),
-            Change::FailProof => self.count(|trial| trial.failed_proofs = trial.failed_proofs.saturating_add(1)),
-            Change::ResetTime => self.count(|trial| trial.spent_seconds = 0),
-            Change::Commit(reason) => self.commit(reason),
-            Change::RollBack { reason, condemns } => self.roll_back(reason, condemns),
-            Change::Forget => self.forget(),
-            Change::SkipAndForget => self.skip_and_forget(),
-            Change::Drop => self.trial.take().is_some(),
-            Change::Interrupt => self.interrupt(),
+            RecordChange::BeginTrial => self.begin_trial(),
+            RecordChange::LoseTry => self.count(|trial| trial.deaths = trial.deaths.saturating_add(1)),
+            RecordChange::LoseWatchdog => {
+                self.count(|trial| trial.lost_watchdogs = trial.lost_watchdogs.saturating_add(1))
+            }
+            RecordChange::FailProof => self.count(|trial| trial.failed_proofs = trial.failed_proofs.saturating_add(1)),
+            RecordChange::ResetTime => self.count(|trial| trial.spent_seconds = 0),
+            RecordChange::Commit(reason) => self.commit(reason),
+            RecordChange::RollBack { reason, condemns } => self.roll_back(reason, condemns),
+            RecordChange::Forget => self.forget(),
+            RecordChange::SkipAndForget => self.skip_and_forget(),
+            RecordChange::Drop => self.trial.take().is_some(),
+            RecordChange::Interrupt => self.interrupt(),
         }
     }
 
     /// `bin/aops` was switched.
     pub fn begin_trial(&mut self) -> bool {
-        self.enter(Phase::Trial, &[Phase::Switching], None).is_some()
+        self.enter(UpgradePhase::Trial, &[UpgradePhase::Switching], None).is_some()
     }
 
     /// Counts judged time in which the new manager was not in charge. It is added in pieces, because a judge may end at any time.
@@ -438,13 +446,13 @@ impl Record {
     }
 
     /// The new release is accepted. `reason`: why, where it has not passed its trial.
-    pub fn commit(&mut self, reason: Option<Reason>) -> bool {
-        self.enter(Phase::Committing, &[Phase::Trial, Phase::RollingBack], reason).is_some()
+    pub fn commit(&mut self, reason: Option<TrialEndReason>) -> bool {
+        self.enter(UpgradePhase::Committing, &[UpgradePhase::Trial, UpgradePhase::RollingBack], reason).is_some()
     }
 
     /// The new release is given up. `condemns`: it is skipped then.
-    pub fn roll_back(&mut self, reason: Reason, condemns: bool) -> bool {
-        match self.enter(Phase::RollingBack, &[Phase::Trial, Phase::Committing], Some(reason)) {
+    pub fn roll_back(&mut self, reason: TrialEndReason, condemns: bool) -> bool {
+        match self.enter(UpgradePhase::RollingBack, &[UpgradePhase::Trial, UpgradePhase::Committing], Some(reason)) {
             Some(trial) => trial.condemned = condemns,
             None => return false,
         }
@@ -452,11 +460,12 @@ impl Record {
     }
 
     /// The operator decides about the trial. What is decided already stays so, and there is nothing to commit before the switch.
-    pub fn force(&mut self, force: Force) -> bool {
+    pub fn force(&mut self, force: OperatorDecision) -> bool {
         let Some(trial) = &mut self.trial else { return false };
         let decides = match (trial.phase, force) {
-            (Phase::Trial, _) | (Phase::Switching, Force::Abort) => trial.forced.is_none(),
-            (Phase::Switching, Force::Commit) | (Phase::Committing | Phase::RollingBack, _) => false,
+            (UpgradePhase::Trial, _) | (UpgradePhase::Switching, OperatorDecision::Abort) => trial.forced.is_none(),
+            (UpgradePhase::Switching, OperatorDecision::Commit)
+            | (UpgradePhase::Committing | UpgradePhase::RollingBack, _) => false,
         };
         if decides {
             trial.forced = Some(force);
@@ -466,7 +475,7 @@ impl Record {
 
     /// The upgrade has ended with the new release in place.
     pub fn forget(&mut self) -> bool {
-        let Some(trial) = self.trial.take_if(|trial| trial.phase == Phase::Committing) else { return false };
+        let Some(trial) = self.trial.take_if(|trial| trial.phase == UpgradePhase::Committing) else { return false };
         self.skipped.retain(|skipped| skipped.version != trial.to.version);
         self.interruptions = None;
         true
@@ -479,19 +488,19 @@ impl Record {
         }
         let Image { version, sha256, .. } = release.clone();
         self.skipped.retain(|other| other.version != version || other.sha256 != sha256);
-        self.skipped.push(Skipped { version, sha256, reason, unknown: Unknown::new() });
+        self.skipped.push(SkippedImage { version, sha256, reason, unknown: UnknownFields::new() });
         let surplus = self.skipped.len().saturating_sub(MAX_SKIPPED);
         self.skipped.drain(..surplus);
     }
 
     /// Whether and why a release is skipped.
-    pub fn skipped(&self, version: &Version, sha256: &Digest) -> Option<&Skipped> {
+    pub fn skipped(&self, version: &Version, sha256: &Digest) -> Option<&SkippedImage> {
         self.skipped.iter().find(|skipped| skipped.version == *version && skipped.sha256 == *sha256)
     }
 
     /// Whether an order of this release is skipped, and why; without a digest, whichever package of that version was.
-    pub fn skips(&self, version: &Version, sha256: Option<&Digest>) -> Option<&Skipped> {
-        let is_it = |skipped: &&Skipped| sha256.is_none_or(|sha256| skipped.sha256 == *sha256);
+    pub fn skips(&self, version: &Version, sha256: Option<&Digest>) -> Option<&SkippedImage> {
+        let is_it = |skipped: &&SkippedImage| sha256.is_none_or(|sha256| skipped.sha256 == *sha256);
         self.skipped.iter().filter(|skipped| skipped.version == *version).find(is_it)
     }
 
@@ -503,7 +512,7 @@ impl Record {
 
     fn skip_and_forget(&mut self) -> bool {
         let Some(trial) = self.trial.take() else { return false };
-        let reason = trial.reason.unwrap_or_else(|| Reason::Aborted.to_string());
+        let reason = trial.reason.unwrap_or_else(|| TrialEndReason::Aborted.to_string());
         self.skip(&trial.to, reason, &trial.from);
         self.interruptions = None;
         true
@@ -516,7 +525,7 @@ impl Record {
             version: version.clone(),
             sha256: sha256.clone(),
             count: 0,
-            unknown: Unknown::new(),
+            unknown: UnknownFields::new(),
         });
         interruptions.count = interruptions.count.saturating_add(1);
         if interruptions.count >= MAX_INTERRUPTIONS {
@@ -527,7 +536,12 @@ impl Record {
         true
     }
 
-    fn enter(&mut self, phase: Phase, before: &[Phase], reason: Option<Reason>) -> Option<&mut Trial> {
+    fn enter(
+        &mut self,
+        phase: UpgradePhase,
+        before: &[UpgradePhase],
+        reason: Option<TrialEndReason>,
+    ) -> Option<&mut Trial> {
         let trial = self.trial.as_mut().filter(|trial| before.contains(&trial.phase))?;
         trial.phase = phase;
         if let Some(reason) = reason {
@@ -537,7 +551,7 @@ impl Record {
     }
 
     fn count(&mut self, change: impl FnOnce(&mut Trial)) -> bool {
-        let trial = self.trial.as_mut().filter(|trial| trial.phase == Phase::Trial);
+        let trial = self.trial.as_mut().filter(|trial| trial.phase == UpgradePhase::Trial);
         trial.map(change).is_some()
     }
 }

@@ -75,13 +75,13 @@ fn follow(world: &mut World, state: &State) -> Vec<Follows> {
 fn role_steps(world: &mut World, state: &State) -> Vec<Follows> {
     let mut all = vec![];
     if state.spa.is_some() {
-        all.extend(world.act(state, Asker::Watchdog));
+        all.extend(world.act(state, Decider::Watchdog));
     }
     if state.spm.is_some() {
-        all.extend(world.act(state, Asker::Manager));
+        all.extend(world.act(state, Decider::Manager));
     }
     if state.stopped && state.spm.is_none() && state.spa.is_none() {
-        all.extend(world.act(state, Asker::Installer));
+        all.extend(world.act(state, Decider::Installer));
     }
     all
 }
@@ -92,7 +92,7 @@ fn breach(world: &World, state: &State) -> Option<&'static str> {
     let phase = world.phase(state);
     let bin = state.bin.now;
     if let Some(trial) = record.trial() {
-        let Limits { deaths, failed_proofs, lost_watchdogs, first_answer, .. } = *world.limits();
+        let TrialLimits { deaths, failed_proofs, lost_watchdogs, first_answer, .. } = *world.limits();
         if trial.deaths > deaths
             || trial.failed_proofs > failed_proofs
             || trial.lost_watchdogs > lost_watchdogs
@@ -117,7 +117,11 @@ fn breach(world: &World, state: &State) -> Option<&'static str> {
     if record.skipped(&from.version, &from.sha256).is_some() {
         return Some("the old release is condemned");
     }
-    if phase.is_none() && bin == File::From && world.kind != Kind::SameBytes && state.installed.now != Which::From {
+    if phase.is_none()
+        && bin == File::From
+        && world.kind != Kind::SameBytes
+        && state.installed.now != WhichRelease::From
+    {
         return Some("the record of the installed release names another");
     }
     if state.meddled != Meddled::No {
@@ -126,14 +130,15 @@ fn breach(world: &World, state: &State) -> Option<&'static str> {
     if phase.is_none() && record.skipped(&to.version, &to.sha256).is_some() && bin == File::To {
         return Some("the release in place is condemned");
     }
-    let judged = bin == File::To && matches!(phase, Some(Phase::Switching | Phase::Trial | Phase::RollingBack));
+    let judged = bin == File::To
+        && matches!(phase, Some(UpgradePhase::Switching | UpgradePhase::Trial | UpgradePhase::RollingBack));
     if judged && (!state.spa_link.now || !state.other_links.now) {
         return Some("the next judge is the new program");
     }
-    if judged && state.spa.is_some_and(|spa| spa.image != Which::From) {
+    if judged && state.spa.is_some_and(|spa| spa.image != WhichRelease::From) {
         return Some("the new program judges");
     }
-    if phase.is_none() && bin == File::To && state.installed.now != Which::To {
+    if phase.is_none() && bin == File::To && state.installed.now != WhichRelease::To {
         return Some("a release is in place that is not on trial and not committed");
     }
     None
@@ -151,7 +156,7 @@ fn is_end(world: &World, state: &State) -> bool {
         return false;
     }
     // The operator, or the loss of the backup, left a release in place that cannot run.
-    let cannot_run = bin == Some(Which::To) && world.kind != Kind::Good;
+    let cannot_run = bin == Some(WhichRelease::To) && world.kind != Kind::Good;
     let spm = state.spm.is_some_and(|spm| Some(spm.image) == bin);
     let spa = state.spa.is_some_and(|spa| Some(spa.image) == bin);
     let any = state.spm.is_some() && state.spa.is_some();
@@ -176,7 +181,7 @@ fn fair(world: &mut World, state: &State) -> Option<State> {
     if !state.gateway {
         return Some(State { gateway: true, ..*state });
     }
-    for (is_there, asker) in [(state.spa.is_some(), Asker::Watchdog), (state.spm.is_some(), Asker::Manager)] {
+    for (is_there, asker) in [(state.spa.is_some(), Decider::Watchdog), (state.spm.is_some(), Decider::Manager)] {
         let mut steps = if is_there { world.act(state, asker) } else { vec![] };
         if !steps.is_empty() {
             return steps.swap_remove(0).ok();
@@ -209,7 +214,7 @@ fn unending(world: &mut World, states: &[State], places: &HashMap<State, usize>)
         };
         way.push(first);
         way.into_iter().for_each(|place| ends[place] = end);
-        if is_good_trial(world, &states[first]) && states[end].installed.now != Which::To {
+        if is_good_trial(world, &states[first]) && states[end].installed.now != WhichRelease::To {
             return Some(("a good release is not committed", first));
         }
     }
@@ -223,8 +228,8 @@ fn is_good_trial(world: &World, state: &State) -> bool {
     let watchdogs = trial.lost_watchdogs + u32::from(state.spa.is_some_and(|spa| spa.took_over));
     world.kind.passes()
         && state.meddled == Meddled::No
-        && trial.forced != Some(Force::Abort)
-        && (trial.phase == Phase::Trial || state.bin.now == File::To && trial.phase == Phase::Switching)
+        && trial.forced != Some(OperatorDecision::Abort)
+        && (trial.phase == UpgradePhase::Trial || state.bin.now == File::To && trial.phase == UpgradePhase::Switching)
         && (state.bin.now == File::To || world.kind == Kind::SameBytes)
         && deaths < world.limits().deaths
         // The restart of the watchdog on the fair way may find the new manager running.

@@ -1,6 +1,6 @@
 //! The rules, one by one.
 
-use super::view::ViewPhase;
+use super::view::UpgradeViewPhase;
 use super::*;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
@@ -10,13 +10,13 @@ fn image(version: &str, executable: char) -> Image {
     super::search::image(version, digit, executable)
 }
 
-fn begun() -> Record {
-    let mut record = Record::default();
+fn begun() -> UpgradeRecord {
+    let mut record = UpgradeRecord::default();
     record.begin(image("1", '1'), image("2", '2')).unwrap();
     record
 }
 
-fn on_trial() -> Record {
+fn on_trial() -> UpgradeRecord {
     let mut record = begun();
     assert!(record.begin_trial());
     record
@@ -24,18 +24,23 @@ fn on_trial() -> Record {
 
 /// What the old manager sees when everything is ready for the switch.
 fn ready() -> Evidence {
-    let old =
-        Manager { image: Which::From, answered: Some(S(999)), adopted: true, heartbeat: true, over_memory: false };
+    let old = ManagerEvidence {
+        image: WhichRelease::From,
+        answered: Some(S(999)),
+        adopted: true,
+        heartbeat: true,
+        over_memory: false,
+    };
     Evidence {
-        asker: Asker::Manager,
+        asker: Decider::Manager,
         recorded: true,
-        executable: Placed::From,
+        executable: InstalledExecutable::From,
         backup_whole: true,
-        links: Links::Backup,
-        installed: Which::From,
+        links: RoleLinks::Backup,
+        installed: WhichRelease::From,
         staged: true,
         manager: Some(old),
-        watchdog: Some(Which::From),
+        watchdog: Some(WhichRelease::From),
         died: false,
         took_over: false,
         probe: Probe::NotAsked,
@@ -47,8 +52,8 @@ fn ready() -> Evidence {
 /// What the judge sees of a new manager that has passed everything.
 fn passed() -> Evidence {
     Evidence {
-        asker: Asker::Watchdog,
-        executable: Placed::To,
+        asker: Decider::Watchdog,
+        executable: InstalledExecutable::To,
         staged: false,
         manager: Some(NEW),
         proof: Proof::Passed,
@@ -56,34 +61,37 @@ fn passed() -> Evidence {
     }
 }
 
-const NEW: Manager = Manager {
-    image: Which::To,
+const NEW: ManagerEvidence = ManagerEvidence {
+    image: WhichRelease::To,
     answered: Some(Duration::from_secs(30)),
     adopted: true,
     heartbeat: true,
     over_memory: false,
 };
 
-fn step(record: &Record, evidence: Evidence) -> Step {
-    next(record, &evidence, &Limits::default())
+fn step(record: &UpgradeRecord, evidence: Evidence) -> UpgradeStep {
+    next(record, &evidence, &TrialLimits::default())
 }
 
-fn back(reason: Reason) -> Step {
-    Step::Record(Change::RollBack { reason, condemns: true })
+fn back(reason: TrialEndReason) -> UpgradeStep {
+    UpgradeStep::Record(RecordChange::RollBack { reason, condemns: true })
 }
 
 #[test]
 fn the_switch_follows_the_record_the_backup_and_the_links() {
-    let home = Evidence { backup_whole: false, links: Links::Executable, ..ready() };
+    let home = Evidence { backup_whole: false, links: RoleLinks::Executable, ..ready() };
     for (evidence, expected) in [
-        (Evidence { recorded: false, ..home }, Step::Save),
-        (home, Step::BackUp),
-        (Evidence { links: Links::Mixed, ..ready() }, Step::LinkToBackup),
-        (ready(), Step::Swap),
-        (Evidence { executable: Placed::Both, ..ready() }, Step::Record(Change::BeginTrial)),
-        (Evidence { executable: Placed::To, ..ready() }, Step::RestartManager),
-        (Evidence { asker: Asker::Watchdog, ..ready() }, Step::Wait(Wait::OtherRole)),
-        (Evidence { asker: Asker::Watchdog, executable: Placed::To, ..ready() }, Step::Record(Change::BeginTrial)),
+        (Evidence { recorded: false, ..home }, UpgradeStep::Save),
+        (home, UpgradeStep::BackUp),
+        (Evidence { links: RoleLinks::Mixed, ..ready() }, UpgradeStep::LinkToBackup),
+        (ready(), UpgradeStep::Swap),
+        (Evidence { executable: InstalledExecutable::Both, ..ready() }, UpgradeStep::Record(RecordChange::BeginTrial)),
+        (Evidence { executable: InstalledExecutable::To, ..ready() }, UpgradeStep::RestartManager),
+        (Evidence { asker: Decider::Watchdog, ..ready() }, UpgradeStep::Wait(Wait::OtherRole)),
+        (
+            Evidence { asker: Decider::Watchdog, executable: InstalledExecutable::To, ..ready() },
+            UpgradeStep::Record(RecordChange::BeginTrial),
+        ),
     ] {
         assert_eq!(step(&begun(), evidence), expected, "{evidence:?}");
     }
@@ -91,35 +99,35 @@ fn the_switch_follows_the_record_the_backup_and_the_links() {
 
 #[test]
 fn a_switch_that_cannot_happen_is_given_up_with_the_links_at_home() {
-    let end = |change| [Step::LinkToExecutable, Step::Record(change)];
+    let end = |change| [UpgradeStep::LinkToExecutable, UpgradeStep::Record(change)];
     let mut aborted = begun();
-    assert!(aborted.force(Force::Abort));
+    assert!(aborted.force(OperatorDecision::Abort));
     for (record, evidence, change) in [
-        (begun(), Evidence { staged: false, ..ready() }, Change::Interrupt),
-        (begun(), Evidence { stopped: true, ..ready() }, Change::Drop),
-        (begun(), Evidence { asker: Asker::Installer, manager: None, ..ready() }, Change::Drop),
-        (begun(), Evidence { executable: Placed::Neither, ..ready() }, Change::Drop),
-        (aborted, ready(), Change::SkipAndForget),
-        (on_trial(), Evidence { asker: Asker::Watchdog, ..ready() }, Change::Interrupt),
+        (begun(), Evidence { staged: false, ..ready() }, RecordChange::Interrupt),
+        (begun(), Evidence { stopped: true, ..ready() }, RecordChange::Drop),
+        (begun(), Evidence { asker: Decider::Installer, manager: None, ..ready() }, RecordChange::Drop),
+        (begun(), Evidence { executable: InstalledExecutable::Neither, ..ready() }, RecordChange::Drop),
+        (aborted, ready(), RecordChange::SkipAndForget),
+        (on_trial(), Evidence { asker: Decider::Watchdog, ..ready() }, RecordChange::Interrupt),
     ] {
-        let steps = [evidence.links, Links::Executable].map(|links| step(&record, Evidence { links, ..evidence }));
+        let steps = [evidence.links, RoleLinks::Executable].map(|links| step(&record, Evidence { links, ..evidence }));
         assert_eq!(steps, end(change), "{evidence:?}");
     }
 }
 
 #[test]
 fn a_half_done_switch_of_windows_is_undone() {
-    let missing = Evidence { executable: Placed::Missing, ..ready() };
-    assert_eq!(step(&begun(), missing), Step::Restore);
-    let judge = Evidence { asker: Asker::Watchdog, ..missing };
-    assert_eq!(step(&begun(), judge), Step::Restore);
-    assert_eq!(step(&on_trial(), judge), back(Reason::Vanished));
-    assert_eq!(step(&Record::default(), judge), Step::Restore);
+    let missing = Evidence { executable: InstalledExecutable::Missing, ..ready() };
+    assert_eq!(step(&begun(), missing), UpgradeStep::Restore);
+    let judge = Evidence { asker: Decider::Watchdog, ..missing };
+    assert_eq!(step(&begun(), judge), UpgradeStep::Restore);
+    assert_eq!(step(&on_trial(), judge), back(TrialEndReason::Vanished));
+    assert_eq!(step(&UpgradeRecord::default(), judge), UpgradeStep::Restore);
 }
 
 #[test]
 fn a_new_manager_is_committed_when_it_has_passed_everything() {
-    let with = |change: fn(&mut Manager)| {
+    let with = |change: fn(&mut ManagerEvidence)| {
         let mut manager = NEW;
         change(&mut manager);
         Evidence { manager: Some(manager), ..passed() }
@@ -131,28 +139,28 @@ fn a_new_manager_is_committed_when_it_has_passed_everything() {
     };
     let unasked = asked(Probe::NotAsked);
     for (evidence, expected) in [
-        (passed(), Step::Record(Change::Commit(None))),
-        (Evidence { proof: Proof::NotBegun, ..passed() }, Step::Prove),
-        (Evidence { proof: Proof::Running, ..passed() }, Step::Wait(Wait::Proof)),
-        (Evidence { proof: Proof::Failed, ..passed() }, Step::Record(Change::FailProof)),
-        (Evidence { died: true, manager: None, ..passed() }, Step::Record(Change::LoseTry)),
-        (Evidence { took_over: true, ..passed() }, Step::Record(Change::LoseWatchdog)),
-        (Evidence { manager: None, ..passed() }, Step::Wait(Wait::Answer { left: S(60) })),
-        (Evidence { manager: ready().manager, ..passed() }, Step::RestartManager),
-        (Evidence { stopped: true, died: true, manager: None, ..passed() }, Step::Wait(Wait::Start)),
-        (Evidence { links: Links::Mixed, ..passed() }, Step::LinkToBackup),
-        (Evidence { watchdog: Some(Which::To), ..passed() }, Step::EndWatchdog),
-        (Evidence { asker: Asker::Manager, ..passed() }, Step::Wait(Wait::OtherRole)),
-        (with(|manager| manager.answered = None), Step::Wait(Wait::Answer { left: S(60) })),
-        (with(|manager| manager.adopted = false), Step::Wait(Wait::Answer { left: S(60) })),
-        (with(|manager| manager.answered = Some(S(29))), Step::Wait(Wait::Life { left: S(1) })),
-        (with(|manager| manager.over_memory = true), back(Reason::Memory)),
-        (unasked, Step::Probe),
-        (asked(Probe::Running), Step::Wait(Wait::Probe)),
-        (asked(Probe::Fails(S(20))), Step::Wait(Wait::Unproven { left: S(40) })),
-        (asked(Probe::Fails(S(60))), Step::Probe),
-        (asked(Probe::Works(S(59))), Step::Wait(Wait::Heartbeat { left: S(1) })),
-        (asked(Probe::Works(S(60))), back(Reason::NoHeartbeat)),
+        (passed(), UpgradeStep::Record(RecordChange::Commit(None))),
+        (Evidence { proof: Proof::NotBegun, ..passed() }, UpgradeStep::Prove),
+        (Evidence { proof: Proof::Running, ..passed() }, UpgradeStep::Wait(Wait::Proof)),
+        (Evidence { proof: Proof::Failed, ..passed() }, UpgradeStep::Record(RecordChange::FailProof)),
+        (Evidence { died: true, manager: None, ..passed() }, UpgradeStep::Record(RecordChange::LoseTry)),
+        (Evidence { took_over: true, ..passed() }, UpgradeStep::Record(RecordChange::LoseWatchdog)),
+        (Evidence { manager: None, ..passed() }, UpgradeStep::Wait(Wait::Answer { left: S(60) })),
+        (Evidence { manager: ready().manager, ..passed() }, UpgradeStep::RestartManager),
+        (Evidence { stopped: true, died: true, manager: None, ..passed() }, UpgradeStep::Wait(Wait::Start)),
+        (Evidence { links: RoleLinks::Mixed, ..passed() }, UpgradeStep::LinkToBackup),
+        (Evidence { watchdog: Some(WhichRelease::To), ..passed() }, UpgradeStep::EndWatchdog),
+        (Evidence { asker: Decider::Manager, ..passed() }, UpgradeStep::Wait(Wait::OtherRole)),
+        (with(|manager| manager.answered = None), UpgradeStep::Wait(Wait::Answer { left: S(60) })),
+        (with(|manager| manager.adopted = false), UpgradeStep::Wait(Wait::Answer { left: S(60) })),
+        (with(|manager| manager.answered = Some(S(29))), UpgradeStep::Wait(Wait::Life { left: S(1) })),
+        (with(|manager| manager.over_memory = true), back(TrialEndReason::Memory)),
+        (unasked, UpgradeStep::Probe),
+        (asked(Probe::Running), UpgradeStep::Wait(Wait::Probe)),
+        (asked(Probe::Fails(S(20))), UpgradeStep::Wait(Wait::Unproven { left: S(40) })),
+        (asked(Probe::Fails(S(60))), UpgradeStep::Probe),
+        (asked(Probe::Works(S(59))), UpgradeStep::Wait(Wait::Heartbeat { left: S(1) })),
+        (asked(Probe::Works(S(60))), back(TrialEndReason::NoHeartbeat)),
     ] {
         assert_eq!(step(&on_trial(), evidence), expected, "{evidence:?}");
     }
@@ -165,11 +173,14 @@ fn each_budget_condemns_when_it_is_used_up() {
         (0..times).for_each(|_| assert!(record.apply(change)));
         step(&record, passed())
     };
-    let commits = Step::Record(Change::Commit(None));
-    assert_eq!([lose(Change::LoseTry, 2), lose(Change::LoseTry, 3)], [commits, back(Reason::Died)]);
-    assert_eq!([lose(Change::FailProof, 1), lose(Change::FailProof, 2)], [commits, back(Reason::Proof)]);
-    let watchdogs = [lose(Change::LoseWatchdog, 4), lose(Change::LoseWatchdog, 5)];
-    assert_eq!(watchdogs, [commits, back(Reason::WatchdogEnded)]);
+    let commits = UpgradeStep::Record(RecordChange::Commit(None));
+    assert_eq!([lose(RecordChange::LoseTry, 2), lose(RecordChange::LoseTry, 3)], [commits, back(TrialEndReason::Died)]);
+    assert_eq!(
+        [lose(RecordChange::FailProof, 1), lose(RecordChange::FailProof, 2)],
+        [commits, back(TrialEndReason::Proof)]
+    );
+    let watchdogs = [lose(RecordChange::LoseWatchdog, 4), lose(RecordChange::LoseWatchdog, 5)];
+    assert_eq!(watchdogs, [commits, back(TrialEndReason::WatchdogEnded)]);
 }
 
 #[test]
@@ -178,72 +189,76 @@ fn time_counts_until_the_new_manager_is_in_charge() {
     assert!(record.spend(59));
     let absent = Evidence { manager: None, ..passed() };
     let wait = Wait::Answer { left: S(1) };
-    assert_eq!((step(&record, absent), wait.counts()), (Step::Wait(wait), true));
-    assert_eq!(step(&record, passed()), Step::Record(Change::ResetTime));
+    assert_eq!((step(&record, absent), wait.counts()), (UpgradeStep::Wait(wait), true));
+    assert_eq!(step(&record, passed()), UpgradeStep::Record(RecordChange::ResetTime));
     assert!(record.spend(1));
-    assert_eq!(step(&record, absent), back(Reason::NoAnswer));
-    let idle = Evidence { manager: Some(Manager { adopted: false, ..NEW }), ..passed() };
-    assert_eq!(step(&record, idle), back(Reason::NotAdopted));
+    assert_eq!(step(&record, absent), back(TrialEndReason::NoAnswer));
+    let idle = Evidence { manager: Some(ManagerEvidence { adopted: false, ..NEW }), ..passed() };
+    assert_eq!(step(&record, idle), back(TrialEndReason::NotAdopted));
     assert!([Wait::OtherRole, Wait::Start, Wait::Unproven { left: S(1) }].iter().all(|wait| !wait.counts()));
 }
 
 #[test]
 fn the_operator_decides_once_and_at_once() {
     let absent = Evidence { manager: None, stopped: true, ..passed() };
-    for (force, expected) in
-        [(Force::Commit, Step::Record(Change::Commit(Some(Reason::Forced)))), (Force::Abort, back(Reason::Aborted))]
-    {
+    for (force, expected) in [
+        (OperatorDecision::Commit, UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::Forced)))),
+        (OperatorDecision::Abort, back(TrialEndReason::Aborted)),
+    ] {
         let mut record = on_trial();
-        assert!(record.force(force) && !record.force(Force::Commit));
+        assert!(record.force(force) && !record.force(OperatorDecision::Commit));
         assert_eq!(step(&record, absent), expected);
     }
-    assert!(!begun().force(Force::Commit) && !Record::default().force(Force::Abort));
+    assert!(!begun().force(OperatorDecision::Commit) && !UpgradeRecord::default().force(OperatorDecision::Abort));
 }
 
 #[test]
 fn a_commit_names_the_release_leads_the_links_home_and_ends_the_old_watchdog() {
     let mut record = on_trial();
     assert!(record.commit(None));
-    let named = Evidence { installed: Which::To, ..passed() };
-    let home = Evidence { links: Links::Executable, ..named };
-    let alone = Evidence { asker: Asker::Manager, watchdog: None, ..home };
+    let named = Evidence { installed: WhichRelease::To, ..passed() };
+    let home = Evidence { links: RoleLinks::Executable, ..named };
+    let alone = Evidence { asker: Decider::Manager, watchdog: None, ..home };
     for (evidence, expected) in [
-        (passed(), Step::RecordRelease(Which::To)),
-        (named, Step::LinkToExecutable),
-        (home, Step::EndWatchdog),
-        (Evidence { watchdog: Some(Which::To), ..home }, Step::Record(Change::Forget)),
-        (Evidence { asker: Asker::Manager, ..home }, Step::Wait(Wait::OtherRole)),
-        (alone, Step::Record(Change::Forget)),
+        (passed(), UpgradeStep::RecordRelease(WhichRelease::To)),
+        (named, UpgradeStep::LinkToExecutable),
+        (home, UpgradeStep::EndWatchdog),
+        (Evidence { watchdog: Some(WhichRelease::To), ..home }, UpgradeStep::Record(RecordChange::Forget)),
+        (Evidence { asker: Decider::Manager, ..home }, UpgradeStep::Wait(Wait::OtherRole)),
+        (alone, UpgradeStep::Record(RecordChange::Forget)),
     ] {
         assert_eq!(step(&record, evidence), expected, "{evidence:?}");
     }
-    assert!(!record.force(Force::Abort));
+    assert!(!record.force(OperatorDecision::Abort));
 }
 
 #[test]
 fn a_roll_back_restores_restarts_and_skips() {
     let mut record = on_trial();
-    assert!(record.roll_back(Reason::Memory, true));
-    let restored = Evidence { executable: Placed::From, ..passed() };
+    assert!(record.roll_back(TrialEndReason::Memory, true));
+    let restored = Evidence { executable: InstalledExecutable::From, ..passed() };
     let old = Evidence { manager: ready().manager, ..restored };
     for (evidence, expected) in [
-        (Evidence { links: Links::Executable, ..passed() }, Step::LinkToBackup),
-        (passed(), Step::Restore),
-        (Evidence { executable: Placed::Neither, ..passed() }, Step::LinkToExecutable),
-        (Evidence { installed: Which::To, ..restored }, Step::RecordRelease(Which::From)),
-        (restored, Step::RestartManager),
-        (Evidence { manager: Some(Manager { answered: None, ..NEW }), ..restored }, Step::KillManager),
-        (old, Step::LinkToExecutable),
-        (Evidence { links: Links::Executable, ..old }, Step::Record(Change::SkipAndForget)),
-        (Evidence { backup_whole: false, ..passed() }, Step::Record(Change::Commit(Some(Reason::NoBackup)))),
+        (Evidence { links: RoleLinks::Executable, ..passed() }, UpgradeStep::LinkToBackup),
+        (passed(), UpgradeStep::Restore),
+        (Evidence { executable: InstalledExecutable::Neither, ..passed() }, UpgradeStep::LinkToExecutable),
+        (Evidence { installed: WhichRelease::To, ..restored }, UpgradeStep::RecordRelease(WhichRelease::From)),
+        (restored, UpgradeStep::RestartManager),
+        (Evidence { manager: Some(ManagerEvidence { answered: None, ..NEW }), ..restored }, UpgradeStep::KillManager),
+        (old, UpgradeStep::LinkToExecutable),
+        (Evidence { links: RoleLinks::Executable, ..old }, UpgradeStep::Record(RecordChange::SkipAndForget)),
+        (
+            Evidence { backup_whole: false, ..passed() },
+            UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup))),
+        ),
     ] {
         assert_eq!(step(&record, evidence), expected, "{evidence:?}");
     }
-    assert!(record.apply(Change::SkipAndForget));
+    assert!(record.apply(RecordChange::SkipAndForget));
     let refused = record.begin(image("1", '1'), image("2", '2'));
     assert_eq!(
         refused,
-        Err(Refusal::Skipped(
+        Err(UpgradeRefusal::Skipped(
             "the new manager used too much: memory beyond spmMaxMem, or hundreds of processes".to_owned()
         ))
     );
@@ -252,42 +267,42 @@ fn a_roll_back_restores_restarts_and_skips() {
 
 #[test]
 fn the_installer_returns_to_the_old_release_and_condemns_nothing() {
-    let installer = Evidence { asker: Asker::Installer, manager: None, watchdog: None, stopped: true, ..passed() };
+    let installer = Evidence { asker: Decider::Installer, manager: None, watchdog: None, stopped: true, ..passed() };
     let mut record = on_trial();
-    let Step::Record(change @ Change::RollBack { condemns: false, .. }) = step(&record, installer) else {
+    let UpgradeStep::Record(change @ RecordChange::RollBack { condemns: false, .. }) = step(&record, installer) else {
         panic!("{:?}", step(&record, installer))
     };
     assert!(record.apply(change));
-    assert_eq!(step(&record, installer), Step::Restore);
-    let home = Evidence { executable: Placed::From, links: Links::Executable, ..installer };
-    assert_eq!(step(&record, home), Step::Record(Change::Drop));
+    assert_eq!(step(&record, installer), UpgradeStep::Restore);
+    let home = Evidence { executable: InstalledExecutable::From, links: RoleLinks::Executable, ..installer };
+    assert_eq!(step(&record, home), UpgradeStep::Record(RecordChange::Drop));
 }
 
 #[test]
 fn without_a_backup_the_new_release_stays() {
     let lost = Evidence { backup_whole: false, ..passed() };
-    let commits = Step::Record(Change::Commit(Some(Reason::NoBackup)));
+    let commits = UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup)));
     assert_eq!(step(&on_trial(), lost), commits);
     // No watchdog can be started from the backup then.
-    let manager = Evidence { asker: Asker::Manager, watchdog: None, ..lost };
+    let manager = Evidence { asker: Decider::Manager, watchdog: None, ..lost };
     assert_eq!(step(&on_trial(), manager), commits);
 }
 
 #[test]
 fn a_lost_record_leads_the_links_home() {
-    let record = Record::default();
-    let lost = Evidence { executable: Placed::Neither, ..passed() };
-    assert_eq!(step(&record, lost), Step::LinkToExecutable);
-    assert_eq!(step(&record, Evidence { links: Links::Executable, ..lost }), Step::Nothing);
+    let record = UpgradeRecord::default();
+    let lost = Evidence { executable: InstalledExecutable::Neither, ..passed() };
+    assert_eq!(step(&record, lost), UpgradeStep::LinkToExecutable);
+    assert_eq!(step(&record, Evidence { links: RoleLinks::Executable, ..lost }), UpgradeStep::Nothing);
 }
 
 #[test]
 fn another_upgrade_waits_and_the_running_release_is_never_skipped() {
     let mut record = begun();
-    assert_eq!(record.begin(image("1", '1'), image("3", '3')), Err(Refusal::UnderWay));
+    assert_eq!(record.begin(image("1", '1'), image("3", '3')), Err(UpgradeRefusal::UnderWay));
     let (one, two) = (image("1", '1'), image("2", '2'));
-    let mut record = Record::default();
-    assert_eq!(record.begin(one.clone(), one.clone()), Err(Refusal::Running));
+    let mut record = UpgradeRecord::default();
+    assert_eq!(record.begin(one.clone(), one.clone()), Err(UpgradeRefusal::Running));
     record.skip(&one, "bad".to_owned(), &one);
     assert_eq!(record.skipped(&one.version, &one.sha256), None);
     for number in 0..40 {
@@ -303,8 +318,9 @@ fn another_upgrade_waits_and_the_running_release_is_never_skipped() {
 #[test]
 fn the_third_interrupted_switch_to_a_release_skips_it() {
     let (one, two) = (image("1", '1'), image("2", '2'));
-    let mut record = Record::default();
-    let mut interrupt = |to: &Image| record.begin(one.clone(), to.clone()).is_ok() && record.apply(Change::Interrupt);
+    let mut record = UpgradeRecord::default();
+    let mut interrupt =
+        |to: &Image| record.begin(one.clone(), to.clone()).is_ok() && record.apply(RecordChange::Interrupt);
     assert!(interrupt(&two) && interrupt(&two));
     // Another target starts its own count.
     assert!(interrupt(&image("3", '3')));
@@ -316,12 +332,12 @@ fn a_change_that_does_not_fit_the_phase_changes_nothing() {
     let mut committing = on_trial();
     assert!(committing.commit(None));
     for (record, change) in [
-        (Record::default(), Change::Drop),
-        (begun(), Change::Commit(None)),
-        (begun(), Change::LoseTry),
-        (on_trial(), Change::BeginTrial),
-        (on_trial(), Change::Forget),
-        (committing, Change::LoseTry),
+        (UpgradeRecord::default(), RecordChange::Drop),
+        (begun(), RecordChange::Commit(None)),
+        (begun(), RecordChange::LoseTry),
+        (on_trial(), RecordChange::BeginTrial),
+        (on_trial(), RecordChange::Forget),
+        (committing, RecordChange::LoseTry),
     ] {
         let mut changed = record.clone();
         assert!(!changed.apply(change), "{change:?}");
@@ -331,21 +347,24 @@ fn a_change_that_does_not_fit_the_phase_changes_nothing() {
 
 #[test]
 fn two_releases_of_the_same_bytes_are_told_apart_by_the_record() {
-    let mut record = Record::default();
+    let mut record = UpgradeRecord::default();
     record.begin(image("1", '7'), image("2", '7')).unwrap();
     let trial = record.trial().unwrap();
-    let place = |digit: char| Placed::of(trial, Some(&image("1", digit).executable));
-    assert_eq!([place('7'), place('8'), Placed::of(trial, None)], [Placed::Both, Placed::Neither, Placed::Missing]);
-    let both = Evidence { executable: Placed::Both, ..passed() };
+    let place = |digit: char| InstalledExecutable::of(trial, Some(&image("1", digit).executable));
+    assert_eq!(
+        [place('7'), place('8'), InstalledExecutable::of(trial, None)],
+        [InstalledExecutable::Both, InstalledExecutable::Neither, InstalledExecutable::Missing]
+    );
+    let both = Evidence { executable: InstalledExecutable::Both, ..passed() };
     assert!(record.begin_trial());
-    assert_eq!(step(&record, both), Step::Record(Change::Commit(None)));
-    assert!(record.roll_back(Reason::Aborted, true));
-    assert_eq!(step(&record, both), Step::RestartManager);
+    assert_eq!(step(&record, both), UpgradeStep::Record(RecordChange::Commit(None)));
+    assert!(record.roll_back(TrialEndReason::Aborted, true));
+    assert_eq!(step(&record, both), UpgradeStep::RestartManager);
 }
 
 #[test]
 fn fields_of_a_later_version_are_written_back_at_every_level() {
-    let value = |record: &Record| serde_json::to_value(record).unwrap();
+    let value = |record: &UpgradeRecord| serde_json::to_value(record).unwrap();
     let mut record = begun();
     record.skip(&image("4", '4'), "bad".to_owned(), &image("1", '1'));
     let mut text = value(&record);
@@ -355,36 +374,36 @@ fn fields_of_a_later_version_are_written_back_at_every_level() {
     text["interruptions"] = serde_json::json!({
         "version": "2", "sha256": "2".repeat(64), "count": 1, "later": {"x": "y"}
     });
-    let read: Record = serde_json::from_value(text.clone()).unwrap();
+    let read: UpgradeRecord = serde_json::from_value(text.clone()).unwrap();
     assert_eq!(value(&read), text);
     assert!(text["trial"]["spentSeconds"].is_u64());
     // What an earlier version does not write has a default.
     text["trial"].as_object_mut().unwrap().retain(|key, _| ["from", "to", "phase"].contains(&key.as_str()));
-    assert!(serde_json::from_value::<Record>(text).is_ok());
+    assert!(serde_json::from_value::<UpgradeRecord>(text).is_ok());
 }
 
 #[test]
 fn status_shows_what_is_waited_for() {
-    let limits = Limits::default();
-    let view = |record: &Record, evidence| status(record, &evidence, &limits).unwrap();
-    assert_eq!(status(&Record::default(), &passed(), &limits), None);
-    let young = Evidence { manager: Some(Manager { answered: Some(S(10)), ..NEW }), ..passed() };
-    let silent = Manager { heartbeat: false, ..NEW };
+    let limits = TrialLimits::default();
+    let view = |record: &UpgradeRecord, evidence| status(record, &evidence, &limits).unwrap();
+    assert_eq!(status(&UpgradeRecord::default(), &passed(), &limits), None);
+    let young = Evidence { manager: Some(ManagerEvidence { answered: Some(S(10)), ..NEW }), ..passed() };
+    let silent = ManagerEvidence { heartbeat: false, ..NEW };
     let unproven = Evidence { manager: Some(silent), probe: Probe::Fails(S(1)), ..passed() };
-    let of_manager = Evidence { asker: Asker::Manager, watchdog: None, ..young };
+    let of_manager = Evidence { asker: Decider::Manager, watchdog: None, ..young };
     for (evidence, phase, seconds_left) in [
-        (young, ViewPhase::Trial, Some(20)),
-        (of_manager, ViewPhase::Trial, Some(20)),
-        (unproven, ViewPhase::Unproven, Some(59)),
-        (Evidence { stopped: true, ..passed() }, ViewPhase::Paused, None),
+        (young, UpgradeViewPhase::Trial, Some(20)),
+        (of_manager, UpgradeViewPhase::Trial, Some(20)),
+        (unproven, UpgradeViewPhase::Unproven, Some(59)),
+        (Evidence { stopped: true, ..passed() }, UpgradeViewPhase::Paused, None),
     ] {
         let view = view(&on_trial(), evidence);
         assert_eq!((view.phase, view.seconds_left, view.tries_left), (phase, seconds_left, 3));
     }
     let mut record = on_trial();
-    assert!(record.apply(Change::LoseTry) && record.roll_back(Reason::NoAnswer, true));
+    assert!(record.apply(RecordChange::LoseTry) && record.roll_back(TrialEndReason::NoAnswer, true));
     let view = view(&record, passed());
-    assert_eq!((view.phase, view.tries_left), (ViewPhase::RollingBack, 2));
+    assert_eq!((view.phase, view.tries_left), (UpgradeViewPhase::RollingBack, 2));
     assert_eq!(view.reason.as_deref(), Some("the new manager did not answer in time"));
     assert_eq!((view.from.as_str(), view.to.as_str()), ("1", "2"));
 }
@@ -392,7 +411,7 @@ fn status_shows_what_is_waited_for() {
 #[test]
 fn an_operators_change_holds_until_another_release_is_ordered_or_installed() {
     let (one, two) = (image("1", '1'), image("2", '2'));
-    let mut record = Record::default();
+    let mut record = UpgradeRecord::default();
     record.overrule(Some((&two.version, Some(&two.sha256))));
     assert!(record.is_held() && record.overrules(&two.version, Some(&two.sha256)));
     assert!(!record.overrules(&two.version, Some(&one.sha256)) && !record.overrules(&one.version, None));

@@ -2,18 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::evidence::{Asker, Evidence, Limits};
-use super::record::{Phase, Record};
-use super::{Step, Wait, next};
+use super::evidence::{Decider, Evidence, TrialLimits};
+use super::record::{UpgradePhase, UpgradeRecord};
+use super::{UpgradeStep, Wait, next};
 use crate::core::model::Version;
 
 /// An upgrade as an operator sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct View {
+pub struct UpgradeView {
     pub from: Version,
     pub to: Version,
-    pub phase: ViewPhase,
+    pub phase: UpgradeViewPhase,
     /// Until the next decision, where time alone brings it.
     pub seconds_left: Option<u64>,
     /// How often the new manager may still die.
@@ -25,7 +25,7 @@ pub struct View {
 /// The phase of an upgrade as an operator sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub enum ViewPhase {
+pub enum UpgradeViewPhase {
     Switching,
     Trial,
     /// On trial, and neither program can send a heartbeat: the gateway is unreachable.
@@ -36,37 +36,38 @@ pub enum ViewPhase {
     RollingBack,
 }
 
-impl ViewPhase {
+impl UpgradeViewPhase {
     /// The word in `status`.
     pub fn as_str(self) -> &'static str {
         match self {
-            ViewPhase::Switching => "switching",
-            ViewPhase::Trial => "trial",
-            ViewPhase::Unproven => "unproven",
-            ViewPhase::Paused => "paused",
-            ViewPhase::Committing => "committing",
-            ViewPhase::RollingBack => "rollingBack",
+            UpgradeViewPhase::Switching => "switching",
+            UpgradeViewPhase::Trial => "trial",
+            UpgradeViewPhase::Unproven => "unproven",
+            UpgradeViewPhase::Paused => "paused",
+            UpgradeViewPhase::Committing => "committing",
+            UpgradeViewPhase::RollingBack => "rollingBack",
         }
     }
 }
 
 /// `None`: no upgrade is under way. Either role may ask; it sees what the judge would.
-pub fn status(record: &Record, evidence: &Evidence, limits: &Limits) -> Option<View> {
+pub fn status(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits) -> Option<UpgradeView> {
     let trial = record.trial()?;
-    let judged = Evidence { asker: Asker::Watchdog, recorded: true, watchdog: Some(super::Which::From), ..*evidence };
+    let judged =
+        Evidence { asker: Decider::Watchdog, recorded: true, watchdog: Some(super::WhichRelease::From), ..*evidence };
     let wait = match next(record, &judged, limits) {
-        Step::Wait(wait) => Some(wait),
+        UpgradeStep::Wait(wait) => Some(wait),
         _ => None,
     };
     let phase = match (trial.phase, wait) {
-        (Phase::Trial, Some(Wait::Unproven { .. })) => ViewPhase::Unproven,
-        (Phase::Trial, Some(Wait::Start)) => ViewPhase::Paused,
-        (Phase::Trial, _) => ViewPhase::Trial,
-        (Phase::Switching, _) => ViewPhase::Switching,
-        (Phase::Committing, _) => ViewPhase::Committing,
-        (Phase::RollingBack, _) => ViewPhase::RollingBack,
+        (UpgradePhase::Trial, Some(Wait::Unproven { .. })) => UpgradeViewPhase::Unproven,
+        (UpgradePhase::Trial, Some(Wait::Start)) => UpgradeViewPhase::Paused,
+        (UpgradePhase::Trial, _) => UpgradeViewPhase::Trial,
+        (UpgradePhase::Switching, _) => UpgradeViewPhase::Switching,
+        (UpgradePhase::Committing, _) => UpgradeViewPhase::Committing,
+        (UpgradePhase::RollingBack, _) => UpgradeViewPhase::RollingBack,
     };
-    Some(View {
+    Some(UpgradeView {
         from: trial.from.version.clone(),
         to: trial.to.version.clone(),
         phase,

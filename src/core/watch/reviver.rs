@@ -1,7 +1,7 @@
 //! Who revives a role that is gone, and when: the service manager in its turn, then the role that watches it.
 //!
-//! The manager and the watchdog decide by this, each for the other. Where they differ is a [`Policy`]; what they observe goes in, an
-//! [`Action`] comes out, and they carry it out.
+//! The manager and the watchdog decide by this, each for the other. Where they differ is a [`RevivalPolicy`]; what they observe goes in, an
+//! [`RevivalAction`] comes out, and they carry it out.
 //!
 //! ```text
 //!           connected                      lost
@@ -36,7 +36,7 @@ const UNANSWERED: u32 = 6;
 
 /// Where the two roles differ in what they do about the other.
 #[derive(Debug, Clone, Copy)]
-pub struct Policy {
+pub struct RevivalPolicy {
     /// A stop of the other role, recorded or done to its unit, is a stop of this one too. So its unit is asked after from the first moment,
     /// and also while somebody has the role; otherwise only before something is started.
     pub follows_stop: bool,
@@ -45,41 +45,41 @@ pub struct Policy {
     /// One that was lost is started after this at the earliest.
     pub moment: Duration,
     /// Between two looks while there is none.
-    pub looks: Pause,
+    pub looks: PauseRule,
     /// Between two questions after the unit.
-    pub questions: Pause,
+    pub questions: PauseRule,
 }
 
-impl Policy {
+impl RevivalPolicy {
     /// Of the watchdog, over the manager. It looks often, because a look is an attempt to connect.
-    pub const WATCHDOG: Policy = Policy {
+    pub const WATCHDOG: RevivalPolicy = RevivalPolicy {
         follows_stop: true,
         connects: Duration::ZERO,
         moment: Duration::ZERO,
-        looks: Pause { first: Duration::from_millis(1), last: Duration::from_millis(500), divisor: 16 },
-        questions: Pause { first: Duration::from_secs(1), last: Duration::from_secs(10), divisor: 7 },
+        looks: PauseRule { first: Duration::from_millis(1), last: Duration::from_millis(500), divisor: 16 },
+        questions: PauseRule { first: Duration::from_secs(1), last: Duration::from_secs(10), divisor: 7 },
     };
 
     /// Of the manager, over the watchdog, which connects to it. Who renews both roles ends the manager within `moment` of the watchdog, and
     /// starts one of each.
-    pub const MANAGER: Policy = Policy {
+    pub const MANAGER: RevivalPolicy = RevivalPolicy {
         follows_stop: false,
         connects: Duration::from_secs(2),
         moment: Duration::from_millis(500),
-        looks: Pause { first: Duration::from_secs(3), last: Duration::from_secs(3), divisor: 1 },
-        questions: Pause { first: SERVICE_MANAGERS_TURN, last: SERVICE_MANAGERS_TURN, divisor: 1 },
+        looks: PauseRule { first: Duration::from_secs(3), last: Duration::from_secs(3), divisor: 1 },
+        questions: PauseRule { first: SERVICE_MANAGERS_TURN, last: SERVICE_MANAGERS_TURN, divisor: 1 },
     };
 }
 
 /// A pause that grows with the time that has passed, as a fraction of it, between two bounds.
 #[derive(Debug, Clone, Copy)]
-pub struct Pause {
+pub struct PauseRule {
     pub first: Duration,
     pub last: Duration,
     pub divisor: u32,
 }
 
-impl Pause {
+impl PauseRule {
     fn after(self, passed: Duration) -> Duration {
         (passed / self.divisor).clamp(self.first, self.last)
     }
@@ -87,7 +87,7 @@ impl Pause {
 
 /// What is observed of a role that is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
+pub struct RoleObservation {
     /// Some process has the role.
     pub taken: bool,
     /// The home was told to stop. It counts where the policy follows stops.
@@ -96,7 +96,7 @@ pub struct Seen {
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
+pub enum RevivalAction {
     /// Ask the service manager after the unit, and give [`Reviver::answered`] the answer.
     AskUnit,
     /// Have the service manager start the unit.
@@ -125,17 +125,17 @@ pub enum Loss {
 /// One role's view of the other.
 #[derive(Debug)]
 pub struct Reviver {
-    policy: Policy,
+    policy: RevivalPolicy,
     /// A service manager runs the roles.
     supervised: bool,
-    state: State,
+    state: RevivalState,
     revival: Revival,
     /// Questions in a row that the service manager did not answer.
     unanswered: u32,
 }
 
 #[derive(Debug)]
-enum State {
+enum RevivalState {
     /// Connected.
     Present {
         since: Instant,
@@ -175,20 +175,20 @@ impl Absence {
 
 impl Reviver {
     /// The other role is not connected yet; `taken`: some process has it.
-    pub fn new(policy: Policy, supervised: bool, taken: bool, now: Instant) -> Reviver {
+    pub fn new(policy: RevivalPolicy, supervised: bool, taken: bool, now: Instant) -> Reviver {
         let not_before = if taken { now + policy.connects } else { now };
-        let state = State::Absent(Absence::new(now, not_before));
+        let state = RevivalState::Absent(Absence::new(now, not_before));
         Reviver { policy, supervised, state, revival: Revival::new(now), unanswered: 0 }
     }
 
     /// There is a connection to the other role, over which nothing has been heard yet.
     pub fn connected(&mut self, now: Instant) {
-        self.state = State::Present { since: now, heard: None, yields: false };
+        self.state = RevivalState::Present { since: now, heard: None, yields: false };
     }
 
     /// A sign of life of the one that is connected; whether it is the first.
     pub fn heard(&mut self, now: Instant) -> bool {
-        let State::Present { heard, .. } = &mut self.state else { return false };
+        let RevivalState::Present { heard, .. } = &mut self.state else { return false };
         let is_first = heard.replace(now).is_none();
         self.revival.came();
         is_first
@@ -196,14 +196,14 @@ impl Reviver {
 
     /// The one that is connected says that it will end and give way to another.
     pub fn yields(&mut self) {
-        if let State::Present { yields, .. } = &mut self.state {
+        if let RevivalState::Present { yields, .. } = &mut self.state {
             *yields = true;
         }
     }
 
     /// The connection has ended. `None`: there was none.
     pub fn lost(&mut self, now: Instant) -> Option<Loss> {
-        let State::Present { since, heard, yields } = self.state else { return None };
+        let RevivalState::Present { since, heard, yields } = self.state else { return None };
         let loss = match heard {
             _ if yields => Loss::Yielded,
             Some(_) => Loss::Died,
@@ -214,7 +214,7 @@ impl Reviver {
             Loss::Died => self.revival.died(now.saturating_duration_since(since), now),
             Loss::Unheard => {}
         }
-        self.state = State::Absent(Absence::new(now, now + self.policy.moment));
+        self.state = RevivalState::Absent(Absence::new(now, now + self.policy.moment));
         Some(loss)
     }
 
@@ -226,8 +226,8 @@ impl Reviver {
     /// When [`Reviver::look`] is due.
     pub fn deadline(&self) -> Instant {
         let absence = match &self.state {
-            State::Present { since, heard, .. } => return heard.unwrap_or(*since) + HUNG,
-            State::Absent(absence) => absence,
+            RevivalState::Present { since, heard, .. } => return heard.unwrap_or(*since) + HUNG,
+            RevivalState::Absent(absence) => absence,
         };
         let due = self.due(absence);
         let Some(looked) = absence.looked else { return due };
@@ -253,28 +253,28 @@ impl Reviver {
 
     /// What time asks for. While the other role is connected that is a matter of the side that hears pings; the side that sends them goes
     /// by [`super::silence::Pings`].
-    pub fn look(&mut self, seen: Seen, now: Instant) -> Option<Action> {
+    pub fn look(&mut self, seen: RoleObservation, now: Instant) -> Option<RevivalAction> {
         let due = match &self.state {
-            State::Present { .. } => self.deadline(),
-            State::Absent(absence) => self.due(absence),
+            RevivalState::Present { .. } => self.deadline(),
+            RevivalState::Absent(absence) => self.due(absence),
         };
         let is_stopped = self.is_stopped(seen);
         let absence = match &mut self.state {
-            State::Present { .. } if now < due => return None,
-            State::Present { heard, .. } => {
+            RevivalState::Present { .. } if now < due => return None,
+            RevivalState::Present { heard, .. } => {
                 // The end of its connection tells the rest.
                 *heard = Some(now);
-                return Some(Action::KillHung);
+                return Some(RevivalAction::KillHung);
             }
-            State::Absent(absence) => absence,
+            RevivalState::Absent(absence) => absence,
         };
         absence.looked = Some(now);
         if is_stopped && !seen.taken {
-            return Some(Action::HonourStop);
+            return Some(RevivalAction::HonourStop);
         }
         if absence.mute.look(seen.taken && !is_stopped, now) >= HUNG {
             absence.mute = Lasting::default();
-            return Some(Action::KillHung);
+            return Some(RevivalAction::KillHung);
         }
         if now < due || (seen.taken && !(self.supervised && self.policy.follows_stop)) {
             return None;
@@ -283,24 +283,29 @@ impl Reviver {
             return Some(self.start(now));
         }
         absence.asked = now;
-        Some(Action::AskUnit)
+        Some(RevivalAction::AskUnit)
     }
 
     /// What follows from what the service manager knows of the unit. `None`: it gave no answer.
-    pub fn answered(&mut self, answer: Option<UnitStanding>, seen: Seen, now: Instant) -> Option<Action> {
+    pub fn answered(
+        &mut self,
+        answer: Option<UnitStanding>,
+        seen: RoleObservation,
+        now: Instant,
+    ) -> Option<RevivalAction> {
         let standing = self.judge(answer);
         let is_stopped = self.is_stopped(seen);
         let follows_stop = self.policy.follows_stop;
-        let State::Absent(absence) = &mut self.state else { return None };
+        let RevivalState::Absent(absence) = &mut self.state else { return None };
         let may_start = !seen.taken && !is_stopped && now >= absence.turn_ends();
         match standing {
-            UnitStanding::Stopped if follows_stop => Some(Action::HonourStop),
-            UnitStanding::Stopped => Some(Action::LeaveStopped),
+            UnitStanding::Stopped if follows_stop => Some(RevivalAction::HonourStop),
+            UnitStanding::Stopped => Some(RevivalAction::LeaveStopped),
             UnitStanding::Coming | UnitStanding::Forbidden => None,
             UnitStanding::Dead | UnitStanding::Missing if !may_start => None,
             UnitStanding::Dead if !absence.told => {
                 (absence.told, absence.turn) = (true, now);
-                Some(Action::StartUnit)
+                Some(RevivalAction::StartUnit)
             }
             UnitStanding::Dead | UnitStanding::Missing => {
                 let starts = self.revival.due().max(absence.not_before);
@@ -309,9 +314,9 @@ impl Reviver {
         }
     }
 
-    /// The service manager has come to an end with [`Action::StartUnit`], where that was waited for: its turn begins then.
+    /// The service manager has come to an end with [`RevivalAction::StartUnit`], where that was waited for: its turn begins then.
     pub fn unit_start_ended(&mut self, now: Instant) {
-        if let State::Absent(absence) = &mut self.state {
+        if let RevivalState::Absent(absence) = &mut self.state {
             absence.turn = now;
         }
     }
@@ -326,14 +331,14 @@ impl Reviver {
         }
     }
 
-    fn is_stopped(&self, seen: Seen) -> bool {
+    fn is_stopped(&self, seen: RoleObservation) -> bool {
         self.policy.follows_stop && seen.stop_recorded
     }
 
-    fn start(&mut self, now: Instant) -> Action {
+    fn start(&mut self, now: Instant) -> RevivalAction {
         let failures = self.revival.failures();
         self.revival.tried(now);
-        Action::Start { failures }
+        RevivalAction::Start { failures }
     }
 }
 

@@ -19,7 +19,7 @@ pub struct Pings {
 
 /// What the time asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Next {
+pub enum PingAction {
     Wait,
     Send,
     /// The other one hangs; it is to be killed, and asked once more.
@@ -40,15 +40,15 @@ impl Pings {
         self.unanswered = 0;
     }
 
-    pub fn look(&mut self, now: Instant) -> Next {
+    pub fn look(&mut self, now: Instant) -> PingAction {
         if now < self.due {
-            return Next::Wait;
+            return PingAction::Wait;
         }
         let late = now - self.due > LATE;
         self.due = now + PING;
         let hung = !late && self.unanswered >= UNANSWERED;
         self.unanswered = if late || hung { 1 } else { self.unanswered + 1 };
-        if hung { Next::Hung } else { Next::Send }
+        if hung { PingAction::Hung } else { PingAction::Send }
     }
 }
 
@@ -85,13 +85,13 @@ mod tests {
     fn three_pings_without_an_answer_are_a_hang_and_an_answer_begins_anew() {
         let start = Instant::now();
         let mut pings = Pings::new(start);
-        assert_eq!(pings.look(start + S(14)), Next::Wait);
+        assert_eq!(pings.look(start + S(14)), PingAction::Wait);
         let looks = [15, 30, 45].map(|at| pings.look(start + S(at)));
-        assert_eq!(looks, [Next::Send, Next::Send, Next::Hung]);
-        assert_eq!(pings.look(start + S(60)), Next::Send);
+        assert_eq!(looks, [PingAction::Send, PingAction::Send, PingAction::Hung]);
+        assert_eq!(pings.look(start + S(60)), PingAction::Send);
         pings.answered();
         let looks = [75, 90, 105, 120].map(|at| pings.look(start + S(at)));
-        assert_eq!(looks, [Next::Send, Next::Send, Next::Send, Next::Hung]);
+        assert_eq!(looks, [PingAction::Send, PingAction::Send, PingAction::Send, PingAction::Hung]);
     }
 
     #[test]
@@ -99,12 +99,22 @@ mod tests {
         let start = Instant::now();
         let mut pings = Pings::new(start);
         let looks = [15, 30, 51, 66, 81, 96].map(|at| pings.look(start + S(at)));
-        assert_eq!(looks, [Next::Send, Next::Send, Next::Send, Next::Send, Next::Send, Next::Hung]);
+        assert_eq!(
+            looks,
+            [
+                PingAction::Send,
+                PingAction::Send,
+                PingAction::Send,
+                PingAction::Send,
+                PingAction::Send,
+                PingAction::Hung
+            ]
+        );
         // Stopped again and again, it never does.
         let mut at = start + S(96);
         for _ in 0..20 {
             at += S(22);
-            assert_eq!(pings.look(at), Next::Send);
+            assert_eq!(pings.look(at), PingAction::Send);
         }
     }
 

@@ -9,56 +9,56 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Index, Item, Stamp, signature_path};
-use crate::gateway::keyring::Keyring;
-use crate::gateway::{Place, bootstrap};
-use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Verdict};
+use super::{DepotFile, FileStamp, Index, signature_path};
+use crate::gateway::keyring::DepotKeys;
+use crate::gateway::{GatewayDirectory, bootstrap};
+use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, SignatureStatus};
 use crate::store;
 
 /// More files than this in a depot are not looked at.
 const MAX_FILES: usize = 20_000;
 
 /// What one look at a directory saw: the stamp of every file.
-type Look = BTreeMap<String, Stamp>;
+type DirectoryListing = BTreeMap<String, FileStamp>;
 
 /// Looks at the depot and its keys again and again. What cannot be read stays as it was, and is a problem of its part alone.
 pub(in crate::gateway) struct Scanner {
-    place: Place,
-    last: Look,
+    place: GatewayDirectory,
+    last: DirectoryListing,
     /// What the index was made of: the files, and the keys by which they were judged.
-    indexed: Option<(Look, Keys)>,
-    judged: BTreeMap<String, Judged>,
+    indexed: Option<(DirectoryListing, Keys)>,
+    judged: BTreeMap<String, CheckedFile>,
     /// Why the depot cannot be looked at.
     unreadable: Option<String>,
     keys: WatchedKeys,
 }
 
 /// What was found out about a file, valid for these stamps of it, of its signature and of the keys.
-struct Judged {
-    stamps: (Stamp, Option<Stamp>),
-    outcome: Result<Arc<Item>, String>,
+struct CheckedFile {
+    stamps: (FileStamp, Option<FileStamp>),
+    outcome: Result<Arc<DepotFile>, String>,
 }
 
 /// The keys that were read last, and what they were read from.
 #[derive(Default)]
 struct WatchedKeys {
-    last: Look,
-    read: Option<Look>,
-    ring: Keyring,
+    last: DirectoryListing,
+    read: Option<DirectoryListing>,
+    ring: DepotKeys,
     /// Why the directory cannot be looked at.
     unreadable: Option<String>,
 }
 
 impl WatchedKeys {
-    fn look(&mut self, place: &Place, at_once: bool) {
-        let attempt = || -> Result<(Look, bool)> {
+    fn look(&mut self, place: &GatewayDirectory, at_once: bool) {
+        let attempt = || -> Result<(DirectoryListing, bool)> {
             let look = see(&place.keys(), |name| name.ends_with(".pub"))?;
             let is_new = self.read.as_ref() != Some(&look) && (at_once || look == self.last);
             Ok((look, is_new))
         };
         let outcome = attempt().and_then(|(look, is_new)| {
             if is_new {
-                self.ring = Keyring::read(place)?;
+                self.ring = DepotKeys::read(place)?;
                 self.read = Some(look.clone());
             }
             Ok(look)
@@ -74,8 +74,8 @@ impl WatchedKeys {
 }
 
 impl Scanner {
-    pub(in crate::gateway) fn new(place: Place) -> Scanner {
-        let (last, indexed, judged, unreadable) = (Look::new(), None, BTreeMap::new(), None);
+    pub(in crate::gateway) fn new(place: GatewayDirectory) -> Scanner {
+        let (last, indexed, judged, unreadable) = (DirectoryListing::new(), None, BTreeMap::new(), None);
         Scanner { place, last, indexed, judged, unreadable, keys: WatchedKeys::default() }
     }
 
@@ -93,7 +93,7 @@ impl Scanner {
         let settled = at_once || look == self.last;
         self.last = look;
         let keys = self.keys.ring.keys();
-        let is_known = |(files, by): &(Look, Keys)| *files == self.last && by == keys;
+        let is_known = |(files, by): &(DirectoryListing, Keys)| *files == self.last && by == keys;
         if !settled || self.indexed.as_ref().is_some_and(is_known) {
             return None;
         }
@@ -124,7 +124,7 @@ impl Scanner {
             let fresh = known.is_none();
             let known = known.unwrap_or_else(|| {
                 let outcome = judge(&self.place.depot().join(name), name, stamps.0, keys).map(|(item, _)| item);
-                Judged { stamps, outcome: outcome.map(Arc::new).map_err(|error| format!("{error:#}")) }
+                CheckedFile { stamps, outcome: outcome.map(Arc::new).map_err(|error| format!("{error:#}")) }
             });
             if let (true, Err(reason)) = (fresh, &known.outcome) {
                 tracing::warn!(file = %name, %reason, "a file of the depot is not offered");
@@ -140,9 +140,9 @@ impl Scanner {
 }
 
 /// The files of a directory whose names `counts` takes.
-fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<Look> {
-    let attempt = || -> Result<Look> {
-        let mut look = Look::new();
+fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<DirectoryListing> {
+    let attempt = || -> Result<DirectoryListing> {
+        let mut look = DirectoryListing::new();
         for entry in fs::read_dir(directory)? {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
@@ -155,7 +155,7 @@ fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<Look> {
             // Links are followed: an operator may keep the packages elsewhere. One that went away meanwhile is not there.
             let Ok(metadata) = fs::metadata(entry.path()) else { continue };
             if metadata.is_file() {
-                look.insert(name, Stamp::of(&metadata));
+                look.insert(name, FileStamp::of(&metadata));
             }
         }
         Ok(look)
@@ -164,22 +164,26 @@ fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<Look> {
 }
 
 /// What a gateway makes of a file of its depot: whether its signer is known, or why the file is not offered.
-pub(in crate::gateway) fn offered(place: &Place, name: &str, keys: &Keys) -> Result<Option<Verdict>> {
+pub(in crate::gateway) fn offered(
+    place: &GatewayDirectory,
+    name: &str,
+    keys: &Keys,
+) -> Result<Option<SignatureStatus>> {
     let look = see(&place.depot(), |_| true)?;
     let stamp = look.get(name).context("it is not in the depot")?;
     judge(&place.depot().join(name), name, *stamp, keys).map(|(_, verdict)| verdict)
 }
 
 /// The file as it is offered, and by whom it is signed; a bootstrap has no signature of its own.
-fn judge(path: &Path, name: &str, stamp: Stamp, keys: &Keys) -> Result<(Item, Option<Verdict>)> {
+fn judge(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<(DepotFile, Option<SignatureStatus>)> {
     let mut file = File::open(path)?;
-    if Stamp::of(&file.metadata()?) != stamp {
+    if FileStamp::of(&file.metadata()?) != stamp {
         bail!("it has changed while it was looked at");
     }
     if bootstrap::is_file_name(name) {
         let sha256 = package::sha256_of(&mut file)?;
         let (name, path) = (name.to_owned(), path.to_owned());
-        return Ok((Item { name, path, stamp, sha256, binding: None, signature: None }, None));
+        return Ok((DepotFile { name, path, stamp, sha256, binding: None, signature: None }, None));
     }
     let Some(bytes) = store::read(&signature_path(path), MAX_SIGNATURE_BYTES)? else {
         bail!("it has no signature; put it there with `aops gateway publish`");
@@ -191,13 +195,13 @@ fn judge(path: &Path, name: &str, stamp: Stamp, keys: &Keys) -> Result<(Item, Op
     }
     let (verdict, sha256) = package::judge(&mut file, &text, keys)?;
     match &verdict {
-        Verdict::Good => {}
-        Verdict::UnknownKey => {
+        SignatureStatus::Good => {}
+        SignatureStatus::UnknownKey => {
             tracing::warn!(file = %name, "a package is offered though none of our keys made its signature")
         }
-        Verdict::Bad(why) => bail!("its signature is not of these bytes: {why}"),
+        SignatureStatus::Bad(why) => bail!("its signature is not of these bytes: {why}"),
     }
     let (name, path) = (name.to_owned(), path.to_owned());
-    let item = Item { name, path, stamp, sha256, binding: Some(binding), signature: Some(text.into()) };
+    let item = DepotFile { name, path, stamp, sha256, binding: Some(binding), signature: Some(text.into()) };
     Ok((item, Some(verdict)))
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::core::model::{AgentName, Binding, Version};
-use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, Verdict};
+use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, SignatureStatus};
 use crate::store;
 
 /// Where the signature of a file lies.
@@ -19,7 +19,7 @@ pub(in crate::gateway) fn signature_path(file: &Path) -> PathBuf {
 }
 
 /// What a published file's signature is worth; `None` where there is none.
-pub(in crate::gateway) fn verdict_on(file: &Path, keys: &Keys) -> Result<Option<(Verdict, String)>> {
+pub(in crate::gateway) fn verdict_on(file: &Path, keys: &Keys) -> Result<Option<(SignatureStatus, String)>> {
     let Some(bytes) = store::read(&signature_path(file), MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let (verdict, _) = package::judge(&mut File::open(file)?, &text, keys)?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::core::protocol::{AgentReport, Event, ManagerReport};
-use crate::core::unknown::Any;
+use crate::core::unknown::AnyValue;
 
 const NOW: u64 = 1_000_000;
 
@@ -12,8 +12,8 @@ fn hosts() -> Hosts {
     Hosts::new("ours".to_owned(), Vec::new())
 }
 
-fn world(revision: u64, fleet: &str) -> World {
-    World {
+fn world(revision: u64, fleet: &str) -> Snapshot {
+    Snapshot {
         revision,
         fleet: Some(Arc::new(toml::from_str(fleet).unwrap())),
         index: Arc::new(Index::default()),
@@ -48,11 +48,11 @@ fn event(id: u64) -> Event {
         version: None,
         outcome: "ok".to_owned(),
         message: "m".repeat(10_000),
-        unknown: BTreeMap::from([("later".to_owned(), Any::Text("x".repeat(10_000)))]),
+        unknown: BTreeMap::from([("later".to_owned(), AnyValue::Text("x".repeat(10_000)))]),
     }
 }
 
-fn answer(hosts: &Hosts, heartbeat: Heartbeat, world: &World, now: u64) -> Answer {
+fn answer(hosts: &Hosts, heartbeat: Heartbeat, world: &Snapshot, now: u64) -> Answer {
     hosts.heartbeat(heartbeat, None, world, now).unwrap()
 }
 
@@ -94,7 +94,7 @@ fn generations_survive_the_loss_of_the_record() {
 
 #[test]
 fn a_gateway_without_a_fleet_commands_nothing() {
-    let nothing = World { revision: 1, fleet: None, index: Arc::new(Index::default()), pins: Vec::new() };
+    let nothing = Snapshot { revision: 1, fleet: None, index: Arc::new(Index::default()), pins: Vec::new() };
     let told = answer(&hosts(), heartbeat("1", Some(("ours", 7))), &nothing, NOW);
     assert_eq!((told.lineage, told.generation, told.agents, told.complete), (None, 0, None, false));
     assert!(told.error_message.is_some());
@@ -164,7 +164,7 @@ fn there_is_room_for_so_many_hosts_and_a_long_silent_one_gives_way() {
     for number in 0..MAX_HOSTS {
         answer(&hosts, heartbeat(&number.to_string(), None), &world, NOW + 1);
     }
-    assert_eq!(hosts.heartbeat(heartbeat("new", None), None, &world, NOW + 2), Err(Full));
+    assert_eq!(hosts.heartbeat(heartbeat("new", None), None, &world, NOW + 2), Err(HostLimitReached));
     assert!(hosts.heartbeat(heartbeat("7", None), None, &world, NOW + 2).is_ok(), "a known one is answered");
     let later = NOW + 2 + FORGOTTEN_AFTER.as_millis() as u64;
     assert!(hosts.heartbeat(heartbeat("new", None), None, &world, later).is_ok());

@@ -8,7 +8,7 @@ use crate::core::model::{AgentName, Arch, Os, Packing, Release, Version};
 use crate::platform;
 
 /// What the operator says.
-pub(super) struct Given {
+pub(super) struct RequestedIdentity {
     pub(super) name: Option<AgentName>,
     pub(super) version: Option<Version>,
     pub(super) os: Option<Os>,
@@ -16,7 +16,7 @@ pub(super) struct Given {
 }
 
 /// What can be found out.
-pub(super) struct Clues {
+pub(super) struct IdentityHints {
     /// What its agent.toml says.
     pub(super) manifest: Option<(AgentName, Version)>,
     /// What the signature that came with it says.
@@ -26,7 +26,7 @@ pub(super) struct Clues {
 }
 
 /// The release, and what was assumed.
-pub(super) fn settle(given: Given, clues: Clues) -> Result<(Release, Option<String>)> {
+pub(super) fn settle(given: RequestedIdentity, clues: IdentityHints) -> Result<(Release, Option<String>)> {
     let (mut name, mut version, mut os, mut arch) = (given.name, given.version, given.os, given.arch);
     if let Some(signed) = &clues.signed {
         agree(&mut name, &signed.name, "name", "its signature")?;
@@ -85,7 +85,7 @@ pub(super) fn packing_of(file_name: &str) -> Option<Packing> {
 ///
 /// Names and versions may both hold dashes: what is known of one tells where the other is; else the version begins at the first dash before
 /// a digit, or, where there is none, after the last dash (a commit hash).
-fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Version>) -> Given {
+fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Version>) -> RequestedIdentity {
     let stem =
         packing_of(file_name).map_or(file_name, |packing| &file_name[..file_name.len() - packing.as_str().len() - 1]);
     let (stem, os, arch) = match stem.rsplitn(3, '_').collect::<Vec<_>>()[..] {
@@ -104,7 +104,12 @@ fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Ve
         Some((&stem[..dash.0], &stem[dash.0 + 1..]))
     };
     let split = by_name.or_else(by_version).or_else(before_digit).or_else(|| stem.rsplit_once('-'));
-    Given { name: split.and_then(|(n, _)| n.parse().ok()), version: split.and_then(|(_, v)| v.parse().ok()), os, arch }
+    RequestedIdentity {
+        name: split.and_then(|(n, _)| n.parse().ok()),
+        version: split.and_then(|(_, v)| v.parse().ok()),
+        os,
+        arch,
+    }
 }
 
 /// What this executable was built for.
@@ -116,12 +121,12 @@ pub(super) fn here() -> (Os, Arch) {
 mod tests {
     use super::*;
 
-    fn nothing() -> Given {
-        Given { name: None, version: None, os: None, arch: None }
+    fn nothing() -> RequestedIdentity {
+        RequestedIdentity { name: None, version: None, os: None, arch: None }
     }
 
-    fn of_file(file_name: &str, given: Given) -> Result<String> {
-        let clues = Clues { manifest: None, signed: None, file_name: Some(file_name.to_owned()) };
+    fn of_file(file_name: &str, given: RequestedIdentity) -> Result<String> {
+        let clues = IdentityHints { manifest: None, signed: None, file_name: Some(file_name.to_owned()) };
         settle(given, clues).map(|(release, _)| release.to_string())
     }
 
@@ -142,29 +147,29 @@ mod tests {
 
     #[test]
     fn what_the_operator_says_tells_where_the_rest_is() {
-        let given = Given { name: Some("a-1".parse().unwrap()), ..nothing() };
+        let given = RequestedIdentity { name: Some("a-1".parse().unwrap()), ..nothing() };
         assert_eq!(of_file("a-1-2_linux_amd64.zip", given).unwrap(), "a-1 2 for linux/amd64");
-        let given = Given { version: Some("2-3".parse().unwrap()), ..nothing() };
+        let given = RequestedIdentity { version: Some("2-3".parse().unwrap()), ..nothing() };
         assert_eq!(of_file("a-1-2-3_linux_amd64.zip", given).unwrap(), "a-1 2-3 for linux/amd64");
-        let given = Given { os: Some(Os::Linux), arch: Some(Arch::I386), ..nothing() };
+        let given = RequestedIdentity { os: Some(Os::Linux), arch: Some(Arch::I386), ..nothing() };
         assert_eq!(of_file("a-1.tar.gz", given).unwrap(), "a 1 for linux/386");
     }
 
     #[test]
     fn what_is_said_twice_must_agree() {
         let manifest = Some(("a".parse().unwrap(), "1".parse().unwrap()));
-        let given = Given { version: Some("2".parse().unwrap()), ..nothing() };
-        let error = settle(given, Clues { manifest, signed: None, file_name: None }).unwrap_err();
+        let given = RequestedIdentity { version: Some("2".parse().unwrap()), ..nothing() };
+        let error = settle(given, IdentityHints { manifest, signed: None, file_name: None }).unwrap_err();
         assert_eq!(error.to_string(), "its agent.toml says version 1, not 2");
     }
 
     #[test]
     fn only_what_a_directory_is_for_is_assumed_and_said() {
         let manifest = Some(("a".parse().unwrap(), "1".parse().unwrap()));
-        let (release, assumed) = settle(nothing(), Clues { manifest, signed: None, file_name: None }).unwrap();
+        let (release, assumed) = settle(nothing(), IdentityHints { manifest, signed: None, file_name: None }).unwrap();
         assert_eq!((release.os, release.arch), here());
         assert!(assumed.unwrap().contains("assuming"));
-        let error = settle(nothing(), Clues { manifest: None, signed: None, file_name: None }).unwrap_err();
+        let error = settle(nothing(), IdentityHints { manifest: None, signed: None, file_name: None }).unwrap_err();
         assert!(error.to_string().contains("--name"));
     }
 }

@@ -13,16 +13,16 @@ use crate::platform;
 #[derive(Parser)]
 struct Line {
     #[command(flatten)]
-    args: Args,
+    args: PublishArgs,
 }
 
 impl Bench {
-    fn publish_so(&self, line: &str, path: &Path) -> Result<Published> {
+    fn publish_so(&self, line: &str, path: &Path) -> Result<PublishResult> {
         let mut words = vec!["publish".to_owned(), "--dir".to_owned(), self.dir.path().display().to_string()];
         words.extend(line.split_whitespace().map(ToOwned::to_owned));
         words.push(path.display().to_string());
         let args = Line::try_parse_from(words)?.args;
-        publish(&self.place, &args, Source::at(path)?)
+        publish(&self.place, &args, ContentSource::at(path)?)
     }
 
     fn refusal(&self, line: &str, path: &Path) -> String {

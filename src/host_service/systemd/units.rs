@@ -28,7 +28,7 @@ const DIGITS: usize = 8;
 
 /// A unit file of a home.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct File {
+pub(super) struct UnitFile {
     /// Its name, without `.service`.
     pub(super) unit: String,
     pub(super) program: PathBuf,
@@ -156,10 +156,10 @@ fn program_of(unit: &str) -> Option<&'static str> {
 }
 
 /// The unit files of a home as this release writes them.
-pub(super) fn files(home: &Home) -> Result<[File; 3]> {
-    let file = |unit: String, program: PathBuf, template| -> Result<File> {
+pub(super) fn files(home: &Home) -> Result<[UnitFile; 3]> {
+    let file = |unit: String, program: PathBuf, template| -> Result<UnitFile> {
         let contents = contents(home, template, program.clone())?;
-        Ok(File { unit, program, contents })
+        Ok(UnitFile { unit, program, contents })
     };
     let role = |role: Role| home.as_known(&home.role_link(role.program()));
     Ok([
@@ -169,7 +169,7 @@ pub(super) fn files(home: &Home) -> Result<[File; 3]> {
     ])
 }
 
-impl File {
+impl UnitFile {
     /// Whether the file says so already.
     pub(super) fn stands(&self) -> Result<bool> {
         Ok(store::read(&path(&self.unit), MAX_UNIT_BYTES)?.as_deref() == Some(self.contents.as_bytes()))

@@ -18,21 +18,21 @@ fn all(keys: &[&Keys]) -> Keys {
     all
 }
 
-fn offer(brought: &[&Keys], revoked: &[&Keys]) -> Offer {
-    Offer { by: "aops-spm 2".to_owned(), brought: all(brought), revoked: all(revoked) }
+fn offer(brought: &[&Keys], revoked: &[&Keys]) -> KeyOffer {
+    KeyOffer { by: "aops-spm 2".to_owned(), brought: all(brought), revoked: all(revoked) }
 }
 
 fn none() -> Keys {
     Keys::default()
 }
 
-fn after(ring: &Keyring, offer: &Offer, etc: &Keys, baked: &Keys) -> (Keyring, String) {
+fn after(ring: &Keyring, offer: &KeyOffer, etc: &Keys, baked: &Keys) -> (Keyring, String) {
     let (ring, remarks) = ring.after(offer, etc, baked).unwrap();
     (ring, remarks.join("\n"))
 }
 
 /// As an installation does it.
-fn installed(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &Offer) -> Result<Vec<String>> {
+fn installed(home: &Home, stands: bool, given: &Keys, carried: &Keys, offer: &KeyOffer) -> Result<Vec<String>> {
     install(home, stands, given, carried, offer)
 }
 
@@ -141,7 +141,7 @@ fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
         crate::platform::set_mode(&path, mode).unwrap();
     }
     let (old, new, given) = (key(), key(), key());
-    installed(&home, false, &none(), &old, &Offer::default()).unwrap();
+    installed(&home, false, &none(), &old, &KeyOffer::default()).unwrap();
     let before = Keyring::load(&home).unwrap();
     let file = Keys::files(&home.keys()).unwrap().remove(0);
     let text = fs::read(&file).unwrap();
@@ -156,7 +156,7 @@ fn what_a_failed_installation_revoked_stays_so_though_its_files_are_put_back() {
     assert_eq!(trusted.iter().collect::<Vec<_>>(), new.iter().collect::<Vec<_>>());
     // A key that it had brought before, and that the operator gave with what failed.
     let before = Keyring::load(&home).unwrap();
-    installed(&home, true, &new, &none(), &Offer::default()).unwrap();
+    installed(&home, true, &new, &none(), &KeyOffer::default()).unwrap();
     keep_after_failure(&home, &before).unwrap();
     fs::remove_dir_all(home.keys()).unwrap();
     assert!(super::trusted(&home).unwrap().contains(new.iter().next().unwrap()));
@@ -170,7 +170,7 @@ fn revocations_are_limited() {
         let mut bytes = BASE64_STANDARD.decode(new.iter().next().unwrap().base64()).unwrap();
         bytes[10..12].copy_from_slice(&(entry as u16).to_le_bytes());
         let key = Keys::parse(&BASE64_STANDARD.encode(bytes)).unwrap().iter().next().unwrap().clone();
-        ring.revoked.push(Entry { key, by: String::new(), unknown: Unknown::default() });
+        ring.revoked.push(KeyEntry { key, by: String::new(), unknown: UnknownJson::default() });
     }
     let error = ring.after(&offer(&[], &[&key()]), &own, &none()).unwrap_err().to_string();
     assert!(error.contains("more than 256"), "{error}");
@@ -186,7 +186,7 @@ fn keys_that_a_killed_installation_left_are_nobodys() {
     }
     let (carried, mistaken, new) = (key(), key(), key());
     all(&[&carried, &mistaken]).save_to(&home.keys()).unwrap();
-    installed(&home, false, &none(), &carried, &Offer::default()).unwrap();
+    installed(&home, false, &none(), &carried, &KeyOffer::default()).unwrap();
     let trusts = |key: &Keys| trusted(&home).unwrap().contains(key.iter().next().unwrap());
     assert!(trusts(&carried) && !trusts(&mistaken));
     // It is the bootstrap's, not the operator's: a package can revoke it.
@@ -195,7 +195,7 @@ fn keys_that_a_killed_installation_left_are_nobodys() {
     // What an operator adds to a home that stands is his.
     mistaken.save_to(&home.keys()).unwrap();
     crate::installation::Epochs::begin(&home).unwrap();
-    installed(&home, true, &none(), &none(), &Offer::default()).unwrap();
+    installed(&home, true, &none(), &none(), &KeyOffer::default()).unwrap();
     assert!(trusts(&mistaken));
 }
 
@@ -211,16 +211,16 @@ fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
     let (ring, carried) = Keyring::default().installed(&own, &old, &none());
     all(&[&own, &carried]).save_to(&home.keys()).unwrap();
     ring.save(&home).unwrap();
-    assert_eq!(commit(&home, &Offer::default()).unwrap(), Vec::<String>::new());
+    assert_eq!(commit(&home, &KeyOffer::default()).unwrap(), Vec::<String>::new());
     assert_eq!(trusted(&home).unwrap().iter().count(), 2);
 
     let tree = directory.path().join("tree");
     let version = "2".parse().unwrap();
-    let nothing = Offer::read(&tree, &version).unwrap();
+    let nothing = KeyOffer::read(&tree, &version).unwrap();
     assert!(nothing.brought.is_empty() && nothing.revoked.is_empty());
     new.save_to(&tree.join("keys")).unwrap();
     all(&[&old, &own]).save_to(&tree.join("keys/revoked")).unwrap();
-    let offer = Offer::read(&tree, &version).unwrap();
+    let offer = KeyOffer::read(&tree, &version).unwrap();
     for _ in 0..2 {
         commit(&home, &offer).unwrap();
         let keys = trusted(&home).unwrap();
@@ -238,6 +238,6 @@ fn a_commit_is_on_disk_and_takes_the_files_that_the_bootstrap_brought() {
     assert_eq!(Keyring::load(&home).unwrap().overruled(&Keys::load(&home.keys()).unwrap()).len(), 2);
 
     old.save_to(&tree.join("keys")).unwrap();
-    let error = format!("{:#}", Offer::read(&tree, &version).unwrap_err());
+    let error = format!("{:#}", KeyOffer::read(&tree, &version).unwrap_err());
     assert!(error.contains("both brings and revokes"), "{error}");
 }

@@ -8,9 +8,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::core::model::Digest;
-use crate::core::upgrade::{Trial, Which};
+use crate::core::upgrade::{Trial, WhichRelease};
 use crate::package;
-use crate::platform::{self, Stamp};
+use crate::platform::{self, ContentStamp};
 
 /// More files than an upgrade knows are not remembered.
 const MAX_KNOWN: usize = 8;
@@ -18,7 +18,7 @@ const MAX_KNOWN: usize = 8;
 /// The digests of executables.
 #[derive(Debug, Default)]
 pub struct Programs {
-    known: HashMap<Stamp, Digest>,
+    known: HashMap<ContentStamp, Digest>,
 }
 
 impl Programs {
@@ -40,7 +40,7 @@ impl Programs {
     }
 
     fn of(&mut self, mut file: File) -> Result<Digest> {
-        let stamp = Stamp::of(&file)?;
+        let stamp = ContentStamp::of(&file)?;
         if let Some(digest) = self.known.get(&stamp) {
             return Ok(digest.clone());
         }
@@ -54,12 +54,12 @@ impl Programs {
 }
 
 /// Which of the two releases of a trial a program is. `same`: where both have the same bytes.
-pub fn which(trial: &Trial, program: Option<&Digest>, same: Which) -> Which {
-    let Some(program) = program else { return Which::Other };
+pub fn which(trial: &Trial, program: Option<&Digest>, same: WhichRelease) -> WhichRelease {
+    let Some(program) = program else { return WhichRelease::Other };
     match (*program == trial.from.executable, *program == trial.to.executable) {
         (true, true) => same,
-        (true, false) => Which::From,
-        (false, true) => Which::To,
-        (false, false) => Which::Other,
+        (true, false) => WhichRelease::From,
+        (false, true) => WhichRelease::To,
+        (false, false) => WhichRelease::Other,
     }
 }

@@ -13,22 +13,22 @@ fn what_came_damaged_is_fetched_once_more_from_the_next_source_or_else_from_the_
         let (bytes, signature, count) = (bytes.clone(), signature.clone(), Arc::clone(&count));
         Server::plain(move |asked| {
             if asked.path.ends_with(SIGNATURE_SUFFIX) {
-                return Told::ok(signature.clone());
+                return CannedResponse::ok(signature.clone());
             }
             let mut sent = bytes.clone();
             sent[500] ^= u8::from(count.fetch_add(1, Ordering::SeqCst) < times);
-            Told { headers: vec![("etag", "\"a\"".to_owned())], ..Told::ok(sent) }
+            CannedResponse { headers: vec![("etag", "\"a\"".to_owned())], ..CannedResponse::ok(sent) }
         })
     };
     let asked = || count.swap(0, Ordering::SeqCst);
-    let wanted = Wanted::new(release());
+    let wanted = PackageRequest::new(release());
 
     let (desk, once) = (Desk::new(), damaging(1));
     desk.fetch(&[once.endpoint()], &wanted, &keys).unwrap();
     assert_eq!(asked(), 2);
 
     let (always, good, lacking) =
-        (damaging(100), depot(bytes.clone(), signature.clone()), Server::plain(|_| Told::status(404)));
+        (damaging(100), depot(bytes.clone(), signature.clone()), Server::plain(|_| CannedResponse::status(404)));
     desk.fetch(&[always.endpoint(), good.endpoint()], &wanted, &keys).unwrap();
     assert_eq!(asked(), 1);
     for endpoints in [vec![always.endpoint()], vec![always.endpoint(), lacking.endpoint()]] {
@@ -49,10 +49,10 @@ fn what_came_damaged_is_fetched_once_more_from_the_next_source_or_else_from_the_
     let once = Server::plain(move |asked| {
         let mut sent = bytes.clone();
         match asked.path.ends_with(SIGNATURE_SUFFIX) {
-            true => return Told::ok(signature.clone()),
+            true => return CannedResponse::ok(signature.clone()),
             false => sent[500] ^= u8::from(!spoilt.swap(true, Ordering::SeqCst)),
         }
-        Told::ok(sent)
+        CannedResponse::ok(sent)
     });
     desk.fetch(&[always.endpoint(), once.endpoint()], &wanted, &keys).unwrap();
     assert_eq!(asked(), 2);
@@ -67,29 +67,33 @@ fn what_is_no_part_of_the_file_does_not_touch_what_is_there() {
     let seen = Arc::clone(&ranges);
     let server = Server::plain(move |asked| {
         if asked.path.ends_with(SIGNATURE_SUFFIX) {
-            return Told::ok(signature.clone());
+            return CannedResponse::ok(signature.clone());
         }
         seen.lock().unwrap().push(asked.headers.get("range").cloned());
-        let part = |from: usize, etag: &str, said: String| Told {
+        let part = |from: usize, etag: &str, said: String| CannedResponse {
             status: 206,
             headers: vec![("etag", etag.to_owned()), ("content-range", said)],
-            ..Told::ok(whole[from..].to_vec())
+            ..CannedResponse::ok(whole[from..].to_vec())
         };
         let right = format!("bytes 300000-{}/{}", whole.len() - 1, whole.len());
         match count.fetch_add(1, Ordering::SeqCst) {
-            0 => Told {
+            0 => CannedResponse {
                 headers: vec![("etag", "\"a\"".to_owned())],
                 cut_after: Some(300_000),
-                ..Told::ok(whole.clone())
+                ..CannedResponse::ok(whole.clone())
             },
             // A page, and something of another size, both with a good status.
-            1 => Told { headers: vec![("content-type", "Text/HTML; charset=x".to_owned())], ..Told::ok("<html>") },
-            2 => Told::ok(vec![0; 1000]),
-            3 => Told::status(503),
+            1 => CannedResponse {
+                headers: vec![("content-type", "Text/HTML; charset=x".to_owned())],
+                ..CannedResponse::ok("<html>")
+            },
+            2 => CannedResponse::ok(vec![0; 1000]),
+            3 => CannedResponse::status(503),
             _ => part(300_000, "\"a\"", right),
         }
     });
-    let (desk, wanted) = (Desk::new(), Wanted { size: Some(bytes.len() as u64), ..Wanted::new(release()) });
+    let (desk, wanted) =
+        (Desk::new(), PackageRequest { size: Some(bytes.len() as u64), ..PackageRequest::new(release()) });
     desk.fetch(&[server.endpoint()], &wanted, &keys).unwrap();
     let ranges = ranges.lock().unwrap();
     assert_eq!(ranges.len(), 5);
@@ -113,17 +117,17 @@ fn a_part_of_another_file_is_not_taken_for_the_rest() {
         desk.left(&bytes[..500], Some("\"a\""));
         let server = Server::plain(move |asked| {
             if asked.path.ends_with(SIGNATURE_SUFFIX) {
-                return Told::ok(signature.clone());
+                return CannedResponse::ok(signature.clone());
             }
             if !asked.headers.contains_key("range") {
-                return Told::status(404);
+                return CannedResponse::status(404);
             }
             let mut headers = vec![("content-range", sent.1.clone())];
             headers.extend(sent.0.map(|etag| ("etag", etag.to_owned())));
-            Told { status: 206, headers, ..Told::ok(vec![b'x'; whole.len() - 500]) }
+            CannedResponse { status: 206, headers, ..CannedResponse::ok(vec![b'x'; whole.len() - 500]) }
         });
         // It is asked for as a whole; the bytes were not even looked at.
-        let error = desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap_err();
+        let error = desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap_err();
         assert!(error.contains("there is no such package") && !error.contains("tampered"), "{said:?}: {error}");
     }
 }
@@ -136,18 +140,21 @@ fn a_page_in_mid_download_costs_nothing_also_where_nobody_told_the_size() {
     let said = format!("bytes 300000-{}/{}", bytes.len() - 1, bytes.len());
     let server = Server::plain(move |asked| {
         if asked.path.ends_with(SIGNATURE_SUFFIX) {
-            return Told::ok(signature.clone());
+            return CannedResponse::ok(signature.clone());
         }
         assert_eq!(asked.headers.get("range").map(String::as_str), Some("bytes=300000-"));
         if count.fetch_add(1, Ordering::SeqCst) == 0 {
-            return Told { headers: vec![("content-type", "text/html".to_owned())], ..Told::ok("<html>") };
+            return CannedResponse {
+                headers: vec![("content-type", "text/html".to_owned())],
+                ..CannedResponse::ok("<html>")
+            };
         }
         let headers = vec![("etag", "\"a\"".to_owned()), ("content-range", said.clone())];
-        Told { status: 206, headers, ..Told::ok(rest.clone()) }
+        CannedResponse { status: 206, headers, ..CannedResponse::ok(rest.clone()) }
     });
     let desk = Desk::new();
     desk.left(&bytes[..300_000], Some("\"a\""));
-    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap();
+    desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap();
 }
 
 #[test]
@@ -157,14 +164,14 @@ fn who_asks_to_be_left_alone_for_long_is() {
     let count = Arc::new(AtomicUsize::new(0));
     let asked = Arc::clone(&count);
     let server = Server::plain(move |request| match request.path.ends_with(SIGNATURE_SUFFIX) {
-        true => Told::ok(signature.clone()),
+        true => CannedResponse::ok(signature.clone()),
         false => {
             asked.fetch_add(1, Ordering::SeqCst);
-            Told { headers: vec![("retry-after", "120".to_owned())], ..Told::status(429) }
+            CannedResponse { headers: vec![("retry-after", "120".to_owned())], ..CannedResponse::status(429) }
         }
     });
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
-    let error = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |_, _| true).unwrap_err();
+    let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
     let unavailable = error.downcast_ref::<Unavailable>().expect("it is the source that failed");
     assert_eq!(unavailable.retry_after, Some(Duration::from_secs(120)));
     assert!(format!("{error:#}").contains("left alone for 2m"), "{error:#}");
@@ -178,29 +185,29 @@ fn a_download_that_takes_too_long_ends_and_the_next_one_goes_on() {
     let (count, whole, tag) = (AtomicUsize::new(0), bytes.clone(), vec![("etag", "\"a\"".to_owned())]);
     let server = Server::plain(move |asked| {
         if asked.path.ends_with(SIGNATURE_SUFFIX) {
-            return Told::ok(signature.clone());
+            return CannedResponse::ok(signature.clone());
         }
         let from: usize = asked.headers.get("range").map_or(0, |range| range[6..range.len() - 1].parse().unwrap());
         let mut headers = tag.clone();
         headers.push(("content-range", format!("bytes {from}-{}/{}", whole.len() - 1, whole.len())));
         let drip = (count.fetch_add(1, Ordering::SeqCst) == 0).then_some((100_000, Duration::from_millis(20)));
-        Told {
+        CannedResponse {
             status: if from > 0 { 206 } else { 200 },
             headers,
             body: whole[from..].to_vec(),
             drip,
-            ..Told::default()
+            ..CannedResponse::default()
         }
     });
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
-    let means = Means { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
+    let means = FetchContext { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
     let began = Instant::now();
-    let error = fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap_err();
+    let error = fetch(&means, &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
     assert!(format!("{error:#}").contains("within 1s (downloadTimeout)"), "{error:#}");
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     assert!(fs::metadata(desk.places.cache.join(format!("{FILE}.part"))).unwrap().len() >= 100_000);
     let mut first = None;
-    let tree = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |done, _| {
+    let tree = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| {
         if done > 0 {
             first.get_or_insert(done);
         }
@@ -216,7 +223,7 @@ fn a_download_that_nobody_wants_any_more_ends_and_keeps_what_came() {
     let (keys, signature) = signed(&bytes);
     let (server, _) = breaking(bytes, signature, "\"a\"", 0, 0);
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
-    let error = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |done, _| done < 100_000);
+    let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| done < 100_000);
     assert!(format!("{:#}", error.unwrap_err()).contains("not wanted any more"));
     assert_eq!(entries(&desk.places.cache).unwrap().len(), 2);
 }
@@ -230,7 +237,7 @@ fn downloads_keep_to_the_rate_that_they_share() {
     desk.commons.limit(Some(200_000));
     let began = Instant::now();
     for _ in 0..2 {
-        fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |_, _| true).unwrap();
+        fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true).unwrap();
     }
     assert!(began.elapsed() >= Duration::from_millis(1400), "{:?}", began.elapsed());
     desk.commons.limit(None);
@@ -245,7 +252,7 @@ fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
     for announced in [Some(size), None] {
         let mut seen = Vec::new();
-        let wanted = Wanted { size: announced, ..Wanted::new(release()) };
+        let wanted = PackageRequest { size: announced, ..PackageRequest::new(release()) };
         let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, _| {
             seen.push((done, desk.commons.space.promised()));
             true
@@ -263,10 +270,10 @@ fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
     // It needs four times its size, and twice is left.
     let size = (free / 16).min(1 << 30);
     let soon = Instant::now() + Duration::from_secs(5);
-    let mut others = Room::new(&desk.commons.space, &desk.places.staging, soon);
+    let mut others = PackageSpace::new(&desk.commons.space, &desk.places.staging, soon);
     others.fit((free - (64 << 20) - 2 * size) / 4, &mut || Ok(())).unwrap();
-    let wanted = Wanted { size: Some(size), ..Wanted::new(release()) };
-    let means = Means { within: Duration::from_millis(200), ..desk.means(&endpoints, &keys) };
+    let wanted = PackageRequest { size: Some(size), ..PackageRequest::new(release()) };
+    let means = FetchContext { within: Duration::from_millis(200), ..desk.means(&endpoints, &keys) };
     let error = format!("{:#}", fetch(&means, &wanted, &mut |_, _| true).unwrap_err());
     assert!(error.contains("for others that are being fetched"), "{error}");
     drop(others);
@@ -276,22 +283,22 @@ fn a_download_holds_the_room_that_it_needs_until_it_is_unpacked() {
 fn a_redirect_of_a_download_goes_nowhere_else_and_tells_nobody_else_who_asks() {
     let bytes = archive(10);
     let (keys, signature) = signed(&bytes);
-    let stolen = Server::plain(|_| Told::ok("stolen"));
+    let stolen = Server::plain(|_| CannedResponse::ok("stolen"));
     let elsewhere = stolen.endpoint().url("/x");
     let ids = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&ids);
     let server = Server::plain(move |asked| {
         seen.lock().unwrap().push((asked.path.clone(), asked.headers.contains_key("x-agent-id")));
-        let to = |place: String| Told { headers: vec![("location", place)], ..Told::status(302) };
+        let to = |place: String| CannedResponse { headers: vec![("location", place)], ..CannedResponse::status(302) };
         match asked.path.strip_prefix("/api/download/") {
             Some(file) => to(format!("/moved/{file}")),
             None if asked.path.starts_with("/away") => to(elsewhere.clone()),
-            None if asked.path.ends_with(SIGNATURE_SUFFIX) => Told::ok(signature.clone()),
-            None => Told::ok(bytes.clone()),
+            None if asked.path.ends_with(SIGNATURE_SUFFIX) => CannedResponse::ok(signature.clone()),
+            None => CannedResponse::ok(bytes.clone()),
         }
     });
     let desk = Desk::new();
-    desk.fetch(&[server.endpoint()], &Wanted::new(release()), &keys).unwrap();
+    desk.fetch(&[server.endpoint()], &PackageRequest::new(release()), &keys).unwrap();
     assert!(ids.lock().unwrap().iter().all(|(_, told)| *told), "{ids:?}");
     ids.lock().unwrap().clear();
 
@@ -299,7 +306,7 @@ fn a_redirect_of_a_download_goes_nowhere_else_and_tells_nobody_else_who_asks() {
     let tarball = Some(server.endpoint().url("/away"));
     let nobody = { std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
     let ours = format!("http://{nobody}").parse().unwrap();
-    let error = desk.fetch(&[ours], &Wanted { tarball, ..Wanted::new(release()) }, &keys).unwrap_err();
+    let error = desk.fetch(&[ours], &PackageRequest { tarball, ..PackageRequest::new(release()) }, &keys).unwrap_err();
     assert!(error.contains("another host"), "{error}");
     assert!(ids.lock().unwrap().iter().all(|(_, told)| !told), "{ids:?}");
     assert_eq!(stolen.connections(), 0);

@@ -15,37 +15,40 @@ const MIB: u64 = 1 << 20;
 fn serving(
     bytes: &[u8],
     signature: &str,
-    further: impl Fn(Told, usize) -> Told + Send + Sync + 'static,
+    further: impl Fn(CannedResponse, usize) -> CannedResponse + Send + Sync + 'static,
 ) -> (Server, Arc<AtomicUsize>) {
     let (bytes, signature, count) = (bytes.to_vec(), signature.to_owned(), Arc::new(AtomicUsize::new(0)));
     let counted = Arc::clone(&count);
     let server = Server::plain(move |asked| {
         if asked.path.ends_with(SIGNATURE_SUFFIX) {
-            return Told::ok(signature.clone());
+            return CannedResponse::ok(signature.clone());
         }
         let from = asked.headers.get("range").map_or(0, |range| range[6..range.len() - 1].parse().unwrap());
         if from == bytes.len() {
-            return Told { headers: vec![("content-range", format!("bytes */{from}"))], ..Told::status(416) };
+            return CannedResponse {
+                headers: vec![("content-range", format!("bytes */{from}"))],
+                ..CannedResponse::status(416)
+            };
         }
         let mut headers = vec![("etag", "\"a\"".to_owned())];
         if from > 0 {
             headers.push(("content-range", format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len())));
         }
         let status = if from > 0 { 206 } else { 200 };
-        let told = Told { status, headers, body: bytes[from..].to_vec(), ..Told::default() };
+        let told = CannedResponse { status, headers, body: bytes[from..].to_vec(), ..CannedResponse::default() };
         further(told, counted.fetch_add(1, Ordering::SeqCst))
     });
     (server, count)
 }
 
 /// Sends so many bytes at once, and then next to nothing.
-fn dripping(at_once: usize) -> impl Fn(Told, usize) -> Told {
-    move |told, _| Told { drip: Some((at_once.min(told.body.len()), Duration::from_millis(20))), ..told }
+fn dripping(at_once: usize) -> impl Fn(CannedResponse, usize) -> CannedResponse {
+    move |told, _| CannedResponse { drip: Some((at_once.min(told.body.len()), Duration::from_millis(20))), ..told }
 }
 
-fn without_etag(told: Told) -> Told {
+fn without_etag(told: CannedResponse) -> CannedResponse {
     let headers = told.headers.into_iter().filter(|(name, _)| *name != "etag").collect();
-    Told { headers, ..told }
+    CannedResponse { headers, ..told }
 }
 
 fn in_cache(desk: &Desk) -> usize {
@@ -59,16 +62,16 @@ fn a_source_that_dawdles_leaves_time_to_the_next_one() {
     let (slow, asked) = serving(&bytes, &signature, dripping(100_000));
     let (good, _) = serving(&bytes, &signature, |told, _| told);
     let (desk, endpoints) = (Desk::new(), [slow.endpoint(), good.endpoint()]);
-    let means = Means { within: Duration::from_secs(4), ..desk.means(&endpoints, &keys) };
-    fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap();
+    let means = FetchContext { within: Duration::from_secs(4), ..desk.means(&endpoints, &keys) };
+    fetch(&means, &PackageRequest::new(release()), &mut |_, _| true).unwrap();
     assert_eq!(asked.load(Ordering::SeqCst), 1);
 
     // The next one has nothing: what came stays, and the first one has the rest of the time.
-    let lacking = Server::plain(|_| Told::status(404));
+    let lacking = Server::plain(|_| CannedResponse::status(404));
     let endpoints = [slow.endpoint(), lacking.endpoint()];
-    let means = Means { within: Duration::from_secs(2), ..desk.means(&endpoints, &keys) };
+    let means = FetchContext { within: Duration::from_secs(2), ..desk.means(&endpoints, &keys) };
     let began = Instant::now();
-    let error = fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap_err();
+    let error = fetch(&means, &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
     assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
     assert!(error.is::<Unavailable>() && !is_refusal(&error));
     let error = format!("{error:#}");
@@ -83,10 +86,10 @@ fn a_source_that_dawdles_leaves_time_to_the_next_one() {
 fn one_whose_size_nobody_told_claims_room_as_it_comes() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
-    let (server, asked) = serving(&bytes, &signature, |told, _| Told { no_length: true, ..told });
+    let (server, asked) = serving(&bytes, &signature, |told, _| CannedResponse { no_length: true, ..told });
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
     let mut least = u64::MAX;
-    let tree = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |done, _| {
+    let tree = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, _| {
         if (1..bytes.len() as u64).contains(&done) {
             least = least.min(desk.commons.space.promised());
         }
@@ -97,8 +100,8 @@ fn one_whose_size_nobody_told_claims_room_as_it_comes() {
 
     // Where others were promised the rest, nothing of it is kept: it would be in their way.
     let others = all_taken(&desk.commons.space);
-    let means = Means { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
-    let error = fetch(&means, &Wanted::new(release()), &mut |_, _| true).unwrap_err();
+    let means = FetchContext { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
+    let error = fetch(&means, &PackageRequest::new(release()), &mut |_, _| true).unwrap_err();
     assert!(format!("{error:#}").contains("not enough space") && !is_refusal(&error), "{error:#}");
     assert_eq!((in_cache(&desk), asked.load(Ordering::SeqCst)), (0, 2));
     drop(others);
@@ -111,8 +114,8 @@ fn what_has_no_room_to_be_unpacked_is_not_refused_and_not_downloaded_again() {
     let (keys, signature) = signed(&bytes);
     let (server, asked) = serving(&bytes, &signature, |told, _| told);
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
-    let wanted = Wanted { size: Some(bytes.len() as u64), ..Wanted::new(release()) };
-    let means = Means { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
+    let wanted = PackageRequest { size: Some(bytes.len() as u64), ..PackageRequest::new(release()) };
+    let means = FetchContext { within: Duration::from_secs(1), ..desk.means(&endpoints, &keys) };
     let mut others = None;
     for _ in 0..2 {
         let error = fetch(&means, &wanted, &mut |done, total| {
@@ -137,10 +140,10 @@ fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
     let (keys, signature) = signed(&bytes);
     // The same one may say nothing of it.
     let (server, asked) = serving(&bytes, &signature, move |told, before| match before {
-        0 => Told { cut_after: Some(150_000), ..told },
+        0 => CannedResponse { cut_after: Some(150_000), ..told },
         _ => without_etag(told),
     });
-    let (desk, wanted, endpoints) = (Desk::new(), Wanted::new(release()), [server.endpoint()]);
+    let (desk, wanted, endpoints) = (Desk::new(), PackageRequest::new(release()), [server.endpoint()]);
     let mut at = Vec::new();
     let tree = fetch(&desk.means(&endpoints, &keys), &wanted, &mut |done, _| {
         at.push(done);
@@ -150,10 +153,10 @@ fn a_part_goes_on_from_who_sent_it_or_from_who_says_that_it_has_the_same() {
     assert!(at.is_sorted() && asked.load(Ordering::SeqCst) == 2, "{at:?}");
 
     // Another one that does not know `If-Range` would send the rest of some other file.
-    let cut = |told: Told, _| Told { cut_after: Some(30_000.min(told.body.len())), ..told };
+    let cut = |told: CannedResponse, _| CannedResponse { cut_after: Some(30_000.min(told.body.len())), ..told };
     let (broken, _) = serving(&bytes, &signature, cut);
     let (other, asked) = serving(&bytes, &signature, move |told, before| match before {
-        0 => without_etag(Told { body: vec![b'x'; told.body.len()], ..told }),
+        0 => without_etag(CannedResponse { body: vec![b'x'; told.body.len()], ..told }),
         _ => told,
     });
     let endpoints = [broken.endpoint(), other.endpoint()];
@@ -181,7 +184,7 @@ fn strict(
     let noted = Arc::clone(&asked_for);
     let server = Server::plain(move |asked| {
         if asked.path.ends_with(SIGNATURE_SUFFIX) {
-            return Told::ok(signature.clone());
+            return CannedResponse::ok(signature.clone());
         }
         let header = |name: &str| asked.headers.get(name).cloned().unwrap_or_default();
         noted.lock().unwrap().push(format!("{} {}", header("range"), header("if-range")));
@@ -194,12 +197,12 @@ fn strict(
         if from > 0 {
             headers.push(("content-range", format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len())));
         }
-        Told {
+        CannedResponse {
             status: if from > 0 { 206 } else { 200 },
             headers,
             body: bytes[from..].to_vec(),
             cut_after,
-            ..Told::default()
+            ..CannedResponse::default()
         }
     });
     (server, asked_for)
@@ -213,10 +216,10 @@ fn sources_that_know_a_file_by_different_etags_go_on_with_each_others_part() {
     let (second, asked_for) = strict(&bytes, &signature, "\"b\"", None);
     let endpoints = [first.endpoint(), second.endpoint()];
     let sha256 = crate::core::text::hex(&Sha256::digest(&bytes));
-    let known = |sha256: String| Wanted {
+    let known = |sha256: String| PackageRequest {
         size: Some(bytes.len() as u64),
         sha256: Some(sha256.parse().unwrap()),
-        ..Wanted::new(release())
+        ..PackageRequest::new(release())
     };
     let desk = Desk::new();
     let mut at = Vec::new();
@@ -230,7 +233,7 @@ fn sources_that_know_a_file_by_different_etags_go_on_with_each_others_part() {
 
     // Where nothing was announced of it, nobody could tell, and it is begun anew.
     asked_for.lock().unwrap().clear();
-    drop(fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |_, _| true).unwrap());
+    drop(fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |_, _| true).unwrap());
     assert_eq!(*asked_for.lock().unwrap(), ["bytes=500000- \"a\""]);
 }
 
@@ -242,7 +245,7 @@ fn who_gives_up_a_download_waits_for_no_pause_of_it() {
     let gave_up = Arc::clone(&unwanted);
     let (server, asked) = serving(&bytes, &signature, move |_, _| {
         gave_up.store(true, Ordering::SeqCst);
-        Told { headers: vec![("retry-after", "25".to_owned())], ..Told::status(503) }
+        CannedResponse { headers: vec![("retry-after", "25".to_owned())], ..CannedResponse::status(503) }
     });
     let (desk, endpoints, began) = (Desk::new(), [server.endpoint()], Instant::now());
     // It is given up once the pause has begun.
@@ -251,7 +254,7 @@ fn who_gives_up_a_download_waits_for_no_pause_of_it() {
         since += u32::from(unwanted.load(Ordering::SeqCst));
         since < 4
     };
-    let error = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), progress).unwrap_err();
+    let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), progress).unwrap_err();
     assert!(format!("{error:#}").contains("not wanted any more"), "{error:#}");
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     assert_eq!(asked.load(Ordering::SeqCst), 1);
@@ -262,19 +265,19 @@ fn who_gives_up_a_download_ends_what_it_waits_for() {
     let bytes = archive(400_000);
     let (keys, signature) = signed(&bytes);
     for no_length in [false, true] {
-        let (server, _) = serving(&bytes, &signature, move |told, _| Told {
+        let (server, _) = serving(&bytes, &signature, move |told, _| CannedResponse {
             drip: Some((100_000, Duration::from_secs(60))),
             no_length,
             ..told
         });
         let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
         let client = Client::new(&Trust::Insecure, None, Timeouts::download(Duration::from_secs(50))).unwrap();
-        let means = Means { client: &client, ..desk.means(&endpoints, &keys) };
+        let means = FetchContext { client: &client, ..desk.means(&endpoints, &keys) };
         let (unwanted, came) = (AtomicBool::new(false), AtomicBool::new(false));
         let began = Instant::now();
         std::thread::scope(|scope| {
             let fetching = scope.spawn(|| {
-                fetch(&means, &Wanted::new(release()), &mut |done, _| {
+                fetch(&means, &PackageRequest::new(release()), &mut |done, _| {
                     came.fetch_or(done >= 100_000, Ordering::SeqCst);
                     !unwanted.load(Ordering::SeqCst)
                 })
@@ -299,13 +302,13 @@ fn who_gives_up_a_package_that_is_being_unpacked_has_it_downloaded_for_another_t
     let (server, asked) = serving(&bytes, &signature, |told, _| told);
     let (desk, endpoints) = (Desk::new(), [server.endpoint()]);
     let mut since_it_is_there = 0;
-    let error = fetch(&desk.means(&endpoints, &keys), &Wanted::new(release()), &mut |done, total| {
+    let error = fetch(&desk.means(&endpoints, &keys), &PackageRequest::new(release()), &mut |done, total| {
         since_it_is_there += u32::from(Some(done) == total);
         since_it_is_there < 50
     });
     assert!(format!("{:#}", error.unwrap_err()).contains("not wanted any more"));
     assert_eq!((in_cache(&desk), entries(&desk.places.staging).unwrap().len()), (2, 0));
-    desk.fetch(&endpoints, &Wanted::new(release()), &keys).unwrap();
+    desk.fetch(&endpoints, &PackageRequest::new(release()), &keys).unwrap();
     assert_eq!(asked.load(Ordering::SeqCst), 1);
 }
 
@@ -326,10 +329,17 @@ fn a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap() {
     let (signer, bytes) = (Signer::new(), archive(10));
     let (keys, signature) = (signer.keys(), signer.sign(&bytes, &binding(1)));
     desk.left(&bytes, Some("\"a\""));
-    let examined = verify::examine(&signature, &keys, &Wanted::new(release())).unwrap();
+    let examined = verify::examine(&signature, &keys, &PackageRequest::new(release())).unwrap();
     let open = || {
         let progress: &mut Progress<'_> = &mut |_, _| true;
-        Part::open(&desk.places.cache, FILE, u64::MAX, &examined, &keys, &mut Watch::new(progress))
+        PartialDownload::open(
+            &desk.places.cache,
+            FILE,
+            u64::MAX,
+            &examined,
+            &keys,
+            &mut DownloadProgress::new(progress),
+        )
     };
     let part = open().unwrap();
     trim(&desk.places.cache, |_| false).unwrap();

@@ -8,12 +8,12 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::Limits;
+use super::UnpackLimits;
 use crate::core::model::Os;
 use crate::core::names::windows_can_hold;
 
 /// A path below the root, without `.` and doubled slashes; empty for the root itself. Refuses whatever could lie elsewhere.
-pub(super) fn relative(path: &str, os: Os, limits: &Limits) -> Result<String> {
+pub(super) fn relative(path: &str, os: Os, limits: &UnpackLimits) -> Result<String> {
     ensure!(!path.starts_with('/'), "its path is absolute");
     ensure!(path.len() <= limits.path, "its path has more than {} bytes", limits.path);
     let mut clean = String::with_capacity(path.len());
@@ -173,7 +173,7 @@ mod tests {
         #[test]
         fn a_path_that_is_taken_stays_where_it_is(path in "[a-zA-Z0-9./\\\\: \u{0}-\u{1f}é]{0,40}") {
             for os in [Os::Linux, Os::Windows] {
-                let limits = Limits::default();
+                let limits = UnpackLimits::default();
                 if let Ok(clean) = relative(&path, os, &limits) {
                     prop_assert_eq!(&relative(&clean, os, &limits).unwrap(), &clean);
                     prop_assert!(!clean.starts_with('/') && !clean.ends_with('/') && !clean.contains("//"));

@@ -8,7 +8,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 
 use anyhow::{Result, bail, ensure};
 
-use super::Limits;
+use super::UnpackLimits;
 use super::names::{fold_into, link_stays_inside, relative};
 use crate::core::model::Os;
 use crate::home::COMPLETE;
@@ -20,7 +20,7 @@ const SET_ID: u32 = 0o6000;
 
 /// What a path below the root is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum PathKind {
     /// Only because something lies in it; its own entry may yet come.
     ImpliedDirectory,
     Directory,
@@ -29,15 +29,15 @@ enum Kind {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Made {
-    kind: Kind,
+struct PlannedPath {
+    kind: PathKind,
     /// Tells the very same name from one that differs in case.
     spelling: u32,
 }
 
 /// An entry that may be made, once the directories above it are there.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Admitted {
+pub(super) struct PlannedEntry {
     /// Below the root, clean; never empty.
     pub(super) path: String,
     /// Where in `path` the names of directories end that are to be made first, outermost first.
@@ -47,12 +47,12 @@ pub(super) struct Admitted {
 }
 
 /// The entries that were admitted so far.
-pub(super) struct Plan {
+pub(super) struct UnpackPlan {
     os: Os,
-    limits: Limits,
+    limits: UnpackLimits,
     /// By the hash of the folded path: a hundred thousand whole paths would be most of the memory that unpacking takes. The hash is keyed
     /// at random, so nobody can make two names meet; by chance two of 100,000 meet once in 10^9 packages, which are then refused.
-    made: HashMap<u64, Made>,
+    made: HashMap<u64, PlannedPath>,
     keys: RandomState,
     folded: String,
     /// The directory of the entry before: most lie where that one did.
@@ -61,9 +61,9 @@ pub(super) struct Plan {
     entries: u64,
 }
 
-impl Plan {
-    pub(super) fn new(os: Os, limits: Limits) -> Plan {
-        Plan {
+impl UnpackPlan {
+    pub(super) fn new(os: Os, limits: UnpackLimits) -> UnpackPlan {
+        UnpackPlan {
             os,
             limits,
             made: HashMap::new(),
@@ -75,7 +75,7 @@ impl Plan {
         }
     }
 
-    pub(super) fn limits(&self) -> &Limits {
+    pub(super) fn limits(&self) -> &UnpackLimits {
         &self.limits
     }
 
@@ -91,31 +91,31 @@ impl Plan {
     }
 
     /// `None` for the root itself, which is there.
-    pub(super) fn directory(&mut self, path: &str) -> Result<Option<Admitted>> {
+    pub(super) fn directory(&mut self, path: &str) -> Result<Option<PlannedEntry>> {
         let path = relative(path, self.os, &self.limits)?;
         if path.is_empty() {
             return Ok(None);
         }
         let stands = match self.find(&path)? {
-            Some(Kind::ImpliedDirectory) => true,
+            Some(PathKind::ImpliedDirectory) => true,
             Some(_) => bail!("there are two of it"),
             None => false,
         };
         let parents = if stands { Vec::new() } else { self.parents(&path)? };
-        self.put(&path, Kind::Directory);
-        Ok(Some(Admitted { path, parents, stands }))
+        self.put(&path, PathKind::Directory);
+        Ok(Some(PlannedEntry { path, parents, stands }))
     }
 
-    pub(super) fn file(&mut self, path: &str, mode: u32, size: u64) -> Result<Admitted> {
+    pub(super) fn file(&mut self, path: &str, mode: u32, size: u64) -> Result<PlannedEntry> {
         ensure!(mode & SET_ID == 0, "it is setuid or setgid");
         let admitted = self.begin(path)?;
         self.bytes = self.bytes.saturating_add(size);
         ensure!(self.bytes <= self.limits.bytes, "all files together have more than {} bytes", self.limits.bytes);
-        self.put(&admitted.path, Kind::File);
+        self.put(&admitted.path, PathKind::File);
         Ok(admitted)
     }
 
-    pub(super) fn symbolic_link(&mut self, path: &str, target: &str) -> Result<Admitted> {
+    pub(super) fn symbolic_link(&mut self, path: &str, target: &str) -> Result<PlannedEntry> {
         let admitted = self.begin(path)?;
         ensure!(target.len() <= MAX_TARGET_BYTES, "it is a link to a name that is too long");
         ensure!(
@@ -126,12 +126,12 @@ impl Plan {
             self.os != Os::Windows,
             "it is a symbolic link, which a service on Windows may not make; pack the file itself"
         );
-        self.put(&admitted.path, Kind::Link);
+        self.put(&admitted.path, PathKind::Link);
         Ok(admitted)
     }
 
     /// The second is the clean path of what it is another name of.
-    pub(super) fn hard_link(&mut self, path: &str, mode: u32, target: &str) -> Result<(Admitted, String)> {
+    pub(super) fn hard_link(&mut self, path: &str, mode: u32, target: &str) -> Result<(PlannedEntry, String)> {
         ensure!(mode & SET_ID == 0, "it is setuid or setgid");
         let admitted = self.begin(path)?;
         let target = match relative(target, self.os, &self.limits) {
@@ -139,21 +139,21 @@ impl Plan {
             Err(error) => bail!("it is a hard link that leaves the package: {error}"),
         };
         ensure!(
-            self.find(&target)? == Some(Kind::File),
+            self.find(&target)? == Some(PathKind::File),
             "it is a hard link to {target:?}, which is no file of the package before it"
         );
-        self.put(&admitted.path, Kind::File);
+        self.put(&admitted.path, PathKind::File);
         Ok((admitted, target))
     }
 
     /// For what is to be made anew.
-    fn begin(&mut self, path: &str) -> Result<Admitted> {
+    fn begin(&mut self, path: &str) -> Result<PlannedEntry> {
         ensure!(!path.ends_with('/'), "its name is that of a directory, which it is not");
         let path = relative(path, self.os, &self.limits)?;
         ensure!(!path.is_empty(), "it has no name");
         ensure!(self.find(&path)?.is_none(), "there are two of it");
         let parents = self.parents(&path)?;
-        Ok(Admitted { path, parents, stands: false })
+        Ok(PlannedEntry { path, parents, stands: false })
     }
 
     /// Which directories above it are to be made.
@@ -167,11 +167,11 @@ impl Plan {
         for (at, _) in path.match_indices('/') {
             let parent = &path[..at];
             match self.find(parent)? {
-                Some(Kind::Directory | Kind::ImpliedDirectory) => {}
-                Some(Kind::File | Kind::Link) => bail!("it would lie in {parent:?}, which is no directory"),
+                Some(PathKind::Directory | PathKind::ImpliedDirectory) => {}
+                Some(PathKind::File | PathKind::Link) => bail!("it would lie in {parent:?}, which is no directory"),
                 None => {
                     self.count()?;
-                    self.put(parent, Kind::ImpliedDirectory);
+                    self.put(parent, PathKind::ImpliedDirectory);
                     missing.push(at);
                 }
             }
@@ -189,7 +189,7 @@ impl Plan {
     }
 
     /// What was made under this name; an error where it was made in another case.
-    fn find(&mut self, path: &str) -> Result<Option<Kind>> {
+    fn find(&mut self, path: &str) -> Result<Option<PathKind>> {
         let (key, spelling) = self.key(path);
         match self.made.get(&key) {
             None => Ok(None),
@@ -198,9 +198,9 @@ impl Plan {
         }
     }
 
-    fn put(&mut self, path: &str, kind: Kind) {
+    fn put(&mut self, path: &str, kind: PathKind) {
         let (key, spelling) = self.key(path);
-        self.made.insert(key, Made { kind, spelling });
+        self.made.insert(key, PlannedPath { kind, spelling });
     }
 
     fn key(&mut self, path: &str) -> (u64, u32) {

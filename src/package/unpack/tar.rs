@@ -9,8 +9,8 @@ use std::rc::Rc;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use tar::{Entry, EntryType};
 
-use super::plan::Plan;
-use super::{Item, Sink, shown, text};
+use super::plan::UnpackPlan;
+use super::{EntryContent, Sink, shown, text};
 
 /// What tar may say about one entry beside its content: long names, extended headers.
 const MAX_HEADER_BYTES: u64 = 64 << 10;
@@ -20,12 +20,12 @@ const MAX_HEADERS_BYTES: u64 = 256 << 20;
 const MAX_PADDING_BYTES: u64 = 1 << 20;
 
 /// Fails when more is read than was allowed for.
-struct Allowed<R> {
+struct LimitedReader<R> {
     inner: R,
     left: Rc<Cell<u64>>,
 }
 
-impl<R: Read> Read for Allowed<R> {
+impl<R: Read> Read for LimitedReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let amount = self.inner.read(buffer)?;
         match self.left.get().checked_sub(amount as u64) {
@@ -42,9 +42,9 @@ impl<R: Read> Read for Allowed<R> {
 }
 
 /// Gives every entry that the plan admits to `sink`, to the end of what is packed.
-pub(super) fn read(unpacked: impl Read, plan: &mut Plan, sink: &mut Sink<'_>) -> Result<()> {
+pub(super) fn read(unpacked: impl Read, plan: &mut UnpackPlan, sink: &mut Sink<'_>) -> Result<()> {
     let left = Rc::new(Cell::new(0));
-    let mut archive = tar::Archive::new(Allowed { inner: unpacked, left: Rc::clone(&left) });
+    let mut archive = tar::Archive::new(LimitedReader { inner: unpacked, left: Rc::clone(&left) });
     let mut entries = archive.entries()?;
     let mut headers = 0;
     loop {
@@ -65,11 +65,11 @@ pub(super) fn read(unpacked: impl Read, plan: &mut Plan, sink: &mut Sink<'_>) ->
             headers += before.saturating_sub(left.get());
         }
     }
-    let Allowed { inner, .. } = archive.into_inner();
+    let LimitedReader { inner, .. } = archive.into_inner();
     ends(inner)
 }
 
-fn one(entry: &mut Entry<'_, impl Read>, path: &str, plan: &mut Plan, sink: &mut Sink<'_>) -> Result<()> {
+fn one(entry: &mut Entry<'_, impl Read>, path: &str, plan: &mut UnpackPlan, sink: &mut Sink<'_>) -> Result<()> {
     look_at_extensions(entry)?;
     let mode = entry.header().mode()?;
     let kind = entry.header().entry_type();
@@ -80,21 +80,21 @@ fn one(entry: &mut Entry<'_, impl Read>, path: &str, plan: &mut Plan, sink: &mut
     }
     match kind {
         EntryType::Directory => match plan.directory(path)? {
-            Some(admitted) => sink(&admitted, Item::Directory),
+            Some(admitted) => sink(&admitted, EntryContent::Directory),
             None => Ok(()),
         },
         EntryType::Regular | EntryType::Continuous => {
             let admitted = plan.file(path, mode, size)?;
-            sink(&admitted, Item::File { executable: mode & 0o100 != 0, size, content: entry })
+            sink(&admitted, EntryContent::File { executable: mode & 0o100 != 0, size, content: entry })
         }
         EntryType::Symlink => {
             let target = target(entry)?;
             let admitted = plan.symbolic_link(path, &target)?;
-            sink(&admitted, Item::SymbolicLink(&target))
+            sink(&admitted, EntryContent::SymbolicLink(&target))
         }
         EntryType::Link => {
             let (admitted, target) = plan.hard_link(path, mode, &target(entry)?)?;
-            sink(&admitted, Item::HardLink(&target))
+            sink(&admitted, EntryContent::HardLink(&target))
         }
         // Words to all entries, such as who packed them.
         EntryType::XGlobalHeader => Ok(()),

@@ -48,7 +48,7 @@ impl Place {
         self.0.path().join("staging")
     }
 
-    fn unpack(&self, archive: &[u8], packing: Packing, os: Os, limits: &Limits) -> Result<PathBuf, String> {
+    fn unpack(&self, archive: &[u8], packing: Packing, os: Os, limits: &UnpackLimits) -> Result<PathBuf, String> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(archive).unwrap();
         unpack(&mut file, packing, os, &self.staging(), limits, &mut |_| Ok(())).map_err(|error| format!("{error:#}"))
@@ -76,7 +76,7 @@ impl Place {
 
 fn unpacked(archive: &[u8], packing: Packing) -> (Place, Result<PathBuf, String>) {
     let place = Place::new();
-    let root = place.unpack(archive, packing, Os::Linux, &Limits::default());
+    let root = place.unpack(archive, packing, Os::Linux, &UnpackLimits::default());
     (place, root)
 }
 
@@ -129,7 +129,7 @@ fn attacks_are_refused_and_leave_nothing_behind() {
         let place = Place::new();
         let before = place.seen();
         let (packing, os) = (attack.packing.parse().unwrap(), attack.os.parse().unwrap());
-        let told = match place.unpack(&attack.bytes, packing, os, &Limits::default()) {
+        let told = match place.unpack(&attack.bytes, packing, os, &UnpackLimits::default()) {
             Ok(_) => Some("it is taken".to_owned()),
             Err(error) if !error.contains(attack.refusal) => Some(format!("{error:?} without {:?}", attack.refusal)),
             Err(_) if place.seen() != before => Some(format!("left {:?}", place.seen())),
@@ -191,7 +191,7 @@ fn what_only_looks_odd_is_taken() {
 
 #[test]
 fn limits_hold_for_entries_and_bytes() {
-    let limits = Limits { entries: 3, bytes: 10_000, ..Limits::default() };
+    let limits = UnpackLimits { entries: 3, bytes: 10_000, ..UnpackLimits::default() };
     let big = || Tar::default().file("big", &[0; 10_000]);
     let tars = [
         (Tar::default().file("a", b"").file("b", b"").file("c", b"").file("d", b"").end(), "more than 3 entries"),
@@ -229,11 +229,11 @@ fn a_zip_whose_directory_would_take_the_memory_is_refused() {
 fn a_few_bytes_do_not_become_gigabytes() {
     let zeros = vec![0; 1 << 20];
     let bomb = zst(&Tar::default().file("x", &zeros).end());
-    let limits = Limits { bytes: u64::MAX, ..Limits::default() }.of(bomb.len() as u64);
+    let limits = UnpackLimits { bytes: u64::MAX, ..UnpackLimits::default() }.of(bomb.len() as u64);
     assert_eq!(limits.bytes, FREE_BYTES + 100 * bomb.len() as u64);
-    assert_eq!(Limits::default().of(1 << 40).bytes, Limits::default().bytes);
+    assert_eq!(UnpackLimits::default().of(1 << 40).bytes, UnpackLimits::default().bytes);
     let error =
-        Place::new().unpack(&archives::zst(&bomb_of(200 << 20)), Packing::TarZst, Os::Linux, &Limits::default());
+        Place::new().unpack(&archives::zst(&bomb_of(200 << 20)), Packing::TarZst, Os::Linux, &UnpackLimits::default());
     assert!(error.unwrap_err().contains("all files together have more than"), "a bomb is taken");
 }
 
@@ -246,7 +246,7 @@ fn a_directory_that_hands_down_bits_hands_them_to_no_release() {
     let place = Place::new();
     platform::set_mode(&place.staging(), 0o2755).unwrap();
     let tar = Tar::default().file("d/e/f", b"x").entry(b'0', "d/run", 0o755, "", b"x").end();
-    let root = place.unpack(&zst(&tar), Packing::TarZst, Os::Linux, &Limits::default()).unwrap();
+    let root = place.unpack(&zst(&tar), Packing::TarZst, Os::Linux, &UnpackLimits::default()).unwrap();
     let mode = |path: &str| platform::mode(&root.join(path)).unwrap();
     assert_eq!([mode(""), mode("d"), mode("d/e"), mode("d/e/f"), mode("d/run")], [0o755, 0o755, 0o755, 0o644, 0o755]);
 }
@@ -270,7 +270,7 @@ proptest! {
         }
         let place = Place::new();
         let before = place.seen();
-        match place.unpack(&zst(&tar.end()), Packing::TarZst, Os::Linux, &Limits::default()) {
+        match place.unpack(&zst(&tar.end()), Packing::TarZst, Os::Linux, &UnpackLimits::default()) {
             Err(_) => prop_assert_eq!(place.seen(), before),
             Ok(root) => {
                 for path in place.seen().into_keys().filter(|path| !before.contains_key(path)) {
@@ -298,7 +298,7 @@ proptest! {
         if cut { bytes.truncate(at) } else { bytes[at] = byte }
         let place = Place::new();
         let before = place.seen();
-        if place.unpack(&bytes, packing, Os::Linux, &Limits::default()).is_err() {
+        if place.unpack(&bytes, packing, Os::Linux, &UnpackLimits::default()).is_err() {
             prop_assert_eq!(place.seen(), before);
         }
     }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use super::plan::Admitted;
-use super::{CHUNK_BYTES, Item, MayWrite};
+use super::plan::PlannedEntry;
+use super::{CHUNK_BYTES, EntryContent, MayWrite};
 use crate::package::fetch::unwritable;
 use crate::platform;
 
@@ -16,7 +16,7 @@ const FILE_MODE: u32 = 0o644;
 const PROGRAM_MODE: u32 = 0o755;
 
 /// A tree that is being made.
-pub(super) struct Tree<'a> {
+pub(super) struct TreeWriter<'a> {
     root: PathBuf,
     /// What is being made, as a whole path; kept, as is the buffer, for the next.
     at: PathBuf,
@@ -27,30 +27,30 @@ pub(super) struct Tree<'a> {
     mode_holds: [Option<bool>; 3],
 }
 
-impl<'a> Tree<'a> {
+impl<'a> TreeWriter<'a> {
     /// In a directory that is empty and ours.
-    pub(super) fn new(root: PathBuf, may_write: &'a mut MayWrite<'a>) -> Tree<'a> {
+    pub(super) fn new(root: PathBuf, may_write: &'a mut MayWrite<'a>) -> TreeWriter<'a> {
         let at = PathBuf::with_capacity(root.as_os_str().len() + 256);
-        Tree { root, at, chunk: vec![0; CHUNK_BYTES], may_write, mode_holds: [None; 3] }
+        TreeWriter { root, at, chunk: vec![0; CHUNK_BYTES], may_write, mode_holds: [None; 3] }
     }
 
-    pub(super) fn make(&mut self, admitted: &Admitted, item: Item<'_>) -> Result<()> {
+    pub(super) fn make(&mut self, admitted: &PlannedEntry, item: EntryContent<'_>) -> Result<()> {
         (self.may_write)(0)?;
         for end in &admitted.parents {
             self.directory(&admitted.path[..*end])?;
         }
         match item {
-            Item::Directory if admitted.stands => Ok(()),
-            Item::Directory => self.directory(&admitted.path),
-            Item::File { executable, size, content } => {
+            EntryContent::Directory if admitted.stands => Ok(()),
+            EntryContent::Directory => self.directory(&admitted.path),
+            EntryContent::File { executable, size, content } => {
                 let mode = if executable { PROGRAM_MODE } else { FILE_MODE };
                 self.file(&admitted.path, mode, size, content)
             }
-            Item::SymbolicLink(target) => {
+            EntryContent::SymbolicLink(target) => {
                 self.go_to(&admitted.path);
                 platform::make_symlink(Path::new(target), &self.at).map_err(|error| self.unwritable(error))
             }
-            Item::HardLink(target) => {
+            EntryContent::HardLink(target) => {
                 let target = self.root.join(target);
                 self.go_to(&admitted.path);
                 fs::hard_link(target, &self.at).map_err(|error| self.unwritable(error))

@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use flate2::Crc;
 use flate2::bufread::DeflateDecoder;
 
-use super::plan::{MAX_TARGET_BYTES, Plan};
-use super::{CHUNK_BYTES, Item, Sink, shown, text};
+use super::plan::{MAX_TARGET_BYTES, UnpackPlan};
+use super::{CHUNK_BYTES, EntryContent, Sink, shown, text};
 
 const LOCAL: u32 = 0x0403_4b50;
 const LOCAL_BYTES: usize = 30;
@@ -53,7 +53,7 @@ const ZIP64: &str = "it is of the kind zip64, which is not taken; pack it as tar
 
 /// What the central directory says of one entry.
 #[derive(Debug, Clone, Copy)]
-struct Central<'a> {
+struct CentralEntry<'a> {
     name: &'a [u8],
     mode: u32,
     flags: u16,
@@ -65,7 +65,7 @@ struct Central<'a> {
 }
 
 /// Gives every entry that the plan admits to `sink`.
-pub(super) fn read(archive: &mut File, plan: &mut Plan, sink: &mut Sink<'_>) -> Result<()> {
+pub(super) fn read(archive: &mut File, plan: &mut UnpackPlan, sink: &mut Sink<'_>) -> Result<()> {
     let directory = directory(archive, plan.limits().entries)?;
     let mut reader = BufReader::with_capacity(CHUNK_BYTES, archive);
     // All of them first: nothing is made of an archive that contradicts itself further on.
@@ -93,45 +93,45 @@ pub(super) fn read(archive: &mut File, plan: &mut Plan, sink: &mut Sink<'_>) -> 
 
 fn one(
     reader: &mut BufReader<&mut File>,
-    entry: &Central<'_>,
+    entry: &CentralEntry<'_>,
     name: &str,
-    plan: &mut Plan,
+    plan: &mut UnpackPlan,
     sink: &mut Sink<'_>,
 ) -> Result<()> {
     match entry.mode & TYPE_MASK {
         TYPE_DIRECTORY => {
             ensure!(entry.size == 0, "it has {} bytes of content, though it is no file", entry.size);
             match plan.directory(name)? {
-                Some(admitted) => sink(&admitted, Item::Directory),
+                Some(admitted) => sink(&admitted, EntryContent::Directory),
                 None => Ok(()),
             }
         }
         TYPE_FILE => {
             let admitted = plan.file(name, entry.mode, entry.size)?;
-            let content = &mut Content::open(reader, entry)?;
-            sink(&admitted, Item::File { executable: entry.mode & 0o100 != 0, size: entry.size, content })
+            let content = &mut ZipContent::open(reader, entry)?;
+            sink(&admitted, EntryContent::File { executable: entry.mode & 0o100 != 0, size: entry.size, content })
         }
         TYPE_LINK => {
             ensure!(entry.size <= MAX_TARGET_BYTES as u64, "it is a link to a name that is too long");
             let mut target = Vec::new();
-            Content::open(reader, entry)?.read_to_end(&mut target).context("its content is damaged")?;
+            ZipContent::open(reader, entry)?.read_to_end(&mut target).context("its content is damaged")?;
             let target = text(&target)?;
             let admitted = plan.symbolic_link(name, target)?;
-            sink(&admitted, Item::SymbolicLink(target))
+            sink(&admitted, EntryContent::SymbolicLink(target))
         }
         _ => bail!("it is a device or a pipe"),
     }
 }
 
 /// The central directory, whole.
-struct Directory {
+struct CentralDirectory {
     bytes: Vec<u8>,
     /// Where it begins.
     at: u64,
 }
 
 /// Finds the end record, which must be the end of the file, and reads the directory, which must end where that begins.
-fn directory(archive: &mut File, max_entries: u64) -> Result<Directory> {
+fn directory(archive: &mut File, max_entries: u64) -> Result<CentralDirectory> {
     let length = archive.seek(SeekFrom::End(0))?;
     let tail_bytes = length.min((END_BYTES + usize::from(u16::MAX)) as u64);
     let mut tail = vec![0; tail_bytes as usize];
@@ -160,14 +160,14 @@ fn directory(archive: &mut File, max_entries: u64) -> Result<Directory> {
     let mut bytes = vec![0; size as usize];
     archive.seek(SeekFrom::Start(begin.into()))?;
     archive.read_exact(&mut bytes)?;
-    let directory = Directory { bytes, at: begin.into() };
+    let directory = CentralDirectory { bytes, at: begin.into() };
     let found = directory.entries().map(|entry| entry.map(drop)).collect::<Result<Vec<()>>>()?.len();
     ensure!(found == usize::from(entries), "it has {found} entries where its end says {entries}");
     Ok(directory)
 }
 
-impl Directory {
-    fn entries(&self) -> impl Iterator<Item = Result<Central<'_>>> {
+impl CentralDirectory {
+    fn entries(&self) -> impl Iterator<Item = Result<CentralEntry<'_>>> {
         let mut rest = self.bytes.as_slice();
         std::iter::from_fn(move || {
             if rest.is_empty() {
@@ -183,8 +183,8 @@ impl Directory {
 }
 
 /// Takes the first central header off `rest`.
-fn central<'a>(rest: &mut &'a [u8]) -> Result<Central<'a>> {
-    let attempt = |bytes: &'a [u8]| -> Option<(Central<'a>, &'a [u8])> {
+fn central<'a>(rest: &mut &'a [u8]) -> Result<CentralEntry<'a>> {
+    let attempt = |bytes: &'a [u8]| -> Option<(CentralEntry<'a>, &'a [u8])> {
         if u32_at(bytes, 0)? != CENTRAL {
             return None;
         }
@@ -193,7 +193,7 @@ fn central<'a>(rest: &mut &'a [u8]) -> Result<Central<'a>> {
         let behind = bytes.get(CENTRAL_BYTES..)?;
         let (name, behind) = behind.split_at_checked(name)?;
         let (_, behind) = behind.split_at_checked(extra + comment)?;
-        let entry = Central {
+        let entry = CentralEntry {
             name,
             mode: mode(*bytes.get(5)?, u32_at(bytes, 38)?, name),
             flags: u16_at(bytes, 8)?,
@@ -222,7 +222,7 @@ fn mode(made_by: u8, attributes: u32, name: &[u8]) -> u32 {
 }
 
 /// Where an entry's content lies, once its two headers agree.
-fn place(reader: &mut BufReader<&mut File>, entry: &Central<'_>, end: u64) -> Result<std::ops::Range<u64>> {
+fn place(reader: &mut BufReader<&mut File>, entry: &CentralEntry<'_>, end: u64) -> Result<std::ops::Range<u64>> {
     ensure!([entry.packed, entry.size, entry.local].iter().all(|value| *value != u64::from(u32::MAX)), ZIP64);
     ensure!(entry.flags & REFUSED_FLAGS == 0, "it is encrypted, or else not to be read");
     ensure!(matches!(entry.method, STORED | DEFLATED), "it is packed by the method {}, not deflated", entry.method);
@@ -249,39 +249,39 @@ fn place(reader: &mut BufReader<&mut File>, entry: &Central<'_>, end: u64) -> Re
 }
 
 /// One entry's content: as many bytes as were said, and with the checksum that was said, or an error.
-struct Content<'a, 'b> {
-    source: Source<'a, 'b>,
+struct ZipContent<'a, 'b> {
+    source: ZipDecoder<'a, 'b>,
     crc: Crc,
     expected: u32,
     left: u64,
 }
 
-type Part<'a, 'b> = Take<&'a mut BufReader<&'b mut File>>;
+type ZipRange<'a, 'b> = Take<&'a mut BufReader<&'b mut File>>;
 
-enum Source<'a, 'b> {
-    Stored(Part<'a, 'b>),
-    Deflated(Box<DeflateDecoder<Part<'a, 'b>>>),
+enum ZipDecoder<'a, 'b> {
+    Stored(ZipRange<'a, 'b>),
+    Deflated(Box<DeflateDecoder<ZipRange<'a, 'b>>>),
 }
 
-impl<'a, 'b> Content<'a, 'b> {
+impl<'a, 'b> ZipContent<'a, 'b> {
     /// The headers were seen to agree.
-    fn open(reader: &'a mut BufReader<&'b mut File>, entry: &Central<'_>) -> Result<Content<'a, 'b>> {
+    fn open(reader: &'a mut BufReader<&'b mut File>, entry: &CentralEntry<'_>) -> Result<ZipContent<'a, 'b>> {
         let place = place(reader, entry, u64::MAX)?;
         reader.seek(SeekFrom::Start(place.start))?;
         let part = reader.take(entry.packed);
         let source = match entry.method {
-            STORED => Source::Stored(part),
-            _ => Source::Deflated(Box::new(DeflateDecoder::new(part))),
+            STORED => ZipDecoder::Stored(part),
+            _ => ZipDecoder::Deflated(Box::new(DeflateDecoder::new(part))),
         };
-        Ok(Content { source, crc: Crc::new(), expected: entry.crc, left: entry.size })
+        Ok(ZipContent { source, crc: Crc::new(), expected: entry.crc, left: entry.size })
     }
 }
 
-impl Read for Content<'_, '_> {
+impl Read for ZipContent<'_, '_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let amount = match &mut self.source {
-            Source::Stored(source) => source.read(buffer)?,
-            Source::Deflated(source) => source.read(buffer)?,
+            ZipDecoder::Stored(source) => source.read(buffer)?,
+            ZipDecoder::Deflated(source) => source.read(buffer)?,
         };
         let lies = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
         if amount == 0 && !buffer.is_empty() {

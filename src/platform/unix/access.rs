@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
-use crate::platform::Expected;
+use crate::platform::ExpectedPath;
 
 /// In a directory with this bit, only the owner of an entry can rename or remove it.
 const STICKY: u32 = 0o1000;
@@ -17,19 +17,19 @@ const MAX_LINKS: u32 = 40;
 
 /// Why what is at `path` cannot be relied on: it is something else than expected, or somebody besides root and whoever we run as can
 /// change it; as root, that is root alone. `None`: it can be, or nothing is there. No link is followed.
-pub fn weakness(path: &Path, expected: Expected, home: &Path) -> io::Result<Option<String>> {
+pub fn weakness(path: &Path, expected: ExpectedPath, home: &Path) -> io::Result<Option<String>> {
     let Some(found) = look(path)? else { return Ok(None) };
     if found.is_symlink() {
         let target = fs::read_link(path)?;
         return Ok(Some(format!("it is a symbolic link to {}; put the real thing in its place", target.display())));
     }
-    if expected != Expected::File && !found.is_dir() {
+    if expected != ExpectedPath::File && !found.is_dir() {
         return Ok(Some("it is no directory".to_owned()));
     }
-    if expected == Expected::File && !found.is_file() {
+    if expected == ExpectedPath::File && !found.is_file() {
         return Ok(Some("it is no file".to_owned()));
     }
-    if expected == Expected::DirectoryOfAny {
+    if expected == ExpectedPath::DirectoryOfAny {
         return Ok(None);
     }
     if let Some(stranger) = stranger(found.uid(), own()) {

@@ -32,7 +32,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::child_record::{own_start_time, write_record};
 use super::clone;
 use super::group::{Group, is_gone};
-use super::reset::Leaving;
+use super::reset::InheritedReset;
 use crate::platform::Launch;
 
 /// What runs a program without an interpreter line, as execvp(3) does.
@@ -64,7 +64,7 @@ pub struct Child {
 /// Returns when the program runs. Where its record cannot be written (a full disk) or its group cannot be entered, it runs all the same:
 /// the mark stands in.
 pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
-    let plan = Plan::new(command, launch)?;
+    let plan = ChildSetup::new(command, launch)?;
     if let Some(group) = &launch.group {
         if let Some(begun) = begin_in(group, &plan, HEARD_WITHIN).await {
             return begun;
@@ -78,14 +78,14 @@ pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
         Ok((pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()))
     });
     match forked.await {
-        Begun::Runs(child) => Ok(child),
-        Begun::Failed(error) | Begun::NotMade(error) => Err(error),
-        Begun::Killed => Err(io::Error::other("it was killed before its program could run")),
+        LaunchOutcome::Runs(child) => Ok(child),
+        LaunchOutcome::Failed(error) | LaunchOutcome::NotMade(error) => Err(error),
+        LaunchOutcome::Killed => Err(io::Error::other("it was killed before its program could run")),
     }
 }
 
 /// Begins a child that is in the group from its first moment on; `None`: none can be begun so.
-async fn begin_in(group: &Group, plan: &Plan<'_>, limit: Duration) -> Option<io::Result<Child>> {
+async fn begin_in(group: &Group, plan: &ChildSetup<'_>, limit: Duration) -> Option<io::Result<Child>> {
     let alone = is_alone();
     for _ in 0..GROUP_TRIES {
         let directory = group.open().ok()?;
@@ -94,12 +94,12 @@ async fn begin_in(group: &Group, plan: &Plan<'_>, limit: Duration) -> Option<io:
         // it may be looked into, and hands that user a process to stop while we wait for it.
         let in_ours = alone && !frozen && plan.user.is_none();
         match begin(plan, limit, |pipe| clone_into(directory.as_fd(), in_ours, plan, pipe)).await {
-            Begun::Runs(child) => return Some(Ok(child)),
-            Begun::Failed(error) => return Some(Err(error)),
+            LaunchOutcome::Runs(child) => return Some(Ok(child)),
+            LaunchOutcome::Failed(error) => return Some(Err(error)),
             // Another role of ours, or systemd, takes away what it finds empty.
-            Begun::NotMade(error) if is_gone(&error) => {}
+            LaunchOutcome::NotMade(error) if is_gone(&error) => {}
             // Some kernels kill at once what is cloned into a group that was ever killed whole, or from one that was.
-            Begun::Killed | Begun::NotMade(_) => return None,
+            LaunchOutcome::Killed | LaunchOutcome::NotMade(_) => return None,
         }
     }
     None
@@ -107,7 +107,7 @@ async fn begin_in(group: &Group, plan: &Plan<'_>, limit: Duration) -> Option<io:
 
 /// What became of a child by the time that it ran its program.
 #[derive(Debug)]
-enum Begun {
+enum LaunchOutcome {
     /// There was never one.
     NotMade(io::Error),
     Runs(Child),
@@ -119,23 +119,23 @@ enum Begun {
 
 /// Makes a child and waits until it runs its program or cannot. Others may be begun meanwhile.
 async fn begin(
-    plan: &Plan<'_>,
+    plan: &ChildSetup<'_>,
     limit: Duration,
     make: impl FnOnce(BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)>,
-) -> Begun {
+) -> LaunchOutcome {
     let made = || {
         let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         io::Result::Ok((reader, make(writer.as_fd())?))
     };
     let (reader, (pid, pidfd)) = match made() {
         Ok(made) => made,
-        Err(error) => return Begun::NotMade(error),
+        Err(error) => return LaunchOutcome::NotMade(error),
     };
     let told = match tokio::time::timeout(limit, hear(reader)).await {
         Ok(Ok(told)) => told,
         Ok(Err(error)) => {
             discard(pid, pidfd).await;
-            return Begun::Failed(error);
+            return LaunchOutcome::Failed(error);
         }
         Err(_) => {
             discard(pid, pidfd).await;
@@ -143,7 +143,7 @@ async fn begin(
                 "its process did not come to run it within {limit:?} and was killed: thaw the cgroups above its group if one is \
                  frozen, and see whether the file systems of its directory and of its program answer"
             );
-            return Begun::Failed(io::Error::new(io::ErrorKind::TimedOut, why));
+            return LaunchOutcome::Failed(io::Error::new(io::ErrorKind::TimedOut, why));
         }
     };
     let (mut grouped, mut started) = (plan.group.is_some(), None);
@@ -154,16 +154,16 @@ async fn begin(
             READY => started = Some(value),
             _ => {
                 let _ = waitpid(Some(pid), WaitOptions::empty());
-                return Begun::Failed(io::Error::from_raw_os_error(value as i32));
+                return LaunchOutcome::Failed(io::Error::from_raw_os_error(value as i32));
             }
         }
     }
     // Told by itself: a program that ended at once has none any more.
     let Some(start_time) = started else {
         let _ = waitpid(Some(pid), WaitOptions::empty());
-        return Begun::Killed;
+        return LaunchOutcome::Killed;
     };
-    Begun::Runs(Child { pid: number(pid), start_time, grouped, pidfd })
+    LaunchOutcome::Runs(Child { pid: number(pid), start_time, grouped, pidfd })
 }
 
 /// Kills a child of which we do not know what it does, and reaps it. What cannot die now (frozen in a cgroup of v1, in a system call that
@@ -238,7 +238,7 @@ const NOT_RUN: u8 = b'x';
 const READY: u8 = b'r';
 
 /// All that the child needs, made before it is there: between fork and exec nothing may be allocated and no lock be taken.
-struct Plan<'a> {
+struct ChildSetup<'a> {
     program: CString,
     arguments: Vec<CString>,
     environment: Vec<CString>,
@@ -249,7 +249,7 @@ struct Plan<'a> {
     output: BorrowedFd<'a>,
     null: OwnedFd,
     group: Option<GroupPlan>,
-    leaving: Leaving,
+    leaving: InheritedReset,
     user: Option<(Vec<Gid>, Gid, Uid)>,
 }
 
@@ -260,8 +260,8 @@ struct GroupPlan {
     name: Vec<u8>,
 }
 
-impl<'a> Plan<'a> {
-    fn new(command: &Command, launch: &'a Launch) -> io::Result<Plan<'a>> {
+impl<'a> ChildSetup<'a> {
+    fn new(command: &Command, launch: &'a Launch) -> io::Result<ChildSetup<'a>> {
         let mut spare = launch.record.clone().into_os_string();
         spare.push(".old");
         let environment = command.get_envs().filter_map(|(name, value)| {
@@ -281,7 +281,7 @@ impl<'a> Plan<'a> {
             let groups = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
             (groups, Gid::from_raw(user.gid), Uid::from_raw(user.uid))
         });
-        Ok(Plan {
+        Ok(ChildSetup {
             program: c_text(command.get_program())?,
             arguments: std::iter::once(command.get_program())
                 .chain(command.get_args())
@@ -295,7 +295,7 @@ impl<'a> Plan<'a> {
             output: launch.output.as_fd(),
             null: rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
             group,
-            leaving: Leaving::prepare(),
+            leaving: InheritedReset::prepare(),
             user,
         })
     }
@@ -305,13 +305,13 @@ impl<'a> Plan<'a> {
     /// # Safety
     ///
     /// Only in a child that is to become the program: it makes raw system calls, and what it uses was allocated before.
-    unsafe fn carry_out(&self, words: &Words<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
+    unsafe fn carry_out(&self, words: &ExecArrays<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
         let tell = |kind: u8, value: u64| {
             let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
             let _ = rustix::io::write(pipe, &[kind, a, b, c, d, e, f, g, h]);
         };
         // A panic must not carry the child into what the manager does.
-        let _end = End;
+        let _end = ChildExit;
         let mut group = self.group.as_ref();
         if let Some(wanted) = group
             && !grouped
@@ -329,7 +329,7 @@ impl<'a> Plan<'a> {
             Err(error) => error,
         };
         tell(NOT_RUN, error.raw_os_error() as u64);
-        End::now()
+        ChildExit::now()
     }
 
     /// Gives when this process started.
@@ -356,8 +356,8 @@ impl<'a> Plan<'a> {
 
     /// # Safety
     ///
-    /// As for [`Plan::carry_out`].
-    unsafe fn execute(&self, words: &Words<'_>) -> Errno {
+    /// As for [`ChildSetup::carry_out`].
+    unsafe fn execute(&self, words: &ExecArrays<'_>) -> Errno {
         // SAFETY: the arrays end with a null and outlive the call, which returns only when it failed.
         unsafe {
             libc::execve(self.program.as_ptr(), words.arguments(), words.environment.as_ptr());
@@ -372,23 +372,23 @@ impl<'a> Plan<'a> {
 }
 
 /// The end of a child that runs no program.
-struct End;
+struct ChildExit;
 
-impl End {
+impl ChildExit {
     fn now() -> ! {
         // SAFETY: ends this process alone, without running what the manager would at its own end.
         unsafe { libc::_exit(127) }
     }
 }
 
-impl Drop for End {
+impl Drop for ChildExit {
     fn drop(&mut self) {
-        End::now()
+        ChildExit::now()
     }
 }
 
 /// The arrays that execve(2) takes.
-struct Words<'a> {
+struct ExecArrays<'a> {
     /// The shell's words; the program's own begin behind its name.
     shell: Vec<*const libc::c_char>,
     environment: Vec<*const libc::c_char>,
@@ -396,13 +396,13 @@ struct Words<'a> {
     _plan: std::marker::PhantomData<&'a CString>,
 }
 
-impl<'a> Words<'a> {
-    fn of(plan: &'a Plan<'_>) -> Words<'a> {
+impl<'a> ExecArrays<'a> {
+    fn of(plan: &'a ChildSetup<'_>) -> ExecArrays<'a> {
         let pointers =
             |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>();
         let mut shell = vec![SHELL.as_ptr()];
         shell.extend(pointers(&plan.arguments));
-        Words { shell, environment: pointers(&plan.environment), _plan: std::marker::PhantomData }
+        ExecArrays { shell, environment: pointers(&plan.environment), _plan: std::marker::PhantomData }
     }
 
     fn arguments(&self) -> *const *const libc::c_char {
@@ -414,10 +414,10 @@ impl<'a> Words<'a> {
 fn clone_into(
     group: BorrowedFd<'_>,
     in_ours: bool,
-    plan: &Plan<'_>,
+    plan: &ChildSetup<'_>,
     pipe: BorrowedFd<'_>,
 ) -> io::Result<(Pid, Option<OwnedFd>)> {
-    let words = Words::of(plan);
+    let words = ExecArrays::of(plan);
     // SAFETY: the child does only what is allowed there, and does not come back.
     let child = || unsafe { plan.carry_out(&words, true, pipe) };
     // SAFETY: as above.
@@ -425,8 +425,8 @@ fn clone_into(
     Ok((pid, Some(pidfd)))
 }
 
-fn fork(plan: &Plan<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
-    let words = Words::of(plan);
+fn fork(plan: &ChildSetup<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
+    let words = ExecArrays::of(plan);
     // SAFETY: the child does only what is allowed there, and does not come back.
     let child = || unsafe { plan.carry_out(&words, false, pipe) };
     // SAFETY: as above.

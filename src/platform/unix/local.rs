@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
-use crate::platform::Caller;
+use crate::platform::SocketPeer;
 
 /// What accepts connections.
 #[derive(Debug)]
@@ -66,15 +66,15 @@ impl LocalListener {
     }
 
     /// The next connection, and whether it is by somebody who may command this home: root, or whoever we run as. Cancel-safe.
-    pub async fn accept(&mut self) -> io::Result<Caller> {
+    pub async fn accept(&mut self) -> io::Result<SocketPeer> {
         let (stream, _) = self.0.accept().await?;
         let (peer, own) = (stream.peer_cred()?.uid(), rustix::process::geteuid().as_raw());
         if peer == 0 || peer == own {
-            return Ok(Caller::Welcome(stream));
+            return Ok(SocketPeer::Welcome(stream));
         }
         let who = format!("the user {peer}");
         let whose = if own == 0 { "root alone".to_owned() } else { format!("root and the user {own}") };
-        Ok(Caller::Stranger { stream, who, whose })
+        Ok(SocketPeer::Stranger { stream, who, whose })
     }
 }
 
@@ -160,7 +160,7 @@ mod tests {
             connection.read_to_string(&mut text).unwrap();
             text
         });
-        let Caller::Welcome(mut stream) = listener.accept().await.unwrap() else { panic!("we may") };
+        let SocketPeer::Welcome(mut stream) = listener.accept().await.unwrap() else { panic!("we may") };
         assert_eq!(stream.read_u8().await.unwrap(), b'x');
         stream.write_all(b"hello").await.unwrap();
         drop(stream);

@@ -16,7 +16,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::core::manifest::StopSignal;
-use crate::platform::{Mark, Seen};
+use crate::platform::{ProcessInfo, ProcessMarker};
 
 /// Where the kernel offers no pidfd, a process that is not our child is looked at so often.
 const POLL: Duration = Duration::from_millis(250);
@@ -153,7 +153,7 @@ pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
 }
 
 /// Every process of the host that we can see, with the marks of those that belong to the home.
-pub fn processes(home: &Path) -> Vec<Seen> {
+pub fn processes(home: &Path) -> Vec<ProcessInfo> {
     let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
@@ -163,12 +163,18 @@ pub fn processes(home: &Path) -> Vec<Seen> {
 }
 
 /// One process, if it lives, with its mark if it belongs to the home.
-pub fn seen(pid: u32, home: &Path) -> Option<Seen> {
+pub fn seen(pid: u32, home: &Path) -> Option<ProcessInfo> {
     let stat = stat(pid)?;
-    Some(Seen { pid, start_time: stat.start_time, session: stat.session, parent: stat.parent, mark: mark(pid, home) })
+    Some(ProcessInfo {
+        pid,
+        start_time: stat.start_time,
+        session: stat.session,
+        parent: stat.parent,
+        mark: mark(pid, home),
+    })
 }
 
-fn mark(pid: u32, home: &Path) -> Option<Mark> {
+fn mark(pid: u32, home: &Path) -> Option<ProcessMarker> {
     let mut environ = vec![];
     File::open(format!("/proc/{pid}/environ")).ok()?.take(ENVIRON_LIMIT).read_to_end(&mut environ).ok()?;
     let find = |key: &[u8]| environ.split(|byte| *byte == 0).find_map(|variable| variable.strip_prefix(key));
@@ -178,7 +184,7 @@ fn mark(pid: u32, home: &Path) -> Option<Mark> {
     if named != home && crate::platform::identity(named) != home {
         return None;
     }
-    Some(Mark {
+    Some(ProcessMarker {
         name,
         version: text(b"AOPS_AGENT_VERSION=").unwrap_or_default(),
         main_only: find(crate::platform::MAIN_ONLY.as_bytes()) == Some(b"=process"),

@@ -76,7 +76,7 @@ pub fn leave_caller_as(command: &mut Command, user: Option<User>) -> io::Result<
 }
 
 fn leave(command: &mut Command, user: Option<User>) {
-    let leaving = Leaving::prepare();
+    let leaving = InheritedReset::prepare();
     let user = user.map(|user| {
         let groups: Vec<_> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
         (groups, Gid::from_raw(user.gid), Uid::from_raw(user.uid))
@@ -97,16 +97,16 @@ fn leave(command: &mut Command, user: Option<User>) {
 
 /// What a child needs to leave the caller, made before it is there.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Leaving {
+pub(super) struct InheritedReset {
     limits: &'static [(Resource, Rlimit)],
 }
 
-impl Leaving {
-    pub(super) fn prepare() -> Leaving {
+impl InheritedReset {
+    pub(super) fn prepare() -> InheritedReset {
         static LIMITS: OnceLock<Vec<(Resource, Rlimit)>> = OnceLock::new();
         // Where they cannot be read, the limits stay as they are.
         let read = || usual_limits(&std::fs::read_to_string("/proc/1/limits").unwrap_or_default());
-        Leaving { limits: LIMITS.get_or_init(read) }
+        InheritedReset { limits: LIMITS.get_or_init(read) }
     }
 
     /// Done by the child itself, in a session of its own already, before its program runs and before it takes another user's rights. It

@@ -17,7 +17,7 @@ use windows_sys::Win32::Storage::FileSystem::{
 };
 
 use super::security::{AccessList, OTHERS};
-use crate::platform::Expected;
+use crate::platform::ExpectedPath;
 
 /// Rights to take something away, or to give oneself any other right.
 const REPLACE: u32 = DELETE | FILE_DELETE_CHILD | WRITE_DAC | WRITE_OWNER | GENERIC_ALL;
@@ -26,7 +26,7 @@ const CHANGE: u32 = REPLACE | FILE_WRITE_DATA | FILE_APPEND_DATA | FILE_WRITE_AT
 
 /// Why what is at `path` cannot be relied on: it is a link, or something else than expected, or somebody else can change it. `None`: it
 /// can be, or nothing is there. No link is followed.
-pub fn weakness(path: &Path, expected: Expected, _home: &Path) -> io::Result<Option<String>> {
+pub fn weakness(path: &Path, expected: ExpectedPath, _home: &Path) -> io::Result<Option<String>> {
     let found = match fs::symlink_metadata(path) {
         Ok(found) => found,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -35,13 +35,13 @@ pub fn weakness(path: &Path, expected: Expected, _home: &Path) -> io::Result<Opt
     if found.is_symlink() {
         return Ok(Some("it is a symbolic link or a junction; put the real thing in its place".to_owned()));
     }
-    if expected != Expected::File && !found.is_dir() {
+    if expected != ExpectedPath::File && !found.is_dir() {
         return Ok(Some("it is no directory".to_owned()));
     }
-    if expected == Expected::File && !found.is_file() {
+    if expected == ExpectedPath::File && !found.is_file() {
         return Ok(Some("it is no file".to_owned()));
     }
-    if expected == Expected::DirectoryOfAny {
+    if expected == ExpectedPath::DirectoryOfAny {
         return Ok(None);
     }
     let list = access_list(path)?;
@@ -113,7 +113,7 @@ mod tests {
         fs::write(&file, "").unwrap();
         fs::create_dir(&inner).unwrap();
         let home = directory.path();
-        for (path, expected) in [(&file, Expected::File), (&inner, Expected::Directory)] {
+        for (path, expected) in [(&file, ExpectedPath::File), (&inner, ExpectedPath::Directory)] {
             for (rights, is_weak) in [("FR", false), ("FA", true), ("FRFW", true), ("FR", false)] {
                 set_access_list(path, &format!("D:P(A;;FA;;;SY)(A;;FA;;;BA)(A;;FA;;;@US@)(A;;{rights};;;WD)")).unwrap();
                 let weakness = weakness(path, expected, home).unwrap();
@@ -121,8 +121,8 @@ mod tests {
                 assert!(weakness.is_none_or(|why| why.contains("Everyone can write it") && why.contains("S-1-1-0")));
             }
         }
-        assert_eq!(weakness(&inner.join("nothing"), Expected::File, home).unwrap(), None);
-        assert_eq!(weakness(&file, Expected::Directory, home).unwrap().unwrap(), "it is no directory");
+        assert_eq!(weakness(&inner.join("nothing"), ExpectedPath::File, home).unwrap(), None);
+        assert_eq!(weakness(&file, ExpectedPath::Directory, home).unwrap().unwrap(), "it is no directory");
     }
 
     #[test]

@@ -28,7 +28,7 @@ use windows_sys::Win32::System::SystemServices::{
 };
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, PROCESS_SYNCHRONIZE};
 
-use super::security::{self, OnlyOurs, wide};
+use super::security::{self, PrivateAcl, wide};
 use super::{names, process, watch};
 
 /// What leads to the names of the whole host, from any session.
@@ -117,7 +117,7 @@ impl Group {
     }
 
     fn create(&self) -> io::Result<Arc<OwnedHandle>> {
-        let (name, ours) = (wide(&self.name), OnlyOurs::new()?);
+        let (name, ours) = (wide(&self.name), PrivateAcl::new()?);
         // SAFETY: the name ends in a zero and, like the access list, outlives the call.
         let (job, error) = unsafe { (CreateJobObjectW(&ours.attributes(), name.as_ptr()), GetLastError()) };
         if job.is_null() {

@@ -64,7 +64,7 @@ fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
     }
     let child = suspended.spawn()?;
     let pid = child.id();
-    let unbegun = Unbegun(Some(OwnedHandle::from(child)));
+    let unbegun = SuspendedProcess(Some(OwnedHandle::from(child)));
     let Some(process) = &unbegun.0 else { return Err(io::ErrorKind::NotFound.into()) };
     let start_time = process::creation_time(process).ok_or_else(io::Error::last_os_error)?;
     let grouped = launch.group.as_ref().is_some_and(|group| group.make().and_then(|()| group.take_in(process)).is_ok());
@@ -80,15 +80,15 @@ fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
 }
 
 /// A suspended process, which is ended unless it comes to begin.
-struct Unbegun(Option<OwnedHandle>);
+struct SuspendedProcess(Option<OwnedHandle>);
 
-impl Unbegun {
+impl SuspendedProcess {
     fn begun(mut self) -> io::Result<OwnedHandle> {
         self.0.take().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
-impl Drop for Unbegun {
+impl Drop for SuspendedProcess {
     fn drop(&mut self) {
         if let Some(process) = &self.0 {
             // SAFETY: the handle is open.
@@ -170,7 +170,7 @@ mod tests {
     use super::super::{ended, signal, start_time};
     use super::*;
     use crate::core::manifest::StopSignal;
-    use crate::platform::testing::{self, Other, PATIENCE, wait_for};
+    use crate::platform::testing::{self, OtherProcess, PATIENCE, wait_for};
 
     const TREE: &str = "platform::windows::launch::tests::a_tree_of_two";
     const LEAF: &str = "platform::windows::launch::tests::a_leaf";
@@ -306,7 +306,7 @@ mod tests {
     #[test]
     fn what_a_killed_manager_started_is_recorded_and_found_by_the_name_of_its_group() {
         let directory = tempfile::tempdir().unwrap();
-        let mut manager = Other::start(MANAGER, directory.path());
+        let mut manager = OtherProcess::start(MANAGER, directory.path());
         let root: u32 = manager.line().parse().unwrap();
         let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
         manager.kill();
@@ -333,7 +333,7 @@ mod tests {
 
     /// The question itself: a process that was started without a group holds none.
     fn holds_a_job_of_nobody() -> bool {
-        Other::start(HOLDER, "").line() == "holds"
+        OtherProcess::start(HOLDER, "").line() == "holds"
     }
 
     #[tokio::test]

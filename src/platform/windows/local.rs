@@ -25,8 +25,8 @@ use windows_sys::Win32::System::Pipes::WaitNamedPipeW;
 use windows_sys::Win32::System::Threading::{CreateEventW, INFINITE, SetEvent, WaitForMultipleObjects};
 
 use super::process::raw;
-use super::security::{OnlyOurs, is_trusted, wide};
-use crate::platform::Caller;
+use super::security::{PrivateAcl, is_trusted, wide};
+use crate::platform::SocketPeer;
 
 /// What a door's name begins with.
 const PREFIX: &str = r"\\.\pipe\aops-";
@@ -54,8 +54,8 @@ impl LocalListener {
     }
 
     /// The next connection by somebody who may command this home: the access list lets nobody else in. Cancel-safe.
-    pub async fn accept(&mut self) -> io::Result<Caller> {
-        self.accepted().await.map(Caller::Welcome)
+    pub async fn accept(&mut self) -> io::Result<SocketPeer> {
+        self.accepted().await.map(SocketPeer::Welcome)
     }
 
     async fn accepted(&mut self) -> io::Result<LocalStream> {
@@ -68,7 +68,7 @@ impl LocalListener {
 }
 
 fn instance(name: &str, first: bool) -> io::Result<NamedPipeServer> {
-    let ours = OnlyOurs::new()?;
+    let ours = PrivateAcl::new()?;
     let mut attributes = ours.attributes();
     let mut options = ServerOptions::new();
     options.first_pipe_instance(first).reject_remote_clients(true);
@@ -79,13 +79,13 @@ fn instance(name: &str, first: bool) -> io::Result<NamedPipeServer> {
 /// The other end, for programs that block. It can be read and written by two threads at the same time, each with an end of its own.
 #[derive(Debug)]
 pub struct LocalConnection {
-    shared: Arc<Shared>,
+    shared: Arc<PipeState>,
     /// Set when what this end has begun is done.
     done: OwnedHandle,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct PipeState {
     pipe: OwnedHandle,
     /// Set once, when one of the ends hangs up for all.
     hung_up: OwnedHandle,
@@ -118,7 +118,7 @@ pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnecti
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "another user has taken the pipe's name"));
     }
     let timeout = milliseconds(timeout);
-    let shared = Shared { pipe, hung_up: event()?, read_timeout: AtomicU32::new(timeout), write_timeout: timeout };
+    let shared = PipeState { pipe, hung_up: event()?, read_timeout: AtomicU32::new(timeout), write_timeout: timeout };
     Ok(LocalConnection { shared: Arc::new(shared), done: event()? })
 }
 
@@ -166,7 +166,7 @@ pub fn hang_up(connection: &LocalConnection) {
 }
 
 /// How a transfer came to its end.
-enum Outcome {
+enum TransferResult {
     Moved(usize),
     /// There is nobody at the other end any more, or we have hung up.
     Ended,
@@ -178,7 +178,7 @@ impl LocalConnection {
         &self,
         timeout: u32,
         begin: impl FnOnce(HANDLE, *mut OVERLAPPED) -> windows_sys::core::BOOL,
-    ) -> io::Result<Outcome> {
+    ) -> io::Result<TransferResult> {
         let pipe = raw(&self.shared.pipe);
         let mut state = OVERLAPPED { hEvent: raw(&self.done), ..Default::default() };
         if begin(pipe, &mut state) == 0 {
@@ -199,21 +199,21 @@ impl LocalConnection {
         // Also when it was cancelled: until this returns, the system may still write into the structure and the buffer.
         // SAFETY: as above, and the result outlives the call.
         if unsafe { GetOverlappedResult(pipe, &state, &mut moved, 1) } != 0 {
-            return Ok(Outcome::Moved(moved as usize));
+            return Ok(TransferResult::Moved(moved as usize));
         }
         let error = io::Error::last_os_error();
         match waited {
             WAIT_OBJECT_0 => ended(error),
-            waited if waited == WAIT_OBJECT_0 + 1 => Ok(Outcome::Ended),
+            waited if waited == WAIT_OBJECT_0 + 1 => Ok(TransferResult::Ended),
             _ => Err(waiting.unwrap_or_else(|| io::ErrorKind::TimedOut.into())),
         }
     }
 }
 
-fn ended(error: io::Error) -> io::Result<Outcome> {
+fn ended(error: io::Error) -> io::Result<TransferResult> {
     const ENDS: [u32; 4] = [ERROR_BROKEN_PIPE, ERROR_PIPE_NOT_CONNECTED, ERROR_HANDLE_EOF, ERROR_NO_DATA];
     let is_end = error.raw_os_error().is_some_and(|number| ENDS.contains(&(number as u32)));
-    if is_end { Ok(Outcome::Ended) } else { Err(error) }
+    if is_end { Ok(TransferResult::Ended) } else { Err(error) }
 }
 
 impl Read for LocalConnection {
@@ -225,8 +225,8 @@ impl Read for LocalConnection {
             unsafe { ReadFile(pipe, buffer.as_mut_ptr(), length, std::ptr::null_mut(), state) }
         })?;
         match outcome {
-            Outcome::Moved(count) => Ok(count),
-            Outcome::Ended => Ok(0),
+            TransferResult::Moved(count) => Ok(count),
+            TransferResult::Ended => Ok(0),
         }
     }
 }
@@ -239,8 +239,8 @@ impl Write for LocalConnection {
             unsafe { WriteFile(pipe, buffer.as_ptr(), length, std::ptr::null_mut(), state) }
         })?;
         match outcome {
-            Outcome::Moved(count) => Ok(count),
-            Outcome::Ended => Err(io::ErrorKind::BrokenPipe.into()),
+            TransferResult::Moved(count) => Ok(count),
+            TransferResult::Ended => Err(io::ErrorKind::BrokenPipe.into()),
         }
     }
 
@@ -258,7 +258,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::platform::testing::{self, Other, PATIENCE, wait_for};
+    use crate::platform::testing::{self, OtherProcess, PATIENCE, wait_for};
 
     const CALLER: &str = "platform::windows::local::tests::a_caller";
     const LISTENER: &str = "platform::windows::local::tests::a_listener";
@@ -390,7 +390,7 @@ mod tests {
     async fn the_death_of_who_connected_is_seen_at_once() {
         let (_directory, path) = door();
         let mut listener = LocalListener::bind(&path).unwrap();
-        let mut caller = Other::start(CALLER, &path);
+        let mut caller = OtherProcess::start(CALLER, &path);
         let mut stream = tokio::time::timeout(PATIENCE, listener.accepted()).await.unwrap().unwrap();
         assert_eq!(hello(&mut stream).await, *b"hello\n");
         caller.kill();
@@ -400,7 +400,7 @@ mod tests {
     #[test]
     fn the_death_of_who_listened_is_seen_at_once_and_a_successor_takes_the_door() {
         let (_directory, path) = door();
-        let mut first = Other::start(LISTENER, &path);
+        let mut first = OtherProcess::start(LISTENER, &path);
         assert_eq!(first.line(), "ready");
         let mut connection = connect_local(&path, PATIENCE).unwrap();
         connection.write_all(b"hello\n").unwrap();
@@ -411,7 +411,7 @@ mod tests {
         assert_eq!(connection.read(&mut [0; 8]).unwrap(), 0);
         assert_eq!(connect_local(&path, PATIENCE).unwrap_err().kind(), io::ErrorKind::NotFound);
         // The old connection is still held.
-        let second = Other::start(LISTENER, &path);
+        let second = OtherProcess::start(LISTENER, &path);
         assert_eq!(second.line(), "ready");
         assert_eq!(connection.write_all(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         let mut connection = wait_for("the new door", || connect_local(&path, PATIENCE).ok());

@@ -20,7 +20,7 @@ const ROOM: usize = 512;
 
 /// What the system gives for each name (NtQueryDirectoryObject).
 #[repr(C)]
-struct Entry {
+struct ObjectEntry {
     name: UNICODE_STRING,
     _kind: UNICODE_STRING,
 }
@@ -45,7 +45,7 @@ pub(super) fn beginning_with(prefix: &str) -> io::Result<Vec<String>> {
         check(status)?;
         // SAFETY: the system has written an entry there, whose texts lie behind it in the buffer.
         let name = unsafe {
-            let entry = &*buffer.as_ptr().cast::<Entry>();
+            let entry = &*buffer.as_ptr().cast::<ObjectEntry>();
             std::slice::from_raw_parts(entry.name.Buffer, usize::from(entry.name.Length) / 2)
         };
         found.extend(String::from_utf16_lossy(name).strip_prefix(prefix).map(str::to_owned));

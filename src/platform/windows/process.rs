@@ -23,7 +23,7 @@ use windows_sys::Win32::System::Threading::{
 };
 
 use super::watch;
-use crate::platform::{Mark, Seen};
+use crate::platform::{ProcessInfo, ProcessMarker};
 
 pub(super) fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
     // SAFETY: no pointer is passed; a handle that is not null is ours to close.
@@ -138,7 +138,7 @@ pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
     executable_of(pid).into_iter().take(count).collect()
 }
 
-struct Entry {
+struct ProcessEntry {
     pid: u32,
     parent: u32,
     start_time: u64,
@@ -147,13 +147,13 @@ struct Entry {
 
 /// Every process of the host that we can see, with the marks of those that belong to the home: a variable of the environment, which tells
 /// it on Unix, cannot be read, but the file that a process runs can.
-pub fn processes(home: &Path) -> Vec<Seen> {
+pub fn processes(home: &Path) -> Vec<ProcessInfo> {
     let entries = snapshot();
     let others = entries.iter().filter(|entry| entry.pid != std::process::id());
     others.map(|entry| seen_among(&entries, entry, home)).collect()
 }
 
-fn seen_among(entries: &[Entry], entry: &Entry, home: &Path) -> Seen {
+fn seen_among(entries: &[ProcessEntry], entry: &ProcessEntry, home: &Path) -> ProcessInfo {
     let (mut root, mut at) = (entry.pid, entry);
     // A number may have been given anew: who is younger than its child is not its parent.
     while let Some(parent) = entries.iter().find(|parent| {
@@ -163,17 +163,17 @@ fn seen_among(entries: &[Entry], entry: &Entry, home: &Path) -> Seen {
         at = parent;
     }
     let mark = executable_of(entry.pid).and_then(|executable| mark_of(&executable, home));
-    Seen { pid: entry.pid, start_time: entry.start_time, session: root, parent: entry.parent, mark }
+    ProcessInfo { pid: entry.pid, start_time: entry.start_time, session: root, parent: entry.parent, mark }
 }
 
 /// One process, if it lives, with its mark if it belongs to the home.
-pub fn seen(pid: u32, home: &Path) -> Option<Seen> {
+pub fn seen(pid: u32, home: &Path) -> Option<ProcessInfo> {
     let entries = snapshot();
     entries.iter().find(|entry| entry.pid == pid).map(|entry| seen_among(&entries, entry, home))
 }
 
 /// A program of a release lies in `agents/<name>/<version>` of the home. File names that differ in case alone are one here.
-fn mark_of(executable: &Path, home: &Path) -> Option<Mark> {
+fn mark_of(executable: &Path, home: &Path) -> Option<ProcessMarker> {
     let plain = |path: &Path| PathBuf::from(path.to_string_lossy().trim_start_matches(r"\\?\").to_owned());
     let folded = |path: &Path| PathBuf::from(path.to_string_lossy().to_lowercase());
     let (executable, agents) = (plain(executable), plain(&home.join("agents")));
@@ -183,7 +183,7 @@ fn mark_of(executable: &Path, home: &Path) -> Option<Mark> {
     let mut rest = executable.iter().skip(agents.iter().count());
     let mut text = || Some(rest.next()?.to_str()?.to_owned());
     let (name, version, _file) = (text()?, text()?, text()?);
-    Some(Mark { name, version, main_only: false, is_check: false })
+    Some(ProcessMarker { name, version, main_only: false, is_check: false })
 }
 
 /// Which process started another, if it still runs: a number may have been given anew since, to somebody younger.
@@ -194,7 +194,7 @@ pub(super) fn parent(pid: u32) -> Option<u32> {
     Some(parent.pid)
 }
 
-fn snapshot() -> Vec<Entry> {
+fn snapshot() -> Vec<ProcessEntry> {
     // SAFETY: takes plain numbers; a valid handle is ours to close.
     let handle = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0) };
     if handle == INVALID_HANDLE_VALUE {
@@ -212,7 +212,7 @@ fn snapshot() -> Vec<Entry> {
         let name = String::from_utf16_lossy(&entry.szExeFile).to_ascii_lowercase();
         if let Some(start_time) = start_time(entry.th32ProcessID) {
             let (pid, parent) = (entry.th32ProcessID, entry.th32ParentProcessID);
-            entries.push(Entry { pid, parent, start_time, ours: name.starts_with("aops") });
+            entries.push(ProcessEntry { pid, parent, start_time, ours: name.starts_with("aops") });
         }
         // SAFETY: as above.
         more = unsafe { Process32NextW(raw(&handle), &mut entry) };
@@ -364,7 +364,8 @@ mod tests {
         std::fs::create_dir_all(program.parent().unwrap()).unwrap();
         std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
         let mut child = Command::new(&program).creation_flags(CREATE_SUSPENDED).spawn().unwrap();
-        let found: Vec<Seen> = processes(home.path()).into_iter().filter(|process| process.mark.is_some()).collect();
+        let found: Vec<ProcessInfo> =
+            processes(home.path()).into_iter().filter(|process| process.mark.is_some()).collect();
         assert_eq!(found.iter().map(|process| process.pid).collect::<Vec<_>>(), [child.id()]);
         assert_eq!(found[0].mark.as_ref().unwrap().name, "Echo");
         assert!(signal(found[0].pid, found[0].start_time, StopSignal::Kill).unwrap());

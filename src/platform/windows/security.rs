@@ -28,9 +28,9 @@ pub(super) fn wide(text: &str) -> Vec<u16> {
 }
 
 /// What the system allocated for us and is ours to free.
-struct Local(*mut core::ffi::c_void);
+struct LocalAllocation(*mut core::ffi::c_void);
 
-impl Drop for Local {
+impl Drop for LocalAllocation {
     fn drop(&mut self) {
         // SAFETY: the system allocated it with `LocalAlloc`, and it is freed here alone.
         unsafe { LocalFree(self.0) };
@@ -38,7 +38,7 @@ impl Drop for Local {
 }
 
 /// Text that the system allocated.
-fn text_of(text: &Local) -> String {
+fn text_of(text: &LocalAllocation) -> String {
     let start: *const u16 = text.0.cast();
     // SAFETY: the text ends in a zero, and lives until the end of this function.
     let units = unsafe {
@@ -49,12 +49,12 @@ fn text_of(text: &Local) -> String {
 }
 
 /// An access list for us, administrators and the system.
-pub(super) struct OnlyOurs(Local);
+pub(super) struct PrivateAcl(LocalAllocation);
 
-impl OnlyOurs {
-    pub(super) fn new() -> io::Result<OnlyOurs> {
+impl PrivateAcl {
+    pub(super) fn new() -> io::Result<PrivateAcl> {
         let us = OwnUser::get()?.as_text()?;
-        descriptor_of(&wide(&format!("O:{us}D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;{us})"))).map(OnlyOurs)
+        descriptor_of(&wide(&format!("O:{us}D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;{us})"))).map(PrivateAcl)
     }
 
     /// For the calls that make something; the value must outlive them.
@@ -65,7 +65,7 @@ impl OnlyOurs {
 }
 
 /// What a text that ends in a zero says in the language of such descriptors.
-fn descriptor_of(text: &[u16]) -> io::Result<Local> {
+fn descriptor_of(text: &[u16]) -> io::Result<LocalAllocation> {
     let mut descriptor: PSECURITY_DESCRIPTOR = std::ptr::null_mut();
     // SAFETY: the text ends in a zero and, like the result, outlives the call; the length is not asked for.
     let done = unsafe {
@@ -76,7 +76,7 @@ fn descriptor_of(text: &[u16]) -> io::Result<Local> {
             std::ptr::null_mut(),
         )
     };
-    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(Local(descriptor)) }
+    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(LocalAllocation(descriptor)) }
 }
 
 /// Whom we run as.
@@ -120,26 +120,26 @@ impl OwnUser {
         if unsafe { ConvertSidToStringSidW(self.sid(), &mut text) } == 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(text_of(&Local(text.cast())))
+        Ok(text_of(&LocalAllocation(text.cast())))
     }
 }
 
 /// A group that anybody may be in.
-pub(super) struct Group {
+pub(super) struct WellKnownGroup {
     pub(super) kind: WELL_KNOWN_SID_TYPE,
     pub(super) name: &'static str,
     pub(super) sid: &'static str,
 }
 
 /// Who others are.
-pub(super) const OTHERS: &[Group] = &[
-    Group { kind: WinWorldSid, name: "Everyone", sid: "S-1-1-0" },
-    Group { kind: WinAuthenticatedUserSid, name: "Authenticated Users", sid: "S-1-5-11" },
-    Group { kind: WinBuiltinUsersSid, name: "Users", sid: "S-1-5-32-545" },
-    Group { kind: WinBuiltinGuestsSid, name: "Guests", sid: "S-1-5-32-546" },
-    Group { kind: WinInteractiveSid, name: "INTERACTIVE", sid: "S-1-5-4" },
-    Group { kind: WinNetworkSid, name: "NETWORK", sid: "S-1-5-2" },
-    Group { kind: WinAnonymousSid, name: "ANONYMOUS LOGON", sid: "S-1-5-7" },
+pub(super) const OTHERS: &[WellKnownGroup] = &[
+    WellKnownGroup { kind: WinWorldSid, name: "Everyone", sid: "S-1-1-0" },
+    WellKnownGroup { kind: WinAuthenticatedUserSid, name: "Authenticated Users", sid: "S-1-5-11" },
+    WellKnownGroup { kind: WinBuiltinUsersSid, name: "Users", sid: "S-1-5-32-545" },
+    WellKnownGroup { kind: WinBuiltinGuestsSid, name: "Guests", sid: "S-1-5-32-546" },
+    WellKnownGroup { kind: WinInteractiveSid, name: "INTERACTIVE", sid: "S-1-5-4" },
+    WellKnownGroup { kind: WinNetworkSid, name: "NETWORK", sid: "S-1-5-2" },
+    WellKnownGroup { kind: WinAnonymousSid, name: "ANONYMOUS LOGON", sid: "S-1-5-7" },
 ];
 
 /// Whom something belongs to, and who may do what with it.
@@ -148,7 +148,7 @@ pub(super) struct AccessList {
     /// Null: everybody may do everything, or it was not asked for.
     list: *const ACL,
     /// What both point into.
-    _descriptor: Local,
+    _descriptor: LocalAllocation,
 }
 
 impl AccessList {
@@ -168,7 +168,7 @@ impl AccessList {
         if failed != ERROR_SUCCESS {
             return Err(io::Error::from_raw_os_error(failed as i32));
         }
-        Ok(AccessList { owner, list, _descriptor: Local(descriptor) })
+        Ok(AccessList { owner, list, _descriptor: LocalAllocation(descriptor) })
     }
 
     /// Whether it belongs to us, administrators or the system.
@@ -266,7 +266,7 @@ pub(super) fn access_list(object: &OwnedHandle) -> io::Result<String> {
     if failed != ERROR_SUCCESS {
         return Err(io::Error::from_raw_os_error(failed as i32));
     }
-    let descriptor = Local(descriptor);
+    let descriptor = LocalAllocation(descriptor);
     let mut text = std::ptr::null_mut();
     // SAFETY: the descriptor is valid, and the result, which is freed below, outlives the call.
     let done = unsafe {
@@ -279,5 +279,5 @@ pub(super) fn access_list(object: &OwnedHandle) -> io::Result<String> {
             std::ptr::null_mut(),
         )
     };
-    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(text_of(&Local(text.cast()))) }
+    if done == 0 { Err(io::Error::last_os_error()) } else { Ok(text_of(&LocalAllocation(text.cast()))) }
 }

@@ -10,18 +10,18 @@ use windows_sys::Win32::System::Threading::{
     INFINITE, RegisterWaitForSingleObject, UnregisterWaitEx, WT_EXECUTEINWAITTHREAD, WT_EXECUTEONLYONCE,
 };
 
-struct Registration {
+struct WaitRegistration {
     wait: HANDLE,
     signalled: Arc<Notify>,
 }
 
 // SAFETY: the handle of a registration may be used by any thread.
-unsafe impl Send for Registration {}
+unsafe impl Send for WaitRegistration {}
 // SAFETY: as above; nothing is changed through a shared reference.
-unsafe impl Sync for Registration {}
+unsafe impl Sync for WaitRegistration {}
 
-impl Registration {
-    fn new(object: &OwnedHandle) -> io::Result<Registration> {
+impl WaitRegistration {
+    fn new(object: &OwnedHandle) -> io::Result<WaitRegistration> {
         let signalled = Arc::new(Notify::new());
         let mut wait: HANDLE = std::ptr::null_mut();
         // SAFETY: the object outlives the registration, as the caller waits for it by reference; so does what the callback is given, as
@@ -36,11 +36,11 @@ impl Registration {
                 WT_EXECUTEINWAITTHREAD | WT_EXECUTEONLYONCE,
             )
         };
-        if done == 0 { Err(io::Error::last_os_error()) } else { Ok(Registration { wait, signalled }) }
+        if done == 0 { Err(io::Error::last_os_error()) } else { Ok(WaitRegistration { wait, signalled }) }
     }
 }
 
-impl Drop for Registration {
+impl Drop for WaitRegistration {
     fn drop(&mut self) {
         // SAFETY: the registration is ours and ends here; the call returns when no callback runs any more.
         unsafe { UnregisterWaitEx(self.wait, INVALID_HANDLE_VALUE) };
@@ -54,7 +54,7 @@ unsafe extern "system" fn tell(context: *mut core::ffi::c_void, _timed_out: bool
 
 /// Resolves when the object is signalled: a process, when it has ended. Cancel-safe.
 pub(super) async fn signalled(object: &OwnedHandle) -> io::Result<()> {
-    let registration = Registration::new(object)?;
+    let registration = WaitRegistration::new(object)?;
     registration.signalled.notified().await;
     Ok(())
 }

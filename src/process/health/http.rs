@@ -9,7 +9,7 @@ use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::TlsConnector;
 
-use super::{Answer, Turn, connect, failed};
+use super::{CheckPermit, CheckResult, connect, failed};
 use crate::core::health::Url;
 use crate::endpoint;
 
@@ -17,7 +17,7 @@ use crate::endpoint;
 const MAX_HEAD: u64 = 8 << 10;
 
 /// Succeeds when the answer is one of 2xx or 3xx.
-pub(super) async fn get(url: &Url, turn: Turn) -> Result<(), Answer> {
+pub(super) async fn get(url: &Url, turn: CheckPermit) -> Result<(), CheckResult> {
     let stream = connect(&url.address, turn).await?;
     let asked = if url.tls {
         match handshake(stream, &url.address.host).await {
@@ -29,7 +29,7 @@ pub(super) async fn get(url: &Url, turn: Turn) -> Result<(), Answer> {
     };
     match asked {
         Ok(200..=399) => Ok(()),
-        Ok(status) => Err(Answer::Unhealthy(format!("{url} answered {status}"))),
+        Ok(status) => Err(CheckResult::Unhealthy(format!("{url} answered {status}"))),
         Err(error) => Err(failed(&format!("cannot get {url}"), &error)),
     }
 }
@@ -64,11 +64,11 @@ async fn status(mut stream: impl AsyncRead + AsyncWrite + Unpin, url: &Url) -> i
     let mut head = Vec::with_capacity(256);
     loop {
         match parse(&head) {
-            Parsed::Status(status) => return Ok(status),
-            Parsed::Other => {
+            StatusLine::Status(status) => return Ok(status),
+            StatusLine::Other => {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "what answers does not speak HTTP"));
             }
-            Parsed::Partial => {}
+            StatusLine::Partial => {}
         }
         head.reserve(256);
         if stream.read_buf(&mut head).await? == 0 {
@@ -78,31 +78,31 @@ async fn status(mut stream: impl AsyncRead + AsyncWrite + Unpin, url: &Url) -> i
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Parsed {
+enum StatusLine {
     Status(u16),
     Partial,
     Other,
 }
 
 /// The first status in `head` that is not an interim one (1xx), each of which ends with an empty line.
-fn parse(head: &[u8]) -> Parsed {
+fn parse(head: &[u8]) -> StatusLine {
     let mut rest = head;
     loop {
         let Some(status) = rest.get(..12) else {
             let begins_well = rest.iter().zip(b"HTTP/1.").all(|(a, b)| a == b);
-            return if begins_well { Parsed::Partial } else { Parsed::Other };
+            return if begins_well { StatusLine::Partial } else { StatusLine::Other };
         };
         let (version, digits) = (&status[..7], &status[9..]);
         if version != b"HTTP/1." || status[8] != b' ' || !digits.iter().all(u8::is_ascii_digit) {
-            return Parsed::Other;
+            return StatusLine::Other;
         }
         let status = digits.iter().fold(0, |value, digit| value * 10 + u16::from(digit - b'0'));
         if !(100..200).contains(&status) {
-            return Parsed::Status(status);
+            return StatusLine::Status(status);
         }
         match rest.windows(4).position(|window| window == b"\r\n\r\n") {
             Some(end) => rest = &rest[end + 4..],
-            None => return Parsed::Partial,
+            None => return StatusLine::Partial,
         }
     }
 }
@@ -114,15 +114,15 @@ mod tests {
     #[test]
     fn the_status_is_read_behind_interim_answers() {
         for (head, parsed) in [
-            ("", Parsed::Partial),
-            ("HTTP/1.1 2", Parsed::Partial),
-            ("HTTP/1.1 200", Parsed::Status(200)),
-            ("HTTP/1.0 503 No\r\n\r\n", Parsed::Status(503)),
-            ("HTTP/1.1 103 Early\r\nLink: x\r\n", Parsed::Partial),
-            ("HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 204", Parsed::Status(204)),
-            ("SSH-2.0-x", Parsed::Other),
-            ("HTTP/2 200 OK\r\n", Parsed::Other),
-            ("HTTP/1.1 2x0 OK", Parsed::Other),
+            ("", StatusLine::Partial),
+            ("HTTP/1.1 2", StatusLine::Partial),
+            ("HTTP/1.1 200", StatusLine::Status(200)),
+            ("HTTP/1.0 503 No\r\n\r\n", StatusLine::Status(503)),
+            ("HTTP/1.1 103 Early\r\nLink: x\r\n", StatusLine::Partial),
+            ("HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 204", StatusLine::Status(204)),
+            ("SSH-2.0-x", StatusLine::Other),
+            ("HTTP/2 200 OK\r\n", StatusLine::Other),
+            ("HTTP/1.1 2x0 OK", StatusLine::Other),
         ] {
             assert_eq!(parse(head.as_bytes()), parsed, "{head:?}");
         }

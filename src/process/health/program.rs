@@ -11,15 +11,15 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 
-use super::{Answer, failed, late};
+use super::{CheckResult, failed, late};
 use crate::command::Busy;
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
 use crate::core::model::AgentName;
 use crate::core::program::Program;
 use crate::home::Home;
 use crate::platform::{self, User};
-use crate::process::launch::Start;
-use crate::process::script::{self, Said};
+use crate::process::launch::StartSpec;
+use crate::process::script::{self, ScriptStatus};
 
 /// How long a program is tried whose file is still being written by a forked child: a check is soon made again.
 const BUSY: Duration = Duration::from_millis(200);
@@ -32,13 +32,13 @@ const GONE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// A program that was asked.
-struct Asked {
+struct RunningCheck {
     child: Child,
     home: Home,
     agent: AgentName,
 }
 
-impl Drop for Asked {
+impl Drop for RunningCheck {
     fn drop(&mut self) {
         // It was not waited for yet, or it would have no number any more.
         let Some(pid) = self.child.id() else { return };
@@ -53,7 +53,7 @@ impl Drop for Asked {
 }
 
 /// Runs a program of the package; exit code 0 is healthy.
-pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> Result<(), Answer> {
+pub(super) async fn exec(start: StartSpec, words: &[String], timeout: Duration) -> Result<(), CheckResult> {
     let Some((program, arguments)) = words.split_first() else { return Ok(()) };
     let Program::Native(manifest) = &start.program else { return Ok(()) };
     let what = format!("cannot run {program}");
@@ -65,12 +65,12 @@ pub(super) async fn exec(start: Start, words: &[String], timeout: Duration) -> R
     let mut asked = spawn(&start, program, arguments, user, false).await?;
     match ended(&start, &mut asked, began, timeout).await? {
         status if status.success() => Ok(()),
-        status => Err(Answer::Unhealthy(format!("{program} {}", platform::how_it_ended(status)))),
+        status => Err(CheckResult::Unhealthy(format!("{program} {}", platform::how_it_ended(status)))),
     }
 }
 
 /// Asks `control status`. What it says that nobody understands is no reason to do anything.
-pub(super) async fn status(start: Start, timeout: Duration) -> Result<(), Answer> {
+pub(super) async fn status(start: StartSpec, timeout: Duration) -> Result<(), CheckResult> {
     let began = Instant::now();
     let mut asked = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
     let stdout = asked.child.stdout.take();
@@ -100,35 +100,35 @@ pub(super) async fn status(start: Start, timeout: Duration) -> Result<(), Answer
         }
     }
     match script::said(&String::from_utf8_lossy(&text)) {
-        Said::Stopped => Err(Answer::Gone("`control status` says that it is stopped".to_owned())),
-        Said::Started | Said::Unclear => Ok(()),
+        ScriptStatus::Stopped => Err(CheckResult::Gone("`control status` says that it is stopped".to_owned())),
+        ScriptStatus::Started | ScriptStatus::Unclear => Ok(()),
     }
 }
 
 async fn spawn(
-    start: &Start,
+    start: &StartSpec,
     program: &str,
     arguments: &[String],
     user: Option<User>,
     is_read: bool,
-) -> Result<Asked, Answer> {
+) -> Result<RunningCheck, CheckResult> {
     let what = format!("cannot run {program}");
     let busy = Busy::within(BUSY);
     loop {
         let mut command = start
             .command_with_output(program, user.as_ref())
-            .map_err(|error| Answer::Unknown(format!("{what}: {error:#}")))?;
+            .map_err(|error| CheckResult::Unknown(format!("{what}: {error:#}")))?;
         command.args(arguments).env(platform::CHECK, "1").env_remove(platform::MAIN_ONLY);
         if is_read {
             command.stdout(Stdio::piped());
         }
         platform::leave_caller_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
         match Command::from(command).kill_on_drop(true).spawn() {
-            Ok(child) => return Ok(Asked { child, home: start.home.clone(), agent: start.name.clone() }),
+            Ok(child) => return Ok(RunningCheck { child, home: start.home.clone(), agent: start.name.clone() }),
             Err(error) => match busy.pause(&error) {
                 Some(pause) => tokio::time::sleep(pause).await,
                 None if platform::is_busy_text(&error) => {
-                    return Err(Answer::Unknown(format!("{what}: its file is being written")));
+                    return Err(CheckResult::Unknown(format!("{what}: its file is being written")));
                 }
                 None => return Err(failed(&what, &error)),
             },
@@ -137,7 +137,12 @@ async fn spawn(
 }
 
 /// Waits for the end of the program, of which nothing is left then: killed with all that it started when the time is over.
-async fn ended(start: &Start, asked: &mut Asked, began: Instant, timeout: Duration) -> Result<ExitStatus, Answer> {
+async fn ended(
+    start: &StartSpec,
+    asked: &mut RunningCheck,
+    began: Instant,
+    timeout: Duration,
+) -> Result<ExitStatus, CheckResult> {
     let child = &mut asked.child;
     let mut answer = None;
     if let Some(pid) = child.id()

@@ -5,26 +5,26 @@ use std::time::{Duration, Instant};
 
 /// A one-shot.
 #[derive(Debug)]
-pub(super) enum Shot {
+pub(super) enum OneShot {
     NotBegun,
     Running { child: Child, until: Instant },
     Done { success: bool, at: Instant },
 }
 
-impl Shot {
-    pub(super) fn begin(command: &mut Command, limit: Duration) -> Shot {
+impl OneShot {
+    pub(super) fn begin(command: &mut Command, limit: Duration) -> OneShot {
         command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         match command.spawn() {
-            Ok(child) => Shot::Running { child, until: Instant::now() + limit },
+            Ok(child) => OneShot::Running { child, until: Instant::now() + limit },
             Err(error) => {
                 tracing::error!(error = %error, program = %command.get_program().display(), "a one-shot cannot be started");
-                Shot::Done { success: false, at: Instant::now() }
+                OneShot::Done { success: false, at: Instant::now() }
             }
         }
     }
 
     pub(super) fn look(&mut self, now: Instant) {
-        let Shot::Running { child, until } = self else { return };
+        let OneShot::Running { child, until } = self else { return };
         let success = match child.try_wait() {
             Ok(Some(status)) => status.success(),
             Ok(None) if now < *until => return,
@@ -34,13 +34,13 @@ impl Shot {
                 false
             }
         };
-        *self = Shot::Done { success, at: now };
+        *self = OneShot::Done { success, at: now };
     }
 }
 
-impl Drop for Shot {
+impl Drop for OneShot {
     fn drop(&mut self) {
-        if let Shot::Running { child, .. } = self {
+        if let OneShot::Running { child, .. } = self {
             let _ = child.kill();
             let _ = child.wait();
         }

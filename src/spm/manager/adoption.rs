@@ -4,19 +4,19 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::Manager;
-use crate::core::agent::{Agent, End, Event};
-use crate::core::ledger::Entry;
+use crate::core::agent::{Agent, AgentEvent, PriorExit};
+use crate::core::ledger::LedgerEntry;
 use crate::core::model::{AgentName, Version};
 use crate::core::order::{Run, Spec};
-use crate::core::program::{Kind, Program};
+use crate::core::program::{PackageKind, Program};
 use crate::installation::permissions;
-use crate::platform::{self, Seen};
+use crate::platform::{self, ProcessInfo};
 use crate::process::launch::{self, env_hash};
-use crate::process::record::{self, Ended, Record};
-use crate::process::tree::{self, Target};
-use crate::spm::agent::{self, Runs, SubAgent};
-use crate::spm::input::Running;
-use crate::spm::journal::About;
+use crate::process::record::{self, ProcessExit, ProcessRecord};
+use crate::process::tree::{self, StopTarget};
+use crate::spm::agent::{self, RunningRelease, SubAgent};
+use crate::spm::input::RunningProcess;
+use crate::spm::journal::EventSubject;
 use crate::spm::run;
 
 /// Start times have a resolution of 10 ms. Who is started after an end was noted is started later than this.
@@ -47,12 +47,12 @@ impl Manager {
             }
             let entry = self.releases.take_found(&name);
             let record = target.and_then(|target| target.record.clone());
-            let is_alive = record.as_ref().is_some_and(Record::is_alive);
+            let is_alive = record.as_ref().is_some_and(ProcessRecord::is_alive);
             let main = if is_alive { None } else { self.main_by_mark(&name, &marked, record.as_ref()) };
             let runs = match (&record, &main) {
-                (Some(record), _) if is_alive => Runs::Recorded(&record.head.version),
-                (_, Some((_, version))) => Runs::Marked(version),
-                _ => Runs::Nothing,
+                (Some(record), _) if is_alive => RunningRelease::Recorded(&record.head.version),
+                (_, Some((_, version))) => RunningRelease::Marked(version),
+                _ => RunningRelease::Nothing,
             };
             self.find(&name, entry, target, runs);
             match record {
@@ -78,14 +78,20 @@ impl Manager {
                 (found.record, found.scattered) = (target.record.clone(), target.is_scattered());
                 self.agents.insert(name.clone(), found);
                 self.clear_away(name, target);
-                self.step(name, Event::Uninstall, now);
+                self.step(name, AgentEvent::Uninstall, now);
             }
         }
         self.raise_committed();
     }
 
     /// Takes in what is on disk of a sub-agent. `entry`: what the ledger says of it; `target`: what may run of it.
-    pub(super) fn find(&mut self, name: &AgentName, entry: Option<Entry>, target: Option<&Target>, runs: Runs<'_>) {
+    pub(super) fn find(
+        &mut self,
+        name: &AgentName,
+        entry: Option<LedgerEntry>,
+        target: Option<&StopTarget>,
+        runs: RunningRelease<'_>,
+    ) {
         let had_entry = entry.clone();
         let record = target.and_then(|target| target.record.as_ref());
         let mut found = agent::on_disk(&self.home, name, entry, record, runs);
@@ -101,7 +107,7 @@ impl Manager {
         let now = Instant::now();
         found.order = self.orders.held.agents.get(name).cloned();
         let (state, actions) = Agent::found(name.clone(), found);
-        let scattered = target.is_some_and(Target::is_scattered);
+        let scattered = target.is_some_and(StopTarget::is_scattered);
         self.agents.insert(name.clone(), SubAgent { scattered, ..SubAgent::new(state) });
         self.perform(name, actions, now);
     }
@@ -122,7 +128,7 @@ impl Manager {
 
     /// Ends what runs of a sub-agent and cannot be adopted, as the sub-agent's own stop: nothing new of it starts meanwhile. `false`: there
     /// is nothing of it.
-    fn clear_away(&mut self, name: &AgentName, target: &Target) -> bool {
+    fn clear_away(&mut self, name: &AgentName, target: &StopTarget) -> bool {
         let members = tree::members(&self.home, target);
         if members.is_empty() && target.groups_are_empty() {
             target.remove_groups();
@@ -141,10 +147,15 @@ impl Manager {
 
     /// The main process of a sub-agent, and its release, by its mark. Of a native sub-agent it leads its session, as we start it; what a dead
     /// one left behind does not. `record`: of one that is dead.
-    fn main_by_mark(&self, name: &AgentName, marked: &[Seen], record: Option<&Record>) -> Option<(Seen, Version)> {
+    fn main_by_mark(
+        &self,
+        name: &AgentName,
+        marked: &[ProcessInfo],
+        record: Option<&ProcessRecord>,
+    ) -> Option<(ProcessInfo, Version)> {
         // What was there when a manager noted the end of the main process is what that left behind.
         let noted = record.filter(|record| record.ended.is_some()).and_then(|_| record::age(&self.home, name));
-        let came_after = |process: &Seen| match (noted, platform::age(process.start_time)) {
+        let came_after = |process: &ProcessInfo| match (noted, platform::age(process.start_time)) {
             (Some(noted), Some(age)) => age + APART < noted,
             _ => true,
         };
@@ -160,7 +171,7 @@ impl Manager {
     }
 
     /// A record for a main process that has none; `None`: it is none of the current release.
-    fn record_of(&self, name: &AgentName, (process, version): (Seen, Version)) -> Option<Record> {
+    fn record_of(&self, name: &AgentName, (process, version): (ProcessInfo, Version)) -> Option<ProcessRecord> {
         let agent = self.agents.get(name)?;
         if agent.state.current() != Some(&version) {
             return None;
@@ -170,14 +181,14 @@ impl Manager {
     }
 
     /// Takes in that a process of this boot has ended, whether or not a manager saw it: its restart policy says what follows.
-    fn bury(&mut self, name: &AgentName, record: Record) {
+    fn bury(&mut self, name: &AgentName, record: ProcessRecord) {
         let now = Instant::now();
-        let about = About { agent: Some(name), version: Some(&record.head.version) };
+        let about = EventSubject { agent: Some(name), version: Some(&record.head.version) };
         let was_seen = record.ended.is_some();
         let ended = record.ended.clone().unwrap_or_else(|| {
             let how = "ended while no manager was watching".to_owned();
             self.journal.note("exit", "failed", about, how.as_str());
-            Ended { success: None, how }
+            ProcessExit { success: None, how }
         });
         let serial = self.next_serial();
         let order = self.orders.held.agents.get(name);
@@ -191,13 +202,13 @@ impl Manager {
         let (pid, version) = (record.pid, record.head.version.clone());
         agent.record = Some(record);
         let wanted = wanted.map(|order| order.spec.clone());
-        let end = End { success: ended.success, how: ended.how.clone(), was_seen };
+        let end = PriorExit { success: ended.success, how: ended.how.clone(), was_seen };
         let actions = agent.state.bury(pid, version, end, wanted, agent::at(now));
         self.perform(name, actions, now);
         self.remember_end(name, ended);
     }
 
-    fn adopt(&mut self, name: &AgentName, record: Record) {
+    fn adopt(&mut self, name: &AgentName, record: ProcessRecord) {
         let ordered = self.orders.held.agents.get(name).map(|order| order.spec.clone());
         let now = Instant::now();
         let since = platform::age(record.start_time).and_then(|age| now.checked_sub(age));
@@ -212,11 +223,11 @@ impl Manager {
         let version = record.head.version.clone();
         let actions = agent.state.adopt(record.pid, version, since, spec, agent::at(now));
         self.perform(name, actions, now);
-        let script = record.head.kind == Kind::Script;
+        let script = record.head.kind == PackageKind::Script;
         let start = script.then(|| self.agents.get(name).and_then(|agent| self.start_of(agent))).flatten();
         let running = match start {
-            Some(start) => Running::Script(Box::new(start), record),
-            None => Running::Adopted(record),
+            Some(start) => RunningProcess::Script(Box::new(start), record),
+            None => RunningProcess::Adopted(record),
         };
         if let Some(agent) = self.agents.get_mut(name) {
             agent.watch = Some(run::watch(&self.inputs, agent.serial, running));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::Manager;
 use crate::config::Config;
 use crate::core::certificate::{Validity, validity};
-use crate::core::item::Item;
+use crate::core::item::MessageItem;
 use crate::core::model::AgentId;
 use crate::core::protocol::{Answer, Heartbeat, ManagerReport};
 use crate::core::schedule;
@@ -18,9 +18,9 @@ use crate::platform;
 use crate::spm::agent::SubAgent;
 use crate::spm::heartbeats::Uplink;
 use crate::spm::input::Inputs;
-use crate::spm::journal::About;
+use crate::spm::journal::EventSubject;
 use crate::spm::{timestamp, unix_now};
-use crate::uplink::sender::Outcome;
+use crate::uplink::sender::SendOutcome;
 
 /// A host that booted so recently comes back together with many others.
 const JUST_BOOTED: Duration = Duration::from_secs(300);
@@ -34,7 +34,7 @@ const MAX_WORD_BYTES: usize = 64;
 
 /// The line to the gateway.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct GatewayLink {
     uplink: Uplink,
     pub(super) gateway: GatewayStatus,
     /// Why the last answer was not believed, until one is.
@@ -52,7 +52,7 @@ pub(super) struct Line {
     pub(super) next_heartbeat: Option<Instant>,
 }
 
-impl Line {
+impl GatewayLink {
     /// Whether a heartbeat of this manager has succeeded.
     pub(super) fn has_connected(&self) -> bool {
         self.has_connected
@@ -71,14 +71,14 @@ impl Line {
         is_known: bool,
         inputs: &Inputs,
         now: Instant,
-    ) -> Line {
+    ) -> GatewayLink {
         let after_boot = platform::uptime().is_some_and(|uptime| uptime < JUST_BOOTED) && is_known;
         let interval = config.heartbeat_interval.0;
         let gateway = GatewayStatus {
             endpoint: config.heartbeat_srv.first().map(ToString::to_string),
             ..GatewayStatus::default()
         };
-        Line {
+        GatewayLink {
             uplink: Uplink::new(home, agent_id, config, inputs),
             gateway,
             refused_answer: None,
@@ -140,13 +140,13 @@ impl Manager {
         self.line.next_heartbeat = None;
         if let Err(error) = self.line.uplink.send(Box::new(heartbeat)) {
             let why = format!("cannot start a thread: {error}");
-            self.heartbeat_done(Outcome::Failed { why, refused: None, retry_after: None }, Instant::now());
+            self.heartbeat_done(SendOutcome::Failed { why, refused: None, retry_after: None }, Instant::now());
         }
     }
 
-    pub(super) fn heartbeat_done(&mut self, outcome: Outcome, now: Instant) {
+    pub(super) fn heartbeat_done(&mut self, outcome: SendOutcome, now: Instant) {
         let outcome = match outcome {
-            Outcome::Answered { passed_over, refused, endpoint, answer, clock_offset, certificate_end } => {
+            SendOutcome::Answered { passed_over, refused, endpoint, answer, clock_offset, certificate_end } => {
                 if !self.line.gateway.connected {
                     tracing::info!(%endpoint, "the gateway answers");
                 }
@@ -170,9 +170,9 @@ impl Manager {
                     last_error: None,
                 };
                 self.take_answer(&answer, clock_offset, passed_over.as_deref());
-                schedule::Outcome::Answered
+                schedule::HeartbeatOutcome::Answered
             }
-            Outcome::Failed { why, refused, retry_after } => {
+            SendOutcome::Failed { why, refused, retry_after } => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
                 self.line.failures = self.line.failures.saturating_add(1);
                 if self.line.gateway.last_error.as_ref() != Some(&why) {
@@ -190,7 +190,7 @@ impl Manager {
                 }
                 self.line.gateway.connected = false;
                 self.line.gateway.last_error = Some(why);
-                schedule::Outcome::Failed { times: self.line.failures, retry_after }
+                schedule::HeartbeatOutcome::Failed { times: self.line.failures, retry_after }
             }
         };
         self.line.next_heartbeat = Some(now + schedule::next_heartbeat(self.line.interval, outcome, fastrand::f64()));
@@ -199,7 +199,7 @@ impl Manager {
     /// Tells of endpoints that answered and were not believed, once as long as they say the same.
     fn tell_of_refused(&mut self, refused: Option<&str>) {
         if let Some(refused) = refused.filter(|refused| self.line.refused_answer.as_deref() != Some(refused)) {
-            self.journal.note("heartbeat", "refused", About::default(), refused);
+            self.journal.note("heartbeat", "refused", EventSubject::default(), refused);
         }
         self.line.refused_answer = refused.map(str::to_owned);
     }
@@ -209,9 +209,14 @@ impl Manager {
         let Some(offset) = offset else { return };
         let was_off = is_clock_off(self.line.gateway.clock_offset_seconds);
         if is_clock_off(Some(offset)) && !was_off {
-            self.journal.note("clock", "failed", About::default(), clock_words(offset));
+            self.journal.note("clock", "failed", EventSubject::default(), clock_words(offset));
         } else if was_off && !is_clock_off(Some(offset)) {
-            self.journal.note("clock", "ok", About::default(), "this host's clock agrees with the gateway's again");
+            self.journal.note(
+                "clock",
+                "ok",
+                EventSubject::default(),
+                "this host's clock agrees with the gateway's again",
+            );
         }
     }
 
@@ -231,13 +236,13 @@ impl Manager {
             _ => {
                 if self.problems.remove("certificate").is_some() {
                     let text = format!("the certificate of {endpoint} was renewed");
-                    self.journal.note("certificate", "ok", About::default(), text);
+                    self.journal.note("certificate", "ok", EventSubject::default(), text);
                 }
                 return;
             }
         };
         if self.problems.get("certificate") != Some(&text) {
-            self.journal.note("certificate", "failed", About::default(), text.as_str());
+            self.journal.note("certificate", "failed", EventSubject::default(), text.as_str());
             self.problems.insert("certificate", text);
         }
     }
@@ -260,11 +265,11 @@ impl Manager {
         let wants = answer.cmd.as_deref() == Some("upgrade");
         let unreadable = match &answer.manager {
             // What was ordered before stays.
-            Some(Item::Unreadable(unreadable)) => Some(format!(
+            Some(MessageItem::Unreadable(unreadable)) => Some(format!(
                 "cannot read the order for the manager: {}; its release stays as it was ordered before",
                 unreadable.why
             )),
-            Some(Item::Read(order)) => {
+            Some(MessageItem::Read(order)) => {
                 self.upgrade_ordered(Some(order.clone()), wants, Instant::now());
                 None
             }
@@ -280,7 +285,7 @@ impl Manager {
                 self.journal.note(
                     "command",
                     "unsupported",
-                    About::default(),
+                    EventSubject::default(),
                     format!("cannot {cmd}: this version does not know how"),
                 );
             }

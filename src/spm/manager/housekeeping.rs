@@ -5,12 +5,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{Manager, config_problem, moved, warn_of_unknown};
 use crate::core::role::Role;
-use crate::core::service_manager::Notice;
+use crate::core::service_manager::Notification;
 use crate::home::Home;
 use crate::installation::permissions;
-use crate::role::{self, Holder};
-use crate::spm::input::{Looked, Reloaded};
-use crate::spm::journal::About;
+use crate::role::{self, RoleHolder};
+use crate::spm::input::{HomeProblems, MaintenanceResult};
+use crate::spm::journal::EventSubject;
 use crate::spm::maintenance;
 use crate::spm::stage;
 use crate::{package, platform};
@@ -28,7 +28,7 @@ const NOT_SCHEDULED: Duration = Duration::from_secs(10);
 
 /// When what is due.
 #[derive(Debug)]
-pub(super) struct Housekeeping {
+pub(super) struct MaintenanceSchedule {
     pub(super) next: Instant,
     next_look: Instant,
     next_trim: Instant,
@@ -45,9 +45,9 @@ pub(super) struct Housekeeping {
     orphans: Vec<u32>,
 }
 
-impl Housekeeping {
-    pub(super) fn new(home: &Home, own: &Holder, now: Instant) -> Housekeeping {
-        Housekeeping {
+impl MaintenanceSchedule {
+    pub(super) fn new(home: &Home, own: &RoleHolder, now: Instant) -> MaintenanceSchedule {
+        MaintenanceSchedule {
             next: now,
             next_look: now,
             next_trim: now + TRIM_EVERY,
@@ -80,7 +80,7 @@ impl Manager {
             self.trim_cache(now);
         }
         self.retry_ledger();
-        platform::notify(Notice::Alive);
+        platform::notify(Notification::Alive);
     }
 
     /// Sends a heartbeat, after a look at the home, so that it reports what is wrong there; a manager that sends none need not look.
@@ -108,12 +108,12 @@ impl Manager {
     }
 
     /// What is wrong shows and is reported until it is resolved.
-    pub(super) fn looked(&mut self, looked: Looked, now: Instant) {
+    pub(super) fn looked(&mut self, looked: HomeProblems, now: Instant) {
         self.housekeeping.is_looking = false;
         if std::mem::take(&mut self.housekeeping.heartbeat_waits) {
             self.line.next_heartbeat = self.line.next_heartbeat.map(|_| now);
         }
-        let Looked { home, files, keys } = looked;
+        let HomeProblems { home, files, keys } = looked;
         self.tell_of("home", "refused", home);
         self.tell_of("files", "failed", files);
         if let Some(keys) = keys {
@@ -122,7 +122,7 @@ impl Manager {
     }
 
     /// Takes a changed configuration; a bad one leaves the old in force, which shows.
-    pub(super) fn reloaded(&mut self, reloaded: Reloaded) {
+    pub(super) fn reloaded(&mut self, reloaded: MaintenanceResult) {
         self.housekeeping.is_busy = false;
         self.housekeeping.is_recorded = reloaded.is_recorded;
         self.housekeeping.config_seen = reloaded.seen;
@@ -135,7 +135,12 @@ impl Manager {
                     Some(problem) => config_problem(problem),
                     None => {
                         self.problems.remove("config");
-                        self.journal.note("config", "ok", About::default(), "the changed configuration is in force");
+                        self.journal.note(
+                            "config",
+                            "ok",
+                            EventSubject::default(),
+                            "the changed configuration is in force",
+                        );
                         self.config = moved(&self.home, loaded.config, self.upgrading.endpoint.as_ref());
                         self.line.configure(&self.config);
                         return;
@@ -143,7 +148,7 @@ impl Manager {
                 }
             }
         };
-        self.journal.note("config", "failed", About::default(), problem.as_str());
+        self.journal.note("config", "failed", EventSubject::default(), problem.as_str());
         self.problems.insert("config", problem);
     }
 

@@ -7,23 +7,23 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::Manager;
-use crate::core::agent::Event;
-use crate::core::ledger::{Entry, Ledger, Release};
+use crate::core::agent::AgentEvent;
+use crate::core::ledger::{Ledger, LedgerEntry, LedgerRelease};
 use crate::core::model::AgentName;
-use crate::core::unknown::Unknown;
+use crate::core::unknown::UnknownFields;
 use crate::home::Home;
 use crate::installation::Epochs;
 use crate::spm::disk::{self, StateFile};
-use crate::spm::input::{File, Input};
+use crate::spm::input::{Input, StateFileName};
 use crate::store;
 
 /// The ledger's file, and what waits for it.
 #[derive(Debug)]
-pub(super) struct Releases {
+pub(super) struct LedgerWriter {
     file: StateFile<Ledger>,
     /// As it was found, until the sub-agents took it over.
-    found: BTreeMap<AgentName, Entry>,
-    unknown: Unknown,
+    found: BTreeMap<AgentName, LedgerEntry>,
+    unknown: UnknownFields,
     is_changed: bool,
     /// The last write failed.
     is_unsaved: bool,
@@ -43,9 +43,9 @@ pub(super) struct Releases {
     may_stage: bool,
 }
 
-impl Releases {
+impl LedgerWriter {
     /// Loads the ledger; one that cannot be read is made anew from what is on disk.
-    pub(super) fn load(home: &Home, problems: &mut BTreeMap<&'static str, String>) -> Releases {
+    pub(super) fn load(home: &Home, problems: &mut BTreeMap<&'static str, String>) -> LedgerWriter {
         let path = home.releases();
         let loaded = store::load::<Ledger>(&path);
         let lost = match &loaded {
@@ -63,8 +63,8 @@ impl Releases {
         let ledger = loaded.ok().flatten();
         let is_changed = ledger.is_none();
         let Ledger { agents, unknown } = ledger.unwrap_or_default();
-        Releases {
-            file: StateFile::new(File::Ledger, path),
+        LedgerWriter {
+            file: StateFile::new(StateFileName::Ledger, path),
             found: agents,
             unknown,
             is_changed,
@@ -81,7 +81,7 @@ impl Releases {
     }
 
     /// What the ledger says of a sub-agent that is found on disk.
-    pub(super) fn take_found(&mut self, name: &AgentName) -> Option<Entry> {
+    pub(super) fn take_found(&mut self, name: &AgentName) -> Option<LedgerEntry> {
         self.found.remove(name)
     }
 
@@ -118,7 +118,7 @@ impl Releases {
     }
 
     /// The epoch of a committed release counts when the ledger that says so is durable.
-    pub(super) fn raise(&mut self, name: &AgentName, release: &Release) {
+    pub(super) fn raise(&mut self, name: &AgentName, release: &LedgerRelease) {
         self.to_raise.push((self.current_revision(), name.clone(), release.epoch));
     }
 }
@@ -144,7 +144,7 @@ impl Manager {
         if std::mem::take(&mut self.releases.is_changed) {
             let agents = self.agents.iter().map(|(name, agent)| (name.clone(), agent.state.to_record()));
             let ledger = Ledger {
-                agents: agents.filter(|(_, entry)| *entry != Entry::default()).collect(),
+                agents: agents.filter(|(_, entry)| *entry != LedgerEntry::default()).collect(),
                 unknown: self.releases.unknown.clone(),
             };
             self.releases.asked = self.releases.file.save(&self.inputs, ledger);
@@ -176,7 +176,7 @@ impl Manager {
             agent.recorded_with.take_if(|waits| *waits <= revision).map(|_| agent.state.name().clone())
         });
         for name in waiting.collect::<Vec<_>>() {
-            self.step(&name, Event::Recorded(result.clone()), now);
+            self.step(&name, AgentEvent::Recorded(result.clone()), now);
         }
         self.raise_durable();
     }

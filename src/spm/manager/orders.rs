@@ -3,15 +3,15 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::Manager;
-use crate::core::agent::Event;
-use crate::core::desired::{self, Desired, Host, Refusal, Taken, Verdict};
+use crate::core::agent::AgentEvent;
+use crate::core::desired::{self, AcceptedState, AnswerContext, AnswerOutcome, DesiredState, RejectedOrder};
 use crate::core::generation::Clocks;
 use crate::core::model::AgentName;
 use crate::core::protocol::Answer;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 use crate::platform;
 use crate::spm::disk::StateFile;
-use crate::spm::journal::About;
+use crate::spm::journal::EventSubject;
 
 /// Of the orders of one answer that are not followed, so many are told one by one.
 const REFUSED_TOLD: usize = 10;
@@ -22,11 +22,11 @@ const WAIT_WRITTEN: u64 = 10;
 
 /// The desired state.
 #[derive(Debug)]
-pub(super) struct Orders {
-    pub(super) held: Desired,
-    file: StateFile<Desired>,
+pub(super) struct DesiredStateStore {
+    pub(super) held: DesiredState,
+    file: StateFile<DesiredState>,
     /// Another one, which is in force when this revision of the file is durable.
-    coming: Option<(u64, Box<Taken>)>,
+    coming: Option<(u64, Box<AcceptedState>)>,
     /// Until when it is counted how long what a complete list omits has been omitted. By the monotonic clock, and only while a manager
     /// runs: no clock that is set cuts the wait short.
     counted: Instant,
@@ -36,13 +36,13 @@ pub(super) struct Orders {
     delay: Option<u64>,
 }
 
-impl Orders {
-    pub(super) fn new(held: Desired, file: StateFile<Desired>, now: Instant) -> Orders {
-        Orders { held, file, coming: None, counted: now, unwritten: 0, delay: None }
+impl DesiredStateStore {
+    pub(super) fn new(held: DesiredState, file: StateFile<DesiredState>, now: Instant) -> DesiredStateStore {
+        DesiredStateStore { held, file, coming: None, counted: now, unwritten: 0, delay: None }
     }
 
     /// What answers are compared with: a list that is being written counts.
-    fn newest(&self) -> &Desired {
+    fn newest(&self) -> &DesiredState {
         self.coming.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
     }
 
@@ -77,7 +77,7 @@ impl Manager {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         let present = self.agents.keys().cloned().collect();
-        let host = Host {
+        let host = AnswerContext {
             os: platform::OS,
             arch: platform::ARCH,
             clocks: Clocks::new(millis, clock_offset),
@@ -88,7 +88,7 @@ impl Manager {
         self.orders.count(Instant::now());
         self.orders.delay = Some(delay);
         match desired::judge(self.orders.newest(), answer, host) {
-            Verdict::Unchanged => {
+            AnswerOutcome::Unchanged => {
                 let held = answer.lineage.as_deref().unwrap_or_default() == self.orders.held.lineage
                     && answer.generation == self.orders.held.generation;
                 if held {
@@ -97,15 +97,15 @@ impl Manager {
                     self.still_omitted(delay);
                 }
             }
-            Verdict::Refuse(why) => {
+            AnswerOutcome::Refuse(why) => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
                 if self.problems.get("desired") != Some(&why) {
-                    self.journal.note("desired", "refused", About::default(), why.as_str());
+                    self.journal.note("desired", "refused", EventSubject::default(), why.as_str());
                 }
                 self.problems.insert("desired", why);
             }
             // On disk before it is acted on: what is begun must be known after a crash.
-            Verdict::Take(taken) => self.keep_orders(taken, passed_over),
+            AnswerOutcome::Take(taken) => self.keep_orders(taken, passed_over),
         }
     }
 
@@ -115,7 +115,7 @@ impl Manager {
             return;
         }
         if let Some(desired) = self.orders.held.without_omitted(delay) {
-            let taken = Taken { desired, new_lineage: false, led_back: false, kept: 0 };
+            let taken = AcceptedState { desired, new_lineage: false, led_back: false, kept: 0 };
             return self.keep_orders(Box::new(taken), None);
         }
         if self.orders.unwritten >= WAIT_WRITTEN.max(delay / 10) {
@@ -125,7 +125,7 @@ impl Manager {
     }
 
     /// Begins to write another desired state; it is in force when that is done.
-    fn keep_orders(&mut self, taken: Box<Taken>, passed_over: Option<&str>) {
+    fn keep_orders(&mut self, taken: Box<AcceptedState>, passed_over: Option<&str>) {
         if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
             tracing::warn!(why, "another gateway stands in; what its list does not name stays until that changes");
         }
@@ -141,15 +141,15 @@ impl Manager {
             Ok(()) => self.follow(*taken, now),
             Err(error) => {
                 let text = format!("the new desired state is not acted on: {error}");
-                self.journal.note("desired", "failed", About::default(), text.as_str());
+                self.journal.note("desired", "failed", EventSubject::default(), text.as_str());
                 self.problems.insert("desired", text);
             }
         }
     }
 
     /// Another desired state is in force.
-    fn follow(&mut self, taken: Taken, now: Instant) {
-        let Taken { desired, new_lineage, led_back, kept } = taken;
+    fn follow(&mut self, taken: AcceptedState, now: Instant) {
+        let AcceptedState { desired, new_lineage, led_back, kept } = taken;
         self.problems.remove("desired");
         if new_lineage {
             tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
@@ -159,7 +159,7 @@ impl Manager {
                 "generation {} takes the place of {}, which was further ahead than any clock explains",
                 desired.generation, self.orders.held.generation
             );
-            self.journal.note("desired", "ok", About::default(), text);
+            self.journal.note("desired", "ok", EventSubject::default(), text);
         }
         tracing::info!(generation = desired.generation, agents = desired.agents.len(), "a new desired state is taken");
         self.tell_of_an_empty_list(kept);
@@ -170,7 +170,7 @@ impl Manager {
         self.replan = true;
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
             let order = self.orders.held.agents.get(&name).cloned();
-            self.step(&name, Event::Ordered(order), now);
+            self.step(&name, AgentEvent::Ordered(order), now);
         }
         self.trim_cache(now);
     }
@@ -186,18 +186,18 @@ impl Manager {
              explicit uninstall removes the last one"
         );
         if self.problems.get("empty") != Some(&text) {
-            self.journal.note("desired", "refused", About::default(), text.as_str());
+            self.journal.note("desired", "refused", EventSubject::default(), text.as_str());
         }
         self.problems.insert("empty", text);
     }
 
     /// Tells of the orders that are not followed, of each once.
-    fn tell_of_refused_orders(&mut self, before: &Desired) {
-        let known: Vec<&Refusal> = before.refused().collect();
-        let new: Vec<Refusal> =
+    fn tell_of_refused_orders(&mut self, before: &DesiredState) {
+        let known: Vec<&RejectedOrder> = before.refused().collect();
+        let new: Vec<RejectedOrder> =
             self.orders.held.refused().filter(|refusal| !known.contains(refusal)).cloned().collect();
         for refusal in new.iter().take(REFUSED_TOLD) {
-            let about = About { agent: refusal.name.as_ref(), version: None };
+            let about = EventSubject { agent: refusal.name.as_ref(), version: None };
             match refusal.is_unsupported {
                 true => self.journal.note("command", "unsupported", about, refusal.why.as_str()),
                 false => self.journal.note("order", "refused", about, refusal_words(refusal)),
@@ -206,7 +206,7 @@ impl Manager {
         let untold = new.len().saturating_sub(REFUSED_TOLD);
         if untold > 0 {
             let text = format!("{untold} more orders cannot be followed; `control status` names some");
-            self.journal.note("order", "refused", About::default(), text);
+            self.journal.note("order", "refused", EventSubject::default(), text);
         }
         self.show_refused_orders();
     }
@@ -225,7 +225,7 @@ impl Manager {
     }
 
     /// Tells of what a list omits from now on.
-    fn tell_of_omitted(&mut self, before: &Desired) {
+    fn tell_of_omitted(&mut self, before: &DesiredState) {
         let omitted = self.orders.held.omitted().keys();
         let new: Vec<&str> =
             omitted.filter(|name| !before.omitted().contains_key(*name)).map(AgentName::as_str).collect();
@@ -237,13 +237,13 @@ impl Manager {
         let names = if more > 0 { format!("{names} and {more} more") } else { names };
         let delay = self.orders.delay.unwrap_or(desired::REMOVAL_DELAY);
         let text = format!("the gateway's list omits {names}: removed in {delay} s unless listed again by then");
-        self.journal.note("desired", "ok", About::default(), text);
+        self.journal.note("desired", "ok", EventSubject::default(), text);
     }
 }
 
 /// For a person to read: which order is not followed, and why.
-fn refusal_words(refusal: &Refusal) -> String {
-    let Refusal { name, why, .. } = refusal;
+fn refusal_words(refusal: &RejectedOrder) -> String {
+    let RejectedOrder { name, why, .. } = refusal;
     match name {
         Some(name) => format!("the order for {name} is refused, and {name} stays as it is: {why}"),
         None => format!("an order without a readable name is refused, so its list removes nothing: {why}"),

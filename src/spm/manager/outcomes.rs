@@ -3,13 +3,13 @@
 use std::time::Instant;
 
 use super::Manager;
-use crate::core::agent::{Event, Note, Refusal};
+use crate::core::agent::{AgentEvent, JournalNote, ReleaseError};
 use crate::core::model::AgentName;
 use crate::process::launch::env_hash;
-use crate::process::record::{Ended, Record};
-use crate::spm::agent::{Runs, SubAgent};
-use crate::spm::input::{File, Input, Started};
-use crate::spm::journal::About;
+use crate::process::record::{ProcessExit, ProcessRecord};
+use crate::spm::agent::{RunningRelease, SubAgent};
+use crate::spm::input::{Input, StartedProcess, StateFileName};
+use crate::spm::journal::EventSubject;
 use crate::spm::run;
 
 impl Manager {
@@ -39,13 +39,15 @@ impl Manager {
     fn heard(&mut self, input: Input, now: Instant) {
         match input {
             Input::Launched { name, serial, result } => self.launched(&name, serial, result, now),
-            Input::Exited { name, serial, success, how } => self.exited(&name, serial, Ended { success, how }, now),
+            Input::Exited { name, serial, success, how } => {
+                self.exited(&name, serial, ProcessExit { success, how }, now)
+            }
             Input::Moved { name, serial, record } => self.moved(&name, serial, *record, now),
             Input::Ended { name, serial, result } => self.ended(&name, serial, result, now),
             Input::Checked { name, serial, answer } => {
                 // Of one that was started again meanwhile it says nothing.
                 if self.is_of(&name, serial) {
-                    self.step(&name, Event::Checked(answer), now);
+                    self.step(&name, AgentEvent::Checked(answer), now);
                 }
             }
             Input::Staged { id, name, version, result } => {
@@ -55,17 +57,19 @@ impl Manager {
                     // Another is wanted meanwhile.
                     self.trim_cache(now);
                 }
-                self.step(&name, Event::Staged { id, version, result }, now);
+                self.step(&name, AgentEvent::Staged { id, version, result }, now);
             }
-            Input::Admitted { name, result } => self.step(&name, Event::Admitted(result), now),
-            Input::Switched { name, result } => self.step(&name, Event::Switched(result), now),
-            Input::Discarded { name, version } => self.step(&name, Event::Discarded(version), now),
-            Input::Inspected { name, version, result } => self.step(&name, Event::Inspected { version, result }, now),
+            Input::Admitted { name, result } => self.step(&name, AgentEvent::Admitted(result), now),
+            Input::Switched { name, result } => self.step(&name, AgentEvent::Switched(result), now),
+            Input::Discarded { name, version } => self.step(&name, AgentEvent::Discarded(version), now),
+            Input::Inspected { name, version, result } => {
+                self.step(&name, AgentEvent::Inspected { version, result }, now)
+            }
             Input::Removed { name, result } => self.removed(&name, result),
-            Input::Saved { file: File::Ledger, revision, result } => self.ledger_saved(revision, result, now),
-            Input::Saved { file: File::Desired, revision, result } => self.orders_saved(revision, result, now),
-            Input::Saved { file: File::History, result, .. } => self.history.saved(result, &self.inputs),
-            Input::Saved { file: File::Events, result, .. } => self.journal.saved(result, &self.inputs),
+            Input::Saved { file: StateFileName::Ledger, revision, result } => self.ledger_saved(revision, result, now),
+            Input::Saved { file: StateFileName::Desired, revision, result } => self.orders_saved(revision, result, now),
+            Input::Saved { file: StateFileName::History, result, .. } => self.history.saved(result, &self.inputs),
+            Input::Saved { file: StateFileName::Events, result, .. } => self.journal.saved(result, &self.inputs),
             Input::Raised(result) => self.raised(result),
             Input::MayRollBack { name, to, result, reply } => {
                 // Who asked may have gone.
@@ -92,13 +96,19 @@ impl Manager {
         self.agents.get_mut(name).filter(|agent| agent.serial == serial)
     }
 
-    fn launched(&mut self, name: &AgentName, serial: u64, result: Result<Box<Started>, Refusal>, now: Instant) {
+    fn launched(
+        &mut self,
+        name: &AgentName,
+        serial: u64,
+        result: Result<Box<StartedProcess>, ReleaseError>,
+        now: Instant,
+    ) {
         let inputs = self.inputs.clone();
         let Some(agent) = self.of(name, serial) else { return };
-        let Started { running, output_lost } = match result {
+        let StartedProcess { running, output_lost } = match result {
             Ok(started) => *started,
             Err(refusal) => {
-                self.step(name, Event::NotLaunched(refusal), now);
+                self.step(name, AgentEvent::NotLaunched(refusal), now);
                 return self.finish_stop_if_down();
             }
         };
@@ -115,22 +125,22 @@ impl Manager {
         if !runs_so {
             tracing::info!(agent = %name, "the environment changed during the start; the sub-agent is restarted");
         }
-        self.step(name, Event::Launched { pid, version, runs_so }, now);
+        self.step(name, AgentEvent::Launched { pid, version, runs_so }, now);
     }
 
-    fn exited(&mut self, name: &AgentName, serial: u64, ended: Ended, now: Instant) {
+    fn exited(&mut self, name: &AgentName, serial: u64, ended: ProcessExit, now: Instant) {
         let Some(agent) = self.of(name, serial) else { return };
         if agent.state.supervisor().is_stopping() {
             return;
         }
         let (success, how) = (ended.success, ended.how.clone());
-        self.step(name, Event::Exited { success, how }, now);
+        self.step(name, AgentEvent::Exited { success, how }, now);
         self.remember_end(name, ended);
     }
 
     /// Puts an end into the record: the next manager must not take it for one that nobody saw. A start that follows at once has not begun
     /// yet, and replaces the record.
-    pub(super) fn remember_end(&mut self, name: &AgentName, ended: Ended) {
+    pub(super) fn remember_end(&mut self, name: &AgentName, ended: ProcessExit) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let supervisor = agent.state.supervisor();
         let Some(record) = agent.record.as_mut().filter(|_| supervisor.is_down() || supervisor.is_starting()) else {
@@ -141,7 +151,7 @@ impl Manager {
         record.save(&self.home);
     }
 
-    fn moved(&mut self, name: &AgentName, serial: u64, record: Record, now: Instant) {
+    fn moved(&mut self, name: &AgentName, serial: u64, record: ProcessRecord, now: Instant) {
         let home = self.home.clone();
         let Some(agent) = self.of(name, serial) else { return };
         if !agent.state.supervisor().is_up() {
@@ -151,7 +161,7 @@ impl Manager {
         let pid = record.pid;
         record.save(&home);
         agent.record = Some(record);
-        self.step(name, Event::Moved { pid }, now);
+        self.step(name, AgentEvent::Moved { pid }, now);
     }
 
     fn ended(&mut self, name: &AgentName, serial: u64, result: Result<(), String>, now: Instant) {
@@ -162,12 +172,12 @@ impl Manager {
         if let (Err(error), Some(stop)) = (&result, &mut self.stop) {
             stop.errors.push(error.clone());
         }
-        self.step(name, Event::Stopped(result), now);
+        self.step(name, AgentEvent::Stopped(result), now);
         self.finish_stop_if_down();
     }
 
     fn removed(&mut self, name: &AgentName, result: Result<(), String>) {
-        let about = About { agent: Some(name), version: None };
+        let about = EventSubject { agent: Some(name), version: None };
         // Where it failed, it is tried again with the next desired state or start; until then it shows.
         self.orders.held.removed.remove(name);
         self.agents.remove(name);
@@ -181,18 +191,18 @@ impl Manager {
                 self.journal.note("uninstall", "failed", about, text.as_str());
                 self.problems.insert("uninstall", text);
                 // Ordered again, it begins as what is left of it.
-                self.find(name, None, None, Runs::Nothing);
+                self.find(name, None, None, RunningRelease::Nothing);
             }
         }
     }
 }
 
 /// Says that the output of a sub-agent is lost from this start on, or goes into its log again.
-fn note_of_output(before: Option<String>, now: Option<String>) -> Option<Note> {
+fn note_of_output(before: Option<String>, now: Option<String>) -> Option<JournalNote> {
     let (outcome, message) = match (before, now) {
         (before, now) if before == now => return None,
         (_, Some(why)) => ("failed", format!("its output is lost: {why}")),
         (_, None) => ("ok", "its output goes into its log again".to_owned()),
     };
-    Some(Note { kind: "log", outcome, version: None, message, repeats: true, change: None })
+    Some(JournalNote { kind: "log", outcome, version: None, message, repeats: true, change: None })
 }

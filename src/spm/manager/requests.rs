@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::exchange::{clock_words, is_clock_off};
-use super::{Manager, Stop};
-use crate::control_socket::{Farewell, Knock, Reply, Request};
-use crate::core::agent::Event;
+use super::{Manager, PendingStop};
+use crate::control_socket::{ControlReply, ControlRequest, Goodbye, Request};
+use crate::core::agent::AgentEvent;
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::role::Role;
 use crate::core::status::{self, AgentStatus, HomeState, SkippedStatus, Status};
@@ -17,9 +17,9 @@ use crate::role;
 use crate::spm::agent::SubAgent;
 use crate::spm::disk;
 use crate::spm::input::Input;
-use crate::spm::journal::About;
+use crate::spm::journal::EventSubject;
 use crate::spm::stage;
-use crate::spm::upgrade::Source;
+use crate::spm::upgrade::UpgradeSource;
 
 /// A watchdog that runs connects within this after the manager's start.
 const WATCHDOG_COMES: Duration = Duration::from_secs(10);
@@ -27,56 +27,56 @@ const WATCHDOG_COMES: Duration = Duration::from_secs(10);
 const STOP_IS_RECORDED: Duration = Duration::from_secs(10);
 
 impl Manager {
-    pub(super) fn answer_knock(&mut self, knock: Knock) {
+    pub(super) fn answer_knock(&mut self, knock: ControlRequest) {
         let now = Instant::now();
         let (request, reply) = match knock {
-            Knock::PeerGone { role: Role::Spa, pid } => return self.peer.gone(pid, now),
-            Knock::PeerGone { .. } => return,
-            Knock::Stranger { why } => return self.note_stranger(&why, now),
-            Knock::Asked(request, reply) => (request, reply),
+            ControlRequest::PeerGone { role: Role::Spa, pid } => return self.peer.gone(pid, now),
+            ControlRequest::PeerGone { .. } => return,
+            ControlRequest::Stranger { why } => return self.note_stranger(&why, now),
+            ControlRequest::Asked(request, reply) => (request, reply),
         };
         let answer = match request {
             Request::Hello { role: Role::Spa, pid } => {
                 self.peer.hello(pid, now);
-                Reply::done()
+                ControlReply::done()
             }
-            Request::Hello { .. } => Reply::failed("there is one manager, and it is this one"),
+            Request::Hello { .. } => ControlReply::failed("there is one manager, and it is this one"),
             Request::Ping => {
                 self.peer.ping(now);
                 if let Some(why) = self.peer.look_at_memory(&self.home, self.config.spa_max_mem.0, now) {
-                    self.journal.note("memory", "failed", About::default(), why);
+                    self.journal.note("memory", "failed", EventSubject::default(), why);
                 }
-                Reply::done()
+                ControlReply::done()
             }
-            Request::Status => Reply { error: None, status: Some(Box::new(self.status(now))) },
+            Request::Status => ControlReply { error: None, status: Some(Box::new(self.status(now))) },
             Request::Stop => return self.begin_stop(reply, now),
             Request::Yield | Request::Renew { .. } if self.stop.is_some() => {
-                Reply::failed("cannot give way: the home is being stopped")
+                ControlReply::failed("cannot give way: the home is being stopped")
             }
             Request::Renew { why } => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
-                self.journal.note("memory", "failed", About::default(), why);
-                self.ending = Some(Farewell::Yield);
-                Reply::done()
+                self.journal.note("memory", "failed", EventSubject::default(), why);
+                self.ending = Some(Goodbye::Yield);
+                ControlReply::done()
             }
             Request::Yield => {
                 tracing::info!("the manager was asked to give way; the sub-agents stay");
-                self.ending = Some(Farewell::Yield);
-                Reply::done()
+                self.ending = Some(Goodbye::Yield);
+                ControlReply::done()
             }
             Request::Restart { agent: name } => match self.agents.get(&name) {
-                None => {
-                    Reply::failed(format!("cannot restart {name}: there is no such sub-agent; `status` lists them"))
-                }
+                None => ControlReply::failed(format!(
+                    "cannot restart {name}: there is no such sub-agent; `status` lists them"
+                )),
                 Some(agent) if !agent.state.supervisor().wanted() => {
-                    Reply::failed(format!("cannot restart {name}: it is stopped, as the gateway wants it"))
+                    ControlReply::failed(format!("cannot restart {name}: it is stopped, as the gateway wants it"))
                 }
                 Some(_) => match self.may_restart(&name) {
                     Ok(()) => {
-                        self.step(&name, Event::Restart, now);
-                        Reply::done()
+                        self.step(&name, AgentEvent::Restart, now);
+                        ControlReply::done()
                     }
-                    Err(error) => Reply::failed(format!("cannot restart {name}: {error:#}; it goes on running")),
+                    Err(error) => ControlReply::failed(format!("cannot restart {name}: {error:#}; it goes on running")),
                 },
             },
             Request::RollBack { agent: name } => return self.begin_roll_back(name, reply),
@@ -84,20 +84,20 @@ impl Manager {
             Request::Retry { agent: name } => self.retry(&name, now),
             Request::Heartbeat => {
                 self.heartbeat_now(now);
-                Reply::done()
+                ControlReply::done()
             }
             Request::Upgrade { package: None } => self.follow_orders_now(now),
-            Request::Upgrade { package: Some(path) } => self.upgrade_by_hand(Source::File(path)),
-            Request::RollBackManager => self.upgrade_by_hand(Source::Previous),
+            Request::Upgrade { package: Some(path) } => self.upgrade_by_hand(UpgradeSource::File(path)),
+            Request::RollBackManager => self.upgrade_by_hand(UpgradeSource::Previous),
         };
         let _ = reply.send(answer);
     }
 
     /// Looks beside the loop whether the release before can be run, and returns to it then.
-    fn begin_roll_back(&mut self, name: AgentName, reply: oneshot::Sender<Reply>) {
+    fn begin_roll_back(&mut self, name: AgentName, reply: oneshot::Sender<ControlReply>) {
         let to = match self.may_roll_back(&name) {
             Ok(to) => to,
-            Err(why) => return drop(reply.send(Reply::failed(format!("cannot roll {name} back: {why}")))),
+            Err(why) => return drop(reply.send(ControlReply::failed(format!("cannot roll {name} back: {why}")))),
         };
         let home = self.home.clone();
         disk::run(&self.inputs, move || {
@@ -125,38 +125,42 @@ impl Manager {
         to: &Version,
         result: Result<(), String>,
         now: Instant,
-    ) -> Reply {
+    ) -> ControlReply {
         // Much may have happened meanwhile.
         let may = self.may_roll_back(name).map_err(str::to_owned);
         match result.and(may) {
             Ok(still) if still == *to => {
                 let overruled = self.orders.held.agents.get(name).cloned();
-                self.step(name, Event::Return { overruled }, now);
-                Reply::done()
+                self.step(name, AgentEvent::Return { overruled }, now);
+                ControlReply::done()
             }
-            Ok(_) => Reply::failed(format!("cannot roll {name} back: its releases have changed meanwhile; try again")),
-            Err(why) => Reply::failed(format!("cannot roll {name} back: {why}")),
+            Ok(_) => {
+                ControlReply::failed(format!("cannot roll {name} back: its releases have changed meanwhile; try again"))
+            }
+            Err(why) => ControlReply::failed(format!("cannot roll {name} back: {why}")),
         }
     }
 
-    fn retry(&mut self, name: &AgentName, now: Instant) -> Reply {
+    fn retry(&mut self, name: &AgentName, now: Instant) -> ControlReply {
         if !self.agents.contains_key(name) {
-            return Reply::failed(format!("cannot retry {name}: there is no such sub-agent; `status` lists them"));
+            return ControlReply::failed(format!(
+                "cannot retry {name}: there is no such sub-agent; `status` lists them"
+            ));
         }
-        self.step(name, Event::Retry, now);
+        self.step(name, AgentEvent::Retry, now);
         self.replan = true;
-        Reply::done()
+        ControlReply::done()
     }
 
     /// Tells of somebody who may not command this home and tried to, once in a while: he may try again and again.
     fn note_stranger(&mut self, why: &str, now: Instant) {
         if self.strangers.take(now).is_some() {
-            self.journal.note("door", "refused", About::default(), why);
+            self.journal.note("door", "refused", EventSubject::default(), why);
         }
     }
 
     /// Stops every sub-agent; who asked is answered, and the manager ends, when the last one is down.
-    pub(super) fn begin_stop(&mut self, reply: oneshot::Sender<Reply>, now: Instant) {
+    pub(super) fn begin_stop(&mut self, reply: oneshot::Sender<ControlReply>, now: Instant) {
         if let Some(stop) = &mut self.stop {
             stop.waiting.push(reply);
             return;
@@ -164,7 +168,7 @@ impl Manager {
         tracing::info!("the home is stopped");
         self.give_up_upgrade();
         let recorded_by = now + STOP_IS_RECORDED;
-        self.stop = Some(Stop { waiting: vec![reply], errors: vec![], is_recorded: false, recorded_by });
+        self.stop = Some(PendingStop { waiting: vec![reply], errors: vec![], is_recorded: false, recorded_by });
         let home = self.home.clone();
         disk::run(&self.inputs, move || {
             if let Err(error) = role::record_stop(&home) {
@@ -182,7 +186,7 @@ impl Manager {
             _ => return,
         }
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
-            self.step(&name, Event::HomeStops, now);
+            self.step(&name, AgentEvent::HomeStops, now);
         }
         self.finish_stop_if_down();
     }
@@ -193,11 +197,11 @@ impl Manager {
             return;
         }
         let errors = std::mem::take(&mut stop.errors);
-        let answer = if errors.is_empty() { Reply::done() } else { Reply::failed(errors.join("; ")) };
+        let answer = if errors.is_empty() { ControlReply::done() } else { ControlReply::failed(errors.join("; ")) };
         for waiting in stop.waiting.drain(..) {
             let _ = waiting.send(answer.clone());
         }
-        self.ending = Some(Farewell::Stop);
+        self.ending = Some(Goodbye::Stop);
     }
 
     /// What an operator should know and need not mend here.

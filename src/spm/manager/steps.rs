@@ -6,21 +6,21 @@ use anyhow::Result;
 use tokio::task::AbortHandle;
 
 use super::Manager;
-use crate::core::agent::{Action, Agent, Change, Event, Note};
+use crate::core::agent::{Agent, AgentAction, AgentEvent, JournalNote, ReleaseChange};
 use crate::core::model::{AgentName, Version};
 use crate::core::order::{Package, Spec};
-use crate::core::reconcile::{self, Step};
-use crate::core::status::Changed;
-use crate::core::supervise::Answer;
+use crate::core::reconcile::{self, ReconcileStep};
+use crate::core::status::HistoryEntry;
+use crate::core::supervise::CheckResult;
 use crate::home::Home;
 use crate::installation::permissions;
-use crate::process::health::{self, Question};
-use crate::process::launch::{self, Start, env_hash};
+use crate::process::health::{self, HealthQuery};
+use crate::process::launch::{self, StartSpec, env_hash};
 use crate::process::{log, record, stop};
 use crate::spm::agent::{self, SubAgent};
 use crate::spm::disk;
 use crate::spm::input::Input;
-use crate::spm::journal::About;
+use crate::spm::journal::EventSubject;
 use crate::spm::{run, stage, timestamp, timestamp_of, unix_now};
 use crate::{package, store};
 
@@ -47,21 +47,21 @@ impl Manager {
         }
     }
 
-    fn carry_out(&mut self, step: Step, now: Instant) {
+    fn carry_out(&mut self, step: ReconcileStep, now: Instant) {
         let (name, event) = match step {
             // First the epochs of what earlier managers committed are raised.
-            Step::Stage { .. } | Step::Activate { .. } if !self.releases.may_stage() => return,
-            Step::Discard { .. } if !self.releases.may_remove() => return,
-            Step::Stage { name, package } => (name, Event::Stage(package)),
-            Step::Activate { name, order } => (name, Event::Activate(order)),
-            Step::Configure { name, spec } => {
+            ReconcileStep::Stage { .. } | ReconcileStep::Activate { .. } if !self.releases.may_stage() => return,
+            ReconcileStep::Discard { .. } if !self.releases.may_remove() => return,
+            ReconcileStep::Stage { name, package } => (name, AgentEvent::Stage(package)),
+            ReconcileStep::Activate { name, order } => (name, AgentEvent::Activate(order)),
+            ReconcileStep::Configure { name, spec } => {
                 let sound = self.may_restart(&name).map_err(|error| stage::refusal(&error));
                 let runs_so = self.runs_so(&name, &spec);
-                (name, Event::Configure { spec, runs_so, sound })
+                (name, AgentEvent::Configure { spec, runs_so, sound })
             }
-            Step::Set { name, run } => (name, Event::Set(run)),
-            Step::Uninstall { name } => (name, Event::Uninstall),
-            Step::Discard { name, version } => (name, Event::Discard(version)),
+            ReconcileStep::Set { name, run } => (name, AgentEvent::Set(run)),
+            ReconcileStep::Uninstall { name } => (name, AgentEvent::Uninstall),
+            ReconcileStep::Discard { name, version } => (name, AgentEvent::Discard(version)),
         };
         self.step(&name, event, now);
     }
@@ -78,10 +78,10 @@ impl Manager {
         agent.and_then(|agent| self.start_of(agent)).map_or(Ok(()), |start| start.sound())
     }
 
-    pub(super) fn start_of(&self, agent: &SubAgent) -> Option<Start> {
+    pub(super) fn start_of(&self, agent: &SubAgent) -> Option<StartSpec> {
         let state = &agent.state;
         let ordered = || self.orders.held.agents.get(state.name()).map(|order| &order.spec);
-        Some(Start {
+        Some(StartSpec {
             home: self.home.clone(),
             name: state.name().clone(),
             version: state.current()?.clone(),
@@ -95,7 +95,7 @@ impl Manager {
     }
 
     /// Tells a sub-agent what happened, and does what follows.
-    pub(super) fn step(&mut self, name: &AgentName, event: Event, now: Instant) {
+    pub(super) fn step(&mut self, name: &AgentName, event: AgentEvent, now: Instant) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let before = agent.state.supervisor().state();
         let actions = agent.state.step(event, agent::at(now));
@@ -115,57 +115,57 @@ impl Manager {
         self.perform(name, actions, now);
     }
 
-    pub(super) fn perform(&mut self, name: &AgentName, actions: Vec<Action>, now: Instant) {
+    pub(super) fn perform(&mut self, name: &AgentName, actions: Vec<AgentAction>, now: Instant) {
         for action in actions {
             self.act(name, action, now);
         }
     }
 
-    fn act(&mut self, name: &AgentName, action: Action, now: Instant) {
+    fn act(&mut self, name: &AgentName, action: AgentAction, now: Instant) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         match action {
-            Action::Stage { id, package } => self.stage(name, id, package),
-            Action::CancelStaging => agent.staging = None,
-            Action::Admit { version, inspect } => {
+            AgentAction::Stage { id, package } => self.stage(name, id, package),
+            AgentAction::CancelStaging => agent.staging = None,
+            AgentAction::Admit { version, inspect } => {
                 let epoch = agent.committed_epoch();
                 self.beside(name, move |home, name| {
                     let admitted = stage::admit(&home, &name, &version, epoch, inspect);
                     Input::Admitted { name, result: admitted.map_err(|error| stage::refusal(&error)) }
                 })
             }
-            Action::Record { wait } => {
+            AgentAction::Record { wait } => {
                 self.releases.change();
                 if wait {
                     agent.recorded_with = Some(self.releases.current_revision());
                 }
             }
-            Action::RaiseEpoch(release) => self.releases.raise(name, &release),
-            Action::Switch(version) => self.beside(name, move |home, name| {
+            AgentAction::RaiseEpoch(release) => self.releases.raise(name, &release),
+            AgentAction::Switch(version) => self.beside(name, move |home, name| {
                 let result = agent::make_current(&home, &name, &version);
                 let because = |error| format!("cannot activate {name} {version}: {error:#}");
                 Input::Switched { result: result.map_err(because), name }
             }),
-            Action::Remove => self.beside(name, |home, name| {
+            AgentAction::Remove => self.beside(name, |home, name| {
                 let result = remove(&home, &name).map_err(|error| format!("{error:#}"));
                 Input::Removed { name, result }
             }),
-            Action::Discard(version) => self.beside(name, |home, name| {
+            AgentAction::Discard(version) => self.beside(name, |home, name| {
                 discard(&home, &name, &version);
                 Input::Discarded { name, version }
             }),
-            Action::Inspect(version) => self.beside(name, move |home, name| {
+            AgentAction::Inspect(version) => self.beside(name, move |home, name| {
                 let result = launch::inspect(&home, &name, &version).map_err(|error| format!("{error:#}"));
                 Input::Inspected { name, version, result }
             }),
-            Action::Start => self.start(name),
-            Action::Stop => {
+            AgentAction::Start => self.start(name),
+            AgentAction::Stop => {
                 agent.watch.take().inspect(AbortHandle::abort);
                 let target = agent.target(self.groups.as_ref());
                 run::stop(&self.inputs, agent.serial, &self.home, target);
             }
-            Action::Check => self.check(name),
-            Action::CancelCheck => drop(agent.check.take().inspect(AbortHandle::abort)),
-            Action::Note(note) => self.note(name, note, now),
+            AgentAction::Check => self.check(name),
+            AgentAction::CancelCheck => drop(agent.check.take().inspect(AbortHandle::abort)),
+            AgentAction::Note(note) => self.note(name, note, now),
         }
     }
 
@@ -177,7 +177,7 @@ impl Manager {
 
     fn stage(&mut self, name: &AgentName, id: u64, package: Package) {
         tracing::info!(agent = %name, version = %package.version, "a release is staged");
-        let job = stage::Job {
+        let job = stage::StagingJob {
             home: self.home.clone(),
             config: self.config.clone(),
             agent_id: self.identity.agent_id.clone(),
@@ -210,12 +210,12 @@ impl Manager {
     /// Asks after a sub-agent's health, one question for each process at a time; its answer counts for that very process alone.
     fn check(&mut self, name: &AgentName) {
         let Some(agent) = self.agents.get(name) else { return };
-        let question = self.start_of(agent).and_then(Question::of);
+        let question = self.start_of(agent).and_then(HealthQuery::of);
         let (inputs, of, serial) = (self.inputs.clone(), name.clone(), agent.serial);
         let task = tokio::spawn(async move {
             let answer = match question {
                 Some(question) => health::ask(question).await,
-                None => Answer::Unknown("what its package says about it cannot be read any more".to_owned()),
+                None => CheckResult::Unknown("what its package says about it cannot be read any more".to_owned()),
             };
             let _ = inputs.send(Input::Checked { name: of, serial, answer });
         });
@@ -225,8 +225,8 @@ impl Manager {
     }
 
     /// Puts a note into the journal; one that may come again and again, as often as it may be reported.
-    pub(super) fn note(&mut self, name: &AgentName, note: Note, now: Instant) {
-        let Note { kind, outcome, version, mut message, repeats, change } = note;
+    pub(super) fn note(&mut self, name: &AgentName, note: JournalNote, now: Instant) {
+        let JournalNote { kind, outcome, version, mut message, repeats, change } = note;
         if let Some(agent) = self.agents.get_mut(name).filter(|_| repeats) {
             match agent.allowance.take(now) {
                 None => {
@@ -237,8 +237,8 @@ impl Manager {
                 Some(untold) => message.push_str(&format!(" (before that, {untold} events of it were not told)")),
             }
         }
-        if let Some(Change { from, to, seconds }) = change {
-            let changed = Changed {
+        if let Some(ReleaseChange { from, to, seconds }) = change {
+            let changed = HistoryEntry {
                 time: timestamp(),
                 began: timestamp_of(unix_now().saturating_sub(seconds)),
                 kind: kind.to_owned(),
@@ -252,7 +252,7 @@ impl Manager {
             };
             self.history.add(changed, &self.inputs);
         }
-        self.journal.note(kind, outcome, About { agent: Some(name), version: version.as_ref() }, message);
+        self.journal.note(kind, outcome, EventSubject { agent: Some(name), version: version.as_ref() }, message);
     }
 }
 

@@ -4,15 +4,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Manager;
-use crate::control_socket::{Farewell, Reply};
+use crate::control_socket::{ControlReply, Goodbye};
 use crate::core::model::{AgentName, MANAGER_PACKAGE, Version};
 use crate::core::order::Package;
 use crate::core::schedule::Backoff;
-use crate::core::status::{Changed, UpgradeStatus};
-use crate::core::upgrade::{self, End, Ended, Evidence, Limits, NewEndpoint, Probe, Record, Step};
-use crate::spm::input::{NotSwitched, UpgradeSeen, Upgraded};
-use crate::spm::journal::About;
-use crate::spm::upgrade::{self as job, Job, Progress, Source};
+use crate::core::status::{HistoryEntry, UpgradeStatus};
+use crate::core::upgrade::{
+    self, Evidence, FinishedUpgrade, NewEndpoint, Probe, TrialLimits, UpgradeEnd, UpgradeRecord, UpgradeStep,
+};
+use crate::spm::input::{NotSwitched, UpgradeObservation, UpgradeOutcome};
+use crate::spm::journal::EventSubject;
+use crate::spm::upgrade::{self as job, UpgradeJob, UpgradeProgress, UpgradeSource};
 use crate::spm::{timestamp, timestamp_of, unix_now};
 
 /// While an upgrade is under way its record is looked at so often.
@@ -26,9 +28,9 @@ const AT_FAULT: Duration = Duration::from_secs(3600);
 
 /// The manager's upgrade of itself.
 #[derive(Debug, Default)]
-pub(super) struct Upgrading {
+pub(super) struct ManagerUpgrade {
     /// As it was last seen.
-    record: Record,
+    record: UpgradeRecord,
     /// `None`: it was read at the start, and not yet looked at together with the rest.
     evidence: Option<Evidence>,
     is_looking: bool,
@@ -38,7 +40,7 @@ pub(super) struct Upgrading {
     /// What it wants to be put in place.
     ordered: Option<Package>,
     wants_current: bool,
-    work: Option<Work>,
+    work: Option<PendingUpgrade>,
     /// This release came on trial with another endpoint than the settings say.
     pub(super) endpoint: Option<NewEndpoint>,
     /// The installation was brought up to this release since this manager started.
@@ -52,23 +54,23 @@ pub(super) struct Upgrading {
     /// Why the last one that an operator asked for did.
     asked_error: Option<String>,
     /// Ends that were reported, and are still in the record.
-    told: Vec<Ended>,
+    told: Vec<FinishedUpgrade>,
 }
 
 /// An upgrade before the switch.
 #[derive(Debug)]
-struct Work {
+struct PendingUpgrade {
     to: Option<Version>,
     by_operator: bool,
     /// Seconds since 1970.
     began: u64,
-    progress: Arc<Progress>,
+    progress: Arc<UpgradeProgress>,
 }
 
-impl Upgrading {
+impl ManagerUpgrade {
     /// What a manager goes by that begins.
-    pub(super) fn new(record: Record, endpoint: Option<NewEndpoint>) -> Upgrading {
-        Upgrading { record, endpoint, ..Upgrading::default() }
+    pub(super) fn new(record: UpgradeRecord, endpoint: Option<NewEndpoint>) -> ManagerUpgrade {
+        ManagerUpgrade { record, endpoint, ..ManagerUpgrade::default() }
     }
 
     fn is_under_way(&self) -> bool {
@@ -103,7 +105,7 @@ impl Manager {
             job::look(&self.inputs, &self.home, &self.identity.version);
         }
         if upgrading.gives_way && self.peer.may_be_left() {
-            self.ending = Some(Farewell::Yield);
+            self.ending = Some(Goodbye::Yield);
         }
         self.begin_ordered_upgrade(now);
     }
@@ -143,22 +145,22 @@ impl Manager {
             Some(order) if order.version == self.identity.version => return,
             Some(order) if record.overrules(&order.version, order.sha256.as_ref()) => return,
             Some(_) if upgrading.skipped().is_some() => return,
-            Some(order) => Source::Gateway(order.clone()),
+            Some(order) => UpgradeSource::Gateway(order.clone()),
             None if record.is_held() => return,
-            None => Source::Current,
+            None => UpgradeSource::Current,
         };
         self.begin_upgrade(source, false);
     }
 
-    fn begin_upgrade(&mut self, source: Source, by_operator: bool) {
+    fn begin_upgrade(&mut self, source: UpgradeSource, by_operator: bool) {
         let to = match &source {
-            Source::Gateway(order) => Some(order.version.clone()),
-            Source::Previous => self.upgrading.record.previous().map(|image| image.version.clone()),
-            Source::Current | Source::File(_) => None,
+            UpgradeSource::Gateway(order) => Some(order.version.clone()),
+            UpgradeSource::Previous => self.upgrading.record.previous().map(|image| image.version.clone()),
+            UpgradeSource::Current | UpgradeSource::File(_) => None,
         };
         tracing::info!(source = format!("{source:?}"), "an upgrade of the manager begins");
         self.upgrading.asked_error = None;
-        let job = Job {
+        let job = UpgradeJob {
             home: self.home.clone(),
             config: self.config.clone(),
             agent_id: self.identity.agent_id.clone(),
@@ -167,44 +169,44 @@ impl Manager {
             own: self.identity.version.clone(),
         };
         let progress = job::start(&self.inputs, job);
-        self.upgrading.work = Some(Work { to, by_operator, began: unix_now(), progress });
+        self.upgrading.work = Some(PendingUpgrade { to, by_operator, began: unix_now(), progress });
     }
 
     /// The operator asks for it.
-    pub(super) fn upgrade_by_hand(&mut self, source: Source) -> Reply {
+    pub(super) fn upgrade_by_hand(&mut self, source: UpgradeSource) -> ControlReply {
         let what = "cannot change the manager's release";
         if self.stop.is_some() {
-            return Reply::failed(format!("{what}: the home is being stopped"));
+            return ControlReply::failed(format!("{what}: the home is being stopped"));
         }
         if self.upgrading.is_under_way() {
-            return Reply::failed(format!(
+            return ControlReply::failed(format!(
                 "{what}: another change is under way; see `status`, or end it with `control upgrade --abort`"
             ));
         }
-        if matches!(source, Source::Previous) && self.upgrading.record.previous().is_none() {
-            return Reply::failed(format!("{what}: no release before the current one is on this host"));
+        if matches!(source, UpgradeSource::Previous) && self.upgrading.record.previous().is_none() {
+            return ControlReply::failed(format!("{what}: no release before the current one is on this host"));
         }
         self.begin_upgrade(source, true);
-        Reply::done()
+        ControlReply::done()
     }
 
     /// Follows the gateway's orders now: whatever an operator's change held back, and whatever waits for its next try.
-    pub(super) fn follow_orders_now(&mut self, now: Instant) -> Reply {
+    pub(super) fn follow_orders_now(&mut self, now: Instant) -> ControlReply {
         job::change(&self.inputs, &self.home, &self.identity.version, |record| {
             record.release_hold();
         });
         (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
         let held = self.agents.values().filter(|agent| agent.state.ledger().is_held());
         for name in held.map(|agent| agent.state.name().clone()).collect::<Vec<_>>() {
-            self.step(&name, crate::core::agent::Event::Retry, now);
+            self.step(&name, crate::core::agent::AgentEvent::Retry, now);
         }
         self.replan = true;
         self.heartbeat_now(now);
-        Reply::done()
+        ControlReply::done()
     }
 
     /// Tries again what is skipped.
-    pub(super) fn retry_upgrade(&mut self, now: Instant) -> Reply {
+    pub(super) fn retry_upgrade(&mut self, now: Instant) -> ControlReply {
         job::change(&self.inputs, &self.home, &self.identity.version, |record| {
             record.allow();
             record.release_hold();
@@ -212,19 +214,19 @@ impl Manager {
         self.upgrading.asked_error = None;
         (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
         self.heartbeat_now(now);
-        Reply::done()
+        ControlReply::done()
     }
 
     /// An upgrade has come as far as this manager takes it.
-    pub(super) fn upgraded(&mut self, outcome: Upgraded, now: Instant) {
+    pub(super) fn upgraded(&mut self, outcome: UpgradeOutcome, now: Instant) {
         let work = self.upgrading.work.take();
         self.upgrading.next_look = Some(now);
         match outcome {
-            Upgraded::Switched => {
+            UpgradeOutcome::Switched => {
                 tracing::info!("the new release is in place; this manager gives way, and the sub-agents stay");
                 self.give_way();
             }
-            Upgraded::Nothing => {
+            UpgradeOutcome::Nothing => {
                 (self.upgrading.failures, self.upgrading.last_error) = (0, None);
                 if work.is_some_and(|work| work.by_operator) {
                     let own = self.identity.version.clone();
@@ -232,7 +234,7 @@ impl Manager {
                     self.report("upgrade", "ok", &own, Some(own.clone()), None, text);
                 }
             }
-            Upgraded::NotSwitched(failure) => self.not_switched(failure, work, now),
+            UpgradeOutcome::NotSwitched(failure) => self.not_switched(failure, work, now),
         }
     }
 
@@ -240,13 +242,13 @@ impl Manager {
     fn give_way(&mut self) {
         self.upgrading.gives_way = true;
         if self.peer.may_be_left() {
-            self.ending = Some(Farewell::Yield);
+            self.ending = Some(Goodbye::Yield);
         } else {
             tracing::warn!("this manager waits for the watchdog before it gives way");
         }
     }
 
-    fn not_switched(&mut self, failure: NotSwitched, work: Option<Work>, now: Instant) {
+    fn not_switched(&mut self, failure: NotSwitched, work: Option<PendingUpgrade>, now: Instant) {
         let NotSwitched { version, why, is_final, is_skipped, retry_after } = failure;
         let upgrading = &mut self.upgrading;
         if work.as_ref().is_some_and(|work| work.by_operator) {
@@ -270,12 +272,12 @@ impl Manager {
     }
 
     /// The record was looked at.
-    pub(super) fn upgrade_seen(&mut self, seen: Result<Box<(Step, UpgradeSeen)>, String>, now: Instant) {
+    pub(super) fn upgrade_seen(&mut self, seen: Result<Box<(UpgradeStep, UpgradeObservation)>, String>, now: Instant) {
         self.upgrading.is_looking = false;
         match seen {
             Ok(seen) => {
                 let (step, seen) = *seen;
-                if step == Step::RestartManager && self.stop.is_none() {
+                if step == UpgradeStep::RestartManager && self.stop.is_none() {
                     tracing::info!("another release is in place; this manager gives way, and the sub-agents stay");
                     self.give_way();
                 }
@@ -305,12 +307,13 @@ impl Manager {
     }
 
     /// Reports how upgrades ended; when the events are on their way to the disk, the record forgets them.
-    fn report_ends(&mut self, ended: &[Ended]) {
+    fn report_ends(&mut self, ended: &[FinishedUpgrade]) {
         if ended.is_empty() {
             self.upgrading.told.clear();
             return;
         }
-        let news: Vec<Ended> = ended.iter().filter(|ended| !self.upgrading.told.contains(ended)).cloned().collect();
+        let news: Vec<FinishedUpgrade> =
+            ended.iter().filter(|ended| !self.upgrading.told.contains(ended)).cloned().collect();
         if news.is_empty() {
             let told = self.upgrading.told.clone();
             job::change(&self.inputs, &self.home, &self.identity.version, move |record| record.forget_ended(&told));
@@ -323,18 +326,18 @@ impl Manager {
         self.journal.flush(&self.inputs);
     }
 
-    fn report_end(&mut self, ended: &Ended) {
-        let Ended { from, to, began, end, reason, skipped, .. } = ended;
+    fn report_end(&mut self, ended: &FinishedUpgrade) {
+        let FinishedUpgrade { from, to, began, end, reason, skipped, .. } = ended;
         let why = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
         let (kind, outcome, from, to, text) = match end {
-            End::Committed => {
+            UpgradeEnd::Committed => {
                 ("upgrade", "ok", from, to, format!("the manager runs {to}, which took the place of {from}{why}"))
             }
-            End::RolledBack => {
+            UpgradeEnd::RolledBack => {
                 let text = format!("the manager runs {from} again, and {to} was rolled back{why}");
                 ("rollback", "ok", to, from, text)
             }
-            End::GivenUp => {
+            UpgradeEnd::GivenUp => {
                 let text = format!("the upgrade of the manager from {from} to {to} was given up{why}");
                 ("upgrade", "failed", from, to, text)
             }
@@ -364,10 +367,10 @@ impl Manager {
     ) {
         let Ok(agent) = MANAGER_PACKAGE.parse::<AgentName>() else { return };
         let now = unix_now();
-        let about = About { agent: Some(&agent), version: to.as_ref() };
+        let about = EventSubject { agent: Some(&agent), version: to.as_ref() };
         self.journal.note(kind, outcome, about, message.as_str());
         let Some(to) = to else { return };
-        let changed = Changed {
+        let changed = HistoryEntry {
             time: timestamp(),
             began: timestamp_of(began.unwrap_or(now)),
             kind: kind.to_owned(),
@@ -399,7 +402,7 @@ impl Manager {
         let record = &self.upgrading.record;
         let evidence = self.upgrading.evidence.or_else(|| record.trial().map(Evidence::of))?;
         let lived = self.identity.started.elapsed();
-        let own = evidence.manager.map(|manager| upgrade::Manager {
+        let own = evidence.manager.map(|manager| upgrade::ManagerEvidence {
             answered: Some(lived),
             adopted: true,
             heartbeat: self.line.has_connected(),
@@ -407,7 +410,7 @@ impl Manager {
         });
         // What the watchdog finds of the gateway it finds too.
         let probe = if self.line.fails() { Probe::Fails(Duration::ZERO) } else { evidence.probe };
-        let limits = Limits::of(self.config.upgrade_trial.0);
+        let limits = TrialLimits::of(self.config.upgrade_trial.0);
         let view = upgrade::status(record, &Evidence { manager: own, probe, ..evidence }, &limits)?;
         let left = view.seconds_left.map(Duration::from_secs);
         let deadline = left.and_then(|left| jiff::Timestamp::now().checked_add(left).ok());

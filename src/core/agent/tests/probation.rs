@@ -6,12 +6,12 @@ fn done(_: &mut Bench) {}
 
 #[test]
 fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped() {
-    let exit: Fail = |bench| done(bench.tell(Event::Exited { success: Some(false), how: "exited with 1".into() }));
+    let exit: Fail = |bench| done(bench.tell(AgentEvent::Exited { success: Some(false), how: "exited with 1".into() }));
     let fails: [(&str, Vec<Fail>); 4] = [
         (
             "it does not start",
-            vec![|bench| done(bench.tell(Event::NotLaunched(refusal("no such file")))), |bench| {
-                done(bench.tell(Event::NotLaunched(refusal("no such file"))))
+            vec![|bench| done(bench.tell(AgentEvent::NotLaunched(refusal("no such file")))), |bench| {
+                done(bench.tell(AgentEvent::NotLaunched(refusal("no such file"))))
             }],
         ),
         (
@@ -30,7 +30,7 @@ fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped
                 exit,
                 |bench| {
                     bench.now += S(2);
-                    bench.tell(Event::Tick);
+                    bench.tell(AgentEvent::Tick);
                     bench.launched(22, "2");
                     bench.now += S(9)
                 },
@@ -41,9 +41,9 @@ fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped
             "it ends although it should run on",
             vec![
                 |bench| done(bench.launched(20, "2")),
-                |bench| done(bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() })),
+                |bench| done(bench.tell(AgentEvent::Exited { success: Some(true), how: "exited with 0".into() })),
                 |bench| done(bench.launched(21, "2")),
-                |bench| done(bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() })),
+                |bench| done(bench.tell(AgentEvent::Exited { success: Some(true), how: "exited with 0".into() })),
             ],
         ),
     ];
@@ -55,27 +55,27 @@ fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped
         }
         assert!(bench.notes().ends_with(&[("upgrade", "failed"), ("skip", "ok")]), "{case}: {:?}", bench.notes());
         assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("1")), None));
-        assert!(bench.asked().contains(&Action::Record { wait: true }), "{case}");
-        bench.tell(Event::Recorded(Ok(())));
-        bench.tell(Event::Stopped(Ok(())));
-        assert_eq!(bench.asked(), [Action::Switch(version("1"))], "{case}");
+        assert!(bench.asked().contains(&AgentAction::Record { wait: true }), "{case}");
+        bench.tell(AgentEvent::Recorded(Ok(())));
+        bench.tell(AgentEvent::Stopped(Ok(())));
+        assert_eq!(bench.asked(), [AgentAction::Switch(version("1"))], "{case}");
         assert_eq!(bench.agent.state(), AgentState::Updating);
-        bench.tell(Event::Switched(Ok(())));
-        assert_eq!(bench.asked(), [Action::Inspect(version("1"))], "{case}");
+        bench.tell(AgentEvent::Switched(Ok(())));
+        assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))], "{case}");
         bench.tell(inspected(Ok(manifest(&[]))));
-        assert_eq!(bench.asked(), [Action::Start], "{case}");
+        assert_eq!(bench.asked(), [AgentAction::Start], "{case}");
         bench.launched(30, "1");
         assert_eq!(bench.notes(), [("rollback", "ok")], "{case}");
         assert_eq!(bench.agent.state(), AgentState::Running);
         assert!(bench.agent.last_error().unwrap().starts_with("2 is skipped: "), "{:?}", bench.agent.last_error());
-        assert!(!bench.asked().iter().any(|action| matches!(action, Action::RaiseEpoch(_))));
+        assert!(!bench.asked().iter().any(|action| matches!(action, AgentAction::RaiseEpoch(_))));
         let held_back = |bench: &Bench, order: &Order| bench.agent.actual(Some(order), bench.now).held_back;
         assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
         // The same order again, in another desired state, changes nothing; a higher `retry` does.
-        bench.tell(Event::Ordered(Some(order("2"))));
+        bench.tell(AgentEvent::Ordered(Some(order("2"))));
         assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
         let again = Order { retry: 1, ..order("2") };
-        bench.tell(Event::Ordered(Some(again.clone())));
+        bench.tell(AgentEvent::Ordered(Some(again.clone())));
         assert_eq!(held_back(&bench, &again), None);
     }
 }
@@ -83,17 +83,19 @@ fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped
 #[test]
 fn what_is_skipped_is_tried_again_when_an_operator_or_another_order_says_so() {
     let ways: [fn(&mut Bench); 2] = [
-        |bench| done(bench.tell(Event::Retry)),
-        |bench| done(bench.tell(Event::Ordered(Some(order("3")))).tell(Event::Ordered(Some(order("2"))))),
+        |bench| done(bench.tell(AgentEvent::Retry)),
+        |bench| done(bench.tell(AgentEvent::Ordered(Some(order("3")))).tell(AgentEvent::Ordered(Some(order("2"))))),
     ];
     for way in ways {
         let mut bench = Bench::on_the_way_to("2");
-        bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
-        bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+        bench
+            .tell(AgentEvent::NotLaunched(refusal("no such file")))
+            .tell(AgentEvent::NotLaunched(refusal("no such file")));
+        bench.tell(AgentEvent::Recorded(Ok(()))).tell(AgentEvent::Stopped(Ok(()))).tell(AgentEvent::Switched(Ok(())));
         bench.tell(inspected(Ok(manifest(&[])))).launched(30, "1");
         bench.asked.clear();
         way(&mut bench);
-        assert_eq!(bench.asked(), [Action::Record { wait: false }]);
+        assert_eq!(bench.asked(), [AgentAction::Record { wait: false }]);
         assert_eq!(bench.agent.actual(Some(&order("2")), bench.now).held_back, None);
         assert_eq!(bench.agent.last_error(), None);
     }
@@ -102,21 +104,22 @@ fn what_is_skipped_is_tried_again_when_an_operator_or_another_order_says_so() {
 #[test]
 fn a_disk_that_takes_no_ledger_and_no_link_does_not_hold_up_a_roll_back() {
     let mut bench = Bench::on_the_way_to("2");
-    bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
-    bench.tell(Event::Stopped(Ok(())));
-    assert!(!bench.asked().contains(&Action::Switch(version("1"))), "first it is tried to write the ledger");
-    bench.tell(Event::Recorded(Err("no space left".into())));
-    assert_eq!(bench.asked(), [Action::Switch(version("1"))]);
-    bench.tell(Event::Switched(Err("no space left".into())));
+    bench.tell(AgentEvent::NotLaunched(refusal("no such file"))).tell(AgentEvent::NotLaunched(refusal("no such file")));
+    bench.tell(AgentEvent::Stopped(Ok(())));
+    assert!(!bench.asked().contains(&AgentAction::Switch(version("1"))), "first it is tried to write the ledger");
+    bench.tell(AgentEvent::Recorded(Err("no space left".into())));
+    assert_eq!(bench.asked(), [AgentAction::Switch(version("1"))]);
+    bench.tell(AgentEvent::Switched(Err("no space left".into())));
     assert_eq!(bench.notes(), [("rollback", "failed")]);
     bench.tell(inspected(Ok(manifest(&[]))));
-    assert_eq!(bench.asked(), [Action::Inspect(version("1")), Action::Start]);
+    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1")), AgentAction::Start]);
 }
 
 #[test]
 fn a_slow_starter_is_given_its_start_period_and_one_that_never_gets_well_is_rolled_back() {
-    use crate::core::health::Health;
-    let health: Health = serde_json::from_str(r#"{"tcp": "127.0.0.1:1", "interval": 5, "startPeriod": 30}"#).unwrap();
+    use crate::core::health::HealthSpec;
+    let health: HealthSpec =
+        serde_json::from_str(r#"{"tcp": "127.0.0.1:1", "interval": 5, "startPeriod": 30}"#).unwrap();
     let slow = || match manifest(&[]) {
         Program::Native(manifest) => Program::Native(Box::new(Manifest { health: Some(health.clone()), ..*manifest })),
         script => script,
@@ -124,21 +127,21 @@ fn a_slow_starter_is_given_its_start_period_and_one_that_never_gets_well_is_roll
     for gets_well in [true, false] {
         let mut bench = Bench::running();
         bench.stage("2");
-        bench.tell(Event::Activate(order("2"))).tell(Event::Admitted(Ok((release("2"), Some(slow())))));
-        bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+        bench.tell(AgentEvent::Activate(order("2"))).tell(AgentEvent::Admitted(Ok((release("2"), Some(slow())))));
+        bench.tell(AgentEvent::Recorded(Ok(()))).tell(AgentEvent::Stopped(Ok(()))).tell(AgentEvent::Switched(Ok(())));
         bench.launched(20, "2");
         let start = bench.now;
         bench.asked.clear();
         // Until something is decided.
         while bench.agent.ledger().probation().is_some() && bench.agent.ledger().active() == Some(&release("1")) {
             bench.now = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
-            bench.tell(Event::Tick);
-            if bench.asked().contains(&Action::Check) {
+            bench.tell(AgentEvent::Tick);
+            if bench.asked().contains(&AgentAction::Check) {
                 let is_well = gets_well && bench.now >= start + S(25);
-                let answer = if is_well { Answer::Healthy } else { Answer::Unhealthy("refused".into()) };
-                bench.tell(Event::Checked(answer));
-                if bench.asked().contains(&Action::Stop) && bench.agent.ledger().probation().is_some() {
-                    bench.tell(Event::Stopped(Ok(())));
+                let answer = if is_well { CheckResult::Healthy } else { CheckResult::Unhealthy("refused".into()) };
+                bench.tell(AgentEvent::Checked(answer));
+                if bench.asked().contains(&AgentAction::Stop) && bench.agent.ledger().probation().is_some() {
+                    bench.tell(AgentEvent::Stopped(Ok(())));
                     bench.launched(21, "2");
                 }
             }
@@ -153,15 +156,15 @@ fn a_slow_starter_is_given_its_start_period_and_one_that_never_gets_well_is_roll
 fn one_whose_health_cannot_be_told_is_rolled_back_in_the_end() {
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(Event::Activate(order("2"))).tell(Event::Admitted(Ok((release("2"), Some(Program::Script)))));
-    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.tell(AgentEvent::Activate(order("2"))).tell(AgentEvent::Admitted(Ok((release("2"), Some(Program::Script)))));
+    bench.tell(AgentEvent::Recorded(Ok(()))).tell(AgentEvent::Stopped(Ok(()))).tell(AgentEvent::Switched(Ok(())));
     bench.launched(20, "2");
     let start = bench.now;
     while bench.agent.ledger().probation().is_some() {
         bench.now = bench.agent.deadline(bench.now).unwrap();
-        bench.tell(Event::Tick);
-        if bench.asked().contains(&Action::Check) {
-            bench.tell(Event::Checked(Answer::Unknown("no answer".into())));
+        bench.tell(AgentEvent::Tick);
+        if bench.asked().contains(&AgentAction::Check) {
+            bench.tell(AgentEvent::Checked(CheckResult::Unknown("no answer".into())));
         }
     }
     assert_eq!(bench.now - start, S(130));
@@ -171,43 +174,43 @@ fn one_whose_health_cannot_be_told_is_rolled_back_in_the_end() {
 #[test]
 fn a_stop_on_purpose_is_no_failure_and_a_home_that_cannot_be_relied_on_neither() {
     let mut bench = Bench::on_the_way_to("2");
-    let unsound = || Refusal { refused: true, ..refusal("others can write there") };
-    bench.tell(Event::NotLaunched(unsound())).tell(Event::NotLaunched(unsound()));
+    let unsound = || ReleaseError { refused: true, ..refusal("others can write there") };
+    bench.tell(AgentEvent::NotLaunched(unsound())).tell(AgentEvent::NotLaunched(unsound()));
     bench.now += S(60);
-    bench.tell(Event::Tick);
+    bench.tell(AgentEvent::Tick);
     for pid in 20..30 {
         bench.launched(pid, "2");
-        bench.tell(Event::Restart);
-        bench.tell(Event::Stopped(Ok(())));
+        bench.tell(AgentEvent::Restart);
+        bench.tell(AgentEvent::Stopped(Ok(())));
     }
     assert_eq!(bench.agent.ledger().probation_failures(), 0);
-    bench.tell(Event::Set(Run::Stop));
+    bench.tell(AgentEvent::Set(Run::Stop));
     bench.launched(30, "2");
-    bench.tell(Event::Stopped(Ok(())));
+    bench.tell(AgentEvent::Stopped(Ok(())));
     bench.now += S(10_000);
-    bench.tell(Event::Tick);
+    bench.tell(AgentEvent::Tick);
     assert_eq!((bench.agent.state(), bench.agent.ledger().probation()), (AgentState::Stopped, Some(&release("2"))));
 }
 
 #[test]
 fn a_start_that_the_host_or_the_home_does_not_allow_condemns_nothing_however_long_that_takes() {
     let reasons = [
-        Refusal { of_host: true, ..refusal("cannot run it: too many open files") },
-        Refusal { refused: true, ..refusal("others can write there") },
+        ReleaseError { of_host: true, ..refusal("cannot run it: too many open files") },
+        ReleaseError { refused: true, ..refusal("others can write there") },
     ];
     for reason in reasons {
         let mut bench = Bench::on_the_way_to("2");
         let start = bench.now;
         while bench.now < start + S(1_000) {
-            bench.tell(Event::NotLaunched(reason.clone()));
+            bench.tell(AgentEvent::NotLaunched(reason.clone()));
             assert_eq!(bench.agent.last_error().as_ref(), Some(&reason.why));
-            if bench.asked().contains(&Action::Start) {
+            if bench.asked().contains(&AgentAction::Start) {
                 // The first one is tried again at once.
                 continue;
             }
             bench.now = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
-            bench.tell(Event::Tick);
-            assert_eq!(bench.asked(), [Action::Start]);
+            bench.tell(AgentEvent::Tick);
+            assert_eq!(bench.asked(), [AgentAction::Start]);
         }
         assert!(bench.agent.supervisor().failures() > 10, "it is retried");
         let ledger = bench.agent.ledger();
@@ -215,7 +218,7 @@ fn a_start_that_the_host_or_the_home_does_not_allow_condemns_nothing_however_lon
         // From its start on it is judged like any other: what was before does not count.
         bench.launched(20, "2");
         bench.now += S(10);
-        bench.tell(Event::Tick);
+        bench.tell(AgentEvent::Tick);
         assert_eq!(bench.agent.ledger().active(), Some(&release("2")));
         assert_eq!(bench.agent.last_error().as_ref(), Some(&reason.why), "why it was last started again");
     }
@@ -223,24 +226,24 @@ fn a_start_that_the_host_or_the_home_does_not_allow_condemns_nothing_however_lon
 
 #[test]
 fn the_next_manager_goes_on_with_a_probation_and_with_what_it_has_seen_of_failures() {
-    let mut ledger = Entry::found(Some(release("1")), None);
+    let mut ledger = LedgerEntry::found(Some(release("1")), None);
     ledger.begin_probation(release("2"));
     ledger.fail_probation();
     ledger.fail_probation();
-    let found = || Found { ledger: ledger.clone(), program: Some(Ok(manifest(&[]))), ..Found::default() };
+    let found = || Discovery { ledger: ledger.clone(), program: Some(Ok(manifest(&[]))), ..Discovery::default() };
     let now = Instant::now();
     let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
     assert_eq!(agent.adopt(7, version("2"), now - S(4), None, at(now)), []);
     assert_eq!((agent.state(), agent.deadline(now)), (AgentState::Updating, Some(now + S(6))));
-    let committed = agent.step(Event::Tick, at(now + S(6)));
-    assert!(committed.contains(&Action::RaiseEpoch(release("2"))), "{committed:?}");
+    let committed = agent.step(AgentEvent::Tick, at(now + S(6)));
+    assert!(committed.contains(&AgentAction::RaiseEpoch(release("2"))), "{committed:?}");
     let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
-    let end = |was_seen| End { success: Some(false), how: "exited with 1".to_owned(), was_seen };
+    let end = |was_seen| PriorExit { success: Some(false), how: "exited with 1".to_owned(), was_seen };
     let mut known = agent.clone();
     known.bury(7, version("2"), end(true), Some(Spec::default()), at(now));
     assert_eq!(known.ledger().probation_failures(), 2, "the earlier manager has counted it");
     let actions = agent.bury(7, version("2"), end(false), Some(Spec::default()), at(now));
-    assert!(actions.contains(&Action::Record { wait: true }), "{actions:?}");
+    assert!(actions.contains(&AgentAction::Record { wait: true }), "{actions:?}");
     assert_eq!(agent.ledger().active(), Some(&release("1")));
 }
 
@@ -251,11 +254,11 @@ fn a_job_that_ends_well_is_committed() {
     job.run.restart = crate::core::manifest::Restart::OnFailure;
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.tell(Event::Activate(order("2")));
-    bench.tell(Event::Admitted(Ok((release("2"), Some(Program::Native(Box::new(job)))))));
-    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.tell(AgentEvent::Activate(order("2")));
+    bench.tell(AgentEvent::Admitted(Ok((release("2"), Some(Program::Native(Box::new(job)))))));
+    bench.tell(AgentEvent::Recorded(Ok(()))).tell(AgentEvent::Stopped(Ok(()))).tell(AgentEvent::Switched(Ok(())));
     bench.launched(20, "2");
-    bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() });
+    bench.tell(AgentEvent::Exited { success: Some(true), how: "exited with 0".into() });
     assert_eq!(bench.agent.ledger().active(), Some(&release("2")));
 }
 
@@ -264,38 +267,38 @@ fn an_operator_returns_to_the_release_before_and_it_is_kept_until_another_is_ord
     let mut bench = Bench::on_the_way_to("2");
     bench.launched(20, "2");
     bench.now += S(10);
-    bench.tell(Event::Tick);
+    bench.tell(AgentEvent::Tick);
     assert_eq!(bench.agent.can_return_to(), Some(&version("1")));
     bench.asked.clear();
-    bench.tell(Event::Return { overruled: Some(order("2")) });
-    assert_eq!(bench.asked(), [Action::Record { wait: true }, Action::Stop]);
-    bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
+    bench.tell(AgentEvent::Return { overruled: Some(order("2")) });
+    assert_eq!(bench.asked(), [AgentAction::Record { wait: true }, AgentAction::Stop]);
+    bench.tell(AgentEvent::Recorded(Ok(()))).tell(AgentEvent::Stopped(Ok(()))).tell(AgentEvent::Switched(Ok(())));
     bench.tell(inspected(Ok(manifest(&[])))).launched(30, "1");
     assert!(bench.notes().contains(&("rollback", "ok")));
     let ledger = bench.agent.ledger();
     assert_eq!((ledger.active(), ledger.backup(), ledger.is_held()), (Some(&release("1")), Some(&release("2")), true));
     assert!(bench.agent.actual(Some(&order("2")), bench.now).stays);
-    bench.tell(Event::Ordered(Some(order("2"))));
+    bench.tell(AgentEvent::Ordered(Some(order("2"))));
     assert!(bench.agent.actual(Some(&order("2")), bench.now).stays, "the same order again");
-    bench.tell(Event::Ordered(Some(order("3"))));
+    bench.tell(AgentEvent::Ordered(Some(order("3"))));
     assert!(!bench.agent.actual(Some(&order("3")), bench.now).stays);
 }
 
 /// A release that waits for its first check when it is adopted, or started again, has not failed a check.
 #[test]
 fn time_without_a_manager_or_while_it_is_stopped_does_not_count_against_a_release() {
-    let mut ledger = Entry::found(Some(release("1")), None);
+    let mut ledger = LedgerEntry::found(Some(release("1")), None);
     ledger.begin_probation(release("2"));
-    let found = || Found { ledger: ledger.clone(), program: Some(Ok(Program::Script)), ..Found::default() };
+    let found = || Discovery { ledger: ledger.clone(), program: Some(Ok(Program::Script)), ..Discovery::default() };
     let now = Instant::now() + S(10_000);
     let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
     agent.adopt(7, version("2"), now - S(5_000), None, at(now));
-    agent.step(Event::Tick, at(now));
+    agent.step(AgentEvent::Tick, at(now));
     assert_eq!(agent.ledger().probation(), Some(&release("2")), "its health was not asked after yet");
-    for event in [Event::Set(Run::Stop), Event::Stopped(Ok(()))] {
+    for event in [AgentEvent::Set(Run::Stop), AgentEvent::Stopped(Ok(()))] {
         agent.step(event, at(now + S(1)));
     }
-    agent.step(Event::Set(Run::Start), at(now + S(5_000)));
+    agent.step(AgentEvent::Set(Run::Start), at(now + S(5_000)));
     assert_eq!(agent.ledger().probation(), Some(&release("2")), "it is only being started");
     let deadline = agent.deadline(now + S(5_000)).unwrap();
     assert_eq!(deadline, now + S(5_130));
@@ -304,24 +307,24 @@ fn time_without_a_manager_or_while_it_is_stopped_does_not_count_against_a_releas
 #[test]
 fn one_that_cannot_be_read_any_more_is_given_up_too_and_one_with_nothing_before_it_is_not() {
     for before in [Some(release("1")), None] {
-        let mut ledger = Entry::found(Some(release("1")), None);
+        let mut ledger = LedgerEntry::found(Some(release("1")), None);
         ledger.begin_probation(release("2"));
         ledger.keep_whole(|whole| before.is_some() || whole.as_str() == "2");
         let program = Some(Err("no agent.toml".to_owned()));
-        let (agent, _) = Agent::found("a".parse().unwrap(), Found { ledger, program, ..Found::default() });
+        let (agent, _) = Agent::found("a".parse().unwrap(), Discovery { ledger, program, ..Discovery::default() });
         let mut bench = Bench { agent, ..Bench::new() };
         let start = bench.now;
-        bench.tell(Event::Set(Run::Start));
+        bench.tell(AgentEvent::Set(Run::Start));
         while bench.now < start + S(1_000) && bench.agent.ledger().probation().is_some() {
-            let unreadable = Event::Inspected { version: version("2"), result: Err("no agent.toml".into()) };
-            if bench.asked().contains(&Action::Inspect(version("2"))) {
+            let unreadable = AgentEvent::Inspected { version: version("2"), result: Err("no agent.toml".into()) };
+            if bench.asked().contains(&AgentAction::Inspect(version("2"))) {
                 bench.tell(unreadable);
                 continue;
             }
             let next = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
             assert!(next > bench.now, "a deadline that has passed would be waited for without a pause");
             bench.now = next;
-            bench.tell(Event::Tick);
+            bench.tell(AgentEvent::Tick);
         }
         assert_eq!(bench.agent.ledger().probation().is_none(), before.is_some());
     }
@@ -333,16 +336,16 @@ fn a_release_that_made_way_is_not_taken_for_the_active_one_by_the_next_manager()
     let ways: [Fail; 3] = [
         |bench| {
             // Its time is up.
-            bench.tell(Event::Restart);
-            bench.tell(Event::Stopped(Ok(())));
+            bench.tell(AgentEvent::Restart);
+            bench.tell(AgentEvent::Stopped(Ok(())));
             bench.now += S(200);
-            bench.tell(Event::Tick);
+            bench.tell(AgentEvent::Tick);
         },
-        |bench| done(bench.tell(Event::Return { overruled: None })),
+        |bench| done(bench.tell(AgentEvent::Return { overruled: None })),
         |bench| {
             // Another release takes its place.
             bench.stage("3");
-            bench.tell(Event::Activate(order("3"))).tell(Event::Admitted(Ok((release("3"), None))));
+            bench.tell(AgentEvent::Activate(order("3"))).tell(AgentEvent::Admitted(Ok((release("3"), None))));
         },
     ];
     for (number, way) in ways.iter().enumerate() {
@@ -351,13 +354,17 @@ fn a_release_that_made_way_is_not_taken_for_the_active_one_by_the_next_manager()
         let mut ledger = bench.agent.to_record();
         ledger.resume(&release("2"));
         assert_eq!((ledger.active(), ledger.probation()), (Some(&release("1")), None), "way {number}");
-        let found = Found { ledger, program: Some(Ok(manifest(&[]))), ..Found::default() };
+        let found = Discovery { ledger, program: Some(Ok(manifest(&[]))), ..Discovery::default() };
         let (agent, _) = Agent::found("a".parse().unwrap(), found);
         let mut bench = Bench { agent, ..Bench::new() };
         bench.asked = bench.agent.adopt(7, version("2"), bench.now, None, at(bench.now));
-        assert_eq!(bench.asked(), [Action::Record { wait: true }, Action::Stop], "way {number}");
-        bench.tell(Event::Recorded(Ok(()))).tell(Event::Stopped(Ok(()))).tell(Event::Switched(Ok(())));
-        assert_eq!(bench.asked(), [Action::Switch(version("1")), Action::Inspect(version("1"))], "way {number}");
+        assert_eq!(bench.asked(), [AgentAction::Record { wait: true }, AgentAction::Stop], "way {number}");
+        bench.tell(AgentEvent::Recorded(Ok(()))).tell(AgentEvent::Stopped(Ok(()))).tell(AgentEvent::Switched(Ok(())));
+        assert_eq!(
+            bench.asked(),
+            [AgentAction::Switch(version("1")), AgentAction::Inspect(version("1"))],
+            "way {number}"
+        );
     }
 }
 
@@ -367,13 +374,13 @@ fn a_job_that_ends_well_while_another_release_is_admitted_is_committed_afterward
     let mut job = *manifest;
     job.run.restart = crate::core::manifest::Restart::OnFailure;
     let mut bench = Bench::on_the_way_to("2");
-    bench.tell(Event::Inspected { version: version("2"), result: Ok(Program::Native(Box::new(job))) });
+    bench.tell(AgentEvent::Inspected { version: version("2"), result: Ok(Program::Native(Box::new(job))) });
     bench.launched(20, "2");
     bench.stage("3");
-    bench.tell(Event::Activate(order("3")));
-    bench.tell(Event::Exited { success: Some(true), how: "exited with 0".into() });
+    bench.tell(AgentEvent::Activate(order("3")));
+    bench.tell(AgentEvent::Exited { success: Some(true), how: "exited with 0".into() });
     assert_eq!(bench.agent.ledger().probation(), Some(&release("2")));
-    bench.tell(Event::Admitted(Err(refusal("its key was revoked"))));
+    bench.tell(AgentEvent::Admitted(Err(refusal("its key was revoked"))));
     assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("2")), None));
 }
 
@@ -381,13 +388,13 @@ fn a_job_that_ends_well_while_another_release_is_admitted_is_committed_afterward
 #[test]
 fn neither_a_long_stop_nor_a_start_that_is_refused_counts_against_a_release() {
     let mut bench = Bench::on_the_way_to("2");
-    bench.launched(20, "2").tell(Event::Restart);
+    bench.launched(20, "2").tell(AgentEvent::Restart);
     bench.now += S(600);
-    bench.tell(Event::Tick).tell(Event::Stopped(Ok(())));
+    bench.tell(AgentEvent::Tick).tell(AgentEvent::Stopped(Ok(())));
     for _ in 0..20 {
-        bench.tell(Event::NotLaunched(Refusal { refused: true, ..refusal("others can write there") }));
+        bench.tell(AgentEvent::NotLaunched(ReleaseError { refused: true, ..refusal("others can write there") }));
         bench.now += S(60);
-        bench.tell(Event::Tick);
+        bench.tell(AgentEvent::Tick);
     }
     assert_eq!(bench.agent.ledger().probation(), Some(&release("2")));
 }
@@ -395,8 +402,8 @@ fn neither_a_long_stop_nor_a_start_that_is_refused_counts_against_a_release() {
 #[test]
 fn a_release_that_fails_when_another_is_ordered_is_rolled_back_and_not_skipped() {
     let mut bench = Bench::on_the_way_to("2");
-    bench.tell(Event::Ordered(Some(order("3"))));
-    bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
+    bench.tell(AgentEvent::Ordered(Some(order("3"))));
+    bench.tell(AgentEvent::NotLaunched(refusal("no such file"))).tell(AgentEvent::NotLaunched(refusal("no such file")));
     assert_eq!(bench.notes().last(), Some(&("upgrade", "failed")));
     assert_eq!(bench.agent.ledger().skipped_for_good().count(), 0);
 }
@@ -404,12 +411,12 @@ fn a_release_that_fails_when_another_is_ordered_is_rolled_back_and_not_skipped()
 #[test]
 fn a_manager_that_starts_follows_the_order_that_the_one_before_had_only_written() {
     let mut bench = Bench::on_the_way_to("2");
-    bench.tell(Event::NotLaunched(refusal("no such file"))).tell(Event::NotLaunched(refusal("no such file")));
+    bench.tell(AgentEvent::NotLaunched(refusal("no such file"))).tell(AgentEvent::NotLaunched(refusal("no such file")));
     for (text, skipped) in [("2", 1), ("3", 0)] {
-        let found = Found { ledger: bench.agent.to_record(), order: Some(order(text)), ..Found::default() };
+        let found = Discovery { ledger: bench.agent.to_record(), order: Some(order(text)), ..Discovery::default() };
         let (agent, actions) = Agent::found("a".parse().unwrap(), found);
         assert_eq!(agent.ledger().skipped_for_good().count(), skipped);
-        assert_eq!(actions.contains(&Action::Record { wait: false }), skipped == 0);
+        assert_eq!(actions.contains(&AgentAction::Record { wait: false }), skipped == 0);
     }
 }
 
@@ -417,15 +424,15 @@ fn a_manager_that_starts_follows_the_order_that_the_one_before_had_only_written(
 #[test]
 fn a_release_whose_time_is_up_when_it_is_started_again_makes_way_after_that() {
     let mut bench = Bench::on_the_way_to("2");
-    bench.tell(Event::NotLaunched(Refusal { refused: true, ..refusal("others can write there") }));
-    bench.launched(20, "2").tell(Event::Exited { success: Some(false), how: "exited with 1".into() });
+    bench.tell(AgentEvent::NotLaunched(ReleaseError { refused: true, ..refusal("others can write there") }));
+    bench.launched(20, "2").tell(AgentEvent::Exited { success: Some(false), how: "exited with 1".into() });
     assert!(bench.agent.supervisor().starts_at().is_some());
     bench.asked.clear();
     bench.now += S(130);
-    bench.tell(Event::Tick);
-    assert_eq!((bench.asked(), bench.agent.current()), (vec![Action::Start], Some(&version("2"))));
-    bench.tell(Event::Tick);
+    bench.tell(AgentEvent::Tick);
+    assert_eq!((bench.asked(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("2"))));
+    bench.tell(AgentEvent::Tick);
     assert_eq!(bench.agent.current(), Some(&version("1")));
     bench.launched(21, "2");
-    assert!(bench.asked().contains(&Action::Stop));
+    assert!(bench.asked().contains(&AgentAction::Stop));
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::super::*;
-use crate::core::unknown::Unknown;
+use crate::core::unknown::UnknownFields;
 
 /// The new program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,8 +68,8 @@ pub struct Scenario {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Verb {
     Begin,
-    Force(Force),
-    Apply(Change),
+    Force(OperatorDecision),
+    Apply(RecordChange),
     Spend,
 }
 
@@ -114,11 +114,11 @@ pub enum File {
 }
 
 impl File {
-    pub fn image(self) -> Option<Which> {
+    pub fn image(self) -> Option<WhichRelease> {
         match self {
-            File::From => Some(Which::From),
-            File::To => Some(Which::To),
-            File::Foreign => Some(Which::Other),
+            File::From => Some(WhichRelease::From),
+            File::To => Some(WhichRelease::To),
+            File::Foreign => Some(WhichRelease::Other),
             File::Absent | File::Broken => None,
         }
     }
@@ -126,7 +126,7 @@ impl File {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Spm {
-    pub image: Which,
+    pub image: WhichRelease,
     staged: bool,
     /// The record with a trial that it has begun and not written yet.
     pub begun: Option<u16>,
@@ -145,7 +145,7 @@ enum Asked {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Spa {
-    pub image: Which,
+    pub image: WhichRelease,
     pub died: bool,
     pub took_over: bool,
     probe: Asked,
@@ -173,7 +173,7 @@ pub struct State {
     pub spa_link: Cell<bool>,
     pub other_links: Cell<bool>,
     pub record: Cell<u16>,
-    pub installed: Cell<Which>,
+    pub installed: Cell<WhichRelease>,
     pub spm: Option<Spm>,
     pub spa: Option<Spa>,
     pub stopped: bool,
@@ -187,8 +187,8 @@ pub struct World<'a> {
     pub kind: Kind,
     scenario: Scenario,
     pub guards: &'a Guards,
-    limits: Limits,
-    records: Vec<Record>,
+    limits: TrialLimits,
+    records: Vec<UpgradeRecord>,
     changed: HashMap<(u16, Verb), Option<u16>>,
 }
 
@@ -198,7 +198,7 @@ pub type Follows = Result<State, &'static str>;
 impl World<'_> {
     pub fn new(scenario: Scenario, guards: &Guards) -> World<'_> {
         let second = Duration::from_secs(1);
-        let limits = Limits {
+        let limits = TrialLimits {
             minimum_life: 2 * second,
             first_answer: 2 * second,
             heartbeat_grace: second,
@@ -211,16 +211,16 @@ impl World<'_> {
     }
 
     pub fn start(&mut self) -> State {
-        let record = self.id(Record::default());
+        let record = self.id(UpgradeRecord::default());
         State {
             bin: Cell::new(File::From),
             prev: Cell::new(File::Absent),
             spa_link: Cell::new(false),
             other_links: Cell::new(false),
             record: Cell::new(record),
-            installed: Cell::new(Which::From),
-            spm: Some(settled(Which::From)),
-            spa: Some(fresh(Which::From)),
+            installed: Cell::new(WhichRelease::From),
+            spm: Some(settled(WhichRelease::From)),
+            spa: Some(fresh(WhichRelease::From)),
             stopped: false,
             gateway: true,
             meddled: Meddled::No,
@@ -231,9 +231,9 @@ impl World<'_> {
     /// The state without what no decision depends on.
     pub fn normal(&self, mut state: State) -> State {
         let in_place = state.bin.now == File::To || self.kind == Kind::SameBytes;
-        let judged = in_place && matches!(self.phase(&state), Some(Phase::Switching | Phase::Trial));
+        let judged = in_place && matches!(self.phase(&state), Some(UpgradePhase::Switching | UpgradePhase::Trial));
         match &mut state.spm {
-            Some(spm) if spm.image == Which::To && !judged => *spm = settled(Which::To),
+            Some(spm) if spm.image == WhichRelease::To && !judged => *spm = settled(WhichRelease::To),
             _ => {}
         }
         match &mut state.spa {
@@ -244,11 +244,11 @@ impl World<'_> {
         state
     }
 
-    pub fn record(&self, state: &State) -> &Record {
+    pub fn record(&self, state: &State) -> &UpgradeRecord {
         &self.records[usize::from(state.record.now)]
     }
 
-    pub fn phase(&self, state: &State) -> Option<Phase> {
+    pub fn phase(&self, state: &State) -> Option<UpgradePhase> {
         self.record(state).trial().map(|trial| trial.phase)
     }
 
@@ -260,11 +260,11 @@ impl World<'_> {
         image("2", '2', if self.kind == Kind::SameBytes { '1' } else { '2' })
     }
 
-    pub fn limits(&self) -> &Limits {
+    pub fn limits(&self) -> &TrialLimits {
         &self.limits
     }
 
-    fn id(&mut self, record: Record) -> u16 {
+    fn id(&mut self, record: UpgradeRecord) -> u16 {
         let place = self.records.iter().position(|known| *known == record).unwrap_or(self.records.len());
         if place == self.records.len() {
             self.records.push(record);
@@ -289,17 +289,17 @@ impl World<'_> {
         after
     }
 
-    fn evidence(&self, state: &State, asker: Asker) -> (u16, Evidence) {
-        let begun = state.spm.and_then(|spm| spm.begun).filter(|_| asker == Asker::Manager);
+    fn evidence(&self, state: &State, asker: Decider) -> (u16, Evidence) {
+        let begun = state.spm.and_then(|spm| spm.begun).filter(|_| asker == Decider::Manager);
         let record = begun.unwrap_or(state.record.now);
         let trial = self.records[usize::from(record)].trial();
         let executable = match state.bin.now {
-            _ if trial.is_none() => Placed::Neither,
-            File::From if self.kind == Kind::SameBytes => Placed::Both,
-            File::From => Placed::From,
-            File::To => Placed::To,
-            File::Foreign | File::Broken => Placed::Neither,
-            File::Absent => Placed::Missing,
+            _ if trial.is_none() => InstalledExecutable::Neither,
+            File::From if self.kind == Kind::SameBytes => InstalledExecutable::Both,
+            File::From => InstalledExecutable::From,
+            File::To => InstalledExecutable::To,
+            File::Foreign | File::Broken => InstalledExecutable::Neither,
+            File::Absent => InstalledExecutable::Missing,
         };
         let seconds = |count: u8| Duration::from_secs(u64::from(count));
         let evidence = Evidence {
@@ -308,13 +308,13 @@ impl World<'_> {
             executable,
             backup_whole: state.prev.now == File::From,
             links: match (state.spa_link.now, state.other_links.now) {
-                (true, true) => Links::Backup,
-                (false, false) => Links::Executable,
-                _ => Links::Mixed,
+                (true, true) => RoleLinks::Backup,
+                (false, false) => RoleLinks::Executable,
+                _ => RoleLinks::Mixed,
             },
             installed: state.installed.now,
-            staged: asker == Asker::Manager && state.spm.is_some_and(|spm| spm.staged),
-            manager: state.spm.map(|spm| Manager {
+            staged: asker == Decider::Manager && state.spm.is_some_and(|spm| spm.staged),
+            manager: state.spm.map(|spm| ManagerEvidence {
                 image: spm.image,
                 answered: spm.answered.map(seconds),
                 adopted: spm.adopted,
@@ -339,13 +339,13 @@ impl World<'_> {
         (record, evidence)
     }
 
-    pub fn step(&self, state: &State, asker: Asker) -> Step {
+    pub fn step(&self, state: &State, asker: Decider) -> UpgradeStep {
         let (record, evidence) = self.evidence(state, asker);
         decide(&self.records[usize::from(record)], &evidence, &self.limits, self.guards)
     }
 
     /// Carries out the next step of a role: whole, and cut short by the death of the process before what it wrote is synced.
-    pub fn act(&mut self, state: &State, asker: Asker) -> Vec<Follows> {
+    pub fn act(&mut self, state: &State, asker: Decider) -> Vec<Follows> {
         let step = self.step(state, asker);
         let (id, _) = self.evidence(state, asker);
         let mut cut = vec![];
@@ -355,9 +355,9 @@ impl World<'_> {
             sync(&mut after);
         }
         match step {
-            Step::Nothing | Step::Wait(_) => return vec![],
-            Step::Save => write(&mut after, id, asker),
-            Step::Record(change) => {
+            UpgradeStep::Nothing | UpgradeStep::Wait(_) => return vec![],
+            UpgradeStep::Save => write(&mut after, id, asker),
+            UpgradeStep::Record(change) => {
                 if let Some(wrong) = self.wrong(state, asker, change) {
                     return vec![Err(wrong)];
                 }
@@ -367,33 +367,33 @@ impl World<'_> {
                 write(&mut after, id, asker);
                 note(&mut after, change);
             }
-            Step::BackUp => after.prev.now = after.bin.now,
-            Step::LinkToBackup | Step::LinkToExecutable => {
-                let backup = step == Step::LinkToBackup;
+            UpgradeStep::BackUp => after.prev.now = after.bin.now,
+            UpgradeStep::LinkToBackup | UpgradeStep::LinkToExecutable => {
+                let backup = step == UpgradeStep::LinkToBackup;
                 after.spa_link.now = backup;
                 cut.push(dead(after, asker));
                 after.other_links.now = backup;
             }
-            Step::Swap if !state.spm.is_some_and(|spm| spm.staged) => {
+            UpgradeStep::Swap if !state.spm.is_some_and(|spm| spm.staged) => {
                 return vec![Err("the switch is made without a staged executable")];
             }
-            Step::Swap => after.bin.now = File::To,
-            Step::Restore => after.bin.now = after.prev.now,
-            Step::RecordRelease(which) => after.installed.now = which,
-            Step::RestartManager | Step::KillManager => {
+            UpgradeStep::Swap => after.bin.now = File::To,
+            UpgradeStep::Restore => after.bin.now = after.prev.now,
+            UpgradeStep::RecordRelease(which) => after.installed.now = which,
+            UpgradeStep::RestartManager | UpgradeStep::KillManager => {
                 after.spm = None;
                 return vec![Ok(after)];
             }
-            Step::EndWatchdog => {
+            UpgradeStep::EndWatchdog => {
                 after.spa = None;
                 return vec![Ok(after)];
             }
-            Step::Probe => {
+            UpgradeStep::Probe => {
                 let answer = if state.gateway { Asked::Works(0) } else { Asked::Fails(0) };
                 after.spa.iter_mut().for_each(|spa| spa.probe = answer);
                 return vec![Ok(after)];
             }
-            Step::Prove => {
+            UpgradeStep::Prove => {
                 let passes = self.kind != Kind::FailsProof;
                 after.spa.iter_mut().for_each(|spa| spa.proof = Some(passes));
                 return vec![Ok(after)];
@@ -406,23 +406,25 @@ impl World<'_> {
     }
 
     /// What must not be recorded.
-    fn wrong(&self, state: &State, asker: Asker, change: Change) -> Option<&'static str> {
-        let counts = |reason| !matches!(reason, Reason::Aborted | Reason::Installer);
-        let is_new = asker == Asker::Watchdog && state.spa.is_some_and(|spa| spa.image != Which::From);
+    fn wrong(&self, state: &State, asker: Decider, change: RecordChange) -> Option<&'static str> {
+        let counts = |reason| !matches!(reason, TrialEndReason::Aborted | TrialEndReason::Installer);
+        let is_new = asker == Decider::Watchdog && state.spa.is_some_and(|spa| spa.image != WhichRelease::From);
         match change {
-            Change::Commit(None) | Change::RollBack { .. } if is_new => Some("the new program judges itself"),
-            Change::Commit(None) if !self.kind.passes() => Some("a bad release is committed"),
-            Change::Commit(Some(Reason::NoBackup)) if state.meddled != Meddled::BackupLost => {
+            RecordChange::Commit(None) | RecordChange::RollBack { .. } if is_new => {
+                Some("the new program judges itself")
+            }
+            RecordChange::Commit(None) if !self.kind.passes() => Some("a bad release is committed"),
+            RecordChange::Commit(Some(TrialEndReason::NoBackup)) if state.meddled != Meddled::BackupLost => {
                 Some("a release is committed for want of a backup")
             }
-            Change::LoseTry | Change::LoseWatchdog | Change::FailProof if state.stopped => {
+            RecordChange::LoseTry | RecordChange::LoseWatchdog | RecordChange::FailProof if state.stopped => {
                 Some("a stop counts against the release")
             }
-            Change::RollBack { reason, .. } if state.stopped && counts(reason) => {
+            RecordChange::RollBack { reason, .. } if state.stopped && counts(reason) => {
                 Some("a stopped release is condemned")
             }
-            Change::RollBack { reason, .. } if self.kind.passes() && counts(reason) => match reason {
-                Reason::Died | Reason::WatchdogEnded => None,
+            RecordChange::RollBack { reason, .. } if self.kind.passes() && counts(reason) => match reason {
+                TrialEndReason::Died | TrialEndReason::WatchdogEnded => None,
                 _ => Some("a good release is condemned"),
             },
             _ => None,
@@ -432,7 +434,7 @@ impl World<'_> {
     /// Whether the new manager is about to do something by itself.
     pub fn progress(&self, state: &State) -> Option<State> {
         let mut after = *state;
-        let spm = after.spm.as_mut().filter(|spm| spm.image == Which::To)?;
+        let spm = after.spm.as_mut().filter(|spm| spm.image == WhichRelease::To)?;
         let answers = !matches!(self.kind, Kind::NeverAnswers);
         let adopts = !matches!(self.kind, Kind::NeverAnswers | Kind::DoesNotAdopt);
         let beats = !matches!(self.kind, Kind::NeverAnswers | Kind::NoHeartbeat);
@@ -453,8 +455,8 @@ impl World<'_> {
 
     /// A second passes while the watchdog judges.
     pub fn tick(&mut self, state: &State) -> Option<State> {
-        let spa_waits = match self.step(state, Asker::Watchdog) {
-            Step::Wait(wait) => wait,
+        let spa_waits = match self.step(state, Decider::Watchdog) {
+            UpgradeStep::Wait(wait) => wait,
             _ => return None,
         };
         spa_waits.left()?;
@@ -484,19 +486,19 @@ impl World<'_> {
             return None;
         }
         let mut image = state.bin.now.image()?;
-        if self.kind == Kind::SameBytes && image == Which::From {
+        if self.kind == Kind::SameBytes && image == WhichRelease::From {
             image = match self.phase(state) {
-                Some(Phase::Trial | Phase::Committing) => Which::To,
-                Some(Phase::Switching | Phase::RollingBack) => Which::From,
+                Some(UpgradePhase::Trial | UpgradePhase::Committing) => WhichRelease::To,
+                Some(UpgradePhase::Switching | UpgradePhase::RollingBack) => WhichRelease::From,
                 None => state.installed.now,
             };
         }
         let mut after = *state;
-        after.spm = Some(if image == Which::To { new_manager() } else { settled(image) });
+        after.spm = Some(if image == WhichRelease::To { new_manager() } else { settled(image) });
         if let Some(spa) = &mut after.spa {
             spa.probe = Asked::Not;
         }
-        if image == Which::To && self.kind == Kind::ExitsAtOnce {
+        if image == WhichRelease::To && self.kind == Kind::ExitsAtOnce {
             after = without_spm(after);
         }
         (after != *state).then_some(after)
@@ -509,14 +511,16 @@ impl World<'_> {
         let file = if state.spa_link.now { state.prev.now } else { state.bin.now };
         let mut image = file.image()?;
         let phase = self.phase(state);
-        if self.kind == Kind::SameBytes && image == Which::From && !state.spa_link.now {
-            let is_new = phase == Some(Phase::Committing) || (phase.is_none() && state.installed.now == Which::To);
-            image = if is_new { Which::To } else { Which::From };
+        if self.kind == Kind::SameBytes && image == WhichRelease::From && !state.spa_link.now {
+            let is_new =
+                phase == Some(UpgradePhase::Committing) || (phase.is_none() && state.installed.now == WhichRelease::To);
+            image = if is_new { WhichRelease::To } else { WhichRelease::From };
         }
-        if image == Which::To && self.kind == Kind::BadWatchdog {
+        if image == WhichRelease::To && self.kind == Kind::BadWatchdog {
             return None;
         }
-        let took_over = phase == Some(Phase::Trial) && state.spm.is_some_and(|spm| spm.image == Which::To);
+        let took_over =
+            phase == Some(UpgradePhase::Trial) && state.spm.is_some_and(|spm| spm.image == WhichRelease::To);
         Some(State { spa: Some(Spa { took_over, ..fresh(image) }), ..*state })
     }
 
@@ -534,20 +538,20 @@ impl World<'_> {
             all.push(State { stopped: true, ..*state });
         }
         all.extend(start(state));
-        let may_go = self.scenario.gateway_changes && self.phase(state) == Some(Phase::Trial);
+        let may_go = self.scenario.gateway_changes && self.phase(state) == Some(UpgradePhase::Trial);
         if !state.gateway || may_go && self.progress(state).is_none() {
             all.push(State { gateway: !state.gateway, ..*state });
         }
         let is_heard = state.spm.is_some_and(|spm| spm.begun.is_none()) || state.spa.is_some();
         if self.scenario.operator && is_heard {
-            for force in [Force::Commit, Force::Abort] {
+            for force in [OperatorDecision::Commit, OperatorDecision::Abort] {
                 let forced = self.changed(state.record.now, Verb::Force(force));
                 all.extend(forced.map(|id| State { record: Cell::new(id), ..*state }));
             }
         }
         let trial = self.record(state).trial().is_some();
         if self.scenario.meddling && state.meddled == Meddled::No && trial {
-            let lost = self.id(Record::default());
+            let lost = self.id(UpgradeRecord::default());
             all.push(State { record: Cell::new(lost), meddled: Meddled::RecordLost, ..*state });
             all.push(State { prev: Cell::new(File::Broken), meddled: Meddled::BackupLost, ..*state });
             all.push(State { bin: Cell::new(File::Foreign), meddled: Meddled::Replaced, ..*state });
@@ -560,8 +564,8 @@ impl World<'_> {
 
     /// The gateway orders the new release.
     fn order(&mut self, state: &State) -> Option<Follows> {
-        let ready = state.spm.is_some_and(|spm| spm.image == Which::From && spm.begun.is_none());
-        if !ready || state.stopped || state.installed.now != Which::From || state.bin.now != File::From {
+        let ready = state.spm.is_some_and(|spm| spm.image == WhichRelease::From && spm.begun.is_none());
+        if !ready || state.stopped || state.installed.now != WhichRelease::From || state.bin.now != File::From {
             return None;
         }
         let begun = self.changed(state.record.now, Verb::Begin)?;
@@ -585,46 +589,49 @@ pub fn image(version: &str, package: char, executable: char) -> Image {
         brings: vec![],
         revokes: vec![],
         endpoint: None,
-        unknown: Unknown::new(),
+        unknown: UnknownFields::new(),
     }
 }
 
-fn settled(image: Which) -> Spm {
+fn settled(image: WhichRelease) -> Spm {
     Spm { image, staged: false, begun: None, answered: Some(2), adopted: true, heartbeat: true, over_memory: false }
 }
 
 fn new_manager() -> Spm {
-    Spm { answered: None, adopted: false, heartbeat: false, ..settled(Which::To) }
+    Spm { answered: None, adopted: false, heartbeat: false, ..settled(WhichRelease::To) }
 }
 
-fn fresh(image: Which) -> Spa {
+fn fresh(image: WhichRelease) -> Spa {
     Spa { image, died: false, took_over: false, probe: Asked::Not, proof: None }
 }
 
 pub fn without_spm(state: State) -> State {
-    let died = state.spm.is_none_or(|spm| spm.image == Which::To);
+    let died = state.spm.is_none_or(|spm| spm.image == WhichRelease::To);
     let spa = state.spa.map(|spa| Spa { died: spa.died || died, ..spa });
     State { spm: None, spa, ..state }
 }
 
 /// The process that acts has died.
-fn dead(state: State, asker: Asker) -> State {
+fn dead(state: State, asker: Decider) -> State {
     match asker {
-        Asker::Manager => without_spm(state),
-        Asker::Watchdog => State { spa: None, ..state },
-        Asker::Installer => state,
+        Decider::Manager => without_spm(state),
+        Decider::Watchdog => State { spa: None, ..state },
+        Decider::Installer => state,
     }
 }
 
 /// What the processes remember changes with the record.
-fn note(state: &mut State, change: Change) {
-    let ends = matches!(change, Change::Forget | Change::SkipAndForget | Change::Drop | Change::Interrupt);
+fn note(state: &mut State, change: RecordChange) {
+    let ends = matches!(
+        change,
+        RecordChange::Forget | RecordChange::SkipAndForget | RecordChange::Drop | RecordChange::Interrupt
+    );
     if let Some(spa) = &mut state.spa {
         match change {
-            Change::LoseTry => spa.died = false,
-            Change::LoseWatchdog => spa.took_over = false,
-            Change::FailProof => spa.proof = None,
-            Change::BeginTrial => *spa = fresh(spa.image),
+            RecordChange::LoseTry => spa.died = false,
+            RecordChange::LoseWatchdog => spa.took_over = false,
+            RecordChange::FailProof => spa.proof = None,
+            RecordChange::BeginTrial => *spa = fresh(spa.image),
             _ if ends => *spa = fresh(spa.image),
             _ => {}
         }
@@ -634,9 +641,9 @@ fn note(state: &mut State, change: Change) {
     }
 }
 
-fn write(state: &mut State, id: u16, asker: Asker) {
+fn write(state: &mut State, id: u16, asker: Decider) {
     state.record.now = id;
-    if asker == Asker::Manager {
+    if asker == Decider::Manager {
         state.spm.iter_mut().for_each(|spm| spm.begun = None);
     }
 }

@@ -5,13 +5,13 @@ use proptest::prelude::*;
 use super::*;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
-const POLICIES: [Policy; 2] = [Policy::WATCHDOG, Policy::MANAGER];
-const NOBODY: Seen = Seen { taken: false, stop_recorded: false };
-const TAKEN: Seen = Seen { taken: true, stop_recorded: false };
-const STOPPED: Seen = Seen { taken: false, stop_recorded: true };
+const POLICIES: [RevivalPolicy; 2] = [RevivalPolicy::WATCHDOG, RevivalPolicy::MANAGER];
+const NOBODY: RoleObservation = RoleObservation { taken: false, stop_recorded: false };
+const TAKEN: RoleObservation = RoleObservation { taken: true, stop_recorded: false };
+const STOPPED: RoleObservation = RoleObservation { taken: false, stop_recorded: true };
 
 /// One whose role was just lost for the first time, after a healthy time.
-fn lost(policy: Policy, supervised: bool, now: Instant) -> Reviver {
+fn lost(policy: RevivalPolicy, supervised: bool, now: Instant) -> Reviver {
     let since = now - S(3600);
     let mut reviver = Reviver::new(policy, supervised, true, since);
     reviver.connected(since);
@@ -21,7 +21,7 @@ fn lost(policy: Policy, supervised: bool, now: Instant) -> Reviver {
 }
 
 /// Looks whenever a look is due, at a role that is seen so, until an action comes; answers it and when it came.
-fn next(reviver: &mut Reviver, seen: Seen, now: &mut Instant) -> Action {
+fn next(reviver: &mut Reviver, seen: RoleObservation, now: &mut Instant) -> RevivalAction {
     for _ in 0..100_000 {
         *now = (*now).max(reviver.deadline());
         if let Some(action) = reviver.look(seen, *now) {
@@ -33,15 +33,15 @@ fn next(reviver: &mut Reviver, seen: Seen, now: &mut Instant) -> Action {
 
 #[test]
 fn without_a_service_manager_the_role_is_started_soon_and_then_later_and_later() {
-    for (policy, moment) in [(Policy::WATCHDOG, 0), (Policy::MANAGER, 500)] {
+    for (policy, moment) in [(RevivalPolicy::WATCHDOG, 0), (RevivalPolicy::MANAGER, 500)] {
         let start = Instant::now();
         let (mut reviver, mut now) = (lost(policy, false, start), start);
-        assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures: 1 });
+        assert_eq!(next(&mut reviver, NOBODY, &mut now), RevivalAction::Start { failures: 1 });
         assert_eq!((now - start).as_millis(), moment);
         let mut pauses = vec![];
         for failures in 2..12 {
             let before = now;
-            assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures });
+            assert_eq!(next(&mut reviver, NOBODY, &mut now), RevivalAction::Start { failures });
             pauses.push((now - before).as_secs());
         }
         assert_eq!(pauses, [2, 2, 4, 8, 16, 32, 60, 60, 60, 60]);
@@ -51,10 +51,10 @@ fn without_a_service_manager_the_role_is_started_soon_and_then_later_and_later()
 #[test]
 fn a_start_that_was_heard_of_is_no_failure_but_an_early_death_is() {
     let start = Instant::now();
-    let (mut reviver, mut now) = (lost(Policy::WATCHDOG, false, start), start);
+    let (mut reviver, mut now) = (lost(RevivalPolicy::WATCHDOG, false, start), start);
     for (failures, pause) in [(1, 0), (2, 1), (3, 2), (4, 4)] {
         let before = now;
-        assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures });
+        assert_eq!(next(&mut reviver, NOBODY, &mut now), RevivalAction::Start { failures });
         assert_eq!((now - before).as_secs(), pause);
         reviver.connected(now);
         reviver.heard(now);
@@ -65,9 +65,9 @@ fn a_start_that_was_heard_of_is_no_failure_but_an_early_death_is() {
 #[test]
 fn one_that_had_its_role_before_gets_time_to_connect() {
     let start = Instant::now();
-    for (policy, seconds) in [(Policy::WATCHDOG, 0), (Policy::MANAGER, 2)] {
+    for (policy, seconds) in [(RevivalPolicy::WATCHDOG, 0), (RevivalPolicy::MANAGER, 2)] {
         let (mut reviver, mut now) = (Reviver::new(policy, false, true, start), start);
-        assert_eq!(next(&mut reviver, NOBODY, &mut now), Action::Start { failures: 0 });
+        assert_eq!(next(&mut reviver, NOBODY, &mut now), RevivalAction::Start { failures: 0 });
         assert_eq!(now - start, S(seconds));
     }
 }
@@ -78,15 +78,15 @@ fn the_watchdog_asks_after_the_unit_early_and_then_less_often_the_manager_after_
         let start = Instant::now();
         let (mut reviver, mut now) = (lost(policy, true, start), start);
         let at = |_| {
-            assert_eq!(next(&mut reviver, seen, &mut now), Action::AskUnit);
+            assert_eq!(next(&mut reviver, seen, &mut now), RevivalAction::AskUnit);
             assert_eq!(reviver.answered(Some(UnitStanding::Coming), seen, now), None);
             (now - start).as_secs()
         };
         (0..times).map(at).collect()
     };
-    assert_eq!(asked(Policy::MANAGER, NOBODY, 4), [10, 20, 30, 40]);
-    assert_eq!(asked(Policy::WATCHDOG, TAKEN, 7), [1, 2, 3, 4, 5, 6, 7]);
-    let of_watchdog = asked(Policy::WATCHDOG, NOBODY, 30);
+    assert_eq!(asked(RevivalPolicy::MANAGER, NOBODY, 4), [10, 20, 30, 40]);
+    assert_eq!(asked(RevivalPolicy::WATCHDOG, TAKEN, 7), [1, 2, 3, 4, 5, 6, 7]);
+    let of_watchdog = asked(RevivalPolicy::WATCHDOG, NOBODY, 30);
     assert_eq!(of_watchdog[..7], [1, 2, 3, 4, 5, 6, 7]);
     assert!(of_watchdog.windows(2).all(|pair| (1..=11).contains(&(pair[1] - pair[0]))), "{of_watchdog:?}");
     assert!((10..=11).contains(&(of_watchdog[29] - of_watchdog[28])), "{of_watchdog:?}");
@@ -101,8 +101,8 @@ fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
     };
     for policy in POLICIES {
         let follows = |standing, seen, seconds| follows(policy, standing, seen, seconds);
-        assert_eq!(follows(Dead, NOBODY, 10), Some(Action::StartUnit));
-        assert_eq!(follows(Missing, NOBODY, 10), Some(Action::Start { failures: 1 }));
+        assert_eq!(follows(Dead, NOBODY, 10), Some(RevivalAction::StartUnit));
+        assert_eq!(follows(Missing, NOBODY, 10), Some(RevivalAction::Start { failures: 1 }));
         for standing in [Dead, Missing] {
             assert_eq!(follows(standing, NOBODY, 9), None, "the turn is not over");
             assert_eq!(follows(standing, TAKEN, 100), None, "somebody has the role");
@@ -110,14 +110,14 @@ fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
         for standing in [Coming, Forbidden] {
             assert_eq!(follows(standing, NOBODY, 10_000), None);
         }
-        let stop = if policy.follows_stop { Action::HonourStop } else { Action::LeaveStopped };
+        let stop = if policy.follows_stop { RevivalAction::HonourStop } else { RevivalAction::LeaveStopped };
         for (seen, seconds) in [(NOBODY, 0), (TAKEN, 0), (NOBODY, 100)] {
             assert_eq!(follows(Stopped, seen, seconds), Some(stop));
         }
     }
     for standing in [Dead, Missing] {
-        assert_eq!(follows(Policy::WATCHDOG, standing, STOPPED, 100), None);
-        assert!(follows(Policy::MANAGER, standing, STOPPED, 100).is_some(), "it hears of a stop in another way");
+        assert_eq!(follows(RevivalPolicy::WATCHDOG, standing, STOPPED, 100), None);
+        assert!(follows(RevivalPolicy::MANAGER, standing, STOPPED, 100).is_some(), "it hears of a stop in another way");
     }
 }
 
@@ -127,21 +127,21 @@ fn a_dead_unit_is_started_once_and_then_the_role_without_it() {
         let start = Instant::now();
         let mut reviver = lost(policy, true, start);
         let mut dead = |at| reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(at));
-        assert_eq!([dead(10), dead(19)], [Some(Action::StartUnit), None]);
-        assert_eq!(dead(20), Some(Action::Start { failures: 1 }));
-        assert_eq!([dead(21), dead(22)], [None, Some(Action::Start { failures: 2 })]);
+        assert_eq!([dead(10), dead(19)], [Some(RevivalAction::StartUnit), None]);
+        assert_eq!(dead(20), Some(RevivalAction::Start { failures: 1 }));
+        assert_eq!([dead(21), dead(22)], [None, Some(RevivalAction::Start { failures: 2 })]);
         assert_eq!(reviver.answered(Some(UnitStanding::Forbidden), NOBODY, start + S(600)), None);
 
         // Where the start of the unit is waited for, the turn begins with its end; and the next absence begins anew.
         let mut reviver = lost(policy, true, start);
-        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(10)), Some(Action::StartUnit));
+        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(10)), Some(RevivalAction::StartUnit));
         reviver.unit_start_ended(start + S(90));
         assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(99)), None);
         reviver.connected(start + S(99));
         reviver.heard(start + S(99));
         reviver.lost(start + S(100));
         assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(100)), None);
-        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(110)), Some(Action::StartUnit));
+        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(110)), Some(RevivalAction::StartUnit));
     }
 }
 
@@ -160,7 +160,7 @@ fn a_service_manager_that_does_not_answer_counts_as_none_after_six_questions() {
         for _ in 0..5 {
             assert_eq!(ask(&mut reviver, None), None);
         }
-        assert_eq!(ask(&mut reviver, None), Some(Action::Start { failures: 1 }));
+        assert_eq!(ask(&mut reviver, None), Some(RevivalAction::Start { failures: 1 }));
     }
 }
 
@@ -168,16 +168,19 @@ fn a_service_manager_that_does_not_answer_counts_as_none_after_six_questions() {
 fn a_recorded_stop_is_honoured_by_the_one_that_follows_it_once_nobody_has_the_role() {
     let start = Instant::now();
     for supervised in [false, true] {
-        let mut watchdog = lost(Policy::WATCHDOG, supervised, start);
-        let ending = Seen { taken: true, stop_recorded: true };
+        let mut watchdog = lost(RevivalPolicy::WATCHDOG, supervised, start);
+        let ending = RoleObservation { taken: true, stop_recorded: true };
         for at in 0..200 {
             let action = watchdog.look(ending, start + S(at));
-            assert!(matches!(action, None | Some(Action::AskUnit)), "one that is ending is not killed: {action:?}");
+            assert!(
+                matches!(action, None | Some(RevivalAction::AskUnit)),
+                "one that is ending is not killed: {action:?}"
+            );
         }
-        assert_eq!(watchdog.look(STOPPED, start + S(200)), Some(Action::HonourStop));
+        assert_eq!(watchdog.look(STOPPED, start + S(200)), Some(RevivalAction::HonourStop));
     }
-    let mut manager = lost(Policy::MANAGER, false, start);
-    assert_eq!(manager.look(STOPPED, start + S(1)), Some(Action::Start { failures: 1 }));
+    let mut manager = lost(RevivalPolicy::MANAGER, false, start);
+    assert_eq!(manager.look(STOPPED, start + S(1)), Some(RevivalAction::Start { failures: 1 }));
 }
 
 #[test]
@@ -185,10 +188,10 @@ fn one_that_has_the_role_and_stays_mute_is_killed_if_it_was_seen_without_a_break
     for policy in POLICIES {
         let start = Instant::now();
         let (mut reviver, mut now) = (lost(policy, false, start), start);
-        assert_eq!(next(&mut reviver, TAKEN, &mut now), Action::KillHung);
+        assert_eq!(next(&mut reviver, TAKEN, &mut now), RevivalAction::KillHung);
         assert!((60..64).contains(&(now - start).as_secs()), "{:?}", now - start);
         let before = now;
-        assert_eq!(next(&mut reviver, TAKEN, &mut now), Action::KillHung);
+        assert_eq!(next(&mut reviver, TAKEN, &mut now), RevivalAction::KillHung);
         assert!((60..68).contains(&(now - before).as_secs()), "{:?}", now - before);
         // Whoever does not look in time has not seen it last.
         for minutes in 1..10 {
@@ -200,13 +203,13 @@ fn one_that_has_the_role_and_stays_mute_is_killed_if_it_was_seen_without_a_break
 #[test]
 fn one_that_is_connected_and_silent_is_killed_and_a_sign_of_life_begins_anew() {
     let start = Instant::now();
-    let mut reviver = Reviver::new(Policy::MANAGER, false, true, start);
+    let mut reviver = Reviver::new(RevivalPolicy::MANAGER, false, true, start);
     reviver.connected(start);
     assert!(reviver.heard(start) && !reviver.heard(start + S(30)));
     assert_eq!(reviver.deadline(), start + S(90));
     let mut look = |at| reviver.look(NOBODY, start + S(at));
-    assert_eq!([look(60), look(89), look(90), look(91)], [None, None, Some(Action::KillHung), None]);
-    assert_eq!([look(149), look(150)], [None, Some(Action::KillHung)]);
+    assert_eq!([look(60), look(89), look(90), look(91)], [None, None, Some(RevivalAction::KillHung), None]);
+    assert_eq!([look(149), look(150)], [None, Some(RevivalAction::KillHung)]);
 }
 
 #[test]
@@ -214,11 +217,11 @@ fn the_end_of_a_connection_counts_by_what_came_before_it() {
     let start = Instant::now();
     let next_start = |reviver: &Reviver| {
         reviver.starts(match &reviver.state {
-            State::Absent(absence) => absence,
-            State::Present { .. } => panic!("it is there"),
+            RevivalState::Absent(absence) => absence,
+            RevivalState::Present { .. } => panic!("it is there"),
         })
     };
-    let mut reviver = Reviver::new(Policy::WATCHDOG, false, false, start);
+    let mut reviver = Reviver::new(RevivalPolicy::WATCHDOG, false, false, start);
     assert_eq!(reviver.lost(start), None);
     for pause in [0, 1, 2, 4] {
         reviver.connected(start);
@@ -303,7 +306,7 @@ struct World {
 }
 
 impl World {
-    fn new(policy: Policy, supervised: bool) -> World {
+    fn new(policy: RevivalPolicy, supervised: bool) -> World {
         let now = Instant::now();
         World {
             reviver: Reviver::new(policy, supervised, false, now),
@@ -321,11 +324,11 @@ impl World {
         }
     }
 
-    fn seen(&self) -> Seen {
-        Seen { taken: self.taken, stop_recorded: self.stop_recorded }
+    fn seen(&self) -> RoleObservation {
+        RoleObservation { taken: self.taken, stop_recorded: self.stop_recorded }
     }
 
-    fn look(&mut self) -> Option<Action> {
+    fn look(&mut self) -> Option<RevivalAction> {
         let is_mute = self.taken && self.connected.is_none();
         self.mute_since = is_mute.then(|| self.mute_since.unwrap_or(self.now));
         let action = self.reviver.look(self.seen(), self.now);
@@ -334,36 +337,36 @@ impl World {
         action
     }
 
-    fn answer(&mut self) -> Option<Action> {
+    fn answer(&mut self) -> Option<RevivalAction> {
         self.asked = false;
         self.unanswered = if self.unit.is_none() { self.unanswered + 1 } else { 0 };
         let action = self.reviver.answered(self.unit, self.seen(), self.now);
-        assert_ne!(action, Some(Action::AskUnit));
+        assert_ne!(action, Some(RevivalAction::AskUnit));
         self.check(action);
         action
     }
 
     /// What may be done in this world now.
-    fn check(&mut self, action: Option<Action>) {
+    fn check(&mut self, action: Option<RevivalAction>) {
         let Reviver { policy, supervised, .. } = self.reviver;
         let is_stopped = policy.follows_stop && self.stop_recorded;
         let turn_began = self.unit_started.unwrap_or(self.absent_since);
         let turn_is_over = self.now >= turn_began + SERVICE_MANAGERS_TURN;
         match action {
             None => {}
-            Some(Action::AskUnit) => {
+            Some(RevivalAction::AskUnit) => {
                 assert!(supervised && self.connected.is_none());
                 assert!(policy.follows_stop || (!self.taken && turn_is_over), "asked for nothing");
                 self.asked = true;
             }
-            Some(Action::StartUnit) => {
+            Some(RevivalAction::StartUnit) => {
                 assert!(supervised && self.connected.is_none() && !self.taken && !is_stopped);
                 assert_eq!(self.unit, Some(UnitStanding::Dead));
                 assert!(self.unit_started.is_none(), "the unit is started twice");
                 assert!(turn_is_over, "before the service manager's turn was over");
                 self.unit_started = Some(self.now);
             }
-            Some(Action::Start { .. }) => {
+            Some(RevivalAction::Start { .. }) => {
                 assert!(self.connected.is_none() && !self.taken, "started although somebody has the role");
                 assert!(!is_stopped, "started although the home is stopped");
                 if supervised {
@@ -379,16 +382,18 @@ impl World {
                 assert!(pause.is_none_or(|pause| pause >= S(2)), "started again after {pause:?}");
                 self.started = Some(self.now);
             }
-            Some(Action::KillHung) => {
+            Some(RevivalAction::KillHung) => {
                 let since = self.connected.or(self.mute_since).expect("somebody to be silent");
                 assert!(self.taken && self.now >= since + HUNG, "killed after {:?}", self.now - since);
                 assert!(!is_stopped || self.connected.is_some(), "killed on its way to a stop");
             }
-            Some(Action::HonourStop) => {
+            Some(RevivalAction::HonourStop) => {
                 assert!(policy.follows_stop);
                 assert!((is_stopped && !self.taken) || self.unit == Some(UnitStanding::Stopped));
             }
-            Some(Action::LeaveStopped) => assert!(!policy.follows_stop && self.unit == Some(UnitStanding::Stopped)),
+            Some(RevivalAction::LeaveStopped) => {
+                assert!(!policy.follows_stop && self.unit == Some(UnitStanding::Stopped))
+            }
         }
     }
 
@@ -471,10 +476,10 @@ proptest! {
         let is_started = loop {
             world.now = world.now.max(world.reviver.deadline());
             let action = match world.look() {
-                Some(Action::AskUnit) => world.answer(),
+                Some(RevivalAction::AskUnit) => world.answer(),
                 action => action,
             };
-            if matches!(action, Some(Action::Start { .. })) {
+            if matches!(action, Some(RevivalAction::Start { .. })) {
                 break true;
             }
             if world.now - began > longest {

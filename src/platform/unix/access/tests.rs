@@ -4,7 +4,9 @@ use anyhow::Result;
 
 use super::*;
 use crate::home::Home;
-use crate::installation::permissions::{Unsound, agent, executable, files, home, keys, place, program, programs, way};
+use crate::installation::permissions::{
+    UnsafeHome, agent, executable, files, home, keys, place, program, programs, way,
+};
 use crate::platform;
 
 fn home_in(directory: &Path) -> Home {
@@ -18,7 +20,7 @@ fn home_in(directory: &Path) -> Home {
 
 fn refused(result: Result<()>, words: &[&str]) {
     let error = result.unwrap_err();
-    assert!(error.is::<Unsound>());
+    assert!(error.is::<UnsafeHome>());
     let error = error.to_string();
     assert!(words.iter().all(|word| error.contains(word)), "{words:?}: {error}");
 }

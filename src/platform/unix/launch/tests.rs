@@ -109,7 +109,7 @@ async fn a_script_without_an_interpreter_line_is_run_by_the_shell() {
 async fn a_child_that_is_not_heard_of_is_killed_and_reaped() {
     let directory = tempfile::tempdir().unwrap();
     let (command, launch) = true_into(directory.path(), None, None);
-    let plan = Plan::new(&command, &launch).unwrap();
+    let plan = ChildSetup::new(&command, &launch).unwrap();
     let mut made = None;
     let begun = begin(&plan, Duration::from_millis(50), |_| {
         let child = || loop {
@@ -121,7 +121,7 @@ async fn a_child_that_is_not_heard_of_is_killed_and_reaped() {
         made = Some(pid);
         Ok((pid, None))
     });
-    let Begun::Failed(error) = begun.await else { panic!("it runs") };
+    let LaunchOutcome::Failed(error) = begun.await else { panic!("it runs") };
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     assert_eq!(waitpid(made, WaitOptions::NOHANG).unwrap_err(), Errno::CHILD);
 }
@@ -145,7 +145,7 @@ async fn a_frozen_group_is_thawed_and_one_in_a_frozen_cgroup_holds_us_up_no_long
     });
     tokio::time::sleep(CROWD * 2).await;
     launch.group = None;
-    let plan = Plan::new(&command, &launch).unwrap();
+    let plan = ChildSetup::new(&command, &launch).unwrap();
     let begun = begin_in(&place.0, &plan, Duration::from_millis(200)).await;
     drop(done);
     assert!(!rescue.join().unwrap());
@@ -171,12 +171,12 @@ async fn a_group_that_was_taken_away_is_made_again() {
     let place = Place::find("gone").expect(NEEDED);
     let directory = tempfile::tempdir().unwrap();
     let (command, launch) = true_into(directory.path(), Some(place.0.clone()), None);
-    let plan = Plan::new(&command, &launch).unwrap();
+    let plan = ChildSetup::new(&command, &launch).unwrap();
     let open = place.0.open().unwrap();
     place.0.remove().unwrap();
     for in_ours in [true, false] {
         let begun = begin(&plan, PATIENCE, |pipe| clone_into(open.as_fd(), in_ours, &plan, pipe)).await;
-        assert!(matches!(begun, Begun::NotMade(error) if is_gone(&error)));
+        assert!(matches!(begun, LaunchOutcome::NotMade(error) if is_gone(&error)));
     }
     let mut child = super::launch(&command, &launch).await.unwrap();
     assert!(child.grouped && child.wait().await.unwrap().success());

@@ -5,9 +5,9 @@
 use std::time::{Duration, Instant};
 
 use super::super::super::probation::TRIES;
-use super::super::super::{Activation, Agent, Held, Work};
+use super::super::super::{Activation, Activity, Agent, HeldRelease};
 use super::world::{State, World, Writing, number_of};
-use crate::core::ledger::{Entry, Release};
+use crate::core::ledger::{LedgerEntry, LedgerRelease};
 use crate::core::model::Version;
 use crate::core::order::Run;
 
@@ -88,8 +88,8 @@ fn number(version: Option<&Version>) -> i64 {
     version.map_or(0, |version| i64::from(number_of(version)))
 }
 
-fn entry(world: &World, state: &State, entry: &Entry, key: &mut Key) {
-    let of = |release: Option<&Release>| number(release.map(|release| &release.version));
+fn entry(world: &World, state: &State, entry: &LedgerEntry, key: &mut Key) {
+    let of = |release: Option<&LedgerRelease>| number(release.map(|release| &release.version));
     let places = [entry.active(), entry.backup(), entry.probation(), entry.staged()];
     key.push(places.into_iter().fold(0, |all, release| all * 4 + of(release)));
     key.push(entry.probation_failures().min(TRIES) as i64);
@@ -132,44 +132,44 @@ fn agent(world: &World, state: &State, agent: &Agent, key: &mut Key) {
     key.push(agent.seen.last_life.map_or(-1, |life| span(life.min(LONG))));
 }
 
-fn work(world: &World, state: &State, work: &Work, key: &mut Key) {
+fn work(world: &World, state: &State, work: &Activity, key: &mut Key) {
     let failures = |failures: u32| i64::from(failures.min(MANY));
     let of = |activation: &Activation, key: &mut Key| {
         key.extend([number(Some(&activation.ready.release.version)), activation.order.retry as i64]);
         key.push(failures(activation.failures));
     };
     match work {
-        Work::Idle => key.push(0),
-        Work::Staging { version, failures: times, .. } => {
+        Activity::Idle => key.push(0),
+        Activity::Staging { version, failures: times, .. } => {
             key.extend([1, number(Some(version)), failures(*times)]);
         }
-        Work::Staged(ready) => key.extend([2, number(Some(&ready.release.version))]),
-        Work::Held(Held { version, failures: times, until }) => {
+        Activity::Staged(ready) => key.extend([2, number(Some(&ready.release.version))]),
+        Activity::Held(HeldRelease { version, failures: times, until }) => {
             let left = span(until.saturating_duration_since(state.now));
             key.extend([3, number(Some(version)), failures(*times), left]);
         }
-        Work::Admitting { order, program, failures: times } => {
+        Activity::Admitting { order, program, failures: times } => {
             let version = number(Some(&order.package.version));
             key.extend([4, version, order.retry as i64, i64::from(program.is_some()), failures(*times)]);
         }
-        Work::Recording(activation) => {
+        Activity::Recording(activation) => {
             key.push(5);
             of(activation, key);
         }
-        Work::Stopping(activation) => {
+        Activity::Stopping(activation) => {
             key.push(6);
             of(activation, key);
         }
-        Work::Switching { activation, before } => {
+        Activity::Switching { activation, before } => {
             key.push(7);
             of(activation, key);
             entry(world, state, before, key);
         }
-        Work::Returning(back) => {
+        Activity::Returning(back) => {
             key.extend([8, number(Some(&back.from)), number(Some(&back.to)), i64::from(back.recorded)]);
         }
-        Work::SwitchingBack(back) => key.extend([9, number(Some(&back.from)), number(Some(&back.to))]),
-        Work::Uninstalling => key.push(10),
-        Work::Removing => key.push(11),
+        Activity::SwitchingBack(back) => key.extend([9, number(Some(&back.from)), number(Some(&back.to))]),
+        Activity::Uninstalling => key.push(10),
+        Activity::Removing => key.push(11),
     }
 }

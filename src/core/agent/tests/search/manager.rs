@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use super::super::*;
 use super::rules::is_skipped;
 use super::world::{Done, NEW, State, World, number_of, ordered, release_of, version_of};
-use crate::core::desired::Desired;
-use crate::core::reconcile::{self, Step};
+use crate::core::desired::DesiredState;
+use crate::core::reconcile::{self, ReconcileStep};
 
 impl World {
     /// An input of the manager; `replans`: a plan goes by it.
-    pub fn hear(&self, state: &mut State, event: Event, replans: bool) -> Done {
+    pub fn hear(&self, state: &mut State, event: AgentEvent, replans: bool) -> Done {
         let is_down = |state: &State| state.agent.as_ref().is_some_and(Agent::is_down_for_upgrade);
         state.replan |= replans;
         let was_down = is_down(state);
@@ -19,7 +19,7 @@ impl World {
         Ok(())
     }
 
-    pub fn tell(&self, state: &mut State, event: Event) -> Done {
+    pub fn tell(&self, state: &mut State, event: AgentEvent) -> Done {
         let at = self.at(state.now);
         let Some(agent) = &mut state.agent else { return Ok(()) };
         let actions = agent.step(event, at);
@@ -48,40 +48,40 @@ impl World {
         let Some(agent) = &state.agent else { return Ok(()) };
         let (name, order) = (agent.name().clone(), ordered(state.order));
         let actual = BTreeMap::from([(name.clone(), agent.actual(Some(&order), state.now))]);
-        let desired = Desired { agents: BTreeMap::from([(name, order)]), ..Desired::default() };
+        let desired = DesiredState { agents: BTreeMap::from([(name, order)]), ..DesiredState::default() };
         for step in reconcile::plan(&desired, &actual) {
-            if matches!(step, Step::Discard { .. }) && (state.is_changed || state.writing.is_some()) {
+            if matches!(step, ReconcileStep::Discard { .. }) && (state.is_changed || state.writing.is_some()) {
                 state.discard_waits = true;
                 continue;
             }
             let event = match step {
-                Step::Stage { package, .. } => Event::Stage(package),
-                Step::Activate { order, .. } => Event::Activate(order),
-                Step::Configure { spec, .. } => {
-                    Event::Configure { spec, runs_so: state.record.is_some(), sound: Ok(()) }
+                ReconcileStep::Stage { package, .. } => AgentEvent::Stage(package),
+                ReconcileStep::Activate { order, .. } => AgentEvent::Activate(order),
+                ReconcileStep::Configure { spec, .. } => {
+                    AgentEvent::Configure { spec, runs_so: state.record.is_some(), sound: Ok(()) }
                 }
-                Step::Set { run, .. } => Event::Set(run),
-                Step::Uninstall { .. } => Event::Uninstall,
-                Step::Discard { version, .. } => Event::Discard(version),
+                ReconcileStep::Set { run, .. } => AgentEvent::Set(run),
+                ReconcileStep::Uninstall { .. } => AgentEvent::Uninstall,
+                ReconcileStep::Discard { version, .. } => AgentEvent::Discard(version),
             };
             self.tell(state, event)?;
         }
         Ok(())
     }
 
-    fn perform(&self, state: &mut State, actions: Vec<Action>) -> Done {
+    fn perform(&self, state: &mut State, actions: Vec<AgentAction>) -> Done {
         for action in actions {
             self.act(state, action)?;
         }
         Ok(())
     }
 
-    fn act(&self, state: &mut State, action: Action) -> Done {
+    fn act(&self, state: &mut State, action: AgentAction) -> Done {
         let Some(agent) = &state.agent else { return Ok(()) };
         match action {
-            Action::Stage { id, package } => state.staging.push((id, number_of(&package.version))),
-            Action::CancelStaging | Action::Note(_) => {}
-            Action::Admit { version, .. } => {
+            AgentAction::Stage { id, package } => state.staging.push((id, number_of(&package.version))),
+            AgentAction::CancelStaging | AgentAction::Note(_) => {}
+            AgentAction::Admit { version, .. } => {
                 let on_probation = agent.ledger().probation().map(|release| &release.version);
                 if number_of(&version) == NEW && on_probation != Some(&version) {
                     state.failed = 0;
@@ -91,26 +91,26 @@ impl World {
                 }
                 state.is_admitting = true;
             }
-            Action::Record { wait } => {
+            AgentAction::Record { wait } => {
                 state.is_changed = true;
                 if wait {
                     state.recorded_with = Some(state.asked + 1);
                 }
             }
-            Action::RaiseEpoch(release) => {
+            AgentAction::RaiseEpoch(release) => {
                 if number_of(&release.version) == NEW && !self.scenario.kind.passes() {
                     return Err("the epoch of a bad release counts");
                 }
             }
-            Action::Switch(version) => {
+            AgentAction::Switch(version) => {
                 if state.process.is_some() && !state.clings {
                     return Err("the release is changed while the one before runs");
                 }
                 self.is_durable(state, &version, agent, false)?;
                 state.is_switching = true;
             }
-            Action::Remove => return Err("it is removed"),
-            Action::Discard(version) => {
+            AgentAction::Remove => return Err("it is removed"),
+            AgentAction::Discard(version) => {
                 let number = number_of(&version);
                 if state.process.is_some_and(|process| process.version == number) {
                     return Err("the files of what runs are removed");
@@ -121,8 +121,8 @@ impl World {
                 }
                 state.discarding = state.discarding.with(number);
             }
-            Action::Inspect(version) => state.inspecting.push(number_of(&version)),
-            Action::Start => {
+            AgentAction::Inspect(version) => state.inspecting.push(number_of(&version)),
+            AgentAction::Start => {
                 let (Some(version), Some(_)) = (agent.current().cloned(), agent.program()) else {
                     return Err("a start is asked for that nobody can carry out");
                 };
@@ -132,9 +132,9 @@ impl World {
                 self.is_durable(state, &version, agent, true)?;
                 state.launching = Some(number_of(&version));
             }
-            Action::Stop => state.is_stopping = true,
-            Action::Check => state.is_checking = true,
-            Action::CancelCheck => state.is_checking = false,
+            AgentAction::Stop => state.is_stopping = true,
+            AgentAction::Check => state.is_checking = true,
+            AgentAction::CancelCheck => state.is_checking = false,
         }
         Ok(())
     }
@@ -142,10 +142,10 @@ impl World {
     /// What is acted on is on disk; a return and a restart need not wait for a disk that cannot be written. The active release may be
     /// restarted while another is recorded.
     fn is_durable(&self, state: &State, version: &Version, agent: &Agent, starts: bool) -> Done {
-        let is = |release: Option<&Release>| release.is_some_and(|release| release.version == *version);
+        let is = |release: Option<&LedgerRelease>| release.is_some_and(|release| release.version == *version);
         let restarts = starts && agent.returned.is_none();
         let may = is(state.disk.current()) || is(state.disk.active()) && restarts;
-        let is_activation = matches!(agent.work, Work::Switching { .. });
+        let is_activation = matches!(agent.work, Activity::Switching { .. });
         match may || !is_activation && (state.is_unsaved || state.is_behind) {
             true => Ok(()),
             false => Err("a release is used that the ledger on disk does not name"),
@@ -169,7 +169,7 @@ impl World {
         let current = ledger.current().map(|release| number_of(&release.version));
         let recorded = state.record.map(|record| record.version);
         let unfinished = state.partial.all().filter(|version| Some(*version) != recorded).map(version_of);
-        let found = Found {
+        let found = Discovery {
             ledger,
             releases: state.whole.versions(),
             unfinished: unfinished.collect(),
@@ -192,7 +192,7 @@ impl World {
                 let is_unseen = record.ended.is_none();
                 state.failed += u64::from(is_unseen && record.version == NEW);
                 state.is_suspect |= is_unseen && record.version != 1;
-                let end = End {
+                let end = PriorExit {
                     success: record.ended.flatten(),
                     how: "it exited".to_owned(),
                     was_seen: record.ended.is_some(),

@@ -1,23 +1,23 @@
 //! What must hold in every state, and when a change of release is over.
 
-use super::super::super::Work;
+use super::super::super::Activity;
 use super::super::*;
 use super::world::{Kind, NEW, Ordered, State, World, Wrong, number_of, ordered, version_of};
-use crate::core::ledger::{Entry, Skipped};
+use crate::core::ledger::{LedgerEntry, SkippedRelease};
 
 impl World {
     /// The rule that a state breaks.
     pub fn breach(&self, state: &State) -> Option<Wrong> {
         let is_bad = !self.scenario.kind.passes();
-        let number = |release: Option<&Release>| release.map(|release| number_of(&release.version));
-        let lies = |release: Option<&Release>| number(release).is_none_or(|number| state.whole.has(number));
+        let number = |release: Option<&LedgerRelease>| release.map(|release| number_of(&release.version));
+        let lies = |release: Option<&LedgerRelease>| number(release).is_none_or(|number| state.whole.has(number));
         if number(state.disk.active()) == Some(NEW) && is_bad {
             return Some("a bad release is committed on disk");
         }
         if !lies(state.disk.active()) {
             return Some("the active release is not whole");
         }
-        let skips_active = |entry: &Entry| number(entry.active()).is_some_and(|active| is_skipped(entry, active));
+        let skips_active = |entry: &LedgerEntry| number(entry.active()).is_some_and(|active| is_skipped(entry, active));
         if skips_active(&state.disk) {
             return Some("the active release is skipped on disk");
         }
@@ -55,7 +55,7 @@ impl World {
             return Some("a good release is condemned");
         }
         let Ordered(version, retry) = state.order;
-        let outlives = |skipped: &Skipped| number_of(&skipped.version) != version || skipped.retry < retry;
+        let outlives = |skipped: &SkippedRelease| number_of(&skipped.version) != version || skipped.retry < retry;
         if ledger.skipped_for_good().any(outlives) {
             return Some("a skip outlives its order");
         }
@@ -88,7 +88,7 @@ impl World {
             && self.scenario.kind == Kind::CannotBeFetched
             && agent.deadline(state.now).is_some_and(|retry| retry > state.now);
         let is_answered = active == Some(version) || stays || is_skipped(ledger, version) || is_awaited;
-        let rests = is_awaited || state.staging.is_empty() && matches!(agent.work, Work::Idle | Work::Held(_));
+        let rests = is_awaited || state.staging.is_empty() && matches!(agent.work, Activity::Idle | Activity::Held(_));
         is_quiet
             && ledger.probation().is_none()
             && agent.returned.is_none()
@@ -101,13 +101,13 @@ impl World {
     pub fn is_to_be_committed(&self, state: &State) -> bool {
         let agent = state.agent.as_ref();
         let written = [&state.writing, &state.queued].into_iter().flatten().map(|(_, entry)| entry);
-        let stays = agent.map(Agent::ledger).into_iter().chain([&state.disk]).chain(written).any(Entry::is_held);
+        let stays = agent.map(Agent::ledger).into_iter().chain([&state.disk]).chain(written).any(LedgerEntry::is_held);
         let may = !stays && !state.is_suspect && !agent.is_some_and(|agent| is_skipped(agent.ledger(), state.order.0));
         may && (self.scenario.kind.passes() || state.order.0 != NEW)
     }
 }
 
 /// Until another release is ordered.
-pub fn is_skipped(entry: &Entry, number: u8) -> bool {
+pub fn is_skipped(entry: &LedgerEntry, number: u8) -> bool {
     entry.skipped_for_good().any(|skipped| number_of(&skipped.version) == number)
 }

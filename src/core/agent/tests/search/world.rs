@@ -5,15 +5,15 @@
 //! Time passes from one deadline to the next, with whatever is under way; only a release that exits during its probation is looked at second
 //! by second.
 
-use super::super::super::Work;
+use super::super::super::Activity;
 use super::super::super::probation::TRIES;
 use super::super::*;
 use super::events::{Cut, Fetched, What};
 use super::key;
 use super::rules::is_skipped;
-use crate::core::health::Health;
+use crate::core::health::HealthSpec;
 use crate::core::manifest::Restart;
-use crate::core::supervise::Answer;
+use crate::core::supervise::CheckResult;
 use crate::core::units::Span;
 
 /// The release that the search is about.
@@ -120,7 +120,7 @@ impl Set {
 }
 
 /// The ledger on its way to the disk: its revision, and what it says.
-pub type Writing = Option<(u64, Entry)>;
+pub type Writing = Option<(u64, LedgerEntry)>;
 
 #[derive(Debug, Clone)]
 pub struct State {
@@ -129,7 +129,7 @@ pub struct State {
     pub agent: Option<Agent>,
     pub order: Ordered,
     /// The ledger on disk.
-    pub disk: Entry,
+    pub disk: LedgerEntry,
     pub writing: Writing,
     pub queued: Writing,
     pub asked: u64,
@@ -182,7 +182,7 @@ pub fn number_of(version: &Version) -> u8 {
     version.as_str().as_bytes()[0] - b'0'
 }
 
-pub fn release_of(number: u8) -> Release {
+pub fn release_of(number: u8) -> LedgerRelease {
     release(version_of(number).as_str())
 }
 
@@ -190,9 +190,9 @@ pub fn ordered(Ordered(number, retry): Ordered) -> Order {
     Order { retry, ..order(version_of(number).as_str()) }
 }
 
-fn moment(now: Instant, start: Instant) -> At {
+fn moment(now: Instant, start: Instant) -> Moment {
     let unix_seconds = 1_800_000_000 + now.saturating_duration_since(start).as_secs();
-    At { now, unix_seconds, jitter: 0.0 }
+    Moment { now, unix_seconds, jitter: 0.0 }
 }
 
 pub struct World {
@@ -209,7 +209,7 @@ impl World {
             edit(&mut manifest);
             Program::Native(manifest)
         };
-        let checks = |text: &str| -> Option<Health> { Some(serde_json::from_str(text).unwrap()) };
+        let checks = |text: &str| -> Option<HealthSpec> { Some(serde_json::from_str(text).unwrap()) };
         let plain = || program(&|_| {});
         let new = match scenario.kind {
             Kind::Slow => program(&|manifest| {
@@ -224,7 +224,7 @@ impl World {
         World { scenario, start: Instant::now(), programs: [plain(), plain(), new, plain()] }
     }
 
-    pub fn at(&self, now: Instant) -> At {
+    pub fn at(&self, now: Instant) -> Moment {
         moment(now, self.start)
     }
 
@@ -242,7 +242,7 @@ impl World {
             now: self.start,
             agent: None,
             order: Ordered(NEW, 0),
-            disk: Entry::found(Some(release_of(1)), None),
+            disk: LedgerEntry::found(Some(release_of(1)), None),
             writing: None,
             queued: None,
             asked: 0,
@@ -312,7 +312,7 @@ impl World {
             What::Staged { place, fetched } => {
                 let (id, number) = state.staging.remove(place);
                 let version = version_of(number);
-                let failed = Refusal::failed("it cannot be fetched");
+                let failed = ReleaseError::failed("it cannot be fetched");
                 let result = match fetched {
                     Fetched::Ready => {
                         state.whole = state.whole.with(number);
@@ -320,21 +320,21 @@ impl World {
                         Ok(Ready { release: release_of(number), program: self.program(number) })
                     }
                     Fetched::Failed => Err(failed),
-                    Fetched::Refused => Err(Refusal { refused: true, costly: true, ..failed }),
+                    Fetched::Refused => Err(ReleaseError { refused: true, costly: true, ..failed }),
                 };
-                self.hear(state, Event::Staged { id, version, result }, true)
+                self.hear(state, AgentEvent::Staged { id, version, result }, true)
             }
             What::Admitted { ok } => {
                 state.is_admitting = false;
-                let Some(Work::Admitting { order, .. }) = state.agent.as_ref().map(|agent| &agent.work) else {
+                let Some(Activity::Admitting { order, .. }) = state.agent.as_ref().map(|agent| &agent.work) else {
                     return Err("nothing waits for an admission");
                 };
                 let number = number_of(&order.package.version);
                 let result = match ok {
                     true => Ok((release_of(number), Some(self.program(number)))),
-                    false => Err(Refusal::failed("the home cannot be read")),
+                    false => Err(ReleaseError::failed("the home cannot be read")),
                 };
-                self.hear(state, Event::Admitted(result), true)
+                self.hear(state, AgentEvent::Admitted(result), true)
             }
             What::Written { ok, kept } => self.written(state, ok, kept),
             What::Housekeeping => {
@@ -345,18 +345,18 @@ impl World {
                 state.is_switching = false;
                 state.is_behind |= !ok;
                 let result = if ok { Ok(()) } else { Err("read-only file system".to_owned()) };
-                self.hear(state, Event::Switched(result), true)
+                self.hear(state, AgentEvent::Switched(result), true)
             }
             What::Discarded(number) => {
                 state.discarding = state.discarding.without(number);
                 state.remove(number);
-                self.hear(state, Event::Discarded(version_of(number)), true)
+                self.hear(state, AgentEvent::Discarded(version_of(number)), true)
             }
             What::Inspected { place, ok } => {
                 let number = state.inspecting.remove(place);
                 state.is_suspect |= number != 1 && !ok;
                 let result = if ok { Ok(self.program(number)) } else { Err("no agent.toml".to_owned()) };
-                self.hear(state, Event::Inspected { version: version_of(number), result }, true)
+                self.hear(state, AgentEvent::Inspected { version: version_of(number), result }, true)
             }
             What::Launched => {
                 let Some(number) = state.launching.take() else { return Err("nothing is launched") };
@@ -364,7 +364,7 @@ impl World {
                 state.clings = false;
                 state.process = Some(Process { version: number, since: state.now });
                 state.record = Some(Recorded { version: number, ended: None });
-                self.hear(state, Event::Launched { pid: 9, version: version_of(number), runs_so: true }, false)
+                self.hear(state, AgentEvent::Launched { pid: 9, version: version_of(number), runs_so: true }, false)
             }
             What::NotLaunched { refused } => {
                 let number = state.launching.take();
@@ -373,7 +373,11 @@ impl World {
                 }
                 state.failed += u64::from(number == Some(NEW) && !refused);
                 state.is_suspect |= number != Some(1) && !refused;
-                self.hear(state, Event::NotLaunched(Refusal { refused, ..Refusal::failed("no such file") }), false)
+                self.hear(
+                    state,
+                    AgentEvent::NotLaunched(ReleaseError { refused, ..ReleaseError::failed("no such file") }),
+                    false,
+                )
             }
             What::Stopped { ok } => {
                 state.is_stopping = false;
@@ -382,7 +386,7 @@ impl World {
                 } else {
                     state.clings = state.process.is_some();
                 }
-                self.hear(state, Event::Stopped(if ok { Ok(()) } else { Err("it hangs".to_owned()) }), true)
+                self.hear(state, AgentEvent::Stopped(if ok { Ok(()) } else { Err("it hangs".to_owned()) }), true)
             }
             // Of one that a stop could not end nobody hears any more.
             What::Exits if state.clings => {
@@ -394,7 +398,7 @@ impl World {
                 let success = self.lose_process(state);
                 state.failed += u64::from(is_new);
                 state.is_suspect |= is_new && !success;
-                let event = Event::Exited { success: Some(success), how: "it exited".to_owned() };
+                let event = AgentEvent::Exited { success: Some(success), how: "it exited".to_owned() };
                 let is_busy = state.agent.as_ref().is_some_and(Agent::is_busy);
                 self.hear(state, event, false)?;
                 let Some(agent) = &state.agent else { return Ok(()) };
@@ -411,11 +415,11 @@ impl World {
                 state.is_checking = false;
                 let age = state.process.map_or(S(0), |process| state.now - process.since);
                 let answer = match self.scenario.kind {
-                    Kind::NeverAnswers => Answer::Unknown("no answer".to_owned()),
-                    Kind::Slow if age >= S(40) => Answer::Healthy,
-                    _ => Answer::Unhealthy("refused".to_owned()),
+                    Kind::NeverAnswers => CheckResult::Unknown("no answer".to_owned()),
+                    Kind::Slow if age >= S(40) => CheckResult::Healthy,
+                    _ => CheckResult::Unhealthy("refused".to_owned()),
                 };
-                self.hear(state, Event::Checked(answer), false)?;
+                self.hear(state, AgentEvent::Checked(answer), false)?;
                 // Its health is why it is stopped.
                 state.failed += u64::from(state.is_stopping);
                 Ok(())
@@ -428,30 +432,30 @@ impl World {
                 state.is_suspect |= state.launching.is_some() || !state.inspecting.is_empty() || state.is_checking;
                 let (now, is_due) = (state.now, agent.is_due(state.now));
                 if is_due {
-                    self.tell(state, Event::Tick)?;
+                    self.tell(state, AgentEvent::Tick)?;
                 }
                 state.replan |= state.agent.as_ref().is_some_and(|agent| agent.hold_is_over(now));
                 Ok(())
             }
             What::HomeStops => {
                 state.home_stops = true;
-                self.tell(state, Event::HomeStops)
+                self.tell(state, AgentEvent::HomeStops)
             }
             What::RollBack => {
                 (state.is_condemned, state.is_overruled) = (false, false);
                 state.is_overruled = true;
-                self.tell(state, Event::Return { overruled: Some(ordered(state.order)) })
+                self.tell(state, AgentEvent::Return { overruled: Some(ordered(state.order)) })
             }
             What::Retry => {
                 (state.is_condemned, state.is_overruled) = (false, false);
                 state.replan = true;
-                self.tell(state, Event::Retry)
+                self.tell(state, AgentEvent::Retry)
             }
-            What::Restart => self.tell(state, Event::Restart),
+            What::Restart => self.tell(state, AgentEvent::Restart),
             What::Orders(order) => {
                 self.obey(state, order);
                 state.replan = true;
-                self.tell(state, Event::Ordered(Some(ordered(order))))
+                self.tell(state, AgentEvent::Ordered(Some(ordered(order))))
             }
             What::OrdersAndDies(_) | What::Dies(_) | What::Later | What::PowerCut | What::Starts => Ok(()),
         }
@@ -485,7 +489,7 @@ impl World {
         }
         if state.recorded_with.take_if(|waits| *waits <= revision).is_some() {
             let result = if ok { Ok(()) } else { Err("no space left".to_owned()) };
-            self.tell(state, Event::Recorded(result))?;
+            self.tell(state, AgentEvent::Recorded(result))?;
         }
         Ok(())
     }
@@ -498,7 +502,7 @@ impl State {
 
     pub fn can_be_admitted(&self) -> bool {
         let work = self.agent.as_ref().map(|agent| &agent.work);
-        matches!(work, Some(Work::Admitting { order, .. }) if self.whole.has(number_of(&order.package.version)))
+        matches!(work, Some(Activity::Admitting { order, .. }) if self.whole.has(number_of(&order.package.version)))
     }
 
     fn remove(&mut self, number: u8) {
