@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::install_systemd::fleet_of_two;
+use crate::install::systemd::fleet_of_two;
 use crate::support::container::Container;
 use crate::support::host::{agent, pid};
 use crate::support::inside::{self, Inside, VERBATIM, done, wait_for_agents};

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use crate::install_systemd::{fleet_of_two, runs};
+use crate::install::systemd::{fleet_of_two, runs};
 use crate::support::container::Container;
 use crate::support::files::difference;
 use crate::support::host::{SOON, agent, pid};

@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::sub_agents::without_manager as without_manager_for_a_while;
+use crate::sub_agents::supervision::without_manager as without_manager_for_a_while;
 use crate::support::command;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
@@ -299,10 +299,10 @@ fn up_each(host: &TestHost) -> BTreeMap<&'static str, u32> {
 }
 
 /// A cgroup that is none of ours.
-pub(super) struct Elsewhere(pub(super) PathBuf);
+pub(crate) struct Elsewhere(pub(crate) PathBuf);
 
 impl Elsewhere {
-    pub(super) fn beside(group: &Path) -> Elsewhere {
+    pub(crate) fn beside(group: &Path) -> Elsewhere {
         let name = group.file_name().and_then(OsStr::to_str).expect("a cgroup has a name");
         let path = group.with_file_name(format!("elsewhere-{name}"));
         fs::create_dir(&path).expect("a cgroup can be made");

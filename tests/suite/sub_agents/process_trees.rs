@@ -19,7 +19,7 @@ use crate::support::wait::wait_for;
 const V2: &str = r#"exec "$@""#;
 const V1: &str = r#"mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/freezer \
     && mount -t cgroup -o freezer none /sys/fs/cgroup/freezer && exec "$@""#;
-pub(super) const NONE: &str = r#"mount -t tmpfs none /sys/fs/cgroup && exec "$@""#;
+pub(crate) const NONE: &str = r#"mount -t tmpfs none /sys/fs/cgroup && exec "$@""#;
 
 /// Escapes by a session of its own, an orphaned parent, a cleared environment and deaf ears.
 const DAEMON: &str = "setsid env -i /bin/sh -c \"cd /; trap '' TERM; (trap '' TERM; exec /bin/sleep @N@) & exit 0\"";
@@ -81,7 +81,7 @@ fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
 
 /// A host that has joined the gateway's fleet, whose manager sees what `place` leaves it of cgroups.
 #[track_caller]
-pub(super) fn joined_in(place: &str, gateway: &Gateway) -> TestHost {
+pub(crate) fn joined_in(place: &str, gateway: &Gateway) -> TestHost {
     let host = TestHost::new();
     let home = host.home().display().to_string();
     let mut install = Command::new("unshare");
@@ -124,7 +124,7 @@ exec sleep 1000000";
 }
 
 /// The live processes that sleep for so many seconds.
-pub(super) fn sleeping(seconds: u32) -> Vec<u32> {
+pub(crate) fn sleeping(seconds: u32) -> Vec<u32> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let words = |pid: &u32| fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
@@ -134,7 +134,7 @@ pub(super) fn sleeping(seconds: u32) -> Vec<u32> {
 }
 
 /// Ends what a failed test leaves.
-pub(super) struct Sleepers(pub(super) Vec<u32>);
+pub(crate) struct Sleepers(pub(crate) Vec<u32>);
 
 impl Drop for Sleepers {
     fn drop(&mut self) {

@@ -1,7 +1,7 @@
 //! What the disk does not take, since it is full or cannot be written, is told; what runs goes on, and what died comes back.
 
-use crate::install_systemd::{fleet_of_two, runs};
-use crate::refusals::{LIVING, assert_refused, event};
+use crate::install::refusals::{LIVING, assert_refused, event};
+use crate::install::systemd::{fleet_of_two, runs};
 use crate::support::container::Container;
 use crate::support::files::{difference, snapshot};
 use crate::support::host::{SOON, agent, pid};

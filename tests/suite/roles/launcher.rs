@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::install_systemd::{fleet_of_two, runs};
+use crate::install::systemd::{fleet_of_two, runs};
 use crate::support::container::Container;
 use crate::support::inside::{self, BOOTSTRAP, DIRECTORY, Inside, URL, done, processes_of_aops, wait_for_agents};
 use crate::support::wait::wait_for;

@@ -5,11 +5,11 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::self_upgrades::{ENDED, agents_of, expect_in_place, expect_outcomes, host_with, order, runs};
 use crate::support::host::SOON;
 use crate::support::package::Package;
 use crate::support::release;
 use crate::support::wait::wait_for;
+use crate::upgrades::self_upgrades::{ENDED, agents_of, expect_in_place, expect_outcomes, host_with, order, runs};
 
 const ROLLED_BACK: &[&str] = &["rollback ok 1.0.0", "skip ok 2.0.0"];
 /// It was never put in place.

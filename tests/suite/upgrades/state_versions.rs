@@ -10,13 +10,13 @@ use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::self_upgrades::wait_for_release;
 use crate::support::aops;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
 use crate::support::release::{self, NAME};
 use crate::support::wait::wait_for;
+use crate::upgrades::self_upgrades::wait_for_release;
 
 /// What the kept home calls its gateway and itself.
 const ENDPOINT: &str = "https://127.0.0.1:8888";

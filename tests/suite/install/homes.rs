@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::install_systemd::runs;
+use crate::install::systemd::runs;
 use crate::support::aops;
 use crate::support::command::{self, LIMIT, Output};
 use crate::support::files::snapshot;

@@ -509,7 +509,7 @@ fn events(gateway: &Gateway) -> Vec<Value> {
 
 /// Has the manager dead while `meanwhile` runs, and then revived by the watchdog.
 #[track_caller]
-pub(super) fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) {
+pub(crate) fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) {
     use crate::support::processes::signal;
     use rustix::process::Signal;
     let (spm, spa) = (host.role_pid("spm").expect("a manager"), host.role_pid("spa").expect("a watchdog"));

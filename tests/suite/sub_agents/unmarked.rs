@@ -3,9 +3,9 @@
 
 use std::fs;
 
-use super::adoption::Elsewhere;
-use super::sub_agents::without_manager;
-use super::trees::{NONE, Sleepers, joined_in, sleeping};
+use crate::sub_agents::adoption::Elsewhere;
+use crate::sub_agents::process_trees::{NONE, Sleepers, joined_in, sleeping};
+use crate::sub_agents::supervision::without_manager;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent};
 use crate::support::package::Package;

@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::install_systemd::{fleet_of_two, runs};
-use crate::self_upgrades::seed;
-use crate::self_upgrades_bad::{BAD_MANAGERS, unfit};
+use crate::install::systemd::{fleet_of_two, runs};
 use crate::support::container::Container;
 use crate::support::host::SOON;
 use crate::support::inside::{self, Inside, URL, VERBATIM, done, wait_for_agents};
 use crate::support::package::Package;
 use crate::support::release::{self, NAME};
 use crate::support::wait::try_for;
+use crate::upgrades::self_upgrades::seed;
+use crate::upgrades::self_upgrades_bad::{BAD_MANAGERS, unfit};
 
 /// A trial of five seconds, the proof of the watchdog, three tries with growing delays, and what a busy machine adds.
 const ENDED: Duration = Duration::from_secs(180);

@@ -101,7 +101,7 @@ fn the_schema_describes_what_the_design_names() {
         assert_eq!(fields(message).join(" "), names, "{message}");
     }
     // And the document for those who write a gateway has them all.
-    let document = include_str!("../../assets/protocol.md");
+    let document = include_str!("../../../assets/protocol.md");
     for field in ["Answer", "AgentOrder", "ManagerOrder"].into_iter().flat_map(fields) {
         assert!(document.contains(&format!("`{field}`")) || document.contains(&format!("`{field}:")), "{field}");
     }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::install_systemd::runs;
+use crate::install::systemd::runs;
 use crate::support::command::{self, LIMIT, Output};
 use crate::support::files::{Files, difference, snapshot};
 use crate::support::gateway::Gateway;

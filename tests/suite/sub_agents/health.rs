@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sub_agents::without_manager;
+use crate::sub_agents::supervision::without_manager;
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
