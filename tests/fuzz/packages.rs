@@ -10,7 +10,7 @@ use crate::core::model::{Os, Packing};
 use crate::package::look_through;
 
 /// An archive is kept on the disk while it is read; a memory file system does.
-fn look(bytes: &[u8], packing: Packing) {
+fn unpack(bytes: &[u8], packing: Packing) {
     thread_local! {
         static FILE: RefCell<File> = RefCell::new(tempfile::tempfile().expect("a temporary file"));
     }
@@ -44,7 +44,7 @@ pub fn tar(data: &[u8]) {
             block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         }
     }
-    look(&stored(&tar), Packing::TarZst);
+    unpack(&stored(&tar), Packing::TarZst);
 }
 
 /// A frame of zstd with raw blocks alone (RFC 8878, section 3.1.1), as quick to read as to write.
@@ -64,15 +64,15 @@ fn stored(bytes: &[u8]) -> Vec<u8> {
 }
 
 pub fn tar_zst(data: &[u8]) {
-    look(data, Packing::TarZst);
+    unpack(data, Packing::TarZst);
 }
 
 pub fn tar_gz(data: &[u8]) {
-    look(data, Packing::TarGz);
+    unpack(data, Packing::TarGz);
 }
 
 pub fn zip(data: &[u8]) {
-    look(data, Packing::Zip);
+    unpack(data, Packing::Zip);
 }
 
 /// Writes the attack table's archives of one kind into a corpus, as far as they are small and do not grow: the large ones would be most of

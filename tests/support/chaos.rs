@@ -19,7 +19,7 @@ use super::processes::{environment, words};
 /// To see an end and to start anew, on a busy machine.
 const SLACK: Duration = Duration::from_secs(8);
 /// A manager that was just started has no time yet for a sub-agent.
-const BEGINS: Duration = Duration::from_secs(2);
+const STARTING: Duration = Duration::from_secs(2);
 /// Up for so long, and a little more for what is seen late, a sub-agent's and a role's next death is a first one.
 const HEALTHY_AGENT: Duration = Duration::from_secs(32);
 const HEALTHY_ROLE: Duration = Duration::from_secs(62);
@@ -139,7 +139,7 @@ impl Observer {
     }
 
     /// That this one ends is to be expected from now on.
-    pub fn hits(&mut self, body: Body) {
+    pub fn expect_death(&mut self, body: Body) {
         self.hit.insert(body);
     }
 
@@ -173,21 +173,21 @@ impl Observer {
     /// Whether a role lives, is not stopped, and has had the time to begin.
     pub fn is_well(&self, role: &str, now: Instant) -> bool {
         let known = &self.roles[role];
-        known.body.is_some_and(|body| !self.is_frozen(body)) && known.up.is_some_and(|up| now - up >= BEGINS)
+        known.body.is_some_and(|body| !self.is_frozen(body)) && known.up.is_some_and(|up| now - up >= STARTING)
     }
 
     /// One look; `Err` says what must not be.
-    pub fn look(&mut self) -> Result<(), String> {
+    pub fn check(&mut self) -> Result<(), String> {
         let now = Instant::now();
         // A look that comes late says less: what it missed excuses everybody.
         let passed = now - std::mem::replace(&mut self.last, now);
         let late = passed.saturating_sub(Duration::from_secs(1));
         let (agents, roles) = self.seen();
-        self.look_at_roles(roles, now, passed, late)?;
-        self.look_at_agents(&agents, now, passed, late)
+        self.check_roles(roles, now, passed, late)?;
+        self.check_agents(&agents, now, passed, late)
     }
 
-    fn look_at_agents(
+    fn check_agents(
         &mut self,
         seen: &Seen<String>,
         now: Instant,
@@ -227,7 +227,7 @@ impl Observer {
         Ok(())
     }
 
-    fn look_at_roles(
+    fn check_roles(
         &mut self,
         mut seen: Seen<&'static str>,
         now: Instant,

@@ -45,7 +45,7 @@ impl ConnectProxy {
     }
 
     /// Whither it connected, `host:port` each; `407` for who had no password.
-    pub fn asked(&self) -> Vec<String> {
+    pub fn requests(&self) -> Vec<String> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

@@ -26,7 +26,7 @@ use super::https::Https;
 const SEND_BUFFER_BYTES: usize = 32 << 10;
 const CHUNK_BYTES: usize = 16 << 10;
 /// How often who waits looks whether it is over.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Nobody is kept waiting for longer by a connection that says nothing.
 const MUTE: Duration = Duration::from_secs(120);
 
@@ -247,7 +247,7 @@ type Stream = StreamOwned<ServerConnection, TcpStream>;
 
 fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(LOOK))?;
+    stream.set_read_timeout(Some(POLL_INTERVAL))?;
     stream.set_write_timeout(Some(MUTE))?;
     sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES)?;
     let connection = ServerConnection::new(Arc::clone(&shared.tls)).map_err(io::Error::other)?;
@@ -308,7 +308,7 @@ fn answer(shared: &Shared, stream: &mut Stream, request: &Request, fault: &Fault
         Fault::WrongLength { by } => length.saturating_add_signed(*by),
         _ => length,
     };
-    stream.write_all(told(&head, shown).as_bytes())?;
+    stream.write_all(forwarded(&head, shown).as_bytes())?;
     stream.flush()?;
     relay(shared, stream, request, fault, length, &first, &mut upstream)
 }
@@ -357,7 +357,7 @@ fn relay(
             let due = Duration::from_secs_f64(done as f64 / *per_second as f64);
             while began.elapsed() < due {
                 shared.is_over()?;
-                thread::park_timeout((due - began.elapsed().min(due)).min(LOOK));
+                thread::park_timeout((due - began.elapsed().min(due)).min(POLL_INTERVAL));
             }
         }
     }
@@ -456,15 +456,15 @@ impl Request {
 }
 
 /// An answer's head as it goes on.
-fn told(head: &str, length: u64) -> String {
-    let mut told = String::new();
+fn forwarded(head: &str, length: u64) -> String {
+    let mut forwarded = String::new();
     for line in head.trim_end().lines().filter(|line| !is_header(line, "connection")) {
         match is_header(line, "content-length") {
-            true => drop(write!(told, "content-length: {length}\r\n")),
-            false => drop(write!(told, "{line}\r\n")),
+            true => drop(write!(forwarded, "content-length: {length}\r\n")),
+            false => drop(write!(forwarded, "{line}\r\n")),
         }
     }
-    told + "\r\n"
+    forwarded + "\r\n"
 }
 
 fn is_header(line: &str, name: &str) -> bool {

@@ -29,7 +29,7 @@ const ENDLESS: u64 = 1 << 30;
 
 /// What it was asked.
 #[derive(Debug, Clone)]
-pub struct Asked {
+pub struct HostileRequest {
     pub method: String,
     pub path: String,
     /// Names in lower case.
@@ -39,7 +39,7 @@ pub struct Asked {
 
 /// What it says.
 #[derive(Debug, Clone)]
-pub struct Told {
+pub struct HostileReply {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: Body,
@@ -57,21 +57,21 @@ pub enum Body {
     Endless,
 }
 
-impl Told {
-    pub fn ok(body: impl Into<Vec<u8>>) -> Told {
-        Told { status: 200, headers: Vec::new(), body: Body::Whole(body.into()) }
+impl HostileReply {
+    pub fn ok(body: impl Into<Vec<u8>>) -> HostileReply {
+        HostileReply { status: 200, headers: Vec::new(), body: Body::Whole(body.into()) }
     }
 
-    pub fn status(status: u16) -> Told {
-        Told { status, ..Told::ok("") }
+    pub fn status(status: u16) -> HostileReply {
+        HostileReply { status, ..HostileReply::ok("") }
     }
 
-    pub fn redirect(to: String) -> Told {
-        Told { headers: vec![("location", to)], ..Told::status(302) }
+    pub fn redirect(to: String) -> HostileReply {
+        HostileReply { headers: vec![("location", to)], ..HostileReply::status(302) }
     }
 }
 
-type Route = Arc<dyn Fn(&Asked) -> Told + Send + Sync>;
+type Route = Arc<dyn Fn(&HostileRequest) -> HostileReply + Send + Sync>;
 
 #[derive(Default)]
 struct Shared {
@@ -80,7 +80,7 @@ struct Shared {
     generation: u64,
     answer: Value,
     answer_headers: Vec<(&'static str, String)>,
-    asked: Vec<Asked>,
+    requests: Vec<HostileRequest>,
 }
 
 /// It ends with the test program: a host's connection may outlive the test that is interested in it.
@@ -144,7 +144,7 @@ impl Hostile {
     }
 
     /// What a path is answered from now on.
-    pub fn on(&self, path: &str, answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) {
+    pub fn on(&self, path: &str, answer: impl Fn(&HostileRequest) -> HostileReply + Send + Sync + 'static) {
         lock(&self.shared).routes.insert(path.to_owned(), Arc::new(answer));
     }
 
@@ -152,20 +152,20 @@ impl Hostile {
     pub fn serve(&self, file: &str, package: &[u8], signature: &str) {
         for (name, content) in [(file.to_owned(), package), (format!("{file}.minisig"), signature.as_bytes())] {
             let content = content.to_vec();
-            self.on(&format!("/api/download/{name}"), move |_| Told::ok(content.clone()));
+            self.on(&format!("/api/download/{name}"), move |_| HostileReply::ok(content.clone()));
         }
     }
 
     /// Everything that it was asked so far.
-    pub fn asked(&self) -> Vec<Asked> {
-        lock(&self.shared).asked.clone()
+    pub fn requests(&self) -> Vec<HostileRequest> {
+        lock(&self.shared).requests.clone()
     }
 
     /// The bodies of all heartbeats so far.
     pub fn heartbeats(&self) -> Vec<Value> {
-        let asked = self.asked();
-        let heartbeats = asked.iter().filter(|asked| asked.path == "/api/heartbeat");
-        heartbeats.map(|asked| serde_json::from_slice(&asked.body).expect("a heartbeat is JSON")).collect()
+        let requests = self.requests();
+        let heartbeats = requests.iter().filter(|request| request.path == "/api/heartbeat");
+        heartbeats.map(|request| serde_json::from_slice(&request.body).expect("a heartbeat is JSON")).collect()
     }
 
     /// Waits for an event, in any heartbeat so far or to come, that is as wanted.
@@ -195,23 +195,23 @@ type Stream = BufReader<StreamOwned<ServerConnection, TcpStream>>;
 
 /// Answers one request; `None` where the connection ends.
 fn serve(stream: &mut Stream, shared: &Mutex<Shared>) -> Option<()> {
-    let asked = read(stream)?;
-    let told = told(&asked, shared);
-    let length = match &told.body {
+    let request = read(stream)?;
+    let reply = reply(&request, shared);
+    let length = match &reply.body {
         Body::Whole(bytes) => Some(bytes.len() as u64),
         Body::Lying { length, .. } => Some(*length),
         Body::Endless => None,
     };
-    let mut head = format!("HTTP/1.1 {} Told\r\n", told.status);
+    let mut head = format!("HTTP/1.1 {} Told\r\n", reply.status);
     if let Some(length) = length {
         head += &format!("content-length: {length}\r\n");
     }
-    for (name, value) in &told.headers {
+    for (name, value) in &reply.headers {
         head += &format!("{name}: {value}\r\n");
     }
     let stream = stream.get_mut();
     stream.write_all(format!("{head}\r\n").as_bytes()).ok()?;
-    match told.body {
+    match reply.body {
         Body::Whole(bytes) => stream.write_all(&bytes).and_then(|()| stream.flush()).ok(),
         Body::Lying { bytes, .. } => {
             stream.write_all(&bytes).and_then(|()| stream.flush()).ok()?;
@@ -227,31 +227,31 @@ fn serve(stream: &mut Stream, shared: &Mutex<Shared>) -> Option<()> {
     }
 }
 
-fn told(asked: &Asked, shared: &Mutex<Shared>) -> Told {
+fn reply(request: &HostileRequest, shared: &Mutex<Shared>) -> HostileReply {
     let route = {
         let mut shared = lock(shared);
-        shared.asked.push(asked.clone());
-        shared.routes.get(&asked.path).cloned()
+        shared.requests.push(request.clone());
+        shared.routes.get(&request.path).cloned()
     };
     if let Some(route) = route {
-        return route(asked);
+        return route(request);
     }
     let shared = lock(shared);
-    if asked.path == "/api/heartbeat" {
+    if request.path == "/api/heartbeat" {
         let mut answer = shared.answer.clone();
         if answer.get("agentId").is_none() {
-            answer["agentId"] = asked.headers.get("x-agent-id").cloned().unwrap_or_default().into();
+            answer["agentId"] = request.headers.get("x-agent-id").cloned().unwrap_or_default().into();
         }
-        return Told { headers: shared.answer_headers.clone(), ..Told::ok(answer.to_string()) };
+        return HostileReply { headers: shared.answer_headers.clone(), ..HostileReply::ok(answer.to_string()) };
     }
-    let file = asked.path.strip_prefix("/api/download/").map(|name| fs::read(shared.depot.join(name)));
+    let file = request.path.strip_prefix("/api/download/").map(|name| fs::read(shared.depot.join(name)));
     match file {
-        Some(Ok(bytes)) => Told::ok(bytes),
-        _ => Told::status(404),
+        Some(Ok(bytes)) => HostileReply::ok(bytes),
+        _ => HostileReply::status(404),
     }
 }
 
-fn read(stream: &mut Stream) -> Option<Asked> {
+fn read(stream: &mut Stream) -> Option<HostileRequest> {
     let mut line = String::new();
     stream.read_line(&mut line).ok().filter(|amount| *amount > 0)?;
     let mut words = line.split_whitespace();
@@ -265,5 +265,5 @@ fn read(stream: &mut Stream) -> Option<Asked> {
     }
     let mut body = vec![0; headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0)];
     stream.read_exact(&mut body).ok()?;
-    Some(Asked { method, path, headers, body })
+    Some(HostileRequest { method, path, headers, body })
 }

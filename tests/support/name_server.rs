@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// The header of a message.
 const HEADER: usize = 12;
 
@@ -35,7 +35,7 @@ impl NameServer {
         let thread = thread::spawn(move || {
             move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).expect("we are root");
             let socket = UdpSocket::bind((address, 53)).expect("nobody else serves names there");
-            socket.set_read_timeout(Some(LOOK)).expect("a socket can have a time limit");
+            socket.set_read_timeout(Some(POLL_INTERVAL)).expect("a socket can have a time limit");
             let _ = ready.send(());
             serve(&socket, address, &slow, &stop);
         });

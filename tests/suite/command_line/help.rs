@@ -46,7 +46,7 @@ fn check(path: &[&str], checked: &mut Vec<String>) {
 }
 
 #[test]
-fn every_subcommand_explains_itself_in_80_columns() {
+fn every_subcommand_has_a_help_of_80_columns() {
     let mut checked = vec![];
     check(&[], &mut checked);
     for expected in [
@@ -84,7 +84,7 @@ fn every_subcommand_explains_itself_in_80_columns() {
 }
 
 #[test]
-fn the_help_shows_how_to_begin() {
+fn the_help_shows_the_first_commands() {
     for (path, words) in [
         (
             &["--help"][..],
@@ -107,7 +107,7 @@ fn the_help_shows_how_to_begin() {
 }
 
 #[test]
-fn wrong_usage_is_2_and_says_what_is_missing() {
+fn wrong_usage_exits_with_2_and_names_what_is_missing() {
     for (arguments, words) in [
         (&[][..], &["Usage: aops"][..]),
         (&["nonsense"], &["nonsense"]),
@@ -137,7 +137,7 @@ fn wrong_usage_is_2_and_says_what_is_missing() {
 }
 
 #[test]
-fn where_nothing_is_installed_every_verb_of_control_is_4() {
+fn without_an_installation_every_control_verb_exits_with_4() {
     let host = TestHost::new();
     for verb in [
         &["status"][..],
@@ -165,7 +165,7 @@ fn where_nothing_is_installed_every_verb_of_control_is_4() {
 }
 
 #[test]
-fn the_name_chooses_the_role_and_unknown_names_are_aops() {
+fn the_program_name_selects_the_role_and_unknown_names_are_aops() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let named = |name: &str, hard: bool| {
         let path = directory.path().join(name);

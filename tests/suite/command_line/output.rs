@@ -54,7 +54,7 @@ impl Drop for Silent {
 }
 
 #[test]
-fn output_that_cannot_be_written_ends_no_work_and_is_told_by_the_code_where_it_is_the_result() {
+fn unwritable_output_stops_no_work_and_a_lost_result_sets_the_exit_code() {
     let gateway = Gateway::stopped();
     let again = |arguments: &[&str]| {
         let mut command = Command::new(aops());

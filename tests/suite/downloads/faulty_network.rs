@@ -124,7 +124,7 @@ fn chosen(variable: &str, otherwise: u64) -> u64 {
 
 #[test]
 #[allow(clippy::print_stderr, reason = "the seed is shown with a failure, the figures by --nocapture")]
-fn downloads_end_complete_and_right_whatever_the_network_does() {
+fn downloads_over_a_faulty_network_are_complete_and_correct() {
     let count = chosen("AOPS_DOWNLOADS", 20) as usize;
     let seed = chosen("AOPS_DOWNLOADS_SEED", fastrand::u64(1..1_000_000));
     anstream::eprintln!("{count} downloads with the seed AOPS_DOWNLOADS_SEED={seed}");
@@ -176,7 +176,7 @@ fn downloads_end_complete_and_right_whatever_the_network_does() {
 }
 
 #[test]
-fn three_packages_are_fetched_at_the_same_time_and_no_more() {
+fn at_most_three_packages_are_downloaded_at_the_same_time() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     let (archive, _) = archive(gateway.path("").as_path(), 4 << 20);
@@ -195,7 +195,7 @@ fn three_packages_are_fetched_at_the_same_time_and_no_more() {
 }
 
 #[test]
-fn downloads_that_nobody_wants_any_more_make_way_at_once() {
+fn downloads_that_are_no_longer_ordered_are_cancelled_at_once() {
     let gateway = Gateway::with(&[], &[]);
     let (archive, _) = archive(gateway.path("").as_path(), 1 << 20);
     let names: Vec<String> = (0..ORDERED).map(|number| format!("noise-{number}")).collect();
@@ -219,7 +219,7 @@ fn downloads_that_nobody_wants_any_more_make_way_at_once() {
 }
 
 #[test]
-fn a_manager_that_is_killed_in_mid_download_fetches_only_the_rest_and_shows_how_far_it_is() {
+fn a_download_is_resumed_with_its_progress_after_the_manager_is_killed() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     gateway.want(&[]);
@@ -260,7 +260,7 @@ fn a_manager_that_is_killed_in_mid_download_fetches_only_the_rest_and_shows_how_
 type Plan = Box<dyn Fn(&Request, usize) -> Fault + Send>;
 
 /// A sub-agent that runs, and releases of it that the network does something to.
-struct Attacked {
+struct ManipulatedDownloads {
     gateway: Gateway,
     proxy: FaultProxy,
     host: TestHost,
@@ -269,8 +269,8 @@ struct Attacked {
     plan: Arc<Mutex<Plan>>,
 }
 
-impl Attacked {
-    fn start(settings: &str) -> Attacked {
+impl ManipulatedDownloads {
+    fn start(settings: &str) -> ManipulatedDownloads {
         let gateway = Gateway::with(&[&Package::sleeper("native", "1.0.0")], &[("native", "1.0.0", "")]);
         let plan: Arc<Mutex<Plan>> = Arc::new(Mutex::new(Box::new(|_, _| Fault::None)));
         let of_next = Arc::clone(&plan);
@@ -280,7 +280,7 @@ impl Attacked {
         });
         let host = joined_by(&proxy.url(), &gateway, settings);
         let pid = host.wait_for_agent("native");
-        Attacked { gateway, proxy, host, pid, plan }
+        ManipulatedDownloads { gateway, proxy, host, pid, plan }
     }
 
     /// Orders that version of it, with something done to its package; it is refused with these words, and what ran goes on.
@@ -310,8 +310,8 @@ impl Attacked {
 }
 
 #[test]
-fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_runs_goes_on() {
-    let attacked = Attacked::start("downloadStall = \"1s\"\ndownloadTimeout = \"6s\"");
+fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_continue() {
+    let attacked = ManipulatedDownloads::start("downloadStall = \"1s\"\ndownloadTimeout = \"6s\"");
     let instead = |head: &str, body: &[u8], endless| Fault::Instead {
         head: format!("HTTP/1.1 {head}\r\n\r\n"),
         body: body.to_vec(),
@@ -391,8 +391,8 @@ fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_ru
 }
 
 #[test]
-fn a_package_that_comes_damaged_is_fetched_once_more_and_then_held_back() {
-    let attacked = Attacked::start("");
+fn a_damaged_package_is_fetched_again_once_and_then_delayed() {
+    let attacked = ManipulatedDownloads::start("");
     let damaged = Arc::new(AtomicBool::new(true));
     let is_damaged = Arc::clone(&damaged);
     attacked.is_refused("2.0.0", &["tampered with"], move |request, _| {

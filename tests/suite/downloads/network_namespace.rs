@@ -63,7 +63,7 @@ fn runs(version: &'static str) -> impl Fn(&Value) -> bool {
 }
 
 #[test]
-fn a_partition_losses_and_slow_names_only_delay_a_download() {
+fn partitions_packet_loss_and_slow_name_servers_only_delay_a_download() {
     let container = Container::bare();
     container.shell(NETWORK).expect_code(0);
     let names = NameServer::start(&container.path("/run/netns/far"), GATEWAY);
@@ -142,7 +142,7 @@ const ONLY_BY_PROXY: &str = "table inet fault {
 }";
 
 #[test]
-fn a_proxy_that_the_installer_needed_is_every_channels_and_its_password_is_shown_nowhere() {
+fn the_installers_proxy_is_used_for_every_connection_and_its_password_is_never_shown() {
     let container = Container::bare();
     container.shell(NETWORK).expect_code(0);
     let proxy = ConnectProxy::start(&container.path("/run/netns/far"), (GATEWAY, 3128), "user:sesame");
@@ -173,7 +173,7 @@ fn a_proxy_that_the_installer_needed_is_every_channels_and_its_password_is_shown
     container.run(&["/opt/aops/control", "start"]).expect_code(0);
     wait_for_agents(&container, &["native"]);
     assert_eq!(status(&container)["gateway"]["connected"], true);
-    let asked = proxy.asked();
+    let asked = proxy.requests();
     assert!(asked.iter().all(|asked| asked == "10.9.0.1:8888" || asked == "407"), "{asked:?}");
 
     assert_eq!(done(&container, "stat -c %a /opt/aops/etc/conf.toml").stdout, "600\n");

@@ -24,7 +24,7 @@ const AGENTS: usize = 30;
 const WITH_CHILD: usize = 5;
 /// So many are never hit, and keep their process for the whole run.
 const SPARED: usize = 5;
-const LOOK: Duration = Duration::from_millis(80);
+const POLL_INTERVAL: Duration = Duration::from_millis(80);
 /// A stopped role is left so, for the other to take it for hung, if so much time is left.
 const FOR_A_HANG: Duration = Duration::from_secs(100);
 /// For all to be up again when the chaos is over: the longest back-off, of a role and then of a sub-agent.
@@ -118,7 +118,7 @@ impl Chaos {
         let seed = given("AOPS_CHAOS_SEED").unwrap_or_else(|| fastrand::u64(..));
         let lasts = given("AOPS_CHAOS_SECONDS").map_or(usual, Duration::from_secs);
         let supervised = place.supervised;
-        tell(&format!("AOPS_CHAOS_SEED={seed} AOPS_CHAOS_SECONDS={}", lasts.as_secs()));
+        print(&format!("AOPS_CHAOS_SEED={seed} AOPS_CHAOS_SECONDS={}", lasts.as_secs()));
         let mut chaos = Chaos {
             observer: Observer::new(place, &names()),
             rng: Rng::with_seed(seed),
@@ -130,7 +130,7 @@ impl Chaos {
             stopped: vec![],
             left_hung: None,
         };
-        chaos.look_until("everything to be up before the chaos begins", SOON, |observer| observer.all_up());
+        chaos.check_until("everything to be up before the chaos begins", SOON, |observer| observer.all_up());
         chaos
     }
 
@@ -139,7 +139,7 @@ impl Chaos {
         self.began = Instant::now();
         let (mut next, mut next_role) = (self.began, self.began + self.within(1000..3000));
         while self.began.elapsed() < self.lasts {
-            self.look();
+            self.check();
             let now = Instant::now();
             self.end_stops(now);
             if now >= next {
@@ -150,7 +150,7 @@ impl Chaos {
                 self.hit_a_role(now);
                 next_role = now + self.within(500..8000);
             }
-            std::thread::park_timeout(LOOK);
+            std::thread::park_timeout(POLL_INTERVAL);
         }
         for (body, ..) in std::mem::take(&mut self.stopped) {
             self.send(body, Signal::CONT, "calm");
@@ -158,7 +158,7 @@ impl Chaos {
         if let Some(body) = self.left_hung.take() {
             self.send(body, Signal::CONT, "calm");
         }
-        self.look_until("everything to be up when the chaos is over", CALM, Observer::all_up);
+        self.check_until("everything to be up when the chaos is over", CALM, Observer::all_up);
         for (name, body) in spared {
             assert_eq!(self.observer.agent(&name), body, "{name} was not hit");
         }
@@ -168,7 +168,7 @@ impl Chaos {
         let right = try_for(SOON, || (self.observer.marked() == expected).then_some(()));
         assert!(right.is_some(), "not these processes: {:?}\n{}", self.observer.marked(), self.story());
         let (agents, roles) = self.observer.deaths;
-        tell(&format!(
+        print(&format!(
             "deaths: {agents} of sub-agents, {roles} of roles; longest beyond its due: {:?}",
             self.observer.longest
         ));
@@ -248,27 +248,27 @@ impl Chaos {
         match kind {
             Signal::STOP => self.observer.freezes(body),
             Signal::CONT => self.observer.thaws(body),
-            _ => self.observer.hits(body),
+            _ => self.observer.expect_death(body),
         }
         self.done.push(format!("{:8.3} {kind:?} {whom} {pid}", self.began.elapsed().as_secs_f64()));
         signal(pid, kind);
     }
 
-    fn look(&mut self) {
-        if let Err(why) = self.observer.look() {
+    fn check(&mut self) {
+        if let Err(why) = self.observer.check() {
             panic!("{why}\n{}", self.story());
         }
     }
 
-    fn look_until(&mut self, what: &str, deadline: Duration, is_so: impl Fn(&Observer) -> bool) {
+    fn check_until(&mut self, what: &str, deadline: Duration, is_so: impl Fn(&Observer) -> bool) {
         let began = Instant::now();
         loop {
-            self.look();
+            self.check();
             if is_so(&self.observer) {
                 return;
             }
             assert!(began.elapsed() < deadline, "waited {deadline:?} in vain for {what}\n{}", self.story());
-            std::thread::park_timeout(LOOK);
+            std::thread::park_timeout(POLL_INTERVAL);
         }
     }
 
@@ -287,6 +287,6 @@ impl Chaos {
 }
 
 #[allow(clippy::print_stderr, reason = "the test program shows it with a failure, or when asked to")]
-fn tell(text: &str) {
+fn print(text: &str) {
     anstream::eprintln!("{text}");
 }

@@ -10,7 +10,7 @@ use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
 #[test]
-fn a_full_disk_is_told_and_what_runs_goes_on() {
+fn a_full_disk_is_reported_and_running_sub_agents_continue() {
     let container = Container::bare();
     let gateway = Inside::start(&container, fleet_of_two());
     done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=4m tmpfs /opt/aops");
@@ -76,7 +76,7 @@ fn a_full_disk_is_told_and_what_runs_goes_on() {
 }
 
 #[test]
-fn a_full_disk_while_a_release_is_staged_is_told_and_the_old_one_goes_on() {
+fn a_full_disk_during_staging_is_reported_and_the_old_release_continues() {
     let container = Container::bare();
     let gateway = Inside::start(&container, fleet_of_two());
     done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m tmpfs /opt/aops");
@@ -110,7 +110,7 @@ fn a_full_disk_while_a_release_is_staged_is_told_and_the_old_one_goes_on() {
 }
 
 #[test]
-fn a_read_only_home_is_told_and_what_runs_goes_on() {
+fn a_read_only_home_is_reported_and_running_sub_agents_continue() {
     let container = Container::bare();
     let _gateway = Inside::start(&container, fleet_of_two());
     let read_only = "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops";

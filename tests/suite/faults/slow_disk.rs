@@ -24,7 +24,7 @@ const WAITING: &str =
     "fsync,fdatasync,sync,syncfs,unlink,unlinkat,rmdir,link,linkat,sendfile,copy_file_range,flock,truncate,ftruncate";
 
 #[test]
-fn the_managers_loop_makes_no_call_that_waits_for_a_disk_or_a_lock() {
+fn the_managers_event_loop_makes_no_blocking_disk_or_lock_call() {
     let names: Vec<String> = (0..10).map(|number| format!("agent-{number}")).collect();
     let versions = ["1.0", "2.0", "3.0"];
     let packages: Vec<Package> =
@@ -60,7 +60,7 @@ fn the_managers_loop_makes_no_call_that_waits_for_a_disk_or_a_lock() {
 }
 
 #[test]
-fn a_disk_that_takes_twenty_seconds_for_each_sync_holds_up_nothing_but_what_is_written() {
+fn slow_syncs_delay_only_writes() {
     let packages =
         [Package::sleeper("changed", "1.0"), Package::sleeper("changed", "2.0"), Package::sleeper("untouched", "1.0")];
     let gateway = Gateway::with(&packages.each_ref(), &[("changed", "1.0", ""), ("untouched", "1.0", "")]);

@@ -41,7 +41,7 @@ fn pinned(gateway: &Gateway) -> Value {
 }
 
 #[test]
-fn a_renewed_certificate_is_served_and_hosts_follow_its_key_and_an_announced_one_and_no_other() {
+fn hosts_accept_a_renewed_certificate_with_the_same_or_an_announced_key_and_no_other() {
     let gateway = Gateway::with(&[], &[]);
     let (cert, trusted) = (gateway.path("tls/cert.pem"), gateway.path("keys/aops.pub").display().to_string());
     let first = KeyPair::from_pem(&fs::read_to_string(gateway.path("tls/key.pem")).expect("init made it"));

@@ -13,7 +13,7 @@ use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
 /// What a host that holds nothing is told.
-fn told(https: &Https) -> Value {
+fn first_answer(https: &Https) -> Value {
     let response = https.heartbeat(&json!({
         "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": "amd64",
         "manager": { "version": "1", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3 },
@@ -42,7 +42,7 @@ fn set_mode(path: &Path, mode: u32) {
 }
 
 #[test]
-fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_either() {
+fn a_failed_part_is_named_and_the_other_parts_run_also_at_start() {
     let mut gateway = Gateway::stopped();
     for version in ["1", "2"] {
         gateway.publish(&Package::sleeper("a", version));
@@ -50,7 +50,7 @@ fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_eith
     gateway.want(&[("a", "1", "")]);
     gateway.run();
     let https = Https::to(&gateway);
-    assert_eq!(told(&https)["agents"][0]["version"], "1");
+    assert_eq!(first_answer(&https)["agents"][0]["version"], "1");
     wait_for_problems(&gateway, &[]);
 
     // A key of another kind, and a private one that others can read.
@@ -63,7 +63,7 @@ fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_eith
     assert!(published.success() && published.stderr.contains("keys/id_rsa.pub is not used"), "{published}");
     gateway.want(&[("a", "2", ""), ("b", "1", "")]);
     let answer = wait_for("what was published and ordered since", SOON, || {
-        let answer = told(&https);
+        let answer = first_answer(&https);
         (answer["agents"].as_array()?.len() == 2).then_some(answer)
     });
     assert_eq!(answer["agents"][0]["version"], "2");
@@ -90,10 +90,10 @@ fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_eith
     }
     let log = fs::read_to_string(gateway.log()).expect("it logs");
     assert!(log.contains("id_rsa.pub") && log.contains("can be read by others"), "{log}");
-    let answer = told(&https);
+    let answer = first_answer(&https);
     assert!(answer["errorMessage"].to_string().contains("no package"), "{answer:#}");
     fs::rename(&away, &depot).expect("it is ours");
-    wait_for("the depot to be back", SOON, || (told(&https)["agents"].as_array()?.len() == 2).then_some(()));
+    wait_for("the depot to be back", SOON, || (first_answer(&https)["agents"].as_array()?.len() == 2).then_some(()));
 
     // All of it resolved, without a restart but for the lineage.
     fs::remove_file(gateway.path("keys/id_rsa.pub")).expect("it is ours");
@@ -103,7 +103,7 @@ fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_eith
 }
 
 #[test]
-fn a_fleet_file_is_applied_at_once_or_refused_with_nothing_changed() {
+fn a_fleet_file_is_applied_at_once_or_rejected_without_a_change() {
     let mut gateway = Gateway::stopped();
     for (name, version) in [("a", "1"), ("a", "2"), ("b", "1")] {
         gateway.publish(&Package::sleeper(name, version));
@@ -118,7 +118,7 @@ fn a_fleet_file_is_applied_at_once_or_refused_with_nothing_changed() {
     assert!(said.contains("in force when the gateway runs"), "{said}");
     gateway.run();
     let https = Https::to(&gateway);
-    assert_eq!(told(&https)["agents"][0]["version"], "1");
+    assert_eq!(first_answer(&https)["agents"][0]["version"], "1");
     // The gateway remembers a host from now on.
     let hosts = || gateway.status()["hosts"].as_array().map(Vec::len);
     wait_for("the host to be remembered", SOON, || (hosts() == Some(1)).then_some(()));
@@ -143,6 +143,6 @@ fn a_fleet_file_is_applied_at_once_or_refused_with_nothing_changed() {
     let mode = fs::metadata(gateway.path("fleet.toml")).expect("it is there").permissions().mode();
     assert_eq!(mode & 0o777, 0o640);
     // Nothing more is waited for.
-    let answer = told(&https);
+    let answer = first_answer(&https);
     assert_eq!((&answer["agents"][0]["version"], &answer["removalDelay"]), (&json!("2"), &json!(9)), "{answer:#}");
 }

@@ -72,7 +72,7 @@ fn assert_described(schema: &Value, message: &str, value: &Value) {
 }
 
 #[test]
-fn the_schema_describes_what_the_design_names() {
+fn the_schema_describes_every_field_of_the_design() {
     let schema = schema();
     let fields = |message: &str| -> Vec<String> {
         let properties = schema["$defs"][message]["properties"].as_object();
@@ -118,7 +118,7 @@ fn the_schema_describes_what_the_design_names() {
 }
 
 #[test]
-fn the_schema_takes_the_words_that_a_host_takes_and_no_others() {
+fn the_schema_accepts_the_same_values_as_a_host() {
     let answer = validator("Answer");
     let base = json!({
         "agentId": "5402", "lineage": "l", "generation": 7, "complete": true,
@@ -144,7 +144,7 @@ fn the_schema_takes_the_words_that_a_host_takes_and_no_others() {
 }
 
 #[test]
-fn what_our_gateway_answers_is_what_the_schema_describes() {
+fn our_gateways_answers_match_the_schema() {
     let mut gateway = Gateway::stopped();
     gateway.publish(&Package::sleeper("exporter", "1.5.0"));
     gateway.publish_self("0.1.0");
@@ -186,7 +186,7 @@ fn what_our_gateway_answers_is_what_the_schema_describes() {
 }
 
 #[test]
-fn a_gateway_that_somebody_else_wrote_runs_a_host() {
+fn a_third_party_gateway_can_run_a_host() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "hello", "1.0");
     let host = joined(&gateway);
@@ -209,13 +209,13 @@ fn a_gateway_that_somebody_else_wrote_runs_a_host() {
 
     // Every heartbeat so far is as the schema describes, and the sequence counts.
     let (schema, heartbeats) = (schema(), validator("Heartbeat"));
-    let heard = gateway.heard();
-    assert!(heard.len() >= 3);
-    for (index, one) in heard.iter().enumerate() {
+    let received = gateway.heartbeats();
+    assert!(received.len() >= 3);
+    for (index, one) in received.iter().enumerate() {
         assert_valid(&heartbeats, &one.body);
         assert_described(&schema, "Heartbeat", &one.body);
         assert_eq!(one.body["sequence"], index as u64 + 1);
-        assert_eq!(one.body["instanceId"], heard[0].body["instanceId"]);
+        assert_eq!(one.body["instanceId"], received[0].body["instanceId"]);
     }
 
     // Events are told until they are acknowledged, and then no more.
@@ -270,7 +270,7 @@ fn a_gateway_that_somebody_else_wrote_runs_a_host() {
 }
 
 #[test]
-fn a_package_that_somebody_else_packed_installs_without_a_gateway() {
+fn a_third_party_package_can_be_installed_offline() {
     let gateway = ThirdParty::start();
     let program = fs::read(aops()).expect("the program under test");
     let (file, package) = gateway.publish("aops-spm", "2.0", &[("bin/aops", 0o755, &program)]);
@@ -301,7 +301,7 @@ fn a_package_that_somebody_else_packed_installs_without_a_gateway() {
 }
 
 #[test]
-fn an_answer_that_makes_no_sense_is_refused_and_nothing_breaks() {
+fn invalid_answers_are_rejected_and_change_nothing() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "a", "1");
     let host = joined(&gateway);
@@ -351,7 +351,7 @@ fn an_answer_that_makes_no_sense_is_refused_and_nothing_breaks() {
 }
 
 #[test]
-fn an_order_that_does_not_fit_is_refused_alone_and_told() {
+fn an_invalid_order_is_rejected_alone_and_reported() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "a", "1");
     publish_sleeper(&gateway, "b", "1");
@@ -431,7 +431,7 @@ fn an_order_that_does_not_fit_is_refused_alone_and_told() {
 }
 
 #[test]
-fn what_a_complete_list_omits_waits_before_it_is_removed() {
+fn a_sub_agent_omitted_from_a_complete_list_is_removed_after_a_delay() {
     let packages = ["a", "b", "c"].map(|name| Package::sleeper(name, "1"));
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
@@ -470,7 +470,7 @@ fn what_a_complete_list_omits_waits_before_it_is_removed() {
 }
 
 #[test]
-fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() {
+fn only_a_newer_desired_state_is_accepted_and_it_removes_only_named_sub_agents() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "a", "1");
     publish_sleeper(&gateway, "b", "1");
@@ -535,7 +535,7 @@ fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() 
 }
 
 #[test]
-fn a_gateway_that_is_too_busy_is_left_alone_for_as_long_as_it_says() {
+fn a_busy_gateway_is_not_contacted_before_its_retry_after() {
     let gateway = ThirdParty::start();
     let host = joined(&gateway);
     gateway.answer(json!({ "interval": 1 }));
@@ -546,13 +546,14 @@ fn a_gateway_that_is_too_busy_is_left_alone_for_as_long_as_it_says() {
     });
     // What was answered so last, and the next one after it.
     gateway.answer(json!({ "interval": 1 }));
-    let refused = gateway.heard().len();
-    let heard = wait_for("the next heartbeat", SOON, || Some(gateway.heard()).filter(|heard| heard.len() > refused));
-    let pause = heard[refused].at - heard[refused - 1].at;
+    let refused = gateway.heartbeats().len();
+    let received =
+        wait_for("the next heartbeat", SOON, || Some(gateway.heartbeats()).filter(|received| received.len() > refused));
+    let pause = received[refused].at - received[refused - 1].at;
     assert!(pause >= Duration::from_secs(5), "{pause:?}");
     assert!(pause < Duration::from_secs(15), "{pause:?}");
     // Then it is as before.
-    wait_for("the interval of before", SOON, || Some(()).filter(|()| gateway.heard().len() > refused + 2));
-    let heard = gateway.heard();
-    assert!(heard[refused + 2].at - heard[refused].at < Duration::from_secs(5));
+    wait_for("the interval of before", SOON, || Some(()).filter(|()| gateway.heartbeats().len() > refused + 2));
+    let received = gateway.heartbeats();
+    assert!(received[refused + 2].at - received[refused].at < Duration::from_secs(5));
 }

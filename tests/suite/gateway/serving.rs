@@ -24,7 +24,7 @@ fn heartbeat(id: &str, hostname: &str, (os, arch): (&str, &str), held: &Value) -
 }
 
 /// What a host that holds nothing is told.
-fn told(https: &Https) -> Value {
+fn first_answer(https: &Https) -> Value {
     let response = https.heartbeat(&heartbeat("5402", "web-1", ("linux", "amd64"), &Value::Null));
     assert_eq!(response.status, 200, "{response:?}");
     response.json()
@@ -40,7 +40,7 @@ fn agents(answer: &Value) -> Vec<String> {
 }
 
 #[test]
-fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_arrives() {
+fn an_invalid_fleet_file_changes_nothing_and_is_reported_until_it_is_fixed() {
     let mut gateway = Gateway::stopped();
     for (name, version) in [("a", "1"), ("b", "1"), ("c", "1"), ("c", "2")] {
         gateway.publish(&Package::sleeper(name, version));
@@ -50,7 +50,7 @@ fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_a
     gateway.fleet(&fleet("1"));
     gateway.run();
     let https = Https::to(&gateway);
-    let good = told(&https);
+    let good = first_answer(&https);
     assert_eq!(agents(&good), ["a 1", "b 1", "c 1"]);
 
     for (bad, reason) in [
@@ -70,7 +70,7 @@ fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_a
             let standing = https.get("/healthz").json();
             standing["fleet"]["lastError"].as_str().is_some_and(|error| error.contains(reason)).then_some(())
         });
-        assert_eq!(told(&https), good, "{bad}");
+        assert_eq!(first_answer(&https), good, "{bad}");
         let status = gateway.status();
         assert!(
             status["gateway"]["fleet"]["lastError"].as_str().is_some_and(|error| error.contains(reason)),
@@ -86,16 +86,16 @@ fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_a
         let error = https.get("/healthz").json()["fleet"]["lastError"].clone();
         error.as_str().is_some_and(|error| error.contains("there is no file")).then_some(())
     });
-    assert_eq!(told(&https), good);
+    assert_eq!(first_answer(&https), good);
 
     // Restarted beside a wrong file, it says what it said before.
     gateway.fleet("[[");
     assert_eq!(gateway.terminate(), 0);
     gateway.run();
-    assert_eq!(told(&https), good);
+    assert_eq!(first_answer(&https), good);
 
     gateway.fleet(&fleet("2"));
-    let new = wait_for("the mended file", SOON, || Some(told(&https)).filter(|answer| answer != &good));
+    let new = wait_for("the mended file", SOON, || Some(first_answer(&https)).filter(|answer| answer != &good));
     assert_eq!(agents(&new), ["a 1", "b 1", "c 2"]);
     assert!(new["generation"].as_u64() > good["generation"].as_u64());
     assert_eq!(new["lineage"], good["lineage"]);
@@ -103,12 +103,12 @@ fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_a
 
     // What is meant can be said.
     gateway.fleet("allowRemoval = true\n[agents.c]\nversion = \"2\"\n");
-    let fewer = wait_for("the smaller fleet", SOON, || Some(told(&https)).filter(|answer| answer != &new));
+    let fewer = wait_for("the smaller fleet", SOON, || Some(first_answer(&https)).filter(|answer| answer != &new));
     assert_eq!((agents(&fewer), &fewer["complete"]), (vec!["c 2".to_owned()], &json!(true)));
 }
 
 #[test]
-fn a_fleet_file_that_is_being_written_is_not_read() {
+fn a_fleet_file_is_not_read_while_it_is_written() {
     let mut gateway = Gateway::stopped();
     let names = ["a", "b", "c", "d", "e", "f"];
     names.iter().for_each(|name| gateway.publish(&Package::sleeper(name, "1")));
@@ -117,7 +117,7 @@ fn a_fleet_file_that_is_being_written_is_not_read() {
     gateway.fleet(&fleet(&names[..1]));
     gateway.run();
     let https = Https::to(&gateway);
-    let before = told(&https);
+    let before = first_answer(&https);
     assert_eq!(agents(&before), ["a 1"]);
     // An editor that writes in place, and slowly: at every moment the file is well formed, and fit to be taken.
     let path = gateway.path("fleet.toml");
@@ -132,7 +132,7 @@ fn a_fleet_file_that_is_being_written_is_not_read() {
     });
     let mut seen = BTreeSet::new();
     let after = wait_for("the whole file", SOON, || {
-        let answer = told(&https);
+        let answer = first_answer(&https);
         seen.insert(agents(&answer).len());
         (agents(&answer).len() == names.len()).then_some(answer)
     });
@@ -142,7 +142,7 @@ fn a_fleet_file_that_is_being_written_is_not_read() {
 }
 
 #[test]
-fn a_restarted_gateway_goes_on_counting_and_a_rebuilt_one_is_taken_over() {
+fn hosts_follow_a_restarted_and_a_rebuilt_gateway() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("0.1.0");
     gateway.publish(&Package::sleeper("a", "1"));
@@ -180,7 +180,7 @@ fn a_restarted_gateway_goes_on_counting_and_a_rebuilt_one_is_taken_over() {
 }
 
 #[test]
-fn each_host_is_told_what_the_rules_that_match_it_say() {
+fn each_host_receives_the_orders_of_its_matching_rules() {
     let mut gateway = Gateway::stopped();
     for version in ["1", "2", "3", "4"] {
         gateway.publish(&Package::sleeper("a", version));
@@ -237,7 +237,7 @@ fn each_host_is_told_what_the_rules_that_match_it_say() {
 }
 
 #[test]
-fn downloads_follow_the_rules_of_ranges_and_only_what_is_on_offer_is_served() {
+fn downloads_support_http_ranges_and_only_published_files_are_served() {
     let mut gateway = Gateway::stopped();
     let noise: Vec<u8> = (0..200_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     gateway.publish(&Package::sleeper("a", "1").with_file("noise", &noise, 0o644));
@@ -319,7 +319,7 @@ fn downloads_follow_the_rules_of_ranges_and_only_what_is_on_offer_is_served() {
 }
 
 #[test]
-fn two_hundred_hosts_at_once_are_all_answered_and_shown() {
+fn two_hundred_concurrent_hosts_are_answered_and_listed() {
     const HOSTS: usize = 200;
     const AT_ONCE: usize = 40;
     let mut gateway = Gateway::stopped();
@@ -360,7 +360,7 @@ fn two_hundred_hosts_at_once_are_all_answered_and_shown() {
 }
 
 #[test]
-fn what_is_there_is_kept_and_what_is_published_never_changes() {
+fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let gateway = Gateway::stopped();
     gateway.fleet("heartbeatInterval = \"7s\"\n");
     let kept = ["keys/aops.pub", "keys/aops.key", "tls/cert.pem", "tls/key.pem", "fleet.toml"];
@@ -399,7 +399,7 @@ fn what_is_there_is_kept_and_what_is_published_never_changes() {
 }
 
 #[test]
-fn a_gateway_ends_when_it_is_asked_to_and_a_second_one_is_refused() {
+fn a_gateway_exits_on_a_signal_and_a_second_one_is_rejected() {
     let mut gateway = Gateway::start();
     let second = gateway.command(&["run"], &["--listen", "127.0.0.1:0"]).expect_code(1);
     assert!(second.stderr.contains("one is running already"), "{second}");

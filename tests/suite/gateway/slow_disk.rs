@@ -16,7 +16,7 @@ const SYNC: u32 = 60;
 const QUICK: Duration = Duration::from_secs(SYNC as u64 / 2);
 
 /// What a host that holds what `held` told it is told.
-fn told(https: &Https, held: &Value) -> Value {
+fn answer_to(https: &Https, held: &Value) -> Value {
     let asked = Instant::now();
     let response = https.heartbeat(&json!({
         "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": "amd64",
@@ -29,7 +29,7 @@ fn told(https: &Https, held: &Value) -> Value {
 }
 
 #[test]
-fn a_slow_sync_delays_neither_heartbeats_nor_a_changed_fleet_file_and_a_crash_meanwhile_leads_nobody_back() {
+fn slow_syncs_do_not_delay_heartbeats_and_a_crash_does_not_reuse_a_generation() {
     let mut gateway = Gateway::stopped();
     for version in ["1", "2", "3"] {
         gateway.publish(&Package::sleeper("a", version));
@@ -38,19 +38,19 @@ fn a_slow_sync_delays_neither_heartbeats_nor_a_changed_fleet_file_and_a_crash_me
     // It has begun its lineage, and kept its first fleet file.
     gateway.run();
     let https = Https::to(&gateway);
-    let first = told(&https, &Value::Null);
+    let first = answer_to(&https, &Value::Null);
     assert_eq!(gateway.terminate(), 0);
 
     let started = Instant::now();
     gateway.run_with_slow_syncs(SYNC);
     assert!(started.elapsed() < QUICK, "it served after {:?}", started.elapsed());
-    let mut held = told(&https, &first);
+    let mut held = answer_to(&https, &first);
     assert_eq!((&held["agents"], &held["generation"]), (&Value::Null, &first["generation"]));
     // The second one while the first is still being written.
     for version in ["2", "3"] {
         gateway.want(&[("a", version, "")]);
         held = wait_for(&format!("the fleet file with version {version}"), QUICK, || {
-            let answer = told(&https, &held);
+            let answer = answer_to(&https, &held);
             (answer["agents"][0]["version"] == version).then_some(answer)
         });
     }
@@ -63,7 +63,7 @@ fn a_slow_sync_delays_neither_heartbeats_nor_a_changed_fleet_file_and_a_crash_me
     gateway.stop();
     gateway.fleet("[agents.a\n");
     gateway.run();
-    let back = told(&https, &held);
+    let back = answer_to(&https, &held);
     assert_eq!(back["agents"][0]["version"], "1", "{back:#}");
     assert_eq!(back["lineage"], held["lineage"]);
     assert!(back["generation"].as_u64() > held["generation"].as_u64(), "{held:#} {back:#}");

@@ -25,7 +25,7 @@ fn roles(container: &Container) -> (usize, usize) {
 }
 
 #[test]
-fn a_home_behind_a_link_is_one_home_by_every_name() {
+fn a_home_behind_a_link_is_one_home_by_every_path() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     done(&container, "rmdir /opt && mkdir -p /data/opt && ln -s /data/opt /opt");
@@ -61,7 +61,7 @@ fn a_home_behind_a_link_is_one_home_by_every_name() {
 }
 
 #[test]
-fn units_that_are_called_by_another_spelling_of_the_home_are_replaced() {
+fn units_named_after_another_spelling_of_the_home_are_replaced() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();

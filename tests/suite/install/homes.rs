@@ -72,7 +72,7 @@ fn pids(status: &Value) -> Vec<u32> {
 }
 
 #[test]
-fn a_package_at_hand_is_installed_offline_and_only_when_it_is_what_is_wanted() {
+fn a_local_package_is_installed_offline_if_it_matches_the_request() {
     let mut gateway = gateway();
     gateway.stop();
     let host = TestHost::new();
@@ -105,7 +105,7 @@ fn a_package_at_hand_is_installed_offline_and_only_when_it_is_what_is_wanted() {
 }
 
 #[test]
-fn a_pin_is_as_good_as_an_authority_and_stays_in_force() {
+fn a_certificate_pin_replaces_a_ca_and_stays_in_force() {
     let gateway = gateway();
     let host = TestHost::new();
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -129,7 +129,7 @@ fn a_pin_is_as_good_as_an_authority_and_stays_in_force() {
 }
 
 #[test]
-fn renewing_keeps_the_keys_pins_epochs_and_settings_and_fresh_keeps_none() {
+fn reinstalling_keeps_keys_pins_epochs_and_settings_and_fresh_keeps_none() {
     let gateway = gateway();
     let host = TestHost::new();
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -192,7 +192,7 @@ fn renewing_keeps_the_keys_pins_epochs_and_settings_and_fresh_keeps_none() {
 }
 
 #[test]
-fn homes_in_odd_places_work_whole_and_do_not_disturb_each_other() {
+fn homes_in_unusual_paths_work_and_are_independent() {
     let gateway = gateway();
     let host = TestHost::new();
     let trust = gateway.trust();
@@ -231,7 +231,7 @@ fn homes_in_odd_places_work_whole_and_do_not_disturb_each_other() {
 }
 
 #[test]
-fn an_old_installation_with_a_daemon_of_its_own_gives_way_with_its_id_and_settings() {
+fn an_old_installation_with_a_daemon_is_replaced_and_its_id_and_settings_are_kept() {
     let gateway = gateway();
     let host = TestHost::new();
     let home = host.home();

@@ -16,7 +16,7 @@ const AGENT_ID: &str = "5402204854438";
 const VERSION: &str = "c57f6a1d";
 
 #[test]
-fn a_host_joins_runs_both_kinds_of_sub_agents_and_leaves_without_a_trace() {
+fn a_host_joins_runs_both_kinds_of_sub_agents_and_is_uninstalled_without_leftovers() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     gateway.publish(&Package::sleeper("native", "1.0"));
@@ -50,7 +50,7 @@ fn a_host_joins_runs_both_kinds_of_sub_agents_and_leaves_without_a_trace() {
 }
 
 #[test]
-fn the_old_command_installs_with_systemd_and_an_uninstallation_leaves_nothing() {
+fn the_old_command_installs_with_systemd_and_uninstalling_leaves_nothing() {
     let container = Container::systemd();
     let (before, _gateway) = join_by_the_old_command(&container);
     for unit in ["aops-spm", "aops-spa"] {
@@ -64,7 +64,7 @@ fn the_old_command_installs_with_systemd_and_an_uninstallation_leaves_nothing() 
 }
 
 #[test]
-fn the_old_command_installs_without_a_service_manager_and_an_uninstallation_leaves_nothing() {
+fn the_old_command_installs_without_a_service_manager_and_uninstalling_leaves_nothing() {
     let container = Container::bare();
     let (before, _gateway) = join_by_the_old_command(&container);
     leave(&container, &before);

@@ -32,23 +32,23 @@ fn gateway() -> Gateway {
 }
 
 /// A host that runs, as it was when this was made.
-struct Standing {
+struct RunningHost {
     host: TestHost,
     files: Files,
     pids: [u32; 3],
 }
 
-impl Standing {
-    fn of(host: TestHost) -> Standing {
+impl RunningHost {
+    fn of(host: TestHost) -> RunningHost {
         host.wait_for_agent("native");
         let status = host.wait_for_status("everything to be as wanted", SOON, runs);
         let files = snapshot(&host.home(), LIVING);
         let pids = pids(&status);
-        Standing { host, files, pids }
+        RunningHost { host, files, pids }
     }
 
-    fn joined(gateway: &Gateway) -> Standing {
-        Standing::of(TestHost::joined(gateway))
+    fn joined(gateway: &Gateway) -> RunningHost {
+        RunningHost::of(TestHost::joined(gateway))
     }
 
     /// Nothing on disk is changed, and the same processes run.
@@ -121,7 +121,7 @@ fn arch() -> &'static str {
 }
 
 #[test]
-fn a_certificate_that_nobody_vouches_for_is_refused() {
+fn an_untrusted_certificate_is_rejected() {
     let gateway = gateway();
     let host = TestHost::new();
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -140,7 +140,7 @@ fn a_certificate_that_nobody_vouches_for_is_refused() {
 }
 
 #[test]
-fn another_certificate_than_that_of_the_first_contact_is_refused() {
+fn a_certificate_that_differs_from_the_first_contact_is_rejected() {
     let mut gateway = gateway();
     let host = TestHost::new();
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -150,7 +150,7 @@ fn another_certificate_than_that_of_the_first_contact_is_refused() {
         host.install(&[&common[..], more].concat())
     };
     install(&[]).expect_code(0);
-    let standing = Standing::of(host);
+    let standing = RunningHost::of(host);
     gateway.stop();
     renew(&gateway, "tls");
     gateway.run();
@@ -187,7 +187,7 @@ fn another_certificate_than_that_of_the_first_contact_is_refused() {
 }
 
 #[test]
-fn a_manager_signed_by_an_untrusted_key_is_refused() {
+fn a_manager_signed_by_an_untrusted_key_is_rejected() {
     let mut gateway = gateway();
     let host = TestHost::new();
     let other = Gateway::stopped();
@@ -199,7 +199,7 @@ fn a_manager_signed_by_an_untrusted_key_is_refused() {
     assert_refused(&host.install(&common), 1, &["no key", "--trusted-key"]);
     assert_empty(&host);
 
-    let standing = Standing::joined(&gateway);
+    let standing = RunningHost::joined(&gateway);
     gateway.stop();
     renew(&gateway, "keys");
     gateway.publish_self("2.0.0");
@@ -211,9 +211,9 @@ fn a_manager_signed_by_an_untrusted_key_is_refused() {
 }
 
 #[test]
-fn a_tampered_manager_is_refused() {
+fn a_tampered_manager_is_rejected() {
     let gateway = gateway();
-    let standing = Standing::joined(&gateway);
+    let standing = RunningHost::joined(&gateway);
     tamper(&package(&gateway, "aops-spm-1.0.0"));
     assert_refused(&standing.host.install(&[]), 1, &["tampered with"]);
     standing.assert_untouched();
@@ -224,12 +224,12 @@ fn a_tampered_manager_is_refused() {
 }
 
 #[test]
-fn a_missing_version_is_refused() {
+fn a_missing_version_is_rejected() {
     let gateway = gateway();
     let host = TestHost::new();
     assert_refused(&host.join(&gateway, &["--version", "9.9.9"]), 1, &["no package", "9.9.9", "publish", "--version"]);
     assert_empty(&host);
-    let standing = Standing::joined(&gateway);
+    let standing = RunningHost::joined(&gateway);
     assert_refused(&standing.host.install(&["--version", "9.9.9"]), 1, &["no package", "9.9.9", "--version"]);
     standing.assert_untouched();
 
@@ -239,9 +239,9 @@ fn a_missing_version_is_refused() {
 }
 
 #[test]
-fn settings_that_cannot_be_kept_are_refused_and_a_running_manager_goes_on_with_the_last_good_ones() {
+fn invalid_settings_are_rejected_and_a_running_manager_keeps_the_last_good_ones() {
     let gateway = gateway();
-    let mut standing = Standing::joined(&gateway);
+    let mut standing = RunningHost::joined(&gateway);
     let config = standing.host.home().join("etc/conf.toml");
     let good = fs::read_to_string(&config).expect("it is there");
     let broken = [
@@ -278,7 +278,7 @@ fn settings_that_cannot_be_kept_are_refused_and_a_running_manager_goes_on_with_t
 }
 
 #[test]
-fn what_the_command_line_lacks_is_wrong_usage() {
+fn missing_arguments_are_wrong_usage() {
     let host = TestHost::new();
     let id = ["--agent-id", "1"];
     assert_refused(&host.install(&["--endpoint", "https://127.0.0.1:1"]), 2, &["--agent-id", "--help"]);
@@ -321,7 +321,7 @@ impl Stalling {
 }
 
 #[test]
-fn a_second_installation_at_the_same_time_is_refused_and_one_that_was_killed_can_be_repeated() {
+fn a_concurrent_installation_is_rejected_and_a_killed_one_can_be_repeated() {
     let gateway = gateway();
     let stalling = Stalling::start();
     let host = TestHost::new();
@@ -345,7 +345,7 @@ fn a_second_installation_at_the_same_time_is_refused_and_one_that_was_killed_can
     drop(connection);
     // What it left does not keep the next one from its work.
     host.join(&gateway, &[]).expect_code(0);
-    let standing = Standing::of(host);
+    let standing = RunningHost::of(host);
 
     let (mut first, connection) = start(&standing.host);
     assert_refused(&standing.host.install(&[]), 1, &["another installation is at work"]);
@@ -382,7 +382,7 @@ fn installation(host: &TestHost, gateway: &Gateway, more: &[&str]) -> Command {
 const STEPS: [&str; 4] = ["downloading", "downloaded 50%", "putting version", "starting"];
 
 #[test]
-fn an_installation_killed_at_any_step_can_be_repeated_and_leaves_nothing_when_it_is_removed() {
+fn an_installation_killed_at_any_step_can_be_repeated_and_uninstalled() {
     let gateway = gateway();
     let host = TestHost::new();
     for step in STEPS {
@@ -401,7 +401,7 @@ fn an_installation_killed_at_any_step_can_be_repeated_and_leaves_nothing_when_it
 }
 
 #[test]
-fn an_installation_over_a_running_one_killed_at_any_step_can_be_repeated() {
+fn a_reinstallation_killed_at_any_step_can_be_repeated() {
     let gateway = gateway();
     let host = TestHost::new();
     command::run(&mut installation(&host, &gateway, &[]), LIMIT).expect_code(0);
@@ -434,7 +434,7 @@ pub(crate) fn event(status: &Value, kind: &str, name: &str) -> Option<Value> {
 #[test]
 fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
     let gateway = gateway();
-    let standing = Standing::joined(&gateway);
+    let standing = RunningHost::joined(&gateway);
     let fleet = |version: &str| {
         gateway.fleet(&format!("heartbeatInterval = \"1s\"\nagents.native.version = {version:?}\n"));
     };

@@ -48,7 +48,7 @@ fn assert_active_and_enabled(container: &Container, unit: &str, main_pid: &Value
 }
 
 #[test]
-fn the_command_that_the_platform_prints_installs_and_uninstall_leaves_nothing() {
+fn the_platforms_command_installs_and_uninstalling_leaves_nothing() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
@@ -82,7 +82,7 @@ fn the_command_that_the_platform_prints_installs_and_uninstall_leaves_nothing() 
 }
 
 #[test]
-fn a_repeated_installation_keeps_the_sub_agents_and_a_newer_version_shows() {
+fn reinstalling_keeps_the_sub_agents_and_shows_a_newer_version() {
     let container = Container::systemd();
     let gateway = Inside::start(&container, fleet_of_two());
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
@@ -127,7 +127,7 @@ fn a_repeated_installation_keeps_the_sub_agents_and_a_newer_version_shows() {
 }
 
 #[test]
-fn uninstall_removes_what_died_and_what_somebody_took_away_by_hand() {
+fn uninstalling_works_with_dead_roles_and_manually_removed_units() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
@@ -152,7 +152,7 @@ fn uninstall_removes_what_died_and_what_somebody_took_away_by_hand() {
 }
 
 #[test]
-fn two_homes_have_units_of_their_own_and_do_not_disturb_each_other() {
+fn two_homes_have_separate_units_and_are_independent() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
@@ -199,7 +199,7 @@ fn two_homes_have_units_of_their_own_and_do_not_disturb_each_other() {
 }
 
 #[test]
-fn hci_and_scp_take_no_service_manager_even_where_there_is_one() {
+fn hci_and_scp_are_not_registered_with_a_service_manager() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
@@ -227,7 +227,7 @@ fn hci_and_scp_take_no_service_manager_even_where_there_is_one() {
 }
 
 #[test]
-fn a_link_to_the_command_is_a_convenience() {
+fn the_link_to_the_command_is_optional() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let read_only = "mount --bind /usr/local /usr/local && mount -o remount,bind,ro /usr/local";
@@ -253,7 +253,7 @@ fn a_link_to_the_command_is_a_convenience() {
 }
 
 #[test]
-fn what_cannot_be_done_is_found_out_before_anything_is_stopped() {
+fn impossible_installations_fail_before_anything_is_stopped() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     // An old installation in the lower layer of an overlay, of which no directory can be moved.
@@ -312,7 +312,7 @@ fn what_cannot_be_done_is_found_out_before_anything_is_stopped() {
 }
 
 #[test]
-fn what_a_deployment_agent_started_for_others_outlives_a_stop_of_the_unit_and_an_uninstall() {
+fn programs_started_by_a_deployment_agent_outlive_a_unit_stop_and_an_uninstall() {
     let container = Container::systemd();
     let gateway = Gateway::stopped();
     gateway.publish_self("c57f6a1d");

@@ -40,7 +40,7 @@ fn assert_left(container: &Container, roles: &[String; 2]) {
 }
 
 #[test]
-fn roles_outlive_whatever_started_them() {
+fn roles_outlive_the_unit_or_program_that_started_them() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     done(&container, &format!("cp {DIRECTORY}/depot/aops-agent-service-linux-amd64 {BOOTSTRAP}"));

@@ -12,7 +12,7 @@ use crate::support::wait::wait_for;
 const RESTARTED: Duration = Duration::from_secs(120);
 
 #[test]
-fn a_role_above_its_limit_is_restarted_in_order_and_says_why() {
+fn a_role_above_its_memory_limit_is_restarted_and_the_reason_is_reported() {
     let gateway = Gateway::with(&[&Package::sleeper("native", "1.0")], &[("native", "1.0", "")]);
     let begin = |id: &str, setting: &str| {
         let host = TestHost::new();

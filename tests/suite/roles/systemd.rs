@@ -19,7 +19,7 @@ const BACK: Duration = Duration::from_secs(60);
 const NAMES: [&str; 2] = ["native", "classic"];
 
 #[test]
-fn a_restart_or_a_death_leaves_the_sub_agents_and_a_stop_of_the_unit_does_not() {
+fn sub_agents_survive_a_restart_and_a_crash_but_not_a_stop_of_the_unit() {
     let container = joined();
     let before = up(&container);
 
@@ -64,7 +64,7 @@ fn a_restart_or_a_death_leaves_the_sub_agents_and_a_stop_of_the_unit_does_not() 
 }
 
 #[test]
-fn a_stop_in_the_pause_before_an_automatic_restart_is_a_stop() {
+fn a_stop_before_an_automatic_restart_is_honoured() {
     let container = joined();
     container.write("/etc/systemd/system/aops-spm.service.d/pause.conf", "[Service]\nRestartSec=6\n", 0o644);
     container.shell("systemctl daemon-reload").expect_success();
@@ -89,7 +89,7 @@ fn a_stop_in_the_pause_before_an_automatic_restart_is_a_stop() {
 }
 
 #[test]
-fn the_watchdogs_unit_may_be_stopped_and_a_masked_unit_is_left_alone() {
+fn a_stopped_watchdog_unit_and_a_masked_unit_are_not_started() {
     let container = joined();
     let before = up(&container);
     container.shell("systemctl stop aops-spa").expect_success();
@@ -129,7 +129,7 @@ fn the_watchdogs_unit_may_be_stopped_and_a_masked_unit_is_left_alone() {
 }
 
 #[test]
-fn a_role_that_the_other_had_to_start_gives_way_to_the_service_managers() {
+fn a_role_started_by_the_other_yields_to_the_service_managers() {
     let container = joined();
     let before = up(&container);
     for (role, other) in [("spm", "spa"), ("spa", "spm")] {
@@ -164,7 +164,7 @@ fn a_role_that_the_other_had_to_start_gives_way_to_the_service_managers() {
 }
 
 #[test]
-fn a_boot_brings_everything_back_whatever_was_before() {
+fn a_boot_starts_everything_whatever_the_previous_state() {
     let mut container = joined_with(false);
     let first = up(&container);
     container.reboot();
@@ -189,7 +189,7 @@ fn a_boot_brings_everything_back_whatever_was_before() {
 }
 
 #[test]
-fn a_stop_is_possible_whatever_is_left_to_help() {
+fn a_stop_works_with_hung_and_dead_roles() {
     let container = joined();
     let signal = |name: &str, unit: &str| {
         container.shell(&format!("kill -{name} $(systemctl show --property=MainPID --value {unit})")).expect_success();

@@ -39,7 +39,7 @@ fn gateway() -> Gateway {
 }
 
 #[test]
-fn a_killed_manager_is_revived_and_adopts_every_sub_agent() {
+fn a_killed_manager_is_restarted_and_adopts_every_sub_agent() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -84,7 +84,7 @@ fn a_killed_manager_is_revived_and_adopts_every_sub_agent() {
 }
 
 #[test]
-fn a_killed_watchdog_is_revived() {
+fn a_killed_watchdog_is_restarted() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -106,7 +106,7 @@ fn a_killed_watchdog_is_revived() {
 }
 
 #[test]
-fn after_the_death_of_both_a_start_adopts_and_doubles_nobody() {
+fn a_start_after_both_roles_died_adopts_every_sub_agent_once() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -128,7 +128,7 @@ fn after_the_death_of_both_a_start_adopts_and_doubles_nobody() {
 }
 
 #[test]
-fn a_signal_to_end_or_a_restart_renews_the_roles_and_leaves_the_sub_agents() {
+fn a_stop_signal_or_restart_replaces_the_roles_and_keeps_the_sub_agents() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -163,7 +163,7 @@ fn a_signal_to_end_or_a_restart_renews_the_roles_and_leaves_the_sub_agents() {
 }
 
 #[test]
-fn a_hung_role_is_killed_and_revived_by_the_other() {
+fn a_hung_role_is_killed_and_restarted_by_the_other() {
     let gateway = gateway();
     let hosts = ["spm", "spa"].map(|role| {
         let host = TestHost::joined(&gateway);
@@ -184,7 +184,7 @@ fn a_hung_role_is_killed_and_revived_by_the_other() {
 }
 
 #[test]
-fn a_standstill_of_both_kills_neither() {
+fn a_simultaneous_pause_of_both_roles_kills_neither() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -208,7 +208,7 @@ fn a_standstill_of_both_kills_neither() {
 }
 
 #[test]
-fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
+fn a_repeatedly_killed_watchdog_is_restarted_with_back_off() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     up(&host);
@@ -234,7 +234,7 @@ fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
 }
 
 #[test]
-fn a_first_death_of_the_manager_is_never_taken_for_two() {
+fn one_death_of_the_manager_is_counted_once() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let mut pauses = vec![];
@@ -259,7 +259,7 @@ fn a_first_death_of_the_manager_is_never_taken_for_two() {
 }
 
 #[test]
-fn a_manager_that_hangs_before_it_opens_its_door_is_killed_too() {
+fn a_manager_that_hangs_before_it_opens_its_control_socket_is_killed() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -282,7 +282,7 @@ fn a_manager_that_hangs_before_it_opens_its_door_is_killed_too() {
 }
 
 #[test]
-fn a_stop_stops_everything_and_nothing_comes_back_until_a_start() {
+fn after_a_stop_nothing_runs_until_a_start() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -306,7 +306,7 @@ fn a_stop_stops_everything_and_nothing_comes_back_until_a_start() {
 }
 
 #[test]
-fn directories_that_were_removed_keep_no_role_from_starting() {
+fn removed_directories_do_not_prevent_a_start() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     up(&host);
@@ -323,7 +323,7 @@ fn directories_that_were_removed_keep_no_role_from_starting() {
 }
 
 #[test]
-fn a_stop_at_the_moment_of_a_revival_is_honoured() {
+fn a_stop_during_a_restart_is_honoured() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     for n in 0..6 {
@@ -350,7 +350,7 @@ fn a_stop_at_the_moment_of_a_revival_is_honoured() {
 }
 
 #[test]
-fn a_stop_is_possible_whatever_is_left_to_help() {
+fn a_stop_works_with_hung_and_dead_roles() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let stop = |what: &str| {
@@ -383,7 +383,7 @@ fn a_stop_is_possible_whatever_is_left_to_help() {
 }
 
 #[test]
-fn a_stop_goes_on_where_the_manager_dies_in_the_midst_of_it() {
+fn a_stop_is_completed_when_the_manager_dies_during_it() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -403,7 +403,7 @@ fn a_stop_goes_on_where_the_manager_dies_in_the_midst_of_it() {
 }
 
 #[test]
-fn a_new_version_under_way_does_not_hold_up_a_stop() {
+fn a_download_does_not_delay_a_stop() {
     let packages = [
         Package::script("slow", "1.0", "trap '' TERM; while :; do sleep 1; done", "gracePeriod = \"4s\""),
         Package::sleeper("slow", "2.0"),
@@ -427,7 +427,7 @@ fn a_new_version_under_way_does_not_hold_up_a_stop() {
 }
 
 #[test]
-fn a_second_manager_or_watchdog_disturbs_nothing() {
+fn a_second_manager_or_watchdog_changes_nothing() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -457,7 +457,7 @@ fn a_second_manager_or_watchdog_disturbs_nothing() {
 }
 
 #[test]
-fn a_second_endpoint_stands_in_for_the_first() {
+fn a_second_endpoint_is_used_when_the_first_fails() {
     let mut gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);

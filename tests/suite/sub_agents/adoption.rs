@@ -30,7 +30,7 @@ const SURVIVED: Duration = Duration::from_secs(2);
 const MOST_STEPS: u32 = 40;
 
 #[test]
-fn a_manager_killed_at_any_step_of_a_start_doubles_and_loses_nobody() {
+fn a_manager_killed_at_any_step_of_a_start_neither_duplicates_nor_loses_a_sub_agent() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let mut before = up(&host);
@@ -70,7 +70,7 @@ fn a_manager_killed_at_any_step_of_a_start_doubles_and_loses_nobody() {
 }
 
 #[test]
-fn a_child_met_between_its_birth_and_its_program_is_adopted_and_not_doubled() {
+fn a_child_between_fork_and_exec_is_adopted_and_not_duplicated() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let mut before = up(&host);
@@ -95,7 +95,7 @@ fn a_child_met_between_its_birth_and_its_program_is_adopted_and_not_doubled() {
 }
 
 #[test]
-fn a_child_that_dies_on_its_way_to_its_program_leaves_nothing_behind() {
+fn a_child_that_dies_before_exec_leaves_nothing() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let mut before = up(&host);
@@ -116,7 +116,7 @@ fn a_child_that_dies_on_its_way_to_its_program_leaves_nothing_behind() {
 }
 
 #[test]
-fn without_pidfd_and_clone3_deaths_are_seen_and_adoption_and_stop_work() {
+fn without_pidfd_and_clone3_deaths_adoption_and_stops_are_handled() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -145,7 +145,7 @@ fn without_pidfd_and_clone3_deaths_are_seen_and_adoption_and_stop_work() {
 }
 
 #[test]
-fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and_started() {
+fn after_both_roles_died_running_sub_agents_are_kept_and_dead_ones_are_reported_and_restarted() {
     let packages = [
         Package::script("one", "1.0", "trap 'echo told; exit 0' TERM; while :; do echo tick; sleep 0.1; done", ""),
         Package::sleeper("two", "1.0"),
@@ -185,7 +185,7 @@ fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and
 }
 
 #[test]
-fn who_is_moved_out_of_its_group_is_neither_lost_nor_doubled() {
+fn a_process_moved_out_of_its_cgroup_is_neither_lost_nor_duplicated() {
     let packages = [
         Package::script("one", "1.0", "sleep 1000003 & sleep 1000000", ""),
         Package::control_sleeper("two", "1.0"),
@@ -195,7 +195,7 @@ fn who_is_moved_out_of_its_group_is_neither_lost_nor_doubled() {
     let host = TestHost::joined(&gateway);
     let before = up_each(&host);
     // As `su -` does by a login session, and `systemd-run --scope`.
-    let elsewhere = Elsewhere::beside(&groups(&host.home())[0]);
+    let elsewhere = ForeignCgroup::beside(&groups(&host.home())[0]);
     let all = |name| wait_for("its processes", SOON, || Some(marked(&host.home(), name)).filter(|all| !all.is_empty()));
     let first = wait_for("its tree", SOON, || Some(all("one")).filter(|all| all.len() == 3));
     elsewhere.take(&first);
@@ -218,7 +218,7 @@ fn who_is_moved_out_of_its_group_is_neither_lost_nor_doubled() {
 }
 
 #[test]
-fn what_runs_of_another_release_makes_way_for_the_wanted_one() {
+fn a_running_process_of_another_release_is_replaced_by_the_ordered_one() {
     let script = "trap 'echo told; exit 0' TERM; while :; do sleep 0.1; done";
     let packages = ["1.0", "2.0"].map(|version| Package::script("one", version, script, ""));
     let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
@@ -253,7 +253,7 @@ fn what_runs_of_another_release_makes_way_for_the_wanted_one() {
 }
 
 #[test]
-fn what_is_installed_again_waits_for_the_end_of_what_was_left_of_it() {
+fn a_reinstalled_sub_agent_starts_after_its_leftover_processes_have_ended() {
     let host = TestHost::new();
     let last_words = host.beside("last-words");
     let script =
@@ -299,14 +299,14 @@ fn up_each(host: &TestHost) -> BTreeMap<&'static str, u32> {
 }
 
 /// A cgroup that is none of ours.
-pub(crate) struct Elsewhere(pub(crate) PathBuf);
+pub(crate) struct ForeignCgroup(pub(crate) PathBuf);
 
-impl Elsewhere {
-    pub(crate) fn beside(group: &Path) -> Elsewhere {
+impl ForeignCgroup {
+    pub(crate) fn beside(group: &Path) -> ForeignCgroup {
         let name = group.file_name().and_then(OsStr::to_str).expect("a cgroup has a name");
         let path = group.with_file_name(format!("elsewhere-{name}"));
         fs::create_dir(&path).expect("a cgroup can be made");
-        Elsewhere(path)
+        ForeignCgroup(path)
     }
 
     fn take(&self, pids: &[u32]) {
@@ -316,7 +316,7 @@ impl Elsewhere {
     }
 }
 
-impl Drop for Elsewhere {
+impl Drop for ForeignCgroup {
     fn drop(&mut self) {
         let _ = fs::write(self.0.join("cgroup.kill"), "1");
         try_for(SOON, || fs::remove_dir(&self.0).ok());

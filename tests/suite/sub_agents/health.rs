@@ -116,7 +116,7 @@ fn touch(host: &TestHost, file: &str) {
 }
 
 #[test]
-fn what_answers_badly_by_http_shows_and_is_started_again_under_its_policy_until_it_is_well() {
+fn an_unhealthy_http_sub_agent_is_shown_and_restarted_under_its_policy() {
     let web = Web::answering(200);
     let http = format!("http = \"http://127.0.0.1:{}/healthz\"\ninterval = \"1s\"\ntimeout = \"5s\"", web.port);
     let packages = [
@@ -158,7 +158,7 @@ fn what_answers_badly_by_http_shows_and_is_started_again_under_its_policy_until_
 }
 
 #[test]
-fn silence_is_a_failure_by_http_and_none_by_tcp_until_nobody_listens() {
+fn a_silent_server_fails_an_http_check_and_passes_a_tcp_check_while_it_listens() {
     // The kernel accepts for it; nobody ever answers.
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port on loopback");
     let address = silent.local_addr().expect("it is bound");
@@ -180,7 +180,7 @@ fn silence_is_a_failure_by_http_and_none_by_tcp_until_nobody_listens() {
 }
 
 #[test]
-fn failures_count_only_in_a_row_and_a_program_that_hangs_is_ended_and_counts() {
+fn only_consecutive_failures_count_and_a_hung_check_is_killed_and_counts() {
     // Two failures, a success, and so on.
     let flaps = "date +%s%3N >>flaps; [ -f sick ] && exit 4; [ $(($(wc -l <flaps) % 3)) -eq 0 ]";
     let hangs = "echo x >>hangs; [ -f hang ] || exit 0; trap '' TERM; setsid sleep 1000000 & sleep 1000000";
@@ -220,7 +220,7 @@ fn failures_count_only_in_a_row_and_a_program_that_hangs_is_ended_and_counts() {
 }
 
 #[test]
-fn a_start_period_is_honoured_and_ends_with_the_first_success() {
+fn a_start_period_ends_with_the_first_success() {
     let packages = [
         checked("slow", "echo x >>slow; [ -f ready ]", "failures = 1\nstartPeriod = \"10m\""),
         Package::script(
@@ -249,7 +249,7 @@ fn a_start_period_is_honoured_and_ends_with_the_first_success() {
 }
 
 #[test]
-fn the_next_manager_asks_on() {
+fn the_next_manager_continues_the_health_checks() {
     let package = checked("asked", "echo x >>asked; [ ! -f sick ]", "failures = 2\nstartPeriod = \"3s\"");
     let (_gateway, host) = joined(&[&package]);
     let running = host.wait_for_agent("asked");
@@ -269,7 +269,7 @@ fn the_next_manager_asks_on() {
 }
 
 #[test]
-fn a_control_script_that_hangs_is_unhealthy_and_one_that_says_stoped_is_started_again() {
+fn a_hung_control_script_is_unhealthy_and_one_that_prints_stoped_is_restarted() {
     let script = |name: &str| {
         let control = "#!/bin/sh
 case $1 in
@@ -301,7 +301,7 @@ esac
 }
 
 #[test]
-fn a_health_that_could_not_be_checked_is_refused_when_it_is_published() {
+fn an_impossible_health_check_is_rejected_at_publication() {
     let gateway = Gateway::stopped();
     for (health, error) in [
         ("", "give one of http, tcp, exec"),

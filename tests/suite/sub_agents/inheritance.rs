@@ -15,7 +15,7 @@ const CALLER: &str =
 exec 9</dev/null; exec nice -n 5 taskset -c 0 setarch -R \"$0\" --home \"$1\"";
 
 #[test]
-fn a_sub_agent_has_nothing_of_the_managers_caller() {
+fn a_sub_agent_inherits_nothing_from_the_managers_caller() {
     let waits = "trap 'echo GOT-QUIT; exit 0' QUIT; while :; do sleep 0.2 & wait $!; done";
     let packages = [
         Package::script("native", "1.0", waits, "stopSignal = \"QUIT\"\ngracePeriod = \"20s\""),

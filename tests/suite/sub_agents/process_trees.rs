@@ -27,21 +27,21 @@ const DAEMON: &str = "setsid env -i /bin/sh -c \"cd /; trap '' TERM; (trap '' TE
 const MARKED: &str = "setsid /bin/sh -c \"cd /; trap '' TERM; (trap '' TERM; exec /bin/sleep @N@) & exit 0\"";
 
 #[test]
-fn a_tree_in_a_cgroup_of_v2_ends_whole() {
-    a_tree_ends_whole(V2, DAEMON, "::/aops-agents-", 3_000_000);
+fn a_process_tree_in_a_v2_cgroup_is_stopped_completely() {
+    a_tree_is_stopped_completely(V2, DAEMON, "::/aops-agents-", 3_000_000);
 }
 
 #[test]
-fn a_tree_in_a_cgroup_of_v1_ends_whole() {
-    a_tree_ends_whole(V1, DAEMON, ":freezer:/aops-agents-", 3_100_000);
+fn a_process_tree_in_a_v1_cgroup_is_stopped_completely() {
+    a_tree_is_stopped_completely(V1, DAEMON, ":freezer:/aops-agents-", 3_100_000);
 }
 
 #[test]
-fn a_tree_in_no_cgroup_ends_whole_as_far_as_its_mark_tells() {
-    a_tree_ends_whole(NONE, MARKED, "", 3_200_000);
+fn a_process_tree_without_cgroups_is_stopped_by_its_environment_marker() {
+    a_tree_is_stopped_completely(NONE, MARKED, "", 3_200_000);
 }
 
-fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
+fn a_tree_is_stopped_completely(place: &str, escape: &str, cgroup: &str, number: u32) {
     // Told from everybody else's by what they sleep.
     let (number, stranger) = (number + std::process::id() % 50_000, number + 50_000 + std::process::id() % 50_000);
     let _guard = Sleepers(vec![number, stranger]);

@@ -24,7 +24,7 @@ const ALL_UP: Duration = Duration::from_secs(90);
 const LOOKED_AFTER: Duration = Duration::from_secs(60);
 
 #[test]
-fn twenty_native_and_five_classic_sub_agents_run_and_come_back_also_without_the_gateway() {
+fn twenty_native_and_five_classic_sub_agents_run_and_restart_also_without_the_gateway() {
     let native: Vec<Package> = (0..20).map(|n| Package::sleeper(&format!("native-{n}"), "1.0")).collect();
     let classic: Vec<Package> = (0..5).map(|n| Package::control_sleeper(&format!("classic-{n}"), "2.0")).collect();
     let packages: Vec<&Package> = native.iter().chain(&classic).collect();
@@ -70,7 +70,7 @@ fn twenty_native_and_five_classic_sub_agents_run_and_come_back_also_without_the_
 }
 
 #[test]
-fn a_sub_agent_is_stopped_started_and_removed_as_the_fleet_wants() {
+fn a_sub_agent_is_stopped_started_and_removed_as_ordered() {
     let packages = [
         Package::script("kept", "1.0", "echo up; exec sleep 1000000", ""),
         Package::script("paused", "1.0", "echo up; exec sleep 1000000", ""),
@@ -106,7 +106,7 @@ fn a_sub_agent_is_stopped_started_and_removed_as_the_fleet_wants() {
 }
 
 #[test]
-fn a_changed_environment_restarts_with_it_and_a_refused_variable_is_reported() {
+fn a_changed_environment_restarts_the_sub_agent_and_a_rejected_variable_is_reported() {
     let packages = [
         Package::script(
             "native",
@@ -191,7 +191,7 @@ fn a_new_version_is_staged_before_the_old_one_is_stopped() {
 }
 
 #[test]
-fn a_stop_ends_the_whole_tree_also_what_ignores_it_and_what_a_dead_one_left() {
+fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
     let stubborn =
         "trap '' TERM; (trap '' TERM; while :; do sleep 1; done) & setsid sleep 1000000 & while :; do sleep 1; done";
     let packages = [
@@ -243,7 +243,7 @@ fn a_stop_ends_the_whole_tree_also_what_ignores_it_and_what_a_dead_one_left() {
 }
 
 #[test]
-fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() {
+fn programs_started_by_a_deployment_agent_are_neither_stopped_nor_adopted() {
     // One that nothing but its cgroup tells of, and one that bears every mark.
     let script = "env -i setsid sleep 1000001 & sleep 1000002 & while :; do sleep 1; done";
     let package = Package::script("deploy", "1.0", script, "killMode = \"process\"");
@@ -305,7 +305,7 @@ fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() 
 }
 
 #[test]
-fn the_restart_policy_is_honoured_also_across_managers() {
+fn the_restart_policy_survives_a_manager_restart() {
     let counts = "echo run >>../../../../runs-$AOPS_AGENT_NAME\n";
     let script = |rest: &str| format!("{counts}{rest}");
     let packages = [
@@ -391,7 +391,7 @@ fn a_sub_agent_runs_as_the_user_that_it_names() {
 }
 
 #[test]
-fn output_goes_to_a_log_that_is_shown_followed_and_capped() {
+fn the_output_log_can_be_shown_and_followed_and_is_capped() {
     let chatty = "n=0; while :; do n=$((n+1)); echo \"line $n of some length so that a log fills up before the end of the day\"; \
                   [ $((n % 200)) -ne 0 ] || sleep 0.2; done";
     let packages = [Package::script("chatty", "1.0", chatty, ""), Package::control("classic", "1.0", "echo from its program >>/proc/self/fd/1; exec sleep 1000000")
@@ -454,7 +454,7 @@ fn output_goes_to_a_log_that_is_shown_followed_and_capped() {
 }
 
 #[test]
-fn one_that_crashes_again_and_again_or_cannot_run_at_all_disturbs_no_other() {
+fn a_sub_agent_that_crashes_or_cannot_run_does_not_affect_others() {
     let packages = [
         Package::script("crashing", "1.0", "exit 7", ""),
         Package::native("unrunnable", "1.0", &["bin/run"], "").with_file("bin/run", "#!/no/such/interpreter\n", 0o755),

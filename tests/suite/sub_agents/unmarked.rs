@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use crate::sub_agents::adoption::Elsewhere;
+use crate::sub_agents::adoption::ForeignCgroup;
 use crate::sub_agents::process_trees::{NONE, Sleepers, joined_in, sleeping};
 use crate::sub_agents::supervision::without_manager;
 use crate::support::gateway::Gateway;
@@ -55,7 +55,7 @@ fn control(start: &str, main: u32) -> String {
 }
 
 #[test]
-fn a_program_that_nothing_tells_of_is_neither_doubled_nor_left() {
+fn an_unmarked_program_is_neither_duplicated_nor_left_running() {
     let (plain, plain_main, plain_child) = package("plain", ":", LONE, 4_000_000);
     let (guarded, guarded_main, guarded_child) = package("guarded", GUARD, LONE, 4_100_000);
     // Its script does not tell its number, which stands in a file that is not named like one.
@@ -145,7 +145,7 @@ fn a_program_that_left_its_cgroup_is_adopted_shown_and_stopped() {
     let gateway = Gateway::with(&[&one, &old], &[("one", "1.0", "")]);
     let host = TestHost::joined(&gateway);
     host.wait_for_agent("one");
-    let elsewhere = Elsewhere::beside(&groups(&host.home())[0]);
+    let elsewhere = ForeignCgroup::beside(&groups(&host.home())[0]);
     fs::write(host.beside("elsewhere"), elsewhere.0.display().to_string()).expect("it is ours");
     gateway.want(&[("one", "1.0", ""), ("old", "1.0", "")]);
     let first = host.wait_for_agent("old");

@@ -52,7 +52,7 @@ fn id(gateway: &Gateway) -> String {
 }
 
 #[test]
-fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
+fn keys_rotate_by_a_signed_package_and_a_revoked_key_stays_revoked() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
     let (old, new) = (gateway.path("keys/aops.pub"), next.path("keys/aops.pub"));
     let signed_by = |gateway: &Gateway, key: &Gateway, package: &Package| {
@@ -151,7 +151,7 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
 }
 
 #[test]
-fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
+fn a_stored_release_is_not_activated_after_its_key_was_revoked() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
     gateway.publish_self("1.0.0");
     for version in ["1.0.0", "2.0.0"] {
@@ -192,7 +192,7 @@ fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
 }
 
 #[test]
-fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
+fn a_failed_installation_reverts_neither_an_epoch_nor_a_revocation() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
     gateway.publish(&Package::sleeper("native", "1.0.0"));
     gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
@@ -240,7 +240,7 @@ fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
 }
 
 #[test]
-fn a_home_from_before_the_keyring_is_renewed_with_keys_that_were_rotated() {
+fn a_home_without_a_keyring_is_reinstalled_with_rotated_keys() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
     gateway.publish_self("1.0.0");
     gateway.publish(&Package::sleeper("native", "1.0.0"));
@@ -274,7 +274,7 @@ fn a_home_from_before_the_keyring_is_renewed_with_keys_that_were_rotated() {
 }
 
 #[test]
-fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_said() {
+fn a_gateway_is_verified_by_system_roots_and_unverified_only_on_request() {
     let gateway = Gateway::with(&[], &[]);
     let key = gateway.path("keys/aops.pub").display().to_string();
     let installed = |host: &TestHost, more: &[&str], roots: Option<&Path>| {

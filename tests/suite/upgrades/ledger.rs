@@ -46,7 +46,7 @@ fn upgraded() -> (Gateway, TestHost) {
 }
 
 #[test]
-fn an_upgrade_is_committed_after_its_probation_and_the_release_before_is_kept() {
+fn an_upgrade_is_committed_after_its_probation_and_the_previous_release_is_kept() {
     let packages = ["1.0", "2.0", "3.0"].map(|version| Package::sleeper("one", version));
     let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
     let host = TestHost::joined(&gateway);
@@ -67,7 +67,7 @@ fn an_upgrade_is_committed_after_its_probation_and_the_release_before_is_kept() 
 }
 
 #[test]
-fn a_release_that_never_starts_does_not_count_and_the_one_before_runs_again() {
+fn a_release_that_never_starts_is_rolled_back_to_the_previous_one() {
     let good = Package::sleeper("one", "1.0");
     let bad =
         Package::native("one", "2.0", &["bin/missing"], "").with_file("bin/missing", "#!/no/such/interpreter\n", 0o755);
@@ -137,7 +137,7 @@ fn the_ledger_beats_the_link_of_the_active_release() {
 
 /// As an earlier version left it that had unpacked a release of the version `current`.
 #[test]
-fn a_release_in_the_place_of_the_link_makes_way_by_itself() {
+fn a_release_directory_named_current_is_replaced_by_the_link() {
     let packages = ["1.0", "1.1"].map(|version| Package::sleeper("one", version));
     let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
     let host = TestHost::joined(&gateway);

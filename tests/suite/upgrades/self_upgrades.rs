@@ -102,7 +102,7 @@ pub(crate) fn expect_in_place(host: &TestHost, executable: &[u8]) {
 }
 
 #[test]
-fn a_good_release_is_committed_and_the_one_before_can_be_returned_to() {
+fn a_good_release_is_committed_and_can_be_rolled_back() {
     let (gateway, host) = host_with(&[&release::good("2.0.0")]);
     let before = agents_of(&host);
     let first = fs::read(host.home().join("bin/aops")).expect("it is there");
@@ -141,7 +141,7 @@ fn a_good_release_is_committed_and_the_one_before_can_be_returned_to() {
 }
 
 #[test]
-fn a_release_of_the_same_bytes_is_another_release() {
+fn a_release_with_identical_bytes_is_a_separate_release() {
     let same = fs::read(aops()).expect("the program under test can be read");
     let (gateway, host) = host_with(&[&release::with_executable("1.0.1", same)]);
     let before = agents_of(&host);
@@ -154,7 +154,7 @@ fn a_release_of_the_same_bytes_is_another_release() {
 }
 
 #[test]
-fn the_operator_forces_either_end_of_a_trial_and_upgrades_from_a_file() {
+fn an_operator_commits_or_rolls_back_a_trial_and_upgrades_from_a_file() {
     let (gateway, host) = host_with(&[&release::good("2.0.0"), &release::good("3.0.0")]);
     let before = agents_of(&host);
     let refused = host.control(&["upgrade", "--abort"]).expect_code(1);
@@ -190,7 +190,7 @@ fn the_operator_forces_either_end_of_a_trial_and_upgrades_from_a_file() {
 }
 
 #[test]
-fn an_installation_over_a_trial_ends_it_first() {
+fn an_installation_during_a_trial_ends_the_trial_first() {
     let (gateway, host) = host_with(&[&release::good("2.0.0"), &release::good("3.0.0")]);
     let before = agents_of(&host);
     order(&gateway, "2.0.0");
@@ -204,7 +204,7 @@ fn an_installation_over_a_trial_ends_it_first() {
 }
 
 #[test]
-fn what_is_stopped_in_a_trial_stays_stopped_and_the_trial_goes_on_when_it_is_started() {
+fn a_trial_is_paused_by_a_stop_and_continues_after_a_start() {
     let (gateway, host) = host_with(&[&release::good("2.0.0")]);
     order(&gateway, "2.0.0");
     wait_for_trial(&host, "2.0.0");
@@ -217,7 +217,7 @@ fn what_is_stopped_in_a_trial_stays_stopped_and_the_trial_goes_on_when_it_is_sta
 }
 
 #[test]
-fn a_trial_without_a_gateway_is_unproven_and_ends_when_there_is_one_again() {
+fn a_trial_without_a_gateway_stays_unproven_until_the_gateway_is_back() {
     let (mut gateway, host) = host_with(&[&release::good("2.0.0")]);
     let before = agents_of(&host);
     order(&gateway, "2.0.0");
@@ -300,7 +300,7 @@ fn running(host: &TestHost, role: &str) -> Option<u32> {
 
 /// On four hosts at the same time: each mostly waits for a trial.
 #[test]
-fn whoever_is_killed_while_the_manager_is_upgraded_it_comes_to_its_end() {
+fn a_self_upgrade_completes_when_roles_are_killed_at_any_moment() {
     std::thread::scope(|scope| {
         for number in 0..4 {
             scope.spawn(move || killed_at_points(10, number));
@@ -309,7 +309,7 @@ fn whoever_is_killed_while_the_manager_is_upgraded_it_comes_to_its_end() {
 }
 
 #[test]
-fn a_release_brings_another_endpoint_which_is_on_trial_with_it() {
+fn a_new_endpoint_is_on_trial_with_its_release() {
     let other = Gateway::with(&[], &[]);
     let ca = fs::read_to_string(other.path("tls/cert.pem")).expect("it was made");
     let moving = |version: &str, url: &str| {

@@ -88,7 +88,7 @@ fn at_once<T: Sync>(cases: &[T], check: impl Fn(&T) + Sync) {
 }
 
 #[test]
-fn a_release_whose_manager_is_bad_is_rolled_back() {
+fn a_release_with_a_bad_manager_is_rolled_back() {
     at_once(BAD_MANAGERS, |(name, manager, why)| {
         ends(name, &release::bad_manager("2.0.0", &real(), manager), ROLLED_BACK, why);
     });
@@ -112,7 +112,7 @@ pub(crate) fn unfit(version: &str, real: &str) -> [(&'static str, Package, &'sta
 }
 
 #[test]
-fn a_release_that_cannot_work_here_is_never_put_in_place() {
+fn a_release_that_cannot_run_on_this_host_is_never_activated() {
     at_once(&unfit("2.0.0", &real()), |(name, bad, why)| {
         ends(name, bad, SKIPPED, why);
     });

@@ -102,7 +102,7 @@ fn by_the_product() -> String {
 }
 
 #[test]
-fn where_the_product_starts_the_home_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
+fn under_a_product_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
     there_and_back(&Container::bare(), &by_the_product());
 }
 
@@ -153,7 +153,7 @@ fn under_systemd_each_bad_release_is_rolled_back() {
 }
 
 #[test]
-fn where_the_product_starts_the_home_each_bad_release_is_rolled_back() {
+fn under_a_product_each_bad_release_is_rolled_back() {
     each_is_rolled_back(&Container::bare(), &by_the_product());
 }
 
@@ -184,7 +184,7 @@ fn under_systemd_a_trial_survives_a_power_cut_and_the_death_of_both_roles() {
 
 /// Each way in which a home can take no more in the middle of a trial; whether the roll back has to wait for the end of it, and what
 /// ends it.
-const TROUBLES: [(&str, &str, bool, &str); 3] = [
+const FAULTS: [(&str, &str, bool, &str); 3] = [
     ("no byte is left", "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true", false, "rm /opt/aops/log/filler"),
     (
         "no inode is left",
@@ -201,8 +201,8 @@ const TROUBLES: [(&str, &str, bool, &str); 3] = [
 ];
 
 #[test]
-fn a_bad_release_is_rolled_back_though_the_home_takes_nothing_more() {
-    for (trouble, begin, has_to_wait, end) in TROUBLES {
+fn a_bad_release_is_rolled_back_on_a_full_or_read_only_home() {
+    for (trouble, begin, has_to_wait, end) in FAULTS {
         let container = Container::bare();
         done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=800 tmpfs /opt/aops");
         let manager = bad("(sleep 3; kill -KILL $$) & exec $A spm \"$@\"");
@@ -259,7 +259,7 @@ enum Free {
 /// However far an upgrade comes before the room ends: it is made, or the release before goes on and the reason is shown; and it is made
 /// when there is room.
 #[test]
-fn with_little_room_the_manager_is_upgraded_or_says_why_not() {
+fn with_little_disk_space_the_manager_is_upgraded_or_the_reason_is_reported() {
     // What is downloaded, unpacked, backed up and put in place takes four times the executable at most.
     let executable = std::fs::metadata(release::real()).expect("it is there").len() / 1024;
     let most = u32::try_from(executable * 4).expect("it is small");
@@ -292,7 +292,7 @@ fn with_little_room_the_manager_is_upgraded_or_says_why_not() {
 }
 
 #[test]
-fn a_host_that_is_short_of_something_is_upgraded_when_it_is_not_any_more() {
+fn a_host_short_of_a_resource_is_upgraded_once_it_is_available() {
     let container = Container::bare();
     let (gateway, agents) = host(&container, VERBATIM, &[&release::good("2.0.0")]);
     // Nothing of an upgrade is run from there; the gateway runs already.

@@ -45,7 +45,7 @@ const CLASSIC: &str = "3.1";
 const ENV: &str = "env = { COLOUR = \"blue\" }";
 
 /// A home of `tests/data`, and what its gateway offered and ordered last.
-struct Kept {
+struct StoredHome {
     name: &'static str,
     /// Name, version and epoch.
     packages: &'static [(&'static str, &'static str, &'static str)],
@@ -53,14 +53,14 @@ struct Kept {
     ordered: [&'static str; 2],
 }
 
-const V0: Kept = Kept {
+const V0: StoredHome = StoredHome {
     name: "state-v0",
     packages: &[("native", ACTIVE, "2"), ("classic", CLASSIC, "1")],
     ordered: [ACTIVE, CLASSIC],
 };
 /// The ordered release of `native` failed and is skipped; that of `classic` is overruled by the operator. So are 3.0.0 and 4.0.0 of the
 /// manager.
-const V1: Kept = Kept {
+const V1: StoredHome = StoredHome {
     name: "state-v1",
     packages: &[
         ("native", ACTIVE, "2"),
@@ -74,16 +74,16 @@ const V1: Kept = Kept {
 };
 
 /// A kept home on a host of its own, under the executable under test.
-struct Taken {
+struct EarlierHome {
     host: TestHost,
     gateway: Gateway,
     /// `state/desired.json` as it was kept.
     desired: Value,
 }
 
-impl Taken {
+impl EarlierHome {
     /// The home of `tests/data/<name>`, and the gateway that it belongs to, which does not run.
-    fn over(kept: &Kept) -> Taken {
+    fn over(kept: &StoredHome) -> EarlierHome {
         let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(kept.name);
         let read = |file: &str| fs::read_to_string(data.join("home").join(file)).expect("it is kept");
         let json = |file: &str| serde_json::from_str::<Value>(&read(file)).expect("it is JSON");
@@ -141,7 +141,7 @@ impl Taken {
         }
         let machine = ["/var/lib/dbus/machine-id", "/etc/machine-id"];
         let machine = machine.iter().find_map(|path| fs::read_to_string(path).ok()).unwrap_or_default();
-        let taken = Taken { host, gateway, desired };
+        let taken = EarlierHome { host, gateway, desired };
         taken.change("instance.json", |instance| instance["machineId"] = json!(machine.trim()));
         taken
     }
@@ -172,7 +172,7 @@ impl Taken {
     }
 
     /// Orders this release of the manager beside what is ordered of the sub-agents.
-    fn order_manager(&self, kept: &Kept, version: &str) {
+    fn order_manager(&self, kept: &StoredHome, version: &str) {
         let [native, classic] = kept.ordered;
         self.gateway.fleet(&format!(
             "heartbeatInterval = \"1s\"\nmanager.version = {version:?}\n\
@@ -253,9 +253,9 @@ fn every_kept_home_is_tested() {
 }
 
 #[test]
-fn an_earlier_home_comes_up_without_a_gateway_and_can_be_stopped_and_removed() {
+fn an_earlier_home_starts_without_a_gateway_and_can_be_stopped_and_removed() {
     for kept in [V0, V1] {
-        let (taken, name) = (Taken::over(&kept), kept.name);
+        let (taken, name) = (EarlierHome::over(&kept), kept.name);
         taken.host.control(&["status"]).expect_code(3);
         taken.host.control(&["start"]).expect_code(0);
         taken.wait_until_up();
@@ -276,9 +276,9 @@ fn an_earlier_home_comes_up_without_a_gateway_and_can_be_stopped_and_removed() {
 }
 
 #[test]
-fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
+fn an_earlier_home_follows_its_gateway_and_keeps_its_state() {
     for kept in [V0, V1] {
-        let (mut taken, name) = (Taken::over(&kept), kept.name);
+        let (mut taken, name) = (EarlierHome::over(&kept), kept.name);
         // As a later version may have left it before this one was put back.
         let unknown = json!({ "form": 7, "names": ["native"] });
         let keeping = taken.keeping();
@@ -350,7 +350,7 @@ fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
 
 #[test]
 fn a_skipped_release_and_a_hold_of_a_sub_agent_outlast_a_change_of_version() {
-    let mut taken = Taken::over(&V1);
+    let mut taken = EarlierHome::over(&V1);
     let (ledger, history) = (taken.state("releases.json"), taken.state("history.json"));
     let log = taken.host.home().join("log/agents/native.log");
     let starts = || fs::read_to_string(&log).expect("it is kept").matches("native 3.0.0 runs").count();
@@ -384,7 +384,7 @@ fn problem(status: &Value) -> Option<&str> {
 
 #[test]
 fn a_skipped_release_and_a_hold_of_the_manager_outlast_a_change_of_version() {
-    let mut taken = Taken::over(&V1);
+    let mut taken = EarlierHome::over(&V1);
     let (record, history) = (taken.state("upgrade.json"), taken.state("history.json"));
     assert_eq!((&record["overruled"]["version"], &record["skipped"][0]["version"]), (&json!("4.0.0"), &json!("3.0.0")));
     taken.order_manager(&V1, "4.0.0");

@@ -112,7 +112,7 @@ fn a_release_that_runs_and_is_unhealthy_is_rolled_back() {
 }
 
 #[test]
-fn a_release_that_puts_itself_into_the_background_is_rolled_back_and_leaves_nothing() {
+fn a_release_that_daemonizes_is_rolled_back_and_leaves_nothing() {
     is_rolled_back(&Package::script("one", "2.0", "setsid sleep 1000000 & exit 0", ""));
 }
 
@@ -134,7 +134,7 @@ fn a_release_that_fills_its_log_and_dies_is_rolled_back() {
 }
 
 #[test]
-fn a_release_driven_by_a_script_that_says_that_it_is_stopped_is_rolled_back() {
+fn a_release_whose_control_script_reports_stopped_is_rolled_back() {
     is_rolled_back(&Package::control("one", "2.0", "exit 1"));
 }
 
@@ -165,7 +165,7 @@ fn a_release_that_is_slow_to_become_healthy_keeps_its_start_period() {
 }
 
 #[test]
-fn a_manager_killed_in_the_middle_of_a_probation_takes_a_bad_release_for_nothing_better() {
+fn a_bad_release_is_not_committed_by_a_manager_restart_during_its_probation() {
     let bad = Package::script("one", "2.0", "sleep 4; exit 1", "probation = \"20s\"");
     let (gateway, host) = host_with(&[&bad]);
     order(&gateway, "2.0", "");
@@ -188,7 +188,7 @@ fn ledger_version(host: &TestHost, place: &str) -> Option<String> {
 }
 
 #[test]
-fn a_skipped_release_is_tried_again_by_an_operator_and_by_a_higher_retry() {
+fn a_skipped_release_is_retried_by_an_operator_or_a_higher_retry_number() {
     // It fails until somebody has corrected the host.
     let fickle = |host: &TestHost| host.beside("corrected");
     let (first, bystander) = (Package::sleeper("one", "1.0"), Package::sleeper("bystander", "1.0"));
@@ -218,7 +218,7 @@ fn a_skipped_release_is_tried_again_by_an_operator_and_by_a_higher_retry() {
 }
 
 #[test]
-fn an_operator_returns_to_the_release_before_until_another_one_is_ordered() {
+fn an_operators_rollback_holds_until_another_release_is_ordered() {
     let packages = ["2.0", "3.0"].map(|version| Package::sleeper("one", version));
     let (gateway, host) = host_with(&packages.each_ref());
     let refused = host.control(&["rollback", "one"]).expect_code(1);
@@ -245,7 +245,7 @@ fn an_operator_returns_to_the_release_before_until_another_one_is_ordered() {
 
 /// `AOPS_UPGRADE_SEED` says at which moments; it is printed, and told by a failure.
 #[test]
-fn whoever_is_killed_while_a_sub_agent_is_upgraded_it_comes_to_its_end() {
+fn an_upgrade_completes_when_roles_are_killed_at_any_moment() {
     const POINTS: usize = 40;
     let seed = std::env::var("AOPS_UPGRADE_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
@@ -293,7 +293,7 @@ fn whoever_is_killed_while_a_sub_agent_is_upgraded_it_comes_to_its_end() {
 }
 
 #[test]
-fn of_a_large_batch_few_are_down_at_the_same_time() {
+fn a_large_batch_of_upgrades_has_few_sub_agents_down_at_the_same_time() {
     const AGENTS: usize = 30;
     /// As the manager limits it.
     const AT_ONCE: i64 = 5;

@@ -44,7 +44,7 @@ fn begun(container: &Container) -> (Inside<'_>, u32) {
 }
 
 /// Each way in which a home can take no more, and what ends that.
-const TROUBLES: [(&str, &str, &str); 3] = [
+const FAULTS: [(&str, &str, &str); 3] = [
     ("no byte is left", "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true", "rm /opt/aops/log/filler"),
     (
         "no inode is left",
@@ -60,8 +60,8 @@ const TROUBLES: [(&str, &str, &str); 3] = [
 ];
 
 #[test]
-fn a_release_that_fails_is_rolled_back_though_the_home_takes_nothing_more() {
-    for (trouble, begin, end) in TROUBLES {
+fn a_failed_release_is_rolled_back_on_a_full_or_read_only_home() {
+    for (trouble, begin, end) in FAULTS {
         let container = Container::bare();
         done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=600 tmpfs /opt/aops");
         let (_gateway, other) = begun(&container);
@@ -78,7 +78,7 @@ fn a_release_that_fails_is_rolled_back_though_the_home_takes_nothing_more() {
 }
 
 #[test]
-fn on_a_read_only_home_sub_agents_and_roles_are_started_again() {
+fn on_a_read_only_home_sub_agents_and_roles_are_restarted() {
     let container = Container::bare();
     done(&container, "mkdir /opt/aops && mount -t tmpfs tmpfs /opt/aops");
     let _gateway = Inside::start(&container, fleet_of_two());
@@ -107,7 +107,7 @@ fn on_a_read_only_home_sub_agents_and_roles_are_started_again() {
 }
 
 #[test]
-fn under_systemd_a_release_that_fails_is_rolled_back_whatever_becomes_of_the_roles() {
+fn under_systemd_a_failed_release_is_rolled_back_even_if_roles_die() {
     let container = Container::systemd();
     let (_gateway, other) = begun(&container);
     for blow in ["systemctl restart aops-spm", "systemctl kill -s KILL aops-spm aops-spa"] {

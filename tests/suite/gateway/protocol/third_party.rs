@@ -27,7 +27,7 @@ pub enum Reply {
 
 /// A heartbeat as it came.
 #[derive(Clone)]
-pub struct Heard {
+pub struct ReceivedHeartbeat {
     pub at: Instant,
     pub body: Value,
 }
@@ -38,7 +38,7 @@ struct Shared {
     /// By package: version, file.
     offers: BTreeMap<String, (String, String)>,
     reply: Option<Reply>,
-    heard: Vec<Heard>,
+    heartbeats: Vec<ReceivedHeartbeat>,
 }
 
 pub struct ThirdParty {
@@ -97,16 +97,16 @@ impl ThirdParty {
     }
 
     /// All heartbeats so far.
-    pub fn heard(&self) -> Vec<Heard> {
-        self.shared.lock().expect("nobody panicked").heard.clone()
+    pub fn heartbeats(&self) -> Vec<ReceivedHeartbeat> {
+        self.shared.lock().expect("nobody panicked").heartbeats.clone()
     }
 
     /// Waits for a heartbeat, from now on, that is as wanted.
     #[track_caller]
     pub fn wait_for_heartbeat(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        let seen = self.heard().len();
+        let seen = self.heartbeats().len();
         wait_for(what, Duration::from_secs(30), || {
-            self.heard()[seen..].iter().map(|heard| &heard.body).find(|body| wanted(body)).cloned()
+            self.heartbeats()[seen..].iter().map(|heartbeats| &heartbeats.body).find(|body| wanted(body)).cloned()
         })
     }
 
@@ -146,7 +146,7 @@ fn serve(mut stream: &TcpStream, shared: &Mutex<Shared>) -> Option<()> {
         ("POST", "/api/heartbeat") => {
             let heartbeat: Value = serde_json::from_slice(&body).ok()?;
             let id = heartbeat["agentId"].clone();
-            shared.heard.push(Heard { at: Instant::now(), body: heartbeat });
+            shared.heartbeats.push(ReceivedHeartbeat { at: Instant::now(), body: heartbeat });
             match shared.reply.clone().unwrap_or_else(|| Reply::Json(json!({ "interval": 1 }))) {
                 Reply::Raw(status, content) => (status, content),
                 Reply::Json(mut answer) => {

@@ -23,7 +23,7 @@ pub(super) fn set_mode(path: &Path, mode: u32) {
 }
 
 #[test]
-fn a_link_in_the_place_of_a_directory_of_the_home() {
+fn a_link_instead_of_a_home_directory_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let home = scene.host.home();
@@ -39,7 +39,7 @@ fn a_link_in_the_place_of_a_directory_of_the_home() {
         let place = home.join(name);
         let _ = fs::remove_dir_all(&place);
         symlink(&elsewhere, &place).expect("it is ours");
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         let shown = place.display().to_string();
         scene.assert_told("stage", "refused", &[&shown, "symbolic link"]);
         scene.assert_native_runs();
@@ -71,20 +71,20 @@ fn a_link_in_the_place_of_a_directory_of_the_home() {
         }
     }
     // Mended, all is well.
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
 }
 
 #[test]
-fn a_key_file_that_others_can_write() {
+fn a_key_file_writable_by_others_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let keys = scene.host.home().join("etc/keys");
     let key = fs::read_dir(&keys).expect("it is there").flatten().next().expect("the operator's key").path();
     for (path, mode, good) in [(&key, 0o666, 0o644), (&keys, 0o777, 0o755)] {
         set_mode(path, mode);
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         scene.assert_told("stage", "refused", &[&path.display().to_string(), "others can write it", "chmod go-w"]);
         let output = scene.host.install(&["--version", "1.0.0"]).expect_code(1);
         assert!(
@@ -97,12 +97,12 @@ fn a_key_file_that_others_can_write() {
     }
     // One that somebody else owns, and so can write.
     std::os::unix::fs::chown(&key, Some(NOBODY), None).expect("these tests run as root");
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_told("stage", "refused", &[&key.display().to_string(), "belongs to the user 65534"]);
     scene.forget_victim();
     std::os::unix::fs::chown(&key, Some(0), None).expect("these tests run as root");
     scene.assert_unharmed();
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
 }
 
@@ -114,7 +114,7 @@ fn as_nobody(script: &str) -> command::Output {
 }
 
 #[test]
-fn a_control_socket_reached_by_another_user() {
+fn requests_of_another_user_at_the_control_socket_are_rejected() {
     let scene = Scene::new();
     let home = scene.host.home();
     let socket = home.join("run/spm.sock");

@@ -33,7 +33,7 @@ fn make_pipe(path: &Path) {
 }
 
 #[test]
-fn a_home_that_somebody_else_owns_or_can_replace() {
+fn a_home_that_another_user_owns_or_can_replace_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let home = scene.host.home();
@@ -49,7 +49,7 @@ fn a_home_that_somebody_else_owns_or_can_replace() {
     let mut pid = scene.pid;
     for (make, words) in cases {
         make(true);
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         scene.assert_told("stage", "refused", &words);
         scene.assert_told("home", "refused", &[words[0], words[1], "no release is fetched"]);
         for arguments in
@@ -73,13 +73,13 @@ fn a_home_that_somebody_else_owns_or_can_replace() {
     // What lies above is the host's, and told.
     set_mode(&above, 0o777);
     scene.assert_told("files", "failed", &["which leads to", "mode 0777"]);
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     assert_eq!(scene.host.wait_for_agent("native"), pid);
 }
 
 #[test]
-fn an_installation_over_what_somebody_else_can_change() {
+fn an_installation_over_files_that_another_user_can_change_is_rejected() {
     let host = TestHost::new();
     let (above, home) = (host.beside("above"), host.beside("above/home"));
     let (work, control) = (home.join(".install"), home.join("control"));
@@ -140,7 +140,7 @@ fn an_installation_over_what_somebody_else_can_change() {
 }
 
 #[test]
-fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is_left_alone() {
+fn a_sub_agent_that_another_user_can_change_is_not_started_and_a_running_one_continues() {
     let scene = Scene::new();
     let agent = scene.host.home().join("agents/native");
     let owned = |bad: bool| give_to(&agent, if bad { NOBODY } else { 0 });
@@ -184,13 +184,13 @@ fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is
 }
 
 #[test]
-fn an_executable_that_others_can_write_is_no_role() {
+fn an_executable_writable_by_others_is_not_run_as_a_role() {
     let scene = Scene::new();
     scene.victim();
     let executable = scene.host.home().join("bin/aops");
     let words = ["bin/aops: others can write it", "mode 0777"];
     set_mode(&executable, 0o777);
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_told("stage", "refused", &words);
     scene.assert_told("home", "refused", &words);
     assert!(scene.host.status()["problems"].to_string().contains(words[0]));
@@ -211,7 +211,7 @@ fn an_executable_that_others_can_write_is_no_role() {
 }
 
 #[test]
-fn settings_and_state_that_others_can_write_are_told_and_stop_nothing() {
+fn settings_and_state_writable_by_others_are_reported_and_stop_nothing() {
     let scene = Scene::new();
     scene.victim();
     let (config, state) = (scene.host.home().join("etc/conf.toml"), scene.host.home().join("state/manager.json"));
@@ -221,7 +221,7 @@ fn settings_and_state_that_others_can_write_are_told_and_stop_nothing() {
     scene.assert_told("files", "failed", &words);
     let problems = scene.host.status()["problems"].to_string();
     assert!(words.iter().all(|word| problems.contains(word)), "{problems}");
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     set_mode(&config, 0o644);
     give_to(&state, 0);
@@ -230,7 +230,7 @@ fn settings_and_state_that_others_can_write_are_told_and_stop_nothing() {
 }
 
 #[test]
-fn a_pipe_where_a_file_is_read_holds_nobody_up() {
+fn a_named_pipe_instead_of_a_file_blocks_nothing() {
     let scene = Scene::new();
     scene.victim();
     let home = scene.host.home();
@@ -244,7 +244,7 @@ fn a_pipe_where_a_file_is_read_holds_nobody_up() {
     make_pipe(&key);
     restart();
     scene.assert_told("home", "refused", &["etc/keys/trap.pub", "it is no file"]);
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_told("stage", "refused", &["etc/keys/trap.pub", "it is no file"]);
     fs::remove_file(&key).expect("it is ours");
 
@@ -261,13 +261,13 @@ fn a_pipe_where_a_file_is_read_holds_nobody_up() {
     scene.assert_told("config", "failed", &["state/desired.json", "it is no file"]);
     fs::remove_file(&config).and_then(|()| fs::rename(&aside, &config)).expect("it is ours");
     fs::remove_file(home.join("state/pins.json")).expect("it is ours");
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
 }
 
 #[test]
-fn a_home_of_a_users_own_is_sound_for_him_whatever_his_umask() {
+fn a_users_own_home_is_accepted_whatever_the_umask() {
     let gateway = Gateway::with(&[&Package::sleeper("native", "1.0.0")], &[("native", "1.0.0", "")]);
     let host = TestHost::new();
     let own = host.beside("");

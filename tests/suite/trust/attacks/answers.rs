@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 use super::{Scene, native, wait_for_victim};
 use crate::support::files::{Entry, Kind};
 use crate::support::host::{SOON, agent};
-use crate::support::hostile::{Hostile, Told};
+use crate::support::hostile::{Hostile, HostileReply};
 use crate::support::processes;
 use crate::support::wait::wait_for;
 
 #[test]
-fn an_answer_that_would_uninstall_everything_by_being_empty() {
+fn an_empty_answer_removes_nothing() {
     let scene = Scene::new();
     for answer in [
         json!({"interval": 1}),
@@ -41,7 +41,7 @@ fn an_answer_that_would_uninstall_everything_by_being_empty() {
 
 /// The first endpoint is busy for a moment, and the second has a fleet of its own.
 #[test]
-fn the_list_of_a_stand_in_removes_nothing_by_what_it_does_not_name() {
+fn the_list_of_a_fallback_endpoint_removes_no_omitted_sub_agent() {
     let scene = Scene::new();
     scene.victim();
     let second = Hostile::in_place_of(&scene.gateway);
@@ -60,7 +60,7 @@ fn the_list_of_a_stand_in_removes_nothing_by_what_it_does_not_name() {
     fs::write(&conf, changed).expect("it is ours");
     scene.host.control(&["restart"]).expect_code(0);
     scene.host.wait_for_status("the first to be asked", SOON, |status| status["gateway"]["connected"] == true);
-    scene.hostile.on("/api/heartbeat", |_| Told::status(503));
+    scene.hostile.on("/api/heartbeat", |_| HostileReply::status(503));
     wait_for_victim(&scene);
     scene.assert_native_runs();
     second.wait_for_heartbeat("two more heartbeats", |_| true);
@@ -73,7 +73,7 @@ fn the_list_of_a_stand_in_removes_nothing_by_what_it_does_not_name() {
 }
 
 #[test]
-fn an_answer_for_another_agent() {
+fn an_answer_for_another_agent_id_is_rejected() {
     let scene = Scene::new();
     let foreign = json!({
         "agentId": "6666", "interval": 1, "lineage": "hostile", "generation": 1000, "complete": false,
@@ -90,7 +90,7 @@ fn an_answer_for_another_agent() {
 
 /// After which nothing newer could ever come.
 #[test]
-fn a_generation_that_would_be_the_last() {
+fn the_maximum_generation_is_rejected() {
     let scene = Scene::new();
     for (lineage, generation) in [("hostile", u64::MAX), ("another", 1 << 53), ("hostile", 4_000_000_000_000)] {
         let agents = json!([{"name": "native", "version": "1.0.0", "cmd": "stop"}]);
@@ -122,7 +122,7 @@ fn a_generation_that_would_be_the_last() {
 }
 
 #[test]
-fn words_without_end() {
+fn over_long_texts_are_cut_or_rejected() {
     let scene = Scene::new();
     let long = format!("\x1b[2J{}", "x".repeat(1 << 20));
     let agents = json!([{"name": "native", "version": "1.0.0", "cmd": long}]);
@@ -143,12 +143,13 @@ fn words_without_end() {
     scene.hostile.answer(answer, Vec::new());
     scene.assert_refused("order", &["the order for native", "a command of 1048580 bytes: at most 64"]);
     // What cannot be reached says as much as it likes, too.
-    scene
-        .hostile
-        .on("/api/heartbeat", move |_| Told { headers: vec![("content-type", long.clone())], ..Told::status(503) });
+    scene.hostile.on("/api/heartbeat", move |_| HostileReply {
+        headers: vec![("content-type", long.clone())],
+        ..HostileReply::status(503)
+    });
     scene.host.wait_for_status("the failure", SOON, |status| status["gateway"]["connected"] == false);
     assert!(scene.host.control(&["status", "--json"]).text().len() < 16 << 10);
-    let longest = scene.hostile.asked().iter().map(|asked| asked.body.len()).max();
+    let longest = scene.hostile.requests().iter().map(|asked| asked.body.len()).max();
     assert!(longest.is_some_and(|longest| longest < 16 << 10), "{longest:?}");
     let state = scene.host.home().join("state");
     for file in ["desired.json", "events.json"] {
@@ -160,7 +161,7 @@ fn words_without_end() {
 }
 
 #[test]
-fn orders_without_end() {
+fn too_many_orders_are_rejected() {
     let scene = Scene::new();
     let orders = |count: usize| {
         let orders = (0..count).map(|number| json!({"name": format!("a{number}"), "version": "1"}));
@@ -174,23 +175,23 @@ fn orders_without_end() {
     scene.assert_refused("heartbeat", &["more than 50000 values"]);
     // Each a few bytes on the wire, and many times that in memory.
     let variables = (0..1_001).map(|number| (format!("V{number}"), json!(""))).collect::<serde_json::Map<_, _>>();
-    scene.want_victim(json!({ "env": variables }));
+    scene.order_victim(json!({ "env": variables }));
     scene.assert_refused("order", &["the order for victim", "its environment: it has 1001 variables"]);
     assert!(agent(&scene.host.status(), "victim").is_none());
     scene.victim();
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
 }
 
 /// Each time in other words.
 #[test]
-fn refusals_without_end() {
+fn repeated_rejections_are_reported_within_limits() {
     let scene = Scene::new();
     let count = std::sync::atomic::AtomicU64::new(1);
     scene.hostile.on("/api/heartbeat", move |_| {
         let lineage = "x".repeat(1_000 + count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) as usize);
-        Told::ok(
+        HostileReply::ok(
             json!({"agentId": "5402", "interval": 1, "lineage": lineage, "generation": 2, "agents": []}).to_string(),
         )
     });
@@ -209,7 +210,7 @@ fn refusals_without_end() {
 }
 
 #[test]
-fn an_environment_that_chooses_what_a_program_loads() {
+fn a_loader_variable_in_the_environment_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let evil = scene.host.beside("evil.so");
@@ -217,7 +218,7 @@ fn an_environment_that_chooses_what_a_program_loads() {
         "LD_PRELOAD": evil, "PATH": "/evil", "BASH_ENV": evil, "PYTHONPATH": "/evil", "ld_library_path": "/evil", "AOPS_HOME": "/evil",
         "A=B": "x", "": "x", "ZERO": "a\u{0}b", "TOKEN": {"secret": "LD_PRELOAD=/evil"}, "GOGC": "50",
     });
-    scene.want_victim(json!({ "env": env }));
+    scene.order_victim(json!({ "env": env }));
     let victim = wait_for_victim(&scene);
     scene.assert_told(
         "env",
@@ -244,13 +245,13 @@ fn an_environment_that_chooses_what_a_program_loads() {
 
 /// Of all that is said, only the sub-agent hears a secret.
 #[test]
-fn a_secret_is_shown_nowhere() {
+fn a_secret_is_never_shown() {
     const SECRET: &str = "correct-horse-battery-staple";
     let scene = Scene::new();
     scene.victim();
     // A refused name, too, must not show what it would have been.
     let env = json!({"TOKEN": {"secret": SECRET}, "LD_AUDIT": {"secret": SECRET}});
-    scene.want_victim(json!({ "env": env }));
+    scene.order_victim(json!({ "env": env }));
     let victim = wait_for_victim(&scene);
     assert!(processes::environment(victim).contains(&format!("TOKEN={SECRET}")));
     scene.assert_told("env", "refused", &["LD_AUDIT"]);
@@ -313,7 +314,7 @@ fn holders(root: &Path, text: &str) -> (Vec<PathBuf>, usize) {
 }
 
 #[test]
-fn a_clock_that_is_wrong_is_told() {
+fn a_wrong_clock_is_reported() {
     let scene = Scene::new();
     let unknown = scene.host.status();
     assert_eq!(unknown["gateway"]["clockOffsetSeconds"], Value::Null);
