@@ -1,4 +1,4 @@
-//! The test harness keeps its own promises: containers are what they say, and nothing of them stays.
+//! Tests of the test harness: containers behave as documented, and are removed without leftovers.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -40,7 +40,7 @@ fn a_bare_container_has_no_service_manager() {
         "{output}"
     );
     assert_loopback_only(&container);
-    // Its first process reaps what others leave behind.
+    // Its init process reaps orphans.
     container.shell("setsid sh -c 'sleep 0.05 & exec true' </dev/null >/dev/null 2>&1 & wait").expect_success();
     wait_for("orphans to be reaped", SOON, || {
         container.run(&["pgrep", "-x", "sleep", "-r", "Z"]).stdout.is_empty().then_some(())
@@ -106,7 +106,7 @@ fn every_change_of_a_file_is_detected() {
 
 #[test]
 fn nothing_of_a_container_outlives_its_owner_even_if_the_owner_is_killed() {
-    // An owner that is killed: a shell that starts a keeper as we do, and waits.
+    // An owner that is killed: a shell that starts a keeper as the harness does, and waits.
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/container.sh");
     let rootfs = std::env::var("AOPS_TEST_ROOTFS").expect("run `cargo xtask test`");
     let mut owner = Command::new("bash")

@@ -1,8 +1,8 @@
-//! Packages over the worst of networks: whatever it does, a download ends complete and right, fetches little twice, and leaves nothing;
-//! and what is no package of ours is refused, told, and harms nobody.
+//! Downloads of packages over a faulty network. Whatever the network does, a download ends complete and correct, fetches little twice, and
+//! leaves no files behind; anything that is not a valid package is rejected and reported, and no other sub-agent is affected.
 //!
-//! `AOPS_DOWNLOADS` says how many downloads the first scenario makes, `AOPS_DOWNLOADS_SEED` what the network does to them: the same seed
-//! deals out the same.
+//! `AOPS_DOWNLOADS` sets the number of downloads of the first scenario, `AOPS_DOWNLOADS_SEED` the faults: the same seed gives the same
+//! faults.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,14 +22,14 @@ use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
 use crate::support::wait::{try_for, wait_for};
 
-/// What each of the many downloads has.
+/// The size of each of the downloads in the first scenario.
 const SIZE: usize = 20 << 20;
-/// So many are ordered at the same time, and so many of them fetched.
+/// The number of packages ordered at the same time, and the limit of concurrent downloads.
 const ORDERED: usize = 5;
 const AT_ONCE: usize = 3;
-/// For one round of downloads, each of which may stall a few times and be tried again later.
+/// The deadline of one round of downloads, each of which may stall several times and be retried.
 const ROUND: Duration = Duration::from_secs(180);
-/// A package that was refused is held back for at least so long: half of what the first pause may be.
+/// The minimum delay after a rejected package: half of the first back-off.
 const HELD_BACK: Duration = Duration::from_millis(2500);
 
 fn arch() -> &'static str {
@@ -41,7 +41,7 @@ fn arch() -> &'static str {
     }
 }
 
-/// An archive that cannot be packed smaller, which any release may be published from; and the SHA-256 of what is in it.
+/// An incompressible archive that any release may be published from; and the SHA-256 of its content.
 fn archive(at: &Path, bytes: usize) -> (PathBuf, Vec<u8>) {
     let mut random = fastrand::Rng::with_seed(1);
     let mut noise = vec![0; bytes];
@@ -60,7 +60,7 @@ fn archive(at: &Path, bytes: usize) -> (PathBuf, Vec<u8>) {
     (file, Sha256::digest(&noise).to_vec())
 }
 
-/// A host that reaches the gateway by this address, with these settings besides.
+/// A host that uses this endpoint, with further settings.
 fn joined_by(url: &str, gateway: &Gateway, settings: &str) -> TestHost {
     let host = TestHost::new();
     let trust = gateway.trust();
@@ -88,7 +88,7 @@ fn in_cache(host: &TestHost) -> Vec<String> {
         .collect()
 }
 
-/// Waits until there is nothing in the cache: the next try of what was refused may have begun, and ends.
+/// Waits until the cache is empty: a retry of a rejected package may have started, and ends.
 #[track_caller]
 fn wait_until_cache_is_empty(host: &TestHost) {
     let mut left = Vec::new();
@@ -99,7 +99,7 @@ fn wait_until_cache_is_empty(host: &TestHost) {
     assert!(empty.is_some(), "left in the cache: {left:?}");
 }
 
-/// Of a package that was refused: so many requests are one try, and those of the next try, which may have begun, come after a pause.
+/// The requests of the first attempt for a rejected package; those of the next attempt, which may have started, must come after a delay.
 #[track_caller]
 fn first_try(proxy: &FaultProxy, part: &str, requests: usize) -> Vec<Request> {
     let mut asked = proxy.tally(part).requests;
@@ -117,7 +117,7 @@ fn has_version(status: &Value, name: &str, version: &str) -> bool {
     agent(status, name).is_some_and(|agent| agent["version"] == version)
 }
 
-/// A figure that whoever runs the tests may choose.
+/// A number that an environment variable may override.
 fn chosen(variable: &str, otherwise: u64) -> u64 {
     std::env::var(variable).ok().map_or(otherwise, |text| text.parse().expect("a number"))
 }
@@ -143,7 +143,7 @@ fn downloads_over_a_faulty_network_are_complete_and_correct() {
             (0..ORDERED.min(count - round * ORDERED)).map(|number| format!("noise-{number}")).collect();
         let version = format!("1.0.{round}");
         names.iter().for_each(|name| publish_archive(&gateway, &archive, name, &version));
-        // Fetched, unpacked and made the active one, and not run.
+        // Downloaded, unpacked and activated, but not run.
         let wanted: Vec<_> = names.iter().map(|name| (name.as_str(), version.as_str(), "cmd = \"stop\"")).collect();
         gateway.want(&wanted);
         host.wait_for_status(&format!("{version} of {names:?}, seed {seed}"), ROUND, |status| {
@@ -184,7 +184,7 @@ fn at_most_three_packages_are_downloaded_at_the_same_time() {
     names.iter().for_each(|name| publish_archive(&gateway, &archive, name, "1.0.0"));
     gateway.want(&names.iter().map(|name| (name.as_str(), "1.0.0", "cmd = \"stop\"")).collect::<Vec<_>>());
     gateway.run();
-    // Each takes two seconds: all that are fetched at the same time are seen to be.
+    // Each takes two seconds, so all concurrent downloads overlap.
     let proxy = FaultProxy::before(&gateway, |request, _| match request.path.contains("/noise-") {
         true => Fault::Throttle { per_second: 2 << 20, up_to: u64::MAX },
         false => Fault::None,
@@ -204,7 +204,7 @@ fn downloads_that_are_no_longer_ordered_are_cancelled_at_once() {
         gateway.want(&names.iter().map(|name| (name.as_str(), version, "cmd = \"stop\"")).collect::<Vec<_>>());
     };
     order("1.0.0");
-    // As many as may wait at the same time for what does not come: the first head, or the rest.
+    // Every download that may wait at the same time: for the head of the response, or for the rest.
     let proxy = FaultProxy::before(&gateway, |request, _| match request.is_for_package() {
         true if request.path.contains("/noise-0-1.0.0") => Fault::Mute,
         true if request.path.contains("-1.0.0") && request.path.contains("/noise-") => Fault::Stall { after: 1 << 19 },
@@ -256,10 +256,10 @@ fn a_download_is_resumed_with_its_progress_after_the_manager_is_killed() {
     wait_until_cache_is_empty(&host);
 }
 
-/// What is done to the answers of a sub-agent's packages; another one for each attack.
+/// What happens to the responses for a sub-agent's packages; replaced for each attack.
 type Plan = Box<dyn Fn(&Request, usize) -> Fault + Send>;
 
-/// A sub-agent that runs, and releases of it that the network does something to.
+/// A running sub-agent, and releases of it whose downloads are manipulated.
 struct ManipulatedDownloads {
     gateway: Gateway,
     proxy: FaultProxy,
@@ -283,7 +283,7 @@ impl ManipulatedDownloads {
         ManipulatedDownloads { gateway, proxy, host, pid, plan }
     }
 
-    /// Orders that version of it, with something done to its package; it is refused with these words, and what ran goes on.
+    /// Orders that version and manipulates its download; it is rejected with these words, and the running release continues.
     #[track_caller]
     fn is_refused(&self, version: &str, words: &[&str], plan: impl Fn(&Request, usize) -> Fault + Send + 'static) {
         *self.plan.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Box::new(plan);
@@ -321,7 +321,7 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
         move |request: &Request, _: usize| if request.is_for_package() { fault.clone() } else { Fault::None }
     };
 
-    // Endless data, with no length or a wrong one.
+    // Endless data, without a length or with a wrong one.
     let endless = instead("200 OK\r\nconnection: close", &[0; 65536], true);
     attacked.is_refused("2.0.0", &["it has more than"], packages(endless));
     let endless = attacked.proxy.tally("native-2.0.0");
@@ -329,11 +329,11 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
     assert!(endless.bytes < tries * (16 << 20), "{} bytes in {tries} tries", endless.bytes);
     wait_until_cache_is_empty(&attacked.host);
 
-    // A relay that lies about the size.
+    // A wrong announced size.
     attacked.is_refused("2.0.1", &["were announced"], packages(Fault::WrongLength { by: 1 }));
     attacked.is_refused("2.0.2", &["were announced"], packages(Fault::WrongLength { by: -1 }));
 
-    // Slow drip, of the body and of the head.
+    // A slow drip, of the body and of the head.
     attacked.is_refused("2.0.3", &["downloadTimeout"], packages(Fault::Throttle { per_second: 100, up_to: u64::MAX }));
     let drip = |request: &Request, _: usize| match request.is_for_package() {
         true => Fault::Mute,
@@ -341,11 +341,11 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
     };
     attacked.is_refused("2.0.4", &["nothing came for 1s"], drip);
 
-    // A page of somebody in between, for the package or for its signature.
+    // A page of a captive portal instead of the package or its signature.
     attacked.is_refused("2.0.5", &["answers with a page of its own", "noProxy"], packages(Fault::Portal));
     attacked.is_refused("2.0.6", &["answers with a page of its own"], |_, _| Fault::Portal);
 
-    // Redirects: elsewhere, to plain http, and round and round. Nobody elsewhere is told who asks, or asked at all.
+    // Redirects: to another host, to plain http, and in a loop. The other host gets no identity and no request.
     let elsewhere = TcpListener::bind("127.0.0.1:0").expect("a free port");
     elsewhere.set_nonblocking(true).expect("it is ours");
     let away = format!(
@@ -360,7 +360,7 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
     attacked.is_refused("2.0.9", &["redirects"], packages(instead(round, b"", false)));
     assert!(elsewhere.accept().is_err(), "somebody else was asked");
 
-    // Cut, and gone on with other bytes under the same name and tag: fetched once more, and no oftener.
+    // Cut, and continued with other bytes under the same name and tag: fetched again once only.
     let depot = attacked.gateway.path("depot");
     attacked.is_refused("2.1.0", &["tampered with"], move |request, _| match request.header("range") {
         _ if !request.is_for_package() => Fault::None,
@@ -383,10 +383,10 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
     let wholes = asked.iter().filter(|request| request.header("range").is_none()).count();
     assert_eq!(wholes, 2, "{asked:?}");
 
-    // And when the network is well again, the release comes.
+    // When the network works again, the release is installed.
     *attacked.plan.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Box::new(|_, _| Fault::None);
     attacked.host.wait_for_status("the release", ROUND, |status| has_version(status, "native", "2.1.0"));
-    // Nor does anything stay of the releases that were given up.
+    // Nothing of the rejected releases is left.
     wait_until_cache_is_empty(&attacked.host);
 }
 

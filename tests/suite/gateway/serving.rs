@@ -1,4 +1,4 @@
-//! The gateway as operators and hosts meet it: what it serves, to whom, and what no slip of an operator can do to a fleet.
+//! The gateway for operators and hosts: what it serves and to whom, and which operator errors it must survive.
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
@@ -14,7 +14,7 @@ use crate::support::https::Https;
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// A heartbeat of a host that holds what `answer` told it.
+/// A heartbeat of a host that holds the desired state of `held`.
 fn heartbeat(id: &str, hostname: &str, (os, arch): (&str, &str), held: &Value) -> Value {
     json!({
         "agentId": id, "instanceId": format!("instance-of-{id}"), "hostname": hostname, "os": os, "arch": arch,
@@ -23,7 +23,7 @@ fn heartbeat(id: &str, hostname: &str, (os, arch): (&str, &str), held: &Value) -
     })
 }
 
-/// What a host that holds nothing is told.
+/// The answer to a host without a desired state.
 fn first_answer(https: &Https) -> Value {
     let response = https.heartbeat(&heartbeat("5402", "web-1", ("linux", "amd64"), &Value::Null));
     assert_eq!(response.status, 200, "{response:?}");
@@ -88,7 +88,7 @@ fn an_invalid_fleet_file_changes_nothing_and_is_reported_until_it_is_fixed() {
     });
     assert_eq!(first_answer(&https), good);
 
-    // Restarted beside a wrong file, it says what it said before.
+    // Restarted with an invalid file, it keeps its previous answers.
     gateway.fleet("[[");
     assert_eq!(gateway.terminate(), 0);
     gateway.run();
@@ -101,7 +101,7 @@ fn an_invalid_fleet_file_changes_nothing_and_is_reported_until_it_is_fixed() {
     assert_eq!(new["lineage"], good["lineage"]);
     wait_for("no error any more", SOON, || https.get("/healthz").json()["fleet"]["lastError"].is_null().then_some(()));
 
-    // What is meant can be said.
+    // The intended change can be made explicitly.
     gateway.fleet("allowRemoval = true\n[agents.c]\nversion = \"2\"\n");
     let fewer = wait_for("the smaller fleet", SOON, || Some(first_answer(&https)).filter(|answer| answer != &new));
     assert_eq!((agents(&fewer), &fewer["complete"]), (vec!["c 2".to_owned()], &json!(true)));
@@ -119,7 +119,7 @@ fn a_fleet_file_is_not_read_while_it_is_written() {
     let https = Https::to(&gateway);
     let before = first_answer(&https);
     assert_eq!(agents(&before), ["a 1"]);
-    // An editor that writes in place, and slowly: at every moment the file is well formed, and fit to be taken.
+    // An editor that writes in place, and slowly: at every moment the file is well-formed and valid.
     let path = gateway.path("fleet.toml");
     let writer = thread::spawn(move || {
         let mut file = OpenOptions::new().write(true).truncate(true).open(path).expect("fleet.toml can be written");
@@ -151,7 +151,7 @@ fn hosts_follow_a_restarted_and_a_rebuilt_gateway() {
     let host = TestHost::joined(&gateway);
     let pid = host.wait_for_agent("a");
     let generation = host.status()["generation"].clone();
-    // The operator's view: who is there, and that it holds what it was told.
+    // The operator's view: the hosts, and the generation that each holds.
     let shown = |gateway: &Gateway| {
         wait_for("the host to be shown", SOON, || {
             let host = gateway.status()["hosts"][0].clone();
@@ -165,7 +165,7 @@ fn hosts_follow_a_restarted_and_a_rebuilt_gateway() {
     let back = host.wait_for_status("the gateway to be back", SOON, |status| status["gateway"]["connected"] == true);
     assert_eq!(back["generation"], generation);
 
-    // Rebuilt from its keys, depot and fleet.toml: another store counts, and nothing on the host changes but that.
+    // Rebuilt from its keys, depot and fleet.toml: the store has a new lineage, and nothing else changes on the host.
     gateway.stop();
     fs::remove_dir_all(gateway.path("state")).expect("it is there");
     gateway.command(&["init"], &[]).expect_success();
@@ -230,7 +230,7 @@ fn each_host_receives_the_orders_of_its_matching_rules() {
         assert_eq!(orders.join(", "), expected, "{id} {hostname}");
         assert_eq!(answer["agents"][0]["env"]["BASE"], "yes");
     }
-    // A host for which there are no packages is told so, and its list is not called complete.
+    // A host without packages for its platform gets an error message, and its list is not complete.
     let windows = https.heartbeat(&heartbeat("5402", "w", ("windows", "386"), &Value::Null)).json();
     assert_eq!((&windows["complete"], &windows["agents"]), (&json!(false), &json!([])));
     assert!(windows["errorMessage"].as_str().is_some_and(|text| text.contains("windows/386")), "{windows:#}");
@@ -271,7 +271,7 @@ fn downloads_support_http_ranges_and_only_published_files_are_served() {
         let shown = format!("bytes {}-{}/{size}", expected.start, expected.end - 1);
         assert_eq!(part.header("content-range"), Some(&*shown), "{range}");
     }
-    // What is not understood, or is of another content, is answered with the whole; what lies beyond, with a refusal.
+    // An invalid range, or one with another tag, gets the whole file; a range beyond the end is rejected.
     for headers in [&["range: lines=1-2"][..], &["range: bytes=9-1"], &["range: bytes=0-1", "if-range: \"of another\""]]
     {
         let answer = https.ask("GET", path, headers);
@@ -335,7 +335,7 @@ fn two_hundred_concurrent_hosts_are_answered_and_listed() {
                     let (id, name) = (format!("id-{number}"), format!("host-{number}"));
                     let first = https.heartbeat(&heartbeat(&id, &name, ("linux", "amd64"), &Value::Null)).json();
                     assert_eq!((&first["agentId"], agents(&first).join("")), (&json!(id), "a 1".to_owned()));
-                    // What it was told, it holds: it is not told again.
+                    // A host that holds the generation gets no list again.
                     let second = https.heartbeat(&heartbeat(&id, &name, ("linux", "amd64"), &first)).json();
                     assert_eq!((&second["generation"], second.get("agents")), (&first["generation"], None));
                 }
@@ -353,7 +353,7 @@ fn two_hundred_concurrent_hosts_are_answered_and_listed() {
     let ids: BTreeSet<_> =
         status["hosts"].as_array().expect("a list").iter().map(|host| host["agentId"].clone().to_string()).collect();
     assert_eq!(ids.len(), HOSTS);
-    // What it knew is what it knows after a restart, and after its end.
+    // The gateway still has its hosts after a restart, and in `status` after its exit.
     assert_eq!(gateway.terminate(), 0);
     let after = gateway.status();
     assert_eq!((after["running"].as_bool(), after["hosts"].as_array().map(Vec::len)), (Some(false), Some(HOSTS)));
@@ -369,7 +369,7 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let again = gateway.command(&["init"], &["--name", "other.example"]).expect_success();
     assert_eq!(contents(), before);
     assert!(again.contains("kept") && !again.contains("made") && again.contains("--name is without effect"), "{again}");
-    // What is to be done next can be copied: each line with a command is whole.
+    // The next steps can be copied: each command is on one line.
     for words in
         ["aops gateway publish --dir", "aops gateway run --dir", "--trusted-key aops.pub --pin sha256:", "curl -k"]
     {
@@ -387,7 +387,7 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let refused = gateway.publish_with(&[&unrunnable.path().display().to_string()]).expect_code(1);
     assert!(refused.stderr.contains("bin/gone, which is not in it"), "{refused}");
 
-    // A package that was signed elsewhere goes to hosts with the signature that it came with.
+    // A package that was signed elsewhere is served with its own signature.
     let elsewhere = Gateway::stopped();
     elsewhere.publish(&Package::sleeper("b", "1"));
     let (archive, signature) =
@@ -403,7 +403,7 @@ fn a_gateway_exits_on_a_signal_and_a_second_one_is_rejected() {
     let mut gateway = Gateway::start();
     let second = gateway.command(&["run"], &["--listen", "127.0.0.1:0"]).expect_code(1);
     assert!(second.stderr.contains("one is running already"), "{second}");
-    // A connection that is idle does not hold up the end.
+    // An idle connection does not delay the exit.
     let idle = std::net::TcpStream::connect(gateway.url().trim_start_matches("https://")).expect("it listens");
     assert_eq!(gateway.terminate(), 0);
     drop(idle);

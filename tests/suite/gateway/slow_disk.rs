@@ -1,4 +1,4 @@
-//! A gateway whose disk is slow: strace(1) lets each sync of a file take longer than anybody here waits.
+//! A gateway with a slow disk: strace(1) delays each sync of a file for longer than any client waits.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -10,12 +10,12 @@ use crate::support::https::Https;
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// What each sync takes, seconds.
+/// The delay of each sync, in seconds.
 const SYNC: u32 = 60;
-/// For what must wait for no sync, on a busy machine: half of one.
+/// The limit of what must not wait for a sync, on a busy machine: half of one.
 const QUICK: Duration = Duration::from_secs(SYNC as u64 / 2);
 
-/// What a host that holds what `held` told it is told.
+/// The answer to a host that holds the desired state of `held`.
 fn answer_to(https: &Https, held: &Value) -> Value {
     let asked = Instant::now();
     let response = https.heartbeat(&json!({
@@ -35,7 +35,7 @@ fn slow_syncs_do_not_delay_heartbeats_and_a_crash_does_not_reuse_a_generation() 
         gateway.publish(&Package::sleeper("a", version));
     }
     gateway.want(&[("a", "1", "")]);
-    // It has begun its lineage, and kept its first fleet file.
+    // It has a lineage and has stored its first fleet file.
     gateway.run();
     let https = Https::to(&gateway);
     let first = answer_to(&https, &Value::Null);
@@ -59,7 +59,7 @@ fn slow_syncs_do_not_delay_heartbeats_and_a_crash_does_not_reuse_a_generation() 
     let kept = fs::read_to_string(gateway.path("state/fleet.toml")).expect("it was kept");
     assert!(kept.contains("version = \"1\""), "the syncs are not slow: {kept}");
 
-    // What was not written is lost, and the file that could tell it is broken: the one before is in force, as something new.
+    // The unwritten state is lost, and the fleet file is now invalid: the previous one is in force again, as a new generation.
     gateway.stop();
     gateway.fleet("[agents.a\n");
     gateway.run();

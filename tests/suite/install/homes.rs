@@ -1,5 +1,5 @@
-//! Homes of every kind: installed offline, by a pin, beside another one, in a path with spaces or a very long one, and renewed with all
-//! that they know.
+//! Homes of every kind: installed offline, with a certificate pin, beside another home, in a path with spaces or a very long one;
+//! reinstalled without losing state.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -37,7 +37,7 @@ fn depot_file(gateway: &Gateway, start: &str) -> String {
     found.expect("it was published").display().to_string()
 }
 
-/// Runs the program with a home of its own, by its own link.
+/// Runs the `control` of a home.
 #[track_caller]
 fn control(host: &TestHost, home: &Path, arguments: &[&str]) -> Output {
     command::run(host.command(&home.join("control")).env_remove("AOPS_HOME").args(arguments), LIMIT)
@@ -48,7 +48,7 @@ fn status(host: &TestHost, home: &Path) -> Value {
     control(host, home, &["status", "--json"]).json()
 }
 
-/// Waits until both sub-agents and both roles of a home run, and gives the status.
+/// Waits until both sub-agents and both roles of a home run, and returns the status.
 #[track_caller]
 fn wait_for_all(host: &TestHost, home: &Path) -> Value {
     wait_for("both sub-agents and both roles", SOON, || {
@@ -95,7 +95,7 @@ fn a_local_package_is_installed_offline_if_it_matches_the_request() {
     let alone = host.beside("aops-spm-1.0.0.tar.zst");
     fs::copy(&manager, &alone).expect("a copy");
     refused(install(&alone.display().to_string(), &[]), &["minisig"]);
-    // A copy under another name, with its signature beside it, will do: the signature says what it is.
+    // A copy under another name works with its signature beside it: the signature has the name and version.
     fs::copy(format!("{manager}.minisig"), host.beside("aops-spm-1.0.0.tar.zst.minisig")).expect("a copy");
     install(&alone.display().to_string(), &[]).expect_code(0);
     let status = host.wait_for_status("both roles", SOON, runs);
@@ -114,7 +114,7 @@ fn a_certificate_pin_replaces_a_ca_and_stays_in_force() {
         let script = format!("openssl x509 -in '{cert}' {arguments}");
         command::run(std::process::Command::new("sh").args(["-c", &script]), LIMIT).expect_success().trim().to_owned()
     };
-    // As openssl prints it, and the key's alone.
+    // As openssl prints it, and the pin of the key alone.
     let printed = openssl("-noout -fingerprint -sha256");
     let certificate = printed.split_once('=').expect("a name and a value").1.to_owned();
     let public_key = openssl("-noout -pubkey | openssl pkey -pubin -outform DER | sha256sum | cut -d' ' -f1");
@@ -122,7 +122,7 @@ fn a_certificate_pin_replaces_a_ca_and_stays_in_force() {
         host.install(&["--agent-id", "1", "--endpoint", gateway.url(), "--trusted-key", &key, "--pin", pin])
             .expect_code(0);
         host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
-        // A later installation need not be told again.
+        // A later installation does not need the pin again.
         host.install(&[]).expect_code(0);
         host.control(&["uninstall", "--yes"]).expect_code(0);
     }
@@ -215,7 +215,7 @@ fn homes_in_unusual_paths_work_and_are_independent() {
     assert!(same(0) && same(2), "stopping one does not stop another");
     control(&host, &homes[1], &["start"]).expect_code(0);
     wait_for_all(&host, &homes[1]);
-    // A relative path, and not two of them.
+    // A relative path; it does not create a second home.
     let relative =
         host.command(&aops()).env_remove("AOPS_HOME").args(["control", "status", "--home", "plain"]).status();
     assert!(relative.expect("it can be run").success());
@@ -238,7 +238,7 @@ fn an_old_installation_with_a_daemon_is_replaced_and_its_id_and_settings_are_kep
     for directory in ["etc", "bin", "log", "run"] {
         fs::create_dir_all(home.join(directory)).expect("it is ours");
     }
-    // A daemon that ignores its control script and the stop signal, started again by a second one.
+    // A daemon that ignores its control script and the stop signal, restarted by a second one.
     fs::copy("/bin/bash", home.join("bin/old-spm")).expect("a copy");
     let daemon = "trap '' TERM\nwhile :; do read -t 1000 <>run/pipe; done\n";
     fs::write(home.join("bin/daemon"), daemon).expect("it is ours");

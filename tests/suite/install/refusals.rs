@@ -1,5 +1,5 @@
-//! What goes wrong is told with what to do about it, and what ran before still runs: the installer's refusals on an empty host and over
-//! a running installation, and the manager's over running sub-agents.
+//! Every failure is reported with a remedy, and running sub-agents continue: rejections of the installer on an empty host and over a
+//! running installation, and rejections of the manager.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -18,7 +18,7 @@ use crate::support::package::Package;
 use crate::support::processes::is_alive;
 use crate::support::wait::wait_for;
 
-/// What changes while a host runs, whoever installs what.
+/// Files that change while a host runs.
 pub(crate) const LIVING: &[&str] = &["/log", "/state/desired.json", "/state/events.json"];
 
 /// A gateway with a manager and one sub-agent.
@@ -31,7 +31,7 @@ fn gateway() -> Gateway {
     gateway
 }
 
-/// A host that runs, as it was when this was made.
+/// A running host, and its files and processes when this was created.
 struct RunningHost {
     host: TestHost,
     files: Files,
@@ -51,7 +51,7 @@ impl RunningHost {
         RunningHost::of(TestHost::joined(gateway))
     }
 
-    /// Nothing on disk is changed, and the same processes run.
+    /// No file has changed, and the same processes run.
     #[track_caller]
     fn assert_untouched(&self) {
         assert_eq!(difference(&self.files, &snapshot(&self.host.home(), LIVING)), Vec::<String>::new());
@@ -66,14 +66,14 @@ impl RunningHost {
     }
 }
 
-/// Those of the roles and of the sub-agent.
+/// The pids of the roles and of the sub-agent.
 #[track_caller]
 fn pids(status: &Value) -> [u32; 3] {
     let agent = agent(status, "native").unwrap_or_else(|| panic!("no sub-agent in {status:#}"));
     [&status["spm"]["pid"], &status["spa"]["pid"], &agent["pid"]].map(|value| pid(value).expect("it runs"))
 }
 
-/// A refusal that changed nothing, and says these words.
+/// A rejection that changed nothing, and whose message contains these words.
 #[track_caller]
 pub(crate) fn assert_refused(output: &Output, code: i32, words: &[&str]) {
     assert_eq!(output.code, code, "{output}");
@@ -84,20 +84,20 @@ pub(crate) fn assert_refused(output: &Output, code: i32, words: &[&str]) {
     assert!(code != 1 || output.stderr.contains("nothing was changed"), "{output}");
 }
 
-/// On an empty host, nothing at all is left.
+/// On an empty host nothing is left.
 #[track_caller]
 fn assert_empty(host: &TestHost) {
     assert!(!host.home().exists(), "{:?}", snapshot(&host.home(), &[]).keys());
     assert_eq!(host.processes(), []);
 }
 
-/// Gives the gateway another certificate, or other keys.
+/// Replaces the gateway's certificate or keys.
 fn renew(gateway: &Gateway, directory: &str) {
     fs::remove_dir_all(gateway.path(directory)).expect("it is ours");
     gateway.init();
 }
 
-/// Changes one byte in the middle of a file, which keeps its signature and its time: a gateway that runs does not look at it again.
+/// Changes one byte in the middle of a file and keeps its time, so that a running gateway does not read it again.
 fn tamper(file: &Path) {
     let mut bytes = fs::read(file).expect("it is there");
     let modified = fs::metadata(file).and_then(|metadata| metadata.modified()).expect("it is there");
@@ -161,13 +161,13 @@ fn a_certificate_that_differs_from_the_first_contact_is_rejected() {
     };
     assert_refused(&install(&[]), 1, &["first contact", "state/pins.json", "certificate was replaced"]);
     standing.assert_untouched();
-    // The manager refuses it too, says why, and keeps everything running.
+    // The manager rejects it too, reports why, and keeps everything running.
     let status = standing.host.wait_for_status("the manager to refuse it", SOON, |status| {
         status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains("first contact"))
     });
     assert_eq!(status["gateway"]["connected"], false);
     standing.assert_same_processes();
-    // Who makes the file go away, or loses it, does not make the next one who answers the first.
+    // Deleting or losing the pin file does not make the next contact a first one.
     let pins = standing.host.home().join("state/pins.json");
     fs::remove_file(&pins).expect("it is there");
     let words = ["pins.json is missing", "backup", "--pin", "write {} into that file"];
@@ -177,7 +177,7 @@ fn a_certificate_that_differs_from_the_first_contact_is_rejected() {
     });
     standing.assert_same_processes();
     assert!(!pins.exists());
-    // What the message says helps, be it the one or the other.
+    // Both remedies of the message work.
     fs::write(&pins, "{}").expect("it is ours");
     install(&[]).expect_code(0);
     assert!(fs::read_to_string(&pins).expect("it is there").contains(&url));
@@ -256,7 +256,7 @@ fn invalid_settings_are_rejected_and_a_running_manager_keeps_the_last_good_ones(
         standing.assert_untouched();
     }
 
-    // A start with what cannot be read at all.
+    // A start with an unreadable file.
     fs::write(&config, "heartbeatSrv = [\n").expect("it is ours");
     standing.host.control(&["restart"]).expect_code(0);
     let status = standing.host.wait_for_status("the problem to show", SOON, |status| {
@@ -297,7 +297,7 @@ fn missing_arguments_are_wrong_usage() {
     assert_refused(&old, 2, &["--agent-id"]);
     assert_empty(&host);
 
-    // Somebody else's directory is not taken over.
+    // A foreign directory is not used as a home.
     fs::create_dir(host.home()).and_then(|()| fs::write(host.home().join("thesis.txt"), "x")).expect("it is ours");
     let output = host.install(&[&id[..], &["--endpoint", "https://127.0.0.1:1"]].concat());
     assert_eq!(output.code, 1, "{output}");
@@ -305,7 +305,7 @@ fn missing_arguments_are_wrong_usage() {
     assert_eq!(snapshot(&host.home(), &[]).len(), 1);
 }
 
-/// A gateway that takes connections and never answers.
+/// A gateway that accepts connections and never responds.
 struct Stalling {
     listener: TcpListener,
 }
@@ -343,7 +343,7 @@ fn a_concurrent_installation_is_rejected_and_a_killed_one_can_be_repeated() {
     assert!(!output.success(), "{output}");
     first.kill().and_then(|()| first.wait()).expect("it is ours");
     drop(connection);
-    // What it left does not keep the next one from its work.
+    // Its leftovers do not prevent the next installation.
     host.join(&gateway, &[]).expect_code(0);
     let standing = RunningHost::of(host);
 
@@ -362,7 +362,7 @@ fn assert_refused_uninstall(output: &Output) {
     assert!(output.code == 1 && output.stderr.contains("another installation is at work"), "{output}");
 }
 
-/// Starts `command`, kills it when it says a line with `word`, and waits until it is gone.
+/// Starts `command`, kills it when it prints a line with `word`, and waits until it has exited.
 fn kill_at(command: &mut Command, word: &str) {
     let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it can be run");
     let stderr = child.stderr.take().expect("it is piped");
@@ -392,7 +392,7 @@ fn an_installation_killed_at_any_step_can_be_repeated_and_uninstalled() {
         host.control(&["uninstall", "--yes"]).expect_code(0);
         assert_empty(&host);
     }
-    // Nor does one that never succeeds.
+    // Neither does an installation that never succeeds.
     for step in ["downloading", "putting version"] {
         kill_at(&mut installation(&host, &gateway, &[]), step);
         command::run(&mut installation(&host, &gateway, &["--version", "9.9.9"]), LIMIT).expect_code(1);
@@ -413,7 +413,7 @@ fn a_reinstallation_killed_at_any_step_can_be_repeated() {
         host.wait_for_status("both roles", SOON, runs);
         assert_eq!(host.wait_for_agent("native"), agent, "after a kill at {step:?}");
     }
-    // Where nothing is kept, the older one is stopped and taken away first.
+    // With `--fresh`, the older installation is stopped and removed first.
     for step in ["stopping the older", "putting version", "starting"] {
         kill_at(&mut installation(&host, &gateway, &["--fresh"]), step);
         command::run(&mut installation(&host, &gateway, &["--fresh"]), LIMIT).expect_code(0);
@@ -425,7 +425,7 @@ fn a_reinstallation_killed_at_any_step_can_be_repeated() {
     assert_empty(&host);
 }
 
-/// The last event of a kind about a sub-agent that the gateway has heard of.
+/// The last event of a kind about a sub-agent that the gateway has received.
 pub(crate) fn event(status: &Value, kind: &str, name: &str) -> Option<Value> {
     let events = status["hosts"][0]["events"].as_array()?;
     events.iter().rev().find(|event| event["kind"] == kind && event["agent"] == name).cloned()
@@ -461,14 +461,14 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
     tamper(&package(&gateway, "native-2.0.0"));
     told("2.0.0", &["tampered with", "Publish it again"]);
 
-    // Signed by somebody else.
+    // Signed by another key.
     let other = Gateway::stopped();
     let key = other.path("keys/aops.key").display().to_string();
     let untrusted = Package::sleeper("native", "3.0.0");
     gateway.publish_with(&["--key", &key, &untrusted.path().display().to_string()]).expect_code(0);
     told("3.0.0", &["not trusted", "--trusted-key"]);
 
-    // Publishing refuses a manifest that cannot be used; one that got there by other means is refused by the host.
+    // Publishing rejects an invalid manifest; the host rejects one that reached the depot by other means.
     for (version, manifest, words) in [
         (
             "4.0.0",
@@ -484,7 +484,7 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
         told(version, &words);
     }
 
-    // A good one comes through at once.
+    // A valid one is installed at once.
     gateway.publish(&Package::sleeper("native", "7.0.0"));
     fleet("7.0.0");
     let status = standing.host.wait_for_status("a good release", SOON, |status| {
@@ -493,7 +493,7 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
     assert_eq!(agent(&status, "native").expect("it is there")["lastError"], Value::Null);
 }
 
-/// Puts a package into the depot by other means than `publish`, signed with the gateway's key.
+/// Puts a package into the depot without `publish`, signed with the gateway's key.
 fn place(gateway: &Gateway, package: &Package) {
     let (name, version) = (package.name(), package.version());
     let file = gateway.path("depot").join(format!("{name}-{version}_linux_{}.tar.gz", arch()));

@@ -1,4 +1,4 @@
-//! Installing, renewing, replacing and removing, on hosts in a temporary home and in containers.
+//! Installing, reinstalling, replacing and uninstalling, on hosts in a temporary home and in containers.
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
 
 use std::fs;
@@ -14,22 +14,22 @@ use crate::support::package::Package;
 use crate::support::wait::wait_for;
 use crate::support::{aops, processes};
 
-/// What a manager that runs changes at any moment.
+/// The files that a running manager changes at any time.
 const ALIVE: &[&str] =
     &["/log", "/run", "/state/events.json", "/state/desired.json", "/state/conf.good.toml", "/cache", "/staging"];
 
-/// The old platform's command, verbatim but for address and port.
+/// The old platform's command, verbatim except for address and port.
 const VERBATIM: &str = "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/aops-agent-service-linux-amd64 \
     -H 'x-agent-id: 5402204854438' -o aops-agent-service-linux-amd64 && chmod +x aops-agent-service-linux-amd64 && \
     ./aops-agent-service-linux-amd64 --control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888";
 
-/// An executable that tells its version, and cannot do anything else.
+/// An executable that prints its version and does nothing else.
 fn broken_manager() -> Package {
     let script = "#!/bin/sh\ncase \"$1\" in --version) echo broken ;; *) exit 3 ;; esac\n";
     Package::control("aops-spm", "broken", "exit 0").with_file("bin/aops", script, 0o755)
 }
 
-/// A host of a fleet with one sub-agent, which runs.
+/// A host of a fleet with one running sub-agent.
 fn joined() -> (Gateway, TestHost, u32) {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("2.0.0");
@@ -178,7 +178,7 @@ fn foreign_files_are_not_treated_as_an_old_installation_and_not_removed() {
     }
     fs::remove_dir_all(&home).unwrap();
 
-    // What comes into a home later stays, too.
+    // Files that are added to a home later are kept too.
     host.join(&gateway, &[]).expect_success();
     fs::create_dir(home.join("data")).unwrap();
     fs::write(home.join("data/customers.db"), "precious").unwrap();
@@ -200,7 +200,7 @@ fn fresh_keeps_nothing_of_an_older_installation() {
     assert!(!host.home().join("etc/own").exists() && !host.home().join(".install").exists());
 }
 
-/// An installation of the system that aops replaces, which runs.
+/// A running installation of the system that aops replaces.
 fn old_installation(host: &TestHost, endpoint: &str) {
     let home = host.home();
     for directory in ["etc", "bin", "var"] {
@@ -277,7 +277,7 @@ fn uninstalling_asks_first_and_works_with_dead_roles_once() {
             host.kill(pid);
         }
     }
-    // By the home's own executable, which goes with the home.
+    // With the home's own executable, which is removed with the home.
     let control = host.home().join("control");
     command::run(host.command(&control).args(["uninstall", "--yes"]), LIMIT).expect_success();
     assert!(!host.home().exists());
@@ -285,7 +285,7 @@ fn uninstalling_asks_first_and_works_with_dead_roles_once() {
     host.control(&["uninstall", "--yes"]).expect_code(4);
 }
 
-/// A gateway inside a container, where nobody looks for changes: below /tmp.
+/// A gateway inside a container, below /tmp, which is not compared.
 fn gateway_in(container: &Container) -> Running<'_> {
     container.copy_in(aops(), "/tmp/aops", 0o755);
     container
@@ -321,7 +321,7 @@ fn units_survive_a_reboot_and_are_replaced_removed_or_rejected_as_systemd_report
         let status = status_in(&container);
         (status["spm"]["pid"].is_u64() && status["spa"]["pid"].is_u64()).then_some(())
     });
-    // Somebody took a unit away.
+    // A unit is removed manually.
     container
         .shell("systemctl stop aops-spa; rm /etc/systemd/system/aops-spa.service; systemctl daemon-reload")
         .expect_success();
@@ -363,7 +363,7 @@ fn linked_and_lost_settings_are_kept_in_place() {
     host.install(&["--version", "2.0.0"]).expect_success();
     assert!(config.is_symlink());
     assert_eq!((fs::read_to_string(&managed).unwrap(), mode()), (text.clone(), 0o600));
-    // What is to be changed is changed where it is; and is back after a failure.
+    // The file behind the link is changed, and restored after a failure.
     let second = format!("{}/", gateway.url());
     host.install(&["--version", "broken", "--endpoint", "https://127.0.0.1:1", "--endpoint", &second]).expect_code(1);
     assert_eq!(fs::read_to_string(&managed).unwrap(), text);

@@ -1,4 +1,4 @@
-//! Installing onto a host that a real systemd runs, by the command that the old platform prints, and off it again.
+//! Installing and uninstalling on a host with systemd, by the command that the old platform prints.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ use crate::support::inside::{
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// A gateway's content: the manager's package and two sub-agents, one of each kind.
+/// A gateway directory: the manager's package and two sub-agents, one of each kind.
 pub(crate) fn fleet_of_two() -> Gateway {
     let gateway = Gateway::stopped();
     gateway.publish_self("c57f6a1d");
@@ -24,7 +24,7 @@ pub(crate) fn fleet_of_two() -> Gateway {
     gateway
 }
 
-/// Both roles run, and everything is as wanted.
+/// Both roles run, and the state is as desired.
 pub(crate) fn runs(status: &Value) -> bool {
     status["state"] == "running" && pid(&status["spm"]["pid"]).is_some() && pid(&status["spa"]["pid"]).is_some()
 }
@@ -32,7 +32,7 @@ pub(crate) fn runs(status: &Value) -> bool {
 /// One for each of the two roles, and one that holds the sub-agents.
 const UNITS_OF_A_HOME: usize = 3;
 
-/// What there is of our units, loaded, on disk or as cgroups.
+/// Our units that are loaded, on disk, or have a cgroup.
 fn units(container: &Container) -> Vec<String> {
     let list = "systemctl list-units --all --plain --no-legend 'aops*'; systemctl list-unit-files --no-legend 'aops*'; \
         find /sys/fs/cgroup /run/systemd /etc/systemd -name '*aops*'";
@@ -132,7 +132,7 @@ fn uninstalling_works_with_dead_roles_and_manually_removed_units() {
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
     let breakages = [
-        // Masked units are not started again.
+        // Masked units are not restarted.
         "systemctl mask --runtime aops-spm aops-spa; systemctl kill -s KILL aops-spm aops-spa",
         "rm /etc/systemd/system/aops-spm.service; systemctl daemon-reload",
         "rm /etc/systemd/system/aops-sp?.service /etc/systemd/system/*.wants/aops-*; systemctl daemon-reload",
@@ -174,7 +174,7 @@ fn two_homes_have_separate_units_and_are_independent() {
     });
     assert_eq!(theirs["home"], other);
     assert_eq!(wait_for_agents(&container, &["native", "script"]), first);
-    // The refused one has left nothing.
+    // The rejected installation has left nothing.
     let files = done(&container, "systemctl list-unit-files --no-legend 'aops*' | cut -d' ' -f1; ls /srv").stdout;
     let files = files.strip_suffix("another home\n").expect("one home");
     assert_eq!(files.lines().count(), 2 * UNITS_OF_A_HOME, "{files}");
@@ -183,7 +183,7 @@ fn two_homes_have_separate_units_and_are_independent() {
     container.run(&["aops", "control", "uninstall", "--yes"]).expect_code(0);
     let now = status();
     assert_eq!(now["spm"]["pid"], theirs["spm"]["pid"]);
-    // All but what time changes.
+    // Everything except values that change with time.
     let lasting = |status: &Value| {
         let mut agents = status["agents"].clone();
         for agent in agents.as_array_mut().into_iter().flatten() {
@@ -206,7 +206,7 @@ fn hci_and_scp_are_not_registered_with_a_service_manager() {
     done(&container, &format!("cp {DIRECTORY}/depot/aops-agent-service-linux-amd64 {BOOTSTRAP}"));
     let install = format!("{BOOTSTRAP} --control install --agentId 1 --endpoint {URL}");
     for product in [format!("{install} --product hci"), format!("AOPS_PRODUCT=scp {install}")] {
-        // Told once, it is known when the platform's command is repeated.
+        // Given once, the product is remembered when the platform's command is repeated.
         for command in [&product, &install] {
             let output = container.run(&["sh", "-c", command]).expect_code(0);
             assert!(output.stderr.contains("/opt/aops/control start"), "who starts it at boot is said: {output}");
@@ -242,7 +242,7 @@ fn the_link_to_the_command_is_optional() {
     done(&container, "umount /usr/local");
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
     done(&container, read_only);
-    // What stands there as it is to stand is not written again.
+    // A correct link is not written again.
     let output = container.run(&["/opt/aops/bin/aops", "install"]).expect_code(0);
     assert!(!output.stderr.contains("/usr/local/bin/aops"), "{output}");
     let output = container.run(&["/opt/aops/control", "uninstall", "--yes"]).expect_code(1);
@@ -256,7 +256,7 @@ fn the_link_to_the_command_is_optional() {
 fn impossible_installations_fail_before_anything_is_stopped() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
-    // An old installation in the lower layer of an overlay, of which no directory can be moved.
+    // An old installation in the lower layer of an overlay, whose directories cannot be moved.
     let control = "#!/bin/sh\ncd /srv/old\ncase $1 in start) setsid bin/old-agent 1000003 >/dev/null 2>&1 & echo $! >var/pid ;; stop) kill $(cat var/pid) ;; esac\n";
     container.write("/srv/lower/control", control, 0o755);
     container.write("/srv/lower/agentId", "77\n", 0o644);
@@ -287,7 +287,7 @@ fn impossible_installations_fail_before_anything_is_stopped() {
     };
     refused(&["cannot set /srv/old/", "lower layer of an overlay", "cp -a"]);
     done(&container, "cd /srv/old; for d in bin etc var; do cp -a $d $d.new; rm -r $d; mv $d.new $d; done");
-    // The copy of its program is another file than the one that runs; it is stopped by its own script.
+    // The copy of its program is another file than the running one; its own script stops it.
     let closed = "mount --bind /etc/systemd/system /etc/systemd/system && mount -o remount,bind,ro /etc/systemd/system";
     done(&container, closed);
     refused(&["cannot register with systemd", "/etc/systemd/system cannot be written", "--service none"]);
@@ -295,7 +295,7 @@ fn impossible_installations_fail_before_anything_is_stopped() {
     container.run(&install).expect_code(0);
     assert_eq!(old(), Vec::<u32>::new());
 
-    // Taken away it is neither, where its units cannot be.
+    // Nor is it removed while its units cannot be.
     let control = "/srv/old/control";
     let roles = || {
         let status = container.run(&[control, "status", "--json"]).json();

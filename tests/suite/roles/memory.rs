@@ -1,4 +1,4 @@
-//! A role that uses more memory than it may is restarted in order, which harms no sub-agent, and says why.
+//! A role above its memory limit is restarted without harm to sub-agents, and the reason is reported.
 
 use std::fs;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use crate::support::host::{SOON, TestHost, pid};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// Three looks in a row, one with each ping of 15 s.
+/// Three consecutive checks, one with each ping of 15 s.
 const RESTARTED: Duration = Duration::from_secs(120);
 
 #[test]
@@ -31,7 +31,7 @@ fn a_role_above_its_memory_limit_is_restarted_and_the_reason_is_reported() {
         let roles = ["spm", "spa"].map(|role| pid(&status[role]["pid"]).expect("it was waited for"));
         (host, native, roles)
     };
-    // Less than what they use in a build for tests.
+    // Less than what they use in a debug build.
     let hosts = [
         ("5401", "spmMaxMem = \"16MiB\"", "spm", "the manager uses"),
         ("5402", "spaMaxMem = \"8MiB\"", "spa", "the watchdog uses"),

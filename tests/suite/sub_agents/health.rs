@@ -1,4 +1,4 @@
-//! Health checks: what is unhealthy for too long is started again under its restart policy, and all of it shows.
+//! Health checks: a sub-agent that is unhealthy for too long is restarted under its restart policy, and the status and events show it.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -17,12 +17,12 @@ use crate::support::package::Package;
 use crate::support::processes::{is_alive, marked};
 use crate::support::wait::wait_for;
 
-/// For a `control` script to be asked.
+/// The deadline for a `control` script to be run.
 const SCRIPT_ASKED: Duration = Duration::from_secs(60);
-/// For a `control` script to be asked often enough to be given up: every 30 s, 10 s each.
+/// The deadline for a `control` script to fail often enough: every 30 s, with a timeout of 10 s.
 const SCRIPT_GIVEN_UP: Duration = Duration::from_secs(240);
 
-/// A server that answers every request with the same status, which can be changed.
+/// A server that sends the same status to every request; the status can be changed.
 struct Web {
     port: u16,
     status: Arc<AtomicU16>,
@@ -53,12 +53,12 @@ fn serve(mut stream: TcpStream, status: u16) -> std::io::Result<()> {
     write!(stream, "HTTP/1.1 {status} Told\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 }
 
-/// A sub-agent that sleeps, with a `[health]` of these lines.
+/// A sleeping sub-agent with these lines in `[health]`.
 fn sleeper(name: &str, health: &str) -> Package {
     Package::script(name, "1.0", "exec sleep 1000000", &format!("[health]\n{health}"))
 }
 
-/// One whose health is asked of `check`, a shell script that finds the test's own files three directories up.
+/// A sub-agent checked by `check`, a shell script that finds the test's files three directories up.
 fn checked(name: &str, check: &str, health: &str) -> Package {
     let health = format!("exec = [\"bin/check\"]\ninterval = \"1s\"\n{health}");
     sleeper(name, &health).with_file("bin/check", format!("#!/bin/sh\ncd ../../../..\n{check}\n"), 0o755)
@@ -69,13 +69,13 @@ fn joined(packages: &[&Package]) -> (Gateway, TestHost) {
     let wanted: Vec<_> = packages.iter().map(|package| (package.name(), package.version(), "")).collect();
     let gateway = Gateway::with(packages, &wanted);
     let host = TestHost::new();
-    // A temporary directory is closed to others; some checks run as another user.
+    // A temporary directory is not accessible to other users; some checks run as another user.
     fs::set_permissions(host.beside("."), fs::Permissions::from_mode(0o711)).expect("it is ours");
     host.join(&gateway, &[]).expect_success();
     (gateway, host)
 }
 
-/// Waits until a sub-agent is in that state, with a last error that contains `error`, and gives what the status says of it.
+/// Waits until a sub-agent is in that state, with a last error that contains `error`, and returns its status.
 #[track_caller]
 fn wait_for_state(host: &TestHost, name: &str, state: &str, error: &str, deadline: Duration) -> Value {
     let status = host.wait_for_status(&format!("{name} to be {state}"), deadline, |status| {
@@ -101,7 +101,7 @@ fn wait_for_event(gateway: &Gateway, name: &str, deadline: Duration, what: &str,
     });
 }
 
-/// How often a check has left its mark in a file beside the home.
+/// The number of times that a check has written to a file beside the home.
 fn count(host: &TestHost, file: &str) -> usize {
     fs::read_to_string(host.beside(file)).map_or(0, |text| text.lines().count())
 }
@@ -139,7 +139,7 @@ fn an_unhealthy_http_sub_agent_is_shown_and_restarted_under_its_policy() {
     });
     wait_for_event(&gateway, "patient", SOON, "health failed", "answered 503");
     wait_for_event(&gateway, "strict", SOON, "restart failed", "answered 503");
-    // At once the first time, later the next.
+    // At once the first time, with a delay the next.
     let waiting = wait_for_state(&host, "strict", "backoff", "answered 503", SOON);
     assert!(waiting["restarts"].as_u64() >= Some(2) && waiting["pid"].is_null(), "{waiting:#}");
     wait_for_event(&gateway, "strict", SOON, "backoff failed", "it is started again in");
@@ -159,7 +159,7 @@ fn an_unhealthy_http_sub_agent_is_shown_and_restarted_under_its_policy() {
 
 #[test]
 fn a_silent_server_fails_an_http_check_and_passes_a_tcp_check_while_it_listens() {
-    // The kernel accepts for it; nobody ever answers.
+    // The kernel accepts the connection; no program ever responds.
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port on loopback");
     let address = silent.local_addr().expect("it is bound");
     let each = "interval = \"1s\"\ntimeout = \"1s\"\nfailures = 2\nstartPeriod = 0";
@@ -263,7 +263,7 @@ fn the_next_manager_continues_the_health_checks() {
     fs::remove_file(host.beside("sick")).expect("it is there");
     let next = host.wait_for_new_pid("asked", running);
 
-    // What happens to it without a manager is not lost either.
+    // An event without a manager is not lost either.
     without_manager(&host, || touch(&host, "sick"));
     wait_for("it to be ended", SOON, || (!is_alive(next)).then_some(()));
 }

@@ -1,4 +1,4 @@
-//! Sub-agents, kept as the fleet wants them: run, revived, changed, stopped, removed; each by its own rules and none by another's trouble.
+//! Sub-agents in the desired state: run, restarted, changed, stopped, removed; each by its own rules, and independent of the others.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,9 +18,9 @@ use crate::support::package::Package;
 use crate::support::processes::{environment, is_alive, marked};
 use crate::support::wait::wait_for;
 
-/// For a fleet of 25 to come up on a busy machine.
+/// The deadline for a fleet of 25 to start on a busy machine.
 const ALL_UP: Duration = Duration::from_secs(90);
-/// Two housekeepings of the manager, in which it looks after logs and its configuration.
+/// Two housekeeping runs of the manager, in which it checks logs and settings.
 const LOOKED_AFTER: Duration = Duration::from_secs(60);
 
 #[test]
@@ -155,7 +155,7 @@ fn a_changed_environment_restarts_the_sub_agent_and_a_rejected_variable_is_repor
 
 #[test]
 fn a_new_version_is_staged_before_the_old_one_is_stopped() {
-    // The old one tells, when it is stopped, whether the new one is there already.
+    // When the old release is stopped, it logs whether the new one is already unpacked.
     let tells = "trap 'ls ../2.0/.complete >>\"$AOPS_HOME/../seen-$AOPS_AGENT_NAME\" 2>&1; exit 0' TERM\nwhile :; do sleep 1000000 & wait; done";
     let packages = [
         Package::script("native", "1.0", tells, "gracePeriod = \"20s\""),
@@ -213,7 +213,7 @@ fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
         (marked(&host.home(), "stubborn").len() >= 4 && marked(&host.home(), "left").len() == 1).then_some(())
     });
 
-    // What a dead one left is not taken for it by the next manager.
+    // The next manager does not adopt leftovers of a dead one.
     let spm = host.role_pid("spm");
     host.control(&["restart"]).expect_success();
     let status = host.wait_for_status("the next manager", SOON, |status| {
@@ -223,7 +223,7 @@ fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
     assert_eq!((pid(&left["pid"]), left["state"] == "running"), (None, false), "{status:#}");
     assert_eq!(marked(&host.home(), "left").len(), 1);
 
-    // The next one starts when nothing of the last one is left.
+    // The next process starts after the last leftover has ended.
     let of_old = marked(&host.home(), "stubborn");
     host.kill(old);
     host.wait_for_new_pid("stubborn", old);
@@ -244,7 +244,7 @@ fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
 
 #[test]
 fn programs_started_by_a_deployment_agent_are_neither_stopped_nor_adopted() {
-    // One that nothing but its cgroup tells of, and one that bears every mark.
+    // One that is identified only by its cgroup, and one with every marker.
     let script = "env -i setsid sleep 1000001 & sleep 1000002 & while :; do sleep 1; done";
     let package = Package::script("deploy", "1.0", script, "killMode = \"process\"");
     let gateway = Gateway::with(&[&package], &[("deploy", "1.0", "")]);
@@ -282,7 +282,7 @@ fn programs_started_by_a_deployment_agent_are_neither_stopped_nor_adopted() {
     gateway.want(&[("deploy", "1.0", "")]);
     let second = host.wait_for_agent("deploy");
     let customers = others(4);
-    // Found by its mark where the record is lost, among all that bears it.
+    // Found by its marker if the record is lost, among all processes with that marker.
     without_manager(&host, || {
         fs::remove_file(host.home().join("run/agents/deploy.json")).expect("its record");
     });
@@ -292,7 +292,7 @@ fn programs_started_by_a_deployment_agent_are_neither_stopped_nor_adopted() {
     let third = host.wait_for_new_pid("deploy", second);
     assert!(customers.iter().all(|pid| is_alive(*pid)));
 
-    // Nor by a stop that finds neither manager nor record.
+    // A stop without manager and record does not kill them either.
     let customers = others(6);
     let spm = host.role_pid("spm").expect("a manager");
     host.kill(host.role_pid("spa").expect("a watchdog"));
@@ -343,7 +343,7 @@ fn the_restart_policy_survives_a_manager_restart() {
     let count = || ["never", "once", "retried"].map(runs);
     assert_eq!(count(), [1, 1, 2]);
 
-    // The next manager knows of their ends and does not tell of them again; what ended unseen has ended, too.
+    // The next manager knows their exits and does not report them again; a process that exited unobserved has exited too.
     let told = || events(&gateway).iter().filter(|event| event["kind"] == "exit").count();
     wait_for("the gateway to hear of the ends", SOON, || (told() == 4).then_some(()));
     without_manager(&host, || host.kill(lasting));
@@ -360,7 +360,7 @@ fn the_restart_policy_survives_a_manager_restart() {
     assert_eq!(told(), 5);
     assert_eq!((count(), runs("lasting")), ([1, 1, 2], 1));
 
-    // To be started on purpose is another matter.
+    // An explicit start is different.
     host.control(&["stop"]).expect_success();
     host.control(&["start"]).expect_success();
     host.wait_for_agent("lasting");
@@ -375,7 +375,7 @@ fn a_sub_agent_runs_as_the_user_that_it_names() {
     ];
     let gateway = Gateway::with(&packages.each_ref(), &[("nobodys", "1.0", ""), ("strangers", "1.0", "")]);
     let host = TestHost::new();
-    // A temporary directory is closed to others.
+    // A temporary directory is not accessible to other users.
     fs::set_permissions(host.beside("."), fs::Permissions::from_mode(0o711)).expect("it is ours");
     host.join(&gateway, &[]).expect_success();
     let running = host.wait_for_agent("nobodys");
@@ -440,7 +440,7 @@ fn the_output_log_can_be_shown_and_followed_and_is_capped() {
     });
     assert_eq!(fs::metadata(&log).expect("the log").ino(), inode);
     assert_eq!(host.wait_for_agent("chatty"), running, "nobody was restarted for it");
-    // Who follows goes on across it.
+    // `logs -f` continues across the rotation.
     let newest = || {
         let shown = host.control(&["logs", "chatty", "-n", "1"]).stdout;
         shown.split(' ').nth(1).and_then(|word| word.parse::<u64>().ok())
@@ -475,7 +475,7 @@ fn a_sub_agent_that_crashes_or_cannot_run_does_not_affect_others() {
         });
         assert_eq!(status["state"], "degraded");
     }
-    // The delays grow: within a minute there are not more than six tries.
+    // The delays grow: there are at most six attempts within a minute.
     let status = host.wait_for_status("further tries", SOON, |status| {
         agent(status, "crashing").is_some_and(|agent| agent["restarts"].as_u64() >= Some(4))
     });
@@ -485,7 +485,7 @@ fn a_sub_agent_that_crashes_or_cannot_run_does_not_affect_others() {
     host.control(&["status"]).expect_code(3);
 }
 
-/// Waits until that many sub-agents run, and gives their pids.
+/// Waits until that many sub-agents run, and returns their pids.
 #[track_caller]
 fn all_run(host: &TestHost, count: usize) -> BTreeMap<String, u32> {
     let status = host.wait_for_status(&format!("{count} sub-agents to run"), ALL_UP, |status| {
@@ -502,12 +502,12 @@ fn pids(status: &Value) -> BTreeMap<String, u32> {
     agents.filter_map(|agent| Some((agent["name"].as_str()?.to_owned(), pid(&agent["pid"])?))).collect()
 }
 
-/// What the host has reported to the gateway.
+/// The events that the host has reported to the gateway.
 fn events(gateway: &Gateway) -> Vec<Value> {
     gateway.status()["hosts"][0]["events"].as_array().cloned().unwrap_or_default()
 }
 
-/// Has the manager dead while `meanwhile` runs, and then revived by the watchdog.
+/// Runs `meanwhile` while the manager is dead; then the watchdog restarts it.
 #[track_caller]
 pub(crate) fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) {
     use crate::support::processes::signal;

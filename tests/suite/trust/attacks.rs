@@ -50,19 +50,19 @@ use crate::support::package::Package;
 use crate::support::processes::is_alive;
 use crate::support::wait::{try_for, wait_for};
 
-/// What a host writes while it works, and where it may write what is not verified yet.
+/// What a running host writes, and where it may write unverified data.
 const LIVING: &[&str] =
     &["/log", "/state/desired.json", "/state/events.json", "/state/history.json", "/cache", "/staging"];
 
-/// For the writing of a state file.
+/// The time in which a state file is written completely.
 const SETTLES: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// A host whose gateway, which it had every reason to trust, has fallen into the wrong hands; but not the key.
+/// A host whose gateway, once trustworthy, is under an attacker's control; the signing key is not.
 struct Scene {
     gateway: Gateway,
     hostile: Hostile,
     host: TestHost,
-    /// Of the sub-agent that runs.
+    /// The pid of the running sub-agent.
     pid: u32,
     before: Files,
 }
@@ -72,7 +72,7 @@ impl Scene {
         Scene::with(|_| {})
     }
 
-    /// With something done to the depot before the host joins.
+    /// With a change to the depot before the host joins.
     fn with(prepare: impl FnOnce(&Gateway)) -> Scene {
         let gateway = Gateway::stopped();
         gateway.publish_self("1.0.0");
@@ -95,7 +95,7 @@ impl Scene {
         snapshot(&self.host.home(), LIVING)
     }
 
-    /// Wants the victim too, with further fields.
+    /// Orders the victim too, with further fields.
     fn order_victim(&self, more: Value) {
         let mut victim = json!({"name": "victim", "version": "1.0.0"});
         for (key, value) in more.as_object().into_iter().flatten() {
@@ -104,14 +104,14 @@ impl Scene {
         self.hostile.want(json!([native(), victim]), true);
     }
 
-    /// Wants the victim no more, and waits until the manager knows: what is mended after that finds nobody who tries again.
+    /// Orders the victim no more, and waits until the manager has applied it: no attempt is pending afterwards.
     #[track_caller]
     fn forget_victim(&self) {
         let generation = self.hostile.want(json!([native()]), true);
         self.host.wait_for_status("the victim to be forgotten", SOON, |status| status["generation"] == generation);
     }
 
-    /// An event of that kind and outcome came up, and the log said the same; both with these words. Nothing else happened.
+    /// An event of that kind and outcome was reported, and logged; both contain these words. Nothing else happened.
     #[track_caller]
     fn assert_refused(&self, kind: &str, words: &[&str]) {
         self.assert_told(kind, "refused", words);
@@ -131,7 +131,7 @@ impl Scene {
     #[track_caller]
     fn assert_unharmed(&self) {
         let mut changed = Vec::new();
-        // A state file that is just being written is there under another name for a moment.
+        // A state file that is being written exists under another name for a moment.
         let same = try_for(SETTLES, || {
             changed = difference(&self.before, &self.files());
             changed.is_empty().then_some(())
@@ -146,7 +146,7 @@ impl Scene {
         assert_eq!(self.host.wait_for_agent("native"), self.pid);
     }
 
-    /// The victim as it should be: its package, and its signature.
+    /// The valid package of the victim, and its signature.
     fn victim(&self) -> (Vec<u8>, String) {
         self.gateway.publish(&Package::sleeper("victim", "1.0.0"));
         let path = self.gateway.path("depot").join(file());
@@ -154,7 +154,7 @@ impl Scene {
         (fs::read(path).expect("it was published"), signature)
     }
 
-    /// By the key that the host trusts.
+    /// Signs with the key that the host trusts.
     fn sign(&self, package: &[u8], comment: &str) -> String {
         let text = fs::read_to_string(self.gateway.path("keys/aops.key")).expect("it was made");
         let key = SecretKeyBox::from_string(&text).and_then(SecretKeyBox::into_unencrypted_secret_key);
@@ -175,7 +175,7 @@ fn arch() -> &'static str {
     }
 }
 
-/// Of the victim's package.
+/// The name of the victim's package file.
 fn file() -> String {
     format!("victim-1.0.0_linux_{}.tar.zst", arch())
 }
@@ -193,7 +193,7 @@ fn stranger() -> SecretKey {
     KeyPair::generate_unencrypted_keypair().expect("a key can be made").sk
 }
 
-/// Waits until the victim runs: what was refused in between was not refused for ever.
+/// Waits until the victim runs: earlier rejections were not permanent.
 #[track_caller]
 fn wait_for_victim(scene: &Scene) -> u32 {
     wait_for("the victim to run", SOON * 2, || {

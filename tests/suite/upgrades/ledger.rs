@@ -1,4 +1,4 @@
-//! The ledger of releases: what it says of a sub-agent's releases, and what follows from it when a manager starts.
+//! The ledger of releases: its entries for a sub-agent, and their effect when a manager starts.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,7 +10,7 @@ use crate::support::host::{SOON, TestHost, agent};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// `None` while there is none that can be read.
+/// `None` if there is no readable ledger.
 fn ledger(host: &TestHost) -> Option<Value> {
     let text = fs::read(host.home().join("state/releases.json")).ok()?;
     serde_json::from_slice(&text).ok()
@@ -32,7 +32,7 @@ fn wait_for_places(host: &TestHost, name: &str, wanted: [Option<&str>; 3]) {
     });
 }
 
-/// A host whose one sub-agent was upgraded from 1.0 to 2.0.
+/// A host whose only sub-agent was upgraded from 1.0 to 2.0.
 #[track_caller]
 fn upgraded() -> (Gateway, TestHost) {
     let packages = ["1.0", "2.0"].map(|version| Package::sleeper("one", version));
@@ -135,7 +135,7 @@ fn the_ledger_beats_the_link_of_the_active_release() {
     wait_for("the link to be made anew", SOON, || (fs::read_link(&link).ok()?.to_str()? == "2.0").then_some(()));
 }
 
-/// As an earlier version left it that had unpacked a release of the version `current`.
+/// As left by an earlier version that unpacked a release of the version `current`.
 #[test]
 fn a_release_directory_named_current_is_replaced_by_the_link() {
     let packages = ["1.0", "1.1"].map(|version| Package::sleeper("one", version));
@@ -154,7 +154,7 @@ fn a_release_directory_named_current_is_replaced_by_the_link() {
     wait_for_version(&host, "one", "1.0");
     assert_eq!(fs::read_link(&link).expect("it is a link again").to_str(), Some("1.0"));
 
-    // Also where that version is still ordered, and nothing else of it is there.
+    // Also if that version is still ordered and no other release is on disk.
     host.control(&["stop"]).expect_success();
     let text = fs::read_to_string(&state).expect("it is there").replace("\"1.0\"", "\"current\"");
     fs::write(&state, text).expect("it can be written");

@@ -1,5 +1,5 @@
-//! Bad releases of the manager: each is rolled back, or never put in place, by itself; the sub-agents keep their processes and nothing of
-//! the release is left.
+//! Bad releases of the manager: each is rolled back, or never activated, automatically. Sub-agents keep their processes, and nothing of the
+//! release is left.
 
 use std::fs;
 
@@ -12,10 +12,10 @@ use crate::support::wait::wait_for;
 use crate::upgrades::self_upgrades::{ENDED, agents_of, expect_in_place, expect_outcomes, host_with, order, runs};
 
 const ROLLED_BACK: &[&str] = &["rollback ok 1.0.0", "skip ok 2.0.0"];
-/// It was never put in place.
+/// It was never activated.
 const SKIPPED: &[&str] = &["skip ok 2.0.0"];
 
-/// Orders the release, and waits until the one before runs and this one is skipped; `why` is a part of the reason that is shown.
+/// Orders the release, and waits until the previous one runs and this one is skipped; `why` is a part of the displayed reason.
 #[track_caller]
 fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     let (gateway, host) = host_with(&[bad]);
@@ -44,12 +44,12 @@ fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     assert!(left.is_empty(), "{name}: {left:?}");
 }
 
-/// A good program, as the words of a shell.
+/// The path of a good program, quoted for a shell.
 fn real() -> String {
     release::real().display().to_string()
 }
 
-/// A name, what the manager does, and a part of the reason for the roll back.
+/// A name, the behaviour of the manager, and a part of the reason for the roll back.
 pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
     ("exits at once", "exit 1", "died repeatedly"),
     ("hangs before it answers", "exec sleep 1000001", "did not answer in time"),
@@ -78,7 +78,7 @@ pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
     ("says that it is another version", "exec \"$2/bin/aops.prev\" spm \"$@\"", "did not answer in time"),
 ];
 
-/// Each on a host of its own, all at the same time: they mostly wait.
+/// Each on its own host, in parallel: they mostly wait.
 fn at_once<T: Sync>(cases: &[T], check: impl Fn(&T) + Sync) {
     std::thread::scope(|scope| {
         for case in cases {
@@ -94,7 +94,7 @@ fn a_release_with_a_bad_manager_is_rolled_back() {
     });
 }
 
-/// Releases that are refused before anything is changed: a name, the package, and a part of the reason. `real`: as for
+/// Releases that are rejected before anything is changed: a name, the package, and a part of the reason. `real`: as for
 /// [`release::bad_manager`].
 pub(crate) fn unfit(version: &str, real: &str) -> [(&'static str, Package, &'static str); 3] {
     let without_state =

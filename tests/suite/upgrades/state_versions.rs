@@ -1,4 +1,4 @@
-//! Every later version takes over a home that an earlier one left, and loses nothing of it: the homes in `tests/data/state-v*`, each under
+//! Every later version takes over a home of an earlier one and loses nothing of its state: the homes in `tests/data/state-v*`, each under
 //! the executable under test.
 
 use std::fs;
@@ -18,10 +18,10 @@ use crate::support::release::{self, NAME};
 use crate::support::wait::wait_for;
 use crate::upgrades::self_upgrades::wait_for_release;
 
-/// What the kept home calls its gateway and itself.
+/// The endpoint and the path in the stored home.
 const ENDPOINT: &str = "https://127.0.0.1:8888";
 const HOME: &str = "/srv/aops";
-/// The state files that keep fields of a later version. A home of version 0 has not all of them.
+/// The state files that keep fields of a later version. A home of version 0 has only some of them.
 const KEEPING: [&str; 10] = [
     "desired.json",
     "epochs.json",
@@ -34,7 +34,7 @@ const KEEPING: [&str; 10] = [
     "releases.json",
     "upgrade.json",
 ];
-/// Those of them that the manager writes when a release is committed and a skip is ended.
+/// Those of them that the manager writes when a release is committed and a skip is lifted.
 const WRITTEN: [&str; 5] = ["desired.json", "events.json", "history.json", "releases.json", "upgrade.json"];
 /// The releases of `native`.
 const ACTIVE: &str = "2.0.0";
@@ -44,7 +44,7 @@ const CLASSIC: &str = "3.1";
 /// The env of `native` in the desired state.
 const ENV: &str = "env = { COLOUR = \"blue\" }";
 
-/// A home of `tests/data`, and what its gateway offered and ordered last.
+/// A home of `tests/data`, and what its gateway offered and last ordered.
 struct StoredHome {
     name: &'static str,
     /// Name, version and epoch.
@@ -73,16 +73,16 @@ const V1: StoredHome = StoredHome {
     ordered: ["3.0.0", "3.2"],
 };
 
-/// A kept home on a host of its own, under the executable under test.
+/// A stored home on a host of its own, under the executable under test.
 struct EarlierHome {
     host: TestHost,
     gateway: Gateway,
-    /// `state/desired.json` as it was kept.
+    /// `state/desired.json` as it was stored.
     desired: Value,
 }
 
 impl EarlierHome {
-    /// The home of `tests/data/<name>`, and the gateway that it belongs to, which does not run.
+    /// The home of `tests/data/<name>`, and its gateway, which does not run.
     fn over(kept: &StoredHome) -> EarlierHome {
         let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(kept.name);
         let read = |file: &str| fs::read_to_string(data.join("home").join(file)).expect("it is kept");
@@ -151,12 +151,12 @@ impl EarlierHome {
         KEEPING.into_iter().filter(|file| self.host.home().join("state").join(file).exists()).collect()
     }
 
-    /// Runs the gateway, and waits until the manager, which runs, has taken its desired state and reported again.
+    /// Runs the gateway, and waits until the running manager has accepted its desired state and reported again.
     #[track_caller]
     fn follow_gateway(&mut self) -> Value {
         let kept_generation = self.desired["generation"].as_u64().expect("it is kept");
         self.gateway.run();
-        // A manager that starts tries the gateway at once.
+        // A manager contacts the gateway at once when it starts.
         self.host.control(&["restart"]).expect_code(0);
         let status = self.host.wait_for_status("the gateway's desired state", SOON, |status| {
             status["gateway"]["connected"] == true && status["generation"].as_u64() > Some(kept_generation)
@@ -171,7 +171,7 @@ impl EarlierHome {
         self.host.wait_for_status("a later heartbeat", SOON, |now| last(now) > last(status))
     }
 
-    /// Orders this release of the manager beside what is ordered of the sub-agents.
+    /// Orders this release of the manager in addition to the orders of sub-agents.
     fn order_manager(&self, kept: &StoredHome, version: &str) {
         let [native, classic] = kept.ordered;
         self.gateway.fleet(&format!(
@@ -193,7 +193,7 @@ impl EarlierHome {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("it is ours");
     }
 
-    /// Both sub-agents run at the versions of the kept home; their pids.
+    /// Waits until both sub-agents run at the versions of the stored home; returns their pids.
     #[track_caller]
     fn wait_until_up(&self) -> [u32; 2] {
         let status = self.host.wait_for_status("every sub-agent at its version", SOON, |status| {
@@ -220,7 +220,7 @@ fn arch() -> &'static str {
     if cfg!(target_arch = "x86") { "386" } else { "amd64" }
 }
 
-/// Copies a tree with its links; what is `exchanged` is written in the place of what is kept.
+/// Copies a tree with its links; texts in `exchanged` are replaced.
 fn copy(from: &Path, to: &Path, exchanged: &[(&str, &str)]) {
     fs::create_dir_all(to).expect("a temporary directory can be written");
     let entries = fs::read_dir(from).expect("it is kept").map(|entry| entry.expect("it is kept"));
@@ -279,7 +279,7 @@ fn an_earlier_home_starts_without_a_gateway_and_can_be_stopped_and_removed() {
 fn an_earlier_home_follows_its_gateway_and_keeps_its_state() {
     for kept in [V0, V1] {
         let (mut taken, name) = (EarlierHome::over(&kept), kept.name);
-        // As a later version may have left it before this one was put back.
+        // As a later version may have left it before this one was restored.
         let unknown = json!({ "form": 7, "names": ["native"] });
         let keeping = taken.keeping();
         assert!(kept.name == V0.name || keeping == KEEPING, "{name}: {keeping:?}");
@@ -294,7 +294,7 @@ fn an_earlier_home_follows_its_gateway_and_keeps_its_state() {
         taken.host.control(&["start"]).expect_code(0);
         let pids = taken.wait_until_up();
 
-        // The gateway wants what it wanted: it is taken over, and nothing is restarted.
+        // The gateway orders what it ordered before: its state is accepted, and nothing is restarted.
         taken.follow_gateway();
         assert_eq!(taken.wait_until_up(), pids, "{name}: a sub-agent was restarted");
         assert_eq!(taken.state("desired.json")["lineage"], taken.desired["lineage"], "{name}");
@@ -304,7 +304,7 @@ fn an_earlier_home_follows_its_gateway_and_keeps_its_state() {
             status["hosts"][0]["events"].as_array()?.iter().any(|event| event["id"] == *kept).then_some(())
         });
 
-        // Another release of one of them: what ran is its backup now.
+        // A new release of one of them: the running one becomes its backup.
         taken.gateway.publish(&Package::sleeper("native", "5.0.0"));
         taken.gateway.want(&[("native", "5.0.0", ENV), ("classic", kept.ordered[1], "")]);
         taken.host.wait_for_status("the other release", SOON, |status| {
@@ -325,7 +325,7 @@ fn an_earlier_home_follows_its_gateway_and_keeps_its_state() {
         });
         let lost: Vec<_> = keeping.iter().filter(|file| taken.state(file)["ofALaterVersion"] != unknown).collect();
         assert_eq!(lost, [&""; 0], "{name}: these lost what a later version wrote");
-        // It has gained the public key, and is the same for an older version.
+        // It has gained the public key, and is unchanged for an older version.
         let mut gained = taken.state("pins.json");
         let pinned = gained["pins"].as_object_mut().and_then(|pins| pins.values_mut().next()).expect("it has one");
         let key = pinned.as_object_mut().and_then(|pinned| pinned.remove("key"));
@@ -377,7 +377,7 @@ fn a_skipped_release_and_a_hold_of_a_sub_agent_outlast_a_change_of_version() {
     });
 }
 
-/// What is wrong with the manager's release.
+/// The displayed problem of the manager's release.
 fn problem(status: &Value) -> Option<&str> {
     status["problems"].as_array()?.iter().filter_map(Value::as_str).find(|problem| problem.starts_with(NAME))
 }
@@ -395,7 +395,7 @@ fn a_skipped_release_and_a_hold_of_the_manager_outlast_a_change_of_version() {
     assert_eq!((&status["version"], &status["heldByOperator"]), (&json!("1.0.0"), &json!(true)), "{status:#}");
     assert_eq!((&status["upgrade"], problem(&status)), (&Value::Null, None), "{status:#}");
 
-    // Another order ends the hold; that release failed before.
+    // A new order ends the hold; that release failed before.
     taken.order_manager(&V1, "3.0.0");
     let reason = record["skipped"][0]["reason"].as_str().expect("it is kept");
     let status = taken.host.wait_for_status("the order to be refused", SOON, |status| problem(status).is_some());
@@ -406,7 +406,7 @@ fn a_skipped_release_and_a_hold_of_the_manager_outlast_a_change_of_version() {
     assert_eq!(taken.state("upgrade.json")["previous"], record["previous"]);
     assert_eq!(taken.state("history.json"), history);
 
-    // The release before the current one can still be returned to.
+    // The operator can still roll back to the previous release.
     taken.host.control(&["rollback"]).expect_success();
     wait_for_release(&taken.host, "2.0.0");
     assert_eq!(taken.wait_until_up(), pids);

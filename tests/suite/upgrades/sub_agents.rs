@@ -1,5 +1,5 @@
-//! Upgrades of sub-agents: committed when the new release has proven itself, rolled back by themselves when it has not, and never a reason
-//! for anything else on the host to be touched.
+//! Upgrades of sub-agents: committed when the new release has proven itself, rolled back automatically otherwise, and without an effect on
+//! other sub-agents.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
 use crate::support::wait::{try_for, wait_for};
 
-/// A whole roll back: three tries, a grace period, and the start of the release before.
+/// A complete roll back: three attempts, a grace period, and the start of the previous release.
 const ROLLED_BACK: Duration = Duration::from_secs(90);
 
 #[track_caller]
@@ -34,7 +34,7 @@ fn outcomes(host: &TestHost, name: &str) -> Vec<String> {
     own.map(|changed| format!("{} {}", changed["kind"], changed["outcome"]).replace('"', "")).collect()
 }
 
-/// A gateway and a host on which release 1.0 of `one` runs, and a bystander. `next`: further releases that can be ordered.
+/// A gateway, and a host that runs release 1.0 of `one` and a second sub-agent. `next`: further releases that can be ordered.
 fn host_with(next: &[&Package]) -> (Gateway, TestHost) {
     let (first, bystander) = (Package::sleeper("one", "1.0"), Package::sleeper("bystander", "1.0"));
     let packages: Vec<&Package> = [&first, &bystander].into_iter().chain(next.iter().copied()).collect();
@@ -49,13 +49,13 @@ fn order(gateway: &Gateway, version: &str, more: &str) {
     gateway.want(&[("one", version, more), ("bystander", "1.0", "")]);
 }
 
-/// What `status` says of the release of `one` that is skipped.
+/// The version of the skipped release of `one` in `status`.
 fn skipped(status: &Value) -> Option<&str> {
     let skipped = agent(status, "one")?["skipped"].as_array()?.first()?;
     skipped["version"].as_str()
 }
 
-/// Orders a release that is bad, and waits until it is rolled back; nothing else may have been touched.
+/// Orders a bad release, and waits until it is rolled back; nothing else may have changed.
 #[track_caller]
 fn is_rolled_back(bad: &Package) -> (Gateway, TestHost) {
     let (gateway, host) = host_with(&[bad]);
@@ -141,7 +141,7 @@ fn a_release_whose_control_script_reports_stopped_is_rolled_back() {
 #[test]
 fn a_release_that_is_slow_to_become_healthy_keeps_its_start_period() {
     let health = "[health]\nexec = [\"bin/check\"]\ninterval = 2\nfailures = 2\nstartPeriod = \"30s\"";
-    // It is well 25 seconds after it was started.
+    // It is healthy 25 seconds after its start.
     let script = "rm -f ready; (sleep 25; : > ready) & exec sleep 1000000";
     let slow =
         Package::script("one", "2.0", script, health).with_file("bin/check", "#!/bin/sh\ntest -e ready\n", 0o755);
@@ -172,7 +172,7 @@ fn a_bad_release_is_not_committed_by_a_manager_restart_during_its_probation() {
     host.wait_for_status("its probation", SOON, |status| {
         agent(status, "one").is_some_and(|agent| agent["upgrade"]["phase"] == "probation" && agent["pid"].is_u64())
     });
-    // Both roles at once; the gateway is gone, too, so that nobody orders anything anew.
+    // Both roles are killed; the gateway does not run either, so no new order arrives.
     host.crash();
     assert_eq!(ledger_version(&host, "active"), Some("1.0".to_owned()), "what is on probation is not active");
     assert_eq!(ledger_version(&host, "probation"), Some("2.0".to_owned()));
@@ -189,7 +189,7 @@ fn ledger_version(host: &TestHost, place: &str) -> Option<String> {
 
 #[test]
 fn a_skipped_release_is_retried_by_an_operator_or_a_higher_retry_number() {
-    // It fails until somebody has corrected the host.
+    // It fails until the host is corrected.
     let fickle = |host: &TestHost| host.beside("corrected");
     let (first, bystander) = (Package::sleeper("one", "1.0"), Package::sleeper("bystander", "1.0"));
     let host = TestHost::new();
@@ -229,7 +229,7 @@ fn an_operators_rollback_holds_until_another_release_is_ordered() {
     let status = wait_for_release(&host, "one", "1.0", SOON);
     let one = agent(&status, "one").expect("it is there");
     assert_eq!((&one["heldByOperator"], skipped(&status)), (&true.into(), None));
-    // Another desired state that orders the same of it changes nothing, nor does another manager.
+    // Another desired state with the same order changes nothing, nor does a new manager.
     gateway.want(&[("one", "2.0", ""), ("bystander", "1.0", "cmd = \"stop\"")]);
     host.wait_for_status("the bystander to be stopped", SOON, |status| {
         agent(status, "bystander").is_some_and(|agent| agent["state"] == "stopped")
@@ -243,7 +243,7 @@ fn an_operators_rollback_holds_until_another_release_is_ordered() {
     assert_eq!(agent(&status, "one").expect("it is there")["heldByOperator"], Value::Null);
 }
 
-/// `AOPS_UPGRADE_SEED` says at which moments; it is printed, and told by a failure.
+/// `AOPS_UPGRADE_SEED` selects the moments; it is printed at the start and with a failure.
 #[test]
 fn an_upgrade_completes_when_roles_are_killed_at_any_moment() {
     const POINTS: usize = 40;
@@ -295,7 +295,7 @@ fn an_upgrade_completes_when_roles_are_killed_at_any_moment() {
 #[test]
 fn a_large_batch_of_upgrades_has_few_sub_agents_down_at_the_same_time() {
     const AGENTS: usize = 30;
-    /// As the manager limits it.
+    /// The manager's limit.
     const AT_ONCE: i64 = 5;
     let host = TestHost::new();
     let log = host.beside("times");

@@ -1,7 +1,7 @@
-//! A gateway that somebody else wrote: from the protocol's description alone, sharing no type with ours.
+//! A third-party gateway: written from the protocol's description only, and sharing no type with ours.
 //!
-//! Plain HTTP, one thread for each connection, JSON as it comes; packages are packed by `tar` and `zstd` and signed by `minisign`. It is as
-//! plain as it can be on purpose: what it does not need to do, no gateway needs to do.
+//! Plain HTTP, one thread for each connection, unstructured JSON; packages are packed by `tar` and `zstd` and signed by `minisign`. It is
+//! minimal on purpose: what it omits is not required of any gateway.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Cursor, Read, Write};
@@ -16,16 +16,16 @@ use serde_json::{Value, json};
 
 use crate::support::wait::wait_for;
 
-/// What is answered to a heartbeat.
+/// The reply to a heartbeat.
 #[derive(Clone)]
 pub enum Reply {
-    /// A 200 with this document, in which `agentId` is added where it is not given.
+    /// A 200 with this document, in which a missing `agentId` is added.
     Json(Value),
-    /// Whatever else: the status with further header lines, and the body.
+    /// A raw reply: the status with further header lines, and the body.
     Raw(String, Vec<u8>),
 }
 
-/// A heartbeat as it came.
+/// A received heartbeat.
 #[derive(Clone)]
 pub struct ReceivedHeartbeat {
     pub at: Instant,
@@ -54,7 +54,7 @@ impl ThirdParty {
         let url = format!("http://{}", listener.local_addr().expect("it is bound"));
         let shared = Arc::new(Mutex::new(Shared::default()));
         let for_all = shared.clone();
-        // It ends with the test program: a host's connection may outlive the test that is interested in it.
+        // It ends with the test program: a host's connection may outlive the test.
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let shared = for_all.clone();
@@ -66,7 +66,7 @@ impl ThirdParty {
         ThirdParty { url, public_key, secret_key: sk, shared }
     }
 
-    /// Packs, signs and serves `files` (path, mode, content) as the release `name` `version`; the file's name, and its bytes.
+    /// Packs, signs and serves `files` (path, mode, content) as the release `name` `version`; returns the file's name and bytes.
     pub fn publish(&self, name: &str, version: &str, files: &[(&str, u32, &[u8])]) -> (String, Vec<u8>) {
         let mut tar = tar::Builder::new(zstd::Encoder::new(Vec::new(), 1).expect("zstd works"));
         for (path, mode, content) in files {
@@ -87,7 +87,7 @@ impl ThirdParty {
         (file, package)
     }
 
-    /// What every heartbeat is answered from now on.
+    /// The reply to every heartbeat from now on.
     pub fn reply(&self, reply: Reply) {
         self.shared.lock().expect("nobody panicked").reply = Some(reply);
     }
@@ -101,7 +101,7 @@ impl ThirdParty {
         self.shared.lock().expect("nobody panicked").heartbeats.clone()
     }
 
-    /// Waits for a heartbeat, from now on, that is as wanted.
+    /// Waits for a new heartbeat that `wanted` accepts.
     #[track_caller]
     pub fn wait_for_heartbeat(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let seen = self.heartbeats().len();
@@ -110,19 +110,19 @@ impl ThirdParty {
         })
     }
 
-    /// Writes the public key to a file, and gives its path.
+    /// Writes the public key to a file, and returns its path.
     pub fn public_key(&self, file: &Path) -> String {
         std::fs::write(file, &self.public_key).expect("a temporary directory can be written");
         file.display().to_string()
     }
 
-    /// A served file's bytes.
+    /// The bytes of a served file.
     pub fn file(&self, name: &str) -> Vec<u8> {
         self.shared.lock().expect("nobody panicked").files[name].clone()
     }
 }
 
-/// One request; `None` when the connection is to be closed.
+/// Handles one request; `None` if the connection is to be closed.
 fn serve(mut stream: &TcpStream, shared: &Mutex<Shared>) -> Option<()> {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();

@@ -1,4 +1,4 @@
-//! Attacks by what a gateway says: answers to heartbeats, and the environment in them.
+//! Attacks by a gateway's answers to heartbeats, and by the environment in them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,14 +32,14 @@ fn an_empty_answer_removes_nothing() {
     let status = scene.host.wait_for_status("it to show", SOON, |status| status["generation"] == 2000);
     assert_eq!(agent(&status, "native").expect("it is there")["state"], "running");
     assert!(status["problems"].to_string().contains("empty list"), "{status:#}");
-    // The same from another store is no better.
+    // The same answer from another store is treated alike.
     let other = json!({"interval": 1, "lineage": "another", "generation": 1, "complete": true, "agents": []});
     scene.hostile.answer(other, Vec::new());
     scene.host.wait_for_status("the other store", SOON, |status| status["generation"] == 1);
     scene.assert_unharmed();
 }
 
-/// The first endpoint is busy for a moment, and the second has a fleet of its own.
+/// The first endpoint is busy for a moment, and the second has a different fleet.
 #[test]
 fn the_list_of_a_fallback_endpoint_removes_no_omitted_sub_agent() {
     let scene = Scene::new();
@@ -67,7 +67,7 @@ fn the_list_of_a_fallback_endpoint_removes_no_omitted_sub_agent() {
     second.wait_for_heartbeat("two more heartbeats", |heartbeat| heartbeat["generation"] == 1);
     let problems = scene.host.status()["problems"].to_string();
     assert!(!problems.contains("generation"), "the same list again is no contradiction: {problems}");
-    // What the second one changes later on, it means.
+    // A later change by the second endpoint counts.
     second.answer(list(2), Vec::new());
     scene.host.wait_for_status("the other to be removed", SOON, |status| agent(status, "native").is_none());
 }
@@ -88,7 +88,7 @@ fn an_answer_for_another_agent_id_is_rejected() {
     scene.assert_refused("heartbeat", &["for agent 6666", "this is 5402"]);
 }
 
-/// After which nothing newer could ever come.
+/// No newer generation could ever follow.
 #[test]
 fn the_maximum_generation_is_rejected() {
     let scene = Scene::new();
@@ -109,7 +109,7 @@ fn the_maximum_generation_is_rejected() {
     });
     scene.assert_unharmed();
 
-    // One that was taken by an older version is left again.
+    // A generation that an older version accepted is abandoned.
     scene.host.crash();
     let path = scene.host.home().join("state/desired.json");
     let mut held: Value = serde_json::from_slice(&fs::read(&path).expect("it is there")).expect("it is JSON");
@@ -142,7 +142,7 @@ fn over_long_texts_are_cut_or_rejected() {
     }
     scene.hostile.answer(answer, Vec::new());
     scene.assert_refused("order", &["the order for native", "a command of 1048580 bytes: at most 64"]);
-    // What cannot be reached says as much as it likes, too.
+    // An unreachable gateway's text is cut too.
     scene.hostile.on("/api/heartbeat", move |_| HostileReply {
         headers: vec![("content-type", long.clone())],
         ..HostileReply::status(503)
@@ -173,7 +173,7 @@ fn too_many_orders_are_rejected() {
     scene.assert_refused("desired", &["1001 orders: at most 1000"]);
     scene.hostile.answer(orders(30_000), Vec::new());
     scene.assert_refused("heartbeat", &["more than 50000 values"]);
-    // Each a few bytes on the wire, and many times that in memory.
+    // Each is a few bytes on the wire, and many times that in memory.
     let variables = (0..1_001).map(|number| (format!("V{number}"), json!(""))).collect::<serde_json::Map<_, _>>();
     scene.order_victim(json!({ "env": variables }));
     scene.assert_refused("order", &["the order for victim", "its environment: it has 1001 variables"]);
@@ -184,7 +184,7 @@ fn too_many_orders_are_rejected() {
     scene.assert_native_runs();
 }
 
-/// Each time in other words.
+/// With a different text each time.
 #[test]
 fn repeated_rejections_are_reported_within_limits() {
     let scene = Scene::new();
@@ -199,7 +199,7 @@ fn repeated_rejections_are_reported_within_limits() {
         let events = heartbeat["events"].as_array().into_iter().flatten();
         events.filter(|event| event["kind"] == "desired" && event["outcome"] == "refused").count()
     };
-    // Nothing is acknowledged, and each answer is refused in words of its own.
+    // Nothing is acknowledged, and each answer is rejected with a different text.
     wait_for("twenty refusals", SOON * 2, || {
         scene.hostile.heartbeats().last().is_some_and(|heartbeat| refusals(heartbeat) >= 20).then_some(())
     });
@@ -233,7 +233,7 @@ fn a_loader_variable_in_the_environment_is_rejected() {
     }
     let evil = environment.iter().filter(|variable| variable.contains("/evil")).collect::<Vec<_>>();
     assert_eq!(evil, ["TOKEN=LD_PRELOAD=/evil"]);
-    // The names that are ours are told as they are.
+    // Names that are reserved for us are shown.
     assert!(environment.contains(&format!("AOPS_HOME={}", scene.host.home().display())), "{environment:?}");
     let status = scene.host.status();
     assert!(
@@ -243,19 +243,19 @@ fn a_loader_variable_in_the_environment_is_rejected() {
     scene.assert_native_runs();
 }
 
-/// Of all that is said, only the sub-agent hears a secret.
+/// Only the sub-agent receives a secret.
 #[test]
 fn a_secret_is_never_shown() {
     const SECRET: &str = "correct-horse-battery-staple";
     let scene = Scene::new();
     scene.victim();
-    // A refused name, too, must not show what it would have been.
+    // A rejected name must not show its value.
     let env = json!({"TOKEN": {"secret": SECRET}, "LD_AUDIT": {"secret": SECRET}});
     scene.order_victim(json!({ "env": env }));
     let victim = wait_for_victim(&scene);
     assert!(processes::environment(victim).contains(&format!("TOKEN={SECRET}")));
     scene.assert_told("env", "refused", &["LD_AUDIT"]);
-    // One that is not understood, and so quoted nowhere.
+    // One that is invalid, and quoted nowhere.
     let mut bad = json!([native(), {"name": "victim", "version": "1.0.0", "env": {"TOKEN": {"secret": [SECRET]}}}]);
     scene.hostile.want(bad.clone(), true);
     scene.host.wait_for_status("it to be refused", SOON, |status| {
@@ -287,7 +287,7 @@ fn a_secret_is_never_shown() {
     for (path, Entry { kind, mode, .. }) in crate::support::files::snapshot(&scene.host.home().join("state"), &[]) {
         assert!(!matches!(kind, Kind::File(..)) || mode == 0o600, "{}: {mode:o}", path.display());
     }
-    // Also of a manager that is no more.
+    // Also of a manager that has exited.
     scene.host.crash();
     scene.host.control(&["start"]).expect_code(0);
     wait_for("the victim to run again", SOON, || {
@@ -296,7 +296,7 @@ fn a_secret_is_never_shown() {
     });
 }
 
-/// The files below a directory that hold a text, and how many others there are.
+/// The files below a directory that contain a text, and the number of other files.
 fn holders(root: &Path, text: &str) -> (Vec<PathBuf>, usize) {
     let (mut found, mut others) = (Vec::new(), 0);
     for (path, entry) in crate::support::files::snapshot(root, &["/bin"]) {

@@ -15,7 +15,7 @@ use crate::support::aops;
 use crate::support::command::{self, LIMIT};
 use crate::support::files::{difference, snapshot};
 
-/// Nobody's, on every host.
+/// The user `nobody` of every host.
 pub(super) const NOBODY: u32 = 65534;
 
 pub(super) fn set_mode(path: &Path, mode: u32) {
@@ -32,7 +32,7 @@ fn a_link_instead_of_a_home_directory_is_rejected() {
         fs::create_dir_all(elsewhere.join("1.0.0")).expect("it is ours");
         for file in ["precious", "1.0.0/precious"] {
             let file = fs::File::create(elsewhere.join(file)).expect("it is ours");
-            // Older than anything that is kept in a cache.
+            // Older than anything in a cache.
             file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1 << 30)).expect("it is ours");
         }
         let before = snapshot(&elsewhere, &[]);
@@ -43,7 +43,7 @@ fn a_link_instead_of_a_home_directory_is_rejected() {
         let shown = place.display().to_string();
         scene.assert_told("stage", "refused", &[&shown, "symbolic link"]);
         scene.assert_native_runs();
-        // A manager that starts, and sweeps, leaves it alone too.
+        // A starting manager, which sweeps, does not follow the link either.
         let old = scene.host.role_pid("spm").expect("it runs");
         scene.host.control(&["restart"]).expect_code(0);
         scene.hostile.wait_for_heartbeat("the new manager", |heartbeat| heartbeat["manager"]["pid"] != old);
@@ -61,7 +61,7 @@ fn a_link_instead_of_a_home_directory_is_rejected() {
             );
         }
         scene.assert_native_runs();
-        // Nor does it remove anything there when the sub-agent is not wanted any more.
+        // Nor does it remove anything there when the sub-agent is no longer ordered.
         scene.forget_victim();
         assert_eq!(difference(&before, &snapshot(&elsewhere, &[])), Vec::<String>::new());
         fs::remove_file(&place).expect("it is ours");
@@ -70,7 +70,7 @@ fn a_link_instead_of_a_home_directory_is_rejected() {
             set_mode(&place, mode);
         }
     }
-    // Mended, all is well.
+    // After the fix everything works.
     scene.order_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
@@ -95,7 +95,7 @@ fn a_key_file_writable_by_others_is_rejected() {
         set_mode(path, good);
         scene.assert_unharmed();
     }
-    // One that somebody else owns, and so can write.
+    // One that another user owns, and so can write.
     std::os::unix::fs::chown(&key, Some(NOBODY), None).expect("these tests run as root");
     scene.order_victim(json!({}));
     scene.assert_told("stage", "refused", &[&key.display().to_string(), "belongs to the user 65534"]);
@@ -106,7 +106,7 @@ fn a_key_file_writable_by_others_is_rejected() {
     wait_for_victim(&scene);
 }
 
-/// Says something at a socket, as somebody else, and gives what is answered.
+/// Sends a request to a socket as another user, and returns the reply.
 fn as_nobody(script: &str) -> command::Output {
     let mut command = Command::new("perl");
     command.args(["-MIO::Socket::UNIX", "-e", script]).uid(NOBODY).gid(NOBODY).current_dir("/");
@@ -120,7 +120,7 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     let socket = home.join("run/spm.sock");
     let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
     assert_eq!((mode(&socket), mode(&home.join("run")), mode(&home.join("state"))), (0o600, 0o700, 0o700));
-    // As it is, nobody else gets to it.
+    // With the default permissions no other user can connect.
     let knock = format!(
         "$SIG{{PIPE}} = 'IGNORE'; my $s = IO::Socket::UNIX->new(Peer => '{}') or die \"cannot connect: $!\\n\"; \
          print $s \"{{\\\"verb\\\":\\\"stop\\\"}}\\n\"; $s->flush; print <$s>;",
@@ -137,21 +137,21 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     control.args(["control", "stop", "--home"]).arg(&home).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
     let output = command::run(control.current_dir("/"), LIMIT);
     assert!(!output.success() && output.stderr.contains("cannot"), "{output}");
-    // Whoever may not look is not told that it is stopped.
+    // A user without access does not get the answer that it is stopped.
     let mut control = Command::new(&program);
     control.args(["control", "status", "--home"]).arg(&home).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
     let output = command::run(control.current_dir("/"), LIMIT).expect_code(1);
     assert!(output.stderr.contains("only its owner and root may"), "{output}");
     scene.assert_native_runs();
 
-    // With everything open, the manager itself looks who it is, and does not do what it is told.
+    // With open permissions, the manager itself checks the peer's user, and rejects the request.
     set_mode(&home.join("run"), 0o777);
     set_mode(&socket, 0o666);
     let output = as_nobody(&knock);
     assert!(output.success(), "{output}");
     assert!(output.stdout.contains("cannot let the user 65534 in") && output.stdout.contains("root alone"), "{output}");
     scene.assert_told("door", "refused", &["the user 65534", "control socket"]);
-    // A crowd that knocks and stays holds nobody up.
+    // Many idle connections delay no one else.
     let crowd = format!(
         "$| = 1; my @all; for (1..200) {{ push @all, IO::Socket::UNIX->new(Peer => '{}'); }} print scalar(@all), \"\\n\"; sleep 60;",
         socket.display()

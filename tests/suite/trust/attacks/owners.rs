@@ -1,4 +1,4 @@
-//! Attacks by whoever owns, or can write, something of a home that root runs; and by what is no file where one is read.
+//! Attacks by users that own, or can write, a part of a home that root runs; and by special files instead of regular ones.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -18,10 +18,10 @@ use crate::support::host::{SOON, TestHost};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// One of the host's users.
+/// An ordinary user of the host.
 const USER: u32 = 54321;
 
-/// What makes it so, or undoes it, and what is said of it.
+/// The command that creates the problem, the command that fixes it, and the reported words.
 type Harm<'a> = (&'a dyn Fn(bool), [&'a str; 2]);
 
 fn give_to(path: &Path, user: u32) {
@@ -62,15 +62,15 @@ fn a_home_that_another_user_owns_or_can_replace_is_rejected() {
         assert!(words.iter().all(|word| output.stderr.contains(word)), "{output}");
         assert_eq!(roles(), before);
         assert_eq!(scene.host.wait_for_agent("native"), pid);
-        // What ends is not started by what may be somebody else's.
+        // A process that exits is not restarted from files of another user.
         scene.host.kill(pid);
         scene.assert_told("start", "refused", &words);
-        // Else it is staged as soon as that is mended, and there is nothing to be refused in the next case.
+        // Otherwise it is staged as soon as the problem is fixed, and the next case has nothing to reject.
         scene.forget_victim();
         make(false);
         pid = scene.host.wait_for_new_pid("native", pid);
     }
-    // What lies above is the host's, and told.
+    // A directory above the home belongs to the host: it is reported only.
     set_mode(&above, 0o777);
     scene.assert_told("files", "failed", &["which leads to", "mode 0777"]);
     scene.order_victim(json!({}));
@@ -129,10 +129,10 @@ fn an_installation_over_files_that_another_user_can_change_is_rejected() {
         mend();
         assert_eq!(snapshot(&host.beside(""), &[]), at_first);
     }
-    // Mended, that is not what is wrong.
+    // After the fix the installation fails for another reason.
     let output = install();
     assert!(!output.stderr.contains("cannot rely on") && output.stderr.contains("--trusted-key"), "{output}");
-    // What lies above the home is the host's: it is told, and not what is wrong.
+    // A directory above the home belongs to the host: it is reported, and is not the reason of the failure.
     set_mode(&above, 0o777);
     let output = install();
     assert!(output.stderr.contains("above, which leads to") && output.stderr.contains("mode 0777"), "{output}");
@@ -155,7 +155,7 @@ fn a_sub_agent_that_another_user_can_change_is_not_started_and_a_running_one_con
         make(true);
         let output = scene.host.control(&["restart", "native"]).expect_code(1);
         assert!(words.iter().all(|word| output.stderr.contains(word)), "{output}");
-        // Neither another environment nor another manager ends it.
+        // Neither a changed environment nor a new manager ends it.
         let env = json!({"CASE": number.to_string()});
         scene.hostile.want(json!([{"name": "native", "version": "1.0.0", "env": env}]), true);
         scene.assert_told("env", "refused", &words);
@@ -174,7 +174,7 @@ fn a_sub_agent_that_another_user_can_change_is_not_started_and_a_running_one_con
         let wanted = format!("CASE={number}");
         assert!(environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes()));
     }
-    // What lies in a release is the package's own to give away.
+    // Files inside a release may have any owner.
     give_to(&agent.join("1.0.0"), NOBODY);
     scene.host.kill(pid);
     scene.host.wait_for_new_pid("native", pid);
@@ -288,7 +288,7 @@ fn a_users_own_home_is_accepted_whatever_the_umask() {
     let pid = host.wait_for_agent("native");
     host.kill(pid);
     let pid = host.wait_for_new_pid("native", pid);
-    // As an earlier version made it.
+    // As created by an earlier version.
     let agent = host.home().join("agents/native");
     set_mode(&agent, 0o775);
     as_user(&["control", "restart"]).expect_code(0);
@@ -296,7 +296,7 @@ fn a_users_own_home_is_accepted_whatever_the_umask() {
     assert_eq!(fs::metadata(&agent).expect("it is there").permissions().mode() & 0o7777, 0o755);
     let status = host.status();
     assert_eq!(status["problems"], json!([]), "{status:#}");
-    // For root it is somebody else's.
+    // For root it belongs to another user.
     let output = host.control(&["restart"]).expect_code(1);
     assert!(output.stderr.contains(&format!("belongs to the user {USER}, who is not root")), "{output}");
     as_user(&["control", "uninstall", "--yes"]).expect_code(0);

@@ -1,4 +1,4 @@
-//! Attacks by what is downloaded: packages, signatures, archives, and who serves them.
+//! Attacks by downloads: packages, signatures, archives, and the servers that offer them.
 
 use std::fs;
 use std::process::Command;
@@ -21,7 +21,7 @@ fn a_package_not_signed_by_a_trusted_key_is_rejected() {
     scene.order_victim(json!({}));
     scene.assert_refused("stage", &["signed by the key", "not trusted here", "etc/keys"]);
 
-    // Nor one with no signature at all, or with none that is one.
+    // Nor one without a signature, or with an invalid one.
     for (signature, words) in [("", "not one of minisign's"), ("trust me", "not one of minisign's")] {
         scene.hostile.serve(&file(), &package, signature);
         scene.order_victim(json!({}));
@@ -51,7 +51,7 @@ fn a_signature_for_another_name_version_os_or_arch_is_rejected() {
         scene.order_victim(json!({}));
         scene.assert_refused("stage", &[&shown, "that was asked for"]);
     }
-    // The very file of another release, under the name of this one.
+    // The file of another release, under the name of this one.
     let real = format!("native-1.0.0_linux_{}.tar.zst", arch());
     let depot = scene.gateway.path("depot");
     let signature = fs::read_to_string(depot.join(format!("{real}.minisig"))).expect("it was published");
@@ -90,19 +90,19 @@ fn a_stored_release_of_an_older_epoch_is_not_activated() {
     let first = wait_for_victim(&scene);
     scene.order_victim(json!({"version": "2.0.0"}));
     let victim = scene.host.wait_for_new_pid("victim", first);
-    // Kept to be gone back to.
+    // Kept as the backup for a rollback.
     let kept = scene.host.home().join("agents/victim/1.0.0");
     assert!(kept.join(".complete").exists());
 
     scene.order_victim(json!({}));
     scene.assert_told("activate", "refused", &["victim-1.0.0", "of epoch 1", "older than the 5", "--epoch 5"]);
     wait_for("it to be gone", SOON, || (!kept.exists()).then_some(()));
-    // Nor is it had again as it was; what runs was not even stopped.
+    // Nor is it downloaded again; the running release was not even stopped.
     scene.assert_told("stage", "refused", &["of epoch 1", "older than the 5"]);
     assert_eq!(wait_for_victim(&scene), victim);
     scene.before = scene.files();
     scene.assert_unharmed();
-    // Published again, it is what it was.
+    // Published again, it is accepted.
     scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(5)));
     scene.order_victim(json!({}));
     scene.host.wait_for_new_pid("victim", victim);
@@ -114,7 +114,7 @@ fn a_stored_release_of_an_older_epoch_is_not_activated() {
 fn swapped_signatures_and_comments_are_rejected() {
     let scene = Scene::new();
     let (package, good) = scene.victim();
-    // Another comment over the same signature; the comment's own signature of another file; one byte of the package.
+    // Another comment over the same signature; the comment signature of another file; one changed byte of the package.
     let relabelled = good.replace("epoch=1", "epoch=9");
     let other: Vec<&str> = good.lines().take(2).collect();
     let foreign = scene.sign(b"another", &comment(9));
@@ -128,7 +128,7 @@ fn swapped_signatures_and_comments_are_rejected() {
         scene.order_victim(json!({}));
         let seen = scene.hostile.heartbeats().len();
         scene.assert_refused("stage", &["tampered with", "nothing of it was unpacked"]);
-        // The text is the same each time, and is told once: that it failed again shows in the sub-agent's state.
+        // A message with the same text is reported once; further failures show in the sub-agent's state.
         scene.hostile.wait_for_heartbeat("the victim to have failed", |heartbeat| {
             heartbeat["agents"][1]["state"] == "failed" && heartbeat["agents"][1]["pid"].is_null()
         });
@@ -160,7 +160,7 @@ fn a_signed_archive_with_paths_outside_its_tree_is_rejected() {
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o755);
         let content = b"#!/bin/sh\n";
-        // As no packer would write it: the name goes into the header as it is.
+        // With a path that no packer writes: the name is copied into the header.
         header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
         match target {
             Some(target) => {
@@ -197,14 +197,14 @@ fn a_package_host_receives_no_identity() {
         let asks = asks.clone();
         other.on(&format!("/elsewhere/{name}"), move |_| asks.clone());
     }
-    // Only there, so that nothing is had from elsewhere instead.
+    // Only there, so that it is not downloaded from elsewhere instead.
     for name in [file(), format!("{}.minisig", file())] {
         scene.hostile.on(&format!("/api/download/{name}"), |_| HostileReply::status(404));
     }
     scene.order_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
     scene.assert_told("stage", "failed", &["401", other.url()]);
     scene.assert_unharmed();
-    // Also where it is what it should be, and is fetched whole.
+    // Also when the package is valid and completely downloaded.
     other.on(&format!("/elsewhere/{}", file()), move |_| HostileReply::ok(package.clone()));
     other.on(&format!("/elsewhere/{}.minisig", file()), move |_| HostileReply::ok(signature.clone()));
     scene.order_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
@@ -229,11 +229,11 @@ fn redirects_to_another_host_or_to_plain_http_are_rejected() {
     other.serve(&file(), &package, &signature);
     let plain = scene.hostile.url().replace("https", "http");
     for (to, why) in [(other.url().to_owned(), "another host"), (plain, "plain http")] {
-        // Of the signature, and of the package behind a signature that is right.
+        // Of the signature, and of the package after a valid signature.
         for name in [format!("{}.minisig", file()), file()] {
             let location = format!("{to}/api/download/{name}");
             scene.hostile.on(&format!("/api/download/{name}"), move |_| HostileReply::redirect(location.clone()));
-            // The other one is what it should be; never both are.
+            // The other file is valid; never both are redirected.
             let (right, bytes) = match name == file() {
                 true => (format!("{name}.minisig"), signature.clone().into_bytes()),
                 false => (file(), package.clone()),
@@ -244,7 +244,7 @@ fn redirects_to_another_host_or_to_plain_http_are_rejected() {
         }
     }
     assert!(other.requests().is_empty(), "{:?}", other.requests());
-    // Nor is a heartbeat sent on: it tells who we are.
+    // A heartbeat is not redirected either: it contains the identity.
     let location = format!("{}/api/heartbeat", other.url());
     scene.hostile.on("/api/heartbeat", move |_| HostileReply::redirect(location.clone()));
     scene.host.wait_for_status("the heartbeat to fail", crate::support::host::SOON, |status| {
@@ -266,7 +266,7 @@ fn endless_downloads_and_answers_are_rejected() {
         event["kind"] == "stage" && event["outcome"] == "refused" && event["message"].to_string().contains("more than")
     });
     scene.assert_unharmed();
-    // A signature has no size that was announced.
+    // A signature has no announced size.
     let endless = || HostileReply { body: Body::Endless, ..HostileReply::ok("") };
     scene.hostile.on(&format!("/api/download/{}.minisig", file()), move |_| endless());
     scene.order_victim(json!({"size": package.len()}));
@@ -274,7 +274,7 @@ fn endless_downloads_and_answers_are_rejected() {
         event["kind"] == "stage" && event["message"].to_string().contains("more than 4096 bytes")
     });
     scene.assert_unharmed();
-    // And an answer to a heartbeat that never ends is none; what it says is in the next one.
+    // An endless answer to a heartbeat is rejected; the next answer is used.
     scene.hostile.on("/api/heartbeat", move |_| endless());
     scene.host.wait_for_status("the heartbeat to fail", crate::support::host::SOON, |status| {
         status["gateway"]["lastError"].to_string().contains("more than 4194304 bytes")
@@ -287,7 +287,7 @@ fn a_wrong_announced_size_is_rejected() {
     let scene = Scene::new();
     let (package, signature) = scene.victim();
     let true_size = package.len() as u64;
-    // Announced by the answer; or said by the header of the download.
+    // The size in the answer, or in the header of the download.
     for (announced, length) in [(true_size - 1, true_size), (true_size + 1, true_size), (true_size, true_size * 2)] {
         scene.hostile.serve(&file(), &package, &signature);
         let bytes = package.clone();
@@ -319,7 +319,7 @@ fn an_installation_rejects_a_manager_with_another_key_or_an_older_epoch() {
     let output = scene.host.install(&["--version", "3.0.0"]).expect_code(1);
     assert!(output.stderr.contains("not trusted here") && output.stderr.contains("nothing was changed"), "{output}");
     scene.assert_unharmed();
-    // A heartbeat that asks for it changes nothing either.
+    // A heartbeat's order for it changes nothing either.
     scene.hostile.answer(json!({"interval": 1, "cmd": "upgrade", "manager": {"version": "3.0.0"}}), Vec::new());
     scene.assert_told("upgrade", "failed", &["3.0.0", "not trusted here"]);
     scene.assert_unharmed();
