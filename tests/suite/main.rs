@@ -43,7 +43,7 @@
 //!               output                 an output that cannot be written stops no work
 //! (none)        harness                the containers and file snapshots of tests/support work as they promise
 //! ```
-#![allow(clippy::disallowed_macros, reason = "a test that cannot tell what it saw may end")]
+#![allow(clippy::disallowed_macros, reason = "a failed test panics")]
 
 mod command_line {
     mod help;

@@ -1,7 +1,6 @@
-//! A gateway that means ill: it has the certificate, and the depot, of one that a host has joined, and says whatever a test dictates.
+//! A hostile gateway: it has the certificate and the depot of a gateway that a host has joined, and sends whatever a test defines.
 //!
-//! What is not dictated is answered from the depot, and every heartbeat with the answer that was told last. Everything that it is asked is
-//! noted, with all headers.
+//! Other paths are served from the depot, and every heartbeat gets the last defined answer. Every request is recorded with all headers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,13 +20,13 @@ use super::gateway::Gateway;
 use super::host::SOON;
 use super::wait::wait_for;
 
-/// Who says nothing for so long has left.
+/// The limit of a connection that sends nothing.
 const IDLE: Duration = Duration::from_secs(120);
-/// Of endless data, so much at a time, and so much at the most: a host that takes it all has failed its test by then.
+/// The chunk size and the total of endless data: a host that accepts all of it has failed its test.
 const CHUNK: usize = 64 << 10;
 const ENDLESS: u64 = 1 << 30;
 
-/// What it was asked.
+/// A received request.
 #[derive(Debug, Clone)]
 pub struct HostileRequest {
     pub method: String,
@@ -37,7 +36,7 @@ pub struct HostileRequest {
     pub body: Vec<u8>,
 }
 
-/// What it says.
+/// A reply.
 #[derive(Debug, Clone)]
 pub struct HostileReply {
     pub status: u16,
@@ -53,7 +52,7 @@ pub enum Body {
         length: u64,
         bytes: Vec<u8>,
     },
-    /// Never ends, and says no length.
+    /// Never ends, and has no length.
     Endless,
 }
 
@@ -83,14 +82,14 @@ struct Shared {
     requests: Vec<HostileRequest>,
 }
 
-/// It ends with the test program: a host's connection may outlive the test that is interested in it.
+/// It ends with the test program: a host's connection may outlive the test.
 pub struct Hostile {
     url: String,
     shared: Arc<Mutex<Shared>>,
 }
 
 impl Hostile {
-    /// With the gateway's certificate, on a port of its own; it wants nothing yet.
+    /// Starts it with the gateway's certificate on its own port; it orders nothing yet.
     pub fn in_place_of(gateway: &Gateway) -> Hostile {
         let certificate =
             CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("the gateway's certificate");
@@ -126,7 +125,7 @@ impl Hostile {
         &self.url
     }
 
-    /// A new generation of the desired state, which is given back.
+    /// Sets a new generation of the desired state, and returns it.
     pub fn want(&self, agents: Value, complete: bool) -> u64 {
         let mut shared = lock(&self.shared);
         shared.generation += 1;
@@ -137,18 +136,18 @@ impl Hostile {
         shared.generation
     }
 
-    /// What every heartbeat is answered from now on, with the host's id where none is given.
+    /// The answer to every heartbeat from now on; a missing agent id is added.
     pub fn answer(&self, answer: Value, headers: Vec<(&'static str, String)>) {
         let mut shared = lock(&self.shared);
         (shared.answer, shared.answer_headers) = (answer, headers);
     }
 
-    /// What a path is answered from now on.
+    /// The reply for a path from now on.
     pub fn on(&self, path: &str, answer: impl Fn(&HostileRequest) -> HostileReply + Send + Sync + 'static) {
         lock(&self.shared).routes.insert(path.to_owned(), Arc::new(answer));
     }
 
-    /// Serves a package and its signature in the place of those of the depot.
+    /// Serves this package and signature instead of those of the depot.
     pub fn serve(&self, file: &str, package: &[u8], signature: &str) {
         for (name, content) in [(file.to_owned(), package), (format!("{file}.minisig"), signature.as_bytes())] {
             let content = content.to_vec();
@@ -156,7 +155,7 @@ impl Hostile {
         }
     }
 
-    /// Everything that it was asked so far.
+    /// Every request so far.
     pub fn requests(&self) -> Vec<HostileRequest> {
         lock(&self.shared).requests.clone()
     }
@@ -168,7 +167,7 @@ impl Hostile {
         heartbeats.map(|request| serde_json::from_slice(&request.body).expect("a heartbeat is JSON")).collect()
     }
 
-    /// Waits for an event, in any heartbeat so far or to come, that is as wanted.
+    /// Waits for an event, in any past or future heartbeat, that `wanted` accepts.
     #[track_caller]
     pub fn wait_for_event(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         wait_for(what, SOON, || {
@@ -179,7 +178,7 @@ impl Hostile {
         })
     }
 
-    /// Waits for a heartbeat, from now on, that is as wanted.
+    /// Waits for a new heartbeat that `wanted` accepts.
     #[track_caller]
     pub fn wait_for_heartbeat(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let seen = self.heartbeats().len();
@@ -188,12 +187,12 @@ impl Hostile {
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().expect("nobody panicked")
+    shared.lock().expect("no thread panicked")
 }
 
 type Stream = BufReader<StreamOwned<ServerConnection, TcpStream>>;
 
-/// Answers one request; `None` where the connection ends.
+/// Handles one request; `None` if the connection ends.
 fn serve(stream: &mut Stream, shared: &Mutex<Shared>) -> Option<()> {
     let request = read(stream)?;
     let reply = reply(&request, shared);

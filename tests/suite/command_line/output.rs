@@ -12,7 +12,7 @@ use crate::support::host::{SOON, TestHost};
 
 /// A device without free space.
 fn full() -> Stdio {
-    Stdio::from(File::options().write(true).open("/dev/full").expect("it is there"))
+    Stdio::from(File::options().write(true).open("/dev/full").expect("it exists"))
 }
 
 /// A pipe without a reader.

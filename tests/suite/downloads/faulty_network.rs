@@ -68,7 +68,7 @@ fn joined_by(url: &str, gateway: &Gateway, settings: &str) -> TestHost {
     arguments.extend(trust.iter().map(String::as_str));
     host.install(&arguments).expect_code(0);
     let config = host.home().join("etc/conf.toml");
-    let text = fs::read_to_string(&config).expect("it is there");
+    let text = fs::read_to_string(&config).expect("it exists");
     fs::write(&config, format!("{text}\n{settings}\n")).expect("it is ours");
     host.control(&["restart"]).expect_code(0);
     host
@@ -107,7 +107,7 @@ fn first_try(proxy: &FaultProxy, part: &str, requests: usize) -> Vec<Request> {
     assert!(asked.len() >= requests, "{asked:?}");
     if let Some(next) = asked.get(requests) {
         let pause = next.at - asked[requests - 1].at;
-        assert!(pause >= HELD_BACK, "asked for again after {pause:?}: {asked:?}");
+        assert!(pause >= HELD_BACK, "requested again after {pause:?}: {asked:?}");
     }
     asked.truncate(requests);
     asked
@@ -133,7 +133,7 @@ fn downloads_over_a_faulty_network_are_complete_and_correct() {
     gateway.want(&[]);
     gateway.run();
     let (archive, content) = archive(gateway.path("").as_path(), SIZE);
-    let size = fs::metadata(&archive).expect("it is there").len();
+    let size = fs::metadata(&archive).expect("it exists").len();
     let proxy = FaultProxy::before(&gateway, random(seed, size));
     let host = joined_by(&proxy.url(), &gateway, "downloadStall = \"1s\"");
 
@@ -225,7 +225,7 @@ fn a_download_is_resumed_with_its_progress_after_the_manager_is_killed() {
     gateway.want(&[]);
     gateway.run();
     let (archive, _) = archive(gateway.path("").as_path(), SIZE);
-    let size = fs::metadata(&archive).expect("it is there").len();
+    let size = fs::metadata(&archive).expect("it exists").len();
     let proxy = FaultProxy::before(&gateway, |request, before| match request.is_for_package() && before == 0 {
         true if request.path.contains("noise") => Fault::Throttle { per_second: 1 << 20, up_to: u64::MAX },
         _ => Fault::None,
@@ -236,9 +236,9 @@ fn a_download_is_resumed_with_its_progress_after_the_manager_is_killed() {
     let status = host.wait_for_status("a good part of the download", ROUND, |status| {
         agent(status, "noise").is_some_and(|agent| agent["download"]["bytes"].as_u64() > Some(size / 4))
     });
-    let download = &agent(&status, "noise").expect("it is there")["download"];
+    let download = &agent(&status, "noise").expect("it exists")["download"];
     assert_eq!((&download["version"], download["totalBytes"].as_u64()), (&"1.0.0".into(), Some(size)), "{status:#}");
-    assert_eq!(agent(&status, "noise").expect("it is there")["state"], "updating");
+    assert_eq!(agent(&status, "noise").expect("it exists")["state"], "updating");
     assert!(host.control(&["status"]).stdout.contains("1.0.0 is being fetched: "));
 
     let manager = pid(&status["spm"]["pid"]).expect("it runs");
@@ -295,9 +295,9 @@ impl ManipulatedDownloads {
             let error = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
             error.contains(version) && words.iter().all(|word| error.contains(word))
         });
-        let native = agent(&status, "native").expect("it is there");
+        let native = agent(&status, "native").expect("it exists");
         assert_eq!((&native["version"], pid(&native["pid"])), (&"1.0.0".into(), Some(self.pid)), "{status:#}");
-        wait_for("the gateway to hear of it", SOON, || {
+        wait_for("the gateway to receive it", SOON, || {
             let status = self.gateway.status();
             let events = status["hosts"][0]["events"].as_array()?.clone();
             let said = |event: &Value| event["message"].as_str().is_some_and(|said| said.contains(words[0]));
@@ -358,7 +358,7 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
     attacked.is_refused("2.0.8", &["redirect", "plain http"], packages(instead(&plain, b"", false)));
     let round = "302 Found\r\ncontent-length: 0\r\nlocation: /api/download/native-2.0.9_linux_amd64.tar.zst";
     attacked.is_refused("2.0.9", &["redirects"], packages(instead(round, b"", false)));
-    assert!(elsewhere.accept().is_err(), "somebody else was asked");
+    assert!(elsewhere.accept().is_err(), "the redirect target got a request");
 
     // Cut, and continued with other bytes under the same name and tag: fetched again once only.
     let depot = attacked.gateway.path("depot");
@@ -369,7 +369,7 @@ fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_contin
             let file = depot.join(request.path.trim_start_matches("/api/download/"));
             let size = fs::metadata(file).expect("it is published").len();
             let from: u64 = range.trim_start_matches("bytes=").trim_end_matches('-').parse().expect("a number");
-            let tag = request.header("if-range").expect("it says of which file");
+            let tag = request.header("if-range").expect("the field names a file");
             let head = format!(
                 "HTTP/1.1 206 Partial Content\r\netag: {tag}\r\ncontent-length: {}\r\n\
                  content-range: bytes {from}-{}/{size}\r\n\r\n",

@@ -55,7 +55,7 @@ fn wait_long(container: &Container, what: &str, wanted: impl Fn(&Value) -> bool)
         last = status(container);
         wanted(&last).then_some(())
     });
-    assert!(found.is_some(), "waited {LONG:?} in vain for {what}; the last status: {last:#}");
+    assert!(found.is_some(), "timed out after {LONG:?} waiting for {what}; the last status: {last:#}");
 }
 
 fn runs(version: &'static str) -> impl Fn(&Value) -> bool {
@@ -121,14 +121,14 @@ fn partitions_packet_loss_and_slow_name_servers_only_delay_a_download() {
     names.take(Duration::from_secs(3600));
     gateway.publish(|gateway| gateway.publish(&noise("3.0.0")));
     gateway.fleet(&fleet("3.0.0"));
-    wait_long(&container, "the missing names to be told", |status| {
+    wait_long(&container, "the missing name server to be reported", |status| {
         let gateway = &status["gateway"];
         gateway["connected"] == false && gateway["lastError"].to_string().contains("no name server answered")
     });
     assert_eq!(wait_for_agents(&container, &["native"]), native);
     // The third release may already have been ordered, and its download started.
     let status = status(&container);
-    let noise = agent(&status, "noise").expect("it is there");
+    let noise = agent(&status, "noise").expect("it exists");
     assert!(noise["version"] == "2.0.0" && noise["pid"].is_u64(), "{status:#}");
     names.take(Duration::ZERO);
     wait_long(&container, "the release when names are there again", runs("3.0.0"));

@@ -38,7 +38,7 @@ fn chaos_without_a_service_manager() {
     let place = Place { home: host.home(), outside: host.home(), leader: std::process::id(), supervised: false };
     wait_for("the fleet", SOON, || (host.status()["agents"].as_array()?.len() == AGENTS).then_some(()));
     Chaos::new(place, Duration::from_secs(35)).run();
-    host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
     host.control(&["stop"]).expect_success();
     assert_eq!(host.processes(), []);
     assert_eq!(groups_left(&host.home()), Vec::<String>::new());
@@ -267,7 +267,7 @@ impl Chaos {
             if is_so(&self.observer) {
                 return;
             }
-            assert!(began.elapsed() < deadline, "waited {deadline:?} in vain for {what}\n{}", self.story());
+            assert!(began.elapsed() < deadline, "timed out after {deadline:?} waiting for {what}\n{}", self.story());
             std::thread::park_timeout(POLL_INTERVAL);
         }
     }

@@ -31,7 +31,7 @@ fn a_full_disk_is_reported_and_running_sub_agents_continue() {
     gateway.publish(|gateway| gateway.publish(&Package::sleeper("native", "2.0.0")));
     gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n");
     // The manager reports that it cannot store the desired state, and changes nothing.
-    let status = inside::wait_for_status(&container, "the full disk to be told", |status| {
+    let status = inside::wait_for_status(&container, "the full disk to be reported", |status| {
         let native = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
         let told = format!("{native}{}", status["problems"]);
         told.contains("No space left") || told.contains("not enough space")
@@ -40,11 +40,8 @@ fn a_full_disk_is_reported_and_running_sub_agents_continue() {
         assert_eq!(status[who]["pid"], before[who]["pid"]);
     }
     for name in ["native", "script"] {
-        assert_eq!(
-            agent(&status, name).expect("it is there")["pid"],
-            agent(&before, name).expect("it is there")["pid"]
-        );
-        assert_eq!(agent(&status, name).expect("it is there")["version"], "1.0.0");
+        assert_eq!(agent(&status, name).expect("it exists")["pid"], agent(&before, name).expect("it exists")["pid"]);
+        assert_eq!(agent(&status, name).expect("it exists")["version"], "1.0.0");
     }
     // Both roles are killed and cannot write records for their successors; they are started nevertheless.
     done(
@@ -92,15 +89,15 @@ fn a_full_disk_during_staging_is_reported_and_the_old_release_continues() {
     }
     gateway.publish(|gateway| gateway.publish(&big));
     gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n");
-    let status = inside::wait_for_status(&container, "the full disk to be told", |status| {
+    let status = inside::wait_for_status(&container, "the full disk to be reported", |status| {
         agent(status, "native").is_some_and(|agent| {
             let error = agent["lastError"].as_str().unwrap_or_default();
             agent["state"] == "running" && (error.contains("not enough space"))
         })
     });
-    assert_eq!(agent(&status, "native").expect("it is there")["version"], "1.0.0");
+    assert_eq!(agent(&status, "native").expect("it exists")["version"], "1.0.0");
     assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         event(&gateway.status(), "stage", "native").filter(|event| event["outcome"] == "failed")
     });
     // The incomplete release is removed.

@@ -44,10 +44,10 @@ fn pinned(gateway: &Gateway) -> Value {
 fn hosts_accept_a_renewed_certificate_with_the_same_or_an_announced_key_and_no_other() {
     let gateway = Gateway::with(&[], &[]);
     let (cert, trusted) = (gateway.path("tls/cert.pem"), gateway.path("keys/aops.pub").display().to_string());
-    let first = KeyPair::from_pem(&fs::read_to_string(gateway.path("tls/key.pem")).expect("init made it"));
-    let first = first.expect("init made it");
+    let first = KeyPair::from_pem(&fs::read_to_string(gateway.path("tls/key.pem")).expect("init created it"));
+    let first = first.expect("init created it");
     // One host pins the certificate itself, as operators used to do; the other one trusts the first contact.
-    let digest = hex(&Sha256::digest(CertificateDer::from_pem_file(&cert).expect("init made it")));
+    let digest = hex(&Sha256::digest(CertificateDer::from_pem_file(&cert).expect("init created it")));
     let hosts = [["--pin", &digest], ["--pin-first-contact", "--fresh"]].map(|trust| {
         let host = TestHost::new();
         let id = if trust[0] == "--pin" { "1" } else { "2" };
@@ -76,7 +76,7 @@ fn hosts_accept_a_renewed_certificate_with_the_same_or_an_announced_key_and_no_o
     connected("the renewed certificate", &has_problem);
     let table = gateway.command(&["status"], &[]).expect_success();
     assert!(table.contains("expires on 2001-01-01") && table.contains("the certificate expired on"), "{table}");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let hosts = gateway.status()["hosts"].as_array()?.clone();
         let told = |host: &Value| {
             host["events"].as_array().is_some_and(|events| events.iter().any(|event| event["kind"] == "certificate"))
@@ -101,7 +101,7 @@ fn hosts_accept_a_renewed_certificate_with_the_same_or_an_announced_key_and_no_o
     );
     put(&gateway, "tls/key.pem", &second.serialize_pem());
     put(&gateway, "tls/cert.pem", &certificate(&second, 2090));
-    fs::remove_file(gateway.path("tls/next.pem")).expect("it is there");
+    fs::remove_file(gateway.path("tls/next.pem")).expect("it exists");
     gateway.reload();
     connected("the announced key", &|status| !has_problem(status));
     wait_for("the old key to be given up", SOON, || {

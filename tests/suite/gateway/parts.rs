@@ -75,8 +75,8 @@ fn a_failed_part_is_named_and_the_other_parts_run_also_at_start() {
     let (depot, away) = (gateway.path("depot"), gateway.path("away"));
     fs::rename(&depot, &away).expect("it is ours");
     fs::write(gateway.path("state/hosts.json"), "{").expect("it is ours");
-    fs::remove_file(gateway.path("state/lineage")).expect("it is there");
-    fs::create_dir(gateway.path("state/lineage")).expect("it can be made");
+    fs::remove_file(gateway.path("state/lineage")).expect("it exists");
+    fs::create_dir(gateway.path("state/lineage")).expect("it can be created");
     gateway.run();
     let all = [("keys", "id_rsa.pub"), ("fleet", "refused"), ("depot", "cannot read the directory")];
     let parts =
@@ -130,7 +130,7 @@ fn a_fleet_file_is_applied_at_once_or_rejected_without_a_change() {
     ] {
         let refused = apply(&gateway, bad).expect_code(1);
         assert!(refused.stderr.contains("cannot apply") && refused.stderr.contains(reason), "{refused}");
-        assert_eq!(fs::read_to_string(gateway.path("fleet.toml")).expect("it is there"), first);
+        assert_eq!(fs::read_to_string(gateway.path("fleet.toml")).expect("it exists"), first);
     }
     // The gateway's user can still read the file.
     set_mode(&gateway.path("fleet.toml"), 0o640);
@@ -140,7 +140,7 @@ fn a_fleet_file_is_applied_at_once_or_rejected_without_a_change() {
     {
         assert!(said.contains(words), "{words}: {said}");
     }
-    let mode = fs::metadata(gateway.path("fleet.toml")).expect("it is there").permissions().mode();
+    let mode = fs::metadata(gateway.path("fleet.toml")).expect("it exists").permissions().mode();
     assert_eq!(mode & 0o777, 0o640);
     // Nothing is pending.
     let answer = first_answer(&https);

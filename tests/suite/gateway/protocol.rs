@@ -138,7 +138,7 @@ fn the_schema_accepts_the_same_values_as_a_host() {
     ] {
         let mut message = base.clone();
         message["agents"][0]["sha256"] = json!("0".repeat(64));
-        *message.pointer_mut(path).expect("it is there") = json!(bad);
+        *message.pointer_mut(path).expect("it exists") = json!(bad);
         assert!(!answer.is_valid(&message), "{path} = {bad:?} is taken");
     }
 }
@@ -295,7 +295,7 @@ fn a_third_party_package_can_be_installed_offline() {
     assert!(without_signature.stderr.contains(".minisig"), "{without_signature}");
     fs::write(format!("{path}.minisig"), gateway.file(&format!("{file}.minisig"))).expect("it can be written");
     host.install(&words).expect_success();
-    host.wait_for_status("a home that runs by itself", SOON, |status| {
+    host.wait_for_status("a home that runs without a gateway", SOON, |status| {
         status["version"] == "2.0" && status["spm"]["pid"].is_u64() && status["gateway"]["connected"] == false
     });
 }
@@ -338,15 +338,12 @@ fn invalid_answers_are_rejected_and_change_nothing() {
             status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains(reason))
         });
         assert_eq!(status["gateway"]["connected"], json!(false));
-        assert_eq!(
-            (&status["generation"], &agent(&status, "a").expect("it is there")["pid"]),
-            (&json!(5), &json!(pid))
-        );
+        assert_eq!((&status["generation"], &agent(&status, "a").expect("it exists")["pid"]), (&json!(5), &json!(pid)));
         gateway.answer(good.clone());
-        host.wait_for_status("the gateway to be heard again", SOON, |status| status["gateway"]["connected"] == true);
+        host.wait_for_status("the connection to the gateway", SOON, |status| status["gateway"]["connected"] == true);
     }
-    let status = host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
-    assert_eq!(agent(&status, "a").expect("it is there")["pid"], json!(pid));
+    let status = host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
+    assert_eq!(agent(&status, "a").expect("it exists")["pid"], json!(pid));
     assert_eq!(status["spm"]["restarts"], 0);
 }
 
@@ -391,7 +388,7 @@ fn an_invalid_order_is_rejected_alone_and_reported() {
             (1, &json!("order"), &if named { json!("b") } else { Value::Null })
         );
         let again = gateway.wait_for_heartbeat("another one", |_| true);
-        assert_eq!(refusals(&again, words), told, "it is told once");
+        assert_eq!(refusals(&again, words), told, "it is reported once");
         let status = host.status();
         assert_eq!((&status["state"], &agent(&status, "b").expect("it stays")["pid"]), (&json!("degraded"), &json!(b)));
         assert!(status["problems"].to_string().contains(words), "{status:#}");
@@ -399,7 +396,7 @@ fn an_invalid_order_is_rejected_alone_and_reported() {
 
     // The next manager requests the list again, since it may understand more.
     host.kill(host.role_pid("spm").expect("it runs"));
-    gateway.wait_for_heartbeat("the list to be asked for", |heartbeat| {
+    gateway.wait_for_heartbeat("the list to be requested", |heartbeat| {
         heartbeat["sequence"] == 1 && heartbeat["generation"] == 0
     });
     gateway.wait_for_heartbeat("it to be held", |heartbeat| heartbeat["sequence"] == 2 && heartbeat["generation"] == 4);
@@ -418,7 +415,7 @@ fn an_invalid_order_is_rejected_alone_and_reported() {
     );
     host.wait_for_new_pid("a", a);
     gateway.answer(answer(5, "5", json!({ "name": "b", "version": "1" })));
-    host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
     assert_eq!(host.wait_for_agent("b"), b);
 
     // An answer that is not valid JSON is reported too, as such.
@@ -481,7 +478,7 @@ fn only_a_newer_desired_state_is_accepted_and_it_removes_only_named_sub_agents()
     gateway.answer(good.clone());
     let pids = (host.wait_for_agent("a"), host.wait_for_agent("b"));
     let assert_untouched = |status: &Value| {
-        let pid = |name: &str| agent(status, name).expect("it is there")["pid"].clone();
+        let pid = |name: &str| agent(status, name).expect("it exists")["pid"].clone();
         assert_eq!((pid("a"), pid("b")), (json!(pids.0), json!(pids.1)));
     };
 
@@ -522,7 +519,7 @@ fn only_a_newer_desired_state_is_accepted_and_it_removes_only_named_sub_agents()
     gateway.answer(state("m", 1, true, &[order("a", "start"), order("b", "start")]));
     gateway
         .wait_for_heartbeat("the new lineage", |heartbeat| heartbeat["lineage"] == "m" && heartbeat["generation"] == 1);
-    let status = host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    let status = host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
     assert_untouched(&status);
 
     // Its complete list removes the sub-agents that it does not name.

@@ -81,7 +81,7 @@ fn an_invalid_fleet_file_changes_nothing_and_is_reported_until_it_is_fixed() {
         let log = fs::read_to_string(gateway.log()).expect("the gateway logs");
         assert!(log.contains(reason), "{log}");
     }
-    fs::remove_file(gateway.path("fleet.toml")).expect("it is there");
+    fs::remove_file(gateway.path("fleet.toml")).expect("it exists");
     wait_for("its absence to be noticed", SOON, || {
         let error = https.get("/healthz").json()["fleet"]["lastError"].clone();
         error.as_str().is_some_and(|error| error.contains("there is no file")).then_some(())
@@ -95,7 +95,7 @@ fn an_invalid_fleet_file_changes_nothing_and_is_reported_until_it_is_fixed() {
     assert_eq!(first_answer(&https), good);
 
     gateway.fleet(&fleet("2"));
-    let new = wait_for("the mended file", SOON, || Some(first_answer(&https)).filter(|answer| answer != &good));
+    let new = wait_for("the fixed file", SOON, || Some(first_answer(&https)).filter(|answer| answer != &good));
     assert_eq!(agents(&new), ["a 1", "b 1", "c 2"]);
     assert!(new["generation"].as_u64() > good["generation"].as_u64());
     assert_eq!(new["lineage"], good["lineage"]);
@@ -167,7 +167,7 @@ fn hosts_follow_a_restarted_and_a_rebuilt_gateway() {
 
     // Rebuilt from its keys, depot and fleet.toml: the store has a new lineage, and nothing else changes on the host.
     gateway.stop();
-    fs::remove_dir_all(gateway.path("state")).expect("it is there");
+    fs::remove_dir_all(gateway.path("state")).expect("it exists");
     gateway.command(&["init"], &[]).expect_success();
     gateway.run();
     let status = host.wait_for_status("the new lineage", SOON, |status| {
@@ -364,7 +364,7 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let gateway = Gateway::stopped();
     gateway.fleet("heartbeatInterval = \"7s\"\n");
     let kept = ["keys/aops.pub", "keys/aops.key", "tls/cert.pem", "tls/key.pem", "fleet.toml"];
-    let contents = || kept.map(|name| fs::read(gateway.path(name)).expect("init made it"));
+    let contents = || kept.map(|name| fs::read(gateway.path(name)).expect("init created it"));
     let before = contents();
     let again = gateway.command(&["init"], &["--name", "other.example"]).expect_success();
     assert_eq!(contents(), before);
@@ -382,7 +382,7 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let other = Package::script("a", "1", "exit 1", "");
     let refused = gateway.publish_with(&[&other.path().display().to_string()]).expect_code(1);
     assert!(refused.stderr.contains("is published already, with another content; choose another version"), "{refused}");
-    assert_eq!(fs::read(gateway.path(file)).expect("it is still there"), published);
+    assert_eq!(fs::read(gateway.path(file)).expect("it still exists"), published);
     let unrunnable = Package::native("a", "2", &["bin/gone"], "");
     let refused = gateway.publish_with(&[&unrunnable.path().display().to_string()]).expect_code(1);
     assert!(refused.stderr.contains("bin/gone, which is not in it"), "{refused}");

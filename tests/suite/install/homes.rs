@@ -29,7 +29,7 @@ fn gateway() -> Gateway {
 }
 
 fn depot_file(gateway: &Gateway, start: &str) -> String {
-    let names = fs::read_dir(gateway.path("depot")).expect("it is there").flatten();
+    let names = fs::read_dir(gateway.path("depot")).expect("it exists").flatten();
     let found = names.map(|entry| entry.path()).find(|path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         name.starts_with(start) && !name.ends_with(".minisig")
@@ -142,7 +142,7 @@ fn reinstalling_keeps_keys_pins_epochs_and_settings_and_fresh_keeps_none() {
     fs::copy(other.path("keys/aops.pub"), &own_key).expect("a copy");
     let config = host.home().join("etc/conf.toml");
     let text =
-        fs::read_to_string(&config).expect("it is there") + "\n# mine, with reason\nlogMaxSize = \"3MiB\" # small\n";
+        fs::read_to_string(&config).expect("it exists") + "\n# mine, with reason\nlogMaxSize = \"3MiB\" # small\n";
     fs::write(&config, &text).expect("it is ours");
     let kept =
         ["etc/agent-id", "etc/conf.toml", "etc/keys", "state/pins.json", "state/epochs.json", "state/instance.json"];
@@ -221,7 +221,7 @@ fn homes_in_unusual_paths_work_and_are_independent() {
     assert!(relative.expect("it can be run").success());
 
     control(&host, &homes[0], &["uninstall", "--yes"]).expect_code(0);
-    assert!(!host.beside("with space").exists(), "what was made for the home goes with it");
+    assert!(!host.beside("with space").exists(), "directories created for the home are removed with it");
     assert!(same(2), "removing one does not disturb another");
     control(&host, &homes[1], &["uninstall", "--yes"]).expect_code(0);
     assert!(!host.beside("long").exists());
@@ -258,13 +258,13 @@ fn an_old_installation_with_a_daemon_is_replaced_and_its_id_and_settings_are_kep
     assert!(!is_alive(old));
     let status = wait_for_all(&host, &home);
     assert_eq!(status["gateway"]["endpoint"], gateway.url());
-    assert_eq!(fs::read_to_string(home.join("etc/agent-id")).expect("it is there").trim(), "5402204854438");
+    assert_eq!(fs::read_to_string(home.join("etc/agent-id")).expect("it exists").trim(), "5402204854438");
     for gone in
         ["etc/conf.yml", "etc/agentId", "bin/old-spm", "bin/daemon", "run/pid", "run/pipe", "log/log", ".install"]
     {
         assert!(home.join(gone).symlink_metadata().is_err(), "{gone}");
     }
-    let config = fs::read_to_string(home.join("etc/conf.toml")).expect("it is there");
+    let config = fs::read_to_string(home.join("etc/conf.toml")).expect("it exists");
     for line in ["heartbeatInterval = \"2s\"", "spaMaxMem = \"48MiB\""] {
         assert!(config.lines().any(|found| found == line), "{line}\n{config}");
     }

@@ -99,8 +99,8 @@ fn renew(gateway: &Gateway, directory: &str) {
 
 /// Changes one byte in the middle of a file and keeps its time, so that a running gateway does not read it again.
 fn tamper(file: &Path) {
-    let mut bytes = fs::read(file).expect("it is there");
-    let modified = fs::metadata(file).and_then(|metadata| metadata.modified()).expect("it is there");
+    let mut bytes = fs::read(file).expect("it exists");
+    let modified = fs::metadata(file).and_then(|metadata| metadata.modified()).expect("it exists");
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(file, bytes).expect("it is ours");
@@ -169,7 +169,7 @@ fn a_certificate_that_differs_from_the_first_contact_is_rejected() {
     standing.assert_same_processes();
     // Deleting or losing the pin file does not make the next contact a first one.
     let pins = standing.host.home().join("state/pins.json");
-    fs::remove_file(&pins).expect("it is there");
+    fs::remove_file(&pins).expect("it exists");
     let words = ["pins.json is missing", "backup", "--pin", "write {} into that file"];
     assert_refused(&install(&[]), 1, &words);
     standing.host.wait_for_status("the manager to refuse it too", SOON, |status| {
@@ -243,7 +243,7 @@ fn invalid_settings_are_rejected_and_a_running_manager_keeps_the_last_good_ones(
     let gateway = gateway();
     let mut standing = RunningHost::joined(&gateway);
     let config = standing.host.home().join("etc/conf.toml");
-    let good = fs::read_to_string(&config).expect("it is there");
+    let good = fs::read_to_string(&config).expect("it exists");
     let broken = [
         (good.clone() + "\nheartbeatSrv = [\n", ["conf.toml", "line", "--fresh"]),
         (good.clone() + "\nheartbeatIntervall = \"5s\"\n", ["conf.toml", "heartbeatIntervall", "heartbeatInterval"]),
@@ -265,7 +265,7 @@ fn invalid_settings_are_rejected_and_a_running_manager_keeps_the_last_good_ones(
     assert_eq!(status["state"], "degraded");
     assert!(status["problems"].to_string().contains("last good"), "{status:#}");
     assert_eq!(standing.host.wait_for_agent("native"), standing.pids[2]);
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status();
         let events = status["hosts"][0]["events"].as_array()?.clone();
         events.iter().any(|event| event["kind"] == "config" && event["outcome"] == "failed").then_some(())
@@ -445,10 +445,10 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
                 let error = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
                 words.iter().all(|word| error.contains(word))
             });
-        let native = agent(&status, "native").expect("it is there");
+        let native = agent(&status, "native").expect("it exists");
         assert_eq!((&native["version"], &native["state"]), (&"1.0.0".into(), &"running".into()), "{status:#}");
         standing.assert_same_processes();
-        wait_for("the gateway to hear of it", SOON, || {
+        wait_for("the gateway to receive it", SOON, || {
             let event = event(&gateway.status(), "stage", "native")?;
             let message = event["message"].as_str()?;
             (event["version"] == version && event["outcome"] != "ok" && message.contains(words[0])).then_some(())
@@ -490,7 +490,7 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
     let status = standing.host.wait_for_status("a good release", SOON, |status| {
         agent(status, "native").is_some_and(|agent| agent["version"] == "7.0.0" && agent["state"] == "running")
     });
-    assert_eq!(agent(&status, "native").expect("it is there")["lastError"], Value::Null);
+    assert_eq!(agent(&status, "native").expect("it exists")["lastError"], Value::Null);
 }
 
 /// Puts a package into the depot without `publish`, signed with the gateway's key.

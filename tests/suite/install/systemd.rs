@@ -105,7 +105,7 @@ fn reinstalling_keeps_the_sub_agents_and_shows_a_newer_version() {
     assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
     assert_active_and_enabled(&container, "aops-spm", &third["spm"]["pid"]);
     assert_active_and_enabled(&container, "aops-spa", &third["spa"]["pid"]);
-    wait_for("the gateway to hear of the newer version", SOON, || {
+    wait_for("the newer version to be reported to the gateway", SOON, || {
         (gateway.status()["hosts"][0]["manager"]["version"] == "d68a7b2e").then_some(())
     });
 

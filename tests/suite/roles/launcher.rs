@@ -73,7 +73,7 @@ fn roles_outlive_the_unit_or_program_that_started_them() {
     for (at, role) in ["spm", "spa"].into_iter().enumerate() {
         let before = roles(&container);
         done(&container, &format!("kill -KILL {}", before[at]));
-        let after = wait_for(&format!("{role} to be started again"), BACK, || {
+        let after = wait_for(&format!("{role} to be restarted"), BACK, || {
             let status = inside::status(&container);
             runs(&status).then(|| roles(&container)).filter(|now| now[at] != before[at])
         });

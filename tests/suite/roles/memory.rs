@@ -22,7 +22,7 @@ fn a_role_above_its_memory_limit_is_restarted_and_the_reason_is_reported() {
         host.install(&arguments).expect_success();
         let native = host.wait_for_agent("native");
         let config = host.home().join("etc/conf.toml");
-        let text = fs::read_to_string(&config).expect("it is there");
+        let text = fs::read_to_string(&config).expect("it exists");
         fs::write(&config, format!("{text}\n{setting}\n")).expect("it is ours");
         host.control(&["restart"]).expect_success();
         let status = host.wait_for_status("both roles", SOON, |status| {
@@ -51,7 +51,7 @@ fn a_role_above_its_memory_limit_is_restarted_and_the_reason_is_reported() {
         assert_eq!(pid(&status[other.0]["pid"]), Some(*other.1), "the other role stays: {status:#}");
         assert_eq!(status[role]["restarts"], 0, "it was no death: {status:#}");
         assert_eq!(host.wait_for_agent("native"), *native);
-        wait_for("the gateway to hear of it", SOON, || {
+        wait_for("the gateway to receive it", SOON, || {
             let status = gateway.status();
             let hosts = status["hosts"].as_array()?;
             let events = hosts.iter().find(|host| host["agentId"] == *id)?["events"].as_array()?.clone();

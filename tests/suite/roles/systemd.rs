@@ -93,7 +93,7 @@ fn a_stopped_watchdog_unit_and_a_masked_unit_are_not_started() {
     let container = joined();
     let before = up(&container);
     container.shell("systemctl stop aops-spa").expect_success();
-    let shown = wait_for("the manager to say so", BACK, || {
+    let shown = wait_for("the manager to report it", BACK, || {
         let status = status(&container);
         (status["state"] == "degraded" && status["problems"].to_string().contains("watchdog")).then_some(status)
     });
@@ -103,7 +103,7 @@ fn a_stopped_watchdog_unit_and_a_masked_unit_are_not_started() {
     assert_eq!(back, None);
     assert_eq!(roles_running(&container, "aops-spa"), 0);
     container.shell("systemctl start aops-spa").expect_success();
-    wait_for("all to be well", BACK, || (status(&container)["state"] == "running").then_some(()));
+    wait_for("everything to run", BACK, || (status(&container)["state"] == "running").then_some(()));
     assert_eq!(up(&container), before);
 
     container

@@ -59,7 +59,7 @@ fn a_killed_manager_is_restarted_and_adopts_every_sub_agent() {
         host.kill(before[name]);
         host.wait_for_new_pid(name, before[name]);
         let status = host.status();
-        assert_eq!(agent(&status, name).expect("it is there")["restarts"], 1, "{status:#}");
+        assert_eq!(agent(&status, name).expect("it exists")["restarts"], 1, "{status:#}");
     }
 
     // One loses its record and one dies while no manager runs.
@@ -72,8 +72,8 @@ fn a_killed_manager_is_restarted_and_adopts_every_sub_agent() {
     let after = up(&host);
     assert_eq!((after["native"], after["classic"]), (before["native"], before["classic"]));
     let status = host.status();
-    assert_eq!(agent(&status, "stubborn").expect("it is there")["restarts"], 1, "{status:#}");
-    wait_for("the gateway to hear of the death", SOON, || {
+    assert_eq!(agent(&status, "stubborn").expect("it exists")["restarts"], 1, "{status:#}");
+    wait_for("the death to be reported to the gateway", SOON, || {
         let status = gateway.status();
         let events = status["hosts"][0]["events"].as_array()?;
         let told = events.iter().any(|event| {
@@ -154,7 +154,7 @@ fn a_stop_signal_or_restart_replaces_the_roles_and_keeps_the_sub_agents() {
         assert_eq!(status[role]["restarts"], 0, "nothing died: {status:#}");
     }
     for name in NAMES {
-        assert_eq!(agent(&status, name).expect("it is there")["restarts"], 0, "{status:#}");
+        assert_eq!(agent(&status, name).expect("it exists")["restarts"], 0, "{status:#}");
     }
     one_of_each(&host);
     // One sub-agent alone.
@@ -243,7 +243,7 @@ fn one_death_of_the_manager_is_counted_once() {
         // Roles that have seen no death yet.
         host.control(&["restart"]).expect_success();
         up(&host);
-        host.wait_for_status("the watch", SOON, |status| status["state"] == "running");
+        host.wait_for_status("the check", SOON, |status| status["state"] == "running");
         let (spm, _) = roles(&host);
         let killed = Instant::now();
         host.kill(spm);
@@ -318,7 +318,7 @@ fn removed_directories_do_not_prevent_a_start() {
     host.control(&["start"]).expect_success();
     up(&host);
     for (directory, mode) in [("log", 0o700), ("log/agents", 0o700), ("run", 0o700), ("cache", 0o700)] {
-        let metadata = fs::metadata(host.home().join(directory)).expect("it is made again");
+        let metadata = fs::metadata(host.home().join(directory)).expect("it is created again");
         assert_eq!(metadata.permissions().mode() & 0o7777, mode, "{directory}");
     }
 }

@@ -166,7 +166,7 @@ fn after_both_roles_died_running_sub_agents_are_kept_and_dead_ones_are_reported_
     let after = up(&host);
     assert_eq!((after["one"], after["three"]), (before["one"], before["three"]));
     assert_ne!(after["two"], before["two"]);
-    wait_for("the gateway to hear of the death", SOON, || {
+    wait_for("the death to be reported to the gateway", SOON, || {
         let status = gateway.status();
         let events = status["hosts"][0]["events"].as_array()?;
         let exits: Vec<_> = events.iter().filter(|event| event["kind"] == "exit").collect();
@@ -208,7 +208,7 @@ fn a_process_moved_out_of_its_cgroup_is_neither_lost_nor_duplicated() {
     host.kill(before["two"]);
     host.wait_for_new_pid("two", before["two"]);
     let status = host.wait_for_status("all three", SOON, all_run);
-    assert_eq!(agent(&status, "two").expect("it is there")["restarts"], 1, "by its death alone: {status}");
+    assert_eq!(agent(&status, "two").expect("it exists")["restarts"], 1, "by its death alone: {status}");
 
     elsewhere.take(&all("one"));
     elsewhere.take(&all("two"));
@@ -247,7 +247,7 @@ fn a_running_process_of_another_release_is_replaced_by_the_ordered_one() {
     assert!(!is_alive(second));
     assert_eq!(told(), 2, "it was stopped as it asks for");
     let status = host.status();
-    assert_eq!(agent(&status, "one").expect("it is there")["version"], "2.0", "{status}");
+    assert_eq!(agent(&status, "one").expect("it exists")["version"], "2.0", "{status}");
     assert_eq!(marked(&host.home(), "one").into_iter().filter(|pid| leads(*pid)).collect::<Vec<_>>(), [third]);
 }
 
@@ -304,7 +304,7 @@ impl ForeignCgroup {
     pub(crate) fn beside(group: &Path) -> ForeignCgroup {
         let name = group.file_name().and_then(OsStr::to_str).expect("a cgroup has a name");
         let path = group.with_file_name(format!("elsewhere-{name}"));
-        fs::create_dir(&path).expect("a cgroup can be made");
+        fs::create_dir(&path).expect("a cgroup can be created");
         ForeignCgroup(path)
     }
 

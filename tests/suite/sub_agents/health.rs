@@ -96,7 +96,7 @@ fn events(gateway: &Gateway, name: &str) -> Vec<(String, String)> {
 
 #[track_caller]
 fn wait_for_event(gateway: &Gateway, name: &str, deadline: Duration, what: &str, message: &str) {
-    wait_for(&format!("the gateway to hear of {name}: {what}"), deadline, || {
+    wait_for(&format!("the gateway to receive an event of {name}: {what}"), deadline, || {
         events(gateway, name).iter().any(|(kind, text)| kind == what && text.contains(message)).then_some(())
     });
 }
@@ -151,10 +151,10 @@ fn an_unhealthy_http_sub_agent_is_shown_and_restarted_under_its_policy() {
     assert_eq!((pid(&well["pid"]), &well["restarts"]), (Some(patient), &0.into()));
     wait_for_event(&gateway, "patient", SOON, "health ok", "");
     let strict = host.wait_for_new_pid("strict", strict);
-    let status = host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
-    assert_eq!(pid(&agent(&status, "strict").expect("it is there")["pid"]), Some(strict));
-    let left = agent(&status, "unasked").expect("it is there");
-    assert_eq!((pid(&left["pid"]), &left["restarts"]), (Some(unasked), &0.into()), "nobody has asked after it yet");
+    let status = host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
+    assert_eq!(pid(&agent(&status, "strict").expect("it exists")["pid"]), Some(strict));
+    let left = agent(&status, "unasked").expect("it exists");
+    assert_eq!((pid(&left["pid"]), &left["restarts"]), (Some(unasked), &0.into()), "it has not been checked yet");
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn a_silent_server_fails_an_http_check_and_passes_a_tcp_check_while_it_listens()
     let tcp = host.wait_for_agent("by-tcp");
     wait_for_state(&host, "by-http", "backoff", "no answer within 1s", SOON);
     let status = host.status();
-    let by_tcp = agent(&status, "by-tcp").expect("it is there");
+    let by_tcp = agent(&status, "by-tcp").expect("it exists");
     assert_eq!((&by_tcp["state"], pid(&by_tcp["pid"])), (&"running".into(), Some(tcp)), "{status:#}");
 
     drop(silent);
@@ -203,7 +203,7 @@ fn only_consecutive_failures_count_and_a_hung_check_is_killed_and_counts() {
     let asked: Vec<u64> = asked.lines().map_while(|line| line.parse().ok()).collect();
     assert!(asked.windows(2).all(|two| two[1] - two[0] >= 900), "not asked once a second: {asked:?}");
     let status = host.status();
-    let seen = agent(&status, "flapping").expect("it is there");
+    let seen = agent(&status, "flapping").expect("it exists");
     assert_eq!((pid(&seen["pid"]), &seen["restarts"]), (Some(flapping), &0.into()), "{status:#}");
     touch(&host, "sick");
     wait_for_state(&host, "flapping", "backoff", "bin/check exited with 4", SOON);
@@ -244,7 +244,7 @@ fn a_start_period_ends_with_the_first_success() {
     let runs: Vec<u64> = runs.lines().map(|line| line.parse().expect("a time")).collect();
     assert!(runs[1] - runs[0] >= 4_500, "its start period was not waited for: {runs:?}");
 
-    fs::remove_file(host.beside("ready")).expect("it is there");
+    fs::remove_file(host.beside("ready")).expect("it exists");
     wait_for("one failure to be enough now", SOON, || (!is_alive(slow)).then_some(()));
 }
 
@@ -260,7 +260,7 @@ fn the_next_manager_continues_the_health_checks() {
     wait_for_count(&host, "asked", before + 3);
     touch(&host, "sick");
     wait_for("it to be ended", SOON, || (!is_alive(running)).then_some(()));
-    fs::remove_file(host.beside("sick")).expect("it is there");
+    fs::remove_file(host.beside("sick")).expect("it exists");
     let next = host.wait_for_new_pid("asked", running);
 
     // An event without a manager is not lost either.
@@ -290,14 +290,14 @@ esac
     touch(&host, "gone");
     wait_for_event(&gateway, "gone", SCRIPT_ASKED, "restart failed", "`control status` says that it is stopped");
     wait_for("its end", SOON, || (!is_alive(gone)).then_some(()));
-    fs::remove_file(host.beside("gone")).expect("it is there");
+    fs::remove_file(host.beside("gone")).expect("it exists");
     host.wait_for_new_pid("gone", gone);
 
     let seen = wait_for_state(&host, "hanging", "unhealthy", "no answer within 10s", SCRIPT_GIVEN_UP);
     assert_eq!((pid(&seen["pid"]), &seen["restarts"]), (Some(hanging), &0.into()));
     wait_for("it to be given up", SCRIPT_GIVEN_UP, || (!is_alive(hanging)).then_some(()));
     host.wait_for_new_pid("hanging", hanging);
-    assert_eq!(agent(&host.status(), "hanging").expect("it is there")["restarts"], 1);
+    assert_eq!(agent(&host.status(), "hanging").expect("it exists")["restarts"], 1);
 }
 
 #[test]

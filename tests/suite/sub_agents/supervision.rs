@@ -38,13 +38,13 @@ fn twenty_native_and_five_classic_sub_agents_run_and_restart_also_without_the_ga
         host.kill(before[name]);
         host.wait_for_new_pid(name, before[name]);
         let status = host.status();
-        assert_eq!(agent(&status, name).expect("it is there")["restarts"], 1, "{status:#}");
+        assert_eq!(agent(&status, name).expect("it exists")["restarts"], 1, "{status:#}");
     }
     let revived = all_run(&host, 25);
     for (name, pid) in &before {
         assert_eq!(revived[name] == *pid, !["native-7", "classic-3"].contains(&name.as_str()), "{name}");
     }
-    wait_for("the gateway to hear of both ends", SOON, || {
+    wait_for("both exits to be reported to the gateway", SOON, || {
         (events(&gateway).iter().filter(|event| event["kind"] == "exit").count() == 2).then_some(())
     });
 
@@ -133,9 +133,9 @@ fn a_changed_environment_restarts_the_sub_agent_and_a_rejected_variable_is_repor
     assert!(native.contains(&format!("AOPS_AGENT_ID={}", host.agent_id())) && native.contains(&endpoint), "{native:?}");
     assert!(!native.iter().any(|variable| variable.starts_with("LD_")), "{native:?}");
     let status = host.status();
-    let error = agent(&status, "native").expect("it is there")["lastError"].to_string();
+    let error = agent(&status, "native").expect("it exists")["lastError"].to_string();
     assert!(error.contains("LD_PRELOAD") && error.contains("AOPS_HOME") && !error.contains("PYTHONPATH"), "{error}");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         events(&gateway).iter().any(|event| event["kind"] == "env" && event["outcome"] == "refused").then_some(())
     });
 
@@ -148,7 +148,7 @@ fn a_changed_environment_restarts_the_sub_agent_and_a_rejected_variable_is_repor
     }
     let status = host.status();
     for name in ["native", "classic"] {
-        let agent = agent(&status, name).expect("it is there");
+        let agent = agent(&status, name).expect("it exists");
         assert_eq!((&agent["restarts"], &agent["lastError"]), (&0.into(), &Value::Null), "{status:#}");
     }
 }
@@ -219,7 +219,7 @@ fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
     let status = host.wait_for_status("the next manager", SOON, |status| {
         status["state"] == "running" && pid(&status["spm"]["pid"]).is_some() && pid(&status["spm"]["pid"]) != spm
     });
-    let left = agent(&status, "left").expect("it is there");
+    let left = agent(&status, "left").expect("it exists");
     assert_eq!((pid(&left["pid"]), left["state"] == "running"), (None, false), "{status:#}");
     assert_eq!(marked(&host.home(), "left").len(), 1);
 
@@ -338,20 +338,20 @@ fn the_restart_policy_survives_a_manager_restart() {
                 && is("retried", restarts, "exited with 0")
         }
     };
-    host.wait_for_status("three to end for good", SOON, at_rest(1));
+    host.wait_for_status("three to stay stopped", SOON, at_rest(1));
     let lasting = host.wait_for_agent("lasting");
     let count = || ["never", "once", "retried"].map(runs);
     assert_eq!(count(), [1, 1, 2]);
 
     // The next manager knows their exits and does not report them again; a process that exited unobserved has exited too.
     let told = || events(&gateway).iter().filter(|event| event["kind"] == "exit").count();
-    wait_for("the gateway to hear of the ends", SOON, || (told() == 4).then_some(()));
+    wait_for("the exits to be reported to the gateway", SOON, || (told() == 4).then_some(()));
     without_manager(&host, || host.kill(lasting));
     host.wait_for_status("the next manager", SOON, |status| status["spm"]["restarts"] == 1);
-    host.wait_for_status("the end that nobody saw", SOON, |status| {
+    host.wait_for_status("the unobserved exit", SOON, |status| {
         at_rest(1)(status) && agent(status, "lasting").is_some_and(|agent| agent["state"] == "stopped")
     });
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let unseen = events(&gateway).into_iter().any(|event| {
             event["agent"] == "lasting" && event["message"].to_string().contains("while no manager was watching")
         });
@@ -439,7 +439,7 @@ fn the_output_log_can_be_shown_and_followed_and_is_capped() {
         (number > 1).then_some(())
     });
     assert_eq!(fs::metadata(&log).expect("the log").ino(), inode);
-    assert_eq!(host.wait_for_agent("chatty"), running, "nobody was restarted for it");
+    assert_eq!(host.wait_for_agent("chatty"), running, "the sub-agent is not restarted for it");
     // `logs -f` continues across the rotation.
     let newest = || {
         let shown = host.control(&["logs", "chatty", "-n", "1"]).stdout;
@@ -479,8 +479,8 @@ fn a_sub_agent_that_crashes_or_cannot_run_does_not_affect_others() {
     let status = host.wait_for_status("further tries", SOON, |status| {
         agent(status, "crashing").is_some_and(|agent| agent["restarts"].as_u64() >= Some(4))
     });
-    assert_eq!(pid(&agent(&status, "fine").expect("it is there")["pid"]), Some(fine));
-    assert_eq!(agent(&status, "fine").expect("it is there")["restarts"], 0);
+    assert_eq!(pid(&agent(&status, "fine").expect("it exists")["pid"]), Some(fine));
+    assert_eq!(agent(&status, "fine").expect("it exists")["restarts"], 0);
     host.control(&["stop"]).expect_success();
     host.control(&["status"]).expect_code(3);
 }

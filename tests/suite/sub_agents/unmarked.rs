@@ -151,7 +151,7 @@ fn a_program_that_left_its_cgroup_is_adopted_shown_and_stopped() {
     let first = host.wait_for_agent("old");
     assert_eq!((sleeping(main), sleeping(child).len()), (vec![first], 1));
     let status = host.status();
-    let outside = |name| agent(&status, name).expect("it is there")["outsideGroup"].clone();
+    let outside = |name| agent(&status, name).expect("it exists")["outsideGroup"].clone();
     assert_eq!((outside("old"), outside("one").is_null()), (true.into(), true), "{status:#}");
     let shown = host.control(&["status"]).expect_success();
     assert!(shown.contains(&format!("old: process {first} runs outside of its cgroup")), "{shown}");

@@ -156,7 +156,7 @@ impl Scene {
 
     /// Signs with the key that the host trusts.
     fn sign(&self, package: &[u8], comment: &str) -> String {
-        let text = fs::read_to_string(self.gateway.path("keys/aops.key")).expect("it was made");
+        let text = fs::read_to_string(self.gateway.path("keys/aops.key")).expect("it was created");
         let key = SecretKeyBox::from_string(&text).and_then(SecretKeyBox::into_unencrypted_secret_key);
         signed(&key.expect("it has no password"), package, comment)
     }
@@ -190,7 +190,7 @@ fn signed(key: &SecretKey, package: &[u8], comment: &str) -> String {
 
 /// A key that the host does not trust.
 fn stranger() -> SecretKey {
-    KeyPair::generate_unencrypted_keypair().expect("a key can be made").sk
+    KeyPair::generate_unencrypted_keypair().expect("a key can be created").sk
 }
 
 /// Waits until the victim runs: earlier rejections were not permanent.

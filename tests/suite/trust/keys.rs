@@ -15,7 +15,7 @@ use crate::support::wait::wait_for;
 
 /// A package of the manager that adds and revokes these keys.
 fn manager(version: &str, brought: &[&Path], revoked: &[&Path]) -> Package {
-    let read = |path: &Path| fs::read(path).expect("it was made");
+    let read = |path: &Path| fs::read(path).expect("it was created");
     let mut package = Package::plain("aops-spm", version).with_file("bin/aops", read(&aops()), 0o755);
     for (directory, keys) in [("keys", brought), ("keys/revoked", revoked)] {
         for (number, key) in keys.iter().enumerate() {
@@ -45,7 +45,7 @@ fn verbose(host: &TestHost) -> String {
 }
 
 fn id(gateway: &Gateway) -> String {
-    let text = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was made");
+    let text = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was created");
     text.split_whitespace()
         .find(|word| word.len() == 16 && word.bytes().all(|b| b.is_ascii_hexdigit()))
         .map_or_else(|| panic!("no id in {text}"), str::to_owned)
@@ -75,7 +75,7 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_key_stays_revoked() {
         });
         output.expect_code(code)
     };
-    let key_files = || fs::read_dir(host.home().join("etc/keys")).expect("it is there").count();
+    let key_files = || fs::read_dir(host.home().join("etc/keys")).expect("it exists").count();
     assert_eq!(key_files(), 1, "that of the bootstrap");
     // For later: it contains the old key.
     fs::copy(host.beside("bootstrap"), host.beside("old-bootstrap")).expect("a copy");
@@ -130,7 +130,7 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_key_stays_revoked() {
     assert_eq!(key_files(), 0);
     // Without the store the revocation is unknown.
     let store = host.home().join("state/keys.json");
-    let kept = fs::read(&store).expect("it is there");
+    let kept = fs::read(&store).expect("it exists");
     fs::remove_file(&store).expect("it is ours");
     let refused = install("2.0.0", 1);
     assert!(refused.stderr.contains("keys.json") && refused.stderr.contains("--fresh"), "{refused}");
@@ -142,7 +142,7 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_key_stays_revoked() {
     assert!(output.stderr.contains("trusted all the same") || verbose(&host).contains("revoked key"), "{output}");
     let status = host.wait_for_status("native 2.0.0", SOON, |status| status["agents"][0]["version"] == "2.0.0");
     assert!(status["problems"].to_string().contains("trusted all the same"), "{status:#}");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let events = gateway.status()["hosts"][0]["events"].as_array()?.clone();
         let is_it = |event: &&Value| event["kind"] == "stage" && event["outcome"] == "refused";
         events.iter().filter(is_it).any(|event| event["message"].to_string().contains("was revoked")).then_some(())
@@ -176,7 +176,7 @@ fn a_stored_release_is_not_activated_after_its_key_was_revoked() {
     let kept = host.home().join("agents/native/1.0.0");
     assert!(kept.join(".complete").exists());
     want(&gateway, "1.0.0");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let events = gateway.status()["hosts"][0]["events"].as_array()?.clone();
         let is_it = |event: &&Value| event["kind"] == "activate" && event["outcome"] == "refused";
         let says = |event: &Value| event["message"].to_string().contains("was revoked by aops-spm 1.1.0");
@@ -253,8 +253,8 @@ fn a_home_without_a_keyring_is_reinstalled_with_rotated_keys() {
     let pid = host.wait_for_agent("native");
     // As such a home has it.
     let [keys, epochs] = ["keys", "epochs"].map(|name| host.home().join(format!("state/{name}.json")));
-    fs::remove_file(&keys).expect("it is there");
-    let text = fs::read_to_string(&epochs).expect("it is there");
+    fs::remove_file(&keys).expect("it exists");
+    let text = fs::read_to_string(&epochs).expect("it exists");
     let mut of_before: Value = serde_json::from_str(&text).expect("it is JSON");
     assert!(of_before.as_object_mut().is_some_and(|object| object.remove("form").is_some()), "{text}");
     fs::write(&epochs, of_before.to_string()).expect("it is ours");
@@ -268,7 +268,7 @@ fn a_home_without_a_keyring_is_reinstalled_with_rotated_keys() {
     let refused = host.install(&["--version", "1.0.0"]).expect_code(1);
     assert!(refused.stderr.contains("was revoked by aops-spm 1.1.0"), "{refused}");
     // From now on it has a keyring.
-    fs::remove_file(&keys).expect("it is there");
+    fs::remove_file(&keys).expect("it exists");
     let refused = host.install(&["--version", "1.1.0"]).expect_code(1);
     assert!(refused.stderr.contains("keys.json") && refused.stderr.contains("--fresh"), "{refused}");
 }
@@ -294,7 +294,7 @@ fn a_gateway_is_verified_by_system_roots_and_unverified_only_on_request() {
     host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
     // The old platform's command, which names no certificate, does not weaken the verification.
     let config = host.home().join("etc/conf.toml");
-    let before = fs::read_to_string(&config).expect("it is there");
+    let before = fs::read_to_string(&config).expect("it exists");
     let old_spelling = |roots: Option<&Path>| {
         let mut command = host.command(&aops());
         command.args(["--control", "install", "--agentId", "1", "--endpoint", gateway.url(), "--service", "none"]);
@@ -306,14 +306,14 @@ fn a_gateway_is_verified_by_system_roots_and_unverified_only_on_request() {
     let refused = old_spelling(None).expect_code(1);
     assert!(refused.stderr.contains("nobody that this host trusts"), "{refused}");
     old_spelling(Some(&gateway.path("tls/cert.pem"))).expect_code(0);
-    assert_eq!(fs::read_to_string(&config).expect("it is there"), before);
+    assert_eq!(fs::read_to_string(&config).expect("it exists"), before);
     assert!(!host.home().join("state/pins.json").exists());
 
     let host = TestHost::new();
     let warned = installed(&host, &["--insecure"], None).expect_code(0);
     assert!(warned.stderr.contains("not checked (--insecure)"), "{warned}");
     host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
-    let log = fs::read_to_string(host.home().join("log/spm.log")).expect("it is there");
+    let log = fs::read_to_string(host.home().join("log/spm.log")).expect("it exists");
     assert!(log.contains("certificates are not checked"), "{log}");
     // A repetition prints it again.
     let again = host.install(&[]).expect_code(0);

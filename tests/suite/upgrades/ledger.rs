@@ -63,7 +63,7 @@ fn an_upgrade_is_committed_after_its_probation_and_the_previous_release_is_kept(
     });
     assert!(host.home().join("agents/one/2.0/.complete").exists());
     let digest = ledger(&host).expect("there is a ledger")["agents"]["one"]["active"]["sha256"].as_str().map(str::len);
-    assert_eq!(digest, Some(64), "a release is told by its bytes, too");
+    assert_eq!(digest, Some(64), "a release is identified by its bytes, too");
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn a_release_that_never_starts_is_rolled_back_to_the_previous_one() {
         agent(status, "one").is_some_and(|agent| agent["state"] == "running" && agent["skipped"][0]["version"] == "2.0")
     });
     wait_for_places(&host, "one", [Some("1.0"), None, None]);
-    let epochs = fs::read_to_string(host.home().join("state/epochs.json")).expect("it is there");
+    let epochs = fs::read_to_string(host.home().join("state/epochs.json")).expect("it exists");
     let epochs: Value = serde_json::from_str(&epochs).expect("it is JSON");
     assert_eq!(epochs["epochs"]["one"], 1, "nothing of epoch 7 has run");
     gateway.want(&[("one", "1.0", "")]);
@@ -107,7 +107,7 @@ fn a_lost_ledger_is_rebuilt_from_what_is_on_disk_and_reported() {
         });
         let path = host.home().join("state/releases.json");
         match content {
-            None => fs::remove_file(&path).expect("it is there"),
+            None => fs::remove_file(&path).expect("it exists"),
             Some(text) => fs::write(&path, text).expect("it can be written"),
         }
         let manager = host.role_pid("spm").expect("it runs");
@@ -116,7 +116,7 @@ fn a_lost_ledger_is_rebuilt_from_what_is_on_disk_and_reported() {
         wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
         assert_eq!(host.wait_for_agent("one"), pid);
     }
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status();
         let events = status.to_string();
         events.contains("the ledger of releases is lost").then_some(())
@@ -128,11 +128,11 @@ fn the_ledger_beats_the_link_of_the_active_release() {
     let (_gateway, host) = upgraded();
     host.control(&["stop"]).expect_success();
     let link = host.home().join("agents/one/current");
-    fs::remove_file(&link).expect("it is there");
-    symlink("1.0", &link).expect("a link can be made");
+    fs::remove_file(&link).expect("it exists");
+    symlink("1.0", &link).expect("a link can be created");
     host.control(&["start"]).expect_success();
     wait_for_version(&host, "one", "2.0");
-    wait_for("the link to be made anew", SOON, || (fs::read_link(&link).ok()?.to_str()? == "2.0").then_some(()));
+    wait_for("the link to be created again", SOON, || (fs::read_link(&link).ok()?.to_str()? == "2.0").then_some(()));
 }
 
 /// As left by an earlier version that unpacked a release of the version `current`.
@@ -145,8 +145,8 @@ fn a_release_directory_named_current_is_replaced_by_the_link() {
     host.control(&["stop"]).expect_success();
     let (link, state) = (host.home().join("agents/one/current"), host.home().join("state/desired.json"));
     let in_the_way = || {
-        fs::remove_file(&link).expect("it is there");
-        fs::create_dir(&link).expect("it can be made");
+        fs::remove_file(&link).expect("it exists");
+        fs::create_dir(&link).expect("it can be created");
         fs::write(link.join(".complete"), "{}").expect("it can be written");
     };
     in_the_way();
@@ -156,11 +156,11 @@ fn a_release_directory_named_current_is_replaced_by_the_link() {
 
     // Also if that version is still ordered and no other release is on disk.
     host.control(&["stop"]).expect_success();
-    let text = fs::read_to_string(&state).expect("it is there").replace("\"1.0\"", "\"current\"");
+    let text = fs::read_to_string(&state).expect("it exists").replace("\"1.0\"", "\"current\"");
     fs::write(&state, text).expect("it can be written");
     in_the_way();
-    fs::remove_dir_all(host.home().join("agents/one/1.0")).expect("it is there");
-    fs::remove_file(host.home().join("state/releases.json")).expect("it is there");
+    fs::remove_dir_all(host.home().join("agents/one/1.0")).expect("it exists");
+    fs::remove_file(host.home().join("state/releases.json")).expect("it exists");
     host.control(&["start"]).expect_success();
     host.wait_for_status("it to be refused", SOON, |status| {
         agent(status, "one").is_some_and(|one| one["lastError"].to_string().contains("the version current is reserved"))

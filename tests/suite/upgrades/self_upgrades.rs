@@ -30,7 +30,7 @@ pub(crate) fn host_with(releases: &[&Package]) -> (Gateway, TestHost) {
 
 fn shorten_trial(host: &TestHost) {
     let path = host.home().join("etc/conf.toml");
-    let text = fs::read_to_string(&path).expect("it is there");
+    let text = fs::read_to_string(&path).expect("it exists");
     fs::write(&path, text + "\nupgradeTrial = \"5s\"\n").expect("the home is ours");
 }
 
@@ -86,7 +86,7 @@ pub(crate) fn expect_outcomes(host: &TestHost, expected: &[&str]) {
 #[track_caller]
 pub(crate) fn expect_in_place(host: &TestHost, executable: &[u8]) {
     let home = host.home();
-    assert!(fs::read(home.join("bin/aops")).expect("it is there") == executable, "bin/aops belongs to another release");
+    assert!(fs::read(home.join("bin/aops")).expect("it exists") == executable, "bin/aops belongs to another release");
     for (name, target) in [
         ("bin/aops-spm", "aops"),
         ("bin/aops-spa", "aops"),
@@ -105,7 +105,7 @@ pub(crate) fn expect_in_place(host: &TestHost, executable: &[u8]) {
 fn a_good_release_is_committed_and_can_be_rolled_back() {
     let (gateway, host) = host_with(&[&release::good("2.0.0")]);
     let before = agents_of(&host);
-    let first = fs::read(host.home().join("bin/aops")).expect("it is there");
+    let first = fs::read(host.home().join("bin/aops")).expect("it exists");
     order(&gateway, "2.0.0");
     let status = wait_for_trial(&host, "2.0.0");
     assert_eq!(
@@ -118,7 +118,7 @@ fn a_good_release_is_committed_and_can_be_rolled_back() {
     expect_in_place(&host, &release::executable("2.0.0"));
     assert!(fs::read(host.home().join("bin/aops.prev")).expect("the backup") == first);
     expect_outcomes(&host, &["upgrade ok 2.0.0"]);
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status().to_string();
         (status.contains("which took the place of 1.0.0")).then_some(())
     });
@@ -311,7 +311,7 @@ fn a_self_upgrade_completes_when_roles_are_killed_at_any_moment() {
 #[test]
 fn a_new_endpoint_is_on_trial_with_its_release() {
     let other = Gateway::with(&[], &[]);
-    let ca = fs::read_to_string(other.path("tls/cert.pem")).expect("it was made");
+    let ca = fs::read_to_string(other.path("tls/cert.pem")).expect("it was created");
     let moving = |version: &str, url: &str| {
         let settings = format!("heartbeatSrv = {url:?}\ncaCert = \"etc/other.pem\"\n");
         release::good(version).with_file("etc/endpoint.toml", settings, 0o644).with_file("etc/other.pem", &ca, 0o644)
@@ -319,10 +319,10 @@ fn a_new_endpoint_is_on_trial_with_its_release() {
     let nobody = "https://127.0.0.1:1";
     let (gateway, host) = host_with(&[&moving("2.0.0", nobody), &moving("3.0.0", other.url())]);
     let before = agents_of(&host);
-    let settings = || fs::read_to_string(host.home().join("etc/conf.toml")).expect("it is there");
+    let settings = || fs::read_to_string(host.home().join("etc/conf.toml")).expect("it exists");
     let unmoved = settings();
     order(&gateway, "2.0.0");
-    let status = host.wait_for_status("the release that finds nobody to be rolled back", ENDED, |status| {
+    let status = host.wait_for_status("the release with an unreachable endpoint to be rolled back", ENDED, |status| {
         runs(status, "1.0.0") && status["problems"].to_string().contains("sent no heartbeat")
     });
     assert_eq!(status["gateway"]["endpoint"], gateway.url(), "{status:#}");

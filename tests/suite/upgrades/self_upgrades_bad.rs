@@ -20,7 +20,7 @@ const SKIPPED: &[&str] = &["skip ok 2.0.0"];
 fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     let (gateway, host) = host_with(&[bad]);
     let before = agents_of(&host);
-    let executable = fs::read(host.home().join("bin/aops")).expect("it is there");
+    let executable = fs::read(host.home().join("bin/aops")).expect("it exists");
     order(&gateway, "2.0.0");
     let status = host.wait_for_status(&format!("the release that {name} to be skipped"), ENDED, |status| {
         runs(status, "1.0.0") && status["problems"].to_string().contains("aops-spm 2.0.0 failed and is skipped")
@@ -29,7 +29,7 @@ fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     expect_outcomes(&host, outcomes);
     expect_in_place(&host, &executable);
     assert_eq!(agents_of(&host), before, "{name}");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status().to_string();
         (status.contains("is not tried again") || status.contains("\"skip\"")).then_some(())
     });

@@ -219,7 +219,7 @@ fn a_bad_release_is_rolled_back_on_a_full_or_read_only_home() {
                 let log = container.run(&["cat", "/opt/aops/log/spa.log"]).stdout;
                 (log + &inside::status(&container).to_string()).contains("3.0.0").then_some(())
             });
-            assert!(said.is_some(), "nothing is said where {trouble}");
+            assert!(said.is_some(), "nothing is reported where {trouble}");
             done(&container, end);
         }
         wait_for_status(&container, &format!("the roll back where {trouble}"), is_rolled_back);
@@ -261,7 +261,7 @@ enum Free {
 #[test]
 fn with_little_disk_space_the_manager_is_upgraded_or_the_reason_is_reported() {
     // The download, the unpacked tree, the backup and the new executable take at most four times the size of the executable.
-    let executable = std::fs::metadata(release::real()).expect("it is there").len() / 1024;
+    let executable = std::fs::metadata(release::real()).expect("it exists").len() / 1024;
     let most = u32::try_from(executable * 4).expect("it is small");
     let bytes = (0..16).map(|step| Free::Kibibytes(most / 15 * step));
     let mut rooms: Vec<Free> = bytes.chain((0..24).map(Free::Inodes)).collect();
@@ -307,7 +307,7 @@ fn a_host_short_of_a_resource_is_upgraded_once_it_is_available() {
         log = container.run(&["cat", "/opt/aops/log/spm.log"]).stdout;
         (log.contains("an upgrade of the manager begins") && log.contains("Too many open files")).then_some(())
     });
-    assert!(said.is_some(), "the shortage is not said:\n{log}");
+    assert!(said.is_some(), "the shortage is not logged:\n{log}");
     done(&container, &format!("prlimit --pid {manager} --nofile=1024:1024"));
     wait_for_status(&container, "the new release", |status| runs_release(status, "2.0.0"));
     assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);

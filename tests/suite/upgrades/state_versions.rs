@@ -106,11 +106,11 @@ impl EarlierHome {
         let host = TestHost::new();
         let keys = json("state/keys.json");
         let key = keys["brought"][0]["key"].as_str().expect("it is kept").to_owned();
-        let own_key = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was made");
+        let own_key = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was created");
         let own_key = own_key.lines().last().expect("a key has two lines").to_owned();
         let pins = json("state/pins.json");
         let pin = pins["pins"][ENDPOINT]["certificate"].as_str().expect("it is kept").to_owned();
-        let certificate = CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("it was made");
+        let certificate = CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("it was created");
         let digest: String = Sha256::digest(&certificate).iter().map(|byte| format!("{byte:02x}")).collect();
         let own_pin = format!("sha256:{digest}");
         let home = host.home().display().to_string();
@@ -181,7 +181,7 @@ impl EarlierHome {
     }
 
     fn state(&self, file: &str) -> Value {
-        let bytes = fs::read(self.host.home().join("state").join(file)).expect("it is there");
+        let bytes = fs::read(self.host.home().join("state").join(file)).expect("it exists");
         serde_json::from_slice(&bytes).expect("it is JSON")
     }
 
@@ -208,7 +208,7 @@ impl EarlierHome {
             let native = &ledger["agents"]["native"];
             (native["active"]["version"] == ACTIVE && native["backup"]["version"] == BACKUP).then_some(())
         });
-        ["native", "classic"].map(|name| pid(&agent(&status, name).expect("it is there")["pid"]).expect("it runs"))
+        ["native", "classic"].map(|name| pid(&agent(&status, name).expect("it exists")["pid"]).expect("it runs"))
     }
 
     fn has_release(&self, version: &str) -> bool {
@@ -298,7 +298,7 @@ fn an_earlier_home_follows_its_gateway_and_keeps_its_state() {
         taken.follow_gateway();
         assert_eq!(taken.wait_until_up(), pids, "{name}: a sub-agent was restarted");
         assert_eq!(taken.state("desired.json")["lineage"], taken.desired["lineage"], "{name}");
-        wait_for("the gateway to hear of what happened before", SOON, || {
+        wait_for("the earlier events to be reported to the gateway", SOON, || {
             let status = taken.gateway.status();
             let kept = &events["events"][0]["id"];
             status["hosts"][0]["events"].as_array()?.iter().any(|event| event["id"] == *kept).then_some(())
@@ -311,7 +311,7 @@ fn an_earlier_home_follows_its_gateway_and_keeps_its_state() {
             agent(status, "native").is_some_and(|agent| agent["version"] == "5.0.0" && agent["state"] == "running")
         });
         let status = taken.host.status();
-        assert_eq!(pid(&agent(&status, "classic").expect("it is there")["pid"]), Some(pids[1]), "{name}");
+        assert_eq!(pid(&agent(&status, "classic").expect("it exists")["pid"]), Some(pids[1]), "{name}");
         assert!(taken.has_release(ACTIVE), "{name}: the backup is gone");
 
         taken.host.control(&["retry", NAME]).expect_success();
@@ -360,7 +360,7 @@ fn a_skipped_release_and_a_hold_of_a_sub_agent_outlast_a_change_of_version() {
     taken.wait_until_up();
     let status = taken.follow_gateway();
     let (native, classic) =
-        (agent(&status, "native").expect("it is there"), agent(&status, "classic").expect("it is there"));
+        (agent(&status, "native").expect("it exists"), agent(&status, "classic").expect("it exists"));
     let kept = &ledger["agents"]["native"]["skipped"][0];
     assert_eq!(kept["version"], "3.0.0");
     assert_eq!(native["skipped"], json!([{ "version": "3.0.0", "reason": kept["reason"] }]), "{status:#}");

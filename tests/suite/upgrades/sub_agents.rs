@@ -68,11 +68,11 @@ fn is_rolled_back(bad: &Package) -> (Gateway, TestHost) {
     });
     assert_eq!(status["state"], "degraded", "a skipped release is a problem: {status:#}");
     assert!(status["problems"].to_string().contains("one 2.0 failed and is skipped"), "{status:#}");
-    let one = agent(&status, "one").expect("it is there");
+    let one = agent(&status, "one").expect("it exists");
     assert!(one["lastError"].as_str().is_some_and(|error| error.contains("2.0 is skipped")), "{one:#}");
     assert_eq!((host.wait_for_agent("bystander"), host.role_pid("spm")), (bystander, manager));
     assert_eq!(outcomes(&host, "one"), ["upgrade failed", "skip ok", "rollback ok"]);
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status().to_string();
         ["\"upgrade\"", "\"skip\"", "\"rollback\""].iter().all(|kind| status.contains(kind)).then_some(())
     });
@@ -150,7 +150,7 @@ fn a_release_that_is_slow_to_become_healthy_keeps_its_start_period() {
     let status = host.wait_for_status("its probation", SOON, |status| {
         agent(status, "one").is_some_and(|agent| agent["upgrade"]["phase"] == "probation" && agent["pid"].is_u64())
     });
-    let one = agent(&status, "one").expect("it is there");
+    let one = agent(&status, "one").expect("it exists");
     assert_eq!((&one["state"], &one["version"]), (&"updating".into(), &"2.0".into()));
     let upgrade = &one["upgrade"];
     assert_eq!((&upgrade["from"], &upgrade["to"], &upgrade["triesLeft"]), (&"1.0".into(), &"2.0".into(), &3.into()));
@@ -227,7 +227,7 @@ fn an_operators_rollback_holds_until_another_release_is_ordered() {
     wait_for_release(&host, "one", "2.0", SOON);
     host.control(&["rollback", "one"]).expect_success();
     let status = wait_for_release(&host, "one", "1.0", SOON);
-    let one = agent(&status, "one").expect("it is there");
+    let one = agent(&status, "one").expect("it exists");
     assert_eq!((&one["heldByOperator"], skipped(&status)), (&true.into(), None));
     // Another desired state with the same order changes nothing, nor does a new manager.
     gateway.want(&[("one", "2.0", ""), ("bystander", "1.0", "cmd = \"stop\"")]);
@@ -240,7 +240,7 @@ fn an_operators_rollback_holds_until_another_release_is_ordered() {
     wait_for_release(&host, "one", "1.0", SOON);
     gateway.want(&[("one", "3.0", ""), ("bystander", "1.0", "cmd = \"stop\"")]);
     let status = wait_for_release(&host, "one", "3.0", SOON);
-    assert_eq!(agent(&status, "one").expect("it is there")["heldByOperator"], Value::Null);
+    assert_eq!(agent(&status, "one").expect("it exists")["heldByOperator"], Value::Null);
 }
 
 /// `AOPS_UPGRADE_SEED` selects the moments; it is printed at the start and with a failure.

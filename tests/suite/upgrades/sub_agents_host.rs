@@ -86,7 +86,7 @@ fn on_a_read_only_home_sub_agents_and_roles_are_restarted() {
     let [first, other] = wait_for_agents(&container, &["native", "script"])[..] else { panic!("there are two") };
     let restarted = |before: u32, loses_output: bool| {
         done(&container, &format!("kill -9 {before}"));
-        let status = inside::wait_for_status(&container, "the sub-agent to be started again", |status| {
+        let status = inside::wait_for_status(&container, "the sub-agent to be restarted", |status| {
             agent(status, "native").is_some_and(|agent| agent["pid"].is_u64() && pid(&agent["pid"]) != Some(before))
         });
         let problems = status["problems"].to_string();

@@ -61,7 +61,7 @@ impl ThirdParty {
                 thread::spawn(move || while serve(&stream, &shared).is_some() {});
             }
         });
-        let KeyPair { pk, sk } = KeyPair::generate_unencrypted_keypair().expect("a key can be made");
+        let KeyPair { pk, sk } = KeyPair::generate_unencrypted_keypair().expect("a key can be created");
         let public_key = pk.to_box().expect("a key has a text").to_string();
         ThirdParty { url, public_key, secret_key: sk, shared }
     }
@@ -80,7 +80,7 @@ impl ThirdParty {
         let binding = format!("name={name} version={version} os=linux arch={arch} epoch=1");
         let signature = minisign::sign(None, &self.secret_key, Cursor::new(&package), Some(&binding), None);
         let file = format!("{name}-{version}_linux_{arch}.tar.zst");
-        let mut shared = self.shared.lock().expect("nobody panicked");
+        let mut shared = self.shared.lock().expect("no thread panicked");
         shared.files.insert(format!("{file}.minisig"), signature.expect("the key signs").to_string().into_bytes());
         shared.files.insert(file.clone(), package.clone());
         shared.offers.insert(name.to_owned(), (version.to_owned(), file.clone()));
@@ -89,7 +89,7 @@ impl ThirdParty {
 
     /// The reply to every heartbeat from now on.
     pub fn reply(&self, reply: Reply) {
-        self.shared.lock().expect("nobody panicked").reply = Some(reply);
+        self.shared.lock().expect("no thread panicked").reply = Some(reply);
     }
 
     pub fn answer(&self, answer: Value) {
@@ -98,7 +98,7 @@ impl ThirdParty {
 
     /// All heartbeats so far.
     pub fn heartbeats(&self) -> Vec<ReceivedHeartbeat> {
-        self.shared.lock().expect("nobody panicked").heartbeats.clone()
+        self.shared.lock().expect("no thread panicked").heartbeats.clone()
     }
 
     /// Waits for a new heartbeat that `wanted` accepts.
@@ -118,7 +118,7 @@ impl ThirdParty {
 
     /// The bytes of a served file.
     pub fn file(&self, name: &str) -> Vec<u8> {
-        self.shared.lock().expect("nobody panicked").files[name].clone()
+        self.shared.lock().expect("no thread panicked").files[name].clone()
     }
 }
 

@@ -30,7 +30,7 @@ fn an_empty_answer_removes_nothing() {
     scene.hostile.answer(empty, Vec::new());
     scene.assert_refused("desired", &["empty list", "removes nothing", "1 that were wanted stay"]);
     let status = scene.host.wait_for_status("it to show", SOON, |status| status["generation"] == 2000);
-    assert_eq!(agent(&status, "native").expect("it is there")["state"], "running");
+    assert_eq!(agent(&status, "native").expect("it exists")["state"], "running");
     assert!(status["problems"].to_string().contains("empty list"), "{status:#}");
     // The same answer from another store is treated alike.
     let other = json!({"interval": 1, "lineage": "another", "generation": 1, "complete": true, "agents": []});
@@ -112,7 +112,7 @@ fn the_maximum_generation_is_rejected() {
     // A generation that an older version accepted is abandoned.
     scene.host.crash();
     let path = scene.host.home().join("state/desired.json");
-    let mut held: Value = serde_json::from_slice(&fs::read(&path).expect("it is there")).expect("it is JSON");
+    let mut held: Value = serde_json::from_slice(&fs::read(&path).expect("it exists")).expect("it is JSON");
     held["generation"] = json!(u64::MAX);
     fs::write(&path, held.to_string()).expect("it can be written");
     scene.hostile.want(json!([native()]), true);
@@ -153,7 +153,7 @@ fn over_long_texts_are_cut_or_rejected() {
     assert!(longest.is_some_and(|longest| longest < 16 << 10), "{longest:?}");
     let state = scene.host.home().join("state");
     for file in ["desired.json", "events.json"] {
-        let length = fs::metadata(state.join(file)).expect("it is there").len();
+        let length = fs::metadata(state.join(file)).expect("it exists").len();
         assert!(length < 16 << 10, "{file}: {length}");
     }
     assert!(!fs::read(scene.host.home().join("log/spm.log")).expect("a log").contains(&0x1b));

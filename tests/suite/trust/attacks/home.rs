@@ -81,7 +81,7 @@ fn a_key_file_writable_by_others_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let keys = scene.host.home().join("etc/keys");
-    let key = fs::read_dir(&keys).expect("it is there").flatten().next().expect("the operator's key").path();
+    let key = fs::read_dir(&keys).expect("it exists").flatten().next().expect("the operator's key").path();
     for (path, mode, good) in [(&key, 0o666, 0o644), (&keys, 0o777, 0o755)] {
         set_mode(path, mode);
         scene.order_victim(json!({}));
@@ -118,7 +118,7 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     let scene = Scene::new();
     let home = scene.host.home();
     let socket = home.join("run/spm.sock");
-    let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
+    let mode = |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o7777;
     assert_eq!((mode(&socket), mode(&home.join("run")), mode(&home.join("state"))), (0o600, 0o700, 0o700));
     // With the default permissions no other user can connect.
     let knock = format!(
@@ -158,12 +158,12 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     );
     let mut command = Command::new("perl");
     command.args(["-MIO::Socket::UNIX", "-e", &crowd]).uid(NOBODY).gid(NOBODY).current_dir("/");
-    let mut crowd = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("perl is there");
+    let mut crowd = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("perl is installed");
     let mut said = [0; 1];
     let counted = crowd.stdout.as_mut().expect("it is piped").read_exact(&mut said);
     let status = scene.host.control(&["status", "--json"]);
     let _ = crowd.kill().and_then(|()| crowd.wait());
-    counted.expect("it says how many");
+    counted.expect("the field is a number");
     assert!(status.json()["spm"]["pid"].is_u64(), "{status}");
     set_mode(&home.join("run"), 0o700);
     set_mode(&socket, 0o600);

@@ -29,7 +29,7 @@ fn give_to(path: &Path, user: u32) {
 }
 
 fn make_pipe(path: &Path) {
-    mknodat(CWD, path, FileType::Fifo, 0o600.into(), 0).expect("a pipe can be made");
+    mknodat(CWD, path, FileType::Fifo, 0o600.into(), 0).expect("a pipe can be created");
 }
 
 #[test]
@@ -293,7 +293,7 @@ fn a_users_own_home_is_accepted_whatever_the_umask() {
     set_mode(&agent, 0o775);
     as_user(&["control", "restart"]).expect_code(0);
     assert_eq!(host.wait_for_agent("native"), pid);
-    assert_eq!(fs::metadata(&agent).expect("it is there").permissions().mode() & 0o7777, 0o755);
+    assert_eq!(fs::metadata(&agent).expect("it exists").permissions().mode() & 0o7777, 0o755);
     let status = host.status();
     assert_eq!(status["problems"], json!([]), "{status:#}");
     // For root it belongs to another user.

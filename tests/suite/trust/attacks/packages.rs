@@ -106,7 +106,7 @@ fn a_stored_release_of_an_older_epoch_is_not_activated() {
     scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(5)));
     scene.order_victim(json!({}));
     scene.host.wait_for_new_pid("victim", victim);
-    assert_eq!(crate::support::host::agent(&scene.host.status(), "victim").expect("it is there")["version"], "1.0.0");
+    assert_eq!(crate::support::host::agent(&scene.host.status(), "victim").expect("it exists")["version"], "1.0.0");
     scene.assert_native_runs();
 }
 
@@ -297,7 +297,7 @@ fn a_wrong_announced_size_is_rejected() {
         });
         let words = [announced, length].map(|size| size.to_string());
         scene.order_victim(json!({ "size": announced }));
-        scene.hostile.wait_for_event("the lie to be told", |event| {
+        scene.hostile.wait_for_event("the wrong size to be reported", |event| {
             let message = event["message"].to_string();
             event["kind"] == "stage" && event["outcome"] == "refused" && words.iter().all(|word| message.contains(word))
         });
