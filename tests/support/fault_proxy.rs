@@ -276,8 +276,8 @@ fn answer(shared: &Shared, stream: &mut Stream, request: &Request, fault: &Fault
     match fault {
         Fault::Mute => return wait_for_its_end(shared, stream),
         Fault::Status { code, retry_after } => {
-            let wish = retry_after.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
-            write!(stream, "HTTP/1.1 {code} Fault\r\n{wish}content-length: 0\r\n\r\n")?;
+            let retry_after_line = retry_after.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
+            write!(stream, "HTTP/1.1 {code} Fault\r\n{retry_after_line}content-length: 0\r\n\r\n")?;
             return stream.flush().map(|()| true);
         }
         Fault::Portal => {

@@ -22,7 +22,7 @@ pub(crate) fn cache_path(name: &str) -> PathBuf {
 }
 
 /// Returns the cached `name`; calls `make` to create it if it does not exist. It is created under a temporary name and renamed when
-/// complete, so an interrupted set-up starts again from scratch. Two tasks that need the same entry wait for each other.
+/// complete, so an interrupted set-up is repeated from scratch. Two tasks that need the same entry wait for each other.
 pub(crate) fn cached(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let path = cache_path(name);
     let _lock = lock(name)?;

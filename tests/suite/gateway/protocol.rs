@@ -108,7 +108,7 @@ fn the_schema_describes_every_field_of_the_design() {
     // Each field that a gateway sends has a description.
     for message in ["Answer", "AgentOrder", "ManagerOrder", "Offer", "Event", "AgentReport", "Heartbeat", "TrustReport"]
     {
-        for (name, property) in schema["$defs"][message]["properties"].as_object().expect("it was looked at") {
+        for (name, property) in schema["$defs"][message]["properties"].as_object().expect("it was checked") {
             let explains = |at: &Value| at["description"].is_string();
             let inner = property["$ref"].as_str().or_else(|| property["anyOf"][0]["$ref"].as_str());
             let inner = inner.map(|path| &schema["$defs"][path.trim_start_matches("#/$defs/")]);
@@ -205,7 +205,7 @@ fn a_third_party_gateway_can_run_a_host() {
     assert_eq!(heartbeat["agentId"], host.agent_id());
     let said = || fs::read_to_string(host.home().join("log/agents/hello.log")).unwrap_or_default();
     let expected = format!("{} hello 1.0 {} hi there", host.agent_id(), gateway.url);
-    wait_for("what the sub-agent was told", SOON, || said().contains(&expected).then_some(()));
+    wait_for("the arguments and environment of the sub-agent", SOON, || said().contains(&expected).then_some(()));
 
     // Every heartbeat so far matches the schema, and the sequence number grows by one.
     let (schema, heartbeats) = (schema(), validator("Heartbeat"));
@@ -550,7 +550,7 @@ fn a_busy_gateway_is_not_contacted_before_its_retry_after() {
     assert!(pause >= Duration::from_secs(5), "{pause:?}");
     assert!(pause < Duration::from_secs(15), "{pause:?}");
     // Then the interval is the usual one again.
-    wait_for("the interval of before", SOON, || Some(()).filter(|()| gateway.heartbeats().len() > refused + 2));
+    wait_for("the usual interval", SOON, || Some(()).filter(|()| gateway.heartbeats().len() > refused + 2));
     let received = gateway.heartbeats();
     assert!(received[refused + 2].at - received[refused].at < Duration::from_secs(5));
 }

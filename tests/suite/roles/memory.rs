@@ -55,10 +55,10 @@ fn a_role_above_its_memory_limit_is_restarted_and_the_reason_is_reported() {
             let status = gateway.status();
             let hosts = status["hosts"].as_array()?;
             let events = hosts.iter().find(|host| host["agentId"] == *id)?["events"].as_array()?.clone();
-            let is_told = |event: &serde_json::Value| {
+            let is_reported = |event: &serde_json::Value| {
                 event["kind"] == "memory" && event["message"].as_str().is_some_and(|text| text.contains(words))
             };
-            events.iter().any(is_told).then_some(())
+            events.iter().any(is_reported).then_some(())
         });
     }
 }

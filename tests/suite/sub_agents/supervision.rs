@@ -40,9 +40,9 @@ fn twenty_native_and_five_classic_sub_agents_run_and_restart_also_without_the_ga
         let status = host.status();
         assert_eq!(agent(&status, name).expect("it exists")["restarts"], 1, "{status:#}");
     }
-    let revived = all_run(&host, 25);
+    let restarted = all_run(&host, 25);
     for (name, pid) in &before {
-        assert_eq!(revived[name] == *pid, !["native-7", "classic-3"].contains(&name.as_str()), "{name}");
+        assert_eq!(restarted[name] == *pid, !["native-7", "classic-3"].contains(&name.as_str()), "{name}");
     }
     wait_for("both exits to be reported to the gateway", SOON, || {
         (events(&gateway).iter().filter(|event| event["kind"] == "exit").count() == 2).then_some(())
@@ -52,13 +52,13 @@ fn twenty_native_and_five_classic_sub_agents_run_and_restart_also_without_the_ga
     let cut_off = host.wait_for_status("the loss of the gateway to show", SOON, |status| {
         status["gateway"]["connected"] == false && status["gateway"]["lastHeartbeat"].is_string()
     });
-    assert_eq!(pids(&cut_off), revived, "losing the gateway changes nothing");
+    assert_eq!(pids(&cut_off), restarted, "losing the gateway changes nothing");
 
     host.crash();
     host.control(&["status"]).expect_code(3);
     host.control(&["start"]).expect_success();
     let again = all_run(&host, 25);
-    assert!(again.iter().all(|(name, pid)| revived[name] != *pid));
+    assert!(again.iter().all(|(name, pid)| restarted[name] != *pid));
     for (name, pid) in &again {
         assert_eq!(marked(&host.home(), name), [*pid], "one process of {name}");
     }

@@ -1,4 +1,5 @@
-//! Attacks on a host. Whoever makes a host run a program owns it. Each row is a test, on a host that works and must continue to work.
+//! Attacks on a host: a program that an attacker makes it run can do anything. Each row is a test, on a host that works and must continue
+//! to work.
 //!
 //! Each row asserts of a rejection: the log and the next heartbeat report it, the running sub-agent keeps its pid, and files change only
 //! in `cache/` and `staging/`.
@@ -10,7 +11,7 @@
 //! a replay of an older epoch, downloaded or stored           packages::a_replay_of_an_older_epoch_is_rejected,
 //!                                                            ::a_stored_release_of_an_older_epoch_is_not_activated
 //! a revoked key, downloaded or stored release                keys::keys_rotate_…, ::a_stored_release_is_not_activated_…
-//! signature and comment swapped; a legacy signature          packages::swapped_signatures_…, ::a_legacy_signature_is_rejected
+//! signature and comment swapped; a legacy signature          packages::swapped_signatures_…, ::a_legacy_signature_…
 //! endless data; a wrong announced size                       packages::endless_downloads_and_answers_…, ::a_wrong_announced_size_is_rejected
 //! a slow drip; a cut download resumed with other bytes       faulty_network::manipulated_downloads_are_rejected_…
 //! a redirect to another host, or to plain http               packages::redirects_to_another_host_or_to_plain_http_are_rejected

@@ -283,7 +283,7 @@ fn a_secret_is_never_shown() {
     assert!(shown[4].contains("envHash"));
     let (holders, others) = holders(&scene.host.home(), SECRET);
     assert_eq!(holders, [PathBuf::from("state/desired.json")]);
-    assert!(others > 20, "{others} files were looked at");
+    assert!(others > 20, "{others} files were searched");
     for (path, Entry { kind, mode, .. }) in crate::support::files::snapshot(&scene.host.home().join("state"), &[]) {
         assert!(!matches!(kind, Kind::File(..)) || mode == 0o600, "{}: {mode:o}", path.display());
     }

@@ -121,7 +121,7 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     let mode = |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o7777;
     assert_eq!((mode(&socket), mode(&home.join("run")), mode(&home.join("state"))), (0o600, 0o700, 0o700));
     // With the default permissions no other user can connect.
-    let knock = format!(
+    let request = format!(
         "$SIG{{PIPE}} = 'IGNORE'; my $s = IO::Socket::UNIX->new(Peer => '{}') or die \"cannot connect: $!\\n\"; \
          print $s \"{{\\\"verb\\\":\\\"stop\\\"}}\\n\"; $s->flush; print <$s>;",
         socket.display()
@@ -129,7 +129,7 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     for directory in home.ancestors().take_while(|path| path.starts_with(scene.host.beside(""))) {
         set_mode(directory, 0o755);
     }
-    let output = as_nobody(&knock);
+    let output = as_nobody(&request);
     assert!(!output.success() && output.stderr.contains("Permission denied"), "{output}");
     let program = scene.host.beside("aops");
     fs::copy(aops(), &program).expect("a copy");
@@ -147,7 +147,7 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     // With open permissions, the manager itself checks the peer's user, and rejects the request.
     set_mode(&home.join("run"), 0o777);
     set_mode(&socket, 0o666);
-    let output = as_nobody(&knock);
+    let output = as_nobody(&request);
     assert!(output.success(), "{output}");
     assert!(output.stdout.contains("cannot let the user 65534 in") && output.stdout.contains("root alone"), "{output}");
     scene.assert_told("door", "refused", &["the user 65534", "control socket"]);

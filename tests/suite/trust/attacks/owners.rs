@@ -119,14 +119,14 @@ fn an_installation_over_files_that_another_user_can_change_is_rejected() {
             &["home/.install: it belongs to the user 65534"],
         ),
     ];
-    for (harm, mend, words) in cases {
+    for (harm, fix, words) in cases {
         harm();
         let before = snapshot(&host.beside(""), &[]);
         let output = install();
         assert!(words.iter().all(|word| output.stderr.contains(word)), "{words:?}: {output}");
         assert!(output.stderr.contains("nothing was changed"), "{output}");
         assert_eq!(snapshot(&host.beside(""), &[]), before);
-        mend();
+        fix();
         assert_eq!(snapshot(&host.beside(""), &[]), at_first);
     }
     // After the fix the installation fails for another reason.
