@@ -1,12 +1,11 @@
-//! What comes from outside, mutated without end: one program, whose target the variable `AOPS_FUZZ_TARGET` names. `cargo xtask fuzz` builds
-//! and runs it.
+//! Mutates external input: one program, whose target the variable `AOPS_FUZZ_TARGET` names. `cargo xtask fuzz` builds and runs it.
 //!
-//! The targets look for more than panics: what is parsed must keep what its type promises, and must come out again as it went in. Files
-//! in `corpus/<target>` are where each begins, and what once went wrong stays there; the archives of the attack table are added to them.
+//! The targets find more than panics: a parsed value must hold what its type promises, and must be written as it was read. Each target
+//! starts from the files in `corpus/<target>`, which include former failures; the archives of the attack table are added.
 #![no_main]
 #![allow(dead_code, unused_imports, unreachable_pub, reason = "the program's own modules, of which targets use some")]
 
-/// The program from its mechanisms down, under the names that it has there.
+/// The program's mechanisms and lower layers, under their usual names.
 #[path = "../../src"]
 mod program {
     pub mod command;

@@ -1,4 +1,4 @@
-//! Archives, read by the rules by which hosts unpack them.
+//! Archives, read by the rules with which hosts unpack them.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -9,8 +9,8 @@ use crate::archives::attacks;
 use crate::core::model::{Os, Packing};
 use crate::package::look_through;
 
-/// An archive is kept on the disk while it is read; a memory file system does.
-fn look(bytes: &[u8], packing: Packing) {
+/// The archive is stored on disk while it is read; a memory file system is enough.
+fn unpack(bytes: &[u8], packing: Packing) {
     thread_local! {
         static FILE: RefCell<File> = RefCell::new(tempfile::tempfile().expect("a temporary file"));
     }
@@ -27,14 +27,14 @@ fn look(bytes: &[u8], packing: Packing) {
             assert!(paths.insert(path.to_ascii_lowercase()), "{path:?} comes twice");
             Ok(())
         });
-        // The words of a refusal are made of what the archive says.
+        // An error message contains text of the archive.
         if let Err(error) = looked {
             assert!(format!("{error:#}").len() < 20_000);
         }
     });
 }
 
-/// The blocks of a tar, with the checksums that a mutation cannot guess, in a frame that does not pack.
+/// The blocks of a tar with correct checksums, which a mutation cannot guess, in an uncompressed frame.
 pub fn tar(data: &[u8]) {
     let mut tar = data.to_vec();
     for block in tar.chunks_exact_mut(512) {
@@ -44,10 +44,10 @@ pub fn tar(data: &[u8]) {
             block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         }
     }
-    look(&stored(&tar), Packing::TarZst);
+    unpack(&stored(&tar), Packing::TarZst);
 }
 
-/// A frame of zstd with raw blocks alone (RFC 8878, section 3.1.1), as quick to read as to write.
+/// A zstd frame with raw blocks only (RFC 8878, section 3.1.1), which is quick to read and write.
 fn stored(bytes: &[u8]) -> Vec<u8> {
     // A window of 128 KiB, no content size, no checksum.
     let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3];
@@ -64,19 +64,19 @@ fn stored(bytes: &[u8]) -> Vec<u8> {
 }
 
 pub fn tar_zst(data: &[u8]) {
-    look(data, Packing::TarZst);
+    unpack(data, Packing::TarZst);
 }
 
 pub fn tar_gz(data: &[u8]) {
-    look(data, Packing::TarGz);
+    unpack(data, Packing::TarGz);
 }
 
 pub fn zip(data: &[u8]) {
-    look(data, Packing::Zip);
+    unpack(data, Packing::Zip);
 }
 
-/// Writes the attack table's archives of one kind into a corpus, as far as they are small and do not grow: the large ones would be most of
-/// the work.
+/// Writes the attack table's archives of one kind into a corpus, if they are small and do not expand: large ones would take most of the
+/// time.
 pub fn seeds(target: &str, directory: &Path) {
     const MAX_BYTES: usize = 8 << 10;
     let packing = match target {
@@ -86,7 +86,7 @@ pub fn seeds(target: &str, directory: &Path) {
         _ => return,
     };
     for (number, attack) in attacks().into_iter().enumerate().filter(|(_, attack)| attack.packing == packing) {
-        // What cannot be unpacked does not grow.
+        // An archive that cannot be unpacked does not expand.
         let unpacked = match packing {
             "tar.zst" => zstd::stream::decode_all(attack.bytes.as_slice()).unwrap_or_default(),
             "tar.gz" => {

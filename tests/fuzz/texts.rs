@@ -1,4 +1,4 @@
-//! Texts from the gateway, from packages, from operators and from earlier versions of the program itself.
+//! Texts from the gateway, from packages, from operators and from earlier versions of the program.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -27,7 +27,7 @@ fn text(data: &[u8]) -> Option<&str> {
     std::str::from_utf8(data).ok()
 }
 
-/// What is read is written and read again as it was.
+/// A parsed value is the same after it is written and read again.
 fn reads_back<T: Serialize + DeserializeOwned + PartialEq + Debug>(data: &[u8]) -> Option<T> {
     let value: T = serde_json::from_slice(data).ok()?;
     let written = serde_json::to_vec(&value).expect("what was read can be written");
@@ -36,12 +36,12 @@ fn reads_back<T: Serialize + DeserializeOwned + PartialEq + Debug>(data: &[u8]) 
     Some(value)
 }
 
-/// The gateway's answer to a heartbeat, and what follows from it for a host that has two sub-agents.
+/// The gateway's answer to a heartbeat, and the plan that follows for a host with two sub-agents.
 pub fn answer(data: &[u8]) {
     let Ok(answer) = serde_json::from_slice::<Answer>(data) else { return };
     let is_whole = answer.agents.iter().flatten().all(|item| matches!(item, MessageItem::Read(_)))
         && !matches!(answer.manager, Some(MessageItem::Unreadable(_)));
-    // What cannot be read is kept as a reason, and is nothing to be written again.
+    // An unreadable order is kept as an error, and is never written.
     if is_whole {
         let _ = reads_back::<Answer>(data);
     }
@@ -54,7 +54,7 @@ pub fn answer(data: &[u8]) {
     let clocks = Clocks { host: 1_790_000_000_000, gateway: None };
     let host = AnswerContext { os: Os::Linux, arch: Arch::Amd64, clocks, present: &present, by_stand_in: false };
     let verdict = judge(&held, &answer, host);
-    assert_eq!(verdict, judge(&held, &answer, host), "the same answer is judged in two ways");
+    assert_eq!(verdict, judge(&held, &answer, host), "two evaluations of the same answer differ");
     let AnswerOutcome::Take(taken) = verdict else { return };
     let desired = taken.desired;
     let orders = answer.agents.as_deref().unwrap_or_default();
@@ -62,18 +62,18 @@ pub fn answer(data: &[u8]) {
         assert_eq!(desired.agents, held.agents, "an empty list removes");
     }
     for name in held.agents.keys().filter(|name| !desired.agents.contains_key(*name)) {
-        let uninstalls = |item: &Item<AgentOrder>| match item {
+        let uninstalls = |item: &MessageItem<AgentOrder>| match item {
             MessageItem::Read(order) => order.name == *name && order.cmd == Cmd::Uninstall,
             MessageItem::Unreadable(_) => false,
         };
         let omitted = answer.complete && answer.removal_delay == Some(0);
-        assert!(omitted || orders.iter().any(uninstalls), "{name} is removed by nobody's order");
+        assert!(omitted || orders.iter().any(uninstalls), "{name} is removed without an order");
     }
     for order in desired.agents.values() {
         let (admitted, _) = admit_env(&order.spec.env, &["PATH".to_owned()]);
         assert!(!admitted.keys().any(|name| name.starts_with("LD_") || name.starts_with("AOPS_")));
     }
-    // What is taken is kept, and is not taken anew each time.
+    // An accepted state is held, and is not accepted again each time.
     let kept = serde_json::to_vec(&desired).expect("a desired state can be written");
     assert_eq!(serde_json::from_slice::<DesiredState>(&kept).expect("and read"), desired);
     let again = judge(&desired, &answer, host);
@@ -100,7 +100,7 @@ pub fn conf_toml(data: &[u8]) {
     assert_eq!(again(&edit(text, &parsed.config, &changed)), changed);
 }
 
-/// The settings of the platform before this one.
+/// The settings of the old platform.
 pub fn conf_yml(data: &[u8]) {
     if let Some(text) = text(data) {
         let _ = import::parse(text);
@@ -123,7 +123,7 @@ pub fn fleet_toml(data: &[u8]) {
     }
 }
 
-/// A file of `state/`, `run/` or a release: the first byte says which.
+/// A file of `state/`, `run/` or a release: the first byte selects which.
 pub fn state(data: &[u8]) {
     let Some((kind, data)) = data.split_first() else { return };
     match kind % 9 {
@@ -139,7 +139,7 @@ pub fn state(data: &[u8]) {
     }
 }
 
-/// Signature files, what their comments bind, and files of keys.
+/// Signature files, their trusted comments, and key files.
 pub fn signature(data: &[u8]) {
     static FILE: OnceLock<PathBuf> = OnceLock::new();
     let package = FILE.get_or_init(|| {
@@ -160,7 +160,7 @@ pub fn signature(data: &[u8]) {
     }
 }
 
-/// The header `Range`, behind the eight bytes of a file's size.
+/// The header `Range`, after eight bytes with a file's size.
 pub fn range(data: &[u8]) {
     let Some((size, header)) = data.split_first_chunk() else { return };
     let size = u64::from_le_bytes(*size);

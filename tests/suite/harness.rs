@@ -1,4 +1,4 @@
-//! The test harness keeps its own promises: containers are what they say, and nothing of them stays.
+//! Tests of the test harness: containers behave as documented, and are removed without leftovers.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -40,7 +40,7 @@ fn a_bare_container_has_no_service_manager() {
         "{output}"
     );
     assert_loopback_only(&container);
-    // Its first process reaps what others leave behind.
+    // Its init process reaps orphans.
     container.shell("setsid sh -c 'sleep 0.05 & exec true' </dev/null >/dev/null 2>&1 & wait").expect_success();
     wait_for("orphans to be reaped", SOON, || {
         container.run(&["pgrep", "-x", "sleep", "-r", "Z"]).stdout.is_empty().then_some(())
@@ -48,7 +48,7 @@ fn a_bare_container_has_no_service_manager() {
 }
 
 #[test]
-fn what_a_command_leaves_running_stays_and_is_gone_after_a_reboot_and_files_stay() {
+fn processes_outlive_their_command_until_a_reboot_and_files_survive_it() {
     for mut container in [Container::systemd(), Container::bare()] {
         container.shell("setsid sleep 1234 </dev/null >/dev/null 2>&1 & echo kept >/root/kept").expect_success();
         let running = |container: &Container| container.processes().iter().any(|(_, words)| words == "sleep 1234");
@@ -62,7 +62,7 @@ fn what_a_command_leaves_running_stays_and_is_gone_after_a_reboot_and_files_stay
 }
 
 #[test]
-fn a_spawned_command_goes_on_until_it_is_ended() {
+fn a_spawned_command_runs_until_it_is_stopped() {
     for container in [Container::systemd(), Container::bare()] {
         let spawned = container.spawn(&["sh", "-c", "echo up; exec sleep 4321"]);
         assert_eq!(spawned.line(), "up");
@@ -74,7 +74,7 @@ fn a_spawned_command_goes_on_until_it_is_ended() {
 }
 
 #[test]
-fn every_change_of_a_file_shows() {
+fn every_change_of_a_file_is_detected() {
     let container = Container::bare();
     let before = container.files();
     assert!(before.len() > 1000);
@@ -105,8 +105,8 @@ fn every_change_of_a_file_shows() {
 }
 
 #[test]
-fn nothing_of_a_container_outlives_its_owner_not_even_one_that_was_killed() {
-    // An owner that is killed: a shell that starts a keeper as we do, and waits.
+fn nothing_of_a_container_outlives_its_owner_even_if_the_owner_is_killed() {
+    // An owner that is killed: a shell that starts a keeper as the harness does, and waits.
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/container.sh");
     let rootfs = std::env::var("AOPS_TEST_ROOTFS").expect("run `cargo xtask test`");
     let mut owner = Command::new("bash")

@@ -9,7 +9,7 @@
 //!               homes                  offline packages, certificate pins, several homes on a host, import of an old installation
 //!               canonical_path         a home reached by several paths is one home with one pair of units
 //!               joining                the old platform's install command; both kinds of sub-agents start
-//!               refusals               every refusal of the installer names a remedy and changes nothing; a killed installation can be repeated
+//!               refusals               rejections of the installer name a remedy and change nothing; a killed one can be repeated
 //! roles         without_systemd        manager and watchdog restart each other; stop, start, restart; one process of each
 //!               systemd                the same under systemd: stopped, masked and restarted units, boots
 //!               launcher               roles outlive the unit, session or program that started them
@@ -43,7 +43,7 @@
 //!               output                 an output that cannot be written stops no work
 //! (none)        harness                the containers and file snapshots of tests/support work as they promise
 //! ```
-#![allow(clippy::disallowed_macros, reason = "a test that cannot tell what it saw may end")]
+#![allow(clippy::disallowed_macros, reason = "a failed test panics")]
 
 mod command_line {
     mod help;

@@ -1,21 +1,21 @@
-//! Archives that no well-meaning packer writes, byte by byte, and the table of those that attack whoever unpacks them.
+//! Malformed archives, built byte by byte, and the table of those that attack an unpacker.
 //!
-//! Each row is an archive that is whole and readable but for the one thing that it is made for, with a word of the refusal. A file `bin/ok`
-//! comes first in every tar and zip, so that something would be left behind if a refusal left it.
+//! Each row is an archive that is complete and readable except for its one defect, with a word of the error. A file `bin/ok` comes first in
+//! every tar and zip, so that a rejection would leave it behind if it left anything.
 
 use std::io::Write;
 
 use flate2::Compression;
 use flate2::write::{DeflateEncoder, GzEncoder};
 
-/// A name outside of every tree, which nothing may make.
+/// A name outside every tree, which must never be created.
 pub const OUTSIDE: &str = "/aops-attack-outside";
 
 /// One attack.
 #[derive(Debug, Clone)]
 pub struct Attack {
     pub name: &'static str,
-    /// As a package's file name ends: `tar.zst`, `tar.gz`, `zip`.
+    /// The extension of a package's file name: `tar.zst`, `tar.gz`, `zip`.
     pub packing: &'static str,
     /// The operating system that the package is for.
     pub os: &'static str,
@@ -24,7 +24,7 @@ pub struct Attack {
     pub refusal: &'static str,
 }
 
-/// All of them.
+/// Every attack.
 pub fn attacks() -> Vec<Attack> {
     let mut attacks = Vec::new();
     for (name, tar, refusal) in on_tar() {
@@ -77,7 +77,7 @@ fn on_tar() -> Vec<Row> {
         ("an absolute path", t().file(&format!("{OUTSIDE}/x"), b"x").end(), "absolute"),
         ("a path that goes up", t().file("../outside/x", b"x").end(), "goes up"),
         ("a path that goes up in the middle", t().file("a/../../outside/x", b"x").end(), "goes up"),
-        ("a path that goes up and comes back", t().file("bin/../x", b"x").end(), "goes up"),
+        ("a path that leads up and down again", t().file("bin/../x", b"x").end(), "goes up"),
         ("a directory that goes up", t().entry(b'5', "../outside/d/", 0o755, "", b"").end(), "goes up"),
         ("a backslash", t().file("..\\outside\\x", b"x").end(), "cannot be the name of a file"),
         ("a control character", t().file("a\nb", b"x").end(), "cannot be the name of a file"),
@@ -98,7 +98,7 @@ fn on_tar() -> Vec<Row> {
         ("a long name that goes up", t().long(b'L', "../outside/x").file("x", b"x").end(), "goes up"),
         ("a pax name that goes up", t().pax(b'x', &[("path", "../outside/x")]).file("x", b"x").end(), "goes up"),
         (
-            "a pax name that is said twice",
+            "a pax name that is given twice",
             t().pax(b'x', &[("path", "a"), ("path", "b")]).file("x", b"x").end(),
             "twice",
         ),
@@ -147,7 +147,7 @@ fn on_tar() -> Vec<Row> {
         ("the name of a volume", t().entry(b'V', "x", 0o644, "", b"").end(), "neither file"),
         ("the rest of another volume", t().entry(b'M', "x", 0o644, "", b"").end(), "neither file"),
         ("a directory as GNU dumps it", t().entry(b'D', "x", 0o755, "", b"").end(), "neither file"),
-        ("a type that nobody knows", t().entry(b'Z', "x", 0o644, "", b"").end(), "neither file"),
+        ("an unknown type", t().entry(b'Z', "x", 0o644, "", b"").end(), "neither file"),
         ("setuid", t().entry(b'0', "x", 0o4755, "", b"x").end(), "setuid"),
         ("setgid", t().entry(b'0', "x", 0o2755, "", b"x").end(), "setgid"),
         ("setuid by a hard link", t().entry(b'1', "x", 0o4755, "bin/ok", b"").end(), "setuid"),
@@ -229,7 +229,7 @@ fn on_zip() -> Vec<Row> {
     let with = |more: Zipped| zip(&[ok(), vec![more]].concat());
     let file = |name: &str| Zipped::file(name, b"content");
     let typed = |mode: u32| Zipped { attributes: mode << 16, ..file("x") };
-    // In a zip of the one file `only`, so that the first of each header is its own.
+    // In a zip with the single file `only`, so that the first header of each kind is that file's.
     let patched = |signature: &[u8; 4], at: usize, bytes: &[u8]| patch(zip(&[file("only")]), signature, at, bytes);
     let (local, central, end) = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06");
     let contradicts = "contradicts the archive's directory";
@@ -302,7 +302,7 @@ fn wrong_checksum() -> Vec<u8> {
     bytes
 }
 
-/// Two entries of the directory that lead to the same content.
+/// Two entries of the directory with the same content.
 fn shared() -> Vec<u8> {
     let one = zip(&[Zipped::file("only", b"content")]);
     let at = find(&one, b"PK\x01\x02");
@@ -313,7 +313,7 @@ fn shared() -> Vec<u8> {
     patch(bytes, b"PK\x05\x06", 12, &(2 * directory.len() as u32).to_le_bytes())
 }
 
-/// A locator of a zip64 end, which some readers follow and others do not see.
+/// The locator of a zip64 end record, which some readers follow and others ignore.
 fn zip64_end() -> Vec<u8> {
     let one = zip(&[Zipped::file("only", b"content")]);
     let end = find(&one, b"PK\x05\x06");
@@ -346,7 +346,7 @@ impl Tar {
         self.entry(b'1', path, 0o644, target, b"")
     }
 
-    /// An entry of any type; names that are too long for its header are said before it, as GNU does.
+    /// An entry of any type; a name that is too long for the header precedes it, as GNU tar does.
     pub fn entry(mut self, kind: u8, path: &str, mode: u32, target: &str, content: &[u8]) -> Tar {
         for (kind, text) in [(b'L', path), (b'K', target)] {
             if text.len() > 100 {
@@ -357,7 +357,7 @@ impl Tar {
         self.raw(kind, &short(path), mode, &short(target), content.len() as u64, content)
     }
 
-    /// A header exactly so, and what follows it.
+    /// A raw header, and the content after it.
     pub fn raw(mut self, kind: u8, path: &[u8], mode: u32, target: &[u8], size: u64, content: &[u8]) -> Tar {
         let mut header = [0; 512];
         let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
@@ -370,7 +370,7 @@ impl Tar {
         put(157, target);
         put(257, b"ustar  \0");
         if kind == b'S' {
-            // A hole of a gigabyte, which ends with the file.
+            // A hole of a gigabyte up to the end of the file.
             put(386, b"07777777777\x0000000000000\0");
             put(483, b"07777777777\0");
         }
@@ -382,12 +382,12 @@ impl Tar {
         self
     }
 
-    /// A long name (`L`), a long link (`K`), or whatever else describes the next entry.
+    /// A long name (`L`), a long link (`K`), or another header that describes the next entry.
     pub fn long(self, kind: u8, text: &str) -> Tar {
         self.raw(kind, b"././@LongLink", 0o644, b"", text.len() as u64, text.as_bytes())
     }
 
-    /// A pax header: of the next entry (`x`) or of all that follow (`g`).
+    /// A pax header: for the next entry (`x`) or for all that follow (`g`).
     pub fn pax(self, kind: u8, records: &[(&str, &str)]) -> Tar {
         let mut text = String::new();
         for (key, value) in records {
@@ -401,7 +401,7 @@ impl Tar {
         self.long(kind, &text)
     }
 
-    /// A file of which there is less than its header says.
+    /// A file with less content than its header says.
     fn claiming(self, path: &str, size: u64) -> Tar {
         self.raw(b'0', path.as_bytes(), 0o644, b"", size, b"short")
     }
@@ -413,7 +413,7 @@ impl Tar {
         Tar(bytes).end()
     }
 
-    /// With the two blocks that end an archive.
+    /// With the two blocks at the end of an archive.
     pub fn end(mut self) -> Vec<u8> {
         self.0.extend([0; 1024]);
         self.0
@@ -444,9 +444,9 @@ pub struct Zipped {
     pub flags: u16,
     /// Unix's mode in the upper half.
     pub attributes: u32,
-    /// A size other than the true one.
+    /// A wrong size, if any.
     pub claimed: Option<u32>,
-    /// A checksum other than the true one.
+    /// A wrong checksum, if any.
     pub crc: Option<u32>,
 }
 
@@ -508,7 +508,7 @@ pub fn zip(entries: &[Zipped]) -> Vec<u8> {
     bytes
 }
 
-/// Overwrites some bytes of the first header with that signature.
+/// Overwrites bytes of the first header with that signature.
 fn patch(mut bytes: Vec<u8>, signature: &[u8; 4], at: usize, with: &[u8]) -> Vec<u8> {
     let at = find(&bytes, signature) + at;
     bytes[at..at + with.len()].copy_from_slice(with);

@@ -1,12 +1,11 @@
-//! The observer of a home under chaos: looks at its processes from outside and says at once what must never be.
+//! The observer of a home under chaos: samples its processes from outside and reports a violated invariant at once.
 //!
-//! It goes by `/proc` alone, never by what the roles say. What it looks for, at every look:
+//! It reads `/proc` only, never the output of the roles. The invariants of every sample:
 //!
-//! - one lock a role, for the whole run, so that nobody can hold a second one; and who lost against its holder gives up;
-//! - no sub-agent twice, by the processes that bear its mark and lead a session;
-//! - nobody ends who was not hit: a role's death ends no sub-agent;
-//! - nobody is down for longer than its back-off, which is reckoned from the deaths that were inflicted, and the time for which there was
-//!   nobody to start it.
+//! - each role has one lock for the whole run, so that no process can hold a second one, and a process that does not get it exits;
+//! - no sub-agent runs twice, counted by the processes that have its environment marker and lead a session;
+//! - no process ends unless it was hit: the death of a role ends no sub-agent;
+//! - nothing is down for longer than its back-off, computed from the inflicted deaths, plus the time in which no process could restart it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,52 +15,52 @@ use std::time::{Duration, Instant};
 
 use super::processes::{environment, words};
 
-/// To see an end and to start anew, on a busy machine.
+/// The time to notice an exit and to restart, on a busy machine.
 const SLACK: Duration = Duration::from_secs(8);
-/// A manager that was just started has no time yet for a sub-agent.
-const BEGINS: Duration = Duration::from_secs(2);
-/// Up for so long, and a little more for what is seen late, a sub-agent's and a role's next death is a first one.
+/// A manager that has just started does not restart sub-agents yet.
+const STARTING: Duration = Duration::from_secs(2);
+/// After an uptime of this length, plus a little for late samples, a restart is immediate again.
 const HEALTHY_AGENT: Duration = Duration::from_secs(32);
 const HEALTHY_ROLE: Duration = Duration::from_secs(62);
-/// The longest delay.
+/// The longest back-off.
 const CAP: Duration = Duration::from_secs(60);
-/// A loser of a role's lock gives up within 10 s.
+/// A process that does not get a role's lock exits within 10 s.
 const LOSER: Duration = Duration::from_secs(18);
 /// Three pings of 15 s, and the one before them.
 const HANG: Duration = Duration::from_secs(65);
-/// A service manager's pause before a restart, its turn of 10 s, and the other role's last resort after a second one.
+/// A service manager's delay before a restart, its turn of 10 s, and the other role's last resort after a second one.
 const SERVICE_MANAGER: Duration = Duration::from_secs(22);
 
 pub const ROLES: [&str; 2] = ["spm", "spa"];
 
-/// A process for good: number and start time.
+/// Identifies a process permanently: pid and start time.
 pub type Body = (u32, u64);
 
-/// What was seen under each name.
+/// The processes found under each name.
 type Seen<Name> = BTreeMap<Name, Vec<Body>>;
 
-/// A home that is looked at.
+/// The observed home.
 #[derive(Debug)]
 pub struct Place {
-    /// As its processes know it.
+    /// Its path inside its mount namespace.
     pub home: PathBuf,
-    /// As it is reached from here.
+    /// Its path outside.
     pub outside: PathBuf,
-    /// A process of the pid namespace that its processes live in.
+    /// A process in the pid namespace of its processes.
     pub leader: u32,
-    /// Whether a service manager revives the roles.
+    /// Whether a service manager restarts the roles.
     pub supervised: bool,
 }
 
-/// What is known of a sub-agent or a role.
+/// The state of a sub-agent or a role.
 #[derive(Debug, Default)]
 struct Known {
     body: Option<Body>,
     up: Option<Instant>,
     down: Option<Instant>,
-    /// Of the time that it is down, for so long nobody could start it.
+    /// The part of its downtime in which no process could restart it.
     excused: Duration,
-    /// Deaths in a row, without a healthy time between.
+    /// Consecutive deaths without a healthy uptime in between.
     deaths: u32,
 }
 
@@ -82,7 +81,7 @@ impl Known {
         dead
     }
 
-    /// First at once, then 1, 2, 4 … s.
+    /// None at first, then 1, 2, 4 … s.
     fn delay(&self) -> Duration {
         match self.deaths {
             0 | 1 => Duration::ZERO,
@@ -91,7 +90,7 @@ impl Known {
     }
 }
 
-/// Looks, and remembers.
+/// Samples the processes and keeps their history.
 #[derive(Debug)]
 pub struct Observer {
     place: Place,
@@ -100,16 +99,16 @@ pub struct Observer {
     roles: BTreeMap<&'static str, Known>,
     locks: BTreeMap<&'static str, (u64, u64)>,
     losers: BTreeMap<Body, (&'static str, Instant)>,
-    /// Whose end is expected: they were hit, or were stopped for so long that they count as hung.
+    /// Processes that are expected to end: they were hit, or stopped for so long that they count as hung.
     hit: BTreeSet<Body>,
     frozen: BTreeMap<Body, Instant>,
     hung: BTreeMap<Body, Duration>,
-    /// Others, that need not be looked at again.
+    /// Unrelated processes, which need not be read again.
     strangers: BTreeSet<Body>,
     last: Instant,
-    /// Deaths seen: of sub-agents, of roles.
+    /// The number of deaths: of sub-agents, of roles.
     pub deaths: (u32, u32),
-    /// The longest that a sub-agent was down beyond its delay and what excused it.
+    /// The longest downtime of a sub-agent beyond its back-off and its excused time.
     pub longest: Duration,
 }
 
@@ -138,8 +137,8 @@ impl Observer {
         observer
     }
 
-    /// That this one ends is to be expected from now on.
-    pub fn hits(&mut self, body: Body) {
+    /// The process is expected to end from now on.
+    pub fn expect_death(&mut self, body: Body) {
         self.hit.insert(body);
     }
 
@@ -170,24 +169,24 @@ impl Observer {
             && ROLES.iter().all(|role| self.is_well(role, Instant::now()))
     }
 
-    /// Whether a role lives, is not stopped, and has had the time to begin.
+    /// Whether a role runs, is not stopped, and has had the time to start.
     pub fn is_well(&self, role: &str, now: Instant) -> bool {
         let known = &self.roles[role];
-        known.body.is_some_and(|body| !self.is_frozen(body)) && known.up.is_some_and(|up| now - up >= BEGINS)
+        known.body.is_some_and(|body| !self.is_frozen(body)) && known.up.is_some_and(|up| now - up >= STARTING)
     }
 
-    /// One look; `Err` says what must not be.
-    pub fn look(&mut self) -> Result<(), String> {
+    /// Takes one sample; `Err` describes a violated invariant.
+    pub fn check(&mut self) -> Result<(), String> {
         let now = Instant::now();
-        // A look that comes late says less: what it missed excuses everybody.
+        // A late sample is less precise: the missed time excuses every downtime.
         let passed = now - std::mem::replace(&mut self.last, now);
         let late = passed.saturating_sub(Duration::from_secs(1));
         let (agents, roles) = self.seen();
-        self.look_at_roles(roles, now, passed, late)?;
-        self.look_at_agents(&agents, now, passed, late)
+        self.check_roles(roles, now, passed, late)?;
+        self.check_agents(&agents, now, passed, late)
     }
 
-    fn look_at_agents(
+    fn check_agents(
         &mut self,
         seen: &Seen<String>,
         now: Instant,
@@ -197,7 +196,7 @@ impl Observer {
         let managed = self.is_well("spm", now);
         for (name, known) in &mut self.agents {
             let bodies = seen.get(name).map_or(&[][..], Vec::as_slice);
-            // They were not seen at the same instant: the first may have ended before the second began.
+            // The two were not sampled at the same instant: the first may have ended before the second started.
             let twice =
                 bodies.len() > 1 && bodies.iter().filter(|body| is_of(**body, &self.place.home, name)).count() > 1;
             if twice {
@@ -207,7 +206,7 @@ impl Observer {
                 self.deaths.0 += 1;
                 self.frozen.remove(&dead);
                 if !self.hit.remove(&dead) {
-                    return Err(format!("sub-agent {name}, process {dead:?}, ended although nobody hit it"));
+                    return Err(format!("sub-agent {name}, process {dead:?}, ended although it was not hit"));
                 }
             }
             if let Some(down) = known.down {
@@ -227,7 +226,7 @@ impl Observer {
         Ok(())
     }
 
-    fn look_at_roles(
+    fn check_roles(
         &mut self,
         mut seen: Seen<&'static str>,
         now: Instant,
@@ -241,9 +240,9 @@ impl Observer {
             let mut bodies = seen.remove(role).unwrap_or_default();
             let holders: Vec<Body> = bodies.iter().copied().filter(|body| self.holds(*body, role)).collect();
             bodies.retain(|body| !holders.contains(body));
-            // A child of the holder's that has not come to its own program yet holds the lock too, and is the younger.
+            // A child of the holder that has not executed its own program yet holds the lock too, and is younger.
             let holder = holders.into_iter().min_by_key(|(pid, started)| (*started, *pid));
-            // What was one a moment ago may have come to its own program meanwhile.
+            // A process sampled a moment ago may have executed its own program since.
             self.losers.retain(|loser, (of, _)| *of != role || bodies.contains(loser));
             for loser in bodies {
                 if now - self.losers.entry(loser).or_insert((role, now)).1 > LOSER && !self.is_frozen(loser) {
@@ -296,7 +295,7 @@ impl Observer {
             match self.what(pid) {
                 What::Agent(name) => agents.entry(name).or_default().push(body),
                 What::Role(role) => roles.entry(role).or_default().push(body),
-                // One so old will not become another program's.
+                // A process of this age does not execute another program.
                 What::Other if age_of(started) > 1000 => drop(strangers.insert(body)),
                 What::Other => {}
             }
@@ -341,7 +340,7 @@ impl Observer {
         })
     }
 
-    /// Every living process that bears the home's mark, by sub-agent.
+    /// The number of live processes with the home's environment marker, by sub-agent.
     pub fn marked(&self) -> BTreeMap<String, usize> {
         let home = format!("AOPS_HOME={}", self.place.home.display());
         let mut marked = BTreeMap::new();
@@ -377,7 +376,7 @@ fn pids() -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// The fields of `/proc/PID/stat` behind the name, from the state on, of a process that is not dead.
+/// The fields of `/proc/PID/stat` after the name, starting with the state; `None` if the process is dead.
 fn fields(pid: u32) -> Option<Vec<u64>> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, rest) = stat.rsplit_once(')')?;
@@ -394,7 +393,7 @@ fn session(pid: u32) -> Option<u32> {
     u32::try_from(*fields(pid)?.get(2)?).ok()
 }
 
-/// As start times are counted.
+/// In the unit of start times.
 fn uptime_ticks() -> u64 {
     let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
     let seconds = text.split(' ').next().and_then(|first| first.parse::<f64>().ok()).unwrap_or(0.0);

@@ -1,4 +1,4 @@
-//! Running a command to its end, with a time limit, and reading what it said.
+//! Runs a command to its end, with a time limit, and captures its output.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -9,20 +9,20 @@ use std::time::{Duration, Instant};
 
 use super::wait::try_for;
 
-/// More than any command of a test should take on a busy machine of two cores.
+/// More than any command of a test takes on a busy machine with two cores.
 pub const LIMIT: Duration = Duration::from_secs(120);
-/// For what is still in the pipes when the command has ended.
+/// The time to read the pipes after the command has exited.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// For a program to be nobody's to write any more.
+/// The time until no process has a new program open for writing.
 const NOT_BUSY: Duration = Duration::from_secs(10);
 
-/// How a command ended and what it said.
+/// The exit code and output of a command.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// What was run, for messages.
+    /// The command line, for messages.
     pub command: String,
-    /// The exit code; 128 and the signal's number where a signal ended it.
+    /// The exit code; 128 plus the signal number if a signal killed it.
     pub code: i32,
     pub stdout: String,
     pub stderr: String,
@@ -39,14 +39,14 @@ impl Output {
         self.expect_code(0).stdout
     }
 
-    /// Panics unless it ended with `code`.
+    /// Panics unless it exited with `code`.
     #[track_caller]
     pub fn expect_code(self, code: i32) -> Output {
         assert!(self.code == code, "expected exit code {code} of {self}");
         self
     }
 
-    /// Both streams, for looking for a message.
+    /// Both streams, to search for a message.
     pub fn text(&self) -> String {
         format!("{}{}", self.stdout, self.stderr)
     }
@@ -73,14 +73,14 @@ impl fmt::Display for Output {
     }
 }
 
-/// Runs `command` to its end; panics when that takes longer than `limit`, or when something keeps its output open after it.
+/// Runs `command` to its end; panics after `limit`, or if another process keeps its output open afterwards.
 #[track_caller]
 pub fn run(command: &mut Command, limit: Duration) -> Output {
     run_with_input(command, &[], limit)
 }
 
 /// Starts a command. A program that was just written may still be open for writing in a child that another test has forked and that has not
-/// run its own program yet: then it is tried again.
+/// executed its own program yet: then the start is retried.
 fn spawn(command: &mut Command) -> io::Result<Child> {
     let mut last = None;
     let started = try_for(NOT_BUSY, || match command.spawn() {
@@ -101,7 +101,7 @@ pub fn run_with_input(command: &mut Command, input: &[u8], limit: Duration) -> O
     let mut child = spawn(command).unwrap_or_else(|error| panic!("cannot run `{described}`: {error}"));
     let mut stdin = child.stdin.take().expect("it is piped");
     let input = input.to_owned();
-    // A command that does not read its stdin is none the worse for it.
+    // A command that does not read its stdin is no error.
     thread::spawn(move || drop(stdin.write_all(&input)));
     let stdout = collect(child.stdout.take().expect("it is piped"));
     let stderr = collect(child.stderr.take().expect("it is piped"));
@@ -119,14 +119,14 @@ pub fn run_with_input(command: &mut Command, input: &[u8], limit: Duration) -> O
     output
 }
 
-/// The exit code, once it has ended; `None` after `limit`.
+/// The exit code after the process has exited; `None` after `limit`.
 pub fn wait(child: &mut Child, limit: Duration) -> Option<i32> {
     use std::os::unix::process::ExitStatusExt;
     let status = try_for(limit, || child.try_wait().expect("it is our child"))?;
     Some(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
 }
 
-/// Reads a stream to its end beside us.
+/// Reads a stream to its end in a thread.
 fn collect(mut stream: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
@@ -140,7 +140,7 @@ fn collect(mut stream: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     receiver
 }
 
-/// All that came, and whether the stream ended.
+/// The received bytes, and whether the stream ended.
 fn gather(stream: &Receiver<Vec<u8>>) -> (String, bool) {
     let started = Instant::now();
     let mut bytes = Vec::new();
@@ -154,7 +154,7 @@ fn gather(stream: &Receiver<Vec<u8>>) -> (String, bool) {
     (String::from_utf8_lossy(&bytes).into_owned(), ended)
 }
 
-/// A command as one would type it.
+/// A command line as a user would type it.
 pub fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")

@@ -1,4 +1,4 @@
-//! A proxy that connects (HTTP CONNECT), for who has the password, in a network namespace; it remembers whither.
+//! An HTTP CONNECT proxy with a password, in a network namespace; it records the requested destinations.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -13,27 +13,27 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-/// For a request, and for the connection that it asks for.
+/// The limit of a request, and of the connection that it requests.
 const LIMIT: Duration = Duration::from_secs(30);
 const MAX_HEAD_BYTES: usize = 16 << 10;
 
-/// Connects until the test program ends: its network namespace is gone with its container.
+/// Runs until the test program ends: its network namespace is removed with the container.
 #[derive(Debug)]
 pub struct ConnectProxy {
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl ConnectProxy {
-    /// At this address in the network namespace whose file is `network`, for this user and password (`user:password`).
+    /// Listens on this address in the network namespace of the file `network`, for this user and password (`user:password`).
     pub fn start(network: &Path, address: (Ipv4Addr, u16), secret: &str) -> ConnectProxy {
-        let network = OwnedFd::from(File::open(network).expect("the network namespace stands"));
+        let network = OwnedFd::from(File::open(network).expect("the network namespace exists"));
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (noted, wanted) = (Arc::clone(&asked), format!("Basic {}", BASE64_STANDARD.encode(secret)));
         let (ready, is_ready) = mpsc::channel();
         thread::spawn(move || {
             // Threads that this one starts are in the namespace too.
             move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).expect("we are root");
-            let listener = TcpListener::bind(address).expect("nobody else listens there");
+            let listener = TcpListener::bind(address).expect("the address is free");
             let _ = ready.send(());
             for stream in listener.incoming().flatten() {
                 let (noted, wanted) = (Arc::clone(&noted), wanted.clone());
@@ -44,8 +44,8 @@ impl ConnectProxy {
         ConnectProxy { asked }
     }
 
-    /// Whither it connected, `host:port` each; `407` for who had no password.
-    pub fn asked(&self) -> Vec<String> {
+    /// The destinations, as `host:port`; `407` for a request without the password.
+    pub fn requests(&self) -> Vec<String> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

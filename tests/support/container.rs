@@ -1,9 +1,9 @@
-//! Throw-away containers: one with a real systemd as its first process, one without any service manager.
+//! Disposable containers: one with a real systemd as init, one without a service manager.
 //!
-//! A container sees an overlay of a cached root file system, a network of its own with nothing but loopback, and cgroups of its own, so
-//! that a systemd in it cannot touch the machine's processes. Its keeper (container.sh) runs in a mount namespace of its own,
-//! so no mount shows outside, and lives as long as a pipe from this process: the end of the test, whatever its manner, ends the keeper,
-//! and the keeper ends the rest. What a killed keeper leaves, two empty cgroups, the next container sweeps.
+//! A container has an overlay of a cached root file system, its own network with loopback only, and its own cgroups, so that a systemd in
+//! it cannot affect the machine's processes. Its keeper (container.sh) runs in its own mount namespace, so no mount is visible outside. The
+//! keeper lives as long as a pipe from this process: when the test ends in any way, the keeper ends and stops the container. A killed
+//! keeper leaves two empty cgroups, which the next container removes.
 
 use std::ffi::OsString;
 use std::fs;
@@ -19,11 +19,11 @@ use std::time::Duration;
 use super::command::{self, LIMIT, Output};
 use super::files::{self, Files};
 
-/// For a boot, of which the keeper itself gives up after 30 s, and for an orderly shutdown before it.
+/// The limit of a boot, for which the keeper itself allows 30 s, and of an orderly shutdown before it.
 const BOOT: Duration = Duration::from_secs(100);
-/// For the keeper to clean up.
+/// The time for the keeper to clean up.
 const END: Duration = Duration::from_secs(20);
-/// What is not of interest when files are compared: what the kernel or systemd keeps there for itself.
+/// Not compared: files of the kernel and of systemd.
 const NOT_COMPARED: &[&str] = &[
     "/proc",
     "/sys",
@@ -44,7 +44,7 @@ const NOT_COMPARED: &[&str] = &[
     "/etc/resolv.conf",
 ];
 
-/// The keeper's program. It is part of ours: whoever includes this file lies somewhere else.
+/// The keeper's program. It is compiled in, since xtask includes this file from another directory.
 const KEEPER: &str = include_str!("container.sh");
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,31 +53,31 @@ enum Kind {
     Bare,
 }
 
-/// A running container; it is gone when this is dropped.
+/// A running container; dropping it removes it.
 #[derive(Debug)]
 pub struct Container {
     kind: Kind,
     keeper: Child,
     orders: Option<ChildStdin>,
     answers: Receiver<String>,
-    /// The container's first process, by its pid outside.
+    /// The pid outside of the container's init.
     leader: u32,
     rootfs: PathBuf,
     spawned: AtomicU32,
 }
 
 impl Container {
-    /// Boots a systemd, which has reached its default target when this returns.
+    /// Boots systemd; returns when it has reached its default target.
     pub fn systemd() -> Container {
         Container::systemd_of(rootfs())
     }
 
-    /// As [`Container::systemd`], from this root file system, which is not changed.
+    /// As [`Container::systemd`], with this root file system, which is not changed.
     pub fn systemd_of(rootfs: PathBuf) -> Container {
         Container::start(Kind::Systemd, rootfs)
     }
 
-    /// No service manager at all, and no `systemctl`; the first process does nothing but reap.
+    /// Without a service manager and without `systemctl`; init only reaps orphans.
     pub fn bare() -> Container {
         Container::start(Kind::Bare, rootfs())
     }
@@ -92,7 +92,7 @@ impl Container {
             .arg(&rootfs)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // Ctrl-C is for us alone; the keeper notices our end and cleans up.
+            // Ctrl-C is sent only to the test; the keeper notices its end and cleans up.
             .process_group(0)
             .spawn()
             .expect("cannot run unshare (package util-linux)");
@@ -117,22 +117,22 @@ impl Container {
         self.await_boot();
     }
 
-    /// An orderly shutdown, and a boot on the same files.
+    /// An orderly shutdown, and a boot with the same files.
     pub fn reboot(&mut self) {
         self.order("reboot");
     }
 
-    /// Every process dies at once, as in a power cut, and a boot on the same files follows.
+    /// Kills every process at once, as in a power cut, and boots with the same files.
     pub fn crash(&mut self) {
         self.order("crash");
     }
 
-    /// The container's first process, by its pid outside.
+    /// The pid outside of the container's init.
     pub fn leader(&self) -> u32 {
         self.leader
     }
 
-    /// The container's files as seen from outside.
+    /// The path outside of the container's files.
     pub fn root(&self) -> PathBuf {
         self.of_leader("root")
     }
@@ -141,20 +141,20 @@ impl Container {
         Path::new("/proc").join(self.leader.to_string()).join(name)
     }
 
-    /// Where a path inside lies outside.
+    /// The path outside of a path inside.
     pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
         let inside = inside.as_ref();
         self.root().join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
-    /// Copies a file into the container, with that mode; directories are made as needed.
+    /// Copies a file into the container, with that mode; directories are created as needed.
     pub fn copy_in(&self, source: impl AsRef<Path>, destination: impl AsRef<Path>, mode: u32) {
         let content = fs::read(&source);
         let content = content.unwrap_or_else(|error| panic!("cannot read {}: {error}", source.as_ref().display()));
         self.write(destination, &content, mode);
     }
 
-    /// Writes a file of the container, with that mode; directories are made as needed.
+    /// Writes a file of the container, with that mode; directories are created as needed.
     pub fn write(&self, destination: impl AsRef<Path>, content: impl AsRef<[u8]>, mode: u32) {
         let path = self.path(&destination);
         let write = || {
@@ -167,13 +167,13 @@ impl Container {
         write().unwrap_or_else(|error: std::io::Error| panic!("cannot write {}: {error}", path.display()));
     }
 
-    /// Runs a command inside as root, to its end. What it leaves running stays, as after a login session.
+    /// Runs a command inside as root, to its end. Its leftover processes keep running, as after a login session.
     #[track_caller]
     pub fn run<S: AsRef<str>>(&self, words: &[S]) -> Output {
         self.run_within(LIMIT, words)
     }
 
-    /// As [`Container::run`], with a time limit of its own.
+    /// As [`Container::run`], with another time limit.
     #[track_caller]
     pub fn run_within<S: AsRef<str>>(&self, limit: Duration, words: &[S]) -> Output {
         let mut output = command::run(&mut self.command(None, words), limit);
@@ -187,7 +187,7 @@ impl Container {
         self.run(&["bash", "-euc", script])
     }
 
-    /// Starts a command inside that goes on until it is ended, by hand or with the container.
+    /// Starts a command inside that runs until it is stopped, or the container is.
     pub fn spawn<S: AsRef<str>>(&self, words: &[S]) -> Running<'_> {
         let unit = format!("test-{}", self.spawned.fetch_add(1, Ordering::Relaxed));
         let mut command = self.command(Some(&unit), words);
@@ -196,13 +196,13 @@ impl Container {
         Running { container: self, unit, child, lines }
     }
 
-    /// What lies in the container's file system, but for what systemd and the kernel keep there for themselves.
+    /// The container's files, without those of systemd and the kernel.
     pub fn files(&self) -> Files {
         let keeper = Path::new("/proc").join(self.keeper.id().to_string()).join("root/run");
         files::snapshot_of_overlay(&keeper.join("root"), &keeper.join("upper"), &self.rootfs, NOT_COMPARED)
     }
 
-    /// The command lines of the processes in the container, with their pids outside, but for its first process and kernel threads.
+    /// The command lines of the container's processes with their pids outside, without init and kernel threads.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let namespace = fs::read_link(self.of_leader("ns/pid")).expect("the container has ended");
         let pids = fs::read_dir("/proc").expect("/proc can be read").flatten();
@@ -218,8 +218,8 @@ impl Container {
         .collect()
     }
 
-    /// `words` inside: with a systemd as a transient service of its (so in the right cgroup and with a clean environment), without one
-    /// in the container's cgroup.
+    /// A command that runs `words` inside: with systemd as a transient service (so in the right cgroup and with a clean environment),
+    /// otherwise in the container's cgroup.
     fn command<S: AsRef<str>>(&self, unit: Option<&str>, words: &[S]) -> Command {
         const ENVIRONMENT: [&str; 6] = [
             "env",
@@ -231,7 +231,7 @@ impl Container {
         ];
         let mut all: Vec<OsString> = Vec::new();
         let mut push = |word: &str| all.push(word.into());
-        // Entering namespaces does not enter cgroups: without this, what is run would belong to our own.
+        // Entering namespaces does not enter cgroups: without this, the command would run in our cgroup.
         push("bash");
         push("-c");
         push(r#"while [ "$1" != -- ]; do echo $$ >"$1"; shift; done; shift; exec "$@""#);
@@ -259,13 +259,13 @@ impl Container {
                     push(unit);
                 }
                 push("--");
-                // systemd expands variables in a command line, but not in the program's own path.
+                // systemd expands variables in a command line, but not in the path of the program.
                 words.iter().take(1).for_each(|word| push(word.as_ref()));
                 words.iter().skip(1).for_each(|word| push(&word.as_ref().replace('$', "$$")));
             }
             Kind::Bare => {
                 if unit.is_some() {
-                    // So that it ends with what we can end: its pid inside is not known outside.
+                    // `systemd-run` can be stopped from here, and the command then stops too: its pid inside is not known outside.
                     ["setpriv", "--pdeathsig", "KILL", "--"].iter().for_each(|word| push(word));
                 }
                 words.iter().for_each(|word| push(word.as_ref()));
@@ -276,7 +276,7 @@ impl Container {
         command
     }
 
-    /// The `cgroup.procs` files, outside, of the cgroups that the container's first process is in.
+    /// The `cgroup.procs` files, outside, of the cgroups of the container's init.
     fn cgroups(&self) -> Vec<String> {
         let memberships = fs::read_to_string(self.of_leader("cgroup")).expect("the container has ended");
         let mounts = fs::read_to_string("/proc/mounts").expect("/proc/mounts can be read");
@@ -312,7 +312,7 @@ impl Drop for Container {
     }
 }
 
-/// A command that goes on inside a container.
+/// A command that runs inside a container.
 #[derive(Debug)]
 pub struct Running<'a> {
     container: &'a Container,
@@ -322,7 +322,7 @@ pub struct Running<'a> {
 }
 
 impl Running<'_> {
-    /// The next line of its stdout; panics when it does not come in time.
+    /// The next line of its stdout; panics when it does not arrive in time.
     #[track_caller]
     pub fn line(&self) -> String {
         match self.lines.recv_timeout(LIMIT) {
@@ -331,7 +331,7 @@ impl Running<'_> {
         }
     }
 
-    /// Ends it.
+    /// Stops it.
     pub fn end(self) {
         drop(self);
     }
@@ -351,7 +351,7 @@ impl Drop for Running<'_> {
     }
 }
 
-/// Hands on a stream line by line, and reads it to its end whether somebody listens or not.
+/// Forwards a stream line by line, and reads it to its end even without a receiver.
 fn lines(stream: impl std::io::Read + Send + 'static) -> Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
@@ -362,10 +362,12 @@ fn lines(stream: impl std::io::Read + Send + 'static) -> Receiver<String> {
     receiver
 }
 
-/// The root file system that `cargo xtask test` has prepared.
+/// The root file system that `cargo xtask test` has created.
 fn rootfs() -> PathBuf {
     let given = std::env::var_os("AOPS_TEST_ROOTFS").map(PathBuf::from);
     given.filter(|path| path.join("usr").is_dir()).unwrap_or_else(|| {
-        panic!("there is no root file system for containers (AOPS_TEST_ROOTFS): run `cargo xtask test`, which makes it")
+        panic!(
+            "there is no root file system for containers (AOPS_TEST_ROOTFS): run `cargo xtask test`, which creates it"
+        )
     })
 }

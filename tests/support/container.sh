@@ -1,8 +1,8 @@
-# Keeps one throw-away container from its boot to its end; started by container.rs, which says why things are as they are.
+# Runs one disposable container from boot to end. container.rs starts it and explains the design.
 #   unshare --mount --propagation private -- bash -c "$(cat container.sh)" container.sh systemd|bare NAME ROOTFS
-# stdin: `reboot` (orderly) or `crash` (every process at once), each boots again on the same files; its end tears everything down.
-# stdout: `ready LEADER` after each boot, LEADER being the container's first process; or `failed WHY`, then the end.
-# The name is aops-test-OWNER-N: OWNER, a pid, is whose container it is.
+# stdin: `reboot` (orderly) or `crash` (every process at once), each boots again with the same files; the end of stdin removes everything.
+# stdout: `ready LEADER` after each boot, LEADER being the pid of the container's init; or `failed WHY`, then the script exits.
+# The name is aops-test-OWNER-N: OWNER is the pid of the container's owner.
 set -euo pipefail
 umask 022
 kind=$1 name=$2 rootfs=$3
@@ -12,7 +12,7 @@ v1=$(awk '$3 == "cgroup" && $4 ~ /name=systemd/ { print $2; exit }' /proc/mounts
 trees=(${v2:+"$v2"} ${v1:+"$v1"})
 nspawn=
 
-# Ends every process in a cgroup of ours, then removes the cgroup.
+# Kills every process in a cgroup of ours, then removes the cgroup.
 remove_cgroup() {
     [ ! -e "$1/cgroup.kill" ] || echo 1 >"$1/cgroup.kill" || true
     for ((i = 0; i < 100; i++)); do
@@ -24,7 +24,7 @@ remove_cgroup() {
 
 halt() {
     [ -n "$nspawn" ] || return 0
-    # By itself: it may outlive nspawn, and with it the whole container. Its death is that of all its processes.
+    # Init first: it may outlive nspawn and keep the container running. When it dies, the kernel kills all processes of the container.
     first=$(child_of "$nspawn")
     [ -z "$first" ] || kill -KILL "$first" 2>/dev/null || true
     kill -KILL "$nspawn" 2>/dev/null || true
@@ -51,7 +51,7 @@ fail() {
 }
 
 boot() {
-    # The container's first process is killed with nspawn, and nspawn with this shell, however that ends.
+    # The container's init is killed with nspawn, and nspawn with this shell, however it ends.
     SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 setpriv --pdeathsig KILL -- systemd-nspawn --quiet --directory=/run/root --machine="$name" \
         --register=no --keep-unit --link-journal=no --resolv-conf=off --timezone=off --private-network "$@" \
         </dev/null >/run/console 2>&1 &
@@ -89,7 +89,7 @@ start() {
     echo "ready $leader"
 }
 
-# What a run left behind that was killed before it could clean up: cgroups whose owner is gone.
+# Leftovers of a killed run: cgroups whose owner has exited.
 for tree in "${trees[@]}"; do
     for old in "$tree"/aops-test-*; do
         owner=${old##*/aops-test-} owner=${owner%%-*}
@@ -102,7 +102,7 @@ for tree in "${trees[@]}"; do
     trap tear_down EXIT
     echo $$ >"$tree/$name/cgroup.procs"
 done
-# This mount namespace is ours and ends with its last process, and so does all that is written here.
+# This mount namespace ends with its last process, and all files written here are dropped with it.
 mount -t tmpfs -o mode=755,size=3g tmpfs /run
 mkdir -p /run/systemd /run/upper /run/work /run/root
 mount -t overlay overlay -o "lowerdir=$rootfs,upperdir=/run/upper,workdir=/run/work" /run/root

@@ -1,9 +1,9 @@
-//! The worst of networks, on loopback: a server between a host and its gateway that shows the gateway's own certificate, passes requests
-//! on, and does to the answers what a plan says.
+//! A faulty network on loopback: a proxy between a host and its gateway that uses the gateway's certificate, forwards requests, and
+//! manipulates the responses.
 //!
-//! It ends TLS on both sides, so that it can also lie within HTTP. What it does to which request is the plan's to say, which is a function
-//! of the request and of how often that path was asked for; [`random`] makes one of a seed, the same for the same seed. It counts what it
-//! sent of each path.
+//! It terminates TLS on both sides, so that it can also change the HTTP content. A plan decides the fault of each request; it is a function
+//! of the request and of the number of earlier requests for its path. [`random`] creates a plan from a seed, the same for the same seed.
+//! The proxy counts what it sent for each path.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -22,49 +22,49 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use super::gateway::Gateway;
 use super::https::Https;
 
-/// So little waits in the socket, that what is lost in a reset is little too.
+/// A small socket buffer, so that a reset loses little data.
 const SEND_BUFFER_BYTES: usize = 32 << 10;
 const CHUNK_BYTES: usize = 16 << 10;
-/// How often who waits looks whether it is over.
-const LOOK: Duration = Duration::from_millis(50);
-/// Nobody is kept waiting for longer by a connection that says nothing.
+/// The poll interval of a waiting connection.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// The limit of a connection that sends nothing.
 const MUTE: Duration = Duration::from_secs(120);
 
-/// What is done to one answer. Offsets are counted in the body that is sent.
+/// The fault of one response. Offsets are counted in the sent body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// It is passed on as it is.
+    /// None: the response is forwarded unchanged.
     None,
-    /// The connection ends in good order, in the middle of the body.
+    /// The connection is closed orderly in the middle of the body.
     Cut { after: u64 },
-    /// It is reset.
+    /// The connection is reset.
     Reset { after: u64 },
-    /// The proxy's side of it is shut, without the end that TLS has; the other side stays open.
+    /// The proxy shuts down its sending side without the end of TLS; the other direction stays open.
     HalfClose { after: u64 },
-    /// Nothing more comes, and the connection stays.
+    /// Nothing more is sent, and the connection stays open.
     Stall { after: u64 },
-    /// Not even a head comes.
+    /// Not even a head is sent.
     Mute,
-    /// It comes at this rate, up to that offset.
+    /// The body is sent at this rate, up to that offset.
     Throttle { per_second: u64, up_to: u64 },
-    /// One byte of it is another.
+    /// One byte of the body is changed.
     Corrupt { at: u64 },
-    /// Its head says that it has so many bytes more (or less) than it has.
+    /// The head announces this many bytes more (or less) than the body has.
     WrongLength { by: i64 },
-    /// The gateway is not asked; another status, perhaps with the wish to be left alone for so many seconds.
+    /// The gateway gets no request; the response has another status, perhaps with a `retry-after` in seconds.
     Status { code: u16, retry_after: Option<u32> },
-    /// A page for people, in place of the answer.
+    /// The page of a captive portal instead of the response.
     Portal,
-    /// Instead of the answer: this, and this body over and over where it is endless.
+    /// This head and body instead of the response; an endless body is repeated.
     Instead { head: String, body: Vec<u8>, endless: bool },
 }
 
-/// A request as it came.
+/// A received request.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub method: String,
     pub path: String,
-    /// When it had come whole.
+    /// When it was completely received.
     pub at: Instant,
     head: String,
     body: Vec<u8>,
@@ -78,21 +78,21 @@ impl Request {
         })
     }
 
-    /// Whether it is for a package itself: not for its signature, nor a heartbeat.
+    /// Whether it is for a package itself, not for a signature or a heartbeat.
     pub fn is_for_package(&self) -> bool {
         self.path.starts_with("/api/download/") && !self.path.ends_with(".minisig")
     }
 }
 
-/// What came and went under one path.
+/// The requests and responses of one path.
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
     pub requests: Vec<Request>,
-    /// What was done to each.
+    /// The fault of each response.
     pub faults: Vec<Fault>,
-    /// Of all bodies, as they were handed to the network.
+    /// The bytes of all bodies, as handed to the network.
     pub bytes: u64,
-    /// How often a byte of it was changed.
+    /// The number of changed bytes.
     pub damaged: u32,
 }
 
@@ -103,13 +103,13 @@ struct Shared {
     plan: Box<Plan>,
     tls: Arc<ServerConfig>,
     tallies: Mutex<BTreeMap<String, Tally>>,
-    /// Packages that are under way, each by how many connections, and how many were at the same time.
+    /// The downloads in progress, with the number of connections of each, and the maximum number of concurrent downloads.
     packages: Mutex<BTreeMap<String, usize>>,
     most_packages: AtomicUsize,
     stopping: AtomicBool,
 }
 
-/// Passes on until it is dropped.
+/// Forwards until it is dropped.
 pub struct FaultProxy {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -117,7 +117,7 @@ pub struct FaultProxy {
 }
 
 impl FaultProxy {
-    /// Before that gateway. `plan` is told the request, and how many of its path came before.
+    /// A proxy in front of that gateway. `plan` gets the request and the number of earlier requests for its path.
     pub fn before(gateway: &Gateway, plan: impl Fn(&Request, usize) -> Fault + Send + Sync + 'static) -> FaultProxy {
         let certificate =
             CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("the gateway's certificate");
@@ -144,7 +144,7 @@ impl FaultProxy {
                     return;
                 }
                 let (Ok(stream), shared) = (stream, Arc::clone(&serving)) else { continue };
-                // A connection that breaks is what this is for.
+                // Broken connections are the purpose of this proxy.
                 thread::spawn(move || drop(serve(&shared, stream)));
             }
         });
@@ -156,12 +156,12 @@ impl FaultProxy {
         format!("https://{}", self.address)
     }
 
-    /// How many packages were asked for at the same time, at the most.
+    /// The maximum number of packages downloaded at the same time.
     pub fn most_at_once(&self) -> usize {
         self.shared.most_packages.load(Ordering::SeqCst)
     }
 
-    /// What came and went under the paths that contain this.
+    /// The sum of the tallies of the paths that contain `part`.
     pub fn tally(&self, part: &str) -> Tally {
         let mut all = Tally::default();
         for (_, tally) in self.shared.tallies().iter().filter(|(path, _)| path.contains(part)) {
@@ -184,11 +184,11 @@ impl Drop for FaultProxy {
     }
 }
 
-/// A plan that breaks the first answers of each download in one to four ways, and lets the rest pass: the same for the same seed. A package
+/// A plan that breaks the first responses of each download in one to four ways and forwards the rest: the same for the same seed. A package
 /// is damaged at most once.
 pub fn random(seed: u64, size: u64) -> impl Fn(&Request, usize) -> Fault + Send + Sync + 'static {
     move |request, before| {
-        // An installation is begun once, and may end by what a portal puts in the place of its signature.
+        // An installation has one attempt only, and fails if it gets a portal's page instead of a signature.
         if !request.path.starts_with("/api/download/") || request.path.contains("/aops-spm-") {
             return Fault::None;
         }
@@ -247,7 +247,7 @@ type Stream = StreamOwned<ServerConnection, TcpStream>;
 
 fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(LOOK))?;
+    stream.set_read_timeout(Some(POLL_INTERVAL))?;
     stream.set_write_timeout(Some(MUTE))?;
     sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES)?;
     let connection = ServerConnection::new(Arc::clone(&shared.tls)).map_err(io::Error::other)?;
@@ -271,13 +271,13 @@ fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Answers; whether the connection goes on.
+/// Sends a response; returns whether the connection stays open.
 fn answer(shared: &Shared, stream: &mut Stream, request: &Request, fault: &Fault) -> io::Result<bool> {
     match fault {
         Fault::Mute => return wait_for_its_end(shared, stream),
         Fault::Status { code, retry_after } => {
-            let wish = retry_after.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
-            write!(stream, "HTTP/1.1 {code} Fault\r\n{wish}content-length: 0\r\n\r\n")?;
+            let retry_after_line = retry_after.map(|seconds| format!("retry-after: {seconds}\r\n")).unwrap_or_default();
+            write!(stream, "HTTP/1.1 {code} Fault\r\n{retry_after_line}content-length: 0\r\n\r\n")?;
             return stream.flush().map(|()| true);
         }
         Fault::Portal => {
@@ -308,7 +308,7 @@ fn answer(shared: &Shared, stream: &mut Stream, request: &Request, fault: &Fault
         Fault::WrongLength { by } => length.saturating_add_signed(*by),
         _ => length,
     };
-    stream.write_all(told(&head, shown).as_bytes())?;
+    stream.write_all(forwarded(&head, shown).as_bytes())?;
     stream.flush()?;
     relay(shared, stream, request, fault, length, &first, &mut upstream)
 }
@@ -357,7 +357,7 @@ fn relay(
             let due = Duration::from_secs_f64(done as f64 / *per_second as f64);
             while began.elapsed() < due {
                 shared.is_over()?;
-                thread::park_timeout((due - began.elapsed().min(due)).min(LOOK));
+                thread::park_timeout((due - began.elapsed().min(due)).min(POLL_INTERVAL));
             }
         }
     }
@@ -389,7 +389,7 @@ fn broken(shared: &Shared, stream: &mut Stream, fault: &Fault) -> io::Result<boo
     Ok(false)
 }
 
-/// Says nothing more until the other end has had enough.
+/// Sends nothing more until the other side closes the connection.
 fn wait_for_its_end(shared: &Shared, stream: &mut Stream) -> io::Result<bool> {
     let began = Instant::now();
     while began.elapsed() < MUTE {
@@ -407,7 +407,7 @@ fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
 }
 
-/// The next request; `None`: there is none any more.
+/// The next request; `None` at the end of the connection.
 fn read_request(shared: &Shared, stream: &mut Stream) -> io::Result<Option<Request>> {
     let mut bytes = Vec::new();
     let mut more = |bytes: &mut Vec<u8>| -> io::Result<bool> {
@@ -444,7 +444,7 @@ fn read_request(shared: &Shared, stream: &mut Stream) -> io::Result<Option<Reque
 }
 
 impl Request {
-    /// As it goes to the gateway, on a connection of its own.
+    /// The request as it is forwarded to the gateway, on its own connection.
     fn onward(&self) -> String {
         let mut lines = self.head.trim_end().lines();
         let mut onward = format!("{}\r\nconnection: close\r\n", lines.next().unwrap_or_default());
@@ -455,16 +455,16 @@ impl Request {
     }
 }
 
-/// An answer's head as it goes on.
-fn told(head: &str, length: u64) -> String {
-    let mut told = String::new();
+/// The head of a response as it is forwarded.
+fn forwarded(head: &str, length: u64) -> String {
+    let mut forwarded = String::new();
     for line in head.trim_end().lines().filter(|line| !is_header(line, "connection")) {
         match is_header(line, "content-length") {
-            true => drop(write!(told, "content-length: {length}\r\n")),
-            false => drop(write!(told, "{line}\r\n")),
+            true => drop(write!(forwarded, "content-length: {length}\r\n")),
+            false => drop(write!(forwarded, "{line}\r\n")),
         }
     }
-    told + "\r\n"
+    forwarded + "\r\n"
 }
 
 fn is_header(line: &str, name: &str) -> bool {
@@ -476,7 +476,7 @@ fn content_length(head: &str) -> Option<u64> {
     line.split_once(':')?.1.trim().parse().ok()
 }
 
-/// An answer's head, and what came of its body with it.
+/// The head of a response, and the part of its body that was read with it.
 fn read_head(stream: &mut impl Read) -> io::Result<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
     let mut chunk = [0; 4096];

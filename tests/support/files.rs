@@ -1,4 +1,4 @@
-//! What files there are below a directory, so that two moments can be compared.
+//! Snapshots of the files below a directory, to compare them later.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-/// What stands in one place of a file system.
+/// An entry of a file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     pub kind: Kind,
@@ -18,9 +18,9 @@ pub struct Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
     Directory,
-    /// Its size and the SHA-256 of what is in it.
+    /// Its size and the SHA-256 of its content.
     File(u64, Vec<u8>),
-    /// A file that is the very one of the layer below.
+    /// A file that is identical to that of the lower layer.
     Unchanged,
     Link(PathBuf),
     Socket,
@@ -29,13 +29,13 @@ pub enum Kind {
 
 pub type Files = BTreeMap<PathBuf, Entry>;
 
-/// All that is in the tree at `root`, as absolute paths of that tree, without what lies below the `except` ones.
+/// Every entry of the tree at `root`, as absolute paths of that tree, except those below the paths in `except`.
 pub fn snapshot(root: &Path, except: &[&str]) -> Files {
     walk(root, except, &|_| None)
 }
 
-/// As [`snapshot`] for an overlay's merged `root`: a file that its `upper` directory does not hold, or holds with the content of the
-/// `lower` one, is [`Kind::Unchanged`] and not read.
+/// As [`snapshot`] for an overlay's merged `root`: a file that is not in its `upper` directory, or has the same content as in `lower`, is
+/// [`Kind::Unchanged`] and not read.
 pub fn snapshot_of_overlay(root: &Path, upper: &Path, lower: &Path, except: &[&str]) -> Files {
     walk(root, except, &|path| {
         let above = upper.join(path);
@@ -45,7 +45,7 @@ pub fn snapshot_of_overlay(root: &Path, upper: &Path, lower: &Path, except: &[&s
     })
 }
 
-/// The paths that differ, with a sign: `+` new, `-` gone, `~` changed.
+/// The paths that differ, with a sign: `+` new, `-` removed, `~` changed.
 pub fn difference(before: &Files, after: &Files) -> Vec<String> {
     let gone = before.keys().filter(|path| !after.contains_key(*path)).map(|path| format!("- {}", path.display()));
     let other = after.iter().filter_map(|(path, entry)| match before.get(path) {
@@ -56,12 +56,12 @@ pub fn difference(before: &Files, after: &Files) -> Vec<String> {
     gone.chain(other).collect()
 }
 
-/// `known` says what a regular file is without reading it, by its path relative to the root, where that can be told.
+/// `known` returns the kind of a regular file without reading it, by its path relative to the root, if it can.
 fn walk(root: &Path, except: &[&str], known: &dyn Fn(&Path) -> Option<Kind>) -> Files {
     let mut files = Files::new();
     let mut rest = vec![PathBuf::new()];
     while let Some(directory) = rest.pop() {
-        // What is removed while we look was not there.
+        // A file that is removed during the walk is omitted.
         let Ok(entries) = fs::read_dir(root.join(&directory)) else { continue };
         for entry in entries.flatten() {
             let path = directory.join(entry.file_name());

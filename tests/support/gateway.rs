@@ -1,4 +1,4 @@
-//! A gateway on loopback, in a temporary directory, with a port of its own.
+//! A gateway on loopback, in a temporary directory, on its own port.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -18,12 +18,12 @@ use super::command::{self, LIMIT, Output};
 use super::package::Package;
 use super::processes;
 
-/// For a gateway to answer once it is started.
+/// The deadline for a started gateway to respond.
 const START: Duration = Duration::from_secs(30);
-/// For one to end once it is killed.
+/// The deadline for a killed gateway to exit.
 const END: Duration = Duration::from_secs(10);
 
-/// A gateway; ended, and its directory removed, when this is dropped.
+/// A gateway; dropping it stops it and removes its directory.
 #[derive(Debug)]
 pub struct Gateway {
     directory: TempDir,
@@ -32,14 +32,15 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// One with fresh keys, certificate and depot, and no sub-agents; it answers when this returns.
+    /// Creates keys, a certificate and an empty depot, and starts the gateway without sub-agents; it responds when this returns.
     pub fn start() -> Gateway {
         let mut gateway = Gateway::stopped();
         gateway.run();
         gateway
     }
 
-    /// One that offers a manager, version 1.0.0, and these packages, and wants these sub-agents: name, version, further lines.
+    /// Starts a gateway that offers a manager, version 1.0.0, and these packages, and orders these sub-agents: name, version, further
+    /// lines.
     #[track_caller]
     pub fn with(packages: &[&Package], wanted: &[(&str, &str, &str)]) -> Gateway {
         let mut gateway = Gateway::stopped();
@@ -50,15 +51,15 @@ impl Gateway {
         gateway
     }
 
-    /// Wants exactly these sub-agents from now on: name, version, further lines of `fleet.toml`. Hosts report every second, and remove what
-    /// is not named at once.
+    /// Orders exactly these sub-agents from now on: name, version, further lines of `fleet.toml`. Hosts report every second, and remove
+    /// omitted sub-agents at once.
     pub fn want(&self, wanted: &[(&str, &str, &str)]) {
         let tables =
             wanted.iter().map(|(name, version, more)| format!("[agents.{name}]\nversion = {version:?}\n{more}\n"));
         self.fleet(&format!("heartbeatInterval = \"1s\"\nremovalDelay = \"0s\"\n{}", tables.collect::<String>()));
     }
 
-    /// One that is set up and does not run yet.
+    /// Creates a gateway without starting it.
     pub fn stopped() -> Gateway {
         let directory = tempfile::Builder::new().prefix("aops-gateway-").tempdir().expect("a temporary directory");
         let gateway = Gateway { directory, running: None, url: "https://127.0.0.1:0".to_owned() };
@@ -66,24 +67,24 @@ impl Gateway {
         gateway
     }
 
-    /// Makes what is missing of its keys and its certificate.
+    /// Creates missing keys and a missing certificate.
     #[track_caller]
     pub fn init(&self) {
         self.command(&["init"], &[]).expect_success();
     }
 
-    /// Runs it, on the port that it had before if it ran before.
+    /// Starts it, on its previous port if it ran before.
     pub fn run(&mut self) {
         self.run_by(&[]);
     }
 
-    /// As [`Gateway::run`], with each sync of a file taking so many seconds.
+    /// As [`Gateway::run`], with a delay of each sync of a file in seconds.
     pub fn run_with_slow_syncs(&mut self, seconds: u32) {
         let injection = format!("--inject=fsync,fdatasync:delay_enter={seconds}s");
         self.run_by(&["strace", "-f", "-qq", "-I2", "-o", "/dev/null", &injection, "--"]);
     }
 
-    /// Runs it as the last words of a command.
+    /// Starts it as the last words of a command.
     fn run_by(&mut self, command: &[&str]) {
         assert!(self.running.is_none(), "the gateway runs already");
         let listen = self.url.trim_start_matches("https://").to_owned();
@@ -117,25 +118,25 @@ impl Gateway {
         self.url = format!("https://127.0.0.1:{}", address.port());
     }
 
-    /// Kills it. Its directory stays, and [`Gateway::run`] brings it back.
+    /// Kills it. Its directory stays, and [`Gateway::run`] starts it again.
     pub fn stop(&mut self) {
         if let Some(mut child) = self.running.take() {
-            // A tracer goes with what it traces, which is the gateway.
+            // A tracer exits with the gateway that it traces.
             processes::children(child.id()).into_iter().for_each(|pid| processes::signal(pid, Signal::KILL));
             let _ = child.kill();
             command::wait(&mut child, END).expect("a killed gateway ends");
         }
     }
 
-    /// Asks it to end, as a service manager does, and gives its exit code.
+    /// Stops it with a signal, as a service manager does, and returns its exit code.
     #[track_caller]
     pub fn terminate(&mut self) -> i32 {
         let mut child = self.running.take().expect("the gateway does not run");
         processes::signal(child.id(), Signal::TERM);
-        command::wait(&mut child, END + END).expect("a gateway that is asked to end does so")
+        command::wait(&mut child, END + END).expect("the gateway exits after its stop signal")
     }
 
-    /// Publishes a package. A gateway that runs already offers it some moments later: publish first, or wait for what follows.
+    /// Publishes a package. A running gateway offers it some moments later: publish first, or wait for the effect.
     #[track_caller]
     pub fn publish(&self, package: &Package) {
         let arguments = package.arguments();
@@ -152,7 +153,7 @@ impl Gateway {
         self.command(&["publish"], arguments)
     }
 
-    /// Replaces `fleet.toml` whole, and puts it in force at once if it is a good one.
+    /// Replaces `fleet.toml` atomically, and applies it at once if it is valid.
     pub fn fleet(&self, text: &str) {
         let new = self.path("fleet.toml.new");
         fs::write(&new, text).expect("a temporary directory can be written");
@@ -161,7 +162,7 @@ impl Gateway {
         }
     }
 
-    /// Replaces `fleet.toml` whole as an editor does it: a running gateway takes it once it has stood still for a while.
+    /// Replaces `fleet.toml` atomically as an editor does: a running gateway applies it after it has been unchanged for a while.
     pub fn edit_fleet(&self, text: &str) {
         let new = self.path("fleet.toml.new");
         fs::write(&new, text).expect("a temporary directory can be written");
@@ -174,12 +175,12 @@ impl Gateway {
         self.running.as_ref().expect("the gateway does not run").id()
     }
 
-    /// Has it read its files again.
+    /// Makes it read its files again.
     pub fn reload(&self) {
         processes::signal(self.pid(), Signal::HUP);
     }
 
-    /// What `aops gateway status --json` says.
+    /// The output of `aops gateway status --json`.
     #[track_caller]
     pub fn status(&self) -> serde_json::Value {
         let output = self.command(&["status"], &["--json"]);
@@ -197,13 +198,13 @@ impl Gateway {
         self.directory.path().join(name)
     }
 
-    /// What an installation that trusts this gateway needs to be told.
+    /// The arguments of an installation that trusts this gateway.
     pub fn trust(&self) -> Vec<String> {
         let path = |name| self.path(name).display().to_string();
         vec!["--trusted-key".to_owned(), path("keys/aops.pub"), "--ca-cert".to_owned(), path("tls/cert.pem")]
     }
 
-    /// What it logged.
+    /// The path of its log.
     pub fn log(&self) -> PathBuf {
         self.path("gateway.log")
     }
@@ -229,7 +230,7 @@ impl Drop for Gateway {
     }
 }
 
-/// Shows the end of a log beside what a failed test says.
+/// Prints the end of a log with the output of a failed test.
 #[allow(clippy::print_stderr, reason = "the test program shows it with the failure")]
 pub fn show(log: &Path) {
     const LINES: usize = 40;

@@ -1,4 +1,4 @@
-//! A host: a home in a temporary directory, installed and driven as an operator does it, without a service manager and without root.
+//! A host: a home in a temporary directory, installed and operated as by an operator, without a service manager and without root.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,10 +16,10 @@ use super::gateway::{self, Gateway};
 use super::processes::{self, Process};
 use super::wait::{try_for, wait_for};
 
-/// For something to come up, or to be noticed and mended, on a busy machine.
+/// The deadline for a start, or for a failure to be noticed and fixed, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(30);
 
-/// A host; every process of its home is ended, and its files removed, when this is dropped.
+/// A host; dropping it kills every process of its home and removes its files.
 #[derive(Debug)]
 pub struct TestHost {
     directory: TempDir,
@@ -27,13 +27,13 @@ pub struct TestHost {
 }
 
 impl TestHost {
-    /// One with nothing on it.
+    /// A host without an installation.
     pub fn new() -> TestHost {
         let directory = tempfile::Builder::new().prefix("aops-host-").tempdir().expect("a temporary directory");
         TestHost { directory, agent_id: "5402204854438".to_owned() }
     }
 
-    /// One that has joined the gateway's fleet; the gateway must offer a manager.
+    /// A host that has joined the gateway's fleet; the gateway must offer a manager.
     #[track_caller]
     pub fn joined(gateway: &Gateway) -> TestHost {
         let host = TestHost::new();
@@ -41,7 +41,7 @@ impl TestHost {
         host
     }
 
-    /// Installs from a gateway that is trusted, with further arguments.
+    /// Installs from a trusted gateway, with further arguments.
     #[track_caller]
     pub fn join(&self, gateway: &Gateway, more: &[&str]) -> Output {
         let mut arguments = vec!["--agent-id", &self.agent_id, "--endpoint", gateway.url()];
@@ -85,13 +85,13 @@ impl TestHost {
         command
     }
 
-    /// What `aops control status --json` says; its exit code is not looked at.
+    /// The output of `aops control status --json`, whatever its exit code.
     #[track_caller]
     pub fn status(&self) -> Value {
         self.control(&["status", "--json"]).json()
     }
 
-    /// Waits until the status is as wanted, and gives it; panics with the last one when `deadline` has passed.
+    /// Waits until `wanted` accepts the status, and returns it; panics with the last status after `deadline`.
     #[track_caller]
     pub fn wait_for_status(&self, what: &str, deadline: Duration, wanted: impl Fn(&Value) -> bool) -> Value {
         let mut last = Value::Null;
@@ -99,10 +99,10 @@ impl TestHost {
             last = self.status();
             wanted(&last).then(|| last.clone())
         });
-        found.unwrap_or_else(|| panic!("waited {deadline:?} in vain for {what}; the last status: {last:#}"))
+        found.unwrap_or_else(|| panic!("timed out after {deadline:?} waiting for {what}; the last status: {last:#}"))
     }
 
-    /// Waits until a sub-agent runs, and gives its pid.
+    /// Waits until a sub-agent runs, and returns its pid.
     #[track_caller]
     pub fn wait_for_agent(&self, name: &str) -> u32 {
         let status = self.wait_for_status(&format!("{name} to run"), SOON, |status| {
@@ -111,7 +111,7 @@ impl TestHost {
         agent(&status, name).and_then(|agent| pid(&agent["pid"])).expect("it was waited for")
     }
 
-    /// Waits until a sub-agent runs with another pid than `old`, and gives it.
+    /// Waits until a sub-agent runs with a pid other than `old`, and returns it.
     #[track_caller]
     pub fn wait_for_new_pid(&self, name: &str, old: u32) -> u32 {
         wait_for(&format!("{name} to run with a new pid"), SOON, || {
@@ -121,13 +121,13 @@ impl TestHost {
         })
     }
 
-    /// The pid of a role, `spm` or `spa`, as `status` says.
+    /// The pid of a role, `spm` or `spa`, from the status.
     #[track_caller]
     pub fn role_pid(&self, role: &str) -> Option<u32> {
         pid(&self.status()[role]["pid"])
     }
 
-    /// Every process at once, as when the power fails.
+    /// Kills every process at once, as in a power cut.
     pub fn crash(&self) {
         if let Err(left) = processes::end_all(&self.home()) {
             panic!("cannot end {left:?}");
@@ -139,7 +139,7 @@ impl TestHost {
         processes::signal(pid, Signal::KILL);
     }
 
-    /// The processes that belong to this home.
+    /// The processes of this home.
     pub fn processes(&self) -> Vec<Process> {
         processes::of_home(&self.home())
     }
@@ -148,7 +148,7 @@ impl TestHost {
         self.directory.path().join("home")
     }
 
-    /// A temporary place beside the home, for a test's own files.
+    /// A temporary path beside the home, for a test's own files.
     pub fn beside(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
@@ -165,10 +165,11 @@ impl Drop for TestHost {
                 gateway::show(&self.home().join("log").join(log));
             }
         }
-        // Roles start each other and sub-agents again, so this goes on until all is quiet. Whatever is found is found by this directory.
+        // Roles restart each other and sub-agents, so this is repeated until no process is left. Processes are identified by this
+        // directory.
         let ended = processes::end_all(self.directory.path());
         processes::remove_groups(&self.home());
-        // A test of a read-only home must not keep us from removing it.
+        // A test of a read-only home must not prevent its removal.
         let _ = fs::set_permissions(self.home(), std::os::unix::fs::PermissionsExt::from_mode(0o755));
         if !thread::panicking() {
             assert!(ended.is_ok(), "processes are left: {ended:?}");
@@ -176,12 +177,12 @@ impl Drop for TestHost {
     }
 }
 
-/// One sub-agent's part of a status.
+/// The entry of a sub-agent in a status.
 pub fn agent<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
     status["agents"].as_array()?.iter().find(|agent| agent["name"] == name)
 }
 
-/// A pid of a status; `None` where it is null.
+/// A pid in a status; `None` if it is null.
 pub fn pid(value: &Value) -> Option<u32> {
     u32::try_from(value.as_u64()?).ok()
 }

@@ -1,7 +1,6 @@
-//! A gateway that means ill: it has the certificate, and the depot, of one that a host has joined, and says whatever a test dictates.
+//! A hostile gateway: it has the certificate and the depot of a gateway that a host has joined, and sends whatever a test defines.
 //!
-//! What is not dictated is answered from the depot, and every heartbeat with the answer that was told last. Everything that it is asked is
-//! noted, with all headers.
+//! Other paths are served from the depot, and every heartbeat gets the last defined answer. Every request is recorded with all headers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,15 +20,15 @@ use super::gateway::Gateway;
 use super::host::SOON;
 use super::wait::wait_for;
 
-/// Who says nothing for so long has left.
+/// The limit of a connection that sends nothing.
 const IDLE: Duration = Duration::from_secs(120);
-/// Of endless data, so much at a time, and so much at the most: a host that takes it all has failed its test by then.
+/// The chunk size and the total of endless data: a host that accepts all of it has failed its test.
 const CHUNK: usize = 64 << 10;
 const ENDLESS: u64 = 1 << 30;
 
-/// What it was asked.
+/// A received request.
 #[derive(Debug, Clone)]
-pub struct Asked {
+pub struct HostileRequest {
     pub method: String,
     pub path: String,
     /// Names in lower case.
@@ -37,9 +36,9 @@ pub struct Asked {
     pub body: Vec<u8>,
 }
 
-/// What it says.
+/// A reply.
 #[derive(Debug, Clone)]
-pub struct Told {
+pub struct HostileReply {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: Body,
@@ -53,25 +52,25 @@ pub enum Body {
         length: u64,
         bytes: Vec<u8>,
     },
-    /// Never ends, and says no length.
+    /// Never ends, and has no length.
     Endless,
 }
 
-impl Told {
-    pub fn ok(body: impl Into<Vec<u8>>) -> Told {
-        Told { status: 200, headers: Vec::new(), body: Body::Whole(body.into()) }
+impl HostileReply {
+    pub fn ok(body: impl Into<Vec<u8>>) -> HostileReply {
+        HostileReply { status: 200, headers: Vec::new(), body: Body::Whole(body.into()) }
     }
 
-    pub fn status(status: u16) -> Told {
-        Told { status, ..Told::ok("") }
+    pub fn status(status: u16) -> HostileReply {
+        HostileReply { status, ..HostileReply::ok("") }
     }
 
-    pub fn redirect(to: String) -> Told {
-        Told { headers: vec![("location", to)], ..Told::status(302) }
+    pub fn redirect(to: String) -> HostileReply {
+        HostileReply { headers: vec![("location", to)], ..HostileReply::status(302) }
     }
 }
 
-type Route = Arc<dyn Fn(&Asked) -> Told + Send + Sync>;
+type Route = Arc<dyn Fn(&HostileRequest) -> HostileReply + Send + Sync>;
 
 #[derive(Default)]
 struct Shared {
@@ -80,17 +79,17 @@ struct Shared {
     generation: u64,
     answer: Value,
     answer_headers: Vec<(&'static str, String)>,
-    asked: Vec<Asked>,
+    requests: Vec<HostileRequest>,
 }
 
-/// It ends with the test program: a host's connection may outlive the test that is interested in it.
+/// It ends with the test program: a host's connection may outlive the test.
 pub struct Hostile {
     url: String,
     shared: Arc<Mutex<Shared>>,
 }
 
 impl Hostile {
-    /// With the gateway's certificate, on a port of its own; it wants nothing yet.
+    /// Starts it with the gateway's certificate on its own port; it orders nothing yet.
     pub fn in_place_of(gateway: &Gateway) -> Hostile {
         let certificate =
             CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("the gateway's certificate");
@@ -126,7 +125,7 @@ impl Hostile {
         &self.url
     }
 
-    /// A new generation of the desired state, which is given back.
+    /// Sets a new generation of the desired state, and returns it.
     pub fn want(&self, agents: Value, complete: bool) -> u64 {
         let mut shared = lock(&self.shared);
         shared.generation += 1;
@@ -137,38 +136,38 @@ impl Hostile {
         shared.generation
     }
 
-    /// What every heartbeat is answered from now on, with the host's id where none is given.
+    /// The answer to every heartbeat from now on; a missing agent id is added.
     pub fn answer(&self, answer: Value, headers: Vec<(&'static str, String)>) {
         let mut shared = lock(&self.shared);
         (shared.answer, shared.answer_headers) = (answer, headers);
     }
 
-    /// What a path is answered from now on.
-    pub fn on(&self, path: &str, answer: impl Fn(&Asked) -> Told + Send + Sync + 'static) {
+    /// The reply for a path from now on.
+    pub fn on(&self, path: &str, answer: impl Fn(&HostileRequest) -> HostileReply + Send + Sync + 'static) {
         lock(&self.shared).routes.insert(path.to_owned(), Arc::new(answer));
     }
 
-    /// Serves a package and its signature in the place of those of the depot.
+    /// Serves this package and signature instead of those of the depot.
     pub fn serve(&self, file: &str, package: &[u8], signature: &str) {
         for (name, content) in [(file.to_owned(), package), (format!("{file}.minisig"), signature.as_bytes())] {
             let content = content.to_vec();
-            self.on(&format!("/api/download/{name}"), move |_| Told::ok(content.clone()));
+            self.on(&format!("/api/download/{name}"), move |_| HostileReply::ok(content.clone()));
         }
     }
 
-    /// Everything that it was asked so far.
-    pub fn asked(&self) -> Vec<Asked> {
-        lock(&self.shared).asked.clone()
+    /// Every request so far.
+    pub fn requests(&self) -> Vec<HostileRequest> {
+        lock(&self.shared).requests.clone()
     }
 
     /// The bodies of all heartbeats so far.
     pub fn heartbeats(&self) -> Vec<Value> {
-        let asked = self.asked();
-        let heartbeats = asked.iter().filter(|asked| asked.path == "/api/heartbeat");
-        heartbeats.map(|asked| serde_json::from_slice(&asked.body).expect("a heartbeat is JSON")).collect()
+        let requests = self.requests();
+        let heartbeats = requests.iter().filter(|request| request.path == "/api/heartbeat");
+        heartbeats.map(|request| serde_json::from_slice(&request.body).expect("a heartbeat is JSON")).collect()
     }
 
-    /// Waits for an event, in any heartbeat so far or to come, that is as wanted.
+    /// Waits for an event, in any past or future heartbeat, that `wanted` accepts.
     #[track_caller]
     pub fn wait_for_event(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         wait_for(what, SOON, || {
@@ -179,7 +178,7 @@ impl Hostile {
         })
     }
 
-    /// Waits for a heartbeat, from now on, that is as wanted.
+    /// Waits for a new heartbeat that `wanted` accepts.
     #[track_caller]
     pub fn wait_for_heartbeat(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let seen = self.heartbeats().len();
@@ -188,30 +187,30 @@ impl Hostile {
 }
 
 fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
-    shared.lock().expect("nobody panicked")
+    shared.lock().expect("no thread panicked")
 }
 
 type Stream = BufReader<StreamOwned<ServerConnection, TcpStream>>;
 
-/// Answers one request; `None` where the connection ends.
+/// Handles one request; `None` if the connection ends.
 fn serve(stream: &mut Stream, shared: &Mutex<Shared>) -> Option<()> {
-    let asked = read(stream)?;
-    let told = told(&asked, shared);
-    let length = match &told.body {
+    let request = read(stream)?;
+    let reply = reply(&request, shared);
+    let length = match &reply.body {
         Body::Whole(bytes) => Some(bytes.len() as u64),
         Body::Lying { length, .. } => Some(*length),
         Body::Endless => None,
     };
-    let mut head = format!("HTTP/1.1 {} Told\r\n", told.status);
+    let mut head = format!("HTTP/1.1 {} Told\r\n", reply.status);
     if let Some(length) = length {
         head += &format!("content-length: {length}\r\n");
     }
-    for (name, value) in &told.headers {
+    for (name, value) in &reply.headers {
         head += &format!("{name}: {value}\r\n");
     }
     let stream = stream.get_mut();
     stream.write_all(format!("{head}\r\n").as_bytes()).ok()?;
-    match told.body {
+    match reply.body {
         Body::Whole(bytes) => stream.write_all(&bytes).and_then(|()| stream.flush()).ok(),
         Body::Lying { bytes, .. } => {
             stream.write_all(&bytes).and_then(|()| stream.flush()).ok()?;
@@ -227,31 +226,31 @@ fn serve(stream: &mut Stream, shared: &Mutex<Shared>) -> Option<()> {
     }
 }
 
-fn told(asked: &Asked, shared: &Mutex<Shared>) -> Told {
+fn reply(request: &HostileRequest, shared: &Mutex<Shared>) -> HostileReply {
     let route = {
         let mut shared = lock(shared);
-        shared.asked.push(asked.clone());
-        shared.routes.get(&asked.path).cloned()
+        shared.requests.push(request.clone());
+        shared.routes.get(&request.path).cloned()
     };
     if let Some(route) = route {
-        return route(asked);
+        return route(request);
     }
     let shared = lock(shared);
-    if asked.path == "/api/heartbeat" {
+    if request.path == "/api/heartbeat" {
         let mut answer = shared.answer.clone();
         if answer.get("agentId").is_none() {
-            answer["agentId"] = asked.headers.get("x-agent-id").cloned().unwrap_or_default().into();
+            answer["agentId"] = request.headers.get("x-agent-id").cloned().unwrap_or_default().into();
         }
-        return Told { headers: shared.answer_headers.clone(), ..Told::ok(answer.to_string()) };
+        return HostileReply { headers: shared.answer_headers.clone(), ..HostileReply::ok(answer.to_string()) };
     }
-    let file = asked.path.strip_prefix("/api/download/").map(|name| fs::read(shared.depot.join(name)));
+    let file = request.path.strip_prefix("/api/download/").map(|name| fs::read(shared.depot.join(name)));
     match file {
-        Some(Ok(bytes)) => Told::ok(bytes),
-        _ => Told::status(404),
+        Some(Ok(bytes)) => HostileReply::ok(bytes),
+        _ => HostileReply::status(404),
     }
 }
 
-fn read(stream: &mut Stream) -> Option<Asked> {
+fn read(stream: &mut Stream) -> Option<HostileRequest> {
     let mut line = String::new();
     stream.read_line(&mut line).ok().filter(|amount| *amount > 0)?;
     let mut words = line.split_whitespace();
@@ -265,5 +264,5 @@ fn read(stream: &mut Stream) -> Option<Asked> {
     }
     let mut body = vec![0; headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0)];
     stream.read_exact(&mut body).ok()?;
-    Some(Asked { method, path, headers, body })
+    Some(HostileRequest { method, path, headers, body })
 }

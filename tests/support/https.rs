@@ -1,4 +1,4 @@
-//! Requests written by hand, over TLS: exactly these bytes go to a gateway, and whatever comes back is looked at.
+//! Hand-written requests over TLS: exactly these bytes are sent to a gateway, and any response is accepted.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -11,14 +11,14 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use super::gateway::Gateway;
 
-/// For one request.
+/// The limit of one request.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What came back.
+/// A received response.
 #[derive(Debug)]
 pub struct Response {
     pub status: u16,
-    /// As it came, lower case names first: `name: value` lines.
+    /// Header lines as `name: value`, names in lower case.
     pub head: String,
     pub body: Vec<u8>,
 }
@@ -41,7 +41,7 @@ impl Response {
     }
 }
 
-/// A client that trusts one gateway's certificate alone.
+/// A client that trusts one gateway's certificate only.
 #[derive(Clone)]
 pub struct Https {
     address: String,
@@ -62,7 +62,7 @@ impl Https {
         Https { address: gateway.url().trim_start_matches("https://").to_owned(), config: Arc::new(config) }
     }
 
-    /// A request without body: `GET`, a path exactly as it is to be sent, further header lines.
+    /// A request without body: a method, a path exactly as it is to be sent, further header lines.
     #[track_caller]
     pub fn ask(&self, method: &str, path: &str, headers: &[&str]) -> Response {
         self.send(method, path, headers, b"")
@@ -80,7 +80,7 @@ impl Https {
         self.send("POST", "/api/heartbeat", &[&id], heartbeat.to_string().as_bytes())
     }
 
-    /// A connection, for whatever is to be said.
+    /// A raw connection.
     pub fn connect(
         &self,
     ) -> Result<StreamOwned<ClientConnection, TcpStream>, Box<dyn std::error::Error + Send + Sync>> {

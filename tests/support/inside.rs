@@ -1,4 +1,4 @@
-//! A gateway inside a container, where hosts of the old platform expect it: on 127.0.0.1:8888.
+//! A gateway inside a container, at the address that hosts of the old platform use: 127.0.0.1:8888.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -15,40 +15,40 @@ use super::gateway::Gateway;
 use super::host::{SOON, agent, pid};
 use super::wait::try_for;
 
-/// The program under test, in a place that is not compared.
+/// The program under test, in a path that is not compared.
 pub const PROGRAM: &str = "/tmp/aops";
 /// The gateway's directory.
 pub const DIRECTORY: &str = "/tmp/gateway";
 /// Its endpoint.
 pub const URL: &str = "https://127.0.0.1:8888";
 
-/// The command that the old platform prints, word for word.
+/// The command that the old platform prints, verbatim.
 pub const VERBATIM: &str = "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/aops-agent-service-linux-amd64 \
     -H 'x-agent-id: 5402204854438' -o aops-agent-service-linux-amd64 && chmod +x aops-agent-service-linux-amd64 && \
     ./aops-agent-service-linux-amd64 --control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888";
-/// What it fetches.
+/// The file that it downloads.
 pub const BOOTSTRAP: &str = "/root/aops-agent-service-linux-amd64";
 
-/// A gateway that runs inside a container; it ends when this is dropped.
+/// A gateway that runs inside a container; dropping it stops it.
 #[derive(Debug)]
 pub struct Inside<'a> {
     container: &'a Container,
-    /// Where it was made; what is published later goes here first.
+    /// The gateway outside in which it was created; later packages are published there first.
     outside: Gateway,
     running: Option<Running<'a>>,
     /// Host and port.
     address: &'static str,
-    /// The network namespace of the container's that it runs in, by name; `None`: the container's own.
+    /// The name of its network namespace inside the container; `None`: the container's own.
     network: Option<&'static str>,
 }
 
 impl<'a> Inside<'a> {
-    /// One with what was published with `outside`, which does not run itself.
+    /// Starts a gateway with the depot of `outside`, which does not run itself.
     pub fn start(container: &'a Container, outside: Gateway) -> Inside<'a> {
         Inside::start_at(container, outside, "127.0.0.1:8888", None)
     }
 
-    /// As [`Inside::start`], elsewhere in the container's networks.
+    /// As [`Inside::start`], at another address of the container's networks.
     pub fn start_at(
         container: &'a Container,
         outside: Gateway,
@@ -75,25 +75,25 @@ impl<'a> Inside<'a> {
         self.running = None;
     }
 
-    /// Publishes more with the gateway outside, and brings the depot in.
+    /// Publishes packages with the gateway outside, and copies the depot into the container.
     pub fn publish(&self, publish: impl FnOnce(&Gateway)) {
         publish(&self.outside);
         self.bring("depot");
     }
 
-    /// Replaces `fleet.toml` whole.
+    /// Replaces `fleet.toml` atomically.
     pub fn fleet(&self, text: &str) {
         self.outside.fleet(text);
         self.container.write(Path::new(DIRECTORY).join("fleet.toml"), text, 0o644);
     }
 
-    /// What `aops gateway status --json` says.
+    /// The output of `aops gateway status --json`.
     #[track_caller]
     pub fn status(&self) -> Value {
         self.container.run(&[PROGRAM, "gateway", "status", "--dir", DIRECTORY, "--json"]).expect_code(0).json()
     }
 
-    /// Copies a part of the gateway's directory, whole.
+    /// Replaces a part of the gateway's directory with a copy.
     fn bring(&self, part: &str) {
         let target = self.container.path(DIRECTORY).join(part);
         fs::create_dir_all(&target).expect("the container's files are ours");
@@ -103,19 +103,19 @@ impl<'a> Inside<'a> {
     }
 }
 
-/// `aops control status --json` of the default home, by its own `control`.
+/// The output of `aops control status --json` of the default home's `control`.
 #[track_caller]
 pub fn status(container: &Container) -> Value {
     container.run(&["/opt/aops/control", "status", "--json"]).json()
 }
 
-/// Waits until that status is as wanted, and gives it.
+/// Waits until `wanted` accepts that status, and returns it.
 #[track_caller]
 pub fn wait_for_status(container: &Container, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     wait_within(container, SOON, what, wanted)
 }
 
-/// As [`wait_for_status`], for what takes its time.
+/// As [`wait_for_status`], with another deadline.
 #[track_caller]
 pub fn wait_within(container: &Container, limit: Duration, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let mut last = Value::Null;
@@ -123,10 +123,10 @@ pub fn wait_within(container: &Container, limit: Duration, what: &str, wanted: i
         last = status(container);
         wanted(&last).then(|| last.clone())
     });
-    found.unwrap_or_else(|| panic!("waited {limit:?} in vain for {what}; the last status: {last:#}"))
+    found.unwrap_or_else(|| panic!("timed out after {limit:?} waiting for {what}; the last status: {last:#}"))
 }
 
-/// Waits until these sub-agents run, and gives their pids, as the container counts them.
+/// Waits until these sub-agents run, and returns their pids as seen inside the container.
 #[track_caller]
 pub fn wait_for_agents(container: &Container, names: &[&str]) -> Vec<u32> {
     let pids = |status: &Value| -> Option<Vec<u32>> {
@@ -139,13 +139,13 @@ pub fn wait_for_agents(container: &Container, names: &[&str]) -> Vec<u32> {
     pids(&status).expect("it was waited for")
 }
 
-/// The processes that have to do with an installation of ours.
+/// The processes of an installation of aops.
 pub fn processes_of_aops(container: &Container) -> Vec<(u32, String)> {
     let ours = |words: &str| !words.contains(PROGRAM) && (words.contains("aops") || words.contains("1000000"));
     container.processes().into_iter().filter(|(_, words)| ours(words)).collect()
 }
 
-/// Runs a script inside which must succeed.
+/// Runs a script inside, which must succeed.
 #[track_caller]
 pub fn done(container: &Container, script: &str) -> Output {
     container.run(&["sh", "-c", script]).expect_code(0)

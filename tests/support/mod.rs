@@ -1,6 +1,6 @@
-//! What the scenarios of the suite are built of: hosts in a temporary home, gateways, packages, containers.
+//! The parts that scenarios are built from: hosts in a temporary home, gateways, packages, containers.
 //!
-//! Everything here panics when it cannot do its work: it runs in tests. What a test starts or makes is gone when it ends, also when it
+//! Functions panic when they fail, since they run in tests. Whatever a test starts or creates is removed when the test ends, even if it
 //! fails or is killed.
 
 #![allow(dead_code, unreachable_pub, reason = "a box of tools for scenarios, each of which uses some")]
@@ -25,7 +25,7 @@ pub mod wait;
 
 use std::path::PathBuf;
 
-/// The program under test: the one of this build, or the one that `AOPS_TEST_EXECUTABLE` names.
+/// The program under test: the one of this build, or the one in `AOPS_TEST_EXECUTABLE`.
 pub fn aops() -> PathBuf {
     std::env::var_os("AOPS_TEST_EXECUTABLE").map_or_else(|| env!("CARGO_BIN_EXE_aops").into(), PathBuf::from)
 }

@@ -1,4 +1,4 @@
-//! A name server in a network namespace, that takes its time: it answers every question after an IPv4 address with one and the same.
+//! A slow name server in a network namespace: it answers every query for an IPv4 address with the same address, after a delay.
 
 use std::fs::File;
 use std::io;
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-const LOOK: Duration = Duration::from_millis(50);
-/// The header of a message.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// The length of a message's header.
 const HEADER: usize = 12;
 
 /// Answers until it is dropped.
@@ -25,17 +25,17 @@ pub struct NameServer {
 }
 
 impl NameServer {
-    /// At port 53 of `address`, in the network namespace whose file is `network`.
+    /// Listens on port 53 of `address`, in the network namespace of the file `network`.
     pub fn start(network: &Path, address: Ipv4Addr) -> NameServer {
-        let network = File::open(network).expect("the network namespace stands");
+        let network = File::open(network).expect("the network namespace exists");
         let (delay, stopping) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (slow, stop) = (Arc::clone(&delay), Arc::clone(&stopping));
         let (ready, is_ready) = mpsc::channel();
-        // A thread of its own is moved there, and this one stays.
+        // A separate thread enters the namespace; the current one stays.
         let thread = thread::spawn(move || {
             move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).expect("we are root");
-            let socket = UdpSocket::bind((address, 53)).expect("nobody else serves names there");
-            socket.set_read_timeout(Some(LOOK)).expect("a socket can have a time limit");
+            let socket = UdpSocket::bind((address, 53)).expect("the address is free");
+            socket.set_read_timeout(Some(POLL_INTERVAL)).expect("a socket can have a time limit");
             let _ = ready.send(());
             serve(&socket, address, &slow, &stop);
         });
@@ -43,7 +43,7 @@ impl NameServer {
         NameServer { delay, stopping, thread: Some(thread) }
     }
 
-    /// From now on every answer comes so much later.
+    /// Sets the delay of every answer from now on.
     pub fn take(&self, delay: Duration) {
         self.delay.store(delay.as_millis() as u64, Ordering::SeqCst);
     }
@@ -86,10 +86,10 @@ fn answer(question: &[u8], address: Ipv4Addr) -> Option<Vec<u8>> {
     let end = HEADER + name + 1 + 4;
     let is_for_ipv4 = question.get(end - 4..end - 2)? == [0, 1];
     let mut answer = question[..end].to_vec();
-    // A response, recursion desired and available, no error; one question, and an answer or none.
+    // A response, recursion desired and available, no error; one question, and one answer or none.
     answer[2..HEADER].copy_from_slice(&[0x81, 0x80, 0, 1, 0, u8::from(is_for_ipv4), 0, 0, 0, 0]);
     if is_for_ipv4 {
-        // The name is that of the question; type A, class IN, valid for no time, 4 bytes.
+        // The name of the question; type A, class IN, TTL 0, 4 bytes.
         answer.extend([0xc0, HEADER as u8, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
         answer.extend(address.octets());
     }

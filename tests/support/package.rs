@@ -1,4 +1,4 @@
-//! Builds the directories that are published as packages: native sub-agents, and those with a `control` script as open-falcon's were.
+//! Builds the directories that are published as packages: native sub-agents, and those with a `control` script as for open-falcon.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-/// A directory to be published; removed when this is dropped.
+/// A directory to publish; dropping it removes the directory.
 #[derive(Debug)]
 pub struct Package {
     directory: TempDir,
@@ -16,8 +16,8 @@ pub struct Package {
 }
 
 impl Package {
-    /// A native package whose manifest has `command`, and the tables and keys of `more` after `[run]`'s. Its probation is a second, unless
-    /// `more` says otherwise.
+    /// A native package whose manifest has `command`, and the tables and keys of `more` after those of `[run]`. Its probation is a second
+    /// unless `more` sets it.
     pub fn native(name: &str, version: &str, command: &[&str], more: &str) -> Package {
         let package = Package::empty(name, version, true);
         let command = serde_json::to_string(command).expect("texts are JSON");
@@ -27,7 +27,7 @@ impl Package {
         package.with_file("agent.toml", manifest, 0o644)
     }
 
-    /// A native sub-agent that does nothing, for ever.
+    /// A native sub-agent that only sleeps.
     pub fn sleeper(name: &str, version: &str) -> Package {
         Package::script(name, version, "exec sleep 1000000", "")
     }
@@ -45,12 +45,12 @@ impl Package {
             .with_file(&format!("bin/{name}"), format!("#!/bin/sh\n{script}\n"), 0o755)
     }
 
-    /// A package with a `control` script whose program does nothing, for ever.
+    /// A package with a `control` script whose program only sleeps.
     pub fn control_sleeper(name: &str, version: &str) -> Package {
         Package::control(name, version, "exec sleep 1000000")
     }
 
-    /// Nothing yet, of that name and version: what is to be in it is added.
+    /// An empty package of that name and version, to which files are added.
     pub fn plain(name: &str, version: &str) -> Package {
         Package::empty(name, version, false)
     }
@@ -60,7 +60,7 @@ impl Package {
         Package { directory, name: name.to_owned(), version: version.to_owned(), is_native }
     }
 
-    /// Adds a file, with that mode.
+    /// Adds a file with that mode.
     pub fn with_file(self, path: &str, content: impl AsRef<[u8]>, mode: u32) -> Package {
         let path = self.path().join(path);
         let parent = path.parent().expect("a file lies in a directory");
@@ -82,7 +82,7 @@ impl Package {
         &self.version
     }
 
-    /// The arguments of `aops gateway publish` for it: a `control` package does not say itself what it is.
+    /// The arguments of `aops gateway publish` for it: a `control` package has no manifest with its name and version.
     pub fn arguments(&self) -> Vec<String> {
         let path = self.path().display().to_string();
         if self.is_native {
@@ -92,7 +92,7 @@ impl Package {
     }
 }
 
-/// As such scripts are: a pid file beside them, output into a file of their own, `stoped` spelled so.
+/// A typical script: a pid file beside it, output into its own file, `stoped` in that spelling.
 const CONTROL: &str = r#"#!/bin/sh
 cd "$(dirname "$0")" || exit 1
 mkdir -p var

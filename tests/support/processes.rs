@@ -1,6 +1,6 @@
-//! The processes that belong to a home: found by what they run and by the mark in their environment, ended by their pids.
+//! The processes of a home: found by their program and by the marker in their environment, killed by their pids.
 //!
-//! A home of a test is a temporary directory of its own, so whatever names it belongs to that test.
+//! A test's home is a temporary directory of its own, so a process that names it belongs to that test.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,18 +12,18 @@ use sha2::{Digest as _, Sha256};
 
 use super::wait::try_for;
 
-/// For a killed process to be gone.
+/// The deadline for a killed process to be gone.
 const END: Duration = Duration::from_secs(10);
 
-/// A process that belongs to a home.
+/// A process of a home.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
     pub pid: u32,
     pub command: String,
 }
 
-/// The living processes whose program, working directory, arguments or environment (`AOPS_HOME`) name `home`, and those that its records
-/// name; without ourselves.
+/// The live processes whose program, working directory, arguments or environment (`AOPS_HOME`) name `home`, and those in its records;
+/// without the current process.
 pub fn of_home(home: &Path) -> Vec<Process> {
     let recorded = recorded(home);
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -34,16 +34,16 @@ pub fn of_home(home: &Path) -> Vec<Process> {
         .collect()
 }
 
-/// Whether a process runs: one that has ended and was not waited for yet does not.
+/// Whether a process runs: a process that has exited and was not waited for does not.
 pub fn is_alive(pid: u32) -> bool {
-    // The state stands after the name, which may hold anything, a closing bracket included.
+    // The state follows the name, which may contain any character, even a closing bracket.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| !matches!(rest.trim_start().chars().next(), None | Some('Z' | 'X')))
 }
 
-/// Ends every process of `home` at once; `Err`: those that are left.
+/// Kills every process of `home` at once; `Err` has those that are left.
 pub fn end_all(home: &Path) -> Result<(), Vec<Process>> {
-    // They are stopped first, so that none sees another one end and starts it again.
+    // They are stopped first, so that none notices the end of another and restarts it.
     let mut stopped = BTreeSet::<u32>::new();
     let all_stopped = try_for(END, || {
         let new: Vec<u32> =
@@ -61,7 +61,7 @@ pub fn end_all(home: &Path) -> Result<(), Vec<Process>> {
     gone.ok_or_else(|| of_home(home))
 }
 
-/// The cgroups in which a home's sub-agents have theirs, without a service manager.
+/// The parent cgroups of a home's sub-agents, without a service manager.
 pub fn groups(home: &Path) -> Vec<PathBuf> {
     let digest = Sha256::digest(home.as_os_str().as_encoded_bytes());
     let digits: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
@@ -71,7 +71,7 @@ pub fn groups(home: &Path) -> Vec<PathBuf> {
     places.filter(|place| place.is_dir()).collect()
 }
 
-/// Takes away the cgroups that a home's sub-agents had, whose processes have ended.
+/// Removes the cgroups of a home's sub-agents, whose processes have ended.
 pub fn remove_groups(home: &Path) {
     for place in groups(home) {
         for group in fs::read_dir(&place).into_iter().flatten().flatten() {
@@ -81,7 +81,7 @@ pub fn remove_groups(home: &Path) {
     }
 }
 
-/// The living children of a process.
+/// The live children of a process.
 pub fn children(parent: u32) -> Vec<u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -93,15 +93,15 @@ pub fn children(parent: u32) -> Vec<u32> {
     .collect()
 }
 
-/// Sends a signal; that the process is gone is no error.
+/// Sends a signal; a process that has ended is no error.
 pub fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);
     }
 }
 
-/// The pids that the records in `run/agents` name. A record may outlive its process, and its pid be somebody else's by now: only a
-/// sub-agent counts, which its environment tells.
+/// The pids in the records of `run/agents`. A record may outlive its process, and its pid may be reused: only a process with a sub-agent's
+/// environment counts.
 fn recorded(home: &Path) -> Vec<u32> {
     let records = fs::read_dir(home.join("run/agents")).into_iter().flatten().flatten();
     let pids = records.filter_map(|record| {
@@ -125,12 +125,12 @@ fn command(pid: u32) -> String {
     words(pid, "cmdline").join(" ")
 }
 
-/// The environment that a process was started with, `NAME=value` each.
+/// The initial environment of a process, as `NAME=value`.
 pub fn environment(pid: u32) -> Vec<String> {
     words(pid, "environ")
 }
 
-/// The living processes that bear a sub-agent's mark.
+/// The live processes with a sub-agent's environment marker.
 pub fn marked(home: &Path, name: &str) -> Vec<u32> {
     let marks = [format!("AOPS_HOME={}", home.display()), format!("AOPS_AGENT_NAME={name}")];
     let bears = |pid: u32| {
@@ -140,7 +140,7 @@ pub fn marked(home: &Path, name: &str) -> Vec<u32> {
     of_home(home).into_iter().map(|process| process.pid).filter(|pid| bears(*pid)).collect()
 }
 
-/// The words of a file of `/proc/PID` that separates them by zero bytes.
+/// The NUL-separated words of a file of `/proc/PID`.
 pub fn words(pid: u32, file: &str) -> Vec<String> {
     let bytes = fs::read(process(pid).join(file)).unwrap_or_default();
     bytes

@@ -1,4 +1,4 @@
-//! Releases of the manager to upgrade to: the program under test with other bytes, and programs that are bad in some way.
+//! Releases of the manager for upgrades: the program under test with different bytes, and bad programs.
 
 use std::fs;
 use std::io::Write;
@@ -9,10 +9,10 @@ use std::sync::OnceLock;
 use super::aops;
 use super::package::Package;
 
-/// The manager's package.
+/// The name of the manager's package.
 pub const NAME: &str = "aops-spm";
 
-/// The program under test, with other bytes than any other version has.
+/// The program under test, with bytes that differ between versions.
 pub fn good(version: &str) -> Package {
     with_executable(version, executable(version))
 }
@@ -20,7 +20,7 @@ pub fn good(version: &str) -> Package {
 /// The bytes of [`good`]'s executable.
 pub fn executable(version: &str) -> Vec<u8> {
     let mut bytes = fs::read(aops()).expect("the program under test can be read");
-    // What follows the sections of an ELF file changes nothing.
+    // Bytes after the sections of an ELF file change nothing.
     bytes.extend_from_slice(format!("release {version}\n").as_bytes());
     bytes
 }
@@ -29,7 +29,7 @@ pub fn with_executable(version: &str, executable: impl AsRef<[u8]>) -> Package {
     Package::plain(NAME, version).with_file("bin/aops", executable, 0o755)
 }
 
-/// A good program of another release than any that is published, for bad ones to run where they are good.
+/// A good program of an unpublished release, which bad ones run for the roles in which they are good.
 pub fn real() -> PathBuf {
     static REAL: OnceLock<PathBuf> = OnceLock::new();
     let make = || {
@@ -37,20 +37,20 @@ pub fn real() -> PathBuf {
         let mut new = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).expect("target can be written");
         new.write_all(&executable("for scripts")).expect("target can be written");
         fs::set_permissions(new.path(), fs::Permissions::from_mode(0o755)).expect("the file is ours");
-        // What is written cannot be run: it is renamed and closed first.
+        // A file that is open for writing cannot be executed: it is closed and renamed first.
         new.persist(&path).expect("target can be written");
         path
     };
     REAL.get_or_init(make).clone()
 }
 
-/// One that is good in every other role, and as the manager does this: shell words, in which `$A` is a good program, which lies at `real`,
-/// and `$2` the home.
+/// A program that is good in every other role, and as the manager runs this: shell words, in which `$A` is a good program, which is at
+/// `real`, and `$2` the home.
 pub fn bad_manager(version: &str, real: &str, manager: &str) -> Package {
     bad(version, real, manager, "exec $A \"$@\"")
 }
 
-/// As [`bad_manager`]; `preflight` is what it does when it is to read the home's state.
+/// As [`bad_manager`]; `preflight` is run when it has to read the home's state.
 pub fn bad(version: &str, real: &str, manager: &str, preflight: &str) -> Package {
     let script = SCRIPT.replace("@REAL@", real).replace("@MANAGER@", manager).replace("@PREFLIGHT@", preflight);
     with_executable(version, script)

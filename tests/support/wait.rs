@@ -1,20 +1,20 @@
-//! Waiting for a thing itself, with a deadline: no test sleeps and hopes.
+//! Waits for an event itself, with a deadline: no test relies on a sleep.
 
 use std::time::{Duration, Instant};
 
-/// Between two looks.
+/// The interval between two attempts.
 const PAUSE: Duration = Duration::from_millis(15);
 
-/// Looks until `attempt` finds what it looks for; panics, naming `what`, when `deadline` has passed.
+/// Calls `attempt` until it returns a value; panics with `what` after `deadline`.
 #[track_caller]
 pub fn wait_for<T>(what: &str, deadline: Duration, attempt: impl FnMut() -> Option<T>) -> T {
     match try_for(deadline, attempt) {
         Some(found) => found,
-        None => panic!("waited {deadline:?} in vain for {what}"),
+        None => panic!("timed out after {deadline:?} waiting for {what}"),
     }
 }
 
-/// As [`wait_for`]; `None` when `deadline` has passed.
+/// As [`wait_for`]; `None` after `deadline`.
 pub fn try_for<T>(deadline: Duration, mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
     let started = Instant::now();
     loop {
@@ -24,7 +24,7 @@ pub fn try_for<T>(deadline: Duration, mut attempt: impl FnMut() -> Option<T>) ->
         if started.elapsed() >= deadline {
             return None;
         }
-        // Nobody unparks us; waking early does no harm.
+        // No thread unparks this one; an early wake-up does no harm.
         std::thread::park_timeout(PAUSE);
     }
 }

@@ -1,4 +1,4 @@
-//! Debian packages: installed where a program is missing, or only fetched and unpacked. Mirrors are those of the machine's own apt.
+//! Debian packages: installed where a program is missing, or only fetched and unpacked. Uses the mirrors of the machine's apt.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,16 +8,16 @@ use std::sync::Once;
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::{is_root, is_there, read, run, run_quietly, say, text};
+use crate::command::{is_installed, is_root, read, run, run_quietly, say, text};
 use crate::workspace;
 
-/// A program that a task needs, and the Debian package that brings it.
+/// A program that a task needs, and the Debian package that contains it.
 pub(crate) type Need = (&'static str, &'static str);
 
 /// Installs the packages whose programs are missing.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     let missing = || {
-        let missing = needs.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package);
+        let missing = needs.iter().filter(|(program, _)| !is_installed(program)).map(|(_, package)| *package);
         missing.collect::<BTreeSet<_>>()
     };
     if missing().is_empty() {
@@ -30,21 +30,21 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
         return Ok(());
     }
     let packages = missing.join(" ");
-    if !is_there("apt-get") {
+    if !is_installed("apt-get") {
         bail!(
-            "programs of the Debian packages {packages} are missing, and this machine has no apt-get: install them by its own means"
+            "cannot install the Debian packages {packages}: apt-get not found; install their programs with this machine's package manager"
         );
     }
     let command = format!("apt-get install -y --no-install-recommends {packages}");
     if !is_root() {
-        bail!("programs are missing; install them with: sudo {command}");
+        bail!("cannot install missing programs without root; run: sudo {command}");
     }
     say(&format!("installing the Debian packages {packages}"));
     static UPDATED: Once = Once::new();
     UPDATED.call_once(|| {
-        // Lists that are a little old may well do; if not, the installation says so.
+        // Slightly old lists may be good enough; if not, the installation reports it.
         if let Err(error) = run(&mut apt_get(None, &["update"])) {
-            say(&format!("{error:#}; going on with the package lists that are there"));
+            say(&format!("{error:#}; continuing with the existing package lists"));
         }
     });
     let mut arguments = vec!["install", "-y", "--no-install-recommends"];
@@ -52,7 +52,7 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     run(&mut apt_get(None, &arguments))
 }
 
-/// The Debian mirror that the machine's own apt uses.
+/// The Debian mirror that the machine's apt uses.
 pub(crate) fn mirror() -> Result<String> {
     let ask = |filters: &[&str]| {
         read(
@@ -61,27 +61,27 @@ pub(crate) fn mirror() -> Result<String> {
                 .args(filters),
         )
     };
-    // Only lists that were fetched say whose they are; without any, the first source is taken.
+    // Only fetched lists name their origin; without any, the first source is used.
     for filters in [&["Origin: Debian", "Label: Debian"][..], &[]] {
         if let Some(mirror) = ask(filters)?.lines().next() {
             return Ok(mirror.trim_end_matches('/').to_owned());
         }
     }
-    bail!("cannot tell a Debian mirror: apt has no package sources on this machine")
+    bail!("cannot find a Debian mirror: apt has no package sources on this machine")
 }
 
-/// An apt with lists of its own: it needs no root and leaves the machine's lists alone.
+/// An apt with its own package lists: it needs no root and does not change the machine's lists.
 pub(crate) struct Private {
     config: PathBuf,
     directory: PathBuf,
 }
 
 impl Private {
-    /// One that sees `suite` of the machine's mirror; its lists are fetched.
+    /// Fetches the lists of `suite` from the machine's mirror.
     pub(crate) fn of(suite: &str) -> Result<Private> {
-        let directory = workspace::kept(&format!("apt-{suite}"));
+        let directory = workspace::cache_path(&format!("apt-{suite}"));
         for part in ["state/lists/partial", "cache/archives/partial", "parts"] {
-            fs::create_dir_all(directory.join(part)).context("cannot make a directory for apt")?;
+            fs::create_dir_all(directory.join(part)).context("cannot create a directory for apt")?;
         }
         let sources = directory.join("sources.list");
         fs::write(&sources, format!("deb [signed-by={KEYRING}] {} {suite} main\n", mirror()?))?;
@@ -101,7 +101,7 @@ impl Private {
         Ok(private)
     }
 
-    /// The versions of a package on offer.
+    /// The available versions of a package.
     pub(crate) fn versions(&self, package: &str) -> Result<Vec<String>> {
         let table = read(Command::new("apt-cache").env("APT_CONFIG", &self.config).args(["madison", package]))?;
         let versions = table.lines().filter_map(|line| line.split('|').nth(1)).map(|version| version.trim().to_owned());
@@ -110,8 +110,8 @@ impl Private {
 
     /// Fetches a package (`name` or `name=version`) and unpacks it below `into`.
     pub(crate) fn unpack(&self, package: &str, into: &Path) -> Result<()> {
-        fs::create_dir_all(into).with_context(|| format!("cannot make {}", into.display()))?;
-        let fetched = tempfile::tempdir_in(&self.directory).context("cannot make a temporary directory")?;
+        fs::create_dir_all(into).with_context(|| format!("cannot create {}", into.display()))?;
+        let fetched = tempfile::tempdir_in(&self.directory).context("cannot create a temporary directory")?;
         run_quietly(apt_get(Some(&self.config), &["download", "-q", package]).current_dir(fetched.path()))?;
         for file in fs::read_dir(fetched.path())? {
             run_quietly(Command::new("dpkg-deb").arg("-x").arg(file?.path()).arg(into))?;
@@ -120,7 +120,7 @@ impl Private {
     }
 }
 
-/// Where Debian keeps the keys of its archive.
+/// The keys of Debian's archive.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 fn apt_get(config: Option<&Path>, arguments: &[&str]) -> Command {

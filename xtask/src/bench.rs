@@ -1,14 +1,14 @@
-//! `cargo xtask bench`: measurements of release builds, on this machine.
-#![allow(clippy::print_stdout, reason = "the figures are its result")]
+//! `cargo xtask bench`: measures release builds on this machine.
+#![allow(clippy::print_stdout, reason = "the figures are its output")]
 
 mod contestant;
-mod door;
+mod control_socket;
 mod install;
 mod leaks;
+mod manager_restart;
 mod overall;
 mod probe;
 mod reports;
-mod revival;
 mod rivals;
 mod statistics;
 mod supervise;
@@ -33,13 +33,13 @@ pub(crate) struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum What {
-    /// Supervision beside a floor written in C and the other supervisors that are installed: latency, CPU, memory, idle wake-ups
+    /// Compare supervision with a minimal supervisor in C and the installed supervisors: latency, CPU, memory, idle wake-ups
     Supervise(supervise::Arguments),
-    /// Taking in packages beside a shell pipeline: CPU, wall time, memory, for real binaries and for many small files
+    /// Compare the installation of packages with a shell pipeline: CPU, wall time, memory, for large binaries and many small files
     Install(install::Arguments),
-    /// Whether the manager grows over thousands of restarts and heartbeats
+    /// Check that the manager does not grow over thousands of restarts and heartbeats
     Leaks(leaks::Arguments),
-    /// Upgrades of the manager in a row: how long no manager answers, and that the sub-agents keep their processes
+    /// Upgrade the manager repeatedly: measure the time without a manager, check that sub-agents keep their processes
     Upgrade(upgrade::Arguments),
 }
 
@@ -53,19 +53,19 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
 }
 
-/// Builds the release with these features, and keeps the executable under a name of its own.
+/// Builds the release with these features, and copies the executable to `name`.
 fn build(features: &[&str], name: &str) -> Result<PathBuf> {
     command::run(
         cargo().current_dir(workspace::root()).args(["build", "--locked", "--release", "-p", "aops"]).args(features),
     )?;
-    let kept = workspace::kept(name);
-    fs::create_dir_all(workspace::kept(""))?;
+    let kept = workspace::cache_path(name);
+    fs::create_dir_all(workspace::cache_path(""))?;
     workspace::remove(&kept)?;
-    fs::copy(workspace::target().join("release/aops"), &kept).context("cannot keep the executable")?;
+    fs::copy(workspace::target().join("release/aops"), &kept).context("cannot copy the executable")?;
     Ok(kept)
 }
 
-/// What was run where, above the figures.
+/// The heading of the figures: command, machine, versions.
 fn heading(task: &str) -> Result<String> {
     let fact = |file: &str, name: &str| {
         let text = fs::read_to_string(file).unwrap_or_default();

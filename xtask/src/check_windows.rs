@@ -8,7 +8,7 @@ use crate::toolchain::Toolchain;
 
 const TARGETS: &[&str] = &["x86_64-pc-windows-gnu", "i686-pc-windows-gnu"];
 
-/// Some dependencies compile C even to be type-checked.
+/// Some dependencies compile C code even for a type check.
 pub(crate) const NEEDS: &[apt::Need] =
     &[("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64-posix"), ("i686-w64-mingw32-gcc", "gcc-mingw-w64-i686-posix")];
 

@@ -1,13 +1,13 @@
-//! `cargo xtask ci`: everything that must hold before a change is merged; with a name, that check alone.
+//! `cargo xtask ci`: every check that a change must pass before it is merged, or the named checks.
 //!
 //! ```text
-//! in front:  format, tidy, lints ... unit tests, scenarios ...     one after the other, shown as they run
-//! beside:    the checks that only build, at a lower priority       each into a log of its own, shown where it fails
-//! set-up:    Debian packages and root file systems                 likewise; who needs one of them waits for it
+//! foreground:  format, tidy, lints ... unit tests, scenarios ...   one after the other, with output as it is printed
+//! background:  the checks that only build, at a lower priority    each with a log, printed if the check fails
+//! set-up:      Debian packages and root file systems              likewise; a check that needs one of them waits for it
 //! ```
 //!
-//! The scenarios mostly wait, so what only builds goes on meanwhile. What one check has built the next ones use.
-#![allow(clippy::print_stdout, reason = "the course of the checks is its result")]
+//! Scenarios mostly wait, so builds run in the background meanwhile. A check uses what an earlier one has built.
+#![allow(clippy::print_stdout, reason = "the results of the checks are its output")]
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -33,54 +33,58 @@ pub(crate) struct Arguments {
 /// One check.
 struct Check {
     name: &'static str,
-    is_beside: bool,
+    is_background: bool,
     program: Program,
     words: &'static [&'static str],
-    /// More words where all checks run: what an earlier one has built is used.
+    /// Further arguments if all checks run: they name what an earlier check has built.
     shared: &'static [&'static str],
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Program {
     Cargo,
-    /// One of our own tasks.
+    /// One of the tasks of xtask.
     Task,
 }
 
 const CHECKS: &[Check] = &[
-    front("format", Program::Cargo, &["fmt", "--all", "--check"]),
-    front("tidy", Program::Task, &["tidy"]),
-    front("lints", Program::Cargo, &["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"]),
-    front(
+    foreground("format", Program::Cargo, &["fmt", "--all", "--check"]),
+    foreground("tidy", Program::Task, &["tidy"]),
+    foreground(
+        "lints",
+        Program::Cargo,
+        &["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"],
+    ),
+    foreground(
         "lints-without-gateway",
         Program::Cargo,
         &["clippy", "--locked", "-p", "aops", "--no-default-features", "--", "-D", "warnings"],
     ),
-    front("unit-tests", Program::Cargo, &["test", "--locked", "--workspace", "--bins"]),
-    front("scenarios", Program::Task, &["test", "--test", "suite"]),
+    foreground("unit-tests", Program::Cargo, &["test", "--locked", "--workspace", "--bins"]),
+    foreground("scenarios", Program::Task, &["test", "--test", "suite"]),
     Check {
         shared: &["--executable", BUILT_BY_SCENARIOS],
-        ..front("static-executable", Program::Task, &["dist", "--target", "linux/amd64", "--profile", "ci"])
+        ..foreground("static-executable", Program::Task, &["dist", "--target", "linux/amd64", "--profile", "ci"])
     },
-    Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..front("demo", Program::Task, &["demo"]) },
-    front("tests-for-windows", Program::Task, &["test-windows"]),
-    beside("windows", &["check-windows"]),
-    beside("build-of-tests-for-windows", &["test-windows", "--no-run"]),
-    beside("dependencies", &["deny"]),
-    beside("fuzz-targets", &["fuzz", "--seconds", "5"]),
+    Check { shared: &["--executable", BUILT_BY_SCENARIOS], ..foreground("demo", Program::Task, &["demo"]) },
+    foreground("tests-for-windows", Program::Task, &["test-windows"]),
+    background("windows", &["check-windows"]),
+    background("build-of-tests-for-windows", &["test-windows", "--no-run"]),
+    background("dependencies", &["deny"]),
+    background("fuzz-targets", &["fuzz", "--seconds", "5"]),
 ];
 
-/// Below the directory that cargo builds into.
+/// Relative to cargo's target directory.
 const BUILT_BY_SCENARIOS: &str = "debug/aops";
-/// The priority of what runs beside: the scenarios go first.
+/// The priority of background checks: the scenarios come first.
 const NICE: &str = "15";
 
-const fn front(name: &'static str, program: Program, words: &'static [&'static str]) -> Check {
-    Check { name, is_beside: false, program, words, shared: &[] }
+const fn foreground(name: &'static str, program: Program, words: &'static [&'static str]) -> Check {
+    Check { name, is_background: false, program, words, shared: &[] }
 }
 
-const fn beside(name: &'static str, words: &'static [&'static str]) -> Check {
-    Check { name, is_beside: true, program: Program::Task, words, shared: &[] }
+const fn background(name: &'static str, words: &'static [&'static str]) -> Check {
+    Check { name, is_background: true, program: Program::Task, words, shared: &[] }
 }
 
 impl Check {
@@ -102,14 +106,14 @@ impl Check {
     }
 }
 
-/// What is said once more at the end.
+/// The parts of the output that are repeated at the end.
 #[derive(Default)]
 struct Seen {
-    /// The lines with which test programs begin and end.
+    /// The first and last lines of test programs.
     tested: Vec<String>,
-    /// Where and why tests failed.
+    /// The places and messages of failed tests.
     panics: Vec<String>,
-    /// So many lines of the last panic's message are still to come, at most.
+    /// The number of lines of the last panic message that are still kept.
     message: usize,
 }
 
@@ -120,8 +124,8 @@ impl Seen {
         if line.trim_start().starts_with("Running ") || line.starts_with("test result") {
             self.tested.push(line.to_owned());
         }
-        let begins = line.starts_with("thread '") && line.contains(" panicked at ");
-        if begins {
+        let starts_panic = line.starts_with("thread '") && line.contains(" panicked at ");
+        if starts_panic {
             self.message = MESSAGE_LINES;
         } else if line == "stack backtrace:" || line.starts_with("note: ") {
             self.message = 0;
@@ -140,7 +144,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         [] => all(CHECKS, ("set-up", task(&["set-up"])), &mut seen),
         names => {
             let mut named = CHECKS.iter().filter(|check| names.iter().any(|name| name == check.name));
-            named.try_for_each(|check| in_front(check.name, &mut check.command(), &mut seen))
+            named.try_for_each(|check| in_foreground(check.name, &mut check.command(), &mut seen))
         }
     };
     if !seen.panics.is_empty() {
@@ -154,7 +158,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// `cargo xtask set-up`: what the checks need of the machine, all of it before or beside them.
+/// `cargo xtask set-up`: installs what the checks need, before or while they run.
 pub(crate) fn set_up() -> Result<()> {
     let needs = [test::NEEDS, check_windows::NEEDS, wine::NEEDS, dist::NEEDS, fuzz::NEEDS];
     apt::install(&needs.concat())?;
@@ -162,47 +166,51 @@ pub(crate) fn set_up() -> Result<()> {
     wine::get().map(drop)
 }
 
-/// Runs every check, also after one has failed: a run on another machine is to say all that is wrong.
+/// Runs every check, even after one has failed: a run on another machine reports everything that is wrong.
 fn all(checks: &[Check], set_up: (&str, Command), seen: &mut Seen) -> Result<()> {
     let (name, mut command) = set_up;
     thread::scope(|scope| {
-        let set_up = scope.spawn(move || aside(name, &mut command));
-        let beside = scope.spawn(|| {
-            let beside = checks.iter().filter(|check| check.is_beside);
-            beside.map(|check| aside(check.name, &mut lower(&check.command()))).collect::<Vec<_>>()
+        let set_up = scope.spawn(move || in_background(name, &mut command));
+        let background_checks = scope.spawn(|| {
+            let background_checks = checks.iter().filter(|check| check.is_background);
+            background_checks.map(|check| in_background(check.name, &mut lower(&check.command()))).collect::<Vec<_>>()
         });
-        let front = checks.iter().filter(|check| !check.is_beside);
+        let foreground_checks = checks.iter().filter(|check| !check.is_background);
         let mut outcomes: Vec<Result<()>> =
-            front.map(|check| in_front(check.name, &mut check.command_with_shared(), seen)).collect();
-        outcomes.extend(beside.join().unwrap_or_else(|_| vec![Err(anyhow!("a thread of the checks has panicked"))]));
-        outcomes.push(set_up.join().unwrap_or_else(|_| bail!("the thread of the set-up has panicked")));
+            foreground_checks.map(|check| in_foreground(check.name, &mut check.command_with_shared(), seen)).collect();
+        outcomes.extend(
+            background_checks
+                .join()
+                .unwrap_or_else(|_| vec![Err(anyhow!("the thread of the background checks panicked"))]),
+        );
+        outcomes.push(set_up.join().unwrap_or_else(|_| bail!("the thread of the set-up panicked")));
         let errors: Vec<String> =
             outcomes.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
         if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("; ")) }
     })
 }
 
-/// Runs a check with its output shown as it comes; of tests the closing lines are kept.
-fn in_front(name: &str, command: &mut Command, seen: &mut Seen) -> Result<()> {
+/// Runs a check and prints its output as it comes; keeps the summary lines of tests.
+fn in_foreground(name: &str, command: &mut Command, seen: &mut Seen) -> Result<()> {
     let started = Instant::now();
     println!("\n==> {name}\n$ {}", describe(command));
     let status = shown(command.current_dir(workspace::root()), seen)?;
     verdict(name, status, started)
 }
 
-/// Whether a command has ended is looked at so often while it prints nothing.
-const LOOK: Duration = Duration::from_secs(2);
+/// The poll interval for the end of a command that prints nothing.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Runs a command, shows each line of its output, and keeps what is said once more at the end.
+/// Runs a command, prints each line of its output, and keeps what is repeated at the end.
 fn shown(command: &mut Command, seen: &mut Seen) -> Result<ExitStatus> {
-    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    let (reader, writer) = std::io::pipe().context("cannot create a pipe")?;
     let mut child = command
         .stdin(Stdio::null())
-        .stdout(writer.try_clone().context("cannot make a pipe")?)
+        .stdout(writer.try_clone().context("cannot create a pipe")?)
         .stderr(writer)
         .spawn()
         .with_context(|| format!("cannot run {}", describe(command)))?;
-    // The pipe's other end stays in the command otherwise, and the lines never end.
+    // Drop the command's copy of the writing end: otherwise the lines never end.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let (sender, lines) = mpsc::channel();
     thread::spawn(move || {
@@ -212,13 +220,13 @@ fn shown(command: &mut Command, seen: &mut Seen) -> Result<ExitStatus> {
     });
     let mut ended = None;
     loop {
-        match lines.recv_timeout(LOOK) {
+        match lines.recv_timeout(POLL_INTERVAL) {
             Ok(line) => {
                 println!("{line}");
                 seen.line(&line);
             }
             Err(RecvTimeoutError::Disconnected) => break,
-            // A process that a check left behind may keep the pipe open.
+            // A process that a check left running may keep the pipe open.
             Err(RecvTimeoutError::Timeout) if ended.is_some() => break,
             Err(RecvTimeoutError::Timeout) => {
                 ended = child.try_wait().with_context(|| format!("cannot wait for {}", describe(command)))?;
@@ -228,15 +236,15 @@ fn shown(command: &mut Command, seen: &mut Seen) -> Result<ExitStatus> {
     child.wait().with_context(|| format!("cannot wait for {}", describe(command)))
 }
 
-/// Runs a command with its output in a log, of which the end is shown where it fails.
-fn aside(name: &str, command: &mut Command) -> Result<()> {
+/// Runs a command with its output in a log file. Prints the end of the log if the command fails.
+fn in_background(name: &str, command: &mut Command) -> Result<()> {
     const LINES: usize = 200;
     let started = Instant::now();
-    let path = workspace::kept(&format!("ci-{name}.log"));
-    fs::create_dir_all(workspace::kept("")).context("cannot make the directory of the logs")?;
+    let path = workspace::cache_path(&format!("ci-{name}.log"));
+    fs::create_dir_all(workspace::cache_path("")).context("cannot create the directory of the logs")?;
     let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     let again = log.try_clone().context("cannot write a log")?;
-    println!("==> {name}: begins, beside the others; log: {}", path.display());
+    println!("==> {name}: started in the background; log: {}", path.display());
     let status = command.current_dir(workspace::root()).stdin(Stdio::null()).stdout(again).stderr(log).status();
     let status = status.with_context(|| format!("cannot run {}", describe(command)))?;
     if !status.success() {
@@ -259,7 +267,7 @@ fn verdict(name: &str, status: ExitStatus, started: Instant) -> Result<()> {
     Ok(())
 }
 
-/// One of our own tasks, by the program that runs.
+/// A command that runs one of xtask's tasks with the current executable.
 fn task(words: &[&str]) -> Command {
     let own = std::env::current_exe().unwrap_or_else(|_| "xtask".into());
     let mut command = Command::new(own);
@@ -267,7 +275,7 @@ fn task(words: &[&str]) -> Command {
     command
 }
 
-/// The same at a lower priority.
+/// The same command at a lower priority.
 fn lower(command: &Command) -> Command {
     let mut lower = Command::new("nice");
     lower.args(["-n", NICE]).arg(command.get_program()).args(command.get_args());
@@ -285,10 +293,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_fails_the_whole_and_every_check_runs_all_the_same() {
+    fn a_failed_check_fails_the_run_and_the_other_checks_still_run() {
         const GOOD: &[&str] = &["--version"];
         const BAD: &[&str] = &["no-such-subcommand"];
-        let check = |name, is_beside, words| Check { is_beside, ..front(name, Program::Cargo, words) };
+        let check = |name, is_background, words| Check { is_background, ..foreground(name, Program::Cargo, words) };
         let outcome = |first, second, other| {
             let checks = [
                 check("of-tests-1", false, first),
@@ -307,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn the_closing_lines_of_tests_are_kept_and_why_one_failed_and_the_exit_status_too() {
+    fn test_summaries_panics_and_the_exit_status_are_kept() {
         let mut seen = Seen::default();
         let script = "echo '     Running unittests a' >&2; echo test b ... ok
             echo \"thread 'c' (12) panicked at tests/c.rs:1:2:\"; echo why; echo 'stack backtrace:'; echo 0: d

@@ -1,17 +1,17 @@
-//! Running other programs, and telling what is done.
-#![allow(clippy::print_stderr, reason = "a task talks to who started it")]
+//! Runs other programs and prints progress.
+#![allow(clippy::print_stderr, reason = "a task prints its progress")]
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// Says one line.
+/// Prints one line.
 pub(crate) fn say(text: &str) {
     eprintln!("xtask: {text}");
 }
 
-/// Runs a command with its output passed through; fails if it does.
+/// Runs a command with its output passed through. An error if it fails.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     say(&format!("$ {}", describe(command)));
     let status = command.status().with_context(|| format!("cannot run {}", program(command)))?;
@@ -21,7 +21,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What a command prints, trimmed; fails if it does, with what it said.
+/// Returns the trimmed output of a command. An error, with its stderr, if the command fails.
 pub(crate) fn read(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {}", program(command)))?;
     if !output.status.success() {
@@ -31,13 +31,13 @@ pub(crate) fn read(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// As [`run`], but its output is shown only when it fails.
+/// Like [`run`], but shows the output only when the command fails.
 pub(crate) fn run_quietly(command: &mut Command) -> Result<()> {
     say(&format!("$ {}", describe(command)));
     read(command).map(drop)
 }
 
-/// A command as one would type it, the variables set for it included.
+/// A command line with the environment variables set for it, as a user would type it.
 pub(crate) fn describe(command: &Command) -> String {
     let variables = command.get_envs().filter_map(|(name, value)| {
         let value = value?.to_string_lossy().into_owned();
@@ -52,8 +52,8 @@ fn program(command: &Command) -> String {
     command.get_program().to_string_lossy().into_owned()
 }
 
-/// Whether a program of that name can be found, also where only root's path leads.
-pub(crate) fn is_there(program: &str) -> bool {
+/// Whether a program is in `PATH` or in `/usr/sbin` and `/sbin`.
+pub(crate) fn is_installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let directories = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
     directories.into_iter().any(|directory| directory.join(program).is_file())
@@ -63,10 +63,10 @@ pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// The cargo that runs us.
+/// The cargo that runs this task.
 ///
-/// What cargo told us about our own package is not passed on: build scripts that look at it would take it for a change, and everything
-/// behind them would be built anew each time that a task follows a plain `cargo build`.
+/// Cargo's variables about this package are not passed on: build scripts that read them would see a change, and cargo would rebuild
+/// everything that depends on them each time a task follows a plain `cargo build`.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     for (name, _) in std::env::vars_os() {
@@ -81,7 +81,7 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// A path as an argument, for the commands that take text.
+/// A path as text, for commands that take text.
 pub(crate) fn text(path: &Path) -> String {
     path.display().to_string()
 }

@@ -1,7 +1,7 @@
-//! `cargo xtask dist --target linux/amd64`: what is put on hosts, the static executable without the gateway and its package.
+//! `cargo xtask dist --target linux/amd64`: builds what is installed on hosts, the static executable without the gateway and its package.
 //!
-//! Nothing is handed over untried: the executable is looked into (no interpreter, no shared library, a fixed address, no symbols), it is
-//! run, and the package comes out of a publishing like any other.
+//! Everything is checked first: the ELF file (no interpreter, no shared library, a fixed address, no symbols), a run of the executable, and
+//! the package, which a gateway publishes like any other.
 
 mod elf;
 
@@ -18,22 +18,22 @@ use crate::{apt, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// What to build for
+    /// The platform to build for
     #[arg(long, value_enum)]
     target: Target,
-    /// The profile to build with; what is put on hosts is built with `release`
+    /// The profile to build with; what is installed on hosts is built with `release`
     #[arg(long, value_name = "NAME", default_value = RELEASE)]
     profile: String,
-    /// A gateway's executable to publish the package with
+    /// The gateway executable to publish the package with
     /// [default: it is built]
     #[arg(long, value_name = "FILE", verbatim_doc_comment)]
     executable: Option<PathBuf>,
 }
 
-/// The profile of what is put on hosts.
+/// The profile of what is installed on hosts.
 pub(crate) const RELEASE: &str = "release";
 
-/// What can be built, and is tried here.
+/// The platforms that can be built and tested here.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 pub(crate) enum Target {
     #[value(name = "linux/amd64")]
@@ -47,7 +47,7 @@ impl Target {
         }
     }
 
-    /// The operating system and the architecture, as packages name them.
+    /// The operating system and the architecture, as package names spell them.
     fn words(self) -> (&'static str, &'static str) {
         match self {
             Target::LinuxAmd64 => ("linux", "amd64"),
@@ -66,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         RELEASE => "dist".to_owned(),
         other => format!("dist-{other}"),
     });
-    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let executable = directory.join(format!("aops-{os}-{arch}"));
     put(&built, &executable)?;
     let archive = directory.join(format!("aops-spm-{version}_{os}_{arch}.tar.zst"));
@@ -78,20 +78,20 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Builds the executable and makes sure that it is what hosts need.
+/// Builds the executable and checks that it runs on old hosts.
 pub(crate) fn build(target: Target, profile: &str) -> Result<PathBuf> {
     apt::install(NEEDS)?;
     let triple = target.triple();
     let mut build = Toolchain::for_target(triple)?.cargo("build", triple);
     command::run(build.args(["--profile", profile, "-p", "aops", "--no-default-features"]))?;
-    let built = workspace::kept("build").join(triple).join(profile).join("aops");
+    let built = workspace::cache_path("build").join(triple).join(profile).join("aops");
     let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
-    elf::check(&bytes).with_context(|| format!("{} is not what old hosts can run", built.display()))?;
+    elf::check(&bytes).with_context(|| format!("{} does not run on old hosts", built.display()))?;
     fails_in_order(&built)?;
     Ok(built)
 }
 
-/// An error goes through the unwinder, which was put together by hand, where a backtrace is asked for.
+/// With a backtrace, an error uses the unwinder, which was assembled by hand.
 fn fails_in_order(executable: &Path) -> Result<()> {
     let mut command = Command::new(executable);
     command.args(["spm", "--home", "/nonexistent"]).env_clear().env("RUST_BACKTRACE", "full");
@@ -99,24 +99,24 @@ fn fails_in_order(executable: &Path) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.code() == Some(1) && said.contains("nothing is installed in /nonexistent"),
-        "an error does not come out of {} as it should: {}: {said}",
+        "{} does not report an error as expected: {}: {said}",
         executable.display(),
         output.status
     );
     Ok(())
 }
 
-/// The version that the executable says of itself, asked as on a host that has nothing: no environment, no other program.
+/// The version that the executable reports, run as on a minimal host: no environment, no other program.
 fn version(executable: &Path) -> Result<String> {
     let said = read(Command::new(executable).arg("--version").env_clear().current_dir("/"))?;
-    let version = said.strip_prefix("aops ").with_context(|| format!("it says {said:?} of its version"))?;
+    let version = said.strip_prefix("aops ").with_context(|| format!("--version prints {said:?}"))?;
     Ok(version.to_owned())
 }
 
-/// Makes the package by publishing it into a depot that is thrown away: packed by the product itself, and seen to be one that it takes.
+/// Creates the package by publishing it into a temporary depot: the product packs it and verifies that it accepts it.
 fn package(gateway: &Path, executable: &Path, version: &str, target: Target, archive: &Path) -> Result<()> {
     let (os, arch) = target.words();
-    let scratch = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let scratch = tempfile::tempdir().context("cannot create a temporary directory")?;
     let (depot, content) = (scratch.path().join("gateway"), scratch.path().join("content"));
     fs::create_dir_all(content.join("bin"))?;
     put(executable, &content.join("bin/aops"))?;
@@ -129,7 +129,7 @@ fn package(gateway: &Path, executable: &Path, version: &str, target: Target, arc
     put(&depot.join("depot").join(name), archive)
 }
 
-/// A gateway for our own use: what `cargo build` makes, which the tests use too.
+/// A gateway executable for this task: the one of `cargo build`, which the tests use too.
 pub(crate) fn gateway() -> Result<PathBuf> {
     let mut build = cargo();
     build.current_dir(workspace::root()).args(["build", "--locked", "-p", "aops", "--message-format", "json"]);
@@ -139,10 +139,10 @@ pub(crate) fn gateway() -> Result<PathBuf> {
         let message: Value = serde_json::from_str(line).ok()?;
         Some(PathBuf::from(message["executable"].as_str()?))
     });
-    built.context("cargo does not say what it built")
+    built.context("cargo reported no executable")
 }
 
-/// Copies a file under a temporary name and renames it: nobody finds half of it.
+/// Copies a file under a temporary name and renames it: no reader finds a part of it.
 fn put(from: &Path, to: &Path) -> Result<()> {
     let what = || format!("cannot copy {} to {}", text(from), text(to));
     let unfinished = to.with_extension("unfinished");

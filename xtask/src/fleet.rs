@@ -1,6 +1,6 @@
-//! A fleet of one in a temporary directory, on loopback: a gateway, and a host without a service manager; for the demo and the bench.
+//! A gateway and one host without a service manager, on loopback in a temporary directory; for the demo and the benchmarks.
 //!
-//! Everything of it names that directory, so it can be found and ended whatever happened before.
+//! The command line or environment of each of its processes has that directory, so all of them can be found and killed after any failure.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -19,10 +19,10 @@ use crate::package::Package;
 use crate::processes;
 use crate::wait::try_for;
 
-/// For something to come up, or to be noticed and mended, on a busy machine.
+/// The deadline for a start, or for a failure to be noticed and fixed, on a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
-/// Its processes are ended and its files removed when this is dropped, unless [`Fleet::keep`] was called.
+/// Dropping it kills its processes and removes its files, unless [`Fleet::keep`] was called.
 pub(crate) struct Fleet {
     directory: PathBuf,
     gateway: PathBuf,
@@ -31,10 +31,10 @@ pub(crate) struct Fleet {
 }
 
 impl Fleet {
-    /// An empty directory; `gateway` is the executable that serves it. Ctrl-C from now on cleans up before it ends us.
+    /// Creates an empty directory; `gateway` is the executable of its gateway. From now on Ctrl-C cleans up before this process exits.
     pub(crate) fn new(gateway: &Path) -> Result<Fleet> {
         let directory =
-            tempfile::Builder::new().prefix("aops-fleet-").tempdir().context("cannot make a temporary directory")?;
+            tempfile::Builder::new().prefix("aops-fleet-").tempdir().context("cannot create a temporary directory")?;
         let fleet =
             Fleet { directory: directory.keep(), gateway: gateway.to_owned(), url: String::new(), is_kept: false };
         clean_up_when_interrupted(&fleet.directory)?;
@@ -46,7 +46,7 @@ impl Fleet {
         self.directory.join(name)
     }
 
-    /// The gateway's own directory.
+    /// The gateway's directory.
     pub(crate) fn depot(&self) -> PathBuf {
         self.path("gateway")
     }
@@ -66,7 +66,7 @@ impl Fleet {
         command
     }
 
-    /// Starts the gateway on a port that the system chooses; gives its pid. It outlives us.
+    /// Starts the gateway on a port that the system chooses, and returns its pid. It outlives this process.
     pub(crate) fn start_gateway(&mut self) -> Result<u32> {
         let said = self.path("gateway.out");
         let mut command = self.gateway("run");
@@ -80,18 +80,18 @@ impl Fleet {
         });
         let line = line.unwrap_or_default();
         let url =
-            line.lines().find_map(|line| line.strip_prefix("listening on ")).context("the gateway does not come up")?;
-        let port = url.rsplit_once(':').map(|(_, port)| port).context("the gateway does not say its port")?;
+            line.lines().find_map(|line| line.strip_prefix("listening on ")).context("the gateway does not start")?;
+        let port = url.rsplit_once(':').map(|(_, port)| port).context("the gateway printed no port")?;
         self.url = format!("https://127.0.0.1:{port}");
         Ok(child.id())
     }
 
-    /// Replaces `fleet.toml` whole.
+    /// Replaces `fleet.toml` atomically.
     pub(crate) fn write_fleet(&self, text: &str) -> Result<()> {
         write_fleet(&self.depot(), text)
     }
 
-    /// `aops install`, from this gateway, which is trusted, without a service manager.
+    /// `aops install` from this gateway, whose key and certificate are trusted, without a service manager.
     pub(crate) fn install(&self, executable: &Path) -> Command {
         let mut command = Command::new(executable);
         command.args(["install", "--service", "none", "--agent-id", "demo", "--endpoint", &self.url, "--home"]);
@@ -108,7 +108,7 @@ impl Fleet {
         command
     }
 
-    /// What `aops control status --json` says, whatever its exit code.
+    /// The output of `aops control status --json`, whatever its exit code.
     pub(crate) fn status(&self) -> Result<Value> {
         let mut command = self.control(&["status", "--json"]);
         let output = command.output().with_context(|| format!("cannot run {}", describe(&command)))?;
@@ -117,7 +117,7 @@ impl Fleet {
         })
     }
 
-    /// Waits until the status is as wanted, and gives it.
+    /// Waits until `wanted` accepts the status, and returns it.
     pub(crate) fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
         let mut last = None;
         let found = try_for(SOON, || {
@@ -128,9 +128,9 @@ impl Fleet {
         });
         match (found, last) {
             (Some(()), Some(status)) => status,
-            (_, Some(Ok(status))) => bail!("waited {SOON:?} in vain for {what}; the last status: {status:#}"),
-            (_, Some(Err(error))) => Err(error.context(format!("waited {SOON:?} in vain for {what}"))),
-            (_, None) => bail!("waited in vain for {what}"),
+            (_, Some(Ok(status))) => bail!("timed out after {SOON:?} waiting for {what}; the last status: {status:#}"),
+            (_, Some(Err(error))) => Err(error.context(format!("timed out after {SOON:?} waiting for {what}"))),
+            (_, None) => bail!("timed out waiting for {what}"),
         }
     }
 
@@ -138,28 +138,28 @@ impl Fleet {
     pub(crate) fn wait_for_pid(&self, name: &str, old: Option<u32>) -> Result<u32> {
         let is_new = |status: &Value| running_pid(status, name).is_some_and(|new| Some(new) != old);
         let status = self.wait_for(&format!("{name} to run"), is_new)?;
-        running_pid(&status, name).context("it was waited for")
+        running_pid(&status, name).context("the awaited status has no pid")
     }
 
-    /// Leaves everything up when this is dropped.
+    /// Keeps everything running when this is dropped.
     pub(crate) fn keep(&mut self) {
         self.is_kept = true;
     }
 
-    /// The ends of all logs, for whoever looks into a failure.
+    /// The last lines of all logs, to diagnose a failure.
     pub(crate) fn logs(&self) -> String {
         logs(&self.path("gateway.log"), &self.home())
     }
 }
 
-/// Replaces the `fleet.toml` of a gateway's directory whole.
+/// Replaces the `fleet.toml` of a gateway's directory atomically.
 pub(crate) fn write_fleet(depot: &Path, text: &str) -> Result<()> {
     let new = depot.join("fleet.toml.new");
     fs::write(&new, text)?;
     fs::rename(&new, depot.join("fleet.toml")).context("cannot replace fleet.toml")
 }
 
-/// The ends of a gateway's log and of a home's logs.
+/// The last lines of a gateway's log and of a home's logs.
 pub(crate) fn logs(gateway: &Path, home: &Path) -> String {
     const LINES: usize = 30;
     let mut files = vec![gateway.to_owned()];
@@ -183,14 +183,14 @@ impl Drop for Fleet {
     }
 }
 
-/// A release of the manager with other bytes than the executable, and nothing else: what follows the sections of an ELF file changes nothing.
+/// A release of the manager whose executable differs only in bytes after the sections of the ELF file, which change nothing.
 pub(crate) fn next_manager(executable: &Path, version: &str) -> Result<Package> {
     let mut bytes = fs::read(executable).with_context(|| format!("cannot read {}", executable.display()))?;
     bytes.extend_from_slice(version.as_bytes());
     Ok(Package::plain("aops-spm", version).with_file("bin/aops", bytes, 0o755))
 }
 
-/// From now on Ctrl-C ends what runs in that directory and removes it, before it ends us.
+/// From now on Ctrl-C kills the processes of `directory` and removes it before this process exits.
 pub(crate) fn clean_up_when_interrupted(directory: &Path) -> Result<()> {
     static DIRECTORIES: Mutex<Vec<PathBuf>> = Mutex::new(vec![]);
     let directories = || DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -202,13 +202,13 @@ pub(crate) fn clean_up_when_interrupted(directory: &Path) -> Result<()> {
         directories().iter().for_each(|directory| clean_up(directory));
         std::process::exit(130);
     };
-    ctrlc::set_handler(handler).context("cannot take Ctrl-C")
+    ctrlc::set_handler(handler).context("cannot handle Ctrl-C")
 }
 
-/// Ends everything that names that directory, and removes it.
+/// Kills every process that names `directory`, and removes it.
 pub(crate) fn clean_up(directory: &Path) {
     if let Err(left) = processes::end_all(directory) {
-        crate::command::say(&format!("cannot end {left:?}"));
+        crate::command::say(&format!("cannot kill {left:?}"));
     }
     processes::remove_groups(&directory.join("home"));
     if let Err(error) = crate::workspace::remove(directory) {
@@ -216,12 +216,12 @@ pub(crate) fn clean_up(directory: &Path) {
     }
 }
 
-/// One sub-agent's part of a status.
+/// The entry of a sub-agent in a status.
 pub(crate) fn agent<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
     status["agents"].as_array()?.iter().find(|agent| agent["name"] == name)
 }
 
-/// A pid of a status; `None` where it is null.
+/// A pid in a status; `None` if it is null.
 pub(crate) fn pid(value: &Value) -> Option<u32> {
     u32::try_from(value.as_u64()?).ok()
 }
@@ -230,12 +230,12 @@ fn running_pid(status: &Value, name: &str) -> Option<u32> {
     agent(status, name).filter(|agent| agent["state"] == "running").and_then(|agent| pid(&agent["pid"]))
 }
 
-/// A port of loopback that nobody listens on now.
+/// A free port on loopback.
 pub(crate) fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0").context("cannot find a free port")?.local_addr()?.port())
 }
 
-/// What a plain HTTP server on loopback answers.
+/// The response of a plain HTTP server on loopback.
 pub(crate) fn http_get(port: u16, path: &str) -> Result<String> {
     let get = || -> std::io::Result<String> {
         let address = SocketAddr::from(([127, 0, 0, 1], port));
@@ -249,7 +249,7 @@ pub(crate) fn http_get(port: u16, path: &str) -> Result<String> {
     get().with_context(|| format!("cannot get http://127.0.0.1:{port}{path}"))
 }
 
-/// Runs a step of the set-up whose output is of no interest unless it fails.
+/// Runs a set-up command and shows its output only when it fails.
 pub(crate) fn quietly(command: &mut Command) -> Result<()> {
     read(command).map(drop)
 }

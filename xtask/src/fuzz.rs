@@ -1,6 +1,6 @@
-//! `cargo xtask fuzz`: builds the fuzz targets (tests/fuzz) with libFuzzer and runs them, each from its seeds and from what earlier runs
-//! found. The stock toolchain does: coverage is a pass of the compiler's own LLVM.
-#![allow(clippy::print_stdout, reason = "the figures are its result")]
+//! `cargo xtask fuzz`: builds the fuzz targets (tests/fuzz) with libFuzzer and runs each from its seeds and the inputs that earlier runs
+//! found. The stable toolchain is enough: coverage is a pass of the compiler's LLVM.
+#![allow(clippy::print_stdout, reason = "the figures are its output")]
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -14,13 +14,13 @@ use crate::{apt, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Only this one; may be given several times [default: all]
+    /// Run only this target; may be given several times [default: all]
     #[arg(long, value_name = "NAME")]
     target: Vec<String>,
-    /// How often each target is run
+    /// How many times each target is run
     #[arg(long, value_name = "N", conflicts_with = "seconds")]
     executions: Option<u64>,
-    /// How long each target is run
+    /// How many seconds each target is run
     #[arg(long, value_name = "N", default_value_t = 10)]
     seconds: u64,
 }
@@ -37,7 +37,7 @@ const FLAGS: &[&str] = &[
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
 
-/// The targets, with the longest input of each: what is as long as its limit allows is for tests, and slow.
+/// The targets with the maximum input length of each: longer inputs are slow, and tests cover the limits.
 const TARGETS: &[(&str, u32)] = &[
     ("agent-toml", 1 << 10),
     ("answer", 1 << 10),
@@ -53,9 +53,9 @@ const TARGETS: &[(&str, u32)] = &[
     ("zip", 4 << 10),
 ];
 
-/// One input takes no longer, in seconds.
+/// The time limit of one input, in seconds.
 const TIMEOUT: u32 = 10;
-/// Neither does it take more memory, nor one allocation that much, MiB: hosts are small.
+/// The memory limits in MiB, in total and for one allocation: hosts are small.
 const MEMORY: u32 = 512;
 const ALLOCATION: u32 = 96;
 
@@ -63,7 +63,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let unknown = arguments.target.iter().find(|name| !TARGETS.iter().any(|(known, _)| known == name));
     if let Some(name) = unknown {
         let known: Vec<&str> = TARGETS.iter().map(|(known, _)| *known).collect();
-        bail!("there is no target {name}; there are {}", known.join(", "));
+        bail!("unknown target {name}; known targets: {}", known.join(", "));
     }
     let program = build()?;
     let wanted = |name: &str| arguments.target.is_empty() || arguments.target.iter().any(|wanted| wanted == name);
@@ -80,11 +80,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 fn build() -> Result<PathBuf> {
     apt::install(NEEDS)?;
     let facts = read(Command::new("rustc").arg("-vV"))?;
-    let host = facts.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc does not say its host")?;
-    let directory = workspace::kept("fuzz");
+    let host = facts.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc -vV prints no host")?;
+    let directory = workspace::cache_path("fuzz");
     let mut build = cargo();
     build.current_dir(workspace::root()).env("CARGO_TARGET_DIR", &directory);
-    // As a target is given, they are not for build scripts.
+    // A target is given, so they do not apply to build scripts.
     build.env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
     build.args([
         "build",
@@ -103,15 +103,15 @@ fn build() -> Result<PathBuf> {
 }
 
 fn fuzz(program: &Path, name: &str, longest: u32, arguments: &Arguments) -> Result<()> {
-    let place = workspace::kept("fuzz-corpus").join(name);
+    let place = workspace::cache_path("fuzz-corpus").join(name);
     let temporary =
         if Path::new("/dev/shm").is_dir() { Path::new("/dev/shm").to_owned() } else { std::env::temp_dir() };
     let temporary = tempfile::Builder::new().prefix("aops-fuzz-").tempdir_in(temporary)?;
-    fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
-    let findings = format!("{}/finding-{name}-", text(&workspace::kept("")));
+    fs::create_dir_all(&place).with_context(|| format!("cannot create {}", place.display()))?;
+    let findings = format!("{}/finding-{name}-", text(&workspace::cache_path("")));
     let mut command = Command::new(program);
     command.env("AOPS_FUZZ_TARGET", name).env("AOPS_FUZZ_SEEDS", &place).env("TMPDIR", temporary.path());
-    // A backtrace for each refusal would be most of the work.
+    // Capturing a backtrace for each rejected input would take most of the time.
     command.env("RUST_BACKTRACE", "0");
     command.arg(format!("-max_len={longest}")).arg(format!("-timeout={TIMEOUT}"));
     command.arg(format!("-rss_limit_mb={MEMORY}")).arg(format!("-malloc_limit_mb={ALLOCATION}"));
@@ -125,7 +125,7 @@ fn fuzz(program: &Path, name: &str, longest: u32, arguments: &Arguments) -> Resu
     if seeds.is_dir() {
         command.arg(seeds);
     }
-    let log = workspace::kept(&format!("fuzz-{name}.log"));
+    let log = workspace::cache_path(&format!("fuzz-{name}.log"));
     let started = Instant::now();
     let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log)?).status();
     let status = status.with_context(|| format!("cannot run {}", program.display()))?;
@@ -134,20 +134,20 @@ fn fuzz(program: &Path, name: &str, longest: u32, arguments: &Arguments) -> Resu
         let lines: Vec<&str> = said.lines().collect();
         say(&lines[lines.len().saturating_sub(60)..].join("\n"));
         bail!(
-            "{name} found something ({status}): the input is {findings}*; run it alone as `AOPS_FUZZ_TARGET={name} {} FILE`, mend \
+            "{name} failed ({status}) on an input, saved as {findings}*; reproduce it with `AOPS_FUZZ_TARGET={name} {} FILE`, fix \
              it, and keep the input in tests/fuzz/corpus/{name}",
             program.display()
         );
     }
     let figures = Figures::of(&said);
-    ensure!(figures.executions > 0, "{name} was not run: see {}", log.display());
+    ensure!(figures.executions > 0, "{name} was not executed: see {}", log.display());
     let speed = figures.executions as f64 / started.elapsed().as_secs_f64().max(0.001);
     let Figures { executions, edges, features, corpus } = figures;
     println!("{name:<12} {executions:>12} {speed:>10.0} {edges:>10} {features:>10} {corpus:>9}");
     Ok(())
 }
 
-/// What libFuzzer says of a run.
+/// The statistics that libFuzzer prints for a run.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Figures {
     executions: u64,
@@ -177,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_those_of_the_end() {
+    fn the_last_figures_of_a_run_are_used() {
         let said = "#2 INITED cov: 9 ft: 9 corp: 1/1b exec/s: 0 rss: 40Mb\n#100\tDONE   cov: 312 ft: 650 corp: 41/2Kb lim: 80\n\
                     Done 100 runs in 1 second(s)\nstat::number_of_executed_units: 100\nstat::peak_rss_mb: 50\n";
         assert_eq!(Figures::of(said), Figures { executions: 100, edges: 312, features: 650, corpus: 41 });

@@ -1,5 +1,5 @@
-//! The project's own tasks: `cargo xtask <task>`. Each sets up what it needs, says what it does while it does it, and can be run again
-//! after it was interrupted.
+//! The project's tasks: `cargo xtask <task>`. Each one installs what it needs, prints what it does, and can be run again after an
+//! interruption.
 
 mod apt;
 mod bench;
@@ -19,9 +19,9 @@ mod toolchain;
 mod wine;
 mod workspace;
 
-// What the scenarios of the test suite are built of serves here too.
+// The demo and the benchmarks use parts of the scenarios' support modules.
 #[path = "../../tests/support"]
-#[allow(dead_code, unreachable_pub, reason = "the suite uses more of it")]
+#[allow(dead_code, unreachable_pub, reason = "xtask uses only a part")]
 mod support {
     mod command;
     pub(crate) mod container;
@@ -37,29 +37,29 @@ use clap::Parser;
 
 use self::support::{container, package, processes, wait};
 
-/// The project's own tasks.
+/// The project's tasks.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
 enum Task {
-    /// From nothing to a running fleet of one, on loopback, step by step; needs no root
+    /// Set up a gateway and one host on loopback and show each operation step by step; needs no root
     Demo(demo::Arguments),
-    /// Build and run every test, those in containers included; sets up all that they need
+    /// Build and run every test, including those in containers; installs what they need
     Test(test::Arguments),
-    /// Run everything that must hold before a change is merged, or some of it by name
+    /// Run every check that a change must pass before it is merged, or the named checks
     Ci(ci::Arguments),
-    /// Set up what the checks need of the machine: Debian packages, root file systems
+    /// Install what the checks need on this machine: Debian packages, root file systems
     SetUp,
-    /// Check the house rules that the compiler does not: layering, import cycles, what stands where
+    /// Check the project rules that the compiler does not check: layering, import cycles, file layout, terms
     Tidy,
     /// Type-check and lint the whole program for 64-bit and 32-bit Windows
     CheckWindows,
-    /// Build the unit tests for 64-bit Windows and run them under Wine; sets up all that they need
+    /// Build the unit tests for 64-bit Windows and run them under Wine; installs what they need
     TestWindows(test_windows::Arguments),
     /// Check the licences and the sources of the dependencies
     Deny,
-    /// Build what is put on hosts, into target/dist: the static executable and its package
+    /// Build what is installed on hosts, into target/dist: the static executable and its package
     Dist(dist::Arguments),
-    /// Throw mutated input at every parser of what comes from outside, with libFuzzer; sets up all that it needs
+    /// Fuzz every parser of external input with libFuzzer; installs what it needs
     Fuzz(fuzz::Arguments),
     /// Measure size, memory, latency and throughput of a release build
     Bench(bench::Arguments),

@@ -1,4 +1,4 @@
-//! The root file system of the test containers: a minimal Debian 12 with a systemd, made once.
+//! The root file system of the test containers: a minimal Debian 12 with systemd, created once.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -10,14 +10,14 @@ use crate::{apt, workspace};
 
 /// Debian 12.
 pub(crate) const SUITE: &str = "bookworm";
-/// Beyond the essential: a service manager, and what scenarios use inside (networks, faults, the old platform's curl).
+/// In addition to the essential packages: a service manager, and what scenarios use (networks, faults, the old platform's curl).
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps,nftables,curl,ca-certificates";
 
-/// Its directory, made if it is not there yet. Needs root.
+/// Its directory, created if it does not exist. Needs root.
 pub(crate) fn get() -> Result<PathBuf> {
-    workspace::keep(&format!("rootfs-{SUITE}"), |unfinished| {
+    workspace::cached(&format!("rootfs-{SUITE}"), |unfinished| {
         let mirror = apt::mirror()?;
-        say("making the root file system of the test containers (once; 300 MB, about two minutes)");
+        say("creating the root file system of the test containers (once; 300 MB, about two minutes)");
         run_quietly(
             Command::new("debootstrap")
                 .args(["--variant=minbase", &format!("--include={PACKAGES}"), SUITE])

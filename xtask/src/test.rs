@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test of the workspace, with all that they need set up first.
+//! `cargo xtask test`: every test of the workspace; installs what the tests need first.
 
 use anyhow::{Result, bail};
 
@@ -7,12 +7,12 @@ use crate::{apt, rootfs, workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Passed on to `cargo test`: a filter, and after a further `--` options of the test programs
+    /// Passed on to `cargo test`: a filter, then `--` and options of the test programs
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
 }
 
-/// How many tests run at the same time.
+/// The variable for the number of tests that run in parallel.
 const THREADS: &str = "RUST_TEST_THREADS";
 
 pub(crate) const NEEDS: &[apt::Need] = &[
@@ -27,7 +27,7 @@ pub(crate) const NEEDS: &[apt::Need] = &[
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !is_root() {
         bail!(
-            "some tests boot containers, which needs root: run `sudo env PATH=\"$PATH\" HOME=\"$HOME\" cargo xtask test`, or the unit \
+            "cannot run the tests: some boot containers, which needs root; run `sudo env PATH=\"$PATH\" HOME=\"$HOME\" cargo xtask test`, or the unit \
              tests alone: `cargo test --workspace --bins`"
         );
     }
@@ -37,7 +37,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     command.current_dir(workspace::root()).args(["test", "--workspace", "--locked"]).args(&arguments.rest);
     command.env("AOPS_TEST_ROOTFS", rootfs);
     if std::env::var_os(THREADS).is_none() {
-        // Most scenarios wait for something most of the time.
+        // Scenarios wait most of the time, so twice the number of cores is used.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         command.env(THREADS, (cores * 2).to_string());
     }

@@ -1,7 +1,7 @@
 //! `cargo xtask test-windows`: the unit tests, built for 64-bit Windows and run under Wine.
 //!
-//! Wine is not Windows: what it lacks (Ctrl-Break, for one) is not tried, and what passes here may still fail there. But what is called
-//! wrongly shows.
+//! Wine is not Windows: what it lacks (Ctrl-Break, for example) is not tested, and a test that passes here may still fail on Windows. But
+//! wrong calls are found.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -13,7 +13,7 @@ use crate::toolchain::Toolchain;
 use crate::{apt, wine};
 
 const TARGET: &str = "x86_64-pc-windows-gnu";
-/// Modules whose tests need neither a shell nor anything else that is Unix's.
+/// Modules whose tests need no shell and nothing else that exists only on Unix.
 const TESTED: &[&str] = &[
     "cli::",
     "config::",
@@ -29,50 +29,50 @@ const TESTED: &[&str] = &[
     "process::record::",
     "store::",
 ];
-/// Of them, what is not so on Windows, or not yet.
+/// Tests of these modules that do not apply to Windows, or do not pass there yet.
 const SKIPPED: &[&str] = &[
-    // Packages with links, and the modes of files.
+    // Packages with links, and file modes.
     "package::unpack::tests::a_directory_that_hands_down_bits_hands_them_to_no_release",
     "package::unpack::tests::every_kind_of_archive_makes_the_same_tree",
     "package::unpack::tests::what_only_looks_odd_is_taken",
-    // FIXME: these should hold there as well.
+    // FIXME: these should pass there as well.
     "endpoint::tests::a_self_signed_certificate_in_the_file_is_accepted_even_when_marked_as_an_authority",
     "endpoint::tests::what_an_authority_in_the_file_has_issued_is_accepted",
     "package::tests::sharing::a_sweep_takes_staging_what_is_old_and_the_oldest_beyond_the_cap",
-    // Under Wine, to shut a connection down does not wake who reads from it: a download that is given up ends with its stall limit.
+    // Wine does not wake a reader when its connection is shut down, so a cancelled download ends only at its stall limit.
     "package::tests::sharing::who_gives_up_a_download_ends_what_it_waits_for",
 ];
-/// They take a minute, and more where others work too.
+/// They take a minute; more on a busy machine.
 const LIMIT_SECONDS: u32 = 420;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Build them and set up what they need, and run nothing
+    /// Build the tests and install what they need, without running them
     #[arg(long)]
     no_run: bool,
-    /// Passed on to the test program instead of the modules that are tested otherwise
+    /// Arguments of the test program, instead of the default modules
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !is_root() {
-        bail!("Wine runs in a root file system of its own, which needs root: run it with sudo");
+        bail!("cannot run Wine in its root file system without root: run the task with sudo");
     }
     apt::install(wine::NEEDS)?;
     let toolchain = Toolchain::for_target(TARGET)?;
-    // Both take minutes the first time: one waits for the network, the other keeps the processors busy.
+    // Both take minutes the first time: one waits for the network, the other for the processors.
     let (root, program) = std::thread::scope(|scope| {
         let root = scope.spawn(wine::get);
         let program = build(&toolchain);
-        (root.join().unwrap_or_else(|_| bail!("the root file system cannot be made")), program)
+        (root.join().unwrap_or_else(|_| bail!("the thread that creates the root file system panicked")), program)
     });
     let (root, program) = (root?, program?);
     if arguments.no_run {
         return Ok(());
     }
     let (Some(directory), Some(name)) = (program.parent(), program.file_name().and_then(|name| name.to_str())) else {
-        bail!("cargo named a test program without a directory: {}", program.display())
+        bail!("cannot run the test program: its path {} has no directory", program.display())
     };
     let mut tests = wine::command(&root, directory, name, LIMIT_SECONDS);
     match arguments.rest.as_slice() {
@@ -82,24 +82,24 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     say("running the tests under Wine");
     let status = tests.stdin(Stdio::null()).status().context("cannot run timeout")?;
     if !status.success() {
-        bail!("the tests failed under Wine, or took longer than {LIMIT_SECONDS} s: {status}");
+        bail!("the tests under Wine failed or exceeded {LIMIT_SECONDS} s: {status}");
     }
     Ok(())
 }
 
-/// Builds the test program of the executable, without the gateway, and says where it is.
+/// Builds the test program of the executable without the gateway, and returns its path.
 fn build(toolchain: &Toolchain) -> Result<PathBuf> {
     let mut cargo = toolchain.cargo_for_tests("test", TARGET);
     cargo.args(["-p", "aops", "--bin", "aops", "--no-default-features", "--no-run", "--message-format=json"]);
     say(&format!("$ {}", describe(&cargo)));
     let output = cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     if !output.status.success() {
-        bail!("the tests cannot be built for {TARGET}: {}", output.status);
+        bail!("cannot build the tests for {TARGET}: {}", output.status);
     }
     let messages = String::from_utf8_lossy(&output.stdout);
     let executable = |line: &str| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
         Some(Path::new(message.get("executable")?.as_str()?).to_owned())
     };
-    messages.lines().find_map(executable).context("cargo names no test program")
+    messages.lines().find_map(executable).context("cargo reported no test program")
 }

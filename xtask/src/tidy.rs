@@ -1,4 +1,4 @@
-//! `cargo xtask tidy`: the house rules that the compiler does not check, each violation as `file:line: what and why`.
+//! `cargo xtask tidy`: the project rules that the compiler does not check. Prints each violation as `file:line: what and why`.
 
 mod cycles;
 mod layers;
@@ -15,10 +15,10 @@ use anyhow::{Context, Result, bail};
 use crate::command::{read, say};
 use crate::workspace;
 
-/// The first file of each crate in which import cycles are looked for.
+/// The root file of each crate that is checked for import cycles.
 const ROOTS: &[&str] = &["src/main.rs", "xtask/src/main.rs"];
 
-/// Something that breaks a rule of the house.
+/// A violation of a project rule.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Violation {
     file: String,
@@ -32,10 +32,10 @@ impl fmt::Display for Violation {
     }
 }
 
-#[allow(clippy::print_stdout, reason = "the violations are this task's result")]
+#[allow(clippy::print_stdout, reason = "the violations are this task's output")]
 pub(crate) fn run() -> Result<()> {
     let root = workspace::root();
-    // What is not committed yet counts too; what is ignored, or deleted, does not.
+    // Uncommitted files count; ignored and deleted files do not.
     let list = ["ls-files", "--cached", "--others", "--exclude-standard"];
     let listed =
         read(Command::new("git").current_dir(&root).args(list)).context("cannot list the files of the project")?;
@@ -68,8 +68,8 @@ pub(crate) fn run() -> Result<()> {
         println!("{violation}");
     }
     if !violations.is_empty() {
-        bail!("{} violations of the house rules", violations.len());
+        bail!("{} violations of the project rules", violations.len());
     }
-    say(&format!("tidy: {} files are as the house wants them", files.len()));
+    say(&format!("tidy: {} files follow the project rules", files.len()));
     Ok(())
 }

@@ -1,8 +1,8 @@
-//! A toolchain that can build for a target: the installed one where it has the target, else a copy of it with the source of the
-//! standard library, which is then built along.
+//! A toolchain that can build for a target: the installed one if it has the target, else a copy of it with the source of the standard
+//! library, which is then built too.
 //!
-//! The source comes from Debian, whose `rust-src` is used only in exactly the compiler's version: the library and the compiler belong
-//! together. Suites move on, so several are looked at.
+//! The source comes from Debian. Its `rust-src` is used only in exactly the compiler's version, since library and compiler belong together.
+//! Suites move on, so several are searched.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::apt::Private;
 use crate::command::{cargo, read, run_quietly, say, text};
 use crate::workspace;
 
-/// Suites that may hold the source of a compiler newer than Debian 12's own, likeliest first.
+/// Suites that may have the source for a compiler newer than Debian 12's, most likely first.
 const SUITES: &[&str] = &["trixie-backports", "testing", "unstable"];
 
 /// How to build for one target.
@@ -24,17 +24,17 @@ pub(crate) struct Toolchain {
     build_std: bool,
     /// More options for the compiler.
     flags: Vec<String>,
-    /// Of the target's own, where not the machine's is to be used.
+    /// The target's linker and compiler, where the machine's default is not used.
     linker: Option<&'static str>,
     c_compiler: Option<&'static str>,
 }
 
-/// What compiles and links C for musl.
+/// Compiles and links C for musl.
 const MUSL_GCC: &str = "musl-gcc";
 
 impl Toolchain {
-    /// For a musl target the executables come out static, at a fixed address: a position-independent one relocates itself at each start,
-    /// which costs every process its own copy of pages that would be shared. Needs `musl-gcc`.
+    /// For a musl target executables are static, at a fixed address: a position-independent one relocates itself at each start, and every
+    /// process then has its own copy of pages that would be shared. Needs `musl-gcc`.
     pub(crate) fn for_target(target: &str) -> Result<Toolchain> {
         let mut toolchain = Toolchain::with_library(target)?;
         if target.ends_with("-linux-musl") {
@@ -42,7 +42,7 @@ impl Toolchain {
             toolchain.c_compiler = Some(MUSL_GCC);
             toolchain.flags.extend(["-Ctarget-feature=+crt-static", "-Crelocation-model=static"].map(str::to_owned));
             if toolchain.build_std {
-                // The parts of musl that a target of rustup's brings along come from the machine.
+                // The machine's musl replaces the parts of musl that rustup's target includes.
                 toolchain.linker = Some(MUSL_GCC);
                 toolchain.flags.push("-Clink-self-contained=no".to_owned());
                 toolchain.flags.push(format!("-Lnative={}", text(&unwinder()?)));
@@ -51,7 +51,7 @@ impl Toolchain {
         Ok(toolchain)
     }
 
-    /// The toolchain that has the target's standard library, or its source.
+    /// A toolchain that has the target's standard library, or its source.
     fn with_library(target: &str) -> Result<Toolchain> {
         let plain = |copy, build_std| Toolchain { copy, build_std, flags: vec![], linker: None, c_compiler: None };
         let sysroot = PathBuf::from(read(rustc().args(["--print", "sysroot"]))?);
@@ -68,15 +68,15 @@ impl Toolchain {
         Ok(plain(Some(copy_with_source(&sysroot, target)?), true))
     }
 
-    /// `cargo <subcommand>` for `target`, to check or test: with the library that tests need, and without optimization. Build scripts that
-    /// compile C do so for both.
+    /// `cargo <subcommand>` for `target`, to check or test: with the library that tests need, and without optimization. Build scripts
+    /// compile C for the target too.
     pub(crate) fn cargo_for_tests(&self, subcommand: &str, target: &str) -> Command {
         let mut command = self.cargo_with(subcommand, target, "std,panic_abort,test");
         command.args(["--config", r#"profile.dev.package."*".opt-level=0"#]);
         command
     }
 
-    /// `cargo <subcommand>` for `target`, building into a directory of its own.
+    /// `cargo <subcommand>` for `target`, with a target directory of its own.
     pub(crate) fn cargo(&self, subcommand: &str, target: &str) -> Command {
         self.cargo_with(subcommand, target, "std,panic_abort")
     }
@@ -91,7 +91,8 @@ impl Toolchain {
                 let paths = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
                 command.env("PATH", std::env::join_paths(paths).unwrap_or(path.clone()));
                 command.env("RUSTC", bin.join("rustc"));
-                // Cargo and rustup lead whom they run to their own toolchain's libraries, and those know their own sysroot alone.
+                // Cargo and rustup point child processes to the libraries of their own toolchain; the copied toolchain finds its own
+                // sysroot.
                 for name in ["CARGO", "LD_LIBRARY_PATH", "RUSTUP_TOOLCHAIN", "RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER"]
                 {
                     command.env_remove(name);
@@ -99,7 +100,7 @@ impl Toolchain {
                 command
             }
         };
-        command.current_dir(workspace::root()).env("CARGO_TARGET_DIR", workspace::kept("build"));
+        command.current_dir(workspace::root()).env("CARGO_TARGET_DIR", workspace::cache_path("build"));
         command.args([subcommand, "--locked", "--target", target]);
         if self.build_std {
             command.env("RUSTC_BOOTSTRAP", "1").arg(format!("-Zbuild-std={libraries}"));
@@ -107,7 +108,7 @@ impl Toolchain {
         let underscored = target.replace('-', "_");
         let prefix = format!("CARGO_TARGET_{}", underscored.to_uppercase());
         if !self.flags.is_empty() {
-            // One that may hold spaces; as a target is given, it is not for build scripts.
+            // This variable allows spaces. A target is given, so it does not apply to build scripts.
             command.env("CARGO_ENCODED_RUSTFLAGS", self.flags.join("\x1f"));
         }
         if let Some(linker) = self.linker {
@@ -120,7 +121,7 @@ impl Toolchain {
     }
 }
 
-/// Options that make the executable say nothing of where it was built, which makes it the same wherever that is.
+/// Options that keep build paths out of the executable, so that it is the same wherever it is built.
 fn paths_left_out() -> Vec<String> {
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     let cargo_home = std::env::var_os("CARGO_HOME").map_or_else(|| home.join(".cargo"), PathBuf::from);
@@ -128,10 +129,10 @@ fn paths_left_out() -> Vec<String> {
     places.iter().map(|(place, name)| format!("--remap-path-prefix={}={name}", text(place))).collect()
 }
 
-/// A directory with the unwinder of the machine's own gcc, under the name that the standard library links for musl, and with what that
-/// misses in musl.
+/// A directory with the unwinder of the machine's gcc, under the name that the standard library links for musl, and with the function that
+/// it needs and musl lacks.
 fn unwinder() -> Result<PathBuf> {
-    workspace::keep("unwinder", |unfinished| {
+    workspace::cached("unwinder", |unfinished| {
         let library = unfinished.join("libunwind.a");
         let object = unfinished.join("find_object.o");
         fs::create_dir_all(unfinished)?;
@@ -143,7 +144,7 @@ fn unwinder() -> Result<PathBuf> {
     })
 }
 
-/// Where a toolchain keeps the source of its standard library.
+/// The path of the standard library's source in a toolchain.
 const SOURCE: &str = "lib/rustlib/src/rust";
 
 fn rustc() -> Command {
@@ -154,21 +155,23 @@ fn rustc() -> Command {
 fn copy_with_source(sysroot: &Path, target: &str) -> Result<PathBuf> {
     let facts = read(rustc().arg("-vV"))?;
     let fact = |name: &str| facts.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-    let release = fact("release:").context("rustc does not say its version")?;
+    let release = fact("release:").context("rustc -vV prints no release")?;
     let commit = fact("commit-hash:").and_then(|hash| hash.get(..9)).unwrap_or("unknown");
     let name = format!("toolchain-{release}-{commit}");
-    if workspace::kept(&name).exists() {
-        return Ok(workspace::kept(&name));
+    if workspace::cache_path(&name).exists() {
+        return Ok(workspace::cache_path(&name));
     }
-    say(&format!("the standard library is built from source: looking for that of Rust {release} in Debian (once)"));
+    say(&format!(
+        "the standard library is built from source: searching Debian for the source of Rust {release} (once)"
+    ));
     let Some((private, version)) = find_source(release) else {
         bail!(
-            "Debian offers no rust-src {release} in {}; where rustup can fetch it: rustup target add {target}, or \
+            "cannot find rust-src {release} in Debian's {}; with rustup, run: rustup target add {target}, or \
              rustup component add rust-src",
             SUITES.join(", ")
         )
     };
-    workspace::keep(&name, |unfinished| {
+    workspace::cached(&name, |unfinished| {
         fs::create_dir_all(unfinished)?;
         for part in ["bin", "lib", "libexec"] {
             if sysroot.join(part).is_dir() {
@@ -180,7 +183,7 @@ fn copy_with_source(sysroot: &Path, target: &str) -> Result<PathBuf> {
     })
 }
 
-/// The suite that offers the source of that release, and the package's version there.
+/// The suite that has the source of that release, and the package's version in it.
 fn find_source(release: &str) -> Option<(Private, String)> {
     SUITES.iter().find_map(|suite| {
         let found = Private::of(suite).and_then(|private| {
@@ -188,35 +191,35 @@ fn find_source(release: &str) -> Option<(Private, String)> {
             Ok(versions.into_iter().find(|version| is_version_of(version, release)).map(|version| (private, version)))
         });
         found.unwrap_or_else(|error| {
-            say(&format!("not in {suite}: {error:#}"));
+            say(&format!("not found in {suite}: {error:#}"));
             None
         })
     })
 }
 
-/// Whether a Debian version is one of an upstream release: `1.95.0+dfsg1-2~bpo13+1` is of `1.95.0`.
+/// Whether a Debian version packages an upstream release: `1.95.0+dfsg1-2~bpo13+1` packages `1.95.0`.
 fn is_version_of(version: &str, release: &str) -> bool {
     version.strip_prefix(release).is_some_and(|rest| rest.starts_with(['+', '-', '~']))
 }
 
-/// Links the source that a package brought (`usr/src/rustc-<version>`) to where cargo looks for it.
+/// Links the source of an unpacked package (`usr/src/rustc-<version>`) to where cargo looks for it.
 fn link_source(unpacked: &Path, toolchain: &Path) -> Result<()> {
     let sources = fs::read_dir(unpacked.join("usr/src")).context("the package has no usr/src")?;
     let Some(source) =
         sources.flatten().map(|entry| entry.path()).find(|path| path.join("library/Cargo.toml").is_file())
     else {
-        bail!("the package holds no source of the standard library")
+        bail!("the package has no source of the standard library")
     };
     let link = toolchain.join(SOURCE);
     fs::create_dir_all(link.parent().context("it has a parent")?)?;
-    // Relative, so that the whole can be renamed.
+    // Relative, so that the whole tree can be renamed.
     let up = Path::new("../../..");
     let below = source.strip_prefix(toolchain).context("it was unpacked there")?;
     workspace::remove(&link)?;
     std::os::unix::fs::symlink(up.join(below), &link).context("cannot link the source")
 }
 
-/// Copies by hard links where that can be done.
+/// Copies with hard links where possible.
 fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     let copy = |options: &str| run_quietly(Command::new("cp").arg(options).arg(from).arg(to));
     copy("-al").or_else(|_| {
@@ -230,7 +233,7 @@ mod tests {
     use super::is_version_of;
 
     #[test]
-    fn a_source_of_exactly_the_compilers_release_is_taken() {
+    fn only_the_source_of_the_compilers_release_is_accepted() {
         assert!(is_version_of("1.95.0+dfsg1-2~bpo13+1", "1.95.0"));
         assert!(is_version_of("1.95.0-1", "1.95.0"));
         assert!(!is_version_of("1.95.01-1", "1.95.0"));

@@ -1,8 +1,8 @@
-//! Runs programs for Windows in a throw-away root file system that has Wine: a minimal Debian 12 with a set-up prefix, made once.
+//! Runs Windows programs in a disposable root file system with Wine: a minimal Debian 12 with a prepared prefix, created once.
 //!
-//! Debian's own packages install cleanly in a root of the main suite alone, whatever state the machine's are in. Each run sees an overlay
-//! of it in name spaces of its own (mounts, processes, a network of nothing but loopback), which end with the run, whatever its manner, and so does all that runs
-//! and was written in them.
+//! Wine's packages install cleanly only in a root of Debian's main suite, whatever packages the machine has. Each run gets an overlay of
+//! that root in its own namespaces (mounts, processes, a network with loopback only). When the run ends, the kernel ends its processes and
+//! drops its files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::command::{run_quietly, say, text};
 use crate::rootfs::SUITE;
 use crate::{apt, workspace};
 
-/// What this needs of the machine.
+/// The programs that this needs.
 pub(crate) const NEEDS: &[apt::Need] = &[
     ("debootstrap", "debootstrap"),
     ("unshare", "util-linux"),
@@ -22,7 +22,7 @@ pub(crate) const NEEDS: &[apt::Need] = &[
     ("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64-posix"),
 ];
 
-/// Wine 8 lacks this library, of which Rust's standard library wants one function. For tests alone.
+/// Wine 8 lacks this library, of which Rust's standard library needs one function. For tests only.
 const BCRYPT_PRIMITIVES: &str = "\
 __declspec(dllimport) unsigned char __stdcall SystemFunction036(void *bytes, unsigned long length);
 __declspec(dllexport) int __stdcall ProcessPrng(unsigned char *bytes, unsigned long long length)
@@ -31,14 +31,14 @@ __declspec(dllexport) int __stdcall ProcessPrng(unsigned char *bytes, unsigned l
 }
 ";
 
-/// Debian keeps it out of the path.
+/// Debian does not install it in `PATH`.
 const WINE: &str = "/usr/lib/wine/wine64";
 
-/// The root file system, made if it is not there yet. Needs root.
+/// The root file system, created if it does not exist. Needs root.
 pub(crate) fn get() -> Result<PathBuf> {
-    workspace::keep(&format!("rootfs-wine-{SUITE}"), |unfinished| {
+    workspace::cached(&format!("rootfs-wine-{SUITE}"), |unfinished| {
         let mirror = apt::mirror()?;
-        say("making the root file system with Wine (once; 900 MB, about two minutes)");
+        say("creating the root file system with Wine (once; 900 MB, about two minutes)");
         run_quietly(
             Command::new("debootstrap")
                 .args(["--variant=minbase", "--include=wine64", SUITE])
@@ -52,7 +52,7 @@ pub(crate) fn get() -> Result<PathBuf> {
     })
 }
 
-/// What Wine does at its first start, once instead of in each run.
+/// Does once what Wine would do at its first start in each run.
 fn set_up_prefix(root: &Path) -> Result<()> {
     let script = format!("{WINE} wineboot -i && /usr/lib/wine/wineserver64 -w");
     run_quietly(enter(root, root, "writable").args(["sh", "-c", &script]))?;
@@ -64,10 +64,10 @@ fn set_up_prefix(root: &Path) -> Result<()> {
     run_quietly(&mut compiler)
 }
 
-/// A command that runs `program` (a file of `directory`) under Wine, and is killed with all that it started after `seconds`.
+/// A command that runs `program` (a file of `directory`) under Wine. After `seconds` it is killed with every process that it started.
 pub(crate) fn command(root: &Path, directory: &Path, program: &str, seconds: u32) -> Command {
     let mut command = Command::new("timeout");
-    // The first process of a process name space hears nothing but this.
+    // The init process of a PID namespace gets no other signal from outside.
     command.args(["--signal=KILL", &seconds.to_string()]);
     let inner = enter(root, directory, "overlay");
     command.arg(inner.get_program()).args(inner.get_args());

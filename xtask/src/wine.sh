@@ -1,6 +1,6 @@
-# Runs one command in a root file system with Wine; started by wine.rs, in name spaces of its own, with which all that it mounts goes.
+# Runs one command in a root file system with Wine. wine.rs starts it in namespaces of its own; its mounts end with them.
 #   unshare --mount --propagation private --pid --fork --kill-child --net -- bash wine.sh ROOT DIRECTORY overlay|writable COMMAND...
-# DIRECTORY is seen inside as /program. Of an overlay nothing stays.
+# DIRECTORY is /program inside. An overlay is discarded at the end.
 set -euo pipefail
 umask 022
 root=$1 directory=$2 kind=$3

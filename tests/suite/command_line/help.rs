@@ -1,4 +1,4 @@
-//! The command line as a newcomer meets it: what it says about itself, what it says to what it cannot do, and by which names it goes.
+//! The command line for a newcomer: help texts, usage errors, and the names of the program.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,25 +9,25 @@ use crate::support::aops;
 use crate::support::command::{LIMIT, Output, run};
 use crate::support::host::TestHost;
 
-/// Runs the program, far from any home.
+/// Runs the program outside of any home.
 fn say(arguments: &[&str]) -> Output {
     say_as(&aops(), arguments)
 }
 
 fn say_as(program: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(program);
-    // A width that is wider than what is promised.
+    // Wider than the promised width.
     run(command.args(arguments).env_remove("AOPS_HOME").env("COLUMNS", "200").env("NO_COLOR", "1"), LIMIT)
 }
 
-/// The subcommands that a help lists.
+/// The subcommands that a help text lists.
 fn listed(help: &str) -> Vec<&str> {
     let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
     let names = commands.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
     names.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help").collect()
 }
 
-/// Each subcommand's help, and those of its own.
+/// Checks each subcommand's help, recursively.
 fn check(path: &[&str], checked: &mut Vec<String>) {
     for flag in ["--help", "-h"] {
         let output = say(&[path, &[flag]].concat());
@@ -46,7 +46,7 @@ fn check(path: &[&str], checked: &mut Vec<String>) {
 }
 
 #[test]
-fn every_subcommand_explains_itself_in_80_columns() {
+fn every_subcommand_has_a_help_of_80_columns() {
     let mut checked = vec![];
     check(&[], &mut checked);
     for expected in [
@@ -76,7 +76,7 @@ fn every_subcommand_explains_itself_in_80_columns() {
     ] {
         assert!(checked.iter().any(|path| path == expected), "{expected:?} is not listed: {checked:?}");
     }
-    // Verbs that are not there yet are not offered.
+    // Verbs that are not implemented are not listed.
     for later in ["reload", "diagnose"] {
         assert!(!checked.iter().any(|path| path.ends_with(later)), "{later}");
         say(&["control", later]).expect_code(2);
@@ -84,7 +84,7 @@ fn every_subcommand_explains_itself_in_80_columns() {
 }
 
 #[test]
-fn the_help_shows_how_to_begin() {
+fn the_help_shows_the_first_commands() {
     for (path, words) in [
         (
             &["--help"][..],
@@ -107,7 +107,7 @@ fn the_help_shows_how_to_begin() {
 }
 
 #[test]
-fn wrong_usage_is_2_and_says_what_is_missing() {
+fn wrong_usage_exits_with_2_and_names_what_is_missing() {
     for (arguments, words) in [
         (&[][..], &["Usage: aops"][..]),
         (&["nonsense"], &["nonsense"]),
@@ -137,7 +137,7 @@ fn wrong_usage_is_2_and_says_what_is_missing() {
 }
 
 #[test]
-fn where_nothing_is_installed_every_verb_of_control_is_4() {
+fn without_an_installation_every_control_verb_exits_with_4() {
     let host = TestHost::new();
     for verb in [
         &["status"][..],
@@ -165,12 +165,12 @@ fn where_nothing_is_installed_every_verb_of_control_is_4() {
 }
 
 #[test]
-fn the_name_chooses_the_role_and_unknown_names_are_aops() {
+fn the_program_name_selects_the_role_and_unknown_names_are_aops() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let named = |name: &str, hard: bool| {
         let path = directory.path().join(name);
         match hard {
-            // Where the program lies on another file system, a copy does as well.
+            // A copy works too if the program is on another file system.
             true => {
                 fs::hard_link(aops(), &path).or_else(|_| fs::copy(aops(), &path).map(drop)).expect("it can be written")
             }
@@ -200,7 +200,7 @@ fn the_name_chooses_the_role_and_unknown_names_are_aops() {
         assert!(help.contains(expected), "{name}: {help}");
         assert!(say_as(&program, &["--version"]).expect_success().starts_with("aops "), "{name}");
     }
-    // As a role they do what the role does, with its own exit codes.
+    // Under a role's name the program behaves as that role, with its exit codes.
     say_as(&directory.path().join("control"), &["status", "--home", &home]).expect_code(4);
     say_as(&directory.path().join("aops-agent-service-linux-amd64"), &["--control", "frobnicate"]).expect_code(2);
     say_as(&directory.path().join("aops-agent-service"), &["status", "--home", &home]).expect_code(4);

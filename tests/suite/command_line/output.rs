@@ -1,4 +1,4 @@
-//! Output that cannot be written ends nothing; where it is the result, the exit code says that it was lost.
+//! Unwritable output stops no work; if the output is the result, the exit code reports its loss.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -10,26 +10,26 @@ use crate::support::command::{self, LIMIT};
 use crate::support::gateway::Gateway;
 use crate::support::host::{SOON, TestHost};
 
-/// What takes nothing: no space is left on it.
+/// A device without free space.
 fn full() -> Stdio {
-    Stdio::from(File::options().write(true).open("/dev/full").expect("it is there"))
+    Stdio::from(File::options().write(true).open("/dev/full").expect("it exists"))
 }
 
-/// A pipe whose reader has gone.
+/// A pipe without a reader.
 fn closed() -> Stdio {
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);
     Stdio::from(writer)
 }
 
-/// The exit code, once it has ended.
+/// The exit code after the command has exited.
 #[track_caller]
 fn code(command: &mut Command) -> i32 {
     let mut child = command.stdin(Stdio::null()).spawn().expect("it can be run");
     command::wait(&mut child, LIMIT).unwrap_or_else(|| panic!("`{}` does not end", command::describe(command)))
 }
 
-/// A gateway whose log takes nothing; it ends with this.
+/// A gateway whose log cannot be written; dropping it kills the gateway.
 struct Silent(Child);
 
 impl Silent {
@@ -54,7 +54,7 @@ impl Drop for Silent {
 }
 
 #[test]
-fn output_that_cannot_be_written_ends_no_work_and_is_told_by_the_code_where_it_is_the_result() {
+fn unwritable_output_stops_no_work_and_a_lost_result_sets_the_exit_code() {
     let gateway = Gateway::stopped();
     let again = |arguments: &[&str]| {
         let mut command = Command::new(aops());
@@ -92,7 +92,7 @@ fn output_that_cannot_be_written_ends_no_work_and_is_told_by_the_code_where_it_i
     };
     for verb in [&["status"][..], &["status", "--json"], &["status", "--history"], &["logs"], &["--help"]] {
         assert_eq!(code(control(verb).stdout(full()).stderr(full())), 1, "{verb:?}");
-        // Who closes the pipe has seen enough.
+        // A reader that closes the pipe does not want more: no error.
         assert_eq!(code(control(verb).stdout(closed()).stderr(closed())), 0, "{verb:?}");
     }
     let told = control(&["status"]).stdout(full()).stderr(Stdio::piped()).output().expect("it can be run");

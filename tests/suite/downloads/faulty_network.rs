@@ -1,8 +1,8 @@
-//! Packages over the worst of networks: whatever it does, a download ends complete and right, fetches little twice, and leaves nothing;
-//! and what is no package of ours is refused, told, and harms nobody.
+//! Downloads of packages over a faulty network. Whatever the network does, a download ends complete and correct, fetches little twice, and
+//! leaves no files behind; anything that is not a valid package is rejected and reported, and no other sub-agent is affected.
 //!
-//! `AOPS_DOWNLOADS` says how many downloads the first scenario makes, `AOPS_DOWNLOADS_SEED` what the network does to them: the same seed
-//! deals out the same.
+//! `AOPS_DOWNLOADS` sets the number of downloads of the first scenario, `AOPS_DOWNLOADS_SEED` the faults: the same seed gives the same
+//! faults.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,14 +22,14 @@ use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
 use crate::support::wait::{try_for, wait_for};
 
-/// What each of the many downloads has.
+/// The size of each of the downloads in the first scenario.
 const SIZE: usize = 20 << 20;
-/// So many are ordered at the same time, and so many of them fetched.
+/// The number of packages ordered at the same time, and the limit of concurrent downloads.
 const ORDERED: usize = 5;
 const AT_ONCE: usize = 3;
-/// For one round of downloads, each of which may stall a few times and be tried again later.
+/// The deadline of one round of downloads, each of which may stall several times and be retried.
 const ROUND: Duration = Duration::from_secs(180);
-/// A package that was refused is held back for at least so long: half of what the first pause may be.
+/// The minimum delay after a rejected package: half of the first back-off.
 const HELD_BACK: Duration = Duration::from_millis(2500);
 
 fn arch() -> &'static str {
@@ -41,7 +41,7 @@ fn arch() -> &'static str {
     }
 }
 
-/// An archive that cannot be packed smaller, which any release may be published from; and the SHA-256 of what is in it.
+/// An incompressible archive that any release may be published from; and the SHA-256 of its content.
 fn archive(at: &Path, bytes: usize) -> (PathBuf, Vec<u8>) {
     let mut random = fastrand::Rng::with_seed(1);
     let mut noise = vec![0; bytes];
@@ -60,7 +60,7 @@ fn archive(at: &Path, bytes: usize) -> (PathBuf, Vec<u8>) {
     (file, Sha256::digest(&noise).to_vec())
 }
 
-/// A host that reaches the gateway by this address, with these settings besides.
+/// A host that uses this endpoint, with further settings.
 fn joined_by(url: &str, gateway: &Gateway, settings: &str) -> TestHost {
     let host = TestHost::new();
     let trust = gateway.trust();
@@ -68,7 +68,7 @@ fn joined_by(url: &str, gateway: &Gateway, settings: &str) -> TestHost {
     arguments.extend(trust.iter().map(String::as_str));
     host.install(&arguments).expect_code(0);
     let config = host.home().join("etc/conf.toml");
-    let text = fs::read_to_string(&config).expect("it is there");
+    let text = fs::read_to_string(&config).expect("it exists");
     fs::write(&config, format!("{text}\n{settings}\n")).expect("it is ours");
     host.control(&["restart"]).expect_code(0);
     host
@@ -88,7 +88,7 @@ fn in_cache(host: &TestHost) -> Vec<String> {
         .collect()
 }
 
-/// Waits until there is nothing in the cache: the next try of what was refused may have begun, and ends.
+/// Waits until the cache is empty: a retry of a rejected package may have started, and ends.
 #[track_caller]
 fn wait_until_cache_is_empty(host: &TestHost) {
     let mut left = Vec::new();
@@ -99,7 +99,7 @@ fn wait_until_cache_is_empty(host: &TestHost) {
     assert!(empty.is_some(), "left in the cache: {left:?}");
 }
 
-/// Of a package that was refused: so many requests are one try, and those of the next try, which may have begun, come after a pause.
+/// The requests of the first attempt for a rejected package; those of the next attempt, which may have started, must come after a delay.
 #[track_caller]
 fn first_try(proxy: &FaultProxy, part: &str, requests: usize) -> Vec<Request> {
     let mut asked = proxy.tally(part).requests;
@@ -107,7 +107,7 @@ fn first_try(proxy: &FaultProxy, part: &str, requests: usize) -> Vec<Request> {
     assert!(asked.len() >= requests, "{asked:?}");
     if let Some(next) = asked.get(requests) {
         let pause = next.at - asked[requests - 1].at;
-        assert!(pause >= HELD_BACK, "asked for again after {pause:?}: {asked:?}");
+        assert!(pause >= HELD_BACK, "requested again after {pause:?}: {asked:?}");
     }
     asked.truncate(requests);
     asked
@@ -117,14 +117,14 @@ fn has_version(status: &Value, name: &str, version: &str) -> bool {
     agent(status, name).is_some_and(|agent| agent["version"] == version)
 }
 
-/// A figure that whoever runs the tests may choose.
+/// A number that an environment variable may override.
 fn chosen(variable: &str, otherwise: u64) -> u64 {
     std::env::var(variable).ok().map_or(otherwise, |text| text.parse().expect("a number"))
 }
 
 #[test]
 #[allow(clippy::print_stderr, reason = "the seed is shown with a failure, the figures by --nocapture")]
-fn downloads_end_complete_and_right_whatever_the_network_does() {
+fn downloads_over_a_faulty_network_are_complete_and_correct() {
     let count = chosen("AOPS_DOWNLOADS", 20) as usize;
     let seed = chosen("AOPS_DOWNLOADS_SEED", fastrand::u64(1..1_000_000));
     anstream::eprintln!("{count} downloads with the seed AOPS_DOWNLOADS_SEED={seed}");
@@ -133,7 +133,7 @@ fn downloads_end_complete_and_right_whatever_the_network_does() {
     gateway.want(&[]);
     gateway.run();
     let (archive, content) = archive(gateway.path("").as_path(), SIZE);
-    let size = fs::metadata(&archive).expect("it is there").len();
+    let size = fs::metadata(&archive).expect("it exists").len();
     let proxy = FaultProxy::before(&gateway, random(seed, size));
     let host = joined_by(&proxy.url(), &gateway, "downloadStall = \"1s\"");
 
@@ -143,7 +143,7 @@ fn downloads_end_complete_and_right_whatever_the_network_does() {
             (0..ORDERED.min(count - round * ORDERED)).map(|number| format!("noise-{number}")).collect();
         let version = format!("1.0.{round}");
         names.iter().for_each(|name| publish_archive(&gateway, &archive, name, &version));
-        // Fetched, unpacked and made the active one, and not run.
+        // Downloaded, unpacked and activated, but not run.
         let wanted: Vec<_> = names.iter().map(|name| (name.as_str(), version.as_str(), "cmd = \"stop\"")).collect();
         gateway.want(&wanted);
         host.wait_for_status(&format!("{version} of {names:?}, seed {seed}"), ROUND, |status| {
@@ -176,7 +176,7 @@ fn downloads_end_complete_and_right_whatever_the_network_does() {
 }
 
 #[test]
-fn three_packages_are_fetched_at_the_same_time_and_no_more() {
+fn at_most_three_packages_are_downloaded_at_the_same_time() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     let (archive, _) = archive(gateway.path("").as_path(), 4 << 20);
@@ -184,7 +184,7 @@ fn three_packages_are_fetched_at_the_same_time_and_no_more() {
     names.iter().for_each(|name| publish_archive(&gateway, &archive, name, "1.0.0"));
     gateway.want(&names.iter().map(|name| (name.as_str(), "1.0.0", "cmd = \"stop\"")).collect::<Vec<_>>());
     gateway.run();
-    // Each takes two seconds: all that are fetched at the same time are seen to be.
+    // Each takes two seconds, so all concurrent downloads overlap.
     let proxy = FaultProxy::before(&gateway, |request, _| match request.path.contains("/noise-") {
         true => Fault::Throttle { per_second: 2 << 20, up_to: u64::MAX },
         false => Fault::None,
@@ -195,7 +195,7 @@ fn three_packages_are_fetched_at_the_same_time_and_no_more() {
 }
 
 #[test]
-fn downloads_that_nobody_wants_any_more_make_way_at_once() {
+fn downloads_that_are_no_longer_ordered_are_cancelled_at_once() {
     let gateway = Gateway::with(&[], &[]);
     let (archive, _) = archive(gateway.path("").as_path(), 1 << 20);
     let names: Vec<String> = (0..ORDERED).map(|number| format!("noise-{number}")).collect();
@@ -204,7 +204,7 @@ fn downloads_that_nobody_wants_any_more_make_way_at_once() {
         gateway.want(&names.iter().map(|name| (name.as_str(), version, "cmd = \"stop\"")).collect::<Vec<_>>());
     };
     order("1.0.0");
-    // As many as may wait at the same time for what does not come: the first head, or the rest.
+    // Every download that may wait at the same time: for the head of the response, or for the rest.
     let proxy = FaultProxy::before(&gateway, |request, _| match request.is_for_package() {
         true if request.path.contains("/noise-0-1.0.0") => Fault::Mute,
         true if request.path.contains("-1.0.0") && request.path.contains("/noise-") => Fault::Stall { after: 1 << 19 },
@@ -219,13 +219,13 @@ fn downloads_that_nobody_wants_any_more_make_way_at_once() {
 }
 
 #[test]
-fn a_manager_that_is_killed_in_mid_download_fetches_only_the_rest_and_shows_how_far_it_is() {
+fn a_download_is_resumed_with_its_progress_after_the_manager_is_killed() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     gateway.want(&[]);
     gateway.run();
     let (archive, _) = archive(gateway.path("").as_path(), SIZE);
-    let size = fs::metadata(&archive).expect("it is there").len();
+    let size = fs::metadata(&archive).expect("it exists").len();
     let proxy = FaultProxy::before(&gateway, |request, before| match request.is_for_package() && before == 0 {
         true if request.path.contains("noise") => Fault::Throttle { per_second: 1 << 20, up_to: u64::MAX },
         _ => Fault::None,
@@ -236,9 +236,9 @@ fn a_manager_that_is_killed_in_mid_download_fetches_only_the_rest_and_shows_how_
     let status = host.wait_for_status("a good part of the download", ROUND, |status| {
         agent(status, "noise").is_some_and(|agent| agent["download"]["bytes"].as_u64() > Some(size / 4))
     });
-    let download = &agent(&status, "noise").expect("it is there")["download"];
+    let download = &agent(&status, "noise").expect("it exists")["download"];
     assert_eq!((&download["version"], download["totalBytes"].as_u64()), (&"1.0.0".into(), Some(size)), "{status:#}");
-    assert_eq!(agent(&status, "noise").expect("it is there")["state"], "updating");
+    assert_eq!(agent(&status, "noise").expect("it exists")["state"], "updating");
     assert!(host.control(&["status"]).stdout.contains("1.0.0 is being fetched: "));
 
     let manager = pid(&status["spm"]["pid"]).expect("it runs");
@@ -256,11 +256,11 @@ fn a_manager_that_is_killed_in_mid_download_fetches_only_the_rest_and_shows_how_
     wait_until_cache_is_empty(&host);
 }
 
-/// What is done to the answers of a sub-agent's packages; another one for each attack.
+/// What happens to the responses for a sub-agent's packages; replaced for each attack.
 type Plan = Box<dyn Fn(&Request, usize) -> Fault + Send>;
 
-/// A sub-agent that runs, and releases of it that the network does something to.
-struct Attacked {
+/// A running sub-agent, and releases of it whose downloads are manipulated.
+struct ManipulatedDownloads {
     gateway: Gateway,
     proxy: FaultProxy,
     host: TestHost,
@@ -269,8 +269,8 @@ struct Attacked {
     plan: Arc<Mutex<Plan>>,
 }
 
-impl Attacked {
-    fn start(settings: &str) -> Attacked {
+impl ManipulatedDownloads {
+    fn start(settings: &str) -> ManipulatedDownloads {
         let gateway = Gateway::with(&[&Package::sleeper("native", "1.0.0")], &[("native", "1.0.0", "")]);
         let plan: Arc<Mutex<Plan>> = Arc::new(Mutex::new(Box::new(|_, _| Fault::None)));
         let of_next = Arc::clone(&plan);
@@ -280,10 +280,10 @@ impl Attacked {
         });
         let host = joined_by(&proxy.url(), &gateway, settings);
         let pid = host.wait_for_agent("native");
-        Attacked { gateway, proxy, host, pid, plan }
+        ManipulatedDownloads { gateway, proxy, host, pid, plan }
     }
 
-    /// Orders that version of it, with something done to its package; it is refused with these words, and what ran goes on.
+    /// Orders that version and manipulates its download; it is rejected with these words, and the running release continues.
     #[track_caller]
     fn is_refused(&self, version: &str, words: &[&str], plan: impl Fn(&Request, usize) -> Fault + Send + 'static) {
         *self.plan.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Box::new(plan);
@@ -295,9 +295,9 @@ impl Attacked {
             let error = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
             error.contains(version) && words.iter().all(|word| error.contains(word))
         });
-        let native = agent(&status, "native").expect("it is there");
+        let native = agent(&status, "native").expect("it exists");
         assert_eq!((&native["version"], pid(&native["pid"])), (&"1.0.0".into(), Some(self.pid)), "{status:#}");
-        wait_for("the gateway to hear of it", SOON, || {
+        wait_for("the gateway to receive it", SOON, || {
             let status = self.gateway.status();
             let events = status["hosts"][0]["events"].as_array()?.clone();
             let said = |event: &Value| event["message"].as_str().is_some_and(|said| said.contains(words[0]));
@@ -310,8 +310,8 @@ impl Attacked {
 }
 
 #[test]
-fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_runs_goes_on() {
-    let attacked = Attacked::start("downloadStall = \"1s\"\ndownloadTimeout = \"6s\"");
+fn manipulated_downloads_are_rejected_and_reported_and_running_sub_agents_continue() {
+    let attacked = ManipulatedDownloads::start("downloadStall = \"1s\"\ndownloadTimeout = \"6s\"");
     let instead = |head: &str, body: &[u8], endless| Fault::Instead {
         head: format!("HTTP/1.1 {head}\r\n\r\n"),
         body: body.to_vec(),
@@ -321,7 +321,7 @@ fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_ru
         move |request: &Request, _: usize| if request.is_for_package() { fault.clone() } else { Fault::None }
     };
 
-    // Endless data, with no length or a wrong one.
+    // Endless data, without a length or with a wrong one.
     let endless = instead("200 OK\r\nconnection: close", &[0; 65536], true);
     attacked.is_refused("2.0.0", &["it has more than"], packages(endless));
     let endless = attacked.proxy.tally("native-2.0.0");
@@ -329,11 +329,11 @@ fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_ru
     assert!(endless.bytes < tries * (16 << 20), "{} bytes in {tries} tries", endless.bytes);
     wait_until_cache_is_empty(&attacked.host);
 
-    // A relay that lies about the size.
+    // A wrong announced size.
     attacked.is_refused("2.0.1", &["were announced"], packages(Fault::WrongLength { by: 1 }));
     attacked.is_refused("2.0.2", &["were announced"], packages(Fault::WrongLength { by: -1 }));
 
-    // Slow drip, of the body and of the head.
+    // A slow drip, of the body and of the head.
     attacked.is_refused("2.0.3", &["downloadTimeout"], packages(Fault::Throttle { per_second: 100, up_to: u64::MAX }));
     let drip = |request: &Request, _: usize| match request.is_for_package() {
         true => Fault::Mute,
@@ -341,11 +341,11 @@ fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_ru
     };
     attacked.is_refused("2.0.4", &["nothing came for 1s"], drip);
 
-    // A page of somebody in between, for the package or for its signature.
+    // A page of a captive portal instead of the package or its signature.
     attacked.is_refused("2.0.5", &["answers with a page of its own", "noProxy"], packages(Fault::Portal));
     attacked.is_refused("2.0.6", &["answers with a page of its own"], |_, _| Fault::Portal);
 
-    // Redirects: elsewhere, to plain http, and round and round. Nobody elsewhere is told who asks, or asked at all.
+    // Redirects: to another host, to plain http, and in a loop. The other host gets no identity and no request.
     let elsewhere = TcpListener::bind("127.0.0.1:0").expect("a free port");
     elsewhere.set_nonblocking(true).expect("it is ours");
     let away = format!(
@@ -358,9 +358,9 @@ fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_ru
     attacked.is_refused("2.0.8", &["redirect", "plain http"], packages(instead(&plain, b"", false)));
     let round = "302 Found\r\ncontent-length: 0\r\nlocation: /api/download/native-2.0.9_linux_amd64.tar.zst";
     attacked.is_refused("2.0.9", &["redirects"], packages(instead(round, b"", false)));
-    assert!(elsewhere.accept().is_err(), "somebody else was asked");
+    assert!(elsewhere.accept().is_err(), "the redirect target got a request");
 
-    // Cut, and gone on with other bytes under the same name and tag: fetched once more, and no oftener.
+    // Cut, and continued with other bytes under the same name and tag: fetched again once only.
     let depot = attacked.gateway.path("depot");
     attacked.is_refused("2.1.0", &["tampered with"], move |request, _| match request.header("range") {
         _ if !request.is_for_package() => Fault::None,
@@ -369,7 +369,7 @@ fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_ru
             let file = depot.join(request.path.trim_start_matches("/api/download/"));
             let size = fs::metadata(file).expect("it is published").len();
             let from: u64 = range.trim_start_matches("bytes=").trim_end_matches('-').parse().expect("a number");
-            let tag = request.header("if-range").expect("it says of which file");
+            let tag = request.header("if-range").expect("the field names a file");
             let head = format!(
                 "HTTP/1.1 206 Partial Content\r\netag: {tag}\r\ncontent-length: {}\r\n\
                  content-range: bytes {from}-{}/{size}\r\n\r\n",
@@ -383,16 +383,16 @@ fn what_a_network_puts_in_the_place_of_a_package_is_refused_and_told_and_what_ru
     let wholes = asked.iter().filter(|request| request.header("range").is_none()).count();
     assert_eq!(wholes, 2, "{asked:?}");
 
-    // And when the network is well again, the release comes.
+    // When the network works again, the release is installed.
     *attacked.plan.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Box::new(|_, _| Fault::None);
     attacked.host.wait_for_status("the release", ROUND, |status| has_version(status, "native", "2.1.0"));
-    // Nor does anything stay of the releases that were given up.
+    // Nothing of the rejected releases is left.
     wait_until_cache_is_empty(&attacked.host);
 }
 
 #[test]
-fn a_package_that_comes_damaged_is_fetched_once_more_and_then_held_back() {
-    let attacked = Attacked::start("");
+fn a_damaged_package_is_fetched_again_once_and_then_delayed() {
+    let attacked = ManipulatedDownloads::start("");
     let damaged = Arc::new(AtomicBool::new(true));
     let is_damaged = Arc::clone(&damaged);
     attacked.is_refused("2.0.0", &["tampered with"], move |request, _| {

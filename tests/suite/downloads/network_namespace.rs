@@ -1,5 +1,5 @@
-//! Downloads over a network of one's own that is cut, loses packets, and knows no names for a while: what runs goes on, and when it is well
-//! again, the rest comes.
+//! Downloads in a network namespace with partitions, packet loss and a failing name server: running sub-agents continue, and downloads
+//! complete when the network works again.
 
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -17,11 +17,11 @@ use crate::support::package::Package;
 use crate::support::wait::try_for;
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
-/// For a download over a network that loses a tenth of all packets.
+/// The deadline of a download with ten percent packet loss.
 const LONG: Duration = Duration::from_secs(180);
 const SIZE: usize = 8 << 20;
 
-/// A host, and a gateway in another network namespace, which is reached over one link and by a name.
+/// A host, and a gateway in another network namespace, reached over one link and by a name.
 const NETWORK: &str = "
     ip netns add far
     ip link add near type veth peer name far0 netns far
@@ -55,7 +55,7 @@ fn wait_long(container: &Container, what: &str, wanted: impl Fn(&Value) -> bool)
         last = status(container);
         wanted(&last).then_some(())
     });
-    assert!(found.is_some(), "waited {LONG:?} in vain for {what}; the last status: {last:#}");
+    assert!(found.is_some(), "timed out after {LONG:?} waiting for {what}; the last status: {last:#}");
 }
 
 fn runs(version: &'static str) -> impl Fn(&Value) -> bool {
@@ -63,7 +63,7 @@ fn runs(version: &'static str) -> impl Fn(&Value) -> bool {
 }
 
 #[test]
-fn a_partition_losses_and_slow_names_only_delay_a_download() {
+fn partitions_packet_loss_and_slow_name_servers_only_delay_a_download() {
     let container = Container::bare();
     container.shell(NETWORK).expect_code(0);
     let names = NameServer::start(&container.path("/run/netns/far"), GATEWAY);
@@ -80,16 +80,16 @@ fn a_partition_losses_and_slow_names_only_delay_a_download() {
     container.run(&["/opt/aops/control", "restart"]).expect_code(0);
     let native = wait_for_agents(&container, &["native"]);
 
-    // A partition in mid-download.
+    // A partition during the download.
     gateway.publish(|gateway| gateway.publish(&noise("1.0.0")));
     let before = bytes_received(&container);
     gateway.fleet(&fleet("1.0.0"));
-    // So much that fetching it twice would show.
+    // So much that a second download of it would show.
     wait_for_status(&container, "a part of the download", |status| {
         agent(status, "noise").is_some_and(|agent| agent["download"]["bytes"].as_u64() > Some(3 << 20))
     });
     done(&container, "ip link set near down");
-    // By the download too: its connection would outlive a shorter one.
+    // The download notices it too: its connection would survive a shorter partition.
     let cut = wait_for_status(&container, "the partition to be noticed", |status| {
         let gave_up = agent(status, "noise").is_some_and(|agent| agent["lastError"].is_string());
         status["gateway"]["connected"] == false && gave_up
@@ -100,10 +100,10 @@ fn a_partition_losses_and_slow_names_only_delay_a_download() {
     done(&container, "ip link set near up");
     wait_long(&container, "the rest after the partition", runs("1.0.0"));
     let received = bytes_received(&container) - before;
-    // With the frames around it, and the heartbeats meanwhile.
+    // Including the frames' overhead and the heartbeats meanwhile.
     assert!(received < SIZE as u64 * 13 / 10, "{received} bytes came for {SIZE}");
 
-    // A tenth of all packets is lost, in both directions, and names take three seconds.
+    // Ten percent packet loss in both directions, and a name server that takes three seconds.
     let loss = "table inet fault {
         chain in { type filter hook input priority 0; iifname near numgen random mod 100 < 10 drop; }
         chain out { type filter hook output priority 0; oifname near numgen random mod 100 < 10 drop; }
@@ -117,18 +117,18 @@ fn a_partition_losses_and_slow_names_only_delay_a_download() {
     assert_eq!(wait_for_agents(&container, &["native"]), native);
     done(&container, "nft delete table inet fault");
 
-    // Nobody answers for names at all: what runs goes on, and it is told.
+    // The name server does not respond: running sub-agents continue, and the failure is reported.
     names.take(Duration::from_secs(3600));
     gateway.publish(|gateway| gateway.publish(&noise("3.0.0")));
     gateway.fleet(&fleet("3.0.0"));
-    wait_long(&container, "the missing names to be told", |status| {
+    wait_long(&container, "the missing name server to be reported", |status| {
         let gateway = &status["gateway"];
         gateway["connected"] == false && gateway["lastError"].to_string().contains("no name server answered")
     });
     assert_eq!(wait_for_agents(&container, &["native"]), native);
-    // It may have been told of the third release before, and be at it.
+    // The third release may already have been ordered, and its download started.
     let status = status(&container);
-    let noise = agent(&status, "noise").expect("it is there");
+    let noise = agent(&status, "noise").expect("it exists");
     assert!(noise["version"] == "2.0.0" && noise["pid"].is_u64(), "{status:#}");
     names.take(Duration::ZERO);
     wait_long(&container, "the release when names are there again", runs("3.0.0"));
@@ -136,13 +136,13 @@ fn a_partition_losses_and_slow_names_only_delay_a_download() {
     assert_eq!(done(&container, "ls -A /opt/aops/cache").stdout, "");
 }
 
-/// Nothing gets through to the gateway but by the proxy, with its password.
+/// The gateway can only be reached through the proxy, with its password.
 const ONLY_BY_PROXY: &str = "table inet fault {
     chain out { type filter hook output priority 0; oifname near tcp dport 8888 reject; }
 }";
 
 #[test]
-fn a_proxy_that_the_installer_needed_is_every_channels_and_its_password_is_shown_nowhere() {
+fn the_installers_proxy_is_used_for_every_connection_and_its_password_is_never_shown() {
     let container = Container::bare();
     container.shell(NETWORK).expect_code(0);
     let proxy = ConnectProxy::start(&container.path("/run/netns/far"), (GATEWAY, 3128), "user:sesame");
@@ -168,12 +168,12 @@ fn a_proxy_that_the_installer_needed_is_every_channels_and_its_password_is_shown
 
     let installed = install(&["HTTPS_PROXY=http://user:sesame@10.9.0.1:3128"]).expect_code(0);
     assert!(installed.stderr.contains("proxy http://10.9.0.1:3128 is kept"), "{installed}");
-    // Started anew, with nothing of the environment.
+    // Restarted without any of the environment.
     container.run(&["/opt/aops/control", "stop"]).expect_code(0);
     container.run(&["/opt/aops/control", "start"]).expect_code(0);
     wait_for_agents(&container, &["native"]);
     assert_eq!(status(&container)["gateway"]["connected"], true);
-    let asked = proxy.asked();
+    let asked = proxy.requests();
     assert!(asked.iter().all(|asked| asked == "10.9.0.1:8888" || asked == "407"), "{asked:?}");
 
     assert_eq!(done(&container, "stat -c %a /opt/aops/etc/conf.toml").stdout, "600\n");

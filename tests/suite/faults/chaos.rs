@@ -1,7 +1,7 @@
-//! Chaos: roles and sub-agents are killed, told to end and stopped at random, while an observer looks for what must never be.
+//! Chaos: roles and sub-agents are killed, signalled and stopped at random, while an observer checks the invariants.
 //!
-//! `AOPS_CHAOS_SECONDS` says how long each of the two scenarios lasts, `AOPS_CHAOS_SEED` which chaos it is: the same seed deals out the same
-//! blows, though what they meet depends on the machine's pace. Both are printed, and told by a failure.
+//! `AOPS_CHAOS_SECONDS` sets the duration of each of the two scenarios, `AOPS_CHAOS_SEED` the random faults: the same seed gives the same
+//! sequence, although its effect depends on the machine's speed. Both are printed at the start and with a failure.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,14 +20,14 @@ use crate::support::processes::signal;
 use crate::support::wait::{try_for, wait_for};
 
 const AGENTS: usize = 30;
-/// So many of them have a child.
+/// The number of sub-agents with a child process.
 const WITH_CHILD: usize = 5;
-/// So many are never hit, and keep their process for the whole run.
+/// The number of sub-agents that are never killed, and must keep their process.
 const SPARED: usize = 5;
-const LOOK: Duration = Duration::from_millis(80);
-/// A stopped role is left so, for the other to take it for hung, if so much time is left.
+const POLL_INTERVAL: Duration = Duration::from_millis(80);
+/// A stopped role stays stopped, so that the other treats it as hung, if this much time is left.
 const FOR_A_HANG: Duration = Duration::from_secs(100);
-/// For all to be up again when the chaos is over: the longest back-off, of a role and then of a sub-agent.
+/// The deadline for everything to run again after the chaos: the longest back-off, of a role and then of a sub-agent.
 const CALM: Duration = Duration::from_secs(150);
 
 #[test]
@@ -38,7 +38,7 @@ fn chaos_without_a_service_manager() {
     let place = Place { home: host.home(), outside: host.home(), leader: std::process::id(), supervised: false };
     wait_for("the fleet", SOON, || (host.status()["agents"].as_array()?.len() == AGENTS).then_some(()));
     Chaos::new(place, Duration::from_secs(35)).run();
-    host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
     host.control(&["stop"]).expect_success();
     assert_eq!(host.processes(), []);
     assert_eq!(groups_left(&host.home()), Vec::<String>::new());
@@ -61,7 +61,7 @@ fn chaos_under_systemd() {
     assert_eq!(groups, "");
 }
 
-/// A gateway, not running, that wants all of them.
+/// A gateway that does not run yet and orders all sub-agents.
 fn gateway() -> Gateway {
     let gateway = Gateway::stopped();
     gateway.publish_self("c57f6a1d");
@@ -82,7 +82,7 @@ fn names() -> Vec<String> {
     (0..AGENTS).map(|n| format!("chaos-{n:02}")).collect()
 }
 
-/// The cgroups that a home's sub-agents had.
+/// The cgroups of a home's sub-agents that still exist.
 fn groups_left(home: &Path) -> Vec<String> {
     use sha2::{Digest as _, Sha256};
     let digest = Sha256::digest(home.as_os_str().as_encoded_bytes());
@@ -101,12 +101,12 @@ struct Chaos {
     seed: u64,
     lasts: Duration,
     supervised: bool,
-    /// What was done, for who looks into a failure.
+    /// The log of the faults, to diagnose a failure.
     done: Vec<String>,
     began: Instant,
-    /// Stopped ones, and what becomes of each when its time has come.
+    /// The stopped processes, and what is done to each at its time.
     stopped: Vec<(Body, Instant, Signal)>,
-    /// A role that is left to be found hung, until it is.
+    /// A role that stays stopped until the other one finds it hung.
     left_hung: Option<Body>,
 }
 
@@ -118,7 +118,7 @@ impl Chaos {
         let seed = given("AOPS_CHAOS_SEED").unwrap_or_else(|| fastrand::u64(..));
         let lasts = given("AOPS_CHAOS_SECONDS").map_or(usual, Duration::from_secs);
         let supervised = place.supervised;
-        tell(&format!("AOPS_CHAOS_SEED={seed} AOPS_CHAOS_SECONDS={}", lasts.as_secs()));
+        print(&format!("AOPS_CHAOS_SEED={seed} AOPS_CHAOS_SECONDS={}", lasts.as_secs()));
         let mut chaos = Chaos {
             observer: Observer::new(place, &names()),
             rng: Rng::with_seed(seed),
@@ -130,7 +130,7 @@ impl Chaos {
             stopped: vec![],
             left_hung: None,
         };
-        chaos.look_until("everything to be up before the chaos begins", SOON, |observer| observer.all_up());
+        chaos.check_until("everything to be up before the chaos begins", SOON, |observer| observer.all_up());
         chaos
     }
 
@@ -139,7 +139,7 @@ impl Chaos {
         self.began = Instant::now();
         let (mut next, mut next_role) = (self.began, self.began + self.within(1000..3000));
         while self.began.elapsed() < self.lasts {
-            self.look();
+            self.check();
             let now = Instant::now();
             self.end_stops(now);
             if now >= next {
@@ -150,7 +150,7 @@ impl Chaos {
                 self.hit_a_role(now);
                 next_role = now + self.within(500..8000);
             }
-            std::thread::park_timeout(LOOK);
+            std::thread::park_timeout(POLL_INTERVAL);
         }
         for (body, ..) in std::mem::take(&mut self.stopped) {
             self.send(body, Signal::CONT, "calm");
@@ -158,17 +158,17 @@ impl Chaos {
         if let Some(body) = self.left_hung.take() {
             self.send(body, Signal::CONT, "calm");
         }
-        self.look_until("everything to be up when the chaos is over", CALM, Observer::all_up);
+        self.check_until("everything to be up when the chaos is over", CALM, Observer::all_up);
         for (name, body) in spared {
             assert_eq!(self.observer.agent(&name), body, "{name} was not hit");
         }
         let expected = |at| if at < WITH_CHILD { 2 } else { 1 };
         let expected: BTreeMap<_, _> = names().into_iter().enumerate().map(|(at, name)| (name, expected(at))).collect();
-        // A child of one that has just begun may not be there yet; what is there too much stays.
+        // The child of a sub-agent that has just started may not exist yet; a surplus one does not go away.
         let right = try_for(SOON, || (self.observer.marked() == expected).then_some(()));
         assert!(right.is_some(), "not these processes: {:?}\n{}", self.observer.marked(), self.story());
         let (agents, roles) = self.observer.deaths;
-        tell(&format!(
+        print(&format!(
             "deaths: {agents} of sub-agents, {roles} of roles; longest beyond its due: {:?}",
             self.observer.longest
         ));
@@ -176,7 +176,7 @@ impl Chaos {
     }
 
     fn spared(&self) -> impl Iterator<Item = String> + use<> {
-        // Of both kinds.
+        // Both native and `control` sub-agents.
         names().into_iter().step_by(AGENTS / SPARED)
     }
 
@@ -211,7 +211,7 @@ impl Chaos {
         let (role, other) = (ROLES[at], ROLES[1 - at]);
         let (blow, hang, pause) = (self.rng.u32(0..100), self.rng.u32(0..3) == 0, self.within(500..9000));
         let Some(body) = self.observer.role(role) else { return };
-        // Where there is no service manager, nobody is left to revive both.
+        // Without a service manager, at least one role must be left to restart the other.
         if !self.supervised && !self.observer.is_well(other, now) {
             return;
         }
@@ -229,7 +229,7 @@ impl Chaos {
         }
     }
 
-    /// Continues or kills those that were stopped for long enough.
+    /// Continues or kills the processes whose stop has lasted long enough.
     fn end_stops(&mut self, now: Instant) {
         let (over, stopped) = std::mem::take(&mut self.stopped).into_iter().partition(|(_, until, _)| now >= *until);
         self.stopped = stopped;
@@ -248,31 +248,31 @@ impl Chaos {
         match kind {
             Signal::STOP => self.observer.freezes(body),
             Signal::CONT => self.observer.thaws(body),
-            _ => self.observer.hits(body),
+            _ => self.observer.expect_death(body),
         }
         self.done.push(format!("{:8.3} {kind:?} {whom} {pid}", self.began.elapsed().as_secs_f64()));
         signal(pid, kind);
     }
 
-    fn look(&mut self) {
-        if let Err(why) = self.observer.look() {
+    fn check(&mut self) {
+        if let Err(why) = self.observer.check() {
             panic!("{why}\n{}", self.story());
         }
     }
 
-    fn look_until(&mut self, what: &str, deadline: Duration, is_so: impl Fn(&Observer) -> bool) {
+    fn check_until(&mut self, what: &str, deadline: Duration, is_so: impl Fn(&Observer) -> bool) {
         let began = Instant::now();
         loop {
-            self.look();
+            self.check();
             if is_so(&self.observer) {
                 return;
             }
-            assert!(began.elapsed() < deadline, "waited {deadline:?} in vain for {what}\n{}", self.story());
-            std::thread::park_timeout(LOOK);
+            assert!(began.elapsed() < deadline, "timed out after {deadline:?} waiting for {what}\n{}", self.story());
+            std::thread::park_timeout(POLL_INTERVAL);
         }
     }
 
-    /// What happened up to now.
+    /// The faults up to now.
     fn story(&self) -> String {
         const LAST: usize = 40;
         let last = self.done[self.done.len().saturating_sub(LAST)..].join("\n");
@@ -287,6 +287,6 @@ impl Chaos {
 }
 
 #[allow(clippy::print_stderr, reason = "the test program shows it with a failure, or when asked to")]
-fn tell(text: &str) {
+fn print(text: &str) {
     anstream::eprintln!("{text}");
 }

@@ -1,4 +1,4 @@
-//! What the disk does not take, since it is full or cannot be written, is told; what runs goes on, and what died comes back.
+//! Full and read-only disks: what cannot be written is reported, running sub-agents continue, and dead ones are restarted.
 
 use crate::install::refusals::{LIVING, assert_refused, event};
 use crate::install::systemd::{fleet_of_two, runs};
@@ -10,14 +10,14 @@ use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
 #[test]
-fn a_full_disk_is_told_and_what_runs_goes_on() {
+fn a_full_disk_is_reported_and_running_sub_agents_continue() {
     let container = Container::bare();
     let gateway = Inside::start(&container, fleet_of_two());
     done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=4m tmpfs /opt/aops");
     let output = container.run(&["sh", "-c", VERBATIM]);
     assert_refused(&output, 1, &["not enough space in /opt/aops", "free"]);
     assert_eq!(done(&container, "ls -A /opt/aops").stdout, "");
-    // Enough for the package and its tree, not for a second one; then not for a byte more.
+    // Enough space for the package and its tree, but not for a second one; then none at all.
     done(&container, "mount -o remount,size=160m /opt/aops");
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
     wait_for_agents(&container, &["native", "script"]);
@@ -30,8 +30,8 @@ fn a_full_disk_is_told_and_what_runs_goes_on() {
     assert_eq!(difference(&files, &snapshot(&container.path("/opt/aops"), LIVING)), Vec::<String>::new());
     gateway.publish(|gateway| gateway.publish(&Package::sleeper("native", "2.0.0")));
     gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n");
-    // That it cannot even note what is wanted is told, and nothing is touched.
-    let status = inside::wait_for_status(&container, "the full disk to be told", |status| {
+    // The manager reports that it cannot store the desired state, and changes nothing.
+    let status = inside::wait_for_status(&container, "the full disk to be reported", |status| {
         let native = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
         let told = format!("{native}{}", status["problems"]);
         told.contains("No space left") || told.contains("not enough space")
@@ -40,13 +40,10 @@ fn a_full_disk_is_told_and_what_runs_goes_on() {
         assert_eq!(status[who]["pid"], before[who]["pid"]);
     }
     for name in ["native", "script"] {
-        assert_eq!(
-            agent(&status, name).expect("it is there")["pid"],
-            agent(&before, name).expect("it is there")["pid"]
-        );
-        assert_eq!(agent(&status, name).expect("it is there")["version"], "1.0.0");
+        assert_eq!(agent(&status, name).expect("it exists")["pid"], agent(&before, name).expect("it exists")["pid"]);
+        assert_eq!(agent(&status, name).expect("it exists")["version"], "1.0.0");
     }
-    // Both roles die, and can note nothing of their successors; these come all the same.
+    // Both roles are killed and cannot write records for their successors; they are started nevertheless.
     done(
         &container,
         "rm -f /opt/aops/run/spm.json /opt/aops/run/spa.json; cat /dev/zero >>/opt/aops/log/filler 2>/dev/null || true",
@@ -61,14 +58,14 @@ fn a_full_disk_is_told_and_what_runs_goes_on() {
     for name in ["native", "script"] {
         assert_eq!(agent(&again, name).map(|agent| &agent["pid"]), agent(&before, name).map(|agent| &agent["pid"]));
     }
-    // With space, it goes on by itself.
+    // With free space it continues automatically.
     done(&container, "rm /opt/aops/log/filler");
     inside::wait_for_status(&container, "the new version", |status| {
         agent(status, "native").is_some_and(|agent| agent["version"] == "2.0.0" && agent["state"] == "running")
     });
     container.run(&[BOOTSTRAP, "install"]).expect_code(0);
     inside::wait_for_status(&container, "both roles", runs);
-    // Nor does it keep anybody from leaving.
+    // Uninstalling works too.
     done(&container, "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true");
     container.run(&["/opt/aops/control", "uninstall", "--yes"]).expect_code(0);
     assert_eq!(inside::processes_of_aops(&container), []);
@@ -76,13 +73,13 @@ fn a_full_disk_is_told_and_what_runs_goes_on() {
 }
 
 #[test]
-fn a_full_disk_while_a_release_is_staged_is_told_and_the_old_one_goes_on() {
+fn a_full_disk_during_staging_is_reported_and_the_old_release_continues() {
     let container = Container::bare();
     let gateway = Inside::start(&container, fleet_of_two());
     done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m tmpfs /opt/aops");
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
     let agents = wait_for_agents(&container, &["native", "script"]);
-    // More than there is, and nothing that could be packed small.
+    // More than the free space, and incompressible.
     let noise: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(1 << 20).collect();
     let mut big = Package::sleeper("native", "2.0.0");
     for number in 0..40 {
@@ -92,25 +89,25 @@ fn a_full_disk_while_a_release_is_staged_is_told_and_the_old_one_goes_on() {
     }
     gateway.publish(|gateway| gateway.publish(&big));
     gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"2.0.0\"\nagents.script.version = \"1.0.0\"\n");
-    let status = inside::wait_for_status(&container, "the full disk to be told", |status| {
+    let status = inside::wait_for_status(&container, "the full disk to be reported", |status| {
         agent(status, "native").is_some_and(|agent| {
             let error = agent["lastError"].as_str().unwrap_or_default();
             agent["state"] == "running" && (error.contains("not enough space"))
         })
     });
-    assert_eq!(agent(&status, "native").expect("it is there")["version"], "1.0.0");
+    assert_eq!(agent(&status, "native").expect("it exists")["version"], "1.0.0");
     assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         event(&gateway.status(), "stage", "native").filter(|event| event["outcome"] == "failed")
     });
-    // What did not fit does not stay.
+    // The incomplete release is removed.
     let free = done(&container, "df --output=avail -k /opt/aops | tail -n 1").stdout;
     let free: u64 = free.trim().parse().expect("a number");
     assert!(free > 120 << 10, "{free} kB are free");
 }
 
 #[test]
-fn a_read_only_home_is_told_and_what_runs_goes_on() {
+fn a_read_only_home_is_reported_and_running_sub_agents_continue() {
     let container = Container::bare();
     let _gateway = Inside::start(&container, fleet_of_two());
     let read_only = "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops";

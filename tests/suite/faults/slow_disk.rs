@@ -1,6 +1,6 @@
-//! A disk that answers late, seen from the manager: its loop waits for no disk and no lock.
+//! A disk that blocks: the manager's event loop waits for no disk and no lock.
 //!
-//! strace(1) shows what the manager's main thread asks of the system, and delays what its other threads ask of the disk.
+//! strace(1) records the system calls of the manager's main thread, and delays those of its other threads that write to the disk.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -15,16 +15,16 @@ use crate::support::package::Package;
 use crate::support::processes::signal;
 use crate::support::wait::wait_for;
 
-/// For ten sub-agents to be upgraded under strace on a busy machine.
+/// The deadline for ten upgrades of sub-agents under strace on a busy machine.
 const ALL_DONE: Duration = Duration::from_secs(90);
-/// The watchdog kills a manager that does not answer for 45 seconds.
+/// The watchdog kills a manager that does not reply for 45 seconds.
 const LONGER_THAN_A_HANG: Duration = Duration::from_secs(75);
-/// Calls that wait for a disk, or for whoever holds a lock.
+/// System calls that wait for a disk, or for the holder of a lock.
 const WAITING: &str =
     "fsync,fdatasync,sync,syncfs,unlink,unlinkat,rmdir,link,linkat,sendfile,copy_file_range,flock,truncate,ftruncate";
 
 #[test]
-fn the_managers_loop_makes_no_call_that_waits_for_a_disk_or_a_lock() {
+fn the_managers_event_loop_makes_no_blocking_disk_or_lock_call() {
     let names: Vec<String> = (0..10).map(|number| format!("agent-{number}")).collect();
     let versions = ["1.0", "2.0", "3.0"];
     let packages: Vec<Package> =
@@ -37,7 +37,7 @@ fn the_managers_loop_makes_no_call_that_waits_for_a_disk_or_a_lock() {
     all_run(&host, 10, "1.0");
     let manager = host.role_pid("spm").expect("it runs");
     let calls = host.beside("calls");
-    // The main thread alone.
+    // Only the main thread.
     let traced = Traced::attach(manager, &["-e", &format!("trace={WAITING},clone,clone3"), "-o"], &calls);
     for version in &versions[1..] {
         gateway.want(&wanted(10, version));
@@ -60,7 +60,7 @@ fn the_managers_loop_makes_no_call_that_waits_for_a_disk_or_a_lock() {
 }
 
 #[test]
-fn a_disk_that_takes_twenty_seconds_for_each_sync_holds_up_nothing_but_what_is_written() {
+fn slow_syncs_delay_only_writes() {
     let packages =
         [Package::sleeper("changed", "1.0"), Package::sleeper("changed", "2.0"), Package::sleeper("untouched", "1.0")];
     let gateway = Gateway::with(&packages.each_ref(), &[("changed", "1.0", ""), ("untouched", "1.0", "")]);
@@ -76,12 +76,12 @@ fn a_disk_that_takes_twenty_seconds_for_each_sync_holds_up_nothing_but_what_is_w
         let asked = Instant::now();
         let status = host.status();
         answers.push(asked.elapsed());
-        // A manager that does not answer has neither a pid in its status nor sub-agents.
+        // A manager that does not reply has neither a pid in its status nor sub-agents.
         assert_eq!(pid(&status["spm"]["pid"]), Some(manager), "{status:#}");
         let agent = agent(&status, "untouched").unwrap_or_else(|| panic!("the manager does not answer: {status:#}"));
         assert_eq!(pid(&agent["pid"]), Some(untouched));
     }
-    // Some may be late on a busy machine; a loop that waits for the disk answers none of them soon.
+    // Some replies may be late on a busy machine; a loop that waits for the disk would delay all of them.
     answers.sort();
     assert!(answers[answers.len() / 2] < Duration::from_secs(1), "{answers:?}");
     wait_for("a sync to be delayed", SOON, || {
@@ -120,7 +120,7 @@ impl Traced {
         Traced(strace)
     }
 
-    /// Lets the process go on without it.
+    /// Detaches from the process.
     fn end(mut self) {
         signal(self.0.id(), Signal::TERM);
         assert!(command::wait(&mut self.0, SOON).is_some(), "strace does not end");

@@ -1,4 +1,4 @@
-//! A gateway's certificate over the years: renewed with its key, with a key that was announced, and with one that was not.
+//! Renewal of a gateway's certificate: with the same key, with an announced key, and with an unknown key.
 
 use std::fs;
 
@@ -16,7 +16,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// How hosts pin a public key.
+/// The pin of a public key, as hosts compute it.
 fn pin(key: &KeyPair) -> String {
     let der = rustls::pki_types::SubjectPublicKeyInfoDer::from_pem_slice(key.public_key_pem().as_bytes());
     format!("sha256:{}", hex(&Sha256::digest(der.expect("rcgen writes PEM"))))
@@ -29,7 +29,7 @@ fn certificate(key: &KeyPair, last_year: i32) -> String {
     params.self_signed(key).expect("a key can sign").pem()
 }
 
-/// Replaces a file of the gateway whole.
+/// Replaces a file of the gateway atomically.
 fn put(gateway: &Gateway, name: &str, text: &str) {
     let new = gateway.path("new.pem");
     fs::write(&new, text).expect("a temporary directory can be written");
@@ -41,13 +41,13 @@ fn pinned(gateway: &Gateway) -> Value {
 }
 
 #[test]
-fn a_renewed_certificate_is_served_and_hosts_follow_its_key_and_an_announced_one_and_no_other() {
+fn hosts_accept_a_renewed_certificate_with_the_same_or_an_announced_key_and_no_other() {
     let gateway = Gateway::with(&[], &[]);
     let (cert, trusted) = (gateway.path("tls/cert.pem"), gateway.path("keys/aops.pub").display().to_string());
-    let first = KeyPair::from_pem(&fs::read_to_string(gateway.path("tls/key.pem")).expect("init made it"));
-    let first = first.expect("init made it");
-    // One host pins the certificate itself, as operators did it, the other one takes what it sees first.
-    let digest = hex(&Sha256::digest(CertificateDer::from_pem_file(&cert).expect("init made it")));
+    let first = KeyPair::from_pem(&fs::read_to_string(gateway.path("tls/key.pem")).expect("init created it"));
+    let first = first.expect("init created it");
+    // One host pins the certificate itself, as operators used to do; the other one trusts the first contact.
+    let digest = hex(&Sha256::digest(CertificateDer::from_pem_file(&cert).expect("init created it")));
     let hosts = [["--pin", &digest], ["--pin-first-contact", "--fresh"]].map(|trust| {
         let host = TestHost::new();
         let id = if trust[0] == "--pin" { "1" } else { "2" };
@@ -63,7 +63,7 @@ fn a_renewed_certificate_is_served_and_hosts_follow_its_key_and_an_announced_one
     let has_problem = |status: &Value| status["problems"].to_string().contains("expired on");
     connected("a heartbeat", &|status| !has_problem(status));
 
-    // A certificate that has ended, for the same key: pins are of the key. A pair that does not fit is not served in between.
+    // An expired certificate for the same key: pins refer to the key. A certificate and key that do not match are not served in between.
     let pid = gateway.pid();
     let second = KeyPair::generate().expect("a key");
     put(&gateway, "tls/cert.pem", &certificate(&second, 2090));
@@ -76,19 +76,19 @@ fn a_renewed_certificate_is_served_and_hosts_follow_its_key_and_an_announced_one
     connected("the renewed certificate", &has_problem);
     let table = gateway.command(&["status"], &[]).expect_success();
     assert!(table.contains("expires on 2001-01-01") && table.contains("the certificate expired on"), "{table}");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let hosts = gateway.status()["hosts"].as_array()?.clone();
         let told = |host: &Value| {
             host["events"].as_array().is_some_and(|events| events.iter().any(|event| event["kind"] == "certificate"))
         };
         (hosts.len() == 2 && hosts.iter().all(told)).then_some(())
     });
-    // For an older version, which knows certificates alone, it is the present one.
+    // An older version, which knows only certificates, sees the present one.
     let renewed = hex(&Sha256::digest(CertificateDer::from_pem_file(&cert).expect("it was put there")));
     let pins = hosts[1].home().join("state/pins.json");
     assert!(fs::read_to_string(&pins).expect("it is there").contains(&renewed));
 
-    // Another key, announced ahead.
+    // A new key, announced beforehand.
     put(&gateway, "tls/next.pem", &second.public_key_pem());
     gateway.reload();
     let announced = wait_for("both hosts to have it", SOON, || {
@@ -101,7 +101,7 @@ fn a_renewed_certificate_is_served_and_hosts_follow_its_key_and_an_announced_one
     );
     put(&gateway, "tls/key.pem", &second.serialize_pem());
     put(&gateway, "tls/cert.pem", &certificate(&second, 2090));
-    fs::remove_file(gateway.path("tls/next.pem")).expect("it is there");
+    fs::remove_file(gateway.path("tls/next.pem")).expect("it exists");
     gateway.reload();
     connected("the announced key", &|status| !has_problem(status));
     wait_for("the old key to be given up", SOON, || {
@@ -110,7 +110,7 @@ fn a_renewed_certificate_is_served_and_hosts_follow_its_key_and_an_announced_one
         is_gone("state/pins.json").then_some(())
     });
 
-    // One that nobody was told of.
+    // A key that was not announced.
     let third = KeyPair::generate().expect("a key");
     put(&gateway, "tls/key.pem", &third.serialize_pem());
     put(&gateway, "tls/cert.pem", &certificate(&third, 2090));

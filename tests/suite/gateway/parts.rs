@@ -1,4 +1,4 @@
-//! A gateway whose parts fail one by one: each is named, and none takes another along.
+//! A gateway whose parts fail one by one: each failure is named, and no other part fails with it.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,8 +12,8 @@ use crate::support::https::Https;
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// What a host that holds nothing is told.
-fn told(https: &Https) -> Value {
+/// The answer to a host without a desired state.
+fn first_answer(https: &Https) -> Value {
     let response = https.heartbeat(&json!({
         "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": "amd64",
         "manager": { "version": "1", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3 },
@@ -22,7 +22,7 @@ fn told(https: &Https) -> Value {
     response.json()
 }
 
-/// Waits until the parts with a problem are these, and gives what `status` says of them.
+/// Waits until these parts have a problem, and returns their entries in `status`.
 #[track_caller]
 fn wait_for_problems(gateway: &Gateway, expected: &[(&str, &str)]) -> Value {
     wait_for(&format!("problems of {expected:?}"), SOON, || {
@@ -42,7 +42,7 @@ fn set_mode(path: &Path, mode: u32) {
 }
 
 #[test]
-fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_either() {
+fn a_failed_part_is_named_and_the_other_parts_run_also_at_start() {
     let mut gateway = Gateway::stopped();
     for version in ["1", "2"] {
         gateway.publish(&Package::sleeper("a", version));
@@ -50,10 +50,10 @@ fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_eith
     gateway.want(&[("a", "1", "")]);
     gateway.run();
     let https = Https::to(&gateway);
-    assert_eq!(told(&https)["agents"][0]["version"], "1");
+    assert_eq!(first_answer(&https)["agents"][0]["version"], "1");
     wait_for_problems(&gateway, &[]);
 
-    // A key of another kind, and a private one that others can read.
+    // A key of another type, and a private key that others can read.
     fs::write(gateway.path("keys/id_rsa.pub"), "ssh-rsa AAAAB3NzaC1yc2E someone@example\n").expect("it can be written");
     let key = gateway.path("keys/aops.key");
     set_mode(&key, 0o644);
@@ -63,20 +63,20 @@ fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_eith
     assert!(published.success() && published.stderr.contains("keys/id_rsa.pub is not used"), "{published}");
     gateway.want(&[("a", "2", ""), ("b", "1", "")]);
     let answer = wait_for("what was published and ordered since", SOON, || {
-        let answer = told(&https);
+        let answer = first_answer(&https);
         (answer["agents"].as_array()?.len() == 2).then_some(answer)
     });
     assert_eq!(answer["agents"][0]["version"], "2");
     gateway.edit_fleet("[[[");
     wait_for_problems(&gateway, &[("keys", "id_rsa.pub"), ("fleet", "fleet.toml is refused")]);
 
-    // It starts beside all that; a depot that is not there costs what it offers, and nothing else.
+    // The gateway starts with all these problems; a missing depot affects only the packages that it would offer.
     assert_eq!(gateway.terminate(), 0);
     let (depot, away) = (gateway.path("depot"), gateway.path("away"));
     fs::rename(&depot, &away).expect("it is ours");
     fs::write(gateway.path("state/hosts.json"), "{").expect("it is ours");
-    fs::remove_file(gateway.path("state/lineage")).expect("it is there");
-    fs::create_dir(gateway.path("state/lineage")).expect("it can be made");
+    fs::remove_file(gateway.path("state/lineage")).expect("it exists");
+    fs::create_dir(gateway.path("state/lineage")).expect("it can be created");
     gateway.run();
     let all = [("keys", "id_rsa.pub"), ("fleet", "refused"), ("depot", "cannot read the directory")];
     let parts =
@@ -90,12 +90,12 @@ fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_eith
     }
     let log = fs::read_to_string(gateway.log()).expect("it logs");
     assert!(log.contains("id_rsa.pub") && log.contains("can be read by others"), "{log}");
-    let answer = told(&https);
+    let answer = first_answer(&https);
     assert!(answer["errorMessage"].to_string().contains("no package"), "{answer:#}");
     fs::rename(&away, &depot).expect("it is ours");
-    wait_for("the depot to be back", SOON, || (told(&https)["agents"].as_array()?.len() == 2).then_some(()));
+    wait_for("the depot to be back", SOON, || (first_answer(&https)["agents"].as_array()?.len() == 2).then_some(()));
 
-    // All of it resolved, without a restart but for the lineage.
+    // All problems are fixed, without a restart except for the lineage.
     fs::remove_file(gateway.path("keys/id_rsa.pub")).expect("it is ours");
     set_mode(&key, 0o600);
     gateway.want(&[("a", "2", ""), ("b", "1", "")]);
@@ -103,7 +103,7 @@ fn a_part_with_a_problem_is_named_and_takes_no_other_along_not_at_the_start_eith
 }
 
 #[test]
-fn a_fleet_file_is_applied_at_once_or_refused_with_nothing_changed() {
+fn a_fleet_file_is_applied_at_once_or_rejected_without_a_change() {
     let mut gateway = Gateway::stopped();
     for (name, version) in [("a", "1"), ("a", "2"), ("b", "1")] {
         gateway.publish(&Package::sleeper(name, version));
@@ -118,8 +118,8 @@ fn a_fleet_file_is_applied_at_once_or_refused_with_nothing_changed() {
     assert!(said.contains("in force when the gateway runs"), "{said}");
     gateway.run();
     let https = Https::to(&gateway);
-    assert_eq!(told(&https)["agents"][0]["version"], "1");
-    // The gateway remembers a host from now on.
+    assert_eq!(first_answer(&https)["agents"][0]["version"], "1");
+    // From now on the gateway remembers a host.
     let hosts = || gateway.status()["hosts"].as_array().map(Vec::len);
     wait_for("the host to be remembered", SOON, || (hosts() == Some(1)).then_some(()));
 
@@ -130,9 +130,9 @@ fn a_fleet_file_is_applied_at_once_or_refused_with_nothing_changed() {
     ] {
         let refused = apply(&gateway, bad).expect_code(1);
         assert!(refused.stderr.contains("cannot apply") && refused.stderr.contains(reason), "{refused}");
-        assert_eq!(fs::read_to_string(gateway.path("fleet.toml")).expect("it is there"), first);
+        assert_eq!(fs::read_to_string(gateway.path("fleet.toml")).expect("it exists"), first);
     }
-    // Who runs the gateway can read it as before.
+    // The gateway's user can still read the file.
     set_mode(&gateway.path("fleet.toml"), 0o640);
     let said = apply(&gateway, "removalDelay = \"9s\"\n[agents.a]\nversion = \"2\"\n").expect_success();
     for words in
@@ -140,9 +140,9 @@ fn a_fleet_file_is_applied_at_once_or_refused_with_nothing_changed() {
     {
         assert!(said.contains(words), "{words}: {said}");
     }
-    let mode = fs::metadata(gateway.path("fleet.toml")).expect("it is there").permissions().mode();
+    let mode = fs::metadata(gateway.path("fleet.toml")).expect("it exists").permissions().mode();
     assert_eq!(mode & 0o777, 0o640);
-    // Nothing more is waited for.
-    let answer = told(&https);
+    // Nothing is pending.
+    let answer = first_answer(&https);
     assert_eq!((&answer["agents"][0]["version"], &answer["removalDelay"]), (&json!("2"), &json!(9)), "{answer:#}");
 }

@@ -1,4 +1,4 @@
-//! The protocol as it is described is the protocol as it is spoken: by a real host, by our gateway, and by one that somebody else wrote.
+//! The protocol's schema and document agree with a real host, with our gateway, and with a third-party gateway.
 
 mod third_party;
 
@@ -17,7 +17,7 @@ use crate::support::https::Https;
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// A host that has joined the fleet of a gateway that is not ours, from a package that this one serves.
+/// A host that has joined the fleet of a third-party gateway, from a package that this gateway serves.
 fn joined(gateway: &ThirdParty) -> TestHost {
     let program = fs::read(aops()).expect("the program under test");
     gateway.publish("aops-spm", "c57f6a1d", &[("bin/aops", 0o755, &program)]);
@@ -28,7 +28,7 @@ fn joined(gateway: &ThirdParty) -> TestHost {
     host
 }
 
-/// Publishes a native sub-agent that writes what it was told into a file, and stays.
+/// Publishes a native sub-agent that writes its arguments and environment to a file and sleeps.
 fn publish_sleeper(gateway: &ThirdParty, name: &str, version: &str) {
     let manifest = format!("name = {name:?}\nversion = {version:?}\n[run]\ncommand = [\"./run\"]\n");
     let script = b"#!/bin/sh\necho \"$AOPS_AGENT_ID $AOPS_AGENT_NAME $AOPS_AGENT_VERSION $AOPS_ENDPOINT $GREETING\"\nexec sleep 1000000\n";
@@ -39,7 +39,7 @@ fn schema() -> Value {
     run(std::process::Command::new(aops()).args(["gateway", "schema"]), LIMIT).json()
 }
 
-/// A check of one kind of message.
+/// A validator of one kind of message.
 fn validator(message: &str) -> jsonschema::Validator {
     let mut schema = schema();
     schema["$ref"] = json!(format!("#/$defs/{message}"));
@@ -53,7 +53,7 @@ fn assert_valid(validator: &jsonschema::Validator, message: &Value) {
     assert!(errors.is_empty(), "{errors:?} in {message:#}");
 }
 
-/// Every key of a message must be one that the schema describes: what is not described cannot be relied on.
+/// Every key of a message must be in the schema: an undocumented key cannot be relied on.
 #[track_caller]
 fn assert_described(schema: &Value, message: &str, value: &Value) {
     let properties = schema["$defs"][message]["properties"].as_object().expect("a message has properties");
@@ -72,7 +72,7 @@ fn assert_described(schema: &Value, message: &str, value: &Value) {
 }
 
 #[test]
-fn the_schema_describes_what_the_design_names() {
+fn the_schema_describes_every_field_of_the_design() {
     let schema = schema();
     let fields = |message: &str| -> Vec<String> {
         let properties = schema["$defs"][message]["properties"].as_object();
@@ -100,15 +100,15 @@ fn the_schema_describes_what_the_design_names() {
     for (message, names) in expected {
         assert_eq!(fields(message).join(" "), names, "{message}");
     }
-    // And the document for those who write a gateway has them all.
+    // The document for authors of gateways has them all.
     let document = include_str!("../../../assets/protocol.md");
     for field in ["Answer", "AgentOrder", "ManagerOrder"].into_iter().flat_map(fields) {
         assert!(document.contains(&format!("`{field}`")) || document.contains(&format!("`{field}:")), "{field}");
     }
-    // Each field of what a gateway has to send says what it means.
+    // Each field that a gateway sends has a description.
     for message in ["Answer", "AgentOrder", "ManagerOrder", "Offer", "Event", "AgentReport", "Heartbeat", "TrustReport"]
     {
-        for (name, property) in schema["$defs"][message]["properties"].as_object().expect("it was looked at") {
+        for (name, property) in schema["$defs"][message]["properties"].as_object().expect("it was checked") {
             let explains = |at: &Value| at["description"].is_string();
             let inner = property["$ref"].as_str().or_else(|| property["anyOf"][0]["$ref"].as_str());
             let inner = inner.map(|path| &schema["$defs"][path.trim_start_matches("#/$defs/")]);
@@ -118,7 +118,7 @@ fn the_schema_describes_what_the_design_names() {
 }
 
 #[test]
-fn the_schema_takes_the_words_that_a_host_takes_and_no_others() {
+fn the_schema_accepts_the_same_values_as_a_host() {
     let answer = validator("Answer");
     let base = json!({
         "agentId": "5402", "lineage": "l", "generation": 7, "complete": true,
@@ -138,13 +138,13 @@ fn the_schema_takes_the_words_that_a_host_takes_and_no_others() {
     ] {
         let mut message = base.clone();
         message["agents"][0]["sha256"] = json!("0".repeat(64));
-        *message.pointer_mut(path).expect("it is there") = json!(bad);
+        *message.pointer_mut(path).expect("it exists") = json!(bad);
         assert!(!answer.is_valid(&message), "{path} = {bad:?} is taken");
     }
 }
 
 #[test]
-fn what_our_gateway_answers_is_what_the_schema_describes() {
+fn our_gateways_answers_match_the_schema() {
     let mut gateway = Gateway::stopped();
     gateway.publish(&Package::sleeper("exporter", "1.5.0"));
     gateway.publish_self("0.1.0");
@@ -168,7 +168,7 @@ fn what_our_gateway_answers_is_what_the_schema_describes() {
     assert_described(&schema, "Answer", &first);
     assert_eq!((&first["ack"], &first["interval"], &first["cmd"]), (&json!(41), &json!(1), &json!("upgrade")));
     assert_eq!((&first["complete"], &first["agents"][0]["name"]), (&json!(true), &json!("exporter")));
-    // Held, there is no list to be sent.
+    // A host that holds the generation gets no list.
     heartbeat["lineage"] = first["lineage"].clone();
     heartbeat["generation"] = first["generation"].clone();
     let second = https.heartbeat(&heartbeat).json();
@@ -179,20 +179,20 @@ fn what_our_gateway_answers_is_what_the_schema_describes() {
     assert_described(&schema, "Offer", &offer);
     let package = https.get(&format!("/api/download/{}", offer["file"].as_str().expect("a file")));
     assert_eq!(package.body.len() as u64, offer["size"].as_u64().expect("a size"));
-    // What is refused says why in the field that a host shows its operator.
+    // A rejection has its reason in the field that a host shows its operator.
     let refused = https.send("POST", "/api/heartbeat", &["x-agent-id: 5402"], b"{}");
     assert_eq!(refused.status, 400);
     assert!(refused.json()["errorMessage"].as_str().is_some_and(|why| why.contains("missing field")), "{refused:?}");
 }
 
 #[test]
-fn a_gateway_that_somebody_else_wrote_runs_a_host() {
+fn a_third_party_gateway_can_run_a_host() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "hello", "1.0");
     let host = joined(&gateway);
     assert_eq!(host.status()["version"], "c57f6a1d");
 
-    // It always sends the whole list, under one number, whatever the host says that it holds.
+    // It always sends the whole list under one number, whatever generation the host reports.
     let hello = json!({ "name": "hello", "version": "1.0", "env": { "GREETING": "hi", "LD_PRELOAD": "" } });
     let agents = json!([{ "name": "hello", "version": "1.0", "env": { "GREETING": "hi there" } }]);
     let desired = json!({ "interval": 1, "generation": 1, "lineage": "mine", "complete": true, "agents": agents });
@@ -205,20 +205,20 @@ fn a_gateway_that_somebody_else_wrote_runs_a_host() {
     assert_eq!(heartbeat["agentId"], host.agent_id());
     let said = || fs::read_to_string(host.home().join("log/agents/hello.log")).unwrap_or_default();
     let expected = format!("{} hello 1.0 {} hi there", host.agent_id(), gateway.url);
-    wait_for("what the sub-agent was told", SOON, || said().contains(&expected).then_some(()));
+    wait_for("the arguments and environment of the sub-agent", SOON, || said().contains(&expected).then_some(()));
 
-    // Every heartbeat so far is as the schema describes, and the sequence counts.
+    // Every heartbeat so far matches the schema, and the sequence number grows by one.
     let (schema, heartbeats) = (schema(), validator("Heartbeat"));
-    let heard = gateway.heard();
-    assert!(heard.len() >= 3);
-    for (index, one) in heard.iter().enumerate() {
+    let received = gateway.heartbeats();
+    assert!(received.len() >= 3);
+    for (index, one) in received.iter().enumerate() {
         assert_valid(&heartbeats, &one.body);
         assert_described(&schema, "Heartbeat", &one.body);
         assert_eq!(one.body["sequence"], index as u64 + 1);
-        assert_eq!(one.body["instanceId"], heard[0].body["instanceId"]);
+        assert_eq!(one.body["instanceId"], received[0].body["instanceId"]);
     }
 
-    // Events are told until they are acknowledged, and then no more.
+    // Events are sent until they are acknowledged, and then no more.
     let events = |heartbeat: &Value| -> Vec<u64> {
         let events = heartbeat["events"].as_array().expect("events are a list");
         events.iter().filter_map(|event| event["id"].as_u64()).collect()
@@ -234,7 +234,7 @@ fn a_gateway_that_somebody_else_wrote_runs_a_host() {
         events(heartbeat).iter().all(|id| Some(id) > again.last())
     });
 
-    // Orders and commands that it does not know are answered, once, and change nothing.
+    // Unknown orders and commands are reported once and change nothing.
     let mut unknown = desired.clone();
     unknown["generation"] = json!(2);
     unknown["cmd"] = json!("fly");
@@ -253,7 +253,7 @@ fn a_gateway_that_somebody_else_wrote_runs_a_host() {
     let later = gateway.wait_for_heartbeat("another one", |_| true);
     assert_eq!(events(&later), events(&heartbeat));
 
-    // Uninstalling is a word of its own, in a list that is not complete.
+    // Uninstalling is an explicit command, in a list that is not complete.
     let mut uninstall = hello;
     uninstall["cmd"] = json!("uninstall");
     gateway.answer(json!({ "interval": 1, "generation": 3, "lineage": "mine", "agents": [uninstall] }));
@@ -270,7 +270,7 @@ fn a_gateway_that_somebody_else_wrote_runs_a_host() {
 }
 
 #[test]
-fn a_package_that_somebody_else_packed_installs_without_a_gateway() {
+fn a_third_party_package_can_be_installed_offline() {
     let gateway = ThirdParty::start();
     let program = fs::read(aops()).expect("the program under test");
     let (file, package) = gateway.publish("aops-spm", "2.0", &[("bin/aops", 0o755, &program)]);
@@ -279,7 +279,7 @@ fn a_package_that_somebody_else_packed_installs_without_a_gateway() {
     let path = host.beside(&file);
     fs::write(&path, &package).expect("a temporary directory can be written");
     let path = path.display().to_string();
-    // Nothing answers at the endpoint: the files are all there is.
+    // Nothing listens at the endpoint: the local files are enough.
     let words = [
         "--agent-id",
         "5402",
@@ -295,13 +295,13 @@ fn a_package_that_somebody_else_packed_installs_without_a_gateway() {
     assert!(without_signature.stderr.contains(".minisig"), "{without_signature}");
     fs::write(format!("{path}.minisig"), gateway.file(&format!("{file}.minisig"))).expect("it can be written");
     host.install(&words).expect_success();
-    host.wait_for_status("a home that runs by itself", SOON, |status| {
+    host.wait_for_status("a home that runs without a gateway", SOON, |status| {
         status["version"] == "2.0" && status["spm"]["pid"].is_u64() && status["gateway"]["connected"] == false
     });
 }
 
 #[test]
-fn an_answer_that_makes_no_sense_is_refused_and_nothing_breaks() {
+fn invalid_answers_are_rejected_and_change_nothing() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "a", "1");
     let host = joined(&gateway);
@@ -338,25 +338,22 @@ fn an_answer_that_makes_no_sense_is_refused_and_nothing_breaks() {
             status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains(reason))
         });
         assert_eq!(status["gateway"]["connected"], json!(false));
-        assert_eq!(
-            (&status["generation"], &agent(&status, "a").expect("it is there")["pid"]),
-            (&json!(5), &json!(pid))
-        );
+        assert_eq!((&status["generation"], &agent(&status, "a").expect("it exists")["pid"]), (&json!(5), &json!(pid)));
         gateway.answer(good.clone());
-        host.wait_for_status("the gateway to be heard again", SOON, |status| status["gateway"]["connected"] == true);
+        host.wait_for_status("the connection to the gateway", SOON, |status| status["gateway"]["connected"] == true);
     }
-    let status = host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
-    assert_eq!(agent(&status, "a").expect("it is there")["pid"], json!(pid));
+    let status = host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
+    assert_eq!(agent(&status, "a").expect("it exists")["pid"], json!(pid));
     assert_eq!(status["spm"]["restarts"], 0);
 }
 
 #[test]
-fn an_order_that_does_not_fit_is_refused_alone_and_told() {
+fn an_invalid_order_is_rejected_alone_and_reported() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "a", "1");
     publish_sleeper(&gateway, "b", "1");
     let host = joined(&gateway);
-    // The third one's name cannot be read: it may be anybody's.
+    // The third order has no readable name: it may be for any sub-agent.
     let answer = |generation: u64, greeting: &str, bad: Value| {
         let a = json!({ "name": "a", "version": "1", "env": { "GREETING": greeting } });
         json!({ "interval": 1, "removalDelay": 0, "lineage": "l", "generation": generation, "complete": true, "agents": [a, bad] })
@@ -391,15 +388,15 @@ fn an_order_that_does_not_fit_is_refused_alone_and_told() {
             (1, &json!("order"), &if named { json!("b") } else { Value::Null })
         );
         let again = gateway.wait_for_heartbeat("another one", |_| true);
-        assert_eq!(refusals(&again, words), told, "it is told once");
+        assert_eq!(refusals(&again, words), told, "it is reported once");
         let status = host.status();
         assert_eq!((&status["state"], &agent(&status, "b").expect("it stays")["pid"]), (&json!("degraded"), &json!(b)));
         assert!(status["problems"].to_string().contains(words), "{status:#}");
     }
 
-    // The list is asked for once more by the next manager, which may know what this one does not.
+    // The next manager requests the list again, since it may understand more.
     host.kill(host.role_pid("spm").expect("it runs"));
-    gateway.wait_for_heartbeat("the list to be asked for", |heartbeat| {
+    gateway.wait_for_heartbeat("the list to be requested", |heartbeat| {
         heartbeat["sequence"] == 1 && heartbeat["generation"] == 0
     });
     gateway.wait_for_heartbeat("it to be held", |heartbeat| heartbeat["sequence"] == 2 && heartbeat["generation"] == 4);
@@ -418,10 +415,10 @@ fn an_order_that_does_not_fit_is_refused_alone_and_told() {
     );
     host.wait_for_new_pid("a", a);
     gateway.answer(answer(5, "5", json!({ "name": "b", "version": "1" })));
-    host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
     assert_eq!(host.wait_for_agent("b"), b);
 
-    // What is no answer at all is told, too, as what it is.
+    // An answer that is not valid JSON is reported too, as such.
     gateway.answer(json!({ "interval": "soon" }));
     host.wait_for_status("it to be refused", SOON, |status| status["gateway"]["connected"] == false);
     gateway.answer(answer(5, "5", json!({ "name": "b", "version": "1" })));
@@ -431,7 +428,7 @@ fn an_order_that_does_not_fit_is_refused_alone_and_told() {
 }
 
 #[test]
-fn what_a_complete_list_omits_waits_before_it_is_removed() {
+fn a_sub_agent_omitted_from_a_complete_list_is_removed_after_a_delay() {
     let packages = ["a", "b", "c"].map(|name| Package::sleeper(name, "1"));
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
@@ -446,31 +443,31 @@ fn what_a_complete_list_omits_waits_before_it_is_removed() {
     let pids = ["a", "b", "c"].map(|name| host.wait_for_agent(name));
     let left = |status: &Value, name: &str| agent(status, name).and_then(|agent| agent["removedInSeconds"].as_u64());
 
-    // As after a file that was cut off at the end of a line.
+    // Like a file that was truncated at the end of a line.
     want("1h", &["a", "c"]);
     host.wait_for_status("b to wait", SOON, |status| left(status, "b").is_some_and(|left| left < 3_599));
     let status = host.status();
     assert_eq!((&status["state"], left(&status, "a")), (&json!("running"), None));
     let shown = host.control(&["status"]).text();
     assert!(shown.contains("b: the gateway's list omits it; to be removed in 59m"), "{shown}");
-    // A restart of the manager does not begin the wait anew.
+    // A restart of the manager does not restart the delay.
     let waited = left(&host.status(), "b").expect("it waits");
     host.control(&["restart"]).expect_success();
     let status = host.wait_for_status("the next manager", SOON, |status| left(status, "b").is_some());
     assert!(left(&status, "b") <= Some(waited), "{waited} {status:#}");
 
-    // It comes back, and was never touched.
+    // It is ordered again, and was never stopped.
     want("1h", &["a", "b", "c"]);
     host.wait_for_status("b to be wanted again", SOON, |status| left(status, "b").is_none());
     assert_eq!(["a", "b", "c"].map(|name| host.wait_for_agent(name)), pids);
-    // And goes, when it has been omitted for long enough.
+    // It is removed after it has been omitted for long enough.
     want("2s", &["a", "c"]);
     host.wait_for_status("b to go", SOON, |status| agent(status, "b").is_none());
     assert_eq!(["a", "c"].map(|name| host.wait_for_agent(name)), [pids[0], pids[2]]);
 }
 
 #[test]
-fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() {
+fn only_a_newer_desired_state_is_accepted_and_it_removes_only_named_sub_agents() {
     let gateway = ThirdParty::start();
     publish_sleeper(&gateway, "a", "1");
     publish_sleeper(&gateway, "b", "1");
@@ -481,7 +478,7 @@ fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() 
     gateway.answer(good.clone());
     let pids = (host.wait_for_agent("a"), host.wait_for_agent("b"));
     let assert_untouched = |status: &Value| {
-        let pid = |name: &str| agent(status, name).expect("it is there")["pid"].clone();
+        let pid = |name: &str| agent(status, name).expect("it exists")["pid"].clone();
         assert_eq!((pid("a"), pid("b")), (json!(pids.0), json!(pids.1)));
     };
 
@@ -503,12 +500,12 @@ fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() 
                 event["outcome"] == "refused" && event["message"].as_str().is_some_and(|text| text.contains(reason))
             })
         });
-        // A gateway that says again what is held has nothing to be complained of any more.
+        // When the gateway sends the held state again, the problem is resolved.
         gateway.answer(good.clone());
         host.wait_for_status("the complaint to go", SOON, |status| status["state"] == "running");
     }
 
-    // Empty, also when it calls itself complete, it removes nothing; absent, neither.
+    // An empty list, even a complete one, removes nothing; neither does a missing list.
     gateway.answer(state("l", 7, true, &[]));
     let status = host.wait_for_status("generation 7", SOON, |status| status["generation"] == 7);
     assert_untouched(&status);
@@ -518,14 +515,14 @@ fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() 
     }
     assert_untouched(&host.status());
 
-    // Another store that counts from the beginning is taken over; what runs goes on running.
+    // A new store that counts from the start is accepted; running sub-agents continue.
     gateway.answer(state("m", 1, true, &[order("a", "start"), order("b", "start")]));
     gateway
         .wait_for_heartbeat("the new lineage", |heartbeat| heartbeat["lineage"] == "m" && heartbeat["generation"] == 1);
-    let status = host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
+    let status = host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
     assert_untouched(&status);
 
-    // And its complete list removes what it does not name.
+    // Its complete list removes the sub-agents that it does not name.
     gateway.answer(state("m", 2, true, &[order("b", "stop")]));
     let status = host.wait_for_status("a to go and b to be stopped", SOON, |status| {
         agent(status, "a").is_none()
@@ -535,7 +532,7 @@ fn a_desired_state_is_taken_only_if_it_is_newer_and_removes_only_what_it_says() 
 }
 
 #[test]
-fn a_gateway_that_is_too_busy_is_left_alone_for_as_long_as_it_says() {
+fn a_busy_gateway_is_not_contacted_before_its_retry_after() {
     let gateway = ThirdParty::start();
     let host = joined(&gateway);
     gateway.answer(json!({ "interval": 1 }));
@@ -544,15 +541,16 @@ fn a_gateway_that_is_too_busy_is_left_alone_for_as_long_as_it_says() {
     host.wait_for_status("the refusal", SOON, |status| {
         status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains("503: later"))
     });
-    // What was answered so last, and the next one after it.
+    // The time of the last 503, and of the next request.
     gateway.answer(json!({ "interval": 1 }));
-    let refused = gateway.heard().len();
-    let heard = wait_for("the next heartbeat", SOON, || Some(gateway.heard()).filter(|heard| heard.len() > refused));
-    let pause = heard[refused].at - heard[refused - 1].at;
+    let refused = gateway.heartbeats().len();
+    let received =
+        wait_for("the next heartbeat", SOON, || Some(gateway.heartbeats()).filter(|received| received.len() > refused));
+    let pause = received[refused].at - received[refused - 1].at;
     assert!(pause >= Duration::from_secs(5), "{pause:?}");
     assert!(pause < Duration::from_secs(15), "{pause:?}");
-    // Then it is as before.
-    wait_for("the interval of before", SOON, || Some(()).filter(|()| gateway.heard().len() > refused + 2));
-    let heard = gateway.heard();
-    assert!(heard[refused + 2].at - heard[refused].at < Duration::from_secs(5));
+    // Then the interval is the usual one again.
+    wait_for("the usual interval", SOON, || Some(()).filter(|()| gateway.heartbeats().len() > refused + 2));
+    let received = gateway.heartbeats();
+    assert!(received[refused + 2].at - received[refused].at < Duration::from_secs(5));
 }

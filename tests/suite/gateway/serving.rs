@@ -1,4 +1,4 @@
-//! The gateway as operators and hosts meet it: what it serves, to whom, and what no slip of an operator can do to a fleet.
+//! The gateway for operators and hosts: what it serves and to whom, and which operator errors it must survive.
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
@@ -14,7 +14,7 @@ use crate::support::https::Https;
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// A heartbeat of a host that holds what `answer` told it.
+/// A heartbeat of a host that holds the desired state of `held`.
 fn heartbeat(id: &str, hostname: &str, (os, arch): (&str, &str), held: &Value) -> Value {
     json!({
         "agentId": id, "instanceId": format!("instance-of-{id}"), "hostname": hostname, "os": os, "arch": arch,
@@ -23,8 +23,8 @@ fn heartbeat(id: &str, hostname: &str, (os, arch): (&str, &str), held: &Value) -
     })
 }
 
-/// What a host that holds nothing is told.
-fn told(https: &Https) -> Value {
+/// The answer to a host without a desired state.
+fn first_answer(https: &Https) -> Value {
     let response = https.heartbeat(&heartbeat("5402", "web-1", ("linux", "amd64"), &Value::Null));
     assert_eq!(response.status, 200, "{response:?}");
     response.json()
@@ -40,7 +40,7 @@ fn agents(answer: &Value) -> Vec<String> {
 }
 
 #[test]
-fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_arrives() {
+fn an_invalid_fleet_file_changes_nothing_and_is_reported_until_it_is_fixed() {
     let mut gateway = Gateway::stopped();
     for (name, version) in [("a", "1"), ("b", "1"), ("c", "1"), ("c", "2")] {
         gateway.publish(&Package::sleeper(name, version));
@@ -50,7 +50,7 @@ fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_a
     gateway.fleet(&fleet("1"));
     gateway.run();
     let https = Https::to(&gateway);
-    let good = told(&https);
+    let good = first_answer(&https);
     assert_eq!(agents(&good), ["a 1", "b 1", "c 1"]);
 
     for (bad, reason) in [
@@ -70,7 +70,7 @@ fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_a
             let standing = https.get("/healthz").json();
             standing["fleet"]["lastError"].as_str().is_some_and(|error| error.contains(reason)).then_some(())
         });
-        assert_eq!(told(&https), good, "{bad}");
+        assert_eq!(first_answer(&https), good, "{bad}");
         let status = gateway.status();
         assert!(
             status["gateway"]["fleet"]["lastError"].as_str().is_some_and(|error| error.contains(reason)),
@@ -81,34 +81,34 @@ fn a_wrong_fleet_file_changes_nothing_is_explained_everywhere_and_a_mended_one_a
         let log = fs::read_to_string(gateway.log()).expect("the gateway logs");
         assert!(log.contains(reason), "{log}");
     }
-    fs::remove_file(gateway.path("fleet.toml")).expect("it is there");
+    fs::remove_file(gateway.path("fleet.toml")).expect("it exists");
     wait_for("its absence to be noticed", SOON, || {
         let error = https.get("/healthz").json()["fleet"]["lastError"].clone();
         error.as_str().is_some_and(|error| error.contains("there is no file")).then_some(())
     });
-    assert_eq!(told(&https), good);
+    assert_eq!(first_answer(&https), good);
 
-    // Restarted beside a wrong file, it says what it said before.
+    // Restarted with an invalid file, it keeps its previous answers.
     gateway.fleet("[[");
     assert_eq!(gateway.terminate(), 0);
     gateway.run();
-    assert_eq!(told(&https), good);
+    assert_eq!(first_answer(&https), good);
 
     gateway.fleet(&fleet("2"));
-    let new = wait_for("the mended file", SOON, || Some(told(&https)).filter(|answer| answer != &good));
+    let new = wait_for("the fixed file", SOON, || Some(first_answer(&https)).filter(|answer| answer != &good));
     assert_eq!(agents(&new), ["a 1", "b 1", "c 2"]);
     assert!(new["generation"].as_u64() > good["generation"].as_u64());
     assert_eq!(new["lineage"], good["lineage"]);
     wait_for("no error any more", SOON, || https.get("/healthz").json()["fleet"]["lastError"].is_null().then_some(()));
 
-    // What is meant can be said.
+    // The intended change can be made explicitly.
     gateway.fleet("allowRemoval = true\n[agents.c]\nversion = \"2\"\n");
-    let fewer = wait_for("the smaller fleet", SOON, || Some(told(&https)).filter(|answer| answer != &new));
+    let fewer = wait_for("the smaller fleet", SOON, || Some(first_answer(&https)).filter(|answer| answer != &new));
     assert_eq!((agents(&fewer), &fewer["complete"]), (vec!["c 2".to_owned()], &json!(true)));
 }
 
 #[test]
-fn a_fleet_file_that_is_being_written_is_not_read() {
+fn a_fleet_file_is_not_read_while_it_is_written() {
     let mut gateway = Gateway::stopped();
     let names = ["a", "b", "c", "d", "e", "f"];
     names.iter().for_each(|name| gateway.publish(&Package::sleeper(name, "1")));
@@ -117,9 +117,9 @@ fn a_fleet_file_that_is_being_written_is_not_read() {
     gateway.fleet(&fleet(&names[..1]));
     gateway.run();
     let https = Https::to(&gateway);
-    let before = told(&https);
+    let before = first_answer(&https);
     assert_eq!(agents(&before), ["a 1"]);
-    // An editor that writes in place, and slowly: at every moment the file is well formed, and fit to be taken.
+    // An editor that writes in place, and slowly: at every moment the file is well-formed and valid.
     let path = gateway.path("fleet.toml");
     let writer = thread::spawn(move || {
         let mut file = OpenOptions::new().write(true).truncate(true).open(path).expect("fleet.toml can be written");
@@ -132,7 +132,7 @@ fn a_fleet_file_that_is_being_written_is_not_read() {
     });
     let mut seen = BTreeSet::new();
     let after = wait_for("the whole file", SOON, || {
-        let answer = told(&https);
+        let answer = first_answer(&https);
         seen.insert(agents(&answer).len());
         (agents(&answer).len() == names.len()).then_some(answer)
     });
@@ -142,7 +142,7 @@ fn a_fleet_file_that_is_being_written_is_not_read() {
 }
 
 #[test]
-fn a_restarted_gateway_goes_on_counting_and_a_rebuilt_one_is_taken_over() {
+fn hosts_follow_a_restarted_and_a_rebuilt_gateway() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("0.1.0");
     gateway.publish(&Package::sleeper("a", "1"));
@@ -151,7 +151,7 @@ fn a_restarted_gateway_goes_on_counting_and_a_rebuilt_one_is_taken_over() {
     let host = TestHost::joined(&gateway);
     let pid = host.wait_for_agent("a");
     let generation = host.status()["generation"].clone();
-    // The operator's view: who is there, and that it holds what it was told.
+    // The operator's view: the hosts, and the generation that each holds.
     let shown = |gateway: &Gateway| {
         wait_for("the host to be shown", SOON, || {
             let host = gateway.status()["hosts"][0].clone();
@@ -165,9 +165,9 @@ fn a_restarted_gateway_goes_on_counting_and_a_rebuilt_one_is_taken_over() {
     let back = host.wait_for_status("the gateway to be back", SOON, |status| status["gateway"]["connected"] == true);
     assert_eq!(back["generation"], generation);
 
-    // Rebuilt from its keys, depot and fleet.toml: another store counts, and nothing on the host changes but that.
+    // Rebuilt from its keys, depot and fleet.toml: the store has a new lineage, and nothing else changes on the host.
     gateway.stop();
-    fs::remove_dir_all(gateway.path("state")).expect("it is there");
+    fs::remove_dir_all(gateway.path("state")).expect("it exists");
     gateway.command(&["init"], &[]).expect_success();
     gateway.run();
     let status = host.wait_for_status("the new lineage", SOON, |status| {
@@ -180,7 +180,7 @@ fn a_restarted_gateway_goes_on_counting_and_a_rebuilt_one_is_taken_over() {
 }
 
 #[test]
-fn each_host_is_told_what_the_rules_that_match_it_say() {
+fn each_host_receives_the_orders_of_its_matching_rules() {
     let mut gateway = Gateway::stopped();
     for version in ["1", "2", "3", "4"] {
         gateway.publish(&Package::sleeper("a", version));
@@ -230,14 +230,14 @@ fn each_host_is_told_what_the_rules_that_match_it_say() {
         assert_eq!(orders.join(", "), expected, "{id} {hostname}");
         assert_eq!(answer["agents"][0]["env"]["BASE"], "yes");
     }
-    // A host for which there are no packages is told so, and its list is not called complete.
+    // A host without packages for its platform gets an error message, and its list is not complete.
     let windows = https.heartbeat(&heartbeat("5402", "w", ("windows", "386"), &Value::Null)).json();
     assert_eq!((&windows["complete"], &windows["agents"]), (&json!(false), &json!([])));
     assert!(windows["errorMessage"].as_str().is_some_and(|text| text.contains("windows/386")), "{windows:#}");
 }
 
 #[test]
-fn downloads_follow_the_rules_of_ranges_and_only_what_is_on_offer_is_served() {
+fn downloads_support_http_ranges_and_only_published_files_are_served() {
     let mut gateway = Gateway::stopped();
     let noise: Vec<u8> = (0..200_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     gateway.publish(&Package::sleeper("a", "1").with_file("noise", &noise, 0o644));
@@ -271,7 +271,7 @@ fn downloads_follow_the_rules_of_ranges_and_only_what_is_on_offer_is_served() {
         let shown = format!("bytes {}-{}/{size}", expected.start, expected.end - 1);
         assert_eq!(part.header("content-range"), Some(&*shown), "{range}");
     }
-    // What is not understood, or is of another content, is answered with the whole; what lies beyond, with a refusal.
+    // An invalid range, or one with another tag, gets the whole file; a range beyond the end is rejected.
     for headers in [&["range: lines=1-2"][..], &["range: bytes=9-1"], &["range: bytes=0-1", "if-range: \"of another\""]]
     {
         let answer = https.ask("GET", path, headers);
@@ -319,7 +319,7 @@ fn downloads_follow_the_rules_of_ranges_and_only_what_is_on_offer_is_served() {
 }
 
 #[test]
-fn two_hundred_hosts_at_once_are_all_answered_and_shown() {
+fn two_hundred_concurrent_hosts_are_answered_and_listed() {
     const HOSTS: usize = 200;
     const AT_ONCE: usize = 40;
     let mut gateway = Gateway::stopped();
@@ -335,7 +335,7 @@ fn two_hundred_hosts_at_once_are_all_answered_and_shown() {
                     let (id, name) = (format!("id-{number}"), format!("host-{number}"));
                     let first = https.heartbeat(&heartbeat(&id, &name, ("linux", "amd64"), &Value::Null)).json();
                     assert_eq!((&first["agentId"], agents(&first).join("")), (&json!(id), "a 1".to_owned()));
-                    // What it was told, it holds: it is not told again.
+                    // A host that holds the generation gets no list again.
                     let second = https.heartbeat(&heartbeat(&id, &name, ("linux", "amd64"), &first)).json();
                     assert_eq!((&second["generation"], second.get("agents")), (&first["generation"], None));
                 }
@@ -353,23 +353,23 @@ fn two_hundred_hosts_at_once_are_all_answered_and_shown() {
     let ids: BTreeSet<_> =
         status["hosts"].as_array().expect("a list").iter().map(|host| host["agentId"].clone().to_string()).collect();
     assert_eq!(ids.len(), HOSTS);
-    // What it knew is what it knows after a restart, and after its end.
+    // The gateway still has its hosts after a restart, and in `status` after its exit.
     assert_eq!(gateway.terminate(), 0);
     let after = gateway.status();
     assert_eq!((after["running"].as_bool(), after["hosts"].as_array().map(Vec::len)), (Some(false), Some(HOSTS)));
 }
 
 #[test]
-fn what_is_there_is_kept_and_what_is_published_never_changes() {
+fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let gateway = Gateway::stopped();
     gateway.fleet("heartbeatInterval = \"7s\"\n");
     let kept = ["keys/aops.pub", "keys/aops.key", "tls/cert.pem", "tls/key.pem", "fleet.toml"];
-    let contents = || kept.map(|name| fs::read(gateway.path(name)).expect("init made it"));
+    let contents = || kept.map(|name| fs::read(gateway.path(name)).expect("init created it"));
     let before = contents();
     let again = gateway.command(&["init"], &["--name", "other.example"]).expect_success();
     assert_eq!(contents(), before);
     assert!(again.contains("kept") && !again.contains("made") && again.contains("--name is without effect"), "{again}");
-    // What is to be done next can be copied: each line with a command is whole.
+    // The next steps can be copied: each command is on one line.
     for words in
         ["aops gateway publish --dir", "aops gateway run --dir", "--trusted-key aops.pub --pin sha256:", "curl -k"]
     {
@@ -382,12 +382,12 @@ fn what_is_there_is_kept_and_what_is_published_never_changes() {
     let other = Package::script("a", "1", "exit 1", "");
     let refused = gateway.publish_with(&[&other.path().display().to_string()]).expect_code(1);
     assert!(refused.stderr.contains("is published already, with another content; choose another version"), "{refused}");
-    assert_eq!(fs::read(gateway.path(file)).expect("it is still there"), published);
+    assert_eq!(fs::read(gateway.path(file)).expect("it still exists"), published);
     let unrunnable = Package::native("a", "2", &["bin/gone"], "");
     let refused = gateway.publish_with(&[&unrunnable.path().display().to_string()]).expect_code(1);
     assert!(refused.stderr.contains("bin/gone, which is not in it"), "{refused}");
 
-    // A package that was signed elsewhere goes to hosts with the signature that it came with.
+    // A package that was signed elsewhere is served with its own signature.
     let elsewhere = Gateway::stopped();
     elsewhere.publish(&Package::sleeper("b", "1"));
     let (archive, signature) =
@@ -399,11 +399,11 @@ fn what_is_there_is_kept_and_what_is_published_never_changes() {
 }
 
 #[test]
-fn a_gateway_ends_when_it_is_asked_to_and_a_second_one_is_refused() {
+fn a_gateway_exits_on_a_signal_and_a_second_one_is_rejected() {
     let mut gateway = Gateway::start();
     let second = gateway.command(&["run"], &["--listen", "127.0.0.1:0"]).expect_code(1);
     assert!(second.stderr.contains("one is running already"), "{second}");
-    // A connection that is idle does not hold up the end.
+    // An idle connection does not delay the exit.
     let idle = std::net::TcpStream::connect(gateway.url().trim_start_matches("https://")).expect("it listens");
     assert_eq!(gateway.terminate(), 0);
     drop(idle);

@@ -1,4 +1,4 @@
-//! A gateway whose disk is slow: strace(1) lets each sync of a file take longer than anybody here waits.
+//! A gateway with a slow disk: strace(1) delays each sync of a file for longer than any client waits.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -10,13 +10,13 @@ use crate::support::https::Https;
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// What each sync takes, seconds.
+/// The delay of each sync, in seconds.
 const SYNC: u32 = 60;
-/// For what must wait for no sync, on a busy machine: half of one.
+/// The limit of what must not wait for a sync, on a busy machine: half of one.
 const QUICK: Duration = Duration::from_secs(SYNC as u64 / 2);
 
-/// What a host that holds what `held` told it is told.
-fn told(https: &Https, held: &Value) -> Value {
+/// The answer to a host that holds the desired state of `held`.
+fn answer_to(https: &Https, held: &Value) -> Value {
     let asked = Instant::now();
     let response = https.heartbeat(&json!({
         "agentId": "5402", "instanceId": "i", "hostname": "web-1", "os": "linux", "arch": "amd64",
@@ -29,28 +29,28 @@ fn told(https: &Https, held: &Value) -> Value {
 }
 
 #[test]
-fn a_slow_sync_delays_neither_heartbeats_nor_a_changed_fleet_file_and_a_crash_meanwhile_leads_nobody_back() {
+fn slow_syncs_do_not_delay_heartbeats_and_a_crash_does_not_reuse_a_generation() {
     let mut gateway = Gateway::stopped();
     for version in ["1", "2", "3"] {
         gateway.publish(&Package::sleeper("a", version));
     }
     gateway.want(&[("a", "1", "")]);
-    // It has begun its lineage, and kept its first fleet file.
+    // It has a lineage and has stored its first fleet file.
     gateway.run();
     let https = Https::to(&gateway);
-    let first = told(&https, &Value::Null);
+    let first = answer_to(&https, &Value::Null);
     assert_eq!(gateway.terminate(), 0);
 
     let started = Instant::now();
     gateway.run_with_slow_syncs(SYNC);
     assert!(started.elapsed() < QUICK, "it served after {:?}", started.elapsed());
-    let mut held = told(&https, &first);
+    let mut held = answer_to(&https, &first);
     assert_eq!((&held["agents"], &held["generation"]), (&Value::Null, &first["generation"]));
     // The second one while the first is still being written.
     for version in ["2", "3"] {
         gateway.want(&[("a", version, "")]);
         held = wait_for(&format!("the fleet file with version {version}"), QUICK, || {
-            let answer = told(&https, &held);
+            let answer = answer_to(&https, &held);
             (answer["agents"][0]["version"] == version).then_some(answer)
         });
     }
@@ -59,11 +59,11 @@ fn a_slow_sync_delays_neither_heartbeats_nor_a_changed_fleet_file_and_a_crash_me
     let kept = fs::read_to_string(gateway.path("state/fleet.toml")).expect("it was kept");
     assert!(kept.contains("version = \"1\""), "the syncs are not slow: {kept}");
 
-    // What was not written is lost, and the file that could tell it is broken: the one before is in force, as something new.
+    // The unwritten state is lost, and the fleet file is now invalid: the previous one is in force again, as a new generation.
     gateway.stop();
     gateway.fleet("[agents.a\n");
     gateway.run();
-    let back = told(&https, &held);
+    let back = answer_to(&https, &held);
     assert_eq!(back["agents"][0]["version"], "1", "{back:#}");
     assert_eq!(back["lineage"], held["lineage"]);
     assert!(back["generation"].as_u64() > held["generation"].as_u64(), "{held:#} {back:#}");

@@ -1,5 +1,5 @@
-//! A home that several names lead to, on a host that a real systemd runs: one pair of units, whichever name is used and whatever an earlier
-//! release called them.
+//! A home that several paths lead to, on a host with systemd: one pair of units, whichever path is used and whatever unit names an earlier
+//! release created.
 
 use serde_json::Value;
 
@@ -16,7 +16,7 @@ fn unit_files(container: &Container) -> Vec<String> {
     done(container, list).stdout.lines().map(str::to_owned).collect()
 }
 
-/// How many processes have each role.
+/// The number of processes of each role.
 fn roles(container: &Container) -> (usize, usize) {
     let processes = processes_of_aops(container);
     let count =
@@ -25,7 +25,7 @@ fn roles(container: &Container) -> (usize, usize) {
 }
 
 #[test]
-fn a_home_behind_a_link_is_one_home_by_every_name() {
+fn a_home_behind_a_link_is_one_home_by_every_path() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     done(&container, "rmdir /opt && mkdir -p /data/opt && ln -s /data/opt /opt");
@@ -61,11 +61,11 @@ fn a_home_behind_a_link_is_one_home_by_every_name() {
 }
 
 #[test]
-fn units_that_are_called_by_another_spelling_of_the_home_are_replaced() {
+fn units_named_after_another_spelling_of_the_home_are_replaced() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
-    // The slash that completion leaves behind.
+    // The trailing slash of shell completion.
     container.run(&["sh", "-c", &format!("{VERBATIM} --home /srv/aops/")]).expect_code(0);
     let units = unit_files(&container);
     let status = || container.run(&["/srv/aops/control", "status", "--json"]).json();
@@ -80,7 +80,7 @@ fn units_that_are_called_by_another_spelling_of_the_home_are_replaced() {
     done(&container, "/srv/aops/control stop && /srv/aops/control start");
     assert_ne!(agents(), first, "a stop stops the sub-agents");
 
-    // As a release left them that took the path as it was spelled: alone, and beside a pair of the right name.
+    // Units of a release that used the path as it was spelled: alone, and beside a pair with the correct name.
     let strays = "cd /etc/systemd/system; name=$(ls aops-spm-*.service); digits=${name#aops-spm-}; digits=${digits%.service}
         for role in agents spm spa; do
             sed \"s/-$digits/-0123abcd/g; s,--home ./srv/aops.,--home \\\"/srv/aops/\\\",\" aops-$role-$digits.service >aops-$role-0123abcd.service

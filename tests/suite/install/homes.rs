@@ -1,5 +1,5 @@
-//! Homes of every kind: installed offline, by a pin, beside another one, in a path with spaces or a very long one, and renewed with all
-//! that they know.
+//! Homes of every kind: installed offline, with a certificate pin, beside another home, in a path with spaces or a very long one;
+//! reinstalled without losing state.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -29,7 +29,7 @@ fn gateway() -> Gateway {
 }
 
 fn depot_file(gateway: &Gateway, start: &str) -> String {
-    let names = fs::read_dir(gateway.path("depot")).expect("it is there").flatten();
+    let names = fs::read_dir(gateway.path("depot")).expect("it exists").flatten();
     let found = names.map(|entry| entry.path()).find(|path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         name.starts_with(start) && !name.ends_with(".minisig")
@@ -37,7 +37,7 @@ fn depot_file(gateway: &Gateway, start: &str) -> String {
     found.expect("it was published").display().to_string()
 }
 
-/// Runs the program with a home of its own, by its own link.
+/// Runs the `control` of a home.
 #[track_caller]
 fn control(host: &TestHost, home: &Path, arguments: &[&str]) -> Output {
     command::run(host.command(&home.join("control")).env_remove("AOPS_HOME").args(arguments), LIMIT)
@@ -48,7 +48,7 @@ fn status(host: &TestHost, home: &Path) -> Value {
     control(host, home, &["status", "--json"]).json()
 }
 
-/// Waits until both sub-agents and both roles of a home run, and gives the status.
+/// Waits until both sub-agents and both roles of a home run, and returns the status.
 #[track_caller]
 fn wait_for_all(host: &TestHost, home: &Path) -> Value {
     wait_for("both sub-agents and both roles", SOON, || {
@@ -72,7 +72,7 @@ fn pids(status: &Value) -> Vec<u32> {
 }
 
 #[test]
-fn a_package_at_hand_is_installed_offline_and_only_when_it_is_what_is_wanted() {
+fn a_local_package_is_installed_offline_if_it_matches_the_request() {
     let mut gateway = gateway();
     gateway.stop();
     let host = TestHost::new();
@@ -95,7 +95,7 @@ fn a_package_at_hand_is_installed_offline_and_only_when_it_is_what_is_wanted() {
     let alone = host.beside("aops-spm-1.0.0.tar.zst");
     fs::copy(&manager, &alone).expect("a copy");
     refused(install(&alone.display().to_string(), &[]), &["minisig"]);
-    // A copy under another name, with its signature beside it, will do: the signature says what it is.
+    // A copy under another name works with its signature beside it: the signature has the name and version.
     fs::copy(format!("{manager}.minisig"), host.beside("aops-spm-1.0.0.tar.zst.minisig")).expect("a copy");
     install(&alone.display().to_string(), &[]).expect_code(0);
     let status = host.wait_for_status("both roles", SOON, runs);
@@ -105,7 +105,7 @@ fn a_package_at_hand_is_installed_offline_and_only_when_it_is_what_is_wanted() {
 }
 
 #[test]
-fn a_pin_is_as_good_as_an_authority_and_stays_in_force() {
+fn a_certificate_pin_replaces_a_ca_and_stays_in_force() {
     let gateway = gateway();
     let host = TestHost::new();
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -114,7 +114,7 @@ fn a_pin_is_as_good_as_an_authority_and_stays_in_force() {
         let script = format!("openssl x509 -in '{cert}' {arguments}");
         command::run(std::process::Command::new("sh").args(["-c", &script]), LIMIT).expect_success().trim().to_owned()
     };
-    // As openssl prints it, and the key's alone.
+    // As openssl prints it, and the pin of the key alone.
     let printed = openssl("-noout -fingerprint -sha256");
     let certificate = printed.split_once('=').expect("a name and a value").1.to_owned();
     let public_key = openssl("-noout -pubkey | openssl pkey -pubin -outform DER | sha256sum | cut -d' ' -f1");
@@ -122,14 +122,14 @@ fn a_pin_is_as_good_as_an_authority_and_stays_in_force() {
         host.install(&["--agent-id", "1", "--endpoint", gateway.url(), "--trusted-key", &key, "--pin", pin])
             .expect_code(0);
         host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
-        // A later installation need not be told again.
+        // A later installation does not need the pin again.
         host.install(&[]).expect_code(0);
         host.control(&["uninstall", "--yes"]).expect_code(0);
     }
 }
 
 #[test]
-fn renewing_keeps_the_keys_pins_epochs_and_settings_and_fresh_keeps_none() {
+fn reinstalling_keeps_keys_pins_epochs_and_settings_and_fresh_keeps_none() {
     let gateway = gateway();
     let host = TestHost::new();
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -142,7 +142,7 @@ fn renewing_keeps_the_keys_pins_epochs_and_settings_and_fresh_keeps_none() {
     fs::copy(other.path("keys/aops.pub"), &own_key).expect("a copy");
     let config = host.home().join("etc/conf.toml");
     let text =
-        fs::read_to_string(&config).expect("it is there") + "\n# mine, with reason\nlogMaxSize = \"3MiB\" # small\n";
+        fs::read_to_string(&config).expect("it exists") + "\n# mine, with reason\nlogMaxSize = \"3MiB\" # small\n";
     fs::write(&config, &text).expect("it is ours");
     let kept =
         ["etc/agent-id", "etc/conf.toml", "etc/keys", "state/pins.json", "state/epochs.json", "state/instance.json"];
@@ -192,7 +192,7 @@ fn renewing_keeps_the_keys_pins_epochs_and_settings_and_fresh_keeps_none() {
 }
 
 #[test]
-fn homes_in_odd_places_work_whole_and_do_not_disturb_each_other() {
+fn homes_in_unusual_paths_work_and_are_independent() {
     let gateway = gateway();
     let host = TestHost::new();
     let trust = gateway.trust();
@@ -215,13 +215,13 @@ fn homes_in_odd_places_work_whole_and_do_not_disturb_each_other() {
     assert!(same(0) && same(2), "stopping one does not stop another");
     control(&host, &homes[1], &["start"]).expect_code(0);
     wait_for_all(&host, &homes[1]);
-    // A relative path, and not two of them.
+    // A relative path; it does not create a second home.
     let relative =
         host.command(&aops()).env_remove("AOPS_HOME").args(["control", "status", "--home", "plain"]).status();
     assert!(relative.expect("it can be run").success());
 
     control(&host, &homes[0], &["uninstall", "--yes"]).expect_code(0);
-    assert!(!host.beside("with space").exists(), "what was made for the home goes with it");
+    assert!(!host.beside("with space").exists(), "directories created for the home are removed with it");
     assert!(same(2), "removing one does not disturb another");
     control(&host, &homes[1], &["uninstall", "--yes"]).expect_code(0);
     assert!(!host.beside("long").exists());
@@ -231,14 +231,14 @@ fn homes_in_odd_places_work_whole_and_do_not_disturb_each_other() {
 }
 
 #[test]
-fn an_old_installation_with_a_daemon_of_its_own_gives_way_with_its_id_and_settings() {
+fn an_old_installation_with_a_daemon_is_replaced_and_its_id_and_settings_are_kept() {
     let gateway = gateway();
     let host = TestHost::new();
     let home = host.home();
     for directory in ["etc", "bin", "log", "run"] {
         fs::create_dir_all(home.join(directory)).expect("it is ours");
     }
-    // A daemon that ignores its control script and the stop signal, started again by a second one.
+    // A daemon that ignores its control script and the stop signal, restarted by a second one.
     fs::copy("/bin/bash", home.join("bin/old-spm")).expect("a copy");
     let daemon = "trap '' TERM\nwhile :; do read -t 1000 <>run/pipe; done\n";
     fs::write(home.join("bin/daemon"), daemon).expect("it is ours");
@@ -258,13 +258,13 @@ fn an_old_installation_with_a_daemon_of_its_own_gives_way_with_its_id_and_settin
     assert!(!is_alive(old));
     let status = wait_for_all(&host, &home);
     assert_eq!(status["gateway"]["endpoint"], gateway.url());
-    assert_eq!(fs::read_to_string(home.join("etc/agent-id")).expect("it is there").trim(), "5402204854438");
+    assert_eq!(fs::read_to_string(home.join("etc/agent-id")).expect("it exists").trim(), "5402204854438");
     for gone in
         ["etc/conf.yml", "etc/agentId", "bin/old-spm", "bin/daemon", "run/pid", "run/pipe", "log/log", ".install"]
     {
         assert!(home.join(gone).symlink_metadata().is_err(), "{gone}");
     }
-    let config = fs::read_to_string(home.join("etc/conf.toml")).expect("it is there");
+    let config = fs::read_to_string(home.join("etc/conf.toml")).expect("it exists");
     for line in ["heartbeatInterval = \"2s\"", "spaMaxMem = \"48MiB\""] {
         assert!(config.lines().any(|found| found == line), "{line}\n{config}");
     }

@@ -1,4 +1,4 @@
-//! A host joins the fleet and leaves it: what an operator of the old platform types, and what is left afterwards.
+//! A host joins the fleet and is uninstalled: the commands of an operator of the old platform, and what is left afterwards.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use crate::support::host::{TestHost, agent, pid};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// For a host to come up whole.
+/// The deadline for a complete start of a host.
 const UP: Duration = Duration::from_secs(60);
 const AGENT_ID: &str = "5402204854438";
 const VERSION: &str = "c57f6a1d";
 
 #[test]
-fn a_host_joins_runs_both_kinds_of_sub_agents_and_leaves_without_a_trace() {
+fn a_host_joins_runs_both_kinds_of_sub_agents_and_is_uninstalled_without_leftovers() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     gateway.publish(&Package::sleeper("native", "1.0"));
@@ -50,7 +50,7 @@ fn a_host_joins_runs_both_kinds_of_sub_agents_and_leaves_without_a_trace() {
 }
 
 #[test]
-fn the_old_command_installs_with_systemd_and_an_uninstallation_leaves_nothing() {
+fn the_old_command_installs_with_systemd_and_uninstalling_leaves_nothing() {
     let container = Container::systemd();
     let (before, _gateway) = join_by_the_old_command(&container);
     for unit in ["aops-spm", "aops-spa"] {
@@ -64,13 +64,13 @@ fn the_old_command_installs_with_systemd_and_an_uninstallation_leaves_nothing() 
 }
 
 #[test]
-fn the_old_command_installs_without_a_service_manager_and_an_uninstallation_leaves_nothing() {
+fn the_old_command_installs_without_a_service_manager_and_uninstalling_leaves_nothing() {
     let container = Container::bare();
     let (before, _gateway) = join_by_the_old_command(&container);
     leave(&container, &before);
 }
 
-/// A gateway inside, and the old platform's command, word for word. Gives the files as they were before the command.
+/// Starts a gateway inside and runs the old platform's command verbatim. Returns the files as they were before the command.
 fn join_by_the_old_command(container: &Container) -> (crate::support::files::Files, Running<'_>) {
     container.copy_in(aops(), "/srv/aops", 0o755);
     for file in ["agent.toml", "bin/run"] {
@@ -111,7 +111,7 @@ fn leave(container: &Container, before: &crate::support::files::Files) {
         processes.iter().filter(|(_, words)| words.contains("/opt/aops") || words.contains("sleep 1000000")).collect();
     assert!(left.is_empty(), "{left:?}");
     container.run(&["rm", "aops-agent-service-linux-amd64"]).expect_success();
-    // What the gateway keeps of its hosts is its own.
+    // The gateway's state of its hosts is not compared.
     let changed = difference(before, &container.files());
     let changed: Vec<_> = changed.iter().filter(|line| !line.contains("/srv/gw")).collect();
     assert!(changed.is_empty(), "{changed:#?}");

@@ -1,5 +1,5 @@
-//! What goes wrong is told with what to do about it, and what ran before still runs: the installer's refusals on an empty host and over
-//! a running installation, and the manager's over running sub-agents.
+//! Every failure is reported with a remedy, and running sub-agents continue: rejections of the installer on an empty host and over a
+//! running installation, and rejections of the manager.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -18,7 +18,7 @@ use crate::support::package::Package;
 use crate::support::processes::is_alive;
 use crate::support::wait::wait_for;
 
-/// What changes while a host runs, whoever installs what.
+/// Files that change while a host runs.
 pub(crate) const LIVING: &[&str] = &["/log", "/state/desired.json", "/state/events.json"];
 
 /// A gateway with a manager and one sub-agent.
@@ -31,27 +31,27 @@ fn gateway() -> Gateway {
     gateway
 }
 
-/// A host that runs, as it was when this was made.
-struct Standing {
+/// A running host, and its files and processes when this was created.
+struct RunningHost {
     host: TestHost,
     files: Files,
     pids: [u32; 3],
 }
 
-impl Standing {
-    fn of(host: TestHost) -> Standing {
+impl RunningHost {
+    fn of(host: TestHost) -> RunningHost {
         host.wait_for_agent("native");
         let status = host.wait_for_status("everything to be as wanted", SOON, runs);
         let files = snapshot(&host.home(), LIVING);
         let pids = pids(&status);
-        Standing { host, files, pids }
+        RunningHost { host, files, pids }
     }
 
-    fn joined(gateway: &Gateway) -> Standing {
-        Standing::of(TestHost::joined(gateway))
+    fn joined(gateway: &Gateway) -> RunningHost {
+        RunningHost::of(TestHost::joined(gateway))
     }
 
-    /// Nothing on disk is changed, and the same processes run.
+    /// No file has changed, and the same processes run.
     #[track_caller]
     fn assert_untouched(&self) {
         assert_eq!(difference(&self.files, &snapshot(&self.host.home(), LIVING)), Vec::<String>::new());
@@ -66,14 +66,14 @@ impl Standing {
     }
 }
 
-/// Those of the roles and of the sub-agent.
+/// The pids of the roles and of the sub-agent.
 #[track_caller]
 fn pids(status: &Value) -> [u32; 3] {
     let agent = agent(status, "native").unwrap_or_else(|| panic!("no sub-agent in {status:#}"));
     [&status["spm"]["pid"], &status["spa"]["pid"], &agent["pid"]].map(|value| pid(value).expect("it runs"))
 }
 
-/// A refusal that changed nothing, and says these words.
+/// A rejection that changed nothing, and whose message contains these words.
 #[track_caller]
 pub(crate) fn assert_refused(output: &Output, code: i32, words: &[&str]) {
     assert_eq!(output.code, code, "{output}");
@@ -84,23 +84,23 @@ pub(crate) fn assert_refused(output: &Output, code: i32, words: &[&str]) {
     assert!(code != 1 || output.stderr.contains("nothing was changed"), "{output}");
 }
 
-/// On an empty host, nothing at all is left.
+/// On an empty host nothing is left.
 #[track_caller]
 fn assert_empty(host: &TestHost) {
     assert!(!host.home().exists(), "{:?}", snapshot(&host.home(), &[]).keys());
     assert_eq!(host.processes(), []);
 }
 
-/// Gives the gateway another certificate, or other keys.
+/// Replaces the gateway's certificate or keys.
 fn renew(gateway: &Gateway, directory: &str) {
     fs::remove_dir_all(gateway.path(directory)).expect("it is ours");
     gateway.init();
 }
 
-/// Changes one byte in the middle of a file, which keeps its signature and its time: a gateway that runs does not look at it again.
+/// Changes one byte in the middle of a file and keeps its time, so that a running gateway does not read it again.
 fn tamper(file: &Path) {
-    let mut bytes = fs::read(file).expect("it is there");
-    let modified = fs::metadata(file).and_then(|metadata| metadata.modified()).expect("it is there");
+    let mut bytes = fs::read(file).expect("it exists");
+    let modified = fs::metadata(file).and_then(|metadata| metadata.modified()).expect("it exists");
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(file, bytes).expect("it is ours");
@@ -121,7 +121,7 @@ fn arch() -> &'static str {
 }
 
 #[test]
-fn a_certificate_that_nobody_vouches_for_is_refused() {
+fn an_untrusted_certificate_is_rejected() {
     let gateway = gateway();
     let host = TestHost::new();
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -140,7 +140,7 @@ fn a_certificate_that_nobody_vouches_for_is_refused() {
 }
 
 #[test]
-fn another_certificate_than_that_of_the_first_contact_is_refused() {
+fn a_certificate_that_differs_from_the_first_contact_is_rejected() {
     let mut gateway = gateway();
     let host = TestHost::new();
     let key = gateway.path("keys/aops.pub").display().to_string();
@@ -150,7 +150,7 @@ fn another_certificate_than_that_of_the_first_contact_is_refused() {
         host.install(&[&common[..], more].concat())
     };
     install(&[]).expect_code(0);
-    let standing = Standing::of(host);
+    let standing = RunningHost::of(host);
     gateway.stop();
     renew(&gateway, "tls");
     gateway.run();
@@ -161,15 +161,15 @@ fn another_certificate_than_that_of_the_first_contact_is_refused() {
     };
     assert_refused(&install(&[]), 1, &["first contact", "state/pins.json", "certificate was replaced"]);
     standing.assert_untouched();
-    // The manager refuses it too, says why, and keeps everything running.
+    // The manager rejects it too, reports why, and keeps everything running.
     let status = standing.host.wait_for_status("the manager to refuse it", SOON, |status| {
         status["gateway"]["lastError"].as_str().is_some_and(|error| error.contains("first contact"))
     });
     assert_eq!(status["gateway"]["connected"], false);
     standing.assert_same_processes();
-    // Who makes the file go away, or loses it, does not make the next one who answers the first.
+    // Deleting or losing the pin file does not make the next contact a first one.
     let pins = standing.host.home().join("state/pins.json");
-    fs::remove_file(&pins).expect("it is there");
+    fs::remove_file(&pins).expect("it exists");
     let words = ["pins.json is missing", "backup", "--pin", "write {} into that file"];
     assert_refused(&install(&[]), 1, &words);
     standing.host.wait_for_status("the manager to refuse it too", SOON, |status| {
@@ -177,7 +177,7 @@ fn another_certificate_than_that_of_the_first_contact_is_refused() {
     });
     standing.assert_same_processes();
     assert!(!pins.exists());
-    // What the message says helps, be it the one or the other.
+    // Both remedies of the message work.
     fs::write(&pins, "{}").expect("it is ours");
     install(&[]).expect_code(0);
     assert!(fs::read_to_string(&pins).expect("it is there").contains(&url));
@@ -187,7 +187,7 @@ fn another_certificate_than_that_of_the_first_contact_is_refused() {
 }
 
 #[test]
-fn a_manager_signed_by_an_untrusted_key_is_refused() {
+fn a_manager_signed_by_an_untrusted_key_is_rejected() {
     let mut gateway = gateway();
     let host = TestHost::new();
     let other = Gateway::stopped();
@@ -199,7 +199,7 @@ fn a_manager_signed_by_an_untrusted_key_is_refused() {
     assert_refused(&host.install(&common), 1, &["no key", "--trusted-key"]);
     assert_empty(&host);
 
-    let standing = Standing::joined(&gateway);
+    let standing = RunningHost::joined(&gateway);
     gateway.stop();
     renew(&gateway, "keys");
     gateway.publish_self("2.0.0");
@@ -211,9 +211,9 @@ fn a_manager_signed_by_an_untrusted_key_is_refused() {
 }
 
 #[test]
-fn a_tampered_manager_is_refused() {
+fn a_tampered_manager_is_rejected() {
     let gateway = gateway();
-    let standing = Standing::joined(&gateway);
+    let standing = RunningHost::joined(&gateway);
     tamper(&package(&gateway, "aops-spm-1.0.0"));
     assert_refused(&standing.host.install(&[]), 1, &["tampered with"]);
     standing.assert_untouched();
@@ -224,12 +224,12 @@ fn a_tampered_manager_is_refused() {
 }
 
 #[test]
-fn a_missing_version_is_refused() {
+fn a_missing_version_is_rejected() {
     let gateway = gateway();
     let host = TestHost::new();
     assert_refused(&host.join(&gateway, &["--version", "9.9.9"]), 1, &["no package", "9.9.9", "publish", "--version"]);
     assert_empty(&host);
-    let standing = Standing::joined(&gateway);
+    let standing = RunningHost::joined(&gateway);
     assert_refused(&standing.host.install(&["--version", "9.9.9"]), 1, &["no package", "9.9.9", "--version"]);
     standing.assert_untouched();
 
@@ -239,11 +239,11 @@ fn a_missing_version_is_refused() {
 }
 
 #[test]
-fn settings_that_cannot_be_kept_are_refused_and_a_running_manager_goes_on_with_the_last_good_ones() {
+fn invalid_settings_are_rejected_and_a_running_manager_keeps_the_last_good_ones() {
     let gateway = gateway();
-    let mut standing = Standing::joined(&gateway);
+    let mut standing = RunningHost::joined(&gateway);
     let config = standing.host.home().join("etc/conf.toml");
-    let good = fs::read_to_string(&config).expect("it is there");
+    let good = fs::read_to_string(&config).expect("it exists");
     let broken = [
         (good.clone() + "\nheartbeatSrv = [\n", ["conf.toml", "line", "--fresh"]),
         (good.clone() + "\nheartbeatIntervall = \"5s\"\n", ["conf.toml", "heartbeatIntervall", "heartbeatInterval"]),
@@ -256,7 +256,7 @@ fn settings_that_cannot_be_kept_are_refused_and_a_running_manager_goes_on_with_t
         standing.assert_untouched();
     }
 
-    // A start with what cannot be read at all.
+    // A start with an unreadable file.
     fs::write(&config, "heartbeatSrv = [\n").expect("it is ours");
     standing.host.control(&["restart"]).expect_code(0);
     let status = standing.host.wait_for_status("the problem to show", SOON, |status| {
@@ -265,7 +265,7 @@ fn settings_that_cannot_be_kept_are_refused_and_a_running_manager_goes_on_with_t
     assert_eq!(status["state"], "degraded");
     assert!(status["problems"].to_string().contains("last good"), "{status:#}");
     assert_eq!(standing.host.wait_for_agent("native"), standing.pids[2]);
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status();
         let events = status["hosts"][0]["events"].as_array()?.clone();
         events.iter().any(|event| event["kind"] == "config" && event["outcome"] == "failed").then_some(())
@@ -278,7 +278,7 @@ fn settings_that_cannot_be_kept_are_refused_and_a_running_manager_goes_on_with_t
 }
 
 #[test]
-fn what_the_command_line_lacks_is_wrong_usage() {
+fn missing_arguments_are_wrong_usage() {
     let host = TestHost::new();
     let id = ["--agent-id", "1"];
     assert_refused(&host.install(&["--endpoint", "https://127.0.0.1:1"]), 2, &["--agent-id", "--help"]);
@@ -297,7 +297,7 @@ fn what_the_command_line_lacks_is_wrong_usage() {
     assert_refused(&old, 2, &["--agent-id"]);
     assert_empty(&host);
 
-    // Somebody else's directory is not taken over.
+    // A foreign directory is not used as a home.
     fs::create_dir(host.home()).and_then(|()| fs::write(host.home().join("thesis.txt"), "x")).expect("it is ours");
     let output = host.install(&[&id[..], &["--endpoint", "https://127.0.0.1:1"]].concat());
     assert_eq!(output.code, 1, "{output}");
@@ -305,7 +305,7 @@ fn what_the_command_line_lacks_is_wrong_usage() {
     assert_eq!(snapshot(&host.home(), &[]).len(), 1);
 }
 
-/// A gateway that takes connections and never answers.
+/// A gateway that accepts connections and never responds.
 struct Stalling {
     listener: TcpListener,
 }
@@ -321,7 +321,7 @@ impl Stalling {
 }
 
 #[test]
-fn a_second_installation_at_the_same_time_is_refused_and_one_that_was_killed_can_be_repeated() {
+fn a_concurrent_installation_is_rejected_and_a_killed_one_can_be_repeated() {
     let gateway = gateway();
     let stalling = Stalling::start();
     let host = TestHost::new();
@@ -343,9 +343,9 @@ fn a_second_installation_at_the_same_time_is_refused_and_one_that_was_killed_can
     assert!(!output.success(), "{output}");
     first.kill().and_then(|()| first.wait()).expect("it is ours");
     drop(connection);
-    // What it left does not keep the next one from its work.
+    // Its leftovers do not prevent the next installation.
     host.join(&gateway, &[]).expect_code(0);
-    let standing = Standing::of(host);
+    let standing = RunningHost::of(host);
 
     let (mut first, connection) = start(&standing.host);
     assert_refused(&standing.host.install(&[]), 1, &["another installation is at work"]);
@@ -362,7 +362,7 @@ fn assert_refused_uninstall(output: &Output) {
     assert!(output.code == 1 && output.stderr.contains("another installation is at work"), "{output}");
 }
 
-/// Starts `command`, kills it when it says a line with `word`, and waits until it is gone.
+/// Starts `command`, kills it when it prints a line with `word`, and waits until it has exited.
 fn kill_at(command: &mut Command, word: &str) {
     let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it can be run");
     let stderr = child.stderr.take().expect("it is piped");
@@ -382,7 +382,7 @@ fn installation(host: &TestHost, gateway: &Gateway, more: &[&str]) -> Command {
 const STEPS: [&str; 4] = ["downloading", "downloaded 50%", "putting version", "starting"];
 
 #[test]
-fn an_installation_killed_at_any_step_can_be_repeated_and_leaves_nothing_when_it_is_removed() {
+fn an_installation_killed_at_any_step_can_be_repeated_and_uninstalled() {
     let gateway = gateway();
     let host = TestHost::new();
     for step in STEPS {
@@ -392,7 +392,7 @@ fn an_installation_killed_at_any_step_can_be_repeated_and_leaves_nothing_when_it
         host.control(&["uninstall", "--yes"]).expect_code(0);
         assert_empty(&host);
     }
-    // Nor does one that never succeeds.
+    // Neither does an installation that never succeeds.
     for step in ["downloading", "putting version"] {
         kill_at(&mut installation(&host, &gateway, &[]), step);
         command::run(&mut installation(&host, &gateway, &["--version", "9.9.9"]), LIMIT).expect_code(1);
@@ -401,7 +401,7 @@ fn an_installation_killed_at_any_step_can_be_repeated_and_leaves_nothing_when_it
 }
 
 #[test]
-fn an_installation_over_a_running_one_killed_at_any_step_can_be_repeated() {
+fn a_reinstallation_killed_at_any_step_can_be_repeated() {
     let gateway = gateway();
     let host = TestHost::new();
     command::run(&mut installation(&host, &gateway, &[]), LIMIT).expect_code(0);
@@ -413,7 +413,7 @@ fn an_installation_over_a_running_one_killed_at_any_step_can_be_repeated() {
         host.wait_for_status("both roles", SOON, runs);
         assert_eq!(host.wait_for_agent("native"), agent, "after a kill at {step:?}");
     }
-    // Where nothing is kept, the older one is stopped and taken away first.
+    // With `--fresh`, the older installation is stopped and removed first.
     for step in ["stopping the older", "putting version", "starting"] {
         kill_at(&mut installation(&host, &gateway, &["--fresh"]), step);
         command::run(&mut installation(&host, &gateway, &["--fresh"]), LIMIT).expect_code(0);
@@ -425,7 +425,7 @@ fn an_installation_over_a_running_one_killed_at_any_step_can_be_repeated() {
     assert_empty(&host);
 }
 
-/// The last event of a kind about a sub-agent that the gateway has heard of.
+/// The last event of a kind about a sub-agent that the gateway has received.
 pub(crate) fn event(status: &Value, kind: &str, name: &str) -> Option<Value> {
     let events = status["hosts"][0]["events"].as_array()?;
     events.iter().rev().find(|event| event["kind"] == kind && event["agent"] == name).cloned()
@@ -434,7 +434,7 @@ pub(crate) fn event(status: &Value, kind: &str, name: &str) -> Option<Value> {
 #[test]
 fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
     let gateway = gateway();
-    let standing = Standing::joined(&gateway);
+    let standing = RunningHost::joined(&gateway);
     let fleet = |version: &str| {
         gateway.fleet(&format!("heartbeatInterval = \"1s\"\nagents.native.version = {version:?}\n"));
     };
@@ -445,10 +445,10 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
                 let error = agent(status, "native").map(|agent| agent["lastError"].to_string()).unwrap_or_default();
                 words.iter().all(|word| error.contains(word))
             });
-        let native = agent(&status, "native").expect("it is there");
+        let native = agent(&status, "native").expect("it exists");
         assert_eq!((&native["version"], &native["state"]), (&"1.0.0".into(), &"running".into()), "{status:#}");
         standing.assert_same_processes();
-        wait_for("the gateway to hear of it", SOON, || {
+        wait_for("the gateway to receive it", SOON, || {
             let event = event(&gateway.status(), "stage", "native")?;
             let message = event["message"].as_str()?;
             (event["version"] == version && event["outcome"] != "ok" && message.contains(words[0])).then_some(())
@@ -461,14 +461,14 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
     tamper(&package(&gateway, "native-2.0.0"));
     told("2.0.0", &["tampered with", "Publish it again"]);
 
-    // Signed by somebody else.
+    // Signed by another key.
     let other = Gateway::stopped();
     let key = other.path("keys/aops.key").display().to_string();
     let untrusted = Package::sleeper("native", "3.0.0");
     gateway.publish_with(&["--key", &key, &untrusted.path().display().to_string()]).expect_code(0);
     told("3.0.0", &["not trusted", "--trusted-key"]);
 
-    // Publishing refuses a manifest that cannot be used; one that got there by other means is refused by the host.
+    // Publishing rejects an invalid manifest; the host rejects one that reached the depot by other means.
     for (version, manifest, words) in [
         (
             "4.0.0",
@@ -484,16 +484,16 @@ fn a_release_that_cannot_be_verified_or_run_leaves_the_old_one_running() {
         told(version, &words);
     }
 
-    // A good one comes through at once.
+    // A valid one is installed at once.
     gateway.publish(&Package::sleeper("native", "7.0.0"));
     fleet("7.0.0");
     let status = standing.host.wait_for_status("a good release", SOON, |status| {
         agent(status, "native").is_some_and(|agent| agent["version"] == "7.0.0" && agent["state"] == "running")
     });
-    assert_eq!(agent(&status, "native").expect("it is there")["lastError"], Value::Null);
+    assert_eq!(agent(&status, "native").expect("it exists")["lastError"], Value::Null);
 }
 
-/// Puts a package into the depot by other means than `publish`, signed with the gateway's key.
+/// Puts a package into the depot without `publish`, signed with the gateway's key.
 fn place(gateway: &Gateway, package: &Package) {
     let (name, version) = (package.name(), package.version());
     let file = gateway.path("depot").join(format!("{name}-{version}_linux_{}.tar.gz", arch()));

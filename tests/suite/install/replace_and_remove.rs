@@ -1,4 +1,4 @@
-//! Installing, renewing, replacing and removing, on hosts in a temporary home and in containers.
+//! Installing, reinstalling, replacing and uninstalling, on hosts in a temporary home and in containers.
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
 
 use std::fs;
@@ -14,22 +14,22 @@ use crate::support::package::Package;
 use crate::support::wait::wait_for;
 use crate::support::{aops, processes};
 
-/// What a manager that runs changes at any moment.
+/// The files that a running manager changes at any time.
 const ALIVE: &[&str] =
     &["/log", "/run", "/state/events.json", "/state/desired.json", "/state/conf.good.toml", "/cache", "/staging"];
 
-/// The old platform's command, verbatim but for address and port.
+/// The old platform's command, verbatim except for address and port.
 const VERBATIM: &str = "curl -kf4 -m 30 -X GET https://127.0.0.1:8888/api/download/aops-agent-service-linux-amd64 \
     -H 'x-agent-id: 5402204854438' -o aops-agent-service-linux-amd64 && chmod +x aops-agent-service-linux-amd64 && \
     ./aops-agent-service-linux-amd64 --control install --version c57f6a1d --agentId 5402204854438 --endpoint https://127.0.0.1:8888";
 
-/// An executable that tells its version, and cannot do anything else.
+/// An executable that prints its version and does nothing else.
 fn broken_manager() -> Package {
     let script = "#!/bin/sh\ncase \"$1\" in --version) echo broken ;; *) exit 3 ;; esac\n";
     Package::control("aops-spm", "broken", "exit 0").with_file("bin/aops", script, 0o755)
 }
 
-/// A host of a fleet with one sub-agent, which runs.
+/// A host of a fleet with one running sub-agent.
 fn joined() -> (Gateway, TestHost, u32) {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("2.0.0");
@@ -48,7 +48,7 @@ fn standing(host: &TestHost) -> Files {
 }
 
 #[test]
-fn renewing_keeps_identity_settings_comments_and_the_pids_of_sub_agents() {
+fn reinstalling_keeps_identity_settings_comments_and_the_pids_of_sub_agents() {
     let (gateway, host, pid) = joined();
     let config = host.home().join("etc/conf.toml");
     let text = fs::read_to_string(&config).unwrap();
@@ -74,7 +74,7 @@ fn renewing_keeps_identity_settings_comments_and_the_pids_of_sub_agents() {
 }
 
 #[test]
-fn a_failure_before_anything_is_touched_leaves_everything_as_it_was() {
+fn an_early_failure_of_a_reinstallation_changes_nothing() {
     let (gateway, host, pid) = joined();
     let spm = host.role_pid("spm");
     let config = host.home().join("etc/conf.toml");
@@ -124,7 +124,7 @@ fn a_failure_before_anything_is_touched_leaves_everything_as_it_was() {
 }
 
 #[test]
-fn a_new_version_that_does_not_come_up_gives_way_to_the_old_one() {
+fn a_new_version_that_does_not_start_is_rolled_back_to_the_old_one() {
     let (_gateway, host, pid) = joined();
     let before = standing(&host);
     let output = host.install(&["--version", "broken"]);
@@ -138,7 +138,7 @@ fn a_new_version_that_does_not_come_up_gives_way_to_the_old_one() {
 }
 
 #[test]
-fn on_an_empty_host_a_failure_leaves_nothing() {
+fn a_failed_first_installation_leaves_nothing() {
     let mut gateway = Gateway::stopped();
     gateway.publish(&broken_manager());
     gateway.run();
@@ -157,7 +157,7 @@ fn on_an_empty_host_a_failure_leaves_nothing() {
 }
 
 #[test]
-fn what_others_have_in_a_directory_is_neither_taken_for_an_old_installation_nor_removed() {
+fn foreign_files_are_not_treated_as_an_old_installation_and_not_removed() {
     let mut gateway = Gateway::stopped();
     gateway.publish_self("1.0.0");
     gateway.run();
@@ -178,7 +178,7 @@ fn what_others_have_in_a_directory_is_neither_taken_for_an_old_installation_nor_
     }
     fs::remove_dir_all(&home).unwrap();
 
-    // What comes into a home later stays, too.
+    // Files that are added to a home later are kept too.
     host.join(&gateway, &[]).expect_success();
     fs::create_dir(home.join("data")).unwrap();
     fs::write(home.join("data/customers.db"), "precious").unwrap();
@@ -190,7 +190,7 @@ fn what_others_have_in_a_directory_is_neither_taken_for_an_old_installation_nor_
 }
 
 #[test]
-fn nothing_of_an_older_installation_is_kept_with_fresh() {
+fn fresh_keeps_nothing_of_an_older_installation() {
     let (gateway, host, pid) = joined();
     fs::write(host.home().join("etc/own"), "x").unwrap();
     host.install(&["--fresh", "--version", "2.0.0"]).expect_code(2);
@@ -200,7 +200,7 @@ fn nothing_of_an_older_installation_is_kept_with_fresh() {
     assert!(!host.home().join("etc/own").exists() && !host.home().join(".install").exists());
 }
 
-/// An installation of the system that aops replaces, which runs.
+/// A running installation of the system that aops replaces.
 fn old_installation(host: &TestHost, endpoint: &str) {
     let home = host.home();
     for directory in ["etc", "bin", "var"] {
@@ -229,7 +229,7 @@ fn processes_running(executable: &Path) -> Vec<u32> {
 }
 
 #[test]
-fn an_old_installation_is_replaced_and_its_settings_are_taken_over() {
+fn an_old_installation_is_replaced_and_its_settings_are_imported() {
     let mut gateway = Gateway::stopped();
     gateway.publish(&broken_manager());
     gateway.publish_self("1.0.0");
@@ -267,7 +267,7 @@ fn an_old_installation_is_replaced_and_its_settings_are_taken_over() {
 }
 
 #[test]
-fn an_uninstallation_asks_and_works_with_dead_roles_and_only_once() {
+fn uninstalling_asks_first_and_works_with_dead_roles_once() {
     let (_gateway, host, _) = joined();
     let output = host.control(&["uninstall"]);
     assert!(output.text().contains("--yes"), "{output}");
@@ -277,7 +277,7 @@ fn an_uninstallation_asks_and_works_with_dead_roles_and_only_once() {
             host.kill(pid);
         }
     }
-    // By the home's own executable, which goes with the home.
+    // With the home's own executable, which is removed with the home.
     let control = host.home().join("control");
     command::run(host.command(&control).args(["uninstall", "--yes"]), LIMIT).expect_success();
     assert!(!host.home().exists());
@@ -285,7 +285,7 @@ fn an_uninstallation_asks_and_works_with_dead_roles_and_only_once() {
     host.control(&["uninstall", "--yes"]).expect_code(4);
 }
 
-/// A gateway inside a container, where nobody looks for changes: below /tmp.
+/// A gateway inside a container, below /tmp, which is not compared.
 fn gateway_in(container: &Container) -> Running<'_> {
     container.copy_in(aops(), "/tmp/aops", 0o755);
     container
@@ -301,7 +301,7 @@ fn status_in(container: &Container) -> serde_json::Value {
 }
 
 #[test]
-fn units_survive_a_reboot_and_are_replaced_removed_and_refused_as_systemd_says() {
+fn units_survive_a_reboot_and_are_replaced_removed_or_rejected_as_systemd_reports() {
     let mut container = Container::systemd();
     {
         let _gateway = gateway_in(&container);
@@ -321,7 +321,7 @@ fn units_survive_a_reboot_and_are_replaced_removed_and_refused_as_systemd_says()
         let status = status_in(&container);
         (status["spm"]["pid"].is_u64() && status["spa"]["pid"].is_u64()).then_some(())
     });
-    // Somebody took a unit away.
+    // A unit is removed manually.
     container
         .shell("systemctl stop aops-spa; rm /etc/systemd/system/aops-spa.service; systemctl daemon-reload")
         .expect_success();
@@ -331,7 +331,7 @@ fn units_survive_a_reboot_and_are_replaced_removed_and_refused_as_systemd_says()
 }
 
 #[test]
-fn what_is_mounted_below_a_home_is_not_removed_with_it() {
+fn mounts_below_a_home_are_not_removed_with_it() {
     let container = Container::bare();
     let _gateway = gateway_in(&container);
     container.shell(&format!("cd /tmp; {VERBATIM}")).expect_success();
@@ -351,7 +351,7 @@ fn what_is_mounted_below_a_home_is_not_removed_with_it() {
 }
 
 #[test]
-fn settings_behind_a_link_or_lost_are_kept_in_their_place_and_as_they_were() {
+fn linked_and_lost_settings_are_kept_in_place() {
     let (gateway, host, pid) = joined();
     let (config, managed) = (host.home().join("etc/conf.toml"), host.beside("managed.toml"));
     let text = fs::read_to_string(&config).unwrap().replace("#spmMaxMem = \"64MiB\"", "spmMaxMem = 99");
@@ -363,7 +363,7 @@ fn settings_behind_a_link_or_lost_are_kept_in_their_place_and_as_they_were() {
     host.install(&["--version", "2.0.0"]).expect_success();
     assert!(config.is_symlink());
     assert_eq!((fs::read_to_string(&managed).unwrap(), mode()), (text.clone(), 0o600));
-    // What is to be changed is changed where it is; and is back after a failure.
+    // The file behind the link is changed, and restored after a failure.
     let second = format!("{}/", gateway.url());
     host.install(&["--version", "broken", "--endpoint", "https://127.0.0.1:1", "--endpoint", &second]).expect_code(1);
     assert_eq!(fs::read_to_string(&managed).unwrap(), text);
@@ -384,7 +384,7 @@ fn settings_behind_a_link_or_lost_are_kept_in_their_place_and_as_they_were() {
 }
 
 #[test]
-fn a_damaged_id_is_mended_by_the_command_that_tells_it() {
+fn a_damaged_agent_id_is_fixed_by_the_suggested_command() {
     let (_gateway, host, pid) = joined();
     let file = host.home().join("etc/agent-id");
     fs::write(&file, "").unwrap();
@@ -396,7 +396,7 @@ fn a_damaged_id_is_mended_by_the_command_that_tells_it() {
 }
 
 #[test]
-fn a_read_only_home_and_a_full_disk_are_told_and_leave_nothing() {
+fn a_read_only_home_and_a_full_disk_are_reported_and_leave_nothing() {
     let container = Container::bare();
     let _gateway = gateway_in(&container);
     container

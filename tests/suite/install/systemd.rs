@@ -1,4 +1,4 @@
-//! Installing onto a host that a real systemd runs, by the command that the old platform prints, and off it again.
+//! Installing and uninstalling on a host with systemd, by the command that the old platform prints.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ use crate::support::inside::{
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// A gateway's content: the manager's package and two sub-agents, one of each kind.
+/// A gateway directory: the manager's package and two sub-agents, one of each kind.
 pub(crate) fn fleet_of_two() -> Gateway {
     let gateway = Gateway::stopped();
     gateway.publish_self("c57f6a1d");
@@ -24,7 +24,7 @@ pub(crate) fn fleet_of_two() -> Gateway {
     gateway
 }
 
-/// Both roles run, and everything is as wanted.
+/// Both roles run, and the state is as desired.
 pub(crate) fn runs(status: &Value) -> bool {
     status["state"] == "running" && pid(&status["spm"]["pid"]).is_some() && pid(&status["spa"]["pid"]).is_some()
 }
@@ -32,7 +32,7 @@ pub(crate) fn runs(status: &Value) -> bool {
 /// One for each of the two roles, and one that holds the sub-agents.
 const UNITS_OF_A_HOME: usize = 3;
 
-/// What there is of our units, loaded, on disk or as cgroups.
+/// Our units that are loaded, on disk, or have a cgroup.
 fn units(container: &Container) -> Vec<String> {
     let list = "systemctl list-units --all --plain --no-legend 'aops*'; systemctl list-unit-files --no-legend 'aops*'; \
         find /sys/fs/cgroup /run/systemd /etc/systemd -name '*aops*'";
@@ -48,7 +48,7 @@ fn assert_active_and_enabled(container: &Container, unit: &str, main_pid: &Value
 }
 
 #[test]
-fn the_command_that_the_platform_prints_installs_and_uninstall_leaves_nothing() {
+fn the_platforms_command_installs_and_uninstalling_leaves_nothing() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
@@ -82,7 +82,7 @@ fn the_command_that_the_platform_prints_installs_and_uninstall_leaves_nothing() 
 }
 
 #[test]
-fn a_repeated_installation_keeps_the_sub_agents_and_a_newer_version_shows() {
+fn reinstalling_keeps_the_sub_agents_and_shows_a_newer_version() {
     let container = Container::systemd();
     let gateway = Inside::start(&container, fleet_of_two());
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
@@ -105,7 +105,7 @@ fn a_repeated_installation_keeps_the_sub_agents_and_a_newer_version_shows() {
     assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
     assert_active_and_enabled(&container, "aops-spm", &third["spm"]["pid"]);
     assert_active_and_enabled(&container, "aops-spa", &third["spa"]["pid"]);
-    wait_for("the gateway to hear of the newer version", SOON, || {
+    wait_for("the newer version to be reported to the gateway", SOON, || {
         (gateway.status()["hosts"][0]["manager"]["version"] == "d68a7b2e").then_some(())
     });
 
@@ -127,12 +127,12 @@ fn a_repeated_installation_keeps_the_sub_agents_and_a_newer_version_shows() {
 }
 
 #[test]
-fn uninstall_removes_what_died_and_what_somebody_took_away_by_hand() {
+fn uninstalling_works_with_dead_roles_and_manually_removed_units() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
     let breakages = [
-        // Masked units are not started again.
+        // Masked units are not restarted.
         "systemctl mask --runtime aops-spm aops-spa; systemctl kill -s KILL aops-spm aops-spa",
         "rm /etc/systemd/system/aops-spm.service; systemctl daemon-reload",
         "rm /etc/systemd/system/aops-sp?.service /etc/systemd/system/*.wants/aops-*; systemctl daemon-reload",
@@ -152,7 +152,7 @@ fn uninstall_removes_what_died_and_what_somebody_took_away_by_hand() {
 }
 
 #[test]
-fn two_homes_have_units_of_their_own_and_do_not_disturb_each_other() {
+fn two_homes_have_separate_units_and_are_independent() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
@@ -174,7 +174,7 @@ fn two_homes_have_units_of_their_own_and_do_not_disturb_each_other() {
     });
     assert_eq!(theirs["home"], other);
     assert_eq!(wait_for_agents(&container, &["native", "script"]), first);
-    // The refused one has left nothing.
+    // The rejected installation has left nothing.
     let files = done(&container, "systemctl list-unit-files --no-legend 'aops*' | cut -d' ' -f1; ls /srv").stdout;
     let files = files.strip_suffix("another home\n").expect("one home");
     assert_eq!(files.lines().count(), 2 * UNITS_OF_A_HOME, "{files}");
@@ -183,7 +183,7 @@ fn two_homes_have_units_of_their_own_and_do_not_disturb_each_other() {
     container.run(&["aops", "control", "uninstall", "--yes"]).expect_code(0);
     let now = status();
     assert_eq!(now["spm"]["pid"], theirs["spm"]["pid"]);
-    // All but what time changes.
+    // Everything except values that change with time.
     let lasting = |status: &Value| {
         let mut agents = status["agents"].clone();
         for agent in agents.as_array_mut().into_iter().flatten() {
@@ -199,14 +199,14 @@ fn two_homes_have_units_of_their_own_and_do_not_disturb_each_other() {
 }
 
 #[test]
-fn hci_and_scp_take_no_service_manager_even_where_there_is_one() {
+fn hci_and_scp_are_not_registered_with_a_service_manager() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let before = container.files();
     done(&container, &format!("cp {DIRECTORY}/depot/aops-agent-service-linux-amd64 {BOOTSTRAP}"));
     let install = format!("{BOOTSTRAP} --control install --agentId 1 --endpoint {URL}");
     for product in [format!("{install} --product hci"), format!("AOPS_PRODUCT=scp {install}")] {
-        // Told once, it is known when the platform's command is repeated.
+        // Given once, the product is remembered when the platform's command is repeated.
         for command in [&product, &install] {
             let output = container.run(&["sh", "-c", command]).expect_code(0);
             assert!(output.stderr.contains("/opt/aops/control start"), "who starts it at boot is said: {output}");
@@ -227,7 +227,7 @@ fn hci_and_scp_take_no_service_manager_even_where_there_is_one() {
 }
 
 #[test]
-fn a_link_to_the_command_is_a_convenience() {
+fn the_link_to_the_command_is_optional() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     let read_only = "mount --bind /usr/local /usr/local && mount -o remount,bind,ro /usr/local";
@@ -242,7 +242,7 @@ fn a_link_to_the_command_is_a_convenience() {
     done(&container, "umount /usr/local");
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
     done(&container, read_only);
-    // What stands there as it is to stand is not written again.
+    // A correct link is not written again.
     let output = container.run(&["/opt/aops/bin/aops", "install"]).expect_code(0);
     assert!(!output.stderr.contains("/usr/local/bin/aops"), "{output}");
     let output = container.run(&["/opt/aops/control", "uninstall", "--yes"]).expect_code(1);
@@ -253,10 +253,10 @@ fn a_link_to_the_command_is_a_convenience() {
 }
 
 #[test]
-fn what_cannot_be_done_is_found_out_before_anything_is_stopped() {
+fn impossible_installations_fail_before_anything_is_stopped() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
-    // An old installation in the lower layer of an overlay, of which no directory can be moved.
+    // An old installation in the lower layer of an overlay, whose directories cannot be moved.
     let control = "#!/bin/sh\ncd /srv/old\ncase $1 in start) setsid bin/old-agent 1000003 >/dev/null 2>&1 & echo $! >var/pid ;; stop) kill $(cat var/pid) ;; esac\n";
     container.write("/srv/lower/control", control, 0o755);
     container.write("/srv/lower/agentId", "77\n", 0o644);
@@ -287,7 +287,7 @@ fn what_cannot_be_done_is_found_out_before_anything_is_stopped() {
     };
     refused(&["cannot set /srv/old/", "lower layer of an overlay", "cp -a"]);
     done(&container, "cd /srv/old; for d in bin etc var; do cp -a $d $d.new; rm -r $d; mv $d.new $d; done");
-    // The copy of its program is another file than the one that runs; it is stopped by its own script.
+    // The copy of its program is another file than the running one; its own script stops it.
     let closed = "mount --bind /etc/systemd/system /etc/systemd/system && mount -o remount,bind,ro /etc/systemd/system";
     done(&container, closed);
     refused(&["cannot register with systemd", "/etc/systemd/system cannot be written", "--service none"]);
@@ -295,7 +295,7 @@ fn what_cannot_be_done_is_found_out_before_anything_is_stopped() {
     container.run(&install).expect_code(0);
     assert_eq!(old(), Vec::<u32>::new());
 
-    // Taken away it is neither, where its units cannot be.
+    // Nor is it removed while its units cannot be.
     let control = "/srv/old/control";
     let roles = || {
         let status = container.run(&[control, "status", "--json"]).json();
@@ -312,7 +312,7 @@ fn what_cannot_be_done_is_found_out_before_anything_is_stopped() {
 }
 
 #[test]
-fn what_a_deployment_agent_started_for_others_outlives_a_stop_of_the_unit_and_an_uninstall() {
+fn programs_started_by_a_deployment_agent_outlive_a_unit_stop_and_an_uninstall() {
     let container = Container::systemd();
     let gateway = Gateway::stopped();
     gateway.publish_self("c57f6a1d");

@@ -1,4 +1,4 @@
-//! What starts the roles leaves nothing on them: where no service manager runs them, they outlive the unit, the tool or the role that did.
+//! Roles keep nothing of their launcher: without a service manager they outlive the unit, tool or role that started them.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use crate::support::container::Container;
 use crate::support::inside::{self, BOOTSTRAP, DIRECTORY, Inside, URL, done, processes_of_aops, wait_for_agents};
 use crate::support::wait::wait_for;
 
-/// For a role to be started again by the other.
+/// The deadline for a role to be restarted by the other.
 const BACK: Duration = Duration::from_secs(60);
 /// Our sub-agents.
 const NAMES: &[&str] = &["native", "script"];
@@ -19,7 +19,7 @@ fn roles(container: &Container) -> [String; 2] {
     ["spm", "spa"].map(|role| status[role]["pid"].to_string())
 }
 
-/// Of no unit, and without what the caller had.
+/// In no unit, and without the caller's attributes.
 #[track_caller]
 fn assert_left(container: &Container, roles: &[String; 2]) {
     for pid in roles {
@@ -40,7 +40,7 @@ fn assert_left(container: &Container, roles: &[String; 2]) {
 }
 
 #[test]
-fn roles_outlive_whatever_started_them() {
+fn roles_outlive_the_unit_or_program_that_started_them() {
     let container = Container::systemd();
     let _gateway = Inside::start(&container, fleet_of_two());
     done(&container, &format!("cp {DIRECTORY}/depot/aops-agent-service-linux-amd64 {BOOTSTRAP}"));
@@ -48,18 +48,18 @@ fn roles_outlive_whatever_started_them() {
     let with = "systemd-run --quiet -E SECRET=1 -E https_proxy= -p MemoryMax=1G -p Nice=10 -p OOMScoreAdjust=700 -p UMask=0077 \
                 -p CPUAffinity=0 -p LimitNPROC=999:infinity";
 
-    // The unit of a timer, which ends with what it started.
+    // The unit of a timer, which ends with its main process.
     done(&container, &format!("{with} --wait {install}"));
     let first = roles(&container);
     assert_left(&container, &first);
-    // The product's script, once the unit that ran it has ended.
+    // The product's script, after the unit that ran it has ended.
     done(&container, "/opt/aops/control stop");
     done(&container, &format!("{with} --wait /opt/aops/control start"));
     let started = roles(&container);
     assert_left(&container, &started);
     assert_ne!(started, first);
 
-    // A tool that lives on, and is restarted later.
+    // A tool that keeps running, and is restarted later.
     done(&container, "/opt/aops/control stop");
     done(&container, &format!("{with} --unit tool sh -c 'nohup /opt/aops/control start; exec sleep 1000002'"));
     let by_tool = roles(&container);
@@ -73,7 +73,7 @@ fn roles_outlive_whatever_started_them() {
     for (at, role) in ["spm", "spa"].into_iter().enumerate() {
         let before = roles(&container);
         done(&container, &format!("kill -KILL {}", before[at]));
-        let after = wait_for(&format!("{role} to be started again"), BACK, || {
+        let after = wait_for(&format!("{role} to be restarted"), BACK, || {
             let status = inside::status(&container);
             runs(&status).then(|| roles(&container)).filter(|now| now[at] != before[at])
         });

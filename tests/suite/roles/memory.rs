@@ -1,4 +1,4 @@
-//! A role that uses more memory than it may is restarted in order, which harms no sub-agent, and says why.
+//! A role above its memory limit is restarted without harm to sub-agents, and the reason is reported.
 
 use std::fs;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use crate::support::host::{SOON, TestHost, pid};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// Three looks in a row, one with each ping of 15 s.
+/// Three consecutive checks, one with each ping of 15 s.
 const RESTARTED: Duration = Duration::from_secs(120);
 
 #[test]
-fn a_role_above_its_limit_is_restarted_in_order_and_says_why() {
+fn a_role_above_its_memory_limit_is_restarted_and_the_reason_is_reported() {
     let gateway = Gateway::with(&[&Package::sleeper("native", "1.0")], &[("native", "1.0", "")]);
     let begin = |id: &str, setting: &str| {
         let host = TestHost::new();
@@ -22,7 +22,7 @@ fn a_role_above_its_limit_is_restarted_in_order_and_says_why() {
         host.install(&arguments).expect_success();
         let native = host.wait_for_agent("native");
         let config = host.home().join("etc/conf.toml");
-        let text = fs::read_to_string(&config).expect("it is there");
+        let text = fs::read_to_string(&config).expect("it exists");
         fs::write(&config, format!("{text}\n{setting}\n")).expect("it is ours");
         host.control(&["restart"]).expect_success();
         let status = host.wait_for_status("both roles", SOON, |status| {
@@ -31,7 +31,7 @@ fn a_role_above_its_limit_is_restarted_in_order_and_says_why() {
         let roles = ["spm", "spa"].map(|role| pid(&status[role]["pid"]).expect("it was waited for"));
         (host, native, roles)
     };
-    // Less than what they use in a build for tests.
+    // Less than what they use in a debug build.
     let hosts = [
         ("5401", "spmMaxMem = \"16MiB\"", "spm", "the manager uses"),
         ("5402", "spaMaxMem = \"8MiB\"", "spa", "the watchdog uses"),
@@ -51,14 +51,14 @@ fn a_role_above_its_limit_is_restarted_in_order_and_says_why() {
         assert_eq!(pid(&status[other.0]["pid"]), Some(*other.1), "the other role stays: {status:#}");
         assert_eq!(status[role]["restarts"], 0, "it was no death: {status:#}");
         assert_eq!(host.wait_for_agent("native"), *native);
-        wait_for("the gateway to hear of it", SOON, || {
+        wait_for("the gateway to receive it", SOON, || {
             let status = gateway.status();
             let hosts = status["hosts"].as_array()?;
             let events = hosts.iter().find(|host| host["agentId"] == *id)?["events"].as_array()?.clone();
-            let is_told = |event: &serde_json::Value| {
+            let is_reported = |event: &serde_json::Value| {
                 event["kind"] == "memory" && event["message"].as_str().is_some_and(|text| text.contains(words))
             };
-            events.iter().any(is_told).then_some(())
+            events.iter().any(is_reported).then_some(())
         });
     }
 }

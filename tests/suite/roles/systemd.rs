@@ -1,4 +1,4 @@
-//! The two roles under a real systemd: whose stop is a stop, what a restart leaves alone, and what a boot brings back.
+//! The two roles under a real systemd: which stops count, what a restart does not touch, and what a boot starts.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,14 +12,14 @@ use crate::support::host::{SOON, agent, pid};
 use crate::support::package::Package;
 use crate::support::wait::{try_for, wait_for};
 
-/// Longer than the pause before an automatic restart (1 s), and than the watchdog's patience between two looks at a unit.
+/// Longer than the delay of an automatic restart (1 s), and than the watchdog's interval between two checks of a unit.
 const QUIET: Duration = Duration::from_secs(4);
-/// For a home to be whole again, also where the service manager has its turn of 10 s first.
+/// The deadline for a home to be complete again, even if the service manager's turn of 10 s comes first.
 const BACK: Duration = Duration::from_secs(60);
 const NAMES: [&str; 2] = ["native", "classic"];
 
 #[test]
-fn a_restart_or_a_death_leaves_the_sub_agents_and_a_stop_of_the_unit_does_not() {
+fn sub_agents_survive_a_restart_and_a_crash_but_not_a_stop_of_the_unit() {
     let container = joined();
     let before = up(&container);
 
@@ -49,7 +49,7 @@ fn a_restart_or_a_death_leaves_the_sub_agents_and_a_stop_of_the_unit_does_not() 
 
     container.shell("systemctl stop aops-spm").expect_success();
     stays_stopped(&container);
-    // Who starts the unit means the home.
+    // Starting one unit starts the home.
     container.shell("systemctl start aops-spm").expect_success();
     let after = up(&container);
     assert!(after.iter().all(|(name, pid)| before[name] != *pid));
@@ -64,7 +64,7 @@ fn a_restart_or_a_death_leaves_the_sub_agents_and_a_stop_of_the_unit_does_not() 
 }
 
 #[test]
-fn a_stop_in_the_pause_before_an_automatic_restart_is_a_stop() {
+fn a_stop_before_an_automatic_restart_is_honoured() {
     let container = joined();
     container.write("/etc/systemd/system/aops-spm.service.d/pause.conf", "[Service]\nRestartSec=6\n", 0o644);
     container.shell("systemctl daemon-reload").expect_success();
@@ -74,13 +74,13 @@ fn a_stop_in_the_pause_before_an_automatic_restart_is_a_stop() {
     assert!(before.values().all(|pid| container.path(format!("/proc/{pid}")).exists()));
     container.shell("systemctl stop aops-spm").expect_success();
     wait_until_stopped(&container);
-    // The pause would be over by then.
+    // The delay would be over by then.
     assert_eq!(try_for(Duration::from_secs(8), || (status(&container)["state"] != "stopped").then_some(())), None);
     stays_stopped(&container);
     container.shell("aops control start").expect_success();
     up(&container);
 
-    // The same with the operator's own stop.
+    // The same with the operator's `control stop`.
     container.shell("kill -KILL $(systemctl show --property=MainPID --value aops-spm)").expect_success();
     wait_for("the pause", SOON, || sub_state(&container, "aops-spm").contains("auto-restart").then_some(()));
     container.shell("aops control stop").expect_success();
@@ -89,21 +89,21 @@ fn a_stop_in_the_pause_before_an_automatic_restart_is_a_stop() {
 }
 
 #[test]
-fn the_watchdogs_unit_may_be_stopped_and_a_masked_unit_is_left_alone() {
+fn a_stopped_watchdog_unit_and_a_masked_unit_are_not_started() {
     let container = joined();
     let before = up(&container);
     container.shell("systemctl stop aops-spa").expect_success();
-    let shown = wait_for("the manager to say so", BACK, || {
+    let shown = wait_for("the manager to report it", BACK, || {
         let status = status(&container);
         (status["state"] == "degraded" && status["problems"].to_string().contains("watchdog")).then_some(status)
     });
     assert_eq!(pid(&shown["spa"]["pid"]), None);
-    // Beyond the service manager's turn, twice.
+    // Twice as long as the service manager's turn.
     let back = try_for(Duration::from_secs(25), || (main_pid(&container, "aops-spa") != 0).then_some(()));
     assert_eq!(back, None);
     assert_eq!(roles_running(&container, "aops-spa"), 0);
     container.shell("systemctl start aops-spa").expect_success();
-    wait_for("all to be well", BACK, || (status(&container)["state"] == "running").then_some(()));
+    wait_for("everything to run", BACK, || (status(&container)["state"] == "running").then_some(()));
     assert_eq!(up(&container), before);
 
     container
@@ -112,10 +112,10 @@ fn the_watchdogs_unit_may_be_stopped_and_a_masked_unit_is_left_alone() {
             ln -s /dev/null aops-spm.service; systemctl daemon-reload; kill -KILL $pid",
         )
         .expect_success();
-    // systemd does not start it again, and neither does the watchdog, whose turn comes twice within this.
+    // systemd does not restart it, and neither does the watchdog, whose turn comes twice within this time.
     let back = try_for(Duration::from_secs(25), || (roles_running(&container, "aops-spm") > 0).then_some(()));
     assert!(back.is_none(), "{}", evidence(&container));
-    // systemd kills what is left in a masked unit's cgroup; the sub-agents are in another.
+    // systemd kills the processes left in a masked unit's cgroup; the sub-agents are in another.
     assert!(
         before.values().all(|pid| container.shell(&format!("kill -0 {pid}")).success()),
         "{}",
@@ -129,12 +129,12 @@ fn the_watchdogs_unit_may_be_stopped_and_a_masked_unit_is_left_alone() {
 }
 
 #[test]
-fn a_role_that_the_other_had_to_start_gives_way_to_the_service_managers() {
+fn a_role_started_by_the_other_yields_to_the_service_managers() {
     let container = joined();
     let before = up(&container);
     for (role, other) in [("spm", "spa"), ("spa", "spm")] {
         let (unit, drop_in) = (format!("aops-{role}"), format!("/etc/systemd/system/aops-{role}.service.d"));
-        // systemd gives up on the unit, and cannot start it when it is asked to.
+        // systemd gives up on the unit, and cannot start it on request.
         container.write(
             format!("{drop_in}/broken.conf"),
             "[Service]\nRestart=no\nExecStartPre=/bin/false\nWatchdogSec=0\n",
@@ -147,7 +147,7 @@ fn a_role_that_the_other_had_to_start_gives_way_to_the_service_managers() {
             pid(&status[role]["pid"]).filter(|new| *new != old && status["state"] == "running")
         });
         assert_eq!(main_pid(&container, &unit), 0, "{}", evidence(&container));
-        // It was asked first.
+        // systemd was tried first.
         container.shell(&format!("grep -q 'is asked to start it' /opt/aops/log/{other}.log")).expect_success();
         assert_eq!(up(&container), before);
 
@@ -164,17 +164,17 @@ fn a_role_that_the_other_had_to_start_gives_way_to_the_service_managers() {
 }
 
 #[test]
-fn a_boot_brings_everything_back_whatever_was_before() {
+fn a_boot_starts_everything_whatever_the_previous_state() {
     let mut container = joined_with(false);
     let first = up(&container);
     container.reboot();
-    // The gateway is down since then.
+    // The gateway does not run from here on.
     let second = up(&container);
     assert_eq!(status(&container)["gateway"]["connected"], false);
     one_of_each(&container);
     assert_ne!(first, second);
 
-    // After a power cut the pid file of the older kind names whoever has its number now: surely so, if that is 1.
+    // After a power cut the pid file of a `control` package names an unrelated process: certainly, if it is pid 1.
     container.write("/opt/aops/agents/classic/1.0/var/app.pid", "1\n", 0o644);
     container.crash();
     up(&container);
@@ -189,7 +189,7 @@ fn a_boot_brings_everything_back_whatever_was_before() {
 }
 
 #[test]
-fn a_stop_is_possible_whatever_is_left_to_help() {
+fn a_stop_works_with_hung_and_dead_roles() {
     let container = joined();
     let signal = |name: &str, unit: &str| {
         container.shell(&format!("kill -{name} $(systemctl show --property=MainPID --value {unit})")).expect_success();
@@ -201,21 +201,21 @@ fn a_stop_is_possible_whatever_is_left_to_help() {
     stays_stopped(&container);
     container.shell("aops control start").expect_success();
     up(&container);
-    // Both dead at once.
+    // Both dead at the same time.
     container
         .shell("systemctl kill --kill-who=main --signal=KILL aops-spm aops-spa; aops control stop")
         .expect_success();
     stays_stopped(&container);
     container.shell("aops control start").expect_success();
     up(&container);
-    // A hung manager and the unit's own stop.
+    // A hung manager, and the stop of its unit.
     signal("STOP", "aops-spm");
     container.run_within(Duration::from_secs(200), &["systemctl", "stop", "aops-spm"]);
     wait_until_stopped(&container);
     stays_stopped(&container);
     container.shell("systemctl start aops-spm").expect_success();
     up(&container);
-    // By hand, beside the unit's.
+    // A manually started role beside the unit's.
     let old = roles(&container);
     let output = container.run(&["/opt/aops/bin/aops-spm", "--home", "/opt/aops"]);
     assert_eq!(output.code, 1, "{output}");
@@ -231,7 +231,7 @@ fn a_stop_of_the_unit_is_honoured_on_a_full_disk() {
     let before = up(&container);
     container.shell("cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true").expect_success();
     for path in ["/opt/aops/run/spm.json", "/opt/aops/run/spa.json"] {
-        // Whatever room that makes is taken at once.
+        // Space that becomes free is filled at once.
         container
             .shell(&format!("rm -f {path}; cat /dev/zero >>/opt/aops/log/filler 2>/dev/null || true"))
             .expect_success();
@@ -241,7 +241,7 @@ fn a_stop_of_the_unit_is_honoured_on_a_full_disk() {
     stays_stopped(&container);
     container.shell("rm /opt/aops/log/filler; aops control start").expect_success();
     assert!(up(&container).iter().all(|(name, pid)| before[name] != *pid));
-    // Each in a group of its own, that is no role's.
+    // Each in a cgroup of its own, which is no role's.
     for pid in up(&container).values() {
         let cgroup = container.shell(&format!("cat /proc/{pid}/cgroup")).stdout;
         assert!(cgroup.contains("aops-agents") && !cgroup.contains("aops-sp"), "{cgroup}");
@@ -253,7 +253,7 @@ fn joined() -> Container {
     joined_with(true)
 }
 
-/// With or without the gateway coming back after a boot.
+/// With or without a gateway that starts at boot.
 fn joined_with(gateway_at_boot: bool) -> Container {
     joined_in(Container::systemd(), gateway_at_boot)
 }
@@ -288,7 +288,7 @@ fn status(container: &Container) -> Value {
     container.shell("aops control status --json || true").json()
 }
 
-/// Waits until both sub-agents run under both roles, and gives their pids.
+/// Waits until both sub-agents run under both roles, and returns their pids.
 #[track_caller]
 fn up(container: &Container) -> BTreeMap<&'static str, u32> {
     let running = |status: &Value, name: &str| {
@@ -304,7 +304,7 @@ fn up(container: &Container) -> BTreeMap<&'static str, u32> {
     found.unwrap_or_else(|| panic!("not everything runs: {last:#}\n{}", evidence(container)))
 }
 
-/// What the roles and systemd say, for who looks into a failure.
+/// The logs of the roles and of systemd, to diagnose a failure.
 fn evidence(container: &Container) -> Output {
     container.shell(
         "tail -n 30 /opt/aops/log/spm.log /opt/aops/log/spa.log; journalctl -n 40 --no-pager || true
@@ -312,14 +312,14 @@ fn evidence(container: &Container) -> Output {
     )
 }
 
-/// Waits until `status` says that the home is stopped.
+/// Waits until `status` reports that the home is stopped.
 #[track_caller]
 fn wait_until_stopped(container: &Container) {
     let stopped = try_for(BACK, || (status(container)["state"] == "stopped").then_some(()));
     assert!(stopped.is_some(), "not stopped: {:#}\n{}", status(container), evidence(container));
 }
 
-/// The pids inside of manager and watchdog, once both are there.
+/// The pids of manager and watchdog inside the container, once both run.
 #[track_caller]
 fn roles(container: &Container) -> (u32, u32) {
     wait_for("both roles", BACK, || {
@@ -337,7 +337,7 @@ fn sub_state(container: &Container, unit: &str) -> String {
     container.run(&["systemctl", "show", "--property=SubState", "--value", unit]).expect_success()
 }
 
-/// How many processes have a role.
+/// The number of processes of a role.
 fn roles_running(container: &Container, role: &str) -> usize {
     let program = format!("/opt/aops/bin/{role} ");
     container
@@ -347,7 +347,7 @@ fn roles_running(container: &Container, role: &str) -> usize {
         .count()
 }
 
-/// Everything that belongs to the home, sub-agents included.
+/// Every process of the home, sub-agents included.
 fn of_home(container: &Container) -> Vec<(u32, String)> {
     let all = container.processes().into_iter();
     all.filter(|(_, words)| words.contains("/opt/aops") || words.contains("sleep 1000000")).collect()
@@ -359,7 +359,7 @@ fn one_of_each(container: &Container) {
     assert_eq!(of_home.len(), 4, "{of_home:?}\n{}", evidence(container));
 }
 
-/// Nothing runs, `status` says so, and it stays so for a while.
+/// Nothing runs, `status` reports it, and it stays so for a while.
 #[track_caller]
 fn stays_stopped(container: &Container) {
     let output = container.run(&["aops", "control", "status", "--json"]);

@@ -1,4 +1,5 @@
-//! The two roles without a service manager: each revives the other, sub-agents outlive both, a stop is a stop, and there is one of each.
+//! The two roles without a service manager: each restarts the other, sub-agents survive both, a stop is final until a start, and each role
+//! has one process.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,18 +18,18 @@ use crate::support::package::Package;
 use crate::support::processes::{is_alive, marked, signal};
 use crate::support::wait::{try_for, wait_for};
 
-/// What might come back would do so within this: a role revives the other at once, a sub-agent that died is started at once.
+/// A restart would happen within this time: a role restarts the other at once, and a dead sub-agent is restarted at once.
 const QUIET: Duration = Duration::from_secs(3);
-/// Three pings of 15 s without an answer, and the one before them.
+/// Three unanswered pings of 15 s, and the one before them.
 const HANG: Duration = Duration::from_secs(120);
 /// Longer than a hung role lives.
 const STANDSTILL: Duration = Duration::from_secs(70);
-/// For a stop whose roles have to be killed one after the other.
+/// The deadline of a stop whose roles have to be killed one after the other.
 const HARD_STOP: Duration = Duration::from_secs(60);
 
 const NAMES: [&str; 3] = ["native", "stubborn", "classic"];
 
-/// A gateway that wants three sub-agents: one, one that ignores its stop signal for 3 s, and one of the older kind.
+/// A gateway that orders three sub-agents: one, one that ignores its stop signal for 3 s, and one with a `control` script.
 fn gateway() -> Gateway {
     let packages = [
         Package::sleeper("native", "1.0"),
@@ -39,7 +40,7 @@ fn gateway() -> Gateway {
 }
 
 #[test]
-fn a_killed_manager_is_revived_and_adopts_every_sub_agent() {
+fn a_killed_manager_is_restarted_and_adopts_every_sub_agent() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -53,15 +54,15 @@ fn a_killed_manager_is_revived_and_adopts_every_sub_agent() {
     assert_eq!(status["spa"]["restarts"], 0);
     assert_eq!(up(&host), before);
 
-    // What is adopted is watched like any other.
+    // An adopted sub-agent is supervised like any other.
     for name in ["native", "classic"] {
         host.kill(before[name]);
         host.wait_for_new_pid(name, before[name]);
         let status = host.status();
-        assert_eq!(agent(&status, name).expect("it is there")["restarts"], 1, "{status:#}");
+        assert_eq!(agent(&status, name).expect("it exists")["restarts"], 1, "{status:#}");
     }
 
-    // One loses its record, one dies, and nobody is there to see it.
+    // One loses its record and one dies while no manager runs.
     let before = up(&host);
     without_manager(&host, || {
         fs::remove_file(host.home().join("run/agents/native.json")).expect("its record");
@@ -71,8 +72,8 @@ fn a_killed_manager_is_revived_and_adopts_every_sub_agent() {
     let after = up(&host);
     assert_eq!((after["native"], after["classic"]), (before["native"], before["classic"]));
     let status = host.status();
-    assert_eq!(agent(&status, "stubborn").expect("it is there")["restarts"], 1, "{status:#}");
-    wait_for("the gateway to hear of the death", SOON, || {
+    assert_eq!(agent(&status, "stubborn").expect("it exists")["restarts"], 1, "{status:#}");
+    wait_for("the death to be reported to the gateway", SOON, || {
         let status = gateway.status();
         let events = status["hosts"][0]["events"].as_array()?;
         let told = events.iter().any(|event| {
@@ -84,7 +85,7 @@ fn a_killed_manager_is_revived_and_adopts_every_sub_agent() {
 }
 
 #[test]
-fn a_killed_watchdog_is_revived() {
+fn a_killed_watchdog_is_restarted() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -98,7 +99,7 @@ fn a_killed_watchdog_is_revived() {
     assert_eq!(roles(&host).0, spm);
     assert_ne!(roles(&host).1, spa);
     assert_eq!(up(&host), before);
-    // The one that was revived watches.
+    // The restarted watchdog restarts the manager.
     host.kill(spm);
     host.wait_for_status("the next manager", SOON, |status| status["spm"]["restarts"] == 1);
     assert_eq!(up(&host), before);
@@ -106,7 +107,7 @@ fn a_killed_watchdog_is_revived() {
 }
 
 #[test]
-fn after_the_death_of_both_a_start_adopts_and_doubles_nobody() {
+fn a_start_after_both_roles_died_adopts_every_sub_agent_once() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -116,7 +117,7 @@ fn after_the_death_of_both_a_start_adopts_and_doubles_nobody() {
     host.kill(spa);
     wait_for("the end of both", SOON, || (!is_alive(spm) && !is_alive(spa)).then_some(()));
     assert_eq!(host.status()["state"], "degraded");
-    // Two operators at once.
+    // Two operators at the same time.
     std::thread::scope(|scope| {
         let starts = [0, 1].map(|_| scope.spawn(|| host.control(&["start"])));
         for start in starts {
@@ -128,7 +129,7 @@ fn after_the_death_of_both_a_start_adopts_and_doubles_nobody() {
 }
 
 #[test]
-fn a_signal_to_end_or_a_restart_renews_the_roles_and_leaves_the_sub_agents() {
+fn a_stop_signal_or_restart_replaces_the_roles_and_keeps_the_sub_agents() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -153,7 +154,7 @@ fn a_signal_to_end_or_a_restart_renews_the_roles_and_leaves_the_sub_agents() {
         assert_eq!(status[role]["restarts"], 0, "nothing died: {status:#}");
     }
     for name in NAMES {
-        assert_eq!(agent(&status, name).expect("it is there")["restarts"], 0, "{status:#}");
+        assert_eq!(agent(&status, name).expect("it exists")["restarts"], 0, "{status:#}");
     }
     one_of_each(&host);
     // One sub-agent alone.
@@ -163,7 +164,7 @@ fn a_signal_to_end_or_a_restart_renews_the_roles_and_leaves_the_sub_agents() {
 }
 
 #[test]
-fn a_hung_role_is_killed_and_revived_by_the_other() {
+fn a_hung_role_is_killed_and_restarted_by_the_other() {
     let gateway = gateway();
     let hosts = ["spm", "spa"].map(|role| {
         let host = TestHost::joined(&gateway);
@@ -184,7 +185,7 @@ fn a_hung_role_is_killed_and_revived_by_the_other() {
 }
 
 #[test]
-fn a_standstill_of_both_kills_neither() {
+fn a_simultaneous_pause_of_both_roles_kills_neither() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -194,21 +195,21 @@ fn a_standstill_of_both_kills_neither() {
     }
     let ended = try_for(STANDSTILL, || (!is_alive(spm) || !is_alive(spa)).then_some(()));
     assert_eq!(ended, None);
-    // The one that would take the other's silence for a hang first.
+    // The watchdog is the one that would treat the other's silence as a hang first.
     for role in [spm, spa] {
         signal(role, Signal::CONT);
     }
     let ended = try_for(QUIET, || (!is_alive(spm) || !is_alive(spa)).then_some(()));
     assert_eq!(ended, None, "{:#}", host.status());
     assert_eq!((roles(&host), up(&host)), ((spm, spa), before));
-    // They watch on.
+    // They supervise again.
     host.kill(spm);
     host.wait_for_status("the next manager", SOON, |status| status["spm"]["restarts"] == 1);
     one_of_each(&host);
 }
 
 #[test]
-fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
+fn a_repeatedly_killed_watchdog_is_restarted_with_back_off() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     up(&host);
@@ -223,7 +224,7 @@ fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
         });
         pauses.push(killed.elapsed());
     }
-    // At once, but for a moment; then 1, 2 and 4 s.
+    // Almost at once; then after 1, 2 and 4 s.
     assert!(pauses[0] < Duration::from_secs(1), "{pauses:?}");
     assert!(pauses[1..].is_sorted(), "{pauses:?}");
     for (pause, seconds) in pauses[1..].iter().zip([1, 2, 4]) {
@@ -234,22 +235,22 @@ fn a_watchdog_that_is_killed_again_and_again_comes_back_later_and_later() {
 }
 
 #[test]
-fn a_first_death_of_the_manager_is_never_taken_for_two() {
+fn one_death_of_the_manager_is_counted_once() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let mut pauses = vec![];
     for _ in 0..20 {
-        // Roles that have seen nobody die.
+        // Roles that have seen no death yet.
         host.control(&["restart"]).expect_success();
         up(&host);
-        host.wait_for_status("the watch", SOON, |status| status["state"] == "running");
+        host.wait_for_status("the check", SOON, |status| status["state"] == "running");
         let (spm, _) = roles(&host);
         let killed = Instant::now();
         host.kill(spm);
         wait_for("the next manager", SOON, || role_holder(&host, "spm").filter(|pid| *pid != spm));
         pauses.push(killed.elapsed());
     }
-    // The pause after a second death is 1 s longer than what a revival takes on this machine, which may be late once.
+    // The delay after a second death is 1 s longer than a restart takes on this machine, which may be slow once.
     pauses.sort();
     let usual = pauses[2];
     let late = pauses.iter().filter(|pause| **pause > usual + Duration::from_millis(900)).count();
@@ -259,7 +260,7 @@ fn a_first_death_of_the_manager_is_never_taken_for_two() {
 }
 
 #[test]
-fn a_manager_that_hangs_before_it_opens_its_door_is_killed_too() {
+fn a_manager_that_hangs_before_it_opens_its_control_socket_is_killed() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -267,7 +268,7 @@ fn a_manager_that_hangs_before_it_opens_its_door_is_killed_too() {
     signal(spa, Signal::STOP);
     host.kill(spm);
     wait_for("its end", SOON, || (!is_alive(spm)).then_some(()));
-    // What has the role and listens nowhere, for all that the watchdog can see.
+    // A process that has the role's lock and no control socket, as far as the watchdog can see.
     let mut mute = role_by_hand(&host, "aops-spm");
     let socket = host.home().join("run/spm.sock");
     wait_for("its role", SOON, || role_holder(&host, "spm").filter(|pid| *pid == mute.id()));
@@ -282,16 +283,16 @@ fn a_manager_that_hangs_before_it_opens_its_door_is_killed_too() {
 }
 
 #[test]
-fn a_stop_stops_everything_and_nothing_comes_back_until_a_start() {
+fn after_a_stop_nothing_runs_until_a_start() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
-    // Under a sub-agent that was just killed and is on its way back.
+    // With a sub-agent that was just killed and is being restarted.
     host.kill(before["native"]);
     host.control(&["stop"]).expect_success();
     stays_stopped(&host);
     host.control(&["stop"]).expect_success();
-    // Not even by hand.
+    // Not even a manually started role.
     let mut by_hand = role_by_hand(&host, "aops-spm");
     assert_eq!(command::wait(&mut by_hand, SOON), Some(100));
     stays_stopped(&host);
@@ -299,14 +300,14 @@ fn a_stop_stops_everything_and_nothing_comes_back_until_a_start() {
     host.control(&["start"]).expect_success();
     let after = up(&host);
     assert!(after.iter().all(|(name, pid)| before[name] != *pid));
-    // Starting what runs leaves it.
+    // A start of a running home changes nothing.
     let old = roles(&host);
     host.control(&["start"]).expect_success();
     assert_eq!((roles(&host), up(&host)), (old, after));
 }
 
 #[test]
-fn directories_that_were_removed_keep_no_role_from_starting() {
+fn removed_directories_do_not_prevent_a_start() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     up(&host);
@@ -317,19 +318,19 @@ fn directories_that_were_removed_keep_no_role_from_starting() {
     host.control(&["start"]).expect_success();
     up(&host);
     for (directory, mode) in [("log", 0o700), ("log/agents", 0o700), ("run", 0o700), ("cache", 0o700)] {
-        let metadata = fs::metadata(host.home().join(directory)).expect("it is made again");
+        let metadata = fs::metadata(host.home().join(directory)).expect("it is created again");
         assert_eq!(metadata.permissions().mode() & 0o7777, mode, "{directory}");
     }
 }
 
 #[test]
-fn a_stop_at_the_moment_of_a_revival_is_honoured() {
+fn a_stop_during_a_restart_is_honoured() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     for n in 0..6 {
         up(&host);
         let (spm, spa) = roles(&host);
-        // Both, either, and the moments between: the revival has begun, or has not.
+        // Both, either, and at moments before and after the restart begins.
         if n % 3 != 1 {
             host.kill(spm);
         }
@@ -350,7 +351,7 @@ fn a_stop_at_the_moment_of_a_revival_is_honoured() {
 }
 
 #[test]
-fn a_stop_is_possible_whatever_is_left_to_help() {
+fn a_stop_works_with_hung_and_dead_roles() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let stop = |what: &str| {
@@ -383,14 +384,14 @@ fn a_stop_is_possible_whatever_is_left_to_help() {
 }
 
 #[test]
-fn a_stop_goes_on_where_the_manager_dies_in_the_midst_of_it() {
+fn a_stop_is_completed_when_the_manager_dies_during_it() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
     let (spm, _) = roles(&host);
     std::thread::scope(|scope| {
         let stop = scope.spawn(|| host.control(&["stop"]));
-        // One has ended, and one takes its 3 s.
+        // One sub-agent has exited, and one takes its 3 s.
         wait_for("the stop to be under way", SOON, || (!is_alive(before["native"])).then_some(()));
         assert!(is_alive(before["stubborn"]));
         host.kill(spm);
@@ -403,7 +404,7 @@ fn a_stop_goes_on_where_the_manager_dies_in_the_midst_of_it() {
 }
 
 #[test]
-fn a_new_version_under_way_does_not_hold_up_a_stop() {
+fn a_download_does_not_delay_a_stop() {
     let packages = [
         Package::script("slow", "1.0", "trap '' TERM; while :; do sleep 1; done", "gracePeriod = \"4s\""),
         Package::sleeper("slow", "2.0"),
@@ -427,7 +428,7 @@ fn a_new_version_under_way_does_not_hold_up_a_stop() {
 }
 
 #[test]
-fn a_second_manager_or_watchdog_disturbs_nothing() {
+fn a_second_manager_or_watchdog_changes_nothing() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -438,7 +439,7 @@ fn a_second_manager_or_watchdog_disturbs_nothing() {
     }
     assert_eq!((roles(&host), up(&host)), (old, before));
 
-    // Two at the same instant, where there is none.
+    // Two at the same instant, without a running one.
     host.crash();
     let mut both = [0, 1].map(|_| role_by_hand(&host, "aops-spm"));
     up(&host);
@@ -457,7 +458,7 @@ fn a_second_manager_or_watchdog_disturbs_nothing() {
 }
 
 #[test]
-fn a_second_endpoint_stands_in_for_the_first() {
+fn a_second_endpoint_is_used_when_the_first_fails() {
     let mut gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
@@ -477,7 +478,7 @@ fn a_second_endpoint_stands_in_for_the_first() {
     gateway.run();
     let status = host.wait_for_status("the second endpoint", SOON, |status| status["gateway"]["connected"] == true);
     assert_eq!(status["gateway"]["endpoint"].as_str().map(|shown| shown.trim_end_matches('/')), Some(&*url));
-    // What is wanted from then on comes that way.
+    // From then on the desired state comes from the second endpoint.
     gateway.want(&[("native", "1.0", ""), ("stubborn", "1.0", ""), ("classic", "1.0", "cmd = \"stop\"")]);
     host.wait_for_status("a new desired state", SOON, |status| {
         agent(status, "classic").is_some_and(|agent| agent["state"] == "stopped")
@@ -485,7 +486,7 @@ fn a_second_endpoint_stands_in_for_the_first() {
     assert_eq!(host.wait_for_agent("native"), before["native"]);
 }
 
-/// Waits until all three sub-agents run, and gives their pids.
+/// Waits until all three sub-agents run, and returns their pids.
 #[track_caller]
 fn up(host: &TestHost) -> BTreeMap<&'static str, u32> {
     let running = |status: &Value, name: &str| {
@@ -497,7 +498,7 @@ fn up(host: &TestHost) -> BTreeMap<&'static str, u32> {
     NAMES.iter().filter_map(|name| Some((*name, running(&status, name)?))).collect()
 }
 
-/// The pids of manager and watchdog, once both are there.
+/// The pids of manager and watchdog, once both run.
 #[track_caller]
 fn roles(host: &TestHost) -> (u32, u32) {
     let status = host.wait_for_status("both roles", SOON, |status| {
@@ -506,7 +507,7 @@ fn roles(host: &TestHost) -> (u32, u32) {
     (pid(&status["spm"]["pid"]).expect("a pid"), pid(&status["spa"]["pid"]).expect("a pid"))
 }
 
-/// No role and no sub-agent twice. One that lost against another takes some seconds to give up.
+/// No role and no sub-agent runs twice. A process that lost a role's lock takes some seconds to give up.
 #[track_caller]
 fn one_of_each(host: &TestHost) {
     let mut seen = BTreeMap::new();
@@ -526,7 +527,7 @@ fn one_of_each(host: &TestHost) {
                     == Ok(pid)
             };
             let marked = marked(&host.home(), name);
-            // The older kind leads no session, and is one process.
+            // A `control` sub-agent is not a session leader, and has one process.
             seen.insert(
                 name,
                 if name == "classic" { marked.len() } else { marked.into_iter().filter(|pid| leads(*pid)).count() },
@@ -537,7 +538,7 @@ fn one_of_each(host: &TestHost) {
     assert!(single.is_some(), "not one of each: {seen:?} of {:?}", host.processes());
 }
 
-/// Nothing runs, `status` says so, and it stays so for a while.
+/// Nothing runs, `status` reports it, and it stays so for a while.
 #[track_caller]
 fn stays_stopped(host: &TestHost) {
     let output = host.control(&["status", "--json"]).expect_code(3);
@@ -546,7 +547,7 @@ fn stays_stopped(host: &TestHost) {
     assert_eq!(back, None);
 }
 
-/// Starts a role by its name in `bin`, as somebody might by hand.
+/// Starts a role by its name in `bin`, as an operator might.
 fn role_by_hand(host: &TestHost, role: &str) -> Child {
     let mut command = host.command(&host.home().join("bin").join(role));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("cannot run it")
@@ -559,7 +560,7 @@ fn processes_of(host: &TestHost, role: &str) -> Vec<u32> {
     all.filter(|process| process.command.starts_with(&program)).map(|process| process.pid).collect()
 }
 
-/// Who has a role, as its record says.
+/// The pid in a role's record.
 fn role_holder(host: &TestHost, role: &str) -> Option<u32> {
     let record = fs::read(host.home().join(format!("run/{role}.json"))).ok()?;
     pid(&serde_json::from_slice::<Value>(&record).ok()?["pid"])

@@ -1,7 +1,6 @@
-//! Adoption: a manager that dies at any point leaves every sub-agent running, and the next one finds each, doubles none and misses none.
+//! Adoption: a manager that dies at any point leaves every sub-agent running; the next one finds each, duplicates none and loses none.
 //!
-//! The points of death are reached with strace(1), which delays, fails or kills at a system call: in the manager, and in the child that
-//! becomes a sub-agent.
+//! strace(1) delays, fails or kills at a system call, in the manager and in the child that becomes a sub-agent.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -22,20 +21,20 @@ use crate::support::processes::{children, groups, is_alive, marked, signal};
 use crate::support::wait::{try_for, wait_for};
 
 const NAMES: [&str; 3] = ["one", "two", "three"];
-/// A delay at which a child is met in midst of its way to its program, in microseconds.
+/// The delay, in microseconds, in which a child is found between fork and exec.
 const DELAY: &str = "delay_enter=1500000";
-/// A manager under strace that lives for so long after it is ready is not going to be killed.
+/// A manager under strace that lives this long after it is ready will not be killed.
 const SURVIVED: Duration = Duration::from_secs(2);
-/// More steps than any start takes.
+/// More steps than any start has.
 const MOST_STEPS: u32 = 40;
 
 #[test]
-fn a_manager_killed_at_any_step_of_a_start_doubles_and_loses_nobody() {
+fn a_manager_killed_at_any_step_of_a_start_neither_duplicates_nor_loses_a_sub_agent() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let mut before = up(&host);
     let mut died = 0;
-    // The birth of a child, what gets its name, every line of a log and part of a record, in the manager and in the child.
+    // The fork of a child, renames, every write of a log line and of a part of a record, in the manager and in the child.
     for (call, most) in [("clone3", 1), ("rename", MOST_STEPS), ("write", MOST_STEPS)] {
         for n in 1..=most {
             let kill = format!("{call}:signal=KILL:when={n}");
@@ -70,11 +69,11 @@ fn a_manager_killed_at_any_step_of_a_start_doubles_and_loses_nobody() {
 }
 
 #[test]
-fn a_child_met_between_its_birth_and_its_program_is_adopted_and_not_doubled() {
+fn a_child_between_fork_and_exec_is_adopted_and_not_duplicated() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let mut before = up(&host);
-    // Before it has done anything; before its record has its name; before its program runs.
+    // Before its first call; before its record is renamed into place; before it executes its program.
     for step in ["setsid", "umask", "dup2,dup3", "chdir", "execve"] {
         let spa = without_manager(&host, || host.kill(before["one"]));
         let mut traced = trace(&host, &[&format!("{step}:{DELAY}")]);
@@ -83,7 +82,7 @@ fn a_child_met_between_its_birth_and_its_program_is_adopted_and_not_doubled() {
             Some((manager, children(manager).into_iter().next()?))
         });
         host.kill(manager);
-        // The watchdog starts the next one while the child is on its way.
+        // The watchdog starts the next manager while the child has not executed its program.
         signal(spa, Signal::CONT);
         let after = up(&host);
         assert_eq!(after["one"], child, "at {step}");
@@ -95,7 +94,7 @@ fn a_child_met_between_its_birth_and_its_program_is_adopted_and_not_doubled() {
 }
 
 #[test]
-fn a_child_that_dies_on_its_way_to_its_program_leaves_nothing_behind() {
+fn a_child_that_dies_before_exec_leaves_nothing() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let mut before = up(&host);
@@ -116,20 +115,20 @@ fn a_child_that_dies_on_its_way_to_its_program_leaves_nothing_behind() {
 }
 
 #[test]
-fn without_pidfd_and_clone3_deaths_are_seen_and_adoption_and_stop_work() {
+fn without_pidfd_and_clone3_deaths_adoption_and_stops_are_handled() {
     let gateway = gateway();
     let host = TestHost::joined(&gateway);
     let before = up(&host);
     let spa = without_manager(&host, || host.kill(before["one"]));
     let old = ["pidfd_open:error=ENOSYS", "pidfd_send_signal:error=ENOSYS", "clone3:error=ENOSYS"];
     let mut traced = trace(&host, &old);
-    // Or the watchdog would start another.
+    // Otherwise the watchdog would start another.
     wait_for("its role", SOON, || traced.manager().filter(|_| answers(&host, &traced)));
     signal(spa, Signal::CONT);
     let after = up(&host);
     assert_eq!((after["two"], after["three"]), (before["two"], before["three"]));
     assert_eq!(host.role_pid("spm"), traced.manager());
-    // One that was started without them, and one that was adopted.
+    // One was started without them, and one was adopted.
     for name in ["one", "two"] {
         host.kill(after[name]);
         host.wait_for_new_pid(name, after[name]);
@@ -145,7 +144,7 @@ fn without_pidfd_and_clone3_deaths_are_seen_and_adoption_and_stop_work() {
 }
 
 #[test]
-fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and_started() {
+fn after_both_roles_died_running_sub_agents_are_kept_and_dead_ones_are_reported_and_restarted() {
     let packages = [
         Package::script("one", "1.0", "trap 'echo told; exit 0' TERM; while :; do echo tick; sleep 0.1; done", ""),
         Package::sleeper("two", "1.0"),
@@ -159,7 +158,7 @@ fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and
     wait_for("the watchdog's end", SOON, || (!is_alive(spa)).then_some(()));
     let log = host.home().join("log/agents/one.log");
     let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
-    // Nobody is needed for its log.
+    // Its log needs no manager.
     let first = lines();
     wait_for("its output to go on", SOON, || (lines() > first + 5).then_some(()));
 
@@ -167,7 +166,7 @@ fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and
     let after = up(&host);
     assert_eq!((after["one"], after["three"]), (before["one"], before["three"]));
     assert_ne!(after["two"], before["two"]);
-    wait_for("the gateway to hear of the death", SOON, || {
+    wait_for("the death to be reported to the gateway", SOON, || {
         let status = gateway.status();
         let events = status["hosts"][0]["events"].as_array()?;
         let exits: Vec<_> = events.iter().filter(|event| event["kind"] == "exit").collect();
@@ -175,17 +174,17 @@ fn after_the_death_of_both_what_runs_is_kept_and_what_died_meanwhile_is_told_and
     });
     let second = lines();
     wait_for("its output to go on", SOON, || (lines() > second + 5).then_some(()));
-    // Watched: at once, by a new one.
+    // Supervised: it is restarted at once.
     host.kill(after["three"]);
     host.wait_for_new_pid("three", after["three"]);
-    // And stopped in its own way.
+    // Stopped with its own script.
     host.control(&["stop"]).expect_success();
     assert_eq!(host.processes(), []);
     assert!(fs::read_to_string(&log).unwrap_or_default().ends_with("told\n"));
 }
 
 #[test]
-fn who_is_moved_out_of_its_group_is_neither_lost_nor_doubled() {
+fn a_process_moved_out_of_its_cgroup_is_neither_lost_nor_duplicated() {
     let packages = [
         Package::script("one", "1.0", "sleep 1000003 & sleep 1000000", ""),
         Package::control_sleeper("two", "1.0"),
@@ -194,8 +193,8 @@ fn who_is_moved_out_of_its_group_is_neither_lost_nor_doubled() {
     let gateway = Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")));
     let host = TestHost::joined(&gateway);
     let before = up_each(&host);
-    // As `su -` does by a login session, and `systemd-run --scope`.
-    let elsewhere = Elsewhere::beside(&groups(&host.home())[0]);
+    // As the session of `su -` and `systemd-run --scope` do.
+    let elsewhere = ForeignCgroup::beside(&groups(&host.home())[0]);
     let all = |name| wait_for("its processes", SOON, || Some(marked(&host.home(), name)).filter(|all| !all.is_empty()));
     let first = wait_for("its tree", SOON, || Some(all("one")).filter(|all| all.len() == 3));
     elsewhere.take(&first);
@@ -209,7 +208,7 @@ fn who_is_moved_out_of_its_group_is_neither_lost_nor_doubled() {
     host.kill(before["two"]);
     host.wait_for_new_pid("two", before["two"]);
     let status = host.wait_for_status("all three", SOON, all_run);
-    assert_eq!(agent(&status, "two").expect("it is there")["restarts"], 1, "by its death alone: {status}");
+    assert_eq!(agent(&status, "two").expect("it exists")["restarts"], 1, "by its death alone: {status}");
 
     elsewhere.take(&all("one"));
     elsewhere.take(&all("two"));
@@ -218,7 +217,7 @@ fn who_is_moved_out_of_its_group_is_neither_lost_nor_doubled() {
 }
 
 #[test]
-fn what_runs_of_another_release_makes_way_for_the_wanted_one() {
+fn a_running_process_of_another_release_is_replaced_by_the_ordered_one() {
     let script = "trap 'echo told; exit 0' TERM; while :; do sleep 0.1; done";
     let packages = ["1.0", "2.0"].map(|version| Package::script("one", version, script, ""));
     let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
@@ -239,7 +238,7 @@ fn what_runs_of_another_release_makes_way_for_the_wanted_one() {
     assert_eq!(told(), 1);
     without_manager_for_a_while(&host, || {
         fs::remove_file(host.home().join("run/agents/one.json")).expect("its record");
-        // Without the ledger the link says which release is active.
+        // Without the ledger the link names the active release.
         fs::remove_file(host.home().join("state/releases.json")).expect("the ledger");
         fs::remove_file(host.home().join("agents/one/current")).expect("its link");
         std::os::unix::fs::symlink("1.0", host.home().join("agents/one/current")).expect("another link");
@@ -248,12 +247,12 @@ fn what_runs_of_another_release_makes_way_for_the_wanted_one() {
     assert!(!is_alive(second));
     assert_eq!(told(), 2, "it was stopped as it asks for");
     let status = host.status();
-    assert_eq!(agent(&status, "one").expect("it is there")["version"], "2.0", "{status}");
+    assert_eq!(agent(&status, "one").expect("it exists")["version"], "2.0", "{status}");
     assert_eq!(marked(&host.home(), "one").into_iter().filter(|pid| leads(*pid)).collect::<Vec<_>>(), [third]);
 }
 
 #[test]
-fn what_is_installed_again_waits_for_the_end_of_what_was_left_of_it() {
+fn a_reinstalled_sub_agent_starts_after_its_leftover_processes_have_ended() {
     let host = TestHost::new();
     let last_words = host.beside("last-words");
     let script =
@@ -279,7 +278,7 @@ fn gateway() -> Gateway {
     Gateway::with(&packages.each_ref(), &NAMES.map(|name| (name, "1.0", "")))
 }
 
-/// Kills the manager while the watchdog, a new one that has seen no manager die, is stopped, and does something while there is none.
+/// Kills the manager while a new watchdog, which has seen no death of a manager, is stopped. Runs `meanwhile` without a manager.
 #[track_caller]
 fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) -> u32 {
     host.control(&["restart"]).expect_success();
@@ -298,15 +297,15 @@ fn up_each(host: &TestHost) -> BTreeMap<&'static str, u32> {
     NAMES.into_iter().map(|name| (name, host.wait_for_agent(name))).collect()
 }
 
-/// A cgroup that is none of ours.
-pub(crate) struct Elsewhere(pub(crate) PathBuf);
+/// A cgroup that is not ours.
+pub(crate) struct ForeignCgroup(pub(crate) PathBuf);
 
-impl Elsewhere {
-    pub(crate) fn beside(group: &Path) -> Elsewhere {
+impl ForeignCgroup {
+    pub(crate) fn beside(group: &Path) -> ForeignCgroup {
         let name = group.file_name().and_then(OsStr::to_str).expect("a cgroup has a name");
         let path = group.with_file_name(format!("elsewhere-{name}"));
-        fs::create_dir(&path).expect("a cgroup can be made");
-        Elsewhere(path)
+        fs::create_dir(&path).expect("a cgroup can be created");
+        ForeignCgroup(path)
     }
 
     fn take(&self, pids: &[u32]) {
@@ -316,7 +315,7 @@ impl Elsewhere {
     }
 }
 
-impl Drop for Elsewhere {
+impl Drop for ForeignCgroup {
     fn drop(&mut self) {
         let _ = fs::write(self.0.join("cgroup.kill"), "1");
         try_for(SOON, || fs::remove_dir(&self.0).ok());
@@ -327,7 +326,7 @@ fn all_run(status: &Value) -> bool {
     NAMES.iter().all(|name| agent(status, name).is_some_and(|agent| agent["state"] == "running"))
 }
 
-/// Waits until all three run, each once and by nobody else's process, and gives their pids.
+/// Waits until all three run, each once and as its own session leader, and returns their pids.
 #[track_caller]
 fn up(host: &TestHost) -> BTreeMap<&'static str, u32> {
     let status =
@@ -375,7 +374,7 @@ impl Traced {
         children(self.strace.id()).into_iter().next()
     }
 
-    /// Lets go of what it still traces.
+    /// Detaches from processes that it still traces.
     fn end(&mut self) {
         signal(self.strace.id(), Signal::TERM);
         assert!(command::wait(&mut self.strace, SOON).is_some(), "strace does not end");
@@ -389,7 +388,7 @@ impl Drop for Traced {
     }
 }
 
-/// Whether the manager under strace answers at the door.
+/// Whether the manager under strace replies on its control socket.
 fn answers(host: &TestHost, traced: &Traced) -> bool {
     let status = host.status();
     status["spm"]["uptimeSeconds"].is_u64() && pid(&status["spm"]["pid"]) == traced.manager()

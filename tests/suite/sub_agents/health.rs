@@ -1,4 +1,4 @@
-//! Health checks: what is unhealthy for too long is started again under its restart policy, and all of it shows.
+//! Health checks: a sub-agent that is unhealthy for too long is restarted under its restart policy, and the status and events show it.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -17,12 +17,12 @@ use crate::support::package::Package;
 use crate::support::processes::{is_alive, marked};
 use crate::support::wait::wait_for;
 
-/// For a `control` script to be asked.
+/// The deadline for a `control` script to be run.
 const SCRIPT_ASKED: Duration = Duration::from_secs(60);
-/// For a `control` script to be asked often enough to be given up: every 30 s, 10 s each.
+/// The deadline for a `control` script to fail often enough: every 30 s, with a timeout of 10 s.
 const SCRIPT_GIVEN_UP: Duration = Duration::from_secs(240);
 
-/// A server that answers every request with the same status, which can be changed.
+/// A server that sends the same status to every request; the status can be changed.
 struct Web {
     port: u16,
     status: Arc<AtomicU16>,
@@ -53,12 +53,12 @@ fn serve(mut stream: TcpStream, status: u16) -> std::io::Result<()> {
     write!(stream, "HTTP/1.1 {status} Told\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 }
 
-/// A sub-agent that sleeps, with a `[health]` of these lines.
+/// A sleeping sub-agent with these lines in `[health]`.
 fn sleeper(name: &str, health: &str) -> Package {
     Package::script(name, "1.0", "exec sleep 1000000", &format!("[health]\n{health}"))
 }
 
-/// One whose health is asked of `check`, a shell script that finds the test's own files three directories up.
+/// A sub-agent checked by `check`, a shell script that finds the test's files three directories up.
 fn checked(name: &str, check: &str, health: &str) -> Package {
     let health = format!("exec = [\"bin/check\"]\ninterval = \"1s\"\n{health}");
     sleeper(name, &health).with_file("bin/check", format!("#!/bin/sh\ncd ../../../..\n{check}\n"), 0o755)
@@ -69,13 +69,13 @@ fn joined(packages: &[&Package]) -> (Gateway, TestHost) {
     let wanted: Vec<_> = packages.iter().map(|package| (package.name(), package.version(), "")).collect();
     let gateway = Gateway::with(packages, &wanted);
     let host = TestHost::new();
-    // A temporary directory is closed to others; some checks run as another user.
+    // A temporary directory is not accessible to other users; some checks run as another user.
     fs::set_permissions(host.beside("."), fs::Permissions::from_mode(0o711)).expect("it is ours");
     host.join(&gateway, &[]).expect_success();
     (gateway, host)
 }
 
-/// Waits until a sub-agent is in that state, with a last error that contains `error`, and gives what the status says of it.
+/// Waits until a sub-agent is in that state, with a last error that contains `error`, and returns its status.
 #[track_caller]
 fn wait_for_state(host: &TestHost, name: &str, state: &str, error: &str, deadline: Duration) -> Value {
     let status = host.wait_for_status(&format!("{name} to be {state}"), deadline, |status| {
@@ -96,12 +96,12 @@ fn events(gateway: &Gateway, name: &str) -> Vec<(String, String)> {
 
 #[track_caller]
 fn wait_for_event(gateway: &Gateway, name: &str, deadline: Duration, what: &str, message: &str) {
-    wait_for(&format!("the gateway to hear of {name}: {what}"), deadline, || {
+    wait_for(&format!("the gateway to receive an event of {name}: {what}"), deadline, || {
         events(gateway, name).iter().any(|(kind, text)| kind == what && text.contains(message)).then_some(())
     });
 }
 
-/// How often a check has left its mark in a file beside the home.
+/// The number of times that a check has written to a file beside the home.
 fn count(host: &TestHost, file: &str) -> usize {
     fs::read_to_string(host.beside(file)).map_or(0, |text| text.lines().count())
 }
@@ -116,7 +116,7 @@ fn touch(host: &TestHost, file: &str) {
 }
 
 #[test]
-fn what_answers_badly_by_http_shows_and_is_started_again_under_its_policy_until_it_is_well() {
+fn an_unhealthy_http_sub_agent_is_shown_and_restarted_under_its_policy() {
     let web = Web::answering(200);
     let http = format!("http = \"http://127.0.0.1:{}/healthz\"\ninterval = \"1s\"\ntimeout = \"5s\"", web.port);
     let packages = [
@@ -139,7 +139,7 @@ fn what_answers_badly_by_http_shows_and_is_started_again_under_its_policy_until_
     });
     wait_for_event(&gateway, "patient", SOON, "health failed", "answered 503");
     wait_for_event(&gateway, "strict", SOON, "restart failed", "answered 503");
-    // At once the first time, later the next.
+    // At once the first time, with a delay the next.
     let waiting = wait_for_state(&host, "strict", "backoff", "answered 503", SOON);
     assert!(waiting["restarts"].as_u64() >= Some(2) && waiting["pid"].is_null(), "{waiting:#}");
     wait_for_event(&gateway, "strict", SOON, "backoff failed", "it is started again in");
@@ -151,15 +151,15 @@ fn what_answers_badly_by_http_shows_and_is_started_again_under_its_policy_until_
     assert_eq!((pid(&well["pid"]), &well["restarts"]), (Some(patient), &0.into()));
     wait_for_event(&gateway, "patient", SOON, "health ok", "");
     let strict = host.wait_for_new_pid("strict", strict);
-    let status = host.wait_for_status("all to be well", SOON, |status| status["state"] == "running");
-    assert_eq!(pid(&agent(&status, "strict").expect("it is there")["pid"]), Some(strict));
-    let left = agent(&status, "unasked").expect("it is there");
-    assert_eq!((pid(&left["pid"]), &left["restarts"]), (Some(unasked), &0.into()), "nobody has asked after it yet");
+    let status = host.wait_for_status("everything to run", SOON, |status| status["state"] == "running");
+    assert_eq!(pid(&agent(&status, "strict").expect("it exists")["pid"]), Some(strict));
+    let left = agent(&status, "unasked").expect("it exists");
+    assert_eq!((pid(&left["pid"]), &left["restarts"]), (Some(unasked), &0.into()), "it has not been checked yet");
 }
 
 #[test]
-fn silence_is_a_failure_by_http_and_none_by_tcp_until_nobody_listens() {
-    // The kernel accepts for it; nobody ever answers.
+fn a_silent_server_fails_an_http_check_and_passes_a_tcp_check_while_it_listens() {
+    // The kernel accepts the connection; no program ever responds.
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port on loopback");
     let address = silent.local_addr().expect("it is bound");
     let each = "interval = \"1s\"\ntimeout = \"1s\"\nfailures = 2\nstartPeriod = 0";
@@ -171,7 +171,7 @@ fn silence_is_a_failure_by_http_and_none_by_tcp_until_nobody_listens() {
     let tcp = host.wait_for_agent("by-tcp");
     wait_for_state(&host, "by-http", "backoff", "no answer within 1s", SOON);
     let status = host.status();
-    let by_tcp = agent(&status, "by-tcp").expect("it is there");
+    let by_tcp = agent(&status, "by-tcp").expect("it exists");
     assert_eq!((&by_tcp["state"], pid(&by_tcp["pid"])), (&"running".into(), Some(tcp)), "{status:#}");
 
     drop(silent);
@@ -180,7 +180,7 @@ fn silence_is_a_failure_by_http_and_none_by_tcp_until_nobody_listens() {
 }
 
 #[test]
-fn failures_count_only_in_a_row_and_a_program_that_hangs_is_ended_and_counts() {
+fn only_consecutive_failures_count_and_a_hung_check_is_killed_and_counts() {
     // Two failures, a success, and so on.
     let flaps = "date +%s%3N >>flaps; [ -f sick ] && exit 4; [ $(($(wc -l <flaps) % 3)) -eq 0 ]";
     let hangs = "echo x >>hangs; [ -f hang ] || exit 0; trap '' TERM; setsid sleep 1000000 & sleep 1000000";
@@ -203,7 +203,7 @@ fn failures_count_only_in_a_row_and_a_program_that_hangs_is_ended_and_counts() {
     let asked: Vec<u64> = asked.lines().map_while(|line| line.parse().ok()).collect();
     assert!(asked.windows(2).all(|two| two[1] - two[0] >= 900), "not asked once a second: {asked:?}");
     let status = host.status();
-    let seen = agent(&status, "flapping").expect("it is there");
+    let seen = agent(&status, "flapping").expect("it exists");
     assert_eq!((pid(&seen["pid"]), &seen["restarts"]), (Some(flapping), &0.into()), "{status:#}");
     touch(&host, "sick");
     wait_for_state(&host, "flapping", "backoff", "bin/check exited with 4", SOON);
@@ -220,7 +220,7 @@ fn failures_count_only_in_a_row_and_a_program_that_hangs_is_ended_and_counts() {
 }
 
 #[test]
-fn a_start_period_is_honoured_and_ends_with_the_first_success() {
+fn a_start_period_ends_with_the_first_success() {
     let packages = [
         checked("slow", "echo x >>slow; [ -f ready ]", "failures = 1\nstartPeriod = \"10m\""),
         Package::script(
@@ -244,12 +244,12 @@ fn a_start_period_is_honoured_and_ends_with_the_first_success() {
     let runs: Vec<u64> = runs.lines().map(|line| line.parse().expect("a time")).collect();
     assert!(runs[1] - runs[0] >= 4_500, "its start period was not waited for: {runs:?}");
 
-    fs::remove_file(host.beside("ready")).expect("it is there");
+    fs::remove_file(host.beside("ready")).expect("it exists");
     wait_for("one failure to be enough now", SOON, || (!is_alive(slow)).then_some(()));
 }
 
 #[test]
-fn the_next_manager_asks_on() {
+fn the_next_manager_continues_the_health_checks() {
     let package = checked("asked", "echo x >>asked; [ ! -f sick ]", "failures = 2\nstartPeriod = \"3s\"");
     let (_gateway, host) = joined(&[&package]);
     let running = host.wait_for_agent("asked");
@@ -260,16 +260,16 @@ fn the_next_manager_asks_on() {
     wait_for_count(&host, "asked", before + 3);
     touch(&host, "sick");
     wait_for("it to be ended", SOON, || (!is_alive(running)).then_some(()));
-    fs::remove_file(host.beside("sick")).expect("it is there");
+    fs::remove_file(host.beside("sick")).expect("it exists");
     let next = host.wait_for_new_pid("asked", running);
 
-    // What happens to it without a manager is not lost either.
+    // An event without a manager is not lost either.
     without_manager(&host, || touch(&host, "sick"));
     wait_for("it to be ended", SOON, || (!is_alive(next)).then_some(()));
 }
 
 #[test]
-fn a_control_script_that_hangs_is_unhealthy_and_one_that_says_stoped_is_started_again() {
+fn a_hung_control_script_is_unhealthy_and_one_that_prints_stoped_is_restarted() {
     let script = |name: &str| {
         let control = "#!/bin/sh
 case $1 in
@@ -290,18 +290,18 @@ esac
     touch(&host, "gone");
     wait_for_event(&gateway, "gone", SCRIPT_ASKED, "restart failed", "`control status` says that it is stopped");
     wait_for("its end", SOON, || (!is_alive(gone)).then_some(()));
-    fs::remove_file(host.beside("gone")).expect("it is there");
+    fs::remove_file(host.beside("gone")).expect("it exists");
     host.wait_for_new_pid("gone", gone);
 
     let seen = wait_for_state(&host, "hanging", "unhealthy", "no answer within 10s", SCRIPT_GIVEN_UP);
     assert_eq!((pid(&seen["pid"]), &seen["restarts"]), (Some(hanging), &0.into()));
     wait_for("it to be given up", SCRIPT_GIVEN_UP, || (!is_alive(hanging)).then_some(()));
     host.wait_for_new_pid("hanging", hanging);
-    assert_eq!(agent(&host.status(), "hanging").expect("it is there")["restarts"], 1);
+    assert_eq!(agent(&host.status(), "hanging").expect("it exists")["restarts"], 1);
 }
 
 #[test]
-fn a_health_that_could_not_be_checked_is_refused_when_it_is_published() {
+fn an_impossible_health_check_is_rejected_at_publication() {
     let gateway = Gateway::stopped();
     for (health, error) in [
         ("", "give one of http, tcp, exec"),

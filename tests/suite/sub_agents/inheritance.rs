@@ -1,4 +1,4 @@
-//! Whoever starts a manager, and however: nothing of that reaches its sub-agents.
+//! A sub-agent inherits nothing from the caller of the manager, however it was started.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -9,13 +9,13 @@ use crate::support::package::Package;
 use crate::support::processes::is_alive;
 use crate::support::wait::wait_for;
 
-/// As people start agents from a terminal or by ansible, and worse: `$0` is the manager.
+/// As users start agents from a terminal or with ansible, and worse: `$0` is the manager.
 const CALLER: &str =
     "trap '' HUP QUIT USR1; umask 077; ulimit -S -n 100; ulimit -S -c unlimited; echo 700 >/proc/self/oom_score_adj
 exec 9</dev/null; exec nice -n 5 taskset -c 0 setarch -R \"$0\" --home \"$1\"";
 
 #[test]
-fn a_sub_agent_has_nothing_of_the_managers_caller() {
+fn a_sub_agent_inherits_nothing_from_the_managers_caller() {
     let waits = "trap 'echo GOT-QUIT; exit 0' QUIT; while :; do sleep 0.2 & wait $!; done";
     let packages = [
         Package::script("native", "1.0", waits, "stopSignal = \"QUIT\"\ngracePeriod = \"20s\""),
@@ -46,7 +46,7 @@ fn a_sub_agent_has_nothing_of_the_managers_caller() {
     let of_first = read(1, "status");
     let privileged =
         |bit: u64| u64::from_str_radix(&field(&of_manager, "CapEff:")[0], 16).expect("hex") & 1 << bit != 0;
-    // The shell of that `control` script runs its program by nohup and in the background: without HUP, INT and QUIT.
+    // The shell of that `control` script runs its program with nohup in the background: without HUP, INT and QUIT.
     for (pid, own) in pids.into_iter().zip([0, 0b111]) {
         let (status, limits) = (read(pid, "status"), read(pid, "limits"));
         for name in ["SigIgn:", "SigBlk:"] {
@@ -66,7 +66,7 @@ fn a_sub_agent_has_nothing_of_the_managers_caller() {
         let nice = stat.rsplit_once(") ").and_then(|(_, fields)| fields.split(' ').nth(16)).expect("it has one");
         assert!(nice == "0" || !privileged(23), "{stat}");
     }
-    // A signal that the caller ignored arrives.
+    // A signal that the caller ignored is delivered.
     host.control(&["stop"]).expect_success();
     let log = fs::read_to_string(host.home().join("log/agents/native.log")).expect("its log");
     assert!(log.contains("GOT-QUIT"), "{log}");

@@ -1,4 +1,4 @@
-//! Whole process trees end, whatever they do to escape, wherever the host lets them be held together: in cgroups of v2, of v1, and in none.
+//! A stop ends the whole process tree, however it tries to escape: in cgroup v2, in v1, and without cgroups.
 
 use std::fs;
 use std::path::Path;
@@ -15,34 +15,34 @@ use crate::support::package::Package;
 use crate::support::processes::{groups, is_alive, signal};
 use crate::support::wait::wait_for;
 
-/// What the manager of a host sees of cgroups, as a script that then runs its arguments.
+/// The cgroup hierarchy that a host's manager sees, as a script that then runs its arguments.
 const V2: &str = r#"exec "$@""#;
 const V1: &str = r#"mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/freezer \
     && mount -t cgroup -o freezer none /sys/fs/cgroup/freezer && exec "$@""#;
 pub(crate) const NONE: &str = r#"mount -t tmpfs none /sys/fs/cgroup && exec "$@""#;
 
-/// Escapes by a session of its own, an orphaned parent, a cleared environment and deaf ears.
+/// Escapes with a new session, an exited parent, an empty environment and ignored signals.
 const DAEMON: &str = "setsid env -i /bin/sh -c \"cd /; trap '' TERM; (trap '' TERM; exec /bin/sleep @N@) & exit 0\"";
-/// The same with its environment: nothing else tells of it where there are no cgroups.
+/// The same with its environment, the only marker without cgroups.
 const MARKED: &str = "setsid /bin/sh -c \"cd /; trap '' TERM; (trap '' TERM; exec /bin/sleep @N@) & exit 0\"";
 
 #[test]
-fn a_tree_in_a_cgroup_of_v2_ends_whole() {
-    a_tree_ends_whole(V2, DAEMON, "::/aops-agents-", 3_000_000);
+fn a_process_tree_in_a_v2_cgroup_is_stopped_completely() {
+    a_tree_is_stopped_completely(V2, DAEMON, "::/aops-agents-", 3_000_000);
 }
 
 #[test]
-fn a_tree_in_a_cgroup_of_v1_ends_whole() {
-    a_tree_ends_whole(V1, DAEMON, ":freezer:/aops-agents-", 3_100_000);
+fn a_process_tree_in_a_v1_cgroup_is_stopped_completely() {
+    a_tree_is_stopped_completely(V1, DAEMON, ":freezer:/aops-agents-", 3_100_000);
 }
 
 #[test]
-fn a_tree_in_no_cgroup_ends_whole_as_far_as_its_mark_tells() {
-    a_tree_ends_whole(NONE, MARKED, "", 3_200_000);
+fn a_process_tree_without_cgroups_is_stopped_by_its_environment_marker() {
+    a_tree_is_stopped_completely(NONE, MARKED, "", 3_200_000);
 }
 
-fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
-    // Told from everybody else's by what they sleep.
+fn a_tree_is_stopped_completely(place: &str, escape: &str, cgroup: &str, number: u32) {
+    // Identified by the time that they sleep.
     let (number, stranger) = (number + std::process::id() % 50_000, number + 50_000 + std::process::id() % 50_000);
     let _guard = Sleepers(vec![number, stranger]);
     let script = format!("{}; trap '' TERM; while :; do sleep 1; done", escape.replace("@N@", &number.to_string()));
@@ -57,14 +57,14 @@ fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
     assert!(found.contains(cgroup), "{found}");
     let escaped = wait_for("its daemon", SOON, || sleeping(number).first().copied());
 
-    // What a dead main process left does not live beside the next one.
+    // Leftovers of a dead main process do not run beside the next one.
     host.kill(first);
     let second = host.wait_for_new_pid("hydra", first);
     assert!(!is_alive(escaped));
     let escaped = wait_for("its next daemon", SOON, || sleeping(number).first().copied());
     assert_eq!(sleeping(number), [escaped]);
 
-    // The manager that comes next knows of all of it, too.
+    // The next manager stops all of it too.
     host.kill(host.role_pid("spm").expect("it runs"));
     host.wait_for_status("the next manager", SOON, |status| status["state"] == "running");
     assert!(is_alive(second) && is_alive(escaped));
@@ -79,7 +79,7 @@ fn a_tree_ends_whole(place: &str, escape: &str, cgroup: &str, number: u32) {
     other.wait().expect("it can be waited for");
 }
 
-/// A host that has joined the gateway's fleet, whose manager sees what `place` leaves it of cgroups.
+/// A host that has joined the gateway's fleet, whose manager sees the cgroups of `place`.
 #[track_caller]
 pub(crate) fn joined_in(place: &str, gateway: &Gateway) -> TestHost {
     let host = TestHost::new();
@@ -94,7 +94,7 @@ pub(crate) fn joined_in(place: &str, gateway: &Gateway) -> TestHost {
 
 #[test]
 fn roles_that_a_sub_agent_started_outlive_it() {
-    // Once it is told to.
+    // It starts them on a signal.
     let script = "at=$AOPS_HOME/..; while [ ! -e $at/go ]; do sleep 0.1; done
 [ -e $at/done ] || { touch $at/done; $AOPS_HOME/bin/aops control restart; }
 exec sleep 1000000";
@@ -123,7 +123,7 @@ exec sleep 1000000";
     assert_eq!(roles(), before);
 }
 
-/// The live processes that sleep for so many seconds.
+/// The live processes that sleep for this number of seconds.
 pub(crate) fn sleeping(seconds: u32) -> Vec<u32> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -133,7 +133,7 @@ pub(crate) fn sleeping(seconds: u32) -> Vec<u32> {
         .collect()
 }
 
-/// Ends what a failed test leaves.
+/// Kills the leftovers of a failed test.
 pub(crate) struct Sleepers(pub(crate) Vec<u32>);
 
 impl Drop for Sleepers {

@@ -1,4 +1,4 @@
-//! Sub-agents, kept as the fleet wants them: run, revived, changed, stopped, removed; each by its own rules and none by another's trouble.
+//! Sub-agents in the desired state: run, restarted, changed, stopped, removed; each by its own rules, and independent of the others.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,13 +18,13 @@ use crate::support::package::Package;
 use crate::support::processes::{environment, is_alive, marked};
 use crate::support::wait::wait_for;
 
-/// For a fleet of 25 to come up on a busy machine.
+/// The deadline for a fleet of 25 to start on a busy machine.
 const ALL_UP: Duration = Duration::from_secs(90);
-/// Two housekeepings of the manager, in which it looks after logs and its configuration.
+/// Two housekeeping runs of the manager, in which it checks logs and settings.
 const LOOKED_AFTER: Duration = Duration::from_secs(60);
 
 #[test]
-fn twenty_native_and_five_classic_sub_agents_run_and_come_back_also_without_the_gateway() {
+fn twenty_native_and_five_classic_sub_agents_run_and_restart_also_without_the_gateway() {
     let native: Vec<Package> = (0..20).map(|n| Package::sleeper(&format!("native-{n}"), "1.0")).collect();
     let classic: Vec<Package> = (0..5).map(|n| Package::control_sleeper(&format!("classic-{n}"), "2.0")).collect();
     let packages: Vec<&Package> = native.iter().chain(&classic).collect();
@@ -38,13 +38,13 @@ fn twenty_native_and_five_classic_sub_agents_run_and_come_back_also_without_the_
         host.kill(before[name]);
         host.wait_for_new_pid(name, before[name]);
         let status = host.status();
-        assert_eq!(agent(&status, name).expect("it is there")["restarts"], 1, "{status:#}");
+        assert_eq!(agent(&status, name).expect("it exists")["restarts"], 1, "{status:#}");
     }
-    let revived = all_run(&host, 25);
+    let restarted = all_run(&host, 25);
     for (name, pid) in &before {
-        assert_eq!(revived[name] == *pid, !["native-7", "classic-3"].contains(&name.as_str()), "{name}");
+        assert_eq!(restarted[name] == *pid, !["native-7", "classic-3"].contains(&name.as_str()), "{name}");
     }
-    wait_for("the gateway to hear of both ends", SOON, || {
+    wait_for("both exits to be reported to the gateway", SOON, || {
         (events(&gateway).iter().filter(|event| event["kind"] == "exit").count() == 2).then_some(())
     });
 
@@ -52,13 +52,13 @@ fn twenty_native_and_five_classic_sub_agents_run_and_come_back_also_without_the_
     let cut_off = host.wait_for_status("the loss of the gateway to show", SOON, |status| {
         status["gateway"]["connected"] == false && status["gateway"]["lastHeartbeat"].is_string()
     });
-    assert_eq!(pids(&cut_off), revived, "losing the gateway changes nothing");
+    assert_eq!(pids(&cut_off), restarted, "losing the gateway changes nothing");
 
     host.crash();
     host.control(&["status"]).expect_code(3);
     host.control(&["start"]).expect_success();
     let again = all_run(&host, 25);
-    assert!(again.iter().all(|(name, pid)| revived[name] != *pid));
+    assert!(again.iter().all(|(name, pid)| restarted[name] != *pid));
     for (name, pid) in &again {
         assert_eq!(marked(&host.home(), name), [*pid], "one process of {name}");
     }
@@ -70,7 +70,7 @@ fn twenty_native_and_five_classic_sub_agents_run_and_come_back_also_without_the_
 }
 
 #[test]
-fn a_sub_agent_is_stopped_started_and_removed_as_the_fleet_wants() {
+fn a_sub_agent_is_stopped_started_and_removed_as_ordered() {
     let packages = [
         Package::script("kept", "1.0", "echo up; exec sleep 1000000", ""),
         Package::script("paused", "1.0", "echo up; exec sleep 1000000", ""),
@@ -106,7 +106,7 @@ fn a_sub_agent_is_stopped_started_and_removed_as_the_fleet_wants() {
 }
 
 #[test]
-fn a_changed_environment_restarts_with_it_and_a_refused_variable_is_reported() {
+fn a_changed_environment_restarts_the_sub_agent_and_a_rejected_variable_is_reported() {
     let packages = [
         Package::script(
             "native",
@@ -133,9 +133,9 @@ fn a_changed_environment_restarts_with_it_and_a_refused_variable_is_reported() {
     assert!(native.contains(&format!("AOPS_AGENT_ID={}", host.agent_id())) && native.contains(&endpoint), "{native:?}");
     assert!(!native.iter().any(|variable| variable.starts_with("LD_")), "{native:?}");
     let status = host.status();
-    let error = agent(&status, "native").expect("it is there")["lastError"].to_string();
+    let error = agent(&status, "native").expect("it exists")["lastError"].to_string();
     assert!(error.contains("LD_PRELOAD") && error.contains("AOPS_HOME") && !error.contains("PYTHONPATH"), "{error}");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         events(&gateway).iter().any(|event| event["kind"] == "env" && event["outcome"] == "refused").then_some(())
     });
 
@@ -148,14 +148,14 @@ fn a_changed_environment_restarts_with_it_and_a_refused_variable_is_reported() {
     }
     let status = host.status();
     for name in ["native", "classic"] {
-        let agent = agent(&status, name).expect("it is there");
+        let agent = agent(&status, name).expect("it exists");
         assert_eq!((&agent["restarts"], &agent["lastError"]), (&0.into(), &Value::Null), "{status:#}");
     }
 }
 
 #[test]
 fn a_new_version_is_staged_before_the_old_one_is_stopped() {
-    // The old one tells, when it is stopped, whether the new one is there already.
+    // When the old release is stopped, it logs whether the new one is already unpacked.
     let tells = "trap 'ls ../2.0/.complete >>\"$AOPS_HOME/../seen-$AOPS_AGENT_NAME\" 2>&1; exit 0' TERM\nwhile :; do sleep 1000000 & wait; done";
     let packages = [
         Package::script("native", "1.0", tells, "gracePeriod = \"20s\""),
@@ -191,7 +191,7 @@ fn a_new_version_is_staged_before_the_old_one_is_stopped() {
 }
 
 #[test]
-fn a_stop_ends_the_whole_tree_also_what_ignores_it_and_what_a_dead_one_left() {
+fn a_stop_kills_the_whole_tree_even_processes_that_ignore_it() {
     let stubborn =
         "trap '' TERM; (trap '' TERM; while :; do sleep 1; done) & setsid sleep 1000000 & while :; do sleep 1; done";
     let packages = [
@@ -213,17 +213,17 @@ fn a_stop_ends_the_whole_tree_also_what_ignores_it_and_what_a_dead_one_left() {
         (marked(&host.home(), "stubborn").len() >= 4 && marked(&host.home(), "left").len() == 1).then_some(())
     });
 
-    // What a dead one left is not taken for it by the next manager.
+    // The next manager does not adopt leftovers of a dead one.
     let spm = host.role_pid("spm");
     host.control(&["restart"]).expect_success();
     let status = host.wait_for_status("the next manager", SOON, |status| {
         status["state"] == "running" && pid(&status["spm"]["pid"]).is_some() && pid(&status["spm"]["pid"]) != spm
     });
-    let left = agent(&status, "left").expect("it is there");
+    let left = agent(&status, "left").expect("it exists");
     assert_eq!((pid(&left["pid"]), left["state"] == "running"), (None, false), "{status:#}");
     assert_eq!(marked(&host.home(), "left").len(), 1);
 
-    // The next one starts when nothing of the last one is left.
+    // The next process starts after the last leftover has ended.
     let of_old = marked(&host.home(), "stubborn");
     host.kill(old);
     host.wait_for_new_pid("stubborn", old);
@@ -243,8 +243,8 @@ fn a_stop_ends_the_whole_tree_also_what_ignores_it_and_what_a_dead_one_left() {
 }
 
 #[test]
-fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() {
-    // One that nothing but its cgroup tells of, and one that bears every mark.
+fn programs_started_by_a_deployment_agent_are_neither_stopped_nor_adopted() {
+    // One that is identified only by its cgroup, and one with every marker.
     let script = "env -i setsid sleep 1000001 & sleep 1000002 & while :; do sleep 1; done";
     let package = Package::script("deploy", "1.0", script, "killMode = \"process\"");
     let gateway = Gateway::with(&[&package], &[("deploy", "1.0", "")]);
@@ -282,7 +282,7 @@ fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() 
     gateway.want(&[("deploy", "1.0", "")]);
     let second = host.wait_for_agent("deploy");
     let customers = others(4);
-    // Found by its mark where the record is lost, among all that bears it.
+    // Found by its marker if the record is lost, among all processes with that marker.
     without_manager(&host, || {
         fs::remove_file(host.home().join("run/agents/deploy.json")).expect("its record");
     });
@@ -292,7 +292,7 @@ fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() 
     let third = host.wait_for_new_pid("deploy", second);
     assert!(customers.iter().all(|pid| is_alive(*pid)));
 
-    // Nor by a stop that finds neither manager nor record.
+    // A stop without manager and record does not kill them either.
     let customers = others(6);
     let spm = host.role_pid("spm").expect("a manager");
     host.kill(host.role_pid("spa").expect("a watchdog"));
@@ -305,7 +305,7 @@ fn what_a_deployment_agent_started_for_others_is_never_ended_nor_taken_for_it() 
 }
 
 #[test]
-fn the_restart_policy_is_honoured_also_across_managers() {
+fn the_restart_policy_survives_a_manager_restart() {
     let counts = "echo run >>../../../../runs-$AOPS_AGENT_NAME\n";
     let script = |rest: &str| format!("{counts}{rest}");
     let packages = [
@@ -338,20 +338,20 @@ fn the_restart_policy_is_honoured_also_across_managers() {
                 && is("retried", restarts, "exited with 0")
         }
     };
-    host.wait_for_status("three to end for good", SOON, at_rest(1));
+    host.wait_for_status("three to stay stopped", SOON, at_rest(1));
     let lasting = host.wait_for_agent("lasting");
     let count = || ["never", "once", "retried"].map(runs);
     assert_eq!(count(), [1, 1, 2]);
 
-    // The next manager knows of their ends and does not tell of them again; what ended unseen has ended, too.
+    // The next manager knows their exits and does not report them again; a process that exited unobserved has exited too.
     let told = || events(&gateway).iter().filter(|event| event["kind"] == "exit").count();
-    wait_for("the gateway to hear of the ends", SOON, || (told() == 4).then_some(()));
+    wait_for("the exits to be reported to the gateway", SOON, || (told() == 4).then_some(()));
     without_manager(&host, || host.kill(lasting));
     host.wait_for_status("the next manager", SOON, |status| status["spm"]["restarts"] == 1);
-    host.wait_for_status("the end that nobody saw", SOON, |status| {
+    host.wait_for_status("the unobserved exit", SOON, |status| {
         at_rest(1)(status) && agent(status, "lasting").is_some_and(|agent| agent["state"] == "stopped")
     });
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let unseen = events(&gateway).into_iter().any(|event| {
             event["agent"] == "lasting" && event["message"].to_string().contains("while no manager was watching")
         });
@@ -360,7 +360,7 @@ fn the_restart_policy_is_honoured_also_across_managers() {
     assert_eq!(told(), 5);
     assert_eq!((count(), runs("lasting")), ([1, 1, 2], 1));
 
-    // To be started on purpose is another matter.
+    // An explicit start is different.
     host.control(&["stop"]).expect_success();
     host.control(&["start"]).expect_success();
     host.wait_for_agent("lasting");
@@ -375,7 +375,7 @@ fn a_sub_agent_runs_as_the_user_that_it_names() {
     ];
     let gateway = Gateway::with(&packages.each_ref(), &[("nobodys", "1.0", ""), ("strangers", "1.0", "")]);
     let host = TestHost::new();
-    // A temporary directory is closed to others.
+    // A temporary directory is not accessible to other users.
     fs::set_permissions(host.beside("."), fs::Permissions::from_mode(0o711)).expect("it is ours");
     host.join(&gateway, &[]).expect_success();
     let running = host.wait_for_agent("nobodys");
@@ -391,7 +391,7 @@ fn a_sub_agent_runs_as_the_user_that_it_names() {
 }
 
 #[test]
-fn output_goes_to_a_log_that_is_shown_followed_and_capped() {
+fn the_output_log_can_be_shown_and_followed_and_is_capped() {
     let chatty = "n=0; while :; do n=$((n+1)); echo \"line $n of some length so that a log fills up before the end of the day\"; \
                   [ $((n % 200)) -ne 0 ] || sleep 0.2; done";
     let packages = [Package::script("chatty", "1.0", chatty, ""), Package::control("classic", "1.0", "echo from its program >>/proc/self/fd/1; exec sleep 1000000")
@@ -439,8 +439,8 @@ fn output_goes_to_a_log_that_is_shown_followed_and_capped() {
         (number > 1).then_some(())
     });
     assert_eq!(fs::metadata(&log).expect("the log").ino(), inode);
-    assert_eq!(host.wait_for_agent("chatty"), running, "nobody was restarted for it");
-    // Who follows goes on across it.
+    assert_eq!(host.wait_for_agent("chatty"), running, "the sub-agent is not restarted for it");
+    // `logs -f` continues across the rotation.
     let newest = || {
         let shown = host.control(&["logs", "chatty", "-n", "1"]).stdout;
         shown.split(' ').nth(1).and_then(|word| word.parse::<u64>().ok())
@@ -454,7 +454,7 @@ fn output_goes_to_a_log_that_is_shown_followed_and_capped() {
 }
 
 #[test]
-fn one_that_crashes_again_and_again_or_cannot_run_at_all_disturbs_no_other() {
+fn a_sub_agent_that_crashes_or_cannot_run_does_not_affect_others() {
     let packages = [
         Package::script("crashing", "1.0", "exit 7", ""),
         Package::native("unrunnable", "1.0", &["bin/run"], "").with_file("bin/run", "#!/no/such/interpreter\n", 0o755),
@@ -475,17 +475,17 @@ fn one_that_crashes_again_and_again_or_cannot_run_at_all_disturbs_no_other() {
         });
         assert_eq!(status["state"], "degraded");
     }
-    // The delays grow: within a minute there are not more than six tries.
+    // The delays grow: there are at most six attempts within a minute.
     let status = host.wait_for_status("further tries", SOON, |status| {
         agent(status, "crashing").is_some_and(|agent| agent["restarts"].as_u64() >= Some(4))
     });
-    assert_eq!(pid(&agent(&status, "fine").expect("it is there")["pid"]), Some(fine));
-    assert_eq!(agent(&status, "fine").expect("it is there")["restarts"], 0);
+    assert_eq!(pid(&agent(&status, "fine").expect("it exists")["pid"]), Some(fine));
+    assert_eq!(agent(&status, "fine").expect("it exists")["restarts"], 0);
     host.control(&["stop"]).expect_success();
     host.control(&["status"]).expect_code(3);
 }
 
-/// Waits until that many sub-agents run, and gives their pids.
+/// Waits until that many sub-agents run, and returns their pids.
 #[track_caller]
 fn all_run(host: &TestHost, count: usize) -> BTreeMap<String, u32> {
     let status = host.wait_for_status(&format!("{count} sub-agents to run"), ALL_UP, |status| {
@@ -502,12 +502,12 @@ fn pids(status: &Value) -> BTreeMap<String, u32> {
     agents.filter_map(|agent| Some((agent["name"].as_str()?.to_owned(), pid(&agent["pid"])?))).collect()
 }
 
-/// What the host has reported to the gateway.
+/// The events that the host has reported to the gateway.
 fn events(gateway: &Gateway) -> Vec<Value> {
     gateway.status()["hosts"][0]["events"].as_array().cloned().unwrap_or_default()
 }
 
-/// Has the manager dead while `meanwhile` runs, and then revived by the watchdog.
+/// Runs `meanwhile` while the manager is dead; then the watchdog restarts it.
 #[track_caller]
 pub(crate) fn without_manager(host: &TestHost, meanwhile: impl FnOnce()) {
     use crate::support::processes::signal;

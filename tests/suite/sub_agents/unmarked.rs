@@ -1,9 +1,9 @@
-//! Sub-agents whose process nothing marks and no group holds: programs that clear or overwrite their environment, and leave session, parent
-//! and cgroup. Their `control` script knows them, and so do the manager, the next manager, and whoever stops or removes the home.
+//! Sub-agents without environment marker and cgroup: programs that clear or overwrite their environment, and leave session, parent and
+//! cgroup. Their `control` script identifies them to the manager, to the next manager, and to a stop or an uninstallation.
 
 use std::fs;
 
-use crate::sub_agents::adoption::Elsewhere;
+use crate::sub_agents::adoption::ForeignCgroup;
 use crate::sub_agents::process_trees::{NONE, Sleepers, joined_in, sleeping};
 use crate::sub_agents::supervision::without_manager;
 use crate::support::gateway::Gateway;
@@ -12,7 +12,7 @@ use crate::support::package::Package;
 use crate::support::processes::{groups, is_alive};
 use crate::support::wait::wait_for;
 
-/// It starts whenever it is told to, or guards itself. Its program has a child that the other's death does not end.
+/// The script starts the program each time, or checks first (`@GUARD@`). The program has a child that survives it.
 const CONTROL: &str = r#"#!/bin/sh
 cd "$(dirname "$0")" || exit 1
 case $1 in
@@ -33,16 +33,16 @@ pid) cat app.pid ;;
 esac
 "#;
 const GUARD: &str = r#"kill -0 "$(cat app.pid)" 2>/dev/null && exit 0"#;
-/// As a program that shows its state in its title: nothing of its environment is left.
+/// As a program that shows its state in its title: its environment is overwritten.
 const LONE: &str = r#"setsid env -i /bin/sh -c 'echo $$ >app.pid; cd /; /bin/sleep @CHILD@ & exec /bin/sleep @MAIN@' </dev/null >/dev/null 2>&1 &"#;
-/// As `su - USER` does where logind has it: into a cgroup of its own, and into a session that another began who is gone.
+/// As `su - USER` does with logind: into a cgroup of its own, and into a session whose leader has exited.
 const MOVED: &str = r#"setsid env -i "E=$(cat "$AOPS_HOME/../elsewhere")" /bin/sh -c 'echo $$ >"$E/cgroup.procs"
         env -i /bin/sh -c "cd /; /bin/sleep @CHILD@ & exec /bin/sleep @MAIN@" & echo $! >app.pid' </dev/null >/dev/null 2>&1"#;
 
-/// The child sleeps for so much longer.
+/// The child sleeps this much longer.
 const CHILD: u32 = 50_000;
 
-/// A package, and how long its program and that one's child sleep, by which they are told from everybody else's.
+/// A package, and the sleep times of its program and of the program's child, which identify them.
 fn package(name: &str, guard: &str, start: &str, number: u32) -> (Package, u32, u32) {
     let main = number + std::process::id() % 40_000;
     let control = control(start, main).replace("@GUARD@", guard);
@@ -55,10 +55,10 @@ fn control(start: &str, main: u32) -> String {
 }
 
 #[test]
-fn a_program_that_nothing_tells_of_is_neither_doubled_nor_left() {
+fn an_unmarked_program_is_neither_duplicated_nor_left_running() {
     let (plain, plain_main, plain_child) = package("plain", ":", LONE, 4_000_000);
     let (guarded, guarded_main, guarded_child) = package("guarded", GUARD, LONE, 4_100_000);
-    // Its script does not tell its number, which stands in a file that is not named like one.
+    // Its script does not print its pid, which is in a file with another name than usual.
     let (nameless, nameless_main, nameless_child) = package("nameless", ":", LONE, 4_300_000);
     let nameless = nameless.with_file(
         "control",
@@ -80,14 +80,14 @@ fn a_program_that_nothing_tells_of_is_neither_doubled_nor_left() {
         for (name, main, child) in all {
             assert_eq!((sleeping(main), sleeping(child)), (vec![], vec![]), "{name}");
         }
-        // Its script ends what it knows of; what that started, nobody can tell.
+        // Its script kills the process that it knows; the children of that one cannot be identified.
         assert_eq!(sleeping(nameless_main), [0; 0]);
     };
     let run = || ["plain", "guarded"].map(|name| host.wait_for_agent(name));
     let first = run();
     one_each(first);
 
-    // The next manager knows it by its record; without that, its script does, and what it was started with is not known.
+    // The next manager finds it by its record; without a record its script reports it, and its configuration is unknown.
     without_manager(&host, || {});
     assert_eq!(run(), first);
     without_manager(&host, || {
@@ -98,7 +98,7 @@ fn a_program_that_nothing_tells_of_is_neither_doubled_nor_left() {
     let second = ["plain", "guarded"].map(|name| host.wait_for_new_pid(name, first[usize::from(name == "guarded")]));
     one_each(second);
 
-    // What a dead one leaves does not live beside the next.
+    // Leftovers of a dead one do not run beside the next.
     let left = sleeping(plain_child);
     host.kill(second[0]);
     let third = [host.wait_for_new_pid("plain", second[0]), second[1]];
@@ -113,7 +113,7 @@ fn a_program_that_nothing_tells_of_is_neither_doubled_nor_left() {
         assert_eq!(seen, "X=new\n", "{name}");
     }
 
-    // What cannot be seen is believed to run, as its script says.
+    // If the process cannot be found, the script's word is accepted that it runs.
     host.wait_for_status("what is wrong with the nameless one", SOON, |status| {
         agent(status, "nameless")
             .is_some_and(|agent| agent["lastError"].to_string().contains("not started a second time"))
@@ -124,7 +124,7 @@ fn a_program_that_nothing_tells_of_is_neither_doubled_nor_left() {
     none_left();
     host.control(&["status"]).expect_code(3);
 
-    // Whoever removes the home finds them without manager and record.
+    // An uninstallation finds them without manager and record.
     host.control(&["start"]).expect_success();
     run();
     wait_for("the nameless one", SOON, || (sleeping(nameless_main).len() == 1).then_some(()));
@@ -145,18 +145,18 @@ fn a_program_that_left_its_cgroup_is_adopted_shown_and_stopped() {
     let gateway = Gateway::with(&[&one, &old], &[("one", "1.0", "")]);
     let host = TestHost::joined(&gateway);
     host.wait_for_agent("one");
-    let elsewhere = Elsewhere::beside(&groups(&host.home())[0]);
+    let elsewhere = ForeignCgroup::beside(&groups(&host.home())[0]);
     fs::write(host.beside("elsewhere"), elsewhere.0.display().to_string()).expect("it is ours");
     gateway.want(&[("one", "1.0", ""), ("old", "1.0", "")]);
     let first = host.wait_for_agent("old");
     assert_eq!((sleeping(main), sleeping(child).len()), (vec![first], 1));
     let status = host.status();
-    let outside = |name| agent(&status, name).expect("it is there")["outsideGroup"].clone();
+    let outside = |name| agent(&status, name).expect("it exists")["outsideGroup"].clone();
     assert_eq!((outside("old"), outside("one").is_null()), (true.into(), true), "{status:#}");
     let shown = host.control(&["status"]).expect_success();
     assert!(shown.contains(&format!("old: process {first} runs outside of its cgroup")), "{shown}");
 
-    // Its session is its own, though who began that is gone.
+    // It has its own session, although that session's leader has exited.
     let left = sleeping(child);
     host.kill(first);
     let second = host.wait_for_new_pid("old", first);

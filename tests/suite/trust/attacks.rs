@@ -1,39 +1,41 @@
-//! Whoever can make a host run something owns it: one row an attack, each a test, on a host that works and goes on working.
+//! Attacks on a host: a program that an attacker makes it run can do anything. Each row is a test, on a host that works and must continue
+//! to work.
 //!
-//! Each row asserts the same four things of what was refused: the log says it, the next heartbeat says it, the sub-agent that ran before has
-//! its pid, and nothing was written but in `cache/` and `staging/`.
+//! Each row asserts of a rejection: the log and the next heartbeat report it, the running sub-agent keeps its pid, and files change only
+//! in `cache/` and `staging/`.
 //!
 //! ```text
-//! attack                                                     row
-//! a package by a gateway without the key                     packages::a_package_by_a_gateway_without_the_key
-//! the right signature on the wrong name, version, os, arch   packages::the_right_signature_on_the_wrong_name_version_os_or_arch
-//! a replay of an older epoch, fetched or kept on the disk    packages::a_replay_of_an_older_epoch, ::an_older_epoch_that_still_lies_on_the_disk
-//! a revoked key, fetched or kept on the disk                 keys::keys_rotate_…, ::a_release_on_the_disk_…
-//! signature and comment swapped; a legacy signature          packages::a_signature_and_a_comment_that_were_swapped, ::a_signature_of_the_legacy_kind
-//! endless data; a relay that lies about the size             packages::endless_data, ::a_relay_that_lies_about_the_size
-//! a slow drip; truncated, and gone on with other bytes       faulty_network::what_a_network_puts_in_the_place_of_a_package_…
-//! a redirect to another host, or to plain http               packages::a_redirect_to_another_host_or_to_plain_http
-//! who asks, wanted by another `tarball` host or a redirect   packages::another_host_of_packages_that_asks_who_we_are
-//! every attack by an archive (support/archives.rs)           package::unpack::tests::attacks_are_refused_…; one through a gateway:
-//!                                                            packages::a_signed_archive_that_reaches_outside
-//! a manager by another key, or of an older epoch, to install packages::a_manager_by_another_key_or_of_an_older_epoch_…
-//! a link in the place of a directory of the home             home::a_link_in_the_place_of_a_directory_of_the_home
-//! a key file that others can write                           home::a_key_file_that_others_can_write
-//! another user at the control socket                         home::a_control_socket_reached_by_another_user
-//! a home, a sub-agent, bin/aops that others own or can write owners::*
-//! a pipe in the place of a file                              owners::a_pipe_where_a_file_is_read_holds_nobody_up
-//! `LD_PRELOAD` in a heartbeat's env                          words::an_environment_that_chooses_what_a_program_loads
-//! an answer that is empty; one for another agent             words::an_answer_that_would_uninstall_…, ::an_answer_for_another_agent
-//! a stand-in that knows less than the first endpoint         words::the_list_of_a_stand_in_removes_nothing_by_…
-//! a generation after which none can come                     words::a_generation_that_would_be_the_last
-//! texts, orders, refusals without end                        words::words_without_end, ::orders_without_end, ::refusals_without_end
-//! a secret, looked for in status, logs and process titles    words::a_secret_is_shown_nowhere
+//! attack                                                     test
+//! a package that no trusted key signed                       packages::a_package_not_signed_by_a_trusted_key_is_rejected
+//! a signature for another name, version, os, arch            packages::a_signature_for_another_name_version_os_or_arch_is_rejected
+//! a replay of an older epoch, downloaded or stored           packages::a_replay_of_an_older_epoch_is_rejected,
+//!                                                            ::a_stored_release_of_an_older_epoch_is_not_activated
+//! a revoked key, downloaded or stored release                keys::keys_rotate_…, ::a_stored_release_is_not_activated_…
+//! signature and comment swapped; a legacy signature          packages::swapped_signatures_…, ::a_legacy_signature_…
+//! endless data; a wrong announced size                       packages::endless_downloads_and_answers_…, ::a_wrong_announced_size_is_rejected
+//! a slow drip; a cut download resumed with other bytes       faulty_network::manipulated_downloads_are_rejected_…
+//! a redirect to another host, or to plain http               packages::redirects_to_another_host_or_to_plain_http_are_rejected
+//! a `tarball` host or redirect that requests the identity    packages::a_package_host_receives_no_identity
+//! every archive attack (support/archives.rs)                 package::unpack::tests::attacks_are_refused_…; one through a gateway:
+//!                                                            packages::a_signed_archive_with_paths_outside_its_tree_is_rejected
+//! a manager with another key or an older epoch, at install   packages::an_installation_rejects_a_manager_…
+//! a link instead of a directory of the home                  home::a_link_instead_of_a_home_directory_is_rejected
+//! a key file writable by others                              home::a_key_file_writable_by_others_is_rejected
+//! another user at the control socket                         home::requests_of_another_user_at_the_control_socket_are_rejected
+//! a home, a sub-agent, bin/aops owned or writable by others  owners::*
+//! a named pipe instead of a file                             owners::a_named_pipe_instead_of_a_file_blocks_nothing
+//! `LD_PRELOAD` in a heartbeat's env                          answers::a_loader_variable_in_the_environment_is_rejected
+//! an empty answer; one for another agent                     answers::an_empty_answer_removes_nothing, ::an_answer_for_another_agent_id_…
+//! a fallback endpoint with a shorter list                    answers::the_list_of_a_fallback_endpoint_removes_no_omitted_sub_agent
+//! the maximum generation                                     answers::the_maximum_generation_is_rejected
+//! too long texts, too many orders, repeated rejections       answers::over_long_texts_…, ::too_many_orders_…, ::repeated_rejections_…
+//! a secret, searched in status, logs and process titles      answers::a_secret_is_never_shown
 //! ```
 
+mod answers;
 mod home;
 mod owners;
 mod packages;
-mod words;
 
 use std::fs;
 use std::io::Cursor;
@@ -49,19 +51,19 @@ use crate::support::package::Package;
 use crate::support::processes::is_alive;
 use crate::support::wait::{try_for, wait_for};
 
-/// What a host writes while it works, and where it may write what is not verified yet.
+/// What a running host writes, and where it may write unverified data.
 const LIVING: &[&str] =
     &["/log", "/state/desired.json", "/state/events.json", "/state/history.json", "/cache", "/staging"];
 
-/// For the writing of a state file.
+/// The time in which a state file is written completely.
 const SETTLES: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// A host whose gateway, which it had every reason to trust, has fallen into the wrong hands; but not the key.
+/// A host whose gateway, once trustworthy, is under an attacker's control; the signing key is not.
 struct Scene {
     gateway: Gateway,
     hostile: Hostile,
     host: TestHost,
-    /// Of the sub-agent that runs.
+    /// The pid of the running sub-agent.
     pid: u32,
     before: Files,
 }
@@ -71,7 +73,7 @@ impl Scene {
         Scene::with(|_| {})
     }
 
-    /// With something done to the depot before the host joins.
+    /// With a change to the depot before the host joins.
     fn with(prepare: impl FnOnce(&Gateway)) -> Scene {
         let gateway = Gateway::stopped();
         gateway.publish_self("1.0.0");
@@ -94,8 +96,8 @@ impl Scene {
         snapshot(&self.host.home(), LIVING)
     }
 
-    /// Wants the victim too, with further fields.
-    fn want_victim(&self, more: Value) {
+    /// Orders the victim too, with further fields.
+    fn order_victim(&self, more: Value) {
         let mut victim = json!({"name": "victim", "version": "1.0.0"});
         for (key, value) in more.as_object().into_iter().flatten() {
             victim[key] = value.clone();
@@ -103,14 +105,14 @@ impl Scene {
         self.hostile.want(json!([native(), victim]), true);
     }
 
-    /// Wants the victim no more, and waits until the manager knows: what is mended after that finds nobody who tries again.
+    /// Orders the victim no more, and waits until the manager has applied it: no attempt is pending afterwards.
     #[track_caller]
     fn forget_victim(&self) {
         let generation = self.hostile.want(json!([native()]), true);
         self.host.wait_for_status("the victim to be forgotten", SOON, |status| status["generation"] == generation);
     }
 
-    /// An event of that kind and outcome came up, and the log said the same; both with these words. Nothing else happened.
+    /// An event of that kind and outcome was reported, and logged; both contain these words. Nothing else happened.
     #[track_caller]
     fn assert_refused(&self, kind: &str, words: &[&str]) {
         self.assert_told(kind, "refused", words);
@@ -130,7 +132,7 @@ impl Scene {
     #[track_caller]
     fn assert_unharmed(&self) {
         let mut changed = Vec::new();
-        // A state file that is just being written is there under another name for a moment.
+        // A state file that is being written exists under another name for a moment.
         let same = try_for(SETTLES, || {
             changed = difference(&self.before, &self.files());
             changed.is_empty().then_some(())
@@ -145,7 +147,7 @@ impl Scene {
         assert_eq!(self.host.wait_for_agent("native"), self.pid);
     }
 
-    /// The victim as it should be: its package, and its signature.
+    /// The valid package of the victim, and its signature.
     fn victim(&self) -> (Vec<u8>, String) {
         self.gateway.publish(&Package::sleeper("victim", "1.0.0"));
         let path = self.gateway.path("depot").join(file());
@@ -153,9 +155,9 @@ impl Scene {
         (fs::read(path).expect("it was published"), signature)
     }
 
-    /// By the key that the host trusts.
+    /// Signs with the key that the host trusts.
     fn sign(&self, package: &[u8], comment: &str) -> String {
-        let text = fs::read_to_string(self.gateway.path("keys/aops.key")).expect("it was made");
+        let text = fs::read_to_string(self.gateway.path("keys/aops.key")).expect("it was created");
         let key = SecretKeyBox::from_string(&text).and_then(SecretKeyBox::into_unencrypted_secret_key);
         signed(&key.expect("it has no password"), package, comment)
     }
@@ -174,7 +176,7 @@ fn arch() -> &'static str {
     }
 }
 
-/// Of the victim's package.
+/// The name of the victim's package file.
 fn file() -> String {
     format!("victim-1.0.0_linux_{}.tar.zst", arch())
 }
@@ -189,10 +191,10 @@ fn signed(key: &SecretKey, package: &[u8], comment: &str) -> String {
 
 /// A key that the host does not trust.
 fn stranger() -> SecretKey {
-    KeyPair::generate_unencrypted_keypair().expect("a key can be made").sk
+    KeyPair::generate_unencrypted_keypair().expect("a key can be created").sk
 }
 
-/// Waits until the victim runs: what was refused in between was not refused for ever.
+/// Waits until the victim runs: earlier rejections were not permanent.
 #[track_caller]
 fn wait_for_victim(scene: &Scene) -> u32 {
     wait_for("the victim to run", SOON * 2, || {

@@ -1,4 +1,4 @@
-//! Whom a host trusts, as it changes over the years: keys that packages of the manager bring and revoke.
+//! The keys that a host trusts, as they change: packages of the manager add and revoke keys.
 
 use std::fs;
 use std::path::Path;
@@ -13,9 +13,9 @@ use crate::support::host::{SOON, TestHost};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// A package of the manager, with these keys to be trusted and to be trusted no more.
+/// A package of the manager that adds and revokes these keys.
 fn manager(version: &str, brought: &[&Path], revoked: &[&Path]) -> Package {
-    let read = |path: &Path| fs::read(path).expect("it was made");
+    let read = |path: &Path| fs::read(path).expect("it was created");
     let mut package = Package::plain("aops-spm", version).with_file("bin/aops", read(&aops()), 0o755);
     for (directory, keys) in [("keys", brought), ("keys/revoked", revoked)] {
         for (number, key) in keys.iter().enumerate() {
@@ -25,7 +25,7 @@ fn manager(version: &str, brought: &[&Path], revoked: &[&Path]) -> Package {
     package
 }
 
-/// Installs with the executable that the gateway serves for it, which brings the keys that the gateway has now.
+/// Installs with the executable that the gateway serves for it, which contains the gateway's present keys.
 #[track_caller]
 fn bootstrap(gateway: &Gateway, host: &TestHost, more: &[&str]) -> Output {
     let name = if cfg!(target_arch = "x86") { "386" } else { "amd64" };
@@ -45,14 +45,14 @@ fn verbose(host: &TestHost) -> String {
 }
 
 fn id(gateway: &Gateway) -> String {
-    let text = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was made");
+    let text = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was created");
     text.split_whitespace()
         .find(|word| word.len() == 16 && word.bytes().all(|b| b.is_ascii_hexdigit()))
         .map_or_else(|| panic!("no id in {text}"), str::to_owned)
 }
 
 #[test]
-fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
+fn keys_rotate_by_a_signed_package_and_a_revoked_key_stays_revoked() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
     let (old, new) = (gateway.path("keys/aops.pub"), next.path("keys/aops.pub"));
     let signed_by = |gateway: &Gateway, key: &Gateway, package: &Package| {
@@ -67,7 +67,7 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
     let host = TestHost::new();
     bootstrap(&gateway, &host, &["--version", "1.0.0"]).expect_code(0);
     let pid = host.wait_for_agent("native");
-    // The gateway, which runs, offers what was published a moment later.
+    // The running gateway offers a published package a moment later.
     let install = |version: &str, code: i32| {
         let output = wait_for("the gateway to have it", SOON, || {
             let output = host.install(&["--version", version]);
@@ -75,17 +75,17 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
         });
         output.expect_code(code)
     };
-    let key_files = || fs::read_dir(host.home().join("etc/keys")).expect("it is there").count();
+    let key_files = || fs::read_dir(host.home().join("etc/keys")).expect("it exists").count();
     assert_eq!(key_files(), 1, "that of the bootstrap");
-    // Kept for later: it carries the old key.
+    // For later: it contains the old key.
     fs::copy(host.beside("bootstrap"), host.beside("old-bootstrap")).expect("a copy");
 
-    // Before the new key is brought, what it signed is refused.
+    // Before the new key is added, packages signed by it are rejected.
     let by_new = manager("2.0.0", &[], &[]);
     signed_by(&gateway, &next, &by_new).expect_success();
     let refused = install("2.0.0", 1);
     assert!(refused.stderr.contains("not trusted here") && refused.stderr.contains("nothing was changed"), "{refused}");
-    // A package that would leave no key is refused whole; one that contradicts itself cannot even be published.
+    // A package that would leave no key is rejected as a whole; a contradictory one cannot even be published.
     signed_by(&gateway, &gateway, &manager("1.1.0", &[], &[&old])).expect_success();
     let refused = install("1.1.0", 1);
     assert!(
@@ -105,7 +105,7 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
     );
     install("2.0.0", 0);
 
-    // By the new key the old one is revoked: what the old one signed is refused, by the installer and by the manager.
+    // A package signed by the new key revokes the old one: installer and manager then reject packages signed by the old key.
     signed_by(&gateway, &next, &manager("2.1.0", &[], &[&old])).expect_success();
     let revoked = install("2.1.0", 0);
     assert!(revoked.stderr.contains("revokes the key") && revoked.stderr.contains(&id(&gateway)), "{revoked}");
@@ -119,7 +119,7 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
     });
     assert_eq!(status["agents"][0]["version"], "1.0.0");
 
-    // Neither a roll back to an earlier version nor a bootstrap of then brings it back.
+    // Neither a roll back to an earlier version nor its bootstrap brings it back.
     install("2.0.0", 0);
     fs::copy(host.beside("old-bootstrap"), host.beside("bootstrap")).expect("a copy");
     let mut command = host.command(&host.beside("old-bootstrap"));
@@ -128,21 +128,21 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
     assert!(refused.stderr.contains("was revoked, and is not trusted"), "{refused}");
     assert!(refused.stderr.contains("was revoked by aops-spm 2.1.0"), "{refused}");
     assert_eq!(key_files(), 0);
-    // Without the store nobody could tell any more.
+    // Without the store the revocation is unknown.
     let store = host.home().join("state/keys.json");
-    let kept = fs::read(&store).expect("it is there");
+    let kept = fs::read(&store).expect("it exists");
     fs::remove_file(&store).expect("it is ours");
     let refused = install("2.0.0", 1);
     assert!(refused.stderr.contains("keys.json") && refused.stderr.contains("--fresh"), "{refused}");
     fs::write(&store, kept).expect("it is ours");
 
-    // Only the operator of the host can, and is told about it.
+    // Only the operator of the host can trust it again, and gets a warning.
     let given = old.display().to_string();
     let output = host.install(&["--version", "2.0.0", "--trusted-key", &given]).expect_code(0);
     assert!(output.stderr.contains("trusted all the same") || verbose(&host).contains("revoked key"), "{output}");
     let status = host.wait_for_status("native 2.0.0", SOON, |status| status["agents"][0]["version"] == "2.0.0");
     assert!(status["problems"].to_string().contains("trusted all the same"), "{status:#}");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let events = gateway.status()["hosts"][0]["events"].as_array()?.clone();
         let is_it = |event: &&Value| event["kind"] == "stage" && event["outcome"] == "refused";
         events.iter().filter(is_it).any(|event| event["message"].to_string().contains("was revoked")).then_some(())
@@ -151,7 +151,7 @@ fn keys_rotate_by_a_signed_package_and_a_revoked_one_stays_so() {
 }
 
 #[test]
-fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
+fn a_stored_release_is_not_activated_after_its_key_was_revoked() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
     gateway.publish_self("1.0.0");
     for version in ["1.0.0", "2.0.0"] {
@@ -171,12 +171,12 @@ fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
     let keys = [next.path("keys/aops.pub"), gateway.path("keys/aops.pub")];
     gateway.publish(&manager("1.1.0", &[&keys[0]], &[&keys[1]]));
     wait_for("the gateway to have it", SOON, || host.install(&["--version", "1.1.0"]).success().then_some(()));
-    // What is active goes on, though the same key has signed it.
+    // The active release continues, although the same key has signed it.
     assert_eq!(host.wait_for_agent("native"), pid);
     let kept = host.home().join("agents/native/1.0.0");
     assert!(kept.join(".complete").exists());
     want(&gateway, "1.0.0");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let events = gateway.status()["hosts"][0]["events"].as_array()?.clone();
         let is_it = |event: &&Value| event["kind"] == "activate" && event["outcome"] == "refused";
         let says = |event: &Value| event["message"].to_string().contains("was revoked by aops-spm 1.1.0");
@@ -192,18 +192,18 @@ fn a_release_on_the_disk_is_not_activated_any_more_when_its_key_was_revoked() {
 }
 
 #[test]
-fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
+fn a_failed_installation_reverts_neither_an_epoch_nor_a_revocation() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
     gateway.publish(&Package::sleeper("native", "1.0.0"));
     gateway.fleet("heartbeatInterval = \"1s\"\nagents.native.version = \"1.0.0\"\n");
     let [old, new] = [&gateway, &next].map(|gateway| gateway.path("keys/aops.pub"));
-    // One that tells its version, and cannot do anything else.
+    // An executable that prints its version and does nothing else.
     let script = "#!/bin/sh\ncase \"$1\" in --version) echo broken ;; *) exit 3 ;; esac\n";
     let broken = manager("broken", &[&new], &[&old]).with_file("bin/aops", script, 0o755);
     let arguments = broken.arguments();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(["--epoch", "7"]).collect();
     gateway.publish_with(&arguments).expect_success();
-    // Last: the bootstrap is that of the package that was published last.
+    // Last: the bootstrap is that of the last published package.
     gateway.publish_with(&["--self", "--version", "1.0.0", "--epoch", "1"]).expect_success();
     gateway.run();
     let host = TestHost::new();
@@ -222,7 +222,7 @@ fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
     let refused = host.install(&["--version", "1.0.0"]).expect_code(1);
     assert!(refused.stderr.contains("was revoked by aops-spm broken"), "{refused}");
 
-    // By the new key, but of an epoch that was withdrawn; then of the one that counts.
+    // Signed by the new key, but of a withdrawn epoch; then of the valid one.
     let key = next.path("keys/aops.key").display().to_string();
     for (version, epoch, code) in [("1.1.0", "6", 1), ("1.2.0", "7", 0)] {
         let more = ["--epoch", epoch, "--key", &key];
@@ -240,7 +240,7 @@ fn a_failed_installation_takes_neither_an_epoch_nor_a_revocation_back() {
 }
 
 #[test]
-fn a_home_from_before_the_keyring_is_renewed_with_keys_that_were_rotated() {
+fn a_home_without_a_keyring_is_reinstalled_with_rotated_keys() {
     let (mut gateway, next) = (Gateway::stopped(), Gateway::stopped());
     gateway.publish_self("1.0.0");
     gateway.publish(&Package::sleeper("native", "1.0.0"));
@@ -253,8 +253,8 @@ fn a_home_from_before_the_keyring_is_renewed_with_keys_that_were_rotated() {
     let pid = host.wait_for_agent("native");
     // As such a home has it.
     let [keys, epochs] = ["keys", "epochs"].map(|name| host.home().join(format!("state/{name}.json")));
-    fs::remove_file(&keys).expect("it is there");
-    let text = fs::read_to_string(&epochs).expect("it is there");
+    fs::remove_file(&keys).expect("it exists");
+    let text = fs::read_to_string(&epochs).expect("it exists");
     let mut of_before: Value = serde_json::from_str(&text).expect("it is JSON");
     assert!(of_before.as_object_mut().is_some_and(|object| object.remove("form").is_some()), "{text}");
     fs::write(&epochs, of_before.to_string()).expect("it is ours");
@@ -267,14 +267,14 @@ fn a_home_from_before_the_keyring_is_renewed_with_keys_that_were_rotated() {
     assert!(expected.iter().all(|line| said.contains(line)), "{said}");
     let refused = host.install(&["--version", "1.0.0"]).expect_code(1);
     assert!(refused.stderr.contains("was revoked by aops-spm 1.1.0"), "{refused}");
-    // From now on it has one to lose.
-    fs::remove_file(&keys).expect("it is there");
+    // From now on it has a keyring.
+    fs::remove_file(&keys).expect("it exists");
     let refused = host.install(&["--version", "1.1.0"]).expect_code(1);
     assert!(refused.stderr.contains("keys.json") && refused.stderr.contains("--fresh"), "{refused}");
 }
 
 #[test]
-fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_said() {
+fn a_gateway_is_verified_by_system_roots_and_unverified_only_on_request() {
     let gateway = Gateway::with(&[], &[]);
     let key = gateway.path("keys/aops.pub").display().to_string();
     let installed = |host: &TestHost, more: &[&str], roots: Option<&Path>| {
@@ -289,12 +289,12 @@ fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_s
     let host = TestHost::new();
     let refused = installed(&host, &[], None).expect_code(1);
     assert!(refused.stderr.contains("nobody that this host trusts") && !host.home().exists(), "{refused}");
-    // What an administrator has put among the system's roots.
+    // A certificate that an administrator has added to the system's roots.
     installed(&host, &[], Some(&gateway.path("tls/cert.pem"))).expect_code(0);
     host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
-    // The old platform's command, which names no certificate, does not make less of it.
+    // The old platform's command, which names no certificate, does not weaken the verification.
     let config = host.home().join("etc/conf.toml");
-    let before = fs::read_to_string(&config).expect("it is there");
+    let before = fs::read_to_string(&config).expect("it exists");
     let old_spelling = |roots: Option<&Path>| {
         let mut command = host.command(&aops());
         command.args(["--control", "install", "--agentId", "1", "--endpoint", gateway.url(), "--service", "none"]);
@@ -306,16 +306,16 @@ fn a_gateway_is_trusted_by_the_systems_roots_and_by_nothing_only_where_that_is_s
     let refused = old_spelling(None).expect_code(1);
     assert!(refused.stderr.contains("nobody that this host trusts"), "{refused}");
     old_spelling(Some(&gateway.path("tls/cert.pem"))).expect_code(0);
-    assert_eq!(fs::read_to_string(&config).expect("it is there"), before);
+    assert_eq!(fs::read_to_string(&config).expect("it exists"), before);
     assert!(!host.home().join("state/pins.json").exists());
 
     let host = TestHost::new();
     let warned = installed(&host, &["--insecure"], None).expect_code(0);
     assert!(warned.stderr.contains("not checked (--insecure)"), "{warned}");
     host.wait_for_status("a heartbeat", SOON, |status| status["gateway"]["connected"] == true);
-    let log = fs::read_to_string(host.home().join("log/spm.log")).expect("it is there");
+    let log = fs::read_to_string(host.home().join("log/spm.log")).expect("it exists");
     assert!(log.contains("certificates are not checked"), "{log}");
-    // Again, and it is said again.
+    // A repetition prints it again.
     let again = host.install(&[]).expect_code(0);
     assert!(again.stderr.contains("not checked (--insecure)"), "{again}");
 }

@@ -1,4 +1,4 @@
-//! The ledger of releases: what it says of a sub-agent's releases, and what follows from it when a manager starts.
+//! The ledger of releases: its entries for a sub-agent, and their effect when a manager starts.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,7 +10,7 @@ use crate::support::host::{SOON, TestHost, agent};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// `None` while there is none that can be read.
+/// `None` if there is no readable ledger.
 fn ledger(host: &TestHost) -> Option<Value> {
     let text = fs::read(host.home().join("state/releases.json")).ok()?;
     serde_json::from_slice(&text).ok()
@@ -32,7 +32,7 @@ fn wait_for_places(host: &TestHost, name: &str, wanted: [Option<&str>; 3]) {
     });
 }
 
-/// A host whose one sub-agent was upgraded from 1.0 to 2.0.
+/// A host whose only sub-agent was upgraded from 1.0 to 2.0.
 #[track_caller]
 fn upgraded() -> (Gateway, TestHost) {
     let packages = ["1.0", "2.0"].map(|version| Package::sleeper("one", version));
@@ -46,7 +46,7 @@ fn upgraded() -> (Gateway, TestHost) {
 }
 
 #[test]
-fn an_upgrade_is_committed_after_its_probation_and_the_release_before_is_kept() {
+fn an_upgrade_is_committed_after_its_probation_and_the_previous_release_is_kept() {
     let packages = ["1.0", "2.0", "3.0"].map(|version| Package::sleeper("one", version));
     let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
     let host = TestHost::joined(&gateway);
@@ -63,11 +63,11 @@ fn an_upgrade_is_committed_after_its_probation_and_the_release_before_is_kept() 
     });
     assert!(host.home().join("agents/one/2.0/.complete").exists());
     let digest = ledger(&host).expect("there is a ledger")["agents"]["one"]["active"]["sha256"].as_str().map(str::len);
-    assert_eq!(digest, Some(64), "a release is told by its bytes, too");
+    assert_eq!(digest, Some(64), "a release is identified by its bytes, too");
 }
 
 #[test]
-fn a_release_that_never_starts_does_not_count_and_the_one_before_runs_again() {
+fn a_release_that_never_starts_is_rolled_back_to_the_previous_one() {
     let good = Package::sleeper("one", "1.0");
     let bad =
         Package::native("one", "2.0", &["bin/missing"], "").with_file("bin/missing", "#!/no/such/interpreter\n", 0o755);
@@ -87,7 +87,7 @@ fn a_release_that_never_starts_does_not_count_and_the_one_before_runs_again() {
         agent(status, "one").is_some_and(|agent| agent["state"] == "running" && agent["skipped"][0]["version"] == "2.0")
     });
     wait_for_places(&host, "one", [Some("1.0"), None, None]);
-    let epochs = fs::read_to_string(host.home().join("state/epochs.json")).expect("it is there");
+    let epochs = fs::read_to_string(host.home().join("state/epochs.json")).expect("it exists");
     let epochs: Value = serde_json::from_str(&epochs).expect("it is JSON");
     assert_eq!(epochs["epochs"]["one"], 1, "nothing of epoch 7 has run");
     gateway.want(&[("one", "1.0", "")]);
@@ -107,7 +107,7 @@ fn a_lost_ledger_is_rebuilt_from_what_is_on_disk_and_reported() {
         });
         let path = host.home().join("state/releases.json");
         match content {
-            None => fs::remove_file(&path).expect("it is there"),
+            None => fs::remove_file(&path).expect("it exists"),
             Some(text) => fs::write(&path, text).expect("it can be written"),
         }
         let manager = host.role_pid("spm").expect("it runs");
@@ -116,7 +116,7 @@ fn a_lost_ledger_is_rebuilt_from_what_is_on_disk_and_reported() {
         wait_for_places(&host, "one", [Some("2.0"), Some("1.0"), None]);
         assert_eq!(host.wait_for_agent("one"), pid);
     }
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status();
         let events = status.to_string();
         events.contains("the ledger of releases is lost").then_some(())
@@ -128,16 +128,16 @@ fn the_ledger_beats_the_link_of_the_active_release() {
     let (_gateway, host) = upgraded();
     host.control(&["stop"]).expect_success();
     let link = host.home().join("agents/one/current");
-    fs::remove_file(&link).expect("it is there");
-    symlink("1.0", &link).expect("a link can be made");
+    fs::remove_file(&link).expect("it exists");
+    symlink("1.0", &link).expect("a link can be created");
     host.control(&["start"]).expect_success();
     wait_for_version(&host, "one", "2.0");
-    wait_for("the link to be made anew", SOON, || (fs::read_link(&link).ok()?.to_str()? == "2.0").then_some(()));
+    wait_for("the link to be created again", SOON, || (fs::read_link(&link).ok()?.to_str()? == "2.0").then_some(()));
 }
 
-/// As an earlier version left it that had unpacked a release of the version `current`.
+/// As left by an earlier version that unpacked a release of the version `current`.
 #[test]
-fn a_release_in_the_place_of_the_link_makes_way_by_itself() {
+fn a_release_directory_named_current_is_replaced_by_the_link() {
     let packages = ["1.0", "1.1"].map(|version| Package::sleeper("one", version));
     let gateway = Gateway::with(&packages.each_ref(), &[("one", "1.0", "")]);
     let host = TestHost::joined(&gateway);
@@ -145,8 +145,8 @@ fn a_release_in_the_place_of_the_link_makes_way_by_itself() {
     host.control(&["stop"]).expect_success();
     let (link, state) = (host.home().join("agents/one/current"), host.home().join("state/desired.json"));
     let in_the_way = || {
-        fs::remove_file(&link).expect("it is there");
-        fs::create_dir(&link).expect("it can be made");
+        fs::remove_file(&link).expect("it exists");
+        fs::create_dir(&link).expect("it can be created");
         fs::write(link.join(".complete"), "{}").expect("it can be written");
     };
     in_the_way();
@@ -154,13 +154,13 @@ fn a_release_in_the_place_of_the_link_makes_way_by_itself() {
     wait_for_version(&host, "one", "1.0");
     assert_eq!(fs::read_link(&link).expect("it is a link again").to_str(), Some("1.0"));
 
-    // Also where that version is still ordered, and nothing else of it is there.
+    // Also if that version is still ordered and no other release is on disk.
     host.control(&["stop"]).expect_success();
-    let text = fs::read_to_string(&state).expect("it is there").replace("\"1.0\"", "\"current\"");
+    let text = fs::read_to_string(&state).expect("it exists").replace("\"1.0\"", "\"current\"");
     fs::write(&state, text).expect("it can be written");
     in_the_way();
-    fs::remove_dir_all(host.home().join("agents/one/1.0")).expect("it is there");
-    fs::remove_file(host.home().join("state/releases.json")).expect("it is there");
+    fs::remove_dir_all(host.home().join("agents/one/1.0")).expect("it exists");
+    fs::remove_file(host.home().join("state/releases.json")).expect("it exists");
     host.control(&["start"]).expect_success();
     host.wait_for_status("it to be refused", SOON, |status| {
         agent(status, "one").is_some_and(|one| one["lastError"].to_string().contains("the version current is reserved"))

@@ -1,5 +1,5 @@
-//! Upgrades of the manager itself: on trial under the watchdog of the release before, committed when it has proven itself; the sub-agents
-//! keep their processes, whatever comes of it.
+//! Upgrades of the manager: on trial under the watchdog of the previous release, committed when proven. Sub-agents keep their processes,
+//! whatever the result.
 
 use std::fs;
 use std::time::Duration;
@@ -13,10 +13,10 @@ use crate::support::package::Package;
 use crate::support::release::{self, NAME};
 use crate::support::wait::{try_for, wait_for};
 
-/// A trial of five seconds, the proof of the watchdog, and what a busy machine adds.
+/// A trial of five seconds, the watchdog's checks, and the delays of a busy machine.
 pub(crate) const ENDED: Duration = Duration::from_secs(180);
 
-/// A gateway that offers these releases beside 1.0.0, and a host that runs it and two sub-agents.
+/// A gateway that offers these releases and 1.0.0, and a host that runs 1.0.0 and two sub-agents.
 pub(crate) fn host_with(releases: &[&Package]) -> (Gateway, TestHost) {
     let agents = [Package::sleeper("one", "1"), Package::control_sleeper("two", "1")];
     let gateway = Gateway::with(&agents.iter().chain(releases.iter().copied()).collect::<Vec<_>>(), &[]);
@@ -30,7 +30,7 @@ pub(crate) fn host_with(releases: &[&Package]) -> (Gateway, TestHost) {
 
 fn shorten_trial(host: &TestHost) {
     let path = host.home().join("etc/conf.toml");
-    let text = fs::read_to_string(&path).expect("it is there");
+    let text = fs::read_to_string(&path).expect("it exists");
     fs::write(&path, text + "\nupgradeTrial = \"5s\"\n").expect("the home is ours");
 }
 
@@ -46,7 +46,7 @@ pub(crate) fn agents_of(host: &TestHost) -> [u32; 2] {
     ["one", "two"].map(|name| host.wait_for_agent(name))
 }
 
-/// A manager of that release runs, and no upgrade is under way.
+/// A manager of that release runs, and no upgrade is in progress.
 pub(crate) fn runs(status: &Value, version: &str) -> bool {
     status["version"] == version
         && pid(&status["spm"]["pid"]).is_some()
@@ -66,7 +66,7 @@ fn wait_for_trial(host: &TestHost, version: &str) -> Value {
     })
 }
 
-/// Kind, outcome and release of each entry of the history about the manager.
+/// Kind, outcome and release of each entry of the manager's history.
 pub(crate) fn outcomes(host: &TestHost) -> Vec<String> {
     let history = host.control(&["status", "--history", "--json"]).json();
     let own = history["history"].as_array().expect("a list").iter().filter(|changed| changed["agent"] == NAME);
@@ -75,18 +75,18 @@ pub(crate) fn outcomes(host: &TestHost) -> Vec<String> {
         .collect()
 }
 
-/// Waits until the history has these entries: the manager writes them when it has seen the record.
+/// Waits until the history has these entries: the manager writes them after it has read the record.
 #[track_caller]
 pub(crate) fn expect_outcomes(host: &TestHost, expected: &[&str]) {
     let found = try_for(SOON, || (outcomes(host) == expected).then_some(()));
     assert!(found.is_some(), "{:?}", outcomes(host));
 }
 
-/// Every name of the executable leads to `bin/aops`, which has the bytes of this release.
+/// Every link of the executable leads to `bin/aops`, which has the bytes of this release.
 #[track_caller]
 pub(crate) fn expect_in_place(host: &TestHost, executable: &[u8]) {
     let home = host.home();
-    assert!(fs::read(home.join("bin/aops")).expect("it is there") == executable, "bin/aops belongs to another release");
+    assert!(fs::read(home.join("bin/aops")).expect("it exists") == executable, "bin/aops belongs to another release");
     for (name, target) in [
         ("bin/aops-spm", "aops"),
         ("bin/aops-spa", "aops"),
@@ -102,10 +102,10 @@ pub(crate) fn expect_in_place(host: &TestHost, executable: &[u8]) {
 }
 
 #[test]
-fn a_good_release_is_committed_and_the_one_before_can_be_returned_to() {
+fn a_good_release_is_committed_and_can_be_rolled_back() {
     let (gateway, host) = host_with(&[&release::good("2.0.0")]);
     let before = agents_of(&host);
-    let first = fs::read(host.home().join("bin/aops")).expect("it is there");
+    let first = fs::read(host.home().join("bin/aops")).expect("it exists");
     order(&gateway, "2.0.0");
     let status = wait_for_trial(&host, "2.0.0");
     assert_eq!(
@@ -118,13 +118,13 @@ fn a_good_release_is_committed_and_the_one_before_can_be_returned_to() {
     expect_in_place(&host, &release::executable("2.0.0"));
     assert!(fs::read(host.home().join("bin/aops.prev")).expect("the backup") == first);
     expect_outcomes(&host, &["upgrade ok 2.0.0"]);
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status().to_string();
         (status.contains("which took the place of 1.0.0")).then_some(())
     });
     assert_eq!(agents_of(&host), before);
 
-    // The operator's word holds against the gateway's until that orders another release.
+    // The operator's rollback holds until the gateway orders another release.
     host.control(&["rollback"]).expect_success();
     let status = wait_for_release(&host, "1.0.0");
     assert_eq!(status["heldByOperator"], true, "{status:#}");
@@ -141,7 +141,7 @@ fn a_good_release_is_committed_and_the_one_before_can_be_returned_to() {
 }
 
 #[test]
-fn a_release_of_the_same_bytes_is_another_release() {
+fn a_release_with_identical_bytes_is_a_separate_release() {
     let same = fs::read(aops()).expect("the program under test can be read");
     let (gateway, host) = host_with(&[&release::with_executable("1.0.1", same)]);
     let before = agents_of(&host);
@@ -154,7 +154,7 @@ fn a_release_of_the_same_bytes_is_another_release() {
 }
 
 #[test]
-fn the_operator_forces_either_end_of_a_trial_and_upgrades_from_a_file() {
+fn an_operator_commits_or_rolls_back_a_trial_and_upgrades_from_a_file() {
     let (gateway, host) = host_with(&[&release::good("2.0.0"), &release::good("3.0.0")]);
     let before = agents_of(&host);
     let refused = host.control(&["upgrade", "--abort"]).expect_code(1);
@@ -190,7 +190,7 @@ fn the_operator_forces_either_end_of_a_trial_and_upgrades_from_a_file() {
 }
 
 #[test]
-fn an_installation_over_a_trial_ends_it_first() {
+fn an_installation_during_a_trial_ends_the_trial_first() {
     let (gateway, host) = host_with(&[&release::good("2.0.0"), &release::good("3.0.0")]);
     let before = agents_of(&host);
     order(&gateway, "2.0.0");
@@ -204,7 +204,7 @@ fn an_installation_over_a_trial_ends_it_first() {
 }
 
 #[test]
-fn what_is_stopped_in_a_trial_stays_stopped_and_the_trial_goes_on_when_it_is_started() {
+fn a_trial_is_paused_by_a_stop_and_continues_after_a_start() {
     let (gateway, host) = host_with(&[&release::good("2.0.0")]);
     order(&gateway, "2.0.0");
     wait_for_trial(&host, "2.0.0");
@@ -217,12 +217,12 @@ fn what_is_stopped_in_a_trial_stays_stopped_and_the_trial_goes_on_when_it_is_sta
 }
 
 #[test]
-fn a_trial_without_a_gateway_is_unproven_and_ends_when_there_is_one_again() {
+fn a_trial_without_a_gateway_stays_unproven_until_the_gateway_is_back() {
     let (mut gateway, host) = host_with(&[&release::good("2.0.0")]);
     let before = agents_of(&host);
     order(&gateway, "2.0.0");
     host.wait_for_status("the upgrade to begin", ENDED, |status| status["upgrade"]["to"] == "2.0.0");
-    // It may have heard a heartbeat's answer already: another manager has to hear its own.
+    // It may already have received an answer to a heartbeat; a new manager has to receive its own.
     wait_for_trial(&host, "2.0.0");
     gateway.stop();
     let manager = host.role_pid("spm").expect("it runs");
@@ -238,7 +238,7 @@ fn a_trial_without_a_gateway_is_unproven_and_ends_when_there_is_one_again() {
     assert_eq!(agents_of(&host), before);
 }
 
-/// The seed of what a scenario draws: `AOPS_UPGRADE_SEED`, or another each time.
+/// The random seed of a scenario: `AOPS_UPGRADE_SEED`, or a new one each time.
 #[allow(clippy::print_stderr, reason = "a failure is to be repeated by it")]
 pub(crate) fn seed() -> u64 {
     let seed = std::env::var("AOPS_UPGRADE_SEED").ok().and_then(|seed| seed.parse().ok());
@@ -247,7 +247,7 @@ pub(crate) fn seed() -> u64 {
     seed
 }
 
-/// Both roles die at moments from the order on.
+/// Kills both roles at moments counted from the order.
 #[track_caller]
 fn killed_at_points(points: usize, number: u64) {
     let seed = seed();
@@ -283,14 +283,14 @@ fn killed_at_points(points: usize, number: u64) {
             runs(status, current) && is_skipped == (ordered == "3.0.0")
         });
         assert_eq!(agents_of(&host), before, "{told}");
-        // It may be tried once more.
+        // It may be retried once.
         host.control(&["retry", NAME]).expect_success();
         order(&gateway, current);
         host.wait_for_status(&told, ENDED, |status| runs(status, current) && status["state"] == "running");
     }
 }
 
-/// Who has a role, as its record says: `status` may have nobody to ask.
+/// The pid in a role's record: `status` needs a running manager.
 fn running(host: &TestHost, role: &str) -> Option<u32> {
     let text = fs::read_to_string(host.home().join(format!("run/{role}.json"))).ok()?;
     let record: Value = serde_json::from_str(&text).ok()?;
@@ -298,9 +298,9 @@ fn running(host: &TestHost, role: &str) -> Option<u32> {
     host.processes().iter().any(|process| process.pid == pid).then_some(pid)
 }
 
-/// On four hosts at the same time: each mostly waits for a trial.
+/// On four hosts in parallel: each mostly waits for a trial.
 #[test]
-fn whoever_is_killed_while_the_manager_is_upgraded_it_comes_to_its_end() {
+fn a_self_upgrade_completes_when_roles_are_killed_at_any_moment() {
     std::thread::scope(|scope| {
         for number in 0..4 {
             scope.spawn(move || killed_at_points(10, number));
@@ -309,9 +309,9 @@ fn whoever_is_killed_while_the_manager_is_upgraded_it_comes_to_its_end() {
 }
 
 #[test]
-fn a_release_brings_another_endpoint_which_is_on_trial_with_it() {
+fn a_new_endpoint_is_on_trial_with_its_release() {
     let other = Gateway::with(&[], &[]);
-    let ca = fs::read_to_string(other.path("tls/cert.pem")).expect("it was made");
+    let ca = fs::read_to_string(other.path("tls/cert.pem")).expect("it was created");
     let moving = |version: &str, url: &str| {
         let settings = format!("heartbeatSrv = {url:?}\ncaCert = \"etc/other.pem\"\n");
         release::good(version).with_file("etc/endpoint.toml", settings, 0o644).with_file("etc/other.pem", &ca, 0o644)
@@ -319,10 +319,10 @@ fn a_release_brings_another_endpoint_which_is_on_trial_with_it() {
     let nobody = "https://127.0.0.1:1";
     let (gateway, host) = host_with(&[&moving("2.0.0", nobody), &moving("3.0.0", other.url())]);
     let before = agents_of(&host);
-    let settings = || fs::read_to_string(host.home().join("etc/conf.toml")).expect("it is there");
+    let settings = || fs::read_to_string(host.home().join("etc/conf.toml")).expect("it exists");
     let unmoved = settings();
     order(&gateway, "2.0.0");
-    let status = host.wait_for_status("the release that finds nobody to be rolled back", ENDED, |status| {
+    let status = host.wait_for_status("the release with an unreachable endpoint to be rolled back", ENDED, |status| {
         runs(status, "1.0.0") && status["problems"].to_string().contains("sent no heartbeat")
     });
     assert_eq!(status["gateway"]["endpoint"], gateway.url(), "{status:#}");

@@ -1,5 +1,5 @@
-//! Bad releases of the manager: each is rolled back, or never put in place, by itself; the sub-agents keep their processes and nothing of
-//! the release is left.
+//! Bad releases of the manager: each is rolled back, or never activated, automatically. Sub-agents keep their processes, and nothing of the
+//! release is left.
 
 use std::fs;
 
@@ -12,15 +12,15 @@ use crate::support::wait::wait_for;
 use crate::upgrades::self_upgrades::{ENDED, agents_of, expect_in_place, expect_outcomes, host_with, order, runs};
 
 const ROLLED_BACK: &[&str] = &["rollback ok 1.0.0", "skip ok 2.0.0"];
-/// It was never put in place.
+/// It was never activated.
 const SKIPPED: &[&str] = &["skip ok 2.0.0"];
 
-/// Orders the release, and waits until the one before runs and this one is skipped; `why` is a part of the reason that is shown.
+/// Orders the release, and waits until the previous one runs and this one is skipped; `why` is a part of the displayed reason.
 #[track_caller]
 fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     let (gateway, host) = host_with(&[bad]);
     let before = agents_of(&host);
-    let executable = fs::read(host.home().join("bin/aops")).expect("it is there");
+    let executable = fs::read(host.home().join("bin/aops")).expect("it exists");
     order(&gateway, "2.0.0");
     let status = host.wait_for_status(&format!("the release that {name} to be skipped"), ENDED, |status| {
         runs(status, "1.0.0") && status["problems"].to_string().contains("aops-spm 2.0.0 failed and is skipped")
@@ -29,7 +29,7 @@ fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     expect_outcomes(&host, outcomes);
     expect_in_place(&host, &executable);
     assert_eq!(agents_of(&host), before, "{name}");
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status().to_string();
         (status.contains("is not tried again") || status.contains("\"skip\"")).then_some(())
     });
@@ -44,12 +44,12 @@ fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     assert!(left.is_empty(), "{name}: {left:?}");
 }
 
-/// A good program, as the words of a shell.
+/// The path of a good program, quoted for a shell.
 fn real() -> String {
     release::real().display().to_string()
 }
 
-/// A name, what the manager does, and a part of the reason for the roll back.
+/// A name, the behaviour of the manager, and a part of the reason for the roll back.
 pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
     ("exits at once", "exit 1", "died repeatedly"),
     ("hangs before it answers", "exec sleep 1000001", "did not answer in time"),
@@ -78,7 +78,7 @@ pub(crate) const BAD_MANAGERS: &[(&str, &str, &str)] = &[
     ("says that it is another version", "exec \"$2/bin/aops.prev\" spm \"$@\"", "did not answer in time"),
 ];
 
-/// Each on a host of its own, all at the same time: they mostly wait.
+/// Each on its own host, in parallel: they mostly wait.
 fn at_once<T: Sync>(cases: &[T], check: impl Fn(&T) + Sync) {
     std::thread::scope(|scope| {
         for case in cases {
@@ -88,13 +88,13 @@ fn at_once<T: Sync>(cases: &[T], check: impl Fn(&T) + Sync) {
 }
 
 #[test]
-fn a_release_whose_manager_is_bad_is_rolled_back() {
+fn a_release_with_a_bad_manager_is_rolled_back() {
     at_once(BAD_MANAGERS, |(name, manager, why)| {
         ends(name, &release::bad_manager("2.0.0", &real(), manager), ROLLED_BACK, why);
     });
 }
 
-/// Releases that are refused before anything is changed: a name, the package, and a part of the reason. `real`: as for
+/// Releases that are rejected before anything is changed: a name, the package, and a part of the reason. `real`: as for
 /// [`release::bad_manager`].
 pub(crate) fn unfit(version: &str, real: &str) -> [(&'static str, Package, &'static str); 3] {
     let without_state =
@@ -112,7 +112,7 @@ pub(crate) fn unfit(version: &str, real: &str) -> [(&'static str, Package, &'sta
 }
 
 #[test]
-fn a_release_that_cannot_work_here_is_never_put_in_place() {
+fn a_release_that_cannot_run_on_this_host_is_never_activated() {
     at_once(&unfit("2.0.0", &real()), |(name, bad, why)| {
         ends(name, bad, SKIPPED, why);
     });

@@ -1,7 +1,7 @@
-//! Upgrades of the manager on real hosts: under systemd, for a product that starts the home itself, and on hosts in trouble.
+//! Upgrades of the manager on realistic hosts: under systemd, under a product that starts the home, and on hosts short of resources.
 //!
-//! Of the bad releases, and of the amounts of room, each kind of host gets a few, drawn by `AOPS_UPGRADE_SEED`; with `AOPS_UPGRADES=all`
-//! every one.
+//! Each kind of host tests a sample of the bad releases and of the amounts of free space, drawn by `AOPS_UPGRADE_SEED`; with
+//! `AOPS_UPGRADES=all` it tests every one.
 
 use std::time::Duration;
 
@@ -17,11 +17,11 @@ use crate::support::wait::try_for;
 use crate::upgrades::self_upgrades::seed;
 use crate::upgrades::self_upgrades_bad::{BAD_MANAGERS, unfit};
 
-/// A trial of five seconds, the proof of the watchdog, three tries with growing delays, and what a busy machine adds.
+/// A trial of five seconds, the watchdog's checks, three attempts with growing delays, and the delays of a busy machine.
 const ENDED: Duration = Duration::from_secs(180);
 /// As the command of the old platform installs it.
 const FIRST: &str = "c57f6a1d";
-/// Where the good program that bad ones run lies inside.
+/// The path inside of the good program that bad ones run.
 const REAL: &str = "/tmp/real";
 
 fn fleet(manager: &str) -> String {
@@ -49,7 +49,7 @@ fn host<'a>(container: &'a Container, install: &str, releases: &[&Package]) -> (
     container.copy_in(release::real(), REAL, 0o755);
     gateway.fleet(&fleet(FIRST));
     done(container, install);
-    // Not before: each brings a bootstrap executable of its own.
+    // Published now: each replaces the bootstrap executable.
     gateway.publish(|gateway| releases.iter().for_each(|release| gateway.publish(release)));
     done(container, "echo 'upgradeTrial = \"5s\"' >>/opt/aops/etc/conf.toml");
     inside::wait_for_status(container, "everything to run", runs);
@@ -61,7 +61,7 @@ fn bad(manager: &str) -> Package {
     release::bad_manager("3.0.0", REAL, manager)
 }
 
-/// A good release and back by the operator's word, and one that is bad.
+/// A good release, the operator's rollback, and a bad release.
 #[track_caller]
 fn there_and_back(container: &Container, install: &str) {
     let (gateway, agents) = host(container, install, &[&release::good("2.0.0"), &bad("exit 1")]);
@@ -76,12 +76,12 @@ fn there_and_back(container: &Container, install: &str) {
     gateway.fleet(&fleet("3.0.0"));
     wait_for_status(container, "the roll back", |status| runs_release(status, FIRST) && is_skipped(status, "3.0.0"));
     assert_eq!(wait_for_agents(container, &["native", "script"]), agents);
-    // The backup is the release that runs.
+    // The backup is the running release.
     let refused = container.run(&["/opt/aops/control", "rollback"]).expect_code(1);
     assert!(refused.stderr.contains("no release before the current one"), "{refused}");
 }
 
-/// As an earlier release wrote the unit: a release that is committed brings it up to its own.
+/// A unit file of an earlier release: a committed release replaces it with its own.
 const OLD_UNIT: &str =
     "sed -i 's/--service systemd stop-hook/stop-hook/' /etc/systemd/system/aops-spm.service && systemctl daemon-reload";
 
@@ -90,7 +90,7 @@ fn under_systemd_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
     let container = Container::systemd();
     there_and_back(&container, &format!("{VERBATIM} && {OLD_UNIT}"));
     done(&container, "grep -q -- '--service systemd stop-hook' /etc/systemd/system/aops-spm.service");
-    // Nothing of the units was disabled or replaced on the way.
+    // No unit was disabled or replaced meanwhile.
     done(&container, "systemctl is-enabled aops-spm aops-spa && systemctl is-active aops-spm aops-spa");
 }
 
@@ -102,11 +102,11 @@ fn by_the_product() -> String {
 }
 
 #[test]
-fn where_the_product_starts_the_home_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
+fn under_a_product_the_manager_is_upgraded_and_a_bad_release_is_rolled_back() {
     there_and_back(&Container::bare(), &by_the_product());
 }
 
-/// Of what is drawn.
+/// The number of drawn cases.
 const SAMPLE: usize = 2;
 
 fn all_is_wanted() -> bool {
@@ -136,7 +136,7 @@ fn each_is_rolled_back(container: &Container, install: &str) {
             runs_release(status, FIRST) && is_skipped(status, version)
         });
         let problems = status["problems"].to_string();
-        // A service manager starts one that died before the watchdog could see it.
+        // A service manager restarts a role before the watchdog can notice its death.
         let is_unseen = why == &"died repeatedly" && problems.contains("did not answer in time");
         assert!(problems.contains(why) || is_unseen, "{name}: {problems}");
         assert_eq!(wait_for_agents(container, &["native", "script"]), agents, "{name}");
@@ -153,7 +153,7 @@ fn under_systemd_each_bad_release_is_rolled_back() {
 }
 
 #[test]
-fn where_the_product_starts_the_home_each_bad_release_is_rolled_back() {
+fn under_a_product_each_bad_release_is_rolled_back() {
     each_is_rolled_back(&Container::bare(), &by_the_product());
 }
 
@@ -174,7 +174,7 @@ fn under_systemd_a_trial_survives_a_power_cut_and_the_death_of_both_roles() {
         assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);
     }
     container.crash();
-    // The gateway is gone with the power: the new release stays unproven, and the operator decides.
+    // The gateway is gone after the power cut: the new release stays unproven, and the operator decides.
     let status = wait_for_status(&container, "an unproven trial", |status| status["upgrade"]["phase"] == "unproven");
     assert_eq!(status["version"], "2.0.0", "{status:#}");
     container.run(&["/opt/aops/control", "upgrade", "--abort"]).expect_code(0);
@@ -182,9 +182,9 @@ fn under_systemd_a_trial_survives_a_power_cut_and_the_death_of_both_roles() {
     wait_for_agents(&container, &["native", "script"]);
 }
 
-/// Each way in which a home can take no more in the middle of a trial; whether the roll back has to wait for the end of it, and what
-/// ends it.
-const TROUBLES: [(&str, &str, bool, &str); 3] = [
+/// The ways in which a home becomes unwritable during a trial; whether the roll back has to wait until it is writable, and the command that
+/// makes it so.
+const FAULTS: [(&str, &str, bool, &str); 3] = [
     ("no byte is left", "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true", false, "rm /opt/aops/log/filler"),
     (
         "no inode is left",
@@ -201,8 +201,8 @@ const TROUBLES: [(&str, &str, bool, &str); 3] = [
 ];
 
 #[test]
-fn a_bad_release_is_rolled_back_though_the_home_takes_nothing_more() {
-    for (trouble, begin, has_to_wait, end) in TROUBLES {
+fn a_bad_release_is_rolled_back_on_a_full_or_read_only_home() {
+    for (trouble, begin, has_to_wait, end) in FAULTS {
         let container = Container::bare();
         done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=800 tmpfs /opt/aops");
         let manager = bad("(sleep 3; kill -KILL $$) & exec $A spm \"$@\"");
@@ -214,12 +214,12 @@ fn a_bad_release_is_rolled_back_though_the_home_takes_nothing_more() {
         done(&container, begin);
         let is_rolled_back = |status: &Value| runs_release(status, FIRST) && is_skipped(status, "3.0.0");
         if has_to_wait {
-            // What cannot be written is said, and is done as soon as it can be.
+            // What cannot be written is reported, and retried until it succeeds.
             let said = try_for(ENDED, || {
                 let log = container.run(&["cat", "/opt/aops/log/spa.log"]).stdout;
                 (log + &inside::status(&container).to_string()).contains("3.0.0").then_some(())
             });
-            assert!(said.is_some(), "nothing is said where {trouble}");
+            assert!(said.is_some(), "nothing is reported where {trouble}");
             done(&container, end);
         }
         wait_for_status(&container, &format!("the roll back where {trouble}"), is_rolled_back);
@@ -227,7 +227,7 @@ fn a_bad_release_is_rolled_back_though_the_home_takes_nothing_more() {
         if !has_to_wait {
             done(&container, end);
         }
-        // There may be another.
+        // There may be a second attempt.
         container.run(&["/opt/aops/control", "retry", NAME]).expect_code(0);
         gateway.fleet(&fleet(FIRST));
         wait_for_status(&container, &format!("peace after {trouble}"), |status| {
@@ -236,7 +236,7 @@ fn a_bad_release_is_rolled_back_though_the_home_takes_nothing_more() {
     }
 }
 
-/// Leaves so much of the home's file system free, in KiB or in inodes.
+/// Leaves this amount of the home's file system free, in KiB or in inodes.
 fn leave_free(free: Free) -> String {
     match free {
         Free::Kibibytes(free) => format!(
@@ -256,12 +256,12 @@ enum Free {
     Inodes(u32),
 }
 
-/// However far an upgrade comes before the room ends: it is made, or the release before goes on and the reason is shown; and it is made
-/// when there is room.
+/// However far an upgrade gets before the space is used up: it succeeds, or the previous release continues and the reason is shown; and it
+/// succeeds once there is space.
 #[test]
-fn with_little_room_the_manager_is_upgraded_or_says_why_not() {
-    // What is downloaded, unpacked, backed up and put in place takes four times the executable at most.
-    let executable = std::fs::metadata(release::real()).expect("it is there").len() / 1024;
+fn with_little_disk_space_the_manager_is_upgraded_or_the_reason_is_reported() {
+    // The download, the unpacked tree, the backup and the new executable take at most four times the size of the executable.
+    let executable = std::fs::metadata(release::real()).expect("it exists").len() / 1024;
     let most = u32::try_from(executable * 4).expect("it is small");
     let bytes = (0..16).map(|step| Free::Kibibytes(most / 15 * step));
     let mut rooms: Vec<Free> = bytes.chain((0..24).map(Free::Inodes)).collect();
@@ -292,13 +292,13 @@ fn with_little_room_the_manager_is_upgraded_or_says_why_not() {
 }
 
 #[test]
-fn a_host_that_is_short_of_something_is_upgraded_when_it_is_not_any_more() {
+fn a_host_short_of_a_resource_is_upgraded_once_it_is_available() {
     let container = Container::bare();
     let (gateway, agents) = host(&container, VERBATIM, &[&release::good("2.0.0")]);
     // Nothing of an upgrade is run from there; the gateway runs already.
     done(&container, "mount --bind /tmp /tmp && mount -o remount,bind,noexec /tmp");
     let manager = inside::status(&container)["spm"]["pid"].clone();
-    // As many as it has open, and one for who asks.
+    // The number that it has open, and one for a client of the control socket.
     let limit = format!("prlimit --pid {manager} --nofile=$(($(ls /proc/{manager}/fd | wc -l) + 1)):1024");
     done(&container, &limit);
     gateway.fleet(&fleet("2.0.0"));
@@ -307,7 +307,7 @@ fn a_host_that_is_short_of_something_is_upgraded_when_it_is_not_any_more() {
         log = container.run(&["cat", "/opt/aops/log/spm.log"]).stdout;
         (log.contains("an upgrade of the manager begins") && log.contains("Too many open files")).then_some(())
     });
-    assert!(said.is_some(), "the shortage is not said:\n{log}");
+    assert!(said.is_some(), "the shortage is not logged:\n{log}");
     done(&container, &format!("prlimit --pid {manager} --nofile=1024:1024"));
     wait_for_status(&container, "the new release", |status| runs_release(status, "2.0.0"));
     assert_eq!(wait_for_agents(&container, &["native", "script"]), agents);

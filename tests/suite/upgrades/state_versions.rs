@@ -1,4 +1,4 @@
-//! Every later version takes over a home that an earlier one left, and loses nothing of it: the homes in `tests/data/state-v*`, each under
+//! Every later version takes over a home of an earlier one and loses nothing of its state: the homes in `tests/data/state-v*`, each under
 //! the executable under test.
 
 use std::fs;
@@ -18,10 +18,10 @@ use crate::support::release::{self, NAME};
 use crate::support::wait::wait_for;
 use crate::upgrades::self_upgrades::wait_for_release;
 
-/// What the kept home calls its gateway and itself.
+/// The endpoint and the path in the stored home.
 const ENDPOINT: &str = "https://127.0.0.1:8888";
 const HOME: &str = "/srv/aops";
-/// The state files that keep fields of a later version. A home of version 0 has not all of them.
+/// The state files that keep fields of a later version. A home of version 0 has only some of them.
 const KEEPING: [&str; 10] = [
     "desired.json",
     "epochs.json",
@@ -34,7 +34,7 @@ const KEEPING: [&str; 10] = [
     "releases.json",
     "upgrade.json",
 ];
-/// Those of them that the manager writes when a release is committed and a skip is ended.
+/// Those of them that the manager writes when a release is committed and a skip is lifted.
 const WRITTEN: [&str; 5] = ["desired.json", "events.json", "history.json", "releases.json", "upgrade.json"];
 /// The releases of `native`.
 const ACTIVE: &str = "2.0.0";
@@ -44,8 +44,8 @@ const CLASSIC: &str = "3.1";
 /// The env of `native` in the desired state.
 const ENV: &str = "env = { COLOUR = \"blue\" }";
 
-/// A home of `tests/data`, and what its gateway offered and ordered last.
-struct Kept {
+/// A home of `tests/data`, and what its gateway offered and last ordered.
+struct StoredHome {
     name: &'static str,
     /// Name, version and epoch.
     packages: &'static [(&'static str, &'static str, &'static str)],
@@ -53,14 +53,14 @@ struct Kept {
     ordered: [&'static str; 2],
 }
 
-const V0: Kept = Kept {
+const V0: StoredHome = StoredHome {
     name: "state-v0",
     packages: &[("native", ACTIVE, "2"), ("classic", CLASSIC, "1")],
     ordered: [ACTIVE, CLASSIC],
 };
 /// The ordered release of `native` failed and is skipped; that of `classic` is overruled by the operator. So are 3.0.0 and 4.0.0 of the
 /// manager.
-const V1: Kept = Kept {
+const V1: StoredHome = StoredHome {
     name: "state-v1",
     packages: &[
         ("native", ACTIVE, "2"),
@@ -73,17 +73,17 @@ const V1: Kept = Kept {
     ordered: ["3.0.0", "3.2"],
 };
 
-/// A kept home on a host of its own, under the executable under test.
-struct Taken {
+/// A stored home on a host of its own, under the executable under test.
+struct EarlierHome {
     host: TestHost,
     gateway: Gateway,
-    /// `state/desired.json` as it was kept.
+    /// `state/desired.json` as it was stored.
     desired: Value,
 }
 
-impl Taken {
-    /// The home of `tests/data/<name>`, and the gateway that it belongs to, which does not run.
-    fn over(kept: &Kept) -> Taken {
+impl EarlierHome {
+    /// The home of `tests/data/<name>`, and its gateway, which does not run.
+    fn over(kept: &StoredHome) -> EarlierHome {
         let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(kept.name);
         let read = |file: &str| fs::read_to_string(data.join("home").join(file)).expect("it is kept");
         let json = |file: &str| serde_json::from_str::<Value>(&read(file)).expect("it is JSON");
@@ -106,11 +106,11 @@ impl Taken {
         let host = TestHost::new();
         let keys = json("state/keys.json");
         let key = keys["brought"][0]["key"].as_str().expect("it is kept").to_owned();
-        let own_key = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was made");
+        let own_key = fs::read_to_string(gateway.path("keys/aops.pub")).expect("it was created");
         let own_key = own_key.lines().last().expect("a key has two lines").to_owned();
         let pins = json("state/pins.json");
         let pin = pins["pins"][ENDPOINT]["certificate"].as_str().expect("it is kept").to_owned();
-        let certificate = CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("it was made");
+        let certificate = CertificateDer::from_pem_file(gateway.path("tls/cert.pem")).expect("it was created");
         let digest: String = Sha256::digest(&certificate).iter().map(|byte| format!("{byte:02x}")).collect();
         let own_pin = format!("sha256:{digest}");
         let home = host.home().display().to_string();
@@ -141,7 +141,7 @@ impl Taken {
         }
         let machine = ["/var/lib/dbus/machine-id", "/etc/machine-id"];
         let machine = machine.iter().find_map(|path| fs::read_to_string(path).ok()).unwrap_or_default();
-        let taken = Taken { host, gateway, desired };
+        let taken = EarlierHome { host, gateway, desired };
         taken.change("instance.json", |instance| instance["machineId"] = json!(machine.trim()));
         taken
     }
@@ -151,12 +151,12 @@ impl Taken {
         KEEPING.into_iter().filter(|file| self.host.home().join("state").join(file).exists()).collect()
     }
 
-    /// Runs the gateway, and waits until the manager, which runs, has taken its desired state and reported again.
+    /// Runs the gateway, and waits until the running manager has accepted its desired state and reported again.
     #[track_caller]
     fn follow_gateway(&mut self) -> Value {
         let kept_generation = self.desired["generation"].as_u64().expect("it is kept");
         self.gateway.run();
-        // A manager that starts tries the gateway at once.
+        // A manager contacts the gateway at once when it starts.
         self.host.control(&["restart"]).expect_code(0);
         let status = self.host.wait_for_status("the gateway's desired state", SOON, |status| {
             status["gateway"]["connected"] == true && status["generation"].as_u64() > Some(kept_generation)
@@ -171,8 +171,8 @@ impl Taken {
         self.host.wait_for_status("a later heartbeat", SOON, |now| last(now) > last(status))
     }
 
-    /// Orders this release of the manager beside what is ordered of the sub-agents.
-    fn order_manager(&self, kept: &Kept, version: &str) {
+    /// Orders this release of the manager in addition to the orders of sub-agents.
+    fn order_manager(&self, kept: &StoredHome, version: &str) {
         let [native, classic] = kept.ordered;
         self.gateway.fleet(&format!(
             "heartbeatInterval = \"1s\"\nmanager.version = {version:?}\n\
@@ -181,7 +181,7 @@ impl Taken {
     }
 
     fn state(&self, file: &str) -> Value {
-        let bytes = fs::read(self.host.home().join("state").join(file)).expect("it is there");
+        let bytes = fs::read(self.host.home().join("state").join(file)).expect("it exists");
         serde_json::from_slice(&bytes).expect("it is JSON")
     }
 
@@ -193,7 +193,7 @@ impl Taken {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("it is ours");
     }
 
-    /// Both sub-agents run at the versions of the kept home; their pids.
+    /// Waits until both sub-agents run at the versions of the stored home; returns their pids.
     #[track_caller]
     fn wait_until_up(&self) -> [u32; 2] {
         let status = self.host.wait_for_status("every sub-agent at its version", SOON, |status| {
@@ -208,7 +208,7 @@ impl Taken {
             let native = &ledger["agents"]["native"];
             (native["active"]["version"] == ACTIVE && native["backup"]["version"] == BACKUP).then_some(())
         });
-        ["native", "classic"].map(|name| pid(&agent(&status, name).expect("it is there")["pid"]).expect("it runs"))
+        ["native", "classic"].map(|name| pid(&agent(&status, name).expect("it exists")["pid"]).expect("it runs"))
     }
 
     fn has_release(&self, version: &str) -> bool {
@@ -220,7 +220,7 @@ fn arch() -> &'static str {
     if cfg!(target_arch = "x86") { "386" } else { "amd64" }
 }
 
-/// Copies a tree with its links; what is `exchanged` is written in the place of what is kept.
+/// Copies a tree with its links; texts in `exchanged` are replaced.
 fn copy(from: &Path, to: &Path, exchanged: &[(&str, &str)]) {
     fs::create_dir_all(to).expect("a temporary directory can be written");
     let entries = fs::read_dir(from).expect("it is kept").map(|entry| entry.expect("it is kept"));
@@ -253,9 +253,9 @@ fn every_kept_home_is_tested() {
 }
 
 #[test]
-fn an_earlier_home_comes_up_without_a_gateway_and_can_be_stopped_and_removed() {
+fn an_earlier_home_starts_without_a_gateway_and_can_be_stopped_and_removed() {
     for kept in [V0, V1] {
-        let (taken, name) = (Taken::over(&kept), kept.name);
+        let (taken, name) = (EarlierHome::over(&kept), kept.name);
         taken.host.control(&["status"]).expect_code(3);
         taken.host.control(&["start"]).expect_code(0);
         taken.wait_until_up();
@@ -276,10 +276,10 @@ fn an_earlier_home_comes_up_without_a_gateway_and_can_be_stopped_and_removed() {
 }
 
 #[test]
-fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
+fn an_earlier_home_follows_its_gateway_and_keeps_its_state() {
     for kept in [V0, V1] {
-        let (mut taken, name) = (Taken::over(&kept), kept.name);
-        // As a later version may have left it before this one was put back.
+        let (mut taken, name) = (EarlierHome::over(&kept), kept.name);
+        // As a later version may have left it before this one was restored.
         let unknown = json!({ "form": 7, "names": ["native"] });
         let keeping = taken.keeping();
         assert!(kept.name == V0.name || keeping == KEEPING, "{name}: {keeping:?}");
@@ -294,24 +294,24 @@ fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
         taken.host.control(&["start"]).expect_code(0);
         let pids = taken.wait_until_up();
 
-        // The gateway wants what it wanted: it is taken over, and nothing is restarted.
+        // The gateway orders what it ordered before: its state is accepted, and nothing is restarted.
         taken.follow_gateway();
         assert_eq!(taken.wait_until_up(), pids, "{name}: a sub-agent was restarted");
         assert_eq!(taken.state("desired.json")["lineage"], taken.desired["lineage"], "{name}");
-        wait_for("the gateway to hear of what happened before", SOON, || {
+        wait_for("the earlier events to be reported to the gateway", SOON, || {
             let status = taken.gateway.status();
             let kept = &events["events"][0]["id"];
             status["hosts"][0]["events"].as_array()?.iter().any(|event| event["id"] == *kept).then_some(())
         });
 
-        // Another release of one of them: what ran is its backup now.
+        // A new release of one of them: the running one becomes its backup.
         taken.gateway.publish(&Package::sleeper("native", "5.0.0"));
         taken.gateway.want(&[("native", "5.0.0", ENV), ("classic", kept.ordered[1], "")]);
         taken.host.wait_for_status("the other release", SOON, |status| {
             agent(status, "native").is_some_and(|agent| agent["version"] == "5.0.0" && agent["state"] == "running")
         });
         let status = taken.host.status();
-        assert_eq!(pid(&agent(&status, "classic").expect("it is there")["pid"]), Some(pids[1]), "{name}");
+        assert_eq!(pid(&agent(&status, "classic").expect("it exists")["pid"]), Some(pids[1]), "{name}");
         assert!(taken.has_release(ACTIVE), "{name}: the backup is gone");
 
         taken.host.control(&["retry", NAME]).expect_success();
@@ -325,7 +325,7 @@ fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
         });
         let lost: Vec<_> = keeping.iter().filter(|file| taken.state(file)["ofALaterVersion"] != unknown).collect();
         assert_eq!(lost, [&""; 0], "{name}: these lost what a later version wrote");
-        // It has gained the public key, and is the same for an older version.
+        // It has gained the public key, and is unchanged for an older version.
         let mut gained = taken.state("pins.json");
         let pinned = gained["pins"].as_object_mut().and_then(|pins| pins.values_mut().next()).expect("it has one");
         let key = pinned.as_object_mut().and_then(|pinned| pinned.remove("key"));
@@ -350,7 +350,7 @@ fn an_earlier_home_follows_its_gateway_and_loses_nothing_of_its_state() {
 
 #[test]
 fn a_skipped_release_and_a_hold_of_a_sub_agent_outlast_a_change_of_version() {
-    let mut taken = Taken::over(&V1);
+    let mut taken = EarlierHome::over(&V1);
     let (ledger, history) = (taken.state("releases.json"), taken.state("history.json"));
     let log = taken.host.home().join("log/agents/native.log");
     let starts = || fs::read_to_string(&log).expect("it is kept").matches("native 3.0.0 runs").count();
@@ -360,7 +360,7 @@ fn a_skipped_release_and_a_hold_of_a_sub_agent_outlast_a_change_of_version() {
     taken.wait_until_up();
     let status = taken.follow_gateway();
     let (native, classic) =
-        (agent(&status, "native").expect("it is there"), agent(&status, "classic").expect("it is there"));
+        (agent(&status, "native").expect("it exists"), agent(&status, "classic").expect("it exists"));
     let kept = &ledger["agents"]["native"]["skipped"][0];
     assert_eq!(kept["version"], "3.0.0");
     assert_eq!(native["skipped"], json!([{ "version": "3.0.0", "reason": kept["reason"] }]), "{status:#}");
@@ -377,14 +377,14 @@ fn a_skipped_release_and_a_hold_of_a_sub_agent_outlast_a_change_of_version() {
     });
 }
 
-/// What is wrong with the manager's release.
+/// The displayed problem of the manager's release.
 fn problem(status: &Value) -> Option<&str> {
     status["problems"].as_array()?.iter().filter_map(Value::as_str).find(|problem| problem.starts_with(NAME))
 }
 
 #[test]
 fn a_skipped_release_and_a_hold_of_the_manager_outlast_a_change_of_version() {
-    let mut taken = Taken::over(&V1);
+    let mut taken = EarlierHome::over(&V1);
     let (record, history) = (taken.state("upgrade.json"), taken.state("history.json"));
     assert_eq!((&record["overruled"]["version"], &record["skipped"][0]["version"]), (&json!("4.0.0"), &json!("3.0.0")));
     taken.order_manager(&V1, "4.0.0");
@@ -395,7 +395,7 @@ fn a_skipped_release_and_a_hold_of_the_manager_outlast_a_change_of_version() {
     assert_eq!((&status["version"], &status["heldByOperator"]), (&json!("1.0.0"), &json!(true)), "{status:#}");
     assert_eq!((&status["upgrade"], problem(&status)), (&Value::Null, None), "{status:#}");
 
-    // Another order ends the hold; that release failed before.
+    // A new order ends the hold; that release failed before.
     taken.order_manager(&V1, "3.0.0");
     let reason = record["skipped"][0]["reason"].as_str().expect("it is kept");
     let status = taken.host.wait_for_status("the order to be refused", SOON, |status| problem(status).is_some());
@@ -406,7 +406,7 @@ fn a_skipped_release_and_a_hold_of_the_manager_outlast_a_change_of_version() {
     assert_eq!(taken.state("upgrade.json")["previous"], record["previous"]);
     assert_eq!(taken.state("history.json"), history);
 
-    // The release before the current one can still be returned to.
+    // The operator can still roll back to the previous release.
     taken.host.control(&["rollback"]).expect_success();
     wait_for_release(&taken.host, "2.0.0");
     assert_eq!(taken.wait_until_up(), pids);

@@ -1,5 +1,5 @@
-//! Upgrades of sub-agents: committed when the new release has proven itself, rolled back by themselves when it has not, and never a reason
-//! for anything else on the host to be touched.
+//! Upgrades of sub-agents: committed when the new release has proven itself, rolled back automatically otherwise, and without an effect on
+//! other sub-agents.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::support::host::{SOON, TestHost, agent, pid};
 use crate::support::package::Package;
 use crate::support::wait::{try_for, wait_for};
 
-/// A whole roll back: three tries, a grace period, and the start of the release before.
+/// A complete roll back: three attempts, a grace period, and the start of the previous release.
 const ROLLED_BACK: Duration = Duration::from_secs(90);
 
 #[track_caller]
@@ -34,7 +34,7 @@ fn outcomes(host: &TestHost, name: &str) -> Vec<String> {
     own.map(|changed| format!("{} {}", changed["kind"], changed["outcome"]).replace('"', "")).collect()
 }
 
-/// A gateway and a host on which release 1.0 of `one` runs, and a bystander. `next`: further releases that can be ordered.
+/// A gateway, and a host that runs release 1.0 of `one` and a second sub-agent. `next`: further releases that can be ordered.
 fn host_with(next: &[&Package]) -> (Gateway, TestHost) {
     let (first, bystander) = (Package::sleeper("one", "1.0"), Package::sleeper("bystander", "1.0"));
     let packages: Vec<&Package> = [&first, &bystander].into_iter().chain(next.iter().copied()).collect();
@@ -49,13 +49,13 @@ fn order(gateway: &Gateway, version: &str, more: &str) {
     gateway.want(&[("one", version, more), ("bystander", "1.0", "")]);
 }
 
-/// What `status` says of the release of `one` that is skipped.
+/// The version of the skipped release of `one` in `status`.
 fn skipped(status: &Value) -> Option<&str> {
     let skipped = agent(status, "one")?["skipped"].as_array()?.first()?;
     skipped["version"].as_str()
 }
 
-/// Orders a release that is bad, and waits until it is rolled back; nothing else may have been touched.
+/// Orders a bad release, and waits until it is rolled back; nothing else may have changed.
 #[track_caller]
 fn is_rolled_back(bad: &Package) -> (Gateway, TestHost) {
     let (gateway, host) = host_with(&[bad]);
@@ -68,11 +68,11 @@ fn is_rolled_back(bad: &Package) -> (Gateway, TestHost) {
     });
     assert_eq!(status["state"], "degraded", "a skipped release is a problem: {status:#}");
     assert!(status["problems"].to_string().contains("one 2.0 failed and is skipped"), "{status:#}");
-    let one = agent(&status, "one").expect("it is there");
+    let one = agent(&status, "one").expect("it exists");
     assert!(one["lastError"].as_str().is_some_and(|error| error.contains("2.0 is skipped")), "{one:#}");
     assert_eq!((host.wait_for_agent("bystander"), host.role_pid("spm")), (bystander, manager));
     assert_eq!(outcomes(&host, "one"), ["upgrade failed", "skip ok", "rollback ok"]);
-    wait_for("the gateway to hear of it", SOON, || {
+    wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status().to_string();
         ["\"upgrade\"", "\"skip\"", "\"rollback\""].iter().all(|kind| status.contains(kind)).then_some(())
     });
@@ -112,7 +112,7 @@ fn a_release_that_runs_and_is_unhealthy_is_rolled_back() {
 }
 
 #[test]
-fn a_release_that_puts_itself_into_the_background_is_rolled_back_and_leaves_nothing() {
+fn a_release_that_daemonizes_is_rolled_back_and_leaves_nothing() {
     is_rolled_back(&Package::script("one", "2.0", "setsid sleep 1000000 & exit 0", ""));
 }
 
@@ -134,14 +134,14 @@ fn a_release_that_fills_its_log_and_dies_is_rolled_back() {
 }
 
 #[test]
-fn a_release_driven_by_a_script_that_says_that_it_is_stopped_is_rolled_back() {
+fn a_release_whose_control_script_reports_stopped_is_rolled_back() {
     is_rolled_back(&Package::control("one", "2.0", "exit 1"));
 }
 
 #[test]
 fn a_release_that_is_slow_to_become_healthy_keeps_its_start_period() {
     let health = "[health]\nexec = [\"bin/check\"]\ninterval = 2\nfailures = 2\nstartPeriod = \"30s\"";
-    // It is well 25 seconds after it was started.
+    // It is healthy 25 seconds after its start.
     let script = "rm -f ready; (sleep 25; : > ready) & exec sleep 1000000";
     let slow =
         Package::script("one", "2.0", script, health).with_file("bin/check", "#!/bin/sh\ntest -e ready\n", 0o755);
@@ -150,7 +150,7 @@ fn a_release_that_is_slow_to_become_healthy_keeps_its_start_period() {
     let status = host.wait_for_status("its probation", SOON, |status| {
         agent(status, "one").is_some_and(|agent| agent["upgrade"]["phase"] == "probation" && agent["pid"].is_u64())
     });
-    let one = agent(&status, "one").expect("it is there");
+    let one = agent(&status, "one").expect("it exists");
     assert_eq!((&one["state"], &one["version"]), (&"updating".into(), &"2.0".into()));
     let upgrade = &one["upgrade"];
     assert_eq!((&upgrade["from"], &upgrade["to"], &upgrade["triesLeft"]), (&"1.0".into(), &"2.0".into(), &3.into()));
@@ -165,14 +165,14 @@ fn a_release_that_is_slow_to_become_healthy_keeps_its_start_period() {
 }
 
 #[test]
-fn a_manager_killed_in_the_middle_of_a_probation_takes_a_bad_release_for_nothing_better() {
+fn a_bad_release_is_not_committed_by_a_manager_restart_during_its_probation() {
     let bad = Package::script("one", "2.0", "sleep 4; exit 1", "probation = \"20s\"");
     let (gateway, host) = host_with(&[&bad]);
     order(&gateway, "2.0", "");
     host.wait_for_status("its probation", SOON, |status| {
         agent(status, "one").is_some_and(|agent| agent["upgrade"]["phase"] == "probation" && agent["pid"].is_u64())
     });
-    // Both roles at once; the gateway is gone, too, so that nobody orders anything anew.
+    // Both roles are killed; the gateway does not run either, so no new order arrives.
     host.crash();
     assert_eq!(ledger_version(&host, "active"), Some("1.0".to_owned()), "what is on probation is not active");
     assert_eq!(ledger_version(&host, "probation"), Some("2.0".to_owned()));
@@ -188,8 +188,8 @@ fn ledger_version(host: &TestHost, place: &str) -> Option<String> {
 }
 
 #[test]
-fn a_skipped_release_is_tried_again_by_an_operator_and_by_a_higher_retry() {
-    // It fails until somebody has corrected the host.
+fn a_skipped_release_is_retried_by_an_operator_or_a_higher_retry_number() {
+    // It fails until the host is corrected.
     let fickle = |host: &TestHost| host.beside("corrected");
     let (first, bystander) = (Package::sleeper("one", "1.0"), Package::sleeper("bystander", "1.0"));
     let host = TestHost::new();
@@ -218,7 +218,7 @@ fn a_skipped_release_is_tried_again_by_an_operator_and_by_a_higher_retry() {
 }
 
 #[test]
-fn an_operator_returns_to_the_release_before_until_another_one_is_ordered() {
+fn an_operators_rollback_holds_until_another_release_is_ordered() {
     let packages = ["2.0", "3.0"].map(|version| Package::sleeper("one", version));
     let (gateway, host) = host_with(&packages.each_ref());
     let refused = host.control(&["rollback", "one"]).expect_code(1);
@@ -227,9 +227,9 @@ fn an_operator_returns_to_the_release_before_until_another_one_is_ordered() {
     wait_for_release(&host, "one", "2.0", SOON);
     host.control(&["rollback", "one"]).expect_success();
     let status = wait_for_release(&host, "one", "1.0", SOON);
-    let one = agent(&status, "one").expect("it is there");
+    let one = agent(&status, "one").expect("it exists");
     assert_eq!((&one["heldByOperator"], skipped(&status)), (&true.into(), None));
-    // Another desired state that orders the same of it changes nothing, nor does another manager.
+    // Another desired state with the same order changes nothing, nor does a new manager.
     gateway.want(&[("one", "2.0", ""), ("bystander", "1.0", "cmd = \"stop\"")]);
     host.wait_for_status("the bystander to be stopped", SOON, |status| {
         agent(status, "bystander").is_some_and(|agent| agent["state"] == "stopped")
@@ -240,12 +240,12 @@ fn an_operator_returns_to_the_release_before_until_another_one_is_ordered() {
     wait_for_release(&host, "one", "1.0", SOON);
     gateway.want(&[("one", "3.0", ""), ("bystander", "1.0", "cmd = \"stop\"")]);
     let status = wait_for_release(&host, "one", "3.0", SOON);
-    assert_eq!(agent(&status, "one").expect("it is there")["heldByOperator"], Value::Null);
+    assert_eq!(agent(&status, "one").expect("it exists")["heldByOperator"], Value::Null);
 }
 
-/// `AOPS_UPGRADE_SEED` says at which moments; it is printed, and told by a failure.
+/// `AOPS_UPGRADE_SEED` selects the moments; it is printed at the start and with a failure.
 #[test]
-fn whoever_is_killed_while_a_sub_agent_is_upgraded_it_comes_to_its_end() {
+fn an_upgrade_completes_when_roles_are_killed_at_any_moment() {
     const POINTS: usize = 40;
     let seed = std::env::var("AOPS_UPGRADE_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
@@ -293,9 +293,9 @@ fn whoever_is_killed_while_a_sub_agent_is_upgraded_it_comes_to_its_end() {
 }
 
 #[test]
-fn of_a_large_batch_few_are_down_at_the_same_time() {
+fn a_large_batch_of_upgrades_has_few_sub_agents_down_at_the_same_time() {
     const AGENTS: usize = 30;
-    /// As the manager limits it.
+    /// The manager's limit.
     const AT_ONCE: i64 = 5;
     let host = TestHost::new();
     let log = host.beside("times");

@@ -1,5 +1,5 @@
-//! Upgrades of sub-agents on hosts in trouble: a release that fails is rolled back although the home takes no byte, no file, or nothing at
-//! all any more; and under systemd, whatever becomes of the roles meanwhile.
+//! Upgrades of sub-agents on hosts in trouble: a failed release is rolled back although the home has no free space, no free inode, or is
+//! read-only; and under systemd, even if roles die.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use crate::support::host::{agent, pid};
 use crate::support::inside::{self, Inside, VERBATIM, done, wait_for_agents};
 use crate::support::package::Package;
 
-/// Three tries of six seconds each with growing pauses, and what a busy machine adds.
+/// Three attempts of six seconds each with growing delays, and the delays of a busy machine.
 const ROLLED_BACK: Duration = Duration::from_secs(120);
 
-/// Lives long enough for the host to get into trouble, and then dies each time.
+/// Runs long enough for the fault to be set up, and then exits each time.
 fn bad() -> Package {
     Package::script("native", "2.0.0", "sleep 6; exit 1", "probation = \"60s\"")
 }
@@ -32,7 +32,7 @@ fn is_rolled_back(status: &Value) -> bool {
     })
 }
 
-/// A host that has begun to try the bad release, and the pid of the other sub-agent.
+/// A host that has started the bad release, and the pid of the other sub-agent.
 fn begun(container: &Container) -> (Inside<'_>, u32) {
     let gateway = Inside::start(container, fleet_of_two());
     container.run(&["sh", "-c", VERBATIM]).expect_code(0);
@@ -43,8 +43,8 @@ fn begun(container: &Container) -> (Inside<'_>, u32) {
     (gateway, other)
 }
 
-/// Each way in which a home can take no more, and what ends that.
-const TROUBLES: [(&str, &str, &str); 3] = [
+/// The ways in which a home becomes unwritable, and the command that makes it writable again.
+const FAULTS: [(&str, &str, &str); 3] = [
     ("no byte is left", "cat /dev/zero >/opt/aops/log/filler 2>/dev/null || true", "rm /opt/aops/log/filler"),
     (
         "no inode is left",
@@ -54,20 +54,20 @@ const TROUBLES: [(&str, &str, &str); 3] = [
     (
         "it is read-only",
         "mount --bind /opt/aops /opt/aops && mount -o remount,bind,ro /opt/aops",
-        // What was started meanwhile works in it, so that it cannot be unmounted.
+        // Processes started meanwhile have it as working directory, so it cannot be unmounted.
         "mount -o remount,bind,rw /opt/aops",
     ),
 ];
 
 #[test]
-fn a_release_that_fails_is_rolled_back_though_the_home_takes_nothing_more() {
-    for (trouble, begin, end) in TROUBLES {
+fn a_failed_release_is_rolled_back_on_a_full_or_read_only_home() {
+    for (trouble, begin, end) in FAULTS {
         let container = Container::bare();
         done(&container, "mkdir /opt/aops && mount -t tmpfs -o size=160m,nr_inodes=600 tmpfs /opt/aops");
         let (_gateway, other) = begun(&container);
         done(&container, begin);
         inside::wait_within(&container, ROLLED_BACK, &format!("the roll back where {trouble}"), is_rolled_back);
-        // Nothing of it is on disk. Both roles are killed, and the release may be tried once more, but it is never the active one.
+        // Nothing of it is on disk. Both roles are killed, and the release may be retried once, but it is never active.
         let status = inside::status(&container);
         done(&container, &format!("kill -9 {} {}", status["spm"]["pid"], status["spa"]["pid"]));
         done(&container, end);
@@ -78,7 +78,7 @@ fn a_release_that_fails_is_rolled_back_though_the_home_takes_nothing_more() {
 }
 
 #[test]
-fn on_a_read_only_home_sub_agents_and_roles_are_started_again() {
+fn on_a_read_only_home_sub_agents_and_roles_are_restarted() {
     let container = Container::bare();
     done(&container, "mkdir /opt/aops && mount -t tmpfs tmpfs /opt/aops");
     let _gateway = Inside::start(&container, fleet_of_two());
@@ -86,7 +86,7 @@ fn on_a_read_only_home_sub_agents_and_roles_are_started_again() {
     let [first, other] = wait_for_agents(&container, &["native", "script"])[..] else { panic!("there are two") };
     let restarted = |before: u32, loses_output: bool| {
         done(&container, &format!("kill -9 {before}"));
-        let status = inside::wait_for_status(&container, "the sub-agent to be started again", |status| {
+        let status = inside::wait_for_status(&container, "the sub-agent to be restarted", |status| {
             agent(status, "native").is_some_and(|agent| agent["pid"].is_u64() && pid(&agent["pid"]) != Some(before))
         });
         let problems = status["problems"].to_string();
@@ -107,7 +107,7 @@ fn on_a_read_only_home_sub_agents_and_roles_are_started_again() {
 }
 
 #[test]
-fn under_systemd_a_release_that_fails_is_rolled_back_whatever_becomes_of_the_roles() {
+fn under_systemd_a_failed_release_is_rolled_back_even_if_roles_die() {
     let container = Container::systemd();
     let (_gateway, other) = begun(&container);
     for blow in ["systemctl restart aops-spm", "systemctl kill -s KILL aops-spm aops-spa"] {

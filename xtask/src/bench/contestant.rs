@@ -1,4 +1,4 @@
-//! One supervisor that is measured, with N sleeping programs under it: aops, the floor, or a rival that is installed.
+//! One measured supervisor with N sleeping programs: aops, the floor (a minimal supervisor in C), or an installed rival.
 
 use std::collections::HashSet;
 use std::fs;
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::door::Door;
+use super::control_socket::ControlSocket;
 use super::probe::{self, Memory};
 use super::reports::{Moment, Reports, Start};
 use crate::command::read;
@@ -20,20 +20,20 @@ use crate::package::Package;
 use crate::processes;
 use crate::wait::try_for;
 
-/// For a program to come back: one rival takes half a minute.
+/// The deadline for a restart: one rival takes half a minute.
 pub(super) const PATIENCE: Duration = Duration::from_secs(90);
-/// Some supervisors wait before they restart what ran for less than a second.
+/// Some supervisors delay the restart of a program that ran for less than a second.
 const SETTLED_MILLISECONDS: f64 = 1_200.0;
 
-/// Looks at the memory of all of a supervisor's processes.
-const LOOKS: u32 = 5;
+/// The number of memory samples of a supervisor's processes.
+const SAMPLES: u32 = 5;
 
-/// What the contestants keep running, and what they are compared with.
+/// The executables that the contestants run.
 #[derive(Debug, Clone)]
 pub(super) struct Programs {
     pub(super) sleeper: PathBuf,
     pub(super) floor: PathBuf,
-    /// The executable as on a host.
+    /// The executable as installed on a host.
     pub(super) agent: PathBuf,
     pub(super) gateway: PathBuf,
 }
@@ -45,18 +45,18 @@ enum Kind {
 
 pub(super) struct Contestant {
     pub(super) name: &'static str,
-    /// Neither aops nor the floor: what it fails at does not fail the measurement.
+    /// Neither aops nor the floor: its failure does not fail the measurement.
     is_rival: bool,
-    /// Of its programs.
+    /// The names of its programs.
     pub(super) names: Vec<String>,
     pub(super) reports: Reports,
     kind: Kind,
-    /// Those whose next death is not the first since they were started on purpose.
+    /// Programs that have died since they were last started on purpose: their next restart may be delayed.
     used: HashSet<String>,
 }
 
 impl Contestant {
-    /// aops from its packages, without a service manager, with heartbeats every second.
+    /// aops installed from packages, without a service manager, with a heartbeat every second.
     pub(super) fn aops(programs: &Programs, count: usize) -> Result<Contestant> {
         let mut fleet = Fleet::new(&programs.gateway)?;
         let socket = fleet.path("reports");
@@ -84,7 +84,7 @@ impl Contestant {
         Ok(contestant)
     }
 
-    /// One that is a command; `prepare` writes what it needs into a directory of its own and says how to run it.
+    /// A supervisor that is a single command; `prepare` writes its files into a directory of its own and returns the command.
     pub(super) fn other(
         name: &'static str,
         names: Vec<String>,
@@ -115,7 +115,7 @@ impl Contestant {
         bail!("{} does not start its {} programs: {said}", self.name, self.names.len())
     }
 
-    /// The processes that supervise: everything that is there beside the programs.
+    /// The pids of the supervisor itself: all of its processes except the programs.
     pub(super) fn supervisors(&self) -> Result<Vec<u32>> {
         match &self.kind {
             Kind::Aops(_) => Ok(vec![self.role("spm")?, self.role("spa")?]),
@@ -127,10 +127,10 @@ impl Contestant {
         }
     }
 
-    /// What all of them hold. A rival's helper may end while it is looked at: then all are looked at again.
+    /// The memory of all its processes. A rival's helper process may exit during a sample: then all are sampled again.
     pub(super) fn memory(&self) -> Result<Memory> {
         let mut memory = Memory::of(&self.supervisors()?);
-        for _ in 1..LOOKS {
+        for _ in 1..SAMPLES {
             if memory.is_ok() {
                 break;
             }
@@ -139,11 +139,11 @@ impl Contestant {
         memory.with_context(|| format!("cannot measure {}", self.name))
     }
 
-    /// The pid of one of aops' roles, by its record.
+    /// The pid of one of aops' roles, from its record.
     pub(super) fn role(&self, role: &str) -> Result<u32> {
         let record = self.home()?.join("run").join(format!("{role}.json"));
         let read = || pid(&serde_json::from_slice::<Value>(&fs::read(&record).ok()?).ok()?["pid"]);
-        read().with_context(|| format!("cannot tell the pid of {role} from {}", record.display()))
+        read().with_context(|| format!("cannot read the pid of {role} from {}", record.display()))
     }
 
     pub(super) fn home(&self) -> Result<PathBuf> {
@@ -153,7 +153,7 @@ impl Contestant {
         }
     }
 
-    /// Makes the heartbeats so rare that none comes while something is measured; waits until it is so.
+    /// Makes heartbeats so rare that none is sent during a measurement; waits until the setting is applied.
     pub(super) fn silence_heartbeats(&self) -> Result<()> {
         let Kind::Aops(fleet) = &self.kind else { return Ok(()) };
         fleet.write_fleet(&desired(&self.names, "1h"))?;
@@ -161,27 +161,27 @@ impl Contestant {
         let mut since = Moment::now();
         let quiet = try_for(SOON, || {
             let seen =
-                Door::open(&fleet.home()).and_then(|mut door| door.status()).ok()?["gateway"]["lastHeartbeat"].take();
+                ControlSocket::open(&fleet.home()).and_then(|mut socket| socket.status()).ok()?["gateway"]["lastHeartbeat"].take();
             if seen != last {
                 (last, since) = (seen, Moment::now());
             }
             (Moment::now().since(since) > 3_000.0).then_some(())
         });
-        quiet.context("the heartbeats do not become rare")
+        quiet.context("the longer heartbeat interval is not applied")
     }
 
     pub(super) fn wait_until_all_run(&self) -> Result<()> {
         let home = self.home()?;
         let run = || {
-            let status = Door::open(&home).and_then(|mut door| door.status()).ok()?;
+            let status = ControlSocket::open(&home).and_then(|mut socket| socket.status()).ok()?;
             let agents = status["agents"].as_array()?;
             let all = agents.len() == self.names.len() && agents.iter().all(|agent| agent["state"] == "running");
             all.then_some(())
         };
-        try_for(PATIENCE, run).context("not all sub-agents come up")
+        try_for(PATIENCE, run).context("not all sub-agents are running")
     }
 
-    /// Waits until each of these programs has run for a while, and its next death is a first one.
+    /// Waits until each of these programs has run for a while, so that a restart after its next death is not delayed.
     pub(super) fn settle(&mut self, names: &[String]) -> Result<()> {
         if matches!(self.kind, Kind::Aops(_)) {
             let worn: Vec<_> = names.iter().filter(|name| self.used.contains(*name)).cloned().collect();
@@ -197,15 +197,15 @@ impl Contestant {
         Ok(())
     }
 
-    /// Asks aops to restart these: from then on their next deaths are first ones again.
+    /// Restarts these programs through aops: a restart after their next death is then not delayed.
     pub(super) fn restart(&mut self, names: &[String]) -> Result<()> {
         if names.is_empty() {
             return Ok(());
         }
         let old: Vec<_> = names.iter().map(|name| self.reports.of(name).map_or(0, |start| start.pid)).collect();
-        let mut door = Door::open(&self.home()?)?;
+        let mut socket = ControlSocket::open(&self.home()?)?;
         for name in names {
-            door.restart(name)?;
+            socket.restart(name)?;
         }
         for (name, old) in names.iter().zip(old) {
             self.successor(name, old)?;
@@ -214,12 +214,12 @@ impl Contestant {
         Ok(())
     }
 
-    /// A start of that program which nothing that happened before delays.
-    pub(super) fn start_anew(&mut self, name: &String) -> Result<Start> {
+    /// Starts the program without a delay from earlier deaths.
+    pub(super) fn start_without_delay(&mut self, name: &String) -> Result<Start> {
         match self.kind {
             Kind::Aops(_) => {
                 self.restart(std::slice::from_ref(name))?;
-                self.reports.of(name).context("it was waited for")
+                self.reports.of(name).context("no report of the program")
             }
             Kind::Other { .. } => {
                 self.settle(std::slice::from_ref(name))?;
@@ -229,7 +229,7 @@ impl Contestant {
         }
     }
 
-    /// Kills a program; its pid, and when.
+    /// Kills a program; returns its pid and the time.
     pub(super) fn kill(&mut self, name: &str) -> Result<(u32, Moment)> {
         let start = self.reports.of(name).with_context(|| format!("{} does not run {name}", self.name))?;
         self.used.insert(name.to_owned());
@@ -238,18 +238,18 @@ impl Contestant {
         Ok((start.pid, now))
     }
 
-    /// How long a program was down, in milliseconds; for ever where a rival does not start it again.
+    /// The time that a program was down, in milliseconds; infinite if a rival does not restart it.
     pub(super) fn down_time(&self, name: &str, old: u32, killed: Moment) -> Result<f64> {
         match (self.reports.successor(name, old, PATIENCE), self.is_rival) {
             (Some(start), _) => Ok(start.at.since(killed)),
             (None, true) => Ok(f64::INFINITY),
-            (None, false) => bail!("{} does not start {name} again within {PATIENCE:?}", self.name),
+            (None, false) => bail!("{} does not restart {name} within {PATIENCE:?}", self.name),
         }
     }
 
     pub(super) fn successor(&self, name: &str, old: u32) -> Result<Start> {
         let start = self.reports.successor(name, old, PATIENCE);
-        start.with_context(|| format!("{} does not start {name} again within {PATIENCE:?}", self.name))
+        start.with_context(|| format!("{} does not restart {name} within {PATIENCE:?}", self.name))
     }
 }
 
@@ -263,29 +263,29 @@ impl Drop for Contestant {
     }
 }
 
-/// Where a rival is set up, and what it shall run: `sleeper SOCKET NAME` each.
+/// Where a rival is set up, and the socket that its programs report to (`sleeper SOCKET NAME` each).
 pub(super) struct Setting<'a> {
     pub(super) directory: &'a Path,
     pub(super) socket: &'a Path,
     pub(super) names: &'a [String],
 }
 
-/// A `fleet.toml` that wants these programs.
+/// A `fleet.toml` with these programs.
 pub(super) fn desired(names: &[String], interval: &str) -> String {
     let listed: String = names.iter().map(|name| format!("[agents.{name}]\nversion = \"1\"\n")).collect();
     format!("heartbeatInterval = {interval:?}\n{listed}")
 }
 
-/// Lets time pass that is part of what is measured.
+/// Waits for a time that is part of the measurement.
 pub(super) fn pass(duration: Duration) {
     try_for(duration, || None::<()>);
 }
 
-/// Compiles a C program of this task, static as the agent is.
+/// Compiles a C program of this task, static like the agent.
 pub(super) fn compile(source: &Path, to: &Path) -> Result<()> {
     let mut command = Command::new("musl-gcc");
     command.args(["-O2", "-static", "-s", "-Wall", "-Wextra", "-Werror", "-o"]).arg(to).arg(source);
     read(&mut command).map(drop)?;
-    ensure!(to.is_file(), "{} was not compiled", source.display());
+    ensure!(to.is_file(), "the compiler did not create {}", source.display());
     Ok(())
 }

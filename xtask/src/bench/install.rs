@@ -1,14 +1,15 @@
-//! `cargo xtask bench install`: what it costs a host to take in a package, beside what a shell script would do with it.
+//! `cargo xtask bench install`: the cost of installing a package on a host, compared with a shell pipeline.
 //!
 //! ```text
-//! aops      the manager, on its own way: download over TLS, SHA-256 and signature, unpack, sync, move into place, `.complete`
+//! aops      the manager: download over TLS, SHA-256 and signature, unpack, sync, move into place, `.complete`
 //! pipeline  curl over TLS | zstd -d | tar -x, and b2sum of the package
 //! ```
 //!
-//! Both take the same packages from the same gateway, in turns, and nothing is removed before the end: ext4 looks through what was removed
-//! within the last minute for each file that is made, which costs whoever comes second more than all the rest. CPU time is user and system together, of the manager's process and of the
-//! pipeline's children. The manager's also holds its heartbeats meanwhile; the pipeline neither syncs nor verifies a signature.
-#![allow(clippy::print_stdout, reason = "the figures are its result")]
+//! Both install the same packages from the same gateway in turn, and nothing is removed before the end: ext4 searches the inodes freed
+//! within the last minute for each new file, which would slow down the second one more than anything else. CPU time is user and system
+//! together, of the manager's process and of the pipeline's children. The manager's includes its heartbeats; the pipeline neither syncs nor
+//! verifies a signature.
+#![allow(clippy::print_stdout, reason = "the figures are its output")]
 
 use std::fs;
 use std::io::Read;
@@ -20,46 +21,46 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::heading;
 use super::statistics::Samples;
-use crate::command::{is_there, read, say};
+use crate::command::{is_installed, read, say};
 use crate::dist::{self, Target};
 use crate::fleet::{Fleet, SOON, pid, quietly};
 use crate::package::Package;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// How often each of the two takes in each of the packages
+    /// How many times each of the two installs each package
     #[arg(long, value_name = "N", default_value_t = 7)]
     rounds: u32,
-    /// Measure this executable, instead of building what is put on hosts
+    /// Measure this executable instead of building the one for hosts
     #[arg(long, value_name = "FILE")]
     executable: Option<PathBuf>,
 }
 
-/// Of the machine's own programs and libraries.
+/// The size of the package of this machine's programs and libraries.
 const BINARIES_BYTES: u64 = 120_000_000;
 const SMALL_FILES: usize = 20_000;
 /// In the tree of small files.
 const FILES_PER_DIRECTORY: usize = 50;
 
-/// What aops may cost, in that of the pipeline.
+/// The CPU limit of aops, as a factor of the pipeline's CPU time.
 const CPU_TARGET: f64 = 1.15;
 const MEMORY_TARGET_KIB: u64 = 12 << 10;
 
-/// For a package to be fetched and unpacked, or published by a gateway that is built for debugging.
+/// The deadline for a package to be fetched and unpacked, or published by a debug build of the gateway.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// One package, published once for every round under a name of its own.
+/// One package, published for every round under a different name.
 struct Load {
     name: &'static str,
     title: String,
     archive: PathBuf,
     aops: Figures,
     pipeline: Figures,
-    /// KiB.
+    /// Peak resident memory in KiB.
     peak: Vec<u64>,
 }
 
-/// In milliseconds.
+/// Milliseconds.
 #[derive(Default)]
 struct Figures {
     cpu: Samples,
@@ -68,7 +69,10 @@ struct Figures {
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     for (program, package) in [("curl", "curl"), ("zstd", "zstd"), ("tar", "tar"), ("b2sum", "coreutils")] {
-        ensure!(is_there(program), "there is no {program} to measure: apt-get install {package}");
+        ensure!(
+            is_installed(program),
+            "cannot measure the pipeline: {program} not found; run: apt-get install {package}"
+        );
     }
     let agent = match &arguments.executable {
         Some(executable) => executable.clone(),
@@ -77,7 +81,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let mut fleet = Fleet::new(&dist::gateway()?)?;
     let measured = measure(&mut fleet, &agent, arguments.rounds);
     if measured.is_err() {
-        println!("What was logged:\n{}", fleet.logs());
+        println!("Logs:\n{}", fleet.logs());
     }
     let (loads, [before, after]) = measured?;
     println!("\n{}\n", heading("cargo xtask bench install")?);
@@ -93,9 +97,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         println!("  target: at most {CPU_TARGET} times the CPU time: {verdict}");
         let peak = load.peak.iter().copied().max().unwrap_or_default();
         let verdict = if peak <= MEMORY_TARGET_KIB { "met" } else { "MISSED" };
-        println!("  manager's peak of resident memory: {peak} KiB; target: at most {MEMORY_TARGET_KIB} KiB: {verdict}");
+        println!("  manager's peak resident memory: {peak} KiB; target: at most {MEMORY_TARGET_KIB} KiB: {verdict}");
     }
-    println!("manager's resident memory before all of it {before} KiB, afterwards {after} KiB");
+    println!("manager's resident memory: {before} KiB before the first package, {after} KiB after the last");
     Ok(())
 }
 
@@ -123,7 +127,7 @@ fn measure(fleet: &mut Fleet, agent: &Path, rounds: u32) -> Result<(Vec<Load>, [
     fleet.start_gateway()?;
     quietly(&mut fleet.install(agent))?;
     let status = fleet.wait_for("the host to report", |status| status["gateway"]["connected"] == true)?;
-    let manager = pid(&status["spm"]["pid"]).context("the status names no manager")?;
+    let manager = pid(&status["spm"]["pid"]).context("the status has no pid of the manager")?;
     let before = memory(manager, "VmRSS:")?;
     let mut wanted = "heartbeatInterval = \"1s\"\n".to_owned();
     for round in 1..=rounds {
@@ -136,17 +140,17 @@ fn measure(fleet: &mut Fleet, agent: &Path, rounds: u32) -> Result<(Vec<Load>, [
         }
     }
     let status = fleet.status()?;
-    ensure!(pid(&status["spm"]["pid"]) == Some(manager), "the manager was replaced in between");
+    ensure!(pid(&status["spm"]["pid"]) == Some(manager), "the manager was restarted during the measurement");
     Ok((loads, [before, memory(manager, "VmRSS:")?]))
 }
 
-/// Packs it once, and publishes the very same archive for each round.
+/// Packs the package once, and publishes the same archive for each round.
 fn publish(fleet: &Fleet, name: &'static str, title: String, package: &Package, rounds: u32) -> Result<Load> {
     say(&format!("packing {title}"));
     quietly(fleet.gateway("publish").args(package.arguments()))?;
     let arch = if cfg!(target_arch = "x86") { "386" } else { "amd64" };
     let archive = fleet.depot().join(format!("depot/{name}-r0_linux_{arch}.tar.zst"));
-    ensure!(archive.is_file(), "{} was not published", archive.display());
+    ensure!(archive.is_file(), "the gateway did not create {}", archive.display());
     for round in 1..=rounds {
         let copy = fleet.path(&format!("{name}.tar.zst"));
         fs::copy(&archive, &copy)?;
@@ -184,25 +188,25 @@ fn pipeline(fleet: &Fleet, load: &mut Load, round: u32) -> Result<()> {
     Ok(())
 }
 
-/// The manager, from when it begins with the package until it is in place.
+/// The manager, from the first byte of the package until it is installed.
 fn aops(fleet: &Fleet, load: &mut Load, name: &str, manager: u32, wanted: &str) -> Result<()> {
     rustix::fs::sync();
     at_rest(manager)?;
-    fs::write(format!("/proc/{manager}/clear_refs"), "5").context("cannot reset the peak of memory")?;
+    fs::write(format!("/proc/{manager}/clear_refs"), "5").context("cannot reset the memory peak")?;
     fleet.write_fleet(wanted)?;
     let home = fleet.home();
     let is_empty = |name: &str| fs::read_dir(home.join(name)).is_ok_and(|mut entries| entries.next().is_none());
     let asked = Instant::now();
     let mut spent = spent_by(manager)?;
     while is_empty("staging") && is_empty("cache") {
-        ensure!(asked.elapsed() < SOON, "the host does not begin with {name}");
+        ensure!(asked.elapsed() < SOON, "the host does not start to install {name}");
         spent = spent_by(manager)?;
         std::thread::park_timeout(Duration::from_millis(1));
     }
     let started = Instant::now();
     let complete = home.join(format!("agents/{name}/r0/.complete"));
     while !complete.exists() {
-        ensure!(started.elapsed() < PATIENCE, "{name} does not arrive");
+        ensure!(started.elapsed() < PATIENCE, "{name} is not installed within {PATIENCE:?}");
         std::thread::park_timeout(Duration::from_millis(1));
     }
     let wall = milliseconds(started);
@@ -213,7 +217,7 @@ fn aops(fleet: &Fleet, load: &mut Load, name: &str, manager: u32, wanted: &str) 
     Ok(())
 }
 
-/// Waits until the manager has done nothing but its heartbeats for a while.
+/// Waits until the manager has used CPU only for heartbeats for a while.
 fn at_rest(manager: u32) -> Result<()> {
     const STILL: Duration = Duration::from_millis(1500);
     const HEARTBEATS: f64 = 20.0;
@@ -224,35 +228,35 @@ fn at_rest(manager: u32) -> Result<()> {
         if spent_by(manager)? - before <= HEARTBEATS {
             return Ok(());
         }
-        ensure!(asked.elapsed() < SOON, "the manager does not come to rest");
+        ensure!(asked.elapsed() < SOON, "the manager does not become idle");
     }
 }
 
-/// User and system time, in milliseconds, of a process with all threads that it ever had.
+/// User and system time of a process in milliseconds, including its ended threads.
 fn spent_by(pid: u32) -> Result<f64> {
     ticks(&format!("/proc/{pid}/stat"), [11, 12])
 }
 
-/// The same of all children that we waited for.
+/// The same of all child processes that were waited for.
 fn spent_by_children() -> Result<f64> {
     ticks("/proc/self/stat", [13, 14])
 }
 
-/// The sum of two fields of a `stat` (proc(5)), counted from behind the name.
+/// The sum of two fields of a `stat` file (proc(5)), counted after the name.
 fn ticks(file: &str, fields: [usize; 2]) -> Result<f64> {
     let text = fs::read_to_string(file).with_context(|| format!("cannot read {file}"))?;
     let words: Vec<&str> = text.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
     let value = |field: usize| words.get(field)?.parse::<f64>().ok();
     match fields.map(value) {
         [Some(one), Some(other)] => Ok((one + other) * 1e3 / rustix::param::clock_ticks_per_second() as f64),
-        _ => bail!("{file} says {text:?}"),
+        _ => bail!("cannot parse {file}: {text:?}"),
     }
 }
 
-/// A line of a process's status, in KiB.
+/// A memory field of a process's status, in KiB.
 fn memory(pid: u32, line: &str) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).context("cannot read a process's memory")?;
-    let value = text.lines().find_map(|text| text.strip_prefix(line)).context("the kernel does not tell it")?;
+    let value = text.lines().find_map(|text| text.strip_prefix(line)).context("the field is missing")?;
     value.trim().trim_end_matches("kB").trim().parse().context("it is a number")
 }
 
@@ -260,7 +264,7 @@ fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
 }
 
-/// Real programs and libraries of this machine: always the same ones, by path.
+/// Programs and libraries of this machine: always the same ones, by path.
 fn binaries() -> Result<(Package, u64)> {
     const SIZES: std::ops::RangeInclusive<u64> = 1 << 16..=20 << 20;
     let sysroot = PathBuf::from(read(Command::new("rustc").args(["--print", "sysroot"]))?);
@@ -292,11 +296,11 @@ fn binaries() -> Result<(Package, u64)> {
     Ok((package, bytes))
 }
 
-/// A tree of texts between 100 bytes and 4 KiB, the same ones everywhere.
+/// A tree of text files between 100 bytes and 4 KiB, the same on every machine.
 fn small_files() -> Result<Package> {
     let mut package = Package::control_sleeper("small", "r0");
     let mut random = 1_u64;
-    // Knuth's MMIX generator: its upper bits are random enough for texts.
+    // Knuth's MMIX generator: its upper bits are random enough for text.
     let mut next = move |below: u64| {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (random >> 33) % below
@@ -320,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_spent_grows() {
+    fn cpu_time_grows() {
         let before = spent_by(std::process::id()).unwrap();
         let started = Instant::now();
         while started.elapsed() < Duration::from_millis(60) {

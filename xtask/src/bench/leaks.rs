@@ -1,14 +1,14 @@
-//! `cargo xtask bench leaks`: whether the manager grows over thousands of restarts and heartbeats.
+//! `cargo xtask bench leaks`: checks that the manager does not grow over thousands of restarts and heartbeats.
 //!
-//! Sub-agents are killed and asked to restart in turn while heartbeats go out every second, as often as they may: half an hour for two
-//! thousand. What the manager holds half way is compared with what it holds at the end.
+//! Sub-agents are killed and restarted by request in turn, as often as the restart policy allows, with a heartbeat every second: two
+//! thousand take half an hour. The manager's resources half way are compared with those at the end.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::contestant::{Contestant, PATIENCE};
-use super::door::Door;
+use super::control_socket::ControlSocket;
 use super::heading;
 use super::probe::{Memory, open_files, threads, zombies};
 use super::supervise::programs;
@@ -17,19 +17,19 @@ use crate::command::say;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Restarts, and heartbeats; heartbeats take a second each
+    /// The number of restarts and of heartbeats; a heartbeat takes a second
     #[arg(long, value_name = "N", default_value_t = 2_000)]
     times: u32,
 }
 
 const SUB_AGENTS: usize = 100;
-/// Threads that were needed for a moment are given up after ten seconds; before that, two looks differ by chance.
+/// Idle worker threads exit after ten seconds; before that, two samples differ by chance.
 const QUIET: Duration = Duration::from_secs(15);
-const LOOKS: u32 = 20;
-/// Between two looks.
-const LOOK: Duration = Duration::from_millis(100);
+const SAMPLES: u32 = 20;
+/// The interval between two samples.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What the manager holds.
+/// The manager's resources.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     dirty_kib: u64,
@@ -55,14 +55,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
                 rounds += 1;
             }
         }
-        // Its end is not its last word: threads go a while later.
+        // Threads exit a while after the last event.
         super::contestant::pass(QUIET);
-        ensure!(aops.role("spm")? == manager, "the manager was replaced in between");
+        ensure!(aops.role("spm")? == manager, "the manager was restarted during the measurement");
         let held = look(manager)?;
         say(&format!("after {rounds} restarts and {} heartbeats: {held:?}", heartbeats.seen));
         looks.push(held);
     }
-    let [middle, end] = looks[..] else { bail!("two looks are taken") };
+    let [middle, end] = looks[..] else { bail!("two samples are taken") };
     println!("\n{}", heading("cargo xtask bench leaks")?);
     println!("half way: {middle:?}\nat the end: {end:?}");
     let mut verdicts = Verdicts::default();
@@ -74,13 +74,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         ("zombies", middle.zombies, end.zombies),
     ];
     for (what, middle, end) in pairs {
-        verdicts.is(&format!("as many {what} as half way: {middle}, {end}"), middle == end);
+        verdicts
+            .is(&format!("the number of {what} is the same half way and at the end: {middle}, {end}"), middle == end);
     }
     println!("{}", verdicts.text());
     Ok(())
 }
 
-/// Every second one nobody asked for: a kill of a sub-agent whose last restart was asked for.
+/// Every second restart follows a kill: of a sub-agent whose last restart was requested.
 fn restart_one(aops: &mut Contestant, round: u32) -> Result<()> {
     let name = aops.names[(round / 2) as usize % aops.names.len()].clone();
     if round.is_multiple_of(2) {
@@ -90,10 +91,10 @@ fn restart_one(aops: &mut Contestant, round: u32) -> Result<()> {
     aops.successor(&name, old).map(drop)
 }
 
-/// The least of several looks: a heartbeat under way has a thread and perhaps a connection of its own.
+/// The minimum of several samples: a heartbeat in progress has a thread and perhaps a connection.
 fn look(manager: u32) -> Result<Held> {
     let mut least: Option<Held> = None;
-    for _ in 0..LOOKS {
+    for _ in 0..SAMPLES {
         let held = Held {
             dirty_kib: Memory::of(&[manager])?.dirty,
             open_files: open_files(manager),
@@ -107,35 +108,35 @@ fn look(manager: u32) -> Result<Held> {
             threads: held.threads.min(before.threads),
             zombies: held.zombies.min(before.zombies),
         });
-        std::thread::park_timeout(LOOK);
+        std::thread::park_timeout(SAMPLE_INTERVAL);
     }
-    least.context("there are looks")
+    least.context("no sample")
 }
 
-/// Heartbeats that were answered, by the moment of the last one, which is told to the second: those that share one count as one.
+/// Counts answered heartbeats by the time of the last one. It has seconds, so several in one second count as one.
 struct Heartbeats {
-    door: Door,
+    socket: ControlSocket,
     seen: u32,
     last: String,
 }
 
 impl Heartbeats {
     fn of(aops: &Contestant) -> Result<Heartbeats> {
-        Ok(Heartbeats { door: Door::open(&aops.home()?)?, seen: 0, last: String::new() })
+        Ok(Heartbeats { socket: ControlSocket::open(&aops.home()?)?, seen: 0, last: String::new() })
     }
 
     fn wait_for_next(&mut self) -> Result<()> {
         let began = Instant::now();
         while began.elapsed() < PATIENCE {
-            let status = self.door.status()?;
+            let status = self.socket.status()?;
             let last = status["gateway"]["lastHeartbeat"].as_str().unwrap_or_default();
             if last != self.last {
                 self.last = last.to_owned();
                 self.seen += 1;
                 return Ok(());
             }
-            std::thread::park_timeout(LOOK);
+            std::thread::park_timeout(SAMPLE_INTERVAL);
         }
-        bail!("no heartbeat is answered any more")
+        bail!("heartbeats are no longer answered")
     }
 }

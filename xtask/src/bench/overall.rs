@@ -1,5 +1,5 @@
-//! The figures that operators ask for: size, memory, latency of restarts, throughput of an installation.
-#![allow(clippy::print_stdout, reason = "the figures are its result")]
+//! Overall figures for operators: size, memory, restart latency, installation throughput.
+#![allow(clippy::print_stdout, reason = "the figures are its output")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,11 +17,11 @@ use crate::package::Package;
 use crate::processes;
 use crate::wait::try_for;
 
-/// Sub-agents that are killed, once each: a second kill would measure the back-off.
+/// Sub-agents that are killed once each: a second kill would measure the back-off.
 const SUB_AGENTS: usize = 20;
-/// How long the roles are left alone before their memory is read: some twenty heartbeats.
+/// The idle time before the roles' memory is read: about twenty heartbeats.
 const IDLE: Duration = Duration::from_secs(20);
-/// Of real programs and libraries, in the package that measures installation.
+/// The size of the programs and libraries in the package that measures installation.
 const BULK_BYTES: u64 = 100 << 20;
 
 pub(crate) fn run() -> Result<()> {
@@ -30,7 +30,7 @@ pub(crate) fn run() -> Result<()> {
     let mut fleet = Fleet::new(&gateway)?;
     let figures = measure(&mut fleet, &agent, &gateway);
     if figures.is_err() {
-        println!("What was logged:\n{}", fleet.logs());
+        println!("Logs:\n{}", fleet.logs());
     }
     println!("\n{}\n", heading("cargo xtask bench")?);
     for (name, value) in figures? {
@@ -46,7 +46,7 @@ fn measure(fleet: &mut Fleet, agent: &Path, gateway: &Path) -> Result<Vec<Figure
         ("executable, as on a host (without the gateway)", mebibytes(fs::metadata(agent)?.len())),
         ("executable, with the gateway", mebibytes(fs::metadata(gateway)?.len())),
     ];
-    say("a fleet of one with 20 sub-agents");
+    say("setting up a host with 20 sub-agents");
     quietly(&mut fleet.gateway("init"))?;
     let manager = fleet.path("manager");
     fs::create_dir_all(manager.join("bin"))?;
@@ -70,7 +70,7 @@ fn measure(fleet: &mut Fleet, agent: &Path, gateway: &Path) -> Result<Vec<Figure
     say("memory of the idle roles");
     try_for(IDLE, || None::<()>);
     for (role, name) in [("spm", "manager, idle, 20 sub-agents: PSS"), ("spa", "watchdog, idle: PSS")] {
-        let pid = pid(&status[role]["pid"]).with_context(|| format!("the status names no {role}"))?;
+        let pid = pid(&status[role]["pid"]).with_context(|| format!("the status has no pid of {role}"))?;
         figures.push((name, proportional_memory(pid)?));
     }
 
@@ -87,7 +87,7 @@ fn measure(fleet: &mut Fleet, agent: &Path, gateway: &Path) -> Result<Vec<Figure
     {
         say(&format!("killing {role}"));
         let status = fleet.wait_for("all to run", |status| all_run(status) && status["state"] == "running")?;
-        let old = pid(&status[role]["pid"]).with_context(|| format!("the status names no {role}"))?;
+        let old = pid(&status[role]["pid"]).with_context(|| format!("the status has no pid of {role}"))?;
         let killed = Instant::now();
         processes::signal(old, Signal::KILL);
         fleet.wait_for("a successor", |status| pid(&status[role]["pid"]).is_some_and(|new| new != old))?;
@@ -99,24 +99,24 @@ fn measure(fleet: &mut Fleet, agent: &Path, gateway: &Path) -> Result<Vec<Figure
     Ok(figures)
 }
 
-/// From the kill to the record of a new process.
+/// The time from the kill to the record of the new process.
 fn restart_latency(fleet: &Fleet, name: &str) -> Result<Duration> {
     let record = fleet.home().join("run/agents").join(format!("{name}.json"));
     let recorded = || {
         let value: Value = serde_json::from_slice(&fs::read(&record).ok()?).ok()?;
         pid(&value["pid"])
     };
-    let old = recorded().with_context(|| format!("no record of {name}"))?;
+    let old = recorded().with_context(|| format!("cannot read the record of {name}"))?;
     let killed = Instant::now();
     processes::signal(old, Signal::KILL);
     while recorded().is_none_or(|new| new == old) {
-        ensure!(killed.elapsed() < SOON, "{name} does not come back");
+        ensure!(killed.elapsed() < SOON, "{name} is not restarted within {SOON:?}");
         std::thread::park_timeout(Duration::from_millis(1));
     }
     Ok(killed.elapsed())
 }
 
-/// A package of this machine's own programs, published, and timed on the host from the first byte to `.complete`.
+/// Publishes a package of this machine's programs, and measures the host from the first byte to `.complete`.
 fn throughput(fleet: &Fleet, desired: &str) -> Result<String> {
     let sysroot = PathBuf::from(read(Command::new("rustc").args(["--print", "sysroot"]))?);
     let mut package = Package::sleeper("bulk", "1");
@@ -139,12 +139,12 @@ fn throughput(fleet: &Fleet, desired: &str) -> Result<String> {
     let before = cached();
     let waited = Instant::now();
     while is_empty("staging") && cached() == before {
-        ensure!(waited.elapsed() < SOON, "the host does not begin with the package");
+        ensure!(waited.elapsed() < SOON, "the host does not start to install the package");
         std::thread::park_timeout(Duration::from_millis(1));
     }
     let started = Instant::now();
     try_for(SOON * 2, || home.join("agents/bulk/1/.complete").exists().then_some(()))
-        .context("the package does not arrive")?;
+        .context("the package is not installed in time")?;
     let seconds = started.elapsed().as_secs_f64();
     Ok(format!("{:.0} MB in {seconds:.1} s, {:.0} MB/s", megabytes(bytes), megabytes(bytes) / seconds))
 }
@@ -153,15 +153,15 @@ fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-/// The process's share of the memory that it maps.
+/// The process's proportional share of the memory that it maps.
 fn proportional_memory(pid: u32) -> Result<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).context("cannot read a process's memory")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("the kernel does not tell PSS")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("PSS is missing")?;
     let kibibytes: u64 = line.trim().trim_end_matches("kB").trim().parse().context("PSS is a number")?;
     Ok(mebibytes(kibibytes << 10))
 }
 
-/// Median and 95th percentile; of one sample, that one.
+/// Median and 95th percentile; a single sample is printed alone.
 fn spread(mut samples: Vec<Duration>) -> String {
     if let [only] = samples[..] {
         return format!("{:.0} ms", only.as_secs_f64() * 1e3);
@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_spread_is_of_the_samples_themselves() {
+    fn median_and_p95_are_samples() {
         let samples = (1..=20).map(Duration::from_millis).collect();
         assert_eq!(spread(samples), "10 ms, p95 19 ms");
         assert_eq!(spread(vec![Duration::from_millis(7)]), "7 ms");

@@ -1,11 +1,11 @@
-//! What the kernel says of processes: CPU time, memory, wake-ups, by /proc (proc(5)).
+//! Process figures from /proc (proc(5)): CPU time, memory, wake-ups.
 
 use std::collections::HashMap;
 use std::fs;
 
 use anyhow::{Context, Result};
 
-/// Every process below `root`, itself first.
+/// Every process of the tree below `root`, `root` first.
 pub(super) fn family(root: u32) -> Vec<u32> {
     let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
     for pid in numbers("/proc") {
@@ -25,7 +25,7 @@ pub(super) fn family(root: u32) -> Vec<u32> {
 
 fn parent(pid: u32) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before it may hold anything, a closing bracket included.
+    // The name before the closing bracket may contain any character, even a bracket.
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
@@ -42,7 +42,7 @@ pub(super) fn open_files(pid: u32) -> usize {
     numbers(&format!("/proc/{pid}/fd")).len()
 }
 
-/// Children that ended and were not waited for.
+/// Children that have exited and were not waited for.
 pub(super) fn zombies(parent_pid: u32) -> usize {
     let is_zombie = |pid: u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -51,7 +51,7 @@ pub(super) fn zombies(parent_pid: u32) -> usize {
     numbers("/proc").into_iter().filter(|pid| parent(*pid) == Some(parent_pid) && is_zombie(*pid)).count()
 }
 
-/// CPU time of each thread that these processes have now, in milliseconds.
+/// CPU time of each current thread of these processes, in milliseconds.
 #[derive(Debug)]
 pub(super) struct Cpu(HashMap<u32, f64>);
 
@@ -67,7 +67,7 @@ impl Cpu {
             .collect())
     }
 
-    /// Milliseconds spent since `earlier`; `None` where a thread ended meanwhile and took its figure along.
+    /// Milliseconds spent since `earlier`; `None` if a thread has ended, since its figure is lost.
     pub(super) fn since(&self, earlier: &Cpu) -> Option<f64> {
         if earlier.0.keys().any(|thread| !self.0.contains_key(thread)) {
             return None;
@@ -76,12 +76,12 @@ impl Cpu {
     }
 }
 
-/// Memory of some processes together, in KiB.
+/// Total memory of several processes, in KiB.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Memory {
-    /// Pages that are not the contents of a file on disk: what would not be there without them.
+    /// Pages that are not backed by a file: the memory that these processes add.
     pub(super) dirty: u64,
-    /// With their share of what others use too.
+    /// Including their proportional share of shared pages.
     pub(super) proportional: u64,
 }
 
@@ -102,7 +102,7 @@ impl Memory {
     }
 }
 
-/// How often these processes waited for something and were woken.
+/// How often these processes were woken from a wait.
 pub(super) fn wake_ups(pids: &[u32]) -> u64 {
     let of_thread = |pid: u32, thread: u32| -> Option<u64> {
         let text = fs::read_to_string(format!("/proc/{pid}/task/{thread}/status")).ok()?;
@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_of_its_parents_family_and_costs_something() {
+    fn a_child_is_found_below_its_parent_with_its_cost() {
         let own = std::process::id();
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         let family = family(own);

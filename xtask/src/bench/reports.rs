@@ -1,5 +1,5 @@
-//! What the programs that are kept running say of themselves: the same for all supervisors, and by the clock of the program that was
-//! started, so that nobody's polling is measured.
+//! Reports that the supervised programs send when they start. They are the same for all supervisors and use the program's own clock, so no
+//! polling interval is measured.
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixDatagram;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::time::{ClockId, clock_gettime};
 
-/// The monotonic clock, which programs share.
+/// A time of the monotonic clock, which all processes share.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 pub(super) struct Moment(f64);
 
@@ -26,31 +26,31 @@ impl Moment {
     }
 }
 
-/// One program's last word: who it is, and when its `main` began.
+/// A program's last report: its pid, and when its `main` started.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Start {
     pub(super) pid: u32,
     pub(super) at: Moment,
 }
 
-/// The last word of each program of one supervisor, by its name.
+/// The last report of each program of one supervisor, by name.
 #[derive(Debug, Clone)]
 pub(super) struct Reports {
     shared: Arc<(Mutex<HashMap<String, Start>>, Condvar)>,
 }
 
 impl Reports {
-    /// Hears what is sent to `socket`, from now on, in a thread that lives as long as this process.
+    /// Receives reports on `socket` from now on, in a thread that lives as long as this process.
     pub(super) fn listen(socket: &Path) -> Result<Reports> {
         let inbox =
-            UnixDatagram::bind(socket).with_context(|| format!("cannot make the socket {}", socket.display()))?;
+            UnixDatagram::bind(socket).with_context(|| format!("cannot create the socket {}", socket.display()))?;
         let reports = Reports { shared: Arc::default() };
-        let heard = reports.clone();
-        std::thread::Builder::new().name("reports".to_owned()).spawn(move || heard.hear(&inbox))?;
+        let receiver = reports.clone();
+        std::thread::Builder::new().name("reports".to_owned()).spawn(move || receiver.receive(&inbox))?;
         Ok(reports)
     }
 
-    fn hear(&self, inbox: &UnixDatagram) {
+    fn receive(&self, inbox: &UnixDatagram) {
         let mut buffer = [0; 512];
         while let Ok(length) = inbox.recv(&mut buffer) {
             if let Some((name, start)) = parse(&buffer[..length]) {
@@ -68,7 +68,7 @@ impl Reports {
         self.starts().get(name).copied()
     }
 
-    /// Waits until the program of that name is another process than `old`.
+    /// Waits until the program of that name has a pid other than `old`.
     pub(super) fn successor(&self, name: &str, old: u32, patience: Duration) -> Option<Start> {
         let deadline = Instant::now() + patience;
         let mut starts = self.starts();
@@ -81,7 +81,7 @@ impl Reports {
         }
     }
 
-    /// Waits until `count` programs have spoken.
+    /// Waits until `count` programs have reported.
     pub(super) fn wait_for(&self, count: usize, patience: Duration) -> bool {
         crate::wait::try_for(patience, || (self.starts().len() >= count).then_some(())).is_some()
     }
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_successor_is_another_process_of_the_same_name() {
+    fn a_successor_has_the_same_name_and_a_new_pid() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("reports");
         let reports = Reports::listen(&socket).unwrap();

@@ -1,4 +1,4 @@
-//! The floor, and the supervisors of others: how each is told to keep N programs running, with what it does by default.
+//! The floor and other supervisors: how each is configured to keep N programs running with its default behaviour.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,13 +8,13 @@ use std::process::Command;
 use anyhow::Result;
 
 use super::contestant::{Contestant, Programs, Setting};
-use crate::command::{is_there, text};
+use crate::command::{is_installed, text};
 
 /// A supervisor that may be installed.
 pub(super) struct Rival {
     pub(super) name: &'static str,
     pub(super) program: &'static str,
-    /// The Debian package that brings it.
+    /// The Debian package that contains it.
     pub(super) package: &'static str,
     prepare: fn(&Programs, &Setting<'_>) -> Result<Command>,
 }
@@ -28,7 +28,7 @@ pub(super) const RIVALS: &[Rival] = &[
 
 impl Rival {
     pub(super) fn is_installed(&self) -> bool {
-        is_there(self.program)
+        is_installed(self.program)
     }
 
     pub(super) fn set_up(&self, programs: &Programs, count: usize) -> Result<Contestant> {
@@ -36,7 +36,7 @@ impl Rival {
     }
 }
 
-/// What may be left out.
+/// The names of supervisors that may be left out.
 pub(super) fn names() -> clap::builder::PossibleValuesParser {
     RIVALS.iter().map(|rival| rival.name).collect::<Vec<_>>().into()
 }
@@ -53,7 +53,7 @@ fn numbers(count: usize) -> Vec<String> {
     (0..count).map(|number| number.to_string()).collect()
 }
 
-/// A directory for each program whose `run` is the sleeper itself: a shell in between would be measured.
+/// A directory for each program, whose `run` is the sleeper itself: a shell in between would be measured too.
 fn run_directories(programs: &Programs, setting: &Setting<'_>) -> Result<std::path::PathBuf> {
     let services = setting.directory.join("services");
     for name in setting.names {
@@ -75,7 +75,7 @@ fn s6(programs: &Programs, setting: &Setting<'_>) -> Result<Command> {
     Ok(command)
 }
 
-/// It looks for processes by their pid files, every second here; by default every two minutes.
+/// Monit polls pid files: every second here, every two minutes by default.
 fn monit(programs: &Programs, setting: &Setting<'_>) -> Result<Command> {
     let at = |name: &str| text(&setting.directory.join(name));
     let start = setting.directory.join("start");
@@ -104,7 +104,7 @@ fn monit(programs: &Programs, setting: &Setting<'_>) -> Result<Command> {
     Ok(command)
 }
 
-/// It would give up on a program after three short runs.
+/// By default supervisord gives up on a program after three short runs.
 fn supervisord(programs: &Programs, setting: &Setting<'_>) -> Result<Command> {
     let at = |name: &str| text(&setting.directory.join(name));
     let mut lines = vec![

@@ -1,4 +1,4 @@
-//! Middle and tail of a handful of samples.
+//! Median and tail of a small number of samples.
 
 /// Samples of one kind, in milliseconds.
 #[derive(Debug, Default, Clone)]
@@ -13,7 +13,7 @@ impl Samples {
         self.0.last().copied()
     }
 
-    /// The smallest sample that `share` of all do not exceed; `None` where there are none.
+    /// The smallest sample that at least `share` of all samples do not exceed; `None` without samples.
     fn at(&self, share: f64) -> Option<f64> {
         let mut sorted = self.0.clone();
         sorted.sort_unstable_by(f64::total_cmp);
@@ -42,7 +42,7 @@ impl Samples {
     }
 }
 
-/// Three digits are all that such a measurement has.
+/// Three significant digits: such a measurement has no more.
 pub(super) fn short(value: f64) -> String {
     match value.abs() {
         size if size < 10.0 => format!("{value:.2}"),
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_spread_is_of_the_samples_themselves() {
+    fn median_and_p95_are_samples() {
         let mut samples = Samples::default();
         assert_eq!(samples.shown(), "-");
         samples.add(7.0);

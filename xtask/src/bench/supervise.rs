@@ -1,7 +1,7 @@
-//! `cargo xtask bench supervise`: supervision by the executable that hosts get, beside a floor written in C and the supervisors of others.
+//! `cargo xtask bench supervise`: compares supervision by the executable for hosts with a floor written in C and with other supervisors.
 //!
-//! All run at the same time, each with N sleeping programs, and are measured in turn within each round, so that what disturbs the
-//! machine disturbs all alike. A program itself says when it began; the clock starts just before the kill.
+//! All run at the same time, each with N sleeping programs, and are measured in turn within each round, so that a disturbance of the
+//! machine affects all alike. A program itself reports when it started; the clock starts just before the kill.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -15,47 +15,47 @@ use super::rivals::{self, RIVALS, Rival, floor};
 use super::statistics::Samples;
 use super::trace::{Seen, Trace};
 use super::verdicts::Verdicts;
-use super::{heading, revival};
+use super::{heading, manager_restart};
 use crate::command::say;
 use crate::dist::{self, Target};
 use crate::{apt, workspace};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// How many programs each supervisor keeps running, one table each
+    /// How many programs each supervisor keeps running, with a table for each
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 10, 100], value_parser = clap::value_parser!(u16).range(1..=500))]
     counts: Vec<u16>,
-    /// Kills of one program each
+    /// The number of kills of one program each
     #[arg(long, value_name = "N", default_value_t = 30)]
     rounds: u32,
-    /// Installed supervisors that are left out
+    /// Installed supervisors to leave out
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = rivals::names())]
     without: Vec<String>,
-    /// How long idle supervisors are watched, twice
+    /// How many seconds idle supervisors are observed, twice
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     idle: u64,
 }
 
 const NEEDS: &[apt::Need] = &[("strace", "strace"), ("musl-gcc", "musl-tools")];
 
-/// Some twenty heartbeats, before memory is read.
+/// About twenty heartbeats, before memory is read.
 const HEARTBEATS: Duration = Duration::from_secs(20);
-/// After a restart, for what the supervisor still has to do for it.
+/// The time after a restart in which the supervisor finishes its work for it.
 const AFTERMATH: Duration = Duration::from_millis(30);
-/// A program is young at this age.
+/// The age at which a young program is killed.
 const YOUNG_MILLISECONDS: f64 = 50.0;
-/// Of what was not put off: a back-off is 750 ms at the least, and the machine may be busy.
+/// The limit of a restart without delay: a back-off is at least 750 ms, and the machine may be busy.
 const AT_ONCE_MILLISECONDS: f64 = 250.0;
 const YOUNG_ROUNDS: u32 = 10;
 const ALL_ROUNDS: u32 = 7;
-/// Whoever takes longer is not asked again: it is known by then.
+/// A supervisor that is slower than this is not measured further: the result is clear.
 const SLOW_MILLISECONDS: f64 = 5_000.0;
 
-/// The programs that all need, built and compiled.
+/// Builds and compiles the programs that every measurement needs.
 pub(super) fn programs() -> Result<Programs> {
     apt::install(NEEDS)?;
-    let at = |name: &str| workspace::kept(&format!("bench-{name}"));
-    std::fs::create_dir_all(workspace::kept(""))?;
+    let at = |name: &str| workspace::cache_path(&format!("bench-{name}"));
+    std::fs::create_dir_all(workspace::cache_path(""))?;
     for name in ["floor", "sleeper"] {
         compile(&workspace::root().join(format!("xtask/src/floor/{name}.c")), &at(name))?;
     }
@@ -74,7 +74,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     }
     let mut verdicts = Verdicts::default();
     let measured = measure_all(&programs, arguments, &mut verdicts);
-    // What was found before something failed is worth knowing.
+    // Print the verdicts even if a later step failed.
     println!("\n{}", verdicts.text());
     measured
 }
@@ -84,15 +84,15 @@ fn measure_all(programs: &Programs, arguments: &Arguments, verdicts: &mut Verdic
         let mut table = Table::set_up(programs, usize::from(*count), &arguments.without)?;
         table.measure(arguments)?;
         print!("{}", table.shown());
-        table.judge(verdicts);
+        table.evaluate(verdicts);
         if *count >= 100 {
-            revival::measure(table.aops()?, verdicts)?;
+            manager_restart::measure(table.aops()?, verdicts)?;
         }
     }
     Ok(())
 }
 
-/// What was measured of one supervisor. Times in milliseconds.
+/// The measurements of one supervisor. Times in milliseconds.
 #[derive(Default)]
 struct Figures {
     memory: Memory,
@@ -100,7 +100,7 @@ struct Figures {
     wake_ups_per_second: f64,
     seen: Seen,
     restart: Samples,
-    /// Beyond the floor's in the same round.
+    /// The time beyond the floor's in the same round.
     added: Samples,
     cpu: Samples,
     young: Samples,
@@ -108,7 +108,7 @@ struct Figures {
 }
 
 impl Figures {
-    /// It left a program dead, and is measured no more.
+    /// It did not restart a program, and is not measured further.
     fn gave_up(&self) -> bool {
         [&self.restart, &self.young, &self.all].iter().any(|samples| samples.slowest() == Some(f64::INFINITY))
     }
@@ -120,7 +120,7 @@ struct Table {
     rows: Vec<(Contestant, Figures)>,
 }
 
-/// Row of the floor, and of aops.
+/// The rows of the floor and of aops.
 const FLOOR: usize = 0;
 const AOPS: usize = 1;
 
@@ -152,12 +152,12 @@ impl Table {
         for round in 0..arguments.rounds {
             self.kill_one(round)?;
         }
-        say("killing one 50 ms after its start");
+        say("killing one program 50 ms after its start");
         for round in 0..YOUNG_ROUNDS {
             self.kill_young(round)?;
         }
         if self.count > 1 {
-            say("killing all at once");
+            say("killing all programs at once");
             for _ in 0..ALL_ROUNDS {
                 self.kill_all()?;
             }
@@ -168,7 +168,7 @@ impl Table {
         Ok(())
     }
 
-    /// Once undisturbed, for the wake-ups, and once under strace, for the system calls.
+    /// Observes once undisturbed, for wake-ups, and once under strace, for system calls.
     fn watch_idle(&mut self) -> Result<()> {
         say(&format!("idle, two times {} s", self.idle.as_secs()));
         for (contestant, _) in &self.rows {
@@ -181,7 +181,7 @@ impl Table {
             figures.wake_ups_per_second = wake_ups(pids).saturating_sub(before) as f64 / self.idle.as_secs_f64();
         }
         let output =
-            |contestant: &Contestant| workspace::kept(&format!("bench-trace-{}-{}", contestant.name, self.count));
+            |contestant: &Contestant| workspace::cache_path(&format!("bench-trace-{}-{}", contestant.name, self.count));
         let traces = supervisors.iter().zip(&self.rows).map(|(pids, (row, _))| Trace::begin(pids, output(row)));
         let traces = traces.collect::<Result<Vec<_>>>()?;
         pass(self.idle);
@@ -191,7 +191,7 @@ impl Table {
         Ok(())
     }
 
-    /// The rows, beginning with another one each round.
+    /// The row indices, starting with a different row each round.
     fn in_turn(&self, round: u32) -> Vec<usize> {
         let rows = self.rows.len();
         (0..rows).map(|row| (row + round as usize) % rows).collect()
@@ -232,7 +232,7 @@ impl Table {
                 continue;
             }
             let name = contestant.names[round as usize % contestant.names.len()].clone();
-            let start = contestant.start_anew(&name)?;
+            let start = contestant.start_without_delay(&name)?;
             while Moment::now().since(start.at) < YOUNG_MILLISECONDS {
                 std::thread::park_timeout(Duration::from_millis(1));
             }
@@ -265,7 +265,7 @@ impl Table {
 
     fn shown(&self) -> String {
         let mut text = format!(
-            "\nN = {}: milliseconds as median/p95; added: beyond the floor in the same round; memory: dirty KiB at rest, after it all, and PSS\n",
+            "\nN = {}: milliseconds as median/p95; added: beyond the floor in the same round; memory: dirty KiB when idle, dirty KiB at the end, and PSS\n",
             self.count
         );
         let _ = writeln!(
@@ -305,19 +305,19 @@ impl Table {
             let each = |number: u32| f64::from(number) / self.idle.as_secs_f64();
             let _ = writeln!(
                 text,
-                "aops, idle, under strace: {:.2} wake-ups/s and {:.2} calls/s; of these {:.2} and {:.2} for the roles' pings and the looks at \
-                 the logs' sizes; all of them: {}",
+                "aops, idle, under strace: {:.2} wake-ups/s and {:.2} calls/s; of these {:.2} and {:.2} for the roles' pings and the checks of \
+                 log sizes; the whole trace: {}",
                 each(figures.seen.wake_ups),
                 each(figures.seen.calls),
                 each(figures.seen.interval_wake_ups),
                 each(figures.seen.interval_calls),
-                workspace::kept(&format!("bench-trace-aops-{}", self.count)).display()
+                workspace::cache_path(&format!("bench-trace-aops-{}", self.count)).display()
             );
         }
         text
     }
 
-    fn judge(&self, verdicts: &mut Verdicts) {
+    fn evaluate(&self, verdicts: &mut Verdicts) {
         let count = self.count;
         let (Some((_, floor)), Some((_, aops))) = (self.rows.get(FLOOR), self.rows.get(AOPS)) else { return };
         verdicts.at_most(&format!("N={count}: added to a restart, median"), aops.added.median(), 2.0, "ms");
@@ -344,7 +344,7 @@ impl Table {
                 }
             }
             let rest = |all: u32, due: u32| Some(f64::from(all.saturating_sub(due)) / self.idle.as_secs_f64());
-            let (seen, aside) = (aops.seen, "pings, log checks and heartbeats aside");
+            let (seen, aside) = (aops.seen, "without pings, log checks and heartbeats");
             let woken = rest(seen.wake_ups, seen.interval_wake_ups);
             verdicts.at_most(&format!("N={count}: idle wake-ups/s, {aside}"), woken, 0.2, "");
             let called = rest(seen.calls, seen.interval_calls);

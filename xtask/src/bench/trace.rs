@@ -1,5 +1,4 @@
-//! What an idle supervisor does, by strace(1): which system calls, how often it was woken for them, and which of that is what it is told
-//! to do at intervals.
+//! The activity of an idle supervisor, by strace(1): system calls, wake-ups, and the part of both that is periodic by design.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,33 +11,33 @@ use rustix::process::Signal;
 use crate::processes;
 use crate::wait::try_for;
 
-/// A call that took longer waited for something: its return was a wake-up.
+/// A call that took longer than this has waited: its return is a wake-up.
 const WAITED_SECONDS: f64 = 0.000_5;
-/// What belongs to something done at intervals comes so soon before or after it.
+/// Calls this close to a periodic activity belong to it.
 const AROUND_SECONDS: f64 = 0.05;
-/// What shows that something done at intervals is under way: the roles' pings, and the look at the logs' sizes.
+/// Texts that identify a periodic activity: the roles' pings, and the check of log sizes.
 const MARKS: &[&str] = &["\\\"ping\\\"", "/log/agents"];
-/// For strace to attach or to end.
+/// The deadline for strace to attach or to exit.
 const SOON: Duration = Duration::from_secs(20);
 
-/// strace at work on some processes.
+/// A running strace of some processes.
 pub(super) struct Trace {
     strace: Child,
     output: PathBuf,
 }
 
-/// What was seen.
+/// The observed calls and wake-ups.
 #[derive(Debug, Default, Clone, Copy, PartialEq)]
 pub(super) struct Seen {
     pub(super) calls: u32,
     pub(super) wake_ups: u32,
-    /// Of these, what is done at intervals.
+    /// The part of them that is periodic.
     pub(super) interval_calls: u32,
     pub(super) interval_wake_ups: u32,
 }
 
 impl Trace {
-    /// Attaches; what strace writes stays in `output`, for whoever wants to know what it was.
+    /// Attaches strace. Its output stays in `output` for diagnosis.
     pub(super) fn begin(pids: &[u32], output: PathBuf) -> Result<Trace> {
         let mut command = Command::new("strace");
         command.args(["-f", "-ttt", "-T", "-s", "200", "-o"]).arg(&output);
@@ -52,15 +51,16 @@ impl Trace {
             };
             pids.iter().all(traced).then_some(())
         };
-        try_for(SOON, attached).context("strace does not attach; is another tracer at it, or ptrace not allowed?")?;
+        try_for(SOON, attached)
+            .context("strace does not attach: the process has another tracer, or ptrace is not allowed")?;
         Ok(Trace { strace, output })
     }
 
-    /// Detaches, and tells what was seen since.
+    /// Detaches strace, and returns what it observed.
     pub(super) fn end(mut self) -> Result<Seen> {
         processes::signal(self.strace.id(), Signal::INT);
-        try_for(SOON, || self.strace.try_wait().ok().flatten()).context("strace does not end")?;
-        let text = fs::read(&self.output).context("cannot read what strace wrote")?;
+        try_for(SOON, || self.strace.try_wait().ok().flatten()).context("strace does not exit")?;
+        let text = fs::read(&self.output).context("cannot read the output of strace")?;
         Ok(read(&String::from_utf8_lossy(&text)))
     }
 }
@@ -78,8 +78,8 @@ struct Call {
     waited: bool,
 }
 
-/// Lines are `TID SECONDS call(...) = result <SECONDS>`; a call that another thread's came into begins with a line of its own, which does
-/// not count.
+/// Lines are `TID SECONDS call(...) = result <SECONDS>`. A call that was interleaved with another thread's has an extra line for its start,
+/// which is not counted.
 fn read(text: &str) -> Seen {
     let mut calls = vec![];
     let mut marks = vec![];
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_done_at_intervals_is_told_apart() {
+    fn periodic_activity_is_counted_separately() {
         let text = r#"
 10 100.000000 epoll_wait(3, [], 1024, 10000) = 0 <10.000000>
 10 110.000100 statx(AT_FDCWD, "/home/log/agents/a.log", 0) = 0 <0.000010>

@@ -1,8 +1,9 @@
-//! `cargo xtask bench upgrade`: how long a host is without a manager while that is upgraded, without a service manager and under systemd.
+//! `cargo xtask bench upgrade`: measures how long a host is without a manager during an upgrade, without a service manager and under
+//! systemd.
 //!
-//! The manager is upgraded back and forth between two releases that differ in their bytes alone. A client holds a connection to the old
-//! manager, which ends with it, and then tries every millisecond until a new manager answers. The systemd runs in a throw-away container:
-//! nothing is installed on the machine itself.
+//! The manager is upgraded back and forth between two releases that differ only in their bytes. A client holds a connection to the old
+//! manager, which closes it on exit, and then tries every millisecond until the new manager answers. systemd runs in a disposable
+//! container: nothing is installed on this machine.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -14,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::contestant::{PATIENCE, desired};
-use super::door::Door;
+use super::control_socket::ControlSocket;
 use super::reports::Moment;
 use super::statistics::{Samples, short};
 use super::verdicts::Verdicts;
@@ -28,13 +29,13 @@ use crate::{apt, rootfs, test};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Upgrades in a row
+    /// The number of upgrades
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Sub-agents that run meanwhile
+    /// The number of running sub-agents
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=500))]
     agents: u16,
-    /// Who starts the manager
+    /// Which service manager starts the manager
     #[arg(long, value_enum, default_value_t = Services::Both)]
     service: Services,
 }
@@ -46,7 +47,7 @@ enum Services {
     Both,
 }
 
-/// Who starts the manager, and how long a host may be without one, in milliseconds.
+/// A service manager, and the limit of the time without a manager, in milliseconds.
 struct Service {
     name: &'static str,
     most: f64,
@@ -54,15 +55,15 @@ struct Service {
 }
 
 const NONE: Service = Service { name: "without a service manager", most: 100.0, measure: alone };
-/// Its units say `RestartSec=1`.
+/// Its units have `RestartSec=1`.
 const SYSTEMD: Service = Service { name: "under systemd", most: 1_500.0, measure: under_systemd };
 
-/// The release that is installed, and the other one.
+/// The installed release and the other one.
 const RELEASES: [&str; 2] = ["0.1.0", "0.1.1"];
-/// The shortest that there is.
+/// The shortest trial that is allowed.
 const SETTINGS: &str = "\nupgradeTrial = \"5s\"\n";
-/// Between two tries to reach the new manager.
-const LOOK: Duration = Duration::from_millis(1);
+/// The interval between two attempts to reach the new manager.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Where the container has the executable, the gateway and the home.
 const PROGRAM: &str = "/tmp/aops";
@@ -78,9 +79,9 @@ struct Figures {
     trial: Samples,
     commit: Samples,
     rounds: u32,
-    /// A sub-agent has another process than before, or was restarted.
+    /// A sub-agent has a new process, or was restarted.
     touched: bool,
-    /// Of both roles, as the last status counts them.
+    /// The restarts of both roles, as the last status counts them.
     role_restarts: u64,
 }
 
@@ -95,7 +96,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     for service in services {
         let mut figures = Figures::default();
         let measured = (service.measure)(&aops, arguments, &mut figures);
-        // What was found before something failed is worth knowing.
+        // Print the figures even if a later step failed.
         print!("{}", figures.shown(service, arguments));
         measured?;
     }
@@ -109,7 +110,7 @@ impl Figures {
             format!("\n{name}: {} upgrades with {} sub-agents, milliseconds\n", self.rounds, arguments.agents);
         let _ = writeln!(text, "{:<46} {:>8} {:>8} {:>8}", "", "median", "p95", "slowest");
         for (what, samples) in [
-            ("the old manager's end until a new one answers", &self.gap),
+            ("exit of the old manager until the new one answers", &self.gap),
             ("order until the release is on trial", &self.trial),
             ("order until it is committed", &self.commit),
         ] {
@@ -120,7 +121,7 @@ impl Figures {
         let mut verdicts = Verdicts::default();
         verdicts.at_most(&format!("{name}: without a manager, median"), self.gap.median(), service.most, "ms");
         if self.rounds > 0 {
-            verdicts.is(&format!("{name}: every sub-agent kept its process, and none was restarted"), !self.touched);
+            verdicts.is(&format!("{name}: every sub-agent kept its process without a restart"), !self.touched);
             let counted =
                 format!("{name}: no restart of the manager or the watchdog was counted: {}", self.role_restarts);
             verdicts.is(&counted, self.role_restarts == 0);
@@ -141,7 +142,7 @@ fn under_systemd(aops: &Path, arguments: &Arguments, figures: &mut Figures) -> R
     let rootfs = match root_file_system() {
         Ok(rootfs) => rootfs,
         Err(error) => {
-            say(&format!("nothing is measured under systemd: {error:#}"));
+            say(&format!("skipping the measurement under systemd: {error:#}"));
             return Ok(());
         }
     };
@@ -162,9 +163,9 @@ fn under_systemd(aops: &Path, arguments: &Arguments, figures: &mut Figures) -> R
     Host { home, depot, gateway_log }.measure(arguments, figures)
 }
 
-/// What containers are made of.
+/// The root file system of containers.
 fn root_file_system() -> Result<PathBuf> {
-    ensure!(is_root(), "only root can boot a container");
+    ensure!(is_root(), "cannot boot a container without root");
     apt::install(test::NEEDS)?;
     rootfs::get()
 }
@@ -193,7 +194,7 @@ fn wanted(arguments: &Arguments, manager: &str) -> String {
     format!("manager.version = {manager:?}\n{}", desired(&names(arguments), "1s"))
 }
 
-/// A host and its gateway, by paths as they are seen from here.
+/// The paths of a host and its gateway, as seen from this process.
 struct Host {
     home: PathBuf,
     depot: PathBuf,
@@ -204,7 +205,7 @@ impl Host {
     fn measure(&self, arguments: &Arguments, figures: &mut Figures) -> Result<()> {
         let measured = self.upgrade_all(arguments, figures);
         if measured.is_err() {
-            println!("What was logged:\n{}", logs(&self.gateway_log, &self.home));
+            println!("Logs:\n{}", logs(&self.gateway_log, &self.home));
         }
         measured
     }
@@ -216,7 +217,7 @@ impl Host {
         let count = usize::from(arguments.agents);
         let runs =
             |version: &'static str| move |status: &Value| is_committed(status, version) && all_run(status, count);
-        let (_, status) = self.wait_for("the host to come up", runs(RELEASES[0]))?;
+        let (_, status) = self.wait_for("the host to start", runs(RELEASES[0]))?;
         let before = processes(&status)?;
         for (round, version) in (1..=arguments.rounds).zip(RELEASES.iter().copied().cycle().skip(1)) {
             say(&format!("upgrading the manager, {round} of {}", arguments.rounds));
@@ -225,7 +226,7 @@ impl Host {
             let after = processes(&status)?;
             figures.rounds = round;
             figures.touched = before != after;
-            ensure!(!figures.touched, "the manager's upgrade touched sub-agents: from {before:?} to {after:?}");
+            ensure!(!figures.touched, "the manager's upgrade changed sub-agents from {before:?} to {after:?}");
             let restarts = |role: &str| status[role]["restarts"].as_u64().unwrap_or(0);
             figures.role_restarts = restarts("spm") + restarts("spa");
         }
@@ -233,44 +234,44 @@ impl Host {
     }
 
     fn upgrade(&self, wanted: &str, version: &str, figures: &mut Figures) -> Result<()> {
-        let mut door = Door::open(&self.home)?;
-        let old = manager(&door.status()?).context("the status names no manager")?;
+        let mut socket = ControlSocket::open(&self.home)?;
+        let old = manager(&socket.status()?).context("the status has no pid of the manager")?;
         write_fleet(&self.depot, wanted)?;
         let ordered = Moment::now();
-        door.wait_for_end()?;
+        socket.wait_for_end()?;
         let ended = Moment::now();
         figures.gap.add(self.first_answer(old, ended)?.since(ended));
         let is_on_trial = |status: &Value| status["version"] == version && status["upgrade"]["phase"] == "trial";
         let (on_trial, _) = self.wait_for("the trial", is_on_trial)?;
         figures.trial.add(on_trial.since(ordered));
-        let (committed, _) = self.wait_for("the commitment", |status| is_committed(status, version))?;
+        let (committed, _) = self.wait_for("the commit", |status| is_committed(status, version))?;
         figures.commit.add(committed.since(ordered));
         Ok(())
     }
 
-    /// When a manager other than `old` answers.
+    /// The time when a manager other than `old` answers.
     fn first_answer(&self, old: u32, ended: Moment) -> Result<Moment> {
         loop {
-            let answer = Door::open(&self.home).and_then(|mut door| door.status());
+            let answer = ControlSocket::open(&self.home).and_then(|mut socket| socket.status());
             let now = Moment::now();
             if answer.is_ok_and(|status| manager(&status).is_some_and(|pid| pid != old)) {
                 return Ok(now);
             }
             ensure!(now.since(ended) < PATIENCE.as_secs_f64() * 1e3, "no new manager answers");
-            std::thread::park_timeout(LOOK);
+            std::thread::park_timeout(POLL_INTERVAL);
         }
     }
 
-    /// Waits until the status is as wanted; when that was, and the status.
+    /// Waits until `is_wanted` accepts the status; returns the time and the status.
     fn wait_for(&self, what: &str, is_wanted: impl Fn(&Value) -> bool) -> Result<(Moment, Value)> {
         let mut last = Value::Null;
         let found = try_for(PATIENCE, || {
-            last = Door::open(&self.home).and_then(|mut door| door.status()).ok()?;
+            last = ControlSocket::open(&self.home).and_then(|mut socket| socket.status()).ok()?;
             is_wanted(&last).then(Moment::now)
         });
         match found {
             Some(moment) => Ok((moment, last)),
-            None => bail!("waited {PATIENCE:?} in vain for {what}; the last status: {last:#}"),
+            None => bail!("timed out after {PATIENCE:?} waiting for {what}; the last status: {last:#}"),
         }
     }
 }
@@ -283,18 +284,18 @@ fn is_committed(status: &Value, version: &str) -> bool {
     status["version"] == version && status["upgrade"].is_null()
 }
 
-/// Both roles, and so many sub-agents.
+/// Whether both roles and `count` sub-agents run.
 fn all_run(status: &Value, count: usize) -> bool {
     let agents = status["agents"].as_array().map(Vec::as_slice).unwrap_or_default();
     status["state"] == "running" && agents.iter().filter(|agent| agent["state"] == "running").count() == count
 }
 
-/// Name, pid and counted restarts of each sub-agent.
+/// Name, pid and restart count of each sub-agent.
 fn processes(status: &Value) -> Result<Vec<(String, u32, u64)>> {
-    let agents = status["agents"].as_array().context("the status names no sub-agents")?;
+    let agents = status["agents"].as_array().context("the status has no sub-agents")?;
     let one = |agent: &Value| {
         let name = agent["name"].as_str().unwrap_or_default().to_owned();
-        let pid = pid(&agent["pid"]).with_context(|| format!("{name} runs without a pid"))?;
+        let pid = pid(&agent["pid"]).with_context(|| format!("the status has no pid for {name}"))?;
         Ok((name, pid, agent["restarts"].as_u64().unwrap_or(0)))
     };
     agents.iter().map(one).collect()

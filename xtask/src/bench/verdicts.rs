@@ -1,10 +1,10 @@
-//! Whether the aims of a measurement were reached, as lines for a person to read.
+//! Whether a measurement reached its targets, as lines to read.
 
 use std::fmt::Write as _;
 
 use super::statistics::short;
 
-/// What was aimed at, and whether it was reached.
+/// The targets, and whether each was reached.
 #[derive(Default)]
 pub(super) struct Verdicts {
     text: String,
@@ -15,7 +15,7 @@ impl Verdicts {
         &self.text
     }
 
-    /// `value` is to be at most `limit`.
+    /// A target: `value` is at most `limit`.
     pub(super) fn at_most(&mut self, what: &str, value: Option<f64>, limit: f64, unit: &str) {
         let (word, value) = match value {
             Some(value) if value <= limit => ("met   ", short(value)),
@@ -25,7 +25,7 @@ impl Verdicts {
         let _ = writeln!(self.text, "{word} {what}: {value} (at most {} {unit})", short(limit));
     }
 
-    /// `what` is a sentence that is to hold.
+    /// A target: the sentence `what` holds.
     pub(super) fn is(&mut self, what: &str, holds: bool) {
         let _ = writeln!(self.text, "{} {what}", if holds { "met   " } else { "MISSED" });
     }

@@ -1,4 +1,4 @@
-//! A look into an ELF executable (System V gABI, "Object Files"): does it need anything of the host?
+//! Checks that an ELF executable (System V gABI, "Object Files") needs nothing of the host.
 
 use anyhow::{Context, Result, ensure};
 
@@ -8,41 +8,41 @@ const IDENT: &[u8] = b"\x7fELF\x02\x01\x01";
 const ET_EXEC: u64 = 2;
 /// `e_machine`.
 const EM_X86_64: u64 = 62;
-/// `p_type` of what the dynamic linker is told, and of its own name.
+/// `p_type` of the dynamic linker's information, and of its path.
 const PT_DYNAMIC: u64 = 2;
 const PT_INTERP: u64 = 3;
-/// `sh_type` of a symbol table that only debuggers read.
+/// `sh_type` of a symbol table that only debuggers use.
 const SHT_SYMTAB: u64 = 2;
 
-/// Refuses anything but a static, stripped x86-64 executable at a fixed address.
+/// Rejects everything except a static, stripped x86-64 executable at a fixed address.
 pub(super) fn check(file: &[u8]) -> Result<()> {
-    ensure!(file.starts_with(IDENT), "it is no 64-bit ELF file");
+    ensure!(file.starts_with(IDENT), "not a 64-bit ELF file");
     let header = |at, size| number(file, at, size);
-    ensure!(header(18, 2)? == EM_X86_64, "it is for another machine");
-    ensure!(header(16, 2)? == ET_EXEC, "it is position-independent, which costs every process memory for relocations");
+    ensure!(header(18, 2)? == EM_X86_64, "not an x86-64 executable");
+    ensure!(header(16, 2)? == ET_EXEC, "position-independent, which costs every process memory for relocations");
     for segment in table(file, header(32, 8)?, header(54, 2)?, header(56, 2)?) {
         let kind = number(segment?, 0, 4)?;
-        ensure!(kind != PT_INTERP, "it needs a dynamic linker");
-        ensure!(kind != PT_DYNAMIC, "it is linked dynamically");
+        ensure!(kind != PT_INTERP, "needs a dynamic linker");
+        ensure!(kind != PT_DYNAMIC, "linked dynamically");
     }
     for section in table(file, header(40, 8)?, header(58, 2)?, header(60, 2)?) {
-        ensure!(number(section?, 4, 4)? != SHT_SYMTAB, "it has symbols, which only make it larger");
+        ensure!(number(section?, 4, 4)? != SHT_SYMTAB, "not stripped: it has symbols");
     }
     Ok(())
 }
 
-/// The entries of a table of the file.
+/// The entries of a table in the file.
 fn table(file: &[u8], at: u64, size: u64, count: u64) -> impl Iterator<Item = Result<&[u8]>> {
     (0..count).map(move |index| {
         let start = usize::try_from(at.saturating_add(index.saturating_mul(size)))?;
         let end = start.saturating_add(usize::try_from(size)?);
-        file.get(start..end).context("it is cut off")
+        file.get(start..end).context("truncated file")
     })
 }
 
 /// A little-endian number of `size` bytes.
 fn number(bytes: &[u8], at: usize, size: usize) -> Result<u64> {
-    let digits = bytes.get(at..at + size).context("it is cut off")?;
+    let digits = bytes.get(at..at + size).context("truncated file")?;
     Ok(digits.iter().rev().fold(0, |value, digit| value << 8 | u64::from(*digit)))
 }
 
@@ -50,7 +50,7 @@ fn number(bytes: &[u8], at: usize, size: usize) -> Result<u64> {
 mod tests {
     use super::*;
 
-    /// An executable of one segment and one section, with these types.
+    /// An executable with one segment and one section of these types.
     fn executable(kind: u8, segment: u8, section: u8) -> Vec<u8> {
         let mut file = vec![0; 64 + 56 + 64];
         file[..IDENT.len()].copy_from_slice(IDENT);
@@ -65,20 +65,20 @@ mod tests {
     }
 
     #[test]
-    fn only_what_needs_nothing_of_the_host_is_taken() {
+    fn only_static_stripped_executables_are_accepted() {
         let load = 1;
-        let is_taken = |file: &[u8]| check(file).is_ok();
-        assert!(is_taken(&executable(2, load, 1)));
-        assert!(!is_taken(&executable(3, load, 1)), "position-independent");
-        assert!(!is_taken(&executable(2, PT_INTERP as u8, 1)), "has an interpreter");
-        assert!(!is_taken(&executable(2, PT_DYNAMIC as u8, 1)), "is dynamic");
-        assert!(!is_taken(&executable(2, load, SHT_SYMTAB as u8)), "has symbols");
-        assert!(!is_taken(&executable(2, load, 1)[..150]), "is cut off");
-        assert!(!is_taken(b"#!/bin/sh\n"));
+        let is_accepted = |file: &[u8]| check(file).is_ok();
+        assert!(is_accepted(&executable(2, load, 1)));
+        assert!(!is_accepted(&executable(3, load, 1)), "position-independent");
+        assert!(!is_accepted(&executable(2, PT_INTERP as u8, 1)), "has an interpreter");
+        assert!(!is_accepted(&executable(2, PT_DYNAMIC as u8, 1)), "is dynamic");
+        assert!(!is_accepted(&executable(2, load, SHT_SYMTAB as u8)), "has symbols");
+        assert!(!is_accepted(&executable(2, load, 1)[..150]), "truncated");
+        assert!(!is_accepted(b"#!/bin/sh\n"));
     }
 
     #[test]
-    fn the_test_program_itself_is_refused() {
+    fn the_test_program_itself_is_rejected() {
         let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
         assert!(check(&own).is_err());
     }

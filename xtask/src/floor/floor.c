@@ -1,5 +1,5 @@
-// The floor that `cargo xtask bench supervise` measures against: what a supervisor costs when it does nothing but start a program N
-// times and start each again at once when it ends. No logs, no records, no policy, no back-off, one thread, no heap.
+// The floor for `cargo xtask bench supervise`: a minimal supervisor that starts a program N times and restarts each at once when it exits.
+// No logs, no records, no policy, no back-off, one thread, no heap.
 //
 //   floor N PROGRAM SOCKET        runs `PROGRAM SOCKET 0`, `PROGRAM SOCKET 1`, ...
 //
@@ -20,7 +20,7 @@
 
 enum { MOST = 1000, AT_ONCE = 64 };
 
-// What one child is known by: its pid, and the descriptor that becomes readable when it ends.
+// A child: its pid, and the descriptor that becomes readable when it exits.
 struct child {
     pid_t pid;
     int pidfd;
@@ -60,7 +60,7 @@ static void start(const char *program, const char *socket, int index) {
         fail("epoll_ctl");
 }
 
-// It is waited for first: a descriptor that is closed leaves the epoll set by itself.
+// Waits for the child first. Closing the descriptor removes it from the epoll set.
 static void take_leave(int index) {
     struct child *child = &children[index];
     while (waitpid(child->pid, NULL, 0) < 0 && errno == EINTR) {

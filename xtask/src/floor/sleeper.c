@@ -1,5 +1,5 @@
-// What every supervisor of `cargo xtask bench supervise` keeps running: it says at once that it runs, and when that began, and does
-// nothing more, for ever. The moment is read first of all, so that the telling is not measured.
+// The program that every supervisor of `cargo xtask bench supervise` keeps running: it reports its start and then sleeps forever. It reads
+// the clock first, so that sending the report is not measured.
 //
 //   sleeper SOCKET NAME       or without arguments: BENCH_SOCKET, and the name of the working directory
 //

@@ -1,16 +1,16 @@
-//! No modules of a crate import each other, directly or in a circle.
+//! No modules of a crate import each other, directly or in a cycle.
 //!
-//! The rule: of the children of one parent, each taken together with all files below it, none imports itself through others. The module tree
-//! is read from the `mod` declarations, tests left out. Every `use` and every path in the code is then resolved to the file that defines the
-//! name, through imports, re-exports and globs, and is one import of that file. A declaration `mod child;`, and a re-export of a name that
-//! the file itself does not use, are no imports.
+//! The rule: no child of a module, taken together with all files below it, imports itself through its siblings. The module tree is read
+//! from the `mod` declarations, without tests. Every `use` and every path in the code is resolved to the file that defines the name,
+//! through imports, re-exports and globs, and counts as an import of that file. A declaration `mod child;`, and a re-export of a name that
+//! the file itself does not use, are not imports.
 //!
-//! A file and its own ancestors may import each other: a parent composes its children and calls them, and defines the types that they share.
-//! Nearly every parent of this project does so (`Config` in `config.rs` is filled by `config/keys.rs`); the pair is one module in two files, and
-//! is read as one. Through a parent no circle between others can hide: imports of and by a child's descendants count as the child's, so that
-//! `a.rs -> b.rs -> a/x.rs` is refused, though `a.rs` and `a/x.rs` may import each other.
+//! A file and its own ancestors may import each other: a parent composes its children, calls them, and defines the types that they share.
+//! Nearly every parent of this project does so (`Config` in `config.rs` is filled by `config/keys.rs`), so parent and child are treated as
+//! one module in two files. A parent cannot hide a cycle between other modules: imports of and by a child's descendants count as the
+//! child's, so `a.rs -> b.rs -> a/x.rs` is rejected, although `a.rs` and `a/x.rs` may import each other.
 //!
-//! Not seen: paths in attributes that are texts (`#[serde(with = "…")]`), what macros expand to, and methods, whose types are not named.
+//! Not found: paths in attributes that are strings (`#[serde(with = "…")]`), the output of macros, and methods whose types are not named.
 
 mod graph;
 mod modules;
@@ -21,11 +21,11 @@ use std::collections::BTreeMap;
 use super::Violation;
 use modules::{Crate, Names};
 
-/// Of each pair of files, so many names are printed.
+/// The maximum number of names printed for each pair of files.
 const MAX_NAMES: usize = 3;
 
-/// Each circle once, at the first line that ties its first file to another. `sources` are the project's Rust files with their texts; the
-/// file called `root` is its crate's first.
+/// Each cycle once, at the first line that connects its first file to another. `sources` are the project's Rust files with their texts;
+/// `root` is the crate's root file.
 pub(super) fn check(root: &str, sources: &[(&str, &str)]) -> Vec<Violation> {
     let whole = Crate::read(root, sources);
     let ties: Vec<BTreeMap<usize, Names>> = (0..whole.modules.len()).map(|from| whole.imports(from)).collect();
@@ -41,22 +41,22 @@ pub(super) fn check(root: &str, sources: &[(&str, &str)]) -> Vec<Violation> {
                 imported.filter(|to| *to != own).collect()
             })
             .collect();
-        for circle in graph::circles(&edges) {
-            let circle: Vec<&Vec<usize>> = circle.iter().map(|place| &families[*place]).collect();
-            violations.push(violation(&whole, &ties, &circle));
+        for cycle in graph::cycles(&edges) {
+            let cycle: Vec<&Vec<usize>> = cycle.iter().map(|place| &families[*place]).collect();
+            violations.push(violation(&whole, &ties, &cycle));
         }
     }
     violations
 }
 
-/// What ties the families of a circle: each pair of files, with the names that the first takes from the second.
-fn violation(whole: &Crate, ties: &[BTreeMap<usize, Names>], circle: &[&Vec<usize>]) -> Violation {
+/// The imports that form a cycle: each pair of files, with the names that the first uses from the second.
+fn violation(whole: &Crate, ties: &[BTreeMap<usize, Names>], cycle: &[&Vec<usize>]) -> Violation {
     let file = |module: usize| whole.modules[module].file.as_str();
     let mut pairs: Vec<(&str, &str, &Names)> = Vec::new();
-    for family in circle {
+    for family in cycle {
         for from in *family {
             let outside = ties[*from].iter().filter(|(to, _)| !family.contains(to));
-            let inside = outside.filter(|(to, _)| circle.iter().any(|family| family.contains(to)));
+            let inside = outside.filter(|(to, _)| cycle.iter().any(|family| family.contains(to)));
             pairs.extend(inside.map(|(to, names)| (file(*from), file(*to), names)));
         }
     }

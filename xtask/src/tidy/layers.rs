@@ -1,4 +1,4 @@
-//! Arrows run one way: `main -> cli -> personality -> mechanism -> platform`, and everything may use `core`, which is pure.
+//! Imports go one way: `main -> cli -> personality -> mechanism -> platform`. Every module may use `core`, which is pure.
 
 use super::Violation;
 use super::source::{bracketed, code, line, without_tests, words};
@@ -24,9 +24,9 @@ const MECHANISMS: &[&str] = &[
     "store",
     "uplink",
 ];
-/// What `core` may use besides `std` and itself.
+/// The crates that `core` may use besides `std` and itself.
 const PURE: &[&str] = &["schemars", "semver", "serde"];
-/// What `core` may not do, with `std`: effects, and asking for the time.
+/// The parts of `std` that `core` may not use: effects and the clock.
 const IMPURE: &[&str] =
     &["std::env", "std::fs", "std::net", "std::os", "std::process", "std::thread", "Instant::now", "SystemTime::now"];
 
@@ -50,7 +50,7 @@ fn layer(module: &str) -> Option<Layer> {
     }
 }
 
-/// The crates that a manifest depends on, as they are spelled in code.
+/// The crates that a manifest depends on, as code spells them.
 pub(super) fn dependencies(manifest: &str) -> Vec<String> {
     let mut names = Vec::new();
     let mut inside = false;
@@ -69,7 +69,7 @@ pub(super) fn dependencies(manifest: &str) -> Vec<String> {
     names
 }
 
-/// The layering, for one file of `src`; tests may reach further.
+/// Checks the layering of one file of `src`; tests are exempt.
 pub(super) fn check(file: &str, text: &str, dependencies: &[String]) -> Vec<Violation> {
     let Some(path) = file.strip_prefix("src/").and_then(|path| path.strip_suffix(".rs")) else { return Vec::new() };
     let parts: Vec<_> = path.split('/').collect();
@@ -82,16 +82,16 @@ pub(super) fn check(file: &str, text: &str, dependencies: &[String]) -> Vec<Viol
     let mut add =
         |at: usize, what: String| violations.push(Violation { file: file.to_owned(), line: line(&code, at), what });
     let Some(from) = layer(own) else {
-        add(0, format!("tidy does not know the module {own}: name its layer in xtask/src/tidy/layers.rs"));
+        add(0, format!("unknown module {own}: add it to its layer in xtask/src/tidy/layers.rs"));
         return violations;
     };
     for (at, module) in uses(&code, parts.len()) {
         if module == own {
             continue;
         }
-        // Names that the root re-exports are of no layer; there should be none.
+        // Names that the root re-exports have no layer; there should be none.
         let Some(to) = layer(&module) else { continue };
-        if let Some(why) = refused(from, to) {
+        if let Some(why) = rejection(from, to) {
             add(at, format!("{own} uses {module}: {why}"));
         }
     }
@@ -106,29 +106,29 @@ pub(super) fn check(file: &str, text: &str, dependencies: &[String]) -> Vec<Viol
         }
         for effect in IMPURE {
             words(&code, effect).for_each(|at| {
-                add(at, format!("core uses {effect}: it is pure; effects and the time are its callers'"))
+                add(at, format!("core uses {effect}: it is pure; its callers have the effects and pass the time"))
             });
         }
     }
     violations
 }
 
-/// Why `from` may not use `to`, if so. The two are different modules.
-fn refused(from: Layer, to: Layer) -> Option<&'static str> {
+/// The reason why `from` may not use `to`, or `None` if it may. The two are different modules.
+fn rejection(from: Layer, to: Layer) -> Option<&'static str> {
     use Layer::*;
     match (from, to) {
         (Top, _) | (Personality, Mechanism | Platform | Core) => None,
         (Mechanism, Mechanism | Platform | Core) | (Platform, Core) => None,
-        (Personality, Personality) => Some("personalities do not know each other; what both need is a mechanism"),
+        (Personality, Personality) => Some("personalities do not use each other; move shared code to a mechanism"),
         (Personality, Top) => Some("a personality owns its arguments; the command line composes them"),
-        (Mechanism, _) => Some("a mechanism serves personalities and knows none"),
-        (Platform, _) => Some("platform knows nothing above it but core"),
-        (Core, _) => Some("core is pure and knows nothing but itself"),
+        (Mechanism, _) => Some("a mechanism is used by personalities and uses none"),
+        (Platform, _) => Some("platform uses core only"),
+        (Core, _) => Some("core is pure and uses itself only"),
     }
 }
 
-/// The modules of the crate's root that the code names, with where: `crate::x`, `crate::{x, y}`, and as many `super::` as lead there
-/// from a file that is `depth` deep.
+/// The root modules that the code names, with positions: `crate::x`, `crate::{x, y}`, and the `super::` chain that leads to the root from a
+/// file at `depth`.
 fn uses(code: &str, depth: usize) -> Vec<(usize, String)> {
     let up = "super::".repeat(depth);
     let roots = code.match_indices("crate::").map(|(at, root)| (at, at + root.len()));
@@ -165,7 +165,7 @@ fn word(text: &str) -> String {
     text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
 }
 
-/// Where `name` is the head of a path.
+/// The positions where `name` is the head of a path.
 fn heads<'a>(code: &'a str, name: &'a str) -> impl Iterator<Item = usize> + 'a {
     words(code, name).filter(move |at| {
         let before = code[..*at].trim_end();
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn mechanisms_know_no_personality() {
+    fn mechanisms_use_no_personality() {
         let text =
             "use crate::spm::x;\nuse crate::{home::Home, gateway::{a, b}};\nuse crate::store;\nuse super::cli;\n";
         assert_eq!(found("src/lock.rs", text), [1, 2, 4]);
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn personalities_do_not_know_each_other() {
+    fn personalities_do_not_use_each_other() {
         assert_eq!(
             found("src/spm/agents.rs", "use crate::spm::x;\nuse crate::home;\nfn f() { crate::spa::run() }"),
             [3]
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn tests_may_reach_further() {
+    fn tests_are_exempt() {
         assert_eq!(found("src/spm/tests.rs", "use crate::gateway;"), [0; 0]);
         assert_eq!(found("src/lock.rs", "#[cfg(test)]\nmod tests {\n    use crate::spm;\n}\n"), [0; 0]);
     }
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_module_of_no_layer_is_asked_about() {
+    fn a_module_without_a_layer_is_reported() {
         assert_eq!(found("src/utils.rs", ""), [1]);
     }
 }

@@ -1,6 +1,6 @@
-//! Just enough of Rust's grammar to tell code from comments, texts and tests. Lines keep their numbers.
+//! A minimal Rust lexer that separates code from comments, literals and tests. Line numbers are kept.
 
-/// The code alone: comments and the insides of texts and characters are blanked.
+/// The code only: comments and string and character literals are blanked.
 pub(super) fn code(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -18,12 +18,12 @@ pub(super) fn code(source: &str) -> String {
     out
 }
 
-/// Whether what [`token`] cut off is code. A comment or a text is cut off whole, code character by character.
+/// Whether a token of [`token`] is code. Comments and literals are single tokens, code is cut into characters.
 fn is_code(taken: &str) -> bool {
     taken.chars().nth(1).is_none()
 }
 
-/// The length of the comment or text that `rest` begins with, else that of one character.
+/// The length of the comment or literal at the start of `rest`, or of one character.
 fn token(rest: &str, previous: Option<char>) -> usize {
     let one = rest.chars().next().map_or(0, char::len_utf8);
     if rest.starts_with("//") {
@@ -66,7 +66,7 @@ fn block_comment(rest: &str) -> usize {
     rest.len()
 }
 
-/// Up to and with the closing mark; a backslash takes the next character with it.
+/// Up to and including the closing quote; a backslash escapes the next character.
 fn quoted(rest: &str, mark: char) -> usize {
     let mut escaped = false;
     for (at, c) in rest.char_indices().skip(1) {
@@ -91,7 +91,7 @@ fn raw_text(rest: &str) -> Option<usize> {
     Some(rest[inside..].find(&closing).map_or(rest.len(), |at| inside + at + closing.len()))
 }
 
-/// A character, as opposed to a lifetime.
+/// A character literal, as opposed to a lifetime.
 fn character(rest: &str) -> Option<usize> {
     let mut chars = rest.char_indices().skip(1);
     let (_, first) = chars.next()?;
@@ -102,7 +102,7 @@ fn character(rest: &str) -> Option<usize> {
     (second == '\'').then_some(at + 1)
 }
 
-/// `code` without its test modules: what `#[cfg(test)]` stands before is blanked, to the end of the block or item.
+/// `code` without its test modules: an item after `#[cfg(test)]` is blanked to its end.
 pub(super) fn without_tests(code: &str) -> String {
     const MARK: &str = "#[cfg(test)]";
     let mut out = code.to_owned();
@@ -117,7 +117,7 @@ pub(super) fn without_tests(code: &str) -> String {
     out
 }
 
-/// Where the item that begins at `from` ends: after its block, or after the semicolon that comes before any block.
+/// The end of the item that begins at `from`: after its block, or after a semicolon that comes before any block.
 fn item_end(code: &str, from: usize) -> usize {
     let mut depth = 0_usize;
     for (at, c) in code[from..].char_indices() {
@@ -136,7 +136,7 @@ fn item_end(code: &str, from: usize) -> usize {
     code.len()
 }
 
-/// Every place where `word` stands as a word of its own.
+/// The positions where `word` is a whole word.
 pub(super) fn words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
     code.match_indices(word).map(|(at, _)| at).filter(move |at| {
         !code[..*at].chars().next_back().is_some_and(is_part_of_word)
@@ -144,17 +144,17 @@ pub(super) fn words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = us
     })
 }
 
-/// Whether a character can stand in a name.
+/// Whether a character can be part of an identifier.
 pub(super) fn is_part_of_word(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
 
-/// The line, from 1, that a place is in.
+/// The line number, from 1, of a position.
 pub(super) fn line(text: &str, at: usize) -> usize {
     text[..at].matches('\n').count() + 1
 }
 
-/// What stands between the bracket at the start of `code` and the one that closes it.
+/// The text between the bracket at the start of `code` and its closing bracket.
 pub(super) fn bracketed(code: &str) -> Option<&str> {
     let mut depth = 0_usize;
     for (at, c) in code.char_indices() {
@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn comments_and_texts_are_no_code() {
+    fn comments_and_literals_are_blanked() {
         let table = [
             ("let a = \"x // y\"; // z", "let a = "),
             ("a /* b /* c */ d */ e", "a                   e"),
@@ -198,14 +198,14 @@ mod tests {
     }
 
     #[test]
-    fn test_modules_are_left_out() {
+    fn test_modules_are_blanked() {
         let left = without_tests("a\n#[cfg(test)]\nmod tests {\n fn x() { y }\n}\nb\n#[cfg(test)]\nmod more;\nc");
         assert_eq!(left.split_whitespace().collect::<Vec<_>>(), ["a", "b", "c"]);
         assert_eq!(line(&left, left.find('c').unwrap()), 9);
     }
 
     #[test]
-    fn words_stand_alone() {
+    fn only_whole_words_are_found() {
         assert_eq!(words("unsafe_code unsafe {}", "unsafe").count(), 1);
         assert_eq!(bracketed("(a(b)c) d"), Some("a(b)c"));
         assert_eq!(bracketed("a"), None);

@@ -1,6 +1,6 @@
-// gcc's unwinder asks the C library which object an address belongs to and where that one's unwind tables are. It does so by a function
-// that glibc has since 2.35 and musl has not; so here it is, by what both have. Without it a static executable would not link, and one
-// that answered "none" would abort at its first backtrace.
+// gcc's unwinder calls a function of the C library to find the object of an address and its unwind tables. glibc has it since 2.35, musl
+// does not. This implementation uses functions that both have. Without it a static executable does not link, and one that returns
+// "not found" aborts at its first backtrace.
 //
 // The structure is that of <dlfcn.h> of glibc on x86-64.
 #define _GNU_SOURCE
@@ -8,7 +8,7 @@
 #include <pthread.h>
 #include <stddef.h>
 
-// The unwinder calls these if they are there, and asks only one of them whether they are: without this a static link leaves some out.
+// The unwinder calls these if they exist, but checks only one of them: without this a static link omits some.
 __attribute__((used)) static void *const needed[] = {
     (void *)pthread_once,        (void *)pthread_mutex_lock,  (void *)pthread_mutex_unlock,
     (void *)pthread_key_create,  (void *)pthread_getspecific, (void *)pthread_setspecific,

@@ -1,7 +1,7 @@
-//! A gateway that somebody else wrote: from the protocol's description alone, sharing no type with ours.
+//! A third-party gateway: written from the protocol's description only, and sharing no type with ours.
 //!
-//! Plain HTTP, one thread for each connection, JSON as it comes; packages are packed by `tar` and `zstd` and signed by `minisign`. It is as
-//! plain as it can be on purpose: what it does not need to do, no gateway needs to do.
+//! Plain HTTP, one thread for each connection, unstructured JSON; packages are packed by `tar` and `zstd` and signed by `minisign`. It is
+//! minimal on purpose: what it omits is not required of any gateway.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Cursor, Read, Write};
@@ -16,18 +16,18 @@ use serde_json::{Value, json};
 
 use crate::support::wait::wait_for;
 
-/// What is answered to a heartbeat.
+/// The reply to a heartbeat.
 #[derive(Clone)]
 pub enum Reply {
-    /// A 200 with this document, in which `agentId` is added where it is not given.
+    /// A 200 with this document, in which a missing `agentId` is added.
     Json(Value),
-    /// Whatever else: the status with further header lines, and the body.
+    /// A raw reply: the status with further header lines, and the body.
     Raw(String, Vec<u8>),
 }
 
-/// A heartbeat as it came.
+/// A received heartbeat.
 #[derive(Clone)]
-pub struct Heard {
+pub struct ReceivedHeartbeat {
     pub at: Instant,
     pub body: Value,
 }
@@ -38,7 +38,7 @@ struct Shared {
     /// By package: version, file.
     offers: BTreeMap<String, (String, String)>,
     reply: Option<Reply>,
-    heard: Vec<Heard>,
+    heartbeats: Vec<ReceivedHeartbeat>,
 }
 
 pub struct ThirdParty {
@@ -54,19 +54,19 @@ impl ThirdParty {
         let url = format!("http://{}", listener.local_addr().expect("it is bound"));
         let shared = Arc::new(Mutex::new(Shared::default()));
         let for_all = shared.clone();
-        // It ends with the test program: a host's connection may outlive the test that is interested in it.
+        // It ends with the test program: a host's connection may outlive the test.
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let shared = for_all.clone();
                 thread::spawn(move || while serve(&stream, &shared).is_some() {});
             }
         });
-        let KeyPair { pk, sk } = KeyPair::generate_unencrypted_keypair().expect("a key can be made");
+        let KeyPair { pk, sk } = KeyPair::generate_unencrypted_keypair().expect("a key can be created");
         let public_key = pk.to_box().expect("a key has a text").to_string();
         ThirdParty { url, public_key, secret_key: sk, shared }
     }
 
-    /// Packs, signs and serves `files` (path, mode, content) as the release `name` `version`; the file's name, and its bytes.
+    /// Packs, signs and serves `files` (path, mode, content) as the release `name` `version`; returns the file's name and bytes.
     pub fn publish(&self, name: &str, version: &str, files: &[(&str, u32, &[u8])]) -> (String, Vec<u8>) {
         let mut tar = tar::Builder::new(zstd::Encoder::new(Vec::new(), 1).expect("zstd works"));
         for (path, mode, content) in files {
@@ -80,16 +80,16 @@ impl ThirdParty {
         let binding = format!("name={name} version={version} os=linux arch={arch} epoch=1");
         let signature = minisign::sign(None, &self.secret_key, Cursor::new(&package), Some(&binding), None);
         let file = format!("{name}-{version}_linux_{arch}.tar.zst");
-        let mut shared = self.shared.lock().expect("nobody panicked");
+        let mut shared = self.shared.lock().expect("no thread panicked");
         shared.files.insert(format!("{file}.minisig"), signature.expect("the key signs").to_string().into_bytes());
         shared.files.insert(file.clone(), package.clone());
         shared.offers.insert(name.to_owned(), (version.to_owned(), file.clone()));
         (file, package)
     }
 
-    /// What every heartbeat is answered from now on.
+    /// The reply to every heartbeat from now on.
     pub fn reply(&self, reply: Reply) {
-        self.shared.lock().expect("nobody panicked").reply = Some(reply);
+        self.shared.lock().expect("no thread panicked").reply = Some(reply);
     }
 
     pub fn answer(&self, answer: Value) {
@@ -97,32 +97,32 @@ impl ThirdParty {
     }
 
     /// All heartbeats so far.
-    pub fn heard(&self) -> Vec<Heard> {
-        self.shared.lock().expect("nobody panicked").heard.clone()
+    pub fn heartbeats(&self) -> Vec<ReceivedHeartbeat> {
+        self.shared.lock().expect("no thread panicked").heartbeats.clone()
     }
 
-    /// Waits for a heartbeat, from now on, that is as wanted.
+    /// Waits for a new heartbeat that `wanted` accepts.
     #[track_caller]
     pub fn wait_for_heartbeat(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        let seen = self.heard().len();
+        let seen = self.heartbeats().len();
         wait_for(what, Duration::from_secs(30), || {
-            self.heard()[seen..].iter().map(|heard| &heard.body).find(|body| wanted(body)).cloned()
+            self.heartbeats()[seen..].iter().map(|heartbeats| &heartbeats.body).find(|body| wanted(body)).cloned()
         })
     }
 
-    /// Writes the public key to a file, and gives its path.
+    /// Writes the public key to a file, and returns its path.
     pub fn public_key(&self, file: &Path) -> String {
         std::fs::write(file, &self.public_key).expect("a temporary directory can be written");
         file.display().to_string()
     }
 
-    /// A served file's bytes.
+    /// The bytes of a served file.
     pub fn file(&self, name: &str) -> Vec<u8> {
-        self.shared.lock().expect("nobody panicked").files[name].clone()
+        self.shared.lock().expect("no thread panicked").files[name].clone()
     }
 }
 
-/// One request; `None` when the connection is to be closed.
+/// Handles one request; `None` if the connection is to be closed.
 fn serve(mut stream: &TcpStream, shared: &Mutex<Shared>) -> Option<()> {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
@@ -146,7 +146,7 @@ fn serve(mut stream: &TcpStream, shared: &Mutex<Shared>) -> Option<()> {
         ("POST", "/api/heartbeat") => {
             let heartbeat: Value = serde_json::from_slice(&body).ok()?;
             let id = heartbeat["agentId"].clone();
-            shared.heard.push(Heard { at: Instant::now(), body: heartbeat });
+            shared.heartbeats.push(ReceivedHeartbeat { at: Instant::now(), body: heartbeat });
             match shared.reply.clone().unwrap_or_else(|| Reply::Json(json!({ "interval": 1 }))) {
                 Reply::Raw(status, content) => (status, content),
                 Reply::Json(mut answer) => {

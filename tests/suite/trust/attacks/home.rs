@@ -15,7 +15,7 @@ use crate::support::aops;
 use crate::support::command::{self, LIMIT};
 use crate::support::files::{difference, snapshot};
 
-/// Nobody's, on every host.
+/// The user `nobody` of every host.
 pub(super) const NOBODY: u32 = 65534;
 
 pub(super) fn set_mode(path: &Path, mode: u32) {
@@ -23,7 +23,7 @@ pub(super) fn set_mode(path: &Path, mode: u32) {
 }
 
 #[test]
-fn a_link_in_the_place_of_a_directory_of_the_home() {
+fn a_link_instead_of_a_home_directory_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let home = scene.host.home();
@@ -32,18 +32,18 @@ fn a_link_in_the_place_of_a_directory_of_the_home() {
         fs::create_dir_all(elsewhere.join("1.0.0")).expect("it is ours");
         for file in ["precious", "1.0.0/precious"] {
             let file = fs::File::create(elsewhere.join(file)).expect("it is ours");
-            // Older than anything that is kept in a cache.
+            // Older than anything in a cache.
             file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1 << 30)).expect("it is ours");
         }
         let before = snapshot(&elsewhere, &[]);
         let place = home.join(name);
         let _ = fs::remove_dir_all(&place);
         symlink(&elsewhere, &place).expect("it is ours");
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         let shown = place.display().to_string();
         scene.assert_told("stage", "refused", &[&shown, "symbolic link"]);
         scene.assert_native_runs();
-        // A manager that starts, and sweeps, leaves it alone too.
+        // A starting manager, which sweeps, does not follow the link either.
         let old = scene.host.role_pid("spm").expect("it runs");
         scene.host.control(&["restart"]).expect_code(0);
         scene.hostile.wait_for_heartbeat("the new manager", |heartbeat| heartbeat["manager"]["pid"] != old);
@@ -61,7 +61,7 @@ fn a_link_in_the_place_of_a_directory_of_the_home() {
             );
         }
         scene.assert_native_runs();
-        // Nor does it remove anything there when the sub-agent is not wanted any more.
+        // Nor does it remove anything there when the sub-agent is no longer ordered.
         scene.forget_victim();
         assert_eq!(difference(&before, &snapshot(&elsewhere, &[])), Vec::<String>::new());
         fs::remove_file(&place).expect("it is ours");
@@ -70,21 +70,21 @@ fn a_link_in_the_place_of_a_directory_of_the_home() {
             set_mode(&place, mode);
         }
     }
-    // Mended, all is well.
-    scene.want_victim(json!({}));
+    // After the fix everything works.
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
 }
 
 #[test]
-fn a_key_file_that_others_can_write() {
+fn a_key_file_writable_by_others_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let keys = scene.host.home().join("etc/keys");
-    let key = fs::read_dir(&keys).expect("it is there").flatten().next().expect("the operator's key").path();
+    let key = fs::read_dir(&keys).expect("it exists").flatten().next().expect("the operator's key").path();
     for (path, mode, good) in [(&key, 0o666, 0o644), (&keys, 0o777, 0o755)] {
         set_mode(path, mode);
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         scene.assert_told("stage", "refused", &[&path.display().to_string(), "others can write it", "chmod go-w"]);
         let output = scene.host.install(&["--version", "1.0.0"]).expect_code(1);
         assert!(
@@ -95,18 +95,18 @@ fn a_key_file_that_others_can_write() {
         set_mode(path, good);
         scene.assert_unharmed();
     }
-    // One that somebody else owns, and so can write.
+    // One that another user owns, and so can write.
     std::os::unix::fs::chown(&key, Some(NOBODY), None).expect("these tests run as root");
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_told("stage", "refused", &[&key.display().to_string(), "belongs to the user 65534"]);
     scene.forget_victim();
     std::os::unix::fs::chown(&key, Some(0), None).expect("these tests run as root");
     scene.assert_unharmed();
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
 }
 
-/// Says something at a socket, as somebody else, and gives what is answered.
+/// Sends a request to a socket as another user, and returns the reply.
 fn as_nobody(script: &str) -> command::Output {
     let mut command = Command::new("perl");
     command.args(["-MIO::Socket::UNIX", "-e", script]).uid(NOBODY).gid(NOBODY).current_dir("/");
@@ -114,14 +114,14 @@ fn as_nobody(script: &str) -> command::Output {
 }
 
 #[test]
-fn a_control_socket_reached_by_another_user() {
+fn requests_of_another_user_at_the_control_socket_are_rejected() {
     let scene = Scene::new();
     let home = scene.host.home();
     let socket = home.join("run/spm.sock");
-    let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
+    let mode = |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o7777;
     assert_eq!((mode(&socket), mode(&home.join("run")), mode(&home.join("state"))), (0o600, 0o700, 0o700));
-    // As it is, nobody else gets to it.
-    let knock = format!(
+    // With the default permissions no other user can connect.
+    let request = format!(
         "$SIG{{PIPE}} = 'IGNORE'; my $s = IO::Socket::UNIX->new(Peer => '{}') or die \"cannot connect: $!\\n\"; \
          print $s \"{{\\\"verb\\\":\\\"stop\\\"}}\\n\"; $s->flush; print <$s>;",
         socket.display()
@@ -129,7 +129,7 @@ fn a_control_socket_reached_by_another_user() {
     for directory in home.ancestors().take_while(|path| path.starts_with(scene.host.beside(""))) {
         set_mode(directory, 0o755);
     }
-    let output = as_nobody(&knock);
+    let output = as_nobody(&request);
     assert!(!output.success() && output.stderr.contains("Permission denied"), "{output}");
     let program = scene.host.beside("aops");
     fs::copy(aops(), &program).expect("a copy");
@@ -137,33 +137,33 @@ fn a_control_socket_reached_by_another_user() {
     control.args(["control", "stop", "--home"]).arg(&home).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
     let output = command::run(control.current_dir("/"), LIMIT);
     assert!(!output.success() && output.stderr.contains("cannot"), "{output}");
-    // Whoever may not look is not told that it is stopped.
+    // A user without access does not get the answer that it is stopped.
     let mut control = Command::new(&program);
     control.args(["control", "status", "--home"]).arg(&home).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
     let output = command::run(control.current_dir("/"), LIMIT).expect_code(1);
     assert!(output.stderr.contains("only its owner and root may"), "{output}");
     scene.assert_native_runs();
 
-    // With everything open, the manager itself looks who it is, and does not do what it is told.
+    // With open permissions, the manager itself checks the peer's user, and rejects the request.
     set_mode(&home.join("run"), 0o777);
     set_mode(&socket, 0o666);
-    let output = as_nobody(&knock);
+    let output = as_nobody(&request);
     assert!(output.success(), "{output}");
     assert!(output.stdout.contains("cannot let the user 65534 in") && output.stdout.contains("root alone"), "{output}");
     scene.assert_told("door", "refused", &["the user 65534", "control socket"]);
-    // A crowd that knocks and stays holds nobody up.
+    // Many idle connections delay no one else.
     let crowd = format!(
         "$| = 1; my @all; for (1..200) {{ push @all, IO::Socket::UNIX->new(Peer => '{}'); }} print scalar(@all), \"\\n\"; sleep 60;",
         socket.display()
     );
     let mut command = Command::new("perl");
     command.args(["-MIO::Socket::UNIX", "-e", &crowd]).uid(NOBODY).gid(NOBODY).current_dir("/");
-    let mut crowd = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("perl is there");
+    let mut crowd = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("perl is installed");
     let mut said = [0; 1];
     let counted = crowd.stdout.as_mut().expect("it is piped").read_exact(&mut said);
     let status = scene.host.control(&["status", "--json"]);
     let _ = crowd.kill().and_then(|()| crowd.wait());
-    counted.expect("it says how many");
+    counted.expect("the field is a number");
     assert!(status.json()["spm"]["pid"].is_u64(), "{status}");
     set_mode(&home.join("run"), 0o700);
     set_mode(&socket, 0o600);

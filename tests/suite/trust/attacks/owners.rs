@@ -1,4 +1,4 @@
-//! Attacks by whoever owns, or can write, something of a home that root runs; and by what is no file where one is read.
+//! Attacks by users that own, or can write, a part of a home that root runs; and by special files instead of regular ones.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -18,10 +18,10 @@ use crate::support::host::{SOON, TestHost};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
-/// One of the host's users.
+/// An ordinary user of the host.
 const USER: u32 = 54321;
 
-/// What makes it so, or undoes it, and what is said of it.
+/// The command that creates the problem, the command that fixes it, and the reported words.
 type Harm<'a> = (&'a dyn Fn(bool), [&'a str; 2]);
 
 fn give_to(path: &Path, user: u32) {
@@ -29,11 +29,11 @@ fn give_to(path: &Path, user: u32) {
 }
 
 fn make_pipe(path: &Path) {
-    mknodat(CWD, path, FileType::Fifo, 0o600.into(), 0).expect("a pipe can be made");
+    mknodat(CWD, path, FileType::Fifo, 0o600.into(), 0).expect("a pipe can be created");
 }
 
 #[test]
-fn a_home_that_somebody_else_owns_or_can_replace() {
+fn a_home_that_another_user_owns_or_can_replace_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let home = scene.host.home();
@@ -49,7 +49,7 @@ fn a_home_that_somebody_else_owns_or_can_replace() {
     let mut pid = scene.pid;
     for (make, words) in cases {
         make(true);
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         scene.assert_told("stage", "refused", &words);
         scene.assert_told("home", "refused", &[words[0], words[1], "no release is fetched"]);
         for arguments in
@@ -62,24 +62,24 @@ fn a_home_that_somebody_else_owns_or_can_replace() {
         assert!(words.iter().all(|word| output.stderr.contains(word)), "{output}");
         assert_eq!(roles(), before);
         assert_eq!(scene.host.wait_for_agent("native"), pid);
-        // What ends is not started by what may be somebody else's.
+        // A process that exits is not restarted from files of another user.
         scene.host.kill(pid);
         scene.assert_told("start", "refused", &words);
-        // Else it is staged as soon as that is mended, and there is nothing to be refused in the next case.
+        // Otherwise it is staged as soon as the problem is fixed, and the next case has nothing to reject.
         scene.forget_victim();
         make(false);
         pid = scene.host.wait_for_new_pid("native", pid);
     }
-    // What lies above is the host's, and told.
+    // A directory above the home belongs to the host: it is reported only.
     set_mode(&above, 0o777);
     scene.assert_told("files", "failed", &["which leads to", "mode 0777"]);
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     assert_eq!(scene.host.wait_for_agent("native"), pid);
 }
 
 #[test]
-fn an_installation_over_what_somebody_else_can_change() {
+fn an_installation_over_files_that_another_user_can_change_is_rejected() {
     let host = TestHost::new();
     let (above, home) = (host.beside("above"), host.beside("above/home"));
     let (work, control) = (home.join(".install"), home.join("control"));
@@ -119,20 +119,20 @@ fn an_installation_over_what_somebody_else_can_change() {
             &["home/.install: it belongs to the user 65534"],
         ),
     ];
-    for (harm, mend, words) in cases {
+    for (harm, fix, words) in cases {
         harm();
         let before = snapshot(&host.beside(""), &[]);
         let output = install();
         assert!(words.iter().all(|word| output.stderr.contains(word)), "{words:?}: {output}");
         assert!(output.stderr.contains("nothing was changed"), "{output}");
         assert_eq!(snapshot(&host.beside(""), &[]), before);
-        mend();
+        fix();
         assert_eq!(snapshot(&host.beside(""), &[]), at_first);
     }
-    // Mended, that is not what is wrong.
+    // After the fix the installation fails for another reason.
     let output = install();
     assert!(!output.stderr.contains("cannot rely on") && output.stderr.contains("--trusted-key"), "{output}");
-    // What lies above the home is the host's: it is told, and not what is wrong.
+    // A directory above the home belongs to the host: it is reported, and is not the reason of the failure.
     set_mode(&above, 0o777);
     let output = install();
     assert!(output.stderr.contains("above, which leads to") && output.stderr.contains("mode 0777"), "{output}");
@@ -140,7 +140,7 @@ fn an_installation_over_what_somebody_else_can_change() {
 }
 
 #[test]
-fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is_left_alone() {
+fn a_sub_agent_that_another_user_can_change_is_not_started_and_a_running_one_continues() {
     let scene = Scene::new();
     let agent = scene.host.home().join("agents/native");
     let owned = |bad: bool| give_to(&agent, if bad { NOBODY } else { 0 });
@@ -155,7 +155,7 @@ fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is
         make(true);
         let output = scene.host.control(&["restart", "native"]).expect_code(1);
         assert!(words.iter().all(|word| output.stderr.contains(word)), "{output}");
-        // Neither another environment nor another manager ends it.
+        // Neither a changed environment nor a new manager ends it.
         let env = json!({"CASE": number.to_string()});
         scene.hostile.want(json!([{"name": "native", "version": "1.0.0", "env": env}]), true);
         scene.assert_told("env", "refused", &words);
@@ -174,7 +174,7 @@ fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is
         let wanted = format!("CASE={number}");
         assert!(environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes()));
     }
-    // What lies in a release is the package's own to give away.
+    // Files inside a release may have any owner.
     give_to(&agent.join("1.0.0"), NOBODY);
     scene.host.kill(pid);
     scene.host.wait_for_new_pid("native", pid);
@@ -184,13 +184,13 @@ fn a_sub_agent_that_somebody_else_can_change_is_not_started_and_one_that_runs_is
 }
 
 #[test]
-fn an_executable_that_others_can_write_is_no_role() {
+fn an_executable_writable_by_others_is_not_run_as_a_role() {
     let scene = Scene::new();
     scene.victim();
     let executable = scene.host.home().join("bin/aops");
     let words = ["bin/aops: others can write it", "mode 0777"];
     set_mode(&executable, 0o777);
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_told("stage", "refused", &words);
     scene.assert_told("home", "refused", &words);
     assert!(scene.host.status()["problems"].to_string().contains(words[0]));
@@ -211,7 +211,7 @@ fn an_executable_that_others_can_write_is_no_role() {
 }
 
 #[test]
-fn settings_and_state_that_others_can_write_are_told_and_stop_nothing() {
+fn settings_and_state_writable_by_others_are_reported_and_stop_nothing() {
     let scene = Scene::new();
     scene.victim();
     let (config, state) = (scene.host.home().join("etc/conf.toml"), scene.host.home().join("state/manager.json"));
@@ -221,7 +221,7 @@ fn settings_and_state_that_others_can_write_are_told_and_stop_nothing() {
     scene.assert_told("files", "failed", &words);
     let problems = scene.host.status()["problems"].to_string();
     assert!(words.iter().all(|word| problems.contains(word)), "{problems}");
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     set_mode(&config, 0o644);
     give_to(&state, 0);
@@ -230,7 +230,7 @@ fn settings_and_state_that_others_can_write_are_told_and_stop_nothing() {
 }
 
 #[test]
-fn a_pipe_where_a_file_is_read_holds_nobody_up() {
+fn a_named_pipe_instead_of_a_file_blocks_nothing() {
     let scene = Scene::new();
     scene.victim();
     let home = scene.host.home();
@@ -244,7 +244,7 @@ fn a_pipe_where_a_file_is_read_holds_nobody_up() {
     make_pipe(&key);
     restart();
     scene.assert_told("home", "refused", &["etc/keys/trap.pub", "it is no file"]);
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_told("stage", "refused", &["etc/keys/trap.pub", "it is no file"]);
     fs::remove_file(&key).expect("it is ours");
 
@@ -261,13 +261,13 @@ fn a_pipe_where_a_file_is_read_holds_nobody_up() {
     scene.assert_told("config", "failed", &["state/desired.json", "it is no file"]);
     fs::remove_file(&config).and_then(|()| fs::rename(&aside, &config)).expect("it is ours");
     fs::remove_file(home.join("state/pins.json")).expect("it is ours");
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
 }
 
 #[test]
-fn a_home_of_a_users_own_is_sound_for_him_whatever_his_umask() {
+fn a_users_own_home_is_accepted_whatever_the_umask() {
     let gateway = Gateway::with(&[&Package::sleeper("native", "1.0.0")], &[("native", "1.0.0", "")]);
     let host = TestHost::new();
     let own = host.beside("");
@@ -288,15 +288,15 @@ fn a_home_of_a_users_own_is_sound_for_him_whatever_his_umask() {
     let pid = host.wait_for_agent("native");
     host.kill(pid);
     let pid = host.wait_for_new_pid("native", pid);
-    // As an earlier version made it.
+    // As created by an earlier version.
     let agent = host.home().join("agents/native");
     set_mode(&agent, 0o775);
     as_user(&["control", "restart"]).expect_code(0);
     assert_eq!(host.wait_for_agent("native"), pid);
-    assert_eq!(fs::metadata(&agent).expect("it is there").permissions().mode() & 0o7777, 0o755);
+    assert_eq!(fs::metadata(&agent).expect("it exists").permissions().mode() & 0o7777, 0o755);
     let status = host.status();
     assert_eq!(status["problems"], json!([]), "{status:#}");
-    // For root it is somebody else's.
+    // For root it belongs to another user.
     let output = host.control(&["restart"]).expect_code(1);
     assert!(output.stderr.contains(&format!("belongs to the user {USER}, who is not root")), "{output}");
     as_user(&["control", "uninstall", "--yes"]).expect_code(0);

@@ -1,4 +1,4 @@
-//! Attacks by what is downloaded: packages, signatures, archives, and who serves them.
+//! Attacks by downloads: packages, signatures, archives, and the servers that offer them.
 
 use std::fs;
 use std::process::Command;
@@ -9,32 +9,32 @@ use super::{Scene, arch, comment, file, signed, stranger, wait_for_victim};
 use crate::support::command::{self, LIMIT};
 use crate::support::gateway::Gateway;
 use crate::support::host::SOON;
-use crate::support::hostile::{Body, Hostile, Told};
+use crate::support::hostile::{Body, Hostile, HostileReply};
 use crate::support::package::Package;
 use crate::support::wait::wait_for;
 
 #[test]
-fn a_package_by_a_gateway_without_the_key() {
+fn a_package_not_signed_by_a_trusted_key_is_rejected() {
     let scene = Scene::new();
     let (package, _) = scene.victim();
     scene.hostile.serve(&file(), &package, &signed(&stranger(), &package, &comment(1)));
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_refused("stage", &["signed by the key", "not trusted here", "etc/keys"]);
 
-    // Nor one with no signature at all, or with none that is one.
+    // Nor one without a signature, or with an invalid one.
     for (signature, words) in [("", "not one of minisign's"), ("trust me", "not one of minisign's")] {
         scene.hostile.serve(&file(), &package, signature);
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         scene.assert_refused("stage", &[words]);
     }
     scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(1)));
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
 }
 
 #[test]
-fn the_right_signature_on_the_wrong_name_version_os_or_arch() {
+fn a_signature_for_another_name_version_os_or_arch_is_rejected() {
     let scene = Scene::new();
     let (package, _) = scene.victim();
     let good = comment(1);
@@ -48,73 +48,73 @@ fn the_right_signature_on_the_wrong_name_version_os_or_arch() {
         let wrong = good.replace(from, to);
         assert_ne!(wrong, good);
         scene.hostile.serve(&file(), &package, &scene.sign(&package, &wrong));
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         scene.assert_refused("stage", &[&shown, "that was asked for"]);
     }
-    // The very file of another release, under the name of this one.
+    // The file of another release, under the name of this one.
     let real = format!("native-1.0.0_linux_{}.tar.zst", arch());
     let depot = scene.gateway.path("depot");
     let signature = fs::read_to_string(depot.join(format!("{real}.minisig"))).expect("it was published");
     scene.hostile.serve(&file(), &fs::read(depot.join(&real)).expect("it was published"), &signature);
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_refused("stage", &["signed as native 1.0.0", "victim 1.0.0"]);
-    scene.want_victim(json!({ "file": real }));
+    scene.order_victim(json!({ "file": real }));
     scene.assert_refused("stage", &["cannot take", &real]);
 }
 
 #[test]
-fn a_replay_of_an_older_epoch() {
+fn a_replay_of_an_older_epoch_is_rejected() {
     let mut scene = Scene::new();
     let (package, _) = scene.victim();
     scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(5)));
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     let victim = wait_for_victim(&scene);
     scene.before = scene.files();
     let old = file().replace("1.0.0", "0.9.0");
     let older = comment(4).replace("1.0.0", "0.9.0");
     scene.hostile.serve(&old, &package, &scene.sign(&package, &older));
-    scene.want_victim(json!({"version": "0.9.0"}));
+    scene.order_victim(json!({"version": "0.9.0"}));
     scene.assert_refused("stage", &["of epoch 4", "older than the 5"]);
     assert_eq!(wait_for_victim(&scene), victim);
 }
 
 #[test]
-fn an_older_epoch_that_still_lies_on_the_disk() {
+fn a_stored_release_of_an_older_epoch_is_not_activated() {
     let mut scene = Scene::new();
     let (package, _) = scene.victim();
     scene.gateway.publish(&Package::sleeper("victim", "2.0.0"));
     let newer = file().replace("1.0.0", "2.0.0");
     let bytes = fs::read(scene.gateway.path("depot").join(&newer)).expect("it was published");
     scene.hostile.serve(&newer, &bytes, &scene.sign(&bytes, &comment(5).replace("1.0.0", "2.0.0")));
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     let first = wait_for_victim(&scene);
-    scene.want_victim(json!({"version": "2.0.0"}));
+    scene.order_victim(json!({"version": "2.0.0"}));
     let victim = scene.host.wait_for_new_pid("victim", first);
-    // Kept to be gone back to.
+    // Kept as the backup for a rollback.
     let kept = scene.host.home().join("agents/victim/1.0.0");
     assert!(kept.join(".complete").exists());
 
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_told("activate", "refused", &["victim-1.0.0", "of epoch 1", "older than the 5", "--epoch 5"]);
     wait_for("it to be gone", SOON, || (!kept.exists()).then_some(()));
-    // Nor is it had again as it was; what runs was not even stopped.
+    // Nor is it downloaded again; the running release was not even stopped.
     scene.assert_told("stage", "refused", &["of epoch 1", "older than the 5"]);
     assert_eq!(wait_for_victim(&scene), victim);
     scene.before = scene.files();
     scene.assert_unharmed();
-    // Published again, it is what it was.
+    // Published again, it is accepted.
     scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(5)));
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.host.wait_for_new_pid("victim", victim);
-    assert_eq!(crate::support::host::agent(&scene.host.status(), "victim").expect("it is there")["version"], "1.0.0");
+    assert_eq!(crate::support::host::agent(&scene.host.status(), "victim").expect("it exists")["version"], "1.0.0");
     scene.assert_native_runs();
 }
 
 #[test]
-fn a_signature_and_a_comment_that_were_swapped() {
+fn swapped_signatures_and_comments_are_rejected() {
     let scene = Scene::new();
     let (package, good) = scene.victim();
-    // Another comment over the same signature; the comment's own signature of another file; one byte of the package.
+    // Another comment over the same signature; the comment signature of another file; one changed byte of the package.
     let relabelled = good.replace("epoch=1", "epoch=9");
     let other: Vec<&str> = good.lines().take(2).collect();
     let foreign = scene.sign(b"another", &comment(9));
@@ -125,10 +125,10 @@ fn a_signature_and_a_comment_that_were_swapped() {
     for (package, signature) in [(&package, &relabelled), (&package, &swapped), (&changed, &good)] {
         assert!(signature != &good || package == &changed);
         scene.hostile.serve(&file(), package, signature);
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         let seen = scene.hostile.heartbeats().len();
         scene.assert_refused("stage", &["tampered with", "nothing of it was unpacked"]);
-        // The text is the same each time, and is told once: that it failed again shows in the sub-agent's state.
+        // A message with the same text is reported once; further failures show in the sub-agent's state.
         scene.hostile.wait_for_heartbeat("the victim to have failed", |heartbeat| {
             heartbeat["agents"][1]["state"] == "failed" && heartbeat["agents"][1]["pid"].is_null()
         });
@@ -138,7 +138,7 @@ fn a_signature_and_a_comment_that_were_swapped() {
 }
 
 #[test]
-fn a_signature_of_the_legacy_kind() {
+fn a_legacy_signature_is_rejected() {
     let scene = Scene::new();
     let (package, _) = scene.victim();
     let at = scene.host.beside("legacy.tar.zst");
@@ -148,19 +148,19 @@ fn a_signature_of_the_legacy_kind() {
     command::run(&mut sign, LIMIT).expect_code(0);
     let signature = fs::read_to_string(scene.host.beside("legacy.tar.zst.minisig")).expect("minisign wrote it");
     scene.hostile.serve(&file(), &package, &signature);
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     scene.assert_refused("stage", &["legacy kind", "not accepted"]);
 }
 
 #[test]
-fn a_signed_archive_that_reaches_outside() {
+fn a_signed_archive_with_paths_outside_its_tree_is_rejected() {
     let scene = Scene::new();
     for (path, target) in [("../../../reached", None), ("etc", Some("/etc")), ("/aops-reached-outside", None)] {
         let mut tar = tar::Builder::new(zstd::Encoder::new(Vec::new(), 1).expect("zstd works"));
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o755);
         let content = b"#!/bin/sh\n";
-        // As no packer would write it: the name goes into the header as it is.
+        // With a path that no packer writes: the name is copied into the header.
         header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
         match target {
             Some(target) => {
@@ -178,36 +178,38 @@ fn a_signed_archive_that_reaches_outside() {
         }
         let package = tar.into_inner().and_then(zstd::Encoder::finish).expect("it goes into memory");
         scene.hostile.serve(&file(), &package, &scene.sign(&package, &comment(1)));
-        scene.want_victim(json!({}));
+        scene.order_victim(json!({}));
         scene.assert_refused("stage", &["the package is refused", path]);
         assert!(!scene.host.beside("reached").exists() && !std::path::Path::new("/aops-reached-outside").exists());
     }
 }
 
 #[test]
-fn another_host_of_packages_that_asks_who_we_are() {
+fn a_package_host_receives_no_identity() {
     let scene = Scene::new();
     let (package, signature) = scene.victim();
     let other = Hostile::in_place_of(&scene.gateway);
-    let asks =
-        Told { headers: vec![("www-authenticate", "Basic realm=\"x-agent-id\"".to_owned())], ..Told::status(401) };
+    let asks = HostileReply {
+        headers: vec![("www-authenticate", "Basic realm=\"x-agent-id\"".to_owned())],
+        ..HostileReply::status(401)
+    };
     for name in [file(), format!("{}.minisig", file())] {
         let asks = asks.clone();
         other.on(&format!("/elsewhere/{name}"), move |_| asks.clone());
     }
-    // Only there, so that nothing is had from elsewhere instead.
+    // Only there, so that it is not downloaded from elsewhere instead.
     for name in [file(), format!("{}.minisig", file())] {
-        scene.hostile.on(&format!("/api/download/{name}"), |_| Told::status(404));
+        scene.hostile.on(&format!("/api/download/{name}"), |_| HostileReply::status(404));
     }
-    scene.want_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
+    scene.order_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
     scene.assert_told("stage", "failed", &["401", other.url()]);
     scene.assert_unharmed();
-    // Also where it is what it should be, and is fetched whole.
-    other.on(&format!("/elsewhere/{}", file()), move |_| Told::ok(package.clone()));
-    other.on(&format!("/elsewhere/{}.minisig", file()), move |_| Told::ok(signature.clone()));
-    scene.want_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
+    // Also when the package is valid and completely downloaded.
+    other.on(&format!("/elsewhere/{}", file()), move |_| HostileReply::ok(package.clone()));
+    other.on(&format!("/elsewhere/{}.minisig", file()), move |_| HostileReply::ok(signature.clone()));
+    scene.order_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
     wait_for_victim(&scene);
-    let asked = other.asked();
+    let asked = other.requests();
     assert!(asked.len() >= 3, "{asked:?}");
     for asked in asked {
         for told in ["x-agent-id", "authorization", "cookie"] {
@@ -215,64 +217,64 @@ fn another_host_of_packages_that_asks_who_we_are() {
         }
         assert!(!asked.headers.values().any(|value| value.contains("5402")), "{asked:?}");
     }
-    assert!(scene.hostile.asked().iter().all(|asked| asked.headers.contains_key("x-agent-id")));
+    assert!(scene.hostile.requests().iter().all(|asked| asked.headers.contains_key("x-agent-id")));
     scene.assert_native_runs();
 }
 
 #[test]
-fn a_redirect_to_another_host_or_to_plain_http() {
+fn redirects_to_another_host_or_to_plain_http_are_rejected() {
     let scene = Scene::new();
     let (package, signature) = scene.victim();
     let other = Hostile::in_place_of(&scene.gateway);
     other.serve(&file(), &package, &signature);
     let plain = scene.hostile.url().replace("https", "http");
     for (to, why) in [(other.url().to_owned(), "another host"), (plain, "plain http")] {
-        // Of the signature, and of the package behind a signature that is right.
+        // Of the signature, and of the package after a valid signature.
         for name in [format!("{}.minisig", file()), file()] {
             let location = format!("{to}/api/download/{name}");
-            scene.hostile.on(&format!("/api/download/{name}"), move |_| Told::redirect(location.clone()));
-            // The other one is what it should be; never both are.
+            scene.hostile.on(&format!("/api/download/{name}"), move |_| HostileReply::redirect(location.clone()));
+            // The other file is valid; never both are redirected.
             let (right, bytes) = match name == file() {
                 true => (format!("{name}.minisig"), signature.clone().into_bytes()),
                 false => (file(), package.clone()),
             };
-            scene.hostile.on(&format!("/api/download/{right}"), move |_| Told::ok(bytes.clone()));
-            scene.want_victim(json!({}));
+            scene.hostile.on(&format!("/api/download/{right}"), move |_| HostileReply::ok(bytes.clone()));
+            scene.order_victim(json!({}));
             scene.assert_refused("stage", &["redirect", &to, why]);
         }
     }
-    assert!(other.asked().is_empty(), "{:?}", other.asked());
-    // Nor is a heartbeat sent on: it tells who we are.
+    assert!(other.requests().is_empty(), "{:?}", other.requests());
+    // A heartbeat is not redirected either: it contains the identity.
     let location = format!("{}/api/heartbeat", other.url());
-    scene.hostile.on("/api/heartbeat", move |_| Told::redirect(location.clone()));
+    scene.hostile.on("/api/heartbeat", move |_| HostileReply::redirect(location.clone()));
     scene.host.wait_for_status("the heartbeat to fail", crate::support::host::SOON, |status| {
         status["gateway"]["connected"] == false && status["gateway"]["lastError"].to_string().contains("302")
     });
-    assert!(other.asked().is_empty(), "{:?}", other.asked());
+    assert!(other.requests().is_empty(), "{:?}", other.requests());
     scene.assert_unharmed();
 }
 
 #[test]
-fn endless_data() {
+fn endless_downloads_and_answers_are_rejected() {
     let scene = Scene::new();
     let (package, signature) = scene.victim();
-    let endless = || Told { body: Body::Endless, ..Told::ok("") };
+    let endless = || HostileReply { body: Body::Endless, ..HostileReply::ok("") };
     scene.hostile.serve(&file(), &package, &signature);
     scene.hostile.on(&format!("/api/download/{}", file()), move |_| endless());
-    scene.want_victim(json!({"size": package.len()}));
+    scene.order_victim(json!({"size": package.len()}));
     scene.hostile.wait_for_event("the end of it", |event| {
         event["kind"] == "stage" && event["outcome"] == "refused" && event["message"].to_string().contains("more than")
     });
     scene.assert_unharmed();
-    // A signature has no size that was announced.
-    let endless = || Told { body: Body::Endless, ..Told::ok("") };
+    // A signature has no announced size.
+    let endless = || HostileReply { body: Body::Endless, ..HostileReply::ok("") };
     scene.hostile.on(&format!("/api/download/{}.minisig", file()), move |_| endless());
-    scene.want_victim(json!({"size": package.len()}));
+    scene.order_victim(json!({"size": package.len()}));
     scene.hostile.wait_for_event("the end of that, too", |event| {
         event["kind"] == "stage" && event["message"].to_string().contains("more than 4096 bytes")
     });
     scene.assert_unharmed();
-    // And an answer to a heartbeat that never ends is none; what it says is in the next one.
+    // An endless answer to a heartbeat is rejected; the next answer is used.
     scene.hostile.on("/api/heartbeat", move |_| endless());
     scene.host.wait_for_status("the heartbeat to fail", crate::support::host::SOON, |status| {
         status["gateway"]["lastError"].to_string().contains("more than 4194304 bytes")
@@ -281,21 +283,21 @@ fn endless_data() {
 }
 
 #[test]
-fn a_relay_that_lies_about_the_size() {
+fn a_wrong_announced_size_is_rejected() {
     let scene = Scene::new();
     let (package, signature) = scene.victim();
     let true_size = package.len() as u64;
-    // Announced by the answer; or said by the header of the download.
+    // The size in the answer, or in the header of the download.
     for (announced, length) in [(true_size - 1, true_size), (true_size + 1, true_size), (true_size, true_size * 2)] {
         scene.hostile.serve(&file(), &package, &signature);
         let bytes = package.clone();
-        scene.hostile.on(&format!("/api/download/{}", file()), move |_| Told {
+        scene.hostile.on(&format!("/api/download/{}", file()), move |_| HostileReply {
             body: Body::Lying { length, bytes: bytes.clone() },
-            ..Told::ok("")
+            ..HostileReply::ok("")
         });
         let words = [announced, length].map(|size| size.to_string());
-        scene.want_victim(json!({ "size": announced }));
-        scene.hostile.wait_for_event("the lie to be told", |event| {
+        scene.order_victim(json!({ "size": announced }));
+        scene.hostile.wait_for_event("the wrong size to be reported", |event| {
             let message = event["message"].to_string();
             event["kind"] == "stage" && event["outcome"] == "refused" && words.iter().all(|word| message.contains(word))
         });
@@ -304,7 +306,7 @@ fn a_relay_that_lies_about_the_size() {
 }
 
 #[test]
-fn a_manager_by_another_key_or_of_an_older_epoch_offered_to_an_installation() {
+fn an_installation_rejects_a_manager_with_another_key_or_an_older_epoch() {
     let scene = Scene::with(|gateway| {
         gateway.publish_with(&["--self", "--version", "2.0.0", "--epoch", "1"]).expect_success();
     });
@@ -317,7 +319,7 @@ fn a_manager_by_another_key_or_of_an_older_epoch_offered_to_an_installation() {
     let output = scene.host.install(&["--version", "3.0.0"]).expect_code(1);
     assert!(output.stderr.contains("not trusted here") && output.stderr.contains("nothing was changed"), "{output}");
     scene.assert_unharmed();
-    // A heartbeat that asks for it changes nothing either.
+    // A heartbeat's order for it changes nothing either.
     scene.hostile.answer(json!({"interval": 1, "cmd": "upgrade", "manager": {"version": "3.0.0"}}), Vec::new());
     scene.assert_told("upgrade", "failed", &["3.0.0", "not trusted here"]);
     scene.assert_unharmed();

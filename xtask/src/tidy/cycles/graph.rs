@@ -1,8 +1,8 @@
-//! Circles in a directed graph: its strongly connected components of more than one node (Tarjan, "Depth-first search and linear graph
+//! Cycles in a directed graph: its strongly connected components of more than one node (Tarjan, "Depth-first search and linear graph
 //! algorithms", 1972).
 
-/// The circles of a graph whose node `n` has the edges `edges[n]`, each with its nodes in ascending order.
-pub(super) fn circles(edges: &[Vec<usize>]) -> Vec<Vec<usize>> {
+/// The cycles of a graph whose node `n` has the edges `edges[n]`; nodes are in ascending order.
+pub(super) fn cycles(edges: &[Vec<usize>]) -> Vec<Vec<usize>> {
     let mut search = Search {
         edges,
         index: vec![None; edges.len()],
@@ -35,7 +35,7 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// As deep as the longest chain of imports.
+    /// Recurses as deep as the longest chain of imports.
     fn visit(&mut self, node: usize) {
         self.index[node] = Some(self.next);
         self.low[node] = self.next;
@@ -74,11 +74,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn circles_are_found_once_each() {
-        assert_eq!(circles(&[vec![1], vec![2], vec![]]), [[0; 0]; 0]);
-        assert_eq!(circles(&[vec![0, 1], vec![0]]), [[0, 1]]);
-        // Two circles that share a node are one; another one hangs from them.
+    fn each_cycle_is_found_once() {
+        assert_eq!(cycles(&[vec![1], vec![2], vec![]]), [[0; 0]; 0]);
+        assert_eq!(cycles(&[vec![0, 1], vec![0]]), [[0, 1]]);
+        // Two cycles that share a node are one; a third is connected to them.
         let edges = [vec![1], vec![0, 2], vec![1, 3], vec![4], vec![5], vec![4], vec![0]];
-        assert_eq!(circles(&edges), [vec![0, 1, 2], vec![4, 5]]);
+        assert_eq!(cycles(&edges), [vec![0, 1, 2], vec![4, 5]]);
     }
 }

@@ -1,4 +1,4 @@
-//! The modules of a crate, and the file that each path of one leads to.
+//! The modules of a crate, and the file that each of its paths leads to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -6,13 +6,13 @@ use std::ops::Range;
 use super::paths::{self, Import};
 use crate::tidy::source::{code, line, without_tests};
 
-/// A path that leads through more imports than this goes round in them.
+/// A path with more hops than this is an import cycle of names.
 const MAX_HOPS: usize = 16;
 
-/// The names that one file takes from another, each with the line where it first does.
+/// The names that one file uses from another, each with the line of its first use.
 pub(super) type Names = BTreeMap<String, usize>;
 
-/// The files of a crate as far as they are part of what is built without tests; the first is its root.
+/// The files of a crate that are built without tests; the first is its root.
 pub(super) struct Crate {
     pub(super) modules: Vec<Module>,
 }
@@ -26,11 +26,11 @@ pub(super) struct Module {
     items: BTreeSet<String>,
     /// The code without its imports.
     code: String,
-    /// The blocks of modules that lie in this file.
+    /// The blocks of modules inside this file.
     blocks: Vec<Range<usize>>,
 }
 
-/// What a path leads to.
+/// The target of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
     Module(usize),
@@ -42,7 +42,7 @@ impl Crate {
     pub(super) fn read(root: &str, sources: &[(&str, &str)]) -> Crate {
         let sources: BTreeMap<&str, &str> = sources.iter().copied().collect();
         let mut modules = Vec::new();
-        // Of each file that is still to be read: its name, the directory of its children, its parent and its own name.
+        // The files still to be read: name, directory of the children, parent and module name.
         let directory = root.rsplit_once('/').map_or("", |(directory, _)| directory).to_owned();
         let mut ahead = vec![(root.to_owned(), directory, 0, String::new())];
         while let Some((file, directory, parent, name)) = ahead.pop() {
@@ -66,12 +66,12 @@ impl Crate {
         Crate { modules }
     }
 
-    /// The modules that `parent` declares, in the order of their names.
+    /// The modules that `parent` declares, ordered by name.
     pub(super) fn children(&self, parent: usize) -> impl Iterator<Item = usize> {
         self.modules[parent].children.values().copied()
     }
 
-    /// A module and all below it.
+    /// A module and all modules below it.
     pub(super) fn family(&self, module: usize) -> Vec<usize> {
         let mut family = vec![module];
         let mut next = 0;
@@ -104,11 +104,11 @@ impl Crate {
             let Some(path) = self.outside(from, &import.path, import.at) else { continue };
             for target in self.resolve(from, path, 0) {
                 match (target, &import.name) {
-                    // A module by itself: what is used of it are the paths that begin with it.
+                    // An import of a module itself: its uses are the paths that begin with it.
                     (Target::Module(_), Some(_)) => {}
-                    // All names of a module, unless they are passed on.
+                    // All names of a module, unless they are re-exported.
                     (Target::Module(to), None) if !import.public => add(to, "*", import.at),
-                    // A re-export that the file does not use itself is no import of the file.
+                    // A re-export that the file does not use itself is not an import of the file.
                     (Target::Item(to), Some(name))
                         if !import.public || mentions.iter().any(|mention| mention.path[0] == *name) =>
                     {
@@ -129,8 +129,8 @@ impl Crate {
         found
     }
 
-    /// A path as it reads at the file's level: of one in a module's block the `super` that lead out of the block are taken off. `None`:
-    /// it stays in the file.
+    /// A path relative to the file: inside a module's block, the `super` that lead out of the block are removed. `None` if the path stays
+    /// in the file.
     fn outside<'a>(&self, from: usize, path: &'a [String], at: usize) -> Option<&'a [String]> {
         let depth = self.modules[from].blocks.iter().filter(|block| block.contains(&at)).count();
         let up = path.iter().take_while(|part| *part == "super").count();
@@ -141,7 +141,7 @@ impl Crate {
         }
     }
 
-    /// What `path` leads to from within the module `from`; nothing for what is no module or import of this crate.
+    /// What `path` leads to from the module `from`; empty unless it is a module or import of this crate.
     fn resolve(&self, from: usize, path: &[String], hops: usize) -> Vec<Target> {
         let Some(head) = path.first() else { return vec![] };
         let module = &self.modules[from];
@@ -156,7 +156,7 @@ impl Crate {
         }
     }
 
-    /// What `path` leads to from the module `module`, as seen from outside.
+    /// What `path` leads to from the module `module`, seen from outside.
     fn at(&self, module: usize, path: &[String], hops: usize) -> Vec<Target> {
         let Some((first, rest)) = path.split_first() else { return vec![Target::Module(module)] };
         let here = &self.modules[module];
@@ -184,7 +184,7 @@ impl Crate {
         } else if found.is_empty() && !here.binds(first) {
             found = self.by_globs(module, path, hops);
             if found.is_empty() {
-                // Made by a macro, most likely.
+                // Probably defined by a macro.
                 found.push(Target::Item(module));
             }
         }
@@ -214,12 +214,12 @@ impl Crate {
 }
 
 impl Module {
-    /// Whether an import gives it that name.
+    /// Whether an import defines that name.
     fn binds(&self, name: &str) -> bool {
         self.imports.iter().any(|import| import.name.as_deref() == Some(name))
     }
 
-    /// Whether an import of that name is seen by other modules.
+    /// Whether other modules can use an import of that name.
     fn passes_on(&self, name: &str) -> bool {
         self.imports.iter().any(|import| import.public && import.name.as_deref() == Some(name))
     }

@@ -1,4 +1,4 @@
-//! The paths that a file's code names: `use` declarations, taken apart, and paths elsewhere.
+//! The paths in a file's code: `use` declarations, split into single imports, and paths elsewhere.
 
 use std::ops::Range;
 
@@ -8,21 +8,21 @@ use crate::tidy::source::{bracketed, is_part_of_word, words};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Import {
     pub(super) path: Vec<String>,
-    /// The name that it has in this file; `None`: a glob.
+    /// Its name in this file; `None` for a glob.
     pub(super) name: Option<String>,
-    /// Whether other modules see it, too.
+    /// Whether other modules can use it.
     pub(super) public: bool,
     pub(super) at: usize,
 }
 
-/// A path of two or more segments, or one that begins with an imported name, somewhere in the code.
+/// A path of two or more segments, or one that begins with an imported name, anywhere in the code.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mention {
     pub(super) path: Vec<String>,
     pub(super) at: usize,
 }
 
-/// `code` with the paths of `pub(in …)` blanked: they say who may use a name, and use none.
+/// `code` with the paths of `pub(in …)` blanked: they restrict visibility and use no name.
 pub(super) fn without_restrictions(code: &str) -> String {
     let mut out = code.to_owned();
     for at in words(code, "pub") {
@@ -41,7 +41,7 @@ pub(super) fn imports(code: &str) -> (Vec<Import>, String) {
     for at in words(code, "use") {
         let before = code[..at].trim_end();
         let visible = before.ends_with("pub") || (before.ends_with(')') && before.contains("pub("));
-        // `impl Trait + use<'a>` is no import.
+        // `impl Trait + use<'a>` is not an import.
         let is_item = visible || before.is_empty() || before.ends_with([';', '{', '}', ']']);
         let start = at + "use".len();
         let Some(length) = code[start..].find(';').filter(|_| is_item) else { continue };
@@ -52,7 +52,7 @@ pub(super) fn imports(code: &str) -> (Vec<Import>, String) {
     (found, rest)
 }
 
-/// Takes one tree of a `use` declaration apart. `tree` begins at `start` of the code.
+/// Splits one tree of a `use` declaration. `tree` begins at `start` of the code.
 fn leaves(tree: &str, prefix: &[String], public: bool, start: usize, found: &mut Vec<Import>) {
     let text = tree.trim();
     if text.is_empty() {
@@ -85,7 +85,7 @@ fn leaves(tree: &str, prefix: &[String], public: bool, start: usize, found: &mut
     found.push(Import { name, path: path.clone(), public, at: start });
 }
 
-/// The parts of a group, between its own commas.
+/// The parts of a group, split at its own commas.
 fn parts(group: &str) -> Vec<&str> {
     let mut depth = 0_usize;
     group
@@ -104,7 +104,7 @@ fn segments(path: &str) -> Vec<String> {
     path.split("::").map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect()
 }
 
-/// The paths of code without imports; single names only where `is_known` says that they mean something.
+/// The paths of code without imports; single names only if `is_known` accepts them.
 pub(super) fn mentions(code: &str, is_known: impl Fn(&str) -> bool) -> Vec<Mention> {
     let mut found = Vec::new();
     let mut at = 0;
@@ -134,7 +134,7 @@ fn word_length(text: &str) -> usize {
     text.find(|c| !is_part_of_word(c)).unwrap_or(text.len())
 }
 
-/// The names of the items that `code` defines outside of any block, modules left out.
+/// The names of the items that `code` defines outside blocks, without modules.
 pub(super) fn items(code: &str) -> Vec<String> {
     const KINDS: &[&str] = &["fn", "struct", "enum", "union", "trait", "type", "const", "static", "macro_rules"];
     const NO_NAMES: &[&str] = &["fn", "mut", "unsafe", "async", "extern"];
@@ -161,7 +161,7 @@ pub(super) fn items(code: &str) -> Vec<String> {
     found
 }
 
-/// The `mod name;` declarations of `code` outside of blocks, and where the blocks of `mod name { … }` lie.
+/// The `mod name;` declarations of `code` outside blocks, and the ranges of `mod name { … }` blocks.
 pub(super) fn submodules(code: &str) -> (Vec<String>, Vec<Range<usize>>) {
     let (mut files, mut blocks) = (Vec::new(), Vec::new());
     for at in words(code, "mod") {
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_are_taken_apart() {
+    fn groups_are_split_into_single_imports() {
         let found = imported("use super::{a::{self, b as c}, d};\npub(super) use self::x::*;\npub use y::Z;");
         let name = |name: &str| Some(name.to_owned());
         assert_eq!(
@@ -225,13 +225,13 @@ mod tests {
     }
 
     #[test]
-    fn who_may_use_a_name_is_no_use() {
+    fn a_restricted_visibility_is_not_a_use() {
         let code = without_restrictions("pub(in crate::a) fn f(); pub(super) fn g(); pub struct S(crate::b::C);");
         assert!(!code.contains("crate::a") && code.contains("pub(super)") && code.contains("crate::b::C"));
     }
 
     #[test]
-    fn items_are_those_outside_of_blocks() {
+    fn only_items_outside_blocks_are_found() {
         let code = "pub const fn a() { const X: u8 = 1; }\nstatic mut B: u8 = 1;\nimpl D { fn e() {} }\nmacro_rules! m { }\nmod n;";
         assert_eq!(items(code), ["a", "B", "m"]);
         let (files, blocks) = submodules("mod a; pub mod b { mod c; }");

@@ -1,4 +1,4 @@
-//! Small made-up trees: which are refused, and what is said of them.
+//! Small example trees: which are rejected, and with which message.
 
 use super::*;
 
@@ -12,7 +12,7 @@ fn pair(a: &str, b: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_circle_is_told_once_with_what_ties_it() {
+fn a_cycle_is_reported_once_with_its_imports() {
     let sources = [
         ("src/main.rs", "mod a; mod b; mod c; mod d;"),
         ("src/a.rs", "use crate::b::{X, Y};\n"),
@@ -33,7 +33,7 @@ fn a_circle_is_told_once_with_what_ties_it() {
 }
 
 #[test]
-fn every_way_to_name_a_module_is_seen() {
+fn every_form_of_import_is_found() {
     let back = "use crate::a::A;";
     for there in [
         "use crate::b::B;",
@@ -54,7 +54,7 @@ fn every_way_to_name_a_module_is_seen() {
 }
 
 #[test]
-fn what_is_no_import_makes_no_circle() {
+fn code_that_imports_nothing_makes_no_cycle() {
     let back = "use crate::a::A;";
     for there in [
         "use crate::b;",
@@ -69,7 +69,7 @@ fn what_is_no_import_makes_no_circle() {
     ] {
         assert_eq!(pair(there, back), [""; 0], "{there}");
     }
-    // Test files are declared for tests alone.
+    // Test files are declared for tests only.
     let sources = [
         ("src/main.rs", "mod a; #[cfg(test)] mod tests;"),
         ("src/a.rs", "use crate::tests::x;"),
@@ -90,8 +90,8 @@ fn a_parent_and_its_children_may_import_each_other() {
 }
 
 #[test]
-fn a_re_exported_name_is_its_defining_files() {
-    // `B` is reached through the parent, which only passes it on.
+fn a_re_exported_name_counts_for_the_file_that_defines_it() {
+    // `B` is reached through the parent, which only re-exports it.
     let sources = [
         ("src/main.rs", "mod a;"),
         ("src/a.rs", "mod x; mod y;\npub use x::X;\npub use y::*;"),
@@ -107,7 +107,7 @@ fn a_re_exported_name_is_its_defining_files() {
 }
 
 #[test]
-fn no_circle_hides_behind_a_child() {
+fn a_cycle_through_a_child_is_found() {
     let sources = [
         ("src/main.rs", "mod a; mod b;"),
         ("src/a.rs", "mod x;\nuse crate::b::B;\npub struct A;"),
@@ -123,6 +123,6 @@ fn no_circle_hides_behind_a_child() {
 }
 
 #[test]
-fn imports_that_lead_in_a_circle_end() {
+fn cyclic_imports_of_names_terminate() {
     assert_eq!(pair("pub use crate::b::*; use semver::semver;", "pub use crate::a::*; use crate::a::X;"), [""; 0]);
 }

@@ -1,4 +1,4 @@
-//! Attacks by what a gateway says: answers to heartbeats, and the environment in them.
+//! Attacks by a gateway's answers to heartbeats, and by the environment in them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 use super::{Scene, native, wait_for_victim};
 use crate::support::files::{Entry, Kind};
 use crate::support::host::{SOON, agent};
-use crate::support::hostile::{Hostile, Told};
+use crate::support::hostile::{Hostile, HostileReply};
 use crate::support::processes;
 use crate::support::wait::wait_for;
 
 #[test]
-fn an_answer_that_would_uninstall_everything_by_being_empty() {
+fn an_empty_answer_removes_nothing() {
     let scene = Scene::new();
     for answer in [
         json!({"interval": 1}),
@@ -30,18 +30,18 @@ fn an_answer_that_would_uninstall_everything_by_being_empty() {
     scene.hostile.answer(empty, Vec::new());
     scene.assert_refused("desired", &["empty list", "removes nothing", "1 that were wanted stay"]);
     let status = scene.host.wait_for_status("it to show", SOON, |status| status["generation"] == 2000);
-    assert_eq!(agent(&status, "native").expect("it is there")["state"], "running");
+    assert_eq!(agent(&status, "native").expect("it exists")["state"], "running");
     assert!(status["problems"].to_string().contains("empty list"), "{status:#}");
-    // The same from another store is no better.
+    // The same answer from another store is treated alike.
     let other = json!({"interval": 1, "lineage": "another", "generation": 1, "complete": true, "agents": []});
     scene.hostile.answer(other, Vec::new());
     scene.host.wait_for_status("the other store", SOON, |status| status["generation"] == 1);
     scene.assert_unharmed();
 }
 
-/// The first endpoint is busy for a moment, and the second has a fleet of its own.
+/// The first endpoint is busy for a moment, and the second has a different fleet.
 #[test]
-fn the_list_of_a_stand_in_removes_nothing_by_what_it_does_not_name() {
+fn the_list_of_a_fallback_endpoint_removes_no_omitted_sub_agent() {
     let scene = Scene::new();
     scene.victim();
     let second = Hostile::in_place_of(&scene.gateway);
@@ -60,20 +60,20 @@ fn the_list_of_a_stand_in_removes_nothing_by_what_it_does_not_name() {
     fs::write(&conf, changed).expect("it is ours");
     scene.host.control(&["restart"]).expect_code(0);
     scene.host.wait_for_status("the first to be asked", SOON, |status| status["gateway"]["connected"] == true);
-    scene.hostile.on("/api/heartbeat", |_| Told::status(503));
+    scene.hostile.on("/api/heartbeat", |_| HostileReply::status(503));
     wait_for_victim(&scene);
     scene.assert_native_runs();
     second.wait_for_heartbeat("two more heartbeats", |_| true);
     second.wait_for_heartbeat("two more heartbeats", |heartbeat| heartbeat["generation"] == 1);
     let problems = scene.host.status()["problems"].to_string();
     assert!(!problems.contains("generation"), "the same list again is no contradiction: {problems}");
-    // What the second one changes later on, it means.
+    // A later change by the second endpoint counts.
     second.answer(list(2), Vec::new());
     scene.host.wait_for_status("the other to be removed", SOON, |status| agent(status, "native").is_none());
 }
 
 #[test]
-fn an_answer_for_another_agent() {
+fn an_answer_for_another_agent_id_is_rejected() {
     let scene = Scene::new();
     let foreign = json!({
         "agentId": "6666", "interval": 1, "lineage": "hostile", "generation": 1000, "complete": false,
@@ -88,9 +88,9 @@ fn an_answer_for_another_agent() {
     scene.assert_refused("heartbeat", &["for agent 6666", "this is 5402"]);
 }
 
-/// After which nothing newer could ever come.
+/// No newer generation could ever follow.
 #[test]
-fn a_generation_that_would_be_the_last() {
+fn the_maximum_generation_is_rejected() {
     let scene = Scene::new();
     for (lineage, generation) in [("hostile", u64::MAX), ("another", 1 << 53), ("hostile", 4_000_000_000_000)] {
         let agents = json!([{"name": "native", "version": "1.0.0", "cmd": "stop"}]);
@@ -109,10 +109,10 @@ fn a_generation_that_would_be_the_last() {
     });
     scene.assert_unharmed();
 
-    // One that was taken by an older version is left again.
+    // A generation that an older version accepted is abandoned.
     scene.host.crash();
     let path = scene.host.home().join("state/desired.json");
-    let mut held: Value = serde_json::from_slice(&fs::read(&path).expect("it is there")).expect("it is JSON");
+    let mut held: Value = serde_json::from_slice(&fs::read(&path).expect("it exists")).expect("it is JSON");
     held["generation"] = json!(u64::MAX);
     fs::write(&path, held.to_string()).expect("it can be written");
     scene.hostile.want(json!([native()]), true);
@@ -122,7 +122,7 @@ fn a_generation_that_would_be_the_last() {
 }
 
 #[test]
-fn words_without_end() {
+fn over_long_texts_are_cut_or_rejected() {
     let scene = Scene::new();
     let long = format!("\x1b[2J{}", "x".repeat(1 << 20));
     let agents = json!([{"name": "native", "version": "1.0.0", "cmd": long}]);
@@ -142,17 +142,18 @@ fn words_without_end() {
     }
     scene.hostile.answer(answer, Vec::new());
     scene.assert_refused("order", &["the order for native", "a command of 1048580 bytes: at most 64"]);
-    // What cannot be reached says as much as it likes, too.
-    scene
-        .hostile
-        .on("/api/heartbeat", move |_| Told { headers: vec![("content-type", long.clone())], ..Told::status(503) });
+    // An unreachable gateway's text is cut too.
+    scene.hostile.on("/api/heartbeat", move |_| HostileReply {
+        headers: vec![("content-type", long.clone())],
+        ..HostileReply::status(503)
+    });
     scene.host.wait_for_status("the failure", SOON, |status| status["gateway"]["connected"] == false);
     assert!(scene.host.control(&["status", "--json"]).text().len() < 16 << 10);
-    let longest = scene.hostile.asked().iter().map(|asked| asked.body.len()).max();
+    let longest = scene.hostile.requests().iter().map(|asked| asked.body.len()).max();
     assert!(longest.is_some_and(|longest| longest < 16 << 10), "{longest:?}");
     let state = scene.host.home().join("state");
     for file in ["desired.json", "events.json"] {
-        let length = fs::metadata(state.join(file)).expect("it is there").len();
+        let length = fs::metadata(state.join(file)).expect("it exists").len();
         assert!(length < 16 << 10, "{file}: {length}");
     }
     assert!(!fs::read(scene.host.home().join("log/spm.log")).expect("a log").contains(&0x1b));
@@ -160,7 +161,7 @@ fn words_without_end() {
 }
 
 #[test]
-fn orders_without_end() {
+fn too_many_orders_are_rejected() {
     let scene = Scene::new();
     let orders = |count: usize| {
         let orders = (0..count).map(|number| json!({"name": format!("a{number}"), "version": "1"}));
@@ -172,25 +173,25 @@ fn orders_without_end() {
     scene.assert_refused("desired", &["1001 orders: at most 1000"]);
     scene.hostile.answer(orders(30_000), Vec::new());
     scene.assert_refused("heartbeat", &["more than 50000 values"]);
-    // Each a few bytes on the wire, and many times that in memory.
+    // Each is a few bytes on the wire, and many times that in memory.
     let variables = (0..1_001).map(|number| (format!("V{number}"), json!(""))).collect::<serde_json::Map<_, _>>();
-    scene.want_victim(json!({ "env": variables }));
+    scene.order_victim(json!({ "env": variables }));
     scene.assert_refused("order", &["the order for victim", "its environment: it has 1001 variables"]);
     assert!(agent(&scene.host.status(), "victim").is_none());
     scene.victim();
-    scene.want_victim(json!({}));
+    scene.order_victim(json!({}));
     wait_for_victim(&scene);
     scene.assert_native_runs();
 }
 
-/// Each time in other words.
+/// With a different text each time.
 #[test]
-fn refusals_without_end() {
+fn repeated_rejections_are_reported_within_limits() {
     let scene = Scene::new();
     let count = std::sync::atomic::AtomicU64::new(1);
     scene.hostile.on("/api/heartbeat", move |_| {
         let lineage = "x".repeat(1_000 + count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) as usize);
-        Told::ok(
+        HostileReply::ok(
             json!({"agentId": "5402", "interval": 1, "lineage": lineage, "generation": 2, "agents": []}).to_string(),
         )
     });
@@ -198,7 +199,7 @@ fn refusals_without_end() {
         let events = heartbeat["events"].as_array().into_iter().flatten();
         events.filter(|event| event["kind"] == "desired" && event["outcome"] == "refused").count()
     };
-    // Nothing is acknowledged, and each answer is refused in words of its own.
+    // Nothing is acknowledged, and each answer is rejected with a different text.
     wait_for("twenty refusals", SOON * 2, || {
         scene.hostile.heartbeats().last().is_some_and(|heartbeat| refusals(heartbeat) >= 20).then_some(())
     });
@@ -209,7 +210,7 @@ fn refusals_without_end() {
 }
 
 #[test]
-fn an_environment_that_chooses_what_a_program_loads() {
+fn a_loader_variable_in_the_environment_is_rejected() {
     let scene = Scene::new();
     scene.victim();
     let evil = scene.host.beside("evil.so");
@@ -217,7 +218,7 @@ fn an_environment_that_chooses_what_a_program_loads() {
         "LD_PRELOAD": evil, "PATH": "/evil", "BASH_ENV": evil, "PYTHONPATH": "/evil", "ld_library_path": "/evil", "AOPS_HOME": "/evil",
         "A=B": "x", "": "x", "ZERO": "a\u{0}b", "TOKEN": {"secret": "LD_PRELOAD=/evil"}, "GOGC": "50",
     });
-    scene.want_victim(json!({ "env": env }));
+    scene.order_victim(json!({ "env": env }));
     let victim = wait_for_victim(&scene);
     scene.assert_told(
         "env",
@@ -232,7 +233,7 @@ fn an_environment_that_chooses_what_a_program_loads() {
     }
     let evil = environment.iter().filter(|variable| variable.contains("/evil")).collect::<Vec<_>>();
     assert_eq!(evil, ["TOKEN=LD_PRELOAD=/evil"]);
-    // The names that are ours are told as they are.
+    // Names that are reserved for us are shown.
     assert!(environment.contains(&format!("AOPS_HOME={}", scene.host.home().display())), "{environment:?}");
     let status = scene.host.status();
     assert!(
@@ -242,19 +243,19 @@ fn an_environment_that_chooses_what_a_program_loads() {
     scene.assert_native_runs();
 }
 
-/// Of all that is said, only the sub-agent hears a secret.
+/// Only the sub-agent receives a secret.
 #[test]
-fn a_secret_is_shown_nowhere() {
+fn a_secret_is_never_shown() {
     const SECRET: &str = "correct-horse-battery-staple";
     let scene = Scene::new();
     scene.victim();
-    // A refused name, too, must not show what it would have been.
+    // A rejected name must not show its value.
     let env = json!({"TOKEN": {"secret": SECRET}, "LD_AUDIT": {"secret": SECRET}});
-    scene.want_victim(json!({ "env": env }));
+    scene.order_victim(json!({ "env": env }));
     let victim = wait_for_victim(&scene);
     assert!(processes::environment(victim).contains(&format!("TOKEN={SECRET}")));
     scene.assert_told("env", "refused", &["LD_AUDIT"]);
-    // One that is not understood, and so quoted nowhere.
+    // One that is invalid, and quoted nowhere.
     let mut bad = json!([native(), {"name": "victim", "version": "1.0.0", "env": {"TOKEN": {"secret": [SECRET]}}}]);
     scene.hostile.want(bad.clone(), true);
     scene.host.wait_for_status("it to be refused", SOON, |status| {
@@ -282,11 +283,11 @@ fn a_secret_is_shown_nowhere() {
     assert!(shown[4].contains("envHash"));
     let (holders, others) = holders(&scene.host.home(), SECRET);
     assert_eq!(holders, [PathBuf::from("state/desired.json")]);
-    assert!(others > 20, "{others} files were looked at");
+    assert!(others > 20, "{others} files were searched");
     for (path, Entry { kind, mode, .. }) in crate::support::files::snapshot(&scene.host.home().join("state"), &[]) {
         assert!(!matches!(kind, Kind::File(..)) || mode == 0o600, "{}: {mode:o}", path.display());
     }
-    // Also of a manager that is no more.
+    // Also of a manager that has exited.
     scene.host.crash();
     scene.host.control(&["start"]).expect_code(0);
     wait_for("the victim to run again", SOON, || {
@@ -295,7 +296,7 @@ fn a_secret_is_shown_nowhere() {
     });
 }
 
-/// The files below a directory that hold a text, and how many others there are.
+/// The files below a directory that contain a text, and the number of other files.
 fn holders(root: &Path, text: &str) -> (Vec<PathBuf>, usize) {
     let (mut found, mut others) = (Vec::new(), 0);
     for (path, entry) in crate::support::files::snapshot(root, &["/bin"]) {
@@ -313,7 +314,7 @@ fn holders(root: &Path, text: &str) -> (Vec<PathBuf>, usize) {
 }
 
 #[test]
-fn a_clock_that_is_wrong_is_told() {
+fn a_wrong_clock_is_reported() {
     let scene = Scene::new();
     let unknown = scene.host.status();
     assert_eq!(unknown["gateway"]["clockOffsetSeconds"], Value::Null);
