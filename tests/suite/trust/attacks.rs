@@ -115,12 +115,12 @@ impl Scene {
     /// An event of that kind and outcome was reported, and logged; both contain these words. Nothing else happened.
     #[track_caller]
     fn assert_refused(&self, kind: &str, words: &[&str]) {
-        self.assert_told(kind, "refused", words);
+        self.assert_reported(kind, "refused", words);
         self.assert_unharmed();
     }
 
     #[track_caller]
-    fn assert_told(&self, kind: &str, outcome: &str, words: &[&str]) {
+    fn assert_reported(&self, kind: &str, outcome: &str, words: &[&str]) {
         let says = |text: &str| words.iter().all(|word| text.contains(word));
         self.hostile.wait_for_event(&format!("an event {kind}, {outcome}, that says {words:?}"), |event| {
             event["kind"] == kind && event["outcome"] == outcome && says(event["message"].as_str().unwrap_or_default())

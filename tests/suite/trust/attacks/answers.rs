@@ -118,7 +118,7 @@ fn the_maximum_generation_is_rejected() {
     scene.hostile.want(json!([native()]), true);
     scene.host.control(&["start"]).expect_code(0);
     scene.host.wait_for_status("the true one", SOON, |status| status["generation"] == 3);
-    scene.assert_told("desired", "ok", &["generation 3 takes the place of 18446744073709551615"]);
+    scene.assert_reported("desired", "ok", &["generation 3 takes the place of 18446744073709551615"]);
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn a_loader_variable_in_the_environment_is_rejected() {
     });
     scene.order_victim(json!({ "env": env }));
     let victim = wait_for_victim(&scene);
-    scene.assert_told(
+    scene.assert_reported(
         "env",
         "refused",
         &["LD_PRELOAD", "PATH", "BASH_ENV", "PYTHONPATH", "ld_library_path", "AOPS_HOME", "A=B", "ZERO"],
@@ -254,7 +254,7 @@ fn a_secret_is_never_shown() {
     scene.order_victim(json!({ "env": env }));
     let victim = wait_for_victim(&scene);
     assert!(processes::environment(victim).contains(&format!("TOKEN={SECRET}")));
-    scene.assert_told("env", "refused", &["LD_AUDIT"]);
+    scene.assert_reported("env", "refused", &["LD_AUDIT"]);
     // One that is invalid, and quoted nowhere.
     let mut bad = json!([native(), {"name": "victim", "version": "1.0.0", "env": {"TOKEN": {"secret": [SECRET]}}}]);
     scene.hostile.want(bad.clone(), true);
@@ -331,7 +331,7 @@ fn a_wrong_clock_is_reported() {
     let status =
         scene.host.wait_for_status("the offset", SOON, |status| close(&status["gateway"]["clockOffsetSeconds"], 3600));
     assert!(status["notes"].to_string().contains("seconds ahead of the gateway's"), "{status:#}");
-    scene.assert_told("clock", "failed", &["ahead of the gateway's", "set whichever is wrong"]);
+    scene.assert_reported("clock", "failed", &["ahead of the gateway's", "set whichever is wrong"]);
     scene.hostile.wait_for_heartbeat("the offset", |heartbeat| close(&heartbeat["clockOffsetSeconds"], 3600));
 
     scene.hostile.answer(answer(), said(7200));
@@ -339,7 +339,7 @@ fn a_wrong_clock_is_reported() {
         scene.host.wait_for_status("the offset", SOON, |status| close(&status["gateway"]["clockOffsetSeconds"], -7200));
     assert!(status["notes"].to_string().contains("seconds behind the gateway's"), "{status:#}");
     scene.hostile.answer(answer(), said(0));
-    scene.assert_told("clock", "ok", &["agrees"]);
+    scene.assert_reported("clock", "ok", &["agrees"]);
     let status =
         scene.host.wait_for_status("the offset", SOON, |status| close(&status["gateway"]["clockOffsetSeconds"], 0));
     assert!(!status["notes"].to_string().contains("clock"), "{status:#}");

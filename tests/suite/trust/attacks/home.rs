@@ -41,7 +41,7 @@ fn a_link_instead_of_a_home_directory_is_rejected() {
         symlink(&elsewhere, &place).expect("it is ours");
         scene.order_victim(json!({}));
         let shown = place.display().to_string();
-        scene.assert_told("stage", "refused", &[&shown, "symbolic link"]);
+        scene.assert_reported("stage", "refused", &[&shown, "symbolic link"]);
         scene.assert_native_runs();
         // A starting manager, which sweeps, does not follow the link either.
         let old = scene.host.role_pid("spm").expect("it runs");
@@ -51,7 +51,7 @@ fn a_link_instead_of_a_home_directory_is_rejected() {
             heartbeat["agents"].to_string().contains("symbolic link")
         });
         if !name.contains('/') {
-            scene.assert_told("home", "refused", &[&shown, "symbolic link", "no release is fetched"]);
+            scene.assert_reported("home", "refused", &[&shown, "symbolic link", "no release is fetched"]);
             let status = scene.host.status();
             assert!(status["problems"].to_string().contains(&shown), "{status:#}");
             let output = scene.host.install(&["--version", "1.0.0"]).expect_code(1);
@@ -85,7 +85,7 @@ fn a_key_file_writable_by_others_is_rejected() {
     for (path, mode, good) in [(&key, 0o666, 0o644), (&keys, 0o777, 0o755)] {
         set_mode(path, mode);
         scene.order_victim(json!({}));
-        scene.assert_told("stage", "refused", &[&path.display().to_string(), "others can write it", "chmod go-w"]);
+        scene.assert_reported("stage", "refused", &[&path.display().to_string(), "others can write it", "chmod go-w"]);
         let output = scene.host.install(&["--version", "1.0.0"]).expect_code(1);
         assert!(
             output.stderr.contains("others can write it") && output.stderr.contains("nothing was changed"),
@@ -98,7 +98,7 @@ fn a_key_file_writable_by_others_is_rejected() {
     // One that another user owns, and so can write.
     std::os::unix::fs::chown(&key, Some(NOBODY), None).expect("these tests run as root");
     scene.order_victim(json!({}));
-    scene.assert_told("stage", "refused", &[&key.display().to_string(), "belongs to the user 65534"]);
+    scene.assert_reported("stage", "refused", &[&key.display().to_string(), "belongs to the user 65534"]);
     scene.forget_victim();
     std::os::unix::fs::chown(&key, Some(0), None).expect("these tests run as root");
     scene.assert_unharmed();
@@ -150,7 +150,7 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     let output = as_nobody(&request);
     assert!(output.success(), "{output}");
     assert!(output.stdout.contains("cannot let the user 65534 in") && output.stdout.contains("root alone"), "{output}");
-    scene.assert_told("door", "refused", &["the user 65534", "control socket"]);
+    scene.assert_reported("door", "refused", &["the user 65534", "control socket"]);
     // Many idle connections delay no one else.
     let crowd = format!(
         "$| = 1; my @all; for (1..200) {{ push @all, IO::Socket::UNIX->new(Peer => '{}'); }} print scalar(@all), \"\\n\"; sleep 60;",

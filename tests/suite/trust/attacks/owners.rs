@@ -50,8 +50,8 @@ fn a_home_that_another_user_owns_or_can_replace_is_rejected() {
     for (make, words) in cases {
         make(true);
         scene.order_victim(json!({}));
-        scene.assert_told("stage", "refused", &words);
-        scene.assert_told("home", "refused", &[words[0], words[1], "no release is fetched"]);
+        scene.assert_reported("stage", "refused", &words);
+        scene.assert_reported("home", "refused", &[words[0], words[1], "no release is fetched"]);
         for arguments in
             [&["install", "--service", "none", "--version", "1.0.0"][..], &["control", "uninstall", "--yes"]]
         {
@@ -64,7 +64,7 @@ fn a_home_that_another_user_owns_or_can_replace_is_rejected() {
         assert_eq!(scene.host.wait_for_agent("native"), pid);
         // A process that exits is not restarted from files of another user.
         scene.host.kill(pid);
-        scene.assert_told("start", "refused", &words);
+        scene.assert_reported("start", "refused", &words);
         // Otherwise it is staged as soon as the problem is fixed, and the next case has nothing to reject.
         scene.forget_victim();
         make(false);
@@ -72,7 +72,7 @@ fn a_home_that_another_user_owns_or_can_replace_is_rejected() {
     }
     // A directory above the home belongs to the host: it is reported only.
     set_mode(&above, 0o777);
-    scene.assert_told("files", "failed", &["which leads to", "mode 0777"]);
+    scene.assert_reported("files", "failed", &["which leads to", "mode 0777"]);
     scene.order_victim(json!({}));
     wait_for_victim(&scene);
     assert_eq!(scene.host.wait_for_agent("native"), pid);
@@ -158,7 +158,7 @@ fn a_sub_agent_that_another_user_can_change_is_not_started_and_a_running_one_con
         // Neither a changed environment nor a new manager ends it.
         let env = json!({"CASE": number.to_string()});
         scene.hostile.want(json!([{"name": "native", "version": "1.0.0", "env": env}]), true);
-        scene.assert_told("env", "refused", &words);
+        scene.assert_reported("env", "refused", &words);
         let old = scene.host.role_pid("spm").expect("it runs");
         scene.host.control(&["restart"]).expect_code(0);
         scene.hostile.wait_for_heartbeat("the new manager", |heartbeat| {
@@ -167,7 +167,7 @@ fn a_sub_agent_that_another_user_can_change_is_not_started_and_a_running_one_con
         });
         assert_eq!(scene.host.wait_for_agent("native"), pid);
         scene.host.kill(pid);
-        scene.assert_told("start", "refused", &words);
+        scene.assert_reported("start", "refused", &words);
         make(false);
         pid = scene.host.wait_for_new_pid("native", pid);
         let environment = fs::read(format!("/proc/{pid}/environ")).expect("it runs");
@@ -191,8 +191,8 @@ fn an_executable_writable_by_others_is_not_run_as_a_role() {
     let words = ["bin/aops: others can write it", "mode 0777"];
     set_mode(&executable, 0o777);
     scene.order_victim(json!({}));
-    scene.assert_told("stage", "refused", &words);
-    scene.assert_told("home", "refused", &words);
+    scene.assert_reported("stage", "refused", &words);
+    scene.assert_reported("home", "refused", &words);
     assert!(scene.host.status()["problems"].to_string().contains(words[0]));
     let manager = scene.host.role_pid("spm");
     let output = scene.host.control(&["restart"]).expect_code(1);
@@ -218,14 +218,14 @@ fn settings_and_state_writable_by_others_are_reported_and_stop_nothing() {
     set_mode(&config, 0o666);
     give_to(&state, NOBODY);
     let words = ["etc/conf.toml: others can write it (mode 0666)", "state/manager.json: it belongs to the user 65534"];
-    scene.assert_told("files", "failed", &words);
+    scene.assert_reported("files", "failed", &words);
     let problems = scene.host.status()["problems"].to_string();
     assert!(words.iter().all(|word| problems.contains(word)), "{problems}");
     scene.order_victim(json!({}));
     wait_for_victim(&scene);
     set_mode(&config, 0o644);
     give_to(&state, 0);
-    scene.assert_told("files", "ok", &["mended"]);
+    scene.assert_reported("files", "ok", &["mended"]);
     scene.assert_native_runs();
 }
 
@@ -243,9 +243,9 @@ fn a_named_pipe_instead_of_a_file_blocks_nothing() {
     let key = home.join("etc/keys/trap.pub");
     make_pipe(&key);
     restart();
-    scene.assert_told("home", "refused", &["etc/keys/trap.pub", "it is no file"]);
+    scene.assert_reported("home", "refused", &["etc/keys/trap.pub", "it is no file"]);
     scene.order_victim(json!({}));
-    scene.assert_told("stage", "refused", &["etc/keys/trap.pub", "it is no file"]);
+    scene.assert_reported("stage", "refused", &["etc/keys/trap.pub", "it is no file"]);
     fs::remove_file(&key).expect("it is ours");
 
     let (config, aside) = (home.join("etc/conf.toml"), scene.host.beside("conf.toml"));
@@ -257,8 +257,8 @@ fn a_named_pipe_instead_of_a_file_blocks_nothing() {
         make_pipe(path);
     }
     restart();
-    scene.assert_told("config", "failed", &["etc/conf.toml", "it is no file", "last good settings"]);
-    scene.assert_told("config", "failed", &["state/desired.json", "it is no file"]);
+    scene.assert_reported("config", "failed", &["etc/conf.toml", "it is no file", "last good settings"]);
+    scene.assert_reported("config", "failed", &["state/desired.json", "it is no file"]);
     fs::remove_file(&config).and_then(|()| fs::rename(&aside, &config)).expect("it is ours");
     fs::remove_file(home.join("state/pins.json")).expect("it is ours");
     scene.order_victim(json!({}));

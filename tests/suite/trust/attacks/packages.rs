@@ -95,10 +95,10 @@ fn a_stored_release_of_an_older_epoch_is_not_activated() {
     assert!(kept.join(".complete").exists());
 
     scene.order_victim(json!({}));
-    scene.assert_told("activate", "refused", &["victim-1.0.0", "of epoch 1", "older than the 5", "--epoch 5"]);
+    scene.assert_reported("activate", "refused", &["victim-1.0.0", "of epoch 1", "older than the 5", "--epoch 5"]);
     wait_for("it to be gone", SOON, || (!kept.exists()).then_some(()));
     // Nor is it downloaded again; the running release was not even stopped.
-    scene.assert_told("stage", "refused", &["of epoch 1", "older than the 5"]);
+    scene.assert_reported("stage", "refused", &["of epoch 1", "older than the 5"]);
     assert_eq!(wait_for_victim(&scene), victim);
     scene.before = scene.files();
     scene.assert_unharmed();
@@ -202,7 +202,7 @@ fn a_package_host_receives_no_identity() {
         scene.hostile.on(&format!("/api/download/{name}"), |_| HostileReply::status(404));
     }
     scene.order_victim(json!({"tarball": format!("{}/elsewhere", other.url())}));
-    scene.assert_told("stage", "failed", &["401", other.url()]);
+    scene.assert_reported("stage", "failed", &["401", other.url()]);
     scene.assert_unharmed();
     // Also when the package is valid and completely downloaded.
     other.on(&format!("/elsewhere/{}", file()), move |_| HostileReply::ok(package.clone()));
@@ -321,7 +321,7 @@ fn an_installation_rejects_a_manager_with_another_key_or_an_older_epoch() {
     scene.assert_unharmed();
     // A heartbeat's order for it changes nothing either.
     scene.hostile.answer(json!({"interval": 1, "cmd": "upgrade", "manager": {"version": "3.0.0"}}), Vec::new());
-    scene.assert_told("upgrade", "failed", &["3.0.0", "not trusted here"]);
+    scene.assert_reported("upgrade", "failed", &["3.0.0", "not trusted here"]);
     scene.assert_unharmed();
 
     let low = scene.sign(
