@@ -1,5 +1,6 @@
-//! What differs between Unix and Windows, behind functions of the same names; the only place with `cfg(unix)`, `cfg(windows)` and `unsafe`.
-#![allow(unsafe_code, reason = "the system's interfaces are called here and nowhere else")]
+//! Platform-specific code: Unix and Windows implement the same functions under the same names. The only place with `cfg(unix)`,
+//! `cfg(windows)` and `unsafe`.
+#![allow(unsafe_code, reason = "system interfaces are called only here")]
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -20,50 +21,50 @@ pub use windows::*;
 #[allow(dead_code, reason = "the tests of one platform use more of it than those of the other")]
 pub mod testing;
 
-/// How a sub-agent's process begins.
+/// How to start a sub-agent's process.
 #[derive(Debug)]
 pub struct Launch {
-    /// Where the record of the process goes.
+    /// Path of the process record.
     pub record: PathBuf,
-    /// The record's text up to its pid: `pid`, `startTime` and `group` are put behind it, by the child itself where it can.
+    /// The record's text up to its pid. `pid`, `startTime` and `group` are appended, by the child itself where the platform allows it.
     pub head: Vec<u8>,
     pub user: Option<User>,
-    /// Its standard output and standard error.
+    /// Standard output and standard error.
     pub output: File,
-    /// What holds its process tree.
+    /// The cgroup or Job Object that holds its process tree.
     pub group: Option<Group>,
 }
 
-/// Who has come to the local door.
+/// A client that connected to the control socket.
 #[derive(Debug)]
 pub enum SocketPeer {
-    /// One who may command the home.
+    /// A client that may command the home.
     Welcome(LocalStream),
-    /// One who may not.
-    #[cfg_attr(windows, allow(dead_code, reason = "the access list of a pipe keeps them out"))]
+    /// A client that may not.
+    #[cfg_attr(windows, allow(dead_code, reason = "the access list of the pipe rejects them"))]
     Stranger {
         stream: LocalStream,
         who: String,
-        /// Who may.
+        /// The users that may.
         whose: String,
     },
 }
 
-/// What is to lie at a path that is relied on.
+/// The expected type and owner of a path that must not be writable by others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExpectedPath {
-    /// That nobody else can write.
+    /// A directory that only trusted users can write to.
     Directory,
-    /// Whoever it belongs to.
+    /// A directory with any owner.
     DirectoryOfAny,
-    /// That nobody else can write.
+    /// A file that only trusted users can write to.
     File,
 }
 
-/// The content of a file that nobody writes in place: as long as it is the same, so is the content.
+/// Identifies the content of a file that is only ever replaced, never written in place: equal stamps mean equal content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ContentStamp {
-    /// The file's volume and its number there.
+    /// Volume and file number.
     identity: (u64, u64),
     size: u64,
     modified: Option<std::time::SystemTime>,
@@ -76,44 +77,46 @@ impl ContentStamp {
     }
 }
 
-/// One process as it was seen. Zombies are not seen: they run nothing.
+/// A live process. Zombies are not reported: they run nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessInfo {
     pub pid: u32,
-    /// As the platform counts it: clock ticks since boot on Unix, 100 ns since 1601 on Windows. With the pid it names a process for good.
+    /// In units of the platform: clock ticks since boot on Unix, 100 ns since 1601 on Windows. Together with the pid it identifies a
+    /// process permanently.
     pub start_time: u64,
-    /// The root of its tree: on Unix its session; on Windows the oldest living ancestor that is none of ours.
+    /// The root of its tree: on Unix its session; on Windows the oldest living ancestor that is not a process of ours.
     pub session: u32,
-    /// Who started it, or took it over from a starter that is gone.
+    /// The process that started it, or that adopted it.
     pub parent: u32,
     pub mark: Option<ProcessMarker>,
 }
 
-/// Which sub-agent a process belongs to: on Unix by the environment that it was started with, on Windows by the file that it runs.
+/// The sub-agent that a process belongs to: on Unix read from the environment that it was started with, on Windows from the path of its
+/// executable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessMarker {
     pub name: String,
     pub version: String,
-    /// Of its processes only the main one is ours.
+    /// Only the main process of the sub-agent is ours.
     pub main_only: bool,
-    /// It asks after the sub-agent's health.
+    /// It runs a health check of the sub-agent.
     pub is_check: bool,
 }
 
 impl ProcessInfo {
-    /// Whether it asks after the health of its sub-agent, and is no part of it.
+    /// Whether it runs a health check of its sub-agent, and so is not part of the sub-agent.
     pub fn is_check(&self) -> bool {
         self.mark.as_ref().is_some_and(|mark| mark.is_check)
     }
 }
 
-/// The variable that marks the processes of a sub-agent whose main process alone is ours: what it started is somebody else's.
+/// Environment variable that marks the processes of a sub-agent whose main process alone is ours: the processes that it started are not.
 pub const MAIN_ONLY: &str = "AOPS_AGENT_KILL_MODE";
 
-/// The variable that marks, beside the sub-agent's own mark, what asks after its health: that is not the sub-agent.
+/// Environment variable that marks, in addition to the sub-agent's own marker, a health check. A health check is not part of the sub-agent.
 pub const CHECK: &str = "AOPS_AGENT_CHECK";
 
-/// How the name of a file begins that is about to be renamed into its place.
+/// Prefix of a temporary file that is about to be renamed to its final name.
 pub const ON_ITS_WAY: &str = ".new-";
 
 /// The operating system that this executable is for.
@@ -127,7 +130,7 @@ pub const ARCH: Arch = if cfg!(target_arch = "x86_64") {
     Arch::I386
 };
 
-/// The file that this process runs from, links resolved, also when another was put in its place since.
+/// The executable file of this process, with links resolved, even if it was replaced since the start.
 pub fn own_executable() -> Option<PathBuf> {
     let path = std::env::current_exe().ok()?;
     match path.to_str().and_then(|text| text.strip_suffix(" (deleted)")) {
@@ -136,8 +139,8 @@ pub fn own_executable() -> Option<PathBuf> {
     }
 }
 
-/// The one path of what `path` names, whatever spelling it is: absolute, links resolved, no slash at its end. What is not there yet lies
-/// below the deepest directory that is.
+/// The canonical form of a path: absolute, links resolved, no trailing slash. The part that does not exist yet is appended to the deepest
+/// directory that exists.
 pub fn identity(path: &Path) -> PathBuf {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     for there in absolute.ancestors() {
@@ -149,8 +152,8 @@ pub fn identity(path: &Path) -> PathBuf {
     absolute.components().collect()
 }
 
-/// Lets `duration` pass, in the few places where nothing can be waited for: between two tries at what the system does not announce.
-#[allow(clippy::disallowed_methods, reason = "the one place")]
+/// Sleeps for `duration`. Only for polling a condition that the system does not announce.
+#[allow(clippy::disallowed_methods, reason = "the only place that sleeps")]
 pub fn pause(duration: Duration) {
     std::thread::sleep(duration);
 }

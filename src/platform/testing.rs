@@ -1,6 +1,6 @@
-//! Other processes for tests, wherever they run: this test program once more, which then does the part of one test function alone.
+//! Helper processes for tests: this test program is run again, and executes the part of one test function only.
 //!
-//! A test that plays such a part asks [`part`] first, and is done at once where it is run as a test.
+//! A test function with such a part calls [`part`] first, and returns at once when it runs as a normal test.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Write};
@@ -9,16 +9,16 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-/// For what happens at once on an idle machine.
+/// Timeout for steps that take no time on an idle machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(5);
 
 const PART: &str = "AOPS_TEST_PART";
 const ARGUMENT: &str = "AOPS_TEST_ARGUMENT";
-/// Among what the test program itself prints, a line of the part begins so.
+/// Prefix of the lines that a part prints; the test program prints lines of its own.
 const SAID: &str = "part: ";
 
-/// A command that plays the part of the test function of that full name.
+/// A command that runs the part of the test function with this full name.
 pub fn play(name: &str, argument: impl AsRef<OsStr>) -> Command {
     play_from(&std::env::current_exe().expect("this program has a file"), name, argument)
 }
@@ -29,34 +29,34 @@ fn play_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> Comm
     command
 }
 
-/// What the part is given; `None`: this is the test program itself.
+/// The argument of the part; `None`: this process is the test program itself.
 pub fn part(name: &str) -> Option<OsString> {
     let asked = std::env::var_os(PART)?;
     (asked == name).then(|| std::env::var_os(ARGUMENT).unwrap_or_default())
 }
 
-/// Tells the test something.
-#[allow(clippy::print_stdout, reason = "that is how it is told")]
+/// Prints a line for the test to read.
+#[allow(clippy::print_stdout, reason = "the test reads standard output")]
 pub fn say(text: impl std::fmt::Display) {
-    // The test program has begun a line of its own, perhaps.
+    // The test program may have printed an unfinished line.
     println!("\n{SAID}{text}");
     let _ = std::io::stdout().flush();
 }
 
-/// What parts have said into a file.
+/// The lines that parts printed into a file.
 pub fn said(output: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(output);
     text.lines().filter_map(|line| line.strip_prefix(SAID)).map(str::to_owned).collect()
 }
 
-/// Never returns: whoever plays this part is killed.
+/// Blocks until the process is killed.
 pub fn stay() -> ! {
     loop {
         std::thread::park();
     }
 }
 
-/// Looks until there is something.
+/// Polls until `attempt` returns a value; panics at the timeout.
 #[track_caller]
 pub fn wait_for<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
@@ -64,12 +64,12 @@ pub fn wait_for<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = attempt() {
             return found;
         }
-        assert!(began.elapsed() < PATIENCE, "waited in vain for {what}");
+        assert!(began.elapsed() < PATIENCE, "timed out waiting for {what}");
         super::pause(LOOK);
     }
 }
 
-/// A running part, which is killed when this is dropped.
+/// A process that runs a part. It is killed on drop.
 #[derive(Debug)]
 pub struct OtherProcess {
     child: Child,
@@ -81,7 +81,7 @@ impl OtherProcess {
         OtherProcess::start_by(play(name, argument))
     }
 
-    /// As [`OtherProcess::start`], from a copy of this program.
+    /// Like [`OtherProcess::start`], from a copy of this program.
     pub fn start_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> OtherProcess {
         OtherProcess::start_by(play_from(executable, name, argument))
     }
@@ -104,10 +104,10 @@ impl OtherProcess {
         self.child.id()
     }
 
-    /// What it says next.
+    /// The next line that it prints.
     #[track_caller]
     pub fn line(&self) -> String {
-        self.lines.recv_timeout(PATIENCE).expect("the other process says something")
+        self.lines.recv_timeout(PATIENCE).expect("the other process prints a line")
     }
 
     pub fn kill(&mut self) {

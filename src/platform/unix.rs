@@ -1,4 +1,4 @@
-//! Unix: Linux from kernel 3.10 up.
+//! Unix: Linux 3.10 and later.
 
 use std::fs::{self, File};
 use std::io;
@@ -30,11 +30,11 @@ pub use reset::{leave_caller, leave_caller_as};
 
 // --- Files
 
-/// Gives a file the permission bits of another one, and its owner and group where we may.
+/// Copies the permission bits of a file to another, and owner and group where permitted.
 #[cfg(feature = "gateway")]
 pub fn copy_access(from: &Path, to: &Path) -> io::Result<()> {
     let metadata = fs::metadata(from)?;
-    // Whoever is not root owns it already, or could not give it away.
+    // Without root, the file already has the right owner, or its owner cannot be changed.
     let _ = std::os::unix::fs::chown(to, Some(metadata.uid()), Some(metadata.gid()));
     set_mode(to, metadata.mode() & 0o777)
 }
@@ -44,31 +44,31 @@ pub fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode))
 }
 
-/// Makes what was renamed, made or removed in a directory survive a power cut.
+/// Makes renames, creations and removals in a directory survive a power cut.
 pub fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Opens a file to read it. What is none, a pipe or a device, is an error: to open it might wait for somebody, or do something.
+/// Opens a regular file for reading. A pipe or a device is an error: opening it could block or have side effects.
 pub fn open_file(path: &Path) -> io::Result<File> {
     let is_file = |found: fs::Metadata| match found.is_file() {
         true => Ok(()),
-        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file; a pipe or a device is not read")),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a file; pipes and devices are not read")),
     };
     is_file(fs::metadata(path)?)?;
-    // Something else may have come into its place meanwhile.
+    // The path may have been replaced since.
     let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
     let file = fs::OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
     is_file(file.metadata()?)?;
     Ok(file)
 }
 
-/// Opens what swallows all that is written to it.
+/// Opens the null device for writing.
 pub fn open_null() -> io::Result<File> {
     fs::OpenOptions::new().write(true).open("/dev/null")
 }
 
-/// Whether an open file is the one that `path` names now.
+/// Whether `path` currently names this open file.
 pub fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     let ours = file.metadata()?;
     match fs::metadata(path) {
@@ -78,24 +78,24 @@ pub fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// A file's volume, and its number there.
+/// Volume and file number.
 pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
     let metadata = file.metadata()?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// An existing path without links, and without a slash at its end.
+/// An existing path with links resolved and without a trailing slash.
 pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
     path.canonicalize()
 }
 
-/// Whether two paths lead to one directory, over links or by a mount of it in a second place.
+/// Whether two paths are the same directory, also through links or a second mount.
 pub fn is_same_directory(one: &Path, other: &Path) -> bool {
     let number = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
     number(one).is_some_and(|found| number(other) == Some(found))
 }
 
-/// Whether a link that [`replace_link`] made leads to `target`, be that there or not.
+/// Whether a link that [`replace_link`] created points to `target`, which need not exist.
 pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     match fs::read_link(link) {
         Ok(named) => Ok(link.parent().unwrap_or(Path::new("")).join(named) == target),
@@ -104,7 +104,7 @@ pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     }
 }
 
-/// Who holds the lock on a file: a process with that file open and locked. One that has inherited it counts too: it holds it as well.
+/// Pid of a process that has the file open and locked. A process that inherited the lock counts too.
 pub fn lock_holder(path: &Path) -> Option<u32> {
     let path = canonical(path).ok()?;
     let holds = |pid: u32| -> bool {
@@ -120,7 +120,7 @@ pub fn lock_holder(path: &Path) -> Option<u32> {
     pids.into_iter().filter(|pid| *pid != std::process::id()).find(|pid| holds(*pid))
 }
 
-/// Makes `link` name `target` (a relative or absolute path as it is to stand in the link), replacing what was there in one step.
+/// Makes `link` point to `target` (relative or absolute, written as given). Replaces an existing link atomically.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
     let temporary = link.with_file_name(format!("{ON_ITS_WAY}{}-{}", std::process::id(), fastrand::u64(..)));
     std::os::unix::fs::symlink(target, &temporary)?;
@@ -129,13 +129,13 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
     })
 }
 
-/// Whether what is at `path` could be given another name on its file system, without doing it: it is to take the place of `blocker`, a
-/// directory that is not empty, which is refused at last. What is refused before that says why (rename(2)): a mount point, a directory of an
-/// overlay's lower layer, an immutable file, a read-only file system.
+/// Tests whether `path` can be renamed on its file system, without renaming it: the target `blocker` is a directory that is not empty, so
+/// the rename always fails. An earlier failure gives the reason (rename(2)): a mount point, a directory of an overlay's lower layer, an
+/// immutable file, a read-only file system.
 pub fn can_rename(path: &Path, blocker: &Path) -> io::Result<()> {
     use rustix::io::Errno;
     match fs::rename(path, blocker) {
-        Ok(()) => Err(io::Error::other(format!("it is called {} now: nothing kept it from that", blocker.display()))),
+        Ok(()) => Err(io::Error::other(format!("the test renamed it to {}; rename it back", blocker.display()))),
         Err(error) => match Errno::from_io_error(&error) {
             Some(Errno::NOTEMPTY | Errno::EXIST | Errno::ISDIR) => Ok(()),
             _ => Err(error),
@@ -143,14 +143,14 @@ pub fn can_rename(path: &Path, blocker: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether the process may do what needs root.
+/// Whether the process has root's privileges.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-// --- Being told to end
+// --- Termination
 
-/// Hears the signals that ask a program to end: TERM and INT.
+/// Receives the signals that request termination: TERM and INT.
 #[derive(Debug)]
 pub struct Termination {
     term: tokio::signal::unix::Signal,
@@ -158,13 +158,13 @@ pub struct Termination {
 }
 
 impl Termination {
-    /// Needs a runtime; from here on the signals end nothing by themselves.
+    /// Needs a runtime. From here on, these signals no longer end the process.
     pub fn new() -> io::Result<Termination> {
         use tokio::signal::unix::{SignalKind, signal};
         Ok(Termination { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
     }
 
-    /// Resolves when one of them comes. Cancel-safe.
+    /// Resolves when a signal is received. Cancel-safe.
     pub async fn recv(&mut self) {
         tokio::select! {
             _ = self.term.recv() => {}
@@ -173,19 +173,19 @@ impl Termination {
     }
 }
 
-/// Hears the signal that asks a daemon to read its files again: HUP.
+/// Receives the signal that requests a reload: HUP.
 #[cfg(feature = "gateway")]
 #[derive(Debug)]
 pub struct Reload(tokio::signal::unix::Signal);
 
 #[cfg(feature = "gateway")]
 impl Reload {
-    /// Needs a runtime; from here on the signal ends nothing by itself.
+    /// Needs a runtime. From here on, this signal no longer ends the process.
     pub fn new() -> io::Result<Reload> {
         Ok(Reload(tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?))
     }
 
-    /// Resolves when it comes. Cancel-safe.
+    /// Resolves when the signal is received. Cancel-safe.
     pub async fn recv(&mut self) {
         if self.0.recv().await.is_none() {
             std::future::pending().await
@@ -193,14 +193,14 @@ impl Reload {
     }
 }
 
-/// Does what this process was started for, if it is a helper of its own kind: signals need none.
+/// Runs this process as a helper if it was started as one. Unix needs none to send signals.
 pub fn errand() -> Option<std::process::ExitCode> {
     None
 }
 
 // --- The service manager's notifications
 
-/// Tells systemd, where it wants to know (sd_notify(3)).
+/// Notifies systemd, where `NOTIFY_SOCKET` is set (sd_notify(3)).
 pub fn notify(notice: Notification) {
     let state = match notice {
         Notification::Ready => sd_notify::NotifyState::Ready,
@@ -212,7 +212,7 @@ pub fn notify(notice: Notification) {
 
 // --- The active release of a sub-agent
 
-/// Which version `current` names; `None`: there is no such link.
+/// The version that `current` points to; `None`: the link does not exist.
 pub fn read_current(link: &Path) -> io::Result<Option<String>> {
     match fs::read_link(link) {
         Ok(target) => Ok(target.to_str().map(str::to_owned)),
@@ -221,7 +221,7 @@ pub fn read_current(link: &Path) -> io::Result<Option<String>> {
     }
 }
 
-/// Makes `current` name a version, in one step.
+/// Points `current` to a version, atomically.
 pub fn write_current(link: &Path, version: &str) -> io::Result<()> {
     replace_link(Path::new(version), link)?;
     link.parent().map_or(Ok(()), sync_directory)
@@ -229,14 +229,14 @@ pub fn write_current(link: &Path, version: &str) -> io::Result<()> {
 
 // --- Packages
 
-/// Bytes that this process may still write on the file system of `directory`.
+/// Free space for this process on the file system of `directory`, bytes.
 pub fn free_space(directory: &Path) -> io::Result<u64> {
     let found = rustix::fs::statvfs(directory)?;
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
-/// Opens a file that its owner alone can read and write, and makes it where there is none. Whatever else has that name goes first: a link,
-/// somebody else's file, or one that others may have open.
+/// Opens a file that only its owner can read and write, and creates it if it does not exist. Anything else at that path is removed first: a
+/// link, another user's file, or a file that others may have open.
 pub fn open_private(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = fs::OpenOptions::new();
@@ -260,12 +260,12 @@ pub fn open_private(path: &Path) -> io::Result<File> {
     Err(io::ErrorKind::WouldBlock.into())
 }
 
-/// Makes a symbolic link with exactly this target where nothing stands yet.
+/// Creates a symbolic link with exactly this target. Fails if the path exists.
 pub fn make_symlink(target: &Path, link: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(target, link)
 }
 
-/// Makes everything in a directory survive a power cut: in one call for its whole file system, instead of one for each file.
+/// Makes everything in a directory survive a power cut, with one call for its whole file system instead of one per file.
 pub fn sync_tree(directory: &Path) -> io::Result<()> {
     let opened = File::open(directory)?;
     #[cfg(target_os = "linux")]
@@ -275,17 +275,17 @@ pub fn sync_tree(directory: &Path) -> io::Result<()> {
     opened.sync_all()
 }
 
-/// Makes a file where nothing stands yet, with these permission bits less those that the umask takes.
+/// Creates a file with these permission bits, less the umask. Fails if it exists.
 pub fn create_file(path: &Path, mode: u32) -> io::Result<File> {
     fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path)
 }
 
-/// Makes a directory where nothing stands yet, with these permission bits less those that the umask takes.
+/// Creates a directory with these permission bits, less the umask. Fails if it exists.
 pub fn create_directory(path: &Path, mode: u32) -> io::Result<()> {
     fs::DirBuilder::new().mode(mode).create(path)
 }
 
-/// Whether a file's permission bits are these.
+/// Whether a file has exactly these permission bits.
 pub fn has_mode(metadata: &fs::Metadata, mode: u32) -> bool {
     metadata.mode() & 0o7777 == mode
 }
@@ -296,25 +296,25 @@ pub fn mode(path: &Path) -> io::Result<u32> {
     Ok(fs::metadata(path)?.permissions().mode() & 0o7777)
 }
 
-// --- What the gateway asks about files and limits
+// --- Files and limits for the gateway
 
-/// Whether somebody may run the file.
+/// Whether any execute bit is set.
 pub fn has_execute_bit(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o111 != 0
 }
 
-/// Whether somebody besides its owner may read the file.
+/// Whether group or others can read the file.
 pub fn others_may_read(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o044 != 0
 }
 
-/// The file's number in its file system: another one means another file under the same name.
+/// Inode number: a different number under the same name means a different file.
 #[cfg(feature = "gateway")]
 pub fn file_number(metadata: &fs::Metadata) -> u64 {
     metadata.ino()
 }
 
-/// Allows this process as many open files as it may have, and says how many that is.
+/// Raises the soft limit of open files to the hard limit, and returns it.
 #[cfg(feature = "gateway")]
 pub fn raise_open_files() -> io::Result<u64> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -325,24 +325,24 @@ pub fn raise_open_files() -> io::Result<u64> {
     Ok(maximum.unwrap_or(u64::MAX))
 }
 
-// --- The host's services
+// --- Installation
 
-/// Where an installation stands unless somebody says otherwise.
+/// The default home.
 pub fn default_home() -> PathBuf {
     PathBuf::from("/opt/aops")
 }
 
-/// Whether a file can be run, by its mode.
+/// Whether a file is executable, by its mode.
 pub fn is_executable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && has_execute_bit(&metadata))
 }
 
-/// Puts the executable `new` in the place of `path` by one rename, also while that one runs.
+/// Replaces the executable `path` by `new` with a rename. Also works while `path` runs.
 pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
     fs::rename(new, path)
 }
 
-/// A running executable can be removed: there is nothing to do before its directory is.
+/// Nothing to do: a running executable can be removed.
 pub fn leave_directory(_directory: &Path) -> io::Result<()> {
     Ok(())
 }
@@ -363,11 +363,11 @@ mod tests {
         fs::create_dir(at("directory")).unwrap();
         for name in ["pipe", "link", "device", "directory"] {
             let (path, (sender, receiver)) = (at(name), std::sync::mpsc::channel());
-            // A thread that waits for the pipe's other end ends with the tests.
+            // A thread that waits for the other end of the pipe exits with the tests.
             std::thread::spawn(move || sender.send(crate::store::read(&path, 100)));
             let read = receiver.recv_timeout(crate::platform::testing::PATIENCE).expect("it is read at once");
             let error = format!("{:#}", read.unwrap_err());
-            assert!(error.contains(&format!("{name}: it is no file")), "{error}");
+            assert!(error.contains(&format!("{name}: it is not a file")), "{error}");
         }
         assert_eq!(crate::store::read(&at("nothing"), 100).unwrap(), None);
         fs::write(at("file"), [b'x'; 100]).unwrap();
@@ -391,7 +391,7 @@ mod tests {
             assert!(at(name).symlink_metadata().is_ok(), "{name}");
         }
         assert!(can_rename(&at("nothing"), &at("blocker")).is_err());
-        // What another file system is mounted at.
+        // A mount point of another file system.
         assert!(can_rename(Path::new("/proc"), &at("blocker")).is_err());
     }
 
@@ -403,21 +403,21 @@ mod tests {
         open_private(&path).unwrap().write_all(b"mine").unwrap();
         assert_eq!((mode(&path).unwrap(), length()), (0o600, 4));
 
-        // One that others may have open to write.
+        // Others may have it open for writing.
         set_mode(&path, 0o620).unwrap();
         assert_eq!((length(), mode(&path).unwrap()), (0, 0o600));
-        // One that has another name too.
+        // A second hard link.
         fs::write(&other, "other").unwrap();
         set_mode(&other, 0o600).unwrap();
         fs::remove_file(&path).unwrap();
         fs::hard_link(&other, &path).unwrap();
         assert_eq!(length(), 0);
-        // A link elsewhere.
+        // A symbolic link.
         fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink(&other, &path).unwrap();
         open_private(&path).unwrap().write_all(b"not there").unwrap();
         assert_eq!(fs::read(&other).unwrap(), b"other");
-        // No file at all.
+        // A directory.
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
         assert!(open_private(&path).is_err());

@@ -1,4 +1,4 @@
-//! Windows, from Server 2012 R2 up.
+//! Windows Server 2012 R2 and later.
 
 use std::fs::{self, File};
 use std::io;
@@ -25,41 +25,41 @@ pub use signal::{errand, signal};
 
 // --- Files
 
-/// Windows has no permission bits; a home inherits its directory's access list.
+/// Windows has no permission bits; files inherit the access list of the home.
 pub fn set_mode(_path: &Path, _mode: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Both inherit their directory's access list.
+/// Nothing to do: both inherit the access list of their directory.
 #[cfg(feature = "gateway")]
 pub fn copy_access(_from: &Path, _to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// NTFS keeps its directories by a journal of its own; there is nothing to flush.
+/// Nothing to do: NTFS journals its directories.
 pub fn sync_directory(_path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// What is mounted into a directory there is a reparse point, which a removal takes away and does not follow.
+/// None: a mount in a directory is a reparse point, which a removal removes and does not follow.
 pub fn mounts_in(_directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(Vec::new())
 }
 
-/// Opens a file to read it. What is none, a pipe or a device, is an error.
+/// Opens a regular file for reading. A pipe or a device is an error.
 pub fn open_file(path: &Path) -> io::Result<File> {
     match fs::metadata(path)?.is_file() {
         true => File::open(path),
-        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file; a pipe or a device is not read")),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a file; pipes and devices are not read")),
     }
 }
 
-/// Opens what swallows all that is written to it.
+/// Opens the null device for writing.
 pub fn open_null() -> io::Result<File> {
     fs::OpenOptions::new().write(true).open("NUL")
 }
 
-/// Whether an open file is the one that `path` names now.
+/// Whether `path` currently names this open file.
 pub fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     match File::open(path) {
         Ok(named) => Ok(identity(file)? == identity(&named)?),
@@ -68,7 +68,7 @@ pub fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// A file's volume, and its number there.
+/// Volume and file number.
 fn identity(file: &File) -> io::Result<(u32, u32, u32)> {
     use std::os::windows::io::AsRawHandle;
     use windows_sys::Win32::Storage::FileSystem::{BY_HANDLE_FILE_INFORMATION, GetFileInformationByHandle};
@@ -82,13 +82,13 @@ fn identity(file: &File) -> io::Result<(u32, u32, u32)> {
     Ok((found.dwVolumeSerialNumber, found.nFileIndexHigh, found.nFileIndexLow))
 }
 
-/// A file's volume, and its number there.
+/// Volume and file number.
 pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
     let (volume, high, low) = identity(file)?;
     Ok((volume.into(), u64::from(high) << 32 | u64::from(low)))
 }
 
-/// Whether a copy that [`replace_link`] made is one of `target` as that is now.
+/// Whether a copy that [`replace_link`] created has the current content of `target`.
 pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     let content = |path: &Path| match fs::read(path) {
         Ok(content) => Ok(Some(content)),
@@ -99,7 +99,7 @@ pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
     Ok(content_of_link.is_some() && content_of_link == content(target)?)
 }
 
-/// An existing path without links, as it is spelled on the disk, and as programs take it (not `\\?\C:\…`).
+/// An existing path with links resolved, in the spelling of the disk, and in the form that programs accept (not `\\?\C:\…`).
 pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
     let real = fs::canonicalize(path)?;
     let plain = real.to_str().and_then(|text| text.strip_prefix(r"\\?\"));
@@ -109,22 +109,22 @@ pub(super) fn canonical(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Whether two paths lead to one directory.
+/// Whether two paths are the same directory.
 pub fn is_same_directory(one: &Path, other: &Path) -> bool {
     one.is_dir() && crate::platform::identity(one) == crate::platform::identity(other)
 }
 
-/// Windows tells only when it is tried.
+/// Windows has no way to test a rename.
 pub fn can_rename(_path: &Path, _blocker: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Windows does not say it.
+/// Windows does not report it.
 pub fn lock_holder(_path: &Path) -> Option<u32> {
     None
 }
 
-/// Makes `link` a copy of what `target` names, replacing what was there: links need a privilege on Windows.
+/// Makes `link` a copy of `target`, replacing an existing file: links need a privilege on Windows.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
     let source = link.parent().unwrap_or(Path::new("")).join(target);
     let temporary = link.with_file_name(format!(".new-{}-{}", std::process::id(), fastrand::u64(..)));
@@ -134,26 +134,26 @@ pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
     })
 }
 
-/// Whether the process may write where only administrators may.
+/// Whether the process has administrator privileges.
 pub fn is_root() -> bool {
     File::open(r"\\.\PhysicalDrive0").is_ok()
 }
 
 // --- Packages
 
-/// Bytes that this process may still write on the volume of `directory`.
+/// Free space for this process on the volume of `directory`, bytes.
 pub fn free_space(directory: &Path) -> io::Result<u64> {
     use std::os::windows::ffi::OsStrExt;
     use windows_sys::Win32::Storage::FileSystem::GetDiskFreeSpaceExW;
 
     let wide: Vec<u16> = directory.as_os_str().encode_wide().chain([0]).collect();
     let mut free = 0;
-    // SAFETY: `wide` ends in a zero and, like `free`, outlives the call; the other results are not asked for.
+    // SAFETY: `wide` ends in a zero and, like `free`, outlives the call; the other results are not requested.
     let done = unsafe { GetDiskFreeSpaceExW(wide.as_ptr(), &mut free, std::ptr::null_mut(), std::ptr::null_mut()) };
     if done == 0 { Err(io::Error::last_os_error()) } else { Ok(free) }
 }
 
-/// Opens a file that nobody else can write while it is open, and makes it where there is none.
+/// Opens a file that nobody else can write while it is open, and creates it if it does not exist.
 pub fn open_private(path: &Path) -> io::Result<File> {
     use std::os::windows::fs::OpenOptionsExt;
     use windows_sys::Win32::Foundation::ERROR_SHARING_VIOLATION;
@@ -166,9 +166,9 @@ pub fn open_private(path: &Path) -> io::Result<File> {
     })
 }
 
-/// A service may not make links that a package brings; packages for Windows do without.
+/// Not supported: a service may not create symbolic links. Packages for Windows have none.
 pub fn make_symlink(_target: &Path, _link: &Path) -> io::Result<()> {
-    Err(io::Error::new(io::ErrorKind::Unsupported, "cannot make a symbolic link of a package on Windows"))
+    Err(io::Error::new(io::ErrorKind::Unsupported, "symbolic links in packages are not supported on Windows"))
 }
 
 /// Makes every file below a directory survive a power cut.
@@ -185,41 +185,41 @@ pub fn sync_tree(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a file where nothing stands yet; Windows knows no such modes.
+/// Creates a file. Fails if it exists. Windows has no permission bits.
 pub fn create_file(path: &Path, _mode: u32) -> io::Result<File> {
     fs::OpenOptions::new().write(true).create_new(true).open(path)
 }
 
-/// Makes a directory where nothing stands yet; Windows knows no such modes.
+/// Creates a directory. Fails if it exists. Windows has no permission bits.
 pub fn create_directory(path: &Path, _mode: u32) -> io::Result<()> {
     fs::create_dir(path)
 }
 
-/// It is as right as it can be.
+/// Always true: Windows has no permission bits.
 pub fn has_mode(_metadata: &fs::Metadata, _mode: u32) -> bool {
     true
 }
 
-/// There are none.
+/// Windows has no permission bits.
 #[cfg(test)]
 pub fn mode(_path: &Path) -> io::Result<u32> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-// --- What the gateway asks about files and limits
+// --- Files and limits for the gateway
 
-/// Windows knows no such bit, and the hosts of a package that is made here may need it.
+/// Always true: Windows has no such bit, and hosts that run a package published here may need it.
 #[cfg(feature = "gateway")]
 pub fn has_execute_bit(_metadata: &fs::Metadata) -> bool {
     true
 }
 
-/// Who may read it is said by the access list that it inherits from its directory.
+/// Always false: the access list that the file inherits decides.
 pub fn others_may_read(_metadata: &fs::Metadata) -> bool {
     false
 }
 
-/// Not to be had from the metadata; size and time must do.
+/// Not part of the metadata; size and time must suffice.
 #[cfg(feature = "gateway")]
 pub fn file_number(_metadata: &fs::Metadata) -> u64 {
     0
@@ -231,21 +231,21 @@ pub fn raise_open_files() -> io::Result<u64> {
     Ok(u64::MAX)
 }
 
-// --- The host's services
+// --- Installation
 
-/// Where an installation stands unless somebody says otherwise.
+/// The default home.
 pub fn default_home() -> PathBuf {
     let programs = std::env::var_os("ProgramFiles").unwrap_or_else(|| r"C:\Program Files".into());
     PathBuf::from(programs).join("aops")
 }
 
-/// Whether a file can be run, by its name.
+/// Whether a file is executable, by its extension.
 pub fn is_executable(path: &Path) -> bool {
     path.extension()
         .is_some_and(|extension| ["exe", "bat", "cmd"].iter().any(|known| extension.eq_ignore_ascii_case(known)))
 }
 
-/// Puts the executable `new` in the place of `path` by a rename. One that runs is moved away first; the next start sweeps it.
+/// Replaces the executable `path` by `new` with a rename. A running executable is moved away first; the next start removes it.
 pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
     match fs::rename(new, path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied && path.exists() => {
@@ -259,7 +259,7 @@ pub fn replace_executable(new: &Path, path: &Path) -> io::Result<()> {
     }
 }
 
-/// Moves the running executable out of `directory`, which is to be removed: it cannot be deleted while it runs.
+/// Moves the running executable out of `directory`, which is to be removed: a running executable cannot be deleted.
 pub fn leave_directory(directory: &Path) -> io::Result<()> {
     let executable = std::env::current_exe()?;
     if executable.starts_with(directory) {
@@ -268,9 +268,9 @@ pub fn leave_directory(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-// --- Being told to end
+// --- Termination
 
-/// Hears what asks a program to end: Ctrl-C, Ctrl-Break, and the shutdown of the machine.
+/// Receives the events that request termination: Ctrl-C, Ctrl-Break, and the shutdown of the machine.
 #[derive(Debug)]
 pub struct Termination {
     ctrl_c: tokio::signal::windows::CtrlC,
@@ -279,13 +279,13 @@ pub struct Termination {
 }
 
 impl Termination {
-    /// Needs a runtime; from here on they end nothing by themselves.
+    /// Needs a runtime. From here on, these events no longer end the process.
     pub fn new() -> io::Result<Termination> {
         use tokio::signal::windows::{ctrl_break, ctrl_c, ctrl_shutdown};
         Ok(Termination { ctrl_c: ctrl_c()?, ctrl_break: ctrl_break()?, shutdown: ctrl_shutdown()? })
     }
 
-    /// Resolves when one of them comes. Cancel-safe.
+    /// Resolves when an event is received. Cancel-safe.
     pub async fn recv(&mut self) {
         tokio::select! {
             _ = self.ctrl_c.recv() => {}
@@ -295,7 +295,7 @@ impl Termination {
     }
 }
 
-/// There is no such request on Windows.
+/// Windows has no reload signal.
 #[cfg(feature = "gateway")]
 #[derive(Debug)]
 pub struct Reload;
@@ -314,10 +314,10 @@ impl Reload {
 
 // --- The service manager's notifications
 
-/// The service control manager is told in its own way, by who registers a service with it.
+/// Nothing to do: a service notifies the service control manager through its own registration.
 pub fn notify(_notice: Notification) {}
 
-/// Replaces a small file in one step.
+/// Replaces a small file atomically.
 fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = path.with_file_name(format!(".new-{}-{}", std::process::id(), fastrand::u64(..)));
     fs::write(&temporary, content)?;
@@ -328,7 +328,7 @@ fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
 
 // --- The active release of a sub-agent
 
-/// Which version `current` names; `None`: there is no such file.
+/// The version that `current` names; `None`: the file does not exist.
 pub fn read_current(file: &Path) -> io::Result<Option<String>> {
     match fs::read_to_string(file) {
         Ok(version) => Ok(Some(version.trim().to_owned())),
@@ -337,7 +337,7 @@ pub fn read_current(file: &Path) -> io::Result<Option<String>> {
     }
 }
 
-/// Makes `current` name a version, in one step.
+/// Makes `current` name a version, atomically.
 pub fn write_current(file: &Path, version: &str) -> io::Result<()> {
     replace_file(file, version.as_bytes())
 }
@@ -349,7 +349,7 @@ mod tests {
 
     const RUNNING: &str = "platform::windows::tests::a_running_program";
 
-    /// Stays until it is killed.
+    /// Blocks until it is killed.
     #[test]
     fn a_running_program() {
         if testing::part(RUNNING).is_some() {

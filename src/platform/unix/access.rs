@@ -1,4 +1,4 @@
-//! Who may change what lies at a path: nobody but root and whoever we run as, where it is to be relied on.
+//! Checks that a path can be changed only by root and the user that we run as, before its content is trusted.
 
 use std::ffi::OsString;
 use std::fs::{self, Metadata};
@@ -10,24 +10,27 @@ use crate::platform::ExpectedPath;
 
 /// In a directory with this bit, only the owner of an entry can rename or remove it.
 const STICKY: u32 = 0o1000;
-/// Group and others.
+/// Write permission of group and others.
 const OTHERS_WRITE: u32 = 0o022;
-/// As many links as the kernel follows on one way.
+/// The kernel's limit of links in one path.
 const MAX_LINKS: u32 = 40;
 
-/// Why what is at `path` cannot be relied on: it is something else than expected, or somebody besides root and whoever we run as can
-/// change it; as root, that is root alone. `None`: it can be, or nothing is there. No link is followed.
+/// Why `path` cannot be trusted: it has the wrong type, or a user other than root and the user that we run as can change it. `None`: it can
+/// be trusted, or does not exist. Links are not followed.
 pub fn weakness(path: &Path, expected: ExpectedPath, home: &Path) -> io::Result<Option<String>> {
     let Some(found) = look(path)? else { return Ok(None) };
     if found.is_symlink() {
         let target = fs::read_link(path)?;
-        return Ok(Some(format!("it is a symbolic link to {}; put the real thing in its place", target.display())));
+        return Ok(Some(format!(
+            "it is a symbolic link to {}; replace the link with the file or directory itself",
+            target.display()
+        )));
     }
     if expected != ExpectedPath::File && !found.is_dir() {
-        return Ok(Some("it is no directory".to_owned()));
+        return Ok(Some("it is not a directory".to_owned()));
     }
     if expected == ExpectedPath::File && !found.is_file() {
-        return Ok(Some("it is no file".to_owned()));
+        return Ok(Some("it is not a file".to_owned()));
     }
     if expected == ExpectedPath::DirectoryOfAny {
         return Ok(None);
@@ -36,23 +39,23 @@ pub fn weakness(path: &Path, expected: ExpectedPath, home: &Path) -> io::Result<
         return Ok(Some(stranger));
     }
     let mode = found.mode() & 0o7777;
-    // A home may be a file system of its own, mounted like /tmp: there nobody can touch what is not his, and what was added by others is
-    // told by its owner.
+    // A home may be a file system of its own, mounted like /tmp. There, users can only touch their own entries, and files that others added
+    // are detected by their owner.
     let is_shared_root = path == home && mode & STICKY != 0;
     if mode & OTHERS_WRITE != 0 && !is_shared_root {
         return Ok(Some(format!(
-            "others can write it (mode {mode:04o}); look at what is in it, then run `chmod go-w {}`",
+            "others can write to it (mode {mode:04o}); check its content, then run `chmod go-w {}`",
             path.display()
         )));
     }
     Ok(None)
 }
 
-/// The first directory on the way from `from` to `path`, both of them absolute, in which somebody besides root and whoever we run as could put something else in the place of
-/// what leads there, and why. Links are followed as the system does; what lies at the end is not looked at. `None`: there is none.
+/// The first directory on the path between `from` and `path`, both absolute, in which another user could replace the next component, and
+/// why. Links are followed as the system follows them. The last component is not checked. `None`: no such directory.
 pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathBuf, String)>> {
     let own = own();
-    // Without links, so that its parent is where `..` leads.
+    // Links are resolved, so that the parent is the directory that `..` means.
     let (mut at, mut ahead) = match path.strip_prefix(from) {
         Ok(below) => (from.to_owned(), names(below)),
         Err(_) => (PathBuf::from("/"), names(path)),
@@ -73,7 +76,7 @@ pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathB
         if !found.is_symlink() {
             continue;
         }
-        // Where everybody can put a link, who put this one counts.
+        // In a directory that everybody can write to, the owner of the link matters.
         if let Some(why) = stranger(found.uid(), own).filter(|_| mode & OTHERS_WRITE != 0) {
             return Ok(Some((at, why)));
         }
@@ -91,8 +94,8 @@ pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathB
     Ok(None)
 }
 
-/// Takes from others the right to write in a directory of ours, where nothing in it is theirs; whether they had it. An earlier version made
-/// some of its directories as the umask said.
+/// Removes the write permission of others from a directory of ours, unless it has entries of other users. Returns whether it did. An
+/// earlier version created some of its directories with the umask's permissions.
 pub fn close_to_others(path: &Path) -> io::Result<bool> {
     let Some(found) = look(path)? else { return Ok(false) };
     let mode = found.mode() & 0o7777;
@@ -107,7 +110,7 @@ pub fn close_to_others(path: &Path) -> io::Result<bool> {
     super::set_mode(path, mode & !OTHERS_WRITE).map(|()| true)
 }
 
-/// The names on a path, the first one last.
+/// The components of a path, in reverse order.
 fn names(path: &Path) -> Vec<OsString> {
     let names = path.components().rev();
     let names = names.filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
@@ -126,20 +129,20 @@ fn own() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// What is wrong with an owner, for a process of the user `own`.
+/// Why an owner is not trusted, for a process of the user `own`.
 fn stranger(uid: u32, own: u32) -> Option<String> {
     if uid == 0 || uid == own {
         return None;
     }
     let whose = if own == 0 { "is not root".to_owned() } else { format!("is neither root nor {own}") };
-    Some(format!("it belongs to the user {uid}, who {whose}; run `chown` on it, if what is in it is yours"))
+    Some(format!("it belongs to the user {uid}, who {whose}; if its content is yours, run `chown` on it"))
 }
 
-/// What is wrong with the mode of a directory on the way.
+/// Why the mode of a directory on the path is not trusted.
 fn open_to_others(path: &Path, mode: u32) -> Option<String> {
     (mode & OTHERS_WRITE != 0 && mode & STICKY == 0).then(|| {
         format!(
-            "others can write it (mode {:04o}), and so put something else there; run `chmod go-w {}`",
+            "others can write to it (mode {:04o}) and replace its content; run `chmod go-w {}`",
             mode & 0o7777,
             path.display()
         )

@@ -1,5 +1,4 @@
-//! The record that a sub-agent's process writes of itself before its program runs: between fork and exec, so nothing is allocated here and
-//! no lock is taken.
+//! Writes the record of a sub-agent's process, in the child between fork and exec: nothing is allocated and no lock is taken.
 
 use std::ffi::CString;
 use std::io::IoSlice;
@@ -9,7 +8,7 @@ use rustix::io::Errno;
 
 use super::process::parse_stat;
 
-/// When the calling process started; `None`: there is no /proc.
+/// Start time of the calling process; `None`: /proc is not mounted.
 pub(super) fn own_start_time() -> Option<u64> {
     let stat = rustix::fs::open(c"/proc/self/stat", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
     let mut text = [0_u8; 1024];
@@ -17,10 +16,10 @@ pub(super) fn own_start_time() -> Option<u64> {
     Some(parse_stat(&text[..length])?.start_time)
 }
 
-/// Writes the calling process's own record.
+/// Writes the record of the calling process.
 ///
-/// The last but one record's file takes the text and changes names with the last one's: some file systems write a file to the disk at once
-/// that is renamed over another (ext4: 0.6 ms instead of 0.1), and no record is worth that.
+/// The text is written to the spare file, which is then exchanged with the record. Some file systems flush a file to the disk when it is
+/// renamed over another (ext4: 0.6 ms instead of 0.1), which a record does not need.
 pub(super) fn write_record(
     spare: &CString,
     record: &CString,
@@ -49,13 +48,13 @@ pub(super) fn write_record(
     rustix::fs::ftruncate(&file, length as u64)?;
     let (spare, record) = (spare.as_c_str(), record.as_c_str());
     match rustix::fs::renameat_with(CWD, spare, CWD, record, RenameFlags::EXCHANGE) {
-        // There is no last one; or neither the kernel (before Linux 3.15) nor the file system can do it.
+        // There is no previous record, or the kernel (before Linux 3.15) or the file system cannot exchange files.
         Err(_) => rustix::fs::rename(spare, record),
         done => done,
     }
 }
 
-/// A number in decimal, without allocating.
+/// Formats a number in decimal, without allocating.
 fn digits(mut value: u64, buffer: &mut [u8; 20]) -> &[u8] {
     let mut at = buffer.len();
     loop {

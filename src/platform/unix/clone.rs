@@ -1,11 +1,11 @@
-//! How a child is made: by `clone3`, which lets it begin in a cgroup and gives its pidfd (Linux 5.7; clone(2)), or else by a fork.
+//! Creates child processes: with `clone3`, which starts a child in a cgroup and returns its pidfd (Linux 5.7; clone(2)), else with fork.
 //!
-//! One that begins alone runs on a stack of its own in the manager's memory, and the manager waits until it runs its program or ends:
-//! nothing is copied, which saves 0.35 ms of the manager's time a start (measured, of 0.45 ms). In a crowd that would make each wait for
-//! the one before, so they are forks, as they all are where we have not the few instructions that it takes.
+//! A single child runs on a stack of its own in the manager's memory, and the manager waits until it executes its program or exits. Nothing
+//! is copied, which saves 0.35 ms of the manager's time per start (measured, of 0.45 ms). When many children start at once, each would wait
+//! for the previous one, so they are forked. All are forked on architectures without the assembly below.
 //!
-//! Until it runs its program a child has our handlers of signals, which tell our event loop of them, and we share its pipes. So signals
-//! are held back while it is made, and it begins with none of our handlers and with signals still held back, which it lets in itself.
+//! Until it executes its program, a child has our signal handlers, which wake our event loop through shared pipes. So all signals are
+//! blocked while a child is created. It starts without our handlers and with all signals blocked, and unblocks them itself.
 
 use std::ffi::c_void;
 use std::io;
@@ -13,50 +13,50 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::process::Pid;
 
-/// Begin in the cgroup of `cgroup`.
+/// Start in the cgroup of `cgroup`.
 const INTO_CGROUP: u64 = 0x2_0000_0000;
-/// Begin without our handlers of signals; what is ignored stays so (Linux 5.5).
+/// Start without our signal handlers; ignored signals stay ignored (Linux 5.5).
 const CLEAR_SIGHAND: u64 = 0x1_0000_0000;
-/// The last of the kernel's signals.
+/// The highest signal number of the kernel.
 const LAST_SIGNAL: libc::c_int = 64;
 
-/// Runs `child` in a new process that begins in a cgroup, and gives its pid and pidfd. `in_ours`: in our memory, while we wait.
+/// Runs `child` in a new process that starts in a cgroup. Returns its pid and pidfd. `in_ours`: in our memory, while we wait.
 ///
 /// # Safety
 ///
-/// `child` must not come back, and may only make system calls: it must not allocate, take a lock or change what it shares with us, since
-/// it may run in our memory while other threads of ours do. It must not panic. All signals are held back in it.
+/// `child` must not return, and may only make system calls. It must not allocate, take a lock or change memory that it shares with us: it
+/// may run in our memory while other threads of ours run. It must not panic. All signals are blocked in it.
 pub(super) unsafe fn clone_into(cgroup: BorrowedFd<'_>, in_ours: bool, child: &dyn Fn()) -> io::Result<(Pid, OwnedFd)> {
     let mut pidfd: libc::c_int = -1;
-    // SAFETY: all zero is a valid value of this struct of numbers.
+    // SAFETY: all zero is a valid value of this struct of integers.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
     arguments.flags = libc::CLONE_PIDFD as u64 | INTO_CGROUP | CLEAR_SIGHAND;
     arguments.pidfd = &raw mut pidfd as u64;
     arguments.exit_signal = libc::SIGCHLD as u64;
     arguments.cgroup = cgroup.as_raw_fd() as u64;
-    // SAFETY: as the caller promised.
+    // SAFETY: the caller guarantees it.
     let make = || unsafe { if in_ours { beside(&mut arguments, child) } else { copy(&mut arguments, child) } };
     let result = with_signals_held(make);
     let pid = if result > 0 { Pid::from_raw(result as i32) } else { None };
     let pid = pid.ok_or_else(|| io::Error::from_raw_os_error(-result as i32))?;
-    // SAFETY: the kernel put a new descriptor there, which is ours alone.
+    // SAFETY: the kernel stored a new descriptor there, which only we own.
     Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
 }
 
-/// Runs `child` in a fork of ours, and gives its pid.
+/// Runs `child` in a fork, and returns its pid.
 ///
 /// # Safety
 ///
 /// As for [`clone_into`].
 pub(super) unsafe fn fork(child: &dyn Fn()) -> io::Result<Pid> {
     with_signals_held(|| {
-        // SAFETY: the child does only what is allowed there.
+        // SAFETY: the caller guarantees that the child makes system calls only.
         let result = unsafe { libc::fork() };
         if result == 0 {
             // SAFETY: we are the forked child.
             unsafe { clear_handlers() };
             child();
-            // SAFETY: ends this process alone.
+            // SAFETY: ends this process only.
             unsafe { libc::_exit(127) }
         }
         let pid = if result > 0 { Pid::from_raw(result) } else { None };
@@ -64,9 +64,9 @@ pub(super) unsafe fn fork(child: &dyn Fn()) -> io::Result<Pid> {
     })
 }
 
-/// Does something while this thread is sent no signal.
+/// Runs `work` with all signals blocked in this thread.
 fn with_signals_held<T>(work: impl FnOnce() -> T) -> T {
-    // SAFETY: two sets of our own.
+    // SAFETY: both sets are local.
     let before = unsafe {
         let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);
@@ -79,15 +79,15 @@ fn with_signals_held<T>(work: impl FnOnce() -> T) -> T {
     done
 }
 
-/// What [`CLEAR_SIGHAND`] does, as a program's start would, for a fork.
+/// Does for a fork what [`CLEAR_SIGHAND`] does: removes our signal handlers, as exec would.
 ///
 /// # Safety
 ///
-/// Only in a child: nothing of ours is told of any signal any more.
+/// Only in a child: our process would no longer receive signals.
 unsafe fn clear_handlers() {
     for signal in 1..=LAST_SIGNAL {
-        // SAFETY: the action is a struct of our own, of which all zero is a valid value. The C library keeps some signals to itself and KILL
-        // and STOP have no handlers, which fails here.
+        // SAFETY: the action is a local struct for which all zero is valid. The call fails for signals that the C library reserves and for
+        // KILL and STOP, which have no handlers.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             let is_known = libc::sigaction(signal, std::ptr::null(), &mut action) == 0;
@@ -99,7 +99,7 @@ unsafe fn clear_handlers() {
     }
 }
 
-/// In our memory, while we wait. The child's pid, or an error's number below zero.
+/// Runs the child in our memory, while we wait. Returns its pid, or a negative errno.
 ///
 /// # Safety
 ///
@@ -108,14 +108,14 @@ unsafe fn clear_handlers() {
 unsafe fn beside(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
     use std::mem::MaybeUninit;
 
-    /// In units of 16 bytes, to which a stack is aligned. What the child does takes a few KiB.
+    /// In units of 16 bytes, the alignment of a stack. The child needs a few KiB.
     const STACK: usize = (64 << 10) / 16;
 
     extern "C" fn enter(child: *const c_void) -> ! {
-        // SAFETY: what was passed below, and is borrowed until we have ended or run a program.
+        // SAFETY: the pointer passed below, borrowed until the child exits or executes a program.
         let child = unsafe { &*child.cast::<&dyn Fn()>() };
         child();
-        // SAFETY: ends this process alone.
+        // SAFETY: ends this process only.
         unsafe { libc::_exit(127) }
     }
 
@@ -124,8 +124,9 @@ unsafe fn beside(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
     arguments.stack = stack.as_mut_ptr().cast::<MaybeUninit<u128>>() as u64;
     arguments.stack_size = (STACK * 16) as u64;
     let result: i64;
-    // SAFETY: the child begins behind `syscall` as we do, with 0 in rax and its own stack, calls `enter` and does not come back. We go on
-    // when it has ended or runs a program, and no longer uses its stack and what it borrowed. The kernel keeps all registers but three.
+    // SAFETY: the child resumes behind `syscall` as we do, with 0 in rax and a stack of its own, calls `enter` and does not return. We
+    // continue when it has exited or executed a program, and no longer uses its stack and its borrows. The kernel preserves all registers
+    // but three.
     unsafe {
         std::arch::asm!(
             "syscall",
@@ -152,18 +153,18 @@ unsafe fn beside(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
 #[cfg(not(target_arch = "x86_64"))]
 use copy as beside;
 
-/// In a copy of our memory. The child's pid, or an error's number below zero.
+/// Runs the child in a copy of our memory. Returns its pid, or a negative errno.
 ///
 /// # Safety
 ///
 /// As for [`clone_into`].
 unsafe fn copy(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
-    // SAFETY: without memory shared and a stack it is a fork: the child goes on with a copy of everything.
+    // SAFETY: without shared memory and a stack it is a fork: the child continues with a copy of everything.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut *arguments, size_of::<libc::clone_args>()) };
     match result as i64 {
         0 => {
             child();
-            // SAFETY: ends this process alone.
+            // SAFETY: ends this process only.
             unsafe { libc::_exit(127) }
         }
         -1 => -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL)),
@@ -177,9 +178,9 @@ mod tests {
 
     use super::*;
 
-    /// Says by its exit status what a child has of ours: 1 a handler, 2 a signal that is let in, 4 nothing ignored.
+    /// Reports by its exit status: 1 a handler of ours is set, 2 the signal is not blocked, 4 SIGPIPE is not ignored.
     fn look() {
-        // SAFETY: structs of our own; the end is this process's alone.
+        // SAFETY: local structs; the exit ends this process only.
         unsafe {
             let (mut handled, mut ignored): (libc::sigaction, libc::sigaction) =
                 (std::mem::zeroed(), std::mem::zeroed());
@@ -201,18 +202,18 @@ mod tests {
     #[tokio::test]
     async fn no_handler_of_ours_runs_in_a_child() {
         let _handled = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined2()).unwrap();
-        // SAFETY: the child looks and ends.
+        // SAFETY: the child makes system calls and exits.
         assert_eq!(status_of(unsafe { fork(&look) }.unwrap()), Some(0));
         type Make = unsafe fn(&mut libc::clone_args, &dyn Fn()) -> i64;
         for make in [beside as Make, copy as Make] {
-            // SAFETY: all zero is a valid value of this struct of numbers.
+            // SAFETY: all zero is a valid value of this struct of integers.
             let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
             (arguments.flags, arguments.exit_signal) = (CLEAR_SIGHAND, libc::SIGCHLD as u64);
-            // SAFETY: the child looks and ends.
+            // SAFETY: the child makes system calls and exits.
             let pid = with_signals_held(|| unsafe { make(&mut arguments, &look) });
             assert_eq!(status_of(Pid::from_raw(pid as i32).unwrap()), Some(0));
         }
-        // SAFETY: a set of our own.
+        // SAFETY: a local set.
         let still_held = unsafe {
             let mut held = std::mem::zeroed();
             libc::sigprocmask(libc::SIG_SETMASK, std::ptr::null(), &mut held);

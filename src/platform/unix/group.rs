@@ -1,20 +1,20 @@
-//! The group that holds a sub-agent's whole process tree: a cgroup of its own, which no process leaves by forking, by a session of its own
-//! or by a cleared environment.
+//! The group that holds a sub-agent's process tree: a cgroup of its own, which no process leaves by forking, by starting a session or by
+//! clearing its environment.
 //!
-//! Where they are made:
+//! Location:
 //!
 //! ```text
-//! under systemd    <hierarchy>/system.slice/<key>.service/agent-<name>   a unit's cgroup, delegated to us, where systemd keeps it
-//! else             <hierarchy>/<key>/agent-<name>                        where we may write there
+//! under systemd    <hierarchy>/system.slice/<key>.service/agent-<name>   a unit's cgroup, delegated to us, if systemd keeps it
+//! otherwise        <hierarchy>/<key>/agent-<name>                        if writable
 //! ```
 //!
-//! Since version 247 systemd takes the empty cgroup of a unit without a process away; then it is the place of our own there, too, which
-//! systemd leaves alone.
+//! Since version 247, systemd removes the empty cgroup of a unit without processes. Then the second location is used under systemd, too;
+//! systemd leaves it alone.
 //!
-//! Of a sub-agent whose main process alone is ours it is `apart-<name>`: what it starts is somebody else's, and stays.
+//! If only the main process of the sub-agent is ours, the group is `apart-<name>`: the processes that it starts are not ours, and stay.
 //!
-//! The hierarchy is cgroup v2 where it is mounted, with or without controllers; else systemd's own of v1, or a v1 controller that serves
-//! to hold processes together. Nothing is mounted by us and no controller is turned on.
+//! The hierarchy is cgroup v2 if mounted, with or without controllers; else systemd's own v1 hierarchy, or that of a v1 controller that can
+//! group processes. We mount nothing and enable no controller.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -31,23 +31,23 @@ use tokio::io::unix::AsyncFd;
 
 use super::mounts::unescaped;
 
-/// Longest file of a cgroup that is read: some 100,000 pids.
+/// Bytes of a cgroup file that are read: some 100,000 pids.
 const MAX_BYTES: u64 = 1 << 20;
-/// Cgroups within a sub-agent's own, made by the sub-agent itself, are looked for so deep.
+/// Depth to which cgroups are searched that a sub-agent created within its own.
 const DEPTH: u32 = 8;
-/// Rounds of killing where the kernel can neither kill nor freeze a cgroup whole.
+/// Rounds of killing, where the kernel can neither kill nor freeze a whole cgroup.
 const KILL_ROUNDS: u32 = 20;
-/// So many processes are held at a time to be killed: each takes a descriptor, of which a process has 1024 at least.
+/// Pidfds that are open at a time while killing. A process may have at least 1024 descriptors.
 const HELD: usize = 64;
-/// Where the kernel does not tell that a cgroup is empty, it is looked at so often.
+/// Poll interval where the kernel does not report that a cgroup is empty (v1).
 const POLL: Duration = Duration::from_secs(5);
-/// The pid namespace of a host itself (`PROC_PID_INIT_INO` in include/linux/proc_ns.h).
+/// The host's own pid namespace (`PROC_PID_INIT_INO` in include/linux/proc_ns.h).
 const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
-/// A sub-agent's name must not be taken for one of the kernel's files.
+/// Keeps a sub-agent's name from being mistaken for one of the kernel's files.
 const PREFIX: &str = "agent-";
 const APART: &str = "apart-";
 
-/// Where a home's groups are made.
+/// Where the groups of a home are created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Groups {
     base: PathBuf,
@@ -59,24 +59,24 @@ pub struct Group {
     path: PathBuf,
 }
 
-/// One mounted hierarchy.
+/// A mounted hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Hierarchy {
     pub(super) mount: PathBuf,
-    /// What of it is mounted there.
+    /// The cgroup that is mounted there.
     pub(super) root: PathBuf,
-    /// Of v1, the options that it was mounted with, what it is for among them: `cpu` and `cpuacct`, `name=systemd`; `None`: v2.
+    /// For v1, its mount options, which include its controllers or name: `cpu` and `cpuacct`, `name=systemd`; `None`: v2.
     pub(super) options: Option<Vec<String>>,
 }
 
-/// The hierarchies that are mounted here and may be written to, best first.
+/// The mounted, writable hierarchies, best first.
 pub(super) fn mounted() -> Vec<Hierarchy> {
     hierarchies(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
 }
 
-/// What a place of our own for a home's groups is called.
+/// Directory name of a home's groups, outside of systemd's units.
 pub(super) fn place(key: &str) -> String {
-    // The cgroups of a container may be those of its host, where another has a home of the same path: each keeps to its own.
+    // A container may share the cgroups of its host, which may have a home with the same path: each gets its own name.
     match fs::metadata("/proc/self/ns/pid") {
         Ok(namespace) if namespace.ino() != INITIAL_PID_NAMESPACE => format!("{key}-{:x}", namespace.ino()),
         _ => key.to_owned(),
@@ -84,7 +84,7 @@ pub(super) fn place(key: &str) -> String {
 }
 
 impl Groups {
-    /// Where a home's groups may be made; `None`: this host has no place for them. `key` names the home: its unit is `<key>.service`.
+    /// Finds the location for a home's groups; `None`: this host has none. `key` names the home: its unit is `<key>.service`.
     pub fn find(key: &str) -> Option<Groups> {
         let systemd = Path::new("/run/systemd/system").is_dir();
         candidates(&mounted(), systemd.then_some(key), &place(key))
@@ -93,12 +93,13 @@ impl Groups {
             .map(|base| Groups { base })
     }
 
-    /// Where that is, for people.
+    /// The location, for display.
     pub fn place(&self) -> String {
         self.base.display().to_string()
     }
 
-    /// Takes this process out of any group of a sub-agent, in which it was started: it would be ended with that. Whether it was in one.
+    /// Moves this process out of a sub-agent's group that it was started in: it would be killed with that group. Returns whether it was in
+    /// one.
     pub fn leave(&self) -> io::Result<bool> {
         let Some(own) = self.base.file_name().and_then(OsStr::to_str) else { return Ok(false) };
         let inside = [PREFIX, APART].map(|prefix| format!("/{own}/{prefix}"));
@@ -107,7 +108,7 @@ impl Groups {
         if !ours.lines().any(|line| inside.iter().any(|inside| line.contains(inside))) {
             return Ok(false);
         }
-        // Where controllers are turned on for what lies below, no process may live beside it; in our own place none are.
+        // A cgroup whose controllers are enabled for its children cannot have processes itself. In our own location none are enabled.
         let places = [self.base.parent(), Some(&self.base)].into_iter().flatten();
         let mut outcome = Ok(true);
         for place in places {
@@ -119,12 +120,12 @@ impl Groups {
         outcome
     }
 
-    /// The group of one sub-agent, made or not.
+    /// The group of a sub-agent, whether or not it exists.
     pub fn group(&self, agent: &str) -> Group {
         Group { path: self.base.join(format!("{PREFIX}{agent}")) }
     }
 
-    /// Where a sub-agent lives of which the main process alone is ours: apart from ours, and never listed or killed whole.
+    /// The group of a sub-agent whose main process alone is ours: it is not listed by [`Groups::all`], and never killed as a whole.
     pub fn apart(&self, agent: &str) -> Group {
         Group { path: self.base.join(format!("{APART}{agent}")) }
     }
@@ -140,7 +141,7 @@ impl Groups {
     }
 }
 
-/// Where groups may be looked for, best first.
+/// The possible locations, best first.
 fn candidates(hierarchies: &[Hierarchy], unit: Option<&str>, place: &str) -> Vec<PathBuf> {
     let of = |wanted: Option<&str>| {
         let serves = |found: &&Hierarchy| match (&found.options, wanted) {
@@ -156,7 +157,7 @@ fn candidates(hierarchies: &[Hierarchy], unit: Option<&str>, place: &str) -> Vec
         let units = watched.into_iter().map(|mount| mount.join("system.slice").join(format!("{unit}.service")));
         found.extend(units.filter(|unit| unit.is_dir()));
     }
-    // What systemd watches itself it has to itself.
+    // The hierarchy that systemd tracks services by belongs to systemd.
     let v1 = ["freezer", "pids", "cpuacct", "name=systemd"]
         .into_iter()
         .filter(|name| unit.is_none() || *name != "name=systemd");
@@ -165,7 +166,8 @@ fn candidates(hierarchies: &[Hierarchy], unit: Option<&str>, place: &str) -> Vec
     found
 }
 
-/// Whether groups can be made in `base`, which is made itself where it is missing. What was mounted over a hierarchy has none of its files.
+/// Whether groups can be created in `base`, or `base` itself if it does not exist. A path with another file system mounted over it has no
+/// `cgroup.procs`.
 fn is_usable(base: &Path) -> bool {
     let place = if base.is_dir() { Some(base) } else { base.parent() };
     place.is_some_and(|place| {
@@ -173,8 +175,8 @@ fn is_usable(base: &Path) -> bool {
     })
 }
 
-/// The hierarchies that are mounted here and may be written to (proc_pid_mountinfo(5)): those mounted whole, or from where our namespace
-/// of them begins, before those of which a part is mounted.
+/// Parses the mounted, writable hierarchies (proc_pid_mountinfo(5)). Those mounted from their root, or from the root of our cgroup
+/// namespace, come first.
 fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
     let hierarchy = |line: &str| {
         let (fields, behind) = line.split_once(" - ")?;
@@ -187,7 +189,7 @@ fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
         }
         let options = match kind {
             "cgroup2" => None,
-            // Controllers stand among whatever else the mount was given (`seclabel`, `release_agent=/x`, `cpuset_v2_mode`).
+            // Controllers are listed among other mount options (`seclabel`, `release_agent=/x`, `cpuset_v2_mode`).
             "cgroup" => Some(options.split(',').map(str::to_owned).collect()),
             _ => return None,
         };
@@ -199,17 +201,17 @@ fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
 }
 
 impl Group {
-    /// The group of that name, as a record keeps it.
+    /// The group with the name that a record stores.
     pub fn named(name: &str) -> Group {
         Group { path: PathBuf::from(name) }
     }
 
-    /// Its name for good, as long as this boot lasts.
+    /// Its name, permanent within this boot.
     pub fn name(&self) -> String {
         self.path.display().to_string()
     }
 
-    /// Makes it. Twice is as good as once.
+    /// Creates it; an existing group is not an error.
     pub fn make(&self) -> io::Result<()> {
         let made = |path: &Path| match fs::create_dir(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
@@ -226,31 +228,31 @@ impl Group {
         }
     }
 
-    /// The pids of what lives in it.
+    /// The pids in it.
     pub fn members(&self) -> io::Result<Vec<u32>> {
         let mut pids = vec![];
         members_below(&self.path, DEPTH, &mut pids)?;
         Ok(pids)
     }
 
-    /// Whether nothing lives in it.
+    /// Whether it has no processes.
     pub fn is_empty(&self) -> io::Result<bool> {
         match read(&self.path.join("cgroup.events")) {
             Ok(events) => Ok(!events.lines().any(|line| line == "populated 1")),
-            // Of v1, or gone.
+            // It is v1, or was removed.
             Err(error) if is_gone(&error) => Ok(self.members()?.is_empty()),
             Err(error) => Err(error),
         }
     }
 
-    /// Resolves when nothing lives in it. Where the kernel does not tell of that (v1), it is looked at now and then. Cancel-safe.
+    /// Resolves when the group has no processes. Polls where the kernel does not report it (v1). Cancel-safe.
     pub async fn emptied(&self) {
         self.emptied_seen(POLL).await;
     }
 
-    /// The same, with a look every `poll` where it has to be looked at: what cannot be read now (a shortage) is not known to be empty.
+    /// The same, with a poll interval. A group that cannot be read now (a shortage) does not count as empty.
     async fn emptied_seen(&self, poll: Duration) {
-        // SAFETY: the value owns its descriptor, which is closed with it and by nobody else.
+        // SAFETY: the value owns its descriptor, which is closed with it and nowhere else.
         let watched = |file: fs::File| unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }.ok();
         let mut events = fs::File::open(self.path.join("cgroup.events")).ok().and_then(watched);
         loop {
@@ -265,15 +267,15 @@ impl Group {
         }
     }
 
-    /// Kills all of it at once, forks in flight included.
+    /// Kills all processes in it at once, including forks in progress.
     pub fn kill(&self) -> io::Result<()> {
         match write(&self.path.join("cgroup.kill"), "1") {
             Ok(()) => return Ok(()),
             Err(error) if is_gone(&error) && !self.path.is_dir() => return Ok(()),
-            // Before Linux 5.14, and of v1.
+            // The kernel is older than 5.14, or it is v1.
             Err(_) => {}
         }
-        // What is frozen can be killed, but does not fork; thawed, it dies (in v2 at once).
+        // Frozen processes do not fork; they die when killed (v2) or when thawed (v1).
         let _ = self.freeze(true);
         let killed = self.kill_each();
         let thawed = self.freeze(false);
@@ -293,8 +295,8 @@ impl Group {
         Ok(())
     }
 
-    /// Kills those of the processes that live in it. They are held before they are looked for once more, so none can be meant that was
-    /// given the number of one in between; where there is no pidfd, or no more of them, the number has to do.
+    /// Kills those of the processes that are in the group. Their pidfds are opened before the members are read again, so a reused pid is
+    /// never killed. Without a pidfd, the pid is used.
     fn kill_some(&self, pids: &[u32]) -> io::Result<()> {
         let pids = pids.iter().filter_map(|pid| Pid::from_raw(*pid as i32));
         let held: Vec<_> = pids.map(|pid| (pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()))).collect();
@@ -316,7 +318,7 @@ impl Group {
         Ok(())
     }
 
-    /// That it is gone, or that its hierarchy cannot freeze, is no error.
+    /// A removed cgroup, or a hierarchy that cannot freeze, is not an error.
     fn freeze(&self, freeze: bool) -> io::Result<()> {
         let (v2, v1) = if freeze { ("1", "FROZEN") } else { ("0", "THAWED") };
         let done = match write(&self.path.join("cgroup.freeze"), v2) {
@@ -326,15 +328,15 @@ impl Group {
         done.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
     }
 
-    /// Lets what begins in it run: it is ours, and nobody else has to freeze it. Gives whether it stays frozen all the same, since a
-    /// cgroup above it is, or whether that cannot be known.
+    /// Thaws the group, so that a process that starts in it runs. Returns whether it may still be frozen, because a cgroup above it is or
+    /// the state cannot be read.
     pub(super) fn thaw(&self) -> bool {
         self.is_frozen() && (self.freeze(false).is_err() || self.is_frozen())
     }
 
     fn is_frozen(&self) -> bool {
         let frozen = match read(&self.path.join("cgroup.events")) {
-            // Before Linux 5.2 it says nothing of it.
+            // Before Linux 5.2 there is no `frozen` line.
             Ok(events) => Ok(events.lines().any(|line| line == "frozen 1")),
             Err(error) if is_gone(&error) => {
                 read(&self.path.join("freezer.state")).map(|state| state.trim_ascii() != "THAWED")
@@ -344,27 +346,27 @@ impl Group {
         frozen.unwrap_or_else(|error| !is_gone(&error))
     }
 
-    /// Removes it when it is empty, and with the last one their place, unless that is a unit's own; that it is not there is no error.
+    /// Removes it if it is empty, and then the location if that is empty and not a unit's cgroup. A missing group is not an error.
     pub fn remove(&self) -> io::Result<()> {
         remove_below(&self.path, DEPTH)?;
         if let Some(base) = self.path.parent().filter(|base| base.extension() != Some(OsStr::new("service"))) {
-            // The others are in it.
+            // Fails if other groups exist.
             let _ = fs::remove_dir(base);
         }
         Ok(())
     }
 
-    /// What a new process of ours writes itself into.
+    /// The file that a new process writes itself into.
     pub(super) fn door(&self) -> PathBuf {
         self.path.join("cgroup.procs")
     }
 
-    /// The same of v1, which moves one thread without holding up the whole host; v2 has none.
+    /// The same for v1: it moves one thread without blocking the whole host. v2 has no such file.
     pub(super) fn door_v1(&self) -> PathBuf {
         self.path.join("tasks")
     }
 
-    /// The directory itself, made where it is missing, for a process to begin in (of v2).
+    /// Opens the directory, created if it does not exist, for a process to start in (v2).
     pub(super) fn open(&self) -> io::Result<fs::File> {
         match fs::File::open(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -383,14 +385,13 @@ fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// Writes to a file of the kernel's; where there is none, none is made.
+/// Writes to a file of the kernel; never creates one.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     use std::io::Write;
     fs::OpenOptions::new().write(true).open(path)?.write_all(text.as_bytes())
 }
 
-/// Whether an error says that a cgroup, or a file of it, is not there or is just being removed. A shortage of ours or a refusal says nothing
-/// of the kind.
+/// Whether an error means that a cgroup or one of its files does not exist or is being removed. A shortage or a denied access does not.
 pub(super) fn is_gone(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::NOENT | Errno::NODEV | Errno::SRCH))
 }
@@ -398,7 +399,7 @@ pub(super) fn is_gone(error: &io::Error) -> bool {
 fn members_below(path: &Path, depth: u32, pids: &mut Vec<u32>) -> io::Result<()> {
     match read(&path.join("cgroup.procs")) {
         Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0)),
-        // It has gone, or is one of threads, whose processes the one above it names.
+        // It was removed, or is a threaded cgroup, whose processes its parent lists.
         Err(error) if is_gone(&error) || Errno::from_io_error(&error) == Some(Errno::OPNOTSUPP) => return Ok(()),
         Err(error) => return Err(error),
     }
@@ -423,7 +424,7 @@ fn remove_below(path: &Path, depth: u32) -> io::Result<()> {
     let removed = fs::remove_dir(path);
     match removed {
         Err(error) if is_gone(&error) => Ok(()),
-        // Perhaps cgroups of its own are in it.
+        // It may have child cgroups.
         Err(error) if depth > 0 => {
             let children = children(path)?;
             if children.is_empty() {
@@ -462,7 +463,7 @@ mod tests {
             "/sys/fs/cgroup/systemd/k",
         ];
         assert_eq!(places(HYBRID, None), expected);
-        // What systemd watches itself it has to itself; there is no unit of that name here.
+        // Without a unit of this name, systemd's hierarchy is not a candidate.
         assert_eq!(places(HYBRID, Some("no-such-unit")), &expected[..3]);
     }
 
@@ -479,7 +480,7 @@ mod tests {
         assert_eq!(places(mounts, None), ["/c/k", "/a/k", "/f/k"]);
     }
 
-    /// A cgroup whose file cannot be read, nor is it missing: a link to itself.
+    /// A cgroup whose file exists but cannot be read: a link to itself.
     fn unreadable(file: &str) -> (tempfile::TempDir, Group) {
         let directory = tempfile::tempdir().unwrap();
         let group = Group { path: directory.path().join("agent-a") };
@@ -548,12 +549,12 @@ mod tests {
     fn a_group_of_ours_is_thawed() {
         let directory = tempfile::tempdir().unwrap();
         let group = Group { path: directory.path().to_owned() };
-        assert!(!group.thaw(), "one that cannot be frozen is not");
-        // Of v1, where the kernel says at once what was written.
+        assert!(!group.thaw(), "a hierarchy without freezer is not frozen");
+        // v1: the kernel returns at once what was written.
         fs::write(directory.path().join("freezer.state"), "FROZEN\n").unwrap();
         assert!(!group.thaw());
         assert_eq!(fs::read_to_string(directory.path().join("freezer.state")).unwrap(), "THAWED\n");
-        // Of v2, where a cgroup above it is frozen, too.
+        // v2, below a frozen cgroup.
         fs::write(directory.path().join("cgroup.events"), "populated 0\nfrozen 1\n").unwrap();
         fs::write(directory.path().join("cgroup.freeze"), "1").unwrap();
         assert!(group.thaw());

@@ -1,13 +1,13 @@
-//! How a sub-agent's process begins: in its group, in a session of its own, with its record in place before its program runs.
+//! Starts a sub-agent's process: in its group, in a session of its own, with its record written before its program runs.
 //!
 //! ```text
-//! manager   clone3 into the group ──── goes on, and hears the pipe's end ───▶ runs, or what could not be done
-//! child     └▶ session, output, directory, record (renamed into place), leaves the caller, user, exec ┘
+//! manager   clone3 into the group ──── continues, and reads the pipe until it closes ───▶ started, or an error
+//! child     └▶ session, output, directory, record (renamed into place), reset, user, exec ┘
 //! ```
 //!
-//! The standard library's `Command` cannot begin a process in a cgroup, and to move it there afterwards takes a grace period of the
-//! kernel's, 8 ms and more (measured), in which it could fork. Where `clone3` cannot (before Linux 5.7; cgroup v1; a sandbox that
-//! forbids it), the child writes itself into the group before anything else.
+//! The standard library's `Command` cannot start a process in a cgroup. Moving it there later takes a grace period of the kernel, 8 ms and
+//! more (measured), in which it could fork. Where `clone3` is not available (before Linux 5.7; cgroup v1; a sandbox that forbids it), the
+//! child writes itself into the group before anything else.
 
 use std::ffi::{CString, OsStr};
 use std::io;
@@ -35,89 +35,89 @@ use super::group::{Group, is_gone};
 use super::reset::InheritedReset;
 use crate::platform::Launch;
 
-/// What runs a program without an interpreter line, as execvp(3) does.
+/// Runs a program without an interpreter line, as execvp(3) does.
 const SHELL: &std::ffi::CStr = c"/bin/sh";
 
-/// Children that are begun so soon after one another are a crowd.
+/// Children that start within this interval are forked, see [`clone`].
 const CROWD: Duration = Duration::from_millis(5);
-/// What is done before a program runs takes a millisecond. On a host so busy that it takes ten thousand times as long the next try is no
-/// worse off, and the manager must not wait for what will never come.
+/// Timeout for the steps before exec, which take a millisecond. On a host that is ten thousand times slower a retry is no worse, and the
+/// manager must not wait forever.
 const HEARD_WITHIN: Duration = Duration::from_secs(10);
-/// What is killed dies at once, where it can.
+/// Timeout for a killed process to exit.
 const REAPED_WITHIN: Duration = Duration::from_secs(2);
-/// A group is made so often that is taken away before anything begins in it.
+/// Attempts, where the group is removed before a process starts in it.
 const GROUP_TRIES: u32 = 3;
 
-/// A child that was launched. Dropping it neither ends nor reaps it.
+/// A started child. Dropping it neither kills nor reaps it.
 #[derive(Debug)]
 pub struct Child {
     pub pid: u32,
     pub start_time: u64,
-    /// Whether it began in the group that it was to begin in.
+    /// Whether it started in its group.
     pub grouped: bool,
     pidfd: Option<OwnedFd>,
 }
 
-/// Runs a program as a sub-agent. `command` says program, arguments, directory and the whole environment; of its standard streams input
-/// is null and the others are `launch.output`.
+/// Starts a sub-agent's program. `command` specifies program, arguments, directory and the complete environment. Standard input is null;
+/// standard output and standard error are `launch.output`.
 ///
-/// Returns when the program runs. Where its record cannot be written (a full disk) or its group cannot be entered, it runs all the same:
-/// the mark stands in.
+/// Returns when the program runs. If its record cannot be written (a full disk) or its group cannot be entered, the program runs anyway and
+/// is identified by its environment marker.
 pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     let plan = ChildSetup::new(command, launch)?;
     if let Some(group) = &launch.group {
         if let Some(begun) = begin_in(group, &plan, HEARD_WITHIN).await {
             return begun;
         }
-        // It may have been taken away since. What cannot be made cannot be entered either, which the child tells.
+        // It may have been removed. If it cannot be created, the child reports that it is not grouped.
         let _ = group.open();
     }
     let forked = begin(&plan, HEARD_WITHIN, |pipe| {
         let pid = fork(&plan, pipe)?;
-        // Not reaped yet, so the number is still its.
+        // It is not reaped yet, so its pid is not reused.
         Ok((pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()))
     });
     match forked.await {
         LaunchOutcome::Runs(child) => Ok(child),
         LaunchOutcome::Failed(error) | LaunchOutcome::NotMade(error) => Err(error),
-        LaunchOutcome::Killed => Err(io::Error::other("it was killed before its program could run")),
+        LaunchOutcome::Killed => Err(io::Error::other("its process was killed before it could run the program")),
     }
 }
 
-/// Begins a child that is in the group from its first moment on; `None`: none can be begun so.
+/// Starts a child directly in the group; `None`: not possible on this host.
 async fn begin_in(group: &Group, plan: &ChildSetup<'_>, limit: Duration) -> Option<io::Result<Child>> {
     let alone = is_alone();
     for _ in 0..GROUP_TRIES {
         let directory = group.open().ok()?;
         let frozen = group.thaw();
-        // Frozen before it runs its program it would hold us with it. And who takes another user's rights in our memory takes from it that
-        // it may be looked into, and hands that user a process to stop while we wait for it.
+        // A child that is frozen before exec would block us. A child that changes its user in our memory clears our dumpable flag, and that
+        // user could stop it while we wait.
         let in_ours = alone && !frozen && plan.user.is_none();
         match begin(plan, limit, |pipe| clone_into(directory.as_fd(), in_ours, plan, pipe)).await {
             LaunchOutcome::Runs(child) => return Some(Ok(child)),
             LaunchOutcome::Failed(error) => return Some(Err(error)),
-            // Another role of ours, or systemd, takes away what it finds empty.
+            // Another role of ours, or systemd, removes empty groups.
             LaunchOutcome::NotMade(error) if is_gone(&error) => {}
-            // Some kernels kill at once what is cloned into a group that was ever killed whole, or from one that was.
+            // Some kernels kill a process that is cloned into, or from, a group that was once killed as a whole.
             LaunchOutcome::Killed | LaunchOutcome::NotMade(_) => return None,
         }
     }
     None
 }
 
-/// What became of a child by the time that it ran its program.
+/// The result of a child up to exec.
 #[derive(Debug)]
 enum LaunchOutcome {
-    /// There was never one.
+    /// It was not created.
     NotMade(io::Error),
     Runs(Child),
-    /// It has ended, or was ended.
+    /// It has exited, or was killed.
     Failed(io::Error),
-    /// It ended without a word.
+    /// It exited without a message.
     Killed,
 }
 
-/// Makes a child and waits until it runs its program or cannot. Others may be begun meanwhile.
+/// Creates a child and waits until it executes its program or fails. Other children may start at the same time.
 async fn begin(
     plan: &ChildSetup<'_>,
     limit: Duration,
@@ -140,8 +140,8 @@ async fn begin(
         Err(_) => {
             discard(pid, pidfd).await;
             let why = format!(
-                "its process did not come to run it within {limit:?} and was killed: thaw the cgroups above its group if one is \
-                 frozen, and see whether the file systems of its directory and of its program answer"
+                "its process did not run the program within {limit:?} and was killed; if a cgroup above its group is \
+                 frozen, thaw it, and check whether the file systems of its directory and of its program respond"
             );
             return LaunchOutcome::Failed(io::Error::new(io::ErrorKind::TimedOut, why));
         }
@@ -158,7 +158,7 @@ async fn begin(
             }
         }
     }
-    // Told by itself: a program that ended at once has none any more.
+    // A program that has already exited has no start time any more, so the child reported it.
     let Some(start_time) = started else {
         let _ = waitpid(Some(pid), WaitOptions::empty());
         return LaunchOutcome::Killed;
@@ -166,10 +166,10 @@ async fn begin(
     LaunchOutcome::Runs(Child { pid: number(pid), start_time, grouped, pidfd })
 }
 
-/// Kills a child of which we do not know what it does, and reaps it. What cannot die now (frozen in a cgroup of v1, in a system call that
-/// nothing ends) is reaped with the orphans once it has.
+/// Kills and reaps a child in an unknown state. If it cannot die now (frozen in a v1 cgroup, blocked in a system call), it is reaped with
+/// the orphans later.
 async fn discard(pid: Pid, pidfd: Option<OwnedFd>) {
-    // Not reaped yet, so the number is still its.
+    // It is not reaped yet, so its pid is not reused.
     let _ = rustix::process::kill_process(pid, Signal::KILL);
     let mut child = Child { pid: number(pid), start_time: 0, grouped: false, pidfd };
     let _ = tokio::time::timeout(REAPED_WITHIN, child.wait()).await;
@@ -179,14 +179,14 @@ fn number(pid: Pid) -> u32 {
     pid.as_raw_nonzero().get() as u32
 }
 
-/// Whether no other child was begun a moment ago.
+/// Whether no other child was started within the last [`CROWD`].
 fn is_alone() -> bool {
     static LAST: Mutex<Option<Instant>> = Mutex::new(None);
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     last.replace(Instant::now()).is_none_or(|last| last.elapsed() > CROWD)
 }
 
-/// All that is told over a pipe until its end, which is there already where the child was waited for.
+/// Reads the child's messages until the pipe is closed, which has already happened if the child ran in our memory.
 async fn hear(pipe: OwnedFd) -> io::Result<Vec<u8>> {
     let (mut told, mut buffer) = (vec![], [0; 4 * MESSAGE]);
     loop {
@@ -202,11 +202,11 @@ async fn hear(pipe: OwnedFd) -> io::Result<Vec<u8>> {
 }
 
 impl Child {
-    /// Waits for its end. Cancel-safe: what was not waited for to the end can be waited for again.
+    /// Waits for its exit. Cancel-safe: it can be called again.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         let pid = Pid::from_raw(self.pid as i32).ok_or(io::ErrorKind::InvalidInput)?;
         if let Some(pidfd) = &self.pidfd {
-            // SAFETY: the descriptor is borrowed for as long as the registration lives, and stays open meanwhile.
+            // SAFETY: the descriptor is borrowed for the life of the registration, and stays open.
             let watched = unsafe { AsyncFd::register_with_interest(pidfd.as_fd(), Interest::READABLE) };
             if let Ok(watched) = watched {
                 drop(watched.readable().await?);
@@ -215,7 +215,7 @@ impl Child {
                 }
             }
         }
-        // Where there is no pidfd, every end of a child is heard of, and each looks whether it was its own.
+        // Without a pidfd, each exit of any child is a reason to check this one.
         let mut ends = signal(SignalKind::child())?;
         loop {
             match try_wait(pid)? {
@@ -230,14 +230,14 @@ fn try_wait(pid: Pid) -> io::Result<Option<ExitStatus>> {
     Ok(waitpid(Some(pid), WaitOptions::NOHANG)?.map(|(_, status)| ExitStatus::from_raw(status.as_raw())))
 }
 
-/// What the child tells: a kind, and the error's number or, at last, when it started.
+/// A message of the child: a kind, then an error number or the start time.
 const MESSAGE: usize = 9;
 const NOT_GROUPED: u8 = b'g';
 const NOT_RUN: u8 = b'x';
-/// The last word before the program runs.
+/// The last message before exec.
 const READY: u8 = b'r';
 
-/// All that the child needs, made before it is there: between fork and exec nothing may be allocated and no lock be taken.
+/// Everything that the child needs, prepared before it is created: between fork and exec nothing may be allocated and no lock taken.
 struct ChildSetup<'a> {
     program: CString,
     arguments: Vec<CString>,
@@ -254,9 +254,9 @@ struct ChildSetup<'a> {
 }
 
 struct GroupPlan {
-    /// What a process writes itself into, tried in this order.
+    /// The files that the process writes itself into, tried in this order.
     doors: [CString; 2],
-    /// How the record names it, quotes included.
+    /// Its name in the record, with quotes.
     name: Vec<u8>,
 }
 
@@ -300,17 +300,17 @@ impl<'a> ChildSetup<'a> {
         })
     }
 
-    /// What the child does; it does not come back.
+    /// The child's work. Does not return.
     ///
     /// # Safety
     ///
-    /// Only in a child that is to become the program: it makes raw system calls, and what it uses was allocated before.
+    /// Only in a child that is to execute the program: it makes raw system calls, and uses only memory that was allocated before.
     unsafe fn carry_out(&self, words: &ExecArrays<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
         let tell = |kind: u8, value: u64| {
             let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
             let _ = rustix::io::write(pipe, &[kind, a, b, c, d, e, f, g, h]);
         };
-        // A panic must not carry the child into what the manager does.
+        // On a panic, the child must not unwind into the manager's code.
         let _end = ChildExit;
         let mut group = self.group.as_ref();
         if let Some(wanted) = group
@@ -323,7 +323,7 @@ impl<'a> ChildSetup<'a> {
         let error = match self.prepare(group) {
             Ok(start_time) => {
                 tell(READY, start_time);
-                // SAFETY: as the caller promised.
+                // SAFETY: the caller guarantees it.
                 unsafe { self.execute(words) }
             }
             Err(error) => error,
@@ -332,7 +332,7 @@ impl<'a> ChildSetup<'a> {
         ChildExit::now()
     }
 
-    /// Gives when this process started.
+    /// Returns the start time of this process.
     fn prepare(&self, group: Option<&GroupPlan>) -> rustix::io::Result<u64> {
         rustix::process::setsid()?;
         rustix::stdio::dup2_stdin(&self.null)?;
@@ -344,7 +344,7 @@ impl<'a> ChildSetup<'a> {
         let start_time = own_start_time().unwrap_or_default();
         let group = group.map(|group| group.name.as_slice());
         let _ = write_record(&self.spare, &self.record, self.head, start_time, group);
-        // Behind what needs more descriptors than a program may have open.
+        // After the steps that need more descriptors than the new limit may allow.
         self.leaving.carry_out();
         if let Some((groups, gid, uid)) = &self.user {
             set_thread_groups(groups)?;
@@ -358,7 +358,7 @@ impl<'a> ChildSetup<'a> {
     ///
     /// As for [`ChildSetup::carry_out`].
     unsafe fn execute(&self, words: &ExecArrays<'_>) -> Errno {
-        // SAFETY: the arrays end with a null and outlive the call, which returns only when it failed.
+        // SAFETY: the arrays end with a null and outlive the call, which returns only on failure.
         unsafe {
             libc::execve(self.program.as_ptr(), words.arguments(), words.environment.as_ptr());
             let error = last_error();
@@ -371,12 +371,12 @@ impl<'a> ChildSetup<'a> {
     }
 }
 
-/// The end of a child that runs no program.
+/// Exits the child when it runs no program.
 struct ChildExit;
 
 impl ChildExit {
     fn now() -> ! {
-        // SAFETY: ends this process alone, without running what the manager would at its own end.
+        // SAFETY: ends this process only, without running the manager's exit handlers.
         unsafe { libc::_exit(127) }
     }
 }
@@ -387,12 +387,12 @@ impl Drop for ChildExit {
     }
 }
 
-/// The arrays that execve(2) takes.
+/// The arrays for execve(2).
 struct ExecArrays<'a> {
-    /// The shell's words; the program's own begin behind its name.
+    /// The shell's arguments; the program's own start at the second.
     shell: Vec<*const libc::c_char>,
     environment: Vec<*const libc::c_char>,
-    /// They point into it.
+    /// The arrays point into it.
     _plan: std::marker::PhantomData<&'a CString>,
 }
 
@@ -410,7 +410,7 @@ impl<'a> ExecArrays<'a> {
     }
 }
 
-/// Begins the child in the group, and gives its pidfd.
+/// Starts the child in the group, and returns its pidfd.
 fn clone_into(
     group: BorrowedFd<'_>,
     in_ours: bool,
@@ -418,7 +418,7 @@ fn clone_into(
     pipe: BorrowedFd<'_>,
 ) -> io::Result<(Pid, Option<OwnedFd>)> {
     let words = ExecArrays::of(plan);
-    // SAFETY: the child does only what is allowed there, and does not come back.
+    // SAFETY: the child makes raw system calls only, and does not return.
     let child = || unsafe { plan.carry_out(&words, true, pipe) };
     // SAFETY: as above.
     let (pid, pidfd) = unsafe { clone::clone_into(group, in_ours, &child)? };
@@ -427,7 +427,7 @@ fn clone_into(
 
 fn fork(plan: &ChildSetup<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
     let words = ExecArrays::of(plan);
-    // SAFETY: the child does only what is allowed there, and does not come back.
+    // SAFETY: the child makes raw system calls only, and does not return.
     let child = || unsafe { plan.carry_out(&words, false, pipe) };
     // SAFETY: as above.
     unsafe { clone::fork(&child) }
@@ -449,7 +449,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
 
 fn c_text(text: &OsStr) -> io::Result<CString> {
     CString::new(text.as_bytes())
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, format!("{text:?} holds a zero byte")))
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, format!("{text:?} contains a zero byte")))
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
-//! The way out of the cgroups of whoever starts a role: it is to outlive them, and their limits are not its own.
+//! Moves a role out of the cgroups of its starter: the role must outlive the starter, and the starter's limits do not apply to it.
 //!
 //! ```text
-//! what service managers track services by (v2; name=systemd of v1)    <hierarchy>/<key>/roles    beside the groups of the sub-agents
-//! a controller of v1                                                  its root
+//! service tracking (v2; name=systemd of v1)   <hierarchy>/<key>/roles    next to the groups of the sub-agents
+//! a v1 controller                             its root
 //! ```
 //!
-//! Where the starter is in the root already, or in a group of the home's own, there is nothing to leave: out of a sub-agent's a role goes by
-//! itself when it starts ([`super::Groups::leave`]), whoever started it. Where it may not write there (no root, a read-only mount), the role
-//! stays where it was started, which is no error.
+//! Nothing is left where the starter is already in the root, or in a group of the home. A role leaves a sub-agent's group when it starts
+//! ([`super::Groups::leave`]). Where the cgroups are not writable (no root, a read-only mount), the role stays where it was started, which
+//! is not an error.
 
 use std::ffi::CString;
 use std::fs;
@@ -20,10 +20,10 @@ use rustix::fs::{Mode, OFlags};
 
 use super::group::{self, Hierarchy};
 
-/// Beside `agent-<name>`, and no sub-agent's.
+/// The group of the roles, next to the `agent-<name>` groups.
 const ROLES: &str = "roles";
 
-/// Makes a command leave the cgroups that it is started in. `key` names the home, as for its sub-agents' groups.
+/// Makes a command leave the cgroups that it is started in. `key` names the home, as for the groups of its sub-agents.
 pub fn leave_groups(command: &mut Command, key: &str) {
     let memberships = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let place = group::place(key);
@@ -34,7 +34,7 @@ pub fn leave_groups(command: &mut Command, key: &str) {
         .collect();
     let in_child = move || {
         for doors in &ways {
-            // The first that lets it in.
+            // The first group that can be entered.
             let _ = doors.iter().any(|door| {
                 let opened = rustix::fs::open(door.as_c_str(), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
                 opened.is_ok_and(|door| rustix::io::write(&door, b"0").is_ok())
@@ -42,11 +42,11 @@ pub fn leave_groups(command: &mut Command, key: &str) {
         }
         Ok(())
     };
-    // SAFETY: the closure runs in the forked child and makes raw system calls alone; all that it uses was allocated before the fork.
+    // SAFETY: the closure runs in the forked child and makes raw system calls only; everything that it uses was allocated before the fork.
     unsafe { command.pre_exec(in_child) };
 }
 
-/// Takes the groups away that roles have had, where nobody lives in them, and their place with the last one.
+/// Removes the roles' groups that have no processes, and their parent with the last one.
 pub fn remove_role_groups(key: &str) {
     let place = group::place(key);
     for group in group::mounted().iter().filter_map(|found| own(found, &place)) {
@@ -55,20 +55,21 @@ pub fn remove_role_groups(key: &str) {
     }
 }
 
-/// The roles' own group in a hierarchy by which services are tracked.
+/// The roles' own group in a hierarchy that tracks services.
 fn own(hierarchy: &Hierarchy, place: &str) -> Option<PathBuf> {
     let tracks = hierarchy.options.as_ref().is_none_or(|options| options.iter().any(|option| option == "name=systemd"));
     tracks.then(|| hierarchy.mount.join(place).join(ROLES))
 }
 
-/// What the child writes itself into, best first.
+/// The `cgroup.procs` files that the child may write itself into, best first.
 fn doors(hierarchy: &Hierarchy, place: &str) -> Vec<CString> {
     let own = own(hierarchy, place).filter(|group| fs::create_dir_all(group).is_ok());
     let groups = own.into_iter().chain([hierarchy.mount.clone()]);
     groups.filter_map(|group| CString::new(group.join("cgroup.procs").as_os_str().as_bytes()).ok()).collect()
 }
 
-/// Whether this process is in nobody else's group of a hierarchy, as far as it is mounted here (`number:controllers:path`, cgroups(7)).
+/// Whether this process is in the root or in a group of the home, as far as the hierarchy is mounted here (`number:controllers:path`,
+/// cgroups(7)).
 fn is_free(hierarchy: &Hierarchy, memberships: &str, place: &str) -> bool {
     let path = memberships.lines().find_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -78,7 +79,7 @@ fn is_free(hierarchy: &Hierarchy, memberships: &str, place: &str) -> bool {
         };
         is_it.then_some(Path::new(path))
     });
-    // One of which nothing is said holds nobody.
+    // A hierarchy that is not listed has nothing to leave.
     path.is_none_or(|path| path == hierarchy.root || path.starts_with(hierarchy.root.join(place)))
 }
 
@@ -100,7 +101,7 @@ mod tests {
         };
         assert!(!is_free(Some(&["rw", "xattr", "name=systemd"]), "/", "k"));
         assert!(is_free(Some(&["cpuacct", "cpu"]), "/", "k"));
-        // A container sees its part alone.
+        // A container sees only its part.
         assert!(is_free(Some(&["memory"]), "/docker/abc", "k"));
         assert!(!is_free(Some(&["memory"]), "/", "k"));
         assert!(is_free(Some(&["freezer"]), "/", "k"));

@@ -1,7 +1,7 @@
-//! The local door's hinges: a Unix socket in the home, open to its owner and root alone.
+//! The control socket's transport: a Unix socket in the home, accessible only to its owner and root.
 //!
-//! Where none can be made there (a read-only disk), one without a file stands in, in the abstract namespace (unix(7)). Anybody may take such
-//! a name or connect to it, so each end looks who the other is.
+//! Where none can be created there (a read-only disk), a socket in the abstract namespace is used instead (unix(7)). Any process can bind
+//! such a name or connect to it, so each end checks the user of the other.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -15,17 +15,17 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::platform::SocketPeer;
 
-/// What accepts connections.
+/// The listening socket.
 #[derive(Debug)]
 pub struct LocalListener(tokio::net::UnixListener);
 
 /// The manager's end of a connection.
 pub type LocalStream = tokio::net::UnixStream;
 
-/// The other end, for programs that block.
+/// The client's end, for blocking programs.
 pub type LocalConnection = UnixStream;
 
-/// A socket's address holds 108 bytes (unix(7)). A longer path is reached through its directory's descriptor.
+/// A socket address holds 108 bytes (unix(7)). A longer path is reached through a descriptor of its directory.
 const LONGEST_ADDRESS: usize = 100;
 
 fn address(path: &Path) -> io::Result<(PathBuf, Option<OwnedFd>)> {
@@ -40,7 +40,7 @@ fn address(path: &Path) -> io::Result<(PathBuf, Option<OwnedFd>)> {
 }
 
 impl LocalListener {
-    /// Listens at `path` in place of whoever did before: the caller holds the role's lock.
+    /// Listens at `path` and replaces the socket of a previous manager. The caller holds the role's lock.
     pub fn bind(path: &Path) -> io::Result<LocalListener> {
         match LocalListener::bind_in_home(path) {
             Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => LocalListener::bind_stand_in(path),
@@ -65,7 +65,7 @@ impl LocalListener {
         Ok(LocalListener(listener))
     }
 
-    /// The next connection, and whether it is by somebody who may command this home: root, or whoever we run as. Cancel-safe.
+    /// Accepts the next connection, and checks that its user may command this home: root, or the user that we run as. Cancel-safe.
     pub async fn accept(&mut self) -> io::Result<SocketPeer> {
         let (stream, _) = self.0.accept().await?;
         let (peer, own) = (stream.peer_cred()?.uid(), rustix::process::geteuid().as_raw());
@@ -78,7 +78,7 @@ impl LocalListener {
     }
 }
 
-/// Connects to the door at `path`; reads and writes give up after `timeout`.
+/// Connects to the control socket at `path`. Reads and writes fail after `timeout`.
 pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnection> {
     let (address, _directory) = address(path)?;
     let stream = match UnixStream::connect(address) {
@@ -92,7 +92,7 @@ pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnecti
     Ok(stream)
 }
 
-/// Connects to what listens in the place of `path`, if it is run by somebody who may run the home.
+/// Connects to the fallback socket of `path`, if it belongs to a user that may run the home.
 fn connect_stand_in(path: &Path) -> Option<UnixStream> {
     let stream = UnixStream::connect_addr(&stand_in(path).ok()?).ok()?;
     let who = rustix::net::sockopt::socket_peercred(&stream).ok()?.uid.as_raw();
@@ -100,7 +100,8 @@ fn connect_stand_in(path: &Path) -> Option<UnixStream> {
     [0, owner, rustix::process::geteuid().as_raw()].contains(&who).then_some(stream)
 }
 
-/// The name that stands in for `path`. Its directory is named by number: another mount namespace may have another home at the same path.
+/// The abstract name for `path`. It names the directory by device and inode, since another mount namespace may have another home at the
+/// same path.
 fn stand_in(path: &Path) -> io::Result<SocketAddr> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -110,17 +111,17 @@ fn stand_in(path: &Path) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(name)
 }
 
-/// A second handle on the same connection.
+/// A second handle for the same connection.
 pub fn clone_local(connection: &LocalConnection) -> io::Result<LocalConnection> {
     connection.try_clone()
 }
 
-/// Lets reads of a connection wait for ever.
+/// Removes the read timeout of a connection.
 pub fn wait_for_ever(connection: &LocalConnection) -> io::Result<()> {
     connection.set_read_timeout(None)
 }
 
-/// Ends a connection for all who hold it, and so wakes who reads from it.
+/// Shuts the connection down for all handles, which wakes a blocked reader.
 pub fn hang_up(connection: &LocalConnection) {
     let _ = connection.shutdown(std::net::Shutdown::Both);
 }
@@ -146,7 +147,7 @@ mod tests {
     async fn a_door_for_which_no_socket_can_be_made_can_be_opened() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spm.sock");
-        // What an earlier manager left.
+        // Left behind by a previous manager.
         drop(LocalListener::bind(&path).unwrap());
         converse(LocalListener::bind_stand_in(&path).unwrap(), path.clone()).await;
         assert_eq!(connect_local(&path, Duration::from_secs(1)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
@@ -160,7 +161,7 @@ mod tests {
             connection.read_to_string(&mut text).unwrap();
             text
         });
-        let SocketPeer::Welcome(mut stream) = listener.accept().await.unwrap() else { panic!("we may") };
+        let SocketPeer::Welcome(mut stream) = listener.accept().await.unwrap() else { panic!("the client is allowed") };
         assert_eq!(stream.read_u8().await.unwrap(), b'x');
         stream.write_all(b"hello").await.unwrap();
         drop(stream);

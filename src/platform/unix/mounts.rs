@@ -1,4 +1,4 @@
-//! What is mounted where: behind a mount lies what is somebody else's, and no removal of ours goes there.
+//! Mount points. A removal never descends into a mount: its content is not ours.
 
 use std::ffi::OsString;
 use std::fs;
@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// Where something is mounted at or below a directory, as this process sees it (`/proc/self/mountinfo`, see proc(5)).
+/// The mount points at or below a directory, as this process sees them (`/proc/self/mountinfo`, proc(5)).
 pub fn mounts_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let directory = match fs::canonicalize(directory) {
         Ok(directory) => directory,
@@ -25,7 +25,7 @@ fn mount_points(text: &[u8]) -> Vec<PathBuf> {
     fields.map(unescaped).collect()
 }
 
-/// A path of mountinfo, in which space, tab, line feed and backslash stand as octal numbers.
+/// A path of mountinfo, where space, tab, line feed and backslash are octal escapes.
 pub(super) fn unescaped(mut field: &[u8]) -> PathBuf {
     let mut plain = Vec::with_capacity(field.len());
     while let [first, rest @ ..] = field {

@@ -1,4 +1,4 @@
-//! Processes: who is there, who belongs together, how one begins and how its end is seen.
+//! Processes: listing them, their sub-agents, signalling them and waiting for their exit.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -18,20 +18,20 @@ use tokio::io::unix::AsyncFd;
 use crate::core::manifest::StopSignal;
 use crate::platform::{ProcessInfo, ProcessMarker};
 
-/// Where the kernel offers no pidfd, a process that is not our child is looked at so often.
+/// Poll interval for the exit of a process that is not our child, where the kernel has no pidfd.
 const POLL: Duration = Duration::from_millis(250);
-/// An environment is read up to here: the mark is among the first.
+/// Bytes of an environment that are read: the marker is among the first variables.
 const ENVIRON_LIMIT: u64 = 256 << 10;
-/// So is a command line, of which the first words count.
+/// Bytes of a command line that are read: only its first words are used.
 const COMMAND_LIMIT: u64 = 64 << 10;
 
-/// When a live process started, in clock ticks since boot; `None`: there is none of that number, or only its remains.
+/// Start time of a live process, in clock ticks since boot; `None`: no process has this pid, or only a zombie.
 pub fn start_time(pid: u32) -> Option<u64> {
     stat(pid).map(|stat| stat.start_time)
 }
 
-/// Whether that process lives. Where it cannot be looked at, for want of a descriptor or of memory, that there is one of that number counts:
-/// a shortage is no death.
+/// Whether the process is alive. If it cannot be inspected for lack of descriptors or memory, any process with this pid counts: a shortage
+/// does not mean that it has exited.
 pub fn lives(pid: u32, start_time: u64) -> bool {
     match stat_text(pid) {
         Ok(text) => parse_stat(&text).is_some_and(|stat| !stat.is_remains && stat.start_time == start_time),
@@ -49,11 +49,11 @@ pub(super) struct Stat {
     parent: u32,
     session: u32,
     pub(super) start_time: u64,
-    /// It has ended, and its parent has not taken note of that yet.
+    /// A zombie: it has exited, and its parent has not reaped it yet.
     is_remains: bool,
 }
 
-/// Of a live process.
+/// Only of a live process.
 fn stat(pid: u32) -> Option<Stat> {
     parse_stat(&stat_text(pid).ok()?).filter(|stat| !stat.is_remains)
 }
@@ -65,12 +65,12 @@ fn stat_text(pid: u32) -> io::Result<Vec<u8>> {
     Ok(buffer[..length].to_vec())
 }
 
-/// Whether a process has ended and its parent has not taken note of that yet: `kill -0` still finds it.
+/// Whether a process is a zombie, which `kill -0` still finds.
 pub fn remains(pid: u32) -> bool {
     stat_text(pid).ok().and_then(|text| parse_stat(&text)).is_some_and(|stat| stat.is_remains)
 }
 
-/// Fields of `/proc/PID/stat` (proc(5)), counted behind the last `)`: the name before it may hold anything.
+/// Fields of `/proc/PID/stat` (proc(5)), counted from the last `)`: the name before it may contain any character.
 pub(super) fn parse_stat(text: &[u8]) -> Option<Stat> {
     let behind = text.iter().rposition(|byte| *byte == b')')? + 1;
     let mut fields = text[behind..].split(|byte| *byte == b' ').filter(|field| !field.is_empty());
@@ -80,7 +80,7 @@ pub(super) fn parse_stat(text: &[u8]) -> Option<Stat> {
     let threads = number(fields.nth(13)?)?;
     let start_time = number(fields.nth(1)?)?;
     let is_remains = match state {
-        // A first thread that has ended looks like that for as long as other threads of the process live on.
+        // A main thread that has exited looks like a zombie while other threads of the process run.
         b"Z" => threads <= 1,
         b"X" | b"x" => return None,
         _ => false,
@@ -95,20 +95,20 @@ fn number(digits: &[u8]) -> Option<u64> {
     })
 }
 
-/// Names this boot of the machine: a pid and start time mean nothing in another.
+/// Identifies the current boot: a pid and start time are only valid within it.
 pub fn boot_id() -> &'static str {
     static ID: OnceLock<String> = OnceLock::new();
     let read = || fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned());
     ID.get_or_init(|| read().unwrap_or_default())
 }
 
-/// How long the machine has been up.
+/// Time since boot.
 pub fn uptime() -> Option<Duration> {
     let text = fs::read_to_string("/proc/uptime").ok()?;
     Some(Duration::from_secs_f64(text.split_whitespace().next()?.parse().ok()?))
 }
 
-/// How long a process has been running, from its start time.
+/// Time since a process started.
 pub fn age(start_time: u64) -> Option<Duration> {
     let since_boot = Duration::from_secs_f64(start_time as f64 / rustix::param::clock_ticks_per_second() as f64);
     Some(uptime()?.saturating_sub(since_boot))
@@ -121,27 +121,27 @@ pub fn memory_bytes(pid: u32) -> Option<u64> {
     Some(pages * rustix::param::page_size() as u64)
 }
 
-/// Where a process works, where we may know it.
+/// The working directory of a process, if readable.
 pub fn working_directory(pid: u32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/cwd")).ok()
 }
 
-/// The executable that a process runs, where we may know it.
+/// The executable of a process, if readable.
 pub fn executable_of(pid: u32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe")).ok()
 }
 
-/// The program that a process runs, also when its file was replaced or removed since.
+/// Opens the executable of a process, even if its file was replaced or removed.
 pub fn program_of(pid: u32) -> io::Result<File> {
     File::open(format!("/proc/{pid}/exe"))
 }
 
-/// Goes on as another program, in the same process. Returns only where that fails.
+/// Replaces this process with another program (exec). Returns only on failure.
 pub fn become_program(command: &mut Command) -> io::Error {
     command.exec()
 }
 
-/// The first words of a process's command line: of a script the interpreter and the script.
+/// The first words of a process's command line: for a script, the interpreter and the script.
 pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
     let mut text = vec![];
     let read =
@@ -152,7 +152,7 @@ pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
     }
 }
 
-/// Every process of the host that we can see, with the marks of those that belong to the home.
+/// Every process of the host that is visible to us, with the markers of those that belong to the home.
 pub fn processes(home: &Path) -> Vec<ProcessInfo> {
     let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
     entries
@@ -162,7 +162,7 @@ pub fn processes(home: &Path) -> Vec<ProcessInfo> {
         .collect()
 }
 
-/// One process, if it lives, with its mark if it belongs to the home.
+/// One live process, with its marker if it belongs to the home.
 pub fn seen(pid: u32, home: &Path) -> Option<ProcessInfo> {
     let stat = stat(pid)?;
     Some(ProcessInfo {
@@ -180,7 +180,7 @@ fn mark(pid: u32, home: &Path) -> Option<ProcessMarker> {
     let find = |key: &[u8]| environ.split(|byte| *byte == 0).find_map(|variable| variable.strip_prefix(key));
     let text = |key: &[u8]| Some(String::from_utf8_lossy(find(key)?).into_owned());
     let (named, name) = (Path::new(OsStr::from_bytes(find(b"AOPS_HOME=")?)), text(b"AOPS_AGENT_NAME=")?);
-    // An earlier release marked them with the spelling that it was given.
+    // A previous release wrote the path as it was given.
     if named != home && crate::platform::identity(named) != home {
         return None;
     }
@@ -192,7 +192,7 @@ fn mark(pid: u32, home: &Path) -> Option<ProcessMarker> {
     })
 }
 
-/// Sends a signal to the very process meant: nothing happens to another that has its number now. `false`: it is gone.
+/// Sends a signal to exactly this process, never to another one that has the same pid now. `false`: it has exited.
 pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool> {
     let Some(target) = Pid::from_raw(pid as i32) else { return Ok(false) };
     let signal = match signal {
@@ -204,7 +204,7 @@ pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool>
         StopSignal::Usr2 => Signal::USR2,
         StopSignal::Kill => Signal::KILL,
     };
-    // The pidfd is held before the start time is looked at, so the number cannot change hands in between.
+    // The pidfd is opened before the start time is checked, so the pid cannot be reused in between.
     let sent = match rustix::process::pidfd_open(target, PidfdFlags::empty()) {
         Ok(_) | Err(rustix::io::Errno::SRCH) if self::start_time(pid) != Some(start_time) => return Ok(false),
         Ok(pidfd) => rustix::process::pidfd_send_signal(&pidfd, signal),
@@ -218,7 +218,7 @@ pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool>
     }
 }
 
-/// Resolves when a process that need not be our child has ended: by pidfd, by looking where there is none.
+/// Resolves when a process, not necessarily our child, has exited: by pidfd, or by polling where there is none.
 pub async fn ended(pid: u32, start_time: u64) {
     if let Some(pidfd) = watched(pid)
         && lives(pid, start_time)
@@ -233,11 +233,11 @@ pub async fn ended(pid: u32, start_time: u64) {
 
 fn watched(pid: u32) -> Option<AsyncFd<OwnedFd>> {
     let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid as i32)?, PidfdFlags::NONBLOCK).ok()?;
-    // SAFETY: the value owns its descriptor, which is closed with it and by nobody else.
+    // SAFETY: the value owns its descriptor, which is closed with it and nowhere else.
     unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()
 }
 
-/// How an ended child ended, in words.
+/// Describes the exit of a child.
 pub fn how_it_ended(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
@@ -264,7 +264,7 @@ pub fn how_it_ended(status: ExitStatus) -> String {
     }
 }
 
-/// Whom a sub-agent runs as.
+/// The user that a sub-agent runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     pub(super) uid: u32,
@@ -274,7 +274,7 @@ pub struct User {
     pub name: String,
 }
 
-/// Looks a user up in `/etc/passwd` and `/etc/group`: a static executable has no other name service.
+/// Reads a user from `/etc/passwd` and `/etc/group`: a static executable has no other name service.
 pub fn find_user(name: &str) -> io::Result<User> {
     let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("there is no user {name:?} in /etc/passwd"));
     let passwd = fs::read_to_string("/etc/passwd")?;
@@ -298,30 +298,30 @@ pub fn find_user(name: &str) -> io::Result<User> {
     Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
 }
 
-/// Kills what is left of the group that a child of ours leads or led that left its caller. The child must not have been waited for yet: until then
-/// its number is nobody else's.
+/// Kills the remaining processes of the process group that a child of ours leads or led after [`super::leave_caller`]. The child must not
+/// have been reaped yet: until then its pid is not reused.
 pub fn kill_group(child: u32) {
     if let Some(group) = Pid::from_raw(child as i32) {
         let _ = rustix::process::kill_process_group(group, Signal::KILL);
     }
 }
 
-/// Whether something failed because this host, or this process, has no more of what it needs, whatever was to be done.
+/// Whether an operation failed because this host or this process is out of a resource, independent of the operation.
 pub fn is_shortage(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let shortages = [Errno::AGAIN, Errno::NOMEM, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::ADDRNOTAVAIL];
     error.raw_os_error().is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
 }
 
-/// Makes what our sub-agents orphan ours instead of init's, so that the dead among them can be reaped at once: a `control` script that asks
-/// after its program by number takes a zombie for alive, and not every init reaps.
+/// Makes this process the reaper of its orphaned descendants instead of init, so that zombies are reaped at once: a `control` script that
+/// checks its program by pid takes a zombie for a live process, and some inits do not reap.
 pub fn adopt_orphans() -> io::Result<()> {
-    // Any process may stand for "yes"; the attribute is cleared by none.
+    // Any pid enables the attribute; only none clears it.
     Ok(rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?)
 }
 
-/// Reaps the orphans among our children that are dead and of which `known` were dead already the last time, and says which are dead now.
-/// Whoever waits for a child of his own does so before a second time comes.
+/// Reaps our zombie children that are in `known`, and returns the other zombies for the next call. Code that waits for a child of its own
+/// reaps it before the second call.
 pub fn reap_orphans(known: &[u32]) -> Vec<u32> {
     use rustix::process::{WaitId, WaitIdOptions, WaitOptions, waitid, waitpid};
     let any = waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT);
@@ -335,7 +335,7 @@ pub fn reap_orphans(known: &[u32]) -> Vec<u32> {
     new
 }
 
-/// Reaps one orphan of ours, if it is dead.
+/// Reaps one orphaned child, if it has exited.
 pub fn reap_orphan(pid: u32) {
     use rustix::process::{WaitOptions, waitpid};
     let _ = waitpid(Pid::from_raw(pid as i32), WaitOptions::NOHANG);
@@ -350,13 +350,13 @@ fn dead_children() -> Vec<u32> {
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(is_ours).collect()
 }
 
-/// Whether a failed start is worth a short wait: the program's file is still open for writing in a child of ours that has not come to
-/// its own exec yet.
+/// Whether a failed start is worth a short retry: the program's file is still open for writing in a child of ours that has not called exec
+/// yet.
 pub fn is_busy_text(error: &io::Error) -> bool {
     error.raw_os_error() == Some(rustix::io::Errno::TXTBSY.raw_os_error())
 }
 
-/// The variables that any program expects, from a clean start: a sub-agent must not depend on whose shell started the manager.
+/// The basic environment variables of every program. A sub-agent must not depend on the shell that started the manager.
 pub fn base_environment(user: Option<&User>) -> Vec<(String, String)> {
     let inherited = |name: &str| std::env::var(name).ok();
     let root = || ("root".to_owned(), "/root".to_owned());
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    #[allow(clippy::zombie_processes, reason = "what is tested reaps it")]
+    #[allow(clippy::zombie_processes, reason = "the tested function reaps it")]
     fn a_dead_child_is_reaped_the_second_time_it_is_seen() {
         let child = Command::new("true").spawn().unwrap();
         let pid = child.id();

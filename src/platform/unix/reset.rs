@@ -1,18 +1,20 @@
-//! Leaving the caller: what a process inherits of whoever started us, and of ourselves, is reset before its program runs.
+//! Resets everything that a new process inherits from its starter and from us, before its program runs.
 //!
 //! ```text
 //! session               a new one, without a terminal
 //! signals               none ignored, none blocked
 //! umask                 022
 //! descriptors           the three standard streams
-//! limits (setrlimit)    those of the host's first process, which no caller started; open files 1024, and 524288 at the most; no core files
+//! limits (setrlimit)    those of the host's first process, which has no caller; open files 1024, at most 524288; no core files
 //! priority              policy `other`, nice 0, no I/O priority of its own, every CPU and memory node that its cgroup allows
 //! OOM score adjustment  0
 //! others                timer slack 50 µs; randomized addresses; transparent huge pages; a session keyring of its own
 //! ```
 //!
-//! What takes privileges stays as it is where we have none, and is no error: a higher priority, a higher hard limit. What can never be
-//! taken back stays, too: the user and groups, capabilities, `no_new_privs`, seccomp filters, namespaces, the security label.
+//! A value that needs privileges to change (a higher priority, a higher hard limit) stays if we lack them, which is not an error. Some
+//! attributes cannot be reset: user and groups, capabilities, `no_new_privs`, seccomp filters, namespaces, the security label.
+//!
+//! The drop-ins of `aops-spm` (`LimitNOFILE=`, `Nice=`, `OOMScoreAdjust=`) apply to the manager only; a sub-agent does not inherit them.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -29,21 +31,21 @@ use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 
 use super::process::User;
 
-/// Open files. More than that by itself harms programs that go by this number (select(2), loops over all descriptors); those that want
-/// more raise it themselves, up to the hard limit.
+/// Open files. A higher soft limit harms programs that use select(2) or loop over all descriptors. Programs that need more raise it
+/// themselves, up to the hard limit.
 const OPEN_FILES: u64 = 1024;
-/// systemd gives services no higher hard limit; its own is a thousand times that.
+/// The highest hard limit that systemd gives to services; its own is 2048 times that.
 const MOST_OPEN_FILES: u64 = 512 << 10;
-/// The kernel's own default, nanoseconds.
+/// The kernel's default, nanoseconds.
 const TIMER_SLACK: NonZeroU64 = NonZeroU64::new(50_000).unwrap();
-/// The last of the kernel's signals.
+/// The highest signal number of the kernel.
 const LAST_SIGNAL: libc::c_int = 64;
-/// Of personality(2): asks for the present one.
+/// personality(2): return the current value.
 const ASK: libc::c_ulong = 0xFFFF_FFFF;
-/// Which kind of system it imitates, which a container of another width needs; the rest are flags, for debuggers.
+/// The emulated kind of system, which a container of another word size needs. The other bits are flags for debuggers.
 const KIND: libc::c_ulong = 0xFF;
 
-/// The limits by the names that the kernel gives them (proc_pid_limits(5)).
+/// The limits by their names in the kernel (proc_pid_limits(5)).
 const LIMITS: [(&str, Resource); 16] = [
     ("Max cpu time", Resource::Cpu),
     ("Max file size", Resource::Fsize),
@@ -63,13 +65,13 @@ const LIMITS: [(&str, Resource); 16] = [
     ("Max realtime timeout", Resource::Rttime),
 ];
 
-/// Makes a command leave the caller: what it runs outlives us and our terminal, and nothing of who started us remains in it but the
-/// environment, directory and standard streams that the command itself says.
+/// Makes a command independent of its starter: it outlives us and our terminal, and inherits only the environment, directory and standard
+/// streams that the command specifies.
 pub fn leave_caller(command: &mut Command) {
     leave(command, None);
 }
 
-/// The same, as another user where one is given.
+/// The same, optionally as another user.
 pub fn leave_caller_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
     leave(command, user);
     Ok(())
@@ -91,11 +93,11 @@ fn leave(command: &mut Command, user: Option<User>) {
         }
         Ok(())
     };
-    // SAFETY: the closure runs in the forked child and makes raw system calls alone; all that it uses was allocated before the fork.
+    // SAFETY: the closure runs in the forked child and makes raw system calls only; everything that it uses was allocated before the fork.
     unsafe { command.pre_exec(in_child) };
 }
 
-/// What a child needs to leave the caller, made before it is there.
+/// The values that a child needs for the reset, prepared before it is created.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct InheritedReset {
     limits: &'static [(Resource, Rlimit)],
@@ -104,20 +106,20 @@ pub(super) struct InheritedReset {
 impl InheritedReset {
     pub(super) fn prepare() -> InheritedReset {
         static LIMITS: OnceLock<Vec<(Resource, Rlimit)>> = OnceLock::new();
-        // Where they cannot be read, the limits stay as they are.
+        // If they cannot be read, the limits are not changed.
         let read = || usual_limits(&std::fs::read_to_string("/proc/1/limits").unwrap_or_default());
         InheritedReset { limits: LIMITS.get_or_init(read) }
     }
 
-    /// Done by the child itself, in a session of its own already, before its program runs and before it takes another user's rights. It
-    /// allocates nothing, takes no lock, and may run in the memory of its parent. What is refused stays as it is.
+    /// Runs in the child, after setsid, before it executes its program and before it changes its user. It allocates nothing, takes no lock,
+    /// and may run in its parent's memory. A setting that is refused stays as it is.
     pub(super) fn carry_out(self) {
         rustix::process::umask(Mode::from_raw_mode(0o022));
         close_on_exec();
         set_priority();
         join_new_keyring();
         let _ = rustix::thread::set_current_timer_slack(Some(TIMER_SLACK));
-        // SAFETY: takes and gives plain numbers.
+        // SAFETY: takes and returns integers.
         unsafe {
             let personality = libc::personality(ASK);
             if personality != -1 && personality as libc::c_ulong & !KIND != 0 {
@@ -132,12 +134,11 @@ impl InheritedReset {
     }
 }
 
-/// What this process's program does not get: every descriptor but the standard streams. They are closed when it runs, since until then
-/// some are needed.
+/// Sets close-on-exec on every descriptor but the standard streams. They are not closed now, since some are needed until exec.
 fn close_on_exec() {
-    /// Of close_range(2), Linux 5.11.
+    /// close_range(2), Linux 5.11.
     const CLOEXEC: libc::c_uint = 4;
-    // SAFETY: takes plain numbers, and changes flags of our own descriptors.
+    // SAFETY: takes integers, and changes flags of our own descriptors.
     if unsafe { libc::syscall(libc::SYS_close_range, 3 as libc::c_uint, libc::c_uint::MAX, CLOEXEC) } == 0 {
         return;
     }
@@ -151,19 +152,19 @@ fn close_on_exec() {
             _ => None,
         });
         if let Some(number) = number.filter(|number| *number > 2) {
-            // SAFETY: it is open as long as its flag is set; nobody else is in this process.
+            // SAFETY: it stays open until its flag is set; this process has no other threads.
             let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
             let _ = rustix::io::fcntl_setfd(descriptor, FdFlags::CLOEXEC);
         }
     }
 }
 
-/// CPU, I/O and memory: nothing is preferred or neglected, and no CPU or memory node is left out.
+/// Resets CPU, I/O and memory priority, and allows every CPU and memory node.
 fn set_priority() {
-    /// Of ioprio_set(2): this process.
+    /// ioprio_set(2): this process.
     const PROCESS: libc::c_int = 1;
     let (normal, every): (libc::c_int, [usize; 128]) = (0, [usize::MAX; 128]);
-    // SAFETY: takes numbers, and arrays of our own with their sizes, which are read alone.
+    // SAFETY: takes integers, and local arrays with their sizes, which are only read.
     unsafe {
         libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_OTHER, &raw const normal);
         libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&every), every.as_ptr());
@@ -176,15 +177,15 @@ fn set_priority() {
     }
 }
 
-/// The keys of a login are that login's.
+/// Starts a new session keyring: the keys of a login session are not passed on.
 fn join_new_keyring() {
-    /// Of keyctl(2).
+    /// keyctl(2).
     const JOIN_SESSION_KEYRING: libc::c_int = 1;
-    // SAFETY: without a name, a new keyring is made for this process.
+    // SAFETY: without a name, the kernel creates a new keyring for this process.
     unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>()) };
 }
 
-/// The hard limit is raised where we may; where not, it stays, and the soft one below it.
+/// Raises the hard limit where permitted; otherwise keeps it, with the soft limit at or below it.
 fn set_limit(resource: Resource, wanted: Rlimit) {
     if setrlimit(resource, wanted).is_ok() {
         return;
@@ -193,30 +194,30 @@ fn set_limit(resource: Resource, wanted: Rlimit) {
     let _ = setrlimit(resource, Rlimit { current: least(wanted.current, maximum), maximum });
 }
 
-/// `None` is unlimited.
+/// The lower of two limits; `None` is unlimited.
 fn least(one: Option<u64>, other: Option<u64>) -> Option<u64> {
     one.into_iter().chain(other).min()
 }
 
-/// Every signal does again what it does by itself, and is let in.
+/// Sets every signal to its default action and unblocks it.
 fn reset_signals() {
-    /// The size of the kernel's set of signals.
+    /// Size of the kernel's signal set, bytes.
     const SET: usize = 8;
-    // The C libraries keep some signals to themselves, so the kernel is asked itself; for it all zero is the default (`SIG_DFL`).
+    // The C libraries reserve some signals, so the kernel is called directly; for it, all zero is the default action (`SIG_DFL`).
     let (default, none) = ([0_u64; 8], [0_u64; SET / 8]);
     for signal in 1..=LAST_SIGNAL {
-        // SAFETY: the action is larger than any of the kernel's, and read alone; KILL and STOP have none, which fails.
+        // SAFETY: the action is larger than any of the kernel's, and only read; the call fails for KILL and STOP.
         unsafe {
             libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), SET);
         }
     }
-    // SAFETY: a set of our own, which is read alone.
+    // SAFETY: a local set, which is only read.
     unsafe {
         libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut::<u64>(), SET);
     }
 }
 
-/// The limits to be given, from those of the host's first process. That raises its own (systemd), where more is not better for all.
+/// Derives the limits from those of the host's first process. It raises its own (systemd) to values that do not suit every program.
 fn usual_limits(of_first: &str) -> Vec<(Resource, Rlimit)> {
     let limit = |text: &str| match text {
         "unlimited" => Some(None),
@@ -245,7 +246,7 @@ mod tests {
 
     use super::*;
 
-    /// As a shell leaves it that was told `nohup`, `nice`, `taskset`, `ulimit`, `setarch -R`, and more.
+    /// As a shell leaves it after `nohup`, `nice`, `taskset`, `ulimit`, `setarch -R` and the like.
     fn spoil() -> io::Result<()> {
         rustix::process::umask(Mode::from_raw_mode(0o077));
         let _ = rustix::process::setpriority_process(None, 7);
@@ -256,7 +257,7 @@ mod tests {
         setrlimit(Resource::Fsize, file_size)?;
         let mut first = [0_usize; 128];
         first[0] = 1;
-        // SAFETY: plain numbers, and arrays of our own.
+        // SAFETY: integers and local arrays.
         unsafe {
             libc::signal(libc::SIGHUP, libc::SIG_IGN);
             libc::signal(libc::SIGQUIT, libc::SIG_IGN);
@@ -265,17 +266,17 @@ mod tests {
             libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&first), first.as_ptr());
             libc::syscall(libc::SYS_ioprio_set, 1, 0, 2 << 13 | 7);
             libc::personality(0x004_0000);
-            // It stays open in what runs.
+            // It stays open in the program.
             libc::dup2(0, 77);
         }
         std::fs::write("/proc/self/oom_score_adj", "700")
     }
 
-    /// What a program says that was started so.
+    /// The output of a program that was started like this.
     fn said(words: &[&str], prepare: impl FnOnce(&mut Command)) -> String {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::piped());
-        // SAFETY: the child makes system calls; no other thread of it needs what it allocates.
+        // SAFETY: the child makes system calls; no other thread of it needs the memory that it allocates.
         unsafe { command.pre_exec(spoil) };
         prepare(&mut command);
         let output = command.spawn().unwrap().wait_with_output().unwrap();
@@ -297,7 +298,7 @@ mod tests {
         let paths = of_self.map(|name| format!("/proc/self/{name}"));
         let look: Vec<&str> = ["cat"].into_iter().chain(paths.iter().map(String::as_str)).collect();
         let (spoilt, clean) = (said(&look, |_| {}), said(&look, leave_caller));
-        // What is looked for is there where the caller is not left.
+        // The settings are visible without the reset.
         let bits = |text: &str, name: &str| u64::from_str_radix(field(text, name), 16).unwrap();
         assert_eq!((bits(&spoilt, "SigIgn:") & 5, bits(&spoilt, "SigBlk:") & 0x200), (5, 0x200));
         assert_eq!((bits(&clean, "SigIgn:"), bits(&clean, "SigBlk:")), (0, 0));
@@ -317,7 +318,7 @@ mod tests {
         assert_eq!(words(&clean, "Max core file size", 1), ["0"]);
         let usual = usual_limits(&limits).into_iter().find(|(resource, _)| *resource == Resource::Nofile).unwrap().1;
         let usual = [usual.current, usual.maximum].map(|limit| limit.unwrap().to_string());
-        // Which is raised with that privilege alone, and root may be without it (capabilities(7)).
+        // Raising it needs this capability, which root may lack (capabilities(7)).
         let may_raise = bits(&clean, "CapEff:") & 1 << 24 != 0;
         let expected = if may_raise { usual } else { ["128", "128"].map(str::to_owned) };
         assert_eq!(words(&clean, "Max open files", 2), expected);

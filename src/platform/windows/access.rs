@@ -1,9 +1,8 @@
-//! Who may change what lies at a path: administrators, the system, and whoever we run as, where it is to be relied on.
+//! Checks that a path can be changed only by administrators, the system and the user that we run as, before its content is trusted.
 //!
-//! What is looked at is the owner and the access list of the thing itself, and on the way there whether somebody else may remove or
-//! rename. "Somebody else" are the groups that anybody may be in ([`OTHERS`]): a right that an administrator gave to a single user, or to
-//! a group of his own, is his business. What a list denies is not set off against what it allows. Junctions on the way are followed
-//! and not looked at themselves.
+//! The owner and the access list of the path itself are checked, and for the directories above it whether another user may remove or rename
+//! them. Other users are the groups that any user may be in ([`OTHERS`]): a right that an administrator gave to a single user or group is
+//! accepted. Deny entries are not offset against allow entries. Junctions above the path are followed, and not checked themselves.
 
 use std::fs;
 use std::io;
@@ -19,13 +18,13 @@ use windows_sys::Win32::Storage::FileSystem::{
 use super::security::{AccessList, OTHERS};
 use crate::platform::ExpectedPath;
 
-/// Rights to take something away, or to give oneself any other right.
+/// Rights to remove an object, or to give oneself any other right.
 const REPLACE: u32 = DELETE | FILE_DELETE_CHILD | WRITE_DAC | WRITE_OWNER | GENERIC_ALL;
-/// Rights to change what is in a file or a directory. Attributes make a directory a junction.
+/// Rights to change the content of a file or directory. Attributes can turn a directory into a junction.
 const CHANGE: u32 = REPLACE | FILE_WRITE_DATA | FILE_APPEND_DATA | FILE_WRITE_ATTRIBUTES | GENERIC_WRITE;
 
-/// Why what is at `path` cannot be relied on: it is a link, or something else than expected, or somebody else can change it. `None`: it
-/// can be, or nothing is there. No link is followed.
+/// Why `path` cannot be trusted: it is a link, has the wrong type, or another user can change it. `None`: it can be trusted, or does not
+/// exist. Links are not followed.
 pub fn weakness(path: &Path, expected: ExpectedPath, _home: &Path) -> io::Result<Option<String>> {
     let found = match fs::symlink_metadata(path) {
         Ok(found) => found,
@@ -33,13 +32,15 @@ pub fn weakness(path: &Path, expected: ExpectedPath, _home: &Path) -> io::Result
         Err(error) => return Err(error),
     };
     if found.is_symlink() {
-        return Ok(Some("it is a symbolic link or a junction; put the real thing in its place".to_owned()));
+        return Ok(Some(
+            "it is a symbolic link or a junction; replace the link with the file or directory itself".to_owned(),
+        ));
     }
     if expected != ExpectedPath::File && !found.is_dir() {
-        return Ok(Some("it is no directory".to_owned()));
+        return Ok(Some("it is not a directory".to_owned()));
     }
     if expected == ExpectedPath::File && !found.is_file() {
-        return Ok(Some("it is no file".to_owned()));
+        return Ok(Some("it is not a file".to_owned()));
     }
     if expected == ExpectedPath::DirectoryOfAny {
         return Ok(None);
@@ -47,33 +48,33 @@ pub fn weakness(path: &Path, expected: ExpectedPath, _home: &Path) -> io::Result
     let list = access_list(path)?;
     if !list.is_trusted()? {
         return Ok(Some(format!(
-            "it belongs to somebody who is neither an administrator, the system, nor whom this runs as; run \
-             `icacls \"{}\" /setowner *S-1-5-32-544`, if what is in it is yours",
+            "it belongs to a user other than administrators, the system and the user that this runs as; if its content is yours, run \
+             `icacls \"{}\" /setowner *S-1-5-32-544`",
             path.display()
         )));
     }
-    open_to_others(path, &list, CHANGE, "write it")
+    open_to_others(path, &list, CHANGE, "write to it")
 }
 
-/// The nearest directory on the way from `from` to `path`, both of them absolute, that somebody else can remove or rename, or what lies in it, and why. What lies at the end is
-/// not looked at. `None`: there is none.
+/// The nearest directory on the path between `from` and `path`, both absolute, that another user can remove or rename, or whose entries it
+/// can, and why. The last component is not checked. `None`: no such directory.
 pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathBuf, String)>> {
     let whole = !path.starts_with(from);
     let on_the_way = |directory: &&Path| directory.is_absolute() && (whole || directory.starts_with(from));
     for directory in path.ancestors().skip(1).filter(on_the_way) {
         let list = match access_list(directory) {
-            // What is not there is not yet anybody's. What we may not look at is not ours to judge.
+            // A path that does not exist has no owner yet. A directory that we may not read is not checked.
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => continue,
             list => list?,
         };
-        if let Some(weakness) = open_to_others(directory, &list, REPLACE, "put something else in its place")? {
+        if let Some(weakness) = open_to_others(directory, &list, REPLACE, "replace it")? {
             return Ok(Some((directory.to_owned(), weakness)));
         }
     }
     Ok(None)
 }
 
-/// What is made inherits the access list of the home, whatever made it.
+/// Nothing to do: everything in the home inherits its access list.
 pub fn close_to_others(_path: &Path) -> io::Result<bool> {
     Ok(false)
 }
@@ -86,7 +87,7 @@ fn open_to_others(path: &Path, list: &AccessList, rights: u32, what: &str) -> io
     });
     Ok(others.transpose()?.map(|group| {
         format!(
-            "{} can {what}; look at what is in it, then run `icacls \"{}\" /inheritance:d /remove:g *{}`",
+            "{} can {what}; check its content, then run `icacls \"{}\" /inheritance:d /remove:g *{}`",
             group.name,
             path.display(),
             group.sid
@@ -96,7 +97,7 @@ fn open_to_others(path: &Path, list: &AccessList, rights: u32, what: &str) -> io
 
 fn access_list(path: &Path) -> io::Result<AccessList> {
     let mut options = fs::OpenOptions::new();
-    // A directory is opened so, and a link itself.
+    // These flags open a directory, and a link itself.
     options.access_mode(READ_CONTROL).custom_flags(FILE_FLAG_BACKUP_SEMANTICS | FILE_FLAG_OPEN_REPARSE_POINT);
     AccessList::of_file(&options.open(path)?)
 }
@@ -118,11 +119,11 @@ mod tests {
                 set_access_list(path, &format!("D:P(A;;FA;;;SY)(A;;FA;;;BA)(A;;FA;;;@US@)(A;;{rights};;;WD)")).unwrap();
                 let weakness = weakness(path, expected, home).unwrap();
                 assert_eq!(weakness.is_some(), is_weak, "{rights}: {weakness:?}");
-                assert!(weakness.is_none_or(|why| why.contains("Everyone can write it") && why.contains("S-1-1-0")));
+                assert!(weakness.is_none_or(|why| why.contains("Everyone can write to it") && why.contains("S-1-1-0")));
             }
         }
         assert_eq!(weakness(&inner.join("nothing"), ExpectedPath::File, home).unwrap(), None);
-        assert_eq!(weakness(&file, ExpectedPath::Directory, home).unwrap().unwrap(), "it is no directory");
+        assert_eq!(weakness(&file, ExpectedPath::Directory, home).unwrap().unwrap(), "it is not a directory");
     }
 
     #[test]
@@ -134,7 +135,7 @@ mod tests {
         let way = |from: &Path| weakness_on_the_way(from, &inner.join("a/b")).unwrap();
         let (place, why) = way(Path::new("/")).unwrap();
         assert_eq!(place, inner);
-        assert!(why.contains("put something else in its place"), "{why}");
+        assert!(why.contains("replace it"), "{why}");
         set_access_list(&inner, "D:P(A;;FA;;;SY)(A;;FA;;;BA)(A;;FA;;;@US@)(A;;FR;;;WD)").unwrap();
         assert_ne!(way(Path::new("/")).map(|(place, _)| place), Some(inner));
     }

@@ -1,11 +1,11 @@
-//! The group that holds a sub-agent's whole process tree: a Job Object, which no process leaves, by whatever way it begins.
+//! The group that holds a sub-agent's process tree: a Job Object, which no process can leave.
 //!
-//! It does not end with us. A job lives as long as a process lives in it, but can be found by its name only as long as somebody holds it
-//! open. So each process that we start holds its own job (a handle that its children inherit, as most programs let them), and we hold
-//! every job that we have made or found.
+//! It outlives us. A job exists as long as a process is in it, but can be opened by its name only while a handle to it is open. So each
+//! process that we start gets a handle to its own job (which its children inherit, as most programs allow), and we keep a handle to every
+//! job that we created or opened.
 //!
-//! The next manager finds it under the same name. What lives in it without being recorded was being started when the last one died, or
-//! was left by a process that has ended since.
+//! The next manager opens it by its name. A process in it without a record was being started when the previous manager exited, or was left
+//! behind by a process that has exited since.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,27 +31,27 @@ use windows_sys::Win32::System::Threading::{GetCurrentProcess, PROCESS_SYNCHRONI
 use super::security::{self, PrivateAcl, wide};
 use super::{names, process, watch};
 
-/// What leads to the names of the whole host, from any session.
+/// Prefix of names that are visible to the whole host, from any session.
 const GLOBAL: &str = r"Global\";
 const AGENT: &str = "agent-";
 const APART: &str = "apart-";
-/// The exit code of what is ended by us.
+/// Exit code of a process that we terminate.
 pub(super) const ENDED_BY_US: u32 = 1;
-/// Room for so many processes at first, and never for more than that.
+/// Number of pids in the first query of a job, and the maximum.
 const FIRST_ROOM: usize = 64;
 const MOST_ROOM: usize = 1 << 20;
 
-/// Between two looks at a process that cannot be watched.
+/// Poll interval for a process that cannot be watched.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// The jobs that this process holds open, by name.
+/// The jobs that this process has open, by name.
 static HELD: Mutex<BTreeMap<String, Arc<OwnedHandle>>> = Mutex::new(BTreeMap::new());
 
 fn held() -> MutexGuard<'static, BTreeMap<String, Arc<OwnedHandle>>> {
     HELD.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where a home's groups are made.
+/// Where the groups of a home are created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Groups {
     prefix: String,
@@ -64,28 +64,28 @@ pub struct Group {
 }
 
 impl Groups {
-    /// Where a home's groups are made: in the names of the whole host, so that a service and an operator's session see the same ones.
-    /// `key` names the home and holds no backslash.
+    /// The groups of a home, with names visible to the whole host, so that a service and an operator's session see the same ones. `key`
+    /// names the home and has no backslash.
     pub fn find(key: &str) -> Option<Groups> {
         Some(Groups { prefix: format!("{GLOBAL}{key}-") })
     }
 
-    /// Where that is, for people.
+    /// The location, for display.
     pub fn place(&self) -> String {
         self.prefix.clone()
     }
 
-    /// No process leaves a job: one that a sub-agent started ends with it.
+    /// Nothing to do: no process can leave a job. A role that a sub-agent started is killed with it.
     pub fn leave(&self) -> io::Result<bool> {
         Ok(false)
     }
 
-    /// The group of one sub-agent, made or not.
+    /// The group of a sub-agent, whether or not it exists.
     pub fn group(&self, agent: &str) -> Group {
         Group { name: format!("{}{AGENT}{agent}", self.prefix) }
     }
 
-    /// Where a sub-agent lives of which the main process alone is ours: apart from ours, and never listed or killed whole.
+    /// The group of a sub-agent whose main process alone is ours: it is not listed by [`Groups::all`], and never killed as a whole.
     pub fn apart(&self, agent: &str) -> Group {
         Group { name: format!("{}{APART}{agent}", self.prefix) }
     }
@@ -97,17 +97,17 @@ impl Groups {
 }
 
 impl Group {
-    /// The group of that name, as a record keeps it.
+    /// The group with the name that a record stores.
     pub fn named(name: &str) -> Group {
         Group { name: name.to_owned() }
     }
 
-    /// Its name for good.
+    /// Its permanent name.
     pub fn name(&self) -> String {
         self.name.clone()
     }
 
-    /// Makes it. Twice is as good as once.
+    /// Creates it; an existing group is not an error.
     pub fn make(&self) -> io::Result<()> {
         let job = match self.find()? {
             Some(job) => job,
@@ -123,7 +123,7 @@ impl Group {
         if job.is_null() {
             return Err(io::Error::from_raw_os_error(error as i32));
         }
-        // SAFETY: a new handle, which is ours alone.
+        // SAFETY: a new handle, which only we own.
         let job = unsafe { OwnedHandle::from_raw_handle(job) };
         if error == ERROR_ALREADY_EXISTS {
             self.demand_trust(&job)?;
@@ -131,7 +131,7 @@ impl Group {
         Ok(self.hold(job))
     }
 
-    /// The job, opened by its name unless we hold it already; `None`: there is none of that name.
+    /// The job, opened by its name unless it is open already; `None`: no job has this name.
     fn find(&self) -> io::Result<Option<Arc<OwnedHandle>>> {
         if let Some(job) = held().get(&self.name) {
             return Ok(Some(job.clone()));
@@ -150,19 +150,22 @@ impl Group {
                 error => Err(error),
             };
         }
-        // SAFETY: a new handle, which is ours alone.
+        // SAFETY: a new handle, which only we own.
         let job = unsafe { OwnedHandle::from_raw_handle(job) };
         self.demand_trust(&job)?;
         Ok(Some(self.hold(job)))
     }
 
-    /// Who may make names on this host could have made this one first, with a tree of theirs in it or an access list that lets them end
-    /// ours.
+    /// Rejects a job of another user, who could have created this name first, with processes in it or with an access list that lets that
+    /// user kill ours.
     fn demand_trust(&self, job: &OwnedHandle) -> io::Result<()> {
         if security::is_trusted(job)? {
             return Ok(());
         }
-        let message = format!("cannot use the job {}: another user made it; find and end that program", self.name);
+        let message = format!(
+            "cannot use the job {}: another user created it; find and stop the program that holds it",
+            self.name
+        );
         Err(io::Error::new(io::ErrorKind::PermissionDenied, message))
     }
 
@@ -170,8 +173,7 @@ impl Group {
         held().entry(self.name.clone()).or_insert_with(|| Arc::new(job)).clone()
     }
 
-    /// The pids of what lives in it. The system's own process that keeps a program's console may be among them, and ends a moment after
-    /// the last program that uses it.
+    /// The pids in it. The system's console host may be among them; it exits shortly after the last program that uses it.
     pub fn members(&self) -> io::Result<Vec<u32>> {
         const HEAD: usize = offset_of!(JOBOBJECT_BASIC_PROCESS_ID_LIST, ProcessIdList) / size_of::<usize>();
         let Some(job) = self.find()? else { return Ok(vec![]) };
@@ -179,7 +181,7 @@ impl Group {
         loop {
             let mut list = vec![0_usize; HEAD + room];
             let length = (list.len() * size_of::<usize>()) as u32;
-            // SAFETY: the handle is open; the buffer has the length that is told and the structure's alignment.
+            // SAFETY: the handle is open; the buffer has the given length and the structure's alignment.
             let done = unsafe {
                 QueryInformationJobObject(
                     raw(&job),
@@ -202,26 +204,26 @@ impl Group {
         }
     }
 
-    /// Whether nothing lives in it.
+    /// Whether it has no processes.
     pub fn is_empty(&self) -> io::Result<bool> {
         Ok(self.members()?.is_empty())
     }
 
-    /// Resolves when nothing lives in it: by the ends of what does. Cancel-safe.
+    /// Resolves when the group has no processes, by waiting for each of them. Cancel-safe.
     pub async fn emptied(&self) {
         while let Some(pid) = self.members().ok().and_then(|members| members.into_iter().next()) {
             match process::open(pid, PROCESS_SYNCHRONIZE) {
                 Ok(member) if watch::signalled(&member).await.is_ok() => {}
-                // It has ended since, or cannot be watched.
+                // It has exited, or cannot be watched.
                 _ => tokio::time::sleep(LOOK).await,
             }
         }
     }
 
-    /// Kills all of it at once. That nothing more may begin in it is said first, so that no fork in flight gets away.
+    /// Kills all processes in it at once. New processes are forbidden first, so that no fork in progress escapes.
     pub fn kill(&self) -> io::Result<()> {
         let Some(job) = self.find()? else { return Ok(()) };
-        // Without it, what begins in between is left and is killed when it is looked at again.
+        // If this fails, a process that starts in between is killed by the next attempt.
         let _ = limit(&job, JOB_OBJECT_LIMIT_ACTIVE_PROCESS, 1);
         // SAFETY: the handle is open.
         if unsafe { TerminateJobObject(raw(&job), ENDED_BY_US) } == 0 {
@@ -231,16 +233,16 @@ impl Group {
         }
     }
 
-    /// Lets go of it when it is empty, and so removes it; that it is not there is no error.
+    /// Closes our handle to an empty job, which removes it. A missing job is not an error.
     pub fn remove(&self) -> io::Result<()> {
         if !self.is_empty()? {
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "something lives in the job"));
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the job has processes"));
         }
         held().remove(&self.name);
         Ok(())
     }
 
-    /// Puts a process into it that has not begun yet, and makes it hold the job open.
+    /// Adds a suspended process to the job, and gives it a handle that keeps the job open.
     pub(super) fn take_in(&self, process: &OwnedHandle) -> io::Result<()> {
         let job = self.find()?.ok_or(io::ErrorKind::NotFound)?;
         // SAFETY: both handles are open.
@@ -257,7 +259,7 @@ impl Group {
     }
 }
 
-/// The right to ask who owns something (winnt.h).
+/// The right to read the owner (winnt.h).
 const READ_CONTROL: u32 = 0x2_0000;
 
 fn raw(handle: &OwnedHandle) -> HANDLE {
@@ -268,7 +270,7 @@ fn limit(job: &OwnedHandle, flags: JOB_OBJECT_LIMIT, processes: u32) -> io::Resu
     let limits =
         JOBOBJECT_BASIC_LIMIT_INFORMATION { LimitFlags: flags, ActiveProcessLimit: processes, ..Default::default() };
     let size = size_of_val(&limits) as u32;
-    // SAFETY: the handle is open, and the structure has the size that is told.
+    // SAFETY: the handle is open, and the structure has the given size.
     let done =
         unsafe { SetInformationJobObject(raw(job), JobObjectBasicLimitInformation, (&raw const limits).cast(), size) };
     if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

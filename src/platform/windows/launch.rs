@@ -1,17 +1,17 @@
-//! How a sub-agent's process begins: suspended, so that it is in its group before it can do anything.
+//! Starts a sub-agent's process: suspended, so that it is in its group before it can do anything.
 //!
-//! The manager may be killed at any point. What is then there, and what the next manager makes of it:
+//! The manager may be killed at any point. The state that it leaves behind, and the next manager's reaction:
 //!
 //! ```text
-//! create, suspended   in no group, not recorded, and never to run: it doubles nothing. Where it is a program of a release, it is found
-//!                     by the file that it runs, and ended; a suspended interpreter stays and holds its memory until a boot
-//! put into the group  in the group, not recorded: a leftover, ended with the group before the sub-agent is started again
+//! create, suspended   in no group, not recorded, never runs. If it is a program of a release, it is found by its executable
+//!                     and killed; a suspended interpreter stays and holds its memory until the next boot
+//! add to the group    in the group, not recorded: a leftover, killed with the group before the sub-agent is restarted
 //! write the record, under another name
-//! resume              running, in the group, not recorded: as before. It had no time to do much
+//! resume              running, in the group, not recorded: killed with the group, too. It had no time to do much
 //! rename the record   running and recorded: adopted
 //! ```
 //!
-//! So what is recorded has always been resumed: were the record there first, an adopted process might be one that never began.
+//! So a recorded process has always been resumed. If the record were written first, an adopted process might never have run.
 
 use std::fs;
 use std::io;
@@ -32,18 +32,18 @@ use super::group::{ENDED_BY_US, Group};
 use super::{process, watch};
 use crate::platform::Launch;
 
-/// A process that we started. Dropping it does not end it.
+/// A started process. Dropping it does not kill it.
 #[derive(Debug)]
 pub struct Child {
     pub pid: u32,
     pub start_time: u64,
-    /// Whether its group holds it: without that, whatever it starts is told by descent alone.
+    /// Whether it is in its group: otherwise its children are found by descent only.
     pub grouped: bool,
     process: OwnedHandle,
 }
 
-/// Starts a sub-agent's process, in its group, which is made, where that can be had. `command` says program, arguments, directory and the whole
-/// environment.
+/// Starts a sub-agent's process, in its group if that can be created and entered. `command` specifies program, arguments, directory and the
+/// complete environment.
 pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     // Nothing in it waits for the program.
     begin(command, launch)
@@ -51,7 +51,10 @@ pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
 
 fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
     if launch.user.is_some() {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "running as another user is not supported on Windows yet",
+        ));
     }
     let output = &launch.output;
     let mut suspended = Command::new(command.get_program());
@@ -70,7 +73,7 @@ fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
     let grouped = launch.group.as_ref().is_some_and(|group| group.make().and_then(|()| group.take_in(process)).is_ok());
     let record = write_record(launch, pid, start_time, launch.group.as_ref().filter(|_| grouped));
     resume(pid)?;
-    // Where it cannot be recorded (a full disk), it runs all the same: the group stands in.
+    // If it cannot be recorded (a full disk), it runs anyway and is found by its group.
     if let Ok(record) = record
         && fs::rename(&record, &launch.record).is_err()
     {
@@ -79,7 +82,7 @@ fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
     Ok(Child { pid, start_time, grouped, process: unbegun.begun()? })
 }
 
-/// A suspended process, which is ended unless it comes to begin.
+/// A suspended process, which is killed on drop unless it is resumed.
 struct SuspendedProcess(Option<OwnedHandle>);
 
 impl SuspendedProcess {
@@ -97,7 +100,7 @@ impl Drop for SuspendedProcess {
     }
 }
 
-/// Writes the record beside its place.
+/// Writes the record to a temporary file next to its path.
 fn write_record(launch: &Launch, pid: u32, start_time: u64, group: Option<&Group>) -> io::Result<PathBuf> {
     let mut text = launch.head.clone();
     text.extend_from_slice(format!("{pid},\"startTime\":{start_time}").as_bytes());
@@ -113,9 +116,9 @@ fn write_record(launch: &Launch, pid: u32, start_time: u64, group: Option<&Group
     Ok(temporary)
 }
 
-/// Lets a process begin that was created suspended: its one thread, which only a look at all of them tells.
+/// Resumes a suspended process. Its only thread is found in a snapshot of all threads.
 fn resume(pid: u32) -> io::Result<()> {
-    // SAFETY: takes plain numbers; a valid handle is ours to close.
+    // SAFETY: takes integers; a valid handle is ours to close.
     let snapshot = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPTHREAD, 0) };
     if snapshot == INVALID_HANDLE_VALUE {
         return Err(io::Error::last_os_error());
@@ -124,7 +127,7 @@ fn resume(pid: u32) -> io::Result<()> {
     let snapshot = unsafe { OwnedHandle::from_raw_handle(snapshot) };
     let mut entry = THREADENTRY32 { dwSize: size_of::<THREADENTRY32>() as u32, ..Default::default() };
     let mut resumed = false;
-    // SAFETY: the handle is open, and the entry says its own size.
+    // SAFETY: the handle is open, and the entry has its own size.
     let mut more = unsafe { Thread32First(snapshot.as_raw_handle(), &mut entry) };
     while more != 0 {
         if entry.th32OwnerProcessID == pid {
@@ -138,7 +141,7 @@ fn resume(pid: u32) -> io::Result<()> {
 }
 
 fn resume_thread(thread: u32) -> io::Result<()> {
-    // SAFETY: takes plain numbers; a handle that is not null is ours to close.
+    // SAFETY: takes integers; a handle that is not null is ours to close.
     let thread = unsafe { OpenThread(THREAD_SUSPEND_RESUME, 0, thread) };
     if thread.is_null() {
         return Err(io::Error::last_os_error());
@@ -150,7 +153,7 @@ fn resume_thread(thread: u32) -> io::Result<()> {
 }
 
 impl Child {
-    /// Waits for its end. Cancel-safe: what was not waited for to the end can be waited for again.
+    /// Waits for its exit. Cancel-safe: it can be called again.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         watch::signalled(&self.process).await?;
         let mut code = 0;
@@ -177,7 +180,7 @@ mod tests {
     const MANAGER: &str = "platform::windows::launch::tests::a_manager";
     const HOLDER: &str = "platform::windows::launch::tests::a_holder_of_its_job";
 
-    /// Stays until it is killed.
+    /// Blocks until it is killed.
     #[test]
     fn a_leaf() {
         if testing::part(LEAF).is_some() {
@@ -186,9 +189,9 @@ mod tests {
         }
     }
 
-    /// Starts a leaf; told to leave, it ends before that does.
+    /// Starts a leaf. With the argument `leave`, it exits before the leaf.
     #[test]
-    #[allow(clippy::zombie_processes, reason = "that is the point")]
+    #[allow(clippy::zombie_processes, reason = "the leaf must outlive its parent")]
     fn a_tree_of_two() {
         let Some(argument) = testing::part(TREE) else { return };
         testing::play(LEAF, "").spawn().unwrap();
@@ -197,7 +200,7 @@ mod tests {
         }
     }
 
-    /// Says whether it holds the job that it is in.
+    /// Reports whether it has a handle to its own job.
     #[test]
     fn a_holder_of_its_job() {
         if testing::part(HOLDER).is_some() {
@@ -212,7 +215,7 @@ mod tests {
         (4..4096_usize).step_by(4).any(|handle| {
             let mut found = JOBOBJECT_BASIC_ACCOUNTING_INFORMATION::default();
             let size = size_of_val(&found) as u32;
-            // SAFETY: a number that is no handle, or another's, is refused; the result has the size that is told.
+            // SAFETY: an invalid handle, or one of another kind, is rejected; the result has the given size.
             unsafe {
                 let handle = handle as windows_sys::Win32::Foundation::HANDLE;
                 let kind = JobObjectBasicAccountingInformation;
@@ -221,7 +224,7 @@ mod tests {
         })
     }
 
-    /// Starts a tree in the group of that name, and stays.
+    /// Starts a tree in the group of that name, and blocks.
     #[test]
     fn a_manager() {
         let Some(argument) = testing::part(MANAGER) else { return };
@@ -231,7 +234,7 @@ mod tests {
         testing::stay();
     }
 
-    /// A group that bears the directory's name.
+    /// A group named after the directory.
     fn group(directory: &Path) -> Group {
         groups(directory).group("a")
     }
@@ -250,7 +253,7 @@ mod tests {
         Launch { record: directory.join(record), head: b"{\"pid\":".to_vec(), user: None, output, group }
     }
 
-    /// With the whole environment, as a launched command has it.
+    /// With the complete environment, as a launched command has it.
     fn complete(mut command: Command) -> Command {
         command.envs(crate::platform::base_environment(None));
         command
@@ -272,7 +275,7 @@ mod tests {
         assert!(end_of(&mut child).await.success());
         let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
         let group = group(directory.path());
-        // What keeps their console may be there as well.
+        // Their console host may be in the group as well.
         wait_for("the root to be gone", || (!group.members().unwrap().contains(&child.pid)).then_some(()));
         assert!(group.members().unwrap().contains(&leaf));
         assert_eq!(group.remove().unwrap_err().kind(), io::ErrorKind::ResourceBusy);
@@ -331,7 +334,7 @@ mod tests {
         assert!(!holds_a_job_of_nobody());
     }
 
-    /// The question itself: a process that was started without a group holds none.
+    /// The control case: a process that was started without a group has no handle to a job.
     fn holds_a_job_of_nobody() -> bool {
         OtherProcess::start(HOLDER, "").line() == "holds"
     }
@@ -363,8 +366,8 @@ mod tests {
         let started = start_time(leaf).unwrap();
         let mut watch = tokio::spawn(ended(leaf, started));
         let early = tokio::time::timeout(std::time::Duration::from_millis(200), &mut watch).await;
-        assert!(early.is_err(), "it has not ended");
-        // Another process had that number before: that one has ended.
+        assert!(early.is_err(), "it has not exited");
+        // A previous process with this pid has exited.
         tokio::time::timeout(PATIENCE, ended(leaf, started - 1)).await.unwrap();
         assert!(!signal(leaf, started - 1, StopSignal::Kill).unwrap());
         assert_eq!(start_time(leaf), Some(started));

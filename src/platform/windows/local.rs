@@ -1,8 +1,8 @@
-//! The local door's hinges: a named pipe, which only its owner, administrators and the system may open.
+//! The control socket's transport: a named pipe, which only its owner, administrators and the system may open.
 //!
-//! Pipes live in a name space of the whole host, where anybody may take any name. So each listener's pipe has a name of its own that
-//! nobody can guess, which stands in the file where a Unix socket would be: in the home, where nobody else may write. A listener takes
-//! its predecessor's place by replacing that file, whoever may still hold an end of the old pipe.
+//! Pipe names are global to the host, and any process can take any name. So each listener's pipe has a random name, which is stored in the
+//! file where a Unix socket would be: in the home, where no other user may write. A new listener replaces that file, even while ends of the
+//! old pipe are still open.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -28,16 +28,16 @@ use super::process::raw;
 use super::security::{PrivateAcl, is_trusted, wide};
 use crate::platform::SocketPeer;
 
-/// What a door's name begins with.
+/// Prefix of a pipe's name.
 const PREFIX: &str = r"\\.\pipe\aops-";
-/// No door's name is longer.
+/// Maximum length of a pipe's name.
 const MAX_NAME_BYTES: u64 = 128;
 
-/// What accepts connections.
+/// The listening pipe.
 #[derive(Debug)]
 pub struct LocalListener {
     name: String,
-    /// The instance that waits for the next one to connect.
+    /// The instance that waits for the next client.
     next: NamedPipeServer,
 }
 
@@ -45,7 +45,7 @@ pub struct LocalListener {
 pub type LocalStream = NamedPipeServer;
 
 impl LocalListener {
-    /// Listens at `path` in place of whoever did before: the caller holds the role's lock.
+    /// Listens at `path` and replaces a previous listener. The caller holds the role's lock.
     pub fn bind(path: &Path) -> io::Result<LocalListener> {
         let name = format!("{PREFIX}{}", Uuid::new_v4().simple());
         let next = instance(&name, true)?;
@@ -53,14 +53,14 @@ impl LocalListener {
         Ok(LocalListener { name, next })
     }
 
-    /// The next connection by somebody who may command this home: the access list lets nobody else in. Cancel-safe.
+    /// Accepts the next connection. The access list admits only clients that may command this home. Cancel-safe.
     pub async fn accept(&mut self) -> io::Result<SocketPeer> {
         self.accepted().await.map(SocketPeer::Welcome)
     }
 
     async fn accepted(&mut self) -> io::Result<LocalStream> {
         let connected = self.next.connect().await;
-        // Also for one who left before he was let in: his instance cannot be connected to again.
+        // Also needed if the client has already disconnected: its instance cannot be connected to again.
         let new = instance(&self.name, false)?;
         let old = std::mem::replace(&mut self.next, new);
         connected.map(|()| old)
@@ -76,18 +76,18 @@ fn instance(name: &str, first: bool) -> io::Result<NamedPipeServer> {
     unsafe { options.create_with_security_attributes_raw(name, (&raw mut attributes).cast()) }
 }
 
-/// The other end, for programs that block. It can be read and written by two threads at the same time, each with an end of its own.
+/// The client's end, for blocking programs. Two threads can read and write it at the same time, each with a handle of its own.
 #[derive(Debug)]
 pub struct LocalConnection {
     shared: Arc<PipeState>,
-    /// Set when what this end has begun is done.
+    /// Signalled when a transfer of this handle is done.
     done: OwnedHandle,
 }
 
 #[derive(Debug)]
 struct PipeState {
     pipe: OwnedHandle,
-    /// Set once, when one of the ends hangs up for all.
+    /// Signalled once, when one of the handles shuts the connection down.
     hung_up: OwnedHandle,
     /// Milliseconds.
     read_timeout: AtomicU32,
@@ -105,28 +105,28 @@ fn milliseconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX).clamp(1, INFINITE - 1)
 }
 
-/// Connects to the door at `path`; reads and writes give up after `timeout`.
+/// Connects to the control socket at `path`. Reads and writes fail after `timeout`.
 pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnection> {
     let mut name = String::new();
     File::open(path)?.take(MAX_NAME_BYTES).read_to_string(&mut name)?;
     if !name.starts_with(PREFIX) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file does not name a pipe"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file does not contain the name of a pipe of aops"));
     }
     let pipe = open(&name, timeout)?;
-    // Who listened under this name may be dead, and another have taken the name over.
+    // The listener with this name may have exited, and another process may have taken the name.
     if !is_trusted(&pipe)? {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "another user has taken the pipe's name"));
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "another user has taken the name of the pipe"));
     }
     let timeout = milliseconds(timeout);
     let shared = PipeState { pipe, hung_up: event()?, read_timeout: AtomicU32::new(timeout), write_timeout: timeout };
     Ok(LocalConnection { shared: Arc::new(shared), done: event()? })
 }
 
-/// Opens a pipe; where every instance is taken it waits for the next one.
+/// Opens a pipe; while every instance is in use, waits for the next one.
 fn open(name: &str, timeout: Duration) -> io::Result<OwnedHandle> {
     let began = Instant::now();
     let mut options = OpenOptions::new();
-    // Whoever answers may learn who we are, but not act in our name.
+    // The server may identify us, but not impersonate us.
     options.read(true).write(true).custom_flags(FILE_FLAG_OVERLAPPED).security_qos_flags(SECURITY_IDENTIFICATION);
     loop {
         match options.open(name) {
@@ -148,32 +148,32 @@ fn open(name: &str, timeout: Duration) -> io::Result<OwnedHandle> {
     }
 }
 
-/// A second end of the same connection, for another thread.
+/// A second handle for the same connection, for another thread.
 pub fn clone_local(connection: &LocalConnection) -> io::Result<LocalConnection> {
     Ok(LocalConnection { shared: connection.shared.clone(), done: event()? })
 }
 
-/// Lets reads of a connection wait for ever.
+/// Removes the read timeout of a connection.
 pub fn wait_for_ever(connection: &LocalConnection) -> io::Result<()> {
     connection.shared.read_timeout.store(INFINITE, Ordering::Relaxed);
     Ok(())
 }
 
-/// Ends a connection for all who hold it, and so wakes who reads from it. The other side sees its end when they have let go of it.
+/// Shuts the connection down for all handles, which wakes a blocked reader. The other side sees it when the handles are closed.
 pub fn hang_up(connection: &LocalConnection) {
     // SAFETY: the handle is open.
     unsafe { SetEvent(raw(&connection.shared.hung_up)) };
 }
 
-/// How a transfer came to its end.
+/// The result of a transfer.
 enum TransferResult {
     Moved(usize),
-    /// There is nobody at the other end any more, or we have hung up.
+    /// The other end is closed, or we shut the connection down.
     Ended,
 }
 
 impl LocalConnection {
-    /// Begins a transfer by `begin` and waits for it: until it is done, its time is over, or somebody hangs up.
+    /// Starts a transfer with `begin` and waits until it is done, times out, or the connection is shut down.
     fn transfer(
         &self,
         timeout: u32,
@@ -188,15 +188,15 @@ impl LocalConnection {
             }
         }
         let events = [raw(&self.done), raw(&self.shared.hung_up)];
-        // SAFETY: the handles are open, and as many as is told.
+        // SAFETY: the handles are open, and the count is right.
         let waited = unsafe { WaitForMultipleObjects(events.len() as u32, events.as_ptr(), 0, timeout) };
         let waiting = if waited == WAIT_FAILED { Some(io::Error::last_os_error()) } else { None };
         if waited != WAIT_OBJECT_0 {
-            // SAFETY: the transfer was begun with this very structure.
+            // SAFETY: the transfer was started with this structure.
             unsafe { CancelIoEx(pipe, &state) };
         }
         let mut moved = 0;
-        // Also when it was cancelled: until this returns, the system may still write into the structure and the buffer.
+        // Also after a cancellation: until this returns, the system may still write into the structure and the buffer.
         // SAFETY: as above, and the result outlives the call.
         if unsafe { GetOverlappedResult(pipe, &state, &mut moved, 1) } != 0 {
             return Ok(TransferResult::Moved(moved as usize));
@@ -221,7 +221,7 @@ impl Read for LocalConnection {
         let length = u32::try_from(buffer.len()).unwrap_or(u32::MAX);
         let timeout = self.shared.read_timeout.load(Ordering::Relaxed);
         let outcome = self.transfer(timeout, |pipe, state| {
-            // SAFETY: the buffer has the length that is told and, like the structure, outlives the transfer.
+            // SAFETY: the buffer has the given length and, like the structure, outlives the transfer.
             unsafe { ReadFile(pipe, buffer.as_mut_ptr(), length, std::ptr::null_mut(), state) }
         })?;
         match outcome {
@@ -244,7 +244,7 @@ impl Write for LocalConnection {
         }
     }
 
-    /// What was written is the system's already.
+    /// Nothing to do: the system has everything that was written.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -263,7 +263,7 @@ mod tests {
     const CALLER: &str = "platform::windows::local::tests::a_caller";
     const LISTENER: &str = "platform::windows::local::tests::a_listener";
 
-    /// Says hello at the door, and stays.
+    /// Connects to the control socket, sends hello, and blocks.
     #[test]
     fn a_caller() {
         let Some(path) = testing::part(CALLER) else { return };
@@ -272,7 +272,7 @@ mod tests {
         testing::stay();
     }
 
-    /// Opens a door, answers a hello, and stays.
+    /// Listens, answers one hello, and blocks.
     #[tokio::test]
     async fn a_listener() {
         let Some(path) = testing::part(LISTENER) else { return };
@@ -303,11 +303,11 @@ mod tests {
         (listener, stream, connection)
     }
 
-    /// Runs what blocks beside the runtime; panics where it is not done in time.
+    /// Runs a blocking function in a background thread; panics at the timeout.
     async fn beside<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || drop(sender.send(what())));
-        tokio::time::timeout(PATIENCE, receiver).await.expect("it is done in time").unwrap()
+        tokio::time::timeout(PATIENCE, receiver).await.expect("the function returns in time").unwrap()
     }
 
     #[tokio::test]
@@ -380,9 +380,9 @@ mod tests {
         assert_eq!(end(&mut stream).await, 0);
     }
 
-    /// What is read at the end of a connection: nothing, or an error that says so.
+    /// Bytes read at the end of a connection: 0, also for a broken pipe.
     async fn end(stream: &mut LocalStream) -> usize {
-        let read = tokio::time::timeout(PATIENCE, stream.read(&mut [0; 8])).await.expect("the end is seen in time");
+        let read = tokio::time::timeout(PATIENCE, stream.read(&mut [0; 8])).await.expect("the end is reported in time");
         read.or_else(|error| if error.kind() == io::ErrorKind::BrokenPipe { Ok(0) } else { Err(error) }).unwrap()
     }
 
@@ -410,11 +410,11 @@ mod tests {
         first.kill();
         assert_eq!(connection.read(&mut [0; 8]).unwrap(), 0);
         assert_eq!(connect_local(&path, PATIENCE).unwrap_err().kind(), io::ErrorKind::NotFound);
-        // The old connection is still held.
+        // The old connection is still open.
         let second = OtherProcess::start(LISTENER, &path);
         assert_eq!(second.line(), "ready");
         assert_eq!(connection.write_all(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-        let mut connection = wait_for("the new door", || connect_local(&path, PATIENCE).ok());
+        let mut connection = wait_for("the new listener", || connect_local(&path, PATIENCE).ok());
         connection.write_all(b"hello\n").unwrap();
         connection.read_exact(&mut word).unwrap();
     }
@@ -437,7 +437,7 @@ mod tests {
         let (_directory, path) = door();
         let mut listener = LocalListener::bind(&path).unwrap();
         connect_local(&path, PATIENCE).unwrap().write_all(b"hello\n").unwrap();
-        // He may be let in all the same, or be told of.
+        // The first client may still be accepted, or be reported as an error.
         let first = listener.accepted().await;
         let _second = beside({
             let path = path.clone();

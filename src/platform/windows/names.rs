@@ -1,4 +1,4 @@
-//! The names that are taken on this host: where jobs can be looked for of which nobody remembers the name.
+//! The named objects of this host: finds jobs whose names are not recorded.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -9,30 +9,30 @@ use windows_sys::Win32::Foundation::{
     HANDLE, NTSTATUS, OBJ_CASE_INSENSITIVE, RtlNtStatusToDosError, STATUS_NO_MORE_ENTRIES, UNICODE_STRING,
 };
 
-/// Where names with `Global\` lead.
+/// The object directory of names with `Global\`.
 const DIRECTORY: &str = r"\BaseNamedObjects";
 /// The right to list it (wdm.h).
 const DIRECTORY_QUERY: u32 = 1;
-/// More names than any host has.
+/// An upper bound for the names of a host.
 const MOST_NAMES: usize = 1 << 20;
-/// Room for one entry with its two texts, of which the name is at most 260 units long.
+/// Room for one entry with its two texts; the name has at most 260 units.
 const ROOM: usize = 512;
 
-/// What the system gives for each name (NtQueryDirectoryObject).
+/// An entry of NtQueryDirectoryObject.
 #[repr(C)]
 struct ObjectEntry {
     name: UNICODE_STRING,
     _kind: UNICODE_STRING,
 }
 
-/// The names of the host's objects that begin so, without that beginning.
+/// The names of the host's objects with this prefix, without the prefix.
 pub(super) fn beginning_with(prefix: &str) -> io::Result<Vec<String>> {
     let directory = open()?;
     let mut buffer = [0_u64; ROOM];
     let mut context = 0;
     let mut found = vec![];
     for count in 0..MOST_NAMES {
-        // SAFETY: the handle is open, and the buffer, which has the length that is told, and the context outlive the call.
+        // SAFETY: the handle is open; the buffer, which has the given length, and the context outlive the call.
         let status = unsafe {
             let (buffer, length) = (buffer.as_mut_ptr().cast(), size_of_val(&buffer) as u32);
             let restart = count == 0;
@@ -43,7 +43,7 @@ pub(super) fn beginning_with(prefix: &str) -> io::Result<Vec<String>> {
             break;
         }
         check(status)?;
-        // SAFETY: the system has written an entry there, whose texts lie behind it in the buffer.
+        // SAFETY: the system has written an entry there, whose texts follow it in the buffer.
         let name = unsafe {
             let entry = &*buffer.as_ptr().cast::<ObjectEntry>();
             std::slice::from_raw_parts(entry.name.Buffer, usize::from(entry.name.Length) / 2)
@@ -66,7 +66,7 @@ fn open() -> io::Result<OwnedHandle> {
     let mut directory: HANDLE = std::ptr::null_mut();
     // SAFETY: the attributes, the name that they point to and the result outlive the call.
     check(unsafe { NtOpenDirectoryObject(&mut directory, DIRECTORY_QUERY, &attributes) })?;
-    // SAFETY: a new handle, which is ours alone.
+    // SAFETY: a new handle, which only we own.
     Ok(unsafe { OwnedHandle::from_raw_handle(directory) })
 }
 
@@ -74,6 +74,6 @@ fn check(status: NTSTATUS) -> io::Result<()> {
     if status >= 0 {
         return Ok(());
     }
-    // SAFETY: takes and gives plain numbers.
+    // SAFETY: takes and returns integers.
     Err(io::Error::from_raw_os_error(unsafe { RtlNtStatusToDosError(status) } as i32))
 }

@@ -1,7 +1,7 @@
-//! Processes: who is there, who belongs together, how one begins and how its end is seen.
+//! Processes: listing them, their sub-agents, and waiting for their exit.
 //!
-//! A process is named for good by its pid and its creation time, which is absolute, so that one boot needs no telling from another. Who
-//! belongs to a sub-agent is told by its group, and where there is none by descent and by the file that a process runs.
+//! A process is identified permanently by its pid and its creation time, which is absolute, so boots need not be distinguished. The
+//! processes of a sub-agent are found by its group, and without one by descent and by their executables.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -57,29 +57,29 @@ pub(super) fn is_running(process: &OwnedHandle) -> bool {
     unsafe { GetExitCodeProcess(raw(process), &mut code) != 0 && code == STILL_ACTIVE as u32 }
 }
 
-/// When a live process was created; `None`: there is none of that number.
+/// Creation time of a live process; `None`: no process has this pid.
 pub fn start_time(pid: u32) -> Option<u64> {
     let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
     if is_running(&process) { creation_time(&process) } else { None }
 }
 
-/// Whether that process lives.
+/// Whether the process is alive.
 pub fn lives(pid: u32, start_time: u64) -> bool {
     self::start_time(pid) == Some(start_time)
 }
 
-/// Creation times are absolute; there is nothing to tell boots apart for.
+/// A constant: creation times are absolute, so boots need not be distinguished.
 pub fn boot_id() -> String {
     "windows".to_owned()
 }
 
-/// How long the machine has been up.
+/// Time since boot.
 pub fn uptime() -> Option<Duration> {
-    // SAFETY: takes and gives plain numbers.
+    // SAFETY: takes and returns integers.
     Some(Duration::from_millis(unsafe { GetTickCount64() }))
 }
 
-/// How long a process has been running, from its creation time.
+/// Time since a process was created.
 pub fn age(start_time: u64) -> Option<Duration> {
     let mut now = FILETIME { dwLowDateTime: 0, dwHighDateTime: 0 };
     // SAFETY: the result outlives the call.
@@ -90,26 +90,26 @@ pub fn age(start_time: u64) -> Option<Duration> {
 /// The working set of a process, bytes.
 pub fn memory_bytes(pid: u32) -> Option<u64> {
     let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
-    // SAFETY: a structure of plain numbers, for which zeros are good values.
+    // SAFETY: a structure of integers, for which all zero is valid.
     let mut counters: PROCESS_MEMORY_COUNTERS = unsafe { std::mem::zeroed() };
     let size = size_of::<PROCESS_MEMORY_COUNTERS>() as u32;
-    // SAFETY: the handle is open, and the result has the size that is told.
+    // SAFETY: the handle is open, and the result has the given size.
     let done = unsafe { GetProcessMemoryInfo(raw(&process), &mut counters, size) };
     (done != 0).then_some(counters.WorkingSetSize as u64)
 }
 
-/// Where a process works: Windows does not tell of others.
+/// The working directory of a process: not available on Windows.
 pub fn working_directory(_pid: u32) -> Option<PathBuf> {
     None
 }
 
-/// The program that a process runs.
+/// Opens the executable of a process.
 pub fn program_of(pid: u32) -> io::Result<std::fs::File> {
     let path = executable_of(pid).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
     std::fs::File::open(path)
 }
 
-/// Goes on as another program: that is started, and this process ends. Returns only where that fails.
+/// Replaces this process with another program: starts it and exits. Returns only on failure.
 pub fn become_program(command: &mut std::process::Command) -> io::Error {
     match command.spawn() {
         Ok(_) => std::process::exit(0),
@@ -117,23 +117,23 @@ pub fn become_program(command: &mut std::process::Command) -> io::Error {
     }
 }
 
-/// The executable that a process runs, where we may know it.
+/// The executable of a process, if readable.
 pub fn executable_of(pid: u32) -> Option<PathBuf> {
     use std::os::windows::ffi::OsStringExt;
     let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
     let mut text = vec![0_u16; 32_768];
     let mut length = text.len() as u32;
-    // SAFETY: the handle is open, and the buffer has the length that is told.
+    // SAFETY: the handle is open, and the buffer has the given length.
     let done = unsafe { QueryFullProcessImageNameW(raw(&process), 0, text.as_mut_ptr(), &mut length) };
     (done != 0).then(|| std::ffi::OsString::from_wide(&text[..length as usize]).into())
 }
 
-/// Whether an ended process can still be found by its number: nobody here asks by number alone.
+/// Always false: Windows has no zombies.
 pub fn remains(_pid: u32) -> bool {
     false
 }
 
-/// The first words of a process's command line: of another's no more than the executable is known.
+/// The first words of a process's command line: on Windows only the executable is available.
 pub fn first_words(pid: u32, count: usize) -> Vec<PathBuf> {
     executable_of(pid).into_iter().take(count).collect()
 }
@@ -145,8 +145,8 @@ struct ProcessEntry {
     ours: bool,
 }
 
-/// Every process of the host that we can see, with the marks of those that belong to the home: a variable of the environment, which tells
-/// it on Unix, cannot be read, but the file that a process runs can.
+/// Every process of the host that is visible to us, with the markers of those that belong to the home. The environment of another process
+/// cannot be read, so the marker comes from its executable.
 pub fn processes(home: &Path) -> Vec<ProcessInfo> {
     let entries = snapshot();
     let others = entries.iter().filter(|entry| entry.pid != std::process::id());
@@ -155,7 +155,7 @@ pub fn processes(home: &Path) -> Vec<ProcessInfo> {
 
 fn seen_among(entries: &[ProcessEntry], entry: &ProcessEntry, home: &Path) -> ProcessInfo {
     let (mut root, mut at) = (entry.pid, entry);
-    // A number may have been given anew: who is younger than its child is not its parent.
+    // A pid may have been reused: a parent is not younger than its child.
     while let Some(parent) = entries.iter().find(|parent| {
         parent.pid == at.parent && !parent.ours && parent.start_time <= at.start_time && parent.pid != at.pid
     }) {
@@ -166,13 +166,13 @@ fn seen_among(entries: &[ProcessEntry], entry: &ProcessEntry, home: &Path) -> Pr
     ProcessInfo { pid: entry.pid, start_time: entry.start_time, session: root, parent: entry.parent, mark }
 }
 
-/// One process, if it lives, with its mark if it belongs to the home.
+/// One live process, with its marker if it belongs to the home.
 pub fn seen(pid: u32, home: &Path) -> Option<ProcessInfo> {
     let entries = snapshot();
     entries.iter().find(|entry| entry.pid == pid).map(|entry| seen_among(&entries, entry, home))
 }
 
-/// A program of a release lies in `agents/<name>/<version>` of the home. File names that differ in case alone are one here.
+/// The executable of a release is below `agents/<name>/<version>` of the home. File names are not case-sensitive here.
 fn mark_of(executable: &Path, home: &Path) -> Option<ProcessMarker> {
     let plain = |path: &Path| PathBuf::from(path.to_string_lossy().trim_start_matches(r"\\?\").to_owned());
     let folded = |path: &Path| PathBuf::from(path.to_string_lossy().to_lowercase());
@@ -186,7 +186,7 @@ fn mark_of(executable: &Path, home: &Path) -> Option<ProcessMarker> {
     Some(ProcessMarker { name, version, main_only: false, is_check: false })
 }
 
-/// Which process started another, if it still runs: a number may have been given anew since, to somebody younger.
+/// The parent of a process, if it still runs. A younger process has a reused pid.
 pub(super) fn parent(pid: u32) -> Option<u32> {
     let entries = snapshot();
     let child = entries.iter().find(|entry| entry.pid == pid)?;
@@ -195,18 +195,18 @@ pub(super) fn parent(pid: u32) -> Option<u32> {
 }
 
 fn snapshot() -> Vec<ProcessEntry> {
-    // SAFETY: takes plain numbers; a valid handle is ours to close.
+    // SAFETY: takes integers; a valid handle is ours to close.
     let handle = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPPROCESS, 0) };
     if handle == INVALID_HANDLE_VALUE {
         return vec![];
     }
     // SAFETY: as above.
     let handle = unsafe { OwnedHandle::from_raw_handle(handle) };
-    // SAFETY: a structure of plain numbers, for which zeros are good values.
+    // SAFETY: a structure of integers, for which all zero is valid.
     let mut entry: PROCESSENTRY32W = unsafe { std::mem::zeroed() };
     entry.dwSize = size_of::<PROCESSENTRY32W>() as u32;
     let mut entries = vec![];
-    // SAFETY: the handle is open, and the entry says its own size.
+    // SAFETY: the handle is open, and the entry has its own size.
     let mut more = unsafe { Process32FirstW(raw(&handle), &mut entry) };
     while more != 0 {
         let name = String::from_utf16_lossy(&entry.szExeFile).to_ascii_lowercase();
@@ -220,16 +220,16 @@ fn snapshot() -> Vec<ProcessEntry> {
     entries
 }
 
-/// Resolves when a process that need not be our child has ended. Cancel-safe.
+/// Resolves when a process, not necessarily our child, has exited. Cancel-safe.
 pub async fn ended(pid: u32, start_time: u64) {
     let Ok(process) = open(pid, PROCESS_SYNCHRONIZE | PROCESS_QUERY_LIMITED_INFORMATION) else { return };
-    // The number belongs to nobody else as long as the handle is open.
+    // The pid is not reused while the handle is open.
     if creation_time(&process) == Some(start_time) {
         let _ = watch::signalled(&process).await;
     }
 }
 
-/// How an ended child ended, in words.
+/// Describes the exit of a child.
 pub fn how_it_ended(status: ExitStatus) -> String {
     match status.code() {
         Some(code) => format!("exited with {code}"),
@@ -237,48 +237,51 @@ pub fn how_it_ended(status: ExitStatus) -> String {
     }
 }
 
-/// Whom a sub-agent runs as: on Windows, whoever the manager runs as.
+/// The user that a sub-agent runs as: on Windows always the manager's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {}
 
-/// Another user's password is not known here.
-pub fn find_user(name: &str) -> io::Result<User> {
+/// Always an error: running as another user needs its password.
+pub fn find_user(_name: &str) -> io::Result<User> {
     Err(io::Error::new(
         io::ErrorKind::Unsupported,
-        format!("cannot run as {name:?}: another user is not supported on Windows yet"),
+        "running as another user is not supported on Windows yet; remove `user` from agent.toml",
     ))
 }
 
-/// How a process begins that is to have nothing of its caller's: it hears of no key that is pressed in the caller's console, which it
-/// outlives, and has neither its priority nor its way of showing errors.
+/// Creation flags of a process that is independent of its caller: it receives no keys from the caller's console, outlives it, and inherits
+/// neither its priority nor its error mode.
 pub(super) const LEAVING: u32 =
     CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_DEFAULT_ERROR_MODE | NORMAL_PRIORITY_CLASS;
 
-/// Makes a command leave the caller: what it runs outlives us and our console, and nothing of who started us remains in it but the
-/// environment, directory and standard streams that the command itself says, and the CPUs that it may run on.
+/// Makes a command independent of its starter: it outlives us and our console, and inherits only the environment, directory and standard
+/// streams that the command specifies, and the CPU affinity.
 pub fn leave_caller(command: &mut Command) {
     command.creation_flags(LEAVING);
 }
 
-/// The same; as another user, nothing can be run yet.
+/// The same; running as another user is not supported yet.
 pub fn leave_caller_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
     if user.is_some() {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, "cannot run as another user on Windows yet"));
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "running as another user is not supported on Windows yet",
+        ));
     }
     leave_caller(command);
     Ok(())
 }
 
-/// Windows knows no groups of processes outside a job: what a check leaves behind is found by descent.
+/// Nothing to do: Windows has no process groups outside of jobs. Processes that a check leaves behind are found by descent.
 pub fn kill_group(_child: u32) {}
 
-/// Whether something failed because this host, or this process, has no more of what it needs, whatever was to be done.
+/// Whether an operation failed because this host or this process is out of a resource, independent of the operation.
 pub fn is_shortage(error: &io::Error) -> bool {
     use windows_sys::Win32::Foundation::{
         ERROR_COMMITMENT_LIMIT, ERROR_NO_SYSTEM_RESOURCES, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY,
         ERROR_TOO_MANY_OPEN_FILES,
     };
-    // WSAEMFILE, WSAEADDRNOTAVAIL and WSAENOBUFS, of sockets.
+    // Of sockets: WSAEMFILE, WSAEADDRNOTAVAIL and WSAENOBUFS.
     const OF_SOCKETS: [u32; 3] = [10_024, 10_049, 10_055];
     let shortages = [
         ERROR_COMMITMENT_LIMIT,
@@ -290,12 +293,12 @@ pub fn is_shortage(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| shortages.contains(&(code as u32)) || OF_SOCKETS.contains(&(code as u32)))
 }
 
-/// An executable that is open for writing cannot be started, and is not still held by a child of ours: there is no fork.
+/// Always false: without fork, no child of ours can hold the executable open for writing.
 pub fn is_busy_text(_error: &io::Error) -> bool {
     false
 }
 
-/// The variables that any program expects.
+/// The basic environment variables of every program.
 pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
     const NAMES: &[&str] = &[
         "SystemRoot",
@@ -317,7 +320,7 @@ pub fn base_environment(_user: Option<&User>) -> Vec<(String, String)> {
     NAMES.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect()
 }
 
-/// Windows ends nobody with who started him, and roles have no groups there.
+/// Nothing to do: Windows does not end a process with its starter, and roles have no groups.
 pub fn leave_groups(_command: &mut Command, _key: &str) {}
 
 /// See [`leave_groups`].
@@ -328,12 +331,12 @@ pub fn adopt_orphans() -> io::Result<()> {
     Ok(())
 }
 
-/// There are none.
+/// Windows has no zombies.
 pub fn reap_orphans(_known: &[u32]) -> Vec<u32> {
     vec![]
 }
 
-/// There are none.
+/// Windows has no zombies.
 pub fn reap_orphan(_pid: u32) {}
 
 #[cfg(test)]
@@ -356,7 +359,7 @@ mod tests {
         assert_eq!(of(r"C:\Program Files\aops\agents.old\Echo\1.2\echo.exe"), None);
     }
 
-    /// As a manager leaves it that dies between its creation and its being put into its group.
+    /// Left behind by a manager that exits after creating it and before adding it to its group.
     #[test]
     fn a_program_that_never_began_is_found_by_its_file_and_ended() {
         let home = tempfile::tempdir().unwrap();

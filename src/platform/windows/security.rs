@@ -1,7 +1,7 @@
-//! Who may touch what: pipes and jobs, which bear a name that every process of the host can see, and files.
+//! Access lists: of pipes and jobs, whose names every process of the host can see, and of files.
 //!
-//! Such names are not protected by the home's access list. So whatever is made under one lets in whoever we run as, administrators and
-//! the system, and nobody else; and what somebody else made under it before us is not used. Of files it is only looked at who may.
+//! The home's access list does not protect such names. So every named object is created with an access list for the user that we run as,
+//! administrators and the system only, and an existing object of another user is not used. The access lists of files are only read.
 
 use std::fs::File;
 use std::io;
@@ -22,12 +22,12 @@ use windows_sys::Win32::Security::{
 use windows_sys::Win32::System::SystemServices::{ACCESS_ALLOWED_ACE_TYPE, ACCESS_ALLOWED_CALLBACK_ACE_TYPE};
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, OpenProcessToken};
 
-/// Text as the system takes it.
+/// UTF-16 with a terminating zero.
 pub(super) fn wide(text: &str) -> Vec<u16> {
     text.encode_utf16().chain([0]).collect()
 }
 
-/// What the system allocated for us and is ours to free.
+/// Memory that the system allocated and that we free.
 struct LocalAllocation(*mut core::ffi::c_void);
 
 impl Drop for LocalAllocation {
@@ -37,7 +37,7 @@ impl Drop for LocalAllocation {
     }
 }
 
-/// Text that the system allocated.
+/// A text that the system allocated.
 fn text_of(text: &LocalAllocation) -> String {
     let start: *const u16 = text.0.cast();
     // SAFETY: the text ends in a zero, and lives until the end of this function.
@@ -48,7 +48,7 @@ fn text_of(text: &LocalAllocation) -> String {
     String::from_utf16_lossy(units)
 }
 
-/// An access list for us, administrators and the system.
+/// An access list for the user that we run as, administrators and the system.
 pub(super) struct PrivateAcl(LocalAllocation);
 
 impl PrivateAcl {
@@ -57,17 +57,17 @@ impl PrivateAcl {
         descriptor_of(&wide(&format!("O:{us}D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;{us})"))).map(PrivateAcl)
     }
 
-    /// For the calls that make something; the value must outlive them.
+    /// For calls that create an object; the value must outlive them.
     pub(super) fn attributes(&self) -> SECURITY_ATTRIBUTES {
         let length = size_of::<SECURITY_ATTRIBUTES>() as u32;
         SECURITY_ATTRIBUTES { nLength: length, lpSecurityDescriptor: self.0.0, bInheritHandle: 0 }
     }
 }
 
-/// What a text that ends in a zero says in the language of such descriptors.
+/// Parses a security descriptor in SDDL with a terminating zero.
 fn descriptor_of(text: &[u16]) -> io::Result<LocalAllocation> {
     let mut descriptor: PSECURITY_DESCRIPTOR = std::ptr::null_mut();
-    // SAFETY: the text ends in a zero and, like the result, outlives the call; the length is not asked for.
+    // SAFETY: the text ends in a zero and, like the result, outlives the call; the length is not requested.
     let done = unsafe {
         ConvertStringSecurityDescriptorToSecurityDescriptorW(
             text.as_ptr(),
@@ -79,7 +79,7 @@ fn descriptor_of(text: &[u16]) -> io::Result<LocalAllocation> {
     if done == 0 { Err(io::Error::last_os_error()) } else { Ok(LocalAllocation(descriptor)) }
 }
 
-/// Whom we run as.
+/// The user that we run as.
 ///
 /// The structure points to the identifier behind it, so it stays where the system wrote it.
 struct OwnUser(Box<[u64; 16]>);
@@ -91,12 +91,12 @@ impl OwnUser {
         if unsafe { OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, &mut token) } == 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: a new handle, which is ours alone.
+        // SAFETY: a new handle, which only we own.
         let token = unsafe { OwnedHandle::from_raw_handle(token) };
-        // The structure and the longest identifier behind it take less.
+        // The structure and the longest identifier need less.
         let mut user = OwnUser(Box::new([0; 16]));
         let mut length = 0;
-        // SAFETY: the buffer has the length that is told and the alignment of the structure.
+        // SAFETY: the buffer has the given length and the alignment of the structure.
         let done = unsafe {
             GetTokenInformation(
                 token.as_raw_handle(),
@@ -124,14 +124,14 @@ impl OwnUser {
     }
 }
 
-/// A group that anybody may be in.
+/// A well-known group that any user may be in.
 pub(super) struct WellKnownGroup {
     pub(super) kind: WELL_KNOWN_SID_TYPE,
     pub(super) name: &'static str,
     pub(super) sid: &'static str,
 }
 
-/// Who others are.
+/// The groups that count as other users.
 pub(super) const OTHERS: &[WellKnownGroup] = &[
     WellKnownGroup { kind: WinWorldSid, name: "Everyone", sid: "S-1-1-0" },
     WellKnownGroup { kind: WinAuthenticatedUserSid, name: "Authenticated Users", sid: "S-1-5-11" },
@@ -142,12 +142,12 @@ pub(super) const OTHERS: &[WellKnownGroup] = &[
     WellKnownGroup { kind: WinAnonymousSid, name: "ANONYMOUS LOGON", sid: "S-1-5-7" },
 ];
 
-/// Whom something belongs to, and who may do what with it.
+/// The owner and the access list of an object.
 pub(super) struct AccessList {
     owner: PSID,
-    /// Null: everybody may do everything, or it was not asked for.
+    /// Null: everybody has all rights, or it was not requested.
     list: *const ACL,
-    /// What both point into.
+    /// The memory that both point into.
     _descriptor: LocalAllocation,
 }
 
@@ -171,7 +171,7 @@ impl AccessList {
         Ok(AccessList { owner, list, _descriptor: LocalAllocation(descriptor) })
     }
 
-    /// Whether it belongs to us, administrators or the system.
+    /// Whether the owner is the user that we run as, administrators or the system.
     pub(super) fn is_trusted(&self) -> io::Result<bool> {
         is_trusted_owner(self.owner)
     }
@@ -189,16 +189,16 @@ impl AccessList {
             if unsafe { GetAce(self.list, u32::from(index), &mut entry) } == 0 {
                 return Err(io::Error::last_os_error());
             }
-            // SAFETY: every entry begins with this, and lies in the list.
+            // SAFETY: every entry starts with this header, and is part of the list.
             let header = unsafe { *entry.cast::<ACE_HEADER>() };
             let allows =
                 [ACCESS_ALLOWED_ACE_TYPE, ACCESS_ALLOWED_CALLBACK_ACE_TYPE].contains(&u32::from(header.AceType));
-            // What only what is made there inherits is looked at there.
+            // An inherit-only entry does not apply to the object itself.
             if !allows || u32::from(header.AceFlags) & INHERIT_ONLY_ACE != 0 {
                 continue;
             }
             let entry: *const ACCESS_ALLOWED_ACE = entry.cast();
-            // SAFETY: entries of both kinds begin so; the identifier begins at its first word and lies in the list.
+            // SAFETY: entries of both kinds start like this; the identifier starts at its first word and is part of the list.
             let (mask, is_group) = unsafe {
                 let sid = (&raw const (*entry).SidStart).cast_mut().cast();
                 ((*entry).Mask, IsWellKnownSid(sid, group) != 0)
@@ -211,7 +211,7 @@ impl AccessList {
     }
 }
 
-/// Whether something that bears a name was made by us, an administrator or the system.
+/// Whether a named object was created by the user that we run as, an administrator or the system.
 pub(super) fn is_trusted(object: &OwnedHandle) -> io::Result<bool> {
     AccessList::of(object.as_raw_handle(), SE_KERNEL_OBJECT, OWNER_SECURITY_INFORMATION)?.is_trusted()
 }
@@ -227,7 +227,7 @@ fn is_trusted_owner(owner: PSID) -> io::Result<bool> {
     })
 }
 
-/// Gives a file or directory this access list; `@US@` in it stands for us.
+/// Sets the access list of a file or directory; `@US@` in it is the user that we run as.
 #[cfg(test)]
 pub(super) fn set_access_list(path: &std::path::Path, list: &str) -> io::Result<()> {
     use std::os::windows::ffi::OsStrExt;
@@ -241,7 +241,7 @@ pub(super) fn set_access_list(path: &std::path::Path, list: &str) -> io::Result<
     if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// The access list of something, as text.
+/// The access list of an object, as text.
 #[cfg(test)]
 pub(super) fn access_list(object: &OwnedHandle) -> io::Result<String> {
     use windows_sys::Win32::Security::Authorization::ConvertSecurityDescriptorToStringSecurityDescriptorW;

@@ -1,12 +1,11 @@
-//! How a process is asked to end.
+//! Asks a process to exit.
 //!
-//! Windows has no signals. A program with a console can be asked by Ctrl-Break, and whatever the stop signal's name, it is that one. It
-//! goes to a whole process group: to the process that we started, which leads one, and to those of its descendants that share its
-//! console and began no group of their own. A program without a console (one with windows, or one that let go of it) cannot be asked,
-//! and is ended at once.
+//! Windows has no signals. A program with a console can be asked by Ctrl-Break, whatever the name of the stop signal. The event goes to a
+//! whole process group: to the process that we started, which leads one, and to those of its descendants that share its console and started
+//! no group of their own. A program without a console (one with windows, or one that detached) is terminated at once.
 //!
-//! Only who is attached to a console can send into it, and a process can be attached to one alone. So that the manager need not give up
-//! its own, an errand runs: this executable once more, for a moment.
+//! Only a process that is attached to a console can send events to it, and a process can be attached to only one. So that the manager need
+//! not leave its own, a short-lived helper is started from this executable, called an errand.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, OwnedHandle};
@@ -27,21 +26,21 @@ use super::process::{creation_time, is_running, open, parent, raw};
 use crate::core::manifest::StopSignal;
 use crate::platform::own_executable;
 
-/// The variable that says that this process is an errand, and whom it is to ask.
+/// Environment variable that makes this process an errand; its value is the pid to ask.
 const ERRAND: &str = "AOPS_ERRAND";
-/// An errand is over in a moment.
+/// Timeout of an errand.
 const ERRAND_MILLISECONDS: u32 = 5000;
-/// What an errand says by its exit code: the process has no console, or its console does not take the question.
+/// Exit codes of an errand: the process has no console, or its console rejects the event.
 const NO_CONSOLE: u8 = 3;
 const REFUSED: u8 = 4;
 /// A console with more processes than this is asked as a whole.
 const CONSOLE_MEMBERS: usize = 256;
 
-/// Asks the very process meant to end, or ends it: nothing happens to another that has its number now. `false`: it is gone.
+/// Asks exactly this process to exit, or terminates it; never another one that has the same pid now. `false`: it has exited.
 pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool> {
     let access = PROCESS_TERMINATE | PROCESS_QUERY_LIMITED_INFORMATION | PROCESS_SYNCHRONIZE;
     let Ok(process) = open(pid, access) else { return Ok(false) };
-    // The number belongs to nobody else as long as the handle is open.
+    // The pid is not reused while the handle is open.
     if creation_time(&process) != Some(start_time) || !is_running(&process) {
         return Ok(false);
     }
@@ -57,13 +56,13 @@ fn terminate(process: &OwnedHandle) -> io::Result<bool> {
         return Ok(true);
     }
     match io::Error::last_os_error() {
-        // It is ending already.
+        // It is already exiting.
         error if error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) && !is_running(process) => Ok(false),
         error => Err(error),
     }
 }
 
-/// Has a process asked to end; gives the errand's exit code.
+/// Runs an errand that asks a process to exit; returns the errand's exit code.
 fn run_errand(pid: u32) -> io::Result<Option<i32>> {
     let executable = own_executable().ok_or(io::ErrorKind::NotFound)?;
     let mut command = Command::new(executable);
@@ -79,26 +78,26 @@ fn run_errand(pid: u32) -> io::Result<Option<i32>> {
     Ok(errand.wait()?.code())
 }
 
-/// Does what this process was started for, if it is an errand.
+/// Runs the errand if this process was started as one.
 pub fn errand() -> Option<ExitCode> {
     let pid = std::env::var(ERRAND).ok()?.parse().ok()?;
     Some(ExitCode::from(ask(pid)))
 }
 
 fn ask(pid: u32) -> u8 {
-    // SAFETY: they take plain numbers and a function that lives for ever.
+    // SAFETY: the calls take integers and a function with static lifetime.
     unsafe {
         if AttachConsole(pid) == 0 {
             return NO_CONSOLE;
         }
-        // Where the number is that of no group, all in the console are asked, and so are we.
+        // If the pid does not lead a group, all processes of the console receive the event, including us.
         SetConsoleCtrlHandler(Some(hear_nothing), 1);
     }
     if parent(pid).is_some_and(|parent| console_members().contains(&parent)) {
-        // It does not lead its group: it is asked when its parent is.
+        // It does not lead its group: it is asked together with its parent.
         return 0;
     }
-    // SAFETY: takes plain numbers.
+    // SAFETY: takes integers.
     if unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, pid) } == 0 { REFUSED } else { 0 }
 }
 
@@ -109,7 +108,7 @@ unsafe extern "system" fn hear_nothing(_event: u32) -> windows_sys::core::BOOL {
 /// The processes that share the console that we are attached to.
 fn console_members() -> Vec<u32> {
     let mut pids = vec![0; CONSOLE_MEMBERS];
-    // SAFETY: the buffer has the length that is told.
+    // SAFETY: the buffer has the given length.
     let count = unsafe { GetConsoleProcessList(pids.as_mut_ptr(), CONSOLE_MEMBERS as u32) };
     pids.truncate(count as usize);
     pids
@@ -126,10 +125,10 @@ mod tests {
     use crate::platform::{Termination, start_time};
 
     const POLITE: &str = "platform::windows::signal::tests::a_polite_program";
-    /// What a program says by its exit code that was asked to end, and did.
+    /// Exit code of a program that was asked to exit.
     const ASKED: i32 = 42;
 
-    /// Not a test of its own: what [`run_errand`] starts.
+    /// Not a test: the process that [`run_errand`] starts.
     #[test]
     fn an_errand() {
         if let Some(pid) = std::env::var(ERRAND).ok().and_then(|pid| pid.parse().ok()) {
@@ -137,7 +136,7 @@ mod tests {
         }
     }
 
-    /// Ends in its own way when it is asked to.
+    /// Exits with its own code when asked to.
     #[tokio::test]
     async fn a_polite_program() {
         if testing::part(POLITE).is_some() {
@@ -148,7 +147,7 @@ mod tests {
         }
     }
 
-    /// A polite program that is ready to be asked.
+    /// A polite program that is ready for the event.
     fn polite(flags: u32) -> std::process::Child {
         use std::io::{BufRead, BufReader};
         let mut command = testing::play(POLITE, "");
@@ -156,7 +155,7 @@ mod tests {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         lines
             .find(|line| !testing::said(line.as_ref().unwrap().as_bytes()).is_empty())
-            .expect("it says that it is ready")
+            .expect("it reports that it is ready")
             .unwrap();
         child
     }
@@ -172,7 +171,7 @@ mod tests {
         assert!(!signal(pid, started + 1, StopSignal::Term).unwrap());
         assert!(child.try_wait().unwrap().is_none());
         let answer = run_errand(pid).unwrap();
-        // Wine 8 has no Ctrl-Break: there the way to the console is all that can be tried.
+        // Wine 8 has no Ctrl-Break: there only attaching to the console can be tested.
         assert!([Some(0), Some(REFUSED.into())].contains(&answer), "{answer:?}");
         let expected = if answer == Some(0) { ASKED } else { ENDED_BY_US as i32 };
         signal(pid, started, StopSignal::Term).unwrap();

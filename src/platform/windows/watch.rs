@@ -1,4 +1,4 @@
-//! Waits for a process or event without a thread of its own for each: the system's own pool waits for many at once.
+//! Waits for processes and events on the system's thread pool, instead of one thread each.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, OwnedHandle};
@@ -24,8 +24,8 @@ impl WaitRegistration {
     fn new(object: &OwnedHandle) -> io::Result<WaitRegistration> {
         let signalled = Arc::new(Notify::new());
         let mut wait: HANDLE = std::ptr::null_mut();
-        // SAFETY: the object outlives the registration, as the caller waits for it by reference; so does what the callback is given, as
-        // dropping the registration waits for a callback that runs.
+        // SAFETY: the object outlives the registration, since the caller waits for it by reference. So does the callback's context:
+        // dropping the registration waits for a running callback.
         let done = unsafe {
             RegisterWaitForSingleObject(
                 &mut wait,
@@ -52,7 +52,7 @@ unsafe extern "system" fn tell(context: *mut core::ffi::c_void, _timed_out: bool
     unsafe { &*context.cast::<Notify>() }.notify_one();
 }
 
-/// Resolves when the object is signalled: a process, when it has ended. Cancel-safe.
+/// Resolves when the object is signalled; a process is signalled when it has exited. Cancel-safe.
 pub(super) async fn signalled(object: &OwnedHandle) -> io::Result<()> {
     let registration = WaitRegistration::new(object)?;
     registration.signalled.notified().await;

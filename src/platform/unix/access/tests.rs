@@ -1,4 +1,4 @@
-//! A home that is relied on, and each thing that is wrong with one.
+//! A trusted home, and each reason not to trust one.
 
 use anyhow::Result;
 
@@ -49,7 +49,7 @@ fn a_directory_above_the_home_where_others_can_rename_it_is_told() {
         refused(way(&at), &words);
         refused(files(&at, None), &words);
         refused(way(&linked), &words);
-        // What is not there yet would be made there.
+        // A path that does not exist yet would be created there.
         refused(way(&Home::new(open.join("none/home"))), &words);
         for at in [&at, &linked] {
             home(at).unwrap();
@@ -78,7 +78,7 @@ fn the_way_over_a_link_is_that_of_the_link_and_of_what_it_names() {
     let open_behind_links = fs::canonicalize(&open).unwrap();
     assert_eq!(way(&open.join("link/x")), Some(open_behind_links.clone()));
     assert_eq!(way(&sound.join("link/x")), Some(open_behind_links));
-    // The end of the way is not a part of it.
+    // The last component is not checked.
     assert_eq!(way(&sound.join("link")), None);
     assert_eq!(way(&sound.join("link/..")), None);
     platform::make_symlink(Path::new("loop"), &sound.join("loop")).unwrap();
@@ -118,7 +118,7 @@ fn a_program_that_others_can_change_is_told_and_refused_where_that_lies_outside_
     platform::make_symlink(Path::new("demo-1.0"), &release.join("bin/demo")).unwrap();
     let look = || program(&at, &name, &version, "bin/demo");
     look().unwrap();
-    let words = ["others can write it (mode 0777)"];
+    let words = ["others can write to it (mode 0777)"];
     for (path, inside) in [
         (&*file, true),
         (&release.join("bin"), true),
@@ -138,7 +138,7 @@ fn a_program_that_others_can_change_is_told_and_refused_where_that_lies_outside_
         look().unwrap();
         programs(&at, &name).unwrap();
     }
-    // To be removed it need not be sound.
+    // A directory to be removed need not be trusted.
     platform::set_mode(&at.agent(&name), 0o777).unwrap();
     place(&at, &name).unwrap();
     refused(agent(&at, &name), &["agents/demo", "0777"]);
@@ -170,7 +170,7 @@ fn files_that_others_can_write_are_told() {
         home(&at).unwrap();
         platform::set_mode(path, 0o644).unwrap();
     }
-    // An operator's settings may lie elsewhere, where nobody else can write.
+    // An operator's settings may be elsewhere, where no other user can write.
     fs::rename(at.config(), directory.path().join("conf.toml")).unwrap();
     platform::make_symlink(&directory.path().join("conf.toml"), &at.config()).unwrap();
     files(&at, None).unwrap();
@@ -196,7 +196,7 @@ fn a_link_in_the_place_of_any_directory_is_refused() {
     fs::remove_dir(at.cache()).unwrap();
     home(&at).unwrap();
     fs::write(at.cache(), "").unwrap();
-    refused(home(&at), &["cache", "no directory"]);
+    refused(home(&at), &["cache", "not a directory"]);
 }
 
 #[test]

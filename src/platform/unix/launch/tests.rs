@@ -1,4 +1,4 @@
-//! Children as they come up: recorded, grouped, in a frozen or vanished group, unheard of.
+//! Starting children: recorded, grouped, in a frozen or removed group, without a message.
 
 use std::path::PathBuf;
 
@@ -6,10 +6,10 @@ use super::super::{Groups, User};
 use super::*;
 use crate::platform::testing::PATIENCE;
 
-/// What such tests ask of the machine.
+/// What these tests need.
 const NEEDED: &str = "cgroup v2 is mounted and may be written: run the tests as root";
 
-/// A group in a cgroup of v2, where this host lets us make one. Its place is left as it was found.
+/// A group in a v2 cgroup, where this host allows it. Drop restores the location.
 struct Place(Group, PathBuf);
 
 impl Place {
@@ -137,7 +137,7 @@ async fn a_frozen_group_is_thawed_and_one_in_a_frozen_cgroup_holds_us_up_no_long
 
     std::fs::write(place.1.join("cgroup.freeze"), "1").unwrap();
     let (base, (done, waits)) = (place.1.clone(), std::sync::mpsc::channel::<()>());
-    // If we are held up, the test is to end all the same.
+    // If the launch blocks, the test still ends.
     let rescue = std::thread::spawn(move || {
         let late = waits.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
         std::fs::write(base.join("cgroup.freeze"), "0").unwrap();

@@ -85,10 +85,14 @@ fn a_key_file_writable_by_others_is_rejected() {
     for (path, mode, good) in [(&key, 0o666, 0o644), (&keys, 0o777, 0o755)] {
         set_mode(path, mode);
         scene.order_victim(json!({}));
-        scene.assert_reported("stage", "refused", &[&path.display().to_string(), "others can write it", "chmod go-w"]);
+        scene.assert_reported(
+            "stage",
+            "refused",
+            &[&path.display().to_string(), "others can write to it", "chmod go-w"],
+        );
         let output = scene.host.install(&["--version", "1.0.0"]).expect_code(1);
         assert!(
-            output.stderr.contains("others can write it") && output.stderr.contains("nothing was changed"),
+            output.stderr.contains("others can write to it") && output.stderr.contains("nothing was changed"),
             "{output}"
         );
         scene.forget_victim();

@@ -44,7 +44,7 @@ fn a_home_that_another_user_owns_or_can_replace_is_rejected() {
     let open = |bad: bool| set_mode(&home, if bad { 0o777 } else { 0o755 });
     let cases: [Harm<'_>; 2] = [
         (&owned, ["belongs to the user 65534", "who is not root"]),
-        (&open, ["others can write it (mode 0777)", "chmod go-w"]),
+        (&open, ["others can write to it (mode 0777)", "chmod go-w"]),
     ];
     let mut pid = scene.pid;
     for (make, words) in cases {
@@ -104,7 +104,7 @@ fn an_installation_over_files_that_another_user_can_change_is_rejected() {
     let cases: [Case<'_>; 5] = [
         (&|| give_to(&home, NOBODY), &|| give_to(&home, 0), &["above/home: it belongs to the user 65534"]),
         (&|| give_to(&control, NOBODY), &|| give_to(&control, 0), &["home/control: it belongs to the user 65534"]),
-        (&|| set_mode(&control, 0o777), &|| set_mode(&control, 0o755), &["home/control: others can write it"]),
+        (&|| set_mode(&control, 0o777), &|| set_mode(&control, 0o755), &["home/control: others can write to it"]),
         (
             &|| symlink(&elsewhere, &work).expect("it is ours"),
             &|| fs::remove_file(&work).expect("it is ours"),
@@ -148,7 +148,7 @@ fn a_sub_agent_that_another_user_can_change_is_not_started_and_a_running_one_con
     let open = |bad: bool| set_mode(&agents, if bad { 0o777 } else { 0o755 });
     let cases: [Harm<'_>; 2] = [
         (&owned, ["agents/native: it belongs", "the user 65534"]),
-        (&open, ["home/agents: others can write it", "mode 0777"]),
+        (&open, ["home/agents: others can write to it", "mode 0777"]),
     ];
     let mut pid = scene.pid;
     for (number, (make, words)) in cases.into_iter().enumerate() {
@@ -188,7 +188,7 @@ fn an_executable_writable_by_others_is_not_run_as_a_role() {
     let scene = Scene::new();
     scene.victim();
     let executable = scene.host.home().join("bin/aops");
-    let words = ["bin/aops: others can write it", "mode 0777"];
+    let words = ["bin/aops: others can write to it", "mode 0777"];
     set_mode(&executable, 0o777);
     scene.order_victim(json!({}));
     scene.assert_reported("stage", "refused", &words);
@@ -217,7 +217,8 @@ fn settings_and_state_writable_by_others_are_reported_and_stop_nothing() {
     let (config, state) = (scene.host.home().join("etc/conf.toml"), scene.host.home().join("state/manager.json"));
     set_mode(&config, 0o666);
     give_to(&state, NOBODY);
-    let words = ["etc/conf.toml: others can write it (mode 0666)", "state/manager.json: it belongs to the user 65534"];
+    let words =
+        ["etc/conf.toml: others can write to it (mode 0666)", "state/manager.json: it belongs to the user 65534"];
     scene.assert_reported("files", "failed", &words);
     let problems = scene.host.status()["problems"].to_string();
     assert!(words.iter().all(|word| problems.contains(word)), "{problems}");
@@ -243,9 +244,9 @@ fn a_named_pipe_instead_of_a_file_blocks_nothing() {
     let key = home.join("etc/keys/trap.pub");
     make_pipe(&key);
     restart();
-    scene.assert_reported("home", "refused", &["etc/keys/trap.pub", "it is no file"]);
+    scene.assert_reported("home", "refused", &["etc/keys/trap.pub", "it is not a file"]);
     scene.order_victim(json!({}));
-    scene.assert_reported("stage", "refused", &["etc/keys/trap.pub", "it is no file"]);
+    scene.assert_reported("stage", "refused", &["etc/keys/trap.pub", "it is not a file"]);
     fs::remove_file(&key).expect("it is ours");
 
     let (config, aside) = (home.join("etc/conf.toml"), scene.host.beside("conf.toml"));
@@ -257,8 +258,8 @@ fn a_named_pipe_instead_of_a_file_blocks_nothing() {
         make_pipe(path);
     }
     restart();
-    scene.assert_reported("config", "failed", &["etc/conf.toml", "it is no file", "last good settings"]);
-    scene.assert_reported("config", "failed", &["state/desired.json", "it is no file"]);
+    scene.assert_reported("config", "failed", &["etc/conf.toml", "it is not a file", "last good settings"]);
+    scene.assert_reported("config", "failed", &["state/desired.json", "it is not a file"]);
     fs::remove_file(&config).and_then(|()| fs::rename(&aside, &config)).expect("it is ours");
     fs::remove_file(home.join("state/pins.json")).expect("it is ours");
     scene.order_victim(json!({}));
