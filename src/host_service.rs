@@ -1,8 +1,8 @@
-//! The host's service manager: registers the two roles of a home, starts and stops them, and answers for their units.
+//! The host's service manager: registers the two roles of a home, starts and stops them, and reports the state of their units.
 //!
-//! Every kind of service manager has a file here, and every file the same functions under the same names, [`none`] included. What is here
-//! passes a call on to the file of its kind; nothing outside asks which kind it is. Whether a home is registered, and with which kind, is
-//! in its `state/install.json`; what is here acts on the kind that it is given.
+//! Each kind of service manager has a file here, and each file has the same functions, including [`none`]. This module dispatches to the
+//! file of the given kind; code outside never branches on the kind. Whether a home is registered, and with which kind, is stored in its
+//! `state/install.json`.
 
 use std::process::Child;
 
@@ -18,7 +18,7 @@ mod systemd;
 
 pub use none::end_roles;
 
-/// Calls the function of that name in the file of its kind.
+/// Calls the function of that name in the file of the kind.
 macro_rules! of {
     ($kind:expr, $name:ident($($argument:expr),*)) => {
         match $kind {
@@ -33,7 +33,7 @@ pub fn detect() -> ServiceManagerKind {
     if systemd::runs() { ServiceManagerKind::Systemd } else { ServiceManagerKind::None }
 }
 
-/// The service manager that runs on this host, where the home is registered with it.
+/// The service manager that runs on this host, if the home is registered with it.
 pub fn registered_with(home: &Home) -> ServiceManagerKind {
     let kind = detect();
     if is_registered(kind, home) { kind } else { ServiceManagerKind::None }
@@ -44,72 +44,72 @@ pub fn registration_left(home: &Home) -> Option<ServiceManagerKind> {
     ServiceManagerKind::ALL.iter().copied().find(|kind| is_registered(*kind, home))
 }
 
-/// Whether it could run the roles of this home.
+/// Checks that the roles of this home can be registered.
 pub fn can_register(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, can_register(home))
 }
 
-/// Whether a registration of the home could be taken back.
+/// Checks that the registration of the home can be removed.
 pub fn can_unregister(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, can_unregister(home))
 }
 
-/// Registers the roles, to be started at boot. Twice is as good as once.
+/// Registers the roles, to be started at boot. Registering twice is not an error.
 pub fn register(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, register(home))
 }
 
-/// Brings what an earlier release registered for this home under other names under its own; for an operator's start, not for a role's.
+/// Renames units that an earlier release registered for this home under other names. For an operator's start, not for a role's.
 pub fn settle(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, settle(home))
 }
 
-/// Brings what an earlier release registered up to what this one registers; whether there was something to do.
+/// Updates the units that an earlier release registered; whether there was anything to update.
 pub fn refresh(kind: ServiceManagerKind, home: &Home) -> Result<bool> {
     of!(kind, refresh(home))
 }
 
-/// Takes back [`register`], also where a part of it is gone already. What an operator added stays for the next registration.
+/// Reverts [`register`], also if parts of it are already gone. An operator's additions stay for the next registration.
 pub fn unregister(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, unregister(home))
 }
 
-/// [`unregister`] for good: what an operator added goes too.
+/// Like [`unregister`], but permanently: an operator's additions are removed too.
 pub fn purge(kind: ServiceManagerKind, home: &Home) -> Result<()> {
     of!(kind, purge(home))
 }
 
-/// Whether anything stands of a registration of this home.
+/// Whether any part of a registration of this home exists.
 pub fn is_registered(kind: ServiceManagerKind, home: &Home) -> bool {
     of!(kind, is_registered(home))
 }
 
-/// Whether anything of this home is known to it: a registration, or what it remembers without one.
+/// Whether the service manager knows this home: a registration, or state that remains without one.
 pub fn is_known(kind: ServiceManagerKind, home: &Home) -> bool {
     of!(kind, is_known(home))
 }
 
-/// Starts roles; one that runs is left as it is. The child is the manager, where no service manager is its parent.
+/// Starts roles; a running one is not restarted. Returns the manager's process if no service manager is its parent.
 pub fn start(kind: ServiceManagerKind, home: &Home, roles: &[Role]) -> Result<Option<Child>> {
     of!(kind, start(home, roles))
 }
 
-/// Stops roles, which is a stop: the sub-agents go too.
+/// Stops roles with the sub-agents, as `control stop` does.
 pub fn stop(kind: ServiceManagerKind, home: &Home, roles: &[Role]) -> Result<()> {
     of!(kind, stop(home, roles))
 }
 
-/// Restarts roles; the sub-agents keep running. The child is the manager, where no service manager is its parent.
+/// Restarts roles; the sub-agents keep running. Returns the manager's process if no service manager is its parent.
 pub fn restart(kind: ServiceManagerKind, home: &Home, roles: &[Role]) -> Result<Option<Child>> {
     of!(kind, restart(home, roles))
 }
 
-/// What it knows of a role's unit.
+/// The state of a role's unit.
 pub fn standing(kind: ServiceManagerKind, home: &Home, role: Role) -> Result<UnitStanding> {
     of!(kind, standing(home, role))
 }
 
-/// Whether a role's unit is being stopped only to be started again.
+/// Whether a role's unit is being stopped as part of a restart.
 pub fn is_restarting(kind: ServiceManagerKind, home: &Home, role: Role) -> Result<bool> {
     of!(kind, is_restarting(home, role))
 }

@@ -1,8 +1,8 @@
-//! No service manager: the manager is started in a session of its own, starts the watchdog, and the two start each other from then on.
+//! No service manager: the manager is started in a session of its own and starts the watchdog; from then on each restarts the other.
 //!
-//! While a release of the manager is on trial, the watchdog is started with it: a bad manager may not come to start one.
+//! While a release of the manager is on trial, the watchdog is started together with it: a broken manager may fail to start one.
 //!
-//! Nothing is registered, so nothing starts the home at boot. A stop is the recorded one, which both roles honour by themselves.
+//! Nothing is registered, so nothing starts the home at boot. A stop is recorded in the home, and both roles comply with it.
 
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -16,9 +16,9 @@ use crate::home::Home;
 use crate::installation::upgrade;
 use crate::{platform, role};
 
-/// For the manager to give way.
+/// Timeout of a request to the manager.
 const YIELD: Duration = Duration::from_secs(5);
-/// For one that is dying to be gone, or for one that comes up to answer.
+/// Timeout for an exiting manager to be gone, or for a starting one to answer.
 const DIES: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -66,7 +66,7 @@ pub fn start(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
         if answers || Instant::now() >= deadline {
             return start_judge(home).map(|()| None);
         }
-        // One that was killed has the role for a moment more, and nobody to start another.
+        // A killed manager holds the role for a moment, and no other process would start a new one.
         platform::pause(LOOK);
     }
     spawn(home)
@@ -78,9 +78,9 @@ fn spawn(home: &Home) -> Result<Option<Child>> {
     Ok(Some(manager))
 }
 
-/// Starts the watchdog where an upgrade of the manager is under way and nobody judges it.
+/// Starts the watchdog if an upgrade of the manager is on trial and no watchdog evaluates it.
 fn start_judge(home: &Home) -> Result<()> {
-    // Where the record cannot be read, a watchdog more does no harm: it gives up for want of the role.
+    // If the record cannot be read, an additional watchdog does no harm: it exits, since the role is taken.
     let is_under_way = upgrade::load(home).map_or(true, |record| record.trial().is_some());
     if is_under_way && !role::is_taken(home, Role::Spa) {
         role::spawn(home, Role::Spa)?;
@@ -102,11 +102,11 @@ pub fn standing(_home: &Home, _role: Role) -> Result<UnitStanding> {
 }
 
 pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {
-    bail!("cannot tell whether this is a restart: no service manager is found on this host")
+    bail!("cannot determine whether this is a restart: no service manager found on this host")
 }
 
-/// Ends both roles, the watchdog first, and leaves the sub-agents running. A service manager would start its own again; the manager
-/// starts a watchdog again after a moment, within which it ends itself.
+/// Stops both roles, the watchdog first, and leaves the sub-agents running. A service manager would restart its own roles. The manager
+/// restarts the watchdog after a delay, and is stopped within it.
 pub fn end_roles(home: &Home) -> Result<()> {
     if let Some(watchdog) = role::living(home, Role::Spa) {
         watchdog.ask_to_end()?;

@@ -1,4 +1,4 @@
-//! The products that hosts belong to, as data: how they are recognized and what differs there (`assets/products.toml`).
+//! The products that hosts belong to, as data: how each is recognized, and its settings (`assets/products.toml`).
 
 use std::fs::File;
 use std::io::Read;
@@ -11,16 +11,16 @@ use crate::home;
 
 const DATA: &str = include_str!("../../assets/products.toml");
 
-/// How much of a marker's file is looked at.
+/// Bytes of a marker's file that are read.
 const MAX_MARKER_BYTES: u64 = 64 << 10;
 
-/// One product.
+/// A product.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Product {
     pub name: String,
     pub service: ServiceRegistration,
-    /// The default home; `None`: the system's own.
+    /// The default home; `None`: the default of the system.
     home: Option<PathBuf>,
     boot: String,
     #[serde(default)]
@@ -31,7 +31,7 @@ pub struct Product {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ServiceRegistration {
-    /// Where there is one.
+    /// If the host has one.
     Auto,
     None,
 }
@@ -54,7 +54,7 @@ impl Product {
         self.home.clone().unwrap_or_else(home::default_root)
     }
 
-    /// What a person is to do so that the home is started at boot, where no service manager does that.
+    /// Advice for an operator on how to start the home at boot, where no service manager does.
     pub fn boot_advice(&self, control: &Path) -> String {
         self.boot.replace("{control}", &control.display().to_string())
     }
@@ -81,12 +81,12 @@ fn choose_from(products: Vec<Product>, name: Option<&str>, root: &Path) -> Resul
     let known: Vec<String> = products.iter().map(|product| product.name.clone()).collect();
     match products.into_iter().find(|product| product.name == wanted) {
         Some(product) => Ok(product),
-        None => bail!("cannot take {wanted:?} as a product: expected auto, {}", known.join(", ")),
+        None => bail!("cannot use {wanted:?} as a product: expected auto, {}", known.join(", ")),
     }
 }
 
 impl ProductMarker {
-    /// `root` stands for `/`.
+    /// `root` replaces `/`.
     fn holds(&self, root: &Path) -> bool {
         let path = root.join(self.file.strip_prefix("/").unwrap_or(&self.file));
         let Some(text) = &self.contains else { return path.exists() };

@@ -1,7 +1,7 @@
-//! systemd: the units of a home, and what systemd says of them.
+//! systemd: the units of a home, and their state.
 //!
-//! A unit's whole content is ours (`assets/aops-*.service`); operators change it in drop-ins. Every call of `systemctl` has a deadline:
-//! a hung PID 1 must not hang us.
+//! The whole content of a unit is ours (`assets/aops-*.service`); operators change it with drop-ins. Every `systemctl` call has a timeout:
+//! a hung PID 1 must not block us.
 
 use std::fs;
 use std::path::Path;
@@ -19,28 +19,29 @@ use crate::store::{self, Access};
 
 mod units;
 
-/// For what only asks or writes.
+/// Timeout of calls that only query or write.
 const QUICK: Duration = Duration::from_secs(30);
-/// For what waits until a role is up (`TimeoutStartSec=60`).
+/// Timeout of calls that wait until a role is up (`TimeoutStartSec=60`).
 const STARTING: Duration = Duration::from_secs(90);
-/// For what waits until both roles have ended (`TimeoutStopSec=900`, for the slowest sub-agent's grace period) and are up again.
+/// Timeout of calls that wait until both roles have stopped (`TimeoutStopSec=900`, for the longest grace period of a sub-agent) and are up
+/// again.
 const STOPPING: Duration = Duration::from_secs(1000);
 
-/// What systemd says of a unit.
+/// The state of a unit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct UnitState {
     /// `loaded`, `not-found`, `masked`, `bad-setting`, `error`.
     load_state: String,
     /// `active`, `activating`, `deactivating`, `inactive`, `failed`, `reloading`.
     active_state: String,
-    /// `enabled`, `disabled`, `masked`, …; empty where there is no file.
+    /// `enabled`, `disabled`, `masked`, …; empty if there is no unit file.
     unit_file_state: String,
-    /// The kind of the job that is at work on the unit: `start`, `stop`, `restart`, …
+    /// The type of the unit's pending job: `start`, `stop`, `restart`, …
     job: Option<String>,
 }
 
 impl UnitState {
-    /// Whether nobody is to start it: an operator masked or disabled it.
+    /// Whether an operator masked or disabled it.
     fn is_forbidden(&self) -> bool {
         self.load_state == "masked" || matches!(self.unit_file_state.as_str(), "masked" | "masked-runtime" | "disabled")
     }
@@ -48,36 +49,36 @@ impl UnitState {
     fn standing(&self) -> UnitStanding {
         match self.active_state.as_str() {
             "active" | "activating" | "reloading" | "deactivating" => UnitStanding::Coming,
-            // Whatever is at work on it, what comes of that is seen at the next look.
+            // The result of the job is visible at the next check.
             _ if self.job.is_some() => UnitStanding::Coming,
             _ if self.is_forbidden() => UnitStanding::Forbidden,
             _ if self.load_state == "not-found" => UnitStanding::Missing,
-            // Whatever its last run's result: a failure that nobody stopped is `failed`, or about to be restarted. A stop in the pause before
-            // an automatic restart leaves the result of the run that failed.
+            // Independent of the last result: a failure that is not a stop is `failed`, or in the delay before an automatic restart. A stop
+            // during that delay keeps the result of the failed run.
             "inactive" => UnitStanding::Stopped,
             _ => UnitStanding::Dead,
         }
     }
 
-    /// Whether it runs, or systemd is about to start or stop it.
+    /// Whether it runs, or has a pending job.
     fn is_at_work(&self) -> bool {
         self.job.is_some() || !matches!(self.active_state.as_str(), "inactive" | "failed")
     }
 }
 
-/// Whether this host runs under systemd, and can be told so.
+/// Whether systemd runs on this host and `systemctl` is available.
 pub fn runs() -> bool {
     Path::new("/run/systemd/system").is_dir() && SystemdServiceManager::system().available().unwrap_or(false)
 }
 
-/// Writes the units, makes systemd read them, and enables those of the roles; those of this home that bear another name are replaced by
-/// them. Twice is as good as once.
+/// Writes the units, reloads systemd, and enables the units of the roles. Units of this home with another name are replaced. Registering
+/// twice is not an error.
 pub fn register(home: &Home) -> Result<()> {
     write(home, true)
 }
 
-/// Brings what this home has under other names under its own, enabled or not as it was; nothing happens where there is no such unit.
-/// Not for a role: it may be run by one of them, and would be stopped with it.
+/// Renames units of this home that have another name, enabled or not as before. Does nothing if there are none. Not for a role: a role that
+/// runs in such a unit would be stopped with it.
 pub fn settle(home: &Home) -> Result<()> {
     let strays = units::strays(home);
     if strays.is_empty() {
@@ -111,7 +112,7 @@ fn write(home: &Home, enable: bool) -> Result<()> {
     retire(&strays)
 }
 
-/// Ends what runs under these units, the sub-agents excepted, and takes the units away.
+/// Stops the processes of these units, except for the sub-agents, and removes the units.
 fn retire(strays: &[String]) -> Result<()> {
     if strays.is_empty() {
         return Ok(());
@@ -122,30 +123,30 @@ fn retire(strays: &[String]) -> Result<()> {
         }
     }
     systemctl(&["daemon-reload"], &[], QUICK)?;
-    // One by one: the watchdog first, which would revive the manager.
+    // One by one: the watchdog first, which would restart the manager.
     for stray in strays {
         systemctl(&["stop"], std::slice::from_ref(stray), STOPPING)?;
     }
     remove(strays)
 }
 
-/// Takes unit files away, also where some are gone already.
+/// Removes unit files, also if some are already gone.
 fn remove(units: &[String]) -> Result<()> {
     for unit in units {
-        // By hand: `systemctl disable` fails where the file is gone, and then leaves its link behind.
+        // Not with `systemctl disable`, which fails if the file is gone, and then leaves its link.
         let link = units::enabling_link(unit);
         store::remove(&link)?;
         store::remove(&units::path(unit))?;
         let _ = link.parent().map(fs::remove_dir);
     }
     systemctl(&["daemon-reload"], &[], QUICK)?;
-    // Forgets a failed unit, which would otherwise be listed for ever; one that is not known is an error that means nothing.
+    // Removes a failed unit from systemd's list; the error for an unknown unit is ignored.
     let _ = systemctl(&["reset-failed"], units, QUICK);
     Ok(())
 }
 
-/// Brings units that an earlier release wrote up to what this one writes; whether there were any. What is missing, masked, an operator's
-/// own, or called by another name is left as it is, and what runs goes on.
+/// Updates units that an earlier release wrote; whether there were any. Units that are missing, masked, written by an operator, or named
+/// differently are not changed. Running roles are not restarted.
 pub fn refresh(home: &Home) -> Result<bool> {
     let mut is_any = false;
     for file in units::files(home)? {
@@ -157,18 +158,18 @@ pub fn refresh(home: &Home) -> Result<bool> {
     Ok(is_any)
 }
 
-/// Takes the units away, whatever they are called, also where some are gone already.
+/// Removes the units, whatever their names, also if some are already gone.
 pub fn unregister(home: &Home) -> Result<()> {
     retire(&units::strays(home))?;
     let agents = home.agents_unit();
     if units::is_there(&agents) {
-        // It ends nothing: nobody is left in it but what a sub-agent started for somebody else.
+        // This stops nothing of ours: it may only contain processes that a sub-agent started and that are not ours.
         systemctl(&["stop"], std::slice::from_ref(&agents), QUICK)?;
     }
     remove(&units::all(home))
 }
 
-/// Takes the units away for good, and with them what an operator has added to them (`systemctl edit`).
+/// Removes the units permanently, with the drop-ins that an operator added (`systemctl edit`).
 pub fn purge(home: &Home) -> Result<()> {
     let units = [units::strays(home), units::all(home)].concat();
     unregister(home)?;
@@ -178,20 +179,20 @@ pub fn purge(home: &Home) -> Result<()> {
     if there.is_empty() { Ok(()) } else { systemctl(&["daemon-reload"], &[], QUICK) }
 }
 
-/// Whether the units of this home could be taken away.
+/// Whether the units of this home can be removed.
 pub fn can_unregister(_home: &Home) -> Result<()> {
     if let Some((directory, error)) = units::closed() {
-        bail!("cannot take the units away: {} cannot be written ({error}); make it writable", directory.display());
+        bail!("cannot remove the units: {} is not writable ({error}); make it writable", directory.display());
     }
     Ok(())
 }
 
-/// Whether systemd could run the roles of this home: it answers, and the units can be written.
+/// Whether systemd can run the roles of this home: it responds, and the units can be written.
 pub fn can_register(home: &Home) -> Result<()> {
     units::files(home)?;
     if let Some((directory, error)) = units::closed() {
         bail!(
-            "cannot register with systemd: {} cannot be written ({error}); make it writable, or say --service none",
+            "cannot register with systemd: {} is not writable ({error}); make it writable, or use --service none",
             directory.display()
         );
     }
@@ -199,20 +200,20 @@ pub fn can_register(home: &Home) -> Result<()> {
         let unit = home.unit(*role);
         if state(&unit)?.load_state == "masked" {
             bail!(
-                "cannot register the unit {unit}: it is masked; run `systemctl unmask {unit}`, or say --service none"
+                "cannot register the unit {unit}: it is masked; run `systemctl unmask {unit}`, or use --service none"
             );
         }
     }
     Ok(())
 }
 
-/// Whether there is anything of this home in systemd: a unit file, or a unit that it remembers without one.
+/// Whether systemd knows this home: a unit file, or a unit that it remembers without one.
 pub fn is_known(home: &Home) -> bool {
     let remembered = |role: &Role| state(&home.unit(*role)).is_ok_and(|unit| unit.active_state != "inactive");
     is_registered(home) || Role::BOTH.iter().any(remembered)
 }
 
-/// Whether a unit file of this home stands, whatever it is called.
+/// Whether a unit file of this home exists, whatever its name.
 pub fn is_registered(home: &Home) -> bool {
     units::of_roles(home, Role::BOTH).iter().any(|unit| units::is_there(unit)) || !units::strays(home).is_empty()
 }
@@ -222,8 +223,8 @@ pub fn start(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
     systemctl(&["start"], &in_use(home, roles), STARTING).map(|()| None)
 }
 
-/// Stops the units of the roles, which is a stop: the sub-agents go too. A unit whose file is gone, or is bad, may be at work all the
-/// same; one that is not at work is stopped.
+/// Stops the units of the roles with the sub-agents, as `control stop` does. A unit without a file, or with a bad one, may still run.
+/// Inactive units are skipped.
 pub fn stop(home: &Home, roles: &[Role]) -> Result<()> {
     let mut at_work = Vec::new();
     for unit in units::of_roles(home, roles).into_iter().chain(units::strays_of(home, roles)) {
@@ -242,12 +243,12 @@ pub fn restart(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
     systemctl(&["restart"], &in_use(home, roles), STOPPING).map(|()| None)
 }
 
-/// What systemd knows of a role's unit.
+/// The state of a role's unit.
 pub fn standing(home: &Home, role: Role) -> Result<UnitStanding> {
     Ok(state(&units::in_use(home, role))?.standing())
 }
 
-/// Whether a role's unit is being stopped only to be started again.
+/// Whether a role's unit is being stopped as part of a restart.
 pub fn is_restarting(home: &Home, role: Role) -> Result<bool> {
     Ok(matches!(state(&units::in_use(home, role))?.job.as_deref(), Some("restart" | "try-restart")))
 }
@@ -256,19 +257,19 @@ fn in_use(home: &Home, roles: &[Role]) -> Vec<String> {
     roles.iter().map(|role| units::in_use(home, *role)).collect()
 }
 
-/// What systemd says of a unit.
+/// Queries the state of a unit.
 fn state(unit: &str) -> Result<UnitState> {
     let properties = "--property=LoadState,ActiveState,UnitFileState,Job";
     let (mut state, job) = parse_show(&ask(&["show", properties, &format!("{unit}.service")])?);
     if let Some(id) = job {
-        // Where the job ended between the two questions, the rest of the answer is outdated: something was at work then.
+        // If the job ended between the two queries, the first answer is outdated: a job was pending then.
         let kind = ask(&["show", "--property=JobType", &id]).ok().and_then(|shown| property(&shown, "JobType"));
         state.job = Some(kind.unwrap_or_else(|| "ended".to_owned()));
     }
     Ok(state)
 }
 
-/// Also the job's number, where there is one.
+/// Returns the number of the job too, if there is one.
 fn parse_show(shown: &str) -> (UnitState, Option<String>) {
     let text = |name| property(shown, name).unwrap_or_default();
     let state = UnitState {
@@ -295,7 +296,7 @@ fn context(file: &units::UnitFile) -> ServiceInstallCtx {
         username: None,
         working_directory: None,
         environment: None,
-        // It would enable the unit before systemd has read it.
+        // It would enable the unit before systemd has loaded it.
         autostart: false,
         restart_policy: RestartPolicy::default(),
     }
@@ -304,13 +305,13 @@ fn context(file: &units::UnitFile) -> ServiceInstallCtx {
 fn systemctl(verb: &[&str], units: &[String], deadline: Duration) -> Result<()> {
     let mut command = command();
     command.args(verb).args(units);
-    let shown = || format!("cannot have systemd do `{}`", [verb.join(" "), units.join(" ")].join(" ").trim());
+    let shown = || format!("cannot run `systemctl {}`", [verb.join(" "), units.join(" ")].join(" ").trim());
     let finished = command::run(&mut command, deadline).with_context(shown)?;
     finished.success().map(drop).with_context(shown)
 }
 
 fn ask(arguments: &[&str]) -> Result<String> {
-    let shown = || format!("cannot ask systemd to `{}`", arguments.join(" "));
+    let shown = || format!("cannot run `systemctl {}`", arguments.join(" "));
     let finished = command::run(command().args(arguments), QUICK).with_context(shown)?;
     Ok(finished.success().with_context(shown)?.stdout)
 }

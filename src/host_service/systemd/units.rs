@@ -1,8 +1,8 @@
-//! The unit files of a home: what they are called and what they say; and those of the same home that are called something else.
+//! The unit files of a home: their names and contents; and the stray units of the same home that have another name.
 //!
-//! A unit is named by the home's identity ([`Home::unit`]). An earlier release named it by the path that it was given, whatever the spelling: such
-//! a stray is known by the program that it starts. Where it stands alone, it is the one that is asked and started; it is replaced by one of
-//! the right name when the home is installed, started or restarted.
+//! A unit is named by the home's identity ([`Home::unit`]). An earlier release named it by the path as it was given: such a stray is
+//! recognized by the program that it starts. If it is the only unit of a role, it is the one that is queried and started. It is replaced by
+//! a unit with the right name when the home is installed, started or restarted.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,14 +16,14 @@ use crate::store::{self, Access};
 
 const SPM_UNIT: &str = include_str!("../../../assets/aops-spm.service");
 const SPA_UNIT: &str = include_str!("../../../assets/aops-spa.service");
-/// Holds the sub-agents' cgroups. It is wanted by the manager's unit and needs no enabling.
+/// Holds the sub-agents' cgroups. The manager's unit wants it, so it is not enabled.
 const AGENTS_UNIT: &str = include_str!("../../../assets/aops-agents.service");
 
-/// How a unit file begins that `install` wrote.
+/// First words of a unit file that `install` wrote.
 const OURS: &str = "# Written by `aops install`";
-/// A unit file of ours has less than 2 KiB.
+/// Maximum size of a unit file that is read; ours have less than 2 KiB.
 const MAX_UNIT_BYTES: u64 = 64 << 10;
-/// The digits that tell a home's units from another's.
+/// Number of hexadecimal digits that distinguish the units of homes.
 const DIGITS: usize = 8;
 
 /// A unit file of a home.
@@ -35,22 +35,22 @@ pub(super) struct UnitFile {
     pub(super) contents: String,
 }
 
-/// Where units of that name are kept.
+/// The path of a unit file.
 pub(super) fn path(unit: &str) -> PathBuf {
     systemd_global_dir_path().join(format!("{unit}.service"))
 }
 
-/// What makes systemd start it at boot, where it is enabled.
+/// The link that makes systemd start the unit at boot.
 pub(super) fn enabling_link(unit: &str) -> PathBuf {
     systemd_global_dir_path().join("multi-user.target.wants").join(format!("{unit}.service"))
 }
 
-/// What an operator has added to it (`systemctl edit`).
+/// The directory of an operator's drop-ins (`systemctl edit`).
 pub(super) fn drop_ins(unit: &str) -> PathBuf {
     systemd_global_dir_path().join(format!("{unit}.service.d"))
 }
 
-/// The first directory of units in which nothing can be written, and why; `None`: all of them can be.
+/// The first unit directory that is not writable, and why; `None`: all of them are writable.
 pub(super) fn closed() -> Option<(PathBuf, std::io::Error)> {
     let directory = systemd_global_dir_path();
     let enabled = Some(directory.join("multi-user.target.wants")).filter(|enabled| enabled.is_dir());
@@ -60,17 +60,17 @@ pub(super) fn closed() -> Option<(PathBuf, std::io::Error)> {
     })
 }
 
-/// The units of the roles, by their right names.
+/// The right names of the roles' units.
 pub(super) fn of_roles(home: &Home, roles: &[Role]) -> Vec<String> {
     roles.iter().map(|role| home.unit(*role)).collect()
 }
 
-/// All units of the home, by their right names.
+/// The right names of all units of the home.
 pub(super) fn all(home: &Home) -> Vec<String> {
     [of_roles(home, Role::BOTH), vec![home.agents_unit()]].concat()
 }
 
-/// The name under which a role's unit stands: the right one, unless a stray alone is there.
+/// The current name of a role's unit: the right one, unless only a stray exists.
 pub(super) fn in_use(home: &Home, role: Role) -> String {
     let unit = home.unit(role);
     if is_there(&unit) {
@@ -80,12 +80,12 @@ pub(super) fn in_use(home: &Home, role: Role) -> String {
     stray.unwrap_or(unit)
 }
 
-/// Whether there is a file of that unit, or a link in its place.
+/// Whether a unit file exists, or a link in its place.
 pub(super) fn is_there(unit: &str) -> bool {
     path(unit).symlink_metadata().is_ok()
 }
 
-/// Units of this home that bear another name, the watchdog's first, as they are to be stopped.
+/// Units of this home with another name, in the order in which they must be stopped: the watchdog first.
 pub(super) fn strays(home: &Home) -> Vec<String> {
     let entries = fs::read_dir(systemd_global_dir_path()).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".service")?.to_owned()));
@@ -104,7 +104,7 @@ pub(super) fn strays_of(home: &Home, roles: &[Role]) -> Vec<String> {
     strays(home).into_iter().filter(is_of_one).collect()
 }
 
-/// Whether that is what a unit of the program is called, in one home or another.
+/// Whether a unit of this program has this name, in any home.
 fn of_program(unit: &str, program: &str) -> bool {
     let Some(rest) = unit.strip_prefix(program) else { return false };
     let digits = rest.strip_prefix('-').unwrap_or_default();
@@ -130,7 +130,7 @@ fn started(unit: &str) -> Option<PathBuf> {
     Some(PathBuf::from(program.replace("%%", "%")))
 }
 
-/// What a stray says while it is taken away: it ends without stopping the sub-agents, and is not started again.
+/// The content of a stray while it is removed: it stops without stopping the sub-agents, and is not restarted.
 pub(super) fn without_hooks(unit: &str) -> Result<Option<String>> {
     let Some(text) = store::read(&path(unit), MAX_UNIT_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&text).into_owned();
@@ -138,7 +138,7 @@ pub(super) fn without_hooks(unit: &str) -> Result<Option<String>> {
     Ok(Some(text.lines().filter(stays).map(|line| format!("{line}\n")).collect()))
 }
 
-/// Gives the right names to what an operator has added to strays; where something is there already, that stays.
+/// Moves the drop-ins of strays to the right names; existing ones are kept.
 pub(super) fn move_drop_ins(home: &Home, strays: &[String]) -> Result<()> {
     for stray in strays {
         let right = all(home).into_iter().find(|unit| program_of(unit) == program_of(stray));
@@ -155,7 +155,7 @@ fn program_of(unit: &str) -> Option<&'static str> {
     programs.into_iter().find(|program| of_program(unit, program))
 }
 
-/// The unit files of a home as this release writes them.
+/// The unit files of a home, as this release writes them.
 pub(super) fn files(home: &Home) -> Result<[UnitFile; 3]> {
     let file = |unit: String, program: PathBuf, template| -> Result<UnitFile> {
         let contents = contents(home, template, program.clone())?;
@@ -170,13 +170,13 @@ pub(super) fn files(home: &Home) -> Result<[UnitFile; 3]> {
 }
 
 impl UnitFile {
-    /// Whether the file says so already.
+    /// Whether the file has this content already.
     pub(super) fn stands(&self) -> Result<bool> {
         Ok(store::read(&path(&self.unit), MAX_UNIT_BYTES)?.as_deref() == Some(self.contents.as_bytes()))
     }
 
-    /// Writes it in the place of one that an earlier release wrote; whether there was one. What is missing, masked or an operator's own is
-    /// left as it is.
+    /// Replaces a unit that an earlier release wrote; whether there was one. A unit that is missing, masked or written by an operator is
+    /// not changed.
     pub(super) fn refresh(&self) -> Result<bool> {
         let path = path(&self.unit);
         if !path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
@@ -191,20 +191,20 @@ impl UnitFile {
     }
 }
 
-/// A unit of a home that runs `program`. Refuses a home whose path cannot stand in a unit file.
+/// The content of a unit. Fails for a path that a unit file cannot contain.
 fn contents(home: &Home, template: &str, executable: PathBuf) -> Result<String> {
     let program = |path: PathBuf| {
         if path.to_string_lossy().contains(['"', '\'', '\\']) {
             bail!(
-                "cannot register {} with systemd: it takes no program whose path has a quote or a backslash; choose another --home, or say \
-                 --service none",
+                "cannot register {} with systemd: a unit cannot run a program whose path has a quote or a backslash; choose another \
+                 --home, or use --service none",
                 home.root().display()
             );
         }
         quoted(&path, false)
     };
     let root = home.known_as();
-    // A description has specifiers, but neither quotes nor variables.
+    // A description has specifiers, but no quotes and no variables.
     let shown = root.display().to_string().replace('%', "%%");
     Ok(template
         .replace("@EXECUTABLE@", &program(executable)?)
@@ -215,12 +215,12 @@ fn contents(home: &Home, template: &str, executable: PathBuf) -> Result<String> 
         .replace("@SPA@", &home.unit(Role::Spa)))
 }
 
-/// A path as one word of a command line in a unit: `%` begins a specifier, `\` and `"` are quoted, and `$` begins a variable in
-/// everything but the program's own path.
+/// A path as one word of a unit's command line: `%` is escaped, since it starts a specifier; `\` and `"` are quoted; and `$` is escaped,
+/// since it starts a variable, except in the path of the program itself.
 fn quoted(path: &Path, variables: bool) -> Result<String> {
-    let Some(text) = path.to_str() else { bail!("cannot write {} into a unit: it is not UTF-8", path.display()) };
+    let Some(text) = path.to_str() else { bail!("cannot write {} to a unit: it is not UTF-8", path.display()) };
     if text.chars().any(char::is_control) {
-        bail!("cannot write {text:?} into a unit: it has a control character");
+        bail!("cannot write {text:?} to a unit: it has a control character");
     }
     let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%");
     let text = if variables { text.replace('$', "$$") } else { text };

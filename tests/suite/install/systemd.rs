@@ -290,7 +290,7 @@ fn impossible_installations_fail_before_anything_is_stopped() {
     // The copy of its program is another file than the running one; its own script stops it.
     let closed = "mount --bind /etc/systemd/system /etc/systemd/system && mount -o remount,bind,ro /etc/systemd/system";
     done(&container, closed);
-    refused(&["cannot register with systemd", "/etc/systemd/system cannot be written", "--service none"]);
+    refused(&["cannot register with systemd", "/etc/systemd/system is not writable", "--service none"]);
     done(&container, "umount /etc/systemd/system");
     container.run(&install).expect_code(0);
     assert_eq!(old(), Vec::<u32>::new());
@@ -304,7 +304,7 @@ fn impossible_installations_fail_before_anything_is_stopped() {
     let running = roles();
     done(&container, closed);
     let output = container.run(&[control, "uninstall", "--yes"]).expect_code(1);
-    assert!(output.stderr.contains("cannot take the units away: /etc/systemd/system cannot be written"), "{output}");
+    assert!(output.stderr.contains("cannot remove the units: /etc/systemd/system is not writable"), "{output}");
     assert_eq!(roles(), running);
     done(&container, "umount /etc/systemd/system");
     container.run(&[control, "uninstall", "--yes"]).expect_code(0);
