@@ -1,10 +1,10 @@
-//! The processes of sub-agents: started, recorded, found again, stopped with all that they started.
+//! The processes of sub-agents: starting them, recording them, finding them again, and stopping them with everything that they started.
 //!
-//! A sub-agent's process is known by its record (`run/agents/<name>.json`: pid, start time, boot), which is in place before the program
-//! runs. Its tree is held together by a group of its own (a cgroup on Linux). Where no group could be made or entered, its session and what
-//! descends from it count, and where a record could not be written, the mark in its environment (`AOPS_HOME`, `AOPS_AGENT_NAME`), which a
-//! program may overwrite. Of a `control` script's program the script itself knows most. So any role, started at any time, finds and can end
-//! what an earlier one started. Only the very processes meant are ever signalled.
+//! A sub-agent's process is identified by its record (`run/agents/<name>.json`: pid, start time, boot), which is written before the program
+//! runs. Its process tree is held by a group of its own (a cgroup on Linux). If no group could be created or entered, its session and its
+//! descendants count instead. If the record could not be written, the marker in its environment counts (`AOPS_HOME`, `AOPS_AGENT_NAME`),
+//! which a program may overwrite. The program of a `control` script is identified by the script first. So any role, started at any time,
+//! can find and stop what a previous one started. Only these exact processes are ever signalled.
 
 use crate::home::Home;
 use crate::platform::Groups;
@@ -19,7 +19,7 @@ pub mod script;
 pub mod stop;
 pub mod tree;
 
-/// Where the groups of a home's sub-agents are made; `None`: nowhere on this host.
+/// The location of the groups of a home's sub-agents; `None`: this host has none.
 pub fn groups(home: &Home) -> Option<Groups> {
     Groups::find(&home.agents_unit())
 }

@@ -1,15 +1,15 @@
-//! Whether a process that nothing holds or marks is a sub-agent's own: one whose number its `control` script told, or keeps in a file.
+//! Decides whether a process outside of the sub-agent's group and without its marker is the sub-agent's own: its pid comes from the
+//! `control` script or from a pid file.
 //!
-//! A program may leave its group (a login session), begin a session of its own, clear its environment or overwrite it. The script still
-//! knows its number; but that may be somebody else's by now, who must be neither taken for the sub-agent nor ended as such. So a number is
-//! believed only with a sign:
+//! A program may leave its group (a login session), start a session, or clear or overwrite its environment. The script still knows its pid,
+//! but the pid may have been reused by another program, which must be neither adopted nor killed. So a pid is accepted only with evidence:
 //!
-//! - the process bears the sub-agent's mark, lives in its group, or works in its directory or runs a program of it,
-//! - it began since `control start` was run, which is said to have started it,
-//! - it descends from the manager, which has whatever its sub-agents orphan for children,
+//! - the process has the sub-agent's marker, is in its group, works in its directory or runs one of its programs,
+//! - it started after `control start` was run, which is said to have started it,
+//! - it descends from the manager, which adopts the orphans of its sub-agents,
 //! - a pid file in the release was written for it.
 //!
-//! Never is one believed that is another sub-agent's, a role of the home, or the first process.
+//! A process of another sub-agent, a role of the home, and the first process are never accepted.
 
 use std::time::SystemTime;
 
@@ -17,10 +17,10 @@ use super::launch::StartSpec;
 use super::{pid_file, record, tree};
 use crate::platform::{self, ProcessInfo};
 
-/// Generations between the manager and a process that is looked at.
+/// Maximum number of ancestors that are checked.
 const GENERATIONS: u32 = 64;
 
-/// The process of that number, if it is the sub-agent's own. `since`: when its script was run that started it, where that is known.
+/// The process with this pid, if it is the sub-agent's own. `since`: the start time of `control start`, if known.
 pub fn own(start: &StartSpec, pid: u32, since: Option<u64>) -> Option<ProcessInfo> {
     let process = platform::seen(pid, start.home.root())?;
     let is_own = !is_others(start, &process)
@@ -52,7 +52,7 @@ fn is_recorded_for_another(start: &StartSpec, process: &ProcessInfo) -> bool {
     })
 }
 
-/// Whether a process has to do with a sub-agent by where it works or what it runs.
+/// Whether a process works in the sub-agent's directory or runs a program from it.
 pub fn runs_from(start: &StartSpec, pid: u32) -> bool {
     let directory = start.home.agent(&start.name);
     platform::working_directory(pid)
@@ -62,7 +62,7 @@ pub fn runs_from(start: &StartSpec, pid: u32) -> bool {
         .any(|path| path.starts_with(&directory))
 }
 
-/// Whether a process has this one, the manager, for an ancestor, and no other sub-agent's between.
+/// Whether this process, the manager, is an ancestor of the process, with no process of another sub-agent in between.
 fn descends_from_us(start: &StartSpec, process: &ProcessInfo) -> bool {
     let mut parent = process.parent;
     for _ in 0..GENERATIONS {
@@ -116,7 +116,7 @@ mod tests {
         start
     }
 
-    /// A process that bears no mark, and whose parent is gone: init has it.
+    /// A process without a marker, whose parent has exited: init adopted it.
     fn stranger(home: &Home) -> Ended {
         let output = Command::new("sh").args(["-c", "cd /; sleep 1000 >/dev/null 2>&1 & echo $!"]).output().unwrap();
         let pid = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
@@ -128,16 +128,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         let start = start(&home);
-        assert!(own(&start, 1, Some(0)).is_none(), "the first process is nobody's");
+        assert!(own(&start, 1, Some(0)).is_none(), "the first process is never accepted");
         let stranger = stranger(&home);
         let ProcessInfo { pid, start_time, .. } = stranger.0;
         assert!(own(&start, pid, None).is_none());
-        assert!(own(&start, pid, Some(start_time + 1)).is_none(), "it was there before");
-        assert_eq!(own(&start, pid, Some(start_time)).as_ref(), Some(&stranger.0), "it began since");
+        assert!(own(&start, pid, Some(start_time + 1)).is_none(), "it started before");
+        assert_eq!(own(&start, pid, Some(start_time)).as_ref(), Some(&stranger.0), "it started afterwards");
         std::fs::write(start.directory().join("app.pid"), pid.to_string()).unwrap();
         assert_eq!(own(&start, pid, None).as_ref(), Some(&stranger.0), "the file was written for it");
 
-        // What is recorded for another is that one's.
+        // A process that is recorded for another sub-agent belongs to that one.
         let head = RecordHead { name: "b".parse().unwrap(), ..start.head() };
         ProcessRecord { head, pid, start_time, group: None, session: None, ended: None }.save(&home);
         assert!(own(&start, pid, Some(start_time)).is_none());

@@ -1,13 +1,13 @@
-//! Asks sub-agents how they are: one question, one answer, and nothing of it left behind.
+//! Health checks of sub-agents: one request, one result, and nothing left behind.
 //!
-//! `http` sends a GET and looks at the status line: 2xx and 3xx are healthy; no redirect is followed and no body read; no proxy is used,
-//! whatever the environment says; a certificate is not judged, for such a server runs on this host and often has one that names another,
-//! and neither is it told a secret nor is anything believed that it says. `tcp` is healthy when the connection is accepted. `exec` runs a
-//! program of the package with the sub-agent's environment and user, its output in the sub-agent's log; it is healthy when it exits with 0,
-//! and at the timeout all that it started is killed. A `control` script is asked for its `status`.
+//! `http` sends a GET and reads the status line: 2xx and 3xx are healthy. It follows no redirect, reads no body and uses no proxy, whatever
+//! the environment says. The certificate is not verified: such a server runs on this host and often has one for another name, it is sent no
+//! secret, and nothing that it returns is trusted. `tcp` is healthy when the connection is accepted. `exec` runs a program of the package
+//! with the sub-agent's environment and user, with its output in the sub-agent's log; exit code 0 is healthy, and at the timeout everything
+//! that it started is killed. A `control` script is run with `status`.
 //!
-//! Nothing is resident between two questions: no thread, no connection. That this process did not run, or the host has no more memory or
-//! descriptors, says nothing about the sub-agent.
+//! Between two checks nothing is resident: no thread, no connection. A check that fails because this process did not run, or because the
+//! host is out of memory or descriptors, is not a result.
 
 mod http;
 mod program;
@@ -26,16 +26,16 @@ use crate::core::supervise::CheckResult;
 use crate::platform;
 
 const SCRIPT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A timeout that comes so late was held up by a stop of this process or of the machine.
+/// A timeout that is this late means that this process or the machine was suspended.
 const NOT_SCHEDULED: Duration = Duration::from_secs(2);
-/// Names are looked up by blocking threads, so many at once: a name server that is away must not take all of them.
+/// Concurrent name lookups, each in a blocking thread: an unreachable name server must not use all of them.
 static LOOKUPS: Semaphore = Semaphore::const_new(4);
-/// A TLS connection takes some 50 KiB while it stands.
+/// Concurrent TLS connections: each takes some 50 KiB.
 static HANDSHAKES: Semaphore = Semaphore::const_new(8);
-/// Of a name's addresses, so many are tried.
+/// Addresses of a name that are tried.
 const MAX_ADDRESSES: usize = 4;
 
-/// What is to be asked.
+/// A health check.
 #[derive(Debug)]
 pub struct HealthQuery {
     timeout: Duration,
@@ -51,7 +51,7 @@ enum QueryKind {
 }
 
 impl HealthQuery {
-    /// After the health of what was started so; `None`: it gives no way to ask.
+    /// The check of a sub-agent that was started like this; `None`: it has none.
     pub fn of(start: StartSpec) -> Option<HealthQuery> {
         let health = match &start.program {
             Program::Script => {
@@ -68,7 +68,7 @@ impl HealthQuery {
     }
 }
 
-/// Asks, and takes no longer than the timeout, and what it takes to end a program that does not answer.
+/// Runs a check. Takes at most the timeout, plus the time to kill a program that does not answer.
 pub async fn ask(question: HealthQuery) -> CheckResult {
     let HealthQuery { timeout, of } = question;
     let result = match of {
@@ -92,16 +92,16 @@ async fn within(timeout: Duration, asked: impl Future<Output = Result<(), CheckR
     tokio::time::timeout(timeout, asked).await.unwrap_or_else(|_| Err(late(began, timeout)))
 }
 
-/// No answer in time.
+/// The result of a timeout.
 fn late(began: Instant, timeout: Duration) -> CheckResult {
     if began.elapsed() > timeout + NOT_SCHEDULED {
-        CheckResult::Unknown("the manager did not run in the meantime".to_owned())
+        CheckResult::Unknown("the manager was suspended during the check".to_owned())
     } else {
         CheckResult::Unhealthy(format!("no answer within {timeout:?}"))
     }
 }
 
-/// What it means that something could not be done.
+/// The result of a failed operation: a shortage of this host is not the sub-agent's failure.
 fn failed(what: &str, error: &io::Error) -> CheckResult {
     let text = format!("{what}: {error}");
     if platform::is_shortage(error) { CheckResult::Unknown(text) } else { CheckResult::Unhealthy(text) }
@@ -109,7 +109,7 @@ fn failed(what: &str, error: &io::Error) -> CheckResult {
 
 type CheckPermit = Option<SemaphorePermit<'static>>;
 
-/// To wait for others is not the sub-agent's fault, so this comes before its time begins.
+/// Waiting for other lookups is not the sub-agent's fault, so it comes before the timeout starts.
 async fn turn_to_look_up(address: &Address) -> CheckPermit {
     if at_hand(address).is_some() { None } else { LOOKUPS.acquire().await.ok() }
 }
@@ -134,14 +134,14 @@ async fn resolve(address: &Address, turn: CheckPermit) -> io::Result<Vec<SocketA
     }
     let Address { host, port } = address.clone();
     let looked_up = tokio::task::spawn_blocking(move || {
-        // Held until the thread is free again, also when nobody waits for the answer any more.
+        // Held until the thread is free again, even if the caller stopped waiting.
         let _turn = turn;
         (host.as_str(), port).to_socket_addrs().map(Iterator::collect)
     });
     looked_up.await.map_err(io::Error::other)?
 }
 
-/// The addresses that nobody has to be asked for.
+/// The addresses of a host that needs no lookup.
 fn at_hand(address: &Address) -> Option<Vec<SocketAddr>> {
     let Address { host, port } = address;
     if host.eq_ignore_ascii_case("localhost") {

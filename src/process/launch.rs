@@ -1,4 +1,4 @@
-//! Starts a sub-agent's program: its directory, its environment, its log, its record.
+//! Starts a sub-agent's program with its directory, environment, log and record.
 
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
@@ -21,10 +21,10 @@ use crate::installation::permissions;
 use crate::platform::{self, Child, Group, Groups, Launch, ProcessInfo};
 use crate::store;
 
-/// A manifest is refused beyond this.
+/// A larger manifest is rejected.
 const MAX_MANIFEST_BYTES: u64 = 256 << 10;
 
-/// What a release's directory says about how it is run.
+/// Reads from a release's directory how to run it.
 pub fn inspect(home: &Home, name: &AgentName, version: &Version) -> Result<Program> {
     let directory = home.release(name, version);
     let path = directory.join(MANIFEST);
@@ -38,14 +38,18 @@ pub fn inspect(home: &Home, name: &AgentName, version: &Version) -> Result<Progr
     };
     let text = String::from_utf8(bytes).with_context(|| format!("cannot read {}: it is not UTF-8", path.display()))?;
     let manifest =
-        parse(&text).with_context(|| format!("cannot use {MANIFEST} of {name} {version}; publish a mended package"))?;
+        parse(&text).with_context(|| format!("cannot use {MANIFEST} of {name} {version}; publish a fixed package"))?;
     if manifest.name != *name || manifest.version != *version {
-        bail!("cannot run {name} {version}: its {MANIFEST} says that it is {} {}", manifest.name, manifest.version);
+        bail!(
+            "cannot run {name} {version}: its {MANIFEST} is for {} {}; publish a fixed package",
+            manifest.name,
+            manifest.version
+        );
     }
     Ok(Program::Native(Box::new(manifest)))
 }
 
-/// Reads the text of an `agent.toml`.
+/// Parses an `agent.toml`.
 pub fn parse(text: &str) -> Result<Manifest> {
     let manifest: Manifest =
         toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", config::wrong_line(text, &error)))?;
@@ -53,27 +57,27 @@ pub fn parse(text: &str) -> Result<Manifest> {
     Ok(manifest)
 }
 
-/// Where a sub-agent's output goes.
+/// The file for a sub-agent's output.
 #[derive(Debug)]
 pub struct OutputTarget {
     pub file: File,
-    /// Why it does not go into its log, and is lost.
+    /// Why the output is lost instead of written to the log.
     pub lost: Option<String>,
 }
 
-/// All that a start needs to know.
+/// Everything that a start needs.
 #[derive(Debug, Clone)]
 pub struct StartSpec {
     pub home: Home,
     pub name: AgentName,
     pub version: Version,
     pub program: Program,
-    /// As the gateway ordered it, with variables that may not be set.
+    /// As ordered by the gateway, including variables that may not be set.
     pub spec: Spec,
     pub agent_id: AgentId,
     pub endpoint: String,
     pub restarts: u64,
-    /// Where its process tree is held together.
+    /// The location of groups, if the host has one.
     pub groups: Option<Groups>,
 }
 
@@ -82,7 +86,7 @@ impl StartSpec {
         self.home.release(&self.name, &self.version)
     }
 
-    /// The sub-agent's group; `None` where none can be had.
+    /// The sub-agent's group; `None`: this host has no groups.
     pub fn group(&self) -> Option<Group> {
         let groups = self.groups.as_ref()?;
         Some(match self.program.kill_mode() {
@@ -91,11 +95,11 @@ impl StartSpec {
         })
     }
 
-    /// The name of the group that a child began in.
+    /// The name of the group that a child started in.
     pub fn entered(&self, launch: &Launch, child: &Child) -> Option<String> {
         let group = launch.group.as_ref()?.name();
         if !child.grouped {
-            tracing::warn!(agent = %self.name, group, "a sub-agent's group cannot be entered; session and mark stand in");
+            tracing::warn!(agent = %self.name, group, "cannot enter a sub-agent's group; its processes are tracked by session and marker");
         }
         child.grouped.then_some(group)
     }
@@ -124,8 +128,7 @@ impl StartSpec {
         }
     }
 
-    /// The sub-agent's log, to be written behind what is there. A log that cannot be opened (on a read-only disk, or a full one) keeps nothing
-    /// from being started.
+    /// Opens the sub-agent's log for appending. A log that cannot be opened (a read-only or full disk) does not prevent the start.
     pub fn output(&self) -> Result<OutputTarget> {
         let log = self.home.agent_log(&self.name);
         let error = match OpenOptions::new().create(true).append(true).open(&log) {
@@ -134,14 +137,14 @@ impl StartSpec {
         };
         let why = format!("cannot open the log {}", log.display());
         if platform::is_shortage(&error) {
-            // The next try may find what is missing now.
+            // A retry may succeed.
             return Err(error).context(why);
         }
         let file = platform::open_null().context("cannot open the null device")?;
         Ok(OutputTarget { file, lost: Some(format!("{why}: {error}")) })
     }
 
-    /// A command that runs a program of this release with its environment, its output in the sub-agent's log.
+    /// A command that runs a program of this release with its environment, and with its output in the sub-agent's log.
     pub fn command_with_output(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         let output = self.output()?.file;
         let errors = output.try_clone().context("cannot open the log twice")?;
@@ -150,22 +153,22 @@ impl StartSpec {
         Ok(command)
     }
 
-    /// Whether it may be started: nobody else can put another release in the place of this one. What runs already is none the worse for it.
+    /// Fails if another user can replace this release. Applies to a start only: a running process is not affected.
     pub fn sound(&self) -> Result<()> {
         permissions::programs(&self.home, &self.name)
     }
 
-    /// A command that starts the sub-agent, by a program of this release with its environment, and with our own streams. Told is what
-    /// somebody else could change in the release.
+    /// A command that starts the sub-agent: a program of this release with its environment, and with our own streams. Logs what another
+    /// user can change in the release.
     pub fn command(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         let command = self.prepared(program, user)?;
         if let Err(error) = permissions::program(&self.home, &self.name, &self.version, program) {
-            tracing::warn!(agent = %self.name, error = format!("{error:#}"), "somebody else could change what is started");
+            tracing::warn!(agent = %self.name, error = format!("{error:#}"), "another user can change the program of a sub-agent");
         }
         Ok(command)
     }
 
-    /// Refused where somebody else could put another release in the place of this one.
+    /// Fails if another user can replace this release.
     fn prepared(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
         self.sound()?;
         let mut command = Command::new(self.directory().join(program));
@@ -188,13 +191,14 @@ impl StartSpec {
     }
 }
 
-/// SHA-256 over a gateway's variables, each as `name=value` and a zero byte, in order. For this host's own records, which are private.
+/// SHA-256 over the gateway's variables, each as `name=value` and a zero byte, in order. For this host's own records, which are private.
 pub fn env_hash(env: &Env) -> String {
     hash(&[], env)
 }
 
-/// As [`env_hash`], as heartbeats tell it: behind the agent id and the instance id, each with a zero byte. What one host was told cannot be
-/// looked up in a list of hashes, and two hosts that were told the same do not show it. Who knows both ids can still try values one by one.
+/// As [`env_hash`], for heartbeats: prefixed by the agent id and the instance id, each with a zero byte. So the hash cannot be looked up in
+/// a list of hashes, and two hosts with the same variables have different hashes. With both ids known, values can still be guessed one by
+/// one.
 pub fn reported_env_hash(agent_id: &AgentId, instance_id: &str, env: &Env) -> String {
     hash(&[agent_id.as_str(), instance_id], env)
 }
@@ -210,7 +214,7 @@ fn hash(salt: &[&str], env: &Env) -> String {
     hex(&hash.finalize())
 }
 
-/// Starts a native sub-agent in its group, its output into `output`. Its record is in place when its program runs.
+/// Starts a native sub-agent in its group, with its output to `output`. Its record is written before its program runs.
 pub async fn start_native(start: &StartSpec, manifest: &Manifest, output: File) -> Result<(Child, ProcessRecord)> {
     let Some((program, arguments)) = manifest.run.command.split_first() else { bail!("its command is empty") };
     let user = match &manifest.run.user {
@@ -256,7 +260,7 @@ mod tests {
         let hash = reported_env_hash(&"5402".parse().unwrap(), instance_id, &env);
         assert_eq!(hash, "dbefcb8cef3e62eb289a782bf320899521f00777a35fba795631949877974db5");
         assert!(document().contains(&hash) && document().contains(instance_id));
-        // Another host, another hash; and it is not the one that is compared here.
+        // Another host has another hash, and the hash of the record differs too.
         assert_ne!(hash, reported_env_hash(&"5403".parse().unwrap(), instance_id, &env));
         assert_ne!(hash, env_hash(&env));
     }

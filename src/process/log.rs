@@ -1,7 +1,7 @@
-//! The logs that sub-agents write into: capped, with one older piece beside each.
+//! The logs of sub-agents: limited in size, with one older piece each.
 //!
-//! A sub-agent keeps its log open across any number of managers, so the file is copied away and emptied in place; it is written by append,
-//! so the next line lands at the new beginning.
+//! A sub-agent keeps its log open while managers change, so the file is copied and then truncated. Sub-agents open it for appending, so the
+//! next line is written to the new start.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -13,10 +13,10 @@ use crate::core::model::AgentName;
 use crate::home::Home;
 use crate::store;
 
-/// What is looked through for the end of a line.
+/// Bytes that are searched for the end of a line.
 const LINE: u64 = 64 << 10;
 
-/// Copies away and empties every log of a sub-agent that has grown beyond `limit` bytes.
+/// Rotates every log that is larger than `limit` bytes.
 pub fn rotate_all(home: &Home, limit: u64) {
     let Ok(entries) = fs::read_dir(home.agent_logs()) else { return };
     for entry in entries.flatten() {
@@ -26,23 +26,24 @@ pub fn rotate_all(home: &Home, limit: u64) {
             && entry.metadata().is_ok_and(|metadata| metadata.len() > limit)
             && let Err(error) = rotate(&path, limit)
         {
-            tracing::warn!(error = format!("{error:#}"), "a log cannot be rotated");
+            tracing::warn!(error = format!("{error:#}"), "cannot rotate a sub-agent's log");
         }
     }
 }
 
-/// Removes the log of a sub-agent that is gone, with its older piece.
+/// Removes the log of a removed sub-agent, with its older piece.
 pub fn remove(home: &Home, name: &AgentName) -> Result<()> {
     let path = home.agent_log(name);
     store::remove(&path.with_extension("log.1"))?;
     store::remove(&path)
 }
 
-/// What is kept is the end of it, as much as may be: one that writes faster than it is looked at fills no disk, and holds nobody up.
+/// Copies the last `limit` bytes of the log and truncates it. So a log that grows faster than it is checked does not fill the disk, and its
+/// copy is quick.
 fn rotate(path: &Path, limit: u64) -> Result<()> {
     let attempt = || -> std::io::Result<()> {
         let copied = copy_end(path, &path.with_extension("log.1"), limit);
-        // Emptied even where the copy had no room: a log must not fill the disk.
+        // Truncated even if the copy failed: a log must not fill the disk.
         OpenOptions::new().write(true).open(path)?.set_len(0)?;
         copied.map(drop)
     };
@@ -58,7 +59,7 @@ fn copy_end(path: &Path, to: &Path, limit: u64) -> std::io::Result<()> {
     piece.set_permissions(log.metadata()?.permissions())?;
     let mut rest = log.take(limit);
     if begin > 0 {
-        // From the beginning of a line on, where there is one soon.
+        // Starts at the beginning of a line, if one is near.
         let mut first = Vec::new();
         rest.by_ref().take(LINE).read_to_end(&mut first)?;
         let line = first.iter().position(|byte| *byte == b'\n').map_or(0, |end| end + 1);
@@ -100,6 +101,6 @@ mod tests {
         rotate_all(&home, 99);
         writer.write_all(b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
-        assert_eq!(fs::read(path.with_extension("log.1")).unwrap(), [b'x'; 99], "as much as may be");
+        assert_eq!(fs::read(path.with_extension("log.1")).unwrap(), [b'x'; 99], "the last 99 bytes");
     }
 }

@@ -1,7 +1,7 @@
-//! Pid files of a release with a `control` script, by which such scripts know their program: a number in a file, and `kill -0`.
+//! Pid files of a release with a `control` script. Such scripts identify their program by a pid in a file and `kill -0`.
 //!
-//! A number is given again. Such a file names the process for which it was written: one that began before. One that began since has the
-//! number of a process that is gone.
+//! Pids are reused. A pid file belongs to the process if it was written after the process started. A process that started later has a
+//! reused pid.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -9,13 +9,13 @@ use std::time::{Duration, SystemTime};
 use crate::platform::{self, ProcessInfo};
 use crate::store;
 
-/// They are looked for so deep in a release, and are no larger.
+/// Depth to which a release is searched, and the maximum size of a pid file.
 const DEPTH: u32 = 3;
 const MAX_BYTES: u64 = 32;
-/// Start times and file times are told by two clocks of different steps.
+/// Tolerance between start times and file times, which come from clocks of different resolution.
 const APART: Duration = Duration::from_secs(1);
 
-/// A file with a number.
+/// A file that contains a pid.
 #[derive(Debug)]
 pub struct PidFile {
     pub path: PathBuf,
@@ -24,7 +24,7 @@ pub struct PidFile {
 }
 
 impl PidFile {
-    /// Whether it may have been written for this process. What was written in the future was not: the clock is not to be relied on.
+    /// Whether the file may have been written for this process. A file time in the future does not count: the clock is not reliable.
     pub fn is_of(&self, process: &ProcessInfo, now: SystemTime) -> bool {
         let began = platform::age(process.start_time).and_then(|age| now.checked_sub(age));
         self.pid == process.pid
@@ -32,7 +32,7 @@ impl PidFile {
     }
 }
 
-/// The files named like `pid`, `app.pid` or `app_pid` that hold a number and nothing else.
+/// The files named like `pid`, `app.pid` or `app_pid` that contain only a number.
 pub fn all(release: &Path) -> Vec<PidFile> {
     below(release, DEPTH)
 }
@@ -79,8 +79,8 @@ mod tests {
         assert!(!file.is_of(&ProcessInfo { pid: 1, ..own.clone() }, now));
         let hour = Duration::from_secs(3600);
         let since = PidFile { written: now - 24 * 365 * hour, path: file.path.clone(), ..file };
-        assert!(!since.is_of(&own, now), "it began since");
+        assert!(!since.is_of(&own, now), "the process started later");
         let in_future = PidFile { written: now + hour, ..since };
-        assert!(!in_future.is_of(&own, now), "the clock was put back");
+        assert!(!in_future.is_of(&own, now), "the clock was set back");
     }
 }

@@ -1,7 +1,7 @@
 //! The record of a sub-agent's process, by which the next manager adopts it and any role can stop it.
 //!
-//! It is a convenience: where it cannot be written (a full or read-only disk), the group and the mark of the process stand in. Where it
-//! cannot be removed, it names a process that is dead, as pid, start time and boot tell.
+//! It is optional: if it cannot be written (a full or read-only disk), the process is identified by its group and its environment marker.
+//! If it cannot be removed, its pid, start time and boot show that the process has exited.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -17,7 +17,7 @@ use crate::home::Home;
 use crate::platform::{Group, ProcessInfo};
 use crate::{platform, store};
 
-/// What is known of a process before it is there.
+/// The part of a record that is known before the process exists.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RecordHead {
@@ -25,50 +25,50 @@ pub struct RecordHead {
     pub name: AgentName,
     pub version: Version,
     pub kind: PackageKind,
-    /// Of the environment that the gateway told.
+    /// Hash of the environment from the gateway's order.
     pub env_hash: String,
-    /// Restarts that nobody asked for, so far.
+    /// Automatic restarts so far.
     pub restarts: u64,
     pub stop_signal: StopSignal,
     pub grace_seconds: u64,
     pub kill_mode: KillMode,
     pub boot_id: String,
-    /// It is `control start`'s own, and no process that this started is known yet, or can be.
+    /// It is the process of `control start`, and no process that this started was found.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unseen: bool,
 }
 
-/// A process that was started.
+/// A started process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProcessRecord {
     #[serde(flatten)]
     pub head: RecordHead,
     pub pid: u32,
-    /// As the platform counts it; with the pid it names a process for good, within one boot.
+    /// In units of the platform; together with the pid it identifies a process permanently within one boot.
     pub start_time: u64,
-    /// What holds its process tree; `None`: it began outside of any.
+    /// The group of its process tree; `None`: it started outside of any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// A session that is its own though another process began it, which has ended: a program that forks twice.
+    /// A session that belongs to it although another process, which has exited, started it: the program forks twice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<u32>,
-    /// Its end, where a manager has reported it.
+    /// Its exit, if a manager has reported it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<ProcessExit>,
 }
 
-/// How a process ended.
+/// How a process exited.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProcessExit {
-    /// `None`: its exit status is not known.
+    /// `None`: the exit status is unknown.
     pub success: Option<bool>,
     pub how: String,
 }
 
 impl RecordHead {
-    /// The record's JSON up to where the child puts its pid.
+    /// The record's JSON up to the pid, which the child appends.
     pub fn text_before_pid(&self) -> Result<Vec<u8>> {
         let mut text = serde_json::to_vec(self)?;
         text.pop();
@@ -82,21 +82,21 @@ impl RecordHead {
 }
 
 impl ProcessRecord {
-    /// Whether the process that was recorded runs now.
+    /// Whether the recorded process is alive.
     pub fn is_alive(&self) -> bool {
         self.is_of_this_boot() && platform::lives(self.pid, self.start_time)
     }
 
-    /// Whether its numbers mean what they meant. A container that was started anew counts its pids from one, within the same boot of its
-    /// host: nothing of before is older than its first process.
+    /// Whether pid and start time are still valid. A restarted container counts its pids from one again within the same boot of its host: a
+    /// process from before is older than its first process.
     pub fn is_of_this_boot(&self) -> bool {
         static FIRST: OnceLock<u64> = OnceLock::new();
         let first = FIRST.get_or_init(|| platform::start_time(1).unwrap_or(0));
         self.head.boot_id == platform::boot_id() && self.start_time >= *first
     }
 
-    /// Whether a process lives in a session of its own. The number of one is given to nobody else while anybody lives in it; a process of that
-    /// number that is younger than ours means that it is another's by now.
+    /// Whether a process is in the session of the recorded one. A session's number is not reused while the session exists. If the process
+    /// with that pid is younger than the recorded one, the number was reused.
     pub fn owns_session_of(&self, process: &ProcessInfo, leader: Option<&ProcessInfo>) -> bool {
         let younger = |leader: &ProcessInfo| leader.pid != self.pid && leader.start_time > self.start_time;
         let taken_over = |leader: &ProcessInfo| leader.pid == self.pid && leader.start_time != self.start_time;
@@ -104,41 +104,41 @@ impl ProcessRecord {
             && !leader.is_some_and(|leader| younger(leader) || taken_over(leader))
     }
 
-    /// The group that it began in.
+    /// The group that it started in.
     pub fn group(&self) -> Option<Group> {
         self.group.as_deref().map(Group::named)
     }
 
-    /// Writes it where that can be done, without waiting for the disk: after a power cut it would mean nothing.
+    /// Writes the record if possible, without waiting for the disk: after a power cut it would be invalid.
     pub fn save(&self, home: &Home) {
         let name = &self.head.name;
         if let Err(error) = store::save_unsynced(&home.process_record(name), self) {
             let error = format!("{error:#}");
-            tracing::warn!(agent = %name, error, "a process record cannot be written; the mark stands in");
+            tracing::warn!(agent = %name, error, "cannot write a process record; the process is identified by its environment marker");
         }
     }
 }
 
-/// How long ago the record of a sub-agent was written.
+/// Time since the record of a sub-agent was written.
 pub fn age(home: &Home, name: &AgentName) -> Option<Duration> {
     std::fs::metadata(home.process_record(name)).and_then(|metadata| metadata.modified()).ok()?.elapsed().ok()
 }
 
-/// One that cannot be read says nothing and is as good as none: the marks stand in.
+/// Reads a record. An unreadable one counts as missing: processes are then found by their environment markers.
 fn read(path: &Path) -> Option<ProcessRecord> {
     match store::load(path) {
         Ok(record) => record,
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),
-                "a process record cannot be read; its sub-agent is looked for by its mark"
+                "cannot read a process record; its sub-agent is found by its environment marker"
             );
             None
         }
     }
 }
 
-/// The record of a sub-agent, where there is one.
+/// The record of a sub-agent, if it exists.
 pub fn of(home: &Home, name: &AgentName) -> Option<ProcessRecord> {
     read(&home.process_record(name))
 }
@@ -154,18 +154,18 @@ pub fn all(home: &Home) -> Vec<ProcessRecord> {
         .collect()
 }
 
-/// Removes the record of a process that is gone, where that can be done.
+/// Removes the record of a process that has exited, if possible.
 pub fn discard(home: &Home, name: &AgentName) {
     if let Err(error) = remove(home, name) {
         let error = format!("{error:#}");
-        tracing::warn!(agent = %name, error, "a process record cannot be removed; it names a process that is dead");
+        tracing::warn!(agent = %name, error, "cannot remove the record of a process that has exited");
     }
 }
 
 /// Removes the record of a sub-agent that is being uninstalled.
 pub fn remove(home: &Home, name: &AgentName) -> Result<()> {
     let path = home.process_record(name);
-    // The one before, which a launch keeps to write the next one into.
+    // The previous record, whose file the next launch reuses.
     store::remove(&path.with_extension("json.old"))?;
     store::remove(&path)
 }

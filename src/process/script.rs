@@ -1,9 +1,9 @@
-//! Sub-agents of the older kind: a package with an executable `control` at its root, which is asked to `start`, `stop` and tell its
-//! `status` (`started` or `stoped`, spelled so).
+//! Sub-agents of the older kind: a package with an executable `control` at its root, which is run with `start`, `stop` and `status` (prints
+//! `started` or `stoped`, spelled like this).
 //!
-//! The script puts the program into the background itself. Its process is the one that `control pid` names or a pid file of the release,
-//! where that is known to be its own ([`claim`]), else the oldest one that is held or marked. What is not seen is not taken for what is not
-//! there: before a start that finds nothing, and at a stop that does, the script is asked whether its program runs.
+//! The script puts the program into the background itself. The program's process is the one that `control pid` or a pid file of the release
+//! names, if it is verified to be its own ([`claim`]); else the oldest one in its group or with its marker. A program whose process is not
+//! found may still run: before a start that finds nothing, and at a stop that finds nothing, the script is asked for its status.
 
 use std::fs::File;
 use std::process::{Command, Output, Stdio};
@@ -23,38 +23,38 @@ use crate::home::Home;
 use crate::installation;
 use crate::platform::{self, Launch, ProcessInfo};
 
-/// A script that takes longer is ended and counts as failed.
+/// A script that runs longer is killed and counts as failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// After `control start` its process must be there by then.
+/// Timeout for the program's process to appear after `control start`.
 const APPEARS: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(50);
-/// An ended process's remains are gone after this, where somebody clears them away.
+/// Timeout for a zombie to be reaped by its parent.
 const REMAINS: Duration = Duration::from_secs(2);
-/// So many numbers of what `control pid` says are looked at.
+/// Pids in the output of `control pid` that are checked.
 const MAX_PIDS: usize = 16;
 
-/// What `control status` said.
+/// The result of `control status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScriptStatus {
     Started,
     Stopped,
-    /// Something else, or nothing.
+    /// Any other output, or none.
     Unclear,
 }
 
-/// What is there of a sub-agent before its script is told to start it.
+/// The state of a sub-agent before its script is run with `start`.
 #[derive(Debug)]
 pub enum ScriptFindings {
-    /// Nothing, as far as can be known.
+    /// It does not run, as far as is known.
     Down,
-    /// Its process runs, as it is to run.
+    /// Its process runs, with the right release and environment.
     Up(ProcessRecord),
-    /// A process of it runs that may be of another release or have another environment.
+    /// A process of it runs, perhaps of another release or with another environment.
     Other(ProcessRecord),
 }
 
-/// `control start` was run and ended well, and no process of it is known. Its record stays, and says so: what comes up late is known by it, and
-/// what never can be seen is not started a second time.
+/// `control start` succeeded, but no process of it was found. Its record stays and says so: a process that appears later is found by it,
+/// and a program that cannot be found is not started a second time.
 #[derive(Debug)]
 pub struct UnseenProgram(String);
 
@@ -66,12 +66,12 @@ impl std::fmt::Display for UnseenProgram {
 
 impl std::error::Error for UnseenProgram {}
 
-/// Looks what runs of a sub-agent of which nothing is seen, by asking its script.
+/// Runs the script's `status` to find out whether a sub-agent runs of which no process was found.
 pub async fn standing(start: &StartSpec) -> Result<ScriptFindings> {
     if !matches!(status(start).await, Ok(ScriptStatus::Started)) {
         return Ok(ScriptFindings::Down);
     }
-    // The newest: its script's, where no process of it was found in time.
+    // The most recent record: the script's, if no process was found in time.
     let last = record::of(&start.home, &start.name).filter(|last| {
         let head = start.head();
         last.is_of_this_boot() && last.head.version == head.version && last.head.env_hash == head.env_hash
@@ -86,17 +86,17 @@ pub async fn standing(start: &StartSpec) -> Result<ScriptFindings> {
             Ok(ScriptFindings::Up(record))
         }
         NamedProcess::Nobody if last.as_ref().is_some_and(|last| last.head.unseen) => {
-            let why = "its `control status` says that it is started, but `control pid` does not name its process, and none is found: it is \
-                       not started a second time. Stop it with its own script, and have the script answer `pid`";
+            let why = "its `control status` reports that it is started, but `control pid` does not print its pid, and no process of it \
+                       is found, so it is not started a second time; stop it with its own script, and make the script support `pid`";
             Err(UnseenProgram(why.to_owned()).into())
         }
-        // What ran of it is known to be dead, or was never started; or its script goes by a number that is somebody else's now.
+        // The previous process has exited, or there was none; or its script refers to a reused pid.
         NamedProcess::Another | NamedProcess::Nobody => Ok(ScriptFindings::Down),
     }
 }
 
-/// Runs `control start` in the sub-agent's group, its output into `output`, and finds the process that it started, whose record is written.
-/// Until then the record names the script itself: a manager that comes in between goes on from there.
+/// Runs `control start` in the sub-agent's group, with its output to `output`, finds the process that it started, and writes its record.
+/// Until then the record names the script itself, so that a new manager can continue from there.
 pub async fn start(start: &StartSpec, output: File) -> Result<ProcessRecord> {
     let mut command = start.command(CONTROL_SCRIPT, None)?;
     command.arg("start");
@@ -110,17 +110,18 @@ pub async fn start(start: &StartSpec, output: File) -> Result<ProcessRecord> {
             return Ok(record);
         }
         if Instant::now() >= deadline {
-            let why =
-                format!("`control start` ended well, but {APPEARS:?} later no process of it is there; see its log");
+            let why = format!(
+                "`control start` exited with 0, but no process of it was found within {APPEARS:?}; see its log"
+            );
             return Err(UnseenProgram(why).into());
         }
         tokio::time::sleep(LOOK).await;
     }
 }
 
-/// Clears away what would make a script believe that its program runs, when nothing of it does: such scripts look by `kill -0` for the
-/// number in a file of theirs. That finds the remains of a killed process, for which we wait, and after a power cut or a reboot whoever
-/// has the number now: a file that was written before that process began is removed. Blocks.
+/// Removes leftovers that would make a script believe that its program runs, when no process of it does: such scripts check the pid in
+/// their pid file with `kill -0`. That succeeds for a zombie, whose reaping is awaited, and after a power cut or a reboot for any process
+/// that has the pid now: a pid file that was written before that process started is removed. Blocks.
 pub fn forget(start: &StartSpec, last: Option<&ProcessRecord>) {
     let deadline = Instant::now() + REMAINS;
     while last.is_some_and(|last| platform::remains(last.pid)) && Instant::now() < deadline {
@@ -134,19 +135,20 @@ pub fn forget(start: &StartSpec, last: Option<&ProcessRecord>) {
         };
         if !names_it {
             let (path, pid) = (file.path.display(), file.pid);
-            tracing::info!(agent = %start.name, path = %path, pid, "a pid file that names nobody of its sub-agent is removed");
+            tracing::info!(agent = %start.name, path = %path, pid, "removing a stale pid file of a sub-agent");
             if let Err(error) = std::fs::remove_file(&file.path) {
-                tracing::warn!(agent = %start.name, error = %error, "it cannot be removed");
+                tracing::warn!(agent = %start.name, error = %error, "cannot remove a stale pid file of a sub-agent");
             }
         }
     }
 }
 
-/// The main process: the one that its script names, if it is one of the sub-agent's, else the oldest of those that are seen. `last`: of the
-/// script, or of the main process before; the one on disk may be older. `since`: when `control start` was run, if that was just now.
+/// The main process: the one that the script names, if it is the sub-agent's own, else the oldest one that is found. `last`: the record of
+/// the script or of the previous main process; the record on disk may be older. `since`: the start time of `control start`, if it was just
+/// run.
 pub async fn find(start: &StartSpec, last: &ProcessRecord, since: Option<u64>) -> Option<ProcessInfo> {
     let target = StopTarget::of(&start.name, Some(last.clone()), start.groups.as_ref());
-    // A program that moved out of its group is still told by its mark.
+    // A program that left its group is still found by its marker.
     let target = if target.groups_are_empty() { target.scattered() } else { target };
     let members = tree::members(&start.home, &target);
     if let [only] = members.as_slice() {
@@ -163,18 +165,18 @@ pub async fn find(start: &StartSpec, last: &ProcessRecord, since: Option<u64>) -
     }
 }
 
-/// Whom a script means.
+/// The process that a script refers to.
 #[derive(Debug)]
 enum NamedProcess {
-    /// A process of its own.
+    /// A process of the sub-agent.
     Own(ProcessInfo),
-    /// A process that is none of its own, or one that is gone.
+    /// A process of another program, or one that has exited.
     Another,
-    /// It does not say.
+    /// The script names no pid.
     Nobody,
 }
 
-/// Whom a script means by the numbers that it told, or else by its pid files.
+/// The process that a script refers to, by the pids that it printed, or else by its pid files.
 fn named(start: &StartSpec, told: &[u32], since: Option<u64>) -> NamedProcess {
     let in_files: Vec<u32> = pid_file::all(&start.directory()).into_iter().map(|file| file.pid).collect();
     let mut numbers = told.iter().chain(&in_files).copied();
@@ -185,7 +187,7 @@ fn named(start: &StartSpec, told: &[u32], since: Option<u64>) -> NamedProcess {
     }
 }
 
-/// The session of a process that another began which is its own, too: nobody lives in it who was there before its script was run.
+/// The session of a process, if another process started it but it belongs to the process: all of its members started after the script did.
 fn own_session(home: &Home, process: &ProcessInfo, since: u64) -> Option<u32> {
     if process.session == process.pid {
         return None;
@@ -207,13 +209,13 @@ fn numbers(said: &str) -> Vec<u32> {
     said.split_whitespace().filter_map(|word| word.parse().ok()).take(MAX_PIDS).collect()
 }
 
-/// Asks `control status`.
+/// Runs `control status`.
 pub async fn status(start: &StartSpec) -> Result<ScriptStatus> {
     let output = ask(start, "status").await?;
     Ok(said(&String::from_utf8_lossy(&output.stdout)))
 }
 
-/// What a status means.
+/// Parses the output of `control status`.
 pub fn said(status: &str) -> ScriptStatus {
     let says = |words: &[&str]| status.split_whitespace().any(|word| words.contains(&word));
     match () {
@@ -229,19 +231,19 @@ async fn ask(start: &StartSpec, verb: &str) -> Result<Output> {
     let child = command.kill_on_drop(true).spawn().with_context(|| format!("cannot run `control {verb}`"))?;
     match tokio::time::timeout(TIMEOUT, child.wait_with_output()).await {
         Ok(output) => Ok(output?),
-        Err(_) => bail!("`control {verb}` did not answer within {TIMEOUT:?}"),
+        Err(_) => bail!("`control {verb}` did not exit within {TIMEOUT:?}"),
     }
 }
 
 fn question(start: &StartSpec, verb: &str) -> Result<Command> {
     let mut command = start.command_with_output(CONTROL_SCRIPT, None)?;
-    // Only the program itself is a member; a question must not look like one.
+    // Only the program itself is a member; the script's own process must not look like one.
     command.arg(verb).env_remove("AOPS_AGENT_NAME");
     platform::leave_caller(&mut command);
     Ok(command)
 }
 
-/// Runs `control start` to its end and gives the record of the script.
+/// Runs `control start` until it exits, and returns the script's record.
 async fn run(start: &StartSpec, command: &Command, output: File) -> Result<ProcessRecord> {
     let head = RecordHead { unseen: true, ..start.head() };
     let launch = Launch {
@@ -258,7 +260,9 @@ async fn run(start: &StartSpec, command: &Command, output: File) -> Result<Proce
         Err(_) => {
             platform::signal(child.pid, child.start_time, StopSignal::Kill)?;
             child.wait().await?;
-            bail!("`control start` did not end within {TIMEOUT:?}; a script puts its program into the background")
+            bail!(
+                "`control start` did not exit within {TIMEOUT:?}; the script must start its program in the background"
+            )
         }
     };
     if !status.success() {
@@ -268,12 +272,12 @@ async fn run(start: &StartSpec, command: &Command, output: File) -> Result<Proce
     Ok(ProcessRecord { head, pid: child.pid, start_time: child.start_time, group, session: None, ended: None })
 }
 
-/// Asks `control stop` and waits for it; what it leaves is the caller's to end. Of a sub-agent of which nothing is seen the script is asked
-/// first whether it runs, and by which process, which the target is told. Blocks.
+/// Runs `control stop` and waits for it; the caller kills the remaining processes. If no process of the sub-agent is found, the script is
+/// first asked whether and as which process it runs, and the target claims that process. Blocks.
 ///
 /// # Errors
 ///
-/// Where the script says that its program runs, nothing of that is seen, and it says so still when it was told to stop it.
+/// If the script reports that its program runs, no process of it is found, and the script still reports so after `control stop`.
 pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
     let Some(start) = target.script_to_ask().and_then(|version| for_stop(home, &target.name, version)) else {
         return Ok(());
@@ -289,18 +293,18 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
                     members = tree::members(home, target);
                 }
                 NamedProcess::Another => {
-                    tracing::warn!(agent = %target.name, "its script names a process that is not its own, and is not told to stop that");
+                    tracing::warn!(agent = %target.name, "the `control` script names a process of another program; `control stop` is not run");
                     return Ok(());
                 }
-                // Some say that whatever there is.
+                // Some scripts always report that.
                 NamedProcess::Nobody => is_unseen = last.is_some_and(|last| last.head.unseen),
             }
         } else if target.record.is_none() {
-            // What was recorded is asked to stop in any case: what it left may be its script's to clear away.
+            // If there is a record, `stop` runs in any case: the script may have leftovers to clean up.
             return Ok(());
         }
     }
-    // What they started is known by them, and by nothing else when they are gone.
+    // Their children are found through them, and in no other way once they have exited.
     if target.is_scattered() {
         members.iter().for_each(|process| target.claim(process));
     }
@@ -311,7 +315,7 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
             if Instant::now() >= deadline {
                 child.kill()?;
                 child.wait()?;
-                bail!("it did not end within {TIMEOUT:?}");
+                bail!("it did not exit within {TIMEOUT:?}");
             }
             platform::pause(LOOK);
         }
@@ -325,8 +329,8 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
     }
     if is_unseen && says_started(&start) {
         bail!(
-            "cannot stop sub-agent {}: `{} status` says that it is started, but its process cannot be found; end it by hand, or remove {} \
-             if nothing of it runs",
+            "cannot stop sub-agent {}: `{} status` reports that it is started, but its process cannot be found; kill it by hand, or \
+             remove {} if it does not run",
             target.name,
             start.directory().join(CONTROL_SCRIPT).display(),
             home.agent(&target.name).display()

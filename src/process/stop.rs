@@ -1,4 +1,4 @@
-//! Stops sub-agents with all that they started: a `control` script of theirs is asked first, what is left is ended by signal.
+//! Stops sub-agents with everything that they started: first by their `control` script, if they have one, then by signal.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::core::model::{AgentName, Version};
 use crate::home::Home;
 use crate::platform;
 
-/// Ends the targets, all at the same time, and returns when nothing of any of them is left. Blocks.
+/// Stops the targets in parallel, and returns when all of their processes are gone. Blocks.
 pub fn end(home: &Home, targets: &[StopTarget]) -> Result<()> {
     let mut targets = targets.to_vec();
     let asked: Vec<Result<()>> = std::thread::scope(|scope| {
@@ -18,7 +18,7 @@ pub fn end(home: &Home, targets: &[StopTarget]) -> Result<()> {
         let asked: Vec<_> = asks.map(|target| scope.spawn(|| script::stop(home, target))).collect();
         asked
             .into_iter()
-            .map(|asked| asked.join().unwrap_or_else(|_| bail!("asking a `control` script failed")))
+            .map(|asked| asked.join().unwrap_or_else(|_| bail!("the thread that runs `control stop` panicked")))
             .collect()
     });
     let mut ending = StopProgress::of(home, &targets);
@@ -30,7 +30,7 @@ pub fn end(home: &Home, targets: &[StopTarget]) -> Result<()> {
     if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("; ")) }
 }
 
-/// Ends what a `control` script of a release says that runs, though nothing of it may be seen. Blocks.
+/// Stops the program that a `control` script reports as running, even if none of its processes is found. Blocks.
 pub fn end_unseen(home: &Home, name: &AgentName) -> Result<()> {
     let groups = super::groups(home);
     let of_it = |(installed, version): (AgentName, Version)| {
@@ -40,16 +40,16 @@ pub fn end_unseen(home: &Home, name: &AgentName) -> Result<()> {
     end(home, &targets)
 }
 
-/// Ends every sub-agent of a home and forgets it. Blocks.
+/// Stops every sub-agent of a home and removes their records. Blocks.
 pub fn end_all(home: &Home) -> Result<()> {
     end_all_within(home, Duration::MAX)
 }
 
-/// The same, with no grace period longer than that.
+/// The same, with a limit for grace periods.
 pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
     let groups = super::groups(home);
     let mut targets = Census::take(home, groups.as_ref()).targets;
-    // What is not seen may run all the same: its script knows.
+    // A program may run although no process of it is found: its script knows.
     for (name, version) in script::installed(home) {
         match targets.iter().position(|target| target.name == name) {
             Some(place) => targets[place] = targets[place].clone().asking(version),
@@ -60,7 +60,7 @@ pub fn end_all_within(home: &Home, longest_grace: Duration) -> Result<()> {
         target.grace = target.grace.min(longest_grace);
     }
     let ended = end(home, &targets);
-    // What could not be ended, or not be seen to end, keeps its record, for whoever tries again.
+    // A program that could not be stopped, or whose exit could not be verified, keeps its record for the next attempt.
     let is_unseen = |target: &StopTarget| record::of(home, &target.name).is_some_and(|record| record.head.unseen);
     let is_gone = |target: &&StopTarget| ended.is_ok() || members(home, target).is_empty() && !is_unseen(target);
     for target in targets.iter().filter(is_gone) {
@@ -78,7 +78,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         let mut command = std::process::Command::new("sh");
-        // Its helper is met by several looks.
+        // Its helper lives longer than several polls.
         command.args([
             "-c",
             "trap 'sleep 0.3 && echo clean >clean; exit 0' TERM; echo >ready; while :; do sleep 0.01; done",

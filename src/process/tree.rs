@@ -1,14 +1,14 @@
-//! The processes of sub-agents, and their end: the stop signal to every process of the tree, the grace period, then the kill.
+//! The process trees of sub-agents, and stopping them: the stop signal to every process, the grace period, then the kill.
 //!
-//! A process belongs to a sub-agent when it lives in its group. What began outside of any group (the host has none, or it could not be
-//! entered), or was moved out of it (a login session, `systemd-run`), belongs when
+//! A process belongs to a sub-agent if it is in its group. A process that started outside of any group (the host has none, or it could not
+//! be entered), or was moved out of it (a login session, `systemd-run`), belongs to it if
 //!
-//! 1. it is the process that is recorded, by pid and start time, or its script named it ([`claim`](super::claim)),
-//! 2. it lives in a session of that process,
-//! 3. it bears the sub-agent's mark in its environment, which a program may overwrite (one that shows its state in its title does) or clear,
-//! 4. it descends from one of these, or was seen to.
+//! 1. it is the recorded process, by pid and start time, or its script named it ([`claim`](super::claim)),
+//! 2. it is in a session of that process,
+//! 3. it has the sub-agent's marker in its environment, which a program may clear or overwrite (some show their state in their title),
+//! 4. it descends from one of these, now or at an earlier poll.
 //!
-//! Where the main process alone is ours, whatever else is there is somebody else's.
+//! If only the main process is ours, no other process belongs to it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -22,15 +22,15 @@ use crate::core::program::PackageKind;
 use crate::home::Home;
 use crate::platform::{self, Group, Groups, ProcessInfo};
 
-/// Between two looks at what is left: at first, and doubled up to the last.
+/// Interval between two polls: at first, and the maximum up to which it doubles.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LAST_LOOK: Duration = Duration::from_millis(250);
-/// After the kill nothing may be left for longer.
+/// Timeout for processes to exit after the kill.
 const AFTER_KILL: Duration = Duration::from_secs(5);
-/// For what runs without a record that says more.
+/// For a sub-agent without a record.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
-/// What is to be ended, and how.
+/// A sub-agent to stop, and how.
 #[derive(Debug, Clone)]
 pub struct StopTarget {
     pub name: AgentName,
@@ -38,18 +38,18 @@ pub struct StopTarget {
     pub signal: StopSignal,
     pub grace: Duration,
     pub kill_mode: KillMode,
-    /// What holds its processes; several where the place for groups changed between two managers.
+    /// The groups that hold its processes: more than one if the location of groups changed between two managers.
     groups: Vec<Group>,
-    /// Processes of it may live outside of any group: every process of the host is looked at.
+    /// Its processes may be outside of any group: every process of the host is checked.
     scattered: bool,
-    /// The release whose `control` script is asked first.
+    /// The release whose `control` script is run first.
     script: Option<Version>,
-    /// Processes that are its own, as its script told or their descent once did, by pid and start time.
+    /// Processes that are its own according to its script or their past descent, by pid and start time.
     known: BTreeSet<(u32, u64)>,
 }
 
 impl StopTarget {
-    /// As the record says; without one, with the defaults. `groups`: where groups are made now.
+    /// As recorded; without a record, with the defaults. `groups`: the current location of groups.
     pub fn of(name: &AgentName, record: Option<ProcessRecord>, groups: Option<&Groups>) -> StopTarget {
         let (signal, grace, kill_mode) = match &record {
             Some(record) => (record.head.stop_signal, record.head.grace(), record.head.kill_mode),
@@ -68,13 +68,13 @@ impl StopTarget {
         StopTarget { name: name.clone(), record, signal, grace, kill_mode, groups: held, scattered, script, known }
     }
 
-    /// The same target, whose release of that version is asked what runs of it where no record says so.
+    /// The same target; without a record, the `control` script of this release is asked what runs.
     pub fn asking(self, version: Version) -> StopTarget {
         let script = if self.record.is_none() { Some(version) } else { self.script };
         StopTarget { script, ..self }
     }
 
-    /// Takes in that a process is its own.
+    /// Marks a process as its own.
     pub fn claim(&mut self, process: &ProcessInfo) {
         self.known.insert((process.pid, process.start_time));
         self.scattered |= !self.groups_hold(process.pid);
@@ -84,55 +84,55 @@ impl StopTarget {
         self.groups.iter().any(|group| group.members().is_ok_and(|members| members.contains(&pid)))
     }
 
-    /// The same target, of which processes may live outside of any group, too.
+    /// The same target, whose processes may also be outside of any group.
     pub fn scattered(self) -> StopTarget {
         StopTarget { scattered: true, ..self }
     }
 
-    /// The same target, to be killed without a word first: what a dead main process left behind.
+    /// The same target, to be killed immediately: the leftovers of a main process that has exited.
     pub fn at_once(self) -> StopTarget {
         StopTarget { signal: StopSignal::Kill, grace: Duration::ZERO, ..self }
     }
 
-    /// Whether to find out what is left of it takes a look at every process of the host.
+    /// Whether finding its processes requires checking every process of the host.
     pub fn is_scattered(&self) -> bool {
         self.scattered && self.kill_mode == KillMode::Tree
     }
 
-    /// Whether nothing lives in its groups, as far as those can be read.
+    /// Whether its groups are empty, as far as they can be read.
     pub fn groups_are_empty(&self) -> bool {
         self.groups.iter().all(|group| group.is_empty().unwrap_or(false))
     }
 
-    /// Whether something of it may live: told by its groups and its record, without a look at every process.
+    /// Whether a process of it may be alive, by its groups and its record, without checking every process.
     pub fn may_live(&self) -> bool {
         self.is_scattered() || !self.groups_are_empty() || self.record.as_ref().is_some_and(ProcessRecord::is_alive)
     }
 
-    /// Resolves when nothing lives in its groups any more. Cancel-safe.
+    /// Resolves when its groups are empty. Cancel-safe.
     pub async fn groups_emptied(&self) {
         for group in &self.groups {
             group.emptied().await;
         }
     }
 
-    /// Takes its groups away, where nobody lives in them: of one that was killed whole some kernels let nothing new begin in it.
+    /// Removes its groups if they are empty: some kernels let no new process start in a group that was killed as a whole.
     pub fn remove_groups(&self) {
         for group in &self.groups {
             if let Err(error) = group.remove()
                 && self.kill_mode == KillMode::Tree
             {
-                tracing::warn!(agent = %self.name, group = group.name(), error = %error, "a group cannot be removed");
+                tracing::warn!(agent = %self.name, group = group.name(), error = %error, "cannot remove a sub-agent's group");
             }
         }
     }
 
-    /// The release whose own `control` script is to be asked first.
+    /// The release whose `control` script is run first.
     pub fn script_to_ask(&self) -> Option<&Version> {
         self.script.as_ref().filter(|_| self.signal != StopSignal::Kill)
     }
 
-    /// Whether a process is its own, by what is known of that process alone.
+    /// Whether a process is its own, without considering descent.
     fn holds(&self, process: &ProcessInfo, processes: &[ProcessInfo]) -> bool {
         let marked = || process.mark.as_ref().is_some_and(|mark| mark.name == self.name.as_str());
         let leader = || processes.iter().find(|leader| leader.pid == process.session);
@@ -141,13 +141,13 @@ impl StopTarget {
         self.known.contains(&(process.pid, process.start_time)) || in_session() || marked()
     }
 
-    /// Its main process, if that lives.
+    /// Its main process, if it is alive.
     fn main(&self, home: &Home) -> Option<ProcessInfo> {
         let record = self.record.as_ref().filter(|record| record.is_alive())?;
         platform::seen(record.pid, home.root()).filter(|seen| seen.start_time == record.start_time)
     }
 
-    /// The processes that live in its groups.
+    /// The processes in its groups.
     fn grouped(&self, home: &Home) -> impl Iterator<Item = ProcessInfo> {
         let pids = self.groups.iter().filter_map(|group| group.members().ok()).flatten();
         pids.filter_map(|pid| platform::seen(pid, home.root()))
@@ -156,13 +156,13 @@ impl StopTarget {
     fn kill_groups(&self) {
         for group in &self.groups {
             if let Err(error) = group.kill() {
-                tracing::warn!(agent = %self.name, group = group.name(), error = %error, "a group cannot be killed whole");
+                tracing::warn!(agent = %self.name, group = group.name(), error = %error, "cannot kill a sub-agent's group");
             }
         }
     }
 }
 
-/// The live processes of a sub-agent, oldest first, without those that ask after its health.
+/// The live processes of a sub-agent, oldest first, without its health checks.
 pub fn members(home: &Home, target: &StopTarget) -> Vec<ProcessInfo> {
     let scattered = if target.is_scattered() { processes(home) } else { vec![] };
     let mut members = members_among(home, &scattered, target, &BTreeSet::new());
@@ -170,7 +170,7 @@ pub fn members(home: &Home, target: &StopTarget) -> Vec<ProcessInfo> {
     members
 }
 
-/// Every process of the host; no mark is left on those that a sub-agent started for somebody else.
+/// Every process of the host. Processes that a sub-agent started and that are not ours lose their marker.
 fn processes(home: &Home) -> Vec<ProcessInfo> {
     let mut processes = platform::processes(home.root());
     for process in &mut processes {
@@ -181,19 +181,19 @@ fn processes(home: &Home) -> Vec<ProcessInfo> {
     processes
 }
 
-/// Whether a process is none that a sub-agent started for somebody else.
+/// Whether a process is ours, unlike those that a sub-agent with `main_only` started.
 fn is_ours(home: &Home, process: &ProcessInfo) -> bool {
     !process.mark.as_ref().is_some_and(|mark| mark.main_only && !is_main(home, process, &mark.name))
 }
 
-/// Whether a marked process is the one that we started: it leads a session, and what it runs lies in a release of the sub-agent.
+/// Whether a marked process is the main process: it leads a session, and its program is in a release of the sub-agent.
 pub fn is_main(home: &Home, process: &ProcessInfo, name: &str) -> bool {
     let releases = home.agents().join(name);
     process.session == process.pid
         && platform::first_words(process.pid, 2).iter().any(|word| word.starts_with(&releases))
 }
 
-/// The members of a target: those of its groups, and those among `processes`. `seen`: what was a member before.
+/// The members of a target: those in its groups, and those among `processes`. `seen`: previous members.
 fn members_among(
     home: &Home,
     processes: &[ProcessInfo],
@@ -217,7 +217,7 @@ fn members_among(
     members
 }
 
-/// Adds whatever the members started, but for what one started for somebody else. A role of ours that one of them started is no part of it.
+/// Adds the descendants of the members, except those that are not ours and a role of the home that a member started.
 fn add_descendants(home: &Home, processes: &[ProcessInfo], members: &mut Vec<ProcessInfo>) {
     let is_alone = |member: &&ProcessInfo| member.mark.as_ref().is_some_and(|mark| mark.main_only);
     let mut pids: BTreeSet<u32> = members.iter().filter(|member| !is_alone(member)).map(|member| member.pid).collect();
@@ -237,24 +237,24 @@ fn add_descendants(home: &Home, processes: &[ProcessInfo], members: &mut Vec<Pro
     }
 }
 
-/// Whether a process runs a program of the home itself, and not one of a sub-agent.
+/// Whether a process runs a program of the home itself, not of a sub-agent.
 pub fn is_role(home: &Home, pid: u32) -> bool {
     platform::executable_of(pid).is_some_and(|executable| executable.starts_with(home.bin()))
 }
 
-/// The end of some targets, look by look.
+/// Stops some targets, poll by poll.
 #[derive(Debug)]
 pub struct StopProgress<'a> {
     home: &'a Home,
     targets: &'a [StopTarget],
     began: Instant,
     told: Vec<(u32, u64)>,
-    /// Members so far of targets that may live outside of any group, by place: when the one that started them is gone, nothing else may tell
-    /// that they are.
+    /// Previous members of targets that may be outside of any group, by index: when their parent has exited, nothing else may identify
+    /// them.
     seen: BTreeMap<usize, BTreeSet<(u32, u64)>>,
-    /// Targets that were looked at, by place.
+    /// Targets that were polled before, by index.
     looked_at: BTreeSet<usize>,
-    /// Targets that cannot be ended, by place, and why.
+    /// Targets that cannot be killed, by index, and why.
     given_up: BTreeMap<usize, String>,
     pause: Duration,
 }
@@ -273,8 +273,8 @@ impl<'a> StopProgress<'a> {
         }
     }
 
-    /// Tells or kills what is left, and says when to look again; `None`: nothing is left. What cannot be ended is an error when all that
-    /// can be has ended.
+    /// Signals or kills the remaining processes, and returns when to poll again; `None`: nothing is left. An error for processes that
+    /// cannot be killed is returned when all others are gone.
     pub fn look(&mut self) -> Result<Option<Duration>> {
         let scattered = self.targets.iter().any(StopTarget::is_scattered);
         let processes = if scattered { processes(self.home) } else { vec![] };
@@ -287,19 +287,19 @@ impl<'a> StopProgress<'a> {
             let seen = self.seen.entry(place).or_default();
             let members = members_among(self.home, &processes, target, seen);
             seen.extend(members.iter().map(|process| (process.pid, process.start_time)));
-            // Whom we cannot see, of another pid namespace, we can still kill with the group.
+            // Processes of another pid namespace are not visible, but can be killed with the group.
             let unseen = || target.kill_mode == KillMode::Tree && !target.groups_are_empty();
             if members.is_empty() && !unseen() {
                 continue;
             }
             if spent.saturating_sub(target.grace) > AFTER_KILL {
                 let pids: Vec<String> = members.iter().map(|process| process.pid.to_string()).collect();
-                let who = if pids.is_empty() { "of a number not seen here".to_owned() } else { pids.join(", ") };
+                let who = if pids.is_empty() { "of another pid namespace".to_owned() } else { pids.join(", ") };
                 let error = format!(
-                    "cannot end sub-agent {}: process {who} is still there {AFTER_KILL:?} after it was killed; it may hang in the kernel",
+                    "cannot kill sub-agent {}: process {who} still exists {AFTER_KILL:?} after the kill; it may be blocked in the kernel",
                     target.name
                 );
-                tracing::error!(agent = %target.name, error, "a sub-agent cannot be ended");
+                tracing::error!(agent = %target.name, error, "cannot kill a sub-agent");
                 self.given_up.insert(place, error);
                 continue;
             }
@@ -309,17 +309,18 @@ impl<'a> StopProgress<'a> {
             }
             let is_first = self.looked_at.insert(place);
             for process in &members {
-                // What asks after its health has nothing to bring in order.
+                // A health check has nothing to clean up.
                 let kill = overtime || process.is_check();
                 let key = (process.pid, process.start_time);
-                // Begun since by one of them that still lives, it helps to stop (a script's clean-up), and ends with that or its grace.
+                // A process that a member started since helps to stop (a script's clean-up). It exits with that member, or is killed after
+                // the grace period.
                 let helps = !is_first && members.iter().any(|member| member.pid == process.parent);
                 if !kill && (helps || self.told.contains(&key)) {
                     continue;
                 }
                 let signal = if kill { StopSignal::Kill } else { target.signal };
                 if let Err(error) = platform::signal(process.pid, process.start_time, signal) {
-                    tracing::warn!(pid = process.pid, error = %error, "a process of a sub-agent cannot be signalled");
+                    tracing::warn!(pid = process.pid, error = %error, "cannot signal a process of a sub-agent");
                 }
                 self.told.push(key);
             }
@@ -339,12 +340,12 @@ impl<'a> StopProgress<'a> {
     }
 }
 
-/// What of a home's sub-agents is there.
+/// The sub-agents of a home that exist on the host.
 #[derive(Debug)]
 pub struct Census {
-    /// Every sub-agent of which something runs or is recorded.
+    /// Every sub-agent that has a process or a record.
     pub targets: Vec<StopTarget>,
-    /// The processes that bear the mark of one, oldest first.
+    /// The processes with a sub-agent's marker, oldest first.
     pub marked: Vec<ProcessInfo>,
 }
 
@@ -355,7 +356,7 @@ impl Census {
             .map(|record| StopTarget::of(&record.head.name.clone(), Some(record), groups))
             .collect();
         let listed = groups.map_or(Ok(vec![]), Groups::all).inspect_err(|error| {
-            tracing::warn!(error = %error, "the groups of sub-agents cannot be listed; records and marks stand in");
+            tracing::warn!(error = %error, "cannot list the sub-agents' groups; using process records and environment markers");
         });
         let held = listed.unwrap_or_default();
         for name in held.iter().filter_map(|name| name.parse::<AgentName>().ok()) {
@@ -382,7 +383,7 @@ impl Census {
     }
 }
 
-/// Whether anything of a home's sub-agents runs.
+/// Whether any sub-agent of a home runs.
 pub fn any_run(home: &Home) -> bool {
     let targets = Census::take(home, super::groups(home).as_ref()).targets;
     targets.iter().any(|target| !members(home, target).is_empty())
@@ -394,7 +395,7 @@ mod tests {
     use crate::core::model::Version;
     use crate::process::record::RecordHead;
 
-    /// Later than the first process of the machine, or container, that this runs on.
+    /// Later than the start of the first process of this machine or container.
     const SINCE: u64 = 1 << 40;
 
     fn seen(pid: u32, start_time: u64, session: u32) -> ProcessInfo {
@@ -423,7 +424,7 @@ mod tests {
         )
     }
 
-    /// The pids of the members among these, of the target and of what was one before.
+    /// The pids of the members among these, given the previous members.
     fn pids(all: &[ProcessInfo], target: &StopTarget, seen: &[(u32, u64)]) -> Vec<u32> {
         let seen = seen.iter().map(|(pid, start_time)| (*pid, SINCE + start_time)).collect();
         members_among(&Home::new("/nowhere"), all, target, &seen).iter().map(|process| process.pid).collect()
@@ -444,7 +445,7 @@ mod tests {
 
     #[test]
     fn what_descended_from_a_member_is_one_when_its_starter_is_gone() {
-        // The one that started it has ended, and something else has the number of another.
+        // The parent has exited, and another pid was reused.
         let all = [child(70, 13, 1), child(71, 99, 1)];
         assert_eq!(pids(&all, &target(50, 10), &[(70, 13), (71, 14)]), [70]);
         assert_eq!(pids(&all, &target(50, 10), &[]), [0; 0]);
@@ -472,9 +473,9 @@ mod tests {
         target.record.as_mut().unwrap().session = Some(49);
         assert_eq!(pids(&[seen(50, 10, 49), seen(51, 11, 49)], &target, &[]), [50, 51]);
         assert_eq!(pids(&[seen(51, 11, 49)], &target, &[]), [51]);
-        // Who began it is there still.
+        // The leader of the session is still alive.
         assert_eq!(pids(&[seen(49, 9, 49), seen(51, 11, 49)], &target, &[]), [49, 51]);
-        // Another has begun one of that number.
+        // Another process has started a session with this number.
         assert_eq!(pids(&[seen(49, 90, 49), seen(51, 91, 49)], &target, &[]), [0; 0]);
     }
 }

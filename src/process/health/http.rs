@@ -1,5 +1,5 @@
-//! A GET of which the status line is all that counts. The one place beside [`crate::endpoint`] that speaks HTTP: a hundred of these may be
-//! under way at a time, each a socket and a few hundred bytes, where a client made for more would take a thread and its buffers.
+//! A GET that reads only the status line. Besides [`crate::endpoint`], the only code that uses HTTP: a hundred checks may run at a time,
+//! each a socket and a few hundred bytes, where a full client would need a thread and its buffers.
 
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -13,16 +13,18 @@ use super::{CheckPermit, CheckResult, connect, failed};
 use crate::core::health::Url;
 use crate::endpoint;
 
-/// A status line, and the interim answers before it, are no longer.
+/// Maximum size of a status line with the interim responses before it.
 const MAX_HEAD: u64 = 8 << 10;
 
-/// Succeeds when the answer is one of 2xx or 3xx.
+/// Succeeds if the status is 2xx or 3xx.
 pub(super) async fn get(url: &Url, turn: CheckPermit) -> Result<(), CheckResult> {
     let stream = connect(&url.address, turn).await?;
     let asked = if url.tls {
         match handshake(stream, &url.address.host).await {
             Ok(stream) => status(stream, url).await,
-            Err(error) => return Err(failed(&format!("cannot agree on TLS with {}", url.address), &error)),
+            Err(error) => {
+                return Err(failed(&format!("cannot complete the TLS handshake with {}", url.address), &error));
+            }
         }
     } else {
         status(stream, url).await
@@ -50,7 +52,7 @@ async fn handshake(
     TlsConnector::from(config).connect(name, stream).await
 }
 
-/// Sends the request and reads the status of the answer (RFC 9112).
+/// Sends the request and reads the status of the response (RFC 9112).
 async fn status(mut stream: impl AsyncRead + AsyncWrite + Unpin, url: &Url) -> io::Result<u16> {
     let request = format!(
         "GET {} HTTP/1.1\r\nHost: {}\r\nUser-Agent: aops/{}\r\nAccept: */*\r\nConnection: close\r\n\r\n",
@@ -66,13 +68,16 @@ async fn status(mut stream: impl AsyncRead + AsyncWrite + Unpin, url: &Url) -> i
         match parse(&head) {
             StatusLine::Status(status) => return Ok(status),
             StatusLine::Other => {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "what answers does not speak HTTP"));
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "the response is not HTTP"));
             }
             StatusLine::Partial => {}
         }
         head.reserve(256);
         if stream.read_buf(&mut head).await? == 0 {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection without an answer"));
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the server closed the connection without a response",
+            ));
         }
     }
 }
@@ -84,7 +89,7 @@ enum StatusLine {
     Other,
 }
 
-/// The first status in `head` that is not an interim one (1xx), each of which ends with an empty line.
+/// Parses the first status in `head` that is not interim (1xx); an interim response ends with an empty line.
 fn parse(head: &[u8]) -> StatusLine {
     let mut rest = head;
     loop {

@@ -1,8 +1,8 @@
-//! Questions that a program of the package answers: `exec`, and `control status`.
+//! Checks that run a program of the package: `exec`, and `control status`.
 //!
-//! Such a program leads a session and a group of its own and bears the sub-agent's mark with another beside it, so that it is not taken
-//! for the sub-agent, and yet ended with it. It is waited for by its number before it is reaped, so that what it left in its group can be
-//! ended without hitting anybody else. Who loses interest in the answer drops the question, and its program is killed.
+//! Such a program leads a session and a process group of its own. Its environment has the sub-agent's marker and the check's, so it is not
+//! part of the sub-agent, but is killed with it. Its exit is awaited by pid before it is reaped, so that its process group can be killed
+//! safely. If the check is dropped, its program is killed.
 
 use std::io;
 use std::process::{ExitStatus, Stdio};
@@ -21,17 +21,17 @@ use crate::platform::{self, User};
 use crate::process::launch::StartSpec;
 use crate::process::script::{self, ScriptStatus};
 
-/// How long a program is tried whose file is still being written by a forked child: a check is soon made again.
+/// Retry time while the program's file is open for writing in a forked child: the next check comes soon.
 const BUSY: Duration = Duration::from_millis(200);
-/// Once a script has ended, its output is read for so long: what it left in the background may hold it open.
+/// Time to read a script's output after it has exited: a background process may keep it open.
 const LAST_WORDS: Duration = Duration::from_millis(200);
-/// Of a status, bytes.
+/// Bytes of a status that are read.
 const MAX_STATUS: u64 = 4 << 10;
-/// For killed processes to be gone.
+/// Timeout for killed processes to exit.
 const GONE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 
-/// A program that was asked.
+/// A running program of a check.
 struct RunningCheck {
     child: Child,
     home: Home,
@@ -40,11 +40,11 @@ struct RunningCheck {
 
 impl Drop for RunningCheck {
     fn drop(&mut self) {
-        // It was not waited for yet, or it would have no number any more.
+        // Without a pid, it was already reaped.
         let Some(pid) = self.child.id() else { return };
         let start_time = platform::start_time(pid);
         platform::kill_group(pid);
-        // What left its group is looked for beside the manager's loop; where that ends just now, the group has to do.
+        // Processes that left the process group are searched off the event loop. During its shutdown, only the process group is killed.
         if let (Some(start_time), Ok(runtime)) = (start_time, tokio::runtime::Handle::try_current()) {
             let (home, agent) = (self.home.clone(), self.agent.clone());
             drop(runtime.spawn_blocking(move || kill_all(&home, agent.as_str(), pid, start_time)));
@@ -69,7 +69,7 @@ pub(super) async fn exec(start: StartSpec, words: &[String], timeout: Duration) 
     }
 }
 
-/// Asks `control status`. What it says that nobody understands is no reason to do anything.
+/// Runs `control status`. An unknown status counts as healthy.
 pub(super) async fn status(start: StartSpec, timeout: Duration) -> Result<(), CheckResult> {
     let began = Instant::now();
     let mut asked = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
@@ -77,7 +77,7 @@ pub(super) async fn status(start: StartSpec, timeout: Duration) -> Result<(), Ch
     let mut text = vec![];
     let read = async {
         if let Some(stdout) = stdout {
-            // What cannot be read was not said.
+            // Unreadable output counts as no output.
             let _ = stdout.take(MAX_STATUS).read_to_end(&mut text).await;
         }
     };
@@ -86,7 +86,7 @@ pub(super) async fn status(start: StartSpec, timeout: Duration) -> Result<(), Ch
         let end = ended(&start, &mut asked, began, timeout);
         tokio::pin!(end);
         let is_read = tokio::select! {
-            // Whichever comes first, the other is gone on with below.
+            // Cancel-safe: both futures are pinned, and the other one is awaited below.
             () = &mut read => true,
             result = &mut end => {
                 result?;
@@ -100,7 +100,7 @@ pub(super) async fn status(start: StartSpec, timeout: Duration) -> Result<(), Ch
         }
     }
     match script::said(&String::from_utf8_lossy(&text)) {
-        ScriptStatus::Stopped => Err(CheckResult::Gone("`control status` says that it is stopped".to_owned())),
+        ScriptStatus::Stopped => Err(CheckResult::Gone("`control status` reports that it is stopped".to_owned())),
         ScriptStatus::Started | ScriptStatus::Unclear => Ok(()),
     }
 }
@@ -128,7 +128,7 @@ async fn spawn(
             Err(error) => match busy.pause(&error) {
                 Some(pause) => tokio::time::sleep(pause).await,
                 None if platform::is_busy_text(&error) => {
-                    return Err(CheckResult::Unknown(format!("{what}: its file is being written")));
+                    return Err(CheckResult::Unknown(format!("{what}: its file is open for writing")));
                 }
                 None => return Err(failed(&what, &error)),
             },
@@ -136,7 +136,7 @@ async fn spawn(
     }
 }
 
-/// Waits for the end of the program, of which nothing is left then: killed with all that it started when the time is over.
+/// Waits for the program to exit. At the timeout it is killed with everything that it started.
 async fn ended(
     start: &StartSpec,
     asked: &mut RunningCheck,
@@ -158,19 +158,19 @@ async fn ended(
         }
     }
     if let (Some(pid), Program::Native(_)) = (child.id(), &start.program) {
-        // What a script's status leaves behind may be the very program, which some start where they do not find it.
+        // Not for a script: its status may leave behind the program itself, which some scripts start if they do not find it.
         platform::kill_group(pid);
     }
     let status = child.wait().await.map_err(|error| failed("cannot wait for the check", &error))?;
     answer.map_or(Ok(status), Err)
 }
 
-/// Kills all that a check started: its session, and what bears its mark. Blocks.
+/// Kills everything that a check started: its session, and processes with its marker. Blocks.
 fn kill_all(home: &Home, agent: &str, pid: u32, start_time: u64) {
     let deadline = Instant::now() + GONE;
     loop {
         let mut left = platform::processes(home.root());
-        // Its number may be somebody else's by now, where nobody holds the child any more.
+        // The pid may be reused by now, if the child was already reaped.
         let taken_over = left.iter().any(|process| process.pid == pid && process.start_time != start_time);
         left.retain(|process| {
             let asks = process.mark.as_ref().is_some_and(|mark| mark.is_check && mark.name == agent);
@@ -182,7 +182,7 @@ fn kill_all(home: &Home, agent: &str, pid: u32, start_time: u64) {
         for process in &left {
             let killed: io::Result<bool> = platform::signal(process.pid, process.start_time, StopSignal::Kill);
             if let Err(error) = killed {
-                tracing::warn!(agent, pid = process.pid, error = %error, "a process of a health check cannot be killed");
+                tracing::warn!(agent, pid = process.pid, error = %error, "cannot kill a process of a health check");
             }
         }
         platform::pause(LOOK);

@@ -1,4 +1,4 @@
-//! Questions to servers and programs that answer as told.
+//! Checks of servers and programs with given answers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::home::Home;
 use crate::process::launch;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// For what does not answer at all.
+/// For a server that does not answer.
 const SHORT: Duration = Duration::from_millis(300);
 
 async fn asked(url: &str, timeout: Duration) -> CheckResult {
@@ -21,7 +21,7 @@ async fn asked(url: &str, timeout: Duration) -> CheckResult {
 }
 
 fn because(answer: CheckResult, why: &str) {
-    assert!(matches!(&answer, CheckResult::Unhealthy(text) if text.contains(why)), "{answer:?}, not: {why}");
+    assert!(matches!(&answer, CheckResult::Unhealthy(text) if text.contains(why)), "{answer:?}, expected: {why}");
 }
 
 #[tokio::test]
@@ -51,7 +51,7 @@ async fn a_certificate_is_not_judged_and_plain_speech_on_a_tls_port_is_a_failure
     assert!(matches!(asked(&origin.replace("https", "http"), TIMEOUT).await, CheckResult::Unhealthy(_)));
     let plain = Server::plain(|_| CannedResponse::ok("fine"));
     let wrong = plain.endpoint().origin().replace("http:", "https:");
-    because(asked(&wrong, TIMEOUT).await, "cannot agree on TLS");
+    because(asked(&wrong, TIMEOUT).await, "cannot complete the TLS handshake");
 }
 
 #[tokio::test]
@@ -118,7 +118,7 @@ fn of_home(start: &StartSpec) -> usize {
 
 #[tokio::test]
 async fn nothing_is_left_of_a_program_that_does_not_answer_in_time() {
-    // In its group, in a session of its own, deaf, and without the mark.
+    // In its process group, in a session of its own, ignoring TERM, and without the marker.
     let tree =
         "trap '' TERM; sleep 1000 & setsid sleep 1000 & env -i /bin/sleep 1000 & : >ready; while :; do sleep 1; done";
     let (_directory, start) = exec(tree, "2s");
@@ -133,7 +133,7 @@ async fn nothing_is_left_of_a_program_that_does_not_answer_in_time() {
 async fn nothing_is_left_in_the_group_of_a_program_that_answered() {
     let (_directory, start) = exec("sleep 1000 &\nexit 0", "20s");
     assert_eq!(ask(HealthQuery::of(start.clone()).unwrap()).await, CheckResult::Healthy);
-    wait_until("what it left is gone", || of_home(&start) == 0).await;
+    wait_until("its background process is gone", || of_home(&start) == 0).await;
 }
 
 #[tokio::test]
@@ -152,19 +152,19 @@ async fn what_asks_is_no_member_of_the_sub_agent_and_is_ended_with_it() {
 
 #[tokio::test]
 async fn a_question_that_is_dropped_takes_its_program_with_it() {
-    // One of them in a session of its own.
+    // One of them is in a session of its own.
     let (_directory, start) = exec("setsid sleep 1000 & sleep 1000 & : >ready; wait", "60s");
     let question = tokio::spawn(ask(HealthQuery::of(start.clone()).unwrap()));
     wait_until("it runs", || start.directory().join("ready").exists()).await;
     wait_until("all of it runs", || of_home(&start) == 3).await;
     question.abort();
-    wait_until("nothing of it is left", || of_home(&start) == 0).await;
+    wait_until("all of its processes are gone", || of_home(&start) == 0).await;
 }
 
 async fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     let deadline = Instant::now() + TIMEOUT;
     while !is_so() {
-        assert!(Instant::now() < deadline, "waited {TIMEOUT:?} in vain until {what}");
+        assert!(Instant::now() < deadline, "timed out after {TIMEOUT:?}: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -180,7 +180,7 @@ async fn a_control_script_is_asked_for_its_status() {
     assert_eq!(
         status("sleep 2 & echo started").await,
         CheckResult::Healthy,
-        "who holds its output open does not matter"
+        "an output that stays open does not matter"
     );
     assert!(matches!(status("echo stoped").await, CheckResult::Gone(_)));
     because(status("echo started; exec >&-; sleep 1000").await, "no answer within 3s");

@@ -288,7 +288,7 @@ esac
     let [hanging, gone] = ["hanging", "gone"].map(|name| host.wait_for_agent(name));
     touch(&host, "hang");
     touch(&host, "gone");
-    wait_for_event(&gateway, "gone", SCRIPT_ASKED, "restart failed", "`control status` says that it is stopped");
+    wait_for_event(&gateway, "gone", SCRIPT_ASKED, "restart failed", "`control status` reports that it is stopped");
     wait_for("its end", SOON, || (!is_alive(gone)).then_some(()));
     fs::remove_file(host.beside("gone")).expect("it exists");
     host.wait_for_new_pid("gone", gone);
