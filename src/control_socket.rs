@@ -130,8 +130,8 @@ pub async fn serve(
     loop {
         let Ok(seat) = seats.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok(SocketPeer::Stranger { stream, who, whose }) => {
-                let why = format!("cannot let {who} in at the control socket: it is for {whose}");
+            Ok(SocketPeer::Rejected { stream, peer, allowed }) => {
+                let why = format!("cannot let {peer} in at the control socket: it is for {allowed}");
                 // Somebody who knocks again and again must hold up nobody; the log hears of him from the manager.
                 let _ = knocks.try_send(ControlRequest::Stranger { why: why.clone() });
                 tokio::spawn(async move {
@@ -139,7 +139,7 @@ pub async fn serve(
                     let _ = tokio::time::timeout(REFUSAL, turn_away(stream, &why)).await;
                 });
             }
-            Ok(SocketPeer::Welcome(stream)) => {
+            Ok(SocketPeer::Allowed(stream)) => {
                 let (knocks, farewell) = (knocks.clone(), farewell.clone());
                 tokio::spawn(async move {
                     let _seat = seat;
@@ -300,7 +300,7 @@ impl ControlClient {
 
     /// Splits into the end that asks and the end that hears, which then waits for ever.
     pub fn split(self) -> Result<(LocalConnection, BufReader<LocalConnection>)> {
-        platform::wait_for_ever(self.reader.get_ref())?;
+        platform::remove_read_timeout(self.reader.get_ref())?;
         Ok((self.writer, self.reader))
     }
 }

@@ -349,7 +349,7 @@ impl Home {
         let first = Path::new(first.as_os_str());
         let ours = self.directories().into_iter().map(|(directory, _)| directory);
         let mut ours = ours.chain([self.install_work(), self.control_link()]);
-        let is_on_its_way = first.to_str().is_some_and(|name| name.starts_with(platform::ON_ITS_WAY));
+        let is_on_its_way = first.to_str().is_some_and(|name| name.starts_with(platform::TEMPORARY_PREFIX));
         is_on_its_way || ours.any(|path| path == self.root.join(first))
     }
 

@@ -91,8 +91,8 @@ mod tests {
     fn a_holder() {
         let Some(path) = testing::part(HOLDER) else { return };
         let held = take(Path::new(&path), Duration::ZERO).unwrap();
-        testing::say(held.is_some());
-        testing::stay();
+        testing::report(held.is_some());
+        testing::block();
     }
 
     #[test]

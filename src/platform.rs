@@ -39,14 +39,14 @@ pub struct Launch {
 #[derive(Debug)]
 pub enum SocketPeer {
     /// A client that may command the home.
-    Welcome(LocalStream),
+    Allowed(LocalStream),
     /// A client that may not.
     #[cfg_attr(windows, allow(dead_code, reason = "the access list of the pipe rejects them"))]
-    Stranger {
+    Rejected {
         stream: LocalStream,
-        who: String,
+        peer: String,
         /// The users that may.
-        whose: String,
+        allowed: String,
     },
 }
 
@@ -56,7 +56,7 @@ pub enum ExpectedPath {
     /// A directory that only trusted users can write to.
     Directory,
     /// A directory with any owner.
-    DirectoryOfAny,
+    DirectoryOfAnyOwner,
     /// A file that only trusted users can write to.
     File,
 }
@@ -88,7 +88,7 @@ pub struct ProcessInfo {
     pub session: u32,
     /// The process that started it, or that adopted it.
     pub parent: u32,
-    pub mark: Option<ProcessMarker>,
+    pub marker: Option<ProcessMarker>,
 }
 
 /// The sub-agent that a process belongs to: on Unix read from the environment that it was started with, on Windows from the path of its
@@ -106,7 +106,7 @@ pub struct ProcessMarker {
 impl ProcessInfo {
     /// Whether it runs a health check of its sub-agent, and so is not part of the sub-agent.
     pub fn is_check(&self) -> bool {
-        self.mark.as_ref().is_some_and(|mark| mark.is_check)
+        self.marker.as_ref().is_some_and(|marker| marker.is_check)
     }
 }
 
@@ -117,7 +117,7 @@ pub const MAIN_ONLY: &str = "AOPS_AGENT_KILL_MODE";
 pub const CHECK: &str = "AOPS_AGENT_CHECK";
 
 /// Prefix of a temporary file that is about to be renamed to its final name.
-pub const ON_ITS_WAY: &str = ".new-";
+pub const TEMPORARY_PREFIX: &str = ".new-";
 
 /// The operating system that this executable is for.
 pub const OS: Os = if cfg!(windows) { Os::Windows } else { Os::Linux };
@@ -143,9 +143,9 @@ pub fn own_executable() -> Option<PathBuf> {
 /// directory that exists.
 pub fn identity(path: &Path) -> PathBuf {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    for there in absolute.ancestors() {
-        if let Ok(real) = canonical(there) {
-            let below = absolute.strip_prefix(there).unwrap_or(Path::new(""));
+    for existing in absolute.ancestors() {
+        if let Ok(real) = canonical(existing) {
+            let below = absolute.strip_prefix(existing).unwrap_or(Path::new(""));
             return real.components().chain(below.components()).collect();
         }
     }
@@ -168,12 +168,12 @@ mod tests {
         let real = directory.path().canonicalize().unwrap().join("real");
         std::fs::create_dir_all(real.join("home")).unwrap();
         std::os::unix::fs::symlink(&real, directory.path().join("link")).unwrap();
-        for (there, named) in [("home", real.join("home")), ("not/yet", real.join("not/yet"))] {
+        for (name, expected) in [("home", real.join("home")), ("not/yet", real.join("not/yet"))] {
             for spelling in ["real", "link", "real/", "real/.", "link//", "link/../real"] {
-                let path = format!("{}/{spelling}/{there}", directory.path().display());
+                let path = format!("{}/{spelling}/{name}", directory.path().display());
                 for path in [format!("{path}/"), format!("{path}/."), path] {
                     let found = identity(Path::new(&path));
-                    assert_eq!(found.as_os_str(), named.as_os_str(), "{path}");
+                    assert_eq!(found.as_os_str(), expected.as_os_str(), "{path}");
                 }
             }
         }

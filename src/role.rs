@@ -69,7 +69,7 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    platform::leave_caller(&mut command);
+    platform::detach_from_caller(&mut command);
     platform::leave_groups(&mut command, &home.agents_unit());
     command.spawn().with_context(|| format!("cannot start {}", program.display()))
 }
@@ -99,7 +99,7 @@ pub struct RoleHolder {
 
 impl RoleHolder {
     pub fn is_alive(&self) -> bool {
-        self.boot_id == platform::boot_id() && platform::lives(self.pid, self.start_time)
+        self.boot_id == platform::boot_id() && platform::is_alive(self.pid, self.start_time)
     }
 
     pub fn status(&self) -> RoleStatus {

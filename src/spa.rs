@@ -341,7 +341,7 @@ impl Watchdog<'_> {
             let due = pings.due().min(self.judge.due());
             match self.words.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(WatchdogEvent::Terminate) => {
-                    platform::hang_up(&connection);
+                    platform::shut_down(&connection);
                     return Ok(ConnectionEnd::Terminate);
                 }
                 Ok(WatchdogEvent::Heard(serial, heard)) if serial == self.serial => match heard {
@@ -398,7 +398,7 @@ impl Watchdog<'_> {
             TrialAction::EndManager => drop(control_socket::send(connection, &Request::Yield)),
             TrialAction::Heartbeat => drop(control_socket::send(connection, &Request::Heartbeat)),
             TrialAction::Become => {
-                platform::hang_up(connection);
+                platform::shut_down(connection);
                 return Some(ConnectionEnd::Become);
             }
         }

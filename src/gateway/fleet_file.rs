@@ -145,7 +145,7 @@ impl FleetFile {
         let metadata = fs::metadata(&path).ok();
         let stamp = metadata.as_ref().map(FileStamp::of);
         self.exposed = self.in_force.as_ref().is_some_and(|in_force| in_force.fleet.has_secrets())
-            && metadata.as_ref().is_some_and(platform::others_may_read);
+            && metadata.as_ref().is_some_and(platform::is_readable_by_others);
         let modified = metadata.and_then(|metadata| metadata.modified().ok());
         let stands_still = self.still.look(stamp, modified, Instant::now());
         self.last = Some(stamp);

@@ -84,7 +84,7 @@ pub(super) fn names_in(directory: &Path) -> Result<Vec<String>> {
 
 /// Which of a directory that holds private keys, and of these files, others than their owner can read.
 pub(super) fn exposed(directory: &Path, private: &[&Path]) -> Vec<String> {
-    let is_open = |path: &Path| fs::metadata(path).is_ok_and(|metadata| platform::others_may_read(&metadata));
+    let is_open = |path: &Path| fs::metadata(path).is_ok_and(|metadata| platform::is_readable_by_others(&metadata));
     let told = |path: &Path, what: &str, mode: &str| {
         let shown = path.display();
         is_open(path).then(|| format!("{what} {shown} can be read by others; run `chmod {mode} {shown}`"))

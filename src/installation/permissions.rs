@@ -75,7 +75,7 @@ pub fn agent(home: &Home, name: &AgentName) -> Result<()> {
 pub fn place(home: &Home, name: &AgentName) -> Result<()> {
     let mut look = PermissionCheck::at(home)?;
     look.here(&home.agents(), ExpectedPath::Directory)?;
-    look.here(&home.agent(name), ExpectedPath::DirectoryOfAny)?;
+    look.here(&home.agent(name), ExpectedPath::DirectoryOfAnyOwner)?;
     look.end()
 }
 
@@ -250,7 +250,7 @@ impl<'a> PermissionCheck<'a> {
     }
 
     fn way(&mut self, from: &Path, path: &Path) -> Result<()> {
-        let weak = platform::weakness_on_the_way(from, path);
+        let weak = platform::weakness_of_parents(from, path);
         let weak = weak.with_context(|| format!("cannot look at what leads to {}", path.display()))?;
         if let Some((place, weakness)) = weak {
             let fault = format!("cannot rely on {}, which leads to {}: {weakness}", place.display(), path.display());

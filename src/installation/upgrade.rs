@@ -180,7 +180,7 @@ impl UpgradeSession {
         let all_lead_to = |image: &Path| -> Result<bool> {
             for name in MOVED {
                 let link = name.path(home);
-                if !platform::leads_to(&link, image).with_context(|| format!("cannot read {}", link.display()))? {
+                if !platform::points_to(&link, image).with_context(|| format!("cannot read {}", link.display()))? {
                     return Ok(false);
                 }
             }

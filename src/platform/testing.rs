@@ -11,19 +11,19 @@ use std::time::{Duration, Instant};
 
 /// Timeout for steps that take no time on an idle machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
-const LOOK: Duration = Duration::from_millis(5);
+const POLL: Duration = Duration::from_millis(5);
 
 const PART: &str = "AOPS_TEST_PART";
 const ARGUMENT: &str = "AOPS_TEST_ARGUMENT";
 /// Prefix of the lines that a part prints; the test program prints lines of its own.
-const SAID: &str = "part: ";
+const REPORT_PREFIX: &str = "part: ";
 
 /// A command that runs the part of the test function with this full name.
-pub fn play(name: &str, argument: impl AsRef<OsStr>) -> Command {
-    play_from(&std::env::current_exe().expect("this program has a file"), name, argument)
+pub fn part_command(name: &str, argument: impl AsRef<OsStr>) -> Command {
+    part_command_from(&std::env::current_exe().expect("this program has a file"), name, argument)
 }
 
-fn play_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> Command {
+fn part_command_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(executable);
     command.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(PART, name).env(ARGUMENT, argument);
     command
@@ -31,26 +31,26 @@ fn play_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> Comm
 
 /// The argument of the part; `None`: this process is the test program itself.
 pub fn part(name: &str) -> Option<OsString> {
-    let asked = std::env::var_os(PART)?;
-    (asked == name).then(|| std::env::var_os(ARGUMENT).unwrap_or_default())
+    let name_of_part = std::env::var_os(PART)?;
+    (name_of_part == name).then(|| std::env::var_os(ARGUMENT).unwrap_or_default())
 }
 
 /// Prints a line for the test to read.
 #[allow(clippy::print_stdout, reason = "the test reads standard output")]
-pub fn say(text: impl std::fmt::Display) {
+pub fn report(text: impl std::fmt::Display) {
     // The test program may have printed an unfinished line.
-    println!("\n{SAID}{text}");
+    println!("\n{REPORT_PREFIX}{text}");
     let _ = std::io::stdout().flush();
 }
 
 /// The lines that parts printed into a file.
-pub fn said(output: &[u8]) -> Vec<String> {
+pub fn reports(output: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(output);
-    text.lines().filter_map(|line| line.strip_prefix(SAID)).map(str::to_owned).collect()
+    text.lines().filter_map(|line| line.strip_prefix(REPORT_PREFIX)).map(str::to_owned).collect()
 }
 
 /// Blocks until the process is killed.
-pub fn stay() -> ! {
+pub fn block() -> ! {
     loop {
         std::thread::park();
     }
@@ -59,13 +59,13 @@ pub fn stay() -> ! {
 /// Polls until `attempt` returns a value; panics at the timeout.
 #[track_caller]
 pub fn wait_for<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
+    let started = Instant::now();
     loop {
         if let Some(found) = attempt() {
             return found;
         }
-        assert!(began.elapsed() < PATIENCE, "timed out waiting for {what}");
-        super::pause(LOOK);
+        assert!(started.elapsed() < PATIENCE, "timed out waiting for {what}");
+        super::pause(POLL);
     }
 }
 
@@ -78,12 +78,12 @@ pub struct OtherProcess {
 
 impl OtherProcess {
     pub fn start(name: &str, argument: impl AsRef<OsStr>) -> OtherProcess {
-        OtherProcess::start_by(play(name, argument))
+        OtherProcess::start_by(part_command(name, argument))
     }
 
     /// Like [`OtherProcess::start`], from a copy of this program.
     pub fn start_from(executable: &Path, name: &str, argument: impl AsRef<OsStr>) -> OtherProcess {
-        OtherProcess::start_by(play_from(executable, name, argument))
+        OtherProcess::start_by(part_command_from(executable, name, argument))
     }
 
     fn start_by(mut command: Command) -> OtherProcess {
@@ -92,7 +92,7 @@ impl OtherProcess {
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {
             for line in output.lines().map_while(Result::ok) {
-                if let Some(text) = line.strip_prefix(SAID) {
+                if let Some(text) = line.strip_prefix(REPORT_PREFIX) {
                     let _ = sender.send(text.to_owned());
                 }
             }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::ON_ITS_WAY;
+use super::TEMPORARY_PREFIX;
 use crate::core::service_manager::Notification;
 
 mod access;
@@ -19,14 +19,14 @@ mod mounts;
 mod process;
 mod reset;
 
-pub use access::{close_to_others, weakness, weakness_on_the_way};
+pub use access::{deny_write_to_others, weakness, weakness_of_parents};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use leave_cgroup::{leave_groups, remove_role_groups};
 pub use local::*;
 pub use mounts::mounts_in;
 pub use process::*;
-pub use reset::{leave_caller, leave_caller_as};
+pub use reset::{detach_from_caller, detach_from_caller_as};
 
 // --- Files
 
@@ -96,7 +96,7 @@ pub fn is_same_directory(one: &Path, other: &Path) -> bool {
 }
 
 /// Whether a link that [`replace_link`] created points to `target`, which need not exist.
-pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
+pub fn points_to(link: &Path, target: &Path) -> io::Result<bool> {
     match fs::read_link(link) {
         Ok(named) => Ok(link.parent().unwrap_or(Path::new("")).join(named) == target),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => Ok(false),
@@ -122,7 +122,7 @@ pub fn lock_holder(path: &Path) -> Option<u32> {
 
 /// Makes `link` point to `target` (relative or absolute, written as given). Replaces an existing link atomically.
 pub fn replace_link(target: &Path, link: &Path) -> io::Result<()> {
-    let temporary = link.with_file_name(format!("{ON_ITS_WAY}{}-{}", std::process::id(), fastrand::u64(..)));
+    let temporary = link.with_file_name(format!("{TEMPORARY_PREFIX}{}-{}", std::process::id(), fastrand::u64(..)));
     std::os::unix::fs::symlink(target, &temporary)?;
     fs::rename(&temporary, link).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
@@ -304,7 +304,7 @@ pub fn has_execute_bit(metadata: &fs::Metadata) -> bool {
 }
 
 /// Whether group or others can read the file.
-pub fn others_may_read(metadata: &fs::Metadata) -> bool {
+pub fn is_readable_by_others(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o044 != 0
 }
 
@@ -354,7 +354,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_file_is_an_error_and_holds_nobody_up() {
+    fn opening_a_pipe_or_a_device_fails_without_blocking() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         rustix::fs::mknodat(rustix::fs::CWD, at("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn whether_a_rename_could_be_done_is_found_out_without_one() {
+    fn a_rename_is_tested_without_renaming() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         fs::create_dir_all(at("blocker/full")).unwrap();
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn a_private_file_is_nobody_elses_and_what_is_not_so_goes_first() {
+    fn a_file_that_is_not_private_is_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let (path, other) = (directory.path().join("a"), directory.path().join("b"));
         let length = || open_private(&path).unwrap().metadata().unwrap().len();

@@ -16,7 +16,7 @@ mod security;
 mod signal;
 mod watch;
 
-pub use access::{close_to_others, weakness, weakness_on_the_way};
+pub use access::{deny_write_to_others, weakness, weakness_of_parents};
 pub use group::{Group, Groups};
 pub use launch::{Child, launch};
 pub use local::*;
@@ -89,7 +89,7 @@ pub(super) fn file_identity(file: &File) -> io::Result<(u64, u64)> {
 }
 
 /// Whether a copy that [`replace_link`] created has the current content of `target`.
-pub fn leads_to(link: &Path, target: &Path) -> io::Result<bool> {
+pub fn points_to(link: &Path, target: &Path) -> io::Result<bool> {
     let content = |path: &Path| match fs::read(path) {
         Ok(content) => Ok(Some(content)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -215,7 +215,7 @@ pub fn has_execute_bit(_metadata: &fs::Metadata) -> bool {
 }
 
 /// Always false: the access list that the file inherits decides.
-pub fn others_may_read(_metadata: &fs::Metadata) -> bool {
+pub fn is_readable_by_others(_metadata: &fs::Metadata) -> bool {
     false
 }
 
@@ -353,8 +353,8 @@ mod tests {
     #[test]
     fn a_running_program() {
         if testing::part(RUNNING).is_some() {
-            testing::say("ready");
-            testing::stay();
+            testing::report("ready");
+            testing::block();
         }
     }
 
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_another_took_the_name_of_is_told_from_it() {
+    fn a_replaced_file_is_detected() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spm.lock");
         let file = File::create(&path).unwrap();

@@ -22,7 +22,7 @@ const GENERATIONS: u32 = 64;
 
 /// The process with this pid, if it is the sub-agent's own. `since`: the start time of `control start`, if known.
 pub fn own(start: &StartSpec, pid: u32, since: Option<u64>) -> Option<ProcessInfo> {
-    let process = platform::seen(pid, start.home.root())?;
+    let process = platform::process_info(pid, start.home.root())?;
     let is_own = !is_others(start, &process)
         && (since.is_some_and(|since| process.start_time >= since)
             || is_marked(start, &process)
@@ -34,11 +34,12 @@ pub fn own(start: &StartSpec, pid: u32, since: Option<u64>) -> Option<ProcessInf
 }
 
 fn is_marked(start: &StartSpec, process: &ProcessInfo) -> bool {
-    process.mark.as_ref().is_some_and(|mark| mark.name == start.name.as_str() && !mark.is_check)
+    process.marker.as_ref().is_some_and(|marker| marker.name == start.name.as_str() && !marker.is_check)
 }
 
 fn is_others(start: &StartSpec, process: &ProcessInfo) -> bool {
-    let of_another = process.mark.as_ref().is_some_and(|mark| mark.name != start.name.as_str() || mark.is_check);
+    let of_another =
+        process.marker.as_ref().is_some_and(|marker| marker.name != start.name.as_str() || marker.is_check);
     process.pid == 1
         || process.pid == std::process::id()
         || of_another
@@ -69,7 +70,7 @@ fn descends_from_us(start: &StartSpec, process: &ProcessInfo) -> bool {
         if parent == std::process::id() {
             return true;
         }
-        match platform::seen(parent, start.home.root()).filter(|process| !is_others(start, process)) {
+        match platform::process_info(parent, start.home.root()).filter(|process| !is_others(start, process)) {
             Some(process) => parent = process.parent,
             None => return false,
         }
@@ -120,7 +121,7 @@ mod tests {
     fn stranger(home: &Home) -> Ended {
         let output = Command::new("sh").args(["-c", "cd /; sleep 1000 >/dev/null 2>&1 & echo $!"]).output().unwrap();
         let pid = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
-        Ended(platform::seen(pid, home.root()).unwrap())
+        Ended(platform::process_info(pid, home.root()).unwrap())
     }
 
     #[test]

@@ -91,7 +91,7 @@ impl StartSpec {
         let groups = self.groups.as_ref()?;
         Some(match self.program.kill_mode() {
             KillMode::Tree => groups.group(self.name.as_str()),
-            KillMode::Process => groups.apart(self.name.as_str()),
+            KillMode::Process => groups.main_only(self.name.as_str()),
         })
     }
 

@@ -73,7 +73,7 @@ mod tests {
         std::fs::write(directory.path().join("var/app.txt"), "1").unwrap();
         let [file] = all(directory.path()).try_into().unwrap();
         let start_time = platform::start_time(file.pid).unwrap();
-        let own = ProcessInfo { pid: file.pid, start_time, session: file.pid, parent: 1, mark: None };
+        let own = ProcessInfo { pid: file.pid, start_time, session: file.pid, parent: 1, marker: None };
         let now = SystemTime::now();
         assert!(file.is_of(&own, now));
         assert!(!file.is_of(&ProcessInfo { pid: 1, ..own.clone() }, now));

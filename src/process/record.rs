@@ -84,7 +84,7 @@ impl RecordHead {
 impl ProcessRecord {
     /// Whether the recorded process is alive.
     pub fn is_alive(&self) -> bool {
-        self.is_of_this_boot() && platform::lives(self.pid, self.start_time)
+        self.is_of_this_boot() && platform::is_alive(self.pid, self.start_time)
     }
 
     /// Whether pid and start time are still valid. A restarted container counts its pids from one again within the same boot of its host: a

@@ -124,11 +124,11 @@ pub async fn start(start: &StartSpec, output: File) -> Result<ProcessRecord> {
 /// that has the pid now: a pid file that was written before that process started is removed. Blocks.
 pub fn forget(start: &StartSpec, last: Option<&ProcessRecord>) {
     let deadline = Instant::now() + REMAINS;
-    while last.is_some_and(|last| platform::remains(last.pid)) && Instant::now() < deadline {
+    while last.is_some_and(|last| platform::is_zombie(last.pid)) && Instant::now() < deadline {
         platform::pause(LOOK);
     }
     for file in pid_file::all(&start.directory()) {
-        let names_it = match platform::seen(file.pid, start.home.root()) {
+        let names_it = match platform::process_info(file.pid, start.home.root()) {
             Some(process) if process.pid == 1 => false,
             Some(process) => file.is_of(&process, SystemTime::now()) || claim::own(start, file.pid, None).is_some(),
             None => false,
@@ -239,7 +239,7 @@ fn question(start: &StartSpec, verb: &str) -> Result<Command> {
     let mut command = start.command_with_output(CONTROL_SCRIPT, None)?;
     // Only the program itself is a member; the script's own process must not look like one.
     command.arg(verb).env_remove("AOPS_AGENT_NAME");
-    platform::leave_caller(&mut command);
+    platform::detach_from_caller(&mut command);
     Ok(command)
 }
 
@@ -266,7 +266,7 @@ async fn run(start: &StartSpec, command: &Command, output: File) -> Result<Proce
         }
     };
     if !status.success() {
-        bail!("`control start` {}; see its log", platform::how_it_ended(status));
+        bail!("`control start` {}; see its log", platform::describe_exit(status));
     }
     let group = start.entered(&launch, &child);
     Ok(ProcessRecord { head, pid: child.pid, start_time: child.start_time, group, session: None, ended: None })

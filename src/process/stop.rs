@@ -84,7 +84,7 @@ mod tests {
             "trap 'sleep 0.3 && echo clean >clean; exit 0' TERM; echo >ready; while :; do sleep 0.01; done",
         ]);
         command.current_dir(directory.path()).env("AOPS_HOME", home.root()).env("AOPS_AGENT_NAME", "tidy");
-        platform::leave_caller(&mut command);
+        platform::detach_from_caller(&mut command);
         let mut child = command.spawn().unwrap();
         while !directory.path().join("ready").exists() {
             platform::pause(Duration::from_millis(5));
@@ -105,7 +105,7 @@ mod tests {
         let mut command = std::process::Command::new("sh");
         command.args(["-c", "trap '' TERM; (trap '' TERM; while :; do sleep 1; done) & while :; do sleep 1; done"]);
         command.env("AOPS_HOME", home.root()).env("AOPS_AGENT_NAME", "stubborn");
-        platform::leave_caller(&mut command);
+        platform::detach_from_caller(&mut command);
         let mut child = command.spawn().unwrap();
         let name: AgentName = "stubborn".parse().unwrap();
         let mut stubborn = StopTarget::of(&name, None, None);

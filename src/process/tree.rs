@@ -134,7 +134,7 @@ impl StopTarget {
 
     /// Whether a process is its own, without considering descent.
     fn holds(&self, process: &ProcessInfo, processes: &[ProcessInfo]) -> bool {
-        let marked = || process.mark.as_ref().is_some_and(|mark| mark.name == self.name.as_str());
+        let marked = || process.marker.as_ref().is_some_and(|marker| marker.name == self.name.as_str());
         let leader = || processes.iter().find(|leader| leader.pid == process.session);
         let recorded = self.record.as_ref().filter(|record| record.is_of_this_boot());
         let in_session = || recorded.is_some_and(|record| record.owns_session_of(process, leader()));
@@ -144,13 +144,13 @@ impl StopTarget {
     /// Its main process, if it is alive.
     fn main(&self, home: &Home) -> Option<ProcessInfo> {
         let record = self.record.as_ref().filter(|record| record.is_alive())?;
-        platform::seen(record.pid, home.root()).filter(|seen| seen.start_time == record.start_time)
+        platform::process_info(record.pid, home.root()).filter(|seen| seen.start_time == record.start_time)
     }
 
     /// The processes in its groups.
     fn grouped(&self, home: &Home) -> impl Iterator<Item = ProcessInfo> {
         let pids = self.groups.iter().filter_map(|group| group.members().ok()).flatten();
-        pids.filter_map(|pid| platform::seen(pid, home.root()))
+        pids.filter_map(|pid| platform::process_info(pid, home.root()))
     }
 
     fn kill_groups(&self) {
@@ -175,7 +175,7 @@ fn processes(home: &Home) -> Vec<ProcessInfo> {
     let mut processes = platform::processes(home.root());
     for process in &mut processes {
         if !is_ours(home, process) {
-            process.mark = None;
+            process.marker = None;
         }
     }
     processes
@@ -183,7 +183,7 @@ fn processes(home: &Home) -> Vec<ProcessInfo> {
 
 /// Whether a process is ours, unlike those that a sub-agent with `main_only` started.
 fn is_ours(home: &Home, process: &ProcessInfo) -> bool {
-    !process.mark.as_ref().is_some_and(|mark| mark.main_only && !is_main(home, process, &mark.name))
+    !process.marker.as_ref().is_some_and(|marker| marker.main_only && !is_main(home, process, &marker.name))
 }
 
 /// Whether a marked process is the main process: it leads a session, and its program is in a release of the sub-agent.
@@ -219,7 +219,7 @@ fn members_among(
 
 /// Adds the descendants of the members, except those that are not ours and a role of the home that a member started.
 fn add_descendants(home: &Home, processes: &[ProcessInfo], members: &mut Vec<ProcessInfo>) {
-    let is_alone = |member: &&ProcessInfo| member.mark.as_ref().is_some_and(|mark| mark.main_only);
+    let is_alone = |member: &&ProcessInfo| member.marker.as_ref().is_some_and(|marker| marker.main_only);
     let mut pids: BTreeSet<u32> = members.iter().filter(|member| !is_alone(member)).map(|member| member.pid).collect();
     loop {
         let is_new = |process: &&ProcessInfo| !pids.contains(&process.pid) && pids.contains(&process.parent);
@@ -365,10 +365,10 @@ impl Census {
             }
         }
         let mut marked = processes(home);
-        marked.retain(|process| process.mark.is_some());
+        marked.retain(|process| process.marker.is_some());
         marked.sort_by_key(|process| (process.start_time, process.pid));
         for process in &marked {
-            let Some(name) = process.mark.as_ref().and_then(|mark| mark.name.parse::<AgentName>().ok()) else {
+            let Some(name) = process.marker.as_ref().and_then(|marker| marker.name.parse::<AgentName>().ok()) else {
                 continue;
             };
             match targets.iter_mut().find(|target| target.name == name) {
@@ -399,7 +399,7 @@ mod tests {
     const SINCE: u64 = 1 << 40;
 
     fn seen(pid: u32, start_time: u64, session: u32) -> ProcessInfo {
-        ProcessInfo { pid, start_time: SINCE + start_time, session, parent: 1, mark: None }
+        ProcessInfo { pid, start_time: SINCE + start_time, session, parent: 1, marker: None }
     }
 
     fn target(pid: u32, start_time: u64) -> StopTarget {
@@ -437,7 +437,7 @@ mod tests {
     #[test]
     fn a_tree_is_its_session_whoever_bears_the_mark_and_what_descends_from_them() {
         let mut stray = seen(90, 30, 90);
-        stray.mark =
+        stray.marker =
             Some(platform::ProcessMarker { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
         let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray, child(70, 13, 51), child(71, 14, 70)];
         assert_eq!(pids(&all, &target(50, 10), &[]), [50, 51, 70, 71, 90]);

@@ -73,7 +73,7 @@ fn settings(plan: &InstallPlan, fetched: &FetchedManager, undo: &mut Undo) -> Re
 fn configuration(plan: &InstallPlan, undo: &mut Undo) -> Result<()> {
     let path = plan.home.config();
     let path = std::fs::canonicalize(&path).unwrap_or(path);
-    let is_open = std::fs::metadata(&path).is_ok_and(|metadata| platform::others_may_read(&metadata));
+    let is_open = std::fs::metadata(&path).is_ok_and(|metadata| platform::is_readable_by_others(&metadata));
     let is_there = path.exists();
     let access = if is_there && !is_open { Access::Private } else { plan.config.access() };
     let stands = is_there && config::text(&plan.home).is_ok_and(|text| text.as_ref() == Some(&plan.config_text));

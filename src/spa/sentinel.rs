@@ -24,7 +24,7 @@ impl Sentinel {
         let mut command = Command::new(home.backup_executable());
         command.args(["spa", "--home"]).arg(home.known_as()).arg("--sentinel");
         command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        platform::leave_caller(&mut command);
+        platform::detach_from_caller(&mut command);
         let spawned = command.spawn().inspect_err(|error| {
             tracing::warn!(error = %error, "nothing starts the watchdog again if the new manager ends it");
         });

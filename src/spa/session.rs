@@ -11,19 +11,20 @@ const ROUNDS: usize = 100;
 
 /// The processes of a manager's session, itself among them; a sub-agent has a session of its own.
 fn session_of(home: &Home, pid: u32, start_time: u64) -> Vec<platform::ProcessInfo> {
-    let own = platform::seen(pid, home.root());
+    let own = platform::process_info(pid, home.root());
     // Of a dead one the session has its number as long as there is a process in it, and then nobody else has that number.
     let session = match &own {
         Some(own) if own.start_time != start_time => return vec![],
         Some(own) => own.session,
         None => pid,
     };
-    let ours = platform::seen(std::process::id(), home.root()).map(|seen| seen.session);
+    let ours = platform::process_info(std::process::id(), home.root()).map(|seen| seen.session);
     if ours == Some(session) {
         return own.into_iter().collect();
     }
-    let is_its =
-        |seen: &platform::ProcessInfo| seen.session == session && seen.mark.is_none() && seen.start_time >= start_time;
+    let is_its = |seen: &platform::ProcessInfo| {
+        seen.session == session && seen.marker.is_none() && seen.start_time >= start_time
+    };
     platform::processes(home.root()).into_iter().filter(is_its).collect()
 }
 

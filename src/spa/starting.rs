@@ -43,7 +43,7 @@ impl StartedManagers {
     /// Starts a manager.
     pub(super) fn start(&mut self, home: &Home) -> Result<()> {
         let child = role::spawn(home, Role::Spm)?;
-        let start_time = platform::seen(child.id(), home.root()).map(|seen| seen.start_time);
+        let start_time = platform::process_info(child.id(), home.root()).map(|seen| seen.start_time);
         self.0.push(StartedManager { child, start_time, at: Instant::now(), is_known: false });
         Ok(())
     }
@@ -54,7 +54,7 @@ impl StartedManagers {
             return;
         }
         let Some(holder) = role::who_has(home, Role::Spm) else { return };
-        let session = platform::seen(holder.pid, home.root()).map(|seen| seen.session);
+        let session = platform::process_info(holder.pid, home.root()).map(|seen| seen.session);
         for started in &mut self.0 {
             started.is_known |= [Some(holder.pid), session].contains(&Some(started.child.id()));
         }

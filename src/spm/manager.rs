@@ -339,7 +339,7 @@ fn moved(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config 
 fn groups(home: &Home) -> Option<Groups> {
     let groups = process::groups(home);
     match &groups {
-        Some(groups) => tracing::info!(place = groups.place(), "sub-agents live in groups of their own"),
+        Some(groups) => tracing::info!(place = groups.location(), "sub-agents live in groups of their own"),
         None => tracing::warn!(
             "this host has no place for groups of processes (no cgroup that we may write); a sub-agent's session, descendants and mark stand in, \
              and what escapes from all of them outlives its stop"

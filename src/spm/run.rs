@@ -107,7 +107,7 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> Ab
     let task = tokio::spawn(async move {
         let (success, how) = match running {
             RunningProcess::Child(mut child, _) => match child.wait().await {
-                Ok(status) => (Some(status.success()), platform::how_it_ended(status)),
+                Ok(status) => (Some(status.success()), platform::describe_exit(status)),
                 Err(error) => (None, format!("ended; its exit status cannot be read: {error}")),
             },
             RunningProcess::Adopted(record) => {

@@ -55,7 +55,7 @@ pub(super) fn closed() -> Option<(PathBuf, std::io::Error)> {
     let directory = systemd_global_dir_path();
     let enabled = Some(directory.join("multi-user.target.wants")).filter(|enabled| enabled.is_dir());
     [directory].into_iter().chain(enabled).find_map(|directory| {
-        let tried = tempfile::Builder::new().prefix(crate::platform::ON_ITS_WAY).tempfile_in(&directory);
+        let tried = tempfile::Builder::new().prefix(crate::platform::TEMPORARY_PREFIX).tempfile_in(&directory);
         tried.err().map(|error| (directory, error))
     })
 }

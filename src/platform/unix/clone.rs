@@ -20,13 +20,17 @@ const CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 /// The highest signal number of the kernel.
 const LAST_SIGNAL: libc::c_int = 64;
 
-/// Runs `child` in a new process that starts in a cgroup. Returns its pid and pidfd. `in_ours`: in our memory, while we wait.
+/// Runs `child` in a new process that starts in a cgroup. Returns its pid and pidfd. `share_memory`: in our memory, while we wait.
 ///
 /// # Safety
 ///
 /// `child` must not return, and may only make system calls. It must not allocate, take a lock or change memory that it shares with us: it
 /// may run in our memory while other threads of ours run. It must not panic. All signals are blocked in it.
-pub(super) unsafe fn clone_into(cgroup: BorrowedFd<'_>, in_ours: bool, child: &dyn Fn()) -> io::Result<(Pid, OwnedFd)> {
+pub(super) unsafe fn clone_into(
+    cgroup: BorrowedFd<'_>,
+    share_memory: bool,
+    child: &dyn Fn(),
+) -> io::Result<(Pid, OwnedFd)> {
     let mut pidfd: libc::c_int = -1;
     // SAFETY: all zero is a valid value of this struct of integers.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -35,8 +39,10 @@ pub(super) unsafe fn clone_into(cgroup: BorrowedFd<'_>, in_ours: bool, child: &d
     arguments.exit_signal = libc::SIGCHLD as u64;
     arguments.cgroup = cgroup.as_raw_fd() as u64;
     // SAFETY: the caller guarantees it.
-    let make = || unsafe { if in_ours { beside(&mut arguments, child) } else { copy(&mut arguments, child) } };
-    let result = with_signals_held(make);
+    let make = || unsafe {
+        if share_memory { clone_sharing_memory(&mut arguments, child) } else { clone_copying(&mut arguments, child) }
+    };
+    let result = with_signals_blocked(make);
     let pid = if result > 0 { Pid::from_raw(result as i32) } else { None };
     let pid = pid.ok_or_else(|| io::Error::from_raw_os_error(-result as i32))?;
     // SAFETY: the kernel stored a new descriptor there, which only we own.
@@ -49,7 +55,7 @@ pub(super) unsafe fn clone_into(cgroup: BorrowedFd<'_>, in_ours: bool, child: &d
 ///
 /// As for [`clone_into`].
 pub(super) unsafe fn fork(child: &dyn Fn()) -> io::Result<Pid> {
-    with_signals_held(|| {
+    with_signals_blocked(|| {
         // SAFETY: the caller guarantees that the child makes system calls only.
         let result = unsafe { libc::fork() };
         if result == 0 {
@@ -65,7 +71,7 @@ pub(super) unsafe fn fork(child: &dyn Fn()) -> io::Result<Pid> {
 }
 
 /// Runs `work` with all signals blocked in this thread.
-fn with_signals_held<T>(work: impl FnOnce() -> T) -> T {
+fn with_signals_blocked<T>(work: impl FnOnce() -> T) -> T {
     // SAFETY: both sets are local.
     let before = unsafe {
         let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
@@ -105,7 +111,7 @@ unsafe fn clear_handlers() {
 ///
 /// As for [`clone_into`].
 #[cfg(target_arch = "x86_64")]
-unsafe fn beside(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
+unsafe fn clone_sharing_memory(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
     use std::mem::MaybeUninit;
 
     /// In units of 16 bytes, the alignment of a stack. The child needs a few KiB.
@@ -151,14 +157,14 @@ unsafe fn beside(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-use copy as beside;
+use clone_copying as clone_sharing_memory;
 
 /// Runs the child in a copy of our memory. Returns its pid, or a negative errno.
 ///
 /// # Safety
 ///
 /// As for [`clone_into`].
-unsafe fn copy(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
+unsafe fn clone_copying(arguments: &mut libc::clone_args, child: &dyn Fn()) -> i64 {
     // SAFETY: without shared memory and a stack it is a fork: the child continues with a copy of everything.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut *arguments, size_of::<libc::clone_args>()) };
     match result as i64 {
@@ -179,19 +185,19 @@ mod tests {
     use super::*;
 
     /// Reports by its exit status: 1 a handler of ours is set, 2 the signal is not blocked, 4 SIGPIPE is not ignored.
-    fn look() {
+    fn report_signals() {
         // SAFETY: local structs; the exit ends this process only.
         unsafe {
             let (mut handled, mut ignored): (libc::sigaction, libc::sigaction) =
                 (std::mem::zeroed(), std::mem::zeroed());
-            let mut held: libc::sigset_t = std::mem::zeroed();
+            let mut blocked: libc::sigset_t = std::mem::zeroed();
             libc::sigaction(libc::SIGUSR2, std::ptr::null(), &mut handled);
             libc::sigaction(libc::SIGPIPE, std::ptr::null(), &mut ignored);
-            libc::sigprocmask(libc::SIG_SETMASK, std::ptr::null(), &mut held);
+            libc::sigprocmask(libc::SIG_SETMASK, std::ptr::null(), &mut blocked);
             let handled = i32::from(handled.sa_sigaction != libc::SIG_DFL);
-            let let_in = i32::from(libc::sigismember(&held, libc::SIGUSR2) == 0);
-            let heeded = i32::from(ignored.sa_sigaction != libc::SIG_IGN);
-            libc::_exit(handled + 2 * let_in + 4 * heeded)
+            let unblocked = i32::from(libc::sigismember(&blocked, libc::SIGUSR2) == 0);
+            let not_ignored = i32::from(ignored.sa_sigaction != libc::SIG_IGN);
+            libc::_exit(handled + 2 * unblocked + 4 * not_ignored)
         }
     }
 
@@ -200,25 +206,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_handler_of_ours_runs_in_a_child() {
+    async fn a_child_has_none_of_our_signal_handlers() {
         let _handled = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined2()).unwrap();
         // SAFETY: the child makes system calls and exits.
-        assert_eq!(status_of(unsafe { fork(&look) }.unwrap()), Some(0));
+        assert_eq!(status_of(unsafe { fork(&report_signals) }.unwrap()), Some(0));
         type Make = unsafe fn(&mut libc::clone_args, &dyn Fn()) -> i64;
-        for make in [beside as Make, copy as Make] {
+        for make in [clone_sharing_memory as Make, clone_copying as Make] {
             // SAFETY: all zero is a valid value of this struct of integers.
             let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
             (arguments.flags, arguments.exit_signal) = (CLEAR_SIGHAND, libc::SIGCHLD as u64);
             // SAFETY: the child makes system calls and exits.
-            let pid = with_signals_held(|| unsafe { make(&mut arguments, &look) });
+            let pid = with_signals_blocked(|| unsafe { make(&mut arguments, &report_signals) });
             assert_eq!(status_of(Pid::from_raw(pid as i32).unwrap()), Some(0));
         }
         // SAFETY: a local set.
-        let still_held = unsafe {
-            let mut held = std::mem::zeroed();
-            libc::sigprocmask(libc::SIG_SETMASK, std::ptr::null(), &mut held);
-            libc::sigismember(&held, libc::SIGUSR2)
+        let still_blocked = unsafe {
+            let mut blocked = std::mem::zeroed();
+            libc::sigprocmask(libc::SIG_SETMASK, std::ptr::null(), &mut blocked);
+            libc::sigismember(&blocked, libc::SIGUSR2)
         };
-        assert_eq!(still_held, 0);
+        assert_eq!(still_blocked, 0);
     }
 }

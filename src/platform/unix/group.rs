@@ -38,7 +38,7 @@ const DEPTH: u32 = 8;
 /// Rounds of killing, where the kernel can neither kill nor freeze a whole cgroup.
 const KILL_ROUNDS: u32 = 20;
 /// Pidfds that are open at a time while killing. A process may have at least 1024 descriptors.
-const HELD: usize = 64;
+const MAX_PIDFDS: usize = 64;
 /// Poll interval where the kernel does not report that a cgroup is empty (v1).
 const POLL: Duration = Duration::from_secs(5);
 /// The host's own pid namespace (`PROC_PID_INIT_INO` in include/linux/proc_ns.h).
@@ -75,7 +75,7 @@ pub(super) fn mounted() -> Vec<Hierarchy> {
 }
 
 /// Directory name of a home's groups, outside of systemd's units.
-pub(super) fn place(key: &str) -> String {
+pub(super) fn location_name(key: &str) -> String {
     // A container may share the cgroups of its host, which may have a home with the same path: each gets its own name.
     match fs::metadata("/proc/self/ns/pid") {
         Ok(namespace) if namespace.ino() != INITIAL_PID_NAMESPACE => format!("{key}-{:x}", namespace.ino()),
@@ -87,14 +87,14 @@ impl Groups {
     /// Finds the location for a home's groups; `None`: this host has none. `key` names the home: its unit is `<key>.service`.
     pub fn find(key: &str) -> Option<Groups> {
         let systemd = Path::new("/run/systemd/system").is_dir();
-        candidates(&mounted(), systemd.then_some(key), &place(key))
+        candidates(&mounted(), systemd.then_some(key), &location_name(key))
             .into_iter()
             .find(|base| is_usable(base))
             .map(|base| Groups { base })
     }
 
     /// The location, for display.
-    pub fn place(&self) -> String {
+    pub fn location(&self) -> String {
         self.base.display().to_string()
     }
 
@@ -126,7 +126,7 @@ impl Groups {
     }
 
     /// The group of a sub-agent whose main process alone is ours: it is not listed by [`Groups::all`], and never killed as a whole.
-    pub fn apart(&self, agent: &str) -> Group {
+    pub fn main_only(&self, agent: &str) -> Group {
         Group { path: self.base.join(format!("{APART}{agent}")) }
     }
 
@@ -247,18 +247,18 @@ impl Group {
 
     /// Resolves when the group has no processes. Polls where the kernel does not report it (v1). Cancel-safe.
     pub async fn emptied(&self) {
-        self.emptied_seen(POLL).await;
+        self.emptied_polling(POLL).await;
     }
 
     /// The same, with a poll interval. A group that cannot be read now (a shortage) does not count as empty.
-    async fn emptied_seen(&self, poll: Duration) {
+    async fn emptied_polling(&self, poll: Duration) {
         // SAFETY: the value owns its descriptor, which is closed with it and nowhere else.
-        let watched = |file: fs::File| unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }.ok();
-        let mut events = fs::File::open(self.path.join("cgroup.events")).ok().and_then(watched);
+        let register = |file: fs::File| unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }.ok();
+        let mut events = fs::File::open(self.path.join("cgroup.events")).ok().and_then(register);
         loop {
             match (self.is_empty(), &events) {
                 (Ok(true), _) => return,
-                (Ok(false), Some(told)) => match told.ready(Interest::PRIORITY).await {
+                (Ok(false), Some(fd)) => match fd.ready(Interest::PRIORITY).await {
                     Ok(mut ready) => ready.clear_ready(),
                     Err(_) => events = None,
                 },
@@ -288,7 +288,7 @@ impl Group {
             if members.is_empty() {
                 break;
             }
-            for some in members.chunks(HELD) {
+            for some in members.chunks(MAX_PIDFDS) {
                 self.kill_some(some)?;
             }
         }
@@ -299,13 +299,13 @@ impl Group {
     /// never killed. Without a pidfd, the pid is used.
     fn kill_some(&self, pids: &[u32]) -> io::Result<()> {
         let pids = pids.iter().filter_map(|pid| Pid::from_raw(*pid as i32));
-        let held: Vec<_> = pids.map(|pid| (pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()))).collect();
+        let pidfds: Vec<_> = pids.map(|pid| (pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()))).collect();
         let members = self.members()?;
-        for (pid, held) in held {
+        for (pid, pidfd) in pidfds {
             if !members.contains(&(pid.as_raw_nonzero().get() as u32)) {
                 continue;
             }
-            let killed = match held {
+            let killed = match pidfd {
                 Ok(process) => rustix::process::pidfd_send_signal(process, Signal::KILL),
                 Err(Errno::SRCH) => continue,
                 Err(_) => rustix::process::kill_process(pid, Signal::KILL),
@@ -357,12 +357,12 @@ impl Group {
     }
 
     /// The file that a new process writes itself into.
-    pub(super) fn door(&self) -> PathBuf {
+    pub(super) fn procs_file(&self) -> PathBuf {
         self.path.join("cgroup.procs")
     }
 
     /// The same for v1: it moves one thread without blocking the whole host. v2 has no such file.
-    pub(super) fn door_v1(&self) -> PathBuf {
+    pub(super) fn tasks_file(&self) -> PathBuf {
         self.path.join("tasks")
     }
 
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_service_manager_v2_comes_first() {
+    fn without_systemd_v2_comes_first() {
         let expected = [
             "/sys/fs/cgroup/unified/k",
             "/sys/fs/cgroup/free zer/k",
@@ -468,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hierarchy_that_is_mounted_whole_comes_before_a_part_of_it_and_one_that_cannot_be_written_to_never() {
+    fn whole_hierarchies_come_before_parts_and_read_only_ones_are_skipped() {
         let mounts = "\
 30 23 0:26 /part /a rw - cgroup2 cgroup2 rw
 31 23 0:26 / /b ro,nosuid - cgroup2 cgroup2 rw
@@ -490,7 +490,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_not_taken_for_empty() {
+    fn an_unreadable_group_is_not_empty() {
         for file in ["cgroup.events", "cgroup.procs"] {
             let (_directory, group) = unreadable(file);
             assert!(group.is_empty().is_err(), "{file}");
@@ -507,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_says_that_it_is_not_there_counts_as_gone() {
+    fn only_a_missing_cgroup_counts_as_gone() {
         let is_gone = |errno: Errno| is_gone(&errno.into());
         assert!([Errno::NOENT, Errno::NODEV, Errno::SRCH].into_iter().all(is_gone));
         let others = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::ACCESS, Errno::OPNOTSUPP];
@@ -515,9 +515,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_could_not_be_read_is_looked_at_again() {
+    async fn an_unreadable_group_is_polled_again() {
         let (_directory, group) = unreadable("cgroup.events");
-        let emptied = group.emptied_seen(Duration::from_millis(1));
+        let emptied = group.emptied_polling(Duration::from_millis(1));
         tokio::pin!(emptied);
         let early = tokio::time::timeout(Duration::from_millis(50), &mut emptied).await;
         assert!(early.is_err());
@@ -527,22 +527,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_killed_one_by_one_lives_in_the_group() {
+    fn only_members_of_the_group_are_killed() {
         let directory = tempfile::tempdir().unwrap();
         let group = Group { path: directory.path().join("agent-a") };
         fs::create_dir(&group.path).unwrap();
         let mut members: Vec<_> =
             (0..2).map(|_| std::process::Command::new("sleep").arg("60").spawn().unwrap()).collect();
-        let mut stranger = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut outsider = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pids: Vec<u32> = members.iter().map(std::process::Child::id).collect();
         fs::write(group.path.join("cgroup.procs"), format!("{}\n{}\n", pids[0], pids[1])).unwrap();
-        group.kill_some(&[pids[0], pids[1], stranger.id()]).unwrap();
+        group.kill_some(&[pids[0], pids[1], outsider.id()]).unwrap();
         for member in &mut members {
             assert!(!member.wait().unwrap().success());
         }
-        assert!(stranger.try_wait().unwrap().is_none());
-        stranger.kill().unwrap();
-        stranger.wait().unwrap();
+        assert!(outsider.try_wait().unwrap().is_none());
+        outsider.kill().unwrap();
+        outsider.wait().unwrap();
     }
 
     #[test]

@@ -39,12 +39,12 @@ use crate::platform::Launch;
 const SHELL: &std::ffi::CStr = c"/bin/sh";
 
 /// Children that start within this interval are forked, see [`clone`].
-const CROWD: Duration = Duration::from_millis(5);
+const CROWD_INTERVAL: Duration = Duration::from_millis(5);
 /// Timeout for the steps before exec, which take a millisecond. On a host that is ten thousand times slower a retry is no worse, and the
 /// manager must not wait forever.
-const HEARD_WITHIN: Duration = Duration::from_secs(10);
+const EXEC_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for a killed process to exit.
-const REAPED_WITHIN: Duration = Duration::from_secs(2);
+const REAP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Attempts, where the group is removed before a process starts in it.
 const GROUP_TRIES: u32 = 3;
 
@@ -66,40 +66,40 @@ pub struct Child {
 pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     let plan = ChildSetup::new(command, launch)?;
     if let Some(group) = &launch.group {
-        if let Some(begun) = begin_in(group, &plan, HEARD_WITHIN).await {
-            return begun;
+        if let Some(result) = start_in(group, &plan, EXEC_TIMEOUT).await {
+            return result;
         }
         // It may have been removed. If it cannot be created, the child reports that it is not grouped.
         let _ = group.open();
     }
-    let forked = begin(&plan, HEARD_WITHIN, |pipe| {
+    let forked = start_child(&plan, EXEC_TIMEOUT, |pipe| {
         let pid = fork(&plan, pipe)?;
         // It is not reaped yet, so its pid is not reused.
         Ok((pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()))
     });
     match forked.await {
-        LaunchOutcome::Runs(child) => Ok(child),
-        LaunchOutcome::Failed(error) | LaunchOutcome::NotMade(error) => Err(error),
+        LaunchOutcome::Running(child) => Ok(child),
+        LaunchOutcome::Failed(error) | LaunchOutcome::NotCreated(error) => Err(error),
         LaunchOutcome::Killed => Err(io::Error::other("its process was killed before it could run the program")),
     }
 }
 
 /// Starts a child directly in the group; `None`: not possible on this host.
-async fn begin_in(group: &Group, plan: &ChildSetup<'_>, limit: Duration) -> Option<io::Result<Child>> {
+async fn start_in(group: &Group, plan: &ChildSetup<'_>, limit: Duration) -> Option<io::Result<Child>> {
     let alone = is_alone();
     for _ in 0..GROUP_TRIES {
         let directory = group.open().ok()?;
         let frozen = group.thaw();
         // A child that is frozen before exec would block us. A child that changes its user in our memory clears our dumpable flag, and that
         // user could stop it while we wait.
-        let in_ours = alone && !frozen && plan.user.is_none();
-        match begin(plan, limit, |pipe| clone_into(directory.as_fd(), in_ours, plan, pipe)).await {
-            LaunchOutcome::Runs(child) => return Some(Ok(child)),
+        let share_memory = alone && !frozen && plan.user.is_none();
+        match start_child(plan, limit, |pipe| clone_into(directory.as_fd(), share_memory, plan, pipe)).await {
+            LaunchOutcome::Running(child) => return Some(Ok(child)),
             LaunchOutcome::Failed(error) => return Some(Err(error)),
             // Another role of ours, or systemd, removes empty groups.
-            LaunchOutcome::NotMade(error) if is_gone(&error) => {}
+            LaunchOutcome::NotCreated(error) if is_gone(&error) => {}
             // Some kernels kill a process that is cloned into, or from, a group that was once killed as a whole.
-            LaunchOutcome::Killed | LaunchOutcome::NotMade(_) => return None,
+            LaunchOutcome::Killed | LaunchOutcome::NotCreated(_) => return None,
         }
     }
     None
@@ -109,8 +109,8 @@ async fn begin_in(group: &Group, plan: &ChildSetup<'_>, limit: Duration) -> Opti
 #[derive(Debug)]
 enum LaunchOutcome {
     /// It was not created.
-    NotMade(io::Error),
-    Runs(Child),
+    NotCreated(io::Error),
+    Running(Child),
     /// It has exited, or was killed.
     Failed(io::Error),
     /// It exited without a message.
@@ -118,7 +118,7 @@ enum LaunchOutcome {
 }
 
 /// Creates a child and waits until it executes its program or fails. Other children may start at the same time.
-async fn begin(
+async fn start_child(
     plan: &ChildSetup<'_>,
     limit: Duration,
     make: impl FnOnce(BorrowedFd<'_>) -> io::Result<(Pid, Option<OwnedFd>)>,
@@ -129,10 +129,10 @@ async fn begin(
     };
     let (reader, (pid, pidfd)) = match made() {
         Ok(made) => made,
-        Err(error) => return LaunchOutcome::NotMade(error),
+        Err(error) => return LaunchOutcome::NotCreated(error),
     };
-    let told = match tokio::time::timeout(limit, hear(reader)).await {
-        Ok(Ok(told)) => told,
+    let messages = match tokio::time::timeout(limit, read_messages(reader)).await {
+        Ok(Ok(messages)) => messages,
         Ok(Err(error)) => {
             discard(pid, pidfd).await;
             return LaunchOutcome::Failed(error);
@@ -147,7 +147,7 @@ async fn begin(
         }
     };
     let (mut grouped, mut started) = (plan.group.is_some(), None);
-    for message in told.chunks_exact(MESSAGE) {
+    for message in messages.chunks_exact(MESSAGE) {
         let value = message[1..].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
         match message[0] {
             NOT_GROUPED => grouped = false,
@@ -163,7 +163,7 @@ async fn begin(
         let _ = waitpid(Some(pid), WaitOptions::empty());
         return LaunchOutcome::Killed;
     };
-    LaunchOutcome::Runs(Child { pid: number(pid), start_time, grouped, pidfd })
+    LaunchOutcome::Running(Child { pid: number(pid), start_time, grouped, pidfd })
 }
 
 /// Kills and reaps a child in an unknown state. If it cannot die now (frozen in a v1 cgroup, blocked in a system call), it is reaped with
@@ -172,33 +172,33 @@ async fn discard(pid: Pid, pidfd: Option<OwnedFd>) {
     // It is not reaped yet, so its pid is not reused.
     let _ = rustix::process::kill_process(pid, Signal::KILL);
     let mut child = Child { pid: number(pid), start_time: 0, grouped: false, pidfd };
-    let _ = tokio::time::timeout(REAPED_WITHIN, child.wait()).await;
+    let _ = tokio::time::timeout(REAP_TIMEOUT, child.wait()).await;
 }
 
 fn number(pid: Pid) -> u32 {
     pid.as_raw_nonzero().get() as u32
 }
 
-/// Whether no other child was started within the last [`CROWD`].
+/// Whether no other child was started within the last [`CROWD_INTERVAL`].
 fn is_alone() -> bool {
     static LAST: Mutex<Option<Instant>> = Mutex::new(None);
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    last.replace(Instant::now()).is_none_or(|last| last.elapsed() > CROWD)
+    last.replace(Instant::now()).is_none_or(|last| last.elapsed() > CROWD_INTERVAL)
 }
 
 /// Reads the child's messages until the pipe is closed, which has already happened if the child ran in our memory.
-async fn hear(pipe: OwnedFd) -> io::Result<Vec<u8>> {
-    let (mut told, mut buffer) = (vec![], [0; 4 * MESSAGE]);
+async fn read_messages(pipe: OwnedFd) -> io::Result<Vec<u8>> {
+    let (mut messages, mut buffer) = (vec![], [0; 4 * MESSAGE]);
     loop {
         match rustix::io::read(&pipe, &mut buffer) {
-            Ok(0) => return Ok(told),
-            Ok(length) => told.extend_from_slice(&buffer[..length]),
+            Ok(0) => return Ok(messages),
+            Ok(length) => messages.extend_from_slice(&buffer[..length]),
             Err(Errno::AGAIN) => break,
             Err(error) => return Err(error.into()),
         }
     }
-    Receiver::from_owned_fd(pipe)?.read_to_end(&mut told).await?;
-    Ok(told)
+    Receiver::from_owned_fd(pipe)?.read_to_end(&mut messages).await?;
+    Ok(messages)
 }
 
 impl Child {
@@ -249,13 +249,13 @@ struct ChildSetup<'a> {
     output: BorrowedFd<'a>,
     null: OwnedFd,
     group: Option<GroupPlan>,
-    leaving: InheritedReset,
+    reset: InheritedReset,
     user: Option<(Vec<Gid>, Gid, Uid)>,
 }
 
 struct GroupPlan {
     /// The files that the process writes itself into, tried in this order.
-    doors: [CString; 2],
+    procs_files: [CString; 2],
     /// Its name in the record, with quotes.
     name: Vec<u8>,
 }
@@ -272,7 +272,7 @@ impl<'a> ChildSetup<'a> {
         });
         let group = match &launch.group {
             Some(group) => Some(GroupPlan {
-                doors: [c_path(&group.door_v1())?, c_path(&group.door())?],
+                procs_files: [c_path(&group.tasks_file())?, c_path(&group.procs_file())?],
                 name: serde_json::to_vec(&group.name())?,
             }),
             None => None,
@@ -295,7 +295,7 @@ impl<'a> ChildSetup<'a> {
             output: launch.output.as_fd(),
             null: rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?,
             group,
-            leaving: InheritedReset::prepare(),
+            reset: InheritedReset::prepare(),
             user,
         })
     }
@@ -305,30 +305,30 @@ impl<'a> ChildSetup<'a> {
     /// # Safety
     ///
     /// Only in a child that is to execute the program: it makes raw system calls, and uses only memory that was allocated before.
-    unsafe fn carry_out(&self, words: &ExecArrays<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
-        let tell = |kind: u8, value: u64| {
+    unsafe fn run(&self, arrays: &ExecArrays<'_>, grouped: bool, pipe: BorrowedFd<'_>) -> ! {
+        let report = |kind: u8, value: u64| {
             let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
             let _ = rustix::io::write(pipe, &[kind, a, b, c, d, e, f, g, h]);
         };
         // On a panic, the child must not unwind into the manager's code.
         let _end = ChildExit;
         let mut group = self.group.as_ref();
-        if let Some(wanted) = group
+        if let Some(target) = group
             && !grouped
-            && let Err(error) = enter(&wanted.doors[0]).or_else(|_| enter(&wanted.doors[1]))
+            && let Err(error) = enter(&target.procs_files[0]).or_else(|_| enter(&target.procs_files[1]))
         {
-            tell(NOT_GROUPED, error.raw_os_error() as u64);
+            report(NOT_GROUPED, error.raw_os_error() as u64);
             group = None;
         }
         let error = match self.prepare(group) {
             Ok(start_time) => {
-                tell(READY, start_time);
+                report(READY, start_time);
                 // SAFETY: the caller guarantees it.
-                unsafe { self.execute(words) }
+                unsafe { self.execute(arrays) }
             }
             Err(error) => error,
         };
-        tell(NOT_RUN, error.raw_os_error() as u64);
+        report(NOT_RUN, error.raw_os_error() as u64);
         ChildExit::now()
     }
 
@@ -345,7 +345,7 @@ impl<'a> ChildSetup<'a> {
         let group = group.map(|group| group.name.as_slice());
         let _ = write_record(&self.spare, &self.record, self.head, start_time, group);
         // After the steps that need more descriptors than the new limit may allow.
-        self.leaving.carry_out();
+        self.reset.apply();
         if let Some((groups, gid, uid)) = &self.user {
             set_thread_groups(groups)?;
             set_thread_gid(*gid)?;
@@ -356,14 +356,14 @@ impl<'a> ChildSetup<'a> {
 
     /// # Safety
     ///
-    /// As for [`ChildSetup::carry_out`].
-    unsafe fn execute(&self, words: &ExecArrays<'_>) -> Errno {
+    /// As for [`ChildSetup::run`].
+    unsafe fn execute(&self, arrays: &ExecArrays<'_>) -> Errno {
         // SAFETY: the arrays end with a null and outlive the call, which returns only on failure.
         unsafe {
-            libc::execve(self.program.as_ptr(), words.arguments(), words.environment.as_ptr());
+            libc::execve(self.program.as_ptr(), arrays.arguments(), arrays.environment.as_ptr());
             let error = last_error();
             if error == Errno::NOEXEC {
-                libc::execve(SHELL.as_ptr(), words.shell.as_ptr(), words.environment.as_ptr());
+                libc::execve(SHELL.as_ptr(), arrays.shell.as_ptr(), arrays.environment.as_ptr());
                 return last_error();
             }
             error
@@ -413,22 +413,22 @@ impl<'a> ExecArrays<'a> {
 /// Starts the child in the group, and returns its pidfd.
 fn clone_into(
     group: BorrowedFd<'_>,
-    in_ours: bool,
+    share_memory: bool,
     plan: &ChildSetup<'_>,
     pipe: BorrowedFd<'_>,
 ) -> io::Result<(Pid, Option<OwnedFd>)> {
-    let words = ExecArrays::of(plan);
+    let arrays = ExecArrays::of(plan);
     // SAFETY: the child makes raw system calls only, and does not return.
-    let child = || unsafe { plan.carry_out(&words, true, pipe) };
+    let child = || unsafe { plan.run(&arrays, true, pipe) };
     // SAFETY: as above.
-    let (pid, pidfd) = unsafe { clone::clone_into(group, in_ours, &child)? };
+    let (pid, pidfd) = unsafe { clone::clone_into(group, share_memory, &child)? };
     Ok((pid, Some(pidfd)))
 }
 
 fn fork(plan: &ChildSetup<'_>, pipe: BorrowedFd<'_>) -> io::Result<Pid> {
-    let words = ExecArrays::of(plan);
+    let arrays = ExecArrays::of(plan);
     // SAFETY: the child makes raw system calls only, and does not return.
-    let child = || unsafe { plan.carry_out(&words, false, pipe) };
+    let child = || unsafe { plan.run(&arrays, false, pipe) };
     // SAFETY: as above.
     unsafe { clone::fork(&child) }
 }
@@ -438,8 +438,8 @@ fn last_error() -> Errno {
 }
 
 /// Moves the calling process into a group.
-fn enter(door: &CString) -> rustix::io::Result<()> {
-    let file = rustix::fs::open(door.as_c_str(), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+fn enter(procs_file: &CString) -> rustix::io::Result<()> {
+    let file = rustix::fs::open(procs_file.as_c_str(), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     rustix::io::write(&file, b"0").map(drop)
 }
 

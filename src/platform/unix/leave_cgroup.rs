@@ -26,18 +26,18 @@ const ROLES: &str = "roles";
 /// Makes a command leave the cgroups that it is started in. `key` names the home, as for the groups of its sub-agents.
 pub fn leave_groups(command: &mut Command, key: &str) {
     let memberships = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let place = group::place(key);
-    let ways: Vec<Vec<CString>> = group::mounted()
+    let location = group::location_name(key);
+    let targets: Vec<Vec<CString>> = group::mounted()
         .iter()
-        .filter(|found| !is_free(found, &memberships, &place))
-        .map(|found| doors(found, &place))
+        .filter(|found| !is_outside(found, &memberships, &location))
+        .map(|found| procs_files(found, &location))
         .collect();
     let in_child = move || {
-        for doors in &ways {
+        for procs_files in &targets {
             // The first group that can be entered.
-            let _ = doors.iter().any(|door| {
-                let opened = rustix::fs::open(door.as_c_str(), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
-                opened.is_ok_and(|door| rustix::io::write(&door, b"0").is_ok())
+            let _ = procs_files.iter().any(|file| {
+                let opened = rustix::fs::open(file.as_c_str(), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+                opened.is_ok_and(|file| rustix::io::write(&file, b"0").is_ok())
             });
         }
         Ok(())
@@ -48,29 +48,29 @@ pub fn leave_groups(command: &mut Command, key: &str) {
 
 /// Removes the roles' groups that have no processes, and their parent with the last one.
 pub fn remove_role_groups(key: &str) {
-    let place = group::place(key);
-    for group in group::mounted().iter().filter_map(|found| own(found, &place)) {
+    let location = group::location_name(key);
+    for group in group::mounted().iter().filter_map(|found| own(found, &location)) {
         let _ = fs::remove_dir(&group);
         let _ = group.parent().map(fs::remove_dir);
     }
 }
 
 /// The roles' own group in a hierarchy that tracks services.
-fn own(hierarchy: &Hierarchy, place: &str) -> Option<PathBuf> {
+fn own(hierarchy: &Hierarchy, location: &str) -> Option<PathBuf> {
     let tracks = hierarchy.options.as_ref().is_none_or(|options| options.iter().any(|option| option == "name=systemd"));
-    tracks.then(|| hierarchy.mount.join(place).join(ROLES))
+    tracks.then(|| hierarchy.mount.join(location).join(ROLES))
 }
 
 /// The `cgroup.procs` files that the child may write itself into, best first.
-fn doors(hierarchy: &Hierarchy, place: &str) -> Vec<CString> {
-    let own = own(hierarchy, place).filter(|group| fs::create_dir_all(group).is_ok());
+fn procs_files(hierarchy: &Hierarchy, location: &str) -> Vec<CString> {
+    let own = own(hierarchy, location).filter(|group| fs::create_dir_all(group).is_ok());
     let groups = own.into_iter().chain([hierarchy.mount.clone()]);
     groups.filter_map(|group| CString::new(group.join("cgroup.procs").as_os_str().as_bytes()).ok()).collect()
 }
 
 /// Whether this process is in the root or in a group of the home, as far as the hierarchy is mounted here (`number:controllers:path`,
 /// cgroups(7)).
-fn is_free(hierarchy: &Hierarchy, memberships: &str, place: &str) -> bool {
+fn is_outside(hierarchy: &Hierarchy, memberships: &str, location: &str) -> bool {
     let path = memberships.lines().find_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
         let is_it = match &hierarchy.options {
@@ -80,7 +80,7 @@ fn is_free(hierarchy: &Hierarchy, memberships: &str, place: &str) -> bool {
         is_it.then_some(Path::new(path))
     });
     // A hierarchy that is not listed has nothing to leave.
-    path.is_none_or(|path| path == hierarchy.root || path.starts_with(hierarchy.root.join(place)))
+    path.is_none_or(|path| path == hierarchy.root || path.starts_with(hierarchy.root.join(location)))
 }
 
 #[cfg(test)]
@@ -93,35 +93,35 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_where_the_starter_is_in_the_root_or_in_a_group_of_ours() {
+    fn no_group_is_left_in_the_root_or_in_a_group_of_the_home() {
         let memberships =
             "9:name=systemd:/system.slice/tool.service\n4:cpu,cpuacct:/\n3:memory:/docker/abc\n0::/k/agent-a\n";
-        let is_free = |options: Option<&[&str]>, root, place| {
-            is_free(&hierarchy(options, root, Path::new("/x")), memberships, place)
+        let is_outside = |options: Option<&[&str]>, root, location| {
+            is_outside(&hierarchy(options, root, Path::new("/x")), memberships, location)
         };
-        assert!(!is_free(Some(&["rw", "xattr", "name=systemd"]), "/", "k"));
-        assert!(is_free(Some(&["cpuacct", "cpu"]), "/", "k"));
+        assert!(!is_outside(Some(&["rw", "xattr", "name=systemd"]), "/", "k"));
+        assert!(is_outside(Some(&["cpuacct", "cpu"]), "/", "k"));
         // A container sees only its part.
-        assert!(is_free(Some(&["memory"]), "/docker/abc", "k"));
-        assert!(!is_free(Some(&["memory"]), "/", "k"));
-        assert!(is_free(Some(&["freezer"]), "/", "k"));
-        assert!(is_free(None, "/", "k"));
-        assert!(!is_free(None, "/", "k2"), "another home's");
+        assert!(is_outside(Some(&["memory"]), "/docker/abc", "k"));
+        assert!(!is_outside(Some(&["memory"]), "/", "k"));
+        assert!(is_outside(Some(&["freezer"]), "/", "k"));
+        assert!(is_outside(None, "/", "k"));
+        assert!(!is_outside(None, "/", "k2"), "another home's");
     }
 
     #[test]
-    fn services_are_tracked_by_some_hierarchies_and_limited_by_others() {
+    fn roles_enter_their_group_where_services_are_tracked_and_the_root_elsewhere() {
         let directory = tempfile::tempdir().unwrap();
-        let doors = |options: Option<&[&str]>, root: &Path| -> Vec<String> {
-            let found = doors(&hierarchy(options, "/", root), "k");
-            found.into_iter().map(|door| door.into_string().unwrap()).collect()
+        let procs_files = |options: Option<&[&str]>, root: &Path| -> Vec<String> {
+            let found = procs_files(&hierarchy(options, "/", root), "k");
+            found.into_iter().map(|file| file.into_string().unwrap()).collect()
         };
         let mount = directory.path();
         let at = |path: &str| mount.join(path).display().to_string();
-        assert_eq!(doors(Some(&["memory"]), mount), [at("cgroup.procs")]);
+        assert_eq!(procs_files(Some(&["memory"]), mount), [at("cgroup.procs")]);
         for tracks in [None, Some(&["name=systemd"][..])] {
-            assert_eq!(doors(tracks, mount), [at("k/roles/cgroup.procs"), at("cgroup.procs")]);
+            assert_eq!(procs_files(tracks, mount), [at("k/roles/cgroup.procs"), at("cgroup.procs")]);
         }
-        assert_eq!(doors(None, Path::new("/nowhere/at/all\0")), Vec::<String>::new());
+        assert_eq!(procs_files(None, Path::new("/nowhere/at/all\0")), Vec::<String>::new());
     }
 }

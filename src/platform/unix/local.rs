@@ -43,13 +43,13 @@ impl LocalListener {
     /// Listens at `path` and replaces the socket of a previous manager. The caller holds the role's lock.
     pub fn bind(path: &Path) -> io::Result<LocalListener> {
         match LocalListener::bind_in_home(path) {
-            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => LocalListener::bind_stand_in(path),
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => LocalListener::bind_fallback(path),
             bound => bound,
         }
     }
 
-    fn bind_stand_in(path: &Path) -> io::Result<LocalListener> {
-        let listener = std::os::unix::net::UnixListener::bind_addr(&stand_in(path)?)?;
+    fn bind_fallback(path: &Path) -> io::Result<LocalListener> {
+        let listener = std::os::unix::net::UnixListener::bind_addr(&fallback_address(path)?)?;
         listener.set_nonblocking(true)?;
         Ok(LocalListener(tokio::net::UnixListener::from_std(listener)?))
     }
@@ -70,11 +70,11 @@ impl LocalListener {
         let (stream, _) = self.0.accept().await?;
         let (peer, own) = (stream.peer_cred()?.uid(), rustix::process::geteuid().as_raw());
         if peer == 0 || peer == own {
-            return Ok(SocketPeer::Welcome(stream));
+            return Ok(SocketPeer::Allowed(stream));
         }
-        let who = format!("the user {peer}");
-        let whose = if own == 0 { "root alone".to_owned() } else { format!("root and the user {own}") };
-        Ok(SocketPeer::Stranger { stream, who, whose })
+        let peer = format!("the user {peer}");
+        let allowed = if own == 0 { "root alone".to_owned() } else { format!("root and the user {own}") };
+        Ok(SocketPeer::Rejected { stream, peer, allowed })
     }
 }
 
@@ -83,7 +83,7 @@ pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnecti
     let (address, _directory) = address(path)?;
     let stream = match UnixStream::connect(address) {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            connect_stand_in(path).ok_or(error)?
+            connect_fallback(path).ok_or(error)?
         }
         connected => connected?,
     };
@@ -93,16 +93,16 @@ pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnecti
 }
 
 /// Connects to the fallback socket of `path`, if it belongs to a user that may run the home.
-fn connect_stand_in(path: &Path) -> Option<UnixStream> {
-    let stream = UnixStream::connect_addr(&stand_in(path).ok()?).ok()?;
-    let who = rustix::net::sockopt::socket_peercred(&stream).ok()?.uid.as_raw();
+fn connect_fallback(path: &Path) -> Option<UnixStream> {
+    let stream = UnixStream::connect_addr(&fallback_address(path).ok()?).ok()?;
+    let peer = rustix::net::sockopt::socket_peercred(&stream).ok()?.uid.as_raw();
     let owner = path.parent()?.metadata().ok()?.uid();
-    [0, owner, rustix::process::geteuid().as_raw()].contains(&who).then_some(stream)
+    [0, owner, rustix::process::geteuid().as_raw()].contains(&peer).then_some(stream)
 }
 
 /// The abstract name for `path`. It names the directory by device and inode, since another mount namespace may have another home at the
 /// same path.
-fn stand_in(path: &Path) -> io::Result<SocketAddr> {
+fn fallback_address(path: &Path) -> io::Result<SocketAddr> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
@@ -117,12 +117,12 @@ pub fn clone_local(connection: &LocalConnection) -> io::Result<LocalConnection> 
 }
 
 /// Removes the read timeout of a connection.
-pub fn wait_for_ever(connection: &LocalConnection) -> io::Result<()> {
+pub fn remove_read_timeout(connection: &LocalConnection) -> io::Result<()> {
     connection.set_read_timeout(None)
 }
 
 /// Shuts the connection down for all handles, which wakes a blocked reader.
-pub fn hang_up(connection: &LocalConnection) {
+pub fn shut_down(connection: &LocalConnection) {
     let _ = connection.shutdown(std::net::Shutdown::Both);
 }
 
@@ -135,25 +135,25 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_door_deep_in_the_tree_can_be_opened() {
+    async fn a_socket_with_a_long_path_accepts_connections() {
         let directory = tempfile::tempdir().unwrap();
         let deep = directory.path().join("d".repeat(120));
         std::fs::create_dir(&deep).unwrap();
         let path = deep.join("spm.sock");
-        converse(LocalListener::bind(&path).unwrap(), path).await;
+        exchange(LocalListener::bind(&path).unwrap(), path).await;
     }
 
     #[tokio::test]
-    async fn a_door_for_which_no_socket_can_be_made_can_be_opened() {
+    async fn the_fallback_socket_accepts_connections() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spm.sock");
         // Left behind by a previous manager.
         drop(LocalListener::bind(&path).unwrap());
-        converse(LocalListener::bind_stand_in(&path).unwrap(), path.clone()).await;
+        exchange(LocalListener::bind_fallback(&path).unwrap(), path.clone()).await;
         assert_eq!(connect_local(&path, Duration::from_secs(1)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 
-    async fn converse(mut listener: LocalListener, path: PathBuf) {
+    async fn exchange(mut listener: LocalListener, path: PathBuf) {
         let client = std::thread::spawn(move || {
             let mut connection = connect_local(&path, Duration::from_secs(10)).unwrap();
             connection.write_all(b"x").unwrap();
@@ -161,7 +161,7 @@ mod tests {
             connection.read_to_string(&mut text).unwrap();
             text
         });
-        let SocketPeer::Welcome(mut stream) = listener.accept().await.unwrap() else { panic!("the client is allowed") };
+        let SocketPeer::Allowed(mut stream) = listener.accept().await.unwrap() else { panic!("the client is allowed") };
         assert_eq!(stream.read_u8().await.unwrap(), b'x');
         stream.write_all(b"hello").await.unwrap();
         drop(stream);

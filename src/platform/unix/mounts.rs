@@ -13,9 +13,9 @@ pub fn mounts_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    let mut places = mount_points(&fs::read("/proc/self/mountinfo")?);
-    places.retain(|place| place.starts_with(&directory));
-    Ok(places)
+    let mut points = mount_points(&fs::read("/proc/self/mountinfo")?);
+    points.retain(|point| point.starts_with(&directory));
+    Ok(points)
 }
 
 /// The fifth field of each line.
@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_mounted_elsewhere_is_in_no_other_directory() {
+    fn mounts_elsewhere_are_not_listed() {
         assert!(mounts_in(Path::new("/proc")).unwrap().contains(&PathBuf::from("/proc")));
         assert_eq!(mounts_in(tempfile::tempdir().unwrap().path()).unwrap(), Vec::<PathBuf>::new());
         assert_eq!(mounts_in(Path::new("/nowhere")).unwrap(), Vec::<PathBuf>::new());

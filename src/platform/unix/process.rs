@@ -32,16 +32,16 @@ pub fn start_time(pid: u32) -> Option<u64> {
 
 /// Whether the process is alive. If it cannot be inspected for lack of descriptors or memory, any process with this pid counts: a shortage
 /// does not mean that it has exited.
-pub fn lives(pid: u32, start_time: u64) -> bool {
+pub fn is_alive(pid: u32, start_time: u64) -> bool {
     match stat_text(pid) {
-        Ok(text) => parse_stat(&text).is_some_and(|stat| !stat.is_remains && stat.start_time == start_time),
-        Err(error) if error.kind() == io::ErrorKind::NotFound || is_no_process(&error) => false,
+        Ok(text) => parse_stat(&text).is_some_and(|stat| !stat.is_zombie && stat.start_time == start_time),
+        Err(error) if error.kind() == io::ErrorKind::NotFound || is_gone(&error) => false,
         Err(_) => Pid::from_raw(pid as i32)
             .is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH)),
     }
 }
 
-fn is_no_process(error: &io::Error) -> bool {
+fn is_gone(error: &io::Error) -> bool {
     rustix::io::Errno::from_io_error(error) == Some(rustix::io::Errno::SRCH)
 }
 
@@ -50,12 +50,12 @@ pub(super) struct Stat {
     session: u32,
     pub(super) start_time: u64,
     /// A zombie: it has exited, and its parent has not reaped it yet.
-    is_remains: bool,
+    is_zombie: bool,
 }
 
 /// Only of a live process.
 fn stat(pid: u32) -> Option<Stat> {
-    parse_stat(&stat_text(pid).ok()?).filter(|stat| !stat.is_remains)
+    parse_stat(&stat_text(pid).ok()?).filter(|stat| !stat.is_zombie)
 }
 
 fn stat_text(pid: u32) -> io::Result<Vec<u8>> {
@@ -66,8 +66,8 @@ fn stat_text(pid: u32) -> io::Result<Vec<u8>> {
 }
 
 /// Whether a process is a zombie, which `kill -0` still finds.
-pub fn remains(pid: u32) -> bool {
-    stat_text(pid).ok().and_then(|text| parse_stat(&text)).is_some_and(|stat| stat.is_remains)
+pub fn is_zombie(pid: u32) -> bool {
+    stat_text(pid).ok().and_then(|text| parse_stat(&text)).is_some_and(|stat| stat.is_zombie)
 }
 
 /// Fields of `/proc/PID/stat` (proc(5)), counted from the last `)`: the name before it may contain any character.
@@ -79,13 +79,13 @@ pub(super) fn parse_stat(text: &[u8]) -> Option<Stat> {
     let session = number(fields.nth(1)?)? as u32;
     let threads = number(fields.nth(13)?)?;
     let start_time = number(fields.nth(1)?)?;
-    let is_remains = match state {
+    let is_zombie = match state {
         // A main thread that has exited looks like a zombie while other threads of the process run.
         b"Z" => threads <= 1,
         b"X" | b"x" => return None,
         _ => false,
     };
-    Some(Stat { parent, session, start_time, is_remains })
+    Some(Stat { parent, session, start_time, is_zombie })
 }
 
 fn number(digits: &[u8]) -> Option<u64> {
@@ -158,23 +158,23 @@ pub fn processes(home: &Path) -> Vec<ProcessInfo> {
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
         .filter(|pid| *pid != std::process::id())
-        .filter_map(|pid| seen(pid, home))
+        .filter_map(|pid| process_info(pid, home))
         .collect()
 }
 
 /// One live process, with its marker if it belongs to the home.
-pub fn seen(pid: u32, home: &Path) -> Option<ProcessInfo> {
+pub fn process_info(pid: u32, home: &Path) -> Option<ProcessInfo> {
     let stat = stat(pid)?;
     Some(ProcessInfo {
         pid,
         start_time: stat.start_time,
         session: stat.session,
         parent: stat.parent,
-        mark: mark(pid, home),
+        marker: marker(pid, home),
     })
 }
 
-fn mark(pid: u32, home: &Path) -> Option<ProcessMarker> {
+fn marker(pid: u32, home: &Path) -> Option<ProcessMarker> {
     let mut environ = vec![];
     File::open(format!("/proc/{pid}/environ")).ok()?.take(ENVIRON_LIMIT).read_to_end(&mut environ).ok()?;
     let find = |key: &[u8]| environ.split(|byte| *byte == 0).find_map(|variable| variable.strip_prefix(key));
@@ -221,12 +221,12 @@ pub fn signal(pid: u32, start_time: u64, signal: StopSignal) -> io::Result<bool>
 /// Resolves when a process, not necessarily our child, has exited: by pidfd, or by polling where there is none.
 pub async fn ended(pid: u32, start_time: u64) {
     if let Some(pidfd) = watched(pid)
-        && lives(pid, start_time)
+        && is_alive(pid, start_time)
         && pidfd.ready(Interest::READABLE).await.is_ok()
     {
         return;
     }
-    while lives(pid, start_time) {
+    while is_alive(pid, start_time) {
         tokio::time::sleep(POLL).await;
     }
 }
@@ -238,7 +238,7 @@ fn watched(pid: u32) -> Option<AsyncFd<OwnedFd>> {
 }
 
 /// Describes the exit of a child.
-pub fn how_it_ended(status: ExitStatus) -> String {
+pub fn describe_exit(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exited with {code}"),
@@ -298,7 +298,7 @@ pub fn find_user(name: &str) -> io::Result<User> {
     Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
 }
 
-/// Kills the remaining processes of the process group that a child of ours leads or led after [`super::leave_caller`]. The child must not
+/// Kills the remaining processes of the process group that a child of ours leads or led after [`super::detach_from_caller`]. The child must not
 /// have been reaped yet: until then its pid is not reused.
 pub fn kill_group(child: u32) {
     if let Some(group) = Pid::from_raw(child as i32) {
@@ -328,7 +328,7 @@ pub fn reap_orphans(known: &[u32]) -> Vec<u32> {
     if !matches!(any, Ok(Some(_))) {
         return vec![];
     }
-    let (old, new): (Vec<u32>, Vec<u32>) = dead_children().into_iter().partition(|pid| known.contains(pid));
+    let (old, new): (Vec<u32>, Vec<u32>) = zombie_children().into_iter().partition(|pid| known.contains(pid));
     for pid in old {
         let _ = waitpid(Pid::from_raw(pid as i32), WaitOptions::NOHANG);
     }
@@ -341,10 +341,10 @@ pub fn reap_orphan(pid: u32) {
     let _ = waitpid(Pid::from_raw(pid as i32), WaitOptions::NOHANG);
 }
 
-fn dead_children() -> Vec<u32> {
+fn zombie_children() -> Vec<u32> {
     let is_ours = |pid: &u32| {
         let stat = stat_text(*pid).ok().and_then(|text| parse_stat(&text));
-        stat.is_some_and(|stat| stat.is_remains && stat.parent == std::process::id())
+        stat.is_some_and(|stat| stat.is_zombie && stat.parent == std::process::id())
     };
     let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(is_ours).collect()
@@ -390,26 +390,26 @@ mod tests {
         let text = b"42 (a) b (c)) S 1 40 41 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 100 200\n";
         let stat = parse_stat(text).unwrap();
         assert_eq!((stat.session, stat.start_time), (41, 987_654));
-        assert!(!stat.is_remains);
+        assert!(!stat.is_zombie);
         assert!(parse_stat(b"").is_none());
     }
 
     #[test]
-    fn a_process_whose_first_thread_has_ended_lives_while_others_do() {
-        let remains = |state: &str, threads: u32| {
+    fn a_process_is_alive_while_any_thread_runs() {
+        let is_zombie = |state: &str, threads: u32| {
             let text = format!("42 (a) {state} 1 40 41 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 {threads} 0 987654 0 0\n");
-            parse_stat(text.as_bytes()).map(|stat| stat.is_remains)
+            parse_stat(text.as_bytes()).map(|stat| stat.is_zombie)
         };
-        assert_eq!(remains("Z", 1), Some(true));
+        assert_eq!(is_zombie("Z", 1), Some(true));
         // Its threads cannot be counted any more.
-        assert_eq!(remains("Z", 0), Some(true));
-        assert_eq!(remains("Z", 2), Some(false));
-        assert_eq!(remains("S", 1), Some(false));
-        assert_eq!(remains("X", 1), None);
+        assert_eq!(is_zombie("Z", 0), Some(true));
+        assert_eq!(is_zombie("Z", 2), Some(false));
+        assert_eq!(is_zombie("S", 1), Some(false));
+        assert_eq!(is_zombie("X", 1), None);
     }
 
     #[test]
-    fn another_process_with_the_same_number_gets_no_signal() {
+    fn a_process_with_a_reused_pid_gets_no_signal() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let started = start_time(child.id()).unwrap();
         assert!(!signal(child.id(), started + 1, StopSignal::Kill).unwrap());
@@ -422,21 +422,21 @@ mod tests {
 
     #[test]
     #[allow(clippy::zombie_processes, reason = "the tested function reaps it")]
-    fn a_dead_child_is_reaped_the_second_time_it_is_seen() {
+    fn a_zombie_is_reaped_by_the_second_call() {
         let child = Command::new("true").spawn().unwrap();
         let pid = child.id();
         while start_time(pid).is_some() {
             std::thread::yield_now();
         }
-        let seen = reap_orphans(&[]);
-        assert!(seen.contains(&pid));
+        let zombies = reap_orphans(&[]);
+        assert!(zombies.contains(&pid));
         assert!(fs::exists(format!("/proc/{pid}")).unwrap());
         assert!(!reap_orphans(&[pid]).contains(&pid));
         assert!(!fs::exists(format!("/proc/{pid}")).unwrap());
     }
 
     #[tokio::test]
-    async fn the_end_of_a_process_that_is_no_child_of_ours_is_seen() {
+    async fn the_exit_of_a_process_that_is_not_our_child_is_detected() {
         let mut child =
             Command::new("sh").args(["-c", "sleep 60 & echo $!"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
         let mut text = [0; 16];

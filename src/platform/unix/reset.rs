@@ -35,15 +35,15 @@ use super::process::User;
 /// themselves, up to the hard limit.
 const OPEN_FILES: u64 = 1024;
 /// The highest hard limit that systemd gives to services; its own is 2048 times that.
-const MOST_OPEN_FILES: u64 = 512 << 10;
+const MAX_OPEN_FILES: u64 = 512 << 10;
 /// The kernel's default, nanoseconds.
 const TIMER_SLACK: NonZeroU64 = NonZeroU64::new(50_000).unwrap();
 /// The highest signal number of the kernel.
 const LAST_SIGNAL: libc::c_int = 64;
 /// personality(2): return the current value.
-const ASK: libc::c_ulong = 0xFFFF_FFFF;
+const QUERY: libc::c_ulong = 0xFFFF_FFFF;
 /// The emulated kind of system, which a container of another word size needs. The other bits are flags for debuggers.
-const KIND: libc::c_ulong = 0xFF;
+const KIND_MASK: libc::c_ulong = 0xFF;
 
 /// The limits by their names in the kernel (proc_pid_limits(5)).
 const LIMITS: [(&str, Resource); 16] = [
@@ -67,25 +67,25 @@ const LIMITS: [(&str, Resource); 16] = [
 
 /// Makes a command independent of its starter: it outlives us and our terminal, and inherits only the environment, directory and standard
 /// streams that the command specifies.
-pub fn leave_caller(command: &mut Command) {
-    leave(command, None);
+pub fn detach_from_caller(command: &mut Command) {
+    detach(command, None);
 }
 
 /// The same, optionally as another user.
-pub fn leave_caller_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
-    leave(command, user);
+pub fn detach_from_caller_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
+    detach(command, user);
     Ok(())
 }
 
-fn leave(command: &mut Command, user: Option<User>) {
-    let leaving = InheritedReset::prepare();
+fn detach(command: &mut Command, user: Option<User>) {
+    let reset = InheritedReset::prepare();
     let user = user.map(|user| {
         let groups: Vec<_> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
         (groups, Gid::from_raw(user.gid), Uid::from_raw(user.uid))
     });
     let in_child = move || {
         rustix::process::setsid()?;
-        leaving.carry_out();
+        reset.apply();
         if let Some((groups, gid, uid)) = &user {
             set_thread_groups(groups)?;
             set_thread_gid(*gid)?;
@@ -113,7 +113,7 @@ impl InheritedReset {
 
     /// Runs in the child, after setsid, before it executes its program and before it changes its user. It allocates nothing, takes no lock,
     /// and may run in its parent's memory. A setting that is refused stays as it is.
-    pub(super) fn carry_out(self) {
+    pub(super) fn apply(self) {
         rustix::process::umask(Mode::from_raw_mode(0o022));
         close_on_exec();
         set_priority();
@@ -121,9 +121,9 @@ impl InheritedReset {
         let _ = rustix::thread::set_current_timer_slack(Some(TIMER_SLACK));
         // SAFETY: takes and returns integers.
         unsafe {
-            let personality = libc::personality(ASK);
-            if personality != -1 && personality as libc::c_ulong & !KIND != 0 {
-                libc::personality(personality as libc::c_ulong & KIND);
+            let personality = libc::personality(QUERY);
+            if personality != -1 && personality as libc::c_ulong & !KIND_MASK != 0 {
+                libc::personality(personality as libc::c_ulong & KIND_MASK);
             }
             libc::prctl(libc::PR_SET_THP_DISABLE, 0, 0, 0, 0);
         }
@@ -230,7 +230,7 @@ fn usual_limits(of_first: &str) -> Vec<(Resource, Rlimit)> {
         let usual = match resource {
             Resource::Core => Rlimit { current: Some(0), maximum },
             Resource::Nofile => {
-                let maximum = least(maximum, Some(MOST_OPEN_FILES));
+                let maximum = least(maximum, Some(MAX_OPEN_FILES));
                 Rlimit { current: least(current, least(maximum, Some(OPEN_FILES))), maximum }
             }
             _ => Rlimit { current, maximum },
@@ -247,7 +247,7 @@ mod tests {
     use super::*;
 
     /// As a shell leaves it after `nohup`, `nice`, `taskset`, `ulimit`, `setarch -R` and the like.
-    fn spoil() -> io::Result<()> {
+    fn change_settings() -> io::Result<()> {
         rustix::process::umask(Mode::from_raw_mode(0o077));
         let _ = rustix::process::setpriority_process(None, 7);
         let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1_000_000_000));
@@ -273,11 +273,11 @@ mod tests {
     }
 
     /// The output of a program that was started like this.
-    fn said(words: &[&str], prepare: impl FnOnce(&mut Command)) -> String {
+    fn output_of(words: &[&str], prepare: impl FnOnce(&mut Command)) -> String {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::piped());
         // SAFETY: the child makes system calls; no other thread of it needs the memory that it allocates.
-        unsafe { command.pre_exec(spoil) };
+        unsafe { command.pre_exec(change_settings) };
         prepare(&mut command);
         let output = command.spawn().unwrap().wait_with_output().unwrap();
         assert!(output.status.success());
@@ -293,28 +293,28 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_the_caller_is_left() {
+    fn nothing_of_the_caller_is_inherited() {
         let of_self = ["status", "oom_score_adj", "timerslack_ns", "personality", "limits"];
         let paths = of_self.map(|name| format!("/proc/self/{name}"));
-        let look: Vec<&str> = ["cat"].into_iter().chain(paths.iter().map(String::as_str)).collect();
-        let (spoilt, clean) = (said(&look, |_| {}), said(&look, leave_caller));
+        let command_line: Vec<&str> = ["cat"].into_iter().chain(paths.iter().map(String::as_str)).collect();
+        let (inherited, clean) = (output_of(&command_line, |_| {}), output_of(&command_line, detach_from_caller));
         // The settings are visible without the reset.
         let bits = |text: &str, name: &str| u64::from_str_radix(field(text, name), 16).unwrap();
-        assert_eq!((bits(&spoilt, "SigIgn:") & 5, bits(&spoilt, "SigBlk:") & 0x200), (5, 0x200));
+        assert_eq!((bits(&inherited, "SigIgn:") & 5, bits(&inherited, "SigBlk:") & 0x200), (5, 0x200));
         assert_eq!((bits(&clean, "SigIgn:"), bits(&clean, "SigBlk:")), (0, 0));
         let of_first = std::fs::read_to_string("/proc/1/status").unwrap();
-        assert_eq!(field(&spoilt, "Cpus_allowed_list:"), "0");
+        assert_eq!(field(&inherited, "Cpus_allowed_list:"), "0");
         assert_eq!(field(&clean, "Cpus_allowed_list:"), field(&of_first, "Cpus_allowed_list:"));
         let has = |text: &str, line: &str| text.lines().any(|found| found == line);
         for (left, reset) in
             [("Umask:\t0077", "Umask:\t0022"), ("700", "0"), ("1000000000", "50000"), ("00040000", "00000000")]
         {
-            assert!(has(&spoilt, left) && !has(&spoilt, reset), "{left}: {spoilt}");
+            assert!(has(&inherited, left) && !has(&inherited, reset), "{left}: {inherited}");
             assert!(has(&clean, reset) && !has(&clean, left), "{reset}: {clean}");
         }
         let limits = std::fs::read_to_string("/proc/1/limits").unwrap();
         let size = |text: &str| words(text, "Max file size", 1);
-        assert_eq!((size(&spoilt) == size(&limits), size(&clean)), (false, size(&limits)));
+        assert_eq!((size(&inherited) == size(&limits), size(&clean)), (false, size(&limits)));
         assert_eq!(words(&clean, "Max core file size", 1), ["0"]);
         let usual = usual_limits(&limits).into_iter().find(|(resource, _)| *resource == Resource::Nofile).unwrap().1;
         let usual = [usual.current, usual.maximum].map(|limit| limit.unwrap().to_string());
@@ -323,15 +323,15 @@ mod tests {
         let expected = if may_raise { usual } else { ["128", "128"].map(str::to_owned) };
         assert_eq!(words(&clean, "Max open files", 2), expected);
         if bits(&clean, "CapEff:") & 1 << 23 != 0 {
-            let nice = |prepare: fn(&mut Command)| said(&["nice"], prepare).trim().to_owned();
-            assert_eq!((nice(|_| {}), nice(leave_caller)), ("7".to_owned(), "0".to_owned()));
+            let nice = |prepare: fn(&mut Command)| output_of(&["nice"], prepare).trim().to_owned();
+            assert_eq!((nice(|_| {}), nice(detach_from_caller)), ("7".to_owned(), "0".to_owned()));
         }
-        let open = |prepare: fn(&mut Command)| has(&said(&["ls", "/proc/self/fd"], prepare), "77");
-        assert_eq!((open(|_| {}), open(leave_caller)), (true, false));
+        let open = |prepare: fn(&mut Command)| has(&output_of(&["ls", "/proc/self/fd"], prepare), "77");
+        assert_eq!((open(|_| {}), open(detach_from_caller)), (true, false));
     }
 
     #[test]
-    fn limits_are_those_of_the_first_process_without_what_that_raised_for_itself() {
+    fn limits_are_those_of_the_first_process_with_open_files_capped() {
         let text = "Limit                     Soft Limit           Hard Limit           Units     \n\
                     Max file size             unlimited            unlimited            bytes     \n\
                     Max stack size            8388608              unlimited            bytes     \n\

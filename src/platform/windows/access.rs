@@ -42,7 +42,7 @@ pub fn weakness(path: &Path, expected: ExpectedPath, _home: &Path) -> io::Result
     if expected == ExpectedPath::File && !found.is_file() {
         return Ok(Some("it is not a file".to_owned()));
     }
-    if expected == ExpectedPath::DirectoryOfAny {
+    if expected == ExpectedPath::DirectoryOfAnyOwner {
         return Ok(None);
     }
     let list = access_list(path)?;
@@ -53,12 +53,12 @@ pub fn weakness(path: &Path, expected: ExpectedPath, _home: &Path) -> io::Result
             path.display()
         )));
     }
-    open_to_others(path, &list, CHANGE, "write to it")
+    writable_by_others(path, &list, CHANGE, "write to it")
 }
 
 /// The nearest directory on the path between `from` and `path`, both absolute, that another user can remove or rename, or whose entries it
 /// can, and why. The last component is not checked. `None`: no such directory.
-pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathBuf, String)>> {
+pub fn weakness_of_parents(from: &Path, path: &Path) -> io::Result<Option<(PathBuf, String)>> {
     let whole = !path.starts_with(from);
     let on_the_way = |directory: &&Path| directory.is_absolute() && (whole || directory.starts_with(from));
     for directory in path.ancestors().skip(1).filter(on_the_way) {
@@ -67,7 +67,7 @@ pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathB
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => continue,
             list => list?,
         };
-        if let Some(weakness) = open_to_others(directory, &list, REPLACE, "replace it")? {
+        if let Some(weakness) = writable_by_others(directory, &list, REPLACE, "replace it")? {
             return Ok(Some((directory.to_owned(), weakness)));
         }
     }
@@ -75,11 +75,11 @@ pub fn weakness_on_the_way(from: &Path, path: &Path) -> io::Result<Option<(PathB
 }
 
 /// Nothing to do: everything in the home inherits its access list.
-pub fn close_to_others(_path: &Path) -> io::Result<bool> {
+pub fn deny_write_to_others(_path: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
-fn open_to_others(path: &Path, list: &AccessList, rights: u32, what: &str) -> io::Result<Option<String>> {
+fn writable_by_others(path: &Path, list: &AccessList, rights: u32, what: &str) -> io::Result<Option<String>> {
     let others = OTHERS.iter().find_map(|group| match list.allows(group.kind, rights) {
         Ok(false) => None,
         Ok(true) => Some(Ok(group)),
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_everybody_can_write_is_refused_and_what_everybody_can_read_is_not() {
+    fn a_path_that_everybody_can_write_to_is_rejected() {
         let directory = tempfile::tempdir().unwrap();
         let (file, inner) = (directory.path().join("file"), directory.path().join("inner"));
         fs::write(&file, "").unwrap();
@@ -127,12 +127,12 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_everybody_can_rename_leads_nowhere_safe() {
+    fn a_parent_that_everybody_can_rename_is_rejected() {
         let directory = tempfile::tempdir().unwrap();
         let inner = directory.path().join("inner");
         fs::create_dir(&inner).unwrap();
         set_access_list(&inner, "D:P(A;;FA;;;SY)(A;;FA;;;BA)(A;;FA;;;@US@)(A;;FA;;;WD)").unwrap();
-        let way = |from: &Path| weakness_on_the_way(from, &inner.join("a/b")).unwrap();
+        let way = |from: &Path| weakness_of_parents(from, &inner.join("a/b")).unwrap();
         let (place, why) = way(Path::new("/")).unwrap();
         assert_eq!(place, inner);
         assert!(why.contains("replace it"), "{why}");

@@ -39,16 +39,16 @@ const APART: &str = "apart-";
 pub(super) const ENDED_BY_US: u32 = 1;
 /// Number of pids in the first query of a job, and the maximum.
 const FIRST_ROOM: usize = 64;
-const MOST_ROOM: usize = 1 << 20;
+const MAX_ROOM: usize = 1 << 20;
 
 /// Poll interval for a process that cannot be watched.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL: Duration = Duration::from_millis(250);
 
 /// The jobs that this process has open, by name.
-static HELD: Mutex<BTreeMap<String, Arc<OwnedHandle>>> = Mutex::new(BTreeMap::new());
+static OPEN_JOBS: Mutex<BTreeMap<String, Arc<OwnedHandle>>> = Mutex::new(BTreeMap::new());
 
-fn held() -> MutexGuard<'static, BTreeMap<String, Arc<OwnedHandle>>> {
-    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+fn open_jobs() -> MutexGuard<'static, BTreeMap<String, Arc<OwnedHandle>>> {
+    OPEN_JOBS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where the groups of a home are created.
@@ -71,7 +71,7 @@ impl Groups {
     }
 
     /// The location, for display.
-    pub fn place(&self) -> String {
+    pub fn location(&self) -> String {
         self.prefix.clone()
     }
 
@@ -86,13 +86,13 @@ impl Groups {
     }
 
     /// The group of a sub-agent whose main process alone is ours: it is not listed by [`Groups::all`], and never killed as a whole.
-    pub fn apart(&self, agent: &str) -> Group {
+    pub fn main_only(&self, agent: &str) -> Group {
         Group { name: format!("{}{APART}{agent}", self.prefix) }
     }
 
     /// The sub-agents whose groups exist.
     pub fn all(&self) -> io::Result<Vec<String>> {
-        names::beginning_with(&format!("{}{AGENT}", self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix)))
+        names::with_prefix(&format!("{}{AGENT}", self.prefix.strip_prefix(GLOBAL).unwrap_or(&self.prefix)))
     }
 }
 
@@ -126,14 +126,14 @@ impl Group {
         // SAFETY: a new handle, which only we own.
         let job = unsafe { OwnedHandle::from_raw_handle(job) };
         if error == ERROR_ALREADY_EXISTS {
-            self.demand_trust(&job)?;
+            self.require_trusted(&job)?;
         }
-        Ok(self.hold(job))
+        Ok(self.keep_open(job))
     }
 
     /// The job, opened by its name unless it is open already; `None`: no job has this name.
     fn find(&self) -> io::Result<Option<Arc<OwnedHandle>>> {
-        if let Some(job) = held().get(&self.name) {
+        if let Some(job) = open_jobs().get(&self.name) {
             return Ok(Some(job.clone()));
         }
         let name = wide(&self.name);
@@ -152,13 +152,13 @@ impl Group {
         }
         // SAFETY: a new handle, which only we own.
         let job = unsafe { OwnedHandle::from_raw_handle(job) };
-        self.demand_trust(&job)?;
-        Ok(Some(self.hold(job)))
+        self.require_trusted(&job)?;
+        Ok(Some(self.keep_open(job)))
     }
 
     /// Rejects a job of another user, who could have created this name first, with processes in it or with an access list that lets that
     /// user kill ours.
-    fn demand_trust(&self, job: &OwnedHandle) -> io::Result<()> {
+    fn require_trusted(&self, job: &OwnedHandle) -> io::Result<()> {
         if security::is_trusted(job)? {
             return Ok(());
         }
@@ -169,8 +169,8 @@ impl Group {
         Err(io::Error::new(io::ErrorKind::PermissionDenied, message))
     }
 
-    fn hold(&self, job: OwnedHandle) -> Arc<OwnedHandle> {
-        held().entry(self.name.clone()).or_insert_with(|| Arc::new(job)).clone()
+    fn keep_open(&self, job: OwnedHandle) -> Arc<OwnedHandle> {
+        open_jobs().entry(self.name.clone()).or_insert_with(|| Arc::new(job)).clone()
     }
 
     /// The pids in it. The system's console host may be among them; it exits shortly after the last program that uses it.
@@ -198,7 +198,7 @@ impl Group {
                 return Ok(list[HEAD..].iter().take(count as usize).map(|pid| *pid as u32).collect());
             }
             match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(ERROR_MORE_DATA as i32) && room < MOST_ROOM => room *= 4,
+                error if error.raw_os_error() == Some(ERROR_MORE_DATA as i32) && room < MAX_ROOM => room *= 4,
                 error => return Err(error),
             }
         }
@@ -215,7 +215,7 @@ impl Group {
             match process::open(pid, PROCESS_SYNCHRONIZE) {
                 Ok(member) if watch::signalled(&member).await.is_ok() => {}
                 // It has exited, or cannot be watched.
-                _ => tokio::time::sleep(LOOK).await,
+                _ => tokio::time::sleep(POLL).await,
             }
         }
     }
@@ -238,12 +238,12 @@ impl Group {
         if !self.is_empty()? {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the job has processes"));
         }
-        held().remove(&self.name);
+        open_jobs().remove(&self.name);
         Ok(())
     }
 
     /// Adds a suspended process to the job, and gives it a handle that keeps the job open.
-    pub(super) fn take_in(&self, process: &OwnedHandle) -> io::Result<()> {
+    pub(super) fn add(&self, process: &OwnedHandle) -> io::Result<()> {
         let job = self.find()?.ok_or(io::ErrorKind::NotFound)?;
         // SAFETY: both handles are open.
         if unsafe { AssignProcessToJobObject(raw(&job), process.as_raw_handle()) } == 0 {

@@ -46,10 +46,10 @@ pub struct Child {
 /// complete environment.
 pub async fn launch(command: &Command, launch: &Launch) -> io::Result<Child> {
     // Nothing in it waits for the program.
-    begin(command, launch)
+    start_suspended(command, launch)
 }
 
-fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
+fn start_suspended(command: &Command, launch: &Launch) -> io::Result<Child> {
     if launch.user.is_some() {
         return Err(io::Error::new(
             io::ErrorKind::Unsupported,
@@ -61,16 +61,16 @@ fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
     suspended.args(command.get_args()).env_clear();
     suspended.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     suspended.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
-    suspended.creation_flags(CREATE_SUSPENDED | process::LEAVING);
+    suspended.creation_flags(CREATE_SUSPENDED | process::DETACHED_FLAGS);
     if let Some(directory) = command.get_current_dir() {
         suspended.current_dir(directory);
     }
     let child = suspended.spawn()?;
     let pid = child.id();
-    let unbegun = SuspendedProcess(Some(OwnedHandle::from(child)));
-    let Some(process) = &unbegun.0 else { return Err(io::ErrorKind::NotFound.into()) };
+    let suspended_process = SuspendedProcess(Some(OwnedHandle::from(child)));
+    let Some(process) = &suspended_process.0 else { return Err(io::ErrorKind::NotFound.into()) };
     let start_time = process::creation_time(process).ok_or_else(io::Error::last_os_error)?;
-    let grouped = launch.group.as_ref().is_some_and(|group| group.make().and_then(|()| group.take_in(process)).is_ok());
+    let grouped = launch.group.as_ref().is_some_and(|group| group.make().and_then(|()| group.add(process)).is_ok());
     let record = write_record(launch, pid, start_time, launch.group.as_ref().filter(|_| grouped));
     resume(pid)?;
     // If it cannot be recorded (a full disk), it runs anyway and is found by its group.
@@ -79,14 +79,14 @@ fn begin(command: &Command, launch: &Launch) -> io::Result<Child> {
     {
         let _ = fs::remove_file(&record);
     }
-    Ok(Child { pid, start_time, grouped, process: unbegun.begun()? })
+    Ok(Child { pid, start_time, grouped, process: suspended_process.resumed()? })
 }
 
 /// A suspended process, which is killed on drop unless it is resumed.
 struct SuspendedProcess(Option<OwnedHandle>);
 
 impl SuspendedProcess {
-    fn begun(mut self) -> io::Result<OwnedHandle> {
+    fn resumed(mut self) -> io::Result<OwnedHandle> {
         self.0.take().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
@@ -184,8 +184,8 @@ mod tests {
     #[test]
     fn a_leaf() {
         if testing::part(LEAF).is_some() {
-            testing::say(std::process::id());
-            testing::stay();
+            testing::report(std::process::id());
+            testing::block();
         }
     }
 
@@ -194,9 +194,9 @@ mod tests {
     #[allow(clippy::zombie_processes, reason = "the leaf must outlive its parent")]
     fn a_tree_of_two() {
         let Some(argument) = testing::part(TREE) else { return };
-        testing::play(LEAF, "").spawn().unwrap();
+        testing::part_command(LEAF, "").spawn().unwrap();
         if argument != "leave" {
-            testing::stay();
+            testing::block();
         }
     }
 
@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn a_holder_of_its_job() {
         if testing::part(HOLDER).is_some() {
-            testing::say(if holds_a_job() { "holds" } else { "does not" });
+            testing::report(if holds_a_job() { "holds" } else { "does not" });
         }
     }
 
@@ -229,9 +229,9 @@ mod tests {
     fn a_manager() {
         let Some(argument) = testing::part(MANAGER) else { return };
         let directory = PathBuf::from(argument);
-        let child = start(&directory, testing::play(TREE, ""));
-        testing::say(child.pid);
-        testing::stay();
+        let child = start(&directory, testing::part_command(TREE, ""));
+        testing::report(child.pid);
+        testing::block();
     }
 
     /// A group named after the directory.
@@ -245,7 +245,7 @@ mod tests {
     }
 
     fn start(directory: &Path, command: Command) -> Child {
-        begin(&complete(command), &options(directory, "a.json", Some(group(directory)))).unwrap()
+        start_suspended(&complete(command), &options(directory, "a.json", Some(group(directory)))).unwrap()
     }
 
     fn options(directory: &Path, record: &str, group: Option<Group>) -> Launch {
@@ -259,8 +259,8 @@ mod tests {
         command
     }
 
-    fn said(directory: &Path) -> Option<String> {
-        testing::said(&fs::read(directory.join("out")).unwrap()).into_iter().next()
+    fn reported(directory: &Path) -> Option<String> {
+        testing::reports(&fs::read(directory.join("out")).unwrap()).into_iter().next()
     }
 
     async fn end_of(child: &mut Child) -> ExitStatus {
@@ -268,12 +268,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_tree_whose_root_has_ended_is_known_and_killed_whole() {
+    async fn a_tree_whose_root_has_exited_is_found_and_killed() {
         let directory = tempfile::tempdir().unwrap();
-        let mut child = start(directory.path(), testing::play(TREE, "leave"));
+        let mut child = start(directory.path(), testing::part_command(TREE, "leave"));
         assert!(child.grouped);
         assert!(end_of(&mut child).await.success());
-        let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
+        let leaf: u32 = wait_for("the leaf", || reported(directory.path())).parse().unwrap();
         let group = group(directory.path());
         // Their console host may be in the group as well.
         wait_for("the root to be gone", || (!group.members().unwrap().contains(&child.pid)).then_some(()));
@@ -296,22 +296,22 @@ mod tests {
     #[tokio::test]
     async fn a_killed_group_can_hold_another_tree() {
         let directory = tempfile::tempdir().unwrap();
-        let mut child = start(directory.path(), testing::play(LEAF, ""));
+        let mut child = start(directory.path(), testing::part_command(LEAF, ""));
         let group = group(directory.path());
         group.kill().unwrap();
         assert!(!end_of(&mut child).await.success());
-        let mut child = start(directory.path(), testing::play(TREE, "leave"));
+        let mut child = start(directory.path(), testing::part_command(TREE, "leave"));
         assert!(end_of(&mut child).await.success());
-        wait_for("the leaf", || said(directory.path()));
+        wait_for("the leaf", || reported(directory.path()));
         group.kill().unwrap();
     }
 
     #[test]
-    fn what_a_killed_manager_started_is_recorded_and_found_by_the_name_of_its_group() {
+    fn the_processes_of_a_killed_manager_are_recorded_and_found_in_their_group() {
         let directory = tempfile::tempdir().unwrap();
         let mut manager = OtherProcess::start(MANAGER, directory.path());
         let root: u32 = manager.line().parse().unwrap();
-        let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
+        let leaf: u32 = wait_for("the leaf", || reported(directory.path())).parse().unwrap();
         manager.kill();
         assert_eq!(groups(directory.path()).all().unwrap(), ["a"]);
         let members = group(directory.path()).members().unwrap();
@@ -326,11 +326,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_process_holds_its_group_open_for_who_comes_after_us() {
+    async fn a_process_keeps_its_group_open_for_the_next_manager() {
         let directory = tempfile::tempdir().unwrap();
-        let mut child = start(directory.path(), testing::play(HOLDER, ""));
+        let mut child = start(directory.path(), testing::part_command(HOLDER, ""));
         assert!(end_of(&mut child).await.success());
-        assert_eq!(said(directory.path()).unwrap(), "holds");
+        assert_eq!(reported(directory.path()).unwrap(), "holds");
         assert!(!holds_a_job_of_nobody());
     }
 
@@ -340,10 +340,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_run_says_why_and_leaves_no_record() {
+    async fn a_program_that_cannot_run_is_an_error_and_leaves_no_record() {
         let directory = tempfile::tempdir().unwrap();
         let options = options(directory.path(), "a.json", None);
-        let error = begin(&Command::new(r"C:\nowhere\x.exe"), &options).unwrap_err();
+        let error = start_suspended(&Command::new(r"C:\nowhere\x.exe"), &options).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         assert!(!options.record.exists());
     }
@@ -352,17 +352,17 @@ mod tests {
     async fn a_program_runs_although_its_record_cannot_be_written() {
         let directory = tempfile::tempdir().unwrap();
         let options = options(directory.path(), "nowhere/a.json", None);
-        let mut child = begin(&complete(testing::play(HOLDER, "")), &options).unwrap();
+        let mut child = start_suspended(&complete(testing::part_command(HOLDER, "")), &options).unwrap();
         assert!(end_of(&mut child).await.success());
-        assert_eq!(said(directory.path()).unwrap(), "does not");
+        assert_eq!(reported(directory.path()).unwrap(), "does not");
     }
 
     #[tokio::test]
-    async fn the_end_of_a_process_that_is_no_child_of_ours_is_seen() {
+    async fn the_exit_of_a_process_that_is_not_our_child_is_detected() {
         let directory = tempfile::tempdir().unwrap();
-        let mut child = start(directory.path(), testing::play(TREE, "leave"));
+        let mut child = start(directory.path(), testing::part_command(TREE, "leave"));
         assert!(end_of(&mut child).await.success());
-        let leaf: u32 = wait_for("the leaf", || said(directory.path())).parse().unwrap();
+        let leaf: u32 = wait_for("the leaf", || reported(directory.path())).parse().unwrap();
         let started = start_time(leaf).unwrap();
         let mut watch = tokio::spawn(ended(leaf, started));
         let early = tokio::time::timeout(std::time::Duration::from_millis(200), &mut watch).await;

@@ -55,10 +55,10 @@ impl LocalListener {
 
     /// Accepts the next connection. The access list admits only clients that may command this home. Cancel-safe.
     pub async fn accept(&mut self) -> io::Result<SocketPeer> {
-        self.accepted().await.map(SocketPeer::Welcome)
+        self.accept_stream().await.map(SocketPeer::Allowed)
     }
 
-    async fn accepted(&mut self) -> io::Result<LocalStream> {
+    async fn accept_stream(&mut self) -> io::Result<LocalStream> {
         let connected = self.next.connect().await;
         // Also needed if the client has already disconnected: its instance cannot be connected to again.
         let new = instance(&self.name, false)?;
@@ -88,7 +88,7 @@ pub struct LocalConnection {
 struct PipeState {
     pipe: OwnedHandle,
     /// Signalled once, when one of the handles shuts the connection down.
-    hung_up: OwnedHandle,
+    shutdown: OwnedHandle,
     /// Milliseconds.
     read_timeout: AtomicU32,
     write_timeout: u32,
@@ -118,7 +118,7 @@ pub fn connect_local(path: &Path, timeout: Duration) -> io::Result<LocalConnecti
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "another user has taken the name of the pipe"));
     }
     let timeout = milliseconds(timeout);
-    let shared = PipeState { pipe, hung_up: event()?, read_timeout: AtomicU32::new(timeout), write_timeout: timeout };
+    let shared = PipeState { pipe, shutdown: event()?, read_timeout: AtomicU32::new(timeout), write_timeout: timeout };
     Ok(LocalConnection { shared: Arc::new(shared), done: event()? })
 }
 
@@ -154,15 +154,15 @@ pub fn clone_local(connection: &LocalConnection) -> io::Result<LocalConnection> 
 }
 
 /// Removes the read timeout of a connection.
-pub fn wait_for_ever(connection: &LocalConnection) -> io::Result<()> {
+pub fn remove_read_timeout(connection: &LocalConnection) -> io::Result<()> {
     connection.shared.read_timeout.store(INFINITE, Ordering::Relaxed);
     Ok(())
 }
 
 /// Shuts the connection down for all handles, which wakes a blocked reader. The other side sees it when the handles are closed.
-pub fn hang_up(connection: &LocalConnection) {
+pub fn shut_down(connection: &LocalConnection) {
     // SAFETY: the handle is open.
-    unsafe { SetEvent(raw(&connection.shared.hung_up)) };
+    unsafe { SetEvent(raw(&connection.shared.shutdown)) };
 }
 
 /// The result of a transfer.
@@ -173,21 +173,21 @@ enum TransferResult {
 }
 
 impl LocalConnection {
-    /// Starts a transfer with `begin` and waits until it is done, times out, or the connection is shut down.
+    /// Starts a transfer with `start` and waits until it is done, times out, or the connection is shut down.
     fn transfer(
         &self,
         timeout: u32,
-        begin: impl FnOnce(HANDLE, *mut OVERLAPPED) -> windows_sys::core::BOOL,
+        start: impl FnOnce(HANDLE, *mut OVERLAPPED) -> windows_sys::core::BOOL,
     ) -> io::Result<TransferResult> {
         let pipe = raw(&self.shared.pipe);
         let mut state = OVERLAPPED { hEvent: raw(&self.done), ..Default::default() };
-        if begin(pipe, &mut state) == 0 {
+        if start(pipe, &mut state) == 0 {
             match io::Error::last_os_error() {
                 error if error.raw_os_error() == Some(ERROR_IO_PENDING as i32) => {}
                 error => return ended(error),
             }
         }
-        let events = [raw(&self.done), raw(&self.shared.hung_up)];
+        let events = [raw(&self.done), raw(&self.shared.shutdown)];
         // SAFETY: the handles are open, and the count is right.
         let waited = unsafe { WaitForMultipleObjects(events.len() as u32, events.as_ptr(), 0, timeout) };
         let waiting = if waited == WAIT_FAILED { Some(io::Error::last_os_error()) } else { None };
@@ -269,7 +269,7 @@ mod tests {
         let Some(path) = testing::part(CALLER) else { return };
         let mut connection = connect_local(Path::new(&path), PATIENCE).unwrap();
         connection.write_all(b"hello\n").unwrap();
-        testing::stay();
+        testing::block();
     }
 
     /// Listens, answers one hello, and blocks.
@@ -277,11 +277,11 @@ mod tests {
     async fn a_listener() {
         let Some(path) = testing::part(LISTENER) else { return };
         let mut listener = LocalListener::bind(Path::new(&path)).unwrap();
-        testing::say("ready");
-        let mut stream = listener.accepted().await.unwrap();
+        testing::report("ready");
+        let mut stream = listener.accept_stream().await.unwrap();
         assert_eq!(hello(&mut stream).await, *b"hello\n");
         stream.write_all(b"welcome\n").await.unwrap();
-        testing::stay();
+        testing::block();
     }
 
     async fn hello(stream: &mut LocalStream) -> [u8; 6] {
@@ -290,7 +290,7 @@ mod tests {
         word
     }
 
-    fn door() -> (tempfile::TempDir, PathBuf) {
+    fn socket_path() -> (tempfile::TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spm.sock");
         (directory, path)
@@ -299,12 +299,12 @@ mod tests {
     async fn connected(path: &Path) -> (LocalListener, LocalStream, LocalConnection) {
         let mut listener = LocalListener::bind(path).unwrap();
         let connection = connect_local(path, PATIENCE).unwrap();
-        let stream = listener.accepted().await.unwrap();
+        let stream = listener.accept_stream().await.unwrap();
         (listener, stream, connection)
     }
 
     /// Runs a blocking function in a background thread; panics at the timeout.
-    async fn beside<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
+    async fn in_thread<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || drop(sender.send(what())));
         tokio::time::timeout(PATIENCE, receiver).await.expect("the function returns in time").unwrap()
@@ -312,10 +312,10 @@ mod tests {
 
     #[tokio::test]
     async fn one_thread_writes_while_another_waits_to_read() {
-        let (_directory, path) = door();
+        let (_directory, path) = socket_path();
         let (_listener, mut stream, mut reader) = connected(&path).await;
         let mut writer = clone_local(&reader).unwrap();
-        wait_for_ever(&reader).unwrap();
+        remove_read_timeout(&reader).unwrap();
         let (began, beginning) = mpsc::channel();
         let reading = std::thread::spawn(move || {
             began.send(()).unwrap();
@@ -325,7 +325,7 @@ mod tests {
         });
         beginning.recv().unwrap();
         for _ in 0..100 {
-            writer = beside(move || {
+            writer = in_thread(move || {
                 writer.write_all(b"hello\n").unwrap();
                 writer
             })
@@ -333,23 +333,23 @@ mod tests {
             assert_eq!(hello(&mut stream).await, *b"hello\n");
         }
         stream.write_all(b"welcome\n").await.unwrap();
-        assert_eq!(beside(|| reading.join().unwrap()).await, *b"welcome\n");
+        assert_eq!(in_thread(|| reading.join().unwrap()).await, *b"welcome\n");
     }
 
     #[tokio::test]
-    async fn reading_gives_up_in_time_and_can_be_tried_again() {
-        let (_directory, path) = door();
+    async fn a_read_times_out_and_can_be_retried() {
+        let (_directory, path) = socket_path();
         let mut listener = LocalListener::bind(&path).unwrap();
         let mut connection = connect_local(&path, Duration::from_millis(50)).unwrap();
-        let mut stream = listener.accepted().await.unwrap();
-        let mut connection = beside(move || {
+        let mut stream = listener.accept_stream().await.unwrap();
+        let mut connection = in_thread(move || {
             let error = connection.read(&mut [0; 8]).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
             connection
         })
         .await;
         stream.write_all(b"late").await.unwrap();
-        let text = beside(move || {
+        let text = in_thread(move || {
             let mut text = [0; 4];
             connection.read_exact(&mut text).map(|()| text)
         })
@@ -358,25 +358,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn writing_to_one_who_does_not_read_gives_up_in_time() {
-        let (_directory, path) = door();
+    async fn a_write_to_a_client_that_does_not_read_times_out() {
+        let (_directory, path) = socket_path();
         let mut listener = LocalListener::bind(&path).unwrap();
         let mut connection = connect_local(&path, Duration::from_millis(50)).unwrap();
-        let _stream = listener.accepted().await.unwrap();
-        let error = beside(move || connection.write_all(&vec![0; 16 << 20]).unwrap_err()).await;
+        let _stream = listener.accept_stream().await.unwrap();
+        let error = in_thread(move || connection.write_all(&vec![0; 16 << 20]).unwrap_err()).await;
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[tokio::test]
-    async fn hanging_up_wakes_who_reads_and_shows_at_the_other_side() {
-        let (_directory, path) = door();
+    async fn a_shutdown_wakes_the_reader_and_closes_the_other_side() {
+        let (_directory, path) = socket_path();
         let (_listener, mut stream, mut reader) = connected(&path).await;
-        wait_for_ever(&reader).unwrap();
+        remove_read_timeout(&reader).unwrap();
         let writer = clone_local(&reader).unwrap();
         let reading = std::thread::spawn(move || reader.read(&mut [0; 8]).unwrap());
-        hang_up(&writer);
+        shut_down(&writer);
         drop(writer);
-        assert_eq!(beside(move || reading.join().unwrap()).await, 0);
+        assert_eq!(in_thread(move || reading.join().unwrap()).await, 0);
         assert_eq!(end(&mut stream).await, 0);
     }
 
@@ -387,19 +387,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_death_of_who_connected_is_seen_at_once() {
-        let (_directory, path) = door();
+    async fn a_killed_client_is_detected_at_once() {
+        let (_directory, path) = socket_path();
         let mut listener = LocalListener::bind(&path).unwrap();
         let mut caller = OtherProcess::start(CALLER, &path);
-        let mut stream = tokio::time::timeout(PATIENCE, listener.accepted()).await.unwrap().unwrap();
+        let mut stream = tokio::time::timeout(PATIENCE, listener.accept_stream()).await.unwrap().unwrap();
         assert_eq!(hello(&mut stream).await, *b"hello\n");
         caller.kill();
         assert_eq!(end(&mut stream).await, 0);
     }
 
     #[test]
-    fn the_death_of_who_listened_is_seen_at_once_and_a_successor_takes_the_door() {
-        let (_directory, path) = door();
+    fn a_killed_listener_is_detected_at_once_and_replaced_by_the_next() {
+        let (_directory, path) = socket_path();
         let mut first = OtherProcess::start(LISTENER, &path);
         assert_eq!(first.line(), "ready");
         let mut connection = connect_local(&path, PATIENCE).unwrap();
@@ -420,37 +420,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_finds_the_door_taken_waits_for_his_turn() {
-        let (_directory, path) = door();
+    async fn a_client_waits_for_a_free_instance() {
+        let (_directory, path) = socket_path();
         let mut listener = LocalListener::bind(&path).unwrap();
         let _first = connect_local(&path, PATIENCE).unwrap();
         let (began, short) = (Instant::now(), Duration::from_millis(50));
         assert_eq!(connect_local(&path, short).unwrap_err().raw_os_error(), Some(ERROR_PIPE_BUSY as i32));
         assert!(began.elapsed() >= short);
         let second = std::thread::spawn(move || connect_local(&path, PATIENCE).map(drop));
-        listener.accepted().await.unwrap();
-        beside(|| second.join().unwrap()).await.unwrap();
+        listener.accept_stream().await.unwrap();
+        in_thread(|| second.join().unwrap()).await.unwrap();
     }
 
     #[tokio::test]
-    async fn one_who_leaves_before_he_is_let_in_does_not_close_the_door() {
-        let (_directory, path) = door();
+    async fn a_client_that_disconnects_early_does_not_stop_the_listener() {
+        let (_directory, path) = socket_path();
         let mut listener = LocalListener::bind(&path).unwrap();
         connect_local(&path, PATIENCE).unwrap().write_all(b"hello\n").unwrap();
         // The first client may still be accepted, or be reported as an error.
-        let first = listener.accepted().await;
-        let _second = beside({
+        let first = listener.accept_stream().await;
+        let _second = in_thread({
             let path = path.clone();
             move || connect_local(&path, PATIENCE).unwrap()
         })
         .await;
-        tokio::time::timeout(PATIENCE, listener.accepted()).await.unwrap().unwrap();
+        tokio::time::timeout(PATIENCE, listener.accept_stream()).await.unwrap().unwrap();
         drop(first);
     }
 
     #[tokio::test]
-    async fn the_door_opens_to_its_owner_administrators_and_the_system_alone() {
-        let (_directory, path) = door();
+    async fn only_the_owner_administrators_and_the_system_may_connect() {
+        let (_directory, path) = socket_path();
         let (_listener, _stream, connection) = connected(&path).await;
         let list = super::super::security::access_list(&connection.shared.pipe).unwrap();
         let (flags, entries) = list.split_once('(').unwrap();

@@ -14,7 +14,7 @@ const DIRECTORY: &str = r"\BaseNamedObjects";
 /// The right to list it (wdm.h).
 const DIRECTORY_QUERY: u32 = 1;
 /// An upper bound for the names of a host.
-const MOST_NAMES: usize = 1 << 20;
+const MAX_NAMES: usize = 1 << 20;
 /// Room for one entry with its two texts; the name has at most 260 units.
 const ROOM: usize = 512;
 
@@ -26,12 +26,12 @@ struct ObjectEntry {
 }
 
 /// The names of the host's objects with this prefix, without the prefix.
-pub(super) fn beginning_with(prefix: &str) -> io::Result<Vec<String>> {
+pub(super) fn with_prefix(prefix: &str) -> io::Result<Vec<String>> {
     let directory = open()?;
     let mut buffer = [0_u64; ROOM];
     let mut context = 0;
     let mut found = vec![];
-    for count in 0..MOST_NAMES {
+    for count in 0..MAX_NAMES {
         // SAFETY: the handle is open; the buffer, which has the given length, and the context outlive the call.
         let status = unsafe {
             let (buffer, length) = (buffer.as_mut_ptr().cast(), size_of_val(&buffer) as u32);

@@ -64,7 +64,7 @@ pub fn start_time(pid: u32) -> Option<u64> {
 }
 
 /// Whether the process is alive.
-pub fn lives(pid: u32, start_time: u64) -> bool {
+pub fn is_alive(pid: u32, start_time: u64) -> bool {
     self::start_time(pid) == Some(start_time)
 }
 
@@ -129,7 +129,7 @@ pub fn executable_of(pid: u32) -> Option<PathBuf> {
 }
 
 /// Always false: Windows has no zombies.
-pub fn remains(_pid: u32) -> bool {
+pub fn is_zombie(_pid: u32) -> bool {
     false
 }
 
@@ -150,10 +150,10 @@ struct ProcessEntry {
 pub fn processes(home: &Path) -> Vec<ProcessInfo> {
     let entries = snapshot();
     let others = entries.iter().filter(|entry| entry.pid != std::process::id());
-    others.map(|entry| seen_among(&entries, entry, home)).collect()
+    others.map(|entry| info_among(&entries, entry, home)).collect()
 }
 
-fn seen_among(entries: &[ProcessEntry], entry: &ProcessEntry, home: &Path) -> ProcessInfo {
+fn info_among(entries: &[ProcessEntry], entry: &ProcessEntry, home: &Path) -> ProcessInfo {
     let (mut root, mut at) = (entry.pid, entry);
     // A pid may have been reused: a parent is not younger than its child.
     while let Some(parent) = entries.iter().find(|parent| {
@@ -162,18 +162,18 @@ fn seen_among(entries: &[ProcessEntry], entry: &ProcessEntry, home: &Path) -> Pr
         root = parent.pid;
         at = parent;
     }
-    let mark = executable_of(entry.pid).and_then(|executable| mark_of(&executable, home));
-    ProcessInfo { pid: entry.pid, start_time: entry.start_time, session: root, parent: entry.parent, mark }
+    let marker = executable_of(entry.pid).and_then(|executable| marker_of(&executable, home));
+    ProcessInfo { pid: entry.pid, start_time: entry.start_time, session: root, parent: entry.parent, marker }
 }
 
 /// One live process, with its marker if it belongs to the home.
-pub fn seen(pid: u32, home: &Path) -> Option<ProcessInfo> {
+pub fn process_info(pid: u32, home: &Path) -> Option<ProcessInfo> {
     let entries = snapshot();
-    entries.iter().find(|entry| entry.pid == pid).map(|entry| seen_among(&entries, entry, home))
+    entries.iter().find(|entry| entry.pid == pid).map(|entry| info_among(&entries, entry, home))
 }
 
 /// The executable of a release is below `agents/<name>/<version>` of the home. File names are not case-sensitive here.
-fn mark_of(executable: &Path, home: &Path) -> Option<ProcessMarker> {
+fn marker_of(executable: &Path, home: &Path) -> Option<ProcessMarker> {
     let plain = |path: &Path| PathBuf::from(path.to_string_lossy().trim_start_matches(r"\\?\").to_owned());
     let folded = |path: &Path| PathBuf::from(path.to_string_lossy().to_lowercase());
     let (executable, agents) = (plain(executable), plain(&home.join("agents")));
@@ -230,7 +230,7 @@ pub async fn ended(pid: u32, start_time: u64) {
 }
 
 /// Describes the exit of a child.
-pub fn how_it_ended(status: ExitStatus) -> String {
+pub fn describe_exit(status: ExitStatus) -> String {
     match status.code() {
         Some(code) => format!("exited with {code}"),
         None => "ended".to_owned(),
@@ -251,24 +251,24 @@ pub fn find_user(_name: &str) -> io::Result<User> {
 
 /// Creation flags of a process that is independent of its caller: it receives no keys from the caller's console, outlives it, and inherits
 /// neither its priority nor its error mode.
-pub(super) const LEAVING: u32 =
+pub(super) const DETACHED_FLAGS: u32 =
     CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_DEFAULT_ERROR_MODE | NORMAL_PRIORITY_CLASS;
 
 /// Makes a command independent of its starter: it outlives us and our console, and inherits only the environment, directory and standard
 /// streams that the command specifies, and the CPU affinity.
-pub fn leave_caller(command: &mut Command) {
-    command.creation_flags(LEAVING);
+pub fn detach_from_caller(command: &mut Command) {
+    command.creation_flags(DETACHED_FLAGS);
 }
 
 /// The same; running as another user is not supported yet.
-pub fn leave_caller_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
+pub fn detach_from_caller_as(command: &mut Command, user: Option<User>) -> io::Result<()> {
     if user.is_some() {
         return Err(io::Error::new(
             io::ErrorKind::Unsupported,
             "running as another user is not supported on Windows yet",
         ));
     }
-    leave_caller(command);
+    detach_from_caller(command);
     Ok(())
 }
 
@@ -348,9 +348,9 @@ mod tests {
     use crate::core::manifest::StopSignal;
 
     #[test]
-    fn a_program_of_a_release_bears_its_mark() {
+    fn a_program_of_a_release_has_its_marker() {
         let home = Path::new(r"C:\Program Files\aops");
-        let of = |path: &str| mark_of(Path::new(path), home).map(|mark| (mark.name, mark.version));
+        let of = |path: &str| marker_of(Path::new(path), home).map(|marker| (marker.name, marker.version));
         let marked = Some(("Echo".to_owned(), "1.2".to_owned()));
         assert_eq!(of(r"C:\Program Files\aops\agents\Echo\1.2\echo.exe"), marked);
         assert_eq!(of(r"\\?\c:\program files\AOPS\Agents\Echo\1.2\bin\echo.exe"), marked);
@@ -361,22 +361,22 @@ mod tests {
 
     /// Left behind by a manager that exits after creating it and before adding it to its group.
     #[test]
-    fn a_program_that_never_began_is_found_by_its_file_and_ended() {
+    fn a_suspended_program_is_found_by_its_executable_and_killed() {
         let home = tempfile::tempdir().unwrap();
         let program = home.path().join(r"agents\Echo\1.2\echo.exe");
         std::fs::create_dir_all(program.parent().unwrap()).unwrap();
         std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
         let mut child = Command::new(&program).creation_flags(CREATE_SUSPENDED).spawn().unwrap();
         let found: Vec<ProcessInfo> =
-            processes(home.path()).into_iter().filter(|process| process.mark.is_some()).collect();
+            processes(home.path()).into_iter().filter(|process| process.marker.is_some()).collect();
         assert_eq!(found.iter().map(|process| process.pid).collect::<Vec<_>>(), [child.id()]);
-        assert_eq!(found[0].mark.as_ref().unwrap().name, "Echo");
+        assert_eq!(found[0].marker.as_ref().unwrap().name, "Echo");
         assert!(signal(found[0].pid, found[0].start_time, StopSignal::Kill).unwrap());
         assert!(!child.wait().unwrap().success());
     }
 
     #[test]
-    fn the_own_process_is_known_by_its_file_and_age() {
+    fn the_own_process_has_an_executable_and_an_age() {
         let own = std::process::id();
         assert_eq!(executable_of(own).unwrap().file_name(), std::env::current_exe().unwrap().file_name());
         assert!(age(start_time(own).unwrap()).unwrap() < Duration::from_secs(3600));

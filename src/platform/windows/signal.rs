@@ -91,7 +91,7 @@ fn ask(pid: u32) -> u8 {
             return NO_CONSOLE;
         }
         // If the pid does not lead a group, all processes of the console receive the event, including us.
-        SetConsoleCtrlHandler(Some(hear_nothing), 1);
+        SetConsoleCtrlHandler(Some(ignore_event), 1);
     }
     if parent(pid).is_some_and(|parent| console_members().contains(&parent)) {
         // It does not lead its group: it is asked together with its parent.
@@ -101,7 +101,7 @@ fn ask(pid: u32) -> u8 {
     if unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, pid) } == 0 { REFUSED } else { 0 }
 }
 
-unsafe extern "system" fn hear_nothing(_event: u32) -> windows_sys::core::BOOL {
+unsafe extern "system" fn ignore_event(_event: u32) -> windows_sys::core::BOOL {
     1
 }
 
@@ -141,7 +141,7 @@ mod tests {
     async fn a_polite_program() {
         if testing::part(POLITE).is_some() {
             let mut termination = Termination::new().unwrap();
-            testing::say("ready");
+            testing::report("ready");
             termination.recv().await;
             std::process::exit(ASKED);
         }
@@ -150,11 +150,11 @@ mod tests {
     /// A polite program that is ready for the event.
     fn polite(flags: u32) -> std::process::Child {
         use std::io::{BufRead, BufReader};
-        let mut command = testing::play(POLITE, "");
+        let mut command = testing::part_command(POLITE, "");
         let mut child = command.creation_flags(flags).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         lines
-            .find(|line| !testing::said(line.as_ref().unwrap().as_bytes()).is_empty())
+            .find(|line| !testing::reports(line.as_ref().unwrap().as_bytes()).is_empty())
             .expect("it reports that it is ready")
             .unwrap();
         child

@@ -30,7 +30,7 @@ impl WaitRegistration {
             RegisterWaitForSingleObject(
                 &mut wait,
                 object.as_raw_handle(),
-                Some(tell),
+                Some(notify),
                 Arc::as_ptr(&signalled).cast(),
                 INFINITE,
                 WT_EXECUTEINWAITTHREAD | WT_EXECUTEONLYONCE,
@@ -47,7 +47,7 @@ impl Drop for WaitRegistration {
     }
 }
 
-unsafe extern "system" fn tell(context: *mut core::ffi::c_void, _timed_out: bool) {
+unsafe extern "system" fn notify(context: *mut core::ffi::c_void, _timed_out: bool) {
     // SAFETY: the registration keeps it alive until no callback runs.
     unsafe { &*context.cast::<Notify>() }.notify_one();
 }

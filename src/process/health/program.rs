@@ -65,7 +65,7 @@ pub(super) async fn exec(start: StartSpec, words: &[String], timeout: Duration) 
     let mut asked = spawn(&start, program, arguments, user, false).await?;
     match ended(&start, &mut asked, began, timeout).await? {
         status if status.success() => Ok(()),
-        status => Err(CheckResult::Unhealthy(format!("{program} {}", platform::how_it_ended(status)))),
+        status => Err(CheckResult::Unhealthy(format!("{program} {}", platform::describe_exit(status)))),
     }
 }
 
@@ -122,7 +122,7 @@ async fn spawn(
         if is_read {
             command.stdout(Stdio::piped());
         }
-        platform::leave_caller_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
+        platform::detach_from_caller_as(&mut command, user.clone()).map_err(|error| failed(&what, &error))?;
         match Command::from(command).kill_on_drop(true).spawn() {
             Ok(child) => return Ok(RunningCheck { child, home: start.home.clone(), agent: start.name.clone() }),
             Err(error) => match busy.pause(&error) {
@@ -173,7 +173,7 @@ fn kill_all(home: &Home, agent: &str, pid: u32, start_time: u64) {
         // The pid may be reused by now, if the child was already reaped.
         let taken_over = left.iter().any(|process| process.pid == pid && process.start_time != start_time);
         left.retain(|process| {
-            let asks = process.mark.as_ref().is_some_and(|mark| mark.is_check && mark.name == agent);
+            let asks = process.marker.as_ref().is_some_and(|marker| marker.is_check && marker.name == agent);
             asks || (process.session == pid && !taken_over)
         });
         if left.is_empty() || Instant::now() >= deadline {

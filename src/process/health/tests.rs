@@ -113,7 +113,7 @@ async fn a_program_is_asked_with_the_environment_of_its_sub_agent_and_speaks_to_
 }
 
 fn of_home(start: &StartSpec) -> usize {
-    platform::processes(start.home.root()).iter().filter(|process| process.mark.is_some()).count()
+    platform::processes(start.home.root()).iter().filter(|process| process.marker.is_some()).count()
 }
 
 #[tokio::test]

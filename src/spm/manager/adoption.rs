@@ -40,7 +40,7 @@ impl Manager {
         );
         for name in names {
             let target = recorded(&name);
-            match platform::close_to_others(&self.home.agent(&name)) {
+            match platform::deny_write_to_others(&self.home.agent(&name)) {
                 Ok(false) => {}
                 Ok(true) => tracing::warn!(agent = %name, "others could write in its directory, and cannot any more"),
                 Err(error) => tracing::warn!(agent = %name, error = %error, "its directory cannot be looked at"),
@@ -160,7 +160,7 @@ impl Manager {
             _ => true,
         };
         marked.iter().find_map(|process| {
-            let mark = process.mark.as_ref().filter(|mark| mark.name == name.as_str() && !mark.is_check)?;
+            let mark = process.marker.as_ref().filter(|mark| mark.name == name.as_str() && !mark.is_check)?;
             let version: Version = mark.version.parse().ok()?;
             let is_main = match launch::inspect(&self.home, name, &version).ok()? {
                 Program::Native(_) => process.session == process.pid && came_after(process),

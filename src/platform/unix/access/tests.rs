@@ -18,7 +18,7 @@ fn home_in(directory: &Path) -> Home {
     home
 }
 
-fn refused(result: Result<()>, words: &[&str]) {
+fn rejected(result: Result<()>, words: &[&str]) {
     let error = result.unwrap_err();
     assert!(error.is::<UnsafeHome>());
     let error = error.to_string();
@@ -26,17 +26,17 @@ fn refused(result: Result<()>, words: &[&str]) {
 }
 
 #[test]
-fn root_accepts_what_is_roots_and_a_user_what_is_his_or_roots() {
-    for (uid, own, is_stranger) in
+fn trusted_owners_are_root_and_the_own_user() {
+    for (uid, own, is_untrusted) in
         [(0, 0, false), (1000, 0, true), (0, 1000, false), (1000, 1000, false), (1001, 1000, true)]
     {
-        assert_eq!(stranger(uid, own).is_some(), is_stranger, "{uid} for {own}");
+        assert_eq!(untrusted_owner(uid, own).is_some(), is_untrusted, "{uid} for {own}");
     }
-    assert!(stranger(1000, 0).unwrap().contains("belongs to the user 1000, who is not root"));
+    assert!(untrusted_owner(1000, 0).unwrap().contains("belongs to the user 1000, who is not root"));
 }
 
 #[test]
-fn a_directory_above_the_home_where_others_can_rename_it_is_told() {
+fn a_writable_directory_above_the_home_is_reported() {
     let directory = tempfile::tempdir().unwrap();
     let (open, inner) = (directory.path().join("open"), directory.path().join("open/inner"));
     fs::create_dir_all(&inner).unwrap();
@@ -46,11 +46,11 @@ fn a_directory_above_the_home_where_others_can_rename_it_is_told() {
     for mode in [0o777, 0o775, 0o757] {
         platform::set_mode(&open, mode).unwrap();
         let words = [&*open.display().to_string(), &format!("{mode:04o}"), "chmod go-w"];
-        refused(way(&at), &words);
-        refused(files(&at, None), &words);
-        refused(way(&linked), &words);
+        rejected(way(&at), &words);
+        rejected(files(&at, None), &words);
+        rejected(way(&linked), &words);
         // A path that does not exist yet would be created there.
-        refused(way(&Home::new(open.join("none/home"))), &words);
+        rejected(way(&Home::new(open.join("none/home"))), &words);
         for at in [&at, &linked] {
             home(at).unwrap();
             keys(at).unwrap();
@@ -65,7 +65,7 @@ fn a_directory_above_the_home_where_others_can_rename_it_is_told() {
 }
 
 #[test]
-fn the_way_over_a_link_is_that_of_the_link_and_of_what_it_names() {
+fn the_directories_of_a_link_and_of_its_target_are_checked() {
     let directory = tempfile::tempdir().unwrap();
     let (open, sound) = (directory.path().join("open"), directory.path().join("sound"));
     for path in [&open, &sound] {
@@ -74,7 +74,7 @@ fn the_way_over_a_link_is_that_of_the_link_and_of_what_it_names() {
     platform::make_symlink(&sound, &open.join("link")).unwrap();
     platform::make_symlink(&open, &sound.join("link")).unwrap();
     platform::set_mode(&open, 0o777).unwrap();
-    let way = |path: &Path| weakness_on_the_way(Path::new("/"), path).unwrap().map(|(place, _)| place);
+    let way = |path: &Path| weakness_of_parents(Path::new("/"), path).unwrap().map(|(place, _)| place);
     let open_behind_links = fs::canonicalize(&open).unwrap();
     assert_eq!(way(&open.join("link/x")), Some(open_behind_links.clone()));
     assert_eq!(way(&sound.join("link/x")), Some(open_behind_links));
@@ -82,11 +82,11 @@ fn the_way_over_a_link_is_that_of_the_link_and_of_what_it_names() {
     assert_eq!(way(&sound.join("link")), None);
     assert_eq!(way(&sound.join("link/..")), None);
     platform::make_symlink(Path::new("loop"), &sound.join("loop")).unwrap();
-    assert!(weakness_on_the_way(Path::new("/"), &sound.join("loop/x")).is_err());
+    assert!(weakness_of_parents(Path::new("/"), &sound.join("loop/x")).is_err());
 }
 
 #[test]
-fn an_executable_that_others_can_write_is_refused_and_not_started() {
+fn an_executable_that_others_can_write_to_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let at = home_in(directory.path());
     fs::write(at.executable(), "").unwrap();
@@ -96,8 +96,8 @@ fn an_executable_that_others_can_write_is_refused_and_not_started() {
     for (path, mode) in [(at.executable(), 0o777), (at.bin(), 0o775), (at.root().to_owned(), 0o757)] {
         platform::set_mode(&path, mode).unwrap();
         let words = [&*path.display().to_string(), &format!("{mode:04o}"), "chmod go-w"];
-        refused(home(&at), &words);
-        refused(executable(&at, &link), &words);
+        rejected(home(&at), &words);
+        rejected(executable(&at, &link), &words);
         platform::set_mode(&path, 0o755).unwrap();
         executable(&at, &link).unwrap();
         home(&at).unwrap();
@@ -107,7 +107,7 @@ fn an_executable_that_others_can_write_is_refused_and_not_started() {
 }
 
 #[test]
-fn a_program_that_others_can_change_is_told_and_refused_where_that_lies_outside_its_release() {
+fn a_program_that_others_can_change_is_reported_and_rejected_outside_its_release() {
     let directory = tempfile::tempdir().unwrap();
     let at = home_in(directory.path());
     let (name, version) = ("demo".parse().unwrap(), "1.0".parse().unwrap());
@@ -116,8 +116,8 @@ fn a_program_that_others_can_change_is_told_and_refused_where_that_lies_outside_
     let file = release.join("bin/demo-1.0");
     fs::write(&file, "").unwrap();
     platform::make_symlink(Path::new("demo-1.0"), &release.join("bin/demo")).unwrap();
-    let look = || program(&at, &name, &version, "bin/demo");
-    look().unwrap();
+    let check = || program(&at, &name, &version, "bin/demo");
+    check().unwrap();
     let words = ["others can write to it (mode 0777)"];
     for (path, inside) in [
         (&*file, true),
@@ -129,23 +129,23 @@ fn a_program_that_others_can_change_is_told_and_refused_where_that_lies_outside_
     ] {
         let good = platform::mode(path).unwrap();
         platform::set_mode(path, 0o777).unwrap();
-        refused(look(), &words);
+        rejected(check(), &words);
         match inside {
             true => programs(&at, &name).unwrap(),
-            false => refused(programs(&at, &name), &words),
+            false => rejected(programs(&at, &name), &words),
         }
         platform::set_mode(path, good).unwrap();
-        look().unwrap();
+        check().unwrap();
         programs(&at, &name).unwrap();
     }
     // A directory to be removed need not be trusted.
     platform::set_mode(&at.agent(&name), 0o777).unwrap();
     place(&at, &name).unwrap();
-    refused(agent(&at, &name), &["agents/demo", "0777"]);
+    rejected(agent(&at, &name), &["agents/demo", "0777"]);
 }
 
 #[test]
-fn files_that_others_can_write_are_told() {
+fn files_that_others_can_write_to_are_reported() {
     let directory = tempfile::tempdir().unwrap();
     let at = home_in(directory.path());
     let (ca, elsewhere) = (at.ca_file(), directory.path().join("elsewhere.pem"));
@@ -155,7 +155,7 @@ fn files_that_others_can_write_are_told() {
         fs::write(path, "").unwrap();
         platform::set_mode(path, 0o644).unwrap();
     }
-    for (path, told, refuses) in others
+    for (path, reported, rejected) in others
         .iter()
         .map(|path| (path, true, false))
         .chain(trusting.iter().map(|path| (path, false, true)))
@@ -165,8 +165,8 @@ fn files_that_others_can_write_are_told() {
         keys(&at).unwrap();
         platform::set_mode(path, 0o664).unwrap();
         let certificates = if *path == elsewhere { &elsewhere } else { &ca };
-        assert_eq!(files(&at, Some(certificates)).is_err(), told, "{}", path.display());
-        assert_eq!(keys(&at).is_err(), refuses, "{}", path.display());
+        assert_eq!(files(&at, Some(certificates)).is_err(), reported, "{}", path.display());
+        assert_eq!(keys(&at).is_err(), rejected, "{}", path.display());
         home(&at).unwrap();
         platform::set_mode(path, 0o644).unwrap();
     }
@@ -175,11 +175,11 @@ fn files_that_others_can_write_are_told() {
     platform::make_symlink(&directory.path().join("conf.toml"), &at.config()).unwrap();
     files(&at, None).unwrap();
     platform::set_mode(&directory.path().join("conf.toml"), 0o666).unwrap();
-    refused(files(&at, None), &["etc/conf.toml", "0666"]);
+    rejected(files(&at, None), &["etc/conf.toml", "0666"]);
 }
 
 #[test]
-fn a_link_in_the_place_of_any_directory_is_refused() {
+fn a_link_instead_of_a_directory_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let at = home_in(directory.path());
     home(&at).unwrap();
@@ -188,7 +188,7 @@ fn a_link_in_the_place_of_any_directory_is_refused() {
         let aside = directory.path().join("aside");
         fs::rename(&path, &aside).unwrap();
         platform::make_symlink(&aside, &path).unwrap();
-        refused(home(&at), &[&path.display().to_string(), "symbolic link"]);
+        rejected(home(&at), &[&path.display().to_string(), "symbolic link"]);
         fs::remove_file(&path).unwrap();
         fs::rename(&aside, &path).unwrap();
     }
@@ -196,11 +196,11 @@ fn a_link_in_the_place_of_any_directory_is_refused() {
     fs::remove_dir(at.cache()).unwrap();
     home(&at).unwrap();
     fs::write(at.cache(), "").unwrap();
-    refused(home(&at), &["cache", "not a directory"]);
+    rejected(home(&at), &["cache", "not a directory"]);
 }
 
 #[test]
-fn a_home_behind_a_link_is_one() {
+fn a_home_behind_a_link_is_accepted() {
     let directory = tempfile::tempdir().unwrap();
     let real = home_in(directory.path());
     let link = directory.path().join("link");
@@ -208,18 +208,18 @@ fn a_home_behind_a_link_is_one() {
     home(&Home::new(&link)).unwrap();
     home(&Home::new(directory.path().join("nowhere"))).unwrap();
     platform::set_mode(real.root(), 0o777).unwrap();
-    refused(home(&Home::new(&link)), &["/home", "0777", "chmod go-w"]);
+    rejected(home(&Home::new(&link)), &["/home", "0777", "chmod go-w"]);
     platform::set_mode(real.root(), 0o1777).unwrap();
     home(&Home::new(&link)).unwrap();
     platform::set_mode(&real.etc(), 0o1777).unwrap();
-    refused(home(&Home::new(&link)), &["home/etc", "1777"]);
+    rejected(home(&Home::new(&link)), &["home/etc", "1777"]);
     platform::set_mode(&real.etc(), 0o755).unwrap();
     platform::set_mode(&real.state(), 0o770).unwrap();
-    refused(home(&Home::new(link)), &["home/state", "0770", "chmod go-w"]);
+    rejected(home(&Home::new(link)), &["home/state", "0770", "chmod go-w"]);
 }
 
 #[test]
-fn a_key_that_others_can_write_is_refused_with_the_directories_above_it() {
+fn a_key_is_rejected_if_others_can_write_to_it_or_its_directories() {
     let directory = tempfile::tempdir().unwrap();
     let at = home_in(directory.path());
     let key = at.keys().join("a.pub");
@@ -228,28 +228,28 @@ fn a_key_that_others_can_write_is_refused_with_the_directories_above_it() {
         [(&key, 0o664, 0o644), (&key, 0o646, 0o644), (&at.keys(), 0o777, 0o755), (&at.etc(), 0o775, 0o755)]
     {
         platform::set_mode(path, mode).unwrap();
-        refused(keys(&at), &[&path.display().to_string(), &format!("{mode:04o}"), "chmod go-w"]);
+        rejected(keys(&at), &[&path.display().to_string(), &format!("{mode:04o}"), "chmod go-w"]);
         platform::set_mode(path, good).unwrap();
         keys(&at).unwrap();
     }
     let elsewhere = directory.path().join("elsewhere.pub");
     fs::rename(&key, &elsewhere).unwrap();
     platform::make_symlink(&elsewhere, &key).unwrap();
-    refused(keys(&at), &["a.pub", "symbolic link"]);
+    rejected(keys(&at), &["a.pub", "symbolic link"]);
 }
 
 #[test]
-fn the_directory_of_a_sub_agent_is_no_link() {
+fn a_link_instead_of_a_sub_agents_directory_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let at = home_in(directory.path());
     let name = "demo".parse().unwrap();
     agent(&at, &name).unwrap();
     platform::make_symlink(directory.path(), &at.agent(&name)).unwrap();
-    refused(agent(&at, &name), &["agents/demo", "symbolic link"]);
+    rejected(agent(&at, &name), &["agents/demo", "symbolic link"]);
 }
 
 #[test]
-fn a_directory_of_ours_is_closed_to_others_and_nothing_else_is_touched() {
+fn write_permission_is_removed_from_our_directory_only() {
     let directory = tempfile::tempdir().unwrap();
     let (ours, file) = (directory.path().join("ours"), directory.path().join("ours/file"));
     fs::create_dir(&ours).unwrap();
@@ -260,9 +260,9 @@ fn a_directory_of_ours_is_closed_to_others_and_nothing_else_is_touched() {
     let link = directory.path().join("link");
     platform::make_symlink(&ours, &link).unwrap();
     for other in [&link, &file, &directory.path().join("nothing")] {
-        assert!(!close_to_others(other).unwrap(), "{}", other.display());
+        assert!(!deny_write_to_others(other).unwrap(), "{}", other.display());
     }
-    assert!(close_to_others(&ours).unwrap());
-    assert!(!close_to_others(&ours).unwrap());
+    assert!(deny_write_to_others(&ours).unwrap());
+    assert!(!deny_write_to_others(&ours).unwrap());
     assert_eq!((platform::mode(&ours).unwrap(), platform::mode(&file).unwrap()), (0o755, 0o775));
 }

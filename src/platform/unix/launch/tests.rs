@@ -10,15 +10,15 @@ use crate::platform::testing::PATIENCE;
 const NEEDED: &str = "cgroup v2 is mounted and may be written: run the tests as root";
 
 /// A group in a v2 cgroup, where this host allows it. Drop restores the location.
-struct Place(Group, PathBuf);
+struct TestGroup(Group, PathBuf);
 
-impl Place {
-    fn find(test: &str) -> Option<Place> {
+impl TestGroup {
+    fn find(test: &str) -> Option<TestGroup> {
         let group = Groups::find(&format!("aops-test-{}-{test}", std::process::id()))?.group("a");
         group.make().ok()?;
         let base = PathBuf::from(group.name()).parent()?.to_owned();
-        let place = Place(group, base);
-        place.at("cgroup.kill").exists().then_some(place)
+        let group = TestGroup(group, base);
+        group.at("cgroup.kill").exists().then_some(group)
     }
 
     fn at(&self, file: &str) -> PathBuf {
@@ -26,7 +26,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for TestGroup {
     fn drop(&mut self) {
         let _ = std::fs::write(self.1.join("cgroup.freeze"), "0");
         let _ = self.0.kill();
@@ -72,7 +72,7 @@ async fn a_program_runs_although_its_record_cannot_be_written() {
 }
 
 #[tokio::test]
-async fn a_program_runs_although_its_group_is_not_there() {
+async fn a_program_runs_without_its_group() {
     let directory = tempfile::tempdir().unwrap();
     let record = directory.path().join("a.json");
     let group = Some(Group::named("/proc/nowhere/x"));
@@ -84,7 +84,7 @@ async fn a_program_runs_although_its_group_is_not_there() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_run_says_why_and_leaves_nobody() {
+async fn a_program_that_cannot_run_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
     let error = start(&mut Command::new("/nowhere/x"), directory.path().join("a"), &directory.path().join("out"), None)
         .await
@@ -106,12 +106,12 @@ async fn a_script_without_an_interpreter_line_is_run_by_the_shell() {
 }
 
 #[tokio::test]
-async fn a_child_that_is_not_heard_of_is_killed_and_reaped() {
+async fn a_child_that_sends_no_message_is_killed_and_reaped() {
     let directory = tempfile::tempdir().unwrap();
     let (command, launch) = true_into(directory.path(), None, None);
     let plan = ChildSetup::new(&command, &launch).unwrap();
     let mut made = None;
-    let begun = begin(&plan, Duration::from_millis(50), |_| {
+    let outcome = start_child(&plan, Duration::from_millis(50), |_| {
         let child = || loop {
             // SAFETY: a system call.
             unsafe { libc::pause() };
@@ -121,45 +121,45 @@ async fn a_child_that_is_not_heard_of_is_killed_and_reaped() {
         made = Some(pid);
         Ok((pid, None))
     });
-    let LaunchOutcome::Failed(error) = begun.await else { panic!("it runs") };
+    let LaunchOutcome::Failed(error) = outcome.await else { panic!("it runs") };
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     assert_eq!(waitpid(made, WaitOptions::NOHANG).unwrap_err(), Errno::CHILD);
 }
 
 #[tokio::test]
-async fn a_frozen_group_is_thawed_and_one_in_a_frozen_cgroup_holds_us_up_no_longer_than_agreed() {
-    let place = Place::find("freeze").expect(NEEDED);
+async fn a_frozen_group_is_thawed_and_a_frozen_parent_causes_a_timeout() {
+    let group = TestGroup::find("freeze").expect(NEEDED);
     let directory = tempfile::tempdir().unwrap();
-    let (command, mut launch) = true_into(directory.path(), Some(place.0.clone()), None);
-    std::fs::write(place.at("cgroup.freeze"), "1").unwrap();
+    let (command, mut launch) = true_into(directory.path(), Some(group.0.clone()), None);
+    std::fs::write(group.at("cgroup.freeze"), "1").unwrap();
     let mut child = super::launch(&command, &launch).await.unwrap();
     assert!(child.grouped && child.wait().await.unwrap().success());
 
-    std::fs::write(place.1.join("cgroup.freeze"), "1").unwrap();
-    let (base, (done, waits)) = (place.1.clone(), std::sync::mpsc::channel::<()>());
+    std::fs::write(group.1.join("cgroup.freeze"), "1").unwrap();
+    let (base, (done, waits)) = (group.1.clone(), std::sync::mpsc::channel::<()>());
     // If the launch blocks, the test still ends.
     let rescue = std::thread::spawn(move || {
         let late = waits.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
         std::fs::write(base.join("cgroup.freeze"), "0").unwrap();
         late
     });
-    tokio::time::sleep(CROWD * 2).await;
+    tokio::time::sleep(CROWD_INTERVAL * 2).await;
     launch.group = None;
     let plan = ChildSetup::new(&command, &launch).unwrap();
-    let begun = begin_in(&place.0, &plan, Duration::from_millis(200)).await;
+    let outcome = start_in(&group.0, &plan, Duration::from_millis(200)).await;
     drop(done);
     assert!(!rescue.join().unwrap());
-    assert_eq!(begun.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
-    assert!(place.0.is_empty().unwrap());
+    assert_eq!(outcome.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
+    assert!(group.0.is_empty().unwrap());
 }
 
 #[tokio::test]
-async fn what_runs_as_another_user_does_not_begin_in_our_memory() {
-    let place = Place::find("user").filter(|_| super::super::is_root()).expect(NEEDED);
+async fn a_program_of_another_user_does_not_start_in_our_memory() {
+    let group = TestGroup::find("user").filter(|_| super::super::is_root()).expect(NEEDED);
     let directory = tempfile::tempdir().unwrap();
     let (uid, gid) = (65534, 65534);
     let nobody = User { uid, gid, groups: vec![gid], home: "/".to_owned(), name: "nobody".to_owned() };
-    let (command, launch) = true_into(directory.path(), Some(place.0.clone()), Some(nobody));
+    let (command, launch) = true_into(directory.path(), Some(group.0.clone()), Some(nobody));
     let before = rustix::process::dumpable_behavior().unwrap();
     let mut child = super::launch(&command, &launch).await.unwrap();
     assert!(child.grouped && child.wait().await.unwrap().success());
@@ -167,16 +167,16 @@ async fn what_runs_as_another_user_does_not_begin_in_our_memory() {
 }
 
 #[tokio::test]
-async fn a_group_that_was_taken_away_is_made_again() {
-    let place = Place::find("gone").expect(NEEDED);
+async fn a_removed_group_is_created_again() {
+    let group = TestGroup::find("gone").expect(NEEDED);
     let directory = tempfile::tempdir().unwrap();
-    let (command, launch) = true_into(directory.path(), Some(place.0.clone()), None);
+    let (command, launch) = true_into(directory.path(), Some(group.0.clone()), None);
     let plan = ChildSetup::new(&command, &launch).unwrap();
-    let open = place.0.open().unwrap();
-    place.0.remove().unwrap();
-    for in_ours in [true, false] {
-        let begun = begin(&plan, PATIENCE, |pipe| clone_into(open.as_fd(), in_ours, &plan, pipe)).await;
-        assert!(matches!(begun, LaunchOutcome::NotMade(error) if is_gone(&error)));
+    let open = group.0.open().unwrap();
+    group.0.remove().unwrap();
+    for share_memory in [true, false] {
+        let outcome = start_child(&plan, PATIENCE, |pipe| clone_into(open.as_fd(), share_memory, &plan, pipe)).await;
+        assert!(matches!(outcome, LaunchOutcome::NotCreated(error) if is_gone(&error)));
     }
     let mut child = super::launch(&command, &launch).await.unwrap();
     assert!(child.grouped && child.wait().await.unwrap().success());
