@@ -205,7 +205,7 @@ fn status(home: &Home) -> Result<Status> {
     }
     let version = ManagerRecord::load(home).ok().flatten().map(|manager| manager.version);
     let (spm, spa) = (role::living(home, Role::Spm), role::living(home, Role::Spa));
-    let agents_run = process::tree::any_run(home);
+    let agents_run = process::tree::any_running(home);
     let state = if spm.is_none() && spa.is_none() && !agents_run { HomeState::Stopped } else { HomeState::Degraded };
     let mut status = Status::silent(home.known_as().display().to_string(), version, state);
     status.upgrade = installation::upgrade::load(home).ok().as_ref().and_then(UpgradeRecord::trial).map(upgrade_status);

@@ -16,7 +16,7 @@ mod none;
 pub mod product;
 mod systemd;
 
-pub use none::end_roles;
+pub use none::stop_roles;
 
 /// Calls the function of that name in the file of the kind.
 macro_rules! of {
@@ -40,7 +40,7 @@ pub fn registered_with(home: &Home) -> ServiceManagerKind {
 }
 
 /// The service manager with which the home is registered, whether or not that one runs now.
-pub fn registration_left(home: &Home) -> Option<ServiceManagerKind> {
+pub fn find_registration(home: &Home) -> Option<ServiceManagerKind> {
     ServiceManagerKind::ALL.iter().copied().find(|kind| is_registered(*kind, home))
 }
 
@@ -60,8 +60,8 @@ pub fn register(kind: ServiceManagerKind, home: &Home) -> Result<()> {
 }
 
 /// Renames units that an earlier release registered for this home under other names. For an operator's start, not for a role's.
-pub fn settle(kind: ServiceManagerKind, home: &Home) -> Result<()> {
-    of!(kind, settle(home))
+pub fn rename_strays(kind: ServiceManagerKind, home: &Home) -> Result<()> {
+    of!(kind, rename_strays(home))
 }
 
 /// Updates the units that an earlier release registered; whether there was anything to update.

@@ -35,7 +35,7 @@ pub fn start(home: &Home) -> Result<()> {
         }
     }
     let service = service(home);
-    host_service::settle(service, home).context("cannot start")?;
+    host_service::rename_strays(service, home).context("cannot start")?;
     host_service::start(service, home, Role::BOTH).map(drop)
 }
 
@@ -43,7 +43,7 @@ pub fn start(home: &Home) -> Result<()> {
 pub fn renew(home: &Home) -> Result<()> {
     sound(home).context("cannot restart: what runs goes on running")?;
     let service = service(home);
-    host_service::settle(service, home).context("cannot restart")?;
+    host_service::rename_strays(service, home).context("cannot restart")?;
     host_service::restart(service, home, Role::BOTH).map(drop)
 }
 
@@ -88,7 +88,7 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
             remarks.push(format!("{} did not end by itself and was killed", role.program()));
         }
     }
-    process::stop::end_all(home)?;
+    process::stop::stop_all(home)?;
     platform::remove_role_groups(&home.agents_unit());
     Ok(remarks)
 }

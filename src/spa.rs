@@ -467,7 +467,7 @@ impl Watchdog<'_> {
 
     fn end_sub_agents(&self) -> Result<()> {
         // Every one of them may take its grace period.
-        while_noticed(|| process::stop::end_all(self.home))
+        while_noticed(|| process::stop::stop_all(self.home))
     }
 }
 

@@ -17,10 +17,10 @@ use crate::installation::upgrade;
 use crate::{platform, role};
 
 /// Timeout of a request to the manager.
-const YIELD: Duration = Duration::from_secs(5);
+const YIELD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for an exiting manager to be gone, or for a starting one to answer.
-const DIES: Duration = Duration::from_secs(10);
-const LOOK: Duration = Duration::from_millis(20);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(20);
 
 pub fn can_register(_home: &Home) -> Result<()> {
     Ok(())
@@ -34,7 +34,7 @@ pub fn register(_home: &Home) -> Result<()> {
     Ok(())
 }
 
-pub fn settle(_home: &Home) -> Result<()> {
+pub fn rename_strays(_home: &Home) -> Result<()> {
     Ok(())
 }
 
@@ -60,29 +60,29 @@ pub fn is_known(_home: &Home) -> bool {
 
 /// Starts the manager, which starts the watchdog.
 pub fn start(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
-    let deadline = Instant::now() + DIES;
+    let deadline = Instant::now() + EXIT_TIMEOUT;
     while role::is_taken(home, Role::Spm) {
-        let answers = matches!(control_socket::ask(home, &Request::Ping, YIELD), Ok(Some(_)));
+        let answers = matches!(control_socket::ask(home, &Request::Ping, YIELD_TIMEOUT), Ok(Some(_)));
         if answers || Instant::now() >= deadline {
-            return start_judge(home).map(|()| None);
+            return start_watchdog_on_trial(home).map(|()| None);
         }
         // A killed manager holds the role for a moment, and no other process would start a new one.
-        platform::pause(LOOK);
+        platform::pause(POLL);
     }
     spawn(home)
 }
 
 fn spawn(home: &Home) -> Result<Option<Child>> {
     let manager = role::spawn(home, Role::Spm)?;
-    start_judge(home)?;
+    start_watchdog_on_trial(home)?;
     Ok(Some(manager))
 }
 
 /// Starts the watchdog if an upgrade of the manager is on trial and no watchdog evaluates it.
-fn start_judge(home: &Home) -> Result<()> {
+fn start_watchdog_on_trial(home: &Home) -> Result<()> {
     // If the record cannot be read, an additional watchdog does no harm: it exits, since the role is taken.
-    let is_under_way = upgrade::load(home).map_or(true, |record| record.trial().is_some());
-    if is_under_way && !role::is_taken(home, Role::Spa) {
+    let is_on_trial = upgrade::load(home).map_or(true, |record| record.trial().is_some());
+    if is_on_trial && !role::is_taken(home, Role::Spa) {
         role::spawn(home, Role::Spa)?;
     }
     Ok(())
@@ -93,7 +93,7 @@ pub fn stop(_home: &Home, _roles: &[Role]) -> Result<()> {
 }
 
 pub fn restart(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
-    end_roles(home)?;
+    stop_roles(home)?;
     spawn(home)
 }
 
@@ -107,13 +107,13 @@ pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {
 
 /// Stops both roles, the watchdog first, and leaves the sub-agents running. A service manager would restart its own roles. The manager
 /// restarts the watchdog after a delay, and is stopped within it.
-pub fn end_roles(home: &Home) -> Result<()> {
+pub fn stop_roles(home: &Home) -> Result<()> {
     if let Some(watchdog) = role::living(home, Role::Spa) {
         watchdog.ask_to_end()?;
         watchdog.await_end()?;
     }
     if let Some(manager) = role::living(home, Role::Spm) {
-        if !matches!(control_socket::ask(home, &Request::Yield, YIELD), Ok(Some(_))) {
+        if !matches!(control_socket::ask(home, &Request::Yield, YIELD_TIMEOUT), Ok(Some(_))) {
             manager.ask_to_end()?;
         }
         manager.await_end()?;

@@ -71,23 +71,23 @@ fn products() -> Result<Vec<Product>> {
 }
 
 fn choose_from(products: Vec<Product>, name: Option<&str>, root: &Path) -> Result<Product> {
-    let wanted = match name {
+    let chosen = match name {
         Some(name) if name != "auto" => name.to_owned(),
         _ => {
-            let found = products.iter().find(|product| product.markers.iter().any(|marker| marker.holds(root)));
+            let found = products.iter().find(|product| product.markers.iter().any(|marker| marker.matches(root)));
             found.map_or_else(|| "generic".to_owned(), |product| product.name.clone())
         }
     };
     let known: Vec<String> = products.iter().map(|product| product.name.clone()).collect();
-    match products.into_iter().find(|product| product.name == wanted) {
+    match products.into_iter().find(|product| product.name == chosen) {
         Some(product) => Ok(product),
-        None => bail!("cannot use {wanted:?} as a product: expected auto, {}", known.join(", ")),
+        None => bail!("cannot use {chosen:?} as a product: expected auto, {}", known.join(", ")),
     }
 }
 
 impl ProductMarker {
     /// `root` replaces `/`.
-    fn holds(&self, root: &Path) -> bool {
+    fn matches(&self, root: &Path) -> bool {
         let path = root.join(self.file.strip_prefix("/").unwrap_or(&self.file));
         let Some(text) = &self.contains else { return path.exists() };
         let mut content = Vec::new();
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_compiled_in_products_are_whole_and_recognize_nothing_yet() {
+    fn the_built_in_products_are_complete_and_have_no_markers_yet() {
         let products = products().unwrap();
         let names: Vec<&str> = products.iter().map(|product| product.name.as_str()).collect();
         assert_eq!(names, ["generic", "hci", "scp"]);

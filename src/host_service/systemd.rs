@@ -20,12 +20,12 @@ use crate::store::{self, Access};
 mod units;
 
 /// Timeout of calls that only query or write.
-const QUICK: Duration = Duration::from_secs(30);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout of calls that wait until a role is up (`TimeoutStartSec=60`).
-const STARTING: Duration = Duration::from_secs(90);
+const START_TIMEOUT: Duration = Duration::from_secs(90);
 /// Timeout of calls that wait until both roles have stopped (`TimeoutStopSec=900`, for the longest grace period of a sub-agent) and are up
 /// again.
-const STOPPING: Duration = Duration::from_secs(1000);
+const STOP_TIMEOUT: Duration = Duration::from_secs(1000);
 
 /// The state of a unit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl UnitState {
     }
 
     /// Whether it runs, or has a pending job.
-    fn is_at_work(&self) -> bool {
+    fn is_active(&self) -> bool {
         self.job.is_some() || !matches!(self.active_state.as_str(), "inactive" | "failed")
     }
 }
@@ -79,7 +79,7 @@ pub fn register(home: &Home) -> Result<()> {
 
 /// Renames units of this home that have another name, enabled or not as before. Does nothing if there are none. Not for a role: a role that
 /// runs in such a unit would be stopped with it.
-pub fn settle(home: &Home) -> Result<()> {
+pub fn rename_strays(home: &Home) -> Result<()> {
     let strays = units::strays(home);
     if strays.is_empty() {
         return Ok(());
@@ -98,16 +98,16 @@ fn write(home: &Home, enable: bool) -> Result<()> {
     units::move_drop_ins(home, &strays)?;
     for file in units::files(home)? {
         let attempt = || -> Result<()> {
-            if !file.stands()? {
+            if !file.is_current()? {
                 SystemdServiceManager::system().install(context(&file))?;
             }
             Ok(())
         };
         attempt().with_context(|| format!("cannot write the unit {}", units::path(&file.unit).display()))?;
     }
-    systemctl(&["daemon-reload"], &[], QUICK)?;
+    systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT)?;
     if enable {
-        systemctl(&["enable"], &units::of_roles(home, Role::BOTH), QUICK)?;
+        systemctl(&["enable"], &units::of_roles(home, Role::BOTH), QUERY_TIMEOUT)?;
     }
     retire(&strays)
 }
@@ -118,14 +118,14 @@ fn retire(strays: &[String]) -> Result<()> {
         return Ok(());
     }
     for stray in strays {
-        if let Some(quiet) = units::without_hooks(stray)? {
-            store::replace(&units::path(stray), quiet.as_bytes(), Access::Public)?;
+        if let Some(contents) = units::without_hooks(stray)? {
+            store::replace(&units::path(stray), contents.as_bytes(), Access::Public)?;
         }
     }
-    systemctl(&["daemon-reload"], &[], QUICK)?;
+    systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT)?;
     // One by one: the watchdog first, which would restart the manager.
     for stray in strays {
-        systemctl(&["stop"], std::slice::from_ref(stray), STOPPING)?;
+        systemctl(&["stop"], std::slice::from_ref(stray), STOP_TIMEOUT)?;
     }
     remove(strays)
 }
@@ -139,32 +139,32 @@ fn remove(units: &[String]) -> Result<()> {
         store::remove(&units::path(unit))?;
         let _ = link.parent().map(fs::remove_dir);
     }
-    systemctl(&["daemon-reload"], &[], QUICK)?;
+    systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT)?;
     // Removes a failed unit from systemd's list; the error for an unknown unit is ignored.
-    let _ = systemctl(&["reset-failed"], units, QUICK);
+    let _ = systemctl(&["reset-failed"], units, QUERY_TIMEOUT);
     Ok(())
 }
 
 /// Updates units that an earlier release wrote; whether there were any. Units that are missing, masked, written by an operator, or named
 /// differently are not changed. Running roles are not restarted.
 pub fn refresh(home: &Home) -> Result<bool> {
-    let mut is_any = false;
+    let mut has_outdated = false;
     for file in units::files(home)? {
-        is_any |= file.refresh()?;
+        has_outdated |= file.refresh()?;
     }
-    if is_any {
-        systemctl(&["daemon-reload"], &[], QUICK)?;
+    if has_outdated {
+        systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT)?;
     }
-    Ok(is_any)
+    Ok(has_outdated)
 }
 
 /// Removes the units, whatever their names, also if some are already gone.
 pub fn unregister(home: &Home) -> Result<()> {
     retire(&units::strays(home))?;
     let agents = home.agents_unit();
-    if units::is_there(&agents) {
+    if units::exists(&agents) {
         // This stops nothing of ours: it may only contain processes that a sub-agent started and that are not ours.
-        systemctl(&["stop"], std::slice::from_ref(&agents), QUICK)?;
+        systemctl(&["stop"], std::slice::from_ref(&agents), QUERY_TIMEOUT)?;
     }
     remove(&units::all(home))
 }
@@ -174,14 +174,14 @@ pub fn purge(home: &Home) -> Result<()> {
     let units = [units::strays(home), units::all(home)].concat();
     unregister(home)?;
     let directories = units.iter().map(|unit| units::drop_ins(unit));
-    let there: Vec<_> = directories.filter(|directory| directory.exists()).collect();
-    there.iter().try_for_each(|directory| store::remove_tree(directory))?;
-    if there.is_empty() { Ok(()) } else { systemctl(&["daemon-reload"], &[], QUICK) }
+    let existing: Vec<_> = directories.filter(|directory| directory.exists()).collect();
+    existing.iter().try_for_each(|directory| store::remove_tree(directory))?;
+    if existing.is_empty() { Ok(()) } else { systemctl(&["daemon-reload"], &[], QUERY_TIMEOUT) }
 }
 
 /// Whether the units of this home can be removed.
 pub fn can_unregister(_home: &Home) -> Result<()> {
-    if let Some((directory, error)) = units::closed() {
+    if let Some((directory, error)) = units::unwritable() {
         bail!("cannot remove the units: {} is not writable ({error}); make it writable", directory.display());
     }
     Ok(())
@@ -190,7 +190,7 @@ pub fn can_unregister(_home: &Home) -> Result<()> {
 /// Whether systemd can run the roles of this home: it responds, and the units can be written.
 pub fn can_register(home: &Home) -> Result<()> {
     units::files(home)?;
-    if let Some((directory, error)) = units::closed() {
+    if let Some((directory, error)) = units::unwritable() {
         bail!(
             "cannot register with systemd: {} is not writable ({error}); make it writable, or use --service none",
             directory.display()
@@ -215,32 +215,32 @@ pub fn is_known(home: &Home) -> bool {
 
 /// Whether a unit file of this home exists, whatever its name.
 pub fn is_registered(home: &Home) -> bool {
-    units::of_roles(home, Role::BOTH).iter().any(|unit| units::is_there(unit)) || !units::strays(home).is_empty()
+    units::of_roles(home, Role::BOTH).iter().any(|unit| units::exists(unit)) || !units::strays(home).is_empty()
 }
 
 /// Starts the units of the roles and waits until they are up.
 pub fn start(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
-    systemctl(&["start"], &in_use(home, roles), STARTING).map(|()| None)
+    systemctl(&["start"], &in_use(home, roles), START_TIMEOUT).map(|()| None)
 }
 
 /// Stops the units of the roles with the sub-agents, as `control stop` does. A unit without a file, or with a bad one, may still run.
 /// Inactive units are skipped.
 pub fn stop(home: &Home, roles: &[Role]) -> Result<()> {
-    let mut at_work = Vec::new();
+    let mut active = Vec::new();
     for unit in units::of_roles(home, roles).into_iter().chain(units::strays_of(home, roles)) {
-        if state(&unit)?.is_at_work() {
-            at_work.push(unit);
+        if state(&unit)?.is_active() {
+            active.push(unit);
         }
     }
-    if at_work.is_empty() {
+    if active.is_empty() {
         return Ok(());
     }
-    systemctl(&["stop"], &at_work, STOPPING)
+    systemctl(&["stop"], &active, STOP_TIMEOUT)
 }
 
 /// Restarts the units of the roles; the sub-agents keep running.
 pub fn restart(home: &Home, roles: &[Role]) -> Result<Option<Child>> {
-    systemctl(&["restart"], &in_use(home, roles), STOPPING).map(|()| None)
+    systemctl(&["restart"], &in_use(home, roles), STOP_TIMEOUT).map(|()| None)
 }
 
 /// The state of a role's unit.
@@ -260,10 +260,10 @@ fn in_use(home: &Home, roles: &[Role]) -> Vec<String> {
 /// Queries the state of a unit.
 fn state(unit: &str) -> Result<UnitState> {
     let properties = "--property=LoadState,ActiveState,UnitFileState,Job";
-    let (mut state, job) = parse_show(&ask(&["show", properties, &format!("{unit}.service")])?);
+    let (mut state, job) = parse_show(&query(&["show", properties, &format!("{unit}.service")])?);
     if let Some(id) = job {
         // If the job ended between the two queries, the first answer is outdated: a job was pending then.
-        let kind = ask(&["show", "--property=JobType", &id]).ok().and_then(|shown| property(&shown, "JobType"));
+        let kind = query(&["show", "--property=JobType", &id]).ok().and_then(|shown| property(&shown, "JobType"));
         state.job = Some(kind.unwrap_or_else(|| "ended".to_owned()));
     }
     Ok(state)
@@ -310,9 +310,9 @@ fn systemctl(verb: &[&str], units: &[String], deadline: Duration) -> Result<()> 
     finished.success().map(drop).with_context(shown)
 }
 
-fn ask(arguments: &[&str]) -> Result<String> {
+fn query(arguments: &[&str]) -> Result<String> {
     let shown = || format!("cannot run `systemctl {}`", arguments.join(" "));
-    let finished = command::run(command().args(arguments), QUICK).with_context(shown)?;
+    let finished = command::run(command().args(arguments), QUERY_TIMEOUT).with_context(shown)?;
     Ok(finished.success().with_context(shown)?.stdout)
 }
 
@@ -327,7 +327,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_unit_that_is_inactive_was_stopped() {
+    fn only_an_inactive_unit_counts_as_stopped() {
         let unit = |load: &str, active: &str, file: &str, job: Option<&str>| {
             let unit = UnitState {
                 load_state: load.into(),
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn what_systemd_shows_is_read() {
+    fn the_output_of_systemctl_show_is_parsed() {
         let (state, job) = parse_show(
             "Job=4711\nLoadState=loaded\nActiveState=deactivating\nSubState=stop\nResult=success\nMainPID=42\nUnitFileState=enabled\n",
         );

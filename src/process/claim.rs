@@ -23,7 +23,7 @@ const GENERATIONS: u32 = 64;
 /// The process with this pid, if it is the sub-agent's own. `since`: the start time of `control start`, if known.
 pub fn own(start: &StartSpec, pid: u32, since: Option<u64>) -> Option<ProcessInfo> {
     let process = platform::process_info(pid, start.home.root())?;
-    let is_own = !is_others(start, &process)
+    let is_own = !belongs_to_another(start, &process)
         && (since.is_some_and(|since| process.start_time >= since)
             || is_marked(start, &process)
             || runs_from(start, pid)
@@ -37,7 +37,7 @@ fn is_marked(start: &StartSpec, process: &ProcessInfo) -> bool {
     process.marker.as_ref().is_some_and(|marker| marker.name == start.name.as_str() && !marker.is_check)
 }
 
-fn is_others(start: &StartSpec, process: &ProcessInfo) -> bool {
+fn belongs_to_another(start: &StartSpec, process: &ProcessInfo) -> bool {
     let of_another =
         process.marker.as_ref().is_some_and(|marker| marker.name != start.name.as_str() || marker.is_check);
     process.pid == 1
@@ -70,7 +70,7 @@ fn descends_from_us(start: &StartSpec, process: &ProcessInfo) -> bool {
         if parent == std::process::id() {
             return true;
         }
-        match platform::process_info(parent, start.home.root()).filter(|process| !is_others(start, process)) {
+        match platform::process_info(parent, start.home.root()).filter(|process| !belongs_to_another(start, process)) {
             Some(process) => parent = process.parent,
             None => return false,
         }
@@ -92,9 +92,9 @@ mod tests {
     use crate::home::Home;
     use crate::process::record::{ProcessRecord, RecordHead};
 
-    struct Ended(ProcessInfo);
+    struct KilledOnDrop(ProcessInfo);
 
-    impl Drop for Ended {
+    impl Drop for KilledOnDrop {
         fn drop(&mut self) {
             let _ = platform::signal(self.0.pid, self.0.start_time, StopSignal::Kill);
         }
@@ -118,25 +118,25 @@ mod tests {
     }
 
     /// A process without a marker, whose parent has exited: init adopted it.
-    fn stranger(home: &Home) -> Ended {
+    fn unmarked_process(home: &Home) -> KilledOnDrop {
         let output = Command::new("sh").args(["-c", "cd /; sleep 1000 >/dev/null 2>&1 & echo $!"]).output().unwrap();
         let pid = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
-        Ended(platform::process_info(pid, home.root()).unwrap())
+        KilledOnDrop(platform::process_info(pid, home.root()).unwrap())
     }
 
     #[test]
-    fn a_number_is_believed_with_a_sign_only() {
+    fn a_pid_is_accepted_only_with_evidence() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         let start = start(&home);
         assert!(own(&start, 1, Some(0)).is_none(), "the first process is never accepted");
-        let stranger = stranger(&home);
-        let ProcessInfo { pid, start_time, .. } = stranger.0;
+        let unmarked_process = unmarked_process(&home);
+        let ProcessInfo { pid, start_time, .. } = unmarked_process.0;
         assert!(own(&start, pid, None).is_none());
         assert!(own(&start, pid, Some(start_time + 1)).is_none(), "it started before");
-        assert_eq!(own(&start, pid, Some(start_time)).as_ref(), Some(&stranger.0), "it started afterwards");
+        assert_eq!(own(&start, pid, Some(start_time)).as_ref(), Some(&unmarked_process.0), "it started afterwards");
         std::fs::write(start.directory().join("app.pid"), pid.to_string()).unwrap();
-        assert_eq!(own(&start, pid, None).as_ref(), Some(&stranger.0), "the file was written for it");
+        assert_eq!(own(&start, pid, None).as_ref(), Some(&unmarked_process.0), "the file was written for it");
 
         // A process that is recorded for another sub-agent belongs to that one.
         let head = RecordHead { name: "b".parse().unwrap(), ..start.head() };
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_descends_from_the_manager_is_believed() {
+    fn a_descendant_of_the_manager_is_accepted() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         let start = start(&home);

@@ -27,7 +27,7 @@ use crate::platform;
 
 const SCRIPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A timeout that is this late means that this process or the machine was suspended.
-const NOT_SCHEDULED: Duration = Duration::from_secs(2);
+const SUSPENSION: Duration = Duration::from_secs(2);
 /// Concurrent name lookups, each in a blocking thread: an unreachable name server must not use all of them.
 static LOOKUPS: Semaphore = Semaphore::const_new(4);
 /// Concurrent TLS connections: each takes some 50 KiB.
@@ -39,7 +39,7 @@ const MAX_ADDRESSES: usize = 4;
 #[derive(Debug)]
 pub struct HealthQuery {
     timeout: Duration,
-    of: QueryKind,
+    kind: QueryKind,
 }
 
 #[derive(Debug)]
@@ -55,31 +55,31 @@ impl HealthQuery {
     pub fn of(start: StartSpec) -> Option<HealthQuery> {
         let health = match &start.program {
             Program::Script => {
-                return Some(HealthQuery { timeout: SCRIPT_TIMEOUT, of: QueryKind::Script(Box::new(start)) });
+                return Some(HealthQuery { timeout: SCRIPT_TIMEOUT, kind: QueryKind::Script(Box::new(start)) });
             }
             Program::Native(manifest) => manifest.health.clone()?,
         };
-        let of = match health.check {
+        let kind = match health.check {
             CheckTarget::Http(url) => QueryKind::Http(url),
             CheckTarget::Tcp(address) => QueryKind::Tcp(address),
             CheckTarget::Exec(words) => QueryKind::Exec(Box::new(start), words),
         };
-        Some(HealthQuery { timeout: health.timeout, of })
+        Some(HealthQuery { timeout: health.timeout, kind })
     }
 }
 
 /// Runs a check. Takes at most the timeout, plus the time to kill a program that does not answer.
-pub async fn ask(question: HealthQuery) -> CheckResult {
-    let HealthQuery { timeout, of } = question;
-    let result = match of {
+pub async fn run_check(query: HealthQuery) -> CheckResult {
+    let HealthQuery { timeout, kind } = query;
+    let result = match kind {
         QueryKind::Tcp(address) => {
-            let turn = turn_to_look_up(&address).await;
-            within(timeout, async { connect(&address, turn).await.map(drop) }).await
+            let permit = lookup_permit(&address).await;
+            within(timeout, async { connect(&address, permit).await.map(drop) }).await
         }
         QueryKind::Http(url) => {
-            let _turn = if url.tls { HANDSHAKES.acquire().await.ok() } else { None };
-            let turn = turn_to_look_up(&url.address).await;
-            within(timeout, http::get(&url, turn)).await
+            let _permit = if url.tls { HANDSHAKES.acquire().await.ok() } else { None };
+            let permit = lookup_permit(&url.address).await;
+            within(timeout, http::get(&url, permit)).await
         }
         QueryKind::Exec(start, words) => program::exec(*start, &words, timeout).await,
         QueryKind::Script(start) => program::status(*start, timeout).await,
@@ -87,14 +87,14 @@ pub async fn ask(question: HealthQuery) -> CheckResult {
     result.err().unwrap_or(CheckResult::Healthy)
 }
 
-async fn within(timeout: Duration, asked: impl Future<Output = Result<(), CheckResult>>) -> Result<(), CheckResult> {
-    let began = Instant::now();
-    tokio::time::timeout(timeout, asked).await.unwrap_or_else(|_| Err(late(began, timeout)))
+async fn within(timeout: Duration, request: impl Future<Output = Result<(), CheckResult>>) -> Result<(), CheckResult> {
+    let started = Instant::now();
+    tokio::time::timeout(timeout, request).await.unwrap_or_else(|_| Err(timed_out(started, timeout)))
 }
 
 /// The result of a timeout.
-fn late(began: Instant, timeout: Duration) -> CheckResult {
-    if began.elapsed() > timeout + NOT_SCHEDULED {
+fn timed_out(started: Instant, timeout: Duration) -> CheckResult {
+    if started.elapsed() > timeout + SUSPENSION {
         CheckResult::Unknown("the manager was suspended during the check".to_owned())
     } else {
         CheckResult::Unhealthy(format!("no answer within {timeout:?}"))
@@ -110,15 +110,15 @@ fn failed(what: &str, error: &io::Error) -> CheckResult {
 type CheckPermit = Option<SemaphorePermit<'static>>;
 
 /// Waiting for other lookups is not the sub-agent's fault, so it comes before the timeout starts.
-async fn turn_to_look_up(address: &Address) -> CheckPermit {
-    if at_hand(address).is_some() { None } else { LOOKUPS.acquire().await.ok() }
+async fn lookup_permit(address: &Address) -> CheckPermit {
+    if literal_addresses(address).is_some() { None } else { LOOKUPS.acquire().await.ok() }
 }
 
-async fn connect(address: &Address, turn: CheckPermit) -> Result<TcpStream, CheckResult> {
+async fn connect(address: &Address, permit: CheckPermit) -> Result<TcpStream, CheckResult> {
     let what = || format!("cannot connect to {address}");
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for address in
-        resolve(address, turn).await.map_err(|error| failed(&what(), &error))?.into_iter().take(MAX_ADDRESSES)
+        resolve(address, permit).await.map_err(|error| failed(&what(), &error))?.into_iter().take(MAX_ADDRESSES)
     {
         match TcpStream::connect(address).await {
             Ok(stream) => return Ok(stream),
@@ -128,21 +128,21 @@ async fn connect(address: &Address, turn: CheckPermit) -> Result<TcpStream, Chec
     Err(failed(&what(), &last))
 }
 
-async fn resolve(address: &Address, turn: CheckPermit) -> io::Result<Vec<SocketAddr>> {
-    if let Some(addresses) = at_hand(address) {
+async fn resolve(address: &Address, permit: CheckPermit) -> io::Result<Vec<SocketAddr>> {
+    if let Some(addresses) = literal_addresses(address) {
         return Ok(addresses);
     }
     let Address { host, port } = address.clone();
-    let looked_up = tokio::task::spawn_blocking(move || {
+    let lookup = tokio::task::spawn_blocking(move || {
         // Held until the thread is free again, even if the caller stopped waiting.
-        let _turn = turn;
+        let _permit = permit;
         (host.as_str(), port).to_socket_addrs().map(Iterator::collect)
     });
-    looked_up.await.map_err(io::Error::other)?
+    lookup.await.map_err(io::Error::other)?
 }
 
 /// The addresses of a host that needs no lookup.
-fn at_hand(address: &Address) -> Option<Vec<SocketAddr>> {
+fn literal_addresses(address: &Address) -> Option<Vec<SocketAddr>> {
     let Address { host, port } = address;
     if host.eq_ignore_ascii_case("localhost") {
         return Some(vec![(Ipv4Addr::LOCALHOST, *port).into(), (Ipv6Addr::LOCALHOST, *port).into()]);

@@ -154,7 +154,7 @@ impl StartSpec {
     }
 
     /// Fails if another user can replace this release. Applies to a start only: a running process is not affected.
-    pub fn sound(&self) -> Result<()> {
+    pub fn check_permissions(&self) -> Result<()> {
         permissions::programs(&self.home, &self.name)
     }
 
@@ -170,7 +170,7 @@ impl StartSpec {
 
     /// Fails if another user can replace this release.
     fn prepared(&self, program: &str, user: Option<&platform::User>) -> Result<Command> {
-        self.sound()?;
+        self.check_permissions()?;
         let mut command = Command::new(self.directory().join(program));
         command.current_dir(self.directory()).env_clear();
         command.envs(platform::base_environment(user));
@@ -253,7 +253,7 @@ mod tests {
     use crate::core::protocol::document;
 
     #[test]
-    fn the_hash_in_a_heartbeat_is_that_of_the_documents_test_vector() {
+    fn the_reported_hash_matches_the_test_vector_of_the_document() {
         let secret = EnvValue::Secret { secret: "s3cret".to_owned() };
         let env = Env::from([("TOKEN".to_owned(), secret), ("GOGC".to_owned(), "50".into())]);
         let instance_id = "6f0d3c5e-2f0a-4b58-9c0e-0a7b1d1f7a11";

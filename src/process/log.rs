@@ -14,7 +14,7 @@ use crate::home::Home;
 use crate::store;
 
 /// Bytes that are searched for the end of a line.
-const LINE: u64 = 64 << 10;
+const MAX_LINE: u64 = 64 << 10;
 
 /// Rotates every log that is larger than `limit` bytes.
 pub fn rotate_all(home: &Home, limit: u64) {
@@ -61,7 +61,7 @@ fn copy_end(path: &Path, to: &Path, limit: u64) -> std::io::Result<()> {
     if begin > 0 {
         // Starts at the beginning of a line, if one is near.
         let mut first = Vec::new();
-        rest.by_ref().take(LINE).read_to_end(&mut first)?;
+        rest.by_ref().take(MAX_LINE).read_to_end(&mut first)?;
         let line = first.iter().position(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         piece.write_all(first.get(line..).unwrap_or_default())?;
     }
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_older_piece_has_whole_lines_of_the_end() {
+    fn the_older_piece_has_the_last_whole_lines() {
         let directory = tempfile::tempdir().unwrap();
         let (log, piece) = (directory.path().join("a.log"), directory.path().join("a.log.1"));
         for (text, limit, expected) in [
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_beyond_its_cap_starts_anew_for_who_has_it_open() {
+    fn a_log_above_its_limit_is_emptied_for_its_open_writer() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         fs::create_dir_all(home.agent_logs()).unwrap();

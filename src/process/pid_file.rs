@@ -13,7 +13,7 @@ use crate::store;
 const DEPTH: u32 = 3;
 const MAX_BYTES: u64 = 32;
 /// Tolerance between start times and file times, which come from clocks of different resolution.
-const APART: Duration = Duration::from_secs(1);
+const TOLERANCE: Duration = Duration::from_secs(1);
 
 /// A file that contains a pid.
 #[derive(Debug)]
@@ -26,9 +26,9 @@ pub struct PidFile {
 impl PidFile {
     /// Whether the file may have been written for this process. A file time in the future does not count: the clock is not reliable.
     pub fn is_of(&self, process: &ProcessInfo, now: SystemTime) -> bool {
-        let began = platform::age(process.start_time).and_then(|age| now.checked_sub(age));
+        let started = platform::age(process.start_time).and_then(|age| now.checked_sub(age));
         self.pid == process.pid
-            && began.is_some_and(|began| self.written + APART >= began && self.written <= now + APART)
+            && started.is_some_and(|started| self.written + TOLERANCE >= started && self.written <= now + TOLERANCE)
     }
 }
 
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_names_the_process_that_began_before_it_was_written() {
+    fn a_file_belongs_to_a_process_that_started_before_it_was_written() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::create_dir(directory.path().join("var")).unwrap();
         std::fs::write(directory.path().join("var/app.pid"), format!("{}\n", std::process::id())).unwrap();

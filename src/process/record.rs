@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_child_completes_reads_back_as_a_record() {
+    fn a_record_completed_by_the_child_can_be_read() {
         let head = RecordHead {
             format: 1,
             name: "a".parse().unwrap(),

@@ -26,10 +26,10 @@ use crate::platform::{self, Launch, ProcessInfo};
 /// A script that runs longer is killed and counts as failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout for the program's process to appear after `control start`.
-const APPEARS: Duration = Duration::from_secs(5);
-const LOOK: Duration = Duration::from_millis(50);
+const APPEAR_TIMEOUT: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(50);
 /// Timeout for a zombie to be reaped by its parent.
-const REMAINS: Duration = Duration::from_secs(2);
+const REAP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pids in the output of `control pid` that are checked.
 const MAX_PIDS: usize = 16;
 
@@ -67,7 +67,7 @@ impl std::fmt::Display for UnseenProgram {
 impl std::error::Error for UnseenProgram {}
 
 /// Runs the script's `status` to find out whether a sub-agent runs of which no process was found.
-pub async fn standing(start: &StartSpec) -> Result<ScriptFindings> {
+pub async fn probe(start: &StartSpec) -> Result<ScriptFindings> {
     if !matches!(status(start).await, Ok(ScriptStatus::Started)) {
         return Ok(ScriptFindings::Down);
     }
@@ -76,7 +76,7 @@ pub async fn standing(start: &StartSpec) -> Result<ScriptFindings> {
         let head = start.head();
         last.is_of_this_boot() && last.head.version == head.version && last.head.env_hash == head.env_hash
     });
-    match named(start, &told_pids(start).await, last.as_ref().map(|last| last.start_time)) {
+    match named_process(start, &reported_pids(start).await, last.as_ref().map(|last| last.start_time)) {
         NamedProcess::Own(process) => {
             let mut record = start.record_of(&process);
             let since = last.filter(|last| process.start_time >= last.start_time);
@@ -85,13 +85,13 @@ pub async fn standing(start: &StartSpec) -> Result<ScriptFindings> {
             record.save(&start.home);
             Ok(ScriptFindings::Up(record))
         }
-        NamedProcess::Nobody if last.as_ref().is_some_and(|last| last.head.unseen) => {
+        NamedProcess::Unnamed if last.as_ref().is_some_and(|last| last.head.unseen) => {
             let why = "its `control status` reports that it is started, but `control pid` does not print its pid, and no process of it \
                        is found, so it is not started a second time; stop it with its own script, and make the script support `pid`";
             Err(UnseenProgram(why.to_owned()).into())
         }
         // The previous process has exited, or there was none; or its script refers to a reused pid.
-        NamedProcess::Another | NamedProcess::Nobody => Ok(ScriptFindings::Down),
+        NamedProcess::Another | NamedProcess::Unnamed => Ok(ScriptFindings::Down),
     }
 }
 
@@ -101,9 +101,9 @@ pub async fn start(start: &StartSpec, output: File) -> Result<ProcessRecord> {
     let mut command = start.command(CONTROL_SCRIPT, None)?;
     command.arg("start");
     let of_script = run(start, &command, output).await?;
-    let deadline = Instant::now() + APPEARS;
+    let deadline = Instant::now() + APPEAR_TIMEOUT;
     loop {
-        if let Some(process) = find(start, &of_script, Some(of_script.start_time)).await {
+        if let Some(process) = find_main(start, &of_script, Some(of_script.start_time)).await {
             let session = own_session(&start.home, &process, of_script.start_time);
             let record = ProcessRecord { session, ..start.record_of(&process) };
             record.save(&start.home);
@@ -111,21 +111,21 @@ pub async fn start(start: &StartSpec, output: File) -> Result<ProcessRecord> {
         }
         if Instant::now() >= deadline {
             let why = format!(
-                "`control start` exited with 0, but no process of it was found within {APPEARS:?}; see its log"
+                "`control start` exited with 0, but no process of it was found within {APPEAR_TIMEOUT:?}; see its log"
             );
             return Err(UnseenProgram(why).into());
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL).await;
     }
 }
 
 /// Removes leftovers that would make a script believe that its program runs, when no process of it does: such scripts check the pid in
 /// their pid file with `kill -0`. That succeeds for a zombie, whose reaping is awaited, and after a power cut or a reboot for any process
 /// that has the pid now: a pid file that was written before that process started is removed. Blocks.
-pub fn forget(start: &StartSpec, last: Option<&ProcessRecord>) {
-    let deadline = Instant::now() + REMAINS;
+pub fn remove_leftovers(start: &StartSpec, last: Option<&ProcessRecord>) {
+    let deadline = Instant::now() + REAP_TIMEOUT;
     while last.is_some_and(|last| platform::is_zombie(last.pid)) && Instant::now() < deadline {
-        platform::pause(LOOK);
+        platform::pause(POLL);
     }
     for file in pid_file::all(&start.directory()) {
         let names_it = match platform::process_info(file.pid, start.home.root()) {
@@ -146,7 +146,7 @@ pub fn forget(start: &StartSpec, last: Option<&ProcessRecord>) {
 /// The main process: the one that the script names, if it is the sub-agent's own, else the oldest one that is found. `last`: the record of
 /// the script or of the previous main process; the record on disk may be older. `since`: the start time of `control start`, if it was just
 /// run.
-pub async fn find(start: &StartSpec, last: &ProcessRecord, since: Option<u64>) -> Option<ProcessInfo> {
+pub async fn find_main(start: &StartSpec, last: &ProcessRecord, since: Option<u64>) -> Option<ProcessInfo> {
     let target = StopTarget::of(&start.name, Some(last.clone()), start.groups.as_ref());
     // A program that left its group is still found by its marker.
     let target = if target.groups_are_empty() { target.scattered() } else { target };
@@ -154,14 +154,14 @@ pub async fn find(start: &StartSpec, last: &ProcessRecord, since: Option<u64>) -
     if let [only] = members.as_slice() {
         return Some(only.clone());
     }
-    let told = told_pids(start).await;
-    let member = members.iter().find(|process| told.contains(&process.pid)).cloned();
+    let reported = reported_pids(start).await;
+    let member = members.iter().find(|process| reported.contains(&process.pid)).cloned();
     if member.is_some() {
         return member;
     }
-    match named(start, &told, since) {
+    match named_process(start, &reported, since) {
         NamedProcess::Own(process) => Some(process),
-        NamedProcess::Another | NamedProcess::Nobody => members.into_iter().next(),
+        NamedProcess::Another | NamedProcess::Unnamed => members.into_iter().next(),
     }
 }
 
@@ -173,17 +173,17 @@ enum NamedProcess {
     /// A process of another program, or one that has exited.
     Another,
     /// The script names no pid.
-    Nobody,
+    Unnamed,
 }
 
 /// The process that a script refers to, by the pids that it printed, or else by its pid files.
-fn named(start: &StartSpec, told: &[u32], since: Option<u64>) -> NamedProcess {
+fn named_process(start: &StartSpec, reported: &[u32], since: Option<u64>) -> NamedProcess {
     let in_files: Vec<u32> = pid_file::all(&start.directory()).into_iter().map(|file| file.pid).collect();
-    let mut numbers = told.iter().chain(&in_files).copied();
+    let mut numbers = reported.iter().chain(&in_files).copied();
     match numbers.clone().find_map(|pid| claim::own(start, pid, since)) {
         Some(process) => NamedProcess::Own(process),
         None if numbers.next().is_some() => NamedProcess::Another,
-        None => NamedProcess::Nobody,
+        None => NamedProcess::Unnamed,
     }
 }
 
@@ -198,35 +198,35 @@ fn own_session(home: &Home, process: &ProcessInfo, since: u64) -> Option<u32> {
     is_own.then_some(process.session)
 }
 
-async fn told_pids(start: &StartSpec) -> Vec<u32> {
-    match ask(start, "pid").await {
+async fn reported_pids(start: &StartSpec) -> Vec<u32> {
+    match run_verb(start, "pid").await {
         Ok(output) if output.status.success() => numbers(&String::from_utf8_lossy(&output.stdout)),
         _ => vec![],
     }
 }
 
-fn numbers(said: &str) -> Vec<u32> {
-    said.split_whitespace().filter_map(|word| word.parse().ok()).take(MAX_PIDS).collect()
+fn numbers(output: &str) -> Vec<u32> {
+    output.split_whitespace().filter_map(|word| word.parse().ok()).take(MAX_PIDS).collect()
 }
 
 /// Runs `control status`.
 pub async fn status(start: &StartSpec) -> Result<ScriptStatus> {
-    let output = ask(start, "status").await?;
-    Ok(said(&String::from_utf8_lossy(&output.stdout)))
+    let output = run_verb(start, "status").await?;
+    Ok(parse_status(&String::from_utf8_lossy(&output.stdout)))
 }
 
 /// Parses the output of `control status`.
-pub fn said(status: &str) -> ScriptStatus {
-    let says = |words: &[&str]| status.split_whitespace().any(|word| words.contains(&word));
+pub fn parse_status(status: &str) -> ScriptStatus {
+    let has_word = |words: &[&str]| status.split_whitespace().any(|word| words.contains(&word));
     match () {
-        () if says(&["stoped", "stopped"]) => ScriptStatus::Stopped,
-        () if says(&["started"]) => ScriptStatus::Started,
+        () if has_word(&["stoped", "stopped"]) => ScriptStatus::Stopped,
+        () if has_word(&["started"]) => ScriptStatus::Started,
         () => ScriptStatus::Unclear,
     }
 }
 
-async fn ask(start: &StartSpec, verb: &str) -> Result<Output> {
-    let mut command = tokio::process::Command::from(question(start, verb)?);
+async fn run_verb(start: &StartSpec, verb: &str) -> Result<Output> {
+    let mut command = tokio::process::Command::from(verb_command(start, verb)?);
     command.stdout(Stdio::piped());
     let child = command.kill_on_drop(true).spawn().with_context(|| format!("cannot run `control {verb}`"))?;
     match tokio::time::timeout(TIMEOUT, child.wait_with_output()).await {
@@ -235,7 +235,7 @@ async fn ask(start: &StartSpec, verb: &str) -> Result<Output> {
     }
 }
 
-fn question(start: &StartSpec, verb: &str) -> Result<Command> {
+fn verb_command(start: &StartSpec, verb: &str) -> Result<Command> {
     let mut command = start.command_with_output(CONTROL_SCRIPT, None)?;
     // Only the program itself is a member; the script's own process must not look like one.
     command.arg(verb).env_remove("AOPS_AGENT_NAME");
@@ -285,9 +285,9 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
     let mut members = tree::members(home, target);
     let mut is_unseen = false;
     if members.is_empty() {
-        if says_started(&start) {
+        if reports_started(&start) {
             let last = record::of(home, &target.name).filter(ProcessRecord::is_of_this_boot);
-            match named(&start, &told_now(&start), last.as_ref().map(|last| last.start_time)) {
+            match named_process(&start, &reported_pids_blocking(&start), last.as_ref().map(|last| last.start_time)) {
                 NamedProcess::Own(process) => {
                     target.claim(&process);
                     members = tree::members(home, target);
@@ -297,7 +297,7 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
                     return Ok(());
                 }
                 // Some scripts always report that.
-                NamedProcess::Nobody => is_unseen = last.is_some_and(|last| last.head.unseen),
+                NamedProcess::Unnamed => is_unseen = last.is_some_and(|last| last.head.unseen),
             }
         } else if target.record.is_none() {
             // If there is a record, `stop` runs in any case: the script may have leftovers to clean up.
@@ -308,7 +308,7 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
     if target.is_scattered() {
         members.iter().for_each(|process| target.claim(process));
     }
-    let stopped = question(&start, "stop").and_then(|mut command| {
+    let stopped = verb_command(&start, "stop").and_then(|mut command| {
         let mut child = command.spawn()?;
         let deadline = Instant::now() + TIMEOUT;
         while child.try_wait()?.is_none() {
@@ -317,7 +317,7 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
                 child.wait()?;
                 bail!("it did not exit within {TIMEOUT:?}");
             }
-            platform::pause(LOOK);
+            platform::pause(POLL);
         }
         Ok(())
     });
@@ -327,7 +327,7 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
             let _ = platform::signal(record.pid, record.start_time, StopSignal::Term);
         }
     }
-    if is_unseen && says_started(&start) {
+    if is_unseen && reports_started(&start) {
         bail!(
             "cannot stop sub-agent {}: `{} status` reports that it is started, but its process cannot be found; kill it by hand, or \
              remove {} if it does not run",
@@ -351,13 +351,13 @@ pub fn installed(home: &Home) -> Vec<(AgentName, Version)> {
     names.filter_map(of_script).collect()
 }
 
-fn says_started(start: &StartSpec) -> bool {
-    let answer = question(start, "status").and_then(|mut command| command::run(&mut command, TIMEOUT));
-    answer.is_ok_and(|answer| said(&answer.stdout) == ScriptStatus::Started)
+fn reports_started(start: &StartSpec) -> bool {
+    let answer = verb_command(start, "status").and_then(|mut command| command::run(&mut command, TIMEOUT));
+    answer.is_ok_and(|answer| parse_status(&answer.stdout) == ScriptStatus::Started)
 }
 
-fn told_now(start: &StartSpec) -> Vec<u32> {
-    match question(start, "pid").and_then(|mut command| command::run(&mut command, TIMEOUT)) {
+fn reported_pids_blocking(start: &StartSpec) -> Vec<u32> {
+    match verb_command(start, "pid").and_then(|mut command| command::run(&mut command, TIMEOUT)) {
         Ok(answer) if answer.status.success() => numbers(&answer.stdout),
         _ => vec![],
     }

@@ -23,10 +23,10 @@ use crate::home::Home;
 use crate::platform::{self, Group, Groups, ProcessInfo};
 
 /// Interval between two polls: at first, and the maximum up to which it doubles.
-const FIRST_LOOK: Duration = Duration::from_millis(10);
-const LAST_LOOK: Duration = Duration::from_millis(250);
+const FIRST_POLL: Duration = Duration::from_millis(10);
+const MAX_POLL: Duration = Duration::from_millis(250);
 /// Timeout for processes to exit after the kill.
-const AFTER_KILL: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// For a sub-agent without a record.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
@@ -69,7 +69,7 @@ impl StopTarget {
     }
 
     /// The same target; without a record, the `control` script of this release is asked what runs.
-    pub fn asking(self, version: Version) -> StopTarget {
+    pub fn with_script(self, version: Version) -> StopTarget {
         let script = if self.record.is_none() { Some(version) } else { self.script };
         StopTarget { script, ..self }
     }
@@ -105,7 +105,7 @@ impl StopTarget {
     }
 
     /// Whether a process of it may be alive, by its groups and its record, without checking every process.
-    pub fn may_live(&self) -> bool {
+    pub fn may_run(&self) -> bool {
         self.is_scattered() || !self.groups_are_empty() || self.record.as_ref().is_some_and(ProcessRecord::is_alive)
     }
 
@@ -248,14 +248,14 @@ pub struct StopProgress<'a> {
     home: &'a Home,
     targets: &'a [StopTarget],
     began: Instant,
-    told: Vec<(u32, u64)>,
+    signalled: Vec<(u32, u64)>,
     /// Previous members of targets that may be outside of any group, by index: when their parent has exited, nothing else may identify
     /// them.
     seen: BTreeMap<usize, BTreeSet<(u32, u64)>>,
     /// Targets that were polled before, by index.
-    looked_at: BTreeSet<usize>,
+    polled: BTreeSet<usize>,
     /// Targets that cannot be killed, by index, and why.
-    given_up: BTreeMap<usize, String>,
+    failed: BTreeMap<usize, String>,
     pause: Duration,
 }
 
@@ -265,23 +265,23 @@ impl<'a> StopProgress<'a> {
             home,
             targets,
             began: Instant::now(),
-            told: vec![],
+            signalled: vec![],
             seen: BTreeMap::new(),
-            looked_at: BTreeSet::new(),
-            given_up: BTreeMap::new(),
-            pause: FIRST_LOOK,
+            polled: BTreeSet::new(),
+            failed: BTreeMap::new(),
+            pause: FIRST_POLL,
         }
     }
 
     /// Signals or kills the remaining processes, and returns when to poll again; `None`: nothing is left. An error for processes that
     /// cannot be killed is returned when all others are gone.
-    pub fn look(&mut self) -> Result<Option<Duration>> {
+    pub fn poll(&mut self) -> Result<Option<Duration>> {
         let scattered = self.targets.iter().any(StopTarget::is_scattered);
         let processes = if scattered { processes(self.home) } else { vec![] };
         let spent = self.began.elapsed();
         let mut until_kill = None;
         for (place, target) in self.targets.iter().enumerate() {
-            if self.given_up.contains_key(&place) {
+            if self.failed.contains_key(&place) {
                 continue;
             }
             let seen = self.seen.entry(place).or_default();
@@ -292,50 +292,50 @@ impl<'a> StopProgress<'a> {
             if members.is_empty() && !unseen() {
                 continue;
             }
-            if spent.saturating_sub(target.grace) > AFTER_KILL {
+            if spent.saturating_sub(target.grace) > KILL_TIMEOUT {
                 let pids: Vec<String> = members.iter().map(|process| process.pid.to_string()).collect();
-                let who = if pids.is_empty() { "of another pid namespace".to_owned() } else { pids.join(", ") };
+                let pids = if pids.is_empty() { "of another pid namespace".to_owned() } else { pids.join(", ") };
                 let error = format!(
-                    "cannot kill sub-agent {}: process {who} still exists {AFTER_KILL:?} after the kill; it may be blocked in the kernel",
+                    "cannot kill sub-agent {}: process {pids} still exists {KILL_TIMEOUT:?} after the kill; it may be blocked in the kernel",
                     target.name
                 );
                 tracing::error!(agent = %target.name, error, "cannot kill a sub-agent");
-                self.given_up.insert(place, error);
+                self.failed.insert(place, error);
                 continue;
             }
-            let overtime = spent >= target.grace;
-            if overtime && target.kill_mode == KillMode::Tree {
+            let is_kill_due = spent >= target.grace;
+            if is_kill_due && target.kill_mode == KillMode::Tree {
                 target.kill_groups();
             }
-            let is_first = self.looked_at.insert(place);
+            let is_first = self.polled.insert(place);
             for process in &members {
                 // A health check has nothing to clean up.
-                let kill = overtime || process.is_check();
+                let kill = is_kill_due || process.is_check();
                 let key = (process.pid, process.start_time);
                 // A process that a member started since helps to stop (a script's clean-up). It exits with that member, or is killed after
                 // the grace period.
                 let helps = !is_first && members.iter().any(|member| member.pid == process.parent);
-                if !kill && (helps || self.told.contains(&key)) {
+                if !kill && (helps || self.signalled.contains(&key)) {
                     continue;
                 }
                 let signal = if kill { StopSignal::Kill } else { target.signal };
                 if let Err(error) = platform::signal(process.pid, process.start_time, signal) {
                     tracing::warn!(pid = process.pid, error = %error, "cannot signal a process of a sub-agent");
                 }
-                self.told.push(key);
+                self.signalled.push(key);
             }
             let left = target.grace.saturating_sub(spent);
             until_kill = Some(until_kill.map_or(left, |least: Duration| least.min(left)));
         }
         let Some(until_kill) = until_kill else {
-            let errors: Vec<&str> = self.given_up.values().map(String::as_str).collect();
+            let errors: Vec<&str> = self.failed.values().map(String::as_str).collect();
             if errors.is_empty() {
                 return Ok(None);
             }
             bail!("{}", errors.join("; "));
         };
-        let pause = self.pause.min(until_kill).max(FIRST_LOOK);
-        self.pause = (self.pause * 2).min(LAST_LOOK);
+        let pause = self.pause.min(until_kill).max(FIRST_POLL);
+        self.pause = (self.pause * 2).min(MAX_POLL);
         Ok(Some(pause))
     }
 }
@@ -384,7 +384,7 @@ impl Census {
 }
 
 /// Whether any sub-agent of a home runs.
-pub fn any_run(home: &Home) -> bool {
+pub fn any_running(home: &Home) -> bool {
     let targets = Census::take(home, super::groups(home).as_ref()).targets;
     targets.iter().any(|target| !members(home, target).is_empty())
 }
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_is_its_session_whoever_bears_the_mark_and_what_descends_from_them() {
+    fn a_tree_has_its_session_its_marked_processes_and_their_descendants() {
         let mut stray = seen(90, 30, 90);
         stray.marker =
             Some(platform::ProcessMarker { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn what_descended_from_a_member_is_one_when_its_starter_is_gone() {
+    fn a_past_descendant_stays_a_member_after_its_parent_exited() {
         // The parent has exited, and another pid was reused.
         let all = [child(70, 13, 1), child(71, 99, 1)];
         assert_eq!(pids(&all, &target(50, 10), &[(70, 13), (71, 14)]), [70]);
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_script_named_is_a_member_with_all_that_it_started() {
+    fn a_claimed_process_and_its_descendants_are_members() {
         let mut target = StopTarget::of(&"a".parse().unwrap(), None, None);
         let all = [seen(60, 12, 60), child(61, 13, 60), seen(62, 14, 62)];
         target.claim(&all[0]);
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_whose_number_is_somebody_elses_now_is_left_alone() {
+    fn a_session_with_a_reused_number_has_no_members() {
         let all = [seen(50, 99, 50), seen(51, 100, 50)];
         assert_eq!(pids(&all, &target(50, 10), &[]), [0; 0]);
         let orphans = [seen(51, 11, 50)];
@@ -468,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn the_session_of_a_program_that_forks_twice_is_its_own() {
+    fn the_session_of_a_program_that_forks_twice_has_its_members() {
         let mut target = target(50, 10);
         target.record.as_mut().unwrap().session = Some(49);
         assert_eq!(pids(&[seen(50, 10, 49), seen(51, 11, 49)], &target, &[]), [50, 51]);

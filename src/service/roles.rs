@@ -59,7 +59,7 @@ pub(super) fn start(home: &Home, kind: ServiceManagerKind, registered_before: bo
     role::clear_stop(home)?;
     if !registered_before {
         // Somebody else started those that run: they would keep the locks.
-        host_service::end_roles(home)?;
+        host_service::stop_roles(home)?;
     }
     host_service::restart(kind, home, Role::BOTH)
 }

@@ -22,7 +22,7 @@ pub fn uninstall(home: &Home, yes: bool) -> Result<ExitCode> {
     let shown = home.root().display();
     if !installation::exists(home)
         && !install_root::is_half_made(home)
-        && host_service::registration_left(home).is_none()
+        && host_service::find_registration(home).is_none()
     {
         message!("aops: nothing is installed in {shown}");
         return Ok(ExitCode::from(NOT_INSTALLED));
@@ -146,7 +146,7 @@ fn entries(home: &Home) -> Result<Vec<PathBuf>> {
 /// Makes sure that nothing is left but what is known to be.
 fn verify(home: &Home, mut left: Vec<String>) -> Result<()> {
     left.extend(entries(home)?.iter().filter(|path| home.owns(path)).map(|path| path.display().to_string()));
-    if let Some(kind) = host_service::registration_left(home) {
+    if let Some(kind) = host_service::find_registration(home) {
         left.push(format!("a unit of {kind}"));
     }
     for process in leftovers::running_from(home.root()) {

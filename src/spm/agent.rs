@@ -74,7 +74,7 @@ impl SubAgent {
     pub(super) fn target(&self, groups: Option<&Groups>) -> StopTarget {
         let mut target = StopTarget::of(self.state.name(), self.record.clone(), groups);
         if let (Some(Program::Script), Some(version)) = (self.state.program(), self.state.current()) {
-            target = target.asking(version.clone());
+            target = target.with_script(version.clone());
         }
         if self.scattered { target.scattered() } else { target }
     }

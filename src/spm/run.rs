@@ -40,7 +40,7 @@ async fn start_clean(start: StartSpec, last: StopTarget) -> Result<StartedProces
 
 async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<StartedProcess> {
     // Nothing is made in a home that cannot be relied on.
-    start.sound()?;
+    start.check_permissions()?;
     let output = start.output()?;
     let running = match start.program.clone() {
         Program::Native(manifest) => {
@@ -49,8 +49,8 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
         }
         Program::Script => {
             let of = start.clone();
-            off_loop(move || script::forget(&of, last.as_ref())).await?;
-            let record = match script::standing(&start).await? {
+            off_loop(move || script::remove_leftovers(&of, last.as_ref())).await?;
+            let record = match script::probe(&start).await? {
                 ScriptFindings::Up(record) => record,
                 ScriptFindings::Down => script::start(&start, output.file).await?,
                 ScriptFindings::Other(record) => {
@@ -67,7 +67,7 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
 
 /// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
 async fn end_leftovers(start: &StartSpec, last: StopTarget) -> Result<()> {
-    if start.program.kill_mode() == KillMode::Process || !last.may_live() {
+    if start.program.kill_mode() == KillMode::Process || !last.may_run() {
         return Ok(());
     }
     end(&start.home, last.at_once()).await
@@ -78,11 +78,11 @@ async fn end(home: &Home, target: StopTarget) -> Result<()> {
     if target.is_scattered() || target.script_to_ask().is_some() {
         // Both take their time: every process of the host is looked at, a script is run.
         let home = home.clone();
-        return off_loop(move || stop::end(&home, &[target])).await?;
+        return off_loop(move || stop::stop_targets(&home, &[target])).await?;
     }
     let targets = [target];
     let mut ending = StopProgress::of(home, &targets);
-    while let Some(pause) = ending.look()? {
+    while let Some(pause) = ending.poll()? {
         if targets[0].groups_are_empty() {
             // What is left lives outside of them.
             tokio::time::sleep(pause).await;
@@ -140,7 +140,7 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &StartSpec, mut recor
         platform::reap_orphan(record.pid);
         let ended = format!("its process {} ended", record.pid);
         // Where nothing of it is left, there is nothing to ask after.
-        let Some(process) = script::find(start, &record, None).await else { return ended };
+        let Some(process) = script::find_main(start, &record, None).await else { return ended };
         match script::status(start).await {
             // One that may not be asked is there, and is left alone.
             Err(error) if !error.is::<UnsafeHome>() => return ended,

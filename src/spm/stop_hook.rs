@@ -57,7 +57,7 @@ pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> 
     match reply.and_then(|reply| reply.error) {
         Some(error) => bail!("cannot stop every sub-agent: {error}"),
         // A manager that hangs or is dead stops nobody; what is left is ended here.
-        None => process::stop::end_all_within(home, LONGEST_GRACE.saturating_sub(began.elapsed()))?,
+        None => process::stop::stop_all_within(home, LONGEST_GRACE.saturating_sub(began.elapsed()))?,
     }
     Ok(ExitCode::SUCCESS)
 }

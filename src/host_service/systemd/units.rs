@@ -20,7 +20,7 @@ const SPA_UNIT: &str = include_str!("../../../assets/aops-spa.service");
 const AGENTS_UNIT: &str = include_str!("../../../assets/aops-agents.service");
 
 /// First words of a unit file that `install` wrote.
-const OURS: &str = "# Written by `aops install`";
+const HEADER: &str = "# Written by `aops install`";
 /// Maximum size of a unit file that is read; ours have less than 2 KiB.
 const MAX_UNIT_BYTES: u64 = 64 << 10;
 /// Number of hexadecimal digits that distinguish the units of homes.
@@ -51,7 +51,7 @@ pub(super) fn drop_ins(unit: &str) -> PathBuf {
 }
 
 /// The first unit directory that is not writable, and why; `None`: all of them are writable.
-pub(super) fn closed() -> Option<(PathBuf, std::io::Error)> {
+pub(super) fn unwritable() -> Option<(PathBuf, std::io::Error)> {
     let directory = systemd_global_dir_path();
     let enabled = Some(directory.join("multi-user.target.wants")).filter(|enabled| enabled.is_dir());
     [directory].into_iter().chain(enabled).find_map(|directory| {
@@ -73,7 +73,7 @@ pub(super) fn all(home: &Home) -> Vec<String> {
 /// The current name of a role's unit: the right one, unless only a stray exists.
 pub(super) fn in_use(home: &Home, role: Role) -> String {
     let unit = home.unit(role);
-    if is_there(&unit) {
+    if exists(&unit) {
         return unit;
     }
     let stray = strays(home).into_iter().find(|stray| of_program(stray, role.program()));
@@ -81,7 +81,7 @@ pub(super) fn in_use(home: &Home, role: Role) -> String {
 }
 
 /// Whether a unit file exists, or a link in its place.
-pub(super) fn is_there(unit: &str) -> bool {
+pub(super) fn exists(unit: &str) -> bool {
     path(unit).symlink_metadata().is_ok()
 }
 
@@ -100,8 +100,8 @@ pub(super) fn strays(home: &Home) -> Vec<String> {
 
 /// The strays of these roles.
 pub(super) fn strays_of(home: &Home, roles: &[Role]) -> Vec<String> {
-    let is_of_one = |unit: &String| roles.iter().any(|role| of_program(unit, role.program()));
-    strays(home).into_iter().filter(is_of_one).collect()
+    let is_of_a_role = |unit: &String| roles.iter().any(|role| of_program(unit, role.program()));
+    strays(home).into_iter().filter(is_of_a_role).collect()
 }
 
 /// Whether a unit of this program has this name, in any home.
@@ -114,14 +114,14 @@ fn of_program(unit: &str, program: &str) -> bool {
 /// Whether a unit starts a program of the home.
 fn is_of(unit: &str, home: &Home) -> bool {
     let text = store::read(&path(unit), MAX_UNIT_BYTES).ok().flatten().unwrap_or_default();
-    started(&String::from_utf8_lossy(&text)).is_some_and(|program| {
+    program_started_by(&String::from_utf8_lossy(&text)).is_some_and(|program| {
         let bin = program.parent().filter(|bin| bin.file_name() == home.bin().file_name());
         bin.and_then(Path::parent).is_some_and(|root| home.is_at(root))
     })
 }
 
 /// The program that a unit starts, as [`quoted`] wrote it.
-fn started(unit: &str) -> Option<PathBuf> {
+fn program_started_by(unit: &str) -> Option<PathBuf> {
     let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart="))?;
     let program = match command.strip_prefix('"') {
         Some(quoted) => quoted.split('"').next()?,
@@ -134,8 +134,8 @@ fn started(unit: &str) -> Option<PathBuf> {
 pub(super) fn without_hooks(unit: &str) -> Result<Option<String>> {
     let Some(text) = store::read(&path(unit), MAX_UNIT_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&text).into_owned();
-    let stays = |line: &&str| !line.starts_with("ExecStop=") && !line.starts_with("Restart=");
-    Ok(Some(text.lines().filter(stays).map(|line| format!("{line}\n")).collect()))
+    let is_kept = |line: &&str| !line.starts_with("ExecStop=") && !line.starts_with("Restart=");
+    Ok(Some(text.lines().filter(is_kept).map(|line| format!("{line}\n")).collect()))
 }
 
 /// Moves the drop-ins of strays to the right names; existing ones are kept.
@@ -171,7 +171,7 @@ pub(super) fn files(home: &Home) -> Result<[UnitFile; 3]> {
 
 impl UnitFile {
     /// Whether the file has this content already.
-    pub(super) fn stands(&self) -> Result<bool> {
+    pub(super) fn is_current(&self) -> Result<bool> {
         Ok(store::read(&path(&self.unit), MAX_UNIT_BYTES)?.as_deref() == Some(self.contents.as_bytes()))
     }
 
@@ -182,8 +182,8 @@ impl UnitFile {
         if !path.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
             return Ok(false);
         }
-        let standing = store::read(&path, MAX_UNIT_BYTES)?.unwrap_or_default();
-        if standing == self.contents.as_bytes() || !standing.starts_with(OURS.as_bytes()) {
+        let current = store::read(&path, MAX_UNIT_BYTES)?.unwrap_or_default();
+        if current == self.contents.as_bytes() || !current.starts_with(HEADER.as_bytes()) {
             return Ok(false);
         }
         store::replace(&path, self.contents.as_bytes(), Access::Public)?;
@@ -265,34 +265,37 @@ mod tests {
     }
 
     #[test]
-    fn another_home_has_units_of_its_own_and_is_quoted() {
+    fn another_home_has_its_own_units_and_a_quoted_path() {
         let home = Home::new("/srv/my home/100%/a$b");
         let [_, spm, _] = texts(&home);
         assert!(spm.contains(
             r#"ExecStart="/srv/my home/100%%/a$b/bin/aops-spm" --home "/srv/my home/100%%/a$$b" --service systemd"#
         ));
         assert!(spm.contains(&format!("Wants={}.service {}.service", home.agents_unit(), home.unit(Role::Spa))));
-        for refused in ["/srv/a\"b", "/srv/a'b", "/srv/a\\b"] {
-            assert!(files(&Home::new(refused)).unwrap_err().to_string().contains("--service none"));
+        for rejected in ["/srv/a\"b", "/srv/a'b", "/srv/a\\b"] {
+            assert!(files(&Home::new(rejected)).unwrap_err().to_string().contains("--service none"));
         }
         assert!(files(&Home::new("/srv/a\nb")).is_err());
     }
 
     #[test]
-    fn a_unit_says_which_program_it_starts() {
+    fn the_program_of_a_unit_is_parsed() {
         for root in ["/opt/aops", "/srv/my home/100%/a$b"] {
             let home = Home::new(root);
             let [agents, spm, spa] = texts(&home);
-            assert_eq!(started(&agents), Some(home.executable()));
-            assert_eq!(started(&spm), Some(home.role_link("aops-spm")));
-            assert_eq!(started(&spa), Some(home.role_link("aops-spa")));
+            assert_eq!(program_started_by(&agents), Some(home.executable()));
+            assert_eq!(program_started_by(&spm), Some(home.role_link("aops-spm")));
+            assert_eq!(program_started_by(&spa), Some(home.role_link("aops-spa")));
         }
-        assert_eq!(started("ExecStart=/srv/a/bin/aops-spm --home /srv/a\n"), Some("/srv/a/bin/aops-spm".into()));
-        assert_eq!(started("[Service]\n"), None);
+        assert_eq!(
+            program_started_by("ExecStart=/srv/a/bin/aops-spm --home /srv/a\n"),
+            Some("/srv/a/bin/aops-spm".into())
+        );
+        assert_eq!(program_started_by("[Service]\n"), None);
     }
 
     #[test]
-    fn a_unit_of_ours_is_called_by_its_program() {
+    fn the_program_of_a_unit_is_found_by_its_name() {
         for (unit, program) in
             [("aops-spm", "aops-spm"), ("aops-spa-0123abcd", "aops-spa"), ("aops-agents-0123abcd", "aops-agents")]
         {

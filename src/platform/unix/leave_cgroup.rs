@@ -29,7 +29,7 @@ pub fn leave_groups(command: &mut Command, key: &str) {
     let location = group::location_name(key);
     let targets: Vec<Vec<CString>> = group::mounted()
         .iter()
-        .filter(|found| !is_outside(found, &memberships, &location))
+        .filter(|found| !has_nothing_to_leave(found, &memberships, &location))
         .map(|found| procs_files(found, &location))
         .collect();
     let in_child = move || {
@@ -70,7 +70,7 @@ fn procs_files(hierarchy: &Hierarchy, location: &str) -> Vec<CString> {
 
 /// Whether this process is in the root or in a group of the home, as far as the hierarchy is mounted here (`number:controllers:path`,
 /// cgroups(7)).
-fn is_outside(hierarchy: &Hierarchy, memberships: &str, location: &str) -> bool {
+fn has_nothing_to_leave(hierarchy: &Hierarchy, memberships: &str, location: &str) -> bool {
     let path = memberships.lines().find_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
         let is_it = match &hierarchy.options {
@@ -96,17 +96,17 @@ mod tests {
     fn no_group_is_left_in_the_root_or_in_a_group_of_the_home() {
         let memberships =
             "9:name=systemd:/system.slice/tool.service\n4:cpu,cpuacct:/\n3:memory:/docker/abc\n0::/k/agent-a\n";
-        let is_outside = |options: Option<&[&str]>, root, location| {
-            is_outside(&hierarchy(options, root, Path::new("/x")), memberships, location)
+        let has_nothing_to_leave = |options: Option<&[&str]>, root, location| {
+            has_nothing_to_leave(&hierarchy(options, root, Path::new("/x")), memberships, location)
         };
-        assert!(!is_outside(Some(&["rw", "xattr", "name=systemd"]), "/", "k"));
-        assert!(is_outside(Some(&["cpuacct", "cpu"]), "/", "k"));
+        assert!(!has_nothing_to_leave(Some(&["rw", "xattr", "name=systemd"]), "/", "k"));
+        assert!(has_nothing_to_leave(Some(&["cpuacct", "cpu"]), "/", "k"));
         // A container sees only its part.
-        assert!(is_outside(Some(&["memory"]), "/docker/abc", "k"));
-        assert!(!is_outside(Some(&["memory"]), "/", "k"));
-        assert!(is_outside(Some(&["freezer"]), "/", "k"));
-        assert!(is_outside(None, "/", "k"));
-        assert!(!is_outside(None, "/", "k2"), "another home's");
+        assert!(has_nothing_to_leave(Some(&["memory"]), "/docker/abc", "k"));
+        assert!(!has_nothing_to_leave(Some(&["memory"]), "/", "k"));
+        assert!(has_nothing_to_leave(Some(&["freezer"]), "/", "k"));
+        assert!(has_nothing_to_leave(None, "/", "k"));
+        assert!(!has_nothing_to_leave(None, "/", "k2"), "another home's");
     }
 
     #[test]

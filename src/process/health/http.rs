@@ -17,9 +17,9 @@ use crate::endpoint;
 const MAX_HEAD: u64 = 8 << 10;
 
 /// Succeeds if the status is 2xx or 3xx.
-pub(super) async fn get(url: &Url, turn: CheckPermit) -> Result<(), CheckResult> {
-    let stream = connect(&url.address, turn).await?;
-    let asked = if url.tls {
+pub(super) async fn get(url: &Url, permit: CheckPermit) -> Result<(), CheckResult> {
+    let stream = connect(&url.address, permit).await?;
+    let status_of_response = if url.tls {
         match handshake(stream, &url.address.host).await {
             Ok(stream) => status(stream, url).await,
             Err(error) => {
@@ -29,7 +29,7 @@ pub(super) async fn get(url: &Url, turn: CheckPermit) -> Result<(), CheckResult>
     } else {
         status(stream, url).await
     };
-    match asked {
+    match status_of_response {
         Ok(200..=399) => Ok(()),
         Ok(status) => Err(CheckResult::Unhealthy(format!("{url} answered {status}"))),
         Err(error) => Err(failed(&format!("cannot get {url}"), &error)),
@@ -44,8 +44,8 @@ async fn handshake(
     let config = match CONFIG.get() {
         Some(config) => Arc::clone(config),
         None => {
-            let made = Arc::new(endpoint::with_anyone().map_err(io::Error::other)?);
-            Arc::clone(CONFIG.get_or_init(|| made))
+            let new = Arc::new(endpoint::with_anyone().map_err(io::Error::other)?);
+            Arc::clone(CONFIG.get_or_init(|| new))
         }
     };
     let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
@@ -94,8 +94,8 @@ fn parse(head: &[u8]) -> StatusLine {
     let mut rest = head;
     loop {
         let Some(status) = rest.get(..12) else {
-            let begins_well = rest.iter().zip(b"HTTP/1.").all(|(a, b)| a == b);
-            return if begins_well { StatusLine::Partial } else { StatusLine::Other };
+            let is_prefix = rest.iter().zip(b"HTTP/1.").all(|(a, b)| a == b);
+            return if is_prefix { StatusLine::Partial } else { StatusLine::Other };
         };
         let (version, digits) = (&status[..7], &status[9..]);
         if version != b"HTTP/1." || status[8] != b' ' || !digits.iter().all(u8::is_ascii_digit) {
@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_status_is_read_behind_interim_answers() {
+    fn the_status_is_read_after_interim_responses() {
         for (head, parsed) in [
             ("", StatusLine::Partial),
             ("HTTP/1.1 2", StatusLine::Partial),

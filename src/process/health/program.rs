@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 
-use super::{CheckResult, failed, late};
+use super::{CheckResult, failed, timed_out};
 use crate::command::Busy;
 use crate::core::manifest::{CONTROL_SCRIPT, StopSignal};
 use crate::core::model::AgentName;
@@ -24,12 +24,12 @@ use crate::process::script::{self, ScriptStatus};
 /// Retry time while the program's file is open for writing in a forked child: the next check comes soon.
 const BUSY: Duration = Duration::from_millis(200);
 /// Time to read a script's output after it has exited: a background process may keep it open.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+const READ_TIMEOUT: Duration = Duration::from_millis(200);
 /// Bytes of a status that are read.
 const MAX_STATUS: u64 = 4 << 10;
 /// Timeout for killed processes to exit.
-const GONE: Duration = Duration::from_secs(5);
-const LOOK: Duration = Duration::from_millis(20);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(20);
 
 /// A running program of a check.
 struct RunningCheck {
@@ -61,9 +61,9 @@ pub(super) async fn exec(start: StartSpec, words: &[String], timeout: Duration) 
         Some(name) => Some(platform::find_user(name).map_err(|error| failed(&what, &error))?),
         None => None,
     };
-    let began = Instant::now();
-    let mut asked = spawn(&start, program, arguments, user, false).await?;
-    match ended(&start, &mut asked, began, timeout).await? {
+    let started = Instant::now();
+    let mut check = spawn(&start, program, arguments, user, false).await?;
+    match wait(&start, &mut check, started, timeout).await? {
         status if status.success() => Ok(()),
         status => Err(CheckResult::Unhealthy(format!("{program} {}", platform::describe_exit(status)))),
     }
@@ -71,9 +71,9 @@ pub(super) async fn exec(start: StartSpec, words: &[String], timeout: Duration) 
 
 /// Runs `control status`. An unknown status counts as healthy.
 pub(super) async fn status(start: StartSpec, timeout: Duration) -> Result<(), CheckResult> {
-    let began = Instant::now();
-    let mut asked = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
-    let stdout = asked.child.stdout.take();
+    let started = Instant::now();
+    let mut check = spawn(&start, CONTROL_SCRIPT, &["status".to_owned()], None, true).await?;
+    let stdout = check.child.stdout.take();
     let mut text = vec![];
     let read = async {
         if let Some(stdout) = stdout {
@@ -83,7 +83,7 @@ pub(super) async fn status(start: StartSpec, timeout: Duration) -> Result<(), Ch
     };
     {
         tokio::pin!(read);
-        let end = ended(&start, &mut asked, began, timeout);
+        let end = wait(&start, &mut check, started, timeout);
         tokio::pin!(end);
         let is_read = tokio::select! {
             // Cancel-safe: both futures are pinned, and the other one is awaited below.
@@ -96,10 +96,10 @@ pub(super) async fn status(start: StartSpec, timeout: Duration) -> Result<(), Ch
         if is_read {
             end.await?;
         } else {
-            let _ = tokio::time::timeout(LAST_WORDS, read).await;
+            let _ = tokio::time::timeout(READ_TIMEOUT, read).await;
         }
     }
-    match script::said(&String::from_utf8_lossy(&text)) {
+    match script::parse_status(&String::from_utf8_lossy(&text)) {
         ScriptStatus::Stopped => Err(CheckResult::Gone("`control status` reports that it is stopped".to_owned())),
         ScriptStatus::Started | ScriptStatus::Unclear => Ok(()),
     }
@@ -137,20 +137,20 @@ async fn spawn(
 }
 
 /// Waits for the program to exit. At the timeout it is killed with everything that it started.
-async fn ended(
+async fn wait(
     start: &StartSpec,
-    asked: &mut RunningCheck,
-    began: Instant,
+    check: &mut RunningCheck,
+    started: Instant,
     timeout: Duration,
 ) -> Result<ExitStatus, CheckResult> {
-    let child = &mut asked.child;
+    let child = &mut check.child;
     let mut answer = None;
     if let Some(pid) = child.id()
         && let Some(start_time) = platform::start_time(pid)
     {
-        let rest = timeout.saturating_sub(began.elapsed());
+        let rest = timeout.saturating_sub(started.elapsed());
         if tokio::time::timeout(rest, platform::ended(pid, start_time)).await.is_err() {
-            answer = Some(late(began, timeout));
+            answer = Some(timed_out(started, timeout));
             platform::kill_group(pid);
             let (home, name) = (start.home.clone(), start.name.clone());
             let kill = move || kill_all(&home, name.as_str(), pid, start_time);
@@ -167,14 +167,14 @@ async fn ended(
 
 /// Kills everything that a check started: its session, and processes with its marker. Blocks.
 fn kill_all(home: &Home, agent: &str, pid: u32, start_time: u64) {
-    let deadline = Instant::now() + GONE;
+    let deadline = Instant::now() + KILL_TIMEOUT;
     loop {
         let mut left = platform::processes(home.root());
         // The pid may be reused by now, if the child was already reaped.
-        let taken_over = left.iter().any(|process| process.pid == pid && process.start_time != start_time);
+        let is_reused = left.iter().any(|process| process.pid == pid && process.start_time != start_time);
         left.retain(|process| {
-            let asks = process.marker.as_ref().is_some_and(|marker| marker.is_check && marker.name == agent);
-            asks || (process.session == pid && !taken_over)
+            let is_check = process.marker.as_ref().is_some_and(|marker| marker.is_check && marker.name == agent);
+            is_check || (process.session == pid && !is_reused)
         });
         if left.is_empty() || Instant::now() >= deadline {
             return;
@@ -185,6 +185,6 @@ fn kill_all(home: &Home, agent: &str, pid: u32, start_time: u64) {
                 tracing::warn!(agent, pid = process.pid, error = %error, "cannot kill a process of a health check");
             }
         }
-        platform::pause(LOOK);
+        platform::pause(POLL);
     }
 }

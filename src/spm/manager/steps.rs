@@ -75,7 +75,7 @@ impl Manager {
     /// Whether what runs of a sub-agent could be started again. Of one that does not run nothing is asked.
     pub(super) fn may_restart(&self, name: &AgentName) -> Result<()> {
         let agent = self.agents.get(name).filter(|agent| agent.state.supervisor().pid().is_some());
-        agent.and_then(|agent| self.start_of(agent)).map_or(Ok(()), |start| start.sound())
+        agent.and_then(|agent| self.start_of(agent)).map_or(Ok(()), |start| start.check_permissions())
     }
 
     pub(super) fn start_of(&self, agent: &SubAgent) -> Option<StartSpec> {
@@ -214,7 +214,7 @@ impl Manager {
         let (inputs, of, serial) = (self.inputs.clone(), name.clone(), agent.serial);
         let task = tokio::spawn(async move {
             let answer = match question {
-                Some(question) => health::ask(question).await,
+                Some(question) => health::run_check(question).await,
                 None => CheckResult::Unknown("what its package says about it cannot be read any more".to_owned()),
             };
             let _ = inputs.send(Input::Checked { name: of, serial, answer });
@@ -259,7 +259,7 @@ impl Manager {
 /// Removes all files of a sub-agent.
 fn remove(home: &Home, name: &AgentName) -> Result<()> {
     permissions::place(home, name)?;
-    stop::end_unseen(home, name)?;
+    stop::stop_unseen(home, name)?;
     agent::clear_current(home, name)?;
     store::remove(&home.current(name))?;
     for entry in std::fs::read_dir(home.agent(name)).into_iter().flatten().flatten() {
