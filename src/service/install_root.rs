@@ -296,7 +296,7 @@ mod tests {
     fn a_file_in_the_way_is_told() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("file"), "").unwrap();
-        for (path, words) in [("file", "it is no directory"), ("file/home", "cannot make the directory")] {
+        for (path, words) in [("file", "it is not a directory"), ("file/home", "cannot make the directory")] {
             let error = format!("{:#}", InstallRoot::open(&Home::new(directory.path().join(path))).unwrap_err());
             assert!(error.contains(words), "{error}");
         }
