@@ -293,7 +293,7 @@ pub fn stop(home: &Home, target: &mut StopTarget) -> Result<()> {
                     members = tree::members(home, target);
                 }
                 NamedProcess::Another => {
-                    tracing::warn!(agent = %target.name, "the `control` script names a process of another program; `control stop` is not run");
+                    tracing::warn!(agent = %target.name, "not running `control stop`: the script names a process of another program");
                     return Ok(());
                 }
                 // Some scripts always report that.

@@ -296,7 +296,7 @@ impl<'a> StopProgress<'a> {
                 let pids: Vec<String> = members.iter().map(|process| process.pid.to_string()).collect();
                 let pids = if pids.is_empty() { "of another pid namespace".to_owned() } else { pids.join(", ") };
                 let error = format!(
-                    "cannot kill sub-agent {}: process {pids} still exists {KILL_TIMEOUT:?} after the kill; it may be blocked in the kernel",
+                    "cannot kill sub-agent {}: process {pids} still exists {KILL_TIMEOUT:?} after the kill; it may hang in the kernel",
                     target.name
                 );
                 tracing::error!(agent = %target.name, error, "cannot kill a sub-agent");

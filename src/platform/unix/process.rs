@@ -298,8 +298,8 @@ pub fn find_user(name: &str) -> io::Result<User> {
     Ok(User { uid, gid, groups, home: home.to_owned(), name: name.to_owned() })
 }
 
-/// Kills the remaining processes of the process group that a child of ours leads or led after [`super::detach_from_caller`]. The child must not
-/// have been reaped yet: until then its pid is not reused.
+/// Kills the remaining processes of the process group that a child of ours leads or led after [`super::detach_from_caller`]. The child must
+/// not have been reaped yet: until then its pid is not reused.
 pub fn kill_group(child: u32) {
     if let Some(group) = Pid::from_raw(child as i32) {
         let _ = rustix::process::kill_process_group(group, Signal::KILL);
