@@ -144,7 +144,7 @@ impl StopTarget {
     /// Its main process, if it is alive.
     fn main(&self, home: &Home) -> Option<ProcessInfo> {
         let record = self.record.as_ref().filter(|record| record.is_alive())?;
-        platform::process_info(record.pid, home.root()).filter(|seen| seen.start_time == record.start_time)
+        platform::process_info(record.pid, home.root()).filter(|process| process.start_time == record.start_time)
     }
 
     /// The processes in its groups.
@@ -193,12 +193,12 @@ pub fn is_main(home: &Home, process: &ProcessInfo, name: &str) -> bool {
         && platform::first_words(process.pid, 2).iter().any(|word| word.starts_with(&releases))
 }
 
-/// The members of a target: those in its groups, and those among `processes`. `seen`: previous members.
+/// The members of a target: those in its groups, and those among `processes`. `previous`: previous members.
 fn members_among(
     home: &Home,
     processes: &[ProcessInfo],
     target: &StopTarget,
-    seen: &BTreeSet<(u32, u64)>,
+    previous: &BTreeSet<(u32, u64)>,
 ) -> Vec<ProcessInfo> {
     let mut members: Vec<ProcessInfo> = target.main(home).into_iter().collect();
     if target.kill_mode == KillMode::Process {
@@ -206,7 +206,7 @@ fn members_among(
     }
     members.extend(target.grouped(home));
     if target.is_scattered() {
-        let was_member = |process: &ProcessInfo| seen.contains(&(process.pid, process.start_time));
+        let was_member = |process: &ProcessInfo| previous.contains(&(process.pid, process.start_time));
         members.extend(
             processes.iter().filter(|process| was_member(process) || target.holds(process, processes)).cloned(),
         );
@@ -247,11 +247,11 @@ pub fn is_role(home: &Home, pid: u32) -> bool {
 pub struct StopProgress<'a> {
     home: &'a Home,
     targets: &'a [StopTarget],
-    began: Instant,
+    started: Instant,
     signalled: Vec<(u32, u64)>,
     /// Previous members of targets that may be outside of any group, by index: when their parent has exited, nothing else may identify
     /// them.
-    seen: BTreeMap<usize, BTreeSet<(u32, u64)>>,
+    previous: BTreeMap<usize, BTreeSet<(u32, u64)>>,
     /// Targets that were polled before, by index.
     polled: BTreeSet<usize>,
     /// Targets that cannot be killed, by index, and why.
@@ -264,9 +264,9 @@ impl<'a> StopProgress<'a> {
         StopProgress {
             home,
             targets,
-            began: Instant::now(),
+            started: Instant::now(),
             signalled: vec![],
-            seen: BTreeMap::new(),
+            previous: BTreeMap::new(),
             polled: BTreeSet::new(),
             failed: BTreeMap::new(),
             pause: FIRST_POLL,
@@ -278,15 +278,15 @@ impl<'a> StopProgress<'a> {
     pub fn poll(&mut self) -> Result<Option<Duration>> {
         let scattered = self.targets.iter().any(StopTarget::is_scattered);
         let processes = if scattered { processes(self.home) } else { vec![] };
-        let spent = self.began.elapsed();
+        let spent = self.started.elapsed();
         let mut until_kill = None;
         for (place, target) in self.targets.iter().enumerate() {
             if self.failed.contains_key(&place) {
                 continue;
             }
-            let seen = self.seen.entry(place).or_default();
-            let members = members_among(self.home, &processes, target, seen);
-            seen.extend(members.iter().map(|process| (process.pid, process.start_time)));
+            let previous = self.previous.entry(place).or_default();
+            let members = members_among(self.home, &processes, target, previous);
+            previous.extend(members.iter().map(|process| (process.pid, process.start_time)));
             // Processes of another pid namespace are not visible, but can be killed with the group.
             let unseen = || target.kill_mode == KillMode::Tree && !target.groups_are_empty();
             if members.is_empty() && !unseen() {
@@ -398,7 +398,7 @@ mod tests {
     /// Later than the start of the first process of this machine or container.
     const SINCE: u64 = 1 << 40;
 
-    fn seen(pid: u32, start_time: u64, session: u32) -> ProcessInfo {
+    fn process(pid: u32, start_time: u64, session: u32) -> ProcessInfo {
         ProcessInfo { pid, start_time: SINCE + start_time, session, parent: 1, marker: None }
     }
 
@@ -425,21 +425,28 @@ mod tests {
     }
 
     /// The pids of the members among these, given the previous members.
-    fn pids(all: &[ProcessInfo], target: &StopTarget, seen: &[(u32, u64)]) -> Vec<u32> {
-        let seen = seen.iter().map(|(pid, start_time)| (*pid, SINCE + start_time)).collect();
-        members_among(&Home::new("/nowhere"), all, target, &seen).iter().map(|process| process.pid).collect()
+    fn pids(all: &[ProcessInfo], target: &StopTarget, previous: &[(u32, u64)]) -> Vec<u32> {
+        let previous = previous.iter().map(|(pid, start_time)| (*pid, SINCE + start_time)).collect();
+        members_among(&Home::new("/nowhere"), all, target, &previous).iter().map(|process| process.pid).collect()
     }
 
     fn child(pid: u32, start_time: u64, parent: u32) -> ProcessInfo {
-        ProcessInfo { parent, ..seen(pid, start_time, pid) }
+        ProcessInfo { parent, ..process(pid, start_time, pid) }
     }
 
     #[test]
     fn a_tree_has_its_session_its_marked_processes_and_their_descendants() {
-        let mut stray = seen(90, 30, 90);
+        let mut stray = process(90, 30, 90);
         stray.marker =
             Some(platform::ProcessMarker { name: "a".into(), version: "1".into(), main_only: false, is_check: false });
-        let all = [seen(50, 10, 50), seen(51, 11, 50), seen(60, 12, 60), stray, child(70, 13, 51), child(71, 14, 70)];
+        let all = [
+            process(50, 10, 50),
+            process(51, 11, 50),
+            process(60, 12, 60),
+            stray,
+            child(70, 13, 51),
+            child(71, 14, 70),
+        ];
         assert_eq!(pids(&all, &target(50, 10), &[]), [50, 51, 70, 71, 90]);
     }
 
@@ -454,16 +461,16 @@ mod tests {
     #[test]
     fn a_claimed_process_and_its_descendants_are_members() {
         let mut target = StopTarget::of(&"a".parse().unwrap(), None, None);
-        let all = [seen(60, 12, 60), child(61, 13, 60), seen(62, 14, 62)];
+        let all = [process(60, 12, 60), child(61, 13, 60), process(62, 14, 62)];
         target.claim(&all[0]);
         assert_eq!(pids(&all, &target, &[]), [60, 61]);
     }
 
     #[test]
     fn a_session_with_a_reused_number_has_no_members() {
-        let all = [seen(50, 99, 50), seen(51, 100, 50)];
+        let all = [process(50, 99, 50), process(51, 100, 50)];
         assert_eq!(pids(&all, &target(50, 10), &[]), [0; 0]);
-        let orphans = [seen(51, 11, 50)];
+        let orphans = [process(51, 11, 50)];
         assert_eq!(pids(&orphans, &target(50, 10), &[]), [51]);
     }
 
@@ -471,11 +478,11 @@ mod tests {
     fn the_session_of_a_program_that_forks_twice_has_its_members() {
         let mut target = target(50, 10);
         target.record.as_mut().unwrap().session = Some(49);
-        assert_eq!(pids(&[seen(50, 10, 49), seen(51, 11, 49)], &target, &[]), [50, 51]);
-        assert_eq!(pids(&[seen(51, 11, 49)], &target, &[]), [51]);
+        assert_eq!(pids(&[process(50, 10, 49), process(51, 11, 49)], &target, &[]), [50, 51]);
+        assert_eq!(pids(&[process(51, 11, 49)], &target, &[]), [51]);
         // The leader of the session is still alive.
-        assert_eq!(pids(&[seen(49, 9, 49), seen(51, 11, 49)], &target, &[]), [49, 51]);
+        assert_eq!(pids(&[process(49, 9, 49), process(51, 11, 49)], &target, &[]), [49, 51]);
         // Another process has started a session with this number.
-        assert_eq!(pids(&[seen(49, 90, 49), seen(51, 91, 49)], &target, &[]), [0; 0]);
+        assert_eq!(pids(&[process(49, 90, 49), process(51, 91, 49)], &target, &[]), [0; 0]);
     }
 }

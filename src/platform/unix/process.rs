@@ -276,7 +276,7 @@ pub struct User {
 
 /// Reads a user from `/etc/passwd` and `/etc/group`: a static executable has no other name service.
 pub fn find_user(name: &str) -> io::Result<User> {
-    let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("there is no user {name:?} in /etc/passwd"));
+    let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("user {name:?} not found in /etc/passwd"));
     let passwd = fs::read_to_string("/etc/passwd")?;
     let fields: Vec<&str> = passwd
         .lines()
