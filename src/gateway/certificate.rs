@@ -1,10 +1,10 @@
-//! `tls/`: the certificate that is served, read again when it has changed, and the public keys that are announced to hosts.
+//! `tls/`: the certificate that is served, reloaded when it changes, and the public keys that are announced to hosts.
 //!
-//! A new pair is served when certificate and key are whole and belong together; until then the one before is. Connections that were made
-//! under the one before end after the request under way, so that hosts see the new one with their next heartbeat.
+//! A new pair is served once certificate and key are valid and match; until then the previous pair is served. Connections that used the
+//! previous pair are closed after the current request, so hosts see the new certificate with their next heartbeat.
 //!
-//! Hosts pin the public key, not the certificate: a renewal for the same key changes nothing for them. A key that is to come stands in
-//! `tls/next.pem`, is announced in every answer, and is served once `gateway status` says that every host has it.
+//! Hosts pin the public key, not the certificate: they accept a renewal with the same key. The next key is in `tls/next.pem` and is announced
+//! in every answer. The operator changes to it when `gateway status` shows that every host has it.
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -29,16 +29,16 @@ use crate::store;
 /// A chain of certificates has a few kilobytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// What TLS handshakes are answered with; `None` while no certificate could be read yet.
+/// The certificate and key for TLS handshakes; `None` until a valid pair is read.
 #[derive(Debug)]
 pub(super) struct ServedCertificate {
     pair: RwLock<Option<Arc<CertifiedKey>>>,
-    /// Another number for every other pair.
+    /// Increases with every change of the pair.
     revision: watch::Sender<u64>,
 }
 
 impl ServedCertificate {
-    /// Tells when another pair is served.
+    /// Notifies of changes of the pair.
     pub(super) fn changes(&self) -> watch::Receiver<u64> {
         self.revision.subscribe()
     }
@@ -50,42 +50,42 @@ impl ResolvesServerCert for ServedCertificate {
     }
 }
 
-/// How the certificate stands, for an operator to read.
+/// The status of the certificate, for the operator.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct CertificateStatus {
-    /// When the chain that is served ends, seconds since 1970.
+    /// When the served chain expires, Unix seconds.
     pub(super) end: Option<u64>,
-    /// The public key that is served, as hosts pin it.
+    /// The pin of the served public key.
     pub(super) pin: Option<String>,
-    /// Those that come next.
+    /// The pins of the next public keys.
     pub(super) next: Vec<String>,
 }
 
 impl CertificateStatus {
-    /// The public keys that are announced to hosts: the present one and the next ones.
+    /// The pins that are announced to hosts: the present one and the next ones.
     pub(super) fn pins(&self) -> Vec<String> {
         self.pin.iter().chain(&self.next).take(MAX_PINS).cloned().collect()
     }
 
-    /// That the end is near, or past. `now`: seconds since 1970.
+    /// A warning if the certificate expires soon or has expired. `now`: Unix seconds.
     pub(super) fn warning(&self, now: u64) -> Option<String> {
         let end = self.end?;
         let date = jiff::Timestamp::from_second(i64::try_from(end).ok()?).ok()?;
         match validity(end, now) {
             Validity::Long => None,
             Validity::Ending { days } => Some(format!(
-                "the certificate expires in {days} days, on {date}; renew it, with the same key (tls/key.pem) where hosts have pinned it"
+                "the certificate expires in {days} days, on {date}; renew it, with the same key (tls/key.pem) if hosts have pinned it"
             )),
             Validity::Ended => Some(format!(
-                "the certificate expired on {date}: hosts that do not pin it refuse it; renew it, with the same key (tls/key.pem) where hosts \
-                 have pinned it"
+                "the certificate expired on {date}: hosts that have not pinned it reject it; renew it, with the same key (tls/key.pem) if \
+                 hosts have pinned it"
             )),
         }
     }
 }
 
-/// Watches the files.
+/// Watches the files of `tls/`.
 pub(super) struct Certificates {
     place: GatewayDirectory,
     served: Arc<ServedCertificate>,
@@ -94,7 +94,7 @@ pub(super) struct Certificates {
     standing: CertificateStatus,
 }
 
-/// Some files that are read together, and why what they hold now is not in use.
+/// Files that are read together, and why their present content is not in use.
 struct WatchedFiles<const N: usize> {
     still: SettledFile<[Option<FileStamp>; N]>,
     read: Option<[Option<FileStamp>; N]>,
@@ -106,7 +106,7 @@ impl<const N: usize> WatchedFiles<N> {
         WatchedFiles { still: SettledFile::new(still), read: None, problem: None }
     }
 
-    /// Whether they are to be read (again). What changed while it was read is read once more, at a later look.
+    /// Whether to read the files now. A file that changes while it is read is read again at a later poll.
     fn is_due(&mut self, paths: [&Path; N], at_once: bool) -> bool {
         let stamps = paths.map(|path| std::fs::metadata(path).ok().map(|metadata| FileStamp::of(&metadata)));
         let settled = self.still.look(stamps, None, Instant::now()) || at_once;
@@ -119,7 +119,7 @@ impl<const N: usize> WatchedFiles<N> {
 }
 
 impl Certificates {
-    /// Reads what is there. Without a good pair no handshake succeeds until there is one.
+    /// Reads the files. Without a valid pair every handshake fails until there is one.
     pub(super) fn open(place: GatewayDirectory, still: Duration) -> Certificates {
         let served = Arc::new(ServedCertificate { pair: RwLock::new(None), revision: watch::Sender::new(0) });
         let (pair, next) = (WatchedFiles::new(still), WatchedFiles::new(still));
@@ -136,12 +136,12 @@ impl Certificates {
         &self.standing
     }
 
-    /// Why what lies in `tls/` is not in use.
+    /// Why files of `tls/` are not in use.
     pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
         self.pair.problem.iter().chain(&self.next.problem)
     }
 
-    /// Looks once, and reads what has changed and stood still (or at all, if `at_once`).
+    /// Polls once, and reads files that have changed and settled; all files if `at_once` is set.
     pub(super) fn look(&mut self, at_once: bool) {
         let (certificate, key, next) =
             (self.place.certificate(), self.place.certificate_key(), self.place.next_certificate());
@@ -152,8 +152,8 @@ impl Certificates {
                     None
                 }
                 Err(error) => Some(match self.standing.pin {
-                    Some(_) => format!("the certificate read before is served: {error:#}"),
-                    None => format!("no certificate is served: {error:#}"),
+                    Some(_) => format!("{error:#}; the previous certificate is served"),
+                    None => format!("no certificate is served, so no host can connect: {error:#}"),
                 }),
             };
         }
@@ -163,10 +163,10 @@ impl Certificates {
                     self.next.problem = None;
                     self.standing.next = pins;
                 }
-                Err(error) => self.next.problem = Some(format!("the keys announced before stay announced: {error:#}")),
+                Err(error) => self.next.problem = Some(format!("{error:#}; the previous next keys are announced")),
             }
         }
-        // What was to come is there.
+        // A next key that is served now is no longer a next key.
         let CertificateStatus { pin, next, .. } = &mut self.standing;
         next.retain(|next| Some(next) != pin.as_ref());
     }
@@ -180,7 +180,7 @@ impl Certificates {
         drop(served);
         if !is_same {
             let (pin, end) = (self.standing.pin.as_deref().unwrap_or_default(), self.standing.end.unwrap_or(0));
-            tracing::info!(pin, end, "the certificate is served");
+            tracing::info!(pin, end, "serving a certificate");
             self.served.revision.send_modify(|revision| *revision += 1);
         }
     }
@@ -191,7 +191,7 @@ fn pair_in(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
     let chain = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<Vec<_>, _>>()
         .with_context(|| format!("cannot read the certificate {}", certificate.display()))?;
-    ensure!(!chain.is_empty(), "there is no certificate in {}; it must be PEM", certificate.display());
+    ensure!(!chain.is_empty(), "{} contains no certificate in PEM", certificate.display());
     let private = PrivateKeyDer::from_pem_slice(&read(key)?)
         .with_context(|| format!("cannot read the private key {}", key.display()))?;
     CertifiedKey::from_der(chain, private, &rustls::crypto::ring::default_provider()).with_context(|| {
@@ -199,7 +199,7 @@ fn pair_in(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
     })
 }
 
-/// The public keys in a file of certificates, public keys and private keys; none where there is no such file.
+/// The pins of a file of certificates, public keys and private keys; none if the file does not exist.
 fn next_in(path: &Path) -> Result<Vec<String>> {
     let Some(text) = store::read(path, MAX_FILE_BYTES)? else { return Ok(Vec::new()) };
     let attempt = || -> Result<Vec<String>> {
@@ -208,14 +208,14 @@ fn next_in(path: &Path) -> Result<Vec<String>> {
             let (kind, der) = section.context("it is not PEM")?;
             let pin = match kind {
                 SectionKind::Certificate => {
-                    key_of(&CertificateDer::from(der)).context("it holds a broken certificate")?
+                    key_of(&CertificateDer::from(der)).context("it contains an invalid certificate")?
                 }
                 SectionKind::PublicKey => Fingerprint::of(&der),
                 _ => {
-                    let key =
-                        PrivateKeyDer::from_pem(kind, der).context("it holds what is no key and no certificate")?;
+                    let key = PrivateKeyDer::from_pem(kind, der)
+                        .context("it contains something other than keys and certificates")?;
                     let key = rustls::crypto::ring::sign::any_supported_type(&key)?;
-                    Fingerprint::of(&key.public_key().context("it holds a private key without a public one")?)
+                    Fingerprint::of(&key.public_key().context("it contains a private key without a public key")?)
                 }
             };
             let pin = pin.to_string();
@@ -224,16 +224,16 @@ fn next_in(path: &Path) -> Result<Vec<String>> {
             }
         }
         match pins.len() {
-            0 => bail!("it holds no certificate and no key in PEM"),
-            count if count >= MAX_PINS => bail!("it holds {count} keys; at most {} can be announced", MAX_PINS - 1),
+            0 => bail!("it contains no certificate and no key in PEM"),
+            count if count >= MAX_PINS => bail!("it contains {count} keys; at most {} can be announced", MAX_PINS - 1),
             _ => Ok(pins),
         }
     };
-    attempt().with_context(|| format!("cannot read the next key in {}", path.display()))
+    attempt().with_context(|| format!("cannot read the next keys in {}", path.display()))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    store::read(path, MAX_FILE_BYTES)?.with_context(|| format!("there is no file {}", path.display()))
+    store::read(path, MAX_FILE_BYTES)?.with_context(|| format!("the file {} does not exist", path.display()))
 }
 
 #[cfg(test)]
@@ -292,7 +292,7 @@ mod tests {
         {
             bench.write(&certificate, bad);
             assert_eq!(bench.served().as_ref(), Some(&before), "{bad}");
-            assert!(bench.problems().contains("the certificate read before is served"), "{}", bench.problems());
+            assert!(bench.problems().contains("the previous certificate is served"), "{}", bench.problems());
         }
         bench.write(&certificate, &renewed.pem);
         assert!(!changes.has_changed().unwrap());
@@ -301,7 +301,7 @@ mod tests {
         assert!(changes.has_changed().unwrap());
         fs::remove_file(&key).unwrap();
         bench.certificates.look(true);
-        assert!(bench.problems().contains("there is no file"), "{}", bench.problems());
+        assert!(bench.problems().contains("does not exist"), "{}", bench.problems());
     }
 
     #[test]
@@ -333,7 +333,7 @@ mod tests {
             assert!(bench.problems().contains("next.pem"), "{}", bench.problems());
             assert_eq!(bench.certificates.standing().next, expected);
         }
-        // When the time has come it is the present one, and none is to come.
+        // Once it is served, it is not a next key any more.
         bench.write(&next, &of(&keys[0]).pem);
         let paths = [bench.place.certificate(), bench.place.certificate_key()];
         bench.write(&paths[0], &of(&keys[0]).pem);

@@ -1,11 +1,12 @@
-//! `fleet.toml` as it is watched: read when it has changed and stood still for a while, or was put there whole by `gateway fleet apply`; judged, and put in force or refused with a reason.
+//! Watches `fleet.toml`: reads it when it has changed and settled, or when `gateway fleet apply` wrote it; then puts it in force or rejects it
+//! with a reason.
 //!
-//! The last good text is kept in `state/`, so that a gateway that starts again beside a broken file still says what it said before. It is
-//! written beside the work: a file is in force at once, however slow the disk is. After a crash in between, and beside a broken file, the one
-//! before is in force again. Hosts are then told its content under a number greater than any that they hold (`core/generation.rs`), because
-//! the generations of what hosts are told go by what each host says that it holds, and by no file.
+//! The last good text is saved in `state/`, so a gateway that restarts with a broken `fleet.toml` keeps the same desired state. It is saved in
+//! the background: a slow disk does not delay a new fleet. If the gateway crashes before the save and `fleet.toml` is broken, the previous
+//! fleet is in force again. Hosts then receive it under a generation greater than the one that they have (`core/generation.rs`): generations
+//! depend on what each host reports, not on this file.
 //!
-//! What was refused for want of a package is judged again when the depot has changed.
+//! A file that was rejected for a missing package is validated again when the depot changes.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -26,42 +27,42 @@ use crate::core::text::hex;
 use crate::platform;
 use crate::store::{self, Access};
 
-/// A SHA-256 in hexadecimal, and the end of its line.
+/// More than a SHA-256 in hexadecimal and a newline.
 const MAX_APPLIED_BYTES: u64 = 128;
 
-/// How the fleet file stands, for an operator to read.
+/// The status of the fleet file, for the operator.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct FleetFileStatus {
-    /// When the one in force was accepted, unix milliseconds; it numbers it too.
+    /// When the fleet in force was accepted, Unix milliseconds; also its generation.
     pub(super) generation: Option<u64>,
-    /// Seconds from one heartbeat to the next.
+    /// The heartbeat interval, seconds.
     pub(super) interval: u64,
-    /// How many sub-agents it names.
+    /// The number of sub-agents.
     pub(super) agents: usize,
-    /// How many rules it has.
+    /// The number of rules.
     pub(super) rules: usize,
     /// SHA-256 of its text.
     pub(super) content: Option<String>,
-    /// Why the file that is there now is not in force.
+    /// Why the present file is not in force.
     pub(super) error: Option<String>,
 }
 
-/// The file, and what is in force.
+/// The fleet file and the fleet in force.
 pub(super) struct FleetFile {
     place: GatewayDirectory,
-    /// The file at the last look; `None`: it was not there.
+    /// The stamp at the last poll; the inner `None` is a missing file.
     last: Option<Option<FileStamp>>,
     still: SettledFile<Option<FileStamp>>,
-    /// The file that was judged last.
+    /// The stamp of the file that was validated last.
     judged: Option<Option<FileStamp>>,
     in_force: Option<ActiveFleet>,
     standing: FleetFileStatus,
-    /// Keeps the text of what is in force.
+    /// Saves the text of the fleet in force.
     last_good: WriteBehind<Arc<str>>,
-    /// Why what was kept could not be read, until something else is kept.
+    /// Why the saved fleet could not be read, until another one is saved.
     lost: Option<String>,
-    /// The file holds secrets that others can read.
+    /// Whether the file contains secrets and others than its owner can read it.
     exposed: bool,
 }
 
@@ -71,7 +72,7 @@ struct ActiveFleet {
 }
 
 impl FleetFile {
-    /// Begins with the last good one, if there is any.
+    /// Starts with the last good fleet, if there is one.
     pub(super) fn open(place: GatewayDirectory, still: Duration) -> Result<FleetFile> {
         let path = place.last_good_fleet();
         let kept = path.clone();
@@ -101,7 +102,7 @@ impl FleetFile {
             }
             Ok(None) => {}
             Err(error) => {
-                file.lost = Some(format!("the last good fleet file {} cannot be used: {error:#}", path.display()));
+                file.lost = Some(format!("cannot load the last good fleet file {}: {error:#}", path.display()));
             }
         }
         Ok(file)
@@ -115,25 +116,26 @@ impl FleetFile {
         &self.standing
     }
 
-    /// Whether the file that is there now has been judged.
+    /// Whether the present file has been validated.
     pub(super) fn is_settled(&self) -> bool {
         self.judged.is_some() && self.judged == self.last
     }
 
-    /// Why the last good fleet is not on disk, so that a gateway that starts again would not know it.
+    /// Why the last good fleet is not on disk, so that a restarted gateway would not have it.
     pub(super) fn unwritten(&self) -> Option<String> {
-        let failed = self.last_good.failure().map(|why| format!("the last good fleet file is not on disk: {why}"));
+        let failed =
+            self.last_good.failure().map(|why| format!("cannot save the last good fleet file: {why}; retrying"));
         failed.or_else(|| self.lost.clone())
     }
 
-    /// That secrets in the file can be read by others.
+    /// The problem that others can read secrets in the file.
     pub(super) fn exposed(&self) -> Option<String> {
         let path = self.place.fleet();
         self.exposed
-            .then(|| format!("{0} holds secrets and can be read by others; run `chmod 600 {0}`", path.display()))
+            .then(|| format!("{0} contains secrets and can be read by others; run `chmod 600 {0}`", path.display()))
     }
 
-    /// Looks once; `true` where something has changed: what is in force, or why the file is not. `at_once`: it counts as it is now.
+    /// Polls once; returns whether the status has changed. `at_once` reads the file even if it has not settled.
     pub(super) fn look(
         &mut self,
         depot: &Index,
@@ -157,7 +159,7 @@ impl FleetFile {
             return false;
         }
         let text = read_text(&path);
-        // Somebody wrote between the look and the reading: what was read may be half of it.
+        // The file changed while it was read: the text may be incomplete.
         if fs::metadata(&path).ok().map(|metadata| FileStamp::of(&metadata)) != stamp {
             return false;
         }
@@ -168,7 +170,7 @@ impl FleetFile {
             Err(error) => {
                 let reason = format!("{error:#}");
                 if self.standing.error.as_ref() != Some(&reason) {
-                    tracing::error!(path = %path.display(), %reason, "the fleet file is refused; the last good one stays in force");
+                    tracing::error!(path = %path.display(), %reason, "the fleet file is rejected; the last good one stays in force");
                 }
                 self.standing.error = Some(reason);
             }
@@ -176,7 +178,7 @@ impl FleetFile {
         self.standing != before
     }
 
-    /// Whether the file is the one that `gateway fleet apply` put there whole.
+    /// Whether the file is the one that `gateway fleet apply` wrote.
     fn is_applied(&self) -> bool {
         let Ok(Some(applied)) = store::read(&self.place.applied_fleet(), MAX_APPLIED_BYTES) else { return false };
         let text = store::read(&self.place.fleet(), MAX_FILE_BYTES);
@@ -184,7 +186,7 @@ impl FleetFile {
     }
 
     fn accept(&mut self, text: Option<String>, depot: &Index, hosts: impl FnOnce() -> Vec<HostFacts>) -> Result<()> {
-        let Some(text) = text else { bail!("there is no file {}", self.place.fleet().display()) };
+        let Some(text) = text else { bail!("the file {} does not exist", self.place.fleet().display()) };
         if self.in_force.as_ref().is_some_and(|in_force| *in_force.text == *text) {
             self.standing.error = None;
             return Ok(());
@@ -226,17 +228,18 @@ pub(super) fn content_of(text: &[u8]) -> String {
     hex(&Sha256::digest(text))
 }
 
-/// Parses the file; an error names the line in one line of its own, for logs and tables.
+/// Parses the file; an error is one line and names the line number.
 pub(super) fn parse(text: &str) -> Result<Fleet> {
     toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", config::wrong_line(text, &error)))
 }
 
-/// The lineage of this gateway's generations, made once and kept for good; and why it could not be, so that it lasts for this run alone.
+/// The lineage of this gateway's generations, created once and kept permanently. If it cannot be kept, it is valid for this run only, and the
+/// problem is returned.
 pub(super) fn lineage(place: &GatewayDirectory) -> (String, Option<String>) {
     let kept = kept_lineage(place);
     kept.unwrap_or_else(|error| {
         let why = format!(
-            "the lineage of the generations is not kept, and hosts take this gateway for another one after its next start: {error:#}"
+            "cannot keep the lineage of the generations, so hosts will treat this gateway as another one after its next start: {error:#}"
         );
         (uuid::Uuid::new_v4().to_string(), Some(why))
     })
@@ -247,7 +250,7 @@ fn kept_lineage(place: &GatewayDirectory) -> Result<(String, Option<String>)> {
     match fs::read_to_string(&path) {
         Ok(text) => match uuid::Uuid::parse_str(text.trim()) {
             Ok(lineage) => return Ok((lineage.to_string(), None)),
-            Err(_) => tracing::warn!(path = %path.display(), "the lineage cannot be read; a new one begins"),
+            Err(_) => tracing::warn!(path = %path.display(), "cannot read the lineage; creating a new one"),
         },
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
@@ -300,11 +303,11 @@ mod tests {
         assert!(!look(&mut bench) && !look(&mut bench));
         let applied = content_of(b"heartbeatInterval = 2");
         fs::write(bench.place.applied_fleet(), format!("{applied}\n")).unwrap();
-        assert!(!look(&mut bench), "another one is");
+        assert!(!look(&mut bench), "the hash is of another content");
         bench.write("heartbeatInterval = 2");
         assert!(look(&mut bench) && !look(&mut bench));
         assert_eq!((bench.interval(), bench.file.standing().content.as_ref()), (Some(2), Some(&applied)));
-        // Or when an operator says so.
+        // Or upon a reload.
         bench.write("heartbeatInterval = 3");
         assert!(!look(&mut bench));
         assert!(bench.file.look(&Index::default(), false, true, Vec::new));
@@ -328,9 +331,9 @@ mod tests {
         }
         fs::remove_file(bench.place.fleet()).unwrap();
         bench.settle();
-        assert!(bench.file.standing().error.as_ref().unwrap().contains("there is no file"));
+        assert!(bench.file.standing().error.as_ref().unwrap().contains("does not exist"));
 
-        // Also after a restart; and the file in force, put back, is good again.
+        // It also stays after a restart; restoring the file resolves the error.
         let generation = bench.file.standing().generation;
         bench.file = FleetFile::open(bench.place.clone(), Duration::ZERO).unwrap();
         assert_eq!(bench.interval(), Some(7));

@@ -1,8 +1,8 @@
-//! What every host said last and what it was told: the gateway's memory, and the answer to a heartbeat.
+//! The records of all hosts, and the answer to a heartbeat.
 //!
-//! A heartbeat is answered from memory alone. What a host is told is worked out when the fleet, the depot or the host's own facts have changed,
-//! and kept until then. The file is written from time to time and at the end: what is lost with a crash, the next heartbeats bring again, and
-//! generations never go back, because the host says which one it holds.
+//! A heartbeat is answered from memory. The orders for a host are computed when the fleet, the depot or the host's own facts change, and
+//! cached. The records are written to a file periodically and at the end. After a crash the next heartbeats restore them; generations never
+//! decrease, because every host reports the one that it has.
 
 mod record;
 
@@ -22,31 +22,32 @@ use crate::core::model::{AgentId, Release};
 use crate::core::protocol::{Answer, Heartbeat};
 use crate::core::text::{cut, hex};
 
-/// More hosts than this are not remembered.
+/// The limit of hosts.
 const MAX_HOSTS: usize = 50_000;
-/// Of one host so much is remembered, bytes; and where all hosts together take as much as [`AMPLE`], so much.
+/// The limit of one record, bytes.
 const MOST: usize = 512 << 10;
+/// The same, while all records together have [`AMPLE`] bytes or more.
 const LEAST: usize = 8 << 10;
-/// 50,000 hosts with [`LEAST`] each are no more than that again, and all together no more than the file may have.
+/// 50,000 hosts with [`LEAST`] each need about as much again, which is less than the limit of the file.
 const AMPLE: usize = 320 << 20;
-/// What was worked out for no host that is there any more is forgotten when there are so many.
+/// The number of cached orders from which unused ones are removed.
 const MAX_UNUSED: usize = 256;
-/// When there is no room, a host that was silent for so long makes place for a new one.
+/// At the limit of hosts, a new host replaces one that has been silent for this long.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(7 * 86_400);
-/// How many hosts a new fleet file is tried on before it is accepted.
+/// The number of hosts that a new fleet file is validated with.
 const SAMPLE: usize = 1_000;
 
-/// What answers are made from, as it stood at one time.
+/// The data that heartbeats are answered from, at one time.
 pub(super) struct Snapshot {
-    /// Another one for every other world.
+    /// Increases with every new snapshot.
     pub(super) revision: u64,
     pub(super) fleet: Option<Arc<Fleet>>,
     pub(super) index: Arc<Index>,
-    /// The public keys that hosts are to accept: the present one, and those to come.
+    /// The pins that hosts are to accept: the present one and the next ones.
     pub(super) pins: Vec<String>,
 }
 
-/// The hosts of this gateway.
+/// The records of all hosts.
 pub(super) struct Hosts {
     lineage: String,
     inner: Mutex<Inner>,
@@ -55,28 +56,28 @@ pub(super) struct Hosts {
 #[derive(Default)]
 struct Inner {
     hosts: HashMap<AgentId, KnownHost>,
-    /// Of all records.
+    /// The size of all records.
     bytes: usize,
-    /// What was worked out in the present world, by its hash: most hosts are told the same.
+    /// The orders for the present snapshot, by hash: most hosts have the same ones.
     contents: HashMap<String, Arc<OrderContent>>,
     revision: u64,
-    /// Something is not in the file yet.
+    /// Whether the file is out of date.
     changed: bool,
 }
 
 struct KnownHost {
     record: Arc<Record>,
-    /// What it is told, for which world and which facts.
+    /// Its cached orders, with the revision and the facts that they were computed for.
     told: Option<(u64, HostFacts, Arc<OrderContent>)>,
 }
 
-/// What a host is told, with the hash by which another content is known.
+/// The orders for a host, with their hash.
 struct OrderContent {
     told: HostOrders,
     hash: String,
 }
 
-/// Why a heartbeat is not taken.
+/// A heartbeat of a new host is rejected at the limit of hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct HostLimitReached;
 
@@ -92,7 +93,7 @@ impl Hosts {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Nothing is left half-done behind the lock: each change is one assignment.
+        // A poisoned lock is safe: each change is one assignment.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -100,25 +101,25 @@ impl Hosts {
         self.lock().hosts.len()
     }
 
-    /// Some of the hosts, spread over all of them.
+    /// The facts of a sample of the hosts.
     pub(super) fn sample(&self) -> Vec<HostFacts> {
         let inner = self.lock();
         let step = inner.hosts.len() / SAMPLE + 1;
         inner.hosts.values().step_by(step).map(|known| known.record.facts()).collect()
     }
 
-    /// Every record, where something is not in the file yet.
+    /// All records, if they have changed since the last call.
     pub(super) fn changed(&self) -> Option<Vec<Arc<Record>>> {
         let mut inner = self.lock();
         std::mem::take(&mut inner.changed).then(|| inner.hosts.values().map(|known| known.record.clone()).collect())
     }
 
-    /// What was taken as written was not.
+    /// Marks the records as changed again, after a failed write.
     pub(super) fn mark_changed(&self) {
         self.lock().changed = true;
     }
 
-    /// Remembers the heartbeat and answers it.
+    /// Records the heartbeat and returns the answer.
     pub(super) fn heartbeat(
         &self,
         heartbeat: Heartbeat,
@@ -192,7 +193,7 @@ impl Hosts {
                     answer.complete = told.complete;
                 }
             }
-            _ => answer.error_message = Some("the gateway has no good fleet.toml yet".to_owned()),
+            _ => answer.error_message = Some("the gateway has no valid fleet.toml yet".to_owned()),
         }
 
         let missing = told.and_then(|told| told.missing.clone());
@@ -216,9 +217,9 @@ fn content(
         let release = Release { name: name.parse().ok()?, version: version.clone(), os: facts.os, arch: facts.arch };
         index.offer(&release)
     });
-    // What cannot be written as JSON cannot be sent either; then every content counts as another one.
+    // Serializing cannot fail, or the answer could not be sent either.
     let hash = hex(&Sha256::digest(serde_json::to_vec(&told).unwrap_or_default()));
-    // Not each time, where they are all in use.
+    // At powers of two only: all of them may be in use.
     if contents.len() >= MAX_UNUSED && contents.len().is_power_of_two() {
         contents.retain(|_, content| Arc::strong_count(content) > 1);
     }
@@ -232,7 +233,7 @@ fn make_room(inner: &mut Inner, now: u64) -> Result<(), HostLimitReached> {
     if now.saturating_sub(stalest.last_heartbeat) < FORGOTTEN_AFTER.as_millis() as u64 {
         return Err(HostLimitReached);
     }
-    tracing::info!(agent_id = %stalest.agent_id, "a silent host is forgotten to make room for another");
+    tracing::info!(agent_id = %stalest.agent_id, "a silent host is removed to make room for a new one");
     inner.bytes = inner.bytes.saturating_sub(stalest.bytes());
     inner.hosts.remove(&stalest.agent_id);
     Ok(())

@@ -1,4 +1,4 @@
-//! `keys/`: the depot's own public keys. Each file is read by itself, so that one that is no key is named and costs the others nothing.
+//! `keys/`: the depot's public keys. Each file is read separately: an invalid one is reported, and the others are used.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use super::GatewayDirectory;
 use crate::package::Keys;
 use crate::{platform, store};
 
-/// A public key's file has two short lines.
+/// A public key file has two short lines.
 const MAX_KEY_BYTES: u64 = 4 << 10;
 /// More keys than this are a mistake.
 const MAX_KEYS: usize = 64;
@@ -17,25 +17,25 @@ const MAX_KEYS: usize = 64;
 /// The public keys of a depot.
 #[derive(Debug, Default)]
 pub(super) struct DepotKeys {
-    /// As hosts that have them from the bootstrap read them.
+    /// The content of the key files, for the bootstrap.
     texts: Vec<String>,
     keys: Keys,
     problems: Vec<String>,
 }
 
 impl DepotKeys {
-    /// Every `keys/*.pub` that is a key; only a directory that cannot be listed is an error.
+    /// Reads every `keys/*.pub`. An invalid file is a problem; only an unreadable directory is an error.
     pub(super) fn read(place: &GatewayDirectory) -> Result<DepotKeys> {
         let mut names = names_in(&place.keys())?;
         let mut ring = DepotKeys::default();
         if names.len() > MAX_KEYS {
             let surplus = names.split_off(MAX_KEYS).len();
-            ring.problems.push(format!("keys/ holds more than {MAX_KEYS} public keys; {surplus} of them are not used"));
+            ring.problems.push(format!("keys/ has more than {MAX_KEYS} public keys; {surplus} of them are not used"));
         }
         for name in names {
             if let Err(error) = ring.add(&place.keys().join(&name)) {
                 ring.problems.push(format!(
-                    "keys/{name} is not used: {error:#}; replace it by a minisign public key, or remove it"
+                    "keys/{name} is not used: {error:#}; replace it with a minisign public key, or remove it"
                 ));
             }
         }
@@ -43,10 +43,10 @@ impl DepotKeys {
     }
 
     fn add(&mut self, path: &Path) -> Result<()> {
-        let bytes = store::read(path, MAX_KEY_BYTES)?.context("there is no such file")?;
+        let bytes = store::read(path, MAX_KEY_BYTES)?.context("the file does not exist")?;
         let text = String::from_utf8(bytes).context("it is not text")?;
         let read = Keys::parse(&text)?;
-        ensure!(!read.is_empty(), "it holds no key");
+        ensure!(!read.is_empty(), "it contains no key");
         self.keys.extend(read)?;
         self.texts.push(text);
         Ok(())
@@ -60,13 +60,13 @@ impl DepotKeys {
         &self.texts
     }
 
-    /// Which files are not used, and why.
+    /// The files that are not used, with the reason.
     pub(super) fn problems(&self) -> &[String] {
         &self.problems
     }
 }
 
-/// The names of a directory's `*.pub`, in their order.
+/// The names of the `*.pub` files of a directory, sorted.
 pub(super) fn names_in(directory: &Path) -> Result<Vec<String>> {
     let attempt = || -> std::io::Result<Vec<String>> {
         let mut names = Vec::new();
@@ -82,7 +82,7 @@ pub(super) fn names_in(directory: &Path) -> Result<Vec<String>> {
     attempt().with_context(|| format!("cannot read the public keys in {}", directory.display()))
 }
 
-/// Which of a directory that holds private keys, and of these files, others than their owner can read.
+/// Problems with permissions: those of `private` files, and of their directory, that not only the owner can read.
 pub(super) fn exposed(directory: &Path, private: &[&Path]) -> Vec<String> {
     let is_open = |path: &Path| fs::metadata(path).is_ok_and(|metadata| platform::others_may_read(&metadata));
     let told = |path: &Path, what: &str, mode: &str| {

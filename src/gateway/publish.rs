@@ -1,7 +1,8 @@
-//! `gateway publish`: a directory or an archive becomes a signed package in the depot.
+//! `gateway publish`: adds a directory or an archive to the depot as a signed package.
 //!
-//! It is looked into, named and signed as a temporary file there, and gets its name last, after its signature, so that a running gateway never
-//! sees one without the other. A release once published never changes: the same content again is nothing, another content an error.
+//! The package is checked and signed as a temporary file in the depot. It is renamed last, after its signature is written, so a running gateway
+//! never sees a package without signature. A published release never changes: publishing the same content again does nothing, other content is
+//! an error.
 
 mod identity;
 
@@ -25,7 +26,7 @@ use crate::package::sign::{Signer, password};
 use crate::package::{self, Keys, SignatureStatus, trailer};
 use crate::store::{self, Access};
 
-/// How long another publishing is waited for.
+/// The timeout for another `publish` to finish.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The end of the help, 80 columns wide.
@@ -38,66 +39,105 @@ A package is a directory, such as hello/ with two files:
                 command = [\"./hello.sh\", \"--verbose\"]
 
   hello.sh      the program, executable; it stays in the foreground, and
-                what it prints goes to its log
+                its output goes to its log
 
   aops gateway publish --dir DIR hello/
 
-Hosts run it once fleet.toml in DIR says so:
+Hosts run it once fleet.toml in DIR lists it:
 
   [agents.hello]
   version = \"1.0\"
 
-A package of the manager (aops-spm, with bin/aops) may change whom hosts
-trust, from its commit on:
+All keys of agent.toml but name, version and command are optional:
 
-  keys/NEW.pub            a minisign public key that is trusted, too
-  keys/revoked/OLD.pub    one that is not any more, for good: it is refused
-                          wherever it comes from, but for an operator's own
-                          file in etc/keys of a host
+  [run]
+  command = [\"./hello.sh\"]   relative to the package, and its arguments
+  workdir = \".\"              relative to the package
+  user = \"nobody\"            [default: the manager's user]
+  stopSignal = \"TERM\"        TERM, INT, QUIT, HUP, USR1, USR2 or KILL
+  gracePeriod = \"10s\"        from the stop signal to the kill; at most 10m
+  restart = \"always\"         always, on-failure or never
+  killMode = \"tree\"          tree, or process: stop the main process only
+  probation = \"10s\"          a new release that fails during this time is
+                             rolled back (at least startPeriod, at most 10m)
+  envAllow = [\"PYTHONPATH\"]  variables that fleet.toml may set although they
+                             change how programs are loaded
 
-and may bring hosts another gateway, which they keep if the release passes its
-trial: etc/endpoint.toml with heartbeatSrv, and caCert (a file of the package)
-or pin.
+  [health]                   exactly one of http, tcp and exec
+  http = \"http://127.0.0.1:9100/\"   healthy: status 2xx or 3xx
+  tcp = \"127.0.0.1:9100\"            healthy: the connection is accepted
+  exec = [\"bin/check\"]              healthy: exit code 0
+  interval = \"10s\"           from the end of a check to the next
+  timeout = \"5s\"             of one check
+  failures = 3               consecutive failures until a restart
+  startPeriod = \"30s\"        failures do not count; ends with the first
+                             success
 
-To rotate a key, sign a release that brings the new one with the old key; when
-every host runs it, sign one that revokes the old with the new key.";
+  [env]
+  NAME = \"value\"
 
-/// What is published, and as what.
+A check does not verify an https certificate, follow redirects or use a proxy.
+The program of exec is part of the package and runs like the sub-agent; at the
+timeout it is killed with all processes that it started.
+
+Instead of agent.toml, a package can have an executable `control` script that
+supports start, stop and status. status prints `started` or `stoped` and runs
+every 30 seconds: `stoped`, or three times no answer within 10 seconds, restarts
+the sub-agent. If the program leaves its cgroup, session and environment (by
+`su - USER`, or by a process title of its own), the script must also support
+`pid`, which prints the process id. A program that cannot be found is not
+started a second time, and only its script can stop it.
+
+A package of the manager (aops-spm, with bin/aops) can change the keys that
+hosts trust, once its release is committed:
+
+  keys/NEW.pub            a minisign public key that hosts trust, too
+  keys/revoked/OLD.pub    a key that hosts never trust again, except from an
+                          operator's own file in etc/keys of a host
+
+It can also move hosts to another gateway, which they keep if the release passes
+its trial: etc/endpoint.toml with heartbeatSrv, and caCert (a file of the
+package) or pin.
+
+To rotate a key, sign a release that contains the new key with the old key; when
+every host runs it, sign a release that revokes the old key with the new key.";
+
+/// The arguments of `gateway publish`.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = EXAMPLE)]
 pub struct PublishArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Name of the package, where its agent.toml, its
-    /// signature or its file's name does not say it
+    /// Name of the package, if it is not in its agent.toml,
+    /// its signature or its file name
     #[arg(long, verbatim_doc_comment)]
     name: Option<AgentName>,
     /// Version of the package, likewise
     #[arg(long)]
     version: Option<Version>,
-    /// linux or windows, likewise; of a directory: what
-    /// this executable was built for
+    /// linux or windows, likewise; the default for a
+    /// directory is the system of this executable
     #[arg(long, verbatim_doc_comment)]
     os: Option<Os>,
     /// amd64, 386 or arm64, likewise
     #[arg(long)]
     arch: Option<Arch>,
-    /// A host that has had a package of one epoch refuses
-    /// lower ones [default: the highest of that name, or 1]
+    /// Epoch of the package: a host rejects lower epochs than
+    /// it has had [default: the highest of that name, or 1]
     #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
-    /// The private key to sign with; the password of one that
-    /// has one is asked for, or taken from the environment
-    /// variable MINISIGN_PASSWORD [default: keys/aops.key]
+    /// The private key to sign with; its password, if any, is
+    /// taken from the environment variable MINISIGN_PASSWORD
+    /// or prompted for [default: keys/aops.key]
     #[arg(long, value_name = "FILE", verbatim_doc_comment)]
     key: Option<PathBuf>,
-    /// Publish this very executable: as the manager's
-    /// package, and as the bootstrap that hosts fetch
+    /// Publish this executable: as the package of the manager
+    /// and as the bootstrap that new hosts download
     #[arg(long = "self", conflicts_with_all = ["path", "name", "os", "arch"], verbatim_doc_comment)]
     itself: bool,
-    /// A directory, or an archive (tar.zst, tar.gz, zip); a
-    /// signature beside it (PATH.minisig) is kept
+    /// A directory, or an archive (tar.zst, tar.gz, zip); an
+    /// existing signature PATH.minisig is used
     #[arg(required_unless_present = "itself", verbatim_doc_comment)]
     path: Option<PathBuf>,
 }
@@ -122,7 +162,7 @@ pub(super) fn run(args: &PublishArgs) -> Result<()> {
     Ok(())
 }
 
-/// What came of it.
+/// The result of publishing.
 struct PublishResult {
     binding: Binding,
     file: String,
@@ -131,7 +171,7 @@ struct PublishResult {
     bootstrap: Option<String>,
 }
 
-/// Where the content comes from.
+/// The source of the content.
 enum ContentSource {
     Directory(PathBuf),
     Archive { path: PathBuf, packing: Packing },
@@ -170,7 +210,7 @@ impl ContentSource {
         }
     }
 
-    /// The content as an archive, in a temporary file of the depot.
+    /// Writes the content as an archive to a temporary file in the depot.
     fn staged(&self, place: &GatewayDirectory) -> Result<NamedTempFile> {
         let mut staged = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
         match self {
@@ -179,7 +219,7 @@ impl ContentSource {
                 std::io::copy(&mut File::open(path)?, staged.as_file_mut())?;
             }
             ContentSource::Itself(path) => {
-                // Without the trailer that it has if it is a bootstrap itself: the package is to be the same.
+                // Without the trailer of a bootstrap: the package must not depend on how this executable was installed.
                 let mut bare = tempfile::NamedTempFile::new()?;
                 let mut executable = File::open(path)?;
                 let length = trailer::length_without(&mut executable)?;
@@ -196,7 +236,7 @@ impl ContentSource {
 
 fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) -> Result<PublishResult> {
     let _lock = lock::take(&place.publish_lock(), PATIENCE)?
-        .with_context(|| format!("somebody else is publishing into {}", place.depot().display()))?;
+        .with_context(|| format!("another publish is running in {}; try again later", place.depot().display()))?;
     sweep(&place.depot())?;
     let keys = DepotKeys::read(place)?;
     let mut staged = source.staged(place)?;
@@ -239,7 +279,7 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     if release.name.as_str() == MANAGER_PACKAGE {
         let wanted = archive::manager_path(release.os);
         if contents.manager.as_deref() != Some(wanted) {
-            bail!("it has no {wanted}, which a package of the manager for {} must have", release.os);
+            bail!("it has no {wanted}, which a package of the manager for {} needs", release.os);
         }
         contents.check_keys(&release.version)?;
     } else {
@@ -250,12 +290,12 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     let file = release.file_name(packing);
     let others = depot::published(&place.depot(), &release.name)?;
     if let Some(other) = others.iter().find(|other| other.binding.release == release && other.file != file) {
-        bail!("{release} is published already, as {}; give this one another version", other.file);
+        bail!("{release} is published already, as {}; choose another version", other.file);
     }
     let versions = others.iter().map(|other| &other.binding.release.version);
     if let Some(other) = versions.into_iter().find(|other| names::differ_in_case_alone(other, &release.version)) {
         bail!(
-            "version {other} of {} is published already, and differs from {} in upper and lower case alone: a Windows host cannot \
+            "version {other} of {} is published already and differs from {} only in upper and lower case, so a Windows host cannot \
              keep both; choose another version",
             release.name,
             release.version
@@ -265,7 +305,7 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     let highest = others.iter().map(|other| other.binding.epoch).max();
     let epoch = match (&kept, args.epoch) {
         (Some(kept), Some(epoch)) if kept.binding.epoch != epoch => {
-            bail!("its signature says epoch {}, not {epoch}", kept.binding.epoch)
+            bail!("its signature is for epoch {}, not {epoch}", kept.binding.epoch)
         }
         (Some(kept), _) => kept.binding.epoch,
         (None, Some(epoch)) => epoch,
@@ -273,7 +313,7 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     };
     if highest.is_some_and(|highest| epoch < highest) {
         notes.push(format!(
-            "warning: epoch {} of {} is published already; hosts that have had it will refuse this package of epoch {epoch}",
+            "warning: epoch {} of {} is published already; hosts that have had it will reject this package of epoch {epoch}",
             highest.unwrap_or(epoch),
             release.name
         ));
@@ -281,13 +321,13 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     let binding = Binding { release, epoch };
 
     let target = place.depot().join(&file);
-    // `a-1` 2 and `a` 1-2 would be one file.
+    // `a-1` 2 and `a` 1-2 have the same file name.
     if let Some(other) = depot::binding_of(&target)?.filter(|other| other.release != binding.release) {
-        bail!("the file {file} is that of {} already; choose another version", other.release);
+        bail!("the file name {file} is already used by {}; choose another version", other.release);
     }
     let same = match target.exists() {
         true if !same_content(staged.as_file_mut(), &target)? => {
-            bail!("{file} is published already, with another content; choose another version (--version)")
+            bail!("{file} is published already with different content; choose another version (--version)")
         }
         exists => exists,
     };
@@ -306,7 +346,7 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
                 None => sign(place, args.key.as_deref(), staged.as_file_mut(), &binding)?,
             };
             store::replace(&depot::signature_path(&target), signature.as_bytes(), Access::Public)?;
-            if same { "signed anew" } else { "published" }
+            if same { "signed again" } else { "published" }
         }
     };
     let is_manager = binding.release.name.as_str() == MANAGER_PACKAGE;
@@ -317,9 +357,9 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     if !same {
         bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
     }
-    match depot::offered(place, &file, keys.keys()).context("it is in the depot, but a gateway does not offer it")? {
+    match depot::offered(place, &file, keys.keys()).context("it is in the depot, but the gateway cannot offer it")? {
         Some(SignatureStatus::UnknownKey) => notes.push(format!(
-            "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not carry it",
+            "warning: the signature is by a key that is not in {}; hosts need that key from elsewhere, as the bootstrap does not contain it",
             place.keys().display()
         )),
         Some(SignatureStatus::Good | SignatureStatus::Bad(_)) | None => {}
@@ -327,7 +367,7 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     Ok(PublishResult { binding, file, fate, notes, bootstrap })
 }
 
-/// Removes what an interrupted publishing left behind; nobody else is at it while the lock is held.
+/// Removes temporary files of an interrupted publish. The caller holds the lock.
 fn sweep(depot: &Path) -> Result<()> {
     for entry in fs::read_dir(depot).with_context(|| format!("cannot read {}", depot.display()))? {
         let path = entry?.path();
@@ -342,17 +382,14 @@ fn sign(place: &GatewayDirectory, key: Option<&Path>, package: &mut File, bindin
     let default = place.signing_key();
     let key = key.unwrap_or(&default);
     if !key.exists() {
-        bail!(
-            "there is no signing key {}; give one with --key, or put the signature that was made elsewhere beside the archive",
-            key.display()
-        );
+        bail!("there is no signing key {}; give one with --key, or put a signature beside the archive", key.display());
     }
     let signer = Signer::load(key, || password(key))?;
     package.seek(SeekFrom::Start(0))?;
     signer.sign(package, binding)
 }
 
-/// A signature that came with an archive.
+/// The signature beside an archive.
 struct SuppliedSignature {
     text: String,
     binding: Binding,
@@ -362,26 +399,26 @@ fn signature_beside(archive: &Path) -> Result<Option<SuppliedSignature>> {
     let path = depot::signature_path(archive);
     let Some(bytes) = store::read(&path, package::MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let attempt = || -> Result<SuppliedSignature> {
-        let text = String::from_utf8(bytes).context("it is no text")?;
+        let text = String::from_utf8(bytes).context("it is not text")?;
         let binding = package::binding_of(&text)?;
         Ok(SuppliedSignature { text, binding })
     };
-    attempt()
-        .map(Some)
-        .with_context(|| format!("cannot keep the signature {}; sign it anew, or remove it", path.display()))
+    attempt().map(Some).with_context(|| {
+        format!("cannot use the signature {}; sign the archive again, or remove the signature", path.display())
+    })
 }
 
 impl SuppliedSignature {
-    /// Verifies it by the depot's keys; one of a key that is not there is kept, for hosts may know it.
+    /// Verifies it with the depot's keys. A signature by another key is accepted: hosts may trust that key.
     fn check(&self, keys: &Keys, package: &mut File) -> Result<()> {
         match package::judge(package, &self.text, keys)?.0 {
             SignatureStatus::Good | SignatureStatus::UnknownKey => Ok(()),
-            SignatureStatus::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
+            SignatureStatus::Bad(why) => bail!("its signature is not for this content: {why}"),
         }
     }
 }
 
-/// Whether the file's own signature stands, and is the one that came with the archive where one did.
+/// Whether the published file has a valid signature, and the same one as the archive if that has one.
 fn is_signed_so(file: &Path, keys: &Keys, kept: Option<&SuppliedSignature>) -> Result<bool> {
     let Some((verdict, text)) = depot::verdict_on(file, keys)? else { return Ok(false) };
     Ok(match kept {

@@ -1,5 +1,4 @@
-//! What the gateway answers to each request. Every error is JSON `{"errorMessage": …}`, which a host shows its operator, with a status code
-//! that says whose fault it is.
+//! The routes of the gateway. Every error response is JSON `{"errorMessage": …}`, which a host shows its operator.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -24,34 +23,34 @@ use crate::core::protocol::{
     self, AGENT_ID_HEADER, DOWNLOAD_PATH, HEARTBEAT_PATH, Heartbeat, MAX_VALUES, RELEASES_PATH,
 };
 
-/// A heartbeat beyond this is refused.
+/// The largest heartbeat that is accepted.
 const MAX_BODY_BYTES: usize = 4 << 20;
-/// A heartbeat beyond this is a large one: of a host with hundreds of sub-agents, or with much to tell after a long silence.
+/// Heartbeats larger than this are large ones: of hosts with hundreds of sub-agents, or with many events after a long interruption.
 const LARGE_BODY_BYTES: u64 = 128 << 10;
-/// So many large ones are taken in at once, 256 MiB of them; others come again a little later. Connections there may be tens of thousands.
+/// Large heartbeats received at once, 256 MiB in all; others are retried later. There can be tens of thousands of connections.
 const LARGE_BODIES: usize = 64;
-/// A heartbeat that takes longer to arrive is given up.
+/// The timeout for receiving the body of a heartbeat.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The address that a connection comes from.
+/// The IP address of the client.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ClientAddress(pub(super) IpAddr);
 
-/// For those heartbeats of which not too many may be there at once.
+/// The permits for large heartbeats.
 pub(super) fn large_bodies() -> Semaphore {
     Semaphore::new(LARGE_BODIES)
 }
 
-/// Every route.
+/// All routes.
 pub(super) fn router(shared: Arc<RequestContext>) -> Router {
     Router::new()
         .route(HEARTBEAT_PATH, post(heartbeat))
         .route(&format!("{DOWNLOAD_PATH}/{{file}}"), get(downloaded))
         .route(&format!("{RELEASES_PATH}/{{name}}"), get(release))
         .route("/healthz", get(health))
-        .fallback(async || HttpError::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
+        .fallback(async || HttpError::new(StatusCode::NOT_FOUND, "not found: the gateway has no such path"))
         .method_not_allowed_fallback(async || {
-            HttpError::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
+            HttpError::new(StatusCode::METHOD_NOT_ALLOWED, "this path does not support the request method")
         })
         .with_state(shared)
 }
@@ -61,7 +60,7 @@ async fn heartbeat(State(shared): State<Arc<RequestContext>>, request: Request) 
     let named = agent_id(request.headers())?.ok_or_else(|| bad(format!("the header {AGENT_ID_HEADER} is missing")))?;
     let address = request.extensions().get::<ClientAddress>().map(|peer| peer.0.to_string());
     let (body, _room) = body(request, &shared.large_bodies).await?;
-    // Before it is taken apart: small values take many times the memory that they take on the wire.
+    // Checked before parsing: small values need many times the memory that they have on the wire.
     if protocol::values(&body) > MAX_VALUES {
         return Err(HttpError::new(
             StatusCode::PAYLOAD_TOO_LARGE,
@@ -72,7 +71,7 @@ async fn heartbeat(State(shared): State<Arc<RequestContext>>, request: Request) 
         serde_json::from_slice(&body).map_err(|error| bad(format!("cannot read the heartbeat: {error}")))?;
     if heartbeat.agent_id != named {
         return Err(bad(format!(
-            "the heartbeat is of {}, the header {AGENT_ID_HEADER} says {named}",
+            "the heartbeat is of agent id {}, but the header {AGENT_ID_HEADER} is {named}",
             heartbeat.agent_id
         )));
     }
@@ -81,8 +80,8 @@ async fn heartbeat(State(shared): State<Arc<RequestContext>>, request: Request) 
     match told {
         Ok(told) => Ok(answer(StatusCode::OK, &told)),
         Err(super::hosts::HostLimitReached) => {
-            tracing::warn!(agent_id = %named, "a host is turned away, there are too many");
-            Err(HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway has no room for another host")
+            tracing::warn!(agent_id = %named, "a host is rejected: the limit of hosts is reached");
+            Err(HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway's limit of hosts is reached")
                 .retry_after(300))
         }
     }
@@ -94,7 +93,7 @@ fn agent_id(headers: &HeaderMap) -> Result<Option<AgentId>, HttpError> {
     value.parse().map(Some).map_err(|error| HttpError::new(StatusCode::BAD_REQUEST, format!("{error}")))
 }
 
-/// The body, and the room that it takes while it is there.
+/// Receives the body; a large one with the permit to hold while it is in memory.
 async fn body(request: Request, large: &Semaphore) -> Result<(Bytes, Option<SemaphorePermit<'_>>), HttpError> {
     let too_large =
         || HttpError::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the heartbeat has more than {MAX_BODY_BYTES} bytes"));
@@ -105,16 +104,16 @@ async fn body(request: Request, large: &Semaphore) -> Result<(Bytes, Option<Sema
     }
     let room = match length {
         Some(length) if length <= LARGE_BODY_BYTES => None,
-        // Who does not say how long it is may send as much.
+        // Without a length the body may be large.
         _ => Some(large.try_acquire().map_err(|_| {
             HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "too many large heartbeats at once").retry_after(5)
         })?),
     };
     match tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), MAX_BODY_BYTES)).await {
         Ok(Ok(bytes)) => Ok((bytes, room)),
-        // Without a length it can only be found out by reading; the other errors end the connection anyway.
+        // A body without length was too large; after any other error the connection is closed anyway.
         Ok(Err(_)) => Err(too_large()),
-        Err(_) => Err(HttpError::new(StatusCode::REQUEST_TIMEOUT, "the heartbeat took too long to arrive")),
+        Err(_) => Err(HttpError::new(StatusCode::REQUEST_TIMEOUT, "receiving the heartbeat timed out")),
     }
 }
 
@@ -127,7 +126,7 @@ async fn downloaded(
     download::answer(&shared.world().index, &file, &method, &headers).await
 }
 
-/// For whom a release is asked.
+/// The query of a release.
 #[derive(Deserialize)]
 struct ReleaseQuery {
     os: Option<String>,
@@ -142,7 +141,7 @@ async fn release(
     let bad = |message: String| HttpError::new(StatusCode::BAD_REQUEST, message);
     let name: AgentName = name.parse().map_err(|error| bad(format!("{error}")))?;
     let (Some(os), Some(arch)) = (wanted.os, wanted.arch) else {
-        return Err(bad("the query must say os and arch".to_owned()));
+        return Err(bad("the query needs os and arch".to_owned()));
     };
     let os: Os = os.parse().map_err(|error| bad(format!("{error}")))?;
     let arch: Arch = arch.parse().map_err(|error| bad(format!("{error}")))?;

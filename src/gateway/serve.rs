@@ -1,14 +1,15 @@
-//! `gateway run`: the server. HTTPS only; what it answers is in `routes`, what it answers from is kept true here.
+//! `gateway run`: the HTTPS server. `routes` answers requests; this module accepts connections and starts the background tasks.
 //!
 //! ```text
-//! watch: keys/, depot/, fleet.toml and tls/, looked at twice a second ──> World, replaced whole ──> requests
-//! save:  hosts.json, some time after something has changed, and at the end
+//! watch: polls keys/, depot/, fleet.toml and tls/ twice a second ──> Snapshot, replaced as a whole ──> requests
+//! save:  writes hosts.json some time after a change, and at the end
 //! ```
 //!
-//! Neither requests nor the watch wait for a disk to sync: `save` is a task of its own, and what the watch keeps is written by threads of
-//! their own (`behind`).
+//! Requests and the watch never wait for a disk sync: `save` is a separate task, and the watch writes its files in background threads
+//! (`write_behind`).
 //!
-//! Every connection is bounded: in number, in the time for its handshake, for a request's head and body, and for taking what it asked for.
+//! The number of connections is limited, and there are timeouts for the handshake, for the head and body of a request, and for a client
+//! that stops reading the response.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -34,32 +35,32 @@ use crate::lock;
 use crate::output::report;
 use crate::platform::{self, Reload, Termination};
 
-/// hosts.json is written at most so often, and the work of it never takes more than a twentieth of the time; nor does the disk sync it for
-/// more than half of the time.
+/// The minimum interval between two writes of hosts.json.
 const SAVE: Duration = Duration::from_secs(2);
+/// The interval grows so that serializing takes at most one part in this many, and the disk at most half of the time.
 const SAVE_SHARE: u32 = 20;
-/// More connections than this at once wait to be accepted.
+/// Connections served at once; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 60_000;
-/// Open files that are left to everything else.
+/// Open files reserved for everything besides connections.
 const RESERVED_FILES: u64 = 64;
-/// For the TLS handshake.
+/// The timeout of a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(15);
-/// For a request's head, which also ends idle connections: hosts keep theirs from one heartbeat to the next.
+/// The timeout for the head of a request, and so of idle connections. Hosts keep connections alive from one heartbeat to the next.
 const IDLE: Duration = Duration::from_secs(120);
-/// For somebody who downloads and takes nothing any more.
+/// The timeout for a client that stops reading a response.
 const STALL: Duration = Duration::from_secs(120);
-/// For requests under way when the gateway is stopped.
+/// The timeout for requests under way when the gateway stops.
 const DRAIN: Duration = Duration::from_secs(10);
-/// For another gateway of the same directory that is ending.
+/// The timeout for a stopping gateway of the same directory to release the lock.
 const TAKE_OVER: Duration = Duration::from_secs(5);
 
-/// What is served, and where.
+/// The arguments of `gateway run`.
 #[derive(Debug, clap::Args)]
 pub struct RunArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Address and port to listen on; port 0 takes a
+    /// Address and port to listen on; port 0 selects a
     /// free one
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:8888", verbatim_doc_comment)]
     listen: SocketAddr,
@@ -68,20 +69,20 @@ pub struct RunArgs {
 pub(super) fn run(args: &RunArgs) -> Result<()> {
     let place = GatewayDirectory::initialized(&args.dir)?;
     let Some(_lock) = lock::take(&place.lock(), TAKE_OVER)? else {
-        bail!("cannot run a second gateway from {}: one is running already", args.dir.display());
+        bail!("cannot run a second gateway in {}: another gateway is already running", args.dir.display());
     };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
         let (stopped, reload) = signals().context("cannot listen for signals")?;
-        let listener = TcpListener::bind(args.listen)
-            .await
-            .with_context(|| format!("cannot listen on {}; --listen chooses another address or port", args.listen))?;
+        let listener = TcpListener::bind(args.listen).await.with_context(|| {
+            format!("cannot listen on {}; choose another address or port with --listen", args.listen)
+        })?;
         serve(place, listener, WatchIntervals::USUAL, stopped, reload, announce).await
     })
 }
 
-/// What asks the gateway to end, and what asks it to read its files again (SIGHUP, where there are signals).
+/// Receivers of the request to stop, and of the request to reload all files (SIGHUP, on Unix).
 fn signals() -> std::io::Result<(watch::Receiver<bool>, Arc<Notify>)> {
     let (stop, stopped) = watch::channel(false);
     let (mut termination, mut hangup) = (Termination::new()?, Reload::new()?);
@@ -90,12 +91,12 @@ fn signals() -> std::io::Result<(watch::Receiver<bool>, Arc<Notify>)> {
     tokio::spawn(async move {
         loop {
             tokio::select! {
-                // Both are cancel-safe, as they say.
+                // Both are cancel-safe, as documented.
                 () = termination.recv() => break,
                 () = hangup.recv() => asked.notify_one(),
             }
         }
-        // The receiver is gone only when the gateway has ended already.
+        // The receiver is dropped only after the gateway has stopped.
         let _ = stop.send(true);
     });
     Ok((stopped, reload))
@@ -105,7 +106,7 @@ fn announce(address: SocketAddr) {
     report!("listening on https://{address}");
 }
 
-/// Serves until `stopped` says so, and reads its files again at once when `reload` does. `ready` is told the address once requests are
+/// Serves until `stopped` is true, and reloads its files when `reload` is notified. Calls `ready` with the address once requests are
 /// answered.
 pub(super) async fn serve(
     place: GatewayDirectory,
@@ -137,12 +138,12 @@ pub(super) async fn serve(
     let saving = tokio::spawn(keep_saving(place.hosts(), shared.clone(), stopped));
 
     ready(address);
-    tracing::info!(%address, hosts = shared.hosts.count(), "the gateway serves");
+    tracing::info!(%address, hosts = shared.hosts.count(), "the gateway has started");
     accept(listener, doors, shared.clone()).await;
     watching.await?;
     saving.await?;
     save(&place.hosts(), &shared).await;
-    tracing::info!("the gateway ends");
+    tracing::info!("the gateway stops");
     Ok(())
 }
 
@@ -152,33 +153,33 @@ fn acceptor(served: Arc<ServedCertificate>) -> Result<TlsAcceptor> {
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_cert_resolver(served);
-    // A fleet that comes back all at once resumes its sessions.
+    // Session resumption makes it cheaper when all hosts reconnect at once.
     config.ticketer = rustls::crypto::ring::Ticketer::new()?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// What every connection is made with, and what ends it.
+/// Shared by all connections.
 #[derive(Clone)]
 struct ConnectionContext {
     acceptor: TlsAcceptor,
-    /// Another certificate is served: hosts are to see it.
+    /// Changes when another certificate is served: connections are closed, so that hosts see the new certificate.
     renewed: watch::Receiver<u64>,
     stopped: watch::Receiver<bool>,
 }
 
-/// What was known of the hosts, and why it is not known any more.
+/// The saved records of the hosts; without them, the problem to report.
 fn remembered(place: &GatewayDirectory) -> (Vec<hosts::Record>, Option<String>) {
     match hosts::load(&place.hosts()) {
         Ok(records) => (records, None),
         Err(error) => {
-            // It is memory, not truth: every host says it again with its next heartbeat.
+            // The records are only a cache: every host reports its state again with its next heartbeat.
             let damaged = place.hosts().with_extension("json.damaged");
             let kept = match std::fs::rename(place.hosts(), &damaged) {
-                Ok(()) => format!("it is kept as {}", damaged.display()),
-                Err(error) => format!("it could not be put aside: {error}"),
+                Ok(()) => format!("the file is kept as {}", damaged.display()),
+                Err(error) => format!("the file cannot be renamed: {error}"),
             };
-            (Vec::new(), Some(format!("hosts are remembered from this start on alone ({kept}): {error:#}")))
+            (Vec::new(), Some(format!("the records of hosts from before this start are lost ({kept}): {error:#}")))
         }
     }
 }
@@ -187,7 +188,7 @@ async fn keep_saving(path: PathBuf, shared: Arc<RequestContext>, mut stopped: wa
     let mut pause = SAVE;
     loop {
         tokio::select! {
-            // Both may be dropped at any time: what a lost notification spoke of is found by the save at the end.
+            // Both are cancel-safe: changes of a lost notification are saved at the end.
             () = async { shared.touched.notified().await; tokio::time::sleep(pause).await } => {}
             _ = stopped.wait_for(|stopped| *stopped) => return,
         }
@@ -197,8 +198,7 @@ async fn keep_saving(path: PathBuf, shared: Arc<RequestContext>, mut stopped: wa
     }
 }
 
-/// Writes what is known of the hosts, where something is not written yet; what could not be is tried again. Gives the time that the work
-/// took, without the disk's.
+/// Writes the records of the hosts if they have changed; a failed write is retried. Returns how long it took without the sync.
 async fn save(path: &Path, shared: &RequestContext) -> Duration {
     let Some(records) = shared.hosts.changed() else { return Duration::ZERO };
     let (file, started) = (path.to_owned(), Instant::now());
@@ -208,10 +208,10 @@ async fn save(path: &Path, shared: &RequestContext) -> Duration {
             work
         }
         Ok(Err(error)) => {
-            shared.trouble("hosts", Some(format!("what is known of the hosts is not on disk: {error:#}")));
+            shared.trouble("hosts", Some(format!("cannot save the records of the hosts: {error:#}; retrying")));
             shared.hosts.mark_changed();
             shared.touched.notify_one();
-            // How much of it was work is not known.
+            // The share of the sync is unknown.
             started.elapsed()
         }
         Err(_) => started.elapsed(),
@@ -226,7 +226,7 @@ async fn accept(listener: TcpListener, mut doors: ConnectionContext, shared: Arc
     let router = routes::router(shared);
     loop {
         let accepted = tokio::select! {
-            // A place that is taken and dropped is free again; `accept` loses no connection when dropped.
+            // Cancel-safe: a dropped permit is released, and `accept` loses no connection.
             accepted = async {
                 let place = places.clone().acquire_owned().await;
                 (listener.accept().await, place)
@@ -239,14 +239,14 @@ async fn accept(listener: TcpListener, mut doors: ConnectionContext, shared: Arc
                 let doors = doors.clone();
                 tokio::spawn(async move {
                     if let Err(error) = connection(stream, doors, service).await {
-                        tracing::debug!(%peer, error = %format!("{error:#}"), "a connection has failed");
+                        tracing::debug!(%peer, error = %format!("{error:#}"), "a connection failed");
                     }
                     drop(place);
                 });
             }
             (Err(error), _) => {
-                // Out of open files, mostly: those that end make room.
-                tracing::warn!(%error, "a connection could not be accepted");
+                // Mostly the limit of open files: wait until connections are closed.
+                tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
             (_, Err(_)) => break,
@@ -255,7 +255,7 @@ async fn accept(listener: TcpListener, mut doors: ConnectionContext, shared: Arc
     drop(listener);
     let everyone = u32::try_from(most).unwrap_or(u32::MAX);
     if tokio::time::timeout(DRAIN, places.acquire_many(everyone)).await.is_err() {
-        tracing::warn!("some requests were cut off");
+        tracing::warn!("requests were aborted at the stop timeout");
     }
 }
 
@@ -263,11 +263,11 @@ async fn connection(stream: TcpStream, mut doors: ConnectionContext, service: ax
     stream.set_nodelay(true)?;
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(STALL));
-    // From before the handshake: the certificate may change meanwhile.
+    // Before the handshake, during which the certificate may change.
     doors.renewed.mark_unchanged();
     let stream = tokio::time::timeout(HANDSHAKE, doors.acceptor.accept(Box::pin(stream)))
         .await
-        .context("the handshake took too long")??;
+        .context("the TLS handshake timed out")??;
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE)
@@ -275,10 +275,10 @@ async fn connection(stream: TcpStream, mut doors: ConnectionContext, service: ax
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
-        // The connection is pinned outside and goes on after the other arm.
+        // Cancel-safe: the connection is pinned outside and continues below.
         ended = connection.as_mut() => return Ok(ended?),
         _ = doors.stopped.wait_for(|stopped| *stopped) => {}
-        // Only a look at a value, too.
+        // Cancel-safe, as documented.
         _ = doors.renewed.changed() => {}
     }
     connection.as_mut().graceful_shutdown();

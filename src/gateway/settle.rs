@@ -1,16 +1,16 @@
-//! When a file that somebody writes counts: not while it may still be half of itself. A file that is written in place, over a slow link or
-//! onto a full disk, is well formed at the end of many a line; so it counts once it has stood still for a while.
+//! Detects when a file is complete. A file that is written in place, over a slow link or to a full disk, may be well formed although half of
+//! it is missing. So it is read only after it has not changed for a while.
 
 use std::time::{Duration, Instant, SystemTime};
 
-/// How long a file must have stood still: longer than a network file system or an editor pauses between two writes.
+/// How long a file must not have changed: longer than the pause of an editor or a network file system between two writes.
 pub(super) const STILL: Duration = Duration::from_secs(2);
 
-/// What was found at a file's place at the last looks.
+/// The content, or the stamp, of a file at the last polls.
 #[derive(Debug)]
 pub(super) struct SettledFile<T> {
     required: Duration,
-    /// And since when it is so.
+    /// The last value, and since when it is unchanged.
     found: Option<(T, Instant)>,
 }
 
@@ -19,8 +19,8 @@ impl<T: PartialEq> SettledFile<T> {
         SettledFile { required, found: None }
     }
 
-    /// Notes what a look has found, last modified then, and says whether it has stood still for long enough. The time of a modification
-    /// counts at the first look alone, when nothing else is known.
+    /// Records the value of a poll; returns whether it has been unchanged for long enough. At the first poll this is the time since
+    /// `modified`.
     pub(super) fn look(&mut self, found: T, modified: Option<SystemTime>, now: Instant) -> bool {
         match &self.found {
             Some((known, since)) if *known == found => now.duration_since(*since) >= self.required,

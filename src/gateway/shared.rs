@@ -1,4 +1,4 @@
-//! What the requests of a running gateway share: what they are answered from, and what bounds them.
+//! The data that all requests of a running gateway share.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -10,20 +10,20 @@ use super::hosts::{Hosts, Snapshot};
 use super::state::GatewayState;
 use crate::core::fleet::Fleet;
 
-/// What every request may use.
+/// The shared data of all requests.
 pub(super) struct RequestContext {
     pub(super) hosts: Hosts,
     world: RwLock<Arc<Snapshot>>,
     standing: Mutex<GatewayState>,
-    /// What the gateway cannot keep of its own state, by what it is about.
+    /// Problems with the gateway's own state files, by topic.
     troubles: Mutex<BTreeMap<&'static str, String>>,
-    /// Something is to be saved.
+    /// Notified when records of hosts have to be saved.
     pub(super) touched: Notify,
     pub(super) large_bodies: Semaphore,
 }
 
 impl RequestContext {
-    /// With an empty world: no fleet, and nothing on offer.
+    /// With an empty snapshot: no fleet and no packages.
     pub(super) fn new(hosts: Hosts, large_bodies: Semaphore) -> RequestContext {
         RequestContext {
             hosts,
@@ -44,7 +44,7 @@ impl RequestContext {
         self.world.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Answers are made from these from now on.
+    /// Replaces the data that requests are answered from.
     pub(super) fn replace_world(&self, fleet: Option<Arc<Fleet>>, index: Arc<Index>, pins: Vec<String>) {
         let mut world = self.world.write().unwrap_or_else(PoisonError::into_inner);
         *world = Arc::new(Snapshot { revision: world.revision + 1, fleet, index, pins });
@@ -58,7 +58,7 @@ impl RequestContext {
         *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
     }
 
-    /// Notes what is wrong with a piece of the gateway's own state, or that nothing is.
+    /// Sets the problem of a topic, or clears it.
     pub(super) fn trouble(&self, about: &'static str, why: Option<String>) {
         let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
         match why {

@@ -1,4 +1,4 @@
-//! The gateway as hosts and operators meet it: a real server on loopback, asked over TLS by a client that trusts its certificate alone.
+//! Tests of the whole gateway: a real server on loopback, queried over TLS by a client that trusts only its certificate.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::store::{self, Access};
 
-/// Generous, for a busy machine.
+/// Long enough for a busy machine.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 #[derive(Parser)]
@@ -21,7 +21,7 @@ struct Line {
     command: GatewayCommand,
 }
 
-/// A gateway's directory that is gone after the test.
+/// A gateway's directory that is removed after the test.
 pub(super) struct Bench {
     pub(super) dir: tempfile::TempDir,
     pub(super) place: GatewayDirectory,
@@ -86,7 +86,7 @@ impl Bench {
     }
 }
 
-/// A native package's directory.
+/// The directory of a package with `agent.toml`.
 pub(super) fn native(tree: &Path, name: &str, version: &str) -> PathBuf {
     fs::create_dir_all(tree).unwrap();
     let manifest = format!("name = \"{name}\"\nversion = \"{version}\"\n[run]\ncommand = [\"run\"]\n");
@@ -96,7 +96,7 @@ pub(super) fn native(tree: &Path, name: &str, version: &str) -> PathBuf {
     tree.to_owned()
 }
 
-/// A gateway that runs until this is dropped.
+/// A gateway that runs until it is dropped.
 struct Served {
     url: String,
     client: ureq::Agent,
@@ -148,7 +148,7 @@ impl Served {
         Got::of(request.send(body).unwrap())
     }
 
-    /// A heartbeat of a host that holds what `answer` told it.
+    /// A heartbeat of a host that has the desired state of the answer `held`.
     fn heartbeat(&self, hostname: &str, held: Option<&Value>) -> Value {
         let mut heartbeat = json!({
             "agentId": "5402", "instanceId": "i", "hostname": hostname, "os": "linux", "arch": "amd64",
@@ -163,7 +163,7 @@ impl Served {
         got.json()
     }
 
-    /// Asks until the answer is as it should be.
+    /// Repeats a request until the answer is as expected.
     fn until<T>(&self, ask: impl Fn() -> T, right: impl Fn(&T) -> bool) -> T
     where
         T: std::fmt::Debug,
@@ -210,7 +210,7 @@ fn a_change_of_the_fleet_reaches_the_host_as_a_new_generation() {
     assert_eq!(package.body.len() as u64, order["size"].as_u64().unwrap());
     assert_eq!(package.headers["etag"], format!("\"{}\"", order["sha256"].as_str().unwrap()));
 
-    // Held: no list, the same number. A rule that is not for this host changes nothing for it.
+    // The host has it: no list, the same generation. A rule for other hosts changes nothing for it.
     let held = served.heartbeat("web-1", Some(&first));
     assert_eq!((&held["agents"], &held["generation"]), (&Value::Null, &first["generation"]));
     bench.fleet(
@@ -223,7 +223,7 @@ fn a_change_of_the_fleet_reaches_the_host_as_a_new_generation() {
     assert_eq!(other["agents"][0]["version"], json!("1.1.0"));
     assert!(other["generation"].as_u64() > first["generation"].as_u64());
 
-    // A restarted gateway remembers.
+    // A restarted gateway has the same state.
     drop(served);
     let served = bench.serve();
     let held = served.heartbeat("db-1", Some(&other));
@@ -258,7 +258,7 @@ fn a_wrong_fleet_file_keeps_the_last_good_one_also_after_a_restart() {
     let held = served.heartbeat("h", Some(&before));
     assert_eq!((&held["agents"], &held["generation"]), (&Value::Null, &before["generation"]));
 
-    // The package comes, and the file is judged again by itself.
+    // When the package is published, the file is validated again automatically.
     bench.publish("b", "2");
     let changed = served.until(|| served.heartbeat("h", Some(&before)), |answer| answer["agents"].is_array());
     served.until(|| served.last_error(), Value::is_null);
@@ -355,7 +355,7 @@ fn the_manager_is_ordered_where_a_version_is_named_and_upgraded_where_it_differs
     let served = bench.serve();
     let current = served.get("/api/releases/aops-spm?os=linux&arch=amd64", &[]).json();
     assert_eq!((&current["version"], &current["file"]), (&json!("2"), &json!("aops-spm-2_linux_amd64.tar.zst")));
-    // The host says that it runs version 1.
+    // The host reports that it runs version 1.
     let new = served.heartbeat("new", None);
     assert_eq!((&new["cmd"], &new["manager"]["version"]), (&json!("upgrade"), &json!("2")));
     assert_eq!(new["manager"]["sha256"], current["sha256"]);
@@ -398,7 +398,7 @@ fn what_is_no_heartbeat_is_refused_with_a_reason() {
     refused(served.post(Some("../2"), &good.to_string()), 400);
     refused(served.post(Some("1"), "{"), 400);
     refused(served.post(Some("1"), "{}"), 400);
-    // The answer comes before the body was read, so that the client may be told by a closed connection alone.
+    // The answer is sent before the body is read, so the client may see only a closed connection.
     let large = served.client.post(format!("{}/api/heartbeat", served.url)).header("x-agent-id", "1");
     if let Ok(response) = large.send(&" ".repeat((4 << 20) + 1)) {
         refused(Got::of(response), 413);

@@ -1,4 +1,4 @@
-//! What watches a gateway's directory, and what it tells about it: each part by itself, so that one that cannot be read stops no other.
+//! Watches the gateway's directory and publishes its state. Parts are independent: a part that cannot be read does not affect the others.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use super::write_behind::WriteBehind;
 use super::{GatewayDirectory, now_millis};
 use crate::{platform, store};
 
-/// How often is looked, and for how long a file that people write must stand still.
+/// The poll interval, and how long an edited file must not have changed before it is read.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct WatchIntervals {
     pub(super) look: Duration,
@@ -26,14 +26,14 @@ pub(super) struct WatchIntervals {
 }
 
 impl WatchIntervals {
-    /// Of a gateway in production.
+    /// The intervals in production.
     pub(super) const USUAL: WatchIntervals = WatchIntervals { look: Duration::from_millis(500), still: STILL };
 }
 
-/// How long the start waits for fleet.toml to stand still.
+/// The timeout of the start for fleet.toml to settle.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// What watches the directory.
+/// Watches the directory.
 pub(super) struct DirectoryWatcher {
     place: GatewayDirectory,
     pace: WatchIntervals,
@@ -41,7 +41,7 @@ pub(super) struct DirectoryWatcher {
     fleet: FleetFile,
     certificates: Certificates,
     state: GatewayState,
-    /// Tells `status` and the routes how things stand.
+    /// Publishes the state for `gateway status` and the routes.
     told: WriteBehind<GatewayState>,
 }
 
@@ -59,8 +59,8 @@ impl DirectoryWatcher {
             ..GatewayState::default()
         };
         let (path, routes) = (place.standing(), shared.clone());
-        let told = WriteBehind::start("how the gateway stands", move |state: &GatewayState| {
-            // First for `status`, so that what the routes say is never newer than what an operator is shown.
+        let told = WriteBehind::start("the gateway's state", move |state: &GatewayState| {
+            // The file first, so that the routes never return a newer state than `gateway status` shows.
             let written = store::save_unsynced(&path, state);
             routes.set_standing(state.clone());
             written
@@ -76,12 +76,12 @@ impl DirectoryWatcher {
         })
     }
 
-    /// What handshakes are answered with.
+    /// The certificate for TLS handshakes.
     pub(super) fn served(&self) -> Arc<ServedCertificate> {
         self.certificates.served()
     }
 
-    /// The depot at once, then fleet.toml as soon as it stands still.
+    /// The poll at the start: loads the depot at once, and waits for fleet.toml to settle.
     pub(super) fn look_first(&mut self, shared: &RequestContext) {
         self.look(shared, true, false);
         let started = Instant::now();
@@ -93,7 +93,7 @@ impl DirectoryWatcher {
         self.told.flush();
     }
 
-    /// Looks once. `at_once`: the depot counts as it is; `reload`: everything does.
+    /// Polls all files once. `at_once` does not wait for the depot to settle, `reload` for no file.
     fn look(&mut self, shared: &RequestContext, at_once: bool, reload: bool) {
         self.certificates.look(reload);
         let index = self.scanner.look(at_once || reload);
@@ -104,14 +104,14 @@ impl DirectoryWatcher {
             tracing::info!(packages = index.packages(), problems = index.problems().len(), "the depot has changed");
         }
         let (pins, world) = (self.certificates.standing().pins(), shared.world());
-        // What was in force before the start is so from the first look on, whatever that has found.
+        // The first poll puts the last good fleet in force, whatever the present files are.
         if world.revision == 0 || depot_changed || fleet_changed || pins != world.pins {
             shared.replace_world(self.fleet.in_force(), index, pins);
         }
         self.tell(shared, depot_changed || fleet_changed);
     }
 
-    /// Tells the routes and `status` how things stand, where that is news.
+    /// Publishes the state if it has changed.
     fn tell(&mut self, shared: &RequestContext, changed: bool) {
         let parts = self.parts(shared);
         let certificate = self.certificates.standing();
@@ -130,10 +130,12 @@ impl DirectoryWatcher {
 
     fn parts(&self, shared: &RequestContext) -> GatewayParts {
         let world = shared.world();
-        let refused = self.fleet.standing().error.iter().map(|error| format!("fleet.toml is refused: {error}"));
+        let refused = self.fleet.standing().error.iter().map(|error| format!("fleet.toml is rejected: {error}"));
         let files = world.index.problems().iter().map(|(file, why)| format!("{file} is not offered: {why}"));
         let state = self.fleet.unwritten().into_iter().chain(shared.troubles());
-        let state = state.chain(self.told.failure().map(|why| format!("how the gateway stands is not on disk: {why}")));
+        let state = state.chain(
+            self.told.failure().map(|why| format!("cannot save the state for `gateway status`: {why}; retrying")),
+        );
         GatewayParts {
             keys: PartStatus::with(self.scanner.problems_of_keys().cloned().chain(exposed_keys(&self.place))),
             depot: PartStatus::with(self.scanner.unreadable().map(str::to_owned).into_iter().chain(files)),
@@ -150,17 +152,17 @@ impl DirectoryWatcher {
     }
 }
 
-/// Who else could read the signing key.
+/// Problems with the permissions of the signing key.
 pub(super) fn exposed_keys(place: &GatewayDirectory) -> Vec<String> {
     exposed(&place.keys(), &[&place.signing_key()])
 }
 
-/// Who else could read the certificate's key, and the one that comes next.
+/// Problems with the permissions of the certificate's key and of the next key.
 pub(super) fn exposed_tls(place: &GatewayDirectory) -> Vec<String> {
     exposed(&place.tls(), &[&place.certificate_key(), &place.next_certificate()])
 }
 
-/// Files of the depot and the fleet file have log lines of their own.
+/// Logs problems that are new or resolved. New ones of the depot and the fleet file are logged elsewhere.
 fn log_changes(before: &GatewayParts, after: &GatewayParts) {
     for ((name, before), (_, after)) in before.each().into_iter().zip(after.each()) {
         if matches!(name, "keys" | "certificate" | "state") {
@@ -169,12 +171,12 @@ fn log_changes(before: &GatewayParts, after: &GatewayParts) {
             }
         }
         if after.ok && !before.ok {
-            tracing::info!(part = name, "a part of the gateway has no problem any more");
+            tracing::info!(part = name, "the problems of a part of the gateway are resolved");
         }
     }
 }
 
-/// Looks again and again, and when `reload` says so.
+/// Polls at the interval, and reloads all files when `reload` is notified, until `stopped`.
 pub(super) async fn keep_watching(
     mut eyes: DirectoryWatcher,
     shared: Arc<RequestContext>,
@@ -183,13 +185,13 @@ pub(super) async fn keep_watching(
 ) {
     loop {
         let reload = tokio::select! {
-            // Each may be dropped at any time: a timer, a notification that is kept until it is taken, a look at a value.
+            // All are cancel-safe: a timer, a notification that is stored until it is received, and a check of a value.
             () = tokio::time::sleep(eyes.pace.look) => false,
             () = reload.notified() => true,
             _ = stopped.wait_for(|stopped| *stopped) => break,
         };
         if reload {
-            tracing::info!("the gateway reads its files again");
+            tracing::info!("reloading all files");
         }
         let seen = shared.clone();
         let looked = tokio::task::spawn_blocking(move || {
@@ -197,11 +199,11 @@ pub(super) async fn keep_watching(
             eyes
         });
         let Ok(back) = looked.await else {
-            tracing::error!("the watch over the gateway's directory has ended; what is in force stays so");
+            tracing::error!("the watch of the gateway's directory has failed; its files are not reloaded any more");
             shared.trouble(
                 "watch",
                 Some(
-                    "changes are not noticed any more: the watch over the directory has ended; restart the gateway"
+                    "the watch of the gateway's directory has failed, so changes of files are not loaded; restart the gateway"
                         .to_owned(),
                 ),
             );
@@ -209,6 +211,6 @@ pub(super) async fn keep_watching(
         };
         eyes = back;
     }
-    // What is not on disk yet is waited for, and by nobody else.
+    // Dropping waits for pending writes, so not on the runtime's thread.
     let _ = tokio::task::spawn_blocking(move || drop(eyes)).await;
 }

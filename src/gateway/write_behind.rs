@@ -1,8 +1,7 @@
-//! A file that is written by a thread of its own, so that a slow disk delays nobody else: the latest content is written, and what could not
-//! be written is tried again.
+//! Writes a file in a background thread, so that a slow disk blocks no caller. Only the latest content is written; a failed write is retried.
 //!
-//! Whoever hands over a content does not know when it is on disk, unless it waits for that with [`WriteBehind::flush`]. The content that was
-//! handed over last is written before the end of [`WriteBehind`], which waits for that.
+//! [`WriteBehind::put`] returns before the content is on disk; [`WriteBehind::flush`] waits for it. Dropping a [`WriteBehind`] waits until the
+//! last content is written or has failed.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -10,10 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// As the field of that name.
+/// See [`WriteQueue::retry`].
 const RETRY: Duration = Duration::from_secs(5);
 
-/// The writing end of one file.
+/// The handle for one file.
 pub(super) struct WriteBehind<T> {
     desk: Arc<WriteQueue<T>>,
     writer: Option<JoinHandle<()>>,
@@ -22,22 +21,22 @@ pub(super) struct WriteBehind<T> {
 struct WriteQueue<T> {
     slot: Mutex<Slot<T>>,
     changed: Condvar,
-    /// Between two tries to write the same content.
+    /// The time between two attempts to write the same content.
     retry: Duration,
 }
 
 struct Slot<T> {
-    /// Why the last content could not be written, until one is.
+    /// The error of the last write, if it failed.
     failure: Option<String>,
-    /// Not taken by the writer yet.
+    /// The content to write next.
     next: Option<T>,
-    /// The writer is at work.
+    /// Whether a write is under way.
     writing: bool,
     ended: bool,
 }
 
 impl<T: Send + 'static> WriteBehind<T> {
-    /// `what` names the file for the log; `write` is called for each content that is written, on the thread that is started here.
+    /// Starts the writer thread, which calls `write` for each content. `what` names the file in the log.
     pub(super) fn start(
         what: &'static str,
         write: impl FnMut(&T) -> Result<()> + Send + 'static,
@@ -60,18 +59,18 @@ impl<T: Send + 'static> WriteBehind<T> {
         Ok(WriteBehind { desk, writer: Some(writer) })
     }
 
-    /// Hands over a content, in the place of an earlier one that is not written yet.
+    /// Queues a content for writing; it replaces one that is still queued.
     pub(super) fn put(&self, content: T) {
         self.desk.lock().next = Some(content);
         self.desk.changed.notify_all();
     }
 
-    /// Why the last content is not on disk, where it could not be written.
+    /// The error of the last write, if it failed.
     pub(super) fn failure(&self) -> Option<String> {
         self.desk.lock().failure.clone()
     }
 
-    /// Waits until what was handed over is written, or could not be for the first time.
+    /// Waits until the queued content is written or its first attempt has failed.
     pub(super) fn flush(&self) {
         let mut slot = self.desk.lock();
         while slot.next.is_some() || slot.writing {
@@ -92,7 +91,7 @@ impl<T> Drop for WriteBehind<T> {
 
 impl<T> WriteQueue<T> {
     fn lock(&self) -> MutexGuard<'_, Slot<T>> {
-        // Nothing is left half-done behind the lock: each change is one assignment.
+        // A poisoned lock is safe: each change is one assignment.
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -108,7 +107,7 @@ impl<T> WriteQueue<T> {
             let Err(error) = outcome else { continue };
             if !was_failing {
                 let reason = format!("{error:#}");
-                tracing::error!(%reason, file = what, "a file cannot be written; it is tried again");
+                tracing::error!(%reason, file = what, "cannot write a file; the write is retried");
             }
             if slot.ended && slot.next.is_none() {
                 return;
@@ -118,7 +117,7 @@ impl<T> WriteQueue<T> {
         }
     }
 
-    /// Waits for what is to be written next: a new content, or after a while the one that could not be written.
+    /// Waits for the next content to write: a new one or, after the retry interval, the failed one. `None` at the end.
     fn next(&self, failed: Option<T>) -> Option<T> {
         let waiting = |slot: &mut Slot<T>| slot.next.is_none() && !slot.ended;
         let slot = self.lock();
@@ -152,7 +151,7 @@ mod tests {
         .unwrap();
         behind.put(1);
         assert_eq!(beginning.recv(), Ok(1));
-        // The writer is busy: neither is waited for.
+        // The writer is busy; `put` does not wait for it.
         behind.put(2);
         behind.put(3);
         go.send(()).unwrap();
@@ -162,7 +161,7 @@ mod tests {
         behind.put(4);
         go.send(()).unwrap();
         drop(behind);
-        assert_eq!(beginning.try_iter().collect::<Vec<_>>(), [4], "what was handed over last is written at the end");
+        assert_eq!(beginning.try_iter().collect::<Vec<_>>(), [4], "the last content is written on drop");
     }
 
     #[test]

@@ -1,6 +1,7 @@
-//! The scan that keeps the index true: every file is hashed and its signature verified once, and again only when it has changed.
+//! The scan that updates the index: it hashes every file and verifies its signature once, and again only when the file has changed.
 //!
-//! Publishing renames whole files into the depot, but operators also copy into it: so a file counts only when two looks have found it the same.
+//! `publish` renames complete files into the depot, but operators also copy files there. So a file is read only when two scans have found it
+//! unchanged.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -15,37 +16,37 @@ use crate::gateway::{GatewayDirectory, bootstrap};
 use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, SignatureStatus};
 use crate::store;
 
-/// More files than this in a depot are not looked at.
+/// More files than this in a directory are an error.
 const MAX_FILES: usize = 20_000;
 
-/// What one look at a directory saw: the stamp of every file.
+/// The stamps of all files of a directory, by name.
 type DirectoryListing = BTreeMap<String, FileStamp>;
 
-/// Looks at the depot and its keys again and again. What cannot be read stays as it was, and is a problem of its part alone.
+/// Scans the depot and its keys. If a directory cannot be read, its last content stays in use, and the problem is reported.
 pub(in crate::gateway) struct Scanner {
     place: GatewayDirectory,
     last: DirectoryListing,
-    /// What the index was made of: the files, and the keys by which they were judged.
+    /// The source of the current index: the files, and the keys that their signatures were verified with.
     indexed: Option<(DirectoryListing, Keys)>,
     judged: BTreeMap<String, CheckedFile>,
-    /// Why the depot cannot be looked at.
+    /// Why the depot cannot be read.
     unreadable: Option<String>,
     keys: WatchedKeys,
 }
 
-/// What was found out about a file, valid for these stamps of it, of its signature and of the keys.
+/// The result of checking a file; valid while the file and its signature have these stamps.
 struct CheckedFile {
     stamps: (FileStamp, Option<FileStamp>),
     outcome: Result<Arc<DepotFile>, String>,
 }
 
-/// The keys that were read last, and what they were read from.
+/// The keys that were read last, and the files that they were read from.
 #[derive(Default)]
 struct WatchedKeys {
     last: DirectoryListing,
     read: Option<DirectoryListing>,
     ring: DepotKeys,
-    /// Why the directory cannot be looked at.
+    /// Why the directory cannot be read.
     unreadable: Option<String>,
 }
 
@@ -68,7 +69,7 @@ impl WatchedKeys {
                 self.last = look;
                 None
             }
-            Err(error) => Some(format!("the keys read before stay in use: {error:#}")),
+            Err(error) => Some(format!("{error:#}; the previous keys stay in use")),
         };
     }
 }
@@ -79,13 +80,13 @@ impl Scanner {
         Scanner { place, last, indexed, judged, unreadable, keys: WatchedKeys::default() }
     }
 
-    /// Looks once; a new index where something has changed and stood still since the last look (or at all, if `at_once`).
+    /// Scans once. Returns a new index if something has changed, and is unchanged since the last scan unless `at_once` is set.
     pub(in crate::gateway) fn look(&mut self, at_once: bool) -> Option<Arc<Index>> {
         self.keys.look(&self.place, at_once);
         let look = match see(&self.place.depot(), |_| true) {
             Ok(look) => look,
             Err(error) => {
-                self.unreadable = Some(format!("what was offered before stays on offer: {error:#}"));
+                self.unreadable = Some(format!("{error:#}; the previous packages stay on offer"));
                 return None;
             }
         };
@@ -106,12 +107,12 @@ impl Scanner {
         Some(Arc::new(index))
     }
 
-    /// Why the depot cannot be looked at now.
+    /// Why the depot cannot be read, if it cannot.
     pub(in crate::gateway) fn unreadable(&self) -> Option<&str> {
         self.unreadable.as_deref()
     }
 
-    /// What is wrong with the keys.
+    /// The problems of `keys/`.
     pub(in crate::gateway) fn problems_of_keys(&self) -> impl Iterator<Item = &String> {
         self.keys.unreadable.iter().chain(self.keys.ring.problems())
     }
@@ -139,7 +140,7 @@ impl Scanner {
     }
 }
 
-/// The files of a directory whose names `counts` takes.
+/// The files of a directory whose names `counts` accepts.
 fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<DirectoryListing> {
     let attempt = || -> Result<DirectoryListing> {
         let mut look = DirectoryListing::new();
@@ -150,9 +151,9 @@ fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<DirectoryListi
                 continue;
             }
             if look.len() >= MAX_FILES {
-                bail!("it holds more than {MAX_FILES} files; remove those that no host needs");
+                bail!("it has more than {MAX_FILES} files; remove those that no host needs");
             }
-            // Links are followed: an operator may keep the packages elsewhere. One that went away meanwhile is not there.
+            // Links are followed: the operator may keep packages elsewhere. A file that was removed meanwhile is skipped.
             let Ok(metadata) = fs::metadata(entry.path()) else { continue };
             if metadata.is_file() {
                 look.insert(name, FileStamp::of(&metadata));
@@ -163,7 +164,7 @@ fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<DirectoryListi
     attempt().with_context(|| format!("cannot read the directory {}", directory.display()))
 }
 
-/// What a gateway makes of a file of its depot: whether its signer is known, or why the file is not offered.
+/// The status of the signature of a file in the depot, `None` for a bootstrap; an error if the gateway does not offer the file.
 pub(in crate::gateway) fn offered(
     place: &GatewayDirectory,
     name: &str,
@@ -174,11 +175,11 @@ pub(in crate::gateway) fn offered(
     judge(&place.depot().join(name), name, *stamp, keys).map(|(_, verdict)| verdict)
 }
 
-/// The file as it is offered, and by whom it is signed; a bootstrap has no signature of its own.
+/// The file as it is offered, and the status of its signature, which a bootstrap does not have.
 fn judge(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<(DepotFile, Option<SignatureStatus>)> {
     let mut file = File::open(path)?;
     if FileStamp::of(&file.metadata()?) != stamp {
-        bail!("it has changed while it was looked at");
+        bail!("it changed while it was read");
     }
     if bootstrap::is_file_name(name) {
         let sha256 = package::sha256_of(&mut file)?;
@@ -186,20 +187,20 @@ fn judge(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<(Depo
         return Ok((DepotFile { name, path, stamp, sha256, binding: None, signature: None }, None));
     }
     let Some(bytes) = store::read(&signature_path(path), MAX_SIGNATURE_BYTES)? else {
-        bail!("it has no signature; put it there with `aops gateway publish`");
+        bail!("it has no signature; add it with `aops gateway publish`");
     };
-    let text = String::from_utf8(bytes).context("its signature is no text")?;
+    let text = String::from_utf8(bytes).context("its signature is not text")?;
     let binding = package::binding_of(&text).context("cannot read its signature")?;
     if binding.release.packing_of(name).is_none() {
-        bail!("its signature says that it is {}", binding.release);
+        bail!("its signature is for {}", binding.release);
     }
     let (verdict, sha256) = package::judge(&mut file, &text, keys)?;
     match &verdict {
         SignatureStatus::Good => {}
         SignatureStatus::UnknownKey => {
-            tracing::warn!(file = %name, "a package is offered though none of our keys made its signature")
+            tracing::warn!(file = %name, "a package is offered although its signature is by none of the keys of the depot")
         }
-        SignatureStatus::Bad(why) => bail!("its signature is not of these bytes: {why}"),
+        SignatureStatus::Bad(why) => bail!("its signature is not for this content: {why}"),
     }
     let (name, path) = (name.to_owned(), path.to_owned());
     let item = DepotFile { name, path, stamp, sha256, binding: Some(binding), signature: Some(text.into()) };

@@ -1,5 +1,4 @@
-//! The signatures of the depot's packages: where they lie. They are read and verified as hosts do it
-//! (`package`).
+//! The signatures of the packages in the depot. They are parsed and verified by `package`, as on hosts.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -11,14 +10,14 @@ use crate::core::model::{AgentName, Binding, Version};
 use crate::package::{self, Keys, MAX_SIGNATURE_BYTES, SIGNATURE_SUFFIX, SignatureStatus};
 use crate::store;
 
-/// Where the signature of a file lies.
+/// The path of the signature of a file.
 pub(in crate::gateway) fn signature_path(file: &Path) -> PathBuf {
     let mut name = file.file_name().unwrap_or_default().to_owned();
     name.push(SIGNATURE_SUFFIX);
     file.with_file_name(name)
 }
 
-/// What a published file's signature is worth; `None` where there is none.
+/// The status and text of a published file's signature; `None` if it has none.
 pub(in crate::gateway) fn verdict_on(file: &Path, keys: &Keys) -> Result<Option<(SignatureStatus, String)>> {
     let Some(bytes) = store::read(&signature_path(file), MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -26,32 +25,32 @@ pub(in crate::gateway) fn verdict_on(file: &Path, keys: &Keys) -> Result<Option<
     Ok(Some((verdict, text)))
 }
 
-/// What a published file is, as its signed comment says; `None`: there is no such file, or nothing says it.
+/// The binding in a published file's signature; `None` if the file or a valid binding is missing. The signature is not verified.
 pub(in crate::gateway) fn binding_of(file: &Path) -> Result<Option<Binding>> {
     let text = if file.exists() { store::read(&signature_path(file), MAX_SIGNATURE_BYTES)? } else { None };
     Ok(text.and_then(|text| package::binding_of(&String::from_utf8_lossy(&text)).ok()))
 }
 
-/// A package in the depot, as its signed comment says.
+/// A package in the depot, by the trusted comment of its signature.
 pub(in crate::gateway) struct Found {
     pub(in crate::gateway) file: String,
     pub(in crate::gateway) binding: Binding,
 }
 
-/// The packages of one name, without a look at their bytes.
+/// The packages of one name. Their content is not read.
 pub(in crate::gateway) fn published(depot: &Path, name: &AgentName) -> Result<Vec<Found>> {
     let mut found = signed(depot, |file| file.starts_with(name.as_str()))?;
     found.retain(|found| found.binding.release.name == *name);
     Ok(found)
 }
 
-/// Every name and version that there is a package of, without a look at its bytes.
+/// The name and version of every package. Their content is not read.
 pub(in crate::gateway) fn releases(depot: &Path) -> Result<BTreeSet<(AgentName, Version)>> {
     let release = |found: Found| (found.binding.release.name, found.binding.release.version);
     Ok(signed(depot, |_| true)?.into_iter().map(release).collect())
 }
 
-/// The packages whose file names `counts` takes, as their signatures say.
+/// The packages whose file names `counts` accepts, by the trusted comments of their signatures.
 fn signed(depot: &Path, counts: impl Fn(&str) -> bool) -> Result<Vec<Found>> {
     let attempt = || -> Result<Vec<Found>> {
         let mut found = Vec::new();
@@ -62,7 +61,7 @@ fn signed(depot: &Path, counts: impl Fn(&str) -> bool) -> Result<Vec<Found>> {
             if !counts(file) || !depot.join(file).exists() {
                 continue;
             }
-            // What cannot be read is not offered either, and the gateway's status says why.
+            // The gateway does not offer unreadable files either, and `gateway status` shows the reason.
             let Ok(Some(bytes)) = store::read(&entry.path(), MAX_SIGNATURE_BYTES) else { continue };
             let Ok(binding) = package::binding_of(&String::from_utf8_lossy(&bytes)) else { continue };
             if binding.release.packing_of(file).is_some() {

@@ -1,4 +1,4 @@
-//! Facts about what a gateway remembers of its hosts: generations, events, acknowledgements.
+//! The records of hosts: generations, events, acknowledgements, limits.
 
 use std::collections::BTreeMap;
 
@@ -67,16 +67,16 @@ fn the_list_is_sent_until_the_host_holds_it_and_again_when_it_changes() {
     let held = heartbeat("1", Some(("ours", NOW)));
     let second = answer(&hosts, held.clone(), &world(1, ""), NOW + 5);
     assert_eq!((second.agents, second.generation), (None, NOW));
-    // Another world in which the host is told the same.
+    // Another snapshot with the same orders for the host.
     let third = answer(&hosts, held.clone(), &world(2, "heartbeatInterval = 5\nremovalDelay = 7"), NOW + 6);
     assert_eq!((third.agents, third.generation), (None, NOW));
     assert_eq!((third.interval, third.removal_delay), (Some(5), Some(7)));
-    // It asks for what the depot does not have: another content, though nothing can be sent.
+    // A fleet with a missing package: the content differs, though nothing can be sent.
     let wants = world(3, "[agents.a]\nversion = \"1\"");
     let fourth = answer(&hosts, held, &wants, NOW + 7);
     assert_eq!((fourth.agents.as_deref(), fourth.complete, fourth.generation), (Some(&[][..]), false, NOW + 7));
     assert!(fourth.error_message.unwrap().contains("no package"));
-    // The same number of another lineage is another desired state.
+    // The same generation of another lineage is another desired state.
     let stranger = answer(&hosts, heartbeat("1", Some(("theirs", NOW + 7))), &wants, NOW + 8);
     assert!(stranger.agents.is_some());
     assert_eq!(stranger.generation, NOW + 7);
@@ -86,7 +86,7 @@ fn the_list_is_sent_until_the_host_holds_it_and_again_when_it_changes() {
 fn generations_survive_the_loss_of_the_record() {
     let before = hosts();
     let given = answer(&before, heartbeat("1", None), &world(1, ""), NOW).generation;
-    // An hour earlier by the clock, and nothing remembered.
+    // An hour earlier by the clock, and without records.
     let after = answer(&hosts(), heartbeat("1", Some(("ours", given))), &world(1, ""), NOW - 3_600);
     assert_eq!(after.generation, given + 1);
     assert!(after.agents.is_some());
@@ -113,7 +113,7 @@ fn events_are_kept_once_acknowledged_and_bounded() {
     };
     assert_eq!(send(&[]), None);
     assert_eq!(send(&[1, 2]), Some(2));
-    // The answer was lost; they come again with one more.
+    // The answer was lost: the host sends them again with another one.
     assert_eq!(send(&[1, 2, 3]), Some(3));
     assert_eq!(kept(), [1, 2, 3]);
     // A new installation counts from 1.
@@ -171,7 +171,7 @@ fn there_is_room_for_so_many_hosts_and_a_long_silent_one_gives_way() {
     assert_eq!(hosts.count(), MAX_HOSTS);
 }
 
-/// A report that says as much as it can.
+/// A report with the longest texts.
 fn talkative(number: usize) -> AgentReport {
     AgentReport {
         name: format!("agent-{number}").parse().unwrap(),
@@ -207,7 +207,7 @@ fn one_host_is_remembered_in_so_many_bytes_whatever_it_says() {
     assert!(!known.agents[0].message.as_ref().unwrap().contains('\x1b'));
     assert!(known.bytes() < 50_000, "{}", known.bytes());
 
-    // Where there is little room: no events, then no messages, then not all.
+    // With little memory: events are removed first, then messages, then sub-agents.
     hosts.lock().bytes = 2 * AMPLE;
     answer(&hosts, said(20), &world(1, ""), NOW);
     let known = record(&hosts, "1");

@@ -1,13 +1,14 @@
-//! What a package is called: decided from what the operator says, what the package says, and what its file is called.
+//! The identity of a package (name, version, os, arch), from the command line, the package's content, its signature and its file name.
 //!
-//! What is said in two places must agree. Only what a directory is for (os and arch) is ever assumed, and then said.
+//! Sources must not contradict each other, except for the file name, which only fills gaps. Only the os and arch of a directory have a
+//! default, which is reported.
 
 use anyhow::{Context, Result, bail};
 
 use crate::core::model::{AgentName, Arch, Os, Packing, Release, Version};
 use crate::platform;
 
-/// What the operator says.
+/// The parts of an identity that one source gives, such as the command line.
 pub(super) struct RequestedIdentity {
     pub(super) name: Option<AgentName>,
     pub(super) version: Option<Version>,
@@ -15,17 +16,17 @@ pub(super) struct RequestedIdentity {
     pub(super) arch: Option<Arch>,
 }
 
-/// What can be found out.
+/// The other sources of an identity.
 pub(super) struct IdentityHints {
-    /// What its agent.toml says.
+    /// Name and version of its agent.toml.
     pub(super) manifest: Option<(AgentName, Version)>,
-    /// What the signature that came with it says.
+    /// The release in the signature beside an archive.
     pub(super) signed: Option<Release>,
-    /// Of an archive; a directory's name says nothing.
+    /// The file name of an archive; `None` for a directory, whose name is not used.
     pub(super) file_name: Option<String>,
 }
 
-/// The release, and what was assumed.
+/// Returns the release, and a note on the defaults that were used.
 pub(super) fn settle(given: RequestedIdentity, clues: IdentityHints) -> Result<(Release, Option<String>)> {
     let (mut name, mut version, mut os, mut arch) = (given.name, given.version, given.os, given.arch);
     if let Some(signed) = &clues.signed {
@@ -40,22 +41,22 @@ pub(super) fn settle(given: RequestedIdentity, clues: IdentityHints) -> Result<(
     }
     let is_directory = clues.file_name.is_none();
     if let Some(file_name) = clues.file_name {
-        // The weakest of all: it fills gaps, and need not agree.
+        // The weakest source: it fills gaps and may contradict the others.
         let said = read_file_name(&file_name, name.as_ref(), version.as_ref());
         name = name.or(said.name);
         version = version.or(said.version);
         os = os.or(said.os);
         arch = arch.or(said.arch);
     }
-    let name = name.context("its name is not known; give it with --name")?;
-    let version = version.context("its version is not known; give it with --version")?;
+    let name = name.context("its name is unknown; give it with --name")?;
+    let version = version.context("its version is unknown; give it with --version")?;
     if !is_directory && (os.is_none() || arch.is_none()) {
-        bail!("its file's name does not say what it is for; give --os and --arch");
+        bail!("its file name does not contain os and arch; give them with --os and --arch");
     }
     let (here_os, here_arch) = here();
     let assumed = (os.is_none() || arch.is_none()).then(|| {
         let (os, arch) = (os.unwrap_or(here_os), arch.unwrap_or(here_arch));
-        format!("assuming that it is for {os}/{arch}; --os and --arch say otherwise")
+        format!("assuming {os}/{arch}, the system of this executable; --os and --arch change it")
     });
     let release = Release { name, version, os: os.unwrap_or(here_os), arch: arch.unwrap_or(here_arch) };
     Ok((release, assumed))
@@ -75,16 +76,16 @@ fn agree<T: Clone + PartialEq + std::fmt::Display>(
     Ok(())
 }
 
-/// The kind of archive that a file's name says.
+/// The kind of archive by its file name.
 pub(super) fn packing_of(file_name: &str) -> Option<Packing> {
     let fits = |packing: &&Packing| file_name.strip_suffix(packing.as_str()).is_some_and(|stem| stem.ends_with('.'));
     Packing::ALL.iter().find(fits).copied()
 }
 
-/// Reads `{name}-{version}_{os}_{arch}.{packing}` as far as it goes.
+/// Parses `{name}-{version}_{os}_{arch}.{packing}`; parts that are missing or invalid are `None`.
 ///
-/// Names and versions may both hold dashes: what is known of one tells where the other is; else the version begins at the first dash before
-/// a digit, or, where there is none, after the last dash (a commit hash).
+/// Names and versions may both contain dashes. If one of them is known, it determines the other one. Otherwise the version begins at the
+/// first dash before a digit or, without such a dash, after the last dash (a commit hash).
 fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Version>) -> RequestedIdentity {
     let stem =
         packing_of(file_name).map_or(file_name, |packing| &file_name[..file_name.len() - packing.as_str().len() - 1]);
@@ -112,7 +113,7 @@ fn read_file_name(file_name: &str, name: Option<&AgentName>, version: Option<&Ve
     }
 }
 
-/// What this executable was built for.
+/// The system that this executable was built for.
 pub(super) fn here() -> (Os, Arch) {
     (platform::OS, platform::ARCH)
 }

@@ -1,4 +1,4 @@
-//! Facts about publishing: what is packed, signed, kept and refused.
+//! Publishing: packing, signatures, and packages that are rejected.
 
 use crate::package::trailer;
 use base64::Engine as _;
@@ -39,7 +39,7 @@ impl Bench {
     }
 }
 
-/// A package of the older kind.
+/// A package with a `control` script.
 fn older(dir: &Path) -> PathBuf {
     let tree = dir.join("older");
     fs::create_dir_all(&tree).unwrap();
@@ -62,7 +62,7 @@ fn publishing_again_is_nothing_and_another_content_needs_another_version() {
 
     fs::write(bench.place.depot().join(".new-interrupted"), "half").unwrap();
     fs::write(tree.join("more"), "x").unwrap();
-    assert!(bench.refusal("--os linux --arch amd64", &tree).contains("another content; choose another version"));
+    assert!(bench.refusal("--os linux --arch amd64", &tree).contains("different content; choose another version"));
     assert_eq!(bench.leftovers(), 0);
     assert_eq!(bench.index().packages(), 1);
 }
@@ -76,9 +76,9 @@ fn an_epoch_stays_until_it_is_raised() {
     assert_eq!(bench.publish_so("", &tree("3")).unwrap().binding.epoch, 4);
     // The same bytes, bound to a higher epoch.
     let again = bench.publish_so("--epoch 4", &tree("1")).unwrap();
-    assert_eq!((again.fate, again.binding.epoch), ("signed anew", 4));
+    assert_eq!((again.fate, again.binding.epoch), ("signed again", 4));
     let low = bench.publish_so("--epoch 2", &tree("4")).unwrap();
-    assert!(low.notes.iter().any(|note| note.contains("will refuse")), "{:?}", low.notes);
+    assert!(low.notes.iter().any(|note| note.contains("will reject")), "{:?}", low.notes);
     assert_eq!(bench.index().packages(), 4);
 }
 
@@ -96,14 +96,16 @@ fn what_no_host_could_run_is_refused() {
     fs::write(tree.join("readme"), "x").unwrap();
     assert!(bench.refusal("--name ctl --version 2", &tree).contains("neither agent.toml nor an executable control"));
 
-    // What only Windows can run.
+    // A script that only Windows can run.
     fs::write(tree.join("control.bat"), "x").unwrap();
     assert!(bench.refusal("--name ctl --version 2 --os linux", &tree).contains("neither agent.toml"));
     assert_eq!(bench.publish_so("--name ctl --version 2 --os windows", &tree).unwrap().fate, "published");
 
     let tree = native(&dir.join("native"), "exporter", "1");
     assert!(bench.refusal("--name other", &tree).contains("agent.toml says name exporter, not other"));
-    for (command, reason) in [("gone", "./gone, which is not in it"), ("agent.toml", "which is not executable")] {
+    for (command, reason) in
+        [("gone", "./gone, which is not in the package"), ("agent.toml", "which is not executable")]
+    {
         let manifest = format!("name = \"exporter\"\nversion = \"1\"\n[run]\ncommand = [\"./{command}\"]\n");
         fs::write(tree.join("agent.toml"), manifest).unwrap();
         assert!(bench.refusal("--os linux", &tree).contains(reason));
@@ -131,7 +133,7 @@ fn an_archive_keeps_its_packing_and_the_signature_that_came_with_it() {
     tar_gz(&older(dir), &archive);
     let bytes = fs::read(&archive).unwrap();
 
-    // By the depot's own key, made elsewhere.
+    // A signature by the depot's own key.
     let own = Signer::load(&bench.place.signing_key(), || anyhow::bail!("it has none")).unwrap();
     let sign = |signer: &Signer, binding: &str| {
         let text = signer.sign(&bytes[..], &binding.parse().unwrap()).unwrap();
@@ -149,18 +151,18 @@ fn an_archive_keeps_its_packing_and_the_signature_that_came_with_it() {
     assert_eq!(fs::read(&target).unwrap(), bytes);
     assert_eq!(fs::read_to_string(depot::signature_path(&target)).unwrap(), text);
 
-    // By a key that is not here: kept, with a warning; nonsense, and a signature of other bytes: refused.
+    // A signature by another key is kept, with a warning. An invalid one, or one of other content, is rejected.
     let text = sign(&Signer::generate().unwrap(), "name=ctl version=2.0 os=linux arch=386 epoch=7");
     let published = bench.publish_so("", &archive).unwrap();
-    assert!(published.notes[0].contains("no key in"), "{:?}", published.notes);
+    assert!(published.notes[0].contains("a key that is not in"), "{:?}", published.notes);
     assert_eq!(fs::read_to_string(depot::signature_path(&target)).unwrap(), text);
     assert_eq!(bench.index().packages(), 1);
     fs::write(depot::signature_path(&archive), "nonsense").unwrap();
-    assert!(bench.refusal("", &archive).contains("sign it anew"));
+    assert!(bench.refusal("", &archive).contains("sign the archive again"));
     let other =
         own.sign(&b"other bytes"[..], &"name=ctl version=2.0 os=linux arch=386 epoch=7".parse().unwrap()).unwrap();
     fs::write(depot::signature_path(&archive), other).unwrap();
-    assert!(bench.refusal("", &archive).contains("not of these bytes"));
+    assert!(bench.refusal("", &archive).contains("not for this content"));
 }
 
 #[test]
@@ -175,12 +177,12 @@ fn a_signature_that_hosts_would_refuse_is_not_published() {
     let put = |text: &str| fs::write(depot::signature_path(&archive), text).unwrap();
     let own = signature(&Signer::load(&bench.place.signing_key(), || anyhow::bail!("it has none")).unwrap());
 
-    // A file larger than hosts read, whatever is in it.
+    // A file larger than hosts read.
     let padding = package::MAX_SIGNATURE_BYTES as usize + 1 - own.len();
     put(&format!("{own}{}", "\n".repeat(padding)));
     assert!(bench.refusal("", &archive).contains("4096"), "{}", bench.refusal("", &archive));
 
-    // The legacy kind, by a key that the depot does not know as well.
+    // The legacy kind, by the depot's own key and by another one.
     let legacy = |text: &str| {
         let mut lines: Vec<String> = text.lines().map(ToOwned::to_owned).collect();
         let mut blob = BASE64_STANDARD.decode(&lines[1]).unwrap();
@@ -193,7 +195,7 @@ fn a_signature_that_hosts_would_refuse_is_not_published() {
         assert!(bench.refusal("", &archive).contains("legacy kind"));
     }
 
-    // One that does not say what it is of.
+    // One without a valid trusted comment.
     put(&own.replace("epoch=7", "epoch=seven"));
     assert!(bench.refusal("", &archive).contains("does not say what the package is"));
     assert_eq!((bench.leftovers(), bench.index().packages()), (0, 0));
@@ -230,7 +232,7 @@ fn a_package_of_the_manager_yields_the_bootstrap_with_the_depots_keys() {
     let base64 = key.lines().nth(1).unwrap();
     assert!(bytes.windows(base64.len()).any(|window| window == base64.as_bytes()));
     assert!(platform::is_executable(&path));
-    // With keys that hosts would refuse it is refused here, also as an archive; and so is a depot's own key.
+    // A package with keys that hosts would reject is rejected here, also as an archive.
     fs::create_dir_all(tree.join("keys/revoked")).unwrap();
     let archive = bench.dir.path().join("spm.tar.gz");
     let line_of = |version: &str| format!("--name aops-spm --version {version} --os linux --arch 386");
@@ -252,7 +254,7 @@ fn a_package_of_the_manager_yields_the_bootstrap_with_the_depots_keys() {
     let published = bench.publish_so(&line_of("11"), &tree).unwrap();
     assert!(published.notes[0].contains("keys/odd.pub is not used"), "{:?}", published.notes);
     fs::remove_file(odd).unwrap();
-    // Again, and the bootstrap comes back where somebody removed it.
+    // Publishing again restores a bootstrap that was removed.
     fs::remove_file(&path).unwrap();
     assert_eq!(bench.publish_so(line, &tree).unwrap().fate, "already published");
     assert_eq!(fs::read(&path).unwrap(), bytes);
@@ -279,8 +281,8 @@ fn a_tampered_or_misnamed_file_is_not_on_offer_and_says_why() {
     let index = scanner.look(false).unwrap();
     assert_eq!(index.packages(), 0);
     let why = |name: &str| index.problems()[name].clone();
-    assert!(why(&file).contains("not of these bytes"));
-    assert!(why("exporter-2_linux_amd64.tar.zst").contains("says that it is exporter 1"));
+    assert!(why(&file).contains("not for this content"));
+    assert!(why("exporter-2_linux_amd64.tar.zst").contains("is for exporter 1"));
     assert!(why("note.txt").contains("no signature"));
     assert!(index.file("note.txt").is_none() && index.file(&file).is_none());
 }
@@ -296,7 +298,7 @@ fn what_no_host_would_unpack_is_not_published() {
     platform::make_symlink(Path::new("bin/../control"), &through.join("link")).unwrap();
     fs::write(windows.join("control.exe"), "MZ").unwrap();
     fs::write(windows.join("a:b"), "x").unwrap();
-    // The reader of what is published skips no content, however much of it there is.
+    // The reader skips no content, whatever its size.
     fs::write(large.join("data"), vec![7; 300_000]).unwrap();
     for (tree, os, word) in [
         (&in_case, "linux", "differ in case"),
@@ -328,10 +330,10 @@ fn what_would_stand_for_something_else_on_a_host_or_in_the_depot_is_refused() {
     bench.publish_so("--os linux --arch amd64", &tree("1.0A")).unwrap();
     let refusal = bench.refusal("--os linux --arch amd64", &tree("1.0a"));
     assert!(refusal.contains("version 1.0A of exporter is published already"), "{refusal}");
-    // One file would be two releases.
+    // Two releases would have the same file name.
     let older = older(bench.dir.path());
     bench.publish_so("--name a --version 1-2 --os linux --arch amd64", &older).unwrap();
     let refusal = bench.refusal("--name a-1 --version 2 --os linux --arch amd64", &older);
-    assert!(refusal.contains("is that of a 1-2 for linux/amd64 already"), "{refusal}");
+    assert!(refusal.contains("is already used by a 1-2 for linux/amd64"), "{refusal}");
     assert_eq!(bench.index().packages(), 2);
 }
