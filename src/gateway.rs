@@ -142,7 +142,7 @@ impl GatewayDirectory {
 
     /// A directory that `gateway init` has created; any other one is an error.
     fn initialized(root: &Path) -> Result<GatewayDirectory> {
-        let place = GatewayDirectory::new(root);
+        let directory = GatewayDirectory::new(root);
         if !root.is_dir() {
             bail!(
                 "cannot find the gateway's directory {0}; create it with `aops gateway init --dir {0}`",
@@ -150,11 +150,11 @@ impl GatewayDirectory {
             );
         }
         // One is enough: a missing part, such as a disk that is not mounted, is reported as a problem of that part.
-        let parts = [place.depot(), place.keys(), place.tls(), place.fleet()];
+        let parts = [directory.depot(), directory.keys(), directory.tls(), directory.fleet()];
         if !parts.iter().any(|part| part.exists()) {
             bail!("cannot find a gateway in {0}; create one with `aops gateway init --dir {0}`", root.display());
         }
-        Ok(place)
+        Ok(directory)
     }
 
     fn keys(&self) -> PathBuf {
@@ -215,7 +215,7 @@ impl GatewayDirectory {
         self.state().join("hosts.json")
     }
 
-    fn standing(&self) -> PathBuf {
+    fn state_file(&self) -> PathBuf {
         self.state().join("gateway.json")
     }
 

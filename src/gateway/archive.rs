@@ -66,7 +66,7 @@ impl PackageContents {
 
     /// Rejects a package of the manager whose key files hosts would reject.
     pub(super) fn check_keys(&self, version: &Version) -> Result<()> {
-        let (mut brought, mut revoked) = (Keys::default(), Keys::default());
+        let (mut trusted, mut revoked) = (Keys::default(), Keys::default());
         ensure!(self.keys.len() <= MAX_KEYS, "it has more than {MAX_KEYS} key files");
         for (path, text) in &self.keys {
             let attempt = || -> Result<Keys> {
@@ -76,9 +76,9 @@ impl PackageContents {
                 Ok(keys)
             };
             let keys = attempt().with_context(|| format!("cannot use its {path} as a trusted key"))?;
-            if path.starts_with(REVOKED) { &mut revoked } else { &mut brought }.extend(keys)?;
+            if path.starts_with(REVOKED) { &mut revoked } else { &mut trusted }.extend(keys)?;
         }
-        KeyOffer::new(version, brought, revoked).map(drop)
+        KeyOffer::new(version, trusted, revoked).map(drop)
     }
 
     fn check_command(&self, command: &[String], os: Os) -> Result<()> {
@@ -106,22 +106,22 @@ fn is_key(path: &str) -> bool {
 pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<PackageContents> {
     let mut contents = PackageContents::default();
     // The operating system that it is for is known only after this; see `check_for`.
-    package::look_through(archive, packing, Os::Linux, &mut |seen| {
-        contents.files.insert(seen.path.to_owned(), seen.executable);
-        match seen.path {
+    package::look_through(archive, packing, Os::Linux, &mut |entry| {
+        contents.files.insert(entry.path.to_owned(), entry.executable);
+        match entry.path {
             MANIFEST => {
-                let content = seen.content.with_context(|| format!("its {MANIFEST} is a link"))?;
+                let content = entry.content.with_context(|| format!("its {MANIFEST} is a link"))?;
                 contents.manifest = Some(manifest(content)?);
             }
             // Windows recognizes programs by their extension.
             "control.exe" | "control.cmd" | "control.bat" => contents.control_for_windows = true,
             CONTROL_SCRIPT => {
-                contents.control |= seen.executable;
-                contents.control_not_executable |= !seen.executable;
+                contents.control |= entry.executable;
+                contents.control_not_executable |= !entry.executable;
             }
-            "bin/aops" | "bin/aops.exe" => contents.manager = Some(seen.path.to_owned()),
+            "bin/aops" | "bin/aops.exe" => contents.manager = Some(entry.path.to_owned()),
             path if is_key(path) && contents.keys.len() <= MAX_KEYS => {
-                let text = seen.content.map(|content| -> io::Result<Vec<u8>> {
+                let text = entry.content.map(|content| -> io::Result<Vec<u8>> {
                     let mut text = Vec::new();
                     content.take(MAX_KEY_BYTES).read_to_end(&mut text)?;
                     Ok(text)
@@ -146,9 +146,9 @@ pub(super) fn check_for(os: Os, archive: &mut File, packing: Packing) -> Result<
 /// Copies one file of the archive; a missing file or a link is an error.
 pub(super) fn extract(archive: &mut File, packing: Packing, path: &str, to: &mut impl io::Write) -> Result<()> {
     let mut found = false;
-    package::look_through(archive, packing, Os::Linux, &mut |seen| {
-        if seen.path == path {
-            io::copy(seen.content.with_context(|| format!("its {path} is a link"))?, to)?;
+    package::look_through(archive, packing, Os::Linux, &mut |entry| {
+        if entry.path == path {
+            io::copy(entry.content.with_context(|| format!("its {path} is a link"))?, to)?;
             found = true;
         }
         Ok(())

@@ -24,8 +24,8 @@ pub(super) fn is_file_name(name: &str) -> bool {
 }
 
 /// Creates the bootstrap from the manager's package, adds it to the depot, and returns its name.
-pub(super) fn make(
-    place: &GatewayDirectory,
+pub(super) fn create(
+    directory: &GatewayDirectory,
     keys: &DepotKeys,
     package: &mut File,
     packing: Packing,
@@ -34,12 +34,12 @@ pub(super) fn make(
     let name = file_name(release.os, release.arch);
     let mut attempt = || -> Result<()> {
         if keys.texts().is_empty() {
-            bail!("{} has no valid public key", place.keys().display());
+            bail!("{} has no valid public key", directory.keys().display());
         }
-        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
+        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory.depot())?;
         archive::extract(package, packing, archive::manager_path(release.os), file.as_file_mut())?;
         trailer::put(file.as_file_mut(), keys.texts())?;
-        persist(file, &place.depot().join(&name), 0o755)
+        persist(file, &directory.depot().join(&name), 0o755)
     };
     attempt().with_context(|| format!("cannot create the bootstrap {name}"))?;
     Ok(name)

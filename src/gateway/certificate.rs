@@ -87,29 +87,29 @@ impl CertificateStatus {
 
 /// Watches the files of `tls/`.
 pub(super) struct Certificates {
-    place: GatewayDirectory,
+    directory: GatewayDirectory,
     served: Arc<ServedCertificate>,
     pair: WatchedFiles<2>,
     next: WatchedFiles<1>,
-    standing: CertificateStatus,
+    status: CertificateStatus,
 }
 
 /// Files that are read together, and why their present content is not in use.
 struct WatchedFiles<const N: usize> {
-    still: SettledFile<[Option<FileStamp>; N]>,
+    settling: SettledFile<[Option<FileStamp>; N]>,
     read: Option<[Option<FileStamp>; N]>,
     problem: Option<String>,
 }
 
 impl<const N: usize> WatchedFiles<N> {
-    fn new(still: Duration) -> WatchedFiles<N> {
-        WatchedFiles { still: SettledFile::new(still), read: None, problem: None }
+    fn new(settle: Duration) -> WatchedFiles<N> {
+        WatchedFiles { settling: SettledFile::new(settle), read: None, problem: None }
     }
 
     /// Whether to read the files now. A file that changes while it is read is read again at a later poll.
     fn is_due(&mut self, paths: [&Path; N], at_once: bool) -> bool {
         let stamps = paths.map(|path| std::fs::metadata(path).ok().map(|metadata| FileStamp::of(&metadata)));
-        let settled = self.still.look(stamps, None, Instant::now()) || at_once;
+        let settled = self.settling.poll(stamps, None, Instant::now()) || at_once;
         if !settled || (self.read == Some(stamps) && !at_once) {
             return false;
         }
@@ -120,11 +120,11 @@ impl<const N: usize> WatchedFiles<N> {
 
 impl Certificates {
     /// Reads the files. Without a valid pair every handshake fails until there is one.
-    pub(super) fn open(place: GatewayDirectory, still: Duration) -> Certificates {
+    pub(super) fn open(directory: GatewayDirectory, settle: Duration) -> Certificates {
         let served = Arc::new(ServedCertificate { pair: RwLock::new(None), revision: watch::Sender::new(0) });
-        let (pair, next) = (WatchedFiles::new(still), WatchedFiles::new(still));
-        let mut certificates = Certificates { place, served, pair, next, standing: CertificateStatus::default() };
-        certificates.look(true);
+        let (pair, next) = (WatchedFiles::new(settle), WatchedFiles::new(settle));
+        let mut certificates = Certificates { directory, served, pair, next, status: CertificateStatus::default() };
+        certificates.poll(true);
         certificates
     }
 
@@ -132,8 +132,8 @@ impl Certificates {
         self.served.clone()
     }
 
-    pub(super) fn standing(&self) -> &CertificateStatus {
-        &self.standing
+    pub(super) fn status(&self) -> &CertificateStatus {
+        &self.status
     }
 
     /// Why files of `tls/` are not in use.
@@ -142,51 +142,51 @@ impl Certificates {
     }
 
     /// Polls once, and reads files that have changed and settled; all files if `at_once` is set.
-    pub(super) fn look(&mut self, at_once: bool) {
+    pub(super) fn poll(&mut self, at_once: bool) {
         let (certificate, key, next) =
-            (self.place.certificate(), self.place.certificate_key(), self.place.next_certificate());
+            (self.directory.certificate(), self.directory.certificate_key(), self.directory.next_certificate());
         if self.pair.is_due([&certificate, &key], at_once) {
-            self.pair.problem = match pair_in(&certificate, &key) {
+            self.pair.problem = match read_pair(&certificate, &key) {
                 Ok(pair) => {
                     self.serve(pair);
                     None
                 }
-                Err(error) => Some(match self.standing.pin {
+                Err(error) => Some(match self.status.pin {
                     Some(_) => format!("{error:#}; the previous certificate is served"),
                     None => format!("no certificate is served, so no host can connect: {error:#}"),
                 }),
             };
         }
         if self.next.is_due([&next], at_once) {
-            match next_in(&next) {
+            match read_next_pins(&next) {
                 Ok(pins) => {
                     self.next.problem = None;
-                    self.standing.next = pins;
+                    self.status.next = pins;
                 }
                 Err(error) => self.next.problem = Some(format!("{error:#}; the previous next keys are announced")),
             }
         }
         // A next key that is served now is no longer a next key.
-        let CertificateStatus { pin, next, .. } = &mut self.standing;
+        let CertificateStatus { pin, next, .. } = &mut self.status;
         next.retain(|next| Some(next) != pin.as_ref());
     }
 
     fn serve(&mut self, pair: CertifiedKey) {
         let mut served = self.served.pair.write().unwrap_or_else(PoisonError::into_inner);
         let is_same = served.as_ref().is_some_and(|served| served.cert == pair.cert);
-        self.standing.end = end_of(&pair.cert);
-        self.standing.pin = pair.cert.first().and_then(key_of).map(|pin| pin.to_string());
+        self.status.end = end_of(&pair.cert);
+        self.status.pin = pair.cert.first().and_then(key_of).map(|pin| pin.to_string());
         *served = Some(Arc::new(pair));
         drop(served);
         if !is_same {
-            let (pin, end) = (self.standing.pin.as_deref().unwrap_or_default(), self.standing.end.unwrap_or(0));
+            let (pin, end) = (self.status.pin.as_deref().unwrap_or_default(), self.status.end.unwrap_or(0));
             tracing::info!(pin, end, "serving a certificate");
             self.served.revision.send_modify(|revision| *revision += 1);
         }
     }
 }
 
-fn pair_in(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
+fn read_pair(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
     let text = read(certificate)?;
     let chain = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<Vec<_>, _>>()
@@ -200,7 +200,7 @@ fn pair_in(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
 }
 
 /// The pins of a file of certificates, public keys and private keys; none if the file does not exist.
-fn next_in(path: &Path) -> Result<Vec<String>> {
+fn read_next_pins(path: &Path) -> Result<Vec<String>> {
     let Some(text) = store::read(path, MAX_FILE_BYTES)? else { return Ok(Vec::new()) };
     let attempt = || -> Result<Vec<String>> {
         let mut pins = Vec::new();
@@ -245,25 +245,25 @@ mod tests {
 
     struct Bench {
         _dir: tempfile::TempDir,
-        place: GatewayDirectory,
+        directory: GatewayDirectory,
         certificates: Certificates,
     }
 
     impl Bench {
         fn new(key: &rcgen::KeyPair) -> Bench {
             let dir = tempfile::tempdir().unwrap();
-            let place = GatewayDirectory::new(dir.path());
-            fs::create_dir(place.tls()).unwrap();
-            fs::write(place.certificate_key(), key.serialize_pem()).unwrap();
-            fs::write(place.certificate(), of(key).pem).unwrap();
-            let certificates = Certificates::open(place.clone(), Duration::ZERO);
-            Bench { _dir: dir, place, certificates }
+            let directory = GatewayDirectory::new(dir.path());
+            fs::create_dir(directory.tls()).unwrap();
+            fs::write(directory.certificate_key(), key.serialize_pem()).unwrap();
+            fs::write(directory.certificate(), of(key).pem).unwrap();
+            let certificates = Certificates::open(directory.clone(), Duration::ZERO);
+            Bench { _dir: dir, directory, certificates }
         }
 
         fn write(&mut self, path: &Path, text: &str) {
             store::replace(path, text.as_bytes(), store::Access::Private).unwrap();
-            self.certificates.look(false);
-            self.certificates.look(false);
+            self.certificates.poll(false);
+            self.certificates.poll(false);
         }
 
         fn served(&self) -> Option<CertificateDer<'static>> {
@@ -280,12 +280,12 @@ mod tests {
     }
 
     #[test]
-    fn a_new_pair_is_served_when_it_is_whole_and_fits_and_the_one_before_until_then() {
+    fn a_new_pair_is_served_once_it_is_valid_and_matches() {
         let (first, second) = (rcgen::KeyPair::generate().unwrap(), rcgen::KeyPair::generate().unwrap());
         let mut bench = Bench::new(&first);
         let before = bench.served().unwrap();
         let changes = bench.certificates.served().changes();
-        let (certificate, key) = (bench.place.certificate(), bench.place.certificate_key());
+        let (certificate, key) = (bench.directory.certificate(), bench.directory.certificate_key());
         let renewed = of(&second);
         for bad in
             [&renewed.pem, "", &renewed.pem[..200], "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
@@ -300,58 +300,58 @@ mod tests {
         assert_eq!((bench.served(), bench.problems().as_str()), (Some(renewed.certificate), ""));
         assert!(changes.has_changed().unwrap());
         fs::remove_file(&key).unwrap();
-        bench.certificates.look(true);
+        bench.certificates.poll(true);
         assert!(bench.problems().contains("does not exist"), "{}", bench.problems());
     }
 
     #[test]
-    fn a_gateway_without_a_good_certificate_serves_the_first_good_one() {
+    fn the_first_valid_certificate_is_served() {
         let key = rcgen::KeyPair::generate().unwrap();
         let mut bench = Bench::new(&key);
-        fs::write(bench.place.certificate(), "").unwrap();
-        bench.certificates = Certificates::open(bench.place.clone(), Duration::ZERO);
+        fs::write(bench.directory.certificate(), "").unwrap();
+        bench.certificates = Certificates::open(bench.directory.clone(), Duration::ZERO);
         assert!(bench.served().is_none() && bench.problems().contains("no certificate is served"));
-        let path = bench.place.certificate();
+        let path = bench.directory.certificate();
         bench.write(&path, &of(&key).pem);
         assert!(bench.served().is_some() && bench.problems().is_empty());
     }
 
     #[test]
-    fn the_keys_to_come_are_read_from_certificates_and_keys() {
+    fn next_keys_are_read_from_certificates_and_keys() {
         let mut bench = Bench::new(&rcgen::KeyPair::generate().unwrap());
-        let next = bench.place.next_certificate();
+        let next = bench.directory.next_certificate();
         let keys = [(); 4].map(|()| rcgen::KeyPair::generate().unwrap());
         let pin = |key: &rcgen::KeyPair| key_of(&of(key).certificate).unwrap().to_string();
         let text = of(&keys[0]).pem + &keys[1].serialize_pem() + &keys[2].public_key_pem() + &keys[1].serialize_pem();
         bench.write(&next, &text);
         let expected: Vec<String> = keys[..3].iter().map(pin).collect();
-        assert_eq!((&bench.certificates.standing().next, bench.problems().as_str()), (&expected, ""));
-        let pins = bench.certificates.standing().pins();
+        assert_eq!((&bench.certificates.status().next, bench.problems().as_str()), (&expected, ""));
+        let pins = bench.certificates.status().pins();
         assert_eq!((pins.len(), &pins[1..]), (4, &expected[..]));
         for bad in ["what", &(text + &keys[3].serialize_pem())] {
             bench.write(&next, bad);
             assert!(bench.problems().contains("next.pem"), "{}", bench.problems());
-            assert_eq!(bench.certificates.standing().next, expected);
+            assert_eq!(bench.certificates.status().next, expected);
         }
         // Once it is served, it is not a next key any more.
         bench.write(&next, &of(&keys[0]).pem);
-        let paths = [bench.place.certificate(), bench.place.certificate_key()];
+        let paths = [bench.directory.certificate(), bench.directory.certificate_key()];
         bench.write(&paths[0], &of(&keys[0]).pem);
         bench.write(&paths[1], &keys[0].serialize_pem());
-        assert_eq!(bench.certificates.standing().pins(), [pin(&keys[0])]);
+        assert_eq!(bench.certificates.status().pins(), [pin(&keys[0])]);
         fs::remove_file(&next).unwrap();
-        bench.certificates.look(false);
-        assert_eq!((bench.problems().as_str(), bench.certificates.standing().next.len()), ("", 0));
+        bench.certificates.poll(false);
+        assert_eq!((bench.problems().as_str(), bench.certificates.status().next.len()), ("", 0));
     }
 
     #[test]
-    fn an_end_that_is_near_is_told() {
+    fn a_certificate_that_expires_soon_is_a_warning() {
         let end = |end| CertificateStatus { end: Some(end), ..CertificateStatus::default() };
         let now = 1_800_000_000;
         assert_eq!(end(now + 22 * 86_400).warning(now), None);
         assert!(end(now + 3 * 86_400).warning(now).unwrap().contains("expires in 3 days, on 2027-01-18"));
         assert!(end(now - 1).warning(now).unwrap().contains("expired on"));
-        let made = self_signed(&["a"], |_| {});
-        assert!(end(end_of(&[made.certificate]).unwrap()).warning(now).is_none());
+        let generated = self_signed(&["a"], |_| {});
+        assert!(end(end_of(&[generated.certificate]).unwrap()).warning(now).is_none());
     }
 }

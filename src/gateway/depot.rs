@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 pub(super) use self::scan::{Scanner, offered};
-pub(super) use self::signature::{binding_of, published, releases, signature_path, verdict_on};
+pub(super) use self::signature::{binding_of, published, releases, signature_path, signature_status};
 use crate::core::fleet::newest;
 use crate::core::model::{AgentName, Arch, Binding, Digest, Os, Packing, Release, Version};
 use crate::core::protocol::Offer;

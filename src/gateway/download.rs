@@ -116,16 +116,16 @@ impl DownloadContent {
                 Ok(Body::from(part.to_vec()))
             }
             DownloadContent::File(item) => {
-                let gone = || {
+                let changed = || {
                     let message = format!("{} is being replaced; try again", item.name);
                     HttpError::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(2)
                 };
-                let mut file = tokio::fs::File::open(&item.path).await.map_err(|_| gone())?;
+                let mut file = tokio::fs::File::open(&item.path).await.map_err(|_| changed())?;
                 // The tag is of the indexed content.
-                if FileStamp::of(&file.metadata().await.map_err(|_| gone())?) != item.stamp {
-                    return Err(gone());
+                if FileStamp::of(&file.metadata().await.map_err(|_| changed())?) != item.stamp {
+                    return Err(changed());
                 }
-                file.seek(SeekFrom::Start(range.start)).await.map_err(|_| gone())?;
+                file.seek(SeekFrom::Start(range.start)).await.map_err(|_| changed())?;
                 Ok(Body::from_stream(ReaderStream::with_capacity(file.take(range.end - range.start), CHUNK)))
             }
         }

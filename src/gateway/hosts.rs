@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::Result;
 use sha2::{Digest as _, Sha256};
 
-pub(super) use self::record::{Given, Record, load, save};
+pub(super) use self::record::{Record, SentState, load, save};
 use super::depot::Index;
 use crate::core::fleet::{Fleet, HostFacts, HostOrders, tell};
 use crate::core::generation;
@@ -25,17 +25,17 @@ use crate::core::text::{cut, hex};
 /// The limit of hosts.
 const MAX_HOSTS: usize = 50_000;
 /// The limit of one record, bytes.
-const MOST: usize = 512 << 10;
-/// The same, while all records together have [`AMPLE`] bytes or more.
-const LEAST: usize = 8 << 10;
-/// 50,000 hosts with [`LEAST`] each need about as much again, which is less than the limit of the file.
-const AMPLE: usize = 320 << 20;
+const MAX_RECORD_BYTES: usize = 512 << 10;
+/// The same, while all records together have [`FULL_BYTES`] bytes or more.
+const MAX_RECORD_BYTES_WHEN_FULL: usize = 8 << 10;
+/// 50,000 hosts with [`MAX_RECORD_BYTES_WHEN_FULL`] each need about as much again, which is less than the limit of the file.
+const FULL_BYTES: usize = 320 << 20;
 /// The number of cached orders from which unused ones are removed.
-const MAX_UNUSED: usize = 256;
+const UNUSED_LIMIT: usize = 256;
 /// At the limit of hosts, a new host replaces one that has been silent for this long.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(7 * 86_400);
+const REPLACEABLE_AFTER: Duration = Duration::from_secs(7 * 86_400);
 /// The number of hosts that a new fleet file is validated with.
-const SAMPLE: usize = 1_000;
+const SAMPLE_SIZE: usize = 1_000;
 
 /// The data that heartbeats are answered from, at one time.
 pub(super) struct Snapshot {
@@ -68,12 +68,12 @@ struct Inner {
 struct KnownHost {
     record: Arc<Record>,
     /// Its cached orders, with the revision and the facts that they were computed for.
-    told: Option<(u64, HostFacts, Arc<OrderContent>)>,
+    orders: Option<(u64, HostFacts, Arc<OrderContent>)>,
 }
 
 /// The orders for a host, with their hash.
 struct OrderContent {
-    told: HostOrders,
+    orders: HostOrders,
     hash: String,
 }
 
@@ -85,7 +85,7 @@ impl Hosts {
     pub(super) fn new(lineage: String, records: Vec<Record>) -> Hosts {
         let hosts = records
             .into_iter()
-            .map(|record| (record.agent_id.clone(), KnownHost { record: Arc::new(record), told: None }))
+            .map(|record| (record.agent_id.clone(), KnownHost { record: Arc::new(record), orders: None }))
             .collect();
         let mut inner = Inner { hosts, ..Inner::default() };
         inner.bytes = inner.hosts.values().map(|known| known.record.bytes()).sum();
@@ -104,7 +104,7 @@ impl Hosts {
     /// The facts of a sample of the hosts.
     pub(super) fn sample(&self) -> Vec<HostFacts> {
         let inner = self.lock();
-        let step = inner.hosts.len() / SAMPLE + 1;
+        let step = inner.hosts.len() / SAMPLE_SIZE + 1;
         inner.hosts.values().step_by(step).map(|known| known.record.facts()).collect()
     }
 
@@ -124,17 +124,17 @@ impl Hosts {
         &self,
         heartbeat: Heartbeat,
         address: Option<String>,
-        world: &Snapshot,
+        snapshot: &Snapshot,
         now: u64,
     ) -> Result<Answer, HostLimitReached> {
         let mut inner = self.lock();
         let inner = &mut *inner;
-        if inner.revision != world.revision {
+        if inner.revision != snapshot.revision {
             inner.contents.clear();
-            inner.revision = world.revision;
+            inner.revision = snapshot.revision;
         }
         if !inner.hosts.contains_key(&heartbeat.agent_id) && inner.hosts.len() >= MAX_HOSTS {
-            make_room(inner, now)?;
+            remove_a_silent_host(inner, now)?;
         }
         let facts = HostFacts {
             agent_id: heartbeat.agent_id.clone(),
@@ -145,15 +145,15 @@ impl Hosts {
         let (previous, cached) = match inner.hosts.remove(&heartbeat.agent_id) {
             Some(known) => {
                 inner.bytes = inner.bytes.saturating_sub(known.record.bytes());
-                (Some(known.record), known.told)
+                (Some(known.record), known.orders)
             }
             None => (None, None),
         };
         let content = match cached {
-            Some((revision, known_facts, content)) if revision == world.revision && known_facts == facts => {
+            Some((revision, known_facts, content)) if revision == snapshot.revision && known_facts == facts => {
                 Some(content)
             }
-            _ => world.fleet.as_ref().map(|fleet| content(fleet, &facts, &world.index, &mut inner.contents)),
+            _ => snapshot.fleet.as_ref().map(|fleet| orders_for(fleet, &facts, &snapshot.index, &mut inner.contents)),
         };
 
         let held = (heartbeat.lineage.as_ref() == Some(&self.lineage)).then_some(heartbeat.generation);
@@ -161,76 +161,76 @@ impl Hosts {
         let given = content.as_ref().map(|content| {
             let same = last.as_ref().is_some_and(|last| last.content == content.hash);
             let generation = generation::next(last.as_ref().map(|last| last.generation), same, held, now);
-            Given { generation, content: content.hash.clone() }
+            SentState { generation, content: content.hash.clone() }
         });
 
-        let told = content.as_ref().map(|content| &content.told);
+        let orders = content.as_ref().map(|content| &content.orders);
         let mut answer = Answer {
             agent_id: heartbeat.agent_id.clone(),
             error_message: None,
-            interval: world.fleet.as_ref().map(|fleet| fleet.interval.as_secs()),
-            removal_delay: world.fleet.as_ref().map(|fleet| fleet.removal_delay.as_secs()),
+            interval: snapshot.fleet.as_ref().map(|fleet| fleet.interval.as_secs()),
+            removal_delay: snapshot.fleet.as_ref().map(|fleet| fleet.removal_delay.as_secs()),
             lineage: None,
             generation: 0,
             cmd: None,
             manager: None,
             complete: false,
             agents: None,
-            pins: world.pins.clone(),
+            pins: snapshot.pins.clone(),
             ack: heartbeat.events.iter().map(|event| event.id).max(),
         };
-        match (told, &given) {
-            (Some(told), Some(given)) => {
-                answer.error_message = told.missing.clone();
+        match (orders, &given) {
+            (Some(orders), Some(given)) => {
+                answer.error_message = orders.missing.clone();
                 answer.lineage = Some(self.lineage.clone());
                 answer.generation = given.generation;
-                answer.manager = told.manager.clone().map(MessageItem::Read);
-                if told.manager.as_ref().is_some_and(|order| order.version != heartbeat.manager.version) {
+                answer.manager = orders.manager.clone().map(MessageItem::Read);
+                if orders.manager.as_ref().is_some_and(|order| order.version != heartbeat.manager.version) {
                     answer.cmd = Some("upgrade".to_owned());
                 }
                 if held != Some(given.generation) {
-                    answer.agents = Some(told.agents.iter().cloned().map(MessageItem::Read).collect());
-                    answer.complete = told.complete;
+                    answer.agents = Some(orders.agents.iter().cloned().map(MessageItem::Read).collect());
+                    answer.complete = orders.complete;
                 }
             }
             _ => answer.error_message = Some("the gateway has no valid fleet.toml yet".to_owned()),
         }
 
-        let missing = told.and_then(|told| told.missing.clone());
-        let most = if inner.bytes < AMPLE { MOST } else { LEAST };
-        let record = Record::after(previous, heartbeat, given.or(last), missing, address, now, most);
+        let missing = orders.and_then(|orders| orders.missing.clone());
+        let max_bytes = if inner.bytes < FULL_BYTES { MAX_RECORD_BYTES } else { MAX_RECORD_BYTES_WHEN_FULL };
+        let record = Record::after(previous, heartbeat, given.or(last), missing, address, now, max_bytes);
         inner.bytes += record.bytes();
-        let told = content.map(|content| (world.revision, facts, content));
-        inner.hosts.insert(record.agent_id.clone(), KnownHost { record: Arc::new(record), told });
+        let orders = content.map(|content| (snapshot.revision, facts, content));
+        inner.hosts.insert(record.agent_id.clone(), KnownHost { record: Arc::new(record), orders });
         inner.changed = true;
         Ok(answer)
     }
 }
 
-fn content(
+fn orders_for(
     fleet: &Fleet,
     facts: &HostFacts,
     index: &Index,
     contents: &mut HashMap<String, Arc<OrderContent>>,
 ) -> Arc<OrderContent> {
-    let told = tell(&fleet.desired(facts), facts, |name, version| {
+    let orders = tell(&fleet.desired(facts), facts, |name, version| {
         let release = Release { name: name.parse().ok()?, version: version.clone(), os: facts.os, arch: facts.arch };
         index.offer(&release)
     });
     // Serializing cannot fail, or the answer could not be sent either.
-    let hash = hex(&Sha256::digest(serde_json::to_vec(&told).unwrap_or_default()));
+    let hash = hex(&Sha256::digest(serde_json::to_vec(&orders).unwrap_or_default()));
     // At powers of two only: all of them may be in use.
-    if contents.len() >= MAX_UNUSED && contents.len().is_power_of_two() {
+    if contents.len() >= UNUSED_LIMIT && contents.len().is_power_of_two() {
         contents.retain(|_, content| Arc::strong_count(content) > 1);
     }
-    contents.entry(hash.clone()).or_insert_with(|| Arc::new(OrderContent { told, hash })).clone()
+    contents.entry(hash.clone()).or_insert_with(|| Arc::new(OrderContent { orders, hash })).clone()
 }
 
-fn make_room(inner: &mut Inner, now: u64) -> Result<(), HostLimitReached> {
+fn remove_a_silent_host(inner: &mut Inner, now: u64) -> Result<(), HostLimitReached> {
     let stalest =
         inner.hosts.values().min_by_key(|known| known.record.last_heartbeat).map(|known| known.record.clone());
     let stalest = stalest.ok_or(HostLimitReached)?;
-    if now.saturating_sub(stalest.last_heartbeat) < FORGOTTEN_AFTER.as_millis() as u64 {
+    if now.saturating_sub(stalest.last_heartbeat) < REPLACEABLE_AFTER.as_millis() as u64 {
         return Err(HostLimitReached);
     }
     tracing::info!(agent_id = %stalest.agent_id, "a silent host is removed to make room for a new one");

@@ -33,7 +33,7 @@ impl From<axum::http::Error> for HttpError {
 
 impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
-        let mut response = json(self.status, &serde_json::json!({ "errorMessage": self.message }));
+        let mut response = json_response(self.status, &serde_json::json!({ "errorMessage": self.message }));
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
@@ -42,7 +42,7 @@ impl IntoResponse for HttpError {
 }
 
 /// A response in JSON.
-pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Response {
+pub(super) fn json_response(status: StatusCode, value: &impl Serialize) -> Response {
     match serde_json::to_vec(value) {
         Ok(text) => (status, [(header::CONTENT_TYPE, "application/json")], text).into_response(),
         Err(error) => {

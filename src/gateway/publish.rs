@@ -27,10 +27,10 @@ use crate::package::{self, Keys, SignatureStatus, trailer};
 use crate::store::{self, Access};
 
 /// The timeout for another `publish` to finish.
-const PATIENCE: Duration = Duration::from_secs(60);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The end of the help, 80 columns wide.
-const EXAMPLE: &str = "\
+const HELP: &str = "\
 A package is a directory, such as hello/ with two files:
 
   agent.toml    name = \"hello\"
@@ -104,7 +104,7 @@ every host runs it, sign a release that revokes the old key with the new key.";
 
 /// The arguments of `gateway publish`.
 #[derive(Debug, clap::Args)]
-#[command(after_long_help = EXAMPLE)]
+#[command(after_long_help = HELP)]
 pub struct PublishArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
@@ -123,17 +123,19 @@ pub struct PublishArgs {
     /// amd64, 386 or arm64, likewise
     #[arg(long)]
     arch: Option<Arch>,
-    /// Epoch of the package: a host rejects lower epochs than
-    /// it has had [default: the highest of that name, or 1]
+    /// Epoch of the package: a host rejects epochs lower
+    /// than the highest one that it has committed [default:
+    /// the highest of that name, or 1]
     #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
-    /// The private key to sign with; its password, if any, is
-    /// taken from the environment variable MINISIGN_PASSWORD
-    /// or prompted for [default: keys/aops.key]
+    /// The private key to sign with; its password, if any,
+    /// is taken from the environment variable
+    /// MINISIGN_PASSWORD or prompted for [default:
+    /// keys/aops.key]
     #[arg(long, value_name = "FILE", verbatim_doc_comment)]
     key: Option<PathBuf>,
-    /// Publish this executable: as the package of the manager
-    /// and as the bootstrap that new hosts download
+    /// Publish this executable: as the package of the
+    /// manager and as the bootstrap that new hosts download
     #[arg(long = "self", conflicts_with_all = ["path", "name", "os", "arch"], verbatim_doc_comment)]
     itself: bool,
     /// A directory, or an archive (tar.zst, tar.gz, zip); an
@@ -143,19 +145,19 @@ pub struct PublishArgs {
 }
 
 pub(super) fn run(args: &PublishArgs) -> Result<()> {
-    let place = GatewayDirectory::initialized(&args.dir)?;
-    let what = if args.itself {
-        ContentSource::itself()?
+    let directory = GatewayDirectory::initialized(&args.dir)?;
+    let source = if args.itself {
+        ContentSource::this_executable()?
     } else {
         ContentSource::at(args.path.as_deref().unwrap_or(Path::new("")))?
     };
-    let shown = what.shown();
-    let published = publish(&place, args, what).with_context(|| format!("cannot publish {shown}"))?;
-    let PublishResult { binding, file, fate, notes, bootstrap } = published;
+    let shown = source.shown();
+    let published = publish(&directory, args, source).with_context(|| format!("cannot publish {shown}"))?;
+    let PublishResult { binding, file, outcome, notes, bootstrap } = published;
     for note in notes {
         message!("{note}");
     }
-    report!("{} {}, epoch {}: {file}", fate, binding.release, binding.epoch);
+    report!("{} {}, epoch {}: {file}", outcome, binding.release, binding.epoch);
     if let Some(bootstrap) = bootstrap {
         report!("published the bootstrap: {bootstrap}");
     }
@@ -166,7 +168,7 @@ pub(super) fn run(args: &PublishArgs) -> Result<()> {
 struct PublishResult {
     binding: Binding,
     file: String,
-    fate: &'static str,
+    outcome: &'static str,
     notes: Vec<String>,
     bootstrap: Option<String>,
 }
@@ -175,7 +177,7 @@ struct PublishResult {
 enum ContentSource {
     Directory(PathBuf),
     Archive { path: PathBuf, packing: Packing },
-    Itself(PathBuf),
+    ThisExecutable(PathBuf),
 }
 
 impl ContentSource {
@@ -194,31 +196,33 @@ impl ContentSource {
         }
     }
 
-    fn itself() -> Result<ContentSource> {
-        Ok(ContentSource::Itself(std::env::current_exe().context("cannot find this executable")?))
+    fn this_executable() -> Result<ContentSource> {
+        Ok(ContentSource::ThisExecutable(std::env::current_exe().context("cannot find this executable")?))
     }
 
     fn shown(&self) -> String {
-        let (ContentSource::Directory(path) | ContentSource::Archive { path, .. } | ContentSource::Itself(path)) = self;
+        let (ContentSource::Directory(path)
+        | ContentSource::Archive { path, .. }
+        | ContentSource::ThisExecutable(path)) = self;
         path.display().to_string()
     }
 
     fn packing(&self) -> Packing {
         match self {
             ContentSource::Archive { packing, .. } => *packing,
-            ContentSource::Directory(_) | ContentSource::Itself(_) => Packing::TarZst,
+            ContentSource::Directory(_) | ContentSource::ThisExecutable(_) => Packing::TarZst,
         }
     }
 
     /// Writes the content as an archive to a temporary file in the depot.
-    fn staged(&self, place: &GatewayDirectory) -> Result<NamedTempFile> {
-        let mut staged = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
+    fn staged(&self, directory: &GatewayDirectory) -> Result<NamedTempFile> {
+        let mut staged = tempfile::Builder::new().prefix(".new-").tempfile_in(directory.depot())?;
         match self {
             ContentSource::Directory(path) => PackTree::of_directory(path)?.write(staged.as_file_mut())?,
             ContentSource::Archive { path, .. } => {
                 std::io::copy(&mut File::open(path)?, staged.as_file_mut())?;
             }
-            ContentSource::Itself(path) => {
+            ContentSource::ThisExecutable(path) => {
                 // Without the trailer of a bootstrap: the package must not depend on how this executable was installed.
                 let mut bare = tempfile::NamedTempFile::new()?;
                 let mut executable = File::open(path)?;
@@ -226,7 +230,7 @@ impl ContentSource {
                 executable.seek(SeekFrom::Start(0))?;
                 std::io::copy(&mut std::io::Read::take(executable, length), bare.as_file_mut())?;
                 let mut tree = PackTree::default();
-                tree.add_executable(archive::manager_path(identity::here().0), bare.path().to_owned());
+                tree.add_executable(archive::manager_path(identity::own_system().0), bare.path().to_owned());
                 tree.write(staged.as_file_mut())?;
             }
         }
@@ -234,28 +238,28 @@ impl ContentSource {
     }
 }
 
-fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) -> Result<PublishResult> {
-    let _lock = lock::take(&place.publish_lock(), PATIENCE)?
-        .with_context(|| format!("another publish is running in {}; try again later", place.depot().display()))?;
-    sweep(&place.depot())?;
-    let keys = DepotKeys::read(place)?;
-    let mut staged = source.staged(place)?;
+fn publish(directory: &GatewayDirectory, args: &PublishArgs, source: ContentSource) -> Result<PublishResult> {
+    let _lock = lock::take(&directory.publish_lock(), LOCK_TIMEOUT)?
+        .with_context(|| format!("another publish is running in {}; try again later", directory.depot().display()))?;
+    remove_leftovers(&directory.depot())?;
+    let keys = DepotKeys::read(directory)?;
+    let mut staged = source.staged(directory)?;
     let packing = source.packing();
     let contents = archive::contents(staged.as_file_mut(), packing)?;
-    let kept = match &source {
-        ContentSource::Archive { path, .. } => signature_beside(path)?,
-        ContentSource::Directory(_) | ContentSource::Itself(_) => None,
+    let supplied = match &source {
+        ContentSource::Archive { path, .. } => supplied_signature(path)?,
+        ContentSource::Directory(_) | ContentSource::ThisExecutable(_) => None,
     };
 
     let mut notes: Vec<String> = keys.problems().iter().map(|problem| format!("warning: {problem}")).collect();
     let release = match &source {
-        ContentSource::Itself(_) => {
-            let (os, arch) = identity::here();
+        ContentSource::ThisExecutable(_) => {
+            let (os, arch) = identity::own_system();
             let version = args.version.clone().map_or_else(|| env!("CARGO_PKG_VERSION").parse(), Ok)?;
             Release { name: MANAGER_PACKAGE.parse()?, version, os, arch }
         }
         ContentSource::Directory(_) | ContentSource::Archive { .. } => {
-            let given = RequestedIdentity {
+            let requested = RequestedIdentity {
                 name: args.name.clone(),
                 version: args.version.clone(),
                 os: args.os,
@@ -265,21 +269,21 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
                 ContentSource::Archive { path, .. } => path.file_name().map(|name| name.to_string_lossy().into_owned()),
                 _ => None,
             };
-            let clues = IdentityHints {
+            let hints = IdentityHints {
                 manifest: contents.manifest.as_ref().map(|manifest| (manifest.name.clone(), manifest.version.clone())),
-                signed: kept.as_ref().map(|kept| kept.binding.release.clone()),
+                signed: supplied.as_ref().map(|supplied| supplied.binding.release.clone()),
                 file_name,
             };
-            let (release, assumed) = identity::settle(given, clues)?;
+            let (release, assumed) = identity::resolve(requested, hints)?;
             notes.extend(assumed);
             release
         }
     };
     archive::check_for(release.os, staged.as_file_mut(), packing)?;
     if release.name.as_str() == MANAGER_PACKAGE {
-        let wanted = archive::manager_path(release.os);
-        if contents.manager.as_deref() != Some(wanted) {
-            bail!("it has no {wanted}, which a package of the manager for {} needs", release.os);
+        let required = archive::manager_path(release.os);
+        if contents.manager.as_deref() != Some(required) {
+            bail!("it has no {required}, which a package of the manager for {} needs", release.os);
         }
         contents.check_keys(&release.version)?;
     } else {
@@ -288,7 +292,7 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     }
 
     let file = release.file_name(packing);
-    let others = depot::published(&place.depot(), &release.name)?;
+    let others = depot::published(&directory.depot(), &release.name)?;
     if let Some(other) = others.iter().find(|other| other.binding.release == release && other.file != file) {
         bail!("{release} is published already, as {}; choose another version", other.file);
     }
@@ -301,15 +305,15 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
             release.version
         );
     }
-    let standing = others.iter().find(|other| other.file == file);
+    let existing = others.iter().find(|other| other.file == file);
     let highest = others.iter().map(|other| other.binding.epoch).max();
-    let epoch = match (&kept, args.epoch) {
-        (Some(kept), Some(epoch)) if kept.binding.epoch != epoch => {
-            bail!("its signature is for epoch {}, not {epoch}", kept.binding.epoch)
+    let epoch = match (&supplied, args.epoch) {
+        (Some(supplied), Some(epoch)) if supplied.binding.epoch != epoch => {
+            bail!("its signature is for epoch {}, not {epoch}", supplied.binding.epoch)
         }
-        (Some(kept), _) => kept.binding.epoch,
+        (Some(supplied), _) => supplied.binding.epoch,
         (None, Some(epoch)) => epoch,
-        (None, None) => standing.map(|standing| standing.binding.epoch).or(highest).unwrap_or(1),
+        (None, None) => existing.map(|existing| existing.binding.epoch).or(highest).unwrap_or(1),
     };
     if highest.is_some_and(|highest| epoch < highest) {
         notes.push(format!(
@@ -320,7 +324,7 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     }
     let binding = Binding { release, epoch };
 
-    let target = place.depot().join(&file);
+    let target = directory.depot().join(&file);
     // `a-1` 2 and `a` 1-2 have the same file name.
     if let Some(other) = depot::binding_of(&target)?.filter(|other| other.release != binding.release) {
         bail!("the file name {file} is already used by {}; choose another version", other.release);
@@ -331,19 +335,21 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
         }
         exists => exists,
     };
-    let signed_already = match standing {
-        Some(standing) if same && standing.binding == binding => is_signed_so(&target, keys.keys(), kept.as_ref())?,
+    let signed_already = match existing {
+        Some(existing) if same && existing.binding == binding => {
+            has_valid_signature(&target, keys.keys(), supplied.as_ref())?
+        }
         _ => false,
     };
-    let fate = match signed_already {
+    let outcome = match signed_already {
         true => "already published",
         false => {
-            let signature = match kept {
-                Some(kept) => {
-                    kept.check(keys.keys(), staged.as_file_mut())?;
-                    kept.text
+            let signature = match supplied {
+                Some(supplied) => {
+                    supplied.check(keys.keys(), staged.as_file_mut())?;
+                    supplied.text
                 }
-                None => sign(place, args.key.as_deref(), staged.as_file_mut(), &binding)?,
+                None => sign(directory, args.key.as_deref(), staged.as_file_mut(), &binding)?,
             };
             store::replace(&depot::signature_path(&target), signature.as_bytes(), Access::Public)?;
             if same { "signed again" } else { "published" }
@@ -351,24 +357,24 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     };
     let is_manager = binding.release.name.as_str() == MANAGER_PACKAGE;
     let bootstrap = match is_manager {
-        true => Some(bootstrap::make(place, &keys, staged.as_file_mut(), packing, &binding.release)?),
+        true => Some(bootstrap::create(directory, &keys, staged.as_file_mut(), packing, &binding.release)?),
         false => None,
     };
     if !same {
         bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
     }
-    match depot::offered(place, &file, keys.keys()).context("it is in the depot, but the gateway cannot offer it")? {
+    match depot::offered(directory, &file, keys.keys()).context("it is in the depot, but the gateway cannot offer it")? {
         Some(SignatureStatus::UnknownKey) => notes.push(format!(
             "warning: the signature is by a key that is not in {}; hosts need that key from elsewhere, as the bootstrap does not contain it",
-            place.keys().display()
+            directory.keys().display()
         )),
         Some(SignatureStatus::Good | SignatureStatus::Bad(_)) | None => {}
     }
-    Ok(PublishResult { binding, file, fate, notes, bootstrap })
+    Ok(PublishResult { binding, file, outcome, notes, bootstrap })
 }
 
 /// Removes temporary files of an interrupted publish. The caller holds the lock.
-fn sweep(depot: &Path) -> Result<()> {
+fn remove_leftovers(depot: &Path) -> Result<()> {
     for entry in fs::read_dir(depot).with_context(|| format!("cannot read {}", depot.display()))? {
         let path = entry?.path();
         if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".new-")) {
@@ -378,8 +384,8 @@ fn sweep(depot: &Path) -> Result<()> {
     Ok(())
 }
 
-fn sign(place: &GatewayDirectory, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {
-    let default = place.signing_key();
+fn sign(directory: &GatewayDirectory, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {
+    let default = directory.signing_key();
     let key = key.unwrap_or(&default);
     if !key.exists() {
         bail!("there is no signing key {}; give one with --key, or put a signature beside the archive", key.display());
@@ -395,7 +401,7 @@ struct SuppliedSignature {
     binding: Binding,
 }
 
-fn signature_beside(archive: &Path) -> Result<Option<SuppliedSignature>> {
+fn supplied_signature(archive: &Path) -> Result<Option<SuppliedSignature>> {
     let path = depot::signature_path(archive);
     let Some(bytes) = store::read(&path, package::MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let attempt = || -> Result<SuppliedSignature> {
@@ -413,17 +419,17 @@ impl SuppliedSignature {
     fn check(&self, keys: &Keys, package: &mut File) -> Result<()> {
         match package::judge(package, &self.text, keys)?.0 {
             SignatureStatus::Good | SignatureStatus::UnknownKey => Ok(()),
-            SignatureStatus::Bad(why) => bail!("its signature is not for this content: {why}"),
+            SignatureStatus::Bad(why) => bail!("its signature is invalid: {why}"),
         }
     }
 }
 
 /// Whether the published file has a valid signature, and the same one as the archive if that has one.
-fn is_signed_so(file: &Path, keys: &Keys, kept: Option<&SuppliedSignature>) -> Result<bool> {
-    let Some((verdict, text)) = depot::verdict_on(file, keys)? else { return Ok(false) };
-    Ok(match kept {
-        Some(kept) => kept.text == text && !matches!(verdict, SignatureStatus::Bad(_)),
-        None => verdict == SignatureStatus::Good,
+fn has_valid_signature(file: &Path, keys: &Keys, supplied: Option<&SuppliedSignature>) -> Result<bool> {
+    let Some((status, text)) = depot::signature_status(file, keys)? else { return Ok(false) };
+    Ok(match supplied {
+        Some(supplied) => supplied.text == text && !matches!(status, SignatureStatus::Bad(_)),
+        None => status == SignatureStatus::Good,
     })
 }
 

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::http_error::{HttpError, json as answer};
+use super::http_error::{HttpError, json_response};
 use super::shared::RequestContext;
 use super::state::GatewayState;
 use super::{download, now_millis};
@@ -45,7 +45,7 @@ pub(super) fn large_bodies() -> Semaphore {
 pub(super) fn router(shared: Arc<RequestContext>) -> Router {
     Router::new()
         .route(HEARTBEAT_PATH, post(heartbeat))
-        .route(&format!("{DOWNLOAD_PATH}/{{file}}"), get(downloaded))
+        .route(&format!("{DOWNLOAD_PATH}/{{file}}"), get(download_file))
         .route(&format!("{RELEASES_PATH}/{{name}}"), get(release))
         .route("/healthz", get(health))
         .fallback(async || HttpError::new(StatusCode::NOT_FOUND, "not found: the gateway has no such path"))
@@ -57,9 +57,10 @@ pub(super) fn router(shared: Arc<RequestContext>) -> Router {
 
 async fn heartbeat(State(shared): State<Arc<RequestContext>>, request: Request) -> Result<Response, HttpError> {
     let bad = |message: String| HttpError::new(StatusCode::BAD_REQUEST, message);
-    let named = agent_id(request.headers())?.ok_or_else(|| bad(format!("the header {AGENT_ID_HEADER} is missing")))?;
+    let header_id =
+        agent_id(request.headers())?.ok_or_else(|| bad(format!("the header {AGENT_ID_HEADER} is missing")))?;
     let address = request.extensions().get::<ClientAddress>().map(|peer| peer.0.to_string());
-    let (body, _room) = body(request, &shared.large_bodies).await?;
+    let (body, _permit) = body(request, &shared.large_bodies).await?;
     // Checked before parsing: small values need many times the memory that they have on the wire.
     if protocol::values(&body) > MAX_VALUES {
         return Err(HttpError::new(
@@ -69,18 +70,18 @@ async fn heartbeat(State(shared): State<Arc<RequestContext>>, request: Request) 
     }
     let heartbeat: Heartbeat =
         serde_json::from_slice(&body).map_err(|error| bad(format!("cannot read the heartbeat: {error}")))?;
-    if heartbeat.agent_id != named {
+    if heartbeat.agent_id != header_id {
         return Err(bad(format!(
-            "the heartbeat is of agent id {}, but the header {AGENT_ID_HEADER} is {named}",
+            "the heartbeat is of agent id {}, but the header {AGENT_ID_HEADER} is {header_id}",
             heartbeat.agent_id
         )));
     }
-    let told = shared.hosts.heartbeat(heartbeat, address, &shared.world(), now_millis());
+    let answer = shared.hosts.heartbeat(heartbeat, address, &shared.snapshot(), now_millis());
     shared.touched.notify_one();
-    match told {
-        Ok(told) => Ok(answer(StatusCode::OK, &told)),
+    match answer {
+        Ok(answer) => Ok(json_response(StatusCode::OK, &answer)),
         Err(super::hosts::HostLimitReached) => {
-            tracing::warn!(agent_id = %named, "a host is rejected: the limit of hosts is reached");
+            tracing::warn!(agent_id = %header_id, "a host is rejected: the limit of hosts is reached");
             Err(HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the gateway's limit of hosts is reached")
                 .retry_after(300))
         }
@@ -102,7 +103,7 @@ async fn body(request: Request, large: &Semaphore) -> Result<(Bytes, Option<Sema
     if length.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
         return Err(too_large());
     }
-    let room = match length {
+    let permit = match length {
         Some(length) if length <= LARGE_BODY_BYTES => None,
         // Without a length the body may be large.
         _ => Some(large.try_acquire().map_err(|_| {
@@ -110,20 +111,20 @@ async fn body(request: Request, large: &Semaphore) -> Result<(Bytes, Option<Sema
         })?),
     };
     match tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), MAX_BODY_BYTES)).await {
-        Ok(Ok(bytes)) => Ok((bytes, room)),
+        Ok(Ok(bytes)) => Ok((bytes, permit)),
         // A body without length was too large; after any other error the connection is closed anyway.
         Ok(Err(_)) => Err(too_large()),
         Err(_) => Err(HttpError::new(StatusCode::REQUEST_TIMEOUT, "receiving the heartbeat timed out")),
     }
 }
 
-async fn downloaded(
+async fn download_file(
     State(shared): State<Arc<RequestContext>>,
     Path(file): Path<String>,
     method: Method,
     headers: HeaderMap,
 ) -> Result<Response, HttpError> {
-    download::answer(&shared.world().index, &file, &method, &headers).await
+    download::answer(&shared.snapshot().index, &file, &method, &headers).await
 }
 
 /// The query of a release.
@@ -136,24 +137,25 @@ struct ReleaseQuery {
 async fn release(
     State(shared): State<Arc<RequestContext>>,
     Path(name): Path<String>,
-    Query(wanted): Query<ReleaseQuery>,
+    Query(query): Query<ReleaseQuery>,
 ) -> Result<Response, HttpError> {
     let bad = |message: String| HttpError::new(StatusCode::BAD_REQUEST, message);
     let name: AgentName = name.parse().map_err(|error| bad(format!("{error}")))?;
-    let (Some(os), Some(arch)) = (wanted.os, wanted.arch) else {
+    let (Some(os), Some(arch)) = (query.os, query.arch) else {
         return Err(bad("the query needs os and arch".to_owned()));
     };
     let os: Os = os.parse().map_err(|error| bad(format!("{error}")))?;
     let arch: Arch = arch.parse().map_err(|error| bad(format!("{error}")))?;
-    let world = shared.world();
-    let ordered = match name.as_str() {
-        MANAGER_PACKAGE => world.fleet.as_ref().and_then(|fleet| fleet.manager.clone()),
+    let snapshot = shared.snapshot();
+    let ordered_version = match name.as_str() {
+        MANAGER_PACKAGE => snapshot.fleet.as_ref().and_then(|fleet| fleet.manager.clone()),
         _ => None,
     };
-    let offer_of = |version| world.index.offer(&Release { name: name.clone(), version, os, arch });
-    let offer = ordered.and_then(offer_of).or_else(|| world.index.newest(&name, os, arch).and_then(offer_of));
+    let offer_of = |version| snapshot.index.offer(&Release { name: name.clone(), version, os, arch });
+    let offer =
+        ordered_version.and_then(offer_of).or_else(|| snapshot.index.newest(&name, os, arch).and_then(offer_of));
     match offer {
-        Some(offer) => Ok(answer(StatusCode::OK, &offer)),
+        Some(offer) => Ok(json_response(StatusCode::OK, &offer)),
         None => {
             Err(HttpError::new(StatusCode::NOT_FOUND, format!("the depot has no package of {name} for {os}/{arch}")))
         }
@@ -161,19 +163,19 @@ async fn release(
 }
 
 async fn health(State(shared): State<Arc<RequestContext>>) -> Response<Body> {
-    let GatewayState { fleet: standing, parts, .. } = shared.standing();
-    let world = shared.world();
-    answer(
+    let GatewayState { fleet, parts, .. } = shared.state();
+    let snapshot = shared.snapshot();
+    json_response(
         StatusCode::OK,
         &json!({
             "ok": parts.are_ok(),
             "hosts": shared.hosts.count(),
-            "packages": world.index.packages(),
+            "packages": snapshot.index.packages(),
             "fleet": {
-                "generation": standing.generation,
-                "agents": standing.agents,
-                "rules": standing.rules,
-                "lastError": standing.error,
+                "generation": fleet.generation,
+                "agents": fleet.agents,
+                "rules": fleet.rules,
+                "lastError": fleet.error,
             },
             "parts": parts,
         }),
@@ -194,18 +196,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn large_heartbeats_wait_for_each_other_and_small_ones_for_nobody() {
+    async fn large_heartbeats_are_limited_and_small_ones_are_not() {
         let large = Semaphore::new(2);
         let (small, big) = (LARGE_BODY_BYTES as usize, LARGE_BODY_BYTES as usize + 1);
         let held = [body(request(Some(big)), &large).await.unwrap(), body(request(None), &large).await.unwrap()];
         for length in [Some(big), None] {
-            let refused = body(request(length), &large).await.unwrap_err();
-            assert_eq!((refused.status, refused.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(5)));
+            let rejected = body(request(length), &large).await.unwrap_err();
+            assert_eq!((rejected.status, rejected.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(5)));
         }
         assert_eq!(body(request(Some(small)), &large).await.unwrap().0.len(), small);
         drop(held);
         assert_eq!(body(request(Some(big)), &large).await.unwrap().0.len(), big);
-        let refused = body(request(Some(MAX_BODY_BYTES + 1)), &large).await.unwrap_err();
-        assert_eq!(refused.status, StatusCode::PAYLOAD_TOO_LARGE);
+        let rejected = body(request(Some(MAX_BODY_BYTES + 1)), &large).await.unwrap_err();
+        assert_eq!(rejected.status, StatusCode::PAYLOAD_TOO_LARGE);
     }
 }

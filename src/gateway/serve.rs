@@ -36,23 +36,23 @@ use crate::output::report;
 use crate::platform::{self, Reload, Termination};
 
 /// The minimum interval between two writes of hosts.json.
-const SAVE: Duration = Duration::from_secs(2);
+const SAVE_INTERVAL: Duration = Duration::from_secs(2);
 /// The interval grows so that serializing takes at most one part in this many, and the disk at most half of the time.
-const SAVE_SHARE: u32 = 20;
+const MAX_SAVE_SHARE: u32 = 20;
 /// Connections served at once; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 60_000;
 /// Open files reserved for everything besides connections.
 const RESERVED_FILES: u64 = 64;
 /// The timeout of a TLS handshake.
-const HANDSHAKE: Duration = Duration::from_secs(15);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(15);
 /// The timeout for the head of a request, and so of idle connections. Hosts keep connections alive from one heartbeat to the next.
-const IDLE: Duration = Duration::from_secs(120);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
 /// The timeout for a client that stops reading a response.
-const STALL: Duration = Duration::from_secs(120);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(120);
 /// The timeout for requests under way when the gateway stops.
-const DRAIN: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// The timeout for a stopping gateway of the same directory to release the lock.
-const TAKE_OVER: Duration = Duration::from_secs(5);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The arguments of `gateway run`.
 #[derive(Debug, clap::Args)]
@@ -67,8 +67,8 @@ pub struct RunArgs {
 }
 
 pub(super) fn run(args: &RunArgs) -> Result<()> {
-    let place = GatewayDirectory::initialized(&args.dir)?;
-    let Some(_lock) = lock::take(&place.lock(), TAKE_OVER)? else {
+    let directory = GatewayDirectory::initialized(&args.dir)?;
+    let Some(_lock) = lock::take(&directory.lock(), LOCK_TIMEOUT)? else {
         bail!("cannot run a second gateway in {}: another gateway is already running", args.dir.display());
     };
     let runtime =
@@ -78,7 +78,7 @@ pub(super) fn run(args: &RunArgs) -> Result<()> {
         let listener = TcpListener::bind(args.listen).await.with_context(|| {
             format!("cannot listen on {}; choose another address or port with --listen", args.listen)
         })?;
-        serve(place, listener, WatchIntervals::USUAL, stopped, reload, announce).await
+        serve(directory, listener, WatchIntervals::PRODUCTION, stopped, reload, announce).await
     })
 }
 
@@ -87,13 +87,13 @@ fn signals() -> std::io::Result<(watch::Receiver<bool>, Arc<Notify>)> {
     let (stop, stopped) = watch::channel(false);
     let (mut termination, mut hangup) = (Termination::new()?, Reload::new()?);
     let reload = Arc::new(Notify::new());
-    let asked = reload.clone();
+    let reload_requested = reload.clone();
     tokio::spawn(async move {
         loop {
             tokio::select! {
                 // Both are cancel-safe, as documented.
                 () = termination.recv() => break,
-                () = hangup.recv() => asked.notify_one(),
+                () = hangup.recv() => reload_requested.notify_one(),
             }
         }
         // The receiver is dropped only after the gateway has stopped.
@@ -109,40 +109,40 @@ fn announce(address: SocketAddr) {
 /// Serves until `stopped` is true, and reloads its files when `reload` is notified. Calls `ready` with the address once requests are
 /// answered.
 pub(super) async fn serve(
-    place: GatewayDirectory,
+    directory: GatewayDirectory,
     listener: TcpListener,
-    pace: WatchIntervals,
+    intervals: WatchIntervals,
     stopped: watch::Receiver<bool>,
     reload: Arc<Notify>,
     ready: impl FnOnce(SocketAddr),
 ) -> Result<()> {
     let address = listener.local_addr()?;
-    let (lineage, no_lineage) = lineage(&place);
-    let (records, no_records) = remembered(&place);
+    let (lineage, lineage_problem) = lineage(&directory);
+    let (records, records_problem) = load_records(&directory);
     let shared = Arc::new(RequestContext::new(Hosts::new(lineage, records), routes::large_bodies()));
-    shared.trouble("lineage", no_lineage);
-    shared.trouble("memory", no_records);
-    let eyes = DirectoryWatcher::open(place.clone(), pace, &shared, format!("https://{address}"))?;
-    let doors = ConnectionContext {
-        acceptor: acceptor(eyes.served())?,
-        renewed: eyes.served().changes(),
+    shared.set_problem("lineage", lineage_problem);
+    shared.set_problem("memory", records_problem);
+    let watcher = DirectoryWatcher::open(directory.clone(), intervals, &shared, format!("https://{address}"))?;
+    let connections = ConnectionContext {
+        acceptor: acceptor(watcher.served())?,
+        renewed: watcher.served().changes(),
         stopped: stopped.clone(),
     };
-    let (mut first, seen) = (eyes, shared.clone());
-    let eyes = tokio::task::spawn_blocking(move || {
-        first.look_first(&seen);
-        first
+    let (mut starting, context) = (watcher, shared.clone());
+    let watcher = tokio::task::spawn_blocking(move || {
+        starting.first_poll(&context);
+        starting
     })
     .await?;
-    let watching = tokio::spawn(keep_watching(eyes, shared.clone(), reload, stopped.clone()));
-    let saving = tokio::spawn(keep_saving(place.hosts(), shared.clone(), stopped));
+    let watching = tokio::spawn(keep_watching(watcher, shared.clone(), reload, stopped.clone()));
+    let saving = tokio::spawn(keep_saving(directory.hosts(), shared.clone(), stopped));
 
     ready(address);
     tracing::info!(%address, hosts = shared.hosts.count(), "the gateway has started");
-    accept(listener, doors, shared.clone()).await;
+    accept(listener, connections, shared.clone()).await;
     watching.await?;
     saving.await?;
-    save(&place.hosts(), &shared).await;
+    save(&directory.hosts(), &shared).await;
     tracing::info!("the gateway stops");
     Ok(())
 }
@@ -169,13 +169,13 @@ struct ConnectionContext {
 }
 
 /// The saved records of the hosts; without them, the problem to report.
-fn remembered(place: &GatewayDirectory) -> (Vec<hosts::Record>, Option<String>) {
-    match hosts::load(&place.hosts()) {
+fn load_records(directory: &GatewayDirectory) -> (Vec<hosts::Record>, Option<String>) {
+    match hosts::load(&directory.hosts()) {
         Ok(records) => (records, None),
         Err(error) => {
             // The records are only a cache: every host reports its state again with its next heartbeat.
-            let damaged = place.hosts().with_extension("json.damaged");
-            let kept = match std::fs::rename(place.hosts(), &damaged) {
+            let damaged = directory.hosts().with_extension("json.damaged");
+            let kept = match std::fs::rename(directory.hosts(), &damaged) {
                 Ok(()) => format!("the file is kept as {}", damaged.display()),
                 Err(error) => format!("the file cannot be renamed: {error}"),
             };
@@ -185,7 +185,7 @@ fn remembered(place: &GatewayDirectory) -> (Vec<hosts::Record>, Option<String>) 
 }
 
 async fn keep_saving(path: PathBuf, shared: Arc<RequestContext>, mut stopped: watch::Receiver<bool>) {
-    let mut pause = SAVE;
+    let mut pause = SAVE_INTERVAL;
     loop {
         tokio::select! {
             // Both are cancel-safe: changes of a lost notification are saved at the end.
@@ -194,7 +194,7 @@ async fn keep_saving(path: PathBuf, shared: Arc<RequestContext>, mut stopped: wa
         }
         let started = Instant::now();
         let work = save(&path, &shared).await;
-        pause = SAVE.max(work * SAVE_SHARE).max(started.elapsed());
+        pause = SAVE_INTERVAL.max(work * MAX_SAVE_SHARE).max(started.elapsed());
     }
 }
 
@@ -204,11 +204,11 @@ async fn save(path: &Path, shared: &RequestContext) -> Duration {
     let (file, started) = (path.to_owned(), Instant::now());
     match tokio::task::spawn_blocking(move || hosts::save(&file, &records)).await {
         Ok(Ok(work)) => {
-            shared.trouble("hosts", None);
+            shared.set_problem("hosts", None);
             work
         }
         Ok(Err(error)) => {
-            shared.trouble("hosts", Some(format!("cannot save the records of the hosts: {error:#}; retrying")));
+            shared.set_problem("hosts", Some(format!("cannot save the records of the hosts: {error:#}; retrying")));
             shared.hosts.mark_changed();
             shared.touched.notify_one();
             // The share of the sync is unknown.
@@ -218,30 +218,30 @@ async fn save(path: &Path, shared: &RequestContext) -> Duration {
     }
 }
 
-async fn accept(listener: TcpListener, mut doors: ConnectionContext, shared: Arc<RequestContext>) {
+async fn accept(listener: TcpListener, mut context: ConnectionContext, shared: Arc<RequestContext>) {
     let files = platform::raise_open_files().unwrap_or(1024);
-    let most =
+    let max_connections =
         usize::try_from(files.saturating_sub(RESERVED_FILES).max(16) / 2).unwrap_or(usize::MAX).min(MAX_CONNECTIONS);
-    let places = Arc::new(Semaphore::new(most));
+    let permits = Arc::new(Semaphore::new(max_connections));
     let router = routes::router(shared);
     loop {
         let accepted = tokio::select! {
             // Cancel-safe: a dropped permit is released, and `accept` loses no connection.
             accepted = async {
-                let place = places.clone().acquire_owned().await;
-                (listener.accept().await, place)
+                let permit = permits.clone().acquire_owned().await;
+                (listener.accept().await, permit)
             } => accepted,
-            _ = doors.stopped.wait_for(|stopped| *stopped) => break,
+            _ = context.stopped.wait_for(|stopped| *stopped) => break,
         };
         match accepted {
-            (Ok((stream, peer)), Ok(place)) => {
+            (Ok((stream, peer)), Ok(permit)) => {
                 let service = router.clone().layer(axum::Extension(routes::ClientAddress(peer.ip().to_canonical())));
-                let doors = doors.clone();
+                let context = context.clone();
                 tokio::spawn(async move {
-                    if let Err(error) = connection(stream, doors, service).await {
+                    if let Err(error) = serve_connection(stream, context, service).await {
                         tracing::debug!(%peer, error = %format!("{error:#}"), "a connection failed");
                     }
-                    drop(place);
+                    drop(permit);
                 });
             }
             (Err(error), _) => {
@@ -253,33 +253,33 @@ async fn accept(listener: TcpListener, mut doors: ConnectionContext, shared: Arc
         }
     }
     drop(listener);
-    let everyone = u32::try_from(most).unwrap_or(u32::MAX);
-    if tokio::time::timeout(DRAIN, places.acquire_many(everyone)).await.is_err() {
+    let all = u32::try_from(max_connections).unwrap_or(u32::MAX);
+    if tokio::time::timeout(STOP_TIMEOUT, permits.acquire_many(all)).await.is_err() {
         tracing::warn!("requests were aborted at the stop timeout");
     }
 }
 
-async fn connection(stream: TcpStream, mut doors: ConnectionContext, service: axum::Router) -> Result<()> {
+async fn serve_connection(stream: TcpStream, mut context: ConnectionContext, service: axum::Router) -> Result<()> {
     stream.set_nodelay(true)?;
     let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(STALL));
+    stream.set_write_timeout(Some(WRITE_TIMEOUT));
     // Before the handshake, during which the certificate may change.
-    doors.renewed.mark_unchanged();
-    let stream = tokio::time::timeout(HANDSHAKE, doors.acceptor.accept(Box::pin(stream)))
+    context.renewed.mark_unchanged();
+    let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, context.acceptor.accept(Box::pin(stream)))
         .await
         .context("the TLS handshake timed out")??;
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(IDLE)
+        .header_read_timeout(IDLE_TIMEOUT)
         .max_buf_size(64 << 10)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         // Cancel-safe: the connection is pinned outside and continues below.
         ended = connection.as_mut() => return Ok(ended?),
-        _ = doors.stopped.wait_for(|stopped| *stopped) => {}
+        _ = context.stopped.wait_for(|stopped| *stopped) => {}
         // Cancel-safe, as documented.
-        _ = doors.renewed.changed() => {}
+        _ = context.renewed.changed() => {}
     }
     connection.as_mut().graceful_shutdown();
     Ok(connection.await?)

@@ -22,7 +22,7 @@ const SILENT_AFTER_MILLIS: u64 = 90_000;
 /// How long another machine with the same agent id is reported after its last heartbeat.
 const TWIN_MILLIS: u64 = 3_600_000;
 /// The largest difference of clocks that is not reported, seconds.
-const CLOCKS_APART: u64 = 60;
+const MAX_CLOCK_DIFFERENCE: u64 = 60;
 
 /// The arguments of `gateway status`.
 #[derive(Debug, clap::Args)]
@@ -80,17 +80,17 @@ struct CertificateSection {
 }
 
 impl CertificateSection {
-    fn new(standing: certificate::CertificateStatus, records: &[Record]) -> CertificateSection {
+    fn new(status: certificate::CertificateStatus, records: &[Record]) -> CertificateSection {
         let reports = || records.iter().filter_map(|record| record.trust.as_ref()).filter(|trust| trust.is_pinned());
         let lacking = |pins: &[String]| reports().filter(|trust| !pins.iter().all(|pin| trust.accepts(pin))).count();
         CertificateSection {
-            end: standing.end.and_then(|end| rfc3339(end.checked_mul(1_000)?)),
+            end: status.end.and_then(|end| rfc3339(end.checked_mul(1_000)?)),
             pinned: reports().count(),
-            lacking_next: lacking(&standing.next),
-            lacking_present: lacking(standing.pin.as_slice()),
+            lacking_next: lacking(&status.next),
+            lacking_present: lacking(status.pin.as_slice()),
             not_told: records.iter().filter(|record| record.trust.is_none()).count(),
-            pin: standing.pin,
-            next: standing.next,
+            pin: status.pin,
+            next: status.next,
         }
     }
 }
@@ -129,8 +129,8 @@ struct HostSection {
 }
 
 pub(super) fn run(args: &StatusArgs) -> Result<()> {
-    let place = GatewayDirectory::initialized(&args.dir)?;
-    let status = gather(&place)?;
+    let directory = GatewayDirectory::initialized(&args.dir)?;
+    let status = gather(&directory)?;
     if args.json {
         result!("{}", serde_json::to_string_pretty(&status)?);
         return Ok(());
@@ -153,15 +153,15 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn gather(place: &GatewayDirectory) -> Result<StatusReport> {
-    let running = lock::is_held(&place.lock());
+pub(super) fn gather(directory: &GatewayDirectory) -> Result<StatusReport> {
+    let running = lock::is_held(&directory.lock());
     let now = now_millis();
-    let state: Option<GatewayState> = match store::load(&place.standing()) {
+    let state: Option<GatewayState> = match store::load(&directory.state_file()) {
         // It may be damaged by a power cut, because it is not synced; a starting gateway writes it again.
         Err(error) if !error.chain().any(|cause| cause.is::<std::io::Error>()) => None,
         loaded => loaded?,
     };
-    let mut records = hosts::load(&place.hosts())?;
+    let mut records = hosts::load(&directory.hosts())?;
     records.sort_by(|a, b| (&a.hostname, &a.agent_id).cmp(&(&b.hostname, &b.agent_id)));
     let interval = state.as_ref().map_or(0, |state| state.fleet.interval);
     let silent_after = (interval * 1_000 * SILENT_AFTER_HEARTBEATS).max(SILENT_AFTER_MILLIS);
@@ -169,9 +169,9 @@ pub(super) fn gather(place: &GatewayDirectory) -> Result<StatusReport> {
     if let Some(state) = &mut state {
         // Checked here too, because a gateway that is not running does not check it.
         let GatewayState { parts, certificate, .. } = state;
-        exposed_keys(place).into_iter().for_each(|problem| parts.keys.add(problem));
-        let seen_now = certificate.warning(now / 1_000).into_iter().chain(exposed_tls(place));
-        seen_now.for_each(|problem| parts.certificate.add(problem));
+        exposed_keys(directory).into_iter().for_each(|problem| parts.keys.add(problem));
+        let current = certificate.warning(now / 1_000).into_iter().chain(exposed_tls(directory));
+        current.for_each(|problem| parts.certificate.add(problem));
     }
     let gateway = state.map(|state| GatewaySection {
         certificate: CertificateSection::new(state.certificate, &records),
@@ -197,9 +197,9 @@ pub(super) fn gather(place: &GatewayDirectory) -> Result<StatusReport> {
 
 fn host(record: Record, now: u64, silent_after: u64) -> HostSection {
     let problems = problems(&record, now, silent_after);
-    let up = |agent: &&AgentReport| matches!(agent.state, AgentState::Running | AgentState::Starting);
+    let is_running = |agent: &&AgentReport| matches!(agent.state, AgentState::Running | AgentState::Starting);
     HostSection {
-        running: record.agents.iter().filter(up).count(),
+        running: record.agents.iter().filter(is_running).count(),
         agent_id: record.agent_id.to_string(),
         instance_id: record.instance_id,
         hostname: record.hostname,
@@ -226,7 +226,7 @@ fn problems(record: &Record, now: u64, silent_after: u64) -> Vec<String> {
     if let Some(twin) = record.twin.as_ref().filter(|twin| now.saturating_sub(twin.last_heartbeat) < TWIN_MILLIS) {
         problems.push(format!("its agent id is also used by {}", twin.hostname));
     }
-    if let Some(offset) = record.clock_offset_seconds.filter(|offset| offset.unsigned_abs() > CLOCKS_APART) {
+    if let Some(offset) = record.clock_offset_seconds.filter(|offset| offset.unsigned_abs() > MAX_CLOCK_DIFFERENCE) {
         let side = if offset > 0 { "ahead" } else { "behind" };
         problems.push(format!("its clock is {} seconds {side}", offset.unsigned_abs()));
     }

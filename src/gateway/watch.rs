@@ -11,7 +11,7 @@ use super::depot::Scanner;
 use super::fleet_file::FleetFile;
 use super::keyring::exposed;
 use super::parts::{GatewayParts, PartStatus};
-use super::settle::STILL;
+use super::settle::SETTLE_TIME;
 use super::shared::RequestContext;
 use super::state::GatewayState;
 use super::write_behind::WriteBehind;
@@ -21,34 +21,35 @@ use crate::{platform, store};
 /// The poll interval, and how long an edited file must not have changed before it is read.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct WatchIntervals {
-    pub(super) look: Duration,
-    pub(super) still: Duration,
+    pub(super) poll: Duration,
+    pub(super) settle: Duration,
 }
 
 impl WatchIntervals {
     /// The intervals in production.
-    pub(super) const USUAL: WatchIntervals = WatchIntervals { look: Duration::from_millis(500), still: STILL };
+    pub(super) const PRODUCTION: WatchIntervals =
+        WatchIntervals { poll: Duration::from_millis(500), settle: SETTLE_TIME };
 }
 
 /// The timeout of the start for fleet.toml to settle.
-const SETTLE: Duration = Duration::from_secs(5);
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Watches the directory.
 pub(super) struct DirectoryWatcher {
-    place: GatewayDirectory,
-    pace: WatchIntervals,
+    directory: GatewayDirectory,
+    intervals: WatchIntervals,
     scanner: Scanner,
     fleet: FleetFile,
     certificates: Certificates,
     state: GatewayState,
     /// Publishes the state for `gateway status` and the routes.
-    told: WriteBehind<GatewayState>,
+    writer: WriteBehind<GatewayState>,
 }
 
 impl DirectoryWatcher {
     pub(super) fn open(
-        place: GatewayDirectory,
-        pace: WatchIntervals,
+        directory: GatewayDirectory,
+        intervals: WatchIntervals,
         shared: &Arc<RequestContext>,
         listening: String,
     ) -> Result<DirectoryWatcher> {
@@ -58,21 +59,21 @@ impl DirectoryWatcher {
             listening: Some(listening),
             ..GatewayState::default()
         };
-        let (path, routes) = (place.standing(), shared.clone());
-        let told = WriteBehind::start("the gateway's state", move |state: &GatewayState| {
+        let (path, context) = (directory.state_file(), shared.clone());
+        let writer = WriteBehind::start("the gateway's state", move |state: &GatewayState| {
             // The file first, so that the routes never return a newer state than `gateway status` shows.
             let written = store::save_unsynced(&path, state);
-            routes.set_standing(state.clone());
+            context.set_state(state.clone());
             written
         })?;
         Ok(DirectoryWatcher {
-            scanner: Scanner::new(place.clone()),
-            fleet: FleetFile::open(place.clone(), pace.still)?,
-            certificates: Certificates::open(place.clone(), pace.still),
-            place,
-            pace,
+            scanner: Scanner::new(directory.clone()),
+            fleet: FleetFile::open(directory.clone(), intervals.settle)?,
+            certificates: Certificates::open(directory.clone(), intervals.settle),
+            directory,
+            intervals,
             state,
-            told,
+            writer,
         })
     }
 
@@ -82,70 +83,70 @@ impl DirectoryWatcher {
     }
 
     /// The poll at the start: loads the depot at once, and waits for fleet.toml to settle.
-    pub(super) fn look_first(&mut self, shared: &RequestContext) {
-        self.look(shared, true, false);
+    pub(super) fn first_poll(&mut self, shared: &RequestContext) {
+        self.poll(shared, true, false);
         let started = Instant::now();
-        while !self.fleet.is_settled() && started.elapsed() < SETTLE {
-            platform::pause(self.pace.look / 2);
-            self.look(shared, false, false);
+        while !self.fleet.is_settled() && started.elapsed() < START_TIMEOUT {
+            platform::pause(self.intervals.poll / 2);
+            self.poll(shared, false, false);
         }
-        self.told.put(self.state.clone());
-        self.told.flush();
+        self.writer.put(self.state.clone());
+        self.writer.flush();
     }
 
     /// Polls all files once. `at_once` does not wait for the depot to settle, `reload` for no file.
-    fn look(&mut self, shared: &RequestContext, at_once: bool, reload: bool) {
-        self.certificates.look(reload);
-        let index = self.scanner.look(at_once || reload);
+    fn poll(&mut self, shared: &RequestContext, at_once: bool, reload: bool) {
+        self.certificates.poll(reload);
+        let index = self.scanner.scan(at_once || reload);
         let depot_changed = index.is_some();
-        let index = index.unwrap_or_else(|| shared.world().index.clone());
-        let fleet_changed = self.fleet.look(&index, depot_changed, reload, || shared.hosts.sample());
+        let index = index.unwrap_or_else(|| shared.snapshot().index.clone());
+        let fleet_changed = self.fleet.poll(&index, depot_changed, reload, || shared.hosts.sample());
         if depot_changed {
             tracing::info!(packages = index.packages(), problems = index.problems().len(), "the depot has changed");
         }
-        let (pins, world) = (self.certificates.standing().pins(), shared.world());
+        let (pins, snapshot) = (self.certificates.status().pins(), shared.snapshot());
         // The first poll puts the last good fleet in force, whatever the present files are.
-        if world.revision == 0 || depot_changed || fleet_changed || pins != world.pins {
-            shared.replace_world(self.fleet.in_force(), index, pins);
+        if snapshot.revision == 0 || depot_changed || fleet_changed || pins != snapshot.pins {
+            shared.replace_snapshot(self.fleet.in_force(), index, pins);
         }
-        self.tell(shared, depot_changed || fleet_changed);
+        self.publish_state(shared, depot_changed || fleet_changed);
     }
 
     /// Publishes the state if it has changed.
-    fn tell(&mut self, shared: &RequestContext, changed: bool) {
+    fn publish_state(&mut self, shared: &RequestContext, changed: bool) {
         let parts = self.parts(shared);
-        let certificate = self.certificates.standing();
+        let certificate = self.certificates.status();
         if !changed && parts == self.state.parts && *certificate == self.state.certificate {
             return;
         }
         log_changes(&self.state.parts, &parts);
-        let world = shared.world();
+        let snapshot = shared.snapshot();
         self.state.certificate = certificate.clone();
-        self.state.fleet = self.fleet.standing().clone();
-        self.state.packages = world.index.packages();
-        self.state.problems = world.index.problems().clone();
+        self.state.fleet = self.fleet.status().clone();
+        self.state.packages = snapshot.index.packages();
+        self.state.problems = snapshot.index.problems().clone();
         self.state.parts = parts;
-        self.told.put(self.state.clone());
+        self.writer.put(self.state.clone());
     }
 
     fn parts(&self, shared: &RequestContext) -> GatewayParts {
-        let world = shared.world();
-        let refused = self.fleet.standing().error.iter().map(|error| format!("fleet.toml is rejected: {error}"));
-        let files = world.index.problems().iter().map(|(file, why)| format!("{file} is not offered: {why}"));
-        let state = self.fleet.unwritten().into_iter().chain(shared.troubles());
+        let snapshot = shared.snapshot();
+        let rejected = self.fleet.status().error.iter().map(|error| format!("fleet.toml is rejected: {error}"));
+        let files = snapshot.index.problems().iter().map(|(file, why)| format!("{file} is not offered: {why}"));
+        let state = self.fleet.save_problem().into_iter().chain(shared.problems());
         let state = state.chain(
-            self.told.failure().map(|why| format!("cannot save the state for `gateway status`: {why}; retrying")),
+            self.writer.failure().map(|why| format!("cannot save the state for `gateway status`: {why}; retrying")),
         );
         GatewayParts {
-            keys: PartStatus::with(self.scanner.problems_of_keys().cloned().chain(exposed_keys(&self.place))),
+            keys: PartStatus::with(self.scanner.key_problems().cloned().chain(exposed_keys(&self.directory))),
             depot: PartStatus::with(self.scanner.unreadable().map(str::to_owned).into_iter().chain(files)),
-            fleet: PartStatus::with(refused.chain(self.fleet.exposed())),
+            fleet: PartStatus::with(rejected.chain(self.fleet.exposure())),
             certificate: PartStatus::with(
                 self.certificates
                     .problems()
                     .cloned()
-                    .chain(self.certificates.standing().warning(now_millis() / 1_000))
-                    .chain(exposed_tls(&self.place)),
+                    .chain(self.certificates.status().warning(now_millis() / 1_000))
+                    .chain(exposed_tls(&self.directory)),
             ),
             state: PartStatus::with(state),
         }
@@ -153,13 +154,13 @@ impl DirectoryWatcher {
 }
 
 /// Problems with the permissions of the signing key.
-pub(super) fn exposed_keys(place: &GatewayDirectory) -> Vec<String> {
-    exposed(&place.keys(), &[&place.signing_key()])
+pub(super) fn exposed_keys(directory: &GatewayDirectory) -> Vec<String> {
+    exposed(&directory.keys(), &[&directory.signing_key()])
 }
 
 /// Problems with the permissions of the certificate's key and of the next key.
-pub(super) fn exposed_tls(place: &GatewayDirectory) -> Vec<String> {
-    exposed(&place.tls(), &[&place.certificate_key(), &place.next_certificate()])
+pub(super) fn exposed_tls(directory: &GatewayDirectory) -> Vec<String> {
+    exposed(&directory.tls(), &[&directory.certificate_key(), &directory.next_certificate()])
 }
 
 /// Logs problems that are new or resolved. New ones of the depot and the fleet file are logged elsewhere.
@@ -178,7 +179,7 @@ fn log_changes(before: &GatewayParts, after: &GatewayParts) {
 
 /// Polls at the interval, and reloads all files when `reload` is notified, until `stopped`.
 pub(super) async fn keep_watching(
-    mut eyes: DirectoryWatcher,
+    mut watcher: DirectoryWatcher,
     shared: Arc<RequestContext>,
     reload: Arc<Notify>,
     mut stopped: watch::Receiver<bool>,
@@ -186,21 +187,21 @@ pub(super) async fn keep_watching(
     loop {
         let reload = tokio::select! {
             // All are cancel-safe: a timer, a notification that is stored until it is received, and a check of a value.
-            () = tokio::time::sleep(eyes.pace.look) => false,
+            () = tokio::time::sleep(watcher.intervals.poll) => false,
             () = reload.notified() => true,
             _ = stopped.wait_for(|stopped| *stopped) => break,
         };
         if reload {
             tracing::info!("reloading all files");
         }
-        let seen = shared.clone();
-        let looked = tokio::task::spawn_blocking(move || {
-            eyes.look(&seen, false, reload);
-            eyes
+        let context = shared.clone();
+        let polled = tokio::task::spawn_blocking(move || {
+            watcher.poll(&context, false, reload);
+            watcher
         });
-        let Ok(back) = looked.await else {
+        let Ok(returned) = polled.await else {
             tracing::error!("the watch of the gateway's directory has failed; its files are not reloaded any more");
-            shared.trouble(
+            shared.set_problem(
                 "watch",
                 Some(
                     "the watch of the gateway's directory has failed, so changes of files are not loaded; restart the gateway"
@@ -209,8 +210,8 @@ pub(super) async fn keep_watching(
             );
             return;
         };
-        eyes = back;
+        watcher = returned;
     }
     // Dropping waits for pending writes, so not on the runtime's thread.
-    let _ = tokio::task::spawn_blocking(move || drop(eyes)).await;
+    let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
 }

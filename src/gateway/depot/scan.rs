@@ -24,11 +24,11 @@ type DirectoryListing = BTreeMap<String, FileStamp>;
 
 /// Scans the depot and its keys. If a directory cannot be read, its last content stays in use, and the problem is reported.
 pub(in crate::gateway) struct Scanner {
-    place: GatewayDirectory,
+    directory: GatewayDirectory,
     last: DirectoryListing,
     /// The source of the current index: the files, and the keys that their signatures were verified with.
     indexed: Option<(DirectoryListing, Keys)>,
-    judged: BTreeMap<String, CheckedFile>,
+    checked: BTreeMap<String, CheckedFile>,
     /// Why the depot cannot be read.
     unreadable: Option<String>,
     keys: WatchedKeys,
@@ -45,28 +45,28 @@ struct CheckedFile {
 struct WatchedKeys {
     last: DirectoryListing,
     read: Option<DirectoryListing>,
-    ring: DepotKeys,
+    current: DepotKeys,
     /// Why the directory cannot be read.
     unreadable: Option<String>,
 }
 
 impl WatchedKeys {
-    fn look(&mut self, place: &GatewayDirectory, at_once: bool) {
+    fn scan(&mut self, directory: &GatewayDirectory, at_once: bool) {
         let attempt = || -> Result<(DirectoryListing, bool)> {
-            let look = see(&place.keys(), |name| name.ends_with(".pub"))?;
-            let is_new = self.read.as_ref() != Some(&look) && (at_once || look == self.last);
-            Ok((look, is_new))
+            let listing = list(&directory.keys(), |name| name.ends_with(".pub"))?;
+            let is_new = self.read.as_ref() != Some(&listing) && (at_once || listing == self.last);
+            Ok((listing, is_new))
         };
-        let outcome = attempt().and_then(|(look, is_new)| {
+        let outcome = attempt().and_then(|(listing, is_new)| {
             if is_new {
-                self.ring = DepotKeys::read(place)?;
-                self.read = Some(look.clone());
+                self.current = DepotKeys::read(directory)?;
+                self.read = Some(listing.clone());
             }
-            Ok(look)
+            Ok(listing)
         });
         self.unreadable = match outcome {
-            Ok(look) => {
-                self.last = look;
+            Ok(listing) => {
+                self.last = listing;
                 None
             }
             Err(error) => Some(format!("{error:#}; the previous keys stay in use")),
@@ -75,31 +75,31 @@ impl WatchedKeys {
 }
 
 impl Scanner {
-    pub(in crate::gateway) fn new(place: GatewayDirectory) -> Scanner {
-        let (last, indexed, judged, unreadable) = (DirectoryListing::new(), None, BTreeMap::new(), None);
-        Scanner { place, last, indexed, judged, unreadable, keys: WatchedKeys::default() }
+    pub(in crate::gateway) fn new(directory: GatewayDirectory) -> Scanner {
+        let (last, indexed, checked, unreadable) = (DirectoryListing::new(), None, BTreeMap::new(), None);
+        Scanner { directory, last, indexed, checked, unreadable, keys: WatchedKeys::default() }
     }
 
     /// Scans once. Returns a new index if something has changed, and is unchanged since the last scan unless `at_once` is set.
-    pub(in crate::gateway) fn look(&mut self, at_once: bool) -> Option<Arc<Index>> {
-        self.keys.look(&self.place, at_once);
-        let look = match see(&self.place.depot(), |_| true) {
-            Ok(look) => look,
+    pub(in crate::gateway) fn scan(&mut self, at_once: bool) -> Option<Arc<Index>> {
+        self.keys.scan(&self.directory, at_once);
+        let listing = match list(&self.directory.depot(), |_| true) {
+            Ok(listing) => listing,
             Err(error) => {
                 self.unreadable = Some(format!("{error:#}; the previous packages stay on offer"));
                 return None;
             }
         };
         self.unreadable = None;
-        let settled = at_once || look == self.last;
-        self.last = look;
-        let keys = self.keys.ring.keys();
+        let settled = at_once || listing == self.last;
+        self.last = listing;
+        let keys = self.keys.current.keys();
         let is_known = |(files, by): &(DirectoryListing, Keys)| *files == self.last && by == keys;
         if !settled || self.indexed.as_ref().is_some_and(is_known) {
             return None;
         }
         if self.indexed.as_ref().is_none_or(|(_, by)| by != keys) {
-            self.judged.clear();
+            self.checked.clear();
         }
         let keys = keys.clone();
         let index = self.index(&keys);
@@ -113,70 +113,71 @@ impl Scanner {
     }
 
     /// The problems of `keys/`.
-    pub(in crate::gateway) fn problems_of_keys(&self) -> impl Iterator<Item = &String> {
-        self.keys.unreadable.iter().chain(self.keys.ring.problems())
+    pub(in crate::gateway) fn key_problems(&self) -> impl Iterator<Item = &String> {
+        self.keys.unreadable.iter().chain(self.keys.current.problems())
     }
 
     fn index(&mut self, keys: &Keys) -> Index {
-        let mut judged = BTreeMap::new();
+        let mut checked = BTreeMap::new();
         for (name, stamp) in self.last.iter().filter(|(name, _)| !name.ends_with(SIGNATURE_SUFFIX)) {
             let stamps = (*stamp, self.last.get(&format!("{name}{SIGNATURE_SUFFIX}")).copied());
-            let known = self.judged.remove(name).filter(|known| known.stamps == stamps);
-            let fresh = known.is_none();
+            let known = self.checked.remove(name).filter(|known| known.stamps == stamps);
+            let is_new = known.is_none();
             let known = known.unwrap_or_else(|| {
-                let outcome = judge(&self.place.depot().join(name), name, stamps.0, keys).map(|(item, _)| item);
+                let outcome =
+                    check_file(&self.directory.depot().join(name), name, stamps.0, keys).map(|(item, _)| item);
                 CheckedFile { stamps, outcome: outcome.map(Arc::new).map_err(|error| format!("{error:#}")) }
             });
-            if let (true, Err(reason)) = (fresh, &known.outcome) {
+            if let (true, Err(reason)) = (is_new, &known.outcome) {
                 tracing::warn!(file = %name, %reason, "a file of the depot is not offered");
             }
-            judged.insert(name.clone(), known);
+            checked.insert(name.clone(), known);
         }
-        self.judged = judged;
-        let items = self.judged.values().filter_map(|known| known.outcome.as_ref().ok().cloned()).collect();
+        self.checked = checked;
+        let items = self.checked.values().filter_map(|known| known.outcome.as_ref().ok().cloned()).collect();
         let problems =
-            self.judged.iter().filter_map(|(name, known)| Some((name.clone(), known.outcome.as_ref().err()?.clone())));
+            self.checked.iter().filter_map(|(name, known)| Some((name.clone(), known.outcome.as_ref().err()?.clone())));
         Index::new(items, problems.collect())
     }
 }
 
 /// The files of a directory whose names `counts` accepts.
-fn see(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<DirectoryListing> {
+fn list(directory: &Path, counts: impl Fn(&str) -> bool) -> Result<DirectoryListing> {
     let attempt = || -> Result<DirectoryListing> {
-        let mut look = DirectoryListing::new();
+        let mut listing = DirectoryListing::new();
         for entry in fs::read_dir(directory)? {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             if name.starts_with('.') || !counts(&name) {
                 continue;
             }
-            if look.len() >= MAX_FILES {
+            if listing.len() >= MAX_FILES {
                 bail!("it has more than {MAX_FILES} files; remove those that no host needs");
             }
             // Links are followed: the operator may keep packages elsewhere. A file that was removed meanwhile is skipped.
             let Ok(metadata) = fs::metadata(entry.path()) else { continue };
             if metadata.is_file() {
-                look.insert(name, FileStamp::of(&metadata));
+                listing.insert(name, FileStamp::of(&metadata));
             }
         }
-        Ok(look)
+        Ok(listing)
     };
     attempt().with_context(|| format!("cannot read the directory {}", directory.display()))
 }
 
 /// The status of the signature of a file in the depot, `None` for a bootstrap; an error if the gateway does not offer the file.
 pub(in crate::gateway) fn offered(
-    place: &GatewayDirectory,
+    directory: &GatewayDirectory,
     name: &str,
     keys: &Keys,
 ) -> Result<Option<SignatureStatus>> {
-    let look = see(&place.depot(), |_| true)?;
-    let stamp = look.get(name).context("it is not in the depot")?;
-    judge(&place.depot().join(name), name, *stamp, keys).map(|(_, verdict)| verdict)
+    let listing = list(&directory.depot(), |_| true)?;
+    let stamp = listing.get(name).context("it is not in the depot")?;
+    check_file(&directory.depot().join(name), name, *stamp, keys).map(|(_, status)| status)
 }
 
 /// The file as it is offered, and the status of its signature, which a bootstrap does not have.
-fn judge(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<(DepotFile, Option<SignatureStatus>)> {
+fn check_file(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<(DepotFile, Option<SignatureStatus>)> {
     let mut file = File::open(path)?;
     if FileStamp::of(&file.metadata()?) != stamp {
         bail!("it changed while it was read");
@@ -194,15 +195,15 @@ fn judge(path: &Path, name: &str, stamp: FileStamp, keys: &Keys) -> Result<(Depo
     if binding.release.packing_of(name).is_none() {
         bail!("its signature is for {}", binding.release);
     }
-    let (verdict, sha256) = package::judge(&mut file, &text, keys)?;
-    match &verdict {
+    let (status, sha256) = package::judge(&mut file, &text, keys)?;
+    match &status {
         SignatureStatus::Good => {}
         SignatureStatus::UnknownKey => {
             tracing::warn!(file = %name, "a package is offered although its signature is by none of the keys of the depot")
         }
-        SignatureStatus::Bad(why) => bail!("its signature is not for this content: {why}"),
+        SignatureStatus::Bad(why) => bail!("its signature is invalid: {why}"),
     }
     let (name, path) = (name.to_owned(), path.to_owned());
     let item = DepotFile { name, path, stamp, sha256, binding: Some(binding), signature: Some(text.into()) };
-    Ok((item, Some(verdict)))
+    Ok((item, Some(status)))
 }

@@ -18,11 +18,11 @@ pub(in crate::gateway) fn signature_path(file: &Path) -> PathBuf {
 }
 
 /// The status and text of a published file's signature; `None` if it has none.
-pub(in crate::gateway) fn verdict_on(file: &Path, keys: &Keys) -> Result<Option<(SignatureStatus, String)>> {
+pub(in crate::gateway) fn signature_status(file: &Path, keys: &Keys) -> Result<Option<(SignatureStatus, String)>> {
     let Some(bytes) = store::read(&signature_path(file), MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes).into_owned();
-    let (verdict, _) = package::judge(&mut File::open(file)?, &text, keys)?;
-    Ok(Some((verdict, text)))
+    let (status, _) = package::judge(&mut File::open(file)?, &text, keys)?;
+    Ok(Some((status, text)))
 }
 
 /// The binding in a published file's signature; `None` if the file or a valid binding is missing. The signature is not verified.
@@ -32,13 +32,13 @@ pub(in crate::gateway) fn binding_of(file: &Path) -> Result<Option<Binding>> {
 }
 
 /// A package in the depot, by the trusted comment of its signature.
-pub(in crate::gateway) struct Found {
+pub(in crate::gateway) struct PublishedPackage {
     pub(in crate::gateway) file: String,
     pub(in crate::gateway) binding: Binding,
 }
 
 /// The packages of one name. Their content is not read.
-pub(in crate::gateway) fn published(depot: &Path, name: &AgentName) -> Result<Vec<Found>> {
+pub(in crate::gateway) fn published(depot: &Path, name: &AgentName) -> Result<Vec<PublishedPackage>> {
     let mut found = signed(depot, |file| file.starts_with(name.as_str()))?;
     found.retain(|found| found.binding.release.name == *name);
     Ok(found)
@@ -46,13 +46,13 @@ pub(in crate::gateway) fn published(depot: &Path, name: &AgentName) -> Result<Ve
 
 /// The name and version of every package. Their content is not read.
 pub(in crate::gateway) fn releases(depot: &Path) -> Result<BTreeSet<(AgentName, Version)>> {
-    let release = |found: Found| (found.binding.release.name, found.binding.release.version);
+    let release = |found: PublishedPackage| (found.binding.release.name, found.binding.release.version);
     Ok(signed(depot, |_| true)?.into_iter().map(release).collect())
 }
 
 /// The packages whose file names `counts` accepts, by the trusted comments of their signatures.
-fn signed(depot: &Path, counts: impl Fn(&str) -> bool) -> Result<Vec<Found>> {
-    let attempt = || -> Result<Vec<Found>> {
+fn signed(depot: &Path, counts: impl Fn(&str) -> bool) -> Result<Vec<PublishedPackage>> {
+    let attempt = || -> Result<Vec<PublishedPackage>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(depot)? {
             let entry = entry?;
@@ -65,7 +65,7 @@ fn signed(depot: &Path, counts: impl Fn(&str) -> bool) -> Result<Vec<Found>> {
             let Ok(Some(bytes)) = store::read(&entry.path(), MAX_SIGNATURE_BYTES) else { continue };
             let Ok(binding) = package::binding_of(&String::from_utf8_lossy(&bytes)) else { continue };
             if binding.release.packing_of(file).is_some() {
-                found.push(Found { file: file.to_owned(), binding });
+                found.push(PublishedPackage { file: file.to_owned(), binding });
             }
         }
         Ok(found)

@@ -57,7 +57,7 @@ pub(in crate::gateway) struct Record {
     #[serde(default)]
     pub(in crate::gateway) held: u64,
     #[serde(default)]
-    pub(in crate::gateway) given: Option<Given>,
+    pub(in crate::gateway) given: Option<SentState>,
     /// A message about packages that the depot does not have for it.
     #[serde(default)]
     pub(in crate::gateway) missing: Option<String>,
@@ -80,7 +80,7 @@ pub(in crate::gateway) struct Record {
 /// The desired state that was last sent to a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(in crate::gateway) struct Given {
+pub(in crate::gateway) struct SentState {
     pub(in crate::gateway) generation: u64,
     /// The hash of its content.
     pub(in crate::gateway) content: String,
@@ -101,15 +101,15 @@ impl Record {
         HostFacts { agent_id: self.agent_id.clone(), hostname: self.hostname.clone(), os: self.os, arch: self.arch }
     }
 
-    /// The record after the next heartbeat, limited to `most` bytes.
+    /// The record after the next heartbeat, limited to `max_bytes` bytes.
     pub(super) fn after(
         previous: Option<Arc<Record>>,
         heartbeat: Heartbeat,
-        given: Option<Given>,
+        given: Option<SentState>,
         missing: Option<String>,
         address: Option<String>,
         now: u64,
-        most: usize,
+        max_bytes: usize,
     ) -> Record {
         let instance_id = cut(&heartbeat.instance_id, MAX_WORD);
         // It is cloned only while the file is being written.
@@ -128,8 +128,8 @@ impl Record {
         };
         if let Some(last) = heartbeat.events.iter().map(|event| event.id).max() {
             // Ids restart with a new installation.
-            let seen = if last < ack { 0 } else { ack };
-            let new = heartbeat.events.into_iter().filter(|event| event.id > seen);
+            let acknowledged = if last < ack { 0 } else { ack };
+            let new = heartbeat.events.into_iter().filter(|event| event.id > acknowledged);
             events.extend(new.map(cut_event));
             events.drain(..events.len().saturating_sub(MAX_EVENTS));
             ack = last;
@@ -154,7 +154,7 @@ impl Record {
             trust: heartbeat.trust.map(cut_trust),
             unknown,
         };
-        record.fit(most);
+        record.shrink(max_bytes);
         record
     }
 
@@ -169,9 +169,9 @@ impl Record {
             + self.events.iter().map(Event::size).sum::<usize>()
     }
 
-    /// Removes the oldest events, then messages about sub-agents, then sub-agents, until the record has at most `most` bytes.
-    fn fit(&mut self, most: usize) {
-        let mut surplus = self.bytes().saturating_sub(most);
+    /// Removes the oldest events, then messages about sub-agents, then sub-agents, until the record has at most `max_bytes` bytes.
+    fn shrink(&mut self, max_bytes: usize) {
+        let mut surplus = self.bytes().saturating_sub(max_bytes);
         while surplus > 0
             && let Some(event) = self.events.pop_front()
         {
@@ -240,7 +240,7 @@ struct FileIn {
 /// Writes all records; returns how long that took without the sync.
 pub(in crate::gateway) fn save(path: &Path, records: &[Arc<Record>]) -> Result<Duration> {
     let started = Instant::now();
-    let mut work = Duration::ZERO;
+    let mut elapsed = Duration::ZERO;
     let hosts = records.iter().map(|record| &**record).collect();
     let content = FileOut { version: 1, hosts };
     store::replace_with(path, Access::Private, |file| {
@@ -248,7 +248,7 @@ pub(in crate::gateway) fn save(path: &Path, records: &[Arc<Record>]) -> Result<D
         serde_json::to_writer(&mut out, &content)?;
         out.write_all(b"\n")?;
         out.flush()?;
-        work = started.elapsed();
+        elapsed = started.elapsed();
         // A larger file could not be read at the next start.
         match out.get_ref().metadata()?.len() {
             bytes if bytes > MAX_FILE_BYTES => {
@@ -257,7 +257,7 @@ pub(in crate::gateway) fn save(path: &Path, records: &[Arc<Record>]) -> Result<D
             _ => Ok(()),
         }
     })?;
-    Ok(work)
+    Ok(elapsed)
 }
 
 /// Reads all records; a missing file has none.
