@@ -26,9 +26,10 @@ use crate::core::text::{cut, hex};
 const MAX_HOSTS: usize = 50_000;
 /// The limit of one record, bytes.
 const MAX_RECORD_BYTES: usize = 512 << 10;
-/// The same, while all records together have [`FULL_BYTES`] bytes or more.
+/// The limit of one record while all records together have [`FULL_BYTES`] or more, bytes.
 const MAX_RECORD_BYTES_WHEN_FULL: usize = 8 << 10;
-/// 50,000 hosts with [`MAX_RECORD_BYTES_WHEN_FULL`] each need about as much again, which is less than the limit of the file.
+/// The total size, bytes, from which new records are smaller. 50,000 hosts with [`MAX_RECORD_BYTES_WHEN_FULL`] each need about as much again:
+/// together less than the limit of the file.
 const FULL_BYTES: usize = 320 << 20;
 /// The number of cached orders from which unused ones are removed.
 const UNUSED_LIMIT: usize = 256;
@@ -77,7 +78,7 @@ struct OrderContent {
     hash: String,
 }
 
-/// A heartbeat of a new host is rejected at the limit of hosts.
+/// The rejection of a heartbeat of a new host, at the limit of hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct HostLimitReached;
 
@@ -153,7 +154,9 @@ impl Hosts {
             Some((revision, known_facts, content)) if revision == snapshot.revision && known_facts == facts => {
                 Some(content)
             }
-            _ => snapshot.fleet.as_ref().map(|fleet| orders_for(fleet, &facts, &snapshot.index, &mut inner.contents)),
+            _ => {
+                snapshot.fleet.as_ref().map(|fleet| cached_orders(fleet, &facts, &snapshot.index, &mut inner.contents))
+            }
         };
 
         let held = (heartbeat.lineage.as_ref() == Some(&self.lineage)).then_some(heartbeat.generation);
@@ -207,7 +210,7 @@ impl Hosts {
     }
 }
 
-fn orders_for(
+fn cached_orders(
     fleet: &Fleet,
     facts: &HostFacts,
     index: &Index,

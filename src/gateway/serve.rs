@@ -143,7 +143,7 @@ pub(super) async fn serve(
     watching.await?;
     saving.await?;
     save(&directory.hosts(), &shared).await;
-    tracing::info!("the gateway stops");
+    tracing::info!("the gateway has stopped");
     Ok(())
 }
 
