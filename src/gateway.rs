@@ -1,25 +1,26 @@
-//! The gateway: serves packages, answers heartbeats, and holds the fleet's desired state; the server side on one machine.
+//! The gateway, the server side on one machine: serves packages, answers heartbeats, and holds the fleet's desired state.
 //!
-//! Its directory is all that it has: what an operator edits (`fleet.toml`), what he guards (`keys/`, `tls/`), what is offered (`depot/`), and
-//! what it writes itself (`state/`). It commands hosts only within what the depot's signatures say: it is no root of trust.
+//! All its data is in one directory: the operator's `fleet.toml`, the private keys (`keys/`, `tls/`), the packages on offer (`depot/`), and
+//! the gateway's own files (`state/`). Hosts accept only packages with a valid signature: the gateway is not a root of trust.
 //!
-//! Hosts do not prove who they are: an agent id is a name, not a password. Whoever can reach the gateway and knows one is told what that host
-//! is told, secret values included, and can report in its name; what others are told he cannot change. The protocol has no room for a proof
-//! that the gateways of others could ignore without giving the secret away all the same, so it is the network's to let only hosts in.
+//! Hosts do not authenticate: an agent id is a name, not a password. Any client that can reach the gateway and knows an agent id can read
+//! that host's desired state, secret values included, and can report in its name. It cannot change the desired state of other hosts. A proof of
+//! identity in the protocol would not help: a gateway of another vendor could ignore it and send the secrets all the same. The network must
+//! let only hosts reach the gateway.
 //!
 //! ```text
 //! <dir>/keys/aops.pub, aops.key     the signing key; further *.pub are trusted too and go into the bootstrap
-//!       tls/cert.pem, key.pem       the certificate, whose public key hosts pin, or whose issuer they trust
-//!           next.pem                the public keys that come next, announced to hosts
+//!       tls/cert.pem, key.pem       the certificate; hosts pin its public key or trust its issuer
+//!           next.pem                the next public keys, announced to hosts
 //!       depot/                      <name>-<version>_<os>_<arch>.<packing>, each with .minisig; and the bootstrap executables
-//!       fleet.toml                  the desired state, the operator's
-//!       state/fleet.toml            the last good one
-//!             fleet-applied         which fleet.toml was put in place whole
-//!             lineage               names the store that counts the generations
-//!             hosts.json            what every host said last, and what it was told
-//!             gateway.json          how the running gateway stands
+//!       fleet.toml                  the desired state, edited by the operator
+//!       state/fleet.toml            the last good fleet.toml
+//!             fleet-applied         the hash of the fleet.toml that `fleet apply` wrote
+//!             lineage               the id of the store that counts the generations
+//!             hosts.json            the last report of every host, and the generation sent to it
+//!             gateway.json          the state of the running gateway
 //!             gateway.lock          held by the running gateway
-//!             publish.lock          held while something is published
+//!             publish.lock          held while a package is published
 //! ```
 
 mod archive;
@@ -54,20 +55,24 @@ use anyhow::{Result, bail};
 
 use crate::logging;
 
-/// What the gateway can be asked to do.
+/// The subcommands of `aops gateway`.
 #[derive(Debug, clap::Subcommand)]
 pub enum GatewayCommand {
-    /// Make what a gateway needs; what is there already is kept
+    /// Create the files of a gateway; existing files are kept
     ///
-    /// A signing key, a certificate, an empty depot, and a fleet.toml
-    /// with examples. Prints what to do next.
+    /// Creates a signing key, a certificate, an empty depot, and a
+    /// fleet.toml with examples. Prints the next commands.
     #[command(verbatim_doc_comment)]
     Init(init::InitArgs),
-    /// Sign a package and put it into the depot
+    /// Sign a package and add it to the depot
     ///
-    /// A sub-agent's package has an agent.toml, or an executable `control`,
-    /// at its root. What is published never changes: another content needs
-    /// another version.
+    /// The package of a sub-agent has an agent.toml, or an executable
+    /// `control`, at its root. A published package never changes: other
+    /// content needs another version.
+    ///
+    /// To keep the private key off the gateway, sign elsewhere: publish
+    /// accepts an archive with PATH.minisig beside it, and then needs
+    /// keys/aops.pub only.
     #[command(verbatim_doc_comment)]
     Publish(publish::PublishArgs),
     /// Check a fleet file and put it in force
@@ -75,31 +80,39 @@ pub enum GatewayCommand {
     Fleet(fleet_apply::FleetCommand),
     /// Serve the depot and answer heartbeats until stopped
     ///
-    /// Prints `listening on https://HOST:PORT` when ready. keys/, depot/,
-    /// fleet.toml and tls/ are read again when they have changed; fleet.toml
-    /// and tls/ once they have stood still for two seconds, or at once upon
-    /// SIGHUP. What cannot be used is shown by `aops gateway status`, what
-    /// was good before stays in use, and the other parts are not affected.
+    /// Prints `listening on https://HOST:PORT` when ready. Changes to keys/,
+    /// depot/, fleet.toml and tls/ are loaded automatically; fleet.toml and
+    /// tls/ two seconds after their last change, or at once upon SIGHUP.
+    /// `aops gateway status` shows files that cannot be used. Their previous
+    /// content stays in use, and other files are not affected.
     ///
-    /// Hosts that pin the certificate pin its public key: renew it with the
-    /// same key. For another key, put that key, or a certificate for it,
-    /// into tls/next.pem (PEM; three at most): it is announced to hosts.
-    /// Replace tls/cert.pem and tls/key.pem when `aops gateway status` shows
-    /// no host that lacks it, then remove tls/next.pem.
+    /// Hosts that pin the certificate pin its public key: renew the
+    /// certificate with the same key. To change the key, put the new key, or
+    /// a certificate for it, into tls/next.pem (PEM; at most three): the
+    /// gateway announces it to hosts. When `aops gateway status` shows no
+    /// host that lacks it, replace tls/cert.pem and tls/key.pem, then remove
+    /// tls/next.pem.
     ///
-    /// Hosts check who the gateway is, but do not prove who they are:
-    /// whoever can reach the gateway and knows an agent id is told what
-    /// that host is told, secrets in `env` included, and can report in its
-    /// name. Let nobody but hosts reach it.
+    /// Hosts authenticate the gateway, but do not authenticate to it: any
+    /// client that can reach the gateway and knows an agent id can read that
+    /// host's desired state, secrets in `env` included, and can report in
+    /// its name. Let only hosts reach the gateway.
+    ///
+    /// A secret value (env.TOKEN = { secret = "..." } in fleet.toml) is shown
+    /// in no status, log, event or error. It is stored unencrypted in files
+    /// that only their owner can read, here and on the host, where root can
+    /// read it too. It is encrypted in transit to a host that verifies the
+    /// gateway's certificate. Give each sub-agent secrets that grant no more
+    /// than it needs.
     #[command(verbatim_doc_comment)]
     Run(serve::RunArgs),
     /// Print the JSON Schema of the protocol
     Schema,
-    /// Show the hosts, what they run, and how fleet.toml stands
+    /// Show the hosts, their sub-agents and the gateway's problems
     Status(status::StatusArgs),
 }
 
-/// Carries out one command.
+/// Runs one subcommand.
 pub fn main(command: GatewayCommand) -> Result<ExitCode> {
     match command {
         GatewayCommand::Init(args) => init::run(&args)?,
@@ -115,33 +128,33 @@ pub fn main(command: GatewayCommand) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A gateway's directory: every path of it comes from here.
+/// The gateway's directory, and the paths of all its files.
 #[derive(Debug, Clone)]
 struct GatewayDirectory {
     root: PathBuf,
 }
 
 impl GatewayDirectory {
-    /// A directory that may have nothing in it yet.
+    /// A directory that may be empty or missing.
     fn new(root: &Path) -> GatewayDirectory {
         GatewayDirectory { root: root.to_owned() }
     }
 
-    /// A directory that `init` has been at.
+    /// A directory that `gateway init` has created; any other one is an error.
     fn initialized(root: &Path) -> Result<GatewayDirectory> {
-        let place = GatewayDirectory::new(root);
+        let directory = GatewayDirectory::new(root);
         if !root.is_dir() {
             bail!(
-                "cannot find the gateway's directory {0}; make it with `aops gateway init --dir {0}`",
+                "cannot find the gateway's directory {0}; create it with `aops gateway init --dir {0}`",
                 root.display()
             );
         }
-        // Any of them: one that is missing, as on a disk that is not mounted, is a problem of its own part.
-        let parts = [place.depot(), place.keys(), place.tls(), place.fleet()];
+        // One is enough: a missing part, such as a disk that is not mounted, is reported as a problem of that part.
+        let parts = [directory.depot(), directory.keys(), directory.tls(), directory.fleet()];
         if !parts.iter().any(|part| part.exists()) {
-            bail!("cannot find a gateway in {0}; make one with `aops gateway init --dir {0}`", root.display());
+            bail!("cannot find a gateway in {0}; create one with `aops gateway init --dir {0}`", root.display());
         }
-        Ok(place)
+        Ok(directory)
     }
 
     fn keys(&self) -> PathBuf {
@@ -168,7 +181,7 @@ impl GatewayDirectory {
         self.tls().join("key.pem")
     }
 
-    /// The keys that come next: certificates, public keys or private keys.
+    /// The next keys: certificates, public keys or private keys.
     fn next_certificate(&self) -> PathBuf {
         self.tls().join("next.pem")
     }
@@ -189,7 +202,7 @@ impl GatewayDirectory {
         self.state().join("fleet.toml")
     }
 
-    /// SHA-256 of the fleet file that `gateway fleet apply` put in place whole.
+    /// SHA-256 of the fleet file that `gateway fleet apply` wrote.
     fn applied_fleet(&self) -> PathBuf {
         self.state().join("fleet-applied")
     }
@@ -202,7 +215,7 @@ impl GatewayDirectory {
         self.state().join("hosts.json")
     }
 
-    fn standing(&self) -> PathBuf {
+    fn state_file(&self) -> PathBuf {
         self.state().join("gateway.json")
     }
 
@@ -226,7 +239,7 @@ impl GatewayDirectory {
     }
 }
 
-/// Unix milliseconds now. For generations and display: the wall clock may step backward.
+/// The current time in Unix milliseconds, for generations and display only: the wall clock may step backward.
 fn now_millis() -> u64 {
     u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0)
 }

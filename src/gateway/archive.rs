@@ -1,7 +1,7 @@
-//! A look into an archive that is about to be published: what kind of package it is, and the few files of it that publishing needs.
+//! Reads an archive before it is published: the kind of package, and the few files that publishing needs.
 //!
-//! The archive is the operator's own, yet read by the rules of the hosts that are to unpack it: one that they would refuse is refused here,
-//! where somebody can do something about it.
+//! The archive is read by the same rules as on the hosts that unpack it. An archive that hosts would reject is rejected here, where the
+//! operator can fix it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,36 +16,37 @@ use crate::installation::keyring::KeyOffer;
 use crate::package::{self, Keys};
 use crate::process::launch;
 
-/// A manifest beyond this is none.
+/// The largest manifest that is read.
 const MAX_MANIFEST_BYTES: u64 = 256 << 10;
 
-/// Where a package of the manager has keys that are to be trusted no more.
+/// The directory of revoked keys in a package of the manager.
 const REVOKED: &str = "keys/revoked/";
-/// A public key's file has two short lines; more files than this are a mistake.
+/// A public key file has two short lines.
 const MAX_KEY_BYTES: u64 = 64 << 10;
+/// More key files than this are a mistake.
 const MAX_KEYS: usize = 256;
 
-/// What publishing wants to know of a package.
+/// The content of a package, as far as publishing needs it.
 #[derive(Debug, Default)]
 pub(super) struct PackageContents {
-    /// Of a native sub-agent.
+    /// The manifest of a native sub-agent.
     pub(super) manifest: Option<Manifest>,
-    /// There is an executable `control` at the root.
+    /// Whether an executable `control` is at the root.
     control: bool,
-    /// There is one that Windows can run.
+    /// Whether a `control` that Windows can run is at the root.
     control_for_windows: bool,
-    /// There is a `control` that cannot be run.
+    /// Whether a `control` without the executable bit is at the root.
     control_not_executable: bool,
-    /// Where the manager's executable lies, in a package of the manager.
+    /// The path of the manager's executable, in a package of the manager.
     pub(super) manager: Option<String>,
-    /// Every file, and whether it can be run.
+    /// Every file, and whether it is executable.
     files: BTreeMap<String, bool>,
-    /// What a manager's package says about keys, by the files' paths; `None`: a link.
+    /// The key files of a manager's package: path and content; `None` for a link.
     keys: Vec<(String, Option<Vec<u8>>)>,
 }
 
 impl PackageContents {
-    /// Refuses what no host could run as a sub-agent.
+    /// Rejects a package that no host could run as a sub-agent.
     pub(super) fn check_runnable(&self, os: Os) -> Result<()> {
         if let Some(manifest) = &self.manifest {
             self.check_command(&manifest.run.command, os)?;
@@ -63,10 +64,10 @@ impl PackageContents {
         bail!("it has neither {MANIFEST} nor an executable {CONTROL_SCRIPT} at its root");
     }
 
-    /// Refuses a package of the manager that hosts would refuse for what it says about keys.
+    /// Rejects a package of the manager whose key files hosts would reject.
     pub(super) fn check_keys(&self, version: &Version) -> Result<()> {
-        let (mut brought, mut revoked) = (Keys::default(), Keys::default());
-        ensure!(self.keys.len() <= MAX_KEYS, "it has more than {MAX_KEYS} files of keys");
+        let (mut trusted, mut revoked) = (Keys::default(), Keys::default());
+        ensure!(self.keys.len() <= MAX_KEYS, "it has more than {MAX_KEYS} key files");
         for (path, text) in &self.keys {
             let attempt = || -> Result<Keys> {
                 let text = text.as_ref().context("it is a link")?;
@@ -74,10 +75,10 @@ impl PackageContents {
                 ensure!(!keys.is_empty(), "it is empty");
                 Ok(keys)
             };
-            let keys = attempt().with_context(|| format!("cannot take its {path} as a trusted key"))?;
-            if path.starts_with(REVOKED) { &mut revoked } else { &mut brought }.extend(keys)?;
+            let keys = attempt().with_context(|| format!("cannot use its {path} as a trusted key"))?;
+            if path.starts_with(REVOKED) { &mut revoked } else { &mut trusted }.extend(keys)?;
         }
-        KeyOffer::new(version, brought, revoked).map(drop)
+        KeyOffer::new(version, trusted, revoked).map(drop)
     }
 
     fn check_command(&self, command: &[String], os: Os) -> Result<()> {
@@ -85,13 +86,13 @@ impl PackageContents {
         let parts = program.split(['/', '\\']).filter(|part| !part.is_empty() && *part != ".");
         let path = parts.collect::<Vec<_>>().join("/");
         match (self.files.get(&path), os) {
-            // Windows adds an extension by itself, and knows no mode.
+            // Windows completes the extension and has no executable bit.
             (None, Os::Windows) if self.files.keys().any(|file| file.starts_with(&format!("{path}."))) => Ok(()),
             (Some(_), Os::Windows) | (Some(true), Os::Linux) => Ok(()),
             (Some(false), Os::Linux) => {
                 bail!("its {MANIFEST} runs {program}, which is not executable (`chmod +x {path}`)")
             }
-            (None, _) => bail!("its {MANIFEST} runs {program}, which is not in it"),
+            (None, _) => bail!("its {MANIFEST} runs {program}, which is not in the package"),
         }
     }
 }
@@ -101,26 +102,26 @@ fn is_key(path: &str) -> bool {
     name.is_some_and(|name| name.ends_with(".pub") && !name.contains('/'))
 }
 
-/// Reads through the whole archive.
+/// Reads the whole archive.
 pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<PackageContents> {
     let mut contents = PackageContents::default();
-    // What it is for is known only after this; see `check_for`.
-    package::look_through(archive, packing, Os::Linux, &mut |seen| {
-        contents.files.insert(seen.path.to_owned(), seen.executable);
-        match seen.path {
+    // The operating system that it is for is known only after this; see `check_for`.
+    package::look_through(archive, packing, Os::Linux, &mut |entry| {
+        contents.files.insert(entry.path.to_owned(), entry.executable);
+        match entry.path {
             MANIFEST => {
-                let content = seen.content.with_context(|| format!("its {MANIFEST} is a link"))?;
+                let content = entry.content.with_context(|| format!("its {MANIFEST} is a link"))?;
                 contents.manifest = Some(manifest(content)?);
             }
-            // Windows goes by the end of the name.
+            // Windows recognizes programs by their extension.
             "control.exe" | "control.cmd" | "control.bat" => contents.control_for_windows = true,
             CONTROL_SCRIPT => {
-                contents.control |= seen.executable;
-                contents.control_not_executable |= !seen.executable;
+                contents.control |= entry.executable;
+                contents.control_not_executable |= !entry.executable;
             }
-            "bin/aops" | "bin/aops.exe" => contents.manager = Some(seen.path.to_owned()),
+            "bin/aops" | "bin/aops.exe" => contents.manager = Some(entry.path.to_owned()),
             path if is_key(path) && contents.keys.len() <= MAX_KEYS => {
-                let text = seen.content.map(|content| -> io::Result<Vec<u8>> {
+                let text = entry.content.map(|content| -> io::Result<Vec<u8>> {
                     let mut text = Vec::new();
                     content.take(MAX_KEY_BYTES).read_to_end(&mut text)?;
                     Ok(text)
@@ -134,7 +135,7 @@ pub(super) fn contents(archive: &mut File, packing: Packing) -> Result<PackageCo
     Ok(contents)
 }
 
-/// Refuses what hosts of that system alone refuse.
+/// Rejects an archive that only hosts of this operating system would reject.
 pub(super) fn check_for(os: Os, archive: &mut File, packing: Packing) -> Result<()> {
     match os {
         Os::Linux => Ok(()),
@@ -142,12 +143,12 @@ pub(super) fn check_for(os: Os, archive: &mut File, packing: Packing) -> Result<
     }
 }
 
-/// Copies one file of the archive.
+/// Copies one file of the archive; a missing file or a link is an error.
 pub(super) fn extract(archive: &mut File, packing: Packing, path: &str, to: &mut impl io::Write) -> Result<()> {
     let mut found = false;
-    package::look_through(archive, packing, Os::Linux, &mut |seen| {
-        if seen.path == path {
-            io::copy(seen.content.with_context(|| format!("its {path} is a link"))?, to)?;
+    package::look_through(archive, packing, Os::Linux, &mut |entry| {
+        if entry.path == path {
+            io::copy(entry.content.with_context(|| format!("its {path} is a link"))?, to)?;
             found = true;
         }
         Ok(())
@@ -155,7 +156,7 @@ pub(super) fn extract(archive: &mut File, packing: Packing, path: &str, to: &mut
     if found { Ok(()) } else { bail!("it has no {path}") }
 }
 
-/// The name of the manager's executable in a package for `os`.
+/// The path of the manager's executable in a package for `os`.
 pub(super) fn manager_path(os: Os) -> &'static str {
     match os {
         Os::Linux => "bin/aops",
@@ -169,5 +170,5 @@ fn manifest(content: &mut dyn Read) -> Result<Manifest> {
         .take(MAX_MANIFEST_BYTES)
         .read_to_string(&mut text)
         .with_context(|| format!("cannot read its {MANIFEST}"))?;
-    launch::parse(&text).with_context(|| format!("cannot take its {MANIFEST}"))
+    launch::parse(&text).with_context(|| format!("cannot use its {MANIFEST}"))
 }

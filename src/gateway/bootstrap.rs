@@ -1,4 +1,5 @@
-//! The bootstrap executable: the manager's own, with the depot's public keys appended, served under the name that the old command line asks for.
+//! The bootstrap executable: the manager's executable with the depot's public keys appended, served under the name that the old platform's
+//! command line downloads.
 
 use std::fs::File;
 use std::path::Path;
@@ -17,14 +18,14 @@ pub(super) fn file_name(os: Os, arch: Arch) -> String {
     format!("aops-agent-service-{os}-{arch}{suffix}")
 }
 
-/// Every name that a bootstrap executable can have.
+/// Whether `name` is the name of a bootstrap executable.
 pub(super) fn is_file_name(name: &str) -> bool {
     Os::ALL.iter().any(|os| Arch::ALL.iter().any(|arch| file_name(*os, *arch) == name))
 }
 
-/// Makes the bootstrap out of the manager's package, and puts it into the depot; gives its name.
-pub(super) fn make(
-    place: &GatewayDirectory,
+/// Creates the bootstrap from the manager's package, adds it to the depot, and returns its name.
+pub(super) fn create(
+    directory: &GatewayDirectory,
     keys: &DepotKeys,
     package: &mut File,
     packing: Packing,
@@ -33,18 +34,18 @@ pub(super) fn make(
     let name = file_name(release.os, release.arch);
     let mut attempt = || -> Result<()> {
         if keys.texts().is_empty() {
-            bail!("there is no public key in {} that can be used", place.keys().display());
+            bail!("{} has no valid public key", directory.keys().display());
         }
-        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
+        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory.depot())?;
         archive::extract(package, packing, archive::manager_path(release.os), file.as_file_mut())?;
         trailer::put(file.as_file_mut(), keys.texts())?;
-        persist(file, &place.depot().join(&name), 0o755)
+        persist(file, &directory.depot().join(&name), 0o755)
     };
-    attempt().with_context(|| format!("cannot make the bootstrap {name}"))?;
+    attempt().with_context(|| format!("cannot create the bootstrap {name}"))?;
     Ok(name)
 }
 
-/// Gives a finished temporary file its name, durably.
+/// Renames a complete temporary file to `path`, and syncs it and its directory.
 pub(super) fn persist(file: tempfile::NamedTempFile, path: &Path, mode: u32) -> Result<()> {
     platform::set_mode(file.path(), mode)?;
     file.as_file().sync_all()?;

@@ -1,10 +1,10 @@
-//! `tls/`: the certificate that is served, read again when it has changed, and the public keys that are announced to hosts.
+//! `tls/`: the certificate that is served, reloaded when it changes, and the public keys that are announced to hosts.
 //!
-//! A new pair is served when certificate and key are whole and belong together; until then the one before is. Connections that were made
-//! under the one before end after the request under way, so that hosts see the new one with their next heartbeat.
+//! A new pair is served once certificate and key are valid and match; until then the previous pair is served. Connections that used the
+//! previous pair are closed after the current request, so hosts see the new certificate with their next heartbeat.
 //!
-//! Hosts pin the public key, not the certificate: a renewal for the same key changes nothing for them. A key that is to come stands in
-//! `tls/next.pem`, is announced in every answer, and is served once `gateway status` says that every host has it.
+//! Hosts pin the public key, not the certificate: they accept a renewal with the same key. The next key is in `tls/next.pem` and is announced
+//! in every answer. The operator changes to it when `gateway status` shows that every host has it.
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -29,16 +29,16 @@ use crate::store;
 /// A chain of certificates has a few kilobytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// What TLS handshakes are answered with; `None` while no certificate could be read yet.
+/// The certificate and key for TLS handshakes; `None` until a valid pair is read.
 #[derive(Debug)]
 pub(super) struct ServedCertificate {
     pair: RwLock<Option<Arc<CertifiedKey>>>,
-    /// Another number for every other pair.
+    /// Increases with every change of the pair.
     revision: watch::Sender<u64>,
 }
 
 impl ServedCertificate {
-    /// Tells when another pair is served.
+    /// Notifies of changes of the pair.
     pub(super) fn changes(&self) -> watch::Receiver<u64> {
         self.revision.subscribe()
     }
@@ -50,66 +50,66 @@ impl ResolvesServerCert for ServedCertificate {
     }
 }
 
-/// How the certificate stands, for an operator to read.
+/// The status of the certificate, for the operator.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct CertificateStatus {
-    /// When the chain that is served ends, seconds since 1970.
+    /// When the served chain expires, Unix seconds.
     pub(super) end: Option<u64>,
-    /// The public key that is served, as hosts pin it.
+    /// The pin of the served public key.
     pub(super) pin: Option<String>,
-    /// Those that come next.
+    /// The pins of the next public keys.
     pub(super) next: Vec<String>,
 }
 
 impl CertificateStatus {
-    /// The public keys that are announced to hosts: the present one and the next ones.
+    /// The pins that are announced to hosts: the present one and the next ones.
     pub(super) fn pins(&self) -> Vec<String> {
         self.pin.iter().chain(&self.next).take(MAX_PINS).cloned().collect()
     }
 
-    /// That the end is near, or past. `now`: seconds since 1970.
+    /// A warning if the certificate expires soon or has expired. `now`: Unix seconds.
     pub(super) fn warning(&self, now: u64) -> Option<String> {
         let end = self.end?;
         let date = jiff::Timestamp::from_second(i64::try_from(end).ok()?).ok()?;
         match validity(end, now) {
             Validity::Long => None,
             Validity::Ending { days } => Some(format!(
-                "the certificate expires in {days} days, on {date}; renew it, with the same key (tls/key.pem) where hosts have pinned it"
+                "the certificate expires in {days} days, on {date}; renew it, with the same key (tls/key.pem) if hosts have pinned it"
             )),
             Validity::Ended => Some(format!(
-                "the certificate expired on {date}: hosts that do not pin it refuse it; renew it, with the same key (tls/key.pem) where hosts \
-                 have pinned it"
+                "the certificate expired on {date}: hosts that have not pinned it reject it; renew it, with the same key (tls/key.pem) if \
+                 hosts have pinned it"
             )),
         }
     }
 }
 
-/// Watches the files.
+/// Watches the files of `tls/`.
 pub(super) struct Certificates {
-    place: GatewayDirectory,
+    directory: GatewayDirectory,
     served: Arc<ServedCertificate>,
     pair: WatchedFiles<2>,
     next: WatchedFiles<1>,
-    standing: CertificateStatus,
+    status: CertificateStatus,
 }
 
-/// Some files that are read together, and why what they hold now is not in use.
+/// Files that are read together, and why their present content is not in use.
 struct WatchedFiles<const N: usize> {
-    still: SettledFile<[Option<FileStamp>; N]>,
+    settling: SettledFile<[Option<FileStamp>; N]>,
     read: Option<[Option<FileStamp>; N]>,
     problem: Option<String>,
 }
 
 impl<const N: usize> WatchedFiles<N> {
-    fn new(still: Duration) -> WatchedFiles<N> {
-        WatchedFiles { still: SettledFile::new(still), read: None, problem: None }
+    fn new(settle: Duration) -> WatchedFiles<N> {
+        WatchedFiles { settling: SettledFile::new(settle), read: None, problem: None }
     }
 
-    /// Whether they are to be read (again). What changed while it was read is read once more, at a later look.
+    /// Whether to read the files now. A file that changes while it is read is read again at a later poll.
     fn is_due(&mut self, paths: [&Path; N], at_once: bool) -> bool {
         let stamps = paths.map(|path| std::fs::metadata(path).ok().map(|metadata| FileStamp::of(&metadata)));
-        let settled = self.still.look(stamps, None, Instant::now()) || at_once;
+        let settled = self.settling.poll(stamps, None, Instant::now()) || at_once;
         if !settled || (self.read == Some(stamps) && !at_once) {
             return false;
         }
@@ -119,12 +119,12 @@ impl<const N: usize> WatchedFiles<N> {
 }
 
 impl Certificates {
-    /// Reads what is there. Without a good pair no handshake succeeds until there is one.
-    pub(super) fn open(place: GatewayDirectory, still: Duration) -> Certificates {
+    /// Reads the files. Without a valid pair every handshake fails until there is one.
+    pub(super) fn open(directory: GatewayDirectory, settle: Duration) -> Certificates {
         let served = Arc::new(ServedCertificate { pair: RwLock::new(None), revision: watch::Sender::new(0) });
-        let (pair, next) = (WatchedFiles::new(still), WatchedFiles::new(still));
-        let mut certificates = Certificates { place, served, pair, next, standing: CertificateStatus::default() };
-        certificates.look(true);
+        let (pair, next) = (WatchedFiles::new(settle), WatchedFiles::new(settle));
+        let mut certificates = Certificates { directory, served, pair, next, status: CertificateStatus::default() };
+        certificates.poll(true);
         certificates
     }
 
@@ -132,66 +132,66 @@ impl Certificates {
         self.served.clone()
     }
 
-    pub(super) fn standing(&self) -> &CertificateStatus {
-        &self.standing
+    pub(super) fn status(&self) -> &CertificateStatus {
+        &self.status
     }
 
-    /// Why what lies in `tls/` is not in use.
+    /// Why files of `tls/` are not in use.
     pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
         self.pair.problem.iter().chain(&self.next.problem)
     }
 
-    /// Looks once, and reads what has changed and stood still (or at all, if `at_once`).
-    pub(super) fn look(&mut self, at_once: bool) {
+    /// Polls once, and reads files that have changed and settled; all files if `at_once` is set.
+    pub(super) fn poll(&mut self, at_once: bool) {
         let (certificate, key, next) =
-            (self.place.certificate(), self.place.certificate_key(), self.place.next_certificate());
+            (self.directory.certificate(), self.directory.certificate_key(), self.directory.next_certificate());
         if self.pair.is_due([&certificate, &key], at_once) {
-            self.pair.problem = match pair_in(&certificate, &key) {
+            self.pair.problem = match read_pair(&certificate, &key) {
                 Ok(pair) => {
                     self.serve(pair);
                     None
                 }
-                Err(error) => Some(match self.standing.pin {
-                    Some(_) => format!("the certificate read before is served: {error:#}"),
-                    None => format!("no certificate is served: {error:#}"),
+                Err(error) => Some(match self.status.pin {
+                    Some(_) => format!("{error:#}; the previous certificate is served"),
+                    None => format!("no certificate is served, so no host can connect: {error:#}"),
                 }),
             };
         }
         if self.next.is_due([&next], at_once) {
-            match next_in(&next) {
+            match read_next_pins(&next) {
                 Ok(pins) => {
                     self.next.problem = None;
-                    self.standing.next = pins;
+                    self.status.next = pins;
                 }
-                Err(error) => self.next.problem = Some(format!("the keys announced before stay announced: {error:#}")),
+                Err(error) => self.next.problem = Some(format!("{error:#}; the previous next keys are announced")),
             }
         }
-        // What was to come is there.
-        let CertificateStatus { pin, next, .. } = &mut self.standing;
+        // A next key that is served now is no longer a next key.
+        let CertificateStatus { pin, next, .. } = &mut self.status;
         next.retain(|next| Some(next) != pin.as_ref());
     }
 
     fn serve(&mut self, pair: CertifiedKey) {
         let mut served = self.served.pair.write().unwrap_or_else(PoisonError::into_inner);
         let is_same = served.as_ref().is_some_and(|served| served.cert == pair.cert);
-        self.standing.end = end_of(&pair.cert);
-        self.standing.pin = pair.cert.first().and_then(key_of).map(|pin| pin.to_string());
+        self.status.end = end_of(&pair.cert);
+        self.status.pin = pair.cert.first().and_then(key_of).map(|pin| pin.to_string());
         *served = Some(Arc::new(pair));
         drop(served);
         if !is_same {
-            let (pin, end) = (self.standing.pin.as_deref().unwrap_or_default(), self.standing.end.unwrap_or(0));
-            tracing::info!(pin, end, "the certificate is served");
+            let (pin, end) = (self.status.pin.as_deref().unwrap_or_default(), self.status.end.unwrap_or(0));
+            tracing::info!(pin, end, "serving a certificate");
             self.served.revision.send_modify(|revision| *revision += 1);
         }
     }
 }
 
-fn pair_in(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
+fn read_pair(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
     let text = read(certificate)?;
     let chain = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<Vec<_>, _>>()
         .with_context(|| format!("cannot read the certificate {}", certificate.display()))?;
-    ensure!(!chain.is_empty(), "there is no certificate in {}; it must be PEM", certificate.display());
+    ensure!(!chain.is_empty(), "{} contains no certificate in PEM", certificate.display());
     let private = PrivateKeyDer::from_pem_slice(&read(key)?)
         .with_context(|| format!("cannot read the private key {}", key.display()))?;
     CertifiedKey::from_der(chain, private, &rustls::crypto::ring::default_provider()).with_context(|| {
@@ -199,8 +199,8 @@ fn pair_in(certificate: &Path, key: &Path) -> Result<CertifiedKey> {
     })
 }
 
-/// The public keys in a file of certificates, public keys and private keys; none where there is no such file.
-fn next_in(path: &Path) -> Result<Vec<String>> {
+/// The pins of a file of certificates, public keys and private keys; none if the file does not exist.
+fn read_next_pins(path: &Path) -> Result<Vec<String>> {
     let Some(text) = store::read(path, MAX_FILE_BYTES)? else { return Ok(Vec::new()) };
     let attempt = || -> Result<Vec<String>> {
         let mut pins = Vec::new();
@@ -208,14 +208,14 @@ fn next_in(path: &Path) -> Result<Vec<String>> {
             let (kind, der) = section.context("it is not PEM")?;
             let pin = match kind {
                 SectionKind::Certificate => {
-                    key_of(&CertificateDer::from(der)).context("it holds a broken certificate")?
+                    key_of(&CertificateDer::from(der)).context("it contains an invalid certificate")?
                 }
                 SectionKind::PublicKey => Fingerprint::of(&der),
                 _ => {
-                    let key =
-                        PrivateKeyDer::from_pem(kind, der).context("it holds what is no key and no certificate")?;
+                    let key = PrivateKeyDer::from_pem(kind, der)
+                        .context("it contains something other than keys and certificates")?;
                     let key = rustls::crypto::ring::sign::any_supported_type(&key)?;
-                    Fingerprint::of(&key.public_key().context("it holds a private key without a public one")?)
+                    Fingerprint::of(&key.public_key().context("it contains a private key without a public key")?)
                 }
             };
             let pin = pin.to_string();
@@ -224,16 +224,16 @@ fn next_in(path: &Path) -> Result<Vec<String>> {
             }
         }
         match pins.len() {
-            0 => bail!("it holds no certificate and no key in PEM"),
-            count if count >= MAX_PINS => bail!("it holds {count} keys; at most {} can be announced", MAX_PINS - 1),
+            0 => bail!("it contains no certificate and no key in PEM"),
+            count if count >= MAX_PINS => bail!("it contains {count} keys; at most {} can be announced", MAX_PINS - 1),
             _ => Ok(pins),
         }
     };
-    attempt().with_context(|| format!("cannot read the next key in {}", path.display()))
+    attempt().with_context(|| format!("cannot read the next keys in {}", path.display()))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    store::read(path, MAX_FILE_BYTES)?.with_context(|| format!("there is no file {}", path.display()))
+    store::read(path, MAX_FILE_BYTES)?.with_context(|| format!("the file {} does not exist", path.display()))
 }
 
 #[cfg(test)]
@@ -245,25 +245,25 @@ mod tests {
 
     struct Bench {
         _dir: tempfile::TempDir,
-        place: GatewayDirectory,
+        directory: GatewayDirectory,
         certificates: Certificates,
     }
 
     impl Bench {
         fn new(key: &rcgen::KeyPair) -> Bench {
             let dir = tempfile::tempdir().unwrap();
-            let place = GatewayDirectory::new(dir.path());
-            fs::create_dir(place.tls()).unwrap();
-            fs::write(place.certificate_key(), key.serialize_pem()).unwrap();
-            fs::write(place.certificate(), of(key).pem).unwrap();
-            let certificates = Certificates::open(place.clone(), Duration::ZERO);
-            Bench { _dir: dir, place, certificates }
+            let directory = GatewayDirectory::new(dir.path());
+            fs::create_dir(directory.tls()).unwrap();
+            fs::write(directory.certificate_key(), key.serialize_pem()).unwrap();
+            fs::write(directory.certificate(), of(key).pem).unwrap();
+            let certificates = Certificates::open(directory.clone(), Duration::ZERO);
+            Bench { _dir: dir, directory, certificates }
         }
 
         fn write(&mut self, path: &Path, text: &str) {
             store::replace(path, text.as_bytes(), store::Access::Private).unwrap();
-            self.certificates.look(false);
-            self.certificates.look(false);
+            self.certificates.poll(false);
+            self.certificates.poll(false);
         }
 
         fn served(&self) -> Option<CertificateDer<'static>> {
@@ -280,19 +280,19 @@ mod tests {
     }
 
     #[test]
-    fn a_new_pair_is_served_when_it_is_whole_and_fits_and_the_one_before_until_then() {
+    fn a_new_pair_is_served_once_it_is_valid_and_matches() {
         let (first, second) = (rcgen::KeyPair::generate().unwrap(), rcgen::KeyPair::generate().unwrap());
         let mut bench = Bench::new(&first);
         let before = bench.served().unwrap();
         let changes = bench.certificates.served().changes();
-        let (certificate, key) = (bench.place.certificate(), bench.place.certificate_key());
+        let (certificate, key) = (bench.directory.certificate(), bench.directory.certificate_key());
         let renewed = of(&second);
         for bad in
             [&renewed.pem, "", &renewed.pem[..200], "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
         {
             bench.write(&certificate, bad);
             assert_eq!(bench.served().as_ref(), Some(&before), "{bad}");
-            assert!(bench.problems().contains("the certificate read before is served"), "{}", bench.problems());
+            assert!(bench.problems().contains("the previous certificate is served"), "{}", bench.problems());
         }
         bench.write(&certificate, &renewed.pem);
         assert!(!changes.has_changed().unwrap());
@@ -300,58 +300,58 @@ mod tests {
         assert_eq!((bench.served(), bench.problems().as_str()), (Some(renewed.certificate), ""));
         assert!(changes.has_changed().unwrap());
         fs::remove_file(&key).unwrap();
-        bench.certificates.look(true);
-        assert!(bench.problems().contains("there is no file"), "{}", bench.problems());
+        bench.certificates.poll(true);
+        assert!(bench.problems().contains("does not exist"), "{}", bench.problems());
     }
 
     #[test]
-    fn a_gateway_without_a_good_certificate_serves_the_first_good_one() {
+    fn the_first_valid_certificate_is_served() {
         let key = rcgen::KeyPair::generate().unwrap();
         let mut bench = Bench::new(&key);
-        fs::write(bench.place.certificate(), "").unwrap();
-        bench.certificates = Certificates::open(bench.place.clone(), Duration::ZERO);
+        fs::write(bench.directory.certificate(), "").unwrap();
+        bench.certificates = Certificates::open(bench.directory.clone(), Duration::ZERO);
         assert!(bench.served().is_none() && bench.problems().contains("no certificate is served"));
-        let path = bench.place.certificate();
+        let path = bench.directory.certificate();
         bench.write(&path, &of(&key).pem);
         assert!(bench.served().is_some() && bench.problems().is_empty());
     }
 
     #[test]
-    fn the_keys_to_come_are_read_from_certificates_and_keys() {
+    fn next_keys_are_read_from_certificates_and_keys() {
         let mut bench = Bench::new(&rcgen::KeyPair::generate().unwrap());
-        let next = bench.place.next_certificate();
+        let next = bench.directory.next_certificate();
         let keys = [(); 4].map(|()| rcgen::KeyPair::generate().unwrap());
         let pin = |key: &rcgen::KeyPair| key_of(&of(key).certificate).unwrap().to_string();
         let text = of(&keys[0]).pem + &keys[1].serialize_pem() + &keys[2].public_key_pem() + &keys[1].serialize_pem();
         bench.write(&next, &text);
         let expected: Vec<String> = keys[..3].iter().map(pin).collect();
-        assert_eq!((&bench.certificates.standing().next, bench.problems().as_str()), (&expected, ""));
-        let pins = bench.certificates.standing().pins();
+        assert_eq!((&bench.certificates.status().next, bench.problems().as_str()), (&expected, ""));
+        let pins = bench.certificates.status().pins();
         assert_eq!((pins.len(), &pins[1..]), (4, &expected[..]));
         for bad in ["what", &(text + &keys[3].serialize_pem())] {
             bench.write(&next, bad);
             assert!(bench.problems().contains("next.pem"), "{}", bench.problems());
-            assert_eq!(bench.certificates.standing().next, expected);
+            assert_eq!(bench.certificates.status().next, expected);
         }
-        // When the time has come it is the present one, and none is to come.
+        // Once it is served, it is not a next key any more.
         bench.write(&next, &of(&keys[0]).pem);
-        let paths = [bench.place.certificate(), bench.place.certificate_key()];
+        let paths = [bench.directory.certificate(), bench.directory.certificate_key()];
         bench.write(&paths[0], &of(&keys[0]).pem);
         bench.write(&paths[1], &keys[0].serialize_pem());
-        assert_eq!(bench.certificates.standing().pins(), [pin(&keys[0])]);
+        assert_eq!(bench.certificates.status().pins(), [pin(&keys[0])]);
         fs::remove_file(&next).unwrap();
-        bench.certificates.look(false);
-        assert_eq!((bench.problems().as_str(), bench.certificates.standing().next.len()), ("", 0));
+        bench.certificates.poll(false);
+        assert_eq!((bench.problems().as_str(), bench.certificates.status().next.len()), ("", 0));
     }
 
     #[test]
-    fn an_end_that_is_near_is_told() {
+    fn a_certificate_that_expires_soon_is_a_warning() {
         let end = |end| CertificateStatus { end: Some(end), ..CertificateStatus::default() };
         let now = 1_800_000_000;
         assert_eq!(end(now + 22 * 86_400).warning(now), None);
         assert!(end(now + 3 * 86_400).warning(now).unwrap().contains("expires in 3 days, on 2027-01-18"));
         assert!(end(now - 1).warning(now).unwrap().contains("expired on"));
-        let made = self_signed(&["a"], |_| {});
-        assert!(end(end_of(&[made.certificate]).unwrap()).warning(now).is_none());
+        let generated = self_signed(&["a"], |_| {});
+        assert!(end(end_of(&[generated.certificate]).unwrap()).warning(now).is_none());
     }
 }

@@ -1,6 +1,7 @@
-//! What the depot has on offer: an index by release and by file name, made by a scan and never changed.
+//! The packages on offer: an immutable index by release and by file name, created by a scan of the depot.
 //!
-//! Requests read the index alone. A name that it does not hold is not served, whatever is in the directory; so no request can name a path.
+//! Requests are answered from the index only. A name that is not in the index is not served, even if the file exists: no request can reach
+//! another path.
 
 mod scan;
 mod signature;
@@ -11,13 +12,13 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 pub(super) use self::scan::{Scanner, offered};
-pub(super) use self::signature::{binding_of, published, releases, signature_path, verdict_on};
+pub(super) use self::signature::{binding_of, published, releases, signature_path, signature_status};
 use crate::core::fleet::newest;
 use crate::core::model::{AgentName, Arch, Binding, Digest, Os, Packing, Release, Version};
 use crate::core::protocol::Offer;
 use crate::platform;
 
-/// What tells one content of a file from the next without reading it.
+/// Identifies the content of a file without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FileStamp {
     pub(super) size: u64,
@@ -38,18 +39,18 @@ pub(super) struct DepotFile {
     pub(super) path: PathBuf,
     pub(super) stamp: FileStamp,
     pub(super) sha256: Digest,
-    /// What its signature binds it to; a bootstrap has none.
+    /// The release and epoch in its signature; `None` for a bootstrap.
     pub(super) binding: Option<Binding>,
-    /// The content of its `.minisig`.
+    /// The content of its `.minisig`; `None` for a bootstrap.
     pub(super) signature: Option<Arc<str>>,
 }
 
-/// Everything on offer.
+/// All files on offer.
 #[derive(Debug, Default)]
 pub(super) struct Index {
     files: HashMap<String, Arc<DepotFile>>,
     releases: BTreeMap<Release, Arc<DepotFile>>,
-    /// Why a file is not offered, by its name.
+    /// Files that are not offered, by name, with the reason.
     problems: BTreeMap<String, String>,
 }
 
@@ -58,7 +59,7 @@ impl Index {
         let mut releases: BTreeMap<Release, Arc<DepotFile>> = BTreeMap::new();
         for item in items.iter() {
             let Some(binding) = &item.binding else { continue };
-            // Two archives of one release: the better packing is offered, the other one can still be downloaded.
+            // Of two archives of one release, the one with the better packing is offered. Both can be downloaded.
             match releases.get(&binding.release) {
                 Some(other) if preference(other) <= preference(item) => {
                     problems.insert(item.name.clone(), format!("{} is the same release", other.name));
@@ -71,12 +72,12 @@ impl Index {
         Index { files: items.into_iter().map(|item| (item.name.clone(), item)).collect(), releases, problems }
     }
 
-    /// The file of that name.
+    /// The file with this name.
     pub(super) fn file(&self, name: &str) -> Option<&Arc<DepotFile>> {
         self.files.get(name)
     }
 
-    /// The package of a release.
+    /// The offer of this release.
     pub(super) fn offer(&self, release: &Release) -> Option<Offer> {
         let item = self.releases.get(release)?;
         Some(Offer {
@@ -87,7 +88,7 @@ impl Index {
         })
     }
 
-    /// Whether there is a package of that name and version for any os and arch.
+    /// Whether a package with this name and version exists for any os and arch.
     pub(super) fn has(&self, name: &str, version: &Version) -> bool {
         self.releases.keys().any(|release| release.name.as_str() == name && release.version == *version)
     }
@@ -105,7 +106,7 @@ impl Index {
         newest(found.into_iter().map(|(release, _)| &release.version)).cloned()
     }
 
-    /// How many packages are on offer.
+    /// The number of releases on offer.
     pub(super) fn packages(&self) -> usize {
         self.releases.len()
     }

@@ -1,7 +1,7 @@
-//! Downloads: a file of the index, whole or from where a broken download ended, streamed from the open file.
+//! Downloads: a file of the index or one byte range of it, streamed from disk.
 //!
-//! The entity tag is the content's SHA-256, so that a download is only ever continued with bytes of the same content (RFC 9110, sections 13
-//! and 14). One range is served; who asks for several gets the whole.
+//! The entity tag is the SHA-256 of the content, so an interrupted download resumes only with bytes of the same content (RFC 9110, sections 13
+//! and 14). A request for several ranges gets the whole file.
 
 use std::io::SeekFrom;
 use std::ops::Range;
@@ -20,10 +20,10 @@ use crate::core::range::{RequestedRange, part};
 use crate::core::text::hex;
 use crate::package::SIGNATURE_SUFFIX;
 
-/// How much of a file is read at once.
+/// Bytes read from a file at a time.
 const CHUNK: usize = 128 << 10;
 
-/// Answers a GET or HEAD of the file called `name`.
+/// Answers a GET or HEAD request for the file `name`.
 pub(super) async fn answer(
     index: &Index,
     name: &str,
@@ -40,7 +40,7 @@ pub(super) async fn answer(
     }
     let signature = name.strip_suffix(SIGNATURE_SUFFIX).and_then(|name| index.file(name)?.signature.clone());
     if let Some(text) = signature {
-        // Tagged by its own text, which a package that is signed anew changes.
+        // The tag is of the signature itself, which changes if the package is signed again.
         let tag = format!("\"{}\"", hex(&Sha256::digest(text.as_bytes())));
         return LocatedFile { tag, size: text.len() as u64, content: DownloadContent::Text(text) }
             .answer(method, headers)
@@ -116,16 +116,16 @@ impl DownloadContent {
                 Ok(Body::from(part.to_vec()))
             }
             DownloadContent::File(item) => {
-                let gone = || {
+                let changed = || {
                     let message = format!("{} is being replaced; try again", item.name);
                     HttpError::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(2)
                 };
-                let mut file = tokio::fs::File::open(&item.path).await.map_err(|_| gone())?;
-                // The tag would lie about another content.
-                if FileStamp::of(&file.metadata().await.map_err(|_| gone())?) != item.stamp {
-                    return Err(gone());
+                let mut file = tokio::fs::File::open(&item.path).await.map_err(|_| changed())?;
+                // The tag is of the indexed content.
+                if FileStamp::of(&file.metadata().await.map_err(|_| changed())?) != item.stamp {
+                    return Err(changed());
                 }
-                file.seek(SeekFrom::Start(range.start)).await.map_err(|_| gone())?;
+                file.seek(SeekFrom::Start(range.start)).await.map_err(|_| changed())?;
                 Ok(Body::from_stream(ReaderStream::with_capacity(file.take(range.end - range.start), CHUNK)))
             }
         }

@@ -1,11 +1,12 @@
-//! `fleet.toml` as it is watched: read when it has changed and stood still for a while, or was put there whole by `gateway fleet apply`; judged, and put in force or refused with a reason.
+//! Watches `fleet.toml`: reads it when it has changed and settled, or when `gateway fleet apply` wrote it; then puts it in force or rejects it
+//! with a reason.
 //!
-//! The last good text is kept in `state/`, so that a gateway that starts again beside a broken file still says what it said before. It is
-//! written beside the work: a file is in force at once, however slow the disk is. After a crash in between, and beside a broken file, the one
-//! before is in force again. Hosts are then told its content under a number greater than any that they hold (`core/generation.rs`), because
-//! the generations of what hosts are told go by what each host says that it holds, and by no file.
+//! The last good text is saved in `state/`, so a gateway that restarts with a broken `fleet.toml` keeps the same desired state. It is saved in
+//! the background: a slow disk does not delay a new fleet. If the gateway crashes before the save and `fleet.toml` is broken, the previous
+//! fleet is in force again. Hosts then receive it under a generation greater than the one that they have (`core/generation.rs`): generations
+//! depend on what each host reports, not on this file.
 //!
-//! What was refused for want of a package is judged again when the depot has changed.
+//! A file that was rejected for a missing package is validated again when the depot changes.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -26,42 +27,42 @@ use crate::core::text::hex;
 use crate::platform;
 use crate::store::{self, Access};
 
-/// A SHA-256 in hexadecimal, and the end of its line.
+/// More than a SHA-256 in hexadecimal and a newline.
 const MAX_APPLIED_BYTES: u64 = 128;
 
-/// How the fleet file stands, for an operator to read.
+/// The status of the fleet file, for the operator.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct FleetFileStatus {
-    /// When the one in force was accepted, unix milliseconds; it numbers it too.
+    /// When the fleet in force was accepted, Unix milliseconds; also its generation.
     pub(super) generation: Option<u64>,
-    /// Seconds from one heartbeat to the next.
+    /// The heartbeat interval, seconds.
     pub(super) interval: u64,
-    /// How many sub-agents it names.
+    /// The number of sub-agents.
     pub(super) agents: usize,
-    /// How many rules it has.
+    /// The number of rules.
     pub(super) rules: usize,
     /// SHA-256 of its text.
     pub(super) content: Option<String>,
-    /// Why the file that is there now is not in force.
+    /// Why the present file is not in force.
     pub(super) error: Option<String>,
 }
 
-/// The file, and what is in force.
+/// The fleet file and the fleet in force.
 pub(super) struct FleetFile {
-    place: GatewayDirectory,
-    /// The file at the last look; `None`: it was not there.
+    directory: GatewayDirectory,
+    /// The stamp at the last poll; the inner `None` is a missing file.
     last: Option<Option<FileStamp>>,
-    still: SettledFile<Option<FileStamp>>,
-    /// The file that was judged last.
-    judged: Option<Option<FileStamp>>,
+    settling: SettledFile<Option<FileStamp>>,
+    /// The stamp of the file that was validated last.
+    validated: Option<Option<FileStamp>>,
     in_force: Option<ActiveFleet>,
-    standing: FleetFileStatus,
-    /// Keeps the text of what is in force.
+    status: FleetFileStatus,
+    /// Saves the text of the fleet in force.
     last_good: WriteBehind<Arc<str>>,
-    /// Why what was kept could not be read, until something else is kept.
-    lost: Option<String>,
-    /// The file holds secrets that others can read.
+    /// Why the saved fleet could not be read, until another one is saved.
+    load_problem: Option<String>,
+    /// Whether the file contains secrets and others than its owner can read it.
     exposed: bool,
 }
 
@@ -71,24 +72,24 @@ struct ActiveFleet {
 }
 
 impl FleetFile {
-    /// Begins with the last good one, if there is any.
-    pub(super) fn open(place: GatewayDirectory, still: Duration) -> Result<FleetFile> {
-        let path = place.last_good_fleet();
-        let kept = path.clone();
+    /// Starts with the last good fleet, if there is one.
+    pub(super) fn open(directory: GatewayDirectory, settle: Duration) -> Result<FleetFile> {
+        let path = directory.last_good_fleet();
+        let saved = path.clone();
         let last_good = WriteBehind::start("the last good fleet file", move |text: &Arc<str>| {
-            store::replace(&kept, text.as_bytes(), Access::Private)
+            store::replace(&saved, text.as_bytes(), Access::Private)
         })?;
-        let standing = FleetFileStatus::default();
-        let still = SettledFile::new(still);
+        let status = FleetFileStatus::default();
+        let settling = SettledFile::new(settle);
         let mut file = FleetFile {
-            place,
+            directory,
             last: None,
-            still,
-            judged: None,
+            settling,
+            validated: None,
             in_force: None,
-            standing,
+            status,
             last_good,
-            lost: None,
+            load_problem: None,
             exposed: false,
         };
         match read_text(&path).and_then(|text| text.map(|text| Ok((parse(&text)?, text))).transpose()) {
@@ -101,7 +102,7 @@ impl FleetFile {
             }
             Ok(None) => {}
             Err(error) => {
-                file.lost = Some(format!("the last good fleet file {} cannot be used: {error:#}", path.display()));
+                file.load_problem = Some(format!("cannot load the last good fleet file {}: {error:#}", path.display()));
             }
         }
         Ok(file)
@@ -111,82 +112,83 @@ impl FleetFile {
         self.in_force.as_ref().map(|in_force| in_force.fleet.clone())
     }
 
-    pub(super) fn standing(&self) -> &FleetFileStatus {
-        &self.standing
+    pub(super) fn status(&self) -> &FleetFileStatus {
+        &self.status
     }
 
-    /// Whether the file that is there now has been judged.
+    /// Whether the present file has been validated.
     pub(super) fn is_settled(&self) -> bool {
-        self.judged.is_some() && self.judged == self.last
+        self.validated.is_some() && self.validated == self.last
     }
 
-    /// Why the last good fleet is not on disk, so that a gateway that starts again would not know it.
-    pub(super) fn unwritten(&self) -> Option<String> {
-        let failed = self.last_good.failure().map(|why| format!("the last good fleet file is not on disk: {why}"));
-        failed.or_else(|| self.lost.clone())
+    /// Why the last good fleet is not on disk, so that a restarted gateway would not have it.
+    pub(super) fn save_problem(&self) -> Option<String> {
+        let failed =
+            self.last_good.failure().map(|why| format!("cannot save the last good fleet file: {why}; retrying"));
+        failed.or_else(|| self.load_problem.clone())
     }
 
-    /// That secrets in the file can be read by others.
-    pub(super) fn exposed(&self) -> Option<String> {
-        let path = self.place.fleet();
+    /// The problem that others can read secrets in the file.
+    pub(super) fn exposure(&self) -> Option<String> {
+        let path = self.directory.fleet();
         self.exposed
-            .then(|| format!("{0} holds secrets and can be read by others; run `chmod 600 {0}`", path.display()))
+            .then(|| format!("{0} contains secrets and can be read by others; run `chmod 600 {0}`", path.display()))
     }
 
-    /// Looks once; `true` where something has changed: what is in force, or why the file is not. `at_once`: it counts as it is now.
-    pub(super) fn look(
+    /// Polls once; returns whether the status has changed. `at_once` reads the file even if it has not settled.
+    pub(super) fn poll(
         &mut self,
         depot: &Index,
         depot_changed: bool,
         at_once: bool,
         hosts: impl FnOnce() -> Vec<HostFacts>,
     ) -> bool {
-        let path = self.place.fleet();
+        let path = self.directory.fleet();
         let metadata = fs::metadata(&path).ok();
         let stamp = metadata.as_ref().map(FileStamp::of);
         self.exposed = self.in_force.as_ref().is_some_and(|in_force| in_force.fleet.has_secrets())
             && metadata.as_ref().is_some_and(platform::is_readable_by_others);
         let modified = metadata.and_then(|metadata| metadata.modified().ok());
-        let stands_still = self.still.look(stamp, modified, Instant::now());
+        let has_settled = self.settling.poll(stamp, modified, Instant::now());
         self.last = Some(stamp);
-        let again = depot_changed && self.standing.error.is_some();
-        if self.judged == Some(stamp) && !again && !at_once {
+        let retry = depot_changed && self.status.error.is_some();
+        if self.validated == Some(stamp) && !retry && !at_once {
             return false;
         }
-        if !stands_still && !at_once && !self.is_applied() {
+        if !has_settled && !at_once && !self.is_applied() {
             return false;
         }
         let text = read_text(&path);
-        // Somebody wrote between the look and the reading: what was read may be half of it.
+        // The file changed while it was read: the text may be incomplete.
         if fs::metadata(&path).ok().map(|metadata| FileStamp::of(&metadata)) != stamp {
             return false;
         }
-        self.judged = Some(stamp);
-        let before = self.standing.clone();
+        self.validated = Some(stamp);
+        let before = self.status.clone();
         match text.and_then(|text| self.accept(text, depot, hosts)) {
             Ok(()) => {}
             Err(error) => {
                 let reason = format!("{error:#}");
-                if self.standing.error.as_ref() != Some(&reason) {
-                    tracing::error!(path = %path.display(), %reason, "the fleet file is refused; the last good one stays in force");
+                if self.status.error.as_ref() != Some(&reason) {
+                    tracing::error!(path = %path.display(), %reason, "the fleet file is rejected; the last good one stays in force");
                 }
-                self.standing.error = Some(reason);
+                self.status.error = Some(reason);
             }
         }
-        self.standing != before
+        self.status != before
     }
 
-    /// Whether the file is the one that `gateway fleet apply` put there whole.
+    /// Whether the file is the one that `gateway fleet apply` wrote.
     fn is_applied(&self) -> bool {
-        let Ok(Some(applied)) = store::read(&self.place.applied_fleet(), MAX_APPLIED_BYTES) else { return false };
-        let text = store::read(&self.place.fleet(), MAX_FILE_BYTES);
-        text.ok().flatten().is_some_and(|text| content_of(&text).as_bytes() == applied.trim_ascii())
+        let Ok(Some(applied)) = store::read(&self.directory.applied_fleet(), MAX_APPLIED_BYTES) else { return false };
+        let text = store::read(&self.directory.fleet(), MAX_FILE_BYTES);
+        text.ok().flatten().is_some_and(|text| content_hash(&text).as_bytes() == applied.trim_ascii())
     }
 
     fn accept(&mut self, text: Option<String>, depot: &Index, hosts: impl FnOnce() -> Vec<HostFacts>) -> Result<()> {
-        let Some(text) = text else { bail!("there is no file {}", self.place.fleet().display()) };
+        let Some(text) = text else { bail!("the file {} does not exist", self.directory.fleet().display()) };
         if self.in_force.as_ref().is_some_and(|in_force| *in_force.text == *text) {
-            self.standing.error = None;
+            self.status.error = None;
             return Ok(());
         }
         let fleet = parse(&text)?;
@@ -195,8 +197,8 @@ impl FleetFile {
         judge(&fleet, last_good, &hosts, |name, version| depot.has(name, version))?;
         let text: Arc<str> = text.into();
         self.last_good.put(text.clone());
-        self.lost = None;
-        let generation = now_millis().max(self.standing.generation.map_or(0, |last| last + 1));
+        self.load_problem = None;
+        let generation = now_millis().max(self.status.generation.map_or(0, |last| last + 1));
         tracing::info!(
             generation,
             agents = fleet.names().len(),
@@ -210,8 +212,8 @@ impl FleetFile {
     fn put_in_force(&mut self, fleet: Fleet, text: Arc<str>, generation: u64) {
         let (agents, rules) = (fleet.names().len(), fleet.rules.len());
         let interval = fleet.interval.as_secs();
-        let content = Some(content_of(text.as_bytes()));
-        self.standing = FleetFileStatus { generation: Some(generation), interval, agents, rules, content, error: None };
+        let content = Some(content_hash(text.as_bytes()));
+        self.status = FleetFileStatus { generation: Some(generation), interval, agents, rules, content, error: None };
         self.in_force = Some(ActiveFleet { text, fleet: Arc::new(fleet) });
     }
 }
@@ -222,32 +224,33 @@ pub(super) fn read_text(path: &std::path::Path) -> Result<Option<String>> {
 }
 
 /// SHA-256 of a fleet file's text.
-pub(super) fn content_of(text: &[u8]) -> String {
+pub(super) fn content_hash(text: &[u8]) -> String {
     hex(&Sha256::digest(text))
 }
 
-/// Parses the file; an error names the line in one line of its own, for logs and tables.
+/// Parses the file; an error is one line and names the line number.
 pub(super) fn parse(text: &str) -> Result<Fleet> {
     toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", config::wrong_line(text, &error)))
 }
 
-/// The lineage of this gateway's generations, made once and kept for good; and why it could not be, so that it lasts for this run alone.
-pub(super) fn lineage(place: &GatewayDirectory) -> (String, Option<String>) {
-    let kept = kept_lineage(place);
-    kept.unwrap_or_else(|error| {
+/// The lineage of this gateway's generations, created once and kept permanently. If it cannot be kept, it is valid for this run only, and the
+/// problem is returned.
+pub(super) fn lineage(directory: &GatewayDirectory) -> (String, Option<String>) {
+    let loaded = load_or_create_lineage(directory);
+    loaded.unwrap_or_else(|error| {
         let why = format!(
-            "the lineage of the generations is not kept, and hosts take this gateway for another one after its next start: {error:#}"
+            "cannot keep the lineage of the generations, so hosts will treat this gateway as another one after its next start: {error:#}"
         );
         (uuid::Uuid::new_v4().to_string(), Some(why))
     })
 }
 
-fn kept_lineage(place: &GatewayDirectory) -> Result<(String, Option<String>)> {
-    let path = place.lineage();
+fn load_or_create_lineage(directory: &GatewayDirectory) -> Result<(String, Option<String>)> {
+    let path = directory.lineage();
     match fs::read_to_string(&path) {
         Ok(text) => match uuid::Uuid::parse_str(text.trim()) {
             Ok(lineage) => return Ok((lineage.to_string(), None)),
-            Err(_) => tracing::warn!(path = %path.display(), "the lineage cannot be read; a new one begins"),
+            Err(_) => tracing::warn!(path = %path.display(), "cannot read the lineage; creating a new one"),
         },
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
@@ -263,25 +266,25 @@ mod tests {
 
     struct Bench {
         _dir: tempfile::TempDir,
-        place: GatewayDirectory,
+        directory: GatewayDirectory,
         file: FleetFile,
     }
 
     impl Bench {
         fn new() -> Bench {
             let dir = tempfile::tempdir().unwrap();
-            let place = GatewayDirectory::new(dir.path());
-            fs::create_dir(place.state()).unwrap();
-            Bench { file: FleetFile::open(place.clone(), Duration::ZERO).unwrap(), place, _dir: dir }
+            let directory = GatewayDirectory::new(dir.path());
+            fs::create_dir(directory.state()).unwrap();
+            Bench { file: FleetFile::open(directory.clone(), Duration::ZERO).unwrap(), directory, _dir: dir }
         }
 
         fn write(&self, text: &str) {
-            store::replace(&self.place.fleet(), text.as_bytes(), Access::Public).unwrap();
+            store::replace(&self.directory.fleet(), text.as_bytes(), Access::Public).unwrap();
         }
 
         fn settle(&mut self) {
             for _ in 0..3 {
-                self.file.look(&Index::default(), false, false, Vec::new);
+                self.file.poll(&Index::default(), false, false, Vec::new);
             }
             self.file.last_good.flush();
         }
@@ -292,27 +295,27 @@ mod tests {
     }
 
     #[test]
-    fn a_file_counts_only_when_it_has_stood_still_or_was_applied_whole() {
+    fn a_file_is_loaded_once_it_has_settled_or_was_applied() {
         let mut bench = Bench::new();
-        bench.file = FleetFile::open(bench.place.clone(), Duration::from_secs(3_600)).unwrap();
-        let look = |bench: &mut Bench| bench.file.look(&Index::default(), false, false, Vec::new);
+        bench.file = FleetFile::open(bench.directory.clone(), Duration::from_secs(3_600)).unwrap();
+        let poll = |bench: &mut Bench| bench.file.poll(&Index::default(), false, false, Vec::new);
         bench.write("heartbeatInterval = 1");
-        assert!(!look(&mut bench) && !look(&mut bench));
-        let applied = content_of(b"heartbeatInterval = 2");
-        fs::write(bench.place.applied_fleet(), format!("{applied}\n")).unwrap();
-        assert!(!look(&mut bench), "another one is");
+        assert!(!poll(&mut bench) && !poll(&mut bench));
+        let applied = content_hash(b"heartbeatInterval = 2");
+        fs::write(bench.directory.applied_fleet(), format!("{applied}\n")).unwrap();
+        assert!(!poll(&mut bench), "the hash is of another content");
         bench.write("heartbeatInterval = 2");
-        assert!(look(&mut bench) && !look(&mut bench));
-        assert_eq!((bench.interval(), bench.file.standing().content.as_ref()), (Some(2), Some(&applied)));
-        // Or when an operator says so.
+        assert!(poll(&mut bench) && !poll(&mut bench));
+        assert_eq!((bench.interval(), bench.file.status().content.as_ref()), (Some(2), Some(&applied)));
+        // Or upon a reload.
         bench.write("heartbeatInterval = 3");
-        assert!(!look(&mut bench));
-        assert!(bench.file.look(&Index::default(), false, true, Vec::new));
+        assert!(!poll(&mut bench));
+        assert!(bench.file.poll(&Index::default(), false, true, Vec::new));
         assert_eq!(bench.interval(), Some(3));
     }
 
     #[test]
-    fn the_last_good_one_stays_whatever_becomes_of_the_file() {
+    fn the_last_good_fleet_stays_in_force_while_the_file_is_invalid_or_missing() {
         let mut bench = Bench::new();
         bench.write("heartbeatInterval = 7");
         bench.settle();
@@ -324,28 +327,28 @@ mod tests {
             bench.write(bad);
             bench.settle();
             assert_eq!(bench.interval(), Some(7));
-            assert!(bench.file.standing().error.as_ref().unwrap().contains(reason), "{:?}", bench.file.standing());
+            assert!(bench.file.status().error.as_ref().unwrap().contains(reason), "{:?}", bench.file.status());
         }
-        fs::remove_file(bench.place.fleet()).unwrap();
+        fs::remove_file(bench.directory.fleet()).unwrap();
         bench.settle();
-        assert!(bench.file.standing().error.as_ref().unwrap().contains("there is no file"));
+        assert!(bench.file.status().error.as_ref().unwrap().contains("does not exist"));
 
-        // Also after a restart; and the file in force, put back, is good again.
-        let generation = bench.file.standing().generation;
-        bench.file = FleetFile::open(bench.place.clone(), Duration::ZERO).unwrap();
+        // It also stays after a restart; restoring the file resolves the error.
+        let generation = bench.file.status().generation;
+        bench.file = FleetFile::open(bench.directory.clone(), Duration::ZERO).unwrap();
         assert_eq!(bench.interval(), Some(7));
         bench.write("heartbeatInterval = 7");
         bench.settle();
-        assert_eq!(bench.file.standing().error, None);
-        assert!(bench.file.standing().generation >= generation.map(|millis| millis - 1_000));
+        assert_eq!(bench.file.status().error, None);
+        assert!(bench.file.status().generation >= generation.map(|millis| millis - 1_000));
     }
 
     #[test]
-    fn a_lineage_is_made_once() {
+    fn a_lineage_is_created_once() {
         let bench = Bench::new();
-        let first = lineage(&bench.place).0;
-        assert_eq!(lineage(&bench.place).0, first);
-        fs::write(bench.place.lineage(), "what").unwrap();
-        assert_ne!(lineage(&bench.place).0, first);
+        let first = lineage(&bench.directory).0;
+        assert_eq!(lineage(&bench.directory).0, first);
+        fs::write(bench.directory.lineage(), "what").unwrap();
+        assert_ne!(lineage(&bench.directory).0, first);
     }
 }

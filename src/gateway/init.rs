@@ -1,7 +1,7 @@
-//! `gateway init`: from nothing to a directory that can be published into and served, without overwriting anything.
+//! `gateway init`: creates the directory of a gateway, ready for `publish` and `run`.
 //!
-//! Each thing is made only where it is missing, so that an interrupted init is repeated, and a second one changes nothing. What is there is
-//! never replaced: a new signing key or certificate would lock out every host that trusts the old one.
+//! It creates only missing files: an interrupted init can be repeated, and a second one changes nothing. It never replaces a file: a new
+//! signing key or certificate would lock out every host that trusts the old one.
 
 use std::fs;
 use std::net::IpAddr;
@@ -19,91 +19,96 @@ use crate::package::sign::{Signer, password};
 use crate::platform;
 use crate::store::{self, Access};
 
-/// Where a gateway is made.
+/// The arguments of `gateway init`.
 #[derive(Debug, clap::Args)]
 pub struct InitArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// A further name or address of the gateway; may be
-    /// given several times (localhost, 127.0.0.1 and the
-    /// host's own name are always in the certificate)
+    /// A further name or address of the gateway for the
+    /// certificate; can be repeated (localhost, 127.0.0.1
+    /// and the host's own name are always in it)
     #[arg(long = "name", value_name = "HOST_OR_IP", verbatim_doc_comment)]
     names: Vec<String>,
 }
 
-/// What a new fleet.toml says: everything in comments, so that it wants nothing yet.
+/// The content of a new fleet.toml: all examples are comments, so it orders no sub-agent.
 const EXAMPLE_FLEET: &str = include_str!("init/fleet.toml");
 
-/// What became of one thing.
+/// Whether `init` created a file or kept the existing one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum InitOutcome {
-    Made,
+    Created,
     Kept,
 }
 
 impl InitOutcome {
     fn word(self) -> &'static str {
         match self {
-            InitOutcome::Made => "made",
-            InitOutcome::Kept => "kept",
+            InitOutcome::Created => "created",
+            InitOutcome::Kept => "kept   ",
         }
     }
 }
 
 pub(super) fn run(args: &InitArgs) -> Result<()> {
     let names = server_names(&args.names)?;
-    let place = GatewayDirectory::new(&args.dir);
-    for (directory, mode) in place.directories() {
-        if !directory.is_dir() {
-            fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-            platform::set_mode(&directory, mode).with_context(|| format!("cannot make {}", directory.display()))?;
+    let directory = GatewayDirectory::new(&args.dir);
+    for (path, mode) in directory.directories() {
+        if !path.is_dir() {
+            fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+            platform::set_mode(&path, mode).with_context(|| format!("cannot create {}", path.display()))?;
         }
     }
-    let key = make_signing_key(&place)?;
-    let certificate = make_certificate(&place, &names)?;
-    let fleet = match place.fleet().exists() {
+    let key = create_signing_key(&directory)?;
+    let certificate = create_certificate(&directory, &names)?;
+    let fleet = match directory.fleet().exists() {
         true => InitOutcome::Kept,
         false => {
-            // It may hold secrets.
-            store::replace(&place.fleet(), EXAMPLE_FLEET.as_bytes(), Access::Private)?;
-            InitOutcome::Made
+            // Private: it may contain secrets.
+            store::replace(&directory.fleet(), EXAMPLE_FLEET.as_bytes(), Access::Private)?;
+            InitOutcome::Created
         }
     };
 
     let dir = args.dir.display();
-    report!("{}  the signing key  {}, {}", key.word(), place.public_key().display(), place.signing_key().display());
+    report!(
+        "{}  the signing key  {}, {}",
+        key.word(),
+        directory.public_key().display(),
+        directory.signing_key().display()
+    );
     report!(
         "{}  the certificate  {}, {}",
         certificate.word(),
-        place.certificate().display(),
-        place.certificate_key().display()
+        directory.certificate().display(),
+        directory.certificate_key().display()
     );
-    report!("{}  the fleet        {}", fleet.word(), place.fleet().display());
+    report!("{}  the fleet        {}", fleet.word(), directory.fleet().display());
     if certificate == InitOutcome::Kept && !args.names.is_empty() {
-        report!("      --name is without effect: hosts may know the certificate that is there");
+        report!("         --name has no effect on an existing certificate, which hosts may have pinned");
     }
-    let pin = certificate_pin(&place)?;
-    let endpoint = format!("https://{}:8888", args.names.first().map_or_else(own_name, |name| bracketed(name)));
+    let pin = certificate_pin(&directory)?;
+    let endpoint = format!("https://{}:8888", args.names.first().map_or_else(own_name, |name| in_brackets(name)));
     report!("\nThe pin of the certificate's public key:\n  {pin}");
     report!("\nNext, here:");
     report!("  aops gateway publish --dir {dir} --self          this executable, for hosts to install");
     report!("  aops gateway publish --dir {dir} DIRECTORY       a sub-agent's package");
     report!("  aops gateway run --dir {dir}");
-    report!("  edit {} and name the sub-agents", place.fleet().display());
-    report!("\nThen on a host, with the executable and {} copied there:", place.public_key().display());
+    report!("  edit {} to order sub-agents", directory.fleet().display());
+    report!("\nThen on a host, with this executable and {} copied there:", directory.public_key().display());
     report!("  aops install --agent-id ID --endpoint {endpoint} \\\n    --trusted-key aops.pub --pin {pin}");
-    report!("\nor with nothing copied, trusting what the first download brings:");
+    report!("\nor without copying anything, trusting the first download:");
     report!("  curl -kfO {endpoint}/api/download/aops-agent-service-linux-amd64 -H 'x-agent-id: ID'");
     report!("  chmod +x aops-agent-service-linux-amd64");
     report!("  ./aops-agent-service-linux-amd64 --control install --version V --agentId ID --endpoint {endpoint}");
     Ok(())
 }
 
-fn make_signing_key(place: &GatewayDirectory) -> Result<InitOutcome> {
-    let (secret, public) = (place.signing_key(), place.public_key());
+fn create_signing_key(directory: &GatewayDirectory) -> Result<InitOutcome> {
+    let (secret, public) = (directory.signing_key(), directory.public_key());
     match (secret.exists(), public.exists()) {
-        // A public key alone: the private one lives offline.
+        // A public key without private key: the private key is kept offline.
         (_, true) => Ok(InitOutcome::Kept),
         (true, false) => {
             store::replace(
@@ -115,58 +120,57 @@ fn make_signing_key(place: &GatewayDirectory) -> Result<InitOutcome> {
         }
         (false, false) => {
             let signer = Signer::generate()?;
-            // The private one first: with it the public one can be made again.
+            // The private key first: the public key can be derived from it.
             store::replace(&secret, signer.secret_text()?.as_bytes(), Access::Private)?;
             store::replace(&public, signer.public_text()?.as_bytes(), Access::Public)?;
-            Ok(InitOutcome::Made)
+            Ok(InitOutcome::Created)
         }
     }
 }
 
-/// A private key in PEM has 300 bytes, one of RSA 3 kB.
+/// A private key in PEM has about 300 bytes, an RSA key 3 kB.
 const MAX_KEY_BYTES: u64 = 64 << 10;
 
-fn make_certificate(place: &GatewayDirectory, names: &[String]) -> Result<InitOutcome> {
-    if place.certificate().exists() && place.certificate_key().exists() {
+fn create_certificate(directory: &GatewayDirectory, names: &[String]) -> Result<InitOutcome> {
+    if directory.certificate().exists() && directory.certificate_key().exists() {
         return Ok(InitOutcome::Kept);
     }
-    if place.certificate().exists() {
+    if directory.certificate().exists() {
         bail!(
-            "cannot find the key of the certificate {}: restore {}, or remove the certificate to have a new one",
-            place.certificate().display(),
-            place.certificate_key().display()
+            "cannot find the key of the certificate {}: restore {}, or remove the certificate to create a new one",
+            directory.certificate().display(),
+            directory.certificate_key().display()
         );
     }
     let attempt = || -> Result<String> {
         let mut params = CertificateParams::new(names.to_vec())?;
         params.distinguished_name.push(DnType::CommonName, "aops gateway");
-        // Valid from 1975 to 4096, as rcgen makes them: hosts with a wrong clock must get in, and nobody is there to renew it.
+        // Valid from 1975 to 4096, rcgen's default: hosts with a wrong clock must accept it, and nobody renews it.
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        // Not a CA: it is trusted as itself, and can vouch for no other.
+        // Not a CA: it must not be able to sign other certificates.
         params.is_ca = IsCa::ExplicitNoCa;
-        let path = place.certificate_key();
-        // A key alone is the operator's, or was left by one that was interrupted: hosts may know it already.
-        let key = match store::read(&path, MAX_KEY_BYTES)? {
-            Some(text) => String::from_utf8(text)
-                .map_err(Error::from)
-                .and_then(|text| Ok(KeyPair::from_pem(&text)?))
-                .with_context(|| {
-                format!("{} is no private key in PEM that can be used; move it away", path.display())
-            })?,
-            None => {
-                let key = KeyPair::generate()?;
-                store::replace(&path, key.serialize_pem().as_bytes(), Access::Private)?;
-                key
-            }
-        };
+        let path = directory.certificate_key();
+        // A key without certificate is the operator's, or is from an interrupted init. Hosts may have pinned it.
+        let key =
+            match store::read(&path, MAX_KEY_BYTES)? {
+                Some(text) => String::from_utf8(text)
+                    .map_err(Error::from)
+                    .and_then(|text| Ok(KeyPair::from_pem(&text)?))
+                    .with_context(|| format!("{} is not a valid private key in PEM; move it away", path.display()))?,
+                None => {
+                    let key = KeyPair::generate()?;
+                    store::replace(&path, key.serialize_pem().as_bytes(), Access::Private)?;
+                    key
+                }
+            };
         Ok(params.self_signed(&key)?.pem())
     };
-    let certificate = attempt().context("cannot make a certificate")?;
-    store::replace(&place.certificate(), certificate.as_bytes(), Access::Public)?;
-    Ok(InitOutcome::Made)
+    let certificate = attempt().context("cannot create a certificate")?;
+    store::replace(&directory.certificate(), certificate.as_bytes(), Access::Public)?;
+    Ok(InitOutcome::Created)
 }
 
-/// The names in the certificate: those given, and those that always lead here.
+/// The names in the certificate: those given, and the local ones.
 fn server_names(given: &[String]) -> Result<Vec<String>> {
     let mut names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
     let own = own_name();
@@ -175,9 +179,7 @@ fn server_names(given: &[String]) -> Result<Vec<String>> {
     }
     for name in given {
         if !is_name(name) && name.parse::<IpAddr>().is_err() {
-            bail!(
-                "cannot take {name:?} as a name of the gateway: expected a host's name or an IP address, without port"
-            );
+            bail!("cannot use {name:?} as a name of the gateway: expected a host name or an IP address, without port");
         }
         names.push(name.clone());
     }
@@ -197,13 +199,13 @@ fn own_name() -> String {
     gethostname::gethostname().to_string_lossy().into_owned()
 }
 
-fn bracketed(name: &str) -> String {
+fn in_brackets(name: &str) -> String {
     if name.contains(':') { format!("[{name}]") } else { name.to_owned() }
 }
 
-/// The certificate's public key, as `install --pin` takes it.
-fn certificate_pin(place: &GatewayDirectory) -> Result<Fingerprint> {
-    let path = place.certificate();
+/// The pin of the certificate's public key, as in `install --pin`.
+fn certificate_pin(directory: &GatewayDirectory) -> Result<Fingerprint> {
+    let path = directory.certificate();
     let der = CertificateDer::from_pem_file(&path).with_context(|| format!("cannot read {}", path.display()))?;
     key_of(&der).with_context(|| format!("cannot read the public key in {}", path.display()))
 }
@@ -220,10 +222,15 @@ mod tests {
     fn a_second_init_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("gw");
-        let place = GatewayDirectory::new(&root);
+        let directory = GatewayDirectory::new(&root);
         run(&args(&root, &["gateway.example", "10.0.0.1", "::1"])).unwrap();
-        let files =
-            [place.public_key(), place.signing_key(), place.certificate(), place.certificate_key(), place.fleet()];
+        let files = [
+            directory.public_key(),
+            directory.signing_key(),
+            directory.certificate(),
+            directory.certificate_key(),
+            directory.fleet(),
+        ];
         let contents = || files.iter().map(|file| fs::read(file).unwrap()).collect::<Vec<_>>();
         let before = contents();
         run(&args(&root, &["other.example"])).unwrap();
@@ -233,45 +240,45 @@ mod tests {
     #[test]
     fn an_interrupted_init_is_completed() {
         let dir = tempfile::tempdir().unwrap();
-        let place = GatewayDirectory::new(dir.path());
+        let directory = GatewayDirectory::new(dir.path());
         run(&args(dir.path(), &[])).unwrap();
-        let public = fs::read(place.public_key()).unwrap();
-        fs::remove_file(place.public_key()).unwrap();
-        fs::remove_file(place.certificate()).unwrap();
+        let public = fs::read(directory.public_key()).unwrap();
+        fs::remove_file(directory.public_key()).unwrap();
+        fs::remove_file(directory.certificate()).unwrap();
         run(&args(dir.path(), &[])).unwrap();
-        assert_eq!(fs::read(place.public_key()).unwrap(), public);
-        assert!(place.certificate().exists());
+        assert_eq!(fs::read(directory.public_key()).unwrap(), public);
+        assert!(directory.certificate().exists());
     }
 
     #[test]
-    fn a_key_that_is_there_is_kept_and_has_a_certificate_made_for_it() {
+    fn an_existing_key_is_kept_and_gets_a_certificate() {
         let dir = tempfile::tempdir().unwrap();
-        let place = GatewayDirectory::new(dir.path());
+        let directory = GatewayDirectory::new(dir.path());
         run(&args(dir.path(), &[])).unwrap();
-        let key = fs::read(place.certificate_key()).unwrap();
+        let key = fs::read(directory.certificate_key()).unwrap();
         let public = || {
-            let der = CertificateDer::from_pem_file(place.certificate()).unwrap();
+            let der = CertificateDer::from_pem_file(directory.certificate()).unwrap();
             let own = KeyPair::from_pem(&String::from_utf8(key.clone()).unwrap()).unwrap();
             der.windows(own.public_key_raw().len()).any(|window| window == own.public_key_raw())
         };
         assert!(public());
-        fs::remove_file(place.certificate()).unwrap();
+        fs::remove_file(directory.certificate()).unwrap();
         run(&args(dir.path(), &[])).unwrap();
-        assert_eq!(fs::read(place.certificate_key()).unwrap(), key);
+        assert_eq!(fs::read(directory.certificate_key()).unwrap(), key);
         assert!(public());
 
-        fs::remove_file(place.certificate()).unwrap();
-        fs::write(place.certificate_key(), "not a key").unwrap();
+        fs::remove_file(directory.certificate()).unwrap();
+        fs::write(directory.certificate_key(), "not a key").unwrap();
         let error = format!("{:#}", run(&args(dir.path(), &[])).unwrap_err());
-        assert!(error.contains("no private key in PEM") && error.contains("move it away"), "{error}");
-        assert_eq!(fs::read_to_string(place.certificate_key()).unwrap(), "not a key");
+        assert!(error.contains("not a valid private key in PEM") && error.contains("move it away"), "{error}");
+        assert_eq!(fs::read_to_string(directory.certificate_key()).unwrap(), "not a key");
     }
 
     #[test]
-    fn the_example_is_a_fleet_that_wants_nothing_and_shows_what_is_allowed() {
+    fn the_example_orders_nothing_and_is_valid_without_the_comment_marks() {
         let fleet: crate::core::fleet::Fleet = toml::from_str(EXAMPLE_FLEET).unwrap();
         assert!(fleet.names().is_empty() && fleet.manager.is_none());
-        // With the comments taken off, every line of the example is right too.
+        // With the comment marks removed, the example is valid too.
         let uncommented: String = EXAMPLE_FLEET
             .lines()
             .map(|line| line.strip_prefix("#: ").map_or(String::new(), ToOwned::to_owned) + "\n")
@@ -282,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_no_certificate_can_hold_are_refused() {
+    fn invalid_names_are_rejected() {
         let dir = tempfile::tempdir().unwrap();
         for bad in ["", "https://a", "a:8888", "a b", "ä"] {
             assert!(run(&args(&dir.path().join("x"), &[bad])).is_err(), "{bad:?}");

@@ -1,4 +1,4 @@
-//! `keys/`: the depot's own public keys. Each file is read by itself, so that one that is no key is named and costs the others nothing.
+//! `keys/`: the depot's public keys. Each file is read separately: an invalid one is reported, and the others are used.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use super::GatewayDirectory;
 use crate::package::Keys;
 use crate::{platform, store};
 
-/// A public key's file has two short lines.
+/// A public key file has two short lines.
 const MAX_KEY_BYTES: u64 = 4 << 10;
 /// More keys than this are a mistake.
 const MAX_KEYS: usize = 64;
@@ -17,36 +17,36 @@ const MAX_KEYS: usize = 64;
 /// The public keys of a depot.
 #[derive(Debug, Default)]
 pub(super) struct DepotKeys {
-    /// As hosts that have them from the bootstrap read them.
+    /// The content of the key files, for the bootstrap.
     texts: Vec<String>,
     keys: Keys,
     problems: Vec<String>,
 }
 
 impl DepotKeys {
-    /// Every `keys/*.pub` that is a key; only a directory that cannot be listed is an error.
-    pub(super) fn read(place: &GatewayDirectory) -> Result<DepotKeys> {
-        let mut names = names_in(&place.keys())?;
-        let mut ring = DepotKeys::default();
+    /// Reads every `keys/*.pub`. An invalid file is a problem; only an unreadable directory is an error.
+    pub(super) fn read(directory: &GatewayDirectory) -> Result<DepotKeys> {
+        let mut names = public_key_files(&directory.keys())?;
+        let mut loaded = DepotKeys::default();
         if names.len() > MAX_KEYS {
             let surplus = names.split_off(MAX_KEYS).len();
-            ring.problems.push(format!("keys/ holds more than {MAX_KEYS} public keys; {surplus} of them are not used"));
+            loaded.problems.push(format!("keys/ has more than {MAX_KEYS} public keys; {surplus} of them are not used"));
         }
         for name in names {
-            if let Err(error) = ring.add(&place.keys().join(&name)) {
-                ring.problems.push(format!(
-                    "keys/{name} is not used: {error:#}; replace it by a minisign public key, or remove it"
+            if let Err(error) = loaded.add(&directory.keys().join(&name)) {
+                loaded.problems.push(format!(
+                    "keys/{name} is not used: {error:#}; replace it with a minisign public key, or remove it"
                 ));
             }
         }
-        Ok(ring)
+        Ok(loaded)
     }
 
     fn add(&mut self, path: &Path) -> Result<()> {
-        let bytes = store::read(path, MAX_KEY_BYTES)?.context("there is no such file")?;
+        let bytes = store::read(path, MAX_KEY_BYTES)?.context("the file does not exist")?;
         let text = String::from_utf8(bytes).context("it is not text")?;
         let read = Keys::parse(&text)?;
-        ensure!(!read.is_empty(), "it holds no key");
+        ensure!(!read.is_empty(), "it contains no key");
         self.keys.extend(read)?;
         self.texts.push(text);
         Ok(())
@@ -60,14 +60,14 @@ impl DepotKeys {
         &self.texts
     }
 
-    /// Which files are not used, and why.
+    /// The files that are not used, with the reason.
     pub(super) fn problems(&self) -> &[String] {
         &self.problems
     }
 }
 
-/// The names of a directory's `*.pub`, in their order.
-pub(super) fn names_in(directory: &Path) -> Result<Vec<String>> {
+/// The names of the `*.pub` files of a directory, sorted.
+pub(super) fn public_key_files(directory: &Path) -> Result<Vec<String>> {
     let attempt = || -> std::io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in fs::read_dir(directory)? {
@@ -82,15 +82,15 @@ pub(super) fn names_in(directory: &Path) -> Result<Vec<String>> {
     attempt().with_context(|| format!("cannot read the public keys in {}", directory.display()))
 }
 
-/// Which of a directory that holds private keys, and of these files, others than their owner can read.
+/// Problems with permissions: those of `private` files, and of their directory, that not only the owner can read.
 pub(super) fn exposed(directory: &Path, private: &[&Path]) -> Vec<String> {
     let is_open = |path: &Path| fs::metadata(path).is_ok_and(|metadata| platform::is_readable_by_others(&metadata));
-    let told = |path: &Path, what: &str, mode: &str| {
+    let problem = |path: &Path, what: &str, mode: &str| {
         let shown = path.display();
         is_open(path).then(|| format!("{what} {shown} can be read by others; run `chmod {mode} {shown}`"))
     };
-    let files = private.iter().filter_map(|path| told(path, "the private key", "600"));
-    files.chain(told(directory, "the directory of private keys", "700")).collect()
+    let files = private.iter().filter_map(|path| problem(path, "the private key", "600"));
+    files.chain(problem(directory, "the directory of private keys", "700")).collect()
 }
 
 #[cfg(test)]
@@ -99,27 +99,27 @@ mod tests {
     use crate::package::sign::Signer;
 
     #[test]
-    fn a_file_that_is_no_key_is_named_and_costs_no_other() {
+    fn an_invalid_key_file_is_reported_and_the_others_are_used() {
         let dir = tempfile::tempdir().unwrap();
-        let place = GatewayDirectory::new(dir.path());
-        fs::create_dir(place.keys()).unwrap();
+        let directory = GatewayDirectory::new(dir.path());
+        fs::create_dir(directory.keys()).unwrap();
         let key = Signer::generate().unwrap().public_text().unwrap();
-        fs::write(place.keys().join("b.pub"), &key).unwrap();
+        fs::write(directory.keys().join("b.pub"), &key).unwrap();
         for (name, text) in [
             ("a.pub", "ssh-rsa AAAA someone@example\n"),
             ("c.pub", ""),
             ("d.pub", &format!("\u{feff}{key}")),
             ("e.pub", &key[..key.len() - 9]),
         ] {
-            fs::write(place.keys().join(name), text).unwrap();
+            fs::write(directory.keys().join(name), text).unwrap();
         }
-        fs::write(place.keys().join("f.pub"), [0xff, 0xfe]).unwrap();
-        fs::create_dir(place.keys().join("g.pub")).unwrap();
-        let ring = DepotKeys::read(&place).unwrap();
-        assert_eq!((ring.keys().ids().count(), ring.texts()), (1, &[key][..]));
-        let named: Vec<&str> = ring.problems().iter().filter_map(|problem| problem.split(' ').next()).collect();
+        fs::write(directory.keys().join("f.pub"), [0xff, 0xfe]).unwrap();
+        fs::create_dir(directory.keys().join("g.pub")).unwrap();
+        let loaded = DepotKeys::read(&directory).unwrap();
+        assert_eq!((loaded.keys().ids().count(), loaded.texts()), (1, &[key][..]));
+        let named: Vec<&str> = loaded.problems().iter().filter_map(|problem| problem.split(' ').next()).collect();
         assert_eq!(named, ["keys/a.pub", "keys/c.pub", "keys/d.pub", "keys/e.pub", "keys/f.pub", "keys/g.pub"]);
-        fs::remove_dir_all(place.keys()).unwrap();
-        assert!(DepotKeys::read(&place).is_err());
+        fs::remove_dir_all(directory.keys()).unwrap();
+        assert!(DepotKeys::read(&directory).is_err());
     }
 }

@@ -1,11 +1,11 @@
-//! How each part of a gateway stands. A part with a problem keeps what was good last, and takes no other part along.
+//! The state of each part of a gateway. A part with a problem keeps its last good content, and does not affect other parts.
 
 use serde::{Deserialize, Serialize};
 
-/// Of one part, so many problems are shown; a depot can have thousands.
+/// Problems shown per part; a depot can have thousands.
 const MAX_SHOWN: usize = 10;
 
-/// One part.
+/// The state of one part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct PartStatus {
@@ -20,7 +20,7 @@ impl Default for PartStatus {
 }
 
 impl PartStatus {
-    /// The part that has these problems, of which not all may be shown.
+    /// A part with these problems; those beyond [`MAX_SHOWN`] are only counted.
     pub(super) fn with(problems: impl IntoIterator<Item = String>) -> PartStatus {
         let mut problems: Vec<String> = problems.into_iter().collect();
         let more = problems.len().saturating_sub(MAX_SHOWN);
@@ -31,7 +31,7 @@ impl PartStatus {
         PartStatus { ok: problems.is_empty(), problems }
     }
 
-    /// Adds a problem that is not among them yet.
+    /// Adds a problem, unless it is listed already.
     pub(super) fn add(&mut self, problem: String) {
         if !self.problems.contains(&problem) {
             self.problems.push(problem);
@@ -40,18 +40,18 @@ impl PartStatus {
     }
 }
 
-/// Every part.
+/// The state of all parts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct GatewayParts {
-    /// `keys/`: the depot's public keys, and who can read the private one.
+    /// `keys/`: the public keys, and the permissions of the private key.
     pub(super) keys: PartStatus,
     pub(super) depot: PartStatus,
     /// `fleet.toml`.
     pub(super) fleet: PartStatus,
     /// `tls/`.
     pub(super) certificate: PartStatus,
-    /// What the gateway itself writes.
+    /// `state/`.
     pub(super) state: PartStatus,
 }
 

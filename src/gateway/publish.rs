@@ -1,7 +1,8 @@
-//! `gateway publish`: a directory or an archive becomes a signed package in the depot.
+//! `gateway publish`: adds a directory or an archive to the depot as a signed package.
 //!
-//! It is looked into, named and signed as a temporary file there, and gets its name last, after its signature, so that a running gateway never
-//! sees one without the other. A release once published never changes: the same content again is nothing, another content an error.
+//! The package is checked and signed as a temporary file in the depot. It is renamed last, after its signature is written, so a running gateway
+//! never sees a package without signature. A published release never changes: publishing the same content again does nothing, other content is
+//! an error.
 
 mod identity;
 
@@ -25,11 +26,11 @@ use crate::package::sign::{Signer, password};
 use crate::package::{self, Keys, SignatureStatus, trailer};
 use crate::store::{self, Access};
 
-/// How long another publishing is waited for.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// The timeout for another `publish` to finish.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The end of the help, 80 columns wide.
-const EXAMPLE: &str = "\
+const HELP: &str = "\
 A package is a directory, such as hello/ with two files:
 
   agent.toml    name = \"hello\"
@@ -38,104 +39,145 @@ A package is a directory, such as hello/ with two files:
                 command = [\"./hello.sh\", \"--verbose\"]
 
   hello.sh      the program, executable; it stays in the foreground, and
-                what it prints goes to its log
+                its output goes to its log
 
   aops gateway publish --dir DIR hello/
 
-Hosts run it once fleet.toml in DIR says so:
+Hosts run it once fleet.toml in DIR lists it:
 
   [agents.hello]
   version = \"1.0\"
 
-A package of the manager (aops-spm, with bin/aops) may change whom hosts
-trust, from its commit on:
+All keys of agent.toml but name, version and command are optional:
 
-  keys/NEW.pub            a minisign public key that is trusted, too
-  keys/revoked/OLD.pub    one that is not any more, for good: it is refused
-                          wherever it comes from, but for an operator's own
-                          file in etc/keys of a host
+  [run]
+  command = [\"./hello.sh\"]   relative to the package, and its arguments
+  workdir = \".\"              relative to the package
+  user = \"nobody\"            [default: the manager's user]
+  stopSignal = \"TERM\"        TERM, INT, QUIT, HUP, USR1, USR2 or KILL
+  gracePeriod = \"10s\"        from the stop signal to the kill; at most 10m
+  restart = \"always\"         always, on-failure or never
+  killMode = \"tree\"          tree, or process: stop the main process only
+  probation = \"10s\"          a new release that fails during this time is
+                             rolled back (at least startPeriod, at most 10m)
+  envAllow = [\"PYTHONPATH\"]  variables that fleet.toml may set although they
+                             change how programs are loaded
 
-and may bring hosts another gateway, which they keep if the release passes its
-trial: etc/endpoint.toml with heartbeatSrv, and caCert (a file of the package)
-or pin.
+  [health]                   exactly one of http, tcp and exec
+  http = \"http://127.0.0.1:9100/\"   healthy: status 2xx or 3xx
+  tcp = \"127.0.0.1:9100\"            healthy: the connection is accepted
+  exec = [\"bin/check\"]              healthy: exit code 0
+  interval = \"10s\"           from the end of a check to the next
+  timeout = \"5s\"             of one check
+  failures = 3               consecutive failures until a restart
+  startPeriod = \"30s\"        failures do not count; ends with the first
+                             success
 
-To rotate a key, sign a release that brings the new one with the old key; when
-every host runs it, sign one that revokes the old with the new key.";
+  [env]
+  NAME = \"value\"
 
-/// What is published, and as what.
+A check does not verify an https certificate, follow redirects or use a proxy.
+The program of exec is part of the package and runs like the sub-agent; at the
+timeout it is killed with all processes that it started.
+
+Instead of agent.toml, a package can have an executable `control` script that
+supports start, stop and status. status prints `started` or `stoped` and runs
+every 30 seconds: `stoped`, or three times no answer within 10 seconds, restarts
+the sub-agent. If the program leaves its cgroup, session and environment (by
+`su - USER`, or by a process title of its own), the script must also support
+`pid`, which prints the process id. A program that cannot be found is not
+started a second time, and only its script can stop it.
+
+A package of the manager (aops-spm, with bin/aops) can change the keys that
+hosts trust, once its release is committed:
+
+  keys/NEW.pub            a minisign public key that hosts trust, too
+  keys/revoked/OLD.pub    a key that hosts never trust again, except from an
+                          operator's own file in etc/keys of a host
+
+It can also move hosts to another gateway, which they keep if the release passes
+its trial: etc/endpoint.toml with heartbeatSrv, and caCert (a file of the
+package) or pin.
+
+To rotate a key, sign a release that contains the new key with the old key; when
+every host runs it, sign a release that revokes the old key with the new key.";
+
+/// The arguments of `gateway publish`.
 #[derive(Debug, clap::Args)]
-#[command(after_long_help = EXAMPLE)]
+#[command(after_long_help = HELP)]
 pub struct PublishArgs {
     /// The gateway's directory
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Name of the package, where its agent.toml, its
-    /// signature or its file's name does not say it
+    /// Name of the package, if it is not in its agent.toml,
+    /// its signature or its file name
     #[arg(long, verbatim_doc_comment)]
     name: Option<AgentName>,
     /// Version of the package, likewise
     #[arg(long)]
     version: Option<Version>,
-    /// linux or windows, likewise; of a directory: what
-    /// this executable was built for
+    /// linux or windows, likewise; the default for a
+    /// directory is the system of this executable
     #[arg(long, verbatim_doc_comment)]
     os: Option<Os>,
     /// amd64, 386 or arm64, likewise
     #[arg(long)]
     arch: Option<Arch>,
-    /// A host that has had a package of one epoch refuses
-    /// lower ones [default: the highest of that name, or 1]
+    /// Epoch of the package: a host rejects epochs lower
+    /// than the highest one that it has committed [default:
+    /// the highest of that name, or 1]
     #[arg(long, value_name = "N", verbatim_doc_comment)]
     epoch: Option<u64>,
-    /// The private key to sign with; the password of one that
-    /// has one is asked for, or taken from the environment
-    /// variable MINISIGN_PASSWORD [default: keys/aops.key]
+    /// The private key to sign with; its password, if any,
+    /// is taken from the environment variable
+    /// MINISIGN_PASSWORD or prompted for [default:
+    /// keys/aops.key]
     #[arg(long, value_name = "FILE", verbatim_doc_comment)]
     key: Option<PathBuf>,
-    /// Publish this very executable: as the manager's
-    /// package, and as the bootstrap that hosts fetch
+    /// Publish this executable: as the package of the
+    /// manager and as the bootstrap that new hosts download
     #[arg(long = "self", conflicts_with_all = ["path", "name", "os", "arch"], verbatim_doc_comment)]
     itself: bool,
-    /// A directory, or an archive (tar.zst, tar.gz, zip); a
-    /// signature beside it (PATH.minisig) is kept
+    /// A directory, or an archive (tar.zst, tar.gz, zip); an
+    /// existing signature PATH.minisig is used
     #[arg(required_unless_present = "itself", verbatim_doc_comment)]
     path: Option<PathBuf>,
 }
 
 pub(super) fn run(args: &PublishArgs) -> Result<()> {
-    let place = GatewayDirectory::initialized(&args.dir)?;
-    let what = if args.itself {
-        ContentSource::itself()?
+    let directory = GatewayDirectory::initialized(&args.dir)?;
+    let source = if args.itself {
+        ContentSource::this_executable()?
     } else {
         ContentSource::at(args.path.as_deref().unwrap_or(Path::new("")))?
     };
-    let shown = what.shown();
-    let published = publish(&place, args, what).with_context(|| format!("cannot publish {shown}"))?;
-    let PublishResult { binding, file, fate, notes, bootstrap } = published;
+    let shown = source.shown();
+    let published = publish(&directory, args, source).with_context(|| format!("cannot publish {shown}"))?;
+    let PublishResult { binding, file, outcome, notes, bootstrap } = published;
     for note in notes {
         message!("{note}");
     }
-    report!("{} {}, epoch {}: {file}", fate, binding.release, binding.epoch);
+    report!("{} {}, epoch {}: {file}", outcome, binding.release, binding.epoch);
     if let Some(bootstrap) = bootstrap {
         report!("published the bootstrap: {bootstrap}");
     }
     Ok(())
 }
 
-/// What came of it.
+/// The result of publishing.
 struct PublishResult {
     binding: Binding,
     file: String,
-    fate: &'static str,
+    outcome: &'static str,
     notes: Vec<String>,
     bootstrap: Option<String>,
 }
 
-/// Where the content comes from.
+/// The source of the content.
 enum ContentSource {
     Directory(PathBuf),
     Archive { path: PathBuf, packing: Packing },
-    Itself(PathBuf),
+    ThisExecutable(PathBuf),
 }
 
 impl ContentSource {
@@ -154,39 +196,41 @@ impl ContentSource {
         }
     }
 
-    fn itself() -> Result<ContentSource> {
-        Ok(ContentSource::Itself(std::env::current_exe().context("cannot find this executable")?))
+    fn this_executable() -> Result<ContentSource> {
+        Ok(ContentSource::ThisExecutable(std::env::current_exe().context("cannot find this executable")?))
     }
 
     fn shown(&self) -> String {
-        let (ContentSource::Directory(path) | ContentSource::Archive { path, .. } | ContentSource::Itself(path)) = self;
+        let (ContentSource::Directory(path)
+        | ContentSource::Archive { path, .. }
+        | ContentSource::ThisExecutable(path)) = self;
         path.display().to_string()
     }
 
     fn packing(&self) -> Packing {
         match self {
             ContentSource::Archive { packing, .. } => *packing,
-            ContentSource::Directory(_) | ContentSource::Itself(_) => Packing::TarZst,
+            ContentSource::Directory(_) | ContentSource::ThisExecutable(_) => Packing::TarZst,
         }
     }
 
-    /// The content as an archive, in a temporary file of the depot.
-    fn staged(&self, place: &GatewayDirectory) -> Result<NamedTempFile> {
-        let mut staged = tempfile::Builder::new().prefix(".new-").tempfile_in(place.depot())?;
+    /// Writes the content as an archive to a temporary file in the depot.
+    fn staged(&self, directory: &GatewayDirectory) -> Result<NamedTempFile> {
+        let mut staged = tempfile::Builder::new().prefix(".new-").tempfile_in(directory.depot())?;
         match self {
             ContentSource::Directory(path) => PackTree::of_directory(path)?.write(staged.as_file_mut())?,
             ContentSource::Archive { path, .. } => {
                 std::io::copy(&mut File::open(path)?, staged.as_file_mut())?;
             }
-            ContentSource::Itself(path) => {
-                // Without the trailer that it has if it is a bootstrap itself: the package is to be the same.
+            ContentSource::ThisExecutable(path) => {
+                // Without the trailer of a bootstrap: the package must not depend on how this executable was installed.
                 let mut bare = tempfile::NamedTempFile::new()?;
                 let mut executable = File::open(path)?;
                 let length = trailer::length_without(&mut executable)?;
                 executable.seek(SeekFrom::Start(0))?;
                 std::io::copy(&mut std::io::Read::take(executable, length), bare.as_file_mut())?;
                 let mut tree = PackTree::default();
-                tree.add_executable(archive::manager_path(identity::here().0), bare.path().to_owned());
+                tree.add_executable(archive::manager_path(identity::own_system().0), bare.path().to_owned());
                 tree.write(staged.as_file_mut())?;
             }
         }
@@ -194,28 +238,28 @@ impl ContentSource {
     }
 }
 
-fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) -> Result<PublishResult> {
-    let _lock = lock::take(&place.publish_lock(), PATIENCE)?
-        .with_context(|| format!("somebody else is publishing into {}", place.depot().display()))?;
-    sweep(&place.depot())?;
-    let keys = DepotKeys::read(place)?;
-    let mut staged = source.staged(place)?;
+fn publish(directory: &GatewayDirectory, args: &PublishArgs, source: ContentSource) -> Result<PublishResult> {
+    let _lock = lock::take(&directory.publish_lock(), LOCK_TIMEOUT)?
+        .with_context(|| format!("another publish is running in {}; try again later", directory.depot().display()))?;
+    remove_leftovers(&directory.depot())?;
+    let keys = DepotKeys::read(directory)?;
+    let mut staged = source.staged(directory)?;
     let packing = source.packing();
     let contents = archive::contents(staged.as_file_mut(), packing)?;
-    let kept = match &source {
-        ContentSource::Archive { path, .. } => signature_beside(path)?,
-        ContentSource::Directory(_) | ContentSource::Itself(_) => None,
+    let supplied = match &source {
+        ContentSource::Archive { path, .. } => supplied_signature(path)?,
+        ContentSource::Directory(_) | ContentSource::ThisExecutable(_) => None,
     };
 
     let mut notes: Vec<String> = keys.problems().iter().map(|problem| format!("warning: {problem}")).collect();
     let release = match &source {
-        ContentSource::Itself(_) => {
-            let (os, arch) = identity::here();
+        ContentSource::ThisExecutable(_) => {
+            let (os, arch) = identity::own_system();
             let version = args.version.clone().map_or_else(|| env!("CARGO_PKG_VERSION").parse(), Ok)?;
             Release { name: MANAGER_PACKAGE.parse()?, version, os, arch }
         }
         ContentSource::Directory(_) | ContentSource::Archive { .. } => {
-            let given = RequestedIdentity {
+            let requested = RequestedIdentity {
                 name: args.name.clone(),
                 version: args.version.clone(),
                 os: args.os,
@@ -225,21 +269,21 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
                 ContentSource::Archive { path, .. } => path.file_name().map(|name| name.to_string_lossy().into_owned()),
                 _ => None,
             };
-            let clues = IdentityHints {
+            let hints = IdentityHints {
                 manifest: contents.manifest.as_ref().map(|manifest| (manifest.name.clone(), manifest.version.clone())),
-                signed: kept.as_ref().map(|kept| kept.binding.release.clone()),
+                signed: supplied.as_ref().map(|supplied| supplied.binding.release.clone()),
                 file_name,
             };
-            let (release, assumed) = identity::settle(given, clues)?;
+            let (release, assumed) = identity::resolve(requested, hints)?;
             notes.extend(assumed);
             release
         }
     };
     archive::check_for(release.os, staged.as_file_mut(), packing)?;
     if release.name.as_str() == MANAGER_PACKAGE {
-        let wanted = archive::manager_path(release.os);
-        if contents.manager.as_deref() != Some(wanted) {
-            bail!("it has no {wanted}, which a package of the manager for {} must have", release.os);
+        let required = archive::manager_path(release.os);
+        if contents.manager.as_deref() != Some(required) {
+            bail!("it has no {required}, which a package of the manager for {} needs", release.os);
         }
         contents.check_keys(&release.version)?;
     } else {
@@ -248,87 +292,89 @@ fn publish(place: &GatewayDirectory, args: &PublishArgs, source: ContentSource) 
     }
 
     let file = release.file_name(packing);
-    let others = depot::published(&place.depot(), &release.name)?;
+    let others = depot::published(&directory.depot(), &release.name)?;
     if let Some(other) = others.iter().find(|other| other.binding.release == release && other.file != file) {
-        bail!("{release} is published already, as {}; give this one another version", other.file);
+        bail!("{release} is published already, as {}; choose another version", other.file);
     }
     let versions = others.iter().map(|other| &other.binding.release.version);
     if let Some(other) = versions.into_iter().find(|other| names::differ_in_case_alone(other, &release.version)) {
         bail!(
-            "version {other} of {} is published already, and differs from {} in upper and lower case alone: a Windows host cannot \
+            "version {other} of {} is published already and differs from {} only in upper and lower case, so a Windows host cannot \
              keep both; choose another version",
             release.name,
             release.version
         );
     }
-    let standing = others.iter().find(|other| other.file == file);
+    let existing = others.iter().find(|other| other.file == file);
     let highest = others.iter().map(|other| other.binding.epoch).max();
-    let epoch = match (&kept, args.epoch) {
-        (Some(kept), Some(epoch)) if kept.binding.epoch != epoch => {
-            bail!("its signature says epoch {}, not {epoch}", kept.binding.epoch)
+    let epoch = match (&supplied, args.epoch) {
+        (Some(supplied), Some(epoch)) if supplied.binding.epoch != epoch => {
+            bail!("its signature is for epoch {}, not {epoch}", supplied.binding.epoch)
         }
-        (Some(kept), _) => kept.binding.epoch,
+        (Some(supplied), _) => supplied.binding.epoch,
         (None, Some(epoch)) => epoch,
-        (None, None) => standing.map(|standing| standing.binding.epoch).or(highest).unwrap_or(1),
+        (None, None) => existing.map(|existing| existing.binding.epoch).or(highest).unwrap_or(1),
     };
     if highest.is_some_and(|highest| epoch < highest) {
         notes.push(format!(
-            "warning: epoch {} of {} is published already; hosts that have had it will refuse this package of epoch {epoch}",
+            "warning: epoch {} of {} is published already; hosts that have had it will reject this package of epoch {epoch}",
             highest.unwrap_or(epoch),
             release.name
         ));
     }
     let binding = Binding { release, epoch };
 
-    let target = place.depot().join(&file);
-    // `a-1` 2 and `a` 1-2 would be one file.
+    let target = directory.depot().join(&file);
+    // `a-1` 2 and `a` 1-2 have the same file name.
     if let Some(other) = depot::binding_of(&target)?.filter(|other| other.release != binding.release) {
-        bail!("the file {file} is that of {} already; choose another version", other.release);
+        bail!("the file name {file} is already used by {}; choose another version", other.release);
     }
     let same = match target.exists() {
         true if !same_content(staged.as_file_mut(), &target)? => {
-            bail!("{file} is published already, with another content; choose another version (--version)")
+            bail!("{file} is published already with different content; choose another version (--version)")
         }
         exists => exists,
     };
-    let signed_already = match standing {
-        Some(standing) if same && standing.binding == binding => is_signed_so(&target, keys.keys(), kept.as_ref())?,
+    let signed_already = match existing {
+        Some(existing) if same && existing.binding == binding => {
+            has_valid_signature(&target, keys.keys(), supplied.as_ref())?
+        }
         _ => false,
     };
-    let fate = match signed_already {
+    let outcome = match signed_already {
         true => "already published",
         false => {
-            let signature = match kept {
-                Some(kept) => {
-                    kept.check(keys.keys(), staged.as_file_mut())?;
-                    kept.text
+            let signature = match supplied {
+                Some(supplied) => {
+                    supplied.check(keys.keys(), staged.as_file_mut())?;
+                    supplied.text
                 }
-                None => sign(place, args.key.as_deref(), staged.as_file_mut(), &binding)?,
+                None => sign(directory, args.key.as_deref(), staged.as_file_mut(), &binding)?,
             };
             store::replace(&depot::signature_path(&target), signature.as_bytes(), Access::Public)?;
-            if same { "signed anew" } else { "published" }
+            if same { "signed again" } else { "published" }
         }
     };
     let is_manager = binding.release.name.as_str() == MANAGER_PACKAGE;
     let bootstrap = match is_manager {
-        true => Some(bootstrap::make(place, &keys, staged.as_file_mut(), packing, &binding.release)?),
+        true => Some(bootstrap::create(directory, &keys, staged.as_file_mut(), packing, &binding.release)?),
         false => None,
     };
     if !same {
         bootstrap::persist(staged, &target, 0o644).with_context(|| format!("cannot write {}", target.display()))?;
     }
-    match depot::offered(place, &file, keys.keys()).context("it is in the depot, but a gateway does not offer it")? {
+    match depot::offered(directory, &file, keys.keys()).context("it is in the depot, but the gateway cannot offer it")? {
         Some(SignatureStatus::UnknownKey) => notes.push(format!(
-            "warning: no key in {} made the signature; hosts must have got that key otherwise, and the bootstrap does not carry it",
-            place.keys().display()
+            "warning: the signature is by a key that is not in {}; hosts need that key from elsewhere, as the bootstrap does not contain it",
+            directory.keys().display()
         )),
         Some(SignatureStatus::Good | SignatureStatus::Bad(_)) | None => {}
     }
-    Ok(PublishResult { binding, file, fate, notes, bootstrap })
+    Ok(PublishResult { binding, file, outcome, notes, bootstrap })
 }
 
-/// Removes what an interrupted publishing left behind; nobody else is at it while the lock is held.
-fn sweep(depot: &Path) -> Result<()> {
+/// Removes temporary files of an interrupted publish. The caller holds the lock.
+fn remove_leftovers(depot: &Path) -> Result<()> {
     for entry in fs::read_dir(depot).with_context(|| format!("cannot read {}", depot.display()))? {
         let path = entry?.path();
         if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".new-")) {
@@ -338,55 +384,52 @@ fn sweep(depot: &Path) -> Result<()> {
     Ok(())
 }
 
-fn sign(place: &GatewayDirectory, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {
-    let default = place.signing_key();
+fn sign(directory: &GatewayDirectory, key: Option<&Path>, package: &mut File, binding: &Binding) -> Result<String> {
+    let default = directory.signing_key();
     let key = key.unwrap_or(&default);
     if !key.exists() {
-        bail!(
-            "there is no signing key {}; give one with --key, or put the signature that was made elsewhere beside the archive",
-            key.display()
-        );
+        bail!("there is no signing key {}; give one with --key, or put a signature beside the archive", key.display());
     }
     let signer = Signer::load(key, || password(key))?;
     package.seek(SeekFrom::Start(0))?;
     signer.sign(package, binding)
 }
 
-/// A signature that came with an archive.
+/// The signature beside an archive.
 struct SuppliedSignature {
     text: String,
     binding: Binding,
 }
 
-fn signature_beside(archive: &Path) -> Result<Option<SuppliedSignature>> {
+fn supplied_signature(archive: &Path) -> Result<Option<SuppliedSignature>> {
     let path = depot::signature_path(archive);
     let Some(bytes) = store::read(&path, package::MAX_SIGNATURE_BYTES)? else { return Ok(None) };
     let attempt = || -> Result<SuppliedSignature> {
-        let text = String::from_utf8(bytes).context("it is no text")?;
+        let text = String::from_utf8(bytes).context("it is not text")?;
         let binding = package::binding_of(&text)?;
         Ok(SuppliedSignature { text, binding })
     };
-    attempt()
-        .map(Some)
-        .with_context(|| format!("cannot keep the signature {}; sign it anew, or remove it", path.display()))
+    attempt().map(Some).with_context(|| {
+        format!("cannot use the signature {}; sign the archive again, or remove the signature", path.display())
+    })
 }
 
 impl SuppliedSignature {
-    /// Verifies it by the depot's keys; one of a key that is not there is kept, for hosts may know it.
+    /// Verifies it with the depot's keys. A signature by another key is accepted: hosts may trust that key.
     fn check(&self, keys: &Keys, package: &mut File) -> Result<()> {
         match package::judge(package, &self.text, keys)?.0 {
             SignatureStatus::Good | SignatureStatus::UnknownKey => Ok(()),
-            SignatureStatus::Bad(why) => bail!("the signature that came with it is not of these bytes: {why}"),
+            SignatureStatus::Bad(why) => bail!("its signature is invalid: {why}"),
         }
     }
 }
 
-/// Whether the file's own signature stands, and is the one that came with the archive where one did.
-fn is_signed_so(file: &Path, keys: &Keys, kept: Option<&SuppliedSignature>) -> Result<bool> {
-    let Some((verdict, text)) = depot::verdict_on(file, keys)? else { return Ok(false) };
-    Ok(match kept {
-        Some(kept) => kept.text == text && !matches!(verdict, SignatureStatus::Bad(_)),
-        None => verdict == SignatureStatus::Good,
+/// Whether the published file has a valid signature, and the same one as the archive if that has one.
+fn has_valid_signature(file: &Path, keys: &Keys, supplied: Option<&SuppliedSignature>) -> Result<bool> {
+    let Some((status, text)) = depot::signature_status(file, keys)? else { return Ok(false) };
+    Ok(match supplied {
+        Some(supplied) => supplied.text == text && !matches!(status, SignatureStatus::Bad(_)),
+        None => status == SignatureStatus::Good,
     })
 }
 

@@ -1,4 +1,4 @@
-//! `gateway schema`: the protocol as JSON Schema, made from the types that this program itself reads and writes.
+//! `gateway schema`: the protocol as JSON Schema, generated from the types that this program serializes.
 
 use anyhow::Result;
 use schemars::generate::SchemaSettings;
@@ -8,7 +8,7 @@ use crate::core::model::MANAGER_PACKAGE;
 use crate::core::protocol::{AGENT_ID_HEADER, Answer, DOWNLOAD_PATH, HEARTBEAT_PATH, Heartbeat, Offer, RELEASES_PATH};
 use crate::output::result;
 
-/// The document, with each message under `$defs`.
+/// The schema, with every message under `$defs`.
 pub(super) fn document() -> Value {
     let mut generator = SchemaSettings::draft2020_12().into_generator();
     generator.subschema_for::<Heartbeat>();
@@ -19,14 +19,15 @@ pub(super) fn document() -> Value {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "aops protocol, version 1",
         "description": format!(
-            "POST <endpoint>{HEARTBEAT_PATH} takes a Heartbeat and answers an Answer; GET <endpoint>{DOWNLOAD_PATH}/<file> \
-             answers a package, and <file>.minisig its signature; GET <endpoint>{RELEASES_PATH}/<name>?os=&arch= answers an \
-             Offer, or 404. Each request carries the header {AGENT_ID_HEADER}. The \
-             certificate of an endpoint needs a subjectAltName. Fields that are not known are ignored by both ends. A status other than 200 is a refusal: its body may be a JSON object with an errorMessage, and Retry-After \
-             is obeyed. An Answer has at most 4 MiB. A package is named {{name}}-{{version}}_{{os}}_{{arch}}.{{tar.zst|tar.gz|zip}}, \
-             that of the manager is called {MANAGER_PACKAGE} and holds bin/aops; its signature is a prehashed minisign one \
-             whose trusted comment reads `name={{name}} version={{version}} os={{os}} arch={{arch}} epoch={{number}}`, each word once, in any order. \
-             What a schema cannot say stands in assets/protocol.md of the source."
+            "POST <endpoint>{HEARTBEAT_PATH} accepts a Heartbeat and returns an Answer; GET <endpoint>{DOWNLOAD_PATH}/<file> \
+             returns a package, and <file>.minisig its signature; GET <endpoint>{RELEASES_PATH}/<name>?os=&arch= returns an \
+             Offer, or 404. Each request has the header {AGENT_ID_HEADER}. The certificate of an endpoint needs a subjectAltName. \
+             Both sides ignore unknown fields. A status other than 200 is a rejection: its body can be a JSON object with an \
+             errorMessage, and hosts respect Retry-After. An Answer has at most 4 MiB. A package is named \
+             {{name}}-{{version}}_{{os}}_{{arch}}.{{tar.zst|tar.gz|zip}}; the package of the manager is named {MANAGER_PACKAGE} and \
+             contains bin/aops. A signature is a prehashed minisign signature with the trusted comment \
+             `name={{name}} version={{version}} os={{os}} arch={{arch}} epoch={{number}}`, each word once, in any order. \
+             assets/protocol.md in the source has the rules that a schema cannot express."
         ),
         "$defs": definitions,
     })

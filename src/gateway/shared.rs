@@ -1,4 +1,4 @@
-//! What the requests of a running gateway share: what they are answered from, and what bounds them.
+//! The data that all requests of a running gateway share.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -10,64 +10,64 @@ use super::hosts::{Hosts, Snapshot};
 use super::state::GatewayState;
 use crate::core::fleet::Fleet;
 
-/// What every request may use.
+/// The shared data of all requests.
 pub(super) struct RequestContext {
     pub(super) hosts: Hosts,
-    world: RwLock<Arc<Snapshot>>,
-    standing: Mutex<GatewayState>,
-    /// What the gateway cannot keep of its own state, by what it is about.
-    troubles: Mutex<BTreeMap<&'static str, String>>,
-    /// Something is to be saved.
+    snapshot: RwLock<Arc<Snapshot>>,
+    state: Mutex<GatewayState>,
+    /// Problems with the gateway's own state files, by topic.
+    problems: Mutex<BTreeMap<&'static str, String>>,
+    /// Notified when records of hosts have to be saved.
     pub(super) touched: Notify,
     pub(super) large_bodies: Semaphore,
 }
 
 impl RequestContext {
-    /// With an empty world: no fleet, and nothing on offer.
+    /// With an empty snapshot: no fleet and no packages.
     pub(super) fn new(hosts: Hosts, large_bodies: Semaphore) -> RequestContext {
         RequestContext {
             hosts,
-            world: RwLock::new(Arc::new(Snapshot {
+            snapshot: RwLock::new(Arc::new(Snapshot {
                 revision: 0,
                 fleet: None,
                 index: Arc::new(Index::default()),
                 pins: Vec::new(),
             })),
-            standing: Mutex::default(),
-            troubles: Mutex::default(),
+            state: Mutex::default(),
+            problems: Mutex::default(),
             touched: Notify::new(),
             large_bodies,
         }
     }
 
-    pub(super) fn world(&self) -> Arc<Snapshot> {
-        self.world.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Answers are made from these from now on.
-    pub(super) fn replace_world(&self, fleet: Option<Arc<Fleet>>, index: Arc<Index>, pins: Vec<String>) {
-        let mut world = self.world.write().unwrap_or_else(PoisonError::into_inner);
-        *world = Arc::new(Snapshot { revision: world.revision + 1, fleet, index, pins });
+    /// Replaces the data that requests are answered from.
+    pub(super) fn replace_snapshot(&self, fleet: Option<Arc<Fleet>>, index: Arc<Index>, pins: Vec<String>) {
+        let mut snapshot = self.snapshot.write().unwrap_or_else(PoisonError::into_inner);
+        *snapshot = Arc::new(Snapshot { revision: snapshot.revision + 1, fleet, index, pins });
     }
 
-    pub(super) fn standing(&self) -> GatewayState {
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn state(&self) -> GatewayState {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub(super) fn set_standing(&self, standing: GatewayState) {
-        *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
+    pub(super) fn set_state(&self, state: GatewayState) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
-    /// Notes what is wrong with a piece of the gateway's own state, or that nothing is.
-    pub(super) fn trouble(&self, about: &'static str, why: Option<String>) {
-        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Sets the problem of a topic, or clears it.
+    pub(super) fn set_problem(&self, about: &'static str, why: Option<String>) {
+        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
         match why {
-            Some(why) => drop(troubles.insert(about, why)),
-            None => drop(troubles.remove(about)),
+            Some(why) => drop(problems.insert(about, why)),
+            None => drop(problems.remove(about)),
         }
     }
 
-    pub(super) fn troubles(&self) -> Vec<String> {
-        self.troubles.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    pub(super) fn problems(&self) -> Vec<String> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 }

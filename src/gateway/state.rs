@@ -1,4 +1,4 @@
-//! How the running gateway stands, as it tells `gateway status` by a file and whoever asks over the network.
+//! The state of the running gateway, for `gateway status` (in a file) and for `/healthz`.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::parts::GatewayParts;
 use super::{certificate, fleet_file};
 
-/// How the running gateway stands; `status` reads it.
+/// The content of `state/gateway.json`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct GatewayState {
@@ -17,9 +17,9 @@ pub(super) struct GatewayState {
     pub(super) started: u64,
     pub(super) fleet: fleet_file::FleetFileStatus,
     pub(super) certificate: certificate::CertificateStatus,
-    /// How many packages are on offer.
+    /// The number of packages on offer.
     pub(super) packages: usize,
-    /// Why files of the depot are not on offer.
+    /// Files of the depot that are not on offer, with the reason.
     pub(super) problems: BTreeMap<String, String>,
     pub(super) parts: GatewayParts,
 }

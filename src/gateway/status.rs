@@ -1,4 +1,4 @@
-//! `gateway status`: what the gateway's files say about its hosts; beside a running gateway, or after it.
+//! `gateway status`: the gateway's and the hosts' state, from the gateway's files. It works whether or not the gateway is running.
 
 use std::path::PathBuf;
 
@@ -16,15 +16,15 @@ use crate::core::protocol::{AgentReport, AgentState, Event, ManagerReport};
 use crate::output::result;
 use crate::{lock, store};
 
-/// A host is called silent after so many heartbeats that did not come, and never before a minute and a half.
+/// A host is silent after this many missed heartbeats, but not before [`SILENT_AFTER_MILLIS`].
 const SILENT_AFTER_HEARTBEATS: u64 = 3;
 const SILENT_AFTER_MILLIS: u64 = 90_000;
-/// Another machine with the same agent id is worth a word for so long.
+/// How long another machine with the same agent id is reported after its last heartbeat.
 const TWIN_MILLIS: u64 = 3_600_000;
-/// Beyond this, in seconds, a host's clock is wrong, or ours.
-const CLOCKS_APART: u64 = 60;
+/// The largest difference of clocks that is not reported, seconds.
+const MAX_CLOCK_DIFFERENCE: u64 = 60;
 
-/// What is shown, and how.
+/// The arguments of `gateway status`.
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
     /// The gateway's directory
@@ -35,12 +35,12 @@ pub struct StatusArgs {
     json: bool,
 }
 
-/// The whole of it.
+/// The output of `gateway status --json`.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct StatusReport {
     running: bool,
-    /// Absent where no gateway has run yet.
+    /// Absent if the gateway has not run yet.
     gateway: Option<GatewaySection>,
     hosts: Vec<HostSection>,
 }
@@ -51,46 +51,46 @@ struct GatewaySection {
     pid: Option<u32>,
     listening: Option<String>,
     packages: usize,
-    /// Why files of the depot are not on offer.
+    /// Files of the depot that are not on offer, with the reason.
     problems: std::collections::BTreeMap<String, String>,
     fleet: FleetSection,
     certificate: CertificateSection,
-    /// How each part stands.
+    /// The state of each part.
     parts: GatewayParts,
 }
 
-/// The certificate that is served, and what hosts have pinned of it.
+/// The served certificate, and the pins that hosts report.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct CertificateSection {
-    /// RFC 3339: when the chain ends.
+    /// When the chain expires, RFC 3339.
     end: Option<String>,
-    /// The public key, as hosts pin it.
+    /// The pin of the public key.
     pin: Option<String>,
-    /// The public keys that are announced as those to come.
+    /// The pins of the next public keys.
     next: Vec<String>,
-    /// Hosts that accept what they have pinned, and nothing else.
+    /// The number of hosts that trust only their pins.
     pinned: usize,
-    /// Of these, how many have not got every key to come.
+    /// Of these, the number that lack one of the next keys.
     lacking_next: usize,
-    /// Of these, how many have not pinned the public key that is served: only this very certificate, or another key.
+    /// Of these, the number that have not pinned the served public key, only this certificate or another key.
     lacking_present: usize,
-    /// Hosts of versions that do not say how they check the certificate; some of these pin the certificate itself.
+    /// The number of hosts of older versions that do not report their pins; some of these pin the certificate itself.
     not_told: usize,
 }
 
 impl CertificateSection {
-    fn new(standing: certificate::CertificateStatus, records: &[Record]) -> CertificateSection {
+    fn new(status: certificate::CertificateStatus, records: &[Record]) -> CertificateSection {
         let reports = || records.iter().filter_map(|record| record.trust.as_ref()).filter(|trust| trust.is_pinned());
         let lacking = |pins: &[String]| reports().filter(|trust| !pins.iter().all(|pin| trust.accepts(pin))).count();
         CertificateSection {
-            end: standing.end.and_then(|end| rfc3339(end.checked_mul(1_000)?)),
+            end: status.end.and_then(|end| rfc3339(end.checked_mul(1_000)?)),
             pinned: reports().count(),
-            lacking_next: lacking(&standing.next),
-            lacking_present: lacking(standing.pin.as_slice()),
+            lacking_next: lacking(&status.next),
+            lacking_present: lacking(status.pin.as_slice()),
             not_told: records.iter().filter(|record| record.trust.is_none()).count(),
-            pin: standing.pin,
-            next: standing.next,
+            pin: status.pin,
+            next: status.next,
         }
     }
 }
@@ -119,7 +119,7 @@ struct HostSection {
     /// RFC 3339.
     last_heartbeat: Option<String>,
     seconds_since_heartbeat: u64,
-    /// The desired state that the host was told, and the one that it held at its last heartbeat.
+    /// The generation that was sent to the host, and the one that it had at its last heartbeat.
     generation: Option<u64>,
     held_generation: u64,
     agents: Vec<AgentReport>,
@@ -129,8 +129,8 @@ struct HostSection {
 }
 
 pub(super) fn run(args: &StatusArgs) -> Result<()> {
-    let place = GatewayDirectory::initialized(&args.dir)?;
-    let status = gather(&place)?;
+    let directory = GatewayDirectory::initialized(&args.dir)?;
+    let status = gather(&directory)?;
     if args.json {
         result!("{}", serde_json::to_string_pretty(&status)?);
         return Ok(());
@@ -143,7 +143,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
         result!("hosts     none has sent a heartbeat yet");
     } else {
         result!("\n{}", table(&status.hosts));
-        // Below it, not in it: a message is long, and a narrow column would break its paths.
+        // Below the table: messages are long, and a narrow column would break their paths.
         for host in &status.hosts {
             for problem in &host.problems {
                 result!(" {} ({}): {problem}", host.hostname, host.agent_id);
@@ -153,25 +153,25 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn gather(place: &GatewayDirectory) -> Result<StatusReport> {
-    let running = lock::is_held(&place.lock());
+pub(super) fn gather(directory: &GatewayDirectory) -> Result<StatusReport> {
+    let running = lock::is_held(&directory.lock());
     let now = now_millis();
-    let state: Option<GatewayState> = match store::load(&place.standing()) {
-        // A power cut may have damaged it: it is not synced, and a gateway that starts writes it again.
+    let state: Option<GatewayState> = match store::load(&directory.state_file()) {
+        // It may be damaged by a power cut, because it is not synced; a starting gateway writes it again.
         Err(error) if !error.chain().any(|cause| cause.is::<std::io::Error>()) => None,
         loaded => loaded?,
     };
-    let mut records = hosts::load(&place.hosts())?;
+    let mut records = hosts::load(&directory.hosts())?;
     records.sort_by(|a, b| (&a.hostname, &a.agent_id).cmp(&(&b.hostname, &b.agent_id)));
     let interval = state.as_ref().map_or(0, |state| state.fleet.interval);
     let silent_after = (interval * 1_000 * SILENT_AFTER_HEARTBEATS).max(SILENT_AFTER_MILLIS);
     let mut state = state;
     if let Some(state) = &mut state {
-        // A gateway that does not run looks at nothing any more.
+        // Checked here too, because a gateway that is not running does not check it.
         let GatewayState { parts, certificate, .. } = state;
-        exposed_keys(place).into_iter().for_each(|problem| parts.keys.add(problem));
-        let seen_now = certificate.warning(now / 1_000).into_iter().chain(exposed_tls(place));
-        seen_now.for_each(|problem| parts.certificate.add(problem));
+        exposed_keys(directory).into_iter().for_each(|problem| parts.keys.add(problem));
+        let current = certificate.warning(now / 1_000).into_iter().chain(exposed_tls(directory));
+        current.for_each(|problem| parts.certificate.add(problem));
     }
     let gateway = state.map(|state| GatewaySection {
         certificate: CertificateSection::new(state.certificate, &records),
@@ -197,9 +197,9 @@ pub(super) fn gather(place: &GatewayDirectory) -> Result<StatusReport> {
 
 fn host(record: Record, now: u64, silent_after: u64) -> HostSection {
     let problems = problems(&record, now, silent_after);
-    let up = |agent: &&AgentReport| matches!(agent.state, AgentState::Running | AgentState::Starting);
+    let is_running = |agent: &&AgentReport| matches!(agent.state, AgentState::Running | AgentState::Starting);
     HostSection {
-        running: record.agents.iter().filter(up).count(),
+        running: record.agents.iter().filter(is_running).count(),
         agent_id: record.agent_id.to_string(),
         instance_id: record.instance_id,
         hostname: record.hostname,
@@ -217,16 +217,16 @@ fn host(record: Record, now: u64, silent_after: u64) -> HostSection {
     }
 }
 
-/// What an operator should look at, in a few words each.
+/// The problems of a host, for the operator.
 fn problems(record: &Record, now: u64, silent_after: u64) -> Vec<String> {
     let mut problems = Vec::new();
     if now.saturating_sub(record.last_heartbeat) > silent_after {
         problems.push("silent".to_owned());
     }
     if let Some(twin) = record.twin.as_ref().filter(|twin| now.saturating_sub(twin.last_heartbeat) < TWIN_MILLIS) {
-        problems.push(format!("agent id also used by {}", twin.hostname));
+        problems.push(format!("its agent id is also used by {}", twin.hostname));
     }
-    if let Some(offset) = record.clock_offset_seconds.filter(|offset| offset.unsigned_abs() > CLOCKS_APART) {
+    if let Some(offset) = record.clock_offset_seconds.filter(|offset| offset.unsigned_abs() > MAX_CLOCK_DIFFERENCE) {
         let side = if offset > 0 { "ahead" } else { "behind" };
         problems.push(format!("its clock is {} seconds {side}", offset.unsigned_abs()));
     }
@@ -253,11 +253,11 @@ fn headline(status: &StatusReport) -> String {
     match (status.running, listening) {
         (true, Some(listening)) => format!("gateway   running on {listening}"),
         (true, None) => "gateway   starting".to_owned(),
-        (false, _) => "gateway   not running; what follows is what it knew last".to_owned(),
+        (false, _) => "gateway   not running; this is its last state".to_owned(),
     }
 }
 
-/// A line for each part of the gateway, and below it what is wrong with it.
+/// A line for each part of the gateway, followed by its problems.
 fn part_lines(status: &StatusReport) -> Vec<String> {
     let Some(gateway) = &status.gateway else { return Vec::new() };
     let GatewaySection { packages, fleet, certificate, parts, .. } = gateway;
@@ -267,7 +267,7 @@ fn part_lines(status: &StatusReport) -> Vec<String> {
             "fleet" => ("fleet", fleet_line(fleet)),
             "depot" => ("depot", format!("{packages} packages")),
             "certificate" => ("tls", certificate_line(certificate)),
-            // Nothing to say of them where they are as they should be.
+            // These are shown only if they have problems.
             other if part.ok => {
                 debug_assert!(matches!(other, "keys" | "state"));
                 continue;
@@ -290,14 +290,15 @@ fn fleet_line(fleet: &FleetSection) -> String {
 fn certificate_line(certificate: &CertificateSection) -> String {
     let CertificateSection { end, pin, next, pinned, lacking_next, lacking_present, not_told } = certificate;
     let Some(pin) = pin else { return "no certificate is served".to_owned() };
-    let mut line = format!("expires on {}, key {pin}", end.as_deref().unwrap_or("a date that cannot be read"));
+    let mut line = format!("expires on {}, key {pin}", end.as_deref().unwrap_or("an unknown date"));
     if *lacking_present > 0 {
-        line += &format!("\n          {lacking_present} of {pinned} hosts that pin have not pinned this key");
+        line += &format!("\n          {lacking_present} of {pinned} hosts with pins have not pinned this key");
     }
     if !next.is_empty() {
-        line += &format!("\n          next key {}: {lacking_next} of {pinned} hosts that pin lack it", next.join(", "));
+        line +=
+            &format!("\n          next key {}: {lacking_next} of {pinned} hosts with pins lack it", next.join(", "));
         if *not_told > 0 {
-            line += &format!("; {not_told} of an older version do not say");
+            line += &format!("; {not_told} of an older version do not report it");
         }
     }
     line
@@ -321,7 +322,7 @@ fn table(hosts: &[HostSection]) -> Table {
     table
 }
 
-/// `12s ago`, in the one unit that says enough.
+/// An age as `12s ago`, in one unit.
 fn ago(seconds: u64) -> String {
     match seconds {
         0..=119 => format!("{seconds}s ago"),

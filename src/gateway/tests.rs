@@ -1,4 +1,4 @@
-//! The gateway as hosts and operators meet it: a real server on loopback, asked over TLS by a client that trusts its certificate alone.
+//! Tests of the whole gateway: a real server on loopback, queried over TLS by a client that trusts only its certificate.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::store::{self, Access};
 
-/// Generous, for a busy machine.
+/// Long enough for a busy machine.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 #[derive(Parser)]
@@ -21,16 +21,16 @@ struct Line {
     command: GatewayCommand,
 }
 
-/// A gateway's directory that is gone after the test.
+/// A gateway's directory that is removed after the test.
 pub(super) struct Bench {
     pub(super) dir: tempfile::TempDir,
-    pub(super) place: GatewayDirectory,
+    pub(super) directory: GatewayDirectory,
 }
 
 impl Bench {
     pub(super) fn new() -> Bench {
         let dir = tempfile::tempdir().unwrap();
-        let bench = Bench { place: GatewayDirectory::new(dir.path()), dir };
+        let bench = Bench { directory: GatewayDirectory::new(dir.path()), dir };
         bench.command("init", &[]);
         bench
     }
@@ -47,25 +47,25 @@ impl Bench {
     }
 
     fn fleet(&self, text: &str) {
-        store::replace(&self.place.fleet(), text.as_bytes(), Access::Public).unwrap();
+        store::replace(&self.directory.fleet(), text.as_bytes(), Access::Public).unwrap();
     }
 
     fn serve(&self) -> Served {
         let (stop, stopped) = tokio::sync::watch::channel(false);
-        let (tell, told) = std::sync::mpsc::channel::<SocketAddr>();
-        let place = self.place.clone();
+        let (ready_sender, ready_receiver) = std::sync::mpsc::channel::<SocketAddr>();
+        let directory = self.directory.clone();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-                let ready = move |address| tell.send(address).unwrap();
-                let still = Duration::from_millis(40);
-                let pace = watch::WatchIntervals { look: Duration::from_millis(20), still };
+                let ready = move |address| ready_sender.send(address).unwrap();
+                let settle = Duration::from_millis(40);
+                let intervals = watch::WatchIntervals { poll: Duration::from_millis(20), settle };
                 let reload = Arc::new(tokio::sync::Notify::new());
-                serve::serve(place, listener, pace, stopped, reload, ready).await
+                serve::serve(directory, listener, intervals, stopped, reload, ready).await
             })
         });
-        let address = told.recv_timeout(DEADLINE).unwrap();
+        let address = ready_receiver.recv_timeout(DEADLINE).unwrap();
         Served {
             url: format!("https://localhost:{}", address.port()),
             client: self.client(),
@@ -75,7 +75,7 @@ impl Bench {
     }
 
     fn client(&self) -> ureq::Agent {
-        let certificate = fs::read(self.place.certificate()).unwrap();
+        let certificate = fs::read(self.directory.certificate()).unwrap();
         let root = ureq::tls::Certificate::from_pem(&certificate).unwrap();
         let tls = ureq::tls::TlsConfig::builder()
             .root_certs(ureq::tls::RootCerts::new_with_certs(&[root]))
@@ -86,7 +86,7 @@ impl Bench {
     }
 }
 
-/// A native package's directory.
+/// The directory of a package with `agent.toml`.
 pub(super) fn native(tree: &Path, name: &str, version: &str) -> PathBuf {
     fs::create_dir_all(tree).unwrap();
     let manifest = format!("name = \"{name}\"\nversion = \"{version}\"\n[run]\ncommand = [\"run\"]\n");
@@ -96,7 +96,7 @@ pub(super) fn native(tree: &Path, name: &str, version: &str) -> PathBuf {
     tree.to_owned()
 }
 
-/// A gateway that runs until this is dropped.
+/// A gateway that runs until it is dropped.
 struct Served {
     url: String,
     client: ureq::Agent,
@@ -148,7 +148,7 @@ impl Served {
         Got::of(request.send(body).unwrap())
     }
 
-    /// A heartbeat of a host that holds what `answer` told it.
+    /// A heartbeat of a host that has the desired state of the answer `held`.
     fn heartbeat(&self, hostname: &str, held: Option<&Value>) -> Value {
         let mut heartbeat = json!({
             "agentId": "5402", "instanceId": "i", "hostname": hostname, "os": "linux", "arch": "amd64",
@@ -163,15 +163,15 @@ impl Served {
         got.json()
     }
 
-    /// Asks until the answer is as it should be.
-    fn until<T>(&self, ask: impl Fn() -> T, right: impl Fn(&T) -> bool) -> T
+    /// Repeats a request until the answer is as expected.
+    fn until<T>(&self, request: impl Fn() -> T, expected: impl Fn(&T) -> bool) -> T
     where
         T: std::fmt::Debug,
     {
         let started = Instant::now();
         loop {
-            let got = ask();
-            if right(&got) {
+            let got = request();
+            if expected(&got) {
                 return got;
             }
             assert!(started.elapsed() < DEADLINE, "{got:?}");
@@ -210,7 +210,7 @@ fn a_change_of_the_fleet_reaches_the_host_as_a_new_generation() {
     assert_eq!(package.body.len() as u64, order["size"].as_u64().unwrap());
     assert_eq!(package.headers["etag"], format!("\"{}\"", order["sha256"].as_str().unwrap()));
 
-    // Held: no list, the same number. A rule that is not for this host changes nothing for it.
+    // The host has it: no list, the same generation. A rule for other hosts changes nothing for it.
     let held = served.heartbeat("web-1", Some(&first));
     assert_eq!((&held["agents"], &held["generation"]), (&Value::Null, &first["generation"]));
     bench.fleet(
@@ -223,7 +223,7 @@ fn a_change_of_the_fleet_reaches_the_host_as_a_new_generation() {
     assert_eq!(other["agents"][0]["version"], json!("1.1.0"));
     assert!(other["generation"].as_u64() > first["generation"].as_u64());
 
-    // A restarted gateway remembers.
+    // A restarted gateway has the same state.
     drop(served);
     let served = bench.serve();
     let held = served.heartbeat("db-1", Some(&other));
@@ -231,7 +231,7 @@ fn a_change_of_the_fleet_reaches_the_host_as_a_new_generation() {
 }
 
 #[test]
-fn a_wrong_fleet_file_keeps_the_last_good_one_also_after_a_restart() {
+fn an_invalid_fleet_file_keeps_the_last_good_one_also_after_a_restart() {
     let bench = Bench::new();
     for name in ["a", "b", "c"] {
         bench.publish(name, "1");
@@ -258,7 +258,7 @@ fn a_wrong_fleet_file_keeps_the_last_good_one_also_after_a_restart() {
     let held = served.heartbeat("h", Some(&before));
     assert_eq!((&held["agents"], &held["generation"]), (&Value::Null, &before["generation"]));
 
-    // The package comes, and the file is judged again by itself.
+    // When the package is published, the file is validated again automatically.
     bench.publish("b", "2");
     let changed = served.until(|| served.heartbeat("h", Some(&before)), |answer| answer["agents"].is_array());
     served.until(|| served.last_error(), Value::is_null);
@@ -267,7 +267,7 @@ fn a_wrong_fleet_file_keeps_the_last_good_one_also_after_a_restart() {
 }
 
 #[test]
-fn a_host_for_which_a_package_is_missing_is_not_told_that_the_list_is_complete() {
+fn a_list_with_a_missing_package_is_not_complete() {
     let bench = Bench::new();
     bench.publish("a", "1");
     bench.fleet("[agents.a]\nversion = \"1\"\n");
@@ -282,7 +282,7 @@ fn a_host_for_which_a_package_is_missing_is_not_told_that_the_list_is_complete()
 }
 
 #[test]
-fn a_download_can_be_continued_only_with_the_same_content() {
+fn a_download_resumes_only_with_the_same_content() {
     let bench = Bench::new();
     bench.publish("a", "1");
     let served = bench.serve();
@@ -290,7 +290,7 @@ fn a_download_can_be_continued_only_with_the_same_content() {
     let whole = served.get(path, &[]);
     assert_eq!((whole.status, whole.headers["accept-ranges"].as_str()), (200, "bytes"));
     let size = whole.body.len();
-    assert_eq!(fs::read(bench.place.depot().join("a-1_linux_amd64.tar.zst")).unwrap(), whole.body);
+    assert_eq!(fs::read(bench.directory.depot().join("a-1_linux_amd64.tar.zst")).unwrap(), whole.body);
 
     let head = served.head(path);
     assert_eq!((head.status, head.body.len(), &head.headers["content-length"]), (200, 0, &size.to_string()));
@@ -311,9 +311,9 @@ fn a_download_can_be_continued_only_with_the_same_content() {
 }
 
 #[test]
-fn nothing_but_the_depots_files_can_be_downloaded() {
+fn only_files_of_the_depot_can_be_downloaded() {
     let bench = Bench::new();
-    fs::write(bench.place.depot().join("unsigned-1_linux_amd64.tar.gz"), "x").unwrap();
+    fs::write(bench.directory.depot().join("unsigned-1_linux_amd64.tar.gz"), "x").unwrap();
     let served = bench.serve();
     for name in
         ["..%2Ftls%2Fkey.pem", "%2Fetc%2Fpasswd", "unsigned-1_linux_amd64.tar.gz", ".", "keys%2Faops.pub", "%00", "%ff"]
@@ -341,7 +341,7 @@ fn the_current_release_is_the_ordered_one_or_the_newest() {
 }
 
 #[test]
-fn the_manager_is_ordered_where_a_version_is_named_and_upgraded_where_it_differs() {
+fn the_manager_is_ordered_by_version_and_upgraded_if_it_differs() {
     let bench = Bench::new();
     for version in ["1", "2", "3"] {
         let tree = bench.dir.path().join(format!("spm-{version}"));
@@ -355,7 +355,7 @@ fn the_manager_is_ordered_where_a_version_is_named_and_upgraded_where_it_differs
     let served = bench.serve();
     let current = served.get("/api/releases/aops-spm?os=linux&arch=amd64", &[]).json();
     assert_eq!((&current["version"], &current["file"]), (&json!("2"), &json!("aops-spm-2_linux_amd64.tar.zst")));
-    // The host says that it runs version 1.
+    // The host reports that it runs version 1.
     let new = served.heartbeat("new", None);
     assert_eq!((&new["cmd"], &new["manager"]["version"]), (&json!("upgrade"), &json!("2")));
     assert_eq!(new["manager"]["sha256"], current["sha256"]);
@@ -367,12 +367,12 @@ fn the_manager_is_ordered_where_a_version_is_named_and_upgraded_where_it_differs
 }
 
 #[test]
-fn status_says_what_the_gateway_knows_while_it_runs_and_after() {
+fn status_works_after_the_gateway_has_stopped() {
     let bench = Bench::new();
     let served = bench.serve();
     served.heartbeat("web-1", None);
     drop(served);
-    let status = status::gather(&bench.place).unwrap();
+    let status = status::gather(&bench.directory).unwrap();
     let status = serde_json::to_value(&status).unwrap();
     assert_eq!(status["running"], json!(false));
     assert_eq!(status["hosts"][0]["hostname"], json!("web-1"));
@@ -382,10 +382,10 @@ fn status_says_what_the_gateway_knows_while_it_runs_and_after() {
 }
 
 #[test]
-fn what_is_no_heartbeat_is_refused_with_a_reason() {
+fn invalid_requests_are_rejected_with_a_reason() {
     let bench = Bench::new();
     let served = bench.serve();
-    let refused = |got: Got, status: u16| {
+    let assert_rejected = |got: Got, status: u16| {
         assert_eq!(got.status, status);
         assert!(got.json()["errorMessage"].is_string());
     };
@@ -393,18 +393,18 @@ fn what_is_no_heartbeat_is_refused_with_a_reason() {
         "agentId": "1", "instanceId": "i", "hostname": "h", "os": "linux", "arch": "amd64",
         "manager": {"version": "1", "pid": 1, "uptimeSeconds": 2, "memoryBytes": 3}, "newer": {"field": 1},
     });
-    refused(served.post(None, &good.to_string()), 400);
-    refused(served.post(Some("2"), &good.to_string()), 400);
-    refused(served.post(Some("../2"), &good.to_string()), 400);
-    refused(served.post(Some("1"), "{"), 400);
-    refused(served.post(Some("1"), "{}"), 400);
-    // The answer comes before the body was read, so that the client may be told by a closed connection alone.
+    assert_rejected(served.post(None, &good.to_string()), 400);
+    assert_rejected(served.post(Some("2"), &good.to_string()), 400);
+    assert_rejected(served.post(Some("../2"), &good.to_string()), 400);
+    assert_rejected(served.post(Some("1"), "{"), 400);
+    assert_rejected(served.post(Some("1"), "{}"), 400);
+    // The answer is sent before the body is read, so the client may see only a closed connection.
     let large = served.client.post(format!("{}/api/heartbeat", served.url)).header("x-agent-id", "1");
     if let Ok(response) = large.send(&" ".repeat((4 << 20) + 1)) {
-        refused(Got::of(response), 413);
+        assert_rejected(Got::of(response), 413);
     }
-    refused(served.get("/api/heartbeat", &[]), 405);
-    refused(served.get("/elsewhere", &[]), 404);
+    assert_rejected(served.get("/api/heartbeat", &[]), 405);
+    assert_rejected(served.get("/elsewhere", &[]), 404);
     assert_eq!(served.post(Some("1"), &good.to_string()).status, 200);
     assert_eq!(served.get("/healthz", &[]).json()["hosts"], json!(1));
 }

@@ -1,4 +1,4 @@
-//! What watches a gateway's directory, and what it tells about it: each part by itself, so that one that cannot be read stops no other.
+//! Watches the gateway's directory and publishes its state. Parts are independent: a part that cannot be read does not affect the others.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,44 +11,45 @@ use super::depot::Scanner;
 use super::fleet_file::FleetFile;
 use super::keyring::exposed;
 use super::parts::{GatewayParts, PartStatus};
-use super::settle::STILL;
+use super::settle::SETTLE_TIME;
 use super::shared::RequestContext;
 use super::state::GatewayState;
 use super::write_behind::WriteBehind;
 use super::{GatewayDirectory, now_millis};
 use crate::{platform, store};
 
-/// How often is looked, and for how long a file that people write must stand still.
+/// The poll interval, and how long an edited file must not have changed before it is read.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct WatchIntervals {
-    pub(super) look: Duration,
-    pub(super) still: Duration,
+    pub(super) poll: Duration,
+    pub(super) settle: Duration,
 }
 
 impl WatchIntervals {
-    /// Of a gateway in production.
-    pub(super) const USUAL: WatchIntervals = WatchIntervals { look: Duration::from_millis(500), still: STILL };
+    /// The intervals in production.
+    pub(super) const PRODUCTION: WatchIntervals =
+        WatchIntervals { poll: Duration::from_millis(500), settle: SETTLE_TIME };
 }
 
-/// How long the start waits for fleet.toml to stand still.
-const SETTLE: Duration = Duration::from_secs(5);
+/// The timeout of the start for fleet.toml to settle.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What watches the directory.
+/// Watches the directory.
 pub(super) struct DirectoryWatcher {
-    place: GatewayDirectory,
-    pace: WatchIntervals,
+    directory: GatewayDirectory,
+    intervals: WatchIntervals,
     scanner: Scanner,
     fleet: FleetFile,
     certificates: Certificates,
     state: GatewayState,
-    /// Tells `status` and the routes how things stand.
-    told: WriteBehind<GatewayState>,
+    /// Publishes the state for `gateway status` and the routes.
+    writer: WriteBehind<GatewayState>,
 }
 
 impl DirectoryWatcher {
     pub(super) fn open(
-        place: GatewayDirectory,
-        pace: WatchIntervals,
+        directory: GatewayDirectory,
+        intervals: WatchIntervals,
         shared: &Arc<RequestContext>,
         listening: String,
     ) -> Result<DirectoryWatcher> {
@@ -58,109 +59,111 @@ impl DirectoryWatcher {
             listening: Some(listening),
             ..GatewayState::default()
         };
-        let (path, routes) = (place.standing(), shared.clone());
-        let told = WriteBehind::start("how the gateway stands", move |state: &GatewayState| {
-            // First for `status`, so that what the routes say is never newer than what an operator is shown.
+        let (path, context) = (directory.state_file(), shared.clone());
+        let writer = WriteBehind::start("the gateway's state", move |state: &GatewayState| {
+            // The file first, so that the routes never return a newer state than `gateway status` shows.
             let written = store::save_unsynced(&path, state);
-            routes.set_standing(state.clone());
+            context.set_state(state.clone());
             written
         })?;
         Ok(DirectoryWatcher {
-            scanner: Scanner::new(place.clone()),
-            fleet: FleetFile::open(place.clone(), pace.still)?,
-            certificates: Certificates::open(place.clone(), pace.still),
-            place,
-            pace,
+            scanner: Scanner::new(directory.clone()),
+            fleet: FleetFile::open(directory.clone(), intervals.settle)?,
+            certificates: Certificates::open(directory.clone(), intervals.settle),
+            directory,
+            intervals,
             state,
-            told,
+            writer,
         })
     }
 
-    /// What handshakes are answered with.
+    /// The certificate for TLS handshakes.
     pub(super) fn served(&self) -> Arc<ServedCertificate> {
         self.certificates.served()
     }
 
-    /// The depot at once, then fleet.toml as soon as it stands still.
-    pub(super) fn look_first(&mut self, shared: &RequestContext) {
-        self.look(shared, true, false);
+    /// The poll at the start: loads the depot at once, and waits for fleet.toml to settle.
+    pub(super) fn first_poll(&mut self, shared: &RequestContext) {
+        self.poll(shared, true, false);
         let started = Instant::now();
-        while !self.fleet.is_settled() && started.elapsed() < SETTLE {
-            platform::pause(self.pace.look / 2);
-            self.look(shared, false, false);
+        while !self.fleet.is_settled() && started.elapsed() < START_TIMEOUT {
+            platform::pause(self.intervals.poll / 2);
+            self.poll(shared, false, false);
         }
-        self.told.put(self.state.clone());
-        self.told.flush();
+        self.writer.put(self.state.clone());
+        self.writer.flush();
     }
 
-    /// Looks once. `at_once`: the depot counts as it is; `reload`: everything does.
-    fn look(&mut self, shared: &RequestContext, at_once: bool, reload: bool) {
-        self.certificates.look(reload);
-        let index = self.scanner.look(at_once || reload);
+    /// Polls all files once. `at_once` does not wait for the depot to settle, `reload` for no file.
+    fn poll(&mut self, shared: &RequestContext, at_once: bool, reload: bool) {
+        self.certificates.poll(reload);
+        let index = self.scanner.scan(at_once || reload);
         let depot_changed = index.is_some();
-        let index = index.unwrap_or_else(|| shared.world().index.clone());
-        let fleet_changed = self.fleet.look(&index, depot_changed, reload, || shared.hosts.sample());
+        let index = index.unwrap_or_else(|| shared.snapshot().index.clone());
+        let fleet_changed = self.fleet.poll(&index, depot_changed, reload, || shared.hosts.sample());
         if depot_changed {
             tracing::info!(packages = index.packages(), problems = index.problems().len(), "the depot has changed");
         }
-        let (pins, world) = (self.certificates.standing().pins(), shared.world());
-        // What was in force before the start is so from the first look on, whatever that has found.
-        if world.revision == 0 || depot_changed || fleet_changed || pins != world.pins {
-            shared.replace_world(self.fleet.in_force(), index, pins);
+        let (pins, snapshot) = (self.certificates.status().pins(), shared.snapshot());
+        // The first poll puts the last good fleet in force, whatever the present files are.
+        if snapshot.revision == 0 || depot_changed || fleet_changed || pins != snapshot.pins {
+            shared.replace_snapshot(self.fleet.in_force(), index, pins);
         }
-        self.tell(shared, depot_changed || fleet_changed);
+        self.publish_state(shared, depot_changed || fleet_changed);
     }
 
-    /// Tells the routes and `status` how things stand, where that is news.
-    fn tell(&mut self, shared: &RequestContext, changed: bool) {
+    /// Publishes the state if it has changed.
+    fn publish_state(&mut self, shared: &RequestContext, changed: bool) {
         let parts = self.parts(shared);
-        let certificate = self.certificates.standing();
+        let certificate = self.certificates.status();
         if !changed && parts == self.state.parts && *certificate == self.state.certificate {
             return;
         }
         log_changes(&self.state.parts, &parts);
-        let world = shared.world();
+        let snapshot = shared.snapshot();
         self.state.certificate = certificate.clone();
-        self.state.fleet = self.fleet.standing().clone();
-        self.state.packages = world.index.packages();
-        self.state.problems = world.index.problems().clone();
+        self.state.fleet = self.fleet.status().clone();
+        self.state.packages = snapshot.index.packages();
+        self.state.problems = snapshot.index.problems().clone();
         self.state.parts = parts;
-        self.told.put(self.state.clone());
+        self.writer.put(self.state.clone());
     }
 
     fn parts(&self, shared: &RequestContext) -> GatewayParts {
-        let world = shared.world();
-        let refused = self.fleet.standing().error.iter().map(|error| format!("fleet.toml is refused: {error}"));
-        let files = world.index.problems().iter().map(|(file, why)| format!("{file} is not offered: {why}"));
-        let state = self.fleet.unwritten().into_iter().chain(shared.troubles());
-        let state = state.chain(self.told.failure().map(|why| format!("how the gateway stands is not on disk: {why}")));
+        let snapshot = shared.snapshot();
+        let rejected = self.fleet.status().error.iter().map(|error| format!("fleet.toml is rejected: {error}"));
+        let files = snapshot.index.problems().iter().map(|(file, why)| format!("{file} is not offered: {why}"));
+        let state = self.fleet.save_problem().into_iter().chain(shared.problems());
+        let state = state.chain(
+            self.writer.failure().map(|why| format!("cannot save the state for `gateway status`: {why}; retrying")),
+        );
         GatewayParts {
-            keys: PartStatus::with(self.scanner.problems_of_keys().cloned().chain(exposed_keys(&self.place))),
+            keys: PartStatus::with(self.scanner.key_problems().cloned().chain(exposed_keys(&self.directory))),
             depot: PartStatus::with(self.scanner.unreadable().map(str::to_owned).into_iter().chain(files)),
-            fleet: PartStatus::with(refused.chain(self.fleet.exposed())),
+            fleet: PartStatus::with(rejected.chain(self.fleet.exposure())),
             certificate: PartStatus::with(
                 self.certificates
                     .problems()
                     .cloned()
-                    .chain(self.certificates.standing().warning(now_millis() / 1_000))
-                    .chain(exposed_tls(&self.place)),
+                    .chain(self.certificates.status().warning(now_millis() / 1_000))
+                    .chain(exposed_tls(&self.directory)),
             ),
             state: PartStatus::with(state),
         }
     }
 }
 
-/// Who else could read the signing key.
-pub(super) fn exposed_keys(place: &GatewayDirectory) -> Vec<String> {
-    exposed(&place.keys(), &[&place.signing_key()])
+/// Problems with the permissions of the signing key.
+pub(super) fn exposed_keys(directory: &GatewayDirectory) -> Vec<String> {
+    exposed(&directory.keys(), &[&directory.signing_key()])
 }
 
-/// Who else could read the certificate's key, and the one that comes next.
-pub(super) fn exposed_tls(place: &GatewayDirectory) -> Vec<String> {
-    exposed(&place.tls(), &[&place.certificate_key(), &place.next_certificate()])
+/// Problems with the permissions of the certificate's key and of the next key.
+pub(super) fn exposed_tls(directory: &GatewayDirectory) -> Vec<String> {
+    exposed(&directory.tls(), &[&directory.certificate_key(), &directory.next_certificate()])
 }
 
-/// Files of the depot and the fleet file have log lines of their own.
+/// Logs problems that are new or resolved. New ones of the depot and the fleet file are logged elsewhere.
 fn log_changes(before: &GatewayParts, after: &GatewayParts) {
     for ((name, before), (_, after)) in before.each().into_iter().zip(after.each()) {
         if matches!(name, "keys" | "certificate" | "state") {
@@ -169,46 +172,46 @@ fn log_changes(before: &GatewayParts, after: &GatewayParts) {
             }
         }
         if after.ok && !before.ok {
-            tracing::info!(part = name, "a part of the gateway has no problem any more");
+            tracing::info!(part = name, "the problems of a part of the gateway are resolved");
         }
     }
 }
 
-/// Looks again and again, and when `reload` says so.
+/// Polls at the interval, and reloads all files when `reload` is notified, until `stopped`.
 pub(super) async fn keep_watching(
-    mut eyes: DirectoryWatcher,
+    mut watcher: DirectoryWatcher,
     shared: Arc<RequestContext>,
     reload: Arc<Notify>,
     mut stopped: watch::Receiver<bool>,
 ) {
     loop {
         let reload = tokio::select! {
-            // Each may be dropped at any time: a timer, a notification that is kept until it is taken, a look at a value.
-            () = tokio::time::sleep(eyes.pace.look) => false,
+            // All are cancel-safe: a timer, a notification that is stored until it is received, and a check of a value.
+            () = tokio::time::sleep(watcher.intervals.poll) => false,
             () = reload.notified() => true,
             _ = stopped.wait_for(|stopped| *stopped) => break,
         };
         if reload {
-            tracing::info!("the gateway reads its files again");
+            tracing::info!("reloading all files");
         }
-        let seen = shared.clone();
-        let looked = tokio::task::spawn_blocking(move || {
-            eyes.look(&seen, false, reload);
-            eyes
+        let context = shared.clone();
+        let polled = tokio::task::spawn_blocking(move || {
+            watcher.poll(&context, false, reload);
+            watcher
         });
-        let Ok(back) = looked.await else {
-            tracing::error!("the watch over the gateway's directory has ended; what is in force stays so");
-            shared.trouble(
+        let Ok(returned) = polled.await else {
+            tracing::error!("the watch of the gateway's directory has failed; its files are not reloaded any more");
+            shared.set_problem(
                 "watch",
                 Some(
-                    "changes are not noticed any more: the watch over the directory has ended; restart the gateway"
+                    "the watch of the gateway's directory has failed, so changes of files are not loaded; restart the gateway"
                         .to_owned(),
                 ),
             );
             return;
         };
-        eyes = back;
+        watcher = returned;
     }
-    // What is not on disk yet is waited for, and by nobody else.
-    let _ = tokio::task::spawn_blocking(move || drop(eyes)).await;
+    // Dropping waits for pending writes, so not on the runtime's thread.
+    let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
 }

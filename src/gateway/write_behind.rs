@@ -1,8 +1,7 @@
-//! A file that is written by a thread of its own, so that a slow disk delays nobody else: the latest content is written, and what could not
-//! be written is tried again.
+//! Writes a file in a background thread, so that a slow disk blocks no caller. Only the latest content is written; a failed write is retried.
 //!
-//! Whoever hands over a content does not know when it is on disk, unless it waits for that with [`WriteBehind::flush`]. The content that was
-//! handed over last is written before the end of [`WriteBehind`], which waits for that.
+//! [`WriteBehind::put`] returns before the content is on disk; [`WriteBehind::flush`] waits for it. Dropping a [`WriteBehind`] waits until the
+//! last content is written or has failed.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -10,80 +9,80 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// As the field of that name.
-const RETRY: Duration = Duration::from_secs(5);
+/// See [`WriteQueue::retry_interval`].
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The writing end of one file.
+/// The handle for one file.
 pub(super) struct WriteBehind<T> {
-    desk: Arc<WriteQueue<T>>,
+    queue: Arc<WriteQueue<T>>,
     writer: Option<JoinHandle<()>>,
 }
 
 struct WriteQueue<T> {
     slot: Mutex<Slot<T>>,
     changed: Condvar,
-    /// Between two tries to write the same content.
-    retry: Duration,
+    /// The time between two attempts to write the same content.
+    retry_interval: Duration,
 }
 
 struct Slot<T> {
-    /// Why the last content could not be written, until one is.
+    /// The error of the last write, if it failed.
     failure: Option<String>,
-    /// Not taken by the writer yet.
+    /// The content to write next.
     next: Option<T>,
-    /// The writer is at work.
+    /// Whether a write is under way.
     writing: bool,
     ended: bool,
 }
 
 impl<T: Send + 'static> WriteBehind<T> {
-    /// `what` names the file for the log; `write` is called for each content that is written, on the thread that is started here.
+    /// Starts the writer thread, which calls `write` for each content. `what` names the file in the log.
     pub(super) fn start(
         what: &'static str,
         write: impl FnMut(&T) -> Result<()> + Send + 'static,
     ) -> Result<WriteBehind<T>> {
-        WriteBehind::start_with(what, RETRY, write)
+        WriteBehind::start_with(what, RETRY_INTERVAL, write)
     }
 
     fn start_with(
         what: &'static str,
-        retry: Duration,
+        retry_interval: Duration,
         write: impl FnMut(&T) -> Result<()> + Send + 'static,
     ) -> Result<WriteBehind<T>> {
         let slot = Slot { failure: None, next: None, writing: false, ended: false };
-        let desk = Arc::new(WriteQueue { slot: Mutex::new(slot), changed: Condvar::new(), retry });
-        let of_writer = desk.clone();
+        let queue = Arc::new(WriteQueue { slot: Mutex::new(slot), changed: Condvar::new(), retry_interval });
+        let writer_queue = queue.clone();
         let writer = std::thread::Builder::new()
             .name(what.to_owned())
-            .spawn(move || of_writer.keep_writing(what, write))
+            .spawn(move || writer_queue.run_writer(what, write))
             .with_context(|| format!("cannot start the thread that writes {what}"))?;
-        Ok(WriteBehind { desk, writer: Some(writer) })
+        Ok(WriteBehind { queue, writer: Some(writer) })
     }
 
-    /// Hands over a content, in the place of an earlier one that is not written yet.
+    /// Queues a content for writing; it replaces one that is still queued.
     pub(super) fn put(&self, content: T) {
-        self.desk.lock().next = Some(content);
-        self.desk.changed.notify_all();
+        self.queue.lock().next = Some(content);
+        self.queue.changed.notify_all();
     }
 
-    /// Why the last content is not on disk, where it could not be written.
+    /// The error of the last write, if it failed.
     pub(super) fn failure(&self) -> Option<String> {
-        self.desk.lock().failure.clone()
+        self.queue.lock().failure.clone()
     }
 
-    /// Waits until what was handed over is written, or could not be for the first time.
+    /// Waits until the queued content is written or its first attempt has failed.
     pub(super) fn flush(&self) {
-        let mut slot = self.desk.lock();
+        let mut slot = self.queue.lock();
         while slot.next.is_some() || slot.writing {
-            slot = self.desk.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
+            slot = self.queue.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
 
 impl<T> Drop for WriteBehind<T> {
     fn drop(&mut self) {
-        self.desk.lock().ended = true;
-        self.desk.changed.notify_all();
+        self.queue.lock().ended = true;
+        self.queue.changed.notify_all();
         if let Some(writer) = self.writer.take() {
             let _ = writer.join();
         }
@@ -92,11 +91,11 @@ impl<T> Drop for WriteBehind<T> {
 
 impl<T> WriteQueue<T> {
     fn lock(&self) -> MutexGuard<'_, Slot<T>> {
-        // Nothing is left half-done behind the lock: each change is one assignment.
+        // A poisoned lock is safe: each change is one assignment.
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn keep_writing(&self, what: &str, mut write: impl FnMut(&T) -> Result<()>) {
+    fn run_writer(&self, what: &str, mut write: impl FnMut(&T) -> Result<()>) {
         let (mut failed, mut failing) = (None, false);
         while let Some(content) = self.next(failed.take()) {
             let outcome = write(&content);
@@ -108,7 +107,7 @@ impl<T> WriteQueue<T> {
             let Err(error) = outcome else { continue };
             if !was_failing {
                 let reason = format!("{error:#}");
-                tracing::error!(%reason, file = what, "a file cannot be written; it is tried again");
+                tracing::error!(%reason, file = what, "cannot write a file; the write is retried");
             }
             if slot.ended && slot.next.is_none() {
                 return;
@@ -118,13 +117,16 @@ impl<T> WriteQueue<T> {
         }
     }
 
-    /// Waits for what is to be written next: a new content, or after a while the one that could not be written.
+    /// Waits for the next content to write: a new one or, after the retry interval, the failed one. `None` at the end.
     fn next(&self, failed: Option<T>) -> Option<T> {
         let waiting = |slot: &mut Slot<T>| slot.next.is_none() && !slot.ended;
         let slot = self.lock();
         let mut slot = match &failed {
             Some(_) => {
-                self.changed.wait_timeout_while(slot, self.retry, waiting).unwrap_or_else(PoisonError::into_inner).0
+                self.changed
+                    .wait_timeout_while(slot, self.retry_interval, waiting)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0
             }
             None => self.changed.wait_while(slot, waiting).unwrap_or_else(PoisonError::into_inner),
         };
@@ -141,45 +143,45 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_latest_content_is_written_and_nobody_waits_for_it() {
-        let (begun, beginning) = mpsc::channel();
-        let (go, gone) = mpsc::channel::<()>();
-        let behind = WriteBehind::start("a file", move |content: &u32| {
-            begun.send(*content).unwrap();
-            gone.recv().unwrap();
+    fn the_latest_content_is_written_and_put_does_not_wait() {
+        let (started_sender, started) = mpsc::channel();
+        let (continue_sender, may_continue) = mpsc::channel::<()>();
+        let file = WriteBehind::start("a file", move |content: &u32| {
+            started_sender.send(*content).unwrap();
+            may_continue.recv().unwrap();
             Ok(())
         })
         .unwrap();
-        behind.put(1);
-        assert_eq!(beginning.recv(), Ok(1));
-        // The writer is busy: neither is waited for.
-        behind.put(2);
-        behind.put(3);
-        go.send(()).unwrap();
-        assert_eq!(beginning.recv(), Ok(3));
-        go.send(()).unwrap();
-        behind.flush();
-        behind.put(4);
-        go.send(()).unwrap();
-        drop(behind);
-        assert_eq!(beginning.try_iter().collect::<Vec<_>>(), [4], "what was handed over last is written at the end");
+        file.put(1);
+        assert_eq!(started.recv(), Ok(1));
+        // The writer is busy; `put` does not wait for it.
+        file.put(2);
+        file.put(3);
+        continue_sender.send(()).unwrap();
+        assert_eq!(started.recv(), Ok(3));
+        continue_sender.send(()).unwrap();
+        file.flush();
+        file.put(4);
+        continue_sender.send(()).unwrap();
+        drop(file);
+        assert_eq!(started.try_iter().collect::<Vec<_>>(), [4], "the last content is written on drop");
     }
 
     #[test]
-    fn a_failure_does_not_end_the_writer() {
-        let (tell, told) = mpsc::channel();
-        let behind = WriteBehind::start_with("a file", Duration::from_secs(3600), move |content: &u32| {
-            tell.send(*content).unwrap();
+    fn the_writer_continues_after_a_failure() {
+        let (sender, written) = mpsc::channel();
+        let file = WriteBehind::start_with("a file", Duration::from_secs(3600), move |content: &u32| {
+            sender.send(*content).unwrap();
             if *content == 1 { anyhow::bail!("the disk is full") } else { Ok(()) }
         })
         .unwrap();
-        behind.put(1);
-        behind.flush();
-        assert_eq!(behind.failure().as_deref(), Some("the disk is full"));
-        behind.put(2);
-        behind.flush();
-        assert_eq!(behind.failure(), None);
-        drop(behind);
-        assert_eq!(told.iter().collect::<Vec<_>>(), [1, 2]);
+        file.put(1);
+        file.flush();
+        assert_eq!(file.failure().as_deref(), Some("the disk is full"));
+        file.put(2);
+        file.flush();
+        assert_eq!(file.failure(), None);
+        drop(file);
+        assert_eq!(written.iter().collect::<Vec<_>>(), [1, 2]);
     }
 }

@@ -1,4 +1,4 @@
-//! What is remembered of one host, cut down to a bounded size, and the file that all of it lies in.
+//! The record of one host, limited in size, and the file with all records.
 
 use std::collections::VecDeque;
 use std::io::{self, BufWriter, Write};
@@ -15,24 +15,25 @@ use crate::core::protocol::{AgentReport, Event, Heartbeat, MAX_AGENTS, ManagerRe
 use crate::core::text::cut;
 use crate::store::{self, Access};
 
-/// The longest host name there can be, bytes.
+/// The longest host name, bytes.
 pub(super) const MAX_HOSTNAME: usize = 255;
-/// Bytes kept of what a host says about one thing.
+/// Bytes kept of a message.
 const MAX_MESSAGE: usize = 300;
-/// Bytes kept of a word, such as the kind of an event.
+/// Bytes kept of a short text, such as the kind of an event.
 const MAX_WORD: usize = 64;
-/// Of what a host has pinned, so many, each of so many bytes.
+/// Pins kept of one host.
 const MAX_PINS_KEPT: usize = 16;
+/// Bytes kept of one pin.
 const MAX_PIN: usize = 80;
 /// Events kept of one host.
 const MAX_EVENTS: usize = 50;
-/// What a record and a report take besides their texts, in memory and in the file.
+/// Bytes of a record and of a report besides their texts, in memory and in the file.
 const RECORD_BYTES: usize = 800;
 const REPORT_BYTES: usize = 200;
-/// 50,000 hosts with twenty sub-agents each are about a third of it; no more is written.
+/// The largest file that is written and read; 50,000 hosts with twenty sub-agents each need about a third of it.
 const MAX_FILE_BYTES: u64 = 1 << 30;
 
-/// One host.
+/// The record of one host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(in crate::gateway) struct Record {
@@ -41,7 +42,7 @@ pub(in crate::gateway) struct Record {
     pub(in crate::gateway) hostname: String,
     pub(in crate::gateway) os: Os,
     pub(in crate::gateway) arch: Arch,
-    /// Where the last heartbeat came from.
+    /// The IP address that sent the last heartbeat.
     #[serde(default)]
     pub(in crate::gateway) address: Option<String>,
     pub(in crate::gateway) manager: ManagerReport,
@@ -52,36 +53,36 @@ pub(in crate::gateway) struct Record {
     /// Seconds by which the host's clock was ahead of this gateway's.
     #[serde(default)]
     pub(in crate::gateway) clock_offset_seconds: Option<i64>,
-    /// The generation that the host held then.
+    /// The generation that the host had then.
     #[serde(default)]
     pub(in crate::gateway) held: u64,
     #[serde(default)]
-    pub(in crate::gateway) given: Option<Given>,
-    /// What the depot does not have for it.
+    pub(in crate::gateway) given: Option<SentState>,
+    /// A message about packages that the depot does not have for it.
     #[serde(default)]
     pub(in crate::gateway) missing: Option<String>,
-    /// The id of the last event seen.
+    /// The id of the last event received.
     #[serde(default)]
     pub(in crate::gateway) ack: u64,
     #[serde(default)]
     pub(in crate::gateway) events: VecDeque<Event>,
-    /// Another machine that goes by the same agent id.
+    /// Another machine that uses the same agent id.
     #[serde(default)]
     pub(in crate::gateway) twin: Option<Twin>,
-    /// How it checks this gateway's certificate; absent: of an older version, which does not say.
+    /// How it verifies this gateway's certificate; absent if its version is too old to report it.
     #[serde(default)]
     pub(in crate::gateway) trust: Option<TrustReport>,
-    /// What a newer version wrote.
+    /// Fields of a newer version of the gateway.
     #[serde(flatten)]
     unknown: serde_json::Map<String, serde_json::Value>,
 }
 
-/// What a host was told last.
+/// The desired state that was last sent to a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(in crate::gateway) struct Given {
+pub(in crate::gateway) struct SentState {
     pub(in crate::gateway) generation: u64,
-    /// Hash of the content.
+    /// The hash of its content.
     pub(in crate::gateway) content: String,
 }
 
@@ -100,18 +101,18 @@ impl Record {
         HostFacts { agent_id: self.agent_id.clone(), hostname: self.hostname.clone(), os: self.os, arch: self.arch }
     }
 
-    /// The record after one more heartbeat, of at most that many bytes.
+    /// The record after the next heartbeat, limited to `max_bytes` bytes.
     pub(super) fn after(
         previous: Option<Arc<Record>>,
         heartbeat: Heartbeat,
-        given: Option<Given>,
+        given: Option<SentState>,
         missing: Option<String>,
         address: Option<String>,
         now: u64,
-        most: usize,
+        max_bytes: usize,
     ) -> Record {
         let instance_id = cut(&heartbeat.instance_id, MAX_WORD);
-        // Copied only while the file is being written.
+        // It is cloned only while the file is being written.
         let previous = previous.map(Arc::unwrap_or_clone);
         let (mut events, mut ack, twin, unknown) = match previous {
             Some(previous) => {
@@ -126,9 +127,9 @@ impl Record {
             None => (VecDeque::new(), 0, None, serde_json::Map::new()),
         };
         if let Some(last) = heartbeat.events.iter().map(|event| event.id).max() {
-            // Ids that begin anew are those of a new installation.
-            let seen = if last < ack { 0 } else { ack };
-            let new = heartbeat.events.into_iter().filter(|event| event.id > seen);
+            // Ids restart with a new installation.
+            let acknowledged = if last < ack { 0 } else { ack };
+            let new = heartbeat.events.into_iter().filter(|event| event.id > acknowledged);
             events.extend(new.map(cut_event));
             events.drain(..events.len().saturating_sub(MAX_EVENTS));
             ack = last;
@@ -153,11 +154,11 @@ impl Record {
             trust: heartbeat.trust.map(cut_trust),
             unknown,
         };
-        record.fit(most);
+        record.shrink(max_bytes);
         record
     }
 
-    /// What it takes, in memory and in the file, bytes; about.
+    /// Its approximate size in memory and in the file, bytes.
     pub(super) fn bytes(&self) -> usize {
         let texts = [Some(&self.hostname), self.missing.as_ref(), self.twin.as_ref().map(|twin| &twin.hostname)];
         let texts: usize = texts.into_iter().flatten().map(String::len).sum();
@@ -168,9 +169,9 @@ impl Record {
             + self.events.iter().map(Event::size).sum::<usize>()
     }
 
-    /// Leaves out what is too much: the oldest events, then what is said about sub-agents, then sub-agents.
-    fn fit(&mut self, most: usize) {
-        let mut surplus = self.bytes().saturating_sub(most);
+    /// Removes the oldest events, then messages about sub-agents, then sub-agents, until the record has at most `max_bytes` bytes.
+    fn shrink(&mut self, max_bytes: usize) {
+        let mut surplus = self.bytes().saturating_sub(max_bytes);
         while surplus > 0
             && let Some(event) = self.events.pop_front()
         {
@@ -236,10 +237,10 @@ struct FileIn {
     hosts: Vec<Record>,
 }
 
-/// Writes all records; gives the time that it took to write them, without that of the disk to sync them.
+/// Writes all records; returns how long that took without the sync.
 pub(in crate::gateway) fn save(path: &Path, records: &[Arc<Record>]) -> Result<Duration> {
     let started = Instant::now();
-    let mut work = Duration::ZERO;
+    let mut elapsed = Duration::ZERO;
     let hosts = records.iter().map(|record| &**record).collect();
     let content = FileOut { version: 1, hosts };
     store::replace_with(path, Access::Private, |file| {
@@ -247,22 +248,22 @@ pub(in crate::gateway) fn save(path: &Path, records: &[Arc<Record>]) -> Result<D
         serde_json::to_writer(&mut out, &content)?;
         out.write_all(b"\n")?;
         out.flush()?;
-        work = started.elapsed();
-        // What could not be read again would be lost with the next start.
+        elapsed = started.elapsed();
+        // A larger file could not be read at the next start.
         match out.get_ref().metadata()?.len() {
             bytes if bytes > MAX_FILE_BYTES => {
-                Err(io::Error::other(format!("it would have {bytes} bytes, too many to be read")))
+                Err(io::Error::other(format!("it would have {bytes} bytes, more than can be read")))
             }
             _ => Ok(()),
         }
     })?;
-    Ok(work)
+    Ok(elapsed)
 }
 
-/// Reads all records; none where there is no file.
+/// Reads all records; a missing file has none.
 pub(in crate::gateway) fn load(path: &Path) -> Result<Vec<Record>> {
     let Some(bytes) = store::read(path, MAX_FILE_BYTES)? else { return Ok(Vec::new()) };
-    let file: FileIn = serde_json::from_slice(&bytes)
-        .with_context(|| format!("cannot read {}: it is not what was written there", path.display()))?;
+    let file: FileIn =
+        serde_json::from_slice(&bytes).with_context(|| format!("cannot read {}: it is damaged", path.display()))?;
     Ok(file.hosts)
 }

@@ -1,4 +1,4 @@
-//! Facts about what a gateway remembers of its hosts: generations, events, acknowledgements.
+//! The records of hosts: generations, events, acknowledgements, limits.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ fn hosts() -> Hosts {
     Hosts::new("ours".to_owned(), Vec::new())
 }
 
-fn world(revision: u64, fleet: &str) -> Snapshot {
+fn snapshot(revision: u64, fleet: &str) -> Snapshot {
     Snapshot {
         revision,
         fleet: Some(Arc::new(toml::from_str(fleet).unwrap())),
@@ -52,60 +52,60 @@ fn event(id: u64) -> Event {
     }
 }
 
-fn answer(hosts: &Hosts, heartbeat: Heartbeat, world: &Snapshot, now: u64) -> Answer {
-    hosts.heartbeat(heartbeat, None, world, now).unwrap()
+fn answer(hosts: &Hosts, heartbeat: Heartbeat, snapshot: &Snapshot, now: u64) -> Answer {
+    hosts.heartbeat(heartbeat, None, snapshot, now).unwrap()
 }
 
 #[test]
-fn the_list_is_sent_until_the_host_holds_it_and_again_when_it_changes() {
+fn the_list_is_sent_until_the_host_has_it_and_again_when_it_changes() {
     let hosts = hosts();
-    let first = answer(&hosts, heartbeat("1", None), &world(1, ""), NOW);
+    let first = answer(&hosts, heartbeat("1", None), &snapshot(1, ""), NOW);
     assert!(first.agents.is_some());
     assert_eq!((first.lineage.as_deref(), first.generation, first.interval), (Some("ours"), NOW, Some(30)));
     assert_eq!(first.removal_delay, Some(300));
 
     let held = heartbeat("1", Some(("ours", NOW)));
-    let second = answer(&hosts, held.clone(), &world(1, ""), NOW + 5);
+    let second = answer(&hosts, held.clone(), &snapshot(1, ""), NOW + 5);
     assert_eq!((second.agents, second.generation), (None, NOW));
-    // Another world in which the host is told the same.
-    let third = answer(&hosts, held.clone(), &world(2, "heartbeatInterval = 5\nremovalDelay = 7"), NOW + 6);
+    // Another snapshot with the same orders for the host.
+    let third = answer(&hosts, held.clone(), &snapshot(2, "heartbeatInterval = 5\nremovalDelay = 7"), NOW + 6);
     assert_eq!((third.agents, third.generation), (None, NOW));
     assert_eq!((third.interval, third.removal_delay), (Some(5), Some(7)));
-    // It asks for what the depot does not have: another content, though nothing can be sent.
-    let wants = world(3, "[agents.a]\nversion = \"1\"");
-    let fourth = answer(&hosts, held, &wants, NOW + 7);
+    // A fleet with a missing package: the content differs, though nothing can be sent.
+    let missing_package = snapshot(3, "[agents.a]\nversion = \"1\"");
+    let fourth = answer(&hosts, held, &missing_package, NOW + 7);
     assert_eq!((fourth.agents.as_deref(), fourth.complete, fourth.generation), (Some(&[][..]), false, NOW + 7));
     assert!(fourth.error_message.unwrap().contains("no package"));
-    // The same number of another lineage is another desired state.
-    let stranger = answer(&hosts, heartbeat("1", Some(("theirs", NOW + 7))), &wants, NOW + 8);
-    assert!(stranger.agents.is_some());
-    assert_eq!(stranger.generation, NOW + 7);
+    // The same generation of another lineage is another desired state.
+    let other_lineage = answer(&hosts, heartbeat("1", Some(("theirs", NOW + 7))), &missing_package, NOW + 8);
+    assert!(other_lineage.agents.is_some());
+    assert_eq!(other_lineage.generation, NOW + 7);
 }
 
 #[test]
-fn generations_survive_the_loss_of_the_record() {
+fn generations_increase_after_the_records_are_lost() {
     let before = hosts();
-    let given = answer(&before, heartbeat("1", None), &world(1, ""), NOW).generation;
-    // An hour earlier by the clock, and nothing remembered.
-    let after = answer(&hosts(), heartbeat("1", Some(("ours", given))), &world(1, ""), NOW - 3_600);
+    let given = answer(&before, heartbeat("1", None), &snapshot(1, ""), NOW).generation;
+    // An hour earlier by the clock, and without records.
+    let after = answer(&hosts(), heartbeat("1", Some(("ours", given))), &snapshot(1, ""), NOW - 3_600);
     assert_eq!(after.generation, given + 1);
     assert!(after.agents.is_some());
 }
 
 #[test]
-fn a_gateway_without_a_fleet_commands_nothing() {
+fn a_gateway_without_a_fleet_sends_no_orders() {
     let nothing = Snapshot { revision: 1, fleet: None, index: Arc::new(Index::default()), pins: Vec::new() };
-    let told = answer(&hosts(), heartbeat("1", Some(("ours", 7))), &nothing, NOW);
-    assert_eq!((told.lineage, told.generation, told.agents, told.complete), (None, 0, None, false));
-    assert!(told.error_message.is_some());
+    let received = answer(&hosts(), heartbeat("1", Some(("ours", 7))), &nothing, NOW);
+    assert_eq!((received.lineage, received.generation, received.agents, received.complete), (None, 0, None, false));
+    assert!(received.error_message.is_some());
 }
 
 #[test]
-fn events_are_kept_once_acknowledged_and_bounded() {
+fn events_are_acknowledged_and_stored_once_and_limited_in_number() {
     let hosts = hosts();
     let send = |ids: &[u64]| {
         let heartbeat = Heartbeat { events: ids.iter().map(|id| event(*id)).collect(), ..heartbeat("1", None) };
-        answer(&hosts, heartbeat, &world(1, ""), NOW).ack
+        answer(&hosts, heartbeat, &snapshot(1, ""), NOW).ack
     };
     let kept = || {
         hosts.mark_changed();
@@ -113,7 +113,7 @@ fn events_are_kept_once_acknowledged_and_bounded() {
     };
     assert_eq!(send(&[]), None);
     assert_eq!(send(&[1, 2]), Some(2));
-    // The answer was lost; they come again with one more.
+    // The answer was lost: the host sends them again with another one.
     assert_eq!(send(&[1, 2, 3]), Some(3));
     assert_eq!(kept(), [1, 2, 3]);
     // A new installation counts from 1.
@@ -128,51 +128,51 @@ fn events_are_kept_once_acknowledged_and_bounded() {
 }
 
 #[test]
-fn what_is_written_is_read_back_with_what_a_newer_version_added() {
+fn records_are_read_back_with_the_fields_of_a_newer_version() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("hosts.json");
     assert_eq!(load(&path).unwrap(), []);
     let first = hosts();
-    answer(&first, Heartbeat { events: vec![event(4)], ..heartbeat("1", None) }, &world(1, ""), NOW);
-    answer(&first, heartbeat("2", None), &world(1, ""), NOW);
+    answer(&first, Heartbeat { events: vec![event(4)], ..heartbeat("1", None) }, &snapshot(1, ""), NOW);
+    answer(&first, heartbeat("2", None), &snapshot(1, ""), NOW);
     save(&path, &first.changed().unwrap()).unwrap();
     let text = std::fs::read_to_string(&path).unwrap().replace("\"held\":0", "\"held\":0,\"later\":{\"a\":1}");
     std::fs::write(&path, text).unwrap();
 
     let second = Hosts::new("ours".to_owned(), load(&path).unwrap());
     assert_eq!(second.count(), 2);
-    let told = answer(&second, heartbeat("1", Some(("ours", NOW))), &world(1, ""), NOW + 9);
-    assert_eq!((told.generation, told.agents), (NOW, None));
+    let received = answer(&second, heartbeat("1", Some(("ours", NOW))), &snapshot(1, ""), NOW + 9);
+    assert_eq!((received.generation, received.agents), (NOW, None));
     save(&path, &second.changed().unwrap()).unwrap();
     assert_eq!(std::fs::read_to_string(&path).unwrap().matches("\"later\":{\"a\":1}").count(), 2);
 }
 
 #[test]
-fn two_machines_with_one_agent_id_show() {
+fn two_machines_with_one_agent_id_are_reported() {
     let hosts = hosts();
-    answer(&hosts, heartbeat("1", None), &world(1, ""), NOW);
+    answer(&hosts, heartbeat("1", None), &snapshot(1, ""), NOW);
     let clone = Heartbeat { instance_id: "two".to_owned(), hostname: "web-2".to_owned(), ..heartbeat("1", None) };
-    answer(&hosts, clone, &world(1, ""), NOW);
+    answer(&hosts, clone, &snapshot(1, ""), NOW);
     let twin = hosts.changed().unwrap()[0].twin.clone().unwrap();
     assert_eq!((twin.instance_id.as_str(), twin.hostname.as_str()), ("one", "web-1"));
 }
 
 #[test]
-fn there_is_room_for_so_many_hosts_and_a_long_silent_one_gives_way() {
+fn the_number_of_hosts_is_limited_and_a_silent_host_is_replaced() {
     let hosts = hosts();
-    let world = world(1, "");
+    let snapshot = snapshot(1, "");
     for number in 0..MAX_HOSTS {
-        answer(&hosts, heartbeat(&number.to_string(), None), &world, NOW + 1);
+        answer(&hosts, heartbeat(&number.to_string(), None), &snapshot, NOW + 1);
     }
-    assert_eq!(hosts.heartbeat(heartbeat("new", None), None, &world, NOW + 2), Err(HostLimitReached));
-    assert!(hosts.heartbeat(heartbeat("7", None), None, &world, NOW + 2).is_ok(), "a known one is answered");
-    let later = NOW + 2 + FORGOTTEN_AFTER.as_millis() as u64;
-    assert!(hosts.heartbeat(heartbeat("new", None), None, &world, later).is_ok());
+    assert_eq!(hosts.heartbeat(heartbeat("new", None), None, &snapshot, NOW + 2), Err(HostLimitReached));
+    assert!(hosts.heartbeat(heartbeat("7", None), None, &snapshot, NOW + 2).is_ok(), "a known one is answered");
+    let later = NOW + 2 + REPLACEABLE_AFTER.as_millis() as u64;
+    assert!(hosts.heartbeat(heartbeat("new", None), None, &snapshot, later).is_ok());
     assert_eq!(hosts.count(), MAX_HOSTS);
 }
 
-/// A report that says as much as it can.
-fn talkative(number: usize) -> AgentReport {
+/// A report with the longest texts.
+fn longest_report(number: usize) -> AgentReport {
     AgentReport {
         name: format!("agent-{number}").parse().unwrap(),
         version: Some("1".parse().unwrap()),
@@ -191,48 +191,52 @@ fn record(hosts: &Hosts, agent_id: &str) -> Arc<Record> {
 }
 
 #[test]
-fn one_host_is_remembered_in_so_many_bytes_whatever_it_says() {
+fn the_size_of_a_record_is_limited() {
     let hosts = hosts();
-    let loud = Heartbeat {
-        agents: (0..20).map(talkative).collect(),
+    let largest = Heartbeat {
+        agents: (0..20).map(longest_report).collect(),
         events: (0..60).map(event).collect(),
         hostname: "h".repeat(1 << 20),
         ..heartbeat("1", None)
     };
-    let said = |agents: usize| Heartbeat { agents: (0..agents).map(talkative).collect(), ..loud.clone() };
-    answer(&hosts, said(20), &world(1, ""), NOW);
+    let reported = |agents: usize| Heartbeat { agents: (0..agents).map(longest_report).collect(), ..largest.clone() };
+    answer(&hosts, reported(20), &snapshot(1, ""), NOW);
     let known = record(&hosts, "1");
     assert_eq!((known.agents.len(), known.events.len(), known.hostname.len()), (20, 50, 255));
     assert!(known.agents.iter().all(|report| report.message.as_ref().is_some_and(|message| message.len() == 300)));
     assert!(!known.agents[0].message.as_ref().unwrap().contains('\x1b'));
     assert!(known.bytes() < 50_000, "{}", known.bytes());
 
-    // Where there is little room: no events, then no messages, then not all.
-    hosts.lock().bytes = 2 * AMPLE;
-    answer(&hosts, said(20), &world(1, ""), NOW);
+    // With little memory: events are removed first, then messages, then sub-agents.
+    hosts.lock().bytes = 2 * FULL_BYTES;
+    answer(&hosts, reported(20), &snapshot(1, ""), NOW);
     let known = record(&hosts, "1");
     assert_eq!((known.agents.len(), known.events.len()), (20, 0));
-    assert!(known.bytes() <= LEAST && known.agents.iter().any(|report| report.message.is_none()));
-    hosts.lock().bytes = 2 * AMPLE;
-    let many = Heartbeat { agents: (0..100).map(talkative).collect(), ..heartbeat("1", None) };
-    answer(&hosts, many, &world(1, ""), NOW);
+    assert!(known.bytes() <= MAX_RECORD_BYTES_WHEN_FULL && known.agents.iter().any(|report| report.message.is_none()));
+    hosts.lock().bytes = 2 * FULL_BYTES;
+    let many = Heartbeat { agents: (0..100).map(longest_report).collect(), ..heartbeat("1", None) };
+    answer(&hosts, many, &snapshot(1, ""), NOW);
     let known = record(&hosts, "1");
-    assert!((20..100).contains(&known.agents.len()) && known.bytes() <= LEAST, "{}", known.agents.len());
+    assert!(
+        (20..100).contains(&known.agents.len()) && known.bytes() <= MAX_RECORD_BYTES_WHEN_FULL,
+        "{}",
+        known.agents.len()
+    );
     assert_eq!(known.agents[0].name.as_str(), "agent-0");
 }
 
 #[test]
 fn the_bytes_of_all_hosts_are_counted() {
     let all = hosts();
-    let world = world(1, "");
+    let snapshot = snapshot(1, "");
     let sum = |hosts: &Hosts| {
         hosts.mark_changed();
         hosts.changed().unwrap().iter().map(|record| record.bytes()).sum::<usize>()
     };
     for round in 0..3 {
         for (id, agents) in [("1", 3), ("2", 0), ("3", 9)] {
-            let agents = (0..agents * round).map(talkative).collect();
-            answer(&all, Heartbeat { agents, events: vec![event(7)], ..heartbeat(id, None) }, &world, NOW);
+            let agents = (0..agents * round).map(longest_report).collect();
+            answer(&all, Heartbeat { agents, events: vec![event(7)], ..heartbeat(id, None) }, &snapshot, NOW);
         }
         let expected = sum(&all);
         assert_eq!(all.lock().bytes, expected);
@@ -243,17 +247,17 @@ fn the_bytes_of_all_hosts_are_counted() {
 }
 
 #[test]
-fn nobody_can_number_what_another_host_is_told_out_of_reach() {
+fn a_host_cannot_push_the_generations_of_other_hosts_out_of_range() {
     const TODAY: u64 = 1_790_000_000_000;
     let hosts = hosts();
-    let (first, second) = (world(1, ""), world(2, "[agents.a]\nversion = \"1\""));
+    let (first, second) = (snapshot(1, ""), snapshot(2, "[agents.a]\nversion = \"1\""));
     let given = answer(&hosts, heartbeat("1", None), &first, TODAY).generation;
-    for said in [u64::MAX, u64::MAX - 1, 1 << 53, TODAY * 2] {
-        answer(&hosts, heartbeat("1", Some(("ours", said))), &first, TODAY + 1);
-        answer(&hosts, heartbeat("1", Some(("ours", said))), &second, TODAY + 2);
-        answer(&hosts, heartbeat("1", Some(("ours", said))), &first, TODAY + 3);
+    for reported in [u64::MAX, u64::MAX - 1, 1 << 53, TODAY * 2] {
+        answer(&hosts, heartbeat("1", Some(("ours", reported))), &first, TODAY + 1);
+        answer(&hosts, heartbeat("1", Some(("ours", reported))), &second, TODAY + 2);
+        answer(&hosts, heartbeat("1", Some(("ours", reported))), &first, TODAY + 3);
     }
-    let told = answer(&hosts, heartbeat("1", Some(("ours", given))), &second, TODAY + 4);
-    assert!(told.agents.is_some());
-    assert!((given + 1..TODAY + 100).contains(&told.generation), "{}", told.generation);
+    let received = answer(&hosts, heartbeat("1", Some(("ours", given))), &second, TODAY + 4);
+    assert!(received.agents.is_some());
+    assert!((given + 1..TODAY + 100).contains(&received.generation), "{}", received.generation);
 }

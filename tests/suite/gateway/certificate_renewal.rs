@@ -70,7 +70,7 @@ fn hosts_accept_a_renewed_certificate_with_the_same_or_an_announced_key_and_no_o
     gateway.reload();
     wait_for("the pair to be refused", SOON, || {
         let part = gateway.status()["gateway"]["parts"]["certificate"].clone();
-        part["problems"].to_string().contains("the certificate read before is served").then_some(())
+        part["problems"].to_string().contains("the previous certificate is served").then_some(())
     });
     put(&gateway, "tls/cert.pem", &certificate(&first, 2001));
     connected("the renewed certificate", &has_problem);

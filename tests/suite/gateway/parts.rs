@@ -68,7 +68,7 @@ fn a_failed_part_is_named_and_the_other_parts_run_also_at_start() {
     });
     assert_eq!(answer["agents"][0]["version"], "2");
     gateway.edit_fleet("[[[");
-    wait_for_problems(&gateway, &[("keys", "id_rsa.pub"), ("fleet", "fleet.toml is refused")]);
+    wait_for_problems(&gateway, &[("keys", "id_rsa.pub"), ("fleet", "fleet.toml is rejected")]);
 
     // The gateway starts with all these problems; a missing depot affects only the packages that it would offer.
     assert_eq!(gateway.terminate(), 0);
@@ -78,9 +78,9 @@ fn a_failed_part_is_named_and_the_other_parts_run_also_at_start() {
     fs::remove_file(gateway.path("state/lineage")).expect("it exists");
     fs::create_dir(gateway.path("state/lineage")).expect("it can be created");
     gateway.run();
-    let all = [("keys", "id_rsa.pub"), ("fleet", "refused"), ("depot", "cannot read the directory")];
+    let all = [("keys", "id_rsa.pub"), ("fleet", "rejected"), ("depot", "cannot read the directory")];
     let parts =
-        wait_for_problems(&gateway, &[&all[..], &[("state", "the lineage of the generations is not kept")]].concat());
+        wait_for_problems(&gateway, &[&all[..], &[("state", "cannot keep the lineage of the generations")]].concat());
     assert!(parts["state"]["problems"].to_string().contains("hosts.json.damaged"), "{parts:#}");
     let health = https.get("/healthz").json();
     assert_eq!((&health["ok"], &health["parts"]), (&json!(false), &parts), "{health:#}");
@@ -115,7 +115,7 @@ fn a_fleet_file_is_applied_at_once_or_rejected_without_a_change() {
     };
     let first = "[agents.a]\nversion = \"1\"\n[agents.b]\nversion = \"1\"\n";
     let said = apply(&gateway, first).expect_success();
-    assert!(said.contains("in force when the gateway runs"), "{said}");
+    assert!(said.contains("comes into force when the gateway runs"), "{said}");
     gateway.run();
     let https = Https::to(&gateway);
     assert_eq!(first_answer(&https)["agents"][0]["version"], "1");

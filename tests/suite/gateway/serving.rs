@@ -77,14 +77,14 @@ fn an_invalid_fleet_file_changes_nothing_and_is_reported_until_it_is_fixed() {
             "{status:#}"
         );
         let table = gateway.command(&["status"], &[]).expect_success();
-        assert!(table.contains("fleet.toml is refused") && table.contains(reason), "{table}");
+        assert!(table.contains("fleet.toml is rejected") && table.contains(reason), "{table}");
         let log = fs::read_to_string(gateway.log()).expect("the gateway logs");
         assert!(log.contains(reason), "{log}");
     }
     fs::remove_file(gateway.path("fleet.toml")).expect("it exists");
     wait_for("its absence to be noticed", SOON, || {
         let error = https.get("/healthz").json()["fleet"]["lastError"].clone();
-        error.as_str().is_some_and(|error| error.contains("there is no file")).then_some(())
+        error.as_str().is_some_and(|error| error.contains("does not exist")).then_some(())
     });
     assert_eq!(first_answer(&https), good);
 
@@ -368,7 +368,7 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let before = contents();
     let again = gateway.command(&["init"], &["--name", "other.example"]).expect_success();
     assert_eq!(contents(), before);
-    assert!(again.contains("kept") && !again.contains("made") && again.contains("--name is without effect"), "{again}");
+    assert!(again.contains("kept") && !again.contains("created") && again.contains("--name has no effect"), "{again}");
     // The next steps can be copied: each command is on one line.
     for words in
         ["aops gateway publish --dir", "aops gateway run --dir", "--trusted-key aops.pub --pin sha256:", "curl -k"]
@@ -381,11 +381,14 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let published = fs::read(gateway.path(file)).expect("it is published");
     let other = Package::script("a", "1", "exit 1", "");
     let refused = gateway.publish_with(&[&other.path().display().to_string()]).expect_code(1);
-    assert!(refused.stderr.contains("is published already, with another content; choose another version"), "{refused}");
+    assert!(
+        refused.stderr.contains("is published already with different content; choose another version"),
+        "{refused}"
+    );
     assert_eq!(fs::read(gateway.path(file)).expect("it still exists"), published);
     let unrunnable = Package::native("a", "2", &["bin/gone"], "");
     let refused = gateway.publish_with(&[&unrunnable.path().display().to_string()]).expect_code(1);
-    assert!(refused.stderr.contains("bin/gone, which is not in it"), "{refused}");
+    assert!(refused.stderr.contains("bin/gone, which is not in the package"), "{refused}");
 
     // A package that was signed elsewhere is served with its own signature.
     let elsewhere = Gateway::stopped();
@@ -393,7 +396,10 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
     let (archive, signature) =
         (elsewhere.path("depot/b-1_linux_amd64.tar.zst"), elsewhere.path("depot/b-1_linux_amd64.tar.zst.minisig"));
     let output = gateway.publish_with(&[&archive.display().to_string()]);
-    assert!(output.success() && output.stderr.contains("warning: no key in"), "{output}");
+    assert!(
+        output.success() && output.stderr.contains("warning: the signature is by a key that is not in"),
+        "{output}"
+    );
     let kept = fs::read(gateway.path("depot/b-1_linux_amd64.tar.zst.minisig")).expect("it is published");
     assert_eq!(kept, fs::read(signature).expect("it is published there"));
 }
@@ -402,7 +408,7 @@ fn init_keeps_existing_files_and_published_packages_are_immutable() {
 fn a_gateway_exits_on_a_signal_and_a_second_one_is_rejected() {
     let mut gateway = Gateway::start();
     let second = gateway.command(&["run"], &["--listen", "127.0.0.1:0"]).expect_code(1);
-    assert!(second.stderr.contains("one is running already"), "{second}");
+    assert!(second.stderr.contains("another gateway is already running"), "{second}");
     // An idle connection does not delay the exit.
     let idle = std::net::TcpStream::connect(gateway.url().trim_start_matches("https://")).expect("it listens");
     assert_eq!(gateway.terminate(), 0);

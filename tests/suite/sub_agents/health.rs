@@ -309,7 +309,7 @@ fn an_impossible_health_check_is_rejected_at_publication() {
         ("http = \"127.0.0.1:80\"", "[health] http \"127.0.0.1:80\" is not an http:// or https:// URL"),
         ("tcp = \"127.0.0.1\"", "[health] tcp \"127.0.0.1\" is not host:port"),
         ("exec = [\"/bin/true\"]", "[health] exec \"/bin/true\" is not a path inside the package"),
-        ("exec = [\"bin/none\"]", "runs bin/none, which is not in it"),
+        ("exec = [\"bin/none\"]", "runs bin/none, which is not in the package"),
         ("tcp = \"a:1\"\ninterval = \"100ms\"", "[health] interval is not within 1s and 1h"),
         ("tcp = \"a:1\"\ntimeout = 0", "[health] timeout is not within 100ms and 5m"),
         ("tcp = \"a:1\"\nfailures = 0", "[health] failures is not within 1 and 100"),
