@@ -1,9 +1,9 @@
-//! The watchdog: keeps the manager alive and honest.
+//! The watchdog: supervises the manager.
 //!
 //! It is tiny: no async runtime, no TLS, no network. It holds the control connection to the manager, whose end is the manager's death, and
-//! pings over it, so that a hang shows. A dead manager is revived by the service manager where there is one; where there is none, or where
-//! it does not, by the watchdog itself. A stop that was recorded, told or done to the unit is honoured: then it ends what the manager
-//! left, and itself.
+//! sends pings over it to detect a hang. A dead manager is restarted by the service manager; without one, or if it does not, by the
+//! watchdog. The watchdog honours a stop, whether it is recorded, announced by the manager or made at the unit: it stops the remaining
+//! sub-agents and exits.
 
 mod one_shot;
 mod sentinel;
@@ -33,26 +33,26 @@ use crate::platform::{self, LocalConnection};
 use crate::role::{self, RoleHolder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
-/// The home and the settings are looked at so often, with a ping.
+/// Interval for checking the home and reloading the settings; done with a ping.
 const LOOKS_AROUND: Duration = Duration::from_secs(60);
 const TAKE_OVER: Duration = Duration::from_secs(10);
 
 /// How the watchdog is started.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct WatchdogOptions {
-    /// Who starts it: a unit of the service manager says so here
+    /// The service manager that starts it; set by the unit
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
     service: ServiceManagerKind,
-    /// It goes on for another program of the same watchdog
+    /// Passed when a running watchdog replaces itself with another program
     #[arg(long, hide = true)]
     renewed: bool,
-    /// Send one heartbeat, and say whether it is answered
+    /// Send one heartbeat; succeed if the gateway answers
     #[arg(long, hide = true, group = "one_shot")]
     probe: bool,
-    /// Show that this program can be the watchdog
+    /// Check that this program can run as the watchdog
     #[arg(long, hide = true, group = "one_shot")]
     prove: bool,
-    /// Start the watchdog again if the one that started this ends without a word
+    /// Restart the watchdog if the one that started this exits unexpectedly
     #[arg(long, hide = true, group = "one_shot")]
     sentinel: bool,
 }
@@ -72,27 +72,27 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     role::leave_sub_agent(home);
     let supervised = options.service != ServiceManagerKind::None;
     if role::is_stop_recorded(home) && !supervised {
-        tracing::info!("the home was told to stop; the watchdog does not start");
+        tracing::info!("the home is stopped; the watchdog does not start");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let _lock = take_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     let now = Instant::now();
     let mut judge = TrialMonitor::new(home, !supervised, options.renewed, now);
-    // Before anybody can know that there is a watchdog: a bad release may end each one that it sees.
+    // Before anything can detect this watchdog: a bad release may kill every watchdog that it finds.
     if judge.look(now) == TrialAction::EndManager {
         judge.kill_manager();
     }
     let holder = role::announce(home, Role::Spa)?;
     if role::is_stop_recorded(home) && !supervised {
-        // Who stops the home records it first and then looks who is there; either it sees us, or we see the record.
+        // A stop is recorded before the running roles are looked up: either the stop finds this process, or this process finds the record.
         role::take_leave(home, Role::Spa, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let (sender, words) = mpsc::channel();
     let terminate = sender.clone();
     ctrlc::set_handler(move || drop(terminate.send(WatchdogEvent::Terminate)))
-        .context("cannot hear the signal to end")?;
+        .context("cannot install the handler of the termination signal")?;
     platform::notify(Notification::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
@@ -120,7 +120,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     platform::notify(Notification::Stopping);
     match &end {
         Ok(_) => role::take_leave(home, Role::Spa, &holder),
-        Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog ended"),
+        Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog exits because of an error"),
     }
     Ok(match end? {
         WatchdogExit::Asked | WatchdogExit::Become => ExitCode::SUCCESS,
@@ -128,21 +128,21 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     })
 }
 
-/// Goes on as the program that the watchdog's link leads to now: what may be started is up to nobody else then, and whoever watches this
-/// process sees no end. Returns only where that fails: then it ends, and is started again like any watchdog.
+/// Replaces this process with the program that the watchdog's link names now. No other process is needed to start it, and an observer of
+/// this process sees no exit. Returns only on failure: then the watchdog exits, and is restarted like any other.
 fn become_another(home: &Home, service: ServiceManagerKind) -> anyhow::Error {
     let program = home.role_link(Role::Spa.program());
-    tracing::info!(program = %program.display(), "the watchdog goes on as another program");
+    tracing::info!(program = %program.display(), "the watchdog continues as another program");
     if let Err(error) = permissions::executable(home, &program) {
-        return error.context("the watchdog cannot go on as another program");
+        return error.context("the watchdog cannot continue as another program");
     }
     let mut command = Command::new(&program);
     command.arg("--home").arg(home.known_as()).arg("--service").arg(service.to_string()).arg("--renewed");
     let error = anyhow::Error::from(platform::become_program(&mut command));
-    error.context(format!("the watchdog cannot go on as {}", program.display()))
+    error.context(format!("the watchdog cannot continue as {}", program.display()))
 }
 
-/// Takes the role; one that the service manager started ends a predecessor that somebody else started.
+/// Acquires the role's lock. A watchdog started by the service manager first ends one that was started otherwise.
 fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
     if supervised
         && role::is_taken(home, Role::Spa)
@@ -150,37 +150,40 @@ fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
     {
         holder.ask_to_end()?;
     }
-    match role::take(home, Role::Spa, TAKE_OVER).context("cannot become the watchdog")? {
+    match role::take(home, Role::Spa, TAKE_OVER).context("cannot acquire the watchdog's lock")? {
         Some(lock) => Ok(lock),
-        None => bail!("cannot become the watchdog of {}: another process is", home.root().display()),
+        None => bail!(
+            "cannot run the watchdog of {}: another watchdog is already running; see `control status`",
+            home.root().display()
+        ),
     }
 }
 
-/// What wakes the watchdog.
+/// What the watchdog waits for.
 #[derive(Debug)]
 enum WatchdogEvent {
-    /// From the connection of that number.
+    /// Received on the connection with this number.
     Heard(u64, ControlMessage),
     Terminate,
 }
 
-/// Why it ends.
+/// Why the watchdog exits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WatchdogExit {
-    /// Somebody asked this process to.
+    /// This process received a termination signal.
     Asked,
     /// The home is stopped.
     Stopped,
-    /// It goes on as another program.
+    /// It continues as another program.
     Become,
 }
 
-/// How a watch over a connection came to its end.
+/// How the supervision of a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ConnectionEnd {
     /// The connection ended.
     Lost,
-    /// The manager said that the home is stopped.
+    /// The manager reported that the home is stopped.
     Stopped,
     Terminate,
     Become,
@@ -189,21 +192,21 @@ enum ConnectionEnd {
 struct Watchdog<'a> {
     home: &'a Home,
     judge: TrialMonitor,
-    /// Its own record.
+    /// This watchdog's record.
     holder: &'a RoleHolder,
-    /// Who starts the roles.
+    /// The service manager that starts the roles.
     service: ServiceManagerKind,
     sender: mpsc::Sender<WatchdogEvent>,
     words: mpsc::Receiver<WatchdogEvent>,
-    /// Counts connections, so that word of an earlier one is not taken for this one's.
+    /// Numbers the connections, so that messages of an earlier one are ignored.
     serial: u64,
     reviver: Reviver,
     children: StartedManagers,
-    /// The manager's.
+    /// Memory use of the manager.
     memory: Memory,
-    /// So much the manager may use, bytes.
+    /// The manager's memory limit, bytes.
     most_memory: u64,
-    /// When the home and the settings are looked at next.
+    /// When the home and the settings are checked next.
     looks_around: Instant,
 }
 
@@ -223,22 +226,22 @@ impl Watchdog<'_> {
                     self.judge.lost(how == Some(Loss::Died));
                     match how {
                         None | Some(Loss::Unheard) => {}
-                        Some(how) => tracing::info!(how = format!("{how:?}"), "the manager is gone"),
+                        Some(how) => tracing::info!(how = format!("{how:?}"), "the manager disconnected"),
                     }
                 }
                 ConnectionEnd::Become => return Ok(WatchdogExit::Become),
                 how @ (ConnectionEnd::Stopped | ConnectionEnd::Terminate) => {
-                    tracing::info!(how = format!("{how:?}"), "the manager is gone");
+                    tracing::info!(how = format!("{how:?}"), "the manager disconnected");
                     return if how == ConnectionEnd::Stopped { self.honour_stop() } else { Ok(WatchdogExit::Asked) };
                 }
             }
         }
     }
 
-    /// Waits for a manager to connect to, and revives one that does not come.
+    /// Waits until it can connect to a manager, and restarts a dead one.
     fn find_manager(&mut self) -> Result<ManagerSearch> {
         loop {
-            // First: who is started next may depend on it.
+            // First, because it may change which program is started next.
             match while_noticed(|| self.judge.look(Instant::now())) {
                 TrialAction::Nothing | TrialAction::Heartbeat => {}
                 TrialAction::EndManager => self.ask_manager_to_end(),
@@ -281,35 +284,38 @@ impl Watchdog<'_> {
         match action? {
             RevivalAction::AskUnit => return self.ask_unit(),
             RevivalAction::StartUnit => {
-                tracing::warn!("the manager is dead and its unit is asked to start it");
+                tracing::warn!("the manager is dead; its unit is started");
                 if let Err(error) = while_noticed(|| host_service::start(self.service, self.home, &[Role::Spm])) {
-                    tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
+                    tracing::error!(error = format!("{error:#}"), "cannot start the manager's unit");
                 }
                 self.reviver.unit_start_ended(Instant::now());
             }
             RevivalAction::Start { failures } => {
                 tracing::warn!(failures, "the manager is dead and is started");
                 if let Err(error) = self.children.start(self.home) {
-                    tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again");
+                    tracing::error!(error = format!("{error:#}"), "cannot start the manager; the start is retried");
                 }
             }
             RevivalAction::KillHung => self.kill_hung(),
             RevivalAction::HonourStop => return Some(ManagerSearch::Stop),
-            // Of the other policy.
+            // Belongs to the manager's policy.
             RevivalAction::LeaveStopped => {}
         }
         None
     }
 
-    /// Asks what the service manager knows of the manager's unit, and does what follows.
+    /// Queries the service manager for the state of the manager's unit, and acts on it.
     fn ask_unit(&mut self) -> Option<ManagerSearch> {
         let answer = host_service::standing(self.service, self.home, Role::Spm).inspect_err(|error| {
-            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot query the service manager for the state of the manager's unit"
+            );
         });
         let action = self.reviver.answered(answer.ok(), self.seen(), Instant::now());
         if action == Some(RevivalAction::HonourStop) {
-            // It is recorded with what follows.
-            tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
+            // The stop is recorded by `honour_stop`.
+            tracing::info!("the manager's unit was stopped; the sub-agents are stopped, too");
         }
         self.carry_out(action)
     }
@@ -318,7 +324,7 @@ impl Watchdog<'_> {
         let mut door = match ControlClient::open(self.home, PING) {
             Ok(door) => door?,
             Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "the manager's door cannot be opened");
+                tracing::warn!(error = format!("{error:#}"), "cannot connect to the manager");
                 return None;
             }
         };
@@ -334,7 +340,7 @@ impl Watchdog<'_> {
         Some(writer)
     }
 
-    /// Holds the connection until it ends.
+    /// Supervises the manager until the connection ends.
     fn watch(&mut self, mut connection: LocalConnection) -> Result<ConnectionEnd> {
         let mut pings = Pings::new(Instant::now());
         loop {
@@ -352,7 +358,7 @@ impl Watchdog<'_> {
                         }
                         self.children.answered(self.home);
                         if self.reviver.heard(Instant::now()) {
-                            tracing::info!("the manager is watched");
+                            tracing::info!("the manager answers and is supervised");
                         }
                     }
                     ControlMessage::Farewell(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
@@ -380,19 +386,19 @@ impl Watchdog<'_> {
                     if next == PingAction::Hung {
                         self.kill_hung();
                     }
-                    // A failure shows as the connection's end.
+                    // An error shows as the end of the connection.
                     let _ = control_socket::send(&mut connection, &Request::Ping);
                 }
             }
         }
     }
 
-    /// Looks after an upgrade of the manager that is connected.
+    /// Supervises an upgrade of the connected manager.
     fn judge_manager(&mut self, connection: &mut LocalConnection) -> Option<ConnectionEnd> {
         if Instant::now() < self.judge.due() {
             return None;
         }
-        // A failure shows as the connection's end.
+        // An error shows as the end of the connection.
         match while_noticed(|| self.judge.look(Instant::now())) {
             TrialAction::Nothing => {}
             TrialAction::EndManager => drop(control_socket::send(connection, &Request::Yield)),
@@ -411,35 +417,38 @@ impl Watchdog<'_> {
     fn ask_manager_to_end(&self) {
         let Some(holder) = role::who_has(self.home, Role::Spm) else { return };
         if let Err(error) = holder.ask_to_end() {
-            tracing::error!(error = format!("{error:#}"), "the manager cannot be asked to end");
+            tracing::error!(error = format!("{error:#}"), "cannot ask the manager to exit");
         }
     }
 
     fn kill_hung(&self) {
         let Some(holder) = role::who_has(self.home, Role::Spm) else { return };
-        tracing::error!(pid = holder.pid, "the manager hangs and is killed");
+        tracing::error!(pid = holder.pid, "the manager does not respond and is killed");
         if let Err(error) = holder.kill() {
-            tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");
+            tracing::error!(error = format!("{error:#}"), "cannot kill the manager");
         }
     }
 
-    /// Directories and keys in place, and what the manager may use.
+    /// Restores missing directories, checks the keys, and reloads the manager's memory limit.
     fn look_around(&mut self) {
         role::tell_of_restored(&role::restore_directories(self.home));
         role::announce_again(self.home, Role::Spa, self.holder);
         match keyring::trusted(self.home) {
             Ok(keys) if keys.is_empty() => {
-                tracing::error!("no trusted key is left; no release can be installed until one is put into etc/keys")
+                tracing::error!("no trusted key is left; no release can be installed until a key is added to etc/keys")
             }
             Ok(_) => {}
-            Err(error) => tracing::error!(error = format!("{error:#}"), "no release can be installed"),
+            Err(error) => tracing::error!(
+                error = format!("{error:#}"),
+                "cannot read the trusted keys; no release can be installed"
+            ),
         }
         if let Ok(loaded) = Config::load(self.home) {
             self.most_memory = loaded.config.spm_max_mem.0;
         }
     }
 
-    /// Has the manager restarted that uses too much memory for too long. In an upgrade the judge sees to that.
+    /// Restarts a manager that uses too much memory for too long. During an upgrade, the trial's evaluation covers this.
     fn look_at_memory(&mut self, connection: &mut LocalConnection) {
         if self.judge.is_judging() {
             return;
@@ -449,29 +458,29 @@ impl Watchdog<'_> {
         if self.memory.look(used, self.most_memory, Instant::now())
             && let Some(why) = memory::excess("the manager", used, self.most_memory, "spmMaxMem")
         {
-            tracing::warn!(why, "the manager is restarted");
-            // A failure shows as the connection's end.
+            tracing::warn!(why, "the manager uses too much memory and is restarted");
+            // An error shows as the end of the connection.
             let _ = control_socket::send(connection, &Request::Renew { why });
         }
     }
 
-    /// Ends what the manager left, and records the stop where it was only told.
+    /// Stops the remaining sub-agents, and records the stop if it is not recorded yet.
     fn honour_stop(&mut self) -> Result<WatchdogExit> {
         if let Err(error) = role::record_stop(self.home) {
-            tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
+            tracing::warn!(error = format!("{error:#}"), "cannot record the stop");
         }
         self.end_sub_agents()?;
-        tracing::info!("the home is stopped, and with it the watchdog");
+        tracing::info!("the home is stopped; the watchdog exits");
         Ok(WatchdogExit::Stopped)
     }
 
     fn end_sub_agents(&self) -> Result<()> {
-        // Every one of them may take its grace period.
+        // Every sub-agent may take its grace period.
         while_noticed(|| process::stop::end_all(self.home))
     }
 }
 
-/// Does what may take longer than the service manager waits for a sign of life, and gives it one meanwhile.
+/// Runs work that may take longer than the service manager's watchdog timeout, and notifies it meanwhile.
 fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         let (done, working) = mpsc::channel::<()>();
@@ -494,7 +503,7 @@ enum ManagerSearch {
     Become,
 }
 
-/// Hears a connection to its end.
+/// Receives messages until the connection ends.
 fn listen(serial: u64, mut reader: BufReader<LocalConnection>, sender: &mpsc::Sender<WatchdogEvent>) {
     loop {
         let heard = control_socket::hear(&mut reader).unwrap_or(ControlMessage::End);

@@ -1,18 +1,19 @@
-//! What a manager has started besides sub-agents: the other processes of its session. A bad release's are bounded, and end with it.
+//! The processes of a manager's session, other than sub-agents. For a bad release their number and memory are limited, and they are killed
+//! with it.
 
 use crate::core::manifest::StopSignal;
 use crate::home::Home;
 use crate::platform;
 
-/// A manager has a handful of processes in its session: what checks and asks.
+/// Limit on the processes of a session; a manager has a handful, for checks and queries.
 const MAX_PROCESSES: usize = 200;
-/// What is left of its session is killed in so many rounds: it may start more meanwhile.
+/// Limit on the rounds in which the rest of a session is killed: its processes may start more in between.
 const ROUNDS: usize = 100;
 
-/// The processes of a manager's session, itself among them; a sub-agent has a session of its own.
+/// The processes of a manager's session, itself among them. Sub-agents have sessions of their own.
 fn session_of(home: &Home, pid: u32, start_time: u64) -> Vec<platform::ProcessInfo> {
     let own = platform::seen(pid, home.root());
-    // Of a dead one the session has its number as long as there is a process in it, and then nobody else has that number.
+    // While a session has processes, its number is not reused as a pid, so a dead manager's pid still identifies its session.
     let session = match &own {
         Some(own) if own.start_time != start_time => return vec![],
         Some(own) => own.session,
@@ -33,7 +34,7 @@ pub(super) fn uses_too_much(home: &Home, pid: u32, start_time: u64, most: u64) -
     processes.len() > MAX_PROCESSES || bytes > most
 }
 
-/// Kills all that a manager has started and that is no sub-agent; the manager itself is left to the caller.
+/// Kills all processes that a manager started, except sub-agents and the manager itself.
 pub(super) fn kill_session(home: &Home, pid: u32, start_time: u64) {
     for _ in 0..ROUNDS {
         let others: Vec<_> = session_of(home, pid, start_time).into_iter().filter(|seen| seen.pid != pid).collect();

@@ -1,9 +1,8 @@
-//! The watchdog as the judge of a new release of the manager, whose upgrade it brings to one end or the other.
+//! Supervises the trial of a new release of the manager, up to its commit or rollback.
 //!
-//! What follows from what is decided in [`core::upgrade`](crate::core::upgrade). Here the new manager is observed, steps that change the
-//! disk are carried out, and two one-shots are run: a heartbeat of the old program, which tells whether a missing one is the new
-//! manager's fault or the network's, and the proof of the new watchdog. What concerns the manager's process or this one is answered as a
-//! [`TrialAction`], for the watchdog to do.
+//! The decisions are made in [`core::upgrade`](crate::core::upgrade). Here the new manager is observed, disk steps are carried out, and two
+//! one-shots are run: a heartbeat of the old program, which shows whether a missing heartbeat is the new manager's fault or the network's,
+//! and the proof of the new watchdog. Actions on the manager's process or on this process are returned as a [`TrialAction`].
 
 mod shot;
 
@@ -31,42 +30,42 @@ use crate::platform::ContentStamp;
 use crate::process::record;
 use crate::role::{self, RoleHolder};
 
-/// Between two looks while an upgrade is under way.
+/// Interval between checks while an upgrade is in progress.
 const LOOK: Duration = Duration::from_secs(1);
-/// Otherwise the record's file is looked at so often, and whenever the manager has ended.
+/// Otherwise: interval for checking the record's file, which is also checked when the manager exits.
 const IDLE_LOOK: Duration = PING;
-/// The other role may hold the record for a step.
+/// Timeout for the record's lock: the other role may hold it for a step.
 const TURN: Duration = Duration::from_millis(500);
-/// Steps without a pause; an upgrade has fewer.
+/// Limit on steps without a pause; an upgrade has fewer.
 const MAX_STEPS: usize = 32;
-/// The time that is waited is recorded in pieces of this length.
+/// Waiting time is recorded in pieces of this length.
 const PIECE: Duration = Duration::from_secs(5);
-/// The settings may change meanwhile.
+/// Interval for reloading the settings.
 const SETTINGS: Duration = Duration::from_secs(60);
-/// A heartbeat of the old program ends within this, through however many endpoints.
+/// Timeout of the old program's heartbeat, over all endpoints.
 const PROBE: Duration = Duration::from_secs(120);
-/// The proof of the new watchdog ends within this.
+/// Timeout of the proof of the new watchdog.
 const PROOF: Duration = Duration::from_secs(60);
-/// The new manager may use too much at one look, and not at so many in a row.
+/// Number of consecutive checks above a limit until the new manager counts as using too much.
 const LARGE_IN_A_ROW: u32 = 3;
-/// A manager that is to send a heartbeat is asked for one so often.
+/// Interval for requesting a heartbeat that the manager still owes.
 const ASKS: Duration = Duration::from_secs(10);
-/// A manager that was asked to end is killed after this.
+/// A manager that was asked to exit is killed after this.
 const ENDS: Duration = Duration::from_secs(10);
 
-/// What the watchdog is to do.
+/// An action for the watchdog to carry out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TrialAction {
     Nothing,
-    /// Ask the manager to give way.
+    /// Ask the manager to yield.
     EndManager,
-    /// Ask the manager for a heartbeat.
+    /// Request a heartbeat from the manager.
     Heartbeat,
-    /// Go on as the program that the watchdog's link leads to now.
+    /// Continue as the program that the watchdog's link names now.
     Become,
 }
 
-/// The manager that runs, as it was observed so far.
+/// The running manager, as observed so far.
 #[derive(Debug)]
 struct ObservedManager {
     holder: RoleHolder,
@@ -74,7 +73,7 @@ struct ObservedManager {
     answered: Option<Instant>,
     adopted: bool,
     heartbeat: bool,
-    /// In a row, at which it used too much.
+    /// Number of consecutive checks at which it used too much.
     large: u32,
     asked_to_end: Option<Instant>,
 }
@@ -82,38 +81,38 @@ struct ObservedManager {
 #[derive(Debug)]
 pub(super) struct TrialMonitor {
     home: Home,
-    /// Nothing but this process would start the watchdog again.
+    /// There is no service manager that would restart the watchdog.
     alone: bool,
     programs: Programs,
     own: Option<Digest>,
     was_started_from_backup: bool,
-    /// Another program was put in the place of a manager that failed, and nobody has asked yet.
+    /// A failed manager's program was replaced, and `has_restored` was not called since.
     has_restored: bool,
-    /// The record's file, as it was last read.
+    /// Stamp of the record's file when last read.
     seen: Option<ContentStamp>,
     is_judging: bool,
     next_look: Instant,
-    /// This watchdog was started, not renewed, and has not looked yet.
+    /// This watchdog was started, not renewed, and has not checked the record yet.
     is_new: bool,
-    /// It went on for another program, in this phase of the trial.
+    /// The phase of the trial in which this watchdog was renewed.
     renewed_in: Option<UpgradePhase>,
     is_first_look: bool,
-    /// The trial that what follows is about.
+    /// The trial that the following fields are about.
     trial: Option<Trial>,
     manager: Option<ObservedManager>,
     died: bool,
     took_over: bool,
-    /// A manager of the release before has ended since the trial began: whoever comes then was started as the new one.
+    /// A manager of the previous release exited since the trial started: later managers were started from the new release.
     is_old_gone: bool,
     probe: OneShot,
     proof: OneShot,
-    /// The managers of the new release that were seen: what they started is ended with them.
+    /// The managers of the new release seen so far: the processes that they started are killed with them.
     new_managers: Vec<RoleHolder>,
-    /// Why the last look failed.
+    /// Why the last check failed.
     last_error: Option<String>,
-    /// The manager was last asked for a heartbeat then.
+    /// When the manager was last asked for a heartbeat.
     asked: Option<Instant>,
-    /// Waiting since, of which nothing is recorded yet.
+    /// Start of the waiting time that is not recorded yet.
     waits: Option<Instant>,
     limits: TrialLimits,
     most_memory: u64,
@@ -122,7 +121,7 @@ pub(super) struct TrialMonitor {
 }
 
 impl TrialMonitor {
-    /// `alone`: there is no service manager; `renewed`: it goes on for another program of the same watchdog.
+    /// `alone`: there is no service manager; `renewed`: a running watchdog replaced itself with this program.
     pub(super) fn new(home: &Home, alone: bool, renewed: bool, now: Instant) -> TrialMonitor {
         let backup = home.backup_executable();
         let own = platform::own_executable();
@@ -157,22 +156,22 @@ impl TrialMonitor {
         }
     }
 
-    /// When to look next.
+    /// When [`TrialMonitor::look`] must be called next.
     pub(super) fn due(&self) -> Instant {
         self.next_look
     }
 
-    /// An upgrade is under way: the manager is to be asked after its state.
+    /// Whether an upgrade is in progress: then the manager's status is requested.
     pub(super) fn is_judging(&self) -> bool {
         self.is_judging
     }
 
-    /// Whether the release before was put back since this was last asked.
+    /// Whether the previous release was restored since the last call.
     pub(super) fn has_restored(&mut self) -> bool {
         std::mem::take(&mut self.has_restored)
     }
 
-    /// The connection to the manager has ended. `died`: without a word, or because it hung.
+    /// The connection to the manager ended. `died`: without a goodbye, or because it hung.
     pub(super) fn lost(&mut self, died: bool) {
         self.next_look = Instant::now();
         if let Some(manager) = &mut self.manager {
@@ -184,13 +183,13 @@ impl TrialMonitor {
         }
     }
 
-    /// A manager that this watchdog started has ended before anybody could connect to it.
+    /// A manager that this watchdog started exited before it answered.
     pub(super) fn ended_unseen(&mut self) {
         self.died |= self.trial.as_ref().is_some_and(|trial| trial.phase == UpgradePhase::Trial);
         self.next_look = Instant::now();
     }
 
-    /// What the manager says of itself.
+    /// Evaluates a status reported by the manager.
     pub(super) fn answered(&mut self, status: &Status, now: Instant) {
         self.find_manager();
         let (Some(trial), Some(manager)) = (&self.trial, &mut self.manager) else { return };
@@ -202,7 +201,7 @@ impl TrialMonitor {
         {
             manager.image = if *version == trial.from.version { WhichRelease::From } else { WhichRelease::To };
         }
-        // One that takes itself for another release than was signed would be upgraded for ever.
+        // One that reports another version than its release's would be upgraded again and again.
         if manager.image == WhichRelease::To && status.version.as_ref() != Some(&trial.to.version) {
             return tracing::warn!(version = ?status.version, "the new manager reports another version than that of its release");
         }
@@ -216,7 +215,7 @@ impl TrialMonitor {
         }
     }
 
-    /// Looks, and takes the steps that are due.
+    /// Checks the record, and carries out the steps that are due.
     pub(super) fn look(&mut self, now: Instant) -> TrialAction {
         if now < self.next_look {
             return TrialAction::Nothing;
@@ -232,9 +231,9 @@ impl TrialMonitor {
             }
             Err(error) => {
                 let error = format!("{error:#}");
-                // Once: it is tried every second, perhaps for as long as a disk is full.
+                // Logged once: it is retried every second, possibly for as long as a disk is full.
                 if self.last_error.as_ref() != Some(&error) {
-                    tracing::error!(error, "the manager's upgrade cannot go on; it is tried again");
+                    tracing::error!(error, "cannot continue the manager's upgrade; it is retried");
                     self.last_error = Some(error);
                 }
                 TrialAction::Nothing
@@ -242,7 +241,7 @@ impl TrialMonitor {
         }
     }
 
-    /// This watchdog ends in order, or makes way for another program.
+    /// This watchdog exits orderly, or continues as another program.
     pub(super) fn relieve_sentinel(&mut self) {
         if let Some(sentinel) = self.sentinel.take() {
             sentinel.relieve();
@@ -274,10 +273,10 @@ impl TrialMonitor {
             }
             self.taken(step);
         }
-        bail!("a step of the upgrade has no effect")
+        bail!("an upgrade step had no effect")
     }
 
-    /// Looks at which trial it is, and at whom it is about.
+    /// Determines the current trial and its manager, and resets the observations of an earlier one.
     fn consider(&mut self, record: &UpgradeRecord, now: Instant) {
         let trial = record.trial().cloned();
         let is = |one: &Trial, other: &Trial| one.to.is(&other.to) && one.began == other.began;
@@ -291,7 +290,7 @@ impl TrialMonitor {
         }
         self.find_manager();
         let Some(trial) = &self.trial else {
-            // Whatever begins later has begun under this watchdog.
+            // An upgrade that starts later starts under this watchdog.
             (self.is_first_look, self.is_new) = (false, false);
             self.relieve_sentinel();
             return;
@@ -316,7 +315,7 @@ impl TrialMonitor {
         }
     }
 
-    /// Who is the manager now; what was observed of another is forgotten.
+    /// Determines the current manager; the observations of another one are dropped.
     fn find_manager(&mut self) {
         let Some(trial) = &self.trial else { return self.manager = None };
         let holder = role::who_has(&self.home, Role::Spm);
@@ -336,7 +335,7 @@ impl TrialMonitor {
             self.probe = OneShot::NotBegun;
             let program = self.programs.of_process(holder.pid);
             let same = if trial.phase == UpgradePhase::RollingBack { WhichRelease::From } else { WhichRelease::To };
-            // A script, or what it starts, is the new release too: the old one is known by its bytes.
+            // A script, or a program started by it, counts as the new release: the old one is recognized by its bytes.
             let image = match which(trial, program.as_ref(), same) {
                 WhichRelease::Other => WhichRelease::To,
                 WhichRelease::From if is_old_gone => WhichRelease::To,
@@ -368,15 +367,15 @@ impl TrialMonitor {
             Some(trial) => {
                 let by_file = match self.was_started_from_backup {
                     true => WhichRelease::From,
-                    // Its bytes may be those of the backup all the same.
+                    // Its bytes may equal the backup's.
                     false if trial.phase == UpgradePhase::Committing => WhichRelease::To,
                     false => WhichRelease::From,
                 };
                 match which(trial, self.own.as_ref(), by_file) {
-                    // It has become what its link led to: there is nothing else that it could be.
+                    // It became the program that its link named, which determines the release.
                     _ if self.renewed_in == Some(UpgradePhase::Committing) => WhichRelease::To,
                     _ if self.renewed_in.is_some() && trial.phase != UpgradePhase::Committing => WhichRelease::From,
-                    // A script in the place of an executable runs something else.
+                    // A script installed as the executable runs another program.
                     WhichRelease::Other if self.was_started_from_backup => WhichRelease::From,
                     WhichRelease::Other => WhichRelease::To,
                     image => image,
@@ -421,7 +420,7 @@ impl TrialMonitor {
         })
     }
 
-    /// Records the time that was waited for the new manager to be in charge: in pieces, and only as long as this process was looking.
+    /// Records the time spent waiting for the new manager to take charge: in pieces, and only while this process was running.
     fn count_wait(&mut self, session: &mut UpgradeSession, now: Instant) -> Result<()> {
         let (Some(since), Some(trial)) = (self.waits, &self.trial) else { return Ok(()) };
         let left = self.limits.first_answer.saturating_sub(Duration::from_secs(trial.spent_seconds));
@@ -433,7 +432,7 @@ impl TrialMonitor {
         session.change(|record| record.spend(waited.as_secs())).map(drop)
     }
 
-    /// A step of the disk was taken.
+    /// Handles a completed disk step.
     fn taken(&mut self, step: UpgradeStep) {
         match step {
             UpgradeStep::Restore => self.has_restored = true,
@@ -452,7 +451,7 @@ impl TrialMonitor {
         }
     }
 
-    /// Ends what managers of the new release that are dead have left running.
+    /// Kills what dead managers of the new release left running.
     fn end_leftovers(&mut self) {
         for manager in self.new_managers.extract_if(.., |manager| !manager.is_alive()) {
             kill_session(&self.home, manager.pid, manager.start_time);
@@ -478,7 +477,7 @@ impl TrialMonitor {
                 if is_due { TrialAction::Heartbeat } else { TrialAction::Nothing }
             }
             UpgradeStep::RestartManager => self.end_manager(now),
-            // One that said that it gives way is at it.
+            // A manager that announced its exit gets time for it.
             UpgradeStep::KillManager if self.ends_by_itself(now) => TrialAction::Nothing,
             UpgradeStep::KillManager => {
                 self.kill_manager();
@@ -486,14 +485,14 @@ impl TrialMonitor {
             }
             UpgradeStep::EndWatchdog => TrialAction::Become,
             UpgradeStep::Probe => {
-                tracing::warn!("the new manager has sent no heartbeat; the old program tries to");
+                tracing::warn!("the new manager sent no heartbeat; checking whether the old program can");
                 let mut command = Command::new(self.home.backup_executable());
                 self.probe =
                     OneShot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--probe"), PROBE);
                 TrialAction::Nothing
             }
             UpgradeStep::Prove => {
-                tracing::info!("the new watchdog is put to the proof");
+                tracing::info!("checking that the new watchdog works");
                 let mut command = Command::new(self.home.executable());
                 self.proof =
                     OneShot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--prove"), PROOF);
@@ -503,11 +502,11 @@ impl TrialMonitor {
         }
     }
 
-    /// Asks it to end, and kills it where it does not; what it started is ended with one that is given up.
+    /// Asks the manager to exit, and kills it after a timeout, with all processes that it started.
     fn end_manager(&mut self, now: Instant) -> TrialAction {
         let Some(manager) = &mut self.manager else { return TrialAction::Nothing };
         if manager.image == WhichRelease::To && self.trial.as_ref().is_some_and(|trial| trial.lost_watchdogs > 0) {
-            // It may end this watchdog sooner than it ends itself.
+            // It may kill this watchdog before it exits.
             self.kill_manager();
             return TrialAction::Nothing;
         }
@@ -529,16 +528,16 @@ impl TrialMonitor {
         asked.is_some_and(|since| now.saturating_duration_since(since) < ENDS)
     }
 
-    /// Kills it with all that it has started.
+    /// Kills the manager with all processes that it started.
     pub(super) fn kill_manager(&mut self) {
         let Some(manager) = &mut self.manager else { return };
         manager.asked_to_end.get_or_insert(Instant::now());
-        tracing::warn!(pid = manager.holder.pid, "a manager that is to make way is killed");
+        tracing::warn!(pid = manager.holder.pid, "killing the manager, which must be replaced");
         if manager.image == WhichRelease::To {
             kill_session(&self.home, manager.holder.pid, manager.holder.start_time);
         }
         if let Err(error) = manager.holder.kill() {
-            tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");
+            tracing::error!(error = format!("{error:#}"), "cannot kill the manager");
         }
     }
 }

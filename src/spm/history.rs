@@ -1,5 +1,5 @@
-//! What came of each change of release (`state/history.json`): capped, kept for the operator at the host, whether or not the gateway has
-//! seen the events.
+//! The history of release changes (`state/history.json`): limited in length, kept for the operator at the host, independent of what the
+//! gateway has received.
 
 use super::disk::StateFile;
 use super::input::{Inputs, StateFileName};
@@ -8,7 +8,7 @@ use crate::core::status::{History, HistoryEntry};
 use crate::home::Home;
 use crate::store;
 
-/// Beyond this the oldest are forgotten.
+/// The oldest entries beyond this are dropped.
 const MAX_CHANGES: usize = 200;
 
 /// The history of one home.
@@ -19,11 +19,14 @@ pub(super) struct UpgradeHistory {
 }
 
 impl UpgradeHistory {
-    /// What earlier managers left. An unreadable file is begun anew, which the log says.
+    /// Loads the history. An unreadable file is logged and replaced by an empty history.
     pub(super) fn load(home: &Home) -> UpgradeHistory {
         let path = home.history();
         let kept = store::load(&path).unwrap_or_else(|error| {
-            tracing::warn!(error = format!("{error:#}"), "the history of upgrades cannot be read and begins anew");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot read the history of upgrades; it is started from scratch"
+            );
             None
         });
         UpgradeHistory { file: StateFile::new(StateFileName::History, path), kept: kept.unwrap_or_default() }
@@ -36,7 +39,7 @@ impl UpgradeHistory {
         self.file.save(inputs, self.kept.clone());
     }
 
-    /// Whether this change of a package's release, which began then, is in it.
+    /// Whether it has this change of a package's release with this start time.
     pub(super) fn has(&self, package: &str, kind: &str, to: &Version, began: Option<String>) -> bool {
         self.kept.history.iter().any(|changed| {
             let is_it = changed.agent.as_str() == package && changed.kind == kind && changed.to == *to;
@@ -44,15 +47,15 @@ impl UpgradeHistory {
         })
     }
 
-    /// Takes in that a write has ended.
+    /// Handles the end of a write.
     pub(super) fn saved(&mut self, result: Result<(), String>, inputs: &Inputs) {
         self.file.saved(inputs);
         if let Err(error) = result {
-            tracing::warn!(error, "the history of upgrades cannot be written; its newest entries are in memory alone");
+            tracing::warn!(error, "cannot write the history of upgrades; its newest entries are only in memory");
         }
     }
 
-    /// Writes what is not written yet, at the end of the process.
+    /// Writes pending changes before the process exits.
     pub(super) async fn finish(self) {
         self.file.finish(None).await;
     }
@@ -66,7 +69,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_newest_are_kept_across_managers() {
+    async fn the_newest_entries_are_kept_across_restarts() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         std::fs::create_dir(home.state()).unwrap();

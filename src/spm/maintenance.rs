@@ -1,5 +1,5 @@
-//! What the manager looks after once in a while: whether its home can be relied on, its settings, logs, and its own record. Each is done
-//! beside the loop, one at a time: a disk that hangs holds up this and nothing else.
+//! Periodic checks of the manager: the safety of its home, its settings, logs, and its own record. Each runs off the event loop, one at a
+//! time, so that a hanging disk delays nothing else.
 
 use std::time::SystemTime;
 
@@ -14,18 +14,19 @@ use crate::package::Keys;
 use crate::process::log;
 use crate::role::{self, RoleHolder};
 
-/// Begins to look at the home.
+/// Starts a check of the home.
 pub(super) fn begin_look(inputs: &Inputs, home: &Home, config: &Config) {
     let (home, config) = (home.clone(), config.clone());
     disk::run(inputs, move || Input::Looked(look(&home, &config)));
 }
 
-/// Whether the home can be relied on, and its keys.
+/// Checks whether the home and its keys are safe.
 pub(super) fn look(home: &Home, config: &Config) -> HomeProblems {
     let found = permissions::home(home).and_then(|()| permissions::keys(home)).err();
-    let found = found.map(|error| format!("{error:#}; no release is fetched or activated meanwhile"));
+    let found = found.map(|error| format!("{error:#}; no release is fetched or activated until this is resolved"));
     let files = permissions::files(home, config.certificates(home).as_deref()).err();
-    let files = files.map(|error| format!("{error:#}; it counts all the same, as no release gets in by it"));
+    let files =
+        files.map(|error| format!("{error:#}; the file is used nevertheless, as no release is verified with it"));
     let keys = found.is_none().then(|| {
         let ring = Keyring::load(home).and_then(|ring| Ok(ring.overruled(&Keys::load(&home.keys())?)));
         match ring {
@@ -36,7 +37,7 @@ pub(super) fn look(home: &Home, config: &Config) -> HomeProblems {
     HomeProblems { home: found, files, keys }
 }
 
-/// Begins the housekeeping. `seen`: when the settings in force were changed; `own`: the manager's record, where it is yet to be written.
+/// Starts the housekeeping. `seen`: modification time of the settings in use; `own`: the manager's record, if it is not written yet.
 pub(super) fn begin_housekeeping(
     inputs: &Inputs,
     home: &Home,
@@ -57,7 +58,7 @@ pub(super) fn begin_housekeeping(
     });
 }
 
-/// When the settings were last changed.
+/// Modification time of the settings.
 pub(super) fn modified(home: &Home) -> Option<SystemTime> {
     std::fs::metadata(home.config()).and_then(|metadata| metadata.modified()).ok()
 }

@@ -1,7 +1,7 @@
-//! The manager's one task: all of its state, and what follows from each thing that it hears.
+//! The manager's event loop, which owns all of its state.
 //!
-//! The loop waits for nothing but its inputs. What is decided about a sub-agent is decided in [`core::agent`](crate::core::agent); here its
-//! actions are carried out ([`steps`]), and their outcomes taken in ([`outcomes`]).
+//! The loop waits for its inputs only. [`core::agent`](crate::core::agent) makes the decisions about a sub-agent; here its actions are
+//! carried out ([`steps`]), and their results handled ([`outcomes`]).
 
 mod adoption;
 mod exchange;
@@ -48,15 +48,15 @@ use crate::process;
 use crate::role::RoleHolder;
 use crate::store;
 
-/// Of strangers at the door, so many are reported at once, and one more each so often.
+/// Rate limit for events about rejected clients of the control socket: this burst, then one per interval.
 const STRANGERS_AT_ONCE: u32 = 3;
 const STRANGERS_EVERY: Duration = Duration::from_secs(600);
-/// The end of the process waits so long for a disk.
+/// Timeout for the last writes before the process exits.
 const LAST_WRITE: Duration = Duration::from_secs(5);
-/// Connections at the door get so long to hear the farewell.
+/// Timeout for sending the goodbye on all connections of the control socket.
 const FAREWELL: Duration = Duration::from_millis(500);
 
-/// Who this manager is.
+/// The identity of this manager process.
 #[derive(Debug)]
 struct ManagerIdentity {
     agent_id: AgentId,
@@ -66,15 +66,15 @@ struct ManagerIdentity {
     own: RoleHolder,
 }
 
-/// A stop of the home that is under way.
+/// A stop of the home in progress.
 #[derive(Debug)]
 struct PendingStop {
-    /// Whom it is answered to.
+    /// The requests to answer when it completes.
     waiting: Vec<oneshot::Sender<ControlReply>>,
     errors: Vec<String>,
-    /// Its record was written, or could not be: the sub-agents are being stopped.
+    /// Its record was written, could not be written or timed out: the sub-agents are being stopped.
     is_recorded: bool,
-    /// A disk is waited for so long.
+    /// When waiting for the record times out.
     recorded_by: Instant,
 }
 
@@ -86,9 +86,9 @@ pub(super) struct Manager {
     agents: BTreeMap<AgentName, SubAgent>,
     last_serial: u64,
     releases: LedgerWriter,
-    /// Where the sub-agents' process trees are held together.
+    /// The parent of the sub-agents' cgroups; `None` where this host has none.
     groups: Option<Groups>,
-    /// Something came about that a plan goes by.
+    /// Something changed that a plan depends on.
     replan: bool,
     journal: Journal,
     history: UpgradeHistory,
@@ -98,22 +98,22 @@ pub(super) struct Manager {
     desk: stage::StagingContext,
     line: GatewayLink,
     housekeeping: MaintenanceSchedule,
-    /// How often a stranger at the door is reported.
+    /// Limits the events about rejected clients of the control socket.
     strangers: RateLimiter,
-    /// By subject, so that one that is resolved disappears.
+    /// By subject, so that a resolved problem is removed.
     problems: BTreeMap<&'static str, String>,
     stop: Option<PendingStop>,
     ending: Option<Goodbye>,
 }
 
-/// Runs the manager until it is told to end, and says as what it ended.
+/// Runs the manager until it is asked to exit; returns whether the home stops or another manager follows.
 ///
-/// `own`: its record, which it sees to where that could not be written at first.
+/// `own`: this manager's record, which is written later if it could not be written before.
 pub(super) async fn run(home: &Home, service: ServiceManagerKind, own: &RoleHolder) -> Result<Goodbye> {
     let (inputs, mut words) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
     if let Err(error) = platform::adopt_orphans() {
-        tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
+        tracing::warn!(error = %error, "cannot become the subreaper; orphaned processes of sub-agents go to init, which may not reap them");
     }
     let mut manager = Manager::load(home, service, own, inputs)?;
     manager.look_at_home_now();
@@ -121,7 +121,7 @@ pub(super) async fn run(home: &Home, service: ServiceManagerKind, own: &RoleHold
     manager.take_charge();
 
     let listener = LocalListener::bind(&home.control_socket())
-        .with_context(|| format!("cannot listen at {}", home.control_socket().display()))?;
+        .with_context(|| format!("cannot listen on {}", home.control_socket().display()))?;
     let (knock, mut knocks) = mpsc::channel(16);
     let (farewell, heard) = watch::channel(None);
     let door = tokio::spawn(control_socket::serve(listener, knock, heard));
@@ -139,7 +139,7 @@ pub(super) async fn run(home: &Home, service: ServiceManagerKind, own: &RoleHold
         }
         let deadline = manager.deadline();
         tokio::select! {
-            // Each arm takes one value from a channel or waits: all are cancel-safe.
+            // Every arm receives one value from a channel or sleeps: all are cancel-safe.
             Some(input) = words.recv() => manager.take_in(input),
             Some(knock) = knocks.recv() => manager.answer_knock(knock),
             () = tokio::time::sleep_until(deadline.into()) => manager.tick(),
@@ -148,23 +148,23 @@ pub(super) async fn run(home: &Home, service: ServiceManagerKind, own: &RoleHold
     };
     platform::notify(Notification::Stopping);
     manager.journal.flush(&manager.inputs);
-    // The door is shut first: the watchdog, which connects again as soon as it heard the farewell, would take our end for a death.
+    // Stop accepting connections first: the watchdog reconnects right after the goodbye, and would take the manager's exit for a crash.
     door.abort();
     let _ = door.await;
     farewell.send_replace(Some(ending));
-    // Every connection drops its receiver when it has sent the farewell.
+    // Every connection drops its receiver when it has sent the goodbye.
     let _ = tokio::time::timeout(FAREWELL, farewell.closed()).await;
     manager.finish().await;
     Ok(ending)
 }
 
 impl Manager {
-    /// Writes what is not written yet, at the end of the process.
+    /// Writes pending changes before the process exits.
     async fn finish(self) {
         let Manager { journal, history, releases, orders, .. } = self;
         let written = async { tokio::join!(journal.finish(), history.finish(), releases.finish(), orders.finish()) };
         if tokio::time::timeout(LAST_WRITE, written).await.is_err() {
-            tracing::warn!("what changed last is not written: the disk does not answer");
+            tracing::warn!("cannot write the last changes before exit: the disk does not answer in time");
         }
     }
 
@@ -175,15 +175,18 @@ impl Manager {
         if let Some(problem) = &loaded.problem {
             problems.insert("config", config_problem(problem));
         }
-        let agent_id =
-            installation::agent_id(home).context("cannot tell who this host is; install again with --agent-id")?;
+        let agent_id = installation::agent_id(home)
+            .context("cannot read this host's agent id; reinstall with `aops install --agent-id ID`")?;
         let agent_id = agent_id.with_context(|| {
-            format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display())
+            format!(
+                "cannot read this host's agent id: {} is missing; reinstall with `aops install --agent-id ID`",
+                home.agent_id().display()
+            )
         })?;
         let desired_path = home.desired();
         let desired: Option<DesiredState> = store::load(&desired_path).unwrap_or_else(|error| {
-            let text = format!("the last desired state is lost and asked for again: {error:#}");
-            tracing::error!(error = text, "the desired state cannot be read");
+            let text = format!("the stored desired state is lost and is requested again from the gateway: {error:#}");
+            tracing::error!(error = text, "cannot read the stored desired state");
             problems.insert("desired", text);
             None
         });
@@ -192,14 +195,14 @@ impl Manager {
         for problem in problems.values() {
             journal.note("config", "failed", EventSubject::default(), problem.as_str());
         }
-        // Behind a link lies what is somebody else's.
+        // An unsafe home may contain symbolic links to files of other users.
         if permissions::home(home).is_ok()
             && let Err(error) = package::sweep(&PackagePaths::of(home))
         {
-            tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
+            tracing::warn!(error = format!("{error:#}"), "cannot remove leftovers of earlier staging");
         }
         let record = installation::upgrade::load(home).unwrap_or_else(|error| {
-            tracing::error!(error = format!("{error:#}"), "the record of upgrades cannot be read");
+            tracing::error!(error = format!("{error:#}"), "cannot read the record of the manager's upgrades");
             Default::default()
         });
         let on_trial = installation::upgrade::on_trial(&record, &mut Programs::default());
@@ -211,10 +214,10 @@ impl Manager {
         held.forget_stale();
         line.asks_anew = held.refused().next().is_some();
         let installed = installation::ManagerRecord::load(home)
-            .context("cannot tell which release this is; install again")?
+            .context("cannot read the manager's release; reinstall with `aops install`")?
             .with_context(|| {
                 format!(
-                    "cannot tell which release this is: {} is missing; install again",
+                    "cannot read the manager's release: {} is missing; reinstall with `aops install`",
                     home.manager_record().display()
                 )
             })?
@@ -252,20 +255,20 @@ impl Manager {
         })
     }
 
-    /// Somebody asked this process to end: the sub-agents stay, unless they are being stopped already.
+    /// Handles a signal to exit: the sub-agents keep running, unless the home is being stopped.
     fn asked_to_end(&mut self) {
         if self.stop.is_some() {
-            tracing::info!("the manager was asked to end, and does so when every sub-agent is stopped");
+            tracing::info!("the manager was asked to exit; it exits when every sub-agent is stopped");
             return;
         }
-        tracing::info!("the manager was asked to end; the sub-agents stay");
+        tracing::info!("the manager was asked to exit; the sub-agents keep running");
         self.ending = Some(Goodbye::Yield);
     }
 
     fn deadline(&self) -> Instant {
         let now = Instant::now();
         let agents = self.agents.values().filter_map(|agent| agent.state.deadline(now));
-        // While the home stops, the watchdog does not matter.
+        // The watchdog is not supervised while the home stops.
         let peer = self.stop.is_none().then(|| self.peer.deadline());
         let recorded_by = self.stop.as_ref().filter(|stop| !stop.is_recorded).map(|stop| stop.recorded_by);
         let upgrading = self.stop.is_none().then(|| self.upgrading.deadline(now)).flatten();
@@ -288,7 +291,7 @@ impl Manager {
         }
         self.replan |= self.agents.values().any(|agent| agent.state.hold_is_over(now));
         if self.housekeeping.was_held_up(now) {
-            tracing::warn!("the manager did not run for a while; what it missed meanwhile counts against nobody");
+            tracing::warn!("the manager was not scheduled for a while; timeouts that expired in that time are ignored");
             self.peer.ping(now);
         }
         if now >= self.peer.deadline() && self.stop.is_none() {
@@ -311,7 +314,7 @@ impl Manager {
         }
     }
 
-    /// Reports a problem when it comes and when it is resolved.
+    /// Reports a problem once when it appears, and once when it is resolved.
     fn tell_of(&mut self, subject: &'static str, outcome: &str, problem: Option<String>) {
         match problem {
             Some(text) if self.problems.get(subject) == Some(&text) => {}
@@ -320,18 +323,18 @@ impl Manager {
                 self.problems.insert(subject, text);
             }
             None if self.problems.remove(subject).is_some() => {
-                self.journal.note(subject, "ok", EventSubject::default(), "what was wrong there is mended");
+                self.journal.note(subject, "ok", EventSubject::default(), "the problem is resolved");
             }
             None => {}
         }
     }
 }
 
-/// The settings, with the endpoint that a release on trial brings.
+/// The settings with the endpoint that a release on trial brings.
 fn moved(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config {
     let Some(endpoint) = endpoint else { return config };
     config::moved::on_trial(home, &config, endpoint).unwrap_or_else(|error| {
-        tracing::error!(error = format!("{error:#}"), "the endpoint that this release brings cannot be used");
+        tracing::error!(error = format!("{error:#}"), "cannot use the endpoint that this release brings");
         config
     })
 }
@@ -339,10 +342,10 @@ fn moved(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config 
 fn groups(home: &Home) -> Option<Groups> {
     let groups = process::groups(home);
     match &groups {
-        Some(groups) => tracing::info!(place = groups.place(), "sub-agents live in groups of their own"),
+        Some(groups) => tracing::info!(place = groups.place(), "sub-agents run in their own cgroups"),
         None => tracing::warn!(
-            "this host has no place for groups of processes (no cgroup that we may write); a sub-agent's session, descendants and mark stand in, \
-             and what escapes from all of them outlives its stop"
+            "this host has no writable cgroup; a sub-agent's processes are found by session, descent and environment marker, \
+             and a process that escapes all of these survives the sub-agent's stop"
         ),
     }
     groups
@@ -350,10 +353,10 @@ fn groups(home: &Home) -> Option<Groups> {
 
 fn warn_of_unknown(loaded: &LoadedSettings) {
     for unknown in &loaded.unknown {
-        tracing::warn!(key = %unknown, "the configuration has a key that this version does not know");
+        tracing::warn!(key = %unknown, "unknown key in the settings");
     }
 }
 
 fn config_problem(problem: &anyhow::Error) -> String {
-    format!("{problem:#}; the last good settings are in force")
+    format!("{problem:#}; the last good settings are in use")
 }

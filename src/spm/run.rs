@@ -1,4 +1,4 @@
-//! What takes time, done beside the manager's loop: starting a sub-agent, watching it, stopping it. Each reports with an [`Input`].
+//! Starting, watching and stopping a sub-agent, off the event loop. Each reports with an [`Input`].
 
 use anyhow::Result;
 use tokio::task::AbortHandle;
@@ -16,7 +16,7 @@ use crate::process::script::{self, ScriptFindings, ScriptStatus, UnseenProgram};
 use crate::process::stop;
 use crate::process::tree::{StopProgress, StopTarget};
 
-/// Starts a sub-agent, after ending what an earlier process of it left behind: `last`.
+/// Starts a sub-agent, after stopping `last`, the leftovers of its previous process.
 pub(super) fn start(inputs: &Inputs, serial: u64, start: StartSpec, last: StopTarget) {
     let inputs = inputs.clone();
     tokio::spawn(async move {
@@ -32,14 +32,14 @@ async fn start_clean(start: StartSpec, last: StopTarget) -> Result<StartedProces
     let (home, name) = (start.home.clone(), start.name.clone());
     let launched = launch(start, record).await;
     if launched.as_ref().is_err_and(|error| !error.is::<UnseenProgram>()) {
-        // The child wrote its record before its program turned out not to run.
+        // The child writes its record before it executes its program; the program did not run.
         off_loop(move || record::discard(&home, &name)).await?;
     }
     launched
 }
 
 async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<StartedProcess> {
-    // Nothing is made in a home that cannot be relied on.
+    // Creates no file in an unsafe home.
     start.sound()?;
     let output = start.output()?;
     let running = match start.program.clone() {
@@ -54,7 +54,7 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
                 ScriptFindings::Up(record) => record,
                 ScriptFindings::Down => script::start(&start, output.file).await?,
                 ScriptFindings::Other(record) => {
-                    tracing::warn!(agent = %start.name, pid = record.pid, "a process that its script names runs already, and is stopped first");
+                    tracing::warn!(agent = %start.name, pid = record.pid, "the control script names a process that is running already; it is stopped first");
                     end(&start.home, StopTarget::of(&start.name, Some(record), start.groups.as_ref())).await?;
                     script::start(&start, output.file).await?
                 }
@@ -65,7 +65,8 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
     Ok(StartedProcess { running, output_lost: output.lost })
 }
 
-/// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
+/// Leftovers of a dead main process may hold its port or its files. With `killMode = "process"` they do not belong to the sub-agent and
+/// stay.
 async fn end_leftovers(start: &StartSpec, last: StopTarget) -> Result<()> {
     if start.program.kill_mode() == KillMode::Process || !last.may_live() {
         return Ok(());
@@ -73,10 +74,10 @@ async fn end_leftovers(start: &StartSpec, last: StopTarget) -> Result<()> {
     end(&start.home, last.at_once()).await
 }
 
-/// Ends what is left of a target, without holding up the manager's loop.
+/// Stops what is left of a target, without blocking the event loop.
 async fn end(home: &Home, target: StopTarget) -> Result<()> {
     if target.is_scattered() || target.script_to_ask().is_some() {
-        // Both take their time: every process of the host is looked at, a script is run.
+        // Both are slow: all processes of the host are inspected, or a script is run.
         let home = home.clone();
         return off_loop(move || stop::end(&home, &[target])).await?;
     }
@@ -84,10 +85,10 @@ async fn end(home: &Home, target: StopTarget) -> Result<()> {
     let mut ending = StopProgress::of(home, &targets);
     while let Some(pause) = ending.look()? {
         if targets[0].groups_are_empty() {
-            // What is left lives outside of them.
+            // The remaining processes are outside the cgroups.
             tokio::time::sleep(pause).await;
         } else {
-            // It ends early when nothing is left.
+            // Returns early when the cgroups are empty.
             let _ = tokio::time::timeout(pause, targets[0].groups_emptied()).await;
         }
     }
@@ -95,12 +96,13 @@ async fn end(home: &Home, target: StopTarget) -> Result<()> {
     off_loop(move || target.remove_groups()).await
 }
 
-/// Does what may wait for a disk beside the loop, on whose thread tasks run too.
+/// Runs work that may block on a disk on a blocking thread: the event loop's thread runs tasks, too.
 async fn off_loop<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     Ok(tokio::task::spawn_blocking(work).await?)
 }
 
-/// Watches a process and tells of its end. Who stops it ends the watch: a `control` script must not be asked while its files are removed.
+/// Watches a process and reports its exit. The handle aborts the watch when the sub-agent is stopped: its `control` script must not be run
+/// while its files are removed.
 pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> AbortHandle {
     let inputs = inputs.clone();
     let name = running.record().head.name.clone();
@@ -108,11 +110,11 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> Ab
         let (success, how) = match running {
             RunningProcess::Child(mut child, _) => match child.wait().await {
                 Ok(status) => (Some(status.success()), platform::how_it_ended(status)),
-                Err(error) => (None, format!("ended; its exit status cannot be read: {error}")),
+                Err(error) => (None, format!("exited; cannot read its exit status: {error}")),
             },
             RunningProcess::Adopted(record) => {
                 platform::ended(record.pid, record.start_time).await;
-                (None, "ended; its exit status is not known, it was started by an earlier manager".to_owned())
+                (None, "exited; its exit status is unknown, because an earlier manager started it".to_owned())
             }
             RunningProcess::Script(start, record) => (None, watch_script(&inputs, serial, &start, record).await),
         };
@@ -121,28 +123,28 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> Ab
     task.abort_handle()
 }
 
-/// Watches the process that a `control` script put into the background, and the one that takes its place; says why it counts as ended.
+/// Watches the background process of a `control` script and any process that replaces it. Returns why it counts as exited.
 async fn watch_script(inputs: &Inputs, serial: u64, start: &StartSpec, mut record: ProcessRecord) -> String {
     loop {
         let emptied = tokio::select! {
-            // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
+            // Both arms only wait and can be started again: no event is lost.
             () = platform::ended(record.pid, record.start_time) => false,
-            // A program that scrubs its environment and is nobody's by number is still in the group.
+            // A program without our environment marker and with another pid is still in the cgroup.
             () = emptied(&record) => true,
         };
         if emptied {
             if !record.is_alive() {
-                return "nothing of it is left".to_owned();
+                return "none of its processes is left".to_owned();
             }
-            // It was moved out of its group.
+            // The process was moved out of its cgroup.
             platform::ended(record.pid, record.start_time).await;
         }
         platform::reap_orphan(record.pid);
-        let ended = format!("its process {} ended", record.pid);
-        // Where nothing of it is left, there is nothing to ask after.
+        let ended = format!("its process {} exited", record.pid);
+        // Without any process left, the script is not queried.
         let Some(process) = script::find(start, &record, None).await else { return ended };
         match script::status(start).await {
-            // One that may not be asked is there, and is left alone.
+            // In an unsafe home the script must not be run: its process was found, and is kept.
             Err(error) if !error.is::<UnsafeHome>() => return ended,
             Ok(ScriptStatus::Stopped | ScriptStatus::Unclear) => return ended,
             Ok(ScriptStatus::Started) | Err(_) => {
@@ -155,7 +157,7 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &StartSpec, mut recor
     }
 }
 
-/// Resolves when the group of a process holds nobody any more; never where it has none.
+/// Resolves when the cgroup of a process is empty; never resolves without a cgroup.
 async fn emptied(record: &ProcessRecord) {
     match record.group() {
         Some(group) => group.emptied().await,
@@ -163,7 +165,7 @@ async fn emptied(record: &ProcessRecord) {
     }
 }
 
-/// Ends a sub-agent with all that it started.
+/// Stops a sub-agent with all of its processes.
 pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: StopTarget) {
     let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
     tokio::spawn(async move {
@@ -190,7 +192,7 @@ mod tests {
     use crate::home::Home;
     use crate::process::launch;
 
-    /// A home with a release of a sub-agent that stays, and no directory for logs.
+    /// A home with a release of a long-running sub-agent, and without a log directory.
     fn prepare(directory: &Path) -> StartSpec {
         let home = Home::new(directory);
         let (name, version): (AgentName, _) = ("a".parse().unwrap(), "1".parse().unwrap());
@@ -213,11 +215,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_home_that_takes_neither_record_nor_log_keeps_nothing_from_being_started_or_stopped() {
+    async fn a_sub_agent_is_started_and_stopped_without_a_writable_record_or_log() {
         let directory = tempfile::tempdir().unwrap();
         let start_of_it = prepare(directory.path());
         let (home, name) = (start_of_it.home.clone(), start_of_it.name.clone());
-        // Neither a file can be put there, nor can it be removed.
+        // Neither can a file be created there, nor can the directory be removed.
         let record = home.process_record(&name);
         for path in [record.clone(), record.with_extension("json.old")] {
             std::fs::create_dir_all(path.join("in the way")).unwrap();
@@ -235,13 +237,13 @@ mod tests {
         assert_eq!(result, Ok(()));
         assert!(!last.is_alive());
 
-        // As soon as the log can be opened, it is written.
+        // Once the log can be opened, it is written.
         std::fs::create_dir_all(home.agent_logs()).unwrap();
         assert_eq!(start_of_it.output().unwrap().lost, None);
     }
 
     #[tokio::test]
-    async fn why_a_program_cannot_be_run_is_told_though_its_record_cannot_be_removed() {
+    async fn the_reason_why_a_program_cannot_run_is_reported_even_if_its_record_cannot_be_removed() {
         let directory = tempfile::tempdir().unwrap();
         let start = prepare(directory.path());
         std::fs::create_dir_all(start.home.process_record(&start.name).join("in the way")).unwrap();

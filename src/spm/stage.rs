@@ -1,4 +1,4 @@
-//! Staging a release beside what runs: fetched, verified, unpacked, looked at; then it may be activated.
+//! Stages a release while the active one runs: fetched, verified, unpacked, inspected; then it may be activated.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,14 +26,14 @@ use crate::package::{self, Completed, FetchLimits, PackageRejected, PackageReque
 use crate::platform;
 use crate::process::launch;
 
-/// So many are fetched at the same time.
+/// Number of releases staged at the same time.
 const AT_ONCE: usize = 3;
-/// To download so much for nothing is not to be done again soon.
+/// A failure after downloading this many bytes counts as costly: it is not retried soon.
 const COSTLY: u64 = 1 << 20;
-/// The log tells so often how far a download is.
+/// Interval at which the progress of a download is logged.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
-/// What those that are staged at the same time share.
+/// Shared by all staging tasks.
 #[derive(Debug, Clone)]
 pub(super) struct StagingContext {
     turns: Arc<Semaphore>,
@@ -46,13 +46,12 @@ impl StagingContext {
     }
 }
 
-/// A release that is being staged, as who ordered it sees it. Dropped, the release is not wanted any more: its download ends, and what
-/// came of it stays for another time.
+/// The handle of a release that is being staged. Dropping it cancels the download; the partial file is kept for a later attempt.
 #[derive(Debug)]
 pub(super) struct Staging {
     pub(super) version: Version,
     seen: Arc<StagingResult>,
-    /// Closed with it: who still waits for his turn then leaves.
+    /// Closed on drop: a task that still waits for its turn then returns.
     _wanted: oneshot::Sender<()>,
 }
 
@@ -62,12 +61,13 @@ struct StagingResult {
     /// Zero: not known yet.
     total: AtomicU64,
     unwanted: AtomicBool,
-    /// Of the download: it may wait long for what does not come.
+    /// Disconnects the download, which may block for long on the network.
     end: Mutex<Option<Disconnector>>,
 }
 
 impl StagingResult {
-    /// Notes how the download is ended. It is looked at afterwards whether it is still wanted: who gave it up in between found nothing here.
+    /// Stores how to disconnect the download. Afterwards the caller checks `unwanted` again: a cancellation before this call found no
+    /// handle.
     fn ends_by(&self, end: Disconnector) {
         *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
     }
@@ -81,7 +81,7 @@ impl StagingResult {
 }
 
 impl Staging {
-    /// How far its download is; `None` before it has begun.
+    /// The progress of the download; `None` before it has started.
     pub(super) fn status(&self) -> Option<DownloadStatus> {
         let (bytes, total) = (self.seen.bytes.load(Ordering::Relaxed), self.seen.total.load(Ordering::Relaxed));
         let total = Some(total).filter(|total| *total > 0);
@@ -99,13 +99,13 @@ impl Drop for Staging {
     }
 }
 
-/// A release that was unpacked, and is none that this manager can run.
+/// A release that was unpacked, but cannot be run by this manager.
 #[derive(Debug)]
 struct Unusable;
 
 impl std::fmt::Display for Unusable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the release is not kept")
+        f.write_str("the unpacked release was discarded")
     }
 }
 
@@ -121,13 +121,13 @@ pub(super) fn refusal(error: &anyhow::Error) -> ReleaseError {
     }
 }
 
-/// As [`refusal`], of a release of which so many bytes were downloaded.
+/// As [`refusal`], for a release of which `bytes` were downloaded.
 fn refusal_after(error: &anyhow::Error, bytes: u64) -> ReleaseError {
     let is_final = package::is_refusal(error) || error.is::<Unusable>();
     ReleaseError { costly: is_final && bytes >= COSTLY, ..refusal(error) }
 }
 
-/// All that staging one release needs to know.
+/// The inputs of staging one release.
 #[derive(Debug, Clone)]
 pub(super) struct StagingJob {
     pub home: Home,
@@ -137,7 +137,7 @@ pub(super) struct StagingJob {
     pub package: Package,
     /// Of [`Action::Stage`](crate::core::agent::AgentAction::Stage).
     pub id: u64,
-    /// The epoch of the release that was committed last, which may not be in the epochs' file yet.
+    /// The epoch of the last committed release, which may not be in the epochs' file yet.
     pub committed_epoch: u64,
 }
 
@@ -149,13 +149,13 @@ pub(super) fn start(inputs: &Inputs, desk: &StagingContext, job: StagingJob) -> 
     tokio::spawn(async move {
         let (id, name, version) = (job.id, job.name.clone(), job.package.version.clone());
         let turn = tokio::select! {
-            // A turn that comes and is dropped is the next one's.
+            // A permit acquired by the losing arm is released to the next task.
             turn = desk.turns.acquire_owned() => Some(turn),
             _ = unwanted => None,
         };
         let come = Arc::clone(&seen);
         let result = match turn {
-            None => Err(ReleaseError::failed("it is not wanted any more")),
+            None => Err(ReleaseError::failed("it is not ordered any more")),
             Some(_turn) => match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
                 Ok(result) => result.map_err(|error| refusal_after(&error, come.bytes.load(Ordering::Relaxed))),
                 Err(error) => Err(ReleaseError::failed(format!("cannot stage it: {error}"))),
@@ -170,7 +170,7 @@ fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Resul
     let StagingJob { home, config, agent_id, name, package, committed_epoch, .. } = job;
     let version = &package.version;
     if seen.unwanted.load(Ordering::SeqCst) {
-        bail!("it is not wanted any more");
+        bail!("it is not ordered any more");
     }
     permissions::agent(home, name)?;
     let wanted = wanted(name, package);
@@ -183,7 +183,7 @@ fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Resul
         seen.total.store(total.unwrap_or(0), Ordering::Relaxed);
         if told.elapsed() >= TELL_EVERY {
             told = Instant::now();
-            tracing::info!(agent = %name, version = %version, bytes, total, "a download is under way");
+            tracing::info!(agent = %name, version = %version, bytes, total, "a download is in progress");
         }
         !seen.unwanted.load(Ordering::SeqCst)
     })?;
@@ -195,7 +195,7 @@ fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Resul
         unknown: Default::default(),
     };
     tree.move_to(&directory)?;
-    // A release that cannot be run is not kept as one that could.
+    // A release that cannot be run is discarded.
     let program = launch::inspect(home, name, version)
         .inspect_err(|_| {
             let _ = package::discard(&directory);
@@ -204,11 +204,11 @@ fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Resul
     Ok(Ready { release, program })
 }
 
-/// Whether a release can have a directory of its own: it takes no name of ours, nor that of another release as the file system sees it.
+/// Checks that a release can have its own directory: not a reserved name, and not another release's name on a case-insensitive file system.
 fn has_place(home: &Home, release: &Release) -> Result<(), String> {
     let Release { name, version, .. } = release;
     names::check(release).map_err(|why| format!("cannot install {name} {version}: {why}"))?;
-    // Where it is there already and nothing of just that name is listed, another one is meant.
+    // If the directory exists but is not listed under exactly this name, it is another release's.
     if !home.release(name, version).exists() {
         return Ok(());
     }
@@ -222,20 +222,20 @@ fn has_place(home: &Home, release: &Release) -> Result<(), String> {
     }
 }
 
-/// The package that an order asks for.
+/// The package that an order names.
 pub(super) fn wanted(name: &AgentName, package: &Package) -> PackageRequest {
     PackageRequest::of(package, name, platform::OS, platform::ARCH)
 }
 
-/// The release that a directory holds. `completed`: what that says of its package, where it can be read.
+/// The ledger entry for the release in a directory. `completed`: the package data stored there, where it can be read.
 pub(super) fn release(version: Version, completed: Option<&Completed>) -> ledger::LedgerRelease {
     let sha256 = completed.map(|completed| completed.sha256.clone());
     let epoch = completed.map_or(0, |completed| completed.epoch);
     ledger::LedgerRelease { version, sha256, epoch, unknown: Default::default() }
 }
 
-/// Whether a release that lies on disk may be activated: the home can be relied on, and nothing that the release was accepted by when it was
-/// staged was withdrawn since. `committed_epoch`: as in [`StagingJob`]; `inspect`: also how it is run.
+/// Checks whether a release on disk may be activated: the home is safe, and the release was not withdrawn since it was staged.
+/// `committed_epoch`: as in [`StagingJob`]; `inspect`: also read how it is run.
 pub(super) fn admit(
     home: &Home,
     name: &AgentName,
@@ -252,7 +252,7 @@ pub(super) fn admit(
     Ok((release(version.clone(), Some(&completed)), program))
 }
 
-/// Whether a release that was active before lies on disk and can be run. Its epoch is not asked for: an operator may return to it.
+/// Checks whether a release that was active before is on disk and can be run. Its epoch is not checked: an operator may roll back to it.
 pub(super) fn usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     permissions::release(home, name, version)?;
     package::whole(&home.release(name, version))?;
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shortage_is_of_the_host_however_deep_it_lies() {
+    fn a_shortage_of_host_resources_is_recognized_anywhere_in_the_error_chain() {
         use std::io;
         let told = |error: io::Error| refusal(&anyhow::Error::from(error).context("cannot run it").context("again"));
         let shortage = (1..200).find(|code| platform::is_shortage(&io::Error::from_raw_os_error(*code))).unwrap();
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_is_not_wanted_any_more_does_not_wait_for_his_turn() {
+    async fn a_cancelled_staging_does_not_wait_for_its_turn() {
         let (inputs, _words) = mpsc::unbounded_channel();
         let desk = StagingContext::new();
         let turns = desk.turns.acquire_many(AT_ONCE as u32).await.unwrap();

@@ -1,9 +1,9 @@
-//! A program of ours that is run beside the watchdog to its end, with a deadline: its exit code is the answer.
+//! Runs one of our programs in the background with a timeout; its exit code is the result.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// A one-shot.
+/// A one-shot process.
 #[derive(Debug)]
 pub(super) enum OneShot {
     NotBegun,
@@ -17,7 +17,7 @@ impl OneShot {
         match command.spawn() {
             Ok(child) => OneShot::Running { child, until: Instant::now() + limit },
             Err(error) => {
-                tracing::error!(error = %error, program = %command.get_program().display(), "a one-shot cannot be started");
+                tracing::error!(error = %error, program = %command.get_program().display(), "cannot start a one-shot program");
                 OneShot::Done { success: false, at: Instant::now() }
             }
         }

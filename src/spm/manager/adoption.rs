@@ -1,4 +1,4 @@
-//! What an earlier manager left: found on disk and among the processes, and adopted.
+//! Finds what an earlier manager left, on disk and among the processes, and adopts it.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -19,11 +19,11 @@ use crate::spm::input::RunningProcess;
 use crate::spm::journal::EventSubject;
 use crate::spm::run;
 
-/// Start times have a resolution of 10 ms. Who is started after an end was noted is started later than this.
+/// Margin for comparing start times, which have a resolution of 10 ms.
 const APART: Duration = Duration::from_millis(100);
 
 impl Manager {
-    /// Finds what is installed and what of it runs, and adopts that.
+    /// Finds the installed sub-agents and their running processes, and adopts these.
     pub(super) fn take_charge(&mut self) {
         let census = tree::Census::take(&self.home, self.groups.as_ref());
         let targets = census.targets;
@@ -42,8 +42,12 @@ impl Manager {
             let target = recorded(&name);
             match platform::close_to_others(&self.home.agent(&name)) {
                 Ok(false) => {}
-                Ok(true) => tracing::warn!(agent = %name, "others could write in its directory, and cannot any more"),
-                Err(error) => tracing::warn!(agent = %name, error = %error, "its directory cannot be looked at"),
+                Ok(true) => {
+                    tracing::warn!(agent = %name, "other users could write to the directory of a sub-agent; its permissions were restricted")
+                }
+                Err(error) => {
+                    tracing::warn!(agent = %name, error = %error, "cannot check the permissions of a sub-agent's directory")
+                }
             }
             let entry = self.releases.take_found(&name);
             let record = target.and_then(|target| target.record.clone());
@@ -63,13 +67,12 @@ impl Manager {
                         self.adopt(&name, marked);
                     }
                     (None, Some(record)) if record.is_of_this_boot() => self.bury(&name, record),
-                    // Of another release, or not to be told from what it started: it makes way for what is to run.
+                    // Of another release, or not distinguishable from its children: it is stopped before the active release is started.
                     (None, _) => drop(target.is_some_and(|target| self.clear_away(&name, target))),
                 },
             }
         }
-        // What runs under our mark and belongs to nothing that is installed has no business here any more. Where it cannot be told what
-        // is installed, nothing is ended.
+        // Marked processes of sub-agents that are not installed are stopped, unless the installed ones cannot be listed.
         if self.home.agents().read_dir().is_ok() {
             let installed: BTreeSet<AgentName> = self.agents.keys().cloned().collect();
             for target in targets.iter().filter(|target| !installed.contains(&target.name)) {
@@ -84,7 +87,7 @@ impl Manager {
         self.raise_committed();
     }
 
-    /// Takes in what is on disk of a sub-agent. `entry`: what the ledger says of it; `target`: what may run of it.
+    /// Loads the state of a sub-agent from the disk. `entry`: its ledger entry; `target`: its processes that may be alive.
     pub(super) fn find(
         &mut self,
         name: &AgentName,
@@ -112,22 +115,22 @@ impl Manager {
         self.perform(name, actions, now);
     }
 
-    /// The ledger beats the link `current`: where they differ, the link is rewritten, before the loop begins.
+    /// The ledger takes precedence over the link `current`: a differing link is rewritten before the event loop starts.
     fn point_at(&self, name: &AgentName, current: &Version) {
         let link = self.home.current(name);
         if platform::read_current(&link).ok().flatten().as_deref() == Some(current.as_str()) {
             return;
         }
-        tracing::warn!(agent = %name, version = %current, "`current` names another release than the ledger and is rewritten");
+        tracing::warn!(agent = %name, version = %current, "the link `current` differs from the ledger and is rewritten");
         let written =
             permissions::place(&self.home, name).and_then(|()| agent::make_current(&self.home, name, current));
         if let Err(error) = written {
-            tracing::warn!(agent = %name, error = format!("{error:#}"), "`current` cannot be rewritten");
+            tracing::warn!(agent = %name, error = format!("{error:#}"), "cannot rewrite the link `current`");
         }
     }
 
-    /// Ends what runs of a sub-agent and cannot be adopted, as the sub-agent's own stop: nothing new of it starts meanwhile. `false`: there
-    /// is nothing of it.
+    /// Stops processes of a sub-agent that cannot be adopted. This is a stop of the sub-agent, so nothing of it starts meanwhile. `false`:
+    /// there are no processes.
     fn clear_away(&mut self, name: &AgentName, target: &StopTarget) -> bool {
         let members = tree::members(&self.home, target);
         if members.is_empty() && target.groups_are_empty() {
@@ -137,7 +140,7 @@ impl Manager {
         let serial = self.next_serial();
         let Some(agent) = self.agents.get_mut(name) else { return false };
         let pid = members.first().map_or(0, |process| process.pid);
-        tracing::warn!(agent = %name, pid, "what runs of a sub-agent is none of its active release and is stopped");
+        tracing::warn!(agent = %name, pid, "processes of a sub-agent cannot be adopted and are stopped");
         let now = Instant::now();
         agent.serial = serial;
         let actions = agent.state.clear_away(pid, agent::at(now));
@@ -145,15 +148,15 @@ impl Manager {
         true
     }
 
-    /// The main process of a sub-agent, and its release, by its mark. Of a native sub-agent it leads its session, as we start it; what a dead
-    /// one left behind does not. `record`: of one that is dead.
+    /// The main process of a sub-agent and its release, by the environment marker. A native sub-agent's main process leads its session;
+    /// leftovers of a dead one do not. `record`: of a dead main process.
     fn main_by_mark(
         &self,
         name: &AgentName,
         marked: &[ProcessInfo],
         record: Option<&ProcessRecord>,
     ) -> Option<(ProcessInfo, Version)> {
-        // What was there when a manager noted the end of the main process is what that left behind.
+        // A process that existed when a manager recorded the main process's exit is a leftover.
         let noted = record.filter(|record| record.ended.is_some()).and_then(|_| record::age(&self.home, name));
         let came_after = |process: &ProcessInfo| match (noted, platform::age(process.start_time)) {
             (Some(noted), Some(age)) => age + APART < noted,
@@ -170,7 +173,7 @@ impl Manager {
         })
     }
 
-    /// A record for a main process that has none; `None`: it is none of the current release.
+    /// A record for a main process without one; `None`: it is not of the current release.
     fn record_of(&self, name: &AgentName, (process, version): (ProcessInfo, Version)) -> Option<ProcessRecord> {
         let agent = self.agents.get(name)?;
         if agent.state.current() != Some(&version) {
@@ -180,20 +183,20 @@ impl Manager {
         Some(start.record_of(&process))
     }
 
-    /// Takes in that a process of this boot has ended, whether or not a manager saw it: its restart policy says what follows.
+    /// Handles the exit of a process of this boot, whether or not a manager observed it: the restart policy decides what follows.
     fn bury(&mut self, name: &AgentName, record: ProcessRecord) {
         let now = Instant::now();
         let about = EventSubject { agent: Some(name), version: Some(&record.head.version) };
         let was_seen = record.ended.is_some();
         let ended = record.ended.clone().unwrap_or_else(|| {
-            let how = "ended while no manager was watching".to_owned();
+            let how = "exited while no manager was running".to_owned();
             self.journal.note("exit", "failed", about, how.as_str());
             ProcessExit { success: None, how }
         });
         let serial = self.next_serial();
         let order = self.orders.held.agents.get(name);
         let Some(agent) = self.agents.get_mut(name) else { return };
-        // What it left behind is ended, and the first plan says the rest, unless it is just what is wanted.
+        // Its leftovers are stopped. Its restart policy applies if its release is still the ordered one; otherwise the first plan decides.
         let wanted = order.filter(|order| {
             let version = Some(&order.package.version);
             order.run == Run::Start && agent.state.current() == version && Some(&record.head.version) == version
@@ -217,8 +220,8 @@ impl Manager {
         let Some(agent) = self.agents.get_mut(name) else { return };
         agent.serial = serial;
         agent.record = Some(record.clone());
-        tracing::info!(agent = %name, pid = record.pid, "a sub-agent is adopted");
-        // With another environment than it is to have, it is restarted by the first plan.
+        tracing::info!(agent = %name, pid = record.pid, "a sub-agent was adopted");
+        // If its environment differs from the ordered one, the first plan restarts it.
         let spec = ordered.filter(|spec: &Spec| env_hash(&spec.env) == record.head.env_hash);
         let version = record.head.version.clone();
         let actions = agent.state.adopt(record.pid, version, since, spec, agent::at(now));

@@ -1,4 +1,4 @@
-//! The conversation with the gateway: what goes up, and what becomes of the answer.
+//! The exchange with the gateway: heartbeats are built and sent, and their answers handled.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -22,33 +22,33 @@ use crate::spm::journal::EventSubject;
 use crate::spm::{timestamp, unix_now};
 use crate::uplink::sender::SendOutcome;
 
-/// A host that booted so recently comes back together with many others.
+/// After a recent boot the host may be one of many that boot at the same time: its first heartbeat is delayed at random.
 const JUST_BOOTED: Duration = Duration::from_secs(300);
-/// What a gateway may ask for, as an operator may.
+/// The limits of an interval that the gateway requests; an operator's have the same.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
-/// More than this, in seconds, is a clock that is wrong.
+/// Difference in seconds from which a clock counts as wrong.
 const CLOCKS_APART: u64 = 60;
-/// Of a word that nobody here knows, so much is told, bytes.
+/// Maximum length of an unknown command in an event.
 const MAX_WORD_BYTES: usize = 64;
 
-/// The line to the gateway.
+/// The connection to the gateway, and its state.
 #[derive(Debug)]
 pub(super) struct GatewayLink {
     uplink: Uplink,
     pub(super) gateway: GatewayStatus,
-    /// Why the last answer was not believed, until one is.
+    /// Why the last answer was rejected, until one is accepted.
     refused_answer: Option<String>,
-    /// Commands already answered as unsupported.
+    /// Commands already reported as unsupported.
     answered: BTreeSet<String>,
     interval: Duration,
     sequence: u64,
     failures: u32,
-    /// One has succeeded.
+    /// A heartbeat has succeeded.
     has_connected: bool,
-    /// The list that is held is asked for once more: another version of the manager may have refused orders of it that this one follows.
+    /// Requests the current list again: another version of the manager may have rejected orders of it that this version supports.
     pub(super) asks_anew: bool,
-    /// `None` while one is under way.
+    /// `None` while a heartbeat is in progress.
     pub(super) next_heartbeat: Option<Instant>,
 }
 
@@ -58,12 +58,12 @@ impl GatewayLink {
         self.has_connected
     }
 
-    /// Whether the last one did not.
+    /// Whether the last heartbeat failed.
     pub(super) fn fails(&self) -> bool {
         self.failures > 0
     }
 
-    /// `is_known`: the host holds a desired state, and may be one of many that come back together.
+    /// `is_known`: the host has a desired state, so it may be one of many that boot at the same time.
     pub(super) fn new(
         home: &Home,
         agent_id: &AgentId,
@@ -92,7 +92,7 @@ impl GatewayLink {
         }
     }
 
-    /// The settings have changed: they may be what kept the gateway from being reached.
+    /// Applies changed settings, and sends a heartbeat now: the old settings may be why the gateway was unreachable.
     pub(super) fn configure(&mut self, config: &Config) {
         self.interval = config.heartbeat_interval.0;
         self.uplink.configure(config);
@@ -101,15 +101,15 @@ impl GatewayLink {
     }
 }
 
-/// Whether a clock is so far off that somebody should look at it.
+/// Whether a clock is off by so much that an operator should know.
 pub(super) fn is_clock_off(offset: Option<i64>) -> bool {
     offset.is_some_and(|offset| offset.unsigned_abs() > CLOCKS_APART)
 }
 
-/// How far off a clock is, for a person to read.
+/// Describes a wrong clock for an operator.
 pub(super) fn clock_words(offset: i64) -> String {
     let side = if offset > 0 { "ahead of" } else { "behind" };
-    format!("this host's clock is {} seconds {side} the gateway's; set whichever is wrong", offset.unsigned_abs())
+    format!("this host's clock is {} seconds {side} the gateway's; correct the wrong one", offset.unsigned_abs())
 }
 
 impl Manager {
@@ -134,7 +134,7 @@ impl Manager {
             agents: self.agents.values().map(report).collect(),
             events: self.journal.pending(),
             clock_offset_seconds: self.line.gateway.clock_offset_seconds,
-            // The sender knows it, for the endpoint that it sends to.
+            // Filled in by the sender, for the endpoint that it uses.
             trust: None,
         };
         self.line.next_heartbeat = None;
@@ -148,16 +148,20 @@ impl Manager {
         let outcome = match outcome {
             SendOutcome::Answered { passed_over, refused, endpoint, answer, clock_offset, certificate_end } => {
                 if !self.line.gateway.connected {
-                    tracing::info!(%endpoint, "the gateway answers");
+                    tracing::info!(%endpoint, "connected to the gateway");
                 }
                 self.line.failures = 0;
                 self.line.has_connected = true;
                 self.line.asks_anew = false;
                 self.tell_of_refused(refused.as_deref());
                 match &refused {
-                    Some(refused) => self
-                        .problems
-                        .insert("endpoint", cut(&format!("an endpoint is passed over: {refused}"), MAX_MESSAGE_BYTES)),
+                    Some(refused) => self.problems.insert(
+                        "endpoint",
+                        cut(
+                            &format!("an endpoint is skipped because its answer was rejected: {refused}"),
+                            MAX_MESSAGE_BYTES,
+                        ),
+                    ),
                     None => self.problems.remove("endpoint"),
                 };
                 self.compare_clocks(clock_offset);
@@ -179,12 +183,14 @@ impl Manager {
                     match &refused {
                         Some(_) => tracing::warn!(
                             error = why,
-                            "the gateway's answer is refused; the last orders stay in force"
+                            "the gateway's answer is rejected; the last desired state stays in force"
                         ),
-                        None => tracing::warn!(error = why, "the heartbeat failed; the last orders stay in force"),
+                        None => {
+                            tracing::warn!(error = why, "the heartbeat failed; the last desired state stays in force")
+                        }
                     }
                 }
-                // Where nobody answers, what was refused before is no news.
+                // Without any answer, an earlier rejection is not reported again.
                 if refused.is_some() {
                     self.tell_of_refused(refused.as_deref());
                 }
@@ -196,7 +202,7 @@ impl Manager {
         self.line.next_heartbeat = Some(now + schedule::next_heartbeat(self.line.interval, outcome, fastrand::f64()));
     }
 
-    /// Tells of endpoints that answered and were not believed, once as long as they say the same.
+    /// Reports endpoints whose answers were rejected, once for each text.
     fn tell_of_refused(&mut self, refused: Option<&str>) {
         if let Some(refused) = refused.filter(|refused| self.line.refused_answer.as_deref() != Some(refused)) {
             self.journal.note("heartbeat", "refused", EventSubject::default(), refused);
@@ -204,7 +210,7 @@ impl Manager {
         self.line.refused_answer = refused.map(str::to_owned);
     }
 
-    /// Tells of a clock that is wrong, and of one that is right again.
+    /// Reports a clock that is wrong, and one that is right again.
     fn compare_clocks(&mut self, offset: Option<i64>) {
         let Some(offset) = offset else { return };
         let was_off = is_clock_off(self.line.gateway.clock_offset_seconds);
@@ -220,18 +226,18 @@ impl Manager {
         }
     }
 
-    /// Tells of a gateway's certificate that ends soon, and of one that was renewed in time.
+    /// Reports a certificate of the gateway that expires soon, and its renewal.
     fn watch_certificate(&mut self, endpoint: &Endpoint, end: Option<u64>) {
         let now = unix_now();
         let date = end.and_then(|end| jiff::Timestamp::from_second(i64::try_from(end).ok()?).ok());
         let text = match (end.map(|end| validity(end, now)), date) {
             (Some(Validity::Ending { .. }), Some(date)) => {
                 format!(
-                    "the certificate of {endpoint}, or of who issued it, expires on {date}; have the gateway's operator renew it"
+                    "the certificate of {endpoint}, or of its issuer, expires on {date}; have the gateway's operator renew it"
                 )
             }
             (Some(Validity::Ended), Some(date)) => format!(
-                "the certificate of {endpoint}, or of who issued it, expired on {date}; have the gateway's operator renew it"
+                "the certificate of {endpoint}, or of its issuer, expired on {date}; have the gateway's operator renew it"
             ),
             _ => {
                 if self.problems.remove("certificate").is_some() {
@@ -247,7 +253,7 @@ impl Manager {
         }
     }
 
-    /// `passed_over`: why who is asked first did not answer.
+    /// `passed_over`: why the preferred endpoint did not answer.
     pub(super) fn take_answer(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
         let told =
             answer.interval.map(|seconds| Duration::from_secs(seconds).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL));
@@ -257,16 +263,16 @@ impl Manager {
         }
         match &answer.error_message {
             Some(message) => {
-                let text = cut(&format!("the gateway says: {message}"), MAX_MESSAGE_BYTES);
+                let text = cut(&format!("the gateway reports: {message}"), MAX_MESSAGE_BYTES);
                 self.problems.insert("gateway", text);
             }
             None => drop(self.problems.remove("gateway")),
         }
         let wants = answer.cmd.as_deref() == Some("upgrade");
         let unreadable = match &answer.manager {
-            // What was ordered before stays.
+            // The last readable order stays in force.
             Some(MessageItem::Unreadable(unreadable)) => Some(format!(
-                "cannot read the order for the manager: {}; its release stays as it was ordered before",
+                "cannot read the order for the manager: {}; its last readable order stays in force",
                 unreadable.why
             )),
             Some(MessageItem::Read(order)) => {
@@ -286,7 +292,7 @@ impl Manager {
                     "command",
                     "unsupported",
                     EventSubject::default(),
-                    format!("cannot {cmd}: this version does not know how"),
+                    format!("cannot run the command {cmd}: this version does not support it"),
                 );
             }
         }
@@ -299,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_document_names_the_bounds_of_the_interval() {
+    fn the_protocol_document_states_the_limits_of_the_interval() {
         let words = format!("used from {} to {}", SHORTEST_INTERVAL.as_secs(), LONGEST_INTERVAL.as_secs());
         assert!(crate::core::protocol::document().contains(&words), "{words}");
     }

@@ -1,4 +1,4 @@
-//! What the manager looks after once in a while, as the loop has it: when it is begun, and what follows from what was found.
+//! Schedules the manager's periodic checks, and handles their results.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
@@ -15,33 +15,33 @@ use crate::spm::maintenance;
 use crate::spm::stage;
 use crate::{package, platform};
 
-/// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
+/// Interval for logs, settings, orphans and the service manager's watchdog: twice within the watchdog's minute.
 const HOUSEKEEPING: Duration = Duration::from_secs(25);
-/// To look at the home takes a hundred system calls: however often heartbeats go out, it is not looked at more often.
+/// Minimum interval between checks of the home: each costs a hundred system calls, and heartbeats may be more frequent.
 const LOOK_APART: Duration = Duration::from_secs(10);
-/// A heartbeat does not wait longer for a look than this.
+/// How long a heartbeat waits for a check of the home.
 const LOOK_TAKES: Duration = Duration::from_secs(2);
-/// Downloads that nobody came back for are looked for so often, besides before each download.
+/// Interval for removing abandoned downloads, in addition to the removal before each download.
 const TRIM_EVERY: Duration = Duration::from_secs(24 * 3600);
-/// Housekeeping that comes so late was held up by a stop of this process or of the machine.
+/// Delay of housekeeping from which the process counts as not scheduled: it or the machine was suspended.
 const NOT_SCHEDULED: Duration = Duration::from_secs(10);
 
-/// When what is due.
+/// The due times of the periodic checks.
 #[derive(Debug)]
 pub(super) struct MaintenanceSchedule {
     pub(super) next: Instant,
     next_look: Instant,
     next_trim: Instant,
-    /// The settings in force were changed then.
+    /// Modification time of the settings in use.
     config_seen: Option<SystemTime>,
-    /// Whether others can see by the record which process the manager is.
+    /// Whether the record on disk names this manager process.
     is_recorded: bool,
-    /// Under way beside the loop, perhaps for as long as a disk hangs.
+    /// Running in the background, possibly for as long as a disk hangs.
     is_busy: bool,
     is_looking: bool,
-    /// A heartbeat waits for what is found.
+    /// A heartbeat waits for the check of the home.
     heartbeat_waits: bool,
-    /// Dead at the last housekeeping, and not awaited by anything.
+    /// Zombies at the last housekeeping that nothing waits for.
     orphans: Vec<u32>,
 }
 
@@ -83,7 +83,8 @@ impl Manager {
         platform::notify(Notification::Alive);
     }
 
-    /// Sends a heartbeat, after a look at the home, so that it reports what is wrong there; a manager that sends none need not look.
+    /// Sends a heartbeat, after a check of the home, so that the heartbeat reports its problems. Without heartbeats the home is not
+    /// checked.
     pub(super) fn heartbeat_due(&mut self, now: Instant) {
         let house = &mut self.housekeeping;
         if now < house.next_look || house.is_looking {
@@ -96,18 +97,18 @@ impl Manager {
         self.line.next_heartbeat = Some(now + LOOK_TAKES);
     }
 
-    /// Brings the next heartbeat forward; one that is under way is as good.
+    /// Sends the next heartbeat now; one in progress counts.
     pub(super) fn heartbeat_now(&mut self, now: Instant) {
         self.line.next_heartbeat = self.line.next_heartbeat.map(|_| now);
     }
 
-    /// As [`Manager::look_at_home`], before the loop begins.
+    /// Checks the home synchronously, before the event loop starts.
     pub(super) fn look_at_home_now(&mut self) {
         let looked = maintenance::look(&self.home, &self.config);
         self.looked(looked, Instant::now());
     }
 
-    /// What is wrong shows and is reported until it is resolved.
+    /// Handles the result of a check of the home: each problem is shown until it is resolved.
     pub(super) fn looked(&mut self, looked: HomeProblems, now: Instant) {
         self.housekeeping.is_looking = false;
         if std::mem::take(&mut self.housekeeping.heartbeat_waits) {
@@ -121,7 +122,7 @@ impl Manager {
         }
     }
 
-    /// Takes a changed configuration; a bad one leaves the old in force, which shows.
+    /// Applies changed settings. Invalid settings are reported, and the previous ones stay in use.
     pub(super) fn reloaded(&mut self, reloaded: MaintenanceResult) {
         self.housekeeping.is_busy = false;
         self.housekeeping.is_recorded = reloaded.is_recorded;
@@ -135,12 +136,7 @@ impl Manager {
                     Some(problem) => config_problem(problem),
                     None => {
                         self.problems.remove("config");
-                        self.journal.note(
-                            "config",
-                            "ok",
-                            EventSubject::default(),
-                            "the changed configuration is in force",
-                        );
+                        self.journal.note("config", "ok", EventSubject::default(), "the changed settings are in use");
                         self.config = moved(&self.home, loaded.config, self.upgrading.endpoint.as_ref());
                         self.line.configure(&self.config);
                         return;
@@ -152,7 +148,7 @@ impl Manager {
         self.problems.insert("config", problem);
     }
 
-    /// Removes what came of downloads that nobody wants any more, or comes back for.
+    /// Removes downloads that are not ordered any more or were abandoned.
     pub(super) fn trim_cache(&mut self, now: Instant) {
         self.housekeeping.next_trim = now + TRIM_EVERY;
         let home = self.home.clone();
@@ -160,11 +156,11 @@ impl Manager {
         let wanted: BTreeSet<String> =
             orders.filter_map(|(name, order)| stage::wanted(name, &order.package).file_name()).collect();
         tokio::task::spawn_blocking(move || {
-            // What lies behind a link is somebody else's.
+            // An unsafe home may contain symbolic links to files of other users.
             if permissions::home(&home).is_ok()
                 && let Err(error) = package::trim(&home.cache(), |file| wanted.contains(file))
             {
-                tracing::warn!(error = format!("{error:#}"), "old downloads cannot be removed");
+                tracing::warn!(error = format!("{error:#}"), "cannot remove old downloads");
             }
         });
     }

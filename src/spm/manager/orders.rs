@@ -1,4 +1,4 @@
-//! What is wanted of the sub-agents: taken from an answer, on disk before it is in force, and followed.
+//! The desired state of the sub-agents: accepted from an answer, written to disk before it is in force, and applied.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,26 +13,26 @@ use crate::platform;
 use crate::spm::disk::StateFile;
 use crate::spm::journal::EventSubject;
 
-/// Of the orders of one answer that are not followed, so many are told one by one.
+/// Number of rejected orders of one answer that are reported one by one.
 const REFUSED_TOLD: usize = 10;
-/// So many sub-agents are named in one message.
+/// Number of sub-agents named in one message.
 const NAMED: usize = 5;
-/// For how long something was omitted is written so often, or each tenth of the whole wait: what is lost with a crash is waited for again.
+/// Interval in seconds for writing the omission times, or a tenth of the removal delay if longer. A crash loses at most this much waiting
+/// time.
 const WAIT_WRITTEN: u64 = 10;
 
-/// The desired state.
+/// The desired state, and its file.
 #[derive(Debug)]
 pub(super) struct DesiredStateStore {
     pub(super) held: DesiredState,
     file: StateFile<DesiredState>,
-    /// Another one, which is in force when this revision of the file is durable.
+    /// The next desired state, which is in force when this revision of the file is durable.
     coming: Option<(u64, Box<AcceptedState>)>,
-    /// Until when it is counted how long what a complete list omits has been omitted. By the monotonic clock, and only while a manager
-    /// runs: no clock that is set cuts the wait short.
+    /// Until when the omission times are counted. Monotonic and only while a manager runs: setting the clock cannot shorten the delay.
     counted: Instant,
-    /// Seconds that were counted and are not on disk.
+    /// Seconds counted, but not yet written.
     unwritten: u64,
-    /// Of the last answer: what is omitted for so many seconds is removed. Before the first answer nothing is.
+    /// Removal delay in seconds from the last answer; before the first answer nothing is removed.
     delay: Option<u64>,
 }
 
@@ -41,12 +41,12 @@ impl DesiredStateStore {
         DesiredStateStore { held, file, coming: None, counted: now, unwritten: 0, delay: None }
     }
 
-    /// What answers are compared with: a list that is being written counts.
+    /// The state that answers are compared with: the one being written, or else the one in force.
     fn newest(&self) -> &DesiredState {
         self.coming.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
     }
 
-    /// Counts the time since it was counted last, in whole seconds.
+    /// Counts the omission time since the last count, in whole seconds.
     fn count(&mut self, now: Instant) {
         let seconds = now.saturating_duration_since(self.counted).as_secs();
         self.counted += Duration::from_secs(seconds);
@@ -56,14 +56,14 @@ impl DesiredStateStore {
         }
     }
 
-    /// Seconds until a sub-agent is removed because the list omits it; `None`: it is not omitted.
+    /// Seconds until a sub-agent is removed because the list omits it; `None`: the list has it.
     pub(super) fn removed_in(&self, name: &AgentName, now: Instant) -> Option<u64> {
         let so_far = self.held.omitted().get(name)?;
         let so_far = so_far.saturating_add(now.saturating_duration_since(self.counted).as_secs());
         Some(self.delay.unwrap_or(desired::REMOVAL_DELAY).saturating_sub(so_far))
     }
 
-    /// Writes what is not written yet, at the end of the process.
+    /// Writes pending changes before the process exits.
     pub(super) async fn finish(mut self) {
         self.count(Instant::now());
         let last = (self.unwritten > 0 && self.coming.is_none()).then_some(self.held);
@@ -72,7 +72,7 @@ impl DesiredStateStore {
 }
 
 impl Manager {
-    /// Takes in the orders of an answer. `passed_over`: why who is asked first did not answer.
+    /// Handles the orders of an answer. `passed_over`: why the preferred endpoint did not answer.
     pub(super) fn take_orders(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
@@ -92,7 +92,7 @@ impl Manager {
                 let held = answer.lineage.as_deref().unwrap_or_default() == self.orders.held.lineage
                     && answer.generation == self.orders.held.generation;
                 if held {
-                    // What was refused in between is not asked for any more.
+                    // A list that was rejected in the meantime is not offered any more.
                     self.problems.remove("desired");
                     self.still_omitted(delay);
                 }
@@ -104,12 +104,12 @@ impl Manager {
                 }
                 self.problems.insert("desired", why);
             }
-            // On disk before it is acted on: what is begun must be known after a crash.
+            // Written to disk before it is applied: after a crash the manager must know what it started.
             AnswerOutcome::Take(taken) => self.keep_orders(taken, passed_over),
         }
     }
 
-    /// The list in force still omits what it omitted: what has been omitted for long enough is removed.
+    /// Handles an answer with the list in force: sub-agents omitted for the whole delay are removed.
     fn still_omitted(&mut self, delay: u64) {
         if self.orders.coming.is_some() {
             return;
@@ -124,10 +124,13 @@ impl Manager {
         }
     }
 
-    /// Begins to write another desired state; it is in force when that is done.
+    /// Starts writing a new desired state; it is in force when the write ends.
     fn keep_orders(&mut self, taken: Box<AcceptedState>, passed_over: Option<&str>) {
         if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
-            tracing::warn!(why, "another gateway stands in; what its list does not name stays until that changes");
+            tracing::warn!(
+                why,
+                "a fallback gateway with another lineage answered; sub-agents missing in its list are kept until its list changes"
+            );
         }
         self.orders.unwritten = 0;
         let revision = self.orders.file.save(&self.inputs, taken.desired.clone());
@@ -140,28 +143,32 @@ impl Manager {
         match result {
             Ok(()) => self.follow(*taken, now),
             Err(error) => {
-                let text = format!("the new desired state is not acted on: {error}");
+                let text = format!("cannot store the new desired state, so it is not applied: {error}");
                 self.journal.note("desired", "failed", EventSubject::default(), text.as_str());
                 self.problems.insert("desired", text);
             }
         }
     }
 
-    /// Another desired state is in force.
+    /// Applies a desired state that is durable.
     fn follow(&mut self, taken: AcceptedState, now: Instant) {
         let AcceptedState { desired, new_lineage, led_back, kept } = taken;
         self.problems.remove("desired");
         if new_lineage {
-            tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
+            tracing::warn!(lineage = desired.lineage, "the lineage of the desired state changed");
         }
         if led_back {
             let text = format!(
-                "generation {} takes the place of {}, which was further ahead than any clock explains",
+                "generation {} replaces generation {}, which was too far ahead for a wrong clock to explain",
                 desired.generation, self.orders.held.generation
             );
             self.journal.note("desired", "ok", EventSubject::default(), text);
         }
-        tracing::info!(generation = desired.generation, agents = desired.agents.len(), "a new desired state is taken");
+        tracing::info!(
+            generation = desired.generation,
+            agents = desired.agents.len(),
+            "a new desired state is in force"
+        );
         self.tell_of_an_empty_list(kept);
         let before = std::mem::replace(&mut self.orders.held, desired);
         self.orders.counted = now;
@@ -175,14 +182,14 @@ impl Manager {
         self.trim_cache(now);
     }
 
-    /// Tells of a list that would have removed everything, once as long as such lists come.
+    /// Reports a list that would have removed every sub-agent, once while such lists arrive.
     fn tell_of_an_empty_list(&mut self, kept: usize) {
         if kept == 0 {
             self.problems.remove("empty");
             return;
         }
         let text = format!(
-            "an empty list of sub-agents came as a complete one; it removes nothing, and the {kept} that were wanted stay: only an \
+            "an empty list of sub-agents was sent as complete; it removes nothing, and the {kept} ordered sub-agents are kept: only an \
              explicit uninstall removes the last one"
         );
         if self.problems.get("empty") != Some(&text) {
@@ -191,7 +198,7 @@ impl Manager {
         self.problems.insert("empty", text);
     }
 
-    /// Tells of the orders that are not followed, of each once.
+    /// Reports the rejected orders, each once.
     fn tell_of_refused_orders(&mut self, before: &DesiredState) {
         let known: Vec<&RejectedOrder> = before.refused().collect();
         let new: Vec<RejectedOrder> =
@@ -205,13 +212,13 @@ impl Manager {
         }
         let untold = new.len().saturating_sub(REFUSED_TOLD);
         if untold > 0 {
-            let text = format!("{untold} more orders cannot be followed; `control status` names some");
+            let text = format!("{untold} more orders are rejected; `control status` lists some");
             self.journal.note("order", "refused", EventSubject::default(), text);
         }
         self.show_refused_orders();
     }
 
-    /// Shows the orders that are not followed as long as they stand.
+    /// Shows the rejected orders as long as they are in force.
     pub(super) fn show_refused_orders(&mut self) {
         let words: Vec<String> = self.orders.held.refused().take(NAMED).map(refusal_words).collect();
         let more = self.orders.held.refused().count().saturating_sub(NAMED);
@@ -224,7 +231,7 @@ impl Manager {
         }
     }
 
-    /// Tells of what a list omits from now on.
+    /// Reports the sub-agents that the list omits from now on.
     fn tell_of_omitted(&mut self, before: &DesiredState) {
         let omitted = self.orders.held.omitted().keys();
         let new: Vec<&str> =
@@ -241,11 +248,11 @@ impl Manager {
     }
 }
 
-/// For a person to read: which order is not followed, and why.
+/// Describes a rejected order for an operator.
 fn refusal_words(refusal: &RejectedOrder) -> String {
     let RejectedOrder { name, why, .. } = refusal;
     match name {
-        Some(name) => format!("the order for {name} is refused, and {name} stays as it is: {why}"),
-        None => format!("an order without a readable name is refused, so its list removes nothing: {why}"),
+        Some(name) => format!("the order for {name} is rejected, and {name} stays unchanged: {why}"),
+        None => format!("an order without a readable name is rejected, so its list removes nothing: {why}"),
     }
 }

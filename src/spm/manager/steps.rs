@@ -1,4 +1,4 @@
-//! Carrying out: the steps of a plan, and the actions that a sub-agent's state asks for. Nothing is decided here.
+//! Carries out the steps of a plan, and the actions of a sub-agent's state. No decisions are made here.
 
 use std::time::Instant;
 
@@ -25,7 +25,7 @@ use crate::spm::{run, stage, timestamp, timestamp_of, unix_now};
 use crate::{package, store};
 
 impl Manager {
-    /// Compares what is wanted with what is, and begins what is to be done.
+    /// Compares the desired with the actual state, and starts the steps of the plan.
     pub(super) fn reconcile(&mut self) {
         if self.stop.is_some() || self.ending.is_some() {
             return;
@@ -49,7 +49,7 @@ impl Manager {
 
     fn carry_out(&mut self, step: ReconcileStep, now: Instant) {
         let (name, event) = match step {
-            // First the epochs of what earlier managers committed are raised.
+            // The epochs of earlier commits are raised first.
             ReconcileStep::Stage { .. } | ReconcileStep::Activate { .. } if !self.releases.may_stage() => return,
             ReconcileStep::Discard { .. } if !self.releases.may_remove() => return,
             ReconcileStep::Stage { name, package } => (name, AgentEvent::Stage(package)),
@@ -66,13 +66,13 @@ impl Manager {
         self.step(&name, event, now);
     }
 
-    /// Whether the process of a sub-agent was started with this. One that was adopted with another, and has ended since, may have been.
+    /// Whether the process of a sub-agent runs with these settings. The record of a dead one counts, too.
     fn runs_so(&self, name: &AgentName, spec: &Spec) -> bool {
         let record = self.agents.get(name).and_then(|agent| agent.record.as_ref());
         record.is_some_and(|record| record.head.env_hash == env_hash(&spec.env))
     }
 
-    /// Whether what runs of a sub-agent could be started again. Of one that does not run nothing is asked.
+    /// Whether a running sub-agent could be restarted; always `Ok` for one that is not running.
     pub(super) fn may_restart(&self, name: &AgentName) -> Result<()> {
         let agent = self.agents.get(name).filter(|agent| agent.state.supervisor().pid().is_some());
         agent.and_then(|agent| self.start_of(agent)).map_or(Ok(()), |start| start.sound())
@@ -94,7 +94,7 @@ impl Manager {
         })
     }
 
-    /// Tells a sub-agent what happened, and does what follows.
+    /// Applies an event to a sub-agent's state, and performs the resulting actions.
     pub(super) fn step(&mut self, name: &AgentName, event: AgentEvent, now: Instant) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let before = agent.state.supervisor().state();
@@ -169,14 +169,14 @@ impl Manager {
         }
     }
 
-    /// Does something on the disk for a sub-agent, beside the loop.
+    /// Runs disk work for a sub-agent off the event loop.
     fn beside(&self, name: &AgentName, work: impl FnOnce(Home, AgentName) -> Input + Send + 'static) {
         let (home, name) = (self.home.clone(), name.clone());
         disk::run(&self.inputs, move || work(home, name));
     }
 
     fn stage(&mut self, name: &AgentName, id: u64, package: Package) {
-        tracing::info!(agent = %name, version = %package.version, "a release is staged");
+        tracing::info!(agent = %name, version = %package.version, "staging a release");
         let job = stage::StagingJob {
             home: self.home.clone(),
             config: self.config.clone(),
@@ -201,13 +201,13 @@ impl Manager {
         run::start(&self.inputs, agent.serial, start, last);
     }
 
-    /// Counts starts and adoptions of all sub-agents, so that word of one process is not taken for word of another.
+    /// Numbers the starts and adoptions of all sub-agents, so that a result is attributed to the right process.
     pub(super) fn next_serial(&mut self) -> u64 {
         self.last_serial += 1;
         self.last_serial
     }
 
-    /// Asks after a sub-agent's health, one question for each process at a time; its answer counts for that very process alone.
+    /// Starts a health check, at most one for each process at a time; its result counts only for that process.
     fn check(&mut self, name: &AgentName) {
         let Some(agent) = self.agents.get(name) else { return };
         let question = self.start_of(agent).and_then(HealthQuery::of);
@@ -215,7 +215,7 @@ impl Manager {
         let task = tokio::spawn(async move {
             let answer = match question {
                 Some(question) => health::ask(question).await,
-                None => CheckResult::Unknown("what its package says about it cannot be read any more".to_owned()),
+                None => CheckResult::Unknown("cannot read the package's health check any more".to_owned()),
             };
             let _ = inputs.send(Input::Checked { name: of, serial, answer });
         });
@@ -224,17 +224,17 @@ impl Manager {
         }
     }
 
-    /// Puts a note into the journal; one that may come again and again, as often as it may be reported.
+    /// Adds a note to the journal; a repeating one is rate-limited.
     pub(super) fn note(&mut self, name: &AgentName, note: JournalNote, now: Instant) {
         let JournalNote { kind, outcome, version, mut message, repeats, change } = note;
         if let Some(agent) = self.agents.get_mut(name).filter(|_| repeats) {
             match agent.allowance.take(now) {
                 None => {
-                    tracing::warn!(agent = %name, kind, outcome, message, "an event is not told to the gateway, after many");
+                    tracing::warn!(agent = %name, kind, outcome, message, "an event is not reported to the gateway, because it exceeds the rate limit");
                     return;
                 }
                 Some(0) => {}
-                Some(untold) => message.push_str(&format!(" (before that, {untold} events of it were not told)")),
+                Some(untold) => message.push_str(&format!(" ({untold} earlier events of it were dropped)")),
             }
         }
         if let Some(ReleaseChange { from, to, seconds }) = change {
@@ -273,10 +273,10 @@ fn remove(home: &Home, name: &AgentName) -> Result<()> {
     log::remove(home, name)
 }
 
-/// Removes a release from the disk, where it is still there.
+/// Removes a release from the disk, if it exists.
 fn discard(home: &Home, name: &AgentName, version: &Version) {
     let gone = permissions::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
     if let Err(error) = &gone {
-        tracing::warn!(agent = %name, error = format!("{error:#}"), "a release cannot be removed");
+        tracing::warn!(agent = %name, error = format!("{error:#}"), "cannot remove a release");
     }
 }
