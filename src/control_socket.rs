@@ -23,11 +23,11 @@ const MAX_REQUEST_BYTES: u64 = 64 << 10;
 /// Maximum size of a reply; a status of thousands of sub-agents is far smaller.
 const MAX_REPLY_BYTES: u64 = 16 << 20;
 /// Timeout for a reply; a working manager replies at once.
-const ANSWER: Duration = Duration::from_secs(5);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval for polling a manager that is starting.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Timeout for sending the reason to a rejected client.
-const REFUSAL: Duration = Duration::from_secs(1);
+const REJECTION_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of simultaneous connections.
 const MAX_CONNECTIONS: usize = 64;
 
@@ -107,9 +107,9 @@ pub enum Goodbye {
 /// An event at the control socket.
 #[derive(Debug)]
 pub enum ControlRequest {
-    Asked(Request, oneshot::Sender<ControlReply>),
+    Request(Request, oneshot::Sender<ControlReply>),
     /// A client without permission was rejected.
-    Stranger {
+    Rejected {
         why: String,
     },
     /// The other role's connection ended: it crashed or exited.
@@ -119,30 +119,30 @@ pub enum ControlRequest {
     },
 }
 
-/// Accepts connections until the task is dropped. Each connection is a task; its requests are sent to `knocks`.
+/// Accepts connections until the task is dropped. Each connection is a task; its requests are sent to `requests`.
 pub async fn serve(
     mut listener: LocalListener,
-    knocks: mpsc::Sender<ControlRequest>,
-    farewell: watch::Receiver<Option<Goodbye>>,
+    requests: mpsc::Sender<ControlRequest>,
+    goodbye: watch::Receiver<Option<Goodbye>>,
 ) {
-    let seats = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
+    let permits = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let Ok(seat) = seats.clone().acquire_owned().await else { return };
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok(SocketPeer::Stranger { stream, who, whose }) => {
                 let why = format!("rejected a connection of {who} to the control socket: only {whose} may use it");
                 // Without waiting: repeated attempts must not delay other clients. The manager logs the rejection.
-                let _ = knocks.try_send(ControlRequest::Stranger { why: why.clone() });
+                let _ = requests.try_send(ControlRequest::Rejected { why: why.clone() });
                 tokio::spawn(async move {
-                    let _seat = seat;
-                    let _ = tokio::time::timeout(REFUSAL, turn_away(stream, &why)).await;
+                    let _permit = permit;
+                    let _ = tokio::time::timeout(REJECTION_TIMEOUT, send_rejection(stream, &why)).await;
                 });
             }
             Ok(SocketPeer::Welcome(stream)) => {
-                let (knocks, farewell) = (knocks.clone(), farewell.clone());
+                let (requests, goodbye) = (requests.clone(), goodbye.clone());
                 tokio::spawn(async move {
-                    let _seat = seat;
-                    if let Err(error) = converse(stream, knocks, farewell).await {
+                    let _permit = permit;
+                    if let Err(error) = handle_connection(stream, requests, goodbye).await {
                         tracing::debug!(error = format!("{error:#}"), "a connection to the control socket failed");
                     }
                 });
@@ -156,27 +156,27 @@ pub async fn serve(
 }
 
 /// Sends the reason of a rejection. Nothing is read from the client.
-async fn turn_away(mut stream: LocalStream, why: &str) -> Result<()> {
+async fn send_rejection(mut stream: LocalStream, why: &str) -> Result<()> {
     stream.write_all(&as_line(&ControlReply::failed(why))?).await?;
     Ok(stream.shutdown().await?)
 }
 
-async fn converse(
+async fn handle_connection(
     stream: LocalStream,
-    knocks: mpsc::Sender<ControlRequest>,
-    mut farewell: watch::Receiver<Option<Goodbye>>,
+    requests: mpsc::Sender<ControlRequest>,
+    mut goodbye: watch::Receiver<Option<Goodbye>>,
 ) -> Result<()> {
     let (reader, mut writer) = tokio::io::split(stream);
     let mut lines = tokio::io::BufReader::new(reader);
     let mut peer = None;
-    let ended = loop {
+    let result = loop {
         let mut line = vec![];
         let mut limited = (&mut lines).take(MAX_REQUEST_BYTES);
         // `read_until` is not cancel-safe; the other arm ends the connection, so a lost partial read does not matter.
         let read = tokio::select! {
             read = limited.read_until(b'\n', &mut line) => read,
-            word = told(&mut farewell) => {
-                let _ = writer.write_all(&as_line(&word)?).await;
+            goodbye = wait_for_goodbye(&mut goodbye) => {
+                let _ = writer.write_all(&as_line(&goodbye)?).await;
                 break Ok(());
             }
         };
@@ -193,7 +193,7 @@ async fn converse(
                     peer = Some((role, pid));
                 }
                 let (sender, receiver) = oneshot::channel();
-                if knocks.send(ControlRequest::Asked(request, sender)).await.is_err() {
+                if requests.send(ControlRequest::Request(request, sender)).await.is_err() {
                     break Ok(());
                 }
                 receiver.await.unwrap_or_else(|_| ControlReply::failed("the manager is exiting"))
@@ -204,15 +204,15 @@ async fn converse(
         }
     };
     if let Some((role, pid)) = peer {
-        let _ = knocks.send(ControlRequest::PeerGone { role, pid }).await;
+        let _ = requests.send(ControlRequest::PeerGone { role, pid }).await;
     }
-    ended
+    result
 }
 
 /// Resolves when the manager exits on purpose.
-async fn told(farewell: &mut watch::Receiver<Option<Goodbye>>) -> Goodbye {
-    match farewell.wait_for(Option::is_some).await.map(|word| *word) {
-        Ok(Some(word)) => word,
+async fn wait_for_goodbye(goodbye: &mut watch::Receiver<Option<Goodbye>>) -> Goodbye {
+    match goodbye.wait_for(Option::is_some).await.map(|goodbye| *goodbye) {
+        Ok(Some(goodbye)) => goodbye,
         _ => std::future::pending().await,
     }
 }
@@ -234,11 +234,11 @@ pub struct ControlClient {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ControlMessage {
     Reply(Box<ControlReply>),
-    Farewell(Goodbye),
+    Goodbye(Goodbye),
     /// The connection ended without a goodbye.
-    End,
+    Closed,
     /// Nothing was received within the timeout of the connection.
-    Silence,
+    Timeout,
 }
 
 /// The control socket belongs to other users.
@@ -277,23 +277,23 @@ impl ControlClient {
     }
 
     /// Waits for the next message.
-    pub fn hear(&mut self) -> Result<ControlMessage> {
-        hear(&mut self.reader)
+    pub fn receive(&mut self) -> Result<ControlMessage> {
+        receive(&mut self.reader)
     }
 
     /// Sends a request and waits for the reply.
-    pub fn ask(&mut self, request: &Request) -> Result<ControlReply> {
+    pub fn request(&mut self, request: &Request) -> Result<ControlReply> {
         if let Err(error) = self.send(request) {
             // A rejected client receives the reason before it has sent a request.
-            return match self.hear() {
+            return match self.receive() {
                 Ok(ControlMessage::Reply(reply)) => Ok(*reply),
                 _ => Err(error),
             };
         }
-        match self.hear()? {
+        match self.receive()? {
             ControlMessage::Reply(reply) => Ok(*reply),
-            ControlMessage::Silence => bail!("the manager did not answer in time"),
-            ControlMessage::Farewell(_) | ControlMessage::End => bail!("the manager exited before it answered"),
+            ControlMessage::Timeout => bail!("the manager did not answer in time"),
+            ControlMessage::Goodbye(_) | ControlMessage::Closed => bail!("the manager exited before it answered"),
         }
     }
 
@@ -305,22 +305,22 @@ impl ControlClient {
 }
 
 /// Waits for the next message on a connection.
-pub fn hear(reader: &mut BufReader<LocalConnection>) -> Result<ControlMessage> {
+pub fn receive(reader: &mut BufReader<LocalConnection>) -> Result<ControlMessage> {
     let mut line = vec![];
     let mut limited = std::io::Read::take(reader, MAX_REPLY_BYTES);
     match limited.read_until(b'\n', &mut line) {
-        Ok(0) => return Ok(ControlMessage::End),
+        Ok(0) => return Ok(ControlMessage::Closed),
         Ok(_) => {}
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-            return Ok(ControlMessage::Silence);
+            return Ok(ControlMessage::Timeout);
         }
         Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
-            return Ok(ControlMessage::End);
+            return Ok(ControlMessage::Closed);
         }
         Err(error) => return Err(error).context("cannot read from the manager"),
     }
-    if let Ok(word) = serde_json::from_slice(&line) {
-        return Ok(ControlMessage::Farewell(word));
+    if let Ok(goodbye) = serde_json::from_slice(&line) {
+        return Ok(ControlMessage::Goodbye(goodbye));
     }
     let reply = serde_json::from_slice(&line).context("cannot parse the manager's reply")?;
     Ok(ControlMessage::Reply(Box::new(reply)))
@@ -332,37 +332,38 @@ pub fn send(writer: &mut LocalConnection, request: &Request) -> Result<()> {
 }
 
 /// Connects, sends one request and waits for the reply; `None`: no manager accepts connections.
-pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<ControlReply>> {
+pub fn request(home: &Home, request: &Request, timeout: Duration) -> Result<Option<ControlReply>> {
     match ControlClient::open(home, timeout)? {
-        Some(mut door) => door.ask(request).map(Some),
+        Some(mut client) => client.request(request).map(Some),
         None => Ok(None),
     }
 }
 
 /// Requests a stop and waits until it completes, while the manager responds; `None`: no manager accepts connections.
-pub fn ask_to_stop(home: &Home, patience: Duration) -> Result<Option<ControlReply>> {
-    let Some(mut door) = ControlClient::open(home, ANSWER)? else { return Ok(None) };
-    door.send(&Request::Stop)?;
-    let deadline = Instant::now() + patience;
+pub fn request_stop(home: &Home, timeout: Duration) -> Result<Option<ControlReply>> {
+    let Some(mut client) = ControlClient::open(home, REPLY_TIMEOUT)? else { return Ok(None) };
+    client.send(&Request::Stop)?;
+    let deadline = Instant::now() + timeout;
     while Instant::now() < deadline {
-        match door.hear()? {
+        match client.receive()? {
             ControlMessage::Reply(reply) => return Ok(Some(*reply)),
-            ControlMessage::Farewell(_) => return Ok(Some(ControlReply::done())),
-            ControlMessage::End => bail!("the manager exited before every sub-agent was stopped"),
+            ControlMessage::Goodbye(_) => return Ok(Some(ControlReply::done())),
+            ControlMessage::Closed => bail!("the manager exited before every sub-agent was stopped"),
             // The stop takes longer, or the manager hangs: then it does not answer two pings either.
-            ControlMessage::Silence => {
-                drop(ask(home, &Request::Ping, ANSWER).or_else(|_| ask(home, &Request::Ping, ANSWER))?)
-            }
+            ControlMessage::Timeout => drop(
+                request(home, &Request::Ping, REPLY_TIMEOUT)
+                    .or_else(|_| request(home, &Request::Ping, REPLY_TIMEOUT))?,
+            ),
         }
     }
-    bail!("not every sub-agent was stopped within {patience:?}")
+    bail!("not every sub-agent was stopped within {timeout:?}")
 }
 
 /// Waits until the manager answers and the watchdog is running.
-pub fn wait_until_it_answers(home: &Home, patience: Duration) -> Result<()> {
-    let deadline = Instant::now() + patience;
+pub fn wait_until_ready(home: &Home, timeout: Duration) -> Result<()> {
+    let deadline = Instant::now() + timeout;
     loop {
-        let asked = ask(home, &Request::Status, ANSWER);
+        let asked = request(home, &Request::Status, REPLY_TIMEOUT);
         if let Ok(Some(reply)) = &asked
             && reply.status.as_ref().is_some_and(|status| status.spa.pid.is_some())
         {
@@ -375,8 +376,8 @@ pub fn wait_until_it_answers(home: &Home, patience: Duration) -> Result<()> {
                 Err(error) => format!("{error:#}"),
             };
             let (spm, spa) = (home.role_log("spm"), home.role_log("spa"));
-            bail!("{why} within {patience:?}; see {} and {}", spm.display(), spa.display());
+            bail!("{why} within {timeout:?}; see {} and {}", spm.display(), spa.display());
         }
-        platform::pause(LOOK);
+        platform::pause(POLL_INTERVAL);
     }
 }

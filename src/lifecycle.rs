@@ -14,7 +14,7 @@ use crate::installation::{InstallRecord, permissions};
 use crate::{control_socket, host_service, platform, process, role};
 
 /// Timeout for a stop: every sub-agent may take its grace period, which is ten minutes at most.
-const STOP: Duration = Duration::from_secs(840);
+const STOP_TIMEOUT: Duration = Duration::from_secs(840);
 
 /// The service manager of a home: from the installation's record, or else from the registered units.
 pub fn service(home: &Home) -> ServiceManagerKind {
@@ -26,12 +26,12 @@ pub fn service(home: &Home) -> ServiceManagerKind {
 
 /// Starts a stopped home; a running one is left as it is. Does not wait until it answers.
 pub fn start(home: &Home) -> Result<()> {
-    sound(home).context("cannot start")?;
+    check_executables(home).context("cannot start")?;
     role::clear_stop(home).context("cannot start: cannot delete the record of the stop")?;
     if role::living(home, Role::Spm).is_none() {
         for role in Role::BOTH {
             // If the record cannot be removed, restarts continue to be counted.
-            let _ = role::forget(home, *role);
+            let _ = role::reset_restarts(home, *role);
         }
     }
     let service = service(home);
@@ -40,15 +40,15 @@ pub fn start(home: &Home) -> Result<()> {
 }
 
 /// Restarts both roles; the sub-agents keep running. Does not wait until the roles answer.
-pub fn renew(home: &Home) -> Result<()> {
-    sound(home).context("cannot restart; the running processes are unchanged")?;
+pub fn restart(home: &Home) -> Result<()> {
+    check_executables(home).context("cannot restart; the running processes are unchanged")?;
     let service = service(home);
     host_service::settle(service, home).context("cannot restart")?;
     host_service::restart(service, home, Role::BOTH).map(drop)
 }
 
 /// Checks that the roles' executables are safe to start.
-fn sound(home: &Home) -> Result<()> {
+fn check_executables(home: &Home) -> Result<()> {
     Role::BOTH.iter().try_for_each(|role| permissions::executable(home, &home.role_link(role.program())))
 }
 
@@ -56,23 +56,23 @@ fn sound(home: &Home) -> Result<()> {
 pub fn stop(home: &Home) -> Result<Vec<String>> {
     role::record_stop(home)
         .context("cannot stop: the stop cannot be recorded, so the stopped processes would be restarted")?;
-    let remarks = carry_out(home)?;
+    let remarks = stop_all(home)?;
     // A start by the service manager in between removes the record.
     role::record_stop(home)?;
     Ok(remarks)
 }
 
 /// As [`stop`], before the home is removed: succeeds even if the stop cannot be recorded.
-pub fn stop_for_good(home: &Home) -> Result<Vec<String>> {
+pub fn stop_before_removal(home: &Home) -> Result<Vec<String>> {
     let recorded = role::record_stop(home).context("cannot record the stop");
-    let mut remarks = carry_out(home)?;
+    let mut remarks = stop_all(home)?;
     remarks.extend(recorded.err().map(|error| format!("{error:#}")));
     Ok(remarks)
 }
 
-fn carry_out(home: &Home) -> Result<Vec<String>> {
+fn stop_all(home: &Home) -> Result<Vec<String>> {
     let mut remarks = vec![];
-    match control_socket::ask_to_stop(home, STOP) {
+    match control_socket::request_stop(home, STOP_TIMEOUT) {
         Ok(Some(reply)) => {
             remarks.extend(reply.error.map(|error| format!("the manager could not stop every sub-agent: {error}")))
         }
@@ -84,7 +84,7 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
     }
     host_service::stop(service(home), home, &[Role::Spa, Role::Spm])?;
     for role in [Role::Spa, Role::Spm] {
-        if await_end(home, role)? {
+        if wait_for_exit(home, role)? {
             remarks.push(format!("{} did not exit in time and was killed", role.program()));
         }
     }
@@ -95,14 +95,14 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
 
 /// Kills a manager that does not answer.
 pub fn kill_manager(home: &Home) -> Result<()> {
-    role::who_has(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
+    role::current_holder(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
 }
 
 /// Waits until no process has a role; returns whether one had to be killed. The holder was asked to exit before.
-fn await_end(home: &Home, role: Role) -> Result<bool> {
+fn wait_for_exit(home: &Home, role: Role) -> Result<bool> {
     let mut killed = false;
     while let Some(holder) = role::living(home, role) {
-        killed |= holder.await_end()?;
+        killed |= holder.wait_for_exit()?;
     }
     Ok(killed)
 }

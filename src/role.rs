@@ -22,12 +22,12 @@ use crate::{platform, process, store};
 pub const STOPPED_ON_PURPOSE: u8 = 100;
 
 /// A role that does not exit within this time after a request is killed.
-const ENDS: Duration = Duration::from_secs(15);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Interval for polling a role that is exiting.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Fails if nothing is installed, with a clear message instead of the first missing file.
-pub fn demand_home(home: &Home) -> Result<()> {
+pub fn require_installation(home: &Home) -> Result<()> {
     if !installation::exists(home) {
         bail!(
             "nothing is installed in {}; install with `aops install`, which also starts the roles",
@@ -76,12 +76,12 @@ pub fn spawn(home: &Home, role: Role) -> Result<Child> {
 }
 
 /// Acquires the role until the value is dropped; `None`: another process holds it and did not release it within `deadline`.
-pub fn take(home: &Home, role: Role, deadline: Duration) -> Result<Option<LockGuard>> {
+pub fn acquire(home: &Home, role: Role, deadline: Duration) -> Result<Option<LockGuard>> {
     lock::take_on_any_disk(&home.role_lock(role.name()), deadline)
 }
 
 /// Whether a process holds the role now.
-pub fn is_taken(home: &Home, role: Role) -> bool {
+pub fn is_held(home: &Home, role: Role) -> bool {
     lock::is_held(&home.role_lock(role.name()))
 }
 
@@ -113,7 +113,7 @@ impl RoleHolder {
     }
 
     /// Asks the process to exit orderly: a manager leaves its sub-agents running.
-    pub fn ask_to_end(&self) -> Result<()> {
+    pub fn request_exit(&self) -> Result<()> {
         if self.is_alive() {
             platform::signal(self.pid, self.start_time, StopSignal::Term)
                 .with_context(|| format!("cannot send a termination signal to process {}", self.pid))?;
@@ -122,17 +122,17 @@ impl RoleHolder {
     }
 
     /// Waits for the process to exit after a request, and kills it after a timeout; returns whether it was killed.
-    pub fn await_end(&self) -> Result<bool> {
-        let (mut deadline, mut killed) = (Instant::now() + ENDS, false);
+    pub fn wait_for_exit(&self) -> Result<bool> {
+        let (mut deadline, mut killed) = (Instant::now() + EXIT_TIMEOUT, false);
         while self.is_alive() {
             if Instant::now() >= deadline {
                 if killed {
-                    bail!("cannot stop process {}: it is still running {ENDS:?} after it was killed", self.pid);
+                    bail!("cannot stop process {}: it is still running {EXIT_TIMEOUT:?} after it was killed", self.pid);
                 }
                 self.kill()?;
-                (deadline, killed) = (Instant::now() + ENDS, true);
+                (deadline, killed) = (Instant::now() + EXIT_TIMEOUT, true);
             }
-            platform::pause(LOOK);
+            platform::pause(POLL_INTERVAL);
         }
         Ok(killed)
     }
@@ -152,41 +152,41 @@ fn record(home: &Home, role: Role) -> std::path::PathBuf {
 }
 
 /// The process that holds the role, or held it last; `None` if the record cannot be read.
-pub fn holder(home: &Home, role: Role) -> Option<RoleHolder> {
+pub fn recorded_holder(home: &Home, role: Role) -> Option<RoleHolder> {
     store::load(&record(home, role)).ok().flatten()
 }
 
 /// The process that holds the role, if it is alive.
 pub fn living(home: &Home, role: Role) -> Option<RoleHolder> {
-    holder(home, role).filter(RoleHolder::is_alive)
+    recorded_holder(home, role).filter(RoleHolder::is_alive)
 }
 
 /// The process that holds a role now: from its record, or else from the lock, if it could not write its record.
-pub fn who_has(home: &Home, role: Role) -> Option<RoleHolder> {
+pub fn current_holder(home: &Home, role: Role) -> Option<RoleHolder> {
     let by_lock = || {
         let pid = platform::lock_holder(&home.role_lock(role.name()))?;
         let start_time = platform::start_time(pid)?;
         Some(RoleHolder { pid, start_time, boot_id: platform::boot_id().to_owned(), restarts: 0, ended: false })
     };
-    living(home, role).or_else(|| is_taken(home, role).then(by_lock).flatten())
+    living(home, role).or_else(|| is_held(home, role).then(by_lock).flatten())
 }
 
 /// Creates the missing directories of a safe home; returns them.
 pub fn restore_directories(home: &Home) -> Result<Vec<PathBuf>> {
     permissions::home(home)?;
     let missing = home.directories().into_iter().filter(|(directory, _)| !directory.exists());
-    let mut made = Vec::new();
+    let mut created = Vec::new();
     for (directory, mode) in missing {
         std::fs::create_dir_all(&directory)
             .and_then(|()| platform::set_mode(&directory, mode))
             .with_context(|| format!("cannot create {}", directory.display()))?;
-        made.push(directory);
+        created.push(directory);
     }
-    Ok(made)
+    Ok(created)
 }
 
 /// Leaves the cgroup of the sub-agent from which the role was started, if any: the role must survive the sub-agent.
-pub fn leave_sub_agent(home: &Home) {
+pub fn leave_sub_agent_cgroup(home: &Home) {
     match process::groups(home).map_or(Ok(false), |groups| groups.leave()) {
         Ok(false) => {}
         Ok(true) => tracing::info!("the role was started from within a sub-agent and left its cgroup"),
@@ -197,10 +197,10 @@ pub fn leave_sub_agent(home: &Home) {
 }
 
 /// Logs the result of [`restore_directories`].
-pub fn tell_of_restored(restored: &Result<Vec<PathBuf>>) {
+pub fn log_restored(restored: &Result<Vec<PathBuf>>) {
     match restored {
-        Ok(made) => {
-            for directory in made {
+        Ok(created) => {
+            for directory in created {
                 tracing::error!(directory = %directory.display(), "a directory of the home was missing and was created");
             }
         }
@@ -212,11 +212,11 @@ pub fn tell_of_restored(restored: &Result<Vec<PathBuf>>) {
 
 /// Records that this process has the role; counts a restart if its predecessor in this boot did not exit orderly.
 ///
-/// If the record cannot be written, as on a full disk, the role starts nevertheless: no manager would be worse. [`announce_again`] retries
+/// If the record cannot be written, as on a full disk, the role starts nevertheless: no manager would be worse. [`retry_announce`] retries
 /// it.
 pub fn announce(home: &Home, role: Role) -> Result<RoleHolder> {
     let boot_id = platform::boot_id().to_owned();
-    let restarts = match holder(home, role) {
+    let restarts = match recorded_holder(home, role) {
         Some(last) if last.boot_id == boot_id => last.restarts + u64::from(!last.ended),
         _ => 0,
     };
@@ -233,14 +233,14 @@ pub fn announce(home: &Home, role: Role) -> Result<RoleHolder> {
 }
 
 /// Retries a failed [`announce`].
-pub fn announce_again(home: &Home, role: Role, own: &RoleHolder) {
-    if holder(home, role).as_ref() != Some(own) && store::save(&record(home, role), own).is_ok() {
+pub fn retry_announce(home: &Home, role: Role, own: &RoleHolder) {
+    if recorded_holder(home, role).as_ref() != Some(own) && store::save(&record(home, role), own).is_ok() {
         tracing::info!("the role is recorded now");
     }
 }
 
 /// Records that this process gives up its role orderly.
-pub fn take_leave(home: &Home, role: Role, holder: &RoleHolder) {
+pub fn record_exit(home: &Home, role: Role, holder: &RoleHolder) {
     let last = RoleHolder { ended: true, ..holder.clone() };
     if let Err(error) = store::save(&record(home, role), &last) {
         tracing::warn!(
@@ -251,7 +251,7 @@ pub fn take_leave(home: &Home, role: Role, holder: &RoleHolder) {
 }
 
 /// Resets the count of restarts, for a start on purpose.
-pub fn forget(home: &Home, role: Role) -> Result<()> {
+pub fn reset_restarts(home: &Home, role: Role) -> Result<()> {
     store::remove(&record(home, role))
 }
 

@@ -34,8 +34,8 @@ use crate::role::{self, RoleHolder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
 /// Interval for checking the home and reloading the settings; done with a ping.
-const LOOKS_AROUND: Duration = Duration::from_secs(60);
-const TAKE_OVER: Duration = Duration::from_secs(10);
+const HOME_CHECK_INTERVAL: Duration = Duration::from_secs(60);
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How the watchdog is started.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -65,72 +65,72 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
         WatchdogOptions { sentinel: true, .. } => return sentinel::main(home),
         _ => {}
     }
-    role::demand_home(home)?;
+    role::require_installation(home)?;
     let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spa"));
-    role::tell_of_restored(&restored);
-    role::leave_sub_agent(home);
+    role::log_restored(&restored);
+    role::leave_sub_agent_cgroup(home);
     let supervised = options.service != ServiceManagerKind::None;
     if role::is_stop_recorded(home) && !supervised {
         tracing::info!("the home is stopped; the watchdog does not start");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let _lock = take_role(home, supervised)
+    let _lock = acquire_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     let now = Instant::now();
-    let mut judge = TrialMonitor::new(home, !supervised, options.renewed, now);
+    let mut trial = TrialMonitor::new(home, !supervised, options.renewed, now);
     // Before anything can detect this watchdog: a bad release may kill every watchdog that it finds.
-    if judge.look(now) == TrialAction::EndManager {
-        judge.kill_manager();
+    if trial.check(now) == TrialAction::EndManager {
+        trial.kill_manager();
     }
     let holder = role::announce(home, Role::Spa)?;
     if role::is_stop_recorded(home) && !supervised {
         // A stop is recorded before the running roles are looked up: either the stop finds this process, or this process finds the record.
-        role::take_leave(home, Role::Spa, &holder);
+        role::record_exit(home, Role::Spa, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let (sender, words) = mpsc::channel();
+    let (sender, events) = mpsc::channel();
     let terminate = sender.clone();
     ctrlc::set_handler(move || drop(terminate.send(WatchdogEvent::Terminate)))
         .context("cannot install the handler of the termination signal")?;
     platform::notify(Notification::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
-    let reviver = Reviver::new(RevivalPolicy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
+    let reviver = Reviver::new(RevivalPolicy::WATCHDOG, supervised, role::is_held(home, Role::Spm), now);
     let mut watchdog = Watchdog {
         home,
-        judge,
+        trial,
         holder: &holder,
         service: options.service,
         sender,
-        words,
+        events,
         serial: 0,
         reviver,
         children: StartedManagers::default(),
         memory: Memory::default(),
-        most_memory: u64::MAX,
-        looks_around: now,
+        memory_limit: u64::MAX,
+        next_home_check: now,
     };
     let end = watchdog.run();
-    watchdog.judge.relieve_sentinel();
-    if matches!(end, Ok(WatchdogExit::Become)) {
-        role::take_leave(home, Role::Spa, &holder);
-        return Err(become_another(home, options.service));
+    watchdog.trial.stop_sentinel();
+    if matches!(end, Ok(WatchdogExit::Replace)) {
+        role::record_exit(home, Role::Spa, &holder);
+        return Err(continue_as_another(home, options.service));
     }
     platform::notify(Notification::Stopping);
     match &end {
-        Ok(_) => role::take_leave(home, Role::Spa, &holder),
+        Ok(_) => role::record_exit(home, Role::Spa, &holder),
         Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog exits because of an error"),
     }
     Ok(match end? {
-        WatchdogExit::Asked | WatchdogExit::Become => ExitCode::SUCCESS,
+        WatchdogExit::Terminated | WatchdogExit::Replace => ExitCode::SUCCESS,
         WatchdogExit::Stopped => ExitCode::from(STOPPED_ON_PURPOSE),
     })
 }
 
 /// Replaces this process with the program that the watchdog's link names now. No other process is needed to start it, and an observer of
 /// this process sees no exit. Returns only on failure: then the watchdog exits, and is restarted like any other.
-fn become_another(home: &Home, service: ServiceManagerKind) -> anyhow::Error {
+fn continue_as_another(home: &Home, service: ServiceManagerKind) -> anyhow::Error {
     let program = home.role_link(Role::Spa.program());
     tracing::info!(program = %program.display(), "the watchdog continues as another program");
     if let Err(error) = permissions::executable(home, &program) {
@@ -143,14 +143,14 @@ fn become_another(home: &Home, service: ServiceManagerKind) -> anyhow::Error {
 }
 
 /// Acquires the role's lock. A watchdog started by the service manager first ends one that was started otherwise.
-fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
+fn acquire_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
     if supervised
-        && role::is_taken(home, Role::Spa)
+        && role::is_held(home, Role::Spa)
         && let Some(holder) = role::living(home, Role::Spa)
     {
-        holder.ask_to_end()?;
+        holder.request_exit()?;
     }
-    match role::take(home, Role::Spa, TAKE_OVER).context("cannot acquire the watchdog's lock")? {
+    match role::acquire(home, Role::Spa, TAKE_OVER_TIMEOUT).context("cannot acquire the watchdog's lock")? {
         Some(lock) => Ok(lock),
         None => bail!(
             "cannot run the watchdog of {}: another watchdog is already running; see `control status`",
@@ -163,7 +163,7 @@ fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
 #[derive(Debug)]
 enum WatchdogEvent {
     /// Received on the connection with this number.
-    Heard(u64, ControlMessage),
+    Received(u64, ControlMessage),
     Terminate,
 }
 
@@ -171,11 +171,11 @@ enum WatchdogEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WatchdogExit {
     /// This process received a termination signal.
-    Asked,
+    Terminated,
     /// The home is stopped.
     Stopped,
     /// It continues as another program.
-    Become,
+    Replace,
 }
 
 /// How the supervision of a connection ended.
@@ -186,18 +186,18 @@ enum ConnectionEnd {
     /// The manager reported that the home is stopped.
     Stopped,
     Terminate,
-    Become,
+    Replace,
 }
 
 struct Watchdog<'a> {
     home: &'a Home,
-    judge: TrialMonitor,
+    trial: TrialMonitor,
     /// This watchdog's record.
     holder: &'a RoleHolder,
     /// The service manager that starts the roles.
     service: ServiceManagerKind,
     sender: mpsc::Sender<WatchdogEvent>,
-    words: mpsc::Receiver<WatchdogEvent>,
+    events: mpsc::Receiver<WatchdogEvent>,
     /// Numbers the connections, so that messages of an earlier one are ignored.
     serial: u64,
     reviver: Reviver,
@@ -205,9 +205,9 @@ struct Watchdog<'a> {
     /// Memory use of the manager.
     memory: Memory,
     /// The manager's memory limit, bytes.
-    most_memory: u64,
+    memory_limit: u64,
     /// When the home and the settings are checked next.
-    looks_around: Instant,
+    next_home_check: Instant,
 }
 
 impl Watchdog<'_> {
@@ -216,23 +216,27 @@ impl Watchdog<'_> {
             let connection = match self.find_manager()? {
                 ManagerSearch::Manager(connection) => connection,
                 ManagerSearch::Stop => return self.honour_stop(),
-                ManagerSearch::Terminate => return Ok(WatchdogExit::Asked),
-                ManagerSearch::Become => return Ok(WatchdogExit::Become),
+                ManagerSearch::Terminate => return Ok(WatchdogExit::Terminated),
+                ManagerSearch::Replace => return Ok(WatchdogExit::Replace),
             };
             self.reviver.connected(Instant::now());
             match self.watch(connection)? {
                 ConnectionEnd::Lost => {
                     let how = self.reviver.lost(Instant::now());
-                    self.judge.lost(how == Some(Loss::Died));
+                    self.trial.disconnected(how == Some(Loss::Died));
                     match how {
                         None | Some(Loss::Unheard) => {}
                         Some(how) => tracing::info!(how = format!("{how:?}"), "the manager disconnected"),
                     }
                 }
-                ConnectionEnd::Become => return Ok(WatchdogExit::Become),
+                ConnectionEnd::Replace => return Ok(WatchdogExit::Replace),
                 how @ (ConnectionEnd::Stopped | ConnectionEnd::Terminate) => {
                     tracing::info!(how = format!("{how:?}"), "the manager disconnected");
-                    return if how == ConnectionEnd::Stopped { self.honour_stop() } else { Ok(WatchdogExit::Asked) };
+                    return if how == ConnectionEnd::Stopped {
+                        self.honour_stop()
+                    } else {
+                        Ok(WatchdogExit::Terminated)
+                    };
                 }
             }
         }
@@ -242,14 +246,14 @@ impl Watchdog<'_> {
     fn find_manager(&mut self) -> Result<ManagerSearch> {
         loop {
             // First, because it may change which program is started next.
-            match while_noticed(|| self.judge.look(Instant::now())) {
+            match with_keepalive(|| self.trial.check(Instant::now())) {
                 TrialAction::Nothing | TrialAction::Heartbeat => {}
-                TrialAction::EndManager => self.ask_manager_to_end(),
-                TrialAction::Become => return Ok(ManagerSearch::Become),
+                TrialAction::EndManager => self.request_manager_exit(),
+                TrialAction::Replace => return Ok(ManagerSearch::Replace),
             }
-            if self.judge.has_restored() {
+            if self.trial.has_restored() {
                 self.reviver.replaced(Instant::now());
-                self.children.replaced(self.home);
+                self.children.kill_replaced(self.home);
             }
             if let Some(connection) = self.connect() {
                 return Ok(ManagerSearch::Manager(connection));
@@ -258,34 +262,31 @@ impl Watchdog<'_> {
             if let Some(found) = self.carry_out(action) {
                 return Ok(found);
             }
-            let ended_unseen = self.children.look(self.home, Instant::now());
-            if ended_unseen && !role::is_taken(self.home, Role::Spm) {
-                self.judge.ended_unseen();
+            let exited_unanswered = self.children.reap(self.home, Instant::now());
+            if exited_unanswered && !role::is_held(self.home, Role::Spm) {
+                self.trial.exited_unanswered();
             }
             platform::notify(Notification::Alive);
-            let due = self.reviver.deadline().min(self.judge.due());
+            let due = self.reviver.deadline().min(self.trial.due());
             let pause = due.saturating_duration_since(Instant::now());
-            match self.words.recv_timeout(pause) {
+            match self.events.recv_timeout(pause) {
                 Ok(WatchdogEvent::Terminate) => return Ok(ManagerSearch::Terminate),
-                Ok(WatchdogEvent::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(WatchdogEvent::Received(..)) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
             }
         }
     }
 
     fn seen(&self) -> RoleObservation {
-        RoleObservation {
-            taken: role::is_taken(self.home, Role::Spm),
-            stop_recorded: role::is_stop_recorded(self.home),
-        }
+        RoleObservation { taken: role::is_held(self.home, Role::Spm), stop_recorded: role::is_stop_recorded(self.home) }
     }
 
     fn carry_out(&mut self, action: Option<RevivalAction>) -> Option<ManagerSearch> {
         match action? {
-            RevivalAction::AskUnit => return self.ask_unit(),
+            RevivalAction::AskUnit => return self.query_unit(),
             RevivalAction::StartUnit => {
                 tracing::warn!("the manager is dead; its unit is started");
-                if let Err(error) = while_noticed(|| host_service::start(self.service, self.home, &[Role::Spm])) {
+                if let Err(error) = with_keepalive(|| host_service::start(self.service, self.home, &[Role::Spm])) {
                     tracing::error!(error = format!("{error:#}"), "cannot start the manager's unit");
                 }
                 self.reviver.unit_start_ended(Instant::now());
@@ -305,7 +306,7 @@ impl Watchdog<'_> {
     }
 
     /// Queries the service manager for the state of the manager's unit, and acts on it.
-    fn ask_unit(&mut self) -> Option<ManagerSearch> {
+    fn query_unit(&mut self) -> Option<ManagerSearch> {
         let answer = host_service::standing(self.service, self.home, Role::Spm).inspect_err(|error| {
             tracing::warn!(
                 error = format!("{error:#}"),
@@ -321,19 +322,19 @@ impl Watchdog<'_> {
     }
 
     fn connect(&mut self) -> Option<LocalConnection> {
-        let mut door = match ControlClient::open(self.home, PING) {
-            Ok(door) => door?,
+        let mut client = match ControlClient::open(self.home, PING) {
+            Ok(client) => client?,
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "cannot connect to the manager");
                 return None;
             }
         };
-        door.send(&Request::Hello { role: Role::Spa, pid: std::process::id() }).ok()?;
-        let (writer, reader) = door.split().ok()?;
+        client.send(&Request::Hello { role: Role::Spa, pid: std::process::id() }).ok()?;
+        let (writer, reader) = client.split().ok()?;
         self.serial += 1;
         let (serial, sender) = (self.serial, self.sender.clone());
         std::thread::Builder::new()
-            .name("hear".to_owned())
+            .name("receive".to_owned())
             .stack_size(256 << 10)
             .spawn(move || listen(serial, reader, &sender))
             .ok()?;
@@ -344,32 +345,32 @@ impl Watchdog<'_> {
     fn watch(&mut self, mut connection: LocalConnection) -> Result<ConnectionEnd> {
         let mut pings = Pings::new(Instant::now());
         loop {
-            let due = pings.due().min(self.judge.due());
-            match self.words.recv_timeout(due.saturating_duration_since(Instant::now())) {
+            let due = pings.due().min(self.trial.due());
+            match self.events.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(WatchdogEvent::Terminate) => {
                     platform::hang_up(&connection);
                     return Ok(ConnectionEnd::Terminate);
                 }
-                Ok(WatchdogEvent::Heard(serial, heard)) if serial == self.serial => match heard {
+                Ok(WatchdogEvent::Received(serial, message)) if serial == self.serial => match message {
                     ControlMessage::Reply(reply) => {
                         pings.answered();
                         if let Some(status) = &reply.status {
-                            self.judge.answered(status, Instant::now());
+                            self.trial.status_received(status, Instant::now());
                         }
                         self.children.answered(self.home);
                         if self.reviver.heard(Instant::now()) {
                             tracing::info!("the manager answers and is supervised");
                         }
                     }
-                    ControlMessage::Farewell(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
-                    ControlMessage::Farewell(Goodbye::Yield) => self.reviver.yields(),
-                    ControlMessage::Silence => {}
-                    ControlMessage::End => return Ok(ConnectionEnd::Lost),
+                    ControlMessage::Goodbye(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
+                    ControlMessage::Goodbye(Goodbye::Yield) => self.reviver.yields(),
+                    ControlMessage::Timeout => {}
+                    ControlMessage::Closed => return Ok(ConnectionEnd::Lost),
                 },
-                Ok(WatchdogEvent::Heard(..)) => {}
+                Ok(WatchdogEvent::Received(..)) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
                 Err(RecvTimeoutError::Timeout) => {
-                    if let Some(watched) = self.judge_manager(&mut connection) {
+                    if let Some(watched) = self.supervise_upgrade(&mut connection) {
                         return Ok(watched);
                     }
                     let next = pings.look(Instant::now());
@@ -377,12 +378,12 @@ impl Watchdog<'_> {
                         continue;
                     }
                     platform::notify(Notification::Alive);
-                    self.children.look(self.home, Instant::now());
-                    if Instant::now() >= self.looks_around {
-                        self.looks_around = Instant::now() + LOOKS_AROUND;
-                        self.look_around();
+                    self.children.reap(self.home, Instant::now());
+                    if Instant::now() >= self.next_home_check {
+                        self.next_home_check = Instant::now() + HOME_CHECK_INTERVAL;
+                        self.check_home();
                     }
-                    self.look_at_memory(&mut connection);
+                    self.check_memory(&mut connection);
                     if next == PingAction::Hung {
                         self.kill_hung();
                     }
@@ -394,35 +395,35 @@ impl Watchdog<'_> {
     }
 
     /// Supervises an upgrade of the connected manager.
-    fn judge_manager(&mut self, connection: &mut LocalConnection) -> Option<ConnectionEnd> {
-        if Instant::now() < self.judge.due() {
+    fn supervise_upgrade(&mut self, connection: &mut LocalConnection) -> Option<ConnectionEnd> {
+        if Instant::now() < self.trial.due() {
             return None;
         }
         // An error shows as the end of the connection.
-        match while_noticed(|| self.judge.look(Instant::now())) {
+        match with_keepalive(|| self.trial.check(Instant::now())) {
             TrialAction::Nothing => {}
             TrialAction::EndManager => drop(control_socket::send(connection, &Request::Yield)),
             TrialAction::Heartbeat => drop(control_socket::send(connection, &Request::Heartbeat)),
-            TrialAction::Become => {
+            TrialAction::Replace => {
                 platform::hang_up(connection);
-                return Some(ConnectionEnd::Become);
+                return Some(ConnectionEnd::Replace);
             }
         }
-        if self.judge.is_judging() {
+        if self.trial.is_in_progress() {
             let _ = control_socket::send(connection, &Request::Status);
         }
         None
     }
 
-    fn ask_manager_to_end(&self) {
-        let Some(holder) = role::who_has(self.home, Role::Spm) else { return };
-        if let Err(error) = holder.ask_to_end() {
+    fn request_manager_exit(&self) {
+        let Some(holder) = role::current_holder(self.home, Role::Spm) else { return };
+        if let Err(error) = holder.request_exit() {
             tracing::error!(error = format!("{error:#}"), "cannot ask the manager to exit");
         }
     }
 
     fn kill_hung(&self) {
-        let Some(holder) = role::who_has(self.home, Role::Spm) else { return };
+        let Some(holder) = role::current_holder(self.home, Role::Spm) else { return };
         tracing::error!(pid = holder.pid, "the manager does not respond and is killed");
         if let Err(error) = holder.kill() {
             tracing::error!(error = format!("{error:#}"), "cannot kill the manager");
@@ -430,9 +431,9 @@ impl Watchdog<'_> {
     }
 
     /// Restores missing directories, checks the keys, and reloads the manager's memory limit.
-    fn look_around(&mut self) {
-        role::tell_of_restored(&role::restore_directories(self.home));
-        role::announce_again(self.home, Role::Spa, self.holder);
+    fn check_home(&mut self) {
+        role::log_restored(&role::restore_directories(self.home));
+        role::retry_announce(self.home, Role::Spa, self.holder);
         match keyring::trusted(self.home) {
             Ok(keys) if keys.is_empty() => {
                 tracing::error!("no trusted key is left; no release can be installed until a key is added to etc/keys")
@@ -444,19 +445,19 @@ impl Watchdog<'_> {
             ),
         }
         if let Ok(loaded) = Config::load(self.home) {
-            self.most_memory = loaded.config.spm_max_mem.0;
+            self.memory_limit = loaded.config.spm_max_mem.0;
         }
     }
 
     /// Restarts a manager that uses too much memory for too long. During an upgrade, the trial's evaluation covers this.
-    fn look_at_memory(&mut self, connection: &mut LocalConnection) {
-        if self.judge.is_judging() {
+    fn check_memory(&mut self, connection: &mut LocalConnection) {
+        if self.trial.is_in_progress() {
             return;
         }
         let used =
             role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
-        if self.memory.look(used, self.most_memory, Instant::now())
-            && let Some(why) = memory::excess("the manager", used, self.most_memory, "spmMaxMem")
+        if self.memory.look(used, self.memory_limit, Instant::now())
+            && let Some(why) = memory::excess("the manager", used, self.memory_limit, "spmMaxMem")
         {
             tracing::warn!(why, "the manager uses too much memory and is restarted");
             // An error shows as the end of the connection.
@@ -469,19 +470,19 @@ impl Watchdog<'_> {
         if let Err(error) = role::record_stop(self.home) {
             tracing::warn!(error = format!("{error:#}"), "cannot record the stop");
         }
-        self.end_sub_agents()?;
+        self.stop_sub_agents()?;
         tracing::info!("the home is stopped; the watchdog exits");
         Ok(WatchdogExit::Stopped)
     }
 
-    fn end_sub_agents(&self) -> Result<()> {
+    fn stop_sub_agents(&self) -> Result<()> {
         // Every sub-agent may take its grace period.
-        while_noticed(|| process::stop::end_all(self.home))
+        with_keepalive(|| process::stop::end_all(self.home))
     }
 }
 
 /// Runs work that may take longer than the service manager's watchdog timeout, and notifies it meanwhile.
-fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
+fn with_keepalive<T>(work: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         let (done, working) = mpsc::channel::<()>();
         scope.spawn(move || {
@@ -500,15 +501,15 @@ enum ManagerSearch {
     /// The home is stopped.
     Stop,
     Terminate,
-    Become,
+    Replace,
 }
 
 /// Receives messages until the connection ends.
 fn listen(serial: u64, mut reader: BufReader<LocalConnection>, sender: &mpsc::Sender<WatchdogEvent>) {
     loop {
-        let heard = control_socket::hear(&mut reader).unwrap_or(ControlMessage::End);
-        let ended = heard == ControlMessage::End;
-        if sender.send(WatchdogEvent::Heard(serial, heard)).is_err() || ended {
+        let message = control_socket::receive(&mut reader).unwrap_or(ControlMessage::Closed);
+        let ended = message == ControlMessage::Closed;
+        if sender.send(WatchdogEvent::Received(serial, message)).is_err() || ended {
             return;
         }
     }

@@ -36,10 +36,10 @@ use crate::role::{self, STOPPED_ON_PURPOSE};
 use crate::{installation, logging, store};
 
 /// How long a manager waits for its predecessor to release the role.
-const TAKE_OVER: Duration = Duration::from_secs(10);
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long an idle blocking thread is kept, with its stack.
-const IDLE_THREADS: Duration = Duration::from_secs(1);
+const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// How the manager is started.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -69,12 +69,12 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
         Some(SpmCommand::Preflight) => return preflight(home),
         None => {}
     }
-    role::demand_home(home)?;
+    role::require_installation(home)?;
     // Before the log is opened: its directory may be among those restored. An error shows there or is lost.
     let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spm"));
-    role::tell_of_restored(&restored);
-    role::leave_sub_agent(home);
+    role::log_restored(&restored);
+    role::leave_sub_agent_cgroup(home);
     let supervised = options.service != ServiceManagerKind::None;
     if supervised {
         // The service manager starts a unit on an operator's request or at boot: both clear a recorded stop.
@@ -84,28 +84,28 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
         message!("{} is stopped; start it with `control start`", home.root().display());
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let _lock = take_role(home, supervised)
+    let _lock = acquire_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the manager cannot start"))?;
     let holder = role::announce(home, Role::Spm)?;
     if !supervised && role::is_stop_recorded(home) {
         // A stop is recorded before the running roles are looked up: either the stop finds this process, or this process finds the record.
-        role::take_leave(home, Role::Spm, &holder);
+        role::record_exit(home, Role::Spm, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(256)
-        .thread_keep_alive(IDLE_THREADS)
+        .thread_keep_alive(THREAD_KEEP_ALIVE)
         .build()?;
-    let ended = runtime.block_on(manager::run(home, options.service, &holder));
+    let result = runtime.block_on(manager::run(home, options.service, &holder));
     // Does not wait for threads that are blocked on the network.
     runtime.shutdown_background();
-    if let Err(error) = &ended {
+    if let Err(error) = &result {
         tracing::error!(error = format!("{error:#}"), "the manager exits because of an error");
     } else {
-        role::take_leave(home, Role::Spm, &holder);
+        role::record_exit(home, Role::Spm, &holder);
     }
-    Ok(match ended? {
+    Ok(match result? {
         control_socket::Goodbye::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
         control_socket::Goodbye::Yield => ExitCode::SUCCESS,
     })
@@ -113,7 +113,7 @@ pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
 
 /// Reads everything that a manager reads at start. Files that a start tolerates as unreadable are errors here.
 fn preflight(home: &Home) -> Result<ExitCode> {
-    role::demand_home(home)?;
+    role::require_installation(home)?;
     let loaded = Config::load(home)?;
     installation::agent_id(home)?.context("this host has no agent id; run `aops install --agent-id ID`")?;
     installation::ManagerRecord::load(home)?;
@@ -133,14 +133,14 @@ fn preflight(home: &Home) -> Result<ExitCode> {
 }
 
 /// Acquires the role's lock. A manager started by the service manager first asks one that was started otherwise to yield.
-fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
+fn acquire_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
     if supervised
-        && role::is_taken(home, Role::Spm)
-        && let Err(error) = control_socket::ask(home, &Request::Yield, TAKE_OVER)
+        && role::is_held(home, Role::Spm)
+        && let Err(error) = control_socket::request(home, &Request::Yield, TAKE_OVER_TIMEOUT)
     {
         tracing::warn!(error = format!("{error:#}"), "cannot ask the running manager to yield");
     }
-    match role::take(home, Role::Spm, TAKE_OVER).context("cannot acquire the manager's lock")? {
+    match role::acquire(home, Role::Spm, TAKE_OVER_TIMEOUT).context("cannot acquire the manager's lock")? {
         Some(lock) => Ok(lock),
         None => {
             let holder = role::living(home, Role::Spm)

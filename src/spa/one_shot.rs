@@ -19,8 +19,8 @@ use crate::uplink::sender::{SendOutcome, Sender};
 use crate::{installation, platform, role, store};
 
 /// How long the manager must answer pings.
-const PROOF: Duration = Duration::from_secs(10);
-const PAUSE: Duration = Duration::from_millis(500);
+const PROOF_DURATION: Duration = Duration::from_secs(10);
+const PING_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Sends one heartbeat, as the manager would; succeeds if the gateway answers. The answer is not applied.
 pub(super) fn probe(home: &Home) -> Result<ExitCode> {
@@ -78,13 +78,13 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
 /// Proves that this program can run as the watchdog: it reads the settings, and the manager answers its pings for a while. Takes no lock
 /// and supervises nothing.
 pub(super) fn prove(home: &Home) -> Result<ExitCode> {
-    role::demand_home(home)?;
+    role::require_installation(home)?;
     Config::load(home)?;
     let began = Instant::now();
-    let mut door = ControlClient::open(home, PING)?.context("the manager does not accept connections")?;
-    while began.elapsed() < PROOF {
-        door.ask(&Request::Ping).context("the manager does not answer")?;
-        platform::pause(PAUSE);
+    let mut client = ControlClient::open(home, PING)?.context("the manager does not accept connections")?;
+    while began.elapsed() < PROOF_DURATION {
+        client.request(&Request::Ping).context("the manager does not answer")?;
+        platform::pause(PING_INTERVAL);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -20,7 +20,7 @@ pub(super) struct Sentinel {
 
 impl Sentinel {
     /// Starts a sentinel; `None`: it cannot be started.
-    pub(super) fn post(home: &Home) -> Option<Sentinel> {
+    pub(super) fn start(home: &Home) -> Option<Sentinel> {
         let mut command = Command::new(home.backup_executable());
         command.args(["spa", "--home"]).arg(home.known_as()).arg("--sentinel");
         command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -34,17 +34,17 @@ impl Sentinel {
     }
 
     /// Stops the sentinel, which then does not restart the watchdog.
-    pub(super) fn relieve(mut self) {
+    pub(super) fn stop(mut self) {
         let _ = self.pipe.write_all(b".");
         drop(self.pipe);
         let _ = self.child.wait();
     }
 }
 
-/// Waits for the exit of the watchdog that started it, and restarts that watchdog unless the sentinel was relieved.
+/// Waits for the exit of the watchdog that started it, and restarts that watchdog unless the sentinel was stopped.
 pub(super) fn main(home: &Home) -> Result<ExitCode> {
-    let is_relieved = matches!(std::io::stdin().read(&mut [0]), Ok(1..));
-    if !is_relieved && !role::is_stop_recorded(home) && upgrade::load(home)?.trial().is_some() {
+    let is_stopped = matches!(std::io::stdin().read(&mut [0]), Ok(1..));
+    if !is_stopped && !role::is_stop_recorded(home) && upgrade::load(home)?.trial().is_some() {
         role::spawn(home, Role::Spa)?;
     }
     Ok(ExitCode::SUCCESS)

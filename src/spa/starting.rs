@@ -12,16 +12,16 @@ use crate::platform;
 use crate::role;
 
 /// A manager that has neither exited nor answered after this time hangs.
-const HUNG: Duration = Duration::from_secs(60);
+const HANG_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 struct StartedManager {
     child: Child,
     /// The kernel's start time; `None`: it had exited already.
     start_time: Option<u64>,
-    at: Instant,
+    started_at: Instant,
     /// The watchdog has received an answer from it.
-    is_known: bool,
+    has_answered: bool,
 }
 
 impl StartedManager {
@@ -43,46 +43,46 @@ impl StartedManagers {
     /// Starts a manager.
     pub(super) fn start(&mut self, home: &Home) -> Result<()> {
         let child = role::spawn(home, Role::Spm)?;
-        let start_time = platform::seen(child.id(), home.root()).map(|seen| seen.start_time);
-        self.0.push(StartedManager { child, start_time, at: Instant::now(), is_known: false });
+        let start_time = platform::seen(child.id(), home.root()).map(|process| process.start_time);
+        self.0.push(StartedManager { child, start_time, started_at: Instant::now(), has_answered: false });
         Ok(())
     }
 
     /// The manager has answered: marks the started manager that it is, or whose session it belongs to.
     pub(super) fn answered(&mut self, home: &Home) {
-        if self.0.iter().all(|started| started.is_known) {
+        if self.0.iter().all(|started| started.has_answered) {
             return;
         }
-        let Some(holder) = role::who_has(home, Role::Spm) else { return };
-        let session = platform::seen(holder.pid, home.root()).map(|seen| seen.session);
+        let Some(holder) = role::current_holder(home, Role::Spm) else { return };
+        let session = platform::seen(holder.pid, home.root()).map(|process| process.session);
         for started in &mut self.0 {
-            started.is_known |= [Some(holder.pid), session].contains(&Some(started.child.id()));
+            started.has_answered |= [Some(holder.pid), session].contains(&Some(started.child.id()));
         }
     }
 
     /// Reaps exited managers and kills hung ones; returns whether one exited without having answered.
-    pub(super) fn look(&mut self, home: &Home, now: Instant) -> bool {
-        let mut ended_unknown = false;
+    pub(super) fn reap(&mut self, home: &Home, now: Instant) -> bool {
+        let mut exited_unanswered = false;
         self.0.retain_mut(|started| {
             let lives = matches!(started.child.try_wait(), Ok(None));
-            ended_unknown |= !lives && !started.is_known;
+            exited_unanswered |= !lives && !started.has_answered;
             lives
         });
         for started in &mut self.0 {
-            if !started.is_known && now.saturating_duration_since(started.at) >= HUNG {
+            if !started.has_answered && now.saturating_duration_since(started.started_at) >= HANG_TIMEOUT {
                 started.kill(home, "it did not answer in time");
                 // Only once: a process that survives this cannot be killed.
-                started.is_known = true;
+                started.has_answered = true;
             }
         }
-        ended_unknown
+        exited_unanswered
     }
 
     /// The manager's program was replaced.
-    pub(super) fn replaced(&mut self, home: &Home) {
-        for started in self.0.iter_mut().filter(|started| !started.is_known) {
+    pub(super) fn kill_replaced(&mut self, home: &Home) {
+        for started in self.0.iter_mut().filter(|started| !started.has_answered) {
             started.kill(home, "its release was rolled back");
-            started.is_known = true;
+            started.has_answered = true;
         }
     }
 }

@@ -30,8 +30,8 @@ use crate::process::tree::StopTarget;
 
 /// Limit on the exits, failed starts and health changes of one sub-agent that are reported: this burst, then one per interval. A crash loop
 /// must not fill the journal, which all sub-agents share; state and restarts are in every heartbeat anyway.
-const NOTED_AT_ONCE: u32 = 12;
-const NOTED_EVERY: Duration = Duration::from_secs(600);
+const EVENT_BURST: u32 = 12;
+const EVENT_INTERVAL: Duration = Duration::from_secs(600);
 
 /// One sub-agent.
 #[derive(Debug)]
@@ -50,8 +50,8 @@ pub(super) struct SubAgent {
     pub(super) check: Option<AbortHandle>,
     pub(super) staging: Option<Staging>,
     /// The revision of the ledger whose write it waits for.
-    pub(super) recorded_with: Option<u64>,
-    pub(super) allowance: RateLimiter,
+    pub(super) awaited_revision: Option<u64>,
+    pub(super) event_limiter: RateLimiter,
 }
 
 impl SubAgent {
@@ -65,8 +65,8 @@ impl SubAgent {
             watch: None,
             check: None,
             staging: None,
-            recorded_with: None,
-            allowance: RateLimiter::new(NOTED_AT_ONCE, NOTED_EVERY),
+            awaited_revision: None,
+            event_limiter: RateLimiter::new(EVENT_BURST, EVENT_INTERVAL),
         }
     }
 
@@ -167,7 +167,7 @@ impl SubAgent {
 }
 
 /// The current time and jitter, as input to a decision.
-pub(super) fn at(now: Instant) -> Moment {
+pub(super) fn moment(now: Instant) -> Moment {
     Moment { now, unix_seconds: unix_now(), jitter: fastrand::f64() }
 }
 
@@ -183,7 +183,7 @@ pub(super) enum RunningRelease<'a> {
 impl<'a> RunningRelease<'a> {
     /// The release to continue with. A marker alone counts only for the release before the one on probation: a rollback that could be
     /// written to neither ledger nor record.
-    fn counts(self, ledger: &LedgerEntry) -> Option<&'a Version> {
+    fn to_resume(self, ledger: &LedgerEntry) -> Option<&'a Version> {
         match self {
             RunningRelease::Nothing => None,
             RunningRelease::Recorded(version) => Some(version),
@@ -196,7 +196,7 @@ impl<'a> RunningRelease<'a> {
 
 /// The state of a sub-agent on disk. `entry`: its ledger entry; `None`: there is no ledger, and the entry is derived from the disk.
 /// `record`: of its last process.
-pub(super) fn on_disk(
+pub(super) fn discover(
     home: &Home,
     name: &AgentName,
     entry: Option<LedgerEntry>,
@@ -215,14 +215,14 @@ pub(super) fn on_disk(
     };
     let current = platform::read_current(&home.current(name)).ok().flatten();
     // A directory with the name of the link `current` is not a release; it is removed when the link is written.
-    let stands_for_current = |version: &str| version.eq_ignore_ascii_case(CURRENT) && is_directory(&home.current(name));
+    let is_path_of_current = |version: &str| version.eq_ignore_ascii_case(CURRENT) && is_directory(&home.current(name));
     let recorded = record.map(|record| &record.head.version);
-    let (mut whole, mut unfinished): (Vec<(SystemTime, LedgerRelease)>, _) = (vec![], BTreeSet::new());
+    let (mut complete, mut unfinished): (Vec<(SystemTime, LedgerRelease)>, _) = (vec![], BTreeSet::new());
     for entry in directory {
         // The link `current` is not a release, although its name parses as a version.
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
         let version = entry.file_name().to_str().and_then(|name| name.parse::<Version>().ok());
-        let version = version.filter(|version| is_directory && !stands_for_current(version.as_str()));
+        let version = version.filter(|version| is_directory && !is_path_of_current(version.as_str()));
         let Some(version) = version else { continue };
         match entry.path().join(home::COMPLETE).symlink_metadata() {
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -233,18 +233,19 @@ pub(super) fn on_disk(
             }
             metadata => {
                 let since = metadata.and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
-                whole.push((since, stage::release(version, package::whole(&entry.path()).ok().as_ref())));
+                complete.push((since, stage::release(version, package::whole(&entry.path()).ok().as_ref())));
             }
         }
     }
-    whole.sort_by(|(one, a), (other, b)| one.cmp(other).then_with(|| a.version.cmp(&b.version)));
-    let mut ledger = entry.unwrap_or_else(|| from_disk(&whole, current.as_deref()));
-    let find = |version: &Version| whole.iter().map(|(_, release)| release).find(|release| release.version == *version);
+    complete.sort_by(|(one, a), (other, b)| one.cmp(other).then_with(|| a.version.cmp(&b.version)));
+    let mut ledger = entry.unwrap_or_else(|| from_disk(&complete, current.as_deref()));
+    let find =
+        |version: &Version| complete.iter().map(|(_, release)| release).find(|release| release.version == *version);
     ledger.keep_whole(|version| find(version).is_some());
-    if let Some(running) = runs.counts(&ledger).and_then(find) {
+    if let Some(running) = runs.to_resume(&ledger).and_then(find) {
         ledger.resume(running);
     }
-    let releases = whole.iter().map(|(_, release)| release.version.clone()).collect();
+    let releases = complete.iter().map(|(_, release)| release.version.clone()).collect();
     Discovery { ledger, releases, unfinished, restarts, ..Discovery::default() }
 }
 
@@ -272,10 +273,12 @@ fn is_directory(path: &Path) -> bool {
 
 /// The ledger entry for a home without a ledger: the active release is the one that `current` names, the backup the newest other one.
 /// Without `current`, none was ever activated.
-fn from_disk(whole: &[(SystemTime, LedgerRelease)], current: Option<&str>) -> LedgerEntry {
+fn from_disk(complete: &[(SystemTime, LedgerRelease)], current: Option<&str>) -> LedgerEntry {
     let is_current = |release: &&LedgerRelease| Some(release.version.as_str()) == current;
-    let Some(active) = whole.iter().map(|(_, release)| release).find(is_current) else { return LedgerEntry::default() };
-    let backup = whole.iter().rev().map(|(_, release)| release).find(|release| !is_current(release));
+    let Some(active) = complete.iter().map(|(_, release)| release).find(is_current) else {
+        return LedgerEntry::default();
+    };
+    let backup = complete.iter().rev().map(|(_, release)| release).find(|release| !is_current(release));
     LedgerEntry::found(Some(active.clone()), backup.cloned())
 }
 
@@ -306,7 +309,7 @@ mod tests {
     #[test]
     fn complete_releases_are_found_with_the_backup() {
         let (_directory, home, name) = home();
-        let found = on_disk(&home, &name, None, None, RunningRelease::Nothing);
+        let found = discover(&home, &name, None, None, RunningRelease::Nothing);
         assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
         assert_eq!(found.unfinished, BTreeSet::from([version("half")]));
         assert_eq!(found.ledger.current().unwrap().version.as_str(), "2");
@@ -322,13 +325,13 @@ mod tests {
         std::fs::write(current.join(home::COMPLETE), "{}").unwrap();
         let mut entry = LedgerEntry::default();
         entry.stage(stage::release(version("current"), None));
-        let found = on_disk(&home, &name, Some(entry), None, RunningRelease::Nothing);
+        let found = discover(&home, &name, Some(entry), None, RunningRelease::Nothing);
         assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
         assert!(found.ledger.staged().is_none());
         make_current(&home, &name, &version("1")).unwrap();
         assert_eq!(platform::read_current(&current).unwrap().as_deref(), Some("1"));
         assert_eq!(
-            on_disk(&home, &name, None, None, RunningRelease::Nothing).ledger.current().unwrap().version,
+            discover(&home, &name, None, None, RunningRelease::Nothing).ledger.current().unwrap().version,
             version("1")
         );
     }
@@ -338,7 +341,7 @@ mod tests {
         let (_directory, home, name) = home();
         let mut entry = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
         entry.begin_probation(stage::release(version("gone"), None));
-        let found = on_disk(&home, &name, Some(entry), None, RunningRelease::Nothing);
+        let found = discover(&home, &name, Some(entry), None, RunningRelease::Nothing);
         assert_eq!(found.ledger.kept().map(Version::as_str).collect::<Vec<_>>(), ["1"]);
     }
 
@@ -357,7 +360,7 @@ mod tests {
             // A process older than the active release.
             (&committed, RunningRelease::Marked(&one), "2"),
         ] {
-            let found = on_disk(&home, &name, Some(ledger.clone()), None, runs);
+            let found = discover(&home, &name, Some(ledger.clone()), None, runs);
             assert_eq!(found.ledger.current().unwrap().version.as_str(), current, "{runs:?}");
         }
     }
@@ -366,7 +369,7 @@ mod tests {
     fn a_staged_release_is_not_active() {
         let (_directory, home, name) = home();
         std::fs::remove_file(home.current(&name)).unwrap();
-        let found = on_disk(&home, &name, None, None, RunningRelease::Nothing);
+        let found = discover(&home, &name, None, None, RunningRelease::Nothing);
         assert_eq!((found.ledger.current(), found.ledger.kept().count()), (None, 0));
         assert_eq!(found.releases.len(), 2);
     }
@@ -378,7 +381,7 @@ mod tests {
             LedgerEntry::found(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
         std::fs::remove_dir_all(home.agent(&name)).unwrap();
         std::fs::write(home.agent(&name), "a file in its place").unwrap();
-        let found = on_disk(&home, &name, Some(entry.clone()), None, RunningRelease::Nothing);
+        let found = discover(&home, &name, Some(entry.clone()), None, RunningRelease::Nothing);
         assert_eq!((found.ledger, found.releases.len()), (entry, 2));
     }
 }

@@ -96,18 +96,18 @@ mod tests {
     async fn only_the_newest_queued_content_is_written() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
-        let (inputs, mut words) = mpsc::unbounded_channel();
+        let (inputs, mut receiver) = mpsc::unbounded_channel();
         let mut file = StateFile::new(StateFileName::Events, path.clone());
         let revisions: Vec<u64> = (0..100_u32).map(|number| file.save(&inputs, number)).collect();
         assert_eq!(revisions.last(), Some(&100));
-        let mut told = vec![];
-        while told.last() != Some(&100) {
-            let Some(Input::Saved { revision, result, .. }) = words.recv().await else { panic!() };
+        let mut written = vec![];
+        while written.last() != Some(&100) {
+            let Some(Input::Saved { revision, result, .. }) = receiver.recv().await else { panic!() };
             result.unwrap();
-            told.push(revision);
+            written.push(revision);
             file.saved(&inputs);
         }
-        assert_eq!(told, [1, 100]);
+        assert_eq!(written, [1, 100]);
         assert!(file.is_settled());
         assert_eq!(store::load::<u32>(&path).unwrap(), Some(99));
     }
@@ -116,7 +116,7 @@ mod tests {
     async fn queued_content_is_written_at_exit() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
-        let (inputs, _words) = mpsc::unbounded_channel();
+        let (inputs, _receiver) = mpsc::unbounded_channel();
         for last in [1_u32, 2] {
             let mut file = StateFile::new(StateFileName::Events, path.clone());
             (1..=last).for_each(|number| {

@@ -22,7 +22,7 @@ pub(super) struct Uplink {
     home: Home,
     agent_id: AgentId,
     inputs: Inputs,
-    way: Arc<Mutex<Route>>,
+    route: Arc<Mutex<Route>>,
 }
 
 #[derive(Debug)]
@@ -34,33 +34,33 @@ struct Route {
 
 impl Uplink {
     pub(super) fn new(home: &Home, agent_id: &AgentId, config: &Config, inputs: &Inputs) -> Uplink {
-        let way = Route { config: Arc::new(config.clone()), sender: None };
+        let route = Route { config: Arc::new(config.clone()), sender: None };
         let (home, agent_id, inputs) = (home.clone(), agent_id.clone(), inputs.clone());
-        Uplink { home, agent_id, inputs, way: Arc::new(Mutex::new(way)) }
+        Uplink { home, agent_id, inputs, route: Arc::new(Mutex::new(route)) }
     }
 
     /// Applies changed settings: the next heartbeat opens a new connection.
     pub(super) fn configure(&self, config: &Config) {
-        *lock(&self.way) = Route { config: Arc::new(config.clone()), sender: None };
+        *lock(&self.route) = Route { config: Arc::new(config.clone()), sender: None };
     }
 
     /// Sends a heartbeat on a new thread; the result is an [`Input`].
     pub(super) fn send(&self, mut heartbeat: Box<Heartbeat>) -> io::Result<()> {
-        let (home, agent_id, inputs, way) =
-            (self.home.clone(), self.agent_id.clone(), self.inputs.clone(), self.way.clone());
+        let (home, agent_id, inputs, route) =
+            (self.home.clone(), self.agent_id.clone(), self.inputs.clone(), self.route.clone());
         let thread = std::thread::Builder::new().name("uplink".to_owned()).stack_size(STACK_BYTES);
         thread.spawn(move || {
-            let (config, kept) = {
-                let mut way = lock(&way);
-                (way.config.clone(), way.sender.take())
+            let (config, sender) = {
+                let mut route = lock(&route);
+                (route.config.clone(), route.sender.take())
             };
-            let mut sender = kept.unwrap_or_else(|| Sender::new(&home, &agent_id, config));
+            let mut sender = sender.unwrap_or_else(|| Sender::new(&home, &agent_id, config));
             let outcome = sender.send(&mut heartbeat);
             {
-                let mut way = lock(&way);
+                let mut route = lock(&route);
                 // The settings changed meanwhile: a sender of the old ones is dropped.
-                if sender.is_for(&way.config) {
-                    way.sender = Some(sender);
+                if sender.is_for(&route.config) {
+                    route.sender = Some(sender);
                 }
             }
             // Fails only while the manager exits.
@@ -71,6 +71,6 @@ impl Uplink {
 }
 
 /// Locked for short, non-panicking sections only, so a poisoned lock is usable.
-fn lock(way: &Mutex<Route>) -> MutexGuard<'_, Route> {
-    way.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(route: &Mutex<Route>) -> MutexGuard<'_, Route> {
+    route.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -73,7 +73,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         std::fs::create_dir(home.state()).unwrap();
-        let (inputs, mut words) = mpsc::unbounded_channel();
+        let (inputs, mut receiver) = mpsc::unbounded_channel();
         std::fs::write(home.history(), r#"{"history":[],"later":{"of":1}}"#).unwrap();
         let mut changes = UpgradeHistory::load(&home);
         for seconds in 0..250 {
@@ -82,21 +82,21 @@ mod tests {
             );
             changes.add(serde_json::from_str(&text).unwrap(), &inputs);
         }
-        while let Some(Input::Saved { revision, result, .. }) = words.recv().await {
+        while let Some(Input::Saved { revision, result, .. }) = receiver.recv().await {
             changes.saved(result, &inputs);
             if revision == 250 {
                 break;
             }
         }
-        let wanted: Version = "1".parse().unwrap();
+        let version: Version = "1".parse().unwrap();
         let began = Some("2026-11-29T12:00:00Z".to_owned());
-        assert!(!changes.has("a", "upgrade", &wanted, began.clone()) && !changes.has("a", "upgrade", &wanted, None));
+        assert!(!changes.has("a", "upgrade", &version, began.clone()) && !changes.has("a", "upgrade", &version, None));
         let mut last = changes.kept.history.pop().unwrap();
         last.began.clone_from(&began);
         changes.add(last, &inputs);
         changes.finish().await;
         let kept = UpgradeHistory::load(&home);
-        assert!(kept.has("a", "upgrade", &wanted, began.clone()) && !kept.has("a", "rollback", &wanted, began));
+        assert!(kept.has("a", "upgrade", &version, began.clone()) && !kept.has("a", "rollback", &version, began));
         let seconds: Vec<u64> = kept.kept.history.iter().map(|changed| changed.seconds).collect();
         assert_eq!(seconds, (50..250).collect::<Vec<_>>());
         assert!(kept.kept.unknown.contains_key("later"));

@@ -42,7 +42,7 @@ pub(super) enum Input {
         record: Box<ProcessRecord>,
     },
     /// A requested stop completed or failed.
-    Ended {
+    Stopped {
         name: AgentName,
         serial: u64,
         result: Result<(), String>,
@@ -90,7 +90,7 @@ pub(super) enum Input {
     /// The epochs of committed releases were raised, or could not be.
     Raised(Result<(), String>),
     /// Whether the release that an operator wants to roll back to can be run. `reply` is the operator's request.
-    MayRollBack {
+    RollBackChecked {
         name: AgentName,
         to: Version,
         result: Result<(), String>,
@@ -99,16 +99,16 @@ pub(super) enum Input {
     /// The manager's own upgrade completed up to the switch, or failed.
     Upgraded(UpgradeOutcome),
     /// The record of upgrades was read: the next step, and the record with its evidence.
-    UpgradeSeen(Result<Box<(UpgradeStep, UpgradeObservation)>, String>),
+    UpgradeRecordRead(Result<Box<(UpgradeStep, UpgradeObservation)>, String>),
     /// The installation was migrated to this release, or could not be.
     Migrated(Result<(), String>),
     /// The stop of the home was recorded, or could not be.
     StopRecorded,
-    Looked(HomeProblems),
-    Reloaded(MaintenanceResult),
+    HomeChecked(HomeProblems),
+    MaintenanceDone(MaintenanceResult),
     Heartbeat(SendOutcome),
     /// The state of the watchdog's unit, as the service manager reports it.
-    WatchdogJudged(Result<UnitStanding>),
+    WatchdogUnitState(Result<UnitStanding>),
 }
 
 /// The state files that the manager writes.
@@ -162,7 +162,7 @@ pub(super) struct HomeProblems {
 #[derive(Debug)]
 pub(super) struct MaintenanceResult {
     /// Modification time of the settings, where it can be read.
-    pub(super) seen: Option<SystemTime>,
+    pub(super) modified: Option<SystemTime>,
     /// The settings, if they changed.
     pub(super) loaded: Option<Result<LoadedSettings>>,
     /// Whether the record on disk names this manager process.

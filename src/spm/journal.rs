@@ -19,7 +19,7 @@ use crate::home::Home;
 use crate::store;
 
 /// Maximum length of a short field of an event read from disk.
-const MAX_WORD_BYTES: usize = 64;
+const MAX_FIELD_BYTES: usize = 64;
 /// The oldest events beyond this are dropped: a host that cannot reach its gateway for weeks must not fill its disk.
 const MAX_EVENTS: usize = 500;
 const MAX_BYTES: usize = 256 << 10;
@@ -27,13 +27,13 @@ const MAX_BYTES: usize = 256 << 10;
 const MAX_PER_HEARTBEAT: usize = 100;
 const MAX_BYTES_PER_HEARTBEAT: usize = 64 << 10;
 /// Rate limit for one kind, outcome and sub-agent: this burst, then one per interval.
-const TOLD_AT_ONCE: u32 = 20;
-const TOLD_EVERY: Duration = Duration::from_secs(300);
+const EVENT_BURST: u32 = 20;
+const EVENT_INTERVAL: Duration = Duration::from_secs(300);
 /// Number of rate limiters; beyond it, further keys share one.
-const MAX_COUNTED: usize = 1_024;
+const MAX_LIMITERS: usize = 1_024;
 
 /// Delay until an event is written to disk, so that a burst of events is one write.
-const FLUSH: Duration = Duration::from_secs(1);
+const FLUSH_DELAY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -53,7 +53,7 @@ pub(super) struct Journal {
     stored: StoredEvents,
     /// Size of all events.
     bytes: usize,
-    told: BTreeMap<RateKey, RateLimiter>,
+    limiters: BTreeMap<RateKey, RateLimiter>,
     changed: Option<Instant>,
 }
 
@@ -81,8 +81,8 @@ impl Journal {
         let mut stored: StoredEvents = stored.unwrap_or_default();
         let events = std::mem::take(&mut stored.events);
         let file = StateFile::new(StateFileName::Events, path);
-        let mut journal = Journal { file, stored, bytes: 0, told: BTreeMap::new(), changed: None };
-        events.into_iter().for_each(|event| journal.keep(event));
+        let mut journal = Journal { file, stored, bytes: 0, limiters: BTreeMap::new(), changed: None };
+        events.into_iter().for_each(|event| journal.store(event));
         journal
     }
 
@@ -93,10 +93,10 @@ impl Journal {
     }
 
     fn note_at(&mut self, kind: &str, outcome: &str, about: EventSubject<'_>, message: &str, now: Instant) {
-        let Some(untold) = self.allowance(kind, outcome, about.agent, now).take(now) else { return };
+        let Some(dropped) = self.limiter(kind, outcome, about.agent, now).take(now) else { return };
         let mut message = cut(message, MAX_MESSAGE_BYTES);
-        if untold > 0 {
-            message.push_str(&format!(" ({untold} earlier events of this kind were dropped)"));
+        if dropped > 0 {
+            message.push_str(&format!(" ({dropped} earlier events of this kind were dropped)"));
         }
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let id = self.stored.last_id.saturating_add(1).max(since.as_millis() as u64);
@@ -107,7 +107,7 @@ impl Journal {
         } else {
             tracing::warn!(kind, outcome, agent, message, "event");
         }
-        self.keep(Event {
+        self.store(Event {
             id,
             time: crate::spm::timestamp(),
             kind: kind.to_owned(),
@@ -120,26 +120,26 @@ impl Journal {
         self.changed.get_or_insert_with(Instant::now);
     }
 
-    fn allowance(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut RateLimiter {
+    fn limiter(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut RateLimiter {
         let mut subject = (kind.to_owned(), outcome.to_owned(), agent.cloned());
-        if self.told.len() >= MAX_COUNTED && !self.told.contains_key(&subject) {
-            self.told.retain(|_, allowance| !allowance.is_whole(now));
-            if self.told.len() >= MAX_COUNTED {
+        if self.limiters.len() >= MAX_LIMITERS && !self.limiters.contains_key(&subject) {
+            self.limiters.retain(|_, limiter| !limiter.is_whole(now));
+            if self.limiters.len() >= MAX_LIMITERS {
                 subject = RateKey::default();
             }
         }
-        self.told.entry(subject).or_insert_with(|| RateLimiter::new(TOLD_AT_ONCE, TOLD_EVERY))
+        self.limiters.entry(subject).or_insert_with(|| RateLimiter::new(EVENT_BURST, EVENT_INTERVAL))
     }
 
     /// Stores an event, and drops the oldest ones beyond the limits.
-    fn keep(&mut self, event: Event) {
+    fn store(&mut self, event: Event) {
         // An event written by another version may have any length.
         let is_short = unknown::bytes(&event.unknown) <= MAX_MESSAGE_BYTES;
         let event = Event {
-            time: cut(&event.time, MAX_WORD_BYTES),
-            kind: cut(&event.kind, MAX_WORD_BYTES),
-            outcome: cut(&event.outcome, MAX_WORD_BYTES),
-            message: cut(&event.message, MAX_MESSAGE_BYTES + MAX_WORD_BYTES),
+            time: cut(&event.time, MAX_FIELD_BYTES),
+            kind: cut(&event.kind, MAX_FIELD_BYTES),
+            outcome: cut(&event.outcome, MAX_FIELD_BYTES),
+            message: cut(&event.message, MAX_MESSAGE_BYTES + MAX_FIELD_BYTES),
             unknown: if is_short { event.unknown } else { UnknownFields::new() },
             ..event
         };
@@ -173,7 +173,7 @@ impl Journal {
 
     /// When to write changes: late enough that a burst of events is one write, early enough that a crash loses little.
     pub(super) fn flush_at(&self) -> Option<Instant> {
-        self.changed.map(|since| since + FLUSH)
+        self.changed.map(|since| since + FLUSH_DELAY)
     }
 
     /// Starts writing the changes since the last write.
@@ -243,12 +243,12 @@ mod tests {
 
     #[test]
     fn the_protocol_document_states_the_limits() {
-        let (kept, told) = (MAX_BYTES >> 10, MAX_BYTES_PER_HEARTBEAT >> 10);
+        let (kept, sent) = (MAX_BYTES >> 10, MAX_BYTES_PER_HEARTBEAT >> 10);
         let document = crate::core::protocol::document();
         for words in [
             format!("at most {MAX_EVENTS} events with {kept} KiB"),
-            format!("at most {MAX_PER_HEARTBEAT} with {told} KiB"),
-            format!("a burst of {TOLD_AT_ONCE}, then one every {} minutes", TOLD_EVERY.as_secs() / 60),
+            format!("at most {MAX_PER_HEARTBEAT} with {sent} KiB"),
+            format!("a burst of {EVENT_BURST}, then one every {} minutes", EVENT_INTERVAL.as_secs() / 60),
         ] {
             assert!(document.contains(&words), "{words}");
         }
@@ -260,7 +260,7 @@ mod tests {
         let mut journal = Journal::load(&Home::new(directory.path()));
         let start = Instant::now();
         for n in 0..MAX_EVENTS as u32 + 10 {
-            journal.note_at("exit", "ok", EventSubject::default(), &n.to_string(), start + TOLD_EVERY * n);
+            journal.note_at("exit", "ok", EventSubject::default(), &n.to_string(), start + EVENT_INTERVAL * n);
         }
         assert_eq!(journal.stored.events.len(), MAX_EVENTS);
         assert_eq!(journal.pending()[0].message, "10");
@@ -272,15 +272,15 @@ mod tests {
         let mut journal = Journal::load(&Home::new(directory.path()));
         let start = Instant::now();
         let (a, b): (AgentName, AgentName) = ("a".parse().unwrap(), "b".parse().unwrap());
-        let mut refuse = |kind: &str, agent: Option<&AgentName>, second: u64| {
+        let mut reject = |kind: &str, agent: Option<&AgentName>, second: u64| {
             let about = EventSubject { agent, version: None };
             journal.note_at(kind, "refused", about, &format!("number {second}"), start + Duration::from_secs(second));
         };
-        (0..3_600).for_each(|second| refuse("desired", None, second));
+        (0..3_600).for_each(|second| reject("desired", None, second));
         // Events of other kinds and sub-agents are still reported.
-        (0..3_600).for_each(|second| refuse("stage", Some(&a), second));
-        refuse("stage", Some(&b), 3_600);
-        refuse("heartbeat", None, 3_600);
+        (0..3_600).for_each(|second| reject("stage", Some(&a), second));
+        reject("stage", Some(&b), 3_600);
+        reject("heartbeat", None, 3_600);
         let of = |kind: &str| journal.stored.events.iter().filter(|event| event.kind == kind).count();
         assert_eq!((of("desired"), of("stage"), of("heartbeat")), (31, 32, 1));
         let last = journal.stored.events.iter().rfind(|event| event.kind == "desired").unwrap();
@@ -292,11 +292,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut journal = Journal::load(&Home::new(directory.path()));
         let start = Instant::now();
-        for n in 0..3 * MAX_COUNTED {
+        for n in 0..3 * MAX_LIMITERS {
             let name: AgentName = format!("a{n}").parse().unwrap();
             journal.note_at("stage", "failed", EventSubject { agent: Some(&name), version: None }, "no", start);
         }
-        assert!(journal.told.len() <= MAX_COUNTED + 1);
+        assert!(journal.limiters.len() <= MAX_LIMITERS + 1);
         // Limiters that are full again are removed.
         let name: AgentName = "new".parse().unwrap();
         journal.note_at(
@@ -304,9 +304,9 @@ mod tests {
             "failed",
             EventSubject { agent: Some(&name), version: None },
             "no",
-            start + TOLD_EVERY * 20,
+            start + EVENT_INTERVAL * 20,
         );
-        assert_eq!(journal.told.len(), 1);
+        assert_eq!(journal.limiters.len(), 1);
     }
 
     #[test]
@@ -324,13 +324,13 @@ mod tests {
         assert_eq!(journal.pending().len(), 3);
         let start = Instant::now();
         for n in 0..MAX_EVENTS as u32 {
-            journal.note_at("stage", "failed", EventSubject::default(), &long, start + TOLD_EVERY * n);
+            journal.note_at("stage", "failed", EventSubject::default(), &long, start + EVENT_INTERVAL * n);
         }
         let all = &journal.stored.events;
         assert!(all.iter().all(|event| event.message.len() <= 1_100 && !event.message.contains('\u{1b}')));
         assert!((200..300).contains(&all.len()), "{}", all.len());
-        let told = serde_json::to_vec(&journal.pending()).unwrap().len();
-        assert!((50 << 10..70 << 10).contains(&told), "{told}");
+        let sent = serde_json::to_vec(&journal.pending()).unwrap().len();
+        assert!((50 << 10..70 << 10).contains(&sent), "{sent}");
         journal.acknowledge(u64::MAX);
         assert_eq!((journal.bytes, journal.pending().len()), (0, 0));
         journal.note("exit", "ok", EventSubject::default(), "one");

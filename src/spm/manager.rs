@@ -49,12 +49,12 @@ use crate::role::RoleHolder;
 use crate::store;
 
 /// Rate limit for events about rejected clients of the control socket: this burst, then one per interval.
-const STRANGERS_AT_ONCE: u32 = 3;
-const STRANGERS_EVERY: Duration = Duration::from_secs(600);
+const REJECTIONS_BURST: u32 = 3;
+const REJECTIONS_INTERVAL: Duration = Duration::from_secs(600);
 /// Timeout for the last writes before the process exits.
-const LAST_WRITE: Duration = Duration::from_secs(5);
+const FINAL_WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for sending the goodbye on all connections of the control socket.
-const FAREWELL: Duration = Duration::from_millis(500);
+const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The identity of this manager process.
 #[derive(Debug)]
@@ -92,70 +92,70 @@ pub(super) struct Manager {
     replan: bool,
     journal: Journal,
     history: UpgradeHistory,
-    peer: WatchdogLink,
+    watchdog: WatchdogLink,
     inputs: Inputs,
     upgrading: ManagerUpgrade,
-    desk: stage::StagingContext,
-    line: GatewayLink,
+    staging: stage::StagingContext,
+    gateway: GatewayLink,
     housekeeping: MaintenanceSchedule,
     /// Limits the events about rejected clients of the control socket.
-    strangers: RateLimiter,
+    rejections: RateLimiter,
     /// By subject, so that a resolved problem is removed.
     problems: BTreeMap<&'static str, String>,
     stop: Option<PendingStop>,
-    ending: Option<Goodbye>,
+    exit: Option<Goodbye>,
 }
 
 /// Runs the manager until it is asked to exit; returns whether the home stops or another manager follows.
 ///
 /// `own`: this manager's record, which is written later if it could not be written before.
 pub(super) async fn run(home: &Home, service: ServiceManagerKind, own: &RoleHolder) -> Result<Goodbye> {
-    let (inputs, mut words) = mpsc::unbounded_channel();
+    let (inputs, mut input_queue) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
     if let Err(error) = platform::adopt_orphans() {
         tracing::warn!(error = %error, "cannot become the subreaper; orphaned processes of sub-agents go to init, which may not reap them");
     }
     let mut manager = Manager::load(home, service, own, inputs)?;
-    manager.look_at_home_now();
-    manager.show_refused_orders();
-    manager.take_charge();
+    manager.check_home_now();
+    manager.show_rejected_orders();
+    manager.adopt_all();
 
     let listener = LocalListener::bind(&home.control_socket())
         .with_context(|| format!("cannot listen on {}", home.control_socket().display()))?;
-    let (knock, mut knocks) = mpsc::channel(16);
-    let (farewell, heard) = watch::channel(None);
-    let door = tokio::spawn(control_socket::serve(listener, knock, heard));
+    let (request, mut requests) = mpsc::channel(16);
+    let (goodbye, goodbye_receiver) = watch::channel(None);
+    let server = tokio::spawn(control_socket::serve(listener, request, goodbye_receiver));
     platform::notify(Notification::Ready);
     let version = &manager.identity.version;
     tracing::info!(version = %version, pid = std::process::id(), agents = manager.agents.len(), "the manager is ready");
 
-    let ending = loop {
+    let exit = loop {
         if std::mem::take(&mut manager.replan) {
             manager.reconcile();
         }
         manager.write_ledger();
-        if let Some(ending) = manager.ending {
-            break ending;
+        if let Some(exit) = manager.exit {
+            break exit;
         }
         let deadline = manager.deadline();
         tokio::select! {
             // Every arm receives one value from a channel or sleeps: all are cancel-safe.
-            Some(input) = words.recv() => manager.take_in(input),
-            Some(knock) = knocks.recv() => manager.answer_knock(knock),
+            Some(input) = input_queue.recv() => manager.handle_input(input),
+            Some(request) = requests.recv() => manager.handle_request(request),
             () = tokio::time::sleep_until(deadline.into()) => manager.tick(),
-            () = termination.recv() => manager.asked_to_end(),
+            () = termination.recv() => manager.handle_termination(),
         }
     };
     platform::notify(Notification::Stopping);
     manager.journal.flush(&manager.inputs);
     // Stop accepting connections first: the watchdog reconnects right after the goodbye, and would take the manager's exit for a crash.
-    door.abort();
-    let _ = door.await;
-    farewell.send_replace(Some(ending));
+    server.abort();
+    let _ = server.await;
+    goodbye.send_replace(Some(exit));
     // Every connection drops its receiver when it has sent the goodbye.
-    let _ = tokio::time::timeout(FAREWELL, farewell.closed()).await;
+    let _ = tokio::time::timeout(GOODBYE_TIMEOUT, goodbye.closed()).await;
     manager.finish().await;
-    Ok(ending)
+    Ok(exit)
 }
 
 impl Manager {
@@ -163,7 +163,7 @@ impl Manager {
     async fn finish(self) {
         let Manager { journal, history, releases, orders, .. } = self;
         let written = async { tokio::join!(journal.finish(), history.finish(), releases.finish(), orders.finish()) };
-        if tokio::time::timeout(LAST_WRITE, written).await.is_err() {
+        if tokio::time::timeout(FINAL_WRITE_TIMEOUT, written).await.is_err() {
             tracing::warn!("cannot write the last changes before exit: the disk does not answer in time");
         }
     }
@@ -171,7 +171,7 @@ impl Manager {
     fn load(home: &Home, service: ServiceManagerKind, own: &RoleHolder, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
         let loaded = Config::load(home)?;
-        warn_of_unknown(&loaded);
+        warn_of_unknown_keys(&loaded);
         if let Some(problem) = &loaded.problem {
             problems.insert("config", config_problem(problem));
         }
@@ -207,12 +207,12 @@ impl Manager {
         });
         let on_trial = installation::upgrade::on_trial(&record, &mut Programs::default());
         let endpoint = on_trial.as_ref().and_then(|image| image.endpoint.clone());
-        let config = moved(home, loaded.config, endpoint.as_ref());
+        let config = with_trial_endpoint(home, loaded.config, endpoint.as_ref());
         let now = Instant::now();
-        let mut line = GatewayLink::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
+        let mut gateway = GatewayLink::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
         let mut held = desired.unwrap_or_default();
         held.forget_stale();
-        line.asks_anew = held.refused().next().is_some();
+        gateway.requests_current_list = held.refused().next().is_some();
         let installed = installation::ManagerRecord::load(home)
             .context("cannot read the manager's release; reinstall with `aops install`")?
             .with_context(|| {
@@ -242,42 +242,42 @@ impl Manager {
             replan: true,
             journal,
             history: UpgradeHistory::load(home),
-            peer: WatchdogLink::new(home, service, now),
+            watchdog: WatchdogLink::new(home, service, now),
             inputs,
             upgrading: ManagerUpgrade::new(record, endpoint),
-            desk: stage::StagingContext::new(),
-            line,
-            strangers: RateLimiter::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
+            staging: stage::StagingContext::new(),
+            gateway,
+            rejections: RateLimiter::new(REJECTIONS_BURST, REJECTIONS_INTERVAL),
             problems,
             config,
             stop: None,
-            ending: None,
+            exit: None,
         })
     }
 
     /// Handles a signal to exit: the sub-agents keep running, unless the home is being stopped.
-    fn asked_to_end(&mut self) {
+    fn handle_termination(&mut self) {
         if self.stop.is_some() {
             tracing::info!("the manager was asked to exit; it exits when every sub-agent is stopped");
             return;
         }
         tracing::info!("the manager was asked to exit; the sub-agents keep running");
-        self.ending = Some(Goodbye::Yield);
+        self.exit = Some(Goodbye::Yield);
     }
 
     fn deadline(&self) -> Instant {
         let now = Instant::now();
         let agents = self.agents.values().filter_map(|agent| agent.state.deadline(now));
         // The watchdog is not supervised while the home stops.
-        let peer = self.stop.is_none().then(|| self.peer.deadline());
+        let watchdog = self.stop.is_none().then(|| self.watchdog.deadline());
         let recorded_by = self.stop.as_ref().filter(|stop| !stop.is_recorded).map(|stop| stop.recorded_by);
         let upgrading = self.stop.is_none().then(|| self.upgrading.deadline(now)).flatten();
         let fixed = [
             upgrading,
-            self.line.next_heartbeat,
+            self.gateway.next_heartbeat,
             Some(self.housekeeping.next),
             self.journal.flush_at(),
-            peer,
+            watchdog,
             recorded_by,
         ];
         fixed.into_iter().flatten().chain(agents).min().unwrap_or(now)
@@ -292,22 +292,22 @@ impl Manager {
         self.replan |= self.agents.values().any(|agent| agent.state.hold_is_over(now));
         if self.housekeeping.was_held_up(now) {
             tracing::warn!("the manager was not scheduled for a while; timeouts that expired in that time are ignored");
-            self.peer.ping(now);
+            self.watchdog.ping(now);
         }
-        if now >= self.peer.deadline() && self.stop.is_none() {
-            self.peer.look(&self.home, &self.inputs, now);
+        if now >= self.watchdog.deadline() && self.stop.is_none() {
+            self.watchdog.tick(&self.home, &self.inputs, now);
         }
         if self.journal.flush_at().is_some_and(|at| at <= now) {
             self.journal.flush(&self.inputs);
         }
         if now >= self.housekeeping.next {
-            self.keep_house(now);
+            self.run_housekeeping(now);
         }
-        if self.line.next_heartbeat.is_some_and(|at| at <= now) {
+        if self.gateway.next_heartbeat.is_some_and(|at| at <= now) {
             self.heartbeat_due(now);
         }
         if self.stop.is_none() {
-            self.tend_upgrade(now);
+            self.tick_upgrade(now);
         }
         if self.stop.as_ref().is_some_and(|stop| stop.recorded_by <= now) {
             self.stop_recorded(now);
@@ -315,7 +315,7 @@ impl Manager {
     }
 
     /// Reports a problem once when it appears, and once when it is resolved.
-    fn tell_of(&mut self, subject: &'static str, outcome: &str, problem: Option<String>) {
+    fn report_problem(&mut self, subject: &'static str, outcome: &str, problem: Option<String>) {
         match problem {
             Some(text) if self.problems.get(subject) == Some(&text) => {}
             Some(text) => {
@@ -331,7 +331,7 @@ impl Manager {
 }
 
 /// The settings with the endpoint that a release on trial brings.
-fn moved(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config {
+fn with_trial_endpoint(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config {
     let Some(endpoint) = endpoint else { return config };
     config::moved::on_trial(home, &config, endpoint).unwrap_or_else(|error| {
         tracing::error!(error = format!("{error:#}"), "cannot use the endpoint that this release brings");
@@ -351,7 +351,7 @@ fn groups(home: &Home) -> Option<Groups> {
     groups
 }
 
-fn warn_of_unknown(loaded: &LoadedSettings) {
+fn warn_of_unknown_keys(loaded: &LoadedSettings) {
     for unknown in &loaded.unknown {
         tracing::warn!(key = %unknown, "unknown key in the settings");
     }

@@ -21,14 +21,14 @@ pub(super) fn start(inputs: &Inputs, serial: u64, start: StartSpec, last: StopTa
     let inputs = inputs.clone();
     tokio::spawn(async move {
         let name = start.name.clone();
-        let result = start_clean(start, last).await.map_err(|error| stage::refusal(&error));
+        let result = start_after_cleanup(start, last).await.map_err(|error| stage::release_error(&error));
         let _ = inputs.send(Input::Launched { name, serial, result: result.map(Box::new) });
     });
 }
 
-async fn start_clean(start: StartSpec, last: StopTarget) -> Result<StartedProcess> {
+async fn start_after_cleanup(start: StartSpec, last: StopTarget) -> Result<StartedProcess> {
     let record = last.record.clone();
-    end_leftovers(&start, last).await?;
+    stop_leftovers(&start, last).await?;
     let (home, name) = (start.home.clone(), start.name.clone());
     let launched = launch(start, record).await;
     if launched.as_ref().is_err_and(|error| !error.is::<UnseenProgram>()) {
@@ -55,7 +55,7 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
                 ScriptFindings::Down => script::start(&start, output.file).await?,
                 ScriptFindings::Other(record) => {
                     tracing::warn!(agent = %start.name, pid = record.pid, "the control script names a process that is running already; it is stopped first");
-                    end(&start.home, StopTarget::of(&start.name, Some(record), start.groups.as_ref())).await?;
+                    stop_target(&start.home, StopTarget::of(&start.name, Some(record), start.groups.as_ref())).await?;
                     script::start(&start, output.file).await?
                 }
             };
@@ -67,23 +67,23 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
 
 /// Leftovers of a dead main process may hold its port or its files. With `killMode = "process"` they do not belong to the sub-agent and
 /// stay.
-async fn end_leftovers(start: &StartSpec, last: StopTarget) -> Result<()> {
+async fn stop_leftovers(start: &StartSpec, last: StopTarget) -> Result<()> {
     if start.program.kill_mode() == KillMode::Process || !last.may_live() {
         return Ok(());
     }
-    end(&start.home, last.at_once()).await
+    stop_target(&start.home, last.at_once()).await
 }
 
 /// Stops what is left of a target, without blocking the event loop.
-async fn end(home: &Home, target: StopTarget) -> Result<()> {
+async fn stop_target(home: &Home, target: StopTarget) -> Result<()> {
     if target.is_scattered() || target.script_to_ask().is_some() {
         // Both are slow: all processes of the host are inspected, or a script is run.
         let home = home.clone();
         return off_loop(move || stop::end(&home, &[target])).await?;
     }
     let targets = [target];
-    let mut ending = StopProgress::of(home, &targets);
-    while let Some(pause) = ending.look()? {
+    let mut progress = StopProgress::of(home, &targets);
+    while let Some(pause) = progress.look()? {
         if targets[0].groups_are_empty() {
             // The remaining processes are outside the cgroups.
             tokio::time::sleep(pause).await;
@@ -169,7 +169,7 @@ async fn emptied(record: &ProcessRecord) {
 pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: StopTarget) {
     let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
     tokio::spawn(async move {
-        let mut ended = end(&home, target.clone()).await;
+        let mut ended = stop_target(&home, target.clone()).await;
         if ended.is_ok() {
             let (home, name) = (home.clone(), name.clone());
             ended = off_loop(move || record::discard(&home, &name)).await;
@@ -177,7 +177,7 @@ pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: StopTarget
         if let Some(record) = &target.record {
             platform::reap_orphan(record.pid);
         }
-        let _ = inputs.send(Input::Ended { name, serial, result: ended.map_err(|error| format!("{error:#}")) });
+        let _ = inputs.send(Input::Stopped { name, serial, result: ended.map_err(|error| format!("{error:#}")) });
     });
 }
 
@@ -224,16 +224,16 @@ mod tests {
         for path in [record.clone(), record.with_extension("json.old")] {
             std::fs::create_dir_all(path.join("in the way")).unwrap();
         }
-        let (inputs, mut words) = mpsc::unbounded_channel();
+        let (inputs, mut receiver) = mpsc::unbounded_channel();
         start(&inputs, 1, start_of_it.clone(), StopTarget::of(&name, None, None));
-        let Some(Input::Launched { result, .. }) = words.recv().await else { panic!("it is answered") };
+        let Some(Input::Launched { result, .. }) = receiver.recv().await else { panic!("it is answered") };
         let started = result.unwrap();
         let lost = started.output_lost.as_ref().unwrap();
         assert!(lost.starts_with("cannot open the log ") && lost.contains("a.log: "), "{lost}");
         let last = started.running.record().clone();
         assert!(last.is_alive());
         stop(&inputs, 1, &home, StopTarget::of(&name, Some(last.clone()), None));
-        let Some(Input::Ended { result, .. }) = words.recv().await else { panic!("it is answered") };
+        let Some(Input::Stopped { result, .. }) = receiver.recv().await else { panic!("it is answered") };
         assert_eq!(result, Ok(()));
         assert!(!last.is_alive());
 
@@ -249,7 +249,7 @@ mod tests {
         std::fs::create_dir_all(start.home.process_record(&start.name).join("in the way")).unwrap();
         std::fs::remove_file(start.directory().join("run")).unwrap();
         let target = StopTarget::of(&start.name, None, None);
-        let error = format!("{:#}", start_clean(start, target).await.unwrap_err());
+        let error = format!("{:#}", start_after_cleanup(start, target).await.unwrap_err());
         assert!(error.contains("cannot run ") && !error.contains("cannot remove"), "{error}");
     }
 }

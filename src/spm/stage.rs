@@ -27,22 +27,22 @@ use crate::platform;
 use crate::process::launch;
 
 /// Number of releases staged at the same time.
-const AT_ONCE: usize = 3;
+const MAX_CONCURRENT: usize = 3;
 /// A failure after downloading this many bytes counts as costly: it is not retried soon.
-const COSTLY: u64 = 1 << 20;
+const COSTLY_BYTES: u64 = 1 << 20;
 /// Interval at which the progress of a download is logged.
-const TELL_EVERY: Duration = Duration::from_secs(60);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Shared by all staging tasks.
 #[derive(Debug, Clone)]
 pub(super) struct StagingContext {
-    turns: Arc<Semaphore>,
-    commons: Arc<FetchLimits>,
+    permits: Arc<Semaphore>,
+    fetch_limits: Arc<FetchLimits>,
 }
 
 impl StagingContext {
     pub(super) fn new() -> StagingContext {
-        StagingContext { turns: Arc::new(Semaphore::new(AT_ONCE)), commons: Arc::default() }
+        StagingContext { permits: Arc::new(Semaphore::new(MAX_CONCURRENT)), fetch_limits: Arc::default() }
     }
 }
 
@@ -50,32 +50,32 @@ impl StagingContext {
 #[derive(Debug)]
 pub(super) struct Staging {
     pub(super) version: Version,
-    seen: Arc<StagingResult>,
-    /// Closed on drop: a task that still waits for its turn then returns.
-    _wanted: oneshot::Sender<()>,
+    progress: Arc<StagingProgress>,
+    /// Closed on drop: a task that still waits for its permit then returns.
+    _alive: oneshot::Sender<()>,
 }
 
 #[derive(Debug, Default)]
-struct StagingResult {
+struct StagingProgress {
     bytes: AtomicU64,
     /// Zero: not known yet.
     total: AtomicU64,
-    unwanted: AtomicBool,
+    cancelled: AtomicBool,
     /// Disconnects the download, which may block for long on the network.
-    end: Mutex<Option<Disconnector>>,
+    disconnector: Mutex<Option<Disconnector>>,
 }
 
-impl StagingResult {
-    /// Stores how to disconnect the download. Afterwards the caller checks `unwanted` again: a cancellation before this call found no
+impl StagingProgress {
+    /// Stores how to disconnect the download. Afterwards the caller checks `cancelled` again: a cancellation before this call found no
     /// handle.
-    fn ends_by(&self, end: Disconnector) {
-        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+    fn set_disconnector(&self, disconnector: Disconnector) {
+        *self.disconnector.lock().unwrap_or_else(PoisonError::into_inner) = Some(disconnector);
     }
 
-    fn give_up(&self) {
-        self.unwanted.store(true, Ordering::SeqCst);
-        if let Some(end) = self.end.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            end.now();
+    fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+        if let Some(disconnector) = self.disconnector.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            disconnector.now();
         }
     }
 }
@@ -83,7 +83,7 @@ impl StagingResult {
 impl Staging {
     /// The progress of the download; `None` before it has started.
     pub(super) fn status(&self) -> Option<DownloadStatus> {
-        let (bytes, total) = (self.seen.bytes.load(Ordering::Relaxed), self.seen.total.load(Ordering::Relaxed));
+        let (bytes, total) = (self.progress.bytes.load(Ordering::Relaxed), self.progress.total.load(Ordering::Relaxed));
         let total = Some(total).filter(|total| *total > 0);
         (bytes > 0 || total.is_some()).then(|| DownloadStatus {
             version: self.version.clone(),
@@ -95,7 +95,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        self.seen.give_up();
+        self.progress.cancel();
     }
 }
 
@@ -110,7 +110,7 @@ impl std::fmt::Display for Unusable {
 }
 
 /// Why a release could not be staged, activated or started.
-pub(super) fn refusal(error: &anyhow::Error) -> ReleaseError {
+pub(super) fn release_error(error: &anyhow::Error) -> ReleaseError {
     ReleaseError {
         why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES),
         refused: package::is_refusal(error) || error.is::<UnsafeHome>(),
@@ -121,10 +121,10 @@ pub(super) fn refusal(error: &anyhow::Error) -> ReleaseError {
     }
 }
 
-/// As [`refusal`], for a release of which `bytes` were downloaded.
-fn refusal_after(error: &anyhow::Error, bytes: u64) -> ReleaseError {
+/// As [`release_error`], for a release of which `bytes` were downloaded.
+fn release_error_after(error: &anyhow::Error, bytes: u64) -> ReleaseError {
     let is_final = package::is_refusal(error) || error.is::<Unusable>();
-    ReleaseError { costly: is_final && bytes >= COSTLY, ..refusal(error) }
+    ReleaseError { costly: is_final && bytes >= COSTLY_BYTES, ..release_error(error) }
 }
 
 /// The inputs of staging one release.
@@ -142,22 +142,24 @@ pub(super) struct StagingJob {
 }
 
 /// Stages a release and reports with [`Input::Staged`].
-pub(super) fn start(inputs: &Inputs, desk: &StagingContext, job: StagingJob) -> Staging {
-    let (inputs, desk, seen) = (inputs.clone(), desk.clone(), Arc::new(StagingResult::default()));
-    let (wanted, unwanted) = oneshot::channel();
-    let staging = Staging { version: job.package.version.clone(), seen: Arc::clone(&seen), _wanted: wanted };
+pub(super) fn start(inputs: &Inputs, context: &StagingContext, job: StagingJob) -> Staging {
+    let (inputs, context, progress) = (inputs.clone(), context.clone(), Arc::new(StagingProgress::default()));
+    let (alive, dropped) = oneshot::channel();
+    let staging = Staging { version: job.package.version.clone(), progress: Arc::clone(&progress), _alive: alive };
     tokio::spawn(async move {
         let (id, name, version) = (job.id, job.name.clone(), job.package.version.clone());
-        let turn = tokio::select! {
+        let permit = tokio::select! {
             // A permit acquired by the losing arm is released to the next task.
-            turn = desk.turns.acquire_owned() => Some(turn),
-            _ = unwanted => None,
+            permit = context.permits.acquire_owned() => Some(permit),
+            _ = dropped => None,
         };
-        let come = Arc::clone(&seen);
-        let result = match turn {
+        let shared = Arc::clone(&progress);
+        let result = match permit {
             None => Err(ReleaseError::failed("it is not ordered any more")),
-            Some(_turn) => match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
-                Ok(result) => result.map_err(|error| refusal_after(&error, come.bytes.load(Ordering::Relaxed))),
+            Some(_permit) => match tokio::task::spawn_blocking(move || stage(&job, &context.fetch_limits, &progress))
+                .await
+            {
+                Ok(result) => result.map_err(|error| release_error_after(&error, shared.bytes.load(Ordering::Relaxed))),
                 Err(error) => Err(ReleaseError::failed(format!("cannot stage it: {error}"))),
             },
         };
@@ -166,26 +168,26 @@ pub(super) fn start(inputs: &Inputs, desk: &StagingContext, job: StagingJob) -> 
     staging
 }
 
-fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Result<Ready> {
+fn stage(job: &StagingJob, fetch_limits: &FetchLimits, progress: &StagingProgress) -> Result<Ready> {
     let StagingJob { home, config, agent_id, name, package, committed_epoch, .. } = job;
     let version = &package.version;
-    if seen.unwanted.load(Ordering::SeqCst) {
+    if progress.cancelled.load(Ordering::SeqCst) {
         bail!("it is not ordered any more");
     }
     permissions::agent(home, name)?;
-    let wanted = wanted(name, package);
-    has_place(home, &wanted.release).map_err(anyhow::Error::msg).context(PackageRejected)?;
+    let request = package_request(name, package);
+    check_name(home, &request.release).map_err(anyhow::Error::msg).context(PackageRejected)?;
     let fetching = Fetching::of(home, config, agent_id)?;
-    let wanted = PackageRequest { least_epoch: *committed_epoch, ..wanted };
-    let mut told = Instant::now();
-    let tree = fetching.fetch(wanted, commons, |end| seen.ends_by(end), &mut |bytes, total| {
-        seen.bytes.store(bytes, Ordering::Relaxed);
-        seen.total.store(total.unwrap_or(0), Ordering::Relaxed);
-        if told.elapsed() >= TELL_EVERY {
-            told = Instant::now();
+    let request = PackageRequest { least_epoch: *committed_epoch, ..request };
+    let mut last_logged = Instant::now();
+    let tree = fetching.fetch(request, fetch_limits, |end| progress.set_disconnector(end), &mut |bytes, total| {
+        progress.bytes.store(bytes, Ordering::Relaxed);
+        progress.total.store(total.unwrap_or(0), Ordering::Relaxed);
+        if last_logged.elapsed() >= PROGRESS_INTERVAL {
+            last_logged = Instant::now();
             tracing::info!(agent = %name, version = %version, bytes, total, "a download is in progress");
         }
-        !seen.unwanted.load(Ordering::SeqCst)
+        !progress.cancelled.load(Ordering::SeqCst)
     })?;
     let directory = home.release(name, version);
     let release = ledger::LedgerRelease {
@@ -205,7 +207,7 @@ fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Resul
 }
 
 /// Checks that a release can have its own directory: not a reserved name, and not another release's name on a case-insensitive file system.
-fn has_place(home: &Home, release: &Release) -> Result<(), String> {
+fn check_name(home: &Home, release: &Release) -> Result<(), String> {
     let Release { name, version, .. } = release;
     names::check(release).map_err(|why| format!("cannot install {name} {version}: {why}"))?;
     // If the directory exists but is not listed under exactly this name, it is another release's.
@@ -223,7 +225,7 @@ fn has_place(home: &Home, release: &Release) -> Result<(), String> {
 }
 
 /// The package that an order names.
-pub(super) fn wanted(name: &AgentName, package: &Package) -> PackageRequest {
+pub(super) fn package_request(name: &AgentName, package: &Package) -> PackageRequest {
     PackageRequest::of(package, name, platform::OS, platform::ARCH)
 }
 
@@ -253,7 +255,7 @@ pub(super) fn admit(
 }
 
 /// Checks whether a release that was active before is on disk and can be run. Its epoch is not checked: an operator may roll back to it.
-pub(super) fn usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
+pub(super) fn check_usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     permissions::release(home, name, version)?;
     package::whole(&home.release(name, version))?;
     launch::inspect(home, name, version).map(drop)
@@ -280,24 +282,26 @@ mod tests {
     #[test]
     fn a_shortage_of_host_resources_is_recognized_anywhere_in_the_error_chain() {
         use std::io;
-        let told = |error: io::Error| refusal(&anyhow::Error::from(error).context("cannot run it").context("again"));
+        let reported =
+            |error: io::Error| release_error(&anyhow::Error::from(error).context("cannot run it").context("again"));
         let shortage = (1..200).find(|code| platform::is_shortage(&io::Error::from_raw_os_error(*code))).unwrap();
-        assert!(told(io::Error::from_raw_os_error(shortage)).of_host);
-        assert!(!told(io::ErrorKind::NotFound.into()).of_host);
+        assert!(reported(io::Error::from_raw_os_error(shortage)).of_host);
+        assert!(!reported(io::ErrorKind::NotFound.into()).of_host);
     }
 
     #[tokio::test]
     async fn a_cancelled_staging_does_not_wait_for_its_turn() {
-        let (inputs, _words) = mpsc::unbounded_channel();
-        let desk = StagingContext::new();
-        let turns = desk.turns.acquire_many(AT_ONCE as u32).await.unwrap();
-        let waiting: Vec<Staging> = (0..10).map(|number| start(&inputs, &desk, job(&format!("a{number}")))).collect();
+        let (inputs, _receiver) = mpsc::unbounded_channel();
+        let context = StagingContext::new();
+        let permits = context.permits.acquire_many(MAX_CONCURRENT as u32).await.unwrap();
+        let waiting: Vec<Staging> =
+            (0..10).map(|number| start(&inputs, &context, job(&format!("a{number}")))).collect();
         let waits = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
         assert_eq!(waits(), 10);
         drop(waiting);
         while waits() > 0 {
             tokio::task::yield_now().await;
         }
-        drop(turns);
+        drop(permits);
     }
 }

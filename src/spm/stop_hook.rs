@@ -42,7 +42,7 @@ pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> 
     if let Err(error) = role::record_stop(home) {
         tracing::warn!(error = format!("{error:#}"), "cannot record the stop");
     }
-    let reply = match control_socket::ask_to_stop(home, LONGEST_STOP) {
+    let reply = match control_socket::request_stop(home, LONGEST_STOP) {
         Ok(reply) => reply,
         Err(error) => {
             tracing::warn!(

@@ -33,7 +33,7 @@ use crate::package::{self, FetchLimits, Keys, PackageRequest, Unavailable, Verif
 use crate::{migrations, platform, role, store, uplink};
 
 /// Timeout for the record's lock: the other role holds it for one step, which may wait for a disk.
-const TURN: Duration = Duration::from_secs(30);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// A switch has fewer steps; more are a bug.
 const MAX_STEPS: usize = 32;
 
@@ -68,7 +68,7 @@ pub(super) struct UpgradeProgress {
     bytes: AtomicU64,
     /// Zero: not known yet.
     total: AtomicU64,
-    unwanted: AtomicBool,
+    cancelled: AtomicBool,
 }
 
 impl UpgradeProgress {
@@ -79,18 +79,18 @@ impl UpgradeProgress {
     }
 
     /// Cancels the download.
-    pub(super) fn give_up(&self) {
-        self.unwanted.store(true, Ordering::Relaxed);
+    pub(super) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
     }
 }
 
 /// Starts an upgrade; the result is [`Input::Upgraded`].
 pub(super) fn start(inputs: &Inputs, job: UpgradeJob) -> Arc<UpgradeProgress> {
     let progress = Arc::new(UpgradeProgress::default());
-    let seen = Arc::clone(&progress);
+    let shared = Arc::clone(&progress);
     disk::run(inputs, move || {
         let mut release = None;
-        let outcome = match attempt(&job, &seen, &mut release) {
+        let outcome = match attempt(&job, &shared, &mut release) {
             Ok(outcome) => outcome,
             Err(error) => UpgradeOutcome::NotSwitched(not_switched(&job, release, &error)),
         };
@@ -110,7 +110,7 @@ impl std::fmt::Display for FaultyRelease {
 }
 
 /// Marks an error as the release's fault, unless the host lacks disk space or other resources.
-fn unfit(error: anyhow::Error) -> anyhow::Error {
+fn blame_release(error: anyhow::Error) -> anyhow::Error {
     let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
     let is_hosts = causes.any(|cause| {
         let kinds = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::ReadOnlyFilesystem];
@@ -131,11 +131,11 @@ fn attempt(job: &UpgradeJob, progress: &UpgradeProgress, found: &mut Option<Imag
     }
     let (tree, file) = match &job.source {
         UpgradeSource::File(path) => local(home, path)?,
-        UpgradeSource::Gateway(package) => fetch(job, wanted(package)?, progress)?,
+        UpgradeSource::Gateway(package) => fetch(job, request(package)?, progress)?,
         _ => match current(job)? {
             None => bail!("no endpoint has a release of {MANAGER_PACKAGE} for this host; publish one at the gateway"),
             Some(package) if package.version == from.version => return Ok(UpgradeOutcome::Nothing),
-            Some(package) => fetch(job, wanted(&package)?, progress)?,
+            Some(package) => fetch(job, request(&package)?, progress)?,
         },
     };
     let signed = (tree.binding().release.version.clone(), tree.sha256().clone());
@@ -143,7 +143,7 @@ fn attempt(job: &UpgradeJob, progress: &UpgradeProgress, found: &mut Option<Imag
         return Ok(UpgradeOutcome::Nothing);
     }
     *found = Some(Image { version: signed.0, sha256: signed.1, ..from.clone() });
-    let (checked, to) = check(home, tree, file).map_err(unfit)?;
+    let (checked, to) = check(home, tree, file).map_err(blame_release)?;
     *found = Some(to.clone());
     switch(job, from, to, &checked.executable())
 }
@@ -161,17 +161,17 @@ fn manager_package() -> Result<AgentName> {
     Ok(MANAGER_PACKAGE.parse()?)
 }
 
-fn wanted(package: &Package) -> Result<PackageRequest> {
-    Ok(stage::wanted(&manager_package()?, package))
+fn request(package: &Package) -> Result<PackageRequest> {
+    Ok(stage::package_request(&manager_package()?, package))
 }
 
-fn fetch(job: &UpgradeJob, wanted: PackageRequest, progress: &UpgradeProgress) -> Result<(VerifiedTree, String)> {
+fn fetch(job: &UpgradeJob, request: PackageRequest, progress: &UpgradeProgress) -> Result<(VerifiedTree, String)> {
     let fetching = Fetching::of(&job.home, &job.config, &job.agent_id)?;
-    let file = wanted.file_name().unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
-    let tree = fetching.fetch(wanted, &FetchLimits::default(), drop, &mut |bytes, total| {
+    let file = request.file_name().unwrap_or_else(|| request.release.file_name(Packing::TarZst));
+    let tree = fetching.fetch(request, &FetchLimits::default(), drop, &mut |bytes, total| {
         progress.bytes.store(bytes, Ordering::Relaxed);
         progress.total.store(total.unwrap_or(0), Ordering::Relaxed);
-        !progress.unwanted.load(Ordering::Relaxed)
+        !progress.cancelled.load(Ordering::Relaxed)
     })?;
     Ok((tree, file))
 }
@@ -204,9 +204,9 @@ fn local(home: &Home, path: &Path) -> Result<(VerifiedTree, String)> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = claimed.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let wanted =
+    let request =
         PackageRequest { least_epoch: Epochs::load(home)?.least(MANAGER_PACKAGE), ..PackageRequest::new(claimed) };
-    Ok((package::open_local(path, &wanted, &keyring::trusted(home)?, &home.staging())?, file))
+    Ok((package::open_local(path, &request, &keyring::trusted(home)?, &home.staging())?, file))
 }
 
 /// The previous release, and a copy of its executable in the staging directory.
@@ -221,8 +221,8 @@ fn previous(home: &Home) -> Result<(Image, PathBuf)> {
         to.epoch
     );
     let backup = home.backup_executable();
-    let is_it = Programs::default().at(&backup)?.is_some_and(|digest| digest == to.executable);
-    ensure!(is_it, "{} is not the executable of the previous release {}", backup.display(), to.version);
+    let is_previous = Programs::default().at(&backup)?.is_some_and(|digest| digest == to.executable);
+    ensure!(is_previous, "{} is not the executable of the previous release {}", backup.display(), to.version);
     let staged = home.staging().join(format!("{MANAGER_PACKAGE}-{}", to.version));
     store::remove(&staged)?;
     let copy = || -> std::io::Result<()> {
@@ -230,7 +230,7 @@ fn previous(home: &Home) -> Result<(Image, PathBuf)> {
         platform::set_mode(&staged, 0o755)
     };
     copy().with_context(|| format!("cannot copy {} to {}", backup.display(), staged.display()))?;
-    release::preflight(home, &staged).map_err(unfit)?;
+    release::preflight(home, &staged).map_err(blame_release)?;
     Ok((to, staged))
 }
 
@@ -257,17 +257,17 @@ fn switch(job: &UpgradeJob, from: Image, to: Image, staged: &Path) -> Result<Upg
             "this release failed here before and is skipped ({why}); `control retry {MANAGER_PACKAGE}` permits it"
         ),
     }
-    let (last, _) = take_steps(&job.home, &job.own, &mut session, Some(staged))?;
+    let (last, _) = carry_out_steps(&job.home, &job.own, &mut session, Some(staged))?;
     ensure!(last == UpgradeStep::RestartManager, "the switch was abandoned ({last:?})");
     Ok(UpgradeOutcome::Switched)
 }
 
 fn session(home: &Home) -> Result<UpgradeSession> {
-    UpgradeSession::open(home, TURN)?.context("another process is using the record of upgrades; try again")
+    UpgradeSession::open(home, LOCK_TIMEOUT)?.context("another process is using the record of upgrades; try again")
 }
 
 /// Carries out all steps of the manager; returns the first step that is not a disk operation.
-fn take_steps(
+fn carry_out_steps(
     home: &Home,
     own: &Version,
     session: &mut UpgradeSession,
@@ -292,8 +292,8 @@ fn evidence(
     programs: &mut Programs,
     staged: bool,
 ) -> Result<Evidence> {
-    let seen = session.evidence(Decider::Manager, programs)?;
-    let watchdog = role::who_has(home, Role::Spa).map(|holder| match session.record().trial() {
+    let evidence = session.evidence(Decider::Manager, programs)?;
+    let watchdog = role::current_holder(home, Role::Spa).map(|holder| match session.record().trial() {
         Some(trial) => which(trial, programs.of_process(holder.pid).as_ref(), WhichRelease::From),
         None => WhichRelease::Other,
     });
@@ -302,15 +302,15 @@ fn evidence(
     let image = if is_new { WhichRelease::To } else { WhichRelease::From };
     let manager =
         ManagerEvidence { image, answered: Some(Duration::ZERO), adopted: true, heartbeat: false, over_memory: false };
-    Ok(Evidence { staged, manager: Some(manager), watchdog, ..seen })
+    Ok(Evidence { staged, manager: Some(manager), watchdog, ..evidence })
 }
 
-/// Carries out the manager's steps of an upgrade that another process started, and reads the record; the result is [`Input::UpgradeSeen`].
-pub(super) fn look(inputs: &Inputs, home: &Home, own: &Version) {
+/// Carries out the manager's steps of an upgrade that another process started, and reads the record; the result is [`Input::UpgradeRecordRead`].
+pub(super) fn read_record(inputs: &Inputs, home: &Home, own: &Version) {
     let (home, own) = (home.clone(), own.clone());
     disk::run(inputs, move || {
-        let seen = session(&home).and_then(|mut session| take_steps(&home, &own, &mut session, None));
-        Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
+        let result = session(&home).and_then(|mut session| carry_out_steps(&home, &own, &mut session, None));
+        Input::UpgradeRecordRead(result.map(Box::new).map_err(|error| format!("{error:#}")))
     });
 }
 
@@ -325,8 +325,8 @@ pub(super) fn migrate(inputs: &Inputs, home: &Home) {
     });
 }
 
-/// Changes the record off the event loop; the result is [`Input::UpgradeSeen`].
-pub(super) fn change(
+/// Changes the record off the event loop; the result is [`Input::UpgradeRecordRead`].
+pub(super) fn change_record(
     inputs: &Inputs,
     home: &Home,
     own: &Version,
@@ -334,11 +334,11 @@ pub(super) fn change(
 ) {
     let (home, own) = (home.clone(), own.clone());
     disk::run(inputs, move || {
-        let seen = session(&home).and_then(|mut session| {
+        let result = session(&home).and_then(|mut session| {
             session.change(change)?;
-            take_steps(&home, &own, &mut session, None)
+            carry_out_steps(&home, &own, &mut session, None)
         });
-        Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
+        Input::UpgradeRecordRead(result.map(Box::new).map_err(|error| format!("{error:#}")))
     });
 }
 

@@ -27,7 +27,7 @@ pub(super) struct WatchdogLink {
 
 impl WatchdogLink {
     pub(super) fn new(home: &Home, service: ServiceManagerKind, now: Instant) -> WatchdogLink {
-        let reviver = Reviver::new(RevivalPolicy::MANAGER, service.is_some(), role::is_taken(home, Role::Spa), now);
+        let reviver = Reviver::new(RevivalPolicy::MANAGER, service.is_some(), role::is_held(home, Role::Spa), now);
         WatchdogLink {
             service,
             pid: None,
@@ -51,20 +51,20 @@ impl WatchdogLink {
     }
 
     /// Ends a watchdog that uses too much memory for too long; it is restarted like one that died. Returns the reason.
-    pub(super) fn look_at_memory(&mut self, home: &Home, limit: u64, now: Instant) -> Option<String> {
+    pub(super) fn check_memory(&mut self, home: &Home, limit: u64, now: Instant) -> Option<String> {
         let used = platform::memory_bytes(self.pid?)?;
         if !self.memory.look(used, limit, now) {
             return None;
         }
         let why = memory::excess("the watchdog", used, limit, "spaMaxMem")?;
-        match role::who_has(home, Role::Spa).map(|holder| holder.ask_to_end()) {
+        match role::current_holder(home, Role::Spa).map(|holder| holder.request_exit()) {
             Some(Err(error)) => tracing::error!(error = format!("{error:#}"), "cannot ask the watchdog to exit"),
             _ => tracing::warn!(why, "the watchdog uses too much memory and is restarted"),
         }
         Some(why)
     }
 
-    pub(super) fn gone(&mut self, pid: u32, now: Instant) {
+    pub(super) fn disconnected(&mut self, pid: u32, now: Instant) {
         if self.pid == Some(pid) {
             tracing::warn!(pid, "the watchdog disconnected");
             self.pid = None;
@@ -77,27 +77,27 @@ impl WatchdogLink {
     }
 
     /// Whether the next manager is started when this one exits: by the watchdog, or by the service manager.
-    pub(super) fn may_be_left(&self) -> bool {
+    pub(super) fn next_manager_will_start(&self) -> bool {
         self.is_connected() || self.service.is_some()
     }
 
-    /// When [`WatchdogLink::look`] must be called next.
+    /// When [`WatchdogLink::tick`] must be called next.
     pub(super) fn deadline(&self) -> Instant {
         self.reviver.deadline()
     }
 
     /// Restarts a dead watchdog and kills a hung one, when due.
-    pub(super) fn look(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
+    pub(super) fn tick(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
         self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         let action = self.reviver.look(self.seen(home), now);
         if action == Some(RevivalAction::AskUnit) {
-            return ask(self.service, home, inputs);
+            return query_unit(self.service, home, inputs);
         }
         self.carry_out(home, action);
     }
 
     /// Handles the service manager's answer about the unit of a dead watchdog.
-    pub(super) fn judged(&mut self, home: &Home, answer: anyhow::Result<UnitStanding>, now: Instant) {
+    pub(super) fn unit_state_received(&mut self, home: &Home, answer: anyhow::Result<UnitStanding>, now: Instant) {
         let answer = answer.inspect_err(|error| {
             tracing::warn!(
                 error = format!("{error:#}"),
@@ -110,7 +110,7 @@ impl WatchdogLink {
 
     /// A recorded stop reaches the manager as a request, so it is not observed here.
     fn seen(&self, home: &Home) -> RoleObservation {
-        RoleObservation { taken: !self.is_connected() && role::is_taken(home, Role::Spa), stop_recorded: false }
+        RoleObservation { taken: !self.is_connected() && role::is_held(home, Role::Spa), stop_recorded: false }
     }
 
     fn carry_out(&mut self, home: &Home, action: Option<RevivalAction>) {
@@ -135,13 +135,13 @@ impl WatchdogLink {
             }
             Some(RevivalAction::KillHung) => kill_hung(home),
             Some(RevivalAction::LeaveStopped) => self.stopped_by_operator = true,
-            // `AskUnit` is handled by [`WatchdogLink::look`]; `HonourStop` belongs to the watchdog's policy.
+            // `AskUnit` is handled by [`WatchdogLink::tick`]; `HonourStop` belongs to the watchdog's policy.
             Some(RevivalAction::AskUnit | RevivalAction::HonourStop) | None => {}
         }
     }
 
     pub(super) fn status(&self, home: &Home) -> RoleStatus {
-        let holder = role::holder(home, Role::Spa);
+        let holder = role::recorded_holder(home, Role::Spa);
         let restarts = holder.as_ref().map_or(0, |holder| holder.restarts);
         match (holder.filter(role::RoleHolder::is_alive), self.pid) {
             (Some(holder), _) => holder.status(),
@@ -158,15 +158,15 @@ impl WatchdogLink {
 }
 
 /// Queries the service manager on a blocking thread: it may be slow.
-fn ask(service: ServiceManagerKind, home: &Home, inputs: &Inputs) {
+fn query_unit(service: ServiceManagerKind, home: &Home, inputs: &Inputs) {
     let (home, inputs) = (home.clone(), inputs.clone());
     tokio::task::spawn_blocking(move || {
-        let _ = inputs.send(Input::WatchdogJudged(host_service::standing(service, &home, Role::Spa)));
+        let _ = inputs.send(Input::WatchdogUnitState(host_service::standing(service, &home, Role::Spa)));
     });
 }
 
 fn kill_hung(home: &Home) {
-    let Some(holder) = role::who_has(home, Role::Spa) else { return };
+    let Some(holder) = role::current_holder(home, Role::Spa) else { return };
     tracing::error!(pid = holder.pid, "the watchdog does not respond and is killed");
     if let Err(error) = holder.kill() {
         tracing::error!(error = format!("{error:#}"), "cannot kill the watchdog");

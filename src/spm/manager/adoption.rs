@@ -20,11 +20,11 @@ use crate::spm::journal::EventSubject;
 use crate::spm::run;
 
 /// Margin for comparing start times, which have a resolution of 10 ms.
-const APART: Duration = Duration::from_millis(100);
+const START_TIME_MARGIN: Duration = Duration::from_millis(100);
 
 impl Manager {
     /// Finds the installed sub-agents and their running processes, and adopts these.
-    pub(super) fn take_charge(&mut self) {
+    pub(super) fn adopt_all(&mut self) {
         let census = tree::Census::take(&self.home, self.groups.as_ref());
         let targets = census.targets;
         let marked = census.marked;
@@ -49,16 +49,16 @@ impl Manager {
                     tracing::warn!(agent = %name, error = %error, "cannot check the permissions of a sub-agent's directory")
                 }
             }
-            let entry = self.releases.take_found(&name);
+            let entry = self.releases.take_entry(&name);
             let record = target.and_then(|target| target.record.clone());
             let is_alive = record.as_ref().is_some_and(ProcessRecord::is_alive);
-            let main = if is_alive { None } else { self.main_by_mark(&name, &marked, record.as_ref()) };
+            let main = if is_alive { None } else { self.main_process_by_marker(&name, &marked, record.as_ref()) };
             let runs = match (&record, &main) {
                 (Some(record), _) if is_alive => RunningRelease::Recorded(&record.head.version),
                 (_, Some((_, version))) => RunningRelease::Marked(version),
                 _ => RunningRelease::Nothing,
             };
-            self.find(&name, entry, target, runs);
+            self.load_agent(&name, entry, target, runs);
             match record {
                 Some(record) if is_alive => self.adopt(&name, record),
                 record => match (main.and_then(|main| self.record_of(&name, main)), record) {
@@ -66,9 +66,9 @@ impl Manager {
                         marked.save(&self.home);
                         self.adopt(&name, marked);
                     }
-                    (None, Some(record)) if record.is_of_this_boot() => self.bury(&name, record),
+                    (None, Some(record)) if record.is_of_this_boot() => self.handle_prior_exit(&name, record),
                     // Of another release, or not distinguishable from its children: it is stopped before the active release is started.
-                    (None, _) => drop(target.is_some_and(|target| self.clear_away(&name, target))),
+                    (None, _) => drop(target.is_some_and(|target| self.stop_unadoptable(&name, target))),
                 },
             }
         }
@@ -80,7 +80,7 @@ impl Manager {
                 let mut found = SubAgent::new(Agent::new(name.clone()));
                 (found.record, found.scattered) = (target.record.clone(), target.is_scattered());
                 self.agents.insert(name.clone(), found);
-                self.clear_away(name, target);
+                self.stop_unadoptable(name, target);
                 self.step(name, AgentEvent::Uninstall, now);
             }
         }
@@ -88,7 +88,7 @@ impl Manager {
     }
 
     /// Loads the state of a sub-agent from the disk. `entry`: its ledger entry; `target`: its processes that may be alive.
-    pub(super) fn find(
+    pub(super) fn load_agent(
         &mut self,
         name: &AgentName,
         entry: Option<LedgerEntry>,
@@ -97,15 +97,15 @@ impl Manager {
     ) {
         let had_entry = entry.clone();
         let record = target.and_then(|target| target.record.as_ref());
-        let mut found = agent::on_disk(&self.home, name, entry, record, runs);
+        let mut found = agent::discover(&self.home, name, entry, record, runs);
         if had_entry.as_ref() != Some(&found.ledger) {
-            self.releases.change();
+            self.releases.mark_changed();
         }
         let current = found.ledger.current().map(|release| release.version.clone());
         if let Some(current) = &current {
             let program = launch::inspect(&self.home, name, current);
             found.program = Some(program.map_err(|error| format!("{error:#}")));
-            self.point_at(name, current);
+            self.restore_current_link(name, current);
         }
         let now = Instant::now();
         found.order = self.orders.held.agents.get(name).cloned();
@@ -116,7 +116,7 @@ impl Manager {
     }
 
     /// The ledger takes precedence over the link `current`: a differing link is rewritten before the event loop starts.
-    fn point_at(&self, name: &AgentName, current: &Version) {
+    fn restore_current_link(&self, name: &AgentName, current: &Version) {
         let link = self.home.current(name);
         if platform::read_current(&link).ok().flatten().as_deref() == Some(current.as_str()) {
             return;
@@ -131,7 +131,7 @@ impl Manager {
 
     /// Stops processes of a sub-agent that cannot be adopted. This is a stop of the sub-agent, so nothing of it starts meanwhile. `false`:
     /// there are no processes.
-    fn clear_away(&mut self, name: &AgentName, target: &StopTarget) -> bool {
+    fn stop_unadoptable(&mut self, name: &AgentName, target: &StopTarget) -> bool {
         let members = tree::members(&self.home, target);
         if members.is_empty() && target.groups_are_empty() {
             target.remove_groups();
@@ -143,23 +143,23 @@ impl Manager {
         tracing::warn!(agent = %name, pid, "processes of a sub-agent cannot be adopted and are stopped");
         let now = Instant::now();
         agent.serial = serial;
-        let actions = agent.state.clear_away(pid, agent::at(now));
+        let actions = agent.state.clear_away(pid, agent::moment(now));
         self.perform(name, actions, now);
         true
     }
 
     /// The main process of a sub-agent and its release, by the environment marker. A native sub-agent's main process leads its session;
     /// leftovers of a dead one do not. `record`: of a dead main process.
-    fn main_by_mark(
+    fn main_process_by_marker(
         &self,
         name: &AgentName,
         marked: &[ProcessInfo],
         record: Option<&ProcessRecord>,
     ) -> Option<(ProcessInfo, Version)> {
         // A process that existed when a manager recorded the main process's exit is a leftover.
-        let noted = record.filter(|record| record.ended.is_some()).and_then(|_| record::age(&self.home, name));
-        let came_after = |process: &ProcessInfo| match (noted, platform::age(process.start_time)) {
-            (Some(noted), Some(age)) => age + APART < noted,
+        let recorded_exit = record.filter(|record| record.ended.is_some()).and_then(|_| record::age(&self.home, name));
+        let came_after = |process: &ProcessInfo| match (recorded_exit, platform::age(process.start_time)) {
+            (Some(recorded_exit), Some(age)) => age + START_TIME_MARGIN < recorded_exit,
             _ => true,
         };
         marked.iter().find_map(|process| {
@@ -184,7 +184,7 @@ impl Manager {
     }
 
     /// Handles the exit of a process of this boot, whether or not a manager observed it: the restart policy decides what follows.
-    fn bury(&mut self, name: &AgentName, record: ProcessRecord) {
+    fn handle_prior_exit(&mut self, name: &AgentName, record: ProcessRecord) {
         let now = Instant::now();
         let about = EventSubject { agent: Some(name), version: Some(&record.head.version) };
         let was_seen = record.ended.is_some();
@@ -197,18 +197,18 @@ impl Manager {
         let order = self.orders.held.agents.get(name);
         let Some(agent) = self.agents.get_mut(name) else { return };
         // Its leftovers are stopped. Its restart policy applies if its release is still the ordered one; otherwise the first plan decides.
-        let wanted = order.filter(|order| {
+        let ordered = order.filter(|order| {
             let version = Some(&order.package.version);
             order.run == Run::Start && agent.state.current() == version && Some(&record.head.version) == version
         });
         agent.serial = serial;
         let (pid, version) = (record.pid, record.head.version.clone());
         agent.record = Some(record);
-        let wanted = wanted.map(|order| order.spec.clone());
+        let ordered = ordered.map(|order| order.spec.clone());
         let end = PriorExit { success: ended.success, how: ended.how.clone(), was_seen };
-        let actions = agent.state.bury(pid, version, end, wanted, agent::at(now));
+        let actions = agent.state.bury(pid, version, end, ordered, agent::moment(now));
         self.perform(name, actions, now);
-        self.remember_end(name, ended);
+        self.record_exit(name, ended);
     }
 
     fn adopt(&mut self, name: &AgentName, record: ProcessRecord) {
@@ -224,7 +224,7 @@ impl Manager {
         // If its environment differs from the ordered one, the first plan restarts it.
         let spec = ordered.filter(|spec: &Spec| env_hash(&spec.env) == record.head.env_hash);
         let version = record.head.version.clone();
-        let actions = agent.state.adopt(record.pid, version, since, spec, agent::at(now));
+        let actions = agent.state.adopt(record.pid, version, since, spec, agent::moment(now));
         self.perform(name, actions, now);
         let script = record.head.kind == PackageKind::Script;
         let start = script.then(|| self.agents.get(name).and_then(|agent| self.start_of(agent))).flatten();

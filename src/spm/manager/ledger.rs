@@ -22,7 +22,7 @@ use crate::store;
 pub(super) struct LedgerWriter {
     file: StateFile<Ledger>,
     /// The entries as loaded, until the sub-agents take them over.
-    found: BTreeMap<AgentName, LedgerEntry>,
+    loaded: BTreeMap<AgentName, LedgerEntry>,
     unknown: UnknownFields,
     is_changed: bool,
     /// The last write failed.
@@ -30,7 +30,7 @@ pub(super) struct LedgerWriter {
     /// The removal of a release waits for the current write.
     removal_waits: bool,
     /// The newest revision queued, and the newest that is durable.
-    asked: u64,
+    queued: u64,
     durable: u64,
     is_on_disk: bool,
     /// Epochs to raise, each once its revision of the ledger is durable.
@@ -65,12 +65,12 @@ impl LedgerWriter {
         let Ledger { agents, unknown } = ledger.unwrap_or_default();
         LedgerWriter {
             file: StateFile::new(StateFileName::Ledger, path),
-            found: agents,
+            loaded: agents,
             unknown,
             is_changed,
             is_unsaved: false,
             removal_waits: false,
-            asked: 0,
+            queued: 0,
             durable: 0,
             is_on_disk: !is_changed,
             to_raise: vec![],
@@ -81,13 +81,13 @@ impl LedgerWriter {
     }
 
     /// Takes the loaded entry of a sub-agent.
-    pub(super) fn take_found(&mut self, name: &AgentName) -> Option<LedgerEntry> {
-        self.found.remove(name)
+    pub(super) fn take_entry(&mut self, name: &AgentName) -> Option<LedgerEntry> {
+        self.loaded.remove(name)
     }
 
     /// The sub-agents in the ledger.
     pub(super) fn names(&self) -> impl Iterator<Item = &AgentName> {
-        self.found.keys()
+        self.loaded.keys()
     }
 
     pub(super) fn may_stage(&self) -> bool {
@@ -108,13 +108,13 @@ impl LedgerWriter {
     }
 
     /// Marks the ledger as changed; it is written in the next iteration of the loop.
-    pub(super) fn change(&mut self) {
+    pub(super) fn mark_changed(&mut self) {
         self.is_changed = true;
     }
 
     /// The revision that contains all changes so far.
     pub(super) fn current_revision(&self) -> u64 {
-        self.asked + u64::from(self.is_changed)
+        self.queued + u64::from(self.is_changed)
     }
 
     /// Queues an epoch, to be raised when the ledger with its commit is durable.
@@ -147,7 +147,7 @@ impl Manager {
                 agents: agents.filter(|(_, entry)| *entry != LedgerEntry::default()).collect(),
                 unknown: self.releases.unknown.clone(),
             };
-            self.releases.asked = self.releases.file.save(&self.inputs, ledger);
+            self.releases.queued = self.releases.file.save(&self.inputs, ledger);
         }
         self.raise_durable();
     }
@@ -156,7 +156,7 @@ impl Manager {
     pub(super) fn retry_ledger(&mut self) {
         self.releases.raise_failed = false;
         if self.releases.is_unsaved {
-            self.releases.change();
+            self.releases.mark_changed();
         }
     }
 
@@ -164,7 +164,7 @@ impl Manager {
         self.releases.file.saved(&self.inputs);
         self.releases.is_unsaved = result.is_err();
         self.replan |= std::mem::take(&mut self.releases.removal_waits);
-        self.tell_of("ledger", "failed", result.as_ref().err().cloned());
+        self.report_problem("ledger", "failed", result.as_ref().err().cloned());
         if result.is_ok() {
             self.releases.durable = revision;
             if !std::mem::replace(&mut self.releases.is_on_disk, true) {
@@ -173,7 +173,7 @@ impl Manager {
             }
         }
         let waiting = self.agents.values_mut().filter_map(|agent| {
-            agent.recorded_with.take_if(|waits| *waits <= revision).map(|_| agent.state.name().clone())
+            agent.awaited_revision.take_if(|waits| *waits <= revision).map(|_| agent.state.name().clone())
         });
         for name in waiting.collect::<Vec<_>>() {
             self.step(&name, AgentEvent::Recorded(result.clone()), now);
@@ -205,7 +205,7 @@ impl Manager {
             self.releases.to_raise.extend(raising);
             self.releases.raise_failed = true;
         }
-        self.tell_of("epochs", "failed", result.err());
+        self.report_problem("epochs", "failed", result.err());
         // Each release is also compared with the epoch in the ledger, so an epochs' file that cannot be written blocks nothing.
         if !std::mem::replace(&mut self.releases.may_stage, true) {
             self.replan = true;

@@ -14,12 +14,12 @@ use crate::spm::disk::StateFile;
 use crate::spm::journal::EventSubject;
 
 /// Number of rejected orders of one answer that are reported one by one.
-const REFUSED_TOLD: usize = 10;
+const MAX_REPORTED_REJECTIONS: usize = 10;
 /// Number of sub-agents named in one message.
-const NAMED: usize = 5;
+const MAX_NAMED: usize = 5;
 /// Interval in seconds for writing the omission times, or a tenth of the removal delay if longer. A crash loses at most this much waiting
 /// time.
-const WAIT_WRITTEN: u64 = 10;
+const OMISSION_WRITE_INTERVAL: u64 = 10;
 
 /// The desired state, and its file.
 #[derive(Debug)]
@@ -27,9 +27,9 @@ pub(super) struct DesiredStateStore {
     pub(super) held: DesiredState,
     file: StateFile<DesiredState>,
     /// The next desired state, which is in force when this revision of the file is durable.
-    coming: Option<(u64, Box<AcceptedState>)>,
+    pending: Option<(u64, Box<AcceptedState>)>,
     /// Until when the omission times are counted. Monotonic and only while a manager runs: setting the clock cannot shorten the delay.
-    counted: Instant,
+    counted_until: Instant,
     /// Seconds counted, but not yet written.
     unwritten: u64,
     /// Removal delay in seconds from the last answer; before the first answer nothing is removed.
@@ -38,18 +38,18 @@ pub(super) struct DesiredStateStore {
 
 impl DesiredStateStore {
     pub(super) fn new(held: DesiredState, file: StateFile<DesiredState>, now: Instant) -> DesiredStateStore {
-        DesiredStateStore { held, file, coming: None, counted: now, unwritten: 0, delay: None }
+        DesiredStateStore { held, file, pending: None, counted_until: now, unwritten: 0, delay: None }
     }
 
     /// The state that answers are compared with: the one being written, or else the one in force.
     fn newest(&self) -> &DesiredState {
-        self.coming.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
+        self.pending.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
     }
 
     /// Counts the omission time since the last count, in whole seconds.
     fn count(&mut self, now: Instant) {
-        let seconds = now.saturating_duration_since(self.counted).as_secs();
-        self.counted += Duration::from_secs(seconds);
+        let seconds = now.saturating_duration_since(self.counted_until).as_secs();
+        self.counted_until += Duration::from_secs(seconds);
         if !self.held.omitted().is_empty() {
             self.held.count_omission(seconds);
             self.unwritten = self.unwritten.saturating_add(seconds);
@@ -59,21 +59,21 @@ impl DesiredStateStore {
     /// Seconds until a sub-agent is removed because the list omits it; `None`: the list has it.
     pub(super) fn removed_in(&self, name: &AgentName, now: Instant) -> Option<u64> {
         let so_far = self.held.omitted().get(name)?;
-        let so_far = so_far.saturating_add(now.saturating_duration_since(self.counted).as_secs());
+        let so_far = so_far.saturating_add(now.saturating_duration_since(self.counted_until).as_secs());
         Some(self.delay.unwrap_or(desired::REMOVAL_DELAY).saturating_sub(so_far))
     }
 
     /// Writes pending changes before the process exits.
     pub(super) async fn finish(mut self) {
         self.count(Instant::now());
-        let last = (self.unwritten > 0 && self.coming.is_none()).then_some(self.held);
+        let last = (self.unwritten > 0 && self.pending.is_none()).then_some(self.held);
         self.file.finish(last).await;
     }
 }
 
 impl Manager {
     /// Handles the orders of an answer. `passed_over`: why the preferred endpoint did not answer.
-    pub(super) fn take_orders(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
+    pub(super) fn handle_orders(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         let present = self.agents.keys().cloned().collect();
@@ -94,7 +94,7 @@ impl Manager {
                 if held {
                     // A list that was rejected in the meantime is not offered any more.
                     self.problems.remove("desired");
-                    self.still_omitted(delay);
+                    self.remove_omitted(delay);
                 }
             }
             AnswerOutcome::Refuse(why) => {
@@ -105,27 +105,27 @@ impl Manager {
                 self.problems.insert("desired", why);
             }
             // Written to disk before it is applied: after a crash the manager must know what it started.
-            AnswerOutcome::Take(taken) => self.keep_orders(taken, passed_over),
+            AnswerOutcome::Take(taken) => self.store_orders(taken, passed_over),
         }
     }
 
     /// Handles an answer with the list in force: sub-agents omitted for the whole delay are removed.
-    fn still_omitted(&mut self, delay: u64) {
-        if self.orders.coming.is_some() {
+    fn remove_omitted(&mut self, delay: u64) {
+        if self.orders.pending.is_some() {
             return;
         }
         if let Some(desired) = self.orders.held.without_omitted(delay) {
             let taken = AcceptedState { desired, new_lineage: false, led_back: false, kept: 0 };
-            return self.keep_orders(Box::new(taken), None);
+            return self.store_orders(Box::new(taken), None);
         }
-        if self.orders.unwritten >= WAIT_WRITTEN.max(delay / 10) {
+        if self.orders.unwritten >= OMISSION_WRITE_INTERVAL.max(delay / 10) {
             self.orders.unwritten = 0;
             self.orders.file.save(&self.inputs, self.orders.held.clone());
         }
     }
 
     /// Starts writing a new desired state; it is in force when the write ends.
-    fn keep_orders(&mut self, taken: Box<AcceptedState>, passed_over: Option<&str>) {
+    fn store_orders(&mut self, taken: Box<AcceptedState>, passed_over: Option<&str>) {
         if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
             tracing::warn!(
                 why,
@@ -134,14 +134,14 @@ impl Manager {
         }
         self.orders.unwritten = 0;
         let revision = self.orders.file.save(&self.inputs, taken.desired.clone());
-        self.orders.coming = Some((revision, taken));
+        self.orders.pending = Some((revision, taken));
     }
 
     pub(super) fn orders_saved(&mut self, revision: u64, result: Result<(), String>, now: Instant) {
         self.orders.file.saved(&self.inputs);
-        let Some((_, taken)) = self.orders.coming.take_if(|(coming, _)| *coming <= revision) else { return };
+        let Some((_, taken)) = self.orders.pending.take_if(|(pending, _)| *pending <= revision) else { return };
         match result {
-            Ok(()) => self.follow(*taken, now),
+            Ok(()) => self.apply(*taken, now),
             Err(error) => {
                 let text = format!("cannot store the new desired state, so it is not applied: {error}");
                 self.journal.note("desired", "failed", EventSubject::default(), text.as_str());
@@ -151,7 +151,7 @@ impl Manager {
     }
 
     /// Applies a desired state that is durable.
-    fn follow(&mut self, taken: AcceptedState, now: Instant) {
+    fn apply(&mut self, taken: AcceptedState, now: Instant) {
         let AcceptedState { desired, new_lineage, led_back, kept } = taken;
         self.problems.remove("desired");
         if new_lineage {
@@ -169,11 +169,11 @@ impl Manager {
             agents = desired.agents.len(),
             "a new desired state is in force"
         );
-        self.tell_of_an_empty_list(kept);
+        self.report_empty_list(kept);
         let before = std::mem::replace(&mut self.orders.held, desired);
-        self.orders.counted = now;
-        self.tell_of_refused_orders(&before);
-        self.tell_of_omitted(&before);
+        self.orders.counted_until = now;
+        self.report_rejected_orders(&before);
+        self.report_omitted(&before);
         self.replan = true;
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
             let order = self.orders.held.agents.get(&name).cloned();
@@ -183,7 +183,7 @@ impl Manager {
     }
 
     /// Reports a list that would have removed every sub-agent, once while such lists arrive.
-    fn tell_of_an_empty_list(&mut self, kept: usize) {
+    fn report_empty_list(&mut self, kept: usize) {
         if kept == 0 {
             self.problems.remove("empty");
             return;
@@ -199,29 +199,29 @@ impl Manager {
     }
 
     /// Reports the rejected orders, each once.
-    fn tell_of_refused_orders(&mut self, before: &DesiredState) {
+    fn report_rejected_orders(&mut self, before: &DesiredState) {
         let known: Vec<&RejectedOrder> = before.refused().collect();
         let new: Vec<RejectedOrder> =
             self.orders.held.refused().filter(|refusal| !known.contains(refusal)).cloned().collect();
-        for refusal in new.iter().take(REFUSED_TOLD) {
+        for refusal in new.iter().take(MAX_REPORTED_REJECTIONS) {
             let about = EventSubject { agent: refusal.name.as_ref(), version: None };
             match refusal.is_unsupported {
                 true => self.journal.note("command", "unsupported", about, refusal.why.as_str()),
-                false => self.journal.note("order", "refused", about, refusal_words(refusal)),
+                false => self.journal.note("order", "refused", about, describe_rejection(refusal)),
             }
         }
-        let untold = new.len().saturating_sub(REFUSED_TOLD);
-        if untold > 0 {
-            let text = format!("{untold} more orders are rejected; `control status` lists some");
+        let unreported = new.len().saturating_sub(MAX_REPORTED_REJECTIONS);
+        if unreported > 0 {
+            let text = format!("{unreported} more orders are rejected; `control status` lists some");
             self.journal.note("order", "refused", EventSubject::default(), text);
         }
-        self.show_refused_orders();
+        self.show_rejected_orders();
     }
 
     /// Shows the rejected orders as long as they are in force.
-    pub(super) fn show_refused_orders(&mut self) {
-        let words: Vec<String> = self.orders.held.refused().take(NAMED).map(refusal_words).collect();
-        let more = self.orders.held.refused().count().saturating_sub(NAMED);
+    pub(super) fn show_rejected_orders(&mut self) {
+        let words: Vec<String> = self.orders.held.refused().take(MAX_NAMED).map(describe_rejection).collect();
+        let more = self.orders.held.refused().count().saturating_sub(MAX_NAMED);
         match words.is_empty() {
             true => drop(self.problems.remove("orders")),
             false => {
@@ -232,15 +232,15 @@ impl Manager {
     }
 
     /// Reports the sub-agents that the list omits from now on.
-    fn tell_of_omitted(&mut self, before: &DesiredState) {
+    fn report_omitted(&mut self, before: &DesiredState) {
         let omitted = self.orders.held.omitted().keys();
         let new: Vec<&str> =
             omitted.filter(|name| !before.omitted().contains_key(*name)).map(AgentName::as_str).collect();
         if new.is_empty() {
             return;
         }
-        let more = new.len().saturating_sub(NAMED);
-        let names = new.iter().take(NAMED).copied().collect::<Vec<_>>().join(", ");
+        let more = new.len().saturating_sub(MAX_NAMED);
+        let names = new.iter().take(MAX_NAMED).copied().collect::<Vec<_>>().join(", ");
         let names = if more > 0 { format!("{names} and {more} more") } else { names };
         let delay = self.orders.delay.unwrap_or(desired::REMOVAL_DELAY);
         let text = format!("the gateway's list omits {names}: removed in {delay} s unless listed again by then");
@@ -249,7 +249,7 @@ impl Manager {
 }
 
 /// Describes a rejected order for an operator.
-fn refusal_words(refusal: &RejectedOrder) -> String {
+fn describe_rejection(refusal: &RejectedOrder) -> String {
     let RejectedOrder { name, why, .. } = refusal;
     match name {
         Some(name) => format!("the order for {name} is rejected, and {name} stays unchanged: {why}"),

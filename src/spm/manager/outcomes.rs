@@ -13,7 +13,7 @@ use crate::spm::journal::EventSubject;
 use crate::spm::run;
 
 impl Manager {
-    pub(super) fn take_in(&mut self, input: Input) {
+    pub(super) fn handle_input(&mut self, input: Input) {
         let now = Instant::now();
         // Exits, restarts and writes change nothing that a plan depends on, and are frequent.
         self.replan |= !matches!(
@@ -23,11 +23,11 @@ impl Manager {
                 | Input::Moved { .. }
                 | Input::Checked { .. }
                 | Input::Saved { .. }
-                | Input::UpgradeSeen(_)
+                | Input::UpgradeRecordRead(_)
         );
         // A sub-agent that was down for a release change lets the next one proceed.
         let were_down = self.down_for_upgrade();
-        self.heard(input, now);
+        self.dispatch(input, now);
         self.replan |= self.down_for_upgrade() < were_down;
     }
 
@@ -36,17 +36,17 @@ impl Manager {
         self.agents.values().filter(|agent| agent.state.is_down_for_upgrade()).count()
     }
 
-    fn heard(&mut self, input: Input, now: Instant) {
+    fn dispatch(&mut self, input: Input, now: Instant) {
         match input {
             Input::Launched { name, serial, result } => self.launched(&name, serial, result, now),
             Input::Exited { name, serial, success, how } => {
                 self.exited(&name, serial, ProcessExit { success, how }, now)
             }
             Input::Moved { name, serial, record } => self.moved(&name, serial, *record, now),
-            Input::Ended { name, serial, result } => self.ended(&name, serial, result, now),
+            Input::Stopped { name, serial, result } => self.stopped(&name, serial, result, now),
             Input::Checked { name, serial, answer } => {
                 // A result for an earlier process is ignored.
-                if self.is_of(&name, serial) {
+                if self.is_current(&name, serial) {
                     self.step(&name, AgentEvent::Checked(answer), now);
                 }
             }
@@ -71,28 +71,30 @@ impl Manager {
             Input::Saved { file: StateFileName::History, result, .. } => self.history.saved(result, &self.inputs),
             Input::Saved { file: StateFileName::Events, result, .. } => self.journal.saved(result, &self.inputs),
             Input::Raised(result) => self.raised(result),
-            Input::MayRollBack { name, to, result, reply } => {
+            Input::RollBackChecked { name, to, result, reply } => {
                 // The client may have disconnected.
                 let _ = reply.send(self.roll_back(&name, &to, result, now));
             }
             Input::Upgraded(outcome) => self.upgraded(outcome, now),
-            Input::UpgradeSeen(seen) => self.upgrade_seen(seen, now),
-            Input::Migrated(result) => self.tell_of("migration", "failed", result.err()),
+            Input::UpgradeRecordRead(result) => self.upgrade_record_read(result, now),
+            Input::Migrated(result) => self.report_problem("migration", "failed", result.err()),
             Input::StopRecorded => self.stop_recorded(now),
-            Input::Looked(looked) => self.looked(looked, now),
-            Input::Reloaded(reloaded) => self.reloaded(reloaded),
-            Input::WatchdogJudged(answer) if self.stop.is_none() => self.peer.judged(&self.home, answer, now),
-            Input::WatchdogJudged(_) => {}
+            Input::HomeChecked(problems) => self.home_checked(problems, now),
+            Input::MaintenanceDone(done) => self.maintenance_done(done),
+            Input::WatchdogUnitState(answer) if self.stop.is_none() => {
+                self.watchdog.unit_state_received(&self.home, answer, now)
+            }
+            Input::WatchdogUnitState(_) => {}
             Input::Heartbeat(outcome) => self.heartbeat_done(outcome, now),
         }
     }
 
     /// Whether a result is for the current process of a sub-agent.
-    fn is_of(&self, name: &AgentName, serial: u64) -> bool {
+    fn is_current(&self, name: &AgentName, serial: u64) -> bool {
         self.agents.get(name).is_some_and(|agent| agent.serial == serial)
     }
 
-    fn of(&mut self, name: &AgentName, serial: u64) -> Option<&mut SubAgent> {
+    fn current(&mut self, name: &AgentName, serial: u64) -> Option<&mut SubAgent> {
         self.agents.get_mut(name).filter(|agent| agent.serial == serial)
     }
 
@@ -104,7 +106,7 @@ impl Manager {
         now: Instant,
     ) {
         let inputs = self.inputs.clone();
-        let Some(agent) = self.of(name, serial) else { return };
+        let Some(agent) = self.current(name, serial) else { return };
         let StartedProcess { running, output_lost } = match result {
             Ok(started) => *started,
             Err(refusal) => {
@@ -129,18 +131,18 @@ impl Manager {
     }
 
     fn exited(&mut self, name: &AgentName, serial: u64, ended: ProcessExit, now: Instant) {
-        let Some(agent) = self.of(name, serial) else { return };
+        let Some(agent) = self.current(name, serial) else { return };
         if agent.state.supervisor().is_stopping() {
             return;
         }
         let (success, how) = (ended.success, ended.how.clone());
         self.step(name, AgentEvent::Exited { success, how }, now);
-        self.remember_end(name, ended);
+        self.record_exit(name, ended);
     }
 
     /// Writes an exit to the record, so that the next manager does not count it as unobserved. A start that follows at once has not begun
     /// yet, and replaces the record.
-    pub(super) fn remember_end(&mut self, name: &AgentName, ended: ProcessExit) {
+    pub(super) fn record_exit(&mut self, name: &AgentName, ended: ProcessExit) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let supervisor = agent.state.supervisor();
         let Some(record) = agent.record.as_mut().filter(|_| supervisor.is_down() || supervisor.is_starting()) else {
@@ -153,7 +155,7 @@ impl Manager {
 
     fn moved(&mut self, name: &AgentName, serial: u64, record: ProcessRecord, now: Instant) {
         let home = self.home.clone();
-        let Some(agent) = self.of(name, serial) else { return };
+        let Some(agent) = self.current(name, serial) else { return };
         if !agent.state.supervisor().is_up() {
             // It is being stopped, with all processes that have its marker.
             return;
@@ -164,8 +166,8 @@ impl Manager {
         self.step(name, AgentEvent::Moved { pid }, now);
     }
 
-    fn ended(&mut self, name: &AgentName, serial: u64, result: Result<(), String>, now: Instant) {
-        let Some(agent) = self.of(name, serial) else { return };
+    fn stopped(&mut self, name: &AgentName, serial: u64, result: Result<(), String>, now: Instant) {
+        let Some(agent) = self.current(name, serial) else { return };
         if result.is_ok() {
             (agent.record, agent.scattered) = (None, false);
         }
@@ -181,7 +183,7 @@ impl Manager {
         // After a failure the removal is retried with the next desired state or start; until then the problem is shown.
         self.orders.held.removed.remove(name);
         self.agents.remove(name);
-        self.releases.change();
+        self.releases.mark_changed();
         match result {
             Ok(()) => {
                 self.problems.remove("uninstall");
@@ -191,7 +193,7 @@ impl Manager {
                 self.journal.note("uninstall", "failed", about, text.as_str());
                 self.problems.insert("uninstall", text);
                 // A new order for it finds its remaining files.
-                self.find(name, None, None, RunningRelease::Nothing);
+                self.load_agent(name, None, None, RunningRelease::Nothing);
             }
         }
     }

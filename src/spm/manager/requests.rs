@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::exchange::{clock_words, is_clock_off};
+use super::exchange::{describe_clock_offset, is_clock_off};
 use super::{Manager, PendingStop};
 use crate::control_socket::{ControlReply, ControlRequest, Goodbye, Request};
 use crate::core::agent::AgentEvent;
@@ -23,46 +23,46 @@ use crate::spm::stage;
 use crate::spm::upgrade::UpgradeSource;
 
 /// How long after the manager's start a running watchdog may take to connect.
-const WATCHDOG_COMES: Duration = Duration::from_secs(10);
+const WATCHDOG_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for recording a stop; then the sub-agents are stopped without the record.
-const STOP_IS_RECORDED: Duration = Duration::from_secs(10);
+const STOP_RECORD_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Manager {
-    pub(super) fn answer_knock(&mut self, knock: ControlRequest) {
+    pub(super) fn handle_request(&mut self, event: ControlRequest) {
         let now = Instant::now();
-        let (request, reply) = match knock {
-            ControlRequest::PeerGone { role: Role::Spa, pid } => return self.peer.gone(pid, now),
+        let (request, reply) = match event {
+            ControlRequest::PeerGone { role: Role::Spa, pid } => return self.watchdog.disconnected(pid, now),
             ControlRequest::PeerGone { .. } => return,
-            ControlRequest::Stranger { why } => return self.note_stranger(&why, now),
-            ControlRequest::Asked(request, reply) => (request, reply),
+            ControlRequest::Rejected { why } => return self.report_rejected_client(&why, now),
+            ControlRequest::Request(request, reply) => (request, reply),
         };
         let answer = match request {
             Request::Hello { role: Role::Spa, pid } => {
-                self.peer.hello(pid, now);
+                self.watchdog.hello(pid, now);
                 ControlReply::done()
             }
             Request::Hello { .. } => ControlReply::failed("cannot register a second manager: this one is running"),
             Request::Ping => {
-                self.peer.ping(now);
-                if let Some(why) = self.peer.look_at_memory(&self.home, self.config.spa_max_mem.0, now) {
+                self.watchdog.ping(now);
+                if let Some(why) = self.watchdog.check_memory(&self.home, self.config.spa_max_mem.0, now) {
                     self.journal.note("memory", "failed", EventSubject::default(), why);
                 }
                 ControlReply::done()
             }
             Request::Status => ControlReply { error: None, status: Some(Box::new(self.status(now))) },
-            Request::Stop => return self.begin_stop(reply, now),
+            Request::Stop => return self.start_stop(reply, now),
             Request::Yield | Request::Renew { .. } if self.stop.is_some() => {
                 ControlReply::failed("cannot yield: the home is being stopped")
             }
             Request::Renew { why } => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
                 self.journal.note("memory", "failed", EventSubject::default(), why);
-                self.ending = Some(Goodbye::Yield);
+                self.exit = Some(Goodbye::Yield);
                 ControlReply::done()
             }
             Request::Yield => {
                 tracing::info!("the manager was asked to yield; the sub-agents keep running");
-                self.ending = Some(Goodbye::Yield);
+                self.exit = Some(Goodbye::Yield);
                 ControlReply::done()
             }
             Request::Restart { agent: name } => match self.agents.get(&name) {
@@ -88,8 +88,8 @@ impl Manager {
                 ControlReply::done()
             }
             Request::Upgrade { package: None } => self.follow_orders_now(now),
-            Request::Upgrade { package: Some(path) } => self.upgrade_by_hand(UpgradeSource::File(path)),
-            Request::RollBackManager => self.upgrade_by_hand(UpgradeSource::Previous),
+            Request::Upgrade { package: Some(path) } => self.upgrade_by_operator(UpgradeSource::File(path)),
+            Request::RollBackManager => self.upgrade_by_operator(UpgradeSource::Previous),
         };
         let _ = reply.send(answer);
     }
@@ -102,8 +102,8 @@ impl Manager {
         };
         let home = self.home.clone();
         disk::run(&self.inputs, move || {
-            let result = stage::usable(&home, &name, &to).map_err(|error| format!("{error:#}"));
-            Input::MayRollBack { name, to, result, reply }
+            let result = stage::check_usable(&home, &name, &to).map_err(|error| format!("{error:#}"));
+            Input::RollBackChecked { name, to, result, reply }
         });
     }
 
@@ -156,21 +156,21 @@ impl Manager {
     }
 
     /// Reports a client that may not use the control socket, rate-limited: it may try again and again.
-    fn note_stranger(&mut self, why: &str, now: Instant) {
-        if self.strangers.take(now).is_some() {
+    fn report_rejected_client(&mut self, why: &str, now: Instant) {
+        if self.rejections.take(now).is_some() {
             self.journal.note("door", "refused", EventSubject::default(), why);
         }
     }
 
     /// Stops every sub-agent. When the last one is down, the request is answered and the manager exits.
-    pub(super) fn begin_stop(&mut self, reply: oneshot::Sender<ControlReply>, now: Instant) {
+    pub(super) fn start_stop(&mut self, reply: oneshot::Sender<ControlReply>, now: Instant) {
         if let Some(stop) = &mut self.stop {
             stop.waiting.push(reply);
             return;
         }
         tracing::info!("stopping the home");
-        self.give_up_upgrade();
-        let recorded_by = now + STOP_IS_RECORDED;
+        self.cancel_upgrade();
+        let recorded_by = now + STOP_RECORD_TIMEOUT;
         self.stop = Some(PendingStop { waiting: vec![reply], errors: vec![], is_recorded: false, recorded_by });
         let home = self.home.clone();
         disk::run(&self.inputs, move || {
@@ -204,13 +204,13 @@ impl Manager {
         for waiting in stop.waiting.drain(..) {
             let _ = waiting.send(answer.clone());
         }
-        self.ending = Some(Goodbye::Stop);
+        self.exit = Some(Goodbye::Stop);
     }
 
     /// Information for an operator that needs no action on this host.
     fn notes(&self) -> Vec<String> {
-        let offset = self.line.gateway.clock_offset_seconds.filter(|offset| is_clock_off(Some(*offset)));
-        offset.map(clock_words).into_iter().collect()
+        let offset = self.gateway.status.clock_offset_seconds.filter(|offset| is_clock_off(Some(*offset)));
+        offset.map(describe_clock_offset).into_iter().collect()
     }
 
     pub(super) fn status(&self, now: Instant) -> Status {
@@ -220,11 +220,11 @@ impl Manager {
         });
         let agents: Vec<_> = agents.collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
-        if self.peer.stopped_by_operator {
+        if self.watchdog.stopped_by_operator {
             problems.push("an operator stopped the watchdog's unit; start it with `control start`".to_owned());
         }
         problems.extend(self.agents.values().filter_map(SubAgent::problem));
-        let (spm, spa) = (self.identity.own.status(), self.peer.status(&self.home));
+        let (spm, spa) = (self.identity.own.status(), self.watchdog.status(&self.home));
         for (name, role, limit, setting) in [
             ("the manager", &spm, self.config.spm_max_mem, "spmMaxMem"),
             ("the watchdog", &spa, self.config.spa_max_mem, "spaMaxMem"),
@@ -243,9 +243,9 @@ impl Manager {
         } else {
             {
                 // Shortly after the start, a running watchdog has not reconnected yet.
-                let comes =
-                    self.identity.started.elapsed() < WATCHDOG_COMES && role::living(&self.home, Role::Spa).is_some();
-                status::judge(self.peer.is_connected() || comes, &agents, &problems)
+                let comes = self.identity.started.elapsed() < WATCHDOG_CONNECT_TIMEOUT
+                    && role::living(&self.home, Role::Spa).is_some();
+                status::judge(self.watchdog.is_connected() || comes, &agents, &problems)
             }
         };
         Status {
@@ -254,7 +254,7 @@ impl Manager {
             state,
             spm,
             spa,
-            gateway: self.line.gateway.clone(),
+            gateway: self.gateway.status.clone(),
             generation: self.orders.held.generation,
             agents,
             upgrade: self.upgrade_status(),

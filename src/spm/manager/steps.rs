@@ -27,7 +27,7 @@ use crate::{package, store};
 impl Manager {
     /// Compares the desired with the actual state, and starts the steps of the plan.
     pub(super) fn reconcile(&mut self) {
-        if self.stop.is_some() || self.ending.is_some() {
+        if self.stop.is_some() || self.exit.is_some() {
             return;
         }
         let now = Instant::now();
@@ -55,7 +55,7 @@ impl Manager {
             ReconcileStep::Stage { name, package } => (name, AgentEvent::Stage(package)),
             ReconcileStep::Activate { name, order } => (name, AgentEvent::Activate(order)),
             ReconcileStep::Configure { name, spec } => {
-                let sound = self.may_restart(&name).map_err(|error| stage::refusal(&error));
+                let sound = self.may_restart(&name).map_err(|error| stage::release_error(&error));
                 let runs_so = self.runs_so(&name, &spec);
                 (name, AgentEvent::Configure { spec, runs_so, sound })
             }
@@ -88,7 +88,7 @@ impl Manager {
             program: state.program()?.clone(),
             spec: state.spec().or_else(ordered).cloned().unwrap_or_default(),
             agent_id: self.identity.agent_id.clone(),
-            endpoint: self.line.gateway.endpoint.clone().unwrap_or_default(),
+            endpoint: self.gateway.status.endpoint.clone().unwrap_or_default(),
             restarts: state.supervisor().restarts(),
             groups: self.groups.clone(),
         })
@@ -98,7 +98,7 @@ impl Manager {
     pub(super) fn step(&mut self, name: &AgentName, event: AgentEvent, now: Instant) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let before = agent.state.supervisor().state();
-        let actions = agent.state.step(event, agent::at(now));
+        let actions = agent.state.step(event, agent::moment(now));
         let supervisor = agent.state.supervisor();
         let after = supervisor.state();
         if before != after {
@@ -128,32 +128,32 @@ impl Manager {
             AgentAction::CancelStaging => agent.staging = None,
             AgentAction::Admit { version, inspect } => {
                 let epoch = agent.committed_epoch();
-                self.beside(name, move |home, name| {
+                self.off_loop(name, move |home, name| {
                     let admitted = stage::admit(&home, &name, &version, epoch, inspect);
-                    Input::Admitted { name, result: admitted.map_err(|error| stage::refusal(&error)) }
+                    Input::Admitted { name, result: admitted.map_err(|error| stage::release_error(&error)) }
                 })
             }
             AgentAction::Record { wait } => {
-                self.releases.change();
+                self.releases.mark_changed();
                 if wait {
-                    agent.recorded_with = Some(self.releases.current_revision());
+                    agent.awaited_revision = Some(self.releases.current_revision());
                 }
             }
             AgentAction::RaiseEpoch(release) => self.releases.raise(name, &release),
-            AgentAction::Switch(version) => self.beside(name, move |home, name| {
+            AgentAction::Switch(version) => self.off_loop(name, move |home, name| {
                 let result = agent::make_current(&home, &name, &version);
                 let because = |error| format!("cannot activate {name} {version}: {error:#}");
                 Input::Switched { result: result.map_err(because), name }
             }),
-            AgentAction::Remove => self.beside(name, |home, name| {
+            AgentAction::Remove => self.off_loop(name, |home, name| {
                 let result = remove(&home, &name).map_err(|error| format!("{error:#}"));
                 Input::Removed { name, result }
             }),
-            AgentAction::Discard(version) => self.beside(name, |home, name| {
+            AgentAction::Discard(version) => self.off_loop(name, |home, name| {
                 discard(&home, &name, &version);
                 Input::Discarded { name, version }
             }),
-            AgentAction::Inspect(version) => self.beside(name, move |home, name| {
+            AgentAction::Inspect(version) => self.off_loop(name, move |home, name| {
                 let result = launch::inspect(&home, &name, &version).map_err(|error| format!("{error:#}"));
                 Input::Inspected { name, version, result }
             }),
@@ -170,7 +170,7 @@ impl Manager {
     }
 
     /// Runs disk work for a sub-agent off the event loop.
-    fn beside(&self, name: &AgentName, work: impl FnOnce(Home, AgentName) -> Input + Send + 'static) {
+    fn off_loop(&self, name: &AgentName, work: impl FnOnce(Home, AgentName) -> Input + Send + 'static) {
         let (home, name) = (self.home.clone(), name.clone());
         disk::run(&self.inputs, move || work(home, name));
     }
@@ -186,7 +186,7 @@ impl Manager {
             id,
             committed_epoch: self.agents.get(name).map_or(0, SubAgent::committed_epoch),
         };
-        let staging = stage::start(&self.inputs, &self.desk, job);
+        let staging = stage::start(&self.inputs, &self.staging, job);
         if let Some(agent) = self.agents.get_mut(name) {
             agent.staging = Some(staging);
         }
@@ -228,13 +228,13 @@ impl Manager {
     pub(super) fn note(&mut self, name: &AgentName, note: JournalNote, now: Instant) {
         let JournalNote { kind, outcome, version, mut message, repeats, change } = note;
         if let Some(agent) = self.agents.get_mut(name).filter(|_| repeats) {
-            match agent.allowance.take(now) {
+            match agent.event_limiter.take(now) {
                 None => {
                     tracing::warn!(agent = %name, kind, outcome, message, "an event is not reported to the gateway, because it exceeds the rate limit");
                     return;
                 }
                 Some(0) => {}
-                Some(untold) => message.push_str(&format!(" ({untold} earlier events of it were dropped)")),
+                Some(dropped) => message.push_str(&format!(" ({dropped} earlier events of it were dropped)")),
             }
         }
         if let Some(ReleaseChange { from, to, seconds }) = change {
@@ -275,8 +275,8 @@ fn remove(home: &Home, name: &AgentName) -> Result<()> {
 
 /// Removes a release from the disk, if it exists.
 fn discard(home: &Home, name: &AgentName, version: &Version) {
-    let gone = permissions::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
-    if let Err(error) = &gone {
+    let removed = permissions::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
+    if let Err(error) = &removed {
         tracing::warn!(agent = %name, error = format!("{error:#}"), "cannot remove a release");
     }
 }

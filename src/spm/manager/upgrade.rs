@@ -18,13 +18,13 @@ use crate::spm::upgrade::{self as job, UpgradeJob, UpgradeProgress, UpgradeSourc
 use crate::spm::{timestamp, timestamp_of, unix_now};
 
 /// Interval for reading the record while an upgrade is in progress.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval otherwise: an operator or the installer may have changed the record.
-const IDLE_LOOK: Duration = Duration::from_secs(60);
+const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(60);
 /// Delay between attempts to fetch a release.
-const RETRY: Backoff = Backoff { base: Duration::from_secs(15), cap: Duration::from_secs(600) };
+const RETRY_DELAY: Backoff = Backoff { base: Duration::from_secs(15), cap: Duration::from_secs(600) };
 /// Delay after a release that is at fault, but cannot be skipped, because its digest is unknown.
-const AT_FAULT: Duration = Duration::from_secs(3600);
+const FAULTY_RETRY_DELAY: Duration = Duration::from_secs(3600);
 
 /// The manager's self-upgrade.
 #[derive(Debug, Default)]
@@ -33,28 +33,28 @@ pub(super) struct ManagerUpgrade {
     record: UpgradeRecord,
     /// `None`: the record was read at the start, and the evidence not yet.
     evidence: Option<Evidence>,
-    is_looking: bool,
-    next_look: Option<Instant>,
+    is_reading: bool,
+    next_read: Option<Instant>,
     /// The release that the gateway names, whether or not it orders an upgrade now.
     named: Option<Package>,
     /// The release that the gateway orders an upgrade to.
     ordered: Option<Package>,
-    wants_current: bool,
+    is_current_ordered: bool,
     work: Option<PendingUpgrade>,
     /// The endpoint of this release on trial, if it differs from the settings.
     pub(super) endpoint: Option<NewEndpoint>,
     /// The installation was migrated to this release since this manager started.
     is_migrated: bool,
     /// Exits as soon as the next manager is certain to be started.
-    gives_way: bool,
+    is_yielding: bool,
     failures: u32,
     not_before: Option<Instant>,
     /// Why the last attempt failed.
     last_error: Option<String>,
     /// Why the last attempt on an operator's request failed.
-    asked_error: Option<String>,
+    operator_error: Option<String>,
     /// Finished upgrades that were reported, and are still in the record.
-    told: Vec<FinishedUpgrade>,
+    reported: Vec<FinishedUpgrade>,
 }
 
 /// An upgrade before the switch.
@@ -74,18 +74,18 @@ impl ManagerUpgrade {
     }
 
     fn is_under_way(&self) -> bool {
-        self.work.is_some() || self.gives_way || self.record.trial().is_some()
+        self.work.is_some() || self.is_yielding || self.record.trial().is_some()
     }
 
     /// When the record must be read or an attempt is due.
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
-        let begins = self.not_before.filter(|_| self.work.is_none() && self.is_ordered()).filter(|at| *at > now);
-        let looks = (!self.is_looking).then(|| self.next_look.unwrap_or(now));
-        looks.into_iter().chain(begins).min()
+        let retries = self.not_before.filter(|_| self.work.is_none() && self.is_ordered()).filter(|at| *at > now);
+        let reads = (!self.is_reading).then(|| self.next_read.unwrap_or(now));
+        reads.into_iter().chain(retries).min()
     }
 
     fn is_ordered(&self) -> bool {
-        self.ordered.is_some() || self.wants_current
+        self.ordered.is_some() || self.is_current_ordered
     }
 
     /// Why the ordered release is skipped.
@@ -98,36 +98,36 @@ impl ManagerUpgrade {
 
 impl Manager {
     /// Reads the record or starts an attempt, when due.
-    pub(super) fn tend_upgrade(&mut self, now: Instant) {
+    pub(super) fn tick_upgrade(&mut self, now: Instant) {
         let upgrading = &mut self.upgrading;
-        if !upgrading.is_looking && upgrading.next_look.is_none_or(|at| at <= now) {
-            upgrading.is_looking = true;
-            job::look(&self.inputs, &self.home, &self.identity.version);
+        if !upgrading.is_reading && upgrading.next_read.is_none_or(|at| at <= now) {
+            upgrading.is_reading = true;
+            job::read_record(&self.inputs, &self.home, &self.identity.version);
         }
-        if upgrading.gives_way && self.peer.may_be_left() {
-            self.ending = Some(Goodbye::Yield);
+        if upgrading.is_yielding && self.watchdog.next_manager_will_start() {
+            self.exit = Some(Goodbye::Yield);
         }
         self.begin_ordered_upgrade(now);
     }
 
-    /// Handles the gateway's order. `wants`: the answer orders an upgrade now.
-    pub(super) fn upgrade_ordered(&mut self, order: Option<Package>, wants: bool, now: Instant) {
+    /// Handles the gateway's order. `upgrade_now`: the answer orders an upgrade now.
+    pub(super) fn upgrade_ordered(&mut self, order: Option<Package>, upgrade_now: bool, now: Instant) {
         let record = &self.upgrading.record;
         let is_other = |order: &Package| record.is_held() && !record.overrules(&order.version, order.sha256.as_ref());
         if order.as_ref().is_some_and(is_other) {
             tracing::info!(
                 "the gateway orders another release of the manager; the operator's change does not hold any longer"
             );
-            job::change(&self.inputs, &self.home, &self.identity.version, |record| {
+            job::change_record(&self.inputs, &self.home, &self.identity.version, |record| {
                 record.release_hold();
             });
         }
         let upgrading = &mut self.upgrading;
         upgrading.named.clone_from(&order);
-        let wanted = order.filter(|_| wants);
-        upgrading.wants_current = wants && wanted.is_none();
-        if upgrading.ordered != wanted {
-            (upgrading.ordered, upgrading.failures, upgrading.not_before) = (wanted, 0, None);
+        let ordered = order.filter(|_| upgrade_now);
+        upgrading.is_current_ordered = upgrade_now && ordered.is_none();
+        if upgrading.ordered != ordered {
+            (upgrading.ordered, upgrading.failures, upgrading.not_before) = (ordered, 0, None);
             upgrading.last_error = None;
         }
         self.begin_ordered_upgrade(now);
@@ -140,7 +140,7 @@ impl Manager {
             return;
         }
         let record = &upgrading.record;
-        if !upgrading.is_ordered() || upgrading.not_before.is_some_and(|at| now < at) || self.ending.is_some() {
+        if !upgrading.is_ordered() || upgrading.not_before.is_some_and(|at| now < at) || self.exit.is_some() {
             return;
         }
         let source = match &upgrading.ordered {
@@ -161,7 +161,7 @@ impl Manager {
             UpgradeSource::Current | UpgradeSource::File(_) => None,
         };
         tracing::info!(source = format!("{source:?}"), "an upgrade of the manager starts");
-        self.upgrading.asked_error = None;
+        self.upgrading.operator_error = None;
         let job = UpgradeJob {
             home: self.home.clone(),
             config: self.config.clone(),
@@ -175,7 +175,7 @@ impl Manager {
     }
 
     /// Starts an upgrade on an operator's request.
-    pub(super) fn upgrade_by_hand(&mut self, source: UpgradeSource) -> ControlReply {
+    pub(super) fn upgrade_by_operator(&mut self, source: UpgradeSource) -> ControlReply {
         let what = "cannot change the manager's release";
         if self.stop.is_some() {
             return ControlReply::failed(format!("{what}: the home is being stopped"));
@@ -194,7 +194,7 @@ impl Manager {
 
     /// Follows the gateway's orders now: ends the holds of operators' changes, and retries what waits.
     pub(super) fn follow_orders_now(&mut self, now: Instant) -> ControlReply {
-        job::change(&self.inputs, &self.home, &self.identity.version, |record| {
+        job::change_record(&self.inputs, &self.home, &self.identity.version, |record| {
             record.release_hold();
         });
         (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
@@ -209,11 +209,11 @@ impl Manager {
 
     /// Permits skipped releases of the manager again.
     pub(super) fn retry_upgrade(&mut self, now: Instant) -> ControlReply {
-        job::change(&self.inputs, &self.home, &self.identity.version, |record| {
+        job::change_record(&self.inputs, &self.home, &self.identity.version, |record| {
             record.allow();
             record.release_hold();
         });
-        self.upgrading.asked_error = None;
+        self.upgrading.operator_error = None;
         (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
         self.heartbeat_now(now);
         ControlReply::done()
@@ -222,13 +222,13 @@ impl Manager {
     /// Handles the result of an upgrade up to the switch.
     pub(super) fn upgraded(&mut self, outcome: UpgradeOutcome, now: Instant) {
         let work = self.upgrading.work.take();
-        self.upgrading.next_look = Some(now);
+        self.upgrading.next_read = Some(now);
         match outcome {
             UpgradeOutcome::Switched => {
                 tracing::info!(
                     "the new release is in place; this manager yields to it, and the sub-agents keep running"
                 );
-                self.give_way();
+                self.yield_to_next();
             }
             UpgradeOutcome::Nothing => {
                 (self.upgrading.failures, self.upgrading.last_error) = (0, None);
@@ -243,10 +243,10 @@ impl Manager {
     }
 
     /// Exits as soon as the watchdog or the service manager can start the next manager, and supervise its trial.
-    fn give_way(&mut self) {
-        self.upgrading.gives_way = true;
-        if self.peer.may_be_left() {
-            self.ending = Some(Goodbye::Yield);
+    fn yield_to_next(&mut self) {
+        self.upgrading.is_yielding = true;
+        if self.watchdog.next_manager_will_start() {
+            self.exit = Some(Goodbye::Yield);
         } else {
             tracing::warn!("this manager waits for the watchdog before it yields to the new release");
         }
@@ -256,17 +256,17 @@ impl Manager {
         let NotSwitched { version, why, is_final, is_skipped, retry_after } = failure;
         let upgrading = &mut self.upgrading;
         if work.as_ref().is_some_and(|work| work.by_operator) {
-            upgrading.asked_error = Some(why.clone());
+            upgrading.operator_error = Some(why.clone());
         } else {
             upgrading.failures = upgrading.failures.saturating_add(1);
         }
         let pause = match is_final {
-            true => AT_FAULT,
-            false => RETRY.delay(upgrading.failures, fastrand::f64()).max(retry_after.unwrap_or_default()),
+            true => FAULTY_RETRY_DELAY,
+            false => RETRY_DELAY.delay(upgrading.failures, fastrand::f64()).max(retry_after.unwrap_or_default()),
         };
         upgrading.not_before = Some(now + pause);
         let is_news = upgrading.last_error.replace(why.clone()).as_ref() != Some(&why);
-        if !is_news && upgrading.asked_error.is_none() {
+        if !is_news && upgrading.operator_error.is_none() {
             return;
         }
         let from = self.identity.version.clone();
@@ -276,28 +276,32 @@ impl Manager {
     }
 
     /// Handles the record of upgrades as it was read.
-    pub(super) fn upgrade_seen(&mut self, seen: Result<Box<(UpgradeStep, UpgradeObservation)>, String>, now: Instant) {
-        self.upgrading.is_looking = false;
-        match seen {
-            Ok(seen) => {
-                let (step, seen) = *seen;
+    pub(super) fn upgrade_record_read(
+        &mut self,
+        result: Result<Box<(UpgradeStep, UpgradeObservation)>, String>,
+        now: Instant,
+    ) {
+        self.upgrading.is_reading = false;
+        match result {
+            Ok(read) => {
+                let (step, observed) = *read;
                 if step == UpgradeStep::RestartManager && self.stop.is_none() {
                     tracing::info!(
                         "another release is in place; this manager yields to it, and the sub-agents keep running"
                     );
-                    self.give_way();
+                    self.yield_to_next();
                 }
                 self.problems.remove("upgrade");
-                self.report_ends(seen.record.ended());
-                if seen.record.trial().is_none() && self.upgrading.endpoint.take().is_some() {
+                self.report_finished(observed.record.ended());
+                if observed.record.trial().is_none() && self.upgrading.endpoint.take().is_some() {
                     // The settings have the new endpoint now; reload them.
                     self.housekeeping.next = now;
                 }
-                if seen.record.trial().is_none() && !std::mem::replace(&mut self.upgrading.is_migrated, true) {
+                if observed.record.trial().is_none() && !std::mem::replace(&mut self.upgrading.is_migrated, true) {
                     job::migrate(&self.inputs, &self.home);
                 }
-                self.upgrading.record = seen.record;
-                self.upgrading.evidence = Some(seen.evidence);
+                self.upgrading.record = observed.record;
+                self.upgrading.evidence = Some(observed.evidence);
             }
             Err(error) => {
                 let text = format!("cannot read or change the record of the manager's upgrades: {error}");
@@ -310,32 +314,38 @@ impl Manager {
                 self.problems.insert("upgrade", text);
             }
         }
-        let pause = if self.upgrading.is_under_way() || !self.upgrading.told.is_empty() { LOOK } else { IDLE_LOOK };
-        self.upgrading.next_look = Some(now + pause);
+        let pause = if self.upgrading.is_under_way() || !self.upgrading.reported.is_empty() {
+            POLL_INTERVAL
+        } else {
+            IDLE_POLL_INTERVAL
+        };
+        self.upgrading.next_read = Some(now + pause);
         self.begin_ordered_upgrade(now);
     }
 
     /// Reports finished upgrades. When the events are being written, they are removed from the record.
-    fn report_ends(&mut self, ended: &[FinishedUpgrade]) {
+    fn report_finished(&mut self, ended: &[FinishedUpgrade]) {
         if ended.is_empty() {
-            self.upgrading.told.clear();
+            self.upgrading.reported.clear();
             return;
         }
         let news: Vec<FinishedUpgrade> =
-            ended.iter().filter(|ended| !self.upgrading.told.contains(ended)).cloned().collect();
+            ended.iter().filter(|ended| !self.upgrading.reported.contains(ended)).cloned().collect();
         if news.is_empty() {
-            let told = self.upgrading.told.clone();
-            job::change(&self.inputs, &self.home, &self.identity.version, move |record| record.forget_ended(&told));
+            let reported = self.upgrading.reported.clone();
+            job::change_record(&self.inputs, &self.home, &self.identity.version, move |record| {
+                record.forget_ended(&reported)
+            });
             return;
         }
         for ended in &news {
-            self.report_end(ended);
+            self.report_finished_upgrade(ended);
         }
-        self.upgrading.told = ended.to_vec();
+        self.upgrading.reported = ended.to_vec();
         self.journal.flush(&self.inputs);
     }
 
-    fn report_end(&mut self, ended: &FinishedUpgrade) {
+    fn report_finished_upgrade(&mut self, ended: &FinishedUpgrade) {
         let FinishedUpgrade { from, to, began, end, reason, skipped, .. } = ended;
         let why = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
         let (kind, outcome, from, to, text) = match end {
@@ -415,11 +425,11 @@ impl Manager {
         let own = evidence.manager.map(|manager| upgrade::ManagerEvidence {
             answered: Some(lived),
             adopted: true,
-            heartbeat: self.line.has_connected(),
+            heartbeat: self.gateway.has_connected(),
             ..manager
         });
         // The watchdog's probe would fail like this manager's heartbeats.
-        let probe = if self.line.fails() { Probe::Fails(Duration::ZERO) } else { evidence.probe };
+        let probe = if self.gateway.is_failing() { Probe::Fails(Duration::ZERO) } else { evidence.probe };
         let limits = TrialLimits::of(self.config.upgrade_trial.0);
         let view = upgrade::status(record, &Evidence { manager: own, probe, ..evidence }, &limits)?;
         let left = view.seconds_left.map(Duration::from_secs);
@@ -438,7 +448,7 @@ impl Manager {
 
     /// Why the manager's release is not the ordered one.
     pub(super) fn upgrade_problem(&self) -> Option<String> {
-        if let Some(why) = &self.upgrading.asked_error {
+        if let Some(why) = &self.upgrading.operator_error {
             return Some(format!("the change of the manager's release that an operator requested failed: {why}"));
         }
         let ordered = self.upgrading.ordered.as_ref()?;
@@ -459,9 +469,9 @@ impl Manager {
     }
 
     /// Cancels the download of an upgrade when the home stops.
-    pub(super) fn give_up_upgrade(&self) {
+    pub(super) fn cancel_upgrade(&self) {
         if let Some(work) = &self.upgrading.work {
-            work.progress.give_up();
+            work.progress.cancel();
         }
     }
 }
