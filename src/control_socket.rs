@@ -130,7 +130,8 @@ pub async fn serve(
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok(SocketPeer::Stranger { stream, who, whose }) => {
-                let why = format!("rejected a connection of {who} to the control socket: only {whose} may use it");
+                let why =
+                    format!("cannot accept a connection of {who} to the control socket: it is restricted to {whose}");
                 // Without waiting: repeated attempts must not delay other clients. The manager logs the rejection.
                 let _ = requests.try_send(ControlRequest::Rejected { why: why.clone() });
                 tokio::spawn(async move {

@@ -316,7 +316,7 @@ impl Watchdog<'_> {
         let action = self.reviver.answered(answer.ok(), self.seen(), Instant::now());
         if action == Some(RevivalAction::HonourStop) {
             // The stop is recorded by `honour_stop`.
-            tracing::info!("the manager's unit was stopped; the sub-agents are stopped, too");
+            tracing::info!("the manager's unit was stopped; the sub-agents are stopped too");
         }
         self.carry_out(action)
     }

@@ -26,8 +26,8 @@ pub(super) fn check_home(home: &Home, config: &Config) -> HomeProblems {
     let unsafe_home =
         unsafe_home.map(|error| format!("{error:#}; no release is fetched or activated until this is resolved"));
     let files = permissions::files(home, config.certificates(home).as_deref()).err();
-    let files =
-        files.map(|error| format!("{error:#}; the file is used nevertheless, as no release is verified with it"));
+    let files = files
+        .map(|error| format!("{error:#}; the files are used nevertheless, as releases are not verified with them"));
     let keys = unsafe_home.is_none().then(|| {
         let ring = Keyring::load(home).and_then(|ring| Ok(ring.overruled(&Keys::load(&home.keys())?)));
         match ring {

@@ -323,7 +323,12 @@ impl Manager {
                 self.problems.insert(subject, text);
             }
             None if self.problems.remove(subject).is_some() => {
-                self.journal.note(subject, "ok", EventSubject::default(), "the problem is resolved");
+                self.journal.note(
+                    subject,
+                    "ok",
+                    EventSubject::default(),
+                    "the last reported problem of this kind is resolved",
+                );
             }
             None => {}
         }

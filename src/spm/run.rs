@@ -127,7 +127,7 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> Ab
 async fn watch_script(inputs: &Inputs, serial: u64, start: &StartSpec, mut record: ProcessRecord) -> String {
     loop {
         let emptied = tokio::select! {
-            // Both arms only wait and can be started again: no event is lost.
+            // Both arms only wait and can be restarted: no event is lost.
             () = platform::ended(record.pid, record.start_time) => false,
             // A program without our environment marker and with another pid is still in the cgroup.
             () = emptied(&record) => true,
@@ -226,14 +226,14 @@ mod tests {
         }
         let (inputs, mut receiver) = mpsc::unbounded_channel();
         start(&inputs, 1, start_of_it.clone(), StopTarget::of(&name, None, None));
-        let Some(Input::Launched { result, .. }) = receiver.recv().await else { panic!("it is answered") };
+        let Some(Input::Launched { result, .. }) = receiver.recv().await else { panic!("no result was sent") };
         let started = result.unwrap();
         let lost = started.output_lost.as_ref().unwrap();
         assert!(lost.starts_with("cannot open the log ") && lost.contains("a.log: "), "{lost}");
         let last = started.running.record().clone();
         assert!(last.is_alive());
         stop(&inputs, 1, &home, StopTarget::of(&name, Some(last.clone()), None));
-        let Some(Input::Stopped { result, .. }) = receiver.recv().await else { panic!("it is answered") };
+        let Some(Input::Stopped { result, .. }) = receiver.recv().await else { panic!("no result was sent") };
         assert_eq!(result, Ok(()));
         assert!(!last.is_alive());
 

@@ -38,7 +38,7 @@ pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> 
         }
     }
     let began = Instant::now();
-    tracing::info!("the unit is being stopped; the sub-agents are stopped, too");
+    tracing::info!("the unit is being stopped; the sub-agents are stopped too");
     if let Err(error) = role::record_stop(home) {
         tracing::warn!(error = format!("{error:#}"), "cannot record the stop");
     }

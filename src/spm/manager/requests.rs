@@ -50,7 +50,7 @@ impl Manager {
                 ControlReply::done()
             }
             Request::Status => ControlReply { error: None, status: Some(Box::new(self.status(now))) },
-            Request::Stop => return self.start_stop(reply, now),
+            Request::Stop => return self.begin_stop(reply, now),
             Request::Yield | Request::Renew { .. } if self.stop.is_some() => {
                 ControlReply::failed("cannot yield: the home is being stopped")
             }
@@ -163,7 +163,7 @@ impl Manager {
     }
 
     /// Stops every sub-agent. When the last one is down, the request is answered and the manager exits.
-    pub(super) fn start_stop(&mut self, reply: oneshot::Sender<ControlReply>, now: Instant) {
+    pub(super) fn begin_stop(&mut self, reply: oneshot::Sender<ControlReply>, now: Instant) {
         if let Some(stop) = &mut self.stop {
             stop.waiting.push(reply);
             return;
