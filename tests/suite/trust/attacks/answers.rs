@@ -127,9 +127,11 @@ fn over_long_texts_are_cut_or_rejected() {
     let long = format!("\x1b[2J{}", "x".repeat(1 << 20));
     let agents = json!([{"name": "native", "version": "1.0.0", "cmd": long}]);
     let answer = json!({"interval": 1, "lineage": "hostile", "generation": 2, "complete": true, "agents": agents});
-    for (field, told) in
-        [("errorMessage", None), ("cmd", Some("cannot  [2Jxxx")), ("lineage", Some("a lineage of 1048580"))]
-    {
+    for (field, told) in [
+        ("errorMessage", None),
+        ("cmd", Some("cannot run the command  [2Jxxx")),
+        ("lineage", Some("a lineage of 1048580")),
+    ] {
         let mut answer = answer.clone();
         answer[field] = json!(long);
         scene.hostile.answer(answer, Vec::new());
