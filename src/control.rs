@@ -190,7 +190,7 @@ fn not_installed(home: &Home, command: &ControlAction) -> ExitCode {
 /// What runs, from the manager itself or, where it does not answer, from what it left.
 fn status(home: &Home) -> Result<Status> {
     let mut problem = None;
-    match control_socket::ask(home, &Request::Status, ANSWER) {
+    match control_socket::request(home, &Request::Status, ANSWER) {
         Ok(Some(reply)) => {
             if let Some(mut status) = reply.status {
                 status.notes.extend(boot_note(home));
@@ -251,7 +251,7 @@ fn boot_note(home: &Home) -> Option<String> {
 
 fn start(home: &Home) -> Result<()> {
     lifecycle::start(home)?;
-    control_socket::wait_until_it_answers(home, START).context("cannot start")?;
+    control_socket::wait_until_ready(home, START).context("cannot start")?;
     message!("started");
     Ok(())
 }
@@ -269,8 +269,8 @@ fn restart(home: &Home) -> Result<()> {
     if role::living(home, Role::Spm).is_none() || role::is_stop_recorded(home) {
         return start(home);
     }
-    lifecycle::renew(home)?;
-    control_socket::wait_until_it_answers(home, START).context("cannot restart")?;
+    lifecycle::restart(home)?;
+    control_socket::wait_until_ready(home, START).context("cannot restart")?;
     message!("restarted; the sub-agents were left running");
     Ok(())
 }
@@ -283,7 +283,7 @@ fn restart_agent(home: &Home, name: &AgentName) -> Result<()> {
 
 /// Has the manager do something. `what`: as an error says it.
 fn order(home: &Home, what: &str, request: &Request) -> Result<()> {
-    let Some(reply) = control_socket::ask(home, request, ANSWER)? else {
+    let Some(reply) = control_socket::request(home, request, ANSWER)? else {
         bail!("cannot {what}: the manager does not run; start it with `control start`");
     };
     match reply.error {

@@ -1,8 +1,7 @@
-//! The local door: the manager's control socket, at which the operator asks and on which the watchdog holds the control connection.
+//! The manager's control socket: receives operators' requests, and holds the control connection of the watchdog.
 //!
-//! One JSON document a line each way, a [`ControlReply`] for a [`Request`]. A connection that said [`Request::Hello`] is the watch between the
-//! two roles: its end is the other's death, at once and without polling. Before it ends on purpose the manager says so with a
-//! [`Goodbye`].
+//! Each line is a JSON document, a [`ControlReply`] for a [`Request`]. On a connection that sent [`Request::Hello`] the two roles supervise
+//! each other: its end is the peer's death, detected at once and without polling. Before an intended exit, the manager sends a [`Goodbye`].
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::path::PathBuf;
@@ -19,34 +18,34 @@ use crate::core::status::Status;
 use crate::home::Home;
 use crate::platform::{self, LocalConnection, LocalListener, LocalStream, SocketPeer};
 
-/// A request is refused beyond this.
+/// Maximum size of a request.
 const MAX_REQUEST_BYTES: u64 = 64 << 10;
-/// A reply is refused beyond this: a status of thousands of sub-agents is far smaller.
+/// Maximum size of a reply; a status of thousands of sub-agents is far smaller.
 const MAX_REPLY_BYTES: u64 = 16 << 20;
-/// A manager that works answers at once.
-const ANSWER: Duration = Duration::from_secs(5);
-/// Between two looks at a manager that is coming up.
-const LOOK: Duration = Duration::from_millis(50);
-/// One who may not come in gets so long to hear why.
-const REFUSAL: Duration = Duration::from_secs(1);
-/// So many may hold the door open at the same time.
+/// Timeout for a reply; a working manager replies at once.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Interval for polling a manager that is starting.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// Timeout for sending the reason to a rejected client.
+const REJECTION_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum number of simultaneous connections.
 const MAX_CONNECTIONS: usize = 64;
 
-/// What may be asked of the manager.
+/// A request to the manager.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "verb", rename_all = "camelCase")]
 pub enum Request {
-    /// This connection is the other role's: watch it as it watches you.
+    /// The client is the other role: both supervise each other over this connection.
     Hello {
         role: Role,
         pid: u32,
     },
-    /// Are you still working?
+    /// Checks that the manager responds.
     Ping,
     Status,
-    /// Stop every sub-agent, then yourself, and stay stopped.
+    /// Stop every sub-agent, then the manager, and stay stopped.
     Stop,
-    /// End yourself and leave the sub-agents running.
+    /// Exit and leave the sub-agents running.
     Yield,
     /// As `Yield`, and report this reason.
     Renew {
@@ -56,29 +55,29 @@ pub enum Request {
     Restart {
         agent: AgentName,
     },
-    /// Return to the release before the current one, and keep that until another release is ordered.
+    /// Roll back to the previous release, and keep it until another release is ordered.
     RollBack {
         agent: AgentName,
     },
-    /// Try again what is skipped or held back; of `aops-spm` the manager's own releases.
+    /// Retry releases that are skipped or held back; for `aops-spm`, those of the manager.
     Retry {
         agent: AgentName,
     },
     /// Send a heartbeat now.
     Heartbeat,
-    /// Follow the gateway's orders now, also where an operator's change holds; or upgrade to the release in this package.
+    /// Follow the gateway's orders now, even against an operator's hold; with a package, upgrade to its release.
     Upgrade {
         package: Option<PathBuf>,
     },
-    /// Return the manager to the release before the current one.
+    /// Roll the manager back to its previous release.
     RollBackManager,
 }
 
-/// What the manager answers.
+/// The manager's reply.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ControlReply {
-    /// Why it could not be done.
+    /// Why the request failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -95,109 +94,110 @@ impl ControlReply {
     }
 }
 
-/// The last line on every connection before the manager ends on purpose.
+/// The last line on every connection before an intended exit of the manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "farewell", rename_all = "camelCase")]
 pub enum Goodbye {
     /// The home stops.
     Stop,
-    /// The manager gives way to another.
+    /// Another manager follows.
     Yield,
 }
 
-/// What comes through the door to the manager.
+/// An event at the control socket.
 #[derive(Debug)]
 pub enum ControlRequest {
-    Asked(Request, oneshot::Sender<ControlReply>),
-    /// Somebody came who may not, and was turned away.
-    Stranger {
+    Request(Request, oneshot::Sender<ControlReply>),
+    /// A client without permission was rejected.
+    Rejected {
         why: String,
     },
-    /// The other role's connection ended: it is dead, or has left.
+    /// The other role's connection ended: it crashed or exited.
     PeerGone {
         role: Role,
         pid: u32,
     },
 }
 
-/// Lets everybody in until the task is dropped. Each connection is a task; what is asked goes to `knocks`.
+/// Accepts connections until the task is dropped. Each connection is a task; its requests are sent to `requests`.
 pub async fn serve(
     mut listener: LocalListener,
-    knocks: mpsc::Sender<ControlRequest>,
-    farewell: watch::Receiver<Option<Goodbye>>,
+    requests: mpsc::Sender<ControlRequest>,
+    goodbye: watch::Receiver<Option<Goodbye>>,
 ) {
-    let seats = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
+    let permits = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let Ok(seat) = seats.clone().acquire_owned().await else { return };
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok(SocketPeer::Rejected { stream, peer, allowed }) => {
-                let why = format!("cannot let {peer} in at the control socket: it is for {allowed}");
-                // Somebody who knocks again and again must hold up nobody; the log hears of him from the manager.
-                let _ = knocks.try_send(ControlRequest::Stranger { why: why.clone() });
+                let why =
+                    format!("cannot accept a connection of {peer} to the control socket: it is restricted to {allowed}");
+                // Without waiting: repeated attempts must not delay other clients. The manager logs the rejection.
+                let _ = requests.try_send(ControlRequest::Rejected { why: why.clone() });
                 tokio::spawn(async move {
-                    let _seat = seat;
-                    let _ = tokio::time::timeout(REFUSAL, turn_away(stream, &why)).await;
+                    let _permit = permit;
+                    let _ = tokio::time::timeout(REJECTION_TIMEOUT, send_rejection(stream, &why)).await;
                 });
             }
             Ok(SocketPeer::Allowed(stream)) => {
-                let (knocks, farewell) = (knocks.clone(), farewell.clone());
+                let (requests, goodbye) = (requests.clone(), goodbye.clone());
                 tokio::spawn(async move {
-                    let _seat = seat;
-                    if let Err(error) = converse(stream, knocks, farewell).await {
-                        tracing::debug!(error = format!("{error:#}"), "a connection at the local door ended");
+                    let _permit = permit;
+                    if let Err(error) = handle_connection(stream, requests, goodbye).await {
+                        tracing::debug!(error = format!("{error:#}"), "a connection to the control socket failed");
                     }
                 });
             }
             Err(error) => {
-                tracing::warn!(error = %error, "a connection at the local door cannot be accepted");
+                tracing::warn!(error = %error, "cannot accept a connection to the control socket");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
 }
 
-/// Says why he is not heard. Nothing that he says is read.
-async fn turn_away(mut stream: LocalStream, why: &str) -> Result<()> {
+/// Sends the reason of a rejection. Nothing is read from the client.
+async fn send_rejection(mut stream: LocalStream, why: &str) -> Result<()> {
     stream.write_all(&as_line(&ControlReply::failed(why))?).await?;
     Ok(stream.shutdown().await?)
 }
 
-async fn converse(
+async fn handle_connection(
     stream: LocalStream,
-    knocks: mpsc::Sender<ControlRequest>,
-    mut farewell: watch::Receiver<Option<Goodbye>>,
+    requests: mpsc::Sender<ControlRequest>,
+    mut goodbye: watch::Receiver<Option<Goodbye>>,
 ) -> Result<()> {
     let (reader, mut writer) = tokio::io::split(stream);
     let mut lines = tokio::io::BufReader::new(reader);
     let mut peer = None;
-    let ended = loop {
+    let result = loop {
         let mut line = vec![];
         let mut limited = (&mut lines).take(MAX_REQUEST_BYTES);
-        // `read_until` is not cancel-safe; the other arm ends the conversation, so nothing that was read is missed.
+        // `read_until` is not cancel-safe; the other arm ends the connection, so a lost partial read does not matter.
         let read = tokio::select! {
             read = limited.read_until(b'\n', &mut line) => read,
-            word = told(&mut farewell) => {
-                let _ = writer.write_all(&as_line(&word)?).await;
+            goodbye = wait_for_goodbye(&mut goodbye) => {
+                let _ = writer.write_all(&as_line(&goodbye)?).await;
                 break Ok(());
             }
         };
         match read {
             Ok(0) => break Ok(()),
-            Ok(_) if !line.ends_with(b"\n") => break Err(anyhow::anyhow!("a request without an end")),
+            Ok(_) if !line.ends_with(b"\n") => break Err(anyhow::anyhow!("a request is incomplete or too large")),
             Ok(_) => {}
             Err(error) => break Err(error.into()),
         }
         let reply = match serde_json::from_slice::<Request>(&line) {
-            Err(error) => ControlReply::failed(format!("cannot understand the request: {error}")),
+            Err(error) => ControlReply::failed(format!("cannot parse the request: {error}")),
             Ok(request) => {
                 if let Request::Hello { role, pid } = request {
                     peer = Some((role, pid));
                 }
                 let (sender, receiver) = oneshot::channel();
-                if knocks.send(ControlRequest::Asked(request, sender)).await.is_err() {
+                if requests.send(ControlRequest::Request(request, sender)).await.is_err() {
                     break Ok(());
                 }
-                receiver.await.unwrap_or_else(|_| ControlReply::failed("the manager is ending"))
+                receiver.await.unwrap_or_else(|_| ControlReply::failed("the manager is exiting"))
             }
         };
         if let Err(error) = writer.write_all(&as_line(&reply)?).await {
@@ -205,15 +205,15 @@ async fn converse(
         }
     };
     if let Some((role, pid)) = peer {
-        let _ = knocks.send(ControlRequest::PeerGone { role, pid }).await;
+        let _ = requests.send(ControlRequest::PeerGone { role, pid }).await;
     }
-    ended
+    result
 }
 
-/// Resolves when the manager ends on purpose.
-async fn told(farewell: &mut watch::Receiver<Option<Goodbye>>) -> Goodbye {
-    match farewell.wait_for(Option::is_some).await.map(|word| *word) {
-        Ok(Some(word)) => word,
+/// Resolves when the manager exits on purpose.
+async fn wait_for_goodbye(goodbye: &mut watch::Receiver<Option<Goodbye>>) -> Goodbye {
+    match goodbye.wait_for(Option::is_some).await.map(|goodbye| *goodbye) {
+        Ok(Some(goodbye)) => goodbye,
         _ => std::future::pending().await,
     }
 }
@@ -224,25 +224,25 @@ fn as_line<T: Serialize>(value: &T) -> Result<Vec<u8>> {
     Ok(line)
 }
 
-/// The asking side of a connection. Blocks.
+/// A client of the control socket. Blocks.
 #[derive(Debug)]
 pub struct ControlClient {
     reader: BufReader<LocalConnection>,
     writer: LocalConnection,
 }
 
-/// What came over a connection.
+/// A message received by a client.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ControlMessage {
     Reply(Box<ControlReply>),
-    Farewell(Goodbye),
-    /// The connection ended without a word.
-    End,
-    /// Nothing within the time that the connection was opened with.
-    Silence,
+    Goodbye(Goodbye),
+    /// The connection ended without a goodbye.
+    Closed,
+    /// Nothing was received within the timeout of the connection.
+    Timeout,
 }
 
-/// The door is there for others.
+/// The control socket belongs to other users.
 #[derive(Debug)]
 pub struct AccessDenied(PathBuf);
 
@@ -256,7 +256,7 @@ impl std::fmt::Display for AccessDenied {
 impl std::error::Error for AccessDenied {}
 
 impl ControlClient {
-    /// Opens the manager's door; `None`: nobody answers there. Every later wait gives up after `timeout`.
+    /// Connects to the manager; `None`: no manager accepts connections. `timeout` applies to every later operation.
     pub fn open(home: &Home, timeout: Duration) -> Result<Option<ControlClient>> {
         let path = home.control_socket();
         let connection = match platform::connect_local(&path, timeout) {
@@ -274,96 +274,97 @@ impl ControlClient {
     }
 
     pub fn send(&mut self, request: &Request) -> Result<()> {
-        self.writer.write_all(&as_line(request)?).context("cannot ask the manager")
+        self.writer.write_all(&as_line(request)?).context("cannot send a request to the manager")
     }
 
-    /// Waits for what comes next.
-    pub fn hear(&mut self) -> Result<ControlMessage> {
-        hear(&mut self.reader)
+    /// Waits for the next message.
+    pub fn receive(&mut self) -> Result<ControlMessage> {
+        receive(&mut self.reader)
     }
 
-    /// Asks and waits for the reply.
-    pub fn ask(&mut self, request: &Request) -> Result<ControlReply> {
+    /// Sends a request and waits for the reply.
+    pub fn request(&mut self, request: &Request) -> Result<ControlReply> {
         if let Err(error) = self.send(request) {
-            // One who is turned away is told why before he has asked.
-            return match self.hear() {
+            // A rejected client receives the reason before it has sent a request.
+            return match self.receive() {
                 Ok(ControlMessage::Reply(reply)) => Ok(*reply),
                 _ => Err(error),
             };
         }
-        match self.hear()? {
+        match self.receive()? {
             ControlMessage::Reply(reply) => Ok(*reply),
-            ControlMessage::Silence => bail!("the manager does not answer in time"),
-            ControlMessage::Farewell(_) | ControlMessage::End => bail!("the manager ended before it answered"),
+            ControlMessage::Timeout => bail!("the manager did not answer in time"),
+            ControlMessage::Goodbye(_) | ControlMessage::Closed => bail!("the manager exited before it answered"),
         }
     }
 
-    /// Splits into the end that asks and the end that hears, which then waits for ever.
+    /// Splits into the writing and the reading end; the reading end then waits without a timeout.
     pub fn split(self) -> Result<(LocalConnection, BufReader<LocalConnection>)> {
         platform::remove_read_timeout(self.reader.get_ref())?;
         Ok((self.writer, self.reader))
     }
 }
 
-/// Waits for what comes next on a connection.
-pub fn hear(reader: &mut BufReader<LocalConnection>) -> Result<ControlMessage> {
+/// Waits for the next message on a connection.
+pub fn receive(reader: &mut BufReader<LocalConnection>) -> Result<ControlMessage> {
     let mut line = vec![];
     let mut limited = std::io::Read::take(reader, MAX_REPLY_BYTES);
     match limited.read_until(b'\n', &mut line) {
-        Ok(0) => return Ok(ControlMessage::End),
+        Ok(0) => return Ok(ControlMessage::Closed),
         Ok(_) => {}
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-            return Ok(ControlMessage::Silence);
+            return Ok(ControlMessage::Timeout);
         }
         Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
-            return Ok(ControlMessage::End);
+            return Ok(ControlMessage::Closed);
         }
-        Err(error) => return Err(error).context("cannot hear the manager"),
+        Err(error) => return Err(error).context("cannot read from the manager"),
     }
-    if let Ok(word) = serde_json::from_slice(&line) {
-        return Ok(ControlMessage::Farewell(word));
+    if let Ok(goodbye) = serde_json::from_slice(&line) {
+        return Ok(ControlMessage::Goodbye(goodbye));
     }
-    let reply = serde_json::from_slice(&line).context("cannot understand the manager's reply")?;
+    let reply = serde_json::from_slice(&line).context("cannot parse the manager's reply")?;
     Ok(ControlMessage::Reply(Box::new(reply)))
 }
 
-/// Sends a request on the asking end of a split connection.
+/// Sends a request on the writing end of a split connection.
 pub fn send(writer: &mut LocalConnection, request: &Request) -> Result<()> {
-    writer.write_all(&as_line(request)?).context("cannot ask the manager")
+    writer.write_all(&as_line(request)?).context("cannot send a request to the manager")
 }
 
-/// Opens the door, asks one thing and waits for the reply; `None`: nobody answers there.
-pub fn ask(home: &Home, request: &Request, timeout: Duration) -> Result<Option<ControlReply>> {
+/// Connects, sends one request and waits for the reply; `None`: no manager accepts connections.
+pub fn request(home: &Home, request: &Request, timeout: Duration) -> Result<Option<ControlReply>> {
     match ControlClient::open(home, timeout)? {
-        Some(mut door) => door.ask(request).map(Some),
+        Some(mut client) => client.request(request).map(Some),
         None => Ok(None),
     }
 }
 
-/// Asks for a stop and waits for its end, as long as the manager shows that it is at it; `None`: nobody answers there.
-pub fn ask_to_stop(home: &Home, patience: Duration) -> Result<Option<ControlReply>> {
-    let Some(mut door) = ControlClient::open(home, ANSWER)? else { return Ok(None) };
-    door.send(&Request::Stop)?;
-    let deadline = Instant::now() + patience;
+/// Requests a stop and waits until it completes, while the manager responds; `None`: no manager accepts connections.
+pub fn request_stop(home: &Home, timeout: Duration) -> Result<Option<ControlReply>> {
+    let Some(mut client) = ControlClient::open(home, REPLY_TIMEOUT)? else { return Ok(None) };
+    client.send(&Request::Stop)?;
+    let deadline = Instant::now() + timeout;
     while Instant::now() < deadline {
-        match door.hear()? {
+        match client.receive()? {
             ControlMessage::Reply(reply) => return Ok(Some(*reply)),
-            ControlMessage::Farewell(_) => return Ok(Some(ControlReply::done())),
-            ControlMessage::End => bail!("the manager ended before every sub-agent was stopped"),
-            // It takes its time, or it hangs: then it does not answer this either, twice.
-            ControlMessage::Silence => {
-                drop(ask(home, &Request::Ping, ANSWER).or_else(|_| ask(home, &Request::Ping, ANSWER))?)
-            }
+            ControlMessage::Goodbye(_) => return Ok(Some(ControlReply::done())),
+            ControlMessage::Closed => bail!("the manager exited before every sub-agent was stopped"),
+            // The stop takes longer, or the manager hangs: then it does not answer two pings either.
+            ControlMessage::Timeout => drop(
+                request(home, &Request::Ping, REPLY_TIMEOUT)
+                    .or_else(|_| request(home, &Request::Ping, REPLY_TIMEOUT))?,
+            ),
         }
     }
-    bail!("not every sub-agent was stopped within {patience:?}")
+    bail!("not every sub-agent was stopped within {timeout:?}")
 }
 
-/// Waits until the manager answers and the watchdog is there.
-pub fn wait_until_it_answers(home: &Home, patience: Duration) -> Result<()> {
-    let deadline = Instant::now() + patience;
+/// Waits until the manager answers and the watchdog is running.
+pub fn wait_until_ready(home: &Home, timeout: Duration) -> Result<()> {
+    let deadline = Instant::now() + timeout;
     loop {
-        let asked = ask(home, &Request::Status, ANSWER);
+        let asked = request(home, &Request::Status, REPLY_TIMEOUT);
         if let Ok(Some(reply)) = &asked
             && reply.status.as_ref().is_some_and(|status| status.spa.pid.is_some())
         {
@@ -371,13 +372,13 @@ pub fn wait_until_it_answers(home: &Home, patience: Duration) -> Result<()> {
         }
         if Instant::now() >= deadline {
             let why = match asked {
-                Ok(Some(_)) => "the watchdog does not come up".to_owned(),
-                Ok(None) => "the manager does not come up".to_owned(),
+                Ok(Some(_)) => "the watchdog did not start".to_owned(),
+                Ok(None) => "the manager did not start".to_owned(),
                 Err(error) => format!("{error:#}"),
             };
             let (spm, spa) = (home.role_log("spm"), home.role_log("spa"));
-            bail!("{why} within {patience:?}; see {} and {}", spm.display(), spa.display());
+            bail!("{why} within {timeout:?}; see {} and {}", spm.display(), spa.display());
         }
-        platform::pause(LOOK);
+        platform::pause(POLL_INTERVAL);
     }
 }

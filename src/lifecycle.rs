@@ -1,7 +1,7 @@
-//! A home as a whole, started, renewed and stopped, whoever asks for it and whatever state it is in.
+//! Starts, restarts and stops a home as a whole, in any state and for any caller.
 //!
-//! A stop is recorded first, so that nothing revives what is being stopped. It is asked of the manager; where that does not answer, it is
-//! done by the records of what runs.
+//! A stop is recorded first, so that nothing restarts what is being stopped. The manager is asked to stop the sub-agents; if it does not
+//! answer, they are stopped by their records.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use crate::home::Home;
 use crate::installation::{InstallRecord, permissions};
 use crate::{control_socket, host_service, platform, process, role};
 
-/// For a stop: every sub-agent may take its grace period, which is ten minutes at the longest.
-const STOP: Duration = Duration::from_secs(840);
+/// Timeout for a stop: every sub-agent may take its grace period, which is ten minutes at most.
+const STOP_TIMEOUT: Duration = Duration::from_secs(840);
 
-/// Which service manager has the roles of a home. Where the record cannot be read, its units tell.
+/// The service manager of a home: from the installation's record, or else from the registered units.
 pub fn service(home: &Home) -> ServiceManagerKind {
     match InstallRecord::load(home) {
         Ok(Some(installed)) => installed.service,
@@ -24,14 +24,14 @@ pub fn service(home: &Home) -> ServiceManagerKind {
     }
 }
 
-/// Starts a home that is stopped; one that runs is left as it is. Does not wait until it answers.
+/// Starts a stopped home; a running one is left as it is. Does not wait until it answers.
 pub fn start(home: &Home) -> Result<()> {
-    sound(home).context("cannot start")?;
-    role::clear_stop(home).context("cannot start: the recorded stop cannot be taken back")?;
+    check_executables(home).context("cannot start")?;
+    role::clear_stop(home).context("cannot start: cannot delete the record of the stop")?;
     if role::living(home, Role::Spm).is_none() {
         for role in Role::BOTH {
-            // On a disk that cannot be written they are counted on.
-            let _ = role::forget(home, *role);
+            // If the record cannot be removed, restarts continue to be counted.
+            let _ = role::reset_restarts(home, *role);
         }
     }
     let service = service(home);
@@ -39,40 +39,40 @@ pub fn start(home: &Home) -> Result<()> {
     host_service::start(service, home, Role::BOTH).map(drop)
 }
 
-/// Starts both roles anew; the sub-agents are left running. Does not wait until they answer.
-pub fn renew(home: &Home) -> Result<()> {
-    sound(home).context("cannot restart: what runs goes on running")?;
+/// Restarts both roles; the sub-agents keep running. Does not wait until the roles answer.
+pub fn restart(home: &Home) -> Result<()> {
+    check_executables(home).context("cannot restart; the running processes are unchanged")?;
     let service = service(home);
     host_service::rename_strays(service, home).context("cannot restart")?;
     host_service::restart(service, home, Role::BOTH).map(drop)
 }
 
-/// Whether the roles may be started, by whoever does it.
-fn sound(home: &Home) -> Result<()> {
+/// Checks that the roles' executables are safe to start.
+fn check_executables(home: &Home) -> Result<()> {
     Role::BOTH.iter().try_for_each(|role| permissions::executable(home, &home.role_link(role.program())))
 }
 
-/// Stops every sub-agent, then both roles. Returns what did not go as it should, where it was made good.
+/// Stops every sub-agent, then both roles. Returns the problems that were worked around.
 pub fn stop(home: &Home) -> Result<Vec<String>> {
     role::record_stop(home)
-        .context("cannot stop: the stop cannot be recorded, so that what is stopped would be started again")?;
-    let remarks = carry_out(home)?;
-    // A start by the service manager in between took the record back.
+        .context("cannot stop: the stop cannot be recorded, so the stopped processes would be restarted")?;
+    let remarks = stop_all(home)?;
+    // A start by the service manager in between removes the record.
     role::record_stop(home)?;
     Ok(remarks)
 }
 
-/// As [`stop`], for a home that is going to be removed: it does not take a disk that can be written.
-pub fn stop_for_good(home: &Home) -> Result<Vec<String>> {
-    let recorded = role::record_stop(home).context("the stop cannot be recorded");
-    let mut remarks = carry_out(home)?;
+/// As [`stop`], before the home is removed: succeeds even if the stop cannot be recorded.
+pub fn stop_before_removal(home: &Home) -> Result<Vec<String>> {
+    let recorded = role::record_stop(home).context("cannot record the stop");
+    let mut remarks = stop_all(home)?;
     remarks.extend(recorded.err().map(|error| format!("{error:#}")));
     Ok(remarks)
 }
 
-fn carry_out(home: &Home) -> Result<Vec<String>> {
+fn stop_all(home: &Home) -> Result<Vec<String>> {
     let mut remarks = vec![];
-    match control_socket::ask_to_stop(home, STOP) {
+    match control_socket::request_stop(home, STOP_TIMEOUT) {
         Ok(Some(reply)) => {
             remarks.extend(reply.error.map(|error| format!("the manager could not stop every sub-agent: {error}")))
         }
@@ -84,8 +84,8 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
     }
     host_service::stop(service(home), home, &[Role::Spa, Role::Spm])?;
     for role in [Role::Spa, Role::Spm] {
-        if await_end(home, role)? {
-            remarks.push(format!("{} did not end by itself and was killed", role.program()));
+        if wait_for_exit(home, role)? {
+            remarks.push(format!("{} did not exit in time and was killed", role.program()));
         }
     }
     process::stop::stop_all(home)?;
@@ -93,16 +93,16 @@ fn carry_out(home: &Home) -> Result<Vec<String>> {
     Ok(remarks)
 }
 
-/// Kills a manager that does not answer: nothing else would come of it but waiting for it.
+/// Kills a manager that does not answer.
 pub fn kill_manager(home: &Home) -> Result<()> {
-    role::who_has(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
+    role::current_holder(home, Role::Spm).map_or(Ok(()), |manager| manager.kill())
 }
 
-/// Waits until nobody has a role, which whoever has it was told to give up; whether it had to be killed.
-fn await_end(home: &Home, role: Role) -> Result<bool> {
+/// Waits until no process has a role; returns whether one had to be killed. The holder was asked to exit before.
+fn wait_for_exit(home: &Home, role: Role) -> Result<bool> {
     let mut killed = false;
     while let Some(holder) = role::living(home, role) {
-        killed |= holder.await_end()?;
+        killed |= holder.wait_for_exit()?;
     }
     Ok(killed)
 }

@@ -1,9 +1,9 @@
-//! The watchdog: keeps the manager alive and honest.
+//! The watchdog: supervises the manager.
 //!
 //! It is tiny: no async runtime, no TLS, no network. It holds the control connection to the manager, whose end is the manager's death, and
-//! pings over it, so that a hang shows. A dead manager is revived by the service manager where there is one; where there is none, or where
-//! it does not, by the watchdog itself. A stop that was recorded, told or done to the unit is honoured: then it ends what the manager
-//! left, and itself.
+//! sends pings over it to detect a hang. A dead manager is restarted by the service manager; without one, or if it does not, by the
+//! watchdog. The watchdog honours a stop, whether it is recorded, announced by the manager or made at the unit: it stops the remaining
+//! sub-agents and exits.
 
 mod one_shot;
 mod sentinel;
@@ -33,26 +33,26 @@ use crate::platform::{self, LocalConnection};
 use crate::role::{self, RoleHolder, STOPPED_ON_PURPOSE};
 use crate::{host_service, logging, process};
 
-/// The home and the settings are looked at so often, with a ping.
-const LOOKS_AROUND: Duration = Duration::from_secs(60);
-const TAKE_OVER: Duration = Duration::from_secs(10);
+/// Interval for checking the home and reloading the settings; done with a ping.
+const HOME_CHECK_INTERVAL: Duration = Duration::from_secs(60);
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How the watchdog is started.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct WatchdogOptions {
-    /// Who starts it: a unit of the service manager says so here
+    /// The service manager that starts it; set by the unit
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
     service: ServiceManagerKind,
-    /// It goes on for another program of the same watchdog
+    /// Passed when a running watchdog replaces itself with another program
     #[arg(long, hide = true)]
     renewed: bool,
-    /// Send one heartbeat, and say whether it is answered
+    /// Send one heartbeat; succeed if the gateway answers
     #[arg(long, hide = true, group = "one_shot")]
     probe: bool,
-    /// Show that this program can be the watchdog
+    /// Check that this program can run as the watchdog
     #[arg(long, hide = true, group = "one_shot")]
     prove: bool,
-    /// Start the watchdog again if the one that started this ends without a word
+    /// Restart the watchdog if the one that started this exits unexpectedly
     #[arg(long, hide = true, group = "one_shot")]
     sentinel: bool,
 }
@@ -65,146 +65,149 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
         WatchdogOptions { sentinel: true, .. } => return sentinel::main(home),
         _ => {}
     }
-    role::demand_home(home)?;
+    role::require_installation(home)?;
     let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spa"));
-    role::tell_of_restored(&restored);
-    role::leave_sub_agent(home);
+    role::log_restored(&restored);
+    role::leave_sub_agent_cgroup(home);
     let supervised = options.service != ServiceManagerKind::None;
     if role::is_stop_recorded(home) && !supervised {
-        tracing::info!("the home was told to stop; the watchdog does not start");
+        tracing::info!("the home is stopped; the watchdog does not start");
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let _lock = take_role(home, supervised)
+    let _lock = acquire_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the watchdog cannot start"))?;
     let now = Instant::now();
-    let mut judge = TrialMonitor::new(home, !supervised, options.renewed, now);
-    // Before anybody can know that there is a watchdog: a bad release may end each one that it sees.
-    if judge.look(now) == TrialAction::EndManager {
-        judge.kill_manager();
+    let mut trial = TrialMonitor::new(home, !supervised, options.renewed, now);
+    // Before anything can detect this watchdog: a bad release may kill every watchdog that it finds.
+    if trial.check(now) == TrialAction::EndManager {
+        trial.kill_manager();
     }
     let holder = role::announce(home, Role::Spa)?;
     if role::is_stop_recorded(home) && !supervised {
-        // Who stops the home records it first and then looks who is there; either it sees us, or we see the record.
-        role::take_leave(home, Role::Spa, &holder);
+        // A stop is recorded before the running roles are looked up: either the stop finds this process, or this process finds the record.
+        role::record_exit(home, Role::Spa, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let (sender, words) = mpsc::channel();
+    let (sender, events) = mpsc::channel();
     let terminate = sender.clone();
     ctrlc::set_handler(move || drop(terminate.send(WatchdogEvent::Terminate)))
-        .context("cannot hear the signal to end")?;
+        .context("cannot install the handler of the termination signal")?;
     platform::notify(Notification::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
-    let reviver = Reviver::new(RevivalPolicy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
+    let reviver = Reviver::new(RevivalPolicy::WATCHDOG, supervised, role::is_held(home, Role::Spm), now);
     let mut watchdog = Watchdog {
         home,
-        judge,
+        trial,
         holder: &holder,
         service: options.service,
         sender,
-        words,
+        events,
         serial: 0,
         reviver,
         children: StartedManagers::default(),
         memory: Memory::default(),
-        most_memory: u64::MAX,
-        looks_around: now,
+        memory_limit: u64::MAX,
+        next_home_check: now,
     };
     let end = watchdog.run();
-    watchdog.judge.relieve_sentinel();
-    if matches!(end, Ok(WatchdogExit::Become)) {
-        role::take_leave(home, Role::Spa, &holder);
-        return Err(become_another(home, options.service));
+    watchdog.trial.stop_sentinel();
+    if matches!(end, Ok(WatchdogExit::Replace)) {
+        role::record_exit(home, Role::Spa, &holder);
+        return Err(continue_as_another(home, options.service));
     }
     platform::notify(Notification::Stopping);
     match &end {
-        Ok(_) => role::take_leave(home, Role::Spa, &holder),
-        Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog ended"),
+        Ok(_) => role::record_exit(home, Role::Spa, &holder),
+        Err(error) => tracing::error!(error = format!("{error:#}"), "the watchdog exits because of an error"),
     }
     Ok(match end? {
-        WatchdogExit::Asked | WatchdogExit::Become => ExitCode::SUCCESS,
+        WatchdogExit::Terminated | WatchdogExit::Replace => ExitCode::SUCCESS,
         WatchdogExit::Stopped => ExitCode::from(STOPPED_ON_PURPOSE),
     })
 }
 
-/// Goes on as the program that the watchdog's link leads to now: what may be started is up to nobody else then, and whoever watches this
-/// process sees no end. Returns only where that fails: then it ends, and is started again like any watchdog.
-fn become_another(home: &Home, service: ServiceManagerKind) -> anyhow::Error {
+/// Replaces this process with the program that the watchdog's link names now. No other process is needed to start it, and an observer of
+/// this process sees no exit. Returns only on failure: then the watchdog exits, and is restarted like any other.
+fn continue_as_another(home: &Home, service: ServiceManagerKind) -> anyhow::Error {
     let program = home.role_link(Role::Spa.program());
-    tracing::info!(program = %program.display(), "the watchdog goes on as another program");
+    tracing::info!(program = %program.display(), "the watchdog continues as another program");
     if let Err(error) = permissions::executable(home, &program) {
-        return error.context("the watchdog cannot go on as another program");
+        return error.context("the watchdog cannot continue as another program");
     }
     let mut command = Command::new(&program);
     command.arg("--home").arg(home.known_as()).arg("--service").arg(service.to_string()).arg("--renewed");
     let error = anyhow::Error::from(platform::become_program(&mut command));
-    error.context(format!("the watchdog cannot go on as {}", program.display()))
+    error.context(format!("the watchdog cannot continue as {}", program.display()))
 }
 
-/// Takes the role; one that the service manager started ends a predecessor that somebody else started.
-fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
+/// Acquires the role's lock. A watchdog started by the service manager first ends one that was started otherwise.
+fn acquire_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
     if supervised
-        && role::is_taken(home, Role::Spa)
+        && role::is_held(home, Role::Spa)
         && let Some(holder) = role::living(home, Role::Spa)
     {
-        holder.ask_to_end()?;
+        holder.request_exit()?;
     }
-    match role::take(home, Role::Spa, TAKE_OVER).context("cannot become the watchdog")? {
+    match role::acquire(home, Role::Spa, TAKE_OVER_TIMEOUT).context("cannot acquire the watchdog's lock")? {
         Some(lock) => Ok(lock),
-        None => bail!("cannot become the watchdog of {}: another process is", home.root().display()),
+        None => bail!(
+            "cannot run the watchdog of {}: another watchdog is already running; see `control status`",
+            home.root().display()
+        ),
     }
 }
 
-/// What wakes the watchdog.
+/// What the watchdog waits for.
 #[derive(Debug)]
 enum WatchdogEvent {
-    /// From the connection of that number.
-    Heard(u64, ControlMessage),
+    /// Received on the connection with this number.
+    Received(u64, ControlMessage),
     Terminate,
 }
 
-/// Why it ends.
+/// Why the watchdog exits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WatchdogExit {
-    /// Somebody asked this process to.
-    Asked,
+    /// This process received a termination signal.
+    Terminated,
     /// The home is stopped.
     Stopped,
-    /// It goes on as another program.
-    Become,
+    /// It continues as another program.
+    Replace,
 }
 
-/// How a watch over a connection came to its end.
+/// How the supervision of a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ConnectionEnd {
     /// The connection ended.
     Lost,
-    /// The manager said that the home is stopped.
+    /// The manager reported that the home is stopped.
     Stopped,
     Terminate,
-    Become,
+    Replace,
 }
 
 struct Watchdog<'a> {
     home: &'a Home,
-    judge: TrialMonitor,
-    /// Its own record.
+    trial: TrialMonitor,
+    /// This watchdog's record.
     holder: &'a RoleHolder,
-    /// Who starts the roles.
+    /// The service manager that starts the roles.
     service: ServiceManagerKind,
     sender: mpsc::Sender<WatchdogEvent>,
-    words: mpsc::Receiver<WatchdogEvent>,
-    /// Counts connections, so that word of an earlier one is not taken for this one's.
+    events: mpsc::Receiver<WatchdogEvent>,
+    /// Numbers the connections, so that messages of an earlier one are ignored.
     serial: u64,
     reviver: Reviver,
     children: StartedManagers,
-    /// The manager's.
+    /// Memory use of the manager.
     memory: Memory,
-    /// So much the manager may use, bytes.
-    most_memory: u64,
-    /// When the home and the settings are looked at next.
-    looks_around: Instant,
+    /// The manager's memory limit, bytes.
+    memory_limit: u64,
+    /// When the home and the settings are checked next.
+    next_home_check: Instant,
 }
 
 impl Watchdog<'_> {
@@ -213,40 +216,44 @@ impl Watchdog<'_> {
             let connection = match self.find_manager()? {
                 ManagerSearch::Manager(connection) => connection,
                 ManagerSearch::Stop => return self.honour_stop(),
-                ManagerSearch::Terminate => return Ok(WatchdogExit::Asked),
-                ManagerSearch::Become => return Ok(WatchdogExit::Become),
+                ManagerSearch::Terminate => return Ok(WatchdogExit::Terminated),
+                ManagerSearch::Replace => return Ok(WatchdogExit::Replace),
             };
             self.reviver.connected(Instant::now());
             match self.watch(connection)? {
                 ConnectionEnd::Lost => {
                     let how = self.reviver.lost(Instant::now());
-                    self.judge.lost(how == Some(Loss::Died));
+                    self.trial.disconnected(how == Some(Loss::Died));
                     match how {
                         None | Some(Loss::Unheard) => {}
-                        Some(how) => tracing::info!(how = format!("{how:?}"), "the manager is gone"),
+                        Some(how) => tracing::info!(how = format!("{how:?}"), "the manager disconnected"),
                     }
                 }
-                ConnectionEnd::Become => return Ok(WatchdogExit::Become),
+                ConnectionEnd::Replace => return Ok(WatchdogExit::Replace),
                 how @ (ConnectionEnd::Stopped | ConnectionEnd::Terminate) => {
-                    tracing::info!(how = format!("{how:?}"), "the manager is gone");
-                    return if how == ConnectionEnd::Stopped { self.honour_stop() } else { Ok(WatchdogExit::Asked) };
+                    tracing::info!(how = format!("{how:?}"), "the manager disconnected");
+                    return if how == ConnectionEnd::Stopped {
+                        self.honour_stop()
+                    } else {
+                        Ok(WatchdogExit::Terminated)
+                    };
                 }
             }
         }
     }
 
-    /// Waits for a manager to connect to, and revives one that does not come.
+    /// Waits until it can connect to a manager, and restarts a dead one.
     fn find_manager(&mut self) -> Result<ManagerSearch> {
         loop {
-            // First: who is started next may depend on it.
-            match while_noticed(|| self.judge.look(Instant::now())) {
+            // First, because it may change which program is started next.
+            match with_keepalive(|| self.trial.check(Instant::now())) {
                 TrialAction::Nothing | TrialAction::Heartbeat => {}
-                TrialAction::EndManager => self.ask_manager_to_end(),
-                TrialAction::Become => return Ok(ManagerSearch::Become),
+                TrialAction::EndManager => self.request_manager_exit(),
+                TrialAction::Replace => return Ok(ManagerSearch::Replace),
             }
-            if self.judge.has_restored() {
+            if self.trial.has_restored() {
                 self.reviver.replaced(Instant::now());
-                self.children.replaced(self.home);
+                self.children.kill_replaced(self.home);
             }
             if let Some(connection) = self.connect() {
                 return Ok(ManagerSearch::Manager(connection));
@@ -255,115 +262,115 @@ impl Watchdog<'_> {
             if let Some(found) = self.carry_out(action) {
                 return Ok(found);
             }
-            let ended_unseen = self.children.look(self.home, Instant::now());
-            if ended_unseen && !role::is_taken(self.home, Role::Spm) {
-                self.judge.ended_unseen();
+            let exited_unanswered = self.children.reap(self.home, Instant::now());
+            if exited_unanswered && !role::is_held(self.home, Role::Spm) {
+                self.trial.exited_unanswered();
             }
             platform::notify(Notification::Alive);
-            let due = self.reviver.deadline().min(self.judge.due());
+            let due = self.reviver.deadline().min(self.trial.due());
             let pause = due.saturating_duration_since(Instant::now());
-            match self.words.recv_timeout(pause) {
+            match self.events.recv_timeout(pause) {
                 Ok(WatchdogEvent::Terminate) => return Ok(ManagerSearch::Terminate),
-                Ok(WatchdogEvent::Heard(..)) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(WatchdogEvent::Received(..)) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
             }
         }
     }
 
     fn seen(&self) -> RoleObservation {
-        RoleObservation {
-            taken: role::is_taken(self.home, Role::Spm),
-            stop_recorded: role::is_stop_recorded(self.home),
-        }
+        RoleObservation { taken: role::is_held(self.home, Role::Spm), stop_recorded: role::is_stop_recorded(self.home) }
     }
 
     fn carry_out(&mut self, action: Option<RevivalAction>) -> Option<ManagerSearch> {
         match action? {
-            RevivalAction::AskUnit => return self.ask_unit(),
+            RevivalAction::AskUnit => return self.query_unit(),
             RevivalAction::StartUnit => {
-                tracing::warn!("the manager is dead and its unit is asked to start it");
-                if let Err(error) = while_noticed(|| host_service::start(self.service, self.home, &[Role::Spm])) {
-                    tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
+                tracing::warn!("the manager is dead; its unit is started");
+                if let Err(error) = with_keepalive(|| host_service::start(self.service, self.home, &[Role::Spm])) {
+                    tracing::error!(error = format!("{error:#}"), "cannot start the manager's unit");
                 }
                 self.reviver.unit_start_ended(Instant::now());
             }
             RevivalAction::Start { failures } => {
                 tracing::warn!(failures, "the manager is dead and is started");
                 if let Err(error) = self.children.start(self.home) {
-                    tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again");
+                    tracing::error!(error = format!("{error:#}"), "cannot start the manager; the start is retried");
                 }
             }
             RevivalAction::KillHung => self.kill_hung(),
             RevivalAction::HonourStop => return Some(ManagerSearch::Stop),
-            // Of the other policy.
+            // Belongs to the manager's policy.
             RevivalAction::LeaveStopped => {}
         }
         None
     }
 
-    /// Asks what the service manager knows of the manager's unit, and does what follows.
-    fn ask_unit(&mut self) -> Option<ManagerSearch> {
+    /// Queries the service manager for the state of the manager's unit, and acts on it.
+    fn query_unit(&mut self) -> Option<ManagerSearch> {
         let answer = host_service::standing(self.service, self.home, Role::Spm).inspect_err(|error| {
-            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot query the service manager for the state of the manager's unit"
+            );
         });
         let action = self.reviver.answered(answer.ok(), self.seen(), Instant::now());
         if action == Some(RevivalAction::HonourStop) {
-            // It is recorded with what follows.
-            tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
+            // The stop is recorded by `honour_stop`.
+            tracing::info!("the manager's unit was stopped; the sub-agents are stopped too");
         }
         self.carry_out(action)
     }
 
     fn connect(&mut self) -> Option<LocalConnection> {
-        let mut door = match ControlClient::open(self.home, PING) {
-            Ok(door) => door?,
+        let mut client = match ControlClient::open(self.home, PING) {
+            Ok(client) => client?,
             Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "the manager's door cannot be opened");
+                tracing::warn!(error = format!("{error:#}"), "cannot connect to the manager");
                 return None;
             }
         };
-        door.send(&Request::Hello { role: Role::Spa, pid: std::process::id() }).ok()?;
-        let (writer, reader) = door.split().ok()?;
+        client.send(&Request::Hello { role: Role::Spa, pid: std::process::id() }).ok()?;
+        let (writer, reader) = client.split().ok()?;
         self.serial += 1;
         let (serial, sender) = (self.serial, self.sender.clone());
         std::thread::Builder::new()
-            .name("hear".to_owned())
+            .name("receive".to_owned())
             .stack_size(256 << 10)
             .spawn(move || listen(serial, reader, &sender))
             .ok()?;
         Some(writer)
     }
 
-    /// Holds the connection until it ends.
+    /// Supervises the manager until the connection ends.
     fn watch(&mut self, mut connection: LocalConnection) -> Result<ConnectionEnd> {
         let mut pings = Pings::new(Instant::now());
         loop {
-            let due = pings.due().min(self.judge.due());
-            match self.words.recv_timeout(due.saturating_duration_since(Instant::now())) {
+            let due = pings.due().min(self.trial.due());
+            match self.events.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(WatchdogEvent::Terminate) => {
                     platform::shut_down(&connection);
                     return Ok(ConnectionEnd::Terminate);
                 }
-                Ok(WatchdogEvent::Heard(serial, heard)) if serial == self.serial => match heard {
+                Ok(WatchdogEvent::Received(serial, message)) if serial == self.serial => match message {
                     ControlMessage::Reply(reply) => {
                         pings.answered();
                         if let Some(status) = &reply.status {
-                            self.judge.answered(status, Instant::now());
+                            self.trial.status_received(status, Instant::now());
                         }
                         self.children.answered(self.home);
                         if self.reviver.heard(Instant::now()) {
-                            tracing::info!("the manager is watched");
+                            tracing::info!("the manager answers and is supervised");
                         }
                     }
-                    ControlMessage::Farewell(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
-                    ControlMessage::Farewell(Goodbye::Yield) => self.reviver.yields(),
-                    ControlMessage::Silence => {}
-                    ControlMessage::End => return Ok(ConnectionEnd::Lost),
+                    ControlMessage::Goodbye(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
+                    ControlMessage::Goodbye(Goodbye::Yield) => self.reviver.yields(),
+                    ControlMessage::Timeout => {}
+                    ControlMessage::Closed => return Ok(ConnectionEnd::Lost),
                 },
-                Ok(WatchdogEvent::Heard(..)) => {}
+                Ok(WatchdogEvent::Received(..)) => {}
                 Err(RecvTimeoutError::Disconnected) => bail!("the signal handler has ended"),
                 Err(RecvTimeoutError::Timeout) => {
-                    if let Some(watched) = self.judge_manager(&mut connection) {
+                    if let Some(watched) = self.supervise_upgrade(&mut connection) {
                         return Ok(watched);
                     }
                     let next = pings.look(Instant::now());
@@ -371,108 +378,111 @@ impl Watchdog<'_> {
                         continue;
                     }
                     platform::notify(Notification::Alive);
-                    self.children.look(self.home, Instant::now());
-                    if Instant::now() >= self.looks_around {
-                        self.looks_around = Instant::now() + LOOKS_AROUND;
-                        self.look_around();
+                    self.children.reap(self.home, Instant::now());
+                    if Instant::now() >= self.next_home_check {
+                        self.next_home_check = Instant::now() + HOME_CHECK_INTERVAL;
+                        self.check_home();
                     }
-                    self.look_at_memory(&mut connection);
+                    self.check_memory(&mut connection);
                     if next == PingAction::Hung {
                         self.kill_hung();
                     }
-                    // A failure shows as the connection's end.
+                    // An error shows as the end of the connection.
                     let _ = control_socket::send(&mut connection, &Request::Ping);
                 }
             }
         }
     }
 
-    /// Looks after an upgrade of the manager that is connected.
-    fn judge_manager(&mut self, connection: &mut LocalConnection) -> Option<ConnectionEnd> {
-        if Instant::now() < self.judge.due() {
+    /// Supervises an upgrade of the connected manager.
+    fn supervise_upgrade(&mut self, connection: &mut LocalConnection) -> Option<ConnectionEnd> {
+        if Instant::now() < self.trial.due() {
             return None;
         }
-        // A failure shows as the connection's end.
-        match while_noticed(|| self.judge.look(Instant::now())) {
+        // An error shows as the end of the connection.
+        match with_keepalive(|| self.trial.check(Instant::now())) {
             TrialAction::Nothing => {}
             TrialAction::EndManager => drop(control_socket::send(connection, &Request::Yield)),
             TrialAction::Heartbeat => drop(control_socket::send(connection, &Request::Heartbeat)),
-            TrialAction::Become => {
+            TrialAction::Replace => {
                 platform::shut_down(connection);
-                return Some(ConnectionEnd::Become);
+                return Some(ConnectionEnd::Replace);
             }
         }
-        if self.judge.is_judging() {
+        if self.trial.is_in_progress() {
             let _ = control_socket::send(connection, &Request::Status);
         }
         None
     }
 
-    fn ask_manager_to_end(&self) {
-        let Some(holder) = role::who_has(self.home, Role::Spm) else { return };
-        if let Err(error) = holder.ask_to_end() {
-            tracing::error!(error = format!("{error:#}"), "the manager cannot be asked to end");
+    fn request_manager_exit(&self) {
+        let Some(holder) = role::current_holder(self.home, Role::Spm) else { return };
+        if let Err(error) = holder.request_exit() {
+            tracing::error!(error = format!("{error:#}"), "cannot ask the manager to exit");
         }
     }
 
     fn kill_hung(&self) {
-        let Some(holder) = role::who_has(self.home, Role::Spm) else { return };
-        tracing::error!(pid = holder.pid, "the manager hangs and is killed");
+        let Some(holder) = role::current_holder(self.home, Role::Spm) else { return };
+        tracing::error!(pid = holder.pid, "the manager does not respond and is killed");
         if let Err(error) = holder.kill() {
-            tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");
+            tracing::error!(error = format!("{error:#}"), "cannot kill the manager");
         }
     }
 
-    /// Directories and keys in place, and what the manager may use.
-    fn look_around(&mut self) {
-        role::tell_of_restored(&role::restore_directories(self.home));
-        role::announce_again(self.home, Role::Spa, self.holder);
+    /// Restores missing directories, checks the keys, and reloads the manager's memory limit.
+    fn check_home(&mut self) {
+        role::log_restored(&role::restore_directories(self.home));
+        role::retry_announce(self.home, Role::Spa, self.holder);
         match keyring::trusted(self.home) {
             Ok(keys) if keys.is_empty() => {
-                tracing::error!("no trusted key is left; no release can be installed until one is put into etc/keys")
+                tracing::error!("no trusted key is left; no release can be installed until a key is added to etc/keys")
             }
             Ok(_) => {}
-            Err(error) => tracing::error!(error = format!("{error:#}"), "no release can be installed"),
+            Err(error) => tracing::error!(
+                error = format!("{error:#}"),
+                "cannot read the trusted keys; no release can be installed"
+            ),
         }
         if let Ok(loaded) = Config::load(self.home) {
-            self.most_memory = loaded.config.spm_max_mem.0;
+            self.memory_limit = loaded.config.spm_max_mem.0;
         }
     }
 
-    /// Has the manager restarted that uses too much memory for too long. In an upgrade the judge sees to that.
-    fn look_at_memory(&mut self, connection: &mut LocalConnection) {
-        if self.judge.is_judging() {
+    /// Restarts a manager that uses too much memory for too long. During an upgrade, the trial's evaluation covers this.
+    fn check_memory(&mut self, connection: &mut LocalConnection) {
+        if self.trial.is_in_progress() {
             return;
         }
         let used =
             role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
-        if self.memory.look(used, self.most_memory, Instant::now())
-            && let Some(why) = memory::excess("the manager", used, self.most_memory, "spmMaxMem")
+        if self.memory.look(used, self.memory_limit, Instant::now())
+            && let Some(why) = memory::excess("the manager", used, self.memory_limit, "spmMaxMem")
         {
-            tracing::warn!(why, "the manager is restarted");
-            // A failure shows as the connection's end.
+            tracing::warn!(why, "the manager uses too much memory and is restarted");
+            // An error shows as the end of the connection.
             let _ = control_socket::send(connection, &Request::Renew { why });
         }
     }
 
-    /// Ends what the manager left, and records the stop where it was only told.
+    /// Stops the remaining sub-agents, and records the stop if it is not recorded yet.
     fn honour_stop(&mut self) -> Result<WatchdogExit> {
         if let Err(error) = role::record_stop(self.home) {
-            tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
+            tracing::warn!(error = format!("{error:#}"), "cannot record the stop");
         }
-        self.end_sub_agents()?;
-        tracing::info!("the home is stopped, and with it the watchdog");
+        self.stop_sub_agents()?;
+        tracing::info!("the home is stopped; the watchdog exits");
         Ok(WatchdogExit::Stopped)
     }
 
-    fn end_sub_agents(&self) -> Result<()> {
-        // Every one of them may take its grace period.
-        while_noticed(|| process::stop::stop_all(self.home))
+    fn stop_sub_agents(&self) -> Result<()> {
+        // Every sub-agent may take its grace period.
+        with_keepalive(|| process::stop::stop_all(self.home))
     }
 }
 
-/// Does what may take longer than the service manager waits for a sign of life, and gives it one meanwhile.
-fn while_noticed<T>(work: impl FnOnce() -> T) -> T {
+/// Runs work that may take longer than the service manager's watchdog timeout, and notifies it meanwhile.
+fn with_keepalive<T>(work: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
         let (done, working) = mpsc::channel::<()>();
         scope.spawn(move || {
@@ -491,15 +501,15 @@ enum ManagerSearch {
     /// The home is stopped.
     Stop,
     Terminate,
-    Become,
+    Replace,
 }
 
-/// Hears a connection to its end.
+/// Receives messages until the connection ends.
 fn listen(serial: u64, mut reader: BufReader<LocalConnection>, sender: &mpsc::Sender<WatchdogEvent>) {
     loop {
-        let heard = control_socket::hear(&mut reader).unwrap_or(ControlMessage::End);
-        let ended = heard == ControlMessage::End;
-        if sender.send(WatchdogEvent::Heard(serial, heard)).is_err() || ended {
+        let message = control_socket::receive(&mut reader).unwrap_or(ControlMessage::Closed);
+        let ended = message == ControlMessage::Closed;
+        if sender.send(WatchdogEvent::Received(serial, message)).is_err() || ended {
             return;
         }
     }

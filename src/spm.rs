@@ -1,7 +1,7 @@
-//! The manager: brings the desired state down from the gateway, keeps the sub-agents as it wants them, and tells what is.
+//! The manager: receives the desired state from the gateway, installs and runs the sub-agents accordingly, and reports their actual state.
 //!
-//! One task owns all state ([`manager::Manager`]) and never blocks; what takes time runs beside it and reports with an [`Input`]. Its
-//! death harms no sub-agent: each has a record, by which the next manager adopts it.
+//! One task owns all state ([`manager::Manager`]) and never blocks; slow work runs off the event loop and reports with an [`Input`].
+//! Sub-agents survive the manager's exit: each has a record, from which the next manager adopts it.
 
 mod agent;
 mod disk;
@@ -35,87 +35,87 @@ use crate::output::message;
 use crate::role::{self, STOPPED_ON_PURPOSE};
 use crate::{installation, logging, store};
 
-/// For a predecessor to give the role up, at the longest.
-const TAKE_OVER: Duration = Duration::from_secs(10);
+/// How long a manager waits for its predecessor to release the role.
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A thread that worked beside the loop keeps its stack for so long.
-const IDLE_THREADS: Duration = Duration::from_secs(1);
+/// How long an idle blocking thread is kept, with its stack.
+const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// How the manager is started.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ManagerOptions {
-    /// Who starts it: a unit of the service manager says so here
+    /// The service manager that starts it; set by the unit
     #[arg(long, hide = true, value_name = "KIND", default_value = "none")]
     service: ServiceManagerKind,
     #[command(subcommand)]
     command: Option<SpmCommand>,
 }
 
-/// What else the program `aops-spm` does.
+/// Hidden subcommands of `aops-spm`.
 #[derive(Debug, Clone, clap::Subcommand)]
 enum SpmCommand {
-    /// Run by the unit before it is stopped: makes a real stop one of the sub-agents too
+    /// Run by the unit's ExecStop: in a real stop, stops the sub-agents too
     #[command(hide = true)]
     StopHook,
-    /// Run by another release before it gives way to this one: reads the home's settings and state, and changes nothing
+    /// Run by the previous release before an upgrade: checks that this one can read the settings and the state; changes nothing
     #[command(hide = true)]
     Preflight,
 }
 
-/// Runs the manager until it is stopped or gives way.
+/// Runs the manager until it is stopped or yields to another one.
 pub fn main(home: &Home, options: &ManagerOptions) -> Result<ExitCode> {
     match options.command {
         Some(SpmCommand::StopHook) => return stop_hook::run(home, options.service),
         Some(SpmCommand::Preflight) => return preflight(home),
         None => {}
     }
-    role::demand_home(home)?;
-    // Before the log is opened, whose directory may be among them; what it fails of shows there or nowhere.
+    role::require_installation(home)?;
+    // Before the log is opened: its directory may be among those restored. An error shows there or is lost.
     let restored = role::restore_directories(home);
     logging::to_file(&home.role_log("spm"));
-    role::tell_of_restored(&restored);
-    role::leave_sub_agent(home);
+    role::log_restored(&restored);
+    role::leave_sub_agent_cgroup(home);
     let supervised = options.service != ServiceManagerKind::None;
     if supervised {
-        // The service manager starts what it was told to start, or what is to run at boot.
+        // The service manager starts a unit on an operator's request or at boot: both clear a recorded stop.
         role::clear_stop(home)?;
     } else if role::is_stop_recorded(home) {
-        tracing::info!("the home was told to stop; the manager does not start");
-        message!("{} was told to stop; start it with `control start`", home.root().display());
+        tracing::info!("the home is stopped; the manager does not start");
+        message!("{} is stopped; start it with `control start`", home.root().display());
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
-    let _lock = take_role(home, supervised)
+    let _lock = acquire_role(home, supervised)
         .inspect_err(|error| tracing::error!(error = format!("{error:#}"), "the manager cannot start"))?;
     let holder = role::announce(home, Role::Spm)?;
     if !supervised && role::is_stop_recorded(home) {
-        // Who stops the home records it first and then looks who is there; either it sees us, or we see the record.
-        role::take_leave(home, Role::Spm, &holder);
+        // A stop is recorded before the running roles are looked up: either the stop finds this process, or this process finds the record.
+        role::record_exit(home, Role::Spm, &holder);
         return Ok(ExitCode::from(STOPPED_ON_PURPOSE));
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(256)
-        .thread_keep_alive(IDLE_THREADS)
+        .thread_keep_alive(THREAD_KEEP_ALIVE)
         .build()?;
-    let ended = runtime.block_on(manager::run(home, options.service, &holder));
-    // Threads that wait on the network are not waited for.
+    let result = runtime.block_on(manager::run(home, options.service, &holder));
+    // Does not wait for threads that are blocked on the network.
     runtime.shutdown_background();
-    if let Err(error) = &ended {
-        tracing::error!(error = format!("{error:#}"), "the manager ended");
+    if let Err(error) = &result {
+        tracing::error!(error = format!("{error:#}"), "the manager exits because of an error");
     } else {
-        role::take_leave(home, Role::Spm, &holder);
+        role::record_exit(home, Role::Spm, &holder);
     }
-    Ok(match ended? {
+    Ok(match result? {
         control_socket::Goodbye::Stop => ExitCode::from(STOPPED_ON_PURPOSE),
         control_socket::Goodbye::Yield => ExitCode::SUCCESS,
     })
 }
 
-/// Reads everything that a manager reads of this home when it starts. What it would do without is an error here.
+/// Reads everything that a manager reads at start. Files that a start tolerates as unreadable are errors here.
 fn preflight(home: &Home) -> Result<ExitCode> {
-    role::demand_home(home)?;
+    role::require_installation(home)?;
     let loaded = Config::load(home)?;
-    installation::agent_id(home)?.context("the host has no agent id")?;
+    installation::agent_id(home)?.context("this host has no agent id; run `aops install --agent-id ID`")?;
     installation::ManagerRecord::load(home)?;
     installation::InstallRecord::load(home)?;
     store::load::<DesiredState>(&home.desired())?;
@@ -132,25 +132,25 @@ fn preflight(home: &Home) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Takes the role; one that the service manager started asks a predecessor that somebody else started to give way.
-fn take_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
+/// Acquires the role's lock. A manager started by the service manager first asks one that was started otherwise to yield.
+fn acquire_role(home: &Home, supervised: bool) -> Result<crate::lock::LockGuard> {
     if supervised
-        && role::is_taken(home, Role::Spm)
-        && let Err(error) = control_socket::ask(home, &Request::Yield, TAKE_OVER)
+        && role::is_held(home, Role::Spm)
+        && let Err(error) = control_socket::request(home, &Request::Yield, TAKE_OVER_TIMEOUT)
     {
-        tracing::warn!(error = format!("{error:#}"), "the manager that runs already cannot be asked to give way");
+        tracing::warn!(error = format!("{error:#}"), "cannot ask the running manager to yield");
     }
-    match role::take(home, Role::Spm, TAKE_OVER).context("cannot become the manager")? {
+    match role::acquire(home, Role::Spm, TAKE_OVER_TIMEOUT).context("cannot acquire the manager's lock")? {
         Some(lock) => Ok(lock),
         None => {
             let holder = role::living(home, Role::Spm)
-                .map_or("another process".to_owned(), |holder| format!("process {}", holder.pid));
-            bail!("cannot become the manager of {}: {holder} is", home.root().display())
+                .map_or("; see `control status`".to_owned(), |holder| format!(" (pid {})", holder.pid));
+            bail!("cannot manage {}: another manager is already running{holder}", home.root().display())
         }
     }
 }
 
-/// The time now as events and `status` write it: RFC 3339, UTC, to the second.
+/// The current time in the format of events and `status`: RFC 3339, UTC, whole seconds.
 fn timestamp() -> String {
     let now = jiff::Timestamp::now();
     now.round(jiff::Unit::Second).unwrap_or(now).to_string()
@@ -161,7 +161,7 @@ fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// The time that is so many seconds after 1970.
+/// Formats a Unix time in seconds as RFC 3339.
 fn timestamp_of(unix_seconds: u64) -> Option<String> {
     let at = jiff::Timestamp::from_second(i64::try_from(unix_seconds).ok()?).ok()?;
     Some(at.to_string())

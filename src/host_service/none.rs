@@ -61,8 +61,8 @@ pub fn is_known(_home: &Home) -> bool {
 /// Starts the manager, which starts the watchdog.
 pub fn start(home: &Home, _roles: &[Role]) -> Result<Option<Child>> {
     let deadline = Instant::now() + EXIT_TIMEOUT;
-    while role::is_taken(home, Role::Spm) {
-        let answers = matches!(control_socket::ask(home, &Request::Ping, YIELD_TIMEOUT), Ok(Some(_)));
+    while role::is_held(home, Role::Spm) {
+        let answers = matches!(control_socket::request(home, &Request::Ping, YIELD_TIMEOUT), Ok(Some(_)));
         if answers || Instant::now() >= deadline {
             return start_watchdog_on_trial(home).map(|()| None);
         }
@@ -82,7 +82,7 @@ fn spawn(home: &Home) -> Result<Option<Child>> {
 fn start_watchdog_on_trial(home: &Home) -> Result<()> {
     // If the record cannot be read, an additional watchdog does no harm: it exits, since the role is taken.
     let is_on_trial = upgrade::load(home).map_or(true, |record| record.trial().is_some());
-    if is_on_trial && !role::is_taken(home, Role::Spa) {
+    if is_on_trial && !role::is_held(home, Role::Spa) {
         role::spawn(home, Role::Spa)?;
     }
     Ok(())
@@ -109,14 +109,14 @@ pub fn is_restarting(_home: &Home, _role: Role) -> Result<bool> {
 /// restarts the watchdog after a delay, and is stopped within it.
 pub fn stop_roles(home: &Home) -> Result<()> {
     if let Some(watchdog) = role::living(home, Role::Spa) {
-        watchdog.ask_to_end()?;
-        watchdog.await_end()?;
+        watchdog.request_exit()?;
+        watchdog.wait_for_exit()?;
     }
     if let Some(manager) = role::living(home, Role::Spm) {
-        if !matches!(control_socket::ask(home, &Request::Yield, YIELD_TIMEOUT), Ok(Some(_))) {
-            manager.ask_to_end()?;
+        if !matches!(control_socket::request(home, &Request::Yield, YIELD_TIMEOUT), Ok(Some(_))) {
+            manager.request_exit()?;
         }
-        manager.await_end()?;
+        manager.wait_for_exit()?;
     }
     Ok(())
 }

@@ -35,7 +35,7 @@ pub(super) fn run(home: &Home) -> bool {
 
 /// Stops everything: sub-agents, roles, and what else runs of this home. Works also where the manager is dead or a unit is gone.
 pub(super) fn stop_all(home: &Home) -> Result<()> {
-    for remark in lifecycle::stop_for_good(home)? {
+    for remark in lifecycle::stop_before_removal(home)? {
         progress::warn(remark);
     }
     // One that was being started meanwhile, by a role that is dead now, would write into what is taken away.
@@ -68,7 +68,7 @@ pub(super) fn start(home: &Home, kind: ServiceManagerKind, registered_before: bo
 pub(super) fn wait(home: &Home, before: Option<u32>, mut child: Option<Child>) -> Result<()> {
     let started = Instant::now();
     loop {
-        let answer = control_socket::ask(home, &Request::Status, QUESTION);
+        let answer = control_socket::request(home, &Request::Status, QUESTION);
         if let Ok(Some(reply)) = &answer
             && let Some(status) = &reply.status
             && status.spm.pid.is_some()

@@ -37,10 +37,10 @@ pub(super) fn end(home: &Home) -> Result<UpgradeSession> {
         if session.carry_out(step, None)? {
             continue;
         }
-        match (step, role::who_has(home, Role::Spm)) {
+        match (step, role::current_holder(home, Role::Spm)) {
             (UpgradeStep::RestartManager | UpgradeStep::KillManager, Some(manager)) => {
-                manager.ask_to_end()?;
-                manager.await_end()?;
+                manager.request_exit()?;
+                manager.wait_for_exit()?;
             }
             (UpgradeStep::RestartManager | UpgradeStep::KillManager, None) => {}
             _ => bail!("the upgrade of the manager that is under way cannot be ended ({step:?}); see `control status`"),
@@ -56,7 +56,7 @@ pub(super) fn replaced(session: &mut UpgradeSession, version: &Version) -> Resul
 
 fn evidence(home: &Home, session: &UpgradeSession, programs: &mut Programs) -> Result<Evidence> {
     let seen = session.evidence(Decider::Installer, programs)?;
-    let manager = role::who_has(home, Role::Spm).map(|holder| {
+    let manager = role::current_holder(home, Role::Spm).map(|holder| {
         let program = programs.of_process(holder.pid);
         let image = session.record().trial().map_or(WhichRelease::Other, |trial| {
             // Where both have the same bytes, it is the new one until the release from before is recorded again.

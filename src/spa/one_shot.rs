@@ -1,4 +1,5 @@
-//! What the judge of an upgrade has done by a process of its own: what needs the network, and what another program is to show.
+//! Modes in which the watchdog's program runs as a one-shot during an upgrade: a heartbeat, which needs the network, and the proof that the
+//! new program works.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,15 +18,17 @@ use crate::process::{launch, record};
 use crate::uplink::sender::{SendOutcome, Sender};
 use crate::{installation, platform, role, store};
 
-/// The manager answers pings for so long.
-const PROOF: Duration = Duration::from_secs(10);
-const PAUSE: Duration = Duration::from_millis(500);
+/// How long the manager must answer pings.
+const PROOF_DURATION: Duration = Duration::from_secs(10);
+const PING_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Sends one heartbeat, as the manager would; success: the gateway answers it. The answer is not acted on.
+/// Sends one heartbeat, as the manager would; succeeds if the gateway answers. The answer is not applied.
 pub(super) fn probe(home: &Home) -> Result<ExitCode> {
     let config = Config::load(home)?.config;
-    let agent_id = installation::agent_id(home)?.context("the host has no agent id")?;
-    let manager = installation::ManagerRecord::load(home)?.context("no release of the manager is recorded")?;
+    let agent_id =
+        installation::agent_id(home)?.context("this host has no agent id; run `aops install --agent-id ID`")?;
+    let manager = installation::ManagerRecord::load(home)?
+        .context("the manager's release is not recorded; run `aops install`")?;
     let desired: DesiredState = store::load(&home.desired())?.unwrap_or_default();
     let pid = role::living(home, Role::Spm).map_or(0, |holder| holder.pid);
     let instance_id = installation::instance_id(home);
@@ -72,16 +75,16 @@ pub(super) fn probe(home: &Home) -> Result<ExitCode> {
     }
 }
 
-/// Shows that this program can be the watchdog: it reads the settings, connects to the manager and is answered for a while. It takes no
-/// lock and watches nothing.
+/// Proves that this program can run as the watchdog: it reads the settings, and the manager answers its pings for a while. Takes no lock
+/// and supervises nothing.
 pub(super) fn prove(home: &Home) -> Result<ExitCode> {
-    role::demand_home(home)?;
+    role::require_installation(home)?;
     Config::load(home)?;
     let began = Instant::now();
-    let mut door = ControlClient::open(home, PING)?.context("the manager does not listen")?;
-    while began.elapsed() < PROOF {
-        door.ask(&Request::Ping).context("the manager does not answer")?;
-        platform::pause(PAUSE);
+    let mut client = ControlClient::open(home, PING)?.context("the manager does not accept connections")?;
+    while began.elapsed() < PROOF_DURATION {
+        client.request(&Request::Ping).context("the manager does not answer")?;
+        platform::pause(PING_INTERVAL);
     }
     Ok(ExitCode::SUCCESS)
 }

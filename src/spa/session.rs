@@ -1,48 +1,51 @@
-//! What a manager has started besides sub-agents: the other processes of its session. A bad release's are bounded, and end with it.
+//! The processes of a manager's session, other than sub-agents. For a bad release their number and memory are limited, and they are killed
+//! with it.
 
 use crate::core::manifest::StopSignal;
 use crate::home::Home;
 use crate::platform;
 
-/// A manager has a handful of processes in its session: what checks and asks.
+/// Limit on the processes of a session; a manager has a handful, for checks and queries.
 const MAX_PROCESSES: usize = 200;
-/// What is left of its session is killed in so many rounds: it may start more meanwhile.
-const ROUNDS: usize = 100;
+/// Limit on the rounds in which the rest of a session is killed: its processes may start more in between.
+const MAX_ROUNDS: usize = 100;
 
-/// The processes of a manager's session, itself among them; a sub-agent has a session of its own.
-fn session_of(home: &Home, pid: u32, start_time: u64) -> Vec<platform::ProcessInfo> {
+/// The processes of a manager's session, itself among them. Sub-agents have sessions of their own.
+fn processes_of_session(home: &Home, pid: u32, start_time: u64) -> Vec<platform::ProcessInfo> {
     let own = platform::process_info(pid, home.root());
-    // Of a dead one the session has its number as long as there is a process in it, and then nobody else has that number.
+    // While a session has processes, its number is not reused as a pid, so a dead manager's pid still identifies its session.
     let session = match &own {
         Some(own) if own.start_time != start_time => return vec![],
         Some(own) => own.session,
         None => pid,
     };
-    let ours = platform::process_info(std::process::id(), home.root()).map(|seen| seen.session);
+    let ours = platform::process_info(std::process::id(), home.root()).map(|process| process.session);
     if ours == Some(session) {
         return own.into_iter().collect();
     }
-    let is_its = |seen: &platform::ProcessInfo| {
-        seen.session == session && seen.marker.is_none() && seen.start_time >= start_time
+    let belongs_to_it = |process: &platform::ProcessInfo| {
+        process.session == session && process.marker.is_none() && process.start_time >= start_time
     };
-    platform::processes(home.root()).into_iter().filter(is_its).collect()
+    platform::processes(home.root()).into_iter().filter(belongs_to_it).collect()
 }
 
-pub(super) fn uses_too_much(home: &Home, pid: u32, start_time: u64, most: u64) -> bool {
-    let processes = session_of(home, pid, start_time);
-    let bytes = processes.iter().filter_map(|seen| platform::memory_bytes(seen.pid)).fold(0_u64, u64::saturating_add);
-    processes.len() > MAX_PROCESSES || bytes > most
+pub(super) fn exceeds_limits(home: &Home, pid: u32, start_time: u64, memory_limit: u64) -> bool {
+    let processes = processes_of_session(home, pid, start_time);
+    let bytes =
+        processes.iter().filter_map(|process| platform::memory_bytes(process.pid)).fold(0_u64, u64::saturating_add);
+    processes.len() > MAX_PROCESSES || bytes > memory_limit
 }
 
-/// Kills all that a manager has started and that is no sub-agent; the manager itself is left to the caller.
+/// Kills all processes that a manager started, except sub-agents and the manager itself.
 pub(super) fn kill_session(home: &Home, pid: u32, start_time: u64) {
-    for _ in 0..ROUNDS {
-        let others: Vec<_> = session_of(home, pid, start_time).into_iter().filter(|seen| seen.pid != pid).collect();
+    for _ in 0..MAX_ROUNDS {
+        let others: Vec<_> =
+            processes_of_session(home, pid, start_time).into_iter().filter(|process| process.pid != pid).collect();
         if others.is_empty() {
             return;
         }
-        for seen in others {
-            let _ = platform::signal(seen.pid, seen.start_time, StopSignal::Kill);
+        for process in others {
+            let _ = platform::signal(process.pid, process.start_time, StopSignal::Kill);
         }
     }
     tracing::error!(pid, "the manager starts processes faster than they can be killed");

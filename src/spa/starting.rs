@@ -1,4 +1,4 @@
-//! Managers that this watchdog started, until they are known: one may end, or hang, before anybody can connect to it.
+//! Managers started by this watchdog that have not answered yet: one may exit or hang before the watchdog can connect to it.
 
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -11,27 +11,27 @@ use crate::home::Home;
 use crate::platform;
 use crate::role;
 
-/// One that neither ends nor has the role within this hangs.
-const HUNG: Duration = Duration::from_secs(60);
+/// A manager that has neither exited nor answered after this time hangs.
+const HANG_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 struct StartedManager {
     child: Child,
-    /// The kernel's; `None`: it had ended already.
+    /// The kernel's start time; `None`: it had exited already.
     start_time: Option<u64>,
-    at: Instant,
-    /// The watchdog has connected to it.
-    is_known: bool,
+    started_at: Instant,
+    /// The watchdog has received an answer from it.
+    has_answered: bool,
 }
 
 impl StartedManager {
-    /// Kills it with all that it has started and that is no sub-agent.
+    /// Kills it with all processes that it started, except sub-agents.
     fn kill(&mut self, home: &Home, why: &'static str) {
-        tracing::warn!(pid = self.child.id(), why, "a manager that was started is killed");
+        tracing::warn!(pid = self.child.id(), why, "killing a manager that this watchdog started");
         if let Some(start_time) = self.start_time {
             kill_session(home, self.child.id(), start_time);
         }
-        // It is reaped at the next look; one that has ended meanwhile cannot be killed.
+        // It is reaped at the next check; an error means that it exited in the meantime.
         let _ = self.child.kill();
     }
 }
@@ -43,46 +43,46 @@ impl StartedManagers {
     /// Starts a manager.
     pub(super) fn start(&mut self, home: &Home) -> Result<()> {
         let child = role::spawn(home, Role::Spm)?;
-        let start_time = platform::process_info(child.id(), home.root()).map(|seen| seen.start_time);
-        self.0.push(StartedManager { child, start_time, at: Instant::now(), is_known: false });
+        let start_time = platform::process_info(child.id(), home.root()).map(|process| process.start_time);
+        self.0.push(StartedManager { child, start_time, started_at: Instant::now(), has_answered: false });
         Ok(())
     }
 
-    /// The manager has answered: it is one of these, or leads the session of one, or nobody here knows it.
+    /// The manager has answered: marks the started manager that it is, or whose session it belongs to.
     pub(super) fn answered(&mut self, home: &Home) {
-        if self.0.iter().all(|started| started.is_known) {
+        if self.0.iter().all(|started| started.has_answered) {
             return;
         }
-        let Some(holder) = role::who_has(home, Role::Spm) else { return };
-        let session = platform::process_info(holder.pid, home.root()).map(|seen| seen.session);
+        let Some(holder) = role::current_holder(home, Role::Spm) else { return };
+        let session = platform::process_info(holder.pid, home.root()).map(|process| process.session);
         for started in &mut self.0 {
-            started.is_known |= [Some(holder.pid), session].contains(&Some(started.child.id()));
+            started.has_answered |= [Some(holder.pid), session].contains(&Some(started.child.id()));
         }
     }
 
-    /// Reaps those that have ended and kills those that hang; whether one has ended that nobody had connected to.
-    pub(super) fn look(&mut self, home: &Home, now: Instant) -> bool {
-        let mut ended_unknown = false;
+    /// Reaps exited managers and kills hung ones; returns whether one exited without having answered.
+    pub(super) fn reap(&mut self, home: &Home, now: Instant) -> bool {
+        let mut exited_unanswered = false;
         self.0.retain_mut(|started| {
             let lives = matches!(started.child.try_wait(), Ok(None));
-            ended_unknown |= !lives && !started.is_known;
+            exited_unanswered |= !lives && !started.has_answered;
             lives
         });
         for started in &mut self.0 {
-            if !started.is_known && now.saturating_duration_since(started.at) >= HUNG {
-                started.kill(home, "it did not begin its work");
-                // Once: what does not die of it cannot be killed.
-                started.is_known = true;
+            if !started.has_answered && now.saturating_duration_since(started.started_at) >= HANG_TIMEOUT {
+                started.kill(home, "it did not answer in time");
+                // Only once: a process that survives this cannot be killed.
+                started.has_answered = true;
             }
         }
-        ended_unknown
+        exited_unanswered
     }
 
-    /// Another program was put in the place of theirs.
-    pub(super) fn replaced(&mut self, home: &Home) {
-        for started in self.0.iter_mut().filter(|started| !started.is_known) {
+    /// The manager's program was replaced.
+    pub(super) fn kill_replaced(&mut self, home: &Home) {
+        for started in self.0.iter_mut().filter(|started| !started.has_answered) {
             started.kill(home, "its release was rolled back");
-            started.is_known = true;
+            started.has_answered = true;
         }
     }
 }

@@ -1,9 +1,8 @@
-//! The watchdog as the judge of a new release of the manager, whose upgrade it brings to one end or the other.
+//! Supervises the trial of a new release of the manager, up to its commit or rollback.
 //!
-//! What follows from what is decided in [`core::upgrade`](crate::core::upgrade). Here the new manager is observed, steps that change the
-//! disk are carried out, and two one-shots are run: a heartbeat of the old program, which tells whether a missing one is the new
-//! manager's fault or the network's, and the proof of the new watchdog. What concerns the manager's process or this one is answered as a
-//! [`TrialAction`], for the watchdog to do.
+//! The decisions are made in [`core::upgrade`](crate::core::upgrade). Here the new manager is observed, disk steps are carried out, and two
+//! one-shots are run: a heartbeat of the old program, which shows whether a missing heartbeat is the new manager's fault or the network's,
+//! and the proof of the new watchdog. Actions on the manager's process or on this process are returned as a [`TrialAction`].
 
 mod shot;
 
@@ -14,7 +13,7 @@ use anyhow::{Result, bail};
 
 use self::shot::OneShot;
 use super::sentinel::Sentinel;
-use super::session::{kill_session, uses_too_much};
+use super::session::{exceeds_limits, kill_session};
 use crate::config::Config;
 use crate::core::model::Digest;
 use crate::core::role::Role;
@@ -31,42 +30,42 @@ use crate::platform::ContentStamp;
 use crate::process::record;
 use crate::role::{self, RoleHolder};
 
-/// Between two looks while an upgrade is under way.
-const LOOK: Duration = Duration::from_secs(1);
-/// Otherwise the record's file is looked at so often, and whenever the manager has ended.
-const IDLE_LOOK: Duration = PING;
-/// The other role may hold the record for a step.
-const TURN: Duration = Duration::from_millis(500);
-/// Steps without a pause; an upgrade has fewer.
+/// Interval between checks while an upgrade is in progress.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Otherwise: interval for checking the record's file, which is also checked when the manager exits.
+const IDLE_CHECK_INTERVAL: Duration = PING;
+/// Timeout for the record's lock: the other role may hold it for a step.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+/// Limit on steps without a pause; an upgrade has fewer.
 const MAX_STEPS: usize = 32;
-/// The time that is waited is recorded in pieces of this length.
-const PIECE: Duration = Duration::from_secs(5);
-/// The settings may change meanwhile.
-const SETTINGS: Duration = Duration::from_secs(60);
-/// A heartbeat of the old program ends within this, through however many endpoints.
-const PROBE: Duration = Duration::from_secs(120);
-/// The proof of the new watchdog ends within this.
-const PROOF: Duration = Duration::from_secs(60);
-/// The new manager may use too much at one look, and not at so many in a row.
-const LARGE_IN_A_ROW: u32 = 3;
-/// A manager that is to send a heartbeat is asked for one so often.
-const ASKS: Duration = Duration::from_secs(10);
-/// A manager that was asked to end is killed after this.
-const ENDS: Duration = Duration::from_secs(10);
+/// Waiting time is recorded in pieces of this length.
+const WAIT_PIECE: Duration = Duration::from_secs(5);
+/// Interval for reloading the settings.
+const SETTINGS_INTERVAL: Duration = Duration::from_secs(60);
+/// Timeout of the old program's heartbeat, over all endpoints.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Timeout of the proof of the new watchdog.
+const PROOF_TIMEOUT: Duration = Duration::from_secs(60);
+/// Number of consecutive checks above a limit until the new manager counts as using too much.
+const MAX_OVER_LIMIT: u32 = 3;
+/// Interval for requesting a heartbeat that the manager still owes.
+const HEARTBEAT_REQUEST_INTERVAL: Duration = Duration::from_secs(10);
+/// A manager that was asked to exit is killed after this.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the watchdog is to do.
+/// An action for the watchdog to carry out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TrialAction {
     Nothing,
-    /// Ask the manager to give way.
+    /// Ask the manager to yield.
     EndManager,
-    /// Ask the manager for a heartbeat.
+    /// Request a heartbeat from the manager.
     Heartbeat,
-    /// Go on as the program that the watchdog's link leads to now.
-    Become,
+    /// Continue as the program that the watchdog's link names now.
+    Replace,
 }
 
-/// The manager that runs, as it was observed so far.
+/// The running manager, as observed so far.
 #[derive(Debug)]
 struct ObservedManager {
     holder: RoleHolder,
@@ -74,125 +73,125 @@ struct ObservedManager {
     answered: Option<Instant>,
     adopted: bool,
     heartbeat: bool,
-    /// In a row, at which it used too much.
-    large: u32,
-    asked_to_end: Option<Instant>,
+    /// Number of consecutive checks at which it used too much.
+    over_limit: u32,
+    exit_requested: Option<Instant>,
 }
 
 #[derive(Debug)]
 pub(super) struct TrialMonitor {
     home: Home,
-    /// Nothing but this process would start the watchdog again.
-    alone: bool,
+    /// There is no service manager that would restart the watchdog.
+    is_unsupervised: bool,
     programs: Programs,
     own: Option<Digest>,
     was_started_from_backup: bool,
-    /// Another program was put in the place of a manager that failed, and nobody has asked yet.
+    /// A failed manager's program was replaced, and `has_restored` was not called since.
     has_restored: bool,
-    /// The record's file, as it was last read.
-    seen: Option<ContentStamp>,
-    is_judging: bool,
-    next_look: Instant,
-    /// This watchdog was started, not renewed, and has not looked yet.
+    /// Stamp of the record's file when last read.
+    record_stamp: Option<ContentStamp>,
+    is_in_progress: bool,
+    next_check: Instant,
+    /// This watchdog was started, not renewed, and has not checked the record yet.
     is_new: bool,
-    /// It went on for another program, in this phase of the trial.
+    /// The phase of the trial in which this watchdog was renewed.
     renewed_in: Option<UpgradePhase>,
-    is_first_look: bool,
-    /// The trial that what follows is about.
+    is_first_check: bool,
+    /// The trial that the following fields are about.
     trial: Option<Trial>,
     manager: Option<ObservedManager>,
     died: bool,
     took_over: bool,
-    /// A manager of the release before has ended since the trial began: whoever comes then was started as the new one.
+    /// A manager of the previous release exited since the trial started: later managers were started from the new release.
     is_old_gone: bool,
     probe: OneShot,
     proof: OneShot,
-    /// The managers of the new release that were seen: what they started is ended with them.
+    /// The managers of the new release seen so far: the processes that they started are killed with them.
     new_managers: Vec<RoleHolder>,
-    /// Why the last look failed.
+    /// Why the last check failed.
     last_error: Option<String>,
-    /// The manager was last asked for a heartbeat then.
-    asked: Option<Instant>,
-    /// Waiting since, of which nothing is recorded yet.
-    waits: Option<Instant>,
+    /// When the manager was last asked for a heartbeat.
+    heartbeat_requested: Option<Instant>,
+    /// Start of the waiting time that is not recorded yet.
+    waiting_since: Option<Instant>,
     limits: TrialLimits,
-    most_memory: u64,
-    settings: Option<Instant>,
+    memory_limit: u64,
+    settings_loaded: Option<Instant>,
     sentinel: Option<Sentinel>,
 }
 
 impl TrialMonitor {
-    /// `alone`: there is no service manager; `renewed`: it goes on for another program of the same watchdog.
-    pub(super) fn new(home: &Home, alone: bool, renewed: bool, now: Instant) -> TrialMonitor {
+    /// `is_unsupervised`: there is no service manager; `renewed`: a running watchdog replaced itself with this program.
+    pub(super) fn new(home: &Home, is_unsupervised: bool, renewed: bool, now: Instant) -> TrialMonitor {
         let backup = home.backup_executable();
         let own = platform::own_executable();
         TrialMonitor {
             home: home.clone(),
-            alone,
+            is_unsupervised,
             programs: Programs::default(),
             own: None,
             was_started_from_backup: own.is_some_and(|own| own.file_name() == backup.file_name()),
             has_restored: false,
-            seen: None,
-            is_judging: true,
-            next_look: now,
+            record_stamp: None,
+            is_in_progress: true,
+            next_check: now,
             is_new: !renewed,
             renewed_in: None,
-            is_first_look: true,
+            is_first_check: true,
             trial: None,
             manager: None,
             died: false,
             took_over: false,
             is_old_gone: false,
-            probe: OneShot::NotBegun,
-            proof: OneShot::NotBegun,
+            probe: OneShot::NotStarted,
+            proof: OneShot::NotStarted,
             new_managers: vec![],
             last_error: None,
-            asked: None,
-            waits: None,
+            heartbeat_requested: None,
+            waiting_since: None,
             limits: TrialLimits::default(),
-            most_memory: u64::MAX,
-            settings: None,
+            memory_limit: u64::MAX,
+            settings_loaded: None,
             sentinel: None,
         }
     }
 
-    /// When to look next.
+    /// When [`TrialMonitor::check`] must be called next.
     pub(super) fn due(&self) -> Instant {
-        self.next_look
+        self.next_check
     }
 
-    /// An upgrade is under way: the manager is to be asked after its state.
-    pub(super) fn is_judging(&self) -> bool {
-        self.is_judging
+    /// Whether an upgrade is in progress: then the manager's status is requested.
+    pub(super) fn is_in_progress(&self) -> bool {
+        self.is_in_progress
     }
 
-    /// Whether the release before was put back since this was last asked.
+    /// Whether the previous release was restored since the last call.
     pub(super) fn has_restored(&mut self) -> bool {
         std::mem::take(&mut self.has_restored)
     }
 
-    /// The connection to the manager has ended. `died`: without a word, or because it hung.
-    pub(super) fn lost(&mut self, died: bool) {
-        self.next_look = Instant::now();
+    /// The connection to the manager ended. `died`: without a goodbye, or because it hung.
+    pub(super) fn disconnected(&mut self, died: bool) {
+        self.next_check = Instant::now();
         if let Some(manager) = &mut self.manager {
             manager.answered = None;
             if !died {
-                manager.asked_to_end.get_or_insert(Instant::now());
+                manager.exit_requested.get_or_insert(Instant::now());
             }
-            self.died |= died && manager.image == WhichRelease::To && manager.asked_to_end.is_none();
+            self.died |= died && manager.image == WhichRelease::To && manager.exit_requested.is_none();
         }
     }
 
-    /// A manager that this watchdog started has ended before anybody could connect to it.
-    pub(super) fn ended_unseen(&mut self) {
+    /// A manager that this watchdog started exited before it answered.
+    pub(super) fn exited_unanswered(&mut self) {
         self.died |= self.trial.as_ref().is_some_and(|trial| trial.phase == UpgradePhase::Trial);
-        self.next_look = Instant::now();
+        self.next_check = Instant::now();
     }
 
-    /// What the manager says of itself.
-    pub(super) fn answered(&mut self, status: &Status, now: Instant) {
-        self.find_manager();
+    /// Evaluates a status reported by the manager.
+    pub(super) fn status_received(&mut self, status: &Status, now: Instant) {
+        self.update_manager();
         let (Some(trial), Some(manager)) = (&self.trial, &mut self.manager) else { return };
         if status.spm.pid != Some(manager.holder.pid) {
             return;
@@ -202,7 +201,7 @@ impl TrialMonitor {
         {
             manager.image = if *version == trial.from.version { WhichRelease::From } else { WhichRelease::To };
         }
-        // One that takes itself for another release than was signed would be upgraded for ever.
+        // One that reports another version than its release's would be upgraded again and again.
         if manager.image == WhichRelease::To && status.version.as_ref() != Some(&trial.to.version) {
             return tracing::warn!(version = ?status.version, "the new manager reports another version than that of its release");
         }
@@ -216,13 +215,13 @@ impl TrialMonitor {
         }
     }
 
-    /// Looks, and takes the steps that are due.
-    pub(super) fn look(&mut self, now: Instant) -> TrialAction {
-        if now < self.next_look {
+    /// Checks the record, and carries out the steps that are due.
+    pub(super) fn check(&mut self, now: Instant) -> TrialAction {
+        if now < self.next_check {
             return TrialAction::Nothing;
         }
-        self.next_look = now + if self.is_judging { LOOK } else { IDLE_LOOK };
-        if !self.is_judging && !self.is_record_changed() {
+        self.next_check = now + if self.is_in_progress { CHECK_INTERVAL } else { IDLE_CHECK_INTERVAL };
+        if !self.is_in_progress && !self.is_record_changed() {
             return TrialAction::Nothing;
         }
         match self.attempt(now) {
@@ -232,9 +231,9 @@ impl TrialMonitor {
             }
             Err(error) => {
                 let error = format!("{error:#}");
-                // Once: it is tried every second, perhaps for as long as a disk is full.
+                // Logged once: it is retried every second, possibly for as long as a disk is full.
                 if self.last_error.as_ref() != Some(&error) {
-                    tracing::error!(error, "the manager's upgrade cannot go on; it is tried again");
+                    tracing::error!(error, "cannot continue the manager's upgrade; it is retried");
                     self.last_error = Some(error);
                 }
                 TrialAction::Nothing
@@ -242,84 +241,84 @@ impl TrialMonitor {
         }
     }
 
-    /// This watchdog ends in order, or makes way for another program.
-    pub(super) fn relieve_sentinel(&mut self) {
+    /// This watchdog exits orderly, or continues as another program.
+    pub(super) fn stop_sentinel(&mut self) {
         if let Some(sentinel) = self.sentinel.take() {
-            sentinel.relieve();
+            sentinel.stop();
         }
     }
 
     fn is_record_changed(&self) -> bool {
         let stamp = std::fs::File::open(self.home.upgrade_record()).and_then(|file| ContentStamp::of(&file)).ok();
-        stamp != self.seen
+        stamp != self.record_stamp
     }
 
     fn attempt(&mut self, now: Instant) -> Result<TrialAction> {
-        let Some(mut session) = UpgradeSession::open(&self.home, TURN)? else {
-            self.next_look = now + LOOK;
+        let Some(mut session) = UpgradeSession::open(&self.home, LOCK_TIMEOUT)? else {
+            self.next_check = now + CHECK_INTERVAL;
             return Ok(TrialAction::Nothing);
         };
-        if !std::mem::replace(&mut self.is_judging, true) {
-            self.next_look = now + LOOK;
+        if !std::mem::replace(&mut self.is_in_progress, true) {
+            self.next_check = now + CHECK_INTERVAL;
         }
-        self.probe.look(now);
-        self.proof.look(now);
+        self.probe.poll(now);
+        self.proof.poll(now);
         for _ in 0..MAX_STEPS {
-            self.consider(session.record(), now);
-            self.count_wait(&mut session, now)?;
+            self.update_trial(session.record(), now);
+            self.record_wait(&mut session, now)?;
             let evidence = self.evidence(&session)?;
             let step = next(session.record(), &evidence, &self.limits);
             if !session.carry_out(step, None)? {
-                return Ok(self.decided(step, session.record(), now));
+                return Ok(self.act(step, session.record(), now));
             }
-            self.taken(step);
+            self.step_done(step);
         }
-        bail!("a step of the upgrade has no effect")
+        bail!("an upgrade step had no effect")
     }
 
-    /// Looks at which trial it is, and at whom it is about.
-    fn consider(&mut self, record: &UpgradeRecord, now: Instant) {
+    /// Determines the current trial and its manager, and resets the observations of an earlier one.
+    fn update_trial(&mut self, record: &UpgradeRecord, now: Instant) {
         let trial = record.trial().cloned();
         let is = |one: &Trial, other: &Trial| one.to.is(&other.to) && one.began == other.began;
         let is_same = matches!((&self.trial, &trial), (Some(one), Some(other)) if is(one, other));
         self.trial = trial;
         if !is_same {
-            (self.died, self.waits, self.manager) = (false, None, None);
+            (self.died, self.waiting_since, self.manager) = (false, None, None);
             (self.is_old_gone, self.renewed_in) = (false, None);
             self.new_managers.clear();
-            (self.probe, self.proof) = (OneShot::NotBegun, OneShot::NotBegun);
+            (self.probe, self.proof) = (OneShot::NotStarted, OneShot::NotStarted);
         }
-        self.find_manager();
+        self.update_manager();
         let Some(trial) = &self.trial else {
-            // Whatever begins later has begun under this watchdog.
-            (self.is_first_look, self.is_new) = (false, false);
-            self.relieve_sentinel();
+            // An upgrade that starts later starts under this watchdog.
+            (self.is_first_check, self.is_new) = (false, false);
+            self.stop_sentinel();
             return;
         };
-        if self.is_first_look && !self.is_new {
+        if self.is_first_check && !self.is_new {
             self.renewed_in = Some(trial.phase);
         }
-        self.is_first_look = false;
+        self.is_first_check = false;
         if std::mem::take(&mut self.is_new) {
             let is_new = |manager: &ObservedManager| manager.image == WhichRelease::To;
             self.took_over = trial.phase == UpgradePhase::Trial && self.manager.as_ref().is_some_and(is_new);
         }
-        if self.settings.is_none_or(|at| now.saturating_duration_since(at) >= SETTINGS)
+        if self.settings_loaded.is_none_or(|at| now.saturating_duration_since(at) >= SETTINGS_INTERVAL)
             && let Ok(loaded) = Config::load(&self.home)
         {
-            self.settings = Some(now);
+            self.settings_loaded = Some(now);
             self.limits = TrialLimits::of(loaded.config.upgrade_trial.0);
-            self.most_memory = loaded.config.spm_max_mem.0;
+            self.memory_limit = loaded.config.spm_max_mem.0;
         }
-        if self.alone && trial.phase == UpgradePhase::Trial && self.sentinel.is_none() {
-            self.sentinel = Sentinel::post(&self.home);
+        if self.is_unsupervised && trial.phase == UpgradePhase::Trial && self.sentinel.is_none() {
+            self.sentinel = Sentinel::start(&self.home);
         }
     }
 
-    /// Who is the manager now; what was observed of another is forgotten.
-    fn find_manager(&mut self) {
+    /// Determines the current manager; the observations of another one are dropped.
+    fn update_manager(&mut self) {
         let Some(trial) = &self.trial else { return self.manager = None };
-        let holder = role::who_has(&self.home, Role::Spm);
+        let holder = role::current_holder(&self.home, Role::Spm);
         let is_it = |manager: &ObservedManager| {
             holder.as_ref().is_some_and(|holder| {
                 (holder.pid, holder.start_time) == (manager.holder.pid, manager.holder.start_time)
@@ -333,10 +332,10 @@ impl TrialMonitor {
             in_trial && self.manager.as_ref().is_some_and(|manager| manager.image == WhichRelease::From);
         let is_old_gone = self.is_old_gone && in_trial;
         self.manager = holder.map(|holder| {
-            self.probe = OneShot::NotBegun;
+            self.probe = OneShot::NotStarted;
             let program = self.programs.of_process(holder.pid);
             let same = if trial.phase == UpgradePhase::RollingBack { WhichRelease::From } else { WhichRelease::To };
-            // A script, or what it starts, is the new release too: the old one is known by its bytes.
+            // A script, or a program started by it, counts as the new release: the old one is recognized by its bytes.
             let image = match which(trial, program.as_ref(), same) {
                 WhichRelease::Other => WhichRelease::To,
                 WhichRelease::From if is_old_gone => WhichRelease::To,
@@ -351,14 +350,14 @@ impl TrialMonitor {
                 answered: None,
                 adopted: false,
                 heartbeat: false,
-                large: 0,
-                asked_to_end: None,
+                over_limit: 0,
+                exit_requested: None,
             }
         });
     }
 
     fn evidence(&mut self, session: &UpgradeSession) -> Result<Evidence> {
-        let seen = session.evidence(Decider::Watchdog, &mut self.programs)?;
+        let evidence = session.evidence(Decider::Watchdog, &mut self.programs)?;
         let now = Instant::now();
         if self.own.is_none() {
             self.own = self.programs.of_process(std::process::id());
@@ -368,36 +367,37 @@ impl TrialMonitor {
             Some(trial) => {
                 let by_file = match self.was_started_from_backup {
                     true => WhichRelease::From,
-                    // Its bytes may be those of the backup all the same.
+                    // Its bytes may equal the backup's.
                     false if trial.phase == UpgradePhase::Committing => WhichRelease::To,
                     false => WhichRelease::From,
                 };
                 match which(trial, self.own.as_ref(), by_file) {
-                    // It has become what its link led to: there is nothing else that it could be.
+                    // It became the program that its link named, which determines the release.
                     _ if self.renewed_in == Some(UpgradePhase::Committing) => WhichRelease::To,
                     _ if self.renewed_in.is_some() && trial.phase != UpgradePhase::Committing => WhichRelease::From,
-                    // A script in the place of an executable runs something else.
+                    // A script installed as the executable runs another program.
                     WhichRelease::Other if self.was_started_from_backup => WhichRelease::From,
                     WhichRelease::Other => WhichRelease::To,
                     image => image,
                 }
             }
         };
-        let (most, home) = (self.most_memory, &self.home);
+        let (memory_limit, home) = (self.memory_limit, &self.home);
         let manager = self.manager.as_mut().map(|manager| {
             if manager.image == WhichRelease::To {
-                manager.large = if uses_too_much(home, manager.holder.pid, manager.holder.start_time, most) {
-                    manager.large + 1
-                } else {
-                    0
-                };
+                manager.over_limit =
+                    if exceeds_limits(home, manager.holder.pid, manager.holder.start_time, memory_limit) {
+                        manager.over_limit + 1
+                    } else {
+                        0
+                    };
             }
             ManagerEvidence {
                 image: manager.image,
                 answered: manager.answered.map(|since| now.saturating_duration_since(since)),
                 adopted: manager.adopted,
                 heartbeat: manager.heartbeat,
-                over_memory: manager.large >= LARGE_IN_A_ROW,
+                over_memory: manager.over_limit >= MAX_OVER_LIMIT,
             }
         });
         Ok(Evidence {
@@ -406,117 +406,123 @@ impl TrialMonitor {
             died: self.died,
             took_over: self.took_over,
             probe: match &self.probe {
-                OneShot::NotBegun => Probe::NotAsked,
+                OneShot::NotStarted => Probe::NotAsked,
                 OneShot::Running { .. } => Probe::Running,
                 OneShot::Done { success: true, at } => Probe::Works(now.saturating_duration_since(*at)),
                 OneShot::Done { success: false, at } => Probe::Fails(now.saturating_duration_since(*at)),
             },
             proof: match &self.proof {
-                OneShot::NotBegun => Proof::NotBegun,
+                OneShot::NotStarted => Proof::NotBegun,
                 OneShot::Running { .. } => Proof::Running,
                 OneShot::Done { success: true, .. } => Proof::Passed,
                 OneShot::Done { success: false, .. } => Proof::Failed,
             },
-            ..seen
+            ..evidence
         })
     }
 
-    /// Records the time that was waited for the new manager to be in charge: in pieces, and only as long as this process was looking.
-    fn count_wait(&mut self, session: &mut UpgradeSession, now: Instant) -> Result<()> {
-        let (Some(since), Some(trial)) = (self.waits, &self.trial) else { return Ok(()) };
+    /// Records the time spent waiting for the new manager to take charge: in pieces, and only while this process was running.
+    fn record_wait(&mut self, session: &mut UpgradeSession, now: Instant) -> Result<()> {
+        let (Some(since), Some(trial)) = (self.waiting_since, &self.trial) else { return Ok(()) };
         let left = self.limits.first_answer.saturating_sub(Duration::from_secs(trial.spent_seconds));
-        let waited = now.saturating_duration_since(since).min(PIECE * 2);
-        if waited < PIECE.min(left) || waited < LOOK {
+        let waited = now.saturating_duration_since(since).min(WAIT_PIECE * 2);
+        if waited < WAIT_PIECE.min(left) || waited < CHECK_INTERVAL {
             return Ok(());
         }
-        self.waits = Some(now);
+        self.waiting_since = Some(now);
         session.change(|record| record.spend(waited.as_secs())).map(drop)
     }
 
-    /// A step of the disk was taken.
-    fn taken(&mut self, step: UpgradeStep) {
+    /// Handles a completed disk step.
+    fn step_done(&mut self, step: UpgradeStep) {
         match step {
             UpgradeStep::Restore => self.has_restored = true,
             UpgradeStep::Record(RecordChange::LoseTry) => {
                 self.died = false;
-                self.end_leftovers();
+                self.kill_leftovers();
             }
-            UpgradeStep::Record(RecordChange::SkipAndForget | RecordChange::Drop) => self.end_leftovers(),
+            UpgradeStep::Record(RecordChange::SkipAndForget | RecordChange::Drop) => self.kill_leftovers(),
             UpgradeStep::Record(RecordChange::LoseWatchdog) => self.took_over = false,
-            UpgradeStep::Record(RecordChange::FailProof) => self.proof = OneShot::NotBegun,
+            UpgradeStep::Record(RecordChange::FailProof) => self.proof = OneShot::NotStarted,
             UpgradeStep::Record(RecordChange::BeginTrial) => {
                 (self.died, self.took_over) = (false, false);
-                (self.probe, self.proof) = (OneShot::NotBegun, OneShot::NotBegun);
+                (self.probe, self.proof) = (OneShot::NotStarted, OneShot::NotStarted);
             }
             _ => {}
         }
     }
 
-    /// Ends what managers of the new release that are dead have left running.
-    fn end_leftovers(&mut self) {
+    /// Kills what dead managers of the new release left running.
+    fn kill_leftovers(&mut self) {
         for manager in self.new_managers.extract_if(.., |manager| !manager.is_alive()) {
             kill_session(&self.home, manager.pid, manager.start_time);
         }
     }
 
-    fn decided(&mut self, step: UpgradeStep, record: &UpgradeRecord, now: Instant) -> TrialAction {
+    fn act(&mut self, step: UpgradeStep, record: &UpgradeRecord, now: Instant) -> TrialAction {
         let counts = matches!(step, UpgradeStep::Wait(wait) if wait.counts());
-        self.waits = counts.then(|| self.waits.unwrap_or(now));
+        self.waiting_since = counts.then(|| self.waiting_since.unwrap_or(now));
         match step {
             UpgradeStep::Nothing => {
-                self.is_judging = record.trial().is_some();
-                self.next_look = now + IDLE_LOOK;
-                self.seen =
+                self.is_in_progress = record.trial().is_some();
+                self.next_check = now + IDLE_CHECK_INTERVAL;
+                self.record_stamp =
                     std::fs::File::open(self.home.upgrade_record()).and_then(|file| ContentStamp::of(&file)).ok();
                 TrialAction::Nothing
             }
             UpgradeStep::Wait(Wait::Heartbeat { .. }) => {
-                let is_due = self.asked.is_none_or(|at| now.saturating_duration_since(at) >= ASKS);
+                let is_due = self
+                    .heartbeat_requested
+                    .is_none_or(|at| now.saturating_duration_since(at) >= HEARTBEAT_REQUEST_INTERVAL);
                 if is_due {
-                    self.asked = Some(now);
+                    self.heartbeat_requested = Some(now);
                 }
                 if is_due { TrialAction::Heartbeat } else { TrialAction::Nothing }
             }
             UpgradeStep::RestartManager => self.end_manager(now),
-            // One that said that it gives way is at it.
-            UpgradeStep::KillManager if self.ends_by_itself(now) => TrialAction::Nothing,
+            // A manager that announced its exit gets time for it.
+            UpgradeStep::KillManager if self.is_exiting(now) => TrialAction::Nothing,
             UpgradeStep::KillManager => {
                 self.kill_manager();
                 TrialAction::Nothing
             }
-            UpgradeStep::EndWatchdog => TrialAction::Become,
+            UpgradeStep::EndWatchdog => TrialAction::Replace,
             UpgradeStep::Probe => {
-                tracing::warn!("the new manager has sent no heartbeat; the old program tries to");
+                tracing::warn!("the new manager sent no heartbeat; checking whether the old program can");
                 let mut command = Command::new(self.home.backup_executable());
-                self.probe =
-                    OneShot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--probe"), PROBE);
+                self.probe = OneShot::start(
+                    command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--probe"),
+                    PROBE_TIMEOUT,
+                );
                 TrialAction::Nothing
             }
             UpgradeStep::Prove => {
-                tracing::info!("the new watchdog is put to the proof");
+                tracing::info!("checking that the new watchdog works");
                 let mut command = Command::new(self.home.executable());
-                self.proof =
-                    OneShot::begin(command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--prove"), PROOF);
+                self.proof = OneShot::start(
+                    command.args(["spa", "--home"]).arg(self.home.known_as()).arg("--prove"),
+                    PROOF_TIMEOUT,
+                );
                 TrialAction::Nothing
             }
             _ => TrialAction::Nothing,
         }
     }
 
-    /// Asks it to end, and kills it where it does not; what it started is ended with one that is given up.
+    /// Asks the manager to exit, and kills it after a timeout, with all processes that it started.
     fn end_manager(&mut self, now: Instant) -> TrialAction {
         let Some(manager) = &mut self.manager else { return TrialAction::Nothing };
         if manager.image == WhichRelease::To && self.trial.as_ref().is_some_and(|trial| trial.lost_watchdogs > 0) {
-            // It may end this watchdog sooner than it ends itself.
+            // It may kill this watchdog before it exits.
             self.kill_manager();
             return TrialAction::Nothing;
         }
-        match manager.asked_to_end {
+        match manager.exit_requested {
             None => {
-                manager.asked_to_end = Some(now);
+                manager.exit_requested = Some(now);
                 TrialAction::EndManager
             }
-            Some(since) if now.saturating_duration_since(since) >= ENDS => {
+            Some(since) if now.saturating_duration_since(since) >= EXIT_TIMEOUT => {
                 self.kill_manager();
                 TrialAction::Nothing
             }
@@ -524,21 +530,21 @@ impl TrialMonitor {
         }
     }
 
-    fn ends_by_itself(&self, now: Instant) -> bool {
-        let asked = self.manager.as_ref().and_then(|manager| manager.asked_to_end);
-        asked.is_some_and(|since| now.saturating_duration_since(since) < ENDS)
+    fn is_exiting(&self, now: Instant) -> bool {
+        let requested = self.manager.as_ref().and_then(|manager| manager.exit_requested);
+        requested.is_some_and(|since| now.saturating_duration_since(since) < EXIT_TIMEOUT)
     }
 
-    /// Kills it with all that it has started.
+    /// Kills the manager with all processes that it started.
     pub(super) fn kill_manager(&mut self) {
         let Some(manager) = &mut self.manager else { return };
-        manager.asked_to_end.get_or_insert(Instant::now());
-        tracing::warn!(pid = manager.holder.pid, "a manager that is to make way is killed");
+        manager.exit_requested.get_or_insert(Instant::now());
+        tracing::warn!(pid = manager.holder.pid, "killing the manager, which must be replaced");
         if manager.image == WhichRelease::To {
             kill_session(&self.home, manager.holder.pid, manager.holder.start_time);
         }
         if let Err(error) = manager.holder.kill() {
-            tracing::error!(error = format!("{error:#}"), "the manager cannot be killed");
+            tracing::error!(error = format!("{error:#}"), "cannot kill the manager");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! One sub-agent with what the manager holds for it: its state, whose decisions are [`core::agent`](crate::core::agent)'s, and the handles of
-//! what runs beside the loop for it.
+//! One sub-agent as the manager holds it: its state, which [`core::agent`](crate::core::agent) decides on, and the handles of its
+//! background tasks.
 
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind};
@@ -28,30 +28,30 @@ use crate::process::launch;
 use crate::process::record::ProcessRecord;
 use crate::process::tree::StopTarget;
 
-/// Of its exits, failed starts and states of health, so many are reported to the gateway at once, and one more each so often: one that
-/// fails again and again must not fill the journal, which all share. Its state and its restarts are in every heartbeat.
-const NOTED_AT_ONCE: u32 = 12;
-const NOTED_EVERY: Duration = Duration::from_secs(600);
+/// Limit on the exits, failed starts and health changes of one sub-agent that are reported: this burst, then one per interval. A crash loop
+/// must not fill the journal, which all sub-agents share; state and restarts are in every heartbeat anyway.
+const EVENT_BURST: u32 = 12;
+const EVENT_INTERVAL: Duration = Duration::from_secs(600);
 
 /// One sub-agent.
 #[derive(Debug)]
 pub(super) struct SubAgent {
     pub(super) state: Agent,
-    /// Of its last start or adoption, so that word of an earlier process is not taken for word of this one.
+    /// Number of its last start or adoption; results for an earlier process have another number and are ignored.
     pub(super) serial: u64,
     pub(super) record: Option<ProcessRecord>,
-    /// What an earlier manager left of it was seen to live outside of its group, too.
+    /// An earlier manager left processes of it outside its cgroup, too.
     pub(super) scattered: bool,
-    /// Why the output of its process does not go into its log.
+    /// Why the output of its process is not written to its log.
     pub(super) output_lost: Option<String>,
-    /// The watch on its process.
+    /// The task that watches its process.
     pub(super) watch: Option<AbortHandle>,
-    /// The health check that is under way.
+    /// The running health check.
     pub(super) check: Option<AbortHandle>,
     pub(super) staging: Option<Staging>,
-    /// The revision of the ledger that it waits for.
-    pub(super) recorded_with: Option<u64>,
-    pub(super) allowance: RateLimiter,
+    /// The revision of the ledger whose write it waits for.
+    pub(super) awaited_revision: Option<u64>,
+    pub(super) event_limiter: RateLimiter,
 }
 
 impl SubAgent {
@@ -65,12 +65,12 @@ impl SubAgent {
             watch: None,
             check: None,
             staging: None,
-            recorded_with: None,
-            allowance: RateLimiter::new(NOTED_AT_ONCE, NOTED_EVERY),
+            awaited_revision: None,
+            event_limiter: RateLimiter::new(EVENT_BURST, EVENT_INTERVAL),
         }
     }
 
-    /// What of it may live and is to be ended before anything new of it is started.
+    /// The processes of it that may be alive and must be stopped before a new one is started.
     pub(super) fn target(&self, groups: Option<&Groups>) -> StopTarget {
         let mut target = StopTarget::of(self.state.name(), self.record.clone(), groups);
         if let (Some(Program::Script), Some(version)) = (self.state.program(), self.state.current()) {
@@ -98,7 +98,7 @@ impl SubAgent {
         }
     }
 
-    /// `groups`: where groups are made on this host.
+    /// `groups`: where this host creates cgroups.
     pub(super) fn status(&self, groups: Option<&Groups>, now: Instant) -> AgentStatus {
         let supervisor = self.state.supervisor();
         let pid = supervisor.pid();
@@ -123,14 +123,14 @@ impl SubAgent {
 }
 
 impl SubAgent {
-    /// What an operator should do something about while its process runs.
+    /// A problem of the running process that needs an operator.
     pub(super) fn problem(&self) -> Option<String> {
         let why = self.output_lost.as_ref().filter(|_| self.state.supervisor().pid().is_some())?;
         let name = self.state.name();
-        Some(format!("the output of {name} is lost until its log can be opened at a later start ({why})"))
+        Some(format!("the output of {name} is lost until it is restarted and its log can be opened ({why})"))
     }
 
-    /// Whether its process left its group, or never was in it. A group that cannot be read says nothing.
+    /// Whether its process is outside its cgroup. `false` where the cgroup cannot be read.
     fn is_outside(&self, groups: &Groups) -> bool {
         let Some(pid) = self.state.supervisor().pid() else { return false };
         let is_tree = self.record.as_ref().is_some_and(|record| record.head.kill_mode == KillMode::Tree);
@@ -166,24 +166,24 @@ impl SubAgent {
     }
 }
 
-/// The present moment, for a decision.
-pub(super) fn at(now: Instant) -> Moment {
+/// The current time and jitter, as input to a decision.
+pub(super) fn moment(now: Instant) -> Moment {
     Moment { now, unix_seconds: unix_now(), jitter: fastrand::f64() }
 }
 
-/// The release of the process that runs of a sub-agent, and by what it is known.
+/// The release of a sub-agent's running process, and where that is known from.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum RunningRelease<'a> {
     Nothing,
     Recorded(&'a Version),
-    /// By the mark of a process that has no record. It may be one that outlived its release.
+    /// From the environment marker of a process without a record. Such a process may be older than the active release.
     Marked(&'a Version),
 }
 
 impl<'a> RunningRelease<'a> {
-    /// The release that a ledger goes on with. A mark alone counts for the release before the one on probation: that was returned to, on a disk
-    /// that took neither ledger nor record.
-    fn counts(self, ledger: &LedgerEntry) -> Option<&'a Version> {
+    /// The release to continue with. A marker alone counts only for the release before the one on probation: a rollback that could be
+    /// written to neither ledger nor record.
+    fn to_resume(self, ledger: &LedgerEntry) -> Option<&'a Version> {
         match self {
             RunningRelease::Nothing => None,
             RunningRelease::Recorded(version) => Some(version),
@@ -194,9 +194,9 @@ impl<'a> RunningRelease<'a> {
     }
 }
 
-/// What lies on disk of a sub-agent. `entry`: its ledger; `None`: there is none for it, and what is on disk says it all. `record`: of its
-/// last process.
-pub(super) fn on_disk(
+/// The state of a sub-agent on disk. `entry`: its ledger entry; `None`: there is no ledger, and the entry is derived from the disk.
+/// `record`: of its last process.
+pub(super) fn discover(
     home: &Home,
     name: &AgentName,
     entry: Option<LedgerEntry>,
@@ -208,59 +208,60 @@ pub(super) fn on_disk(
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => vec![],
         Err(error) => {
-            tracing::error!(agent = %name, error = %error, "its releases cannot be listed; what the ledger says of them stands");
+            tracing::error!(agent = %name, error = %error, "cannot list the releases of a sub-agent; the ledger is used unchanged");
             let ledger = entry.unwrap_or_default();
             return Discovery { releases: ledger.kept().cloned().collect(), ledger, restarts, ..Discovery::default() };
         }
     };
     let current = platform::read_current(&home.current(name)).ok().flatten();
-    // What stands in the link's own place is no release, and makes way for the link.
-    let stands_for_current = |version: &str| version.eq_ignore_ascii_case(CURRENT) && is_directory(&home.current(name));
+    // A directory with the name of the link `current` is not a release; it is removed when the link is written.
+    let is_path_of_current = |version: &str| version.eq_ignore_ascii_case(CURRENT) && is_directory(&home.current(name));
     let recorded = record.map(|record| &record.head.version);
-    let (mut whole, mut unfinished): (Vec<(SystemTime, LedgerRelease)>, _) = (vec![], BTreeSet::new());
+    let (mut complete, mut unfinished): (Vec<(SystemTime, LedgerRelease)>, _) = (vec![], BTreeSet::new());
     for entry in directory {
-        // The link `current` is no release, though its name could be read as a version.
+        // The link `current` is not a release, although its name parses as a version.
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
         let version = entry.file_name().to_str().and_then(|name| name.parse::<Version>().ok());
-        let version = version.filter(|version| is_directory && !stands_for_current(version.as_str()));
+        let version = version.filter(|version| is_directory && !is_path_of_current(version.as_str()));
         let Some(version) = version else { continue };
         match entry.path().join(home::COMPLETE).symlink_metadata() {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                // What `current` or a process record names stays.
+                // A release that `current` or a process record names is kept.
                 if current.as_deref() != Some(version.as_str()) && recorded != Some(&version) {
                     unfinished.insert(version);
                 }
             }
             metadata => {
                 let since = metadata.and_then(|metadata| metadata.modified()).unwrap_or(UNIX_EPOCH);
-                whole.push((since, stage::release(version, package::whole(&entry.path()).ok().as_ref())));
+                complete.push((since, stage::release(version, package::whole(&entry.path()).ok().as_ref())));
             }
         }
     }
-    whole.sort_by(|(one, a), (other, b)| one.cmp(other).then_with(|| a.version.cmp(&b.version)));
-    let mut ledger = entry.unwrap_or_else(|| from_disk(&whole, current.as_deref()));
-    let find = |version: &Version| whole.iter().map(|(_, release)| release).find(|release| release.version == *version);
+    complete.sort_by(|(one, a), (other, b)| one.cmp(other).then_with(|| a.version.cmp(&b.version)));
+    let mut ledger = entry.unwrap_or_else(|| from_disk(&complete, current.as_deref()));
+    let find =
+        |version: &Version| complete.iter().map(|(_, release)| release).find(|release| release.version == *version);
     ledger.keep_whole(|version| find(version).is_some());
-    if let Some(running) = runs.counts(&ledger).and_then(find) {
+    if let Some(running) = runs.to_resume(&ledger).and_then(find) {
         ledger.resume(running);
     }
-    let releases = whole.iter().map(|(_, release)| release.version.clone()).collect();
+    let releases = complete.iter().map(|(_, release)| release.version.clone()).collect();
     Discovery { ledger, releases, unfinished, restarts, ..Discovery::default() }
 }
 
-/// Makes `current` name the active release.
+/// Points `current` at the active release.
 pub(super) fn make_current(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     clear_current(home, name)?;
     let path = home.current(name);
     platform::write_current(&path, version.as_str()).with_context(|| format!("cannot switch {}", path.display()))
 }
 
-/// Removes a release that stands in the place of the link `current`: earlier versions unpacked one of that version there, which could never
-/// be activated, nor could any other beside it.
+/// Removes a release unpacked at the path of the link `current`. Earlier versions did that for a version named `current`, and then no
+/// release could be activated.
 pub(super) fn clear_current(home: &Home, name: &AgentName) -> Result<()> {
     let path = home.current(name);
     if is_directory(&path) {
-        tracing::warn!(agent = %name, path = %path.display(), "a release in the place of the link `current` is removed");
+        tracing::warn!(agent = %name, path = %path.display(), "a release occupies the path of the link `current` and is removed");
         package::discard(&path)?;
     }
     Ok(())
@@ -270,12 +271,14 @@ fn is_directory(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|found| found.is_dir())
 }
 
-/// The ledger of a home that has none: the active release is what `current` names, and the backup the newest of the others. Where it names
-/// none, none was ever activated.
-fn from_disk(whole: &[(SystemTime, LedgerRelease)], current: Option<&str>) -> LedgerEntry {
+/// The ledger entry for a home without a ledger: the active release is the one that `current` names, the backup the newest other one.
+/// Without `current`, none was ever activated.
+fn from_disk(complete: &[(SystemTime, LedgerRelease)], current: Option<&str>) -> LedgerEntry {
     let is_current = |release: &&LedgerRelease| Some(release.version.as_str()) == current;
-    let Some(active) = whole.iter().map(|(_, release)| release).find(is_current) else { return LedgerEntry::default() };
-    let backup = whole.iter().rev().map(|(_, release)| release).find(|release| !is_current(release));
+    let Some(active) = complete.iter().map(|(_, release)| release).find(is_current) else {
+        return LedgerEntry::default();
+    };
+    let backup = complete.iter().rev().map(|(_, release)| release).find(|release| !is_current(release));
     LedgerEntry::found(Some(active.clone()), backup.cloned())
 }
 
@@ -287,7 +290,7 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// A home with two whole releases of one sub-agent and half of a third.
+    /// A home with two complete releases of one sub-agent and an incomplete one.
     fn home() -> (tempfile::TempDir, Home, AgentName) {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
@@ -304,9 +307,9 @@ mod tests {
     }
 
     #[test]
-    fn releases_alone_are_found_and_the_one_to_go_back_to() {
+    fn complete_releases_are_found_with_the_backup() {
         let (_directory, home, name) = home();
-        let found = on_disk(&home, &name, None, None, RunningRelease::Nothing);
+        let found = discover(&home, &name, None, None, RunningRelease::Nothing);
         assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
         assert_eq!(found.unfinished, BTreeSet::from([version("half")]));
         assert_eq!(found.ledger.current().unwrap().version.as_str(), "2");
@@ -314,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_release_in_the_links_own_place_is_none_and_makes_way() {
+    fn a_release_at_the_path_of_the_link_is_ignored_and_removed() {
         let (_directory, home, name) = home();
         let current = home.current(&name);
         std::fs::remove_file(&current).unwrap();
@@ -322,28 +325,28 @@ mod tests {
         std::fs::write(current.join(home::COMPLETE), "{}").unwrap();
         let mut entry = LedgerEntry::default();
         entry.stage(stage::release(version("current"), None));
-        let found = on_disk(&home, &name, Some(entry), None, RunningRelease::Nothing);
+        let found = discover(&home, &name, Some(entry), None, RunningRelease::Nothing);
         assert_eq!(found.releases, BTreeSet::from([version("1"), version("2")]));
         assert!(found.ledger.staged().is_none());
         make_current(&home, &name, &version("1")).unwrap();
         assert_eq!(platform::read_current(&current).unwrap().as_deref(), Some("1"));
         assert_eq!(
-            on_disk(&home, &name, None, None, RunningRelease::Nothing).ledger.current().unwrap().version,
+            discover(&home, &name, None, None, RunningRelease::Nothing).ledger.current().unwrap().version,
             version("1")
         );
     }
 
     #[test]
-    fn the_ledger_beats_the_link() {
+    fn the_ledger_takes_precedence_over_the_link() {
         let (_directory, home, name) = home();
         let mut entry = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
         entry.begin_probation(stage::release(version("gone"), None));
-        let found = on_disk(&home, &name, Some(entry), None, RunningRelease::Nothing);
+        let found = discover(&home, &name, Some(entry), None, RunningRelease::Nothing);
         assert_eq!(found.ledger.kept().map(Version::as_str).collect::<Vec<_>>(), ["1"]);
     }
 
     #[test]
-    fn a_roll_back_that_could_not_be_written_is_told_by_the_process_that_runs() {
+    fn a_rollback_that_could_not_be_written_is_recovered_from_the_running_process() {
         let (_directory, home, name) = home();
         let mut on_probation = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
         on_probation.begin_probation(stage::release(version("2"), None));
@@ -354,31 +357,31 @@ mod tests {
             (&on_probation, RunningRelease::Nothing, "2"),
             (&on_probation, RunningRelease::Marked(&one), "1"),
             (&on_probation, RunningRelease::Recorded(&one), "1"),
-            // A process that outlived its release.
+            // A process older than the active release.
             (&committed, RunningRelease::Marked(&one), "2"),
         ] {
-            let found = on_disk(&home, &name, Some(ledger.clone()), None, runs);
+            let found = discover(&home, &name, Some(ledger.clone()), None, runs);
             assert_eq!(found.ledger.current().unwrap().version.as_str(), current, "{runs:?}");
         }
     }
 
     #[test]
-    fn what_was_only_staged_is_not_taken_for_active() {
+    fn a_staged_release_is_not_active() {
         let (_directory, home, name) = home();
         std::fs::remove_file(home.current(&name)).unwrap();
-        let found = on_disk(&home, &name, None, None, RunningRelease::Nothing);
+        let found = discover(&home, &name, None, None, RunningRelease::Nothing);
         assert_eq!((found.ledger.current(), found.ledger.kept().count()), (None, 0));
         assert_eq!(found.releases.len(), 2);
     }
 
     #[test]
-    fn a_directory_that_cannot_be_listed_loses_nothing_of_the_ledger() {
+    fn a_directory_that_cannot_be_listed_leaves_the_ledger_unchanged() {
         let (_directory, home, name) = home();
         let entry =
             LedgerEntry::found(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
         std::fs::remove_dir_all(home.agent(&name)).unwrap();
         std::fs::write(home.agent(&name), "a file in its place").unwrap();
-        let found = on_disk(&home, &name, Some(entry.clone()), None, RunningRelease::Nothing);
+        let found = discover(&home, &name, Some(entry.clone()), None, RunningRelease::Nothing);
         assert_eq!((found.ledger, found.releases.len()), (entry, 2));
     }
 }

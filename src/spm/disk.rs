@@ -1,7 +1,7 @@
-//! Effects on the disk beside the manager's loop, which waits for no disk and no lock: each is begun here and answered with an [`Input`].
+//! Disk operations off the manager's event loop, which never waits for a disk or a lock: each reports its end with an [`Input`].
 //!
-//! A state file is written whole, one write at a time, and of the contents that wait only the newest is written: a hundred changes while a
-//! disk is busy are one more write.
+//! A state file is written whole, one write at a time. Of the contents that queue up, only the newest is written: a hundred changes while
+//! the disk is busy result in one more write.
 
 use std::path::PathBuf;
 
@@ -11,25 +11,25 @@ use tokio::task::JoinHandle;
 use super::input::{Input, Inputs, StateFileName};
 use crate::store;
 
-/// Does something that may wait for a disk or a lock, and tells what came of it.
+/// Runs work that may block on a disk or a lock on a blocking thread, and sends the result.
 pub(super) fn run(inputs: &Inputs, work: impl FnOnce() -> Input + Send + 'static) -> JoinHandle<()> {
     let inputs = inputs.clone();
     tokio::task::spawn_blocking(move || {
-        // Nobody hears it where the manager is ending.
+        // Fails only while the manager exits.
         let _ = inputs.send(work());
     })
 }
 
-/// A state file of which only the newest content counts.
+/// A state file of which only the newest content is written.
 #[derive(Debug)]
 pub(super) struct StateFile<T> {
     file: StateFileName,
     path: PathBuf,
-    /// The write that is under way.
+    /// The running write.
     busy: Option<JoinHandle<()>>,
-    /// What is written after that.
+    /// The content to write next.
     next: Option<T>,
-    /// Of the newest content.
+    /// Revision of the newest content.
     revision: u64,
 }
 
@@ -38,7 +38,7 @@ impl<T: Serialize + Send + 'static> StateFile<T> {
         StateFile { file, path, busy: None, next: None, revision: 0 }
     }
 
-    /// Begins to write a content, and gives its revision: it is durable when [`Input::Saved`] tells of this one or a later one.
+    /// Queues a write and returns its revision. The content is durable when [`Input::Saved`] reports this revision or a later one.
     pub(super) fn save(&mut self, inputs: &Inputs, content: T) -> u64 {
         self.revision += 1;
         self.next = Some(content);
@@ -46,7 +46,7 @@ impl<T: Serialize + Send + 'static> StateFile<T> {
         self.revision
     }
 
-    /// Takes in that a write has ended, and begins the next.
+    /// Handles the end of a write, and starts the next.
     pub(super) fn saved(&mut self, inputs: &Inputs) {
         self.busy = None;
         self.begin(inputs);
@@ -64,21 +64,24 @@ impl<T: Serialize + Send + 'static> StateFile<T> {
         }));
     }
 
-    /// Nothing is being written or waits for that.
+    /// Whether no write is running or queued.
     pub(super) fn is_settled(&self) -> bool {
         self.busy.is_none()
     }
 
-    /// Writes what is not written yet, or this as the newest content, at the end of the process.
+    /// Writes the queued content, or `last` instead, before the process exits.
     pub(super) async fn finish(self, last: Option<T>) {
         if let Some(busy) = self.busy {
-            // It says itself what it could not write.
+            // A failed write is logged where its result is handled.
             let _ = busy.await;
         }
         let Some(content) = last.or(self.next) else { return };
         let written = tokio::task::spawn_blocking(move || store::save(&self.path, &content)).await;
         if let Ok(Err(error)) = written {
-            tracing::warn!(error = format!("{error:#}"), "what changed last is lost");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot write the last changes of a state file; they are lost"
+            );
         }
     }
 }
@@ -90,30 +93,30 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn of_the_contents_that_wait_the_newest_alone_is_written() {
+    async fn only_the_newest_queued_content_is_written() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
-        let (inputs, mut words) = mpsc::unbounded_channel();
+        let (inputs, mut receiver) = mpsc::unbounded_channel();
         let mut file = StateFile::new(StateFileName::Events, path.clone());
         let revisions: Vec<u64> = (0..100_u32).map(|number| file.save(&inputs, number)).collect();
         assert_eq!(revisions.last(), Some(&100));
-        let mut told = vec![];
-        while told.last() != Some(&100) {
-            let Some(Input::Saved { revision, result, .. }) = words.recv().await else { panic!() };
+        let mut written = vec![];
+        while written.last() != Some(&100) {
+            let Some(Input::Saved { revision, result, .. }) = receiver.recv().await else { panic!() };
             result.unwrap();
-            told.push(revision);
+            written.push(revision);
             file.saved(&inputs);
         }
-        assert_eq!(told, [1, 100]);
+        assert_eq!(written, [1, 100]);
         assert!(file.is_settled());
         assert_eq!(store::load::<u32>(&path).unwrap(), Some(99));
     }
 
     #[tokio::test]
-    async fn nothing_that_waits_is_lost_at_the_end() {
+    async fn queued_content_is_written_at_exit() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
-        let (inputs, _words) = mpsc::unbounded_channel();
+        let (inputs, _receiver) = mpsc::unbounded_channel();
         for last in [1_u32, 2] {
             let mut file = StateFile::new(StateFileName::Events, path.clone());
             (1..=last).for_each(|number| {

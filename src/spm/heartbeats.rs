@@ -1,7 +1,7 @@
-//! Heartbeats, each in a thread of its own: it may block on the network without holding up anything else.
+//! Sends heartbeats, each on a thread of its own, so that a slow network blocks nothing else.
 //!
-//! A thread that stayed would keep the stack that its deepest call once needed, which is a TLS handshake's: more than all else that an idle
-//! manager of ten sub-agents holds. What is kept is the sender, with its open connection.
+//! A persistent thread would keep the stack of its deepest call, a TLS handshake: more memory than everything else of an idle manager with
+//! ten sub-agents. The sender with its open connection is kept instead.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,64 +13,64 @@ use crate::core::protocol::Heartbeat;
 use crate::home::Home;
 use crate::uplink::sender::Sender;
 
-/// For a TLS handshake and the answer's desired state.
+/// Enough for a TLS handshake and for parsing the desired state.
 const STACK_BYTES: usize = 512 << 10;
 
-/// The way to the gateway.
+/// The connection to the gateway.
 #[derive(Debug)]
 pub(super) struct Uplink {
     home: Home,
     agent_id: AgentId,
     inputs: Inputs,
-    way: Arc<Mutex<Route>>,
+    route: Arc<Mutex<Route>>,
 }
 
 #[derive(Debug)]
 struct Route {
     config: Arc<Config>,
-    /// Made for this `config`; away while a heartbeat is on it.
+    /// Created for this `config`; `None` while a heartbeat uses it.
     sender: Option<Sender>,
 }
 
 impl Uplink {
     pub(super) fn new(home: &Home, agent_id: &AgentId, config: &Config, inputs: &Inputs) -> Uplink {
-        let way = Route { config: Arc::new(config.clone()), sender: None };
+        let route = Route { config: Arc::new(config.clone()), sender: None };
         let (home, agent_id, inputs) = (home.clone(), agent_id.clone(), inputs.clone());
-        Uplink { home, agent_id, inputs, way: Arc::new(Mutex::new(way)) }
+        Uplink { home, agent_id, inputs, route: Arc::new(Mutex::new(route)) }
     }
 
-    /// The way to the gateway may have changed.
+    /// Applies changed settings: the next heartbeat opens a new connection.
     pub(super) fn configure(&self, config: &Config) {
-        *lock(&self.way) = Route { config: Arc::new(config.clone()), sender: None };
+        *lock(&self.route) = Route { config: Arc::new(config.clone()), sender: None };
     }
 
-    /// Sends a heartbeat; what comes of it is an [`Input`].
+    /// Sends a heartbeat on a new thread; the result is an [`Input`].
     pub(super) fn send(&self, mut heartbeat: Box<Heartbeat>) -> io::Result<()> {
-        let (home, agent_id, inputs, way) =
-            (self.home.clone(), self.agent_id.clone(), self.inputs.clone(), self.way.clone());
+        let (home, agent_id, inputs, route) =
+            (self.home.clone(), self.agent_id.clone(), self.inputs.clone(), self.route.clone());
         let thread = std::thread::Builder::new().name("uplink".to_owned()).stack_size(STACK_BYTES);
         thread.spawn(move || {
-            let (config, kept) = {
-                let mut way = lock(&way);
-                (way.config.clone(), way.sender.take())
+            let (config, sender) = {
+                let mut route = lock(&route);
+                (route.config.clone(), route.sender.take())
             };
-            let mut sender = kept.unwrap_or_else(|| Sender::new(&home, &agent_id, config));
+            let mut sender = sender.unwrap_or_else(|| Sender::new(&home, &agent_id, config));
             let outcome = sender.send(&mut heartbeat);
             {
-                let mut way = lock(&way);
-                // Another configuration came meanwhile: this sender is not for it.
-                if sender.is_for(&way.config) {
-                    way.sender = Some(sender);
+                let mut route = lock(&route);
+                // The settings changed meanwhile: a sender of the old ones is dropped.
+                if sender.is_for(&route.config) {
+                    route.sender = Some(sender);
                 }
             }
-            // Nobody hears it where the manager is ending.
+            // Fails only while the manager exits.
             let _ = inputs.send(Input::Heartbeat(outcome));
         })?;
         Ok(())
     }
 }
 
-/// It is held for a moment only; nothing that could panic is done under it.
-fn lock(way: &Mutex<Route>) -> MutexGuard<'_, Route> {
-    way.lock().unwrap_or_else(PoisonError::into_inner)
+/// Locked for short, non-panicking sections only, so a poisoned lock is usable.
+fn lock(route: &Mutex<Route>) -> MutexGuard<'_, Route> {
+    route.lock().unwrap_or_else(PoisonError::into_inner)
 }

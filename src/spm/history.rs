@@ -1,5 +1,5 @@
-//! What came of each change of release (`state/history.json`): capped, kept for the operator at the host, whether or not the gateway has
-//! seen the events.
+//! The history of release changes (`state/history.json`): limited in length, kept for the operator at the host, independent of what the
+//! gateway has received.
 
 use super::disk::StateFile;
 use super::input::{Inputs, StateFileName};
@@ -8,7 +8,7 @@ use crate::core::status::{History, HistoryEntry};
 use crate::home::Home;
 use crate::store;
 
-/// Beyond this the oldest are forgotten.
+/// The oldest entries beyond this are dropped.
 const MAX_CHANGES: usize = 200;
 
 /// The history of one home.
@@ -19,11 +19,14 @@ pub(super) struct UpgradeHistory {
 }
 
 impl UpgradeHistory {
-    /// What earlier managers left. An unreadable file is begun anew, which the log says.
+    /// Loads the history. An unreadable file is logged and replaced by an empty history.
     pub(super) fn load(home: &Home) -> UpgradeHistory {
         let path = home.history();
         let kept = store::load(&path).unwrap_or_else(|error| {
-            tracing::warn!(error = format!("{error:#}"), "the history of upgrades cannot be read and begins anew");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot read the history of upgrades; it is started from scratch"
+            );
             None
         });
         UpgradeHistory { file: StateFile::new(StateFileName::History, path), kept: kept.unwrap_or_default() }
@@ -36,7 +39,7 @@ impl UpgradeHistory {
         self.file.save(inputs, self.kept.clone());
     }
 
-    /// Whether this change of a package's release, which began then, is in it.
+    /// Whether it has this change of a package's release with this start time.
     pub(super) fn has(&self, package: &str, kind: &str, to: &Version, began: Option<String>) -> bool {
         self.kept.history.iter().any(|changed| {
             let is_it = changed.agent.as_str() == package && changed.kind == kind && changed.to == *to;
@@ -44,15 +47,15 @@ impl UpgradeHistory {
         })
     }
 
-    /// Takes in that a write has ended.
+    /// Handles the end of a write.
     pub(super) fn saved(&mut self, result: Result<(), String>, inputs: &Inputs) {
         self.file.saved(inputs);
         if let Err(error) = result {
-            tracing::warn!(error, "the history of upgrades cannot be written; its newest entries are in memory alone");
+            tracing::warn!(error, "cannot write the history of upgrades; its newest entries are only in memory");
         }
     }
 
-    /// Writes what is not written yet, at the end of the process.
+    /// Writes pending changes before the process exits.
     pub(super) async fn finish(self) {
         self.file.finish(None).await;
     }
@@ -66,11 +69,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_newest_are_kept_across_managers() {
+    async fn the_newest_entries_are_kept_across_restarts() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         std::fs::create_dir(home.state()).unwrap();
-        let (inputs, mut words) = mpsc::unbounded_channel();
+        let (inputs, mut receiver) = mpsc::unbounded_channel();
         std::fs::write(home.history(), r#"{"history":[],"later":{"of":1}}"#).unwrap();
         let mut changes = UpgradeHistory::load(&home);
         for seconds in 0..250 {
@@ -79,21 +82,21 @@ mod tests {
             );
             changes.add(serde_json::from_str(&text).unwrap(), &inputs);
         }
-        while let Some(Input::Saved { revision, result, .. }) = words.recv().await {
+        while let Some(Input::Saved { revision, result, .. }) = receiver.recv().await {
             changes.saved(result, &inputs);
             if revision == 250 {
                 break;
             }
         }
-        let wanted: Version = "1".parse().unwrap();
+        let version: Version = "1".parse().unwrap();
         let began = Some("2026-11-29T12:00:00Z".to_owned());
-        assert!(!changes.has("a", "upgrade", &wanted, began.clone()) && !changes.has("a", "upgrade", &wanted, None));
+        assert!(!changes.has("a", "upgrade", &version, began.clone()) && !changes.has("a", "upgrade", &version, None));
         let mut last = changes.kept.history.pop().unwrap();
         last.began.clone_from(&began);
         changes.add(last, &inputs);
         changes.finish().await;
         let kept = UpgradeHistory::load(&home);
-        assert!(kept.has("a", "upgrade", &wanted, began.clone()) && !kept.has("a", "rollback", &wanted, began));
+        assert!(kept.has("a", "upgrade", &version, began.clone()) && !kept.has("a", "rollback", &version, began));
         let seconds: Vec<u64> = kept.kept.history.iter().map(|changed| changed.seconds).collect();
         assert_eq!(seconds, (50..250).collect::<Vec<_>>());
         assert!(kept.kept.unknown.contains_key("later"));

@@ -1,4 +1,4 @@
-//! What the manager's loop hears from what runs beside it.
+//! The inputs of the manager's event loop: results of its background tasks.
 
 use std::time::{Duration, SystemTime};
 
@@ -18,10 +18,10 @@ use crate::uplink::sender::SendOutcome;
 use anyhow::Result;
 use tokio::sync::{mpsc, oneshot};
 
-/// Where a task sends what came of it.
+/// Where a background task sends its results.
 pub(super) type Inputs = mpsc::UnboundedSender<Input>;
 
-/// What came of something.
+/// The result of a background task.
 #[derive(Debug)]
 pub(super) enum Input {
     Launched {
@@ -35,19 +35,19 @@ pub(super) enum Input {
         success: Option<bool>,
         how: String,
     },
-    /// Another process took the place of the one that was watched.
+    /// The watched process was replaced by another one, of the same sub-agent.
     Moved {
         name: AgentName,
         serial: u64,
         record: Box<ProcessRecord>,
     },
-    /// A stop that was asked for came to its end.
-    Ended {
+    /// A requested stop completed or failed.
+    Stopped {
         name: AgentName,
         serial: u64,
         result: Result<(), String>,
     },
-    /// A health check came to its end.
+    /// A health check completed.
     Checked {
         name: AgentName,
         serial: u64,
@@ -76,42 +76,42 @@ pub(super) enum Input {
         version: Version,
         result: Result<Program, String>,
     },
-    /// All files of a sub-agent were removed.
+    /// All files of a sub-agent were removed, or could not be.
     Removed {
         name: AgentName,
         result: Result<(), String>,
     },
-    /// A state file was written.
+    /// A state file was written, or could not be.
     Saved {
         file: StateFileName,
         revision: u64,
         result: Result<(), String>,
     },
-    /// Epochs of committed releases were raised.
+    /// The epochs of committed releases were raised, or could not be.
     Raised(Result<(), String>),
-    /// It is known whether the release that an operator wants back can be run; who asked is answered.
-    MayRollBack {
+    /// Whether the release that an operator wants to roll back to can be run. `reply` is the operator's request.
+    RollBackChecked {
         name: AgentName,
         to: Version,
         result: Result<(), String>,
         reply: oneshot::Sender<ControlReply>,
     },
-    /// The manager's own upgrade, up to the switch, came to an end.
+    /// The manager's own upgrade completed up to the switch, or failed.
     Upgraded(UpgradeOutcome),
-    /// The record of upgrades was looked at: which step is left, and how it is then.
-    UpgradeSeen(Result<Box<(UpgradeStep, UpgradeObservation)>, String>),
-    /// The installation was brought up to this release, or could not be.
+    /// The record of upgrades was read: the next step, and the record with its evidence.
+    UpgradeRecordRead(Result<Box<(UpgradeStep, UpgradeObservation)>, String>),
+    /// The installation was migrated to this release, or could not be.
     Migrated(Result<(), String>),
     /// The stop of the home was recorded, or could not be.
     StopRecorded,
-    Looked(HomeProblems),
-    Reloaded(MaintenanceResult),
+    HomeChecked(HomeProblems),
+    MaintenanceDone(MaintenanceResult),
     Heartbeat(SendOutcome),
-    /// What the service manager says of the unit of a watchdog that is gone.
-    WatchdogJudged(Result<UnitStanding>),
+    /// The state of the watchdog's unit, as the service manager reports it.
+    WatchdogUnitState(Result<UnitStanding>),
 }
 
-/// Which state file was written.
+/// The state files that the manager writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StateFileName {
     Desired,
@@ -120,64 +120,64 @@ pub(super) enum StateFileName {
     History,
 }
 
-/// What came of an upgrade up to the switch.
+/// The result of an upgrade up to the switch.
 #[derive(Debug)]
 pub(super) enum UpgradeOutcome {
-    /// The new release is in place, and this manager is to end.
+    /// The new release is in place, and this manager must exit.
     Switched,
-    /// It is the release that runs.
+    /// The requested release is running already.
     Nothing,
     NotSwitched(NotSwitched),
 }
 
-/// Why there was no switch.
+/// Why the switch did not happen.
 #[derive(Debug)]
 pub(super) struct NotSwitched {
-    /// Where it is known.
+    /// Where known.
     pub(super) version: Option<Version>,
     pub(super) why: String,
-    /// The package or the release is at fault, and stays so.
+    /// The package or the release is at fault; a retry does not help.
     pub(super) is_final: bool,
     pub(super) is_skipped: bool,
     pub(super) retry_after: Option<Duration>,
 }
 
-/// The record of upgrades as it was found, and what it is judged by.
+/// The record of upgrades, and the evidence that the next step was decided on.
 #[derive(Debug, Clone)]
 pub(super) struct UpgradeObservation {
     pub(super) record: UpgradeRecord,
     pub(super) evidence: Evidence,
 }
 
-/// What is wrong with a home, by subject; `None`: nothing.
+/// The problems of a home, by subject; `None`: no problem.
 #[derive(Debug)]
 pub(super) struct HomeProblems {
     pub(super) home: Option<String>,
     pub(super) files: Option<String>,
-    /// Not looked at where the home is not sound: its contents may be anybody's.
+    /// `None`: not checked, because the home is unsafe and anyone could have written its contents.
     pub(super) keys: Option<Option<String>>,
 }
 
-/// What housekeeping found.
+/// The result of housekeeping.
 #[derive(Debug)]
 pub(super) struct MaintenanceResult {
-    /// When the settings were last changed, as far as that can be told.
-    pub(super) seen: Option<SystemTime>,
-    /// The settings, where they changed.
+    /// Modification time of the settings, where it can be read.
+    pub(super) modified: Option<SystemTime>,
+    /// The settings, if they changed.
     pub(super) loaded: Option<Result<LoadedSettings>>,
-    /// Whether others can see by the record which process the manager is.
+    /// Whether the record on disk names this manager process.
     pub(super) is_recorded: bool,
 }
 
-/// A process that was started.
+/// A started process.
 #[derive(Debug)]
 pub(super) struct StartedProcess {
     pub(super) running: RunningProcess,
-    /// Why its output does not go into its log.
+    /// Why its output is not written to its log.
     pub(super) output_lost: Option<String>,
 }
 
-/// A process that runs: started by us, so that its exit status comes to us, or adopted.
+/// A running process: started by this manager, which receives its exit status, or adopted.
 #[derive(Debug)]
 pub(super) enum RunningProcess {
     Child(Child, ProcessRecord),

@@ -1,7 +1,7 @@
-//! What happened on the host and the gateway has not acknowledged: kept on disk, capped, told again with every heartbeat until it is.
+//! The events that the gateway has not acknowledged: kept on disk, limited in size, and sent with every heartbeat until acknowledged.
 //!
-//! It is everybody's, so nobody may fill it: a message has its length, all events together theirs, and what is told again and again of the
-//! same thing, in whatever words, is told less and less often. How much was not told is said with the next that is.
+//! All sub-agents share it, so none may fill it: each message, and all events together, have a maximum size, and events of the same kind,
+//! outcome and sub-agent are rate-limited, whatever their text. The next event of a kind reports how many were dropped.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -18,22 +18,22 @@ use crate::core::unknown::{self, UnknownFields};
 use crate::home::Home;
 use crate::store;
 
-/// Of a word in a file that somebody else may have written.
-const MAX_WORD_BYTES: usize = 64;
-/// Beyond this the oldest are forgotten: a host that cannot reach its gateway for weeks must not fill its disk.
+/// Maximum length of a short field of an event read from disk.
+const MAX_FIELD_BYTES: usize = 64;
+/// The oldest events beyond this are dropped: a host that cannot reach its gateway for weeks must not fill its disk.
 const MAX_EVENTS: usize = 500;
 const MAX_BYTES: usize = 256 << 10;
-/// So many go up with one heartbeat.
+/// Limits for one heartbeat.
 const MAX_PER_HEARTBEAT: usize = 100;
 const MAX_BYTES_PER_HEARTBEAT: usize = 64 << 10;
-/// Of one kind, outcome and sub-agent, so many are told at once, and one more each so often.
-const TOLD_AT_ONCE: u32 = 20;
-const TOLD_EVERY: Duration = Duration::from_secs(300);
-/// So many kinds and sub-agents are counted apart; what comes then is counted together.
-const MAX_COUNTED: usize = 1_024;
+/// Rate limit for one kind, outcome and sub-agent: this burst, then one per interval.
+const EVENT_BURST: u32 = 20;
+const EVENT_INTERVAL: Duration = Duration::from_secs(300);
+/// Number of rate limiters; beyond it, further keys share one.
+const MAX_LIMITERS: usize = 1_024;
 
-/// So long after an event it is on disk.
-const FLUSH: Duration = Duration::from_secs(1);
+/// Delay until an event is written to disk, so that a burst of events is one write.
+const FLUSH_DELAY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -51,16 +51,16 @@ struct StoredEvents {
 pub(super) struct Journal {
     file: StateFile<StoredEvents>,
     stored: StoredEvents,
-    /// Of all events.
+    /// Size of all events.
     bytes: usize,
-    told: BTreeMap<RateKey, RateLimiter>,
+    limiters: BTreeMap<RateKey, RateLimiter>,
     changed: Option<Instant>,
 }
 
-/// What may come again and again: kind, outcome and sub-agent.
+/// The key of a rate limiter: kind, outcome and sub-agent.
 type RateKey = (String, String, Option<AgentName>);
 
-/// What an event is about.
+/// The subject of an event.
 #[derive(Debug, Default)]
 pub(super) struct EventSubject<'a> {
     pub agent: Option<&'a AgentName>,
@@ -68,32 +68,35 @@ pub(super) struct EventSubject<'a> {
 }
 
 impl Journal {
-    /// What an earlier manager left. An unreadable file is begun anew: its events are lost, which the log says.
+    /// Loads the events that an earlier manager left. An unreadable file is logged, and its events are lost.
     pub(super) fn load(home: &Home) -> Journal {
         let path = home.events();
         let stored = store::load(&path).unwrap_or_else(|error| {
-            tracing::warn!(error = format!("{error:#}"), "the events kept for the gateway cannot be read and are lost");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot read the events queued for the gateway; they are lost"
+            );
             None
         });
         let mut stored: StoredEvents = stored.unwrap_or_default();
         let events = std::mem::take(&mut stored.events);
         let file = StateFile::new(StateFileName::Events, path);
-        let mut journal = Journal { file, stored, bytes: 0, told: BTreeMap::new(), changed: None };
-        events.into_iter().for_each(|event| journal.keep(event));
+        let mut journal = Journal { file, stored, bytes: 0, limiters: BTreeMap::new(), changed: None };
+        events.into_iter().for_each(|event| journal.store(event));
         journal
     }
 
-    /// Notes an event, if not too many of its like were noted. Its id grows even where the last ones could not be kept: it is never behind
-    /// the clock's milliseconds.
+    /// Adds an event, unless the rate limit is exceeded. Ids grow even if the last ones were not written: an id is at least the wall clock
+    /// in milliseconds.
     pub(super) fn note(&mut self, kind: &str, outcome: &str, about: EventSubject<'_>, message: impl AsRef<str>) {
         self.note_at(kind, outcome, about, message.as_ref(), Instant::now());
     }
 
     fn note_at(&mut self, kind: &str, outcome: &str, about: EventSubject<'_>, message: &str, now: Instant) {
-        let Some(untold) = self.allowance(kind, outcome, about.agent, now).take(now) else { return };
+        let Some(dropped) = self.limiter(kind, outcome, about.agent, now).take(now) else { return };
         let mut message = cut(message, MAX_MESSAGE_BYTES);
-        if untold > 0 {
-            message.push_str(&format!(" (before that, {untold} of its kind were not told)"));
+        if dropped > 0 {
+            message.push_str(&format!(" ({dropped} earlier events of this kind were dropped)"));
         }
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let id = self.stored.last_id.saturating_add(1).max(since.as_millis() as u64);
@@ -104,7 +107,7 @@ impl Journal {
         } else {
             tracing::warn!(kind, outcome, agent, message, "event");
         }
-        self.keep(Event {
+        self.store(Event {
             id,
             time: crate::spm::timestamp(),
             kind: kind.to_owned(),
@@ -117,26 +120,26 @@ impl Journal {
         self.changed.get_or_insert_with(Instant::now);
     }
 
-    fn allowance(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut RateLimiter {
+    fn limiter(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut RateLimiter {
         let mut subject = (kind.to_owned(), outcome.to_owned(), agent.cloned());
-        if self.told.len() >= MAX_COUNTED && !self.told.contains_key(&subject) {
-            self.told.retain(|_, allowance| !allowance.is_whole(now));
-            if self.told.len() >= MAX_COUNTED {
+        if self.limiters.len() >= MAX_LIMITERS && !self.limiters.contains_key(&subject) {
+            self.limiters.retain(|_, limiter| !limiter.is_whole(now));
+            if self.limiters.len() >= MAX_LIMITERS {
                 subject = RateKey::default();
             }
         }
-        self.told.entry(subject).or_insert_with(|| RateLimiter::new(TOLD_AT_ONCE, TOLD_EVERY))
+        self.limiters.entry(subject).or_insert_with(|| RateLimiter::new(EVENT_BURST, EVENT_INTERVAL))
     }
 
-    /// Keeps an event, and forgets the oldest where there is no room.
-    fn keep(&mut self, event: Event) {
-        // One that another version kept may be of any length.
+    /// Stores an event, and drops the oldest ones beyond the limits.
+    fn store(&mut self, event: Event) {
+        // An event written by another version may have any length.
         let is_short = unknown::bytes(&event.unknown) <= MAX_MESSAGE_BYTES;
         let event = Event {
-            time: cut(&event.time, MAX_WORD_BYTES),
-            kind: cut(&event.kind, MAX_WORD_BYTES),
-            outcome: cut(&event.outcome, MAX_WORD_BYTES),
-            message: cut(&event.message, MAX_MESSAGE_BYTES + MAX_WORD_BYTES),
+            time: cut(&event.time, MAX_FIELD_BYTES),
+            kind: cut(&event.kind, MAX_FIELD_BYTES),
+            outcome: cut(&event.outcome, MAX_FIELD_BYTES),
+            message: cut(&event.message, MAX_MESSAGE_BYTES + MAX_FIELD_BYTES),
             unknown: if is_short { event.unknown } else { UnknownFields::new() },
             ..event
         };
@@ -148,7 +151,7 @@ impl Journal {
         }
     }
 
-    /// Forgets what the gateway has seen.
+    /// Removes the events that the gateway has received.
     pub(super) fn acknowledge(&mut self, id: u64) {
         let before = self.stored.events.len();
         self.stored.events.retain(|event| event.id > id);
@@ -158,7 +161,7 @@ impl Journal {
         }
     }
 
-    /// The oldest ones, for the next heartbeat.
+    /// The oldest events, for the next heartbeat.
     pub(super) fn pending(&self) -> Vec<Event> {
         let mut sum = 0;
         let within = |event: &&Event| {
@@ -168,27 +171,27 @@ impl Journal {
         self.stored.events.iter().take(MAX_PER_HEARTBEAT).take_while(within).cloned().collect()
     }
 
-    /// When what changed is to be written, so that a crash loses little and a crowd of events is one write.
+    /// When to write changes: late enough that a burst of events is one write, early enough that a crash loses little.
     pub(super) fn flush_at(&self) -> Option<Instant> {
-        self.changed.map(|since| since + FLUSH)
+        self.changed.map(|since| since + FLUSH_DELAY)
     }
 
-    /// Begins to write what changed since the last time.
+    /// Starts writing the changes since the last write.
     pub(super) fn flush(&mut self, inputs: &Inputs) {
         if self.changed.take().is_some() {
             self.file.save(inputs, self.stored.clone());
         }
     }
 
-    /// Takes in that a write has ended.
+    /// Handles the end of a write.
     pub(super) fn saved(&mut self, result: Result<(), String>, inputs: &Inputs) {
         self.file.saved(inputs);
         if let Err(error) = result {
-            tracing::warn!(error, "the events for the gateway cannot be written; they are in memory alone");
+            tracing::warn!(error, "cannot write the events queued for the gateway; they are only in memory");
         }
     }
 
-    /// Writes what is not written yet, at the end of the process.
+    /// Writes pending changes before the process exits.
     pub(super) async fn finish(self) {
         self.file.finish(self.changed.map(|_| self.stored)).await;
     }
@@ -216,7 +219,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn fields_of_a_later_version_are_written_back() {
+    async fn fields_of_a_later_version_are_preserved() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         std::fs::create_dir(home.state()).unwrap();
@@ -231,7 +234,7 @@ mod tests {
         let kept: serde_json::Value = serde_json::from_slice(&std::fs::read(home.events()).unwrap()).unwrap();
         assert_eq!((&kept["later"], &kept["events"][0]), (&stored["later"], &event));
 
-        // Not where they would fill it.
+        // Oversized unknown fields are dropped.
         let mut long = stored.clone();
         long["events"][0]["later"] = "x".repeat(MAX_MESSAGE_BYTES + 1).into();
         std::fs::write(home.events(), long.to_string()).unwrap();
@@ -239,80 +242,80 @@ mod tests {
     }
 
     #[test]
-    fn the_document_names_the_bounds() {
-        let (kept, told) = (MAX_BYTES >> 10, MAX_BYTES_PER_HEARTBEAT >> 10);
+    fn the_protocol_document_states_the_limits() {
+        let (kept, sent) = (MAX_BYTES >> 10, MAX_BYTES_PER_HEARTBEAT >> 10);
         let document = crate::core::protocol::document();
         for words in [
             format!("at most {MAX_EVENTS} events with {kept} KiB"),
-            format!("at most {MAX_PER_HEARTBEAT} with {told} KiB"),
-            format!("a burst of {TOLD_AT_ONCE}, then one every {} minutes", TOLD_EVERY.as_secs() / 60),
+            format!("at most {MAX_PER_HEARTBEAT} with {sent} KiB"),
+            format!("a burst of {EVENT_BURST}, then one every {} minutes", EVENT_INTERVAL.as_secs() / 60),
         ] {
             assert!(document.contains(&words), "{words}");
         }
     }
 
     #[test]
-    fn a_long_silence_forgets_the_oldest() {
+    fn the_oldest_events_are_dropped_beyond_the_limit() {
         let directory = tempfile::tempdir().unwrap();
         let mut journal = Journal::load(&Home::new(directory.path()));
         let start = Instant::now();
         for n in 0..MAX_EVENTS as u32 + 10 {
-            journal.note_at("exit", "ok", EventSubject::default(), &n.to_string(), start + TOLD_EVERY * n);
+            journal.note_at("exit", "ok", EventSubject::default(), &n.to_string(), start + EVENT_INTERVAL * n);
         }
         assert_eq!(journal.stored.events.len(), MAX_EVENTS);
         assert_eq!(journal.pending()[0].message, "10");
     }
 
     #[test]
-    fn refusals_in_ever_other_words_are_told_less_and_less_often() {
+    fn repeated_events_with_differing_texts_are_rate_limited() {
         let directory = tempfile::tempdir().unwrap();
         let mut journal = Journal::load(&Home::new(directory.path()));
         let start = Instant::now();
         let (a, b): (AgentName, AgentName) = ("a".parse().unwrap(), "b".parse().unwrap());
-        let mut refuse = |kind: &str, agent: Option<&AgentName>, second: u64| {
+        let mut reject = |kind: &str, agent: Option<&AgentName>, second: u64| {
             let about = EventSubject { agent, version: None };
             journal.note_at(kind, "refused", about, &format!("number {second}"), start + Duration::from_secs(second));
         };
-        (0..3_600).for_each(|second| refuse("desired", None, second));
-        // What else is refused is told all the same.
-        (0..3_600).for_each(|second| refuse("stage", Some(&a), second));
-        refuse("stage", Some(&b), 3_600);
-        refuse("heartbeat", None, 3_600);
+        (0..3_600).for_each(|second| reject("desired", None, second));
+        // Events of other kinds and sub-agents are still reported.
+        (0..3_600).for_each(|second| reject("stage", Some(&a), second));
+        reject("stage", Some(&b), 3_600);
+        reject("heartbeat", None, 3_600);
         let of = |kind: &str| journal.stored.events.iter().filter(|event| event.kind == kind).count();
         assert_eq!((of("desired"), of("stage"), of("heartbeat")), (31, 32, 1));
         let last = journal.stored.events.iter().rfind(|event| event.kind == "desired").unwrap();
-        assert_eq!(last.message, "number 3300 (before that, 299 of its kind were not told)");
+        assert_eq!(last.message, "number 3300 (299 earlier events of this kind were dropped)");
     }
 
     #[test]
-    fn however_many_are_counted_apart_it_comes_to_an_end() {
+    fn the_number_of_rate_limiters_is_bounded() {
         let directory = tempfile::tempdir().unwrap();
         let mut journal = Journal::load(&Home::new(directory.path()));
         let start = Instant::now();
-        for n in 0..3 * MAX_COUNTED {
+        for n in 0..3 * MAX_LIMITERS {
             let name: AgentName = format!("a{n}").parse().unwrap();
             journal.note_at("stage", "failed", EventSubject { agent: Some(&name), version: None }, "no", start);
         }
-        assert!(journal.told.len() <= MAX_COUNTED + 1);
-        // Those who were quiet for long enough make room.
+        assert!(journal.limiters.len() <= MAX_LIMITERS + 1);
+        // Limiters that are full again are removed.
         let name: AgentName = "new".parse().unwrap();
         journal.note_at(
             "stage",
             "failed",
             EventSubject { agent: Some(&name), version: None },
             "no",
-            start + TOLD_EVERY * 20,
+            start + EVENT_INTERVAL * 20,
         );
-        assert_eq!(journal.told.len(), 1);
+        assert_eq!(journal.limiters.len(), 1);
     }
 
     #[test]
-    fn neither_one_text_nor_all_together_grow_without_end() {
+    fn the_size_of_each_event_and_of_all_together_is_bounded() {
         let directory = tempfile::tempdir().unwrap();
         let home = Home::new(directory.path());
         std::fs::create_dir(home.state()).unwrap();
         let long = "\u{1b}[2J".to_owned() + &"x".repeat(1 << 20);
-        // As an older version left it.
+        // As an older version wrote it.
         let event =
             |id: u64| serde_json::json!({"id": id, "time": long, "kind": long, "outcome": long, "message": long});
         let stored = serde_json::json!({ "lastId": 3, "events": [event(1), event(2), event(3)] });
@@ -321,13 +324,13 @@ mod tests {
         assert_eq!(journal.pending().len(), 3);
         let start = Instant::now();
         for n in 0..MAX_EVENTS as u32 {
-            journal.note_at("stage", "failed", EventSubject::default(), &long, start + TOLD_EVERY * n);
+            journal.note_at("stage", "failed", EventSubject::default(), &long, start + EVENT_INTERVAL * n);
         }
         let all = &journal.stored.events;
         assert!(all.iter().all(|event| event.message.len() <= 1_100 && !event.message.contains('\u{1b}')));
         assert!((200..300).contains(&all.len()), "{}", all.len());
-        let told = serde_json::to_vec(&journal.pending()).unwrap().len();
-        assert!((50 << 10..70 << 10).contains(&told), "{told}");
+        let sent = serde_json::to_vec(&journal.pending()).unwrap().len();
+        assert!((50 << 10..70 << 10).contains(&sent), "{sent}");
         journal.acknowledge(u64::MAX);
         assert_eq!((journal.bytes, journal.pending().len()), (0, 0));
         journal.note("exit", "ok", EventSubject::default(), "one");

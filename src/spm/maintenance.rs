@@ -1,5 +1,5 @@
-//! What the manager looks after once in a while: whether its home can be relied on, its settings, logs, and its own record. Each is done
-//! beside the loop, one at a time: a disk that hangs holds up this and nothing else.
+//! Periodic checks of the manager: the safety of its home, its settings, logs, and its own record. Each runs off the event loop, one at a
+//! time, so that a hanging disk delays nothing else.
 
 use std::time::SystemTime;
 
@@ -14,50 +14,52 @@ use crate::package::Keys;
 use crate::process::log;
 use crate::role::{self, RoleHolder};
 
-/// Begins to look at the home.
-pub(super) fn begin_look(inputs: &Inputs, home: &Home, config: &Config) {
+/// Starts a check of the home.
+pub(super) fn start_home_check(inputs: &Inputs, home: &Home, config: &Config) {
     let (home, config) = (home.clone(), config.clone());
-    disk::run(inputs, move || Input::Looked(look(&home, &config)));
+    disk::run(inputs, move || Input::HomeChecked(check_home(&home, &config)));
 }
 
-/// Whether the home can be relied on, and its keys.
-pub(super) fn look(home: &Home, config: &Config) -> HomeProblems {
-    let found = permissions::home(home).and_then(|()| permissions::keys(home)).err();
-    let found = found.map(|error| format!("{error:#}; no release is fetched or activated meanwhile"));
+/// Checks whether the home and its keys are safe.
+pub(super) fn check_home(home: &Home, config: &Config) -> HomeProblems {
+    let unsafe_home = permissions::home(home).and_then(|()| permissions::keys(home)).err();
+    let unsafe_home =
+        unsafe_home.map(|error| format!("{error:#}; no release is fetched or activated until this is resolved"));
     let files = permissions::files(home, config.certificates(home).as_deref()).err();
-    let files = files.map(|error| format!("{error:#}; it counts all the same, as no release gets in by it"));
-    let keys = found.is_none().then(|| {
+    let files = files
+        .map(|error| format!("{error:#}; the files are used nevertheless, as releases are not verified with them"));
+    let keys = unsafe_home.is_none().then(|| {
         let ring = Keyring::load(home).and_then(|ring| Ok(ring.overruled(&Keys::load(&home.keys())?)));
         match ring {
             Ok(overruled) => (!overruled.is_empty()).then(|| overruled.join("; ")),
             Err(error) => Some(format!("{error:#}")),
         }
     });
-    HomeProblems { home: found, files, keys }
+    HomeProblems { home: unsafe_home, files, keys }
 }
 
-/// Begins the housekeeping. `seen`: when the settings in force were changed; `own`: the manager's record, where it is yet to be written.
-pub(super) fn begin_housekeeping(
+/// Starts the housekeeping. `modified_before`: modification time of the settings in use; `own`: the manager's record, if it is not written yet.
+pub(super) fn start_housekeeping(
     inputs: &Inputs,
     home: &Home,
     log_limit: u64,
-    seen: Option<SystemTime>,
+    modified_before: Option<SystemTime>,
     own: Option<RoleHolder>,
 ) {
     let home = home.clone();
     disk::run(inputs, move || {
         log::rotate_all(&home, log_limit);
         let is_recorded = own.is_none_or(|own| {
-            role::announce_again(&home, Role::Spm, &own);
-            role::holder(&home, Role::Spm).as_ref() == Some(&own)
+            role::retry_announce(&home, Role::Spm, &own);
+            role::recorded_holder(&home, Role::Spm).as_ref() == Some(&own)
         });
         let now = modified(&home);
-        let loaded = (now != seen).then(|| Config::load(&home));
-        Input::Reloaded(MaintenanceResult { seen: now, loaded, is_recorded })
+        let loaded = (now != modified_before).then(|| Config::load(&home));
+        Input::MaintenanceDone(MaintenanceResult { modified: now, loaded, is_recorded })
     });
 }
 
-/// When the settings were last changed.
+/// Modification time of the settings.
 pub(super) fn modified(home: &Home) -> Option<SystemTime> {
     std::fs::metadata(home.config()).and_then(|metadata| metadata.modified()).ok()
 }

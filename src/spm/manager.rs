@@ -1,7 +1,7 @@
-//! The manager's one task: all of its state, and what follows from each thing that it hears.
+//! The manager's event loop, which owns all of its state.
 //!
-//! The loop waits for nothing but its inputs. What is decided about a sub-agent is decided in [`core::agent`](crate::core::agent); here its
-//! actions are carried out ([`steps`]), and their outcomes taken in ([`outcomes`]).
+//! The loop waits for its inputs only. [`core::agent`](crate::core::agent) makes the decisions about a sub-agent; here its actions are
+//! carried out ([`steps`]), and their results handled ([`outcomes`]).
 
 mod adoption;
 mod exchange;
@@ -48,15 +48,15 @@ use crate::process;
 use crate::role::RoleHolder;
 use crate::store;
 
-/// Of strangers at the door, so many are reported at once, and one more each so often.
-const STRANGERS_AT_ONCE: u32 = 3;
-const STRANGERS_EVERY: Duration = Duration::from_secs(600);
-/// The end of the process waits so long for a disk.
-const LAST_WRITE: Duration = Duration::from_secs(5);
-/// Connections at the door get so long to hear the farewell.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// Rate limit for events about rejected clients of the control socket: this burst, then one per interval.
+const REJECTIONS_BURST: u32 = 3;
+const REJECTIONS_INTERVAL: Duration = Duration::from_secs(600);
+/// Timeout for the last writes before the process exits.
+const FINAL_WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for sending the goodbye on all connections of the control socket.
+const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Who this manager is.
+/// The identity of this manager process.
 #[derive(Debug)]
 struct ManagerIdentity {
     agent_id: AgentId,
@@ -66,15 +66,15 @@ struct ManagerIdentity {
     own: RoleHolder,
 }
 
-/// A stop of the home that is under way.
+/// A stop of the home in progress.
 #[derive(Debug)]
 struct PendingStop {
-    /// Whom it is answered to.
+    /// The requests to answer when it completes.
     waiting: Vec<oneshot::Sender<ControlReply>>,
     errors: Vec<String>,
-    /// Its record was written, or could not be: the sub-agents are being stopped.
+    /// Its record was written, could not be written or timed out: the sub-agents are being stopped.
     is_recorded: bool,
-    /// A disk is waited for so long.
+    /// When waiting for the record times out.
     recorded_by: Instant,
 }
 
@@ -86,104 +86,107 @@ pub(super) struct Manager {
     agents: BTreeMap<AgentName, SubAgent>,
     last_serial: u64,
     releases: LedgerWriter,
-    /// Where the sub-agents' process trees are held together.
+    /// The parent of the sub-agents' cgroups; `None` where this host has none.
     groups: Option<Groups>,
-    /// Something came about that a plan goes by.
+    /// Something changed that a plan depends on.
     replan: bool,
     journal: Journal,
     history: UpgradeHistory,
-    peer: WatchdogLink,
+    watchdog: WatchdogLink,
     inputs: Inputs,
     upgrading: ManagerUpgrade,
-    desk: stage::StagingContext,
-    line: GatewayLink,
+    staging: stage::StagingContext,
+    gateway: GatewayLink,
     housekeeping: MaintenanceSchedule,
-    /// How often a stranger at the door is reported.
-    strangers: RateLimiter,
-    /// By subject, so that one that is resolved disappears.
+    /// Limits the events about rejected clients of the control socket.
+    rejections: RateLimiter,
+    /// By subject, so that a resolved problem is removed.
     problems: BTreeMap<&'static str, String>,
     stop: Option<PendingStop>,
-    ending: Option<Goodbye>,
+    exit: Option<Goodbye>,
 }
 
-/// Runs the manager until it is told to end, and says as what it ended.
+/// Runs the manager until it is asked to exit; returns whether the home stops or another manager follows.
 ///
-/// `own`: its record, which it sees to where that could not be written at first.
+/// `own`: this manager's record, which is written later if it could not be written before.
 pub(super) async fn run(home: &Home, service: ServiceManagerKind, own: &RoleHolder) -> Result<Goodbye> {
-    let (inputs, mut words) = mpsc::unbounded_channel();
+    let (inputs, mut input_queue) = mpsc::unbounded_channel();
     let mut termination = Termination::new()?;
     if let Err(error) = platform::adopt_orphans() {
-        tracing::warn!(error = %error, "the orphans of sub-agents go to init, which may not reap them");
+        tracing::warn!(error = %error, "cannot become the subreaper; orphaned processes of sub-agents go to init, which may not reap them");
     }
     let mut manager = Manager::load(home, service, own, inputs)?;
-    manager.look_at_home_now();
-    manager.show_refused_orders();
-    manager.take_charge();
+    manager.check_home_now();
+    manager.show_rejected_orders();
+    manager.adopt_all();
 
     let listener = LocalListener::bind(&home.control_socket())
-        .with_context(|| format!("cannot listen at {}", home.control_socket().display()))?;
-    let (knock, mut knocks) = mpsc::channel(16);
-    let (farewell, heard) = watch::channel(None);
-    let door = tokio::spawn(control_socket::serve(listener, knock, heard));
+        .with_context(|| format!("cannot listen on {}", home.control_socket().display()))?;
+    let (request, mut requests) = mpsc::channel(16);
+    let (goodbye, goodbye_receiver) = watch::channel(None);
+    let server = tokio::spawn(control_socket::serve(listener, request, goodbye_receiver));
     platform::notify(Notification::Ready);
     let version = &manager.identity.version;
     tracing::info!(version = %version, pid = std::process::id(), agents = manager.agents.len(), "the manager is ready");
 
-    let ending = loop {
+    let exit = loop {
         if std::mem::take(&mut manager.replan) {
             manager.reconcile();
         }
         manager.write_ledger();
-        if let Some(ending) = manager.ending {
-            break ending;
+        if let Some(exit) = manager.exit {
+            break exit;
         }
         let deadline = manager.deadline();
         tokio::select! {
-            // Each arm takes one value from a channel or waits: all are cancel-safe.
-            Some(input) = words.recv() => manager.take_in(input),
-            Some(knock) = knocks.recv() => manager.answer_knock(knock),
+            // Every arm receives one value from a channel or sleeps: all are cancel-safe.
+            Some(input) = input_queue.recv() => manager.handle_input(input),
+            Some(request) = requests.recv() => manager.handle_request(request),
             () = tokio::time::sleep_until(deadline.into()) => manager.tick(),
-            () = termination.recv() => manager.asked_to_end(),
+            () = termination.recv() => manager.handle_termination(),
         }
     };
     platform::notify(Notification::Stopping);
     manager.journal.flush(&manager.inputs);
-    // The door is shut first: the watchdog, which connects again as soon as it heard the farewell, would take our end for a death.
-    door.abort();
-    let _ = door.await;
-    farewell.send_replace(Some(ending));
-    // Every connection drops its receiver when it has sent the farewell.
-    let _ = tokio::time::timeout(FAREWELL, farewell.closed()).await;
+    // Stop accepting connections first: the watchdog reconnects right after the goodbye, and would take the manager's exit for a crash.
+    server.abort();
+    let _ = server.await;
+    goodbye.send_replace(Some(exit));
+    // Every connection drops its receiver when it has sent the goodbye.
+    let _ = tokio::time::timeout(GOODBYE_TIMEOUT, goodbye.closed()).await;
     manager.finish().await;
-    Ok(ending)
+    Ok(exit)
 }
 
 impl Manager {
-    /// Writes what is not written yet, at the end of the process.
+    /// Writes pending changes before the process exits.
     async fn finish(self) {
         let Manager { journal, history, releases, orders, .. } = self;
         let written = async { tokio::join!(journal.finish(), history.finish(), releases.finish(), orders.finish()) };
-        if tokio::time::timeout(LAST_WRITE, written).await.is_err() {
-            tracing::warn!("what changed last is not written: the disk does not answer");
+        if tokio::time::timeout(FINAL_WRITE_TIMEOUT, written).await.is_err() {
+            tracing::warn!("cannot write the last changes before exit: the disk does not answer in time");
         }
     }
 
     fn load(home: &Home, service: ServiceManagerKind, own: &RoleHolder, inputs: Inputs) -> Result<Manager> {
         let mut problems = BTreeMap::new();
         let loaded = Config::load(home)?;
-        warn_of_unknown(&loaded);
+        warn_of_unknown_keys(&loaded);
         if let Some(problem) = &loaded.problem {
             problems.insert("config", config_problem(problem));
         }
-        let agent_id =
-            installation::agent_id(home).context("cannot tell who this host is; install again with --agent-id")?;
+        let agent_id = installation::agent_id(home)
+            .context("cannot read this host's agent id; reinstall with `aops install --agent-id ID`")?;
         let agent_id = agent_id.with_context(|| {
-            format!("cannot tell who this host is: {} is missing; install again", home.agent_id().display())
+            format!(
+                "cannot read this host's agent id: {} is missing; reinstall with `aops install --agent-id ID`",
+                home.agent_id().display()
+            )
         })?;
         let desired_path = home.desired();
         let desired: Option<DesiredState> = store::load(&desired_path).unwrap_or_else(|error| {
-            let text = format!("the last desired state is lost and asked for again: {error:#}");
-            tracing::error!(error = text, "the desired state cannot be read");
+            let text = format!("the stored desired state is lost and is requested again from the gateway: {error:#}");
+            tracing::error!(error = text, "cannot read the stored desired state");
             problems.insert("desired", text);
             None
         });
@@ -192,29 +195,29 @@ impl Manager {
         for problem in problems.values() {
             journal.note("config", "failed", EventSubject::default(), problem.as_str());
         }
-        // Behind a link lies what is somebody else's.
+        // An unsafe home may contain symbolic links to files of other users.
         if permissions::home(home).is_ok()
             && let Err(error) = package::sweep(&PackagePaths::of(home))
         {
-            tracing::warn!(error = format!("{error:#}"), "leftovers of an earlier staging cannot be removed");
+            tracing::warn!(error = format!("{error:#}"), "cannot remove leftovers of earlier staging");
         }
         let record = installation::upgrade::load(home).unwrap_or_else(|error| {
-            tracing::error!(error = format!("{error:#}"), "the record of upgrades cannot be read");
+            tracing::error!(error = format!("{error:#}"), "cannot read the record of the manager's upgrades");
             Default::default()
         });
         let on_trial = installation::upgrade::on_trial(&record, &mut Programs::default());
         let endpoint = on_trial.as_ref().and_then(|image| image.endpoint.clone());
-        let config = moved(home, loaded.config, endpoint.as_ref());
+        let config = with_trial_endpoint(home, loaded.config, endpoint.as_ref());
         let now = Instant::now();
-        let mut line = GatewayLink::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
+        let mut gateway = GatewayLink::new(home, &agent_id, &config, desired.is_some(), &inputs, now);
         let mut held = desired.unwrap_or_default();
         held.forget_stale();
-        line.asks_anew = held.refused().next().is_some();
+        gateway.requests_current_list = held.refused().next().is_some();
         let installed = installation::ManagerRecord::load(home)
-            .context("cannot tell which release this is; install again")?
+            .context("cannot read the manager's release; reinstall with `aops install`")?
             .with_context(|| {
                 format!(
-                    "cannot tell which release this is: {} is missing; install again",
+                    "cannot read the manager's release: {} is missing; reinstall with `aops install`",
                     home.manager_record().display()
                 )
             })?
@@ -239,42 +242,42 @@ impl Manager {
             replan: true,
             journal,
             history: UpgradeHistory::load(home),
-            peer: WatchdogLink::new(home, service, now),
+            watchdog: WatchdogLink::new(home, service, now),
             inputs,
             upgrading: ManagerUpgrade::new(record, endpoint),
-            desk: stage::StagingContext::new(),
-            line,
-            strangers: RateLimiter::new(STRANGERS_AT_ONCE, STRANGERS_EVERY),
+            staging: stage::StagingContext::new(),
+            gateway,
+            rejections: RateLimiter::new(REJECTIONS_BURST, REJECTIONS_INTERVAL),
             problems,
             config,
             stop: None,
-            ending: None,
+            exit: None,
         })
     }
 
-    /// Somebody asked this process to end: the sub-agents stay, unless they are being stopped already.
-    fn asked_to_end(&mut self) {
+    /// Handles a signal to exit: the sub-agents keep running, unless the home is being stopped.
+    fn handle_termination(&mut self) {
         if self.stop.is_some() {
-            tracing::info!("the manager was asked to end, and does so when every sub-agent is stopped");
+            tracing::info!("the manager was asked to exit; it exits when every sub-agent is stopped");
             return;
         }
-        tracing::info!("the manager was asked to end; the sub-agents stay");
-        self.ending = Some(Goodbye::Yield);
+        tracing::info!("the manager was asked to exit; the sub-agents keep running");
+        self.exit = Some(Goodbye::Yield);
     }
 
     fn deadline(&self) -> Instant {
         let now = Instant::now();
         let agents = self.agents.values().filter_map(|agent| agent.state.deadline(now));
-        // While the home stops, the watchdog does not matter.
-        let peer = self.stop.is_none().then(|| self.peer.deadline());
+        // The watchdog is not supervised while the home stops.
+        let watchdog = self.stop.is_none().then(|| self.watchdog.deadline());
         let recorded_by = self.stop.as_ref().filter(|stop| !stop.is_recorded).map(|stop| stop.recorded_by);
         let upgrading = self.stop.is_none().then(|| self.upgrading.deadline(now)).flatten();
         let fixed = [
             upgrading,
-            self.line.next_heartbeat,
+            self.gateway.next_heartbeat,
             Some(self.housekeeping.next),
             self.journal.flush_at(),
-            peer,
+            watchdog,
             recorded_by,
         ];
         fixed.into_iter().flatten().chain(agents).min().unwrap_or(now)
@@ -288,31 +291,31 @@ impl Manager {
         }
         self.replan |= self.agents.values().any(|agent| agent.state.hold_is_over(now));
         if self.housekeeping.was_held_up(now) {
-            tracing::warn!("the manager did not run for a while; what it missed meanwhile counts against nobody");
-            self.peer.ping(now);
+            tracing::warn!("the manager was not scheduled for a while; timeouts that expired in that time are ignored");
+            self.watchdog.ping(now);
         }
-        if now >= self.peer.deadline() && self.stop.is_none() {
-            self.peer.look(&self.home, &self.inputs, now);
+        if now >= self.watchdog.deadline() && self.stop.is_none() {
+            self.watchdog.tick(&self.home, &self.inputs, now);
         }
         if self.journal.flush_at().is_some_and(|at| at <= now) {
             self.journal.flush(&self.inputs);
         }
         if now >= self.housekeeping.next {
-            self.keep_house(now);
+            self.run_housekeeping(now);
         }
-        if self.line.next_heartbeat.is_some_and(|at| at <= now) {
+        if self.gateway.next_heartbeat.is_some_and(|at| at <= now) {
             self.heartbeat_due(now);
         }
         if self.stop.is_none() {
-            self.tend_upgrade(now);
+            self.tick_upgrade(now);
         }
         if self.stop.as_ref().is_some_and(|stop| stop.recorded_by <= now) {
             self.stop_recorded(now);
         }
     }
 
-    /// Reports a problem when it comes and when it is resolved.
-    fn tell_of(&mut self, subject: &'static str, outcome: &str, problem: Option<String>) {
+    /// Reports a problem once when it appears, and once when it is resolved.
+    fn report_problem(&mut self, subject: &'static str, outcome: &str, problem: Option<String>) {
         match problem {
             Some(text) if self.problems.get(subject) == Some(&text) => {}
             Some(text) => {
@@ -320,18 +323,23 @@ impl Manager {
                 self.problems.insert(subject, text);
             }
             None if self.problems.remove(subject).is_some() => {
-                self.journal.note(subject, "ok", EventSubject::default(), "what was wrong there is mended");
+                self.journal.note(
+                    subject,
+                    "ok",
+                    EventSubject::default(),
+                    "the last reported problem of this kind is resolved",
+                );
             }
             None => {}
         }
     }
 }
 
-/// The settings, with the endpoint that a release on trial brings.
-fn moved(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config {
+/// The settings with the endpoint that a release on trial brings.
+fn with_trial_endpoint(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config {
     let Some(endpoint) = endpoint else { return config };
     config::moved::on_trial(home, &config, endpoint).unwrap_or_else(|error| {
-        tracing::error!(error = format!("{error:#}"), "the endpoint that this release brings cannot be used");
+        tracing::error!(error = format!("{error:#}"), "cannot use the endpoint that this release brings");
         config
     })
 }
@@ -339,21 +347,21 @@ fn moved(home: &Home, config: Config, endpoint: Option<&NewEndpoint>) -> Config 
 fn groups(home: &Home) -> Option<Groups> {
     let groups = process::groups(home);
     match &groups {
-        Some(groups) => tracing::info!(place = groups.location(), "sub-agents live in groups of their own"),
+        Some(groups) => tracing::info!(place = groups.location(), "sub-agents run in their own cgroups"),
         None => tracing::warn!(
-            "this host has no place for groups of processes (no cgroup that we may write); a sub-agent's session, descendants and mark stand in, \
-             and what escapes from all of them outlives its stop"
+            "this host has no writable cgroup; a sub-agent's processes are found by session, descent and environment marker, \
+             and a process that escapes all of these survives the sub-agent's stop"
         ),
     }
     groups
 }
 
-fn warn_of_unknown(loaded: &LoadedSettings) {
+fn warn_of_unknown_keys(loaded: &LoadedSettings) {
     for unknown in &loaded.unknown {
-        tracing::warn!(key = %unknown, "the configuration has a key that this version does not know");
+        tracing::warn!(key = %unknown, "unknown key in the settings");
     }
 }
 
 fn config_problem(problem: &anyhow::Error) -> String {
-    format!("{problem:#}; the last good settings are in force")
+    format!("{problem:#}; the last good settings are in use")
 }

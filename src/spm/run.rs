@@ -1,4 +1,4 @@
-//! What takes time, done beside the manager's loop: starting a sub-agent, watching it, stopping it. Each reports with an [`Input`].
+//! Starting, watching and stopping a sub-agent, off the event loop. Each reports with an [`Input`].
 
 use anyhow::Result;
 use tokio::task::AbortHandle;
@@ -16,30 +16,30 @@ use crate::process::script::{self, ScriptFindings, ScriptStatus, UnseenProgram};
 use crate::process::stop;
 use crate::process::tree::{StopProgress, StopTarget};
 
-/// Starts a sub-agent, after ending what an earlier process of it left behind: `last`.
+/// Starts a sub-agent, after stopping `last`, the leftovers of its previous process.
 pub(super) fn start(inputs: &Inputs, serial: u64, start: StartSpec, last: StopTarget) {
     let inputs = inputs.clone();
     tokio::spawn(async move {
         let name = start.name.clone();
-        let result = start_clean(start, last).await.map_err(|error| stage::refusal(&error));
+        let result = start_after_cleanup(start, last).await.map_err(|error| stage::release_error(&error));
         let _ = inputs.send(Input::Launched { name, serial, result: result.map(Box::new) });
     });
 }
 
-async fn start_clean(start: StartSpec, last: StopTarget) -> Result<StartedProcess> {
+async fn start_after_cleanup(start: StartSpec, last: StopTarget) -> Result<StartedProcess> {
     let record = last.record.clone();
-    end_leftovers(&start, last).await?;
+    stop_leftovers(&start, last).await?;
     let (home, name) = (start.home.clone(), start.name.clone());
     let launched = launch(start, record).await;
     if launched.as_ref().is_err_and(|error| !error.is::<UnseenProgram>()) {
-        // The child wrote its record before its program turned out not to run.
+        // The child writes its record before it executes its program; the program did not run.
         off_loop(move || record::discard(&home, &name)).await?;
     }
     launched
 }
 
 async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<StartedProcess> {
-    // Nothing is made in a home that cannot be relied on.
+    // Creates no file in an unsafe home.
     start.check_permissions()?;
     let output = start.output()?;
     let running = match start.program.clone() {
@@ -54,8 +54,8 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
                 ScriptFindings::Up(record) => record,
                 ScriptFindings::Down => script::start(&start, output.file).await?,
                 ScriptFindings::Other(record) => {
-                    tracing::warn!(agent = %start.name, pid = record.pid, "a process that its script names runs already, and is stopped first");
-                    end(&start.home, StopTarget::of(&start.name, Some(record), start.groups.as_ref())).await?;
+                    tracing::warn!(agent = %start.name, pid = record.pid, "the control script names a process that is running already; it is stopped first");
+                    stop_target(&start.home, StopTarget::of(&start.name, Some(record), start.groups.as_ref())).await?;
                     script::start(&start, output.file).await?
                 }
             };
@@ -65,29 +65,30 @@ async fn launch(start: StartSpec, last: Option<ProcessRecord>) -> Result<Started
     Ok(StartedProcess { running, output_lost: output.lost })
 }
 
-/// What a dead main process left behind would keep its port or its files. Where the package says that it is somebody else's, it stays.
-async fn end_leftovers(start: &StartSpec, last: StopTarget) -> Result<()> {
+/// Leftovers of a dead main process may hold its port or its files. With `killMode = "process"` they do not belong to the sub-agent and
+/// stay.
+async fn stop_leftovers(start: &StartSpec, last: StopTarget) -> Result<()> {
     if start.program.kill_mode() == KillMode::Process || !last.may_run() {
         return Ok(());
     }
-    end(&start.home, last.at_once()).await
+    stop_target(&start.home, last.at_once()).await
 }
 
-/// Ends what is left of a target, without holding up the manager's loop.
-async fn end(home: &Home, target: StopTarget) -> Result<()> {
+/// Stops what is left of a target, without blocking the event loop.
+async fn stop_target(home: &Home, target: StopTarget) -> Result<()> {
     if target.is_scattered() || target.script_to_ask().is_some() {
-        // Both take their time: every process of the host is looked at, a script is run.
+        // Both are slow: all processes of the host are inspected, or a script is run.
         let home = home.clone();
         return off_loop(move || stop::stop_targets(&home, &[target])).await?;
     }
     let targets = [target];
-    let mut ending = StopProgress::of(home, &targets);
-    while let Some(pause) = ending.poll()? {
+    let mut progress = StopProgress::of(home, &targets);
+    while let Some(pause) = progress.poll()? {
         if targets[0].groups_are_empty() {
-            // What is left lives outside of them.
+            // The remaining processes are outside the cgroups.
             tokio::time::sleep(pause).await;
         } else {
-            // It ends early when nothing is left.
+            // Returns early when the cgroups are empty.
             let _ = tokio::time::timeout(pause, targets[0].groups_emptied()).await;
         }
     }
@@ -95,12 +96,13 @@ async fn end(home: &Home, target: StopTarget) -> Result<()> {
     off_loop(move || target.remove_groups()).await
 }
 
-/// Does what may wait for a disk beside the loop, on whose thread tasks run too.
+/// Runs work that may block on a disk on a blocking thread: the event loop's thread runs tasks, too.
 async fn off_loop<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     Ok(tokio::task::spawn_blocking(work).await?)
 }
 
-/// Watches a process and tells of its end. Who stops it ends the watch: a `control` script must not be asked while its files are removed.
+/// Watches a process and reports its exit. The handle aborts the watch when the sub-agent is stopped: its `control` script must not be run
+/// while its files are removed.
 pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> AbortHandle {
     let inputs = inputs.clone();
     let name = running.record().head.name.clone();
@@ -108,11 +110,11 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> Ab
         let (success, how) = match running {
             RunningProcess::Child(mut child, _) => match child.wait().await {
                 Ok(status) => (Some(status.success()), platform::describe_exit(status)),
-                Err(error) => (None, format!("ended; its exit status cannot be read: {error}")),
+                Err(error) => (None, format!("exited; cannot read its exit status: {error}")),
             },
             RunningProcess::Adopted(record) => {
                 platform::ended(record.pid, record.start_time).await;
-                (None, "ended; its exit status is not known, it was started by an earlier manager".to_owned())
+                (None, "exited; its exit status is unknown, because an earlier manager started it".to_owned())
             }
             RunningProcess::Script(start, record) => (None, watch_script(&inputs, serial, &start, record).await),
         };
@@ -121,28 +123,28 @@ pub(super) fn watch(inputs: &Inputs, serial: u64, running: RunningProcess) -> Ab
     task.abort_handle()
 }
 
-/// Watches the process that a `control` script put into the background, and the one that takes its place; says why it counts as ended.
+/// Watches the background process of a `control` script and any process that replaces it. Returns why it counts as exited.
 async fn watch_script(inputs: &Inputs, serial: u64, start: &StartSpec, mut record: ProcessRecord) -> String {
     loop {
         let emptied = tokio::select! {
-            // Both arms only wait, and are begun anew: nothing is lost when the other comes first.
+            // Both arms only wait and can be restarted: no event is lost.
             () = platform::ended(record.pid, record.start_time) => false,
-            // A program that scrubs its environment and is nobody's by number is still in the group.
+            // A program without our environment marker and with another pid is still in the cgroup.
             () = emptied(&record) => true,
         };
         if emptied {
             if !record.is_alive() {
-                return "nothing of it is left".to_owned();
+                return "none of its processes is left".to_owned();
             }
-            // It was moved out of its group.
+            // The process was moved out of its cgroup.
             platform::ended(record.pid, record.start_time).await;
         }
         platform::reap_orphan(record.pid);
-        let ended = format!("its process {} ended", record.pid);
-        // Where nothing of it is left, there is nothing to ask after.
+        let ended = format!("its process {} exited", record.pid);
+        // Without any process left, the script is not queried.
         let Some(process) = script::find_main(start, &record, None).await else { return ended };
         match script::status(start).await {
-            // One that may not be asked is there, and is left alone.
+            // In an unsafe home the script must not be run: its process was found, and is kept.
             Err(error) if !error.is::<UnsafeHome>() => return ended,
             Ok(ScriptStatus::Stopped | ScriptStatus::Unclear) => return ended,
             Ok(ScriptStatus::Started) | Err(_) => {
@@ -155,7 +157,7 @@ async fn watch_script(inputs: &Inputs, serial: u64, start: &StartSpec, mut recor
     }
 }
 
-/// Resolves when the group of a process holds nobody any more; never where it has none.
+/// Resolves when the cgroup of a process is empty; never resolves without a cgroup.
 async fn emptied(record: &ProcessRecord) {
     match record.group() {
         Some(group) => group.emptied().await,
@@ -163,11 +165,11 @@ async fn emptied(record: &ProcessRecord) {
     }
 }
 
-/// Ends a sub-agent with all that it started.
+/// Stops a sub-agent with all of its processes.
 pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: StopTarget) {
     let (inputs, home, name) = (inputs.clone(), home.clone(), target.name.clone());
     tokio::spawn(async move {
-        let mut ended = end(&home, target.clone()).await;
+        let mut ended = stop_target(&home, target.clone()).await;
         if ended.is_ok() {
             let (home, name) = (home.clone(), name.clone());
             ended = off_loop(move || record::discard(&home, &name)).await;
@@ -175,7 +177,7 @@ pub(super) fn stop(inputs: &Inputs, serial: u64, home: &Home, target: StopTarget
         if let Some(record) = &target.record {
             platform::reap_orphan(record.pid);
         }
-        let _ = inputs.send(Input::Ended { name, serial, result: ended.map_err(|error| format!("{error:#}")) });
+        let _ = inputs.send(Input::Stopped { name, serial, result: ended.map_err(|error| format!("{error:#}")) });
     });
 }
 
@@ -190,7 +192,7 @@ mod tests {
     use crate::home::Home;
     use crate::process::launch;
 
-    /// A home with a release of a sub-agent that stays, and no directory for logs.
+    /// A home with a release of a long-running sub-agent, and without a log directory.
     fn prepare(directory: &Path) -> StartSpec {
         let home = Home::new(directory);
         let (name, version): (AgentName, _) = ("a".parse().unwrap(), "1".parse().unwrap());
@@ -213,41 +215,41 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_home_that_takes_neither_record_nor_log_keeps_nothing_from_being_started_or_stopped() {
+    async fn a_sub_agent_is_started_and_stopped_without_a_writable_record_or_log() {
         let directory = tempfile::tempdir().unwrap();
         let start_of_it = prepare(directory.path());
         let (home, name) = (start_of_it.home.clone(), start_of_it.name.clone());
-        // Neither a file can be put there, nor can it be removed.
+        // Neither can a file be created there, nor can the directory be removed.
         let record = home.process_record(&name);
         for path in [record.clone(), record.with_extension("json.old")] {
             std::fs::create_dir_all(path.join("in the way")).unwrap();
         }
-        let (inputs, mut words) = mpsc::unbounded_channel();
+        let (inputs, mut receiver) = mpsc::unbounded_channel();
         start(&inputs, 1, start_of_it.clone(), StopTarget::of(&name, None, None));
-        let Some(Input::Launched { result, .. }) = words.recv().await else { panic!("it is answered") };
+        let Some(Input::Launched { result, .. }) = receiver.recv().await else { panic!("no result was sent") };
         let started = result.unwrap();
         let lost = started.output_lost.as_ref().unwrap();
         assert!(lost.starts_with("cannot open the log ") && lost.contains("a.log: "), "{lost}");
         let last = started.running.record().clone();
         assert!(last.is_alive());
         stop(&inputs, 1, &home, StopTarget::of(&name, Some(last.clone()), None));
-        let Some(Input::Ended { result, .. }) = words.recv().await else { panic!("it is answered") };
+        let Some(Input::Stopped { result, .. }) = receiver.recv().await else { panic!("no result was sent") };
         assert_eq!(result, Ok(()));
         assert!(!last.is_alive());
 
-        // As soon as the log can be opened, it is written.
+        // Once the log can be opened, it is written.
         std::fs::create_dir_all(home.agent_logs()).unwrap();
         assert_eq!(start_of_it.output().unwrap().lost, None);
     }
 
     #[tokio::test]
-    async fn why_a_program_cannot_be_run_is_told_though_its_record_cannot_be_removed() {
+    async fn the_reason_why_a_program_cannot_run_is_reported_even_if_its_record_cannot_be_removed() {
         let directory = tempfile::tempdir().unwrap();
         let start = prepare(directory.path());
         std::fs::create_dir_all(start.home.process_record(&start.name).join("in the way")).unwrap();
         std::fs::remove_file(start.directory().join("run")).unwrap();
         let target = StopTarget::of(&start.name, None, None);
-        let error = format!("{:#}", start_clean(start, target).await.unwrap_err());
+        let error = format!("{:#}", start_after_cleanup(start, target).await.unwrap_err());
         assert!(error.contains("cannot run ") && !error.contains("cannot remove"), "{error}");
     }
 }

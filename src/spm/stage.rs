@@ -1,4 +1,4 @@
-//! Staging a release beside what runs: fetched, verified, unpacked, looked at; then it may be activated.
+//! Stages a release while the active one runs: fetched, verified, unpacked, inspected; then it may be activated.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,64 +26,64 @@ use crate::package::{self, Completed, FetchLimits, PackageRejected, PackageReque
 use crate::platform;
 use crate::process::launch;
 
-/// So many are fetched at the same time.
-const AT_ONCE: usize = 3;
-/// To download so much for nothing is not to be done again soon.
-const COSTLY: u64 = 1 << 20;
-/// The log tells so often how far a download is.
-const TELL_EVERY: Duration = Duration::from_secs(60);
+/// Number of releases staged at the same time.
+const MAX_CONCURRENT: usize = 3;
+/// A failure after downloading this many bytes counts as costly: it is not retried soon.
+const COSTLY_BYTES: u64 = 1 << 20;
+/// Interval at which the progress of a download is logged.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What those that are staged at the same time share.
+/// Shared by all staging tasks.
 #[derive(Debug, Clone)]
 pub(super) struct StagingContext {
-    turns: Arc<Semaphore>,
-    commons: Arc<FetchLimits>,
+    permits: Arc<Semaphore>,
+    fetch_limits: Arc<FetchLimits>,
 }
 
 impl StagingContext {
     pub(super) fn new() -> StagingContext {
-        StagingContext { turns: Arc::new(Semaphore::new(AT_ONCE)), commons: Arc::default() }
+        StagingContext { permits: Arc::new(Semaphore::new(MAX_CONCURRENT)), fetch_limits: Arc::default() }
     }
 }
 
-/// A release that is being staged, as who ordered it sees it. Dropped, the release is not wanted any more: its download ends, and what
-/// came of it stays for another time.
+/// The handle of a release that is being staged. Dropping it cancels the download; the partial file is kept for a later attempt.
 #[derive(Debug)]
 pub(super) struct Staging {
     pub(super) version: Version,
-    seen: Arc<StagingResult>,
-    /// Closed with it: who still waits for his turn then leaves.
-    _wanted: oneshot::Sender<()>,
+    progress: Arc<StagingProgress>,
+    /// Closed on drop: a task that still waits for its permit then returns.
+    _alive: oneshot::Sender<()>,
 }
 
 #[derive(Debug, Default)]
-struct StagingResult {
+struct StagingProgress {
     bytes: AtomicU64,
     /// Zero: not known yet.
     total: AtomicU64,
-    unwanted: AtomicBool,
-    /// Of the download: it may wait long for what does not come.
-    end: Mutex<Option<Disconnector>>,
+    cancelled: AtomicBool,
+    /// Disconnects the download, which may block for long on the network.
+    disconnector: Mutex<Option<Disconnector>>,
 }
 
-impl StagingResult {
-    /// Notes how the download is ended. It is looked at afterwards whether it is still wanted: who gave it up in between found nothing here.
-    fn ends_by(&self, end: Disconnector) {
-        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+impl StagingProgress {
+    /// Stores how to disconnect the download. Afterwards the caller checks `cancelled` again: a cancellation before this call found no
+    /// handle.
+    fn set_disconnector(&self, disconnector: Disconnector) {
+        *self.disconnector.lock().unwrap_or_else(PoisonError::into_inner) = Some(disconnector);
     }
 
-    fn give_up(&self) {
-        self.unwanted.store(true, Ordering::SeqCst);
-        if let Some(end) = self.end.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            end.now();
+    fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+        if let Some(disconnector) = self.disconnector.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            disconnector.now();
         }
     }
 }
 
 impl Staging {
-    /// How far its download is; `None` before it has begun.
+    /// The progress of the download; `None` before it has started.
     pub(super) fn status(&self) -> Option<DownloadStatus> {
-        let (bytes, total) = (self.seen.bytes.load(Ordering::Relaxed), self.seen.total.load(Ordering::Relaxed));
+        let (bytes, total) = (self.progress.bytes.load(Ordering::Relaxed), self.progress.total.load(Ordering::Relaxed));
         let total = Some(total).filter(|total| *total > 0);
         (bytes > 0 || total.is_some()).then(|| DownloadStatus {
             version: self.version.clone(),
@@ -95,22 +95,22 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        self.seen.give_up();
+        self.progress.cancel();
     }
 }
 
-/// A release that was unpacked, and is none that this manager can run.
+/// A release that was unpacked, but cannot be run by this manager.
 #[derive(Debug)]
 struct Unusable;
 
 impl std::fmt::Display for Unusable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the release is not kept")
+        f.write_str("the unpacked release was discarded")
     }
 }
 
 /// Why a release could not be staged, activated or started.
-pub(super) fn refusal(error: &anyhow::Error) -> ReleaseError {
+pub(super) fn release_error(error: &anyhow::Error) -> ReleaseError {
     ReleaseError {
         why: cut(&format!("{error:#}"), MAX_MESSAGE_BYTES),
         refused: package::is_refusal(error) || error.is::<UnsafeHome>(),
@@ -121,13 +121,13 @@ pub(super) fn refusal(error: &anyhow::Error) -> ReleaseError {
     }
 }
 
-/// As [`refusal`], of a release of which so many bytes were downloaded.
-fn refusal_after(error: &anyhow::Error, bytes: u64) -> ReleaseError {
+/// As [`release_error`], for a release of which `bytes` were downloaded.
+fn release_error_after(error: &anyhow::Error, bytes: u64) -> ReleaseError {
     let is_final = package::is_refusal(error) || error.is::<Unusable>();
-    ReleaseError { costly: is_final && bytes >= COSTLY, ..refusal(error) }
+    ReleaseError { costly: is_final && bytes >= COSTLY_BYTES, ..release_error(error) }
 }
 
-/// All that staging one release needs to know.
+/// The inputs of staging one release.
 #[derive(Debug, Clone)]
 pub(super) struct StagingJob {
     pub home: Home,
@@ -137,27 +137,29 @@ pub(super) struct StagingJob {
     pub package: Package,
     /// Of [`Action::Stage`](crate::core::agent::AgentAction::Stage).
     pub id: u64,
-    /// The epoch of the release that was committed last, which may not be in the epochs' file yet.
+    /// The epoch of the last committed release, which may not be in the epochs' file yet.
     pub committed_epoch: u64,
 }
 
 /// Stages a release and reports with [`Input::Staged`].
-pub(super) fn start(inputs: &Inputs, desk: &StagingContext, job: StagingJob) -> Staging {
-    let (inputs, desk, seen) = (inputs.clone(), desk.clone(), Arc::new(StagingResult::default()));
-    let (wanted, unwanted) = oneshot::channel();
-    let staging = Staging { version: job.package.version.clone(), seen: Arc::clone(&seen), _wanted: wanted };
+pub(super) fn start(inputs: &Inputs, context: &StagingContext, job: StagingJob) -> Staging {
+    let (inputs, context, progress) = (inputs.clone(), context.clone(), Arc::new(StagingProgress::default()));
+    let (alive, dropped) = oneshot::channel();
+    let staging = Staging { version: job.package.version.clone(), progress: Arc::clone(&progress), _alive: alive };
     tokio::spawn(async move {
         let (id, name, version) = (job.id, job.name.clone(), job.package.version.clone());
-        let turn = tokio::select! {
-            // A turn that comes and is dropped is the next one's.
-            turn = desk.turns.acquire_owned() => Some(turn),
-            _ = unwanted => None,
+        let permit = tokio::select! {
+            // A permit acquired by the losing arm is released to the next task.
+            permit = context.permits.acquire_owned() => Some(permit),
+            _ = dropped => None,
         };
-        let come = Arc::clone(&seen);
-        let result = match turn {
-            None => Err(ReleaseError::failed("it is not wanted any more")),
-            Some(_turn) => match tokio::task::spawn_blocking(move || stage(&job, &desk.commons, &seen)).await {
-                Ok(result) => result.map_err(|error| refusal_after(&error, come.bytes.load(Ordering::Relaxed))),
+        let shared = Arc::clone(&progress);
+        let result = match permit {
+            None => Err(ReleaseError::failed("it is not ordered any more")),
+            Some(_permit) => match tokio::task::spawn_blocking(move || stage(&job, &context.fetch_limits, &progress))
+                .await
+            {
+                Ok(result) => result.map_err(|error| release_error_after(&error, shared.bytes.load(Ordering::Relaxed))),
                 Err(error) => Err(ReleaseError::failed(format!("cannot stage it: {error}"))),
             },
         };
@@ -166,26 +168,26 @@ pub(super) fn start(inputs: &Inputs, desk: &StagingContext, job: StagingJob) -> 
     staging
 }
 
-fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Result<Ready> {
+fn stage(job: &StagingJob, fetch_limits: &FetchLimits, progress: &StagingProgress) -> Result<Ready> {
     let StagingJob { home, config, agent_id, name, package, committed_epoch, .. } = job;
     let version = &package.version;
-    if seen.unwanted.load(Ordering::SeqCst) {
-        bail!("it is not wanted any more");
+    if progress.cancelled.load(Ordering::SeqCst) {
+        bail!("it is not ordered any more");
     }
     permissions::agent(home, name)?;
-    let wanted = wanted(name, package);
-    has_place(home, &wanted.release).map_err(anyhow::Error::msg).context(PackageRejected)?;
+    let request = package_request(name, package);
+    check_name(home, &request.release).map_err(anyhow::Error::msg).context(PackageRejected)?;
     let fetching = Fetching::of(home, config, agent_id)?;
-    let wanted = PackageRequest { least_epoch: *committed_epoch, ..wanted };
-    let mut told = Instant::now();
-    let tree = fetching.fetch(wanted, commons, |end| seen.ends_by(end), &mut |bytes, total| {
-        seen.bytes.store(bytes, Ordering::Relaxed);
-        seen.total.store(total.unwrap_or(0), Ordering::Relaxed);
-        if told.elapsed() >= TELL_EVERY {
-            told = Instant::now();
-            tracing::info!(agent = %name, version = %version, bytes, total, "a download is under way");
+    let request = PackageRequest { least_epoch: *committed_epoch, ..request };
+    let mut last_logged = Instant::now();
+    let tree = fetching.fetch(request, fetch_limits, |end| progress.set_disconnector(end), &mut |bytes, total| {
+        progress.bytes.store(bytes, Ordering::Relaxed);
+        progress.total.store(total.unwrap_or(0), Ordering::Relaxed);
+        if last_logged.elapsed() >= PROGRESS_INTERVAL {
+            last_logged = Instant::now();
+            tracing::info!(agent = %name, version = %version, bytes, total, "a download is in progress");
         }
-        !seen.unwanted.load(Ordering::SeqCst)
+        !progress.cancelled.load(Ordering::SeqCst)
     })?;
     let directory = home.release(name, version);
     let release = ledger::LedgerRelease {
@@ -195,7 +197,7 @@ fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Resul
         unknown: Default::default(),
     };
     tree.move_to(&directory)?;
-    // A release that cannot be run is not kept as one that could.
+    // A release that cannot be run is discarded.
     let program = launch::inspect(home, name, version)
         .inspect_err(|_| {
             let _ = package::discard(&directory);
@@ -204,11 +206,11 @@ fn stage(job: &StagingJob, commons: &FetchLimits, seen: &StagingResult) -> Resul
     Ok(Ready { release, program })
 }
 
-/// Whether a release can have a directory of its own: it takes no name of ours, nor that of another release as the file system sees it.
-fn has_place(home: &Home, release: &Release) -> Result<(), String> {
+/// Checks that a release can have its own directory: not a reserved name, and not another release's name on a case-insensitive file system.
+fn check_name(home: &Home, release: &Release) -> Result<(), String> {
     let Release { name, version, .. } = release;
     names::check(release).map_err(|why| format!("cannot install {name} {version}: {why}"))?;
-    // Where it is there already and nothing of just that name is listed, another one is meant.
+    // If the directory exists but is not listed under exactly this name, it is another release's.
     if !home.release(name, version).exists() {
         return Ok(());
     }
@@ -222,20 +224,20 @@ fn has_place(home: &Home, release: &Release) -> Result<(), String> {
     }
 }
 
-/// The package that an order asks for.
-pub(super) fn wanted(name: &AgentName, package: &Package) -> PackageRequest {
+/// The package that an order names.
+pub(super) fn package_request(name: &AgentName, package: &Package) -> PackageRequest {
     PackageRequest::of(package, name, platform::OS, platform::ARCH)
 }
 
-/// The release that a directory holds. `completed`: what that says of its package, where it can be read.
+/// The ledger entry for the release in a directory. `completed`: the package data stored there, where it can be read.
 pub(super) fn release(version: Version, completed: Option<&Completed>) -> ledger::LedgerRelease {
     let sha256 = completed.map(|completed| completed.sha256.clone());
     let epoch = completed.map_or(0, |completed| completed.epoch);
     ledger::LedgerRelease { version, sha256, epoch, unknown: Default::default() }
 }
 
-/// Whether a release that lies on disk may be activated: the home can be relied on, and nothing that the release was accepted by when it was
-/// staged was withdrawn since. `committed_epoch`: as in [`StagingJob`]; `inspect`: also how it is run.
+/// Checks whether a release on disk may be activated: the home is safe, and the release was not withdrawn since it was staged.
+/// `committed_epoch`: as in [`StagingJob`]; `inspect`: also read how it is run.
 pub(super) fn admit(
     home: &Home,
     name: &AgentName,
@@ -252,8 +254,8 @@ pub(super) fn admit(
     Ok((release(version.clone(), Some(&completed)), program))
 }
 
-/// Whether a release that was active before lies on disk and can be run. Its epoch is not asked for: an operator may return to it.
-pub(super) fn usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
+/// Checks whether a release that was active before is on disk and can be run. Its epoch is not checked: an operator may roll back to it.
+pub(super) fn check_usable(home: &Home, name: &AgentName, version: &Version) -> Result<()> {
     permissions::release(home, name, version)?;
     package::whole(&home.release(name, version))?;
     launch::inspect(home, name, version).map(drop)
@@ -278,26 +280,28 @@ mod tests {
     }
 
     #[test]
-    fn a_shortage_is_of_the_host_however_deep_it_lies() {
+    fn a_shortage_of_host_resources_is_recognized_anywhere_in_the_error_chain() {
         use std::io;
-        let told = |error: io::Error| refusal(&anyhow::Error::from(error).context("cannot run it").context("again"));
+        let reported =
+            |error: io::Error| release_error(&anyhow::Error::from(error).context("cannot run it").context("again"));
         let shortage = (1..200).find(|code| platform::is_shortage(&io::Error::from_raw_os_error(*code))).unwrap();
-        assert!(told(io::Error::from_raw_os_error(shortage)).of_host);
-        assert!(!told(io::ErrorKind::NotFound.into()).of_host);
+        assert!(reported(io::Error::from_raw_os_error(shortage)).of_host);
+        assert!(!reported(io::ErrorKind::NotFound.into()).of_host);
     }
 
     #[tokio::test]
-    async fn who_is_not_wanted_any_more_does_not_wait_for_his_turn() {
-        let (inputs, _words) = mpsc::unbounded_channel();
-        let desk = StagingContext::new();
-        let turns = desk.turns.acquire_many(AT_ONCE as u32).await.unwrap();
-        let waiting: Vec<Staging> = (0..10).map(|number| start(&inputs, &desk, job(&format!("a{number}")))).collect();
+    async fn a_cancelled_staging_does_not_wait_for_its_turn() {
+        let (inputs, _receiver) = mpsc::unbounded_channel();
+        let context = StagingContext::new();
+        let permits = context.permits.acquire_many(MAX_CONCURRENT as u32).await.unwrap();
+        let waiting: Vec<Staging> =
+            (0..10).map(|number| start(&inputs, &context, job(&format!("a{number}")))).collect();
         let waits = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
         assert_eq!(waits(), 10);
         drop(waiting);
         while waits() > 0 {
             tokio::task::yield_now().await;
         }
-        drop(turns);
+        drop(permits);
     }
 }

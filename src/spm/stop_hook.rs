@@ -1,5 +1,4 @@
-//! Run as the unit's `ExecStop`: a real stop of the unit also stops the sub-agents; a restart, or the end of a manager that ended by
-//! itself, does not.
+//! The unit's `ExecStop`: a real stop of the unit also stops the sub-agents; a restart, or the exit of a manager on its own, does not.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -12,15 +11,15 @@ use crate::core::service_manager::ServiceManagerKind;
 use crate::home::Home;
 use crate::{host_service, lifecycle, logging, process, role};
 
-/// Every sub-agent may take its grace period, which is ten minutes at the longest; the unit's `TimeoutStopSec` is longer still.
+/// Every sub-agent may take its grace period, which is ten minutes at most; the unit's `TimeoutStopSec` is longer.
 const LONGEST_STOP: Duration = Duration::from_secs(840);
-/// Grace periods are over by then; a `control` script and the last kill still fit in.
+/// All grace periods are over by then; a `control` script and the final kill still fit in.
 const LONGEST_GRACE: Duration = Duration::from_secs(860);
 
-/// `service`: who runs the hook; units that an older version wrote do not say it.
+/// `service`: the service manager that runs the hook; units of older versions do not pass it.
 pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> {
     logging::to_file(&home.role_log("spm"));
-    // Empty when the manager ended by itself and is about to be restarted.
+    // Empty when the manager exited on its own and is about to be restarted.
     let main_pid = std::env::var("MAINPID").unwrap_or_default();
     if main_pid.is_empty() || main_pid == "0" {
         return Ok(ExitCode::SUCCESS);
@@ -29,26 +28,26 @@ pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> 
     match host_service::is_restarting(service, home, Role::Spm) {
         Ok(true) => return Ok(ExitCode::SUCCESS),
         Ok(false) => {}
-        // Not known to be a stop, it is none. If it was one, the watchdog sees it by the unit.
+        // Without an answer it is not treated as a stop. If it is one, the watchdog detects it from the unit's state.
         Err(error) => {
             tracing::error!(
                 error = format!("{error:#}"),
-                "the service manager does not say whether this is a restart; the sub-agents stay"
+                "cannot query whether the unit is being restarted; the sub-agents keep running"
             );
             return Ok(ExitCode::SUCCESS);
         }
     }
     let began = Instant::now();
-    tracing::info!("the unit is being stopped; the sub-agents are stopped with it");
+    tracing::info!("the unit is being stopped; the sub-agents are stopped too");
     if let Err(error) = role::record_stop(home) {
-        tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
+        tracing::warn!(error = format!("{error:#}"), "cannot record the stop");
     }
-    let reply = match control_socket::ask_to_stop(home, LONGEST_STOP) {
+    let reply = match control_socket::request_stop(home, LONGEST_STOP) {
         Ok(reply) => reply,
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),
-                "the manager does not stop the sub-agents; they are stopped without it"
+                "the manager did not stop the sub-agents; they are stopped without it"
             );
             lifecycle::kill_manager(home)?;
             None
@@ -56,7 +55,7 @@ pub(super) fn run(home: &Home, service: ServiceManagerKind) -> Result<ExitCode> 
     };
     match reply.and_then(|reply| reply.error) {
         Some(error) => bail!("cannot stop every sub-agent: {error}"),
-        // A manager that hangs or is dead stops nobody; what is left is ended here.
+        // A hung or dead manager stops no sub-agent; the rest is stopped here.
         None => process::stop::stop_all_within(home, LONGEST_GRACE.saturating_sub(began.elapsed()))?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,5 +1,5 @@
-//! The manager's upgrade of itself, up to the switch, beside the loop: the release is fetched, verified, checked against this home, and put in
-//! the place of the one that runs. From then on the watchdog judges it.
+//! The manager's self-upgrade up to the switch, off the event loop: the release is fetched, verified, checked against this home, and
+//! replaces the running one. From then on the watchdog supervises the trial.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -32,43 +32,43 @@ use crate::installation::{Epochs, permissions};
 use crate::package::{self, FetchLimits, Keys, PackageRequest, Unavailable, VerifiedTree};
 use crate::{migrations, platform, role, store, uplink};
 
-/// The other role holds the record for one step, which may wait for a disk.
-const TURN: Duration = Duration::from_secs(30);
-/// More steps than a switch has are a mistake.
+/// Timeout for the record's lock: the other role holds it for one step, which may wait for a disk.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+/// A switch has fewer steps; more are a bug.
 const MAX_STEPS: usize = 32;
 
-/// Where the new release comes from.
+/// The source of the new release.
 #[derive(Debug, Clone)]
 pub(super) enum UpgradeSource {
     Gateway(Package),
-    /// The one that the gateway offers now.
+    /// The release that the gateway offers now.
     Current,
-    /// A package on this host, with its signature beside it.
+    /// A package on this host, with its signature file.
     File(PathBuf),
-    /// The release before the current one.
+    /// The previous release.
     Previous,
 }
 
-/// All that an upgrade needs to know.
+/// The inputs of an upgrade.
 #[derive(Debug)]
 pub(super) struct UpgradeJob {
     pub(super) home: Home,
     pub(super) config: Config,
     pub(super) agent_id: AgentId,
     pub(super) source: UpgradeSource,
-    /// An operator at the host asked for it, against this order.
+    /// Set when an operator at the host requested it, with the gateway's order that the request overrides.
     pub(super) by_operator: Option<Option<Package>>,
     /// The release of this manager.
     pub(super) own: Version,
 }
 
-/// How far an upgrade is, as the loop sees it.
+/// The progress of an upgrade, as the event loop sees it.
 #[derive(Debug, Default)]
 pub(super) struct UpgradeProgress {
     bytes: AtomicU64,
     /// Zero: not known yet.
     total: AtomicU64,
-    unwanted: AtomicBool,
+    cancelled: AtomicBool,
 }
 
 impl UpgradeProgress {
@@ -78,19 +78,19 @@ impl UpgradeProgress {
         (bytes > 0 || total.is_some()).then(|| DownloadStatus { version: version.clone(), bytes, total_bytes: total })
     }
 
-    /// The release is not wanted any more: its download ends.
-    pub(super) fn give_up(&self) {
-        self.unwanted.store(true, Ordering::Relaxed);
+    /// Cancels the download.
+    pub(super) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
     }
 }
 
-/// Begins an upgrade; [`Input::Upgraded`] tells what came of it.
+/// Starts an upgrade; the result is [`Input::Upgraded`].
 pub(super) fn start(inputs: &Inputs, job: UpgradeJob) -> Arc<UpgradeProgress> {
     let progress = Arc::new(UpgradeProgress::default());
-    let seen = Arc::clone(&progress);
+    let shared = Arc::clone(&progress);
     disk::run(inputs, move || {
         let mut release = None;
-        let outcome = match attempt(&job, &seen, &mut release) {
+        let outcome = match attempt(&job, &shared, &mut release) {
             Ok(outcome) => outcome,
             Err(error) => UpgradeOutcome::NotSwitched(not_switched(&job, release, &error)),
         };
@@ -99,18 +99,18 @@ pub(super) fn start(inputs: &Inputs, job: UpgradeJob) -> Arc<UpgradeProgress> {
     progress
 }
 
-/// The release is at fault.
+/// Marks an error as the release's fault.
 #[derive(Debug)]
 struct FaultyRelease;
 
 impl std::fmt::Display for FaultyRelease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the release cannot be put in place")
+        f.write_str("the release cannot be installed on this host")
     }
 }
 
-/// Says that the release is at fault, unless it is the host: that has no room, or no more of what a process needs.
-fn unfit(error: anyhow::Error) -> anyhow::Error {
+/// Marks an error as the release's fault, unless the host lacks disk space or other resources.
+fn blame_release(error: anyhow::Error) -> anyhow::Error {
     let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
     let is_hosts = causes.any(|cause| {
         let kinds = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::ReadOnlyFilesystem];
@@ -119,7 +119,7 @@ fn unfit(error: anyhow::Error) -> anyhow::Error {
     if is_hosts { error } else { error.context(FaultyRelease) }
 }
 
-/// `found`: set to the release as soon as that is known.
+/// `found`: set to the release as soon as it is known.
 fn attempt(job: &UpgradeJob, progress: &UpgradeProgress, found: &mut Option<Image>) -> Result<UpgradeOutcome> {
     let home = &job.home;
     permissions::home(home)?;
@@ -131,11 +131,11 @@ fn attempt(job: &UpgradeJob, progress: &UpgradeProgress, found: &mut Option<Imag
     }
     let (tree, file) = match &job.source {
         UpgradeSource::File(path) => local(home, path)?,
-        UpgradeSource::Gateway(package) => fetch(job, wanted(package)?, progress)?,
+        UpgradeSource::Gateway(package) => fetch(job, request(package)?, progress)?,
         _ => match current(job)? {
-            None => bail!("no endpoint has a release of {MANAGER_PACKAGE} for this host; publish one there"),
+            None => bail!("no endpoint has a release of {MANAGER_PACKAGE} for this host; publish one at the gateway"),
             Some(package) if package.version == from.version => return Ok(UpgradeOutcome::Nothing),
-            Some(package) => fetch(job, wanted(&package)?, progress)?,
+            Some(package) => fetch(job, request(&package)?, progress)?,
         },
     };
     let signed = (tree.binding().release.version.clone(), tree.sha256().clone());
@@ -143,12 +143,12 @@ fn attempt(job: &UpgradeJob, progress: &UpgradeProgress, found: &mut Option<Imag
         return Ok(UpgradeOutcome::Nothing);
     }
     *found = Some(Image { version: signed.0, sha256: signed.1, ..from.clone() });
-    let (checked, to) = check(home, tree, file).map_err(unfit)?;
+    let (checked, to) = check(home, tree, file).map_err(blame_release)?;
     *found = Some(to.clone());
     switch(job, from, to, &checked.executable())
 }
 
-/// Whether the release runs on this host, on this home, and is trusted to say what it says about keys.
+/// Checks that the release runs on this host with this home, and that its statements about keys are trusted.
 fn check(home: &Home, tree: VerifiedTree, file: String) -> Result<(CheckedRelease, Image)> {
     let checked = release::check(tree, file)?;
     Keyring::load(home)?.examine(&checked.offer, &Keys::load(&home.keys())?)?;
@@ -161,22 +161,22 @@ fn manager_package() -> Result<AgentName> {
     Ok(MANAGER_PACKAGE.parse()?)
 }
 
-fn wanted(package: &Package) -> Result<PackageRequest> {
-    Ok(stage::wanted(&manager_package()?, package))
+fn request(package: &Package) -> Result<PackageRequest> {
+    Ok(stage::package_request(&manager_package()?, package))
 }
 
-fn fetch(job: &UpgradeJob, wanted: PackageRequest, progress: &UpgradeProgress) -> Result<(VerifiedTree, String)> {
+fn fetch(job: &UpgradeJob, request: PackageRequest, progress: &UpgradeProgress) -> Result<(VerifiedTree, String)> {
     let fetching = Fetching::of(&job.home, &job.config, &job.agent_id)?;
-    let file = wanted.file_name().unwrap_or_else(|| wanted.release.file_name(Packing::TarZst));
-    let tree = fetching.fetch(wanted, &FetchLimits::default(), drop, &mut |bytes, total| {
+    let file = request.file_name().unwrap_or_else(|| request.release.file_name(Packing::TarZst));
+    let tree = fetching.fetch(request, &FetchLimits::default(), drop, &mut |bytes, total| {
         progress.bytes.store(bytes, Ordering::Relaxed);
         progress.total.store(total.unwrap_or(0), Ordering::Relaxed);
-        !progress.unwanted.load(Ordering::Relaxed)
+        !progress.cancelled.load(Ordering::Relaxed)
     })?;
     Ok((tree, file))
 }
 
-/// The release that the first endpoint with an answer offers.
+/// The release offered by the first endpoint that offers one.
 fn current(job: &UpgradeJob) -> Result<Option<Package>> {
     let config = &job.config;
     let client = config.client(&config.trust(&job.home), &job.agent_id, Timeouts::exchange())?;
@@ -196,7 +196,7 @@ fn local(home: &Home, path: &Path) -> Result<(VerifiedTree, String)> {
     let claimed: Release = package::claimed(path)?.release;
     ensure!(
         claimed.name.as_str() == MANAGER_PACKAGE && claimed.os == platform::OS && claimed.arch == platform::ARCH,
-        "cannot use the package {}: it is {claimed}, and {MANAGER_PACKAGE} for {}/{} is wanted",
+        "cannot use the package {}: it is {claimed}, not {MANAGER_PACKAGE} for {}/{}",
         path.display(),
         platform::OS,
         platform::ARCH
@@ -204,25 +204,25 @@ fn local(home: &Home, path: &Path) -> Result<(VerifiedTree, String)> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packing = Packing::ALL.iter().find(|packing| name.ends_with(packing.as_str()));
     let file = claimed.file_name(packing.copied().unwrap_or(Packing::TarZst));
-    let wanted =
+    let request =
         PackageRequest { least_epoch: Epochs::load(home)?.least(MANAGER_PACKAGE), ..PackageRequest::new(claimed) };
-    Ok((package::open_local(path, &wanted, &keyring::trusted(home)?, &home.staging())?, file))
+    Ok((package::open_local(path, &request, &keyring::trusted(home)?, &home.staging())?, file))
 }
 
-/// The release before the current one, and a copy of its executable that can be put in place.
+/// The previous release, and a copy of its executable in the staging directory.
 fn previous(home: &Home) -> Result<(Image, PathBuf)> {
     let record = on_disk::load(home)?;
-    let to = record.previous().context("no release before the current one is on this host")?.clone();
+    let to = record.previous().context("no previous release is on this host")?.clone();
     let least = Epochs::load(home)?.least(MANAGER_PACKAGE);
     ensure!(
         to.epoch >= least,
-        "the release before, {}, was withdrawn: its epoch {} is below {least}",
+        "the previous release {} was withdrawn: its epoch {} is below {least}",
         to.version,
         to.epoch
     );
     let backup = home.backup_executable();
-    let is_it = Programs::default().at(&backup)?.is_some_and(|digest| digest == to.executable);
-    ensure!(is_it, "{} is not the executable of the release before, {}", backup.display(), to.version);
+    let is_previous = Programs::default().at(&backup)?.is_some_and(|digest| digest == to.executable);
+    ensure!(is_previous, "{} is not the executable of the previous release {}", backup.display(), to.version);
     let staged = home.staging().join(format!("{MANAGER_PACKAGE}-{}", to.version));
     store::remove(&staged)?;
     let copy = || -> std::io::Result<()> {
@@ -230,42 +230,44 @@ fn previous(home: &Home) -> Result<(Image, PathBuf)> {
         platform::set_mode(&staged, 0o755)
     };
     copy().with_context(|| format!("cannot copy {} to {}", backup.display(), staged.display()))?;
-    release::preflight(home, &staged).map_err(unfit)?;
+    release::preflight(home, &staged).map_err(blame_release)?;
     Ok((to, staged))
 }
 
-/// Begins the upgrade in the record, and takes the steps up to the switch.
+/// Starts the upgrade in the record, and carries out the steps up to the switch.
 fn switch(job: &UpgradeJob, from: Image, to: Image, staged: &Path) -> Result<UpgradeOutcome> {
     let mut session = session(&job.home)?;
     ensure!(
         release::in_place(&job.home)?.is(&from),
-        "another release than {} was put in place meanwhile; see `control status`",
+        "{} was replaced by another release in the meantime; see `control status`",
         from.version
     );
     if let Some(order) = &job.by_operator {
         session.change(|record| {
             record.overrule(order.as_ref().map(|order| (&order.version, order.sha256.as_ref())));
-            // Who asks for it by hand wants it tried.
+            // An operator's request overrides a skip.
             record.allow();
         })?;
     }
     match session.begin(from, to, unix_now()) {
         Ok(()) => {}
         Err(UpgradeRefusal::Running) => return Ok(UpgradeOutcome::Nothing),
-        Err(UpgradeRefusal::UnderWay) => bail!("another upgrade of the manager is under way"),
-        Err(UpgradeRefusal::Skipped(why)) => bail!("it failed here before and is skipped ({why})"),
+        Err(UpgradeRefusal::UnderWay) => bail!("another upgrade of the manager is in progress"),
+        Err(UpgradeRefusal::Skipped(why)) => bail!(
+            "this release failed here before and is skipped ({why}); `control retry {MANAGER_PACKAGE}` permits it"
+        ),
     }
-    let (last, _) = take_steps(&job.home, &job.own, &mut session, Some(staged))?;
-    ensure!(last == UpgradeStep::RestartManager, "the switch was given up ({last:?})");
+    let (last, _) = carry_out_steps(&job.home, &job.own, &mut session, Some(staged))?;
+    ensure!(last == UpgradeStep::RestartManager, "the switch was abandoned ({last:?})");
     Ok(UpgradeOutcome::Switched)
 }
 
 fn session(home: &Home) -> Result<UpgradeSession> {
-    UpgradeSession::open(home, TURN)?.context("the record of upgrades is in use by another process; try again")
+    UpgradeSession::open(home, LOCK_TIMEOUT)?.context("another process is using the record of upgrades; try again")
 }
 
-/// Takes every step that is the manager's; answers the first that is not one of the disk.
-fn take_steps(
+/// Carries out all steps of the manager; returns the first step that is not a disk operation.
+fn carry_out_steps(
     home: &Home,
     own: &Version,
     session: &mut UpgradeSession,
@@ -279,10 +281,10 @@ fn take_steps(
             return Ok((step, UpgradeObservation { record: session.record().clone(), evidence }));
         }
     }
-    bail!("a step of the upgrade has no effect")
+    bail!("an upgrade step had no effect")
 }
 
-/// What a manager that asks knows.
+/// The manager's evidence.
 fn evidence(
     home: &Home,
     own: &Version,
@@ -290,41 +292,41 @@ fn evidence(
     programs: &mut Programs,
     staged: bool,
 ) -> Result<Evidence> {
-    let seen = session.evidence(Decider::Manager, programs)?;
-    let watchdog = role::who_has(home, Role::Spa).map(|holder| match session.record().trial() {
+    let evidence = session.evidence(Decider::Manager, programs)?;
+    let watchdog = role::current_holder(home, Role::Spa).map(|holder| match session.record().trial() {
         Some(trial) => which(trial, programs.of_process(holder.pid).as_ref(), WhichRelease::From),
         None => WhichRelease::Other,
     });
-    // It has known since its start which release it is: by its bytes, and where both have the same, by the record of then.
+    // The manager determined at start which release it is: by its bytes, and where both have the same bytes, by the record at that time.
     let is_new = session.record().trial().is_some_and(|trial| trial.to.version == *own);
     let image = if is_new { WhichRelease::To } else { WhichRelease::From };
     let manager =
         ManagerEvidence { image, answered: Some(Duration::ZERO), adopted: true, heartbeat: false, over_memory: false };
-    Ok(Evidence { staged, manager: Some(manager), watchdog, ..seen })
+    Ok(Evidence { staged, manager: Some(manager), watchdog, ..evidence })
 }
 
-/// Does what is left to the manager of an upgrade that somebody else began, and reads the record; [`Input::UpgradeSeen`] tells.
-pub(super) fn look(inputs: &Inputs, home: &Home, own: &Version) {
+/// Carries out the manager's steps of an upgrade that another process started, and reads the record; the result is [`Input::UpgradeRecordRead`].
+pub(super) fn read_record(inputs: &Inputs, home: &Home, own: &Version) {
     let (home, own) = (home.clone(), own.clone());
     disk::run(inputs, move || {
-        let seen = session(&home).and_then(|mut session| take_steps(&home, &own, &mut session, None));
-        Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
+        let result = session(&home).and_then(|mut session| carry_out_steps(&home, &own, &mut session, None));
+        Input::UpgradeRecordRead(result.map(Box::new).map_err(|error| format!("{error:#}")))
     });
 }
 
-/// Brings the installation up to this release, which is committed; [`Input::Migrated`] tells.
+/// Migrates the installation to this committed release; the result is [`Input::Migrated`].
 pub(super) fn migrate(inputs: &Inputs, home: &Home) {
     let home = home.clone();
     disk::run(inputs, move || {
         let done = migrations::run(&home).map_err(|error| {
-            format!("the installation cannot be brought up to this release: {error:#}; `aops install` does it too")
+            format!("cannot migrate the installation to this release: {error:#}; run `aops install` to retry")
         });
         Input::Migrated(done)
     });
 }
 
-/// Changes the record beside the loop; [`Input::UpgradeSeen`] tells how it is then.
-pub(super) fn change(
+/// Changes the record off the event loop; the result is [`Input::UpgradeRecordRead`].
+pub(super) fn change_record(
     inputs: &Inputs,
     home: &Home,
     own: &Version,
@@ -332,15 +334,15 @@ pub(super) fn change(
 ) {
     let (home, own) = (home.clone(), own.clone());
     disk::run(inputs, move || {
-        let seen = session(&home).and_then(|mut session| {
+        let result = session(&home).and_then(|mut session| {
             session.change(change)?;
-            take_steps(&home, &own, &mut session, None)
+            carry_out_steps(&home, &own, &mut session, None)
         });
-        Input::UpgradeSeen(seen.map(Box::new).map_err(|error| format!("{error:#}")))
+        Input::UpgradeRecordRead(result.map(Box::new).map_err(|error| format!("{error:#}")))
     });
 }
 
-/// Why there was no switch. A release that is at fault is skipped from now on.
+/// The reason of a failed switch. A release that is at fault is skipped from now on.
 fn not_switched(job: &UpgradeJob, release: Option<Image>, error: &anyhow::Error) -> NotSwitched {
     let why = cut(&format!("{error:#}"), MAX_MESSAGE_BYTES);
     let version = match (&release, &job.source) {
@@ -356,7 +358,7 @@ fn not_switched(job: &UpgradeJob, release: Option<Image>, error: &anyhow::Error)
         };
         match skip() {
             Ok(()) => is_skipped = true,
-            Err(error) => tracing::warn!(error = format!("{error:#}"), "that a release is skipped cannot be recorded"),
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "cannot record that a release is skipped"),
         }
     }
     NotSwitched {

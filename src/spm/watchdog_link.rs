@@ -1,4 +1,4 @@
-//! The manager's eye on the watchdog: its connection's end is its death; then the service manager revives it, or we do.
+//! Supervises the watchdog: the end of its connection is its death; then the service manager restarts it, or the manager does.
 
 use std::process::Child;
 use std::time::Instant;
@@ -14,20 +14,20 @@ use crate::{host_service, platform, role};
 
 #[derive(Debug)]
 pub(super) struct WatchdogLink {
-    /// Who starts the roles.
+    /// The service manager that starts the roles.
     service: ServiceManagerKind,
-    /// Of the one that is connected.
+    /// Pid of the connected watchdog.
     pid: Option<u32>,
     reviver: Reviver,
     children: Vec<Child>,
     memory: Memory,
-    /// Somebody stopped the watchdog's own unit; it is left so.
+    /// An operator stopped the watchdog's own unit; it is not restarted.
     pub(super) stopped_by_operator: bool,
 }
 
 impl WatchdogLink {
     pub(super) fn new(home: &Home, service: ServiceManagerKind, now: Instant) -> WatchdogLink {
-        let reviver = Reviver::new(RevivalPolicy::MANAGER, service.is_some(), role::is_taken(home, Role::Spa), now);
+        let reviver = Reviver::new(RevivalPolicy::MANAGER, service.is_some(), role::is_held(home, Role::Spa), now);
         WatchdogLink {
             service,
             pid: None,
@@ -50,23 +50,23 @@ impl WatchdogLink {
         self.reviver.heard(now);
     }
 
-    /// Ends the watchdog, in order, that uses too much memory for too long; it is revived as one that died. Gives the reason.
-    pub(super) fn look_at_memory(&mut self, home: &Home, limit: u64, now: Instant) -> Option<String> {
+    /// Ends a watchdog that uses too much memory for too long; it is restarted like one that died. Returns the reason.
+    pub(super) fn check_memory(&mut self, home: &Home, limit: u64, now: Instant) -> Option<String> {
         let used = platform::memory_bytes(self.pid?)?;
         if !self.memory.look(used, limit, now) {
             return None;
         }
         let why = memory::excess("the watchdog", used, limit, "spaMaxMem")?;
-        match role::who_has(home, Role::Spa).map(|holder| holder.ask_to_end()) {
-            Some(Err(error)) => tracing::error!(error = format!("{error:#}"), "the watchdog cannot be asked to end"),
-            _ => tracing::warn!(why, "the watchdog is restarted"),
+        match role::current_holder(home, Role::Spa).map(|holder| holder.request_exit()) {
+            Some(Err(error)) => tracing::error!(error = format!("{error:#}"), "cannot ask the watchdog to exit"),
+            _ => tracing::warn!(why, "the watchdog uses too much memory and is restarted"),
         }
         Some(why)
     }
 
-    pub(super) fn gone(&mut self, pid: u32, now: Instant) {
+    pub(super) fn disconnected(&mut self, pid: u32, now: Instant) {
         if self.pid == Some(pid) {
-            tracing::warn!(pid, "the watchdog is gone");
+            tracing::warn!(pid, "the watchdog disconnected");
             self.pid = None;
             self.reviver.lost(now);
         }
@@ -76,76 +76,76 @@ impl WatchdogLink {
         self.pid.is_some()
     }
 
-    /// Whether the next manager is started when this one ends: by the watchdog, or by the service manager.
-    pub(super) fn may_be_left(&self) -> bool {
+    /// Whether the next manager is started when this one exits: by the watchdog, or by the service manager.
+    pub(super) fn next_manager_will_start(&self) -> bool {
         self.is_connected() || self.service.is_some()
     }
 
-    /// When [`WatchdogLink::look`] has something to do.
+    /// When [`WatchdogLink::tick`] must be called next.
     pub(super) fn deadline(&self) -> Instant {
         self.reviver.deadline()
     }
 
-    /// Does what time asks for: revives a watchdog that is gone, kills one that hangs.
-    pub(super) fn look(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
+    /// Restarts a dead watchdog and kills a hung one, when due.
+    pub(super) fn tick(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
         self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         let action = self.reviver.look(self.seen(home), now);
         if action == Some(RevivalAction::AskUnit) {
-            return ask(self.service, home, inputs);
+            return query_unit(self.service, home, inputs);
         }
         self.carry_out(home, action);
     }
 
-    /// Takes in what the service manager knows of the unit of a watchdog that is gone.
-    pub(super) fn judged(&mut self, home: &Home, answer: anyhow::Result<UnitStanding>, now: Instant) {
+    /// Handles the service manager's answer about the unit of a dead watchdog.
+    pub(super) fn unit_state_received(&mut self, home: &Home, answer: anyhow::Result<UnitStanding>, now: Instant) {
         let answer = answer.inspect_err(|error| {
-            tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot query the service manager for the state of the watchdog's unit"
+            );
         });
         let action = self.reviver.answered(answer.ok(), self.seen(home), now);
         self.carry_out(home, action);
     }
 
-    /// A stop that is recorded comes to the manager as a request.
+    /// A recorded stop reaches the manager as a request, so it is not observed here.
     fn seen(&self, home: &Home) -> RoleObservation {
-        RoleObservation { taken: !self.is_connected() && role::is_taken(home, Role::Spa), stop_recorded: false }
+        RoleObservation { taken: !self.is_connected() && role::is_held(home, Role::Spa), stop_recorded: false }
     }
 
     fn carry_out(&mut self, home: &Home, action: Option<RevivalAction>) {
         match action {
             Some(RevivalAction::StartUnit) => {
-                tracing::warn!("the watchdog is dead and its unit is asked to start it");
+                tracing::warn!("the watchdog is dead; its unit is started");
                 let (service, home) = (self.service, home.clone());
                 tokio::task::spawn_blocking(move || {
                     if let Err(error) = host_service::start(service, &home, &[Role::Spa]) {
-                        tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
+                        tracing::error!(error = format!("{error:#}"), "cannot start the watchdog's unit");
                     }
                 });
             }
             Some(RevivalAction::Start { failures }) => {
-                tracing::warn!(failures, "the watchdog is not there and is started");
+                tracing::warn!(failures, "the watchdog is not running and is started");
                 match role::spawn(home, Role::Spa) {
                     Ok(child) => self.children.push(child),
                     Err(error) => {
-                        tracing::error!(
-                            error = format!("{error:#}"),
-                            "the watchdog cannot be started; it is tried again"
-                        )
+                        tracing::error!(error = format!("{error:#}"), "cannot start the watchdog; the start is retried")
                     }
                 }
             }
             Some(RevivalAction::KillHung) => kill_hung(home),
             Some(RevivalAction::LeaveStopped) => self.stopped_by_operator = true,
-            // Asked by [`WatchdogLink::look`]; of the other policy.
+            // `AskUnit` is handled by [`WatchdogLink::tick`]; `HonourStop` belongs to the watchdog's policy.
             Some(RevivalAction::AskUnit | RevivalAction::HonourStop) | None => {}
         }
     }
 
     pub(super) fn status(&self, home: &Home) -> RoleStatus {
-        let holder = role::holder(home, Role::Spa);
+        let holder = role::recorded_holder(home, Role::Spa);
         let restarts = holder.as_ref().map_or(0, |holder| holder.restarts);
         match (holder.filter(role::RoleHolder::is_alive), self.pid) {
             (Some(holder), _) => holder.status(),
-            // It could not write its record.
+            // The watchdog could not write its record.
             (None, Some(pid)) => RoleStatus {
                 pid: Some(pid),
                 uptime_seconds: platform::start_time(pid).and_then(platform::age).map(|age| age.as_secs()),
@@ -157,18 +157,18 @@ impl WatchdogLink {
     }
 }
 
-/// Asks the service manager, which may take its time.
-fn ask(service: ServiceManagerKind, home: &Home, inputs: &Inputs) {
+/// Queries the service manager on a blocking thread: it may be slow.
+fn query_unit(service: ServiceManagerKind, home: &Home, inputs: &Inputs) {
     let (home, inputs) = (home.clone(), inputs.clone());
     tokio::task::spawn_blocking(move || {
-        let _ = inputs.send(Input::WatchdogJudged(host_service::standing(service, &home, Role::Spa)));
+        let _ = inputs.send(Input::WatchdogUnitState(host_service::standing(service, &home, Role::Spa)));
     });
 }
 
 fn kill_hung(home: &Home) {
-    let Some(holder) = role::who_has(home, Role::Spa) else { return };
-    tracing::error!(pid = holder.pid, "the watchdog hangs and is killed");
+    let Some(holder) = role::current_holder(home, Role::Spa) else { return };
+    tracing::error!(pid = holder.pid, "the watchdog does not respond and is killed");
     if let Err(error) = holder.kill() {
-        tracing::error!(error = format!("{error:#}"), "the watchdog cannot be killed");
+        tracing::error!(error = format!("{error:#}"), "cannot kill the watchdog");
     }
 }

@@ -1,33 +1,33 @@
-//! A program of ours that is run beside the watchdog to its end, with a deadline: its exit code is the answer.
+//! Runs one of our programs in the background with a timeout; its exit code is the result.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// A one-shot.
+/// A one-shot process.
 #[derive(Debug)]
 pub(super) enum OneShot {
-    NotBegun,
-    Running { child: Child, until: Instant },
+    NotStarted,
+    Running { child: Child, deadline: Instant },
     Done { success: bool, at: Instant },
 }
 
 impl OneShot {
-    pub(super) fn begin(command: &mut Command, limit: Duration) -> OneShot {
+    pub(super) fn start(command: &mut Command, limit: Duration) -> OneShot {
         command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         match command.spawn() {
-            Ok(child) => OneShot::Running { child, until: Instant::now() + limit },
+            Ok(child) => OneShot::Running { child, deadline: Instant::now() + limit },
             Err(error) => {
-                tracing::error!(error = %error, program = %command.get_program().display(), "a one-shot cannot be started");
+                tracing::error!(error = %error, program = %command.get_program().display(), "cannot start a one-shot program");
                 OneShot::Done { success: false, at: Instant::now() }
             }
         }
     }
 
-    pub(super) fn look(&mut self, now: Instant) {
-        let OneShot::Running { child, until } = self else { return };
+    pub(super) fn poll(&mut self, now: Instant) {
+        let OneShot::Running { child, deadline } = self else { return };
         let success = match child.try_wait() {
             Ok(Some(status)) => status.success(),
-            Ok(None) if now < *until => return,
+            Ok(None) if now < *deadline => return,
             _ => {
                 let _ = child.kill();
                 let _ = child.wait();

@@ -1,4 +1,4 @@
-//! What an earlier manager left: found on disk and among the processes, and adopted.
+//! Finds what an earlier manager left, on disk and among the processes, and adopts it.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -19,12 +19,12 @@ use crate::spm::input::RunningProcess;
 use crate::spm::journal::EventSubject;
 use crate::spm::run;
 
-/// Start times have a resolution of 10 ms. Who is started after an end was noted is started later than this.
-const APART: Duration = Duration::from_millis(100);
+/// Margin for comparing start times, which have a resolution of 10 ms.
+const START_TIME_MARGIN: Duration = Duration::from_millis(100);
 
 impl Manager {
-    /// Finds what is installed and what of it runs, and adopts that.
-    pub(super) fn take_charge(&mut self) {
+    /// Finds the installed sub-agents and their running processes, and adopts these.
+    pub(super) fn adopt_all(&mut self) {
         let census = tree::Census::take(&self.home, self.groups.as_ref());
         let targets = census.targets;
         let marked = census.marked;
@@ -42,19 +42,23 @@ impl Manager {
             let target = recorded(&name);
             match platform::deny_write_to_others(&self.home.agent(&name)) {
                 Ok(false) => {}
-                Ok(true) => tracing::warn!(agent = %name, "others could write in its directory, and cannot any more"),
-                Err(error) => tracing::warn!(agent = %name, error = %error, "its directory cannot be looked at"),
+                Ok(true) => {
+                    tracing::warn!(agent = %name, "other users could write to the directory of a sub-agent; its permissions were restricted")
+                }
+                Err(error) => {
+                    tracing::warn!(agent = %name, error = %error, "cannot check the permissions of a sub-agent's directory")
+                }
             }
-            let entry = self.releases.take_found(&name);
+            let entry = self.releases.take_entry(&name);
             let record = target.and_then(|target| target.record.clone());
             let is_alive = record.as_ref().is_some_and(ProcessRecord::is_alive);
-            let main = if is_alive { None } else { self.main_by_mark(&name, &marked, record.as_ref()) };
+            let main = if is_alive { None } else { self.main_process_by_marker(&name, &marked, record.as_ref()) };
             let runs = match (&record, &main) {
                 (Some(record), _) if is_alive => RunningRelease::Recorded(&record.head.version),
                 (_, Some((_, version))) => RunningRelease::Marked(version),
                 _ => RunningRelease::Nothing,
             };
-            self.find(&name, entry, target, runs);
+            self.load_agent(&name, entry, target, runs);
             match record {
                 Some(record) if is_alive => self.adopt(&name, record),
                 record => match (main.and_then(|main| self.record_of(&name, main)), record) {
@@ -62,14 +66,13 @@ impl Manager {
                         marked.save(&self.home);
                         self.adopt(&name, marked);
                     }
-                    (None, Some(record)) if record.is_of_this_boot() => self.bury(&name, record),
-                    // Of another release, or not to be told from what it started: it makes way for what is to run.
-                    (None, _) => drop(target.is_some_and(|target| self.clear_away(&name, target))),
+                    (None, Some(record)) if record.is_of_this_boot() => self.handle_prior_exit(&name, record),
+                    // Of another release, or not distinguishable from its children: it is stopped before the active release is started.
+                    (None, _) => drop(target.is_some_and(|target| self.stop_unadoptable(&name, target))),
                 },
             }
         }
-        // What runs under our mark and belongs to nothing that is installed has no business here any more. Where it cannot be told what
-        // is installed, nothing is ended.
+        // Marked processes of sub-agents that are not installed are stopped, unless the installed ones cannot be listed.
         if self.home.agents().read_dir().is_ok() {
             let installed: BTreeSet<AgentName> = self.agents.keys().cloned().collect();
             for target in targets.iter().filter(|target| !installed.contains(&target.name)) {
@@ -77,15 +80,15 @@ impl Manager {
                 let mut found = SubAgent::new(Agent::new(name.clone()));
                 (found.record, found.scattered) = (target.record.clone(), target.is_scattered());
                 self.agents.insert(name.clone(), found);
-                self.clear_away(name, target);
+                self.stop_unadoptable(name, target);
                 self.step(name, AgentEvent::Uninstall, now);
             }
         }
         self.raise_committed();
     }
 
-    /// Takes in what is on disk of a sub-agent. `entry`: what the ledger says of it; `target`: what may run of it.
-    pub(super) fn find(
+    /// Loads the state of a sub-agent from the disk. `entry`: its ledger entry; `target`: its processes that may be alive.
+    pub(super) fn load_agent(
         &mut self,
         name: &AgentName,
         entry: Option<LedgerEntry>,
@@ -94,15 +97,15 @@ impl Manager {
     ) {
         let had_entry = entry.clone();
         let record = target.and_then(|target| target.record.as_ref());
-        let mut found = agent::on_disk(&self.home, name, entry, record, runs);
+        let mut found = agent::discover(&self.home, name, entry, record, runs);
         if had_entry.as_ref() != Some(&found.ledger) {
-            self.releases.change();
+            self.releases.mark_changed();
         }
         let current = found.ledger.current().map(|release| release.version.clone());
         if let Some(current) = &current {
             let program = launch::inspect(&self.home, name, current);
             found.program = Some(program.map_err(|error| format!("{error:#}")));
-            self.point_at(name, current);
+            self.restore_current_link(name, current);
         }
         let now = Instant::now();
         found.order = self.orders.held.agents.get(name).cloned();
@@ -112,23 +115,23 @@ impl Manager {
         self.perform(name, actions, now);
     }
 
-    /// The ledger beats the link `current`: where they differ, the link is rewritten, before the loop begins.
-    fn point_at(&self, name: &AgentName, current: &Version) {
+    /// The ledger takes precedence over the link `current`: a differing link is rewritten before the event loop starts.
+    fn restore_current_link(&self, name: &AgentName, current: &Version) {
         let link = self.home.current(name);
         if platform::read_current(&link).ok().flatten().as_deref() == Some(current.as_str()) {
             return;
         }
-        tracing::warn!(agent = %name, version = %current, "`current` names another release than the ledger and is rewritten");
+        tracing::warn!(agent = %name, version = %current, "the link `current` differs from the ledger and is rewritten");
         let written =
             permissions::place(&self.home, name).and_then(|()| agent::make_current(&self.home, name, current));
         if let Err(error) = written {
-            tracing::warn!(agent = %name, error = format!("{error:#}"), "`current` cannot be rewritten");
+            tracing::warn!(agent = %name, error = format!("{error:#}"), "cannot rewrite the link `current`");
         }
     }
 
-    /// Ends what runs of a sub-agent and cannot be adopted, as the sub-agent's own stop: nothing new of it starts meanwhile. `false`: there
-    /// is nothing of it.
-    fn clear_away(&mut self, name: &AgentName, target: &StopTarget) -> bool {
+    /// Stops processes of a sub-agent that cannot be adopted. This is a stop of the sub-agent, so nothing of it starts meanwhile. `false`:
+    /// there are no processes.
+    fn stop_unadoptable(&mut self, name: &AgentName, target: &StopTarget) -> bool {
         let members = tree::members(&self.home, target);
         if members.is_empty() && target.groups_are_empty() {
             target.remove_groups();
@@ -137,26 +140,26 @@ impl Manager {
         let serial = self.next_serial();
         let Some(agent) = self.agents.get_mut(name) else { return false };
         let pid = members.first().map_or(0, |process| process.pid);
-        tracing::warn!(agent = %name, pid, "what runs of a sub-agent is none of its active release and is stopped");
+        tracing::warn!(agent = %name, pid, "processes of a sub-agent cannot be adopted and are stopped");
         let now = Instant::now();
         agent.serial = serial;
-        let actions = agent.state.clear_away(pid, agent::at(now));
+        let actions = agent.state.clear_away(pid, agent::moment(now));
         self.perform(name, actions, now);
         true
     }
 
-    /// The main process of a sub-agent, and its release, by its mark. Of a native sub-agent it leads its session, as we start it; what a dead
-    /// one left behind does not. `record`: of one that is dead.
-    fn main_by_mark(
+    /// The main process of a sub-agent and its release, by the environment marker. A native sub-agent's main process leads its session;
+    /// leftovers of a dead one do not. `record`: of a dead main process.
+    fn main_process_by_marker(
         &self,
         name: &AgentName,
         marked: &[ProcessInfo],
         record: Option<&ProcessRecord>,
     ) -> Option<(ProcessInfo, Version)> {
-        // What was there when a manager noted the end of the main process is what that left behind.
-        let noted = record.filter(|record| record.ended.is_some()).and_then(|_| record::age(&self.home, name));
-        let came_after = |process: &ProcessInfo| match (noted, platform::age(process.start_time)) {
-            (Some(noted), Some(age)) => age + APART < noted,
+        // A process that existed when a manager recorded the main process's exit is a leftover.
+        let recorded_exit = record.filter(|record| record.ended.is_some()).and_then(|_| record::age(&self.home, name));
+        let came_after = |process: &ProcessInfo| match (recorded_exit, platform::age(process.start_time)) {
+            (Some(recorded_exit), Some(age)) => age + START_TIME_MARGIN < recorded_exit,
             _ => true,
         };
         marked.iter().find_map(|process| {
@@ -170,7 +173,7 @@ impl Manager {
         })
     }
 
-    /// A record for a main process that has none; `None`: it is none of the current release.
+    /// A record for a main process without one; `None`: it is not of the current release.
     fn record_of(&self, name: &AgentName, (process, version): (ProcessInfo, Version)) -> Option<ProcessRecord> {
         let agent = self.agents.get(name)?;
         if agent.state.current() != Some(&version) {
@@ -180,32 +183,32 @@ impl Manager {
         Some(start.record_of(&process))
     }
 
-    /// Takes in that a process of this boot has ended, whether or not a manager saw it: its restart policy says what follows.
-    fn bury(&mut self, name: &AgentName, record: ProcessRecord) {
+    /// Handles the exit of a process of this boot, whether or not a manager observed it: the restart policy decides what follows.
+    fn handle_prior_exit(&mut self, name: &AgentName, record: ProcessRecord) {
         let now = Instant::now();
         let about = EventSubject { agent: Some(name), version: Some(&record.head.version) };
         let was_seen = record.ended.is_some();
         let ended = record.ended.clone().unwrap_or_else(|| {
-            let how = "ended while no manager was watching".to_owned();
+            let how = "exited while no manager was running".to_owned();
             self.journal.note("exit", "failed", about, how.as_str());
             ProcessExit { success: None, how }
         });
         let serial = self.next_serial();
         let order = self.orders.held.agents.get(name);
         let Some(agent) = self.agents.get_mut(name) else { return };
-        // What it left behind is ended, and the first plan says the rest, unless it is just what is wanted.
-        let wanted = order.filter(|order| {
+        // Its leftovers are stopped. Its restart policy applies if its release is still the ordered one; otherwise the first plan decides.
+        let ordered = order.filter(|order| {
             let version = Some(&order.package.version);
             order.run == Run::Start && agent.state.current() == version && Some(&record.head.version) == version
         });
         agent.serial = serial;
         let (pid, version) = (record.pid, record.head.version.clone());
         agent.record = Some(record);
-        let wanted = wanted.map(|order| order.spec.clone());
+        let ordered = ordered.map(|order| order.spec.clone());
         let end = PriorExit { success: ended.success, how: ended.how.clone(), was_seen };
-        let actions = agent.state.bury(pid, version, end, wanted, agent::at(now));
+        let actions = agent.state.bury(pid, version, end, ordered, agent::moment(now));
         self.perform(name, actions, now);
-        self.remember_end(name, ended);
+        self.record_exit(name, ended);
     }
 
     fn adopt(&mut self, name: &AgentName, record: ProcessRecord) {
@@ -217,11 +220,11 @@ impl Manager {
         let Some(agent) = self.agents.get_mut(name) else { return };
         agent.serial = serial;
         agent.record = Some(record.clone());
-        tracing::info!(agent = %name, pid = record.pid, "a sub-agent is adopted");
-        // With another environment than it is to have, it is restarted by the first plan.
+        tracing::info!(agent = %name, pid = record.pid, "a sub-agent was adopted");
+        // If its environment differs from the ordered one, the first plan restarts it.
         let spec = ordered.filter(|spec: &Spec| env_hash(&spec.env) == record.head.env_hash);
         let version = record.head.version.clone();
-        let actions = agent.state.adopt(record.pid, version, since, spec, agent::at(now));
+        let actions = agent.state.adopt(record.pid, version, since, spec, agent::moment(now));
         self.perform(name, actions, now);
         let script = record.head.kind == PackageKind::Script;
         let start = script.then(|| self.agents.get(name).and_then(|agent| self.start_of(agent))).flatten();

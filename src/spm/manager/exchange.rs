@@ -1,4 +1,4 @@
-//! The conversation with the gateway: what goes up, and what becomes of the answer.
+//! The exchange with the gateway: heartbeats are built and sent, and their answers handled.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -22,33 +22,33 @@ use crate::spm::journal::EventSubject;
 use crate::spm::{timestamp, unix_now};
 use crate::uplink::sender::SendOutcome;
 
-/// A host that booted so recently comes back together with many others.
-const JUST_BOOTED: Duration = Duration::from_secs(300);
-/// What a gateway may ask for, as an operator may.
-const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
-const LONGEST_INTERVAL: Duration = Duration::from_secs(3600);
-/// More than this, in seconds, is a clock that is wrong.
-const CLOCKS_APART: u64 = 60;
-/// Of a word that nobody here knows, so much is told, bytes.
-const MAX_WORD_BYTES: usize = 64;
+/// After a recent boot the host may be one of many that boot at the same time: its first heartbeat is delayed at random.
+const RECENT_BOOT: Duration = Duration::from_secs(300);
+/// The limits of an interval that the gateway requests; an operator's have the same.
+const MIN_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_INTERVAL: Duration = Duration::from_secs(3600);
+/// Difference in seconds from which a clock counts as wrong.
+const MAX_CLOCK_OFFSET: u64 = 60;
+/// Maximum length of an unknown command in an event.
+const MAX_COMMAND_BYTES: usize = 64;
 
-/// The line to the gateway.
+/// The connection to the gateway, and its state.
 #[derive(Debug)]
 pub(super) struct GatewayLink {
     uplink: Uplink,
-    pub(super) gateway: GatewayStatus,
-    /// Why the last answer was not believed, until one is.
-    refused_answer: Option<String>,
-    /// Commands already answered as unsupported.
+    pub(super) status: GatewayStatus,
+    /// Why the last answer was rejected, until one is accepted.
+    rejected_answer: Option<String>,
+    /// Commands already reported as unsupported.
     answered: BTreeSet<String>,
     interval: Duration,
     sequence: u64,
     failures: u32,
-    /// One has succeeded.
+    /// A heartbeat has succeeded.
     has_connected: bool,
-    /// The list that is held is asked for once more: another version of the manager may have refused orders of it that this one follows.
-    pub(super) asks_anew: bool,
-    /// `None` while one is under way.
+    /// Requests the current list again: another version of the manager may have rejected orders of it that this version supports.
+    pub(super) requests_current_list: bool,
+    /// `None` while a heartbeat is in progress.
     pub(super) next_heartbeat: Option<Instant>,
 }
 
@@ -58,12 +58,12 @@ impl GatewayLink {
         self.has_connected
     }
 
-    /// Whether the last one did not.
-    pub(super) fn fails(&self) -> bool {
+    /// Whether the last heartbeat failed.
+    pub(super) fn is_failing(&self) -> bool {
         self.failures > 0
     }
 
-    /// `is_known`: the host holds a desired state, and may be one of many that come back together.
+    /// `is_known`: the host has a desired state, so it may be one of many that boot at the same time.
     pub(super) fn new(
         home: &Home,
         agent_id: &AgentId,
@@ -72,27 +72,27 @@ impl GatewayLink {
         inputs: &Inputs,
         now: Instant,
     ) -> GatewayLink {
-        let after_boot = platform::uptime().is_some_and(|uptime| uptime < JUST_BOOTED) && is_known;
+        let after_boot = platform::uptime().is_some_and(|uptime| uptime < RECENT_BOOT) && is_known;
         let interval = config.heartbeat_interval.0;
-        let gateway = GatewayStatus {
+        let status = GatewayStatus {
             endpoint: config.heartbeat_srv.first().map(ToString::to_string),
             ..GatewayStatus::default()
         };
         GatewayLink {
             uplink: Uplink::new(home, agent_id, config, inputs),
-            gateway,
-            refused_answer: None,
+            status,
+            rejected_answer: None,
             answered: BTreeSet::new(),
             next_heartbeat: Some(now + schedule::first_heartbeat(interval, after_boot, fastrand::f64())),
             interval,
             sequence: 0,
             failures: 0,
             has_connected: false,
-            asks_anew: false,
+            requests_current_list: false,
         }
     }
 
-    /// The settings have changed: they may be what kept the gateway from being reached.
+    /// Applies changed settings, and sends a heartbeat now: the old settings may be why the gateway was unreachable.
     pub(super) fn configure(&mut self, config: &Config) {
         self.interval = config.heartbeat_interval.0;
         self.uplink.configure(config);
@@ -101,20 +101,20 @@ impl GatewayLink {
     }
 }
 
-/// Whether a clock is so far off that somebody should look at it.
+/// Whether a clock is off by so much that an operator should know.
 pub(super) fn is_clock_off(offset: Option<i64>) -> bool {
-    offset.is_some_and(|offset| offset.unsigned_abs() > CLOCKS_APART)
+    offset.is_some_and(|offset| offset.unsigned_abs() > MAX_CLOCK_OFFSET)
 }
 
-/// How far off a clock is, for a person to read.
-pub(super) fn clock_words(offset: i64) -> String {
+/// Describes a wrong clock for an operator.
+pub(super) fn describe_clock_offset(offset: i64) -> String {
     let side = if offset > 0 { "ahead of" } else { "behind" };
-    format!("this host's clock is {} seconds {side} the gateway's; set whichever is wrong", offset.unsigned_abs())
+    format!("this host's clock is {} seconds {side} the gateway's; correct the wrong one", offset.unsigned_abs())
 }
 
 impl Manager {
     pub(super) fn send_heartbeat(&mut self) {
-        self.line.sequence += 1;
+        self.gateway.sequence += 1;
         let report = |agent: &SubAgent| agent.report(&self.identity.agent_id, &self.identity.instance_id);
         let heartbeat = Heartbeat {
             agent_id: self.identity.agent_id.clone(),
@@ -129,16 +129,16 @@ impl Manager {
                 memory_bytes: platform::memory_bytes(std::process::id()).unwrap_or(0),
             },
             lineage: Some(self.orders.held.lineage.clone()).filter(|lineage| !lineage.is_empty()),
-            generation: if self.line.asks_anew { 0 } else { self.orders.held.generation },
-            sequence: self.line.sequence,
+            generation: if self.gateway.requests_current_list { 0 } else { self.orders.held.generation },
+            sequence: self.gateway.sequence,
             agents: self.agents.values().map(report).collect(),
             events: self.journal.pending(),
-            clock_offset_seconds: self.line.gateway.clock_offset_seconds,
-            // The sender knows it, for the endpoint that it sends to.
+            clock_offset_seconds: self.gateway.status.clock_offset_seconds,
+            // Filled in by the sender, for the endpoint that it uses.
             trust: None,
         };
-        self.line.next_heartbeat = None;
-        if let Err(error) = self.line.uplink.send(Box::new(heartbeat)) {
+        self.gateway.next_heartbeat = None;
+        if let Err(error) = self.gateway.uplink.send(Box::new(heartbeat)) {
             let why = format!("cannot start a thread: {error}");
             self.heartbeat_done(SendOutcome::Failed { why, refused: None, retry_after: None }, Instant::now());
         }
@@ -147,69 +147,76 @@ impl Manager {
     pub(super) fn heartbeat_done(&mut self, outcome: SendOutcome, now: Instant) {
         let outcome = match outcome {
             SendOutcome::Answered { passed_over, refused, endpoint, answer, clock_offset, certificate_end } => {
-                if !self.line.gateway.connected {
-                    tracing::info!(%endpoint, "the gateway answers");
+                if !self.gateway.status.connected {
+                    tracing::info!(%endpoint, "connected to the gateway");
                 }
-                self.line.failures = 0;
-                self.line.has_connected = true;
-                self.line.asks_anew = false;
-                self.tell_of_refused(refused.as_deref());
+                self.gateway.failures = 0;
+                self.gateway.has_connected = true;
+                self.gateway.requests_current_list = false;
+                self.report_rejected_answer(refused.as_deref());
                 match &refused {
-                    Some(refused) => self
-                        .problems
-                        .insert("endpoint", cut(&format!("an endpoint is passed over: {refused}"), MAX_MESSAGE_BYTES)),
+                    Some(refused) => self.problems.insert(
+                        "endpoint",
+                        cut(
+                            &format!("an endpoint is skipped because its answer was rejected: {refused}"),
+                            MAX_MESSAGE_BYTES,
+                        ),
+                    ),
                     None => self.problems.remove("endpoint"),
                 };
-                self.compare_clocks(clock_offset);
-                self.watch_certificate(&endpoint, certificate_end);
-                self.line.gateway = GatewayStatus {
+                self.check_clock(clock_offset);
+                self.check_certificate(&endpoint, certificate_end);
+                self.gateway.status = GatewayStatus {
                     endpoint: Some(endpoint.to_string()),
                     connected: true,
                     last_heartbeat: Some(timestamp()),
-                    clock_offset_seconds: clock_offset.or(self.line.gateway.clock_offset_seconds),
+                    clock_offset_seconds: clock_offset.or(self.gateway.status.clock_offset_seconds),
                     last_error: None,
                 };
-                self.take_answer(&answer, clock_offset, passed_over.as_deref());
+                self.handle_answer(&answer, clock_offset, passed_over.as_deref());
                 schedule::HeartbeatOutcome::Answered
             }
             SendOutcome::Failed { why, refused, retry_after } => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
-                self.line.failures = self.line.failures.saturating_add(1);
-                if self.line.gateway.last_error.as_ref() != Some(&why) {
+                self.gateway.failures = self.gateway.failures.saturating_add(1);
+                if self.gateway.status.last_error.as_ref() != Some(&why) {
                     match &refused {
                         Some(_) => tracing::warn!(
                             error = why,
-                            "the gateway's answer is refused; the last orders stay in force"
+                            "the gateway's answer is rejected; the last desired state stays in force"
                         ),
-                        None => tracing::warn!(error = why, "the heartbeat failed; the last orders stay in force"),
+                        None => {
+                            tracing::warn!(error = why, "the heartbeat failed; the last desired state stays in force")
+                        }
                     }
                 }
-                // Where nobody answers, what was refused before is no news.
+                // Without any answer, an earlier rejection is not reported again.
                 if refused.is_some() {
-                    self.tell_of_refused(refused.as_deref());
+                    self.report_rejected_answer(refused.as_deref());
                 }
-                self.line.gateway.connected = false;
-                self.line.gateway.last_error = Some(why);
-                schedule::HeartbeatOutcome::Failed { times: self.line.failures, retry_after }
+                self.gateway.status.connected = false;
+                self.gateway.status.last_error = Some(why);
+                schedule::HeartbeatOutcome::Failed { times: self.gateway.failures, retry_after }
             }
         };
-        self.line.next_heartbeat = Some(now + schedule::next_heartbeat(self.line.interval, outcome, fastrand::f64()));
+        self.gateway.next_heartbeat =
+            Some(now + schedule::next_heartbeat(self.gateway.interval, outcome, fastrand::f64()));
     }
 
-    /// Tells of endpoints that answered and were not believed, once as long as they say the same.
-    fn tell_of_refused(&mut self, refused: Option<&str>) {
-        if let Some(refused) = refused.filter(|refused| self.line.refused_answer.as_deref() != Some(refused)) {
+    /// Reports endpoints whose answers were rejected, once for each text.
+    fn report_rejected_answer(&mut self, refused: Option<&str>) {
+        if let Some(refused) = refused.filter(|refused| self.gateway.rejected_answer.as_deref() != Some(refused)) {
             self.journal.note("heartbeat", "refused", EventSubject::default(), refused);
         }
-        self.line.refused_answer = refused.map(str::to_owned);
+        self.gateway.rejected_answer = refused.map(str::to_owned);
     }
 
-    /// Tells of a clock that is wrong, and of one that is right again.
-    fn compare_clocks(&mut self, offset: Option<i64>) {
+    /// Reports a clock that is wrong, and one that is right again.
+    fn check_clock(&mut self, offset: Option<i64>) {
         let Some(offset) = offset else { return };
-        let was_off = is_clock_off(self.line.gateway.clock_offset_seconds);
+        let was_off = is_clock_off(self.gateway.status.clock_offset_seconds);
         if is_clock_off(Some(offset)) && !was_off {
-            self.journal.note("clock", "failed", EventSubject::default(), clock_words(offset));
+            self.journal.note("clock", "failed", EventSubject::default(), describe_clock_offset(offset));
         } else if was_off && !is_clock_off(Some(offset)) {
             self.journal.note(
                 "clock",
@@ -220,18 +227,18 @@ impl Manager {
         }
     }
 
-    /// Tells of a gateway's certificate that ends soon, and of one that was renewed in time.
-    fn watch_certificate(&mut self, endpoint: &Endpoint, end: Option<u64>) {
+    /// Reports a certificate of the gateway that expires soon, and its renewal.
+    fn check_certificate(&mut self, endpoint: &Endpoint, end: Option<u64>) {
         let now = unix_now();
         let date = end.and_then(|end| jiff::Timestamp::from_second(i64::try_from(end).ok()?).ok());
         let text = match (end.map(|end| validity(end, now)), date) {
             (Some(Validity::Ending { .. }), Some(date)) => {
                 format!(
-                    "the certificate of {endpoint}, or of who issued it, expires on {date}; have the gateway's operator renew it"
+                    "the certificate of {endpoint}, or of its issuer, expires on {date}; have the gateway's operator renew it"
                 )
             }
             (Some(Validity::Ended), Some(date)) => format!(
-                "the certificate of {endpoint}, or of who issued it, expired on {date}; have the gateway's operator renew it"
+                "the certificate of {endpoint}, or of its issuer, expired on {date}; have the gateway's operator renew it"
             ),
             _ => {
                 if self.problems.remove("certificate").is_some() {
@@ -247,50 +254,49 @@ impl Manager {
         }
     }
 
-    /// `passed_over`: why who is asked first did not answer.
-    pub(super) fn take_answer(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
-        let told =
-            answer.interval.map(|seconds| Duration::from_secs(seconds).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL));
-        self.line.interval = told.unwrap_or(self.config.heartbeat_interval.0);
+    /// `passed_over`: why the preferred endpoint did not answer.
+    pub(super) fn handle_answer(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
+        let requested = answer.interval.map(|seconds| Duration::from_secs(seconds).clamp(MIN_INTERVAL, MAX_INTERVAL));
+        self.gateway.interval = requested.unwrap_or(self.config.heartbeat_interval.0);
         if let Some(id) = answer.ack {
             self.journal.acknowledge(id);
         }
         match &answer.error_message {
             Some(message) => {
-                let text = cut(&format!("the gateway says: {message}"), MAX_MESSAGE_BYTES);
+                let text = cut(&format!("the gateway reports: {message}"), MAX_MESSAGE_BYTES);
                 self.problems.insert("gateway", text);
             }
             None => drop(self.problems.remove("gateway")),
         }
-        let wants = answer.cmd.as_deref() == Some("upgrade");
+        let orders_upgrade = answer.cmd.as_deref() == Some("upgrade");
         let unreadable = match &answer.manager {
-            // What was ordered before stays.
+            // The last readable order stays in force.
             Some(MessageItem::Unreadable(unreadable)) => Some(format!(
-                "cannot read the order for the manager: {}; its release stays as it was ordered before",
+                "cannot read the order for the manager: {}; its last readable order stays in force",
                 unreadable.why
             )),
             Some(MessageItem::Read(order)) => {
-                self.upgrade_ordered(Some(order.clone()), wants, Instant::now());
+                self.upgrade_ordered(Some(order.clone()), orders_upgrade, Instant::now());
                 None
             }
             None => {
-                self.upgrade_ordered(None, wants, Instant::now());
+                self.upgrade_ordered(None, orders_upgrade, Instant::now());
                 None
             }
         };
-        self.tell_of("manager", "refused", unreadable);
-        if let Some(cmd) = answer.cmd.as_ref().filter(|_| !wants) {
-            let cmd = cut(cmd, MAX_WORD_BYTES);
-            if self.line.answered.len() < 100 && self.line.answered.insert(cmd.clone()) {
+        self.report_problem("manager", "refused", unreadable);
+        if let Some(cmd) = answer.cmd.as_ref().filter(|_| !orders_upgrade) {
+            let cmd = cut(cmd, MAX_COMMAND_BYTES);
+            if self.gateway.answered.len() < 100 && self.gateway.answered.insert(cmd.clone()) {
                 self.journal.note(
                     "command",
                     "unsupported",
                     EventSubject::default(),
-                    format!("cannot {cmd}: this version does not know how"),
+                    format!("cannot run the command {cmd}: this version does not support it"),
                 );
             }
         }
-        self.take_orders(answer, clock_offset, passed_over);
+        self.handle_orders(answer, clock_offset, passed_over);
     }
 }
 
@@ -299,8 +305,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_document_names_the_bounds_of_the_interval() {
-        let words = format!("used from {} to {}", SHORTEST_INTERVAL.as_secs(), LONGEST_INTERVAL.as_secs());
+    fn the_protocol_document_states_the_limits_of_the_interval() {
+        let words = format!("used from {} to {}", MIN_INTERVAL.as_secs(), MAX_INTERVAL.as_secs());
         assert!(crate::core::protocol::document().contains(&words), "{words}");
     }
 }

@@ -1,9 +1,9 @@
-//! What the manager looks after once in a while, as the loop has it: when it is begun, and what follows from what was found.
+//! Schedules the manager's periodic checks, and handles their results.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{Manager, config_problem, moved, warn_of_unknown};
+use super::{Manager, config_problem, warn_of_unknown_keys, with_trial_endpoint};
 use crate::core::role::Role;
 use crate::core::service_manager::Notification;
 use crate::home::Home;
@@ -15,33 +15,33 @@ use crate::spm::maintenance;
 use crate::spm::stage;
 use crate::{package, platform};
 
-/// Logs, the configuration, orphans and the service manager's watchdog are looked after so often: twice within its minute.
-const HOUSEKEEPING: Duration = Duration::from_secs(25);
-/// To look at the home takes a hundred system calls: however often heartbeats go out, it is not looked at more often.
-const LOOK_APART: Duration = Duration::from_secs(10);
-/// A heartbeat does not wait longer for a look than this.
-const LOOK_TAKES: Duration = Duration::from_secs(2);
-/// Downloads that nobody came back for are looked for so often, besides before each download.
-const TRIM_EVERY: Duration = Duration::from_secs(24 * 3600);
-/// Housekeeping that comes so late was held up by a stop of this process or of the machine.
-const NOT_SCHEDULED: Duration = Duration::from_secs(10);
+/// Interval for logs, settings, orphans and the service manager's watchdog: twice within the watchdog's minute.
+const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(25);
+/// Minimum interval between checks of the home: each costs a hundred system calls, and heartbeats may be more frequent.
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// How long a heartbeat waits for a check of the home.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Interval for removing abandoned downloads, in addition to the removal before each download.
+const TRIM_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+/// Delay of housekeeping from which the process counts as not scheduled: it or the machine was suspended.
+const SUSPENSION: Duration = Duration::from_secs(10);
 
-/// When what is due.
+/// The due times of the periodic checks.
 #[derive(Debug)]
 pub(super) struct MaintenanceSchedule {
     pub(super) next: Instant,
-    next_look: Instant,
+    next_check: Instant,
     next_trim: Instant,
-    /// The settings in force were changed then.
-    config_seen: Option<SystemTime>,
-    /// Whether others can see by the record which process the manager is.
+    /// Modification time of the settings in use.
+    config_modified: Option<SystemTime>,
+    /// Whether the record on disk names this manager process.
     is_recorded: bool,
-    /// Under way beside the loop, perhaps for as long as a disk hangs.
+    /// Running in the background, possibly for as long as a disk hangs.
     is_busy: bool,
-    is_looking: bool,
-    /// A heartbeat waits for what is found.
+    is_checking: bool,
+    /// A heartbeat waits for the check of the home.
     heartbeat_waits: bool,
-    /// Dead at the last housekeeping, and not awaited by anything.
+    /// Zombies at the last housekeeping that nothing waits for.
     orphans: Vec<u32>,
 }
 
@@ -49,12 +49,12 @@ impl MaintenanceSchedule {
     pub(super) fn new(home: &Home, own: &RoleHolder, now: Instant) -> MaintenanceSchedule {
         MaintenanceSchedule {
             next: now,
-            next_look: now,
-            next_trim: now + TRIM_EVERY,
-            config_seen: maintenance::modified(home),
-            is_recorded: role::holder(home, Role::Spm).as_ref() == Some(own),
+            next_check: now,
+            next_trim: now + TRIM_INTERVAL,
+            config_modified: maintenance::modified(home),
+            is_recorded: role::recorded_holder(home, Role::Spm).as_ref() == Some(own),
             is_busy: false,
-            is_looking: false,
+            is_checking: false,
             heartbeat_waits: false,
             orphans: vec![],
         }
@@ -62,87 +62,83 @@ impl MaintenanceSchedule {
 
     /// Whether the process was not scheduled for a while.
     pub(super) fn was_held_up(&self, now: Instant) -> bool {
-        now >= self.next + NOT_SCHEDULED
+        now >= self.next + SUSPENSION
     }
 }
 
 impl Manager {
-    pub(super) fn keep_house(&mut self, now: Instant) {
-        let house = &mut self.housekeeping;
-        house.next = now + HOUSEKEEPING;
-        house.orphans = platform::reap_orphans(&house.orphans);
-        if !std::mem::replace(&mut house.is_busy, true) {
-            let own = (!house.is_recorded).then(|| self.identity.own.clone());
+    pub(super) fn run_housekeeping(&mut self, now: Instant) {
+        let schedule = &mut self.housekeeping;
+        schedule.next = now + HOUSEKEEPING_INTERVAL;
+        schedule.orphans = platform::reap_orphans(&schedule.orphans);
+        if !std::mem::replace(&mut schedule.is_busy, true) {
+            let own = (!schedule.is_recorded).then(|| self.identity.own.clone());
             let limit = self.config.log_max_size.0;
-            maintenance::begin_housekeeping(&self.inputs, &self.home, limit, house.config_seen, own);
+            maintenance::start_housekeeping(&self.inputs, &self.home, limit, schedule.config_modified, own);
         }
-        if now >= house.next_trim {
+        if now >= schedule.next_trim {
             self.trim_cache(now);
         }
         self.retry_ledger();
         platform::notify(Notification::Alive);
     }
 
-    /// Sends a heartbeat, after a look at the home, so that it reports what is wrong there; a manager that sends none need not look.
+    /// Sends a heartbeat, after a check of the home, so that the heartbeat reports its problems. Without heartbeats the home is not
+    /// checked.
     pub(super) fn heartbeat_due(&mut self, now: Instant) {
-        let house = &mut self.housekeeping;
-        if now < house.next_look || house.is_looking {
-            house.heartbeat_waits = false;
+        let schedule = &mut self.housekeeping;
+        if now < schedule.next_check || schedule.is_checking {
+            schedule.heartbeat_waits = false;
             return self.send_heartbeat();
         }
-        (house.is_looking, house.heartbeat_waits) = (true, true);
-        house.next_look = now + LOOK_APART;
-        maintenance::begin_look(&self.inputs, &self.home, &self.config);
-        self.line.next_heartbeat = Some(now + LOOK_TAKES);
+        (schedule.is_checking, schedule.heartbeat_waits) = (true, true);
+        schedule.next_check = now + CHECK_INTERVAL;
+        maintenance::start_home_check(&self.inputs, &self.home, &self.config);
+        self.gateway.next_heartbeat = Some(now + CHECK_TIMEOUT);
     }
 
-    /// Brings the next heartbeat forward; one that is under way is as good.
+    /// Sends the next heartbeat now; one in progress counts.
     pub(super) fn heartbeat_now(&mut self, now: Instant) {
-        self.line.next_heartbeat = self.line.next_heartbeat.map(|_| now);
+        self.gateway.next_heartbeat = self.gateway.next_heartbeat.map(|_| now);
     }
 
-    /// As [`Manager::look_at_home`], before the loop begins.
-    pub(super) fn look_at_home_now(&mut self) {
-        let looked = maintenance::look(&self.home, &self.config);
-        self.looked(looked, Instant::now());
+    /// Checks the home synchronously, before the event loop starts.
+    pub(super) fn check_home_now(&mut self) {
+        let problems = maintenance::check_home(&self.home, &self.config);
+        self.home_checked(problems, Instant::now());
     }
 
-    /// What is wrong shows and is reported until it is resolved.
-    pub(super) fn looked(&mut self, looked: HomeProblems, now: Instant) {
-        self.housekeeping.is_looking = false;
+    /// Handles the result of a check of the home: each problem is shown until it is resolved.
+    pub(super) fn home_checked(&mut self, problems: HomeProblems, now: Instant) {
+        self.housekeeping.is_checking = false;
         if std::mem::take(&mut self.housekeeping.heartbeat_waits) {
-            self.line.next_heartbeat = self.line.next_heartbeat.map(|_| now);
+            self.gateway.next_heartbeat = self.gateway.next_heartbeat.map(|_| now);
         }
-        let HomeProblems { home, files, keys } = looked;
-        self.tell_of("home", "refused", home);
-        self.tell_of("files", "failed", files);
+        let HomeProblems { home, files, keys } = problems;
+        self.report_problem("home", "refused", home);
+        self.report_problem("files", "failed", files);
         if let Some(keys) = keys {
-            self.tell_of("keys", "failed", keys);
+            self.report_problem("keys", "failed", keys);
         }
     }
 
-    /// Takes a changed configuration; a bad one leaves the old in force, which shows.
-    pub(super) fn reloaded(&mut self, reloaded: MaintenanceResult) {
+    /// Applies changed settings. Invalid settings are reported, and the previous ones stay in use.
+    pub(super) fn maintenance_done(&mut self, done: MaintenanceResult) {
         self.housekeeping.is_busy = false;
-        self.housekeeping.is_recorded = reloaded.is_recorded;
-        self.housekeeping.config_seen = reloaded.seen;
-        let problem = match reloaded.loaded {
+        self.housekeeping.is_recorded = done.is_recorded;
+        self.housekeeping.config_modified = done.modified;
+        let problem = match done.loaded {
             None => return,
             Some(Err(error)) => format!("{error:#}"),
             Some(Ok(loaded)) => {
-                warn_of_unknown(&loaded);
+                warn_of_unknown_keys(&loaded);
                 match &loaded.problem {
                     Some(problem) => config_problem(problem),
                     None => {
                         self.problems.remove("config");
-                        self.journal.note(
-                            "config",
-                            "ok",
-                            EventSubject::default(),
-                            "the changed configuration is in force",
-                        );
-                        self.config = moved(&self.home, loaded.config, self.upgrading.endpoint.as_ref());
-                        self.line.configure(&self.config);
+                        self.journal.note("config", "ok", EventSubject::default(), "the changed settings are in use");
+                        self.config = with_trial_endpoint(&self.home, loaded.config, self.upgrading.endpoint.as_ref());
+                        self.gateway.configure(&self.config);
                         return;
                     }
                 }
@@ -152,19 +148,19 @@ impl Manager {
         self.problems.insert("config", problem);
     }
 
-    /// Removes what came of downloads that nobody wants any more, or comes back for.
+    /// Removes downloads that are not ordered any more or were abandoned.
     pub(super) fn trim_cache(&mut self, now: Instant) {
-        self.housekeeping.next_trim = now + TRIM_EVERY;
+        self.housekeeping.next_trim = now + TRIM_INTERVAL;
         let home = self.home.clone();
         let orders = self.orders.held.agents.iter();
         let wanted: BTreeSet<String> =
-            orders.filter_map(|(name, order)| stage::wanted(name, &order.package).file_name()).collect();
+            orders.filter_map(|(name, order)| stage::package_request(name, &order.package).file_name()).collect();
         tokio::task::spawn_blocking(move || {
-            // What lies behind a link is somebody else's.
+            // An unsafe home may contain symbolic links to files of other users.
             if permissions::home(&home).is_ok()
                 && let Err(error) = package::trim(&home.cache(), |file| wanted.contains(file))
             {
-                tracing::warn!(error = format!("{error:#}"), "old downloads cannot be removed");
+                tracing::warn!(error = format!("{error:#}"), "cannot remove old downloads");
             }
         });
     }

@@ -1,7 +1,7 @@
-//! The ledger as the loop has it: changed in memory by the sub-agents' states, written beside the loop, and what waits for that.
+//! The ledger in the event loop: changed in memory by the sub-agents' states, and written off the loop.
 //!
 //! Order of the writes at a commit: the ledger, then the epochs. A start raises the epochs of all committed releases before it stages
-//! anything, so that an end in between loses nothing.
+//! anything, so that a crash between the two writes loses nothing.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -17,34 +17,34 @@ use crate::spm::disk::{self, StateFile};
 use crate::spm::input::{Input, StateFileName};
 use crate::store;
 
-/// The ledger's file, and what waits for it.
+/// The ledger's file, and the operations that wait for its writes.
 #[derive(Debug)]
 pub(super) struct LedgerWriter {
     file: StateFile<Ledger>,
-    /// As it was found, until the sub-agents took it over.
-    found: BTreeMap<AgentName, LedgerEntry>,
+    /// The entries as loaded, until the sub-agents take them over.
+    loaded: BTreeMap<AgentName, LedgerEntry>,
     unknown: UnknownFields,
     is_changed: bool,
     /// The last write failed.
     is_unsaved: bool,
-    /// The removal of a release waits for the write that is under way.
+    /// The removal of a release waits for the current write.
     removal_waits: bool,
-    /// The newest revision asked for, and the newest that is durable.
-    asked: u64,
+    /// The newest revision queued, and the newest that is durable.
+    queued: u64,
     durable: u64,
     is_on_disk: bool,
-    /// Epochs to be raised, each when this revision of the ledger is durable.
+    /// Epochs to raise, each once its revision of the ledger is durable.
     to_raise: Vec<(u64, AgentName, u64)>,
-    /// Those that are being raised.
+    /// Epochs that are being raised.
     raising: Vec<(u64, AgentName, u64)>,
-    /// The last try failed; the next comes with the housekeeping.
+    /// The last attempt failed; the next comes with the housekeeping.
     raise_failed: bool,
-    /// The epochs of what earlier managers committed are raised: releases may be staged.
+    /// The epochs of earlier commits are raised: releases may be staged.
     may_stage: bool,
 }
 
 impl LedgerWriter {
-    /// Loads the ledger; one that cannot be read is made anew from what is on disk.
+    /// Loads the ledger. One that cannot be read is rebuilt from the releases on disk.
     pub(super) fn load(home: &Home, problems: &mut BTreeMap<&'static str, String>) -> LedgerWriter {
         let path = home.releases();
         let loaded = store::load::<Ledger>(&path);
@@ -56,8 +56,8 @@ impl LedgerWriter {
             Err(error) => Some(format!("{error:#}")),
         };
         if let Some(why) = lost {
-            let text = format!("the ledger of releases is lost and rebuilt from what is on disk: {why}");
-            tracing::error!(error = text, "the ledger cannot be read");
+            let text = format!("the ledger of releases is lost and rebuilt from the releases on disk: {why}");
+            tracing::error!(error = text, "cannot read the ledger of releases");
             problems.insert("ledger", text);
         }
         let ledger = loaded.ok().flatten();
@@ -65,12 +65,12 @@ impl LedgerWriter {
         let Ledger { agents, unknown } = ledger.unwrap_or_default();
         LedgerWriter {
             file: StateFile::new(StateFileName::Ledger, path),
-            found: agents,
+            loaded: agents,
             unknown,
             is_changed,
             is_unsaved: false,
             removal_waits: false,
-            asked: 0,
+            queued: 0,
             durable: 0,
             is_on_disk: !is_changed,
             to_raise: vec![],
@@ -80,51 +80,51 @@ impl LedgerWriter {
         }
     }
 
-    /// What the ledger says of a sub-agent that is found on disk.
-    pub(super) fn take_found(&mut self, name: &AgentName) -> Option<LedgerEntry> {
-        self.found.remove(name)
+    /// Takes the loaded entry of a sub-agent.
+    pub(super) fn take_entry(&mut self, name: &AgentName) -> Option<LedgerEntry> {
+        self.loaded.remove(name)
     }
 
-    /// The sub-agents that the ledger names.
+    /// The sub-agents in the ledger.
     pub(super) fn names(&self) -> impl Iterator<Item = &AgentName> {
-        self.found.keys()
+        self.loaded.keys()
     }
 
     pub(super) fn may_stage(&self) -> bool {
         self.may_stage
     }
 
-    /// Whether a release may be removed from the disk: the ledger there may still keep it while a newer one is written. One that cannot be
-    /// written holds nothing up: the disk may be full.
+    /// Whether a release may be removed from the disk. The ledger on disk may still refer to it until the pending write ends. A failed
+    /// write does not prevent removals: the disk may be full.
     pub(super) fn may_remove(&mut self) -> bool {
         let may = !self.is_changed && self.file.is_settled();
         self.removal_waits |= !may;
         may
     }
 
-    /// Writes what is not written yet, at the end of the process.
+    /// Writes pending changes before the process exits.
     pub(super) async fn finish(self) {
         self.file.finish(None).await;
     }
 
-    /// Something in it changed; written with the next turn of the loop.
-    pub(super) fn change(&mut self) {
+    /// Marks the ledger as changed; it is written in the next iteration of the loop.
+    pub(super) fn mark_changed(&mut self) {
         self.is_changed = true;
     }
 
-    /// The revision that holds all that was changed until now.
+    /// The revision that contains all changes so far.
     pub(super) fn current_revision(&self) -> u64 {
-        self.asked + u64::from(self.is_changed)
+        self.queued + u64::from(self.is_changed)
     }
 
-    /// The epoch of a committed release counts when the ledger that says so is durable.
+    /// Queues an epoch, to be raised when the ledger with its commit is durable.
     pub(super) fn raise(&mut self, name: &AgentName, release: &LedgerRelease) {
         self.to_raise.push((self.current_revision(), name.clone(), release.epoch));
     }
 }
 
 impl Manager {
-    /// The epochs of what was committed before count before anything is staged.
+    /// Raises the epochs of all committed releases; nothing is staged before.
     pub(super) fn raise_committed(&mut self) {
         self.queue_committed();
         self.releases.may_stage = self.releases.to_raise.is_empty();
@@ -139,7 +139,7 @@ impl Manager {
         }
     }
 
-    /// Begins to write the ledger where it was changed.
+    /// Starts writing the ledger if it changed.
     pub(super) fn write_ledger(&mut self) {
         if std::mem::take(&mut self.releases.is_changed) {
             let agents = self.agents.iter().map(|(name, agent)| (name.clone(), agent.state.to_record()));
@@ -147,16 +147,16 @@ impl Manager {
                 agents: agents.filter(|(_, entry)| *entry != LedgerEntry::default()).collect(),
                 unknown: self.releases.unknown.clone(),
             };
-            self.releases.asked = self.releases.file.save(&self.inputs, ledger);
+            self.releases.queued = self.releases.file.save(&self.inputs, ledger);
         }
         self.raise_durable();
     }
 
-    /// What could not be written is tried again.
+    /// Retries failed writes.
     pub(super) fn retry_ledger(&mut self) {
         self.releases.raise_failed = false;
         if self.releases.is_unsaved {
-            self.releases.change();
+            self.releases.mark_changed();
         }
     }
 
@@ -164,16 +164,16 @@ impl Manager {
         self.releases.file.saved(&self.inputs);
         self.releases.is_unsaved = result.is_err();
         self.replan |= std::mem::take(&mut self.releases.removal_waits);
-        self.tell_of("ledger", "failed", result.as_ref().err().cloned());
+        self.report_problem("ledger", "failed", result.as_ref().err().cloned());
         if result.is_ok() {
             self.releases.durable = revision;
             if !std::mem::replace(&mut self.releases.is_on_disk, true) {
-                // With them it is noted that there is a ledger.
+                // Raising an epoch also records that a ledger exists.
                 self.queue_committed();
             }
         }
         let waiting = self.agents.values_mut().filter_map(|agent| {
-            agent.recorded_with.take_if(|waits| *waits <= revision).map(|_| agent.state.name().clone())
+            agent.awaited_revision.take_if(|waits| *waits <= revision).map(|_| agent.state.name().clone())
         });
         for name in waiting.collect::<Vec<_>>() {
             self.step(&name, AgentEvent::Recorded(result.clone()), now);
@@ -181,7 +181,7 @@ impl Manager {
         self.raise_durable();
     }
 
-    /// Begins to raise the epochs whose releases are committed in the durable ledger.
+    /// Starts raising the epochs whose commits are durable.
     fn raise_durable(&mut self) {
         let releases = &mut self.releases;
         if !releases.raising.is_empty() || releases.raise_failed {
@@ -205,8 +205,8 @@ impl Manager {
             self.releases.to_raise.extend(raising);
             self.releases.raise_failed = true;
         }
-        self.tell_of("epochs", "failed", result.err());
-        // Each release is held against the epoch in the ledger as well, so that a file that cannot be written holds up nothing.
+        self.report_problem("epochs", "failed", result.err());
+        // Each release is also compared with the epoch in the ledger, so an epochs' file that cannot be written blocks nothing.
         if !std::mem::replace(&mut self.releases.may_stage, true) {
             self.replan = true;
         }

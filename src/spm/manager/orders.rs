@@ -1,4 +1,4 @@
-//! What is wanted of the sub-agents: taken from an answer, on disk before it is in force, and followed.
+//! The desired state of the sub-agents: accepted from an answer, written to disk before it is in force, and applied.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,67 +13,67 @@ use crate::platform;
 use crate::spm::disk::StateFile;
 use crate::spm::journal::EventSubject;
 
-/// Of the orders of one answer that are not followed, so many are told one by one.
-const REFUSED_TOLD: usize = 10;
-/// So many sub-agents are named in one message.
-const NAMED: usize = 5;
-/// For how long something was omitted is written so often, or each tenth of the whole wait: what is lost with a crash is waited for again.
-const WAIT_WRITTEN: u64 = 10;
+/// Number of rejected orders of one answer that are reported one by one.
+const MAX_REPORTED_REJECTIONS: usize = 10;
+/// Number of sub-agents named in one message.
+const MAX_NAMED: usize = 5;
+/// Interval in seconds for writing the omission times, or a tenth of the removal delay if longer. A crash loses at most this much waiting
+/// time.
+const OMISSION_WRITE_INTERVAL: u64 = 10;
 
-/// The desired state.
+/// The desired state, and its file.
 #[derive(Debug)]
 pub(super) struct DesiredStateStore {
     pub(super) held: DesiredState,
     file: StateFile<DesiredState>,
-    /// Another one, which is in force when this revision of the file is durable.
-    coming: Option<(u64, Box<AcceptedState>)>,
-    /// Until when it is counted how long what a complete list omits has been omitted. By the monotonic clock, and only while a manager
-    /// runs: no clock that is set cuts the wait short.
-    counted: Instant,
-    /// Seconds that were counted and are not on disk.
+    /// The next desired state, which is in force when this revision of the file is durable.
+    pending: Option<(u64, Box<AcceptedState>)>,
+    /// Until when the omission times are counted. Monotonic and only while a manager runs: setting the clock cannot shorten the delay.
+    counted_until: Instant,
+    /// Seconds counted, but not yet written.
     unwritten: u64,
-    /// Of the last answer: what is omitted for so many seconds is removed. Before the first answer nothing is.
+    /// Removal delay in seconds from the last answer; before the first answer nothing is removed.
     delay: Option<u64>,
 }
 
 impl DesiredStateStore {
     pub(super) fn new(held: DesiredState, file: StateFile<DesiredState>, now: Instant) -> DesiredStateStore {
-        DesiredStateStore { held, file, coming: None, counted: now, unwritten: 0, delay: None }
+        DesiredStateStore { held, file, pending: None, counted_until: now, unwritten: 0, delay: None }
     }
 
-    /// What answers are compared with: a list that is being written counts.
+    /// The state that answers are compared with: the one being written, or else the one in force.
     fn newest(&self) -> &DesiredState {
-        self.coming.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
+        self.pending.as_ref().map_or(&self.held, |(_, taken)| &taken.desired)
     }
 
-    /// Counts the time since it was counted last, in whole seconds.
+    /// Counts the omission time since the last count, in whole seconds.
     fn count(&mut self, now: Instant) {
-        let seconds = now.saturating_duration_since(self.counted).as_secs();
-        self.counted += Duration::from_secs(seconds);
+        let seconds = now.saturating_duration_since(self.counted_until).as_secs();
+        self.counted_until += Duration::from_secs(seconds);
         if !self.held.omitted().is_empty() {
             self.held.count_omission(seconds);
             self.unwritten = self.unwritten.saturating_add(seconds);
         }
     }
 
-    /// Seconds until a sub-agent is removed because the list omits it; `None`: it is not omitted.
+    /// Seconds until a sub-agent is removed because the list omits it; `None`: the list has it.
     pub(super) fn removed_in(&self, name: &AgentName, now: Instant) -> Option<u64> {
         let so_far = self.held.omitted().get(name)?;
-        let so_far = so_far.saturating_add(now.saturating_duration_since(self.counted).as_secs());
+        let so_far = so_far.saturating_add(now.saturating_duration_since(self.counted_until).as_secs());
         Some(self.delay.unwrap_or(desired::REMOVAL_DELAY).saturating_sub(so_far))
     }
 
-    /// Writes what is not written yet, at the end of the process.
+    /// Writes pending changes before the process exits.
     pub(super) async fn finish(mut self) {
         self.count(Instant::now());
-        let last = (self.unwritten > 0 && self.coming.is_none()).then_some(self.held);
+        let last = (self.unwritten > 0 && self.pending.is_none()).then_some(self.held);
         self.file.finish(last).await;
     }
 }
 
 impl Manager {
-    /// Takes in the orders of an answer. `passed_over`: why who is asked first did not answer.
-    pub(super) fn take_orders(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
+    /// Handles the orders of an answer. `passed_over`: why the preferred endpoint did not answer.
+    pub(super) fn handle_orders(&mut self, answer: &Answer, clock_offset: Option<i64>, passed_over: Option<&str>) {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         let present = self.agents.keys().cloned().collect();
@@ -92,9 +92,9 @@ impl Manager {
                 let held = answer.lineage.as_deref().unwrap_or_default() == self.orders.held.lineage
                     && answer.generation == self.orders.held.generation;
                 if held {
-                    // What was refused in between is not asked for any more.
+                    // A list that was rejected in the meantime is not offered any more.
                     self.problems.remove("desired");
-                    self.still_omitted(delay);
+                    self.remove_omitted(delay);
                 }
             }
             AnswerOutcome::Refuse(why) => {
@@ -104,69 +104,76 @@ impl Manager {
                 }
                 self.problems.insert("desired", why);
             }
-            // On disk before it is acted on: what is begun must be known after a crash.
-            AnswerOutcome::Take(taken) => self.keep_orders(taken, passed_over),
+            // Written to disk before it is applied: after a crash the manager must know what it started.
+            AnswerOutcome::Take(taken) => self.store_orders(taken, passed_over),
         }
     }
 
-    /// The list in force still omits what it omitted: what has been omitted for long enough is removed.
-    fn still_omitted(&mut self, delay: u64) {
-        if self.orders.coming.is_some() {
+    /// Handles an answer with the list in force: sub-agents omitted for the whole delay are removed.
+    fn remove_omitted(&mut self, delay: u64) {
+        if self.orders.pending.is_some() {
             return;
         }
         if let Some(desired) = self.orders.held.without_omitted(delay) {
             let taken = AcceptedState { desired, new_lineage: false, led_back: false, kept: 0 };
-            return self.keep_orders(Box::new(taken), None);
+            return self.store_orders(Box::new(taken), None);
         }
-        if self.orders.unwritten >= WAIT_WRITTEN.max(delay / 10) {
+        if self.orders.unwritten >= OMISSION_WRITE_INTERVAL.max(delay / 10) {
             self.orders.unwritten = 0;
             self.orders.file.save(&self.inputs, self.orders.held.clone());
         }
     }
 
-    /// Begins to write another desired state; it is in force when that is done.
-    fn keep_orders(&mut self, taken: Box<AcceptedState>, passed_over: Option<&str>) {
+    /// Starts writing a new desired state; it is in force when the write ends.
+    fn store_orders(&mut self, taken: Box<AcceptedState>, passed_over: Option<&str>) {
         if let Some(why) = passed_over.filter(|_| taken.new_lineage) {
-            tracing::warn!(why, "another gateway stands in; what its list does not name stays until that changes");
+            tracing::warn!(
+                why,
+                "a fallback gateway with another lineage answered; sub-agents missing in its list are kept until its list changes"
+            );
         }
         self.orders.unwritten = 0;
         let revision = self.orders.file.save(&self.inputs, taken.desired.clone());
-        self.orders.coming = Some((revision, taken));
+        self.orders.pending = Some((revision, taken));
     }
 
     pub(super) fn orders_saved(&mut self, revision: u64, result: Result<(), String>, now: Instant) {
         self.orders.file.saved(&self.inputs);
-        let Some((_, taken)) = self.orders.coming.take_if(|(coming, _)| *coming <= revision) else { return };
+        let Some((_, taken)) = self.orders.pending.take_if(|(pending, _)| *pending <= revision) else { return };
         match result {
-            Ok(()) => self.follow(*taken, now),
+            Ok(()) => self.apply(*taken, now),
             Err(error) => {
-                let text = format!("the new desired state is not acted on: {error}");
+                let text = format!("cannot store the new desired state, so it is not applied: {error}");
                 self.journal.note("desired", "failed", EventSubject::default(), text.as_str());
                 self.problems.insert("desired", text);
             }
         }
     }
 
-    /// Another desired state is in force.
-    fn follow(&mut self, taken: AcceptedState, now: Instant) {
+    /// Applies a desired state that is durable.
+    fn apply(&mut self, taken: AcceptedState, now: Instant) {
         let AcceptedState { desired, new_lineage, led_back, kept } = taken;
         self.problems.remove("desired");
         if new_lineage {
-            tracing::warn!(lineage = desired.lineage, "another store counts the generations from now on");
+            tracing::warn!(lineage = desired.lineage, "the lineage of the desired state changed");
         }
         if led_back {
             let text = format!(
-                "generation {} takes the place of {}, which was further ahead than any clock explains",
+                "generation {} replaces generation {}, which was too far ahead for a wrong clock to explain",
                 desired.generation, self.orders.held.generation
             );
             self.journal.note("desired", "ok", EventSubject::default(), text);
         }
-        tracing::info!(generation = desired.generation, agents = desired.agents.len(), "a new desired state is taken");
-        self.tell_of_an_empty_list(kept);
+        tracing::info!(
+            generation = desired.generation,
+            agents = desired.agents.len(),
+            "a new desired state is in force"
+        );
+        self.report_empty_list(kept);
         let before = std::mem::replace(&mut self.orders.held, desired);
-        self.orders.counted = now;
-        self.tell_of_refused_orders(&before);
-        self.tell_of_omitted(&before);
+        self.orders.counted_until = now;
+        self.report_rejected_orders(&before);
+        self.report_omitted(&before);
         self.replan = true;
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
             let order = self.orders.held.agents.get(&name).cloned();
@@ -175,14 +182,14 @@ impl Manager {
         self.trim_cache(now);
     }
 
-    /// Tells of a list that would have removed everything, once as long as such lists come.
-    fn tell_of_an_empty_list(&mut self, kept: usize) {
+    /// Reports a list that would have removed every sub-agent, once while such lists arrive.
+    fn report_empty_list(&mut self, kept: usize) {
         if kept == 0 {
             self.problems.remove("empty");
             return;
         }
         let text = format!(
-            "an empty list of sub-agents came as a complete one; it removes nothing, and the {kept} that were wanted stay: only an \
+            "an empty list of sub-agents was sent as complete; it removes nothing, and the {kept} ordered sub-agents are kept: only an \
              explicit uninstall removes the last one"
         );
         if self.problems.get("empty") != Some(&text) {
@@ -191,30 +198,30 @@ impl Manager {
         self.problems.insert("empty", text);
     }
 
-    /// Tells of the orders that are not followed, of each once.
-    fn tell_of_refused_orders(&mut self, before: &DesiredState) {
+    /// Reports the rejected orders, each once.
+    fn report_rejected_orders(&mut self, before: &DesiredState) {
         let known: Vec<&RejectedOrder> = before.refused().collect();
         let new: Vec<RejectedOrder> =
             self.orders.held.refused().filter(|refusal| !known.contains(refusal)).cloned().collect();
-        for refusal in new.iter().take(REFUSED_TOLD) {
+        for refusal in new.iter().take(MAX_REPORTED_REJECTIONS) {
             let about = EventSubject { agent: refusal.name.as_ref(), version: None };
             match refusal.is_unsupported {
                 true => self.journal.note("command", "unsupported", about, refusal.why.as_str()),
-                false => self.journal.note("order", "refused", about, refusal_words(refusal)),
+                false => self.journal.note("order", "refused", about, describe_rejection(refusal)),
             }
         }
-        let untold = new.len().saturating_sub(REFUSED_TOLD);
-        if untold > 0 {
-            let text = format!("{untold} more orders cannot be followed; `control status` names some");
+        let unreported = new.len().saturating_sub(MAX_REPORTED_REJECTIONS);
+        if unreported > 0 {
+            let text = format!("{unreported} more orders are rejected; `control status` lists some");
             self.journal.note("order", "refused", EventSubject::default(), text);
         }
-        self.show_refused_orders();
+        self.show_rejected_orders();
     }
 
-    /// Shows the orders that are not followed as long as they stand.
-    pub(super) fn show_refused_orders(&mut self) {
-        let words: Vec<String> = self.orders.held.refused().take(NAMED).map(refusal_words).collect();
-        let more = self.orders.held.refused().count().saturating_sub(NAMED);
+    /// Shows the rejected orders as long as they are in force.
+    pub(super) fn show_rejected_orders(&mut self) {
+        let words: Vec<String> = self.orders.held.refused().take(MAX_NAMED).map(describe_rejection).collect();
+        let more = self.orders.held.refused().count().saturating_sub(MAX_NAMED);
         match words.is_empty() {
             true => drop(self.problems.remove("orders")),
             false => {
@@ -224,16 +231,16 @@ impl Manager {
         }
     }
 
-    /// Tells of what a list omits from now on.
-    fn tell_of_omitted(&mut self, before: &DesiredState) {
+    /// Reports the sub-agents that the list omits from now on.
+    fn report_omitted(&mut self, before: &DesiredState) {
         let omitted = self.orders.held.omitted().keys();
         let new: Vec<&str> =
             omitted.filter(|name| !before.omitted().contains_key(*name)).map(AgentName::as_str).collect();
         if new.is_empty() {
             return;
         }
-        let more = new.len().saturating_sub(NAMED);
-        let names = new.iter().take(NAMED).copied().collect::<Vec<_>>().join(", ");
+        let more = new.len().saturating_sub(MAX_NAMED);
+        let names = new.iter().take(MAX_NAMED).copied().collect::<Vec<_>>().join(", ");
         let names = if more > 0 { format!("{names} and {more} more") } else { names };
         let delay = self.orders.delay.unwrap_or(desired::REMOVAL_DELAY);
         let text = format!("the gateway's list omits {names}: removed in {delay} s unless listed again by then");
@@ -241,11 +248,11 @@ impl Manager {
     }
 }
 
-/// For a person to read: which order is not followed, and why.
-fn refusal_words(refusal: &RejectedOrder) -> String {
+/// Describes a rejected order for an operator.
+fn describe_rejection(refusal: &RejectedOrder) -> String {
     let RejectedOrder { name, why, .. } = refusal;
     match name {
-        Some(name) => format!("the order for {name} is refused, and {name} stays as it is: {why}"),
-        None => format!("an order without a readable name is refused, so its list removes nothing: {why}"),
+        Some(name) => format!("the order for {name} is rejected, and {name} stays unchanged: {why}"),
+        None => format!("an order without a readable name is rejected, so its list removes nothing: {why}"),
     }
 }

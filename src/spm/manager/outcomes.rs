@@ -1,4 +1,4 @@
-//! What the loop hears from what runs beside it, and whom it concerns.
+//! Handles the inputs of the event loop.
 
 use std::time::Instant;
 
@@ -13,9 +13,9 @@ use crate::spm::journal::EventSubject;
 use crate::spm::run;
 
 impl Manager {
-    pub(super) fn take_in(&mut self, input: Input) {
+    pub(super) fn handle_input(&mut self, input: Input) {
         let now = Instant::now();
-        // Deaths, restarts and writes change nothing that a plan goes by, and come in crowds.
+        // Exits, restarts and writes change nothing that a plan depends on, and are frequent.
         self.replan |= !matches!(
             input,
             Input::Launched { .. }
@@ -23,30 +23,30 @@ impl Manager {
                 | Input::Moved { .. }
                 | Input::Checked { .. }
                 | Input::Saved { .. }
-                | Input::UpgradeSeen(_)
+                | Input::UpgradeRecordRead(_)
         );
-        // A sub-agent that was down for a change of release makes room for the next.
+        // A sub-agent that was down for a release change lets the next one proceed.
         let were_down = self.down_for_upgrade();
-        self.heard(input, now);
+        self.dispatch(input, now);
         self.replan |= self.down_for_upgrade() < were_down;
     }
 
-    /// How many sub-agents are down because their release is being changed.
+    /// The number of sub-agents that are down for a release change.
     fn down_for_upgrade(&self) -> usize {
         self.agents.values().filter(|agent| agent.state.is_down_for_upgrade()).count()
     }
 
-    fn heard(&mut self, input: Input, now: Instant) {
+    fn dispatch(&mut self, input: Input, now: Instant) {
         match input {
             Input::Launched { name, serial, result } => self.launched(&name, serial, result, now),
             Input::Exited { name, serial, success, how } => {
                 self.exited(&name, serial, ProcessExit { success, how }, now)
             }
             Input::Moved { name, serial, record } => self.moved(&name, serial, *record, now),
-            Input::Ended { name, serial, result } => self.ended(&name, serial, result, now),
+            Input::Stopped { name, serial, result } => self.stopped(&name, serial, result, now),
             Input::Checked { name, serial, answer } => {
-                // Of one that was started again meanwhile it says nothing.
-                if self.is_of(&name, serial) {
+                // A result for an earlier process is ignored.
+                if self.is_current(&name, serial) {
                     self.step(&name, AgentEvent::Checked(answer), now);
                 }
             }
@@ -54,7 +54,7 @@ impl Manager {
                 if let Some(agent) = self.agents.get_mut(&name).filter(|agent| agent.state.is_staging(id)) {
                     agent.staging = None;
                 } else {
-                    // Another is wanted meanwhile.
+                    // Another release was ordered in the meantime.
                     self.trim_cache(now);
                 }
                 self.step(&name, AgentEvent::Staged { id, version, result }, now);
@@ -71,28 +71,30 @@ impl Manager {
             Input::Saved { file: StateFileName::History, result, .. } => self.history.saved(result, &self.inputs),
             Input::Saved { file: StateFileName::Events, result, .. } => self.journal.saved(result, &self.inputs),
             Input::Raised(result) => self.raised(result),
-            Input::MayRollBack { name, to, result, reply } => {
-                // Who asked may have gone.
+            Input::RollBackChecked { name, to, result, reply } => {
+                // The client may have disconnected.
                 let _ = reply.send(self.roll_back(&name, &to, result, now));
             }
             Input::Upgraded(outcome) => self.upgraded(outcome, now),
-            Input::UpgradeSeen(seen) => self.upgrade_seen(seen, now),
-            Input::Migrated(result) => self.tell_of("migration", "failed", result.err()),
+            Input::UpgradeRecordRead(result) => self.upgrade_record_read(result, now),
+            Input::Migrated(result) => self.report_problem("migration", "failed", result.err()),
             Input::StopRecorded => self.stop_recorded(now),
-            Input::Looked(looked) => self.looked(looked, now),
-            Input::Reloaded(reloaded) => self.reloaded(reloaded),
-            Input::WatchdogJudged(answer) if self.stop.is_none() => self.peer.judged(&self.home, answer, now),
-            Input::WatchdogJudged(_) => {}
+            Input::HomeChecked(problems) => self.home_checked(problems, now),
+            Input::MaintenanceDone(done) => self.maintenance_done(done),
+            Input::WatchdogUnitState(answer) if self.stop.is_none() => {
+                self.watchdog.unit_state_received(&self.home, answer, now)
+            }
+            Input::WatchdogUnitState(_) => {}
             Input::Heartbeat(outcome) => self.heartbeat_done(outcome, now),
         }
     }
 
-    /// Whether word of a process is word of the one that a sub-agent has now.
-    fn is_of(&self, name: &AgentName, serial: u64) -> bool {
+    /// Whether a result is for the current process of a sub-agent.
+    fn is_current(&self, name: &AgentName, serial: u64) -> bool {
         self.agents.get(name).is_some_and(|agent| agent.serial == serial)
     }
 
-    fn of(&mut self, name: &AgentName, serial: u64) -> Option<&mut SubAgent> {
+    fn current(&mut self, name: &AgentName, serial: u64) -> Option<&mut SubAgent> {
         self.agents.get_mut(name).filter(|agent| agent.serial == serial)
     }
 
@@ -104,7 +106,7 @@ impl Manager {
         now: Instant,
     ) {
         let inputs = self.inputs.clone();
-        let Some(agent) = self.of(name, serial) else { return };
+        let Some(agent) = self.current(name, serial) else { return };
         let StartedProcess { running, output_lost } = match result {
             Ok(started) => *started,
             Err(refusal) => {
@@ -113,7 +115,7 @@ impl Manager {
             }
         };
         let record = running.record().clone();
-        tracing::info!(agent = %name, version = %record.head.version, pid = record.pid, "a sub-agent is started");
+        tracing::info!(agent = %name, version = %record.head.version, pid = record.pid, "a sub-agent was started");
         agent.watch = Some(run::watch(&inputs, serial, running));
         let (pid, version) = (record.pid, record.head.version.clone());
         let runs_so = agent.state.spec().is_none_or(|spec| env_hash(&spec.env) == record.head.env_hash);
@@ -123,24 +125,24 @@ impl Manager {
             self.note(name, note, now);
         }
         if !runs_so {
-            tracing::info!(agent = %name, "the environment changed during the start; the sub-agent is restarted");
+            tracing::info!(agent = %name, "the environment was changed during the start; the sub-agent is restarted");
         }
         self.step(name, AgentEvent::Launched { pid, version, runs_so }, now);
     }
 
     fn exited(&mut self, name: &AgentName, serial: u64, ended: ProcessExit, now: Instant) {
-        let Some(agent) = self.of(name, serial) else { return };
+        let Some(agent) = self.current(name, serial) else { return };
         if agent.state.supervisor().is_stopping() {
             return;
         }
         let (success, how) = (ended.success, ended.how.clone());
         self.step(name, AgentEvent::Exited { success, how }, now);
-        self.remember_end(name, ended);
+        self.record_exit(name, ended);
     }
 
-    /// Puts an end into the record: the next manager must not take it for one that nobody saw. A start that follows at once has not begun
+    /// Writes an exit to the record, so that the next manager does not count it as unobserved. A start that follows at once has not begun
     /// yet, and replaces the record.
-    pub(super) fn remember_end(&mut self, name: &AgentName, ended: ProcessExit) {
+    pub(super) fn record_exit(&mut self, name: &AgentName, ended: ProcessExit) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let supervisor = agent.state.supervisor();
         let Some(record) = agent.record.as_mut().filter(|_| supervisor.is_down() || supervisor.is_starting()) else {
@@ -153,9 +155,9 @@ impl Manager {
 
     fn moved(&mut self, name: &AgentName, serial: u64, record: ProcessRecord, now: Instant) {
         let home = self.home.clone();
-        let Some(agent) = self.of(name, serial) else { return };
+        let Some(agent) = self.current(name, serial) else { return };
         if !agent.state.supervisor().is_up() {
-            // It is being stopped, with all that bears its mark.
+            // It is being stopped, with all processes that have its marker.
             return;
         }
         let pid = record.pid;
@@ -164,8 +166,8 @@ impl Manager {
         self.step(name, AgentEvent::Moved { pid }, now);
     }
 
-    fn ended(&mut self, name: &AgentName, serial: u64, result: Result<(), String>, now: Instant) {
-        let Some(agent) = self.of(name, serial) else { return };
+    fn stopped(&mut self, name: &AgentName, serial: u64, result: Result<(), String>, now: Instant) {
+        let Some(agent) = self.current(name, serial) else { return };
         if result.is_ok() {
             (agent.record, agent.scattered) = (None, false);
         }
@@ -178,31 +180,31 @@ impl Manager {
 
     fn removed(&mut self, name: &AgentName, result: Result<(), String>) {
         let about = EventSubject { agent: Some(name), version: None };
-        // Where it failed, it is tried again with the next desired state or start; until then it shows.
+        // After a failure the removal is retried with the next desired state or start; until then the problem is shown.
         self.orders.held.removed.remove(name);
         self.agents.remove(name);
-        self.releases.change();
+        self.releases.mark_changed();
         match result {
             Ok(()) => {
                 self.problems.remove("uninstall");
-                self.journal.note("uninstall", "ok", about, format!("{name} is removed"));
+                self.journal.note("uninstall", "ok", about, format!("{name} was removed"));
             }
             Err(text) => {
                 self.journal.note("uninstall", "failed", about, text.as_str());
                 self.problems.insert("uninstall", text);
-                // Ordered again, it begins as what is left of it.
-                self.find(name, None, None, RunningRelease::Nothing);
+                // A new order for it finds its remaining files.
+                self.load_agent(name, None, None, RunningRelease::Nothing);
             }
         }
     }
 }
 
-/// Says that the output of a sub-agent is lost from this start on, or goes into its log again.
+/// Reports that the output of a sub-agent is lost from this start on, or logged again.
 fn note_of_output(before: Option<String>, now: Option<String>) -> Option<JournalNote> {
     let (outcome, message) = match (before, now) {
         (before, now) if before == now => return None,
-        (_, Some(why)) => ("failed", format!("its output is lost: {why}")),
-        (_, None) => ("ok", "its output goes into its log again".to_owned()),
+        (_, Some(why)) => ("failed", format!("its output is lost until its next start: {why}")),
+        (_, None) => ("ok", "its output is logged again".to_owned()),
     };
     Some(JournalNote { kind: "log", outcome, version: None, message, repeats: true, change: None })
 }

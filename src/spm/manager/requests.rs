@@ -1,10 +1,11 @@
-//! What is asked at the local door: status, restart of a sub-agent, and the end, with or without the sub-agents.
+//! Handles the requests at the control socket: status, restart, upgrade and rollback, and the manager's exit with or without the
+//! sub-agents.
 
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::exchange::{clock_words, is_clock_off};
+use super::exchange::{describe_clock_offset, is_clock_off};
 use super::{Manager, PendingStop};
 use crate::control_socket::{ControlReply, ControlRequest, Goodbye, Request};
 use crate::core::agent::AgentEvent;
@@ -21,29 +22,29 @@ use crate::spm::journal::EventSubject;
 use crate::spm::stage;
 use crate::spm::upgrade::UpgradeSource;
 
-/// A watchdog that runs connects within this after the manager's start.
-const WATCHDOG_COMES: Duration = Duration::from_secs(10);
-/// A stop is recorded before anything is stopped, unless the disk takes longer.
-const STOP_IS_RECORDED: Duration = Duration::from_secs(10);
+/// How long after the manager's start a running watchdog may take to connect.
+const WATCHDOG_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for recording a stop; then the sub-agents are stopped without the record.
+const STOP_RECORD_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Manager {
-    pub(super) fn answer_knock(&mut self, knock: ControlRequest) {
+    pub(super) fn handle_request(&mut self, event: ControlRequest) {
         let now = Instant::now();
-        let (request, reply) = match knock {
-            ControlRequest::PeerGone { role: Role::Spa, pid } => return self.peer.gone(pid, now),
+        let (request, reply) = match event {
+            ControlRequest::PeerGone { role: Role::Spa, pid } => return self.watchdog.disconnected(pid, now),
             ControlRequest::PeerGone { .. } => return,
-            ControlRequest::Stranger { why } => return self.note_stranger(&why, now),
-            ControlRequest::Asked(request, reply) => (request, reply),
+            ControlRequest::Rejected { why } => return self.report_rejected_client(&why, now),
+            ControlRequest::Request(request, reply) => (request, reply),
         };
         let answer = match request {
             Request::Hello { role: Role::Spa, pid } => {
-                self.peer.hello(pid, now);
+                self.watchdog.hello(pid, now);
                 ControlReply::done()
             }
-            Request::Hello { .. } => ControlReply::failed("there is one manager, and it is this one"),
+            Request::Hello { .. } => ControlReply::failed("cannot register a second manager: this one is running"),
             Request::Ping => {
-                self.peer.ping(now);
-                if let Some(why) = self.peer.look_at_memory(&self.home, self.config.spa_max_mem.0, now) {
+                self.watchdog.ping(now);
+                if let Some(why) = self.watchdog.check_memory(&self.home, self.config.spa_max_mem.0, now) {
                     self.journal.note("memory", "failed", EventSubject::default(), why);
                 }
                 ControlReply::done()
@@ -51,32 +52,32 @@ impl Manager {
             Request::Status => ControlReply { error: None, status: Some(Box::new(self.status(now))) },
             Request::Stop => return self.begin_stop(reply, now),
             Request::Yield | Request::Renew { .. } if self.stop.is_some() => {
-                ControlReply::failed("cannot give way: the home is being stopped")
+                ControlReply::failed("cannot yield: the home is being stopped")
             }
             Request::Renew { why } => {
                 let why = cut(&why, MAX_MESSAGE_BYTES);
                 self.journal.note("memory", "failed", EventSubject::default(), why);
-                self.ending = Some(Goodbye::Yield);
+                self.exit = Some(Goodbye::Yield);
                 ControlReply::done()
             }
             Request::Yield => {
-                tracing::info!("the manager was asked to give way; the sub-agents stay");
-                self.ending = Some(Goodbye::Yield);
+                tracing::info!("the manager was asked to yield; the sub-agents keep running");
+                self.exit = Some(Goodbye::Yield);
                 ControlReply::done()
             }
             Request::Restart { agent: name } => match self.agents.get(&name) {
                 None => ControlReply::failed(format!(
-                    "cannot restart {name}: there is no such sub-agent; `status` lists them"
+                    "cannot restart {name}: there is no such sub-agent; `control status` lists them"
                 )),
                 Some(agent) if !agent.state.supervisor().wanted() => {
-                    ControlReply::failed(format!("cannot restart {name}: it is stopped, as the gateway wants it"))
+                    ControlReply::failed(format!("cannot restart {name}: the gateway orders it to be stopped"))
                 }
                 Some(_) => match self.may_restart(&name) {
                     Ok(()) => {
                         self.step(&name, AgentEvent::Restart, now);
                         ControlReply::done()
                     }
-                    Err(error) => ControlReply::failed(format!("cannot restart {name}: {error:#}; it goes on running")),
+                    Err(error) => ControlReply::failed(format!("cannot restart {name}: {error:#}; it keeps running")),
                 },
             },
             Request::RollBack { agent: name } => return self.begin_roll_back(name, reply),
@@ -87,13 +88,13 @@ impl Manager {
                 ControlReply::done()
             }
             Request::Upgrade { package: None } => self.follow_orders_now(now),
-            Request::Upgrade { package: Some(path) } => self.upgrade_by_hand(UpgradeSource::File(path)),
-            Request::RollBackManager => self.upgrade_by_hand(UpgradeSource::Previous),
+            Request::Upgrade { package: Some(path) } => self.upgrade_by_operator(UpgradeSource::File(path)),
+            Request::RollBackManager => self.upgrade_by_operator(UpgradeSource::Previous),
         };
         let _ = reply.send(answer);
     }
 
-    /// Looks beside the loop whether the release before can be run, and returns to it then.
+    /// Checks off the event loop whether the previous release can be run, and rolls back to it then.
     fn begin_roll_back(&mut self, name: AgentName, reply: oneshot::Sender<ControlReply>) {
         let to = match self.may_roll_back(&name) {
             Ok(to) => to,
@@ -101,24 +102,26 @@ impl Manager {
         };
         let home = self.home.clone();
         disk::run(&self.inputs, move || {
-            let result = stage::usable(&home, &name, &to).map_err(|error| format!("{error:#}"));
-            Input::MayRollBack { name, to, result, reply }
+            let result = stage::check_usable(&home, &name, &to).map_err(|error| format!("{error:#}"));
+            Input::RollBackChecked { name, to, result, reply }
         });
     }
 
-    /// To which release a sub-agent can be rolled back.
+    /// The release that a sub-agent can be rolled back to.
     fn may_roll_back(&self, name: &AgentName) -> Result<Version, &'static str> {
         if self.stop.is_some() {
             return Err("the home is being stopped");
         }
-        let agent = self.agents.get(name).ok_or("there is no such sub-agent; `status` lists them")?;
+        let agent = self.agents.get(name).ok_or("there is no such sub-agent; `control status` lists them")?;
         if agent.state.is_busy() {
-            return Err("its release is being changed; try again when `status` shows that this has ended");
+            return Err(
+                "its release is being changed; try again when `control status` shows that the change is complete",
+            );
         }
-        agent.state.can_return_to().cloned().ok_or("no release before the current one is on this host")
+        agent.state.can_return_to().cloned().ok_or("no previous release is on this host")
     }
 
-    /// It is known whether the release before can be run.
+    /// Rolls back after the check whether the previous release can be run.
     pub(super) fn roll_back(
         &mut self,
         name: &AgentName,
@@ -126,7 +129,7 @@ impl Manager {
         result: Result<(), String>,
         now: Instant,
     ) -> ControlReply {
-        // Much may have happened meanwhile.
+        // The state may have changed during the check.
         let may = self.may_roll_back(name).map_err(str::to_owned);
         match result.and(may) {
             Ok(still) if still == *to => {
@@ -134,9 +137,9 @@ impl Manager {
                 self.step(name, AgentEvent::Return { overruled }, now);
                 ControlReply::done()
             }
-            Ok(_) => {
-                ControlReply::failed(format!("cannot roll {name} back: its releases have changed meanwhile; try again"))
-            }
+            Ok(_) => ControlReply::failed(format!(
+                "cannot roll {name} back: its releases changed in the meantime; try again"
+            )),
             Err(why) => ControlReply::failed(format!("cannot roll {name} back: {why}")),
         }
     }
@@ -144,7 +147,7 @@ impl Manager {
     fn retry(&mut self, name: &AgentName, now: Instant) -> ControlReply {
         if !self.agents.contains_key(name) {
             return ControlReply::failed(format!(
-                "cannot retry {name}: there is no such sub-agent; `status` lists them"
+                "cannot retry {name}: there is no such sub-agent; `control status` lists them"
             ));
         }
         self.step(name, AgentEvent::Retry, now);
@@ -152,34 +155,34 @@ impl Manager {
         ControlReply::done()
     }
 
-    /// Tells of somebody who may not command this home and tried to, once in a while: he may try again and again.
-    fn note_stranger(&mut self, why: &str, now: Instant) {
-        if self.strangers.take(now).is_some() {
+    /// Reports a client that may not use the control socket, rate-limited: it may try again and again.
+    fn report_rejected_client(&mut self, why: &str, now: Instant) {
+        if self.rejections.take(now).is_some() {
             self.journal.note("door", "refused", EventSubject::default(), why);
         }
     }
 
-    /// Stops every sub-agent; who asked is answered, and the manager ends, when the last one is down.
+    /// Stops every sub-agent. When the last one is down, the request is answered and the manager exits.
     pub(super) fn begin_stop(&mut self, reply: oneshot::Sender<ControlReply>, now: Instant) {
         if let Some(stop) = &mut self.stop {
             stop.waiting.push(reply);
             return;
         }
-        tracing::info!("the home is stopped");
-        self.give_up_upgrade();
-        let recorded_by = now + STOP_IS_RECORDED;
+        tracing::info!("stopping the home");
+        self.cancel_upgrade();
+        let recorded_by = now + STOP_RECORD_TIMEOUT;
         self.stop = Some(PendingStop { waiting: vec![reply], errors: vec![], is_recorded: false, recorded_by });
         let home = self.home.clone();
         disk::run(&self.inputs, move || {
             if let Err(error) = role::record_stop(&home) {
-                // A stop is honoured even where its record cannot be kept; the farewell tells the watchdog.
-                tracing::warn!(error = format!("{error:#}"), "the stop cannot be recorded");
+                // A stop is carried out even without its record; the goodbye informs the watchdog.
+                tracing::warn!(error = format!("{error:#}"), "cannot record the stop");
             }
             Input::StopRecorded
         });
     }
 
-    /// The record of a stop is written, or is not waited for any longer: what runs is stopped.
+    /// The stop is recorded, or that timed out: stops the sub-agents.
     pub(super) fn stop_recorded(&mut self, now: Instant) {
         match &mut self.stop {
             Some(stop) if !stop.is_recorded => stop.is_recorded = true,
@@ -201,13 +204,13 @@ impl Manager {
         for waiting in stop.waiting.drain(..) {
             let _ = waiting.send(answer.clone());
         }
-        self.ending = Some(Goodbye::Stop);
+        self.exit = Some(Goodbye::Stop);
     }
 
-    /// What an operator should know and need not mend here.
+    /// Information for an operator that needs no action on this host.
     fn notes(&self) -> Vec<String> {
-        let offset = self.line.gateway.clock_offset_seconds.filter(|offset| is_clock_off(Some(*offset)));
-        offset.map(clock_words).into_iter().collect()
+        let offset = self.gateway.status.clock_offset_seconds.filter(|offset| is_clock_off(Some(*offset)));
+        offset.map(describe_clock_offset).into_iter().collect()
     }
 
     pub(super) fn status(&self, now: Instant) -> Status {
@@ -217,11 +220,11 @@ impl Manager {
         });
         let agents: Vec<_> = agents.collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
-        if self.peer.stopped_by_operator {
-            problems.push("the watchdog's unit was stopped by an operator; `control start` starts it again".to_owned());
+        if self.watchdog.stopped_by_operator {
+            problems.push("an operator stopped the watchdog's unit; start it with `control start`".to_owned());
         }
         problems.extend(self.agents.values().filter_map(SubAgent::problem));
-        let (spm, spa) = (self.identity.own.status(), self.peer.status(&self.home));
+        let (spm, spa) = (self.identity.own.status(), self.watchdog.status(&self.home));
         for (name, role, limit, setting) in [
             ("the manager", &spm, self.config.spm_max_mem, "spmMaxMem"),
             ("the watchdog", &spa, self.config.spa_max_mem, "spaMaxMem"),
@@ -239,10 +242,10 @@ impl Manager {
             HomeState::Degraded
         } else {
             {
-                // In its first moments it has not come to connect yet.
-                let comes =
-                    self.identity.started.elapsed() < WATCHDOG_COMES && role::living(&self.home, Role::Spa).is_some();
-                status::judge(self.peer.is_connected() || comes, &agents, &problems)
+                // Shortly after the start, a running watchdog has not reconnected yet.
+                let comes = self.identity.started.elapsed() < WATCHDOG_CONNECT_TIMEOUT
+                    && role::living(&self.home, Role::Spa).is_some();
+                status::judge(self.watchdog.is_connected() || comes, &agents, &problems)
             }
         };
         Status {
@@ -251,7 +254,7 @@ impl Manager {
             state,
             spm,
             spa,
-            gateway: self.line.gateway.clone(),
+            gateway: self.gateway.status.clone(),
             generation: self.orders.held.generation,
             agents,
             upgrade: self.upgrade_status(),

@@ -1,4 +1,4 @@
-//! Carrying out: the steps of a plan, and the actions that a sub-agent's state asks for. Nothing is decided here.
+//! Carries out the steps of a plan, and the actions of a sub-agent's state. No decisions are made here.
 
 use std::time::Instant;
 
@@ -25,9 +25,9 @@ use crate::spm::{run, stage, timestamp, timestamp_of, unix_now};
 use crate::{package, store};
 
 impl Manager {
-    /// Compares what is wanted with what is, and begins what is to be done.
+    /// Compares the desired with the actual state, and starts the steps of the plan.
     pub(super) fn reconcile(&mut self) {
-        if self.stop.is_some() || self.ending.is_some() {
+        if self.stop.is_some() || self.exit.is_some() {
             return;
         }
         let now = Instant::now();
@@ -49,13 +49,13 @@ impl Manager {
 
     fn carry_out(&mut self, step: ReconcileStep, now: Instant) {
         let (name, event) = match step {
-            // First the epochs of what earlier managers committed are raised.
+            // The epochs of earlier commits are raised first.
             ReconcileStep::Stage { .. } | ReconcileStep::Activate { .. } if !self.releases.may_stage() => return,
             ReconcileStep::Discard { .. } if !self.releases.may_remove() => return,
             ReconcileStep::Stage { name, package } => (name, AgentEvent::Stage(package)),
             ReconcileStep::Activate { name, order } => (name, AgentEvent::Activate(order)),
             ReconcileStep::Configure { name, spec } => {
-                let sound = self.may_restart(&name).map_err(|error| stage::refusal(&error));
+                let sound = self.may_restart(&name).map_err(|error| stage::release_error(&error));
                 let runs_so = self.runs_so(&name, &spec);
                 (name, AgentEvent::Configure { spec, runs_so, sound })
             }
@@ -66,13 +66,13 @@ impl Manager {
         self.step(&name, event, now);
     }
 
-    /// Whether the process of a sub-agent was started with this. One that was adopted with another, and has ended since, may have been.
+    /// Whether the process of a sub-agent runs with these settings. The record of a dead one counts, too.
     fn runs_so(&self, name: &AgentName, spec: &Spec) -> bool {
         let record = self.agents.get(name).and_then(|agent| agent.record.as_ref());
         record.is_some_and(|record| record.head.env_hash == env_hash(&spec.env))
     }
 
-    /// Whether what runs of a sub-agent could be started again. Of one that does not run nothing is asked.
+    /// Whether a running sub-agent could be restarted; always `Ok` for one that is not running.
     pub(super) fn may_restart(&self, name: &AgentName) -> Result<()> {
         let agent = self.agents.get(name).filter(|agent| agent.state.supervisor().pid().is_some());
         agent.and_then(|agent| self.start_of(agent)).map_or(Ok(()), |start| start.check_permissions())
@@ -88,17 +88,17 @@ impl Manager {
             program: state.program()?.clone(),
             spec: state.spec().or_else(ordered).cloned().unwrap_or_default(),
             agent_id: self.identity.agent_id.clone(),
-            endpoint: self.line.gateway.endpoint.clone().unwrap_or_default(),
+            endpoint: self.gateway.status.endpoint.clone().unwrap_or_default(),
             restarts: state.supervisor().restarts(),
             groups: self.groups.clone(),
         })
     }
 
-    /// Tells a sub-agent what happened, and does what follows.
+    /// Applies an event to a sub-agent's state, and performs the resulting actions.
     pub(super) fn step(&mut self, name: &AgentName, event: AgentEvent, now: Instant) {
         let Some(agent) = self.agents.get_mut(name) else { return };
         let before = agent.state.supervisor().state();
-        let actions = agent.state.step(event, agent::at(now));
+        let actions = agent.state.step(event, agent::moment(now));
         let supervisor = agent.state.supervisor();
         let after = supervisor.state();
         if before != after {
@@ -128,32 +128,32 @@ impl Manager {
             AgentAction::CancelStaging => agent.staging = None,
             AgentAction::Admit { version, inspect } => {
                 let epoch = agent.committed_epoch();
-                self.beside(name, move |home, name| {
+                self.off_loop(name, move |home, name| {
                     let admitted = stage::admit(&home, &name, &version, epoch, inspect);
-                    Input::Admitted { name, result: admitted.map_err(|error| stage::refusal(&error)) }
+                    Input::Admitted { name, result: admitted.map_err(|error| stage::release_error(&error)) }
                 })
             }
             AgentAction::Record { wait } => {
-                self.releases.change();
+                self.releases.mark_changed();
                 if wait {
-                    agent.recorded_with = Some(self.releases.current_revision());
+                    agent.awaited_revision = Some(self.releases.current_revision());
                 }
             }
             AgentAction::RaiseEpoch(release) => self.releases.raise(name, &release),
-            AgentAction::Switch(version) => self.beside(name, move |home, name| {
+            AgentAction::Switch(version) => self.off_loop(name, move |home, name| {
                 let result = agent::make_current(&home, &name, &version);
                 let because = |error| format!("cannot activate {name} {version}: {error:#}");
                 Input::Switched { result: result.map_err(because), name }
             }),
-            AgentAction::Remove => self.beside(name, |home, name| {
+            AgentAction::Remove => self.off_loop(name, |home, name| {
                 let result = remove(&home, &name).map_err(|error| format!("{error:#}"));
                 Input::Removed { name, result }
             }),
-            AgentAction::Discard(version) => self.beside(name, |home, name| {
+            AgentAction::Discard(version) => self.off_loop(name, |home, name| {
                 discard(&home, &name, &version);
                 Input::Discarded { name, version }
             }),
-            AgentAction::Inspect(version) => self.beside(name, move |home, name| {
+            AgentAction::Inspect(version) => self.off_loop(name, move |home, name| {
                 let result = launch::inspect(&home, &name, &version).map_err(|error| format!("{error:#}"));
                 Input::Inspected { name, version, result }
             }),
@@ -169,14 +169,14 @@ impl Manager {
         }
     }
 
-    /// Does something on the disk for a sub-agent, beside the loop.
-    fn beside(&self, name: &AgentName, work: impl FnOnce(Home, AgentName) -> Input + Send + 'static) {
+    /// Runs disk work for a sub-agent off the event loop.
+    fn off_loop(&self, name: &AgentName, work: impl FnOnce(Home, AgentName) -> Input + Send + 'static) {
         let (home, name) = (self.home.clone(), name.clone());
         disk::run(&self.inputs, move || work(home, name));
     }
 
     fn stage(&mut self, name: &AgentName, id: u64, package: Package) {
-        tracing::info!(agent = %name, version = %package.version, "a release is staged");
+        tracing::info!(agent = %name, version = %package.version, "staging a release");
         let job = stage::StagingJob {
             home: self.home.clone(),
             config: self.config.clone(),
@@ -186,7 +186,7 @@ impl Manager {
             id,
             committed_epoch: self.agents.get(name).map_or(0, SubAgent::committed_epoch),
         };
-        let staging = stage::start(&self.inputs, &self.desk, job);
+        let staging = stage::start(&self.inputs, &self.staging, job);
         if let Some(agent) = self.agents.get_mut(name) {
             agent.staging = Some(staging);
         }
@@ -201,13 +201,13 @@ impl Manager {
         run::start(&self.inputs, agent.serial, start, last);
     }
 
-    /// Counts starts and adoptions of all sub-agents, so that word of one process is not taken for word of another.
+    /// Numbers the starts and adoptions of all sub-agents, so that a result is attributed to the right process.
     pub(super) fn next_serial(&mut self) -> u64 {
         self.last_serial += 1;
         self.last_serial
     }
 
-    /// Asks after a sub-agent's health, one question for each process at a time; its answer counts for that very process alone.
+    /// Starts a health check, at most one for each process at a time; its result counts only for that process.
     fn check(&mut self, name: &AgentName) {
         let Some(agent) = self.agents.get(name) else { return };
         let question = self.start_of(agent).and_then(HealthQuery::of);
@@ -215,7 +215,7 @@ impl Manager {
         let task = tokio::spawn(async move {
             let answer = match question {
                 Some(question) => health::run_check(question).await,
-                None => CheckResult::Unknown("what its package says about it cannot be read any more".to_owned()),
+                None => CheckResult::Unknown("cannot read the package's health check any more".to_owned()),
             };
             let _ = inputs.send(Input::Checked { name: of, serial, answer });
         });
@@ -224,17 +224,17 @@ impl Manager {
         }
     }
 
-    /// Puts a note into the journal; one that may come again and again, as often as it may be reported.
+    /// Adds a note to the journal; a repeating one is rate-limited.
     pub(super) fn note(&mut self, name: &AgentName, note: JournalNote, now: Instant) {
         let JournalNote { kind, outcome, version, mut message, repeats, change } = note;
         if let Some(agent) = self.agents.get_mut(name).filter(|_| repeats) {
-            match agent.allowance.take(now) {
+            match agent.event_limiter.take(now) {
                 None => {
-                    tracing::warn!(agent = %name, kind, outcome, message, "an event is not told to the gateway, after many");
+                    tracing::warn!(agent = %name, kind, outcome, message, "an event is not reported to the gateway, because it exceeds the rate limit");
                     return;
                 }
                 Some(0) => {}
-                Some(untold) => message.push_str(&format!(" (before that, {untold} events of it were not told)")),
+                Some(dropped) => message.push_str(&format!(" ({dropped} earlier events of it were dropped)")),
             }
         }
         if let Some(ReleaseChange { from, to, seconds }) = change {
@@ -273,10 +273,10 @@ fn remove(home: &Home, name: &AgentName) -> Result<()> {
     log::remove(home, name)
 }
 
-/// Removes a release from the disk, where it is still there.
+/// Removes a release from the disk, if it exists.
 fn discard(home: &Home, name: &AgentName, version: &Version) {
-    let gone = permissions::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
-    if let Err(error) = &gone {
-        tracing::warn!(agent = %name, error = format!("{error:#}"), "a release cannot be removed");
+    let removed = permissions::place(home, name).and_then(|()| package::discard(&home.release(name, version)));
+    if let Err(error) = &removed {
+        tracing::warn!(agent = %name, error = format!("{error:#}"), "cannot remove a release");
     }
 }

@@ -1,4 +1,4 @@
-//! The manager's upgrade of itself, as the loop has it: what is ordered, when it is begun, and what is reported of its end.
+//! The manager's self-upgrade in the event loop: which release is ordered, when the upgrade starts, and what is reported about its end.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,44 +17,44 @@ use crate::spm::journal::EventSubject;
 use crate::spm::upgrade::{self as job, UpgradeJob, UpgradeProgress, UpgradeSource};
 use crate::spm::{timestamp, timestamp_of, unix_now};
 
-/// While an upgrade is under way its record is looked at so often.
-const LOOK: Duration = Duration::from_secs(1);
-/// Otherwise so often: an operator's word and the installer's may be in it.
-const IDLE_LOOK: Duration = Duration::from_secs(60);
-/// Between two tries to fetch a release.
-const RETRY: Backoff = Backoff { base: Duration::from_secs(15), cap: Duration::from_secs(600) };
-/// A release that is at fault, and that cannot be skipped by its digest because nobody named one, is tried again after so long.
-const AT_FAULT: Duration = Duration::from_secs(3600);
+/// Interval for reading the record while an upgrade is in progress.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval otherwise: an operator or the installer may have changed the record.
+const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(60);
+/// Delay between attempts to fetch a release.
+const RETRY_DELAY: Backoff = Backoff { base: Duration::from_secs(15), cap: Duration::from_secs(600) };
+/// Delay after a release that is at fault, but cannot be skipped, because its digest is unknown.
+const FAULTY_RETRY_DELAY: Duration = Duration::from_secs(3600);
 
-/// The manager's upgrade of itself.
+/// The manager's self-upgrade.
 #[derive(Debug, Default)]
 pub(super) struct ManagerUpgrade {
-    /// As it was last seen.
+    /// As last read.
     record: UpgradeRecord,
-    /// `None`: it was read at the start, and not yet looked at together with the rest.
+    /// `None`: the record was read at the start, and the evidence not yet.
     evidence: Option<Evidence>,
-    is_looking: bool,
-    next_look: Option<Instant>,
-    /// The release that the gateway names, whether or not it wants it put in place now.
+    is_reading: bool,
+    next_read: Option<Instant>,
+    /// The release that the gateway names, whether or not it orders an upgrade now.
     named: Option<Package>,
-    /// What it wants to be put in place.
+    /// The release that the gateway orders an upgrade to.
     ordered: Option<Package>,
-    wants_current: bool,
+    is_current_ordered: bool,
     work: Option<PendingUpgrade>,
-    /// This release came on trial with another endpoint than the settings say.
+    /// The endpoint of this release on trial, if it differs from the settings.
     pub(super) endpoint: Option<NewEndpoint>,
-    /// The installation was brought up to this release since this manager started.
+    /// The installation was migrated to this release since this manager started.
     is_migrated: bool,
-    /// The next manager is to be started.
-    gives_way: bool,
+    /// Exits as soon as the next manager is certain to be started.
+    is_yielding: bool,
     failures: u32,
     not_before: Option<Instant>,
-    /// Why the last try failed.
+    /// Why the last attempt failed.
     last_error: Option<String>,
-    /// Why the last one that an operator asked for did.
-    asked_error: Option<String>,
-    /// Ends that were reported, and are still in the record.
-    told: Vec<FinishedUpgrade>,
+    /// Why the last attempt on an operator's request failed.
+    operator_error: Option<String>,
+    /// Finished upgrades that were reported, and are still in the record.
+    reported: Vec<FinishedUpgrade>,
 }
 
 /// An upgrade before the switch.
@@ -68,27 +68,27 @@ struct PendingUpgrade {
 }
 
 impl ManagerUpgrade {
-    /// What a manager goes by that begins.
+    /// The state at the manager's start.
     pub(super) fn new(record: UpgradeRecord, endpoint: Option<NewEndpoint>) -> ManagerUpgrade {
         ManagerUpgrade { record, endpoint, ..ManagerUpgrade::default() }
     }
 
     fn is_under_way(&self) -> bool {
-        self.work.is_some() || self.gives_way || self.record.trial().is_some()
+        self.work.is_some() || self.is_yielding || self.record.trial().is_some()
     }
 
-    /// When the record is to be looked at.
+    /// When the record must be read or an attempt is due.
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
-        let begins = self.not_before.filter(|_| self.work.is_none() && self.is_ordered()).filter(|at| *at > now);
-        let looks = (!self.is_looking).then(|| self.next_look.unwrap_or(now));
-        looks.into_iter().chain(begins).min()
+        let retries = self.not_before.filter(|_| self.work.is_none() && self.is_ordered()).filter(|at| *at > now);
+        let reads = (!self.is_reading).then(|| self.next_read.unwrap_or(now));
+        reads.into_iter().chain(retries).min()
     }
 
     fn is_ordered(&self) -> bool {
-        self.ordered.is_some() || self.wants_current
+        self.ordered.is_some() || self.is_current_ordered
     }
 
-    /// Why the order is not followed, where it is for good.
+    /// Why the ordered release is skipped.
     fn skipped(&self) -> Option<(&Version, &str)> {
         let order = self.ordered.as_ref()?;
         let skipped = self.record.skips(&order.version, order.sha256.as_ref())?;
@@ -97,35 +97,37 @@ impl ManagerUpgrade {
 }
 
 impl Manager {
-    /// What time asks for: a look at the record, or another try.
-    pub(super) fn tend_upgrade(&mut self, now: Instant) {
+    /// Reads the record or starts an attempt, when due.
+    pub(super) fn tick_upgrade(&mut self, now: Instant) {
         let upgrading = &mut self.upgrading;
-        if !upgrading.is_looking && upgrading.next_look.is_none_or(|at| at <= now) {
-            upgrading.is_looking = true;
-            job::look(&self.inputs, &self.home, &self.identity.version);
+        if !upgrading.is_reading && upgrading.next_read.is_none_or(|at| at <= now) {
+            upgrading.is_reading = true;
+            job::read_record(&self.inputs, &self.home, &self.identity.version);
         }
-        if upgrading.gives_way && self.peer.may_be_left() {
-            self.ending = Some(Goodbye::Yield);
+        if upgrading.is_yielding && self.watchdog.next_manager_will_start() {
+            self.exit = Some(Goodbye::Yield);
         }
         self.begin_ordered_upgrade(now);
     }
 
-    /// Takes in what the gateway orders. `wants`: it says so now.
-    pub(super) fn upgrade_ordered(&mut self, order: Option<Package>, wants: bool, now: Instant) {
+    /// Handles the gateway's order. `upgrade_now`: the answer orders an upgrade now.
+    pub(super) fn upgrade_ordered(&mut self, order: Option<Package>, upgrade_now: bool, now: Instant) {
         let record = &self.upgrading.record;
         let is_other = |order: &Package| record.is_held() && !record.overrules(&order.version, order.sha256.as_ref());
         if order.as_ref().is_some_and(is_other) {
-            tracing::info!("the gateway orders another release of the manager than the operator's change overruled");
-            job::change(&self.inputs, &self.home, &self.identity.version, |record| {
+            tracing::info!(
+                "the gateway orders another release of the manager; the operator's change does not hold any longer"
+            );
+            job::change_record(&self.inputs, &self.home, &self.identity.version, |record| {
                 record.release_hold();
             });
         }
         let upgrading = &mut self.upgrading;
         upgrading.named.clone_from(&order);
-        let wanted = order.filter(|_| wants);
-        upgrading.wants_current = wants && wanted.is_none();
-        if upgrading.ordered != wanted {
-            (upgrading.ordered, upgrading.failures, upgrading.not_before) = (wanted, 0, None);
+        let ordered = order.filter(|_| upgrade_now);
+        upgrading.is_current_ordered = upgrade_now && ordered.is_none();
+        if upgrading.ordered != ordered {
+            (upgrading.ordered, upgrading.failures, upgrading.not_before) = (ordered, 0, None);
             upgrading.last_error = None;
         }
         self.begin_ordered_upgrade(now);
@@ -133,12 +135,12 @@ impl Manager {
 
     fn begin_ordered_upgrade(&mut self, now: Instant) {
         let upgrading = &self.upgrading;
-        // Nothing is begun before the record was seen.
+        // No upgrade starts before the record was read.
         if upgrading.evidence.is_none() || upgrading.is_under_way() || self.stop.is_some() {
             return;
         }
         let record = &upgrading.record;
-        if !upgrading.is_ordered() || upgrading.not_before.is_some_and(|at| now < at) || self.ending.is_some() {
+        if !upgrading.is_ordered() || upgrading.not_before.is_some_and(|at| now < at) || self.exit.is_some() {
             return;
         }
         let source = match &upgrading.ordered {
@@ -158,8 +160,8 @@ impl Manager {
             UpgradeSource::Previous => self.upgrading.record.previous().map(|image| image.version.clone()),
             UpgradeSource::Current | UpgradeSource::File(_) => None,
         };
-        tracing::info!(source = format!("{source:?}"), "an upgrade of the manager begins");
-        self.upgrading.asked_error = None;
+        tracing::info!(source = format!("{source:?}"), "an upgrade of the manager starts");
+        self.upgrading.operator_error = None;
         let job = UpgradeJob {
             home: self.home.clone(),
             config: self.config.clone(),
@@ -172,27 +174,27 @@ impl Manager {
         self.upgrading.work = Some(PendingUpgrade { to, by_operator, began: unix_now(), progress });
     }
 
-    /// The operator asks for it.
-    pub(super) fn upgrade_by_hand(&mut self, source: UpgradeSource) -> ControlReply {
+    /// Starts an upgrade on an operator's request.
+    pub(super) fn upgrade_by_operator(&mut self, source: UpgradeSource) -> ControlReply {
         let what = "cannot change the manager's release";
         if self.stop.is_some() {
             return ControlReply::failed(format!("{what}: the home is being stopped"));
         }
         if self.upgrading.is_under_way() {
             return ControlReply::failed(format!(
-                "{what}: another change is under way; see `status`, or end it with `control upgrade --abort`"
+                "{what}: another change is in progress; see `control status`, or abort it with `control upgrade --abort`"
             ));
         }
         if matches!(source, UpgradeSource::Previous) && self.upgrading.record.previous().is_none() {
-            return ControlReply::failed(format!("{what}: no release before the current one is on this host"));
+            return ControlReply::failed(format!("{what}: no previous release is on this host"));
         }
         self.begin_upgrade(source, true);
         ControlReply::done()
     }
 
-    /// Follows the gateway's orders now: whatever an operator's change held back, and whatever waits for its next try.
+    /// Follows the gateway's orders now: ends the holds of operators' changes, and retries what waits.
     pub(super) fn follow_orders_now(&mut self, now: Instant) -> ControlReply {
-        job::change(&self.inputs, &self.home, &self.identity.version, |record| {
+        job::change_record(&self.inputs, &self.home, &self.identity.version, |record| {
             record.release_hold();
         });
         (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
@@ -205,32 +207,34 @@ impl Manager {
         ControlReply::done()
     }
 
-    /// Tries again what is skipped.
+    /// Permits skipped releases of the manager again.
     pub(super) fn retry_upgrade(&mut self, now: Instant) -> ControlReply {
-        job::change(&self.inputs, &self.home, &self.identity.version, |record| {
+        job::change_record(&self.inputs, &self.home, &self.identity.version, |record| {
             record.allow();
             record.release_hold();
         });
-        self.upgrading.asked_error = None;
+        self.upgrading.operator_error = None;
         (self.upgrading.not_before, self.upgrading.failures) = (None, 0);
         self.heartbeat_now(now);
         ControlReply::done()
     }
 
-    /// An upgrade has come as far as this manager takes it.
+    /// Handles the result of an upgrade up to the switch.
     pub(super) fn upgraded(&mut self, outcome: UpgradeOutcome, now: Instant) {
         let work = self.upgrading.work.take();
-        self.upgrading.next_look = Some(now);
+        self.upgrading.next_read = Some(now);
         match outcome {
             UpgradeOutcome::Switched => {
-                tracing::info!("the new release is in place; this manager gives way, and the sub-agents stay");
-                self.give_way();
+                tracing::info!(
+                    "the new release is in place; this manager yields to it, and the sub-agents keep running"
+                );
+                self.yield_to_next();
             }
             UpgradeOutcome::Nothing => {
                 (self.upgrading.failures, self.upgrading.last_error) = (0, None);
                 if work.is_some_and(|work| work.by_operator) {
                     let own = self.identity.version.clone();
-                    let text = format!("the manager runs {own} already, which an operator asked for");
+                    let text = format!("the manager runs {own} already, as requested by an operator");
                     self.report("upgrade", "ok", &own, Some(own.clone()), None, text);
                 }
             }
@@ -238,13 +242,13 @@ impl Manager {
         }
     }
 
-    /// Ends as soon as somebody is there to start the next manager, and to judge it.
-    fn give_way(&mut self) {
-        self.upgrading.gives_way = true;
-        if self.peer.may_be_left() {
-            self.ending = Some(Goodbye::Yield);
+    /// Exits as soon as the watchdog or the service manager can start the next manager, and supervise its trial.
+    fn yield_to_next(&mut self) {
+        self.upgrading.is_yielding = true;
+        if self.watchdog.next_manager_will_start() {
+            self.exit = Some(Goodbye::Yield);
         } else {
-            tracing::warn!("this manager waits for the watchdog before it gives way");
+            tracing::warn!("this manager waits for the watchdog before it yields to the new release");
         }
     }
 
@@ -252,17 +256,17 @@ impl Manager {
         let NotSwitched { version, why, is_final, is_skipped, retry_after } = failure;
         let upgrading = &mut self.upgrading;
         if work.as_ref().is_some_and(|work| work.by_operator) {
-            upgrading.asked_error = Some(why.clone());
+            upgrading.operator_error = Some(why.clone());
         } else {
             upgrading.failures = upgrading.failures.saturating_add(1);
         }
         let pause = match is_final {
-            true => AT_FAULT,
-            false => RETRY.delay(upgrading.failures, fastrand::f64()).max(retry_after.unwrap_or_default()),
+            true => FAULTY_RETRY_DELAY,
+            false => RETRY_DELAY.delay(upgrading.failures, fastrand::f64()).max(retry_after.unwrap_or_default()),
         };
         upgrading.not_before = Some(now + pause);
         let is_news = upgrading.last_error.replace(why.clone()).as_ref() != Some(&why);
-        if !is_news && upgrading.asked_error.is_none() {
+        if !is_news && upgrading.operator_error.is_none() {
             return;
         }
         let from = self.identity.version.clone();
@@ -271,91 +275,107 @@ impl Manager {
         self.report(kind, if is_skipped { "ok" } else { "failed" }, &from, version, began, why);
     }
 
-    /// The record was looked at.
-    pub(super) fn upgrade_seen(&mut self, seen: Result<Box<(UpgradeStep, UpgradeObservation)>, String>, now: Instant) {
-        self.upgrading.is_looking = false;
-        match seen {
-            Ok(seen) => {
-                let (step, seen) = *seen;
+    /// Handles the record of upgrades as it was read.
+    pub(super) fn upgrade_record_read(
+        &mut self,
+        result: Result<Box<(UpgradeStep, UpgradeObservation)>, String>,
+        now: Instant,
+    ) {
+        self.upgrading.is_reading = false;
+        match result {
+            Ok(read) => {
+                let (step, observed) = *read;
                 if step == UpgradeStep::RestartManager && self.stop.is_none() {
-                    tracing::info!("another release is in place; this manager gives way, and the sub-agents stay");
-                    self.give_way();
+                    tracing::info!(
+                        "another release is in place; this manager yields to it, and the sub-agents keep running"
+                    );
+                    self.yield_to_next();
                 }
                 self.problems.remove("upgrade");
-                self.report_ends(seen.record.ended());
-                if seen.record.trial().is_none() && self.upgrading.endpoint.take().is_some() {
-                    // It stands in the settings now.
+                self.report_finished(observed.record.ended());
+                if observed.record.trial().is_none() && self.upgrading.endpoint.take().is_some() {
+                    // The settings have the new endpoint now; reload them.
                     self.housekeeping.next = now;
                 }
-                if seen.record.trial().is_none() && !std::mem::replace(&mut self.upgrading.is_migrated, true) {
+                if observed.record.trial().is_none() && !std::mem::replace(&mut self.upgrading.is_migrated, true) {
                     job::migrate(&self.inputs, &self.home);
                 }
-                self.upgrading.record = seen.record;
-                self.upgrading.evidence = Some(seen.evidence);
+                self.upgrading.record = observed.record;
+                self.upgrading.evidence = Some(observed.evidence);
             }
             Err(error) => {
-                let text = format!("the record of the manager's upgrades cannot be used: {error}");
+                let text = format!("cannot read or change the record of the manager's upgrades: {error}");
                 if self.problems.get("upgrade") != Some(&text) {
-                    tracing::error!(error = text, "no upgrade of the manager is begun meanwhile");
+                    tracing::error!(
+                        error = text,
+                        "the record of upgrades is not usable; no upgrade of the manager is started"
+                    );
                 }
                 self.problems.insert("upgrade", text);
             }
         }
-        let pause = if self.upgrading.is_under_way() || !self.upgrading.told.is_empty() { LOOK } else { IDLE_LOOK };
-        self.upgrading.next_look = Some(now + pause);
+        let pause = if self.upgrading.is_under_way() || !self.upgrading.reported.is_empty() {
+            POLL_INTERVAL
+        } else {
+            IDLE_POLL_INTERVAL
+        };
+        self.upgrading.next_read = Some(now + pause);
         self.begin_ordered_upgrade(now);
     }
 
-    /// Reports how upgrades ended; when the events are on their way to the disk, the record forgets them.
-    fn report_ends(&mut self, ended: &[FinishedUpgrade]) {
+    /// Reports finished upgrades. When the events are being written, they are removed from the record.
+    fn report_finished(&mut self, ended: &[FinishedUpgrade]) {
         if ended.is_empty() {
-            self.upgrading.told.clear();
+            self.upgrading.reported.clear();
             return;
         }
         let news: Vec<FinishedUpgrade> =
-            ended.iter().filter(|ended| !self.upgrading.told.contains(ended)).cloned().collect();
+            ended.iter().filter(|ended| !self.upgrading.reported.contains(ended)).cloned().collect();
         if news.is_empty() {
-            let told = self.upgrading.told.clone();
-            job::change(&self.inputs, &self.home, &self.identity.version, move |record| record.forget_ended(&told));
+            let reported = self.upgrading.reported.clone();
+            job::change_record(&self.inputs, &self.home, &self.identity.version, move |record| {
+                record.forget_ended(&reported)
+            });
             return;
         }
         for ended in &news {
-            self.report_end(ended);
+            self.report_finished_upgrade(ended);
         }
-        self.upgrading.told = ended.to_vec();
+        self.upgrading.reported = ended.to_vec();
         self.journal.flush(&self.inputs);
     }
 
-    fn report_end(&mut self, ended: &FinishedUpgrade) {
+    fn report_finished_upgrade(&mut self, ended: &FinishedUpgrade) {
         let FinishedUpgrade { from, to, began, end, reason, skipped, .. } = ended;
         let why = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
         let (kind, outcome, from, to, text) = match end {
             UpgradeEnd::Committed => {
-                ("upgrade", "ok", from, to, format!("the manager runs {to}, which took the place of {from}{why}"))
+                ("upgrade", "ok", from, to, format!("the manager was upgraded from {from} to {to}{why}"))
             }
             UpgradeEnd::RolledBack => {
-                let text = format!("the manager runs {from} again, and {to} was rolled back{why}");
+                let text = format!("the manager was rolled back from {to} to {from}{why}");
                 ("rollback", "ok", to, from, text)
             }
             UpgradeEnd::GivenUp => {
-                let text = format!("the upgrade of the manager from {from} to {to} was given up{why}");
+                let text = format!("the upgrade of the manager from {from} to {to} was abandoned{why}");
                 ("upgrade", "failed", from, to, text)
             }
         };
-        // A manager that ended before the record forgot it may have reported it.
+        // An earlier manager may have reported it and exited before the record was changed.
         if self.history.has(MANAGER_PACKAGE, kind, to, timestamp_of(*began)) {
             return;
         }
         self.report(kind, outcome, from, Some(to.clone()), Some(*began), text);
         if *skipped {
             let bad = &ended.to;
-            let text =
-                format!("{bad} is not tried again{why}; order another release, or `control retry {MANAGER_PACKAGE}`");
+            let text = format!(
+                "{bad} is skipped from now on{why}; order another release, or `control retry {MANAGER_PACKAGE}`"
+            );
             self.report("skip", "ok", &ended.from, Some(bad.clone()), Some(*began), text);
         }
     }
 
-    /// An event for the gateway, and a line of the history.
+    /// Adds an event for the gateway, and an entry of the history.
     fn report(
         &mut self,
         kind: &str,
@@ -385,7 +405,7 @@ impl Manager {
         self.history.add(changed, &self.inputs);
     }
 
-    /// What `status` shows of a change of the manager's release.
+    /// The change of the manager's release that `status` shows.
     pub(super) fn upgrade_status(&self) -> Option<UpgradeStatus> {
         if let Some(work) = &self.upgrading.work {
             let to = work.to.clone()?;
@@ -405,11 +425,11 @@ impl Manager {
         let own = evidence.manager.map(|manager| upgrade::ManagerEvidence {
             answered: Some(lived),
             adopted: true,
-            heartbeat: self.line.has_connected(),
+            heartbeat: self.gateway.has_connected(),
             ..manager
         });
-        // What the watchdog finds of the gateway it finds too.
-        let probe = if self.line.fails() { Probe::Fails(Duration::ZERO) } else { evidence.probe };
+        // The watchdog's probe would fail like this manager's heartbeats.
+        let probe = if self.gateway.is_failing() { Probe::Fails(Duration::ZERO) } else { evidence.probe };
         let limits = TrialLimits::of(self.config.upgrade_trial.0);
         let view = upgrade::status(record, &Evidence { manager: own, probe, ..evidence }, &limits)?;
         let left = view.seconds_left.map(Duration::from_secs);
@@ -426,10 +446,10 @@ impl Manager {
         })
     }
 
-    /// That a release of the manager is not what is ordered, and why.
+    /// Why the manager's release is not the ordered one.
     pub(super) fn upgrade_problem(&self) -> Option<String> {
-        if let Some(why) = &self.upgrading.asked_error {
-            return Some(format!("the manager's release was not changed as an operator asked: {why}"));
+        if let Some(why) = &self.upgrading.operator_error {
+            return Some(format!("the change of the manager's release that an operator requested failed: {why}"));
         }
         let ordered = self.upgrading.ordered.as_ref()?;
         if ordered.version == self.identity.version || self.is_manager_held() {
@@ -441,17 +461,17 @@ impl Manager {
             ));
         }
         let why = self.upgrading.last_error.as_ref()?;
-        Some(format!("the manager cannot be upgraded to {}: {why}; it is tried again", ordered.version))
+        Some(format!("cannot upgrade the manager to {}: {why}; the upgrade is retried", ordered.version))
     }
 
     pub(super) fn is_manager_held(&self) -> bool {
         self.upgrading.record.is_held()
     }
 
-    /// What is being fetched for an upgrade is not wanted any more, when the home stops.
-    pub(super) fn give_up_upgrade(&self) {
+    /// Cancels the download of an upgrade when the home stops.
+    pub(super) fn cancel_upgrade(&self) {
         if let Some(work) = &self.upgrading.work {
-            work.progress.give_up();
+            work.progress.cancel();
         }
     }
 }

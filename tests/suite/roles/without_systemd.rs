@@ -77,7 +77,7 @@ fn a_killed_manager_is_restarted_and_adopts_every_sub_agent() {
         let status = gateway.status();
         let events = status["hosts"][0]["events"].as_array()?;
         let told = events.iter().any(|event| {
-            event["agent"] == "stubborn" && event["message"].to_string().contains("while no manager was watching")
+            event["agent"] == "stubborn" && event["message"].to_string().contains("while no manager was running")
         });
         told.then_some(())
     });

@@ -353,7 +353,7 @@ fn the_restart_policy_survives_a_manager_restart() {
     });
     wait_for("the gateway to receive it", SOON, || {
         let unseen = events(&gateway).into_iter().any(|event| {
-            event["agent"] == "lasting" && event["message"].to_string().contains("while no manager was watching")
+            event["agent"] == "lasting" && event["message"].to_string().contains("while no manager was running")
         });
         unseen.then_some(())
     });

@@ -120,7 +120,7 @@ fn a_good_release_is_committed_and_can_be_rolled_back() {
     expect_outcomes(&host, &["upgrade ok 2.0.0"]);
     wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status().to_string();
-        (status.contains("which took the place of 1.0.0")).then_some(())
+        (status.contains("upgraded from 1.0.0 to 2.0.0")).then_some(())
     });
     assert_eq!(agents_of(&host), before);
 

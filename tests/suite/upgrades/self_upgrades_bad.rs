@@ -31,7 +31,7 @@ fn ends(name: &str, bad: &Package, outcomes: &[&str], why: &str) {
     assert_eq!(agents_of(&host), before, "{name}");
     wait_for("the gateway to receive it", SOON, || {
         let status = gateway.status().to_string();
-        (status.contains("is not tried again") || status.contains("\"skip\"")).then_some(())
+        (status.contains("is skipped from now on") || status.contains("\"skip\"")).then_some(())
     });
     // Both roles and the two sub-agents.
     let roles = ["spm", "spa"].map(|role| status[role]["pid"].clone());

@@ -78,7 +78,7 @@ fn there_and_back(container: &Container, install: &str) {
     assert_eq!(wait_for_agents(container, &["native", "script"]), agents);
     // The backup is the running release.
     let refused = container.run(&["/opt/aops/control", "rollback"]).expect_code(1);
-    assert!(refused.stderr.contains("no release before the current one"), "{refused}");
+    assert!(refused.stderr.contains("no previous release"), "{refused}");
 }
 
 /// A unit file of an earlier release: a committed release replaces it with its own.
@@ -279,7 +279,8 @@ fn with_little_disk_space_the_manager_is_upgraded_or_the_reason_is_reported() {
         done(&container, &leave_free(room));
         gateway.fleet(&fleet(version));
         wait_for_status(&container, &format!("{version} to run, or why not, with {room:?} free"), |status| {
-            runs_release(status, version) || status["problems"].to_string().contains(&format!("upgraded to {version}"))
+            runs_release(status, version)
+                || status["problems"].to_string().contains(&format!("cannot upgrade the manager to {version}"))
         });
         assert_eq!(wait_for_agents(&container, &["native", "script"]), before, "{room:?}");
         done(&container, "rm -rf /opt/aops/log/filler /opt/aops/log/fillers");
@@ -305,7 +306,7 @@ fn a_host_short_of_a_resource_is_upgraded_once_it_is_available() {
     let mut log = String::new();
     let said = try_for(ENDED, || {
         log = container.run(&["cat", "/opt/aops/log/spm.log"]).stdout;
-        (log.contains("an upgrade of the manager begins") && log.contains("Too many open files")).then_some(())
+        (log.contains("an upgrade of the manager starts") && log.contains("Too many open files")).then_some(())
     });
     assert!(said.is_some(), "the shortage is not logged:\n{log}");
     done(&container, &format!("prlimit --pid {manager} --nofile=1024:1024"));

@@ -28,7 +28,7 @@ fn an_empty_answer_removes_nothing() {
     }
     let empty = json!({"interval": 1, "lineage": "hostile", "generation": 2000, "complete": true, "agents": []});
     scene.hostile.answer(empty, Vec::new());
-    scene.assert_refused("desired", &["empty list", "removes nothing", "1 that were wanted stay"]);
+    scene.assert_refused("desired", &["empty list", "removes nothing", "1 ordered sub-agents are kept"]);
     let status = scene.host.wait_for_status("it to show", SOON, |status| status["generation"] == 2000);
     assert_eq!(agent(&status, "native").expect("it exists")["state"], "running");
     assert!(status["problems"].to_string().contains("empty list"), "{status:#}");
@@ -118,7 +118,7 @@ fn the_maximum_generation_is_rejected() {
     scene.hostile.want(json!([native()]), true);
     scene.host.control(&["start"]).expect_code(0);
     scene.host.wait_for_status("the true one", SOON, |status| status["generation"] == 3);
-    scene.assert_reported("desired", "ok", &["generation 3 takes the place of 18446744073709551615"]);
+    scene.assert_reported("desired", "ok", &["generation 3 replaces generation 18446744073709551615"]);
 }
 
 #[test]
@@ -127,16 +127,18 @@ fn over_long_texts_are_cut_or_rejected() {
     let long = format!("\x1b[2J{}", "x".repeat(1 << 20));
     let agents = json!([{"name": "native", "version": "1.0.0", "cmd": long}]);
     let answer = json!({"interval": 1, "lineage": "hostile", "generation": 2, "complete": true, "agents": agents});
-    for (field, told) in
-        [("errorMessage", None), ("cmd", Some("cannot  [2Jxxx")), ("lineage", Some("a lineage of 1048580"))]
-    {
+    for (field, told) in [
+        ("errorMessage", None),
+        ("cmd", Some("cannot run the command  [2Jxxx")),
+        ("lineage", Some("a lineage of 1048580")),
+    ] {
         let mut answer = answer.clone();
         answer[field] = json!(long);
         scene.hostile.answer(answer, Vec::new());
         match told {
             Some(told) => drop(scene.hostile.wait_for_event(told, |event| event["message"].to_string().contains(told))),
             None => drop(scene.host.wait_for_status("it to show", SOON, |status| {
-                status["problems"].to_string().contains("the gateway says:  [2Jxxx")
+                status["problems"].to_string().contains("the gateway reports:  [2Jxxx")
             })),
         }
     }
@@ -259,7 +261,7 @@ fn a_secret_is_never_shown() {
     let mut bad = json!([native(), {"name": "victim", "version": "1.0.0", "env": {"TOKEN": {"secret": [SECRET]}}}]);
     scene.hostile.want(bad.clone(), true);
     scene.host.wait_for_status("it to be refused", SOON, |status| {
-        status["problems"].to_string().contains("the order for victim is refused")
+        status["problems"].to_string().contains("the order for victim is rejected")
     });
     bad[1]["env"] = json!({"TOKEN": {"secret": SECRET}, "B": "1"});
     scene.hostile.want(bad, true);
@@ -331,7 +333,7 @@ fn a_wrong_clock_is_reported() {
     let status =
         scene.host.wait_for_status("the offset", SOON, |status| close(&status["gateway"]["clockOffsetSeconds"], 3600));
     assert!(status["notes"].to_string().contains("seconds ahead of the gateway's"), "{status:#}");
-    scene.assert_reported("clock", "failed", &["ahead of the gateway's", "set whichever is wrong"]);
+    scene.assert_reported("clock", "failed", &["ahead of the gateway's", "correct the wrong one"]);
     scene.hostile.wait_for_heartbeat("the offset", |heartbeat| close(&heartbeat["clockOffsetSeconds"], 3600));
 
     scene.hostile.answer(answer(), said(7200));

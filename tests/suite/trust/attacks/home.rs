@@ -153,7 +153,10 @@ fn requests_of_another_user_at_the_control_socket_are_rejected() {
     set_mode(&socket, 0o666);
     let output = as_nobody(&request);
     assert!(output.success(), "{output}");
-    assert!(output.stdout.contains("cannot let the user 65534 in") && output.stdout.contains("root alone"), "{output}");
+    assert!(
+        output.stdout.contains("cannot accept a connection of the user 65534") && output.stdout.contains("root alone"),
+        "{output}"
+    );
     scene.assert_reported("door", "refused", &["the user 65534", "control socket"]);
     // Many idle connections delay no one else.
     let crowd = format!(

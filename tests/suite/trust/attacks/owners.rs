@@ -201,7 +201,7 @@ fn an_executable_writable_by_others_is_not_run_as_a_role() {
     scene.host.kill(watchdog);
     wait_for("the manager to try, and not to start it", SOON, || {
         let log = fs::read_to_string(scene.host.home().join("log/spm.log")).expect("the manager has a log");
-        log.lines().any(|line| line.contains("the watchdog cannot be started") && line.contains(words[0])).then_some(())
+        log.lines().any(|line| line.contains("cannot start the watchdog") && line.contains(words[0])).then_some(())
     });
     assert_eq!(scene.host.role_pid("spa"), None);
     set_mode(&executable, 0o755);
@@ -226,7 +226,7 @@ fn settings_and_state_writable_by_others_are_reported_and_stop_nothing() {
     wait_for_victim(&scene);
     set_mode(&config, 0o644);
     give_to(&state, 0);
-    scene.assert_reported("files", "ok", &["mended"]);
+    scene.assert_reported("files", "ok", &["resolved"]);
     scene.assert_native_runs();
 }
 
