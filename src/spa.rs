@@ -25,7 +25,7 @@ use crate::control_socket::{self, ControlClient, ControlMessage, Goodbye, Reques
 use crate::core::role::Role;
 use crate::core::service_manager::{Notification, ServiceManagerKind};
 use crate::core::watch::memory::{self, Memory};
-use crate::core::watch::reviver::{Loss, RevivalAction, RevivalPolicy, Reviver, RoleObservation};
+use crate::core::watch::restarter::{Loss, Restarter, RestarterAction, RestarterPolicy, RoleObservation};
 use crate::core::watch::silence::{PING, PingAction, Pings};
 use crate::home::Home;
 use crate::installation::{keyring, permissions};
@@ -96,7 +96,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
     platform::notify(Notification::Ready);
     tracing::info!(pid = std::process::id(), "the watchdog is ready");
 
-    let reviver = Reviver::new(RevivalPolicy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
+    let restarter = Restarter::new(RestarterPolicy::WATCHDOG, supervised, role::is_taken(home, Role::Spm), now);
     let mut watchdog = Watchdog {
         home,
         judge,
@@ -105,7 +105,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
         sender,
         words,
         serial: 0,
-        reviver,
+        restarter,
         children: StartedManagers::default(),
         memory: Memory::default(),
         most_memory: u64::MAX,
@@ -197,7 +197,7 @@ struct Watchdog<'a> {
     words: mpsc::Receiver<WatchdogEvent>,
     /// Counts connections, so that word of an earlier one is not taken for this one's.
     serial: u64,
-    reviver: Reviver,
+    restarter: Restarter,
     children: StartedManagers,
     /// The manager's.
     memory: Memory,
@@ -216,10 +216,10 @@ impl Watchdog<'_> {
                 ManagerSearch::Terminate => return Ok(WatchdogExit::Asked),
                 ManagerSearch::Become => return Ok(WatchdogExit::Become),
             };
-            self.reviver.connected(Instant::now());
+            self.restarter.connected(Instant::now());
             match self.watch(connection)? {
                 ConnectionEnd::Lost => {
-                    let how = self.reviver.lost(Instant::now());
+                    let how = self.restarter.lost(Instant::now());
                     self.judge.lost(how == Some(Loss::Died));
                     match how {
                         None | Some(Loss::Unheard) => {}
@@ -245,13 +245,13 @@ impl Watchdog<'_> {
                 TrialAction::Become => return Ok(ManagerSearch::Become),
             }
             if self.judge.has_restored() {
-                self.reviver.replaced(Instant::now());
+                self.restarter.replaced(Instant::now());
                 self.children.replaced(self.home);
             }
             if let Some(connection) = self.connect() {
                 return Ok(ManagerSearch::Manager(connection));
             }
-            let action = self.reviver.look(self.seen(), Instant::now());
+            let action = self.restarter.look(self.seen(), Instant::now());
             if let Some(found) = self.carry_out(action) {
                 return Ok(found);
             }
@@ -260,7 +260,7 @@ impl Watchdog<'_> {
                 self.judge.ended_unseen();
             }
             platform::notify(Notification::Alive);
-            let due = self.reviver.deadline().min(self.judge.due());
+            let due = self.restarter.deadline().min(self.judge.due());
             let pause = due.saturating_duration_since(Instant::now());
             match self.words.recv_timeout(pause) {
                 Ok(WatchdogEvent::Terminate) => return Ok(ManagerSearch::Terminate),
@@ -277,26 +277,26 @@ impl Watchdog<'_> {
         }
     }
 
-    fn carry_out(&mut self, action: Option<RevivalAction>) -> Option<ManagerSearch> {
+    fn carry_out(&mut self, action: Option<RestarterAction>) -> Option<ManagerSearch> {
         match action? {
-            RevivalAction::AskUnit => return self.ask_unit(),
-            RevivalAction::StartUnit => {
+            RestarterAction::AskUnit => return self.ask_unit(),
+            RestarterAction::StartUnit => {
                 tracing::warn!("the manager is dead and its unit is asked to start it");
                 if let Err(error) = while_noticed(|| host_service::start(self.service, self.home, &[Role::Spm])) {
                     tracing::error!(error = format!("{error:#}"), "the unit cannot be started");
                 }
-                self.reviver.unit_start_ended(Instant::now());
+                self.restarter.unit_start_ended(Instant::now());
             }
-            RevivalAction::Start { failures } => {
+            RestarterAction::Start { failures } => {
                 tracing::warn!(failures, "the manager is dead and is started");
                 if let Err(error) = self.children.start(self.home) {
                     tracing::error!(error = format!("{error:#}"), "the manager cannot be started; it is tried again");
                 }
             }
-            RevivalAction::KillHung => self.kill_hung(),
-            RevivalAction::HonourStop => return Some(ManagerSearch::Stop),
+            RestarterAction::KillHung => self.kill_hung(),
+            RestarterAction::HonourStop => return Some(ManagerSearch::Stop),
             // Of the other policy.
-            RevivalAction::LeaveStopped => {}
+            RestarterAction::LeaveStopped => {}
         }
         None
     }
@@ -306,8 +306,8 @@ impl Watchdog<'_> {
         let answer = host_service::standing(self.service, self.home, Role::Spm).inspect_err(|error| {
             tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
         });
-        let action = self.reviver.answered(answer.ok(), self.seen(), Instant::now());
-        if action == Some(RevivalAction::HonourStop) {
+        let action = self.restarter.answered(answer.ok(), self.seen(), Instant::now());
+        if action == Some(RestarterAction::HonourStop) {
             // It is recorded with what follows.
             tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
         }
@@ -351,12 +351,12 @@ impl Watchdog<'_> {
                             self.judge.answered(status, Instant::now());
                         }
                         self.children.answered(self.home);
-                        if self.reviver.heard(Instant::now()) {
+                        if self.restarter.heard(Instant::now()) {
                             tracing::info!("the manager is watched");
                         }
                     }
                     ControlMessage::Farewell(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
-                    ControlMessage::Farewell(Goodbye::Yield) => self.reviver.yields(),
+                    ControlMessage::Farewell(Goodbye::Yield) => self.restarter.yields(),
                     ControlMessage::Silence => {}
                     ControlMessage::End => return Ok(ConnectionEnd::Lost),
                 },

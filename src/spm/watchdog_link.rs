@@ -8,7 +8,7 @@ use crate::core::role::Role;
 use crate::core::service_manager::{ServiceManagerKind, UnitStanding};
 use crate::core::status::RoleStatus;
 use crate::core::watch::memory::{self, Memory};
-use crate::core::watch::reviver::{RevivalAction, RevivalPolicy, Reviver, RoleObservation};
+use crate::core::watch::restarter::{Restarter, RestarterAction, RestarterPolicy, RoleObservation};
 use crate::home::Home;
 use crate::{host_service, platform, role};
 
@@ -18,7 +18,7 @@ pub(super) struct WatchdogLink {
     service: ServiceManagerKind,
     /// Of the one that is connected.
     pid: Option<u32>,
-    reviver: Reviver,
+    restarter: Restarter,
     children: Vec<Child>,
     memory: Memory,
     /// Somebody stopped the watchdog's own unit; it is left so.
@@ -27,11 +27,12 @@ pub(super) struct WatchdogLink {
 
 impl WatchdogLink {
     pub(super) fn new(home: &Home, service: ServiceManagerKind, now: Instant) -> WatchdogLink {
-        let reviver = Reviver::new(RevivalPolicy::MANAGER, service.is_some(), role::is_taken(home, Role::Spa), now);
+        let restarter =
+            Restarter::new(RestarterPolicy::MANAGER, service.is_some(), role::is_taken(home, Role::Spa), now);
         WatchdogLink {
             service,
             pid: None,
-            reviver,
+            restarter,
             children: vec![],
             memory: Memory::default(),
             stopped_by_operator: false,
@@ -41,13 +42,13 @@ impl WatchdogLink {
     pub(super) fn hello(&mut self, pid: u32, now: Instant) {
         tracing::info!(pid, "the watchdog connected");
         self.pid = Some(pid);
-        self.reviver.connected(now);
-        self.reviver.heard(now);
+        self.restarter.connected(now);
+        self.restarter.heard(now);
         self.stopped_by_operator = false;
     }
 
     pub(super) fn ping(&mut self, now: Instant) {
-        self.reviver.heard(now);
+        self.restarter.heard(now);
     }
 
     /// Ends the watchdog, in order, that uses too much memory for too long; it is revived as one that died. Gives the reason.
@@ -68,7 +69,7 @@ impl WatchdogLink {
         if self.pid == Some(pid) {
             tracing::warn!(pid, "the watchdog is gone");
             self.pid = None;
-            self.reviver.lost(now);
+            self.restarter.lost(now);
         }
     }
 
@@ -83,14 +84,14 @@ impl WatchdogLink {
 
     /// When [`WatchdogLink::look`] has something to do.
     pub(super) fn deadline(&self) -> Instant {
-        self.reviver.deadline()
+        self.restarter.deadline()
     }
 
     /// Does what time asks for: revives a watchdog that is gone, kills one that hangs.
     pub(super) fn look(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
         self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        let action = self.reviver.look(self.seen(home), now);
-        if action == Some(RevivalAction::AskUnit) {
+        let action = self.restarter.look(self.seen(home), now);
+        if action == Some(RestarterAction::AskUnit) {
             return ask(self.service, home, inputs);
         }
         self.carry_out(home, action);
@@ -101,7 +102,7 @@ impl WatchdogLink {
         let answer = answer.inspect_err(|error| {
             tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
         });
-        let action = self.reviver.answered(answer.ok(), self.seen(home), now);
+        let action = self.restarter.answered(answer.ok(), self.seen(home), now);
         self.carry_out(home, action);
     }
 
@@ -110,9 +111,9 @@ impl WatchdogLink {
         RoleObservation { taken: !self.is_connected() && role::is_taken(home, Role::Spa), stop_recorded: false }
     }
 
-    fn carry_out(&mut self, home: &Home, action: Option<RevivalAction>) {
+    fn carry_out(&mut self, home: &Home, action: Option<RestarterAction>) {
         match action {
-            Some(RevivalAction::StartUnit) => {
+            Some(RestarterAction::StartUnit) => {
                 tracing::warn!("the watchdog is dead and its unit is asked to start it");
                 let (service, home) = (self.service, home.clone());
                 tokio::task::spawn_blocking(move || {
@@ -121,7 +122,7 @@ impl WatchdogLink {
                     }
                 });
             }
-            Some(RevivalAction::Start { failures }) => {
+            Some(RestarterAction::Start { failures }) => {
                 tracing::warn!(failures, "the watchdog is not there and is started");
                 match role::spawn(home, Role::Spa) {
                     Ok(child) => self.children.push(child),
@@ -133,10 +134,10 @@ impl WatchdogLink {
                     }
                 }
             }
-            Some(RevivalAction::KillHung) => kill_hung(home),
-            Some(RevivalAction::LeaveStopped) => self.stopped_by_operator = true,
+            Some(RestarterAction::KillHung) => kill_hung(home),
+            Some(RestarterAction::LeaveStopped) => self.stopped_by_operator = true,
             // Asked by [`WatchdogLink::look`]; of the other policy.
-            Some(RevivalAction::AskUnit | RevivalAction::HonourStop) | None => {}
+            Some(RestarterAction::AskUnit | RestarterAction::HonourStop) | None => {}
         }
     }
 

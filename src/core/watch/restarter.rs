@@ -1,7 +1,7 @@
 //! Who revives a role that is gone, and when: the service manager in its turn, then the role that watches it.
 //!
-//! The manager and the watchdog decide by this, each for the other. Where they differ is a [`RevivalPolicy`]; what they observe goes in, an
-//! [`RevivalAction`] comes out, and they carry it out.
+//! The manager and the watchdog decide by this, each for the other. Where they differ is a [`RestarterPolicy`]; what they observe goes in, an
+//! [`RestarterAction`] comes out, and they carry it out.
 //!
 //! ```text
 //!           connected                      lost
@@ -23,7 +23,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::revival::Revival;
+use super::restart_delay::RestartDelay;
 use super::silence::Lasting;
 use crate::core::service_manager::UnitStanding;
 
@@ -36,7 +36,7 @@ const UNANSWERED: u32 = 6;
 
 /// Where the two roles differ in what they do about the other.
 #[derive(Debug, Clone, Copy)]
-pub struct RevivalPolicy {
+pub struct RestarterPolicy {
     /// A stop of the other role, recorded or done to its unit, is a stop of this one too. So its unit is asked after from the first moment,
     /// and also while somebody has the role; otherwise only before something is started.
     pub follows_stop: bool,
@@ -50,9 +50,9 @@ pub struct RevivalPolicy {
     pub questions: PauseRule,
 }
 
-impl RevivalPolicy {
+impl RestarterPolicy {
     /// Of the watchdog, over the manager. It looks often, because a look is an attempt to connect.
-    pub const WATCHDOG: RevivalPolicy = RevivalPolicy {
+    pub const WATCHDOG: RestarterPolicy = RestarterPolicy {
         follows_stop: true,
         connects: Duration::ZERO,
         moment: Duration::ZERO,
@@ -62,7 +62,7 @@ impl RevivalPolicy {
 
     /// Of the manager, over the watchdog, which connects to it. Who renews both roles ends the manager within `moment` of the watchdog, and
     /// starts one of each.
-    pub const MANAGER: RevivalPolicy = RevivalPolicy {
+    pub const MANAGER: RestarterPolicy = RestarterPolicy {
         follows_stop: false,
         connects: Duration::from_secs(2),
         moment: Duration::from_millis(500),
@@ -96,8 +96,8 @@ pub struct RoleObservation {
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RevivalAction {
-    /// Ask the service manager after the unit, and give [`Reviver::answered`] the answer.
+pub enum RestarterAction {
+    /// Ask the service manager after the unit, and give [`Restarter::answered`] the answer.
     AskUnit,
     /// Have the service manager start the unit.
     StartUnit,
@@ -124,18 +124,18 @@ pub enum Loss {
 
 /// One role's view of the other.
 #[derive(Debug)]
-pub struct Reviver {
-    policy: RevivalPolicy,
+pub struct Restarter {
+    policy: RestarterPolicy,
     /// A service manager runs the roles.
     supervised: bool,
-    state: RevivalState,
-    revival: Revival,
+    state: RestarterState,
+    delay: RestartDelay,
     /// Questions in a row that the service manager did not answer.
     unanswered: u32,
 }
 
 #[derive(Debug)]
-enum RevivalState {
+enum RestarterState {
     /// Connected.
     Present {
         since: Instant,
@@ -173,65 +173,65 @@ impl Absence {
     }
 }
 
-impl Reviver {
+impl Restarter {
     /// The other role is not connected yet; `taken`: some process has it.
-    pub fn new(policy: RevivalPolicy, supervised: bool, taken: bool, now: Instant) -> Reviver {
+    pub fn new(policy: RestarterPolicy, supervised: bool, taken: bool, now: Instant) -> Restarter {
         let not_before = if taken { now + policy.connects } else { now };
-        let state = RevivalState::Absent(Absence::new(now, not_before));
-        Reviver { policy, supervised, state, revival: Revival::new(now), unanswered: 0 }
+        let state = RestarterState::Absent(Absence::new(now, not_before));
+        Restarter { policy, supervised, state, delay: RestartDelay::new(now), unanswered: 0 }
     }
 
     /// There is a connection to the other role, over which nothing has been heard yet.
     pub fn connected(&mut self, now: Instant) {
-        self.state = RevivalState::Present { since: now, heard: None, yields: false };
+        self.state = RestarterState::Present { since: now, heard: None, yields: false };
     }
 
     /// A sign of life of the one that is connected; whether it is the first.
     pub fn heard(&mut self, now: Instant) -> bool {
-        let RevivalState::Present { heard, .. } = &mut self.state else { return false };
+        let RestarterState::Present { heard, .. } = &mut self.state else { return false };
         let is_first = heard.replace(now).is_none();
-        self.revival.came();
+        self.delay.came();
         is_first
     }
 
     /// The one that is connected says that it will end and give way to another.
     pub fn yields(&mut self) {
-        if let RevivalState::Present { yields, .. } = &mut self.state {
+        if let RestarterState::Present { yields, .. } = &mut self.state {
             *yields = true;
         }
     }
 
     /// The connection has ended. `None`: there was none.
     pub fn lost(&mut self, now: Instant) -> Option<Loss> {
-        let RevivalState::Present { since, heard, yields } = self.state else { return None };
+        let RestarterState::Present { since, heard, yields } = self.state else { return None };
         let loss = match heard {
             _ if yields => Loss::Yielded,
             Some(_) => Loss::Died,
             None => Loss::Unheard,
         };
         match loss {
-            Loss::Yielded => self.revival.left(now),
-            Loss::Died => self.revival.died(now.saturating_duration_since(since), now),
+            Loss::Yielded => self.delay.left(now),
+            Loss::Died => self.delay.died(now.saturating_duration_since(since), now),
             Loss::Unheard => {}
         }
-        self.state = RevivalState::Absent(Absence::new(now, now + self.policy.moment));
+        self.state = RestarterState::Absent(Absence::new(now, now + self.policy.moment));
         Some(loss)
     }
 
     /// Another program is in the place of the one that failed: it is started at once.
     pub fn replaced(&mut self, now: Instant) {
-        self.revival = Revival::new(now);
+        self.delay = RestartDelay::new(now);
     }
 
-    /// When [`Reviver::look`] is due.
+    /// When [`Restarter::look`] is due.
     pub fn deadline(&self) -> Instant {
         let absence = match &self.state {
-            RevivalState::Present { since, heard, .. } => return heard.unwrap_or(*since) + HUNG,
-            RevivalState::Absent(absence) => absence,
+            RestarterState::Present { since, heard, .. } => return heard.unwrap_or(*since) + HUNG,
+            RestarterState::Absent(absence) => absence,
         };
         let due = self.due(absence);
         let Some(looked) = absence.looked else { return due };
-        let quiet = looked.saturating_duration_since(self.revival.since().max(absence.began));
+        let quiet = looked.saturating_duration_since(self.delay.since().max(absence.began));
         let next = looked + self.policy.looks.after(quiet);
         if due > looked { due.min(next) } else { next }
     }
@@ -248,33 +248,33 @@ impl Reviver {
 
     /// When the role may be started by us.
     fn starts(&self, absence: &Absence) -> Instant {
-        self.revival.due().max(absence.not_before)
+        self.delay.due().max(absence.not_before)
     }
 
     /// What time asks for. While the other role is connected that is a matter of the side that hears pings; the side that sends them goes
     /// by [`super::silence::Pings`].
-    pub fn look(&mut self, seen: RoleObservation, now: Instant) -> Option<RevivalAction> {
+    pub fn look(&mut self, seen: RoleObservation, now: Instant) -> Option<RestarterAction> {
         let due = match &self.state {
-            RevivalState::Present { .. } => self.deadline(),
-            RevivalState::Absent(absence) => self.due(absence),
+            RestarterState::Present { .. } => self.deadline(),
+            RestarterState::Absent(absence) => self.due(absence),
         };
         let is_stopped = self.is_stopped(seen);
         let absence = match &mut self.state {
-            RevivalState::Present { .. } if now < due => return None,
-            RevivalState::Present { heard, .. } => {
+            RestarterState::Present { .. } if now < due => return None,
+            RestarterState::Present { heard, .. } => {
                 // The end of its connection tells the rest.
                 *heard = Some(now);
-                return Some(RevivalAction::KillHung);
+                return Some(RestarterAction::KillHung);
             }
-            RevivalState::Absent(absence) => absence,
+            RestarterState::Absent(absence) => absence,
         };
         absence.looked = Some(now);
         if is_stopped && !seen.taken {
-            return Some(RevivalAction::HonourStop);
+            return Some(RestarterAction::HonourStop);
         }
         if absence.mute.look(seen.taken && !is_stopped, now) >= HUNG {
             absence.mute = Lasting::default();
-            return Some(RevivalAction::KillHung);
+            return Some(RestarterAction::KillHung);
         }
         if now < due || (seen.taken && !(self.supervised && self.policy.follows_stop)) {
             return None;
@@ -283,7 +283,7 @@ impl Reviver {
             return Some(self.start(now));
         }
         absence.asked = now;
-        Some(RevivalAction::AskUnit)
+        Some(RestarterAction::AskUnit)
     }
 
     /// What follows from what the service manager knows of the unit. `None`: it gave no answer.
@@ -292,31 +292,31 @@ impl Reviver {
         answer: Option<UnitStanding>,
         seen: RoleObservation,
         now: Instant,
-    ) -> Option<RevivalAction> {
+    ) -> Option<RestarterAction> {
         let standing = self.judge(answer);
         let is_stopped = self.is_stopped(seen);
         let follows_stop = self.policy.follows_stop;
-        let RevivalState::Absent(absence) = &mut self.state else { return None };
+        let RestarterState::Absent(absence) = &mut self.state else { return None };
         let may_start = !seen.taken && !is_stopped && now >= absence.turn_ends();
         match standing {
-            UnitStanding::Stopped if follows_stop => Some(RevivalAction::HonourStop),
-            UnitStanding::Stopped => Some(RevivalAction::LeaveStopped),
+            UnitStanding::Stopped if follows_stop => Some(RestarterAction::HonourStop),
+            UnitStanding::Stopped => Some(RestarterAction::LeaveStopped),
             UnitStanding::Coming | UnitStanding::Forbidden => None,
             UnitStanding::Dead | UnitStanding::Missing if !may_start => None,
             UnitStanding::Dead if !absence.told => {
                 (absence.told, absence.turn) = (true, now);
-                Some(RevivalAction::StartUnit)
+                Some(RestarterAction::StartUnit)
             }
             UnitStanding::Dead | UnitStanding::Missing => {
-                let starts = self.revival.due().max(absence.not_before);
+                let starts = self.delay.due().max(absence.not_before);
                 (now >= starts).then(|| self.start(now))
             }
         }
     }
 
-    /// The service manager has come to an end with [`RevivalAction::StartUnit`], where that was waited for: its turn begins then.
+    /// The service manager has come to an end with [`RestarterAction::StartUnit`], where that was waited for: its turn begins then.
     pub fn unit_start_ended(&mut self, now: Instant) {
-        if let RevivalState::Absent(absence) = &mut self.state {
+        if let RestarterState::Absent(absence) = &mut self.state {
             absence.turn = now;
         }
     }
@@ -335,10 +335,10 @@ impl Reviver {
         self.policy.follows_stop && seen.stop_recorded
     }
 
-    fn start(&mut self, now: Instant) -> RevivalAction {
-        let failures = self.revival.failures();
-        self.revival.tried(now);
-        RevivalAction::Start { failures }
+    fn start(&mut self, now: Instant) -> RestarterAction {
+        let failures = self.delay.failures();
+        self.delay.tried(now);
+        RestarterAction::Start { failures }
     }
 }
 

@@ -5,43 +5,43 @@ use proptest::prelude::*;
 use super::*;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
-const POLICIES: [RevivalPolicy; 2] = [RevivalPolicy::WATCHDOG, RevivalPolicy::MANAGER];
+const POLICIES: [RestarterPolicy; 2] = [RestarterPolicy::WATCHDOG, RestarterPolicy::MANAGER];
 const NOBODY: RoleObservation = RoleObservation { taken: false, stop_recorded: false };
 const TAKEN: RoleObservation = RoleObservation { taken: true, stop_recorded: false };
 const STOPPED: RoleObservation = RoleObservation { taken: false, stop_recorded: true };
 
 /// One whose role was just lost for the first time, after a healthy time.
-fn lost(policy: RevivalPolicy, supervised: bool, now: Instant) -> Reviver {
+fn lost(policy: RestarterPolicy, supervised: bool, now: Instant) -> Restarter {
     let since = now - S(3600);
-    let mut reviver = Reviver::new(policy, supervised, true, since);
-    reviver.connected(since);
-    reviver.heard(since);
-    assert_eq!(reviver.lost(now), Some(Loss::Died));
-    reviver
+    let mut restarter = Restarter::new(policy, supervised, true, since);
+    restarter.connected(since);
+    restarter.heard(since);
+    assert_eq!(restarter.lost(now), Some(Loss::Died));
+    restarter
 }
 
 /// Looks whenever a look is due, at a role that is seen so, until an action comes; answers it and when it came.
-fn next(reviver: &mut Reviver, seen: RoleObservation, now: &mut Instant) -> RevivalAction {
+fn next(restarter: &mut Restarter, seen: RoleObservation, now: &mut Instant) -> RestarterAction {
     for _ in 0..100_000 {
-        *now = (*now).max(reviver.deadline());
-        if let Some(action) = reviver.look(seen, *now) {
+        *now = (*now).max(restarter.deadline());
+        if let Some(action) = restarter.look(seen, *now) {
             return action;
         }
     }
-    panic!("nothing is done about it: {reviver:?}");
+    panic!("nothing is done about it: {restarter:?}");
 }
 
 #[test]
 fn without_a_service_manager_the_role_is_started_soon_and_then_later_and_later() {
-    for (policy, moment) in [(RevivalPolicy::WATCHDOG, 0), (RevivalPolicy::MANAGER, 500)] {
+    for (policy, moment) in [(RestarterPolicy::WATCHDOG, 0), (RestarterPolicy::MANAGER, 500)] {
         let start = Instant::now();
-        let (mut reviver, mut now) = (lost(policy, false, start), start);
-        assert_eq!(next(&mut reviver, NOBODY, &mut now), RevivalAction::Start { failures: 1 });
+        let (mut restarter, mut now) = (lost(policy, false, start), start);
+        assert_eq!(next(&mut restarter, NOBODY, &mut now), RestarterAction::Start { failures: 1 });
         assert_eq!((now - start).as_millis(), moment);
         let mut pauses = vec![];
         for failures in 2..12 {
             let before = now;
-            assert_eq!(next(&mut reviver, NOBODY, &mut now), RevivalAction::Start { failures });
+            assert_eq!(next(&mut restarter, NOBODY, &mut now), RestarterAction::Start { failures });
             pauses.push((now - before).as_secs());
         }
         assert_eq!(pauses, [2, 2, 4, 8, 16, 32, 60, 60, 60, 60]);
@@ -51,23 +51,23 @@ fn without_a_service_manager_the_role_is_started_soon_and_then_later_and_later()
 #[test]
 fn a_start_that_was_heard_of_is_no_failure_but_an_early_death_is() {
     let start = Instant::now();
-    let (mut reviver, mut now) = (lost(RevivalPolicy::WATCHDOG, false, start), start);
+    let (mut restarter, mut now) = (lost(RestarterPolicy::WATCHDOG, false, start), start);
     for (failures, pause) in [(1, 0), (2, 1), (3, 2), (4, 4)] {
         let before = now;
-        assert_eq!(next(&mut reviver, NOBODY, &mut now), RevivalAction::Start { failures });
+        assert_eq!(next(&mut restarter, NOBODY, &mut now), RestarterAction::Start { failures });
         assert_eq!((now - before).as_secs(), pause);
-        reviver.connected(now);
-        reviver.heard(now);
-        assert_eq!(reviver.lost(now), Some(Loss::Died));
+        restarter.connected(now);
+        restarter.heard(now);
+        assert_eq!(restarter.lost(now), Some(Loss::Died));
     }
 }
 
 #[test]
 fn one_that_had_its_role_before_gets_time_to_connect() {
     let start = Instant::now();
-    for (policy, seconds) in [(RevivalPolicy::WATCHDOG, 0), (RevivalPolicy::MANAGER, 2)] {
-        let (mut reviver, mut now) = (Reviver::new(policy, false, true, start), start);
-        assert_eq!(next(&mut reviver, NOBODY, &mut now), RevivalAction::Start { failures: 0 });
+    for (policy, seconds) in [(RestarterPolicy::WATCHDOG, 0), (RestarterPolicy::MANAGER, 2)] {
+        let (mut restarter, mut now) = (Restarter::new(policy, false, true, start), start);
+        assert_eq!(next(&mut restarter, NOBODY, &mut now), RestarterAction::Start { failures: 0 });
         assert_eq!(now - start, S(seconds));
     }
 }
@@ -76,17 +76,17 @@ fn one_that_had_its_role_before_gets_time_to_connect() {
 fn the_watchdog_asks_after_the_unit_early_and_then_less_often_the_manager_after_the_turn() {
     let asked = |policy, seen, times| -> Vec<u64> {
         let start = Instant::now();
-        let (mut reviver, mut now) = (lost(policy, true, start), start);
+        let (mut restarter, mut now) = (lost(policy, true, start), start);
         let at = |_| {
-            assert_eq!(next(&mut reviver, seen, &mut now), RevivalAction::AskUnit);
-            assert_eq!(reviver.answered(Some(UnitStanding::Coming), seen, now), None);
+            assert_eq!(next(&mut restarter, seen, &mut now), RestarterAction::AskUnit);
+            assert_eq!(restarter.answered(Some(UnitStanding::Coming), seen, now), None);
             (now - start).as_secs()
         };
         (0..times).map(at).collect()
     };
-    assert_eq!(asked(RevivalPolicy::MANAGER, NOBODY, 4), [10, 20, 30, 40]);
-    assert_eq!(asked(RevivalPolicy::WATCHDOG, TAKEN, 7), [1, 2, 3, 4, 5, 6, 7]);
-    let of_watchdog = asked(RevivalPolicy::WATCHDOG, NOBODY, 30);
+    assert_eq!(asked(RestarterPolicy::MANAGER, NOBODY, 4), [10, 20, 30, 40]);
+    assert_eq!(asked(RestarterPolicy::WATCHDOG, TAKEN, 7), [1, 2, 3, 4, 5, 6, 7]);
+    let of_watchdog = asked(RestarterPolicy::WATCHDOG, NOBODY, 30);
     assert_eq!(of_watchdog[..7], [1, 2, 3, 4, 5, 6, 7]);
     assert!(of_watchdog.windows(2).all(|pair| (1..=11).contains(&(pair[1] - pair[0]))), "{of_watchdog:?}");
     assert!((10..=11).contains(&(of_watchdog[29] - of_watchdog[28])), "{of_watchdog:?}");
@@ -101,8 +101,8 @@ fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
     };
     for policy in POLICIES {
         let follows = |standing, seen, seconds| follows(policy, standing, seen, seconds);
-        assert_eq!(follows(Dead, NOBODY, 10), Some(RevivalAction::StartUnit));
-        assert_eq!(follows(Missing, NOBODY, 10), Some(RevivalAction::Start { failures: 1 }));
+        assert_eq!(follows(Dead, NOBODY, 10), Some(RestarterAction::StartUnit));
+        assert_eq!(follows(Missing, NOBODY, 10), Some(RestarterAction::Start { failures: 1 }));
         for standing in [Dead, Missing] {
             assert_eq!(follows(standing, NOBODY, 9), None, "the turn is not over");
             assert_eq!(follows(standing, TAKEN, 100), None, "somebody has the role");
@@ -110,14 +110,17 @@ fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
         for standing in [Coming, Forbidden] {
             assert_eq!(follows(standing, NOBODY, 10_000), None);
         }
-        let stop = if policy.follows_stop { RevivalAction::HonourStop } else { RevivalAction::LeaveStopped };
+        let stop = if policy.follows_stop { RestarterAction::HonourStop } else { RestarterAction::LeaveStopped };
         for (seen, seconds) in [(NOBODY, 0), (TAKEN, 0), (NOBODY, 100)] {
             assert_eq!(follows(Stopped, seen, seconds), Some(stop));
         }
     }
     for standing in [Dead, Missing] {
-        assert_eq!(follows(RevivalPolicy::WATCHDOG, standing, STOPPED, 100), None);
-        assert!(follows(RevivalPolicy::MANAGER, standing, STOPPED, 100).is_some(), "it hears of a stop in another way");
+        assert_eq!(follows(RestarterPolicy::WATCHDOG, standing, STOPPED, 100), None);
+        assert!(
+            follows(RestarterPolicy::MANAGER, standing, STOPPED, 100).is_some(),
+            "it hears of a stop in another way"
+        );
     }
 }
 
@@ -125,23 +128,29 @@ fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
 fn a_dead_unit_is_started_once_and_then_the_role_without_it() {
     for policy in POLICIES {
         let start = Instant::now();
-        let mut reviver = lost(policy, true, start);
-        let mut dead = |at| reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(at));
-        assert_eq!([dead(10), dead(19)], [Some(RevivalAction::StartUnit), None]);
-        assert_eq!(dead(20), Some(RevivalAction::Start { failures: 1 }));
-        assert_eq!([dead(21), dead(22)], [None, Some(RevivalAction::Start { failures: 2 })]);
-        assert_eq!(reviver.answered(Some(UnitStanding::Forbidden), NOBODY, start + S(600)), None);
+        let mut restarter = lost(policy, true, start);
+        let mut dead = |at| restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(at));
+        assert_eq!([dead(10), dead(19)], [Some(RestarterAction::StartUnit), None]);
+        assert_eq!(dead(20), Some(RestarterAction::Start { failures: 1 }));
+        assert_eq!([dead(21), dead(22)], [None, Some(RestarterAction::Start { failures: 2 })]);
+        assert_eq!(restarter.answered(Some(UnitStanding::Forbidden), NOBODY, start + S(600)), None);
 
         // Where the start of the unit is waited for, the turn begins with its end; and the next absence begins anew.
-        let mut reviver = lost(policy, true, start);
-        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(10)), Some(RevivalAction::StartUnit));
-        reviver.unit_start_ended(start + S(90));
-        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(99)), None);
-        reviver.connected(start + S(99));
-        reviver.heard(start + S(99));
-        reviver.lost(start + S(100));
-        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(100)), None);
-        assert_eq!(reviver.answered(Some(UnitStanding::Dead), NOBODY, start + S(110)), Some(RevivalAction::StartUnit));
+        let mut restarter = lost(policy, true, start);
+        assert_eq!(
+            restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(10)),
+            Some(RestarterAction::StartUnit)
+        );
+        restarter.unit_start_ended(start + S(90));
+        assert_eq!(restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(99)), None);
+        restarter.connected(start + S(99));
+        restarter.heard(start + S(99));
+        restarter.lost(start + S(100));
+        assert_eq!(restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(100)), None);
+        assert_eq!(
+            restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(110)),
+            Some(RestarterAction::StartUnit)
+        );
     }
 }
 
@@ -149,18 +158,18 @@ fn a_dead_unit_is_started_once_and_then_the_role_without_it() {
 fn a_service_manager_that_does_not_answer_counts_as_none_after_six_questions() {
     for policy in POLICIES {
         let start = Instant::now();
-        let mut reviver = lost(policy, true, start);
-        let ask = |reviver: &mut Reviver, answer| reviver.answered(answer, NOBODY, start + S(3600));
+        let mut restarter = lost(policy, true, start);
+        let ask = |restarter: &mut Restarter, answer| restarter.answered(answer, NOBODY, start + S(3600));
         for _ in 0..3 {
             for _ in 0..5 {
-                assert_eq!(ask(&mut reviver, None), None);
+                assert_eq!(ask(&mut restarter, None), None);
             }
-            assert_eq!(ask(&mut reviver, Some(UnitStanding::Coming)), None);
+            assert_eq!(ask(&mut restarter, Some(UnitStanding::Coming)), None);
         }
         for _ in 0..5 {
-            assert_eq!(ask(&mut reviver, None), None);
+            assert_eq!(ask(&mut restarter, None), None);
         }
-        assert_eq!(ask(&mut reviver, None), Some(RevivalAction::Start { failures: 1 }));
+        assert_eq!(ask(&mut restarter, None), Some(RestarterAction::Start { failures: 1 }));
     }
 }
 
@@ -168,34 +177,34 @@ fn a_service_manager_that_does_not_answer_counts_as_none_after_six_questions() {
 fn a_recorded_stop_is_honoured_by_the_one_that_follows_it_once_nobody_has_the_role() {
     let start = Instant::now();
     for supervised in [false, true] {
-        let mut watchdog = lost(RevivalPolicy::WATCHDOG, supervised, start);
+        let mut watchdog = lost(RestarterPolicy::WATCHDOG, supervised, start);
         let ending = RoleObservation { taken: true, stop_recorded: true };
         for at in 0..200 {
             let action = watchdog.look(ending, start + S(at));
             assert!(
-                matches!(action, None | Some(RevivalAction::AskUnit)),
+                matches!(action, None | Some(RestarterAction::AskUnit)),
                 "one that is ending is not killed: {action:?}"
             );
         }
-        assert_eq!(watchdog.look(STOPPED, start + S(200)), Some(RevivalAction::HonourStop));
+        assert_eq!(watchdog.look(STOPPED, start + S(200)), Some(RestarterAction::HonourStop));
     }
-    let mut manager = lost(RevivalPolicy::MANAGER, false, start);
-    assert_eq!(manager.look(STOPPED, start + S(1)), Some(RevivalAction::Start { failures: 1 }));
+    let mut manager = lost(RestarterPolicy::MANAGER, false, start);
+    assert_eq!(manager.look(STOPPED, start + S(1)), Some(RestarterAction::Start { failures: 1 }));
 }
 
 #[test]
 fn one_that_has_the_role_and_stays_mute_is_killed_if_it_was_seen_without_a_break() {
     for policy in POLICIES {
         let start = Instant::now();
-        let (mut reviver, mut now) = (lost(policy, false, start), start);
-        assert_eq!(next(&mut reviver, TAKEN, &mut now), RevivalAction::KillHung);
+        let (mut restarter, mut now) = (lost(policy, false, start), start);
+        assert_eq!(next(&mut restarter, TAKEN, &mut now), RestarterAction::KillHung);
         assert!((60..64).contains(&(now - start).as_secs()), "{:?}", now - start);
         let before = now;
-        assert_eq!(next(&mut reviver, TAKEN, &mut now), RevivalAction::KillHung);
+        assert_eq!(next(&mut restarter, TAKEN, &mut now), RestarterAction::KillHung);
         assert!((60..68).contains(&(now - before).as_secs()), "{:?}", now - before);
         // Whoever does not look in time has not seen it last.
         for minutes in 1..10 {
-            assert_eq!(reviver.look(TAKEN, now + S(60 * minutes)), None);
+            assert_eq!(restarter.look(TAKEN, now + S(60 * minutes)), None);
         }
     }
 }
@@ -203,39 +212,39 @@ fn one_that_has_the_role_and_stays_mute_is_killed_if_it_was_seen_without_a_break
 #[test]
 fn one_that_is_connected_and_silent_is_killed_and_a_sign_of_life_begins_anew() {
     let start = Instant::now();
-    let mut reviver = Reviver::new(RevivalPolicy::MANAGER, false, true, start);
-    reviver.connected(start);
-    assert!(reviver.heard(start) && !reviver.heard(start + S(30)));
-    assert_eq!(reviver.deadline(), start + S(90));
-    let mut look = |at| reviver.look(NOBODY, start + S(at));
-    assert_eq!([look(60), look(89), look(90), look(91)], [None, None, Some(RevivalAction::KillHung), None]);
-    assert_eq!([look(149), look(150)], [None, Some(RevivalAction::KillHung)]);
+    let mut restarter = Restarter::new(RestarterPolicy::MANAGER, false, true, start);
+    restarter.connected(start);
+    assert!(restarter.heard(start) && !restarter.heard(start + S(30)));
+    assert_eq!(restarter.deadline(), start + S(90));
+    let mut look = |at| restarter.look(NOBODY, start + S(at));
+    assert_eq!([look(60), look(89), look(90), look(91)], [None, None, Some(RestarterAction::KillHung), None]);
+    assert_eq!([look(149), look(150)], [None, Some(RestarterAction::KillHung)]);
 }
 
 #[test]
 fn the_end_of_a_connection_counts_by_what_came_before_it() {
     let start = Instant::now();
-    let next_start = |reviver: &Reviver| {
-        reviver.starts(match &reviver.state {
-            RevivalState::Absent(absence) => absence,
-            RevivalState::Present { .. } => panic!("it is there"),
+    let next_start = |restarter: &Restarter| {
+        restarter.starts(match &restarter.state {
+            RestarterState::Absent(absence) => absence,
+            RestarterState::Present { .. } => panic!("it is there"),
         })
     };
-    let mut reviver = Reviver::new(RevivalPolicy::WATCHDOG, false, false, start);
-    assert_eq!(reviver.lost(start), None);
+    let mut restarter = Restarter::new(RestarterPolicy::WATCHDOG, false, false, start);
+    assert_eq!(restarter.lost(start), None);
     for pause in [0, 1, 2, 4] {
-        reviver.connected(start);
-        reviver.heard(start);
-        assert_eq!(reviver.lost(start + S(1)), Some(Loss::Died));
-        assert_eq!(next_start(&reviver), start + S(1 + pause));
+        restarter.connected(start);
+        restarter.heard(start);
+        assert_eq!(restarter.lost(start + S(1)), Some(Loss::Died));
+        assert_eq!(next_start(&restarter), start + S(1 + pause));
     }
-    reviver.connected(start + S(1));
-    assert_eq!(reviver.lost(start + S(1)), Some(Loss::Unheard));
-    assert_eq!(next_start(&reviver), start + S(5), "it was not there, and what was counted stands");
-    reviver.connected(start + S(1));
-    reviver.yields();
-    assert_eq!(reviver.lost(start + S(2)), Some(Loss::Yielded));
-    assert_eq!(next_start(&reviver), start + S(2));
+    restarter.connected(start + S(1));
+    assert_eq!(restarter.lost(start + S(1)), Some(Loss::Unheard));
+    assert_eq!(next_start(&restarter), start + S(5), "it was not there, and what was counted stands");
+    restarter.connected(start + S(1));
+    restarter.yields();
+    assert_eq!(restarter.lost(start + S(2)), Some(Loss::Yielded));
+    assert_eq!(next_start(&restarter), start + S(2));
 }
 
 /// What happens in the world.
@@ -286,7 +295,7 @@ fn any_happening() -> impl Strategy<Value = Happening> {
 
 /// A world with one role that is watched.
 struct World {
-    reviver: Reviver,
+    restarter: Restarter,
     now: Instant,
     taken: bool,
     /// Since when; heard last.
@@ -306,10 +315,10 @@ struct World {
 }
 
 impl World {
-    fn new(policy: RevivalPolicy, supervised: bool) -> World {
+    fn new(policy: RestarterPolicy, supervised: bool) -> World {
         let now = Instant::now();
         World {
-            reviver: Reviver::new(policy, supervised, false, now),
+            restarter: Restarter::new(policy, supervised, false, now),
             now,
             taken: false,
             connected: None,
@@ -328,45 +337,45 @@ impl World {
         RoleObservation { taken: self.taken, stop_recorded: self.stop_recorded }
     }
 
-    fn look(&mut self) -> Option<RevivalAction> {
+    fn look(&mut self) -> Option<RestarterAction> {
         let is_mute = self.taken && self.connected.is_none();
         self.mute_since = is_mute.then(|| self.mute_since.unwrap_or(self.now));
-        let action = self.reviver.look(self.seen(), self.now);
-        assert!(self.reviver.deadline() > self.now, "looks without a pause: {:?}", self.reviver);
+        let action = self.restarter.look(self.seen(), self.now);
+        assert!(self.restarter.deadline() > self.now, "looks without a pause: {:?}", self.restarter);
         self.check(action);
         action
     }
 
-    fn answer(&mut self) -> Option<RevivalAction> {
+    fn answer(&mut self) -> Option<RestarterAction> {
         self.asked = false;
         self.unanswered = if self.unit.is_none() { self.unanswered + 1 } else { 0 };
-        let action = self.reviver.answered(self.unit, self.seen(), self.now);
-        assert_ne!(action, Some(RevivalAction::AskUnit));
+        let action = self.restarter.answered(self.unit, self.seen(), self.now);
+        assert_ne!(action, Some(RestarterAction::AskUnit));
         self.check(action);
         action
     }
 
     /// What may be done in this world now.
-    fn check(&mut self, action: Option<RevivalAction>) {
-        let Reviver { policy, supervised, .. } = self.reviver;
+    fn check(&mut self, action: Option<RestarterAction>) {
+        let Restarter { policy, supervised, .. } = self.restarter;
         let is_stopped = policy.follows_stop && self.stop_recorded;
         let turn_began = self.unit_started.unwrap_or(self.absent_since);
         let turn_is_over = self.now >= turn_began + SERVICE_MANAGERS_TURN;
         match action {
             None => {}
-            Some(RevivalAction::AskUnit) => {
+            Some(RestarterAction::AskUnit) => {
                 assert!(supervised && self.connected.is_none());
                 assert!(policy.follows_stop || (!self.taken && turn_is_over), "asked for nothing");
                 self.asked = true;
             }
-            Some(RevivalAction::StartUnit) => {
+            Some(RestarterAction::StartUnit) => {
                 assert!(supervised && self.connected.is_none() && !self.taken && !is_stopped);
                 assert_eq!(self.unit, Some(UnitStanding::Dead));
                 assert!(self.unit_started.is_none(), "the unit is started twice");
                 assert!(turn_is_over, "before the service manager's turn was over");
                 self.unit_started = Some(self.now);
             }
-            Some(RevivalAction::Start { .. }) => {
+            Some(RestarterAction::Start { .. }) => {
                 assert!(self.connected.is_none() && !self.taken, "started although somebody has the role");
                 assert!(!is_stopped, "started although the home is stopped");
                 if supervised {
@@ -382,16 +391,16 @@ impl World {
                 assert!(pause.is_none_or(|pause| pause >= S(2)), "started again after {pause:?}");
                 self.started = Some(self.now);
             }
-            Some(RevivalAction::KillHung) => {
+            Some(RestarterAction::KillHung) => {
                 let since = self.connected.or(self.mute_since).expect("somebody to be silent");
                 assert!(self.taken && self.now >= since + HUNG, "killed after {:?}", self.now - since);
                 assert!(!is_stopped || self.connected.is_some(), "killed on its way to a stop");
             }
-            Some(RevivalAction::HonourStop) => {
+            Some(RestarterAction::HonourStop) => {
                 assert!(policy.follows_stop);
                 assert!((is_stopped && !self.taken) || self.unit == Some(UnitStanding::Stopped));
             }
-            Some(RevivalAction::LeaveStopped) => {
+            Some(RestarterAction::LeaveStopped) => {
                 assert!(!policy.follows_stop && self.unit == Some(UnitStanding::Stopped))
             }
         }
@@ -400,7 +409,7 @@ impl World {
     fn happen(&mut self, happening: Happening) {
         match happening {
             Happening::Look => {
-                self.now = self.now.max(self.reviver.deadline());
+                self.now = self.now.max(self.restarter.deadline());
                 self.look();
             }
             Happening::Pass(milliseconds) => {
@@ -414,24 +423,24 @@ impl World {
             Happening::Taken => self.taken = true,
             Happening::Connects(heard) if self.taken && self.connected.is_none() => {
                 self.connected = Some(self.now);
-                self.reviver.connected(self.now);
+                self.restarter.connected(self.now);
                 if heard {
                     self.happen(Happening::Heard);
                 }
             }
             Happening::Heard if self.connected.is_some() => {
                 self.connected = Some(self.now);
-                self.reviver.heard(self.now);
+                self.restarter.heard(self.now);
                 self.started = None;
             }
             Happening::Ends(yields) if self.taken => {
                 self.taken = false;
                 if self.connected.take().is_some() {
                     if yields {
-                        self.reviver.yields();
+                        self.restarter.yields();
                         self.started = None;
                     }
-                    assert!(self.reviver.lost(self.now).is_some());
+                    assert!(self.restarter.lost(self.now).is_some());
                     (self.absent_since, self.unit_started, self.mute_since) = (self.now, None, None);
                 }
             }
@@ -474,18 +483,18 @@ proptest! {
         // The longest pause between two starts, the turns of the service manager, and six questions.
         let longest = S(60) + 3 * SERVICE_MANAGERS_TURN + S(60);
         let is_started = loop {
-            world.now = world.now.max(world.reviver.deadline());
+            world.now = world.now.max(world.restarter.deadline());
             let action = match world.look() {
-                Some(RevivalAction::AskUnit) => world.answer(),
+                Some(RestarterAction::AskUnit) => world.answer(),
                 action => action,
             };
-            if matches!(action, Some(RevivalAction::Start { .. })) {
+            if matches!(action, Some(RestarterAction::Start { .. })) {
                 break true;
             }
             if world.now - began > longest {
                 break false;
             }
         };
-        prop_assert!(is_started, "{:?}", world.reviver);
+        prop_assert!(is_started, "{:?}", world.restarter);
     }
 }

@@ -12,17 +12,17 @@ const PAUSE: Backoff = Backoff { base: Duration::from_secs(1), cap: Duration::fr
 
 /// When a role that is gone is started: the first time at once, then later and later.
 #[derive(Debug)]
-pub struct Revival {
+pub struct RestartDelay {
     /// Deaths in a row, and starts that came to nothing.
     failures: u32,
     tried: bool,
     since: Instant,
 }
 
-impl Revival {
+impl RestartDelay {
     /// Of one that was never seen.
-    pub fn new(now: Instant) -> Revival {
-        Revival { failures: 0, tried: false, since: now }
+    pub fn new(now: Instant) -> RestartDelay {
+        RestartDelay { failures: 0, tried: false, since: now }
     }
 
     pub fn failures(&self) -> u32 {
@@ -32,12 +32,12 @@ impl Revival {
     /// It died after it had lived for so long.
     pub fn died(&mut self, lived: Duration, now: Instant) {
         let before = if lived > HEALTHY { 0 } else { self.failures };
-        *self = Revival { failures: before.saturating_add(1), tried: false, since: now };
+        *self = RestartDelay { failures: before.saturating_add(1), tried: false, since: now };
     }
 
     /// It ended in order.
     pub fn left(&mut self, now: Instant) {
-        *self = Revival::new(now);
+        *self = RestartDelay::new(now);
     }
 
     /// It is there: what was tried came to something.
@@ -48,7 +48,7 @@ impl Revival {
 
     /// It was started; until it is there, that is a failure more.
     pub fn tried(&mut self, now: Instant) {
-        *self = Revival { failures: self.failures.saturating_add(1), tried: true, since: now };
+        *self = RestartDelay { failures: self.failures.saturating_add(1), tried: true, since: now };
     }
 
     /// When it is gone since, or was last started.
@@ -72,33 +72,33 @@ mod tests {
     #[test]
     fn the_first_revival_comes_at_once_and_later_ones_later_until_it_was_healthy() {
         let start = Instant::now();
-        let mut revival = Revival::new(start);
-        assert_eq!(revival.due(), start);
+        let mut delay = RestartDelay::new(start);
+        assert_eq!(delay.due(), start);
         let mut pauses = vec![];
         for _ in 0..9 {
-            revival.died(S(1), start);
-            pauses.push((revival.due() - start).as_secs());
-            revival.tried(start);
-            revival.came();
+            delay.died(S(1), start);
+            pauses.push((delay.due() - start).as_secs());
+            delay.tried(start);
+            delay.came();
         }
         assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
-        revival.died(S(61), start);
-        assert_eq!(revival.due(), start);
-        revival.died(S(1), start);
-        revival.left(start);
-        assert_eq!(revival.due(), start);
+        delay.died(S(61), start);
+        assert_eq!(delay.due(), start);
+        delay.died(S(1), start);
+        delay.left(start);
+        assert_eq!(delay.due(), start);
     }
 
     #[test]
     fn a_start_that_comes_to_nothing_is_a_failure_and_gets_its_time() {
         let start = Instant::now();
-        let mut revival = Revival::new(start);
+        let mut delay = RestartDelay::new(start);
         let mut at = start;
         let mut pauses = vec![];
         for _ in 0..6 {
-            revival.tried(at);
-            pauses.push((revival.due() - at).as_secs());
-            at = revival.due();
+            delay.tried(at);
+            pauses.push((delay.due() - at).as_secs());
+            at = delay.due();
         }
         assert_eq!(pauses, [2, 2, 2, 4, 8, 16]);
     }
