@@ -1,4 +1,4 @@
-//! One sub-agent as the manager knows it: what is under way, what it is to be, and what follows from each thing that happens.
+//! The state of one sub-agent in the manager: its release, its process, the change under way, and the actions that follow from each event.
 //!
 //! ```text
 //!           Stage          Staged            Activate           Admitted             Recorded          down            Switched
@@ -7,12 +7,12 @@
 //!   │   time, or       ▼                     ▼              ▼                                ▼
 //!   └────────────── Held ◀───────────────────┴──────────────┴────────────────────────────────┘
 //!
-//!  any ── Uninstall ─▶ Uninstalling (its processes) ── down ─▶ Removing (its files) ── Removed ─▶ gone
+//!  any ── Uninstall ─▶ Uninstalling (processes stop) ── down ─▶ Removing (files are removed) ── Removed ─▶ gone
 //! ```
 //!
-//! Beside this its [`Supervisor`] starts, restarts and stops its process. The release that runs goes on running until the new one is staged,
-//! admitted and recorded in the [`ledger`](super::ledger); it is the active one again where any step fails. A new release is on
-//! [`probation`] before it is committed.
+//! Independently of this, its [`Supervisor`] starts, restarts and stops its process. The running release keeps running until the new one
+//! is staged, admitted and recorded in the [`ledger`](super::ledger); if any step fails, it becomes the active one again. A new release is
+//! on [`probation`] before it is committed.
 
 mod event;
 mod probation;
@@ -36,42 +36,42 @@ use super::protocol::AgentState;
 use super::supervise::{self, RestartPolicy, Supervisor};
 use super::text::{MAX_MESSAGE_BYTES, cut};
 
-/// Of the name of a variable that may not be set, so much is shown, bytes.
+/// Longest part shown of the name of a rejected environment variable, in bytes.
 const MAX_NAME_SHOWN: usize = 64;
 
-/// What is under way besides its process.
+/// The change under way, apart from the supervision of its process.
 #[derive(Debug, Clone, PartialEq)]
 enum Activity {
     Idle,
-    /// Fetched, verified and unpacked. `failures`: times in a row that this release could not be had.
+    /// The release is fetched, verified and unpacked. `failures`: failures in a row to stage this release.
     Staging {
         id: u64,
         version: Version,
         failures: u32,
     },
-    /// To be activated by the next plan.
+    /// Waits for the next plan to activate it.
     Staged(Box<Ready>),
     Held(HeldRelease),
-    /// What was accepted when it was staged is looked at once more, before anything is stopped.
+    /// The staged release is verified again before anything is stopped.
     Admitting {
         order: Box<Order>,
         program: Option<Program>,
         failures: u32,
     },
-    /// The ledger is being written as it will be then. Until what runs is down, nothing else goes by that.
+    /// The ledger is written with the activation already applied. In memory the old entry is used until the running release is down.
     Recording(Box<Activation>),
-    /// What runs is being stopped.
+    /// The running release is being stopped.
     Stopping(Box<Activation>),
-    /// The link `current` is being changed. `before`: its ledger before.
+    /// The link `current` is being changed. `before`: the ledger entry before the activation.
     Switching {
         activation: Box<Activation>,
         before: Box<LedgerEntry>,
     },
-    /// The current release makes way for the one before it: it is being stopped, and the ledger written.
+    /// Roll back: the current release is being stopped and the ledger written.
     Returning(Box<Rollback>),
     /// The link `current` is being changed back.
     SwitchingBack(Box<Rollback>),
-    /// Its processes are being stopped, and what is under way on its files comes to its end.
+    /// Its processes are being stopped, and operations on its files complete.
     Uninstalling,
     Removing,
 }
@@ -80,7 +80,7 @@ enum Activity {
 struct Activation {
     order: Order,
     ready: Ready,
-    /// Times in a row that this release could not be activated.
+    /// Failures in a row to activate this release.
     failures: u32,
     began: Instant,
 }
@@ -100,62 +100,62 @@ pub struct Agent {
     supervisor: Supervisor,
     work: Activity,
     ledger: LedgerEntry,
-    /// Whole on disk.
+    /// Complete on disk.
     releases: BTreeSet<Version>,
-    /// Their files are being removed.
+    /// Releases whose files are being removed.
     leaving: BTreeSet<Version>,
-    /// Counts what is staged.
+    /// The id of the last staging.
     last_id: u64,
-    /// What is being staged and has not been answered, cancelled ones too.
+    /// Stagings without an answer yet, including cancelled ones.
     unanswered: BTreeSet<u64>,
-    /// How the current release is run; `None`: not known, or it cannot be.
+    /// How the current release is run. `None`: unknown, or it cannot be run.
     program: Option<Program>,
     run: Run,
-    /// `None`: its process was started with another than is wanted.
+    /// `None`: its process was started with a spec other than the desired one.
     spec: Option<Spec>,
     /// The release of its process.
     running: Option<Version>,
     home_stops: bool,
-    /// Of the probation of the current release.
+    /// The progress of the current release's probation.
     seen: ProbationProgress,
-    /// The release before the last one is the current one again, and has not run since.
+    /// A roll back that is complete but for the start of the restored release.
     returned: Option<Box<Rollback>>,
-    /// In force, where it is known.
+    /// The order in force, where known.
     order: Option<Order>,
-    /// Its start waits until it is known how its release is run.
+    /// The start waits for [`AgentEvent::Inspected`].
     starts_when_inspected: bool,
-    /// What keeps it from being what it should, besides its exits.
+    /// Why it is not in its desired state, apart from exits of its process.
     error: Option<String>,
-    /// Which of the gateway's variables it was started without, as a sentence.
+    /// The rejected environment variables of the gateway, as a message.
     refused_env: Option<String>,
 }
 
-/// What is found of a sub-agent when a manager starts.
+/// What a manager finds of a sub-agent when it starts.
 #[derive(Debug, Default)]
 pub struct Discovery {
     pub ledger: LedgerEntry,
     pub releases: BTreeSet<Version>,
-    /// Its removal, or its unpacking, was cut short.
+    /// Releases whose removal or unpacking was interrupted.
     pub unfinished: BTreeSet<Version>,
-    /// How the current release is run; `None` where none is.
+    /// How the current release is run; `None` if there is no current release.
     pub program: Option<Result<Program, String>>,
     pub restarts: u64,
-    /// In force.
+    /// The order in force.
     pub order: Option<Order>,
 }
 
-/// How a process ended that an earlier manager started.
+/// The exit of a process that a previous manager started.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PriorExit {
-    /// `None`: not known.
+    /// `None`: unknown.
     pub success: Option<bool>,
     pub how: String,
-    /// That manager saw it, and counted it where it was a failure.
+    /// The previous manager saw the exit and counted it if it was a failure.
     pub was_seen: bool,
 }
 
 impl Agent {
-    /// What an earlier manager left, and what is to be done about it.
+    /// Restores the state that a previous manager left. Returns the actions to continue from there.
     pub fn found(name: AgentName, found: Discovery) -> (Agent, Vec<AgentAction>) {
         let Discovery { ledger, releases, unfinished, program, restarts, order } = found;
         let mut agent = Agent {
@@ -183,19 +183,19 @@ impl Agent {
             agent.inspected(program);
         }
         let mut actions: Vec<AgentAction> = unfinished.into_iter().map(AgentAction::Discard).collect();
-        // An earlier manager may have ended before it followed the order that it had written.
+        // The previous manager may have exited between writing the order and following it.
         if agent.order.as_ref().is_some_and(|order| agent.ledger.resume_order(order.asks_for())) {
             actions.push(AgentAction::Record { wait: false });
         }
         (agent, actions)
     }
 
-    /// One of which nothing is there yet.
+    /// A sub-agent of which nothing exists on this host yet.
     pub fn new(name: AgentName) -> Agent {
         Agent::found(name, Discovery::default()).0
     }
 
-    /// Takes charge of a process that an earlier manager started at `since`. `spec`: what is wanted, where it was started with just that.
+    /// Adopts a process that a previous manager started at `since`. `spec`: the desired spec, if the process was started with exactly that.
     pub fn adopt(
         &mut self,
         pid: u32,
@@ -215,8 +215,8 @@ impl Agent {
         self.feed(supervise::SupervisorEvent::Run, at)
     }
 
-    /// As [`Agent::adopt`], of a process that ended since. `restarts_it`: its restart policy counts, since it was what is wanted now;
-    /// otherwise what it left behind is ended.
+    /// As [`Agent::adopt`], for a process that has exited since. `wanted`: the desired spec, if the process had it; its restart policy then
+    /// applies. Otherwise its leftover processes are stopped.
     pub fn bury(
         &mut self,
         pid: u32,
@@ -243,13 +243,13 @@ impl Agent {
         }
     }
 
-    /// What runs of it cannot be adopted and is ended, as its own stop: nothing new of it starts meanwhile.
+    /// Stops a leftover process that cannot be adopted. Nothing is started until it is down.
     pub fn clear_away(&mut self, pid: u32, at: Moment) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
         self.feed(supervise::SupervisorEvent::Rest, at)
     }
 
-    /// Takes in what happened and says what to do. What cannot come in its state changes nothing.
+    /// Handles an event and returns the actions. An event that does not fit the current state changes nothing.
     pub fn step(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
         let before = self.supervisor.state();
         let of_health = matches!(event, AgentEvent::Checked(_));
@@ -262,7 +262,7 @@ impl Agent {
 
     fn take(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
         match event {
-            // A plan begins nothing on what is busy.
+            // A plan starts nothing on a busy sub-agent.
             AgentEvent::Stage(_)
             | AgentEvent::Activate(_)
             | AgentEvent::Configure { .. }
@@ -314,9 +314,9 @@ impl Agent {
             AgentEvent::Recorded(result) => self.recorded(result, at),
             AgentEvent::Switched(result) => self.switched(result, at),
             AgentEvent::Discarded(version) => {
-                // What could not be removed is found by the next manager.
+                // If the removal failed, the next manager finds the files.
                 self.leaving.remove(&version);
-                // What was staged in its place meanwhile is gone with it.
+                // A release that was staged to the same directory meanwhile is removed with it.
                 self.releases.remove(&version);
                 self.go_on_if_down()
             }
@@ -422,7 +422,7 @@ impl Agent {
             return vec![];
         }
         if let Err(refusal) = sound {
-            // With the environment that it has, it goes on running.
+            // It keeps running with its current environment.
             let version = self.current().cloned();
             return version.map(|version| self.hold(version, "env", refusal, at)).unwrap_or_default();
         }
@@ -454,7 +454,7 @@ impl Agent {
         }
     }
 
-    /// Passes an event on to its supervisor.
+    /// Passes an event to the supervisor.
     fn feed(&mut self, event: supervise::SupervisorEvent, at: Moment) -> Vec<AgentAction> {
         let was_up = self.supervisor.is_up();
         let action = self.supervisor.step(event, at.now, at.jitter);
@@ -464,7 +464,7 @@ impl Agent {
         }
         match action {
             Some(supervise::SupervisorAction::Start) => match (&self.program, self.current().cloned()) {
-                // What was wrong with the release may have been corrected.
+                // The release may have been repaired since.
                 (None, Some(version)) => {
                     self.starts_when_inspected = true;
                     actions.push(AgentAction::Inspect(version));
@@ -480,11 +480,12 @@ impl Agent {
 
     fn start(&mut self, at: Moment) -> Vec<AgentAction> {
         if !self.supervisor.wanted() {
-            // A stop came while it was looked how it is run.
-            return self.feed(supervise::SupervisorEvent::StartFailed { why: "it is to stop".to_owned() }, at);
+            // A stop arrived while the release was inspected.
+            return self
+                .feed(supervise::SupervisorEvent::StartFailed { why: "stopped before the start".to_owned() }, at);
         }
         if self.current().is_none() || self.program.is_none() {
-            let why = self.error.clone().unwrap_or_else(|| "no release of it is active".to_owned());
+            let why = self.error.clone().unwrap_or_else(|| "no active release".to_owned());
             return self.feed(supervise::SupervisorEvent::StartFailed { why }, at);
         }
         let mut actions = vec![];
@@ -497,13 +498,14 @@ impl Agent {
         actions
     }
 
-    /// Which of the gateway's variables its package does not let it set, as a sentence.
+    /// A message with the gateway's variables that the package does not allow.
     fn refuses_env(&self) -> Option<String> {
         let (program, spec) = (self.program.as_ref()?, self.spec.as_ref()?);
         let (_, refused) = admit_env(&spec.env, program.env_allow());
         let names = refused.iter().map(|name| cut(name, MAX_NAME_SHOWN)).collect::<Vec<_>>().join(", ");
         (!refused.is_empty()).then(|| {
-            let text = format!("the gateway may not set {names}; its package would have to allow it");
+            let text =
+                format!("the gateway may not set {names}: the package does not allow it (envAllow in agent.toml)");
             cut(&text, MAX_MESSAGE_BYTES)
         })
     }
@@ -517,12 +519,12 @@ impl Agent {
             (AgentState::Unhealthy, AgentState::Running) => {
                 actions.push(self.repeating("health", "ok", "its health check passes again"))
             }
-            // The later ones differ in nothing but the delay.
+            // Later back-offs differ only in their delay.
             (AgentState::Starting | AgentState::Running | AgentState::Unhealthy, AgentState::Backoff)
                 if self.supervisor.failures() == 2 =>
             {
                 let delay = self.supervisor.starts_at().map(|at| at.saturating_duration_since(now)).unwrap_or_default();
-                let text = format!("{why}; it is started again in {delay:.1?}");
+                let text = format!("{why}; restarting in {delay:.1?}");
                 actions.push(self.repeating("backoff", "failed", &text));
             }
             _ => {}

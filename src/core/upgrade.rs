@@ -1,36 +1,36 @@
-//! The manager's upgrade of itself: what the next step is, from a record and from what is observed.
+//! The manager's self-upgrade: decides the next step from the record and the observed state.
 //!
 //! ```text
-//!   begin          record, backup, links, swap              judged by the old watchdog
+//!   begin          record, backup, links, swap              evaluated by the old watchdog
 //!  ───────▶ Switching ─────────────────────────▶ Trial ─────────────────────────────▶ Committing
-//!               │ interrupted                      │ condemned, or aborted               │ manager.json, links home,
-//!               ▼                                  ▼                                     │ the old watchdog ends
-//!           given up; skipped at           RollingBack ── no whole backup ──▶ Committing ▼
-//!           the third time                         │ links, restore, restart         the end
-//!                                                  ▼ manager.json, links home
-//!                                          the end, and the release is skipped
+//!               │ interrupted                      │ failed, or aborted                  │ manager.json, links restored,
+//!               ▼                                  ▼                                     │ the old watchdog exits
+//!           dropped; skipped at            RollingBack ── backup damaged ──▶ Committing  ▼
+//!           the third time                         │ links, restore, restart          finished
+//!                                                  ▼ manager.json, links restored
+//!                                            finished, and the release is skipped
 //!
-//!  any phase, and bin/aops is neither release: links home, given up, nothing is condemned
+//!  any phase, if bin/aops is neither release: links restored, dropped, no release is skipped
 //!
 //!  In Trial, in this order:
 //!    the operator decided              commit or roll back
-//!    the home is stopped               nothing counts
-//!    three deaths                      roll back; so do two failed proofs, five lost watchdogs, too much memory
-//!    no answer, or not adopted         for 60 seconds of judged time: roll back
+//!    the home is stopped               the trial is paused
+//!    three deaths                      roll back; also after two failed proofs, five lost watchdogs, or too much memory
+//!    no answer, or not adopted         for 60 seconds, not counting pauses: roll back
 //!    alive for less than upgradeTrial  wait
-//!    no heartbeat                      the old program sends one: it fails: unproven, ask again later; it works: roll back after a grace
+//!    no heartbeat                      the old program sends one. It fails: unproven, retry later; it works: roll back after a grace period
 //!    all of this passed                spa --prove, then commit
 //! ```
 //!
-//! A role loads the record, asks [`next`], carries out the one step, and asks again, under a lock that both roles and the installer take: at
-//! any time one of them looks or acts. Every step may be repeated. Before a step the directories `bin` and `state` and the home are synced, so
-//! that what an interrupted step left is durable before another relies on it; what the step writes is synced when it is done.
+//! A role loads the record, calls [`next`], executes the one step, and calls it again. It holds a lock that both roles and the installer use,
+//! so that only one of them observes or acts at a time. Every step may be repeated. Before a step, the directories `bin` and `state` and the
+//! home are synced: the results of an interrupted step are durable before the next step depends on them. A step syncs what it writes.
 //!
-//! It promises: `bin/aops` is whole at every instant; the record is on disk before the switch; a judge runs the old program; a release
-//! is committed only after its proof, unless the operator decides otherwise or there is nothing to go back to; never are both releases
-//! condemned. `search.rs` looks for a counterexample.
+//! Guarantees: `bin/aops` is complete at every instant; the record is on disk before the switch; the trial is evaluated by the old program; a
+//! release is committed only after its proof, unless the operator decides otherwise or there is no backup; the two releases are never both
+//! skipped. `search.rs` searches for a counterexample.
 //!
-//! It refuses to decide without a record: then the links are led back to `bin/aops`, whatever that is.
+//! Without a record nothing is decided: the links are pointed at `bin/aops`, whatever it is.
 
 mod evidence;
 mod record;
@@ -51,60 +51,60 @@ pub use record::{
 };
 pub use view::status;
 
-/// One step. [`next`] is asked again when it is done.
+/// The next step. [`next`] is called again when it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UpgradeStep {
-    /// Nothing is under way.
+    /// No upgrade is under way.
     Nothing,
     Wait(Wait),
-    /// Write the record as it is.
+    /// Write the record unchanged.
     Save,
-    /// Make the change and write the record.
+    /// Apply the change and write the record.
     Record(RecordChange),
-    /// Make `bin/aops.prev` from `bin/aops`.
+    /// Copy `bin/aops` to `bin/aops.prev`.
     BackUp,
-    /// Lead every role link but the manager's to `bin/aops.prev`.
+    /// Point every role link except the manager's at `bin/aops.prev`.
     LinkToBackup,
-    /// Put the staged executable at `bin/aops`.
+    /// Move the staged executable to `bin/aops`.
     Swap,
-    /// Put a copy of `bin/aops.prev` at `bin/aops`.
+    /// Copy `bin/aops.prev` to `bin/aops`.
     Restore,
-    /// Lead every role link to `bin/aops`.
+    /// Point every role link at `bin/aops`.
     LinkToExecutable,
-    /// Make `state/manager.json` name this release, and the epoch and the keys count if it is the new one.
+    /// Write this release to `state/manager.json`. For the new release, its epoch and keys take effect.
     RecordRelease(WhichRelease),
-    /// End the manager, which leaves the sub-agents running; the next one is started as after any death. A manager ends itself.
+    /// Stop the manager without its sub-agents; it is restarted as after a crash. A manager exits on its own.
     RestartManager,
-    /// The same, of a manager that does not answer.
+    /// The same for a manager that does not respond.
     KillManager,
-    /// The watchdog that asks ends; the next one is started as after any death.
+    /// The deciding watchdog exits; it is restarted as after a crash.
     EndWatchdog,
-    /// Begin a heartbeat of the old program.
+    /// Start a heartbeat with the old program.
     Probe,
-    /// Begin the proof of the new watchdog.
+    /// Start the proof of the new watchdog.
     Prove,
 }
 
-/// What is waited for. `left`: time alone brings the next decision then.
+/// What the upgrade waits for. `left`: the time until the next decision without an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
-    /// The other role has the next step.
+    /// The next step is the other role's.
     OtherRole,
-    /// The home is stopped.
+    /// The home is stopped; waits for its start.
     Start,
-    /// The new manager starts, answers or adopts.
+    /// The new manager is starting, or has not answered or adopted the sub-agents yet.
     Answer {
         left: Duration,
     },
-    /// The new manager has answered, and must live longer.
+    /// The new manager has answered and must run longer.
     Life {
         left: Duration,
     },
-    /// Neither program can send a heartbeat. Nothing counts against the new one.
+    /// Neither program can send a heartbeat. This does not count against the new release.
     Unproven {
         left: Duration,
     },
-    /// The old program could send a heartbeat, and the new manager must.
+    /// The old program could send a heartbeat, so the new manager must send one.
     Heartbeat {
         left: Duration,
     },
@@ -113,7 +113,7 @@ pub enum Wait {
 }
 
 impl Wait {
-    /// The time that is waited is given to [`UpgradeRecord::spend`].
+    /// Whether the time of this wait is added to [`UpgradeRecord::spend`].
     pub fn counts(self) -> bool {
         matches!(self, Wait::Answer { .. })
     }
@@ -128,10 +128,10 @@ impl Wait {
     }
 }
 
-/// Rules that can be turned off one at a time.
+/// Defines the rules that a test can disable one at a time.
 macro_rules! guards {
     ($($name:ident,)*) => {
-        /// The rules that the search turns off one at a time, to see that each is needed.
+        /// The safety rules. The search disables one at a time to prove that each is needed.
         #[derive(Debug, Clone, Copy)]
         struct Guards {
             $($name: bool,)*
@@ -140,7 +140,7 @@ macro_rules! guards {
         impl Guards {
             const ALL: Guards = Guards { $($name: true,)* };
 
-            /// All but one, for each.
+            /// For each rule, all rules except that one.
             #[cfg(test)]
             fn all_but_one() -> Vec<(&'static str, Guards)> {
                 vec![$((stringify!($name), Guards { $name: false, ..Guards::ALL }),)*]
@@ -177,7 +177,7 @@ guards! {
     prove_before_commit,
 }
 
-/// The next step. The same record and evidence give the same step.
+/// The next step. The same record and evidence always give the same step.
 pub fn next(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits) -> UpgradeStep {
     decide(record, evidence, limits, &Guards::ALL)
 }
@@ -221,8 +221,8 @@ fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, gua
     }
 }
 
-/// The record is written by the manager until the switch, by the watchdog after it, by the installer when both are stopped. The manager
-/// ends a commit whose watchdog does not come, and a trial whose watchdog cannot come because the backup is gone.
+/// The record is written by the manager until the switch, by the watchdog after it, and by the installer while both are stopped. The manager
+/// completes a commit whose watchdog does not start, and a trial whose watchdog cannot start because the backup is gone.
 fn may_act(phase: UpgradePhase, evidence: &Evidence) -> bool {
     let no_watchdog = evidence.watchdog.is_none();
     let is_before_switch = phase == UpgradePhase::Switching && evidence.executable != InstalledExecutable::To;
@@ -238,7 +238,7 @@ fn may_act(phase: UpgradePhase, evidence: &Evidence) -> bool {
     }
 }
 
-/// The new release is in place, and its manager is to run.
+/// Whether the new release is installed and its manager should run.
 fn is_switched(phase: UpgradePhase, executable: InstalledExecutable) -> bool {
     match phase {
         UpgradePhase::Switching => executable == InstalledExecutable::To,
@@ -253,14 +253,14 @@ fn without_record(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if evidence.links == RoleLinks::Executable || !guards.links_home_after_end {
         return UpgradeStep::Nothing;
     }
-    // The links are led to a file that is there.
+    // The links must point at a file that exists.
     match evidence.executable {
         InstalledExecutable::Missing if evidence.backup_whole => UpgradeStep::Restore,
         _ => UpgradeStep::LinkToExecutable,
     }
 }
 
-/// Nothing was switched yet.
+/// Before the switch.
 fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if trial.forced == Some(OperatorDecision::Abort) {
         return drop_trial(RecordChange::SkipAndForget, evidence, guards);
@@ -268,7 +268,7 @@ fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if evidence.asker == Decider::Installer || evidence.stopped {
         return drop_trial(RecordChange::Drop, evidence, guards);
     }
-    // A start sweeps `staging`, so this manager did not begin the switch.
+    // A start empties `staging`, so this manager did not begin the switch.
     if !evidence.staged && guards.staged_before_swap {
         return drop_trial(RecordChange::Interrupt, evidence, guards);
     }
@@ -279,7 +279,7 @@ fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
         return UpgradeStep::LinkToBackup;
     }
     match evidence.executable {
-        // There is nothing to switch but the record.
+        // Only the record needs to change.
         InstalledExecutable::Both => UpgradeStep::Record(RecordChange::BeginTrial),
         _ => UpgradeStep::Swap,
     }
@@ -290,7 +290,7 @@ fn judge(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guar
         return condemn(TrialEndReason::Vanished);
     }
     if !evidence.backup_whole && guards.backup_whole_before_restore {
-        // Nor can a judge or `control` be started from it.
+        // Without a backup, neither the old watchdog nor `control` can be started from it.
         return UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup)));
     }
     if let Some(step) = keep_judge_old(evidence, guards) {
@@ -330,7 +330,7 @@ fn judge(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guar
     judge_manager(trial, evidence, limits, guards)
 }
 
-/// The new manager, of which nothing is known that condemns it at once.
+/// Evaluates the new manager after the checks that fail it at once.
 fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     if runs(evidence, WhichRelease::From) {
         return end_manager(evidence);
@@ -367,7 +367,7 @@ fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guard
     }
 }
 
-/// It has not sent a heartbeat; whether that is its own fault, a heartbeat of the old program tells.
+/// The new manager has not sent a heartbeat. A heartbeat of the old program shows whether the new manager is at fault.
 fn await_heartbeat(probe: Probe, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     match probe {
         _ if !guards.probe_before_condemning => condemn(TrialEndReason::NoHeartbeat),
@@ -387,7 +387,7 @@ fn commit_trial(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     UpgradeStep::Record(RecordChange::Commit(None))
 }
 
-/// Before the restore the next judge, and this one, run the old program.
+/// Until the restore, the watchdog must run the old program, after a restart too.
 fn keep_judge_old(evidence: &Evidence, guards: &Guards) -> Option<UpgradeStep> {
     if evidence.links != RoleLinks::Backup && guards.links_before_restore && guards.commit_record_before_links {
         return Some(UpgradeStep::LinkToBackup);
@@ -426,7 +426,7 @@ fn roll_back(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep
     drop_trial(end, evidence, guards)
 }
 
-/// Leads everything to what `bin/aops` is, and ends with this change.
+/// Adapts everything to the current `bin/aops`, then ends the upgrade with this change.
 fn drop_trial(end: RecordChange, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     let is_old = matches!(evidence.executable, InstalledExecutable::From | InstalledExecutable::Both);
     if is_old && evidence.installed == WhichRelease::To && guards.release_recorded_back {

@@ -1,18 +1,19 @@
-//! The probation of a new release: committed when it has proven itself, or given up for the release before it.
+//! The probation of a new release: it is committed once it has run long enough, or rolled back to the previous release.
 //!
 //! ```text
-//!              runs for its probation without a break, and is well           down and recorded        switched
+//!              ran for the probation time without an exit, and is healthy    down and recorded        switched
 //!  on probation ────────────────────────────────────────────▶ committed
-//!       │ condemned, or an operator wants the release before
-//!       └────────▶ Returning (ledger: rolled back and skipped; it is stopped) ────▶ SwitchingBack ────▶ the one before runs
+//!       │ failed, or an operator requests the previous release
+//!       └────────▶ RollingBack (ledger: rolled back and skipped; it is stopped) ──▶ SwitchingBack ──▶ the previous release runs
 //! ```
 //!
-//! A release is condemned when it has failed [`TRIES`] times, when its second start does not live longer than the first one, and when it is
-//! not well in time ([`Program::patience`](crate::core::program::Program::patience)). To fail is to exit, not to start, or to be unhealthy too often. A stop on purpose is no failure.
-//! A start that fails because the home cannot be relied on, or because the host is short of descriptors, memory or processes, is none
-//! either, and the time until the next start does not count. A home that cannot be written rolls back all the same: what could not be
-//! written is written later.
-//! An end that no manager saw is a failure, and one that an earlier manager saw is counted already. `tests/search.rs` looks for a
+//! A release is rolled back after [`TRIES`] failures, when its second process does not live longer than the first, and when it is not
+//! healthy in time ([`Program::patience`](crate::core::program::Program::patience)). Failures are: an exit, a failed start, being
+//! unhealthy too often. A requested stop is not a failure. Neither is a failed start because the home is not safe or the host is short of
+//! descriptors, memory or processes; the time until the next start does not count either. If the home cannot be written, the roll back
+//! happens all the same and the ledger is written later.
+//!
+//! An exit that no manager saw is a failure; one that a previous manager saw is already counted. `tests/search.rs` searches for a
 //! counterexample.
 
 use std::time::{Duration, Instant};
@@ -28,27 +29,27 @@ use crate::core::program::Program;
 use crate::core::supervise;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 
-/// So many failures condemn a release.
+/// A release is rolled back after this many failures.
 pub(super) const TRIES: u64 = 3;
 
-/// Why a release makes way that did not fail.
+/// The reason of a roll back that an operator requested.
 const REQUESTED: &str = "requested by an operator";
 
-/// What this manager has seen of the probation of the current release.
+/// What this manager has observed of the current release's probation.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct ProbationProgress {
-    /// When the activation began, or the process was started that this manager adopted.
+    /// When the activation began, or when the adopted process was started.
     pub(super) began: Option<Instant>,
-    /// Since when this manager waits for it to be well. The time does not count while it is stopped, while no manager runs, or while it cannot
-    /// be started for reasons that are not its own.
+    /// Since when this manager waits for it to become healthy. The time does not count while the release is stopped, while no manager runs, or
+    /// while it cannot be started for reasons outside the release.
     pub(super) waits_since: Option<Instant>,
     /// Since when its process runs.
     pub(super) up_since: Option<Instant>,
-    /// How long its last process lived that failed.
+    /// How long its last failed process lived.
     pub(super) last_life: Option<Duration>,
-    /// Its last start failed, and that says nothing about the release.
+    /// Its last start failed for a reason outside the release.
     pub(super) is_excused: bool,
-    /// Its process has ended as it is meant to.
+    /// Its process exited as its restart policy expects.
     pub(super) is_done: bool,
 }
 
@@ -58,14 +59,14 @@ impl ProbationProgress {
     }
 }
 
-/// A release that makes way for the one before it.
+/// A roll back to the previous release.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Rollback {
     pub(super) from: Version,
     pub(super) to: Version,
     pub(super) why: String,
     began: Instant,
-    /// The ledger that says so is written, or cannot be.
+    /// The ledger with the roll back is written, or cannot be.
     pub(super) recorded: bool,
 }
 
@@ -75,7 +76,7 @@ impl Agent {
         self.ledger.probation().is_some() && self.run == Run::Start && !self.home_stops
     }
 
-    /// A process of this release runs since then.
+    /// A process of this release runs since `since`.
     pub(super) fn probation_is_up(&mut self, version: &Version, since: Instant) {
         if self.ledger.probation().is_some_and(|release| release.version == *version) {
             self.seen.began.get_or_insert(since);
@@ -84,12 +85,12 @@ impl Agent {
         }
     }
 
-    /// Its process was stopped on purpose.
+    /// Its process was stopped by request.
     pub(super) fn probation_is_down(&mut self) {
         self.seen.up_since = None;
     }
 
-    /// Whether an end of its process is the one that it is meant to come to.
+    /// Whether an exit with this result is the expected one.
     pub(super) fn is_done_by(&self, success: Option<bool>) -> bool {
         success == Some(true) && self.restart_policy() != Restart::Always
     }
@@ -98,7 +99,7 @@ impl Agent {
         self.program.as_ref().map_or(Restart::Always, |program| program.policy().restart)
     }
 
-    /// A start has failed. `None`: that condemns nothing.
+    /// Handles a failed start. `None`: no roll back follows.
     pub(super) fn start_failed(
         &mut self,
         refusal: &ReleaseError,
@@ -109,7 +110,7 @@ impl Agent {
         if self.seen.is_excused { None } else { self.fail_probation(&refusal.why, at, actions) }
     }
 
-    /// The release on probation has failed. `None`: that does not condemn it, or nothing is on probation.
+    /// Counts a failure of the release on probation. `None`: no roll back follows, or nothing is on probation.
     pub(super) fn fail_probation(
         &mut self,
         how: &str,
@@ -119,7 +120,7 @@ impl Agent {
         if !self.is_on_probation() {
             return None;
         }
-        // To be written in any case: the next manager goes by it.
+        // Always written, because the next manager needs the count.
         if holds(Guard::FailureIsWritten) {
             actions.push(AgentAction::Record { wait: false });
         }
@@ -135,7 +136,7 @@ impl Agent {
         self.condemn(format!("it failed {times} on probation: {how}"), at)
     }
 
-    /// What follows for the release on probation from how its process is now. `actions`: asked for in this step.
+    /// Commits the release on probation or rolls it back, if either is due. `actions`: of this step so far.
     pub(super) fn judge(&mut self, at: Moment, actions: &mut Vec<AgentAction>) {
         // A stop may take as long as its grace period.
         let stops = self.supervisor.is_stopping() && holds(Guard::StopPauses);
@@ -147,22 +148,22 @@ impl Agent {
         let passed = self.passes_at().is_some_and(|passes| passes <= at.now || !holds(Guard::LifeBeforeCommit));
         let is_done = self.seen.is_done && self.supervisor.is_done();
         let is_well = self.supervisor.is_well() || self.supervisor.is_up() && !holds(Guard::WellBeforeCommit);
-        // A start that is asked for goes by the current release, so that this stays until it is under way.
+        // A requested start uses the current release, so do not change the release until it is under way.
         let starts = actions.contains(&AgentAction::Start) && holds(Guard::StartBeforeReturn);
         if is_done || passed && is_well {
             self.commit(at, actions);
         } else if !starts && self.gives_up_at().is_some_and(|end| end <= at.now) {
-            let why = self.supervisor.last_error().unwrap_or("it does not run").to_owned();
-            actions.extend(self.condemn(format!("it was not well in time: {why}"), at).unwrap_or_default());
+            let why = self.supervisor.last_error().unwrap_or("it is not running").to_owned();
+            actions.extend(self.condemn(format!("it did not become healthy in time: {why}"), at).unwrap_or_default());
         }
     }
 
-    /// When the probation is over for a process that is well.
+    /// When a healthy process completes the probation.
     fn passes_at(&self) -> Option<Instant> {
         self.seen.up_since.map(|since| since + self.judged_as().probation())
     }
 
-    /// When the release is given up unless it is well; `None`: there is nothing to go back to.
+    /// When the release is rolled back unless it is healthy. `None`: there is no previous release.
     pub(super) fn gives_up_at(&self) -> Option<Instant> {
         self.ledger.before_probation()?;
         let program = self.judged_as();
@@ -170,12 +171,12 @@ impl Agent {
         waits_since.map(|since| since + program.probation() + program.patience())
     }
 
-    /// One that cannot be read is given as much time as one that says nothing of it.
+    /// The program whose limits apply. If the manifest cannot be read, the limits of a script package do.
     fn judged_as(&self) -> &Program {
         self.program.as_ref().unwrap_or(&Program::Script)
     }
 
-    /// When there is something to judge without anything happening.
+    /// When the next commit or roll back can be due.
     pub(super) fn judged_at(&self) -> Option<Instant> {
         if !self.is_on_probation() || self.is_busy() {
             return None;
@@ -200,10 +201,10 @@ impl Agent {
         actions.push(AgentAction::Note(JournalNote::change("upgrade", "ok", change, message)));
     }
 
-    /// Gives the release on probation up and skips it. `None`: there is nothing to go back to, and it goes on.
+    /// Rolls the release on probation back and skips it. `None`: there is no previous release, so it stays.
     fn condemn(&mut self, why: String, at: Moment) -> Option<Vec<AgentAction>> {
         if self.is_busy() {
-            // Another release takes its place already, or it is being removed.
+            // It is being replaced or removed already.
             return None;
         }
         let bad = self.ledger.probation()?.clone();
@@ -216,7 +217,7 @@ impl Agent {
         let failed = format!("{} {} is rolled back to {to}: {why}", self.name, bad.version);
         let mut actions = vec![AgentAction::Note(JournalNote::change("upgrade", "failed", change(), failed))];
         self.ledger.roll_back();
-        // Where another release is ordered, nothing tries this one again.
+        // If a different release is ordered, nothing tries this one again, so it is not skipped.
         let asked = self
             .order
             .as_ref()
@@ -226,7 +227,7 @@ impl Agent {
             && holds(Guard::SkipOnRollBack)
         {
             let skipped = format!(
-                "{} {} is not tried again until another release is ordered, or `control retry {}`: {why}",
+                "{} {} is skipped until another release is ordered or `control retry {}` is run: {why}",
                 self.name, bad.version, self.name
             );
             actions.push(AgentAction::Note(JournalNote::change("skip", "ok", change(), skipped)));
@@ -244,14 +245,14 @@ impl Agent {
         Some(actions)
     }
 
-    /// The release before the current one, for an operator; `None`: there is none.
+    /// The release that an operator can roll back to, if there is one.
     pub fn can_return_to(&self) -> Option<&Version> {
         let before =
             if self.ledger.probation().is_some() { self.ledger.before_probation() } else { self.ledger.backup() };
         before.map(|release| &release.version)
     }
 
-    /// An operator wants the release before the current one. `overruled`: the order that says otherwise.
+    /// Rolls back for an operator. `overruled`: the order that this contradicts.
     pub(super) fn return_for_operator(&mut self, overruled: Option<&Order>, at: Moment) -> Vec<AgentAction> {
         let (Some(to), Some(from)) = (self.can_return_to().cloned(), self.current().cloned()) else { return vec![] };
         if self.ledger.probation().is_some() {
@@ -269,7 +270,7 @@ impl Agent {
         self.make_way(from, to, REQUESTED.to_owned(), at.now, at)
     }
 
-    /// What is skipped, held back or overruled counts again.
+    /// Clears all skips, holds and overruled orders.
     pub(super) fn try_again(&mut self) -> Vec<AgentAction> {
         let is_changed = self.ledger.allow_all() | self.ledger.release_hold();
         if matches!(self.work, Activity::Held(_)) {
@@ -283,7 +284,7 @@ impl Agent {
         let mut actions = self.cancel_staging();
         self.ledger.give_up(from.clone());
         self.seen = ProbationProgress::default();
-        // How the one before is run is read when it is started.
+        // How the previous release is run is read when it is started.
         self.program = None;
         self.error = None;
         self.work = Activity::Returning(Box::new(Rollback { from, to, why, began, recorded: false }));
@@ -292,7 +293,7 @@ impl Agent {
         actions
     }
 
-    /// An earlier manager has died before this process, of a release that made way, was down.
+    /// Continues a roll back whose manager exited before the process of the failed release was down.
     pub(super) fn resume_return(&mut self, from: Version, at: Moment) -> Option<Vec<AgentAction>> {
         let to = self.current().filter(|_| self.ledger.has_given_up(&from) && holds(Guard::ResumeReturns))?.clone();
         let skipped = self
@@ -304,14 +305,14 @@ impl Agent {
         Some(self.make_way(from, to, why, at.now, at))
     }
 
-    /// The ledger that says that the release before is the current one is written, or cannot be: then it is written later.
+    /// The ledger with the roll back is written, or cannot be: then it is written later.
     pub(super) fn return_is_recorded(&mut self) {
         if let Activity::Returning(back) = &mut self.work {
             back.recorded = true;
         }
     }
 
-    /// The release that made way is down.
+    /// The release that was rolled back is down.
     pub(super) fn switch_back(&mut self, back: Box<Rollback>) -> Vec<AgentAction> {
         if !back.recorded && holds(Guard::RecordBeforeReturn) {
             self.work = Activity::Returning(back);
@@ -322,7 +323,7 @@ impl Agent {
         vec![AgentAction::Switch(to)]
     }
 
-    /// The link names the release before again, or could not be changed: the ledger beats it.
+    /// The link names the previous release again, or could not be changed; the ledger takes precedence over it.
     pub(super) fn switched_back(
         &mut self,
         back: Box<Rollback>,
@@ -343,7 +344,7 @@ impl Agent {
         actions
     }
 
-    /// The release before runs again.
+    /// Reports a completed roll back once the restored release runs.
     pub(super) fn note_returned(&mut self, at: Moment) -> Option<AgentAction> {
         let back = self.returned.take()?;
         let Rollback { from, to, why, began, .. } = *back;

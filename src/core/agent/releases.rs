@@ -1,4 +1,4 @@
-//! What becomes of a sub-agent's releases: staged, admitted, recorded, switched to, committed; held where that fails.
+//! The life of a sub-agent's releases: staged, admitted, recorded, switched to, committed; held when a step fails.
 
 use std::time::Duration;
 
@@ -13,16 +13,16 @@ use crate::core::program::Program;
 use crate::core::schedule::Backoff;
 use crate::core::supervise;
 
-/// Between two tries at a release that cannot be had.
+/// Between two tries at a release that cannot be fetched or activated.
 const RETRY: Backoff = Backoff { base: Duration::from_secs(5), cap: Duration::from_secs(300) };
-/// Between two downloads of one that is refused each time: a whole fleet may be ordered to have it, over links that others need.
+/// Between two downloads of a release that is rejected each time. A whole fleet may download it over a shared link.
 const COSTLY_RETRY: Backoff = Backoff { cap: Duration::from_secs(6 * 3600), ..RETRY };
 
 impl Agent {
     pub(super) fn stage(&mut self, package: Package, at: Moment) -> Vec<AgentAction> {
         let failures = self.failures_of(&package.version);
         if let Some(skipped) = self.ledger.skipped(&package.version, package.sha256.as_ref()) {
-            // The clock may have been set back since.
+            // The clock may have been set back.
             let left = skipped.until.map(|until| Duration::from_secs(until.saturating_sub(at.unix_seconds)));
             let left = left.unwrap_or(COSTLY_RETRY.cap).min(COSTLY_RETRY.cap);
             if !left.is_zero() {
@@ -51,7 +51,7 @@ impl Agent {
             Ok(ready) => {
                 self.releases.insert(version.clone());
                 if !is_wanted {
-                    // The next plan discards it, or has use for it.
+                    // The next plan uses or discards it.
                     return vec![];
                 }
                 self.error = None;
@@ -98,7 +98,7 @@ impl Agent {
             Err(refusal) => return self.refuse_activation(order.package.version, refusal, at),
         };
         let Some(program) = inspected.or(program) else {
-            let why = format!("cannot activate {} {}: it is not known how it is run", self.name, release.version);
+            let why = format!("cannot activate {} {}: its manifest was not read", self.name, release.version);
             return self.refuse_activation(release.version, ReleaseError::failed(why), at);
         };
         let ready = Ready { release, program };
@@ -126,7 +126,7 @@ impl Agent {
             self.work = Activity::Recording(activation);
             let why = format!("cannot activate {} {version}: {why}", self.name);
             let mut actions = self.refuse_activation(version, ReleaseError::failed(why), at);
-            // A write that has failed may have come far, and a later one may have held it.
+            // The failed write may have reached the disk in part, or a later write may have included the entry.
             actions.push(AgentAction::Record { wait: false });
             return actions;
         }
@@ -136,7 +136,7 @@ impl Agent {
         actions
     }
 
-    /// Goes on with what waited for its processes to end.
+    /// Continues an operation that waited for the processes to exit.
     pub(super) fn go_on_if_down(&mut self) -> Vec<AgentAction> {
         if !self.supervisor.is_down() && holds(Guard::DownBeforeSwitch) {
             return vec![];
@@ -193,14 +193,15 @@ impl Agent {
         }
         self.run = order.run;
         self.spec = Some(order.spec);
-        // A stop of the home may have come while the old release was being ended.
+        // The home may have been stopped while the old release was stopped.
         if self.run == Run::Start && !self.home_stops && self.ledger.current().is_some() {
             actions.extend(self.feed(supervise::SupervisorEvent::Run, at));
         }
         actions
     }
 
-    /// What is active stays so. A release that was withdrawn goes, so that it is fetched as it is published now.
+    /// Holds a release that could not be activated; the active one stays. The files of a withdrawn release are removed, so that it is fetched
+    /// again as it is published now.
     pub(super) fn refuse_activation(
         &mut self,
         version: Version,
@@ -209,7 +210,7 @@ impl Agent {
     ) -> Vec<AgentAction> {
         let withdrawn = refusal.withdrawn;
         let mut actions = self.hold(version.clone(), "activate", refusal, at);
-        // One whose program runs all the same (what is active could not be told) keeps its files.
+        // If its program runs although it is not active (the active release was unknown), its files are kept.
         if withdrawn && self.running.as_ref() != Some(&version) {
             actions.extend(self.discard(version));
         }
@@ -229,7 +230,7 @@ impl Agent {
         actions
     }
 
-    /// A new desired state may have at once what an older one could not; what failed on probation only by another order.
+    /// Handles a new desired state. A held release is tried again at once; a skip after a failed probation ends only with a different order.
     pub(super) fn ordered(&mut self, order: Option<Order>) -> Vec<AgentAction> {
         let mut actions = vec![];
         if self.ledger.ordered(order.as_ref().map(Order::asks_for)) {
@@ -256,7 +257,7 @@ impl Agent {
         vec![AgentAction::CancelStaging]
     }
 
-    /// Leaves a release until it is tried again, and notes why, once.
+    /// Holds a release until it is tried again. Writes an event unless the error is the same as before.
     pub(super) fn hold(
         &mut self,
         version: Version,
@@ -273,7 +274,7 @@ impl Agent {
         let backoff = if refusal.costly { COSTLY_RETRY } else { RETRY };
         let delay = backoff.delay(failures, at.jitter).max(refusal.retry_after.unwrap_or_default());
         if refusal.costly {
-            // A manager that starts anew must not download it at once.
+            // So that a restarted manager does not download it at once.
             self.ledger.skip(SkippedRelease {
                 version: version.clone(),
                 sha256: None,
@@ -293,7 +294,7 @@ impl Agent {
         actions
     }
 
-    /// Times in a row that a release could not be had or activated.
+    /// Failures in a row to fetch or activate this release.
     pub(super) fn failures_of(&self, of: &Version) -> u32 {
         match &self.work {
             Activity::Held(HeldRelease { version, failures, .. }) | Activity::Staging { version, failures, .. }
@@ -308,7 +309,7 @@ impl Agent {
     }
 }
 
-/// A release takes the place of the current one: where there is something to go back to, on probation.
+/// Makes a release the current one: on probation if there is a previous release, else active.
 pub(super) fn put_into_use(ledger: &mut LedgerEntry, release: LedgerRelease) {
     if ledger.current().is_none() {
         ledger.activate(release);

@@ -1,4 +1,4 @@
-//! What can be seen of a sub-agent: by the plan, by the manager, by an operator.
+//! Read access to a sub-agent's state, for the plan, the manager and the operator.
 
 use std::time::{Duration, Instant};
 
@@ -13,15 +13,15 @@ use crate::core::reconcile::Actual;
 use crate::core::supervise::Supervisor;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 
-/// A change of release that is under way.
+/// The change of release that is under way.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Upgrade {
     pub from: Option<Version>,
     pub to: Version,
     pub phase: &'static str,
-    /// Until it is given up, where that goes by time.
+    /// Until it is rolled back, if a time limit applies.
     pub left: Option<Duration>,
-    /// So often it may still fail.
+    /// Failures left before it is rolled back.
     pub tries_left: Option<u64>,
     pub reason: Option<String>,
 }
@@ -39,7 +39,7 @@ impl Agent {
         &self.ledger
     }
 
-    /// What the file is to say: of an activation that is to follow, what will be true then.
+    /// The ledger entry to write. During an activation it already includes the new release.
     pub fn to_record(&self) -> LedgerEntry {
         let mut recorded = self.ledger.clone();
         if let Activity::Recording(activation) | Activity::Stopping(activation) = &self.work {
@@ -48,17 +48,17 @@ impl Agent {
         recorded
     }
 
-    /// The release that runs, or would.
+    /// The release that runs or would run.
     pub fn current(&self) -> Option<&Version> {
         self.ledger.current().map(|release| &release.version)
     }
 
-    /// The release of its process, by its record; without a process, the one that would run.
+    /// The release of its process, by the process record; without a process, the one that would run.
     pub fn shown(&self) -> Option<&Version> {
         self.running.as_ref().or(self.current())
     }
 
-    /// The current release, where its process is one of another.
+    /// The current release, if its process belongs to a different one.
     pub fn differing_current(&self) -> Option<&Version> {
         self.current().filter(|current| self.running.as_ref().is_some_and(|running| running != *current))
     }
@@ -67,7 +67,7 @@ impl Agent {
         self.program.as_ref()
     }
 
-    /// How it is run; `None`: its process was started with something else than is wanted.
+    /// How it is run. `None`: its process was started with a spec other than the desired one.
     pub fn spec(&self) -> Option<&Spec> {
         self.spec.as_ref()
     }
@@ -76,7 +76,7 @@ impl Agent {
         matches!(self.work, Activity::Staging { id: staged, .. } if staged == id)
     }
 
-    /// Its releases are being changed: nothing else is to be begun.
+    /// Whether a change of release is under way, so that no other operation may start.
     pub fn is_busy(&self) -> bool {
         match self.work {
             Activity::Idle | Activity::Staging { .. } | Activity::Staged(_) | Activity::Held(_) => false,
@@ -98,7 +98,7 @@ impl Agent {
         }
     }
 
-    /// What the plan goes by. `order`: what is wanted of it.
+    /// The input of the plan. `order`: what the desired state orders for it.
     pub fn actual(&self, order: Option<&Order>, now: Instant) -> Actual {
         let asks_for = order.map(Order::asks_for);
         let skipped = asks_for.and_then(|(version, sha256, _)| self.ledger.skipped(version, sha256));
@@ -124,7 +124,7 @@ impl Agent {
         }
     }
 
-    /// Whether it is down, or about to be, because its release is being changed.
+    /// Whether it is down, or is about to be, for a change of release.
     pub fn is_down_for_upgrade(&self) -> bool {
         let is_changing = match &self.work {
             Activity::Admitting { .. }
@@ -137,23 +137,23 @@ impl Agent {
         is_changing && (self.is_busy() || !self.supervisor.is_up())
     }
 
-    /// Whether a release that was held back is to be tried again.
+    /// Whether a held release is to be tried again.
     pub fn hold_is_over(&self, now: Instant) -> bool {
         self.held().is_some_and(|held| held.until <= now)
     }
 
-    /// Whether its supervisor waits for [`super::AgentEvent::Tick`].
+    /// Whether [`super::AgentEvent::Tick`] is due.
     pub fn is_due(&self, now: Instant) -> bool {
         [self.supervisor.deadline(), self.judged_at()].into_iter().flatten().any(|deadline| deadline <= now)
     }
 
-    /// When there is something to do for it without anything happening.
+    /// When the next timed action is due.
     pub fn deadline(&self, now: Instant) -> Option<Instant> {
         let retry = self.held().map(|held| held.until).filter(|until| *until > now);
         [self.supervisor.deadline(), self.judged_at(), retry].into_iter().flatten().min()
     }
 
-    /// As an operator reads it.
+    /// The state that operators see.
     pub fn state(&self) -> AgentState {
         let is_updating = match self.work {
             Activity::Staging { .. } | Activity::Staged(_) => true,
@@ -170,7 +170,7 @@ impl Agent {
         }
     }
 
-    /// What is wrong with it, if there is something to know.
+    /// The problem to show, if there is one.
     pub fn last_error(&self) -> Option<String> {
         let skipped = self.ledger.skipped_for_good().last();
         let skipped = skipped.map(|skipped| format!("{} is skipped: {}", skipped.version, skipped.reason));

@@ -1,41 +1,41 @@
-//! The health of one process, from what its checks answer: when the next one is due, and what the answers come to.
+//! The health of one process: when the next check is due, and whether the results so far require a restart.
 //!
-//! One check at a time; the interval counts from its end. In the start period failures do not count, and the first success ends it; where
-//! none came, the last word is a check at its end. Without checks a process is well as long as it runs.
+//! Checks do not overlap; the interval counts from the end of a check. In the start period failures do not count, and the first success ends
+//! it. Without a success, a check at its end decides. Without checks, a process is healthy while it runs.
 
 use std::time::{Duration, Instant};
 
 use crate::core::protocol::AgentState;
 
-/// After a start, or a new manager's, the first check comes within so long, at a random moment, so that a hundred do not fall together.
+/// The first check after a start, or after a restart of the manager, comes at a random time within this, to spread the load.
 const FIRST_CHECK: Duration = Duration::from_secs(5);
 
-/// How health is judged.
+/// The parameters of the health checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HealthPolicy {
-    /// From the end of one check to the beginning of the next.
+    /// From the end of a check to the start of the next.
     pub interval: Duration,
-    /// So many failures in a row are too many.
+    /// Failures in a row until a restart.
     pub failures: u32,
     pub start_period: Duration,
 }
 
-/// What a check came to.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CheckResult {
     Healthy,
     Unhealthy(String),
-    /// It says itself that it does not run.
+    /// The check reports that the sub-agent does not run.
     Gone(String),
-    /// The check could not be made, which says nothing about the sub-agent.
+    /// The check could not run, so the health is unknown.
     Unknown(String),
 }
 
-/// What the answers so far come to.
+/// What the results so far require.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum HealthVerdict {
     Bearable,
-    /// Something has to be done about it.
+    /// The process is to be restarted.
     Unbearable,
 }
 
@@ -51,16 +51,16 @@ pub(super) struct ProcessHealth {
     asked: Option<(HealthPolicy, CheckSchedule)>,
     /// The end of the start period, while it lasts.
     starting: Option<Instant>,
-    /// Failures that count, in a row.
+    /// Failures in a row, outside the start period.
     failures: u32,
-    /// What the last check had against it.
+    /// The problem that the last check found.
     why: Option<String>,
-    /// Since when it has been well.
+    /// Since when it has been healthy.
     well: Option<Instant>,
 }
 
 impl ProcessHealth {
-    /// Of a process that started at `since`; `jitter` is from 0 to 1.
+    /// Of a process that started at `since`. `jitter` is from 0 to 1.
     pub(super) fn of(checks: Option<HealthPolicy>, since: Instant, now: Instant, jitter: f64) -> ProcessHealth {
         let jitter = jitter.clamp(0.0, 1.0);
         let starting = checks.map(|checks| since + checks.start_period).filter(|end| *end > now);
@@ -69,7 +69,7 @@ impl ProcessHealth {
             match starting {
                 Some(end) => now + checks.interval.min(FIRST_CHECK).min(end - now).mul_f64(jitter),
                 None if age >= checks.interval => now + checks.interval.min(FIRST_CHECK).mul_f64(jitter),
-                // Its failures count, so it is given time first.
+                // Its failures count from the start, so it first gets some time.
                 None => now + checks.interval.mul_f64(0.5 + 0.5 * jitter),
             }
         };
@@ -78,7 +78,7 @@ impl ProcessHealth {
             starting,
             failures: 0,
             why: None,
-            // Where it can be asked, that it runs is no proof.
+            // With checks, a running process is not healthy until one succeeds.
             well: checks.is_none().then_some(since),
         }
     }
@@ -95,17 +95,17 @@ impl ProcessHealth {
         self.why.as_deref()
     }
 
-    /// How long it has been well without a break.
+    /// For how long it has been healthy without a break.
     pub(super) fn well_for(&self, now: Instant) -> Duration {
         self.well.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
-    /// Whether it is well: by its last check, where there are any.
+    /// Whether it is healthy: by its last check, where there are checks.
     pub(super) fn is_well(&self) -> bool {
         self.well.is_some() && self.starting.is_none()
     }
 
-    /// When the next check is due; `None` while one is under way, or where there are none.
+    /// When the next check is due. `None`: a check is under way, or there are no checks.
     pub(super) fn due(&self) -> Option<Instant> {
         match self.asked {
             Some((_, CheckSchedule::At(at))) => Some(at),
@@ -113,7 +113,7 @@ impl ProcessHealth {
         }
     }
 
-    /// Begins a check that is due.
+    /// Starts a check if one is due. Returns whether it did.
     pub(super) fn begin(&mut self, now: Instant) -> bool {
         let is_due = self.due().is_some_and(|due| due <= now);
         if is_due && let Some((_, turn)) = &mut self.asked {
@@ -122,7 +122,7 @@ impl ProcessHealth {
         is_due
     }
 
-    /// Takes in what the check under way came to. Without one, the answer is an earlier one's and says nothing.
+    /// Records the result of the check under way. Without one, the result belongs to an earlier process and is ignored.
     pub(super) fn take(&mut self, answer: CheckResult, now: Instant) -> HealthVerdict {
         let Some((checks, turn)) = &mut self.asked else { return HealthVerdict::Bearable };
         let too_many = checks.failures;
@@ -140,11 +140,11 @@ impl ProcessHealth {
                 HealthVerdict::Bearable
             }
             CheckResult::Unknown(why) => {
-                self.why = Some(format!("its health cannot be told: {why}"));
+                self.why = Some(format!("its health is unknown: {why}"));
                 HealthVerdict::Bearable
             }
             CheckResult::Unhealthy(why) | CheckResult::Gone(why) if spared.is_some() => {
-                self.why = Some(format!("not well yet: {why}"));
+                self.why = Some(format!("not healthy yet: {why}"));
                 HealthVerdict::Bearable
             }
             CheckResult::Unhealthy(why) => {
@@ -158,7 +158,7 @@ impl ProcessHealth {
         }
     }
 
-    /// All that its further steps depend on, relative to `now`. Well for `healthy` is as good as well for longer.
+    /// A digest of all state that future steps depend on, relative to `now`. Periods longer than `healthy` are equal.
     #[cfg(test)]
     pub(super) fn outline(&self, now: Instant, healthy: Duration) -> [i64; 5] {
         let left = |until: Instant| millis(until.saturating_duration_since(now));
@@ -214,9 +214,9 @@ mod tests {
         let first =
             |checks, age, jitter| ProcessHealth::of(Some(checks), now - S(age), now, jitter).due().unwrap() - now;
         assert_eq!([first(CHECKS, 0, 0.0), first(CHECKS, 0, 1.0)], [S(0), S(5)]);
-        // A new manager's: its start period is over.
+        // After a restart of the manager: the start period is over.
         assert_eq!([first(CHECKS, 100, 0.0), first(CHECKS, 100, 1.0)], [S(0), S(5)]);
-        // Without a start period a failure counts from the beginning.
+        // Without a start period a failure counts from the start.
         let strict = HealthPolicy { start_period: S(0), ..CHECKS };
         assert_eq!([first(strict, 0, 0.0), first(strict, 0, 1.0)], [S(5), S(10)]);
         assert_eq!(first(HealthPolicy { start_period: S(2), ..CHECKS }, 0, 1.0), S(2));
@@ -273,11 +273,11 @@ mod tests {
         assert_eq!(ask(sick()).0, HealthVerdict::Bearable);
         assert_eq!(ask(CheckResult::Healthy), (HealthVerdict::Bearable, AgentState::Running, S(1)));
         assert_eq!(ask(sick()).0, HealthVerdict::Bearable);
-        // What says nothing changes nothing.
+        // An unknown result changes nothing.
         assert_eq!(ask(CheckResult::Unknown("y".into())), (HealthVerdict::Bearable, AgentState::Unhealthy, S(0)));
         assert_eq!(ask(sick()).0, HealthVerdict::Bearable);
         assert_eq!(ask(sick()).0, HealthVerdict::Unbearable);
-        assert_eq!(ask(sick()).0, HealthVerdict::Unbearable, "and goes on to be");
+        assert_eq!(ask(sick()).0, HealthVerdict::Unbearable, "and stays so");
     }
 
     #[test]

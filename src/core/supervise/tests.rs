@@ -152,7 +152,7 @@ fn what_is_unhealthy_for_too_long_is_started_again_and_counts_as_a_failure() {
         "the first time at once"
     );
     assert_eq!((supervisor.restarts(), supervisor.state()), (1, AgentState::Starting));
-    assert_eq!(supervisor.last_error(), Some("stopped to be started again: its health check fails: no answer"));
+    assert_eq!(supervisor.last_error(), Some("restarted: its health check fails: no answer"));
 
     let mut delays = vec![];
     for _ in 0..8 {

@@ -259,7 +259,7 @@ fn a_roll_back_restores_restarts_and_skips() {
     assert_eq!(
         refused,
         Err(UpgradeRefusal::Skipped(
-            "the new manager used too much: memory beyond spmMaxMem, or hundreds of processes".to_owned()
+            "the new manager used too many resources: more memory than spmMaxMem, or hundreds of processes".to_owned()
         ))
     );
     assert!(record.allow() && record.begin(image("1", '1'), image("2", '2')).is_ok());

@@ -1,29 +1,29 @@
-//! When a role is restarted for the memory that it uses: each role looks at the other one.
+//! When a role is restarted because it uses too much memory. Each role checks the other.
 //!
-//! A limit may be lower than what the role needs. Then every restart brings it above the limit again, so each is followed by a longer wait.
+//! The limit may be lower than what the role needs, so that every restart exceeds it again. So each restart is followed by a longer wait.
 
 use std::time::{Duration, Instant};
 
 use crate::core::units::Size;
 
-/// Above its limit at so many looks in a row, a role is restarted. The looks come with the pings, 15 s apart.
+/// Checks above the limit in a row until a restart. Checks come with the pings, every 15 s.
 const IN_A_ROW: u32 = 3;
-/// After a restart the next one waits for so long; twice as long after each that follows, up to the cap.
+/// The minimum time between two restarts. It doubles after each restart, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_secs(300);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3_600);
 
-/// The looks at the memory of one role.
+/// The memory checks of one role.
 #[derive(Debug, Default)]
 pub struct Memory {
-    /// In a row, at which it used too much.
+    /// Checks above the limit, in a row.
     large: u32,
     restarts: u32,
-    /// It was restarted for its memory then.
+    /// When it was last restarted for its memory.
     last: Option<Instant>,
 }
 
 impl Memory {
-    /// Takes in what the role uses now, bytes. Whether it is to be restarted for that.
+    /// Records the memory that the role uses now, in bytes. Returns whether it is to be restarted.
     pub fn look(&mut self, used: u64, limit: u64, now: Instant) -> bool {
         self.large = if used > limit { self.large.saturating_add(1) } else { 0 };
         let since = self.last.map(|last| now.saturating_duration_since(last));
@@ -44,12 +44,12 @@ impl Memory {
     }
 }
 
-/// That a role uses too much, for a person to read; `None`: it does not. `role`: as an operator calls it; `setting`: the limit's key.
+/// The message for a role above its limit; `None` below it. `role`: its name for operators; `setting`: the configuration key of the limit.
 pub fn excess(role: &str, used: u64, limit: u64, setting: &str) -> Option<String> {
     (used > limit).then(|| {
         format!(
-            "{role} uses {} MiB of memory, more than {setting} ({}): it is restarted where that lasts, and sub-agents are not \
-             affected; raise {setting} if it needs more",
+            "{role} uses {} MiB of memory, more than {setting} ({}): it is restarted if this lasts, without effect on sub-agents; raise \
+             {setting} if it needs more",
             used >> 20,
             Size(limit)
         )

@@ -1,26 +1,26 @@
-//! When a role that is gone is started: at once, and with a growing delay after each failure in a row.
+//! When a role that exited is restarted: at once, then with a delay that grows with each failure in a row.
 
 use std::time::{Duration, Instant};
 
 use crate::core::schedule::Backoff;
 
-/// Up for so long, a role was healthy; its next death is a first one.
+/// After this uptime a role was healthy, and its next exit counts as the first failure.
 const HEALTHY: Duration = Duration::from_secs(60);
-/// One that was just started gets so long to show itself.
+/// The time that a started role has to connect.
 const COMES: Duration = Duration::from_secs(2);
 const PAUSE: Backoff = Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) };
 
-/// When a role that is gone is started: the first time at once, then later and later.
+/// The delay before the next start of a role that exited.
 #[derive(Debug)]
 pub struct RestartDelay {
-    /// Deaths in a row, and starts that came to nothing.
+    /// Exits and unsuccessful starts in a row.
     failures: u32,
     tried: bool,
     since: Instant,
 }
 
 impl RestartDelay {
-    /// Of one that was never seen.
+    /// For a role that was never connected.
     pub fn new(now: Instant) -> RestartDelay {
         RestartDelay { failures: 0, tried: false, since: now }
     }
@@ -29,29 +29,29 @@ impl RestartDelay {
         self.failures
     }
 
-    /// It died after it had lived for so long.
+    /// It died after an uptime of `lived`.
     pub fn died(&mut self, lived: Duration, now: Instant) {
         let before = if lived > HEALTHY { 0 } else { self.failures };
         *self = RestartDelay { failures: before.saturating_add(1), tried: false, since: now };
     }
 
-    /// It ended in order.
+    /// It exited cleanly.
     pub fn left(&mut self, now: Instant) {
         *self = RestartDelay::new(now);
     }
 
-    /// It is there: what was tried came to something.
+    /// It responded: the last start succeeded.
     pub fn came(&mut self) {
         self.failures -= u32::from(self.tried && self.failures > 0);
         self.tried = false;
     }
 
-    /// It was started; until it is there, that is a failure more.
+    /// It was started. This counts as a failure until it responds.
     pub fn tried(&mut self, now: Instant) {
         *self = RestartDelay { failures: self.failures.saturating_add(1), tried: true, since: now };
     }
 
-    /// When it is gone since, or was last started.
+    /// When it exited or was last started.
     pub fn since(&self) -> Instant {
         self.since
     }

@@ -1,25 +1,25 @@
-//! Who revives a role that is gone, and when: the service manager in its turn, then the role that watches it.
+//! Decides when a role that exited is restarted, and by which side: first by the service manager, then by the role that watches it.
 //!
-//! The manager and the watchdog decide by this, each for the other. Where they differ is a [`RestarterPolicy`]; what they observe goes in, an
-//! [`RestarterAction`] comes out, and they carry it out.
+//! The manager and the watchdog both use this, each for the other. They differ in their [`RestarterPolicy`]. Observations go in,
+//! a [`RestarterAction`] comes out, and the caller carries it out.
 //!
 //! ```text
 //!           connected                      lost
 //! absent ───────────────▶ present ───────────────▶ absent
 //!                         silent for a minute: kill it
 //!
-//! absent, at a look:
-//!   a stop is recorded and nobody has the role        honour the stop; a policy that does not follow stops goes on
-//!   somebody has the role and stays mute for a minute kill the holder
-//!   a service manager runs the roles                  ask it after the unit; then, by its answer:
-//!     stopped                                           honour the stop, or leave the unit stopped
+//! absent, at each check:
+//!   a stop is recorded and no process holds the role  follow the stop; a policy that does not follow stops ignores it
+//!   the holder is unreachable for a minute            kill the holder
+//!   a service manager runs the roles                  query the state of the unit:
+//!     stopped                                           follow the stop, or leave the unit stopped
 //!     coming, forbidden                                 nothing
-//!     dead                                              its turn is over: have it start the unit, once
-//!     dead once more, missing, no answer six times      its turn is over: start the role, with a growing delay
-//!   no service manager                                start the role, with a growing delay
+//!     dead                                              after the timeout: request a start of the unit, once
+//!     dead again, missing, no answer six times          after the timeout: start the role, with back-off
+//!   no service manager                                start the role, with back-off
 //! ```
 //!
-//! Nothing is started while somebody has the role, nor while the unit is masked or disabled.
+//! Nothing is started while a process holds the role, nor while the unit is masked or disabled.
 
 use std::time::{Duration, Instant};
 
@@ -27,31 +27,32 @@ use super::restart_delay::RestartDelay;
 use super::silence::Lasting;
 use crate::core::service_manager::UnitStanding;
 
-/// One that has been silent for so long hangs. So does one that has its role for so long and cannot be reached.
+/// A role that is connected but silent for this long hangs, as does one that is held but unreachable for this long.
 const HUNG: Duration = Duration::from_secs(60);
-/// The service manager gets so long to revive a role before it is asked to, and once more before the role is started without it.
+/// The time that the service manager has to restart a role before a start of its unit is requested, and again before the role is started
+/// without it.
 const SERVICE_MANAGERS_TURN: Duration = Duration::from_secs(10);
-/// So often in a row the service manager may give no answer before it counts as none: it may be busy, or be renewed itself.
+/// After this many unanswered queries in a row the service manager counts as absent. It may be busy, or be restarting itself.
 const UNANSWERED: u32 = 6;
 
-/// Where the two roles differ in what they do about the other.
+/// How the two roles differ in watching each other.
 #[derive(Debug, Clone, Copy)]
 pub struct RestarterPolicy {
-    /// A stop of the other role, recorded or done to its unit, is a stop of this one too. So its unit is asked after from the first moment,
-    /// and also while somebody has the role; otherwise only before something is started.
+    /// A stop of the other role, recorded or done to its unit, also stops this role. Its unit is then queried from the start and also while
+    /// the role is held; otherwise only before a start.
     pub follows_stop: bool,
-    /// One that has its role when this one starts connects within this.
+    /// A process that holds the role when this one starts has this time to connect.
     pub connects: Duration,
-    /// One that was lost is started after this at the earliest.
+    /// The earliest start after the connection was lost.
     pub moment: Duration,
-    /// Between two looks while there is none.
+    /// Between two checks while the other role is absent.
     pub looks: PauseRule,
-    /// Between two questions after the unit.
+    /// Between two queries of the unit's state.
     pub questions: PauseRule,
 }
 
 impl RestarterPolicy {
-    /// Of the watchdog, over the manager. It looks often, because a look is an attempt to connect.
+    /// The watchdog's, for the manager. It checks often because each check tries to connect.
     pub const WATCHDOG: RestarterPolicy = RestarterPolicy {
         follows_stop: true,
         connects: Duration::ZERO,
@@ -60,8 +61,8 @@ impl RestarterPolicy {
         questions: PauseRule { first: Duration::from_secs(1), last: Duration::from_secs(10), divisor: 7 },
     };
 
-    /// Of the manager, over the watchdog, which connects to it. Who renews both roles ends the manager within `moment` of the watchdog, and
-    /// starts one of each.
+    /// The manager's, for the watchdog, which connects to it. `min_delay`: when both roles are restarted together, the watchdog and then the
+    /// manager exit within it, and one of each is started.
     pub const MANAGER: RestarterPolicy = RestarterPolicy {
         follows_stop: false,
         connects: Duration::from_secs(2),
@@ -71,7 +72,7 @@ impl RestarterPolicy {
     };
 }
 
-/// A pause that grows with the time that has passed, as a fraction of it, between two bounds.
+/// An interval that grows with the elapsed time, as a fraction of it, between two bounds.
 #[derive(Debug, Clone, Copy)]
 pub struct PauseRule {
     pub first: Duration,
@@ -85,29 +86,29 @@ impl PauseRule {
     }
 }
 
-/// What is observed of a role that is gone.
+/// The observed state of a role that is not connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RoleObservation {
-    /// Some process has the role.
+    /// A process holds the role.
     pub taken: bool,
-    /// The home was told to stop. It counts where the policy follows stops.
+    /// A stop of the home is recorded. Used only by a policy that follows stops.
     pub stop_recorded: bool,
 }
 
-/// What is to be done.
+/// The next action.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RestarterAction {
-    /// Ask the service manager after the unit, and give [`Restarter::answered`] the answer.
+    /// Query the unit's state from the service manager and pass the answer to [`Restarter::answered`].
     AskUnit,
-    /// Have the service manager start the unit.
+    /// Request a start of the unit from the service manager.
     StartUnit,
-    /// Start the role without the service manager, after so many failures in a row.
+    /// Start the role without the service manager. `failures`: failures in a row.
     Start { failures: u32 },
-    /// Kill the process that has the role.
+    /// Kill the process that holds the role.
     KillHung,
-    /// Stop as well, with what the other role has left.
+    /// Stop this role too, with everything that the other role left running.
     HonourStop,
-    /// Leave the unit stopped: somebody wants it so.
+    /// Leave the unit stopped: an operator stopped it.
     LeaveStopped,
 }
 
@@ -116,13 +117,13 @@ pub enum RestarterAction {
 pub enum Loss {
     /// The other role died, or hung and was killed.
     Died,
-    /// It gave way on purpose.
+    /// It announced that it yields to a successor.
     Yielded,
-    /// It never answered. The socket of a process that is dying can be connected to after its last connection has ended.
+    /// It never sent anything. The socket of an exiting process still accepts connections after its last connection has closed.
     Unheard,
 }
 
-/// One role's view of the other.
+/// How one role watches the other.
 #[derive(Debug)]
 pub struct Restarter {
     policy: RestarterPolicy,
@@ -130,7 +131,7 @@ pub struct Restarter {
     supervised: bool,
     state: RestarterState,
     delay: RestartDelay,
-    /// Questions in a row that the service manager did not answer.
+    /// Queries in a row that the service manager did not answer.
     unanswered: u32,
 }
 
@@ -145,20 +146,20 @@ enum RestarterState {
     Absent(Absence),
 }
 
-/// A time without the other role.
+/// A period without a connection to the other role.
 #[derive(Debug)]
 struct Absence {
     began: Instant,
-    /// Nothing is started before.
+    /// Nothing is started earlier.
     not_before: Instant,
     looked: Option<Instant>,
-    /// The unit was last asked after then; at first, when the absence began.
+    /// When the unit was last queried; initially the start of the absence.
     asked: Instant,
-    /// The service manager has its turn since then.
+    /// Since when the service manager has had the time to restart the role.
     turn: Instant,
-    /// It was asked to start the unit.
+    /// A start of the unit was requested.
     told: bool,
-    /// Somebody has the role, and is not connected.
+    /// How long a process has held the role without a connection.
     mute: Lasting,
 }
 
@@ -167,26 +168,26 @@ impl Absence {
         Absence { began, not_before, looked: None, asked: began, turn: began, told: false, mute: Lasting::default() }
     }
 
-    /// When the service manager's turn is over.
+    /// When the service manager's time to restart the role is over.
     fn turn_ends(&self) -> Instant {
         self.turn + SERVICE_MANAGERS_TURN
     }
 }
 
 impl Restarter {
-    /// The other role is not connected yet; `taken`: some process has it.
+    /// The other role is not connected yet. `taken`: a process holds it.
     pub fn new(policy: RestarterPolicy, supervised: bool, taken: bool, now: Instant) -> Restarter {
         let not_before = if taken { now + policy.connects } else { now };
         let state = RestarterState::Absent(Absence::new(now, not_before));
         Restarter { policy, supervised, state, delay: RestartDelay::new(now), unanswered: 0 }
     }
 
-    /// There is a connection to the other role, over which nothing has been heard yet.
+    /// A connection to the other role is open; nothing was received over it yet.
     pub fn connected(&mut self, now: Instant) {
         self.state = RestarterState::Present { since: now, heard: None, yields: false };
     }
 
-    /// A sign of life of the one that is connected; whether it is the first.
+    /// Something was received from the connected role. Returns whether it is the first message of this connection.
     pub fn heard(&mut self, now: Instant) -> bool {
         let RestarterState::Present { heard, .. } = &mut self.state else { return false };
         let is_first = heard.replace(now).is_none();
@@ -194,14 +195,14 @@ impl Restarter {
         is_first
     }
 
-    /// The one that is connected says that it will end and give way to another.
+    /// The connected role announced that it exits and yields to a successor.
     pub fn yields(&mut self) {
         if let RestarterState::Present { yields, .. } = &mut self.state {
             *yields = true;
         }
     }
 
-    /// The connection has ended. `None`: there was none.
+    /// The connection was lost. `None`: there was none.
     pub fn lost(&mut self, now: Instant) -> Option<Loss> {
         let RestarterState::Present { since, heard, yields } = self.state else { return None };
         let loss = match heard {
@@ -218,12 +219,12 @@ impl Restarter {
         Some(loss)
     }
 
-    /// Another program is in the place of the one that failed: it is started at once.
+    /// The failing program was replaced by another release, which is started at once.
     pub fn replaced(&mut self, now: Instant) {
         self.delay = RestartDelay::new(now);
     }
 
-    /// When [`Restarter::look`] is due.
+    /// When the next [`Restarter::look`] is due.
     pub fn deadline(&self) -> Instant {
         let absence = match &self.state {
             RestarterState::Present { since, heard, .. } => return heard.unwrap_or(*since) + HUNG,
@@ -236,7 +237,7 @@ impl Restarter {
         if due > looked { due.min(next) } else { next }
     }
 
-    /// When the unit is to be asked after or, without a service manager, the role is to be started.
+    /// When the unit is to be queried or, without a service manager, the role is to be started.
     fn due(&self, absence: &Absence) -> Instant {
         if !self.supervised {
             return self.starts(absence);
@@ -246,13 +247,13 @@ impl Restarter {
         if self.policy.follows_stop { question } else { question.max(absence.turn_ends()).max(self.starts(absence)) }
     }
 
-    /// When the role may be started by us.
+    /// When this side may start the role.
     fn starts(&self, absence: &Absence) -> Instant {
         self.delay.due().max(absence.not_before)
     }
 
-    /// What time asks for. While the other role is connected that is a matter of the side that hears pings; the side that sends them goes
-    /// by [`super::silence::Pings`].
+    /// The action that is due now. While the other role is connected, this detects a hang on the side that receives pings; the sending side
+    /// uses [`super::silence::Pings`].
     pub fn look(&mut self, seen: RoleObservation, now: Instant) -> Option<RestarterAction> {
         let due = match &self.state {
             RestarterState::Present { .. } => self.deadline(),
@@ -262,7 +263,7 @@ impl Restarter {
         let absence = match &mut self.state {
             RestarterState::Present { .. } if now < due => return None,
             RestarterState::Present { heard, .. } => {
-                // The end of its connection tells the rest.
+                // Killing it closes its connection; [`Restarter::lost`] handles the rest.
                 *heard = Some(now);
                 return Some(RestarterAction::KillHung);
             }
@@ -286,7 +287,7 @@ impl Restarter {
         Some(RestarterAction::AskUnit)
     }
 
-    /// What follows from what the service manager knows of the unit. `None`: it gave no answer.
+    /// The action that follows from the unit's state. `None`: the service manager did not answer.
     pub fn answered(
         &mut self,
         answer: Option<UnitStanding>,
@@ -314,14 +315,14 @@ impl Restarter {
         }
     }
 
-    /// The service manager has come to an end with [`RestarterAction::StartUnit`], where that was waited for: its turn begins then.
+    /// The call that [`RestarterAction::StartUnit`] made has returned, if it was waited for. The service manager's time starts now.
     pub fn unit_start_ended(&mut self, now: Instant) {
         if let RestarterState::Absent(absence) = &mut self.state {
             absence.turn = now;
         }
     }
 
-    /// Without an answer nothing follows at first, since the unit may be masked or stopped.
+    /// Without an answer nothing is done at first: the unit may be masked or stopped.
     fn judge(&mut self, answer: Option<UnitStanding>) -> UnitStanding {
         self.unanswered = if answer.is_some() { 0 } else { self.unanswered.saturating_add(1) };
         match answer {

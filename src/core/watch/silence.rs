@@ -1,13 +1,13 @@
-//! When a silence is a hang.
+//! When silence means a hang.
 //!
-//! Who was not scheduled himself has heard nothing because he did not listen: a silence counts only while he looked at it in time.
+//! A process that was not scheduled received nothing because it did not read. So silence counts only while its checks ran on time.
 
 use std::time::{Duration, Instant};
 
-/// A ping every so often; three without an answer are a hang.
+/// The interval of pings. Three unanswered pings in a row are a hang.
 pub const PING: Duration = Duration::from_secs(15);
 const UNANSWERED: u32 = 3;
-/// A look that comes so late was held up: by a stop of the process, or of the machine.
+/// A check that is later than this was delayed: the process or the machine was suspended.
 const LATE: Duration = Duration::from_secs(5);
 
 /// The pings over one connection.
@@ -17,17 +17,17 @@ pub struct Pings {
     due: Instant,
 }
 
-/// What the time asks for.
+/// What is due now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PingAction {
     Wait,
     Send,
-    /// The other one hangs; it is to be killed, and asked once more.
+    /// The peer hangs: kill it and send another ping.
     Hung,
 }
 
 impl Pings {
-    /// A greeting was just sent, which is to be answered too.
+    /// The greeting was just sent and awaits an answer too.
     pub fn new(now: Instant) -> Pings {
         Pings { unanswered: 1, due: now + PING }
     }
@@ -52,7 +52,7 @@ impl Pings {
     }
 }
 
-/// A condition that counts only when it was seen without a break.
+/// How long a condition has held without a gap in the checks.
 #[derive(Debug, Default)]
 pub struct Lasting {
     began: Option<Instant>,
@@ -60,7 +60,7 @@ pub struct Lasting {
 }
 
 impl Lasting {
-    /// Takes in whether it holds now, and says for how long it has been seen to.
+    /// Records whether the condition holds now. Returns for how long it has held without a gap.
     pub fn look(&mut self, holds: bool, now: Instant) -> Duration {
         let missed = self.seen.is_some_and(|seen| now.saturating_duration_since(seen) > LATE);
         self.seen = Some(now);
