@@ -1,4 +1,4 @@
-//! The manager's self-upgrade: decides the next step from the record and the observed state.
+//! The manager's self-upgrade: decides the next step from the record and the evidence.
 //!
 //! ```text
 //!   begin          record, backup, links, swap              evaluated by the old watchdog

@@ -1,4 +1,4 @@
-//! Tables of what follows from what, and properties that hold whatever happens, in whatever order.
+//! Tables of events and the actions that follow, and properties that hold for any sequence of events.
 
 use proptest::prelude::*;
 
@@ -72,7 +72,7 @@ fn inspected(result: Result<Program, String>) -> AgentEvent {
     AgentEvent::Inspected { version: version("1"), result }
 }
 
-/// A sub-agent, what it asked for, and the time.
+/// A sub-agent under test, the actions that it returned, and the time.
 struct Bench {
     agent: Agent,
     now: Instant,
@@ -84,7 +84,7 @@ impl Bench {
         Bench { agent: Agent::new("a".parse().unwrap()), now: Instant::now(), asked: vec![] }
     }
 
-    /// One whose release 1 is active and runs.
+    /// Release 1 is active and runs.
     fn running() -> Bench {
         let mut bench = Bench::new();
         bench.install("1");
@@ -94,7 +94,7 @@ impl Bench {
         bench
     }
 
-    /// One whose release 1 runs no more, and whose next one is about to be started for the first time.
+    /// Release 1 is stopped, and the given release is about to be started for the first time.
     fn on_the_way_to(text: &str) -> Bench {
         let mut bench = Bench::running();
         bench.install_over(text);
@@ -120,7 +120,7 @@ impl Bench {
         self
     }
 
-    /// All that leads to the start of a release, while nothing runs.
+    /// The events that lead to the start of a release while nothing runs.
     fn install(&mut self, text: &str) {
         self.stage(text);
         self.tell(AgentEvent::Activate(order(text)));
@@ -134,13 +134,13 @@ impl Bench {
         self.answer(text, Ok(ready(text)));
     }
 
-    /// The answer to the staging that was asked for last.
+    /// Answers the last staging.
     fn answer(&mut self, text: &str, result: Result<Ready, ReleaseError>) {
         let id = self.agent.last_id;
         self.tell(AgentEvent::Staged { id, version: version(text), result });
     }
 
-    /// What was asked since the last look, without notes.
+    /// The actions since the last call, without notes.
     fn asked(&mut self) -> Vec<AgentAction> {
         std::mem::take(&mut self.asked)
             .into_iter()
@@ -193,7 +193,7 @@ fn what_runs_is_stopped_only_when_the_new_release_is_admitted_and_recorded() {
     assert_eq!(bench.asked(), [AgentAction::Start]);
     assert_eq!(bench.agent.ledger().active(), Some(&release("1")), "not committed before it has started");
     bench.launched(11, "2");
-    assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Updating), "it is on probation");
+    assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Updating), "on probation");
     bench.now += S(9);
     bench.tell(AgentEvent::Tick);
     assert_eq!(bench.asked(), []);
@@ -205,7 +205,7 @@ fn what_runs_is_stopped_only_when_the_new_release_is_admitted_and_recorded() {
     assert_eq!(bench.agent.state(), AgentState::Running);
 }
 
-/// What happens to a sub-agent.
+/// An event of the table.
 type Fail = fn(&mut Bench);
 
 #[test]
@@ -217,7 +217,7 @@ fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and
         }),
         ("activate", |bench| {
             bench.tell(AgentEvent::Activate(order("2")));
-            bench.tell(AgentEvent::Admitted(Err(refusal("the home is open to others"))));
+            bench.tell(AgentEvent::Admitted(Err(refusal("the home can be changed by others"))));
         }),
         ("activate", |bench| {
             bench.tell(AgentEvent::Activate(order("2")));
@@ -237,11 +237,11 @@ fn each_failure_on_the_way_leaves_what_runs_running_and_is_tried_again_later_and
             assert!(bench.agent.hold_is_over(bench.now) && bench.agent.actual(None, bench.now).held_back.is_none());
         }
         assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 300, 300], "{kind}");
-        assert_eq!(bench.notes().iter().filter(|(of, _)| *of == kind).count(), 1, "the same is noted once");
+        assert_eq!(bench.notes().iter().filter(|(of, _)| *of == kind).count(), 1, "a repeated error is reported once");
         assert!(!bench.asked().contains(&AgentAction::Stop));
         assert_eq!((bench.agent.state(), bench.agent.current()), (AgentState::Running, Some(&version("1"))));
         bench.tell(AgentEvent::Ordered(Some(order("2"))));
-        assert_eq!(bench.agent.actual(None, bench.now).held_back, None, "a new desired state may try at once");
+        assert_eq!(bench.agent.actual(None, bench.now).held_back, None, "a new desired state is tried at once");
     }
 }
 
@@ -332,7 +332,7 @@ fn another_environment_restarts_what_was_not_started_with_it() {
     let mut bench = Bench::running();
     bench.tell(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Err(refusal("open to others")) });
     assert_eq!((bench.asked(), bench.agent.spec()), (vec![], Some(&Spec::default())));
-    // Held, it is not tried at each plan.
+    // A held change is not tried again by each plan.
     bench.tell(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Ok(()) });
     assert_eq!(bench.asked(), []);
     bench.now += S(5);
@@ -371,7 +371,7 @@ fn a_release_whose_manifest_cannot_be_read_is_read_anew_at_each_start() {
     bench.tell(AgentEvent::Set(Run::Start));
     assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))]);
     bench.tell(inspected(Err("no agent.toml".into())));
-    // The first failure is tried again at once.
+    // The first failure is retried at once.
     assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))]);
     bench.tell(inspected(Err("no agent.toml".into())));
     assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Failed));
@@ -392,9 +392,9 @@ fn while_an_activation_is_recorded_what_runs_is_restarted_as_it_was() {
     bench.tell(AgentEvent::Exited { success: Some(false), how: "crashed".into() });
     assert_eq!((bench.asked(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("1"))));
     bench.tell(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
-    assert_eq!(bench.asked(), [], "nothing is committed");
+    assert_eq!(bench.asked(), [], "no commit");
     bench.tell(AgentEvent::Recorded(Err("no space left".into())));
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }], "the file may say what was not done");
+    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }], "the file may include the failed activation");
     assert_eq!(bench.agent.to_record(), *bench.agent.ledger());
 }
 
@@ -486,10 +486,10 @@ fn health_and_crashes_are_noted_as_they_change() {
     bench.tell(AgentEvent::Tick);
     bench.tell(AgentEvent::Launched { pid: 12, version: version("1"), runs_so: true });
     bench.tell(exit());
-    assert_eq!(bench.notes(), [("exit", "failed")], "the later ones differ in nothing but the delay");
+    assert_eq!(bench.notes(), [("exit", "failed")], "later ones differ only in the delay");
 }
 
-/// What a manager may tell, whatever was asked: also what comes too late, or twice.
+/// Any event of the manager, including late and repeated ones.
 fn event() -> impl Strategy<Value = AgentEvent> {
     let text = prop::sample::select(vec!["1", "2", "3"]);
     let result = |why: &'static str| prop_oneof![Just(Ok(())), Just(Err(why.to_owned()))];
@@ -555,7 +555,7 @@ proptest! {
             bench.tell(event.clone());
             starting &= !ends_start;
             let asked = bench.asked();
-            // One start at a time, and never beside a process that is known.
+            // One start at a time, and never next to a known process.
             for action in &asked {
                 if *action == AgentAction::Start {
                     prop_assert!(!starting, "a second start after {event:?}");
@@ -564,24 +564,24 @@ proptest! {
                     starting = true;
                 }
             }
-            // Every change of what the ledger is to say is written.
+            // Every change of the ledger entry to write is followed by a write.
             let undone = matches!(event, AgentEvent::Switched(Err(_)));
             if bench.agent.to_record() != recorded {
                 let records = asked.iter().any(|action| matches!(action, AgentAction::Record { .. }));
-                prop_assert!(records, "{event:?} changed the ledger unseen");
+                prop_assert!(records, "{event:?} changed the ledger without a write");
             }
-            // Until its link is switched, nothing of a release that is to come is run.
+            // Nothing of a new release runs until its link is switched.
             let starts = asked.contains(&AgentAction::Start);
             if starts && matches!(bench.agent.work, Activity::Admitting { .. } | Activity::Recording(_) | Activity::Stopping(_)) {
                 prop_assert_eq!(bench.agent.current(), before.current().map(|release| &release.version));
             }
-            // The release that was committed last is never given up for one that was not.
+            // The last committed release is never given up for one that was not committed.
             if let Some(active) = before.active() {
                 let kept: Vec<_> = bench.agent.ledger().kept().collect();
                 let withdrawn = matches!(event, AgentEvent::Admitted(Err(_)));
                 prop_assert!(withdrawn || undone || kept.contains(&&active.version), "{event:?} lost {active:?}");
             }
-            // What is wanted has a process, an action under way, or a deadline.
+            // A sub-agent that should run has a process, an action under way, or a deadline.
             let supervisor = bench.agent.supervisor();
             let is_idle = supervisor.is_down() && supervisor.starts_at().is_none();
             let actual = bench.agent.actual(None, bench.now);

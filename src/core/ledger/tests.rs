@@ -54,7 +54,7 @@ fn a_return_to_the_active_release_ends_the_probation_of_another() {
     entry.begin_probation(release("2"));
     entry.begin_probation(release("1"));
     assert_eq!(versions(&entry), [Some("1"), None, None, None]);
-    // A third one replaces the second, and the first stays to go back to.
+    // A third one replaces the second; the first stays to roll back to.
     entry.begin_probation(release("2"));
     entry.begin_probation(release("3"));
     assert_eq!(versions(&entry), [Some("1"), None, Some("3"), None]);
@@ -90,7 +90,7 @@ fn what_is_not_whole_on_disk_gives_way_to_what_is() {
         (&["1", "2", "3"][..], [Some("2"), Some("1"), Some("3")]),
         (&["1", "2"][..], [Some("2"), Some("1"), None]),
         (&["1"][..], [Some("1"), None, None]),
-        // The backup stays one, also when the other is committed.
+        // The backup stays the backup, even after the other is committed.
         (&["1", "3"][..], [None, Some("1"), Some("3")]),
         (&[][..], [None, None, None]),
     ] {
@@ -122,7 +122,7 @@ fn a_skipped_backup_that_takes_the_place_of_a_lost_active_release_is_not_skipped
     assert_eq!((versions(&entry)[0], entry.skipped(&release("1").version, None)), (Some("1"), None));
 }
 
-/// The second activation of a release may be recorded while what it replaced still ends.
+/// The second activation of a release can be recorded while the release that it replaced is still stopping.
 #[test]
 fn what_a_release_on_probation_has_replaced_stays_given_up_when_that_is_activated_again() {
     let mut entry = LedgerEntry::found(Some(release("1")), None);
@@ -181,8 +181,8 @@ fn a_backup_that_takes_the_place_of_a_lost_release_is_not_skipped() {
 }
 
 proptest! {
-    /// For any order of verbs: the backup differs from the active release, the current release stays on disk, and a release that was
-    /// active is lost only with its files.
+    /// For any sequence of verbs: the backup differs from the active release, the current release stays on disk, and an active release is lost
+    /// only with its files.
     #[test]
     fn there_is_always_something_to_go_back_to(verbs in proptest::collection::vec(verb(), 0..30)) {
         let mut entry = LedgerEntry::default();

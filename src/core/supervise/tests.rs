@@ -1,4 +1,4 @@
-//! The supervisor, event by event, and in a world of its own where anything may happen in any order.
+//! The supervisor, event by event, and in a model where events come in any order.
 
 use proptest::prelude::*;
 
@@ -70,7 +70,7 @@ fn rest_in_any_phase_ends_down() {
     waiting.step(exited(), now, 0.0);
     waiting.step(SupervisorEvent::StartFailed { why: "x".into() }, now, 0.0);
     assert_eq!(waiting.state(), AgentState::Backoff);
-    // Its main process is dead; what that left behind is ended.
+    // Its main process exited; its leftover processes are stopped.
     assert_eq!(waiting.step(SupervisorEvent::Rest, now, 0.0), Some(SupervisorAction::Stop));
     assert_eq!(waiting.step(SupervisorEvent::Stopped, now, 0.0), None);
     assert_eq!(waiting.state(), AgentState::Stopped);
@@ -120,7 +120,7 @@ fn checked() -> RestartPolicy {
     RestartPolicy { checks: Some(checks), ..RestartPolicy::default() }
 }
 
-/// Lets the next check come and gives its answer; says what follows.
+/// Runs the next check with this result. Returns the action that follows.
 fn answer(supervisor: &mut Supervisor, now: &mut Instant, answer: CheckResult) -> Option<SupervisorAction> {
     *now = supervisor.deadline().expect("a check is due");
     assert_eq!(supervisor.step(SupervisorEvent::Tick, *now, 0.0), Some(SupervisorAction::Check));
@@ -144,12 +144,12 @@ fn what_is_unhealthy_for_too_long_is_started_again_and_counts_as_a_failure() {
     assert_eq!(supervisor.last_error(), Some("its health check fails: no answer"));
     assert_eq!(answer(&mut supervisor, &mut now, sick()), None);
     assert_eq!(answer(&mut supervisor, &mut now, sick()), Some(SupervisorAction::Stop));
-    // Until it is down it is what it was.
+    // Until it is down it keeps its state.
     assert_eq!((supervisor.state(), supervisor.pid()), (AgentState::Unhealthy, Some(7)));
     assert_eq!(
         supervisor.step(SupervisorEvent::Stopped, now, 0.0),
         Some(SupervisorAction::Start),
-        "the first time at once"
+        "the first restart is immediate"
     );
     assert_eq!((supervisor.restarts(), supervisor.state()), (1, AgentState::Starting));
     assert_eq!(supervisor.last_error(), Some("restarted: its health check fails: no answer"));
@@ -165,7 +165,7 @@ fn what_is_unhealthy_for_too_long_is_started_again_and_counts_as_a_failure() {
         now = until;
         assert_eq!(supervisor.step(SupervisorEvent::Tick, now, 0.0), Some(SupervisorAction::Start));
     }
-    assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60], "to run without being well is no healthy time");
+    assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60], "running without being healthy does not reset the count");
 
     supervisor.step(SupervisorEvent::Started { pid: 9 }, now, 0.0);
     for _ in 0..4 {
@@ -175,7 +175,7 @@ fn what_is_unhealthy_for_too_long_is_started_again_and_counts_as_a_failure() {
     assert_eq!(
         supervisor.step(SupervisorEvent::Stopped, now, 0.0),
         Some(SupervisorAction::Start),
-        "to be well for long enough is"
+        "a healthy period resets the count"
     );
 }
 
@@ -277,18 +277,18 @@ fn any_event() -> impl Strategy<Value = SupervisorEvent> {
     ]
 }
 
-/// What happens in a world where everything asked for is done, and told, sooner or later.
+/// The events of a model in which every requested action completes and is reported sooner or later.
 #[derive(Debug, Clone)]
 enum Happening {
-    /// The next deadline comes.
+    /// The next deadline passes.
     Later,
-    /// So many seconds pass.
+    /// Seconds pass.
     Pass(u64),
-    /// The start or stop under way comes to its end; a start, well or not.
+    /// The start or stop under way completes; a start, with or without success.
     Done(bool),
-    /// The check under way does.
+    /// The check under way completes.
     Answered(CheckResult),
-    /// The process ends.
+    /// The process exits.
     Ends(Option<bool>),
     Asked(SupervisorEvent),
 }
@@ -304,11 +304,11 @@ fn any_happening() -> impl Strategy<Value = Happening> {
     ]
 }
 
-/// A world with one sub-agent in it.
+/// The model of one sub-agent.
 struct World {
     supervisor: Supervisor,
     now: Instant,
-    /// Its process runs, as far as the world goes.
+    /// Its process runs.
     alive: bool,
     starting: bool,
     stopping: bool,
@@ -331,17 +331,20 @@ impl World {
         };
         match self.supervisor.step(event, self.now, 0.5) {
             Some(SupervisorAction::Start) => {
-                assert!(wanted, "started although it is to rest");
-                assert!(!self.alive && !self.starting && !self.stopping, "started beside what runs or is under way");
+                assert!(wanted, "started although it should be stopped");
+                assert!(!self.alive && !self.starting && !self.stopping, "started while a process or an action exists");
                 self.starting = true;
                 self.starts.push(self.now);
             }
             Some(SupervisorAction::Stop) => {
-                assert!(!self.starting && !self.stopping, "stopped while something is under way");
+                assert!(!self.starting && !self.stopping, "stopped while an action is under way");
                 self.stopping = true;
             }
             Some(SupervisorAction::Check) => {
-                assert!(self.alive && !self.checking && !self.stopping, "checked twice at a time, or what is not up");
+                assert!(
+                    self.alive && !self.checking && !self.stopping,
+                    "two checks at a time, or a check without a process"
+                );
                 self.checking = true;
             }
             None => {}
@@ -349,7 +352,7 @@ impl World {
         self.hold();
     }
 
-    /// What holds at any time.
+    /// The rules that hold at any time.
     fn hold(&self) {
         let Supervisor { wanted, policy, .. } = self.supervisor;
         let goes_on = self.alive || self.starting || self.stopping || self.supervisor.deadline().is_some();
@@ -358,7 +361,7 @@ impl World {
         assert_eq!(self.supervisor.pid().is_some(), self.alive, "{:?}", self.supervisor);
         assert_eq!(self.supervisor.is_down(), !self.alive && !self.starting && !self.stopping);
         if self.supervisor.is_up() && policy.checks.is_some() {
-            assert!(self.checking || self.supervisor.deadline().is_some(), "no check will come any more");
+            assert!(self.checking || self.supervisor.deadline().is_some(), "no check is due");
         }
     }
 
@@ -383,7 +386,7 @@ impl World {
                 });
             }
             Happening::Done(_) if self.stopping => {
-                // Whoever was asked after it has no answer to give any more.
+                // A check of the stopped process has no result any more.
                 (self.stopping, self.alive, self.checking) = (false, false, false);
                 self.tell(SupervisorEvent::Stopped);
             }
@@ -391,7 +394,7 @@ impl World {
                 self.checking = false;
                 self.tell(SupervisorEvent::Checked(answer));
             }
-            // The end of what is being stopped is part of the stop.
+            // The exit of a process that is being stopped is part of the stop.
             Happening::Ends(success) if self.alive && !self.stopping => {
                 (self.alive, self.checking) = (false, false);
                 self.tell(SupervisorEvent::Exited { success, how: String::new() });
@@ -403,7 +406,7 @@ impl World {
 }
 
 proptest! {
-    /// Whatever happens in whatever order: wanted and answered truthfully from then on, it comes up; not wanted, it ends down.
+    /// After any events, with truthful results from then on: a sub-agent that should run starts, any other stops.
     #[test]
     fn it_always_gets_where_it_is_wanted(
         policy in any_policy(),
@@ -428,7 +431,7 @@ proptest! {
         prop_assert_eq!(supervisor.pid().is_some(), wanted);
     }
 
-    /// Never two at a time, never one that is not wanted, never given up, never a check beside another or none to come.
+    /// Never two processes, never an unwanted one, never given up, and exactly one check at a time.
     #[test]
     fn in_any_world_there_is_one_or_one_to_come_and_never_two(
         policy in any_policy(),
@@ -440,7 +443,7 @@ proptest! {
         }
     }
 
-    /// However fast it fails and in whatever way, the starts that nobody asked for are bounded in any window of time.
+    /// However fast and in whatever way it fails, the number of restarts in any window of time is bounded.
     #[test]
     fn it_never_spins(
         policy in any_policy(),
@@ -452,19 +455,19 @@ proptest! {
         for happening in happenings {
             match happening {
                 Happening::Asked(_) => {}
-                // As fast as can be: whatever is started has failed already.
+                // As fast as possible: each start fails at once.
                 _ if at_once && world.starting => world.happen(Happening::Done(false)),
                 happening => world.happen(happening),
             }
         }
-        // At once, at once again, and after 7/8 of 1, 2, 4, 8 and 16 seconds.
+        // At once, again at once, and after 7/8 of 1, 2, 4, 8 and 16 seconds.
         for (n, start) in world.starts.iter().enumerate() {
             let within = world.starts[n..].iter().take_while(|other| **other - *start < policy.healthy).count();
             prop_assert!(within <= 7, "{within} starts within {:?}", policy.healthy);
         }
     }
 
-    /// The same events at the same times come to the same.
+    /// The same events at the same times have the same results.
     #[test]
     fn it_is_the_same_every_time(policy in any_policy(), events in proptest::collection::vec((any_event(), 0..50_u64), 0..60)) {
         let start = Instant::now();

@@ -95,7 +95,7 @@ pub enum Proof {
     Failed,
 }
 
-/// The observed state. Facts about the new manager are those of its current process and are reset with each new process.
+/// All that a role observes. Facts about the new manager are those of its current process and are reset with each new process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evidence {
     pub asker: Decider,

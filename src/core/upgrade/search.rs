@@ -1,4 +1,4 @@
-//! Every state that an upgrade can get into, whatever happens in between: no rule is broken in any, and from each the end is reached.
+//! Visits every state that an upgrade can reach under any sequence of events: no state breaks a rule, and from each the upgrade completes.
 
 mod world;
 
@@ -8,17 +8,17 @@ use super::*;
 pub use world::image;
 use world::{File, Follows, Kind, Meddled, Scenario, State, World};
 
-/// More states than any search visits: something grows without end.
+/// More states than any search visits. Above this, something grows without bound.
 const MAX_STATES: usize = 200_000;
 
-/// What a search found.
+/// The result of a search.
 struct Found {
     states: usize,
-    /// What is wrong, with the way to it.
+    /// The broken rule and the path to it.
     wrong: Option<(&'static str, Vec<State>)>,
 }
 
-/// Visits every reachable state, and then follows the fair way from each.
+/// Visits every reachable state, then follows the fault-free path from each.
 fn search(scenario: Scenario, guards: &Guards) -> Found {
     let mut world = World::new(scenario, guards);
     let start = world.start();
@@ -98,11 +98,11 @@ fn breach(world: &World, state: &State) -> Option<&'static str> {
             || trial.lost_watchdogs > lost_watchdogs
             || trial.spent_seconds > first_answer.as_secs()
         {
-            return Some("a release is tried without end");
+            return Some("a release is tried without a limit");
         }
     }
     if bin.image().is_none() {
-        return Some("bin/aops is not whole");
+        return Some("bin/aops is not complete");
     }
     if state.meddled == Meddled::Replaced && bin != File::Foreign {
         return Some("the executable of a package manager is replaced");
@@ -110,52 +110,52 @@ fn breach(world: &World, state: &State) -> Option<&'static str> {
     if state.meddled != Meddled::BackupLost {
         let leads_nowhere = (state.spa_link.now || state.other_links.now) && state.prev.now.image().is_none();
         if leads_nowhere {
-            return Some("a role link leads to no whole executable");
+            return Some("a role link does not point at a complete executable");
         }
     }
     let (from, to) = (world.from(), world.to());
     if record.skipped(&from.version, &from.sha256).is_some() {
-        return Some("the old release is condemned");
+        return Some("the old release is skipped");
     }
     if phase.is_none()
         && bin == File::From
         && world.kind != Kind::SameBytes
         && state.installed.now != WhichRelease::From
     {
-        return Some("the record of the installed release names another");
+        return Some("manager.json names a release that is not installed");
     }
     if state.meddled != Meddled::No {
         return None;
     }
     if phase.is_none() && record.skipped(&to.version, &to.sha256).is_some() && bin == File::To {
-        return Some("the release in place is condemned");
+        return Some("the installed release is skipped");
     }
     let judged = bin == File::To
         && matches!(phase, Some(UpgradePhase::Switching | UpgradePhase::Trial | UpgradePhase::RollingBack));
     if judged && (!state.spa_link.now || !state.other_links.now) {
-        return Some("the next judge is the new program");
+        return Some("the next watchdog would run the new program");
     }
     if judged && state.spa.is_some_and(|spa| spa.image != WhichRelease::From) {
-        return Some("the new program judges");
+        return Some("the watchdog runs the new program");
     }
     if phase.is_none() && bin == File::To && state.installed.now != WhichRelease::To {
-        return Some("a release is in place that is not on trial and not committed");
+        return Some("the installed release is neither on trial nor committed");
     }
     None
 }
 
-/// The upgrade is over, and the home is as it should be.
+/// The upgrade is over, and the home is in order.
 fn is_end(world: &World, state: &State) -> bool {
     let bin = state.bin.now.image();
     if state.meddled == Meddled::BackupLost && state.spa.is_none() && state.spa_link.now && !world.kind.passes() {
-        // The old program is gone with the backup, and the new one cannot run.
+        // The old program is lost with the backup, and the new one cannot run.
         return true;
     }
     let is_home = !state.spa_link.now && !state.other_links.now;
     if world.phase(state).is_some() || !is_home || state.stopped || state.spm.is_some_and(|spm| spm.begun.is_some()) {
         return false;
     }
-    // The operator, or the loss of the backup, left a release in place that cannot run.
+    // The operator, or the loss of the backup, left a release installed that cannot run.
     let cannot_run = bin == Some(WhichRelease::To) && world.kind != Kind::Good;
     let spm = state.spm.is_some_and(|spm| Some(spm.image) == bin);
     let spa = state.spa.is_some_and(|spa| Some(spa.image) == bin);
@@ -168,7 +168,7 @@ fn is_end(world: &World, state: &State) -> bool {
     }
 }
 
-/// The one way on if nothing more goes wrong.
+/// The next state if nothing more fails.
 fn fair(world: &mut World, state: &State) -> Option<State> {
     if state.stopped {
         return match (state.spm, state.spa) {
@@ -191,7 +191,7 @@ fn fair(world: &mut World, state: &State) -> Option<State> {
     start.or_else(|| world.progress(state)).or_else(|| world.tick(state))
 }
 
-/// A state from which the fair way does not lead to the end, or not to the right one.
+/// A state from which the fault-free path does not complete, or completes wrongly.
 fn unending(world: &mut World, states: &[State], places: &HashMap<State, usize>) -> Option<(&'static str, usize)> {
     const UNKNOWN: usize = usize::MAX;
     const ON_WAY: usize = usize::MAX - 1;
@@ -200,7 +200,7 @@ fn unending(world: &mut World, states: &[State], places: &HashMap<State, usize>)
         let (mut way, mut place) = (vec![], first);
         let end = loop {
             match ends[place] {
-                ON_WAY => return Some(("the fair way never ends", place)),
+                ON_WAY => return Some(("the fault-free path never completes", place)),
                 UNKNOWN if is_end(world, &states[place]) => break place,
                 UNKNOWN => {}
                 end => break end,
@@ -209,7 +209,7 @@ fn unending(world: &mut World, states: &[State], places: &HashMap<State, usize>)
             way.push(place);
             match fair(world, &states[place]).and_then(|after| places.get(&world.normal(after))) {
                 Some(next) => place = *next,
-                None => return Some(("the fair way ends before the end", place)),
+                None => return Some(("the fault-free path stops before completion", place)),
             }
         };
         way.push(first);
@@ -221,7 +221,7 @@ fn unending(world: &mut World, states: &[State], places: &HashMap<State, usize>)
     None
 }
 
-/// A good release that nothing speaks against is in place.
+/// Whether a good release without an objection is installed.
 fn is_good_trial(world: &World, state: &State) -> bool {
     let Some(trial) = world.record(state).trial() else { return false };
     let deaths = trial.deaths + u32::from(state.spa.is_some_and(|spa| spa.died));
@@ -232,11 +232,11 @@ fn is_good_trial(world: &World, state: &State) -> bool {
         && (trial.phase == UpgradePhase::Trial || state.bin.now == File::To && trial.phase == UpgradePhase::Switching)
         && (state.bin.now == File::To || world.kind == Kind::SameBytes)
         && deaths < world.limits().deaths
-        // The restart of the watchdog on the fair way may find the new manager running.
+        // A restart of the watchdog on the fault-free path may find the new manager running.
         && watchdogs + u32::from(state.spa.is_none()) < world.limits().lost_watchdogs
 }
 
-/// The way to a breach: at each step, what it changes.
+/// The path to a broken rule: the changes of each step.
 fn show(way: &[State]) -> String {
     let parts = |state: &State| -> Vec<String> {
         let text = format!("{state:#?}").replace("\n        ", " ").replace("\n    }", " }");
@@ -257,7 +257,7 @@ fn of(kind: Kind) -> Scenario {
     Scenario { kind, gateway_changes: kind == Kind::NoHeartbeat, operator: false, meddling: false, syncs_first: true }
 }
 
-/// Each kind of program, and all that else may happen with a few.
+/// Each kind of program, and some of them with further events.
 fn scenarios() -> Vec<Scenario> {
     let mut all: Vec<_> = Kind::ALL.iter().map(|kind| of(*kind)).collect();
     all.extend([Kind::Good, Kind::SameBytes, Kind::ExitsAtOnce].map(|kind| Scenario { operator: true, ..of(kind) }));
@@ -280,7 +280,7 @@ fn no_order_of_events_breaks_a_rule_and_every_upgrade_ends() {
     println!("{states} states");
 }
 
-/// Where the lack of a guard shows soonest.
+/// The scenario in which the lack of a guard shows soonest.
 fn shows(guard: &str) -> Scenario {
     match guard {
         "adoption" => of(Kind::DoesNotAdopt),
@@ -304,9 +304,9 @@ fn shows(guard: &str) -> Scenario {
 fn without_any_one_guard_a_rule_is_broken() {
     for (name, guards) in Guards::all_but_one() {
         let found = search(shows(name), &guards);
-        let Some((wrong, way)) = found.wrong else { panic!("nothing goes wrong without {name}") };
+        let Some((wrong, way)) = found.wrong else { panic!("no rule is broken without {name}") };
         println!("without {name}: {wrong}, after {} steps; {} states", way.len(), found.states);
-        assert!(found.states <= MAX_STATES, "without {name} the search has no end");
+        assert!(found.states <= MAX_STATES, "without {name} the search is unbounded");
     }
 }
 

@@ -22,7 +22,7 @@ fn on_trial() -> UpgradeRecord {
     record
 }
 
-/// What the old manager sees when everything is ready for the switch.
+/// The old manager's evidence when everything is ready for the switch.
 fn ready() -> Evidence {
     let old = ManagerEvidence {
         image: WhichRelease::From,
@@ -49,7 +49,7 @@ fn ready() -> Evidence {
     }
 }
 
-/// What the judge sees of a new manager that has passed everything.
+/// The watchdog's evidence of a new manager that has passed everything.
 fn passed() -> Evidence {
     Evidence {
         asker: Decider::Watchdog,
@@ -377,7 +377,7 @@ fn fields_of_a_later_version_are_written_back_at_every_level() {
     let read: UpgradeRecord = serde_json::from_value(text.clone()).unwrap();
     assert_eq!(value(&read), text);
     assert!(text["trial"]["spentSeconds"].is_u64());
-    // What an earlier version does not write has a default.
+    // Fields that an earlier version does not write have defaults.
     text["trial"].as_object_mut().unwrap().retain(|key, _| ["from", "to", "phase"].contains(&key.as_str()));
     assert!(serde_json::from_value::<UpgradeRecord>(text).is_ok());
 }

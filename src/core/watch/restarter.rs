@@ -86,7 +86,7 @@ impl PauseRule {
     }
 }
 
-/// The observed state of a role that is not connected.
+/// What is observed of a role that is not connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RoleObservation {
     /// A process holds the role.

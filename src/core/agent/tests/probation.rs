@@ -1,4 +1,4 @@
-//! The probation of a new release: what condemns it, what does not, and what a manager leaves to the next.
+//! The probation of a new release: what rolls it back, what does not, and what the next manager resumes.
 
 use super::*;
 
@@ -15,7 +15,7 @@ fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped
             }],
         ),
         (
-            "its second start does not outlive the first",
+            "its second process does not live longer than the first",
             vec![|bench| done(bench.launched(20, "2")), exit, |bench| done(bench.launched(21, "2")), exit],
         ),
         (
@@ -38,7 +38,7 @@ fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped
             ],
         ),
         (
-            "it ends although it should run on",
+            "it exits although it should keep running",
             vec![
                 |bench| done(bench.launched(20, "2")),
                 |bench| done(bench.tell(AgentEvent::Exited { success: Some(true), how: "exited with 0".into() })),
@@ -50,7 +50,7 @@ fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped
     for (case, failing) in fails {
         let mut bench = Bench::on_the_way_to("2");
         for (number, fail) in failing.iter().enumerate() {
-            assert_ne!(bench.agent.ledger().probation(), None, "{case}: given up before step {number}");
+            assert_ne!(bench.agent.ledger().probation(), None, "{case}: rolled back before step {number}");
             fail(&mut bench);
         }
         assert!(bench.notes().ends_with(&[("upgrade", "failed"), ("skip", "ok")]), "{case}: {:?}", bench.notes());
@@ -71,7 +71,7 @@ fn a_release_that_fails_on_probation_makes_way_for_the_one_before_and_is_skipped
         assert!(!bench.asked().iter().any(|action| matches!(action, AgentAction::RaiseEpoch(_))));
         let held_back = |bench: &Bench, order: &Order| bench.agent.actual(Some(order), bench.now).held_back;
         assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
-        // The same order again, in another desired state, changes nothing; a higher `retry` does.
+        // The same order in another desired state changes nothing; a higher `retry` does.
         bench.tell(AgentEvent::Ordered(Some(order("2"))));
         assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
         let again = Order { retry: 1, ..order("2") };
@@ -106,7 +106,7 @@ fn a_disk_that_takes_no_ledger_and_no_link_does_not_hold_up_a_roll_back() {
     let mut bench = Bench::on_the_way_to("2");
     bench.tell(AgentEvent::NotLaunched(refusal("no such file"))).tell(AgentEvent::NotLaunched(refusal("no such file")));
     bench.tell(AgentEvent::Stopped(Ok(())));
-    assert!(!bench.asked().contains(&AgentAction::Switch(version("1"))), "first it is tried to write the ledger");
+    assert!(!bench.asked().contains(&AgentAction::Switch(version("1"))), "the ledger is written first");
     bench.tell(AgentEvent::Recorded(Err("no space left".into())));
     assert_eq!(bench.asked(), [AgentAction::Switch(version("1"))]);
     bench.tell(AgentEvent::Switched(Err("no space left".into())));
@@ -132,9 +132,9 @@ fn a_slow_starter_is_given_its_start_period_and_one_that_never_gets_well_is_roll
         bench.launched(20, "2");
         let start = bench.now;
         bench.asked.clear();
-        // Until something is decided.
+        // Until it is committed or rolled back.
         while bench.agent.ledger().probation().is_some() && bench.agent.ledger().active() == Some(&release("1")) {
-            bench.now = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
+            bench.now = bench.agent.deadline(bench.now).expect("there is always a deadline");
             bench.tell(AgentEvent::Tick);
             if bench.asked().contains(&AgentAction::Check) {
                 let is_well = gets_well && bench.now >= start + S(25);
@@ -205,22 +205,22 @@ fn a_start_that_the_host_or_the_home_does_not_allow_condemns_nothing_however_lon
             bench.tell(AgentEvent::NotLaunched(reason.clone()));
             assert_eq!(bench.agent.last_error().as_ref(), Some(&reason.why));
             if bench.asked().contains(&AgentAction::Start) {
-                // The first one is tried again at once.
+                // The first failure is retried at once.
                 continue;
             }
-            bench.now = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
+            bench.now = bench.agent.deadline(bench.now).expect("there is always a deadline");
             bench.tell(AgentEvent::Tick);
             assert_eq!(bench.asked(), [AgentAction::Start]);
         }
         assert!(bench.agent.supervisor().failures() > 10, "it is retried");
         let ledger = bench.agent.ledger();
         assert_eq!((ledger.probation(), ledger.probation_failures()), (Some(&release("2")), 0));
-        // From its start on it is judged like any other: what was before does not count.
+        // From its start on, the usual limits apply: the time before does not count.
         bench.launched(20, "2");
         bench.now += S(10);
         bench.tell(AgentEvent::Tick);
         assert_eq!(bench.agent.ledger().active(), Some(&release("2")));
-        assert_eq!(bench.agent.last_error().as_ref(), Some(&reason.why), "why it was last started again");
+        assert_eq!(bench.agent.last_error().as_ref(), Some(&reason.why), "the reason of the last restart");
     }
 }
 
@@ -241,7 +241,7 @@ fn the_next_manager_goes_on_with_a_probation_and_with_what_it_has_seen_of_failur
     let end = |was_seen| PriorExit { success: Some(false), how: "exited with 1".to_owned(), was_seen };
     let mut known = agent.clone();
     known.bury(7, version("2"), end(true), Some(Spec::default()), at(now));
-    assert_eq!(known.ledger().probation_failures(), 2, "the earlier manager has counted it");
+    assert_eq!(known.ledger().probation_failures(), 2, "the previous manager counted it");
     let actions = agent.bury(7, version("2"), end(false), Some(Spec::default()), at(now));
     assert!(actions.contains(&AgentAction::Record { wait: true }), "{actions:?}");
     assert_eq!(agent.ledger().active(), Some(&release("1")));
@@ -284,7 +284,7 @@ fn an_operator_returns_to_the_release_before_and_it_is_kept_until_another_is_ord
     assert!(!bench.agent.actual(Some(&order("3")), bench.now).stays);
 }
 
-/// A release that waits for its first check when it is adopted, or started again, has not failed a check.
+/// A release that waits for its first check after an adoption or a restart has not failed a check.
 #[test]
 fn time_without_a_manager_or_while_it_is_stopped_does_not_count_against_a_release() {
     let mut ledger = LedgerEntry::found(Some(release("1")), None);
@@ -294,12 +294,12 @@ fn time_without_a_manager_or_while_it_is_stopped_does_not_count_against_a_releas
     let (mut agent, _) = Agent::found("a".parse().unwrap(), found());
     agent.adopt(7, version("2"), now - S(5_000), None, at(now));
     agent.step(AgentEvent::Tick, at(now));
-    assert_eq!(agent.ledger().probation(), Some(&release("2")), "its health was not asked after yet");
+    assert_eq!(agent.ledger().probation(), Some(&release("2")), "its health was not checked yet");
     for event in [AgentEvent::Set(Run::Stop), AgentEvent::Stopped(Ok(()))] {
         agent.step(event, at(now + S(1)));
     }
     agent.step(AgentEvent::Set(Run::Start), at(now + S(5_000)));
-    assert_eq!(agent.ledger().probation(), Some(&release("2")), "it is only being started");
+    assert_eq!(agent.ledger().probation(), Some(&release("2")), "it is only starting");
     let deadline = agent.deadline(now + S(5_000)).unwrap();
     assert_eq!(deadline, now + S(5_130));
 }
@@ -321,8 +321,8 @@ fn one_that_cannot_be_read_any_more_is_given_up_too_and_one_with_nothing_before_
                 bench.tell(unreadable);
                 continue;
             }
-            let next = bench.agent.deadline(bench.now).expect("it is never left without a deadline");
-            assert!(next > bench.now, "a deadline that has passed would be waited for without a pause");
+            let next = bench.agent.deadline(bench.now).expect("there is always a deadline");
+            assert!(next > bench.now, "a passed deadline would be waited for in a busy loop");
             bench.now = next;
             bench.tell(AgentEvent::Tick);
         }
@@ -330,7 +330,7 @@ fn one_that_cannot_be_read_any_more_is_given_up_too_and_one_with_nothing_before_
     }
 }
 
-/// Its process may outlive the manager that rolled it back.
+/// The process of a release can outlive the manager that rolled it back.
 #[test]
 fn a_release_that_made_way_is_not_taken_for_the_active_one_by_the_next_manager() {
     let ways: [Fail; 3] = [
@@ -343,7 +343,7 @@ fn a_release_that_made_way_is_not_taken_for_the_active_one_by_the_next_manager()
         },
         |bench| done(bench.tell(AgentEvent::Return { overruled: None })),
         |bench| {
-            // Another release takes its place.
+            // Another release replaces it.
             bench.stage("3");
             bench.tell(AgentEvent::Activate(order("3"))).tell(AgentEvent::Admitted(Ok((release("3"), None))));
         },
@@ -384,7 +384,7 @@ fn a_job_that_ends_well_while_another_release_is_admitted_is_committed_afterward
     assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("2")), None));
 }
 
-/// A grace period may be ten minutes, and a home that others can change is mended by an operator.
+/// A grace period may be ten minutes, and an unsafe home is repaired by an operator.
 #[test]
 fn neither_a_long_stop_nor_a_start_that_is_refused_counts_against_a_release() {
     let mut bench = Bench::on_the_way_to("2");
@@ -420,7 +420,7 @@ fn a_manager_that_starts_follows_the_order_that_the_one_before_had_only_written(
     }
 }
 
-/// Both are due at the same moment. The start goes by the release that is current when it is carried out.
+/// Both are due at the same time. The start uses the release that is current when it is carried out.
 #[test]
 fn a_release_whose_time_is_up_when_it_is_started_again_makes_way_after_that() {
     let mut bench = Bench::on_the_way_to("2");

@@ -1,5 +1,5 @@
-//! Every state that a change of release can get into, whatever happens in between: no rule is broken in any, and from each the end is
-//! reached.
+//! Visits every state that a change of release can reach under any sequence of events: no state breaks a rule, and from each the change
+//! completes.
 
 mod events;
 mod key;
@@ -14,14 +14,14 @@ use events::What;
 use key::Key;
 use world::{Kind, Scenario, State, World, Wrong};
 
-/// More states than any search visits: something grows without end.
+/// More states than any search visits. Above this, something grows without bound.
 const MAX_STATES: usize = 200_000;
 
-/// A state that was visited.
+/// A visited state.
 struct Visited {
-    /// From which one, and by what.
+    /// The previous state and the event that led here.
     before: (usize, Option<What>),
-    /// The next one if nothing more goes wrong; `None`: it is an end.
+    /// The next state if nothing more fails; `None`: the change is complete.
     next: Option<usize>,
     ordered: u8,
     /// The active release.
@@ -29,14 +29,14 @@ struct Visited {
     is_to_be_committed: bool,
 }
 
-/// What a search found.
+/// The result of a search.
 struct Found {
     states: usize,
-    /// What is wrong, with the way to it.
+    /// The broken rule and the path to it.
     wrong: Option<(Wrong, Vec<What>)>,
 }
 
-/// Visits every reachable state, and then follows the fair way from each.
+/// Visits every reachable state, then follows the fault-free path from each.
 fn search(scenario: Scenario) -> Found {
     let world = World::new(scenario);
     let mut visited: Vec<Visited> = vec![];
@@ -83,7 +83,7 @@ fn search(scenario: Scenario) -> Found {
             }
         }
         if fair.is_some() && next.is_none() {
-            return found(&visited, "the fair way ends before the end", place, None);
+            return found(&visited, "the fault-free path stops before completion", place, None);
         }
         visited[place].next = next;
         if visited.len() > MAX_STATES {
@@ -96,7 +96,7 @@ fn search(scenario: Scenario) -> Found {
     }
 }
 
-/// A state from which the fair way does not lead to the end, or not to the right one.
+/// A state from which the fault-free path does not complete, or completes wrongly.
 fn unending(visited: &[Visited]) -> Option<(Wrong, usize)> {
     let mut ends: Vec<Option<usize>> = vec![None; visited.len()];
     let mut on_way = vec![false; visited.len()];
@@ -107,7 +107,7 @@ fn unending(visited: &[Visited]) -> Option<(Wrong, usize)> {
                 break end;
             }
             if std::mem::replace(&mut on_way[place], true) {
-                return Some(("the fair way never ends", first));
+                return Some(("the fault-free path never completes", first));
             }
             way.push(place);
             match visited[place].next {
@@ -128,7 +128,7 @@ fn of(kind: Kind) -> Scenario {
     Scenario { kind, faults: 0, operator: false, orders: 0 }
 }
 
-/// Each kind of release, and all that else may happen with a few.
+/// Each kind of release, and some of them with further events.
 fn scenarios() -> Vec<Scenario> {
     use Kind::*;
     let mut all = Kind::ALL.map(of).to_vec();
@@ -157,7 +157,7 @@ fn no_order_of_events_breaks_a_rule_and_every_change_of_release_ends() {
     println!("{states} states");
 }
 
-/// Where the lack of a guard shows soonest.
+/// The scenario in which the lack of a guard shows soonest.
 fn shows(guard: Guard) -> Scenario {
     let ordered = |kind| Scenario { orders: 1, ..of(kind) };
     match guard {
@@ -182,8 +182,8 @@ fn shows(guard: Guard) -> Scenario {
 fn without_any_one_guard_a_rule_is_broken() {
     for guard in Guard::ALL {
         let found = without(*guard, || search(shows(*guard)));
-        let Some((wrong, way)) = found.wrong else { panic!("nothing goes wrong without {guard:?}") };
+        let Some((wrong, way)) = found.wrong else { panic!("no rule is broken without {guard:?}") };
         println!("without {guard:?}: {wrong}, after {} steps; {} states", way.len(), found.states);
-        assert!(found.states <= MAX_STATES, "without {guard:?} the search has no end");
+        assert!(found.states <= MAX_STATES, "without {guard:?} the search is unbounded");
     }
 }

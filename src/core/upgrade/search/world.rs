@@ -1,8 +1,8 @@
-//! A home as the search sees it: the disk with what is not yet synced, the two roles, and what happens to them.
+//! The model of a home: the disk with unsynced writes, the two roles, and the events.
 //!
-//! Every action that is possible in a state is possible at any time, but for three things that are taken as fair: what the new program does
-//! by itself it does before time passes; a heartbeat that can be sent is sent before the gateway goes; and one role at a time looks and acts.
-//! Time passes in ticks of a second, with limits of one or two.
+//! Every action that is possible in a state can happen at any time, with three fairness assumptions: the new program's own actions happen
+//! before time passes; a heartbeat that can be sent is sent before the gateway becomes unreachable; and only one role at a time observes and
+//! acts. Time passes in ticks of a second, with limits of one or two.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::core::unknown::UnknownFields;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Good,
-    /// Good, and of the same bytes as the old one.
+    /// Good, with the same bytes as the old one.
     SameBytes,
     ExitsAtOnce,
     NeverAnswers,
@@ -25,7 +25,7 @@ pub enum Kind {
     EatsMemory,
     EndsWatchdog,
     FailsProof,
-    /// It passes its proof, and its watchdog exits at once when it counts.
+    /// It passes its proof, and its watchdog exits at once after the commit.
     BadWatchdog,
 }
 
@@ -44,27 +44,27 @@ impl Kind {
         Kind::BadWatchdog,
     ];
 
-    /// No judge can find a fault with it.
+    /// No evaluation can find a fault with it.
     pub fn passes(self) -> bool {
         matches!(self, Kind::Good | Kind::SameBytes | Kind::BadWatchdog)
     }
 }
 
-/// What may happen in a search, besides crashes and power cuts, which always may.
+/// The possible events, apart from crashes and power cuts, which are always possible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scenario {
     pub kind: Kind,
-    /// The gateway comes and goes.
+    /// The gateway becomes unreachable and reachable.
     pub gateway_changes: bool,
     /// The operator stops and starts the home, and decides about the trial.
     pub operator: bool,
-    /// Somebody else changes a file of the upgrade.
+    /// Another program changes a file of the upgrade.
     pub meddling: bool,
-    /// Before a step, whatever was left unsynced is synced.
+    /// Before a step, all unsynced writes are synced.
     pub syncs_first: bool,
 }
 
-/// What changes a record.
+/// A change of the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Verb {
     Begin,
@@ -73,7 +73,7 @@ enum Verb {
     Spend,
 }
 
-/// A value on disk: as every process sees it, and as it is after a power cut at worst.
+/// A value on disk: as processes read it, and as it is after a power cut in the worst case.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Cell<T> {
     pub now: T,
@@ -109,7 +109,7 @@ pub enum File {
     Broken,
     From,
     To,
-    /// Of a package manager.
+    /// From a package manager.
     Foreign,
 }
 
@@ -128,7 +128,7 @@ impl File {
 pub struct Spm {
     pub image: WhichRelease,
     staged: bool,
-    /// The record with a trial that it has begun and not written yet.
+    /// The record of a trial that it has begun and not written yet.
     pub begun: Option<u16>,
     answered: Option<u8>,
     adopted: bool,
@@ -152,13 +152,13 @@ pub struct Spa {
     proof: Option<bool>,
 }
 
-/// What somebody else did to the home; at most one such thing in a history.
+/// A change of the home by another program; at most one in each history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Meddled {
     No,
     RecordLost,
     BackupLost,
-    /// The role links are led to `bin/aops`.
+    /// The role links are pointed at `bin/aops`.
     LinksMoved,
     /// The old executable is put at `bin/aops` again.
     PutBack,
@@ -169,7 +169,7 @@ pub enum Meddled {
 pub struct State {
     pub bin: Cell<File>,
     pub prev: Cell<File>,
-    /// Whether they lead to the backup: the watchdog's link, and the others.
+    /// Whether these links point at the backup: the watchdog's, and the others.
     pub spa_link: Cell<bool>,
     pub other_links: Cell<bool>,
     pub record: Cell<u16>,
@@ -179,7 +179,7 @@ pub struct State {
     pub stopped: bool,
     pub gateway: bool,
     pub meddled: Meddled,
-    /// The release was condemned.
+    /// The release was rolled back and is skipped.
     pub condemned: bool,
 }
 
@@ -192,7 +192,7 @@ pub struct World<'a> {
     changed: HashMap<(u16, Verb), Option<u16>>,
 }
 
-/// A state that follows, and by what; or what is wrong with that.
+/// The next state, or the rule that the step breaks.
 pub type Follows = Result<State, &'static str>;
 
 impl World<'_> {
@@ -228,7 +228,7 @@ impl World<'_> {
         }
     }
 
-    /// The state without what no decision depends on.
+    /// The state without the parts that no decision depends on.
     pub fn normal(&self, mut state: State) -> State {
         let in_place = state.bin.now == File::To || self.kind == Kind::SameBytes;
         let judged = in_place && matches!(self.phase(&state), Some(UpgradePhase::Switching | UpgradePhase::Trial));
@@ -272,7 +272,7 @@ impl World<'_> {
         u16::try_from(place).unwrap()
     }
 
-    /// The record after this; `None`: it does not apply.
+    /// The record after a change; `None`: the change does not apply.
     fn changed(&mut self, id: u16, verb: Verb) -> Option<u16> {
         if let Some(known) = self.changed.get(&(id, verb)) {
             return *known;
@@ -344,12 +344,12 @@ impl World<'_> {
         decide(&self.records[usize::from(record)], &evidence, &self.limits, self.guards)
     }
 
-    /// Carries out the next step of a role: whole, and cut short by the death of the process before what it wrote is synced.
+    /// Executes the next step of a role: completely, and interrupted by the death of its process before its writes are synced.
     pub fn act(&mut self, state: &State, asker: Decider) -> Vec<Follows> {
         let step = self.step(state, asker);
         let (id, _) = self.evidence(state, asker);
         let mut cut = vec![];
-        // Whatever a step before has left unsynced is synced first.
+        // Unsynced writes of an earlier step are synced first.
         let mut after = *state;
         if self.scenario.syncs_first {
             sync(&mut after);
@@ -362,7 +362,7 @@ impl World<'_> {
                     return vec![Err(wrong)];
                 }
                 let Some(id) = self.changed(id, Verb::Apply(change)) else {
-                    return vec![Err("a change that does not apply is asked for")];
+                    return vec![Err("a change that does not apply is requested")];
                 };
                 write(&mut after, id, asker);
                 note(&mut after, change);
@@ -405,33 +405,33 @@ impl World<'_> {
         std::iter::once(after).chain(cut).map(Ok).collect()
     }
 
-    /// What must not be recorded.
+    /// The rule that a change of the record breaks.
     fn wrong(&self, state: &State, asker: Decider, change: RecordChange) -> Option<&'static str> {
         let counts = |reason| !matches!(reason, TrialEndReason::Aborted | TrialEndReason::Installer);
         let is_new = asker == Decider::Watchdog && state.spa.is_some_and(|spa| spa.image != WhichRelease::From);
         match change {
             RecordChange::Commit(None) | RecordChange::RollBack { .. } if is_new => {
-                Some("the new program judges itself")
+                Some("the new program evaluates itself")
             }
             RecordChange::Commit(None) if !self.kind.passes() => Some("a bad release is committed"),
             RecordChange::Commit(Some(TrialEndReason::NoBackup)) if state.meddled != Meddled::BackupLost => {
-                Some("a release is committed for want of a backup")
+                Some("a release is committed without a lost backup")
             }
             RecordChange::LoseTry | RecordChange::LoseWatchdog | RecordChange::FailProof if state.stopped => {
                 Some("a stop counts against the release")
             }
             RecordChange::RollBack { reason, .. } if state.stopped && counts(reason) => {
-                Some("a stopped release is condemned")
+                Some("a stopped release is rolled back")
             }
             RecordChange::RollBack { reason, .. } if self.kind.passes() && counts(reason) => match reason {
                 TrialEndReason::Died | TrialEndReason::WatchdogEnded => None,
-                _ => Some("a good release is condemned"),
+                _ => Some("a good release is rolled back"),
             },
             _ => None,
         }
     }
 
-    /// Whether the new manager is about to do something by itself.
+    /// The next action of the new manager, if it has one.
     pub fn progress(&self, state: &State) -> Option<State> {
         let mut after = *state;
         let spm = after.spm.as_mut().filter(|spm| spm.image == WhichRelease::To)?;
@@ -453,7 +453,7 @@ impl World<'_> {
         Some(after)
     }
 
-    /// A second passes while the watchdog judges.
+    /// A second passes in which the watchdog evaluates the trial.
     pub fn tick(&mut self, state: &State) -> Option<State> {
         let spa_waits = match self.step(state, Decider::Watchdog) {
             UpgradeStep::Wait(wait) => wait,
@@ -524,7 +524,7 @@ impl World<'_> {
         Some(State { spa: Some(Spa { took_over, ..fresh(image) }), ..*state })
     }
 
-    /// What anybody but the roles and the new program may do now.
+    /// The possible events outside of the roles and the new program.
     pub fn happens(&mut self, state: &State) -> Vec<Follows> {
         let mut all = vec![];
         if state.spm.is_some() {
@@ -570,7 +570,7 @@ impl World<'_> {
         }
         let begun = self.changed(state.record.now, Verb::Begin)?;
         if state.condemned && state.meddled != Meddled::RecordLost {
-            return Some(Err("a condemned release is tried again"));
+            return Some(Err("a skipped release is tried again"));
         }
         let mut after = *state;
         after.spm.iter_mut().for_each(|spm| (spm.begun, spm.staged) = (Some(begun), true));
@@ -611,7 +611,7 @@ pub fn without_spm(state: State) -> State {
     State { spm: None, spa, ..state }
 }
 
-/// The process that acts has died.
+/// The acting process has died.
 fn dead(state: State, asker: Decider) -> State {
     match asker {
         Decider::Manager => without_spm(state),
@@ -620,7 +620,7 @@ fn dead(state: State, asker: Decider) -> State {
     }
 }
 
-/// What the processes remember changes with the record.
+/// Updates the memory of the processes with the record.
 fn note(state: &mut State, change: RecordChange) {
     let ends = matches!(
         change,
@@ -657,19 +657,19 @@ fn sync(state: &mut State) {
     state.installed.sync();
 }
 
-/// The operator starts the home again, once it has stopped.
+/// The operator starts a stopped home.
 pub fn start(state: &State) -> Option<State> {
     let down = state.stopped && state.spm.is_none() && state.spa.is_none();
     down.then_some(State { stopped: false, ..*state })
 }
 
-/// Each write that is not synced is kept or lost.
+/// Each unsynced write is kept or lost.
 fn power_cut(state: &State) -> Vec<State> {
     let mut all = vec![];
     let mut synced = *state;
     sync(&mut synced);
     if synced == *state {
-        // It is the death of both.
+        // Both roles die.
         return all;
     }
     let kept = |bits: u32, place: u32| bits & (1 << place) != 0;

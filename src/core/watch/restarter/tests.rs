@@ -1,4 +1,4 @@
-//! The decision, answer by answer, and in a world of its own where anything may happen in any order.
+//! The decisions, answer by answer, and in a model where events come in any order.
 
 use proptest::prelude::*;
 
@@ -10,7 +10,7 @@ const NOBODY: RoleObservation = RoleObservation { taken: false, stop_recorded: f
 const TAKEN: RoleObservation = RoleObservation { taken: true, stop_recorded: false };
 const STOPPED: RoleObservation = RoleObservation { taken: false, stop_recorded: true };
 
-/// One whose role was just lost for the first time, after a healthy time.
+/// A restarter whose role was just lost for the first time, after a healthy period.
 fn lost(policy: RestarterPolicy, supervised: bool, now: Instant) -> Restarter {
     let since = now - S(3600);
     let mut restarter = Restarter::new(policy, supervised, true, since);
@@ -20,7 +20,7 @@ fn lost(policy: RestarterPolicy, supervised: bool, now: Instant) -> Restarter {
     restarter
 }
 
-/// Looks whenever a look is due, at a role that is seen so, until an action comes; answers it and when it came.
+/// Checks whenever a check is due, with this observation, until an action comes. Returns the action and advances `now` to it.
 fn next(restarter: &mut Restarter, seen: RoleObservation, now: &mut Instant) -> RestarterAction {
     for _ in 0..100_000 {
         *now = (*now).max(restarter.deadline());
@@ -28,7 +28,7 @@ fn next(restarter: &mut Restarter, seen: RoleObservation, now: &mut Instant) -> 
             return action;
         }
     }
-    panic!("nothing is done about it: {restarter:?}");
+    panic!("no action: {restarter:?}");
 }
 
 #[test]
@@ -104,8 +104,8 @@ fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
         assert_eq!(follows(Dead, NOBODY, 10), Some(RestarterAction::StartUnit));
         assert_eq!(follows(Missing, NOBODY, 10), Some(RestarterAction::Start { failures: 1 }));
         for standing in [Dead, Missing] {
-            assert_eq!(follows(standing, NOBODY, 9), None, "the turn is not over");
-            assert_eq!(follows(standing, TAKEN, 100), None, "somebody has the role");
+            assert_eq!(follows(standing, NOBODY, 9), None, "the timeout is not over");
+            assert_eq!(follows(standing, TAKEN, 100), None, "a process holds the role");
         }
         for standing in [Coming, Forbidden] {
             assert_eq!(follows(standing, NOBODY, 10_000), None);
@@ -117,10 +117,7 @@ fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
     }
     for standing in [Dead, Missing] {
         assert_eq!(follows(RestarterPolicy::WATCHDOG, standing, STOPPED, 100), None);
-        assert!(
-            follows(RestarterPolicy::MANAGER, standing, STOPPED, 100).is_some(),
-            "it hears of a stop in another way"
-        );
+        assert!(follows(RestarterPolicy::MANAGER, standing, STOPPED, 100).is_some(), "a stop reaches it as a request");
     }
 }
 
@@ -135,7 +132,7 @@ fn a_dead_unit_is_started_once_and_then_the_role_without_it() {
         assert_eq!([dead(21), dead(22)], [None, Some(RestarterAction::Start { failures: 2 })]);
         assert_eq!(restarter.answered(Some(UnitStanding::Forbidden), NOBODY, start + S(600)), None);
 
-        // Where the start of the unit is waited for, the turn begins with its end; and the next absence begins anew.
+        // If the start of the unit is waited for, the timeout counts from its end; and the next absence starts from scratch.
         let mut restarter = lost(policy, true, start);
         assert_eq!(
             restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(10)),
@@ -183,7 +180,7 @@ fn a_recorded_stop_is_honoured_by_the_one_that_follows_it_once_nobody_has_the_ro
             let action = watchdog.look(ending, start + S(at));
             assert!(
                 matches!(action, None | Some(RestarterAction::AskUnit)),
-                "one that is ending is not killed: {action:?}"
+                "a stopping process is not killed: {action:?}"
             );
         }
         assert_eq!(watchdog.look(STOPPED, start + S(200)), Some(RestarterAction::HonourStop));
@@ -202,7 +199,7 @@ fn one_that_has_the_role_and_stays_mute_is_killed_if_it_was_seen_without_a_break
         let before = now;
         assert_eq!(next(&mut restarter, TAKEN, &mut now), RestarterAction::KillHung);
         assert!((60..68).contains(&(now - before).as_secs()), "{:?}", now - before);
-        // Whoever does not look in time has not seen it last.
+        // Without timely checks, the observation does not count as continuous.
         for minutes in 1..10 {
             assert_eq!(restarter.look(TAKEN, now + S(60 * minutes)), None);
         }
@@ -227,7 +224,7 @@ fn the_end_of_a_connection_counts_by_what_came_before_it() {
     let next_start = |restarter: &Restarter| {
         restarter.starts(match &restarter.state {
             RestarterState::Absent(absence) => absence,
-            RestarterState::Present { .. } => panic!("it is there"),
+            RestarterState::Present { .. } => panic!("connected"),
         })
     };
     let mut restarter = Restarter::new(RestarterPolicy::WATCHDOG, false, false, start);
@@ -240,28 +237,28 @@ fn the_end_of_a_connection_counts_by_what_came_before_it() {
     }
     restarter.connected(start + S(1));
     assert_eq!(restarter.lost(start + S(1)), Some(Loss::Unheard));
-    assert_eq!(next_start(&restarter), start + S(5), "it was not there, and what was counted stands");
+    assert_eq!(next_start(&restarter), start + S(5), "it never answered, so the count stays");
     restarter.connected(start + S(1));
     restarter.yields();
     assert_eq!(restarter.lost(start + S(2)), Some(Loss::Yielded));
     assert_eq!(next_start(&restarter), start + S(2));
 }
 
-/// What happens in the world.
+/// An event of the model.
 #[derive(Debug, Clone)]
 enum Happening {
-    /// The next look comes.
+    /// The next check is due.
     Look,
-    /// So many milliseconds pass, and it is looked.
+    /// Milliseconds pass, and a check follows.
     Pass(u64),
-    /// The service manager answers a question, after so many seconds.
+    /// The service manager answers a query after some seconds.
     Answers(u64),
     /// A process takes the role.
     Taken,
-    /// The one that has it connects; perhaps it is heard.
+    /// The holder connects; with `true` it also sends something.
     Connects(bool),
     Heard,
-    /// The one that has it ends; perhaps it said so before.
+    /// The holder exits; with `true` it yielded before.
     Ends(bool),
     StopRecorded(bool),
     Unit(Option<UnitStanding>),
@@ -293,23 +290,23 @@ fn any_happening() -> impl Strategy<Value = Happening> {
     ]
 }
 
-/// A world with one role that is watched.
+/// The model of one role that is watched.
 struct World {
     restarter: Restarter,
     now: Instant,
     taken: bool,
-    /// Since when; heard last.
+    /// When it connected or was last received from.
     connected: Option<Instant>,
     stop_recorded: bool,
     unit: Option<UnitStanding>,
-    /// Answers in a row that did not come.
+    /// Unanswered queries in a row.
     unanswered: u32,
-    /// A question is under way.
+    /// A query is under way.
     asked: bool,
     absent_since: Instant,
-    /// In this absence, every look since then saw the role taken.
+    /// Since when every check in this absence found the role held.
     mute_since: Option<Instant>,
-    /// In this absence, the unit was started then.
+    /// When the unit was started in this absence.
     unit_started: Option<Instant>,
     started: Option<Instant>,
 }
@@ -341,7 +338,7 @@ impl World {
         let is_mute = self.taken && self.connected.is_none();
         self.mute_since = is_mute.then(|| self.mute_since.unwrap_or(self.now));
         let action = self.restarter.look(self.seen(), self.now);
-        assert!(self.restarter.deadline() > self.now, "looks without a pause: {:?}", self.restarter);
+        assert!(self.restarter.deadline() > self.now, "checks without a pause: {:?}", self.restarter);
         self.check(action);
         action
     }
@@ -355,7 +352,7 @@ impl World {
         action
     }
 
-    /// What may be done in this world now.
+    /// The actions that are allowed now.
     fn check(&mut self, action: Option<RestarterAction>) {
         let Restarter { policy, supervised, .. } = self.restarter;
         let is_stopped = policy.follows_stop && self.stop_recorded;
@@ -365,36 +362,36 @@ impl World {
             None => {}
             Some(RestarterAction::AskUnit) => {
                 assert!(supervised && self.connected.is_none());
-                assert!(policy.follows_stop || (!self.taken && turn_is_over), "asked for nothing");
+                assert!(policy.follows_stop || (!self.taken && turn_is_over), "queried without need");
                 self.asked = true;
             }
             Some(RestarterAction::StartUnit) => {
                 assert!(supervised && self.connected.is_none() && !self.taken && !is_stopped);
                 assert_eq!(self.unit, Some(UnitStanding::Dead));
                 assert!(self.unit_started.is_none(), "the unit is started twice");
-                assert!(turn_is_over, "before the service manager's turn was over");
+                assert!(turn_is_over, "before the service manager's timeout");
                 self.unit_started = Some(self.now);
             }
             Some(RestarterAction::Start { .. }) => {
-                assert!(self.connected.is_none() && !self.taken, "started although somebody has the role");
+                assert!(self.connected.is_none() && !self.taken, "started while a process holds the role");
                 assert!(!is_stopped, "started although the home is stopped");
                 if supervised {
-                    assert!(turn_is_over, "before the service manager's turn was over");
+                    assert!(turn_is_over, "before the service manager's timeout");
                     match self.unit {
-                        Some(UnitStanding::Dead) => assert!(self.unit_started.is_some(), "before its unit"),
+                        Some(UnitStanding::Dead) => assert!(self.unit_started.is_some(), "started before its unit"),
                         Some(UnitStanding::Missing) => {}
-                        None => assert!(self.unanswered >= UNANSWERED, "without an answer"),
+                        None => assert!(self.unanswered >= UNANSWERED, "started without an answer"),
                         other => panic!("started while its unit is {other:?}"),
                     }
                 }
                 let pause = self.started.map(|before| self.now - before);
-                assert!(pause.is_none_or(|pause| pause >= S(2)), "started again after {pause:?}");
+                assert!(pause.is_none_or(|pause| pause >= S(2)), "restarted after {pause:?}");
                 self.started = Some(self.now);
             }
             Some(RestarterAction::KillHung) => {
-                let since = self.connected.or(self.mute_since).expect("somebody to be silent");
+                let since = self.connected.or(self.mute_since).expect("a silent process");
                 assert!(self.taken && self.now >= since + HUNG, "killed after {:?}", self.now - since);
-                assert!(!is_stopped || self.connected.is_some(), "killed on its way to a stop");
+                assert!(!is_stopped || self.connected.is_some(), "killed while it stops");
             }
             Some(RestarterAction::HonourStop) => {
                 assert!(policy.follows_stop);
@@ -452,7 +449,7 @@ impl World {
 }
 
 proptest! {
-    /// In any world: what [`World::check`] refuses is never done, and no look follows another without a pause.
+    /// In any sequence of events: no action breaks [`World::check`], and there is a pause between any two checks.
     #[test]
     fn nothing_is_done_that_must_not_be(
         policy in 0..2_usize,
@@ -465,7 +462,7 @@ proptest! {
         }
     }
 
-    /// Whatever happened: a role that nobody has, that nobody stopped and that no service manager revives is started in time.
+    /// After any events: a role that no process holds, that was not stopped and that no service manager restarts is started in time.
     #[test]
     fn a_role_that_is_gone_is_never_given_up(
         policy in 0..2_usize,
@@ -480,7 +477,7 @@ proptest! {
         world.happen(Happening::Ends(false));
         (world.stop_recorded, world.unit) = (false, unit);
         let began = world.now;
-        // The longest pause between two starts, the turns of the service manager, and six questions.
+        // The longest delay between two starts, the timeouts of the service manager, and six queries.
         let longest = S(60) + 3 * SERVICE_MANAGERS_TURN + S(60);
         let is_started = loop {
             world.now = world.now.max(world.restarter.deadline());

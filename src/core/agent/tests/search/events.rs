@@ -1,17 +1,17 @@
-//! What may happen in a state, and what happens if all goes well.
+//! The events that are possible in a state, and the fault-free next event.
 
 use super::super::*;
 use super::world::{Kind, NEW, Ordered, Process, Scenario, State, World, number_of};
 
-/// How much of what was under way has happened when the manager dies.
+/// How much of the work under way is done when the manager dies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cut {
     pub write: bool,
     pub launched: bool,
-    /// The process that was to stop: alive, dead with its record, gone.
+    /// The process to stop: alive, dead with its record, gone.
     pub stopped: u8,
     pub staged: bool,
-    /// A release that was to be removed: whole, in part, gone.
+    /// The release to remove: complete, partly removed, gone.
     pub discarded: u8,
 }
 
@@ -23,11 +23,11 @@ impl Cut {
 pub enum Fetched {
     Ready,
     Failed,
-    /// After a costly download.
+    /// Rejected after a costly download.
     Refused,
 }
 
-/// What happens.
+/// An event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum What {
     Staged {
@@ -37,7 +37,7 @@ pub enum What {
     Admitted {
         ok: bool,
     },
-    /// `kept`: on disk.
+    /// `kept`: it is on disk.
     Written {
         ok: bool,
         kept: bool,
@@ -67,7 +67,7 @@ pub enum What {
     Retry,
     Restart,
     Orders(Ordered),
-    /// The manager dies before it follows the order that it has written.
+    /// The manager dies after it has written the order and before it follows it.
     OrdersAndDies(Ordered),
     Dies(Cut),
     /// While no manager runs:
@@ -77,7 +77,7 @@ pub enum What {
 }
 
 impl World {
-    /// All that may happen now.
+    /// All events that are possible now.
     pub fn possible(&self, state: &State) -> Vec<What> {
         let Scenario { kind, operator, .. } = self.scenario;
         let faults = state.faults > 0;
@@ -171,7 +171,7 @@ impl World {
         all
     }
 
-    /// The home is stopped and the manager ends.
+    /// The home is stopped and the manager has exited.
     fn has_ended(&self, state: &State) -> bool {
         state.home_stops && state.agent.as_ref().is_some_and(|agent| agent.supervisor().is_down())
     }
@@ -200,7 +200,7 @@ impl World {
         }
     }
 
-    /// What happens if nothing fails that need not, and nobody comes in between.
+    /// The next event if nothing fails that need not, and no operator or gateway intervenes.
     pub fn fair(&self, state: &State) -> Option<What> {
         let kind = self.scenario.kind;
         let Some(agent) = &state.agent else { return Some(What::Starts) };
@@ -238,7 +238,7 @@ impl World {
         }
         let is_up = agent.supervisor().is_up() || state.clings;
         if let Some(process) = state.process.filter(|process| is_up && self.may_exit(*process)) {
-            // Each life is a little longer than the one before.
+            // Each process lives a little longer than the previous one.
             let lives_on = state.now < process.since + S(agent.ledger().probation_failures());
             return Some(if lives_on && self.may_pass(state, What::Second) { What::Second } else { What::Exits });
         }
@@ -248,7 +248,7 @@ impl World {
         self.may_pass(state, What::Tick).then_some(What::Tick)
     }
 
-    /// Whether it need not happen.
+    /// Whether the event is a fault.
     pub fn is_fault(&self, state: &State, what: What) -> bool {
         match what {
             What::Staged { fetched, .. } => match fetched {
@@ -268,7 +268,7 @@ impl World {
     }
 }
 
-/// Every way in which the manager can die now; last the one in which all that was under way has happened.
+/// Every way in which the manager can die now. In the last one, all work under way is done.
 fn cuts(state: &State, kind: Kind) -> impl Iterator<Item = Cut> {
     let can_come = state.staging.iter().any(|(_, number)| kind.can_be_fetched(*number));
     let can_launch = state.launching.is_some_and(|number| kind.can_be_launched(number));

@@ -1,6 +1,6 @@
-//! A state without what no decision depends on: two that have the same key go on alike.
+//! A state without the parts that no decision depends on: two states with the same key continue alike.
 //!
-//! Times are relative to the present, and cut off where a longer one makes no difference; counters likewise.
+//! Times are relative to now and capped where a longer time makes no difference; counters likewise.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::core::order::Run;
 
 /// Longer than any probation with its patience.
 const LONG: Duration = Duration::from_secs(130);
-/// So many failures make no delay longer.
+/// More failures do not lengthen the delay.
 const MANY: u32 = 13;
 
 pub type Key = Vec<i64>;
@@ -70,7 +70,7 @@ pub fn of(world: &World, state: &State) -> Key {
     key
 }
 
-/// Whether this write is waited for.
+/// Whether the agent waits for this write.
 fn waits(state: &State, writing: &Writing) -> i64 {
     let Some((revision, _)) = writing else { return -1 };
     i64::from(state.recorded_with.is_some_and(|waits| waits <= *revision))

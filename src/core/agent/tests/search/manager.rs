@@ -1,4 +1,4 @@
-//! The manager's part, as `spm::manager` plays it: a plan, the actions that are carried out, and what a new manager finds.
+//! The manager's part, as in `spm::manager`: it plans, carries out actions, and restores the state at a start.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use crate::core::desired::DesiredState;
 use crate::core::reconcile::{self, ReconcileStep};
 
 impl World {
-    /// An input of the manager; `replans`: a plan goes by it.
+    /// An input of the manager. `replans`: a new plan follows it.
     pub fn hear(&self, state: &mut State, event: AgentEvent, replans: bool) -> Done {
         let is_down = |state: &State| state.agent.as_ref().is_some_and(Agent::is_down_for_upgrade);
         state.replan |= replans;
@@ -26,7 +26,7 @@ impl World {
         self.perform(state, actions)
     }
 
-    /// What the manager does before it waits for the next input.
+    /// The manager's work until it waits for the next input.
     pub fn turn(&self, state: &mut State) -> Done {
         if std::mem::take(&mut state.replan) && !state.home_stops {
             self.reconcile(state)?;
@@ -87,7 +87,7 @@ impl World {
                     state.failed = 0;
                 }
                 if state.is_overruled || agent.ledger().overrules(&version, None, state.order.1) {
-                    return Err("an order is followed that an operator has overruled");
+                    return Err("an overruled order is followed");
                 }
                 state.is_admitting = true;
             }
@@ -99,21 +99,21 @@ impl World {
             }
             AgentAction::RaiseEpoch(release) => {
                 if number_of(&release.version) == NEW && !self.scenario.kind.passes() {
-                    return Err("the epoch of a bad release counts");
+                    return Err("the epoch of a bad release is raised");
                 }
             }
             AgentAction::Switch(version) => {
                 if state.process.is_some() && !state.clings {
-                    return Err("the release is changed while the one before runs");
+                    return Err("the link is changed while the previous release runs");
                 }
                 self.is_durable(state, &version, agent, false)?;
                 state.is_switching = true;
             }
-            AgentAction::Remove => return Err("it is removed"),
+            AgentAction::Remove => return Err("the sub-agent is removed"),
             AgentAction::Discard(version) => {
                 let number = number_of(&version);
                 if state.process.is_some_and(|process| process.version == number) {
-                    return Err("the files of what runs are removed");
+                    return Err("the files of the running release are removed");
                 }
                 let is_kept = state.whole.has(number) && state.disk.kept().any(|kept| *kept == version);
                 if is_kept && !state.is_unsaved {
@@ -124,7 +124,7 @@ impl World {
             AgentAction::Inspect(version) => state.inspecting.push(number_of(&version)),
             AgentAction::Start => {
                 let (Some(version), Some(_)) = (agent.current().cloned(), agent.program()) else {
-                    return Err("a start is asked for that nobody can carry out");
+                    return Err("a start is requested that cannot be carried out");
                 };
                 if state.launching.is_some() || state.process.is_some() && !state.clings {
                     return Err("a second process is launched");
@@ -139,8 +139,8 @@ impl World {
         Ok(())
     }
 
-    /// What is acted on is on disk; a return and a restart need not wait for a disk that cannot be written. The active release may be
-    /// restarted while another is recorded.
+    /// The ledger on disk must include a release before it is used. A roll back and a restart do not wait for a disk that cannot be written, and
+    /// the active release may be restarted while another is recorded.
     fn is_durable(&self, state: &State, version: &Version, agent: &Agent, starts: bool) -> Done {
         let is = |release: Option<&LedgerRelease>| release.is_some_and(|release| release.version == *version);
         let restarts = starts && agent.returned.is_none();
@@ -152,11 +152,11 @@ impl World {
         }
     }
 
-    /// A new manager finds what there is.
+    /// A new manager restores the state that it finds.
     pub fn take_charge(&self, state: &mut State) -> Done {
         state.home_stops = false;
         (state.asked, state.is_unsaved, state.replan) = (0, false, true);
-        // A new admission that is not on disk has not been.
+        // A new admission that is not on disk did not happen.
         state.failed = state.failed.max(state.disk.probation_failures());
         let mut ledger = state.disk.clone();
         ledger.keep_whole(|version| state.whole.has(number_of(version)));
@@ -188,7 +188,7 @@ impl World {
             (None, Some(record)) => {
                 let version = version_of(record.version);
                 let is_wanted = record.version == state.order.0 && agent.current() == Some(&version);
-                // An end that no manager saw counts as a failure.
+                // An exit that no manager saw counts as a failure.
                 let is_unseen = record.ended.is_none();
                 state.failed += u64::from(is_unseen && record.version == NEW);
                 state.is_suspect |= is_unseen && record.version != 1;

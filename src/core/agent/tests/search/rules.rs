@@ -1,4 +1,4 @@
-//! What must hold in every state, and when a change of release is over.
+//! The rules that hold in every state, and when a change of release is complete.
 
 use super::super::super::Activity;
 use super::super::*;
@@ -15,7 +15,7 @@ impl World {
             return Some("a bad release is committed on disk");
         }
         if !lies(state.disk.active()) {
-            return Some("the active release is not whole");
+            return Some("the active release is not complete");
         }
         let skips_active = |entry: &LedgerEntry| number(entry.active()).is_some_and(|active| is_skipped(entry, active));
         if skips_active(&state.disk) {
@@ -27,10 +27,10 @@ impl World {
             return Some("a bad release is committed");
         }
         if !lies(ledger.active()) || !lies(ledger.backup()) || !lies(ledger.probation()) {
-            return Some("a release of the ledger is not whole");
+            return Some("a release of the ledger is not complete");
         }
         if number(ledger.active()) != Some(1) && ledger.backup().is_none() {
-            return Some("there is nothing to go back to");
+            return Some("there is no release to roll back to");
         }
         if skips_active(ledger) {
             return Some("the active release is skipped");
@@ -43,16 +43,16 @@ impl World {
         }
         let newest = state.queued.as_ref().or(state.writing.as_ref()).map_or(&state.disk, |(_, entry)| entry);
         if *newest != to_record && !(state.is_unsaved && state.writing.is_none()) {
-            return Some("the ledger is changed and not written");
+            return Some("the ledger is changed without a write");
         }
         if number(ledger.probation()) == Some(NEW) && ledger.probation_failures() > state.failed {
             return Some("a failure is counted twice");
         }
         if state.is_condemned && number(to_record.current()) == Some(NEW) {
-            return Some("a condemned release is tried again");
+            return Some("a skipped release is tried again");
         }
         if !is_bad && !state.is_suspect && is_skipped(ledger, NEW) {
-            return Some("a good release is condemned");
+            return Some("a good release is skipped");
         }
         let Ordered(version, retry) = state.order;
         let outlives = |skipped: &SkippedRelease| number_of(&skipped.version) != version || skipped.retry < retry;
@@ -63,12 +63,12 @@ impl World {
             return Some("a hold outlives its order");
         }
         if agent.supervisor().is_up() != (state.process.is_some() && !state.clings && !state.is_stopping) {
-            return Some("the process is not the one that the manager knows");
+            return Some("the process differs from the one of the manager");
         }
         None
     }
 
-    /// All that was to be reached is reached, and stays so.
+    /// Everything is as ordered, and stays so.
     pub fn is_end(&self, state: &State) -> bool {
         let Some(agent) = &state.agent else { return false };
         let is_quiet = state.writing.is_none()
@@ -97,7 +97,7 @@ impl World {
             && rests
     }
 
-    /// A good release that nothing speaks against is ordered.
+    /// Whether a good release without an objection is ordered.
     pub fn is_to_be_committed(&self, state: &State) -> bool {
         let agent = state.agent.as_ref();
         let written = [&state.writing, &state.queued].into_iter().flatten().map(|(_, entry)| entry);
@@ -107,7 +107,7 @@ impl World {
     }
 }
 
-/// Until another release is ordered.
+/// Skipped until another release is ordered.
 pub fn is_skipped(entry: &LedgerEntry, number: u8) -> bool {
     entry.skipped_for_good().any(|skipped| number_of(&skipped.version) == number)
 }

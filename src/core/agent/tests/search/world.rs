@@ -1,9 +1,9 @@
-//! A sub-agent's home as the search sees it: the disk with the writes that are under way, its process, the manager, and what happens to them.
+//! The model of a sub-agent's home: the disk with the writes under way, its process, the manager, and the events.
 //!
-//! Outcomes come back in any order. Release 1 runs at first, 2 is what the search is about, 3 and 1 are good.
+//! Results arrive in any order. Release 1 runs at first, 2 is the one under search, 3 and 1 are good.
 //!
-//! Time passes from one deadline to the next, with whatever is under way; only a release that exits during its probation is looked at second
-//! by second.
+//! Time passes from one deadline to the next, with any work under way. Only a release that exits during its probation is stepped second by
+//! second.
 
 use super::super::super::Activity;
 use super::super::super::probation::TRIES;
@@ -16,21 +16,21 @@ use crate::core::manifest::Restart;
 use crate::core::supervise::CheckResult;
 use crate::core::units::Span;
 
-/// The release that the search is about.
+/// The release under search.
 pub const NEW: u8 = 2;
 
-/// Release 2.
+/// The kind of release 2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Good,
     /// Its health checks fail for its first 40 seconds.
     Slow,
-    /// It does its work and ends, as its restart policy expects.
+    /// It completes its work and exits, as its restart policy expects.
     Job,
     ExitsAtOnce,
     /// It runs, and its health checks fail.
     Unhealthy,
-    /// Its health cannot be told.
+    /// Its health checks give no result.
     NeverAnswers,
     /// It runs without a fault and exits before its probation is over.
     ExitsOnProbation,
@@ -64,19 +64,19 @@ impl Kind {
     }
 }
 
-/// What may happen, besides the ends of a manager and power cuts, which always may.
+/// The possible events, apart from exits of the manager and power cuts, which are always possible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scenario {
     pub kind: Kind,
-    /// So often something that is under way fails (an absent gateway is a fetch that fails), or a good release exits by itself.
+    /// How many operations fail (an absent gateway is a failed fetch) or good releases exit.
     pub faults: u8,
-    /// The operator rolls back, says that it is to be tried again, restarts it, and stops and starts the home.
+    /// The operator rolls back, retries, restarts, and stops and starts the home.
     pub operator: bool,
-    /// So often another release is ordered, or the same one with a higher `retry`.
+    /// How many times another release is ordered, or the same one with a higher `retry`.
     pub orders: u8,
 }
 
-/// What is ordered: a version, and `retry`.
+/// An order: a version and `retry`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ordered(pub u8, pub u64);
 
@@ -89,7 +89,7 @@ pub struct Process {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recorded {
     pub version: u8,
-    /// A manager has taken in its end, of which this is known.
+    /// The exit that a manager has handled, with its result.
     pub ended: Option<Option<bool>>,
 }
 
@@ -119,7 +119,7 @@ impl Set {
     }
 }
 
-/// The ledger on its way to the disk: its revision, and what it says.
+/// A ledger entry on its way to the disk: its revision and content.
 pub type Writing = Option<(u64, LedgerEntry)>;
 
 #[derive(Debug, Clone)]
@@ -135,14 +135,14 @@ pub struct State {
     pub asked: u64,
     pub is_changed: bool,
     pub recorded_with: Option<u64>,
-    /// The last write has failed.
+    /// The last write failed.
     pub is_unsaved: bool,
     pub replan: bool,
     /// A removal waits for a write.
     pub discard_waits: bool,
-    /// The ledger has followed what was found or could not be done, and is not on disk yet.
+    /// The entry was changed by a start or a failure and is not on disk yet.
     pub is_behind: bool,
-    /// Releases on disk: whole, and unpacked or removed in part.
+    /// Releases on disk: complete, and partly unpacked or removed.
     pub whole: Set,
     pub partial: Set,
     pub process: Option<Process>,
@@ -158,16 +158,16 @@ pub struct State {
     pub staging: Vec<(u64, u8)>,
     pub discarding: Set,
     pub home_stops: bool,
-    /// So many more things may fail.
+    /// The number of faults left.
     pub faults: u8,
     pub orders: u8,
-    /// Times that release 2 has failed since its last admission.
+    /// Failures of release 2 since its last admission.
     pub failed: u64,
-    /// Something happened for which a good release may be condemned.
+    /// Something happened that may roll back a good release.
     pub is_suspect: bool,
-    /// The ledger on disk says that release 2 is skipped, and nobody has said otherwise since.
+    /// The ledger on disk skips release 2, and no order or operator has changed this since.
     pub is_condemned: bool,
-    /// The operator has returned to the release before, and has not said otherwise since, and this manager knows it.
+    /// The operator rolled back, has not changed this since, and this manager knows it.
     pub is_overruled: bool,
 }
 
@@ -300,7 +300,7 @@ impl World {
                 self.happen(&mut after, what)?;
                 self.turn(&mut after)?;
                 if what == What::Tick && after.now == state.now && key::of(self, state) == key::of(self, &after) {
-                    return Err("a time that has passed is waited for");
+                    return Err("a passed deadline is waited for");
                 }
             }
         }
@@ -327,7 +327,7 @@ impl World {
             What::Admitted { ok } => {
                 state.is_admitting = false;
                 let Some(Activity::Admitting { order, .. }) = state.agent.as_ref().map(|agent| &agent.work) else {
-                    return Err("nothing waits for an admission");
+                    return Err("no admission is under way");
                 };
                 let number = number_of(&order.package.version);
                 let result = match ok {
@@ -359,8 +359,8 @@ impl World {
                 self.hear(state, AgentEvent::Inspected { version: version_of(number), result }, true)
             }
             What::Launched => {
-                let Some(number) = state.launching.take() else { return Err("nothing is launched") };
-                // What a failed stop has left is ended first.
+                let Some(number) = state.launching.take() else { return Err("no launch is under way") };
+                // Processes that a failed stop left are stopped first.
                 state.clings = false;
                 state.process = Some(Process { version: number, since: state.now });
                 state.record = Some(Recorded { version: number, ended: None });
@@ -388,7 +388,7 @@ impl World {
                 }
                 self.hear(state, AgentEvent::Stopped(if ok { Ok(()) } else { Err("it hangs".to_owned()) }), true)
             }
-            // Of one that a stop could not end nobody hears any more.
+            // The exit of a process that a stop could not end is not reported any more.
             What::Exits if state.clings => {
                 self.lose_process(state);
                 Ok(())
@@ -467,7 +467,7 @@ impl World {
         (state.is_condemned, state.is_overruled) = (false, false);
     }
 
-    /// Its process exits; whether as it is meant to.
+    /// Its process exits. Returns whether this is the expected exit.
     fn lose_process(&self, state: &mut State) -> bool {
         let process = state.process.take();
         state.clings = false;
@@ -475,9 +475,9 @@ impl World {
         is_new && self.scenario.kind == Kind::Job
     }
 
-    /// A write has ended, well or not.
+    /// A write has completed or failed.
     fn written(&self, state: &mut State, ok: bool, kept: bool) -> Done {
-        let Some((revision, entry)) = state.writing.take() else { return Err("nothing is written") };
+        let Some((revision, entry)) = state.writing.take() else { return Err("no write is under way") };
         state.writing = state.queued.take();
         state.is_unsaved = !ok;
         state.replan |= std::mem::take(&mut state.discard_waits);
@@ -509,7 +509,7 @@ impl State {
         (self.whole, self.partial) = (self.whole.without(number), self.partial.without(number));
     }
 
-    /// The manager is gone, in the middle of what was under way.
+    /// The manager dies in the middle of its work.
     fn die(&mut self, cut: Cut, kind: Kind) {
         if let Some((_, entry)) = self.writing.take().filter(|_| cut.write) {
             self.disk = entry;
