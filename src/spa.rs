@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::control_socket::{self, ControlClient, ControlMessage, Goodbye, Request};
 use crate::core::role::Role;
 use crate::core::service_manager::{Notification, ServiceManagerKind};
-use crate::core::watch::memory::{self, Memory};
+use crate::core::watch::memory::{self, MemoryCheck};
 use crate::core::watch::restarter::{Loss, Restarter, RestarterAction, RestarterPolicy, RoleObservation};
 use crate::core::watch::silence::{PING, PingAction, Pings};
 use crate::home::Home;
@@ -107,7 +107,7 @@ pub fn main(home: &Home, options: &WatchdogOptions) -> Result<ExitCode> {
         serial: 0,
         restarter,
         children: StartedManagers::default(),
-        memory: Memory::default(),
+        memory: MemoryCheck::default(),
         most_memory: u64::MAX,
         looks_around: now,
     };
@@ -200,7 +200,7 @@ struct Watchdog<'a> {
     restarter: Restarter,
     children: StartedManagers,
     /// The manager's.
-    memory: Memory,
+    memory: MemoryCheck,
     /// So much the manager may use, bytes.
     most_memory: u64,
     /// When the home and the settings are looked at next.
@@ -222,7 +222,7 @@ impl Watchdog<'_> {
                     let how = self.restarter.lost(Instant::now());
                     self.judge.lost(how == Some(Loss::Died));
                     match how {
-                        None | Some(Loss::Unheard) => {}
+                        None | Some(Loss::NeverAnswered) => {}
                         Some(how) => tracing::info!(how = format!("{how:?}"), "the manager is gone"),
                     }
                 }
@@ -245,13 +245,13 @@ impl Watchdog<'_> {
                 TrialAction::Become => return Ok(ManagerSearch::Become),
             }
             if self.judge.has_restored() {
-                self.restarter.replaced(Instant::now());
+                self.restarter.program_replaced(Instant::now());
                 self.children.replaced(self.home);
             }
             if let Some(connection) = self.connect() {
                 return Ok(ManagerSearch::Manager(connection));
             }
-            let action = self.restarter.look(self.seen(), Instant::now());
+            let action = self.restarter.poll(self.seen(), Instant::now());
             if let Some(found) = self.carry_out(action) {
                 return Ok(found);
             }
@@ -279,7 +279,7 @@ impl Watchdog<'_> {
 
     fn carry_out(&mut self, action: Option<RestarterAction>) -> Option<ManagerSearch> {
         match action? {
-            RestarterAction::AskUnit => return self.ask_unit(),
+            RestarterAction::QueryUnit => return self.ask_unit(),
             RestarterAction::StartUnit => {
                 tracing::warn!("the manager is dead and its unit is asked to start it");
                 if let Err(error) = while_noticed(|| host_service::start(self.service, self.home, &[Role::Spm])) {
@@ -294,7 +294,7 @@ impl Watchdog<'_> {
                 }
             }
             RestarterAction::KillHung => self.kill_hung(),
-            RestarterAction::HonourStop => return Some(ManagerSearch::Stop),
+            RestarterAction::FollowStop => return Some(ManagerSearch::Stop),
             // Of the other policy.
             RestarterAction::LeaveStopped => {}
         }
@@ -306,8 +306,8 @@ impl Watchdog<'_> {
         let answer = host_service::standing(self.service, self.home, Role::Spm).inspect_err(|error| {
             tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
         });
-        let action = self.restarter.answered(answer.ok(), self.seen(), Instant::now());
-        if action == Some(RestarterAction::HonourStop) {
+        let action = self.restarter.unit_answered(answer.ok(), self.seen(), Instant::now());
+        if action == Some(RestarterAction::FollowStop) {
             // It is recorded with what follows.
             tracing::info!("the manager's unit was stopped; the sub-agents are stopped with it");
         }
@@ -351,12 +351,12 @@ impl Watchdog<'_> {
                             self.judge.answered(status, Instant::now());
                         }
                         self.children.answered(self.home);
-                        if self.restarter.heard(Instant::now()) {
+                        if self.restarter.received(Instant::now()) {
                             tracing::info!("the manager is watched");
                         }
                     }
                     ControlMessage::Farewell(Goodbye::Stop) => return Ok(ConnectionEnd::Stopped),
-                    ControlMessage::Farewell(Goodbye::Yield) => self.restarter.yields(),
+                    ControlMessage::Farewell(Goodbye::Yield) => self.restarter.will_yield(),
                     ControlMessage::Silence => {}
                     ControlMessage::End => return Ok(ConnectionEnd::Lost),
                 },
@@ -366,7 +366,7 @@ impl Watchdog<'_> {
                     if let Some(watched) = self.judge_manager(&mut connection) {
                         return Ok(watched);
                     }
-                    let next = pings.look(Instant::now());
+                    let next = pings.poll(Instant::now());
                     if next == PingAction::Wait {
                         continue;
                     }
@@ -446,7 +446,7 @@ impl Watchdog<'_> {
         }
         let used =
             role::living(self.home, Role::Spm).and_then(|holder| platform::memory_bytes(holder.pid)).unwrap_or(0);
-        if self.memory.look(used, self.most_memory, Instant::now())
+        if self.memory.record(used, self.most_memory, Instant::now())
             && let Some(why) = memory::excess("the manager", used, self.most_memory, "spmMaxMem")
         {
             tracing::warn!(why, "the manager is restarted");

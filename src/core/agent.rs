@@ -239,14 +239,14 @@ impl Agent {
                 self.judge(at, &mut actions);
                 actions
             }
-            None => self.feed(supervise::SupervisorEvent::Rest, at),
+            None => self.feed(supervise::SupervisorEvent::Stop, at),
         }
     }
 
     /// Stops a leftover process that cannot be adopted. Nothing is started until it is down.
     pub fn clear_away(&mut self, pid: u32, at: Moment) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
-        self.feed(supervise::SupervisorEvent::Rest, at)
+        self.feed(supervise::SupervisorEvent::Stop, at)
     }
 
     /// Handles an event and returns the actions. An event that does not fit the current state changes nothing.
@@ -286,14 +286,14 @@ impl Agent {
             AgentEvent::Set(run) => {
                 self.run = run;
                 self.feed(
-                    if run == Run::Start { supervise::SupervisorEvent::Run } else { supervise::SupervisorEvent::Rest },
+                    if run == Run::Start { supervise::SupervisorEvent::Run } else { supervise::SupervisorEvent::Stop },
                     at,
                 )
             }
             AgentEvent::Uninstall => {
                 let mut actions = self.cancel_staging();
                 self.work = Activity::Uninstalling;
-                actions.extend(self.feed(supervise::SupervisorEvent::Rest, at));
+                actions.extend(self.feed(supervise::SupervisorEvent::Stop, at));
                 actions.extend(self.go_on_if_down());
                 actions
             }
@@ -301,9 +301,9 @@ impl Agent {
             AgentEvent::Ordered(order) => self.ordered(order),
             AgentEvent::HomeStops => {
                 self.home_stops = true;
-                self.feed(supervise::SupervisorEvent::Rest, at)
+                self.feed(supervise::SupervisorEvent::Stop, at)
             }
-            AgentEvent::Restart => self.feed(supervise::SupervisorEvent::Again, at),
+            AgentEvent::Restart => self.feed(supervise::SupervisorEvent::Restart, at),
             AgentEvent::Staged { id, version, result } => {
                 self.unanswered.remove(&id);
                 let mut actions = self.staged(id, version, result, at);
@@ -335,7 +335,7 @@ impl Agent {
                     actions.extend(self.note_returned(at));
                 }
                 if !runs_so {
-                    actions.extend(self.feed(supervise::SupervisorEvent::Again, at));
+                    actions.extend(self.feed(supervise::SupervisorEvent::Restart, at));
                 }
                 actions
             }
@@ -434,7 +434,7 @@ impl Agent {
             actions.extend(self.current().cloned().map(AgentAction::Inspect));
         }
         if self.supervisor.pid().is_some() && !runs_so {
-            actions.extend(self.feed(supervise::SupervisorEvent::Again, at));
+            actions.extend(self.feed(supervise::SupervisorEvent::Restart, at));
         }
         actions
     }

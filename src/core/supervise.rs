@@ -85,9 +85,9 @@ pub enum SupervisorEvent {
     /// It is to run.
     Run,
     /// It is to be stopped.
-    Rest,
+    Stop,
     /// It is to be restarted, by request.
-    Again,
+    Restart,
     Started {
         pid: u32,
     },
@@ -143,12 +143,12 @@ impl Supervisor {
 
     /// Adopts a process that another manager started at `since`.
     pub fn adopt(&mut self, pid: u32, since: Instant, now: Instant, jitter: f64) {
-        let health = ProcessHealth::of(self.policy.checks, since, now, jitter);
+        let health = ProcessHealth::new(self.policy.checks, since, now, jitter);
         self.phase = SupervisorPhase::Up(ProcessState { pid, since, health });
     }
 
     /// Replaces the pid of the running process. Without a running process, nothing changes.
-    pub fn replace(&mut self, pid: u32, now: Instant) {
+    pub fn replace_pid(&mut self, pid: u32, now: Instant) {
         if let SupervisorPhase::Up(process) = &mut self.phase {
             (process.pid, process.since) = (pid, now);
         }
@@ -208,12 +208,12 @@ impl Supervisor {
 
     /// The current health problem, or else the reason for the last restart or failed start.
     pub fn last_error(&self) -> Option<&str> {
-        self.process().and_then(|process| process.health.why()).or(self.last_error.as_deref())
+        self.process().and_then(|process| process.health.problem()).or(self.last_error.as_deref())
     }
 
     /// Whether its process runs and is healthy: by the last check, where there are checks.
-    pub fn is_well(&self) -> bool {
-        matches!(&self.phase, SupervisorPhase::Up(process) if process.health.is_well())
+    pub fn is_healthy(&self) -> bool {
+        matches!(&self.phase, SupervisorPhase::Up(process) if process.health.is_healthy())
     }
 
     /// It exited, and its restart policy does not restart it.
@@ -262,9 +262,9 @@ impl Supervisor {
                 self.wanted = true;
                 matches!(self.phase, SupervisorPhase::Down { .. }).then(|| self.start())
             }
-            SupervisorEvent::Rest => {
+            SupervisorEvent::Stop => {
                 self.wanted = false;
-                self.forget();
+                self.clear_failures();
                 match &mut self.phase {
                     // Stop it even if its main process exited: child processes may still run.
                     SupervisorPhase::Up(_) | SupervisorPhase::Waiting { .. } | SupervisorPhase::Down { done: true } => {
@@ -278,18 +278,18 @@ impl Supervisor {
                     SupervisorPhase::Starting | SupervisorPhase::Down { done: false } => None,
                 }
             }
-            SupervisorEvent::Again if self.wanted => match &mut self.phase {
+            SupervisorEvent::Restart if self.wanted => match &mut self.phase {
                 SupervisorPhase::Up(_) => {
-                    self.forget();
+                    self.clear_failures();
                     Some(self.stop(false))
                 }
                 SupervisorPhase::Waiting { .. } | SupervisorPhase::Down { .. } => {
-                    self.forget();
+                    self.clear_failures();
                     Some(self.start())
                 }
                 SupervisorPhase::Stopping { failed, .. } => {
                     *failed = false;
-                    self.forget();
+                    self.clear_failures();
                     None
                 }
                 SupervisorPhase::Starting => None,
@@ -303,26 +303,26 @@ impl Supervisor {
                 if self.wanted {
                     self.last_error = Some(why);
                 }
-                self.fail(now, jitter)
+                self.count_failure(now, jitter)
             }
             SupervisorEvent::Exited { success, how } if self.is_up() => {
-                self.settle(now);
-                let again = match self.policy.restart {
+                self.reset_if_healthy(now);
+                let restarts = match self.policy.restart {
                     Restart::Always => true,
                     Restart::OnFailure => success != Some(true),
                     Restart::Never => false,
                 };
                 self.last_error = Some(how);
-                if again {
-                    self.fail(now, jitter)
+                if restarts {
+                    self.count_failure(now, jitter)
                 } else {
                     self.phase = SupervisorPhase::Down { done: true };
                     None
                 }
             }
-            SupervisorEvent::Checked(answer) => self.checked(answer, now),
+            SupervisorEvent::Checked(answer) => self.record_check(answer, now),
             SupervisorEvent::Stopped => match self.phase {
-                SupervisorPhase::Stopping { failed, .. } if self.wanted && failed => self.fail(now, jitter),
+                SupervisorPhase::Stopping { failed, .. } if self.wanted && failed => self.count_failure(now, jitter),
                 SupervisorPhase::Stopping { .. } => {
                     self.phase = SupervisorPhase::Down { done: false };
                     self.wanted.then(|| self.start())
@@ -331,10 +331,10 @@ impl Supervisor {
             },
             SupervisorEvent::Tick => match &mut self.phase {
                 SupervisorPhase::Waiting { until } if now >= *until => Some(self.start()),
-                SupervisorPhase::Up(process) => process.health.begin(now).then_some(SupervisorAction::Check),
+                SupervisorPhase::Up(process) => process.health.begin_check(now).then_some(SupervisorAction::Check),
                 _ => None,
             },
-            SupervisorEvent::Again
+            SupervisorEvent::Restart
             | SupervisorEvent::Started { .. }
             | SupervisorEvent::StartFailed { .. }
             | SupervisorEvent::Exited { .. } => None,
@@ -348,47 +348,47 @@ impl Supervisor {
         let failures = i64::from(self.failures.min(8));
         let RestartPolicy { restart, checks, .. } = &self.policy;
         let policy = *restart as i64 * 2 + i64::from(checks.is_some());
-        let mut words = vec![policy, i64::from(self.wanted), failures];
+        let mut digest = vec![policy, i64::from(self.wanted), failures];
         match &self.phase {
-            SupervisorPhase::Down { done } => words.extend([0, i64::from(*done)]),
-            SupervisorPhase::Starting => words.push(1),
+            SupervisorPhase::Down { done } => digest.extend([0, i64::from(*done)]),
+            SupervisorPhase::Starting => digest.push(1),
             SupervisorPhase::Up(process) => {
-                words.push(2);
-                words.extend(process.health.outline(now, self.policy.healthy));
+                digest.push(2);
+                digest.extend(process.health.outline(now, self.policy.healthy));
             }
             SupervisorPhase::Stopping { process, failed } => {
-                words.extend([3, i64::from(*failed), i64::from(process.is_some())]);
+                digest.extend([3, i64::from(*failed), i64::from(process.is_some())]);
             }
             SupervisorPhase::Waiting { until } => {
-                words.extend([4, health::millis(until.saturating_duration_since(now))]);
+                digest.extend([4, health::millis(until.saturating_duration_since(now))]);
             }
         }
-        words
+        digest
     }
 
-    fn checked(&mut self, answer: CheckResult, now: Instant) -> Option<SupervisorAction> {
-        self.settle(now);
+    fn record_check(&mut self, answer: CheckResult, now: Instant) -> Option<SupervisorAction> {
+        self.reset_if_healthy(now);
         let SupervisorPhase::Up(process) = &mut self.phase else { return None };
-        let verdict = process.health.take(answer, now);
+        let verdict = process.health.record(answer, now);
         // With the policy `never` it keeps running and is shown as unhealthy: a stop would not help.
-        if verdict == HealthVerdict::Bearable || self.policy.restart == Restart::Never {
+        if verdict == HealthVerdict::Continue || self.policy.restart == Restart::Never {
             return None;
         }
-        self.last_error = process.health.why().map(|why| format!("restarted: {why}"));
+        self.last_error = process.health.problem().map(|why| format!("restarted: {why}"));
         Some(self.stop(true))
     }
 
     /// Resets the failure count after a healthy period.
-    fn settle(&mut self, now: Instant) {
+    fn reset_if_healthy(&mut self, now: Instant) {
         if let SupervisorPhase::Up(process) = &self.phase
-            && process.health.well_for(now) >= self.policy.healthy
+            && process.health.healthy_for(now) >= self.policy.healthy
         {
             self.failures = 0;
         }
     }
 
     /// Clears the counts and errors: the next start was requested and may be of another release.
-    fn forget(&mut self) {
+    fn clear_failures(&mut self) {
         self.failures = 0;
         self.restarts = 0;
         self.last_error = None;
@@ -409,7 +409,7 @@ impl Supervisor {
     }
 
     /// Counts a failure: the first restart is immediate, later ones wait.
-    fn fail(&mut self, now: Instant, jitter: f64) -> Option<SupervisorAction> {
+    fn count_failure(&mut self, now: Instant, jitter: f64) -> Option<SupervisorAction> {
         if !self.wanted {
             // A failed start may still have left processes.
             self.phase = SupervisorPhase::Starting;

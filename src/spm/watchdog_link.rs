@@ -7,7 +7,7 @@ use super::input::{Input, Inputs};
 use crate::core::role::Role;
 use crate::core::service_manager::{ServiceManagerKind, UnitStanding};
 use crate::core::status::RoleStatus;
-use crate::core::watch::memory::{self, Memory};
+use crate::core::watch::memory::{self, MemoryCheck};
 use crate::core::watch::restarter::{Restarter, RestarterAction, RestarterPolicy, RoleObservation};
 use crate::home::Home;
 use crate::{host_service, platform, role};
@@ -20,7 +20,7 @@ pub(super) struct WatchdogLink {
     pid: Option<u32>,
     restarter: Restarter,
     children: Vec<Child>,
-    memory: Memory,
+    memory: MemoryCheck,
     /// Somebody stopped the watchdog's own unit; it is left so.
     pub(super) stopped_by_operator: bool,
 }
@@ -34,7 +34,7 @@ impl WatchdogLink {
             pid: None,
             restarter,
             children: vec![],
-            memory: Memory::default(),
+            memory: MemoryCheck::default(),
             stopped_by_operator: false,
         }
     }
@@ -43,18 +43,18 @@ impl WatchdogLink {
         tracing::info!(pid, "the watchdog connected");
         self.pid = Some(pid);
         self.restarter.connected(now);
-        self.restarter.heard(now);
+        self.restarter.received(now);
         self.stopped_by_operator = false;
     }
 
     pub(super) fn ping(&mut self, now: Instant) {
-        self.restarter.heard(now);
+        self.restarter.received(now);
     }
 
     /// Ends the watchdog, in order, that uses too much memory for too long; it is revived as one that died. Gives the reason.
     pub(super) fn look_at_memory(&mut self, home: &Home, limit: u64, now: Instant) -> Option<String> {
         let used = platform::memory_bytes(self.pid?)?;
-        if !self.memory.look(used, limit, now) {
+        if !self.memory.record(used, limit, now) {
             return None;
         }
         let why = memory::excess("the watchdog", used, limit, "spaMaxMem")?;
@@ -90,8 +90,8 @@ impl WatchdogLink {
     /// Does what time asks for: revives a watchdog that is gone, kills one that hangs.
     pub(super) fn look(&mut self, home: &Home, inputs: &Inputs, now: Instant) {
         self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        let action = self.restarter.look(self.seen(home), now);
-        if action == Some(RestarterAction::AskUnit) {
+        let action = self.restarter.poll(self.seen(home), now);
+        if action == Some(RestarterAction::QueryUnit) {
             return ask(self.service, home, inputs);
         }
         self.carry_out(home, action);
@@ -102,7 +102,7 @@ impl WatchdogLink {
         let answer = answer.inspect_err(|error| {
             tracing::warn!(error = format!("{error:#}"), "the service manager cannot be asked after a role");
         });
-        let action = self.restarter.answered(answer.ok(), self.seen(home), now);
+        let action = self.restarter.unit_answered(answer.ok(), self.seen(home), now);
         self.carry_out(home, action);
     }
 
@@ -137,7 +137,7 @@ impl WatchdogLink {
             Some(RestarterAction::KillHung) => kill_hung(home),
             Some(RestarterAction::LeaveStopped) => self.stopped_by_operator = true,
             // Asked by [`WatchdogLink::look`]; of the other policy.
-            Some(RestarterAction::AskUnit | RestarterAction::HonourStop) | None => {}
+            Some(RestarterAction::QueryUnit | RestarterAction::FollowStop) | None => {}
         }
     }
 

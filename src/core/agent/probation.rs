@@ -289,7 +289,7 @@ impl Agent {
         self.error = None;
         self.work = Activity::Returning(Box::new(Rollback { from, to, why, began, recorded: false }));
         actions.push(AgentAction::Record { wait: true });
-        actions.extend(self.feed(supervise::SupervisorEvent::Rest, at));
+        actions.extend(self.feed(supervise::SupervisorEvent::Stop, at));
         actions
     }
 

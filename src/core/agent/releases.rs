@@ -131,7 +131,7 @@ impl Agent {
             return actions;
         }
         self.work = Activity::Stopping(activation);
-        let mut actions = self.feed(supervise::SupervisorEvent::Rest, at);
+        let mut actions = self.feed(supervise::SupervisorEvent::Stop, at);
         actions.extend(self.go_on_if_down());
         actions
     }

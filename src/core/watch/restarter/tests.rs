@@ -6,7 +6,7 @@ use super::*;
 
 const S: fn(u64) -> Duration = Duration::from_secs;
 const POLICIES: [RestarterPolicy; 2] = [RestarterPolicy::WATCHDOG, RestarterPolicy::MANAGER];
-const NOBODY: RoleObservation = RoleObservation { taken: false, stop_recorded: false };
+const FREE: RoleObservation = RoleObservation { taken: false, stop_recorded: false };
 const TAKEN: RoleObservation = RoleObservation { taken: true, stop_recorded: false };
 const STOPPED: RoleObservation = RoleObservation { taken: false, stop_recorded: true };
 
@@ -15,16 +15,16 @@ fn lost(policy: RestarterPolicy, supervised: bool, now: Instant) -> Restarter {
     let since = now - S(3600);
     let mut restarter = Restarter::new(policy, supervised, true, since);
     restarter.connected(since);
-    restarter.heard(since);
+    restarter.received(since);
     assert_eq!(restarter.lost(now), Some(Loss::Died));
     restarter
 }
 
 /// Checks whenever a check is due, with this observation, until an action comes. Returns the action and advances `now` to it.
-fn next(restarter: &mut Restarter, seen: RoleObservation, now: &mut Instant) -> RestarterAction {
+fn next(restarter: &mut Restarter, observation: RoleObservation, now: &mut Instant) -> RestarterAction {
     for _ in 0..100_000 {
         *now = (*now).max(restarter.deadline());
-        if let Some(action) = restarter.look(seen, *now) {
+        if let Some(action) = restarter.poll(observation, *now) {
             return action;
         }
     }
@@ -32,16 +32,16 @@ fn next(restarter: &mut Restarter, seen: RoleObservation, now: &mut Instant) -> 
 }
 
 #[test]
-fn without_a_service_manager_the_role_is_started_soon_and_then_later_and_later() {
-    for (policy, moment) in [(RestarterPolicy::WATCHDOG, 0), (RestarterPolicy::MANAGER, 500)] {
+fn without_a_service_manager_the_role_is_started_with_back_off() {
+    for (policy, min_delay) in [(RestarterPolicy::WATCHDOG, 0), (RestarterPolicy::MANAGER, 500)] {
         let start = Instant::now();
         let (mut restarter, mut now) = (lost(policy, false, start), start);
-        assert_eq!(next(&mut restarter, NOBODY, &mut now), RestarterAction::Start { failures: 1 });
-        assert_eq!((now - start).as_millis(), moment);
+        assert_eq!(next(&mut restarter, FREE, &mut now), RestarterAction::Start { failures: 1 });
+        assert_eq!((now - start).as_millis(), min_delay);
         let mut pauses = vec![];
         for failures in 2..12 {
             let before = now;
-            assert_eq!(next(&mut restarter, NOBODY, &mut now), RestarterAction::Start { failures });
+            assert_eq!(next(&mut restarter, FREE, &mut now), RestarterAction::Start { failures });
             pauses.push((now - before).as_secs());
         }
         assert_eq!(pauses, [2, 2, 4, 8, 16, 32, 60, 60, 60, 60]);
@@ -49,70 +49,70 @@ fn without_a_service_manager_the_role_is_started_soon_and_then_later_and_later()
 }
 
 #[test]
-fn a_start_that_was_heard_of_is_no_failure_but_an_early_death_is() {
+fn a_start_that_responds_is_no_failure_but_an_early_death_is() {
     let start = Instant::now();
     let (mut restarter, mut now) = (lost(RestarterPolicy::WATCHDOG, false, start), start);
     for (failures, pause) in [(1, 0), (2, 1), (3, 2), (4, 4)] {
         let before = now;
-        assert_eq!(next(&mut restarter, NOBODY, &mut now), RestarterAction::Start { failures });
+        assert_eq!(next(&mut restarter, FREE, &mut now), RestarterAction::Start { failures });
         assert_eq!((now - before).as_secs(), pause);
         restarter.connected(now);
-        restarter.heard(now);
+        restarter.received(now);
         assert_eq!(restarter.lost(now), Some(Loss::Died));
     }
 }
 
 #[test]
-fn one_that_had_its_role_before_gets_time_to_connect() {
+fn a_process_that_already_holds_the_role_has_time_to_connect() {
     let start = Instant::now();
     for (policy, seconds) in [(RestarterPolicy::WATCHDOG, 0), (RestarterPolicy::MANAGER, 2)] {
         let (mut restarter, mut now) = (Restarter::new(policy, false, true, start), start);
-        assert_eq!(next(&mut restarter, NOBODY, &mut now), RestarterAction::Start { failures: 0 });
+        assert_eq!(next(&mut restarter, FREE, &mut now), RestarterAction::Start { failures: 0 });
         assert_eq!(now - start, S(seconds));
     }
 }
 
 #[test]
-fn the_watchdog_asks_after_the_unit_early_and_then_less_often_the_manager_after_the_turn() {
-    let asked = |policy, seen, times| -> Vec<u64> {
+fn the_watchdog_queries_the_unit_early_and_the_manager_after_the_timeout() {
+    let asked = |policy, observation, times| -> Vec<u64> {
         let start = Instant::now();
         let (mut restarter, mut now) = (lost(policy, true, start), start);
         let at = |_| {
-            assert_eq!(next(&mut restarter, seen, &mut now), RestarterAction::AskUnit);
-            assert_eq!(restarter.answered(Some(UnitStanding::Coming), seen, now), None);
+            assert_eq!(next(&mut restarter, observation, &mut now), RestarterAction::QueryUnit);
+            assert_eq!(restarter.unit_answered(Some(UnitStanding::Coming), observation, now), None);
             (now - start).as_secs()
         };
         (0..times).map(at).collect()
     };
-    assert_eq!(asked(RestarterPolicy::MANAGER, NOBODY, 4), [10, 20, 30, 40]);
+    assert_eq!(asked(RestarterPolicy::MANAGER, FREE, 4), [10, 20, 30, 40]);
     assert_eq!(asked(RestarterPolicy::WATCHDOG, TAKEN, 7), [1, 2, 3, 4, 5, 6, 7]);
-    let of_watchdog = asked(RestarterPolicy::WATCHDOG, NOBODY, 30);
+    let of_watchdog = asked(RestarterPolicy::WATCHDOG, FREE, 30);
     assert_eq!(of_watchdog[..7], [1, 2, 3, 4, 5, 6, 7]);
     assert!(of_watchdog.windows(2).all(|pair| (1..=11).contains(&(pair[1] - pair[0]))), "{of_watchdog:?}");
     assert!((10..=11).contains(&(of_watchdog[29] - of_watchdog[28])), "{of_watchdog:?}");
 }
 
 #[test]
-fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
+fn each_state_of_the_unit_has_its_action_after_the_timeout() {
     use UnitStanding::*;
-    let follows = |policy, standing, seen, seconds| {
+    let follows = |policy, standing, observation, seconds| {
         let start = Instant::now();
-        lost(policy, true, start).answered(Some(standing), seen, start + S(seconds))
+        lost(policy, true, start).unit_answered(Some(standing), observation, start + S(seconds))
     };
     for policy in POLICIES {
-        let follows = |standing, seen, seconds| follows(policy, standing, seen, seconds);
-        assert_eq!(follows(Dead, NOBODY, 10), Some(RestarterAction::StartUnit));
-        assert_eq!(follows(Missing, NOBODY, 10), Some(RestarterAction::Start { failures: 1 }));
+        let follows = |standing, observation, seconds| follows(policy, standing, observation, seconds);
+        assert_eq!(follows(Dead, FREE, 10), Some(RestarterAction::StartUnit));
+        assert_eq!(follows(Missing, FREE, 10), Some(RestarterAction::Start { failures: 1 }));
         for standing in [Dead, Missing] {
-            assert_eq!(follows(standing, NOBODY, 9), None, "the timeout is not over");
+            assert_eq!(follows(standing, FREE, 9), None, "the timeout is not over");
             assert_eq!(follows(standing, TAKEN, 100), None, "a process holds the role");
         }
         for standing in [Coming, Forbidden] {
-            assert_eq!(follows(standing, NOBODY, 10_000), None);
+            assert_eq!(follows(standing, FREE, 10_000), None);
         }
-        let stop = if policy.follows_stop { RestarterAction::HonourStop } else { RestarterAction::LeaveStopped };
-        for (seen, seconds) in [(NOBODY, 0), (TAKEN, 0), (NOBODY, 100)] {
-            assert_eq!(follows(Stopped, seen, seconds), Some(stop));
+        let stop = if policy.follows_stop { RestarterAction::FollowStop } else { RestarterAction::LeaveStopped };
+        for (observation, seconds) in [(FREE, 0), (TAKEN, 0), (FREE, 100)] {
+            assert_eq!(follows(Stopped, observation, seconds), Some(stop));
         }
     }
     for standing in [Dead, Missing] {
@@ -122,41 +122,41 @@ fn what_follows_from_the_unit_once_the_service_managers_turn_is_over() {
 }
 
 #[test]
-fn a_dead_unit_is_started_once_and_then_the_role_without_it() {
+fn a_dead_unit_is_started_once_then_the_role_without_the_unit() {
     for policy in POLICIES {
         let start = Instant::now();
         let mut restarter = lost(policy, true, start);
-        let mut dead = |at| restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(at));
+        let mut dead = |at| restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(at));
         assert_eq!([dead(10), dead(19)], [Some(RestarterAction::StartUnit), None]);
         assert_eq!(dead(20), Some(RestarterAction::Start { failures: 1 }));
         assert_eq!([dead(21), dead(22)], [None, Some(RestarterAction::Start { failures: 2 })]);
-        assert_eq!(restarter.answered(Some(UnitStanding::Forbidden), NOBODY, start + S(600)), None);
+        assert_eq!(restarter.unit_answered(Some(UnitStanding::Forbidden), FREE, start + S(600)), None);
 
         // If the start of the unit is waited for, the timeout counts from its end; and the next absence starts from scratch.
         let mut restarter = lost(policy, true, start);
         assert_eq!(
-            restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(10)),
+            restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(10)),
             Some(RestarterAction::StartUnit)
         );
         restarter.unit_start_ended(start + S(90));
-        assert_eq!(restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(99)), None);
+        assert_eq!(restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(99)), None);
         restarter.connected(start + S(99));
-        restarter.heard(start + S(99));
+        restarter.received(start + S(99));
         restarter.lost(start + S(100));
-        assert_eq!(restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(100)), None);
+        assert_eq!(restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(100)), None);
         assert_eq!(
-            restarter.answered(Some(UnitStanding::Dead), NOBODY, start + S(110)),
+            restarter.unit_answered(Some(UnitStanding::Dead), FREE, start + S(110)),
             Some(RestarterAction::StartUnit)
         );
     }
 }
 
 #[test]
-fn a_service_manager_that_does_not_answer_counts_as_none_after_six_questions() {
+fn a_service_manager_that_does_not_answer_counts_as_absent_after_six_queries() {
     for policy in POLICIES {
         let start = Instant::now();
         let mut restarter = lost(policy, true, start);
-        let ask = |restarter: &mut Restarter, answer| restarter.answered(answer, NOBODY, start + S(3600));
+        let ask = |restarter: &mut Restarter, answer| restarter.unit_answered(answer, FREE, start + S(3600));
         for _ in 0..3 {
             for _ in 0..5 {
                 assert_eq!(ask(&mut restarter, None), None);
@@ -171,26 +171,26 @@ fn a_service_manager_that_does_not_answer_counts_as_none_after_six_questions() {
 }
 
 #[test]
-fn a_recorded_stop_is_honoured_by_the_one_that_follows_it_once_nobody_has_the_role() {
+fn a_recorded_stop_is_followed_by_the_watchdog_once_the_role_is_free() {
     let start = Instant::now();
     for supervised in [false, true] {
         let mut watchdog = lost(RestarterPolicy::WATCHDOG, supervised, start);
         let ending = RoleObservation { taken: true, stop_recorded: true };
         for at in 0..200 {
-            let action = watchdog.look(ending, start + S(at));
+            let action = watchdog.poll(ending, start + S(at));
             assert!(
-                matches!(action, None | Some(RestarterAction::AskUnit)),
+                matches!(action, None | Some(RestarterAction::QueryUnit)),
                 "a stopping process is not killed: {action:?}"
             );
         }
-        assert_eq!(watchdog.look(STOPPED, start + S(200)), Some(RestarterAction::HonourStop));
+        assert_eq!(watchdog.poll(STOPPED, start + S(200)), Some(RestarterAction::FollowStop));
     }
     let mut manager = lost(RestarterPolicy::MANAGER, false, start);
-    assert_eq!(manager.look(STOPPED, start + S(1)), Some(RestarterAction::Start { failures: 1 }));
+    assert_eq!(manager.poll(STOPPED, start + S(1)), Some(RestarterAction::Start { failures: 1 }));
 }
 
 #[test]
-fn one_that_has_the_role_and_stays_mute_is_killed_if_it_was_seen_without_a_break() {
+fn an_unreachable_holder_is_killed_if_the_checks_had_no_gap() {
     for policy in POLICIES {
         let start = Instant::now();
         let (mut restarter, mut now) = (lost(policy, false, start), start);
@@ -201,28 +201,28 @@ fn one_that_has_the_role_and_stays_mute_is_killed_if_it_was_seen_without_a_break
         assert!((60..68).contains(&(now - before).as_secs()), "{:?}", now - before);
         // Without timely checks, the observation does not count as continuous.
         for minutes in 1..10 {
-            assert_eq!(restarter.look(TAKEN, now + S(60 * minutes)), None);
+            assert_eq!(restarter.poll(TAKEN, now + S(60 * minutes)), None);
         }
     }
 }
 
 #[test]
-fn one_that_is_connected_and_silent_is_killed_and_a_sign_of_life_begins_anew() {
+fn a_silent_connected_role_is_killed_and_a_message_resets_the_timeout() {
     let start = Instant::now();
     let mut restarter = Restarter::new(RestarterPolicy::MANAGER, false, true, start);
     restarter.connected(start);
-    assert!(restarter.heard(start) && !restarter.heard(start + S(30)));
+    assert!(restarter.received(start) && !restarter.received(start + S(30)));
     assert_eq!(restarter.deadline(), start + S(90));
-    let mut look = |at| restarter.look(NOBODY, start + S(at));
-    assert_eq!([look(60), look(89), look(90), look(91)], [None, None, Some(RestarterAction::KillHung), None]);
-    assert_eq!([look(149), look(150)], [None, Some(RestarterAction::KillHung)]);
+    let mut poll = |at| restarter.poll(FREE, start + S(at));
+    assert_eq!([poll(60), poll(89), poll(90), poll(91)], [None, None, Some(RestarterAction::KillHung), None]);
+    assert_eq!([poll(149), poll(150)], [None, Some(RestarterAction::KillHung)]);
 }
 
 #[test]
-fn the_end_of_a_connection_counts_by_what_came_before_it() {
+fn the_loss_of_a_connection_counts_by_its_kind() {
     let start = Instant::now();
     let next_start = |restarter: &Restarter| {
-        restarter.starts(match &restarter.state {
+        restarter.may_start_at(match &restarter.state {
             RestarterState::Absent(absence) => absence,
             RestarterState::Present { .. } => panic!("connected"),
         })
@@ -231,24 +231,24 @@ fn the_end_of_a_connection_counts_by_what_came_before_it() {
     assert_eq!(restarter.lost(start), None);
     for pause in [0, 1, 2, 4] {
         restarter.connected(start);
-        restarter.heard(start);
+        restarter.received(start);
         assert_eq!(restarter.lost(start + S(1)), Some(Loss::Died));
         assert_eq!(next_start(&restarter), start + S(1 + pause));
     }
     restarter.connected(start + S(1));
-    assert_eq!(restarter.lost(start + S(1)), Some(Loss::Unheard));
+    assert_eq!(restarter.lost(start + S(1)), Some(Loss::NeverAnswered));
     assert_eq!(next_start(&restarter), start + S(5), "it never answered, so the count stays");
     restarter.connected(start + S(1));
-    restarter.yields();
+    restarter.will_yield();
     assert_eq!(restarter.lost(start + S(2)), Some(Loss::Yielded));
     assert_eq!(next_start(&restarter), start + S(2));
 }
 
 /// An event of the model.
 #[derive(Debug, Clone)]
-enum Happening {
+enum ModelEvent {
     /// The next check is due.
-    Look,
+    Poll,
     /// Milliseconds pass, and a check follows.
     Pass(u64),
     /// The service manager answers a query after some seconds.
@@ -257,7 +257,7 @@ enum Happening {
     Taken,
     /// The holder connects; with `true` it also sends something.
     Connects(bool),
-    Heard,
+    Received,
     /// The holder exits; with `true` it yielded before.
     Ends(bool),
     StopRecorded(bool),
@@ -276,22 +276,22 @@ fn any_standing() -> impl Strategy<Value = Option<UnitStanding>> {
     ]
 }
 
-fn any_happening() -> impl Strategy<Value = Happening> {
+fn any_event() -> impl Strategy<Value = ModelEvent> {
     prop_oneof![
-        12 => Just(Happening::Look),
-        2 => (0..40_000_u64).prop_map(Happening::Pass),
-        6 => (0..4_u64).prop_map(Happening::Answers),
-        1 => Just(Happening::Taken),
-        1 => any::<bool>().prop_map(Happening::Connects),
-        1 => Just(Happening::Heard),
-        1 => any::<bool>().prop_map(Happening::Ends),
-        1 => prop::bool::weighted(0.2).prop_map(Happening::StopRecorded),
-        1 => any_standing().prop_map(Happening::Unit),
+        12 => Just(ModelEvent::Poll),
+        2 => (0..40_000_u64).prop_map(ModelEvent::Pass),
+        6 => (0..4_u64).prop_map(ModelEvent::Answers),
+        1 => Just(ModelEvent::Taken),
+        1 => any::<bool>().prop_map(ModelEvent::Connects),
+        1 => Just(ModelEvent::Received),
+        1 => any::<bool>().prop_map(ModelEvent::Ends),
+        1 => prop::bool::weighted(0.2).prop_map(ModelEvent::StopRecorded),
+        1 => any_standing().prop_map(ModelEvent::Unit),
     ]
 }
 
 /// The model of one role that is watched.
-struct World {
+struct Model {
     restarter: Restarter,
     now: Instant,
     taken: bool,
@@ -305,16 +305,16 @@ struct World {
     asked: bool,
     absent_since: Instant,
     /// Since when every check in this absence found the role held.
-    mute_since: Option<Instant>,
+    unreachable_since: Option<Instant>,
     /// When the unit was started in this absence.
     unit_started: Option<Instant>,
     started: Option<Instant>,
 }
 
-impl World {
-    fn new(policy: RestarterPolicy, supervised: bool) -> World {
+impl Model {
+    fn new(policy: RestarterPolicy, supervised: bool) -> Model {
         let now = Instant::now();
-        World {
+        Model {
             restarter: Restarter::new(policy, supervised, false, now),
             now,
             taken: false,
@@ -324,20 +324,20 @@ impl World {
             unanswered: 0,
             asked: false,
             absent_since: now,
-            mute_since: None,
+            unreachable_since: None,
             unit_started: None,
             started: None,
         }
     }
 
-    fn seen(&self) -> RoleObservation {
+    fn observation(&self) -> RoleObservation {
         RoleObservation { taken: self.taken, stop_recorded: self.stop_recorded }
     }
 
-    fn look(&mut self) -> Option<RestarterAction> {
-        let is_mute = self.taken && self.connected.is_none();
-        self.mute_since = is_mute.then(|| self.mute_since.unwrap_or(self.now));
-        let action = self.restarter.look(self.seen(), self.now);
+    fn poll(&mut self) -> Option<RestarterAction> {
+        let is_unreachable = self.taken && self.connected.is_none();
+        self.unreachable_since = is_unreachable.then(|| self.unreachable_since.unwrap_or(self.now));
+        let action = self.restarter.poll(self.observation(), self.now);
         assert!(self.restarter.deadline() > self.now, "checks without a pause: {:?}", self.restarter);
         self.check(action);
         action
@@ -346,8 +346,8 @@ impl World {
     fn answer(&mut self) -> Option<RestarterAction> {
         self.asked = false;
         self.unanswered = if self.unit.is_none() { self.unanswered + 1 } else { 0 };
-        let action = self.restarter.answered(self.unit, self.seen(), self.now);
-        assert_ne!(action, Some(RestarterAction::AskUnit));
+        let action = self.restarter.unit_answered(self.unit, self.observation(), self.now);
+        assert_ne!(action, Some(RestarterAction::QueryUnit));
         self.check(action);
         action
     }
@@ -356,31 +356,31 @@ impl World {
     fn check(&mut self, action: Option<RestarterAction>) {
         let Restarter { policy, supervised, .. } = self.restarter;
         let is_stopped = policy.follows_stop && self.stop_recorded;
-        let turn_began = self.unit_started.unwrap_or(self.absent_since);
-        let turn_is_over = self.now >= turn_began + SERVICE_MANAGERS_TURN;
+        let timeout_began = self.unit_started.unwrap_or(self.absent_since);
+        let timeout_is_over = self.now >= timeout_began + SERVICE_MANAGER_TIMEOUT;
         match action {
             None => {}
-            Some(RestarterAction::AskUnit) => {
+            Some(RestarterAction::QueryUnit) => {
                 assert!(supervised && self.connected.is_none());
-                assert!(policy.follows_stop || (!self.taken && turn_is_over), "queried without need");
+                assert!(policy.follows_stop || (!self.taken && timeout_is_over), "queried without need");
                 self.asked = true;
             }
             Some(RestarterAction::StartUnit) => {
                 assert!(supervised && self.connected.is_none() && !self.taken && !is_stopped);
                 assert_eq!(self.unit, Some(UnitStanding::Dead));
                 assert!(self.unit_started.is_none(), "the unit is started twice");
-                assert!(turn_is_over, "before the service manager's timeout");
+                assert!(timeout_is_over, "before the service manager's timeout");
                 self.unit_started = Some(self.now);
             }
             Some(RestarterAction::Start { .. }) => {
                 assert!(self.connected.is_none() && !self.taken, "started while a process holds the role");
                 assert!(!is_stopped, "started although the home is stopped");
                 if supervised {
-                    assert!(turn_is_over, "before the service manager's timeout");
+                    assert!(timeout_is_over, "before the service manager's timeout");
                     match self.unit {
                         Some(UnitStanding::Dead) => assert!(self.unit_started.is_some(), "started before its unit"),
                         Some(UnitStanding::Missing) => {}
-                        None => assert!(self.unanswered >= UNANSWERED, "started without an answer"),
+                        None => assert!(self.unanswered >= MAX_UNANSWERED, "started without an answer"),
                         other => panic!("started while its unit is {other:?}"),
                     }
                 }
@@ -389,11 +389,11 @@ impl World {
                 self.started = Some(self.now);
             }
             Some(RestarterAction::KillHung) => {
-                let since = self.connected.or(self.mute_since).expect("a silent process");
-                assert!(self.taken && self.now >= since + HUNG, "killed after {:?}", self.now - since);
+                let since = self.connected.or(self.unreachable_since).expect("a silent process");
+                assert!(self.taken && self.now >= since + HANG_TIMEOUT, "killed after {:?}", self.now - since);
                 assert!(!is_stopped || self.connected.is_some(), "killed while it stops");
             }
-            Some(RestarterAction::HonourStop) => {
+            Some(RestarterAction::FollowStop) => {
                 assert!(policy.follows_stop);
                 assert!((is_stopped && !self.taken) || self.unit == Some(UnitStanding::Stopped));
             }
@@ -403,95 +403,95 @@ impl World {
         }
     }
 
-    fn happen(&mut self, happening: Happening) {
-        match happening {
-            Happening::Look => {
+    fn apply(&mut self, event: ModelEvent) {
+        match event {
+            ModelEvent::Poll => {
                 self.now = self.now.max(self.restarter.deadline());
-                self.look();
+                self.poll();
             }
-            Happening::Pass(milliseconds) => {
+            ModelEvent::Pass(milliseconds) => {
                 self.now += Duration::from_millis(milliseconds);
-                self.look();
+                self.poll();
             }
-            Happening::Answers(seconds) if self.asked => {
+            ModelEvent::Answers(seconds) if self.asked => {
                 self.now += S(seconds);
                 self.answer();
             }
-            Happening::Taken => self.taken = true,
-            Happening::Connects(heard) if self.taken && self.connected.is_none() => {
+            ModelEvent::Taken => self.taken = true,
+            ModelEvent::Connects(received) if self.taken && self.connected.is_none() => {
                 self.connected = Some(self.now);
                 self.restarter.connected(self.now);
-                if heard {
-                    self.happen(Happening::Heard);
+                if received {
+                    self.apply(ModelEvent::Received);
                 }
             }
-            Happening::Heard if self.connected.is_some() => {
+            ModelEvent::Received if self.connected.is_some() => {
                 self.connected = Some(self.now);
-                self.restarter.heard(self.now);
+                self.restarter.received(self.now);
                 self.started = None;
             }
-            Happening::Ends(yields) if self.taken => {
+            ModelEvent::Ends(yields) if self.taken => {
                 self.taken = false;
                 if self.connected.take().is_some() {
                     if yields {
-                        self.restarter.yields();
+                        self.restarter.will_yield();
                         self.started = None;
                     }
                     assert!(self.restarter.lost(self.now).is_some());
-                    (self.absent_since, self.unit_started, self.mute_since) = (self.now, None, None);
+                    (self.absent_since, self.unit_started, self.unreachable_since) = (self.now, None, None);
                 }
             }
-            Happening::StopRecorded(recorded) => self.stop_recorded = recorded,
-            Happening::Unit(unit) => self.unit = unit,
-            Happening::Answers(_) | Happening::Connects(_) | Happening::Heard | Happening::Ends(_) => {}
+            ModelEvent::StopRecorded(recorded) => self.stop_recorded = recorded,
+            ModelEvent::Unit(unit) => self.unit = unit,
+            ModelEvent::Answers(_) | ModelEvent::Connects(_) | ModelEvent::Received | ModelEvent::Ends(_) => {}
         }
     }
 }
 
 proptest! {
-    /// In any sequence of events: no action breaks [`World::check`], and there is a pause between any two checks.
+    /// In any sequence of events: no action breaks [`Model::check`], and there is a pause between any two checks.
     #[test]
-    fn nothing_is_done_that_must_not_be(
+    fn no_action_breaks_a_rule(
         policy in 0..2_usize,
         supervised: bool,
-        happenings in proptest::collection::vec(any_happening(), 0..300),
+        events in proptest::collection::vec(any_event(), 0..300),
     ) {
-        let mut world = World::new(POLICIES[policy], supervised);
-        for happening in happenings {
-            world.happen(happening);
+        let mut model = Model::new(POLICIES[policy], supervised);
+        for event in events {
+            model.apply(event);
         }
     }
 
     /// After any events: a role that no process holds, that was not stopped and that no service manager restarts is started in time.
     #[test]
-    fn a_role_that_is_gone_is_never_given_up(
+    fn a_missing_role_is_always_restarted(
         policy in 0..2_usize,
         supervised: bool,
-        happenings in proptest::collection::vec(any_happening(), 0..100),
+        events in proptest::collection::vec(any_event(), 0..100),
         unit in prop_oneof![Just(Some(UnitStanding::Dead)), Just(Some(UnitStanding::Missing)), Just(None)],
     ) {
-        let mut world = World::new(POLICIES[policy], supervised);
-        for happening in happenings {
-            world.happen(happening);
+        let mut model = Model::new(POLICIES[policy], supervised);
+        for event in events {
+            model.apply(event);
         }
-        world.happen(Happening::Ends(false));
-        (world.stop_recorded, world.unit) = (false, unit);
-        let began = world.now;
+        model.apply(ModelEvent::Ends(false));
+        (model.stop_recorded, model.unit) = (false, unit);
+        let began = model.now;
         // The longest delay between two starts, the timeouts of the service manager, and six queries.
-        let longest = S(60) + 3 * SERVICE_MANAGERS_TURN + S(60);
+        let longest = S(60) + 3 * SERVICE_MANAGER_TIMEOUT + S(60);
         let is_started = loop {
-            world.now = world.now.max(world.restarter.deadline());
-            let action = match world.look() {
-                Some(RestarterAction::AskUnit) => world.answer(),
+            model.now = model.now.max(model.restarter.deadline());
+            let action = match model.poll() {
+                Some(RestarterAction::QueryUnit) => model.answer(),
                 action => action,
             };
             if matches!(action, Some(RestarterAction::Start { .. })) {
                 break true;
             }
-            if world.now - began > longest {
+            if model.now - began > longest {
                 break false;
             }
         };
-        prop_assert!(is_started, "{:?}", world.restarter);
+        prop_assert!(is_started, "{:?}", model.restarter);
     }
 }
