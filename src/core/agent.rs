@@ -68,7 +68,7 @@ enum Activity {
         before: Box<LedgerEntry>,
     },
     /// Roll back: the current release is being stopped and the ledger written.
-    Returning(Box<Rollback>),
+    RollingBack(Box<Rollback>),
     /// The link `current` is being changed back.
     SwitchingBack(Box<Rollback>),
     /// Its processes are being stopped, and operations on its files complete.
@@ -98,16 +98,16 @@ struct HeldRelease {
 pub struct Agent {
     name: AgentName,
     supervisor: Supervisor,
-    work: Activity,
+    activity: Activity,
     ledger: LedgerEntry,
     /// Complete on disk.
     releases: BTreeSet<Version>,
     /// Releases whose files are being removed.
-    leaving: BTreeSet<Version>,
+    removing: BTreeSet<Version>,
     /// The id of the last staging.
     last_id: u64,
     /// Stagings without an answer yet, including cancelled ones.
-    unanswered: BTreeSet<u64>,
+    pending_stagings: BTreeSet<u64>,
     /// How the current release is run. `None`: unknown, or it cannot be run.
     program: Option<Program>,
     run: Run,
@@ -117,9 +117,9 @@ pub struct Agent {
     running: Option<Version>,
     home_stops: bool,
     /// The progress of the current release's probation.
-    seen: ProbationProgress,
+    progress: ProbationProgress,
     /// A roll back that is complete but for the start of the restored release.
-    returned: Option<Box<Rollback>>,
+    rolled_back: Option<Box<Rollback>>,
     /// The order in force, where known.
     order: Option<Order>,
     /// The start waits for [`AgentEvent::Inspected`].
@@ -156,24 +156,24 @@ pub struct PriorExit {
 
 impl Agent {
     /// Restores the state that a previous manager left. Returns the actions to continue from there.
-    pub fn found(name: AgentName, found: Discovery) -> (Agent, Vec<AgentAction>) {
-        let Discovery { ledger, releases, unfinished, program, restarts, order } = found;
+    pub fn restore(name: AgentName, discovery: Discovery) -> (Agent, Vec<AgentAction>) {
+        let Discovery { ledger, releases, unfinished, program, restarts, order } = discovery;
         let mut agent = Agent {
             name,
             supervisor: Supervisor::new(RestartPolicy::default(), restarts),
-            work: Activity::Idle,
+            activity: Activity::Idle,
             ledger,
             releases,
-            leaving: unfinished.clone(),
+            removing: unfinished.clone(),
             last_id: 0,
-            unanswered: BTreeSet::new(),
+            pending_stagings: BTreeSet::new(),
             program: None,
             run: Run::Stop,
             spec: None,
             running: None,
             home_stops: false,
-            seen: ProbationProgress::default(),
-            returned: None,
+            progress: ProbationProgress::default(),
+            rolled_back: None,
             order,
             starts_when_inspected: false,
             error: None,
@@ -192,7 +192,7 @@ impl Agent {
 
     /// A sub-agent of which nothing exists on this host yet.
     pub fn new(name: AgentName) -> Agent {
-        Agent::found(name, Discovery::default()).0
+        Agent::restore(name, Discovery::default()).0
     }
 
     /// Adopts a process that a previous manager started at `since`. `spec`: the desired spec, if the process was started with exactly that.
@@ -207,17 +207,17 @@ impl Agent {
         self.supervisor.adopt(pid, since, at.now, at.jitter);
         self.run = Run::Start;
         self.spec = spec;
-        self.probation_is_up(&version, since);
+        self.probation_started(&version, since);
         self.running = Some(version.clone());
-        if let Some(actions) = self.resume_return(version, at) {
+        if let Some(actions) = self.resume_rollback(version, at) {
             return actions;
         }
-        self.feed(supervise::SupervisorEvent::Run, at)
+        self.notify_supervisor(supervise::SupervisorEvent::Run, at)
     }
 
     /// As [`Agent::adopt`], for a process that has exited since. `wanted`: the desired spec, if the process had it; its restart policy then
     /// applies. Otherwise its leftover processes are stopped.
-    pub fn bury(
+    pub fn adopt_exited(
         &mut self,
         pid: u32,
         version: Version,
@@ -227,40 +227,40 @@ impl Agent {
     ) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
         self.running = Some(version.clone());
-        if let Some(actions) = self.resume_return(version, at) {
+        if let Some(actions) = self.resume_rollback(version, at) {
             return actions;
         }
         match wanted {
             Some(spec) => {
                 self.run = Run::Start;
                 self.spec = Some(spec);
-                let mut actions = self.feed(supervise::SupervisorEvent::Run, at);
+                let mut actions = self.notify_supervisor(supervise::SupervisorEvent::Run, at);
                 actions.extend(self.exited(end, at));
-                self.judge(at, &mut actions);
+                self.decide_probation(at, &mut actions);
                 actions
             }
-            None => self.feed(supervise::SupervisorEvent::Stop, at),
+            None => self.notify_supervisor(supervise::SupervisorEvent::Stop, at),
         }
     }
 
     /// Stops a leftover process that cannot be adopted. Nothing is started until it is down.
-    pub fn clear_away(&mut self, pid: u32, at: Moment) -> Vec<AgentAction> {
+    pub fn stop_leftover(&mut self, pid: u32, at: Moment) -> Vec<AgentAction> {
         self.supervisor.adopt(pid, at.now, at.now, 0.0);
-        self.feed(supervise::SupervisorEvent::Stop, at)
+        self.notify_supervisor(supervise::SupervisorEvent::Stop, at)
     }
 
     /// Handles an event and returns the actions. An event that does not fit the current state changes nothing.
     pub fn step(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
         let before = self.supervisor.state();
         let of_health = matches!(event, AgentEvent::Checked(_));
-        let mut actions = self.take(event, at);
-        self.judge(at, &mut actions);
+        let mut actions = self.handle(event, at);
+        self.decide_probation(at, &mut actions);
         let restarts = of_health && actions.contains(&AgentAction::Stop);
         self.note_transition(before, restarts, at.now, &mut actions);
         actions
     }
 
-    fn take(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
+    fn handle(&mut self, event: AgentEvent, at: Moment) -> Vec<AgentAction> {
         match event {
             // A plan starts nothing on a busy sub-agent.
             AgentEvent::Stage(_)
@@ -269,45 +269,45 @@ impl Agent {
             | AgentEvent::Set(_)
             | AgentEvent::Uninstall
             | AgentEvent::Discard(_)
-            | AgentEvent::Return { .. }
+            | AgentEvent::RollBack { .. }
                 if self.is_busy() =>
             {
                 vec![]
             }
             AgentEvent::Stage(package) => self.stage(package, at),
             AgentEvent::Activate(order) => self.activate(order),
-            AgentEvent::Return { overruled } => {
-                let mut actions = self.return_for_operator(overruled.as_ref(), at);
-                actions.extend(self.go_on_if_down());
+            AgentEvent::RollBack { overruled } => {
+                let mut actions = self.roll_back_for_operator(overruled.as_ref(), at);
+                actions.extend(self.continue_if_down());
                 actions
             }
-            AgentEvent::Retry => self.try_again(),
+            AgentEvent::Retry => self.clear_holds(),
             AgentEvent::Configure { spec, runs_so, sound } => self.configure(spec, runs_so, sound, at),
             AgentEvent::Set(run) => {
                 self.run = run;
-                self.feed(
+                self.notify_supervisor(
                     if run == Run::Start { supervise::SupervisorEvent::Run } else { supervise::SupervisorEvent::Stop },
                     at,
                 )
             }
             AgentEvent::Uninstall => {
                 let mut actions = self.cancel_staging();
-                self.work = Activity::Uninstalling;
-                actions.extend(self.feed(supervise::SupervisorEvent::Stop, at));
-                actions.extend(self.go_on_if_down());
+                self.activity = Activity::Uninstalling;
+                actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Stop, at));
+                actions.extend(self.continue_if_down());
                 actions
             }
             AgentEvent::Discard(version) => self.discard(version),
-            AgentEvent::Ordered(order) => self.ordered(order),
-            AgentEvent::HomeStops => {
+            AgentEvent::OrderChanged(order) => self.order_changed(order),
+            AgentEvent::HomeStopping => {
                 self.home_stops = true;
-                self.feed(supervise::SupervisorEvent::Stop, at)
+                self.notify_supervisor(supervise::SupervisorEvent::Stop, at)
             }
-            AgentEvent::Restart => self.feed(supervise::SupervisorEvent::Restart, at),
+            AgentEvent::Restart => self.notify_supervisor(supervise::SupervisorEvent::Restart, at),
             AgentEvent::Staged { id, version, result } => {
-                self.unanswered.remove(&id);
+                self.pending_stagings.remove(&id);
                 let mut actions = self.staged(id, version, result, at);
-                actions.extend(self.go_on_if_down());
+                actions.extend(self.continue_if_down());
                 actions
             }
             AgentEvent::Admitted(result) => self.admitted(result, at),
@@ -315,10 +315,10 @@ impl Agent {
             AgentEvent::Switched(result) => self.switched(result, at),
             AgentEvent::Discarded(version) => {
                 // If the removal failed, the next manager finds the files.
-                self.leaving.remove(&version);
+                self.removing.remove(&version);
                 // A release that was staged to the same directory meanwhile is removed with it.
                 self.releases.remove(&version);
-                self.go_on_if_down()
+                self.continue_if_down()
             }
             AgentEvent::Inspected { version, result } => {
                 if self.current() == Some(&version) {
@@ -328,28 +328,29 @@ impl Agent {
                 if waits { self.start(at) } else { vec![] }
             }
             AgentEvent::Launched { pid, version, runs_so } => {
-                self.probation_is_up(&version, at.now);
+                self.probation_started(&version, at.now);
                 self.running = Some(version);
-                let mut actions = self.feed(supervise::SupervisorEvent::Started { pid }, at);
+                let mut actions = self.notify_supervisor(supervise::SupervisorEvent::Started { pid }, at);
                 if !self.is_busy() {
-                    actions.extend(self.note_returned(at));
+                    actions.extend(self.note_rollback(at));
                 }
                 if !runs_so {
-                    actions.extend(self.feed(supervise::SupervisorEvent::Restart, at));
+                    actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Restart, at));
                 }
                 actions
             }
-            AgentEvent::NotLaunched(refusal) => {
+            AgentEvent::LaunchFailed(refusal) => {
                 let mut actions = vec![];
                 if self.supervisor.last_error() != Some(&refusal.why) {
-                    actions.push(self.repeating("start", refusal.outcome(), &refusal.why));
+                    actions.push(self.repeating_note("start", refusal.outcome(), &refusal.why));
                 }
                 if self.supervisor.is_starting() {
-                    let condemned = self.start_failed(&refusal, at, &mut actions);
-                    actions.extend(condemned.into_iter().flatten());
+                    let rollback_actions = self.start_failed(&refusal, at, &mut actions);
+                    actions.extend(rollback_actions.into_iter().flatten());
                 }
-                actions.extend(self.feed(supervise::SupervisorEvent::StartFailed { why: refusal.why }, at));
-                actions.extend(self.go_on_if_down());
+                actions
+                    .extend(self.notify_supervisor(supervise::SupervisorEvent::StartFailed { why: refusal.why }, at));
+                actions.extend(self.continue_if_down());
                 actions
             }
             AgentEvent::Exited { success, how } => {
@@ -357,13 +358,13 @@ impl Agent {
                     return vec![];
                 }
                 let outcome = if success == Some(true) { "ok" } else { "failed" };
-                let mut actions = vec![self.repeating("exit", outcome, &how)];
+                let mut actions = vec![self.repeating_note("exit", outcome, &how)];
                 self.running = None;
                 actions.extend(self.exited(PriorExit { success, how, was_seen: false }, at));
                 actions
             }
-            AgentEvent::Moved { pid } => {
-                self.supervisor.replace(pid, at.now);
+            AgentEvent::ProcessReplaced { pid } => {
+                self.supervisor.replace_pid(pid, at.now);
                 vec![]
             }
             AgentEvent::Stopped(result) => {
@@ -375,39 +376,39 @@ impl Agent {
                         self.error = Some(why);
                     }
                 }
-                self.probation_is_down();
-                actions.extend(self.feed(supervise::SupervisorEvent::Stopped, at));
-                actions.extend(self.go_on_if_down());
+                self.probation_stopped();
+                actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Stopped, at));
+                actions.extend(self.continue_if_down());
                 actions
             }
             AgentEvent::Checked(answer) => {
-                let mut actions = self.feed(supervise::SupervisorEvent::Checked(answer), at);
+                let mut actions = self.notify_supervisor(supervise::SupervisorEvent::Checked(answer), at);
                 if actions.contains(&AgentAction::Stop) {
                     let why = self.supervisor.last_error().unwrap_or_default().to_owned();
-                    let condemned = self.fail_probation(&why, at, &mut actions);
-                    actions.extend(condemned.into_iter().flatten());
+                    let rollback_actions = self.fail_probation(&why, at, &mut actions);
+                    actions.extend(rollback_actions.into_iter().flatten());
                 }
                 actions
             }
-            AgentEvent::Tick => self.feed(supervise::SupervisorEvent::Tick, at),
+            AgentEvent::Tick => self.notify_supervisor(supervise::SupervisorEvent::Tick, at),
         }
     }
 
     fn exited(&mut self, end: PriorExit, at: Moment) -> Vec<AgentAction> {
         let PriorExit { success, how, was_seen } = end;
         let mut actions = vec![];
-        let is_done = self.is_done_by(success);
-        let counts = !was_seen || !holds(Guard::EndCountsOnce);
-        let condemned = match self.supervisor.is_up() && !is_done && counts {
+        let is_done = self.is_expected_exit(success);
+        let counts = !was_seen || !holds(Guard::ExitCountsOnce);
+        let rollback_actions = match self.supervisor.is_up() && !is_done && counts {
             true => self.fail_probation(&how, at, &mut actions),
             false => None,
         };
-        if let Some(condemned) = condemned {
-            actions.extend(condemned);
+        if let Some(rollback_actions) = rollback_actions {
+            actions.extend(rollback_actions);
             return actions;
         }
-        actions.extend(self.feed(supervise::SupervisorEvent::Exited { success, how }, at));
-        self.seen.is_done = is_done;
+        actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Exited { success, how }, at));
+        self.progress.is_done = is_done;
         actions
     }
 
@@ -418,7 +419,7 @@ impl Agent {
         sound: Result<(), ReleaseError>,
         at: Moment,
     ) -> Vec<AgentAction> {
-        if matches!(&self.work, Activity::Held(held) if at.now < held.until) {
+        if matches!(&self.activity, Activity::Held(held) if at.now < held.until) {
             return vec![];
         }
         if let Err(refusal) = sound {
@@ -428,13 +429,13 @@ impl Agent {
         }
         self.spec = Some(spec);
         let mut actions = vec![];
-        if matches!(self.work, Activity::Held(_)) {
-            self.work = Activity::Idle;
+        if matches!(self.activity, Activity::Held(_)) {
+            self.activity = Activity::Idle;
             self.error = None;
             actions.extend(self.current().cloned().map(AgentAction::Inspect));
         }
         if self.supervisor.pid().is_some() && !runs_so {
-            actions.extend(self.feed(supervise::SupervisorEvent::Restart, at));
+            actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Restart, at));
         }
         actions
     }
@@ -455,7 +456,7 @@ impl Agent {
     }
 
     /// Passes an event to the supervisor.
-    fn feed(&mut self, event: supervise::SupervisorEvent, at: Moment) -> Vec<AgentAction> {
+    fn notify_supervisor(&mut self, event: supervise::SupervisorEvent, at: Moment) -> Vec<AgentAction> {
         let was_up = self.supervisor.is_up();
         let action = self.supervisor.step(event, at.now, at.jitter);
         let mut actions = vec![];
@@ -481,15 +482,17 @@ impl Agent {
     fn start(&mut self, at: Moment) -> Vec<AgentAction> {
         if !self.supervisor.wanted() {
             // A stop arrived while the release was inspected.
-            return self
-                .feed(supervise::SupervisorEvent::StartFailed { why: "stopped before the start".to_owned() }, at);
+            return self.notify_supervisor(
+                supervise::SupervisorEvent::StartFailed { why: "stopped before the start".to_owned() },
+                at,
+            );
         }
         if self.current().is_none() || self.program.is_none() {
             let why = self.error.clone().unwrap_or_else(|| "no active release".to_owned());
-            return self.feed(supervise::SupervisorEvent::StartFailed { why }, at);
+            return self.notify_supervisor(supervise::SupervisorEvent::StartFailed { why }, at);
         }
         let mut actions = vec![];
-        let refused = self.refuses_env();
+        let refused = self.rejected_env_message();
         if let Some(text) = refused.as_ref().filter(|_| self.refused_env != refused) {
             actions.push(AgentAction::Note(JournalNote::once("env", "refused", None, text.clone())));
         }
@@ -499,7 +502,7 @@ impl Agent {
     }
 
     /// A message with the gateway's variables that the package does not allow.
-    fn refuses_env(&self) -> Option<String> {
+    fn rejected_env_message(&self) -> Option<String> {
         let (program, spec) = (self.program.as_ref()?, self.spec.as_ref()?);
         let (_, refused) = admit_env(&spec.env, program.env_allow());
         let names = refused.iter().map(|name| cut(name, MAX_NAME_SHOWN)).collect::<Vec<_>>().join(", ");
@@ -515,9 +518,9 @@ impl Agent {
         let why = self.supervisor.last_error().unwrap_or_default();
         match (before, after) {
             (AgentState::Unhealthy, AgentState::Unhealthy) => {}
-            (_, AgentState::Unhealthy) => actions.push(self.repeating("health", "failed", why)),
+            (_, AgentState::Unhealthy) => actions.push(self.repeating_note("health", "failed", why)),
             (AgentState::Unhealthy, AgentState::Running) => {
-                actions.push(self.repeating("health", "ok", "its health check passes again"))
+                actions.push(self.repeating_note("health", "ok", "its health check passes again"))
             }
             // Later back-offs differ only in their delay.
             (AgentState::Starting | AgentState::Running | AgentState::Unhealthy, AgentState::Backoff)
@@ -525,16 +528,16 @@ impl Agent {
             {
                 let delay = self.supervisor.starts_at().map(|at| at.saturating_duration_since(now)).unwrap_or_default();
                 let text = format!("{why}; restarting in {delay:.1?}");
-                actions.push(self.repeating("backoff", "failed", &text));
+                actions.push(self.repeating_note("backoff", "failed", &text));
             }
             _ => {}
         }
         if restarts {
-            actions.push(self.repeating("restart", "failed", why));
+            actions.push(self.repeating_note("restart", "failed", why));
         }
     }
 
-    fn repeating(&self, kind: &'static str, outcome: &'static str, message: &str) -> AgentAction {
+    fn repeating_note(&self, kind: &'static str, outcome: &'static str, message: &str) -> AgentAction {
         let (version, message) = (self.current().cloned(), message.to_owned());
         AgentAction::Note(JournalNote { kind, outcome, version, message, repeats: true, change: None })
     }

@@ -18,27 +18,27 @@ macro_rules! guards {
 
 guards! {
     /// Only the answer to the current staging counts.
-    StagedIsWanted,
+    CurrentStagingOnly,
     /// A failed release is not tried again at once.
     HoldFailed,
     /// A release is not started unless the ledger on disk names it.
     RecordBeforeStop,
     DownBeforeSwitch,
-    RecordBeforeReturn,
+    RecordBeforeSwitchBack,
     /// A requested start is under way before its release is replaced.
-    StartBeforeReturn,
-    WellBeforeCommit,
-    LifeBeforeCommit,
-    TriesBudget,
-    TimeBudget,
-    StopPauses,
+    StartBeforeRollback,
+    HealthyBeforeCommit,
+    UptimeBeforeCommit,
+    FailureLimit,
+    TimeLimit,
+    StopPausesTime,
     /// An unsafe home is not the release's fault.
-    RefusedStartPauses,
-    EndCountsOnce,
-    FailureIsWritten,
+    ExcusedStartPausesTime,
+    ExitCountsOnce,
+    FailureIsRecorded,
     SkipOnRollBack,
     /// A failed release is not skipped if a different one is ordered.
-    SkipWhatIsOrdered,
+    SkipOnlyOrdered,
     HoldForOperator,
     /// A different order ends skips and holds, even if the previous manager did not follow it yet.
     OrderEndsSkips,
@@ -47,7 +47,7 @@ guards! {
     KeepBackup,
     /// A release that was not started yet is not on probation: failures of another release do not count for it.
     ResumeRollsBack,
-    ResumeReturns,
+    ResumeRollback,
 }
 
 #[cfg(not(test))]

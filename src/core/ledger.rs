@@ -120,7 +120,7 @@ pub struct Ledger {
 
 impl LedgerEntry {
     /// The entry of a home without a ledger, from the disk alone: the release that `current` names and the backup.
-    pub fn found(active: Option<LedgerRelease>, backup: Option<LedgerRelease>) -> LedgerEntry {
+    pub fn from_disk(active: Option<LedgerRelease>, backup: Option<LedgerRelease>) -> LedgerEntry {
         LedgerEntry { active, backup, ..LedgerEntry::default() }
     }
 
@@ -274,25 +274,25 @@ impl LedgerEntry {
     }
 
     /// Clears all skips. Returns whether there were any.
-    pub fn allow_all(&mut self) -> bool {
+    pub fn clear_skips(&mut self) -> bool {
         !std::mem::take(&mut self.skipped).is_empty()
     }
 
     /// Applies the order in force: version, package and `retry`; `None`: there is none. Permanent skips and a hold last while the order names the
     /// same release with no higher `retry`; timed skips end. Returns whether anything changed.
-    pub fn ordered(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
+    pub fn order_changed(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
         let timed = self.skipped.len();
         self.skipped.retain(|skipped| skipped.until.is_none());
         let ended = timed != self.skipped.len();
-        self.keep_ordered(order) || ended
+        self.drop_outdated(order) || ended
     }
 
-    /// As [`LedgerEntry::ordered`], for the order that a restarted manager finds: timed skips stay.
+    /// As [`LedgerEntry::order_changed`], for the order that a restarted manager finds: timed skips stay.
     pub fn resume_order(&mut self, order: (&Version, Option<&Digest>, u64)) -> bool {
-        holds(Guard::ResumeOrder) && self.keep_ordered(Some(order))
+        holds(Guard::ResumeOrder) && self.drop_outdated(Some(order))
     }
 
-    fn keep_ordered(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
+    fn drop_outdated(&mut self, order: Option<(&Version, Option<&Digest>, u64)>) -> bool {
         let before = (self.skipped.len(), self.overruled.is_some());
         self.skipped.retain(|skipped| {
             skipped.until.is_some()
@@ -307,7 +307,7 @@ impl LedgerEntry {
     }
 
     /// The permanently skipped releases: they are not tried again until another release is ordered.
-    pub fn skipped_for_good(&self) -> impl Iterator<Item = &SkippedRelease> {
+    pub fn permanently_skipped(&self) -> impl Iterator<Item = &SkippedRelease> {
         self.skipped.iter().filter(|skipped| skipped.until.is_none())
     }
 
@@ -325,7 +325,7 @@ impl LedgerEntry {
 
     /// Drops releases that are not complete on disk, as `is_whole` reports. A lost probation is rolled back, and a lost active release is
     /// replaced by the backup.
-    pub fn keep_whole(&mut self, is_whole: impl Fn(&Version) -> bool) {
+    pub fn drop_incomplete(&mut self, is_whole: impl Fn(&Version) -> bool) {
         let had_active = self.active.is_some();
         for place in [&mut self.probation, &mut self.active, &mut self.backup, &mut self.staged] {
             place.take_if(|release| !is_whole(&release.version));
@@ -355,8 +355,8 @@ impl LedgerEntry {
         if holds(Guard::ResumeRollsBack) {
             self.roll_back();
         }
-        let makes_way = self.has_given_up(&running.version) && holds(Guard::ResumeReturns);
-        if !is(&self.active) && !makes_way {
+        let was_given_up = self.has_given_up(&running.version) && holds(Guard::ResumeRollback);
+        if !is(&self.active) && !was_given_up {
             self.activate(running.clone());
         }
     }
@@ -387,13 +387,13 @@ fn differ(one: Option<&Digest>, other: Option<&Digest>) -> bool {
 
 impl LedgerRelease {
     /// Whether this is the given version and, where a package is given, that package.
-    pub fn is_asked(&self, version: &Version, sha256: Option<&Digest>) -> bool {
+    pub fn matches(&self, version: &Version, sha256: Option<&Digest>) -> bool {
         self.version == *version && !differ(self.sha256.as_ref(), sha256)
     }
 
     /// Whether both are the same release.
     pub fn is(&self, other: &LedgerRelease) -> bool {
-        self.is_asked(&other.version, other.sha256.as_ref())
+        self.matches(&other.version, other.sha256.as_ref())
     }
 }
 

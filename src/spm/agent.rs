@@ -159,7 +159,7 @@ impl SubAgent {
     }
 
     fn skipped(&self) -> Vec<SkippedStatus> {
-        let skipped = self.state.ledger().skipped_for_good();
+        let skipped = self.state.ledger().permanently_skipped();
         skipped
             .map(|skipped| SkippedStatus { version: skipped.version.clone(), reason: skipped.reason.clone() })
             .collect()
@@ -240,7 +240,7 @@ pub(super) fn on_disk(
     whole.sort_by(|(one, a), (other, b)| one.cmp(other).then_with(|| a.version.cmp(&b.version)));
     let mut ledger = entry.unwrap_or_else(|| from_disk(&whole, current.as_deref()));
     let find = |version: &Version| whole.iter().map(|(_, release)| release).find(|release| release.version == *version);
-    ledger.keep_whole(|version| find(version).is_some());
+    ledger.drop_incomplete(|version| find(version).is_some());
     if let Some(running) = runs.counts(&ledger).and_then(find) {
         ledger.resume(running);
     }
@@ -276,7 +276,7 @@ fn from_disk(whole: &[(SystemTime, LedgerRelease)], current: Option<&str>) -> Le
     let is_current = |release: &&LedgerRelease| Some(release.version.as_str()) == current;
     let Some(active) = whole.iter().map(|(_, release)| release).find(is_current) else { return LedgerEntry::default() };
     let backup = whole.iter().rev().map(|(_, release)| release).find(|release| !is_current(release));
-    LedgerEntry::found(Some(active.clone()), backup.cloned())
+    LedgerEntry::from_disk(Some(active.clone()), backup.cloned())
 }
 
 #[cfg(test)]
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn the_ledger_beats_the_link() {
         let (_directory, home, name) = home();
-        let mut entry = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
+        let mut entry = LedgerEntry::from_disk(Some(stage::release(version("1"), None)), None);
         entry.begin_probation(stage::release(version("gone"), None));
         let found = on_disk(&home, &name, Some(entry), None, RunningRelease::Nothing);
         assert_eq!(found.ledger.kept().map(Version::as_str).collect::<Vec<_>>(), ["1"]);
@@ -345,10 +345,10 @@ mod tests {
     #[test]
     fn a_roll_back_that_could_not_be_written_is_told_by_the_process_that_runs() {
         let (_directory, home, name) = home();
-        let mut on_probation = LedgerEntry::found(Some(stage::release(version("1"), None)), None);
+        let mut on_probation = LedgerEntry::from_disk(Some(stage::release(version("1"), None)), None);
         on_probation.begin_probation(stage::release(version("2"), None));
         let committed =
-            LedgerEntry::found(Some(stage::release(version("2"), None)), Some(stage::release(version("1"), None)));
+            LedgerEntry::from_disk(Some(stage::release(version("2"), None)), Some(stage::release(version("1"), None)));
         let one = version("1");
         for (ledger, runs, current) in [
             (&on_probation, RunningRelease::Nothing, "2"),
@@ -375,7 +375,7 @@ mod tests {
     fn a_directory_that_cannot_be_listed_loses_nothing_of_the_ledger() {
         let (_directory, home, name) = home();
         let entry =
-            LedgerEntry::found(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
+            LedgerEntry::from_disk(Some(stage::release(version("1"), None)), Some(stage::release(version("2"), None)));
         std::fs::remove_dir_all(home.agent(&name)).unwrap();
         std::fs::write(home.agent(&name), "a file in its place").unwrap();
         let found = on_disk(&home, &name, Some(entry.clone()), None, RunningRelease::Nothing);

@@ -30,7 +30,7 @@ pub struct ReleaseError {
     /// It was accepted when it was staged and is rejected now: it must be fetched again.
     pub withdrawn: bool,
     /// The host or the manager is short of descriptors, processes or memory.
-    pub of_host: bool,
+    pub host_shortage: bool,
 }
 
 impl ReleaseError {
@@ -41,13 +41,13 @@ impl ReleaseError {
             retry_after: None,
             costly: false,
             withdrawn: false,
-            of_host: false,
+            host_shortage: false,
         }
     }
 
     /// Whether the release is at fault, and not the home or the host.
-    pub fn is_of_release(&self) -> bool {
-        !self.refused && !self.of_host
+    pub fn is_release_fault(&self) -> bool {
+        !self.refused && !self.host_shortage
     }
 
     /// The outcome in the event.
@@ -83,15 +83,15 @@ pub enum AgentEvent {
     /// The plan does not need this release on disk.
     Discard(Version),
     /// Another desired state is in force. `None`: it does not include this sub-agent.
-    Ordered(Option<Order>),
+    OrderChanged(Option<Order>),
     /// An operator requests the previous release, against this order.
-    Return {
+    RollBack {
         overruled: Option<Order>,
     },
     /// An operator requests another try of every release that is skipped or held.
     Retry,
     /// The home is being stopped.
-    HomeStops,
+    HomeStopping,
     /// An operator requests a restart.
     Restart,
 
@@ -119,14 +119,14 @@ pub enum AgentEvent {
         version: Version,
         runs_so: bool,
     },
-    NotLaunched(ReleaseError),
+    LaunchFailed(ReleaseError),
     /// Its process exited without a request to stop.
     Exited {
         success: Option<bool>,
         how: String,
     },
     /// The supervised process was replaced by another.
-    Moved {
+    ProcessReplaced {
         pid: u32,
     },
     /// The requested stop is complete.

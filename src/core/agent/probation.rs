@@ -7,7 +7,7 @@
 //!       └────────▶ RollingBack (ledger: rolled back and skipped; it is stopped) ──▶ SwitchingBack ──▶ the previous release runs
 //! ```
 //!
-//! A release is rolled back after [`TRIES`] failures, when its second process does not live longer than the first, and when it is not
+//! A release is rolled back after [`MAX_FAILURES`] failures, when its second process does not live longer than the first, and when it is not
 //! healthy in time ([`Program::patience`](crate::core::program::Program::patience)). Failures are: an exit, a failed start, being
 //! unhealthy too often. A requested stop is not a failure. Neither is a failed start because the home is not safe or the host is short of
 //! descriptors, memory or processes; the time until the next start does not count either. If the home cannot be written, the roll back
@@ -30,7 +30,7 @@ use crate::core::supervise;
 use crate::core::text::{MAX_MESSAGE_BYTES, cut};
 
 /// A release is rolled back after this many failures.
-pub(super) const TRIES: u64 = 3;
+pub(super) const MAX_FAILURES: u64 = 3;
 
 /// The reason of a roll back that an operator requested.
 const REQUESTED: &str = "requested by an operator";
@@ -77,21 +77,21 @@ impl Agent {
     }
 
     /// A process of this release runs since `since`.
-    pub(super) fn probation_is_up(&mut self, version: &Version, since: Instant) {
+    pub(super) fn probation_started(&mut self, version: &Version, since: Instant) {
         if self.ledger.probation().is_some_and(|release| release.version == *version) {
-            self.seen.began.get_or_insert(since);
-            self.seen.up_since = Some(since);
-            self.seen.is_excused = false;
+            self.progress.began.get_or_insert(since);
+            self.progress.up_since = Some(since);
+            self.progress.is_excused = false;
         }
     }
 
     /// Its process was stopped by request.
-    pub(super) fn probation_is_down(&mut self) {
-        self.seen.up_since = None;
+    pub(super) fn probation_stopped(&mut self) {
+        self.progress.up_since = None;
     }
 
     /// Whether an exit with this result is the expected one.
-    pub(super) fn is_done_by(&self, success: Option<bool>) -> bool {
+    pub(super) fn is_expected_exit(&self, success: Option<bool>) -> bool {
         success == Some(true) && self.restart_policy() != Restart::Always
     }
 
@@ -106,8 +106,8 @@ impl Agent {
         at: Moment,
         actions: &mut Vec<AgentAction>,
     ) -> Option<Vec<AgentAction>> {
-        self.seen.is_excused = !refusal.is_of_release() && holds(Guard::RefusedStartPauses);
-        if self.seen.is_excused { None } else { self.fail_probation(&refusal.why, at, actions) }
+        self.progress.is_excused = !refusal.is_release_fault() && holds(Guard::ExcusedStartPausesTime);
+        if self.progress.is_excused { None } else { self.fail_probation(&refusal.why, at, actions) }
     }
 
     /// Counts a failure of the release on probation. `None`: no roll back follows, or nothing is on probation.
@@ -121,68 +121,71 @@ impl Agent {
             return None;
         }
         // Always written, because the next manager needs the count.
-        if holds(Guard::FailureIsWritten) {
+        if holds(Guard::FailureIsRecorded) {
             actions.push(AgentAction::Record { wait: false });
         }
-        let life = self.seen.up_since.take().map_or(Duration::ZERO, |since| at.now.saturating_duration_since(since));
+        let life =
+            self.progress.up_since.take().map_or(Duration::ZERO, |since| at.now.saturating_duration_since(since));
         let failures = self.ledger.fail_probation();
-        let is_no_better = self.seen.last_life.replace(life).is_some_and(|last| life <= last);
-        let is_left = self.restart_policy() == Restart::Never;
-        let is_left_to_try = failures < TRIES || !holds(Guard::TriesBudget);
-        if is_left_to_try && !is_no_better && !is_left {
+        let is_shorter_lived = self.progress.last_life.replace(life).is_some_and(|last| life <= last);
+        let never_restarts = self.restart_policy() == Restart::Never;
+        let has_tries_left = failures < MAX_FAILURES || !holds(Guard::FailureLimit);
+        if has_tries_left && !is_shorter_lived && !never_restarts {
             return None;
         }
         let times = if failures == 1 { "once".to_owned() } else { format!("{failures} times") };
-        self.condemn(format!("it failed {times} on probation: {how}"), at)
+        self.roll_back_failed(format!("it failed {times} on probation: {how}"), at)
     }
 
     /// Commits the release on probation or rolls it back, if either is due. `actions`: of this step so far.
-    pub(super) fn judge(&mut self, at: Moment, actions: &mut Vec<AgentAction>) {
+    pub(super) fn decide_probation(&mut self, at: Moment, actions: &mut Vec<AgentAction>) {
         // A stop may take as long as its grace period.
-        let stops = self.supervisor.is_stopping() && holds(Guard::StopPauses);
-        if !self.is_on_probation() || self.is_busy() || stops || self.seen.is_excused {
-            self.seen.waits_since = None;
+        let stops = self.supervisor.is_stopping() && holds(Guard::StopPausesTime);
+        if !self.is_on_probation() || self.is_busy() || stops || self.progress.is_excused {
+            self.progress.waits_since = None;
             return;
         }
-        self.seen.waits_since.get_or_insert(at.now);
-        let passed = self.passes_at().is_some_and(|passes| passes <= at.now || !holds(Guard::LifeBeforeCommit));
-        let is_done = self.seen.is_done && self.supervisor.is_done();
-        let is_well = self.supervisor.is_well() || self.supervisor.is_up() && !holds(Guard::WellBeforeCommit);
+        self.progress.waits_since.get_or_insert(at.now);
+        let passed = self.passes_at().is_some_and(|passes| passes <= at.now || !holds(Guard::UptimeBeforeCommit));
+        let is_done = self.progress.is_done && self.supervisor.is_done();
+        let is_well = self.supervisor.is_healthy() || self.supervisor.is_up() && !holds(Guard::HealthyBeforeCommit);
         // A requested start uses the current release, so do not change the release until it is under way.
-        let starts = actions.contains(&AgentAction::Start) && holds(Guard::StartBeforeReturn);
+        let starts = actions.contains(&AgentAction::Start) && holds(Guard::StartBeforeRollback);
         if is_done || passed && is_well {
             self.commit(at, actions);
-        } else if !starts && self.gives_up_at().is_some_and(|end| end <= at.now) {
+        } else if !starts && self.rolls_back_at().is_some_and(|end| end <= at.now) {
             let why = self.supervisor.last_error().unwrap_or("it is not running").to_owned();
-            actions.extend(self.condemn(format!("it did not become healthy in time: {why}"), at).unwrap_or_default());
+            actions.extend(
+                self.roll_back_failed(format!("it did not become healthy in time: {why}"), at).unwrap_or_default(),
+            );
         }
     }
 
     /// When a healthy process completes the probation.
     fn passes_at(&self) -> Option<Instant> {
-        self.seen.up_since.map(|since| since + self.judged_as().probation())
+        self.progress.up_since.map(|since| since + self.probation_program().probation())
     }
 
     /// When the release is rolled back unless it is healthy. `None`: there is no previous release.
-    pub(super) fn gives_up_at(&self) -> Option<Instant> {
+    pub(super) fn rolls_back_at(&self) -> Option<Instant> {
         self.ledger.before_probation()?;
-        let program = self.judged_as();
-        let waits_since = self.seen.waits_since.filter(|_| holds(Guard::TimeBudget));
+        let program = self.probation_program();
+        let waits_since = self.progress.waits_since.filter(|_| holds(Guard::TimeLimit));
         waits_since.map(|since| since + program.probation() + program.patience())
     }
 
     /// The program whose limits apply. If the manifest cannot be read, the limits of a script package do.
-    fn judged_as(&self) -> &Program {
+    fn probation_program(&self) -> &Program {
         self.program.as_ref().unwrap_or(&Program::Script)
     }
 
     /// When the next commit or roll back can be due.
-    pub(super) fn judged_at(&self) -> Option<Instant> {
+    pub(super) fn probation_deadline(&self) -> Option<Instant> {
         if !self.is_on_probation() || self.is_busy() {
             return None;
         }
-        let passes = self.passes_at().filter(|_| self.supervisor.is_well());
-        [passes, self.gives_up_at()].into_iter().flatten().min()
+        let passes = self.passes_at().filter(|_| self.supervisor.is_healthy());
+        [passes, self.rolls_back_at()].into_iter().flatten().min()
     }
 
     pub(super) fn commit(&mut self, at: Moment, actions: &mut Vec<AgentAction>) {
@@ -190,7 +193,7 @@ impl Agent {
         if !self.ledger.commit() {
             return;
         }
-        let seen = std::mem::take(&mut self.seen);
+        let seen = std::mem::take(&mut self.progress);
         actions.push(AgentAction::Record { wait: false });
         let Some(active) = self.ledger.active().cloned() else { return };
         let seconds = seen.began.map_or(0, |began| at.now.saturating_duration_since(began).as_secs());
@@ -202,7 +205,7 @@ impl Agent {
     }
 
     /// Rolls the release on probation back and skips it. `None`: there is no previous release, so it stays.
-    fn condemn(&mut self, why: String, at: Moment) -> Option<Vec<AgentAction>> {
+    fn roll_back_failed(&mut self, why: String, at: Moment) -> Option<Vec<AgentAction>> {
         if self.is_busy() {
             // It is being replaced or removed already.
             return None;
@@ -210,7 +213,7 @@ impl Agent {
         let bad = self.ledger.probation()?.clone();
         let to = self.ledger.before_probation()?.version.clone();
         let why = cut(&why, MAX_MESSAGE_BYTES);
-        let began = self.seen.began.unwrap_or(at.now);
+        let began = self.progress.began.unwrap_or(at.now);
         let failures = u32::try_from(self.ledger.probation_failures()).unwrap_or(u32::MAX);
         let seconds = at.now.saturating_duration_since(began).as_secs();
         let change = || ReleaseChange { from: Some(to.clone()), to: bad.version.clone(), seconds };
@@ -222,7 +225,7 @@ impl Agent {
             .order
             .as_ref()
             .map(Order::asks_for)
-            .filter(|(version, sha256, _)| bad.is_asked(version, *sha256) || !holds(Guard::SkipWhatIsOrdered));
+            .filter(|(version, sha256, _)| bad.matches(version, *sha256) || !holds(Guard::SkipOnlyOrdered));
         if let Some((.., retry)) = asked
             && holds(Guard::SkipOnRollBack)
         {
@@ -241,20 +244,20 @@ impl Agent {
                 unknown: Default::default(),
             });
         }
-        actions.extend(self.make_way(bad.version, to, why, began, at));
+        actions.extend(self.begin_rollback(bad.version, to, why, began, at));
         Some(actions)
     }
 
     /// The release that an operator can roll back to, if there is one.
-    pub fn can_return_to(&self) -> Option<&Version> {
+    pub fn rollback_target(&self) -> Option<&Version> {
         let before =
             if self.ledger.probation().is_some() { self.ledger.before_probation() } else { self.ledger.backup() };
         before.map(|release| &release.version)
     }
 
     /// Rolls back for an operator. `overruled`: the order that this contradicts.
-    pub(super) fn return_for_operator(&mut self, overruled: Option<&Order>, at: Moment) -> Vec<AgentAction> {
-        let (Some(to), Some(from)) = (self.can_return_to().cloned(), self.current().cloned()) else { return vec![] };
+    pub(super) fn roll_back_for_operator(&mut self, overruled: Option<&Order>, at: Moment) -> Vec<AgentAction> {
+        let (Some(to), Some(from)) = (self.rollback_target().cloned(), self.current().cloned()) else { return vec![] };
         if self.ledger.probation().is_some() {
             self.ledger.roll_back();
         } else {
@@ -267,59 +270,66 @@ impl Agent {
             let (version, sha256) = (version.clone(), sha256.cloned());
             self.ledger.hold(OverruledOrder { version, sha256, retry, unknown: Default::default() });
         }
-        self.make_way(from, to, REQUESTED.to_owned(), at.now, at)
+        self.begin_rollback(from, to, REQUESTED.to_owned(), at.now, at)
     }
 
     /// Clears all skips, holds and overruled orders.
-    pub(super) fn try_again(&mut self) -> Vec<AgentAction> {
-        let is_changed = self.ledger.allow_all() | self.ledger.release_hold();
-        if matches!(self.work, Activity::Held(_)) {
-            self.work = Activity::Idle;
+    pub(super) fn clear_holds(&mut self) -> Vec<AgentAction> {
+        let is_changed = self.ledger.clear_skips() | self.ledger.release_hold();
+        if matches!(self.activity, Activity::Held(_)) {
+            self.activity = Activity::Idle;
             self.error = None;
         }
         if is_changed { vec![AgentAction::Record { wait: false }] } else { vec![] }
     }
 
-    fn make_way(&mut self, from: Version, to: Version, why: String, began: Instant, at: Moment) -> Vec<AgentAction> {
+    fn begin_rollback(
+        &mut self,
+        from: Version,
+        to: Version,
+        why: String,
+        began: Instant,
+        at: Moment,
+    ) -> Vec<AgentAction> {
         let mut actions = self.cancel_staging();
         self.ledger.give_up(from.clone());
-        self.seen = ProbationProgress::default();
+        self.progress = ProbationProgress::default();
         // How the previous release is run is read when it is started.
         self.program = None;
         self.error = None;
-        self.work = Activity::Returning(Box::new(Rollback { from, to, why, began, recorded: false }));
+        self.activity = Activity::RollingBack(Box::new(Rollback { from, to, why, began, recorded: false }));
         actions.push(AgentAction::Record { wait: true });
-        actions.extend(self.feed(supervise::SupervisorEvent::Stop, at));
+        actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Stop, at));
         actions
     }
 
     /// Continues a roll back whose manager exited before the process of the failed release was down.
-    pub(super) fn resume_return(&mut self, from: Version, at: Moment) -> Option<Vec<AgentAction>> {
-        let to = self.current().filter(|_| self.ledger.has_given_up(&from) && holds(Guard::ResumeReturns))?.clone();
+    pub(super) fn resume_rollback(&mut self, from: Version, at: Moment) -> Option<Vec<AgentAction>> {
+        let to = self.current().filter(|_| self.ledger.has_given_up(&from) && holds(Guard::ResumeRollback))?.clone();
         let skipped = self
             .ledger
-            .skipped_for_good()
+            .permanently_skipped()
             .find(|skipped| skipped.version == from)
             .map(|skipped| skipped.reason.clone());
         let why = skipped.unwrap_or_else(|| REQUESTED.to_owned());
-        Some(self.make_way(from, to, why, at.now, at))
+        Some(self.begin_rollback(from, to, why, at.now, at))
     }
 
     /// The ledger with the roll back is written, or cannot be: then it is written later.
-    pub(super) fn return_is_recorded(&mut self) {
-        if let Activity::Returning(back) = &mut self.work {
+    pub(super) fn rollback_is_recorded(&mut self) {
+        if let Activity::RollingBack(back) = &mut self.activity {
             back.recorded = true;
         }
     }
 
     /// The release that was rolled back is down.
     pub(super) fn switch_back(&mut self, back: Box<Rollback>) -> Vec<AgentAction> {
-        if !back.recorded && holds(Guard::RecordBeforeReturn) {
-            self.work = Activity::Returning(back);
+        if !back.recorded && holds(Guard::RecordBeforeSwitchBack) {
+            self.activity = Activity::RollingBack(back);
             return vec![];
         }
         let to = back.to.clone();
-        self.work = Activity::SwitchingBack(back);
+        self.activity = Activity::SwitchingBack(back);
         vec![AgentAction::Switch(to)]
     }
 
@@ -335,18 +345,18 @@ impl Agent {
             actions.push(AgentAction::Note(JournalNote::once("rollback", "failed", Some(back.to.clone()), why)));
         }
         let starts = self.run == Run::Start && !self.home_stops;
-        self.returned = Some(back);
+        self.rolled_back = Some(back);
         if starts {
-            actions.extend(self.feed(supervise::SupervisorEvent::Run, at));
+            actions.extend(self.notify_supervisor(supervise::SupervisorEvent::Run, at));
         } else {
-            actions.extend(self.note_returned(at));
+            actions.extend(self.note_rollback(at));
         }
         actions
     }
 
     /// Reports a completed roll back once the restored release runs.
-    pub(super) fn note_returned(&mut self, at: Moment) -> Option<AgentAction> {
-        let back = self.returned.take()?;
+    pub(super) fn note_rollback(&mut self, at: Moment) -> Option<AgentAction> {
+        let back = self.rolled_back.take()?;
         let Rollback { from, to, why, began, .. } = *back;
         let seconds = at.now.saturating_duration_since(began).as_secs();
         let message = format!("{} was rolled back from {from} to {to}: {why}", self.name);

@@ -106,7 +106,7 @@ impl Manager {
         }
         let now = Instant::now();
         found.order = self.orders.held.agents.get(name).cloned();
-        let (state, actions) = Agent::found(name.clone(), found);
+        let (state, actions) = Agent::restore(name.clone(), found);
         let scattered = target.is_some_and(StopTarget::is_scattered);
         self.agents.insert(name.clone(), SubAgent { scattered, ..SubAgent::new(state) });
         self.perform(name, actions, now);
@@ -140,7 +140,7 @@ impl Manager {
         tracing::warn!(agent = %name, pid, "what runs of a sub-agent is none of its active release and is stopped");
         let now = Instant::now();
         agent.serial = serial;
-        let actions = agent.state.clear_away(pid, agent::at(now));
+        let actions = agent.state.stop_leftover(pid, agent::at(now));
         self.perform(name, actions, now);
         true
     }
@@ -203,7 +203,7 @@ impl Manager {
         agent.record = Some(record);
         let wanted = wanted.map(|order| order.spec.clone());
         let end = PriorExit { success: ended.success, how: ended.how.clone(), was_seen };
-        let actions = agent.state.bury(pid, version, end, wanted, agent::at(now));
+        let actions = agent.state.adopt_exited(pid, version, end, wanted, agent::at(now));
         self.perform(name, actions, now);
         self.remember_end(name, ended);
     }

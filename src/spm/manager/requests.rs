@@ -115,7 +115,7 @@ impl Manager {
         if agent.state.is_busy() {
             return Err("its release is being changed; try again when `status` shows that this has ended");
         }
-        agent.state.can_return_to().cloned().ok_or("no release before the current one is on this host")
+        agent.state.rollback_target().cloned().ok_or("no release before the current one is on this host")
     }
 
     /// It is known whether the release before can be run.
@@ -131,7 +131,7 @@ impl Manager {
         match result.and(may) {
             Ok(still) if still == *to => {
                 let overruled = self.orders.held.agents.get(name).cloned();
-                self.step(name, AgentEvent::Return { overruled }, now);
+                self.step(name, AgentEvent::RollBack { overruled }, now);
                 ControlReply::done()
             }
             Ok(_) => {
@@ -186,7 +186,7 @@ impl Manager {
             _ => return,
         }
         for name in self.agents.keys().cloned().collect::<Vec<_>>() {
-            self.step(&name, AgentEvent::HomeStops, now);
+            self.step(&name, AgentEvent::HomeStopping, now);
         }
         self.finish_stop_if_down();
     }

@@ -3,23 +3,23 @@
 use std::collections::BTreeMap;
 
 use super::super::*;
+use super::model::{Done, Model, NEW, State, number_of, ordered, release_of, version_of};
 use super::rules::is_skipped;
-use super::world::{Done, NEW, State, World, number_of, ordered, release_of, version_of};
 use crate::core::desired::DesiredState;
 use crate::core::reconcile::{self, ReconcileStep};
 
-impl World {
+impl Model {
     /// An input of the manager. `replans`: a new plan follows it.
-    pub fn hear(&self, state: &mut State, event: AgentEvent, replans: bool) -> Done {
+    pub fn handle(&self, state: &mut State, event: AgentEvent, replans: bool) -> Done {
         let is_down = |state: &State| state.agent.as_ref().is_some_and(Agent::is_down_for_upgrade);
         state.replan |= replans;
         let was_down = is_down(state);
-        self.tell(state, event)?;
+        self.send(state, event)?;
         state.replan |= was_down && !is_down(state);
         Ok(())
     }
 
-    pub fn tell(&self, state: &mut State, event: AgentEvent) -> Done {
+    pub fn send(&self, state: &mut State, event: AgentEvent) -> Done {
         let at = self.at(state.now);
         let Some(agent) = &mut state.agent else { return Ok(()) };
         let actions = agent.step(event, at);
@@ -27,14 +27,14 @@ impl World {
     }
 
     /// The manager's work until it waits for the next input.
-    pub fn turn(&self, state: &mut State) -> Done {
+    pub fn work(&self, state: &mut State) -> Done {
         if std::mem::take(&mut state.replan) && !state.home_stops {
             self.reconcile(state)?;
         }
         let Some(agent) = &state.agent else { return Ok(()) };
         if std::mem::take(&mut state.is_changed) {
-            state.asked += 1;
-            let next = Some((state.asked, agent.to_record()));
+            state.revision += 1;
+            let next = Some((state.revision, agent.to_record()));
             if state.writing.is_some() {
                 state.queued = next;
             } else {
@@ -64,7 +64,7 @@ impl World {
                 ReconcileStep::Uninstall { .. } => AgentEvent::Uninstall,
                 ReconcileStep::Discard { version, .. } => AgentEvent::Discard(version),
             };
-            self.tell(state, event)?;
+            self.send(state, event)?;
         }
         Ok(())
     }
@@ -94,7 +94,7 @@ impl World {
             AgentAction::Record { wait } => {
                 state.is_changed = true;
                 if wait {
-                    state.recorded_with = Some(state.asked + 1);
+                    state.recorded_with = Some(state.revision + 1);
                 }
             }
             AgentAction::RaiseEpoch(release) => {
@@ -103,7 +103,7 @@ impl World {
                 }
             }
             AgentAction::Switch(version) => {
-                if state.process.is_some() && !state.clings {
+                if state.process.is_some() && !state.survived_stop {
                     return Err("the link is changed while the previous release runs");
                 }
                 self.is_durable(state, &version, agent, false)?;
@@ -126,7 +126,7 @@ impl World {
                 let (Some(version), Some(_)) = (agent.current().cloned(), agent.program()) else {
                     return Err("a start is requested that cannot be carried out");
                 };
-                if state.launching.is_some() || state.process.is_some() && !state.clings {
+                if state.launching.is_some() || state.process.is_some() && !state.survived_stop {
                     return Err("a second process is launched");
                 }
                 self.is_durable(state, &version, agent, true)?;
@@ -143,10 +143,10 @@ impl World {
     /// the active release may be restarted while another is recorded.
     fn is_durable(&self, state: &State, version: &Version, agent: &Agent, starts: bool) -> Done {
         let is = |release: Option<&LedgerRelease>| release.is_some_and(|release| release.version == *version);
-        let restarts = starts && agent.returned.is_none();
+        let restarts = starts && agent.rolled_back.is_none();
         let may = is(state.disk.current()) || is(state.disk.active()) && restarts;
-        let is_activation = matches!(agent.work, Activity::Switching { .. });
-        match may || !is_activation && (state.is_unsaved || state.is_behind) {
+        let is_activation = matches!(agent.activity, Activity::Switching { .. });
+        match may || !is_activation && (state.is_unsaved || state.is_entry_unwritten) {
             true => Ok(()),
             false => Err("a release is used that the ledger on disk does not name"),
         }
@@ -155,17 +155,17 @@ impl World {
     /// A new manager restores the state that it finds.
     pub fn take_charge(&self, state: &mut State) -> Done {
         state.home_stops = false;
-        (state.asked, state.is_unsaved, state.replan) = (0, false, true);
+        (state.revision, state.is_unsaved, state.replan) = (0, false, true);
         // A new admission that is not on disk did not happen.
         state.failed = state.failed.max(state.disk.probation_failures());
         let mut ledger = state.disk.clone();
-        ledger.keep_whole(|version| state.whole.has(number_of(version)));
+        ledger.drop_incomplete(|version| state.whole.has(number_of(version)));
         let running = state.process.map(|process| process.version);
         if let Some(running) = running.filter(|running| state.whole.has(*running)) {
             ledger.resume(&release_of(running));
         }
         state.is_changed = ledger != state.disk;
-        (state.is_behind, state.discard_waits) = (state.is_changed, false);
+        (state.is_entry_unwritten, state.discard_waits) = (state.is_changed, false);
         let current = ledger.current().map(|release| number_of(&release.version));
         let recorded = state.record.map(|record| record.version);
         let unfinished = state.partial.all().filter(|version| Some(*version) != recorded).map(version_of);
@@ -177,8 +177,8 @@ impl World {
             restarts: 0,
             order: Some(ordered(state.order)),
         };
-        let (agent, actions) = Agent::found("a".parse().unwrap(), found);
-        state.is_condemned |= is_skipped(agent.ledger(), NEW);
+        let (agent, actions) = Agent::restore("a".parse().unwrap(), found);
+        state.is_skipped_on_disk |= is_skipped(agent.ledger(), NEW);
         state.agent = Some(agent);
         self.perform(state, actions)?;
         let (at, spec) = (self.at(state.now), Spec::default());
@@ -197,7 +197,7 @@ impl World {
                     how: "it exited".to_owned(),
                     was_seen: record.ended.is_some(),
                 };
-                agent.bury(9, version, end, is_wanted.then_some(spec), at)
+                agent.adopt_exited(9, version, end, is_wanted.then_some(spec), at)
             }
             (None, None) => vec![],
         };

@@ -2,12 +2,12 @@
 
 use super::super::super::Activity;
 use super::super::*;
-use super::world::{Kind, NEW, Ordered, State, World, Wrong, number_of, ordered, version_of};
+use super::model::{Kind, Model, NEW, Ordered, State, Violation, number_of, ordered, version_of};
 use crate::core::ledger::{LedgerEntry, SkippedRelease};
 
-impl World {
+impl Model {
     /// The rule that a state breaks.
-    pub fn breach(&self, state: &State) -> Option<Wrong> {
+    pub fn violation_of(&self, state: &State) -> Option<Violation> {
         let is_bad = !self.scenario.kind.passes();
         let number = |release: Option<&LedgerRelease>| release.map(|release| number_of(&release.version));
         let lies = |release: Option<&LedgerRelease>| number(release).is_none_or(|number| state.whole.has(number));
@@ -48,7 +48,7 @@ impl World {
         if number(ledger.probation()) == Some(NEW) && ledger.probation_failures() > state.failed {
             return Some("a failure is counted twice");
         }
-        if state.is_condemned && number(to_record.current()) == Some(NEW) {
+        if state.is_skipped_on_disk && number(to_record.current()) == Some(NEW) {
             return Some("a skipped release is tried again");
         }
         if !is_bad && !state.is_suspect && is_skipped(ledger, NEW) {
@@ -56,13 +56,13 @@ impl World {
         }
         let Ordered(version, retry) = state.order;
         let outlives = |skipped: &SkippedRelease| number_of(&skipped.version) != version || skipped.retry < retry;
-        if ledger.skipped_for_good().any(outlives) {
+        if ledger.permanently_skipped().any(outlives) {
             return Some("a skip outlives its order");
         }
         if ledger.is_held() && !ledger.overrules(&version_of(version), None, retry) {
             return Some("a hold outlives its order");
         }
-        if agent.supervisor().is_up() != (state.process.is_some() && !state.clings && !state.is_stopping) {
+        if agent.supervisor().is_up() != (state.process.is_some() && !state.survived_stop && !state.is_stopping) {
             return Some("the process differs from the one of the manager");
         }
         None
@@ -88,10 +88,11 @@ impl World {
             && self.scenario.kind == Kind::CannotBeFetched
             && agent.deadline(state.now).is_some_and(|retry| retry > state.now);
         let is_answered = active == Some(version) || stays || is_skipped(ledger, version) || is_awaited;
-        let rests = is_awaited || state.staging.is_empty() && matches!(agent.work, Activity::Idle | Activity::Held(_));
+        let rests =
+            is_awaited || state.staging.is_empty() && matches!(agent.activity, Activity::Idle | Activity::Held(_));
         is_quiet
             && ledger.probation().is_none()
-            && agent.returned.is_none()
+            && agent.rolled_back.is_none()
             && (runs || is_done)
             && is_answered
             && rests
@@ -109,5 +110,5 @@ impl World {
 
 /// Skipped until another release is ordered.
 pub fn is_skipped(entry: &LedgerEntry, number: u8) -> bool {
-    entry.skipped_for_good().any(|skipped| number_of(&skipped.version) == number)
+    entry.permanently_skipped().any(|skipped| number_of(&skipped.version) == number)
 }
