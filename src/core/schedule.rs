@@ -59,39 +59,39 @@ pub fn first_heartbeat(interval: Duration, after_boot: bool, jitter: f64) -> Dur
 /// socket. The rate of bytes is handled in `core/throughput.rs`.
 #[derive(Debug, Clone)]
 pub struct RateLimiter {
-    most: u32,
+    burst: u32,
     every: Duration,
-    left: u32,
+    permits: u32,
     /// Until when permits were added.
-    given: Option<Instant>,
+    refilled_until: Option<Instant>,
     /// Events suppressed since the last permitted one.
-    untold: u64,
+    suppressed: u64,
 }
 
 impl RateLimiter {
-    pub fn new(most: u32, every: Duration) -> RateLimiter {
-        RateLimiter { most, every, left: most, given: None, untold: 0 }
+    pub fn new(burst: u32, every: Duration) -> RateLimiter {
+        RateLimiter { burst, every, permits: burst, refilled_until: None, suppressed: 0 }
     }
 
     /// Whether all permits are available again, as in a new limiter.
-    pub fn is_whole(&self, now: Instant) -> bool {
-        let all = self.every * (self.most - self.left);
-        self.given.is_none_or(|given| now.saturating_duration_since(given) >= all)
+    pub fn is_full(&self, now: Instant) -> bool {
+        let all = self.every * (self.burst - self.permits);
+        self.refilled_until.is_none_or(|given| now.saturating_duration_since(given) >= all)
     }
 
     /// Requests a permit for one event. `Some`: the number of events suppressed since the last permitted one. `None`: suppressed.
     pub fn take(&mut self, now: Instant) -> Option<u64> {
-        let given = *self.given.get_or_insert(now);
+        let given = *self.refilled_until.get_or_insert(now);
         let due = now.saturating_duration_since(given).as_nanos() / self.every.as_nanos().max(1);
         let due = u32::try_from(due).unwrap_or(u32::MAX);
-        self.left = self.left.saturating_add(due).min(self.most);
-        self.given = Some(if self.left == self.most { now } else { given + self.every * due });
-        if self.left == 0 {
-            self.untold = self.untold.saturating_add(1);
+        self.permits = self.permits.saturating_add(due).min(self.burst);
+        self.refilled_until = Some(if self.permits == self.burst { now } else { given + self.every * due });
+        if self.permits == 0 {
+            self.suppressed = self.suppressed.saturating_add(1);
             return None;
         }
-        self.left -= 1;
-        Some(std::mem::take(&mut self.untold))
+        self.permits -= 1;
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_back_off_to_a_cap_and_the_gateways_word_is_heard() {
+    fn failures_back_off_to_a_cap_and_the_gateways_retry_after_is_followed() {
         let failed = |times, retry_after| next_heartbeat(S(30), HeartbeatOutcome::Failed { times, retry_after }, 1.0);
         assert_eq!(failed(1, None), S(30));
         assert_eq!(failed(2, None), S(60));
@@ -121,20 +121,20 @@ mod tests {
     }
 
     #[test]
-    fn an_allowance_is_spent_and_comes_back_and_counts_what_was_not_told() {
+    fn permits_are_used_up_and_refilled_and_suppressed_events_are_counted() {
         let start = Instant::now();
-        let mut allowance = RateLimiter::new(3, S(60));
-        let told = |allowance: &mut RateLimiter, seconds| allowance.take(start + S(seconds));
-        assert_eq!([0, 0, 1, 1, 2].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None, None]);
-        assert_eq!([59, 60, 61, 119, 120].map(|at| told(&mut allowance, at)), [None, Some(3), None, None, Some(2)]);
-        assert_eq!([9000; 4].map(|at| told(&mut allowance, at)), [Some(0), Some(0), Some(0), None]);
-        assert_eq!([9_179, 9_180].map(|at| allowance.is_whole(start + S(at))), [false, true]);
-        let day = (0..86_400).filter(|second| told(&mut allowance, 10_000 + second).is_some()).count();
+        let mut limiter = RateLimiter::new(3, S(60));
+        let permit = |limiter: &mut RateLimiter, seconds| limiter.take(start + S(seconds));
+        assert_eq!([0, 0, 1, 1, 2].map(|at| permit(&mut limiter, at)), [Some(0), Some(0), Some(0), None, None]);
+        assert_eq!([59, 60, 61, 119, 120].map(|at| permit(&mut limiter, at)), [None, Some(3), None, None, Some(2)]);
+        assert_eq!([9000; 4].map(|at| permit(&mut limiter, at)), [Some(0), Some(0), Some(0), None]);
+        assert_eq!([9_179, 9_180].map(|at| limiter.is_full(start + S(at))), [false, true]);
+        let day = (0..86_400).filter(|second| permit(&mut limiter, 10_000 + second).is_some()).count();
         assert!((1_439..=1_443).contains(&day), "{day}");
     }
 
     #[test]
-    fn the_first_one_is_immediate_but_after_boot() {
+    fn the_first_heartbeat_is_immediate_except_after_a_boot() {
         assert_eq!(first_heartbeat(S(30), false, 0.7), Duration::ZERO);
         assert_eq!(first_heartbeat(S(30), true, 0.5), S(15));
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 pub struct MinimumRate {
     window: Duration,
     /// The minimum number of bytes in each window.
-    least: u64,
+    minimum: u64,
     began: Option<Instant>,
     bytes: u64,
 }
@@ -17,7 +17,7 @@ pub struct MinimumRate {
 impl MinimumRate {
     /// At least `per_second` bytes per second, on average over each `window`.
     pub fn new(window: Duration, per_second: u64) -> MinimumRate {
-        MinimumRate { window, least: per_second.saturating_mul(window.as_secs().max(1)), began: None, bytes: 0 }
+        MinimumRate { window, minimum: per_second.saturating_mul(window.as_secs().max(1)), began: None, bytes: 0 }
     }
 
     /// A request was sent: time before it does not count.
@@ -27,13 +27,13 @@ impl MinimumRate {
 
     /// Records received bytes. Returns whether the stream is fast enough.
     #[must_use]
-    pub fn keeps(&mut self, bytes: u64, now: Instant) -> bool {
+    pub fn is_fast_enough(&mut self, bytes: u64, now: Instant) -> bool {
         let began = *self.began.get_or_insert(now);
         self.bytes = self.bytes.saturating_add(bytes);
         if now.saturating_duration_since(began) < self.window {
             return true;
         }
-        let enough = self.bytes >= self.least;
+        let enough = self.bytes >= self.minimum;
         self.begin(now);
         enough
     }
@@ -72,28 +72,32 @@ mod tests {
     const S: fn(u64) -> Duration = Duration::from_secs;
 
     #[test]
-    fn a_drip_is_too_slow_however_regular_and_a_burst_at_the_end_is_not() {
+    fn a_steady_trickle_is_too_slow_and_a_late_burst_is_not() {
         let start = Instant::now();
         let mut drip = MinimumRate::new(S(100), 1024);
-        let kept: Vec<bool> = (0..250).map(|second| drip.keeps(1000, start + S(second))).collect();
-        assert_eq!(kept.iter().position(|kept| !kept), Some(100));
-        assert_eq!(kept.iter().filter(|kept| !**kept).count(), 2);
+        let fast: Vec<bool> = (0..250).map(|second| drip.is_fast_enough(1000, start + S(second))).collect();
+        assert_eq!(fast.iter().position(|fast| !fast), Some(100));
+        assert_eq!(fast.iter().filter(|fast| !**fast).count(), 2);
         let mut burst = MinimumRate::new(S(100), 1024);
-        assert!(burst.keeps(1, start) && burst.keeps(200_000, start + S(150)) && burst.keeps(1, start + S(249)));
-        assert!(!burst.keeps(1, start + S(251)));
+        assert!(
+            burst.is_fast_enough(1, start)
+                && burst.is_fast_enough(200_000, start + S(150))
+                && burst.is_fast_enough(1, start + S(249))
+        );
+        assert!(!burst.is_fast_enough(1, start + S(251)));
     }
 
     #[test]
     fn a_pause_between_two_requests_does_not_count() {
         let start = Instant::now();
-        let mut pace = MinimumRate::new(S(100), 1024);
-        assert!(pace.keeps(500_000, start));
-        pace.begin(start + S(1000));
-        assert!(pace.keeps(1, start + S(1001)));
+        let mut rate = MinimumRate::new(S(100), 1024);
+        assert!(rate.is_fast_enough(500_000, start));
+        rate.begin(start + S(1000));
+        assert!(rate.is_fast_enough(1, start + S(1001)));
     }
 
     #[test]
-    fn all_who_share_a_throttle_together_stay_below_its_rate() {
+    fn all_users_of_a_throttle_together_stay_below_its_rate() {
         let start = Instant::now();
         let mut throttle = Throttle::new(1000);
         assert_eq!([500, 500, 1000].map(|bytes| throttle.take(bytes, start).as_millis()), [500, 1000, 2000]);

@@ -78,7 +78,7 @@ pub enum UpgradeStep {
     /// The same for a manager that does not respond.
     KillManager,
     /// The deciding watchdog exits; it is restarted as after a crash.
-    EndWatchdog,
+    StopWatchdog,
     /// Start a heartbeat with the old program.
     Probe,
     /// Start the proof of the new watchdog.
@@ -157,23 +157,23 @@ guards! {
     links_before_restore,
     backup_whole_before_restore,
     restart_after_restore,
-    release_recorded_back,
+    release_recorded_on_rollback,
     release_recorded_on_commit,
     skip_on_rollback,
-    links_home_after_end,
-    end_old_watchdog,
-    neither_image_drops,
+    links_restored_after_end,
+    stop_old_watchdog,
+    foreign_executable_drops,
     commit_record_before_links,
     stop_pauses,
-    tries_budget,
-    watchdogs_budget,
-    proofs_budget,
-    time_budget,
-    memory,
+    death_limit,
+    lost_watchdog_limit,
+    failed_proof_limit,
+    time_limit,
+    memory_limit,
     adoption,
     minimum_life,
     heartbeat_before_commit,
-    probe_before_condemning,
+    probe_before_rollback,
     prove_before_commit,
 }
 
@@ -185,7 +185,7 @@ pub fn next(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits) -
 fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     let Some(trial) = record.trial() else { return without_record(evidence, guards) };
     if !may_act(trial.phase, evidence) {
-        let old_manager = evidence.asker == Decider::Manager && runs(evidence, WhichRelease::From);
+        let old_manager = evidence.decider == Decider::Manager && runs(evidence, WhichRelease::From);
         return if old_manager && is_switched(trial.phase, evidence.executable) {
             UpgradeStep::RestartManager
         } else {
@@ -195,7 +195,7 @@ fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, gua
     if !evidence.recorded && (guards.record_before_swap || trial.phase != UpgradePhase::Switching) {
         return UpgradeStep::Save;
     }
-    if evidence.executable == InstalledExecutable::Neither && guards.neither_image_drops {
+    if evidence.executable == InstalledExecutable::Neither && guards.foreign_executable_drops {
         return drop_trial(RecordChange::Drop, evidence, guards);
     }
     match (trial.phase, evidence.executable) {
@@ -211,10 +211,10 @@ fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, gua
             drop_trial(RecordChange::Interrupt, evidence, guards)
         }
         (UpgradePhase::Trial, InstalledExecutable::From) => drop_trial(RecordChange::Interrupt, evidence, guards),
-        (UpgradePhase::Trial, _) => judge(trial, evidence, limits, guards),
+        (UpgradePhase::Trial, _) => evaluate_trial(trial, evidence, limits, guards),
         (UpgradePhase::Committing, InstalledExecutable::From) => drop_trial(RecordChange::Drop, evidence, guards),
         (UpgradePhase::Committing, InstalledExecutable::Missing) if evidence.backup_whole => {
-            condemn(TrialEndReason::Vanished)
+            roll_back_and_skip(TrialEndReason::ExecutableMissing)
         }
         (UpgradePhase::Committing, _) => commit(evidence, guards),
         (UpgradePhase::RollingBack, _) => roll_back(trial, evidence, guards),
@@ -226,7 +226,7 @@ fn decide(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits, gua
 fn may_act(phase: UpgradePhase, evidence: &Evidence) -> bool {
     let no_watchdog = evidence.watchdog.is_none();
     let is_before_switch = phase == UpgradePhase::Switching && evidence.executable != InstalledExecutable::To;
-    match evidence.asker {
+    match evidence.decider {
         Decider::Installer => true,
         Decider::Manager => {
             is_before_switch || (no_watchdog && (phase == UpgradePhase::Committing || !evidence.backup_whole))
@@ -250,7 +250,7 @@ fn is_switched(phase: UpgradePhase, executable: InstalledExecutable) -> bool {
 }
 
 fn without_record(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
-    if evidence.links == RoleLinks::Executable || !guards.links_home_after_end {
+    if evidence.links == RoleLinks::Executable || !guards.links_restored_after_end {
         return UpgradeStep::Nothing;
     }
     // The links must point at a file that exists.
@@ -263,9 +263,9 @@ fn without_record(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
 /// Before the switch.
 fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if trial.forced == Some(OperatorDecision::Abort) {
-        return drop_trial(RecordChange::SkipAndForget, evidence, guards);
+        return drop_trial(RecordChange::FinishAndSkip, evidence, guards);
     }
-    if evidence.asker == Decider::Installer || evidence.stopped {
+    if evidence.decider == Decider::Installer || evidence.stopped {
         return drop_trial(RecordChange::Drop, evidence, guards);
     }
     // A start empties `staging`, so this manager did not begin the switch.
@@ -285,59 +285,59 @@ fn switch(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     }
 }
 
-fn judge(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
+fn evaluate_trial(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     if evidence.executable == InstalledExecutable::Missing && evidence.backup_whole {
-        return condemn(TrialEndReason::Vanished);
+        return roll_back_and_skip(TrialEndReason::ExecutableMissing);
     }
     if !evidence.backup_whole && guards.backup_whole_before_restore {
         // Without a backup, neither the old watchdog nor `control` can be started from it.
         return UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup)));
     }
-    if let Some(step) = keep_judge_old(evidence, guards) {
+    if let Some(step) = keep_old_watchdog(evidence, guards) {
         return step;
     }
     match trial.forced {
         Some(OperatorDecision::Commit) => {
             return UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::Forced)));
         }
-        Some(OperatorDecision::Abort) => return condemn(TrialEndReason::Aborted),
-        None if evidence.asker == Decider::Installer => {
-            return UpgradeStep::Record(RecordChange::RollBack { reason: TrialEndReason::Installer, condemns: false });
+        Some(OperatorDecision::Abort) => return roll_back_and_skip(TrialEndReason::Aborted),
+        None if evidence.decider == Decider::Installer => {
+            return UpgradeStep::Record(RecordChange::RollBack { reason: TrialEndReason::Installer, skips: false });
         }
         None => {}
     }
     if evidence.stopped && guards.stop_pauses {
         return UpgradeStep::Wait(Wait::Start);
     }
-    if trial.deaths >= limits.deaths && guards.tries_budget {
-        return condemn(TrialEndReason::Died);
+    if trial.deaths >= limits.deaths && guards.death_limit {
+        return roll_back_and_skip(TrialEndReason::Died);
     }
-    if trial.lost_watchdogs >= limits.lost_watchdogs && guards.watchdogs_budget {
-        return condemn(TrialEndReason::WatchdogEnded);
+    if trial.lost_watchdogs >= limits.lost_watchdogs && guards.lost_watchdog_limit {
+        return roll_back_and_skip(TrialEndReason::WatchdogExited);
     }
-    if trial.failed_proofs >= limits.failed_proofs && guards.proofs_budget {
-        return condemn(TrialEndReason::Proof);
+    if trial.failed_proofs >= limits.failed_proofs && guards.failed_proof_limit {
+        return roll_back_and_skip(TrialEndReason::Proof);
     }
     if evidence.died {
-        return UpgradeStep::Record(RecordChange::LoseTry);
+        return UpgradeStep::Record(RecordChange::CountDeath);
     }
     if evidence.took_over {
-        return UpgradeStep::Record(RecordChange::LoseWatchdog);
+        return UpgradeStep::Record(RecordChange::CountLostWatchdog);
     }
     if evidence.proof == Proof::Failed {
-        return UpgradeStep::Record(RecordChange::FailProof);
+        return UpgradeStep::Record(RecordChange::CountFailedProof);
     }
-    judge_manager(trial, evidence, limits, guards)
+    evaluate_manager(trial, evidence, limits, guards)
 }
 
 /// Evaluates the new manager after the checks that fail it at once.
-fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
+fn evaluate_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     if runs(evidence, WhichRelease::From) {
-        return end_manager(evidence);
+        return stop_manager(evidence);
     }
     let manager = evidence.manager.filter(|manager| manager.image == WhichRelease::To);
-    if manager.is_some_and(|manager| manager.over_memory) && guards.memory {
-        return condemn(TrialEndReason::Memory);
+    if manager.is_some_and(|manager| manager.over_memory) && guards.memory_limit {
+        return roll_back_and_skip(TrialEndReason::Memory);
     }
     let answered = manager.and_then(|manager| manager.answered);
     let adopted = manager.is_some_and(|manager| manager.adopted) || !guards.adoption;
@@ -345,7 +345,7 @@ fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guard
         let spent = Duration::from_secs(trial.spent_seconds);
         let reason = if answered.is_some() { TrialEndReason::NotAdopted } else { TrialEndReason::NoAnswer };
         return match limits.first_answer.checked_sub(spent).filter(|left| !left.is_zero()) {
-            None if guards.time_budget => condemn(reason),
+            None if guards.time_limit => roll_back_and_skip(reason),
             left => UpgradeStep::Wait(Wait::Answer { left: left.unwrap_or_default() }),
         };
     };
@@ -370,10 +370,10 @@ fn judge_manager(trial: &Trial, evidence: &Evidence, limits: &TrialLimits, guard
 /// The new manager has not sent a heartbeat. A heartbeat of the old program shows whether the new manager is at fault.
 fn await_heartbeat(probe: Probe, limits: &TrialLimits, guards: &Guards) -> UpgradeStep {
     match probe {
-        _ if !guards.probe_before_condemning => condemn(TrialEndReason::NoHeartbeat),
+        _ if !guards.probe_before_rollback => roll_back_and_skip(TrialEndReason::NoHeartbeat),
         Probe::NotAsked => UpgradeStep::Probe,
         Probe::Running => UpgradeStep::Wait(Wait::Probe),
-        Probe::Works(ago) if ago >= limits.heartbeat_grace => condemn(TrialEndReason::NoHeartbeat),
+        Probe::Works(ago) if ago >= limits.heartbeat_grace => roll_back_and_skip(TrialEndReason::NoHeartbeat),
         Probe::Works(ago) => UpgradeStep::Wait(Wait::Heartbeat { left: limits.heartbeat_grace - ago }),
         Probe::Fails(ago) if ago >= limits.probe_pause => UpgradeStep::Probe,
         Probe::Fails(ago) => UpgradeStep::Wait(Wait::Unproven { left: limits.probe_pause - ago }),
@@ -388,28 +388,31 @@ fn commit_trial(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
 }
 
 /// Until the restore, the watchdog must run the old program, after a restart too.
-fn keep_judge_old(evidence: &Evidence, guards: &Guards) -> Option<UpgradeStep> {
+fn keep_old_watchdog(evidence: &Evidence, guards: &Guards) -> Option<UpgradeStep> {
     if evidence.links != RoleLinks::Backup && guards.links_before_restore && guards.commit_record_before_links {
         return Some(UpgradeStep::LinkToBackup);
     }
-    let own_program_is_new = evidence.asker == Decider::Watchdog && evidence.watchdog != Some(WhichRelease::From);
-    (own_program_is_new && evidence.links == RoleLinks::Backup).then_some(UpgradeStep::EndWatchdog)
+    let own_program_is_new = evidence.decider == Decider::Watchdog && evidence.watchdog != Some(WhichRelease::From);
+    (own_program_is_new && evidence.links == RoleLinks::Backup).then_some(UpgradeStep::StopWatchdog)
 }
 
 fn commit(evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     if evidence.installed != WhichRelease::To && guards.release_recorded_on_commit {
         return UpgradeStep::RecordRelease(WhichRelease::To);
     }
-    if evidence.links != RoleLinks::Executable && guards.links_home_after_end {
+    if evidence.links != RoleLinks::Executable && guards.links_restored_after_end {
         return UpgradeStep::LinkToExecutable;
     }
     if runs(evidence, WhichRelease::From) {
-        return end_manager(evidence);
+        return stop_manager(evidence);
     }
-    if evidence.asker == Decider::Watchdog && evidence.watchdog == Some(WhichRelease::From) && guards.end_old_watchdog {
-        return UpgradeStep::EndWatchdog;
+    if evidence.decider == Decider::Watchdog
+        && evidence.watchdog == Some(WhichRelease::From)
+        && guards.stop_old_watchdog
+    {
+        return UpgradeStep::StopWatchdog;
     }
-    UpgradeStep::Record(RecordChange::Forget)
+    UpgradeStep::Record(RecordChange::Finish)
 }
 
 fn roll_back(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
@@ -420,36 +423,36 @@ fn roll_back(trial: &Trial, evidence: &Evidence, guards: &Guards) -> UpgradeStep
                 _ => UpgradeStep::Record(RecordChange::Commit(Some(TrialEndReason::NoBackup))),
             };
         }
-        return keep_judge_old(evidence, guards).unwrap_or(UpgradeStep::Restore);
+        return keep_old_watchdog(evidence, guards).unwrap_or(UpgradeStep::Restore);
     }
-    let end = if trial.condemned && guards.skip_on_rollback { RecordChange::SkipAndForget } else { RecordChange::Drop };
+    let end = if trial.condemned && guards.skip_on_rollback { RecordChange::FinishAndSkip } else { RecordChange::Drop };
     drop_trial(end, evidence, guards)
 }
 
 /// Adapts everything to the current `bin/aops`, then ends the upgrade with this change.
 fn drop_trial(end: RecordChange, evidence: &Evidence, guards: &Guards) -> UpgradeStep {
     let is_old = matches!(evidence.executable, InstalledExecutable::From | InstalledExecutable::Both);
-    if is_old && evidence.installed == WhichRelease::To && guards.release_recorded_back {
+    if is_old && evidence.installed == WhichRelease::To && guards.release_recorded_on_rollback {
         return UpgradeStep::RecordRelease(WhichRelease::From);
     }
     if is_old && runs(evidence, WhichRelease::To) && guards.restart_after_restore {
-        return end_manager(evidence);
+        return stop_manager(evidence);
     }
-    if evidence.links != RoleLinks::Executable && guards.links_home_after_end {
+    if evidence.links != RoleLinks::Executable && guards.links_restored_after_end {
         return UpgradeStep::LinkToExecutable;
     }
     UpgradeStep::Record(end)
 }
 
-fn condemn(reason: TrialEndReason) -> UpgradeStep {
-    UpgradeStep::Record(RecordChange::RollBack { reason, condemns: true })
+fn roll_back_and_skip(reason: TrialEndReason) -> UpgradeStep {
+    UpgradeStep::Record(RecordChange::RollBack { reason, skips: true })
 }
 
 fn runs(evidence: &Evidence, image: WhichRelease) -> bool {
     evidence.manager.is_some_and(|manager| manager.image == image)
 }
 
-fn end_manager(evidence: &Evidence) -> UpgradeStep {
+fn stop_manager(evidence: &Evidence) -> UpgradeStep {
     match evidence.manager {
         Some(ManagerEvidence { answered: None, .. }) => UpgradeStep::KillManager,
         _ => UpgradeStep::RestartManager,

@@ -437,13 +437,13 @@ impl TrialMonitor {
     fn taken(&mut self, step: UpgradeStep) {
         match step {
             UpgradeStep::Restore => self.has_restored = true,
-            UpgradeStep::Record(RecordChange::LoseTry) => {
+            UpgradeStep::Record(RecordChange::CountDeath) => {
                 self.died = false;
                 self.end_leftovers();
             }
-            UpgradeStep::Record(RecordChange::SkipAndForget | RecordChange::Drop) => self.end_leftovers(),
-            UpgradeStep::Record(RecordChange::LoseWatchdog) => self.took_over = false,
-            UpgradeStep::Record(RecordChange::FailProof) => self.proof = OneShot::NotBegun,
+            UpgradeStep::Record(RecordChange::FinishAndSkip | RecordChange::Drop) => self.end_leftovers(),
+            UpgradeStep::Record(RecordChange::CountLostWatchdog) => self.took_over = false,
+            UpgradeStep::Record(RecordChange::CountFailedProof) => self.proof = OneShot::NotBegun,
             UpgradeStep::Record(RecordChange::BeginTrial) => {
                 (self.died, self.took_over) = (false, false);
                 (self.probe, self.proof) = (OneShot::NotBegun, OneShot::NotBegun);
@@ -484,7 +484,7 @@ impl TrialMonitor {
                 self.kill_manager();
                 TrialAction::Nothing
             }
-            UpgradeStep::EndWatchdog => TrialAction::Become,
+            UpgradeStep::StopWatchdog => TrialAction::Become,
             UpgradeStep::Probe => {
                 tracing::warn!("the new manager has sent no heartbeat; the old program tries to");
                 let mut command = Command::new(self.home.backup_executable());

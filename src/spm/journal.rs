@@ -120,7 +120,7 @@ impl Journal {
     fn allowance(&mut self, kind: &str, outcome: &str, agent: Option<&AgentName>, now: Instant) -> &mut RateLimiter {
         let mut subject = (kind.to_owned(), outcome.to_owned(), agent.cloned());
         if self.told.len() >= MAX_COUNTED && !self.told.contains_key(&subject) {
-            self.told.retain(|_, allowance| !allowance.is_whole(now));
+            self.told.retain(|_, allowance| !allowance.is_full(now));
             if self.told.len() >= MAX_COUNTED {
                 subject = RateKey::default();
             }

@@ -98,7 +98,7 @@ pub enum Proof {
 /// All that a role observes. Facts about the new manager are those of its current process and are reset with each new process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evidence {
-    pub asker: Decider,
+    pub decider: Decider,
     /// The record on disk is current; otherwise an upgrade has begun in memory only.
     pub recorded: bool,
     /// Without a record: [`InstalledExecutable::Missing`] or [`InstalledExecutable::Neither`].
@@ -131,7 +131,7 @@ impl Evidence {
             UpgradePhase::Trial | UpgradePhase::Committing => (InstalledExecutable::To, WhichRelease::To),
         };
         Evidence {
-            asker: Decider::Manager,
+            decider: Decider::Manager,
             recorded: true,
             executable,
             backup_whole: true,

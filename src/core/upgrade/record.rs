@@ -232,9 +232,9 @@ pub enum TrialEndReason {
     /// The new watchdog failed its proof too often.
     Proof,
     /// The watchdog exited too often while the new manager ran.
-    WatchdogEnded,
+    WatchdogExited,
     /// `bin/aops` is missing.
-    Vanished,
+    ExecutableMissing,
     Aborted,
     /// The installer installs another release.
     Installer,
@@ -253,8 +253,8 @@ impl fmt::Display for TrialEndReason {
                 "the new manager used too many resources: more memory than spmMaxMem, or hundreds of processes"
             }
             TrialEndReason::Proof => "the new watchdog failed its proof",
-            TrialEndReason::WatchdogEnded => "the watchdog exited repeatedly while the new manager ran",
-            TrialEndReason::Vanished => "bin/aops is missing",
+            TrialEndReason::WatchdogExited => "the watchdog exited repeatedly while the new manager ran",
+            TrialEndReason::ExecutableMissing => "bin/aops is missing",
             TrialEndReason::Aborted => "aborted by the operator",
             TrialEndReason::Installer => "replaced by the installer",
             TrialEndReason::Forced => "committed by the operator",
@@ -269,20 +269,20 @@ pub enum RecordChange {
     /// The switch is done.
     BeginTrial,
     /// The new manager died.
-    LoseTry,
-    LoseWatchdog,
-    FailProof,
+    CountDeath,
+    CountLostWatchdog,
+    CountFailedProof,
     /// The new manager has answered and adopted: the time that it needed no longer counts.
     ResetTime,
     Commit(Option<TrialEndReason>),
     RollBack {
         reason: TrialEndReason,
-        condemns: bool,
+        skips: bool,
     },
     /// A commit is complete.
-    Forget,
+    Finish,
     /// A roll back that skips the release is complete.
-    SkipAndForget,
+    FinishAndSkip,
     /// The upgrade is dropped without a skip.
     Drop,
     /// The switch was interrupted. The upgrade is dropped until the release is staged again.
@@ -338,7 +338,7 @@ impl UpgradeRecord {
         let done = self.apply(change);
         let Some(trial) = before.filter(|_| done && self.trial.is_none()) else { return done };
         let (end, skipped) = match change {
-            RecordChange::Forget => (UpgradeEnd::Committed, false),
+            RecordChange::Finish => (UpgradeEnd::Committed, false),
             _ if trial.phase == UpgradePhase::RollingBack => (UpgradeEnd::RolledBack, skips(self, &trial)),
             _ => (UpgradeEnd::GivenUp, skips(self, &trial)),
         };
@@ -370,7 +370,7 @@ impl UpgradeRecord {
     }
 
     /// Removes reported outcomes.
-    pub fn forget_ended(&mut self, reported: &[FinishedUpgrade]) {
+    pub fn remove_reported(&mut self, reported: &[FinishedUpgrade]) {
         self.ended.retain(|ended| !reported.contains(ended));
     }
 
@@ -420,16 +420,18 @@ impl UpgradeRecord {
     pub fn apply(&mut self, change: RecordChange) -> bool {
         match change {
             RecordChange::BeginTrial => self.begin_trial(),
-            RecordChange::LoseTry => self.count(|trial| trial.deaths = trial.deaths.saturating_add(1)),
-            RecordChange::LoseWatchdog => {
+            RecordChange::CountDeath => self.count(|trial| trial.deaths = trial.deaths.saturating_add(1)),
+            RecordChange::CountLostWatchdog => {
                 self.count(|trial| trial.lost_watchdogs = trial.lost_watchdogs.saturating_add(1))
             }
-            RecordChange::FailProof => self.count(|trial| trial.failed_proofs = trial.failed_proofs.saturating_add(1)),
+            RecordChange::CountFailedProof => {
+                self.count(|trial| trial.failed_proofs = trial.failed_proofs.saturating_add(1))
+            }
             RecordChange::ResetTime => self.count(|trial| trial.spent_seconds = 0),
             RecordChange::Commit(reason) => self.commit(reason),
-            RecordChange::RollBack { reason, condemns } => self.roll_back(reason, condemns),
-            RecordChange::Forget => self.forget(),
-            RecordChange::SkipAndForget => self.skip_and_forget(),
+            RecordChange::RollBack { reason, skips } => self.roll_back(reason, skips),
+            RecordChange::Finish => self.finish(),
+            RecordChange::FinishAndSkip => self.finish_and_skip(),
             RecordChange::Drop => self.trial.take().is_some(),
             RecordChange::Interrupt => self.interrupt(),
         }
@@ -450,10 +452,10 @@ impl UpgradeRecord {
         self.enter(UpgradePhase::Committing, &[UpgradePhase::Trial, UpgradePhase::RollingBack], reason).is_some()
     }
 
-    /// Gives the new release up. `condemns`: it is skipped afterwards.
-    pub fn roll_back(&mut self, reason: TrialEndReason, condemns: bool) -> bool {
+    /// Gives the new release up. `skips`: it is skipped afterwards.
+    pub fn roll_back(&mut self, reason: TrialEndReason, skips: bool) -> bool {
         match self.enter(UpgradePhase::RollingBack, &[UpgradePhase::Trial, UpgradePhase::Committing], Some(reason)) {
-            Some(trial) => trial.condemned = condemns,
+            Some(trial) => trial.condemned = skips,
             None => return false,
         }
         true
@@ -474,7 +476,7 @@ impl UpgradeRecord {
     }
 
     /// The upgrade is complete, with the new release installed.
-    pub fn forget(&mut self) -> bool {
+    pub fn finish(&mut self) -> bool {
         let Some(trial) = self.trial.take_if(|trial| trial.phase == UpgradePhase::Committing) else { return false };
         self.skipped.retain(|skipped| skipped.version != trial.to.version);
         self.interruptions = None;
@@ -505,12 +507,12 @@ impl UpgradeRecord {
     }
 
     /// Clears all skips (`control retry aops-spm`). Returns whether there were any.
-    pub fn allow(&mut self) -> bool {
+    pub fn clear_skips(&mut self) -> bool {
         self.interruptions = None;
         !std::mem::take(&mut self.skipped).is_empty()
     }
 
-    fn skip_and_forget(&mut self) -> bool {
+    fn finish_and_skip(&mut self) -> bool {
         let Some(trial) = self.trial.take() else { return false };
         let reason = trial.reason.unwrap_or_else(|| TrialEndReason::Aborted.to_string());
         self.skip(&trial.to, reason, &trial.from);

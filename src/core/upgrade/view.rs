@@ -53,9 +53,9 @@ impl UpgradeViewPhase {
 /// `None`: no upgrade is under way. Either role may call this; the result is as the watchdog would decide.
 pub fn status(record: &UpgradeRecord, evidence: &Evidence, limits: &TrialLimits) -> Option<UpgradeView> {
     let trial = record.trial()?;
-    let judged =
-        Evidence { asker: Decider::Watchdog, recorded: true, watchdog: Some(super::WhichRelease::From), ..*evidence };
-    let wait = match next(record, &judged, limits) {
+    let watchdog_evidence =
+        Evidence { decider: Decider::Watchdog, recorded: true, watchdog: Some(super::WhichRelease::From), ..*evidence };
+    let wait = match next(record, &watchdog_evidence, limits) {
         UpgradeStep::Wait(wait) => Some(wait),
         _ => None,
     };

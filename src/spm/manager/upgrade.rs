@@ -208,7 +208,7 @@ impl Manager {
     /// Tries again what is skipped.
     pub(super) fn retry_upgrade(&mut self, now: Instant) -> ControlReply {
         job::change(&self.inputs, &self.home, &self.identity.version, |record| {
-            record.allow();
+            record.clear_skips();
             record.release_hold();
         });
         self.upgrading.asked_error = None;
@@ -316,7 +316,7 @@ impl Manager {
             ended.iter().filter(|ended| !self.upgrading.told.contains(ended)).cloned().collect();
         if news.is_empty() {
             let told = self.upgrading.told.clone();
-            job::change(&self.inputs, &self.home, &self.identity.version, move |record| record.forget_ended(&told));
+            job::change(&self.inputs, &self.home, &self.identity.version, move |record| record.remove_reported(&told));
             return;
         }
         for ended in &news {

@@ -52,7 +52,7 @@ pub enum SearchEvent {
         ok: bool,
     },
     Launched,
-    NotLaunched {
+    LaunchFailed {
         refused: bool,
     },
     Stopped {
@@ -124,8 +124,8 @@ impl Model {
             let can = kind.can_be_launched(number);
             let launched = [
                 (SearchEvent::Launched, can),
-                (SearchEvent::NotLaunched { refused: false }, faults || !can),
-                (SearchEvent::NotLaunched { refused: true }, faults),
+                (SearchEvent::LaunchFailed { refused: false }, faults || !can),
+                (SearchEvent::LaunchFailed { refused: true }, faults),
             ];
             all.extend(launched.into_iter().filter(|(_, happens)| *happens).map(|(event, _)| event));
         }
@@ -229,7 +229,7 @@ impl Model {
         }
         if let Some(number) = state.launching {
             let can = kind.can_be_launched(number);
-            return Some(if can { SearchEvent::Launched } else { SearchEvent::NotLaunched { refused: false } });
+            return Some(if can { SearchEvent::Launched } else { SearchEvent::LaunchFailed { refused: false } });
         }
         if let Some((_, number)) = state.staging.first() {
             let fetched = if kind.can_be_fetched(*number) { Fetched::Ready } else { Fetched::Failed };
@@ -262,7 +262,7 @@ impl Model {
                 Fetched::Failed => self.scenario.kind != Kind::CannotBeFetched,
                 Fetched::Refused => true,
             },
-            SearchEvent::NotLaunched { refused } => refused || self.scenario.kind != Kind::CannotBeLaunched,
+            SearchEvent::LaunchFailed { refused } => refused || self.scenario.kind != Kind::CannotBeLaunched,
             SearchEvent::Exits => state.process.is_some_and(|process| !self.may_exit(process)),
             SearchEvent::Admitted { ok }
             | SearchEvent::Written { ok, .. }

@@ -367,7 +367,7 @@ impl Model {
                 state.record = Some(Recorded { version: number, ended: None });
                 self.handle(state, AgentEvent::Launched { pid: 9, version: version_of(number), runs_so: true }, false)
             }
-            SearchEvent::NotLaunched { refused } => {
+            SearchEvent::LaunchFailed { refused } => {
                 let number = state.launching.take();
                 if state.process.is_none() {
                     state.record = None;
