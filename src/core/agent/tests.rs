@@ -76,12 +76,12 @@ fn inspected(result: Result<Program, String>) -> AgentEvent {
 struct Bench {
     agent: Agent,
     now: Instant,
-    asked: Vec<AgentAction>,
+    actions: Vec<AgentAction>,
 }
 
 impl Bench {
     fn new() -> Bench {
-        Bench { agent: Agent::new("a".parse().unwrap()), now: Instant::now(), asked: vec![] }
+        Bench { agent: Agent::new("a".parse().unwrap()), now: Instant::now(), actions: vec![] }
     }
 
     /// Release 1 is active and runs.
@@ -90,15 +90,15 @@ impl Bench {
         bench.install("1");
         bench.send(AgentEvent::Launched { pid: 10, version: version("1"), runs_so: true });
         assert_eq!(bench.agent.state(), AgentState::Running);
-        bench.asked.clear();
+        bench.actions.clear();
         bench
     }
 
     /// Release 1 is stopped, and the given release is about to be started for the first time.
-    fn on_the_way_to(text: &str) -> Bench {
+    fn about_to_start(text: &str) -> Bench {
         let mut bench = Bench::running();
         bench.install_over(text);
-        bench.asked.clear();
+        bench.actions.clear();
         bench
     }
 
@@ -116,7 +116,7 @@ impl Bench {
     }
 
     fn send(&mut self, event: AgentEvent) -> &mut Bench {
-        self.asked.extend(self.agent.step(event, at(self.now)));
+        self.actions.extend(self.agent.step(event, at(self.now)));
         self
     }
 
@@ -141,8 +141,8 @@ impl Bench {
     }
 
     /// The actions since the last call, without notes.
-    fn asked(&mut self) -> Vec<AgentAction> {
-        std::mem::take(&mut self.asked)
+    fn take_actions(&mut self) -> Vec<AgentAction> {
+        std::mem::take(&mut self.actions)
             .into_iter()
             .filter(|action| !matches!(action, AgentAction::Note(_) | AgentAction::CancelCheck))
             .collect()
@@ -153,7 +153,7 @@ impl Bench {
             AgentAction::Note(note) => Some((note.kind, note.outcome)),
             _ => None,
         };
-        self.asked.iter().filter_map(note).collect()
+        self.actions.iter().filter_map(note).collect()
     }
 }
 
@@ -162,18 +162,18 @@ fn a_first_release_is_staged_recorded_and_started_and_raises_the_epoch() {
     let mut bench = Bench::new();
     bench.send(AgentEvent::Stage(Package::new(version("1"))));
     assert_eq!(bench.agent.state(), AgentState::Updating);
-    assert_eq!(bench.asked(), [AgentAction::Stage { id: 1, package: Package::new(version("1")) }]);
+    assert_eq!(bench.take_actions(), [AgentAction::Stage { id: 1, package: Package::new(version("1")) }]);
     bench.answer("1", Ok(ready("1")));
     assert_eq!(bench.notes(), [("stage", "ok")]);
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }]);
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: false }]);
     bench.send(AgentEvent::Activate(order("1")));
-    assert_eq!(bench.asked(), [AgentAction::Admit { version: version("1"), inspect: false }]);
+    assert_eq!(bench.take_actions(), [AgentAction::Admit { version: version("1"), inspect: false }]);
     bench.send(AgentEvent::Admitted(Ok((release("1"), None))));
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: true }]);
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: true }]);
     bench.send(AgentEvent::Recorded(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::Switch(version("1"))]);
+    assert_eq!(bench.take_actions(), [AgentAction::Switch(version("1"))]);
     bench.send(AgentEvent::Switched(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::RaiseEpoch(release("1")), AgentAction::Start]);
+    assert_eq!(bench.take_actions(), [AgentAction::RaiseEpoch(release("1")), AgentAction::Start]);
     assert_eq!(bench.agent.ledger().active(), Some(&release("1")));
 }
 
@@ -183,24 +183,24 @@ fn the_running_release_is_stopped_only_after_the_new_one_is_admitted_and_recorde
     bench.stage("2");
     bench.send(AgentEvent::Activate(order("2")));
     bench.send(AgentEvent::Admitted(Ok((release("2"), None))));
-    assert!(!bench.asked().contains(&AgentAction::Stop));
+    assert!(!bench.take_actions().contains(&AgentAction::Stop));
     assert_eq!(bench.agent.to_record().probation(), Some(&release("2")));
     bench.send(AgentEvent::Recorded(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::Stop]);
+    assert_eq!(bench.take_actions(), [AgentAction::Stop]);
     bench.send(AgentEvent::Stopped(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::Switch(version("2"))]);
+    assert_eq!(bench.take_actions(), [AgentAction::Switch(version("2"))]);
     bench.send(AgentEvent::Switched(Ok(())));
-    assert_eq!(bench.asked(), [AgentAction::Start]);
+    assert_eq!(bench.take_actions(), [AgentAction::Start]);
     assert_eq!(bench.agent.ledger().active(), Some(&release("1")), "not committed before it has started");
     bench.launched(11, "2");
-    assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Updating), "on probation");
+    assert_eq!((bench.take_actions(), bench.agent.state()), (vec![], AgentState::Updating), "on probation");
     bench.now += S(9);
     bench.send(AgentEvent::Tick);
-    assert_eq!(bench.asked(), []);
+    assert_eq!(bench.take_actions(), []);
     bench.now = bench.agent.deadline(bench.now).unwrap();
     bench.send(AgentEvent::Tick);
     assert_eq!(bench.notes(), [("upgrade", "ok")]);
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }, AgentAction::RaiseEpoch(release("2"))]);
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: false }, AgentAction::RaiseEpoch(release("2"))]);
     assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("2")), None));
     assert_eq!(bench.agent.state(), AgentState::Running);
 }
@@ -238,7 +238,7 @@ fn a_failed_step_keeps_the_running_release_and_is_retried_with_back_off() {
         }
         assert_eq!(pauses, [5, 10, 20, 40, 80, 160, 300, 300], "{kind}");
         assert_eq!(bench.notes().iter().filter(|(of, _)| *of == kind).count(), 1, "a repeated error is reported once");
-        assert!(!bench.asked().contains(&AgentAction::Stop));
+        assert!(!bench.take_actions().contains(&AgentAction::Stop));
         assert_eq!((bench.agent.state(), bench.agent.current()), (AgentState::Running, Some(&version("1"))));
         bench.send(AgentEvent::OrderChanged(Some(order("2"))));
         assert_eq!(bench.agent.actual(None, bench.now).held_back, None, "a new desired state is tried at once");
@@ -253,9 +253,9 @@ fn a_failed_switch_of_the_link_keeps_the_previous_release() {
     bench.send(AgentEvent::Admitted(Ok((release("2"), None))));
     bench.send(AgentEvent::Recorded(Ok(())));
     bench.send(AgentEvent::Stopped(Ok(())));
-    bench.asked.clear();
+    bench.actions.clear();
     bench.send(AgentEvent::Switched(Err("read-only file system".into())));
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }, AgentAction::Start]);
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: false }, AgentAction::Start]);
     assert_eq!((bench.agent.current(), bench.agent.ledger().probation()), (Some(&version("1")), None));
 }
 
@@ -264,18 +264,18 @@ fn a_withdrawn_release_is_removed_unless_it_runs() {
     let withdrawn = || ReleaseError { refused: true, withdrawn: true, ..refusal("its key was revoked") };
     let mut bench = Bench::running();
     bench.stage("2");
-    bench.asked.clear();
+    bench.actions.clear();
     bench.send(AgentEvent::Activate(order("2")));
     bench.send(AgentEvent::Admitted(Err(withdrawn())));
     assert!(bench.notes().contains(&("activate", "refused")));
-    assert!(bench.asked().contains(&AgentAction::Discard(version("2"))));
+    assert!(bench.take_actions().contains(&AgentAction::Discard(version("2"))));
     let actual = bench.agent.actual(None, bench.now);
     assert!(!actual.releases.contains(&version("2")) && actual.leaving.contains(&version("2")));
     bench.send(AgentEvent::Discarded(version("2")));
     assert!(bench.agent.actual(None, bench.now).leaving.is_empty());
     bench.send(AgentEvent::Activate(order("1")));
     bench.send(AgentEvent::Admitted(Err(withdrawn())));
-    assert!(!bench.asked().contains(&AgentAction::Discard(version("1"))), "it runs");
+    assert!(!bench.take_actions().contains(&AgentAction::Discard(version("1"))), "it runs");
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn a_rejection_after_a_download_is_remembered_until_the_package_or_the_desired_s
     bench.send(AgentEvent::Stage(package("a")));
     let costly = ReleaseError { costly: true, refused: true, ..refusal("it holds a device") };
     bench.answer("2", Err(costly));
-    assert!(bench.asked().contains(&AgentAction::Record { wait: false }));
+    assert!(bench.take_actions().contains(&AgentAction::Record { wait: false }));
     let ledger = bench.agent.ledger().clone();
     let found = || Discovery { ledger: ledger.clone(), releases: [version("1")].into(), ..Discovery::default() };
     let (mut next, _) = Agent::restore("a".parse().unwrap(), found());
@@ -310,13 +310,13 @@ fn a_rejection_after_a_download_is_remembered_until_the_package_or_the_desired_s
 fn a_new_order_cancels_the_staging_of_the_previous_one() {
     let mut bench = Bench::running();
     bench.send(AgentEvent::Stage(Package::new(version("2"))));
-    bench.asked.clear();
+    bench.actions.clear();
     bench.send(AgentEvent::OrderChanged(Some(order("2"))));
-    assert_eq!(bench.asked(), []);
+    assert_eq!(bench.take_actions(), []);
     bench.send(AgentEvent::OrderChanged(Some(order("3"))));
-    assert_eq!(bench.asked(), [AgentAction::CancelStaging]);
+    assert_eq!(bench.take_actions(), [AgentAction::CancelStaging]);
     bench.answer("2", Ok(ready("2")));
-    assert_eq!(bench.asked(), []);
+    assert_eq!(bench.take_actions(), []);
     assert!(bench.agent.actual(None, bench.now).releases.contains(&version("2")), "the plan discards it");
 }
 
@@ -326,18 +326,18 @@ fn a_changed_environment_restarts_the_process() {
     for (runs_so, expected) in [(true, vec![]), (false, vec![AgentAction::Stop])] {
         let mut bench = Bench::running();
         bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so, sound: Ok(()) });
-        assert_eq!(bench.asked(), expected);
+        assert_eq!(bench.take_actions(), expected);
         assert_eq!(bench.agent.spec(), Some(&spec));
     }
     let mut bench = Bench::running();
     bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Err(refusal("open to others")) });
-    assert_eq!((bench.asked(), bench.agent.spec()), (vec![], Some(&Spec::default())));
+    assert_eq!((bench.take_actions(), bench.agent.spec()), (vec![], Some(&Spec::default())));
     // A held change is not tried again by each plan.
     bench.send(AgentEvent::Configure { spec: spec.clone(), runs_so: false, sound: Ok(()) });
-    assert_eq!(bench.asked(), []);
+    assert_eq!(bench.take_actions(), []);
     bench.now += S(5);
     bench.send(AgentEvent::Configure { spec, runs_so: false, sound: Ok(()) });
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1")), AgentAction::Stop]);
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1")), AgentAction::Stop]);
 }
 
 #[test]
@@ -369,16 +369,16 @@ fn an_unreadable_manifest_is_read_again_at_each_start() {
     assert_eq!(actions, [AgentAction::Discard(version("half"))]);
     let mut bench = Bench { agent, ..Bench::new() };
     bench.send(AgentEvent::Set(Run::Start));
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))]);
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1"))]);
     bench.send(inspected(Err("no agent.toml".into())));
     // The first failure is retried at once.
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))]);
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1"))]);
     bench.send(inspected(Err("no agent.toml".into())));
-    assert_eq!((bench.asked(), bench.agent.state()), (vec![], AgentState::Failed));
+    assert_eq!((bench.take_actions(), bench.agent.state()), (vec![], AgentState::Failed));
     bench.now = bench.agent.deadline(bench.now).unwrap();
     bench.send(AgentEvent::Tick);
     bench.send(inspected(Ok(Program::Script)));
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1")), AgentAction::Start]);
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1")), AgentAction::Start]);
     assert_eq!(bench.agent.last_error().as_deref(), Some("no agent.toml"));
 }
 
@@ -388,13 +388,17 @@ fn while_an_activation_is_recorded_the_old_release_is_restarted() {
     bench.stage("2");
     bench.send(AgentEvent::Activate(order("2")));
     bench.send(AgentEvent::Admitted(Ok((release("2"), None))));
-    bench.asked.clear();
+    bench.actions.clear();
     bench.send(AgentEvent::Exited { success: Some(false), how: "crashed".into() });
-    assert_eq!((bench.asked(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("1"))));
+    assert_eq!((bench.take_actions(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("1"))));
     bench.send(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
-    assert_eq!(bench.asked(), [], "no commit");
+    assert_eq!(bench.take_actions(), [], "no commit");
     bench.send(AgentEvent::Recorded(Err("no space left".into())));
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: false }], "the file may include the failed activation");
+    assert_eq!(
+        bench.take_actions(),
+        [AgentAction::Record { wait: false }],
+        "the file may include the failed activation"
+    );
     assert_eq!(bench.agent.to_record(), *bench.agent.ledger());
 }
 
@@ -404,13 +408,13 @@ fn a_removal_waits_for_operations_on_its_files() {
     bench.stage("1");
     bench.send(AgentEvent::Stage(Package::new(version("2"))));
     bench.send(AgentEvent::Discard(version("1")));
-    bench.asked.clear();
+    bench.actions.clear();
     bench.send(AgentEvent::Uninstall);
-    assert_eq!(bench.asked(), [AgentAction::CancelStaging]);
+    assert_eq!(bench.take_actions(), [AgentAction::CancelStaging]);
     bench.send(AgentEvent::Discarded(version("1")));
-    assert_eq!(bench.asked(), []);
+    assert_eq!(bench.take_actions(), []);
     bench.answer("2", Ok(ready("2")));
-    assert_eq!(bench.asked(), [AgentAction::Remove]);
+    assert_eq!(bench.take_actions(), [AgentAction::Remove]);
 }
 
 #[test]
@@ -434,14 +438,14 @@ fn the_inspection_of_another_release_is_ignored() {
 fn an_uninstalled_sub_agent_is_stopped_then_removed() {
     let mut bench = Bench::running();
     bench.send(AgentEvent::Uninstall);
-    assert_eq!(bench.asked(), [AgentAction::Stop]);
+    assert_eq!(bench.take_actions(), [AgentAction::Stop]);
     assert!(bench.agent.actual(None, bench.now).busy);
     bench.send(AgentEvent::Stopped(Err("it hangs in the kernel".into())));
     assert!(bench.notes().contains(&("stop", "failed")));
-    assert_eq!(bench.asked(), [AgentAction::Remove]);
+    assert_eq!(bench.take_actions(), [AgentAction::Remove]);
     let mut bench = Bench::new();
     bench.send(AgentEvent::Uninstall);
-    assert_eq!(bench.asked(), [AgentAction::Remove]);
+    assert_eq!(bench.take_actions(), [AgentAction::Remove]);
 }
 
 #[test]
@@ -453,9 +457,9 @@ fn nothing_is_started_after_a_stop_of_the_home() {
     bench.send(AgentEvent::Recorded(Ok(())));
     bench.send(AgentEvent::HomeStopping);
     bench.send(AgentEvent::Stopped(Ok(())));
-    bench.asked.clear();
+    bench.actions.clear();
     bench.send(AgentEvent::Switched(Ok(())));
-    assert_eq!(bench.asked(), []);
+    assert_eq!(bench.take_actions(), []);
     assert!(bench.agent.supervisor().is_down());
 }
 
@@ -481,7 +485,7 @@ fn changes_of_health_and_crashes_are_reported() {
     bench.send(AgentEvent::Launched { pid: 11, version: version("1"), runs_so: true });
     bench.send(exit());
     assert_eq!(bench.notes(), [("exit", "failed"), ("exit", "failed"), ("backoff", "failed")]);
-    bench.asked.clear();
+    bench.actions.clear();
     bench.now += S(60);
     bench.send(AgentEvent::Tick);
     bench.send(AgentEvent::Launched { pid: 12, version: version("1"), runs_so: true });
@@ -554,7 +558,7 @@ proptest! {
             let ends_start = matches!(event, AgentEvent::Launched { .. } | AgentEvent::LaunchFailed(_));
             bench.send(event.clone());
             starting &= !ends_start;
-            let asked = bench.asked();
+            let asked = bench.take_actions();
             // One start at a time, and never next to a known process.
             for action in &asked {
                 if *action == AgentAction::Start {

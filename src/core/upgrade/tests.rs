@@ -420,7 +420,10 @@ fn an_operators_change_stays_until_another_release_is_ordered_or_installed() {
     assert!(!record.overrules(&two.version, Some(&one.sha256)) && !record.overrules(&one.version, None));
     assert!(record.release_hold() && !record.is_held());
     record.overrule(None);
-    assert!(record.is_held() && !record.overrules(&two.version, Some(&two.sha256)), "what is ordered first is another");
+    assert!(
+        record.is_held() && !record.overrules(&two.version, Some(&two.sha256)),
+        "the first order is a different one"
+    );
     record.skip(&two, "bad".to_owned(), &one);
     assert!(record.skips(&two.version, None).is_some() && record.skips(&two.version, Some(&one.sha256)).is_none());
     record.replaced(&two.version);

@@ -48,27 +48,27 @@ fn a_release_that_fails_on_probation_is_rolled_back_and_skipped() {
         ),
     ];
     for (case, failing) in fails {
-        let mut bench = Bench::on_the_way_to("2");
+        let mut bench = Bench::about_to_start("2");
         for (number, fail) in failing.iter().enumerate() {
             assert_ne!(bench.agent.ledger().probation(), None, "{case}: rolled back before step {number}");
             fail(&mut bench);
         }
         assert!(bench.notes().ends_with(&[("upgrade", "failed"), ("skip", "ok")]), "{case}: {:?}", bench.notes());
         assert_eq!((bench.agent.ledger().active(), bench.agent.ledger().probation()), (Some(&release("1")), None));
-        assert!(bench.asked().contains(&AgentAction::Record { wait: true }), "{case}");
+        assert!(bench.take_actions().contains(&AgentAction::Record { wait: true }), "{case}");
         bench.send(AgentEvent::Recorded(Ok(())));
         bench.send(AgentEvent::Stopped(Ok(())));
-        assert_eq!(bench.asked(), [AgentAction::Switch(version("1"))], "{case}");
+        assert_eq!(bench.take_actions(), [AgentAction::Switch(version("1"))], "{case}");
         assert_eq!(bench.agent.state(), AgentState::Updating);
         bench.send(AgentEvent::Switched(Ok(())));
-        assert_eq!(bench.asked(), [AgentAction::Inspect(version("1"))], "{case}");
+        assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1"))], "{case}");
         bench.send(inspected(Ok(manifest(&[]))));
-        assert_eq!(bench.asked(), [AgentAction::Start], "{case}");
+        assert_eq!(bench.take_actions(), [AgentAction::Start], "{case}");
         bench.launched(30, "1");
         assert_eq!(bench.notes(), [("rollback", "ok")], "{case}");
         assert_eq!(bench.agent.state(), AgentState::Running);
         assert!(bench.agent.last_error().unwrap().starts_with("2 is skipped: "), "{:?}", bench.agent.last_error());
-        assert!(!bench.asked().iter().any(|action| matches!(action, AgentAction::RaiseEpoch(_))));
+        assert!(!bench.take_actions().iter().any(|action| matches!(action, AgentAction::RaiseEpoch(_))));
         let held_back = |bench: &Bench, order: &Order| bench.agent.actual(Some(order), bench.now).held_back;
         assert_eq!(held_back(&bench, &order("2")), Some(version("2")));
         // The same order in another desired state changes nothing; a higher `retry` does.
@@ -91,15 +91,15 @@ fn a_skipped_release_is_tried_again_after_a_retry_or_a_new_order() {
         },
     ];
     for way in ways {
-        let mut bench = Bench::on_the_way_to("2");
+        let mut bench = Bench::about_to_start("2");
         bench
             .send(AgentEvent::LaunchFailed(refusal("no such file")))
             .send(AgentEvent::LaunchFailed(refusal("no such file")));
         bench.send(AgentEvent::Recorded(Ok(()))).send(AgentEvent::Stopped(Ok(()))).send(AgentEvent::Switched(Ok(())));
         bench.send(inspected(Ok(manifest(&[])))).launched(30, "1");
-        bench.asked.clear();
+        bench.actions.clear();
         way(&mut bench);
-        assert_eq!(bench.asked(), [AgentAction::Record { wait: false }]);
+        assert_eq!(bench.take_actions(), [AgentAction::Record { wait: false }]);
         assert_eq!(bench.agent.actual(Some(&order("2")), bench.now).held_back, None);
         assert_eq!(bench.agent.last_error(), None);
     }
@@ -107,18 +107,18 @@ fn a_skipped_release_is_tried_again_after_a_retry_or_a_new_order() {
 
 #[test]
 fn a_roll_back_completes_even_if_the_disk_cannot_be_written() {
-    let mut bench = Bench::on_the_way_to("2");
+    let mut bench = Bench::about_to_start("2");
     bench
         .send(AgentEvent::LaunchFailed(refusal("no such file")))
         .send(AgentEvent::LaunchFailed(refusal("no such file")));
     bench.send(AgentEvent::Stopped(Ok(())));
-    assert!(!bench.asked().contains(&AgentAction::Switch(version("1"))), "the ledger is written first");
+    assert!(!bench.take_actions().contains(&AgentAction::Switch(version("1"))), "the ledger is written first");
     bench.send(AgentEvent::Recorded(Err("no space left".into())));
-    assert_eq!(bench.asked(), [AgentAction::Switch(version("1"))]);
+    assert_eq!(bench.take_actions(), [AgentAction::Switch(version("1"))]);
     bench.send(AgentEvent::Switched(Err("no space left".into())));
     assert_eq!(bench.notes(), [("rollback", "failed")]);
     bench.send(inspected(Ok(manifest(&[]))));
-    assert_eq!(bench.asked(), [AgentAction::Inspect(version("1")), AgentAction::Start]);
+    assert_eq!(bench.take_actions(), [AgentAction::Inspect(version("1")), AgentAction::Start]);
 }
 
 #[test]
@@ -137,16 +137,16 @@ fn a_slow_start_is_allowed_and_a_release_that_never_becomes_healthy_is_rolled_ba
         bench.send(AgentEvent::Recorded(Ok(()))).send(AgentEvent::Stopped(Ok(()))).send(AgentEvent::Switched(Ok(())));
         bench.launched(20, "2");
         let start = bench.now;
-        bench.asked.clear();
+        bench.actions.clear();
         // Until it is committed or rolled back.
         while bench.agent.ledger().probation().is_some() && bench.agent.ledger().active() == Some(&release("1")) {
             bench.now = bench.agent.deadline(bench.now).expect("there is always a deadline");
             bench.send(AgentEvent::Tick);
-            if bench.asked().contains(&AgentAction::Check) {
+            if bench.take_actions().contains(&AgentAction::Check) {
                 let is_well = gets_well && bench.now >= start + S(25);
                 let answer = if is_well { CheckResult::Healthy } else { CheckResult::Unhealthy("refused".into()) };
                 bench.send(AgentEvent::Checked(answer));
-                if bench.asked().contains(&AgentAction::Stop) && bench.agent.ledger().probation().is_some() {
+                if bench.take_actions().contains(&AgentAction::Stop) && bench.agent.ledger().probation().is_some() {
                     bench.send(AgentEvent::Stopped(Ok(())));
                     bench.launched(21, "2");
                 }
@@ -169,7 +169,7 @@ fn a_release_of_unknown_health_is_rolled_back_in_the_end() {
     while bench.agent.ledger().probation().is_some() {
         bench.now = bench.agent.deadline(bench.now).unwrap();
         bench.send(AgentEvent::Tick);
-        if bench.asked().contains(&AgentAction::Check) {
+        if bench.take_actions().contains(&AgentAction::Check) {
             bench.send(AgentEvent::Checked(CheckResult::Unknown("no answer".into())));
         }
     }
@@ -179,7 +179,7 @@ fn a_release_of_unknown_health_is_rolled_back_in_the_end() {
 
 #[test]
 fn a_requested_stop_and_an_unsafe_home_are_not_failures() {
-    let mut bench = Bench::on_the_way_to("2");
+    let mut bench = Bench::about_to_start("2");
     let unsound = || ReleaseError { refused: true, ..refusal("others can write there") };
     bench.send(AgentEvent::LaunchFailed(unsound())).send(AgentEvent::LaunchFailed(unsound()));
     bench.now += S(60);
@@ -205,18 +205,18 @@ fn a_start_that_the_host_or_the_home_prevents_never_rolls_back() {
         ReleaseError { refused: true, ..refusal("others can write there") },
     ];
     for reason in reasons {
-        let mut bench = Bench::on_the_way_to("2");
+        let mut bench = Bench::about_to_start("2");
         let start = bench.now;
         while bench.now < start + S(1_000) {
             bench.send(AgentEvent::LaunchFailed(reason.clone()));
             assert_eq!(bench.agent.last_error().as_ref(), Some(&reason.why));
-            if bench.asked().contains(&AgentAction::Start) {
+            if bench.take_actions().contains(&AgentAction::Start) {
                 // The first failure is retried at once.
                 continue;
             }
             bench.now = bench.agent.deadline(bench.now).expect("there is always a deadline");
             bench.send(AgentEvent::Tick);
-            assert_eq!(bench.asked(), [AgentAction::Start]);
+            assert_eq!(bench.take_actions(), [AgentAction::Start]);
         }
         assert!(bench.agent.supervisor().failures() > 10, "it is retried");
         let ledger = bench.agent.ledger();
@@ -270,14 +270,14 @@ fn a_job_that_exits_successfully_is_committed() {
 
 #[test]
 fn an_operators_roll_back_is_kept_until_another_release_is_ordered() {
-    let mut bench = Bench::on_the_way_to("2");
+    let mut bench = Bench::about_to_start("2");
     bench.launched(20, "2");
     bench.now += S(10);
     bench.send(AgentEvent::Tick);
     assert_eq!(bench.agent.rollback_target(), Some(&version("1")));
-    bench.asked.clear();
+    bench.actions.clear();
     bench.send(AgentEvent::RollBack { overruled: Some(order("2")) });
-    assert_eq!(bench.asked(), [AgentAction::Record { wait: true }, AgentAction::Stop]);
+    assert_eq!(bench.take_actions(), [AgentAction::Record { wait: true }, AgentAction::Stop]);
     bench.send(AgentEvent::Recorded(Ok(()))).send(AgentEvent::Stopped(Ok(()))).send(AgentEvent::Switched(Ok(())));
     bench.send(inspected(Ok(manifest(&[])))).launched(30, "1");
     assert!(bench.notes().contains(&("rollback", "ok")));
@@ -323,7 +323,7 @@ fn an_unreadable_release_is_rolled_back_only_if_there_is_a_previous_one() {
         bench.send(AgentEvent::Set(Run::Start));
         while bench.now < start + S(1_000) && bench.agent.ledger().probation().is_some() {
             let unreadable = AgentEvent::Inspected { version: version("2"), result: Err("no agent.toml".into()) };
-            if bench.asked().contains(&AgentAction::Inspect(version("2"))) {
+            if bench.take_actions().contains(&AgentAction::Inspect(version("2"))) {
                 bench.send(unreadable);
                 continue;
             }
@@ -355,21 +355,21 @@ fn the_next_manager_does_not_treat_a_rolled_back_release_as_active() {
         },
     ];
     for (number, way) in ways.iter().enumerate() {
-        let mut bench = Bench::on_the_way_to("2");
+        let mut bench = Bench::about_to_start("2");
         way(bench.launched(20, "2"));
         let mut ledger = bench.agent.to_record();
         ledger.resume(&release("2"));
-        assert_eq!((ledger.active(), ledger.probation()), (Some(&release("1")), None), "way {number}");
+        assert_eq!((ledger.active(), ledger.probation()), (Some(&release("1")), None), "case {number}");
         let found = Discovery { ledger, program: Some(Ok(manifest(&[]))), ..Discovery::default() };
         let (agent, _) = Agent::restore("a".parse().unwrap(), found);
         let mut bench = Bench { agent, ..Bench::new() };
-        bench.asked = bench.agent.adopt(7, version("2"), bench.now, None, at(bench.now));
-        assert_eq!(bench.asked(), [AgentAction::Record { wait: true }, AgentAction::Stop], "way {number}");
+        bench.actions = bench.agent.adopt(7, version("2"), bench.now, None, at(bench.now));
+        assert_eq!(bench.take_actions(), [AgentAction::Record { wait: true }, AgentAction::Stop], "case {number}");
         bench.send(AgentEvent::Recorded(Ok(()))).send(AgentEvent::Stopped(Ok(()))).send(AgentEvent::Switched(Ok(())));
         assert_eq!(
-            bench.asked(),
+            bench.take_actions(),
             [AgentAction::Switch(version("1")), AgentAction::Inspect(version("1"))],
-            "way {number}"
+            "case {number}"
         );
     }
 }
@@ -379,7 +379,7 @@ fn a_job_that_exits_successfully_while_another_release_is_admitted_is_committed_
     let Program::Native(manifest) = manifest(&[]) else { panic!() };
     let mut job = *manifest;
     job.run.restart = crate::core::manifest::Restart::OnFailure;
-    let mut bench = Bench::on_the_way_to("2");
+    let mut bench = Bench::about_to_start("2");
     bench.send(AgentEvent::Inspected { version: version("2"), result: Ok(Program::Native(Box::new(job))) });
     bench.launched(20, "2");
     bench.stage("3");
@@ -393,7 +393,7 @@ fn a_job_that_exits_successfully_while_another_release_is_admitted_is_committed_
 /// A grace period may be ten minutes, and an unsafe home is repaired by an operator.
 #[test]
 fn a_long_stop_and_a_refused_start_do_not_count_against_a_release() {
-    let mut bench = Bench::on_the_way_to("2");
+    let mut bench = Bench::about_to_start("2");
     bench.launched(20, "2").send(AgentEvent::Restart);
     bench.now += S(600);
     bench.send(AgentEvent::Tick).send(AgentEvent::Stopped(Ok(())));
@@ -407,7 +407,7 @@ fn a_long_stop_and_a_refused_start_do_not_count_against_a_release() {
 
 #[test]
 fn a_release_that_fails_when_another_is_ordered_is_rolled_back_and_not_skipped() {
-    let mut bench = Bench::on_the_way_to("2");
+    let mut bench = Bench::about_to_start("2");
     bench.send(AgentEvent::OrderChanged(Some(order("3"))));
     bench
         .send(AgentEvent::LaunchFailed(refusal("no such file")))
@@ -418,7 +418,7 @@ fn a_release_that_fails_when_another_is_ordered_is_rolled_back_and_not_skipped()
 
 #[test]
 fn a_restarted_manager_follows_an_order_that_was_only_written() {
-    let mut bench = Bench::on_the_way_to("2");
+    let mut bench = Bench::about_to_start("2");
     bench
         .send(AgentEvent::LaunchFailed(refusal("no such file")))
         .send(AgentEvent::LaunchFailed(refusal("no such file")));
@@ -433,16 +433,16 @@ fn a_restarted_manager_follows_an_order_that_was_only_written() {
 /// Both are due at the same time. The start uses the release that is current when it is carried out.
 #[test]
 fn a_release_whose_time_is_up_at_its_restart_is_rolled_back_after_the_restart() {
-    let mut bench = Bench::on_the_way_to("2");
+    let mut bench = Bench::about_to_start("2");
     bench.send(AgentEvent::LaunchFailed(ReleaseError { refused: true, ..refusal("others can write there") }));
     bench.launched(20, "2").send(AgentEvent::Exited { success: Some(false), how: "exited with 1".into() });
     assert!(bench.agent.supervisor().starts_at().is_some());
-    bench.asked.clear();
+    bench.actions.clear();
     bench.now += S(130);
     bench.send(AgentEvent::Tick);
-    assert_eq!((bench.asked(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("2"))));
+    assert_eq!((bench.take_actions(), bench.agent.current()), (vec![AgentAction::Start], Some(&version("2"))));
     bench.send(AgentEvent::Tick);
     assert_eq!(bench.agent.current(), Some(&version("1")));
     bench.launched(21, "2");
-    assert!(bench.asked().contains(&AgentAction::Stop));
+    assert!(bench.take_actions().contains(&AgentAction::Stop));
 }

@@ -167,7 +167,7 @@ pub struct State {
     pub is_suspect: bool,
     /// The ledger on disk skips release 2, and no order or operator has changed this since.
     pub is_skipped_on_disk: bool,
-    /// The operator rolled back, has not changed this since, and this manager knows it.
+    /// The operator rolled back and has not changed this since, and no new manager has started since.
     pub is_overruled: bool,
 }
 
