@@ -1,9 +1,9 @@
 //! The probation of a new release: it is committed once it has run long enough, or rolled back to the previous release.
 //!
 //! ```text
-//!              ran for the probation time without an exit, and is healthy    down and recorded        switched
+//!              ran for the probation time without an exit, and is healthy
 //!  on probation ────────────────────────────────────────────▶ committed
-//!       │ failed, or an operator requests the previous release
+//!       │ failed, or an operator requests the previous release         down and recorded        switched
 //!       └────────▶ RollingBack (ledger: rolled back and skipped; it is stopped) ──▶ SwitchingBack ──▶ the previous release runs
 //! ```
 //!
